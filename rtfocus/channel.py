@@ -1,0 +1,97 @@
+"""Channel: what is known about the light that made a frame.
+
+The one definition of a microscope's optics. A YAML config is validated into it,
+the wire protocol carries it and `rtfocus.optics` computes PSFs from it, so that
+no two parts can disagree on a unit or a sign.
+
+Sign convention, stated once for the whole project: **positive** ``defocus_um``
+= the specimen plane is too far from the objective, negative = too near.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Aberrations:
+    """Zernike aberrations of the pupil; coefficients in waves, Noll-free names."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    spherical_waves: float = 0.0
+    """Primary spherical, 6 r^4 - 6 r^2 + 1; non-zero makes the PSF uneven in z."""
+    astigmatism_waves: float = 0.0
+    """Vertical astigmatism, r^2 cos(2 t)."""
+    astigmatism_oblique_waves: float = 0.0
+    """Oblique astigmatism, r^2 sin(2 t)."""
+    coma_x_waves: float = 0.0
+    """Coma along x, (3 r^3 - 2 r) cos(t)."""
+    coma_y_waves: float = 0.0
+    """Coma along y, (3 r^3 - 2 r) sin(t)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpticalSystem:
+    """Objective, emission light and sampling of one channel."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    numerical_aperture: Positive
+    """NA of the objective; must stay below the refractive index."""
+    wavelength_nm: Positive
+    """Emission (fluorescence) or illumination (brightfield) wavelength in vacuum."""
+    pixel_size_um: Positive
+    """Pixel size in the specimen plane, binning included."""
+    refractive_index: Positive = 1.0
+    """Of the immersion medium: 1.0 air, 1.33 water, 1.518 oil."""
+    psf_model: Literal["pupil", "born_wolf"] = "pupil"
+    """``born_wolf``: He 2020 eq. 2, even in z. ``pupil``: exact phase, aberrations."""
+    aberrations: Aberrations = field(default_factory=Aberrations)
+    """Only the pupil model uses them."""
+    apodisation: Annotated[float, Field(ge=0)] = 0.0
+    """Gaussian pupil: amplitude exp(-apodisation * r^2); 0 = uniform pupil."""
+    defocus_offset_um: float = 0.0
+    """Added to every nominal defocus before a PSF is computed (calibration)."""
+
+    def __post_init__(self) -> None:
+        """Refuse an aperture that no medium can carry."""
+        if self.numerical_aperture >= self.refractive_index:
+            msg = (
+                f"numerical_aperture={self.numerical_aperture} is not below "
+                f"refractive_index={self.refractive_index}; set the refractive "
+                "index of the immersion medium (water 1.33, oil 1.518)"
+            )
+            raise ValueError(msg)
+
+    @property
+    def defocus_unit_um(self) -> float:
+        """Defocus in um that makes one wave of paraxial defocus: n lambda / NA^2."""
+        return (
+            self.refractive_index
+            * self.wavelength_nm
+            * 1e-3
+            / self.numerical_aperture**2
+        )
+
+    @property
+    def sampling(self) -> float:
+        """Pixel size in units of lambda / NA; 0.25 is Nyquist for intensity."""
+        return (
+            self.pixel_size_um * self.numerical_aperture / (self.wavelength_nm * 1e-3)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """One fluorescence or brightfield channel by its Micro-Manager preset name."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    """Preset name, e.g. ``DAPI``; ``default`` where there is only one."""
+    optics: OpticalSystem | None = None
+    """None: unknown; frames are recorded but not restored."""
