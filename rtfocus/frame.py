@@ -1,0 +1,183 @@
+"""Frame: what flows through rtfocus, in memory and on the wire alike.
+
+The msgspec structs are both the typed in-memory form and, packed with msgpack,
+the headers of wire protocol version 1 (`rtfocus/transport/PROTOCOL.md`).
+Arrays keep axes (y, x) or (y, x, rgb); z, t, c and p live in ``index``.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.channel import Channel
+
+PROTOCOL_VERSION = 1
+
+
+class Role(StrEnum):
+    """Why a frame was exposed."""
+
+    RECORD = "record"
+    """Part of the plan: processed and stored."""
+    FOCUS = "focus"
+    """Autofocus probe outside the plan: processed and counted, never stored."""
+
+
+class Position(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One xy site of the acquisition."""
+
+    name: str
+    """Unique within the series; becomes the image's name in the store."""
+    x_um: float | None = None
+    """Stage x; None where the xy-stage is not used."""
+    y_um: float | None = None
+    """Stage y."""
+    plate_row: str | None = None
+    """Row of the well, e.g. ``B``; None outside plates."""
+    plate_column: str | None = None
+    """Column of the well, e.g. ``03``."""
+    field: int = 0
+    """Index of the field of view within the well."""
+
+
+class SeriesStart(msgspec.Struct, frozen=True, tag="start", tag_field="type"):
+    """First message of a series: all that is known before frame 0."""
+
+    version: int
+    """`PROTOCOL_VERSION` of the sender."""
+    series_uid: str
+    """Unique per series; a new one opens a new run folder."""
+    name: str
+    """Human name of the series."""
+    started_ns: int
+    """Unix time of the start, sender's clock."""
+    shape: tuple[int, ...]
+    """Of every frame: (y, x) or (y, x, 3)."""
+    dtype: str
+    """NumPy byte-order form, little-endian: ``|u1``, ``<u2``, ``<f4``."""
+    sizes: dict[str, int | None]
+    """Planned length of axes t, p, c, z in acquisition order; None = unbounded t."""
+    channels: list[Channel]
+    """By index c; never empty."""
+    positions: list[Position]
+    """By index p; never empty."""
+    pixel_size_um: float
+    """In the specimen plane, binning included; > 0."""
+    z_step_um: float | None = None
+    """Distance of slices; None without a z-stack."""
+    interval_s: float | None = None
+    """Planned time between time points; None: as fast as possible."""
+    bit_depth: int | None = None
+    """Significant bits of the camera, e.g. 12 in a ``<u2`` frame."""
+    mda_sequence: dict[str, Any] | None = None
+    """The plan as useq ``MDASequence`` in JSON form; None in live mode."""
+    summary: dict[str, Any] = {}
+    """pymmcore-plus ``SummaryMetaV1`` in JSON form."""
+
+
+class FrameHeader(msgspec.Struct, frozen=True, tag="frame", tag_field="type"):
+    """One frame's metadata; the pixels travel beside it."""
+
+    version: int
+    series_uid: str
+    sequence: int
+    """Counts all frames of the series from 0, without holes at the sender."""
+    shape: tuple[int, ...]
+    dtype: str
+    captured_ns: int
+    """End of exposure as Unix time, sender's clock."""
+    exposure_ms: float
+    index: dict[str, int]
+    """Place in the store: keys t, p, c, z as in ``SeriesStart.sizes``."""
+    role: Role = Role.RECORD
+    z_um: float | None = None
+    """Absolute z-stage position during the exposure."""
+    z_offset_um: float = 0.0
+    """Planned distance from the reference plane (z-stack slice); 0 outside stacks."""
+    camera_image_number: int | None = None
+    """The camera's own counter within a hardware sequence, where it has one."""
+    planned_s: float | None = None
+    """Planned start since the series began; None: no plan."""
+    actual_s: float | None = None
+    """Actual start since the series began, sender's clock."""
+    frame_meta: dict[str, Any] = {}
+    """pymmcore-plus ``FrameMetaV1`` in JSON form."""
+
+
+class SeriesEnd(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
+    """Last message of a series."""
+
+    version: int
+    series_uid: str
+    frames_sent: int
+    """Frames sent, both roles: sequence runs from 0 to frames_sent - 1."""
+    reason: str
+    """``completed``, ``canceled``, or why it broke off."""
+
+
+class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):
+    """One frame's defocus in one number, published before restoration ends."""
+
+    series_uid: str
+    sequence: int
+    level: int | None
+    """Most confident level over the tiles; None: background only."""
+    defocus_um: float | None
+    """Confidence-weighted over the tiles; None: background only."""
+    signed: bool
+    """False: only the distance is known."""
+    confidence: float
+    """0 to 1."""
+    foreground: float
+    """Fraction of tiles that are not background."""
+    z_um: float | None
+    """z at which the frame was taken."""
+    z_offset_um: float
+    index: dict[str, int]
+    captured_ns: int
+    """Sender's clock, copied from the frame."""
+    estimated_ns: int
+    """Unix time at which the estimate was ready, processor's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class DefocusMap:
+    """Defocus of one frame, tile by tile; all arrays have axes (tile_y, tile_x)."""
+
+    defocus_um: NDArray[np.float32]
+    """NaN = background."""
+    confidence: NDArray[np.float32]
+    """Probability of the chosen label, 0 to 1."""
+    level: NDArray[np.int16]
+    """Label per tile; -1 = background."""
+    signed: bool
+    """False: only the distance from focus is known."""
+    tile_px: int
+    """Side of a tile in frame pixels."""
+    stride_px: float
+    """Distance between tile centres in frame pixels."""
+    origin_px: float
+    """Frame coordinate (both axes) of the centre of tile (0, 0)."""
+
+
+@dataclass(slots=True)
+class FrameResult:
+    """What processing made of one frame; arrays are valid until the slot is freed."""
+
+    estimate: Estimate | None
+    """None: no classifier for this channel."""
+    defocus: DefocusMap | None
+    restored: NDArray[Any] | None
+    """Same shape as the frame, camera dtype or float32; None: not restored."""
+    skipped: str | None = None
+    """Why there is no restored frame, e.g. ``raw_only: stalled``."""
+    flags: tuple[str, ...] = ()
+    """Marks such as ``nan`` or ``saturated``."""
+    engines: dict[str, str] = field(default_factory=dict)
+    """Kind of engine to ``name@hash`` of its weights."""
+    stage_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds per stage: ``normalise``, ``classify``, ``restore`` ..."""

@@ -1,0 +1,204 @@
+"""Workers: threads joined by bounded queues; a failing one fails the run.
+
+End of stream travels by closing queues. ``abort`` wakes everybody and discards.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from rtfocus.errors import WorkerError
+
+T = TypeVar("T")
+
+
+class Overflow(Enum):
+    """What a full queue does."""
+
+    BLOCK = "block"
+    """The producer waits: recording, nothing is lost."""
+    DROP_OLDEST = "drop_oldest"
+    """The oldest item gives way and is counted: focus and preview, newest wins."""
+
+
+class AbortedError(Exception):
+    """The run is being discarded; never reaches the user."""
+
+
+class BoundedQueue(Generic[T]):
+    """Hand-off between two workers: at most `capacity` items, closable."""
+
+    def __init__(
+        self, name: str, capacity: int, overflow: Overflow = Overflow.BLOCK
+    ) -> None:
+        self.name = name
+        self.capacity = capacity
+        self.overflow = overflow
+        self.dropped = 0
+        """Items that gave way to newer ones."""
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._aborted = False
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, item: T) -> None:
+        """Append an item as the overflow rule says; AbortedError after `abort`."""
+        with self._changed:
+            if self.overflow is Overflow.DROP_OLDEST:
+                while len(self._items) >= self.capacity:
+                    self._items.popleft()
+                    self.dropped += 1
+            self._changed.wait_for(
+                lambda: len(self._items) < self.capacity or self._aborted
+            )
+            if self._aborted:
+                raise AbortedError(self.name)
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[T]:
+        """Yield items until the queue is closed and empty."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._items or self._closed or self._aborted
+                )
+                if self._aborted:
+                    raise AbortedError(self.name)
+                if not self._items:
+                    return
+                item = self._items.popleft()
+                self._changed.notify_all()
+            yield item
+
+    def close(self) -> None:
+        """Say that nothing more will come; what is queued is still handed out."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        """Discard what is queued and wake everybody with AbortedError."""
+        with self._changed:
+            self._aborted = True
+            self._items.clear()
+            self._changed.notify_all()
+
+
+class Worker:
+    """A thread that applies one step to every item of a source.
+
+    Parameters
+    ----------
+    name
+        Appears in thread lists, metrics and error messages.
+    source
+        A queue or any iterable; exhausted = this worker is done.
+    step
+        Called with each item; a result other than None goes to all `outputs`.
+    outputs
+        Queues fed, and closed at the end, by this worker alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Iterable[Any],
+        step: Callable[[Any], Any],
+        outputs: Sequence[BoundedQueue[Any]] = (),
+    ) -> None:
+        self.name = name
+        self.error: BaseException | None = None
+        self._source = source
+        self._step = step
+        self._outputs = outputs
+
+    def run(self) -> None:
+        """Work until the source ends."""
+        for item in self._source:
+            result = self._step(item)
+            if result is not None:
+                for queue in self._outputs:
+                    queue.put(result)
+
+    def queues(self) -> Iterator[BoundedQueue[Any]]:
+        """All queues this worker touches."""
+        if isinstance(self._source, BoundedQueue):
+            yield self._source
+        yield from self._outputs
+
+    def close_outputs(self) -> None:
+        """Tell the next workers that nothing more will come."""
+        for queue in self._outputs:
+            queue.close()
+
+
+class Pipeline:
+    """Workers that start, end and fail together.
+
+    Parameters
+    ----------
+    workers
+        In the order of the flow.
+    on_abort
+        Called once when a worker fails, from that worker's thread, to wake
+        sources that do not wait on a queue (sockets, slot pools).
+    """
+
+    def __init__(
+        self, workers: Sequence[Worker], on_abort: Callable[[], None] = lambda: None
+    ) -> None:
+        self._workers = workers
+        self._on_abort = on_abort
+        self._lock = threading.Lock()
+        self._failed: Worker | None = None
+
+    def run(self) -> None:
+        """Run all workers to their end.
+
+        Raises
+        ------
+        WorkerError
+            If a worker failed; names the first one and keeps its exception.
+        """
+        threads = [
+            threading.Thread(target=self._guard, args=(w,), name=w.name)
+            for w in self._workers
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._failed is not None:
+            error = self._failed.error
+            msg = f"worker '{self._failed.name}' failed: {error}"
+            raise WorkerError(msg) from error
+
+    def abort(self) -> None:
+        """Discard everything in flight and wake every worker."""
+        for worker in self._workers:
+            for queue in worker.queues():
+                queue.abort()
+        self._on_abort()
+
+    def _guard(self, worker: Worker) -> None:
+        """Run one worker; its failure is kept and ends all the others."""
+        try:
+            worker.run()
+        except AbortedError:
+            return
+        except BaseException as error:  # re-raised by run(), in the caller's thread
+            worker.error = error
+            with self._lock:
+                first = self._failed is None
+                if first:
+                    self._failed = worker
+            if first:
+                self.abort()
+        finally:
+            worker.close_outputs()
