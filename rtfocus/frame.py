@@ -98,6 +98,9 @@ class FrameHeader(msgspec.Struct, frozen=True, tag="frame", tag_field="type"):
     """Absolute z-stage position during the exposure."""
     z_offset_um: float = 0.0
     """Planned distance from the reference plane (z-stack slice); 0 outside stacks."""
+    event_index: int | None = None
+    """Ordinal of the planned MDA event from 0; None outside a plan. Missing ones
+    tell which place in the store a lost frame had."""
     camera_image_number: int | None = None
     """The camera's own counter within a hardware sequence, where it has one."""
     planned_s: float | None = None
@@ -145,8 +148,26 @@ class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):
 
 
 @dataclass(frozen=True, slots=True)
+class TileGrid:
+    """Where the tiles of a frame lie; the same for every frame of a series."""
+
+    rows: int
+    columns: int
+    tile_px: int
+    """Side of a tile in frame pixels."""
+    stride_px: float
+    """Distance between neighbouring tile centres in frame pixels."""
+    origin_px: float
+    """Frame coordinate (both axes) of the centre of tile (0, 0)."""
+    signed: bool
+    """False: only the distance from focus is known."""
+
+
+@dataclass(frozen=True, slots=True)
 class DefocusMap:
     """Defocus of one frame, tile by tile; all arrays have axes (tile_y, tile_x)."""
+
+    grid: TileGrid
 
     defocus_um: NDArray[np.float32]
     """NaN = background."""
@@ -154,14 +175,6 @@ class DefocusMap:
     """Probability of the chosen label, 0 to 1."""
     level: NDArray[np.int16]
     """Label per tile; -1 = background."""
-    signed: bool
-    """False: only the distance from focus is known."""
-    tile_px: int
-    """Side of a tile in frame pixels."""
-    stride_px: float
-    """Distance between tile centres in frame pixels."""
-    origin_px: float
-    """Frame coordinate (both axes) of the centre of tile (0, 0)."""
 
 
 @dataclass(slots=True)

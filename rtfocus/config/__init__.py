@@ -1,0 +1,6 @@
+"""Config: one YAML file, one frozen model per section, unknown keys refused."""
+
+from rtfocus.config.loading import load_config, parse_config
+from rtfocus.config.model import ChannelConfig, Config, RunConfig
+
+__all__ = ["ChannelConfig", "Config", "RunConfig", "load_config", "parse_config"]

@@ -1,0 +1,179 @@
+"""Config loading: YAML to `Config`, errors that name the key and the nearest one."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from rtfocus.config.model import Config
+from rtfocus.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML config and apply ``section.key=value`` overrides.
+
+    Relative paths inside the file are resolved against the file's folder.
+
+    Raises
+    ------
+    ConfigError
+        Names the file, the key path, the value, the rule, and for an unknown key
+        the nearest valid one.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = (
+            f"config '{path}' cannot be read: {error.strerror}; "
+            "'rtfocus configs' lists those that come with rtfocus"
+        )
+        raise ConfigError(msg) from error
+    except yaml.YAMLError as error:
+        msg = f"config '{path}' is not valid YAML: {error}"
+        raise ConfigError(msg) from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        msg = (
+            f"config '{path}' must be a mapping of sections, got {type(data).__name__}"
+        )
+        raise ConfigError(msg)
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, origin=str(path), folder=path.parent)
+
+
+def parse_config(
+    data: Mapping[str, Any], *, origin: str = "config", folder: Path | None = None
+) -> Config:
+    """Validate a mapping; `folder` is what relative paths are resolved against.
+
+    Raises
+    ------
+    ConfigError
+        As `load_config`.
+    """
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        msg = f"{origin}: " + "; ".join(lines)
+        raise ConfigError(msg) from error
+    return config if folder is None else _resolve_paths(config, folder)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one ``a.b.c=value``; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        msg = f"--set '{override}' is not of the form section.key=value"
+        raise ConfigError(msg)
+    *parents, last = key.strip().split(".")
+    node: Any = data
+    for parent in parents:
+        node = _child(node, parent, override)
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        msg = f"--set '{override}': '{'.'.join(parents)}' is a value, not a section"
+        raise ConfigError(msg)
+
+
+def _child(node: Any, name: str, override: str) -> Any:
+    """Step into a section or list entry, making the section where it is missing."""
+    if isinstance(node, list):
+        return node[_list_index(node, name, override)]
+    if not isinstance(node, dict):
+        msg = f"--set '{override}': '{name}' lies below a value, not a section"
+        raise ConfigError(msg)
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _list_index(node: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        msg = f"--set '{override}': '{name}' is no index below {len(node)}"
+        raise ConfigError(msg)
+    return int(name)
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One sentence per fault: key path, value, rule, remedy."""
+    # A discriminated union adds its tag (the source) to the location.
+    location = tuple(
+        part
+        for i, part in enumerate(detail["loc"])
+        if not (i == 1 and detail["loc"][0] == "microscope" and len(detail["loc"]) > 2)
+    )
+    key = ".".join(str(part) for part in location)
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        valid = _valid_keys(detail["loc"][:-1])
+        near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid)}"
+        return f"unknown key '{key}'; {hint}"
+    value = detail["input"]
+    shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
+    return f"'{key}': {detail['msg']}{shown}"
+
+
+def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at `location`, walking the models' annotations."""
+    candidates: list[Any] = [Config]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        below: list[Any] = []
+        for candidate in candidates:
+            fields = _fields(candidate)
+            if part in fields:
+                below.extend(_models(fields[part]))
+        # A discriminated union adds its tag to the location: not a field, no step.
+        candidates = below or candidates
+    return sorted({name for model in candidates for name in _fields(model)})
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return {name: info.annotation for name, info in model.model_fields.items()}
+    return dict(getattr(model, "__annotations__", {}))
+
+
+def _models(annotation: Any) -> list[Any]:
+    """All section classes inside an annotation such as ``list[A] | B | None``."""
+    inner = get_args(annotation)
+    if not inner:
+        is_section = hasattr(annotation, "__pydantic_config__") or (
+            isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        )
+        return [annotation] if is_section else []
+    return [model for part in inner for model in _models(part)]
+
+
+def _resolve_paths(section: Any, folder: Path) -> Any:
+    """Make input paths absolute; `run.folder` stays relative to where one works."""
+    updates: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel) and name != "run":
+            updates[name] = _resolve_paths(value, folder)
+        elif isinstance(value, Path) and name != "folder":
+            updates[name] = _resolve(value, folder)
+        elif isinstance(value, list):
+            updates[name] = [
+                _resolve(item, folder) if isinstance(item, Path) else item
+                for item in value
+            ]
+    return section.model_copy(update=updates)
+
+
+def _resolve(path: Path, folder: Path) -> Path:
+    path = path.expanduser()
+    return path if path.is_absolute() else (folder / path).resolve()

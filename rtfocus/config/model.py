@@ -1,0 +1,76 @@
+"""Config model: the whole file."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from rtfocus.channel import Channel, OpticalSystem
+from rtfocus.config.microscope import (
+    AcquisitionConfig,
+    MicroscopeConfig,
+    VirtualMicroscopeConfig,
+)
+from rtfocus.config.processor import (
+    CameraConfig,
+    ProcessingConfig,
+    RestorationConfig,
+    StoreConfig,
+    TransportConfig,
+)
+from rtfocus.config.section import Section
+
+
+class RunConfig(Section):
+    """Name and place of the run."""
+
+    name: Annotated[str, Field(pattern=r"^[\w][\w .+-]*$")] = "run"
+    """The run folder is ``NAME.rtfocus``."""
+    folder: Path = Path("runs")
+    """Where run folders are made."""
+
+
+class ChannelConfig(Section):
+    """One channel: its light, and what it is processed with."""
+
+    name: str = "default"
+    """Micro-Manager preset name; ``default`` covers channels not listed."""
+    optics: OpticalSystem | None = None
+    """None: frames of this channel are recorded, not restored."""
+    classifier: str | None = None
+    """Overrides ``processing.classifier`` for this channel."""
+    restoration: RestorationConfig | None = None
+    """Overrides ``processing.restoration`` for this channel."""
+
+    @property
+    def channel(self) -> Channel:
+        """The part that travels with the frames."""
+        return Channel(name=self.name, optics=self.optics)
+
+
+class Config(Section):
+    """An rtfocus configuration; each side reads the sections it needs."""
+
+    run: RunConfig = RunConfig()
+    microscope: MicroscopeConfig = VirtualMicroscopeConfig()
+    acquisition: AcquisitionConfig = AcquisitionConfig()
+    camera: CameraConfig = CameraConfig()
+    channels: Annotated[list[ChannelConfig], Field(min_length=1)] = [ChannelConfig()]
+    processing: ProcessingConfig = ProcessingConfig()
+    transport: TransportConfig = TransportConfig()
+    store: StoreConfig = StoreConfig()
+
+    @model_validator(mode="after")
+    def _channel_names_unique(self) -> "Config":
+        names = [channel.name for channel in self.channels]
+        doubled = {name for name in names if names.count(name) > 1}
+        if doubled:
+            msg = f"channels {sorted(doubled)} are listed twice; names must be unique"
+            raise ValueError(msg)
+        return self
+
+    def channel(self, name: str) -> ChannelConfig:
+        """Return the entry of a channel, or ``default``, or an empty one."""
+        by_name = {channel.name: channel for channel in self.channels}
+        found = by_name.get(name) or by_name.get("default") or ChannelConfig()
+        return found.model_copy(update={"name": name})

@@ -1,0 +1,125 @@
+"""Processor config: what happens to a frame between receive and write."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rtfocus.config.section import Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class CameraConfig(Section):
+    """Turns counts into a signal proportional to light; applied first."""
+
+    offset_counts: Annotated[float, Field(ge=0)] = 0.0
+    """Counts in the dark; subtracted before anything else."""
+    gain_e_per_count: Annotated[float, Field(gt=0)] = 1.0
+    """Photo-electrons per count."""
+    flat_field: Path | None = None
+    """Image of an even field; frames are divided by it (mean 1 after scaling)."""
+    saturation_counts: Annotated[float, Field(gt=0)] | None = None
+    """At or above it a pixel is saturated; None: full scale of the bit depth."""
+
+
+class RestorationConfig(Section):
+    """How a frame is restored."""
+
+    method: str = "wiener"
+    """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``, ``none``,
+    or the name of a restorer in the engines folder."""
+    iterations: Annotated[int, Field(gt=0)] | None = None
+    """Richardson-Lucy only; None: 15, accelerated 3."""
+    noise_to_signal: Annotated[float, Field(gt=0)] | None = None
+    """Wiener only: ratio of noise to signal power; None: estimated per frame."""
+    window: Literal["triangular", "rectangular"] = "triangular"
+    """Montage weights (He 2020); ``rectangular`` shows seams, for comparison."""
+    halo_px: Annotated[int, Field(ge=0)] | None = None
+    """Context per side; None: radius that holds 99 % of the PSF's energy."""
+
+
+class ProcessingConfig(Section):
+    """Engines and how they run."""
+
+    classifier: str | None = "delpnet"
+    """Engine that estimates defocus; None: frames are only recorded."""
+    restoration: RestorationConfig = RestorationConfig()
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """``gpu``: an error where there is none; ``auto``: the best there is."""
+    backend: Literal["auto", "openvino", "onnxruntime"] = "auto"
+    """CPU runtime of networks; ``auto``: first available, in this order."""
+    precision: Literal["auto", "f32", "bf16"] = "auto"
+    """CPU precision; ``auto``: bf16 where the CPU computes in it."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """Threads for networks and FFTs; None: one per core."""
+    engine_folders: list[Path] = []
+    """Further folders with engines, searched before the shipped ones."""
+    ignore_optics: bool = False
+    """Run an engine outside the optics it was trained for."""
+
+
+class PreviewConfig(Section):
+    """Newest frames and metrics for viewers; never slows the recording."""
+
+    endpoint: str | None = "tcp://127.0.0.1:5573"
+    """Where the processor publishes; None: nowhere."""
+    max_side_px: Annotated[int, Field(gt=0)] = 512
+    """Preview frames are reduced to at most this side."""
+    interval_s: Annotated[float, Field(gt=0)] = 0.2
+    """Shortest time between two preview frames."""
+
+
+class TransportConfig(Section):
+    """Sockets between the microscope side and the processor."""
+
+    frames: str = "tcp://127.0.0.1:5571"
+    """Frames: bound by the microscope side, connected to by the processor."""
+    control: str = "tcp://127.0.0.1:5572"
+    """Credit, receipts, estimates, requests: bound by the microscope side."""
+    preview: PreviewConfig = PreviewConfig()
+    slots: Annotated[int, Field(ge=2)] = 32
+    """Frames held per side; the microscope keeps each until it is durable."""
+    memory_mb: Annotated[float, Field(gt=0)] = 2048
+    """Most memory for the slots of one side; fewer slots if they are large."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """A stall longer than this follows `on_stall`."""
+    on_stall: Literal["wait", "raw_only", "abort"] = "wait"
+    """``wait``; ``raw_only``: keep writing raw, restore later; ``abort``."""
+    heartbeat_s: Annotated[float, Field(gt=0)] = 0.5
+    """Interval of heartbeats; a peer silent for 6 of them is lost."""
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long either side waits for the other at the start."""
+    max_frame_mb: Annotated[float, Field(gt=0)] = 256
+    """Larger messages are refused and disconnect their sender."""
+    curve_keys: Path | None = None
+    """Folder with CURVE certificates; required off loopback (slow: encrypts)."""
+    insecure: bool = False
+    """Allow to bind beyond loopback without CURVE."""
+
+
+class StoreConfig(Section):
+    """The run folder ``NAME.rtfocus``."""
+
+    raw: bool = True
+    """Write ``raw.ome.zarr``."""
+    restored: bool = True
+    """Write ``restored.ome.zarr``."""
+    restored_dtype: Literal["camera", "float32"] = "camera"
+    """``camera``: clipped and rounded to the camera's dtype."""
+    chunk_px: Annotated[int, Field(gt=0)] = 512
+    """Side of the inner chunks."""
+    shard_frames: Annotated[int, Field(gt=0)] = 1
+    """Frames (along t) per shard; durability advances per shard."""
+    codec: Literal["zstd", "blosc-zstd", "blosc-lz4", "none"] = "blosc-lz4"
+    """Compression of the chunks."""
+    codec_level: Annotated[int, Field(ge=0, le=22)] = 1
+    """Compression level."""
+    fsync: bool = False
+    """Flush every frame to the disk itself: survives a power loss, slower."""
+    outstanding: Annotated[int, Field(gt=0)] = 8
+    """Frames being written at once."""
+    min_free_mb: Annotated[float, Field(ge=0)] = 500
+    """The run ends cleanly when less than this is left on the disk."""
+    overwrite: bool = False
+    """Replace a finished run folder of the same name."""

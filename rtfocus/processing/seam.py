@@ -1,0 +1,63 @@
+"""Seam: what the live loop asks of a processor and a processor of an engine.
+
+The seam is the frame, because tiles must be able to stay on a GPU; engines
+below it see arrays only, never sockets or threads.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
+from rtfocus.slots import Slot
+
+
+class FrameProcessor(Protocol):
+    """Estimates and restores whole frames, several in flight.
+
+    Lifecycle: `start` once per series, then for every slot `submit`, `wait_estimate`,
+    `wait_result` in this order (from different threads if wanted), then `close`.
+    The caller owns the slot and must not release it before `wait_result` returned
+    and the result's arrays are no longer needed: they belong to the slot.
+    """
+
+    def start(self, series: SeriesStart, slots: int) -> TileGrid | None:
+        """Prepare engines, PSFs and per-slot buffers; EngineError where none fits.
+
+        Returns the grid of the defocus maps; None where no channel is classified.
+        """
+        ...
+
+    def submit(self, slot: Slot, *, restore: bool = True) -> None:
+        """Begin work on a frame; waits while the processor is full."""
+        ...
+
+    def wait_estimate(self, slot: Slot) -> tuple[Estimate, DefocusMap] | None:
+        """Wait for the defocus of a frame; None: this channel has no classifier."""
+        ...
+
+    def wait_result(self, slot: Slot) -> FrameResult:
+        """Wait for everything about a frame; raises what went wrong with it."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads and free buffers; called twice does nothing."""
+        ...
+
+
+class Engine(Protocol):
+    """A network ready to run on batches of tiles, CPU side."""
+
+    name: str
+    """Folder name in ``engines/``."""
+
+    def infer(
+        self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
+    ) -> NDArray[Any]:
+        """Map (N, C, H, W) tiles to the network's first output, a new array."""
+        ...
+
+    def close(self) -> None:
+        """Free the runtime; called twice does nothing."""
+        ...
