@@ -1,0 +1,1 @@
+"""Optics: PSFs, blur, camera noise, specimens and their calibration."""

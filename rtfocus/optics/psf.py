@@ -1,0 +1,242 @@
+"""PSF: the image of a point at a known defocus, as the camera's pixels see it.
+
+Lateral lengths inside are in units of lambda / NA, where every PSF of a given
+defocus phase is the same function. Round pupils are integrated along a radius
+(Gauss-Legendre nodes, a J0 matrix that many defoci share); the others by a
+direct separable Fourier transform onto exactly the points that are wanted.
+Both give the energy in the whole plane by Parseval, so "99 % of the energy"
+means of all light, not of the window. Signs: see `rtfocus.optics.pupil`.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.interpolate import CubicSpline
+from scipy.special import j0
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.optics import pupil
+
+Image = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+MAX_SIZE_PX = 511
+"""Largest window chosen without being asked for; a wider PSF is cut there."""
+
+# Diffraction puts 2 / (pi v) of the light beyond a radius v = 2 pi NA r / lambda:
+# 1 % lies more than ten units of lambda / NA outside the geometric blur.
+_TAIL_UNITS = 11.0
+# Sub-pixels no wider than this many lambda / NA: half the intensity's Nyquist step.
+_SUBPIXEL_UNITS = 0.125
+# Amplitude knots per lambda / NA (cubic between: error below 1e-4), and the finer
+# steps at which the intensity is tabulated (linear between).
+_KNOTS_PER_UNIT = 16
+_FINE_PER_UNIT = 64
+_ENERGY = 0.99
+
+
+def compute_psf(
+    system: OpticalSystem,
+    defocus_um: float,
+    *,
+    size_px: int | None = None,
+    oversample: int = 3,
+) -> Image:
+    """Compute the scalar widefield PSF of one defocus, integrated over pixels.
+
+    ``born_wolf`` is even in z. ``pupil`` uses the exact defocus phase, Zernike
+    aberrations and a Gaussian apodisation; it is even only without aberrations.
+    Polarisation is ignored.
+
+    Parameters
+    ----------
+    system
+        Objective, light and sampling; its ``defocus_offset_um`` is added.
+    defocus_um
+        Nominal defocus in um; positive = specimen too far from the objective.
+    size_px
+        Side of the result in pixels, odd. None: the smallest odd side that holds
+        99 % of the light of the whole plane, at most `MAX_SIZE_PX`.
+    oversample
+        Sub-pixels per pixel and axis, at least 3. More are taken by themselves
+        where the pixel is coarse against lambda / NA.
+
+    Returns
+    -------
+    Image
+        Shape (side, side), axes (y, x), non-negative, sums to 1; the caller's
+        own copy.
+
+    Raises
+    ------
+    ValueError
+        If `size_px` is even or not positive, or `oversample` is below 3.
+
+    References
+    ----------
+    .. [1] L. He et al., 2020, eq. 2 (Born and Wolf), with refractive index.
+    .. [2] J. W. Goodman, *Introduction to Fourier Optics*, 3rd ed., ch. 6.
+
+    Examples
+    --------
+    >>> optics = OpticalSystem(0.5, 451.0, 0.65)
+    >>> psf = compute_psf(optics, 10.0, size_px=41)
+    >>> psf.shape, round(float(psf.sum()), 5)
+    ((41, 41), 1.0)
+    """
+    if size_px is not None and (size_px < 1 or size_px % 2 == 0):
+        msg = f"size_px={size_px} has no centre pixel; choose an odd side >= 1"
+        raise ValueError(msg)
+    if oversample < 3:
+        msg = f"oversample={oversample} does not integrate over a pixel; use >= 3"
+        raise ValueError(msg)
+    return _cached_psf(system, float(defocus_um), size_px, oversample).copy()
+
+
+def psf_stack(
+    system: OpticalSystem, defocus_um_values: Iterable[float], size_px: int
+) -> Image:
+    """Compute the PSFs of several defoci; axes (defocus, y, x)."""
+    return np.stack(
+        [compute_psf(system, z, size_px=size_px) for z in defocus_um_values]
+    )
+
+
+def psf_radius_px(psf: Image, energy: float = _ENERGY) -> int:
+    """Return the half side of the smallest centred square holding `energy`.
+
+    Relative to the sum of the given window; 0 means the centre pixel alone.
+    """
+    return _half_side(np.asarray(psf, dtype=np.float64), energy * float(psf.sum()))
+
+
+def _half_side(psf: Floats, wanted: float) -> int:
+    """Half side of the smallest centred square whose sum reaches `wanted`."""
+    half = psf.shape[0] // 2
+    distance = np.abs(np.arange(psf.shape[0]) - half)
+    ring = np.maximum(distance[:, None], distance[None, :])
+    held = np.cumsum(np.bincount(ring.ravel(), weights=psf.ravel()))
+    return int(min(np.searchsorted(held, wanted), half))
+
+
+@lru_cache(maxsize=256)
+def _cached_psf(
+    system: OpticalSystem, defocus_um: float, size_px: int | None, oversample: int
+) -> Image:
+    total_um = defocus_um + system.defocus_offset_um
+    oversample = max(oversample, ceil(system.sampling / _SUBPIXEL_UNITS))
+    if size_px is None:
+        half = _window_half_px(system, total_um)
+    else:
+        half = size_px // 2
+    # Fractions of all light per pixel, so the sum is the energy in the window.
+    if pupil.is_round(system):
+        psf = _round_psf(system, total_um, half, oversample)
+    else:
+        psf = _general_psf(system, total_um, half, oversample)
+    if size_px is None:
+        cut = half - _half_side(psf, _ENERGY)
+        psf = psf[cut : psf.shape[0] - cut, cut : psf.shape[1] - cut]
+    result: Image = np.asarray(psf / psf.sum(), dtype=np.float32)
+    result.flags.writeable = False
+    return result
+
+
+def _window_half_px(system: OpticalSystem, total_um: float) -> int:
+    """Half side that surely holds 99 % of the light, within the bound."""
+    unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
+    radius_um = pupil.blur_radius_um(system, total_um) + _TAIL_UNITS * unit_um
+    return min(ceil(radius_um / system.pixel_size_um), MAX_SIZE_PX // 2)
+
+
+def _round_psf(
+    system: OpticalSystem, total_um: float, half: int, oversample: int
+) -> Floats:
+    """Sample a round PSF on one quadrant of the fine grid, bin it and mirror it."""
+    step = system.sampling / oversample
+    # Sub-pixel centres of the pixels 0..half; pixel 0 reaches from -0.5 to 0.5 px.
+    centre = (np.arange((half + 1) * oversample) + 0.5) * step - system.sampling / 2
+    radius = np.hypot(centre[:, None], centre[None, :])
+    profile = _radial_profile(system, total_um, float(radius.max()))
+    knots = np.arange(profile.size) / _FINE_PER_UNIT
+    fine = np.interp(radius.ravel(), knots, profile).reshape(radius.shape)
+    quadrant = _bin(fine, oversample) * step**2
+    right = np.concatenate([quadrant[:, :0:-1], quadrant], axis=1)
+    return np.concatenate([right[:0:-1], right], axis=0)
+
+
+def _radial_profile(
+    system: OpticalSystem, total_um: float, largest: float
+) -> NDArray[np.float64]:
+    """Intensity at radii in steps of 1/64 lambda / NA; the plane's integral is 1."""
+    # Cycles of the integrand over the pupil: of J0 and of the pupil's own phase.
+    unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
+    cycles = largest + pupil.blur_radius_um(system, total_um) / unit_um
+    # Rounded up so that neighbouring defoci share one J0 matrix.
+    node_count = 64 * ceil((4.0 * cycles + 32.0) / 64.0)
+    knot_count = 64 * ceil((largest * _KNOTS_PER_UNIT + 2.0) / 64.0)
+    nodes, weights, bessel = _bessel_matrix(knot_count, node_count)
+    wave = pupil.round_pupil(system, total_um, nodes) * weights * nodes
+    parts = bessel @ np.stack([wave.real, wave.imag], axis=1)
+    knots = np.arange(knot_count) / _KNOTS_PER_UNIT
+    # An even function: its slope at radius 0 is 0.
+    spline = CubicSpline(knots, parts, bc_type=("clamped", "not-a-knot"))
+    fine = spline(np.arange(ceil(largest * _FINE_PER_UNIT) + 2) / _FINE_PER_UNIT)
+    energy = np.sum(np.abs(wave) ** 2 / (weights * nodes)) / (2.0 * np.pi)
+    return np.asarray(np.sum(fine**2, axis=1) / energy)
+
+
+@lru_cache(maxsize=8)
+def _bessel_matrix(knot_count: int, node_count: int) -> tuple[Floats, Floats, Floats]:
+    """Nodes and weights on [0, 1] and J0(2 pi v rho), axes (knot, node)."""
+    points, weights = np.polynomial.legendre.leggauss(node_count)
+    nodes = (points + 1.0) / 2.0
+    knots = np.arange(knot_count) / _KNOTS_PER_UNIT
+    return nodes, weights / 2.0, j0(2.0 * np.pi * np.outer(knots, nodes))
+
+
+def _general_psf(
+    system: OpticalSystem, total_um: float, half: int, oversample: int
+) -> Floats:
+    """Transform a sampled pupil onto the fine grid and bin it."""
+    count = (2 * half + 1) * oversample
+    step = system.sampling / oversample
+    centre = (np.arange(count) - (count - 1) / 2.0) * step
+    unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
+    # A pupil sampled in steps d repeats the field every 1 / d: the replica's own
+    # blur and most of its tail must stay clear of the window.
+    reach = pupil.blur_radius_um(system, total_um) / unit_um + centre[-1]
+    samples = max(128, 4 * ceil(reach + _TAIL_UNITS))
+    pitch = 2.0 / samples
+    axis = (np.arange(samples) + 0.5) * pitch - 1.0
+    wave = _edge_weight(axis, pitch) * _inside(system, total_um, axis)
+    kernel = np.exp(2j * np.pi * np.outer(centre, axis))
+    field = kernel @ wave @ kernel.T * pitch**2
+    energy = np.sum(np.abs(wave) ** 2) * pitch**2
+    return np.asarray(_bin(np.abs(field) ** 2, oversample) * step**2 / energy)
+
+
+def _inside(
+    system: OpticalSystem, total_um: float, axis: Floats
+) -> NDArray[np.complex128]:
+    """Complex pupil on the grid (y, x); points outside take the edge's value."""
+    x, y = np.meshgrid(axis, axis)
+    shrink = 1.0 / np.maximum(np.hypot(x, y), 1.0)
+    return pupil.full_pupil(system, total_um, x * shrink, y * shrink)
+
+
+def _edge_weight(axis: Floats, pitch: float) -> Floats:
+    """Share of each pupil cell inside the aperture; 5 x 5 points per cell."""
+    fine = (axis[:, None] + (np.arange(5) - 2.0) / 5.0 * pitch).ravel()
+    inside = (fine[:, None] ** 2 + fine[None, :] ** 2 <= 1.0).astype(np.float64)
+    return _bin(inside, 5) / 25.0
+
+
+def _bin(fine: Floats, factor: int) -> Floats:
+    """Sum blocks of factor x factor."""
+    rows, columns = fine.shape
+    blocks = fine.reshape(rows // factor, factor, columns // factor, factor)
+    return np.asarray(blocks.sum(axis=(1, 3)))
