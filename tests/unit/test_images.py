@@ -1,0 +1,150 @@
+"""Images: what is written is read back, whatever the format and the axes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from PIL import Image
+
+from rtfocus.errors import InputError
+from rtfocus.images import ImageSeries, open_images, write_images
+from rtfocus.images.writing import OutputImage
+
+
+def numbered(sizes: dict[str, int], shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Array (t, c, z, *shape) whose planes carry their index in their pixels."""
+    full = (sizes["t"], sizes["c"], sizes["z"], *shape)
+    planes = np.arange(sizes["t"] * sizes["c"] * sizes["z"]).reshape(full[:3])
+    rows = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    grown = planes.reshape(*full[:3], *[1] * len(shape)) * 8 + rows
+    return np.broadcast_to(grown, full).astype(dtype)
+
+
+def as_series(pixels: np.ndarray, name: str = "image") -> ImageSeries:
+    t, c, z = pixels.shape[:3]
+    return ImageSeries(
+        name=name,
+        path=Path(name),
+        sizes={"t": t, "c": c, "z": z},
+        shape=pixels.shape[3:],
+        dtype=pixels.dtype,
+        read_plane=lambda t, c, z: pixels[t, c, z],
+        pixel_size_um=0.65,
+        z_step_um=2.0,
+    )
+
+
+def as_output(series: ImageSeries) -> OutputImage:
+    planes = (series.read(**index) for index in series.indices())
+    return OutputImage(series, series.dtype, planes)
+
+
+@pytest.mark.parametrize("ending", [".tif", ".ome.tiff", ".ome.zarr"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_every_plane_comes_back_at_its_index(
+    tmp_path: Path, ending: str, dtype: str
+) -> None:
+    pixels = numbered({"t": 2, "c": 3, "z": 4}, (7, 9), dtype)
+    write_images(tmp_path / f"out{ending}", [as_output(as_series(pixels))])
+    (back,) = open_images(tmp_path / f"out{ending}")
+    assert back.sizes == {"t": 2, "c": 3, "z": 4}
+    assert back.pixel_size_um == pytest.approx(0.65)
+    assert back.z_step_um == pytest.approx(2.0)
+    for index in back.indices():
+        t, c, z = index.values()
+        np.testing.assert_array_equal(back.read(**index), pixels[t, c, z])
+
+
+def test_rgb_stays_rgb_in_tiff_and_becomes_channels_in_zarr(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 1, 1, 6, 5, 3), np.uint8)
+    write_images(tmp_path / "out.tif", [as_output(as_series(pixels))])
+    (tiff,) = open_images(tmp_path / "out.tif")
+    assert tiff.shape == (6, 5, 3)
+    np.testing.assert_array_equal(tiff.read(t=1), pixels[1, 0, 0])
+    write_images(tmp_path / "out.zarr", [as_output(as_series(pixels))])
+    array = zarr.open_group(tmp_path / "out.zarr", mode="r")["0"]
+    np.testing.assert_array_equal(array[1, 2, 0], pixels[1, 0, 0, ..., 2])
+
+
+@pytest.mark.parametrize("ending", [".tif", ".zarr"])
+def test_several_images_become_several_series(tmp_path: Path, ending: str) -> None:
+    one = numbered({"t": 1, "c": 1, "z": 1}, (4, 4), "uint16")
+    two = numbered({"t": 3, "c": 1, "z": 1}, (5, 8), "uint16")
+    images = [as_output(as_series(one, "a")), as_output(as_series(two, "b"))]
+    write_images(tmp_path / f"out{ending}", images)
+    back = open_images(tmp_path / f"out{ending}")
+    assert [series.shape for series in back] == [(4, 4), (5, 8)]
+    np.testing.assert_array_equal(back[1].read(t=2), two[2, 0, 0])
+
+
+def test_a_folder_is_read_in_name_order_and_written_as_one_file_each(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, value in (("b", 2), ("a", 1)):
+        tifffile.imwrite(tmp_path / f"in/{name}.tif", np.full((4, 4), value, np.uint8))
+    found = open_images(tmp_path / "in")
+    assert [series.name for series in found] == ["a", "b"]
+    paths = write_images(tmp_path / "out", [as_output(series) for series in found])
+    assert [path.name for path in paths] == ["a.tif", "b.tif"]
+    assert int(tifffile.imread(paths[1])[0, 0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((17, 8, 8), {"t": 17, "c": 1, "z": 1}),
+        ((45, 2, 8, 9), {"t": 45, "c": 2, "z": 1}),
+    ],
+)
+def test_unnamed_tiff_axes_are_time_and_a_short_inner_one_is_channel(
+    tmp_path: Path, shape: tuple[int, ...], sizes: dict[str, int]
+) -> None:
+    pixels = np.random.default_rng(1).integers(0, 9, shape, np.uint16)
+    tifffile.imwrite(tmp_path / "s.tif", pixels, photometric="minisblack", metadata={})
+    (series,) = open_images(tmp_path / "s.tif")
+    assert series.sizes == sizes
+    last = pixels[-1] if pixels.ndim == 3 else pixels[-1, 1]
+    np.testing.assert_array_equal(series.read(t=sizes["t"] - 1, c=sizes["c"] - 1), last)
+
+
+def test_png_of_8_and_16_bit_and_alpha(tmp_path: Path) -> None:
+    deep = (np.arange(48).reshape(6, 8) * 1000).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((6, 8, 4), 7, np.uint8)).save(tmp_path / "alpha.png")
+    alpha, deep_back = open_images(tmp_path)
+    assert alpha.shape == (6, 8, 3)
+    assert deep_back.dtype == np.uint16
+    np.testing.assert_array_equal(deep_back.read(), deep)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "absent.tif", "does not exist"),
+        (lambda p: (p / "x.doc").write_text("x") and p / "x.doc", "no reader for"),
+        (lambda p: (p / "x.tif").write_text("x") and p / "x.tif", "read as TIFF"),
+        (lambda p: (p / "x.png").write_text("x") and p / "x.png", "as a picture"),
+        (lambda p: p, "holds no image"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_images(make(tmp_path))
+
+
+def test_a_truncated_tiff_names_the_plane(tmp_path: Path) -> None:
+    path = tmp_path / "cut.tif"
+    noise = np.random.default_rng(2).integers(0, 255, (64, 64), np.uint8)
+    tifffile.imwrite(path, noise)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"cut\.tif"):
+        open_images(path)[0].read()
+
+
+def test_an_unknown_ending_of_the_output_is_refused(tmp_path: Path) -> None:
+    pixels = numbered({"t": 1, "c": 1, "z": 1}, (4, 4), "uint8")
+    with pytest.raises(InputError, match=r"use \.tif"):
+        write_images(tmp_path / "out.xyz", [as_output(as_series(pixels))])
