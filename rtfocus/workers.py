@@ -173,7 +173,9 @@ class Pipeline:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            # In steps, because on Windows a join cannot be interrupted by Ctrl-C.
+            while thread.is_alive():
+                thread.join(timeout=0.25)
         if self._failed is not None:
             error = self._failed.error
             msg = f"worker '{self._failed.name}' failed: {error}"

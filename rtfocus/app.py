@@ -1,0 +1,245 @@
+"""App: the main loop, wired on one screen.
+
+The processor side, one thread per worker, queues bounded, nothing lost:
+
+::
+
+    microscope ══ frames ══▶ receive ─▶ submit ─▶ estimate ─▶ write ─▶ 3 OME-Zarrs
+        ▲  ▲                  (BLOCK: credit)  │      │         │        + journal
+        │  └── estimate (newest wins) ─────────┼──────┘         │
+        └───── durable, credit ────────────────┼────────────────┘
+                                               └─▶ preview (newest wins)
+
+A frame lives in one slot from arrival until it is durable. Slots are the credit
+the microscope side sends within, so a slow disk slows the camera's side, never
+memory. Focus leaves at ``estimate`` and never waits for restoration or disk.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from rtfocus.config import Config
+from rtfocus.errors import EngineError, WorkerError
+from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
+from rtfocus.microscope.acquisition import AcquisitionReport
+from rtfocus.microscope.acquisition import acquire as acquire_frames
+from rtfocus.monitor import Monitor
+from rtfocus.processing.seam import FrameProcessor
+from rtfocus.processing.select import open_processor
+from rtfocus.slots import Slot
+from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.transport.publisher import FramePublisher
+from rtfocus.transport.receiver import FrameReceiver, Gap
+from rtfocus.workers import BoundedQueue, Pipeline, Worker
+from rtfocus.writers.naming import run_folder
+from rtfocus.writers.run import RunWriter, open_run
+
+Arrival = Slot | Gap
+
+
+def acquire(
+    config: Config,
+    *,
+    stop: threading.Event,
+    on_publisher: Callable[[FramePublisher], None] = lambda _: None,
+    on_frame: Callable[[FrameHeader], None] = lambda _: None,
+) -> AcquisitionReport:
+    """Run the microscope side: acquire one series and send it until it is durable."""
+    with FramePublisher(config.transport) as publisher:
+        on_publisher(publisher)
+        return acquire_frames(config, publisher, stop=stop, on_frame=on_frame)
+
+
+def process(
+    config: Config,
+    *,
+    stop: threading.Event,
+    on_monitor: Callable[[Monitor], None] = lambda _: None,
+) -> Path | None:
+    """Run the processor side for one series; return its run folder.
+
+    Returns None when `stop` was set before a series came.
+
+    Raises
+    ------
+    RtfocusError
+        What went wrong first; the run folder is finished and reported before.
+    """
+    monitor = Monitor()
+    on_monitor(monitor)
+    with (
+        closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
+        closing(open_processor(config)) as processor,
+        closing(PreviewPublisher(config.transport.preview)) as preview,
+        _when(stop, receiver.stop),
+    ):
+        series = receiver.wait_series()
+        if series is None:
+            return None
+        return SeriesLoop(config, series, receiver, processor, preview, monitor).run()
+
+
+class SeriesLoop:
+    """One series through the processor, from its start to its finished folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        series: SeriesStart,
+        receiver: FrameReceiver,
+        processor: FrameProcessor,
+        preview: PreviewPublisher,
+        monitor: Monitor,
+    ) -> None:
+        self._config = config
+        self._series = series
+        self._receiver = receiver
+        self._processor = processor
+        self._preview = preview
+        self._monitor = monitor
+        self._in_flight: dict[int, Slot] = {}
+        """Frames that arrived and are not yet durable, by sequence."""
+
+    def run(self) -> Path:
+        """Process the series; the folder is finished even when a worker fails."""
+        grid = self._processor.start(self._series, self._config.transport.slots)
+        with open_run(
+            run_folder(self._config.run, self._config.store, self._series),
+            self._series,
+            self._config.store,
+            grid=grid,
+            restored=self._config.store.restored,
+            accounting=self._monitor.accounting,
+            on_durable=self._durable,
+            on_free=self._free,
+            provenance={"config": self._config.model_dump(mode="json")},
+        ) as writer:
+            self._receiver.begin(writer.next_sequence)
+            self._monitor.begin(self._series)
+            failure = self._run_workers(writer)
+            end = self._end(failure)
+            folder = writer.close(end, self._monitor.report())
+        if failure is not None:
+            raise failure
+        return folder
+
+    def _run_workers(self, writer: RunWriter) -> WorkerError | None:
+        capacity = self._receiver.slots.count
+        to_estimate: BoundedQueue[Arrival] = BoundedQueue("estimate", capacity)
+        to_write: BoundedQueue[Arrival] = BoundedQueue("write", capacity)
+        self._monitor.queues = (to_estimate, to_write)
+        self._writer = writer
+        try:
+            Pipeline(
+                [
+                    Worker(
+                        "receive", self._receiver.frames(), self._submit, [to_estimate]
+                    ),
+                    Worker("estimate", to_estimate, self._publish, [to_write]),
+                    Worker("write", to_write, self._write),
+                ],
+                on_abort=self._receiver.stop,
+            ).run()
+            writer.drain()
+        except WorkerError as error:
+            # Counted one by one: each of these arrived and did not become durable.
+            self._monitor.accounting.count(
+                "in_error", "aborted", number=len(self._in_flight)
+            )
+            return error
+        return None
+
+    def _submit(self, arrived: Arrival) -> Arrival:
+        """Hand a frame to the processor; returns at once while it has room."""
+        if isinstance(arrived, Slot):
+            self._in_flight[arrived.frame().sequence] = arrived
+            self._monitor.arrived(arrived)
+            raw_only = self._receiver.wants_raw_only() is not None
+            self._processor.submit(arrived, restore=not raw_only)
+        return arrived
+
+    def _publish(self, arrived: Arrival) -> Arrival:
+        """Send the focus estimate to the microscope side as soon as it is there."""
+        if isinstance(arrived, Slot):
+            try:
+                found = self._processor.wait_estimate(arrived)
+            except EngineError:
+                # The frame's failure is told by wait_result, where it is recorded.
+                return arrived
+            if found is not None:
+                self._receiver.send_estimate(found[0])
+                self._monitor.estimated(arrived, found[0])
+                self._preview.offer(arrived.pixels, found[0], self._monitor.snapshot())
+        return arrived
+
+    def _write(self, arrived: Arrival) -> None:
+        """Store a frame, or the fact that it is missing, at its own index."""
+        if isinstance(arrived, Gap):
+            self._writer.mark_missing(arrived.first, arrived.count, arrived.reason)
+            return
+        try:
+            result = self._processor.wait_result(arrived)
+        except EngineError as error:
+            self._writer.record_error(arrived, str(error))
+            return
+        self._monitor.finished(arrived, result)
+        if arrived.frame().role is Role.FOCUS:
+            self._writer.record_focus(arrived, result)
+        else:
+            self._writer.append(arrived, result)
+        self._observe()
+
+    def _observe(self) -> None:
+        status = self._writer.status()
+        self._monitor.free_bytes = status.free_bytes
+        self._monitor.time_to_full_s = status.time_to_full_s
+        self._monitor.free_slots = self._receiver.slots.free
+        self._monitor.slots = self._receiver.slots.count
+
+    def _durable(self, sequence: int) -> None:
+        """Tell the microscope side that it may forget this frame."""
+        slot = self._in_flight.pop(sequence, None)
+        if slot is not None:
+            self._monitor.committed(slot)
+        self._monitor.durable_upto = sequence + 1
+        self._receiver.report_durable(sequence)
+
+    def _free(self, slot: Slot) -> None:
+        self._receiver.release(slot)
+
+    def _end(self, failure: WorkerError | None) -> SeriesEnd:
+        end = self._receiver.end
+        if failure is None and end is not None:
+            return end
+        reason = str(failure) if failure is not None else "stopped"
+        return SeriesEnd(
+            version=self._series.version,
+            series_uid=self._series.series_uid,
+            frames_sent=self._monitor.accounting.acquired,
+            reason=reason,
+        )
+
+
+@contextmanager
+def _when(stop: threading.Event, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` once `stop` is set while the block runs.
+
+    From a thread, because a signal handler interrupts whoever holds a lock.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if stop.wait(0.1):
+                act()
+                return
+
+    watcher = threading.Thread(target=watch, name="stop")
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

@@ -1,0 +1,126 @@
+"""Monitor: what a run is doing, for the live table, the preview and the report."""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from rtfocus.frame import Estimate, FrameResult, SeriesStart
+from rtfocus.metrics import Accounting, StageTimes
+from rtfocus.slots import Slot
+from rtfocus.workers import BoundedQueue
+
+RATE_WINDOW_S = 5.0
+"""Frames/s are those of the last few seconds, so that a stall shows at once."""
+
+
+@dataclass
+class Monitor:
+    """Numbers of one series; the workers write them, anybody reads them."""
+
+    accounting: Accounting = field(default_factory=Accounting)
+    times: StageTimes = field(default_factory=StageTimes)
+    series: SeriesStart | None = None
+    estimate: Estimate | None = None
+    """The newest."""
+    queues: tuple[BoundedQueue[Any], ...] = ()
+    free_slots: int = 0
+    slots: int = 0
+    durable_upto: int = 0
+    free_bytes: int | None = None
+    time_to_full_s: float | None = None
+    backends: dict[str, str] = field(default_factory=dict)
+    """What runs the engines, e.g. ``delpnet: openvino bf16``."""
+    restored: int = 0
+    flagged: int = 0
+    """Frames marked ``nan`` or ``saturated``."""
+    _started: float = field(default_factory=time.perf_counter)
+    _first_ns: int | None = None
+    _last_ns: int = 0
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    _cpu_s: float = field(default_factory=time.process_time)
+
+    def begin(self, series: SeriesStart) -> None:
+        """Forget the time spent waiting for the series."""
+        self.series = series
+        self._started = time.perf_counter()
+        self._cpu_s = time.process_time()
+
+    def arrived(self, slot: Slot) -> None:
+        """Note a frame that was received."""
+        if self._first_ns is None:
+            self._first_ns = slot.received_ns
+
+    def estimated(self, slot: Slot, estimate: Estimate) -> None:
+        """Note a frame whose defocus is known and published."""
+        self.estimate = estimate
+        self.times.add("arrival_to_estimate", _ms_since(slot.received_ns))
+        captured_ms = (estimate.estimated_ns - estimate.captured_ns) / 1e6
+        self.times.add("capture_to_estimate", captured_ms)
+
+    def finished(self, slot: Slot, result: FrameResult) -> None:
+        """Note a frame whose result is known."""
+        for stage, value_ms in result.stage_ms.items():
+            self.times.add(stage, value_ms)
+        self.times.add("arrival_to_result", _ms_since(slot.received_ns))
+        self.restored += result.restored is not None
+        self.flagged += bool(result.flags)
+
+    def committed(self, slot: Slot) -> None:
+        """Note a frame that is on the disk."""
+        self.times.add("arrival_to_durable", _ms_since(slot.received_ns))
+        self._last_ns = time.monotonic_ns()
+        self._recent.append(time.perf_counter())
+
+    @property
+    def frames_per_s(self) -> float:
+        """Frames written per second over the last few seconds."""
+        now = time.perf_counter()
+        times = [t for t in list(self._recent) if now - t <= RATE_WINDOW_S]
+        if len(times) < 2:
+            return 0.0
+        return (len(times) - 1) / max(now - times[0], 1e-9)
+
+    def throughput(self) -> dict[str, float | None]:
+        """Return seconds and frames/s from the first arrival to the last commit."""
+        if self._first_ns is None or self._last_ns <= self._first_ns:
+            return {"seconds": None, "frames_per_s": None, "cpu_s_per_frame": None}
+        seconds = (self._last_ns - self._first_ns) / 1e9
+        written = max(self.accounting.written, 1)
+        cpu_s = time.process_time() - self._cpu_s
+        return {
+            "seconds": seconds,
+            "frames_per_s": written / seconds,
+            "cpu_s_per_frame": cpu_s / written,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Return everything about the series as plain numbers."""
+        return {
+            "accounting": self.accounting.summary(),
+            "restored": self.restored,
+            "flagged": self.flagged,
+            "throughput": self.throughput(),
+            "stages": self.times.summary(),
+            "backends": self.backends,
+            "queues": {
+                queue.name: {"capacity": queue.capacity, "dropped": queue.dropped}
+                for queue in self.queues
+            },
+            "slots": self.slots,
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the few numbers a viewer shows, beside the preview frame."""
+        summary = self.accounting.summary()
+        return {
+            "frames_per_s": self.frames_per_s,
+            "durable_upto": self.durable_upto,
+            "free_slots": self.free_slots,
+            "time_to_full_s": self.time_to_full_s,
+            **summary,
+        }
+
+
+def _ms_since(received_ns: int) -> float:
+    return (time.monotonic_ns() - received_ns) / 1e6

@@ -1,0 +1,99 @@
+"""Sides: the microscope side as a child process of the processor side.
+
+`rtfocus run` uses it. The child is told to stop by closing its standard input:
+that works on every system, and a parent that dies stops its child too.
+"""
+
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+
+from rtfocus.config import Config
+from rtfocus.errors import MicroscopeError
+
+
+def on_free_ports(config: Config) -> Config:
+    """Return `config` with both sides' endpoints on free ports of this machine."""
+    # All sockets are open at once, so that the ports differ.
+    sockets = [socket.socket() for _ in range(2)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        frames, control = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets)
+    finally:
+        for one in sockets:
+            one.close()
+    transport = config.transport.model_copy(
+        update={"frames": frames, "control": control}
+    )
+    return config.model_copy(update={"transport": transport})
+
+
+class MicroscopeProcess:
+    """`rtfocus acquire` in a process of its own.
+
+    Use as a context manager: leaving it stops the child and waits for its end.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="rtfocus-")
+        path = Path(self._folder.name) / "config.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
+        self._errors = Path(self._folder.name) / "errors.txt"
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "rtfocus", "acquire", str(path)),
+                    *("--quiet", "--stop-on-end-of-input"),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    def stop(self) -> None:
+        """Ask the microscope side to end the series; returns at once."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def failure(self) -> MicroscopeError | None:
+        """Return what the microscope side said when it failed; None if it did not."""
+        if self.running or self._process.returncode == 0:
+            return None
+        said = self._errors.read_text("utf-8", errors="replace").strip()
+        last = said.splitlines()[-1] if said else f"exit {self._process.returncode}"
+        msg = f"microscope side failed: {last.removeprefix('error: ')}"
+        return MicroscopeError(msg)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end of the process; False when it still runs."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def __enter__(self) -> "MicroscopeProcess":
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+        if not self.wait(timeout_s=30):
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
