@@ -28,6 +28,7 @@ from rtfocus.microscope.acquisition import acquire as acquire_frames
 from rtfocus.monitor import Monitor
 from rtfocus.processing.seam import FrameProcessor
 from rtfocus.processing.select import open_processor
+from rtfocus.sides import MicroscopeProcess, on_free_ports
 from rtfocus.slots import Slot
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
@@ -52,6 +53,38 @@ def acquire(
         return acquire_frames(config, publisher, stop=stop, on_frame=on_frame)
 
 
+def run(
+    config: Config,
+    *,
+    stop: threading.Event,
+    abandon: threading.Event,
+    on_monitor: Callable[[Monitor], None] = lambda _: None,
+) -> Path | None:
+    """Run both sides on this machine, in two processes, for one series.
+
+    Parameters
+    ----------
+    config
+        Its endpoints are replaced by free ports of this machine.
+    stop
+        Ends the acquisition; what was acquired is still processed and written.
+    abandon
+        Ends the processor too; the run folder is finished with what it has.
+    on_monitor
+        Receives the numbers of the series once, to read them while it runs.
+    """
+    config = on_free_ports(config)
+    with (
+        MicroscopeProcess(config) as microscope,
+        _when(stop.is_set, microscope.stop),
+        _when(microscope.failed, abandon.set),
+    ):
+        folder = process(config, stop=abandon, on_monitor=on_monitor)
+    if (failure := microscope.failure()) is not None:
+        raise failure
+    return folder
+
+
 def process(
     config: Config,
     *,
@@ -73,7 +106,7 @@ def process(
         closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
         closing(open_processor(config)) as processor,
         closing(PreviewPublisher(config.transport.preview)) as preview,
-        _when(stop, receiver.stop),
+        _when(stop.is_set, receiver.stop),
     ):
         series = receiver.wait_series()
         if series is None:
@@ -223,20 +256,20 @@ class SeriesLoop:
 
 
 @contextmanager
-def _when(stop: threading.Event, act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` once `stop` is set while the block runs.
+def _when(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` once `condition` holds while the block runs.
 
     From a thread, because a signal handler interrupts whoever holds a lock.
     """
     done = threading.Event()
 
     def watch() -> None:
-        while not done.is_set():
-            if stop.wait(0.1):
+        while not done.wait(0.1):
+            if condition():
                 act()
                 return
 
-    watcher = threading.Thread(target=watch, name="stop")
+    watcher = threading.Thread(target=watch, name="watch")
     watcher.start()
     try:
         yield

@@ -45,6 +45,7 @@ class MicroscopeProcess:
         path = Path(self._folder.name) / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
         self._errors = Path(self._folder.name) / "errors.txt"
+        self._said = ""
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [
@@ -61,27 +62,18 @@ class MicroscopeProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
-    @property
-    def running(self) -> bool:
-        """Whether the process still runs."""
-        return self._process.poll() is None
+    def failed(self) -> bool:
+        """Tell whether the process ended with an error."""
+        return self._process.poll() not in (None, 0)
 
     def failure(self) -> MicroscopeError | None:
         """Return what the microscope side said when it failed; None if it did not."""
-        if self.running or self._process.returncode == 0:
+        if not self.failed():
             return None
-        said = self._errors.read_text("utf-8", errors="replace").strip()
-        last = said.splitlines()[-1] if said else f"exit {self._process.returncode}"
+        said = self._said or f"exit code {self._process.returncode}"
+        last = said.splitlines()[-1]
         msg = f"microscope side failed: {last.removeprefix('error: ')}"
         return MicroscopeError(msg)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for the end of the process; False when it still runs."""
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
 
     def __enter__(self) -> "MicroscopeProcess":
         return self
@@ -93,7 +85,10 @@ class MicroscopeProcess:
         _traceback: TracebackType | None,
     ) -> None:
         self.stop()
-        if not self.wait(timeout_s=30):
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._said = self._errors.read_text("utf-8", errors="replace").strip()
         self._folder.cleanup()

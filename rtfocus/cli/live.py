@@ -1,0 +1,116 @@
+"""Live commands: ``run``, ``acquire`` and ``process``."""
+
+import sys
+import threading
+from typing import Annotated
+
+import typer
+
+from rtfocus import app as loop
+from rtfocus.cli.display import Rows, display, processor_rows
+from rtfocus.cli.interrupt import interruptible
+from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
+from rtfocus.cli.report import print_report
+from rtfocus.monitor import Monitor
+from rtfocus.transport.publisher import FramePublisher
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(run)
+    app.command()(acquire)
+    app.command()(process)
+
+
+def run(
+    config: ConfigArgument, overrides: SetOption = None, quiet: QuietOption = False
+) -> None:
+    """Run both sides on this machine and write a run folder.
+
+    Ctrl-C ends the acquisition; what was acquired is still processed and written.
+
+    [bold]Example:[/] rtfocus run democamera --set run.folder=D:/data
+    """
+    settings = read_config(config, overrides)
+    monitors: list[Monitor] = []
+    with (
+        interruptible() as (stop, abandon),
+        display(lambda: processor_rows(_last(monitors)), quiet=quiet),
+    ):
+        folder = loop.run(
+            settings, stop=stop, abandon=abandon, on_monitor=monitors.append
+        )
+    if folder is not None:
+        print_report(folder)
+
+
+def process(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Leave after the first series.")
+    ] = False,
+) -> None:
+    """Run the processor side: receive, estimate, restore, write, series by series.
+
+    [bold]Example:[/] rtfocus process my.yaml --set transport.frames=tcp://scope:5571
+    """
+    settings = read_config(config, overrides)
+    with interruptible() as (stop, _):
+        while not stop.is_set():
+            monitors: list[Monitor] = []
+            with display(lambda: processor_rows(_last(monitors)), quiet=quiet):  # noqa: B023
+                folder = loop.process(settings, stop=stop, on_monitor=monitors.append)
+            if folder is not None:
+                print_report(folder)
+            if once:
+                return
+
+
+def acquire(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    stop_on_end_of_input: Annotated[
+        bool, typer.Option("--stop-on-end-of-input", hidden=True)
+    ] = False,
+) -> None:
+    """Run the microscope side: acquire one series and send it to a processor.
+
+    [bold]Example:[/] rtfocus acquire my.yaml --set acquisition.mda=plan.yaml
+    """
+    settings = read_config(config, overrides)
+    publishers: list[FramePublisher] = []
+    with interruptible() as (stop, _):
+        if stop_on_end_of_input:
+            threading.Thread(target=_wait_for_end, args=(stop,), daemon=True).start()
+        with display(lambda: _publisher_rows(publishers), quiet=quiet):
+            report = loop.acquire(settings, stop=stop, on_publisher=publishers.append)
+    if not quiet:
+        typer.echo(report)
+
+
+def _last(monitors: list[Monitor]) -> Monitor | None:
+    return monitors[-1] if monitors else None
+
+
+def _wait_for_end(stop: threading.Event) -> None:
+    """Set `stop` when standard input ends: the parent asks for it, or is gone."""
+    sys.stdin.buffer.read()
+    stop.set()
+
+
+def _publisher_rows(publishers: list[FramePublisher]) -> Rows:
+    if not publishers:
+        return [("state", "starting")]
+    status = publishers[-1].status()
+    return [
+        ("sent", str(status.sent)),
+        ("received", str(status.received_upto)),
+        ("durable", str(status.durable_upto)),
+        ("free slots", str(status.free_slots)),
+        ("recorder", "connected" if status.recorder_alive else "waiting for one"),
+        ("resent", str(status.resent)),
+        ("stalls", str(status.stalls)),
+    ]

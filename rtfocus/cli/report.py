@@ -1,0 +1,67 @@
+"""Report: the end of a run as text; the same numbers lie in ``report.json``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rtfocus.errors import WriterError
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Load ``report.json`` of a run folder."""
+    path = folder / "report.json"
+    try:
+        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"'{path}' cannot be read ({error}); run: rtfocus check {folder} --repair"
+        raise WriterError(msg) from error
+    return report
+
+
+def print_report(folder: Path) -> None:
+    """Print loss accounting, throughput and stage times of a finished run."""
+    report = read_report(folder)
+    console = Console()
+    console.print(f"[bold]{folder}[/]  ({report.get('reason', 'completed')})")
+    console.print(_accounting_line(report["accounting"]))
+    throughput = report.get("throughput", {})
+    if throughput.get("frames_per_s"):
+        console.print(
+            f"{throughput['frames_per_s']:.1f} frames/s over "
+            f"{throughput['seconds']:.1f} s, "
+            f"{1e3 * throughput['cpu_s_per_frame']:.0f} ms CPU time per frame"
+        )
+    for kind, backend in report.get("backends", {}).items():
+        console.print(f"{kind}: {backend}")
+    console.print(_stage_table(report.get("stages", {})))
+
+
+def _accounting_line(terms: dict[str, Any]) -> str:
+    """Spell the loss identity out."""
+    parts = [f"{terms['acquired']} acquired = {terms['written']} written"]
+    if terms["focus"]:
+        parts.append(f"{terms['focus']} focus probes")
+    for name in ("dropped", "in_error"):
+        places = terms[name]
+        parts.append(
+            " + ".join(f"{n} {name} ({place})" for place, n in places.items())
+            or f"0 {name.replace('_', ' ')}"
+        )
+    line = " + ".join(parts)
+    if terms["unaccounted"]:
+        line += f"  [bold red]and {terms['unaccounted']} unaccounted for[/]"
+    return line
+
+
+def _stage_table(stages: dict[str, dict[str, float | int | None]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    for column in ("p50 ms", "p95 ms", "p99 ms", "max ms"):
+        table.add_column(column, justify="right")
+    for name, times in stages.items():
+        values = [times[key] for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
+        table.add_row(name, *("-" if v is None else f"{v:.1f}" for v in values))
+    return table

@@ -1,0 +1,149 @@
+"""Config: defaults, overrides, and errors that help."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from rtfocus.config import Config, load_config
+from rtfocus.errors import ConfigError
+from rtfocus.frame import Position, SeriesStart
+from rtfocus.resources import resource_folder
+
+OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
+
+
+def write(folder: Path, data: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(data), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"transprot": {}}, "unknown key 'transprot'; did you mean 'transport'"),
+        ({"transport": {"slts": 3}}, "'transport.slts'; did you mean 'slots'"),
+        (
+            {"microscope": {"source": "virtual", "specimen": {"knd": "nuclei"}}},
+            "'microscope.specimen.knd'; did you mean 'kind'",
+        ),
+        (
+            {"channels": [{"name": "a", "optics": OPTICS | {"NA": 1}}]},
+            r"unknown key 'channels\.0\.optics\.NA'; ",
+        ),
+        ({"transport": {"slots": 1}}, r"'transport\.slots': .*greater.*got 1"),
+        (
+            {"channels": [{"optics": OPTICS | {"numerical_aperture": 1.4}}]},
+            r"refractive_index=1\.0; set the refractive index",
+        ),
+        ({"channels": [{"name": "a"}, {"name": "a"}]}, "listed twice"),
+        ({"microscope": {"source": "virtual", "specimen": {"kind": "stack"}}}, "path"),
+        ({"acquisition": {"mda": {}, "live": {}}}, "keep one"),
+        ([1, 2], "mapping of sections"),
+    ],
+)
+def test_a_bad_config_names_key_rule_and_remedy(
+    tmp_path: Path, data: object, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, data))
+
+
+def test_a_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml.*cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [", "utf-8")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_overrides_reach_every_depth(tmp_path: Path) -> None:
+    path = write(tmp_path, {"channels": [{"name": "a", "optics": OPTICS}]})
+    config = load_config(
+        path,
+        [
+            "transport.slots=7",
+            "channels.0.optics.numerical_aperture=0.75",
+            "store.raw=false",
+        ],
+    )
+    assert config.transport.slots == 7
+    assert config.channels[0].optics is not None
+    assert config.channels[0].optics.numerical_aperture == 0.75
+    assert config.store.raw is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("transport.slots", "section.key=value"),
+        ("channels.3.name=x", "no index below 1"),
+        ("run.name.x=1", "below a value|is a value"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, {"run": {"name": "a"}, "channels": [{"name": "a"}]})
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [override])
+
+
+def test_input_paths_are_relative_to_the_file_and_run_folder_is_not(
+    tmp_path: Path,
+) -> None:
+    path = write(
+        tmp_path,
+        {
+            "run": {"folder": "out"},
+            "microscope": {"source": "replay", "path": "stack.tif"},
+            "camera": {"flat_field": "flat.tif"},
+        },
+    )
+    config = load_config(path)
+    assert config.run.folder == Path("out")
+    assert config.microscope.source == "replay"
+    assert config.microscope.path == (tmp_path / "stack.tif").resolve()
+    assert config.camera.flat_field == (tmp_path / "flat.tif").resolve()
+
+
+def test_channels_fall_back_to_default() -> None:
+    config = Config.model_validate(
+        {"channels": [{"name": "default", "optics": OPTICS}, {"name": "DAPI"}]}
+    )
+    assert config.channel("DAPI").optics is None
+    assert config.channel("FITC").optics is not None
+    assert config.channel("FITC").name == "FITC"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(resource_folder("configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    if path.stem.startswith("train_"):
+        pytest.skip("a training recipe, not a run config")
+    load_config(path)
+
+
+def test_a_config_survives_its_own_dump() -> None:
+    config = Config.model_validate({"channels": [{"optics": OPTICS}]})
+    dumped = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert Config.model_validate(dumped) == config
+
+
+def test_optics_travel_on_the_wire_unchanged() -> None:
+    channel = Config.model_validate({"channels": [{"optics": OPTICS}]}).channels[0]
+    start = SeriesStart(
+        version=1,
+        series_uid="u",
+        name="n",
+        started_ns=0,
+        shape=(4, 4),
+        dtype="<u2",
+        sizes={"t": None, "c": 1},
+        channels=[channel.channel],
+        positions=[Position("p0", x_um=1.5)],
+        pixel_size_um=0.65,
+    )
+    packed = msgspec.msgpack.encode(start)
+    assert msgspec.msgpack.decode(packed, type=SeriesStart) == start

@@ -1,0 +1,38 @@
+"""Metrics: percentiles in constant memory and the loss identity."""
+
+import numpy as np
+import pytest
+
+from rtfocus.metrics import Accounting, Histogram
+
+
+def test_percentiles_agree_with_numpy_to_two_percent() -> None:
+    values = np.random.default_rng(3).lognormal(2.0, 1.0, 20_000)
+    histogram = Histogram()
+    for value in values:
+        histogram.add(float(value))
+    for percent in (1, 50, 95, 99):
+        expected = np.percentile(values, percent)
+        assert histogram.percentile(percent) == pytest.approx(expected, rel=0.02)
+    assert histogram.summary()["max_ms"] == values.max()
+    assert histogram.summary()["mean_ms"] == pytest.approx(values.mean())
+
+
+def test_an_empty_histogram_says_none_not_zero() -> None:
+    assert Histogram().percentile(50) is None
+    assert Histogram().summary()["mean_ms"] is None
+
+
+def test_the_loss_identity_shows_what_nobody_counted() -> None:
+    accounting = Accounting()
+    accounting.set_acquired(10)
+    accounting.count("written", number=5)
+    accounting.count("focus")
+    accounting.count("dropped", "gap", 2)
+    accounting.count("in_error", "write")
+    assert accounting.unaccounted == 1
+    accounting.count("in_error", "process")
+    assert accounting.unaccounted == 0
+    assert accounting.summary()["in_error"] == {"write": 1, "process": 1}
+    accounting.set_acquired(3)
+    assert accounting.acquired == 10

@@ -1,0 +1,73 @@
+"""Slots: fixed memory, one holder at a time, waiting as backpressure."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader
+from rtfocus.slots import SlotPool
+
+
+def header(shape: tuple[int, ...], dtype: str) -> FrameHeader:
+    return FrameHeader(
+        version=PROTOCOL_VERSION,
+        series_uid="u",
+        sequence=0,
+        shape=shape,
+        dtype=dtype,
+        captured_ns=0,
+        exposure_ms=1.0,
+        index={"t": 0},
+    )
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", "<f4"])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3)])
+def test_a_slot_takes_the_shape_and_dtype_of_its_frame(shape, dtype: str) -> None:
+    pool = SlotPool(3, 4 * 5 * 3 * 4)
+    slots = [pool.acquire() for _ in range(3)]
+    for value, slot in enumerate(slots):
+        assert slot is not None
+        slot.prepare(header(shape, dtype))[...] = value
+    for value, slot in enumerate(slots):
+        assert slot is not None
+        assert slot.pixels.shape == shape
+        assert slot.pixels.dtype == np.dtype(dtype)
+        assert np.all(slot.pixels == value), "slots must not share memory"
+
+
+def test_a_frame_larger_than_the_slot_is_refused() -> None:
+    slot = SlotPool(1, 10).acquire()
+    assert slot is not None
+    with pytest.raises(ValueError, match="22 bytes in a slot of 10"):
+        slot.prepare(header((11,), "<u2"))
+
+
+def test_an_empty_pool_makes_its_taker_wait_and_a_release_wakes_it() -> None:
+    pool = SlotPool(1, 16)
+    slot = pool.acquire()
+    assert slot is not None
+    assert pool.acquire(timeout_s=0.01) is None
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(pool.acquire(timeout_s=10)))
+    thread.start()
+    pool.release(slot)
+    thread.join()
+    assert got == [slot]
+    assert pool.lowest_free == 0
+
+
+def test_close_wakes_waiters_with_none_and_double_release_is_an_error() -> None:
+    pool = SlotPool(1, 16)
+    slot = pool.acquire()
+    assert slot is not None
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(pool.acquire()))
+    thread.start()
+    pool.close()
+    thread.join()
+    assert got == [None]
+    pool.release(slot)
+    with pytest.raises(ValueError, match="released twice"):
+        pool.release(slot)

@@ -1,0 +1,78 @@
+"""Workers: bounded queues, endings and failures."""
+
+import threading
+
+import pytest
+
+from rtfocus.errors import WorkerError
+from rtfocus.workers import AbortedError, BoundedQueue, Overflow, Pipeline, Worker
+
+
+def test_everything_passes_in_order_through_small_queues() -> None:
+    first: BoundedQueue[int] = BoundedQueue("first", 2)
+    second: BoundedQueue[int] = BoundedQueue("second", 1)
+    got: list[int] = []
+    Pipeline(
+        [
+            Worker("count", range(500), lambda n: n + 1, [first]),
+            Worker("double", first, lambda n: 2 * n, [second]),
+            Worker("keep", second, got.append),
+        ]
+    ).run()
+    assert got == [2 * (n + 1) for n in range(500)]
+
+
+@pytest.mark.parametrize("failing", ["count", "double", "keep"])
+def test_a_failure_anywhere_surfaces_with_its_name_and_wakes_all(failing: str) -> None:
+    first: BoundedQueue[int] = BoundedQueue("first", 1)
+    second: BoundedQueue[int] = BoundedQueue("second", 1)
+    aborted: list[bool] = []
+
+    def step(name: str):
+        def work(n: int) -> int:
+            if name == failing and n == 3:
+                message = "disk gone"
+                raise OSError(message)
+            return n
+
+        return work
+
+    with pytest.raises(WorkerError, match=f"worker '{failing}' failed: disk gone") as e:
+        Pipeline(
+            [
+                Worker("count", range(10**6), step("count"), [first]),
+                Worker("double", first, step("double"), [second]),
+                Worker("keep", second, step("keep")),
+            ],
+            on_abort=lambda: aborted.append(True),
+        ).run()
+    assert isinstance(e.value.__cause__, OSError)
+    assert aborted == [True]
+
+
+def test_drop_oldest_keeps_the_newest_and_counts_the_rest() -> None:
+    queue: BoundedQueue[int] = BoundedQueue("preview", 2, Overflow.DROP_OLDEST)
+    for n in range(10):
+        queue.put(n)
+    queue.close()
+    assert list(queue) == [8, 9]
+    assert queue.dropped == 8
+
+
+def test_a_blocked_producer_is_woken_by_abort() -> None:
+    queue: BoundedQueue[int] = BoundedQueue("full", 1)
+    queue.put(1)
+    seen: list[BaseException] = []
+
+    def produce() -> None:
+        try:
+            queue.put(2)
+        except AbortedError as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    queue.abort()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    assert len(seen) == 1
