@@ -212,7 +212,7 @@ def _convolve(image: Image, psfs: Sequence[Image], workers: int) -> list[Image]:
     )
     results = []
     for psf in psfs:
-        transfer = _transfer_function(psf, sides, workers)
+        transfer = transfer_function(psf, sides, workers)
         if image.ndim == 3:
             transfer = transfer[..., None]
         product = spectrum * transfer
@@ -221,10 +221,10 @@ def _convolve(image: Image, psfs: Sequence[Image], workers: int) -> list[Image]:
     return results
 
 
-def _transfer_function(
-    psf: Image, sides: list[int], workers: int
+def transfer_function(
+    psf: Image, sides: Sequence[int], workers: int = 1
 ) -> NDArray[np.complex64]:
-    """Transform a PSF whose centre pixel is the origin."""
+    """Transform a PSF whose centre pixel is the origin; half spectrum of `sides`."""
     rows, columns = psf.shape
     canvas = np.zeros(sides, dtype=np.float32)
     canvas[:rows, :columns] = psf

@@ -47,11 +47,6 @@ class CameraModel:
         """Largest count; a pixel that holds it is saturated."""
         return int(2**self.bit_depth - 1)
 
-    @property
-    def dtype(self) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
-        """Pixel type of the exposures."""
-        return np.dtype(np.uint8) if self.bit_depth <= 8 else np.dtype(np.uint16)
-
     def expected_electrons(self, image: ArrayLike) -> Image:
         """Return the mean electrons of an image; negative round-off becomes 0."""
         return np.maximum(np.asarray(image, np.float32), 0) * np.float32(self.photons)
@@ -69,7 +64,7 @@ class CameraModel:
         Returns
         -------
         Counts
-            Shape of `image`, type `dtype`.
+            Shape of `image`; uint8 up to 8 bits, else uint16.
         """
         electrons = rng.poisson(self.expected_electrons(image)).astype(np.float32)
         if self.read_noise_electrons > 0:
@@ -87,7 +82,9 @@ class CameraModel:
         # Half a count more makes the truncating cast round to the nearest.
         electrons += np.float32(self.offset_counts + 0.5)
         np.clip(electrons, 0, self.full_scale_counts, out=electrons)
-        return electrons.astype(self.dtype)
+        if self.bit_depth <= 8:
+            return electrons.astype(np.uint8)
+        return electrons.astype(np.uint16)
 
 
 class NoisePool:

@@ -189,7 +189,7 @@ def _radial_profile(
     return np.asarray(np.sum(fine**2, axis=1) / energy)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _bessel_matrix(knot_count: int, node_count: int) -> tuple[Floats, Floats, Floats]:
     """Nodes and weights on [0, 1] and J0(2 pi v rho), axes (knot, node)."""
     points, weights = np.polynomial.legendre.leggauss(node_count)

@@ -1,0 +1,206 @@
+"""Calibration: the PSF of a real microscope, fitted to sharp and defocused pairs.
+
+A sharp image and a defocused one of the same field are tied by
+``defocused = gain * (sharp * PSF(z, W, NA)) + offset``. The sharp image already
+went through the microscope, so what is fitted is the PSF that turns focus into
+defocus, which is the one that simulation and deconvolution need.
+
+Pairs cannot tell (z, W) from (-z, -W): they give the same PSF. The sign of z is
+therefore taken from the nominal defocus, and what the fit finds is the sign of
+the spherical aberration W against it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.optics.reblur import Reblurring, Trial, with_parameters
+
+# The coarse search, from which each sign of W is refined by itself.
+_DEFOCUS_FACTORS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
+_SPHERICAL_WAVES = (0.1, 0.3, 0.5, 0.8)
+# How far a refinement may go: z relative to the nominal defocus, W in waves.
+_DEFOCUS_RANGE = (0.1, 1.6)
+_SPHERICAL_LIMIT = 1.0
+_REFINEMENTS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class PsfFit:
+    """The best PSF, and how far others are from being as good."""
+
+    system: OpticalSystem
+    """The fitted optics; ``defocus_offset_um`` maps the nominal defocus to z."""
+    nominal_defocus_um: float
+    """The defocus the pairs were labelled with."""
+    best: Trial
+    """Parameters of the best fit."""
+    unblurred_psnr_db: float
+    """Sharp against defocused images without any PSF: where the fit started."""
+    local_optima: tuple[Trial, ...]
+    """One per NA and sign of W, best first."""
+    near: tuple[Trial, ...]
+    """All sets tried whose PSNR lies within `tolerance_db` of the best."""
+    tolerance_db: float
+    """What counts as equally good."""
+
+    @property
+    def sign_margin_db(self) -> float:
+        """PSNR that the best fit with the other sign of W loses."""
+        positive = self.best.spherical_waves > 0
+        others = [
+            optimum.psnr_db
+            for optimum in self.local_optima
+            if (optimum.spherical_waves > 0) != positive
+        ]
+        return self.best.psnr_db - max(others)
+
+    def spread(self, name: str) -> tuple[float, float]:
+        """Return the smallest and largest value of a parameter among `near`."""
+        values = [getattr(optimum, name) for optimum in self.near]
+        return min(values), max(values)
+
+    def statement(self) -> str:
+        """Say in one paragraph what was found and what the pairs cannot tell."""
+        best = self.best
+        ranges = ", ".join(
+            "{} {:.3g} to {:.3g}".format(label, *self.spread(name))
+            for label, name in (
+                ("NA", "numerical_aperture"),
+                ("z", "defocus_um"),
+                ("W", "spherical_waves"),
+            )
+        )
+        return (
+            f"nominal {self.nominal_defocus_um:g} um: z {best.defocus_um:.2f} um, "
+            f"W {best.spherical_waves:.3f} waves at NA "
+            f"{best.numerical_aperture:g}; re-blur PSNR {best.psnr_db:.2f} dB "
+            f"(without PSF {self.unblurred_psnr_db:.2f} dB). Equally good within "
+            f"{self.tolerance_db:g} dB: {ranges}. The other sign of W is "
+            f"{self.sign_margin_db:.2f} dB worse."
+        )
+
+
+def calibrate_psf(
+    pairs: Sequence[tuple[ArrayLike, ArrayLike]],
+    start: OpticalSystem,
+    *,
+    nominal_defocus_um: float,
+    apertures: Sequence[float] | None = None,
+    fit_intensity: bool = True,
+    data_range: float = 255.0,
+    tolerance_db: float = 0.1,
+) -> PsfFit:
+    """Fit defocus and spherical aberration, optionally NA and intensity, to pairs.
+
+    Parameters
+    ----------
+    pairs
+        (sharp, defocused) images of the same field, registered, axes (y, x); all
+        at the same defocus, any number type.
+    start
+        Pixel size, wavelength, index and the NA where `apertures` is None; its
+        spherical aberration and defocus offset are replaced.
+    nominal_defocus_um
+        The defocus the pairs are labelled with; its sign is kept, z is searched
+        between 0.1 and 1.6 times of it.
+    apertures
+        NAs to try, each with its own best z and W. None: that of `start`.
+    fit_intensity
+        Fit one gain and one offset for all pairs; else 1 and 0.
+    data_range
+        Of every PSNR.
+    tolerance_db
+        Sets that re-blur at most this much worse count as equally good.
+
+    Returns
+    -------
+    PsfFit
+        The fitted optics with what the pairs leave open.
+
+    Raises
+    ------
+    ValueError
+        If there is no pair, a pair's shapes differ, an image is too small for
+        the widest PSF, or the nominal defocus is 0.
+    """
+    if nominal_defocus_um == 0.0 or not pairs:
+        msg = (
+            f"{len(pairs)} pairs at nominal_defocus_um={nominal_defocus_um}: a fit "
+            "needs at least one pair away from focus"
+        )
+        raise ValueError(msg)
+    base = replace(start, psf_model="pupil", defocus_offset_um=0.0)
+    reblurring = Reblurring(
+        base,
+        pairs,
+        widest_um=_DEFOCUS_RANGE[1] * nominal_defocus_um,
+        largest_aperture=max(apertures or (start.numerical_aperture,)),
+        fit_intensity=fit_intensity,
+        data_range=data_range,
+    )
+    optima = [
+        _refine(reblurring, aperture, sign, nominal_defocus_um)
+        for aperture in apertures or (start.numerical_aperture,)
+        for sign in (-1.0, 1.0)
+    ]
+    optima.sort(key=lambda trial: -trial.psnr_db)
+    best = optima[0]
+    fitted = with_parameters(base, best.numerical_aperture, best.spherical_waves)
+    return PsfFit(
+        system=replace(fitted, defocus_offset_um=best.defocus_um - nominal_defocus_um),
+        nominal_defocus_um=nominal_defocus_um,
+        best=best,
+        unblurred_psnr_db=reblurring.unblurred_psnr_db(),
+        local_optima=tuple(optima),
+        near=tuple(
+            trial
+            for trial in reblurring.trials
+            if trial.psnr_db >= best.psnr_db - tolerance_db
+        ),
+        tolerance_db=tolerance_db,
+    )
+
+
+def _refine(
+    reblurring: Reblurring, aperture: float, sign: float, nominal_um: float
+) -> Trial:
+    """Find the best z and W of one NA and one sign of W."""
+    # The first pair alone shows where to start.
+    first = max(
+        (
+            reblurring.attempt(aperture, factor * nominal_um, sign * waves, count=1)
+            for factor, waves in product(_DEFOCUS_FACTORS, _SPHERICAL_WAVES)
+        ),
+        key=lambda trial: trial.psnr_db,
+    )
+    start = np.array([first.defocus_um / nominal_um, abs(first.spherical_waves)])
+    best = first
+
+    def loss(point: NDArray[np.float64]) -> float:
+        nonlocal best
+        factor = float(np.clip(point[0], *_DEFOCUS_RANGE))
+        waves = float(np.clip(point[1], 0.0, _SPHERICAL_LIMIT))
+        trial = reblurring.attempt(aperture, factor * nominal_um, sign * waves)
+        if best is first or trial.psnr_db > best.psnr_db:
+            best = trial
+        return -trial.psnr_db
+
+    steps = np.array([[0.0, 0.0], [0.1, 0.0], [0.0, 0.1]])
+    optimize.minimize(
+        loss,
+        start,
+        method="Nelder-Mead",
+        options={
+            "initial_simplex": start + steps,
+            "maxfev": _REFINEMENTS,
+            "xatol": 2e-3,
+            "fatol": 2e-3,
+        },
+    )
+    return best

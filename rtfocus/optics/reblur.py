@@ -1,0 +1,163 @@
+"""Re-blurring: how well a PSF turns sharp images into their defocused partners."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, log10
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import fft
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.optics import pupil
+from rtfocus.optics.blur import transfer_function
+from rtfocus.optics.psf import compute_psf
+
+Image = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One set of parameters and how well it re-blurs the sharp images."""
+
+    psnr_db: float
+    """Of the re-blurred against the defocused images."""
+    numerical_aperture: float
+    """NA of the PSF."""
+    defocus_um: float
+    """Total defocus z of the PSF in um."""
+    spherical_waves: float
+    """Zernike spherical W in waves."""
+    gain: float
+    """Defocused intensity per re-blurred intensity; 1 where it is not fitted."""
+    offset: float
+    """Added after the gain; 0 where it is not fitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    spectrum: NDArray[np.complex64]
+    """Transform of the whole sharp image."""
+    shape: tuple[int, int]
+    sharp: Image
+    """Inner part that no border reaches."""
+    defocused: Image
+    """The same part of the defocused image."""
+
+
+class Reblurring:
+    """Pairs prepared for many trials; remembers those over all pairs.
+
+    Only pixels whose PSF lies wholly inside the image are compared: what lies
+    beyond the border is unknown.
+    """
+
+    def __init__(
+        self,
+        base: OpticalSystem,
+        pairs: Sequence[tuple[ArrayLike, ArrayLike]],
+        *,
+        widest_um: float,
+        largest_aperture: float,
+        fit_intensity: bool,
+        data_range: float,
+    ) -> None:
+        """Transform the sharp images once; see `calibrate_psf` for errors."""
+        self.trials: list[Trial] = []
+        self._base = base
+        self._fit_intensity = fit_intensity
+        self._data_range = data_range
+        # One window for all trials, or those with smaller ones would be judged
+        # on other pixels: the geometric blur and two rings of diffraction.
+        widest = with_parameters(base, largest_aperture, 0.5)
+        unit_um = widest.wavelength_nm * 1e-3 / widest.numerical_aperture
+        radius_um = pupil.blur_radius_um(widest, widest_um) + 2.0 * unit_um
+        self._half = ceil(radius_um / widest.pixel_size_um)
+        self._pairs = [self._prepare(first, second) for first, second in pairs]
+
+    def attempt(
+        self,
+        numerical_aperture: float,
+        defocus_um: float,
+        spherical_waves: float,
+        *,
+        count: int | None = None,
+    ) -> Trial:
+        """Re-blur with one PSF; `count` restricts to the first pairs."""
+        system = with_parameters(self._base, numerical_aperture, spherical_waves)
+        psf = compute_psf(system, defocus_um, size_px=2 * self._half + 1)
+        pairs = self._pairs[:count]
+        gain, offset, psnr_db = self._compare(
+            [self._apply(pair, psf) for pair in pairs], pairs
+        )
+        trial = Trial(
+            psnr_db=psnr_db,
+            numerical_aperture=numerical_aperture,
+            defocus_um=defocus_um,
+            spherical_waves=spherical_waves,
+            gain=gain,
+            offset=offset,
+        )
+        if count is None:
+            self.trials.append(trial)
+        return trial
+
+    def unblurred_psnr_db(self) -> float:
+        """Return the PSNR of the sharp images themselves, intensity fitted alike."""
+        return self._compare([pair.sharp for pair in self._pairs], self._pairs)[2]
+
+    def _prepare(self, first: ArrayLike, second: ArrayLike) -> _Pair:
+        sharp = np.asarray(first, dtype=np.float32)
+        defocused = np.asarray(second, dtype=np.float32)
+        if sharp.shape != defocused.shape or sharp.ndim != 2:
+            msg = (
+                f"a pair of shapes {sharp.shape} and {defocused.shape}; both images "
+                "must show the same field, axes (y, x)"
+            )
+            raise ValueError(msg)
+        if min(sharp.shape) < 3 * self._half:
+            msg = (
+                f"an image of {sharp.shape} is too small for PSFs that reach "
+                f"{self._half} px; need sides of at least {3 * self._half} px"
+            )
+            raise ValueError(msg)
+        inner = (slice(self._half, -self._half), slice(self._half, -self._half))
+        rows, columns = sharp.shape
+        return _Pair(
+            spectrum=np.asarray(fft.rfft2(sharp)),
+            shape=(rows, columns),
+            sharp=sharp[inner],
+            defocused=defocused[inner],
+        )
+
+    def _apply(self, pair: _Pair, psf: Image) -> Image:
+        transfer = transfer_function(psf, pair.shape)
+        whole = fft.irfft2(pair.spectrum * transfer, pair.shape)
+        half = self._half
+        return np.asarray(whole[half:-half, half:-half])
+
+    def _compare(
+        self, blurred: list[Image], pairs: Sequence[_Pair]
+    ) -> tuple[float, float, float]:
+        """Return gain, offset and PSNR in dB over all pixels of all pairs."""
+        values = np.concatenate([image.ravel() for image in blurred])
+        wanted = np.concatenate([pair.defocused.ravel() for pair in pairs])
+        gain, offset = 1.0, 0.0
+        if self._fit_intensity:
+            mean = values.mean(dtype=np.float64), wanted.mean(dtype=np.float64)
+            centred = values - np.float32(mean[0])
+            gain = float(np.vdot(centred, wanted) / np.vdot(centred, centred))
+            offset = float(mean[1] - gain * mean[0])
+        error = values * np.float32(gain) + np.float32(offset) - wanted
+        mse = float(np.mean(np.square(error), dtype=np.float64))
+        return gain, offset, 10.0 * log10(self._data_range**2 / max(mse, 1e-12))
+
+
+def with_parameters(
+    system: OpticalSystem, numerical_aperture: float, spherical_waves: float
+) -> OpticalSystem:
+    """Return the same optics with another NA and spherical aberration."""
+    aberrations = replace(system.aberrations, spherical_waves=spherical_waves)
+    return replace(
+        system, numerical_aperture=numerical_aperture, aberrations=aberrations
+    )
