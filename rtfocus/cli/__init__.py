@@ -33,7 +33,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(  # noqa: ARG001
+    version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Show it."
     ),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what happens."),

@@ -1,0 +1,31 @@
+"""Check command: validates a run folder and finishes a cut-off one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rtfocus.writers.check import check_run
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(check)
+
+
+def check(
+    run: Annotated[Path, typer.Argument(help="Run folder, NAME.rtfocus.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Finish a run that was cut off.")
+    ] = False,
+) -> None:
+    """Validate a run folder: stores, journal, and that no frame is unaccounted for.
+
+    Exits with 1 when something is wrong.
+
+    [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
+    """
+    report = check_run(run, repair=repair)
+    typer.echo(report)
+    if report.problems:
+        raise typer.Exit(1)

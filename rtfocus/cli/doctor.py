@@ -1,0 +1,143 @@
+"""Doctor command: what this machine has, what is missing, and the remedy."""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rtfocus import __version__
+from rtfocus.config import Config
+from rtfocus.errors import EngineError
+from rtfocus.findings import Finding
+from rtfocus.microscope import diagnosis
+from rtfocus.processing.engines.backends import BACKENDS
+from rtfocus.processing.engines.registry import list_engines
+from rtfocus.resources import resource_folder
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(doctor)
+    app.command()(engines)
+    app.command()(configs)
+
+
+def doctor() -> None:
+    """Show what this machine has, what is missing, and the remedy.
+
+    Exits with 1 when something that rtfocus needs is missing.
+
+    [bold]Example:[/] rtfocus doctor
+    """
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "topic", "found", "remedy"):
+        table.add_column(column, overflow="fold")
+    missing = False
+    for finding in _findings():
+        if finding.remedy is None:
+            mark = "[green]ok[/]"
+        elif finding.needed:
+            mark, missing = "[red]missing[/]", True
+        else:
+            mark = "[dim]optional[/]"
+        table.add_row(mark, finding.topic, finding.found, finding.remedy or "")
+    Console().print(table)
+    if missing:
+        raise typer.Exit(1)
+
+
+def engines() -> None:
+    """List the engines that configs can name.
+
+    [bold]Example:[/] rtfocus engines
+    """
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "kind", "implementation", "folder"):
+        table.add_column(column)
+    for card in list_engines(Config().processing.engine_folders):
+        table.add_row(card.name, card.kind, card.implementation, str(card.folder))
+    Console().print(table)
+
+
+def configs() -> None:
+    """List the configs that come with rtfocus; copy one to make your own.
+
+    [bold]Example:[/] rtfocus configs
+    """
+    for path in sorted(resource_folder("configs").glob("*.yaml")):
+        first = path.read_text("utf-8").splitlines()[0].lstrip("# ")
+        typer.echo(f"{path.stem:16} {first}\n{'':16} {path}")
+
+
+def _findings() -> Iterator[Finding]:
+    yield Finding("rtfocus", f"{__version__}, Python {platform.python_version()}")
+    yield Finding("system", platform.platform())
+    yield Finding("cpu", f"{_cpu_name()}, {os.cpu_count()} cores{_cpu_features()}")
+    free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
+    memory_gb = psutil.virtual_memory().available / 1e9
+    yield Finding("memory and disk", f"{memory_gb:.0f} and {free_gb:.0f} GB free here")
+    yield from diagnosis.describe()
+    yield from _cpu_runtimes()
+    yield from _gpu()
+    yield from _shipped_engines()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpu_features() -> str:
+    """Name the instruction sets that decide about bf16, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    found = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in text]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _cpu_runtimes() -> Iterator[Finding]:
+    available = False
+    for backend in BACKENDS:
+        why_not = backend.why_unavailable()
+        found = why_not or f"{version(backend.package)}, {backend.describe()}"
+        remedy = f"pip install {backend.package}" if why_not else None
+        available = available or why_not is None
+        yield Finding(f"runtime {backend.name}", found, remedy, needed=not available)
+
+
+def _gpu() -> Iterator[Finding]:
+    """Tell which GPU packages import; this version runs on the CPU."""
+    for module, package, extra in (
+        ("pycuda.driver", "pycuda", "gpu"),
+        ("tensorrt", "tensorrt", "gpu"),
+        ("tensorrt_rtx", "tensorrt_rtx", "rtx"),
+    ):
+        try:
+            import_module(module)
+            found, remedy = version(package), None
+        except PackageNotFoundError:
+            found, remedy = "imported, version unknown", None
+        except (ImportError, OSError) as error:
+            found, remedy = str(error), f"pip install rtfocus[{extra}]"
+        yield Finding(package, found, remedy, needed=False)
+
+
+def _shipped_engines() -> Iterator[Finding]:
+    try:
+        names = [f"{card.name} ({card.kind})" for card in list_engines([])]
+    except EngineError as error:
+        yield Finding("engines", str(error), "reinstall rtfocus")
+        return
+    yield Finding("engines", ", ".join(names))

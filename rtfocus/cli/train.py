@@ -1,0 +1,59 @@
+"""Train and export commands; torch is imported only when they run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rtfocus.cli.options import find_config
+from rtfocus.errors import ConfigError
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(train)
+    app.command()(export)
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe YAML, or the name of a shipped one.")
+    ],
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint, if there is one.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+) -> None:
+    """Train an engine from a recipe; resumable after a kill.
+
+    [bold]Example:[/] rtfocus train train_delpnet
+    """
+    _need_torch()
+    from rtfocus.training.api import train_command
+
+    train_command(find_config(recipe), resume=resume, device=device)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint file of a training.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Engine folder to write.")
+    ],
+) -> None:
+    """Export a checkpoint as an engine folder with its card.
+
+    [bold]Example:[/] rtfocus export checkpoints/delpnet/last.pt -o engines/delpnet
+    """
+    _need_torch()
+    from rtfocus.training.api import export_command
+
+    export_command(checkpoint, output)
+
+
+def _need_torch() -> None:
+    """Say how to get torch where it is missing."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        msg = "training needs torch, which is not installed: pip install rtfocus[train]"
+        raise ConfigError(msg) from error
