@@ -12,7 +12,6 @@ the spherical aberration W against it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,7 +26,9 @@ _SPHERICAL_WAVES = (0.1, 0.3, 0.5, 0.8)
 # How far a refinement may go: z relative to the nominal defocus, W in waves.
 _DEFOCUS_RANGE = (0.1, 1.6)
 _SPHERICAL_LIMIT = 1.0
-_REFINEMENTS = 60
+# Trials per valley on the first pair, and in the best valley on all pairs.
+_VALLEY_TRIALS = 24
+_TRIALS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,10 @@ class PsfFit:
     @property
     def sign_margin_db(self) -> float:
         """PSNR that the best fit with the other sign of W loses."""
-        positive = self.best.spherical_waves > 0
         others = [
             optimum.psnr_db
             for optimum in self.local_optima
-            if (optimum.spherical_waves > 0) != positive
+            if optimum.spherical_waves * self.best.spherical_waves <= 0
         ]
         return self.best.psnr_db - max(others)
 
@@ -126,8 +126,8 @@ def calibrate_psf(
     Raises
     ------
     ValueError
-        If there is no pair, a pair's shapes differ, an image is too small for
-        the widest PSF, or the nominal defocus is 0.
+        If there is no pair, a pair's shapes differ, an image is flat or too small
+        for the widest PSF, or the nominal defocus is 0.
     """
     if nominal_defocus_um == 0.0 or not pairs:
         msg = (
@@ -170,37 +170,63 @@ def calibrate_psf(
 def _refine(
     reblurring: Reblurring, aperture: float, sign: float, nominal_um: float
 ) -> Trial:
-    """Find the best z and W of one NA and one sign of W."""
-    # The first pair alone shows where to start.
-    first = max(
-        (
+    """Find the best z and W of one NA and one sign of W.
+
+    The error has several valleys (a weak aberration can stand in for a strong one
+    at another z), so every coarse W is followed down on the first pair, and the
+    best of these on all.
+    """
+    valleys = []
+    for waves in _SPHERICAL_WAVES:
+        coarse = [
             reblurring.attempt(aperture, factor * nominal_um, sign * waves, count=1)
-            for factor, waves in product(_DEFOCUS_FACTORS, _SPHERICAL_WAVES)
-        ),
-        key=lambda trial: trial.psnr_db,
-    )
-    start = np.array([first.defocus_um / nominal_um, abs(first.spherical_waves)])
-    best = first
+            for factor in _DEFOCUS_FACTORS
+        ]
+        start = max(coarse, key=_quality)
+        valleys.append(
+            _descend(reblurring, start, sign, nominal_um, count=1, limit=_VALLEY_TRIALS)
+        )
+    start = max(valleys, key=_quality)
+    return _descend(reblurring, start, sign, nominal_um, count=None, limit=_TRIALS)
+
+
+def _quality(trial: Trial) -> float:
+    return trial.psnr_db
+
+
+def _descend(
+    reblurring: Reblurring,
+    start: Trial,
+    sign: float,
+    nominal_um: float,
+    *,
+    count: int | None,
+    limit: int,
+) -> Trial:
+    """Follow the error down from one trial, within the limits of z and W."""
+    trials: list[Trial] = []
 
     def loss(point: NDArray[np.float64]) -> float:
-        nonlocal best
         factor = float(np.clip(point[0], *_DEFOCUS_RANGE))
-        waves = float(np.clip(point[1], 0.0, _SPHERICAL_LIMIT))
-        trial = reblurring.attempt(aperture, factor * nominal_um, sign * waves)
-        if best is first or trial.psnr_db > best.psnr_db:
-            best = trial
-        return -trial.psnr_db
+        waves = sign * float(np.clip(point[1], 0.0, _SPHERICAL_LIMIT))
+        trials.append(
+            reblurring.attempt(
+                start.numerical_aperture, factor * nominal_um, waves, count=count
+            )
+        )
+        return -trials[-1].psnr_db
 
-    steps = np.array([[0.0, 0.0], [0.1, 0.0], [0.0, 0.1]])
+    point = np.array([start.defocus_um / nominal_um, abs(start.spherical_waves)])
+    steps = np.array([[0.0, 0.0], [0.07, 0.0], [0.0, 0.08]])
     optimize.minimize(
         loss,
-        start,
+        point,
         method="Nelder-Mead",
         options={
-            "initial_simplex": start + steps,
-            "maxfev": _REFINEMENTS,
+            "initial_simplex": point + steps,
+            "maxfev": limit,
             "xatol": 2e-3,
             "fatol": 2e-3,
         },
     )
-    return best
+    return max(trials, key=_quality)

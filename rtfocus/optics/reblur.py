@@ -122,6 +122,12 @@ class Reblurring:
             )
             raise ValueError(msg)
         inner = (slice(self._half, -self._half), slice(self._half, -self._half))
+        if float(np.ptp(sharp[inner])) == 0.0:
+            msg = (
+                "a sharp image shows no structure inside its borders, so no PSF can "
+                "be told from another; choose a field with cells"
+            )
+            raise ValueError(msg)
         rows, columns = sharp.shape
         return _Pair(
             spectrum=np.asarray(fft.rfft2(sharp)),

@@ -98,11 +98,9 @@ def normalise_sharp(
         msg = "image holds values that are not finite; replace them first"
         raise ValueError(msg)
     black, white = np.percentile(pixels, [black_percentile, white_percentile])
-    pixels = np.clip((pixels - black) / max(white - black, 1e-6), 0.0, 1.0)
-    pixels = pixels.astype(np.float32)
-    if shape is None:
-        return pixels
-    for axis, wanted in enumerate(shape):
+    scaled = np.clip((pixels - black) / max(white - black, 1e-6), 0.0, 1.0)
+    pixels = np.asarray(scaled, dtype=np.float32)
+    for axis, wanted in enumerate(shape or pixels.shape[:2]):
         # Centred, mirrored without repeating the edge: 0 1 2 3 2 1 0 1 ...
         side = pixels.shape[axis]
         start = (side - wanted) // 2
