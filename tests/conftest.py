@@ -1,11 +1,14 @@
 """Fixtures that every test may use."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 DATA_VARIABLE = "RTFOCUS_DATA"
 
@@ -30,3 +33,90 @@ def no_thread_left() -> Iterator[None]:
         thread.join(timeout=5)
     alive = [t.name for t in left if t.is_alive()]
     assert not alive, f"threads left running: {alive}"
+
+
+@pytest.fixture(scope="session")
+def engine_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with one small real engine, ``sharpness``: fine detail to 11 levels.
+
+    Absolute Laplacian, largest within tiles of 96 px at stride 48, and logits that
+    peak at the level whose typical detail is nearest: the sharper, the lower.
+    """
+    folder = tmp_path_factory.mktemp("engines")
+    write_sharpness_engine(folder / "sharpness")
+    return folder
+
+
+def write_sharpness_engine(folder: Path) -> None:
+    """Build the ONNX file and the card of the engine ``sharpness``."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    laplacian = np.array([[0, -1, 0], [-1, 4, -1], [0, -1, 0]], np.float32)
+    centres = np.geomspace(4.0, 0.2, 11).astype(np.float32)
+    # -(x - c)^2 without x^2, which all labels share; the last label is "bg".
+    weight = np.append(2 * centres, 0).astype(np.float32) * 4
+    bias = np.append(-(centres**2), -1e3).astype(np.float32) * 4
+    constants = {
+        "laplacian": laplacian[None, None],
+        "weight": weight[:, None, None, None],
+        "bias": bias,
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "Conv", ["tiles", "laplacian"], ["detail"], pads=[1, 1, 1, 1]
+            ),
+            helper.make_node("Abs", ["detail"], ["size"]),
+            helper.make_node(
+                "MaxPool", ["size"], ["tile"], kernel_shape=[96, 96], strides=[48, 48]
+            ),
+            helper.make_node("Conv", ["tile", "weight", "bias"], ["logits"]),
+        ],
+        "sharpness",
+        [
+            helper.make_tensor_value_info(
+                "tiles", TensorProto.FLOAT, ["n", 1, "height", "width"]
+            )
+        ],
+        [
+            helper.make_tensor_value_info(
+                "logits", TensorProto.FLOAT, ["n", 12, "rows", "columns"]
+            )
+        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.checker.check_model(model)
+    folder.mkdir(parents=True)
+    path = folder / "model.fp32.onnx"
+    path.write_bytes(model.SerializeToString())
+    card = {
+        "name": "sharpness",
+        "kind": "classifier",
+        "implementation": "onnx",
+        "files": {"fp32": path.name},
+        "sha256": {"fp32": hashlib.sha256(path.read_bytes()).hexdigest()},
+        "input": {
+            "name": "tiles",
+            "tile_px": 96,
+            "stride_px": 48,
+            "origin_px": 47.5,
+            "multiple_px": 24,
+        },
+        "output": {"name": "logits", "labels": [*range(11), "bg"]},
+        "levels": {"step_um": 2.0, "count": 11},
+        "normalisation": {"name": "local_standardisation"},
+        "background": {"name": "contrast_to_noise"},
+        "optics": {
+            "sampling_min": 0.3,
+            "sampling_max": 1.5,
+            "reference": {
+                "numerical_aperture": 0.5,
+                "wavelength_nm": 451,
+                "pixel_size_um": 0.65,
+            },
+        },
+    }
+    (folder / "engine.yaml").write_text(yaml.safe_dump(card), encoding="utf-8")

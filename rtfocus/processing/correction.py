@@ -1,0 +1,141 @@
+"""Correction: camera counts to a signal proportional to light, and back.
+
+The signal keeps the unit of counts: the offset is removed and the even field
+flattened, so that a restored frame can be put back on the camera's own scale.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.config.processor import CameraConfig
+from rtfocus.errors import ConfigError, InputError
+from rtfocus.images.reading import open_images
+
+Image = NDArray[np.float32]
+
+# Luminance of linear RGB (ITU-R BT.709).
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
+# Below this share of its mean a flat field is dust or a shadow: not divided by.
+_DARKEST_FLAT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What is wrong with the pixels of one frame."""
+
+    flags: tuple[str, ...]
+    """``nan``, ``saturated``."""
+    invalid: NDArray[np.bool_] | None
+    """Pixels that are NaN or infinite, shape of the frame; None: none."""
+
+
+class CameraCorrection:
+    """Corrects frames of one shape and dtype.
+
+    Parameters
+    ----------
+    camera
+        Offset, flat field and saturation.
+    shape
+        (y, x) or (y, x, colour).
+    dtype
+        Of the frames.
+    bit_depth
+        Significant bits of an integer camera; None: all of the dtype.
+
+    Raises
+    ------
+    ConfigError
+        If the flat field cannot be read or has another shape.
+    """
+
+    def __init__(
+        self,
+        camera: CameraConfig,
+        shape: tuple[int, ...],
+        dtype: np.dtype[np.generic],
+        bit_depth: int | None = None,
+    ) -> None:
+        self.integer = bool(np.issubdtype(dtype, np.integer))
+        self.quantum = 1.0 if self.integer else 0.0
+        self._offset = np.float32(camera.offset_counts)
+        self._full_scale = _full_scale(dtype, bit_depth)
+        self._saturation = camera.saturation_counts or self._full_scale
+        self._divisor = _divisor(camera, shape)
+
+    def to_signal(self, pixels: NDArray[np.generic], out: Image) -> Marks:
+        """Write the corrected frame to `out` (float32) and say what is wrong with it.
+
+        Pixels that are no number take the median of the others.
+        """
+        flags = []
+        invalid = None
+        if not self.integer:
+            finite = np.isfinite(pixels)
+            if not finite.all():
+                invalid = ~finite
+                flags.append("nan")
+        np.copyto(out, pixels, casting="unsafe")
+        if invalid is not None:
+            out[invalid] = 0.0 if invalid.all() else np.median(out[~invalid])
+        if self._saturation is not None and float(out.max()) >= self._saturation:
+            flags.append("saturated")
+        if self._offset:
+            out -= self._offset
+        if self._divisor is not None:
+            out /= self._divisor
+        return Marks(tuple(flags), invalid)
+
+    def to_counts(
+        self, signal: Image, out: NDArray[np.generic], invalid: NDArray[np.bool_] | None
+    ) -> None:
+        """Write a restored signal on the camera's scale; overwrites `signal`.
+
+        Integers are rounded and clipped to the range of their type. Pixels that were no
+        number stay NaN in float frames: nothing is known about them.
+        """
+        if self._offset:
+            signal += self._offset
+        if np.issubdtype(out.dtype, np.integer):
+            np.rint(signal, out=signal)
+            np.clip(signal, 0, np.iinfo(out.dtype).max, out=signal)  # type: ignore[type-var]
+        elif invalid is not None:
+            signal[invalid] = np.nan
+        np.copyto(out, signal, casting="unsafe")
+
+
+def luminance(signal: Image) -> Image:
+    """Return the grey image (y, x) of a frame; grey frames as they are."""
+    return signal if signal.ndim == 2 else np.asarray(signal @ _LUMINANCE)
+
+
+def _full_scale(dtype: np.dtype[np.generic], bit_depth: int | None) -> float | None:
+    """Largest count of an integer camera; None for floats, which have none."""
+    if not np.issubdtype(dtype, np.integer):
+        return None
+    if bit_depth is not None:
+        return float(2**bit_depth - 1)
+    return float(np.iinfo(dtype).max)  # type: ignore[type-var]
+
+
+def _divisor(camera: CameraConfig, shape: tuple[int, ...]) -> Image | None:
+    """Flat field with mean 1, shaped to divide a frame."""
+    if camera.flat_field is None:
+        return None
+    try:
+        field = np.asarray(open_images(camera.flat_field)[0].read(0), dtype=np.float32)
+    except InputError as error:
+        msg = f"camera.flat_field: {error}"
+        raise ConfigError(msg) from error
+    if field.shape[:2] != shape[:2]:
+        msg = (
+            f"camera.flat_field '{camera.flat_field}' is {field.shape[:2]}, the frames "
+            f"are {shape[:2]}; record an even field with the same ROI and binning"
+        )
+        raise ConfigError(msg)
+    field = field - np.float32(camera.offset_counts)
+    field /= field.mean()
+    np.maximum(field, _DARKEST_FLAT, out=field)
+    return field[..., None] if field.ndim < len(shape) else field

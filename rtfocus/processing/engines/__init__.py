@@ -1,0 +1,1 @@
+"""Engines: networks and built-in methods as folders, found by name."""

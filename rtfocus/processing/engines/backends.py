@@ -1,0 +1,116 @@
+"""Backends: the CPU runtimes a network can run on, in order of preference."""
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rtfocus.errors import EngineError
+from rtfocus.processing.engines.onnxruntime_backend import OnnxRuntimeEngine
+from rtfocus.processing.engines.openvino_backend import OpenVinoEngine
+from rtfocus.processing.seam import Engine
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "f32", "bf16"]
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything a backend needs to make an engine ready."""
+
+    name: str
+    """Of the engine, for messages."""
+    model: Path
+    """ONNX file, already verified."""
+    input_name: str
+    output_name: str
+    shape: Shape | None
+    """(N, C, H, W) to compile for; None: any shape, slower."""
+    precision: Precision = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A runtime: whether it can be used, and how an engine is opened on it."""
+
+    name: str
+    why_unavailable: Callable[[], str | None]
+    """Reason why not, with the remedy; None: available."""
+    open_engine: Callable[[Request], Engine]
+
+
+def _why_not_importable(module: str) -> Callable[[], str | None]:
+    def why() -> str | None:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"{module} cannot be imported ({error}); pip install {module}"
+        return None
+
+    return why
+
+
+def _open_openvino(request: Request) -> Engine:
+    return OpenVinoEngine(
+        request.name,
+        request.model,
+        input_name=request.input_name,
+        output_name=request.output_name,
+        shape=request.shape,
+        precision=request.precision,
+        threads=request.threads,
+    )
+
+
+def _open_onnxruntime(request: Request) -> Engine:
+    if request.precision == "bf16":
+        msg = (
+            f"engine '{request.name}': ONNX Runtime computes in f32 on a CPU; set "
+            "processing.precision to f32 or auto, or processing.backend to openvino"
+        )
+        raise EngineError(msg)
+    return OnnxRuntimeEngine(
+        request.name,
+        request.model,
+        input_name=request.input_name,
+        output_name=request.output_name,
+        shape=request.shape,
+        threads=request.threads,
+    )
+
+
+# ORDER MATTERS for "auto": fastest first, the reference last.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("openvino", _why_not_importable("openvino"), _open_openvino),
+    Backend("onnxruntime", _why_not_importable("onnxruntime"), _open_onnxruntime),
+)
+
+
+def choose_backend(wanted: str) -> Backend:
+    """Return the backend of a name, or for ``auto`` the first that is available.
+
+    Raises
+    ------
+    EngineError
+        If the wanted one, or every one, is unavailable; says why.
+    """
+    reasons: list[str] = []
+    for backend in BACKENDS:
+        if wanted not in ("auto", backend.name):
+            continue
+        why = backend.why_unavailable()
+        if why is None:
+            passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
+            logger.info("network backend: %s%s", backend.name, passed_over)
+            return backend
+        reasons.append(f"{backend.name}: {why}")
+    if not reasons:
+        known = ", ".join(backend.name for backend in BACKENDS)
+        reasons.append(f"known are {known} and auto")
+    msg = f"no network backend for '{wanted}': {'; '.join(reasons)}"
+    raise EngineError(msg)

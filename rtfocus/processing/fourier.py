@@ -1,0 +1,74 @@
+"""Fourier: padded transforms, and PSFs as transfer functions of that padding."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+Image = NDArray[np.float32]
+Spectrum = NDArray[Any]
+"""Half spectrum of a real image (`rfft2`), complex, or real for an even PSF."""
+
+# An OTF whose imaginary part stays below this is that of an even PSF.
+_EVEN = 1e-6
+
+
+def padded_shape(shape: tuple[int, int], halo_px: int) -> tuple[int, int]:
+    """Return the next sizes with small prime factors that hold frame and halo."""
+    height, width = (
+        int(fft.next_fast_len(side + 2 * halo_px, real=True)) for side in shape
+    )
+    return height, width
+
+
+def pad(image: Image, shape: tuple[int, int], halo_px: int, mode: str) -> Image:
+    """Pad to `shape` with `halo_px` before and the rest behind each axis.
+
+    Parameters
+    ----------
+    image
+        Axes (..., y, x).
+    shape
+        Height and width of the result.
+    halo_px
+        Pixels before the image.
+    mode
+        As `numpy.pad`: ``symmetric`` mirrors (any size), ``constant`` adds zeros.
+    """
+    behind = [
+        side - halo_px - size
+        for side, size in zip(shape, image.shape[-2:], strict=True)
+    ]
+    width = [(0, 0)] * (image.ndim - 2) + [(halo_px, after) for after in behind]
+    return np.pad(image, width, mode=mode)  # type: ignore[call-overload, no-any-return]
+
+
+def crop(image: NDArray[Any], shape: tuple[int, int], halo_px: int) -> NDArray[Any]:
+    """Return the view that undoes `pad`; axes (..., y, x)."""
+    rows = slice(halo_px, halo_px + shape[0])
+    return image[..., rows, halo_px : halo_px + shape[1]]
+
+
+def transfer_function(psf: Image, shape: tuple[int, int]) -> Spectrum:
+    """Transform a PSF, its centre at the origin, to the half spectrum of `shape`.
+
+    A PSF larger than `shape` wraps around, as periodic convolution does. An even
+    PSF gives a real array: half the memory and a third of the multiplications.
+    """
+    kernel = np.zeros(shape, dtype=psf.dtype)
+    half = [side // 2 for side in psf.shape]
+    rows = (np.arange(psf.shape[0]) - half[0]) % shape[0]
+    columns = (np.arange(psf.shape[1]) - half[1]) % shape[1]
+    np.add.at(kernel, np.ix_(rows, columns), psf)
+    spectrum = fft.rfft2(kernel)
+    if np.abs(spectrum.imag).max() < _EVEN:
+        return np.ascontiguousarray(spectrum.real)
+    return np.asarray(spectrum)
+
+
+def squared_frequency(shape: tuple[int, int]) -> Image:
+    """Return f^2 in cycles per pixel squared over the half spectrum of `shape`."""
+    rows = np.fft.fftfreq(shape[0])[:, None]
+    columns = np.fft.rfftfreq(shape[1])[None, :]
+    return np.asarray(rows**2 + columns**2, dtype=np.float32)

@@ -1,0 +1,94 @@
+"""Preparation: the rules an engine's card names, applied to whole frames.
+
+The rules themselves lie in `rtfocus.optics.normalisation`, which training uses
+too: a network sees in the loop exactly what it was trained on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.errors import EngineError
+from rtfocus.frame import TileGrid
+from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
+from rtfocus.processing.engines.card import EngineCard
+
+Image = NDArray[np.float32]
+
+NORMALISATIONS: Mapping[str, Callable[..., LocalStandardisation]] = {
+    "local_standardisation": LocalStandardisation
+}
+BACKGROUNDS: Mapping[str, Callable[..., ContrastToNoise]] = {
+    "contrast_to_noise": ContrastToNoise
+}
+
+
+class Preparation:
+    """Normalisation and background rule of one engine.
+
+    Parameters
+    ----------
+    card
+        Of the engine; a card without a background rule leaves it to the network.
+    quantum
+        Step between the camera's values; 0 for float frames.
+
+    Raises
+    ------
+    EngineError
+        If the card names a rule or a parameter that does not exist.
+    """
+
+    def __init__(self, card: EngineCard, quantum: float) -> None:
+        self._normalisation = _build(card, "normalisation", NORMALISATIONS)
+        self._background: ContrastToNoise | None = None
+        if card.background:
+            rule: ContrastToNoise = _build(card, "background", BACKGROUNDS)
+            self._background = replace(rule, quantum=quantum)
+
+    def normalise(self, frame: Image) -> Image:
+        """Return the network's view of a padded frame (y, x)."""
+        return self._normalisation.apply(frame)  # type: ignore[no-any-return]
+
+    def background(self, frame: Image, grid: TileGrid) -> NDArray[np.bool_]:
+        """Return True for tiles of a padded frame in which nothing stands out."""
+        empty = np.zeros((grid.rows, grid.columns), dtype=np.bool_)
+        if self._background is None:
+            return empty
+        # On the rule's cells, which a tile's edge misses by half a pixel at most
+        # of the difference between pixel centres and edges.
+        start = grid.origin_px - (grid.tile_px - 1) / 2
+        found = self._background.tiles(
+            frame,
+            tile_px=_cells(grid.tile_px),
+            stride_px=_cells(grid.stride_px),
+            start_px=_cells(start),
+        )
+        found = found[: grid.rows, : grid.columns]
+        empty[: found.shape[0], : found.shape[1]] = found
+        return empty
+
+
+def _cells(length_px: float) -> int:
+    """Return the nearest multiple of a cell."""
+    return round(length_px / CELL_PX) * CELL_PX
+
+
+def _build(card: EngineCard, section: str, rules: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Make the rule that a section of the card names."""
+    given = dict(getattr(card, section))
+    name = given.pop("name", None)
+    if name not in rules:
+        msg = (
+            f"engine '{card.name}': {section}.name is '{name}', known are "
+            f"{', '.join(rules)}; use a newer rtfocus or export the engine again"
+        )
+        raise EngineError(msg)
+    try:
+        return rules[name](**given)
+    except (TypeError, ValueError) as error:
+        msg = f"engine '{card.name}': {section} '{name}': {error}"
+        raise EngineError(msg) from error

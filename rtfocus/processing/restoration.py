@@ -1,0 +1,261 @@
+"""Restoration: a whole frame, each pixel by the PSFs of the tiles around it.
+
+``out = signal + sum over levels of w_level * (R_level(signal) - signal)``: one
+deconvolution per level that is present, over the smallest rectangle its tiles
+touch, blended with the montage weights. Background and level 0 have no term, so
+their pixels come back exactly as they went in.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from rtfocus.optics.psf import psf_radius_px
+from rtfocus.processing.accelerated import accelerated_plan
+from rtfocus.processing.fourier import crop, padded_shape, transfer_function
+from rtfocus.processing.noise import noise_variance
+from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, iterate
+from rtfocus.processing.tiling import Montage, Region
+from rtfocus.processing.wiener import WienerFilter
+
+Image = NDArray[np.float32]
+
+# Filters kept per method; regions of changing size share good transform sizes.
+_CACHED_FILTERS = 64
+
+
+class Deconvolution(Protocol):
+    """One PSF and one transform size, ready to restore images of that size."""
+
+    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+        """Restore an image padded by mirroring; a new array of the same shape."""
+        ...
+
+
+class WienerDeconvolution:
+    """The linear filter, strength read from each image."""
+
+    def __init__(
+        self, psf: Image, shape: tuple[int, int], noise_to_signal: float | None
+    ) -> None:
+        transfer = transfer_function(psf, shape)
+        self._filter = WienerFilter(transfer, shape, noise_to_signal)
+
+    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+        """Restore with one forward and one inverse transform."""
+        variance = noise_variance(padded, quantum)
+        spectrum = fft.rfft2(padded, workers=workers)
+        return self._filter.apply(spectrum, variance, workers)
+
+
+class MatchedDeconvolution:
+    """Richardson-Lucy as LB-DVD: starts from the blurred image (He 2020)."""
+
+    def __init__(self, psf: Image, shape: tuple[int, int], iterations: int) -> None:
+        self._shape = shape
+        self._transfer = transfer_function(psf, shape)
+        self._iterations = iterations
+
+    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+        """Iterate; negative counts (below the camera's offset) become 0."""
+        del quantum
+        signal = np.maximum(padded, 0)
+        return iterate(
+            signal,
+            self._transfer,
+            np.conj(self._transfer),
+            self._iterations,
+            shape=self._shape,
+            start=signal,
+            workers=workers,
+        )
+
+
+class AcceleratedDeconvolution:
+    """Richardson-Lucy with an unmatched back projector: few iterations."""
+
+    def __init__(
+        self, psf: Image, shape: tuple[int, int], iterations: int | None
+    ) -> None:
+        self._shape = shape
+        self._transfer = transfer_function(psf, shape)
+        self._plan = accelerated_plan(self._transfer, shape, iterations)
+
+    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+        """Iterate; negative counts (below the camera's offset) become 0."""
+        del quantum
+        signal = np.maximum(padded, 0)
+        return iterate(
+            signal,
+            self._transfer,
+            self._plan.back,
+            self._plan.iterations,
+            shape=self._shape,
+            start=signal,
+            workers=workers,
+        )
+
+
+METHODS = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
+"""Restorations built in; any other name is an engine's."""
+
+
+class DepthVariantRestorer:
+    """Restores frames of one channel; filters are computed once and kept.
+
+    Safe to use from several threads, each with its own `out`.
+
+    Parameters
+    ----------
+    montage
+        Blending weights of the frame's tiles.
+    psfs
+        PSF per level, for every level from 1 on.
+    method
+        One of `METHODS`.
+    iterations
+        Of Richardson-Lucy; None: 15, or as many as the accelerated form needs.
+    noise_to_signal
+        Of Wiener; None: estimated per frame and level.
+    halo_px
+        Context around a region; None: half the side of the PSF, which holds 99 %
+        of its energy.
+    workers
+        Threads of the Fourier transforms.
+    """
+
+    def __init__(
+        self,
+        montage: Montage,
+        psfs: Mapping[int, Image],
+        *,
+        method: str = "wiener",
+        iterations: int | None = None,
+        noise_to_signal: float | None = None,
+        halo_px: int | None = None,
+        workers: int = 1,
+    ) -> None:
+        if method not in METHODS:
+            msg = f"method '{method}' is not one of {', '.join(METHODS)}"
+            raise ValueError(msg)
+        self.method = method
+        self._montage = montage
+        self._psfs = dict(psfs)
+        self._iterations = iterations
+        self._noise_to_signal = noise_to_signal
+        self._halos = {
+            level: psf_radius_px(psf, 1.0) if halo_px is None else halo_px
+            for level, psf in self._psfs.items()
+        }
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._filters: OrderedDict[Any, Deconvolution] = OrderedDict()
+
+    def restore(
+        self,
+        signal: Image,
+        labels: NDArray[np.int16],
+        out: Image,
+        *,
+        quantum: float = 0.0,
+    ) -> Image:
+        """Restore a frame.
+
+        Parameters
+        ----------
+        signal
+            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
+        labels
+            Level per tile, axes (tile_y, tile_x); -1 = background.
+        out
+            Result, shape of `signal`, float32; non-negative where restored.
+        quantum
+            Step between the camera's values; 0 for float frames.
+
+        Returns
+        -------
+        Image
+            `out`.
+        """
+        np.copyto(out, signal)
+        for level in self._montage.present(labels):
+            region = self._montage.region(labels, level)
+            weights = self._montage.weights(labels, level, region)
+            for plane, into in _planes(signal, out):
+                restored = self._restore_region(plane, level, region, quantum)
+                np.maximum(restored, 0, out=restored)
+                restored -= plane[region.rows, region.columns]
+                restored *= weights
+                into[region.rows, region.columns] += restored
+        return out
+
+    def _restore_region(
+        self, plane: Image, level: int, region: Region, quantum: float
+    ) -> Image:
+        """Deconvolve one rectangle with true neighbours around it."""
+        halo_px = self._halos[level]
+        shape = padded_shape(region.shape, halo_px)
+        padded = read_padded(plane, region, shape, halo_px)
+        deconvolution = self._filter(level, shape)
+        restored = deconvolution.restore(padded, quantum, self._workers)
+        return np.asarray(crop(restored, region.shape, halo_px))
+
+    def _filter(self, level: int, shape: tuple[int, int]) -> Deconvolution:
+        """Build a filter or take it from the cache, oldest out first."""
+        key = (level, shape)
+        with self._lock:
+            if key in self._filters:
+                self._filters.move_to_end(key)
+            else:
+                self._filters[key] = self._build(self._psfs[level], shape)
+                if len(self._filters) > _CACHED_FILTERS:
+                    self._filters.popitem(last=False)
+            return self._filters[key]
+
+    def _build(self, psf: Image, shape: tuple[int, int]) -> Deconvolution:
+        if self.method == "wiener":
+            return WienerDeconvolution(psf, shape, self._noise_to_signal)
+        if self.method == "richardson_lucy":
+            return MatchedDeconvolution(
+                psf, shape, self._iterations or DEFAULT_ITERATIONS
+            )
+        return AcceleratedDeconvolution(psf, shape, self._iterations)
+
+
+def read_padded(
+    plane: Image, region: Region, shape: tuple[int, int], halo_px: int
+) -> Image:
+    """Cut a region and its halo out of a frame, mirrored where the frame ends.
+
+    Parameters
+    ----------
+    plane
+        Axes (y, x).
+    region
+        What is wanted.
+    shape
+        Size of the result, at least the region with its halo.
+    halo_px
+        Pixels above and left of the region.
+    """
+    spans = []
+    missing = []
+    wanted = zip((region.rows, region.columns), shape, plane.shape, strict=True)
+    for span, side, length in wanted:
+        start = span.start - halo_px
+        stop = start + side
+        spans.append(slice(max(start, 0), min(stop, length)))
+        missing.append((max(-start, 0), max(stop - length, 0)))
+    return np.pad(plane[spans[0], spans[1]], missing, mode="symmetric")
+
+
+def _planes(signal: Image, out: Image) -> list[tuple[Image, Image]]:
+    """Pair up the 2-D planes of input and output: one, or one per colour."""
+    if signal.ndim == 2:
+        return [(signal, out)]
+    return [(signal[..., c], out[..., c]) for c in range(signal.shape[-1])]

@@ -1,0 +1,142 @@
+"""Tiling: where a frame's tiles lie and how their results blend into one frame.
+
+The blending weights of all tiles add up to 1 in every pixel (a partition of
+unity), also at the borders and in frames smaller than one tile. They are
+products of one weight per axis, so no tile is ever cut out to be blended.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.frame import TileGrid
+
+Image = NDArray[np.float32]
+Window = Literal["triangular", "rectangular"]
+
+BACKGROUND = -1
+"""Level of a tile without a specimen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A rectangle of the frame."""
+
+    rows: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (
+            self.rows.stop - self.rows.start,
+            self.columns.stop - self.columns.start,
+        )
+
+
+def axis_weights(
+    length: int, centres: NDArray[np.float64], window: Window = "triangular"
+) -> Image:
+    """Compute the blending weight of every tile along one axis.
+
+    Parameters
+    ----------
+    length
+        Pixels of the axis.
+    centres
+        Tile centres in pixel coordinates (pixel i covers i - 0.5 to i + 0.5),
+        ascending.
+    window
+        ``triangular``: falls from 1 at a tile's centre to 0 at its neighbours'
+        centres (He 2020: base 84 at stride 42), constant beyond the outermost
+        centres. ``rectangular``: 1 where the tile's centre is the nearest.
+
+    Returns
+    -------
+    Image
+        Axes (tile, pixel); every column sums to 1.
+    """
+    pixels = np.arange(length, dtype=np.float64)
+    if centres.size == 1:
+        return np.ones((1, length), dtype=np.float32)
+    # Position counted in tiles: 2.25 = a quarter of the way from tile 2 to tile 3.
+    place = np.interp(pixels, centres, np.arange(centres.size, dtype=np.float64))
+    if window == "rectangular":
+        place = np.floor(place + 0.5)
+    distance = np.abs(place[None, :] - np.arange(centres.size)[:, None])
+    return np.asarray(np.maximum(0.0, 1.0 - distance), dtype=np.float32)
+
+
+class Montage:
+    """Weights that turn one label per tile into one weight map per level.
+
+    Parameters
+    ----------
+    grid
+        Tiles of the frame.
+    shape
+        Height and width of the frame in pixels.
+    window
+        ``rectangular`` keeps only every second tile of a half-overlapping grid,
+        so that each tile owns its full side (He 2020: stride 84).
+    """
+
+    def __init__(
+        self, grid: TileGrid, shape: tuple[int, int], window: Window = "triangular"
+    ) -> None:
+        self.grid = grid
+        self.shape = shape
+        step = 1
+        if window == "rectangular":
+            step = max(1, round(grid.tile_px / grid.stride_px))
+        self._step = step
+        self._rows = self._axis(shape[0], grid.rows, window)
+        self._columns = self._axis(shape[1], grid.columns, window)
+
+    def _axis(self, length: int, count: int, window: Window) -> Image:
+        tiles = np.arange(count)[:: self._step]
+        centres = self.grid.origin_px + self.grid.stride_px * tiles
+        return axis_weights(length, centres.astype(np.float64), window)
+
+    def tiles(self, labels: NDArray[np.int16]) -> NDArray[np.int16]:
+        """Return the labels that take part: all, or every second one."""
+        return labels[:: self._step, :: self._step]
+
+    def present(self, labels: NDArray[np.int16]) -> list[int]:
+        """Return the levels from 1 on that any tile has, ascending."""
+        found = np.unique(self.tiles(labels))
+        return [int(level) for level in found if level >= 1]
+
+    def region(self, labels: NDArray[np.int16], level: int) -> Region:
+        """Return the smallest rectangle that holds every weight of a level."""
+        mask = self.tiles(labels) == level
+        return Region(
+            rows=_extent(self._rows[mask.any(axis=1)]),
+            columns=_extent(self._columns[mask.any(axis=0)]),
+        )
+
+    def weights(self, labels: NDArray[np.int16], level: int, region: Region) -> Image:
+        """Return the weight of a level in every pixel of a region, axes (y, x)."""
+        mask = (self.tiles(labels) == level).astype(np.float32)
+        columns = mask @ self._columns[:, region.columns]
+        return np.asarray(self._rows[:, region.rows].T @ columns)
+
+
+def _extent(weights: Image) -> slice:
+    """Span of the pixels in which any of the tiles has a weight."""
+    touched = np.flatnonzero(weights.any(axis=0))
+    return slice(int(touched[0]), int(touched[-1]) + 1)
+
+
+def grid_positions(grid: TileGrid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the top and left edges of the tiles in frame pixels, per axis.
+
+    May be negative or reach beyond the frame where the frame is smaller than the
+    grid, as the grid's tiles then see reflected pixels.
+    """
+    first = grid.origin_px - (grid.tile_px - 1) / 2
+    rows = np.rint(first + grid.stride_px * np.arange(grid.rows))
+    columns = np.rint(first + grid.stride_px * np.arange(grid.columns))
+    return rows.astype(np.int64), columns.astype(np.int64)
