@@ -175,9 +175,9 @@ def _radial_profile(
     # Cycles of the integrand over the pupil: of J0 and of the pupil's own phase.
     unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
     cycles = largest + pupil.blur_radius_um(system, total_um) / unit_um
-    # Rounded up so that neighbouring defoci share one J0 matrix.
-    node_count = 64 * ceil((4.0 * cycles + 32.0) / 64.0)
-    knot_count = 64 * ceil((largest * _KNOTS_PER_UNIT + 2.0) / 64.0)
+    # Rounded up so that neighbouring defoci and apertures share one J0 matrix.
+    node_count = 128 * ceil((4.0 * cycles + 32.0) / 128.0)
+    knot_count = 256 * ceil((largest * _KNOTS_PER_UNIT + 2.0) / 256.0)
     nodes, weights, bessel = _bessel_matrix(knot_count, node_count)
     wave = pupil.round_pupil(system, total_um, nodes) * weights * nodes
     parts = bessel @ np.stack([wave.real, wave.imag], axis=1)
@@ -189,7 +189,7 @@ def _radial_profile(
     return np.asarray(np.sum(fine**2, axis=1) / energy)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def _bessel_matrix(knot_count: int, node_count: int) -> tuple[Floats, Floats, Floats]:
     """Nodes and weights on [0, 1] and J0(2 pi v rho), axes (knot, node)."""
     points, weights = np.polynomial.legendre.leggauss(node_count)
