@@ -7,7 +7,9 @@ defocus, which is the one that simulation and deconvolution need.
 
 Pairs cannot tell (z, W) from (-z, -W): they give the same PSF. The sign of z is
 therefore taken from the nominal defocus, and what the fit finds is the sign of
-the spherical aberration W against it.
+the spherical aberration W against it. BBBC006, nominal +10 um: z +6.5 um and W
+-0.49 waves at NA 0.5 (46.5 dB over 22 fields); its far end, nominal -32 um: z -37
+um and W +0.3, so both lie on the same side of the aberration.
 """
 
 from collections.abc import Sequence
