@@ -1,7 +1,8 @@
 """Camera: from expected light to the counts a real sensor delivers.
 
-``counts = offset + gain * (Poisson(electrons) + Normal(0, read noise))``, rounded
-and clipped at the full scale: electrons are what arrives, counts what is stored.
+``counts = offset + (Poisson(electrons) + Normal(0, read noise)) / gain``, rounded
+and clipped at the full scale: electrons are what arrives, counts what is stored,
+the gain is in electrons per count as in a camera's data sheet.
 """
 
 from dataclasses import dataclass
@@ -19,24 +20,24 @@ class CameraModel:
 
     photons: float = 1000.0
     """Expected photo-electrons in a pixel of value 1.0."""
-    gain: float = 2.0
-    """Counts per electron."""
+    gain_e_per_count: float = 0.5
+    """Photo-electrons per count."""
     offset_counts: float = 100.0
     """Counts in the dark."""
-    read_noise_electrons: float = 1.5
+    read_noise_e: float = 1.5
     """Standard deviation of the Gaussian read noise."""
     bit_depth: int = 16
     """Full scale is 2^bit_depth - 1; up to 8 bits are delivered as uint8."""
 
     def __post_init__(self) -> None:
-        if self.photons <= 0 or self.gain <= 0:
+        if self.photons <= 0 or self.gain_e_per_count <= 0:
             msg = (
-                f"photons={self.photons}, gain={self.gain} give no signal; "
-                "both must be > 0"
+                f"photons={self.photons}, gain_e_per_count={self.gain_e_per_count} "
+                "give no signal; both must be > 0"
             )
             raise ValueError(msg)
-        if self.read_noise_electrons < 0:
-            msg = f"read_noise_electrons={self.read_noise_electrons} must be >= 0"
+        if self.read_noise_e < 0:
+            msg = f"read_noise_e={self.read_noise_e} must be >= 0"
             raise ValueError(msg)
         if not 1 <= self.bit_depth <= 16:
             msg = f"bit_depth={self.bit_depth} fits no frame; choose 1 to 16"
@@ -67,9 +68,9 @@ class CameraModel:
             Shape of `image`; uint8 up to 8 bits, else uint16.
         """
         electrons = rng.poisson(self.expected_electrons(image)).astype(np.float32)
-        if self.read_noise_electrons > 0:
+        if self.read_noise_e > 0:
             noise = rng.standard_normal(electrons.shape, dtype=np.float32)
-            electrons += noise * np.float32(self.read_noise_electrons)
+            electrons += noise * np.float32(self.read_noise_e)
         return self.digitise(electrons)
 
     def expose_without_noise(self, image: ArrayLike) -> Counts:
@@ -78,7 +79,7 @@ class CameraModel:
 
     def digitise(self, electrons: Image) -> Counts:
         """Turn electrons into counts: gain, offset, rounding, clipping; in place."""
-        electrons *= np.float32(self.gain)
+        electrons *= np.float32(1.0 / self.gain_e_per_count)
         # Half a count more makes the truncating cast round to the nearest.
         electrons += np.float32(self.offset_counts + 0.5)
         np.clip(electrons, 0, self.full_scale_counts, out=electrons)
@@ -111,7 +112,7 @@ class NoisePool:
         """Expose one frame with noise from the pool; see `CameraModel.expose`."""
         electrons = self._camera.expected_electrons(image)
         noise = self._take(electrons.size).reshape(electrons.shape)
-        spread = electrons + np.float32(self._camera.read_noise_electrons**2)
+        spread = electrons + np.float32(self._camera.read_noise_e**2)
         np.sqrt(spread, out=spread)
         spread *= noise
         electrons += spread

@@ -6,7 +6,7 @@ import pytest
 from rtfocus.optics.camera import CameraModel, NoisePool
 
 CAMERA = CameraModel(
-    photons=400.0, gain=2.0, offset_counts=100.0, read_noise_electrons=3.0
+    photons=400.0, gain_e_per_count=0.5, offset_counts=100.0, read_noise_e=3.0
 )
 
 
@@ -28,7 +28,7 @@ def test_mean_and_variance_are_those_of_poisson_and_read_noise(exact, level):
 
 
 def test_exact_noise_is_skewed_where_the_pool_is_not():
-    dim = CameraModel(photons=4.0, gain=100.0, offset_counts=5e3)
+    dim = CameraModel(photons=4.0, gain_e_per_count=0.01, offset_counts=5e3)
     image = np.ones((500, 500), dtype=np.float32)
     exact = dim.expose(image, np.random.default_rng(0)).astype(np.float64)
     pooled = NoisePool(dim, np.random.default_rng(0)).expose(image).astype(np.float64)
@@ -72,7 +72,9 @@ def test_a_pool_smaller_than_the_frame_wraps_around():
 
 
 def test_counts_are_clipped_at_both_ends():
-    camera = CameraModel(photons=1e5, gain=1.0, offset_counts=0.0, bit_depth=12)
+    camera = CameraModel(
+        photons=1e5, gain_e_per_count=1.0, offset_counts=0.0, bit_depth=12
+    )
     image = np.linspace(0.0, 1.0, 1000, dtype=np.float32)
     frame = camera.expose(image, np.random.default_rng(0))
     assert frame.dtype == np.uint16
@@ -83,7 +85,9 @@ def test_counts_are_clipped_at_both_ends():
 
 
 def test_without_noise_the_mean_is_rounded():
-    camera = CameraModel(photons=100.0, gain=1.0, offset_counts=10.0, bit_depth=8)
+    camera = CameraModel(
+        photons=100.0, gain_e_per_count=1.0, offset_counts=10.0, bit_depth=8
+    )
     frame = camera.expose_without_noise([0.0, 0.004, 0.006, 1.0, 5.0])
     assert frame.dtype == np.uint8
     assert frame.tolist() == [10, 10, 11, 110, 255]
@@ -91,9 +95,9 @@ def test_without_noise_the_mean_is_rounded():
 
 def test_bad_parameters_are_refused_with_the_rule():
     with pytest.raises(ValueError, match="both must be > 0"):
-        CameraModel(gain=0.0)
+        CameraModel(gain_e_per_count=0.0)
     with pytest.raises(ValueError, match="must be >= 0"):
-        CameraModel(read_noise_electrons=-1.0)
+        CameraModel(read_noise_e=-1.0)
     with pytest.raises(ValueError, match="choose 1 to 16"):
         CameraModel(bit_depth=32)
     with pytest.raises(ValueError, match="holds no noise"):

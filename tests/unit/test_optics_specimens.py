@@ -8,6 +8,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import SPECIMEN_KINDS, draw_specimen, normalise_sharp
+from rtfocus.optics.stained import draw_stained
 
 
 @pytest.mark.parametrize("kind", SPECIMEN_KINDS)
@@ -95,3 +96,19 @@ def test_images_that_cannot_be_specimens_are_refused():
         normalise_sharp(np.zeros(5))
     with pytest.raises(ValueError, match="not finite"):
         normalise_sharp(np.full((5, 5), np.inf))
+
+
+def test_a_stained_section_absorbs_in_the_colours_of_its_dyes():
+    image = draw_stained((200, 180), np.random.default_rng(3))
+    assert image.shape == (200, 180, 3)
+    assert image.dtype == np.float32
+    assert image.min() > 0.0
+    assert image.max() <= 1.0
+    red, green, blue = np.moveaxis(image, -1, 0)
+    # Both dyes take green most; haematoxylin leaves nuclei blue, not red.
+    assert (green <= np.minimum(red, blue) + 1e-6).all()
+    darkest = green < np.percentile(green, 5)
+    assert (blue[darkest] > red[darkest]).mean() > 0.9
+    np.testing.assert_array_equal(
+        image, draw_stained((200, 180), np.random.default_rng(3))
+    )
