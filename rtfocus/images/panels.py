@@ -44,7 +44,8 @@ def enlarge(values: NDArray[np.generic], shape: tuple[int, int]) -> NDArray[np.g
     """Repeat the pixels of a small map up to `shape`, nearest neighbour."""
     rows = np.arange(shape[0]) * values.shape[0] // shape[0]
     columns = np.arange(shape[1]) * values.shape[1] // shape[1]
-    return values[rows][:, columns]
+    repeated: NDArray[np.generic] = values[rows][:, columns]
+    return repeated
 
 
 def save_panels(path: Path, panels: list[Panel], *, columns: int) -> None:
@@ -72,4 +73,5 @@ def _as_bytes(panel: Panel) -> NDArray[np.uint8]:
         return panel.pixels.astype(np.uint8)
     span = max(panel.high - panel.low, 1e-9)
     scaled = (panel.pixels.astype(np.float32) - panel.low) / span * 255
-    return np.clip(scaled, 0, 255).astype(np.uint8)
+    clipped: NDArray[np.uint8] = np.clip(scaled, 0, 255).astype(np.uint8)
+    return clipped
