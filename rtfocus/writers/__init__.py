@@ -1,0 +1,1 @@
+"""Writers: the run folder, its images, its journal and its repair."""

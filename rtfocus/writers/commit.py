@@ -1,0 +1,170 @@
+"""Commit: waits for pixels, then journals, then reports frames durable, in order.
+
+One thread takes the frames in their order of arrival, so `durable` never has
+holes; how many may be under way is bounded, and that bound is the backpressure.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rtfocus.errors import WriterError
+from rtfocus.slots import Slot
+from rtfocus.writers.arrays import Commit
+
+
+@dataclass(slots=True)
+class Entry:
+    """One frame, or one gap, on its way to the disk."""
+
+    sequences: range
+    """What becomes durable with it."""
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """Journal lines to write once the pixels are committed."""
+    slot: Slot | None = None
+    """Freed when the pixels are no longer referenced."""
+    futures: list[Commit] = field(default_factory=list)
+    """Commits to wait for."""
+    sealed: bool = False
+    """False: still in an open shard or a gap without its place."""
+    size_bytes: int = 0
+
+
+class CommitSink(Protocol):
+    """What the commit thread tells the run about each entry."""
+
+    def committed(self, entry: Entry) -> None:
+        """Pixels are committed: journal the lines and report them durable."""
+        ...
+
+    def lost(self, entry: Entry) -> None:
+        """Count an entry that could not be written, as after any failed write."""
+        ...
+
+    def explain(self, error: BaseException) -> WriterError:
+        """Say what a failed write means to the user."""
+        ...
+
+
+class CommitQueue:
+    """Bounded queue of entries and the thread that commits them.
+
+    Parameters
+    ----------
+    capacity
+        Entries under way; `put` waits beyond it.
+    sink
+        Called from the commit thread only.
+    seal
+        Called from the producer's thread when it would wait for an entry that
+        only it can seal: must seal all entries.
+    """
+
+    def __init__(
+        self, capacity: int, sink: CommitSink, seal: Callable[[], None]
+    ) -> None:
+        self._capacity = capacity
+        self._sink = sink
+        self._seal = seal
+        self._entries: deque[Entry] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._error: WriterError | None = None
+        self._thread = threading.Thread(target=self._run, name="commit")
+        self._thread.start()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def error(self) -> WriterError | None:
+        """The first failed write; everything after it is lost too."""
+        return self._error
+
+    def wait_room(self) -> None:
+        """Wait until another entry may be put."""
+        self._wait_below(self._capacity)
+
+    def put(self, entry: Entry) -> None:
+        """Append an entry; the caller has waited for room."""
+        with self._changed:
+            self._entries.append(entry)
+            self._changed.notify_all()
+
+    def seal(self, entry: Entry, futures: list[Commit]) -> None:
+        """Say that all writes of an entry have been started."""
+        with self._changed:
+            entry.futures.extend(futures)
+            entry.sealed = True
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until everything put so far is committed or lost."""
+        self._wait_below(1)
+
+    def close(self) -> None:
+        """End the thread after what is in the queue; called twice does nothing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _wait_below(self, number: int) -> None:
+        """Wait for fewer entries; starts the held writes when only they are left."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: len(self._entries) < number or self._head_is_held()
+                )
+                if len(self._entries) < number:
+                    return
+            self._seal()
+
+    def _head_is_held(self) -> bool:
+        """Tell whether the commit thread waits for something only `seal` starts."""
+        return not self._entries[0].sealed and self._error is None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._may_go_on)
+                if not self._entries:
+                    return
+                entry = self._entries[0]
+            self._finish(entry)
+            with self._changed:
+                self._entries.popleft()
+                self._changed.notify_all()
+
+    def _may_go_on(self) -> bool:
+        """Tell whether the oldest entry can be handled, or the thread can end."""
+        if not self._entries:
+            return self._closed
+        return self._entries[0].sealed or self._closed or self._error is not None
+
+    def _finish(self, entry: Entry) -> None:
+        """Commit one entry; a failure is kept for the producer, never swallowed."""
+        failed = _failure(entry.futures)
+        if failed is None and self._error is None and entry.sealed:
+            try:
+                self._sink.committed(entry)
+                return
+            except BaseException as error:  # kept: raised by the next append or close
+                failed = error
+        if failed is not None and self._error is None:
+            self._error = self._sink.explain(failed)
+            self._error.__cause__ = failed
+        self._sink.lost(entry)
+
+
+def _failure(futures: list[Commit]) -> BaseException | None:
+    """Wait for all futures, failed or not: their slot is referenced until then."""
+    first: BaseException | None = None
+    for future in futures:
+        try:
+            future.result()
+        except Exception as error:  # returned, and kept by the caller
+            first = first or error
+    return first

@@ -1,0 +1,147 @@
+"""Layout: where images of positions and wells lie inside an OME-Zarr."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rtfocus.errors import WriterError
+from rtfocus.frame import Position
+from rtfocus.writers.header import RunHeader, write_json
+from rtfocus.writers.metadata import (
+    image_document,
+    plate_document,
+    series_documents,
+    well_document,
+    well_of,
+)
+from rtfocus.writers.specs import CONFIDENCE, DEFOCUS, ImageSpec
+
+
+def store_path(folder: Path, name: str) -> Path:
+    """Return the OME-Zarr of image `name`; confidence lies inside defocus."""
+    return folder / f"{DEFOCUS if name == CONFIDENCE else name}.ome.zarr"
+
+
+def is_plate(positions: list[Position]) -> bool:
+    """Tell whether all positions lie in wells."""
+    return all(p.plate_row and p.plate_column for p in positions)
+
+
+def position_paths(positions: list[Position]) -> list[str]:
+    """Return the path of each position's image inside its OME-Zarr.
+
+    One position is the OME-Zarr itself (``""``), several are numbered as in
+    bioformats2raw, positions in wells are ``ROW/COLUMN/FIELD``.
+
+    Raises
+    ------
+    WriterError
+        If two positions claim the same field of the same well.
+    """
+    if is_plate(positions):
+        paths = [f"{p.plate_row}/{p.plate_column}/{p.field}" for p in positions]
+    elif len(positions) == 1:
+        return [""]
+    else:
+        paths = [str(i) for i in range(len(positions))]
+    doubled = {path for path in paths if paths.count(path) > 1}
+    if doubled:
+        msg = (
+            f"positions share the well fields {sorted(doubled)}; give each position "
+            "its own plate_row, plate_column and field"
+        )
+        raise WriterError(msg)
+    return paths
+
+
+def image_groups(folder: Path, header: RunHeader, spec: ImageSpec) -> list[Path]:
+    """Return the image group of every position, by index p."""
+    root = store_path(folder, spec.name)
+    inner = CONFIDENCE if spec.name == CONFIDENCE else ""
+    return [
+        root / path / inner if path else root / inner
+        for path in position_paths(header.series.positions)
+    ]
+
+
+def write_groups(folder: Path, header: RunHeader, specs: list[ImageSpec]) -> None:
+    """Write all group metadata of a new run: complete before frame 0."""
+    for spec in specs:
+        if spec.name != CONFIDENCE:
+            _write_collection(store_path(folder, spec.name), header, spec)
+        groups = image_groups(folder, header, spec)
+        for position, group in zip(header.series.positions, groups, strict=True):
+            attributes = {
+                "ome": image_document(header, spec, f"{position.name} {spec.name}"),
+                "rtfocus": _description(header, spec, position),
+            }
+            write_group(group, attributes, fsync=header.store.fsync)
+
+
+def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None:
+    """Create a Zarr group with these attributes."""
+    group.mkdir(parents=True, exist_ok=True)
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    write_json(group / "zarr.json", document, fsync=fsync)
+
+
+def update_attributes(
+    node: Path, attributes: dict[str, Any], *, fsync: bool = False
+) -> None:
+    """Add to the attributes of a group or array, mappings key by key; atomic.
+
+    Raises
+    ------
+    WriterError
+        If the metadata cannot be read or written.
+    """
+    path = node / "zarr.json"
+    try:
+        document = msgspec.json.decode(path.read_bytes())
+        present = document.setdefault("attributes", {})
+        for key, value in attributes.items():
+            old = present.get(key)
+            both = isinstance(old, dict) and isinstance(value, dict)
+            present[key] = old | value if both else value
+    except (OSError, ValueError, AttributeError) as error:
+        msg = f"'{path}' is no Zarr metadata ({error}); the run folder is damaged"
+        raise WriterError(msg) from error
+    write_json(path, document, fsync=fsync)
+
+
+def _write_collection(root: Path, header: RunHeader, spec: ImageSpec) -> None:
+    """Write what lies above the images: plate and wells, or the series list."""
+    positions, fsync = header.series.positions, header.store.fsync
+    paths = position_paths(positions)
+    if is_plate(positions):
+        plate = plate_document(header.series.name, positions)
+        write_group(root, {"ome": plate}, fsync=fsync)
+        for row, column in sorted({well_of(p) for p in positions}):
+            fields = [str(p.field) for p in positions if well_of(p) == (row, column)]
+            write_group(root / row, {}, fsync=fsync)
+            well = well_document(fields)
+            write_group(root / row / column, {"ome": well}, fsync=fsync)
+    elif len(positions) > 1:
+        top, series = series_documents(paths)
+        write_group(root, {"ome": top}, fsync=fsync)
+        write_group(root / "OME", {"ome": series}, fsync=fsync)
+
+
+def _description(
+    header: RunHeader, spec: ImageSpec, position: Position
+) -> dict[str, Any]:
+    """Return what rtfocus itself says about one image."""
+    series = header.series
+    described = {
+        "image": spec.name,
+        "series_uid": series.series_uid,
+        "started_ns": series.started_ns,
+        "position": msgspec.to_builtins(position),
+        "planned": series.sizes,
+        "finished": False,
+    }
+    if spec.name == DEFOCUS and header.grid is not None:
+        described |= {"unit": "micrometer", "signed": header.grid.signed}
+        described |= {"sign": "positive: specimen too far from the objective"}
+    return described

@@ -1,0 +1,127 @@
+"""Plan: where each planned frame belongs in the store."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from rtfocus.frame import SeriesStart
+
+AXES = ("t", "p", "c", "z")
+
+Index = dict[str, int]
+"""Complete index: every one of `AXES`."""
+
+Order = Callable[[int], Index | None]
+"""Maps a frame's ordinal in the plan to its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a frame says about its place in the plan."""
+
+    event_index: int | None
+    """Ordinal of the MDA event; None outside a plan."""
+    index: Index
+    """Place in the store."""
+
+
+def complete(index: dict[str, int]) -> Index:
+    """Return `index` with 0 for the axes that it leaves out."""
+    return {axis: index.get(axis, 0) for axis in AXES}
+
+
+class Plan:
+    """The planned places, by ordinal: the frame's rank in the acquisition."""
+
+    def __init__(self, series: SeriesStart) -> None:
+        self.sizes: dict[str, int | None] = {
+            axis: series.sizes.get(axis, 1) for axis in AXES
+        }
+        self._order = [axis for axis in series.sizes if axis in AXES]
+        self._mda_sequence = series.mda_sequence
+
+    @property
+    def places(self) -> int | None:
+        """Number of planned places; None: unbounded."""
+        sizes = [size for size in self.sizes.values() if size is not None]
+        return prod(sizes) if len(sizes) == len(AXES) else None
+
+    def contains(self, index: Index) -> bool:
+        """Tell whether the store has a place for `index`."""
+        return all(
+            index[axis] >= 0 and (size is None or index[axis] < size)
+            for axis, size in self.sizes.items()
+        )
+
+    def flat(self, index: Index) -> int:
+        """Return a unique number of a place, dense and growing with t."""
+        number = index["t"]
+        for axis in ("p", "c", "z"):
+            size = self.sizes[axis]
+            number = number * (size or 1) + index[axis]
+        return number
+
+    def ordinal(self, frame: Planned) -> int | None:
+        """Return the frame's rank in the plan; None where it cannot be known."""
+        if frame.event_index is not None:
+            return frame.event_index
+        if None in [self.sizes[axis] for axis in self._order[1:]]:
+            return None
+        rank = 0
+        for axis in self._order:
+            rank = rank * (self.sizes[axis] or 1) + frame.index[axis]
+        return rank
+
+    def agreeing_order(self, known: list[Planned]) -> Order | None:
+        """Return the first order of events that explains the `known` frames."""
+        orders: list[Order] = [self._regular, self._acquired, self._all_events]
+        for order in orders:
+            if known and all(self._explains(order, frame) for frame in known):
+                return order
+        return None
+
+    def _explains(self, order: Order, frame: Planned) -> bool:
+        ordinal = self.ordinal(frame)
+        return ordinal is not None and order(ordinal) == frame.index
+
+    def _regular(self, ordinal: int) -> Index | None:
+        """All combinations of the axes, the last one fastest."""
+        index = complete({})
+        for axis in reversed(self._order):
+            size = self.sizes[axis]
+            if size is None:
+                index[axis], ordinal = ordinal, 0
+            else:
+                ordinal, index[axis] = divmod(ordinal, size)
+        return index if ordinal == 0 else None
+
+    def _acquired(self, ordinal: int) -> Index | None:
+        """Return the place of the n-th event that takes an image (irregular plans)."""
+        return _item(self._image_places, ordinal)
+
+    def _all_events(self, ordinal: int) -> Index | None:
+        """Return the place of the n-th event, autofocus and others included."""
+        return _item([place for place, _ in self._events], ordinal)
+
+    @cached_property
+    def _image_places(self) -> list[Index]:
+        return [place for place, is_image in self._events if is_image]
+
+    @cached_property
+    def _events(self) -> list[tuple[Index, bool]]:
+        """Read the useq plan, only when the regular order does not fit."""
+        if self._mda_sequence is None:
+            return []
+        # Imported late: irregular plans are rare, and useq takes a while.
+        import useq
+
+        sequence = useq.MDASequence.model_validate(self._mda_sequence)
+        return [
+            (complete(dict(event.index)), event.action.type == "acquire_image")
+            for event in sequence
+        ]
+
+
+def _item(places: list[Index], ordinal: int) -> Index | None:
+    return places[ordinal] if 0 <= ordinal < len(places) else None
