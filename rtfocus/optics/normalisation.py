@@ -1,0 +1,229 @@
+"""Normalisation: what a classifier sees of a frame, and which tiles hold nothing.
+
+Focus does not depend on gain or offset, so neither may the input of a network.
+Both parts work on cells of 12 px: statistics of a few thousand cells replace
+window filters over a quarter of a million pixels.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Image = NDArray[np.float32]
+
+CELL_PX = 12
+"""Side of a cell; sides of a frame must be multiples of it (`pad_frame`)."""
+
+
+def pad_frame(frame: ArrayLike, multiple_px: int, least_px: int = 0) -> Image:
+    """Extend a frame downwards and to the right by reflection.
+
+    Parameters
+    ----------
+    frame
+        Axes (y, x), any number type.
+    multiple_px
+        Both sides become multiples of it.
+    least_px
+        Smallest side of the result.
+
+    Returns
+    -------
+    Image
+        The frame itself lies at the upper left, unchanged.
+    """
+    pixels = np.asarray(frame, dtype=np.float32)
+    wanted = [
+        -(-max(side, least_px) // multiple_px) * multiple_px for side in pixels.shape
+    ]
+    pads = [(0, new - old) for new, old in zip(wanted, pixels.shape, strict=True)]
+    # "symmetric" repeats the border pixel: it also works on a side of one pixel.
+    return np.pad(pixels, pads, mode="symmetric") if np.any(pads) else pixels
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStandardisation:
+    """Subtract the local mean, divide by the local standard deviation.
+
+    Both are weighted means over a window of cells around every cell (cut at the
+    frame's edge), interpolated linearly between the cells' centres. The weights
+    fall linearly from the window's centre to its edge, so that a bright object
+    that enters it makes no step. The result does not change when the frame is
+    multiplied by a positive number or shifted by any number.
+    """
+
+    window_px: int = 132
+    """Side of the window: an odd number of cells."""
+    floor: float = 0.02
+    """Least local deviation, as a share of the whole frame's: keeps what is flat
+    flat instead of blowing up round-off."""
+
+    def __post_init__(self) -> None:
+        if self.window_px % CELL_PX or self.window_px // CELL_PX % 2 == 0:
+            msg = (
+                f"window_px={self.window_px} is no odd number of {CELL_PX} px cells; "
+                "choose 12, 36, 60, 84 ..."
+            )
+            raise ValueError(msg)
+        if not 0 < self.floor < 1:
+            msg = f"floor={self.floor} is no share; need 0 < floor < 1"
+            raise ValueError(msg)
+
+    def apply(self, frame: Image) -> Image:
+        """Standardise a frame, axes (y, x); a new array of the same shape.
+
+        Raises
+        ------
+        ValueError
+            If a side is no multiple of 12 px.
+        """
+        rows, columns = _cell_counts(frame)
+        # Relative to the frame's mean: squares of small numbers keep their digits.
+        centred = frame - np.float32(frame.mean(dtype=np.float64))
+        by_row = centred.reshape(rows, CELL_PX, columns * CELL_PX)
+        sums = by_row.sum(axis=1).reshape(rows, columns, CELL_PX).sum(axis=2)
+        squares = np.einsum("rpx,rpx->rx", by_row, by_row)
+        squares = squares.reshape(rows, columns, CELL_PX).sum(axis=2)
+        cells = self.window_px // CELL_PX
+        pixels = CELL_PX**2
+        mean = _window_mean(sums.astype(np.float64) / pixels, cells)
+        power = _window_mean(squares.astype(np.float64) / pixels, cells)
+        deviation = np.sqrt(np.maximum(power - mean**2, 0))
+        least = self.floor * np.sqrt(squares.sum(dtype=np.float64) / frame.size)
+        # A constant frame has no deviation at all: any divisor leaves its zeros.
+        inverse = 1 / np.maximum(deviation, least or 1.0)
+        centred -= _to_pixels(mean)
+        centred *= _to_pixels(inverse)
+        return centred
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastToNoise:
+    """Decide which tiles are background: nothing in them stands out of the noise.
+
+    He 2020 calls a patch background where its maximum is below 230 and its range
+    below 30 counts; that holds for one camera. Here both are counted in standard
+    deviations of the frame's own noise, which is read off differences between
+    neighbouring pixels in the quietest tenth of the cells.
+    """
+
+    contrast: float = 3.0
+    """Least range of the cell means within a tile, in noise deviations."""
+    peak: float = 8.0
+    """Least height of one pixel over the tile's darkest cell mean, likewise."""
+    quantum: float = 1.0
+    """Step between neighbouring values (1 for counts, 0 for real numbers): the
+    noise is never taken to be less than the rounding error of that step."""
+
+    def noise(self, frame: Image) -> float:
+        """Return the standard deviation of the noise in the frame's dark parts."""
+        rows, columns = _cell_counts(frame)
+        steps = np.diff(frame, axis=1, append=frame[:, -1:])
+        by_row = steps.reshape(rows, CELL_PX, columns * CELL_PX)
+        squares = np.einsum("rpx,rpx->rx", by_row, by_row)
+        power = squares.reshape(rows, columns, CELL_PX).sum(axis=2)
+        # A difference of two pixels has twice the variance of one.
+        variance = float(np.quantile(power, 0.1)) / (2 * CELL_PX**2)
+        return float(np.sqrt(max(variance, self.quantum**2 / 12)))
+
+    def tiles(
+        self,
+        frame: Image,
+        *,
+        tile_px: int,
+        stride_px: int,
+        start_px: int = 0,
+        noise: float | None = None,
+    ) -> NDArray[np.bool_]:
+        """Return True for background, axes (tile row, tile column).
+
+        Parameters
+        ----------
+        frame
+            Axes (y, x), sides multiples of 12 px, not normalised.
+        tile_px, stride_px, start_px
+            The tiles' side, distance and first edge, in multiples of 12 px; parts
+            of a tile that lie outside the frame are not looked at.
+        noise
+            Standard deviation of the noise; None: measured on this frame.
+
+        Raises
+        ------
+        ValueError
+            If a side or a length is no multiple of 12 px.
+        """
+        rows, columns = _cell_counts(frame)
+        if any(length % CELL_PX for length in (tile_px, stride_px, start_px)):
+            msg = (
+                f"tile_px={tile_px}, stride_px={stride_px}, start_px={start_px} "
+                f"must be multiples of {CELL_PX}"
+            )
+            raise ValueError(msg)
+        sigma = self.noise(frame) if noise is None else noise
+        blocks = frame.reshape(rows, CELL_PX, columns, CELL_PX)
+        means = blocks.mean(axis=(1, 3))
+        peaks = blocks.max(axis=(1, 3))
+        size, step, first = (n // CELL_PX for n in (tile_px, stride_px, start_px))
+        row_spans = _spans(rows, size, step, first)
+        column_spans = _spans(columns, size, step, first)
+        empty = np.empty((len(row_spans), len(column_spans)), dtype=np.bool_)
+        for i, down in enumerate(row_spans):
+            for j, across in enumerate(column_spans):
+                level = means[down, across]
+                darkest = level.min()
+                empty[i, j] = (
+                    level.max() - darkest < self.contrast * sigma
+                    and peaks[down, across].max() - darkest < self.peak * sigma
+                )
+        return empty
+
+
+def _cell_counts(frame: Image) -> tuple[int, int]:
+    height, width = frame.shape
+    if height % CELL_PX or width % CELL_PX or not frame.size:
+        msg = (
+            f"frame of shape {frame.shape} is not made of {CELL_PX} px cells; "
+            "pad the frame first (pad_frame)"
+        )
+        raise ValueError(msg)
+    return height // CELL_PX, width // CELL_PX
+
+
+def _spans(cells: int, size: int, step: int, first: int) -> list[slice]:
+    """Windows of cells along one axis; the last one may reach past the edge."""
+    count = max((cells - first - size) // step + 1, 1)
+    return [
+        slice(max(first + i * step, 0), first + i * step + size) for i in range(count)
+    ]
+
+
+def _window_mean(cells: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Mean over windows of size x size cells, cut at the edges."""
+    down, across = (_window_matrix(n, size) for n in cells.shape)
+    return np.asarray(down @ cells @ across.T)
+
+
+def _to_pixels(cells: NDArray[np.float64]) -> Image:
+    """Interpolate from the cells' centres to the pixels, constant at the edges."""
+    down, across = (_interpolation_matrix(n) for n in cells.shape)
+    return np.asarray((down @ cells.astype(np.float32)) @ across.T)
+
+
+@lru_cache(maxsize=32)
+def _window_matrix(cells: int, size: int) -> NDArray[np.float64]:
+    """Weights (cell, cell) of a mean over a window, triangular."""
+    place = np.arange(cells)
+    distance = np.abs(place[:, None] - place[None, :])
+    weights = np.maximum(1 - distance / (size // 2 + 1), 0)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+@lru_cache(maxsize=32)
+def _interpolation_matrix(cells: int) -> Image:
+    """Weights (pixel, cell) of linear interpolation."""
+    place = (np.arange(cells * CELL_PX) + 0.5) / CELL_PX - 0.5
+    place = np.clip(place, 0, cells - 1)
+    distance = np.abs(place[:, None] - np.arange(cells)[None, :])
+    return np.asarray(np.maximum(1 - distance, 0), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Training: networks, their data, the trainer and the export to ONNX."""

@@ -1,0 +1,189 @@
+"""Blurring: draws sharp scenes and optics, and blurs one with the other.
+
+Every entry is a pure function of (recipe, seed, generation), so a training run
+that was killed finds exactly the images again that it had.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.optics.blur import blur_stack
+from rtfocus.optics.levels import DefocusLevels
+from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
+from rtfocus.optics.psf import compute_psf
+from rtfocus.optics.specimens import draw_specimen
+from rtfocus.training.fields import Field
+from rtfocus.training.recipe import BlurRecipe, Recipe, SpecimenRecipe
+
+Image = NDArray[np.float32]
+Planes = NDArray[np.uint16]
+
+FULL_SCALE = 65535
+_LEAST_SIDE_PX = 216
+_NO_BLUR = np.ones((1, 1), dtype=np.float32)
+_NOISE = ContrastToNoise(quantum=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One scene at every defocus level."""
+
+    kind: str
+    """Kind of its specimen, for reports."""
+    planes: Planes
+    """Axes (plane, y, x); full scale = brightest point of the sharp scene."""
+    levels: tuple[int, ...]
+    """Defocus level of every plane; the last level has two planes."""
+    noise: tuple[float, ...]
+    """Noise that every plane already holds, as a share of full scale."""
+
+
+class Blurring:
+    """Makes entries of the training set or of the validation set."""
+
+    def __init__(
+        self, recipe: Recipe, fields: list[Field], *, validation: bool
+    ) -> None:
+        """Choose the fields of one side of the split."""
+        self._recipe = recipe
+        self._validation = validation
+        self._fields = [field for field in fields if field.validation == validation]
+        self._scale = DefocusLevels(step_um=recipe.blur.level_step_um)
+        counts = {id(f.source): 0 for f in self._fields}
+        for field in self._fields:
+            counts[id(field.source)] += 1
+        shares = [f.source.share / counts[id(f.source)] for f in self._fields]
+        self._specimens = recipe.specimens
+        if recipe.specimens is not None:
+            shares.append(recipe.specimens.share)
+        self._shares = np.array(shares) / sum(shares)
+
+    def entry(self, generation: int) -> Entry:
+        """Draw scene and optics number `generation` and blur it at every level."""
+        side = 1 if self._validation else 0
+        rng = np.random.default_rng([self._recipe.seed, side, generation])
+        place = int(rng.choice(len(self._shares), p=self._shares))
+        ideal = place == len(self._fields)
+        if ideal and self._specimens is not None:
+            kind, scene = self._draw_specimen(self._specimens, rng)
+        else:
+            field = self._fields[place]
+            kind, scene = field.source.kind, self._cut_scene(field, rng)
+        optics = draw_optics(self._recipe.blur, rng)
+        # A photograph has been through a microscope, a drawn scene has not.
+        keep_focus = not ideal or bool(rng.random() < 0.5)
+        return self._blur(kind, scene, optics, rng, keep_focus)
+
+    def field_entry(self, field: Field, seed: int = 0) -> Entry:
+        """Blur one whole field with exactly the reference optics, no jitter."""
+        rng = np.random.default_rng([self._recipe.seed, 2, seed])
+        scene = field.image
+        if field.source.native_share == 0:
+            scene = _reduce(scene, float(np.mean(field.source.zoom)))
+        return self._blur(
+            field.source.kind,
+            scene,
+            self._recipe.blur.reference,
+            rng,
+            keep_focus=True,
+            exact=True,
+        )
+
+    def _blur(
+        self,
+        kind: str,
+        scene: Image,
+        optics: OpticalSystem,
+        rng: np.random.Generator,
+        keep_focus: bool,
+        exact: bool = False,
+    ) -> Entry:
+        blur = self._recipe.blur
+        levels = [*range(self._scale.count), self._scale.count - 1]
+        side = 1 if exact or rng.random() >= blur.negative_share else -1
+        psfs = []
+        for place, level in enumerate(levels):
+            jitter = 0.0 if exact else rng.uniform(-blur.jitter_um, blur.jitter_um)
+            defocus_um = side * (self._scale.defocus_um(level) + jitter)
+            if place == self._scale.count:
+                farther = rng.uniform(self._scale.values_um[-1], blur.farthest_um)
+                # The far end is blur beyond recognition on either side of focus.
+                defocus_um = float(farther * rng.choice([-1, 1]))
+            unit = optics.defocus_unit_um / blur.reference.defocus_unit_um
+            is_sharp = level == 0 and keep_focus
+            psfs.append(
+                _NO_BLUR if is_sharp else compute_psf(optics, defocus_um * unit)
+            )
+        planes = np.clip(blur_stack(scene, psfs), 0, 1)
+        height, width = (n // CELL_PX * CELL_PX for n in scene.shape)
+        noise = tuple(_NOISE.noise(plane[:height, :width]) for plane in planes)
+        stored = np.rint(planes * FULL_SCALE).astype(np.uint16)
+        return Entry(kind, stored, tuple(levels), noise)
+
+    def _draw_specimen(
+        self, specimens: SpecimenRecipe, rng: np.random.Generator
+    ) -> tuple[str, Image]:
+        kind = specimens.kinds[int(rng.integers(len(specimens.kinds)))]
+        side = min(320, self._recipe.pool.side_px)
+        scale = float(rng.uniform(*specimens.scale))
+        return f"drawn {kind}", draw_specimen(kind, (side, side), rng, scale=scale)
+
+    def _cut_scene(self, field: Field, rng: np.random.Generator) -> Image:
+        """Cut a window of a field, reduced by a random factor."""
+        low, high = field.source.zoom
+        zoom = float(rng.uniform(low, high))
+        if rng.random() < field.source.native_share:
+            zoom = 1.0
+        zoom = min(max(zoom, _LEAST_SIDE_PX / min(field.image.shape)), 1.0)
+        wanted = int(self._recipe.pool.side_px / zoom)
+        window = []
+        for side in field.image.shape:
+            start = int(rng.integers(max(side - wanted, 0) + 1))
+            window.append(slice(start, start + wanted))
+        return _reduce(field.image[tuple(window)], zoom)
+
+
+def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
+    """Draw the optics of one entry: reference, near it, or from a wide family."""
+    base = blur.reference
+    chance = rng.random()
+    if chance < blur.reference_share:
+        return base
+    spherical = base.aberrations.spherical_waves
+    if chance < blur.reference_share + blur.near_share:
+        return replace(
+            base,
+            numerical_aperture=base.numerical_aperture * rng.uniform(0.95, 1.05),
+            pixel_size_um=base.pixel_size_um * rng.uniform(0.94, 1.06),
+            aberrations=Aberrations(
+                spherical_waves=spherical + rng.normal(0, 0.05),
+                astigmatism_waves=rng.normal(0, 0.03),
+            ),
+        )
+    if rng.random() < 0.3:
+        return replace(base, psf_model="born_wolf")
+    return replace(
+        base,
+        numerical_aperture=base.numerical_aperture * rng.uniform(0.85, 1.2),
+        pixel_size_um=base.pixel_size_um * rng.uniform(0.85, 1.15),
+        aberrations=Aberrations(
+            spherical_waves=rng.uniform(1.4 * spherical, -0.6 * spherical),
+            astigmatism_waves=rng.normal(0, 0.08),
+            coma_x_waves=rng.normal(0, 0.05),
+        ),
+        apodisation=float(rng.uniform(0, 0.5)),
+    )
+
+
+def _reduce(image: Image, zoom: float) -> Image:
+    """Reduce an image without aliasing."""
+    if zoom >= 1:
+        return image
+    # Half a new pixel wide: keeps most of the sharpness that reduction gains.
+    smooth = ndimage.gaussian_filter(image, 0.35 / zoom)
+    reduced = ndimage.zoom(smooth, zoom, order=1)
+    return np.asarray(np.clip(reduced, 0, 1), dtype=np.float32)

@@ -1,0 +1,147 @@
+"""Dataset: batches of noisy crops with a label per tile, made on the fly.
+
+Batch number n is a pure function of (recipe, n): a pool of blurred scenes whose
+oldest entry is replaced at fixed steps, crops of it, a camera drawn per crop.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
+from rtfocus.training.blurring import FULL_SCALE, Blurring, Entry
+from rtfocus.training.delpnet import GEOMETRY, LABELS
+from rtfocus.training.recipe import Recipe
+
+Image = NDArray[np.float32]
+
+BACKGROUND = LABELS.index("bg")
+NORMALISATION = LocalStandardisation()
+CROP_SIDES_PX = (96, 144, 192)
+
+_BACKGROUND_RULE = ContrastToNoise()
+_EMPTY_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Crops of one size, as the network sees them."""
+
+    crops: Image
+    """Normalised, shape (N, 1, H, W)."""
+    labels: NDArray[np.int64]
+    """Index into `LABELS` per tile, shape (N, row, column)."""
+
+
+class Pool:
+    """The newest `entries` blurred scenes; the next replaces the oldest."""
+
+    def __init__(self, blurring: Blurring, entries: int, refresh_steps: int) -> None:
+        self._blurring = blurring
+        self._size = entries
+        self._refresh_steps = refresh_steps
+        self._entries: deque[Entry] = deque(maxlen=entries)
+        self._generation = 0
+
+    def at(self, step: int) -> deque[Entry]:
+        """Return the entries of a step, making those that are not held yet."""
+        wanted = self._size + step // self._refresh_steps
+        if wanted < self._generation:
+            self._entries.clear()
+        self._generation = max(self._generation, wanted - self._size)
+        if not self._entries:
+            self._generation = wanted - self._size
+        while self._generation < wanted:
+            self._entries.append(self._blurring.entry(self._generation))
+            self._generation += 1
+        return self._entries
+
+
+class Batches:
+    """Training batches by number."""
+
+    def __init__(self, recipe: Recipe, blurring: Blurring) -> None:
+        self._recipe = recipe
+        pool = recipe.pool
+        self._pool = Pool(blurring, pool.entries, pool.refresh_steps)
+
+    def batch(self, step: int, draw: int = 0) -> Batch:
+        """Make batch number `step`; other draws are other crops of the same pool."""
+        rng = np.random.default_rng([self._recipe.seed, 3, step, draw])
+        entries = self._pool.at(step)
+        side = CROP_SIDES_PX[int(rng.integers(len(CROP_SIDES_PX)))]
+        tiles = GEOMETRY.count(side) ** 2
+        number = max(self._recipe.optimiser.batch_tiles // tiles, 2)
+        pairs = [self._crop(entries, side, rng) for _ in range(number)]
+        return Batch(
+            np.stack([crop for crop, _ in pairs])[:, None],
+            np.stack([labels for _, labels in pairs]),
+        )
+
+    def _crop(
+        self, entries: deque[Entry], side: int, rng: np.random.Generator
+    ) -> tuple[Image, NDArray[np.int64]]:
+        entry = entries[int(rng.integers(len(entries)))]
+        level = int(rng.integers(BACKGROUND))
+        # The last level has two planes: its own defocus and one farther away.
+        beyond = level == BACKGROUND - 1 and rng.random() < 0.4
+        place = level + int(beyond)
+        top, left = (int(rng.integers(n - side + 1)) for n in entry.planes.shape[1:])
+        window = entry.planes[place, top : top + side, left : left + side]
+        window = np.rot90(window, int(rng.integers(4)))
+        if rng.random() < 0.5:
+            window = window[::-1]
+        light = window.astype(np.float32) / np.float32(FULL_SCALE)
+        if rng.random() < _EMPTY_SHARE:
+            light *= 0
+        return label_crop(*photograph(light, entry.noise[place], rng), level)
+
+
+def photograph(
+    light: Image, noise: float, rng: np.random.Generator
+) -> tuple[Image, float]:
+    """Take a picture with a camera drawn at random.
+
+    Parameters
+    ----------
+    light
+        Axes (y, x), 1 = brightest point of the scene.
+    noise
+        Standard deviation of the noise that `light` already holds.
+
+    Returns
+    -------
+    tuple
+        The picture in counts, and the standard deviation of its noise in the dark.
+    """
+    photons = float(np.exp(rng.uniform(np.log(60), np.log(8000))))
+    glow = float(np.exp(rng.uniform(np.log(0.003), np.log(0.25)))) * photons
+    read_noise = float(rng.uniform(0.8, 4.0))
+    electrons = light * np.float32(photons) + np.float32(glow)
+    spread = np.sqrt(np.maximum(electrons, 0) + read_noise**2)
+    electrons += spread * rng.standard_normal(light.shape, dtype=np.float32)
+    # Counts at the brightest point: from a poorly filled 8-bit range to 16 bits.
+    full = float(2 ** rng.choice([8, 12, 16], p=[0.4, 0.35, 0.25]))
+    fill = float(rng.uniform(0.3, 1.1) if full == 256 else rng.uniform(0.1, 1.1))
+    gain = fill * full / (photons + glow)
+    counts = np.rint(electrons * np.float32(gain))
+    np.clip(counts, 0, full - 1, out=counts)
+    dark = np.sqrt(gain**2 * (glow + read_noise**2 + (noise * photons) ** 2) + 1 / 12)
+    return counts, float(dark)
+
+
+def label_crop(
+    counts: Image, noise: float, level: int
+) -> tuple[Image, NDArray[np.int64]]:
+    """Normalise a crop and label its tiles: their level, or background."""
+    empty = _BACKGROUND_RULE.tiles(
+        counts,
+        tile_px=GEOMETRY.tile_px,
+        stride_px=GEOMETRY.stride_px,
+        start_px=GEOMETRY.centre_px - GEOMETRY.tile_px // 2,
+        noise=noise,
+    )
+    labels = np.where(empty, BACKGROUND, level).astype(np.int64)
+    return NORMALISATION.apply(counts), labels
