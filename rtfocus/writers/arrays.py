@@ -202,12 +202,17 @@ def array_metadata(
 
 
 def _compression(store: StoreConfig, itemsize: int) -> list[dict[str, Any]]:
-    """Return the codec that follows ``bytes``; none for uncompressed pixels."""
+    """Return the codecs that follow ``bytes``: compression, then a checksum.
+
+    The checksum lets `rtfocus check` find a flipped bit; it costs far less than
+    the fastest compression.
+    """
+    checksum = {"name": "crc32c"}
     if store.codec == "none":
-        return []
+        return [checksum]
     if store.codec == "zstd":
         options: dict[str, Any] = {"level": store.codec_level, "checksum": False}
-        return [{"name": "zstd", "configuration": options}]
+        return [{"name": "zstd", "configuration": options}, checksum]
     options = {
         "cname": store.codec.removeprefix("blosc-"),
         "clevel": min(store.codec_level, 9),
@@ -215,4 +220,4 @@ def _compression(store: StoreConfig, itemsize: int) -> list[dict[str, Any]]:
         "typesize": itemsize,
         "blocksize": 0,
     }
-    return [{"name": "blosc", "configuration": options}]
+    return [{"name": "blosc", "configuration": options}, checksum]
