@@ -1,0 +1,323 @@
+"""What is appended to a run is read back by another library, in every layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaozarrs
+import zarr
+from numpy.typing import NDArray
+from writer_kit import GRID, indices, make_series, numbered, recording
+
+from rtfocus.channel import Channel, OpticalSystem
+from rtfocus.errors import WriterError
+from rtfocus.frame import FrameResult, Position, Role, SeriesStart
+from rtfocus.writers.check import check_run
+
+IMAGES = ("raw", "restored", "defocus")
+COLOURS = [
+    Channel("DAPI", OpticalSystem(0.8, 460.0, 0.325)),
+    Channel("FITC", OpticalSystem(0.8, 520.0, 0.325)),
+]
+WELLS = [
+    Position("B03 left", plate_row="B", plate_column="03", field=0),
+    Position("B03 right", plate_row="B", plate_column="03", field=1),
+    Position("C11", plate_row="C", plate_column="11"),
+]
+SITES = [Position("left", x_um=1.0, y_um=2.0), Position("right")]
+
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "uint8": ({"dtype": "|u1", "bit_depth": 8}, {}),
+    "float32 restored": ({}, {"restored_dtype": "float32"}),
+    "odd chunks": ({"shape": (41, 57)}, {"chunk_px": 16}),
+    "rgb": ({"dtype": "|u1", "shape": (40, 56, 3)}, {}),
+    "rgb, two channels": (
+        {"shape": (40, 56, 3), "channels": COLOURS, "sizes": {"t": 3, "c": 2}},
+        {"shard_frames": 2},
+    ),
+    "t c z": ({"sizes": {"t": 2, "c": 2, "z": 3}, "channels": COLOURS}, {}),
+    "z before c": ({"sizes": {"t": 2, "z": 3, "c": 2}, "channels": COLOURS}, {}),
+    "positions": ({"sizes": {"t": 3, "p": 2}, "positions": SITES}, {}),
+    "position first": ({"sizes": {"p": 2, "t": 5}, "positions": SITES}, {}),
+    "plate": ({"sizes": {"t": 2, "p": 3}, "positions": WELLS}, {}),
+    "unbounded": ({"sizes": {"t": None}}, {}),
+    "shards of 4": ({"sizes": {"t": 10}}, {"shard_frames": 4}),
+    "shards of 4, early": (
+        {"sizes": {"t": 6, "c": 2, "z": 3}, "channels": COLOURS},
+        {"shard_frames": 4, "outstanding": 3},
+    ),
+    "zstd": ({}, {"codec": "zstd", "codec_level": 3}),
+    "blosc-zstd": ({}, {"codec": "blosc-zstd"}),
+    "uncompressed": ({}, {"codec": "none"}),
+    "fsync": ({"sizes": {"t": 2}}, {"fsync": True}),
+}
+
+
+def group_path(series: SeriesStart, p: int) -> str:
+    """Where the layout of the specification puts the image of position p."""
+    position = series.positions[p]
+    if position.plate_row is not None:
+        return f"{position.plate_row}/{position.plate_column}/{position.field}"
+    return str(p) if len(series.positions) > 1 else ""
+
+
+def read_frame(folder: Path, name: str, series: SeriesStart, index: dict[str, int]):
+    """Read one frame with zarr-python."""
+    path = folder / f"{name}.ome.zarr" / group_path(series, index.get("p", 0)) / "0"
+    array = zarr.open_array(path, mode="r")
+    planes = 3 if len(series.shape) == 3 and name in ("raw", "restored") else 1
+    first = index.get("c", 0) * planes
+    found: NDArray[Any] = np.asarray(
+        array[index.get("t", 0), first : first + planes, index.get("z", 0)]
+    )
+    return np.moveaxis(found, 0, -1) if planes == 3 else found[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_frame_is_read_back_at_its_own_index(layout: str, tmp_path: Path) -> None:
+    changes, store = LAYOUTS[layout]
+    series = make_series(**changes)
+    with recording(tmp_path / "run.rtfocus", series, store=store) as run:
+        frames = run.send_all()
+        run.writer.drain()
+        assert run.durable == list(range(frames))
+        folder = run.close(frames)
+    for name in IMAGES:
+        yaozarrs.validate_zarr_store(str(folder / f"{name}.ome.zarr"))
+    for sequence, index in enumerate(indices(series)):
+        expected = numbered(sequence, series)
+        raw = read_frame(folder, "raw", series, index)
+        np.testing.assert_array_equal(raw, expected)
+        restored = read_frame(folder, "restored", series, index)
+        np.testing.assert_array_equal(restored, expected[::-1])
+        defocus = read_frame(folder, "defocus", series, index)
+        assert np.isnan(defocus[0, 0])
+        assert (defocus.ravel()[1:] == sequence).all()
+    report = check_run(folder)
+    assert not report.problems, str(report)
+    assert report.frames == frames
+    assert run.pool.free == run.pool.count
+    assert run.accounting.unaccounted == 0
+
+
+def test_metadata_is_whole_before_frame_0(tmp_path: Path) -> None:
+    series = make_series(sizes={"t": 4, "c": 2}, channels=COLOURS)
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        for name in IMAGES:
+            yaozarrs.validate_zarr_store(str(run.writer.folder / f"{name}.ome.zarr"))
+        path = run.writer.folder / "defocus.ome.zarr"
+        document = json.loads((path / "zarr.json").read_text())
+        image = document["attributes"]["ome"]
+        multiscale = image["multiscales"][0]
+        assert [axis["name"] for axis in multiscale["axes"]] == list("tczyx")
+        scale, shift = multiscale["datasets"][0]["coordinateTransformations"]
+        assert scale["scale"] == [0.25, 1, 1.5, 8 * 0.325, 8 * 0.325]
+        assert shift["translation"] == pytest.approx([0, 0, 0, 7.5 * 0.325, 7.5 * 0.325])
+        assert [c["label"] for c in image["omero"]["channels"]] == ["DAPI", "FITC"]
+        array = zarr.open_array(path / "0", mode="r")
+        assert array.metadata.dimension_names == tuple("tczyx")
+        assert array.shape == (4, 2, 1, GRID.rows, GRID.columns)
+        assert np.isnan(array[...]).all()
+
+
+def test_rgb_planes_are_omero_channels_in_their_colours(tmp_path: Path) -> None:
+    series = make_series(shape=(40, 56, 3), dtype="|u1")
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        path = run.writer.folder / "raw.ome.zarr" / "zarr.json"
+        omero = json.loads(path.read_text())["attributes"]["ome"]["omero"]
+    colours = [channel["color"] for channel in omero["channels"]]
+    assert colours == ["FF0000", "00FF00", "0000FF"]
+
+
+def test_missing_frames_are_marked_at_their_own_index(tmp_path: Path) -> None:
+    series = make_series(sizes={"t": 3, "c": 2, "z": 2}, channels=COLOURS)
+    places = list(indices(series))
+    lost = {2, 3, 9}
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        for sequence, index in enumerate(places):
+            if sequence == 2:
+                run.writer.mark_missing(2, 2, "publisher restarted")
+                run.accounting.count("dropped", "gap", 2)
+            if sequence == 9:
+                run.writer.mark_missing(9, 1, "corrupt")
+                run.accounting.count("dropped", "gap")
+            if sequence not in lost:
+                run.send(sequence, index)
+        run.writer.drain()
+        assert run.durable == list(range(len(places)))
+        folder = run.close(len(places))
+    for sequence, index in enumerate(places):
+        found = read_frame(folder, "raw", series, index)
+        expected = numbered(sequence, series)
+        np.testing.assert_array_equal(found, expected * (sequence not in lost))
+    document = json.loads((folder / "raw.ome.zarr" / "zarr.json").read_text())
+    missing = document["attributes"]["rtfocus"]["missing"]
+    assert [m["sequence"] for m in missing] == sorted(lost)
+    for m in missing:
+        assert m["index"] == {"p": 0} | places[m["sequence"]]
+    assert check_run(folder).problems == []
+    assert run.accounting.summary()["dropped"] == {"gap": 3}
+    assert run.accounting.unaccounted == 0
+
+
+def test_a_gap_at_the_end_is_placed_and_keeps_the_run_whole(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        for t in range(4):
+            run.send(t, {"t": t})
+        run.writer.mark_missing(4, 2, "publisher lost")
+        run.accounting.count("dropped", "gap", 2)
+        run.writer.drain()
+        assert run.durable == list(range(6))
+        folder = run.close(6)
+    assert [line["index"]["t"] for line in check_run(folder).missing] == [4, 5]
+    assert zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r").shape[0] == 6
+
+
+def test_focus_probes_are_journalled_and_not_stored(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series(sizes={"t": 2})) as run:
+        run.send(0, {"t": 0})
+        probe = run.fill(1, {"t": 0}, role=Role.FOCUS)
+        run.writer.record_focus(probe, run.result(1, {"t": 0}))
+        run.send(2, {"t": 1})
+        run.writer.drain()
+        assert run.durable == [0, 1, 2]
+        folder = run.close(3)
+    assert run.accounting.summary()["focus"] == 1
+    assert run.accounting.unaccounted == 0
+    found = read_frame(folder, "raw", run.series, {"t": 0})
+    np.testing.assert_array_equal(found, numbered(0, run.series))
+
+
+def test_a_failed_restoration_keeps_the_raw_frame_and_says_so(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series(sizes={"t": 2})) as run:
+        run.send(0, {"t": 0})
+        run.writer.record_error(run.fill(1, {"t": 1}), "engine ran out of memory")
+        folder = run.close(2)
+    raw = read_frame(folder, "raw", run.series, {"t": 1})
+    np.testing.assert_array_equal(raw, numbered(1, run.series))
+    assert not read_frame(folder, "restored", run.series, {"t": 1}).any()
+    line = json.loads((folder / "frames.ndjson").read_text().splitlines()[1])
+    assert line["error"] == "engine ran out of memory"
+    assert line["stored"] == ["raw"]
+    assert json.loads((folder / "report.json").read_text())["totals"][
+        "processing_errors"
+    ] == 1
+
+
+def test_a_second_frame_of_a_place_never_overwrites_the_first(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        run.send(0, {"t": 0})
+        run.send(1, {"t": 0})
+        run.send(2, {"t": 1})
+        folder = run.close(3)
+    first = read_frame(folder, "raw", run.series, {"t": 0})
+    np.testing.assert_array_equal(first, numbered(0, run.series))
+    assert run.accounting.summary()["in_error"] == {"duplicate": 1}
+    assert run.accounting.unaccounted == 0
+    assert check_run(folder).problems == []
+
+
+def test_a_frame_outside_the_plan_is_counted_not_stored(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        run.send(0, {"t": 0})
+        run.send(1, {"t": 6})
+        run.send(2, {"t": 1, "c": 1})
+        run.close(3)
+    assert run.accounting.summary()["in_error"] == {"index": 2}
+    assert run.accounting.unaccounted == 0
+
+
+def test_a_run_that_stops_early_is_trimmed_to_what_it_has(tmp_path: Path) -> None:
+    series = make_series(sizes={"t": 50, "p": 2}, positions=SITES)
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        for sequence, index in enumerate(indices(series)):
+            if sequence < 7:
+                run.send(sequence, index)
+        folder = run.close(7, "canceled")
+    for p in ("0", "1"):
+        array = zarr.open_array(folder / "raw.ome.zarr" / p / "0", mode="r")
+        assert array.shape[0] == 4
+    report = json.loads((folder / "report.json").read_text())
+    assert report["reason"] == "canceled"
+    assert report["planned_frames"] == 100
+
+
+def test_unbounded_time_grows_far_beyond_the_first_length(tmp_path: Path) -> None:
+    series = make_series(sizes={"t": None}, shape=(8, 8))
+    with recording(tmp_path / "run.rtfocus", series, grid=None) as run:
+        for t in range(300):
+            run.send(t, {"t": t})
+        folder = run.close(300)
+    array = zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r")
+    assert array.shape[0] == 300
+    for t in range(0, 300, 7):
+        np.testing.assert_array_equal(array[t, 0, 0], numbered(t, series))
+
+
+def test_raw_only_frames_are_listed_for_later(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        run.send(0, {"t": 0})
+        result = FrameResult(None, None, None, skipped="raw_only: stalled")
+        run.writer.append(run.fill(1, {"t": 1}), result)
+        folder = run.close(2)
+    totals = json.loads((folder / "report.json").read_text())["totals"]
+    assert totals["not_restored"] == {"raw_only: stalled": 1}
+    assert totals["stored"]["raw"] == 2
+    assert totals["stored"]["restored"] == 1
+    assert check_run(folder).problems == []
+
+
+def test_the_journal_becomes_columns(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        folder = run.close(run.send_all())
+    frames = zarr.open_group(folder / "frames.zarr", mode="r")
+    assert frames["sequence"][:].tolist() == list(range(6))
+    assert frames["t"][:].tolist() == list(range(6))
+    assert frames["defocus_um"][:].tolist() == [float(i) for i in range(6)]
+    assert frames["classify_ms"][:].tolist() == [2.5] * 6
+    assert np.isnan(frames["restore_ms"][:]).all()
+    assert frames["status"].attrs["words"] == ["written"]
+    assert frames["engines"].attrs["words"] == ["delpnet@0123abcd"]
+    received, durable = frames["received_ns"][:], frames["durable_ns"][:]
+    assert (received <= durable).all()
+    text = (folder / "frames.ndjson").read_text()
+    assert "NaN" not in text
+    assert len(text.splitlines()) == 6
+
+
+def test_slots_stay_untouched_until_their_frame_is_durable(tmp_path: Path) -> None:
+    """With as many slots as frames under way, every reuse would show."""
+    series = make_series(sizes={"t": 120}, shape=(128, 128))
+    store = {"outstanding": 3}
+    with recording(
+        tmp_path / "run.rtfocus", series, store=store, grid=None, slots=4
+    ) as run:
+        folder = run.close(run.send_all())
+    array = zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r")
+    for t in range(120):
+        np.testing.assert_array_equal(array[t, 0, 0], numbered(t, series))
+
+
+def test_a_frame_of_another_shape_is_refused(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        slot = run.fill(0, {"t": 0})
+        result = run.result(0, {"t": 0})
+        result.restored = np.zeros((2, 2), np.uint16)
+        with pytest.raises(WriterError, match=r"restored frame is uint16 \(2, 2\)"):
+            run.writer.append(slot, result)
+
+
+def test_positions_in_the_same_well_field_are_refused(tmp_path: Path) -> None:
+    twins = [WELLS[0], WELLS[0]]
+    series = make_series(sizes={"t": 1, "p": 2}, positions=twins)
+    with pytest.raises(WriterError, match="own plate_row"):
+        recording(tmp_path / "run.rtfocus", series).__enter__()
+
+
+def test_sizes_that_disagree_with_their_lists_are_refused(tmp_path: Path) -> None:
+    series = make_series(sizes={"t": 1, "c": 2})
+    with pytest.raises(WriterError, match="plans 2 along c but lists 1"):
+        recording(tmp_path / "run.rtfocus", series).__enter__()
