@@ -1,11 +1,45 @@
 """Training commands: what `rtfocus train` and `rtfocus export` call."""
 
+import logging
 from pathlib import Path
 
+from rtfocus.training.export import export_engine
 from rtfocus.training.recipe import load_recipe
 from rtfocus.training.trainer import train
 
+_log = logging.getLogger(__name__)
+
 
 def train_command(recipe: Path, resume: bool, device: str) -> Path:
-    """Train the network of a recipe; returns its newest checkpoint."""
-    return train(load_recipe(recipe), resume=resume, device=device)
+    """Train the network of a recipe; returns its newest checkpoint.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, see `rtfocus.training.recipe.Recipe`.
+    resume
+        Go on from the newest checkpoint of the same recipe, if there is one.
+    device
+        ``cpu``, ``cuda`` or ``auto``.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe, its data, the device or the checkpoint cannot be used.
+    """
+    newest = train(load_recipe(recipe), resume=resume, device=device)
+    _log.info("trained: '%s'; next: rtfocus export %s -o engines/NAME", newest, newest)
+    return newest
+
+
+def export_command(checkpoint: Path, output: Path) -> Path:
+    """Write an engine folder from a checkpoint; returns its card.
+
+    Raises
+    ------
+    ConfigError
+        If the checkpoint cannot be read.
+    """
+    card = export_engine(checkpoint, output)
+    _log.info("exported: '%s'", card)
+    return card

@@ -51,12 +51,12 @@ class Blurring:
         """Choose the fields of one side of the split."""
         self._recipe = recipe
         self._validation = validation
-        self._fields = [field for field in fields if field.validation == validation]
+        self.fields = [field for field in fields if field.validation == validation]
         self._scale = DefocusLevels(step_um=recipe.blur.level_step_um)
-        counts = {id(f.source): 0 for f in self._fields}
-        for field in self._fields:
+        counts = {id(f.source): 0 for f in self.fields}
+        for field in self.fields:
             counts[id(field.source)] += 1
-        shares = [f.source.share / counts[id(f.source)] for f in self._fields]
+        shares = [f.source.share / counts[id(f.source)] for f in self.fields]
         self._specimens = recipe.specimens
         if recipe.specimens is not None:
             shares.append(recipe.specimens.share)
@@ -67,11 +67,11 @@ class Blurring:
         side = 1 if self._validation else 0
         rng = np.random.default_rng([self._recipe.seed, side, generation])
         place = int(rng.choice(len(self._shares), p=self._shares))
-        ideal = place == len(self._fields)
+        ideal = place == len(self.fields)
         if ideal and self._specimens is not None:
             kind, scene = self._draw_specimen(self._specimens, rng)
         else:
-            field = self._fields[place]
+            field = self.fields[place]
             kind, scene = field.source.kind, self._cut_scene(field, rng)
         optics = draw_optics(self._recipe.blur, rng)
         # A photograph has been through a microscope, a drawn scene has not.
