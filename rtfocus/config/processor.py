@@ -30,7 +30,7 @@ class RestorationConfig(Section):
     """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``, ``none``,
     or the name of a restorer in the engines folder."""
     iterations: Annotated[int, Field(gt=0)] | None = None
-    """Richardson-Lucy only; None: 15, accelerated 3."""
+    """Richardson-Lucy only; None: 15, accelerated 4."""
     noise_to_signal: Annotated[float, Field(gt=0)] | None = None
     """Wiener only: ratio of noise to signal power; None: estimated per frame."""
     window: Literal["triangular", "rectangular"] = "triangular"

@@ -26,6 +26,10 @@ BACKGROUNDS: Mapping[str, Callable[..., ContrastToNoise]] = {
 }
 
 
+# Share of a float frame's range that is taken for one step.
+_INVISIBLE = 1e-4
+
+
 class Preparation:
     """Normalisation and background rule of one engine.
 
@@ -46,8 +50,8 @@ class Preparation:
         self._normalisation = _build(card, "normalisation", NORMALISATIONS)
         self._background: ContrastToNoise | None = None
         if card.background:
-            rule: ContrastToNoise = _build(card, "background", BACKGROUNDS)
-            self._background = replace(rule, quantum=quantum)
+            self._background = _build(card, "background", BACKGROUNDS)
+        self._quantum = quantum
 
     def normalise(self, frame: Image) -> Image:
         """Return the network's view of a padded frame (y, x)."""
@@ -58,10 +62,11 @@ class Preparation:
         empty = np.zeros((grid.rows, grid.columns), dtype=np.bool_)
         if self._background is None:
             return empty
-        # On the rule's cells, which a tile's edge misses by half a pixel at most
-        # of the difference between pixel centres and edges.
+        # Float frames have no smallest step: what cannot be seen counts as none.
+        span = float(frame.max()) - float(frame.min())
+        quantum = self._quantum or max(_INVISIBLE * span, float(np.finfo(np.float32).tiny))
         start = grid.origin_px - (grid.tile_px - 1) / 2
-        found = self._background.tiles(
+        found = replace(self._background, quantum=quantum).tiles(
             frame,
             tile_px=_cells(grid.tile_px),
             stride_px=_cells(grid.stride_px),

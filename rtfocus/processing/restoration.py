@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from scipy import fft
 
 from rtfocus.optics.psf import psf_radius_px
-from rtfocus.processing.accelerated import accelerated_plan
+from rtfocus.processing.accelerated import (
+    DEFAULT_ITERATIONS as ACCELERATED_ITERATIONS,
+)
+from rtfocus.processing.accelerated import (
+    back_projectors,
+)
 from rtfocus.processing.fourier import crop, padded_shape, transfer_function
 from rtfocus.processing.noise import noise_variance
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, iterate
@@ -53,38 +58,19 @@ class WienerDeconvolution:
         return self._filter.apply(spectrum, variance, workers)
 
 
-class MatchedDeconvolution:
+class RichardsonLucyDeconvolution:
     """Richardson-Lucy as LB-DVD: starts from the blurred image (He 2020)."""
 
-    def __init__(self, psf: Image, shape: tuple[int, int], iterations: int) -> None:
-        self._shape = shape
-        self._transfer = transfer_function(psf, shape)
-        self._iterations = iterations
-
-    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
-        """Iterate; negative counts (below the camera's offset) become 0."""
-        del quantum
-        signal = np.maximum(padded, 0)
-        return iterate(
-            signal,
-            self._transfer,
-            np.conj(self._transfer),
-            self._iterations,
-            shape=self._shape,
-            start=signal,
-            workers=workers,
-        )
-
-
-class AcceleratedDeconvolution:
-    """Richardson-Lucy with an unmatched back projector: few iterations."""
-
     def __init__(
-        self, psf: Image, shape: tuple[int, int], iterations: int | None
+        self, psf: Image, shape: tuple[int, int], iterations: int, *, accelerated: bool
     ) -> None:
         self._shape = shape
         self._transfer = transfer_function(psf, shape)
-        self._plan = accelerated_plan(self._transfer, shape, iterations)
+        self._back = (
+            back_projectors(self._transfer, iterations)
+            if accelerated
+            else [np.conj(self._transfer)] * iterations
+        )
 
     def restore(self, padded: Image, quantum: float, workers: int) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
@@ -93,8 +79,7 @@ class AcceleratedDeconvolution:
         return iterate(
             signal,
             self._transfer,
-            self._plan.back,
-            self._plan.iterations,
+            self._back,
             shape=self._shape,
             start=signal,
             workers=workers,
@@ -119,7 +104,7 @@ class DepthVariantRestorer:
     method
         One of `METHODS`.
     iterations
-        Of Richardson-Lucy; None: 15, or as many as the accelerated form needs.
+        Of Richardson-Lucy; None: 15, accelerated 4.
     noise_to_signal
         Of Wiener; None: estimated per frame and level.
     halo_px
@@ -220,11 +205,11 @@ class DepthVariantRestorer:
     def _build(self, psf: Image, shape: tuple[int, int]) -> Deconvolution:
         if self.method == "wiener":
             return WienerDeconvolution(psf, shape, self._noise_to_signal)
-        if self.method == "richardson_lucy":
-            return MatchedDeconvolution(
-                psf, shape, self._iterations or DEFAULT_ITERATIONS
-            )
-        return AcceleratedDeconvolution(psf, shape, self._iterations)
+        accelerated = self.method == "richardson_lucy_accelerated"
+        usual = ACCELERATED_ITERATIONS if accelerated else DEFAULT_ITERATIONS
+        return RichardsonLucyDeconvolution(
+            psf, shape, self._iterations or usual, accelerated=accelerated
+        )
 
 
 def read_padded(

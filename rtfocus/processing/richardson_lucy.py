@@ -5,6 +5,7 @@ transform larger than the image gives zero borders, one of equal size periodic
 ones (the caller has then padded the image by mirroring).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -68,8 +69,7 @@ def richardson_lucy(
     return iterate(
         signal,
         transfer,
-        np.conj(transfer),
-        iterations,
+        [np.conj(transfer)] * iterations,
         shape=(height, width),
         start=estimate,
         workers=workers,
@@ -79,24 +79,22 @@ def richardson_lucy(
 def iterate(
     signal: NDArray[Any],
     transfer: NDArray[Any],
-    back: NDArray[Any],
-    iterations: int,
+    back: Sequence[NDArray[Any]],
     *,
     shape: tuple[int, int],
     start: NDArray[Any],
     workers: int = 1,
 ) -> NDArray[Any]:
-    """Run the Richardson-Lucy iteration with any back projector.
+    """Run the Richardson-Lucy iteration with any back projectors.
 
     Parameters
     ----------
     signal
         Blurred images, axes (..., y, x), float, non-negative.
-    transfer, back
-        Forward and back projector over the half spectrum of `shape`. The matched
-        back projector is ``conj(transfer)``.
-    iterations
-        Number of updates.
+    transfer
+        Forward projector: OTF over the half spectrum of `shape`.
+    back
+        Back projector of every iteration; the matched one is ``conj(transfer)``.
     shape
         Height and width of the transforms, at least those of `signal`.
     start
@@ -109,11 +107,11 @@ def iterate(
     estimate = start.copy()
     # The matched update keeps the estimate non-negative up to round-off; an
     # unmatched back projector has negative lobes.
-    for _ in range(iterations):
+    for projector in back:
         blurred = _project(estimate, transfer, shape, workers)
         np.maximum(blurred, floor, out=blurred)
         np.divide(signal, blurred, out=blurred)
-        estimate *= _project(blurred, back, shape, workers)
+        estimate *= _project(blurred, projector, shape, workers)
         np.maximum(estimate, 0, out=estimate)
     return estimate
 
@@ -127,44 +125,3 @@ def _project(
     result = fft.irfft2(spectrum, s=shape, workers=workers, overwrite_x=True)
     height, width = image.shape[-2:]
     return np.asarray(result[..., :height, :width])
-
-
-def wiener_butterworth(
-    transfer: NDArray[Any],
-    shape: tuple[int, int],
-    *,
-    alpha: float,
-    cutoff: float,
-    order: int = 8,
-) -> NDArray[Any]:
-    """Build the unmatched back projector that replaces many iterations.
-
-    Parameters
-    ----------
-    transfer
-        OTF over the half spectrum.
-    shape
-        Height and width of the transform.
-    alpha
-        Wiener regularisation relative to the squared OTF at f = 0.
-    cutoff
-        Frequency in cycles per pixel at which the Butterworth factor is 1/sqrt(2).
-    order
-        Steepness of the Butterworth factor.
-
-    Returns
-    -------
-    NDArray
-        Half spectrum with gain 1 at f = 0.
-
-    References
-    ----------
-    .. [1] M. Guo et al., "Rapid image deconvolution and multiview fusion for
-       optical microscopy", Nature Biotechnology 38, 2020.
-    """
-    rows = np.fft.fftfreq(shape[0])[:, None]
-    columns = np.fft.rfftfreq(shape[1])[None, :]
-    relative = (rows**2 + columns**2) / cutoff**2
-    butterworth = 1.0 / np.sqrt(1.0 + relative**order)
-    wiener = np.conj(transfer) * (1.0 + alpha) / (np.abs(transfer) ** 2 + alpha)
-    return np.asarray(wiener * butterworth, dtype=transfer.dtype)

@@ -16,6 +16,21 @@ class FoundEngine:
     folder: Path
     card: EngineCard
 
+    @property
+    def name(self) -> str:
+        """The name configs use: that of the folder."""
+        return self.folder.name
+
+    @property
+    def kind(self) -> str:
+        """``classifier``, ``restorer`` or ``joint``."""
+        return self.card.kind
+
+    @property
+    def implementation(self) -> str:
+        """``onnx`` or ``builtin:METHOD``."""
+        return self.card.implementation
+
 
 def engine_places(folders: Sequence[Path]) -> list[Path]:
     """Return the folders that are searched, in order: configured, then shipped."""

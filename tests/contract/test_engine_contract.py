@@ -1,0 +1,162 @@
+"""One suite for every CPU backend of networks that this machine has."""
+
+import numpy as np
+import pytest
+
+from rtfocus.errors import EngineError
+from rtfocus.processing.engines.backends import BACKENDS, Request, choose_backend
+from rtfocus.processing.engines.card import read_card, verified_file
+
+SHAPE = (1, 1, 240, 288)
+
+
+def request_for(folder, **changes):
+    card = read_card(folder)
+    values = {
+        "name": card.name,
+        "model": verified_file(folder, card),
+        "input_name": card.input.name,
+        "output_name": card.output.name,
+        "shape": SHAPE,
+        "precision": "f32",
+    }
+    return Request(**(values | changes))
+
+
+@pytest.fixture(params=[backend.name for backend in BACKENDS])
+def backend(request):
+    found = next(b for b in BACKENDS if b.name == request.param)
+    if (why := found.why_unavailable()) is not None:
+        pytest.skip(why)
+    return found
+
+
+@pytest.fixture
+def sharpness(engine_folder):
+    return engine_folder / "sharpness"
+
+
+@pytest.fixture
+def engine(backend, sharpness):
+    opened = backend.open_engine(request_for(sharpness))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def tiles():
+    rng = np.random.default_rng(4)
+    # Detail grows downwards, so that the tiles get different labels.
+    detail = rng.standard_normal(SHAPE) * np.geomspace(0.01, 0.4, 240)[:, None]
+    return detail.astype(np.float32)
+
+
+def test_output_has_one_logit_per_label_and_tile(engine, tiles):
+    logits = engine.infer(tiles)
+    assert logits.shape == (1, 12, 4, 5)
+    assert logits.dtype == np.float32
+    assert np.isfinite(logits).all()
+    assert len(np.unique(logits.argmax(axis=1))) > 3
+
+
+def test_results_are_deterministic_and_new_arrays(engine, tiles):
+    first = engine.infer(tiles)
+    kept = first.copy()
+    engine.infer(np.zeros_like(tiles))
+    second = engine.infer(tiles)
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_every_backend_agrees_with_the_reference(backend, sharpness, tiles):
+    reference = next(b for b in BACKENDS if b.name == "onnxruntime")
+    ours = backend.open_engine(request_for(sharpness))
+    theirs = reference.open_engine(request_for(sharpness))
+    a, b = ours.infer(tiles), theirs.infer(tiles)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(a.argmax(axis=1), b.argmax(axis=1))
+    ours.close()
+    theirs.close()
+
+
+def test_non_contiguous_tiles_are_taken_as_they_look(engine, tiles):
+    flipped = tiles[..., ::-1]
+    np.testing.assert_array_equal(
+        engine.infer(flipped), engine.infer(np.ascontiguousarray(flipped))
+    )
+
+
+def test_wrong_shape_names_the_tensor_and_both_shapes(engine):
+    wrong = np.zeros((1, 1, 96, 96), np.float32)
+    with pytest.raises(EngineError, match=r"input 'tiles' has shape .*96.*\(1, 1, 240"):
+        engine.infer(wrong)
+
+
+def test_wrong_type_names_the_tensor(engine):
+    with pytest.raises(EngineError, match="'tiles' must be float32"):
+        engine.infer(np.zeros(SHAPE, np.float64))
+
+
+def test_a_condition_is_refused(engine, tiles):
+    with pytest.raises(EngineError, match="takes no condition"):
+        engine.infer(tiles, np.zeros((1, 1), np.float32))
+
+
+def test_close_twice_does_nothing_and_ends_inference(engine, tiles):
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="is closed"):
+        engine.infer(tiles)
+
+
+def test_any_shape_works_when_none_was_fixed(backend, sharpness, tiles):
+    engine = backend.open_engine(request_for(sharpness, shape=None))
+    assert engine.infer(tiles).shape == (1, 12, 4, 5)
+    assert engine.infer(tiles[..., :96, :96]).shape == (1, 12, 1, 1)
+    engine.close()
+
+
+def test_a_file_that_is_no_network_names_the_file(backend, tmp_path, sharpness):
+    broken = tmp_path / "model.fp32.onnx"
+    broken.write_bytes(b"not an onnx file")
+    with pytest.raises(EngineError, match=r"cannot load .*model\.fp32\.onnx"):
+        backend.open_engine(request_for(sharpness, model=broken))
+
+
+def test_a_tensor_the_file_does_not_have_is_named(backend, sharpness):
+    with pytest.raises(EngineError, match="output 'nowhere'"):
+        backend.open_engine(request_for(sharpness, output_name="nowhere"))
+
+
+def test_bf16_gives_the_labels_of_the_reference(sharpness, tiles):
+    openvino = choose_backend("openvino")
+    try:
+        engine = openvino.open_engine(request_for(sharpness, precision="bf16"))
+    except EngineError as error:
+        pytest.skip(str(error))
+    reference = choose_backend("onnxruntime").open_engine(request_for(sharpness))
+    ours = engine.infer(tiles).argmax(axis=1)
+    theirs = reference.infer(tiles).argmax(axis=1)
+    # Tiles between two levels may fall to either side: neighbours, and few.
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.mean(ours == theirs) >= 0.8
+    engine.close()
+    reference.close()
+
+
+def test_onnxruntime_refuses_bf16_with_the_remedy(sharpness):
+    with pytest.raises(EngineError, match=r"set processing\.precision to f32"):
+        choose_backend("onnxruntime").open_engine(
+            request_for(sharpness, precision="bf16")
+        )
+
+
+def test_an_unknown_backend_lists_those_there_are():
+    with pytest.raises(EngineError, match="known are openvino, onnxruntime"):
+        choose_backend("abacus")
+
+
+def test_auto_takes_the_first_available_backend_and_says_so(caplog):
+    caplog.set_level("INFO")
+    assert choose_backend("auto").name == BACKENDS[0].name
+    assert f"network backend: {BACKENDS[0].name}" in caplog.text

@@ -1,0 +1,106 @@
+"""Blending weights: a partition of unity for every frame and grid."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rtfocus.frame import TileGrid
+from rtfocus.processing.tiling import Montage, Region, axis_weights, grid_positions
+
+
+def grid(rows: int, columns: int, *, stride: float = 42.0) -> TileGrid:
+    return TileGrid(rows, columns, 84, stride, 41.5, signed=False)
+
+
+@given(
+    length=st.integers(1, 399),
+    count=st.integers(1, 12),
+    stride=st.floats(1.0, 90.0),
+    origin=st.floats(-20.0, 60.0),
+    window=st.sampled_from(["triangular", "rectangular"]),
+)
+def test_weights_of_an_axis_are_a_partition_of_unity(
+    length, count, stride, origin, window
+):
+    centres = origin + stride * np.arange(count)
+    weights = axis_weights(length, centres, window)
+    assert weights.shape == (count, length)
+    assert weights.min() >= 0
+    np.testing.assert_allclose(weights.sum(axis=0), 1.0, atol=1e-6)
+
+
+def test_triangle_has_base_84_and_peaks_at_the_tile_centre():
+    weights = axis_weights(300, 41.5 + 42.0 * np.arange(6))
+    inner = weights[2]
+    touched = np.flatnonzero(inner)
+    assert touched[-1] - touched[0] + 1 == 84
+    assert touched[0] == 84
+    assert inner[125] == inner[126] == inner.max()
+
+
+def test_rectangle_is_one_inside_its_own_tile_and_zero_outside():
+    montage = Montage(grid(5, 5), (252, 252), "rectangular")
+    labels = np.zeros((5, 5), np.int16)
+    labels[2, 2] = 3
+    region = montage.region(labels, 3)
+    assert region == Region(slice(84, 168), slice(84, 168))
+    np.testing.assert_array_equal(montage.weights(labels, 3, region), 1.0)
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    seed=st.integers(0, 2**31),
+    window=st.sampled_from(["triangular", "rectangular"]),
+)
+def test_levels_and_untouched_rest_add_up_to_one_in_every_pixel(
+    height, width, seed, window
+):
+    rng = np.random.default_rng(seed)
+    rows, columns = (max(1, (side - 84) // 42 + 1) for side in (height, width))
+    montage = Montage(grid(rows, columns), (height, width), window)
+    labels = rng.integers(-1, 6, (rows, columns)).astype(np.int16)
+    total = np.zeros((height, width), np.float32)
+    whole = Region(slice(0, height), slice(0, width))
+    for level in np.unique(montage.tiles(labels)):
+        total += montage.weights(labels, int(level), whole)
+    np.testing.assert_allclose(total, 1.0, atol=1e-5)
+
+
+@given(seed=st.integers(0, 2**31))
+def test_region_holds_every_weight_of_its_level(seed):
+    rng = np.random.default_rng(seed)
+    montage = Montage(grid(6, 7), (294, 336))
+    labels = rng.integers(-1, 9, (6, 7)).astype(np.int16)
+    whole = Region(slice(0, 294), slice(0, 336))
+    for level in montage.present(labels):
+        region = montage.region(labels, level)
+        everywhere = montage.weights(labels, level, whole)
+        inside = montage.weights(labels, level, region)
+        np.testing.assert_allclose(
+            everywhere[region.rows, region.columns], inside, atol=1e-6
+        )
+        everywhere[region.rows, region.columns] = 0
+        assert everywhere.max() == 0
+
+
+def test_present_names_no_background_and_no_focus():
+    montage = Montage(grid(2, 3), (126, 168))
+    labels = np.array([[-1, 0, 4], [0, 2, 4]], np.int16)
+    assert montage.present(labels) == [2, 4]
+
+
+def test_grid_positions_are_the_upper_left_corners():
+    rows, columns = grid_positions(grid(2, 3))
+    assert rows.tolist() == [0, 42]
+    assert columns.tolist() == [0, 42, 84]
+
+
+@pytest.mark.parametrize("side", [1, 5, 83])
+def test_frames_smaller_than_a_tile_belong_to_the_one_tile(side):
+    montage = Montage(grid(1, 1), (side, side))
+    labels = np.full((1, 1), 7, np.int16)
+    region = montage.region(labels, 7)
+    assert region.shape == (side, side)
+    np.testing.assert_array_equal(montage.weights(labels, 7, region), 1.0)
