@@ -1,7 +1,8 @@
 """Writer kit: records series whose frames carry their sequence in the pixels."""
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -80,8 +81,12 @@ class Recording:
         grid: TileGrid | None = GRID,
         restored: bool = True,
         slots: int = 32,
+        on_durable: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.series = series
+        self._grid = grid
+        self._restored = restored
+        self._on_durable = on_durable
         self.store = StoreConfig(**{"min_free_mb": 0} | (store or {}))
         self.accounting = Accounting()
         self.durable: list[int] = []
@@ -94,12 +99,14 @@ class Recording:
             grid=grid,
             restored=restored,
             accounting=self.accounting,
-            on_durable=self.durable.append,
+            on_durable=self._note_durable,
             on_free=self.pool.release,
             provenance={"config": "kit"},
         )
-        self._grid = grid
-        self._restored = restored
+
+    def _note_durable(self, sequence: int) -> None:
+        self.durable.append(sequence)
+        self._on_durable(sequence)
 
     def fill(
         self, sequence: int, index: dict[str, int], role: Role = Role.RECORD
@@ -186,3 +193,28 @@ def recording(folder: Path, series: SeriesStart, **options: Any) -> Iterator[Rec
     opened = Recording(folder, series, **options)
     with opened.writer:
         yield opened
+
+
+LIVE = make_series(sizes={"t": None, "c": 2}, channels=[Channel("a"), Channel("b")])
+"""What `record_until_killed` records."""
+
+
+def record_until_killed(folder: str, shard_frames: str) -> None:
+    """Record `LIVE` for ever, saying on standard output what is durable.
+
+    The program of a process that a test kills; it goes on where it was.
+    """
+
+    def say(sequence: int) -> None:
+        sys.stdout.write(f"{sequence}\n")
+        sys.stdout.flush()
+
+    store = {"shard_frames": int(shard_frames)}
+    opened = Recording(Path(folder), LIVE, store=store, on_durable=say)
+    for sequence, index in enumerate(indices(LIVE, time_points=1_000_000)):
+        if sequence >= opened.writer.next_sequence:
+            opened.send(sequence, index)
+
+
+if __name__ == "__main__":
+    record_until_killed(*sys.argv[1:])
