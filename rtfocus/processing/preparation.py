@@ -64,7 +64,9 @@ class Preparation:
             return empty
         # Float frames have no smallest step: what cannot be seen counts as none.
         span = float(frame.max()) - float(frame.min())
-        quantum = self._quantum or max(_INVISIBLE * span, float(np.finfo(np.float32).tiny))
+        quantum = self._quantum or max(
+            _INVISIBLE * span, float(np.finfo(np.float32).tiny)
+        )
         start = grid.origin_px - (grid.tile_px - 1) / 2
         found = replace(self._background, quantum=quantum).tiles(
             frame,

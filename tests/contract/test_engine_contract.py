@@ -1,5 +1,8 @@
 """One suite for every CPU backend of networks that this machine has."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -160,3 +163,19 @@ def test_auto_takes_the_first_available_backend_and_says_so(caplog):
     caplog.set_level("INFO")
     assert choose_backend("auto").name == BACKENDS[0].name
     assert f"network backend: {BACKENDS[0].name}" in caplog.text
+
+
+def test_openvino_reports_nothing_to_its_maker():
+    # In a process of its own: another test may have imported openvino before.
+    code = (
+        "import sys, threading\n"
+        "from rtfocus.processing.engines.openvino_import import import_openvino\n"
+        "import_openvino()\n"
+        "assert not sys.modules.get('openvino_telemetry')\n"
+        "print([t.name for t in threading.enumerate()])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['MainThread']"

@@ -1,15 +1,16 @@
 """Backends: the CPU runtimes a network can run on, in order of preference."""
 
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.onnxruntime_backend import OnnxRuntimeEngine
 from rtfocus.processing.engines.openvino_backend import OpenVinoEngine
+from rtfocus.processing.engines.openvino_import import import_openvino
 from rtfocus.processing.seam import Engine
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,20 @@ class Backend:
     open_engine: Callable[[Request], Engine]
 
 
-def _why_not_importable(module: str) -> Callable[[], str | None]:
-    def why() -> str | None:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            return f"{module} cannot be imported ({error}); pip install {module}"
-        return None
+def _why_no_openvino() -> str | None:
+    return _why_not_importable("openvino", import_openvino)
 
-    return why
+
+def _why_no_onnxruntime() -> str | None:
+    return _why_not_importable("onnxruntime", lambda: import_module("onnxruntime"))
+
+
+def _why_not_importable(module: str, load: Callable[[], object]) -> str | None:
+    try:
+        load()
+    except ImportError as error:
+        return f"{module} cannot be imported ({error}); pip install {module}"
+    return None
 
 
 def _open_openvino(request: Request) -> Engine:
@@ -86,8 +92,8 @@ def _open_onnxruntime(request: Request) -> Engine:
 
 # ORDER MATTERS for "auto": fastest first, the reference last.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("openvino", _why_not_importable("openvino"), _open_openvino),
-    Backend("onnxruntime", _why_not_importable("onnxruntime"), _open_onnxruntime),
+    Backend("openvino", _why_no_openvino, _open_openvino),
+    Backend("onnxruntime", _why_no_onnxruntime, _open_onnxruntime),
 )
 
 

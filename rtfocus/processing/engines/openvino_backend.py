@@ -1,6 +1,5 @@
 """OpenVINO backend: the default runtime, compiled for one frame shape."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.inputs import check_input
+from rtfocus.processing.engines.openvino_import import import_openvino
 
 
 class OpenVinoEngine:
@@ -32,7 +32,7 @@ class OpenVinoEngine:
         self.name = name
         self.shape = shape
         self._input = input_name
-        self._openvino: Any = import_module("openvino")
+        self._openvino: Any = import_openvino()
         try:
             core = self._openvino.Core()
             capable = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
