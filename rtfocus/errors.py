@@ -34,7 +34,19 @@ class TransportError(RtfocusError):
 
 
 class ProtocolError(TransportError):
-    """One message breaks the wire protocol; counted, never ends a run."""
+    """One message breaks the wire protocol; counted, never ends a run.
+
+    Parameters
+    ----------
+    message
+        What is wrong with it.
+    reason
+        The word it is counted under, e.g. ``truncated``.
+    """
+
+    def __init__(self, message: str, reason: str = "malformed") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class MicroscopeError(RtfocusError):

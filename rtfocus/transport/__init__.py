@@ -1,0 +1,1 @@
+"""Transport: frames from the microscope side to the processor over ZeroMQ."""

@@ -1,0 +1,65 @@
+"""Frames in: the socket that frames arrive on, and the state of its connection."""
+
+from collections.abc import Iterator
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from rtfocus.errors import ProtocolError
+from rtfocus.transport.sockets import Socket
+
+_EVENTS = zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_AUTH
+
+
+class Watch:
+    """Connection events of one socket; its PAIR joins a poller."""
+
+    def __init__(self, socket: Socket) -> None:
+        self._watched = socket
+        self.socket = socket.get_monitor_socket(_EVENTS)
+
+    def events(self) -> Iterator[zmq.Event]:
+        """Yield what happened since the last call."""
+        while self.socket.poll(0):
+            yield zmq.Event(recv_monitor_message(self.socket)["event"])
+
+    def close(self) -> None:
+        """Stop watching; before the watched socket is closed."""
+        self._watched.disable_monitor()
+
+
+class FramesIn:
+    """Receives the messages of one topic at a time."""
+
+    def __init__(self, socket: Socket) -> None:
+        self.socket = socket
+        self._topic: str | None = None
+
+    def subscribe(self, topic: str | None) -> None:
+        """Receive this topic and no other; None: nothing."""
+        if topic == self._topic:
+            return
+        if self._topic is not None:
+            self.socket.unsubscribe(self._topic)
+        if topic is not None:
+            self.socket.subscribe(topic)
+        self._topic = topic
+
+    def receive(self) -> tuple[bytes, memoryview | None] | None:
+        """Return header and pixels of the next message; None: there is none.
+
+        The pixels stay in ZeroMQ's memory; they are valid as long as referenced.
+
+        Raises
+        ------
+        ProtocolError
+            If the message has not 2 or 3 parts.
+        """
+        try:
+            parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        if len(parts) not in (2, 3):
+            msg = f"message of {len(parts)} parts, not topic, header and pixels"
+            raise ProtocolError(msg, "parts")
+        return parts[1].bytes, parts[2].buffer if len(parts) == 3 else None

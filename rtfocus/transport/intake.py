@@ -1,0 +1,184 @@
+"""Intake: what arrives on the frames socket, turned into slots and gaps."""
+
+import time
+
+import numpy as np
+
+from rtfocus.errors import ProtocolError, TransportError
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SeriesEnd, SeriesStart
+from rtfocus.metrics import Accounting
+from rtfocus.slots import SlotPool
+from rtfocus.transport.arrivals import Arrivals
+from rtfocus.transport.messages import Ping, Rewind, unpack_in_stream
+from rtfocus.transport.sequencer import Sequencer, Verdict
+from rtfocus.transport.validation import check_header, is_alike, pixel_bytes
+
+
+class Intake:
+    """One series from its first frame to its end; used by the I/O thread alone.
+
+    Parameters
+    ----------
+    series
+        Its frames are received.
+    next_sequence
+        Where to begin: 0, or the first frame that is not durable.
+    pool
+        Free slots in it are the credit.
+    arrivals
+        Where frames and gaps go, and the end.
+    accounting
+        Counts frames, gaps and errors.
+    """
+
+    def __init__(
+        self,
+        series: SeriesStart,
+        next_sequence: int,
+        pool: SlotPool,
+        arrivals: Arrivals,
+        accounting: Accounting,
+    ) -> None:
+        self.series = series
+        self.sequencer = Sequencer(next_sequence)
+        self.arrivals = arrivals
+        self.end_to_confirm = False
+        """The publisher has said the end, and everything before it is here."""
+        self._pool = pool
+        self._accounting = accounting
+        self._sent_upto = next_sequence
+
+    @property
+    def credit_upto(self) -> int:
+        """First sequence there is no slot for."""
+        if self.arrivals.is_over:
+            return self.sequencer.expected
+        return self.sequencer.expected + self._pool.free
+
+    def take(self, header_part: bytes, pixels: memoryview | None) -> None:
+        """Take one message of the frames socket.
+
+        Raises
+        ------
+        ProtocolError
+            If it cannot be used; its frame, if it was one, will be asked for
+            again because it is missing.
+        """
+        message = unpack_in_stream(header_part)
+        if message.series_uid != self.series.series_uid:
+            msg = f"'{message.series_uid}', not '{self.series.series_uid}'"
+            raise ProtocolError(msg, "series")
+        match message:
+            case FrameHeader():
+                self._take_frame(message, pixels)
+            case Rewind():
+                self.sequencer.rewound(message.sequence, message.attempt)
+            case Ping():
+                self._note_ping(message)
+            case SeriesEnd():
+                self._note_end(message)
+        self._count_gaps()
+
+    def abandon(self, reason: str, frames_sent: int | None = None) -> None:
+        """End the series although frames are missing; those are a gap.
+
+        `frames_sent` is how many the publisher has; None: as many as it showed.
+        """
+        if self.arrivals.is_over:
+            return
+        frames_sent = self._sent_upto if frames_sent is None else frames_sent
+        self.sequencer.abandon(frames_sent, reason)
+        self._count_gaps()
+        self._finish(reason)
+
+    def lose(self, reason: str) -> None:
+        """End the series with an error; what came is kept."""
+        if self.arrivals.is_over:
+            return
+        self.sequencer.abandon(self._sent_upto, reason)
+        self._count_gaps()
+        self._finish(reason, TransportError(reason))
+
+    def stop(self) -> None:
+        """End the series because this side wants it."""
+        self._finish("stopped")
+
+    def _take_frame(self, header: FrameHeader, pixels: memoryview | None) -> None:
+        check_header(header, self.series)
+        expected_bytes = pixel_bytes(header)
+        found_bytes = 0 if pixels is None else pixels.nbytes
+        if pixels is None or found_bytes != expected_bytes:
+            msg = (
+                f"frame {header.sequence} has {found_bytes} bytes of pixels, "
+                f"{header.shape} {header.dtype} needs {expected_bytes}"
+            )
+            raise ProtocolError(msg, "truncated")
+        if self.arrivals.is_over:
+            return
+        verdict = self.sequencer.judge(header.sequence)
+        if verdict is Verdict.DUPLICATE:
+            msg = f"frame {header.sequence} arrived before"
+            raise ProtocolError(msg, "duplicate")
+        if verdict is Verdict.DISCARD:
+            return
+        # A gap comes before the frame that revealed it.
+        self._count_gaps()
+        if not is_alike(header, self.series):
+            self._end_at_other_form(header)
+            return
+        self._fill_slot(header, pixels)
+
+    def _fill_slot(self, header: FrameHeader, pixels: memoryview) -> None:
+        slot = self._pool.acquire(timeout_s=0)
+        if slot is None:
+            msg = f"frame {header.sequence} was sent beyond the credit"
+            raise ProtocolError(msg, "credit")
+        slot.received_ns = time.monotonic_ns()
+        target = slot.prepare(header)
+        # The one copy of this side: from ZeroMQ's message into the slot.
+        np.copyto(target, np.frombuffer(pixels, target.dtype).reshape(target.shape))
+        self.sequencer.accept()
+        self._accounting.set_acquired(self.sequencer.expected)
+        self.arrivals.put(slot)
+
+    def _end_at_other_form(self, header: FrameHeader) -> None:
+        self.sequencer.accept()
+        self._accounting.set_acquired(self.sequencer.expected)
+        self._accounting.count("in_error", "form")
+        self._finish(
+            f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
+            f"{self.series.shape} {self.series.dtype}: start a new series"
+        )
+
+    def _note_ping(self, ping: Ping) -> None:
+        if ping.attempt != self.sequencer.attempt:
+            return
+        self._sent_upto = max(self._sent_upto, ping.sent_upto)
+        if self.sequencer.waiting:
+            # It has answered the request, and the answer was lost on the way.
+            self.sequencer.ask_again()
+        else:
+            self.sequencer.reach(ping.sent_upto)
+
+    def _note_end(self, end: SeriesEnd) -> None:
+        if not self.sequencer.reach(end.frames_sent):
+            return
+        self._count_gaps()
+        self.end_to_confirm = True
+        self._accounting.set_acquired(end.frames_sent)
+        self.arrivals.finish(end)
+
+    def _count_gaps(self) -> None:
+        for gap in self.sequencer.take_gaps():
+            self._accounting.set_acquired(gap.first + gap.count)
+            self._accounting.count("dropped", "gap", gap.count)
+            self.arrivals.put(gap)
+
+    def _finish(self, reason: str, error: TransportError | None = None) -> None:
+        end = SeriesEnd(
+            version=PROTOCOL_VERSION,
+            series_uid=self.series.series_uid,
+            frames_sent=self.sequencer.expected,
+            reason=reason,
+        )
+        self.arrivals.finish(end, error)

@@ -1,0 +1,129 @@
+"""I/O thread: one thread that opens, uses and closes all sockets of a side."""
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import zmq
+
+from rtfocus.errors import RtfocusError, TransportError
+from rtfocus.transport.sockets import Context
+from rtfocus.transport.waker import Waker
+
+_LOOK_S = 0.1
+"""How often a waiting call looks for a failure of the thread."""
+
+
+class IoLoop(Protocol):
+    """What runs in the thread; every call comes from there."""
+
+    def turn(self) -> None:
+        """Wait for something to do, and do it."""
+
+    def close(self) -> None:
+        """Send the last words and close the sockets."""
+
+
+class IoThread:
+    """Runs a loop until `close`; its failure is kept and told to everybody.
+
+    Parameters
+    ----------
+    name
+        Of the thread.
+    open_loop
+        Called in the thread; its exception is raised by this constructor.
+    on_failure
+        Called in the thread when the loop fails, to wake whoever waits.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_loop: Callable[[Context, Waker], IoLoop],
+        on_failure: Callable[[TransportError], None],
+    ) -> None:
+        self.failure: RtfocusError | None = None
+        """Why the loop broke off."""
+        self._waker = Waker()
+        self._open_loop = open_loop
+        self._on_failure = on_failure
+        self._open = threading.Event()
+        self._calls = threading.Lock()
+        self._action: Callable[[], None] | None = None
+        self._acted = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name)
+        self._thread.start()
+        self._open.wait()
+        failure = self._failure_so_far()
+        if failure is not None:
+            self._thread.join()
+            raise failure
+
+    def wake(self) -> None:
+        """Make the loop take a turn now; callable from any thread."""
+        self._waker.wake()
+
+    def call(self, action: Callable[[], None]) -> None:
+        """Run `action` in the thread, between two turns, and wait for it."""
+        with self._calls:
+            self._acted.clear()
+            self._action = action
+            self._waker.wake()
+            while not self._acted.wait(_LOOK_S):
+                self.check()
+
+    def check(self) -> None:
+        """Raise what the loop failed with, or that it was closed."""
+        if self.failure is not None:
+            msg = str(self.failure)
+            raise TransportError(msg) from self.failure
+        if self._closing:
+            msg = "the transport was closed"
+            raise TransportError(msg)
+
+    def close(self) -> None:
+        """End the thread; its sockets are closed when this returns."""
+        self._closing = True
+        self._waker.wake()
+        self._thread.join()
+
+    def _failure_so_far(self) -> RtfocusError | None:
+        return self.failure
+
+    def _run(self) -> None:
+        # A context of its own: keys and the ZAP socket belong to one side.
+        context: Context = zmq.Context()
+        loop = self._try_open(context)
+        self._open.set()
+        if loop is None:
+            context.destroy(linger=0)
+            self._waker.close()
+            return
+        try:
+            while not self._closing:
+                action, self._action = self._action, None
+                if action is not None:
+                    action()
+                    self._acted.set()
+                loop.turn()
+        except Exception as error:  # told to every caller from here on
+            failure = TransportError(f"transport thread failed: {error!r}")
+            failure.__cause__ = error
+            self.failure = failure
+            self._on_failure(failure)
+        finally:
+            loop.close()
+            context.term()
+            self._waker.close()
+
+    def _try_open(self, context: Context) -> IoLoop | None:
+        try:
+            return self._open_loop(context, self._waker)
+        except RtfocusError as error:
+            self.failure = error
+        except Exception as error:  # raised by the constructor
+            self.failure = TransportError(f"cannot open the sockets: {error!r}")
+            self.failure.__cause__ = error
+        return None

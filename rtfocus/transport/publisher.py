@@ -1,0 +1,238 @@
+"""Publisher: the microscope side's end of the transport.
+
+The acquisition takes a free slot, fills it and publishes it; the slot comes
+back once the recorder has the frame on disk. `PROTOCOL.md` is the contract with
+publishers in other languages.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from rtfocus.config.processor import TransportConfig
+from rtfocus.errors import TransportError
+from rtfocus.frame import Estimate, SeriesStart
+from rtfocus.slots import Slot, SlotPool
+from rtfocus.transport.io_thread import IoThread
+from rtfocus.transport.outbox import Outbox
+from rtfocus.transport.publisher_loop import PublisherLoop
+from rtfocus.transport.sizing import slot_pool
+from rtfocus.transport.sockets import Context
+from rtfocus.transport.stall import Stall
+from rtfocus.transport.waker import Waker
+
+_LOOK_S = 0.1
+"""How often a waiting call looks for a stop or a stall; a slot wakes it at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherStatus:
+    """Numbers for the live table and the report."""
+
+    sent: int
+    """Frames sent, each counted once."""
+    received_upto: int
+    durable_upto: int
+    free_slots: int
+    recorder_alive: bool
+    resent: int
+    """Frames sent more than once."""
+    stalls: int
+    """Waits that were longer than `stall_timeout_s`."""
+    raw_only: str | None
+    """Why the recorder was asked to skip restoration; None: it was not."""
+
+
+class FramePublisher:
+    """Publishes one series after the other; a context manager.
+
+    Parameters
+    ----------
+    config
+        Endpoints are bound here; ``tcp://127.0.0.1:*`` takes a free port, see
+        `endpoints`.
+    on_estimate
+        Called with each new focus estimate, newest wins, from the I/O thread: it
+        must return at once.
+
+    Raises
+    ------
+    TransportError
+        If an endpoint cannot be bound.
+    ConfigError
+        If an endpoint would be open to other machines without CURVE.
+    """
+
+    def __init__(
+        self,
+        config: TransportConfig,
+        *,
+        on_estimate: Callable[[Estimate], None] = lambda _: None,
+    ) -> None:
+        self._config = config
+        self._outbox: Outbox | None = None
+        self._pool: SlotPool | None = None
+        self._stall = Stall(config.on_stall, config.stall_timeout_s)
+        self._stopped = False
+
+        def open_loop(context: Context, waker: Waker) -> PublisherLoop:
+            self._loop = PublisherLoop(context, waker, config, on_estimate)
+            return self._loop
+
+        self._thread = IoThread("publish", open_loop, self._wake_all)
+        self.endpoints: tuple[str, str] = self._loop.endpoints
+        """Where frames and control are bound, with the ports that were chosen."""
+
+    def start(self, series: SeriesStart) -> None:
+        """Begin a series: allocate slots, wait until a recorder is ready.
+
+        Raises
+        ------
+        TransportError
+            If no recorder comes within `connect_timeout_s`, or on `stop`.
+        """
+        self._thread.check()
+        frame_bytes = np.dtype(series.dtype).itemsize * int(np.prod(series.shape))
+        pool, outbox = slot_pool(self._config, frame_bytes), Outbox(series)
+        self._pool, self._outbox = pool, outbox
+        self._thread.call(lambda: self._loop.open_series(outbox, pool))
+        self._wait_for_recorder(outbox)
+
+    def acquire(self) -> Slot:
+        """Take a free slot, waiting for one as the stall policy allows.
+
+        Raises
+        ------
+        TransportError
+            On a stall with policy ``abort``, after `stop` when the recorder is
+            lost or stalled, or when the I/O thread failed.
+        """
+        _, pool = self._series()
+        since_s = time.monotonic()
+        while (slot := pool.acquire(timeout_s=_LOOK_S)) is None:
+            self._thread.check()
+            self._watch_stall("no free slot", time.monotonic() - since_s)
+        return slot
+
+    def publish(self, slot: Slot) -> None:
+        """Hand over a filled slot; it is freed when its frame is durable."""
+        self._thread.check()
+        outbox, _ = self._series()
+        outbox.append(slot)
+        self._thread.wake()
+
+    def end(self, reason: str) -> None:
+        """Say that no frame follows; wait until all of them are durable.
+
+        The recorder learns of the end first: it may need it to finish a shard.
+
+        Raises
+        ------
+        TransportError
+            As for `acquire`; names how many frames are not durable.
+        """
+        outbox, _ = self._series()
+        outbox.finish(reason)
+        self._thread.wake()
+        durable, since_s = outbox.durable_upto, time.monotonic()
+        while not self._wait(outbox, lambda: outbox.is_complete):
+            if outbox.durable_upto != durable:
+                durable, since_s = outbox.durable_upto, time.monotonic()
+            left = outbox.published - durable
+            waiting_for = f"{left} frames are not durable" if left else "no receipt"
+            self._watch_stall(waiting_for, time.monotonic() - since_s)
+
+    def stop(self) -> None:
+        """Lose patience: from now on no wait outlasts a lost or stalled recorder.
+
+        Callable from any thread. A recorder that keeps up still gets every frame.
+        """
+        self._stopped = True
+
+    def close(self) -> None:
+        """Close the sockets; a recorder of an unfinished series is told so."""
+        self._thread.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    def status(self) -> PublisherStatus:
+        """Return the numbers of the current series."""
+        outbox, registrar = self._outbox, self._loop.registrar
+        recorder = registrar.recorder
+        return PublisherStatus(
+            sent=outbox.most_sent if outbox else 0,
+            received_upto=recorder.received_upto if recorder else 0,
+            durable_upto=outbox.durable_upto if outbox else 0,
+            free_slots=self._pool.free if self._pool else 0,
+            recorder_alive=registrar.is_alive(time.monotonic()),
+            resent=registrar.resent,
+            stalls=self._stall.count,
+            raw_only=self._loop.raw_only,
+        )
+
+    def __enter__(self) -> "FramePublisher":
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _series(self) -> tuple[Outbox, SlotPool]:
+        if self._outbox is None or self._pool is None:
+            msg = "no series was started"
+            raise ValueError(msg)
+        return self._outbox, self._pool
+
+    def _wait_for_recorder(self, outbox: Outbox) -> None:
+        """Wait for one to come, then, as long as it lives, for it to be ready."""
+        deadline_s = time.monotonic() + self._config.connect_timeout_s
+        while not self._wait(outbox, self._is_recorder_ready):
+            now_s = time.monotonic()
+            if self._stopped:
+                msg = "stopped before a recorder was ready"
+                raise TransportError(msg)
+            if self._loop.registrar.is_alive(now_s):
+                deadline_s = now_s + self._config.connect_timeout_s
+            elif now_s > deadline_s:
+                msg = (
+                    f"no recorder came to {self.endpoints[1]} within "
+                    f"{self._config.connect_timeout_s:g} s; start `rtfocus process` "
+                    "with the same endpoints"
+                )
+                raise TransportError(msg)
+
+    def _is_recorder_ready(self) -> bool:
+        recorder = self._loop.registrar.recorder
+        return recorder is not None and recorder.takes_frames
+
+    def _wait(self, outbox: Outbox, condition: Callable[[], bool]) -> bool:
+        """Wait a moment for `condition`; return whether it holds."""
+        with outbox.changed:
+            outbox.changed.wait_for(condition, timeout=_LOOK_S)
+        self._thread.check()
+        return condition()
+
+    def _watch_stall(self, waiting_for: str, waited_s: float) -> None:
+        """Do what the policy says about a wait that lasts this long already."""
+        registrar = self._loop.registrar
+        raw_only = self._stall.watch(
+            waiting_for,
+            waited_s,
+            alive=registrar.is_alive(time.monotonic()),
+            stopped=self._stopped,
+            left=registrar.left,
+        )
+        if raw_only is not None and self._loop.raw_only is None:
+            self._loop.raw_only = raw_only
+            self._thread.wake()
+
+    def _wake_all(self, _failure: TransportError) -> None:
+        if self._pool is not None:
+            self._pool.close()

@@ -1,0 +1,164 @@
+"""Receiver loop: the processor side of the protocol, in its I/O thread."""
+
+import threading
+import time
+
+import zmq
+
+from rtfocus.config.processor import TransportConfig
+from rtfocus.errors import ProtocolError
+from rtfocus.frame import Estimate
+from rtfocus.metrics import Accounting
+from rtfocus.transport import messages as m
+from rtfocus.transport.frames_in import FramesIn, Watch
+from rtfocus.transport.session import Session
+from rtfocus.transport.sockets import Context, connect, control_client, frames_client
+from rtfocus.transport.tally import Tally
+from rtfocus.transport.waker import Waker
+
+_MESSAGES_PER_TURN = 64
+"""Bounds how long control messages can hold up frames."""
+_FRAMES_PER_TURN = 4
+"""Bounds how long frames can hold up credit and durability reports."""
+
+
+class ReceiverLoop:
+    """Owns the sockets and runs one `Session` after the other."""
+
+    def __init__(
+        self,
+        context: Context,
+        waker: Waker,
+        config: TransportConfig,
+        accounting: Accounting,
+    ) -> None:
+        self.session: Session | None = None
+        self.turned = threading.Condition()
+        """Notified after every turn, for those who wait for an answer."""
+        self.key_refused = False
+        """The publisher does not know our CURVE key."""
+        self.estimates_dropped = 0
+        self._estimate: Estimate | None = None
+        self._estimate_lock = threading.Lock()
+        self._waker = waker
+        self._tally = Tally(
+            "frames", lambda reason: accounting.count("rejected", reason)
+        )
+        self._frames = FramesIn(frames_client(context, config))
+        self._control = control_client(context, config)
+        self._frames_watch = Watch(self._frames.socket)
+        self._control_watch = Watch(self._control)
+        connect(self._control, config.control, config.curve_keys)
+        connect(self._frames.socket, config.frames, config.curve_keys)
+        self._poller = zmq.Poller()
+        self._poller.register(waker.fileno(), zmq.POLLIN)
+        for socket in (
+            self._frames.socket,
+            self._control,
+            self._frames_watch.socket,
+            self._control_watch.socket,
+        ):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def offer_estimate(self, estimate: Estimate) -> None:
+        """Have an estimate sent unless a newer one comes first; any thread."""
+        with self._estimate_lock:
+            self.estimates_dropped += self._estimate is not None
+            self._estimate = estimate
+
+    def open_session(self, session: Session) -> None:
+        """Leave the last series and look for another."""
+        self._leave("another series is wanted")
+        self._frames.subscribe(None)
+        self.session = session
+
+    def turn(self) -> None:
+        """Wait for something to do, and do it."""
+        session = self.session
+        wait_s = 1.0
+        if session is not None:
+            wait_s = max(session.next_beat_s - time.monotonic(), 0.0)
+        self._poller.poll(int(wait_s * 1000) + 1)
+        self._waker.clear()
+        self._read_events()
+        # Frames first: control may say that no more will come.
+        self._read_frames()
+        self._read_control()
+        if session is not None:
+            now_s = time.monotonic()
+            self._frames.subscribe(session.topic)
+            session.watch(now_s)
+            for message in session.say(now_s):
+                self._say(message)
+            self._send_estimate()
+        with self.turned:
+            self.turned.notify_all()
+
+    def close(self) -> None:
+        """Report what is durable, say good-bye, close the sockets."""
+        if self.session is not None and self.session.intake is not None:
+            self.session.intake.stop()
+        self._leave("receiver closed")
+        for watch in (self._frames_watch, self._control_watch):
+            watch.close()
+        self._frames.socket.close()
+        self._control.close()
+
+    def _read_frames(self) -> None:
+        for _ in range(_FRAMES_PER_TURN):
+            try:
+                message = self._frames.receive()
+                if message is None:
+                    return
+                if self.session is not None and self.session.intake is not None:
+                    self.session.heard_frame(time.monotonic())
+                    self.session.intake.take(*message)
+            except ProtocolError as error:
+                self._tally.reject(error.reason, str(error))
+
+    def _read_control(self) -> None:
+        for _ in range(_MESSAGES_PER_TURN):
+            try:
+                parts = self._control.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = m.unpack_from_publisher(parts[0] if len(parts) == 1 else b"")
+            except ProtocolError as error:
+                self._tally.reject(error.reason, f"control: {error}")
+                continue
+            if self.session is not None:
+                self.session.handle(message, time.monotonic())
+
+    def _read_events(self) -> None:
+        for event in self._frames_watch.events():
+            session = self.session
+            if event is not zmq.Event.DISCONNECTED or session is None:
+                continue
+            if session.intake is not None and not session.intake.arrivals.is_over:
+                # The connection is made again by itself; lost frames are a hole.
+                self._tally.reject(
+                    "disconnected",
+                    "the frames connection broke: network, or a message of more "
+                    "than transport.max_frame_mb",
+                )
+        for event in self._control_watch.events():
+            self.key_refused |= event is zmq.Event.HANDSHAKE_FAILED_AUTH
+
+    def _leave(self, reason: str) -> None:
+        if self.session is not None:
+            for message in self.session.last_words(reason):
+                self._say(message)
+
+    def _say(self, message: m.FromRecorder) -> None:
+        try:
+            self._control.send(m.pack(message), zmq.NOBLOCK)
+        except zmq.Again:
+            # No publisher reads this; what matters is said again at a heartbeat.
+            return
+
+    def _send_estimate(self) -> None:
+        with self._estimate_lock:
+            estimate, self._estimate = self._estimate, None
+        if estimate is not None:
+            self._say(estimate)

@@ -1,0 +1,189 @@
+"""Registrar: who records the series, and what it has said.
+
+Pure: gets messages and the time, returns replies. One recorder per series; it
+is lost after `LOST_HEARTBEATS` of silence, and back as soon as it speaks again,
+unless another one took its place meanwhile.
+"""
+
+from dataclasses import dataclass, field
+
+from rtfocus.errors import ProtocolError
+from rtfocus.frame import PROTOCOL_VERSION, Estimate
+from rtfocus.slots import Slot
+from rtfocus.transport import messages as m
+from rtfocus.transport.outbox import Outbox
+
+LOST_HEARTBEATS = 6
+"""A peer silent for this many heartbeats is lost."""
+
+Reply = m.FromPublisher
+
+
+@dataclass
+class Recorder:
+    """The one processor that records the series."""
+
+    identity: bytes
+    """Address on the control socket."""
+    uid: str
+    topic: str
+    heard_s: float
+    """``time.monotonic`` of its last message."""
+    subscribed: bool = False
+    """Its subscription to `topic` is in effect."""
+    attempt: int = 0
+    """Its newest request to resend; 0: it has not begun."""
+    rewound: int = 0
+    """The newest request that a rewind has answered."""
+    credit_upto: int = 0
+    received_upto: int = 0
+    end_sent: bool = False
+    raw_only_sent: bool = False
+
+    @property
+    def takes_frames(self) -> bool:
+        """Tell whether frames sent now would reach it."""
+        return self.subscribed and self.attempt > 0
+
+
+@dataclass
+class Registrar:
+    """Keeps the recorder of `outbox`; used by the I/O thread alone."""
+
+    heartbeat_s: float
+    outbox: Outbox | None = None
+    """The series to record; None before the first."""
+    recorder: Recorder | None = None
+    estimate: Estimate | None = None
+    """The newest one, until somebody takes it."""
+    estimates_dropped: int = 0
+    """Older ones that gave way to a newer."""
+    resent: int = 0
+    """Frames sent more than once."""
+    left: str | None = None
+    """Why the last recorder went away, if it said so."""
+    settled: list[Slot] = field(default_factory=list)
+    """Slots of durable frames, until somebody takes them."""
+
+    def open(self, outbox: Outbox) -> None:
+        """Start a series without a recorder."""
+        self.outbox = outbox
+        self.recorder = None
+        self.left = None
+
+    def is_alive(self, now_s: float) -> bool:
+        """Tell whether the recorder was heard of lately."""
+        silence_s = LOST_HEARTBEATS * self.heartbeat_s
+        return self.recorder is not None and now_s - self.recorder.heard_s < silence_s
+
+    def handle(
+        self, identity: bytes, message: m.FromRecorder, now_s: float
+    ) -> list[Reply]:
+        """Take note of a message; return the replies to its sender.
+
+        Raises
+        ------
+        ProtocolError
+            If it contradicts what the publisher knows.
+        """
+        if isinstance(message, m.Hello):
+            return [self._greet(identity, message, now_s)]
+        if isinstance(message, Estimate):
+            self._note_estimate(identity, message)
+            return []
+        refusal = self._refuse(message)
+        if refusal is not None:
+            return [refusal]
+        self._note(identity, message, now_s)
+        return []
+
+    def _greet(self, identity: bytes, hello: m.Hello, now_s: float) -> Reply:
+        """Answer a processor that asks to record."""
+        if hello.role != "recorder":
+            reason = f"role '{hello.role}' does not exist; use 'recorder'"
+            return m.Refused(uid=hello.uid, code="role", reason=reason)
+        if self.outbox is None or self.outbox.is_complete:
+            return m.Waiting(version=PROTOCOL_VERSION)
+        series = self.outbox.series
+        known = self.recorder
+        if known is None or known.uid != hello.uid:
+            if known is not None and self.is_alive(now_s):
+                reason = (
+                    f"series '{series.name}' already has a recorder; there is one "
+                    "per series, viewers use the preview socket"
+                )
+                return m.Refused(uid=hello.uid, code="occupied", reason=reason)
+            topic = f"{series.series_uid}/{hello.uid}/"
+            known = Recorder(identity, hello.uid, topic, now_s)
+            self.recorder = known
+        known.identity, known.heard_s = identity, now_s
+        return m.Welcome(
+            version=PROTOCOL_VERSION, uid=hello.uid, topic=known.topic, start=series
+        )
+
+    def _refuse(
+        self, message: m.Progress | m.Resend | m.Ended | m.Leave
+    ) -> m.Refused | None:
+        """Return the answer to one who is not the recorder of this series."""
+        series_uid = self.outbox.series.series_uid if self.outbox else None
+        if message.series_uid != series_uid:
+            reason = f"series '{message.series_uid}' is not published here (any more)"
+            return m.Refused(uid=message.uid, code="unknown", reason=reason)
+        if self.recorder is None or self.recorder.uid != message.uid:
+            code = "unknown" if self.recorder is None else "occupied"
+            reason = "not the recorder of this series (any more); say hello again"
+            return m.Refused(uid=message.uid, code=code, reason=reason)
+        return None
+
+    def _note(
+        self,
+        identity: bytes,
+        message: m.Progress | m.Resend | m.Ended | m.Leave,
+        now_s: float,
+    ) -> None:
+        """Take note of what the recorder said."""
+        outbox, recorder = self.outbox, self.recorder
+        # _refuse has seen both.
+        assert outbox is not None
+        assert recorder is not None
+        recorder.identity, recorder.heard_s = identity, now_s
+        match message:
+            case m.Progress():
+                self._note_progress(outbox, recorder, message)
+            case m.Resend():
+                before = outbox.sent_upto
+                self.resent += max(before - outbox.rewind(message.sequence), 0)
+                recorder.attempt = message.attempt
+                recorder.end_sent = False
+            case m.Ended():
+                outbox.confirm_end()
+            case m.Leave():
+                self.recorder = None
+                self.left = message.reason
+
+    def _note_progress(
+        self, outbox: Outbox, recorder: Recorder, progress: m.Progress
+    ) -> None:
+        known = outbox.published
+        if not progress.durable_upto <= progress.received_upto <= known:
+            msg = (
+                f"progress with durable_upto={progress.durable_upto}, "
+                f"received_upto={progress.received_upto} of {known} frames: must be "
+                "in ascending order; the run folder belongs to another series?"
+            )
+            raise ProtocolError(msg, "progress")
+        recorder.credit_upto = max(recorder.credit_upto, progress.credit_upto)
+        recorder.received_upto = progress.received_upto
+        self.settled += outbox.settle(progress.durable_upto)
+
+    def _note_estimate(self, identity: bytes, estimate: Estimate) -> None:
+        recorder, outbox = self.recorder, self.outbox
+        if recorder is None or outbox is None or identity != recorder.identity:
+            msg = "estimate from a peer that is not the recorder"
+            raise ProtocolError(msg, "estimate")
+        if estimate.series_uid != outbox.series.series_uid:
+            msg = f"estimate of series '{estimate.series_uid}'"
+            raise ProtocolError(msg, "estimate")
+        self.estimates_dropped += self.estimate is not None
+        if self.estimate is None or estimate.sequence >= self.estimate.sequence:
+            self.estimate = estimate

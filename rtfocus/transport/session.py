@@ -1,0 +1,188 @@
+"""Session: one recorder's talk with the publisher, from hello to the end.
+
+Holds no socket: gets messages and the time, says what is to be sent.
+"""
+
+import logging
+import uuid
+from collections.abc import Iterator
+
+from rtfocus.config.processor import TransportConfig
+from rtfocus.errors import TransportError
+from rtfocus.frame import PROTOCOL_VERSION, SeriesStart
+from rtfocus.transport import messages as m
+from rtfocus.transport.intake import Intake
+from rtfocus.transport.registrar import LOST_HEARTBEATS
+from rtfocus.transport.validation import check_series
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """What the processor knows about one series and its publisher."""
+
+    def __init__(self, config: TransportConfig, now_s: float) -> None:
+        self.uid = uuid.uuid4().hex
+        self.series: SeriesStart | None = None
+        self.topic: str | None = None
+        self.intake: Intake | None = None
+        """Set when frames are wanted."""
+        self.refused: m.Refused | None = None
+        """Newest answer of a publisher that does not want us."""
+        self.broken: TransportError | None = None
+        """Why no series can come of this."""
+        self.heard_s: float | None = None
+        """Time of the publisher's last message; None: never heard."""
+        self.raw_only: str | None = None
+        self.durable_upto = 0
+        self.stop_wanted = False
+        """Frames are not wanted any more."""
+        self._heartbeat_s = config.heartbeat_s
+        self._lost_s = LOST_HEARTBEATS * config.heartbeat_s
+        self._patience_s = max(config.stall_timeout_s, self._lost_s)
+        self._over: str | None = None
+        self._complaint = ""
+        self._said: m.Progress | None = None
+        self._attempt = 0
+        self._asked_s = now_s
+        self._flowing_s = now_s
+        self.next_beat_s = now_s
+
+    def begin(self, intake: Intake, next_sequence: int, now_s: float) -> None:
+        """Ask for frames; `intake` takes them."""
+        self.durable_upto = next_sequence
+        self._flowing_s = now_s
+        self.intake = intake
+        if self._over is not None:
+            intake.abandon(self._over)
+
+    def handle(self, message: m.FromPublisher, now_s: float) -> None:
+        """Take note of a control message."""
+        self.heard_s = now_s
+        match message:
+            case m.Welcome() if message.uid == self.uid and self.series is None:
+                self._note_welcome(message)
+            case m.Refused() if message.uid == self.uid:
+                self._note_refusal(message)
+            case m.RawOnly() if self._is_ours(message.series_uid):
+                self.raw_only = message.reason
+            case m.Abandon() if self._is_ours(message.series_uid):
+                self._end(message.reason, message.frames_sent)
+            case m.Complaint():
+                self._complaint = f"; it says: {message.reason}"
+                logger.warning("the publisher complains: %s", message.reason)
+            case _:
+                # Waiting and Ping say only that the publisher lives.
+                return
+
+    def heard_frame(self, now_s: float) -> None:
+        """Note that something came on the frames socket."""
+        self.heard_s = now_s
+
+    def say(self, now_s: float) -> Iterator[m.FromRecorder]:
+        """Yield what is to be sent now."""
+        is_beat = now_s >= self.next_beat_s
+        if is_beat:
+            self.next_beat_s = now_s + self._heartbeat_s
+        if self.series is None:
+            if is_beat and self.broken is None:
+                yield m.Hello(version=PROTOCOL_VERSION, role="recorder", uid=self.uid)
+            return
+        progress = self._progress(self.series.series_uid)
+        if (is_beat and not self.is_complete) or progress != self._said:
+            self._said = progress
+            yield progress
+        if self.intake is not None:
+            yield from self._ask(self.intake, now_s)
+
+    def last_words(self, reason: str) -> Iterator[m.FromRecorder]:
+        """Yield what is to be sent before going away."""
+        if self.series is None:
+            return
+        series_uid = self.series.series_uid
+        yield self._progress(series_uid)
+        if not self.is_complete:
+            yield m.Leave(uid=self.uid, series_uid=series_uid, reason=reason)
+
+    def watch(self, now_s: float) -> None:
+        """End the series on request, or if its publisher is lost for too long."""
+        if self.intake is None or self.intake.arrivals.is_over:
+            return
+        if self.stop_wanted:
+            self.intake.stop()
+            return
+        if not self.intake.sequencer.waiting:
+            self._flowing_s = now_s
+        heard_s = self.heard_s if self.heard_s is not None else now_s
+        if now_s - heard_s > self._patience_s:
+            self.intake.lose(
+                f"the publisher is lost: nothing heard for {self._patience_s:g} s"
+            )
+        elif now_s - self._flowing_s > self._patience_s:
+            self.intake.lose(
+                f"the publisher does not send frame {self.intake.sequencer.expected} "
+                f"within {self._patience_s:g} s{self._complaint}"
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether the series has ended and all of it is durable."""
+        if self.intake is None or self.intake.arrivals.end is None:
+            return False
+        return self.durable_upto >= self.intake.arrivals.end.frames_sent
+
+    def _is_ours(self, series_uid: str) -> bool:
+        return self.series is not None and self.series.series_uid == series_uid
+
+    def _note_welcome(self, welcome: m.Welcome) -> None:
+        try:
+            check_series(welcome.start)
+        except TransportError as error:
+            self.broken = error
+            return
+        self.series, self.topic = welcome.start, welcome.topic
+
+    def _note_refusal(self, refused: m.Refused) -> None:
+        self.refused = refused
+        if self.series is None:
+            if refused.code != "occupied":
+                self.broken = TransportError(f"refused: {refused.reason}")
+        elif refused.code == "occupied":
+            if self.intake is not None:
+                self.intake.lose("another recorder has taken over the series")
+            self._over = "another recorder has taken over the series"
+        else:
+            self._end("the publisher restarted")
+
+    def _end(self, reason: str, frames_sent: int | None = None) -> None:
+        self._over = reason
+        if self.intake is not None:
+            self.intake.abandon(reason, frames_sent)
+
+    def _progress(self, series_uid: str) -> m.Progress:
+        intake = self.intake
+        return m.Progress(
+            uid=self.uid,
+            series_uid=series_uid,
+            credit_upto=intake.credit_upto if intake else 0,
+            received_upto=intake.sequencer.expected if intake else 0,
+            durable_upto=self.durable_upto,
+        )
+
+    def _ask(self, intake: Intake, now_s: float) -> Iterator[m.FromRecorder]:
+        """Yield the request to resend, and the receipt of the end."""
+        if intake.end_to_confirm:
+            intake.end_to_confirm = False
+            yield m.Ended(uid=self.uid, series_uid=intake.series.series_uid)
+        sequencer = intake.sequencer
+        if intake.arrivals.is_over or not sequencer.waiting:
+            return
+        is_lost = now_s - self._asked_s > self._lost_s
+        if sequencer.attempt > self._attempt or is_lost:
+            self._attempt, self._asked_s = sequencer.attempt, now_s
+            yield m.Resend(
+                uid=self.uid,
+                series_uid=intake.series.series_uid,
+                sequence=sequencer.expected,
+                attempt=sequencer.attempt,
+            )
