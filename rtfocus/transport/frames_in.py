@@ -26,6 +26,7 @@ class Watch:
     def close(self) -> None:
         """Stop watching; before the watched socket is closed."""
         self._watched.disable_monitor()
+        self.socket.close()
 
 
 class FramesIn:

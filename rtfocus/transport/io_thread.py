@@ -115,7 +115,8 @@ class IoThread:
             self._on_failure(failure)
         finally:
             loop.close()
-            context.term()
+            # Closes what a loop that failed left open, or this would never return.
+            context.destroy()
             self._waker.close()
 
     def _try_open(self, context: Context) -> IoLoop | None:
