@@ -1,0 +1,1 @@
+"""Microscope: acquires frames through Micro-Manager and hands them to a sink."""

@@ -1,0 +1,79 @@
+"""Acquisition: one series from a configured source into a sink."""
+
+import threading
+from collections.abc import Callable
+
+from pymmcore_plus.experimental.unicore import UniMMCore
+
+from rtfocus.config import Config
+from rtfocus.config.microscope import ReplayConfig
+from rtfocus.errors import ConfigError
+from rtfocus.frame import FrameHeader
+from rtfocus.microscope.core import open_core
+from rtfocus.microscope.live import LiveAcquisition
+from rtfocus.microscope.mda import PlannedAcquisition
+from rtfocus.microscope.plan import anchored, lay_out, read_sequence
+from rtfocus.microscope.replay import Replay
+from rtfocus.microscope.report import AcquisitionReport
+from rtfocus.microscope.sink import FrameSink
+from rtfocus.microscope.sites import Sites
+
+__all__ = ["AcquisitionReport", "acquire", "acquire_with"]
+
+
+def acquire(
+    config: Config,
+    sink: FrameSink,
+    *,
+    stop: threading.Event,
+    on_frame: Callable[[FrameHeader], None] = lambda _: None,
+) -> AcquisitionReport:
+    """Acquire one series from the configured source.
+
+    Parameters
+    ----------
+    config
+        Its `microscope`, `acquisition` and `channels` sections are read.
+    sink
+        Takes the frames; its end is told in every case once it was started.
+    stop
+        Ends the series when set, also from another thread.
+    on_frame
+        Called with each frame's header after it was handed over.
+
+    Raises
+    ------
+    ConfigError, MicroscopeError, InputError
+        If the source cannot be opened or fails.
+    TransportError
+        And whatever else the sink raises; the run is cancelled first.
+    """
+    if isinstance(config.microscope, ReplayConfig):
+        return Replay(config, config.microscope, sink, on_frame).run(stop)
+    with open_core(config) as core:
+        return acquire_with(core, config, sink, stop=stop, on_frame=on_frame)
+
+
+def acquire_with(
+    core: UniMMCore,
+    config: Config,
+    sink: FrameSink,
+    *,
+    stop: threading.Event,
+    on_frame: Callable[[FrameHeader], None] = lambda _: None,
+) -> AcquisitionReport:
+    """Acquire one series on a core that is already loaded; see `acquire`."""
+    acquisition = config.acquisition
+    if acquisition.live is not None:
+        live = LiveAcquisition(config, acquisition.live, core, sink, on_frame)
+        return live.run(stop)
+    if acquisition.mda is None:
+        msg = (
+            "acquisition has neither 'mda' (a useq plan) nor 'live'; give one of them, "
+            "e.g. acquisition: {live: {frames: 100}}"
+        )
+        raise ConfigError(msg)
+    sequence = read_sequence(acquisition.mda)
+    z_um = core.getPosition() if core.getFocusDevice() else None
+    plan = lay_out(anchored(sequence, z_um), sites=Sites.of(sequence))
+    return PlannedAcquisition(config, core, plan, sink, on_frame).run(stop)

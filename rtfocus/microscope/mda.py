@@ -1,0 +1,227 @@
+"""MDA: runs a useq plan on a core and delivers its frames."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import useq
+from numpy.typing import NDArray
+from pymmcore_plus.experimental.unicore import UniMMCore
+from pymmcore_plus.mda import MDARunner
+
+from rtfocus.config import Config
+from rtfocus.errors import MicroscopeError, RtfocusError
+from rtfocus.frame import FrameHeader
+from rtfocus.microscope.complaints import Complaints
+from rtfocus.microscope.delivery import Delivery, Exposure, SeriesChangedError
+from rtfocus.microscope.ending import end_series, overflow_error
+from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine
+from rtfocus.microscope.metadata import frame_json, image_number, now_ns, received_ns
+from rtfocus.microscope.plan import AcquisitionPlan
+from rtfocus.microscope.report import AcquisitionReport, Observations
+from rtfocus.microscope.series import camera_geometry, describe_series
+from rtfocus.microscope.sink import FrameSink
+
+_POLL_S = 0.05
+
+
+class PlannedAcquisition:
+    """One useq plan from its first event to its report.
+
+    pymmcore-plus swallows what a frame handler raises and then reports success.
+    So the handler never raises: the first failure is kept, the run cancelled, and
+    the failure raised once the hardware has come to rest.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        core: UniMMCore,
+        plan: AcquisitionPlan,
+        sink: FrameSink,
+        on_frame: Callable[[FrameHeader], None],
+    ) -> None:
+        self._config = config
+        self._core = core
+        self._plan = plan
+        self._sink = sink
+        self._on_frame = on_frame
+        self._observations = Observations()
+        self._engine = RecordingEngine(core, on_start=self._begin, on_lost=self._lose)
+        self._delivery: Delivery | None = None
+        self._failure: Exception | None = None
+        self._broken_off: str | None = None
+
+    def run(self, stop: threading.Event) -> AcquisitionReport:
+        """Run the plan to its end, its cancellation or its failure.
+
+        Raises
+        ------
+        RtfocusError
+            What went wrong first, after the sink was told the end.
+        """
+        runner = self._core.mda
+        before = runner.set_engine(self._engine)
+        runner.events.frameReady.connect(self._take)
+        started = time.perf_counter()
+        complaints = Complaints()
+        try:
+            with complaints.heard(), _cancelled_by(stop, runner):
+                self._run_sequence(runner)
+        finally:
+            runner.events.frameReady.disconnect(self._take)
+            if before is not None:
+                runner.set_engine(before)
+        reason = self._reason(runner)
+        return self._finish(reason, time.perf_counter() - started, complaints)
+
+    def _run_sequence(self, runner: MDARunner) -> None:
+        try:
+            runner.run(self._plan.sequence)
+        except RtfocusError as error:
+            self._fail(error)
+        except MemoryError as error:
+            self._fail(overflow_error(self._core), cause=error)
+        # Whatever a device raised, in Python or C++, ends the run in order.
+        except Exception as error:
+            msg = f"Micro-Manager failed during the acquisition: {error}"
+            self._fail(MicroscopeError(msg), cause=error)
+
+    def _begin(self, summary: Mapping[str, Any] | None) -> None:
+        """Announce the series; the hardware is set up, the clock not started."""
+        self._geometry = camera_geometry(self._core)
+        series = describe_series(
+            self._config,
+            self._core,
+            self._geometry,
+            plan=self._plan,
+            summary=summary,
+        )
+        self._delivery = Delivery(series, self._sink, self._on_frame)
+
+    def _take(
+        self, pixels: NDArray[np.generic], event: useq.MDAEvent, meta: Mapping[str, Any]
+    ) -> None:
+        """Deliver one frame; the handler of pymmcore-plus, which never raises."""
+        if self._failure is not None or self._broken_off is not None:
+            return
+        try:
+            assert self._delivery is not None
+            if not meta.get("hardware_triggered", False):
+                # Within a hardware sequence the camera cannot be changed.
+                change = self._geometry.change(camera_geometry(self._core))
+                if change is not None:
+                    raise SeriesChangedError(change)
+            self._delivery.deliver(pixels, self._describe(event, meta))
+        except SeriesChangedError as change:
+            self._broken_off = str(change)
+            self._core.mda.cancel()
+        except Exception as error:  # raised by run()
+            self._fail(error)
+            self._core.mda.cancel()
+
+    def _describe(self, event: useq.MDAEvent, meta: Mapping[str, Any]) -> Exposure:
+        ordinal = int(event.metadata[EVENT_INDEX])
+        camera = meta.get("camera_metadata", {})
+        exposure_ms = float(meta["exposure_ms"])
+        runner = self._core.mda
+        end_s = float(meta["runner_time_ms"]) / 1e3
+        start_s = end_s - exposure_ms / 1e3
+        planned_s = event.min_start_time
+        if planned_s is not None:
+            # An event may restart the plan's clock; both times count from the
+            # beginning of the series.
+            elapsed_s = runner.seconds_elapsed()
+            planned_s += max(0.0, elapsed_s - runner.event_seconds_elapsed())
+            if self._plan.interval_s is not None:
+                self._observations.note_start(planned_s, start_s)
+        if meta.get("hardware_triggered", False):
+            waiting = int(meta.get("images_remaining_in_buffer", 0))
+            self._observations.note_buffer(waiting, self._core.getBufferFreeCapacity())
+        now = now_ns()
+        age_s = max(0.0, runner.seconds_elapsed() - end_s)
+        index = self._plan.index(ordinal)
+        return Exposure(
+            index=index,
+            captured_ns=received_ns(camera, now) or now - int(age_s * 1e9),
+            exposure_ms=exposure_ms,
+            z_um=self._z_um(event, meta),
+            z_offset_um=float(self._plan.z_offsets_um[ordinal]),
+            event_index=ordinal,
+            camera_image_number=image_number(camera),
+            planned_s=planned_s,
+            actual_s=start_s,
+            frame_meta=frame_json(meta),
+        )
+
+    def _z_um(self, event: useq.MDAEvent, meta: Mapping[str, Any]) -> float | None:
+        """Return where the z-stage stood: as read, else as planned."""
+        if not meta.get("hardware_triggered", False):
+            z_um: float | None = meta.get("position", {}).get("z", event.z_pos)
+            return z_um
+        standing = self._engine.standing_z_um
+        return event.z_pos if standing is None else standing
+
+    def _lose(self, number: int) -> None:
+        self._observations.camera_lost += number
+
+    def _fail(self, error: Exception, cause: BaseException | None = None) -> None:
+        if self._failure is None:
+            if cause is not None:
+                error.__cause__ = cause
+            self._failure = error
+
+    def _reason(self, runner: MDARunner) -> str:
+        if self._failure is not None:
+            return str(self._failure)
+        if self._broken_off is not None:
+            return self._broken_off
+        finished = runner.status.finish_reason
+        return str(finished) if finished is not None else "completed"
+
+    def _finish(
+        self, reason: str, seconds: float, complaints: Complaints
+    ) -> AcquisitionReport:
+        delivery, failure = self._delivery, self._failure
+        if delivery is not None:
+            end_series(self._sink, reason, failure)
+        if failure is not None:
+            raise failure
+        assert delivery is not None
+        seen = self._observations
+        return AcquisitionReport(
+            series_uid=delivery.series.series_uid,
+            frames=delivery.sent,
+            planned=len(self._plan),
+            camera_lost=seen.camera_lost,
+            reason=reason,
+            seconds=seconds,
+            lateness=seen.lateness(),
+            most_waiting=seen.most_waiting,
+            least_free=seen.least_free,
+            warnings=complaints.texts,
+        )
+
+
+@contextmanager
+def _cancelled_by(stop: threading.Event, runner: MDARunner) -> Iterator[None]:
+    """Cancel the run when `stop` is set, also while it waits for its next event."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if stop.wait(_POLL_S):
+                # Again and again: before the run begins, a cancellation is lost.
+                runner.cancel()
+                done.wait(_POLL_S)
+
+    watcher = threading.Thread(target=watch, name="cancel")
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

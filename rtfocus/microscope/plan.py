@@ -1,0 +1,231 @@
+"""Plan: a useq acquisition plan, read, checked and laid out event by event."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import useq
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from rtfocus.errors import ConfigError
+from rtfocus.frame import Position
+from rtfocus.microscope.sites import Sites
+
+AXES = ("t", "p", "c", "z")
+
+
+@dataclass(frozen=True)
+class AcquisitionPlan:
+    """A plan whose every image has one place; places are counted, not guessed."""
+
+    sequence: useq.MDASequence
+    """What Micro-Manager is asked to do."""
+    order: str
+    """Axes t, p, c, z in acquisition order, slowest first."""
+    sizes: dict[str, int]
+    """Length of each axis, in the order of `order`."""
+    positions: list[Position]
+    """By index p: stage positions, grid tiles and wells alike."""
+    channel_names: list[str]
+    """By index c; empty where the plan names no channel."""
+    places: NDArray[np.int32]
+    """Axes (event, axis of `AXES`): the place of every planned image."""
+    z_offsets_um: NDArray[np.float32]
+    """By event: distance from the reference plane of its stack."""
+    z_step_um: float | None
+    interval_s: float | None
+
+    def index(self, event_index: int) -> dict[str, int]:
+        """Return the place of one planned image."""
+        place = self.places[event_index]
+        return {axis: int(place[k]) for k, axis in enumerate(AXES)}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
+    """Read a useq plan, written in the config or in a file of its own.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a value breaks useq's rules, or a key is not
+        one of useq's (which useq itself would pass over in silence).
+    """
+    origin = "acquisition.mda" if isinstance(mda, dict) else f"plan '{mda}'"
+    given = mda if isinstance(mda, dict) else _load(mda)
+    if not isinstance(given, dict):
+        msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
+        raise ConfigError(msg)
+    try:
+        sequence = useq.MDASequence.model_validate(given)
+    except (ValidationError, ValueError, TypeError) as error:
+        msg = f"{origin} is no valid useq plan: {error}"
+        raise ConfigError(msg) from error
+    unknown = list(_passed_over(given, sequence.model_dump(mode="json"), origin))
+    if unknown:
+        valid = ", ".join(type(sequence).model_fields)
+        msg = f"unknown key {unknown[0]}; a useq plan has {valid}"
+        raise ConfigError(msg)
+    return sequence
+
+
+def anchored(sequence: useq.MDASequence, z_um: float | None) -> useq.MDASequence:
+    """Give relative z-stacks a reference: where the z-stage is now.
+
+    useq and pymmcore-plus take 0 where a position has no z, which would drive the
+    objective to the stage's origin.
+    """
+    plan = sequence.z_plan
+    if plan is None or not plan.is_relative or z_um is None:
+        return sequence
+    positions = list(sequence.stage_positions)
+    if not positions:
+        return sequence.replace(stage_positions=[useq.Position(z=z_um)])
+    if all(position.z is not None for position in positions):
+        return sequence
+    return sequence.replace(
+        stage_positions=[
+            p if p.z is not None else p.model_copy(update={"z": z_um})
+            for p in positions
+        ]
+    )
+
+
+def lay_out(
+    sequence: useq.MDASequence, *, sites: Sites | None = None
+) -> AcquisitionPlan:
+    """Walk through a plan once and note the place of every image.
+
+    Parameters
+    ----------
+    sequence
+        The plan; grids, plates and sub-sequences of positions become positions.
+    sites
+        Names of the wells; None: those of `sequence`.
+
+    Raises
+    ------
+    ConfigError
+        If the plan takes no image, or two images would fall on one place.
+    """
+    sites = sites or Sites.of(sequence)
+    channel_names = [channel.config for channel in sequence.channels]
+    places: list[tuple[int, int, int, int]] = []
+    z_offsets: list[float] = []
+    stacks = _Stacks(sequence)
+    for event in sequence:
+        if not takes_image(event):
+            continue
+        if event.channel is None:
+            c = 0
+        else:
+            if event.channel.config not in channel_names:
+                channel_names.append(event.channel.config)
+            c = channel_names.index(event.channel.config)
+        index = event.index
+        places.append((index.get("t", 0), sites.number(event), c, index.get("z", 0)))
+        z_offsets.append(stacks.offset_um(index.get("p", 0), index.get("z")))
+    if not places:
+        msg = "the useq plan takes no image; give it a time_plan, channels or a z_plan"
+        raise ConfigError(msg)
+    table = np.array(places, dtype=np.int32)
+    _refuse_doubles(table)
+    order = "".join(axis for axis in sequence.axis_order if axis in AXES)
+    order = "".join(axis for axis in AXES if axis not in order) + order
+    lengths = table.max(axis=0) + 1
+    return AcquisitionPlan(
+        sequence=sequence,
+        order=order,
+        sizes={axis: int(lengths[AXES.index(axis)]) for axis in order},
+        positions=sites.positions(),
+        channel_names=channel_names,
+        places=table,
+        z_offsets_um=np.array(z_offsets, dtype=np.float32),
+        z_step_um=_z_step_um(sequence),
+        interval_s=_interval_s(sequence),
+    )
+
+
+def takes_image(event: useq.MDAEvent) -> bool:
+    """Tell images from autofocus and custom actions."""
+    return event.action is None or isinstance(event.action, useq.AcquireImage)
+
+
+def _load(path: Path) -> object:
+    try:
+        # JSON is YAML, so that one reader takes both.
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        msg = f"plan '{path}' cannot be read: {error}; give a useq YAML or JSON file"
+        raise ConfigError(msg) from error
+
+
+def _passed_over(given: object, taken: object, path: str) -> list[str]:
+    """Name the keys of `given` that did not make it into `taken`."""
+    if not isinstance(given, dict) or not isinstance(taken, dict):
+        return []
+    lost = [f"'{path}.{key}'" for key in given if key not in taken]
+    for key in given.keys() & taken.keys() - {"metadata"}:
+        lost += _passed_over(given[key], taken[key], f"{path}.{key}")
+    return lost
+
+
+class _Stacks:
+    """Distances of slices from their stack's reference plane, by useq position."""
+
+    def __init__(self, sequence: useq.MDASequence) -> None:
+        self._sequence = sequence
+        self._offsets_um: dict[int, list[float]] = {}
+
+    def offset_um(self, p: int, slice_number: int | None) -> float:
+        if p not in self._offsets_um:
+            self._offsets_um[p] = _slice_offsets_um(self._sequence, p)
+        offsets = self._offsets_um[p]
+        return 0.0 if slice_number is None or not offsets else offsets[slice_number]
+
+
+def _slice_offsets_um(sequence: useq.MDASequence, p: int) -> list[float]:
+    """Return the slices' distances from the reference plane at useq position p."""
+    plan = _z_plan(sequence, p)
+    if plan is None:
+        return []
+    heights = list(plan)
+    # An absolute stack names no reference; its middle is one.
+    reference = 0.0 if plan.is_relative else sum(heights) / len(heights)
+    return [height - reference for height in heights]
+
+
+def _z_plan(sequence: useq.MDASequence, p: int) -> useq.AnyZPlan | None:
+    positions = sequence.stage_positions
+    if p < len(positions):
+        inner = positions[p].sequence
+        if inner is not None and inner.z_plan is not None:
+            return inner.z_plan
+    return sequence.z_plan
+
+
+def _z_step_um(sequence: useq.MDASequence) -> float | None:
+    plan = _z_plan(sequence, 0)
+    heights = [] if plan is None else list(plan)
+    return abs(heights[1] - heights[0]) if len(heights) > 1 else None
+
+
+def _interval_s(sequence: useq.MDASequence) -> float | None:
+    times = [] if sequence.time_plan is None else list(sequence.time_plan)[:2]
+    return (times[1] - times[0] or None) if len(times) > 1 else None
+
+
+def _refuse_doubles(places: NDArray[np.int32]) -> None:
+    found, counts = np.unique(places, axis=0, return_counts=True)
+    if (counts > 1).any():
+        t, p, c, z = found[counts > 1][0]
+        msg = (
+            f"the useq plan takes two images at t={t} p={p} c={c} z={z}; give each "
+            "a position or channel of its own"
+        )
+        raise ConfigError(msg)

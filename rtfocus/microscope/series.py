@@ -1,0 +1,181 @@
+"""Series: what is told about a series before its first frame."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from pymmcore_plus.experimental.unicore import UniMMCore
+
+from rtfocus.channel import Channel
+from rtfocus.config import Config
+from rtfocus.errors import MicroscopeError
+from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
+from rtfocus.microscope.metadata import now_ns, summary_json
+from rtfocus.microscope.plan import AcquisitionPlan
+from rtfocus.microscope.virtual.camera import BIT_DEPTH
+
+# Optics and core may state one pixel size with different numbers of digits.
+_PIXEL_SIZE_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What must stay as it is within a series."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bit_depth: int
+    roi: tuple[int, ...]
+    """x, y, width, height on the chip."""
+
+    def change(self, now: "Geometry") -> str | None:
+        """Name what differs; None when nothing does."""
+        for name in ("shape", "dtype", "bit_depth", "roi"):
+            before, after = getattr(self, name), getattr(now, name)
+            if before != after:
+                return f"camera {name} changed from {before} to {after}"
+        return None
+
+
+def camera_geometry(core: UniMMCore) -> Geometry:
+    """Ask the core what its camera delivers.
+
+    Raises
+    ------
+    MicroscopeError
+        If several cameras are joined, or the pixels are neither grey nor RGB of 8
+        or 16 bits.
+    """
+    if (cameras := core.getNumberOfCameraChannels()) > 1:
+        msg = (
+            f"camera '{core.getCameraDevice()}' joins {cameras} cameras; choose one of "
+            "them as core camera (microscope.properties: {Core: {Camera: NAME}})"
+        )
+        raise MicroscopeError(msg)
+    shape: tuple[int, ...] = (core.getImageHeight(), core.getImageWidth())
+    components = core.getNumberOfComponents()
+    pixel_bytes = core.getBytesPerPixel()
+    if components > 1:
+        # Micro-Manager's colour frames are BGRA; pymmcore-plus turns them to RGB.
+        shape = (*shape, 3)
+    if core.isPyDevice(core.getCameraDevice()):
+        # Unlike the C++ core, Python devices count bytes per component.
+        pixel_bytes *= components
+    component_bytes = pixel_bytes // components
+    if components not in (1, 3, 4) or component_bytes not in (1, 2):
+        msg = (
+            f"camera '{core.getCameraDevice()}' delivers {components} components of "
+            f"{component_bytes} bytes; set its pixel type to 8 or 16 bit grey, or RGB"
+        )
+        raise MicroscopeError(msg)
+    dtype = np.dtype(f"<u{component_bytes}") if component_bytes > 1 else np.dtype("u1")
+    return Geometry(shape, dtype.str, _bit_depth(core), tuple(core.getROI()))
+
+
+def describe_series(
+    config: Config,
+    core: UniMMCore,
+    geometry: Geometry,
+    *,
+    plan: AcquisitionPlan | None,
+    frames: int | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> SeriesStart:
+    """Put together what the processor must know before frame 0.
+
+    Parameters
+    ----------
+    config
+        Name of the run, channels and their optics.
+    core
+        Asked for the pixel size and, in live mode, the channel.
+    geometry
+        Of the camera.
+    plan
+        None in live mode.
+    frames
+        Length of a live run; None: until it is stopped.
+    summary
+        pymmcore-plus' ``SummaryMetaV1``.
+
+    Raises
+    ------
+    MicroscopeError
+        If no pixel size is known, or it contradicts a channel's optics.
+    """
+    names = list(plan.channel_names) if plan else []
+    channels = [
+        config.channel(name).channel for name in names or [current_channel(core)]
+    ]
+    sizes: dict[str, int | None] = {"t": frames, "p": 1, "c": 1, "z": 1}
+    return SeriesStart(
+        version=PROTOCOL_VERSION,
+        series_uid=uuid4().hex,
+        name=config.run.name,
+        started_ns=now_ns(),
+        shape=geometry.shape,
+        dtype=geometry.dtype,
+        sizes=dict(plan.sizes) if plan else sizes,
+        channels=channels,
+        positions=plan.positions if plan else [Position(name="p0")],
+        pixel_size_um=find_pixel_size_um(config, core.getPixelSizeUm(), channels),
+        z_step_um=plan.z_step_um if plan else None,
+        interval_s=plan.interval_s if plan else None,
+        bit_depth=geometry.bit_depth,
+        mda_sequence=(
+            plan.sequence.model_dump(mode="json", exclude_unset=True) if plan else None
+        ),
+        summary=summary_json(summary),
+    )
+
+
+def find_pixel_size_um(
+    config: Config, found_um: float | None, channels: Sequence[Channel]
+) -> float:
+    """Return the pixel size: configured, else as found, else that of the optics.
+
+    Raises
+    ------
+    MicroscopeError
+        If nobody knows it (the core of an uncalibrated objective says 0), or it
+        contradicts the optics that PSFs are computed from.
+    """
+    configured_um: float | None = getattr(config.microscope, "pixel_size_um", None)
+    known = [channel for channel in channels if channel.optics is not None]
+    of_optics = {c.optics.pixel_size_um for c in known if c.optics is not None}
+    size_um = configured_um or found_um or (min(of_optics) if of_optics else None)
+    if not size_um:
+        where = "the images say" if found_um is None else "the core says"
+        msg = (
+            f"the pixel size is unknown ({where} {found_um}); set "
+            "microscope.pixel_size_um, or calibrate the objective in Micro-Manager "
+            "(Devices > Pixel Size Calibration)"
+        )
+        raise MicroscopeError(msg)
+    for channel in known:
+        assert channel.optics is not None
+        optics_um = channel.optics.pixel_size_um
+        if abs(optics_um / size_um - 1.0) > _PIXEL_SIZE_TOLERANCE:
+            msg = (
+                f"channel '{channel.name}' has optics.pixel_size_um={optics_um}, but "
+                f"the camera's pixels are {size_um:g} um (binning included); correct "
+                "the optics or set microscope.pixel_size_um"
+            )
+            raise MicroscopeError(msg)
+    return float(size_um)
+
+
+def current_channel(core: UniMMCore) -> str:
+    """Return the preset that the channel group is in; ``default`` without one."""
+    group = core.getChannelGroup()
+    return (core.getCurrentConfig(group) if group else "") or "default"
+
+
+def _bit_depth(core: UniMMCore) -> int:
+    camera = core.getCameraDevice()
+    # For Python cameras the core knows the width of the pixel type only.
+    if core.isPyDevice(camera) and core.hasProperty(camera, BIT_DEPTH):
+        return int(core.getProperty(camera, BIT_DEPTH))
+    return core.getImageBitDepth()

@@ -1,0 +1,131 @@
+"""Load: puts the virtual microscope's devices into a Micro-Manager core."""
+
+import time
+import weakref
+from collections.abc import Sequence
+
+from pymmcore_plus.experimental.unicore import UniMMCore
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.errors import ConfigError
+from rtfocus.microscope.virtual.camera import CHANNEL, VirtualCamera
+from rtfocus.microscope.virtual.specimen import VirtualSpecimen
+from rtfocus.microscope.virtual.stages import VirtualXYStage, VirtualZStage
+
+CAMERA, Z_STAGE, XY_STAGE = "Camera", "Z", "XY"
+# A backlog beyond this only adds latency.
+_BACKLOG_FRAMES = 8
+_POLL_S = 0.0005
+
+
+def load_virtual_microscope(
+    core: UniMMCore,
+    config: VirtualMicroscopeConfig,
+    channels: Sequence[tuple[str, OpticalSystem | None]],
+) -> dict[str, VirtualSpecimen]:
+    """Load camera, z-stage and xy-stage and a preset per channel.
+
+    Parameters
+    ----------
+    core
+        A core without devices of these labels: ``Camera``, ``Z``, ``XY``.
+    config
+        The microscope; its `optics`, where given, hold for all channels.
+    channels
+        Preset names with the optics to image through.
+
+    Returns
+    -------
+    dict[str, VirtualSpecimen]
+        What each channel looks at, for whoever wants the truth.
+
+    Raises
+    ------
+    ConfigError
+        If a channel has no optics, or the channels' pixel sizes differ.
+    """
+    specimens: dict[str, VirtualSpecimen] = {}
+    pixel_sizes_um: set[float] = set()
+    for number, (name, known) in enumerate(channels):
+        optics = config.optics or known
+        if optics is None:
+            msg = (
+                f"the virtual microscope has no optics for channel '{name}'; give "
+                "microscope.optics or the channel's optics"
+            )
+            raise ConfigError(msg)
+        pixel_sizes_um.add(optics.pixel_size_um)
+        specimens[name] = VirtualSpecimen(config, optics, channel=number)
+    if len(pixel_sizes_um) > 1:
+        msg = (
+            f"channels have pixel sizes of {sorted(pixel_sizes_um)} um; one camera "
+            "has one: give all channels' optics the same pixel_size_um"
+        )
+        raise ConfigError(msg)
+    _load_devices(core, config, specimens)
+    _define_presets(core, list(specimens), pixel_sizes_um.pop())
+    return specimens
+
+
+def _load_devices(
+    core: UniMMCore,
+    config: VirtualMicroscopeConfig,
+    specimens: dict[str, VirtualSpecimen],
+) -> None:
+    z_stage, xy_stage = VirtualZStage(), VirtualXYStage()
+    room = BufferRoom(core)
+    camera = VirtualCamera(config, specimens, z_stage, xy_stage, room.wait)
+    devices = {CAMERA: camera, Z_STAGE: z_stage, XY_STAGE: xy_stage}
+    for label, device in devices.items():
+        core.loadPyDevice(label, device)
+        core.initializeDevice(label)
+    core.setCameraDevice(CAMERA)
+    core.setFocusDevice(Z_STAGE)
+    core.setXYStageDevice(XY_STAGE)
+    # Without a shutter, automatic shuttering costs time and does nothing.
+    core.setAutoShutter(False)
+
+
+def _define_presets(core: UniMMCore, names: list[str], pixel_size_um: float) -> None:
+    for name in names:
+        core.defineConfig(CHANNEL, name, CAMERA, CHANNEL, name)
+    core.setChannelGroup(CHANNEL)
+    core.setConfig(CHANNEL, names[0])
+    core.definePixelSizeConfig("virtual")
+    core.setPixelSizeUm("virtual", pixel_size_um)
+
+
+class BufferRoom:
+    """Room for one more frame in the core's sequence buffer.
+
+    The buffer of `UniMMCore` calls itself full when its end is reached while
+    frames wait, although its beginning is free; so at its end one waits until it
+    is empty.
+    """
+
+    def __init__(self, core: UniMMCore) -> None:
+        # The core owns the camera that owns this: a plain reference would keep
+        # all three alive.
+        self._core = weakref.ref(core)
+        self._since_empty = 0
+
+    def wait(self) -> None:
+        """Return when there is room, or the sequence was stopped."""
+        while (core := self._core()) is not None:
+            # The core joins the camera's thread before it says that the sequence
+            # has stopped; only this event tells earlier.
+            if core._stop_event.is_set():  # noqa: SLF001
+                return
+            if self._has_room(core):
+                self._since_empty += 1
+                return
+            time.sleep(_POLL_S)
+
+    def _has_room(self, core: UniMMCore) -> bool:
+        capacity = core.getBufferTotalCapacity()
+        if core.getBufferFreeCapacity() == capacity:
+            self._since_empty = 0
+            return True
+        waiting = core.getRemainingImageCount()
+        return waiting < _BACKLOG_FRAMES and self._since_empty + 1 < capacity
