@@ -103,7 +103,7 @@ class DelpNet(nn.Module):
             ]
             # The first layer has too few maps to lose one of them.
             if place > 0:
-                layers.append(nn.Dropout(dropout))
+                layers.append(nn.Dropout2d(dropout))
             channels = width
         self.features = nn.Sequential(*layers)
         self.dense = nn.Conv2d(channels, labels, 1)

@@ -74,7 +74,7 @@ def fold_batch_norm(network: DelpNet) -> DelpNet:
     for layer in folded.features:
         if isinstance(layer, nn.BatchNorm2d):
             layers.append(fuse_conv_bn_eval(layers.pop(), layer))  # type: ignore[type-var]
-        elif not isinstance(layer, nn.Dropout):
+        elif not isinstance(layer, nn.Dropout2d):
             layers.append(layer)
     folded.features = nn.Sequential(*layers)
     return folded

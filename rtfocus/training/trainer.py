@@ -76,6 +76,7 @@ class Trainer:
             self.network.parameters(),
             lr=recipe.optimiser.rate,
             weight_decay=recipe.optimiser.weight_decay,
+            fused=True,
         )
         blurring = Blurring(recipe, load_fields(recipe), validation=False)
         self._batches = Batches(recipe, blurring)
