@@ -16,7 +16,7 @@ from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.registrar import Recorder, Registrar, Reply
 from rtfocus.transport.sockets import (
     Context,
-    Socket,
+    bound_to,
     control_server,
     frames_server,
 )
@@ -48,8 +48,8 @@ class PublisherLoop:
         self._out = FramesOut(frames_server(context, config))
         self._control = control_server(context, config)
         self.endpoints = (
-            _bound_to(self._out.socket),
-            _bound_to(self._control),
+            bound_to(self._out.socket),
+            bound_to(self._control),
         )
         self.registrar = Registrar(config.heartbeat_s)
         self.tally = Tally("control")
@@ -224,9 +224,3 @@ class PublisherLoop:
         estimate, self.registrar.estimate = self.registrar.estimate, None
         if estimate is not None:
             self._on_estimate(estimate)
-
-
-def _bound_to(socket: Socket) -> str:
-    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
-    assert isinstance(endpoint, bytes)
-    return endpoint.decode().rstrip("\0")

@@ -112,6 +112,13 @@ def connect(socket: Socket, endpoint: str, curve_keys: Path | None) -> Socket:
     return socket
 
 
+def bound_to(socket: Socket) -> str:
+    """Return the endpoint a socket is bound to, with the port that was chosen."""
+    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return endpoint.decode().rstrip("\0")
+
+
 def _frames_in_queue(config: TransportConfig) -> int:
     # Above what credit allows, so that ZeroMQ's limit is never what holds frames
     # back: at the limit its own heartbeats stop being read.

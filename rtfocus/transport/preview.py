@@ -1,0 +1,237 @@
+"""Preview: newest frames and metrics for viewers; never slows the recording.
+
+A PUB socket of its own; each message is ``[header, pixels]``, the header a
+msgpack map. Whatever cannot be sent at once gives way to what comes later.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from rtfocus.config.processor import PreviewConfig
+from rtfocus.errors import ProtocolError
+from rtfocus.frame import PROTOCOL_VERSION, Estimate
+from rtfocus.transport.io_thread import IoThread
+from rtfocus.transport.sockets import (
+    Context,
+    Socket,
+    bound_to,
+    connect,
+    preview_client,
+    preview_server,
+)
+from rtfocus.transport.validation import DTYPES
+from rtfocus.transport.waker import Waker
+
+
+class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
+    """What is known about the pixels beside it."""
+
+    version: int
+    shape: tuple[int, ...]
+    """Of the reduced frame: (y, x) or (y, x, 3)."""
+    dtype: str
+    reduced: int
+    """Every so many pixels of the frame, along y and x, one was taken."""
+    estimate: Estimate | None
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a viewer sees."""
+
+    header: PreviewHeader
+    pixels: NDArray[np.generic]
+    """Shape and dtype as in the header."""
+    skipped: int
+    """Older previews that were there too and gave way to this one."""
+
+
+class PreviewPublisher:
+    """Offers frames to whoever looks.
+
+    Parameters
+    ----------
+    config
+        With endpoint None nothing is published.
+    curve_keys, insecure
+        As in `TransportConfig`; one of them is required beyond loopback.
+    """
+
+    def __init__(
+        self,
+        config: PreviewConfig,
+        *,
+        curve_keys: Path | None = None,
+        insecure: bool = False,
+    ) -> None:
+        self._config = config
+        self._next_s = 0.0
+        self._lock = threading.Lock()
+        self._newest: list[bytes] | None = None
+        self.dropped = 0
+        """Offers that gave way to later ones, or came within `interval_s`."""
+        self.endpoint: str | None = None
+        """Where it is bound, with the port that was chosen."""
+        self._thread: IoThread | None = None
+        if config.endpoint is None:
+            return
+        endpoint = config.endpoint
+
+        def open_loop(context: Context, waker: Waker) -> "_PreviewLoop":
+            socket = preview_server(context, endpoint, curve_keys, insecure=insecure)
+            self.endpoint = bound_to(socket)
+            return _PreviewLoop(socket, waker, self)
+
+        self._thread = IoThread("preview", open_loop, lambda _: None)
+
+    def offer(
+        self,
+        pixels: NDArray[np.generic],
+        estimate: Estimate | None,
+        metrics: dict[str, Any],
+    ) -> None:
+        """Show a frame unless the last one was shown just now; never blocks.
+
+        Parameters
+        ----------
+        pixels
+            Shape (y, x) or (y, x, 3); copied, reduced to `max_side_px`.
+        estimate
+            Of this frame; None: unknown.
+        metrics
+            Plain numbers for the viewer.
+        """
+        if self._thread is None:
+            return
+        self._thread.check()
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            self.dropped += 1
+            return
+        self._next_s = now_s + self._config.interval_s
+        step = -(-max(pixels.shape[:2]) // self._config.max_side_px)
+        reduced = np.ascontiguousarray(pixels[::step, ::step])
+        header = PreviewHeader(
+            version=PROTOCOL_VERSION,
+            shape=reduced.shape,
+            dtype=reduced.dtype.str,
+            reduced=step,
+            estimate=estimate,
+            metrics=metrics,
+        )
+        message = [msgspec.msgpack.encode(header), reduced.tobytes()]
+        with self._lock:
+            self.dropped += self._newest is not None
+            self._newest = message
+        self._thread.wake()
+
+    def take(self) -> list[bytes] | None:
+        """Return the newest offer that was not sent yet."""
+        with self._lock:
+            newest, self._newest = self._newest, None
+        return newest
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._thread is not None:
+            self._thread.close()
+
+
+class _PreviewLoop:
+    """Sends offers from the thread that owns the socket."""
+
+    def __init__(self, socket: Socket, waker: Waker, offers: PreviewPublisher) -> None:
+        self._socket = socket
+        self._waker = waker
+        self._offers = offers
+        self._poller = zmq.Poller()
+        self._poller.register(waker.fileno(), zmq.POLLIN)
+
+    def turn(self) -> None:
+        self._poller.poll()
+        self._waker.clear()
+        message = self._offers.take()
+        if message is not None:
+            # PUB never waits: it drops for a viewer that does not keep up.
+            self._socket.send_multipart(message)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class PreviewViewer:
+    """Receives previews; for use in one thread. A context manager.
+
+    Parameters
+    ----------
+    endpoint
+        Where the processor publishes, e.g. ``tcp://127.0.0.1:5573``.
+    curve_keys
+        Folder of keys, where the publisher has them.
+    """
+
+    def __init__(self, endpoint: str, curve_keys: Path | None = None) -> None:
+        self._context: Context = zmq.Context()
+        try:
+            self._socket = connect(preview_client(self._context), endpoint, curve_keys)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+
+    def newest(self, timeout_s: float | None = None) -> Preview | None:
+        """Return the newest preview, waiting for one; None on time-out.
+
+        Raises
+        ------
+        ProtocolError
+            If it cannot be understood.
+        """
+        timeout_ms = None if timeout_s is None else int(timeout_s * 1000)
+        if not self._socket.poll(timeout_ms):
+            return None
+        number, parts = 0, self._socket.recv_multipart()
+        while True:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return _unpack(parts, number)
+            number += 1
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> "PreviewViewer":
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _unpack(parts: list[bytes], skipped: int) -> Preview:
+    try:
+        header_part, pixel_part = parts
+        header = msgspec.msgpack.decode(header_part, type=PreviewHeader)
+        if header.dtype not in DTYPES:
+            msg = f"preview of dtype {header.dtype!r}"
+            raise ProtocolError(msg)
+        pixels = np.frombuffer(pixel_part, header.dtype).reshape(header.shape)
+    except (msgspec.MsgspecError, ValueError) as error:
+        msg = f"not a preview of protocol version {PROTOCOL_VERSION}: {error}"
+        raise ProtocolError(msg) from error
+    return Preview(header, pixels, skipped)
