@@ -4,6 +4,8 @@ A resolved write future means that the shard file has its final name, so it is
 the commit signal that the journal waits for.
 """
 
+import shutil
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,6 +85,7 @@ class FrameArray:
     ) -> None:
         self._path = path
         self._planes = spec.planes
+        self._shard_frames = store.shard_frames
         frames, channels, slices = sizes
         shape = [frames or _FIRST_GROWTH, channels * spec.planes, slices]
         description: dict[str, Any] = {
@@ -131,14 +134,24 @@ class FrameArray:
         return found[0] if self._planes == 1 else np.moveaxis(found, 0, -1)
 
     def trim(self, frames: int) -> None:
-        """Set the length along t; what lies beyond is gone."""
+        """Set the length along t and remove the files of what lies beyond."""
         if frames == self.frames:
             return
         try:
             self._array = self._resized(frames)
+            # Not left to tensorstore: it would look for every file that a long
+            # plan might have had, also those that were never written.
+            self._remove_shards(ceil(frames / self._shard_frames))
         except (ValueError, OSError, RuntimeError) as error:
             msg = f"cannot trim '{self._path}' to {frames} time points: {error}"
             raise WriterError(msg) from error
+
+    def _remove_shards(self, first: int) -> None:
+        """Remove the files of all shards along t from number `first` on."""
+        shards = self._path / "c"
+        for entry in list(shards.iterdir()) if shards.is_dir() else []:
+            if entry.name.isdigit() and int(entry.name) >= first:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _start(self, t: int, c: int, z: int, frames: list[NDArray[Any]]) -> Commit:
         planes = slice(c * self._planes, (c + 1) * self._planes)
@@ -160,7 +173,9 @@ class FrameArray:
 
     def _resized(self, frames: int) -> ts.TensorStore:
         limits = [frames, *[None] * 4]
-        return self._array.resize(exclusive_max=limits).result()
+        return self._array.resize(
+            exclusive_max=limits, resize_metadata_only=True
+        ).result()
 
     def _as_planes(self, frame: NDArray[Any]) -> NDArray[Any]:
         """View a frame with axes (plane, y, x)."""

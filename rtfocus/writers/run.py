@@ -187,9 +187,13 @@ class RunWriter:
 
     # -- end ------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Wait until everything appended is durable or lost, and counted."""
+        self._commits.drain()
+
     def drain(self) -> None:
         """Wait until everything appended is durable; raises a failed write."""
-        self._commits.drain()
+        self.settle()
         self._raise_failure()
 
     def close(self, end: SeriesEnd, report: dict[str, Any]) -> Path:
@@ -215,7 +219,7 @@ class RunWriter:
             If a write failed that nothing else has raised yet, or the folder
             cannot be finished.
         """
-        self._commits.drain()
+        self.settle()
         self._stop()
         self._accounting.set_acquired(end.frames_sent)
         report = report | {

@@ -115,7 +115,9 @@ def test_metadata_is_whole_before_frame_0(tmp_path: Path) -> None:
         assert [axis["name"] for axis in multiscale["axes"]] == list("tczyx")
         scale, shift = multiscale["datasets"][0]["coordinateTransformations"]
         assert scale["scale"] == [0.25, 1, 1.5, 8 * 0.325, 8 * 0.325]
-        assert shift["translation"] == pytest.approx([0, 0, 0, 7.5 * 0.325, 7.5 * 0.325])
+        assert shift["translation"] == pytest.approx(
+            [0, 0, 0, 7.5 * 0.325, 7.5 * 0.325]
+        )
         assert [c["label"] for c in image["omero"]["channels"]] == ["DAPI", "FITC"]
         array = zarr.open_array(path / "0", mode="r")
         assert array.metadata.dimension_names == tuple("tczyx")
@@ -202,9 +204,10 @@ def test_a_failed_restoration_keeps_the_raw_frame_and_says_so(tmp_path: Path) ->
     line = json.loads((folder / "frames.ndjson").read_text().splitlines()[1])
     assert line["error"] == "engine ran out of memory"
     assert line["stored"] == ["raw"]
-    assert json.loads((folder / "report.json").read_text())["totals"][
-        "processing_errors"
-    ] == 1
+    assert (
+        json.loads((folder / "report.json").read_text())["totals"]["processing_errors"]
+        == 1
+    )
 
 
 def test_a_second_frame_of_a_place_never_overwrites_the_first(tmp_path: Path) -> None:

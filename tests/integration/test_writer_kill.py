@@ -89,4 +89,3 @@ def test_a_restarted_processor_goes_on_where_the_killed_one_was(
     report = check_run(folder)
     assert report.problems == [], str(report)
     assert report.frames == first + 10
-

@@ -1,0 +1,167 @@
+"""Which folder a run goes to, and how a cut-off one goes on or is finished."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from writer_kit import Recording, make_series, numbered, recording
+
+from rtfocus.config.model import RunConfig
+from rtfocus.config.processor import StoreConfig
+from rtfocus.errors import WriterError
+from rtfocus.writers.check import check_run
+from rtfocus.writers.naming import run_folder
+
+
+def cut_off(folder: Path, frames: int, **store: object) -> None:
+    """Leave a run folder unfinished after `frames` durable frames."""
+    with recording(folder, make_series(), store=store) as run:
+        for t in range(frames):
+            run.send(t, {"t": t})
+        run.writer.drain()
+
+
+def test_a_run_goes_on_after_its_last_durable_frame(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 4)
+    with recording(folder, make_series()) as run:
+        assert run.writer.next_sequence == 4
+        for t in (4, 5):
+            run.send(t, {"t": t})
+        run.close(6)
+    assert run.accounting.summary()["written"] == 6
+    assert check_run(folder).problems == []
+    raw = zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r")
+    for t in range(6):
+        np.testing.assert_array_equal(raw[t, 0, 0], numbered(t, run.series))
+
+
+def test_a_resumed_shard_keeps_its_earlier_frames(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 3, shard_frames=4)
+    with recording(folder, make_series(), store={"shard_frames": 4}) as run:
+        for t in (3, 4, 5):
+            run.send(t, {"t": t})
+        run.close(6)
+    raw = zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r")
+    for t in range(6):
+        np.testing.assert_array_equal(raw[t, 0, 0], numbered(t, run.series))
+
+
+def test_a_gap_across_a_restart_is_placed_by_the_frame_before_it(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 2)
+    with recording(folder, make_series()) as run:
+        run.writer.mark_missing(2, 2, "restart")
+        run.accounting.count("dropped", "gap", 2)
+        for t in (4, 5):
+            run.send(t, {"t": t})
+        folder = run.close(6)
+    report = check_run(folder)
+    assert report.problems == []
+    assert [line["index"]["t"] for line in report.missing] == [2, 3]
+
+
+def test_a_torn_journal_line_never_counted_and_is_repaired(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 4)
+    journal = folder / "frames.ndjson"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    before = check_run(folder)
+    assert before.frames == 3
+    assert any("torn" in problem for problem in before.problems)
+    after = check_run(folder, repair=True)
+    assert after.problems == [], str(after)
+    assert after.frames == 3
+    assert zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r").shape[0] == 3
+    assert len(journal.read_text().splitlines()) == 3
+
+
+def test_a_torn_line_is_cut_before_a_run_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 4)
+    journal = folder / "frames.ndjson"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    with recording(folder, make_series()) as run:
+        assert run.writer.next_sequence == 3
+        for t in (3, 4, 5):
+            run.send(t, {"t": t})
+        run.close(6)
+    assert check_run(folder).problems == []
+
+
+def test_a_line_broken_inside_the_journal_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 4)
+    journal = folder / "frames.ndjson"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + lines[1][:30] + b"\n" + b"".join(lines[2:]))
+    with pytest.raises(WriterError, match="damaged in line 2"):
+        check_run(folder, repair=True)
+
+
+def test_repair_leaves_a_finished_run_alone(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        folder = run.close(run.send_all())
+    before = (folder / "report.json").read_bytes()
+    assert check_run(folder, repair=True).repaired == []
+    assert (folder / "report.json").read_bytes() == before
+
+
+def test_a_run_without_a_frame_is_valid(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        folder = run.close(0, "canceled")
+    assert check_run(folder).problems == []
+
+
+def test_a_finished_folder_is_refused_or_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    with recording(folder, make_series()) as run:
+        run.close(run.send_all())
+    with pytest.raises(WriterError, match="choose another run"):
+        Recording(folder, make_series())
+    other = make_series(series_uid="uid-2", sizes={"t": 2})
+    with recording(folder, other, store={"overwrite": True}) as run:
+        run.close(run.send_all())
+    report = json.loads((folder / "report.json").read_text())
+    assert report["series_uid"] == "uid-2"
+    assert check_run(folder).frames == 2
+
+
+def test_another_series_in_a_cut_off_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 2)
+    with pytest.raises(WriterError, match=r"cut-off series uid-1.*--repair"):
+        Recording(folder, make_series(series_uid="uid-2"))
+
+
+def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(WriterError, match="no run folder"):
+            Recording(folder, make_series(), store={"overwrite": overwrite})
+    assert (folder / "thesis.txt").read_text() == "precious"
+    with pytest.raises(WriterError, match="no run folder"):
+        check_run(folder)
+
+
+def test_a_new_series_gets_a_free_name_and_a_cut_off_one_its_own(
+    tmp_path: Path,
+) -> None:
+    run, store = RunConfig(name="day", folder=tmp_path), StoreConfig()
+    first = run_folder(run, store, make_series())
+    assert first == tmp_path / "day.rtfocus"
+    cut_off(first, 2)
+    assert run_folder(run, store, make_series()) == first
+    other = make_series(series_uid="uid-2")
+    second = run_folder(run, store, other)
+    assert second == tmp_path / "day-2.rtfocus"
+    with recording(second, other) as opened:
+        opened.close(0)
+    assert run_folder(run, store, other) == tmp_path / "day-3.rtfocus"

@@ -1,0 +1,161 @@
+"""A disk that is full, fails or is too small ends a run with a clear message."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from writer_kit import Recording, make_series, numbered, recording
+
+from rtfocus.errors import WriterError
+from rtfocus.writers.check import check_run
+
+DISK_MB = 48
+ENDLESS = make_series(sizes={"t": None}, shape=(128, 128))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 48 MB."""
+    if sys.platform != "linux":
+        pytest.skip("needs tmpfs to make a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "rtfocus", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def send_until_error(run: Recording, first: int = 0) -> tuple[int, str]:
+    """Append until the writer refuses; return the frames tried and its words."""
+    for t in range(first, 100_000):
+        slot = run.fill(t, {"t": t})
+        try:
+            run.writer.append(slot, run.result(t, {"t": t}))
+        except WriterError as error:
+            return t + 1, str(error)
+    pytest.fail("the writer never refused a frame")
+
+
+def assert_durable_frames_are_there(folder: Path, durable: list[int]) -> None:
+    assert durable == list(range(len(durable)))
+    raw = zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r")
+    for t in durable:
+        np.testing.assert_array_equal(raw[t, 0, 0], numbered(t, ENDLESS))
+
+
+def test_a_full_disk_surfaces_and_keeps_what_was_durable(small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(DISK_MB * 700_000))
+    store = {"codec": "none", "min_free_mb": 0}
+    with recording(small_disk / "run.rtfocus", ENDLESS, store=store) as run:
+        tried, said = send_until_error(run)
+        assert re.search(r"disk full.*MB free.*free space", said)
+        with pytest.raises(WriterError, match="disk full"):
+            run.writer.drain()
+        assert 10 < len(run.durable) < tried
+        folder = run.writer.folder
+    assert_durable_frames_are_there(folder, run.durable)
+    # The frame that was refused never became the writer's: its slot is not freed.
+    terms = run.accounting.summary()
+    assert terms["written"] == len(run.durable)
+    assert terms["in_error"] == {"write": tried - 1 - len(run.durable)}
+    assert run.pool.free == run.pool.count - 1
+    filler.unlink()
+    report = check_run(folder, repair=True)
+    assert report.problems == [], str(report)
+    assert report.frames == len(run.durable)
+    assert_durable_frames_are_there(folder, run.durable)
+
+
+def test_a_nearly_full_disk_ends_the_run_cleanly(small_disk: Path) -> None:
+    # The free space is looked at 4 times a second: leave room for that long.
+    store = {"codec": "none", "min_free_mb": DISK_MB * 0.9}
+    with recording(small_disk / "run.rtfocus", ENDLESS, store=store) as run:
+        tried, said = send_until_error(run)
+        assert "less than store.min_free_mb" in said
+        run.writer.settle()
+        # As the app does: the refused frame arrived and was never written.
+        run.accounting.count("in_error", "aborted")
+        folder = run.close(tried, "disk nearly full")
+    report = check_run(folder)
+    assert report.problems == [], str(report)
+    assert report.finished
+    assert report.frames == tried - 1
+    assert_durable_frames_are_there(folder, run.durable)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_frame_0(small_disk: Path) -> None:
+    series = make_series(sizes={"t": 100_000})
+    folder = small_disk / "run.rtfocus"
+    with pytest.raises(WriterError, match=r"MB free, too little for \d+ MB planned"):
+        Recording(folder, series)
+    assert not list(folder.iterdir())
+
+
+def test_a_failed_write_surfaces_and_every_frame_is_accounted_for(
+    tmp_path: Path,
+) -> None:
+    store = {"outstanding": 4}
+    with recording(tmp_path / "run.rtfocus", ENDLESS, store=store) as run:
+        for t in range(5):
+            run.send(t, {"t": t})
+        run.writer.drain()
+        # A file where the writer needs a folder: no later shard can be made.
+        (run.writer.folder / "restored.ome.zarr/0/c/5").write_bytes(b"in the way")
+        tried, said = send_until_error(run, first=5)
+        assert re.search(r"write to .* failed", said)
+        folder = run.close(tried, "writer failed")
+    assert run.durable == list(range(5))
+    terms = run.accounting.summary()
+    assert terms["written"] == 5
+    assert terms["in_error"] == {"write": tried - 1 - 5}
+    assert terms["unaccounted"] == 1  # the refused frame is the caller's
+    report = json.loads((folder / "report.json").read_text())
+    assert "failed" in report["write_error"]
+    assert_durable_frames_are_there(folder, run.durable)
+
+
+def test_close_raises_a_failure_that_nobody_has_seen(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", ENDLESS) as run:
+        (run.writer.folder / "raw.ome.zarr/0/c").write_bytes(b"in the way")
+        run.send(0, {"t": 0})
+        with pytest.raises(WriterError, match=r"write to .* failed"):
+            run.close(1)
+    assert run.durable == []
+    assert run.accounting.summary()["in_error"] == {"write": 1}
+
+
+def test_a_damaged_chunk_is_found(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        folder = run.close(run.send_all())
+    shard = folder / "raw.ome.zarr/0/c/3/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (problem,) = check_run(folder).problems
+    assert "frame 3 in raw" in problem
+
+
+def test_a_lost_file_is_found(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        folder = run.close(run.send_all())
+    (folder / "restored.ome.zarr/0/c/2/0/0/0/0").unlink()
+    (problem,) = check_run(folder).problems
+    assert "frame 2 in restored" in problem
+    assert "absent" in problem
+
+
+def test_a_report_that_does_not_add_up_is_found(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        folder = run.close(run.send_all() + 2)
+    (problem,) = check_run(folder).problems
+    assert problem == "8 frames acquired but 6 accounted for"

@@ -1,0 +1,116 @@
+"""Journal, disk watch and specs of the writer, each alone."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rtfocus.errors import WriterError
+from rtfocus.writers.disk import DiskWatch, check_space
+from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
+from rtfocus.writers.specs import ImageSpec
+
+
+def journal_of(path: Path, lines: int) -> None:
+    journal = JournalFile(path, fsync=False)
+    for number in range(lines):
+        journal.append([{"sequence": number, "value": math.nan}])
+    journal.close()
+
+
+@given(cut=st.integers(0, 200))
+def test_a_journal_cut_anywhere_keeps_its_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "frames.ndjson"
+    journal_of(path, 6)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    lines = whole[:cut].count(b"\n")
+    assert intact_bytes(path) == whole[:cut].rfind(b"\n") + 1
+    assert [line["sequence"] for line in read_journal(path)] == list(range(lines))
+    journal = JournalFile(path, fsync=True)
+    journal.append([{"sequence": 99}])
+    journal.close()
+    assert [line["sequence"] for line in read_journal(path)] == [*range(lines), 99]
+
+
+def test_a_torn_line_longer_than_a_block_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "frames.ndjson"
+    journal_of(path, 3)
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"x" * 200_000)
+    assert intact_bytes(path) == size
+
+
+def test_nan_becomes_null(tmp_path: Path) -> None:
+    journal_of(tmp_path / "frames.ndjson", 1)
+    assert (tmp_path / "frames.ndjson").read_bytes() == (
+        b'{"sequence":0,"value":null}\n'
+    )
+
+
+class Disk:
+    """Free space and clock of an imagined machine."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+        self.now_s = 0.0
+        self.asked = 0
+
+    def free_bytes(self, _folder: Path) -> int:
+        self.asked += 1
+        return self.free
+
+    def clock_s(self) -> float:
+        return self.now_s
+
+
+def test_time_to_full_follows_the_rate_at_which_the_disk_fills() -> None:
+    disk = Disk(free=1_000_000)
+    watch = DiskWatch(Path(), 100_000, free=disk.free_bytes, clock_s=disk.clock_s)
+    assert watch.time_to_full_s() is None
+    for _ in range(10):
+        disk.now_s += 1
+        disk.free -= 50_000
+        watch.check()
+    # 500,000 free, of which 400,000 may be used at 50,000 bytes/s.
+    assert watch.time_to_full_s() == pytest.approx(8.0)
+    disk.now_s += 1
+    disk.free = 99_999
+    with pytest.raises(WriterError, match="the run ends here"):
+        watch.check()
+
+
+def test_the_disk_is_asked_four_times_a_second_at_most() -> None:
+    disk = Disk(free=1_000_000)
+    watch = DiskWatch(Path(), 0, free=disk.free_bytes, clock_s=disk.clock_s)
+    for _ in range(1000):
+        disk.now_s += 0.001
+        watch.check()
+    assert disk.asked <= 5
+    assert watch.time_to_full_s() is None
+
+
+def test_a_disk_too_small_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    with pytest.raises(WriterError, match=r"has \d+ MB free.*1000000000 MB planned"):
+        check_space(tmp_path, 10**15, 0)
+    with pytest.raises(WriterError, match=r"an unbounded run.*min_free_mb"):
+        check_space(tmp_path, None, 10**15)
+    check_space(tmp_path, 1, 0)
+
+
+@given(
+    height=st.integers(1, 3000), width=st.integers(1, 3000), chunk=st.integers(1, 4096)
+)
+def test_a_shard_holds_the_plane_in_whole_chunks(
+    height: int, width: int, chunk: int
+) -> None:
+    spec = ImageSpec("raw", "uint16", 1, (height, width), 1.0, 0.0, (0.0, 1.0))
+    shard, inner = spec.shard_shape(chunk), spec.chunk_shape(chunk)
+    for length, outer, side in zip((height, width), shard, inner, strict=True):
+        assert outer % side == 0
+        assert length <= outer < length + side

@@ -1,0 +1,141 @@
+"""Places of frames in the plan, and of frames that never came."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import useq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rtfocus.channel import Channel
+from rtfocus.frame import Position, SeriesStart
+from rtfocus.writers.gaps import GapFinder, Missing
+from rtfocus.writers.plan import Plan, Planned, complete
+from rtfocus.writers.tally import TakenPlaces
+
+
+def series(
+    sizes: dict[str, int | None], mda_sequence: dict[str, Any] | None = None
+) -> SeriesStart:
+    return SeriesStart(
+        version=1,
+        series_uid="u",
+        name="n",
+        started_ns=0,
+        shape=(4, 4),
+        dtype="<u2",
+        sizes=sizes,
+        channels=[Channel(str(i)) for i in range(sizes.get("c") or 1)],
+        positions=[Position(str(i)) for i in range(sizes.get("p") or 1)],
+        pixel_size_um=1.0,
+        mda_sequence=mda_sequence,
+    )
+
+
+def planned(sizes: dict[str, int]) -> list[Planned]:
+    """All frames of a regular plan, in order."""
+    places = product(*(range(size) for size in sizes.values()))
+    return [
+        Planned(i, complete(dict(zip(sizes, place, strict=True))))
+        for i, place in enumerate(places)
+    ]
+
+
+def walk(finder: GapFinder, frames: list[Planned], lost: set[int]) -> list[Missing]:
+    """Send the frames that are not lost; return what was found missing."""
+    found = []
+    for sequence, frame in enumerate(frames):
+        if sequence in lost:
+            finder.lose(sequence, 1, "gap")
+        else:
+            found += finder.arrive(frame)
+    return found + finder.end()
+
+
+plans = st.permutations("tpcz").flatmap(
+    lambda axes: st.fixed_dictionaries({axis: st.integers(1, 4) for axis in axes})
+)
+
+
+@given(sizes=plans, data=st.data())
+def test_every_lost_frame_is_found_at_its_place(
+    sizes: dict[str, int], data: st.DataObject
+) -> None:
+    frames = planned(sizes)
+    # One frame must come, or nothing says that the plan was followed.
+    most = len(frames) - 1
+    lost = data.draw(st.sets(st.integers(0, len(frames) - 1), max_size=most))
+    found = walk(GapFinder(Plan(series(dict(sizes)))), frames, lost)
+    assert [m.sequence for m in found] == sorted(lost)
+    assert [m.index for m in found] == [frames[i].index for i in sorted(lost)]
+
+
+@given(sizes=plans)
+def test_flat_numbers_are_unique_and_places_are_taken_once(
+    sizes: dict[str, int],
+) -> None:
+    plan = Plan(series(dict(sizes)))
+    taken = TakenPlaces(plan)
+    for frame in planned(sizes):
+        assert frame.index not in taken
+        taken.take(frame.index)
+        assert frame.index in taken
+
+
+def test_frames_without_a_plan_are_placed_between_their_neighbours() -> None:
+    finder = GapFinder(Plan(series({"t": None, "c": 2})))
+    finder.arrive(Planned(None, complete({"t": 0, "c": 1})))
+    finder.lose(2, 3, "gap")
+    found = finder.arrive(Planned(None, complete({"t": 2, "c": 1})))
+    places = [(m.index["t"], m.index["c"]) for m in found if m.index]
+    assert places == [(1, 0), (1, 1), (2, 0)]
+
+
+def test_an_irregular_plan_is_followed_by_its_useq_sequence() -> None:
+    """Channel b is taken at every second time point only."""
+    sequence = useq.MDASequence(
+        time_plan={"interval": 0, "loops": 4},
+        channels=["a", {"config": "b", "acquire_every": 2}],
+    )
+    plan = series({"t": 4, "c": 2}, sequence.model_dump(mode="json"))
+    events = [complete(dict(event.index)) for event in sequence]
+    frames = [Planned(i, index) for i, index in enumerate(events)]
+    assert len(frames) == 6
+    found = walk(GapFinder(Plan(plan)), frames, {3, 4})
+    assert [m.index for m in found] == [events[3], events[4]]
+
+
+def test_a_lost_probe_leaves_no_hole() -> None:
+    """Events 0 and 1 are neighbours, so the frame lost between had no place."""
+    frames = planned({"t": 3})
+    finder = GapFinder(Plan(series({"t": 3})))
+    finder.arrive(frames[0])
+    finder.lose(1, 1, "gap")
+    assert finder.arrive(frames[1]) == [Missing(1, None, "gap")]
+
+
+def test_a_frame_that_the_sender_never_had_is_missing_too() -> None:
+    frames = planned({"t": 4})
+    finder = GapFinder(Plan(series({"t": 4})))
+    finder.arrive(frames[0])
+    found = finder.arrive(frames[3])
+    assert [(m.sequence, m.reason) for m in found] == [(None, "not sent")] * 2
+    assert [m.index for m in found] == [frames[1].index, frames[2].index]
+
+
+def test_a_place_that_cannot_be_known_is_not_guessed() -> None:
+    """The neighbours follow no order that the plan knows."""
+    finder = GapFinder(Plan(series({"t": 4, "c": 2})))
+    finder.arrive(Planned(0, complete({"t": 3, "c": 1})))
+    finder.lose(1, 1, "gap")
+    found = finder.arrive(Planned(2, complete({"t": 0, "c": 0})))
+    assert found == [Missing(1, None, "gap")]
+
+
+@pytest.mark.parametrize(
+    ("index", "inside"),
+    [({"t": 1}, True), ({"t": 2}, False), ({"t": -1}, False), ({"z": 1}, False)],
+)
+def test_only_planned_places_are_contained(index: dict[str, int], inside: bool) -> None:
+    assert Plan(series({"t": 2})).contains(complete(index)) is inside
