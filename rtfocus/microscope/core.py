@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.experimental.unicore import UniMMCore
 
 from rtfocus.config import Config
@@ -37,14 +38,26 @@ def open_core(config: Config) -> Iterator[UniMMCore]:
     ConfigError
         If the virtual microscope is not fully described.
     """
-    core = UniMMCore()
-    try:
+    with bare_core() as core:
         _load(core, config)
+        yield core
+
+
+@contextmanager
+def bare_core() -> Iterator[UniMMCore]:
+    """Make a core without devices; whatever is loaded by then, unload it."""
+    # Any folder keeps pymmcore-plus from searching the disk for a Micro-Manager,
+    # and from complaining where the virtual microscope needs none.
+    core = UniMMCore(mm_path=str(Path(__file__).parent))
+    try:
         yield core
     finally:
         if core.isSequenceRunning():
             core.stopSequenceAcquisition()
         core.unloadAllDevices()
+        # Ends the core's own thread, which calls back into Python: alive at the
+        # interpreter's exit it aborts the process ("exception not rethrown").
+        super(CMMCorePlus, core).registerCallback(None)
 
 
 def _load(core: UniMMCore, config: Config) -> None:

@@ -3,8 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pymmcore_plus.experimental.unicore import UniMMCore
-
 from rtfocus.findings import Finding
 from rtfocus.microscope.adapters import (
     TEST_ADAPTERS_REMEDY,
@@ -13,6 +11,7 @@ from rtfocus.microscope.adapters import (
     look_into,
     required_interface,
 )
+from rtfocus.microscope.core import bare_core
 
 _ADAPTERS = "device adapters"
 
@@ -23,9 +22,10 @@ def describe() -> list[Finding]:
 
 
 def _core() -> Finding:
-    core = UniMMCore()
+    with bare_core() as core:
+        release = core.getVersionInfo()
     found = (
-        f"{core.getVersionInfo()}, pymmcore-plus {version('pymmcore-plus')}, "
+        f"{release}, pymmcore-plus {version('pymmcore-plus')}, "
         f"needs adapters of device interface {required_interface()}"
     )
     return Finding("Micro-Manager core", found)
