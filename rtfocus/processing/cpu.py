@@ -125,10 +125,10 @@ class CpuProcessor:
         """Begin work on a frame; waits while the processor is full."""
         header = slot.frame()
         series = self._series
-        job = self._jobs.get(slot.index)
-        if series is None or job is None:
-            msg = f"slot {slot.index} is none of the {len(self._jobs)} of this series"
+        if series is None:
+            msg = "a frame was submitted before start or after close"
             raise ValueError(msg)
+        job = self._job(slot)
         plan = self._plans[header.index.get("c", 0)]
         job.begin(slot, plan, restore=restore)
         if tuple(header.shape) != tuple(series.shape) or header.dtype != series.dtype:
@@ -142,7 +142,7 @@ class CpuProcessor:
 
     def wait_estimate(self, slot: Slot) -> tuple[Estimate, DefocusMap] | None:
         """Wait for the defocus of a frame; None: this channel has no classifier."""
-        job = self._jobs[slot.index]
+        job = self._job(slot)
         job.estimated.wait()
         if job.error is not None:
             raise job.error
@@ -152,13 +152,13 @@ class CpuProcessor:
 
     def wait_result(self, slot: Slot) -> FrameResult:
         """Wait for everything about a frame; EngineError tells what went wrong."""
-        job = self._jobs[slot.index]
+        job = self._job(slot)
         job.finished.wait()
         if job.error is not None:
             raise job.error
         if job.result is None:
-            msg = f"slot {slot.index} was never submitted"
-            raise ValueError(msg)
+            msg = f"slot {slot.index} finished without a result"
+            raise EngineError(msg)
         return job.result
 
     def close(self) -> None:
@@ -172,8 +172,17 @@ class CpuProcessor:
                 job.fail(EngineError("the processor was closed before the frame"))
         for plan in self._plans:
             plan.close()
-        self._threads, self._plans, self._jobs = [], [], {}
+        # The jobs stay until the next start: somebody may still read a result.
+        self._threads, self._plans = [], []
         self._series = None
+
+    def _job(self, slot: Slot) -> _Job:
+        """Return the buffers of a slot; ValueError for one of another pool."""
+        job = self._jobs.get(slot.index)
+        if job is None:
+            msg = f"slot {slot.index} is none of the {len(self._jobs)} of this series"
+            raise ValueError(msg)
+        return job
 
     def _allocate(self, series: SeriesStart) -> _Job:
         """Make the buffers of one slot."""

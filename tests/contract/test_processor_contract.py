@@ -1,0 +1,355 @@
+"""One suite for every FrameProcessor that this machine can run."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from rtfocus.channel import Channel
+from rtfocus.config import parse_config
+from rtfocus.errors import EngineError
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.optics.blur import blur
+from rtfocus.optics.psf import compute_psf
+from rtfocus.optics.specimens import draw_specimen
+from rtfocus.processing.select import PROCESSORS
+from rtfocus.slots import SlotPool
+
+OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
+SHAPE = (200, 260)
+SLOTS = 4
+
+
+def config_for(engine_folder, **processing):
+    values = {
+        "classifier": "sharpness",
+        "engine_folders": [str(engine_folder)],
+        "precision": "f32",
+        "threads": 2,
+    }
+    return parse_config(
+        {
+            "processing": values | processing,
+            "channels": [
+                {"name": "DAPI", "optics": OPTICS},
+                {"name": "dark", "optics": None},
+            ],
+        }
+    )
+
+
+def series_for(shape=SHAPE, dtype="<u2", channels=("DAPI", "dark")):
+    return SeriesStart(
+        version=PROTOCOL_VERSION,
+        series_uid="series",
+        name="contract",
+        started_ns=0,
+        shape=shape,
+        dtype=dtype,
+        sizes={"t": None, "c": len(channels)},
+        channels=[Channel(name) for name in channels],
+        positions=[Position("p")],
+        pixel_size_um=0.65,
+    )
+
+
+def header_for(sequence, pixels, channel=0):
+    return FrameHeader(
+        version=PROTOCOL_VERSION,
+        series_uid="series",
+        sequence=sequence,
+        shape=pixels.shape,
+        dtype=pixels.dtype.str,
+        captured_ns=123,
+        exposure_ms=5.0,
+        index={"t": sequence, "c": channel},
+        z_um=7.5,
+        z_offset_um=-1.0,
+    )
+
+
+@pytest.fixture(params=[kind.name for kind in PROCESSORS])
+def open_kind(request):
+    kind = next(k for k in PROCESSORS if k.name == request.param)
+    if (why := kind.why_unavailable()) is not None:
+        pytest.skip(why)
+    return kind.open_processor
+
+
+@pytest.fixture
+def processor(open_kind, engine_folder):
+    opened = open_kind(config_for(engine_folder))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def pool():
+    return SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """Eight different frames of nuclei at different defocus, 16 bit."""
+    rng = np.random.default_rng(2)
+    sharp = draw_specimen("nuclei", SHAPE, rng)
+    system = config_for(".").channels[0].optics
+    result = []
+    for number in range(8):
+        seen = blur(sharp, compute_psf(system, 2.0 * number)) if number else sharp
+        counts = rng.poisson(np.maximum(seen, 0) * 3000 + 100)
+        result.append(counts.astype("<u2"))
+    return result
+
+
+def submit(processor, pool, sequence, pixels, channel=0, **options):
+    slot = pool.acquire(timeout_s=10)
+    slot.prepare(header_for(sequence, pixels, channel))[...] = pixels
+    processor.submit(slot, **options)
+    return slot
+
+
+def test_estimate_and_result_of_a_frame_are_whole(processor, pool, frames):
+    grid = processor.start(series_for(), SLOTS)
+    slot = submit(processor, pool, 3, frames[4])
+    estimate, found = processor.wait_estimate(slot)
+    result = processor.wait_result(slot)
+    assert found.grid == grid
+    assert found.level.shape == (grid.rows, grid.columns) == found.confidence.shape
+    assert found.level.dtype == np.int16
+    background = found.level == -1
+    np.testing.assert_array_equal(np.isnan(found.defocus_um), background)
+    assert not background.all()
+    assert estimate.sequence == 3
+    assert estimate.series_uid == "series"
+    assert (estimate.z_um, estimate.z_offset_um) == (7.5, -1.0)
+    assert estimate.captured_ns == 123 < estimate.estimated_ns
+    assert estimate.foreground == pytest.approx(1 - background.mean())
+    assert 0 < estimate.confidence <= 1
+    foreground = ~background
+    assert estimate.defocus_um == pytest.approx(
+        np.average(found.defocus_um[foreground], weights=found.confidence[foreground]),
+        rel=1e-4,
+    )
+    assert estimate.level in found.level
+    assert result.estimate == estimate
+    assert result.restored.shape == SHAPE
+    assert result.restored.dtype == np.dtype("<u2")
+    assert result.skipped is None
+    assert set(result.engines) == {"classifier", "restorer"}
+    assert result.engines["classifier"].startswith("sharpness@")
+    assert {"classify", "restore"} <= set(result.stage_ms)
+    assert all(value >= 0 for value in result.stage_ms.values())
+
+
+def test_frames_in_flight_get_their_own_results(processor, pool, frames):
+    processor.start(series_for(), SLOTS)
+
+    def alone(pixels):
+        slot = submit(processor, pool, 0, pixels)
+        result = processor.wait_result(slot)
+        found = result.restored.copy(), result.defocus.level.copy()
+        pool.release(slot)
+        return found
+
+    expected = [alone(pixels) for pixels in frames]
+    assert len({levels.tobytes() for _, levels in expected}) > 1
+    waiting = []
+    for sequence, pixels in enumerate(frames * 3):
+        if len(waiting) == SLOTS:
+            check_first(processor, pool, waiting, expected)
+        waiting.append(submit(processor, pool, sequence, pixels))
+    while waiting:
+        check_first(processor, pool, waiting, expected)
+
+
+def check_first(processor, pool, waiting, expected):
+    slot = waiting.pop(0)
+    sequence = slot.frame().sequence
+    estimate, found = processor.wait_estimate(slot)
+    result = processor.wait_result(slot)
+    restored, levels = expected[sequence % len(expected)]
+    assert estimate.sequence == sequence
+    np.testing.assert_array_equal(found.level, levels)
+    np.testing.assert_array_equal(result.restored, restored)
+    pool.release(slot)
+
+
+def test_background_and_focus_come_back_unchanged(processor, pool):
+    processor.start(series_for(), SLOTS)
+    noise = np.random.default_rng(5).poisson(100, SHAPE).astype("<u2")
+    slot = submit(processor, pool, 0, noise)
+    estimate, found = processor.wait_estimate(slot)
+    assert (found.level == -1).all()
+    assert estimate.level is None
+    assert estimate.defocus_um is None
+    assert estimate.foreground == 0
+    np.testing.assert_array_equal(processor.wait_result(slot).restored, noise)
+
+
+def test_channel_without_optics_is_passed_on_with_the_reason(processor, pool, frames):
+    assert processor.start(series_for(), SLOTS) is not None
+    slot = submit(processor, pool, 0, frames[3], channel=1)
+    assert processor.wait_estimate(slot) is None
+    result = processor.wait_result(slot)
+    assert result.restored is None
+    assert result.estimate is None
+    assert result.skipped == "channel 'dark' has no optics in the config"
+
+
+def test_series_without_any_classified_channel_has_no_grid(processor):
+    assert processor.start(series_for(channels=("dark",)), SLOTS) is None
+
+
+def test_raw_only_frames_are_estimated_but_not_restored(processor, pool, frames):
+    processor.start(series_for(), SLOTS)
+    slot = submit(processor, pool, 0, frames[5], restore=False)
+    assert processor.wait_estimate(slot) is not None
+    result = processor.wait_result(slot)
+    assert result.restored is None
+    assert result.skipped.startswith("raw_only")
+
+
+def test_frame_of_another_shape_fails_alone_and_names_its_sequence(
+    processor, pool, frames
+):
+    processor.start(series_for(), SLOTS)
+    slot = submit(processor, pool, 41, frames[0][:100])
+    with pytest.raises(EngineError, match=r"frame 41 is \(100, 260\).*new series"):
+        processor.wait_result(slot)
+    with pytest.raises(EngineError, match="frame 41"):
+        processor.wait_estimate(slot)
+    after = submit(processor, pool, 42, frames[0])
+    assert processor.wait_result(after).estimate.sequence == 42
+
+
+def test_a_new_series_may_have_another_shape_and_type(processor, pool, frames):
+    processor.start(series_for(), SLOTS)
+    first = submit(processor, pool, 0, frames[2])
+    processor.wait_result(first)
+    pool.release(first)
+    small = (frames[2][:90, :70] >> 4).astype("|u1")
+    grid = processor.start(series_for(small.shape, "|u1"), SLOTS)
+    assert (grid.rows, grid.columns) == (1, 1)
+    slot = submit(processor, pool, 0, small)
+    assert processor.wait_result(slot).restored.dtype == np.uint8
+
+
+def test_close_wakes_those_who_wait_and_may_be_called_twice(processor, pool, frames):
+    processor.start(series_for(), SLOTS)
+    slots = [submit(processor, pool, i, frames[i]) for i in range(SLOTS)]
+    outcomes = []
+
+    def wait():
+        for slot in slots:
+            try:
+                outcomes.append(processor.wait_result(slot))
+            except EngineError as error:
+                outcomes.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    processor.close()
+    waiter.join(timeout=20)
+    assert not waiter.is_alive()
+    # Some were finished before; whoever was not is told so.
+    assert len(outcomes) == SLOTS
+    failed = [o for o in outcomes if isinstance(o, EngineError)]
+    assert all("closed" in str(error) for error in failed)
+    processor.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1), "<u2"),
+        ((7, 300), "|u1"),
+        ((97, 143, 3), "|u1"),
+        ((97, 143, 3), "<u2"),
+        ((120, 90), "<f4"),
+    ],
+)
+def test_any_shape_and_type_keeps_both(processor, frames, shape, dtype):
+    pool = SlotPool(1, 4 * int(np.prod(shape)))
+    processor.start(series_for(shape, dtype, ("DAPI",)), 1)
+    rng = np.random.default_rng(9)
+    image = draw_specimen("tissue", shape[:2], rng) * 200
+    if len(shape) == 3:
+        image = np.stack([image, image * 0.5, image * 0.8], axis=-1)
+    slot = submit(processor, pool, 0, image.astype(dtype))
+    result = processor.wait_result(slot)
+    assert result.restored.shape == shape
+    assert result.restored.dtype == np.dtype(dtype)
+
+
+@pytest.mark.parametrize("value", [0, 1000, 65535])
+def test_constant_frames_are_background_and_unchanged(processor, pool, value):
+    processor.start(series_for(), SLOTS)
+    constant = np.full(SHAPE, value, "<u2")
+    slot = submit(processor, pool, 0, constant)
+    result = processor.wait_result(slot)
+    assert (result.defocus.level == -1).all()
+    np.testing.assert_array_equal(result.restored, constant)
+    assert ("saturated" in result.flags) is (value == 65535)
+
+
+def test_nan_pixels_are_marked_and_stay_nan_while_the_rest_is_restored(
+    processor, frames
+):
+    pool = SlotPool(1, 4 * SHAPE[0] * SHAPE[1])
+    processor.start(series_for(dtype="<f4"), 1)
+    pixels = frames[6].astype("<f4")
+    pixels[50:53, 60] = np.nan
+    slot = submit(processor, pool, 0, pixels)
+    result = processor.wait_result(slot)
+    assert result.flags == ("nan",)
+    assert np.isnan(result.restored[50:53, 60]).all()
+    assert np.isnan(result.restored).sum() == 3
+    assert np.abs(result.restored - pixels)[~np.isnan(pixels)].max() > 1
+
+
+def test_frame_of_nothing_but_nan_is_background(processor, pool):
+    pool = SlotPool(1, 4 * SHAPE[0] * SHAPE[1])
+    processor.start(series_for(dtype="<f4"), 1)
+    slot = submit(processor, pool, 0, np.full(SHAPE, np.nan, "<f4"))
+    result = processor.wait_result(slot)
+    assert (result.defocus.level == -1).all()
+    assert np.isnan(result.restored).all()
+
+
+def test_restored_frames_are_float32_on_request(open_kind, engine_folder, frames):
+    config = config_for(engine_folder)
+    store = config.store.model_copy(update={"restored_dtype": "float32"})
+    processor = open_kind(config.model_copy(update={"store": store}))
+    pool = SlotPool(1, 2 * SHAPE[0] * SHAPE[1])
+    processor.start(series_for(), 1)
+    slot = submit(processor, pool, 0, frames[5])
+    restored = processor.wait_result(slot).restored
+    assert restored.dtype == np.float32
+    assert restored.min() >= 0
+    assert np.any(restored != np.rint(restored))
+    processor.close()
+
+
+def test_engine_that_does_not_fit_the_optics_is_refused_with_the_remedy(
+    open_kind, engine_folder
+):
+    config = config_for(engine_folder)
+    fine = {**OPTICS, "pixel_size_um": 0.1}
+    raw = config.model_dump(mode="json")
+    raw["channels"] = [{"name": "DAPI", "optics": fine}]
+    processor = open_kind(parse_config(raw))
+    with pytest.raises(EngineError, match=r"0\.3 to 1\.5 lambda/NA.*ignore_optics"):
+        processor.start(series_for(channels=("DAPI",)), 1)
+    raw["processing"]["ignore_optics"] = True
+    willing = open_kind(parse_config(raw))
+    assert willing.start(series_for(channels=("DAPI",)), 1) is not None
+    willing.close()
+    processor.close()
+
+
+def test_missing_engine_says_what_was_looked_for_and_where(open_kind, engine_folder):
+    processor = open_kind(config_for(engine_folder, classifier="nosuch"))
+    with pytest.raises(EngineError, match=r"'nosuch' not found.*there: .*sharp"):
+        processor.start(series_for(), 1)
+    processor.close()
