@@ -61,7 +61,10 @@ class SlotPool:
     def __init__(self, count: int, slot_bytes: int) -> None:
         # One allocation, each slot aligned to a page: pinning and O_DIRECT like it.
         stride = -(-slot_bytes // 4096) * 4096
-        memory = np.zeros(count * stride, dtype=np.uint8)
+        memory = np.empty(count * stride, dtype=np.uint8)
+        # Written to, because a fresh page costs more at first use than the copy of
+        # what is in it: the first frames of a run must not be the slowest.
+        memory.fill(0)
         self.count = count
         self.slot_bytes = slot_bytes
         self._free = deque(
