@@ -16,6 +16,7 @@ from rtfocus.training.delpnet import GEOMETRY, LABELS
 from rtfocus.training.recipe import Recipe
 
 Image = NDArray[np.float32]
+Crop = NDArray[np.uint16]
 
 BACKGROUND = LABELS.index("bg")
 NORMALISATION = LocalStandardisation()
@@ -23,6 +24,9 @@ CROP_SIDES_PX = (96, 144, 192)
 
 _BACKGROUND_RULE = ContrastToNoise()
 _EMPTY_SHARE = 0.02
+# Range of a window, of full scale, from which on it surely holds a specimen.
+_VISIBLE = round(0.1 * FULL_SCALE)
+_DRAWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,7 @@ class Batches:
         # The last level has two planes: its own defocus and one farther away.
         beyond = level == BACKGROUND - 1 and rng.random() < 0.4
         place = level + int(beyond)
-        top, left = (int(rng.integers(n - side + 1)) for n in entry.planes.shape[1:])
-        window = entry.planes[place, top : top + side, left : left + side]
+        window = _cut(entry.planes[place], side, rng)
         window = np.rot90(window, int(rng.integers(4)))
         if rng.random() < 0.5:
             window = window[::-1]
@@ -97,6 +100,16 @@ class Batches:
         if rng.random() < _EMPTY_SHARE:
             light *= 0
         return label_crop(*photograph(light, entry.noise[place], rng), level)
+
+
+def _cut(plane: Crop, side: int, rng: np.random.Generator) -> Crop:
+    """Cut a square at random; empty ones teach little and are mostly drawn again."""
+    for _ in range(_DRAWS):
+        top, left = (int(rng.integers(n - side + 1)) for n in plane.shape)
+        window = plane[top : top + side, left : left + side]
+        if int(window.max()) - int(window.min()) > _VISIBLE:
+            break
+    return window
 
 
 def photograph(
@@ -116,7 +129,7 @@ def photograph(
     tuple
         The picture in counts, and the standard deviation of its noise in the dark.
     """
-    photons = float(np.exp(rng.uniform(np.log(100), np.log(8000))))
+    photons = float(np.exp(rng.uniform(np.log(150), np.log(8000))))
     glow = float(np.exp(rng.uniform(np.log(0.003), np.log(0.25)))) * photons
     read_noise = float(rng.uniform(0.8, 4.0))
     electrons = light * np.float32(photons) + np.float32(glow)

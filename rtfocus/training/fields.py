@@ -65,12 +65,16 @@ def load_fields(recipe: Recipe) -> list[Field]:
     ConfigError
         If a pattern matches no file, or no field is left to train on.
     """
-    folder = data_folder(recipe)
-    fields = [
-        field for source in recipe.sources for field in _load_source(source, folder)
-    ]
-    if all(field.validation for field in fields):
-        msg = "every source is kept for validation; nothing is left to train on"
+    fields: list[Field] = []
+    if recipe.sources:
+        folder = data_folder(recipe)
+        for source in recipe.sources:
+            fields += _load_source(source, folder)
+    if recipe.specimens is None and all(field.validation for field in fields):
+        msg = (
+            "the recipe leaves nothing to train on; give sources with fields outside "
+            "their validation patterns, or specimens"
+        )
         raise ConfigError(msg)
     return fields
 

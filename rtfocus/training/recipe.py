@@ -77,7 +77,7 @@ class PoolRecipe(Section):
 class NetworkRecipe(Section):
     """Switches of DelpNet."""
 
-    dropout: Fraction = 0.05
+    dropout: Fraction = 0.02
     """Probability of dropping a value after each inner layer."""
     batch_norm_momentum: Fraction = 0.40
     """PyTorch's sense: 0.40 is the paper's 0.60."""
@@ -96,6 +96,8 @@ class OptimiserRecipe(Section):
     """Decoupled decay."""
     batch_tiles: Count = 128
     """Tiles per step; crops of 96, 144 and 192 px hold 1, 4 and 9."""
+    ordinal_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of the error of the mean level beside the cross-entropy."""
     average_decay: Fraction = 0.998
     """Exponential average of the weights that is evaluated and exported."""
 
@@ -118,8 +120,8 @@ class Recipe(Section):
     """Steps between two checkpoints."""
     threads: Count = 1
     """CPU threads of the network."""
-    sources: list[SourceRecipe]
-    """Sharp images."""
+    sources: tuple[SourceRecipe, ...] = ()
+    """Sharp images; none: only specimens are drawn."""
     specimens: SpecimenRecipe | None = SpecimenRecipe()
     """Procedural specimens; null: none."""
     blur: BlurRecipe

@@ -1,0 +1,140 @@
+"""Normalisation and background rule, on arrays."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtfocus.optics.normalisation import (
+    ContrastToNoise,
+    LocalStandardisation,
+    pad_frame,
+)
+from rtfocus.optics.specimens import draw_specimen
+
+GRID = {"tile_px": 96, "stride_px": 48, "start_px": -12}
+
+
+@cache
+def scene(shape=(240, 288), seed=1):
+    rng = np.random.default_rng(seed)
+    light = draw_specimen("nuclei", shape, rng)
+    noise = rng.standard_normal(shape).astype(np.float32)
+    return np.rint(1000 * light + 100 + 3 * noise).astype(np.float32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(gain=st.floats(0.01, 50), offset=st.floats(-500, 30000))
+def test_gain_and_offset_change_nothing(gain, offset):
+    frame = scene()
+    changed = (frame * gain + offset).astype(np.float32)
+    normal = LocalStandardisation()
+    # What is left is the rounding of the changed frame's own 24 bits.
+    step = np.spacing(np.abs(changed).max()) / (gain * 3)
+    np.testing.assert_allclose(
+        normal.apply(changed), normal.apply(frame), atol=1e-3 + 20 * step
+    )
+
+
+def test_the_middle_of_a_window_is_standardised_by_its_weighted_statistics():
+    """One cell's centre value, written out without matrices."""
+    frame = scene((132, 132)).astype(np.float64)
+    cells = frame.reshape(11, 12, 11, 12)
+    falling = np.maximum(1 - np.abs(np.arange(11) - 5) / 6, 0)
+    weight = np.outer(falling, falling) / falling.sum() ** 2
+    mean = (cells.mean(axis=(1, 3)) * weight).sum()
+    power = ((cells**2).mean(axis=(1, 3)) * weight).sum()
+    found = LocalStandardisation().apply(frame.astype(np.float32))
+    # Around the centre of cell (5, 5) neighbouring cells take half a pixel's share.
+    block = (frame[65:67, 65:67].mean() - mean) / np.sqrt(power - mean**2)
+    assert found[65:67, 65:67].mean() == pytest.approx(block, abs=0.02)
+
+
+def test_a_constant_frame_becomes_zero():
+    found = LocalStandardisation().apply(np.full((96, 96), 4095, np.float32))
+    assert not found.any()
+
+
+def test_a_flat_corner_of_a_bright_frame_stays_flat():
+    frame = scene((480, 480)).copy()
+    frame[:200, :200] = 7
+    found = LocalStandardisation().apply(frame)
+    assert np.ptp(found[24:72, 24:72]) < 0.2
+
+
+def test_sides_that_are_no_cells_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="pad_frame"):
+        LocalStandardisation().apply(np.zeros((100, 96), np.float32))
+    with pytest.raises(ValueError, match="odd number of 12 px cells"):
+        LocalStandardisation(window_px=96)
+    with pytest.raises(ValueError, match="0 < floor < 1"):
+        LocalStandardisation(floor=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (50, 700), (96, 96), (520, 696)])
+def test_padding_keeps_the_frame_and_reaches_the_multiple(shape):
+    frame = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
+    padded = pad_frame(frame, 48, 96)
+    assert all(side % 48 == 0 and side >= 96 for side in padded.shape)
+    np.testing.assert_array_equal(padded[: shape[0], : shape[1]], frame)
+
+
+@pytest.mark.parametrize("gain", [0.2, 1.0, 16.0])
+def test_noise_is_measured_beside_a_specimen(gain):
+    frame = scene((480, 480)) * np.float32(gain)
+    # The quietest tenth of the cells lies a little below the mean.
+    assert ContrastToNoise(quantum=0).noise(frame) == pytest.approx(3 * gain, rel=0.15)
+
+
+def test_noise_is_never_less_than_the_rounding_error():
+    frame = np.full((96, 96), 9, np.float32)
+    assert ContrastToNoise(quantum=1).noise(frame) == pytest.approx(12**-0.5)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1 / 13, 16.0])
+def test_empty_tiles_are_background_at_any_gain_and_others_are_not(gain):
+    rng = np.random.default_rng(3)
+    counts = 110 + 3 * rng.standard_normal((480, 480))
+    counts[300:400, 300:400] += draw_specimen("nuclei", (100, 100), rng) * 900
+    frame = np.rint(counts * gain).astype(np.float32)
+    empty = ContrastToNoise().tiles(frame, **GRID)
+    assert empty.shape == (9, 9)
+    assert empty[:4, :4].all()
+    assert not empty[6:7, 6:7].any()
+
+
+def test_one_bright_point_is_no_background():
+    rng = np.random.default_rng(4)
+    frame = (100 + 3 * rng.standard_normal((144, 144))).astype(np.float32)
+    rule = ContrastToNoise()
+    assert rule.tiles(frame, **GRID).all()
+    frame[20, 20] += 100
+    empty = rule.tiles(frame, **GRID)
+    assert not empty[0, 0]
+    assert empty[1, 1]
+
+
+def test_tiles_off_the_cells_are_refused():
+    with pytest.raises(ValueError, match="multiples of 12"):
+        ContrastToNoise().tiles(
+            np.zeros((96, 96), np.float32), tile_px=84, stride_px=42
+        )
+
+
+def test_background_of_real_fields_agrees_with_the_rule_in_counts(shared_data):
+    """He's rule holds for this camera: 230 and 30 counts."""
+    from rtfocus.images.reading import open_images
+
+    for path in sorted((shared_data / "bbbc006_16bit").glob("*/*.tif"))[:6]:
+        frame = pad_frame(open_images(path)[0].read(), 48)
+        empty = ContrastToNoise().tiles(frame, **GRID)
+        counts = np.empty_like(empty)
+        for i, j in np.ndindex(*empty.shape):
+            rows, columns = (slice(max(48 * k - 12, 0), 48 * k + 84) for k in (i, j))
+            tile = frame[rows, columns]
+            counts[i, j] = tile.max() < 230 and np.ptp(tile) < 30
+        assert (empty == counts).mean() > 0.9
+        # What the rule in counts calls empty is empty here too.
+        assert empty[counts].all()

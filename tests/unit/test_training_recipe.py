@@ -1,0 +1,84 @@
+"""Recipes, cameras and scores."""
+
+import numpy as np
+import pytest
+
+from rtfocus.errors import ConfigError
+from rtfocus.resources import resource_folder
+from rtfocus.training.dataset import BACKGROUND, label_crop, photograph
+from rtfocus.training.recipe import OptimiserRecipe, load_recipe
+from rtfocus.training.scoring import Score
+from rtfocus.training.trainer import learning_rate
+
+SHIPPED = resource_folder("configs") / "train_delpnet.yaml"
+
+
+def test_the_shipped_recipe_is_valid_and_holds_fields_out():
+    recipe = load_recipe(SHIPPED)
+    assert recipe.name == "delpnet"
+    assert any(source.validation for source in recipe.sources)
+
+
+def test_a_wrong_key_is_named_with_its_path(tmp_path):
+    text = SHIPPED.read_text(encoding="utf-8").replace("  steps:", "  stepz:")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"'optimiser\.stepz'"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml.*give a YAML file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_the_rate_rises_linearly_and_falls_to_zero():
+    recipe = OptimiserRecipe(steps=1000, rate=1.0, warmup_steps=100)
+    assert learning_rate(recipe, 49) == pytest.approx(0.5)
+    assert learning_rate(recipe, 100) == pytest.approx(1.0)
+    assert learning_rate(recipe, 550) == pytest.approx(0.5)
+    assert learning_rate(recipe, 1000) == pytest.approx(0.0)
+
+
+def test_the_noise_of_a_photograph_is_what_it_says():
+    """The deviation in the dark against pictures of nothing."""
+    ratios = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        counts, dark = photograph(np.zeros((96, 96), np.float32), 0.0, rng)
+        assert counts.min() >= 0
+        # A glow near zero counts is cut by the camera's own zero.
+        if counts.min() > 0:
+            ratios.append(counts.std() / dark)
+    assert len(ratios) > 10
+    np.testing.assert_allclose(ratios, 1, atol=0.08)
+
+
+def test_a_crop_of_nothing_is_background_and_a_bright_one_its_level():
+    rng = np.random.default_rng(5)
+    counts = (100 + 3 * rng.standard_normal((144, 144))).astype(np.float32)
+    crop, labels = label_crop(counts, 3.0, 4)
+    assert crop.shape == (144, 144)
+    assert labels.shape == (2, 2)
+    assert (labels == BACKGROUND).all()
+    counts[30:50, 30:50] += 500
+    # Of the four tiles, which reach from -12 and 36 px on, all see the square.
+    assert (label_crop(counts, 3.0, 4)[1] == 4).all()
+
+
+def test_scores_count_by_hand():
+    score = Score(labels=5)
+    true = np.array([0, 0, 1, 2, 3, 3, 4, 4])
+    found = np.array([0, 2, 2, 2, 4, 3, 4, 1])
+    score.add(true, found)
+    assert score.tiles == 6
+    assert score.accuracy() == pytest.approx(3 / 6)
+    # Level 3 called background (4) is no near miss.
+    assert score.within_one() == pytest.approx(4 / 6)
+    assert score.accuracy(3) == pytest.approx(1 / 2)
+    assert score.accuracy_with_background() == pytest.approx(4 / 8)
+    assert score.share_between(2, 3) == pytest.approx(4 / 6)
+    other = Score(labels=5)
+    other.merge(score)
+    other.merge(score)
+    assert other.tiles == 12
