@@ -5,18 +5,18 @@ the array's attribute ``words``, because Zarr v3 has no settled string type.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-import tensorstore as ts
 
 from rtfocus.errors import WriterError
 from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import Line, read_journal
-from rtfocus.writers.layout import update_attributes, write_group
+from rtfocus.writers.layout import write_group
 
 FRAMES_NAME = "frames.zarr"
 _BLOCK = 8192
@@ -95,88 +95,97 @@ def write_columns(folder: Path, rows: int) -> Path:
         if group.exists():
             shutil.rmtree(group)
         write_group(group, {}, fsync=False)
-        _Columns(group, rows).write(read_journal(folder / JOURNAL_NAME))
-    except (OSError, ValueError, RuntimeError) as error:
-        msg = f"cannot write '{group}': {error}"
+        columns = _Columns(group, rows)
+        lines = read_journal(folder / JOURNAL_NAME)
+        number = 0
+        while block := list(islice(lines, _BLOCK)):
+            columns.write(number, block)
+            number += 1
+        columns.close()
+    except OSError as error:
+        msg = f"cannot write '{error.filename}': {error.strerror}"
         raise WriterError(msg) from error
     return group
 
 
 class _Columns:
-    """The open arrays, filled block by block."""
+    """The arrays, written chunk by chunk.
+
+    Their files are written directly: one plain chunk per block is simpler than any
+    library makes it, and opening 25 arrays would take longer than the whole rest of
+    closing a run.
+    """
 
     def __init__(self, group: Path, rows: int) -> None:
         self._group = group
         self._rows = rows
-        self._arrays: dict[str, Any] = {}
+        self._chunk = min(_BLOCK, max(rows, 1))
+        self._dtypes: dict[str, str] = {}
         self._codes: dict[str, dict[str, int]] = {name: {} for name in _WORDS}
-        for name, (dtype, _) in _COLUMNS.items():
-            self._arrays[name] = self._create(name, dtype)
-        for name in _WORDS:
-            self._arrays[name] = self._create(name, "int32")
 
-    def write(self, lines: Iterator[Line]) -> None:
-        """Write all lines, then what the codes mean."""
-        start = 0
-        while block := list(islice(lines, _BLOCK)):
-            self._write_block(start, block)
-            start += len(block)
-        for name, codes in self._codes.items():
-            update_attributes(self._group / name, {"words": list(codes)})
-
-    def _write_block(self, start: int, block: list[Line]) -> None:
-        rows = slice(start, start + len(block))
-        values = {
-            name: np.array([read(line) for line in block], dtype=dtype)
-            for name, (dtype, read) in _COLUMNS.items()
-        }
+    def write(self, number: int, block: list[Line]) -> None:
+        """Write chunk `number` of every column."""
+        for name, (dtype, read) in _COLUMNS.items():
+            self._write_chunk(name, dtype, number, [read(line) for line in block])
         for name, word in _WORDS.items():
             codes = self._codes[name]
             found = [codes.setdefault(word(line), len(codes)) for line in block]
-            values[name] = np.array(found, dtype="int32")
-        values |= self._stage_times(block)
-        futures = [
-            self._arrays[name][rows].write(column) for name, column in values.items()
-        ]
-        for future in futures:
-            future.result()
+            self._write_chunk(name, "int32", number, found)
+        times = [line.get("stage_ms") or {} for line in block]
+        for stage in sorted({stage for of_frame in times for stage in of_frame}):
+            values = [_or(of_frame.get(stage), np.nan) for of_frame in times]
+            self._write_chunk(f"{stage}_ms", "float32", number, values)
 
-    def _stage_times(self, block: list[Line]) -> dict[str, Any]:
-        """Return a column per stage met so far; an array is made at first sight."""
-        stages = {stage for line in block for stage in line.get("stage_ms") or ()}
-        columns = {}
-        for stage in sorted(stages):
-            name = f"{stage}_ms"
-            if name not in self._arrays:
-                self._arrays[name] = self._create(name, "float32")
-            values = [(line.get("stage_ms") or {}).get(stage, np.nan) for line in block]
-            columns[name] = np.array(values, dtype="float32")
-        return columns
+    def close(self) -> None:
+        """Write the arrays' metadata, and what the codes mean."""
+        for name in self._codes:
+            self._dtypes.setdefault(name, "int32")
+        for name, (dtype, _) in _COLUMNS.items():
+            self._dtypes.setdefault(name, dtype)
+        for name, dtype in self._dtypes.items():
+            (self._group / name).mkdir(exist_ok=True)
+            document = self._metadata(name, dtype)
+            (self._group / name / "zarr.json").write_bytes(document)
 
-    def _create(self, name: str, dtype: str) -> ts.TensorStore:
-        floating = np.dtype(dtype).kind == "f"
-        chunk = [min(_BLOCK, max(self._rows, 1))]
-        return ts.open(
+    def _write_chunk(
+        self, name: str, dtype: str, number: int, values: list[Any]
+    ) -> None:
+        self._dtypes[name] = dtype
+        column = np.full(
+            self._chunk, _fill(dtype), dtype=np.dtype(dtype).newbyteorder("<")
+        )
+        column[: len(values)] = values
+        folder = self._group / name
+        folder.mkdir(exist_ok=True)
+        (folder / f"c.{number}").write_bytes(column.tobytes())
+
+    def _metadata(self, name: str, dtype: str) -> bytes:
+        fill = _fill(dtype)
+        words = self._codes.get(name)
+        return msgspec.json.encode(
             {
-                "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": str(self._group / name)},
-                "metadata": {
-                    "shape": [self._rows],
-                    "data_type": dtype,
-                    "fill_value": "NaN" if floating else _UNKNOWN,
-                    "dimension_names": ["frame"],
-                    "chunk_grid": {
-                        "name": "regular",
-                        "configuration": {"chunk_shape": chunk},
-                    },
-                    "codecs": [
-                        {"name": "bytes", "configuration": {"endian": "little"}},
-                        {"name": "zstd", "configuration": {"level": 1}},
-                    ],
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": [self._rows],
+                "data_type": dtype,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": [self._chunk]},
                 },
-            },
-            create=True,
-        ).result()
+                "chunk_key_encoding": {
+                    "name": "default",
+                    "configuration": {"separator": "."},
+                },
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+                "fill_value": "NaN" if np.isnan(fill) else fill,
+                "dimension_names": ["frame"],
+                "attributes": {} if words is None else {"words": list(words)},
+            }
+        )
+
+
+def _fill(dtype: str) -> float:
+    return np.nan if np.dtype(dtype).kind == "f" else _UNKNOWN
 
 
 def _or(value: float | None, absent: float) -> float:
