@@ -20,20 +20,14 @@ class FramesOut:
         self.socket = socket
         self._trackers: defaultdict[int, list[zmq.MessageTracker]] = defaultdict(list)
 
-    def read_subscriptions(self, wanted: str | None) -> bool | None:
-        """Apply the wanted subscription; ignore all others.
-
-        Returns
-        -------
-        bool or None
-            True: it came into effect, False: it ended, None: no news of it.
-        """
-        news = None
+    def read_subscriptions(self, wanted: str | None) -> int:
+        """Apply the wanted subscription, ignore all others; return their change."""
+        change = 0
         while True:
             try:
                 message = self.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return news
+                return change
             begins, topic = message[:1] == b"\x01", message[1:]
             if wanted is None or topic != wanted.encode():
                 continue
@@ -42,7 +36,7 @@ class FramesOut:
                 self.socket.setsockopt(zmq.SUBSCRIBE, topic)
             else:
                 self.socket.setsockopt(zmq.UNSUBSCRIBE, topic)
-            news = begins
+            change += 1 if begins else -1
 
     def send(self, topic: str, header: bytes) -> bool:
         """Send a message without pixels; False when ZeroMQ takes none now."""

@@ -49,6 +49,11 @@ class Intake:
         self._sent_upto = next_sequence
 
     @property
+    def batch(self) -> int:
+        """Frames whose news may wait for each other: a small part of the slots."""
+        return max(self._pool.count // 8, 1)
+
+    @property
     def credit_upto(self) -> int:
         """First sequence there is no slot for."""
         if self.arrivals.is_over:

@@ -147,15 +147,15 @@ class PublisherLoop:
     def _read_subscriptions(self) -> None:
         recorder = self.registrar.recorder
         news = self._out.read_subscriptions(recorder.topic if recorder else None)
-        if recorder is not None and news is not None:
-            recorder.subscribed = news
+        if recorder is not None:
+            recorder.subscriptions += news
 
     def _send_stream(self, outbox: Outbox, recorder: Recorder) -> None:
         """Send what may be sent: a rewind, frames within credit, the end."""
         if not recorder.takes_frames:
             return
         series_uid = outbox.series.series_uid
-        if recorder.rewound < recorder.attempt:
+        if recorder.rewind_due:
             rewind = m.Rewind(
                 version=PROTOCOL_VERSION,
                 series_uid=series_uid,
@@ -165,7 +165,7 @@ class PublisherLoop:
             if not self._out.send(recorder.topic, m.pack(rewind)):
                 self._retry = True
                 return
-            recorder.rewound = recorder.attempt
+            recorder.rewind_due = False
         while (slot := outbox.take(recorder.credit_upto)) is not None:
             header = m.pack(slot.frame())
             if not self._out.send_frame(recorder.topic, header, slot):
@@ -199,10 +199,10 @@ class PublisherLoop:
             version=PROTOCOL_VERSION,
             series_uid=outbox.series.series_uid,
             sent_upto=outbox.sent_upto,
-            attempt=recorder.rewound,
+            attempt=recorder.attempt,
         )
         self._say(recorder.identity, ping)
-        if recorder.takes_frames and recorder.rewound == recorder.attempt:
+        if recorder.takes_frames and not recorder.rewind_due:
             # On this socket too: there it follows the frames, so that the loss of
             # the last one shows.
             self._out.send(recorder.topic, m.pack(ping))

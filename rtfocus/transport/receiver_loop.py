@@ -77,7 +77,7 @@ class ReceiverLoop:
         session = self.session
         wait_s = 1.0
         if session is not None:
-            wait_s = max(session.next_beat_s - time.monotonic(), 0.0)
+            wait_s = max(session.next_turn_s - time.monotonic(), 0.0)
         self._poller.poll(int(wait_s * 1000) + 1)
         self._waker.clear()
         self._read_events()

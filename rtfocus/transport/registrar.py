@@ -29,12 +29,13 @@ class Recorder:
     topic: str
     heard_s: float
     """``time.monotonic`` of its last message."""
-    subscribed: bool = False
-    """Its subscription to `topic` is in effect."""
+    subscriptions: int = 0
+    """Connections through which `topic` reaches it; two for a moment when it
+    reconnects before its old connection is known to be dead."""
     attempt: int = 0
     """Its newest request to resend; 0: it has not begun."""
-    rewound: int = 0
-    """The newest request that a rewind has answered."""
+    rewind_due: bool = False
+    """That request is not answered yet."""
     credit_upto: int = 0
     received_upto: int = 0
     end_sent: bool = False
@@ -43,7 +44,7 @@ class Recorder:
     @property
     def takes_frames(self) -> bool:
         """Tell whether frames sent now would reach it."""
-        return self.subscribed and self.attempt > 0
+        return self.subscriptions > 0 and self.attempt > 0
 
 
 @dataclass
@@ -153,7 +154,7 @@ class Registrar:
             case m.Resend():
                 before = outbox.sent_upto
                 self.resent += max(before - outbox.rewind(message.sequence), 0)
-                recorder.attempt = message.attempt
+                recorder.attempt, recorder.rewind_due = message.attempt, True
                 recorder.end_sent = False
             case m.Ended():
                 outbox.confirm_end()

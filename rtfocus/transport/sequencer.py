@@ -76,6 +76,7 @@ class Sequencer:
             self._give_up(1, "missing again after a resend")
             if self.expected == sent_upto:
                 return True
+        self._asked_for = self.expected
         self.ask_again()
         return False
 
@@ -89,7 +90,6 @@ class Sequencer:
 
     def ask_again(self) -> None:
         """Request the expected frame and all after it."""
-        self._asked_for = self.expected
         self.attempt += 1
         self.waiting = True
 

@@ -15,6 +15,9 @@ from rtfocus.transport.intake import Intake
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.validation import check_series
 
+_DELAY_S = 0.005
+"""How long news of less than a batch of frames may wait for more."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,10 +46,13 @@ class Session:
         self._over: str | None = None
         self._complaint = ""
         self._said: m.Progress | None = None
+        self._said_s = 0.0
         self._attempt = 0
         self._asked_s = now_s
         self._flowing_s = now_s
-        self.next_beat_s = now_s
+        self._next_beat_s = now_s
+        self.next_turn_s = now_s
+        """When there will be something to say even if nothing happens."""
 
     def begin(self, intake: Intake, next_sequence: int, now_s: float) -> None:
         """Ask for frames; `intake` takes them."""
@@ -81,16 +87,17 @@ class Session:
 
     def say(self, now_s: float) -> Iterator[m.FromRecorder]:
         """Yield what is to be sent now."""
-        is_beat = now_s >= self.next_beat_s
+        is_beat = now_s >= self._next_beat_s
         if is_beat:
-            self.next_beat_s = now_s + self._heartbeat_s
+            self._next_beat_s = now_s + self._heartbeat_s
+        self.next_turn_s = self._next_beat_s
         if self.series is None:
             if is_beat and self.broken is None:
                 yield m.Hello(version=PROTOCOL_VERSION, role="recorder", uid=self.uid)
             return
         progress = self._progress(self.series.series_uid)
-        if (is_beat and not self.is_complete) or progress != self._said:
-            self._said = progress
+        if self._is_worth_saying(progress, now_s, is_beat=is_beat):
+            self._said, self._said_s = progress, now_s
             yield progress
         if self.intake is not None:
             yield from self._ask(self.intake, now_s)
@@ -158,6 +165,28 @@ class Session:
         self._over = reason
         if self.intake is not None:
             self.intake.abandon(reason, frames_sent)
+
+    def _is_worth_saying(
+        self, progress: m.Progress, now_s: float, *, is_beat: bool
+    ) -> bool:
+        """Tell whether to send it now; sets the next turn if it can wait.
+
+        At hundreds of frames per second one message per frame and change would
+        cost both sides more than the rest of the protocol.
+        """
+        said = self._said
+        if said is None or (is_beat and not self.is_complete):
+            return True
+        credit = progress.credit_upto - said.credit_upto
+        durable = progress.durable_upto - said.durable_upto
+        if credit == durable == 0:
+            return False
+        batch = self.intake.batch if self.intake is not None else 1
+        due_s = self._said_s + _DELAY_S
+        if max(credit, durable) >= batch or now_s >= due_s:
+            return True
+        self.next_turn_s = min(self.next_turn_s, due_s)
+        return False
 
     def _progress(self, series_uid: str) -> m.Progress:
         intake = self.intake

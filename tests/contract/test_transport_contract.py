@@ -1,0 +1,166 @@
+"""What a receiver promises, with rtfocus' publisher and with one in bare pyzmq."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from transport_kit import (
+    DEADLINE_S,
+    SHAPE,
+    Background,
+    holds_identity,
+    make_config,
+    make_series,
+    number_of,
+    publish,
+    receiving,
+    record,
+)
+
+from rtfocus.errors import TransportError
+from rtfocus.frame import PROTOCOL_VERSION
+from rtfocus.metrics import Accounting
+from rtfocus.transport.publisher import FramePublisher
+from rtfocus.transport.receiver import FrameReceiver
+
+Endpoints = tuple[str, str]
+Publishing = Callable[[int], AbstractContextManager[Endpoints]]
+INDEPENDENT = Path(__file__).parents[1] / "integration" / "independent_publisher.py"
+
+
+@contextmanager
+def rtfocus_publishing(frames: int) -> Iterator[Endpoints]:
+    with FramePublisher(make_config()) as publisher:
+
+        def act() -> None:
+            publisher.start(make_series(sizes={"t": frames}))
+            publish(publisher, frames)
+            publisher.end("completed")
+
+        with Background(act):
+            yield publisher.endpoints
+
+
+@contextmanager
+def independent_publishing(frames: int) -> Iterator[Endpoints]:
+    command = [sys.executable, str(INDEPENDENT), str(frames), str(SHAPE[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        with process.stdout as lines:
+            yield lines.readline().strip(), lines.readline().strip()
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(params=[rtfocus_publishing, independent_publishing])
+def publishing(request: pytest.FixtureRequest) -> Publishing:
+    """Each publisher there is: a series of so many frames on two endpoints."""
+    return request.param
+
+
+def test_frames_arrive_once_in_order_and_whole(publishing: Publishing) -> None:
+    with publishing(300) as (frames, control):
+        config = make_config(frames=frames, control=control)
+        with receiving(config) as (receiver, accounting):
+            recording = record(receiver)
+            assert recording.sequences == list(range(300))
+            assert recording.gaps == []
+            assert receiver.end is not None
+            assert receiver.end.reason == "completed"
+            assert receiver.end.frames_sent == 300
+            assert accounting.rejected == {}
+            assert holds_identity(accounting, recording)
+
+
+def test_series_start_says_what_comes(publishing: Publishing) -> None:
+    with publishing(3) as (frames, control):
+        config = make_config(frames=frames, control=control)
+        with receiving(config, None) as (receiver, _):
+            series = receiver.wait_series(DEADLINE_S)
+            assert series is not None
+            assert series.version == PROTOCOL_VERSION
+            assert series.dtype == "<u2"
+            assert series.sizes == {"t": 3}
+            receiver.begin()
+            assert record(receiver).sequences == [0, 1, 2]
+
+
+def test_credit_is_never_exceeded(publishing: Publishing) -> None:
+    """Whoever keeps all slots gets no frame more, and nothing was lost by it."""
+    with publishing(50) as (frames, control):
+        config = make_config(frames=frames, control=control, slots=4)
+        with receiving(config) as (receiver, accounting):
+            arrivals = receiver.frames()
+            for _ in range(12):
+                held = [next(arrivals) for _ in range(4)]
+                assert receiver.slots.free == 0
+                for slot in held:
+                    number_of(slot)
+                    receiver.report_durable(slot.frame().sequence)
+                    receiver.release(slot)
+            assert record(receiver).sequences == [48, 49]
+            assert accounting.rejected == {}
+
+
+def test_a_second_recorder_is_refused(publishing: Publishing) -> None:
+    with publishing(20) as (frames, control):
+        config = make_config(frames=frames, control=control)
+        with receiving(config) as (receiver, _):
+            with (
+                receiving(config, None) as (second, _),
+                pytest.raises(TransportError, match="recorder"),
+            ):
+                second.wait_series(DEADLINE_S)
+            assert record(receiver).sequences == list(range(20))
+
+
+def test_stop_ends_the_iteration_after_what_has_arrived(
+    publishing: Publishing,
+) -> None:
+    with publishing(40) as (frames, control):
+        config = make_config(frames=frames, control=control, slots=4)
+        with receiving(config) as (receiver, _):
+            arrivals = receiver.frames()
+            first = [next(arrivals) for _ in range(4)]
+            receiver.stop()
+            assert list(arrivals) == []
+            assert receiver.end is not None
+            assert receiver.end.reason == "stopped"
+            assert receiver.wait_series() is None
+            for slot in first:
+                receiver.release(slot)
+        # Another recorder finishes what this one left.
+        with receiving(config) as (receiver, _):
+            assert record(receiver).sequences == list(range(40))
+
+
+def test_nobody_there_is_an_error_with_the_remedy() -> None:
+    config = make_config(
+        frames="tcp://127.0.0.1:9", control="tcp://127.0.0.1:9", connect_timeout_s=0.2
+    )
+    with (
+        receiving(config, None) as (receiver, _),
+        pytest.raises(TransportError, match="start `rtfocus acquire`"),
+    ):
+        receiver.wait_series()
+
+
+def test_a_reachable_publisher_without_a_series_is_waited_for() -> None:
+    with FramePublisher(make_config()) as publisher:
+        frames, control = publisher.endpoints
+        config = make_config(frames=frames, control=control, connect_timeout_s=0.2)
+        with receiving(config, None) as (receiver, _):
+            assert receiver.wait_series(timeout_s=0.5) is None
+
+
+def test_close_twice_and_unused() -> None:
+    config = make_config(frames="tcp://127.0.0.1:9", control="tcp://127.0.0.1:9")
+    receiver = FrameReceiver(config, Accounting())
+    receiver.close()
+    receiver.close()
