@@ -22,6 +22,7 @@ from rtfocus.processing.accelerated import (
 from rtfocus.processing.accelerated import (
     back_projectors,
 )
+from rtfocus.processing.context import read_region
 from rtfocus.processing.fourier import crop, padded_shape, transfer_function
 from rtfocus.processing.noise import noise_variance
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, iterate
@@ -185,7 +186,7 @@ class DepthVariantRestorer:
         """Deconvolve one rectangle with true neighbours around it."""
         halo_px = self._halos[level]
         shape = padded_shape(region.shape, halo_px)
-        padded = read_padded(plane, region, shape, halo_px)
+        padded = read_region(plane, region, shape, halo_px)
         deconvolution = self._filter(level, shape)
         restored = deconvolution.restore(padded, quantum, self._workers)
         return np.asarray(crop(restored, region.shape, halo_px))
@@ -210,33 +211,6 @@ class DepthVariantRestorer:
         return RichardsonLucyDeconvolution(
             psf, shape, self._iterations or usual, accelerated=accelerated
         )
-
-
-def read_padded(
-    plane: Image, region: Region, shape: tuple[int, int], halo_px: int
-) -> Image:
-    """Cut a region and its halo out of a frame, mirrored where the frame ends.
-
-    Parameters
-    ----------
-    plane
-        Axes (y, x).
-    region
-        What is wanted.
-    shape
-        Size of the result, at least the region with its halo.
-    halo_px
-        Pixels above and left of the region.
-    """
-    spans = []
-    missing = []
-    wanted = zip((region.rows, region.columns), shape, plane.shape, strict=True)
-    for span, side, length in wanted:
-        start = span.start - halo_px
-        stop = start + side
-        spans.append(slice(max(start, 0), min(stop, length)))
-        missing.append((max(-start, 0), max(stop - length, 0)))
-    return np.pad(plane[spans[0], spans[1]], missing, mode="symmetric")
 
 
 def _planes(signal: Image, out: Image) -> list[tuple[Image, Image]]:

@@ -1,0 +1,70 @@
+"""Context: the surroundings a rectangle of a frame is deconvolved with.
+
+A Fourier transform joins the right edge of its input to the left one. Where they
+do not meet, the jump rings through the whole rectangle once a filter amplifies
+it. The margin therefore leads smoothly from what lies behind the rectangle to
+what lies before it: true neighbours where the frame has them, mirrored pixels
+beyond it.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.processing.tiling import Region
+
+Image = NDArray[np.float32]
+
+
+def read_region(
+    plane: Image, region: Region, shape: tuple[int, int], halo_px: int
+) -> Image:
+    """Cut a rectangle out of a frame, in a margin without a jump.
+
+    Parameters
+    ----------
+    plane
+        Axes (y, x).
+    region
+        What is wanted; lies at (halo_px, halo_px) in the result.
+    shape
+        Height and width of the result.
+    halo_px
+        Pixels of the margin before the region; the rest is behind it.
+    """
+    down = _extend(plane, region.rows, shape[0], halo_px)
+    across = _extend(down.T, region.columns, shape[1], halo_px)
+    return np.ascontiguousarray(across.T)
+
+
+def _extend(plane: Image, span: slice, length: int, halo_px: int) -> Image:
+    """Take rows ``span`` and surround them to `length` rows."""
+    count = span.stop - span.start
+    result = np.empty((length, plane.shape[1]), dtype=np.float32)
+    result[halo_px : halo_px + count] = plane[span]
+    margin = length - count
+    if margin == 0:
+        return result
+    steps = np.arange(margin)
+    behind = plane[_mirror(span.stop + steps, plane.shape[0])]
+    before = plane[_mirror(span.start - margin + steps, plane.shape[0])]
+    behind += (before - behind) * _fade(margin)[:, None]
+    # In the result the margin begins behind the region and ends before it.
+    tail = margin - halo_px
+    result[halo_px + count :] = behind[:tail]
+    result[:halo_px] = behind[tail:]
+    return result
+
+
+def _mirror(index: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Fold indices back into 0..length - 1; the border pixel is repeated."""
+    folded = index % (2 * length)
+    return np.minimum(folded, 2 * length - 1 - folded)
+
+
+@lru_cache(maxsize=64)
+def _fade(margin: int) -> Image:
+    """Weights from 0 to 1, flat at both ends."""
+    place = (np.arange(margin) + 0.5) / margin
+    return np.asarray(0.5 - 0.5 * np.cos(np.pi * place), dtype=np.float32)

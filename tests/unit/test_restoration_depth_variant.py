@@ -1,0 +1,225 @@
+"""Whole-frame restoration: what is touched, what is not, and what is gained."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.frame import TileGrid
+from rtfocus.optics.blur import blur, blur_depth_variant
+from rtfocus.optics.psf import compute_psf
+from rtfocus.optics.specimens import draw_specimen
+from rtfocus.processing.context import read_region
+from rtfocus.processing.noise import noise_variance
+from rtfocus.processing.quality import psnr
+from rtfocus.processing.restoration import (
+    METHODS,
+    DepthVariantRestorer,
+)
+from rtfocus.processing.tiling import Montage, Region
+
+SYSTEM = OpticalSystem(0.5, 451.0, 0.65)
+LEVELS = range(1, 11)
+SHAPE = (256, 256)
+GRID = TileGrid(5, 5, 84, 42.0, 41.5, signed=False)
+PHOTONS = 2000.0
+
+
+@pytest.fixture(scope="module")
+def psfs():
+    return {level: compute_psf(SYSTEM, 2.0 * level) for level in LEVELS}
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    return draw_specimen("nuclei", SHAPE, np.random.default_rng(11)) * PHOTONS
+
+
+@pytest.fixture(scope="module")
+def exposed(sharp, psfs):
+    """Noisy frames by level; level 0 is sharp."""
+    rng = np.random.default_rng(12)
+    blurred = {0: sharp} | {level: blur(sharp, psf) for level, psf in psfs.items()}
+    return {
+        level: rng.poisson(np.maximum(image, 0) + 20).astype(np.float32) - 20
+        for level, image in blurred.items()
+    }
+
+
+def restore(frame, labels, psfs, **options):
+    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, **options)
+    return restorer.restore(frame, labels, np.empty_like(frame), quantum=1.0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_wiener_gains_at_every_level(level, sharp, exposed, psfs):
+    labels = np.full((5, 5), level, np.int16)
+    restored = restore(exposed[level], labels, psfs)
+    before = psnr(sharp, exposed[level], data_range=PHOTONS)
+    after = psnr(sharp, restored, data_range=PHOTONS)
+    assert after > before + 1.0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_accelerated_form_is_as_good_as_fifteen_iterations(level, sharp, exposed, psfs):
+    labels = np.full((5, 5), level, np.int16)
+    figures = {
+        method: psnr(
+            sharp,
+            restore(exposed[level], labels, psfs, method=method),
+            data_range=PHOTONS,
+        )
+        for method in ("richardson_lucy", "richardson_lucy_accelerated")
+    }
+    lost = figures["richardson_lucy"] - figures["richardson_lucy_accelerated"]
+    assert lost <= 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_focus_and_background_come_back_bit_for_bit(method, exposed, psfs):
+    labels = np.zeros((5, 5), np.int16)
+    labels[:, 3:] = -1
+    restored = restore(exposed[0], labels, psfs, method=method)
+    np.testing.assert_array_equal(restored, exposed[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_pixels_near_blurred_tiles_change(method, exposed, psfs):
+    labels = np.zeros((5, 5), np.int16)
+    labels[2, 2] = 6
+    restored = restore(exposed[6], labels, psfs, method=method)
+    changed = restored != exposed[6]
+    touched = np.zeros(SHAPE, bool)
+    touched[84:168, 84:168] = True
+    assert not changed[~touched].any()
+    assert changed[touched].mean() > 0.9
+
+
+def test_tilted_frame_gains_at_every_level_and_loses_nothing_in_focus(sharp, psfs):
+    # Focus lies in row 45, in the middle of the first row of tiles.
+    depth = np.abs(np.linspace(-1.5, 7, SHAPE[0], dtype=np.float32))
+    surface = np.broadcast_to(depth[:, None], SHAPE)
+    seen = np.maximum(blur_depth_variant(sharp, surface, SYSTEM, step_um=0.5), 0)
+    frame = np.random.default_rng(3).poisson(seen + 20).astype(np.float32) - 20
+    centres = GRID.origin_px + GRID.stride_px * np.arange(5)
+    at_tiles = np.rint(np.interp(centres, np.arange(SHAPE[0]), depth) / 2)
+    labels = np.repeat(at_tiles.astype(np.int16)[:, None], 5, axis=1)
+    restored = restore(frame, labels, psfs)
+    for level in range(4):
+        rows = np.rint(depth / 2) == level
+        before = psnr(sharp[rows], frame[rows], data_range=PHOTONS)
+        after = psnr(sharp[rows], restored[rows], data_range=PHOTONS)
+        assert after > before + (-0.05 if level == 0 else 1.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_colour_is_restored_plane_by_plane_with_one_psf(method, exposed, psfs):
+    labels = np.full((5, 5), 4, np.int16)
+    colour = np.stack([exposed[4], exposed[3], exposed[5]], axis=-1)
+    together = restore(colour, labels, psfs, method=method)
+    for plane in range(3):
+        alone = restore(
+            np.ascontiguousarray(colour[..., plane]), labels, psfs, method=method
+        )
+        np.testing.assert_allclose(together[..., plane], alone, rtol=1e-4, atol=0.05)
+
+
+def test_noise_to_signal_makes_the_filter_gentler(exposed, psfs):
+    labels = np.full((5, 5), 5, np.int16)
+    sharpened = [
+        np.abs(restore(exposed[5], labels, psfs, noise_to_signal=k) - exposed[5]).mean()
+        for k in (0.001, 0.03, 1.0)
+    ]
+    assert sharpened[0] > sharpened[1] > sharpened[2] > 0
+
+
+def test_wiener_keeps_the_brightness(psfs):
+    flat = np.full(SHAPE, 700.0, np.float32)
+    labels = np.full((5, 5), 8, np.int16)
+    np.testing.assert_allclose(restore(flat, labels, psfs), 700.0, rtol=1e-4)
+
+
+def test_restoring_twice_gives_the_same_bits(exposed, psfs):
+    labels = np.arange(25).reshape(5, 5).astype(np.int16) % 11
+    first = restore(exposed[4], labels, psfs)
+    np.testing.assert_array_equal(first, restore(exposed[4], labels, psfs))
+
+
+def test_one_restorer_serves_several_threads(exposed, psfs):
+    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs)
+    rng = np.random.default_rng(1)
+    jobs = [rng.integers(-1, 11, (5, 5)).astype(np.int16) for _ in range(12)]
+    alone = [restore(exposed[5], labels, psfs) for labels in jobs]
+    results = [np.empty(SHAPE, np.float32) for _ in jobs]
+
+    def work(first):
+        for i in range(first, len(jobs), 3):
+            restorer.restore(exposed[5], jobs[i], results[i], quantum=1.0)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, expected in zip(results, alone, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_uneven_psfs_are_undone_not_doubled(sharp):
+    coma = OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(coma_x_waves=0.4))
+    psf = compute_psf(coma, 6.0)
+    rng = np.random.default_rng(4)
+    frame = rng.poisson(np.maximum(blur(sharp, psf), 0) + 20).astype(np.float32) - 20
+    labels = np.full((5, 5), 3, np.int16)
+    before = psnr(sharp, frame, data_range=PHOTONS)
+    mirrored = np.ascontiguousarray(psf[:, ::-1])
+    for method in METHODS:
+        right = restore(frame, labels, {3: psf}, method=method)
+        wrong = restore(frame, labels, {3: mirrored}, method=method)
+        assert psnr(sharp, right, data_range=PHOTONS) > before + 1.0
+        assert psnr(sharp, wrong, data_range=PHOTONS) < before + 1.0
+
+
+def test_context_leads_from_what_is_behind_to_what_is_before():
+    plane = np.arange(100, dtype=np.float32)[:, None].repeat(40, axis=1)
+    region = Region(slice(30, 60), slice(0, 40))
+    padded = read_region(plane, region, (50, 60), 10)
+    np.testing.assert_array_equal(padded[10:40, 10:50], plane[30:60])
+    # Read around the end: from row 59 on, and up to row 30, without a jump.
+    margin = np.concatenate([padded[40:], padded[:10]])[:, 20]
+    assert margin[0] == pytest.approx(60, abs=0.5)
+    assert margin[-1] == pytest.approx(29, abs=0.5)
+    assert np.abs(np.diff(margin)).max() < 5
+
+
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    more=st.integers(0, 90),
+    halo=st.integers(0, 45),
+)
+def test_context_exists_for_regions_of_any_size(height, width, more, halo):
+    plane = np.random.default_rng(0).random((height, width)).astype(np.float32)
+    region = Region(slice(0, height), slice(0, width))
+    halo = min(halo, more)
+    padded = read_region(plane, region, (height + more, width + more), halo)
+    inner = padded[halo : halo + height, halo : halo + width]
+    np.testing.assert_array_equal(inner, plane)
+    assert plane.min() <= padded.min()
+    assert padded.max() <= plane.max()
+
+
+def test_unknown_method_lists_the_known_ones(psfs):
+    with pytest.raises(ValueError, match="not one of wiener, richardson_lucy"):
+        DepthVariantRestorer(Montage(GRID, SHAPE), psfs, method="magic")
+
+
+@pytest.mark.parametrize("sigma", [3.0, 20.0])
+def test_noise_is_measured_on_a_defocused_frame(sigma, sharp, psfs):
+    rng = np.random.default_rng(8)
+    frame = blur(sharp, psfs[4]) + rng.normal(0, sigma, SHAPE).astype(np.float32)
+    assert noise_variance(frame) == pytest.approx(sigma**2, rel=0.15)
+    assert noise_variance(np.zeros((9, 9), np.float32), quantum=1.0) == 1 / 12
