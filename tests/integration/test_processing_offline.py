@@ -1,0 +1,162 @@
+"""Single images through the live loop's processor, and the shipped engine."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from scipy.ndimage import gaussian_filter
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config import parse_config
+from rtfocus.errors import EngineError, InputError
+from rtfocus.processing.classifier import FrameClassifier, fit_frame
+from rtfocus.processing.engines.backends import Request, choose_backend
+from rtfocus.processing.engines.card import verified_file
+from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.offline import ImageProcessor, tile_rows
+
+
+@pytest.fixture
+def config(engine_folder):
+    return parse_config(
+        {
+            "processing": {
+                "classifier": "sharpness",
+                "engine_folders": [str(engine_folder)],
+                "threads": 2,
+            }
+        }
+    )
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(6)
+    blocks = np.kron(rng.random((40, 50)), np.ones((5, 5)))
+    large = gaussian_filter(blocks, 2.0) * 3000
+    return [
+        large.astype(np.uint16),
+        large[:60, :41].astype(np.uint8),
+        np.stack([large[:150, :99]] * 3, axis=-1).astype(np.uint8),
+        large[:120] / 3000,
+        large[:30, :30].astype(np.int32),
+    ]
+
+
+def test_images_of_every_kind_pass_one_processor(config, images):
+    with ImageProcessor(config) as processor:
+        results = [processor.restore(image) for image in images]
+        again = processor.restore(images[0])
+    dtypes = [np.uint16, np.uint8, np.uint8, np.float32, np.float32]
+    for image, result, dtype in zip(images, results, dtypes, strict=True):
+        assert result.restored.shape == image.shape
+        assert result.restored.dtype == dtype
+        assert result.defocus is not None
+    # Results are the caller's own: later images did not change them.
+    np.testing.assert_array_equal(results[0].restored, again.restored)
+
+
+def test_classify_restores_nothing(config, images):
+    with ImageProcessor(config) as processor:
+        result = processor.classify(images[0])
+    assert result.restored is None
+    assert result.skipped is None
+    assert result.estimate is not None
+
+
+def test_optics_default_to_those_the_engine_was_calibrated_for(
+    config, images, engine_folder
+):
+    reference = find_engine("sharpness", [engine_folder]).card.optics.reference
+    with ImageProcessor(config) as processor:
+        by_default = processor.restore(images[0])
+    with ImageProcessor(config, optics=reference) as processor:
+        given = processor.restore(images[0])
+    slower = OpticalSystem(0.4, 451.0, 0.65)
+    with ImageProcessor(config, optics=slower) as processor:
+        other = processor.restore(images[0])
+    np.testing.assert_array_equal(by_default.restored, given.restored)
+    assert np.any(by_default.restored != other.restored)
+    ratio = other.estimate.defocus_um / given.estimate.defocus_um
+    assert ratio == pytest.approx((0.5 / 0.4) ** 2, rel=1e-3)
+
+
+def test_tiles_are_listed_as_plain_values(config, images):
+    with ImageProcessor(config) as processor:
+        result = processor.classify(images[0])
+    rows = tile_rows(result)
+    grid = result.defocus.grid
+    assert len(rows) == grid.rows * grid.columns
+    assert (rows[0]["y"], rows[0]["x"]) == (0, 0)
+    assert (rows[-1]["y"], rows[-1]["x"]) == (
+        48 * (grid.rows - 1),
+        48 * (grid.columns - 1),
+    )
+    for row in rows:
+        assert (row["level"] is None) == (row["label"] == "bg")
+        assert (row["defocus_um"] is None) == (row["level"] is None)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 5, 6)), r"\(4, 5, 6\)"),
+        (np.zeros(7), r"\(7,\)"),
+        (np.zeros((0, 3)), "has no pixels"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(config, array, message):
+    with (
+        ImageProcessor(config) as processor,
+        pytest.raises(InputError, match=message),
+    ):
+        processor.classify(array)
+
+
+def test_restoring_nothing_says_why(config, images):
+    raw = config.model_dump(mode="json")
+    raw["processing"]["restoration"]["method"] = "none"
+    with (
+        ImageProcessor(parse_config(raw)) as processor,
+        pytest.raises(EngineError, match=r"restoration\.method is none"),
+    ):
+        processor.restore(images[0])
+
+
+def shipped(shape, backend, precision):
+    """Open the shipped DelpNet for frames of a shape; skip without it."""
+    try:
+        found = find_engine("delpnet")
+    except EngineError as error:
+        pytest.skip(str(error))
+    card = found.card
+    fit = fit_frame(card.input, shape)
+    engine = choose_backend(backend).open_engine(
+        Request(
+            name=card.name,
+            model=verified_file(found.folder, card),
+            input_name=card.input.name,
+            output_name=card.output.name,
+            shape=(1, 1, *fit.padded),
+            precision=precision,
+        )
+    )
+    return FrameClassifier(card, engine, fit, step_um=2.0, quantum=1.0)
+
+
+@pytest.mark.parametrize("precision", ["f32", "auto"])
+def test_labels_of_the_shipped_engine_equal_the_reference(shared_data: Path, precision):
+    paths = sorted((shared_data / "bbbc006_pairs").glob("*/a1*.tif"))
+    frames = [tifffile.imread(path).astype(np.float32) * 13 for path in paths]
+    ours = shipped(frames[0].shape, "openvino", precision)
+    theirs = shipped(frames[0].shape, "onnxruntime", "f32")
+    equal = []
+    for frame in frames:
+        a = ours.classify(ours.prepare(frame)).level
+        b = theirs.classify(theirs.prepare(frame)).level
+        equal.append(a == b)
+    ours.close()
+    theirs.close()
+    assert np.concatenate(equal).size > 1000
+    assert np.mean(equal) >= 0.99
