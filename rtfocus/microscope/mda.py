@@ -51,6 +51,7 @@ class PlannedAcquisition:
         self._on_frame = on_frame
         self._observations = Observations()
         self._engine = RecordingEngine(core, on_start=self._begin, on_lost=self._lose)
+        self._last_planned_s: float | None = None
         self._delivery: Delivery | None = None
         self._failure: Exception | None = None
         self._broken_off: str | None = None
@@ -136,8 +137,11 @@ class PlannedAcquisition:
             # beginning of the series.
             elapsed_s = runner.seconds_elapsed()
             planned_s += max(0.0, elapsed_s - runner.event_seconds_elapsed())
-            if self._plan.interval_s is not None:
+            # All images of one time point share its planned time; only the first
+            # can be late.
+            if self._plan.interval_s and event.min_start_time != self._last_planned_s:
                 self._observations.note_start(planned_s, start_s)
+            self._last_planned_s = event.min_start_time
         if meta.get("hardware_triggered", False):
             waiting = int(meta.get("images_remaining_in_buffer", 0))
             self._observations.note_buffer(waiting, self._core.getBufferFreeCapacity())

@@ -1,0 +1,245 @@
+"""Virtual microscope: real devices in a real core, driven like any other."""
+
+import threading
+
+import numpy as np
+import pytest
+from microscope_kit import OPTICS, RecordingSink, record, virtual, wait_for
+from pymmcore_plus import FocusDirection
+from pymmcore_plus.experimental.unicore import SimpleCameraDevice
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config.loading import parse_config
+from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.errors import ConfigError
+from rtfocus.microscope.acquisition import acquire_with
+from rtfocus.microscope.core import bare_core, open_core
+from rtfocus.microscope.virtual import VirtualSpecimen, load_virtual_microscope
+from rtfocus.microscope.virtual.sensor import Sensor
+
+PLAN = {
+    "axis_order": "tpcz",
+    "time_plan": {"interval": 0.01, "loops": 2},
+    "stage_positions": [{"x": 0, "y": 0, "z": 1}, {"x": 26, "y": 0, "z": 3}],
+    "channels": [{"config": "DAPI", "exposure": 1}],
+    "z_plan": {"range": 4.0, "step": 2.0},
+}
+
+
+def test_frames_show_the_specimen_from_where_the_stages_stand():
+    surface = {"z_um": 2.0, "tilt_x_um": 3.0}
+    config = virtual({"mda": PLAN}, surface=surface, photons=30000)
+    sink, report = record(config)
+    assert (report.frames, report.camera_lost, report.warnings) == (12, 0, ())
+    microscope = config.microscope
+    assert isinstance(microscope, VirtualMicroscopeConfig)
+    specimen = VirtualSpecimen(microscope, OpticalSystem(**optics()))
+    for header, pixels in zip(sink.headers, sink.pixels, strict=True):
+        p, z = header.index["p"], header.index["z"]
+        z_um = (1, 3)[p] + (-2, 0, 2)[z]
+        assert header.z_um == z_um
+        light = specimen.image(z_um, x_um=(0, 26)[p])
+        wanted = Sensor(microscope).expose(light, 1.0)
+        np.testing.assert_array_equal(pixels, wanted)
+    assert sink.series is not None
+    assert (sink.series.bit_depth, sink.series.pixel_size_um) == (12, 0.65)
+
+
+def optics():
+    from rtfocus.channel import Aberrations
+
+    return {**OPTICS, "aberrations": Aberrations(**OPTICS["aberrations"])}
+
+
+def test_any_script_can_load_it_into_its_core():
+    config = VirtualMicroscopeConfig(height_px=64, width_px=80, noise="none")
+    with bare_core() as core:
+        channels = [("DAPI", OpticalSystem(**optics()))]
+        specimens = load_virtual_microscope(core, config, channels)
+        assert core.getPixelSizeUm() == 0.65
+        # Up is towards the specimen, so it makes a positive defocus smaller.
+        assert core.getFocusDirection("Z") == FocusDirection.TowardSample
+        core.setXYPosition(13.0, 0.0)
+        core.setPosition(4.0)
+        core.setROI(10, 5, 32, 24)
+        core.snapImage()
+        image = core.getImage()
+        light = specimens["DAPI"].image(4.0, x_um=13.0)[5:29, 10:42]
+        np.testing.assert_array_equal(image, Sensor(config).expose(light, 10.0))
+        core.setOrigin()
+        assert core.getPosition() == 0.0
+        core.snapImage()
+        np.testing.assert_array_equal(core.getImage(), image)
+
+
+def test_relative_stacks_lie_around_where_the_stage_stands():
+    plan = {"channels": ["DAPI"], "z_plan": {"range": 2, "step": 1}}
+    config = virtual({"mda": plan})
+    with open_core(config) as core:
+        core.setPosition(40.0)
+        sink = RecordingSink()
+        acquire_with(core, config, sink, stop=threading.Event())
+    assert [h.z_um for h in sink.headers] == [39, 40, 41]
+    assert [h.z_offset_um for h in sink.headers] == [-1, 0, 1]
+
+
+def test_channels_show_different_structures():
+    settings = virtual({}).model_dump()
+    settings["channels"] = [{"name": n, "optics": OPTICS} for n in ("DAPI", "FITC")]
+    settings["acquisition"] = {"mda": {"channels": ["FITC", "DAPI"]}}
+    sink, _ = record(parse_config(settings))
+    assert sink.series is not None
+    assert [c.name for c in sink.series.channels] == ["FITC", "DAPI"]
+    first, second = (p.astype(int).ravel() for p in sink.pixels)
+    assert np.corrcoef(first, second)[0, 1] < 0.7
+
+
+def test_frames_repeat_with_the_seed():
+    live = {"live": {"frames": 3, "exposure_ms": 1}}
+    first, again, other = (
+        record(virtual(live, noise="poisson", seed=seed))[0].pixels
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (np.array(first) != np.array(other)).any()
+    assert (first[0] != first[1]).any()
+
+
+def test_colour_frames():
+    sink, _ = record(virtual({"live": {"frames": 2, "exposure_ms": 1}}, rgb=True))
+    assert sink.series is not None
+    assert sink.series.shape == (96, 128, 3)
+    assert sink.pixels[0].shape == (96, 128, 3)
+
+
+def test_the_frame_rate_has_its_limit():
+    live = {"live": {"frames": 11, "exposure_ms": 1}}
+    _, report = record(virtual(live, frames_per_s=50))
+    assert report.seconds >= 10 / 50
+
+
+def test_it_waits_for_a_slow_sink_instead_of_overflowing():
+    # The buffer holds 42 frames; the sink lets eight of them wait now and then.
+    config = virtual({"live": {"frames": 120, "exposure_ms": 0.1}})
+    with open_core(config) as core:
+        core.setCircularBufferMemoryFootprint(1)
+        core.setExposure(0.1)
+
+        def dawdle(sequence):
+            if sequence % 10 == 5:
+                wait_for(
+                    lambda: (
+                        core.getRemainingImageCount() >= 3
+                        or not core.isSequenceRunning()
+                        or core.getBufferFreeCapacity() < 40
+                    )
+                )
+
+        sink = RecordingSink(before_acquire=dawdle)
+        report = acquire_with(core, config, sink, stop=threading.Event())
+    assert (report.frames, report.camera_lost) == (120, 0)
+    assert report.most_waiting is not None
+    assert 0 < report.most_waiting <= 8
+    assert [h.camera_image_number for h in sink.headers] == list(range(120))
+
+
+def test_stop_while_it_waits_ends_at_once():
+    stop = threading.Event()
+    config = virtual({"live": {"exposure_ms": 0.1}})
+    with open_core(config) as core:
+
+        def dawdle(sequence):
+            if sequence == 3:
+                wait_for(lambda: core.getRemainingImageCount() >= 7)
+                stop.set()
+
+        sink = RecordingSink(before_acquire=dawdle)
+        report = acquire_with(core, config, sink, stop=stop)
+        assert not core.isSequenceRunning()
+    assert (report.frames, report.reason) == (4, "canceled")
+
+
+class CountingCamera(SimpleCameraDevice):
+    """Writes into its pixels how many frames it has exposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.exposed = 0
+
+    def sensor_shape(self):
+        return (8, 8)
+
+    def dtype(self):
+        return np.uint16
+
+    def get_exposure(self):
+        return 1.0
+
+    def set_exposure(self, exposure):
+        pass
+
+    def snap(self, buffer):
+        buffer[...] = self.exposed
+        self.exposed += 1
+        return {}
+
+
+def test_a_lost_image_of_a_python_camera_shifts_no_other():
+    plan = {"time_plan": {"interval": 0, "loops": 12}, "channels": ["DAPI"]}
+    config = virtual({"mda": plan})
+    with open_core(config) as core:
+        core.loadPyDevice("Counter", CountingCamera())
+        core.initializeDevice("Counter")
+        core.setCameraDevice("Counter")
+
+        def steal(header):
+            if header.event_index in (2, 7):
+                wait_for(lambda: core.getRemainingImageCount() > 0)
+                core.popNextImage()
+
+        sink = RecordingSink()
+        report = acquire_with(
+            core, config, sink, stop=threading.Event(), on_frame=steal
+        )
+    assert [h.event_index for h in sink.headers] == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert [h.index["t"] for h in sink.headers] == [int(p[0, 0]) for p in sink.pixels]
+    assert (report.frames, report.camera_lost) == (10, 2)
+
+
+class BrokenCamera(CountingCamera):
+    """Fails at its fourth frame."""
+
+    def snap(self, buffer):
+        if self.exposed == 3:
+            msg = "cable pulled"
+            raise OSError(msg)
+        return super().snap(buffer)
+
+
+def test_exposures_that_fail_are_counted_and_told():
+    plan = {"time_plan": {"interval": 0.01, "loops": 6}}
+    config = virtual({"mda": plan})
+    with open_core(config) as core:
+        core.loadPyDevice("Counter", BrokenCamera())
+        core.initializeDevice("Counter")
+        core.setCameraDevice("Counter")
+        sink = RecordingSink()
+        report = acquire_with(core, config, sink, stop=threading.Event())
+    assert [h.event_index for h in sink.headers] == [0, 1, 2]
+    assert report.camera_lost == 3
+    assert any("cable pulled" in text for text in report.warnings)
+
+
+def test_optics_are_required():
+    with pytest.raises(ConfigError, match=r"microscope\.optics"):
+        record({"microscope": {"source": "virtual"}, "acquisition": {"live": {}}})
+
+
+def test_channels_of_one_camera_have_one_pixel_size():
+    settings = virtual({"live": {"frames": 1}}).model_dump()
+    settings["channels"] = [
+        {"name": "DAPI", "optics": OPTICS},
+        {"name": "FITC", "optics": {**OPTICS, "pixel_size_um": 0.7}},
+    ]
+    with pytest.raises(ConfigError, match="same pixel_size_um"):
+        record(parse_config(settings))

@@ -1,0 +1,178 @@
+"""Plans: every image of a useq plan has one place, whatever the plan looks like."""
+
+import json
+
+import pytest
+import useq
+import yaml
+
+from rtfocus.errors import ConfigError
+from rtfocus.microscope.plan import anchored, lay_out, read_sequence
+
+STACK = {"range": 2.0, "step": 1.0}
+
+
+def test_regular_plan_is_numbered_in_acquisition_order():
+    sequence = read_sequence(
+        {
+            "axis_order": "tpcz",
+            "time_plan": {"interval": 2, "loops": 2},
+            "stage_positions": [{"x": 0, "y": 1}, {"x": 5, "y": 6, "name": "b"}],
+            "channels": ["DAPI", "FITC"],
+            "z_plan": STACK,
+        }
+    )
+    plan = lay_out(sequence)
+    assert plan.sizes == {"t": 2, "p": 2, "c": 2, "z": 3}
+    assert list(plan.sizes) == ["t", "p", "c", "z"]
+    assert len(plan) == 24
+    assert plan.index(0) == {"t": 0, "p": 0, "c": 0, "z": 0}
+    assert plan.index(4) == {"t": 0, "p": 0, "c": 1, "z": 1}
+    assert plan.index(23) == {"t": 1, "p": 1, "c": 1, "z": 2}
+    assert [p.name for p in plan.positions] == ["p0", "b"]
+    assert (plan.positions[1].x_um, plan.positions[1].y_um) == (5, 6)
+    assert plan.channel_names == ["DAPI", "FITC"]
+    assert plan.z_offsets_um[:3].tolist() == [-1, 0, 1]
+    assert (plan.z_step_um, plan.interval_s) == (1.0, 2.0)
+
+
+def test_axis_order_of_the_plan_is_kept():
+    sequence = read_sequence(
+        {
+            "axis_order": "tpzc",
+            "time_plan": {"interval": 0, "loops": 1},
+            "channels": ["DAPI", "FITC"],
+            "z_plan": STACK,
+        }
+    )
+    plan = lay_out(sequence)
+    assert list(plan.sizes) == ["t", "p", "z", "c"]
+    assert plan.index(1) == {"t": 0, "p": 0, "c": 1, "z": 0}
+
+
+def test_grids_of_positions_become_positions():
+    grid = {"rows": 1, "columns": 2, "fov_width": 10, "fov_height": 10}
+    sequence = read_sequence(
+        {
+            "stage_positions": [
+                {"x": 1, "y": 2, "name": "a", "sequence": {"grid_plan": grid}},
+                {"x": 50, "y": 60},
+            ],
+            "channels": ["DAPI", "FITC"],
+        }
+    )
+    plan = lay_out(sequence)
+    assert plan.sizes["p"] == 3
+    assert [p.name for p in plan.positions] == ["a_g0", "a_g1", "p1"]
+    assert [p.x_um for p in plan.positions] == [-4, 6, 50]
+    assert len({tuple(place) for place in plan.places.tolist()}) == len(plan) == 6
+
+
+def test_plates_name_row_column_and_field():
+    sequence = read_sequence(
+        {
+            "stage_positions": {
+                "plate": "96-well",
+                "a1_center_xy": [0, 0],
+                "selected_wells": [[1, 2], [2, 11]],
+                "well_points_plan": {
+                    "rows": 1,
+                    "columns": 2,
+                    "fov_width": 1,
+                    "fov_height": 1,
+                },
+            },
+            "z_plan": STACK,
+        }
+    )
+    plan = lay_out(sequence)
+    wells = [(p.plate_row, p.plate_column, p.field) for p in plan.positions]
+    assert wells == [("B", "03", 0), ("B", "03", 1), ("C", "12", 0), ("C", "12", 1)]
+
+
+def test_skipped_images_leave_holes_not_shifts():
+    sequence = read_sequence(
+        {
+            "axis_order": "tcz",
+            "time_plan": {"interval": 0, "loops": 3},
+            "channels": [
+                {"config": "DAPI"},
+                {"config": "FITC", "acquire_every": 2, "do_stack": False},
+            ],
+            "z_plan": STACK,
+        }
+    )
+    plan = lay_out(sequence)
+    fitc = plan.places[plan.places[:, 2] == 1]
+    assert fitc.tolist() == [[0, 0, 1, 1], [2, 0, 1, 1]]
+    assert len(plan) == 9 + 2
+
+
+def test_absolute_stacks_are_measured_from_their_middle():
+    plan = lay_out(read_sequence({"z_plan": {"top": 14, "bottom": 10, "step": 2}}))
+    assert plan.z_offsets_um.tolist() == [-2, 0, 2]
+
+
+def test_relative_stacks_start_where_the_stage_is():
+    sequence = read_sequence({"z_plan": STACK, "channels": ["DAPI"]})
+    heights = [event.z_pos for event in anchored(sequence, 40.0)]
+    assert heights == [39, 40, 41]
+    given = read_sequence({"z_plan": STACK, "stage_positions": [{"z": 3}, {"x": 1}]})
+    heights = [event.z_pos for event in anchored(given, 40.0)]
+    assert heights == [2, 3, 4, 39, 40, 41]
+
+
+def test_autofocus_events_are_no_images():
+    sequence = useq.MDASequence(
+        time_plan={"interval": 0, "loops": 2},
+        stage_positions=[(0, 0), (1, 1)],
+        autofocus_plan={"autofocus_motor_offset": 25, "axes": ("p",)},
+    )
+    assert len(list(sequence)) > 4
+    assert len(lay_out(sequence)) == 4
+
+
+@pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
+def test_plans_are_read_from_files(tmp_path, dump):
+    path = tmp_path / "plan.txt"
+    path.write_text(dump({"channels": ["DAPI"], "z_plan": STACK}))
+    assert len(lay_out(read_sequence(path))) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tme_plan": {"interval": 1, "loops": 2}}, "'acquisition.mda.tme_plan'"),
+        (
+            {"time_plan": {"interval": 1, "loops": 2, "lops": 3}},
+            "'acquisition.mda.time_plan.lops'",
+        ),
+        ({"z_plan": {"range": "wide", "step": 1}}, "z_plan"),
+    ],
+)
+def test_faults_of_a_plan_are_named(given, said):
+    with pytest.raises(ConfigError, match=said):
+        read_sequence(given)
+
+
+def test_a_missing_plan_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        read_sequence(tmp_path / "nowhere.yaml")
+
+
+def test_a_plan_without_images_is_refused():
+    with pytest.raises(ConfigError, match="takes no image"):
+        lay_out(useq.MDASequence())
+
+
+def test_two_images_at_one_place_are_refused():
+    # The position's own plan counts its time points from 0 once more.
+    film = {"time_plan": {"interval": 0, "loops": 2}}
+    sequence = read_sequence(
+        {
+            "time_plan": {"interval": 0, "loops": 2},
+            "stage_positions": [{"x": 0, "sequence": film}],
+        }
+    )
+    with pytest.raises(ConfigError, match="two images at t=0 p=0"):
+        lay_out(sequence)

@@ -1,0 +1,184 @@
+"""Virtual specimen: geometry, blur, noise and scenes are what the config says."""
+
+import numpy as np
+import pytest
+import tifffile
+
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.microscope.virtual import VirtualSpecimen
+from rtfocus.microscope.virtual.sensor import Sensor
+from rtfocus.optics.blur import blur
+from rtfocus.optics.psf import compute_psf
+
+OPTICS = OpticalSystem(
+    0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
+)
+
+
+def make(**settings):
+    size = {"height_px": 96, "width_px": 128}
+    return VirtualMicroscopeConfig.model_validate({**size, **settings})
+
+
+def test_defocus_is_height_minus_stage():
+    surface = {"z_um": 5.0, "tilt_x_um": 8.0, "tilt_y_um": 2.0}
+    specimen = VirtualSpecimen(make(surface=surface), OPTICS)
+    defocus = specimen.truth(3.0).defocus_um
+    assert defocus.shape == (96, 128)
+    # 5 - 3 in the middle; the right edge is 8 um farther away than the left one.
+    assert defocus.mean() == pytest.approx(2.0, abs=1e-5)
+    assert defocus[:, -1] - defocus[:, 0] == pytest.approx(8.0, abs=1e-5)
+    assert defocus[-1] - defocus[0] == pytest.approx(2.0, abs=1e-5)
+    # Positive = too far from the objective: the stage, which carries it, must go up.
+    higher = specimen.defocus_um(4.0)
+    assert (defocus - higher) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_bow_is_the_height_of_the_middle_over_the_corners():
+    specimen = VirtualSpecimen(make(surface={"bow_um": 3.0}), OPTICS)
+    defocus = specimen.defocus_um(0.0)
+    assert defocus[48, 64] - defocus[0, 0] == pytest.approx(3.0, abs=0.01)
+
+
+def test_drift_moves_the_surface_away_from_the_objective():
+    specimen = VirtualSpecimen(make(surface={"drift_um_per_min": 6.0}), OPTICS)
+    assert specimen.defocus_um(0.0, time_s=30.0) == pytest.approx(3.0, abs=1e-5)
+    drifted = specimen.image(0.0, time_s=30.0)
+    np.testing.assert_array_equal(drifted, specimen.image(-3.0))
+
+
+def test_tilt_goes_on_beyond_the_frame():
+    specimen = VirtualSpecimen(make(surface={"tilt_x_um": 4.0}), OPTICS)
+    beside = specimen.defocus_um(0.0, x_um=128 * 0.65)
+    assert beside - specimen.defocus_um(0.0) == pytest.approx(4.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("defocus_um", [4.0, -6.0])
+def test_out_of_focus_is_the_scene_through_the_psf(defocus_um):
+    specimen = VirtualSpecimen(make(), OPTICS)
+    truth = specimen.truth(-defocus_um)
+    assert truth.defocus_um == pytest.approx(defocus_um)
+    wanted = blur(truth.sharp, compute_psf(OPTICS, defocus_um))
+    np.testing.assert_allclose(specimen.image(-defocus_um), wanted, atol=1e-5)
+
+
+def test_in_focus_is_the_scene_itself():
+    specimen = VirtualSpecimen(make(surface={"z_um": 2.0}), OPTICS)
+    np.testing.assert_array_equal(specimen.image(2.0), specimen.truth(2.0).sharp)
+
+
+def test_a_tilted_frame_blurs_where_it_is_out_of_focus():
+    surface = {"z_um": 6.0, "tilt_x_um": 12.0}
+    specimen = VirtualSpecimen(make(width_px=384, surface=surface), OPTICS)
+    image, sharp = specimen.image(0.0), specimen.truth(0.0).sharp
+    error = np.abs(image - sharp).reshape(96, 12, 32).mean(axis=(0, 2))
+    assert error[0] < 0.3 * error[6:].mean()
+
+
+def test_the_same_seed_draws_the_same_specimen_and_no_other():
+    first, again = (VirtualSpecimen(make(), OPTICS).image(1.0) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    other = VirtualSpecimen(make(specimen={"seed": 2}), OPTICS).image(1.0)
+    channel = VirtualSpecimen(make(), OPTICS, channel=1).image(1.0)
+    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - channel).max() > 0.1
+
+
+def test_the_xy_stage_moves_over_one_connected_scene():
+    specimen = VirtualSpecimen(make(), OPTICS)
+    here = specimen.truth(0.0).sharp
+    there = specimen.truth(0.0, x_um=20 * 0.65, y_um=-10 * 0.65).sharp
+    np.testing.assert_array_equal(there[10:, :-20], here[:-10, 20:])
+    np.testing.assert_array_equal(
+        specimen.image(0.0, x_um=20 * 0.65)[:, :-20], here[:, 20:]
+    )
+
+
+@pytest.mark.parametrize("kind", ["nuclei", "tissue"])
+def test_colour_cameras_see_three_colours(kind):
+    config = make(rgb=True, specimen={"kind": kind})
+    image = VirtualSpecimen(config, OPTICS).image(3.0)
+    assert image.shape == (96, 128, 3)
+    assert np.abs(image[..., 0] - image[..., 1]).max() > 0.05
+
+
+def test_any_sharp_image_can_be_the_specimen(tmp_path):
+    rng = np.random.default_rng(0)
+    tifffile.imwrite(tmp_path / "field.tif", rng.integers(0, 4000, (200, 150), "u2"))
+    specimen = {"kind": "image", "path": tmp_path / "field.tif"}
+    sharp = VirtualSpecimen(make(specimen=specimen), OPTICS).truth(0.0).sharp
+    assert sharp.shape == (96, 128)
+    # Cut from the middle, stretched to [0, 1].
+    original = tifffile.imread(tmp_path / "field.tif")[52:148, 11:139]
+    assert np.corrcoef(sharp.ravel(), original.ravel())[0, 1] > 0.999
+
+
+def test_a_recorded_stack_shows_its_real_planes(tmp_path):
+    rng = np.random.default_rng(0)
+    planes = rng.uniform(0, 1, (5, 96, 128)).astype(np.float32)
+    planes[3] *= 0.5
+    path = tmp_path / "stack.ome.tif"
+    tifffile.imwrite(path, planes, metadata={"axes": "ZYX"})
+    config = make(
+        specimen={"kind": "stack", "path": path, "z_step_um": 2.0},
+        surface={"z_um": 10.0},
+    )
+    specimen = VirtualSpecimen(config, OPTICS)
+    for number, plane in enumerate(planes):
+        image = specimen.image(10.0 + 2.0 * number + 0.3)
+        assert np.corrcoef(image.ravel(), plane.ravel())[0, 1] > 0.999
+    # A dim plane stays dim, and beyond the ends the last planes are seen.
+    dim, bright = specimen.image(16.0), specimen.image(14.0)
+    assert dim.mean() == pytest.approx(0.5 * bright.mean(), rel=0.05)
+    np.testing.assert_array_equal(specimen.image(99.0), specimen.image(18.0))
+    with pytest.raises(ValueError, match="no known truth"):
+        specimen.truth(0.0)
+
+
+def flat(level: float) -> np.ndarray:
+    return np.full((256, 256), level, dtype=np.float32)
+
+
+@pytest.mark.parametrize("noise", ["poisson", "pool"])
+def test_noise_has_the_mean_and_variance_of_photons(noise):
+    config = make(noise=noise, photons=500, background_photons=0, bit_depth=16)
+    frame = Sensor(config).expose(flat(0.8), 10.0).astype(np.float64)
+    gain, mean_e = config.gain_e_per_count, 400.0
+    assert (frame.mean() - 100) * gain == pytest.approx(mean_e, rel=0.005)
+    # Shot noise, read noise and the rounding to counts, in electrons.
+    variance = mean_e + 1.6**2 + gain**2 / 12
+    assert frame.var() * gain**2 == pytest.approx(variance, rel=0.03)
+
+
+def test_the_pool_is_close_to_poisson_in_its_whole_distribution():
+    settings = {"photons": 200, "background_photons": 0, "bit_depth": 16}
+    exact, pooled = (
+        np.sort(Sensor(make(noise=noise, **settings)).expose(flat(1.0), 10.0), None)
+        for noise in ("poisson", "pool")
+    )
+    # Quantiles of 200 electrons (14 sd) differ by the skew of Poisson, under 1 sd/8.
+    spread = exact.std()
+    inner = slice(len(exact) // 100, -len(exact) // 100)
+    gap = np.abs(exact[inner].astype(float) - pooled[inner].astype(float))
+    assert gap.max() < spread / 8
+
+
+def test_exposure_scales_the_light():
+    config = make(noise="none", photons=1000, background_photons=0, bit_depth=16)
+    short, long = (Sensor(config).expose(flat(0.5), t).mean() for t in (5.0, 20.0))
+    assert (long - 100) == pytest.approx(4 * (short - 100), rel=0.01)
+
+
+@pytest.mark.parametrize(("bits", "full"), [(8, 255), (12, 4095), (16, 65535)])
+def test_too_much_light_saturates(bits, full):
+    sensor = Sensor(make(bit_depth=bits, photons=1e6))
+    frame = sensor.expose(flat(1.0), 10.0)
+    assert frame.dtype == (np.uint8 if bits == 8 else np.uint16)
+    assert (frame == full).all()
+
+
+def test_noise_repeats_with_its_seed():
+    frames = [Sensor(make(seed=s)).expose(flat(0.5), 10.0) for s in (1, 1, 2)]
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert (frames[0] != frames[2]).any()
