@@ -17,7 +17,7 @@ from rtfocus import __version__
 from rtfocus.config import Config
 from rtfocus.errors import EngineError
 from rtfocus.findings import Finding
-from rtfocus.microscope import diagnosis
+from rtfocus.microscope.diagnosis import describe as describe_microscope
 from rtfocus.processing.engines.backends import BACKENDS
 from rtfocus.processing.engines.registry import list_engines
 from rtfocus.resources import resource_folder
@@ -84,7 +84,7 @@ def _findings() -> Iterator[Finding]:
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
     memory_gb = psutil.virtual_memory().available / 1e9
     yield Finding("memory and disk", f"{memory_gb:.0f} and {free_gb:.0f} GB free here")
-    yield from diagnosis.describe()
+    yield from describe_microscope()
     yield from _cpu_runtimes()
     yield from _gpu()
     yield from _shipped_engines()
@@ -108,13 +108,16 @@ def _cpu_features() -> str:
 
 
 def _cpu_runtimes() -> Iterator[Finding]:
-    available = False
+    chosen = False
     for backend in BACKENDS:
         why_not = backend.why_unavailable()
-        found = why_not or f"{version(backend.package)}, {backend.describe()}"
-        remedy = f"pip install {backend.package}" if why_not else None
-        available = available or why_not is None
-        yield Finding(f"runtime {backend.name}", found, remedy, needed=not available)
+        # The second runtime is a reference and a fallback: one is enough.
+        if why_not is not None:
+            yield Finding(backend.name, why_not, "see there", needed=not chosen)
+            continue
+        role = "reference and fallback" if chosen else "runs the networks"
+        chosen = True
+        yield Finding(backend.name, f"{version(backend.name)}, {role}")
 
 
 def _gpu() -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """Live commands: ``run``, ``acquire`` and ``process``."""
 
-import sys
+import os
 import threading
 from typing import Annotated
 
@@ -97,7 +97,9 @@ def _last(monitors: list[Monitor]) -> Monitor | None:
 
 def _wait_for_end(stop: threading.Event) -> None:
     """Set `stop` when standard input ends: the parent asks for it, or is gone."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: a thread inside its lock aborts the interpreter's end.
+    while os.read(0, 1024):
+        continue
     stop.set()
 
 

@@ -28,20 +28,21 @@ class Panel:
 
 
 def colour_map(
-    values: NDArray[np.floating], low: float, high: float
+    values: NDArray[np.generic], low: float, high: float
 ) -> NDArray[np.uint8]:
     """Return colours (y, x, 3) of a map; NaN (background) is dark grey."""
-    place = np.clip((np.nan_to_num(values, nan=low) - low) / (high - low), 0, 1)
+    numbers = values.astype(np.float32)
+    place = np.clip((np.nan_to_num(numbers, nan=low) - low) / (high - low), 0, 1)
     place = place * (len(_SCALE) - 1)
     lower = np.minimum(place.astype(int), len(_SCALE) - 2)
     part = (place - lower)[..., np.newaxis]
     colours = _SCALE[lower] * (1 - part) + _SCALE[lower + 1] * part
-    colours = np.where(np.isnan(values)[..., np.newaxis], _BACKGROUND, colours)
+    colours = np.where(np.isnan(numbers)[..., np.newaxis], _BACKGROUND, colours)
     return colours.astype(np.uint8)
 
 
-def enlarge(values: NDArray[np.generic], shape: tuple[int, int]) -> NDArray[np.generic]:
-    """Repeat the pixels of a small map up to `shape`, nearest neighbour."""
+def enlarge(values: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """Repeat the pixels of a small map up to `shape` (y, x), nearest neighbour."""
     rows = np.arange(shape[0]) * values.shape[0] // shape[0]
     columns = np.arange(shape[1]) * values.shape[1] // shape[1]
     repeated: NDArray[np.generic] = values[rows][:, columns]

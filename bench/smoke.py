@@ -1,0 +1,27 @@
+"""Smoke: every bench runs through with a few frames; asserts nothing about time.
+
+python -m bench.smoke
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+BENCHES = ("transport", "writer", "stages", "deconvolution", "kill", "loop")
+
+
+def main() -> None:
+    """Run each bench with ``--smoke``; stop at the first that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in BENCHES:
+            print(f"-- bench.{name}", flush=True)
+            out = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", f"bench.{name}", "--smoke"]
+            subprocess.run([*command, "--out", str(out)], check=True)
+            if not out.is_file():
+                raise SystemExit(f"bench.{name} wrote no {out.name}")
+
+
+if __name__ == "__main__":
+    main()
