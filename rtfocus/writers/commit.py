@@ -14,6 +14,10 @@ from rtfocus.errors import WriterError
 from rtfocus.slots import Slot
 from rtfocus.writers.arrays import Commit
 
+LONGEST_HOLD_S = 0.5
+"""A frame in an open shard is written after this long even if no other comes: the
+sender may be waiting for it, and a slow time-lapse must be safe soon."""
+
 
 @dataclass(slots=True)
 class Entry:
@@ -58,8 +62,8 @@ class CommitQueue:
     sink
         Called from the commit thread only.
     seal
-        Called from the producer's thread when it would wait for an entry that
-        only it can seal: must seal all entries.
+        Called from either thread when an entry has been held back for too long,
+        or for as long as there is room: must seal all entries.
     """
 
     def __init__(
@@ -129,11 +133,16 @@ class CommitQueue:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._may_go_on)
-                if not self._entries:
+                ready = self._changed.wait_for(self._may_go_on, LONGEST_HOLD_S)
+                if ready and not self._entries:
                     return
-                entry = self._entries[0]
-            self._finish(entry)
+                oldest = self._entries[0] if self._entries else None
+            if oldest is None:
+                continue
+            if not ready:
+                self._start_held()
+                continue
+            self._finish(oldest)
             with self._changed:
                 self._entries.popleft()
                 self._changed.notify_all()
@@ -144,6 +153,17 @@ class CommitQueue:
             return self._closed
         return self._entries[0].sealed or self._closed or self._error is not None
 
+    def _start_held(self) -> None:
+        try:
+            self._seal()
+        except BaseException as error:  # kept: raised by the next append or close
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = self._sink.explain(error)
+            self._error.__cause__ = error
+
     def _finish(self, entry: Entry) -> None:
         """Commit one entry; a failure is kept for the producer, never swallowed."""
         failed = _failure(entry.futures)
@@ -153,9 +173,8 @@ class CommitQueue:
                 return
             except BaseException as error:  # kept: raised by the next append or close
                 failed = error
-        if failed is not None and self._error is None:
-            self._error = self._sink.explain(failed)
-            self._error.__cause__ = failed
+        if failed is not None:
+            self._fail(failed)
         self._sink.lost(entry)
 
 

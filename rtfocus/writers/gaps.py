@@ -23,17 +23,21 @@ class Missing:
 
 
 class GapFinder:
-    """Collects lost sequences until a neighbour tells where they belonged."""
+    """Collects lost sequences until a neighbour tells where they belonged.
+
+    Parameters
+    ----------
+    plan
+        Ranks and places of the series.
+    before
+        The last place known from an earlier process.
+    """
 
     def __init__(self, plan: Plan, before: Planned | None = None) -> None:
         self._plan = plan
         self._before = before
-        self._lost: list[tuple[int, str]] = []
-
-    @property
-    def pending(self) -> bool:
-        """Whether lost frames wait for their place."""
-        return bool(self._lost)
+        self._lost: list[tuple[int | None, str]] = []
+        """Sequence and reason; no sequence once it was told without a place."""
 
     def lose(self, first: int, count: int, reason: str) -> None:
         """Note `count` lost frames from sequence `first` on."""
@@ -45,9 +49,28 @@ class GapFinder:
         self._before = frame
         return found
 
+    def postpone(self) -> list[Missing]:
+        """Return lost frames without a place, because somebody waits for them.
+
+        Their places follow with the next planned frame, without a sequence.
+        """
+        told = [
+            Missing(sequence, None, reason)
+            for sequence, reason in self._lost
+            if sequence is not None
+        ]
+        self._lost = [(None, reason) for _, reason in self._lost]
+        return told
+
     def end(self) -> list[Missing]:
-        """Resolve what was lost at the end of what is known."""
-        return self._resolve(None)
+        """Resolve what was lost last: the places that followed in the plan."""
+        found = self._resolve(None)
+        placed = [missing.index for missing in found if missing.index is not None]
+        if placed and self._before is not None:
+            rank = self._before.event_index
+            rank = None if rank is None else rank + len(placed)
+            self._before = Planned(rank, placed[-1])
+        return found
 
     def _resolve(self, after: Planned | None) -> list[Missing]:
         lost, self._lost = self._lost, []
@@ -58,7 +81,7 @@ class GapFinder:
         ]
         # The plan has more holes than frames were lost: never sent at all.
         found += [Missing(None, place, NOT_SENT) for place in places[len(lost) :]]
-        return found
+        return [m for m in found if m.sequence is not None or m.index is not None]
 
     def _places(self, after: Planned | None, lost: int) -> list[Index]:
         """Return the places between the neighbours, at least those of `lost` frames."""

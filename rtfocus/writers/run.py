@@ -9,6 +9,7 @@ A frame's pixels stay in its slot until they are committed; nothing else holds
 frames, so `outstanding` bounds the memory and a slow disk makes `append` wait.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,6 +155,8 @@ class RunWriter:
         self._shards = OpenShards(
             self._images, header.store.shard_frames, self._commits.seal
         )
+        self._order = threading.RLock()
+        """Held while shards or gaps change: the commit thread may start held writes."""
         self._failure_raised = False
 
     # -- frames ---------------------------------------------------------------
@@ -180,15 +183,19 @@ class RunWriter:
     def mark_missing(self, first: int, count: int, reason: str) -> None:
         """Mark frames that never arrived, at their own places."""
         self._begin()
-        self._gaps.lose(first, count, reason)
         entry = Entry(sequences=range(first, first + count))
-        self._unplaced.append(entry)
-        self._commits.put(entry)
+        with self._order:
+            self._gaps.lose(first, count, reason)
+            self._unplaced.append(entry)
+            self._commits.put(entry)
 
     # -- end ------------------------------------------------------------------
 
     def settle(self) -> None:
         """Wait until everything appended is durable or lost, and counted."""
+        with self._order:
+            self._shards.flush()
+            self._place_gaps(self._gaps.end())
         self._commits.drain()
 
     def drain(self) -> None:
@@ -289,6 +296,12 @@ class RunWriter:
     def _store(self, slot: Slot, result: FrameResult | None, error: str | None) -> None:
         """Start the writes of a frame, or journal why it has no place."""
         self._begin()
+        with self._order:
+            self._arrange(slot, result, error)
+
+    def _arrange(
+        self, slot: Slot, result: FrameResult | None, error: str | None
+    ) -> None:
         header = slot.frame()
         index = complete(header.index)
         if not self._tally.plan.contains(index):
@@ -334,8 +347,9 @@ class RunWriter:
 
     def _seal(self) -> None:
         """Start everything that is held back, because somebody waits for it."""
-        self._shards.flush()
-        self._place_gaps(self._gaps.end())
+        with self._order:
+            self._shards.flush()
+            self._place_gaps(self._gaps.postpone())
 
     def _place_gaps(self, found: list[Missing]) -> None:
         """Journal lost frames, now that their places are known as well as can be."""

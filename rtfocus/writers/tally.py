@@ -61,7 +61,7 @@ class Tally:
     """The first `MOST_LISTED` places without a frame."""
     missing_count: int = 0
     before: Planned | None = None
-    """The last planned frame."""
+    """The last place that a frame had or should have had."""
 
     def add(self, line: Line) -> None:
         """Count one line."""
@@ -104,6 +104,7 @@ class Tally:
         self.missing_count += 1
         if line["index"] is not None:
             self.extent = max(self.extent, line["index"]["t"] + 1)
+            self.before = Planned(None, line["index"])
         if len(self.missing) < MOST_LISTED:
             self.missing.append(line)
 

@@ -1,6 +1,7 @@
 """What is appended to a run is read back by another library, in every layout."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +325,57 @@ def test_sizes_that_disagree_with_their_lists_are_refused(tmp_path: Path) -> Non
     series = make_series(sizes={"t": 1, "c": 2})
     with pytest.raises(WriterError, match="plans 2 along c but lists 1"):
         recording(tmp_path / "run.rtfocus", series).__enter__()
+
+
+def test_a_frame_never_waits_long_for_its_shard(tmp_path: Path) -> None:
+    """The sender may need it to be durable before it can send the next."""
+    first_durable = threading.Event()
+    second_durable = threading.Event()
+    told = {1: first_durable, 3: second_durable}
+
+    def note(sequence: int) -> None:
+        if sequence in told:
+            told[sequence].set()
+
+    with recording(
+        tmp_path / "run.rtfocus",
+        make_series(),
+        store={"shard_frames": 6},
+        on_durable=note,
+    ) as run:
+        run.send(0, {"t": 0})
+        run.send(1, {"t": 1})
+        assert first_durable.wait(timeout=20)
+        run.writer.mark_missing(2, 1, "gap")
+        run.accounting.count("dropped", "gap")
+        run.send(3, {"t": 3})
+        assert second_durable.wait(timeout=20)
+        run.send(4, {"t": 4})
+        run.send(5, {"t": 5})
+        folder = run.close(6)
+    array = zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r")
+    for t in range(6):
+        expected = numbered(t, run.series) * (t != 2)
+        np.testing.assert_array_equal(array[t, 0, 0], expected)
+    assert check_run(folder).problems == []
+
+
+def test_a_gap_followed_only_by_probes_is_told_and_placed_later(
+    tmp_path: Path,
+) -> None:
+    store = {"outstanding": 2}
+    with recording(tmp_path / "run.rtfocus", make_series(), store=store) as run:
+        run.send(0, {"t": 0})
+        run.writer.mark_missing(1, 1, "gap")
+        run.accounting.count("dropped", "gap")
+        for sequence in range(2, 7):
+            probe = run.fill(sequence, {"t": 0}, role=Role.FOCUS)
+            run.writer.record_focus(probe, run.result(sequence, {"t": 0}))
+        run.send(7, {"t": 2})
+        folder = run.close(8)
+    assert run.durable == list(range(8))
+    assert run.accounting.unaccounted == 0
+    report = check_run(folder)
+    assert report.problems == []
+    placed = [line["index"]["t"] for line in report.missing if line["index"]]
+    assert placed == [1]

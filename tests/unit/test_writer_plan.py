@@ -106,6 +106,31 @@ def test_an_irregular_plan_is_followed_by_its_useq_sequence() -> None:
     assert [m.index for m in found] == [events[3], events[4]]
 
 
+def test_a_gap_told_early_gets_its_place_from_the_next_frame() -> None:
+    frames = planned({"t": 6})
+    finder = GapFinder(Plan(series({"t": 6})))
+    finder.arrive(frames[0])
+    finder.lose(1, 1, "gap")
+    assert finder.postpone() == [Missing(1, None, "gap")]
+    assert finder.postpone() == []
+    finder.lose(2, 1, "corrupt")
+    found = finder.arrive(frames[4])
+    assert found == [
+        Missing(None, frames[1].index, "gap"),
+        Missing(2, frames[2].index, "corrupt"),
+        Missing(None, frames[3].index, "not sent"),
+    ]
+
+
+def test_places_told_at_the_end_are_not_told_again() -> None:
+    frames = planned({"t": 6})
+    finder = GapFinder(Plan(series({"t": 6})))
+    finder.arrive(frames[0])
+    finder.lose(1, 2, "gap")
+    assert [m.index for m in finder.end()] == [frames[1].index, frames[2].index]
+    assert finder.arrive(frames[3]) == []
+
+
 def test_a_lost_probe_leaves_no_hole() -> None:
     """Events 0 and 1 are neighbours, so the frame lost between had no place."""
     frames = planned({"t": 3})
