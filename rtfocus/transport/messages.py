@@ -69,6 +69,7 @@ class Leave(_Message, frozen=True, tag="leave"):
 
     uid: str
     series_uid: str
+    """Empty if it goes before it was welcomed."""
     reason: str
 
 

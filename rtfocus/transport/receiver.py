@@ -94,6 +94,8 @@ class FrameReceiver:
             key or version, or already has a recorder.
         """
         self._thread.check()
+        if self._stopped:
+            return None
         since_s = time.monotonic()
         session = Session(self._config, since_s)
         self._session = session

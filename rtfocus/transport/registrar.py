@@ -92,6 +92,10 @@ class Registrar:
         if isinstance(message, Estimate):
             self._note_estimate(identity, message)
             return []
+        if isinstance(message, m.Leave):
+            if self.recorder is not None and self.recorder.uid == message.uid:
+                self.recorder, self.left = None, message.reason
+            return []
         refusal = self._refuse(message)
         if refusal is not None:
             return [refusal]
@@ -122,9 +126,7 @@ class Registrar:
             version=PROTOCOL_VERSION, uid=hello.uid, topic=known.topic, start=series
         )
 
-    def _refuse(
-        self, message: m.Progress | m.Resend | m.Ended | m.Leave
-    ) -> m.Refused | None:
+    def _refuse(self, message: m.Progress | m.Resend | m.Ended) -> m.Refused | None:
         """Return the answer to one who is not the recorder of this series."""
         series_uid = self.outbox.series.series_uid if self.outbox else None
         if message.series_uid != series_uid:
@@ -139,7 +141,7 @@ class Registrar:
     def _note(
         self,
         identity: bytes,
-        message: m.Progress | m.Resend | m.Ended | m.Leave,
+        message: m.Progress | m.Resend | m.Ended,
         now_s: float,
     ) -> None:
         """Take note of what the recorder said."""
@@ -158,9 +160,6 @@ class Registrar:
                 recorder.end_sent = False
             case m.Ended():
                 outbox.confirm_end()
-            case m.Leave():
-                self.recorder = None
-                self.left = message.reason
 
     def _note_progress(
         self, outbox: Outbox, recorder: Recorder, progress: m.Progress

@@ -104,10 +104,10 @@ class Session:
 
     def last_words(self, reason: str) -> Iterator[m.FromRecorder]:
         """Yield what is to be sent before going away."""
-        if self.series is None:
-            return
-        series_uid = self.series.series_uid
-        yield self._progress(series_uid)
+        # A welcome may be on its way to one who has only said hello.
+        series_uid = self.series.series_uid if self.series is not None else ""
+        if self.series is not None:
+            yield self._progress(series_uid)
         if not self.is_complete:
             yield m.Leave(uid=self.uid, series_uid=series_uid, reason=reason)
 
