@@ -1,0 +1,284 @@
+"""Outbox, stall policy, arrivals, registrar and sizing: no socket involved."""
+
+import re
+
+import pytest
+from transport_kit import make_config, make_estimate, make_header, make_series
+
+from rtfocus.errors import ConfigError, ProtocolError, TransportError
+from rtfocus.frame import SeriesEnd
+from rtfocus.slots import Slot, SlotPool
+from rtfocus.transport import messages as m
+from rtfocus.transport.arrivals import Arrivals
+from rtfocus.transport.outbox import Outbox
+from rtfocus.transport.registrar import LOST_HEARTBEATS, Registrar
+from rtfocus.transport.sequencer import Gap
+from rtfocus.transport.sizing import slot_pool
+from rtfocus.transport.sockets import Context, control_server, frames_server
+from rtfocus.transport.stall import Stall
+from rtfocus.transport.tally import Tally
+
+
+def filled(count: int, first: int = 0) -> list[Slot]:
+    pool = SlotPool(max(count, 1), 24 * 32 * 2)
+    slots = [pool.acquire() for _ in range(count)]
+    for sequence, slot in enumerate(slots, first):
+        assert slot is not None
+        slot.prepare(make_header(sequence))
+    return [slot for slot in slots if slot is not None]
+
+
+def outbox_of(count: int) -> Outbox:
+    outbox = Outbox(make_series())
+    for slot in filled(count):
+        outbox.append(slot)
+    return outbox
+
+
+def sent(outbox: Outbox, credit_upto: int) -> list[int]:
+    numbers = []
+    while (slot := outbox.take(credit_upto)) is not None:
+        numbers.append(slot.frame().sequence)
+    return numbers
+
+
+class TestOutbox:
+    def test_frames_leave_within_credit_and_stay_until_durable(self) -> None:
+        outbox = outbox_of(5)
+        assert sent(outbox, 0) == []
+        assert sent(outbox, 3) == [0, 1, 2]
+        assert [s.frame().sequence for s in outbox.settle(2)] == [0, 1]
+        assert outbox.settle(2) == []
+        assert sent(outbox, 99) == [3, 4]
+        assert (outbox.durable_upto, outbox.sent_upto, outbox.most_sent) == (2, 5, 5)
+
+    def test_rewind_sends_again_what_is_held(self) -> None:
+        outbox = outbox_of(5)
+        sent(outbox, 5)
+        outbox.settle(2)
+        assert outbox.rewind(3) == 3
+        assert sent(outbox, 5) == [3, 4]
+        assert outbox.rewind(0) == 2
+        assert sent(outbox, 5) == [2, 3, 4]
+        assert outbox.most_sent == 5
+
+    def test_rewind_beyond_what_exists_is_refused(self) -> None:
+        with pytest.raises(TransportError, match="only 2 exist"):
+            outbox_of(2).rewind(3)
+
+    def test_sequence_must_have_no_holes(self) -> None:
+        outbox = outbox_of(2)
+        with pytest.raises(TransportError, match="where 2 was next"):
+            outbox.append(filled(1, first=3)[0])
+
+    def test_no_frame_follows_the_end(self) -> None:
+        outbox = outbox_of(1)
+        outbox.finish("completed")
+        with pytest.raises(TransportError, match="after the end"):
+            outbox.append(filled(1, first=1)[0])
+
+    def test_complete_means_sent_durable_and_confirmed(self) -> None:
+        outbox = outbox_of(1)
+        outbox.finish("completed")
+        assert not outbox.is_sent
+        sent(outbox, 1)
+        assert outbox.is_sent
+        outbox.confirm_end()
+        assert not outbox.is_complete
+        outbox.settle(1)
+        assert outbox.is_complete
+
+    def test_a_frame_that_could_not_be_sent_is_the_next_again(self) -> None:
+        outbox = outbox_of(2)
+        outbox.take(2)
+        outbox.untake()
+        assert sent(outbox, 2) == [0, 1]
+
+
+class TestStall:
+    def test_wait_has_no_end(self) -> None:
+        stall = Stall("wait", 1.0)
+        for waited_s in (0.5, 1.5, 1e6):
+            assert stall.watch("no slot", waited_s, alive=False, stopped=False) is None
+        assert stall.count == 1
+
+    def test_a_new_wait_is_a_new_stall(self) -> None:
+        stall = Stall("wait", 1.0)
+        for waited_s in (0.5, 1.5, 2.5, 0.1, 1.1, 1.2):
+            stall.watch("no slot", waited_s, alive=True, stopped=False)
+        assert stall.count == 2
+
+    def test_abort_says_what_was_waited_for(self) -> None:
+        stall = Stall("abort", 1.0)
+        assert stall.watch("no slot", 1.0, alive=True, stopped=False) is None
+        with pytest.raises(
+            TransportError, match=r"no slot for 1 s.*too slow.*on_stall"
+        ):
+            stall.watch("no slot", 1.1, alive=True, stopped=False)
+
+    def test_raw_only_is_asked_of_a_living_recorder_alone(self) -> None:
+        stall = Stall("raw_only", 1.0)
+        assert stall.watch("no slot", 2.0, alive=False, stopped=False) is None
+        assert stall.watch("no slot", 2.1, alive=True, stopped=False) is not None
+
+    def test_stop_ends_patience_with_a_lost_recorder(self) -> None:
+        stall = Stall("wait", 1.0)
+        assert stall.watch("no slot", 0.5, alive=True, stopped=True) is None
+        with pytest.raises(TransportError, match=r"left \(disk full\)"):
+            stall.watch("no slot", 0.1, alive=False, stopped=True, left="disk full")
+        with pytest.raises(TransportError, match="too slow"):
+            stall.watch("no slot", 1.1, alive=True, stopped=True)
+
+
+class TestArrivals:
+    END = SeriesEnd(version=1, series_uid="s", frames_sent=9, reason="completed")
+
+    def test_neighbouring_gaps_merge_so_that_the_hand_off_is_bounded(self) -> None:
+        arrivals = Arrivals()
+        slots = filled(1)
+        for item in (Gap(0, 1, "a"), Gap(1, 2, "b"), slots[0], Gap(4, 1, "c")):
+            arrivals.put(item)
+        arrivals.finish(self.END)
+        assert list(arrivals) == [Gap(0, 3, "a"), slots[0], Gap(4, 1, "c")]
+
+    def test_the_error_comes_after_what_arrived(self) -> None:
+        arrivals = Arrivals()
+        arrivals.put(Gap(0, 1, "a"))
+        arrivals.finish(self.END, TransportError("lost"))
+        arrivals.finish(SeriesEnd(1, "s", 1, "too late"))
+        came = iter(arrivals)
+        assert next(came) == Gap(0, 1, "a")
+        with pytest.raises(TransportError, match="lost"):
+            next(came)
+        assert arrivals.end == self.END
+
+
+class TestRegistrar:
+    def hello(self, uid: str = "u") -> m.Hello:
+        return m.Hello(version=1, role="recorder", uid=uid)
+
+    def opened(self, frames: int = 4) -> Registrar:
+        registrar = Registrar(heartbeat_s=1.0)
+        registrar.open(outbox_of(frames))
+        return registrar
+
+    def progress(self, durable: int, received: int, uid: str = "u") -> m.Progress:
+        return m.Progress(uid, "series-1", 9, received, durable)
+
+    def test_without_a_series_everybody_waits(self) -> None:
+        (answer,) = Registrar(1.0).handle(b"a", self.hello(), 0.0)
+        assert answer == m.Waiting(version=1)
+
+    def test_the_same_hello_gets_the_same_welcome(self) -> None:
+        registrar = self.opened()
+        first = registrar.handle(b"a", self.hello(), 0.0)
+        assert isinstance(first[0], m.Welcome)
+        assert registrar.handle(b"a", self.hello(), 1.0) == first
+
+    def test_another_gets_in_only_when_the_first_is_lost(self) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        (answer,) = registrar.handle(b"b", self.hello("v"), LOST_HEARTBEATS - 0.1)
+        assert isinstance(answer, m.Refused)
+        assert answer.code == "occupied"
+        (answer,) = registrar.handle(b"b", self.hello("v"), LOST_HEARTBEATS)
+        assert isinstance(answer, m.Welcome)
+        (answer,) = registrar.handle(b"a", self.progress(0, 0), 7.0)
+        assert isinstance(answer, m.Refused)
+        assert answer.code == "occupied"
+
+    def test_a_lost_recorder_is_back_when_it_speaks(self) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        assert not registrar.is_alive(100.0)
+        assert registrar.handle(b"a", self.progress(0, 0), 100.0) == []
+        assert registrar.is_alive(100.0)
+
+    def test_a_role_that_does_not_exist_is_refused(self) -> None:
+        hello = m.Hello(version=1, role="viewer", uid="u")
+        (answer,) = self.opened().handle(b"a", hello, 0.0)
+        assert isinstance(answer, m.Refused)
+        assert answer.code == "role"
+
+    def test_progress_of_an_unknown_series_is_refused(self) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        (answer,) = registrar.handle(b"a", m.Progress("u", "old", 9, 0, 0), 0.0)
+        assert isinstance(answer, m.Refused)
+        assert answer.code == "unknown"
+
+    @pytest.mark.parametrize(("durable", "received"), [(2, 1), (5, 5), (0, 99)])
+    def test_progress_beyond_the_possible_frees_nothing(
+        self, durable: int, received: int
+    ) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        with pytest.raises(ProtocolError, match="ascending"):
+            registrar.handle(b"a", self.progress(durable, received), 0.0)
+        assert registrar.settled == []
+
+    def test_durable_frames_give_their_slots_back(self) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        registrar.handle(b"a", self.progress(2, 3), 0.0)
+        assert [s.frame().sequence for s in registrar.settled] == [0, 1]
+
+    def test_the_newest_estimate_wins_and_the_rest_is_counted(self) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        for sequence in (0, 2, 1):
+            registrar.handle(b"a", make_estimate(sequence), 0.0)
+        assert registrar.estimate == make_estimate(2)
+        assert registrar.estimates_dropped == 2
+        with pytest.raises(ProtocolError, match="not the recorder"):
+            registrar.handle(b"b", make_estimate(3), 0.0)
+
+    def test_whoever_leaves_makes_room(self) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        registrar.handle(b"a", m.Leave("u", "series-1", "disk full"), 0.0)
+        assert registrar.left == "disk full"
+        (answer,) = registrar.handle(b"b", self.hello("v"), 0.0)
+        assert isinstance(answer, m.Welcome)
+
+
+def test_slots_fit_the_memory() -> None:
+    config = make_config(slots=8, memory_mb=0.1)
+    assert slot_pool(config, 10_000).count == 8
+    assert slot_pool(config, 30_000).count == 3
+    with pytest.raises(TransportError, match=r"memory_mb=0\.1 holds 1 frames"):
+        slot_pool(config, 60_000)
+    with pytest.raises(TransportError, match="max_frame_mb=256"):
+        slot_pool(config, 300_000_000)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["tcp://*:5571", "tcp://0.0.0.0:5571", "tcp://eth0:5571", "tcp://[::]:1"],
+)
+def test_an_open_endpoint_needs_encryption_or_consent(endpoint: str) -> None:
+    context: Context = Context()
+    config = make_config(frames=endpoint)
+    with pytest.raises(ConfigError, match=r"curve_keys.*insecure: true"):
+        frames_server(context, config)
+    context.term()
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///tmp/x", "tcp://host", "inproc://x", ""])
+def test_an_endpoint_that_is_not_tcp_is_refused(endpoint: str) -> None:
+    context: Context = Context()
+    with pytest.raises(ConfigError, match=re.escape("tcp://HOST:PORT")):
+        control_server(context, make_config(control=endpoint))
+    context.term()
+
+
+def test_a_flood_is_counted_in_full_and_logged_in_part(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    counted: list[str] = []
+    tally = Tally("frames", counted.append)
+    for _ in range(250):
+        tally.reject("truncated", "frame 3")
+    assert tally.counts == {"truncated": 250}
+    assert len(counted) == 250
+    assert len(caplog.records) == 3

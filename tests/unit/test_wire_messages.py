@@ -1,0 +1,175 @@
+"""Messages of the wire protocol: what is packed comes back, the rest is refused."""
+
+import msgspec
+import numpy as np
+import pytest
+from transport_kit import make_estimate, make_header, make_series
+
+from rtfocus.channel import Aberrations, Channel, OpticalSystem
+from rtfocus.errors import ProtocolError, TransportError
+from rtfocus.frame import Position, Role, SeriesEnd
+from rtfocus.transport import messages as m
+from rtfocus.transport.validation import (
+    DTYPES,
+    check_header,
+    check_series,
+    pixel_bytes,
+)
+
+FROM_RECORDER = [
+    m.Hello(version=1, role="recorder", uid="u"),
+    m.Progress(uid="u", series_uid="s", credit_upto=9, received_upto=3, durable_upto=1),
+    m.Resend(uid="u", series_uid="s", sequence=4, attempt=2),
+    m.Ended(uid="u", series_uid="s"),
+    m.Leave(uid="u", series_uid="s", reason="closed"),
+    make_estimate(7),
+]
+FROM_PUBLISHER = [
+    m.Welcome(
+        version=1,
+        uid="u",
+        topic="s/u/",
+        start=make_series(
+            channels=[
+                Channel(
+                    "DAPI",
+                    OpticalSystem(0.5, 451, 0.65, aberrations=Aberrations(0.3)),
+                )
+            ],
+            positions=[Position("B03", 1.5, -2.5, "B", "03", 1)],
+            mda_sequence={"channels": ["DAPI"], "time_plan": {"loops": 3}},
+        ),
+    ),
+    m.Waiting(version=1),
+    m.Refused(uid="u", code="occupied", reason="there is one"),
+    m.Ping(version=1, series_uid="s", sent_upto=3, attempt=1),
+    m.RawOnly(series_uid="s", reason="slow"),
+    m.Abandon(series_uid="s", frames_sent=3, reason="stall"),
+    m.Complaint(reason="what?"),
+]
+IN_STREAM = [
+    make_header(3, role=Role.FOCUS, z_um=1.5, frame_meta={"camera": "x"}),
+    SeriesEnd(version=1, series_uid="s", frames_sent=3, reason="completed"),
+    m.Ping(version=1, series_uid="s", sent_upto=3, attempt=1),
+    m.Rewind(version=1, series_uid="s", sequence=3, attempt=1),
+]
+
+
+@pytest.mark.parametrize(
+    ("unpack", "messages"),
+    [
+        (m.unpack_from_recorder, FROM_RECORDER),
+        (m.unpack_from_publisher, FROM_PUBLISHER),
+        (m.unpack_in_stream, IN_STREAM),
+    ],
+)
+def test_every_message_comes_back_as_it_was(unpack, messages) -> None:
+    assert [unpack(m.pack(message)) for message in messages] == messages
+
+
+def test_unknown_keys_are_ignored() -> None:
+    data = msgspec.msgpack.encode(
+        {"type": "hello", "version": 1, "role": "recorder", "uid": "u", "later": [1]}
+    )
+    assert m.unpack_from_recorder(data) == FROM_RECORDER[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "hello", "version": 2, "role": "recorder", "uid": "u"},
+        {"type": "hello", "version": 2, "whatever": True},
+        {"type": "salute", "version": 2},
+    ],
+)
+def test_another_version_is_named_with_the_remedy(fields) -> None:
+    with pytest.raises(ProtocolError, match=r"version 2.*same rtfocus") as caught:
+        m.unpack_from_recorder(msgspec.msgpack.encode(fields))
+    assert caught.value.reason == "version"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x80",
+        msgspec.msgpack.encode([1, 2]),
+        msgspec.msgpack.encode({"type": "progress", "uid": "u"}),
+        msgspec.msgpack.encode({"type": "ended", "uid": 3, "series_uid": "s"}),
+        b"\x91" * 4000,
+        m.pack(FROM_RECORDER[0])[:-2],
+    ],
+)
+def test_a_malformed_message_is_a_protocol_error(data) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        m.unpack_from_recorder(data)
+    assert caught.value.reason == "malformed"
+
+
+def test_damaged_messages_are_refused_or_still_messages() -> None:
+    random = np.random.default_rng(5)
+    packed = [m.pack(message) for message in IN_STREAM]
+    refused = 0
+    for _ in range(3000):
+        data = bytearray(packed[random.integers(len(packed))])
+        for place in random.integers(len(data), size=random.integers(1, 4)):
+            data[place] = random.integers(256)
+        try:
+            message = m.unpack_in_stream(bytes(data))
+        except ProtocolError:
+            refused += 1
+        else:
+            assert isinstance(message, m.InStream)
+    assert 1000 < refused < 3000
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ({"shape": (4,)}, "shape="),
+        ({"shape": (4, 4, 4)}, "shape="),
+        ({"shape": (0, 4)}, "shape="),
+        ({"dtype": "|O"}, "dtype="),
+        ({"dtype": ">u2"}, "dtype="),
+        ({"channels": []}, "channels"),
+        ({"positions": []}, "positions"),
+        ({"pixel_size_um": 0.0}, "pixel_size_um"),
+        ({"pixel_size_um": float("nan")}, "pixel_size_um"),
+        ({"sizes": {"y": 3}}, "sizes"),
+        ({"series_uid": ""}, "series_uid"),
+    ],
+)
+def test_a_series_that_cannot_be_received_names_the_field(fault, named) -> None:
+    check_series(make_series())
+    with pytest.raises(TransportError, match=named):
+        check_series(make_series(**fault))
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"series_uid": "other"}, "series"),
+        ({"sequence": -1}, "malformed"),
+        ({"event_index": -1}, "malformed"),
+        ({"index": {"t": -1}}, "index"),
+        ({"index": {"t": 0, "c": 1}}, "index"),
+        ({"index": {"t": 0, "z": 3}}, "index"),
+        ({"index": {"y": 0}}, "index"),
+    ],
+)
+def test_a_header_outside_its_series_is_refused(fault, reason) -> None:
+    series = make_series(sizes={"t": None, "z": 3})
+    check_header(make_header(5, index={"t": 70000, "z": 2}), series)
+    header = msgspec.structs.replace(make_header(5), **fault)
+    with pytest.raises(ProtocolError) as caught:
+        check_header(header, series)
+    assert caught.value.reason == reason
+
+
+def test_pixel_bytes_follow_shape_and_dtype() -> None:
+    sizes = [pixel_bytes(make_header(0, shape=(3, 5, 3), dtype=d)) for d in DTYPES]
+    assert sizes == [45 * np.dtype(d).itemsize for d in DTYPES]
+    for fault in ({"dtype": "|O"}, {"shape": ()}, {"shape": (3, -5)}):
+        with pytest.raises(ProtocolError):
+            pixel_bytes(make_header(0, **fault))
