@@ -23,6 +23,10 @@ from rtfocus.microscope.adapters import (
 )
 from rtfocus.microscope.virtual import load_virtual_microscope
 
+# A simulated camera has no reason to outrun whoever takes its frames: a backlog
+# beyond this would only add latency.
+_BACKLOG_FRAMES = 8
+
 Properties = Mapping[str, Mapping[str, str | int | float]]
 
 
@@ -64,7 +68,9 @@ def _load(core: UniMMCore, config: Config) -> None:
     microscope = config.microscope
     if isinstance(microscope, VirtualMicroscopeConfig):
         channels = [(channel.name, channel.optics) for channel in config.channels]
-        load_virtual_microscope(core, microscope, channels)
+        load_virtual_microscope(
+            core, microscope, channels, backlog_frames=_BACKLOG_FRAMES
+        )
     elif isinstance(microscope, DemoCameraConfig):
         folder = demo_folder(microscope.adapter_path)
         file = microscope.config_file or folder / DEMO_CONFIG

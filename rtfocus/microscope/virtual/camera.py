@@ -29,9 +29,6 @@ class VirtualCamera(SimpleCameraDevice):
         By channel name; the first is chosen at the start.
     z_stage, xy_stage
         The stages that stand under this camera.
-    wait_for_room
-        Called before every frame of a sequence; returns when the frame may come.
-        A simulated camera has no reason to outrun whoever takes its frames.
     """
 
     def __init__(
@@ -40,14 +37,14 @@ class VirtualCamera(SimpleCameraDevice):
         specimens: Mapping[str, VirtualSpecimen],
         z_stage: VirtualZStage,
         xy_stage: VirtualXYStage,
-        wait_for_room: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._config = config
         self._specimens = dict(specimens)
         self._z_stage = z_stage
         self._xy_stage = xy_stage
-        self._wait_for_room = wait_for_room
+        self.wait_for_room: Callable[[], None] = lambda: None
+        """Called before every frame of a sequence; returns when it may come."""
         self._sensor = Sensor(config)
         self._exposure_ms = _EXPOSURE_MS
         self._started = time.monotonic()
@@ -103,7 +100,7 @@ class VirtualCamera(SimpleCameraDevice):
 
         def paced(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
             if n != 1:
-                self._wait_for_room()
+                self.wait_for_room()
             return get_buffer(shape, dtype)
 
         yield from super().start_sequence(n, paced)

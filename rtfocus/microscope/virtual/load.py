@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Sequence
+from math import ceil
 
 from pymmcore_plus.experimental.unicore import UniMMCore
 
@@ -14,8 +15,9 @@ from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.microscope.virtual.stages import VirtualXYStage, VirtualZStage
 
 CAMERA, Z_STAGE, XY_STAGE = "Camera", "Z", "XY"
-# A backlog beyond this only adds latency.
-_BACKLOG_FRAMES = 8
+# Micro-Manager's buffer holds this many times the backlog, at least this much.
+_BUFFER_BACKLOGS = 4
+_LEAST_BUFFER_MB = 16
 _POLL_S = 0.0005
 
 
@@ -23,6 +25,8 @@ def load_virtual_microscope(
     core: UniMMCore,
     config: VirtualMicroscopeConfig,
     channels: Sequence[tuple[str, OpticalSystem | None]],
+    *,
+    backlog_frames: int | None = None,
 ) -> dict[str, VirtualSpecimen]:
     """Load camera, z-stage and xy-stage and a preset per channel.
 
@@ -34,6 +38,10 @@ def load_virtual_microscope(
         The microscope; its `optics`, where given, hold for all channels.
     channels
         Preset names with the optics to image through.
+    backlog_frames
+        The camera waits while so many frames of a sequence have not been taken; the
+        core's buffer is made just large enough. None: it does not wait, and the
+        buffer overflows like any camera's.
 
     Returns
     -------
@@ -63,7 +71,7 @@ def load_virtual_microscope(
             "has one: give all channels' optics the same pixel_size_um"
         )
         raise ConfigError(msg)
-    _load_devices(core, config, specimens)
+    _load_devices(core, config, specimens, backlog_frames)
     _define_presets(core, list(specimens), pixel_sizes_um.pop())
     return specimens
 
@@ -72,10 +80,12 @@ def _load_devices(
     core: UniMMCore,
     config: VirtualMicroscopeConfig,
     specimens: dict[str, VirtualSpecimen],
+    backlog_frames: int | None,
 ) -> None:
     z_stage, xy_stage = VirtualZStage(), VirtualXYStage()
-    room = BufferRoom(core)
-    camera = VirtualCamera(config, specimens, z_stage, xy_stage, room.wait)
+    camera = VirtualCamera(config, specimens, z_stage, xy_stage)
+    if backlog_frames is not None:
+        camera.wait_for_room = BufferRoom(core, backlog_frames).wait
     devices = {CAMERA: camera, Z_STAGE: z_stage, XY_STAGE: xy_stage}
     for label, device in devices.items():
         core.loadPyDevice(label, device)
@@ -85,6 +95,9 @@ def _load_devices(
     core.setXYStageDevice(XY_STAGE)
     # Without a shutter, automatic shuttering costs time and does nothing.
     core.setAutoShutter(False)
+    if backlog_frames is not None:
+        wanted_mb = _BUFFER_BACKLOGS * backlog_frames * core.getImageBufferSize() / 1e6
+        core.setCircularBufferMemoryFootprint(max(_LEAST_BUFFER_MB, ceil(wanted_mb)))
 
 
 def _define_presets(core: UniMMCore, names: list[str], pixel_size_um: float) -> None:
@@ -104,10 +117,11 @@ class BufferRoom:
     is empty.
     """
 
-    def __init__(self, core: UniMMCore) -> None:
+    def __init__(self, core: UniMMCore, backlog_frames: int) -> None:
         # The core owns the camera that owns this: a plain reference would keep
         # all three alive.
         self._core = weakref.ref(core)
+        self._backlog_frames = backlog_frames
         self._since_empty = 0
 
     def wait(self) -> None:
@@ -128,4 +142,4 @@ class BufferRoom:
             self._since_empty = 0
             return True
         waiting = core.getRemainingImageCount()
-        return waiting < _BACKLOG_FRAMES and self._since_empty + 1 < capacity
+        return waiting < self._backlog_frames and self._since_empty + 1 < capacity
