@@ -20,7 +20,7 @@ from rtfocus.writers.header import (
     is_finished,
     read_header,
 )
-from rtfocus.writers.journal import WRITTEN, Line, intact_bytes, read_journal
+from rtfocus.writers.journal import WRITTEN, Line, read_journal, torn_bytes
 from rtfocus.writers.layout import image_groups, store_path
 from rtfocus.writers.plan import Plan, complete
 from rtfocus.writers.repair import repair_run
@@ -96,7 +96,7 @@ def _check_journal(folder: Path, header: RunHeader, report: CheckReport) -> Tall
     tally = Tally(Plan(header.series))
     taken = TakenPlaces(tally.plan)
     readers = _open_images(folder, header, report)
-    if intact_bytes(path) != path.stat().st_size:
+    if torn_bytes(path):
         report.problems.append(f"the last line of '{path}' is torn; use --repair")
     for line in read_journal(path):
         expected = tally.next_sequence

@@ -21,6 +21,9 @@ FOCUS = "focus"
 MISSING = "missing"
 IN_ERROR = "in_error"
 
+_BLOCK_BYTES = 1 << 16
+"""Read at once when the journal's last line is looked for from its end."""
+
 Line = dict[str, Any]
 
 
@@ -147,18 +150,38 @@ class JournalFile:
 
 
 def intact_bytes(path: Path) -> int:
-    """Return the length of the journal without a torn last line."""
-    size = path.stat().st_size
+    """Return the length of the journal without a torn last line.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    end = path.stat().st_size
     with path.open("rb") as file:
-        block = 1 << 16
-        for start in range(max(size - block, 0), -block, -block):
-            file.seek(max(start, 0))
-            found = file.read(min(block, size)).rfind(b"\n")
+        while end > 0:
+            start = max(end - _BLOCK_BYTES, 0)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
             if found >= 0:
-                return max(start, 0) + found + 1
-            if start <= 0:
-                break
+                return start + found + 1
+            end = start
     return 0
+
+
+def torn_bytes(path: Path) -> int:
+    """Return the length of the journal's torn last line; 0: it is whole.
+
+    Raises
+    ------
+    WriterError
+        If there is no journal.
+    """
+    try:
+        return path.stat().st_size - intact_bytes(path)
+    except OSError as error:
+        msg = f"journal '{path}' cannot be read: {error.strerror}"
+        raise WriterError(msg) from error
 
 
 def read_journal(path: Path) -> Iterator[Line]:

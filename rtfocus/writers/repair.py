@@ -7,7 +7,7 @@ from rtfocus.metrics import Accounting
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, is_finished
 from rtfocus.writers.images import RunImages
-from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
+from rtfocus.writers.journal import JournalFile, read_journal, torn_bytes
 from rtfocus.writers.plan import Plan
 from rtfocus.writers.tally import Tally
 
@@ -54,12 +54,7 @@ def repair_run(folder: Path, header: RunHeader) -> list[str]:
 
 def _cut_torn_line(folder: Path, header: RunHeader) -> list[str]:
     path = folder / JOURNAL_NAME
-    try:
-        path.touch()
-        torn = path.stat().st_size - intact_bytes(path)
-    except OSError as error:
-        msg = f"journal '{path}' cannot be repaired: {error.strerror}"
-        raise WriterError(msg) from error
+    torn = torn_bytes(path)
     if torn == 0:
         return []
     JournalFile(path, fsync=header.store.fsync).close()

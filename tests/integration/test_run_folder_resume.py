@@ -104,6 +104,14 @@ def test_a_line_broken_inside_the_journal_is_damage(tmp_path: Path) -> None:
         check_run(folder, repair=True)
 
 
+def test_a_run_without_its_journal_cannot_be_repaired(tmp_path: Path) -> None:
+    folder = tmp_path / "run.rtfocus"
+    cut_off(folder, 2)
+    (folder / "frames.ndjson").unlink()
+    with pytest.raises(WriterError, match="journal .* cannot be read"):
+        check_run(folder, repair=True)
+
+
 def test_repair_leaves_a_finished_run_alone(tmp_path: Path) -> None:
     with recording(tmp_path / "run.rtfocus", make_series()) as run:
         folder = run.close(run.send_all())
