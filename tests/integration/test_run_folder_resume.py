@@ -108,7 +108,7 @@ def test_a_run_without_its_journal_cannot_be_repaired(tmp_path: Path) -> None:
     folder = tmp_path / "run.rtfocus"
     cut_off(folder, 2)
     (folder / "frames.ndjson").unlink()
-    with pytest.raises(WriterError, match="journal .* cannot be read"):
+    with pytest.raises(WriterError, match=r"journal .* cannot be read"):
         check_run(folder, repair=True)
 
 
