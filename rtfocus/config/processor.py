@@ -27,8 +27,9 @@ class RestorationConfig(Section):
     """How a frame is restored."""
 
     method: str = "wiener"
-    """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``, ``none``,
-    or the name of a restorer in the engines folder."""
+    """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``,
+    ``richardson_lucy_tiles`` (patch by patch, as published), ``none``, or the name
+    of a restorer in the engines folder."""
     iterations: Annotated[int, Field(gt=0)] | None = None
     """Richardson-Lucy only; None: 15, accelerated 4."""
     noise_to_signal: Annotated[float, Field(gt=0)] | None = None
@@ -36,7 +37,8 @@ class RestorationConfig(Section):
     window: Literal["triangular", "rectangular"] = "triangular"
     """Montage weights (He 2020); ``rectangular`` shows seams, for comparison."""
     halo_px: Annotated[int, Field(ge=0)] | None = None
-    """Context per side; None: radius that holds 99 % of the PSF's energy."""
+    """Context per side; None: radius that holds 99 % of the PSF's energy, 13 for
+    ``richardson_lucy_tiles``."""
 
 
 class ProcessingConfig(Section):

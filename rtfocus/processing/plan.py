@@ -18,7 +18,7 @@ from rtfocus.processing.engines.backends import Request, choose_backend
 from rtfocus.processing.engines.card import EngineCard, identity, verified_file
 from rtfocus.processing.engines.fit import check_fit, parts, step_um
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.restoration import METHODS, DepthVariantRestorer
+from rtfocus.processing.methods import METHODS, Restorer, make_restorer
 from rtfocus.processing.tiling import Montage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class ChannelPlan:
     correction: CameraCorrection
     classifier: FrameClassifier | None
     """None: no defocus is estimated."""
-    restorer: DepthVariantRestorer | None
+    restorer: Restorer | None
     """None: not restored, for the reason in `skipped`."""
     skipped: str | None
     engines: Mapping[str, str]
@@ -105,13 +105,11 @@ def plan_channel(
         return ChannelPlan(channel.name, correction, classifier, None, reason, engines)
     method = _builtin_method(config, restoration.method)
     shape = (series.shape[0], series.shape[1])
-    restorer = DepthVariantRestorer(
+    restorer = make_restorer(
+        method,
+        restoration,
         Montage(classifier.grid, shape, restoration.window),
         level_psfs(found.card, optics),
-        method=method,
-        iterations=restoration.iterations,
-        noise_to_signal=restoration.noise_to_signal,
-        halo_px=restoration.halo_px,
     )
     engines["restorer"] = f"{restoration.method}@builtin"
     return ChannelPlan(channel.name, correction, classifier, restorer, None, engines)

@@ -88,7 +88,7 @@ class RichardsonLucyDeconvolution:
 
 
 METHODS = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
-"""Restorations built in; any other name is an engine's."""
+"""Restorations of whole frames."""
 
 
 class DepthVariantRestorer:

@@ -51,6 +51,8 @@ class Engine(Protocol):
 
     name: str
     """Folder name in ``engines/``."""
+    precision: str
+    """Numbers it computes in: ``f32`` or ``bf16``."""
 
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None

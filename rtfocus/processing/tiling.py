@@ -123,20 +123,20 @@ class Montage:
         columns = mask @ self._columns[:, region.columns]
         return np.asarray(self._rows[:, region.rows].T @ columns)
 
+    def tile_region(self, row: int, column: int) -> Region:
+        """Return the rectangle that the weight of one tile covers."""
+        return Region(
+            rows=_extent(self._rows[row : row + 1]),
+            columns=_extent(self._columns[column : column + 1]),
+        )
+
+    def tile_weights(self, row: int, column: int, region: Region) -> Image:
+        """Return the weight of one tile in every pixel of a region, axes (y, x)."""
+        down = self._rows[row, region.rows]
+        return down[:, None] * self._columns[column, region.columns][None, :]
+
 
 def _extent(weights: Image) -> slice:
     """Span of the pixels in which any of the tiles has a weight."""
     touched = np.flatnonzero(weights.any(axis=0))
     return slice(int(touched[0]), int(touched[-1]) + 1)
-
-
-def grid_positions(grid: TileGrid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the top and left edges of the tiles in frame pixels, per axis.
-
-    May be negative or reach beyond the frame where the frame is smaller than the
-    grid, as the grid's tiles then see reflected pixels.
-    """
-    first = grid.origin_px - (grid.tile_px - 1) / 2
-    rows = np.rint(first + grid.stride_px * np.arange(grid.rows))
-    columns = np.rint(first + grid.stride_px * np.arange(grid.columns))
-    return rows.astype(np.int64), columns.astype(np.int64)

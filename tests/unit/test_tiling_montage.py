@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.frame import TileGrid
-from rtfocus.processing.tiling import Montage, Region, axis_weights, grid_positions
+from rtfocus.processing.tiling import Montage, Region, axis_weights
 
 
 def grid(rows: int, columns: int, *, stride: float = 42.0) -> TileGrid:
@@ -89,12 +89,6 @@ def test_present_names_no_background_and_no_focus():
     montage = Montage(grid(2, 3), (126, 168))
     labels = np.array([[-1, 0, 4], [0, 2, 4]], np.int16)
     assert montage.present(labels) == [2, 4]
-
-
-def test_grid_positions_are_the_upper_left_corners():
-    rows, columns = grid_positions(grid(2, 3))
-    assert rows.tolist() == [0, 42]
-    assert columns.tolist() == [0, 42, 84]
 
 
 @pytest.mark.parametrize("side", [1, 5, 83])
