@@ -182,3 +182,23 @@ def test_noise_repeats_with_its_seed():
     frames = [Sensor(make(seed=s)).expose(flat(0.5), 10.0) for s in (1, 1, 2)]
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[0] != frames[2]).any()
+
+
+def test_a_real_stack_is_shown_plane_by_plane(shared_data):
+    path = shared_data / "dfnn_mitochondria" / "stack_zyx.tif"
+    planes = tifffile.imread(path)
+    config = make(
+        height_px=512,
+        width_px=512,
+        specimen={"kind": "stack", "path": path, "z_step_um": 0.1},
+    )
+    specimen = VirtualSpecimen(config, OPTICS)
+    # The percentiles that stretch the stack clip 0.2 % of it.
+    for number in (0, 8, 16):
+        image = specimen.image(number * 0.1)
+        alike = np.corrcoef(image.ravel(), planes[number].ravel())[0, 1]
+        assert alike > 0.98
+        others = [n for n in (0, 8, 16) if n != number]
+        for other in others:
+            unlike = np.corrcoef(image.ravel(), planes[other].ravel())[0, 1]
+            assert unlike < alike

@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 _PLANE_STEP_UM = 0.5
 # Heights are rounded to this, far below any depth of field, so that a slowly
 # drifting specimen is not blurred anew for every frame.
-_HEIGHT_STEP_UM = 0.02
+_HEIGHT_STEP_UM = 0.05
 _SITES_KEPT = 6
 _PLANES_KEPT = 48
 _VIEWS_KEPT = 12
