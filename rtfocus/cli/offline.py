@@ -19,6 +19,7 @@ from rtfocus.frame import FrameResult
 from rtfocus.images import ImageSeries, open_images, write_images
 from rtfocus.images.writing import OutputImage
 from rtfocus.processing.offline import ImageProcessor, tile_rows
+from rtfocus.writers.completion import complete_restoration, count_unrestored
 from rtfocus.writers.header import read_header
 from rtfocus.writers.naming import SUFFIX
 
@@ -48,13 +49,14 @@ def add_to(app: typer.Typer) -> None:
 def restore(
     path: InputArgument,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="By its ending: .tif / .ome.tif, .ome.zarr, or a folder of TIFFs.",
+            help="By its ending: .tif / .ome.tif, .ome.zarr, or a folder of TIFFs. "
+            "Not needed for a run folder, whose unrestored frames are then completed.",
         ),
-    ],
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
@@ -72,11 +74,17 @@ def restore(
     if engine is not None:
         method = settings.processing.restoration.model_copy(update={"method": engine})
         settings = _with(settings, "restoration", method.model_dump())
+    if output is None:
+        _complete(path, settings)
+        return
     images = _open(path)
     dtype = None
     if settings.store.restored_dtype == "float32":
         dtype = np.dtype("<f4")
-    with _progress(images) as (progress, task), ImageProcessor(settings) as processor:
+    with (
+        _progress(sum(map(len, images))) as (progress, task),
+        ImageProcessor(settings) as processor,
+    ):
         outputs = [
             OutputImage(
                 like=series,
@@ -107,7 +115,10 @@ def classify(
         settings = _with(settings, "classifier", engine)
     images = _open(path)
     found: list[dict[str, Any]] = []
-    with _progress(images) as (progress, task), ImageProcessor(settings) as processor:
+    with (
+        _progress(sum(map(len, images))) as (progress, task),
+        ImageProcessor(settings) as processor,
+    ):
         for series in images:
             for index in series.indices():
                 pixels = series.read(**index)
@@ -125,6 +136,23 @@ def classify(
         typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
 
 
+def _complete(run: Path, settings: Config) -> None:
+    """Restore the frames of a run folder that were recorded raw only."""
+    if not _is_run(run):
+        msg = f"'{run}' is no run folder; say where to write with --output"
+        raise ConfigError(msg)
+    with (
+        _progress(count_unrestored(run)) as (progress, task),
+        ImageProcessor(settings) as processor,
+    ):
+        number = complete_restoration(
+            run,
+            lambda pixels, channel: processor.restore(pixels, channel=channel),
+            on_frame=lambda: progress.advance(task),
+        )
+    typer.echo(f"restored {number} frames of {run} that were recorded raw only")
+
+
 def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Config:
     """Return the config that is given, that of a run folder, or the defaults."""
     if config is not None:
@@ -132,7 +160,7 @@ def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Co
     if overrides:
         msg = "--set changes a config; give one with --config"
         raise ConfigError(msg)
-    if path.suffix == SUFFIX and path.is_dir():
+    if _is_run(path):
         header = read_header(path)
         return parse_config(header.provenance["config"], origin=str(path))
     return Config()
@@ -149,14 +177,16 @@ def _with(settings: Config, key: str, value: object) -> Config:
 
 def _open(path: Path) -> list[ImageSeries]:
     """Open images; of a run folder only what the camera saw."""
-    is_run = path.suffix == SUFFIX and path.is_dir()
-    return open_images(path / "raw.ome.zarr" if is_run else path)
+    return open_images(path / "raw.ome.zarr" if _is_run(path) else path)
+
+
+def _is_run(path: Path) -> bool:
+    return path.suffix == SUFFIX and path.is_dir()
 
 
 @contextmanager
-def _progress(images: list[ImageSeries]) -> Iterator[tuple[Progress, TaskID]]:
+def _progress(total: int) -> Iterator[tuple[Progress, TaskID]]:
     """Show a bar over all planes, on standard error."""
-    total = sum(len(series) for series in images)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         yield progress, progress.add_task("planes", total=total)
 
