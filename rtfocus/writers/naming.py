@@ -24,7 +24,7 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
         folder = run.folder / f"{name}{SUFFIX}"
         if not folder.exists() or holds_unfinished(folder, series.series_uid):
             return folder
-        if store.overwrite and number == 1:
+        if store.overwrite and number == 1 and is_finished(folder):
             return folder
     raise AssertionError  # count() never ends
 

@@ -173,3 +173,8 @@ def test_a_new_series_gets_a_free_name_and_a_cut_off_one_its_own(
     with recording(second, other) as opened:
         opened.close(0)
     assert run_folder(run, store, other) == tmp_path / "day-3.rtfocus"
+    # A cut-off run is never replaced, a finished one is where that is allowed.
+    overwrite = StoreConfig(overwrite=True)
+    assert run_folder(run, overwrite, other) == tmp_path / "day-3.rtfocus"
+    check_run(first, repair=True)
+    assert run_folder(run, overwrite, other) == first
