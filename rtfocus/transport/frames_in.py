@@ -1,32 +1,9 @@
-"""Frames in: the socket that frames arrive on, and the state of its connection."""
-
-from collections.abc import Iterator
+"""Frames in: the socket that frames arrive on, one topic at a time."""
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from rtfocus.errors import ProtocolError
 from rtfocus.transport.sockets import Socket
-
-_EVENTS = zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_AUTH
-
-
-class Watch:
-    """Connection events of one socket; its PAIR joins a poller."""
-
-    def __init__(self, socket: Socket) -> None:
-        self._watched = socket
-        self.socket = socket.get_monitor_socket(_EVENTS)
-
-    def events(self) -> Iterator[zmq.Event]:
-        """Yield what happened since the last call."""
-        while self.socket.poll(0):
-            yield zmq.Event(recv_monitor_message(self.socket)["event"])
-
-    def close(self) -> None:
-        """Stop watching; before the watched socket is closed."""
-        self._watched.disable_monitor()
-        self.socket.close()
 
 
 class FramesIn:

@@ -186,7 +186,7 @@ class FrameReceiver:
         """Raise if no series can be hoped for."""
         if session.broken is not None:
             raise session.broken
-        if self._loop.key_refused:
+        if self._loop.is_key_refused:
             msg = (
                 "the publisher refuses this machine's CURVE key; copy client.key "
                 "into clients/ of its key folder and restart it"

@@ -10,9 +10,10 @@ from rtfocus.errors import ProtocolError
 from rtfocus.frame import Estimate
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
-from rtfocus.transport.frames_in import FramesIn, Watch
+from rtfocus.transport.frames_in import FramesIn
+from rtfocus.transport.link import PAUSE_S, Link
 from rtfocus.transport.session import Session
-from rtfocus.transport.sockets import Context, connect, control_client, frames_client
+from rtfocus.transport.sockets import Context, control_client, frames_client
 from rtfocus.transport.tally import Tally
 from rtfocus.transport.waker import Waker
 
@@ -35,8 +36,6 @@ class ReceiverLoop:
         self.session: Session | None = None
         self.turned = threading.Condition()
         """Notified after every turn, for those who wait for an answer."""
-        self.key_refused = False
-        """The publisher does not know our CURVE key."""
         self.estimates_dropped = 0
         self._estimate: Estimate | None = None
         self._estimate_lock = threading.Lock()
@@ -46,19 +45,23 @@ class ReceiverLoop:
         )
         self._frames = FramesIn(frames_client(context, config))
         self._control = control_client(context, config)
-        self._frames_watch = Watch(self._frames.socket)
-        self._control_watch = Watch(self._control)
-        connect(self._control, config.control, config.curve_keys)
-        connect(self._frames.socket, config.frames, config.curve_keys)
+        self._links = (
+            Link(self._frames.socket, config.frames, config.curve_keys),
+            Link(self._control, config.control, config.curve_keys),
+        )
         self._poller = zmq.Poller()
         self._poller.register(waker.fileno(), zmq.POLLIN)
         for socket in (
             self._frames.socket,
             self._control,
-            self._frames_watch.socket,
-            self._control_watch.socket,
+            *(link.monitor for link in self._links),
         ):
             self._poller.register(socket, zmq.POLLIN)
+
+    @property
+    def is_key_refused(self) -> bool:
+        """The publisher does not know our CURVE key."""
+        return any(link.is_key_refused for link in self._links)
 
     def offer_estimate(self, estimate: Estimate) -> None:
         """Have an estimate sent unless a newer one comes first; any thread."""
@@ -78,9 +81,11 @@ class ReceiverLoop:
         wait_s = 1.0
         if session is not None:
             wait_s = max(session.next_turn_s - time.monotonic(), 0.0)
+        if any(link.is_broken for link in self._links):
+            wait_s = min(wait_s, PAUSE_S)
         self._poller.poll(int(wait_s * 1000) + 1)
         self._waker.clear()
-        self._read_events()
+        self._look_after_links()
         # Frames first: control may say that no more will come.
         self._read_frames()
         self._read_control()
@@ -99,10 +104,8 @@ class ReceiverLoop:
         if self.session is not None and self.session.intake is not None:
             self.session.intake.stop()
         self._leave("receiver closed")
-        for watch in (self._frames_watch, self._control_watch):
-            watch.close()
-        self._frames.socket.close()
-        self._control.close()
+        for link in self._links:
+            link.close()
 
     def _read_frames(self) -> None:
         for _ in range(_FRAMES_PER_TURN):
@@ -130,20 +133,18 @@ class ReceiverLoop:
             if self.session is not None:
                 self.session.handle(message, time.monotonic())
 
-    def _read_events(self) -> None:
-        for event in self._frames_watch.events():
-            session = self.session
-            if event is not zmq.Event.DISCONNECTED or session is None:
-                continue
-            if session.intake is not None and not session.intake.arrivals.is_over:
-                # The connection is made again by itself; lost frames are a hole.
+    def _look_after_links(self) -> None:
+        session = self.session
+        is_running = session is not None and session.is_running
+        for link in self._links:
+            if link.look() and is_running and link.socket is self._frames.socket:
+                # Frames that were lost with it show as a hole.
                 self._tally.reject(
                     "disconnected",
                     "the frames connection broke: network, or a message of more "
                     "than transport.max_frame_mb",
                 )
-        for event in self._control_watch.events():
-            self.key_refused |= event is zmq.Event.HANDSHAKE_FAILED_AUTH
+            link.mend(time.monotonic())
 
     def _leave(self, reason: str) -> None:
         if self.session is not None:

@@ -132,6 +132,11 @@ class Session:
             )
 
     @property
+    def is_running(self) -> bool:
+        """Tell whether frames are wanted and have not ended."""
+        return self.intake is not None and not self.intake.arrivals.is_over
+
+    @property
     def is_complete(self) -> bool:
         """Tell whether the series has ended and all of it is durable."""
         if self.intake is None or self.intake.arrivals.end is None:
