@@ -27,6 +27,7 @@ _EMPTY_SHARE = 0.02
 # Range of a window, of full scale, from which on it surely holds a specimen.
 _VISIBLE = round(0.1 * FULL_SCALE)
 _DRAWS = 4
+_SHIFT = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,10 @@ class Batches:
         light = window.astype(np.float32) / np.float32(FULL_SCALE)
         if rng.random() < _EMPTY_SHARE:
             light *= 0
-        return label_crop(*photograph(light, entry.noise[place], rng), level)
+        crop, labels = label_crop(*photograph(light, entry.noise[place], rng), level)
+        # The median of a whole frame is another one than that of a crop.
+        crop += np.float32(rng.normal(0, _SHIFT))
+        return crop, labels
 
 
 def _cut(plane: Crop, side: int, rng: np.random.Generator) -> Crop:
@@ -129,7 +133,7 @@ def photograph(
     tuple
         The picture in counts, and the standard deviation of its noise in the dark.
     """
-    photons = float(np.exp(rng.uniform(np.log(150), np.log(8000))))
+    photons = float(np.exp(rng.uniform(np.log(200), np.log(10000))))
     glow = float(np.exp(rng.uniform(np.log(0.003), np.log(0.25)))) * photons
     read_noise = float(rng.uniform(0.8, 4.0))
     electrons = light * np.float32(photons) + np.float32(glow)
@@ -152,7 +156,7 @@ def label_crop(
     empty = _BACKGROUND_RULE.tiles(
         counts,
         tile_px=GEOMETRY.tile_px,
-        stride_px=GEOMETRY.stride_px,
+        stride_px=GEOMETRY.cell_px,
         start_px=GEOMETRY.centre_px - GEOMETRY.tile_px // 2,
         noise=noise,
     )

@@ -107,6 +107,7 @@ class DelpNet(nn.Module):
             channels = width
         self.features = nn.Sequential(*layers)
         self.dense = nn.Conv2d(channels, labels, 1)
+        self.stride_cells = GEOMETRY.stride_cells
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Return logits (N, label, row, column) of frames or patches (N, 1, H, W).
@@ -116,7 +117,7 @@ class DelpNet(nn.Module):
         """
         cells = self.features(tiles)
         pooled = nn.functional.max_pool2d(
-            cells, GEOMETRY.tile_cells, stride=GEOMETRY.stride_cells
+            cells, GEOMETRY.tile_cells, stride=self.stride_cells
         )
         logits: Tensor = self.dense(pooled)
         return logits

@@ -72,6 +72,8 @@ class Trainer:
         )
         self.network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.network)
+        # In training every position of a tile counts: more to learn per crop.
+        self.network.stride_cells = 1
         self._optimiser = torch.optim.AdamW(
             self.network.parameters(),
             lr=recipe.optimiser.rate,
