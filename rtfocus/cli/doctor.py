@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rtfocus import __version__
 from rtfocus.config import Config
+from rtfocus.config.reference import reference
 from rtfocus.errors import EngineError
 from rtfocus.findings import Finding
 from rtfocus.microscope.diagnosis import describe as describe_microscope
@@ -48,7 +51,9 @@ def doctor() -> None:
             mark, missing = "[red]missing[/]", True
         else:
             mark = "[dim]optional[/]"
-        table.add_row(mark, finding.topic, finding.found, finding.remedy or "")
+        table.add_row(
+            mark, finding.topic, escape(finding.found), escape(finding.remedy or "")
+        )
     Console().print(table)
     if missing:
         raise typer.Exit(1)
@@ -67,11 +72,18 @@ def engines() -> None:
     Console().print(table)
 
 
-def configs() -> None:
+def configs(
+    show_reference: Annotated[
+        bool, typer.Option("--reference", help="Print every key as Markdown instead.")
+    ] = False,
+) -> None:
     """List the configs that come with rtfocus; copy one to make your own.
 
     [bold]Example:[/] rtfocus configs
     """
+    if show_reference:
+        typer.echo(reference(), nl=False)
+        return
     for path in sorted(resource_folder("configs").glob("*.yaml")):
         first = path.read_text("utf-8").splitlines()[0].lstrip("# ")
         typer.echo(f"{path.stem:16} {first}\n{'':16} {path}")

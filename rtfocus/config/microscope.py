@@ -50,9 +50,13 @@ class VirtualMicroscopeConfig(Section):
     """Camera, z-stage and xy-stage that image a specimen through a PSF."""
 
     source: Literal["virtual"] = "virtual"
+    """Which microscope: this one."""
     height_px: Px = 512
+    """Rows of a frame."""
     width_px: Px = 512
+    """Columns of a frame."""
     bit_depth: Literal[8, 12, 16] = 12
+    """Significant bits of a pixel."""
     rgb: bool = False
     """Colour camera: frames are (y, x, 3)."""
     specimen: SpecimenConfig = SpecimenConfig()
@@ -81,6 +85,7 @@ class DemoCameraConfig(Section):
     """Micro-Manager's own DemoCamera with its demo configuration."""
 
     source: Literal["democamera"] = "democamera"
+    """Which microscope: this one."""
     adapter_path: Path | None = None
     """Folder of the device adapters; None: those of package mm-test-adapters."""
     config_file: Path | None = None
@@ -95,6 +100,7 @@ class MicroManagerConfig(Section):
     """Your own microscope through its Micro-Manager configuration."""
 
     source: Literal["micromanager"]
+    """Which microscope: this one."""
     config_file: Path
     """Your Micro-Manager ``.cfg``."""
     adapter_paths: list[Path] = []
@@ -111,6 +117,7 @@ class ReplayConfig(Section):
     """Recorded images, sent as if they were being acquired."""
 
     source: Literal["replay"]
+    """Which microscope: this one."""
     path: Path
     """TIFF, OME-TIFF, PNG, OME-Zarr or a folder of images in name order."""
     frames_per_s: Annotated[float, Field(gt=0)] | None = None
