@@ -48,7 +48,10 @@ def acquire(
     on_frame: Callable[[FrameHeader], None] = lambda _: None,
 ) -> AcquisitionReport:
     """Run the microscope side: acquire one series and send it until it is durable."""
-    with FramePublisher(config.transport) as publisher:
+    with (
+        FramePublisher(config.transport) as publisher,
+        _when(stop.is_set, publisher.stop),
+    ):
         on_publisher(publisher)
         return acquire_frames(config, publisher, stop=stop, on_frame=on_frame)
 

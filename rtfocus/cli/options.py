@@ -37,7 +37,8 @@ def find_config(name: str) -> Path:
         If it is neither; lists the shipped names.
     """
     path = Path(name)
-    if path.exists():
+    # A run folder or a data folder may well be called like a shipped config.
+    if path.is_file():
         return path
     folder = resource_folder("configs")
     shipped = folder / f"{name}.yaml"
