@@ -2,8 +2,8 @@
 
 Signal power falls with frequency as ``A / f^3`` (edges and texture of cells), so
 that the filter is ``H* / (|H|^2 + k f^3)`` with one number ``k = noise / A``,
-which is read from the frame's own spectrum. At f = 0 the gain is exactly 1:
-brightness is kept whatever the noise.
+which is read from the frame's own spectrum. The gain is limited, and exactly 1
+at f = 0: brightness is kept whatever the noise.
 """
 
 from typing import Any
@@ -20,6 +20,10 @@ _BAND = (0.02, 0.1)
 # The power in the band overrates that at high frequencies; chosen on the real
 # pairs and on blurred nuclei, see bench/deconvolution.py.
 _CAUTION = 4.0
+# No PSF is exact: where its OTF is nearly zero, a slightly wrong one is amplified
+# into rings. This limit costs 0.7 dB on average where the PSF is exact and gains
+# 6 dB on real fields restored with the nominal PSF (which then beat the raw frame).
+_HIGHEST_GAIN = np.float32(3.0)
 
 
 class WienerFilter:
@@ -64,7 +68,7 @@ class WienerFilter:
             gain /= self._power + np.float32(self._given)
         else:
             ratio = np.float32(self.noise_ratio(spectrum, variance))
-            gain = self._back / (self._power + ratio * self._rise)
+            gain = _limit(self._back / (self._power + ratio * self._rise))
         restored = fft.irfft2(
             spectrum * gain, s=self._shape, workers=workers, overwrite_x=True
         )
@@ -80,6 +84,15 @@ class WienerFilter:
         if signal <= 0.0 or self._band_power <= 0.0:
             return 1.0
         return _CAUTION * variance * self._band_power / signal
+
+
+def _limit(gain: NDArray[Any]) -> NDArray[Any]:
+    """Keep the gain within `_HIGHEST_GAIN`, phases as they are."""
+    if np.isrealobj(gain):
+        return np.clip(gain, -_HIGHEST_GAIN, _HIGHEST_GAIN, out=gain)
+    size = np.maximum(np.abs(gain), _HIGHEST_GAIN)
+    gain *= _HIGHEST_GAIN / size
+    return gain
 
 
 def _inverse_signal(shape: tuple[int, int]) -> Image:

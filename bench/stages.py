@@ -1,0 +1,241 @@
+"""Stages bench: every processing stage of one 512 x 512 frame alone, wall and CPU.
+
+The frame is a tilted surface, six defocus levels at once. Classification is
+compared with a bare OpenVINO loop on the same tensors, both taking turns, so that
+load from outside hits both; labels are compared with ONNX Runtime in f32.
+
+Run: python bench/stages.py [--engine delpnet] [--rounds 60] [--size 512]
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config.processor import CameraConfig
+from rtfocus.optics.blur import blur_depth_variant
+from rtfocus.optics.specimens import draw_specimen
+from rtfocus.processing.classifier import FrameClassifier, Prepared, fit_frame
+from rtfocus.processing.correction import CameraCorrection
+from rtfocus.processing.engines.backends import Request, choose_backend
+from rtfocus.processing.engines.card import EngineCard, verified_file
+from rtfocus.processing.engines.fit import parts
+from rtfocus.processing.engines.openvino_import import import_openvino
+from rtfocus.processing.engines.registry import FoundEngine, find_engine
+from rtfocus.processing.plan import level_psfs
+from rtfocus.processing.restoration import METHODS, DepthVariantRestorer
+from rtfocus.processing.tiling import Montage
+
+sys.path.insert(0, str(Path(__file__).parent))
+import machine
+
+OFFSET = 100
+PATCH_PX = 84
+"""Side of the paper's patch, the unit of patch-equivalents."""
+
+
+def tilted_frame(side: int, optics: OpticalSystem, step_um: float) -> np.ndarray:
+    """Expose nuclei on a surface that falls from focus to level 5."""
+    rng = np.random.default_rng(1)
+    sharp = draw_specimen("nuclei", (side, side), rng)
+    depth = np.linspace(0, 5 * step_um, side, dtype=np.float32)
+    surface = np.broadcast_to(depth[:, None], sharp.shape)
+    seen = np.maximum(blur_depth_variant(sharp, surface, optics), 0)
+    return (rng.poisson(seen * 2500 + 20) + OFFSET).astype(np.uint16)
+
+
+def open_classifier(
+    found: FoundEngine,
+    shape: tuple[int, int],
+    backend: str,
+    precision: str,
+    threads: int,
+) -> FrameClassifier:
+    """Open an engine for frames of a shape."""
+    card = found.card
+    fit = fit_frame(card.input, shape)
+    engine = choose_backend(backend).open_engine(
+        Request(
+            name=card.name,
+            model=verified_file(found.folder, card),
+            input_name=card.input.name,
+            output_name=card.output.name,
+            shape=(1, 1, *fit.padded),
+            precision=precision,
+            threads=threads,
+        )
+    )
+    return FrameClassifier(card, engine, fit, step_um=card.levels.step_um, quantum=1.0)
+
+
+def bare_openvino(
+    found: FoundEngine, prepared: Prepared, precision: str, threads: int
+) -> Callable[[], Any]:
+    """Return the least that runs the network: one request on a shared tensor."""
+    openvino = import_openvino()
+    core = openvino.Core()
+    network = core.read_model(verified_file(found.folder, found.card))
+    network.reshape({found.card.input.name: list(prepared.tiles.shape)})
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+    }
+    request = core.compile_model(network, "CPU", options).create_infer_request()
+    request.set_input_tensor(openvino.Tensor(prepared.tiles, shared_memory=True))
+    return request.infer
+
+
+def take_turns(
+    steps: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Run every step once per round; medians in ms, warm-up left out."""
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 2):
+        for name, step in steps.items():
+            begun, used = time.perf_counter(), time.process_time()
+            step()
+            if turn >= 2:
+                wall[name].append((time.perf_counter() - begun) * 1e3)
+                cpu[name].append((time.process_time() - used) * 1e3)
+    return {
+        name: {
+            "wall_ms": statistics.median(wall[name]),
+            "wall_p95_ms": float(np.percentile(wall[name], 95)),
+            "cpu_ms": statistics.median(cpu[name]),
+        }
+        for name in steps
+    }
+
+
+def agreement(found: FoundEngine, frame: np.ndarray, precisions: list[str]) -> dict:
+    """Share of labels equal to ONNX Runtime f32, over shifted views of the frame."""
+    shape = (frame.shape[0] - 64, frame.shape[1] - 64)
+    views = [
+        np.ascontiguousarray(frame[y : y + shape[0], x : x + shape[1]], np.float32)
+        for y in range(0, 64, 16)
+        for x in range(0, 64, 16)
+    ]
+    reference = open_classifier(found, shape, "onnxruntime", "f32", 1)
+    wanted = [reference.classify(reference.prepare(view)).level for view in views]
+    result = {}
+    for precision in precisions:
+        ours = open_classifier(found, shape, "openvino", precision, 1)
+        got = [ours.classify(ours.prepare(view)).level for view in views]
+        result[precision] = float(np.mean(np.equal(got, wanted)))
+    return result
+
+
+def restorations(
+    card: EngineCard, frame: np.ndarray, classifier: FrameClassifier
+) -> dict[str, Callable[[], Any]]:
+    """Return a step per method, with the labels that the tilt really has."""
+    _, optics = parts(card)
+    psfs = level_psfs(card, optics.reference)
+    grid = classifier.grid
+    centres = grid.origin_px + grid.stride_px * np.arange(grid.rows)
+    rows = np.rint(5 * np.clip(centres / frame.shape[0], 0, 1)).astype(np.int16)
+    labels = np.repeat(rows[:, None], grid.columns, axis=1)
+    signal = frame.astype(np.float32) - OFFSET
+    montage = Montage(grid, frame.shape)
+    steps = {}
+    for method in METHODS:
+        restorer = DepthVariantRestorer(montage, psfs, method=method)
+        out = np.empty_like(signal)
+        steps[f"restore {method}"] = lambda r=restorer, o=out: r.restore(
+            signal, labels, o, quantum=1.0
+        )
+    return steps
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Time every stage and compare with the bare runtime."""
+    folders = [options.engines] if options.engines else []
+    found = find_engine(options.engine, folders)
+    levels, optics = parts(found.card)
+    frame = tilted_frame(options.size, optics.reference, levels.step_um)
+    camera = CameraConfig(offset_counts=OFFSET)
+    correction = CameraCorrection(camera, frame.shape, frame.dtype)
+    signal = np.empty(frame.shape, np.float32)
+    correction.to_signal(frame, signal)
+    counts = np.empty_like(frame)
+    fastest = open_classifier(found, frame.shape, "openvino", "auto", options.threads)
+    prepared = fastest.prepare(signal)
+    precisions = sorted({"f32", fastest.precision})
+    steps: dict[str, Callable[[], Any]] = {
+        "correct": lambda: correction.to_signal(frame, signal),
+        "normalise": lambda: fastest.prepare(signal),
+        "to counts": lambda: correction.to_counts(signal.copy(), counts, None),
+    }
+    for precision in precisions:
+        ours = open_classifier(
+            found, frame.shape, "openvino", precision, options.threads
+        )
+        steps[f"classify {precision}"] = lambda c=ours: c.classify(prepared)
+        steps[f"bare openvino {precision}"] = bare_openvino(
+            found, prepared, precision, options.threads
+        )
+    reference = open_classifier(
+        found, frame.shape, "onnxruntime", "f32", options.threads
+    )
+    steps["classify onnxruntime"] = lambda: reference.classify(prepared)
+    stages = take_turns(steps, options.rounds)
+    slow = restorations(found.card, frame, fastest)
+    stages |= take_turns(slow, max(3, options.rounds // 4))
+    best = f"classify {fastest.precision}"
+    bare = f"bare openvino {fastest.precision}"
+    per_second = 1e3 / stages[best]["wall_ms"]
+    return {
+        "engine": found.name,
+        "precision": fastest.precision,
+        "threads": options.threads,
+        "shape": list(frame.shape),
+        "rounds": options.rounds,
+        "stages": stages,
+        "ratio_to_bare_openvino": stages[bare]["wall_ms"] / stages[best]["wall_ms"],
+        "tiles_per_s": per_second * fastest.grid.rows * fastest.grid.columns,
+        "patch_equivalents_per_s": per_second * frame.size / PATCH_PX**2,
+        "labels_equal_to_onnxruntime_f32": agreement(found, frame, precisions),
+    }
+
+
+def main() -> None:
+    """Measure, print the ratios and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--engine", default="delpnet")
+    parser.add_argument("--engines", type=Path, help="folder of further engines")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a few rounds only")
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.size = 3, 256
+    figures = measure(options)
+    for name, times in figures["stages"].items():
+        print(f"{name:42} {times['wall_ms']:8.2f} ms  cpu {times['cpu_ms']:8.2f} ms")
+    for name, share in figures["labels_equal_to_onnxruntime_f32"].items():
+        print(f"labels equal to ONNX Runtime f32, {name}: {share:.4f}")
+    print(
+        f"{figures['patch_equivalents_per_s']:.0f} patch-equivalents of 84 x 84/s, "
+        f"{figures['tiles_per_s']:.0f} tiles/s"
+    )
+    print(
+        f"classification / bare OpenVINO ({figures['precision']}): "
+        f"{figures['ratio_to_bare_openvino']:.3f}"
+    )
+    print(machine.write("stages", figures, options.out))
+
+
+if __name__ == "__main__":
+    main()
