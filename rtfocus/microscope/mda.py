@@ -52,6 +52,7 @@ class PlannedAcquisition:
         self._observations = Observations()
         self._engine = RecordingEngine(core, on_start=self._begin, on_lost=self._lose)
         self._last_planned_s: float | None = None
+        self._clock_offset_s = 0.0
         self._delivery: Delivery | None = None
         self._failure: Exception | None = None
         self._broken_off: str | None = None
@@ -133,10 +134,12 @@ class PlannedAcquisition:
         start_s = end_s - exposure_ms / 1e3
         planned_s = event.min_start_time
         if planned_s is not None:
-            # An event may restart the plan's clock; both times count from the
-            # beginning of the series.
-            elapsed_s = runner.seconds_elapsed()
-            planned_s += max(0.0, elapsed_s - runner.event_seconds_elapsed())
+            if event.reset_event_timer:
+                # The event restarted the plan's clock; here all times count from
+                # the beginning of the series.
+                elapsed_s = runner.seconds_elapsed()
+                self._clock_offset_s = elapsed_s - runner.event_seconds_elapsed()
+            planned_s += self._clock_offset_s
             # All images of one time point share its planned time; only the first
             # can be late.
             if self._plan.interval_s and event.min_start_time != self._last_planned_s:
