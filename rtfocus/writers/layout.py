@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import ValidationError
 
 from rtfocus.errors import WriterError
 from rtfocus.frame import Position
@@ -66,17 +67,42 @@ def image_groups(folder: Path, header: RunHeader, spec: ImageSpec) -> list[Path]
 
 
 def write_groups(folder: Path, header: RunHeader, specs: list[ImageSpec]) -> None:
-    """Write all group metadata of a new run: complete before frame 0."""
+    """Write all group metadata of a new run: complete before frame 0.
+
+    Raises
+    ------
+    WriterError
+        If the series says something that OME-Zarr 0.5 does not allow.
+    """
+    try:
+        documents = _documents(folder, header, specs)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        msg = (
+            f"series '{header.series.name}' does not fit OME-Zarr 0.5: {place} "
+            f"{fault['input']!r}: {fault['msg']}"
+        )
+        raise WriterError(msg) from error
+    for group, attributes in documents.items():
+        write_group(group, attributes, fsync=header.store.fsync)
+
+
+def _documents(
+    folder: Path, header: RunHeader, specs: list[ImageSpec]
+) -> dict[Path, dict[str, Any]]:
+    """Return the attributes of every group, outer groups first."""
+    documents: dict[Path, dict[str, Any]] = {}
     for spec in specs:
         if spec.name != CONFIDENCE:
-            _write_collection(store_path(folder, spec.name), header, spec)
+            documents |= _collection(store_path(folder, spec.name), header)
         groups = image_groups(folder, header, spec)
         for position, group in zip(header.series.positions, groups, strict=True):
-            attributes = {
+            documents[group] = {
                 "ome": image_document(header, spec, f"{position.name} {spec.name}"),
                 "rtfocus": _description(header, spec, position),
             }
-            write_group(group, attributes, fsync=header.store.fsync)
+    return documents
 
 
 def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None:
@@ -110,22 +136,20 @@ def update_attributes(
     write_json(path, document, fsync=fsync)
 
 
-def _write_collection(root: Path, header: RunHeader, spec: ImageSpec) -> None:
-    """Write what lies above the images: plate and wells, or the series list."""
-    positions, fsync = header.series.positions, header.store.fsync
-    paths = position_paths(positions)
+def _collection(root: Path, header: RunHeader) -> dict[Path, dict[str, Any]]:
+    """Return what lies above the images: plate and wells, or the series list."""
+    positions = header.series.positions
     if is_plate(positions):
-        plate = plate_document(header.series.name, positions)
-        write_group(root, {"ome": plate}, fsync=fsync)
+        found = {root: {"ome": plate_document(header.series.name, positions)}}
         for row, column in sorted({well_of(p) for p in positions}):
             fields = [str(p.field) for p in positions if well_of(p) == (row, column)]
-            write_group(root / row, {}, fsync=fsync)
-            well = well_document(fields)
-            write_group(root / row / column, {"ome": well}, fsync=fsync)
-    elif len(positions) > 1:
-        top, series = series_documents(paths)
-        write_group(root, {"ome": top}, fsync=fsync)
-        write_group(root / "OME", {"ome": series}, fsync=fsync)
+            found[root / row] = {}
+            found[root / row / column] = {"ome": well_document(fields)}
+        return found
+    if len(positions) == 1:
+        return {}
+    top, series = series_documents(position_paths(positions))
+    return {root: {"ome": top}, root / "OME": {"ome": series}}
 
 
 def _description(

@@ -321,6 +321,14 @@ def test_positions_in_the_same_well_field_are_refused(tmp_path: Path) -> None:
         recording(tmp_path / "run.rtfocus", series).__enter__()
 
 
+def test_a_well_name_that_is_no_folder_name_is_refused(tmp_path: Path) -> None:
+    well = Position("w", plate_row="../B", plate_column="03")
+    series = make_series(positions=[well])
+    with pytest.raises(WriterError, match=r"does not fit OME-Zarr 0\.5.*'\.\./B'"):
+        recording(tmp_path / "run.rtfocus", series).__enter__()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run.rtfocus"]
+
+
 def test_sizes_that_disagree_with_their_lists_are_refused(tmp_path: Path) -> None:
     series = make_series(sizes={"t": 1, "c": 2})
     with pytest.raises(WriterError, match="plans 2 along c but lists 1"):
