@@ -15,8 +15,9 @@ class CameraConfig(Section):
 
     offset_counts: Annotated[float, Field(ge=0)] = 0.0
     """Counts in the dark; subtracted before anything else."""
-    gain_e_per_count: Annotated[float, Field(gt=0)] = 1.0
-    """Photo-electrons per count."""
+    gain_e_per_count: Annotated[float, Field(gt=0)] | None = None
+    """Photo-electrons per count: tells Wiener the photon noise; None: it reads the
+    noise from each frame alone."""
     flat_field: Path | None = None
     """Image of an even field; frames are divided by it (mean 1 after scaling)."""
     saturation_counts: Annotated[float, Field(gt=0)] | None = None

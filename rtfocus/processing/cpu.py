@@ -107,7 +107,7 @@ class CpuProcessor:
         Returns the grid of the defocus maps; None where no channel is classified.
         """
         self.close()
-        total = self._config.processing.threads or os.cpu_count() or 1
+        total = self._config.processing.threads or _usable_cores()
         threads = share_threads(total)
         self._series = series
         try:
@@ -228,6 +228,13 @@ class CpuProcessor:
                     job.finished.set()
         except AbortedError:
             return
+
+
+def _usable_cores() -> int:
+    """Return the cores this process may use, which a container or job limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _attempt(step: Callable[[_Job], None], job: _Job) -> bool:

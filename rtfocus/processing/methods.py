@@ -38,6 +38,7 @@ def make_restorer(
     settings: RestorationConfig,
     montage: Montage,
     psfs: Mapping[int, Image],
+    gain_e_per_count: float | None = None,
 ) -> Restorer:
     """Make one of `METHODS` with the parameters of the config."""
     if method == TileRestorer.method:
@@ -50,5 +51,6 @@ def make_restorer(
         method=method,
         iterations=settings.iterations,
         noise_to_signal=settings.noise_to_signal,
+        gain_e_per_count=gain_e_per_count,
         halo_px=settings.halo_px,
     )

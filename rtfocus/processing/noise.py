@@ -1,4 +1,4 @@
-"""Noise: how strong it is in a frame, told from the frame itself."""
+"""Noise: how strong it is in a frame, told from the frame and the camera's gain."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,3 +42,16 @@ def noise_variance(image: Image, quantum: float = 0.0) -> float:
     power = np.square(diagonal_detail(image)).ravel()
     kept = max(1, int((1.0 - _EDGES) * power.size))
     return max(float(np.partition(power, kept - 1)[:kept].mean()), floor)
+
+
+def photon_variance(image: Image, gain_e_per_count: float) -> float:
+    """Return the mean variance of photon noise, in counts squared.
+
+    Parameters
+    ----------
+    image
+        Counts above the camera's offset.
+    gain_e_per_count
+        Photo-electrons per count.
+    """
+    return float(np.maximum(image, 0).mean()) / gain_e_per_count

@@ -110,6 +110,7 @@ def plan_channel(
         restoration,
         Montage(classifier.grid, shape, restoration.window),
         level_psfs(found.card, optics),
+        config.camera.gain_e_per_count,
     )
     engines["restorer"] = f"{restoration.method}@builtin"
     return ChannelPlan(channel.name, correction, classifier, restorer, None, engines)

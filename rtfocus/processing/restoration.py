@@ -24,15 +24,16 @@ from rtfocus.processing.accelerated import (
 )
 from rtfocus.processing.context import read_region
 from rtfocus.processing.fourier import crop, padded_shape, transfer_function
-from rtfocus.processing.noise import noise_variance
+from rtfocus.processing.noise import noise_variance, photon_variance
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, iterate
 from rtfocus.processing.tiling import Montage, Region
 from rtfocus.processing.wiener import WienerFilter
 
 Image = NDArray[np.float32]
 
-# Filters kept per method; regions of changing size share good transform sizes.
-_CACHED_FILTERS = 64
+# Filters kept, in elements of their half spectra: 200 MB for Wiener. Regions of
+# changing size share good transform sizes; one per level always fits.
+_CACHED_ELEMENTS = 1 << 24
 
 
 class Deconvolution(Protocol):
@@ -47,14 +48,23 @@ class WienerDeconvolution:
     """The linear filter, strength read from each image."""
 
     def __init__(
-        self, psf: Image, shape: tuple[int, int], noise_to_signal: float | None
+        self,
+        psf: Image,
+        shape: tuple[int, int],
+        *,
+        noise_to_signal: float | None,
+        gain_e_per_count: float | None,
     ) -> None:
         transfer = transfer_function(psf, shape)
         self._filter = WienerFilter(transfer, shape, noise_to_signal)
+        self._gain = gain_e_per_count
 
     def restore(self, padded: Image, quantum: float, workers: int) -> Image:
         """Restore with one forward and one inverse transform."""
         variance = noise_variance(padded, quantum)
+        if self._gain is not None:
+            # A camera that smooths or compresses hides its noise from the frame.
+            variance = max(variance, photon_variance(padded, self._gain))
         spectrum = fft.rfft2(padded, workers=workers)
         return self._filter.apply(spectrum, variance, workers)
 
@@ -108,6 +118,8 @@ class DepthVariantRestorer:
         Of Richardson-Lucy; None: 15, accelerated 4.
     noise_to_signal
         Of Wiener; None: estimated per frame and level.
+    gain_e_per_count
+        Of the camera, for that estimate; None: from the frame alone.
     halo_px
         Context around a region; None: half the side of the PSF, which holds 99 %
         of its energy.
@@ -123,6 +135,7 @@ class DepthVariantRestorer:
         method: str = "wiener",
         iterations: int | None = None,
         noise_to_signal: float | None = None,
+        gain_e_per_count: float | None = None,
         halo_px: int | None = None,
         workers: int = 1,
     ) -> None:
@@ -134,6 +147,7 @@ class DepthVariantRestorer:
         self._psfs = dict(psfs)
         self._iterations = iterations
         self._noise_to_signal = noise_to_signal
+        self._gain = gain_e_per_count
         self._halos = {
             level: psf_radius_px(psf, 1.0) if halo_px is None else halo_px
             for level, psf in self._psfs.items()
@@ -199,13 +213,25 @@ class DepthVariantRestorer:
                 self._filters.move_to_end(key)
             else:
                 self._filters[key] = self._build(self._psfs[level], shape)
-                if len(self._filters) > _CACHED_FILTERS:
-                    self._filters.popitem(last=False)
+                self._forget_oldest()
             return self._filters[key]
+
+    def _forget_oldest(self) -> None:
+        """Drop filters beyond the bound, but never those of one whole frame."""
+        sizes = [shape[0] * (shape[1] // 2 + 1) for _, shape in self._filters]
+        bound = max(_CACHED_ELEMENTS, len(self._psfs) * max(sizes))
+        while sum(sizes) > bound:
+            self._filters.popitem(last=False)
+            sizes.pop(0)
 
     def _build(self, psf: Image, shape: tuple[int, int]) -> Deconvolution:
         if self.method == "wiener":
-            return WienerDeconvolution(psf, shape, self._noise_to_signal)
+            return WienerDeconvolution(
+                psf,
+                shape,
+                noise_to_signal=self._noise_to_signal,
+                gain_e_per_count=self._gain,
+            )
         accelerated = self.method == "richardson_lucy_accelerated"
         usual = ACCELERATED_ITERATIONS if accelerated else DEFAULT_ITERATIONS
         return RichardsonLucyDeconvolution(

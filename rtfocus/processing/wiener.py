@@ -6,6 +6,7 @@ which is read from the frame's own spectrum. The gain is limited, and exactly 1
 at f = 0: brightness is kept whatever the noise.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,7 @@ def _limit(gain: NDArray[Any]) -> NDArray[Any]:
     return gain
 
 
+@lru_cache(maxsize=32)
 def _inverse_signal(shape: tuple[int, int]) -> Image:
     """f^3 over the half spectrum, f in cycles per pixel."""
     rows = np.fft.fftfreq(shape[0])[:, None]

@@ -353,3 +353,19 @@ def test_missing_engine_says_what_was_looked_for_and_where(open_kind, engine_fol
     with pytest.raises(EngineError, match=r"'nosuch' not found.*there: .*sharp"):
         processor.start(series_for(), 1)
     processor.close()
+
+
+def test_estimates_do_not_wait_for_restorations(open_kind, engine_folder, frames):
+    config = config_for(
+        engine_folder,
+        restoration={"method": "richardson_lucy", "iterations": 150},
+    )
+    processor = open_kind(config)
+    pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+    processor.start(series_for(), SLOTS)
+    slots = [submit(processor, pool, i, frames[5]) for i in range(SLOTS)]
+    estimated = [processor.wait_estimate(slot)[0].estimated_ns for slot in slots]
+    restore_ms = [processor.wait_result(slot).stage_ms["restore"] for slot in slots]
+    # All estimates together came sooner than the restorations can have ended.
+    assert (max(estimated) - min(estimated)) * 1e-6 < sum(restore_ms[:-1]) / 2
+    processor.close()

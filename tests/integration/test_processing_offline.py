@@ -160,3 +160,29 @@ def test_labels_of_the_shipped_engine_equal_the_reference(shared_data: Path, pre
     theirs.close()
     assert np.concatenate(equal).size > 1000
     assert np.mean(equal) >= 0.99
+
+
+def test_an_engine_folder_can_name_a_built_in_restoration(config, images, tmp_path):
+    (tmp_path / "mine").mkdir()
+    card = "name: mine\nkind: restorer\nimplementation: builtin:richardson_lucy\n"
+    (tmp_path / "mine" / "engine.yaml").write_text(card, "utf-8")
+    raw = config.model_dump(mode="json")
+    raw["processing"]["engine_folders"].append(str(tmp_path))
+    results = []
+    for method in ("mine", "richardson_lucy", "wiener"):
+        raw["processing"]["restoration"]["method"] = method
+        with ImageProcessor(parse_config(raw)) as processor:
+            results.append(processor.restore(images[0]))
+    assert results[0].engines["restorer"] == "mine@builtin"
+    np.testing.assert_array_equal(results[0].restored, results[1].restored)
+    assert np.any(results[0].restored != results[2].restored)
+
+
+def test_a_classifier_cannot_restore(config, images):
+    raw = config.model_dump(mode="json")
+    raw["processing"]["restoration"]["method"] = "sharpness"
+    with (
+        ImageProcessor(parse_config(raw)) as processor,
+        pytest.raises(EngineError, match=r"'sharpness' is a classifier.*built in are"),
+    ):
+        processor.restore(images[0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import TileGrid
@@ -223,3 +224,28 @@ def test_noise_is_measured_on_a_defocused_frame(sigma, sharp, psfs):
     frame = blur(sharp, psfs[4]) + rng.normal(0, sigma, SHAPE).astype(np.float32)
     assert noise_variance(frame) == pytest.approx(sigma**2, rel=0.15)
     assert noise_variance(np.zeros((9, 9), np.float32), quantum=1.0) == 1 / 12
+
+
+def test_a_known_gain_is_believed_where_the_frame_hides_its_noise(exposed, psfs):
+    labels = np.full((5, 5), 5, np.int16)
+    smoothed = gaussian_filter(exposed[5], 1.0)
+
+    def sharpened(**options):
+        return np.abs(restore(smoothed, labels, psfs, **options) - smoothed).mean()
+
+    assert sharpened(gain_e_per_count=1.0) < sharpened()
+
+
+def test_filters_are_kept_within_a_bound(exposed, psfs, monkeypatch):
+    monkeypatch.setattr("rtfocus.processing.restoration._CACHED_ELEMENTS", 60_000)
+    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        labels = rng.integers(0, 11, (5, 5)).astype(np.int16)
+        out = np.empty(SHAPE, np.float32)
+        restorer.restore(exposed[5], labels, out, quantum=1.0)
+        expected = restore(exposed[5], labels, psfs)
+        np.testing.assert_array_equal(out, expected)
+    sizes = [h * (w // 2 + 1) for _, (h, w) in restorer._filters]
+    assert sum(sizes) <= max(60_000, len(psfs) * max(sizes))
+    assert len(sizes) < 40

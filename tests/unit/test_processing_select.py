@@ -1,0 +1,31 @@
+"""The choice of a frame processor says why."""
+
+import pytest
+
+from rtfocus.config import parse_config
+from rtfocus.errors import EngineError
+from rtfocus.processing.cpu import CpuProcessor
+from rtfocus.processing.plan import share_threads
+from rtfocus.processing.select import open_processor
+
+
+def test_auto_takes_the_cpu_and_says_why_not_the_gpu(caplog):
+    caplog.set_level("INFO")
+    processor = open_processor(parse_config({}))
+    assert isinstance(processor, CpuProcessor)
+    assert "frame processor: cpu (not gpu: this version has no GPU" in caplog.text
+    processor.close()
+
+
+def test_a_gpu_that_is_demanded_and_missing_is_an_error():
+    config = parse_config({"processing": {"device": "gpu"}})
+    with pytest.raises(EngineError, match=r"'gpu'.*set processing\.device to cpu"):
+        open_processor(config)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 8, 64])
+def test_threads_are_shared_so_that_each_side_has_some(total):
+    threads = share_threads(total)
+    assert threads.classify >= 1
+    assert 1 <= threads.restore <= 4
+    assert threads.classify + threads.restore <= max(total, 2)
