@@ -1,4 +1,4 @@
-"""Loop: is the whole faster than its parts in a row, and is nothing lost?
+"""Loop: how much of what its parts allow does the whole reach, and is nothing lost.
 
 Every stage is measured alone in CPU seconds per frame, the virtual microscope
 included. Two cores could at best do ``2 / sum`` frames/s; the ratio printed is
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,7 @@ import numpy as np
 import psutil
 
 from bench import machine
-from rtfocus.cli.options import read_config
-from rtfocus.config import Config
+from rtfocus.config import Config, load_config
 from rtfocus.frame import FrameHeader, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.microscope.acquisition import acquire
@@ -33,6 +33,8 @@ from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver
 from rtfocus.writers.run import open_run
+
+CONFIG = Path(__file__).with_name("loop.yaml")
 
 
 class KeepingSink:
@@ -44,22 +46,27 @@ class KeepingSink:
         self._keep = keep
 
     def start(self, series: SeriesStart) -> None:
+        """Note the series."""
         self.series = series
         size = int(np.prod(series.shape)) * np.dtype(series.dtype).itemsize
         self._pool = SlotPool(4, size)
 
     def acquire(self) -> Slot:
+        """Return a slot at once: nobody holds them for long."""
         slot = self._pool.acquire()
         assert slot is not None
         return slot
 
     def publish(self, slot: Slot) -> None:
+        """Keep a copy of the first frames."""
         if len(self.frames) < self._keep:
             self.frames.append((slot.frame(), slot.pixels.copy()))
         self._pool.release(slot)
 
     def end(self, reason: str) -> None:
-        del reason
+        """Accept whatever ended the series."""
+        if reason != "completed":
+            raise SystemExit(f"the virtual microscope ended: {reason}")
 
 
 def cpu_ms_per_frame(work: Callable[[], int]) -> float:
@@ -69,7 +76,7 @@ def cpu_ms_per_frame(work: Callable[[], int]) -> float:
     return (time.process_time() - begun) * 1e3 / frames
 
 
-def measure_simulator(config: Config, frames: int) -> tuple[float, KeepingSink]:
+def measure_simulator(config: Config) -> tuple[float, KeepingSink]:
     """Measure Micro-Manager's core with the virtual devices and the frame handler."""
     sink = KeepingSink(keep=16)
     # Planes of the specimen are blurred on first use: that is set-up.
@@ -77,7 +84,6 @@ def measure_simulator(config: Config, frames: int) -> tuple[float, KeepingSink]:
     cost = cpu_ms_per_frame(
         lambda: acquire(config, sink, stop=threading.Event()).frames
     )
-    del frames
     return cost, sink
 
 
@@ -133,36 +139,34 @@ def _numbered(header: FrameHeader, number: int) -> FrameHeader:
 def measure_processing(
     config: Config, sink: KeepingSink, frames: int
 ) -> tuple[float, float]:
-    """Measure classification alone, then restoration with it; the write stage after."""
+    """Measure classification alone, and what restoration adds to it."""
     assert sink.series is not None
-    series = sink.series
-    costs = []
-    for restore in (False, True):
-        processor = open_processor(config)
-        processor.start(series, 4)
-        pool = SlotPool(4, sink.frames[0][1].nbytes)
+    processor = open_processor(config)
+    processor.start(sink.series, 4)
+    pool = SlotPool(4, sink.frames[0][1].nbytes)
 
-        def work(restore: bool = restore) -> int:
-            waiting: list[Slot] = []
-            for number in range(frames):
-                header, pixels = sink.frames[number % len(sink.frames)]
-                slot = pool.acquire()
-                assert slot is not None
-                slot.prepare(header)[...] = pixels
-                processor.submit(slot, restore=restore)
-                waiting.append(slot)
-                if len(waiting) == 4:
-                    first = waiting.pop(0)
-                    processor.wait_result(first)
-                    pool.release(first)
-            for slot in waiting:
-                processor.wait_result(slot)
-            return frames
+    def work(*, restore: bool, frames: int = frames) -> int:
+        waiting: deque[Slot] = deque()
+        for number in range(frames):
+            header, pixels = sink.frames[number % len(sink.frames)]
+            slot = pool.acquire()
+            assert slot is not None
+            slot.prepare(header)[...] = pixels
+            processor.submit(slot, restore=restore)
+            waiting.append(slot)
+            if len(waiting) == 4:
+                processor.wait_result(waiting[0])
+                pool.release(waiting.popleft())
+        for slot in waiting:
+            processor.wait_result(slot)
+            pool.release(slot)
+        return frames
 
-        work()
-        costs.append(cpu_ms_per_frame(work))
-        processor.close()
-    return costs[0], costs[1] - costs[0]
+    work(restore=True, frames=8)
+    classify = cpu_ms_per_frame(lambda: work(restore=False))
+    both = cpu_ms_per_frame(lambda: work(restore=True))
+    processor.close()
+    return classify, both - classify
 
 
 def measure_writer(
@@ -213,7 +217,7 @@ def measure_writer(
 
 def run_loop(settings: list[str], folder: Path) -> dict[str, object]:
     """Run `rtfocus run` and return its report with the memory it took over time."""
-    command = [sys.executable, "-m", "rtfocus", "run", "loop_bench", "--quiet"]
+    command = [sys.executable, "-m", "rtfocus", "run", str(CONFIG), "--quiet"]
     for setting in [*settings, f"run.folder={folder}"]:
         command += ["--set", setting]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -240,13 +244,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=2000)
     parser.add_argument("--smoke", action="store_true", help="a few frames only")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--set", action="append", default=[], help="config override")
     options = parser.parse_args()
     frames = 60 if options.smoke else options.frames
     alone = max(30, frames // 8)
     plan = f"acquisition.mda={{time_plan: {{interval: 0, loops: {alone}}}}}"
-    config = read_config("loop_bench", [plan])
+    config = load_config(CONFIG, [plan, *options.set])
 
-    simulator, sink = measure_simulator(config, alone)
+    simulator, sink = measure_simulator(config)
     stages = {
         "simulator": simulator,
         "transport": measure_transport(config, sink, alone),
@@ -257,10 +262,11 @@ def main() -> None:
         cores = len(psutil.Process().cpu_affinity() or range(os.cpu_count() or 1))
         ceiling = min(cores, 2) / (sum(stages.values()) / 1e3)
         plan = f"acquisition.mda={{time_plan: {{interval: 0, loops: {frames}}}}}"
-        fast = run_loop([plan], Path(folder) / "fast")
+        fast = run_loop([plan, *options.set], Path(folder) / "fast")
         rate = float(fast["throughput"]["frames_per_s"])
         slow = run_loop(
-            [plan, f"microscope.frames_per_s={0.8 * rate:.2f}"], Path(folder) / "slow"
+            [plan, f"microscope.frames_per_s={0.8 * rate:.2f}", *options.set],
+            Path(folder) / "slow",
         )
     half = len(fast["memory_mb"]) // 2
     payload = {

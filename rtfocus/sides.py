@@ -18,18 +18,26 @@ from rtfocus.errors import MicroscopeError
 
 
 def on_free_ports(config: Config) -> Config:
-    """Return `config` with both sides' endpoints on free ports of this machine."""
+    """Return `config` with all its endpoints on free ports of this machine.
+
+    So that two runs on one machine do not meet.
+    """
     # All sockets are open at once, so that the ports differ.
-    sockets = [socket.socket() for _ in range(2)]
+    sockets = [socket.socket() for _ in range(3)]
     try:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
-        frames, control = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets)
+        frames, control, preview = (
+            f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets
+        )
     finally:
         for one in sockets:
             one.close()
+    shown = config.transport.preview
+    if shown.endpoint is not None:
+        shown = shown.model_copy(update={"endpoint": preview})
     transport = config.transport.model_copy(
-        update={"frames": frames, "control": control}
+        update={"frames": frames, "control": control, "preview": shown}
     )
     return config.model_copy(update={"transport": transport})
 

@@ -1,5 +1,6 @@
 """Train and export commands; torch is imported only when they run."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -52,8 +53,6 @@ def export(
 
 def _need_torch() -> None:
     """Say how to get torch where it is missing."""
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
+    if find_spec("torch") is None:
         msg = "training needs torch, which is not installed: pip install rtfocus[train]"
-        raise ConfigError(msg) from error
+        raise ConfigError(msg)
