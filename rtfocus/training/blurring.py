@@ -83,7 +83,7 @@ class Blurring:
         rng = np.random.default_rng([self._recipe.seed, 2, seed])
         scene = field.image
         if field.source.native_share == 0:
-            scene = _reduce(scene, float(np.mean(field.source.zoom)))
+            scene = _resize(scene, float(np.mean(field.source.zoom)))
         return self._blur(
             field.source.kind,
             scene,
@@ -133,18 +133,21 @@ class Blurring:
         return f"drawn {kind}", draw_specimen(kind, (side, side), rng, scale=scale)
 
     def _cut_scene(self, field: Field, rng: np.random.Generator) -> Image:
-        """Cut a window of a field, reduced by a random factor."""
+        """Cut a window of a field, resized by a random factor."""
         low, high = field.source.zoom
         zoom = float(rng.uniform(low, high))
         if rng.random() < field.source.native_share:
             zoom = 1.0
-        zoom = min(max(zoom, _LEAST_SIDE_PX / min(field.image.shape)), 1.0)
+        zoom = max(zoom, _LEAST_SIDE_PX / min(field.image.shape))
         wanted = int(self._recipe.pool.side_px / zoom)
         window = []
         for side in field.image.shape:
             start = int(rng.integers(max(side - wanted, 0) + 1))
             window.append(slice(start, start + wanted))
-        return _reduce(field.image[tuple(window)], zoom)
+        scene = _resize(field.image[tuple(window)], zoom)
+        # Fields in focus are not equally sharp: neither are those to come.
+        softness = rng.uniform(0, field.source.softness_px)
+        return np.asarray(ndimage.gaussian_filter(scene, softness), dtype=np.float32)
 
 
 def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
@@ -179,11 +182,12 @@ def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
     )
 
 
-def _reduce(image: Image, zoom: float) -> Image:
-    """Reduce an image without aliasing."""
-    if zoom >= 1:
+def _resize(image: Image, zoom: float) -> Image:
+    """Resize an image; a reduction does not alias."""
+    if zoom == 1:
         return image
     # Half a new pixel wide: keeps most of the sharpness that reduction gains.
-    smooth = ndimage.gaussian_filter(image, 0.35 / zoom)
-    reduced = ndimage.zoom(smooth, zoom, order=1)
-    return np.asarray(np.clip(reduced, 0, 1), dtype=np.float32)
+    smooth = ndimage.gaussian_filter(image, 0.35 / zoom) if zoom < 1 else image
+    order = 1 if zoom < 1 else 3
+    resized = ndimage.zoom(smooth, zoom, order=order)
+    return np.asarray(np.clip(resized, 0, 1), dtype=np.float32)

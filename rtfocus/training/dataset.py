@@ -133,7 +133,7 @@ def photograph(
     tuple
         The picture in counts, and the standard deviation of its noise in the dark.
     """
-    photons = float(np.exp(rng.uniform(np.log(200), np.log(10000))))
+    photons = float(np.exp(rng.uniform(np.log(400), np.log(10000))))
     glow = float(np.exp(rng.uniform(np.log(0.003), np.log(0.25)))) * photons
     read_noise = float(rng.uniform(0.8, 4.0))
     electrons = light * np.float32(photons) + np.float32(glow)

@@ -26,9 +26,11 @@ class SourceRecipe(Section):
     validation: tuple[str, ...] = ()
     """Patterns of file names that are kept out of training, whole fields."""
     zoom: tuple[Positive, Positive] = (0.5, 1.0)
-    """Range of the reduction: finer sampled images become as sharp as coarse ones."""
+    """Range of sizes: reduced, finely sampled images become as sharp as coarse ones."""
     native_share: Fraction = 0.0
-    """Share of draws that are not reduced at all."""
+    """Share of draws that are not resized at all."""
+    softness_px: Annotated[float, Field(ge=0)] = 0.0
+    """Largest deviation of a Gaussian laid over the sharp scene."""
     share: Positive = 1.0
     """How often this source is drawn, relative to the others."""
 
