@@ -4,7 +4,6 @@ A resolved write future means that the shard file has its final name, so it is
 the commit signal that the journal waits for.
 """
 
-import shutil
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,11 @@ from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.writers.metadata import AXES
 from rtfocus.writers.specs import ImageSpec
+
+_SEPARATOR = "."
+# With the separator "/" every frame makes four folders per image, which costs more
+# than its file: 0.5 ms against 0.15 ms on ext4. OME-Zarr 0.5 allows both.
+_SHARD_PREFIX = f"c{_SEPARATOR}"
 
 _FIRST_GROWTH = 64
 _LARGEST_GROWTH = 4096
@@ -148,10 +152,9 @@ class FrameArray:
 
     def _remove_shards(self, first: int) -> None:
         """Remove the files of all shards along t from number `first` on."""
-        shards = self._path / "c"
-        for entry in list(shards.iterdir()) if shards.is_dir() else []:
-            if entry.name.isdigit() and int(entry.name) >= first:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for file in list(self._path.glob(f"{_SHARD_PREFIX}*")):
+            if int(file.name.split(_SEPARATOR)[1]) >= first:
+                file.unlink()
 
     def _start(self, t: int, c: int, z: int, frames: list[NDArray[Any]]) -> Commit:
         planes = slice(c * self._planes, (c + 1) * self._planes)
@@ -182,6 +185,15 @@ class FrameArray:
         return frame[np.newaxis] if frame.ndim == 2 else np.moveaxis(frame, -1, 0)
 
 
+def shard_name(*numbers: int) -> str:
+    """Return the file name of a shard by its numbers along t, c, z, y, x.
+
+    >>> shard_name(12, 0, 3, 0, 0)
+    'c.12.0.3.0.0'
+    """
+    return _SHARD_PREFIX + _SEPARATOR.join(map(str, numbers))
+
+
 def array_metadata(
     spec: ImageSpec, shape: list[int], store: StoreConfig
 ) -> dict[str, Any]:
@@ -202,7 +214,10 @@ def array_metadata(
         "fill_value": fill,
         "dimension_names": list(AXES),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
-        "chunk_key_encoding": {"name": "default"},
+        "chunk_key_encoding": {
+            "name": "default",
+            "configuration": {"separator": _SEPARATOR},
+        },
         "codecs": [
             {
                 "name": "sharding_indexed",

@@ -13,6 +13,7 @@ import msgspec
 import yaozarrs
 import zarr
 
+from rtfocus.writers.arrays import shard_name
 from rtfocus.writers.header import (
     JOURNAL_NAME,
     REPORT_NAME,
@@ -144,8 +145,8 @@ class _ImageReader:
 
     def _shard_file(self, array: zarr.Array[Any], index: dict[str, int]) -> Path:
         shards = array.shards or array.chunks
-        key = [index["t"] // shards[0], index["c"], index["z"], 0, 0]
-        return self._folders[index["p"]].joinpath("c", *map(str, key))
+        name = shard_name(index["t"] // shards[0], index["c"], index["z"], 0, 0)
+        return self._folders[index["p"]] / name
 
 
 def _open_images(

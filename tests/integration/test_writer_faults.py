@@ -16,6 +16,8 @@ from rtfocus.errors import WriterError
 from rtfocus.writers.check import check_run
 
 DISK_MB = 48
+SHARD = "c.{}.0.0.0.0"
+"""File of the frame at time point t, by the Zarr v3 specification."""
 ENDLESS = make_series(sizes={"t": None}, shape=(128, 128))
 
 
@@ -109,10 +111,12 @@ def test_a_failed_write_surfaces_and_every_frame_is_accounted_for(
         for t in range(5):
             run.send(t, {"t": t})
         run.writer.drain()
-        # A file where the writer needs a folder: no later shard can be made.
-        (run.writer.folder / "restored.ome.zarr/0/c/5").write_bytes(b"in the way")
+        # A folder where the writer needs a file: this shard cannot be made.
+        in_the_way = run.writer.folder / "restored.ome.zarr/0" / SHARD.format(5)
+        in_the_way.mkdir()
         tried, said = send_until_error(run, first=5)
         assert re.search(r"write to .* failed", said)
+        in_the_way.rmdir()
         folder = run.close(tried, "writer failed")
     assert run.durable == list(range(5))
     terms = run.accounting.summary()
@@ -126,8 +130,11 @@ def test_a_failed_write_surfaces_and_every_frame_is_accounted_for(
 
 def test_close_raises_a_failure_that_nobody_has_seen(tmp_path: Path) -> None:
     with recording(tmp_path / "run.rtfocus", ENDLESS) as run:
-        (run.writer.folder / "raw.ome.zarr/0/c").write_bytes(b"in the way")
+        in_the_way = run.writer.folder / "raw.ome.zarr/0" / SHARD.format(0)
+        in_the_way.mkdir()
         run.send(0, {"t": 0})
+        run.writer.settle()
+        in_the_way.rmdir()
         with pytest.raises(WriterError, match=r"write to .* failed"):
             run.close(1)
     assert run.durable == []
@@ -137,7 +144,7 @@ def test_close_raises_a_failure_that_nobody_has_seen(tmp_path: Path) -> None:
 def test_a_damaged_chunk_is_found(tmp_path: Path) -> None:
     with recording(tmp_path / "run.rtfocus", make_series()) as run:
         folder = run.close(run.send_all())
-    shard = folder / "raw.ome.zarr/0/c/3/0/0/0/0"
+    shard = folder / "raw.ome.zarr/0" / SHARD.format(3)
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
@@ -148,7 +155,7 @@ def test_a_damaged_chunk_is_found(tmp_path: Path) -> None:
 def test_a_lost_file_is_found(tmp_path: Path) -> None:
     with recording(tmp_path / "run.rtfocus", make_series()) as run:
         folder = run.close(run.send_all())
-    (folder / "restored.ome.zarr/0/c/2/0/0/0/0").unlink()
+    (folder / "restored.ome.zarr/0" / SHARD.format(2)).unlink()
     (problem,) = check_run(folder).problems
     assert "frame 2 in restored" in problem
     assert "absent" in problem
