@@ -3,14 +3,14 @@
 import zmq
 
 from rtfocus.errors import ProtocolError
-from rtfocus.transport.sockets import Socket
+from rtfocus.transport.link import Link
 
 
 class FramesIn:
-    """Receives the messages of one topic at a time."""
+    """Receives the messages of one topic over a link."""
 
-    def __init__(self, socket: Socket) -> None:
-        self.socket = socket
+    def __init__(self, link: Link) -> None:
+        self.link = link
         self._topic: str | None = None
 
     def subscribe(self, topic: str | None) -> None:
@@ -18,10 +18,15 @@ class FramesIn:
         if topic == self._topic:
             return
         if self._topic is not None:
-            self.socket.unsubscribe(self._topic)
+            self.link.socket.unsubscribe(self._topic)
         if topic is not None:
-            self.socket.subscribe(topic)
+            self.link.socket.subscribe(topic)
         self._topic = topic
+
+    def mend(self, now_s: float) -> None:
+        """Replace the socket if that is due, with the same subscription."""
+        if self.link.mend(now_s) and self._topic is not None:
+            self.link.socket.subscribe(self._topic)
 
     def receive(self) -> tuple[bytes, memoryview | None] | None:
         """Return header and pixels of the next message; None: there is none.
@@ -34,7 +39,7 @@ class FramesIn:
             If the message has not 2 or 3 parts.
         """
         try:
-            parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            parts = self.link.socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return None
         if len(parts) not in (2, 3):

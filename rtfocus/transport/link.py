@@ -1,10 +1,13 @@
-"""Link: a connected socket whose connection is watched and made again.
+"""Link: a connected socket that is replaced when its connection is beyond repair.
 
-libzmq makes a connection again by itself, except after a message it refuses
-(too large, no ZMTP): then it gives up for good. A link starts over in any case.
+libzmq makes a broken connection again by itself, except after a message it
+refuses (too large, no ZMTP): then it gives up for good, without a word. Only the
+socket's monitor shows it: a break that no retry follows. Disconnecting and
+connecting the same socket is no way out, because reading a multipart message
+whose connection was just disconnected aborts the process (libzmq issue 2163).
 """
 
-import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -12,13 +15,28 @@ from zmq.utils.monitor import recv_monitor_message
 
 from rtfocus.transport.sockets import Socket, connect
 
-_EVENTS = zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_AUTH
-PAUSE_S = 0.05
-"""Shortest time between two attempts."""
+_REFUSED = zmq.Event.HANDSHAKE_FAILED_AUTH
+_BROKE = (
+    zmq.Event.DISCONNECTED
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+)
+_GOES_ON = zmq.Event.CONNECT_RETRIED | zmq.Event.HANDSHAKE_SUCCEEDED
+PAUSE_S = 0.1
+"""How long libzmq may take to start a retry, and between two replacements."""
 
 
 class Link:
-    """Connects a socket on creation; used in the socket's thread.
+    """Keeps one endpoint connected; used in the thread that owns the sockets.
+
+    Parameters
+    ----------
+    make
+        Returns a new socket with its options, not connected.
+    endpoint, curve_keys
+        As for `connect`.
+    poller
+        The socket and its monitor are registered there.
 
     Raises
     ------
@@ -26,44 +44,64 @@ class Link:
         If the endpoint or the keys cannot be used.
     """
 
-    def __init__(self, socket: Socket, endpoint: str, curve_keys: Path | None) -> None:
-        self.socket = socket
-        self.monitor: Socket = socket.get_monitor_socket(_EVENTS)
-        """Joins a poller."""
+    def __init__(
+        self,
+        make: Callable[[], Socket],
+        endpoint: str,
+        curve_keys: Path | None,
+        poller: zmq.Poller,
+    ) -> None:
+        self._make = make
+        self._endpoint = endpoint
+        self._curve_keys = curve_keys
+        self._poller = poller
         self.is_key_refused = False
         """The other end does not know our CURVE key."""
-        self.is_broken = False
-        """To be connected again."""
-        self._endpoint = endpoint
-        self._next_s = 0.0
-        connect(socket, endpoint, curve_keys)
+        self._broke_s: float | None = None
+        self.socket, self._monitor = self._open()
 
-    def look(self) -> bool:
+    @property
+    def is_broken(self) -> bool:
+        """Tell whether nothing is connected and no retry is known of."""
+        return self._broke_s is not None
+
+    def look(self, now_s: float) -> bool:
         """Read what happened; tell whether the connection broke."""
         broke = False
-        while self.monitor.poll(0):
-            event = recv_monitor_message(self.monitor)["event"]
-            broke |= event == zmq.Event.DISCONNECTED
-            self.is_key_refused |= event == zmq.Event.HANDSHAKE_FAILED_AUTH
-        self.is_broken |= broke
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            self.is_key_refused |= bool(event & _REFUSED)
+            if event & _BROKE:
+                self._broke_s = now_s
+                broke |= event == zmq.Event.DISCONNECTED
+            elif event & _GOES_ON:
+                self._broke_s = None
         return broke
 
-    def mend(self, now_s: float) -> None:
-        """Connect again if that is due."""
-        if not self.is_broken or now_s < self._next_s:
-            return
-        self.is_broken = False
-        self._next_s = now_s + PAUSE_S
-        try:
-            self.socket.disconnect(self._endpoint)
-        except zmq.ZMQError as error:
-            # libzmq has given this connection up already.
-            if error.errno != errno.ENOENT:
-                raise
-        self.socket.connect(self._endpoint)
+    def mend(self, now_s: float) -> bool:
+        """Replace the socket if that is due; tell whether it was."""
+        if self._broke_s is None or now_s < self._broke_s + PAUSE_S:
+            return False
+        # What arrived before the break is read first.
+        if self.socket.poll(0, zmq.POLLIN):
+            return False
+        self._broke_s = None
+        self.close()
+        self.socket, self._monitor = self._open()
+        return True
 
     def close(self) -> None:
-        """Stop watching and close the socket."""
+        """Close the socket and its monitor."""
+        self._poller.unregister(self.socket)
+        self._poller.unregister(self._monitor)
         self.socket.disable_monitor()
-        self.monitor.close()
+        self._monitor.close()
         self.socket.close()
+
+    def _open(self) -> tuple[Socket, Socket]:
+        socket = self._make()
+        monitor: Socket = socket.get_monitor_socket(_REFUSED | _BROKE | _GOES_ON)
+        connect(socket, self._endpoint, self._curve_keys)
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+        return socket, monitor

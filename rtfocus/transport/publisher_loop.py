@@ -166,6 +166,9 @@ class PublisherLoop:
                 self._retry = True
                 return
             recorder.rewind_due = False
+            # Whoever started the series waits for this.
+            with outbox.changed:
+                outbox.changed.notify_all()
         while (slot := outbox.take(recorder.credit_upto)) is not None:
             header = m.pack(slot.frame())
             if not self._out.send_frame(recorder.topic, header, slot):

@@ -43,25 +43,27 @@ class ReceiverLoop:
         self._tally = Tally(
             "frames", lambda reason: accounting.count("rejected", reason)
         )
-        self._frames = FramesIn(frames_client(context, config))
-        self._control = control_client(context, config)
-        self._links = (
-            Link(self._frames.socket, config.frames, config.curve_keys),
-            Link(self._control, config.control, config.curve_keys),
-        )
         self._poller = zmq.Poller()
         self._poller.register(waker.fileno(), zmq.POLLIN)
-        for socket in (
-            self._frames.socket,
-            self._control,
-            *(link.monitor for link in self._links),
-        ):
-            self._poller.register(socket, zmq.POLLIN)
+        self._frames = FramesIn(
+            Link(
+                lambda: frames_client(context, config),
+                config.frames,
+                config.curve_keys,
+                self._poller,
+            )
+        )
+        self._control = Link(
+            lambda: control_client(context, config),
+            config.control,
+            config.curve_keys,
+            self._poller,
+        )
 
     @property
     def is_key_refused(self) -> bool:
         """The publisher does not know our CURVE key."""
-        return any(link.is_key_refused for link in self._links)
+        return self._control.is_key_refused or self._frames.link.is_key_refused
 
     def offer_estimate(self, estimate: Estimate) -> None:
         """Have an estimate sent unless a newer one comes first; any thread."""
@@ -81,7 +83,7 @@ class ReceiverLoop:
         wait_s = 1.0
         if session is not None:
             wait_s = max(session.next_turn_s - time.monotonic(), 0.0)
-        if any(link.is_broken for link in self._links):
+        if self._control.is_broken or self._frames.link.is_broken:
             wait_s = min(wait_s, PAUSE_S)
         self._poller.poll(int(wait_s * 1000) + 1)
         self._waker.clear()
@@ -104,8 +106,8 @@ class ReceiverLoop:
         if self.session is not None and self.session.intake is not None:
             self.session.intake.stop()
         self._leave("receiver closed")
-        for link in self._links:
-            link.close()
+        self._frames.link.close()
+        self._control.close()
 
     def _read_frames(self) -> None:
         for _ in range(_FRAMES_PER_TURN):
@@ -122,7 +124,7 @@ class ReceiverLoop:
     def _read_control(self) -> None:
         for _ in range(_MESSAGES_PER_TURN):
             try:
-                parts = self._control.recv_multipart(zmq.NOBLOCK)
+                parts = self._control.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
@@ -134,17 +136,18 @@ class ReceiverLoop:
                 self.session.handle(message, time.monotonic())
 
     def _look_after_links(self) -> None:
-        session = self.session
-        is_running = session is not None and session.is_running
-        for link in self._links:
-            if link.look() and is_running and link.socket is self._frames.socket:
-                # Frames that were lost with it show as a hole.
-                self._tally.reject(
-                    "disconnected",
-                    "the frames connection broke: network, or a message of more "
-                    "than transport.max_frame_mb",
-                )
-            link.mend(time.monotonic())
+        now_s, session = time.monotonic(), self.session
+        broke = self._frames.link.look(now_s)
+        if broke and session is not None and session.is_running:
+            # Frames that were lost with it show as a hole.
+            self._tally.reject(
+                "disconnected",
+                "the frames connection broke: network, or a message of more than "
+                "transport.max_frame_mb",
+            )
+        self._frames.mend(now_s)
+        self._control.look(now_s)
+        self._control.mend(now_s)
 
     def _leave(self, reason: str) -> None:
         if self.session is not None:
@@ -153,7 +156,7 @@ class ReceiverLoop:
 
     def _say(self, message: m.FromRecorder) -> None:
         try:
-            self._control.send(m.pack(message), zmq.NOBLOCK)
+            self._control.socket.send(m.pack(message), zmq.NOBLOCK)
         except zmq.Again:
             # No publisher reads this; what matters is said again at a heartbeat.
             return
