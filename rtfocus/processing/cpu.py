@@ -12,12 +12,7 @@ bounded by the number of slots. A frame that fails takes its error to
 
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,62 +20,12 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
-from rtfocus.processing.correction import Marks, luminance
-from rtfocus.processing.estimate import estimate_frame
+from rtfocus.processing.job import Job, attempt, classify, restore
 from rtfocus.processing.plan import ChannelPlan, Threads, plan_channel, share_threads
 from rtfocus.slots import Slot
 from rtfocus.workers import AbortedError, BoundedQueue
 
 Image = NDArray[np.float32]
-
-
-@dataclass
-class _Job:
-    """One frame in work, with the buffers that belong to its slot."""
-
-    signal: Image
-    """Corrected frame; becomes the restored one."""
-    restored: NDArray[Any] | None
-    """Result on the camera's scale; None where no channel is restored."""
-    slot: Slot | None = None
-    plan: ChannelPlan | None = None
-    restore: bool = True
-    marks: Marks = field(default_factory=lambda: Marks((), None))
-    estimate: Estimate | None = None
-    defocus: DefocusMap | None = None
-    result: FrameResult | None = None
-    error: EngineError | None = None
-    stage_ms: dict[str, float] = field(default_factory=dict)
-    estimated: threading.Event = field(default_factory=threading.Event)
-    finished: threading.Event = field(default_factory=threading.Event)
-
-    def begin(self, slot: Slot, plan: ChannelPlan, *, restore: bool) -> None:
-        """Take a new frame; what the last one left is forgotten."""
-        self.slot, self.plan, self.restore = slot, plan, restore
-        self.estimate = self.defocus = self.result = self.error = None
-        self.stage_ms = {}
-        self.estimated.clear()
-        self.finished.clear()
-
-    def of(self) -> tuple[Slot, ChannelPlan]:
-        """Return the slot and the plan of the frame in work."""
-        if self.slot is None or self.plan is None:
-            msg = "a job without a frame was queued"
-            raise ValueError(msg)
-        return self.slot, self.plan
-
-    def fail(self, error: EngineError) -> None:
-        """Wake everybody who waits for this frame with an error."""
-        self.error = error
-        self.estimated.set()
-        self.finished.set()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage in milliseconds."""
-        begun = time.perf_counter()
-        yield
-        self.stage_ms[name] = (time.perf_counter() - begun) * 1e3
 
 
 class CpuProcessor:
@@ -95,10 +40,10 @@ class CpuProcessor:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._plans: list[ChannelPlan] = []
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._threads: list[threading.Thread] = []
-        self._to_classify: BoundedQueue[_Job] = BoundedQueue("classify", 1)
-        self._to_restore: BoundedQueue[_Job] = BoundedQueue("restore", 1)
+        self._to_classify: BoundedQueue[Job] = BoundedQueue("classify", 1)
+        self._to_restore: BoundedQueue[Job] = BoundedQueue("restore", 1)
         self._series: SeriesStart | None = None
 
     def start(self, series: SeriesStart, slots: int) -> TileGrid | None:
@@ -176,7 +121,7 @@ class CpuProcessor:
         self._threads, self._plans = [], []
         self._series = None
 
-    def _job(self, slot: Slot) -> _Job:
+    def _job(self, slot: Slot) -> Job:
         """Return the buffers of a slot; ValueError for one of another pool."""
         job = self._jobs.get(slot.index)
         if job is None:
@@ -184,12 +129,12 @@ class CpuProcessor:
             raise ValueError(msg)
         return job
 
-    def _allocate(self, series: SeriesStart) -> _Job:
+    def _allocate(self, series: SeriesStart) -> Job:
         """Make the buffers of one slot."""
         wanted = any(plan.restorer is not None for plan in self._plans)
         as_float = self._config.store.restored_dtype == "float32"
         dtype = np.dtype(np.float32) if as_float else np.dtype(series.dtype)
-        return _Job(
+        return Job(
             signal=np.empty(series.shape, dtype=np.float32),
             restored=np.empty(series.shape, dtype=dtype) if wanted else None,
         )
@@ -211,7 +156,7 @@ class CpuProcessor:
         """Thread: frames in the order they came."""
         try:
             for job in self._to_classify:
-                if _attempt(_classify, job):
+                if attempt(classify, job):
                     job.estimated.set()
                     self._to_restore.put(job)
         except AbortedError:
@@ -224,7 +169,7 @@ class CpuProcessor:
             for job in self._to_restore:
                 if scratch is None:
                     scratch = np.empty_like(job.signal)
-                if _attempt(partial(_restore, scratch=scratch), job):
+                if attempt(partial(restore, scratch=scratch), job):
                     job.finished.set()
         except AbortedError:
             return
@@ -235,65 +180,6 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _attempt(step: Callable[[_Job], None], job: _Job) -> bool:
-    """Apply a step; a failure goes to whoever waits for this frame."""
-    try:
-        step(job)
-    except Exception as error:  # any fault of one frame must not end the thread
-        sequence = job.slot.frame().sequence if job.slot is not None else None
-        msg = f"frame {sequence} could not be processed: {error}"
-        failure = EngineError(msg)
-        failure.__cause__ = error
-        job.fail(failure)
-        return False
-    return True
-
-
-def _classify(job: _Job) -> None:
-    """Correct a frame and estimate the defocus of its tiles."""
-    slot, plan = job.of()
-    with job.stage("correct"):
-        job.marks = plan.correction.to_signal(slot.pixels, job.signal)
-    if plan.classifier is None:
-        return
-    with job.stage("normalise"):
-        prepared = plan.classifier.prepare(luminance(job.signal))
-    with job.stage("classify"):
-        job.defocus = plan.classifier.classify(prepared)
-        job.estimate = estimate_frame(slot.frame(), job.defocus)
-
-
-def _restore(job: _Job, scratch: Image) -> None:
-    """Restore a frame, or say why it was not."""
-    _, plan = job.of()
-    skipped = plan.skipped if job.restore else "raw_only: restoration was left out"
-    restored = None
-    if (
-        skipped is None
-        and plan.restorer is not None
-        and job.defocus is not None
-        and job.restored is not None
-    ):
-        with job.stage("restore"):
-            plan.restorer.restore(
-                job.signal,
-                job.defocus.level,
-                scratch,
-                quantum=plan.correction.quantum,
-            )
-            restored = job.restored
-            plan.correction.to_counts(scratch, restored, job.marks.invalid)
-    job.result = FrameResult(
-        estimate=job.estimate,
-        defocus=job.defocus,
-        restored=restored,
-        skipped=skipped,
-        flags=job.marks.flags,
-        engines=dict(plan.engines),
-        stage_ms=job.stage_ms,
-    )
 
 
 def _common_grid(plans: list[ChannelPlan]) -> TileGrid | None:

@@ -65,10 +65,3 @@ def transfer_function(psf: Image, shape: tuple[int, int]) -> Spectrum:
     if np.abs(spectrum.imag).max() < _EVEN:
         return np.ascontiguousarray(spectrum.real)
     return np.asarray(spectrum)
-
-
-def squared_frequency(shape: tuple[int, int]) -> Image:
-    """Return f^2 in cycles per pixel squared over the half spectrum of `shape`."""
-    rows = np.fft.fftfreq(shape[0])[:, None]
-    columns = np.fft.rfftfreq(shape[1])[None, :]
-    return np.asarray(rows**2 + columns**2, dtype=np.float32)
