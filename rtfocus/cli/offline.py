@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 
 from rtfocus.cli.options import SetOption, read_config
 from rtfocus.config import Config, parse_config
-from rtfocus.errors import ConfigError
+from rtfocus.errors import ConfigError, InputError
 from rtfocus.frame import FrameResult
 from rtfocus.images import ImageSeries, open_images, write_images
 from rtfocus.images.writing import OutputImage
@@ -78,6 +78,7 @@ def restore(
         _complete(path, settings)
         return
     images = _open(path)
+    _refuse_input_as_output(output, path, images)
     dtype = None
     if settings.store.restored_dtype == "float32":
         dtype = np.dtype("<f4")
@@ -134,6 +135,15 @@ def classify(
         return
     for image in found:
         typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
+
+
+def _refuse_input_as_output(
+    output: Path, path: Path, images: list[ImageSeries]
+) -> None:
+    """Never replace what is being restored: it cannot be acquired again."""
+    if output.resolve() in {p.resolve() for p in (path, *(i.path for i in images))}:
+        msg = f"'{output}' is the input itself; choose another output"
+        raise InputError(msg)
 
 
 def _complete(run: Path, settings: Config) -> None:

@@ -1,6 +1,8 @@
 """Writing: processed images as TIFF, OME-TIFF or OME-Zarr, by the output's ending."""
 
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ class OutputImage:
 def write_images(output: Path, images: Sequence[OutputImage]) -> list[Path]:
     """Write images plane by plane and return the paths written.
 
+    What fails halfway leaves nothing, and what was there before as it was.
+
     Parameters
     ----------
     output
@@ -51,10 +55,13 @@ def write_images(output: Path, images: Sequence[OutputImage]) -> list[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if suffix in (".tif", ".tiff"):
-            _write_tiff(output, images)
+            with _whole(output) as path:
+                _write_tiff(path, images)
             return [output]
         if suffix == ".zarr":
-            _write_zarr(output, images)
+            _refuse_no_zarr(output)
+            with _whole(output) as path:
+                _write_zarr(path, images)
             return [output]
         if suffix == "":
             return _write_folder(output, images)
@@ -73,9 +80,26 @@ def _write_folder(folder: Path, images: Sequence[OutputImage]) -> list[Path]:
         if path in paths:
             # Same file name in two subfolders: keep both.
             path = folder / f"{image.like.path.parent.name}_{image.like.name}.tif"
-        _write_tiff(path, [image])
+        with _whole(path) as part:
+            _write_tiff(part, [image])
         paths.append(path)
     return paths
+
+
+@contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """Yield a path beside `output` that takes its place when the block ends well."""
+    part = output.with_name(f".{output.name}.part")
+    try:
+        yield part
+        if output.is_dir():
+            shutil.rmtree(output)
+        part.replace(output)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
@@ -113,10 +137,13 @@ def _is_big(images: Sequence[OutputImage]) -> bool:
     return size > 3 * 2**30
 
 
-def _write_zarr(path: Path, images: Sequence[OutputImage]) -> None:
+def _refuse_no_zarr(path: Path) -> None:
     if path.exists() and not (path / "zarr.json").is_file():
         msg = f"'{path}' exists and is no Zarr group; choose another output"
         raise InputError(msg)
+
+
+def _write_zarr(path: Path, images: Sequence[OutputImage]) -> None:
     if len(images) == 1:
         image = images[0]
         _, arrays = prepare_image(
