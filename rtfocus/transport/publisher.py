@@ -110,11 +110,13 @@ class FramePublisher:
             On a stall with policy ``abort``, after `stop` when the recorder is
             lost or stalled, or when the I/O thread failed.
         """
-        _, pool = self._series()
+        outbox, pool = self._series()
         since_s = time.monotonic()
         while (slot := pool.acquire(timeout_s=_LOOK_S)) is None:
             self._thread.check()
-            self._watch_stall("no free slot", time.monotonic() - since_s)
+            left = outbox.published - outbox.durable_upto
+            waiting_for = f"no free slot, {left} frames are not durable"
+            self._watch_stall(waiting_for, time.monotonic() - since_s)
         return slot
 
     def publish(self, slot: Slot) -> None:
