@@ -23,7 +23,8 @@ PLACES = list(product(range(2), range(2), range(2), range(3)))
 # Noise, because the usual sine waves repeat from frame to frame.
 REDUCED = (
     "acquisition.mda.time_plan={interval: 0.1, loops: 2}",
-    "acquisition.mda.channels=[{config: DAPI, exposure: 1}, {config: FITC, exposure: 2}]",
+    "acquisition.mda.channels=[{config: DAPI, exposure: 1}, "
+    "{config: FITC, exposure: 2}]",
     "microscope.properties.Camera={PixelType: 16bit, BitDepth: 12, "
     "OnCameraCCDXSize: 96, OnCameraCCDYSize: 64, Mode: Noise}",
 )
