@@ -1,0 +1,215 @@
+"""What goes wrong in the loop ends it with one clear line and a readable store."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from loop_kit import (
+    DEADLINE_S,
+    OPTICS,
+    command,
+    failed,
+    lines_written,
+    process_of,
+    read_journal,
+    run_loop,
+    sets,
+    small,
+    started,
+    stored,
+    wait_for,
+    write_config,
+)
+
+from rtfocus.config import parse_config
+from rtfocus.errors import EngineError
+from rtfocus.sides import on_free_ports
+from rtfocus.writers.check import check_run
+
+ENDLESS = {"live": {"frames": None, "exposure_ms": 1}}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 8 MB."""
+    if sys.platform != "linux":
+        pytest.skip("needs tmpfs to make a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "rtfocus", folder]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_one_line(small_disk, tmp_path):
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(4_000_000))
+    store = {"codec": "none", "min_free_mb": 0}
+    config = small(small_disk, None, acquisition=ENDLESS, store=store)
+    path = write_config(tmp_path / "endless.yaml", config)
+    said = failed(process_of("run", path, "--quiet", cwd=tmp_path))
+    assert re.search(r"disk full|No space left", said), said
+    folder = small_disk / "small.rtfocus"
+    written = [x for x in read_journal(folder) if x["status"] == "written"]
+    assert len(written) > 10
+    frames = {stored(folder, "raw", x["index"]["t"]).tobytes() for x in written}
+    assert len(frames) == len(written)
+    filler.unlink()
+    report = check_run(folder, repair=True)
+    assert report.problems == [], str(report)
+    assert report.frames == len(written)
+
+
+def test_a_nearly_full_disk_ends_the_run_with_a_finished_store(small_disk, tmp_path):
+    store = {"codec": "none", "min_free_mb": 5}
+    config = small(
+        small_disk,
+        None,
+        acquisition=ENDLESS,
+        store=store,
+        microscope={"frames_per_s": 20},
+    )
+    path = write_config(tmp_path / "endless.yaml", config)
+    said = failed(process_of("run", path, "--quiet", cwd=tmp_path))
+    assert "store.min_free_mb" in said
+    report = check_run(small_disk / "small.rtfocus")
+    assert report.problems == [], str(report)
+    assert report.frames > 5
+
+
+def test_an_unknown_key_is_named_with_the_nearest(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("processing: {restoration: {methode: wiener}}\n", "utf-8")
+    said = failed(command("run", path))
+    assert "unknown key 'processing.restoration.methode'" in said
+    assert "did you mean 'method'?" in said
+    said = failed(command("run", "demo", "--set", "transport.slot=4"))
+    assert "unknown key 'transport.slot'; did you mean 'slots'?" in said
+
+
+def test_no_such_config_lists_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nowhere").mkdir()
+    for name in ("nowhere", "nowhere.yaml"):
+        said = failed(command("run", name))
+        assert "democamera" in said
+        assert name in said
+
+
+def test_a_folder_called_like_a_shipped_config_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    said = failed(command("run", "demo", "--set", "store.codec=gzip"))
+    assert "'store.codec'" in said
+    assert "blosc-lz4" in said
+
+
+def test_a_missing_engine_names_what_was_looked_for(tmp_path):
+    options = sets(f"run.folder={tmp_path}", "processing.classifier=nosuch")
+    said = failed(command("run", "demo", "--quiet", *options))
+    assert "engine 'nosuch' not found; looked for engine.yaml in" in said
+    assert "rtfocus train" in said
+    assert not list(tmp_path.glob("*.rtfocus"))
+
+
+def test_an_engine_outside_its_optics_is_refused_with_the_remedy(
+    tmp_path, engine_folder
+):
+    coarse = {**OPTICS, "pixel_size_um": 6.5}
+    config = small(tmp_path, engine_folder).model_dump(mode="json")
+    config["channels"][0]["optics"] = coarse
+    with pytest.raises(EngineError, match="sharpness") as refusal:
+        run_loop(parse_config(config))
+    assert "processing.ignore_optics" in str(refusal.value)
+    assert not list(tmp_path.glob("*.rtfocus"))
+
+
+def test_a_wrong_adapter_path_is_told_by_the_other_side(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    options = sets(f"run.folder={tmp_path}", f"microscope.adapter_path={nowhere}")
+    said = failed(command("run", "democamera", "--quiet", *options))
+    assert "microscope side failed: microscope.adapter_path" in said
+    assert str(nowhere) in said
+
+
+def test_nothing_to_acquire_is_told(tmp_path):
+    options = sets(f"run.folder={tmp_path}", "acquisition={}")
+    said = failed(command("acquire", "democamera", "--quiet", *options))
+    assert "neither 'mda'" in said
+
+
+def test_a_replay_of_nothing_is_told(tmp_path):
+    options = sets(f"microscope.path={tmp_path / 'none.tif'}")
+    said = failed(command("acquire", "replay", "--quiet", *options))
+    assert "none.tif' does not exist" in said
+
+
+def test_a_microscope_side_that_is_not_there_is_told(tmp_path, engine_folder):
+    patience = {"connect_timeout_s": 0.3}
+    config = on_free_ports(small(tmp_path, engine_folder, transport=patience))
+    path = write_config(tmp_path / "config.yaml", config)
+    said = failed(command("process", path, "--once", "--quiet"))
+    assert config.transport.control in said
+    assert "0.3 s" in said
+
+
+def test_a_processor_that_is_not_there_is_told(tmp_path):
+    image = tmp_path / "image.tif"
+    tifffile.imwrite(image, np.zeros((20, 20), np.uint16))
+    patience = {"connect_timeout_s": 0.3}
+    source = {"source": "replay", "path": str(image), "pixel_size_um": 0.65}
+    config = small(tmp_path, None, transport=patience, microscope=source)
+    path = write_config(tmp_path / "config.yaml", on_free_ports(config))
+    said = failed(command("acquire", path, "--quiet"))
+    assert "start `rtfocus process`" in said
+
+
+def test_a_killed_processor_aborts_the_acquisition_when_asked_to(
+    tmp_path, engine_folder
+):
+    # A peer silent for 6 heartbeats is lost.
+    policy = {
+        "on_stall": "abort",
+        "stall_timeout_s": 1.0,
+        "heartbeat_s": 0.1,
+        "slots": 6,
+    }
+    config = small(
+        tmp_path,
+        None,
+        acquisition=ENDLESS,
+        transport=policy,
+        microscope={"frames_per_s": 30},
+    )
+    path = write_config(tmp_path / "config.yaml", on_free_ports(config))
+    folder = tmp_path / "small.rtfocus"
+    with (
+        started("process", path, "--once", "--quiet", cwd=tmp_path) as processor,
+        started("acquire", path, "--quiet", cwd=tmp_path) as microscope,
+    ):
+        wait_for(
+            lambda: (
+                lines_written(folder) >= 5
+                or None not in (processor.poll(), microscope.poll())
+            ),
+            "five frames",
+        )
+        processor.kill()
+        _, errors = microscope.communicate(timeout=DEADLINE_S)
+    assert microscope.returncode == 1, errors
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ")
+    assert "the recorder is lost" in line
+    assert "transport.on_stall is abort" in line
+    assert re.search(r"\d+ frames are not durable", line), line
+    report = check_run(folder, repair=True)
+    assert report.problems == [], str(report)
+    assert report.frames >= 5
