@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rtfocus.config import Config
-from rtfocus.errors import EngineError, WorkerError
+from rtfocus.errors import EngineError, RtfocusError, WorkerError, WriterError
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
 from rtfocus.microscope.acquisition import AcquisitionReport
 from rtfocus.microscope.acquisition import acquire as acquire_frames
@@ -161,7 +161,8 @@ class SeriesLoop:
             raise failure
         return folder
 
-    def _run_workers(self, writer: RunWriter) -> WorkerError | None:
+    def _run_workers(self, writer: RunWriter) -> RtfocusError | None:
+        """THE MAIN LOOP: run the workers to the end of the series."""
         capacity = self._receiver.slots.count
         to_estimate: BoundedQueue[Arrival] = BoundedQueue("estimate", capacity)
         to_write: BoundedQueue[Arrival] = BoundedQueue("write", capacity)
@@ -179,8 +180,10 @@ class SeriesLoop:
                 on_abort=self._receiver.stop,
             ).run()
             writer.drain()
-        except WorkerError as error:
-            # Counted one by one: each of these arrived and did not become durable.
+        except (WorkerError, WriterError) as error:
+            # What the writer holds becomes durable or is counted by it. The rest
+            # is counted one by one: it arrived and never came to the writer.
+            writer.settle()
             self._monitor.accounting.count(
                 "in_error", "aborted", number=len(self._in_flight)
             )
@@ -243,9 +246,11 @@ class SeriesLoop:
         self._receiver.report_durable(sequence)
 
     def _free(self, slot: Slot) -> None:
+        """Take a slot back from the writer, which has accounted for its frame."""
+        self._in_flight.pop(slot.frame().sequence, None)
         self._receiver.release(slot)
 
-    def _end(self, failure: WorkerError | None) -> SeriesEnd:
+    def _end(self, failure: RtfocusError | None) -> SeriesEnd:
         end = self._receiver.end
         if failure is None and end is not None:
             return end
