@@ -162,7 +162,7 @@ class SeriesLoop:
         return folder
 
     def _run_workers(self, writer: RunWriter) -> RtfocusError | None:
-        """THE MAIN LOOP: run the workers to the end of the series."""
+        """Run the main loop: all workers, to the end of the series."""
         capacity = self._receiver.slots.count
         to_estimate: BoundedQueue[Arrival] = BoundedQueue("estimate", capacity)
         to_write: BoundedQueue[Arrival] = BoundedQueue("write", capacity)
