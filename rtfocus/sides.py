@@ -63,6 +63,9 @@ class MicroscopeProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
+                # Out of the reach of Ctrl-C, which would kill it while it starts.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
 
     def stop(self) -> None:
