@@ -318,7 +318,7 @@ def needs_shipped_engine() -> None:
 
 
 def _line(arguments: tuple[str | Path, ...]) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", "rtfocus", *map(str, arguments)]
+    return [sys.executable, "-m", "rtfocus", *map(str, arguments)]
 
 
 def _environment() -> dict[str, str]:
@@ -326,4 +326,10 @@ def _environment() -> dict[str, str]:
     root = str(Path(app.__file__).resolve().parents[1])
     before = os.environ.get("PYTHONPATH")
     paths = root if before is None else os.pathsep.join([root, before])
-    return {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"}
+    # In the environment, warnings are errors in the microscope side's process too.
+    return {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "PYTHONWARNINGS": "error",
+        "COLUMNS": "200",
+    }
