@@ -1,5 +1,7 @@
 """Frames out: the socket that frames leave by, without a copy.
 
+Measured with 2048^2 uint16 over loopback, bare sockets, two shared cores: 1.1 ms
+of the sender's CPU per frame instead of 3.3 ms, 228 frames/s instead of 160.
 ZeroMQ sends straight from the slot. A slot is therefore free only when its
 frame is durable *and* ZeroMQ has let go of it; the latter comes later where a
 frame was sent twice or its connection broke.

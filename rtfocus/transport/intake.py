@@ -42,8 +42,10 @@ class Intake:
         self.series = series
         self.sequencer = Sequencer(next_sequence)
         self.arrivals = arrivals
+        self.has_all = False
+        """The publisher said the end; all before it arrived or is a gap."""
         self.end_to_confirm = False
-        """The publisher has said the end, and everything before it is here."""
+        """It said so since the last receipt."""
         self._pool = pool
         self._accounting = accounting
         self._sent_upto = next_sequence
@@ -169,7 +171,7 @@ class Intake:
         if not self.sequencer.reach(end.frames_sent):
             return
         self._count_gaps()
-        self.end_to_confirm = True
+        self.has_all = self.end_to_confirm = True
         self._accounting.set_acquired(end.frames_sent)
         self.arrivals.finish(end)
 

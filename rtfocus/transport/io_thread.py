@@ -114,10 +114,12 @@ class IoThread:
             self.failure = failure
             self._on_failure(failure)
         finally:
-            loop.close()
-            # Closes what a loop that failed left open, or this would never return.
-            context.destroy()
-            self._waker.close()
+            try:
+                loop.close()
+            finally:
+                # Closes what a failed loop left open, or this would never return.
+                context.destroy()
+                self._waker.close()
 
     def _try_open(self, context: Context) -> IoLoop | None:
         try:

@@ -50,6 +50,7 @@ class Session:
         self._attempt = 0
         self._asked_s = now_s
         self._flowing_s = now_s
+        self._watched_s = now_s
         self._next_beat_s = now_s
         self.next_turn_s = now_s
         """When there will be something to say even if nothing happens."""
@@ -115,6 +116,10 @@ class Session:
         """End the series on request, or if its publisher is lost for too long."""
         if self.intake is None or self.intake.arrivals.is_over:
             return
+        if now_s - self._watched_s > self._lost_s and self.heard_s is not None:
+            # It was this process that slept; the publisher's silence begins now.
+            self.heard_s = self._flowing_s = now_s
+        self._watched_s = now_s
         if self.stop_wanted:
             self.intake.stop()
             return
@@ -138,10 +143,10 @@ class Session:
 
     @property
     def is_complete(self) -> bool:
-        """Tell whether the series has ended and all of it is durable."""
-        if self.intake is None or self.intake.arrivals.end is None:
+        """Tell whether the publisher has ended the series and all of it is durable."""
+        if self.intake is None or not self.intake.has_all:
             return False
-        return self.durable_upto >= self.intake.arrivals.end.frames_sent
+        return self.durable_upto >= self.intake.sequencer.expected
 
     def _is_ours(self, series_uid: str) -> bool:
         return self.series is not None and self.series.series_uid == series_uid

@@ -1,0 +1,160 @@
+"""The session: what a recorder says, when, and what it makes of the answers."""
+
+from transport_kit import make_config, make_header, make_series
+
+from rtfocus.errors import TransportError
+from rtfocus.frame import SeriesEnd
+from rtfocus.metrics import Accounting
+from rtfocus.slots import SlotPool
+from rtfocus.transport import messages as m
+from rtfocus.transport.arrivals import Arrivals
+from rtfocus.transport.intake import Intake
+from rtfocus.transport.session import Session
+
+SERIES = make_series()
+CONFIG = make_config(heartbeat_s=1.0, stall_timeout_s=10.0)
+
+
+def welcomed() -> Session:
+    session = Session(CONFIG, 0.0)
+    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 0.0)
+    return session
+
+
+def begun(slots: int = 16) -> tuple[Session, Intake]:
+    session = welcomed()
+    pool = SlotPool(slots, 24 * 32 * 2)
+    intake = Intake(SERIES, 0, pool, Arrivals(), Accounting())
+    session.begin(intake, 0, 0.0)
+    return session, intake
+
+
+def said(session: Session, now_s: float) -> list[str]:
+    return [type(message).__name__ for message in session.say(now_s)]
+
+
+def flow(intake: Intake, attempt: int = 1) -> None:
+    intake.take(m.pack(m.Rewind(1, SERIES.series_uid, 0, attempt)), None)
+
+
+def take_frame(intake: Intake, sequence: int) -> None:
+    pixels = memoryview(bytes(24 * 32 * 2))
+    intake.take(m.pack(make_header(sequence)), pixels)
+
+
+def test_hello_is_said_every_heartbeat_until_it_is_answered() -> None:
+    session = Session(CONFIG, 0.0)
+    assert said(session, 0.0) == ["Hello"]
+    assert said(session, 0.5) == []
+    assert said(session, 1.0) == ["Hello"]
+    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 1.0)
+    assert session.series == SERIES
+    assert said(session, 1.1) == ["Progress"]
+
+
+def test_a_welcome_for_another_is_not_ours() -> None:
+    session = Session(CONFIG, 0.0)
+    session.handle(m.Welcome(1, "somebody", "topic", SERIES), 0.0)
+    assert session.series is None
+
+
+def test_the_flow_is_asked_for_once_and_again_when_nothing_comes() -> None:
+    session, intake = begun()
+    assert said(session, 0.0) == ["Progress", "Resend"]
+    assert said(session, 1.0) == ["Progress"]
+    assert said(session, 6.5) == ["Progress", "Resend"]
+    flow(intake)
+    assert "Resend" not in said(session, 20.0)
+
+
+def test_news_of_single_frames_waits_a_moment_for_more() -> None:
+    session, intake = begun(slots=16)
+    said(session, 0.0)
+    flow(intake)
+    for sequence in range(4):
+        take_frame(intake, sequence)
+    session.durable_upto = 1
+    assert said(session, 0.001) == []
+    assert session.next_turn_s <= 0.005
+    assert said(session, 0.006) == ["Progress"]
+    # A batch, an eighth of the slots, is told at once.
+    session.durable_upto = 3
+    assert said(session, 0.007) == ["Progress"]
+
+
+def test_a_silent_publisher_is_lost_after_the_stall_timeout() -> None:
+    session, intake = begun()
+    flow(intake)
+    take_frame(intake, 0)
+    session.heard_frame(0.0)
+    for now_s in range(1, 11):
+        session.watch(float(now_s))
+        assert not intake.arrivals.is_over
+    session.watch(10.5)
+    assert intake.arrivals.end is not None
+    assert "publisher is lost" in intake.arrivals.end.reason
+    assert intake.arrivals.end.frames_sent == 1
+
+
+def test_after_a_sleep_of_ones_own_the_publisher_gets_its_time() -> None:
+    session, intake = begun()
+    flow(intake)
+    session.heard_frame(0.0)
+    session.watch(1.0)
+    session.watch(3600.0)
+    assert not intake.arrivals.is_over
+    for now_s in range(3601, 3612):
+        session.watch(float(now_s))
+    assert intake.arrivals.is_over
+
+
+def test_a_publisher_that_never_sends_what_is_asked_is_given_up() -> None:
+    session, intake = begun()
+    for now_s in range(1, 12):
+        session.handle(m.Complaint(reason="no such frame"), float(now_s))
+        session.watch(float(now_s))
+    assert intake.arrivals.end is not None
+    assert "does not send frame 0" in intake.arrivals.end.reason
+    assert "no such frame" in intake.arrivals.end.reason
+
+
+def test_refusals_are_told_apart() -> None:
+    session = Session(CONFIG, 0.0)
+    session.handle(m.Refused(session.uid, "occupied", "there is one"), 0.0)
+    assert session.broken is None
+    session.handle(m.Refused(session.uid, "role", "no such role"), 0.0)
+    assert isinstance(session.broken, TransportError)
+
+    session, intake = begun()
+    session.handle(m.Refused(session.uid, "unknown", "who?"), 0.0)
+    assert intake.arrivals.end is not None
+    assert intake.arrivals.end.reason == "the publisher restarted"
+
+    session, intake = begun()
+    session.handle(m.Refused(session.uid, "occupied", "another"), 0.0)
+    assert intake.arrivals.end is not None
+    assert "another recorder" in intake.arrivals.end.reason
+
+
+def test_what_happened_before_begin_is_not_forgotten() -> None:
+    session = welcomed()
+    session.handle(m.Abandon(SERIES.series_uid, 0, "canceled"), 0.0)
+    intake = Intake(SERIES, 0, SlotPool(2, 2048), Arrivals(), Accounting())
+    session.begin(intake, 0, 0.0)
+    assert intake.arrivals.end is not None
+    assert intake.arrivals.end.reason == "canceled"
+
+
+def test_leaving_is_said_unless_everything_is_done() -> None:
+    session, intake = begun()
+    flow(intake)
+    take_frame(intake, 0)
+    assert [type(x).__name__ for x in session.last_words("bye")] == [
+        "Progress",
+        "Leave",
+    ]
+    end = SeriesEnd(1, SERIES.series_uid, 1, "completed")
+    intake.take(m.pack(end), None)
+    assert len(list(session.last_words("bye"))) == 2
+    session.durable_upto = 1
+    assert [type(x).__name__ for x in session.last_words("bye")] == ["Progress"]
