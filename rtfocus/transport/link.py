@@ -58,7 +58,7 @@ class Link:
         self.is_key_refused = False
         """The other end does not know our CURVE key."""
         self._broke_s: float | None = None
-        self.socket, self._monitor = self._open()
+        self.socket, self.monitor = self._open()
 
     @property
     def is_broken(self) -> bool:
@@ -68,8 +68,8 @@ class Link:
     def look(self, now_s: float) -> bool:
         """Read what happened; tell whether the connection broke."""
         broke = False
-        while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)["event"]
             self.is_key_refused |= bool(event & _REFUSED)
             if event & _BROKE:
                 self._broke_s = now_s
@@ -87,15 +87,15 @@ class Link:
             return False
         self._broke_s = None
         self.close()
-        self.socket, self._monitor = self._open()
+        self.socket, self.monitor = self._open()
         return True
 
     def close(self) -> None:
         """Close the socket and its monitor."""
         self._poller.unregister(self.socket)
-        self._poller.unregister(self._monitor)
+        self._poller.unregister(self.monitor)
         self.socket.disable_monitor()
-        self._monitor.close()
+        self.monitor.close()
         self.socket.close()
 
     def _open(self) -> tuple[Socket, Socket]:

@@ -148,7 +148,8 @@ class FrameReceiver:
     def release(self, slot: Slot) -> None:
         """Give a slot back: one more frame may come; any thread."""
         self.slots.release(slot)
-        self._thread.wake()
+        if self._session is None or self._session.is_wake_due():
+            self._thread.wake()
 
     def report_durable(self, sequence: int) -> None:
         """Say that all frames up to and including `sequence` are on disk.
@@ -158,7 +159,8 @@ class FrameReceiver:
         session = self._session
         if session is not None:
             session.durable_upto = max(session.durable_upto, sequence + 1)
-            self._thread.wake()
+            if session.is_wake_due():
+                self._thread.wake()
 
     def send_estimate(self, estimate: Estimate) -> None:
         """Send a focus estimate; a newer one replaces one not yet sent; any thread."""

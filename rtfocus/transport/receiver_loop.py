@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Container
 
 import zmq
 
@@ -35,7 +36,7 @@ class ReceiverLoop:
     ) -> None:
         self.session: Session | None = None
         self.turned = threading.Condition()
-        """Notified after every turn, for those who wait for an answer."""
+        """Notified after every turn until frames are wanted."""
         self.estimates_dropped = 0
         self._estimate: Estimate | None = None
         self._estimate_lock = threading.Lock()
@@ -85,12 +86,14 @@ class ReceiverLoop:
             wait_s = max(session.next_turn_s - time.monotonic(), 0.0)
         if self._control.is_broken or self._frames.link.is_broken:
             wait_s = min(wait_s, PAUSE_S)
-        self._poller.poll(int(wait_s * 1000) + 1)
+        ready = dict(self._poller.poll(int(wait_s * 1000) + 1))
         self._waker.clear()
-        self._look_after_links()
+        self._look_after_links(ready)
         # Frames first: control may say that no more will come.
-        self._read_frames()
-        self._read_control()
+        if self._frames.link.socket in ready:
+            self._read_frames()
+        if self._control.socket in ready:
+            self._read_control()
         if session is not None:
             now_s = time.monotonic()
             self._frames.subscribe(session.topic)
@@ -98,8 +101,9 @@ class ReceiverLoop:
             for message in session.say(now_s):
                 self._say(message)
             self._send_estimate()
-        with self.turned:
-            self.turned.notify_all()
+        if session is not None and session.intake is None:
+            with self.turned:
+                self.turned.notify_all()
 
     def close(self) -> None:
         """Report what is durable, say good-bye, close the sockets."""
@@ -135,18 +139,19 @@ class ReceiverLoop:
             if self.session is not None:
                 self.session.handle(message, time.monotonic())
 
-    def _look_after_links(self) -> None:
-        now_s, session = time.monotonic(), self.session
-        broke = self._frames.link.look(now_s)
-        if broke and session is not None and session.is_running:
-            # Frames that were lost with it show as a hole.
-            self._tally.reject(
-                "disconnected",
-                "the frames connection broke: network, or a message of more than "
-                "transport.max_frame_mb",
-            )
+    def _look_after_links(self, ready: Container[object]) -> None:
+        now_s, session, frames = time.monotonic(), self.session, self._frames.link
+        if frames.monitor in ready and frames.look(now_s):
+            if session is not None and session.is_running:
+                # Frames that were lost with it show as a hole.
+                self._tally.reject(
+                    "disconnected",
+                    "the frames connection broke: network, or a message of more "
+                    "than transport.max_frame_mb",
+                )
+        if self._control.monitor in ready:
+            self._control.look(now_s)
         self._frames.mend(now_s)
-        self._control.look(now_s)
         self._control.mend(now_s)
 
     def _leave(self, reason: str) -> None:

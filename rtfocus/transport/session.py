@@ -47,6 +47,8 @@ class Session:
         self._complaint = ""
         self._said: m.Progress | None = None
         self._said_s = 0.0
+        self._news = 0
+        self._is_armed = False
         self._attempt = 0
         self._asked_s = now_s
         self._flowing_s = now_s
@@ -96,12 +98,26 @@ class Session:
             if is_beat and self.broken is None:
                 yield m.Hello(version=PROTOCOL_VERSION, role="recorder", uid=self.uid)
             return
+        # Before the numbers are read: what changes from here on wakes the loop.
+        self._is_armed, self._news = False, 0
         progress = self._progress(self.series.series_uid)
         if self._is_worth_saying(progress, now_s, is_beat=is_beat):
             self._said, self._said_s = progress, now_s
             yield progress
         if self.intake is not None:
             yield from self._ask(self.intake, now_s)
+
+    def is_wake_due(self) -> bool:
+        """Tell whether a change by another thread must wake the loop; any thread.
+
+        The first one does, to arm the delay after which all are told; then only a
+        batch of them.
+        """
+        # Two threads may count as one here: that costs a delay, never a wake-up.
+        news = self._news + 1
+        self._news = news
+        batch = self.intake.batch if self.intake is not None else 1
+        return news % batch == 0 or (news == 1 and not self._is_armed)
 
     def last_words(self, reason: str) -> Iterator[m.FromRecorder]:
         """Yield what is to be sent before going away."""
@@ -196,6 +212,7 @@ class Session:
         if max(credit, durable) >= batch or now_s >= due_s:
             return True
         self.next_turn_s = min(self.next_turn_s, due_s)
+        self._is_armed = True
         return False
 
     def _progress(self, series_uid: str) -> m.Progress:
