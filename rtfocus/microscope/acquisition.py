@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 
 from pymmcore_plus.experimental.unicore import UniMMCore
+from useq import MDASequence
 
 from rtfocus.config import Config
 from rtfocus.config.microscope import ReplayConfig
@@ -74,6 +75,26 @@ def acquire_with(
         )
         raise ConfigError(msg)
     sequence = read_sequence(acquisition.mda)
+    _check_presets(core, sequence)
     z_um = core.getPosition() if core.getFocusDevice() else None
     plan = lay_out(anchored(sequence, z_um), sites=Sites.of(sequence))
     return PlannedAcquisition(config, core, plan, sink, on_frame).run(stop)
+
+
+def _check_presets(core: UniMMCore, sequence: MDASequence) -> None:
+    """Refuse a plan with unknown channels before the series begins."""
+    for channel in sequence.channels:
+        groups = core.getAvailableConfigGroups()
+        if channel.group not in groups:
+            msg = (
+                f"acquisition.mda: there is no channel group '{channel.group}'; groups "
+                f"of this configuration: {', '.join(groups) or 'none'}"
+            )
+            raise ConfigError(msg)
+        presets = core.getAvailableConfigs(channel.group)
+        if channel.config not in presets:
+            msg = (
+                f"acquisition.mda: there is no channel '{channel.config}'; presets of "
+                f"group '{channel.group}': {', '.join(presets) or 'none'}"
+            )
+            raise ConfigError(msg)

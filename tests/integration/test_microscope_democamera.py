@@ -284,7 +284,7 @@ def test_optics_of_another_pixel_size_are_refused():
 
 def test_a_channel_that_does_not_exist_is_reported():
     plan = {"channels": ["NoSuchPreset"], "time_plan": {"interval": 0.01, "loops": 2}}
-    with pytest.raises(MicroscopeError, match="NoSuchPreset"):
+    with pytest.raises(ConfigError, match=r"NoSuchPreset.*Cy5, DAPI"):
         record(democamera({"mda": plan}, properties=SMALL))
 
 
