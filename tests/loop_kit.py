@@ -39,7 +39,12 @@ OPTICS = {
     "pixel_size_um": 0.65,
     "aberrations": {"spherical_waves": -0.38},
 }
-LOCAL = ("transport.preview.endpoint=null", "store.min_free_mb=1")
+LOCAL = (
+    "transport.frames=tcp://127.0.0.1:*",
+    "transport.control=tcp://127.0.0.1:*",
+    "transport.preview.endpoint=null",
+    "store.min_free_mb=1",
+)
 """Overrides of every test: no fixed port, and a nearly full disk will do."""
 
 

@@ -140,6 +140,16 @@ def test_a_wrong_adapter_path_is_told_by_the_other_side(tmp_path):
     assert str(nowhere) in said
 
 
+def test_an_unknown_channel_is_told_with_those_there_are():
+    plan = "acquisition.mda.channels=[{{config: {}}}]"
+    said = failed(command("acquire", "demo", *sets(plan.format("GFP"))))
+    assert "no channel 'GFP'" in said
+    assert "group 'Channel': DAPI" in said
+    grouped = plan.format("DAPI, group: Light")
+    said = failed(command("acquire", "demo", *sets(grouped)))
+    assert "no channel group 'Light'" in said
+
+
 def test_nothing_to_acquire_is_told(tmp_path):
     options = sets(f"run.folder={tmp_path}", "acquisition={}")
     said = failed(command("acquire", "democamera", "--quiet", *options))

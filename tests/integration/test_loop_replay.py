@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from loop_kit import Run, assert_whole, run_loop, small
+from loop_kit import Run, assert_whole, command, run_loop, small, succeeded
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -125,3 +125,9 @@ def test_raw_only_keeps_recording_when_restoration_is_slow(tmp_path, engine_fold
     assert run.report["restored"] == 6 - len(left_out)
     (reason,) = run.report["totals"]["not_restored"]
     assert run.report["totals"]["not_restored"][reason] == len(left_out)
+    told = succeeded(command("restore", run.folder))
+    assert f"restored {len(left_out)} frames" in told
+    assert_whole(run.folder, frames=6)
+    assert run.report["totals"]["not_restored"] == {}
+    for t in range(6):
+        assert run.stored("restored", t).any()
