@@ -74,7 +74,8 @@ class FrameArray:
     context
         As from `open_context`.
     create
-        False: the array exists, from an earlier process or a finished run.
+        False: the array exists, from an earlier process or a finished run. True:
+        one that exists without a frame is replaced.
     """
 
     def __init__(
@@ -104,7 +105,11 @@ class FrameArray:
             description["metadata"] = metadata
         try:
             self._array = ts.open(
-                description, context=context, open=not create, create=create
+                description,
+                context=context,
+                open=not create,
+                create=create,
+                delete_existing=create,
             ).result()
         except (ValueError, OSError, RuntimeError) as error:
             msg = f"cannot open array '{path}': {error}"

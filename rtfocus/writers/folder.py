@@ -5,7 +5,14 @@ from pathlib import Path
 
 from rtfocus.errors import WriterError
 from rtfocus.writers.disk import check_space
-from rtfocus.writers.header import HEADER_NAME, RunHeader, is_finished, read_header
+from rtfocus.writers.header import (
+    HEADER_NAME,
+    JOURNAL_NAME,
+    RunHeader,
+    is_finished,
+    read_header,
+)
+from rtfocus.writers.layout import group_documents
 from rtfocus.writers.plan import Plan
 from rtfocus.writers.specs import image_specs
 
@@ -29,6 +36,28 @@ def prepare_folder(folder: Path, header: RunHeader) -> bool:
     planned = 0 if resumes else planned_bytes(header)
     check_space(folder, planned, int(header.store.min_free_mb * 1e6))
     return resumes
+
+
+def begin_folder(folder: Path, header: RunHeader) -> None:
+    """Write an empty journal and the header: from then on the run can be resumed.
+
+    Before the images: a process killed while it makes them leaves a folder that a
+    restarted one, or a repair, goes on with.
+
+    Raises
+    ------
+    WriterError
+        If they cannot be written, or the series does not fit the format.
+    """
+    # A series that is refused must not look like a run that was cut off.
+    group_documents(folder, header, image_specs(header))
+    journal = folder / JOURNAL_NAME
+    try:
+        journal.touch()
+    except OSError as error:
+        msg = f"cannot write journal '{journal}': {error.strerror}"
+        raise WriterError(msg) from error
+    header.write(folder)
 
 
 def planned_bytes(header: RunHeader) -> int | None:

@@ -67,15 +67,25 @@ def image_groups(folder: Path, header: RunHeader, spec: ImageSpec) -> list[Path]
 
 
 def write_groups(folder: Path, header: RunHeader, specs: list[ImageSpec]) -> None:
-    """Write all group metadata of a new run: complete before frame 0.
+    """Write all group metadata of a new run: complete before frame 0."""
+    for group, attributes in group_documents(folder, header, specs).items():
+        write_group(group, attributes, fsync=header.store.fsync)
+
+
+def group_documents(
+    folder: Path, header: RunHeader, specs: list[ImageSpec]
+) -> dict[Path, dict[str, Any]]:
+    """Return the attributes of every group, outer groups first.
 
     Raises
     ------
     WriterError
         If the series says something that OME-Zarr 0.5 does not allow.
     """
+    # First: it says more about shared well fields than the format does.
+    position_paths(header.series.positions)
     try:
-        documents = _documents(folder, header, specs)
+        return _documents(folder, header, specs)
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"])
@@ -84,14 +94,11 @@ def write_groups(folder: Path, header: RunHeader, specs: list[ImageSpec]) -> Non
             f"{fault['input']!r}: {fault['msg']}"
         )
         raise WriterError(msg) from error
-    for group, attributes in documents.items():
-        write_group(group, attributes, fsync=header.store.fsync)
 
 
 def _documents(
     folder: Path, header: RunHeader, specs: list[ImageSpec]
 ) -> dict[Path, dict[str, Any]]:
-    """Return the attributes of every group, outer groups first."""
     documents: dict[Path, dict[str, Any]] = {}
     for spec in specs:
         if spec.name != CONFIDENCE:

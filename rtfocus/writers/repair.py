@@ -37,7 +37,8 @@ def repair_run(folder: Path, header: RunHeader) -> list[str]:
         tally.add(line)
     accounting = Accounting()
     tally.restore(accounting)
-    images = RunImages(folder, header, create=False)
+    # A process killed before its first frame may have left some of them.
+    images = RunImages(folder, header, create=tally.lines == 0)
     before = images.frames
     finish_run(
         folder,

@@ -21,7 +21,7 @@ from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
 from rtfocus.writers.disk import DiskWatch
 from rtfocus.writers.finish import finish_run
-from rtfocus.writers.folder import prepare_folder
+from rtfocus.writers.folder import begin_folder, prepare_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.intake import Intake
@@ -132,11 +132,11 @@ class RunWriter:
             self._tally.restore(accounting)
         self.next_sequence = self._tally.next_sequence
         """First sequence that is not durable: where a resumed run goes on."""
-        self._images = RunImages(folder, header, create=not resumes)
-        self._journal = JournalFile(folder / JOURNAL_NAME, fsync=header.store.fsync)
         if not resumes:
-            # The last file of a new run: with it, the folder can be resumed.
-            header.write(folder)
+            begin_folder(folder, header)
+        # A process killed before its first frame may have left some of them.
+        self._images = RunImages(folder, header, create=self._tally.lines == 0)
+        self._journal = JournalFile(folder / JOURNAL_NAME, fsync=header.store.fsync)
         self._disk = DiskWatch(folder, int(header.store.min_free_mb * 1e6))
         self._ledger = Ledger(
             folder, self._journal, self._tally, accounting, on_durable, on_free
