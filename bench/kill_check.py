@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from rtfocus.writers.check import CheckReport, check_run
-from rtfocus.writers.header import JOURNAL_NAME
+from rtfocus.writers.header import JOURNAL_NAME, is_bare
 from rtfocus.writers.journal import WRITTEN, Line, read_journal
 
 SIDE = 128
@@ -45,19 +45,27 @@ def faults_after_kill(folder: Path, durable: int) -> list[str]:
     durable
         The publisher was told that frames before it are durable.
     """
-    faults, lines = _faults_of_stores(folder), list(read_journal(folder / JOURNAL_NAME))
+    if is_bare(folder):
+        return [f"{durable} frames were durable, nothing there"] if durable else []
+    lines = list(read_journal(folder / JOURNAL_NAME))
+    faults = _faults_as_left(folder, lines) if lines else []
     if len(lines) < durable:
         faults.append(f"{durable} frames were durable, journal holds {len(lines)}")
-    faults += _faults_of_lines(lines) + _faults_of_pixels(folder, len(lines))
-    faults += [
-        problem
-        for problem in check_run(folder).problems
-        if not any(said in problem for said in _EXPECTED_WHEN_CUT_OFF)
-    ]
     repaired = check_run(folder, repair=True)
     return faults + [
         f"after repair: {fault}"
         for fault in _faults_of_finished(folder, repaired, len(lines))
+    ]
+
+
+def _faults_as_left(folder: Path, lines: list[Line]) -> list[str]:
+    """Return what is wrong with a run that was killed with these journal lines."""
+    faults = _faults_of_stores(folder) + _faults_of_lines(lines)
+    faults += _faults_of_pixels(folder, len(lines))
+    return faults + [
+        problem
+        for problem in check_run(folder).problems
+        if not any(said in problem for said in _EXPECTED_WHEN_CUT_OFF)
     ]
 
 

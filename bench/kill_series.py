@@ -28,7 +28,6 @@ from rtfocus.config.processor import TransportConfig
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.writers.check import check_run
-from rtfocus.writers.header import HEADER_NAME
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451.0, pixel_size_um=0.65)
 MOST_FRAMES = 60
@@ -210,12 +209,12 @@ class KilledSeries:
         self.outcome.faults += [f"{name}, {where}: {fault}" for fault in faults]
 
     def _run_folder(self) -> Path | None:
-        """Return the run folder; None: killed before it was made, or half-made."""
-        headers = sorted((self._folder / "runs").glob(f"*.rtfocus/{HEADER_NAME}"))
-        if len(headers) > 1:
-            names = [path.parent.name for path in headers]
+        """Return the run folder; None: killed before it was made."""
+        found = sorted((self._folder / "runs").glob("*.rtfocus"))
+        if len(found) > 1:
+            names = [path.name for path in found]
             raise BrokenOffError(f"made several folders for one series: {names}")
-        return headers[0].parent if headers else None
+        return found[0] if found else None
 
     def _one_folder(self) -> Path:
         folder = self._run_folder()

@@ -9,6 +9,7 @@ from rtfocus.writers.header import (
     HEADER_NAME,
     JOURNAL_NAME,
     RunHeader,
+    is_bare,
     is_finished,
     read_header,
 )
@@ -92,7 +93,7 @@ def _resumes(folder: Path, header: RunHeader) -> bool:
             raise WriterError(msg)
         shutil.rmtree(folder)
     if not (folder / HEADER_NAME).exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not is_bare(folder):
             msg = f"'{folder}' is not empty and no run folder; choose another run.name"
             raise WriterError(msg)
         return False

@@ -90,6 +90,15 @@ def is_finished(folder: Path) -> bool:
     return (folder / REPORT_NAME).is_file()
 
 
+def is_bare(folder: Path) -> bool:
+    """Tell whether a folder holds at most what a run makes before its header."""
+    journal = folder / JOURNAL_NAME
+    before_header = {JOURNAL_NAME, f".{HEADER_NAME}.part"}
+    return {path.name for path in folder.iterdir()} <= before_header and (
+        not journal.exists() or journal.stat().st_size == 0
+    )
+
+
 def write_json(path: Path, content: dict[str, Any], *, fsync: bool = False) -> None:
     """Replace a JSON file atomically; NaN becomes null."""
     temporary = path.with_name(f".{path.name}.part")

@@ -7,7 +7,7 @@ from rtfocus.config.model import RunConfig
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.frame import SeriesStart
-from rtfocus.writers.header import is_finished, read_header
+from rtfocus.writers.header import is_bare, is_finished, read_header
 
 SUFFIX = ".rtfocus"
 
@@ -30,9 +30,11 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
 
 
 def holds_unfinished(folder: Path, series_uid: str) -> bool:
-    """Tell whether `folder` is a cut-off run of this very series."""
+    """Tell whether `folder` is a cut-off run of this very series, or of none yet."""
     if is_finished(folder):
         return False
+    if folder.is_dir() and is_bare(folder):
+        return True
     try:
         return read_header(folder).series.series_uid == series_uid
     except WriterError:
