@@ -13,93 +13,108 @@ from array import array
 import msgpack
 import zmq
 
-FRAMES, SIDE = int(sys.argv[1]), int(sys.argv[2])
 HEARTBEAT_S = 0.05
-SERIES = {"version": 1, "series_uid": f"independent-{time.time_ns()}"}
-START = {
-    **SERIES,
-    **{"type": "start", "name": "independent", "started_ns": time.time_ns()},
-    **{"shape": [SIDE, SIDE], "dtype": "<u2", "sizes": {"t": FRAMES}},
-    **{"channels": [{"name": "default"}], "positions": [{"name": "here"}]},
-    "pixel_size_um": 0.5,
-}
-
-context = zmq.Context()
-stream, control = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
-stream.setsockopt(zmq.XPUB_NODROP, 1)
-stream.setsockopt(zmq.XPUB_MANUAL, 1)
-stream.linger = control.linger = 500
-for socket in (stream, control):
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
-    sys.stdout.write(f"tcp://127.0.0.1:{port}\n")
-sys.stdout.flush()
-
-recorder = uid = topic = None
-subscribed = begun = rewind_due = ended = False
-sent = credit = durable = attempt = 0
-next_beat = time.monotonic()
 
 
-def send(header, *pixels):
-    stream.send_multipart([topic, msgpack.packb({**SERIES, **header}), *pixels])
+class IndependentPublisher:
+    """One series; any frame can be made again, so none has to be kept."""
 
+    def __init__(self, frames, side):
+        self.frames, self.side = frames, side
+        self.series = {"version": 1, "series_uid": f"independent-{time.time_ns()}"}
+        self.context = zmq.Context()
+        self.stream = self.context.socket(zmq.XPUB)
+        self.stream.setsockopt(zmq.XPUB_NODROP, 1)
+        self.stream.setsockopt(zmq.XPUB_MANUAL, 1)
+        self.control = self.context.socket(zmq.ROUTER)
+        self.recorder = self.uid = self.topic = None
+        self.subscribed = self.begun = self.rewind_due = self.ended = False
+        self.sent = self.credit = self.durable = self.attempt = 0
+        self.next_beat = 0.0
 
-def tell(to, **message):
-    control.send_multipart([to, msgpack.packb(message)])
+    def run(self):
+        for socket in (self.stream, self.control):
+            socket.linger = 500
+            port = socket.bind_to_random_port("tcp://127.0.0.1")
+            sys.stdout.write(f"tcp://127.0.0.1:{port}\n")
+        sys.stdout.flush()
+        while not (self.ended and self.durable == self.frames):
+            zmq.select([self.stream, self.control], [], [], HEARTBEAT_S)
+            while self.stream.poll(0):
+                message = self.stream.recv()
+                if self.topic is not None and message == b"\x01" + self.topic:
+                    self.stream.setsockopt(zmq.SUBSCRIBE, self.topic)
+                    self.subscribed = True
+            while self.control.poll(0):
+                sender, data = self.control.recv_multipart()
+                self.handle(sender, msgpack.unpackb(data))
+            if self.subscribed and self.begun:
+                self.flow()
+            if self.recorder is not None and time.monotonic() >= self.next_beat:
+                self.beat()
+        self.context.destroy()
 
-
-while not (ended and durable == FRAMES):
-    zmq.select([stream, control], [], [], HEARTBEAT_S)
-    while stream.poll(0):
-        message = stream.recv()
-        if topic is not None and message == b"\x01" + topic:
-            stream.setsockopt(zmq.SUBSCRIBE, topic)
-            subscribed = True
-    while control.poll(0):
-        sender, data = control.recv_multipart()
-        message = msgpack.unpackb(data)
+    def handle(self, sender, message):
         kind = message["type"]
         if kind == "hello":
-            if recorder is None:
-                recorder, uid = sender, message["uid"]
-                topic = f"{SERIES['series_uid']}/{uid}/".encode()
-            if message["uid"] == uid:
-                text = topic.decode()
-                tell(
-                    sender, type="welcome", version=1, uid=uid, topic=text, start=START
-                )
-            else:
-                reason = "there is a recorder already"
-                them = message["uid"]
-                tell(sender, type="refused", uid=them, code="occupied", reason=reason)
-        elif message.get("uid") != uid:
-            continue
+            self.greet(sender, message["uid"])
+        elif message.get("uid") != self.uid:
+            return
         elif kind == "progress":
-            credit, durable = message["credit_upto"], message["durable_upto"]
+            self.credit, self.durable = message["credit_upto"], message["durable_upto"]
         elif kind == "resend":
-            sent, attempt = message["sequence"], message["attempt"]
-            begun = rewind_due = True
+            self.sent, self.attempt = message["sequence"], message["attempt"]
+            self.begun = self.rewind_due = True
         elif kind == "ended":
-            ended = True
+            self.ended = True
         elif kind == "leave":
-            recorder = uid = topic = None
-            subscribed = begun = False
-    flowing = subscribed and begun
-    if flowing and rewind_due:
-        send({"type": "rewind", "sequence": sent, "attempt": attempt})
-        rewind_due = False
-    while flowing and sent < min(credit, FRAMES):
-        frame = {"type": "frame", "sequence": sent, "shape": [SIDE, SIDE]}
-        frame |= {"dtype": "<u2", "captured_ns": time.time_ns(), "exposure_ms": 1.0}
-        pixels = array("H", [sent]) * SIDE**2
-        send({**frame, "index": {"t": sent}}, pixels.tobytes())
-        sent += 1
-    if recorder is not None and time.monotonic() >= next_beat:
-        next_beat = time.monotonic() + HEARTBEAT_S
-        ping = {"type": "ping", "sent_upto": sent, "attempt": attempt}
-        tell(recorder, **SERIES, **ping)
-        if flowing:
-            send(ping)
-            if sent == FRAMES and not ended:
-                send({"type": "end", "frames_sent": FRAMES, "reason": "completed"})
-context.destroy()
+            self.recorder = self.uid = self.topic = None
+            self.subscribed = self.begun = False
+
+    def greet(self, sender, uid):
+        if self.recorder is None:
+            self.recorder, self.uid = sender, uid
+            self.topic = f"{self.series['series_uid']}/{uid}/".encode()
+        if uid != self.uid:
+            reason = "there is a recorder already"
+            self.tell(sender, type="refused", uid=uid, code="occupied", reason=reason)
+            return
+        start = {"type": "start", "name": "independent", "started_ns": time.time_ns()}
+        start |= {"shape": [self.side, self.side], "dtype": "<u2", "pixel_size_um": 0.5}
+        start |= {"sizes": {"t": self.frames}, "channels": [{"name": "default"}]}
+        start |= {"positions": [{"name": "here"}], **self.series}
+        welcome = {"type": "welcome", "version": 1, "uid": uid, "start": start}
+        self.tell(sender, **welcome, topic=self.topic.decode())
+
+    def flow(self):
+        if self.rewind_due:
+            rewind = {"type": "rewind", "sequence": self.sent, "attempt": self.attempt}
+            self.send(rewind)
+            self.rewind_due = False
+        while self.sent < min(self.credit, self.frames):
+            frame = {"type": "frame", "sequence": self.sent, "dtype": "<u2"}
+            frame |= {"shape": [self.side, self.side], "index": {"t": self.sent}}
+            frame |= {"captured_ns": time.time_ns(), "exposure_ms": 1.0}
+            self.send(frame, (array("H", [self.sent]) * self.side**2).tobytes())
+            self.sent += 1
+
+    def beat(self):
+        self.next_beat = time.monotonic() + HEARTBEAT_S
+        ping = {"type": "ping", "sent_upto": self.sent, "attempt": self.attempt}
+        self.tell(self.recorder, **self.series, **ping)
+        if self.subscribed and self.begun:
+            self.send(ping)
+            if self.sent == self.frames and not self.ended:
+                end = {"frames_sent": self.frames, "reason": "completed"}
+                self.send({"type": "end", **end})
+
+    def send(self, header, *pixels):
+        data = msgpack.packb({**self.series, **header})
+        self.stream.send_multipart([self.topic, data, *pixels])
+
+    def tell(self, recorder, **message):
+        self.control.send_multipart([recorder, msgpack.packb(message)])
+
+
+if __name__ == "__main__":
+    IndependentPublisher(int(sys.argv[1]), int(sys.argv[2])).run()

@@ -4,27 +4,33 @@ Run: python recorder_child.py FRAMES_ENDPOINT CONTROL_ENDPOINT JOURNAL
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from transport_kit import DEADLINE_S, make_config, number_of
 
 from rtfocus.metrics import Accounting
 from rtfocus.transport.receiver import FrameReceiver, Gap
 
-frames, control, journal_path = sys.argv[1:]
-receiver = FrameReceiver(
-    make_config(frames=frames, control=control, slots=4), Accounting()
-)
-assert receiver.wait_series(DEADLINE_S) is not None
-with Path(journal_path).open("a+", encoding="utf-8") as journal:
-    journal.seek(0)
-    receiver.begin(len(journal.readlines()))
-    for slot in receiver.frames():
-        assert not isinstance(slot, Gap)
-        # Written and flushed before it is called durable, like the store's journal.
-        journal.write(f"{number_of(slot)}\n")
-        journal.flush()
-        receiver.report_durable(slot.frame().sequence)
-        receiver.release(slot)
-receiver.close()
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from transport_kit import DEADLINE_S, make_config, number_of
+
+
+def record_into(journal_path: Path, frames: str, control: str) -> None:
+    config = make_config(frames=frames, control=control, slots=4)
+    with (
+        closing(FrameReceiver(config, Accounting())) as receiver,
+        journal_path.open("a+", encoding="utf-8") as journal,
+    ):
+        assert receiver.wait_series(DEADLINE_S) is not None
+        journal.seek(0)
+        receiver.begin(len(journal.readlines()))
+        for slot in receiver.frames():
+            assert not isinstance(slot, Gap)
+            # Written and flushed before it is called durable, as the store does.
+            journal.write(f"{number_of(slot)}\n")
+            journal.flush()
+            receiver.report_durable(slot.frame().sequence)
+            receiver.release(slot)
+
+
+if __name__ == "__main__":
+    record_into(Path(sys.argv[3]), sys.argv[1], sys.argv[2])
