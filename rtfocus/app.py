@@ -154,6 +154,7 @@ class SeriesLoop:
         ) as writer:
             self._receiver.begin(writer.next_sequence)
             self._monitor.begin(self._series)
+            self._monitor.backends = self._processor.backends()
             failure = self._run_workers(writer)
             end = self._end(failure)
             folder = writer.close(end, self._monitor.report())
@@ -195,8 +196,10 @@ class SeriesLoop:
         if isinstance(arrived, Slot):
             self._in_flight[arrived.frame().sequence] = arrived
             self._monitor.arrived(arrived)
-            raw_only = self._receiver.wants_raw_only() is not None
-            self._processor.submit(arrived, restore=not raw_only)
+            reason = self._receiver.wants_raw_only()
+            self._processor.submit(
+                arrived, unrestored=None if reason is None else f"raw_only: {reason}"
+            )
         return arrived
 
     def _publish(self, arrived: Arrival) -> Arrival:

@@ -66,7 +66,7 @@ class CpuProcessor:
         self._begin_threads(threads, slots)
         return grid
 
-    def submit(self, slot: Slot, *, restore: bool = True) -> None:
+    def submit(self, slot: Slot, *, unrestored: str | None = None) -> None:
         """Begin work on a frame; waits while the processor is full."""
         header = slot.frame()
         series = self._series
@@ -75,7 +75,7 @@ class CpuProcessor:
             raise ValueError(msg)
         job = self._job(slot)
         plan = self._plans[header.index.get("c", 0)]
-        job.begin(slot, plan, restore=restore)
+        job.begin(slot, plan, unrestored=unrestored)
         if tuple(header.shape) != tuple(series.shape) or header.dtype != series.dtype:
             msg = (
                 f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
@@ -105,6 +105,14 @@ class CpuProcessor:
             msg = f"slot {slot.index} finished without a result"
             raise EngineError(msg)
         return job.result
+
+    def backends(self) -> dict[str, str]:
+        """Tell what each engine of the series runs on."""
+        return {
+            plan.classifier.card.name: plan.classifier.runs_on
+            for plan in self._plans
+            if plan.classifier is not None
+        }
 
     def close(self) -> None:
         """Stop threads, fail what is in flight and free engines; twice is once."""

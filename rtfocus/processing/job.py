@@ -30,7 +30,8 @@ class Job:
     """Result on the camera's scale; None where no channel is restored."""
     slot: Slot | None = None
     plan: ChannelPlan | None = None
-    restore: bool = True
+    unrestored: str | None = None
+    """Why restoration is to be left out; None: restore."""
     marks: Marks = field(default_factory=lambda: Marks((), None))
     estimate: Estimate | None = None
     defocus: DefocusMap | None = None
@@ -40,9 +41,9 @@ class Job:
     estimated: threading.Event = field(default_factory=threading.Event)
     finished: threading.Event = field(default_factory=threading.Event)
 
-    def begin(self, slot: Slot, plan: ChannelPlan, *, restore: bool) -> None:
+    def begin(self, slot: Slot, plan: ChannelPlan, *, unrestored: str | None) -> None:
         """Take a new frame; what the last one left is forgotten."""
-        self.slot, self.plan, self.restore = slot, plan, restore
+        self.slot, self.plan, self.unrestored = slot, plan, unrestored
         self.estimate = self.defocus = self.result = self.error = None
         self.stage_ms = {}
         self.estimated.clear()
@@ -100,7 +101,7 @@ def classify(job: Job) -> None:
 def restore(job: Job, scratch: Image) -> None:
     """Restore a frame, or say why it was not."""
     _, plan = job.of()
-    skipped = plan.skipped if job.restore else "raw_only: restoration was left out"
+    skipped = job.unrestored or plan.skipped
     restored = None
     if (
         skipped is None

@@ -29,8 +29,11 @@ class FrameProcessor(Protocol):
         """
         ...
 
-    def submit(self, slot: Slot, *, restore: bool = True) -> None:
-        """Begin work on a frame; waits while the processor is full."""
+    def submit(self, slot: Slot, *, unrestored: str | None = None) -> None:
+        """Begin work on a frame; waits while the processor is full.
+
+        `unrestored` is why restoration is to be left out; None: restore.
+        """
         ...
 
     def wait_estimate(self, slot: Slot) -> tuple[Estimate, DefocusMap] | None:
@@ -39,6 +42,10 @@ class FrameProcessor(Protocol):
 
     def wait_result(self, slot: Slot) -> FrameResult:
         """Wait for everything about a frame; raises what went wrong with it."""
+        ...
+
+    def backends(self) -> dict[str, str]:
+        """Tell what each engine of the series runs on, for the report."""
         ...
 
     def close(self) -> None:
@@ -51,6 +58,8 @@ class Engine(Protocol):
 
     name: str
     """Folder name in ``engines/``."""
+    backend: str
+    """Runtime, e.g. ``openvino``."""
     precision: str
     """Numbers it computes in: ``f32`` or ``bf16``."""
 

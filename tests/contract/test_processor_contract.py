@@ -203,7 +203,7 @@ def test_series_without_any_classified_channel_has_no_grid(processor):
 
 def test_raw_only_frames_are_estimated_but_not_restored(processor, pool, frames):
     processor.start(series_for(), SLOTS)
-    slot = submit(processor, pool, 0, frames[5], restore=False)
+    slot = submit(processor, pool, 0, frames[5], unrestored="raw_only: slow")
     assert processor.wait_estimate(slot) is not None
     result = processor.wait_result(slot)
     assert result.restored is None

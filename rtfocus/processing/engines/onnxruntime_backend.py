@@ -14,6 +14,7 @@ from rtfocus.processing.engines.inputs import check_input
 class OnnxRuntimeEngine:
     """A network run by ONNX Runtime on the CPU, always in f32."""
 
+    backend = "onnxruntime"
     precision = "f32"
 
     def __init__(

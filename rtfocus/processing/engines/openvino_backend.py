@@ -18,6 +18,8 @@ class OpenVinoEngine:
     input tensor is the caller's array (no copy) and whose output is copied out.
     """
 
+    backend = "openvino"
+
     def __init__(
         self,
         name: str,
