@@ -44,10 +44,11 @@ class Processor:
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for `condition` while the processor runs."""
-        wait_until(condition, what, self._must_run)
+        wait_until(condition, what, self.let_run)
 
-    def _must_run(self) -> None:
-        if self.wait(_LOOK_S) is not None:
+    def let_run(self, time_s: float = _LOOK_S) -> None:
+        """Let it run on; it must not end by itself meanwhile."""
+        if self.wait(time_s) is not None:
             raise BrokenOffError(f"left too early: {self._said()}")
 
     def wait(self, timeout_s: float) -> int | None:

@@ -165,7 +165,7 @@ class KilledSeries:
         else:
             status = self._publisher.status
             processor.wait_until(lambda: status().recorder_alive, "hello")
-        processor.wait(self._rng.uniform(0, MOST_DELAY_S))
+        processor.let_run(self._rng.uniform(0, MOST_DELAY_S))
 
     def _wait_for_frames(self, processor: Processor) -> None:
         """Wait for a random number of frames to be durable, with more under way."""

@@ -11,6 +11,7 @@ import zarr
 from bench import kill_check
 from bench.kill import RECORDED
 from bench.kill_series import KilledSeries, Mode
+from rtfocus.writers.check import check_run
 
 RAW_ONLY = {"restored": False}
 
@@ -29,7 +30,7 @@ def kill(folder: Path, mode: Mode, kills: int, seed: int, *, at_finish: bool) ->
 def test_a_killed_run_goes_on_and_is_finished_by_a_repair(tmp_path: Path) -> None:
     run = kill(tmp_path, Mode("recorded", RAW_ONLY, RECORDED), 2, 5, at_finish=True)
     # What found no fault would have found two frames in each other's place.
-    frames = kill_check.check_run(run).frames
+    frames = check_run(run).frames
     raw = zarr.open_array(run / "raw.ome.zarr" / "0", mode="r+")
     raw[frames - 2 :] = raw[frames - 2 :][::-1]
     faults = kill_check.faults_at_end(run, frames)
