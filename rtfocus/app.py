@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rtfocus.config import Config
+from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import EngineError, RtfocusError, WorkerError, WriterError
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
 from rtfocus.microscope.acquisition import AcquisitionReport
@@ -108,7 +109,7 @@ def process(
     with (
         closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
         closing(open_processor(config)) as processor,
-        closing(PreviewPublisher(config.transport.preview)) as preview,
+        closing(_open_preview(config.transport)) as preview,
         _when(stop.is_set, receiver.stop),
     ):
         series = receiver.wait_series()
@@ -264,6 +265,14 @@ class SeriesLoop:
             frames_sent=self._monitor.accounting.acquired,
             reason=reason,
         )
+
+
+def _open_preview(transport: TransportConfig) -> PreviewPublisher:
+    return PreviewPublisher(
+        transport.preview,
+        curve_keys=transport.curve_keys,
+        insecure=transport.insecure,
+    )
 
 
 @contextmanager
