@@ -49,7 +49,7 @@ def export_engine(checkpoint: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS_NAME
     write_onnx(fold_batch_norm(network), weights)
-    card = describe(recipe, state, network)
+    card = {"name": folder.resolve().name, **describe(recipe, state, network)}
     card["sha256"] = {"fp32": hashlib.sha256(weights.read_bytes()).hexdigest()}
     path = folder / CARD_NAME
     text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=88)
@@ -117,7 +117,7 @@ def write_onnx(network: DelpNet, path: Path) -> None:
 
 
 def describe(recipe: Recipe, state: dict[str, Any], network: DelpNet) -> dict[str, Any]:
-    """Return the card without its checksum."""
+    """Return the card without name and checksum."""
     blur = recipe.blur
     reference = blur.reference
     low, high = (factor * reference.sampling for factor in _SAMPLING_RANGE)
@@ -125,7 +125,6 @@ def describe(recipe: Recipe, state: dict[str, Any], network: DelpNet) -> dict[st
     # The step between values belongs to the camera, not to the engine.
     del rule["quantum"]
     return {
-        "name": recipe.name,
         "kind": "classifier",
         "implementation": "onnx",
         "description": "Defocus level of patches, He et al. 2020 (DelpNet).",
@@ -152,6 +151,7 @@ def describe(recipe: Recipe, state: dict[str, Any], network: DelpNet) -> dict[st
             "command": f"rtfocus train train_{recipe.name}",
             "data": [source.kind for source in recipe.sources],
             "split": "by field",
+            "started_from": None if recipe.start_from is None else "earlier checkpoint",
             "seed": recipe.seed,
             "steps": state["step"],
             "tiles": state["step"] * recipe.optimiser.batch_tiles,

@@ -118,6 +118,8 @@ class Recipe(Section):
     ``../shared/data`` beside the checkout."""
     checkpoints: Path = Path("checkpoints")
     """Folder for checkpoints and curves, relative to where one works."""
+    start_from: Path | None = None
+    """Checkpoint whose averaged weights the run starts from; None: from nothing."""
     checkpoint_steps: Count = 500
     """Steps between two checkpoints."""
     threads: Count = 1

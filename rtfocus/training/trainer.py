@@ -70,6 +70,9 @@ class Trainer:
         network = DelpNet(
             dropout=switches.dropout, batch_norm_momentum=switches.batch_norm_momentum
         )
+        if recipe.start_from is not None:
+            _, earlier = load_checkpoint(recipe.start_from)
+            network.load_state_dict(earlier["average"])
         self.network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.network)
         # In training every position of a tile counts: more to learn per crop.
