@@ -233,7 +233,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--no-curve", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--smoke", action="store_true", help="a few small frames")
     options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.frames, options.size = 1, 10, 256
     plain = compare(options.rounds, options.frames, options.size)
     show(f"{options.size}^2 uint16, tcp loopback", plain)
     payload = {

@@ -91,6 +91,8 @@ class FrameClassifier:
             raise EngineError(msg)
         self.card = card
         self.step_um = step_um
+        self.precision = engine.precision
+        """Numbers the network computes in: ``f32`` or ``bf16``."""
         self.runs_on = f"{engine.backend} {engine.precision}"
         """Runtime and precision, e.g. ``openvino bf16``."""
         self._engine = engine
