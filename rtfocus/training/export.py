@@ -148,15 +148,24 @@ def describe(recipe: Recipe, state: dict[str, Any], network: DelpNet) -> dict[st
             "reference": asdict(reference),
         },
         "trained": {
-            "command": f"rtfocus train train_{recipe.name}",
+            **_history(recipe, state),
             "data": [source.kind for source in recipe.sources],
             "split": "by field",
-            "started_from": None if recipe.start_from is None else "earlier checkpoint",
-            "seed": recipe.seed,
-            "steps": state["step"],
-            "tiles": state["step"] * recipe.optimiser.batch_tiles,
-            "minutes": round(state["seconds"] / 60),
             "threads": recipe.threads,
             "parameters": network.parameter_count,
         },
     }
+
+
+def _history(recipe: Recipe, state: dict[str, Any]) -> dict[str, Any]:
+    """Say how the weights came about, the runs they started from included."""
+    history: dict[str, Any] = {
+        "command": f"rtfocus train train_{recipe.name}",
+        "seed": recipe.seed,
+        "steps": state["step"],
+        "tiles": state["step"] * recipe.optimiser.batch_tiles,
+        "minutes": round(state["seconds"] / 60),
+    }
+    if recipe.start_from is not None and recipe.start_from.is_file():
+        history["after"] = _history(*load_checkpoint(recipe.start_from))
+    return history
