@@ -37,8 +37,6 @@ _OPSET = 18
 def export_engine(checkpoint: Path, folder: Path) -> Path:
     """Write weights and card of a checkpoint's averaged network; returns the card.
 
-    Figures that an evaluation added to the card of the same weights are kept.
-
     Raises
     ------
     ConfigError
