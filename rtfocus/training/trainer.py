@@ -5,10 +5,8 @@ resumed ends with the same weights as one that was not.
 """
 
 import copy
-import csv
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +24,14 @@ from torch import Tensor, nn
 from rtfocus.errors import ConfigError
 from rtfocus.training.blurring import Blurring
 from rtfocus.training.checkpoint import NEWEST, load_checkpoint, save_checkpoint
+from rtfocus.training.curve import CURVE_NAME, StepResult, add_to_curve
 from rtfocus.training.dataset import Batch, Batches
 from rtfocus.training.delpnet import DelpNet, recalibrate
 from rtfocus.training.fields import load_fields
 from rtfocus.training.recipe import OptimiserRecipe, Recipe
 
-CURVE = "curve.csv"
-_CURVE_HEADER = ("step", "seconds", "rate", "loss", "accuracy", "within_one")
 _REPORT_STEPS = 25
 _CALIBRATION_BATCHES = 40
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step of the optimiser saw."""
-
-    loss: float
-    """Mean cross-entropy over the tiles."""
-    accuracy: float
-    """Share of tiles with the right label."""
-    within_one: float
-    """Share of tiles with specimen at most one level off."""
 
 
 class Trainer:
@@ -240,7 +225,10 @@ def train(
             recent.append(trainer.train_step())
             trainer.seconds += time.perf_counter() - started
             if len(recent) == _REPORT_STEPS or trainer.finished:
-                text = _add_to_curve(folder / CURVE, trainer, recent)
+                rate = learning_rate(recipe.optimiser, trainer.step - 1)
+                text = add_to_curve(
+                    folder / CURVE_NAME, trainer.step, trainer.seconds, rate, recent
+                )
                 progress.update(bar, completed=trainer.step, description=text)
                 recent = []
             if trainer.step % recipe.checkpoint_steps == 0 or trainer.finished:
@@ -287,21 +275,3 @@ def _measure(loss: Tensor, logits: Tensor, labels: Tensor) -> StepResult:
         within = close[specimen].float().mean() if specimen.any() else torch.tensor(1.0)
         exact = (found == labels).float().mean()
     return StepResult(float(loss.detach()), float(exact), float(within))
-
-
-def _add_to_curve(path: Path, trainer: Trainer, recent: list[StepResult]) -> str:
-    """Append the means of the newest steps; return them as text."""
-    is_new = not path.exists()
-    loss, accuracy, within = (
-        sum(getattr(result, name) for result in recent) / len(recent)
-        for name in ("loss", "accuracy", "within_one")
-    )
-    rate = learning_rate(trainer.recipe.optimiser, trainer.step - 1)
-    row = [trainer.step, f"{trainer.seconds:.1f}", f"{rate:.3g}"]
-    row += [f"{value:.4f}" for value in (loss, accuracy, within)]
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(_CURVE_HEADER)
-        writer.writerow(row)
-    return f"loss {loss:.3f} accuracy {accuracy:.3f}"

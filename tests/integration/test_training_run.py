@@ -198,7 +198,7 @@ def test_an_exported_engine_can_be_loaded_by_the_processor(exported):
 
     _, folder = exported
     card = read_card(folder)
-    assert card.name == "small"
+    assert card.name == folder.name
     assert card.output is not None
     assert tuple(card.output.labels) == LABELS
     assert verified_file(folder, card).name == "model.fp32.onnx"
