@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,18 +145,13 @@ def measure_processing(
     pool = SlotPool(4, sink.frames[0][1].nbytes)
 
     def work(*, restore: bool, frames: int = frames) -> int:
-        waiting: deque[Slot] = deque()
         for number in range(frames):
             header, pixels = sink.frames[number % len(sink.frames)]
             slot = pool.acquire()
             assert slot is not None
             slot.prepare(header)[...] = pixels
             processor.submit(slot, unrestored=None if restore else "bench")
-            waiting.append(slot)
-            if len(waiting) == 4:
-                processor.wait_result(waiting[0])
-                pool.release(waiting.popleft())
-        for slot in waiting:
+            # One frame at a time: two at once share caches and are not "alone".
             processor.wait_result(slot)
             pool.release(slot)
         return frames
