@@ -52,6 +52,8 @@ class Trainer:
         self._device = torch.device(device)
         torch.manual_seed(recipe.seed)
         switches = recipe.delpnet
+        # Before the first sum: how it is split between threads decides the rounding.
+        torch.set_num_threads(recipe.threads)
         network = DelpNet(
             dropout=switches.dropout, batch_norm_momentum=switches.batch_norm_momentum
         )
@@ -201,7 +203,6 @@ def train(
     ConfigError
         If the device is missing or the checkpoint belongs to another recipe.
     """
-    torch.set_num_threads(recipe.threads)
     trainer = Trainer(recipe, choose_device(device))
     folder = recipe.checkpoints / recipe.name
     newest = folder / NEWEST
