@@ -70,16 +70,20 @@ class Monitor:
         """Note a frame that is on the disk."""
         self.times.add("arrival_to_durable", _ms_since(slot.received_ns))
         self._last_ns = time.monotonic_ns()
-        self._recent.append(time.perf_counter())
+        now = time.perf_counter()
+        self._recent.append(now)
+        while now - self._recent[0] > RATE_WINDOW_S:
+            self._recent.popleft()
 
     @property
     def frames_per_s(self) -> float:
         """Frames written per second over the last few seconds."""
-        now = time.perf_counter()
-        times = [t for t in list(self._recent) if now - t <= RATE_WINDOW_S]
-        if len(times) < 2:
+        number = len(self._recent)
+        if number < 2:
             return 0.0
-        return (len(times) - 1) / max(now - times[0], 1e-9)
+        # Asked for at every frame: counts no frame anew. In a stall the time since
+        # the first one grows, and the rate falls.
+        return (number - 1) / max(time.perf_counter() - self._recent[0], 1e-9)
 
     def throughput(self) -> dict[str, float | None]:
         """Return seconds and frames/s from the first arrival to the last commit."""
