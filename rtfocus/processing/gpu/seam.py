@@ -1,0 +1,170 @@
+"""GPU seam: what the GPU processor asks of a network runtime, whichever it is.
+
+The processor owns device buffers, CUDA streams and CUDA events; a backend only
+turns addresses of inputs into addresses of outputs. No call waits for the GPU
+but `GpuBackend.open` and `GpuEngine.open_context`. Every call comes from the one
+thread that has the device's primary context current.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+Shape = tuple[int, ...]
+"""Extents of a tensor, e.g. (N, C, H, W)."""
+
+GpuPrecision = Literal["fp32", "fp16", "int8"]
+"""Which weights file of the engine's card runs; the file decides the arithmetic."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDevice:
+    """A GPU as backends need to know it; read from the driver by the processor."""
+
+    gpu_index: int
+    """Position in the driver's list."""
+    name: str
+    """Product name, e.g. ``NVIDIA RTX A4000``."""
+    compute_capability: tuple[int, int]
+    """Major and minor, e.g. (8, 6)."""
+    memory_bytes: int
+    """Total device memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """Shapes an input may take: one tensor of an optimisation profile."""
+
+    smallest: Shape
+    usual: Shape
+    """The shape the plan is tuned for."""
+    largest: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRequest:
+    """Everything a backend needs to make a network ready on a GPU."""
+
+    name: str
+    """Of the engine, for messages."""
+    model: Path
+    """ONNX file of this precision, already verified against the card."""
+    weights_sha256: str
+    """Checksum of `model`: part of the key under which a plan is cached."""
+    precision: GpuPrecision
+    inputs: Mapping[str, ShapeRange]
+    """Every input tensor by name, e.g. ``tiles`` and ``condition``."""
+    tf32: bool = True
+    """False: fp32 products keep all 23 bits, for comparison with the reference."""
+    cuda_graphs: bool = True
+    """Let a backend that can record its kernels as a CUDA graph by itself do so."""
+
+
+@dataclass(frozen=True, slots=True)
+class IoTensor:
+    """An input or output of a network."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    """Element type in device memory; float32 for every precision of our engines."""
+    is_input: bool
+
+
+class GpuContext(Protocol):
+    """One concurrent inference: an execution context with its I/O addresses.
+
+    A slot owns one per engine, so that frames in flight share nothing but weights.
+    """
+
+    def bind(
+        self,
+        buffers: Mapping[str, int],
+        input_shapes: Mapping[str, Shape],
+        *,
+        input_consumed_event: int = 0,
+    ) -> None:
+        """Set the device address of every I/O tensor and the shape of every input.
+
+        Holds for all following `enqueue` until the next `bind`. Buffers are dense,
+        C order, and belong to the caller, who keeps them until the work is done.
+
+        Parameters
+        ----------
+        buffers
+            Device address by tensor name, inputs and outputs.
+        input_shapes
+            Shape by input name, within the request's range.
+        input_consumed_event
+            Handle of a CUDA event to record as soon as the inputs may be
+            overwritten; 0: none. A backend that cannot tell records it after the
+            last kernel.
+
+        Raises
+        ------
+        EngineError
+            Names the tensor and the rule it breaks.
+        """
+        ...
+
+    def enqueue(self, cuda_stream: int) -> None:
+        """Launch the network on a non-default CUDA stream; returns before it ran.
+
+        Raises
+        ------
+        EngineError
+            If the launch is refused; names the engine and the shapes.
+        """
+        ...
+
+    def why_not_capturable(self, cuda_stream: int) -> str | None:
+        """Return why `enqueue` may not be captured in a CUDA graph; None: it may.
+
+        Ask after one `enqueue` with the same binding: the first may allocate.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the context; the caller has made sure that nothing runs in it."""
+        ...
+
+
+class GpuEngine(Protocol):
+    """A network loaded on one GPU."""
+
+    name: str
+    """Folder name in ``engines/``."""
+    backend: str
+    """Runtime with its release, e.g. ``tensorrt_rtx 1.7.1``."""
+    precision: GpuPrecision
+    tensors: Mapping[str, IoTensor]
+    """Every I/O tensor by name."""
+    context_bytes: int
+    """Device memory a context takes beside the caller's buffers; 0: not known."""
+
+    def output_shapes(self, input_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return the shape of every output for these inputs, to size buffers."""
+        ...
+
+    def open_context(self) -> GpuContext:
+        """Make one more execution context; EngineError names the memory it needs."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights, after all contexts; called twice does nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBackend:
+    """A GPU runtime: whether it can be used, and how a network is loaded."""
+
+    name: str
+    """``tensorrt``, ``tensorrt_rtx`` or ``torch-cuda``."""
+    why_unavailable: Callable[[GpuDevice | None], str | None]
+    """Reason why not on this GPU, with the remedy; None: available. Without a GPU
+    (None) it tells about the libraries alone."""
+    open: Callable[[GpuRequest, GpuDevice], GpuEngine]
+    """Load the network, building and caching its plan first where it needs one."""
