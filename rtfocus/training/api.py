@@ -16,7 +16,7 @@ def train_command(recipe: Path, resume: bool, device: str) -> Path:
     Parameters
     ----------
     recipe
-        YAML file, see `rtfocus.training.recipe.Recipe`.
+        YAML file, see `rtfocus.training.recipe.RecipeBase`.
     resume
         Go on from the newest checkpoint of the same recipe, if there is one.
     device

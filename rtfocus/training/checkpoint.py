@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from rtfocus.errors import ConfigError
-from rtfocus.training.recipe import Recipe
+from rtfocus.training.recipe import RecipeBase, validate_recipe
 
 NEWEST = "last.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
-def save_checkpoint(path: Path, recipe: Recipe, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, recipe: RecipeBase, state: dict[str, Any]) -> None:
     """Write recipe and state; the old file stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -23,7 +23,7 @@ def save_checkpoint(path: Path, recipe: Recipe, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path) -> tuple[Recipe, dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
     """Read a checkpoint; tensors land on the CPU.
 
     Raises
@@ -45,4 +45,4 @@ def load_checkpoint(path: Path) -> tuple[Recipe, dict[str, Any]]:
             f"{_FORMAT}; train again"
         )
         raise ConfigError(msg)
-    return Recipe.model_validate(state.pop("recipe")), state
+    return validate_recipe(state.pop("recipe")), state

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
 from rtfocus.optics.camera import CameraModel
 from rtfocus.optics.normalisation import (
@@ -28,10 +29,11 @@ from rtfocus.optics.normalisation import (
     LocalStandardisation,
     pad_frame,
 )
-from rtfocus.training.blurring import FULL_SCALE, Blurring
-from rtfocus.training.delpnet import LABELS
-from rtfocus.training.fields import Field, data_folder, load_fields
-from rtfocus.training.recipe import Recipe, load_recipe
+from rtfocus.training.data.fields import Field, data_folder, load_fields
+from rtfocus.training.data.level_recipe import LevelRecipe
+from rtfocus.training.data.level_scenes import FULL_SCALE, Blurring
+from rtfocus.training.networks.delpnet import LABELS
+from rtfocus.training.recipe import load_recipe
 from rtfocus.training.scoring import Score
 
 Image = NDArray[np.float32]
@@ -108,7 +110,7 @@ class EngineUnderTest:
 
 def evaluate_synthetic(
     engine: EngineUnderTest,
-    recipe: Recipe,
+    recipe: LevelRecipe,
     fields: Iterable[Field],
     camera: CameraModel,
 ) -> dict[str, Score]:
@@ -158,7 +160,7 @@ def _frames(folder: Path, wanted: RealSet) -> Iterator[Image]:
             yield open_images(path)[0].read().astype(np.float32)
 
 
-def evaluate(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def evaluate(folder: Path, recipe: LevelRecipe) -> dict[str, Any]:
     """Evaluate an engine folder on everything; returns plain numbers."""
     engine = EngineUnderTest(folder)
     fields = load_fields(recipe)
@@ -203,7 +205,11 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, help="recipe with the split")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
-    report = evaluate(options.engine, load_recipe(options.recipe))
+    recipe = load_recipe(options.recipe)
+    if not isinstance(recipe, LevelRecipe):
+        msg = f"recipe '{options.recipe}' trains no classifier of levels"
+        raise ConfigError(msg)
+    report = evaluate(options.engine, recipe)
     _show(report, Console(width=140))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -1,12 +1,15 @@
-"""Recipe: everything a training run depends on, read from one YAML file."""
+"""Recipe: everything a training run depends on, read from one YAML file.
+
+`RecipeBase` is what all networks share; each network's task adds its own
+sections (`rtfocus.training.tasks`), chosen by the key ``network``.
+"""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import yaml
 from pydantic import Field, ValidationError
 
-from rtfocus.channel import OpticalSystem
 from rtfocus.config.section import Section
 from rtfocus.errors import ConfigError
 from rtfocus.optics.specimens import SPECIMEN_KINDS, SpecimenKind
@@ -46,43 +49,15 @@ class SpecimenRecipe(Section):
     """How often a specimen is drawn, relative to the sources."""
 
 
-class BlurRecipe(Section):
-    """The family of PSFs that sharp images are blurred with."""
-
-    reference: OpticalSystem
-    """Optics the defocus levels belong to, as fitted to real pairs."""
-    level_step_um: Positive = 2.0
-    """Distance between neighbouring levels under the reference optics."""
-    farthest_um: Positive = 36.0
-    """The last level stands for everything from its own defocus up to this."""
-    jitter_um: Annotated[float, Field(ge=0)] = 0.4
-    """Largest distance of a trained plane from its level's defocus."""
-    reference_share: Fraction = 0.45
-    """Share of entries blurred with exactly the reference optics."""
-    near_share: Fraction = 0.30
-    """Share blurred with optics near the reference; the rest is drawn widely."""
-    negative_share: Fraction = 0.15
-    """Share of entries on the other side of focus."""
-
-
 class PoolRecipe(Section):
     """Blurred images held in memory; the oldest is replaced while training."""
 
     entries: Count = 96
-    """Images held at once, each at every level."""
+    """Images held at once, each at several defoci."""
     side_px: Count = 448
     """Largest side of an entry."""
     refresh_steps: Count = 8
     """Steps after which one entry is replaced."""
-
-
-class NetworkRecipe(Section):
-    """Switches of DelpNet."""
-
-    dropout: Fraction = 0.02
-    """Probability of dropping a value after each inner layer."""
-    batch_norm_momentum: Fraction = 0.40
-    """PyTorch's sense: 0.40 is the paper's 0.60."""
 
 
 class OptimiserRecipe(Section):
@@ -96,21 +71,19 @@ class OptimiserRecipe(Section):
     """Steps of linear rise."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled decay."""
-    batch_tiles: Count = 128
-    """Tiles per step; crops of 96, 144 and 192 px hold 1, 4 and 9."""
-    ordinal_weight: Annotated[float, Field(ge=0)] = 0.3
-    """Weight of the error of the mean level beside the cross-entropy."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Memories of Adam's first and second moment."""
     average_decay: Fraction = 0.998
     """Exponential average of the weights that is evaluated and exported."""
 
 
-class Recipe(Section):
-    """One training run."""
+class RecipeBase(Section):
+    """What every training run has."""
 
-    name: str = "delpnet"
-    """Name of the engine and of the folder of its checkpoints."""
-    network: Literal["delpnet"] = "delpnet"
-    """Which network is trained."""
+    name: str
+    """Name of the run and of the folder of its checkpoints."""
+    network: str
+    """Which network is trained, see `rtfocus.training.registry`."""
     seed: int = 1
     """Same seed, same machine: same weights."""
     data_folder: Path | None = None
@@ -128,14 +101,12 @@ class Recipe(Section):
     """Sharp images; none: only specimens are drawn."""
     specimens: SpecimenRecipe | None = SpecimenRecipe()
     """Procedural specimens; null: none."""
-    blur: BlurRecipe
     pool: PoolRecipe = PoolRecipe()
-    delpnet: NetworkRecipe = NetworkRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe.
+def load_recipe(path: Path) -> RecipeBase:
+    """Read a recipe; its class is that of its network.
 
     Raises
     ------
@@ -151,7 +122,7 @@ def load_recipe(path: Path) -> Recipe:
         msg = f"recipe '{path}' is not valid YAML: {error}"
         raise ConfigError(msg) from error
     try:
-        return Recipe.model_validate(data)
+        return validate_recipe(data)
     except ValidationError as error:
         faults = "; ".join(
             f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
@@ -159,3 +130,19 @@ def load_recipe(path: Path) -> Recipe:
         )
         msg = f"recipe '{path}': {faults}; see configs/train_delpnet.yaml"
         raise ConfigError(msg) from error
+
+
+def validate_recipe(data: object) -> RecipeBase:
+    """Make a recipe of plain values, of the class its network asks for.
+
+    Raises
+    ------
+    ConfigError
+        If the network is unknown.
+    pydantic.ValidationError
+        If a key or value does not fit.
+    """
+    from rtfocus.training.registry import recipe_class
+
+    name = data.get("network") if isinstance(data, dict) else None
+    return recipe_class(str(name)).model_validate(data)

@@ -7,6 +7,8 @@ resumed ends with the same weights as one that was not.
 import copy
 import math
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,16 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtfocus.errors import ConfigError
-from rtfocus.training.blurring import Blurring
 from rtfocus.training.checkpoint import NEWEST, load_checkpoint, save_checkpoint
-from rtfocus.training.curve import CURVE_NAME, StepResult, add_to_curve
-from rtfocus.training.dataset import Batch, Batches
-from rtfocus.training.delpnet import DelpNet, recalibrate
-from rtfocus.training.fields import load_fields
-from rtfocus.training.recipe import OptimiserRecipe, Recipe
+from rtfocus.training.curve import CURVE_NAME, add_to_curve
+from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
+from rtfocus.training.registry import make_task
+from rtfocus.training.task import Arrays
 
 _REPORT_STEPS = 25
-_CALIBRATION_BATCHES = 40
 
 
 class Trainer:
@@ -45,85 +44,66 @@ class Trainer:
         ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
+    def __init__(self, recipe: RecipeBase, device: str = "cpu") -> None:
         self.recipe = recipe
         self.step = 0
         self.seconds = 0.0
         self._device = torch.device(device)
         torch.manual_seed(recipe.seed)
-        switches = recipe.delpnet
         # Before the first sum: how it is split between threads decides the rounding.
         torch.set_num_threads(recipe.threads)
-        network = DelpNet(
-            dropout=switches.dropout, batch_norm_momentum=switches.batch_norm_momentum
-        )
+        self.task = make_task(recipe)
         if recipe.start_from is not None:
             _, earlier = load_checkpoint(recipe.start_from)
-            network.load_state_dict(earlier["average"])
-        self.network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = copy.deepcopy(self.network)
-        # In training every position of a tile counts: more to learn per crop.
-        self.network.stride_cells = 1
-        self._optimiser = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=recipe.optimiser.rate,
-            weight_decay=recipe.optimiser.weight_decay,
-            fused=True,
-        )
-        blurring = Blurring(recipe, load_fields(recipe), validation=False)
-        self._batches = Batches(recipe, blurring)
+            self.task.network.load_state_dict(earlier["average"])
+        for module in self.task.modules().values():
+            module.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = copy.deepcopy(self.task.network)
+        self._optimisers = self.task.make_optimisers()
 
     @property
     def finished(self) -> bool:
         """Whether all steps of the recipe are done."""
         return self.step >= self.recipe.optimiser.steps
 
-    def train_step(self) -> StepResult:
-        """Take one step of the optimiser."""
-        batch = self._batches.batch(self.step)
+    def train_step(self) -> dict[str, float]:
+        """Take one step of the optimiser; returns what it measured."""
+        batch = self.task.batch(self.step)
         # Dropout draws from torch's own source: tie it to the step.
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
         rate = learning_rate(self.recipe.optimiser, self.step)
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        self.network.train()
-        labels = torch.from_numpy(batch.labels).to(self._device)
-        with torch.autocast(self._device.type, torch.bfloat16):
-            logits = self.network(self._to_tensor(batch))
-        loss = loss_of(logits.float(), labels, self.recipe.optimiser.ordinal_weight)
-        self._optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self._optimiser.step()
+        for optimiser in self._optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+        self.task.network.train()
+        measured = self.task.train_step(self._to_tensors(batch), self._optimisers)
         self._average_weights()
         self.step += 1
-        return _measure(loss, logits, labels)
+        return measured
 
-    def calibrate_average(self) -> None:
-        """Give the averaged weights exact batch statistics of their own."""
-        draws = range(1, _CALIBRATION_BATCHES + 1)
-        recalibrate(
-            self.average,
-            (self._to_tensor(self._batches.batch(self.step, draw)) for draw in draws),
-        )
+    def finish_average(self) -> None:
+        """Make the averaged weights ready for use."""
+        self.task.finish_average(self.average, self._draws())
 
     def state(self) -> dict[str, Any]:
         """Return everything that a later run needs to go on."""
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "network": self.network.state_dict(),
+            "modules": {k: m.state_dict() for k, m in self.task.modules().items()},
             "average": self.average.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
+            "optimisers": {k: o.state_dict() for k, o in self._optimisers.items()},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.step = state["step"]
         self.seconds = state["seconds"]
-        self.network.load_state_dict(state["network"])
+        for name, module in self.task.modules().items():
+            module.load_state_dict(state["modules"][name])
         self.average.load_state_dict(state["average"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        for name, optimiser in self._optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
 
     @torch.no_grad()
     def _average_weights(self) -> None:
@@ -132,42 +112,21 @@ class Trainer:
             self.recipe.optimiser.average_decay, (1 + self.step) / (10 + self.step)
         )
         for mean, new in zip(
-            self.average.parameters(), self.network.parameters(), strict=True
+            self.average.parameters(), self.task.network.parameters(), strict=True
         ):
             mean.lerp_(new, 1 - decay)
 
-    def _to_tensor(self, batch: Batch) -> Tensor:
-        crops = torch.from_numpy(batch.crops)
-        return crops.to(self._device, memory_format=torch.channels_last)
+    def _draws(self) -> Iterator[dict[str, Tensor]]:
+        for draw in count(1):
+            yield self._to_tensors(self.task.batch(self.step, draw))
 
-
-def loss_of(logits: Tensor, labels: Tensor, ordinal_weight: float) -> Tensor:
-    """Return cross-entropy, plus a weight times the error of the mean level.
-
-    Parameters
-    ----------
-    logits
-        Shape (N, label, row, column), background last.
-    labels
-        Shape (N, row, column).
-    ordinal_weight
-        Weight of the smooth absolute error between the true level and the mean of
-        the levels by their probabilities, over tiles with specimen. Cross-entropy
-        alone (He 2020) does not know that level 4 is nearer to 5 than 9 is; 0
-        leaves it at that.
-    """
-    entropy = nn.functional.cross_entropy(logits, labels)
-    background = logits.shape[1] - 1
-    specimen = labels != background
-    if ordinal_weight == 0 or not specimen.any():
-        return entropy
-    levels = torch.arange(background, dtype=logits.dtype, device=logits.device)
-    shares = logits[:, :background].softmax(dim=1)
-    mean = torch.einsum("nlyx,l->nyx", shares, levels)
-    error = nn.functional.smooth_l1_loss(
-        mean[specimen], labels[specimen].to(mean.dtype)
-    )
-    return entropy + ordinal_weight * error
+    def _to_tensors(self, batch: Arrays) -> dict[str, Tensor]:
+        tensors = {}
+        for name, array in batch.items():
+            tensor = torch.from_numpy(array)
+            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+            tensors[name] = tensor.to(self._device, memory_format=layout)
+        return tensors
 
 
 def learning_rate(recipe: OptimiserRecipe, step: int) -> float:
@@ -179,7 +138,7 @@ def learning_rate(recipe: OptimiserRecipe, step: int) -> float:
 
 
 def train(
-    recipe: Recipe,
+    recipe: RecipeBase,
     *,
     resume: bool = True,
     device: str = "auto",
@@ -220,7 +179,7 @@ def train(
     steps = recipe.optimiser.steps
     with progress:
         bar = progress.add_task(recipe.name, total=steps, completed=trainer.step)
-        recent: list[StepResult] = []
+        recent: list[dict[str, float]] = []
         while not trainer.finished:
             started = time.perf_counter()
             recent.append(trainer.train_step())
@@ -233,7 +192,7 @@ def train(
                 progress.update(bar, completed=trainer.step, description=text)
                 recent = []
             if trainer.step % recipe.checkpoint_steps == 0 or trainer.finished:
-                trainer.calibrate_average()
+                trainer.finish_average()
                 save_checkpoint(newest, recipe, trainer.state())
     return newest
 
@@ -265,14 +224,3 @@ def _resume(trainer: Trainer, newest: Path) -> None:
         )
         raise ConfigError(msg)
     trainer.load_state(state)
-
-
-def _measure(loss: Tensor, logits: Tensor, labels: Tensor) -> StepResult:
-    with torch.no_grad():
-        found = logits.argmax(dim=1)
-        background = logits.shape[1] - 1
-        specimen = labels != background
-        close = ((found - labels).abs() <= 1) & (found != background)
-        within = close[specimen].float().mean() if specimen.any() else torch.tensor(1.0)
-        exact = (found == labels).float().mean()
-    return StepResult(float(loss.detach()), float(exact), float(within))

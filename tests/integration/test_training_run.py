@@ -14,37 +14,34 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
 from rtfocus.training.api import export_command, train_command
-from rtfocus.training.blurring import Blurring
 from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
-from rtfocus.training.dataset import Batches
-from rtfocus.training.delpnet import LABELS
-from rtfocus.training.export import fold_batch_norm, network_of
-from rtfocus.training.fields import load_fields
-from rtfocus.training.recipe import (
-    BlurRecipe,
-    OptimiserRecipe,
-    PoolRecipe,
-    Recipe,
-    SourceRecipe,
-    load_recipe,
-)
+from rtfocus.training.data.fields import load_fields
+from rtfocus.training.data.level_recipe import BlurRecipe, TileOptimiserRecipe
+from rtfocus.training.data.level_scenes import Blurring
+from rtfocus.training.data.level_tiles import Batches
+from rtfocus.training.export import trained
+from rtfocus.training.networks.delpnet import LABELS, fold_batch_norm
+from rtfocus.training.recipe import PoolRecipe, SourceRecipe, load_recipe
+from rtfocus.training.tasks.delpnet import DelpNetRecipe
 from rtfocus.training.trainer import Trainer, train
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65)
 
 
-def small_recipe(folder: Path, **optimiser) -> Recipe:
+def small_recipe(folder: Path, **optimiser) -> DelpNetRecipe:
     """Specimens drawn, nothing read: runs anywhere."""
-    return Recipe(
+    return DelpNetRecipe(
         name="small",
         checkpoints=folder,
         blur=BlurRecipe(reference=OPTICS, reference_share=1.0, near_share=0.0),
         pool=PoolRecipe(entries=4, side_px=220, refresh_steps=4),
-        optimiser=OptimiserRecipe(**{"batch_tiles": 8, "warmup_steps": 2, **optimiser}),
+        optimiser=TileOptimiserRecipe(
+            **{"batch_tiles": 8, "warmup_steps": 2, **optimiser}
+        ),
     )
 
 
-def write_recipe(recipe: Recipe, path: Path) -> Path:
+def write_recipe(recipe: DelpNetRecipe, path: Path) -> Path:
     text = yaml.safe_dump(recipe.model_dump(mode="json"))
     path.write_text(text, encoding="utf-8")
     return path
@@ -91,8 +88,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     newest = train(recipe, resume=True, device="cpu", show_progress=False)
     _, state = load_checkpoint(newest)
     assert state["step"] == 6
-    for name, value in whole.network.state_dict().items():
-        assert torch.equal(state["network"][name], value), name
+    for name, value in whole.task.network.state_dict().items():
+        assert torch.equal(state["modules"]["network"][name], value), name
 
 
 def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(tmp_path):
@@ -120,13 +117,13 @@ def test_a_missing_device_is_refused(tmp_path):
 def test_the_network_can_learn_one_batch_by_heart(tmp_path):
     trainer = Trainer(small_recipe(tmp_path, steps=400, batch_tiles=24, rate=3e-3))
     first = trainer.train_step()
-    batch = trainer._batches.batch(0)
-    trainer._batches.batch = lambda step, draw=0: batch
+    batch = trainer.task.batch(0)
+    trainer.task.batch = lambda step, draw=0: batch
     for _ in range(50):
         last = trainer.train_step()
-    assert first.loss > 2.0
-    assert last.loss < 0.5 * first.loss
-    assert last.accuracy > 0.7
+    assert first["loss"] > 2.0
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["accuracy"] > 0.7
 
 
 def test_fields_never_stand_on_both_sides(tmp_path):
@@ -174,7 +171,7 @@ def test_an_entry_is_sharp_at_level_0_and_blurs_from_level_to_level(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 84, 84), (3, 96, 96), (1, 144, 192)])
 def test_torch_onnx_runtime_and_openvino_agree(exported, shape):
     checkpoint, engine = exported
-    network = network_of(*load_checkpoint(checkpoint))
+    _, network = trained(*load_checkpoint(checkpoint))
     number, height, width = shape
     rng = np.random.default_rng(2)
     tiles = rng.standard_normal((number, 1, height, width)).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rtfocus.resources import resource_folder
-from rtfocus.training.delpnet import GEOMETRY, LABELS, DelpNet
+from rtfocus.training.networks.delpnet import GEOMETRY, LABELS, DelpNet
 from rtfocus.training.evaluate import EngineUnderTest, evaluate_real
 
 FOLDER = resource_folder("engines") / "delpnet"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rtfocus.training.delpnet import (
+from rtfocus.training.networks.delpnet import (
     GEOMETRY,
     LABELS,
     WIDTHS,

@@ -5,7 +5,7 @@ import pytest
 
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
-from rtfocus.training.dataset import BACKGROUND, label_crop, photograph
+from rtfocus.training.data.level_tiles import BACKGROUND, label_crop, photograph
 from rtfocus.training.recipe import OptimiserRecipe, load_recipe
 from rtfocus.training.scoring import Score
 from rtfocus.training.trainer import learning_rate

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
-from rtfocus.training.recipe import Recipe, SourceRecipe
+from rtfocus.training.recipe import RecipeBase, SourceRecipe
 
 Image = NDArray[np.float32]
 
@@ -37,7 +37,7 @@ class Field:
     """Axes (y, x); dark near 0, brightest pixel 1."""
 
 
-def data_folder(recipe: Recipe) -> Path:
+def data_folder(recipe: RecipeBase) -> Path:
     """Return the folder of sharp images.
 
     Raises
@@ -57,7 +57,7 @@ def data_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def load_fields(recipe: Recipe) -> list[Field]:
+def load_fields(recipe: RecipeBase) -> list[Field]:
     """Read every sharp plane of a recipe, in the order of its sources.
 
     Raises

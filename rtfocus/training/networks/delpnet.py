@@ -8,11 +8,13 @@ pooling becomes a max pool over one patch's cells, the dense layer a 1 x 1
 convolution, and a frame gives one label per tile in a single pass.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 LABELS: tuple[int | str, ...] = (*range(11), "bg")
 """Label of every output: defocus levels 0 to 10, then background."""
@@ -107,17 +109,19 @@ class DelpNet(nn.Module):
             channels = width
         self.features = nn.Sequential(*layers)
         self.dense = nn.Conv2d(channels, labels, 1)
-        self.stride_cells = GEOMETRY.stride_cells
 
-    def forward(self, tiles: Tensor) -> Tensor:
+    def forward(
+        self, tiles: Tensor, stride_cells: int = GEOMETRY.stride_cells
+    ) -> Tensor:
         """Return logits (N, label, row, column) of frames or patches (N, 1, H, W).
 
         The input is normalised (`rtfocus.optics.normalisation`). A patch of 84 or
-        96 px gives one row and one column.
+        96 px gives one row and one column. `stride_cells` is the distance between
+        neighbouring tiles; in training every position counts: more to learn per crop.
         """
         cells = self.features(tiles)
         pooled = nn.functional.max_pool2d(
-            cells, GEOMETRY.tile_cells, stride=self.stride_cells
+            cells, GEOMETRY.tile_cells, stride=stride_cells
         )
         logits: Tensor = self.dense(pooled)
         return logits
@@ -140,7 +144,7 @@ def multiply_adds_per_pixel(side_px: int = 528) -> float:
 
 
 @torch.no_grad()
-def recalibrate(network: DelpNet, batches: Iterable[Tensor]) -> None:
+def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics by exact means over `batches`.
 
     A momentum of 0.40 remembers two batches only, and the statistics of training
@@ -158,3 +162,20 @@ def recalibrate(network: DelpNet, batches: Iterable[Tensor]) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """Return a copy whose convolutions hold their BatchNorm; Dropout is gone."""
+    folded = copy.deepcopy(network).eval()
+    for parent in list(folded.modules()):
+        if not isinstance(parent, nn.Sequential):
+            continue
+        layers: list[nn.Module] = []
+        for layer in parent:
+            if isinstance(layer, nn.BatchNorm2d):
+                layers.append(fuse_conv_bn_eval(layers.pop(), layer))  # type: ignore[type-var]
+            elif not isinstance(layer, nn.Dropout2d):
+                layers.append(layer)
+        del parent[:]
+        parent.extend(layers)
+    return folded

@@ -16,8 +16,9 @@ from rtfocus.optics.levels import DefocusLevels
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import draw_specimen
-from rtfocus.training.fields import Field
-from rtfocus.training.recipe import BlurRecipe, Recipe, SpecimenRecipe
+from rtfocus.training.data.fields import Field
+from rtfocus.training.data.level_recipe import BlurRecipe, LevelRecipe
+from rtfocus.training.recipe import SpecimenRecipe
 
 Image = NDArray[np.float32]
 Planes = NDArray[np.uint16]
@@ -46,7 +47,7 @@ class Blurring:
     """Makes entries of the training set or of the validation set."""
 
     def __init__(
-        self, recipe: Recipe, fields: list[Field], *, validation: bool
+        self, recipe: LevelRecipe, fields: list[Field], *, validation: bool
     ) -> None:
         """Choose the fields of one side of the split."""
         self._recipe = recipe

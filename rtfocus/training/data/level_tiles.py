@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
-from rtfocus.training.blurring import FULL_SCALE, Blurring, Entry
-from rtfocus.training.delpnet import GEOMETRY, LABELS
-from rtfocus.training.recipe import Recipe
+from rtfocus.training.data.level_recipe import LevelRecipe
+from rtfocus.training.data.level_scenes import FULL_SCALE, Blurring, Entry
+from rtfocus.training.networks.delpnet import GEOMETRY, LABELS
 
 Image = NDArray[np.float32]
 Crop = NDArray[np.uint16]
@@ -67,7 +67,7 @@ class Pool:
 class Batches:
     """Training batches by number."""
 
-    def __init__(self, recipe: Recipe, blurring: Blurring) -> None:
+    def __init__(self, recipe: LevelRecipe, blurring: Blurring) -> None:
         self._recipe = recipe
         pool = recipe.pool
         self._pool = Pool(blurring, pool.entries, pool.refresh_steps)

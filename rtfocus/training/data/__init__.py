@@ -1,0 +1,1 @@
+"""Data: sharp fields, drawn specimens and the blurred images made of them."""

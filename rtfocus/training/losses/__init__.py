@@ -1,0 +1,1 @@
+"""Losses: what a network is told to be better at."""

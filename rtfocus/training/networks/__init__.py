@@ -1,0 +1,1 @@
+"""Networks: torch modules only, one file per network; no data, no training."""

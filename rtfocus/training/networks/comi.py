@@ -1,0 +1,221 @@
+"""COMI: the generators and discriminators of Zhang et al. 2022.
+
+Two generators of the style-transfer type translate defocused into sharp images and
+back; two PatchGAN discriminators tell real from generated ones. The paper reports
+checkerboards and blames its transposed convolutions: both ways of upsampling are
+here, to be compared.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+Upsampling = Literal["resize", "transposed"]
+Norm = Literal["none", "instance"]
+
+_DISCRIMINATOR_KERNEL = 4
+_SLOPE = 0.2
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions, plus the input."""
+
+    def __init__(self, width: int, norm: Norm) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            *_norm(norm, width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1),
+            *_norm(norm, width),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return maps of the shape of the input, (N, width, H, W)."""
+        residual: Tensor = self.body(maps)
+        return maps + residual
+
+
+class Generator(nn.Module):
+    """Two strided convolutions, residual blocks, two upsampling blocks.
+
+    Parameters
+    ----------
+    width
+        Maps at full resolution; the residual blocks have four times as many: 64 and
+        256 in style transfer. The paper does not state its own.
+    residual_blocks
+        9 in the paper.
+    upsampling
+        ``transposed`` convolutions as in the paper, or nearest-neighbour ``resize``
+        followed by a convolution.
+    norm
+        ``instance`` as in style transfer, or ``none``: then a pixel's result does
+        not depend on the rest of its tile, and tiles join without seams.
+
+    Notes
+    -----
+    The global skip adds the image itself to the result. The last convolution
+    starts at zero, so that training starts from the identity.
+
+    References
+    ----------
+    .. [1] C. Zhang et al., "Correction of out-of-focus microscopic images by deep
+       learning", Computational and Structural Biotechnology Journal 20, 2022,
+       section 3.1.
+    .. [2] J. Johnson et al., "Perceptual losses for real-time style transfer and
+       super-resolution", ECCV 2016.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 64,
+        residual_blocks: int = 9,
+        upsampling: Upsampling = "resize",
+        norm: Norm = "none",
+    ) -> None:
+        super().__init__()
+        deepest = 4 * width
+        layers: list[nn.Module] = [
+            *_convolution(1, width, 7, 1, norm),
+            *_convolution(width, 2 * width, 3, 2, norm),
+            *_convolution(2 * width, deepest, 3, 2, norm),
+            *(ResidualBlock(deepest, norm) for _ in range(residual_blocks)),
+            *_upsampling(deepest, 2 * width, upsampling, norm),
+            *_upsampling(2 * width, width, upsampling, norm),
+        ]
+        self.body = nn.Sequential(*layers)
+        self.output = nn.Conv2d(width, 1, 7, padding=3)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Return translated tiles (N, 1, H, W); H and W are multiples of 4."""
+        drawn: Tensor = self.output(self.body(tiles))
+        return tiles + drawn
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN: a map of judgements, each on one patch of the image.
+
+    Kernels of 4 px: `strided` layers of stride 2, one of stride 1, one that judges.
+
+    Parameters
+    ----------
+    width
+        Maps of the first layer, doubled by every further one up to eight times.
+    strided
+        Layers of stride 2; 3 give judgements on patches of 70 px.
+    """
+
+    def __init__(self, *, width: int = 64, strided: int = 3) -> None:
+        super().__init__()
+        self.strided = strided
+        layers: list[nn.Module] = []
+        channels = 1
+        for place in range(strided + 1):
+            maps = width * 2 ** min(place, 3)
+            stride = 2 if place < strided else 1
+            layers.append(
+                nn.Conv2d(channels, maps, _DISCRIMINATOR_KERNEL, stride, padding=1)
+            )
+            # The first layer and the last judge intensities: no norm there.
+            if place > 0:
+                layers.append(nn.InstanceNorm2d(maps))
+            layers.append(nn.LeakyReLU(_SLOPE, inplace=True))
+            channels = maps
+        layers.append(nn.Conv2d(channels, 1, _DISCRIMINATOR_KERNEL, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Return logits of being real, (N, 1, n, n), of tiles (N, 1, H, W)."""
+        logits: Tensor = self.layers(tiles)
+        return logits
+
+    def map_side(self, side_px: int) -> int:
+        """Return the side n of the map that a square tile gives.
+
+        Examples
+        --------
+        >>> PatchDiscriminator(width=8).map_side(256)
+        30
+        """
+        for place in range(self.strided + 2):
+            stride = 2 if place < self.strided else 1
+            side_px = (side_px + 2 - _DISCRIMINATOR_KERNEL) // stride + 1
+        return side_px
+
+    @property
+    def patch_px(self) -> int:
+        """Side of the patch that one judgement sees."""
+        patch = 1
+        for place in reversed(range(self.strided + 2)):
+            stride = 2 if place < self.strided else 1
+            patch = (patch - 1) * stride + _DISCRIMINATOR_KERNEL
+        return patch
+
+
+def generator_parameter_count(*, width: int, residual_blocks: int) -> int:
+    """Count the trained values of `Generator` from its formula.
+
+    Both upsamplings have as many.
+
+    Examples
+    --------
+    >>> generator_parameter_count(width=64, residual_blocks=9)
+    11365633
+    """
+    w = width
+    ends = 2 * 49 * w + w + 1
+    down = 9 * (2 * w * w + 8 * w * w) + 6 * w
+    up = 9 * (8 * w * w + 2 * w * w) + 3 * w
+    return ends + down + residual_blocks * 2 * (9 * 16 * w * w + 4 * w) + up
+
+
+def generator_multiply_adds_per_pixel(*, width: int, residual_blocks: int) -> float:
+    """Count the multiply-adds of the convolutions per pixel of the input.
+
+    Examples
+    --------
+    >>> generator_multiply_adds_per_pixel(width=16, residual_blocks=9)
+    52832.0
+    """
+    w = width
+    ends = 2 * 49 * w
+    down = 9 * (2 * w * w / 4 + 8 * w * w / 16)
+    up = 9 * (8 * w * w / 4 + 2 * w * w)
+    return ends + down + residual_blocks * 2 * 9 * 16 * w * w / 16 + up
+
+
+def _norm(norm: Norm, width: int) -> list[nn.Module]:
+    return [nn.InstanceNorm2d(width)] if norm == "instance" else []
+
+
+def _convolution(
+    channels: int, width: int, kernel: int, stride: int, norm: Norm
+) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2),
+        *_norm(norm, width),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def _upsampling(
+    channels: int, width: int, kind: Upsampling, norm: Norm
+) -> list[nn.Module]:
+    """Double the sides; both kinds have the same number of weights."""
+    double: list[nn.Module]
+    if kind == "transposed":
+        double = [
+            nn.ConvTranspose2d(
+                channels, width, 3, stride=2, padding=1, output_padding=1
+            )
+        ]
+    else:
+        double = [
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            nn.Conv2d(channels, width, 3, padding=1),
+        ]
+    return [*double, *_norm(norm, width), nn.ReLU(inplace=True)]

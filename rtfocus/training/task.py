@@ -1,0 +1,106 @@
+"""Task: what a network learns, from its batches to the card of its engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rtfocus.training.recipe import RecipeBase
+
+Arrays = Mapping[str, NDArray[np.generic]]
+Tensors = Mapping[str, Tensor]
+R = TypeVar("R", bound=RecipeBase)
+
+_LARGEST_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A network as it is exported: module, example inputs, names of its tensors."""
+
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    """Example per input name, in the order of the module's arguments; at least two
+    samples and unequal sides, for a side of one would be taken for a constant."""
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+    """Per input name the axes that may vary: axis number to its name."""
+
+
+class Task(ABC, Generic[R]):
+    """A network, its batches, its losses and what its engine's card says.
+
+    Subclasses build `network` in their constructor and are pure otherwise: batch
+    number n depends on (recipe, n) alone, so a killed run resumes to the bit.
+    """
+
+    network: nn.Module
+    """What is trained, averaged and exported."""
+
+    def __init__(self, recipe: R) -> None:
+        self.recipe = recipe
+
+    @abstractmethod
+    def batch(self, step: int, draw: int = 0) -> Arrays:
+        """Make batch number `step`; other draws are other samples of the same time."""
+
+    @abstractmethod
+    def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of `network` on a batch, and what a curve shows of it."""
+
+    @abstractmethod
+    def graph(self, network: nn.Module) -> Graph:
+        """Return the inference form of a (trained, averaged) network."""
+
+    @abstractmethod
+    def card(self) -> dict[str, Any]:
+        """Return the engine's card without name, files, checksums and history."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return every trained module by name; `network` is among them."""
+        return {"network": self.network}
+
+    def make_optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimisers by name, each over its own parameters."""
+        settings = self.recipe.optimiser
+        optimiser = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=settings.rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        return {"network": optimiser}
+
+    def train_step(
+        self, tensors: Tensors, optimisers: Mapping[str, torch.optim.Optimizer]
+    ) -> dict[str, float]:
+        """Take one step with every optimiser; their rates are already set.
+
+        Tasks with several losses, such as adversarial ones, override it.
+        """
+        device = next(self.network.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16):
+            loss, shown = self.loss(tensors)
+        optimiser = optimisers["network"]
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.network.parameters(), _LARGEST_GRADIENT)
+        optimiser.step()
+        return {
+            "loss": float(loss.detach()),
+            **{name: float(value.detach()) for name, value in shown.items()},
+        }
+
+    def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
+        """Make averaged weights ready for use; BatchNorm needs statistics of its own.
+
+        `batches` is endless and made on demand.
+        """
+        del batches
+        average.eval()

@@ -1,0 +1,1 @@
+"""Tasks: per network its recipe, its batches, its losses and its card."""

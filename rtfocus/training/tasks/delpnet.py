@@ -1,0 +1,168 @@
+"""DelpNet's task: labels of tiles, He et al. 2020."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rtfocus.config.section import Section
+from rtfocus.optics.normalisation import ContrastToNoise
+from rtfocus.training.data.fields import load_fields
+from rtfocus.training.data.level_recipe import LevelRecipe
+from rtfocus.training.data.level_scenes import Blurring
+from rtfocus.training.data.level_tiles import NORMALISATION, Batches
+from rtfocus.training.networks.delpnet import (
+    GEOMETRY,
+    LABELS,
+    DelpNet,
+    fold_batch_norm,
+    recalibrate,
+)
+from rtfocus.training.recipe import Fraction
+from rtfocus.training.task import Arrays, Graph, Task, Tensors
+
+# Optics drawn in training lie within these factors of the reference sampling.
+_SAMPLING_RANGE = (0.7, 1.5)
+_CALIBRATION_BATCHES = 40
+
+
+class DelpNetSection(Section):
+    """Switches of DelpNet."""
+
+    dropout: Fraction = 0.02
+    """Probability of dropping a value after each inner layer."""
+    batch_norm_momentum: Fraction = 0.40
+    """PyTorch's sense: 0.40 is the paper's 0.60."""
+
+
+class DelpNetRecipe(LevelRecipe):
+    """A training run of DelpNet."""
+
+    name: str = "delpnet"
+    network: Literal["delpnet"] = "delpnet"
+    delpnet: DelpNetSection = DelpNetSection()
+
+
+class DelpNetTask(Task[DelpNetRecipe]):
+    """Cross-entropy over the labels of tiles, plus an ordinal term."""
+
+    network: DelpNet
+
+    def __init__(self, recipe: DelpNetRecipe) -> None:
+        super().__init__(recipe)
+        switches = recipe.delpnet
+        self.network = DelpNet(
+            dropout=switches.dropout, batch_norm_momentum=switches.batch_norm_momentum
+        )
+        self._batches: Batches | None = None
+
+    def batch(self, step: int, draw: int = 0) -> Arrays:
+        """Make crops of one size with a label per tile."""
+        if self._batches is None:
+            # Made when first needed: an export needs no images.
+            fields = load_fields(self.recipe)
+            blurring = Blurring(self.recipe, fields, validation=False)
+            self._batches = Batches(self.recipe, blurring)
+        made = self._batches.batch(step, draw)
+        return {"crops": made.crops, "labels": made.labels}
+
+    def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `loss_of` over tiles at every cell, more than inference looks at."""
+        logits = self.network(tensors["crops"], stride_cells=1).float()
+        labels = tensors["labels"]
+        loss = loss_of(logits, labels, self.recipe.optimiser.ordinal_weight)
+        return loss, accuracies(logits, labels)
+
+    def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
+        """Give the averaged weights exact batch statistics of their own."""
+        crops = (batch["crops"] for batch in islice(batches, _CALIBRATION_BATCHES))
+        recalibrate(average, crops)
+
+    def graph(self, network: nn.Module) -> Graph:
+        """Return the network with its BatchNorm folded into the convolutions."""
+        return Graph(
+            fold_batch_norm(network),
+            {"tiles": torch.zeros(2, 1, 144, 192)},
+            ("logits",),
+            {"tiles": {0: "number", 2: "height", 3: "width"}},
+        )
+
+    def card(self) -> dict[str, Any]:
+        """Return the card of a DelpNet engine."""
+        blur = self.recipe.blur
+        low, high = (f * blur.reference.sampling for f in _SAMPLING_RANGE)
+        rule = asdict(ContrastToNoise())
+        # The step between values belongs to the camera, not to the engine.
+        del rule["quantum"]
+        return {
+            "kind": "classifier",
+            "implementation": "onnx",
+            "description": "Defocus level of patches, He et al. 2020 (DelpNet).",
+            "input": {
+                "name": "tiles",
+                "channels": 1,
+                "tile_px": GEOMETRY.tile_px,
+                "stride_px": GEOMETRY.stride_px,
+                "origin_px": GEOMETRY.centre_px,
+                "multiple_px": GEOMETRY.stride_px,
+            },
+            "output": {"name": "logits", "labels": list(LABELS)},
+            "levels": {"step_um": blur.level_step_um, "count": 11, "signed": False},
+            "normalisation": {
+                "name": "local_standardisation",
+                **asdict(NORMALISATION),
+            },
+            "background": {"name": "contrast_to_noise", **rule},
+            "optics": {
+                "sampling_min": round(low, 3),
+                "sampling_max": round(high, 3),
+                "reference": asdict(blur.reference),
+            },
+        }
+
+
+def loss_of(logits: Tensor, labels: Tensor, ordinal_weight: float) -> Tensor:
+    """Return cross-entropy, plus a weight times the error of the mean level.
+
+    Parameters
+    ----------
+    logits
+        Shape (N, label, row, column), background last.
+    labels
+        Shape (N, row, column).
+    ordinal_weight
+        Weight of the smooth absolute error between the true level and the mean of
+        the levels by their probabilities, over tiles with specimen. Cross-entropy
+        alone (He 2020) does not know that level 4 is nearer to 5 than 9 is; 0
+        leaves it at that.
+    """
+    entropy = nn.functional.cross_entropy(logits, labels)
+    background = logits.shape[1] - 1
+    specimen = labels != background
+    if ordinal_weight == 0 or not specimen.any():
+        return entropy
+    levels = torch.arange(background, dtype=logits.dtype, device=logits.device)
+    shares = logits[:, :background].softmax(dim=1)
+    mean = torch.einsum("nlyx,l->nyx", shares, levels)
+    error = nn.functional.smooth_l1_loss(
+        mean[specimen], labels[specimen].to(mean.dtype)
+    )
+    return entropy + ordinal_weight * error
+
+
+@torch.no_grad()
+def accuracies(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the share of right labels, and of levels at most one off."""
+    found = logits.argmax(dim=1)
+    background = logits.shape[1] - 1
+    specimen = labels != background
+    close = ((found - labels).abs() <= 1) & (found != background)
+    within = close[specimen].float().mean() if specimen.any() else torch.tensor(1.0)
+    return {"accuracy": (found == labels).float().mean(), "within_one": within}
+
+
+RECIPE = DelpNetRecipe
+TASK = DelpNetTask
