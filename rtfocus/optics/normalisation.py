@@ -1,4 +1,4 @@
-"""Normalisation: what a classifier sees of a frame, and which tiles hold nothing.
+"""Normalisation: what a network sees of a frame, and which tiles hold nothing.
 
 Focus does not depend on gain or offset, so neither may the input of a network.
 Both parts work on cells of 12 px: statistics of a few thousand cells replace
@@ -227,3 +227,33 @@ def _window_matrix(cells: int, size: int) -> NDArray[np.float64]:
     distance = np.abs(place[:, None] - place[None, :])
     weights = np.maximum(1 - distance / (size // 2 + 1), 0)
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True, slots=True)
+class PercentileRange:
+    """Map a frame's dark and bright percentile to 0 and 1; invertible.
+
+    What restorers see: linear, one pair of numbers per frame, so that the image
+    formation ``B = I * K`` still holds and the result goes back to counts.
+    """
+
+    low_percent: float = 0.5
+    """Percentile that becomes 0."""
+    high_percent: float = 99.8
+    """Percentile that becomes 1."""
+    sample_px: int = 1 << 16
+    """Pixels the percentiles are read from, on a regular grid: a whole frame of
+    four million costs as much time as the network."""
+
+    def fit(self, frame: Image) -> tuple[float, float]:
+        """Return (offset, scale) of a frame (y, x); the scale is never 0."""
+        step = max(1, int(np.sqrt(frame.size / self.sample_px)))
+        low, high = np.percentile(
+            frame[::step, ::step], (self.low_percent, self.high_percent)
+        )
+        return float(low), float(high - low) or 1.0
+
+    def apply(self, frame: Image) -> Image:
+        """Normalise a frame by its own percentiles; a new array."""
+        offset, scale = self.fit(frame)
+        return (frame - np.float32(offset)) / np.float32(scale)

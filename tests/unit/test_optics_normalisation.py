@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rtfocus.optics.normalisation import (
     ContrastToNoise,
     LocalStandardisation,
+    PercentileRange,
     pad_frame,
 )
 from rtfocus.optics.specimens import draw_specimen
@@ -138,3 +139,20 @@ def test_background_of_real_fields_agrees_with_the_rule_in_counts(shared_data):
         assert (empty == counts).mean() > 0.9
         # What the rule in counts calls empty is empty here too.
         assert empty[counts].all()
+
+
+def test_percentile_range_maps_the_percentiles_to_0_and_1():
+    frame = np.arange(10_000, dtype=np.float32).reshape(100, 100) * 3 + 100
+    ranged = PercentileRange(low_percent=10, high_percent=90)
+    offset, scale = ranged.fit(frame)
+    assert offset == pytest.approx(np.percentile(frame, 10))
+    assert scale == pytest.approx(np.percentile(frame, 90) - np.percentile(frame, 10))
+    np.testing.assert_allclose(ranged.apply(frame) * scale + offset, frame, rtol=1e-5)
+    np.testing.assert_allclose(
+        ranged.apply(frame * 7 - 50), ranged.apply(frame), atol=1e-5
+    )
+
+
+def test_percentile_range_leaves_a_constant_frame_flat():
+    flat = PercentileRange().apply(np.full((40, 50), 130.0, np.float32))
+    assert not flat.any()
