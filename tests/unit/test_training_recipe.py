@@ -5,7 +5,8 @@ import pytest
 
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
-from rtfocus.training.data.level_tiles import BACKGROUND, label_crop, photograph
+from rtfocus.training.data.exposure import draw_exposure
+from rtfocus.training.data.level_tiles import BACKGROUND, label_crop
 from rtfocus.training.recipe import OptimiserRecipe, load_recipe
 from rtfocus.training.scoring import Score
 from rtfocus.training.trainer import learning_rate
@@ -45,7 +46,9 @@ def test_the_noise_of_a_photograph_is_what_it_says():
     ratios = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        counts, dark = photograph(np.zeros((96, 96), np.float32), 0.0, rng)
+        exposure = draw_exposure(rng)
+        counts = exposure.take(np.zeros((96, 96), np.float32), rng)
+        dark = exposure.dark_noise()
         assert counts.min() >= 0
         # The camera cuts a glow near zero and rounds noise below one count away.
         if counts.min() > 0 and dark > 1:

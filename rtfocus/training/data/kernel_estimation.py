@@ -25,7 +25,7 @@ SIZE_CLASSES_PX = ((11, 20), (21, 35))
 _DAMPING = 1e-3
 # Deviation in frequency, cycles per pixel, of the band that decides the shift: the
 # transfer function of a defocused lens changes its sign further out.
-_REGISTRATION_BAND = 0.05
+_REGISTRATION_BAND = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,8 @@ class KernelEstimate:
     kernel: Image
     """Shape (m, m), not negative, sums to 1."""
     error: float
-    """Mean squared error on the half of the patch it was not fitted to."""
+    """Mean squared error on the half of the patch it was not fitted to, relative to
+    the variance of the blurred patch: else dim patches would always win."""
 
     @property
     def size_px(self) -> int:
@@ -65,7 +66,7 @@ def register(sharp: ArrayLike, blurred: ArrayLike) -> tuple[Image, tuple[float, 
     surface = fft.ifft2(band * cross / (np.abs(cross) + 1e-12)).real
     peak = np.unravel_index(int(surface.argmax()), surface.shape)
     shift = tuple(
-        _signed(place + _vertex(surface, peak, axis), length)
+        _signed(float(place + _vertex(surface, peak, axis)), length)
         for axis, (place, length) in enumerate(zip(peak, first.shape, strict=True))
     )
     moved = ndimage.shift(second, shift, order=3, mode="nearest")
@@ -118,7 +119,8 @@ def estimate_kernel(
     solved = fitted.joined(judged).solve(best, damping)
     # Views hold the pixel at the offset of each tap: a correlation; a PSF convolves.
     kernel = np.maximum(solved.reshape(best, best)[::-1, ::-1], 0)
-    return KernelEstimate((kernel / kernel.sum()).astype(np.float32), errors[best])
+    error = errors[best] / float(np.mean(inner**2))
+    return KernelEstimate((kernel / kernel.sum()).astype(np.float32), error)
 
 
 def kernels_of_pair(

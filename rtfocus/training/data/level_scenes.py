@@ -8,23 +8,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.blur import blur_stack
 from rtfocus.optics.levels import DefocusLevels
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.training.data.fields import Field
 from rtfocus.training.data.level_recipe import BlurRecipe, LevelRecipe
-from rtfocus.training.recipe import SpecimenRecipe
+from rtfocus.training.data.scenes import SceneSource, resize
 
 Image = NDArray[np.float32]
 Planes = NDArray[np.uint16]
 
 FULL_SCALE = 65535
-_LEAST_SIDE_PX = 216
 _NO_BLUR = np.ones((1, 1), dtype=np.float32)
 _NOISE = ContrastToNoise(quantum=0.0)
 
@@ -52,39 +49,26 @@ class Blurring:
         """Choose the fields of one side of the split."""
         self._recipe = recipe
         self._validation = validation
-        self.fields = [field for field in fields if field.validation == validation]
+        self._scenes = SceneSource(recipe, fields, validation=validation)
+        self.fields = self._scenes.fields
         self._scale = DefocusLevels(step_um=recipe.blur.level_step_um)
-        counts = {id(f.source): 0 for f in self.fields}
-        for field in self.fields:
-            counts[id(field.source)] += 1
-        shares = [f.source.share / counts[id(f.source)] for f in self.fields]
-        self._specimens = recipe.specimens
-        if recipe.specimens is not None:
-            shares.append(recipe.specimens.share)
-        self._shares = np.array(shares) / sum(shares)
 
     def entry(self, generation: int) -> Entry:
         """Draw scene and optics number `generation` and blur it at every level."""
         side = 1 if self._validation else 0
         rng = np.random.default_rng([self._recipe.seed, side, generation])
-        place = int(rng.choice(len(self._shares), p=self._shares))
-        ideal = place == len(self.fields)
-        if ideal and self._specimens is not None:
-            kind, scene = self._draw_specimen(self._specimens, rng)
-        else:
-            field = self.fields[place]
-            kind, scene = field.source.kind, self._cut_scene(field, rng)
+        scene = self._scenes.draw(rng)
         optics = draw_optics(self._recipe.blur, rng)
         # A photograph has been through a microscope, a drawn scene has not.
-        keep_focus = not ideal or bool(rng.random() < 0.5)
-        return self._blur(kind, scene, optics, rng, keep_focus)
+        keep_focus = not scene.ideal or bool(rng.random() < 0.5)
+        return self._blur(scene.kind, scene.light, optics, rng, keep_focus)
 
     def field_entry(self, field: Field, seed: int = 0) -> Entry:
         """Blur one whole field with exactly the reference optics, no jitter."""
         rng = np.random.default_rng([self._recipe.seed, 2, seed])
         scene = field.image
         if field.source.native_share == 0:
-            scene = _resize(scene, float(np.mean(field.source.zoom)))
+            scene = resize(scene, float(np.mean(field.source.zoom)))
         return self._blur(
             field.source.kind,
             scene,
@@ -125,31 +109,6 @@ class Blurring:
         stored = np.rint(planes * FULL_SCALE).astype(np.uint16)
         return Entry(kind, stored, tuple(levels), noise)
 
-    def _draw_specimen(
-        self, specimens: SpecimenRecipe, rng: np.random.Generator
-    ) -> tuple[str, Image]:
-        kind = specimens.kinds[int(rng.integers(len(specimens.kinds)))]
-        side = min(320, self._recipe.pool.side_px)
-        scale = float(rng.uniform(*specimens.scale))
-        return f"drawn {kind}", draw_specimen(kind, (side, side), rng, scale=scale)
-
-    def _cut_scene(self, field: Field, rng: np.random.Generator) -> Image:
-        """Cut a window of a field, resized by a random factor."""
-        low, high = field.source.zoom
-        zoom = float(rng.uniform(low, high))
-        if rng.random() < field.source.native_share:
-            zoom = 1.0
-        zoom = max(zoom, _LEAST_SIDE_PX / min(field.image.shape))
-        wanted = int(self._recipe.pool.side_px / zoom)
-        window = []
-        for side in field.image.shape:
-            start = int(rng.integers(max(side - wanted, 0) + 1))
-            window.append(slice(start, start + wanted))
-        scene = _resize(field.image[tuple(window)], zoom)
-        # Fields in focus are not equally sharp: neither are those to come.
-        softness = rng.uniform(0, field.source.softness_px)
-        return np.asarray(ndimage.gaussian_filter(scene, softness), dtype=np.float32)
-
 
 def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
     """Draw the optics of one entry: reference, near it, or from a wide family."""
@@ -181,14 +140,3 @@ def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
         ),
         apodisation=float(rng.uniform(0, 0.5)),
     )
-
-
-def _resize(image: Image, zoom: float) -> Image:
-    """Resize an image; a reduction does not alias."""
-    if zoom == 1:
-        return image
-    # Half a new pixel wide: keeps most of the sharpness that reduction gains.
-    smooth = ndimage.gaussian_filter(image, 0.35 / zoom) if zoom < 1 else image
-    order = 1 if zoom < 1 else 3
-    resized = ndimage.zoom(smooth, zoom, order=order)
-    return np.asarray(np.clip(resized, 0, 1), dtype=np.float32)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
+from rtfocus.training.data.exposure import draw_exposure
 from rtfocus.training.data.level_recipe import LevelRecipe
 from rtfocus.training.data.level_scenes import FULL_SCALE, Blurring, Entry
 from rtfocus.training.networks.delpnet import GEOMETRY, LABELS
@@ -100,7 +101,9 @@ class Batches:
         light = window.astype(np.float32) / np.float32(FULL_SCALE)
         if rng.random() < _EMPTY_SHARE:
             light *= 0
-        crop, labels = label_crop(*photograph(light, entry.noise[place], rng), level)
+        exposure = draw_exposure(rng)
+        noise = exposure.dark_noise(entry.noise[place])
+        crop, labels = label_crop(exposure.take(light, rng), noise, level)
         # The median of a whole frame is another one than that of a crop.
         crop += np.float32(rng.normal(0, _SHIFT))
         return crop, labels
@@ -114,39 +117,6 @@ def _cut(plane: Crop, side: int, rng: np.random.Generator) -> Crop:
         if int(window.max()) - int(window.min()) > _VISIBLE:
             break
     return window
-
-
-def photograph(
-    light: Image, noise: float, rng: np.random.Generator
-) -> tuple[Image, float]:
-    """Take a picture with a camera drawn at random.
-
-    Parameters
-    ----------
-    light
-        Axes (y, x), 1 = brightest point of the scene.
-    noise
-        Standard deviation of the noise that `light` already holds.
-
-    Returns
-    -------
-    tuple
-        The picture in counts, and the standard deviation of its noise in the dark.
-    """
-    photons = float(np.exp(rng.uniform(np.log(400), np.log(10000))))
-    glow = float(np.exp(rng.uniform(np.log(0.003), np.log(0.25)))) * photons
-    read_noise = float(rng.uniform(0.8, 4.0))
-    electrons = light * np.float32(photons) + np.float32(glow)
-    spread = np.sqrt(np.maximum(electrons, 0) + read_noise**2)
-    electrons += spread * rng.standard_normal(light.shape, dtype=np.float32)
-    # Counts at the brightest point: from a poorly filled 8-bit range to 16 bits.
-    full = float(2 ** rng.choice([8, 12, 16], p=[0.4, 0.35, 0.25]))
-    fill = float(rng.uniform(0.3, 1.1) if full == 256 else rng.uniform(0.1, 1.1))
-    gain = fill * full / (photons + glow)
-    counts = np.rint(electrons * np.float32(gain))
-    np.clip(counts, 0, full - 1, out=counts)
-    dark = np.sqrt(gain**2 * (glow + read_noise**2 + (noise * photons) ** 2) + 1 / 12)
-    return counts, float(dark)
 
 
 def label_crop(

@@ -179,7 +179,7 @@ def generator_multiply_adds_per_pixel(*, width: int, residual_blocks: int) -> fl
     Examples
     --------
     >>> generator_multiply_adds_per_pixel(width=16, residual_blocks=9)
-    52832.0
+    54560.0
     """
     w = width
     ends = 2 * 49 * w

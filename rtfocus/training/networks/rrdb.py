@@ -129,7 +129,7 @@ def parameter_count(*, blocks: int, width: int, phases: int = 1) -> int:
     Examples
     --------
     >>> parameter_count(blocks=4, width=64)
-    6677441
+    6677505
     """
     dense = 9 * width**2 * sum(range(1, _CONVOLUTIONS + 1)) + _CONVOLUTIONS * width
     ends = 9 * width * phases**2 * 2 + width + phases**2
