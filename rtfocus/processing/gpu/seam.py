@@ -59,6 +59,8 @@ class GpuRequest:
     """Every input tensor by name, e.g. ``tiles`` and ``condition``."""
     tf32: bool = True
     """False: fp32 products keep all 23 bits, for comparison with the reference."""
+    workspace_bytes: int | None = None
+    """Most device memory one layer of a plan may take; None: no limit."""
     cuda_graphs: bool = True
     """Let a backend that can record its kernels as a CUDA graph by itself do so."""
 
