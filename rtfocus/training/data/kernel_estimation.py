@@ -64,7 +64,7 @@ def register(sharp: ArrayLike, blurred: ArrayLike) -> tuple[Image, tuple[float, 
     squared = fft.fftfreq(height)[:, None] ** 2 + fft.fftfreq(width)[None, :] ** 2
     band = np.exp(-squared / (2 * _REGISTRATION_BAND**2))
     surface = fft.ifft2(band * cross / (np.abs(cross) + 1e-12)).real
-    peak = np.unravel_index(int(surface.argmax()), surface.shape)
+    peak = [int(n) for n in np.unravel_index(int(surface.argmax()), surface.shape)]
     shift = tuple(
         _signed(float(place + _vertex(surface, peak, axis)), length)
         for axis, (place, length) in enumerate(zip(peak, first.shape, strict=True))
@@ -225,7 +225,7 @@ def _tapered_spectrum(image: Image) -> NDArray[np.complex128]:
 def _vertex(surface: NDArray[np.float64], peak: Sequence[int], axis: int) -> float:
     """Return where between pixels the parabola through a peak is highest."""
     line = np.take(surface, peak[1 - axis], axis=1 - axis)
-    place = int(peak[axis])
+    place = peak[axis]
     before, top, after = (float(line[(place + k) % line.size]) for k in (-1, 0, 1))
     curvature = before - 2 * top + after
     return 0.5 * (before - after) / curvature if curvature else 0.0
