@@ -1,0 +1,151 @@
+"""Pair scenes: one sharp picture at several signed defoci, and the optics it has.
+
+Every entry is a pure function of (recipe, side of the split, generation).
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.optics.blur import blur_stack
+from rtfocus.optics.psf import compute_psf
+from rtfocus.training.data.fields import Field
+from rtfocus.training.data.pair_recipe import PairRecipe, PairsRecipe
+from rtfocus.training.data.scenes import SceneSource
+
+Image = NDArray[np.float32]
+
+_NO_BLUR = np.ones((1, 1), dtype=np.float32)
+# Levels between the planes of an entry whose patches vary in depth.
+_DENSE_STEP = 0.7
+# Of spherical aberration, in waves: no wider than real objectives.
+_WIDEST_SPHERICAL = 0.65
+
+
+@dataclass(frozen=True, slots=True)
+class PairScene:
+    """One scene at several defoci."""
+
+    sharp: Image
+    """Axes (y, x)."""
+    planes: Image
+    """Blurred, axes (plane, y, x)."""
+    levels: NDArray[np.float32]
+    """Signed defocus of every plane in levels, ascending."""
+    psfs: tuple[Image, ...]
+    """PSF of every plane."""
+    sampling: float
+    """Pixel size in units of lambda / NA."""
+    spherical_waves: float
+    """Never positive: (z, W) and (-z, -W) make the same PSF."""
+    dense: bool
+    """True: planes so close that depths between them may be interpolated."""
+
+
+class PairScenes:
+    """Makes the scenes of the training set or of the validation set."""
+
+    def __init__(
+        self, recipe: PairRecipe, fields: list[Field], *, validation: bool
+    ) -> None:
+        self._recipe = recipe
+        self._side = 1 if validation else 0
+        self._scenes = SceneSource(recipe, fields, validation=validation)
+
+    def entry(self, generation: int) -> PairScene:
+        """Draw scene, optics and defoci number `generation` and blur."""
+        pairs = self._recipe.pairs
+        rng = np.random.default_rng([self._recipe.seed, 5, self._side, generation])
+        scene = self._scenes.draw(rng)
+        light = _modality(scene.light, pairs, rng)
+        optics = draw_pair_optics(pairs, rng)
+        dense = bool(rng.random() < pairs.varying_share)
+        levels = _draw_levels(pairs, dense, rng)
+        # What one level is in these optics: the same share of the defocus unit.
+        step_um = (
+            pairs.level_step_um
+            * optics.defocus_unit_um
+            / pairs.reference.defocus_unit_um
+        )
+        # A photograph has been through a microscope, a drawn scene has not.
+        keep_focus = not scene.ideal or bool(rng.random() < 0.5)
+        in_focus = _NO_BLUR if keep_focus else compute_psf(optics, 0.0)
+        psfs = tuple(compute_psf(optics, float(z)) for z in levels * step_um)
+        planes = np.clip(blur_stack(light, (in_focus, *psfs)), 0, 1)
+        return PairScene(
+            sharp=planes[0],
+            planes=planes[1:],
+            levels=levels,
+            psfs=psfs,
+            sampling=optics.sampling,
+            spherical_waves=(
+                optics.aberrations.spherical_waves
+                if optics.psf_model == "pupil"
+                else 0.0
+            ),
+            dense=dense,
+        )
+
+
+def draw_pair_optics(pairs: PairsRecipe, rng: np.random.Generator) -> OpticalSystem:
+    """Draw optics: the reference, near it, or from a wide family; never W > 0."""
+    base = pairs.reference
+    chance = rng.random()
+    if chance < pairs.reference_share:
+        return base
+    if chance < pairs.reference_share + pairs.near_share:
+        spherical = base.aberrations.spherical_waves + rng.normal(0, 0.05)
+        return replace(
+            base,
+            numerical_aperture=base.numerical_aperture * rng.uniform(0.95, 1.05),
+            pixel_size_um=base.pixel_size_um * rng.uniform(0.94, 1.06),
+            aberrations=Aberrations(
+                spherical_waves=min(spherical, 0.0),
+                astigmatism_waves=rng.normal(0, 0.03),
+            ),
+        )
+    factor = float(np.exp(rng.uniform(np.log(0.6), np.log(1.6))))
+    wide = replace(base, pixel_size_um=base.pixel_size_um * factor)
+    if rng.random() < pairs.born_wolf_share:
+        return replace(wide, psf_model="born_wolf")
+    return replace(
+        wide,
+        numerical_aperture=base.numerical_aperture * rng.uniform(0.9, 1.1),
+        aberrations=Aberrations(
+            spherical_waves=-_WIDEST_SPHERICAL * rng.random(),
+            astigmatism_waves=rng.normal(0, 0.06),
+            coma_x_waves=rng.normal(0, 0.04),
+        ),
+        apodisation=float(rng.uniform(0, 0.5)),
+    )
+
+
+def _draw_levels(
+    pairs: PairsRecipe, dense: bool, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Draw the defocus of every plane, ascending."""
+    farthest, count = pairs.farthest_level, pairs.planes
+    if dense:
+        reach = _DENSE_STEP * count
+        first = rng.uniform(-farthest, farthest - reach)
+        levels = first + _DENSE_STEP * np.arange(count)
+    else:
+        edges = np.linspace(-farthest, farthest, count + 1)
+        levels = rng.uniform(edges[:-1], edges[1:])
+    return levels.astype(np.float32)
+
+
+def _modality(light: Image, pairs: PairsRecipe, rng: np.random.Generator) -> Image:
+    """Show some scenes as brightfield does: absorbing, or as relief."""
+    chance = rng.random()
+    if chance < pairs.absorbing_share:
+        return np.asarray(1 - rng.uniform(0.3, 0.95) * light, dtype=np.float32)
+    if chance < pairs.absorbing_share + pairs.relief_share:
+        ground = ndimage.gaussian_filter(light, rng.uniform(1.0, 4.0))
+        edges = light - ground
+        contrast = rng.uniform(0.2, 0.5) / max(float(np.abs(edges).max()), 1e-6)
+        return np.asarray(np.clip(0.5 + contrast * edges, 0, 1), dtype=np.float32)
+    return light
