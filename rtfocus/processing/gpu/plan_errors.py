@@ -38,6 +38,14 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "install or update the NVIDIA driver (rtfocus doctor tells which is there)",
     ),
     (
+        "OLD_CUDA_DRIVER",
+        "update the NVIDIA driver (rtfocus doctor tells which is there)",
+    ),
+    (
+        "INSUFFICIENT_GPU_MEMORY",
+        "close other programs that use the GPU, or lower the frames in flight",
+    ),
+    (
         "violate shape constraints",
         "the sides of the tiles do not suit the network: correct "
         "input.multiple_px in the engine's card",
@@ -56,6 +64,22 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "the smallest shape must not exceed the usual one nor that the largest",
     ),
 )
+
+
+class UnusablePlanError(EngineError):
+    """The plan itself is at fault: built again from its network it may load."""
+
+
+_INVALID = {
+    "VERSION_MISMATCH": "it was built by another release",
+    "UNSUPPORTED_CC": "it was built for another compute capability",
+    "OLD_CUDA_DRIVER": "the driver is too old for it",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little free memory",
+    "MALFORMED_ENGINE": "it is damaged",
+}
+"""Reasons of TensorRT for RTX in words."""
+
+_PLANS_FAULT = {"VERSION_MISMATCH", "UNSUPPORTED_CC", "MALFORMED_ENGINE"}
 
 
 def parse_error(
@@ -98,6 +122,28 @@ def build_error(library: TensorRt, request: GpuRequest) -> EngineError:
     )
 
 
+def load_error(
+    library: TensorRt, engine: str, runtime: Any, plan: bytes
+) -> EngineError:
+    """Explain why a plan was not loaded; TensorRT for RTX names the reasons itself."""
+    said = _said(library)
+    reasons: set[str] = set()
+    if library.is_rtx:
+        _, found = runtime.get_engine_validity(plan)
+        known = library.api.EngineInvalidityDiagnostics.__members__
+        reasons = {name for name, flag in known.items() if int(flag) & int(found)}
+    explained = [words for name, words in _INVALID.items() if name in reasons]
+    where = f"engine '{engine}': {library.name} {library.release} cannot load its plan"
+    what = f"{', '.join(explained) or _short(said)}"
+    # Otherwise it is the driver or the memory, and a new plan would fail likewise.
+    if reasons & _PLANS_FAULT or "Serialization" in said:
+        return UnusablePlanError(
+            f"{where}: {what}; build it again: rtfocus engines build {engine}"
+        )
+    remedy = _remedy(" ".join((said, *reasons))) or "see the log with --verbose"
+    return EngineError(f"{where}: {what}; {remedy}")
+
+
 def _said(library: TensorRt) -> str:
     """Return the first error of the log: what follows are its consequences."""
     errors = library.logger.errors
@@ -114,5 +160,5 @@ def _short(said: str) -> str:
     # The parser repeats the node's name in a line of its own before the reason.
     line = first[1] if first[0].startswith("Invalid Node") and first[1:] else first[0]
     line = re.sub(r"^\S+::\S+: Error Code \d+: ", "", line)
-    line = re.sub(r" ?In \w+(\(\))? at /\S+", "", line)
-    return line.strip()
+    line = re.sub(r" ?In \w+(\(\))? at /[^\s)]+", "", line)
+    return line.replace("( (", "(").replace("))", ")").strip()
