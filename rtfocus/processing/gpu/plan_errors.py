@@ -12,6 +12,11 @@ from rtfocus.processing.gpu.seam import GpuRequest
 from rtfocus.processing.gpu.tensorrt_import import TensorRt
 
 _ELSEWHERE = "or run it with processing.backend torch-cuda or on the CPU"
+_TOO_BIG = "lower the tiles per batch, use --precision fp16, or raise the workspace"
+_WRONG_SIDES = (
+    "the sides of the tiles do not suit the network: correct input.multiple_px in "
+    "the engine's card"
+)
 
 # Words of TensorRT to what the user can do; the first that is found counts.
 _REMEDIES: tuple[tuple[str, str], ...] = (
@@ -24,10 +29,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "Int32 but must have type",
         "biases must not be quantised: write the int8 file with QuantizeBias off",
     ),
-    (
-        "OutOfMemory",
-        "lower the tiles per batch, use --precision fp16, or raise the workspace",
-    ),
+    ("OutOfMemory", _TOO_BIG),
+    ("workspace limit", _TOO_BIG),
     (
         "out of memory",
         "lower the tiles per batch, use --precision fp16, or close other programs "
@@ -38,6 +41,10 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "install or update the NVIDIA driver (rtfocus doctor tells which is there)",
     ),
     (
+        "Cuda Runtime",
+        "check that the NVIDIA driver works and is new enough (rtfocus doctor)",
+    ),
+    (
         "OLD_CUDA_DRIVER",
         "update the NVIDIA driver (rtfocus doctor tells which is there)",
     ),
@@ -45,11 +52,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "INSUFFICIENT_GPU_MEMORY",
         "close other programs that use the GPU, or lower the frames in flight",
     ),
-    (
-        "violate shape constraints",
-        "the sides of the tiles do not suit the network: correct "
-        "input.multiple_px in the engine's card",
-    ),
+    ("violate shape constraints", _WRONG_SIDES),
+    ("dimensions must be equal", _WRONG_SIDES),
     (
         "cannot be negative",
         "the tiles are too small for the network: correct input.tile_px in the "
@@ -161,4 +165,4 @@ def _short(said: str) -> str:
     line = first[1] if first[0].startswith("Invalid Node") and first[1:] else first[0]
     line = re.sub(r"^\S+::\S+: Error Code \d+: ", "", line)
     line = re.sub(r" ?In \w+(\(\))? at /[^\s)]+", "", line)
-    return line.replace("( (", "(").replace("))", ")").strip()
+    return line.replace("( (", "(").replace("))", ")").replace(" ()", "").strip()
