@@ -1,0 +1,145 @@
+"""Pair data: pure by number, honest targets, split by field."""
+
+import numpy as np
+import pytest
+import tifffile
+
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.errors import ConfigError
+from rtfocus.optics.blur import blur
+from rtfocus.training.data.pair_recipe import (
+    PairRecipe,
+    PairsRecipe,
+    RealPairsRecipe,
+)
+from rtfocus.training.data.pair_scenes import PairScenes, draw_pair_optics
+from rtfocus.training.data.pairs import PairBatches
+from rtfocus.training.data.real_pairs import load_real_pairs
+from rtfocus.training.recipe import PoolRecipe
+
+REFERENCE = OpticalSystem(
+    0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
+)
+
+
+def small_recipe(**pairs) -> PairRecipe:
+    """Specimens drawn, nothing read."""
+    settings = {"batch_patches": 4, "planes": 4, "absorbing_share": 0, **pairs}
+    return PairRecipe(
+        name="small",
+        network="rtfocus_1",
+        pairs=PairsRecipe(reference=REFERENCE, **settings),
+        pool=PoolRecipe(entries=3, side_px=220, refresh_steps=2),
+    )
+
+
+def test_batches_depend_on_seed_and_number_alone():
+    recipe = small_recipe()
+    straight = PairBatches(recipe)
+    batches = [straight.batch(step) for step in range(7)]
+    jumping = PairBatches(recipe)
+    for step in (6, 1, 4):
+        again = jumping.batch(step)
+        for name, values in batches[step].items():
+            np.testing.assert_array_equal(again[name], values, err_msg=name)
+    other = PairBatches(recipe.model_copy(update={"seed": 2})).batch(4)
+    assert not np.array_equal(other["blurred"], batches[4]["blurred"])
+    held_out = PairBatches(recipe, validation=True).batch(4)
+    assert not np.array_equal(held_out["blurred"], batches[4]["blurred"])
+
+
+def test_in_focus_the_target_is_the_input_itself():
+    batch = PairBatches(small_recipe(sharp_share=1.0)).batch(0)
+    assert not batch["levels"].any()
+    np.testing.assert_array_equal(batch["sharp"], batch["blurred"])
+
+
+def test_away_from_focus_the_target_is_the_scene_without_noise():
+    dim = {"sharp_share": 0.0, "varying_share": 0.0, "relief_share": 0.0}
+    batch = PairBatches(small_recipe(**dim, photons=(20, 30))).batch(0)
+    far = np.abs(batch["levels"]).mean(axis=(1, 2)) > 2
+    assert far.any()
+    for blurred, sharp in zip(batch["blurred"][far], batch["sharp"][far], strict=True):
+        roughness = [np.abs(np.diff(image)).mean() for image in (blurred, sharp)]
+        assert roughness[0] > 2 * roughness[1]
+
+
+def test_a_plane_is_the_sharp_scene_under_its_psf():
+    scenes = PairScenes(small_recipe(varying_share=0.0), [], validation=False)
+    # Drawn scenes are half of the time blurred by the in-focus PSF as well, so
+    # only the planes of the others are exactly sharp * PSF.
+    errors = []
+    for generation in range(6):
+        entry = scenes.entry(generation)
+        photographed = blur(entry.sharp, entry.psfs[1])
+        errors.append(np.abs(photographed - entry.planes[1]).max())
+    assert min(errors) < 1e-5
+    assert max(errors) < 0.5
+
+
+def test_dense_entries_lie_close_enough_to_interpolate():
+    scenes = PairScenes(small_recipe(varying_share=1.0), [], validation=False)
+    for generation in range(2):
+        entry = scenes.entry(generation)
+        assert entry.dense
+        np.testing.assert_allclose(np.diff(entry.levels), 0.7, atol=1e-5)
+
+
+def test_spherical_aberration_is_never_positive():
+    pairs = small_recipe().pairs
+    rng = np.random.default_rng(3)
+    drawn = [draw_pair_optics(pairs, rng) for _ in range(300)]
+    waves = [optics.aberrations.spherical_waves for optics in drawn]
+    assert max(waves) <= 0
+    assert min(waves) < -0.5
+    samplings = [optics.sampling / REFERENCE.sampling for optics in drawn]
+    assert min(samplings) < 0.7
+    assert max(samplings) > 1.4
+
+
+def write_pair(folder, name, shape=(160, 200)):
+    rng = np.random.default_rng(len(name))
+    for side in ("sharp", "blurred"):
+        (folder / side).mkdir(exist_ok=True)
+        pixels = rng.integers(0, 200, shape).astype(np.uint8)
+        tifffile.imwrite(folder / side / name, pixels)
+
+
+def test_real_pairs_are_split_by_field_and_share_one_scale(tmp_path):
+    for name in ("a01.tif", "a02.tif", "b01.tif"):
+        write_pair(tmp_path, name)
+    wanted = RealPairsRecipe(sharp="sharp/*.tif", blurred="blurred", validation=("b*",))
+    training = load_real_pairs(wanted, tmp_path, validation=False)
+    validation = load_real_pairs(wanted, tmp_path, validation=True)
+    assert (len(training), len(validation)) == (2, 1)
+    blurred, sharp = validation[0]
+    counts = [
+        tifffile.imread(tmp_path / side / "b01.tif").astype(float)
+        for side in ("blurred", "sharp")
+    ]
+    scale = np.ptp(counts[0]) / np.ptp(blurred)
+    offset = counts[0].min() - blurred.min() * scale
+    np.testing.assert_allclose(sharp * scale + offset, counts[1], atol=1e-3)
+    recipe = small_recipe(real=(wanted,), real_share=1.0).model_copy(
+        update={"data_folder": tmp_path}
+    )
+    batch = PairBatches(recipe).batch(0)
+    assert batch["real"].all()
+    assert np.isnan(batch["levels"]).all()
+
+
+def test_a_real_pair_without_its_partner_is_refused(tmp_path):
+    write_pair(tmp_path, "a01.tif")
+    wanted = RealPairsRecipe(sharp="sharp/*.tif", blurred="blurred")
+    (tmp_path / "blurred" / "a01.tif").unlink()
+    with pytest.raises(ConfigError, match="no partner"):
+        load_real_pairs(wanted, tmp_path, validation=False)
+    tifffile.imwrite(tmp_path / "blurred" / "a01.tif", np.zeros((9, 9), np.uint8))
+    with pytest.raises(ConfigError, match=r"register and cut"):
+        load_real_pairs(wanted, tmp_path, validation=False)
+
+
+def test_psfs_are_cut_to_the_side_that_is_asked_for():
+    batch = PairBatches(small_recipe(psf_px=31)).batch(0)
+    assert batch["psf"].shape == (4, 1, 31, 31)
+    np.testing.assert_allclose(batch["psf"].sum(axis=(1, 2, 3)), 1, rtol=1e-5)
