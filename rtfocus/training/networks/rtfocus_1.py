@@ -39,6 +39,7 @@ _BACKGROUND = len(LABELS) - 1
 _HIDDEN = 64
 _EVIDENCE = 128
 _HEAD = 12
+_LEAST_POWER = 1e-3
 
 
 class ResidualBlock(nn.Module):
@@ -138,7 +139,7 @@ class Rtfocus1(nn.Module):
                 features = self.down[place - 1](features)
             features = blocks(self.modulate_down[place](features, hidden))
             skips.append(features)
-        evidence = functional.relu(self.evidence(features))
+        evidence = functional.relu(self.evidence(_equalise(features)))
         logits = self.label(
             functional.avg_pool2d(evidence, TILE_CELLS, stride=STRIDE_CELLS)
         )
@@ -162,6 +163,15 @@ def _blocks(channels: int, depth: int) -> nn.Sequential:
 
 def _double(features: Tensor) -> Tensor:
     return functional.interpolate(features, scale_factor=2.0, mode="nearest")
+
+
+def _equalise(features: Tensor) -> Tensor:
+    """Divide every cell by its root mean square: dim objects tell as much as bright.
+
+    Cells that hold next to nothing stay small.
+    """
+    power = features.float().square().mean(dim=1, keepdim=True)
+    return features * (power + _LEAST_POWER).rsqrt().to(features.dtype)
 
 
 def _something_to_correct(logits: Tensor) -> Tensor:

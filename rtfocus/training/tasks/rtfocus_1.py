@@ -38,7 +38,7 @@ class Rtfocus1Section(Section):
     """Residual blocks on each scale."""
     charbonnier: Positive = 0.01
     """Error, as a share of the frame's range, from which on the loss is linear."""
-    label_weight: Annotated[float, Field(ge=0)] = 0.004
+    label_weight: Annotated[float, Field(ge=0)] = 0.02
     """Weight of the labels' cross-entropy beside the restoration."""
     blind_share: Fraction = 0.6
     """Share of patches whose optics the network is not told."""
