@@ -5,7 +5,7 @@ sections (`rtfocus.training.tasks`), chosen by the key ``network``.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -61,7 +61,7 @@ class PoolRecipe(Section):
 
 
 class OptimiserRecipe(Section):
-    """AdamW with a warm-up and a cosine decay to zero."""
+    """AdamW with a warm-up and a decay to zero."""
 
     steps: Count = 10_000
     """Length of the training."""
@@ -69,6 +69,9 @@ class OptimiserRecipe(Section):
     """Highest learning rate."""
     warmup_steps: Count = 300
     """Steps of linear rise."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """``cosine``: half a period after the rise. ``linear``: the full rate up to the
+    middle of the training, from there straight down (Zhang 2022)."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled decay."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -108,19 +111,15 @@ class RecipeBase(Section):
 def load_recipe(path: Path) -> RecipeBase:
     """Read a recipe; its class is that of its network.
 
+    The key ``base`` names another recipe beside this one, of which this one changes
+    some values.
+
     Raises
     ------
     ConfigError
         Names the file and every key that does not fit, with the rule.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"recipe '{path}' cannot be read: {error.strerror}; give a YAML file"
-        raise ConfigError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"recipe '{path}' is not valid YAML: {error}"
-        raise ConfigError(msg) from error
+    data = _read(path)
     try:
         return validate_recipe(data)
     except ValidationError as error:
@@ -130,6 +129,33 @@ def load_recipe(path: Path) -> RecipeBase:
         )
         msg = f"recipe '{path}': {faults}; see configs/train_delpnet.yaml"
         raise ConfigError(msg) from error
+
+
+def _read(path: Path) -> object:
+    """Read the plain values of a recipe, those of its base included."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"recipe '{path}' cannot be read: {error.strerror}; give a YAML file"
+        raise ConfigError(msg) from error
+    except yaml.YAMLError as error:
+        msg = f"recipe '{path}' is not valid YAML: {error}"
+        raise ConfigError(msg) from error
+    if not isinstance(data, dict) or "base" not in data:
+        return data
+    base = path.parent / str(data.pop("base"))
+    if base == path:
+        msg = f"recipe '{path}' is its own base; name another one"
+        raise ConfigError(msg)
+    return _merge(_read(base), data)
+
+
+def _merge(base: object, changes: object) -> object:
+    """Return `base` with the values that `changes` names, section by section."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    merged = {key: _merge(base.get(key), value) for key, value in changes.items()}
+    return {**base, **merged}
 
 
 def validate_recipe(data: object) -> RecipeBase:

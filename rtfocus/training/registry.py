@@ -11,7 +11,9 @@ from rtfocus.training.task import Task
 # Name of the network: module in `rtfocus.training.tasks` that holds its
 # `RECIPE` class and its `TASK` class.
 _MODULES = {
+    "comi": "comi",
     "delpnet": "delpnet",
+    "rrdb": "rrdb",
     "rtfocus_1": "rtfocus_1",
 }
 

@@ -130,9 +130,11 @@ class Trainer:
 
 
 def learning_rate(recipe: OptimiserRecipe, step: int) -> float:
-    """Return the rate of a step: linear rise, then half a cosine down to zero."""
+    """Return the rate of a step: linear rise, then the recipe's decay to zero."""
     if step < recipe.warmup_steps:
         return recipe.rate * (step + 1) / recipe.warmup_steps
+    if recipe.decay == "linear":
+        return recipe.rate * min(2 * (1 - min(step / recipe.steps, 1.0)), 1.0)
     done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
     return recipe.rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

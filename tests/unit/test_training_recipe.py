@@ -41,6 +41,12 @@ def test_the_rate_rises_linearly_and_falls_to_zero():
     assert learning_rate(recipe, 1000) == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(("step", "rate"), [(0, 1), (500, 1), (750, 0.5), (1000, 0)])
+def test_linear_decay_starts_in_the_middle(step, rate):
+    recipe = OptimiserRecipe(steps=1000, rate=1.0, warmup_steps=1, decay="linear")
+    assert learning_rate(recipe, step) == pytest.approx(rate)
+
+
 def test_the_noise_of_a_photograph_is_what_it_says():
     """The deviation in the dark against pictures of nothing."""
     ratios = []

@@ -5,7 +5,6 @@ sharp from defocused, G_t defocused from sharp, D_t judges sharp and D_s defocus
 images (Zhang et al. 2022, equations 5 to 10).
 """
 
-from dataclasses import dataclass
 from math import log
 
 import torch
@@ -15,16 +14,6 @@ from torch.nn import functional
 # Contrast below which a patch is empty; it is not magnified to look like one that
 # is not. In units of the frame's own range.
 _LEAST_DEVIATION = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class LossWeights:
-    """Weights of the terms of equation 10, and of one that the paper lacks."""
-
-    adversarial: float = 1.0
-    content: float = 1.0
-    cycle: float = 0.001
-    pixel: float = 0.0
 
 
 def log_probability(logits: Tensor, *, real: bool) -> Tensor:
