@@ -39,6 +39,10 @@ class ReadyPlan:
     """Seconds it took to build; None: it was in the cache."""
 
 
+ANY_CARD = PlanTarget("8.0 and later")
+"""TensorRT for RTX: every card it serves, those of 7.5 apart."""
+
+
 def target_of(library: TensorRt, device: GpuDevice) -> PlanTarget:
     """Return the target of a library's plans for a GPU.
 
@@ -47,21 +51,29 @@ def target_of(library: TensorRt, device: GpuDevice) -> PlanTarget:
     EngineError
         If the library does not serve it.
     """
+    if library.is_rtx:
+        return rtx_target(library, device.compute_capability)
     why = why_unsupported(library, device.compute_capability)
     if why is not None:
         raise EngineError(why)
-    if library.is_rtx:
-        return rtx_target(library, device.compute_capability)
     return PlanTarget(f"{device.name}, {_text(device.compute_capability)}")
 
 
-def rtx_target(library: TensorRt, capability: Capability | None) -> PlanTarget:
-    """Return the target of TensorRT for RTX for a capability; None: 8.0 and later.
+def rtx_target(library: TensorRt, capability: Capability) -> PlanTarget:
+    """Return the target of TensorRT for RTX for a compute capability.
 
-    Cards newer than every capability the release lists take that general plan too.
+    Cards newer than every one the release lists take the plan for any card.
+
+    Raises
+    ------
+    EngineError
+        If the release does not serve it.
     """
-    if capability is None or capability not in listed_capabilities(library):
-        return PlanTarget("8.0 and later")
+    why = why_unsupported(library, capability)
+    if why is not None:
+        raise EngineError(why)
+    if capability not in listed_capabilities(library):
+        return ANY_CARD
     return PlanTarget(_text(capability), (capability,))
 
 

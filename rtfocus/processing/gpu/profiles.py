@@ -16,7 +16,7 @@ TILES_PER_BATCH = 32
 """Most tiles per batch: beyond it a GPU is busy and memory only grows."""
 
 
-def whole_frame(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRange]:
+def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRange]:
     """Return the inputs of an engine that takes whole frames, one at a time.
 
     Parameters

@@ -13,6 +13,8 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.gpu.tensorrt_log import make_logger
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
+# ORDER MATTERS: what is tuned on the card first.
+LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 
 _REMEDIES: dict[LibraryName, str] = {
     "tensorrt": (
