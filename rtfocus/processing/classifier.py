@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, TileGrid
-from rtfocus.processing.engines.card import (
+from rtfocus.processing.engines.card import EngineCard
+from rtfocus.processing.engines.card_sections import (
     BACKGROUND_LABEL,
-    EngineCard,
     InputCard,
     OutputCard,
 )

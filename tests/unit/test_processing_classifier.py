@@ -9,7 +9,8 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, FrameHeader, TileGrid
 from rtfocus.processing.classifier import FrameClassifier, fit_frame
 from rtfocus.processing.engines.backends import Request, choose_backend
-from rtfocus.processing.engines.card import InputCard, read_card, verified_file
+from rtfocus.processing.engines.card import read_card, verified_file
+from rtfocus.processing.engines.card_sections import InputCard
 from rtfocus.processing.estimate import estimate_frame
 
 

@@ -5,115 +5,157 @@ run a network on wrongly prepared tiles.
 """
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from rtfocus.channel import OpticalSystem
 from rtfocus.errors import EngineError
+from rtfocus.processing.engines.card_sections import (
+    BACKGROUND_LABEL,
+    ConditionCard,
+    InputCard,
+    KernelOutputCard,
+    LevelsCard,
+    OpticsCard,
+    OutputCard,
+    Precision,
+    Section,
+    TensorCard,
+)
 
 CARD_NAME = "engine.yaml"
-BACKGROUND_LABEL = "bg"
-
-Px = Annotated[int, Field(gt=0)]
 
 
-class _Part(BaseModel):
-    """A frozen part of the card; unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True
-    )
-
-
-class InputCard(_Part):
-    """The network's input tensor and the grid of tiles it sees."""
-
-    name: str
-    """Tensor name."""
-    channels: Px = 1
-    tile_px: Px = 84
-    """Side of the patch one output label speaks for."""
-    stride_px: Annotated[float, Field(gt=0)] = 42
-    """Distance between neighbouring patches."""
-    origin_px: float
-    """Coordinate of the centre of patch (0, 0), both axes, as `TileGrid.origin_px`;
-    for a patch that starts at the frame's corner (tile_px - 1) / 2."""
-    multiple_px: Px = 1
-    """Frame sides must be multiples of it; shorter ones are padded by mirroring."""
-
-
-class OutputCard(_Part):
-    """The network's output tensor (tiles, labels, rows, columns)."""
-
-    name: str
-    """Tensor name."""
-    labels: Annotated[list[int | str], Field(min_length=2)]
-    """Defocus level or ``bg`` by channel of the output."""
-
-
-class LevelsCard(_Part):
-    """What a level means in the optics of reference."""
-
-    step_um: Annotated[float, Field(gt=0)]
-    """Defocus between neighbouring levels."""
-    count: Px
-    """Number of levels, in-focus included."""
-    signed: bool = False
-    """Whether the network knows the direction."""
-
-
-class OpticsCard(_Part):
-    """The optics an engine was trained for."""
-
-    sampling_min: Annotated[float, Field(gt=0)]
-    """Smallest pixel size in units of lambda / NA."""
-    sampling_max: Annotated[float, Field(gt=0)]
-    """Largest pixel size in units of lambda / NA."""
-    reference: OpticalSystem
-    """Optics in which `LevelsCard.step_um` holds, calibrated aberrations included."""
-
-
-class EngineCard(_Part):
+class EngineCard(Section):
     """One engine: its files, tensors, labels, optics and origin."""
 
     name: str
     kind: Literal["classifier", "restorer", "joint"]
     implementation: Annotated[str, Field(pattern=r"^(onnx|builtin:\w+)$")]
-    """``onnx``, or ``builtin:METHOD`` for a restoration written in NumPy."""
+    """``onnx``, or ``builtin:METHOD`` for a restoration written in NumPy, which may
+    have a network (``builtin:learned_wiener``)."""
     description: str = ""
-    files: dict[Literal["fp32", "fp16", "int8"], str] = {}
+    files: dict[Precision, str] = Field(default_factory=dict)
     """Weights per precision, relative to the card."""
-    sha256: dict[Literal["fp32", "fp16", "int8"], str] = {}
+    sha256: dict[Precision, str] = Field(default_factory=dict)
     """Checksum per file."""
     input: InputCard | None = None
+    condition: ConditionCard | None = None
+    """None: the network sees pixels only."""
     output: OutputCard | None = None
+    restored: TensorCard | None = None
+    """Restored frame (1, channels, y, x) of a joint engine."""
+    kernel_output: KernelOutputCard | None = None
+    """Blur kernel per tile; only networks that extract one."""
     levels: LevelsCard | None = None
-    normalisation: dict[str, Any] = {}
+    normalisation: dict[str, Any] = Field(default_factory=dict)
     """Name and parameters, see `rtfocus.optics.normalisation`."""
-    background: dict[str, Any] = {}
+    background: dict[str, Any] = Field(default_factory=dict)
     """Rule for empty tiles, see `rtfocus.optics.normalisation`."""
     optics: OpticsCard | None = None
-    trained: dict[str, Any] = {}
+    trained: dict[str, Any] = Field(default_factory=dict)
     """Origin: data, split, command, seed; for people."""
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = Field(default_factory=dict)
     """Measured quality; for people."""
 
+    @property
+    def is_network(self) -> bool:
+        """Whether the engine has weights: a classical method has none."""
+        return self.implementation == "onnx" or bool(self.files)
+
     @model_validator(mode="after")
-    def _classifier_is_whole(self) -> "EngineCard":
-        if self.kind != "classifier":
-            return self
-        parts = ("input", "output", "levels", "optics")
-        missing = [part for part in parts if getattr(self, part) is None]
-        if missing:
-            msg = f"a classifier needs the sections {', '.join(missing)}"
-            raise ValueError(msg)
-        if self.implementation == "onnx" and "fp32" not in self.files:
-            msg = "an onnx engine needs files.fp32, the reference weights"
-            raise ValueError(msg)
+    def _is_whole(self) -> "EngineCard":
+        faults = [*_section_faults(self), *_file_faults(self)]
+        if not faults:
+            faults = [*_label_faults(self), *_tile_faults(self)]
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
+
+
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "classifier": ("input", "output", "levels", "normalisation", "optics"),
+    "restorer": ("input", "output", "levels", "normalisation", "optics"),
+    "joint": ("input", "output", "restored", "levels", "normalisation", "optics"),
+}
+_FOREIGN: Mapping[str, tuple[str, ...]] = {
+    "classifier": ("restored", "kernel_output"),
+    "restorer": ("restored", "background"),
+    "joint": ("kernel_output",),
+}
+
+
+def _section_faults(card: EngineCard) -> Iterator[str]:
+    """Say which sections are missing, or would be ignored."""
+    if not card.is_network:
+        return
+    missing = [part for part in _NEEDED[card.kind] if not getattr(card, part)]
+    if missing:
+        yield f"a {card.kind} needs the sections {', '.join(missing)}"
+    foreign = [part for part in _FOREIGN[card.kind] if getattr(card, part)]
+    if foreign:
+        yield f"a {card.kind} cannot have the sections {', '.join(foreign)}"
+
+
+def _file_faults(card: EngineCard) -> Iterator[str]:
+    if not card.is_network:
+        return
+    if "fp32" not in card.files:
+        yield f"an {card.implementation} engine needs files.fp32, the reference weights"
+    unchecked = [name for name in card.files if name not in card.sha256]
+    if unchecked:
+        yield f"sha256 lacks the files {', '.join(unchecked)}"
+
+
+def _label_faults(card: EngineCard) -> Iterator[str]:
+    """Compare the labels with the scale of levels."""
+    if card.output is None or card.levels is None:
+        return
+    labels = card.output.labels
+    if card.kind == "restorer":
+        if labels:
+            yield "a restorer's output has no labels"
+        return
+    if len(labels) < 2:
+        yield f"output.labels {labels} are fewer than two"
+    if len(set(labels)) < len(labels):
+        yield f"output.labels {labels} name a level twice"
+    farthest = card.levels.count - 1
+    lowest = -farthest if card.levels.signed else 0
+    odd = [label for label in labels if not _is_label(label, lowest, farthest)]
+    if odd:
+        yield (
+            f"output.labels {odd} are no levels from {lowest} to {farthest} "
+            f"and not '{BACKGROUND_LABEL}'"
+        )
+
+
+def _is_label(label: int | str, lowest: int, farthest: int) -> bool:
+    if isinstance(label, str):
+        return label == BACKGROUND_LABEL
+    return lowest <= label <= farthest
+
+
+def _tile_faults(card: EngineCard) -> Iterator[str]:
+    """Check that a restorer's tiles can be cut."""
+    tiles = card.input
+    if tiles is None or card.kind != "restorer":
+        return
+    if 2 * tiles.halo_px >= tiles.tile_px:
+        yield (
+            f"input.halo_px={tiles.halo_px} on both sides leaves nothing of "
+            f"tile_px={tiles.tile_px}"
+        )
+    if tiles.tile_px % tiles.multiple_px:
+        yield (
+            f"input.tile_px={tiles.tile_px} is no multiple of "
+            f"multiple_px={tiles.multiple_px}"
+        )
+    if "stride_px" in tiles.model_fields_set:
+        yield "a restorer has no input.stride_px: its tiles join at their halos"
 
 
 def read_card(folder: Path) -> EngineCard:
@@ -146,7 +188,9 @@ def read_card(folder: Path) -> EngineCard:
         raise EngineError(msg) from error
 
 
-def verified_file(folder: Path, card: EngineCard, precision: str = "fp32") -> Path:
+def verified_file(
+    folder: Path, card: EngineCard, precision: Precision = "fp32"
+) -> Path:
     """Return the weights file after comparing its checksum with the card's.
 
     Raises
@@ -154,12 +198,13 @@ def verified_file(folder: Path, card: EngineCard, precision: str = "fp32") -> Pa
     EngineError
         If the file is missing or is not the one the card describes.
     """
-    files: dict[Any, str] = dict(card.files)
-    sums: dict[Any, str] = dict(card.sha256)
-    if precision not in files:
-        msg = f"engine '{card.name}' has no {precision} weights; it has {list(files)}"
+    if precision not in card.files:
+        msg = (
+            f"engine '{card.name}' has no {precision} weights; it has "
+            f"{', '.join(card.files) or 'none'}"
+        )
         raise EngineError(msg)
-    path = folder / files[precision]
+    path = folder / card.files[precision]
     if not path.is_file():
         msg = (
             f"engine '{card.name}' lacks its weights '{path}'; copy the whole folder "
@@ -167,11 +212,11 @@ def verified_file(folder: Path, card: EngineCard, precision: str = "fp32") -> Pa
         )
         raise EngineError(msg)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sums.get(precision):
+    if found != card.sha256.get(precision):
         msg = (
             f"weights '{path}' have sha256 {found}, the card says "
-            f"{sums.get(precision)}; the file is damaged or the card is that of other "
-            f"weights: export again with: rtfocus export CHECKPOINT {folder}"
+            f"{card.sha256.get(precision)}; the file is damaged or the card is that of "
+            f"other weights: export again with: rtfocus export CHECKPOINT {folder}"
         )
         raise EngineError(msg)
     return path

@@ -2,7 +2,8 @@
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import EngineCard, LevelsCard, OpticsCard
+from rtfocus.processing.engines.card import EngineCard
+from rtfocus.processing.engines.card_sections import LevelsCard, OpticsCard
 
 
 def why_unfit(card: EngineCard, optics: OpticalSystem) -> str | None:
