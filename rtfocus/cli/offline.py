@@ -17,6 +17,7 @@ from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.frame import FrameResult
 from rtfocus.images import ImageSeries, open_images, write_images
+from rtfocus.images.stretching import stretch_histogram
 from rtfocus.images.writing import OutputImage
 from rtfocus.processing.offline import ImageProcessor, tile_rows
 from rtfocus.writers.completion import complete_restoration, count_unrestored
@@ -63,6 +64,12 @@ def restore(
             help="wiener, richardson_lucy, richardson_lucy_accelerated or an engine."
         ),
     ] = None,
+    stretch: Annotated[
+        bool,
+        typer.Option(
+            help="Spread each restored plane over 0 to 255, for viewing; 8-bit output."
+        ),
+    ] = False,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -75,12 +82,17 @@ def restore(
         method = settings.processing.restoration.model_copy(update={"method": engine})
         settings = _with(settings, "restoration", method.model_dump())
     if output is None:
+        if stretch:
+            msg = "--stretch is for viewing, a run keeps its counts; give --output"
+            raise ConfigError(msg)
         _complete(path, settings)
         return
     images = _open(path)
     _refuse_input_as_output(output, path, images)
-    dtype = None
-    if settings.store.restored_dtype == "float32":
+    dtype: np.dtype[np.generic] | None = None
+    if stretch:
+        dtype = np.dtype("u1")
+    elif settings.store.restored_dtype == "float32":
         dtype = np.dtype("<f4")
     with (
         _progress(sum(map(len, images))) as (progress, task),
@@ -90,7 +102,10 @@ def restore(
             OutputImage(
                 like=series,
                 dtype=dtype or series.dtype,
-                planes=_restored(processor, series, progress, task),
+                planes=map(
+                    stretch_histogram if stretch else np.asarray,
+                    _restored(processor, series, progress, task),
+                ),
             )
             for series in images
         ]

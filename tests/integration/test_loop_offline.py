@@ -196,6 +196,17 @@ def test_both_outputs_hold_the_same(tmp_path, config_file):
     assert not np.array_equal(in_tiff, tifffile.imread(path).reshape(in_tiff.shape))
 
 
+def test_stretched_planes_use_all_of_eight_bits(tmp_path, config_file):
+    path, _ = write_inputs(tmp_path)["pages"]
+    out = tmp_path / "bright.tif"
+    options = ("--config", config_file, "--engine", "wiener", "--stretch")
+    succeeded(command("restore", path, "-o", out, *options))
+    pages = tifffile.imread(out)
+    assert pages.dtype == np.uint8
+    for page in pages:
+        assert (page.min(), page.max()) == (0, 255)
+
+
 def test_a_folder_is_restored_into_a_folder(tmp_path, config_file):
     path, _ = write_inputs(tmp_path)["folder"]
     out = tmp_path / "restored"
@@ -213,6 +224,8 @@ def test_wrong_inputs_and_outputs_are_told(tmp_path, config_file):
     assert "no.tif' does not exist" in said
     said = failed(command("restore", path, "-o", tmp_path / "o.xyz", *options))
     assert "unknown ending '.xyz'" in said
+    said = failed(command("restore", path, "--stretch", *options))
+    assert "give --output" in said
     said = failed(
         command("restore", path, "-o", tmp_path / "o.tif", *options, "--engine", "nope")
     )

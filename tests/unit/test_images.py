@@ -10,6 +10,7 @@ from PIL import Image
 
 from rtfocus.errors import InputError
 from rtfocus.images import ImageSeries, open_images, write_images
+from rtfocus.images.stretching import stretch_histogram
 from rtfocus.images.writing import OutputImage
 
 
@@ -148,3 +149,9 @@ def test_an_unknown_ending_of_the_output_is_refused(tmp_path: Path) -> None:
     pixels = numbered({"t": 1, "c": 1, "z": 1}, (4, 4), "uint8")
     with pytest.raises(InputError, match=r"use \.tif"):
         write_images(tmp_path / "out.xyz", [as_output(as_series(pixels))])
+
+
+def test_stretching_is_linear_from_0_to_255():
+    image = np.array([[-5.0, 0.0], [5.0, 45.0]])
+    assert stretch_histogram(image).tolist() == [[0, 26], [51, 255]]
+    assert stretch_histogram(np.full((3, 3), 7)).tolist() == [[0] * 3] * 3
