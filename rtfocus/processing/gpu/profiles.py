@@ -10,6 +10,7 @@ from math import ceil
 from rtfocus.errors import EngineError
 from rtfocus.processing.classifier import fit_frame
 from rtfocus.processing.engines.card import EngineCard
+from rtfocus.processing.engines.card_sections import InputCard
 from rtfocus.processing.gpu.seam import Shape, ShapeRange
 
 TILES_PER_BATCH = 32
@@ -17,12 +18,15 @@ TILES_PER_BATCH = 32
 
 
 def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRange]:
-    """Return the inputs of an engine that takes whole frames, one at a time.
+    """Return the shapes of every input of an engine for a camera.
+
+    Classifiers and joint engines take whole frames, one at a time; restorers take
+    the frame's tiles in batches.
 
     Parameters
     ----------
     card
-        Of a fully convolutional classifier.
+        Of a network.
     frame
         Height and width of the camera's frame in pixels.
 
@@ -34,9 +38,21 @@ def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRa
     if card.input is None:
         msg = f"engine '{card.name}' ({card.implementation}) is no network to build"
         raise EngineError(msg)
-    height, width = fit_frame(card.input, frame).padded
-    shape = (1, card.input.channels, height, width)
-    return {card.input.name: ShapeRange(shape, shape, shape)}
+    if card.kind == "restorer":
+        batch = balanced_batch(count_tiles(card.input, frame))
+        sides = (card.input.tile_px, card.input.tile_px)
+    else:
+        batch, sides = 1, fit_frame(card.input, frame).padded
+    inputs = {card.input.name: batched((batch, card.input.channels, *sides))}
+    if card.condition is not None:
+        inputs[card.condition.name] = batched((batch, len(card.condition.entries)))
+    return inputs
+
+
+def count_tiles(card: InputCard, frame: tuple[int, int]) -> int:
+    """Return how many tiles a frame is cut into, each owning all but its halo."""
+    own_px = card.tile_px - 2 * card.halo_px
+    return ceil(frame[0] / own_px) * ceil(frame[1] / own_px)
 
 
 def balanced_batch(tiles: int, most: int = TILES_PER_BATCH) -> int:

@@ -2,12 +2,13 @@
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import verified_file
+from rtfocus.processing.engines.card_sections import Precision
 from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.gpu.profiles import engine_inputs
-from rtfocus.processing.gpu.seam import GpuPrecision, GpuRequest
+from rtfocus.processing.gpu.seam import GpuRequest
 
 
-def preferred_precision(found: FoundEngine) -> GpuPrecision:
+def preferred_precision(found: FoundEngine) -> Precision:
     """Return the precision that runs where none is asked for.
 
     fp16 where the engine has it: GPUs compute it several times faster, and it stays
@@ -30,7 +31,7 @@ def preferred_precision(found: FoundEngine) -> GpuPrecision:
 def gpu_request(
     found: FoundEngine,
     frame: tuple[int, int],
-    precision: GpuPrecision | None = None,
+    precision: Precision | None = None,
     *,
     tf32: bool = True,
     workspace_bytes: int | None = None,

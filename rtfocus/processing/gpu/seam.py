@@ -9,15 +9,14 @@ thread that has the device's primary context current.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from rtfocus.processing.engines.card_sections import Precision
+
 Shape = tuple[int, ...]
 """Extents of a tensor, e.g. (N, C, H, W)."""
-
-GpuPrecision = Literal["fp32", "fp16", "int8"]
-"""Which weights file of the engine's card runs; the file decides the arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,8 @@ class GpuRequest:
     """ONNX file of this precision, already verified against the card."""
     weights_sha256: str
     """Checksum of `model`: part of the key under which a plan is cached."""
-    precision: GpuPrecision
+    precision: Precision
+    """Which weights file of the engine's card runs; it decides the arithmetic."""
     inputs: Mapping[str, ShapeRange]
     """Every input tensor by name, e.g. ``tiles`` and ``condition``."""
     tf32: bool = True
@@ -140,7 +140,7 @@ class GpuEngine(Protocol):
     """Folder name in ``engines/``."""
     backend: str
     """Runtime with its release, e.g. ``tensorrt_rtx 1.7.1``."""
-    precision: GpuPrecision
+    precision: Precision
     tensors: Mapping[str, IoTensor]
     """Every I/O tensor by name."""
     context_bytes: int

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from rtfocus.errors import EngineError
+from rtfocus.processing.engines.card_sections import Precision
 from rtfocus.processing.gpu.kernel_cache import KernelCache
 from rtfocus.processing.gpu.plan_cache import PlanCache
 from rtfocus.processing.gpu.plan_errors import UnusablePlanError, load_error
 from rtfocus.processing.gpu.plans import ReadyPlan, ready_plan, target_of
 from rtfocus.processing.gpu.seam import (
     GpuDevice,
-    GpuPrecision,
     GpuRequest,
     IoTensor,
     Shape,
@@ -91,7 +91,7 @@ class TensorRtEngine:
     ) -> None:
         self.name = request.name
         self.backend = f"{library.name} {library.release}"
-        self.precision: GpuPrecision = request.precision
+        self.precision: Precision = request.precision
         self._library = library
         library.logger.errors.clear()
         self._runtime: Any = library.api.Runtime(library.logger)
