@@ -13,8 +13,12 @@ from rtfocus.training.task import Task
 _MODULES = {
     "comi": "comi",
     "delpnet": "delpnet",
+    "learned_wiener": "learned_wiener",
+    "multiscale": "multiscale",
     "rrdb": "rrdb",
     "rtfocus_1": "rtfocus_1",
+    "wei_classifier": "wei_classifier",
+    "wei_unet": "wei_unet",
 }
 
 
