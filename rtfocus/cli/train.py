@@ -40,6 +40,10 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Engine folder to write.")
     ],
+    half_weights: Annotated[
+        bool,
+        typer.Option("--half-weights", help="Store weights in 16 bits: half the file."),
+    ] = False,
 ) -> None:
     """Export a checkpoint as an engine folder with its card.
 
@@ -48,7 +52,7 @@ def export(
     _need_torch()
     from rtfocus.training.api import export_command
 
-    export_command(checkpoint, output)
+    export_command(checkpoint, output, half_weights=half_weights)
 
 
 def _need_torch() -> None:

@@ -32,14 +32,18 @@ def train_command(recipe: Path, resume: bool, device: str) -> Path:
     return newest
 
 
-def export_command(checkpoint: Path, output: Path) -> Path:
+def export_command(
+    checkpoint: Path, output: Path, *, half_weights: bool = False
+) -> Path:
     """Write an engine folder from a checkpoint; returns its card.
+
+    `half_weights` stores them in 16 bits.
 
     Raises
     ------
     ConfigError
         If the checkpoint cannot be read.
     """
-    card = export_engine(checkpoint, output)
+    card = export_engine(checkpoint, output, half_weights=half_weights)
     _log.info("exported: '%s'", card)
     return card

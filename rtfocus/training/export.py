@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 
 from rtfocus.training.checkpoint import load_checkpoint
+from rtfocus.training.half_weights import halve_weights
 from rtfocus.training.onnx_file import write_onnx
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.registry import make_task
@@ -17,8 +18,19 @@ CARD_NAME = "engine.yaml"
 WEIGHTS_NAME = "model.fp32.onnx"
 
 
-def export_engine(checkpoint: Path, folder: Path) -> Path:
+def export_engine(
+    checkpoint: Path, folder: Path, *, half_weights: bool = False
+) -> Path:
     """Write weights and card of a checkpoint's averaged network; returns the card.
+
+    Parameters
+    ----------
+    checkpoint
+        Of any network.
+    folder
+        Of the engine; made where it is missing.
+    half_weights
+        Store weights in 16 bits, see `rtfocus.training.half_weights`.
 
     Raises
     ------
@@ -30,6 +42,8 @@ def export_engine(checkpoint: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS_NAME
     write_onnx(task.graph(network), weights)
+    if half_weights:
+        halve_weights(weights)
     card = {
         "name": folder.resolve().name,
         **task.card(),
@@ -40,6 +54,7 @@ def export_engine(checkpoint: Path, folder: Path) -> Path:
             "data": [source.kind for source in recipe.sources],
             "split": "by field",
             "threads": recipe.threads,
+            "weights_bits": 16 if half_weights else 32,
             "parameters": sum(p.numel() for p in network.parameters()),
         },
     }
