@@ -1,0 +1,77 @@
+"""Shapes a plan is built for."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rtfocus.errors import EngineError
+from rtfocus.processing.classifier import fit_frame
+from rtfocus.processing.engines.card import EngineCard
+from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.gpu.profiles import (
+    TILES_PER_BATCH,
+    balanced_batch,
+    count_tiles,
+    engine_inputs,
+)
+
+CLASSIFIER = find_engine("delpnet").card
+
+
+def restorer(condition: list[str] | None = None) -> EngineCard:
+    """Return the card of a restorer with tiles of 256 px and a halo of 32 px."""
+    card = CLASSIFIER.model_dump(exclude_unset=True)
+    card.update(
+        kind="restorer",
+        input={"name": "tiles", "tile_px": 256, "halo_px": 32, "multiple_px": 16},
+        output={"name": "restored"},
+    )
+    card.pop("background", None)
+    if condition is not None:
+        card["condition"] = {"name": "known", "entries": condition}
+    return EngineCard.model_validate(card)
+
+
+@pytest.mark.parametrize("frame", [(512, 512), (1080, 1440), (2048, 2048), (90, 90)])
+def test_a_classifier_sees_the_padded_frame_alone(frame: tuple[int, int]) -> None:
+    assert CLASSIFIER.input is not None
+    shapes = engine_inputs(CLASSIFIER, frame)["tiles"]
+    whole = (1, 1, *fit_frame(CLASSIFIER.input, frame).padded)
+    assert (shapes.smallest, shapes.usual, shapes.largest) == (whole, whole, whole)
+
+
+def test_a_restorer_sees_tiles_in_batches_with_their_conditions() -> None:
+    inputs = engine_inputs(restorer(["sampling", "optics_known"]), (2048, 2048))
+    # 11 tiles that own 192 px each cover 2048 px: 121 tiles in 4 batches.
+    assert inputs["tiles"].largest == (31, 1, 256, 256)
+    assert inputs["known"].largest == (31, 2)
+    assert all(shapes.smallest[0] == 1 for shapes in inputs.values())
+    assert all(shapes.usual == shapes.largest for shapes in inputs.values())
+
+
+def test_a_frame_of_one_tile_is_a_batch_of_one() -> None:
+    assert engine_inputs(restorer(), (100, 192))["tiles"].largest[0] == 1
+
+
+@given(st.integers(1, 5000))
+def test_batches_are_few_and_nearly_equal(tiles: int) -> None:
+    batch = balanced_batch(tiles)
+    assert 1 <= batch <= TILES_PER_BATCH
+    batches = -(-tiles // batch)
+    assert batches == -(-tiles // TILES_PER_BATCH)
+    # The last batch lacks at most one tile per batch.
+    assert batches * batch - tiles < batches
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+def test_tiles_cover_the_frame_and_no_tile_more(height: int, width: int) -> None:
+    card = restorer().input
+    assert card is not None
+    tiles = count_tiles(card, (height, width))
+    assert tiles == len(range(0, height, 192)) * len(range(0, width, 192))
+
+
+def test_a_method_without_a_network_has_no_profile() -> None:
+    card = EngineCard(name="wiener", kind="restorer", implementation="builtin:wiener")
+    with pytest.raises(EngineError, match=r"'wiener'.*no network"):
+        engine_inputs(card, (512, 512))
