@@ -257,16 +257,17 @@ class WeiKernelNet(nn.Module):
         for convolution in self.rebuild:
             inner = functional.relu(convolution(inner))
         logits = self.output(inner).float() + self.mean_logits
-        shares = logits.flatten(1).softmax(dim=1)
+        shares: Tensor = logits.flatten(1).softmax(dim=1)
         return shares.reshape(-1, self.size_px, self.size_px)
 
 
 def _double(features: Tensor) -> Tensor:
     """Resize n x n to 2 n - 1 x 2 n - 1: every old pixel keeps its place."""
     side = 2 * features.shape[-1] - 1
-    return functional.interpolate(
+    larger: Tensor = functional.interpolate(
         features, size=(side, side), mode="bilinear", align_corners=True
     )
+    return larger
 
 
 def _gaussian_logits(side: int) -> Tensor:

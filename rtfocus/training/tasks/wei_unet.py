@@ -51,7 +51,7 @@ class WeiKernelSection(Section):
 class WeiUNetSection(Section):
     """Size of the U-Net; see `WeiUNet`."""
 
-    widths: tuple[Count, ...] = Field((128, 128, 128, 128), min_length=2)
+    widths: Annotated[tuple[Count, ...], Field(min_length=2)] = (128, 128, 128, 128)
     """Channels per scale."""
     hidden: Count = 128
     """Width of the fully connected layers that guide each convolution."""
@@ -171,6 +171,8 @@ class WeiUNetTask(Task[WeiUNetRecipe]):
             halo_px=_HALO_PX,
             multiple_px=self._multiple_px(),
         )
+        farthest = round(self.recipe.pairs.farthest_level)
+        card["levels"]["count"] = farthest + 1
         card["condition"] = {"name": "condition", "entries": list(CONDITION)}
         card["kernel_output"] = {
             "name": "kernel",
@@ -210,7 +212,7 @@ class WeiUNetTask(Task[WeiUNetRecipe]):
     def _multiple_px(self) -> int:
         unet = self.recipe.wei_unet
         # The kernel network pools three times.
-        return max(unet.phases * 2 ** (len(unet.widths) - 1), 8)
+        return max(unet.phases << (len(unet.widths) - 1), 8)
 
 
 def _defocus(
