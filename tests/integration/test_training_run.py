@@ -20,7 +20,8 @@ from rtfocus.training.data.level_recipe import BlurRecipe, TileOptimiserRecipe
 from rtfocus.training.data.level_scenes import Blurring
 from rtfocus.training.data.level_tiles import Batches
 from rtfocus.training.export import trained
-from rtfocus.training.networks.delpnet import LABELS, fold_batch_norm
+from rtfocus.training.networks.batch_norm import fold_batch_norm
+from rtfocus.training.networks.delpnet import LABELS
 from rtfocus.training.recipe import PoolRecipe, SourceRecipe, load_recipe
 from rtfocus.training.tasks.delpnet import DelpNetRecipe
 from rtfocus.training.trainer import Trainer, train

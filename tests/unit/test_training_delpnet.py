@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from rtfocus.training.networks.batch_norm import recalibrate
 from rtfocus.training.networks.delpnet import (
     GEOMETRY,
     LABELS,
     WIDTHS,
     DelpNet,
     multiply_adds_per_pixel,
-    recalibrate,
 )
 
 

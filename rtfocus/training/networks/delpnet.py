@@ -8,13 +8,9 @@ pooling becomes a max pool over one patch's cells, the dense layer a 1 x 1
 convolution, and a frame gives one label per tile in a single pass.
 """
 
-import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 LABELS: tuple[int | str, ...] = (*range(11), "bg")
 """Label of every output: defocus levels 0 to 10, then background."""
@@ -141,41 +137,3 @@ def multiply_adds_per_pixel(side_px: int = 528) -> float:
         total += side**2 * channels * width * kernel**2
         channels = width
     return total / side_px**2
-
-
-@torch.no_grad()
-def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics by exact means over `batches`.
-
-    A momentum of 0.40 remembers two batches only, and the statistics of training
-    were taken under dropout; inference has neither excuse.
-    """
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    network.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean over the batches
-        norm.train()
-    for batch in batches:
-        network(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    network.eval()
-
-
-def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Return a copy whose convolutions hold their BatchNorm; Dropout is gone."""
-    folded = copy.deepcopy(network).eval()
-    for parent in list(folded.modules()):
-        if not isinstance(parent, nn.Sequential):
-            continue
-        layers: list[nn.Module] = []
-        for layer in parent:
-            if isinstance(layer, nn.BatchNorm2d):
-                layers.append(fuse_conv_bn_eval(layers.pop(), layer))  # type: ignore[type-var]
-            elif not isinstance(layer, nn.Dropout2d):
-                layers.append(layer)
-        del parent[:]
-        parent.extend(layers)
-    return folded

@@ -14,13 +14,8 @@ from rtfocus.training.data.fields import load_fields
 from rtfocus.training.data.level_recipe import LevelRecipe
 from rtfocus.training.data.level_scenes import Blurring
 from rtfocus.training.data.level_tiles import NORMALISATION, Batches
-from rtfocus.training.networks.delpnet import (
-    GEOMETRY,
-    LABELS,
-    DelpNet,
-    fold_batch_norm,
-    recalibrate,
-)
+from rtfocus.training.networks.batch_norm import fold_batch_norm, recalibrate
+from rtfocus.training.networks.delpnet import GEOMETRY, LABELS, DelpNet
 from rtfocus.training.recipe import Fraction
 from rtfocus.training.task import Arrays, Graph, Task, Tensors
 
