@@ -6,7 +6,7 @@ import sys
 import typer
 
 from rtfocus import __version__
-from rtfocus.cli import check, demo, doctor, live, offline, train
+from rtfocus.cli import check, demo, doctor, live, offline, psf, train
 from rtfocus.errors import RtfocusError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ offline.add_to(app)
 check.add_to(app)
 doctor.add_to(app)
 train.add_to(app)
+psf.add_to(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,6 +31,8 @@ _SPHERICAL_LIMIT = 1.0
 # Trials per valley on the first pair, and in the best valley on all pairs.
 _VALLEY_TRIALS = 24
 _TRIALS = 60
+# First step of both astigmatisms and of W beside them, in waves.
+_ASTIGMATISM_STEP = 0.06
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class PsfFit:
     nominal_defocus_um: float
     """The defocus the pairs were labelled with."""
     best: Trial
-    """Parameters of the best fit."""
+    """Parameters of the fit that was chosen."""
     unblurred_psnr_db: float
     """Sharp against defocused images without any PSF: where the fit started."""
     local_optima: tuple[Trial, ...]
@@ -60,7 +62,7 @@ class PsfFit:
             for optimum in self.local_optima
             if optimum.spherical_waves * self.best.spherical_waves <= 0
         ]
-        return self.best.psnr_db - max(others)
+        return self.local_optima[0].psnr_db - max(others)
 
     def spread(self, name: str) -> tuple[float, float]:
         """Return the smallest and largest value of a parameter among `near`."""
@@ -81,7 +83,7 @@ class PsfFit:
         return (
             f"nominal {self.nominal_defocus_um:g} um: z {best.defocus_um:.2f} um, "
             f"W {best.spherical_waves:.3f} waves at NA "
-            f"{best.numerical_aperture:g}; re-blur PSNR {best.psnr_db:.2f} dB "
+            f"{best.numerical_aperture:.3g}; re-blur PSNR {best.psnr_db:.2f} dB "
             f"(without PSF {self.unblurred_psnr_db:.2f} dB). Equally good within "
             f"{self.tolerance_db:g} dB: {ranges}. The other sign of W is "
             f"{self.sign_margin_db:.2f} dB worse."
@@ -95,6 +97,7 @@ def calibrate_psf(
     nominal_defocus_um: float,
     apertures: Sequence[float] | None = None,
     fit_intensity: bool = True,
+    fit_astigmatism: bool = False,
     data_range: float = 255.0,
     tolerance_db: float = 0.1,
 ) -> PsfFit:
@@ -112,9 +115,12 @@ def calibrate_psf(
         The defocus the pairs are labelled with; its sign is kept, z is searched
         between 0.1 and 1.6 times of it.
     apertures
-        NAs to try, each with its own best z and W. None: that of `start`.
+        NAs to try, each with its own best z and W; that of `start` is kept where
+        it is as good as the best. None: that of `start`.
     fit_intensity
         Fit one gain and one offset for all pairs; else 1 and 0.
+    fit_astigmatism
+        Let both components of astigmatism free in the end: slower.
     data_range
         Of every PSNR.
     tolerance_db
@@ -152,8 +158,15 @@ def calibrate_psf(
         for sign in (-1.0, 1.0)
     ]
     optima.sort(key=lambda trial: -trial.psnr_db)
-    best = optima[0]
-    fitted = with_parameters(base, best.numerical_aperture, best.spherical_waves)
+    best = _chosen(optima, start.numerical_aperture, tolerance_db)
+    if fit_astigmatism:
+        best = _fit_astigmatism(reblurring, best)
+    fitted = with_parameters(
+        base,
+        best.numerical_aperture,
+        best.spherical_waves,
+        (best.astigmatism_waves, best.astigmatism_oblique_waves),
+    )
     return PsfFit(
         system=replace(fitted, defocus_offset_um=best.defocus_um - nominal_defocus_um),
         nominal_defocus_um=nominal_defocus_um,
@@ -166,6 +179,20 @@ def calibrate_psf(
             if trial.psnr_db >= best.psnr_db - tolerance_db
         ),
         tolerance_db=tolerance_db,
+    )
+
+
+def _chosen(optima: Sequence[Trial], nominal: float, tolerance_db: float) -> Trial:
+    """Take the best optimum, or one at the nominal NA that is as good."""
+    best = optima[0]
+    return next(
+        (
+            optimum
+            for optimum in optima
+            if optimum.numerical_aperture == nominal
+            and optimum.psnr_db >= best.psnr_db - tolerance_db
+        ),
+        best,
     )
 
 
@@ -190,6 +217,38 @@ def _refine(
         )
     start = max(valleys, key=_quality)
     return _descend(reblurring, start, sign, nominal_um, count=None, limit=_TRIALS)
+
+
+def _fit_astigmatism(reblurring: Reblurring, start: Trial) -> Trial:
+    """Follow the error down from the best round PSF, both astigmatisms set free."""
+    trials: list[Trial] = []
+
+    def loss(point: NDArray[np.float64]) -> float:
+        vertical, oblique = np.clip(point[2:] * _ASTIGMATISM_STEP, -1.0, 1.0)
+        trials.append(
+            reblurring.attempt(
+                start.numerical_aperture,
+                start.defocus_um * float(point[0]),
+                start.spherical_waves + float(point[1]) * _ASTIGMATISM_STEP,
+                astigmatism=(float(vertical), float(oblique)),
+            )
+        )
+        return -trials[-1].psnr_db
+
+    origin = np.array([1.0, 0.0, 0.0, 0.0])
+    corners = np.diag([0.03, 1.0, 1.0, 1.0])
+    optimize.minimize(
+        loss,
+        origin,
+        method="Nelder-Mead",
+        options={
+            "initial_simplex": np.vstack([origin, origin + corners]),
+            "maxfev": _TRIALS,
+            "xatol": 0.02,
+            "fatol": 2e-3,
+        },
+    )
+    return max([start, *trials], key=_quality)
 
 
 def _quality(trial: Trial) -> float:

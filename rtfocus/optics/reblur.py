@@ -32,6 +32,10 @@ class Trial:
     """Defocused intensity per re-blurred intensity; 1 where it is not fitted."""
     offset: float
     """Added after the gain; 0 where it is not fitted."""
+    astigmatism_waves: float = 0.0
+    """Vertical astigmatism in waves."""
+    astigmatism_oblique_waves: float = 0.0
+    """Oblique astigmatism in waves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +85,13 @@ class Reblurring:
         defocus_um: float,
         spherical_waves: float,
         *,
+        astigmatism: tuple[float, float] = (0.0, 0.0),
         count: int | None = None,
     ) -> Trial:
         """Re-blur with one PSF; `count` restricts to the first pairs."""
-        system = with_parameters(self._base, numerical_aperture, spherical_waves)
+        system = with_parameters(
+            self._base, numerical_aperture, spherical_waves, astigmatism
+        )
         psf = compute_psf(system, defocus_um, size_px=2 * self._half + 1)
         pairs = self._pairs[:count]
         gain, offset, psnr_db = self._compare(
@@ -97,6 +104,8 @@ class Reblurring:
             spherical_waves=spherical_waves,
             gain=gain,
             offset=offset,
+            astigmatism_waves=astigmatism[0],
+            astigmatism_oblique_waves=astigmatism[1],
         )
         if count is None:
             self.trials.append(trial)
@@ -160,10 +169,18 @@ class Reblurring:
 
 
 def with_parameters(
-    system: OpticalSystem, numerical_aperture: float, spherical_waves: float
+    system: OpticalSystem,
+    numerical_aperture: float,
+    spherical_waves: float,
+    astigmatism: tuple[float, float] = (0.0, 0.0),
 ) -> OpticalSystem:
-    """Return the same optics with another NA and spherical aberration."""
-    aberrations = replace(system.aberrations, spherical_waves=spherical_waves)
+    """Return the same optics with another NA and other aberrations, in waves."""
+    aberrations = replace(
+        system.aberrations,
+        spherical_waves=spherical_waves,
+        astigmatism_waves=astigmatism[0],
+        astigmatism_oblique_waves=astigmatism[1],
+    )
     return replace(
         system, numerical_aperture=numerical_aperture, aberrations=aberrations
     )

@@ -1,0 +1,219 @@
+"""Pair fit: optics from sharp and defocused images of the same fields."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.calibration.inputs import ImagePair
+from rtfocus.calibration.picture import grey, map_panel, psf_panel, residual_panel
+from rtfocus.calibration.result import LARGEST_APERTURE, Calibration, refusing
+from rtfocus.channel import OpticalSystem
+from rtfocus.images.panels import Panel
+from rtfocus.optics.blur import blur
+from rtfocus.optics.calibration import PsfFit, calibrate_psf
+from rtfocus.optics.measured_psf import measure_psf
+from rtfocus.optics.psf import compute_psf, psf_radius_px
+from rtfocus.optics.reblur import Reblurring, Trial
+
+Floats = NDArray[np.float64]
+
+# NA tried, relative to the nominal one.
+_APERTURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+# NA and z of the valley's picture, relative to the chosen ones.
+_VALLEY_APERTURES = np.linspace(0.6, 1.4, 13)
+_VALLEY_DEFOCI = np.linspace(0.4, 1.8, 15)
+# A fit that gains less than this over no blur at all found nothing, in dB.
+_LEAST_GAIN_DB = 1.0
+_LEAST_MARGIN_DB = 0.3
+
+
+def calibrate_from_pairs(
+    pairs: Sequence[ImagePair],
+    start: OpticalSystem,
+    *,
+    nominal_defocus_um: float,
+    defocus_is_exact: bool = False,
+    fit_aperture: bool = True,
+    fit_astigmatism: bool = False,
+) -> Calibration:
+    """Fit z, W and, as far as it can be seen, NA to pairs of one defocus.
+
+    Parameters
+    ----------
+    pairs
+        At least one.
+    start
+        Nominal optics.
+    nominal_defocus_um
+        The defocus the pairs were taken at, with its sign.
+    defocus_is_exact
+        Pairs hardly tell NA from z. True: take the NA at which the fitted z is the
+        nominal one. False: keep the nominal NA where it fits as well as any.
+    fit_aperture, fit_astigmatism
+        What else to fit.
+
+    Raises
+    ------
+    InputError
+        If the pairs cannot be fitted.
+    """
+
+    def fit(near: OpticalSystem, apertures: Sequence[float]) -> PsfFit:
+        return refusing(
+            lambda: calibrate_psf(
+                [(pair.sharp, pair.defocused) for pair in pairs],
+                near,
+                nominal_defocus_um=nominal_defocus_um,
+                apertures=apertures,
+                fit_astigmatism=fit_astigmatism,
+                data_range=pairs[0].full_scale,
+            )
+        )
+
+    nominal = start.numerical_aperture
+    limit = LARGEST_APERTURE * start.refractive_index
+    factors = _APERTURES if fit_aperture else (1.0,)
+    found = fit(start, sorted({min(factor * nominal, limit) for factor in factors}))
+    figures = _figures(found, pairs)
+    statement = found.statement()
+    if defocus_is_exact and fit_aperture:
+        aperture = _aperture_at(found, nominal_defocus_um)
+        found = fit(replace(start, numerical_aperture=aperture), [aperture])
+        statement += f" With the nominal defocus taken as exact, {found.statement()}"
+        figures["exact_defocus"] = asdict(found.best)
+    return Calibration(
+        # An engine's level is a defocus from focus already: no offset for it.
+        system=replace(found.system, defocus_offset_um=0.0),
+        statement=statement,
+        warnings=tuple(_warnings(found)),
+        figures=figures,
+        panels=_panels(found, pairs),
+    )
+
+
+def _aperture_at(found: PsfFit, defocus_um: float) -> float:
+    """Interpolate the NA at which z is the given one, among equal signs of W."""
+    branch = sorted(
+        (
+            optimum
+            for optimum in found.local_optima
+            if optimum.spherical_waves * found.best.spherical_waves > 0
+        ),
+        key=lambda optimum: abs(optimum.defocus_um),
+    )
+    # The same blur needs z in proportion to 1 / NA^2: even steps in the logarithm.
+    logs = np.log([[abs(o.defocus_um), o.numerical_aperture] for o in branch])
+    return float(np.exp(np.interp(np.log(abs(defocus_um)), logs[:, 0], logs[:, 1])))
+
+
+def _warnings(found: PsfFit) -> list[str]:
+    gain_db = found.best.psnr_db - found.unblurred_psnr_db
+    warnings = []
+    if gain_db < _LEAST_GAIN_DB:
+        warnings.append(
+            f"the best PSF re-blurs only {gain_db:.2f} dB better than none: the "
+            "defocused images are hardly blurred, or not the same fields"
+        )
+    if found.sign_margin_db < _LEAST_MARGIN_DB:
+        warnings.append(
+            f"the sign of W cannot be told ({found.sign_margin_db:.2f} dB): take W as "
+            "0 or give pairs farther from focus"
+        )
+    low, high = found.spread("numerical_aperture")
+    if low < high:
+        warnings.append(
+            f"NA {low:.3g} to {high:.3g} fit equally well, each with its own z: a "
+            "z-stack, beads, or an exactly known defocus would tell"
+        )
+    return warnings
+
+
+def _figures(found: PsfFit, pairs: Sequence[ImagePair]) -> dict[str, Any]:
+    def numbers(trial: Trial) -> dict[str, float]:
+        return {key: round(value, 5) for key, value in asdict(trial).items()}
+
+    names = ("numerical_aperture", "defocus_um", "spherical_waves")
+    return {
+        "kind": "pairs",
+        "pairs": [
+            {"name": pair.name, "shift_px": [round(s, 2) for s in pair.shift_px]}
+            for pair in pairs
+        ],
+        "data_range": pairs[0].full_scale,
+        "nominal_defocus_um": found.nominal_defocus_um,
+        "offset_of_nominal_um": round(found.system.defocus_offset_um, 4),
+        "best": numbers(found.best),
+        "unblurred_psnr_db": round(found.unblurred_psnr_db, 3),
+        "sign_margin_db": round(found.sign_margin_db, 3),
+        "equally_good": {
+            "tolerance_db": found.tolerance_db,
+            **{name: [round(v, 4) for v in found.spread(name)] for name in names},
+        },
+        "optima": [numbers(trial) for trial in found.local_optima],
+    }
+
+
+def _panels(found: PsfFit, pairs: Sequence[ImagePair]) -> list[Panel]:
+    best, pair = found.best, pairs[0]
+    psf = compute_psf(found.system, found.nominal_defocus_um)
+    half_px = psf_radius_px(psf, 0.98)
+    fitted = compute_psf(
+        found.system, found.nominal_defocus_um, size_px=2 * half_px + 1
+    )
+    same = [one for one in pairs if one.sharp.shape == pair.sharp.shape]
+    measured = measure_psf([(p.sharp, p.defocused) for p in same], half_px=half_px)
+    reblurred = best.gain * blur(pair.sharp, psf) + best.offset
+    peak = float(fitted.max())
+    return [
+        grey("sharp", pair.sharp),
+        grey("defocused", pair.defocused),
+        grey("sharp, re-blurred", reblurred, pair.defocused),
+        residual_panel(
+            "re-blurred - defocused", reblurred - pair.defocused, pair.full_scale
+        ),
+        psf_panel(f"PSF measured, {2 * half_px + 1} px", measured, peak),
+        psf_panel(f"PSF fitted, z {best.defocus_um:.1f} um", fitted, peak),
+        _valley(found, pair),
+    ]
+
+
+def _valley(found: PsfFit, pair: ImagePair) -> Panel:
+    """Show how well NA (down) and z (right) re-blur one pair, W as fitted."""
+    best = found.best
+    base = replace(found.system, defocus_offset_um=0.0)
+    limit = LARGEST_APERTURE * base.refractive_index
+    apertures = np.minimum(_VALLEY_APERTURES * best.numerical_aperture, limit)
+    reblurring = refusing(
+        lambda: Reblurring(
+            base,
+            [(pair.sharp, pair.defocused)],
+            widest_um=_VALLEY_DEFOCI[-1] * best.defocus_um,
+            largest_aperture=best.numerical_aperture,
+            fit_intensity=True,
+            data_range=pair.full_scale,
+        )
+    )
+    quality = np.array(
+        [
+            [
+                reblurring.attempt(
+                    float(aperture), float(z), best.spherical_waves, count=1
+                ).psnr_db
+                for z in _VALLEY_DEFOCI * best.defocus_um
+            ]
+            for aperture in apertures
+        ]
+    )
+    caption = (
+        f"NA {apertures[0]:.2f}-{apertures[-1]:.2f} down, "
+        f"z {_VALLEY_DEFOCI[0] * best.defocus_um:.1f} to "
+        f"{_VALLEY_DEFOCI[-1] * best.defocus_um:.1f} um"
+    )
+    return map_panel(caption, quality, (0.5, _place(1.0, _VALLEY_DEFOCI)))
+
+
+def _place(value: float, axis: Floats) -> float:
+    return float((value - axis[0]) / (axis[-1] - axis[0]))

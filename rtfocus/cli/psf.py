@@ -1,0 +1,207 @@
+"""PSF commands: ``psf fit`` calibrates the optics of a real microscope."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rtfocus.calibration.bead_fit import calibrate_from_beads
+from rtfocus.calibration.inputs import read_pairs, read_stack
+from rtfocus.calibration.pair_fit import calibrate_from_pairs
+from rtfocus.calibration.report import write_calibration
+from rtfocus.calibration.result import Calibration
+from rtfocus.calibration.stack_fit import calibrate_from_stack
+from rtfocus.channel import OpticalSystem
+from rtfocus.cli.options import read_config
+from rtfocus.errors import ConfigError
+
+commands = typer.Typer(
+    name="psf", help="The microscope's own PSF.", no_args_is_help=True
+)
+
+
+class Direction(StrEnum):
+    """Where the specimen goes when the z of a stack increases."""
+
+    AWAY = "away"
+    NEARER = "nearer"
+
+
+@dataclass(frozen=True, slots=True)
+class _Nominal:
+    """What the command line says about the optics."""
+
+    numerical_aperture: float | None
+    wavelength_nm: float | None
+    pixel_size_um: float | None
+    refractive_index: float
+    config: str | None
+    channel: str
+
+    def optics(self, pixel_size_um: float | None = None) -> OpticalSystem:
+        """Return the optics to start from; the pixel size may come from a file."""
+        if self.config is not None:
+            return self._configured(self.config)
+        pixel_um = self.pixel_size_um or pixel_size_um
+        aperture, wavelength = self.numerical_aperture, self.wavelength_nm
+        if not aperture or not wavelength or not pixel_um:
+            msg = (
+                "the nominal optics are missing: give --na, --wavelength-nm and "
+                "--pixel-size-um, or --config with the channel's optics"
+            )
+            raise ConfigError(msg)
+        try:
+            return OpticalSystem(
+                aperture, wavelength, pixel_um, refractive_index=self.refractive_index
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _configured(self, config: str) -> OpticalSystem:
+        optics = read_config(config, None).channel(self.channel).optics
+        if optics is None:
+            msg = f"config '{config}' states no optics for channel '{self.channel}'"
+            raise ConfigError(msg)
+        return optics
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.add_typer(commands)
+
+
+@commands.callback()
+def _group() -> None:
+    """Keep ``fit`` a subcommand although it is the only one."""
+
+
+@commands.command()
+def fit(
+    pairs: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="SHARP DEFOCUSED",
+            help="Two files, or two folders with equal file names.",
+        ),
+    ] = None,
+    stack: Annotated[
+        Path | None, typer.Option(help="Z-stack of a flat specimen through focus.")
+    ] = None,
+    beads: Annotated[
+        Path | None, typer.Option(help="Z-stack of small single beads.")
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for config and picture."),
+    ] = Path("psf"),
+    na: Annotated[float | None, typer.Option(help="Nominal NA.")] = None,
+    wavelength_nm: Annotated[
+        float | None, typer.Option(help="Emission wavelength.")
+    ] = None,
+    pixel_size_um: Annotated[
+        float | None, typer.Option(help="In the specimen; default: what files say.")
+    ] = None,
+    refractive_index: Annotated[
+        float, typer.Option(help="Of the immersion medium.")
+    ] = 1.0,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="Nominal optics from a config instead."),
+    ] = None,
+    channel: Annotated[
+        str, typer.Option(help="Name of the channel, in both configs.")
+    ] = "default",
+    defocus_um: Annotated[
+        float | None,
+        typer.Option(help="Pairs: nominal defocus; positive = too far."),
+    ] = None,
+    exact_defocus: Annotated[
+        bool,
+        typer.Option(
+            "--exact-defocus",
+            help="Pairs: the nominal defocus is exact, so NA follows from it.",
+        ),
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Pairs: names to take; repeatable."),
+    ] = None,
+    most_pairs: Annotated[int, typer.Option(min=1, help="Pairs used at most.")] = 6,
+    step_um: Annotated[
+        float | None, typer.Option(help="Stacks: distance of planes.")
+    ] = None,
+    z_csv: Annotated[
+        Path | None, typer.Option(help="Stacks: file with one z in um per plane.")
+    ] = None,
+    z_increases: Annotated[
+        Direction,
+        typer.Option(help="Stacks: where the specimen goes, seen from the objective."),
+    ] = Direction.AWAY,
+    channel_index: Annotated[
+        int, typer.Option(min=0, help="Stacks: which channel of the file.")
+    ] = 0,
+    bead_diameter_um: Annotated[
+        float, typer.Option(min=0, help="Beads: their size; 0: points.")
+    ] = 0.0,
+    fixed_na: Annotated[
+        bool, typer.Option("--fixed-na", help="Keep the nominal NA.")
+    ] = False,
+    astigmatism: Annotated[
+        bool, typer.Option("--astigmatism", help="Fit astigmatism too: slower.")
+    ] = False,
+) -> None:
+    """Fit NA, defocus and aberrations; write them as the optics of a config.
+
+    [bold]Examples:[/]
+    rtfocus psf fit --pairs sharp blurred --defocus-um 10 --na 0.5
+    --wavelength-nm 451 --pixel-size-um 0.65 -o psf
+    rtfocus psf fit --beads beads.tif --step-um 0.2 --config my.yaml -o psf
+    """
+    if sum(given is not None for given in (pairs, stack, beads)) != 1:
+        msg = "give one of --pairs, --stack or --beads"
+        raise ConfigError(msg)
+    nominal = _Nominal(
+        na, wavelength_nm, pixel_size_um, refractive_index, config, channel
+    )
+    free = {"fit_aperture": not fixed_na, "fit_astigmatism": astigmatism}
+    if pairs is not None:
+        if not defocus_um:
+            msg = "--pairs need their nominal defocus, not 0: --defocus-um"
+            raise ConfigError(msg)
+        found = calibrate_from_pairs(
+            read_pairs(*pairs, most=most_pairs, only=only or ("*",)),
+            nominal.optics(),
+            nominal_defocus_um=defocus_um,
+            defocus_is_exact=exact_defocus,
+            **free,
+        )
+    else:
+        planes = read_stack(
+            stack or beads or Path(),
+            z_csv=z_csv,
+            step_um=step_um,
+            channel=channel_index,
+            descending=z_increases is Direction.NEARER,
+        )
+        start = nominal.optics(planes.pixel_size_um)
+        found = (
+            calibrate_from_stack(planes, start, **free)
+            if stack is not None
+            else calibrate_from_beads(
+                planes, start, bead_diameter_um=bead_diameter_um, **free
+            )
+        )
+    _tell(found, write_calibration(output, found, channel=channel))
+
+
+def _tell(found: Calibration, paths: list[Path]) -> None:
+    """Say what was found, what is doubtful, and where it lies."""
+    console = Console()
+    console.print(found.statement, highlight=False)
+    for warning in found.warnings:
+        console.print(f"[yellow]doubtful:[/] {warning}", highlight=False)
+    for path in paths:
+        typer.echo(str(path))
