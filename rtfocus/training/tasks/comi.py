@@ -34,7 +34,7 @@ from rtfocus.training.tasks.restorer import gain_db, restorer_card, restorer_gra
 Weight = Annotated[float, Field(ge=0)]
 
 _TILE_PX = 256
-# As far as a residual block chain at a quarter of the resolution really looks.
+# Nine residual blocks at a quarter see 90 px each way, but weigh little beyond 32.
 _HALO_PX = 32
 _MULTIPLE_PX = 4
 _COLUMNS = (
