@@ -3,6 +3,8 @@
 A residual U-Net on four scales below half resolution. What makes it one network
 for many objectives and safe on what is sharp already:
 
+- *local contrast*: beside the frame the network sees it divided by its local
+  deviation, so a dim cell is as clear as a bright one.
 - *condition*: what is known of the optics (and, where the caller knows it, of the
   defocus) scales and shifts the deep features; unknown entries are zero.
 - *labels*: evidence for signed defocus levels is gathered over 6 x 6 cells.
@@ -39,23 +41,25 @@ _BACKGROUND = len(LABELS) - 1
 _HIDDEN = 64
 _EVIDENCE = 128
 _HEAD = 12
-_LEAST_POWER = 1e-3
+_LEAST_POWER = 1e-4
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a short cut; begins as the identity."""
+    """Two 3 x 3 convolutions beside a short cut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)  # type: ignore[arg-type]
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return features of the same shape."""
-        inner = functional.relu(self.first(features))
-        result: Tensor = features + self.second(inner)
+        result: Tensor = features + self.layers(features)
         return result
 
 
@@ -93,7 +97,7 @@ class Rtfocus1(nn.Module):
         depths: tuple[int, ...] = (1, 1, 1, 2),
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(4, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(8, widths[0], 3, padding=1)
         self.encoder = nn.ModuleList(map(_blocks, widths, depths))
         steps = list(pairwise(widths))
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in steps)
@@ -132,14 +136,15 @@ class Rtfocus1(nn.Module):
             restored tiles, shape of `tiles`.
         """
         hidden = self.embedding(condition)
-        features = self.stem(functional.pixel_unshuffle(tiles, 2))
+        seen = torch.cat([tiles, _local_contrast(tiles)], dim=1)
+        features = functional.relu(self.stem(functional.pixel_unshuffle(seen, 2)))
         skips: list[Tensor] = []
         for place, blocks in enumerate(self.encoder):
             if place:
-                features = self.down[place - 1](features)
+                features = functional.relu(self.down[place - 1](features))
             features = blocks(self.modulate_down[place](features, hidden))
             skips.append(features)
-        evidence = functional.relu(self.evidence(_equalise(features)))
+        evidence = functional.relu(self.evidence(features))
         logits = self.label(
             functional.avg_pool2d(evidence, TILE_CELLS, stride=STRIDE_CELLS)
         )
@@ -165,13 +170,21 @@ def _double(features: Tensor) -> Tensor:
     return functional.interpolate(features, scale_factor=2.0, mode="nearest")
 
 
-def _equalise(features: Tensor) -> Tensor:
-    """Divide every cell by its root mean square: dim objects tell as much as bright.
+def _local_contrast(tiles: Tensor) -> Tensor:
+    """Divide by the deviation of the surroundings: dim objects tell as much as bright.
 
-    Cells that hold next to nothing stay small.
+    The deviation from the mean over 80 px, blended over cells of 16 px.
     """
-    power = features.float().square().mean(dim=1, keepdim=True)
-    return features * (power + _LEAST_POWER).rsqrt().to(features.dtype)
+    cells = functional.avg_pool2d(torch.cat([tiles, tiles.square()], 1), CELL_PX)
+    mean, square = functional.avg_pool2d(
+        cells, 5, stride=1, padding=2, count_include_pad=False
+    ).chunk(2, dim=1)
+    deviation = ((square - mean.square()).clamp(min=0) + _LEAST_POWER).sqrt()
+    both = torch.cat([mean, 1 / deviation], dim=1)
+    mean, scale = functional.interpolate(
+        both, scale_factor=CELL_PX, mode="bilinear"
+    ).chunk(2, dim=1)
+    return (tiles - mean) * scale
 
 
 def _something_to_correct(logits: Tensor) -> Tensor:
