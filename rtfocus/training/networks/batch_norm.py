@@ -10,8 +10,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+def recalibrate(
+    network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]
+) -> None:
     """Replace the running statistics by exact means over `batches`.
+
+    A batch is the argument of the network, or a tuple of several.
 
     A momentum of 0.40 remembers two batches only, and the statistics of training
     were taken under dropout; inference has neither excuse.
@@ -24,7 +28,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         norm.momentum = None  # cumulative mean over the batches
         norm.train()
     for batch in batches:
-        network(batch)
+        network(*batch) if isinstance(batch, tuple) else network(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()

@@ -1,6 +1,8 @@
 """rtfocus-1's task: restored patches and signed defocus labels together."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ from rtfocus.config.section import Section
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
 from rtfocus.training.data.pair_recipe import PairRecipe
 from rtfocus.training.data.pairs import TILE_PX, TILE_STRIDE_PX, PairBatches
+from rtfocus.training.networks.batch_norm import fold_batch_norm, recalibrate
 from rtfocus.training.networks.rtfocus_1 import (
     CONDITION,
     FARTHEST,
@@ -27,6 +30,7 @@ from rtfocus.training.task import Arrays, Graph, Task, Tensors
 
 # Optics drawn in training lie within these factors of the reference sampling.
 _SAMPLING_RANGE = (0.6, 1.6)
+_CALIBRATION_BATCHES = 40
 
 
 class Rtfocus1Section(Section):
@@ -38,7 +42,7 @@ class Rtfocus1Section(Section):
     """Residual blocks on each scale."""
     charbonnier: Positive = 0.01
     """Error, as a share of the frame's range, from which on the loss is linear."""
-    label_weight: Annotated[float, Field(ge=0)] = 0.02
+    label_weight: Annotated[float, Field(ge=0)] = 0.03
     """Weight of the labels' cross-entropy beside the restoration."""
     blind_share: Fraction = 0.6
     """Share of patches whose optics the network is not told."""
@@ -97,11 +101,16 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
         }
         return image + settings.label_weight * labels, shown
 
+    def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
+        """Give the averaged weights exact batch statistics of their own."""
+        shown = islice(batches, _CALIBRATION_BATCHES)
+        recalibrate(average, ((b["blurred"], b["condition"]) for b in shown))
+
     def graph(self, network: nn.Module) -> Graph:
-        """Return the network as it is; it has nothing that only training needs."""
+        """Return the network with its BatchNorm folded into the convolutions."""
         frame = {0: "number", 2: "height", 3: "width"}
         return Graph(
-            network,
+            fold_batch_norm(network),
             {
                 "tiles": torch.zeros(2, 1, 144, 192),
                 "condition": torch.zeros(2, len(CONDITION)),
