@@ -49,12 +49,21 @@ def back_projectors(
     .. [1] M. Guo et al., "Rapid image deconvolution and multiview fusion for
        optical microscopy", Nature Biotechnology 38, 2020.
     """
-    power = np.clip(np.abs(transfer) ** 2, _SMALLEST, 1.0)
+    power = _power(transfer)
     back = np.conj(transfer)
     return [
         np.asarray(back * ((1.0 - (1.0 - power) ** steps) / power), transfer.dtype)
         for steps in schedule(float(power.mean()), iterations)
     ]
+
+
+def mean_power(transfer: NDArray[Any]) -> float:
+    """Return the mean of |H|^2 over all frequencies, what `schedule` asks for."""
+    return float(_power(transfer).mean())
+
+
+def _power(transfer: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.clip(np.abs(transfer) ** 2, _SMALLEST, 1.0))
 
 
 def schedule(passes: float, iterations: int = DEFAULT_ITERATIONS) -> list[float]:

@@ -65,6 +65,21 @@ class CameraCorrection:
         self._saturation = camera.saturation_counts or self._full_scale
         self._divisor = _divisor(camera, shape)
 
+    @property
+    def offset_counts(self) -> float:
+        """Counts in the dark."""
+        return float(self._offset)
+
+    @property
+    def saturation_counts(self) -> float:
+        """Counts from which on a pixel is saturated; infinite for float frames."""
+        return float("inf") if self._saturation is None else self._saturation
+
+    @property
+    def divisor(self) -> Image | None:
+        """Flat field with mean 1, shaped to divide a frame; None: none."""
+        return self._divisor
+
     def to_signal(self, pixels: NDArray[np.generic], out: Image) -> Marks:
         """Write the corrected frame to `out` (float32) and say what is wrong with it.
 

@@ -8,7 +8,7 @@ Image = NDArray[np.float32]
 # Share of the finest details that are taken for edges and left out.
 _EDGES = 0.01
 # Below this share of the brightest power nothing is noise but round-off.
-_ROUND_OFF = 1e-9
+ROUND_OFF = 1e-9
 
 
 def diagonal_detail(image: Image) -> Image:
@@ -36,7 +36,7 @@ def noise_variance(image: Image, quantum: float = 0.0) -> float:
         Step between representable values: 1 for integer cameras, whose noise is
         never below that of rounding; 0 for float frames.
     """
-    floor = quantum**2 / 12.0 + _ROUND_OFF * float(np.max(image, initial=0.0)) ** 2
+    floor = quantum**2 / 12.0 + ROUND_OFF * float(np.max(image, initial=0.0)) ** 2
     if min(image.shape) < 2:
         return floor
     power = np.square(diagonal_detail(image)).ravel()

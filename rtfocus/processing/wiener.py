@@ -17,14 +17,14 @@ Image = NDArray[np.float32]
 
 # Band in cycles per pixel in which the signal's power is read: above the slow
 # background, below where a strong blur leaves nothing but noise.
-_BAND = (0.02, 0.1)
+BAND = (0.02, 0.1)
 # The power in the band overrates that at high frequencies; chosen on the real
 # pairs and on blurred nuclei, see bench/deconvolution.py.
-_CAUTION = 4.0
+CAUTION = 4.0
 # No PSF is exact: where its OTF is nearly zero, a slightly wrong one is amplified
 # into rings. This limit costs 0.7 dB on average where the PSF is exact and gains
 # 6 dB on real fields restored with the nominal PSF (which then beat the raw frame).
-_HIGHEST_GAIN = np.float32(3.0)
+HIGHEST_GAIN = np.float32(3.0)
 
 
 class WienerFilter:
@@ -52,9 +52,12 @@ class WienerFilter:
         self._given = noise_to_signal
         self._rise = _inverse_signal(shape)
         frequency = np.cbrt(self._rise)
-        self._band = np.nonzero((frequency > _BAND[0]) & (frequency < _BAND[1]))
+        self._band = np.nonzero((frequency > BAND[0]) & (frequency < BAND[1]))
         blurred = self._power[self._band] / self._rise[self._band]
-        self._band_power = float(blurred.sum(dtype=np.float64))
+        self.band_bins = int(blurred.size)
+        """Frequencies in the band whose power tells the signal's."""
+        self.band_power = float(blurred.sum(dtype=np.float64))
+        """Power there of a signal whose power at one cycle per pixel is 1."""
 
     def apply(self, spectrum: NDArray[Any], variance: float, workers: int) -> Image:
         """Restore the image of a half spectrum; `variance` is that of its noise.
@@ -82,17 +85,17 @@ class WienerFilter:
         power = (found.real**2 + found.imag**2).sum(dtype=np.float64) / pixels
         # White noise has its variance in every bin; the rest is blurred signal.
         signal = max(float(power) - variance * found.size, 1e-3 * float(power))
-        if signal <= 0.0 or self._band_power <= 0.0:
+        if signal <= 0.0 or self.band_power <= 0.0:
             return 1.0
-        return _CAUTION * variance * self._band_power / signal
+        return CAUTION * variance * self.band_power / signal
 
 
 def _limit(gain: NDArray[Any]) -> NDArray[Any]:
-    """Keep the gain within `_HIGHEST_GAIN`, phases as they are."""
+    """Keep the gain within `HIGHEST_GAIN`, phases as they are."""
     if np.isrealobj(gain):
-        return np.clip(gain, -_HIGHEST_GAIN, _HIGHEST_GAIN, out=gain)
-    size = np.maximum(np.abs(gain), _HIGHEST_GAIN)
-    gain *= _HIGHEST_GAIN / size
+        return np.clip(gain, -HIGHEST_GAIN, HIGHEST_GAIN, out=gain)
+    size = np.maximum(np.abs(gain), HIGHEST_GAIN)
+    gain *= HIGHEST_GAIN / size
     return gain
 
 

@@ -1,0 +1,118 @@
+"""Work: what the GPU's algorithms need of a device, and nothing of its driver.
+
+The algorithms allocate when they are made and afterwards only enqueue: nothing in
+them waits for the GPU.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """A dense array in device memory, C order."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all elements."""
+        return self.count * self.dtype.itemsize
+
+    def from_element(self, index: int) -> "DeviceArray":
+        """Return the flat rest of the array behind the first `index` elements."""
+        return DeviceArray(
+            self.address + index * self.dtype.itemsize,
+            (self.count - index,),
+            self.dtype,
+        )
+
+
+class DeviceMemory(Protocol):
+    """Memory of one GPU; all of it is freed together."""
+
+    def allocate(
+        self, shape: tuple[int, ...], dtype: DTypeLike, purpose: str
+    ) -> DeviceArray:
+        """Reserve an array.
+
+        Raises
+        ------
+        EngineError
+            Out of memory: names the purpose, the size and the setting to lower.
+        """
+        ...
+
+    def upload(self, values: NDArray[Any], purpose: str) -> DeviceArray:
+        """Reserve an array and fill it; waits until it is filled."""
+        ...
+
+
+Argument = DeviceArray | int | float | None
+"""Of a kernel; None is the null pointer."""
+
+
+class Work(Protocol):
+    """A CUDA stream: work that the GPU does in order."""
+
+    @property
+    def handle(self) -> int:
+        """Of the CUDA stream, for libraries."""
+        ...
+
+    def launch(
+        self, kernel: str, threads: int, *arguments: Argument, rows: int = 1
+    ) -> None:
+        """Enqueue a kernel with at least as many threads, in blocks of 256.
+
+        Parameters
+        ----------
+        kernel
+            Of ``kernels/``.
+        threads
+            Rounded up to whole blocks.
+        arguments
+            In the order and of the types that the kernel declares.
+        rows
+            Rows of blocks (``gridDim.y``).
+        """
+        ...
+
+    def zero(self, array: DeviceArray) -> None:
+        """Enqueue filling an array with zero bytes."""
+        ...
+
+    def copy(self, target: DeviceArray, source: DeviceArray) -> None:
+        """Enqueue a copy within the device; sizes are equal."""
+        ...
+
+
+class Transforms(Protocol):
+    """Fourier transforms of real images of one shape."""
+
+    shape: tuple[int, int]
+    """Height and width of the images."""
+
+    def forward(self, work: Work, image: DeviceArray, spectrum: DeviceArray) -> None:
+        """Enqueue image -> half spectrum."""
+        ...
+
+    def inverse(self, work: Work, spectrum: DeviceArray, image: DeviceArray) -> None:
+        """Enqueue half spectrum -> image, times height * width; spoils `spectrum`."""
+        ...
+
+
+def spectrum_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the shape of the half spectrum of images of a shape."""
+    return shape[0], shape[1] // 2 + 1
