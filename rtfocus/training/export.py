@@ -12,6 +12,7 @@ from rtfocus.training.half_weights import halve_weights
 from rtfocus.training.onnx_file import write_onnx
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.registry import make_task
+from rtfocus.training.start import find_engine, identity
 from rtfocus.training.task import Task
 
 CARD_NAME = "engine.yaml"
@@ -79,6 +80,16 @@ def _history(recipe: RecipeBase, state: dict[str, Any]) -> dict[str, Any]:
         "steps": state["step"],
         "minutes": round(state["seconds"] / 60),
     }
-    if recipe.start_from is not None and recipe.start_from.is_file():
-        history["after"] = _history(*load_checkpoint(recipe.start_from))
+    if recipe.start_from is not None:
+        history["after"] = _earlier(recipe.start_from)
     return history
+
+
+def _earlier(source: Path) -> dict[str, Any] | str:
+    """Say where the first weights came from: a run, an engine, or a lost file."""
+    folder = find_engine(source)
+    if folder is not None:
+        return {"engine": identity(folder)}
+    if source.is_file():
+        return _history(*load_checkpoint(source))
+    return str(source)

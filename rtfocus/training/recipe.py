@@ -95,7 +95,8 @@ class RecipeBase(Section):
     checkpoints: Path = Path("checkpoints")
     """Folder for checkpoints and curves, relative to where one works."""
     start_from: Path | None = None
-    """Checkpoint whose averaged weights the run starts from; None: from nothing."""
+    """Checkpoint whose averaged weights the run starts from, or folder of an engine:
+    ``engines/delpnet``; None: from nothing."""
     checkpoint_steps: Count = 500
     """Steps between two checkpoints."""
     threads: Count = 1

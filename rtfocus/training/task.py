@@ -65,6 +65,22 @@ class Task(ABC, Generic[R]):
         """Return every trained module by name; `network` is among them."""
         return {"network": self.network}
 
+    @torch.no_grad()
+    def take_exported(self, weights: Mapping[str, Tensor]) -> None:
+        """Load the weights of an engine of this network, by their names in its file.
+
+        Networks whose exported form is another (folded, for example) override it.
+
+        Raises
+        ------
+        KeyError
+            If a weight is missing.
+        RuntimeError
+            If one has another shape.
+        """
+        for name, parameter in self.graph(self.network).module.named_parameters():
+            parameter.copy_(weights[name])
+
     def make_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimisers by name, each over its own parameters."""
         settings = self.recipe.optimiser

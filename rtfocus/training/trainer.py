@@ -28,6 +28,7 @@ from rtfocus.training.checkpoint import NEWEST, load_checkpoint, save_checkpoint
 from rtfocus.training.curve import CURVE_NAME, add_to_curve
 from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
 from rtfocus.training.registry import make_task
+from rtfocus.training.start import start_from
 from rtfocus.training.task import Arrays
 
 _REPORT_STEPS = 25
@@ -54,8 +55,7 @@ class Trainer:
         torch.set_num_threads(recipe.threads)
         self.task = make_task(recipe)
         if recipe.start_from is not None:
-            _, earlier = load_checkpoint(recipe.start_from)
-            self.task.network.load_state_dict(earlier["average"])
+            start_from(self.task, recipe.start_from)
         for module in self.task.modules().values():
             module.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.task.network)

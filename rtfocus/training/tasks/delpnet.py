@@ -1,6 +1,6 @@
 """DelpNet's task: labels of tiles, He et al. 2020."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, Literal
@@ -14,7 +14,11 @@ from rtfocus.training.data.fields import load_fields
 from rtfocus.training.data.level_recipe import LevelRecipe
 from rtfocus.training.data.level_scenes import Blurring
 from rtfocus.training.data.level_tiles import NORMALISATION, Batches
-from rtfocus.training.networks.batch_norm import fold_batch_norm, recalibrate
+from rtfocus.training.networks.batch_norm import (
+    fold_batch_norm,
+    recalibrate,
+    unfold_batch_norm,
+)
 from rtfocus.training.networks.delpnet import GEOMETRY, LABELS, DelpNet
 from rtfocus.training.recipe import Fraction
 from rtfocus.training.task import Arrays, Graph, Task, Tensors
@@ -22,6 +26,7 @@ from rtfocus.training.task import Arrays, Graph, Task, Tensors
 # Optics drawn in training lie within these factors of the reference sampling.
 _SAMPLING_RANGE = (0.7, 1.5)
 _CALIBRATION_BATCHES = 40
+_UNFOLDING_BATCHES = 12
 
 
 class DelpNetSection(Section):
@@ -75,6 +80,32 @@ class DelpNetTask(Task[DelpNetRecipe]):
         """Give the averaged weights exact batch statistics of their own."""
         crops = (batch["crops"] for batch in islice(batches, _CALIBRATION_BATCHES))
         recalibrate(average, crops)
+
+    def take_exported(self, weights: Mapping[str, Tensor]) -> None:
+        """Load the weights of an engine, whose convolutions hold their BatchNorm.
+
+        What that measured is taken anew over first batches of the training.
+        """
+        folded = fold_batch_norm(self.network)
+        own = dict(folded.named_parameters())
+        for name, parameter in own.items():
+            if weights[name].shape != parameter.shape:
+                msg = f"'{name}' is {tuple(weights[name].shape)}"
+                raise RuntimeError(msg)
+        names = [n.removesuffix(".weight") for n in own if n.startswith("features.")]
+        convolutions = [
+            (weights[f"{name}.weight"], weights[f"{name}.bias"])
+            for name in names
+            if not name.endswith(".bias")
+        ]
+        batches = [
+            torch.from_numpy(self.batch(0, draw)["crops"])
+            for draw in range(1, _UNFOLDING_BATCHES + 1)
+        ]
+        unfold_batch_norm(self.network.features, convolutions, batches)
+        with torch.no_grad():
+            for name, parameter in self.network.dense.named_parameters():
+                parameter.copy_(weights[f"dense.{name}"])
 
     def graph(self, network: nn.Module) -> Graph:
         """Return the network with its BatchNorm folded into the convolutions."""
