@@ -18,7 +18,7 @@ from rtfocus.optics.bands import band_weights, edge_taper
 CONDITION = ("sampling", "spherical_waves", "defocus_levels")
 """Entries of the condition vector, see the engine card."""
 BANDS = 12
-TILE_PX = 192
+TILE_PX = 144
 HALO_PX = 32
 TAPER_PX = 16
 """Outer pixels of a tile that fade to its mean before the transform."""

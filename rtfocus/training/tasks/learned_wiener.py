@@ -26,8 +26,8 @@ from rtfocus.training.recipe import Count
 from rtfocus.training.task import Arrays, Graph, Task, Tensors
 from rtfocus.training.tasks.restorer import gain_db, restorer_card
 
-# Mean squared error that counts as none: 50 dB of the frame's range.
-_NO_ERROR = 1e-5
+# Mean squared error, of the frame's range, below which little is left to gain.
+_NO_ERROR = 1e-4
 _FARTHEST = 10
 
 
@@ -67,24 +67,8 @@ class LearnedWienerTask(Task[LearnedWienerRecipe]):
         if self._batches is None:
             # Made when first needed: an export needs no images.
             self._batches = PairBatches(self.recipe)
-        made = self._batches.batch(step, draw)
-        settings = self.recipe.learned_wiener
         rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
-        levels = np.asarray(made["levels"], np.float64).mean(axis=(1, 2))
-        levels = np.where(np.isnan(levels), settings.real_level, levels)
-        told = told_levels(levels, settings.level_error, rng)
-        optics = np.asarray(made["optics"], np.float32)
-        pairs = self.recipe.pairs
-        psfs = [
-            level_psf(pairs, float(sampling), float(spherical), float(level))
-            for (sampling, spherical), level in zip(optics, told, strict=True)
-        ]
-        return {
-            "blurred": made["blurred"],
-            "sharp": made["sharp"],
-            "psf": np.stack(psfs),
-            "condition": np.column_stack([optics, told]).astype(np.float32),
-        }
+        return with_psf(self._batches.batch(step, draw), self.recipe, rng)
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return minus the mean PSNR, in tens of dB, of what a tile would keep."""
@@ -125,6 +109,43 @@ class LearnedWienerTask(Task[LearnedWienerRecipe]):
             "condition": {"name": "condition", "entries": list(CONDITION)},
             "output": {"name": "log_snr"},
         }
+
+
+def with_psf(
+    made: Arrays, recipe: LearnedWienerRecipe, rng: np.random.Generator
+) -> Arrays:
+    """Give every patch of a batch the PSF and the condition it is filtered with.
+
+    Parameters
+    ----------
+    made
+        A batch of `PairBatches`.
+    recipe
+        How far the level may be off.
+    rng
+        Source of that error.
+
+    Returns
+    -------
+    Arrays
+        ``blurred`` and ``sharp`` (N, 1, y, x), ``psf`` (N, side, side), ``condition``
+        (N, entry).
+    """
+    settings, pairs = recipe.learned_wiener, recipe.pairs
+    levels = np.asarray(made["levels"], np.float64).mean(axis=(1, 2))
+    levels = np.where(np.isnan(levels), settings.real_level, levels)
+    told = told_levels(levels, settings.level_error, rng)
+    optics = np.asarray(made["optics"], np.float32)
+    psfs = [
+        level_psf(pairs, float(sampling), float(spherical), float(level))
+        for (sampling, spherical), level in zip(optics, told, strict=True)
+    ]
+    return {
+        "blurred": made["blurred"],
+        "sharp": made["sharp"],
+        "psf": np.stack(psfs),
+        "condition": np.column_stack([optics, told]).astype(np.float32),
+    }
 
 
 def own_part(tiles: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Quantise: the int8 form of an ONNX file, ranges measured on training data.
+
+Every convolution gets a quantise and a dequantise node before it (Q/DQ), weights in
+one scale per output channel, features in one scale per tensor, zero in the middle:
+what TensorRT, OpenVINO and ONNX Runtime all read. The first and the last convolution
+stay in float: there the image itself would be rounded to 256 steps.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from rtfocus.errors import EngineError
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+_CONVOLUTION = "Conv"
+
+
+def quantise(source: Path, target: Path, batches: Iterable[Arrays]) -> Path:
+    """Write the int8 form of a float32 ONNX file.
+
+    Parameters
+    ----------
+    source
+        Weights in float32, stored as such.
+    target
+        File to write.
+    batches
+        Inputs by tensor name, as the network meets them; a few dozen patches.
+
+    Returns
+    -------
+    Path
+        `target`.
+
+    Raises
+    ------
+    EngineError
+        If the file has no convolution between its first and its last.
+    """
+    # Slow to import, and only exports need it.
+    from onnxruntime.quantization import (
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    inner = inner_convolutions(source)
+    if not inner:
+        msg = f"'{source}' has fewer than three convolutions; export it as fp32 or fp16"
+        raise EngineError(msg)
+    logger = logging.getLogger()
+    level = logger.level
+    # It recommends pre-processing, which the exporter of torch has done.
+    logger.setLevel(logging.ERROR)
+    try:
+        quantize_static(
+            source,
+            target,
+            _Calibration(iter(batches)),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=[_CONVOLUTION],
+            nodes_to_quantize=inner,
+            calibrate_method=CalibrationMethod.MinMax,
+            # TensorRT knows neither zero points nor quantised biases.
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                # The mean range of the batches: one bright speck does not set it.
+                "CalibMovingAverage": True,
+            },
+        )
+    finally:
+        logger.setLevel(level)
+    return target
+
+
+def inner_convolutions(path: Path) -> list[str]:
+    """Return the names of all convolutions but the first and the last one."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    names = [node.name for node in graph.node if node.op_type == _CONVOLUTION]
+    return names[1:-1]
+
+
+class _Calibration:
+    """Hands out batches one by one, as ONNX Runtime's calibration asks for them."""
+
+    def __init__(self, batches: Iterator[Arrays]) -> None:
+        self._batches = batches
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        """Return the next batch, None after the last."""
+        batch = next(self._batches, None)
+        return None if batch is None else dict(batch)
