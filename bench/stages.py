@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.processor import CameraConfig
+from rtfocus.config.processor import CameraConfig, ProcessingConfig
 from rtfocus.optics.blur import blur_depth_variant
 from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.classifier import FrameClassifier, Prepared, fit_frame
 from rtfocus.processing.correction import CameraCorrection
-from rtfocus.processing.engines.backends import Request, choose_backend
 from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.fit import parts
 from rtfocus.processing.engines.openvino_import import import_openvino
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.plan import level_psfs
+from rtfocus.processing.frame_network import open_frame_network
 from rtfocus.processing.restoration import METHODS, DepthVariantRestorer
+from rtfocus.processing.restorers import level_psfs
 from rtfocus.processing.tiling import Montage
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,20 +58,11 @@ def open_classifier(
     threads: int,
 ) -> FrameClassifier:
     """Open an engine for frames of a shape."""
-    card = found.card
-    fit = fit_frame(card.input, shape)
-    engine = choose_backend(backend).open_engine(
-        Request(
-            name=card.name,
-            model=verified_file(found.folder, card),
-            input_name=card.input.name,
-            output_name=card.output.name,
-            shape=(1, 1, *fit.padded),
-            precision=precision,
-            threads=threads,
-        )
-    )
-    return FrameClassifier(card, engine, fit, step_um=card.levels.step_um, quantum=1.0)
+    fit = fit_frame(found.card.input, shape)
+    settings = ProcessingConfig(backend=backend, precision=precision)
+    network = open_frame_network(found, settings, fit.padded, threads=threads)
+    step_um = found.card.levels.step_um
+    return FrameClassifier(found.card, network, fit, step_um=step_um, quantum=1.0)
 
 
 def bare_openvino(

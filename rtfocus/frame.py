@@ -17,6 +17,9 @@ from rtfocus.channel import Channel
 
 PROTOCOL_VERSION = 1
 
+BACKGROUND = int(np.iinfo(np.int16).min)
+"""Level of a tile without a specimen; no signed level ever reaches it."""
+
 
 class Role(StrEnum):
     """Why a frame was exposed."""
@@ -174,7 +177,10 @@ class DefocusMap:
     confidence: NDArray[np.float32]
     """Probability of the chosen label, 0 to 1."""
     level: NDArray[np.int16]
-    """Label per tile; -1 = background."""
+    """Label per tile, negative levels are too near; `BACKGROUND` = no specimen."""
+    uncertainty_um: NDArray[np.float32] | None = None
+    """Standard deviation of `defocus_um` by the engine's probabilities, NaN =
+    background; None: the engine gives none."""
 
 
 @dataclass(slots=True)

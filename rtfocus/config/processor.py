@@ -30,7 +30,7 @@ class RestorationConfig(Section):
     method: str = "wiener"
     """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``,
     ``richardson_lucy_tiles`` (patch by patch, as published), ``none``, or the name
-    of a restorer in the engines folder."""
+    of a restorer or joint engine in the engines folder."""
     iterations: Annotated[int, Field(gt=0)] | None = None
     """Richardson-Lucy only; None: 15, accelerated 4."""
     noise_to_signal: Annotated[float, Field(gt=0)] | None = None
@@ -46,20 +46,25 @@ class ProcessingConfig(Section):
     """Engines and how they run."""
 
     classifier: str | None = "delpnet"
-    """Engine that estimates defocus; None: frames are only recorded."""
+    """Engine that estimates defocus; None: frames are only recorded. A joint engine
+    that is the restoration method too estimates and restores in one pass."""
     restoration: RestorationConfig = RestorationConfig()
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """``gpu``: an error where there is none; ``auto``: the best there is."""
     backend: Literal["auto", "openvino", "onnxruntime"] = "auto"
     """CPU runtime of networks; ``auto``: first available, in this order."""
-    precision: Literal["auto", "f32", "bf16"] = "auto"
-    """CPU precision; ``auto``: bf16 where the CPU computes in it."""
+    precision: Literal["auto", "f32", "bf16", "fp16", "int8"] = "auto"
+    """``f32``, ``bf16``: what the CPU computes in; ``fp16``, ``int8``: the weights
+    file of that name of every engine that has it; ``auto``: bf16 where the CPU
+    computes in it."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """Threads for networks and FFTs; None: one per core."""
     engine_folders: list[Path] = []
     """Further folders with engines, searched before the shipped ones."""
     ignore_optics: bool = False
     """Run an engine outside the optics it was trained for."""
+    blind: bool = False
+    """Do not tell engines the aberrations of a channel's optics, only its sampling."""
 
 
 class PreviewConfig(Section):

@@ -1,4 +1,7 @@
-"""Classifier: the defocus of every tile of a frame, in one pass of a network."""
+"""Classifier: the defocus of every tile of a frame, in one pass of a network.
+
+A joint engine gives the restored frame in the same pass.
+"""
 
 from dataclasses import dataclass
 from math import ceil
@@ -6,18 +9,19 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
-from rtfocus.frame import DefocusMap, TileGrid
+from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
+from rtfocus.processing.conditions import Conditions, turned
+from rtfocus.processing.correction import luminance
 from rtfocus.processing.engines.card import EngineCard
-from rtfocus.processing.engines.card_sections import (
-    BACKGROUND_LABEL,
-    InputCard,
-    OutputCard,
-)
+from rtfocus.processing.engines.card_sections import InputCard
+from rtfocus.processing.engines.opening import runs_on
 from rtfocus.processing.fourier import pad
+from rtfocus.processing.frame_network import FrameNetwork, labels_of
+from rtfocus.processing.labels import LabelDecoder
+from rtfocus.processing.planes import from_planes, to_planes
 from rtfocus.processing.preparation import Preparation
-from rtfocus.processing.seam import Engine
-from rtfocus.processing.tiling import BACKGROUND
 
 Image = NDArray[np.float32]
 
@@ -55,126 +59,164 @@ class Prepared:
     """A frame ready for the network."""
 
     tiles: Image
-    """Normalised, axes (1, 1, y, x)."""
+    """Normalised, axes (image, channel, y, x)."""
     empty: NDArray[np.bool_]
     """Tiles without a specimen, axes (tile_y, tile_x)."""
+    ranges: tuple[tuple[float, float], ...]
+    """Offset and scale that normalised each plane; empty: there is no way back."""
+    shape: tuple[int, ...]
+    """Of the frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a network saw in a frame."""
+
+    defocus: DefocusMap
+    restored: Image | None
+    """Shape and unit of the signal; None: the network does not restore."""
 
 
 class FrameClassifier:
-    """A classifier engine applied to whole frames of one size.
+    """A classifier or joint engine applied to whole frames of one size.
 
     Parameters
     ----------
     card
         Of the engine.
-    engine
-        Opened for `fit.padded`; closed by `close`.
+    network
+        Opened for at least `fit.padded`; closed by `close`.
     fit
         Frame and input size.
     step_um
         Defocus between two levels in the optics of the frames.
     quantum
         Step between the camera's values; 0 for float frames.
+    conditions
+        What the engine is told; None: nothing.
+    mirrored
+        The engine sees the sign of the defocus turned, see
+        `rtfocus.processing.conditions.is_mirrored`.
     """
 
     def __init__(
         self,
         card: EngineCard,
-        engine: Engine,
+        network: FrameNetwork,
         fit: FrameFit,
         *,
         step_um: float,
         quantum: float,
+        conditions: Conditions | None = None,
+        mirrored: bool = False,
     ) -> None:
-        if card.input is None or card.output is None or card.levels is None:
+        if card.kind == "restorer" or not (card.input and card.output and card.levels):
             msg = f"engine '{card.name}' is a {card.kind}, not a classifier"
             raise EngineError(msg)
         self.card = card
         self.step_um = step_um
-        self.precision = engine.precision
-        """Numbers the network computes in: ``f32`` or ``bf16``."""
-        self.runs_on = f"{engine.backend} {engine.precision}"
-        """Runtime and precision, e.g. ``openvino bf16``."""
-        self._engine = engine
+        self._network = network
         self._fit = fit
+        self._channels = card.input.channels
+        self._restores = network.restores
+        self._mirrored = mirrored and card.levels.signed
+        self._conditions = conditions
         self._preparation = Preparation(card, quantum)
-        self._labels = _Labels(card.output)
+        self._labels = LabelDecoder(card.output)
         # The first inference compiles and shows how many tiles there are.
-        blank = np.zeros((1, 1, *fit.padded), dtype=np.float32)
-        rows, columns = self._logits(blank).shape[-2:]
+        blank = np.zeros(network.input_shape, dtype=np.float32)
+        logits, _ = network.run(blank, self._condition(len(blank)))
+        rows, columns = labels_of(logits).shape[-2:]
         self.grid = _grid(card.input, fit, rows, columns, signed=card.levels.signed)
 
-    def prepare(self, grey: Image) -> Prepared:
-        """Normalise a frame (y, x), find its empty tiles, shape the input."""
-        padded = pad(grey, self._fit.padded, 0, "symmetric")
+    def prepare(self, signal: Image) -> Prepared:
+        """Normalise a frame (y, x) or (y, x, 3) and find its empty tiles."""
+        grey = luminance(signal)
+        padded = self._pad(grey)
         empty = self._preparation.background(padded, self.grid)
-        return Prepared(self._preparation.normalise(padded)[None, None], empty)
+        images = self._images(signal, grey)
+        if len(images) == 1 and self._channels == 1:
+            tiles, found = self._preparation.normalise(padded, of=grey)
+            return Prepared(tiles[None, None], empty, found, signal.shape)
+        tiles = np.empty((*images.shape[:2], *padded.shape), np.float32)
+        ranges: list[tuple[float, float]] = []
+        for place in np.ndindex(images.shape[:2]):
+            plane = images[place]
+            tiles[place], found = self._preparation.normalise(
+                self._pad(plane), of=plane
+            )
+            ranges += found
+        return Prepared(tiles, empty, tuple(ranges), signal.shape)
 
     def classify(self, prepared: Prepared) -> DefocusMap:
-        """Run the network on a prepared frame.
+        """Run the network on a prepared frame; new arrays, axes (tile_y, tile_x)."""
+        return self.see(prepared).defocus
 
-        Returns
-        -------
-        DefocusMap
-            New arrays, axes (tile_y, tile_x).
-        """
-        logits = self._logits(prepared.tiles)[0]
-        logits = logits[:, : self.grid.rows, : self.grid.columns]
-        level, confidence, defocus = self._labels.decode(logits)
-        level[prepared.empty] = BACKGROUND
-        defocus[level == BACKGROUND] = np.nan
-        defocus *= np.float32(self.step_um)
-        return DefocusMap(self.grid, defocus, confidence, level)
+    def see(self, prepared: Prepared) -> Seen:
+        """Run the network on a prepared frame for all that it tells of it."""
+        tiles = prepared.tiles
+        logits, restored = self._network.run(tiles, self._condition(len(tiles)))
+        defocus = self._map(labels_of(logits)[0], prepared.empty)
+        if restored is None:
+            return Seen(defocus, None)
+        return Seen(defocus, self._to_signal(restored, prepared))
+
+    @property
+    def precision(self) -> str:
+        """Numbers the network computes in: ``f32``, ``bf16`` ..."""
+        return self._network.engine.precision
+
+    def runs_on(self, settings: ProcessingConfig) -> str:
+        """Return runtime and precision, e.g. ``openvino bf16``."""
+        return runs_on(self.card, self._network.engine, settings.precision)
 
     def close(self) -> None:
         """Free the engine."""
-        self._engine.close()
+        self._network.close()
 
-    def _logits(self, prepared: Image) -> NDArray[np.float32]:
-        logits = np.asarray(self._engine.infer(prepared), dtype=np.float32)
-        wanted = len(self._labels.labels)
-        if logits.ndim != 4 or logits.shape[1] != wanted:
-            msg = (
-                f"engine '{self.card.name}': its output is {logits.shape}, but the "
-                f"card lists {wanted} labels; expected (N, {wanted}, rows, columns)"
-            )
-            raise EngineError(msg)
-        return logits
+    def _images(self, signal: Image, grey: Image) -> Image:
+        """Return what the network sees: the grey frame first, then its colours."""
+        if self._channels == 3:
+            return to_planes(signal, 3)
+        planes = to_planes(grey, 1)
+        if self._restores and signal.ndim == 3:
+            planes = np.concatenate([planes, to_planes(signal, 1)])
+        return planes
 
+    def _pad(self, plane: Image) -> Image:
+        return pad(plane, self._network.shape, 0, "symmetric")
 
-class _Labels:
-    """Turns logits into labels by the card's list."""
+    def _condition(self, number: int) -> Image | None:
+        return None if self._conditions is None else self._conditions.unknown(number)
 
-    def __init__(self, output: OutputCard) -> None:
-        self.labels = output.labels
-        self._levels = np.array(
-            [
-                BACKGROUND if label == BACKGROUND_LABEL else int(label)
-                for label in output.labels
-            ],
-            dtype=np.int16,
+    def _map(self, logits: Image, empty: NDArray[np.bool_]) -> DefocusMap:
+        found = self._labels.decode(logits[:, : self.grid.rows, : self.grid.columns])
+        level, defocus = found.level, found.defocus
+        if self._mirrored:
+            level, defocus = turned(level, defocus)
+        level[empty] = BACKGROUND
+        background = level == BACKGROUND
+        defocus_um = defocus * np.float32(self.step_um)
+        uncertainty_um = found.uncertainty * np.float32(self.step_um)
+        defocus_um[background] = uncertainty_um[background] = np.nan
+        return DefocusMap(
+            self.grid, defocus_um, found.confidence, level, uncertainty_um
         )
 
-    def decode(
-        self, logits: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int16], Image, Image]:
-        """Return level, confidence and defocus in levels, axes (tile_y, tile_x).
-
-        The defocus is the mean over the chosen level and its two neighbours by
-        their probabilities: finer than a level, blind to a far second opinion.
-        """
-        shifted = np.exp(logits - logits.max(axis=0))
-        probability = shifted / shifted.sum(axis=0)
-        chosen = probability.argmax(axis=0)
-        level = self._levels[chosen]
-        confidence = np.take_along_axis(probability, chosen[None], axis=0)[0]
-        values = self._levels[:, None, None].astype(np.float32)
-        near = np.abs(values - level) <= 1
-        near &= values != BACKGROUND
-        weight = np.where(near, probability, 0)
-        total = np.maximum(weight.sum(axis=0), np.finfo(np.float32).tiny)
-        defocus = (weight * values).sum(axis=0) / total
-        return level, confidence, np.asarray(defocus, dtype=np.float32)
+    def _to_signal(self, restored: Image, prepared: Prepared) -> Image:
+        """Cut the network's image to the frame and bring it back to its unit."""
+        height, width = self._fit.shape
+        ranges = prepared.ranges
+        if len(prepared.shape) == 3 and self._channels == 1:
+            # The first image was the grey one, for the labels.
+            restored, ranges = restored[1:], ranges[1:]
+        cut = restored[..., :height, :width]
+        for place, (offset, scale) in zip(
+            np.ndindex(cut.shape[:2]), ranges, strict=True
+        ):
+            cut[place] *= np.float32(scale)
+            cut[place] += np.float32(offset)
+        return from_planes(cut, prepared.shape)
 
 
 def _grid(

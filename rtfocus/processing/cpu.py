@@ -21,7 +21,7 @@ from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
 from rtfocus.processing.job import Job, attempt, classify, restore
-from rtfocus.processing.plan import ChannelPlan, Threads, plan_channel, share_threads
+from rtfocus.processing.plan import ChannelPlan, plan_channel, share_threads
 from rtfocus.slots import Slot
 from rtfocus.workers import AbortedError, BoundedQueue
 
@@ -52,8 +52,7 @@ class CpuProcessor:
         Returns the grid of the defocus maps; None where no channel is classified.
         """
         self.close()
-        total = self._config.processing.threads or _usable_cores()
-        threads = share_threads(total)
+        threads = self._config.processing.threads or _usable_cores()
         self._series = series
         try:
             for channel in series.channels:
@@ -63,7 +62,7 @@ class CpuProcessor:
             self.close()
             raise
         self._jobs = {i: self._allocate(series) for i in range(slots)}
-        self._begin_threads(threads, slots)
+        self._begin_threads(share_threads(threads).restore, slots)
         return grid
 
     def submit(self, slot: Slot, *, unrestored: str | None = None) -> None:
@@ -91,9 +90,9 @@ class CpuProcessor:
         job.estimated.wait()
         if job.error is not None:
             raise job.error
-        if job.estimate is None or job.defocus is None:
+        if job.estimate is None or job.seen is None:
             return None
-        return job.estimate, job.defocus
+        return job.estimate, job.seen.defocus
 
     def wait_result(self, slot: Slot) -> FrameResult:
         """Wait for everything about a frame; EngineError tells what went wrong."""
@@ -109,9 +108,9 @@ class CpuProcessor:
     def backends(self) -> dict[str, str]:
         """Tell what each engine of the series runs on."""
         return {
-            plan.classifier.card.name: plan.classifier.runs_on
+            name: runtime
             for plan in self._plans
-            if plan.classifier is not None
+            for name, runtime in plan.backends.items()
         }
 
     def close(self) -> None:
@@ -147,7 +146,7 @@ class CpuProcessor:
             restored=np.empty(series.shape, dtype=dtype) if wanted else None,
         )
 
-    def _begin_threads(self, threads: Threads, slots: int) -> None:
+    def _begin_threads(self, restorers: int, slots: int) -> None:
         self._to_classify = BoundedQueue("classify", slots)
         self._to_restore = BoundedQueue("restore", slots)
         self._threads = [
@@ -155,7 +154,7 @@ class CpuProcessor:
         ]
         self._threads += [
             threading.Thread(target=self._restore_all, name=f"rtfocus-restore-{i}")
-            for i in range(threads.restore)
+            for i in range(restorers)
         ]
         for thread in self._threads:
             thread.start()

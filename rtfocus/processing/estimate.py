@@ -4,8 +4,7 @@ import time
 
 import numpy as np
 
-from rtfocus.frame import DefocusMap, Estimate, FrameHeader
-from rtfocus.processing.tiling import BACKGROUND
+from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader
 
 
 def estimate_frame(header: FrameHeader, found: DefocusMap) -> Estimate:
@@ -30,8 +29,8 @@ def estimate_frame(header: FrameHeader, found: DefocusMap) -> Estimate:
     defocus_um: float | None = None
     confidence = 0.0
     if weights.sum() > 0:
-        levels = found.level[foreground]
-        level = int(np.bincount(levels, weights=weights).argmax())
+        levels, place = np.unique(found.level[foreground], return_inverse=True)
+        level = int(levels[np.bincount(place, weights=weights).argmax()])
         defocus_um = float(np.average(found.defocus_um[foreground], weights=weights))
         confidence = float(weights.mean())
     return Estimate(

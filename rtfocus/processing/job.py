@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
-from rtfocus.frame import DefocusMap, Estimate, FrameResult
-from rtfocus.processing.correction import Marks, luminance
+from rtfocus.frame import Estimate, FrameResult
+from rtfocus.processing.classifier import Seen
+from rtfocus.processing.correction import Marks
 from rtfocus.processing.estimate import estimate_frame
 from rtfocus.processing.plan import ChannelPlan
 from rtfocus.slots import Slot
@@ -34,7 +35,8 @@ class Job:
     """Why restoration is to be left out; None: restore."""
     marks: Marks = field(default_factory=lambda: Marks((), None))
     estimate: Estimate | None = None
-    defocus: DefocusMap | None = None
+    seen: Seen | None = None
+    """What the classifier saw; None: none yet, or there is none."""
     result: FrameResult | None = None
     error: EngineError | None = None
     stage_ms: dict[str, float] = field(default_factory=dict)
@@ -44,7 +46,7 @@ class Job:
     def begin(self, slot: Slot, plan: ChannelPlan, *, unrestored: str | None) -> None:
         """Take a new frame; what the last one left is forgotten."""
         self.slot, self.plan, self.unrestored = slot, plan, unrestored
-        self.estimate = self.defocus = self.result = self.error = None
+        self.estimate = self.seen = self.result = self.error = None
         self.stage_ms = {}
         self.estimated.clear()
         self.finished.clear()
@@ -92,10 +94,10 @@ def classify(job: Job) -> None:
     if plan.classifier is None:
         return
     with job.stage("normalise"):
-        prepared = plan.classifier.prepare(luminance(job.signal))
+        prepared = plan.classifier.prepare(job.signal)
     with job.stage("classify"):
-        job.defocus = plan.classifier.classify(prepared)
-        job.estimate = estimate_frame(slot.frame(), job.defocus)
+        job.seen = plan.classifier.see(prepared)
+        job.estimate = estimate_frame(slot.frame(), job.seen.defocus)
 
 
 def restore(job: Job, scratch: Image) -> None:
@@ -106,21 +108,18 @@ def restore(job: Job, scratch: Image) -> None:
     if (
         skipped is None
         and plan.restorer is not None
-        and job.defocus is not None
+        and job.seen is not None
         and job.restored is not None
     ):
         with job.stage("restore"):
             plan.restorer.restore(
-                job.signal,
-                job.defocus.level,
-                scratch,
-                quantum=plan.correction.quantum,
+                job.signal, job.seen, scratch, quantum=plan.correction.quantum
             )
             restored = job.restored
             plan.correction.to_counts(scratch, restored, job.marks.invalid)
     job.result = FrameResult(
         estimate=job.estimate,
-        defocus=job.defocus,
+        defocus=None if job.seen is None else job.seen.defocus,
         restored=restored,
         skipped=skipped,
         flags=job.marks.flags,

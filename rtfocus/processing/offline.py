@@ -12,6 +12,7 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError, InputError
 from rtfocus.frame import (
+    BACKGROUND,
     PROTOCOL_VERSION,
     DefocusMap,
     FrameHeader,
@@ -47,7 +48,7 @@ class ImageProcessor:
     def __init__(self, config: Config, optics: OpticalSystem | None = None) -> None:
         self._config = config
         self._optics = optics
-        self._processor: FrameProcessor = open_processor(config)
+        self._processor: FrameProcessor = open_processor(_as_known(config, optics))
         self._started: tuple[object, ...] | None = None
         self._pool = SlotPool(1, 1)
         self._sequence = 0
@@ -170,6 +171,14 @@ class ImageProcessor:
         return optics.reference
 
 
+def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
+    """Tell engines no aberrations where nobody has said what the optics are."""
+    if optics is not None or any(channel.optics for channel in config.channels):
+        return config
+    processing = config.processing.model_copy(update={"blind": True})
+    return config.model_copy(update={"processing": processing})
+
+
 def tile_rows(result: FrameResult) -> list[dict[str, float | int | str | None]]:
     """List the tiles of a result as plain values, row by row.
 
@@ -186,7 +195,7 @@ def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None
     first = grid.origin_px - (grid.tile_px - 1) / 2
     for row, column in np.ndindex(found.level.shape):
         level = int(found.level[row, column])
-        empty = level < 0
+        empty = level == BACKGROUND
         yield {
             "y": max(0, round(first + row * grid.stride_px)),
             "x": max(0, round(first + column * grid.stride_px)),
@@ -194,6 +203,9 @@ def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None
             "label": "bg" if empty else str(level),
             "probability": float(found.confidence[row, column]),
             "defocus_um": None if empty else float(found.defocus_um[row, column]),
+            "uncertainty_um": None
+            if empty or found.uncertainty_um is None
+            else float(found.uncertainty_um[row, column]),
         }
 
 

@@ -2,24 +2,25 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
-from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart
-from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.classifier import FrameClassifier, fit_frame
+from rtfocus.processing.classifier import FrameClassifier
 from rtfocus.processing.correction import CameraCorrection
-from rtfocus.processing.engines.backends import Request, choose_backend
-from rtfocus.processing.engines.card import EngineCard, identity, verified_file
-from rtfocus.processing.engines.fit import check_fit, parts, step_um
+from rtfocus.processing.engines.card import identity
+from rtfocus.processing.engines.fit import check_fit
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.methods import METHODS, Restorer, make_restorer
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.methods import FrameRestorer
+from rtfocus.processing.restorers import (
+    ChannelView,
+    find_joint,
+    open_classifier,
+    open_restorer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +36,20 @@ class ChannelPlan:
     correction: CameraCorrection
     classifier: FrameClassifier | None
     """None: no defocus is estimated."""
-    restorer: Restorer | None
+    restorer: FrameRestorer | None
     """None: not restored, for the reason in `skipped`."""
     skipped: str | None
     engines: Mapping[str, str]
     """Kind of engine to ``name@hash``, as in `FrameResult.engines`."""
+    backends: Mapping[str, str]
+    """Name of each network to its runtime and precision."""
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engines."""
         if self.classifier is not None:
             self.classifier.close()
+        if self.restorer is not None:
+            self.restorer.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +57,33 @@ class Threads:
     """How the threads are shared between classification and restoration."""
 
     classify: int
-    """Of the network."""
+    """Of the network that estimates the defocus."""
     restore: int
-    """Frames restored at once, each on one thread."""
+    """Frames restored at once; a network that restores has as many threads."""
 
 
-def share_threads(total: int) -> Threads:
+def share_threads(total: int, *, one_pass: bool = False) -> Threads:
     """Split threads evenly; each side has at least one, restoring at most four.
 
     Frames restored side by side use the cores better than one Fourier transform
-    on several of them.
+    on several of them. A network that does both in one pass leaves next to nothing
+    to the restoration and takes all threads.
     """
+    if one_pass:
+        return Threads(classify=total, restore=1)
     restore = min(4, max(1, total // 2))
     return Threads(classify=max(1, total - restore), restore=restore)
 
 
 def plan_channel(
-    config: Config, series: SeriesStart, channel: Channel, threads: Threads
+    config: Config, series: SeriesStart, channel: Channel, total_threads: int
 ) -> ChannelPlan:
-    """Open the engine, compute the PSFs and choose the restoration of a channel.
+    """Open the engines, compute the PSFs and choose the restoration of a channel.
 
     Raises
     ------
     EngineError
-        If the engine is missing, damaged or does not fit the optics.
+        If an engine is missing, damaged or does not fit the optics.
     ConfigError
         If the flat field does not fit.
     """
@@ -91,85 +99,53 @@ def plan_channel(
             if optics is None
             else "no classifier is configured"
         )
-        return ChannelPlan(channel.name, correction, None, None, reason, {})
+        return ChannelPlan(channel.name, correction, None, None, reason, {}, {})
     _compare_pixel_size(channel.name, optics, series.pixel_size_um)
     found = find_engine(name, config.processing.engine_folders)
     check_fit(found.card, optics, ignore=config.processing.ignore_optics)
-    classifier = _open_classifier(
-        config, found, optics, series, threads.classify, correction.quantum
+    view = ChannelView(
+        config=config,
+        restoration=settings.restoration or config.processing.restoration,
+        optics=optics,
+        shape=tuple(series.shape),
+        quantum=correction.quantum,
+        blind=config.processing.blind,
+        threads=total_threads,
+    )
+    return _open_engines(channel.name, correction, view, found)
+
+
+def _open_engines(
+    channel: str, correction: CameraCorrection, view: ChannelView, found: FoundEngine
+) -> ChannelPlan:
+    """Open classifier and restorer, which may be one and the same."""
+    joint = find_joint(view)
+    one_pass = joint is not None and joint.folder == found.folder
+    threads = share_threads(view.threads, one_pass=one_pass)
+    processing = view.config.processing
+    classifier = open_classifier(
+        replace(view, threads=threads.classify), found, restores=one_pass
     )
     engines = {"classifier": identity(found.card)}
-    restoration = settings.restoration or config.processing.restoration
-    if restoration.method == "none":
+    backends = {found.name: classifier.runs_on(processing)}
+    if view.restoration.method == "none":
         reason = "restoration.method is none"
-        return ChannelPlan(channel.name, correction, classifier, None, reason, engines)
-    method = _builtin_method(config, restoration.method)
-    shape = (series.shape[0], series.shape[1])
-    restorer = make_restorer(
-        method,
-        restoration,
-        Montage(classifier.grid, shape, restoration.window),
-        level_psfs(found.card, optics),
-        config.camera.gain_e_per_count,
-    )
-    engines["restorer"] = f"{restoration.method}@builtin"
-    return ChannelPlan(channel.name, correction, classifier, restorer, None, engines)
-
-
-def level_psfs(
-    card: EngineCard, optics: OpticalSystem
-) -> dict[int, NDArray[np.float32]]:
-    """Compute the PSF of every level from 1 on, in the configured optics."""
-    levels, _ = parts(card)
-    step = step_um(card, optics)
-    return {
-        level: compute_psf(optics, level * step) for level in range(1, levels.count)
-    }
-
-
-def _open_classifier(
-    config: Config,
-    found: FoundEngine,
-    optics: OpticalSystem,
-    series: SeriesStart,
-    threads: int,
-    quantum: float,
-) -> FrameClassifier:
-    card = found.card
-    if card.input is None or card.output is None:
-        msg = f"engine '{card.name}' is a {card.kind}; a classifier is needed here"
-        raise EngineError(msg)
-    fit = fit_frame(card.input, (series.shape[0], series.shape[1]))
-    backend = choose_backend(config.processing.backend)
-    engine = backend.open_engine(
-        Request(
-            name=card.name,
-            model=verified_file(found.folder, card),
-            input_name=card.input.name,
-            output_name=card.output.name,
-            shape=(1, card.input.channels, *fit.padded),
-            precision=config.processing.precision,
-            threads=threads,
+        return ChannelPlan(
+            channel, correction, classifier, None, reason, engines, backends
         )
-    )
-    step = step_um(card, optics)
-    return FrameClassifier(card, engine, fit, step_um=step, quantum=quantum)
-
-
-def _builtin_method(config: Config, name: str) -> str:
-    """Return the built-in method of a name or of a builtin engine's card."""
-    if name in METHODS:
-        return name
-    card = find_engine(name, config.processing.engine_folders).card
-    method = card.implementation.removeprefix("builtin:")
-    if card.kind != "restorer" or method not in METHODS:
-        msg = (
-            f"restoration '{name}' is a {card.kind} with implementation "
-            f"'{card.implementation}', which this processor cannot run; "
-            f"built in are {', '.join(METHODS)} and none"
+    try:
+        opened = open_restorer(
+            replace(view, threads=threads.restore), classifier, one_pass=one_pass
         )
-        raise EngineError(msg)
-    return method
+    except Exception:
+        classifier.close()
+        raise
+    engines["restorer"] = opened.identity
+    if opened.runs_on is not None:
+        backends[view.restoration.method] = opened.runs_on
+    return ChannelPlan(
+        channel, correction, classifier, opened.restorer, None, engines, backends
+    )
 
 
 def _compare_pixel_size(

@@ -13,13 +13,20 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
-from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
+from rtfocus.optics.normalisation import (
+    CELL_PX,
+    ContrastToNoise,
+    LocalStandardisation,
+    PercentileRange,
+)
 from rtfocus.processing.engines.card import EngineCard
 
 Image = NDArray[np.float32]
 
-NORMALISATIONS: Mapping[str, Callable[..., LocalStandardisation]] = {
-    "local_standardisation": LocalStandardisation
+Normalisation = LocalStandardisation | PercentileRange
+NORMALISATIONS: Mapping[str, Callable[..., Normalisation]] = {
+    "local_standardisation": LocalStandardisation,
+    "percentile_range": PercentileRange,
 }
 BACKGROUNDS: Mapping[str, Callable[..., ContrastToNoise]] = {
     "contrast_to_noise": ContrastToNoise
@@ -47,15 +54,40 @@ class Preparation:
     """
 
     def __init__(self, card: EngineCard, quantum: float) -> None:
-        self._normalisation = _build(card, "normalisation", NORMALISATIONS)
+        self._normalisation: Normalisation = _build(
+            card, "normalisation", NORMALISATIONS
+        )
         self._background: ContrastToNoise | None = None
         if card.background:
             self._background = _build(card, "background", BACKGROUNDS)
         self._quantum = quantum
 
-    def normalise(self, frame: Image) -> Image:
-        """Return the network's view of a padded frame (y, x)."""
-        return self._normalisation.apply(frame)  # type: ignore[no-any-return]
+    def normalise(
+        self, frame: Image, *, of: Image | None = None
+    ) -> tuple[Image, tuple[tuple[float, float], ...]]:
+        """Return the network's view of a padded frame (y, x), and the way back.
+
+        Parameters
+        ----------
+        frame
+            Padded.
+        of
+            The same frame without padding, which a range is read from; None: it
+            has none.
+
+        Returns
+        -------
+        Image
+            New array.
+        tuple
+            One (offset, scale) that was subtracted and divided by; empty where the
+            normalisation has no inverse.
+        """
+        rule = self._normalisation
+        if not isinstance(rule, PercentileRange):
+            return rule.apply(frame), ()
+        offset, scale = rule.fit(frame if of is None else of)
+        return normalised(frame, offset, scale), ((offset, scale),)
 
     def background(self, frame: Image, grid: TileGrid) -> NDArray[np.bool_]:
         """Return True for tiles of a padded frame in which nothing stands out."""
@@ -77,6 +109,32 @@ class Preparation:
         found = found[: grid.rows, : grid.columns]
         empty[: found.shape[0], : found.shape[1]] = found
         return empty
+
+
+def normalised(frame: Image, offset: float, scale: float) -> Image:
+    """Return ``(frame - offset) / scale``, a new float32 array."""
+    result = np.subtract(frame, np.float32(offset), dtype=np.float32)
+    result *= np.float32(1.0 / scale)
+    return result
+
+
+def invertible_normalisation(card: EngineCard) -> PercentileRange:
+    """Return the normalisation of an engine whose images go back to counts.
+
+    Raises
+    ------
+    EngineError
+        If the card names another one, which has no inverse.
+    """
+    rule = _build(card, "normalisation", NORMALISATIONS)
+    if not isinstance(rule, PercentileRange):
+        msg = (
+            f"engine '{card.name}' restores images normalised by "
+            f"'{card.normalisation['name']}', which has no way back to counts; "
+            "export it with percentile_range"
+        )
+        raise EngineError(msg)
+    return rule
 
 
 def _cells(length_px: float) -> int:

@@ -111,7 +111,7 @@ class DepthVariantRestorer:
     montage
         Blending weights of the frame's tiles.
     psfs
-        PSF per level, for every level from 1 on.
+        PSF per level, for every level but 0; negative levels where they are signed.
     method
         One of `METHODS`.
     iterations
@@ -171,7 +171,7 @@ class DepthVariantRestorer:
         signal
             Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
         labels
-            Level per tile, axes (tile_y, tile_x); -1 = background.
+            Level per tile, axes (tile_y, tile_x), as `DefocusMap.level`.
         out
             Result, shape of `signal`, float32; non-negative where restored.
         quantum

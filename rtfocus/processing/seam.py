@@ -4,7 +4,8 @@ The seam is the frame, because tiles must be able to stay on a GPU; engines
 below it see arrays only, never sockets or threads.
 """
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,20 +54,45 @@ class FrameProcessor(Protocol):
         ...
 
 
+Outputs = Mapping[str, NDArray[np.float32]]
+"""Output tensors of a network by name."""
+
+
 class Engine(Protocol):
-    """A network ready to run on batches of tiles, CPU side."""
+    """A network ready to run on batches of tiles, CPU side.
+
+    Not for use from several threads at once.
+    """
 
     name: str
     """Folder name in ``engines/``."""
     backend: str
     """Runtime, e.g. ``openvino``."""
     precision: str
-    """Numbers it computes in: ``f32`` or ``bf16``."""
+    """Numbers it computes in: ``f32``, ``bf16`` or ``int8``."""
 
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
-    ) -> NDArray[Any]:
-        """Map (N, C, H, W) tiles to the network's first output, a new array."""
+    ) -> Outputs:
+        """Run the network.
+
+        Parameters
+        ----------
+        tiles
+            Axes (N, C, H, W), in the units the engine's card asks for.
+        condition
+            Axes (N, entries); None: the engine has no such input.
+
+        Returns
+        -------
+        Outputs
+            New arrays, by the names the engine was opened with.
+
+        Raises
+        ------
+        EngineError
+            If a tensor is not what the engine was opened for; names it.
+        """
         ...
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, richardson_lucy
-from rtfocus.processing.tiling import Montage, Region
+from rtfocus.processing.tiling import Montage, Region, defocused
 
 Image = NDArray[np.float32]
 
@@ -28,7 +28,7 @@ class TileRestorer:
     montage
         Blending weights of the frame's tiles; a tile is what its weight covers.
     psfs
-        PSF per level, for every level from 1 on.
+        PSF per level, for every level but 0.
     iterations
         Of Richardson-Lucy.
     halo_px
@@ -94,10 +94,10 @@ class TileRestorer:
     ) -> dict[tuple[int, tuple[int, int]], list[tuple[int, int]]]:
         """Group the tiles to restore by level and size."""
         batches = defaultdict(list)
-        for (row, column), level in np.ndenumerate(self._montage.tiles(labels)):
-            if level >= 1:
-                shape = self._montage.tile_region(row, column).shape
-                batches[int(level), shape].append((row, column))
+        present = self._montage.tiles(labels)
+        for row, column in np.argwhere(defocused(present)):
+            shape = self._montage.tile_region(row, column).shape
+            batches[int(present[row, column]), shape].append((row, column))
         return batches
 
 

@@ -11,13 +11,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.frame import TileGrid
+from rtfocus.frame import BACKGROUND, TileGrid
 
 Image = NDArray[np.float32]
 Window = Literal["triangular", "rectangular"]
 
-BACKGROUND = -1
-"""Level of a tile without a specimen."""
+
+def defocused(labels: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """Return True for tiles to restore: neither in focus nor background."""
+    return np.asarray((labels != 0) & (labels != BACKGROUND))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +102,24 @@ class Montage:
         centres = self.grid.origin_px + self.grid.stride_px * tiles
         return axis_weights(length, centres.astype(np.float64), window)
 
+    @property
+    def step(self) -> int:
+        """Every how many tiles take part: 1, or 2 for rectangular windows."""
+        return self._step
+
+    @property
+    def axes(self) -> tuple[Image, Image]:
+        """Weights along rows and columns, axes (tile that takes part, pixel)."""
+        return self._rows, self._columns
+
     def tiles(self, labels: NDArray[np.int16]) -> NDArray[np.int16]:
         """Return the labels that take part: all, or every second one."""
         return labels[:: self._step, :: self._step]
 
     def present(self, labels: NDArray[np.int16]) -> list[int]:
-        """Return the levels from 1 on that any tile has, ascending."""
+        """Return the levels out of focus that any tile has, ascending."""
         found = np.unique(self.tiles(labels))
-        return [int(level) for level in found if level >= 1]
+        return [int(level) for level in found[defocused(found)]]
 
     def region(self, labels: NDArray[np.int16], level: int) -> Region:
         """Return the smallest rectangle that holds every weight of a level."""

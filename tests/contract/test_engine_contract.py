@@ -5,25 +5,29 @@ import sys
 
 import numpy as np
 import pytest
+from engine_kit import ENTRIES, SIGNED_LABELS, write_brightness_joint
+from network_kit import write_restorer
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.backends import BACKENDS, Request, choose_backend
 from rtfocus.processing.engines.card import read_card, verified_file
+from rtfocus.processing.engines.inputs import Inputs
 
 SHAPE = (1, 1, 240, 288)
 
 
-def request_for(folder, **changes):
+def request_for(folder, *, shape=SHAPE, outputs=("logits",), model=None, **changes):
     card = read_card(folder)
-    values = {
-        "name": card.name,
-        "model": verified_file(folder, card),
-        "input_name": card.input.name,
-        "output_name": card.output.name,
-        "shape": SHAPE,
-        "precision": "f32",
-    }
-    return Request(**(values | changes))
+    condition = card.condition
+    inputs = Inputs(
+        card.name,
+        card.input.name,
+        shape,
+        None if condition is None else condition.name,
+        0 if condition is None else len(condition.entries),
+    )
+    values = {"precision": "f32"} | changes
+    return Request(model or verified_file(folder, card), inputs, outputs, **values)
 
 
 @pytest.fixture(params=[backend.name for backend in BACKENDS])
@@ -55,7 +59,9 @@ def tiles():
 
 
 def test_output_has_one_logit_per_label_and_tile(engine, tiles):
-    logits = engine.infer(tiles)
+    outputs = engine.infer(tiles)
+    assert list(outputs) == ["logits"]
+    logits = outputs["logits"]
     assert logits.shape == (1, 12, 4, 5)
     assert logits.dtype == np.float32
     assert np.isfinite(logits).all()
@@ -63,10 +69,10 @@ def test_output_has_one_logit_per_label_and_tile(engine, tiles):
 
 
 def test_results_are_deterministic_and_new_arrays(engine, tiles):
-    first = engine.infer(tiles)
+    first = engine.infer(tiles)["logits"]
     kept = first.copy()
     engine.infer(np.zeros_like(tiles))
-    second = engine.infer(tiles)
+    second = engine.infer(tiles)["logits"]
     np.testing.assert_array_equal(first, kept)
     np.testing.assert_array_equal(first, second)
 
@@ -75,7 +81,7 @@ def test_every_backend_agrees_with_the_reference(backend, sharpness, tiles):
     reference = next(b for b in BACKENDS if b.name == "onnxruntime")
     ours = backend.open_engine(request_for(sharpness))
     theirs = reference.open_engine(request_for(sharpness))
-    a, b = ours.infer(tiles), theirs.infer(tiles)
+    a, b = (engine.infer(tiles)["logits"] for engine in (ours, theirs))
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(a.argmax(axis=1), b.argmax(axis=1))
     ours.close()
@@ -85,7 +91,8 @@ def test_every_backend_agrees_with_the_reference(backend, sharpness, tiles):
 def test_non_contiguous_tiles_are_taken_as_they_look(engine, tiles):
     flipped = tiles[..., ::-1]
     np.testing.assert_array_equal(
-        engine.infer(flipped), engine.infer(np.ascontiguousarray(flipped))
+        engine.infer(flipped)["logits"],
+        engine.infer(np.ascontiguousarray(flipped))["logits"],
     )
 
 
@@ -105,6 +112,63 @@ def test_a_condition_is_refused(engine, tiles):
         engine.infer(tiles, np.zeros((1, 1), np.float32))
 
 
+@pytest.fixture
+def joint(backend, tmp_path):
+    folder = write_brightness_joint(tmp_path / "brightness")
+    outputs = ("restored", "logits")
+    opened = backend.open_engine(
+        request_for(folder, shape=(2, 1, 96, 144), outputs=outputs)
+    )
+    yield opened
+    opened.close()
+
+
+def test_every_output_that_is_asked_for_comes_back_by_its_name(joint):
+    # The means of the two tiles that each image holds.
+    tiles = np.zeros((2, 1, 96, 144), np.float32)
+    tiles[0] += 0.5
+    tiles[1, :, :, 48:] += 0.9
+    condition = np.zeros((2, len(ENTRIES)), np.float32)
+    condition[:, 0] = 3, 5
+    outputs = joint.infer(tiles, condition)
+    assert set(outputs) == {"restored", "logits"}
+    logits = outputs["logits"]
+    assert logits.shape == (2, len(SIGNED_LABELS), 1, 2)
+    labels = np.array(SIGNED_LABELS[:-1])[logits.argmax(axis=1)]
+    np.testing.assert_array_equal(labels[:, 0], [[0, 0], [-1, 8]])
+    np.testing.assert_allclose(outputs["restored"][0], tiles[0] + 0.3, atol=1e-6)
+    np.testing.assert_allclose(outputs["restored"][1], tiles[1] + 0.5, atol=1e-6)
+
+
+def test_a_missing_or_wrong_condition_names_the_tensor_and_the_shape(joint):
+    tiles = np.zeros((2, 1, 96, 144), np.float32)
+    with pytest.raises(EngineError, match=r"needs its input 'condition' \(2, 5\)"):
+        joint.infer(tiles)
+    with pytest.raises(EngineError, match=r"'condition' must be .*\(2, 5\), got"):
+        joint.infer(tiles, np.zeros((2, 4), np.float32))
+
+
+def test_an_fp16_file_gives_nearly_the_same(backend, tmp_path):
+    full = write_restorer(tmp_path / "fp32.onnx")
+    files = {"fp16": write_restorer(tmp_path / "fp16.onnx", half=True)}
+    rng = np.random.default_rng(2)
+    tiles = rng.random((1, 1, 32, 48), np.float32)
+    condition = rng.random((1, 5), np.float32)
+    inputs = Inputs("unet", "tiles", tiles.shape, "condition", 5)
+
+    def restored(path):
+        engine = backend.open_engine(Request(path, inputs, ("restored",), "f32"))
+        result = engine.infer(tiles, condition)["restored"]
+        engine.close()
+        return result
+
+    wanted = restored(full)
+    spread = wanted.std()
+    for precision, largest in (("fp16", 0.01),):
+        error = np.sqrt(np.mean((restored(files[precision]) - wanted) ** 2))
+        assert 0 < error < largest * spread, precision
+
+
 def test_close_twice_does_nothing_and_ends_inference(engine, tiles):
     engine.close()
     engine.close()
@@ -114,8 +178,8 @@ def test_close_twice_does_nothing_and_ends_inference(engine, tiles):
 
 def test_any_shape_works_when_none_was_fixed(backend, sharpness, tiles):
     engine = backend.open_engine(request_for(sharpness, shape=None))
-    assert engine.infer(tiles).shape == (1, 12, 4, 5)
-    assert engine.infer(tiles[..., :96, :96]).shape == (1, 12, 1, 1)
+    assert engine.infer(tiles)["logits"].shape == (1, 12, 4, 5)
+    assert engine.infer(tiles[..., :96, :96])["logits"].shape == (1, 12, 1, 1)
     engine.close()
 
 
@@ -128,7 +192,7 @@ def test_a_file_that_is_no_network_names_the_file(backend, tmp_path, sharpness):
 
 def test_a_tensor_the_file_does_not_have_is_named(backend, sharpness):
     with pytest.raises(EngineError, match="output 'nowhere'"):
-        backend.open_engine(request_for(sharpness, output_name="nowhere"))
+        backend.open_engine(request_for(sharpness, outputs=("nowhere",)))
 
 
 def test_bf16_gives_the_labels_of_the_reference(sharpness, tiles):
@@ -138,8 +202,8 @@ def test_bf16_gives_the_labels_of_the_reference(sharpness, tiles):
     except EngineError as error:
         pytest.skip(str(error))
     reference = choose_backend("onnxruntime").open_engine(request_for(sharpness))
-    ours = engine.infer(tiles).argmax(axis=1)
-    theirs = reference.infer(tiles).argmax(axis=1)
+    ours = engine.infer(tiles)["logits"].argmax(axis=1)
+    theirs = reference.infer(tiles)["logits"].argmax(axis=1)
     # Tiles between two levels may fall to either side: neighbours, and few.
     assert np.abs(ours - theirs).max() <= 1
     assert np.mean(ours == theirs) >= 0.8

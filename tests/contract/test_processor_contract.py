@@ -8,7 +8,13 @@ import pytest
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.frame import (
+    BACKGROUND,
+    PROTOCOL_VERSION,
+    FrameHeader,
+    Position,
+    SeriesStart,
+)
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import draw_specimen
@@ -117,7 +123,7 @@ def test_estimate_and_result_of_a_frame_are_whole(processor, pool, frames):
     assert found.grid == grid
     assert found.level.shape == (grid.rows, grid.columns) == found.confidence.shape
     assert found.level.dtype == np.int16
-    background = found.level == -1
+    background = found.level == BACKGROUND
     np.testing.assert_array_equal(np.isnan(found.defocus_um), background)
     assert not background.all()
     assert estimate.sequence == 3
@@ -180,7 +186,7 @@ def test_background_and_focus_come_back_unchanged(processor, pool):
     noise = np.random.default_rng(5).poisson(100, SHAPE).astype("<u2")
     slot = submit(processor, pool, 0, noise)
     estimate, found = processor.wait_estimate(slot)
-    assert (found.level == -1).all()
+    assert (found.level == BACKGROUND).all()
     assert estimate.level is None
     assert estimate.defocus_um is None
     assert estimate.foreground == 0
@@ -288,7 +294,7 @@ def test_constant_frames_are_background_and_unchanged(processor, pool, value):
     constant = np.full(SHAPE, value, "<u2")
     slot = submit(processor, pool, 0, constant)
     result = processor.wait_result(slot)
-    assert (result.defocus.level == -1).all()
+    assert (result.defocus.level == BACKGROUND).all()
     np.testing.assert_array_equal(result.restored, constant)
     assert ("saturated" in result.flags) is (value == 65535)
 
@@ -313,7 +319,7 @@ def test_frame_of_nothing_but_nan_is_background(processor, pool):
     processor.start(series_for(dtype="<f4"), 1)
     slot = submit(processor, pool, 0, np.full(SHAPE, np.nan, "<f4"))
     result = processor.wait_result(slot)
-    assert (result.defocus.level == -1).all()
+    assert (result.defocus.level == BACKGROUND).all()
     assert np.isnan(result.restored).all()
 
 

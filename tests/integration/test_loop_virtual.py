@@ -33,7 +33,7 @@ class Slice:
     restored: NDArray[np.generic]
     map_um: NDArray[np.float32]
     level: NDArray[np.int16]
-    """Per tile, from the offline twin; -1 = background."""
+    """Per tile, from the offline twin."""
     again: NDArray[np.generic]
     """Restored by the offline twin."""
     nearest: tuple[NDArray[np.intp], NDArray[np.intp]]

@@ -9,11 +9,11 @@ from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
+from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError, InputError
 from rtfocus.processing.classifier import FrameClassifier, fit_frame
-from rtfocus.processing.engines.backends import Request, choose_backend
-from rtfocus.processing.engines.card import verified_file
 from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.frame_network import open_frame_network
 from rtfocus.processing.offline import ImageProcessor, tile_rows
 
 
@@ -130,19 +130,10 @@ def shipped(shape, backend, precision):
         found = find_engine("delpnet")
     except EngineError as error:
         pytest.skip(str(error))
-    card = found.card
-    fit = fit_frame(card.input, shape)
-    engine = choose_backend(backend).open_engine(
-        Request(
-            name=card.name,
-            model=verified_file(found.folder, card),
-            input_name=card.input.name,
-            output_name=card.output.name,
-            shape=(1, 1, *fit.padded),
-            precision=precision,
-        )
-    )
-    return FrameClassifier(card, engine, fit, step_um=2.0, quantum=1.0)
+    fit = fit_frame(found.card.input, shape)
+    settings = ProcessingConfig(backend=backend, precision=precision)
+    network = open_frame_network(found, settings, fit.padded)
+    return FrameClassifier(found.card, network, fit, step_um=2.0, quantum=1.0)
 
 
 @pytest.mark.parametrize("precision", ["f32", "auto"])

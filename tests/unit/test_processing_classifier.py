@@ -5,29 +5,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
-from rtfocus.frame import DefocusMap, FrameHeader, TileGrid
+from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
 from rtfocus.processing.classifier import FrameClassifier, fit_frame
-from rtfocus.processing.engines.backends import Request, choose_backend
-from rtfocus.processing.engines.card import read_card, verified_file
+from rtfocus.processing.engines.card import read_card
 from rtfocus.processing.engines.card_sections import InputCard
+from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.estimate import estimate_frame
+from rtfocus.processing.frame_network import open_frame_network
+
+REFERENCE = ProcessingConfig(backend="onnxruntime", precision="f32")
 
 
-def open_classifier(folder, shape, *, quantum=1.0):
-    card = read_card(folder)
-    fit = fit_frame(card.input, shape)
-    engine = choose_backend("onnxruntime").open_engine(
-        Request(
-            name=card.name,
-            model=verified_file(folder, card),
-            input_name=card.input.name,
-            output_name=card.output.name,
-            shape=(1, 1, *fit.padded),
-            precision="f32",
-        )
-    )
-    return FrameClassifier(card, engine, fit, step_um=1.5, quantum=quantum)
+def open_classifier(folder, shape, *, card=None, quantum=1.0):
+    found = FoundEngine(folder, card or read_card(folder))
+    fit = fit_frame(found.card.input, shape)
+    network = open_frame_network(found, REFERENCE, fit.padded)
+    return FrameClassifier(found.card, network, fit, step_um=1.5, quantum=quantum)
 
 
 @given(
@@ -67,7 +62,7 @@ def test_frame_is_classified_tile_by_tile(engine_folder):
     found = classifier.classify(prepared)
     assert prepared.tiles.shape[:2] == (1, 1)
     assert (found.level[:, :2] >= 0).all()
-    assert (found.level[:, 3:] == -1).all()
+    assert (found.level[:, 3:] == BACKGROUND).all()
     assert np.isnan(found.defocus_um[:, 3:]).all()
     # Sub-level defocus stays within one level of the label.
     seen = found.level >= 0
@@ -92,24 +87,16 @@ def test_labels_that_do_not_match_the_network_are_refused(engine_folder):
     short = card.model_copy(
         update={"output": card.output.model_copy(update={"labels": [0, 1, "bg"]})}
     )
-    fit = fit_frame(card.input, (96, 96))
-    engine = choose_backend("onnxruntime").open_engine(
-        Request("sharpness", folder / "model.fp32.onnx", "tiles", "logits", None)
-    )
     with pytest.raises(EngineError, match="lists 3 labels"):
-        FrameClassifier(short, engine, fit, step_um=2.0, quantum=1.0)
+        open_classifier(folder, (96, 96), card=short)
 
 
 def test_unknown_normalisation_names_the_known_ones(engine_folder):
     folder = engine_folder / "sharpness"
     card = read_card(folder)
     strange = card.model_copy(update={"normalisation": {"name": "magic"}})
-    fit = fit_frame(card.input, (96, 96))
-    engine = choose_backend("onnxruntime").open_engine(
-        Request("sharpness", folder / "model.fp32.onnx", "tiles", "logits", None)
-    )
     with pytest.raises(EngineError, match=r"'magic', known are local_standard"):
-        FrameClassifier(strange, engine, fit, step_um=2.0, quantum=1.0)
+        open_classifier(folder, (96, 96), card=strange)
 
 
 def test_estimate_weights_tiles_by_confidence(engine_folder):
@@ -118,7 +105,7 @@ def test_estimate_weights_tiles_by_confidence(engine_folder):
         grid,
         defocus_um=np.array([[4.0, 8.0, np.nan, 8.0]], np.float32),
         confidence=np.array([[0.9, 0.3, 1.0, 0.3]], np.float32),
-        level=np.array([[2, 4, -1, 4]], np.int16),
+        level=np.array([[2, 4, BACKGROUND, 4]], np.int16),
     )
     header = FrameHeader(1, "u", 5, (96, 240), "<u2", 0, 1.0, {"t": 5})
     estimate = estimate_frame(header, found)

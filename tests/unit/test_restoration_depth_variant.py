@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.frame import TileGrid
+from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import draw_specimen
@@ -82,7 +82,7 @@ def test_accelerated_form_is_as_good_as_fifteen_iterations(level, sharp, exposed
 @pytest.mark.parametrize("method", METHODS)
 def test_focus_and_background_come_back_bit_for_bit(method, exposed, psfs):
     labels = np.zeros((5, 5), np.int16)
-    labels[:, 3:] = -1
+    labels[:, 3:] = BACKGROUND
     restored = restore(exposed[0], labels, psfs, method=method)
     np.testing.assert_array_equal(restored, exposed[0])
 

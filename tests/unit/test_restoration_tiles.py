@@ -5,7 +5,7 @@ import pytest
 from scipy.signal import fftconvolve
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.frame import TileGrid
+from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import draw_specimen
@@ -16,7 +16,9 @@ from rtfocus.processing.tiling import Montage
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)
 SHAPE = (210, 210)
 GRID = TileGrid(4, 4, 84, 42.0, 41.5, signed=False)
-LABELS = np.array([[-1, 0, 3, 3], [0, 3, 5, 3], [3, 5, 5, 5], [2, 2, 5, 5]], np.int16)
+LABELS = np.array(
+    [[BACKGROUND, 0, 3, 3], [0, 3, 5, 3], [3, 5, 5, 5], [2, 2, 5, 5]], np.int16
+)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtfocus.frame import TileGrid
+from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.processing.tiling import Montage, Region, axis_weights
 
 
@@ -60,7 +60,8 @@ def test_levels_and_untouched_rest_add_up_to_one_in_every_pixel(
     rng = np.random.default_rng(seed)
     rows, columns = (max(1, (side - 84) // 42 + 1) for side in (height, width))
     montage = Montage(grid(rows, columns), (height, width), window)
-    labels = rng.integers(-1, 6, (rows, columns)).astype(np.int16)
+    labels = rng.integers(-2, 6, (rows, columns)).astype(np.int16)
+    labels[rng.random(labels.shape) < 0.2] = BACKGROUND
     total = np.zeros((height, width), np.float32)
     whole = Region(slice(0, height), slice(0, width))
     for level in np.unique(montage.tiles(labels)):
@@ -72,7 +73,7 @@ def test_levels_and_untouched_rest_add_up_to_one_in_every_pixel(
 def test_region_holds_every_weight_of_its_level(seed):
     rng = np.random.default_rng(seed)
     montage = Montage(grid(6, 7), (294, 336))
-    labels = rng.integers(-1, 9, (6, 7)).astype(np.int16)
+    labels = rng.integers(-4, 9, (6, 7)).astype(np.int16)
     whole = Region(slice(0, 294), slice(0, 336))
     for level in montage.present(labels):
         region = montage.region(labels, level)
@@ -87,8 +88,8 @@ def test_region_holds_every_weight_of_its_level(seed):
 
 def test_present_names_no_background_and_no_focus():
     montage = Montage(grid(2, 3), (126, 168))
-    labels = np.array([[-1, 0, 4], [0, 2, 4]], np.int16)
-    assert montage.present(labels) == [2, 4]
+    labels = np.array([[BACKGROUND, 0, 4], [0, -2, 4]], np.int16)
+    assert montage.present(labels) == [-2, 4]
 
 
 @pytest.mark.parametrize("side", [1, 5, 83])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rtfocus.errors import EngineError
+from rtfocus.processing.engines.inputs import Inputs
 from rtfocus.processing.engines.onnxruntime_backend import OnnxRuntimeEngine
 from rtfocus.processing.engines.openvino_backend import OpenVinoEngine
 from rtfocus.processing.engines.openvino_import import import_openvino
@@ -15,23 +16,21 @@ from rtfocus.processing.seam import Engine
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "f32", "bf16"]
-Shape = tuple[int, int, int, int]
+CpuPrecision = Literal["auto", "f32", "bf16"]
+"""What the CPU is to compute in; ``auto``: bf16 where it can."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """Everything a backend needs to make an engine ready."""
 
-    name: str
-    """Of the engine, for messages."""
     model: Path
     """ONNX file, already verified."""
-    input_name: str
-    output_name: str
-    shape: Shape | None
-    """(N, C, H, W) to compile for; None: any shape, slower."""
-    precision: Precision = "auto"
+    inputs: Inputs
+    """Its input tensors; a fixed shape is faster than any."""
+    outputs: tuple[str, ...]
+    """Output tensors that are wanted."""
+    precision: CpuPrecision = "auto"
     threads: int = 1
 
 
@@ -63,11 +62,9 @@ def _why_not_importable(module: str, load: Callable[[], object]) -> str | None:
 
 def _open_openvino(request: Request) -> Engine:
     return OpenVinoEngine(
-        request.name,
         request.model,
-        input_name=request.input_name,
-        output_name=request.output_name,
-        shape=request.shape,
+        request.inputs,
+        request.outputs,
         precision=request.precision,
         threads=request.threads,
     )
@@ -76,17 +73,12 @@ def _open_openvino(request: Request) -> Engine:
 def _open_onnxruntime(request: Request) -> Engine:
     if request.precision == "bf16":
         msg = (
-            f"engine '{request.name}': ONNX Runtime computes in f32 on a CPU; set "
-            "processing.precision to f32 or auto, or processing.backend to openvino"
+            f"engine '{request.inputs.engine}': ONNX Runtime computes in f32 on a CPU; "
+            "set processing.precision to f32 or auto, or processing.backend to openvino"
         )
         raise EngineError(msg)
     return OnnxRuntimeEngine(
-        request.name,
-        request.model,
-        input_name=request.input_name,
-        output_name=request.output_name,
-        shape=request.shape,
-        threads=request.threads,
+        request.model, request.inputs, request.outputs, threads=request.threads
     )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.inputs import check_input
+from rtfocus.processing.engines.inputs import Inputs
+from rtfocus.processing.seam import Outputs
 
 
 class OnnxRuntimeEngine:
@@ -19,18 +20,15 @@ class OnnxRuntimeEngine:
 
     def __init__(
         self,
-        name: str,
         model: Path,
+        inputs: Inputs,
+        outputs: tuple[str, ...],
         *,
-        input_name: str,
-        output_name: str,
-        shape: tuple[int, int, int, int] | None,
         threads: int = 1,
     ) -> None:
-        self.name = name
-        self.shape = shape
-        self._input = input_name
-        self._output = output_name
+        self.name = inputs.engine
+        self._inputs = inputs
+        self._outputs = outputs
         runtime: Any = import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -43,7 +41,7 @@ class OnnxRuntimeEngine:
                 str(model), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # its errors share no base class but Exception
-            msg = f"engine '{name}': ONNX Runtime cannot load '{model}': {error}"
+            msg = f"engine '{self.name}': ONNX Runtime cannot load '{model}': {error}"
             raise EngineError(msg) from error
         self._check_names(model)
 
@@ -51,33 +49,36 @@ class OnnxRuntimeEngine:
         """Compare the card's tensor names with the file's."""
         inputs = [tensor.name for tensor in self._session.get_inputs()]
         outputs = [tensor.name for tensor in self._session.get_outputs()]
-        if self._input not in inputs or self._output not in outputs:
+        wanted = {self._inputs.tiles, self._inputs.condition} - {None}
+        if set(inputs) != wanted or not set(self._outputs) <= set(outputs):
+            ours = " and ".join(f"'{name}'" for name in sorted(map(str, wanted)))
+            names = ", ".join(f"'{name}'" for name in self._outputs)
             msg = (
-                f"engine '{self.name}': the card says input '{self._input}' and output "
-                f"'{self._output}', '{model}' has {inputs} and {outputs}"
+                f"engine '{self.name}': the card says input {ours} and output {names}, "
+                f"'{model}' has {inputs} and {outputs}"
             )
             raise EngineError(msg)
 
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
-    ) -> NDArray[Any]:
-        """Map (N, C, H, W) float32 tiles to the network's output, a new array.
-
-        Raises
-        ------
-        EngineError
-            If the shape is not that it was opened for; names the tensor.
-        """
-        check_input(self.name, self._input, self.shape, tiles, condition)
+    ) -> Outputs:
+        """Run the network, see `rtfocus.processing.seam.Engine.infer`."""
+        self._inputs.check(tiles, condition)
         if self._session is None:
             msg = f"engine '{self.name}' is closed"
             raise EngineError(msg)
+        tensors = {self._inputs.tiles: tiles}
+        if condition is not None:
+            tensors[str(self._inputs.condition)] = condition
         try:
-            outputs = self._session.run([self._output], {self._input: tiles})
+            found = self._session.run(list(self._outputs), tensors)
         except Exception as error:  # its errors share no base class but Exception
-            msg = f"engine '{self.name}' failed on '{self._input}': {error}"
+            msg = f"engine '{self.name}' failed on '{self._inputs.tiles}': {error}"
             raise EngineError(msg) from error
-        return np.asarray(outputs[0])
+        return {
+            name: np.asarray(array)
+            for name, array in zip(self._outputs, found, strict=True)
+        }
 
     def close(self) -> None:
         """Free the session."""

@@ -1,4 +1,4 @@
-"""OpenVINO backend: the default runtime, compiled for one frame shape."""
+"""OpenVINO backend: the default runtime, compiled for one input shape."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,48 +7,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.inputs import check_input
+from rtfocus.processing.engines.inputs import Inputs, Shape
 from rtfocus.processing.engines.openvino_import import import_openvino
+from rtfocus.processing.seam import Outputs
 
 
 class OpenVinoEngine:
     """A network compiled by OpenVINO for the CPU.
 
     Not for use from several threads at once: it holds one infer request, whose
-    input tensor is the caller's array (no copy) and whose output is copied out.
+    input tensors are the caller's arrays (no copy) and whose outputs are copied out.
     """
 
     backend = "openvino"
 
     def __init__(
         self,
-        name: str,
         model: Path,
+        inputs: Inputs,
+        outputs: tuple[str, ...],
         *,
-        input_name: str,
-        output_name: str,
-        shape: tuple[int, int, int, int] | None,
         precision: Literal["auto", "f32", "bf16"] = "auto",
         threads: int = 1,
     ) -> None:
-        self.name = name
-        self.shape = shape
-        self._input = input_name
+        self.name = inputs.engine
+        self._inputs = inputs
         self._openvino: Any = import_openvino()
         try:
             core = self._openvino.Core()
             capable = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-            self.precision = _resolve(list(capable), name, precision)
+            self.precision = _resolve(list(capable), self.name, precision)
             network = core.read_model(model)
-            if shape is not None:
-                network.reshape({input_name: list(shape)})
+            if inputs.shape is not None:
+                network.reshape(_shapes(inputs, inputs.shape))
             compiled = core.compile_model(network, "CPU", self._options(threads))
             self._request = compiled.create_infer_request()
-            self._output = compiled.output(output_name)
+            self._outputs = {name: compiled.output(name) for name in outputs}
         except RuntimeError as error:
+            names = ", ".join(f"'{name}'" for name in outputs)
             msg = (
-                f"engine '{name}': OpenVINO cannot load '{model}' with input "
-                f"'{input_name}' {shape} and output '{output_name}': {error}"
+                f"engine '{self.name}': OpenVINO cannot load '{model}' with input "
+                f"'{inputs.tiles}' {inputs.shape} and output {names}: {error}"
             )
             raise EngineError(msg) from error
 
@@ -64,30 +63,40 @@ class OpenVinoEngine:
 
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
-    ) -> NDArray[Any]:
-        """Map (N, C, H, W) float32 tiles to the network's output, a new array.
-
-        Raises
-        ------
-        EngineError
-            If the shape is not the compiled one; names the tensor.
-        """
-        check_input(self.name, self._input, self.shape, tiles, condition)
+    ) -> Outputs:
+        """Run the network, see `rtfocus.processing.seam.Engine.infer`."""
+        self._inputs.check(tiles, condition)
         if self._request is None:
             msg = f"engine '{self.name}' is closed"
             raise EngineError(msg)
-        tensor = self._openvino.Tensor(np.ascontiguousarray(tiles), shared_memory=True)
+        tensors = {self._inputs.tiles: self._tensor(tiles)}
+        if condition is not None:
+            tensors[str(self._inputs.condition)] = self._tensor(condition)
         try:
-            self._request.infer({self._input: tensor}, share_inputs=True)
+            self._request.infer(tensors, share_inputs=True)
         except RuntimeError as error:
-            msg = f"engine '{self.name}' failed on '{self._input}': {error}"
+            msg = f"engine '{self.name}' failed on '{self._inputs.tiles}': {error}"
             raise EngineError(msg) from error
-        return np.array(self._request.get_tensor(self._output).data)
+        return {
+            name: np.array(self._request.get_tensor(output).data)
+            for name, output in self._outputs.items()
+        }
+
+    def _tensor(self, array: NDArray[np.float32]) -> Any:  # noqa: ANN401
+        return self._openvino.Tensor(np.ascontiguousarray(array), shared_memory=True)
 
     def close(self) -> None:
         """Free the compiled network."""
         self._request = None
-        self._output = None
+        self._outputs = {}
+
+
+def _shapes(inputs: Inputs, tiles: Shape) -> dict[str, list[int]]:
+    """Return the shape of every input."""
+    shapes = {inputs.tiles: list(tiles)}
+    if inputs.condition is not None:
+        shapes[inputs.condition] = [tiles[0], inputs.entries]
+    return shapes
 
 
 def _resolve(capabilities: list[str], name: str, precision: str) -> str:

@@ -1,0 +1,112 @@
+"""Frame tiles: where a restorer's tiles lie, which are needed, and what is known.
+
+They have nothing to do with the tiles that the classifier labels: those say how
+much of every pixel is to be restored, and what is told of a restorer's tile.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.frame import DefocusMap, TileGrid
+from rtfocus.processing.engines.card_sections import InputCard
+from rtfocus.processing.fourier import pad
+from rtfocus.processing.tiling import Montage, Region, defocused
+from rtfocus.processing.windows import AxisWindows, windows_of_size
+
+Image = NDArray[np.float32]
+Place = tuple[int, int]
+"""Row and column of a tile."""
+
+
+def restored_share(montage: Montage, labels: NDArray[np.int16]) -> Image:
+    """Return how much of every pixel is to be restored, axes (y, x).
+
+    Exactly 0 where only tiles in focus and background reach.
+    """
+    whole = Region(slice(0, montage.shape[0]), slice(0, montage.shape[1]))
+    return montage.weights(defocused(labels).astype(np.int16), 1, whole)
+
+
+class FrameTiles:
+    """A restorer's tiles on frames of one size.
+
+    Parameters
+    ----------
+    card
+        Input of the restorer.
+    shape
+        Height and width of the frame.
+    """
+
+    def __init__(self, card: InputCard, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self._halo_px = card.halo_px
+        self._down = windows_of_size(shape[0], card.tile_px, card.halo_px)
+        self._across = windows_of_size(shape[1], card.tile_px, card.halo_px)
+        self._row_weights = self._down.weights()
+        self._column_weights = self._across.weights()
+
+    def needed(self, share: Image) -> list[Place]:
+        """Return the tiles that weigh in any pixel to be restored."""
+        padded = np.pad(share > 0, self._halo_px)
+        places = np.ndindex(self._down.count, self._across.count)
+        return [place for place in places if padded[self._spans(place)].any()]
+
+    def cut(self, planes: Image, places: list[Place]) -> Image:
+        """Cut tiles out of planes (channel, y, x), mirrored beyond the frame.
+
+        Returns
+        -------
+        Image
+            New array, axes (tile, channel, y, x).
+        """
+        size = self._down.length_px, self._across.length_px
+        padded = pad(planes, size, self._halo_px, "symmetric")
+        return np.stack([padded[:, *self._spans(place)] for place in places])
+
+    def join(self, tiles: Image, places: list[Place]) -> Image:
+        """Blend tiles (tile, channel, y, x) into planes (channel, y, x).
+
+        Pixels that no tile reaches are 0.
+        """
+        size = self._down.length_px, self._across.length_px
+        result = np.zeros((tiles.shape[1], *size), np.float32)
+        for tile, (row, column) in zip(tiles, places, strict=True):
+            weights = self._row_weights[row][:, None] * self._column_weights[column]
+            result[:, *self._spans((row, column))] += weights * tile
+        halo = self._halo_px
+        height, width = self.shape
+        return result[:, halo : halo + height, halo : halo + width]
+
+    def defocus_um(self, found: DefocusMap, places: list[Place]) -> Image:
+        """Return the mean defocus of every tile by what the classifier says.
+
+        Its tiles out of focus count by their confidence, those around the
+        restorer's own pixels; NaN where there is none.
+        """
+        grid = found.grid
+        weights = np.where(defocused(found.level), found.confidence, 0)
+        weights = weights.astype(np.float32)
+        values = np.nan_to_num(found.defocus_um)
+        result = np.full(len(places), np.nan, np.float32)
+        for index, (row, column) in enumerate(places):
+            near = np.ix_(
+                self._near(self._down, row, grid, grid.rows),
+                self._near(self._across, column, grid, grid.columns),
+            )
+            total = weights[near].sum()
+            if total > 0:
+                result[index] = (weights[near] * values[near]).sum() / total
+        return result
+
+    def _near(
+        self, axis: AxisWindows, index: int, grid: TileGrid, count: int
+    ) -> NDArray[np.bool_]:
+        """Return which of the classifier's tiles reach the own pixels of a tile."""
+        centres = grid.origin_px + grid.stride_px * np.arange(count)
+        middle = (index + 0.5) * axis.own_px
+        reach = axis.own_px / 2 + max(axis.halo_px / 2, grid.stride_px)
+        return np.asarray(np.abs(centres - middle) <= reach)
+
+    def _spans(self, place: Place) -> tuple[slice, slice]:
+        return self._down.span(place[0]), self._across.span(place[1])
