@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from engine_kit import ENTRIES, SIGNED_LABELS, write_brightness_joint
-from network_kit import write_restorer
+from network_kit import quantise, write_restorer
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.backends import BACKENDS, Request, choose_backend
@@ -148,9 +148,12 @@ def test_a_missing_or_wrong_condition_names_the_tensor_and_the_shape(joint):
         joint.infer(tiles, np.zeros((2, 4), np.float32))
 
 
-def test_an_fp16_file_gives_nearly_the_same(backend, tmp_path):
+def test_fp16_and_int8_files_give_nearly_the_same(backend, tmp_path):
     full = write_restorer(tmp_path / "fp32.onnx")
-    files = {"fp16": write_restorer(tmp_path / "fp16.onnx", half=True)}
+    files = {
+        "fp16": write_restorer(tmp_path / "fp16.onnx", half=True),
+        "int8": quantise(full, tmp_path / "int8.onnx"),
+    }
     rng = np.random.default_rng(2)
     tiles = rng.random((1, 1, 32, 48), np.float32)
     condition = rng.random((1, 5), np.float32)
@@ -164,7 +167,7 @@ def test_an_fp16_file_gives_nearly_the_same(backend, tmp_path):
 
     wanted = restored(full)
     spread = wanted.std()
-    for precision, largest in (("fp16", 0.01),):
+    for precision, largest in (("fp16", 0.01), ("int8", 0.1)):
         error = np.sqrt(np.mean((restored(files[precision]) - wanted) ** 2))
         assert 0 < error < largest * spread, precision
 

@@ -152,7 +152,7 @@ def test_restoring_twice_gives_the_same_bits(exposed, psfs):
 def test_one_restorer_serves_several_threads(exposed, psfs):
     restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs)
     rng = np.random.default_rng(1)
-    jobs = [rng.integers(-1, 11, (5, 5)).astype(np.int16) for _ in range(12)]
+    jobs = [rng.integers(0, 11, (5, 5)).astype(np.int16) for _ in range(12)]
     alone = [restore(exposed[5], labels, psfs) for labels in jobs]
     results = [np.empty(SHAPE, np.float32) for _ in jobs]
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.inputs import Inputs, Shape
 from rtfocus.processing.engines.openvino_import import import_openvino
+from rtfocus.processing.engines.openvino_int8 import use_unsigned_features
 from rtfocus.processing.seam import Outputs
 
 
@@ -38,6 +39,7 @@ class OpenVinoEngine:
             capable = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             self.precision = _resolve(list(capable), self.name, precision)
             network = core.read_model(model)
+            use_unsigned_features(self._openvino, network)
             if inputs.shape is not None:
                 network.reshape(_shapes(inputs, inputs.shape))
             compiled = core.compile_model(network, "CPU", self._options(threads))
