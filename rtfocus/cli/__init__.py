@@ -6,7 +6,18 @@ import sys
 import typer
 
 from rtfocus import __version__
-from rtfocus.cli import check, demo, doctor, live, offline, psf, train
+from rtfocus.cli import (
+    check,
+    demo,
+    doctor,
+    engines,
+    evaluate,
+    kernels,
+    live,
+    offline,
+    psf,
+    train,
+)
 from rtfocus.errors import RtfocusError
 
 app = typer.Typer(
@@ -24,6 +35,9 @@ check.add_to(app)
 doctor.add_to(app)
 train.add_to(app)
 psf.add_to(app)
+evaluate.add_to(app)
+kernels.add_to(app)
+app.add_typer(engines.app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,182 @@
+"""Evaluate command: engines side by side on images whose truth is known."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.cli.options import read_config
+from rtfocus.config import Config
+from rtfocus.errors import ConfigError
+from rtfocus.evaluation.contenders import Contender, contender
+from rtfocus.evaluation.data_sets import find_data_set
+from rtfocus.evaluation.report import write_report
+from rtfocus.evaluation.run import Outcome
+from rtfocus.evaluation.run import evaluate as evaluate_one
+from rtfocus.evaluation.samples import DataSet
+from rtfocus.evaluation.tables import LEVEL_COLUMNS, RESTORED_COLUMNS, tables
+
+DATA_VARIABLE = "RTFOCUS_DATA"
+# Wide enough for every column where nobody's terminal says how wide it is.
+_PIPED_WIDTH = 160
+
+
+class Told(StrEnum):
+    """What engines are told of the optics."""
+
+    OPTICS = "optics"
+    NOTHING = "nothing"
+    BOTH = "both"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(evaluate)
+
+
+def evaluate(
+    engines: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ENGINE...",
+            help="Engines by name or folder, wiener, richardson_lucy, "
+            "richardson_lucy_accelerated, or METHOD:exact, told the defocus.",
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET",
+            help="bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp, synthetic, "
+            "synthetic_signed, _dim, _even, _other, or a folder with sharp/ and "
+            "others beside it; repeatable.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for tables and pictures.")
+    ] = Path("evaluation"),
+    tell: Annotated[
+        Told, typer.Option(help="Tell engines the optics, nothing, or try both.")
+    ] = Told.OPTICS,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="The same as --tell nothing.")
+    ] = False,
+    optics: Annotated[
+        str | None,
+        typer.Option(metavar="CONFIG", help="Config with the optics of a folder."),
+    ] = None,
+    channel: Annotated[str, typer.Option(help="Channel of that config.")] = "default",
+    classifier: Annotated[
+        str, typer.Option(help="Finds the defocus for restorers.")
+    ] = "delpnet",
+    data_folder: Annotated[
+        Path | None,
+        typer.Option(envvar=DATA_VARIABLE, help="Where the published images lie."),
+    ] = None,
+    engine_folder: Annotated[
+        list[Path] | None, typer.Option(help="Folder with further engines; repeatable.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of networks and Fourier transforms.")
+    ] = 1,
+    precision: Annotated[
+        str, typer.Option(help="auto, f32, bf16, fp16 or int8, as in a config.")
+    ] = "auto",
+) -> None:
+    """Measure engines side by side: quality, levels, cost; tables and pictures.
+
+    [bold]Example:[/] rtfocus evaluate delpnet wiener richardson_lucy
+    --data bbbc006_pairs --data-folder images -o evaluation
+    """
+    folders = engine_folder or []
+    sets = [
+        find_data_set(name, data_folder, _optics(optics, channel))
+        for name in data or ["bbbc006_pairs"]
+    ]
+    told = Told.NOTHING if blind else tell
+    # A method that is built in is the same row either way.
+    contenders = {
+        one.title: one
+        for name in engines
+        for one in (
+            contender(name, classifier=classifier, blind=way, folders=folders)
+            for way in _ways(told)
+        )
+    }
+    outcomes = _run(
+        list(contenders.values()),
+        sets,
+        lambda one, data: one.config(
+            data, folders=folders, threads=threads, precision=precision
+        ),
+    )
+    _show(outcomes)
+    command = shlex.join(["rtfocus", *sys.argv[1:]])
+    for path in write_report(output, outcomes, command=command):
+        typer.echo(str(path))
+
+
+def _run(
+    contenders: list[Contender],
+    sets: list[DataSet],
+    configure: Callable[[Contender, DataSet], Config],
+) -> list[Outcome]:
+    """Run every contender over every data set, with a bar on standard error."""
+    outcomes: list[Outcome] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for data in sets:
+            frames = sum(1 for _ in data.samples())
+            for one in contenders:
+                task = progress.add_task(f"{one.title} on {data.name}", total=frames)
+                advance = partial(progress.advance, task)
+                config = configure(one, data)
+                outcomes.append(evaluate_one(one, data, config, on_frame=advance))
+                progress.remove_task(task)
+    return outcomes
+
+
+def _ways(told: Told) -> tuple[bool, ...]:
+    """Whether engines run blind."""
+    return {
+        Told.OPTICS: (False,),
+        Told.NOTHING: (True,),
+        Told.BOTH: (False, True),
+    }[told]
+
+
+def _optics(config: str | None, channel: str) -> OpticalSystem | None:
+    if config is None:
+        return None
+    found = read_config(config, None).channel(channel).optics
+    if found is None:
+        msg = f"config '{config}' states no optics for channel '{channel}'"
+        raise ConfigError(msg)
+    return found
+
+
+def _show(outcomes: list[Outcome]) -> None:
+    """Print one table per data set and kind of figure."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
+    for title, columns, rows in zip(
+        ("restored images", "defocus of tiles"),
+        (RESTORED_COLUMNS, LEVEL_COLUMNS),
+        tables(outcomes),
+        strict=True,
+    ):
+        for name in dict.fromkeys(row[0] for row in rows):
+            table = Table(*columns[1:], title=f"{name}: {title}")
+            for row in rows:
+                if row[0] == name:
+                    table.add_row(*row[1:])
+            console.print(table)

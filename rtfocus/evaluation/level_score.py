@@ -1,0 +1,135 @@
+"""Level score: how often labels are right, how far off, how honest confidence is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+
+_BINS = 15
+
+
+@dataclass
+class LevelScore:
+    """Tiles of many frames, counted; tiles without a specimen are left out.
+
+    Parameters
+    ----------
+    levels
+        Labels an engine can give, ascending, background apart.
+    """
+
+    levels: tuple[int, ...]
+    confusion: Labels = field(init=False)
+    """Tiles by true level (row) and found label (column); background is last."""
+    right: int = field(init=False, default=0)
+    """Tiles with a level within the true range."""
+    close: int = field(init=False, default=0)
+    """Tiles at most one level outside it."""
+    sided: int = field(init=False, default=0)
+    """Tiles whose true and found levels both have a sign that can be compared."""
+    right_side: int = field(init=False, default=0)
+    """Those of them with the right sign."""
+
+    def __post_init__(self) -> None:
+        count = len(self.levels)
+        self.confusion = np.zeros((count, count + 1), dtype=np.int64)
+        self._bins = np.zeros((_BINS, 3))
+        self._errors_um: list[NDArray[np.float64]] = []
+
+    def add(
+        self,
+        true: tuple[float, float],
+        found: Labels,
+        confidence: NDArray[np.float32],
+        *,
+        background: int,
+        sided: bool = False,
+    ) -> None:
+        """Count the tiles of one frame.
+
+        Parameters
+        ----------
+        true
+            Lowest and highest defocus in levels; equal where it is exact.
+        found
+            Label of every tile with a specimen; any shape.
+        confidence
+            Probability of that label.
+        background
+            The label that means no specimen.
+        sided
+            Whether the sign of the truth counts.
+        """
+        known = np.array(self.levels)
+        lowest, highest = (self._nearest(value) for value in true)
+        empty = found == background
+        level = np.where(empty, 0, found)
+        off = np.maximum(np.maximum(lowest - level, level - highest), 0)
+        right = ~empty & (off == 0)
+        self.right += int(right.sum())
+        self.close += int((~empty & (off <= 1)).sum())
+        in_focus = true[0] <= 0.0 <= true[1]
+        nominal = 0.0 if in_focus else sum(true) / 2
+        row = int(np.searchsorted(known, self._nearest(nominal)))
+        column = np.where(empty, len(known), np.searchsorted(known, level))
+        np.add.at(self.confusion[row], column.ravel(), 1)
+        if true[0] == true[1]:
+            # Against a range of levels every confidence would look too small.
+            self._count_confidence(confidence.ravel(), right.ravel())
+        if sided:
+            with_sign = ~empty & (level != 0)
+            side = 1 if sum(true) > 0 else -1
+            self.sided += int(with_sign.sum())
+            self.right_side += int((with_sign & (np.sign(level) == side)).sum())
+
+    def add_errors(self, error_um: NDArray[np.float64]) -> None:
+        """Count how far the found defocus of tiles lies from the true one."""
+        self._errors_um.append(np.abs(error_um[np.isfinite(error_um)]))
+
+    @property
+    def tiles(self) -> int:
+        """Tiles with a specimen."""
+        return int(self.confusion.sum())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the shares as plain numbers; None where nothing was counted."""
+        errors = np.concatenate([*self._errors_um, np.zeros(0)])
+        return {
+            "tiles": self.tiles,
+            "accuracy": share(self.right, self.tiles),
+            "within_one": share(self.close, self.tiles),
+            "sign_right": share(self.right_side, self.sided),
+            "called_background": share(int(self.confusion[:, -1].sum()), self.tiles),
+            "calibration_error": self._calibration_error(),
+            "mean_error_um": round(float(errors.mean()), 3) if errors.size else None,
+            "levels": list(self.levels),
+            "confusion": self.confusion.tolist(),
+        }
+
+    def _nearest(self, level: float) -> int:
+        """Return the label nearest to a defocus in levels; halves go up."""
+        known = np.array(self.levels)
+        return int(known[np.argmin(np.abs(known - np.floor(level + 0.5)))])
+
+    def _count_confidence(
+        self, confidence: NDArray[np.float32], right: NDArray[np.bool_]
+    ) -> None:
+        places = np.clip((confidence * _BINS).astype(int), 0, _BINS - 1)
+        np.add.at(self._bins[:, 0], places, 1)
+        np.add.at(self._bins[:, 1], places, confidence)
+        np.add.at(self._bins[:, 2], places, right)
+
+    def _calibration_error(self) -> float | None:
+        """Return the expected gap between confidence and share right."""
+        count, confidence, right = self._bins.T
+        if not count.sum():
+            return None
+        return round(float(np.abs(confidence - right).sum() / count.sum()), 4)
+
+
+def share(part: int, whole: int) -> float | None:
+    """Return part / whole to four digits; None where there is nothing."""
+    return round(part / whole, 4) if whole else None

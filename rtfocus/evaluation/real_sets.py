@@ -1,0 +1,153 @@
+"""Real sets: published planes whose distance from focus is known, by name.
+
+Rows a19 to a24 of the BBBC006 pairs and field A in actin are for validation: no
+shipped engine was trained on them.
+"""
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.errors import InputError
+from rtfocus.evaluation.samples import BBBC006, DataSet, Sample
+from rtfocus.images import open_images
+
+VALIDATION_ROWS = ("a19*", "a2*")
+# Planes of the stacks are 2 um apart and focus is a plane, not a point; "10 um" lies
+# at 10 to 12 um in the fitted optics, "-32 um" at the far end of their levels.
+_SHARP_UM = (-2.3, 2.3)
+_TEN_UM = (8.8, 13.2)
+_EIGHT_UM = (6.6, 11.0)
+_FAR_UM = (-40.0, -19.8)
+_EIGHT_BIT = 255.0
+
+
+def bbbc006_pairs(folder: Path) -> DataSet:
+    """Nuclei, sharp and about 10 um defocused, 8 bit, validation rows."""
+
+    def samples() -> Iterator[Sample]:
+        for path in _matching(folder / "bbbc006_pairs" / "sharp", VALIDATION_ROWS):
+            sharp = _read(path)
+            blurred = _read(folder / "bbbc006_pairs" / "defocus10um" / path.name)
+            name = path.stem
+            yield Sample(name, blurred, sharp, _TEN_UM, "10 um", _EIGHT_BIT, sided=True)
+            yield Sample(f"{name} sharp", sharp, sharp, _SHARP_UM, "sharp", _EIGHT_BIT)
+
+    title = "BBBC006 nuclei, rows a19-a24, sharp and 10 um; range 255"
+    return DataSet("bbbc006_pairs", title, BBBC006, 0.0, samples)
+
+
+def bbbc006_factin(folder: Path) -> DataSet:
+    """Actin, one field at 8 and 10 um, 8 bit."""
+
+    def samples() -> Iterator[Sample]:
+        place = folder / "bbbc006_factin"
+        sharp = _read(place / "A_sharp.tif")
+        for name, group, span in (
+            ("A_defocus08um", "8 um", _EIGHT_UM),
+            ("A_defocus10um", "10 um", _TEN_UM),
+            ("A_sharp", "sharp", _SHARP_UM),
+        ):
+            sided = group != "sharp"
+            pixels = _read(place / f"{name}.tif")
+            yield Sample(name, pixels, sharp, span, group, _EIGHT_BIT, sided=sided)
+
+    title = "BBBC006 actin, field A at 8 and 10 um; range 255"
+    return DataSet("bbbc006_factin", title, BBBC006, 0.0, samples)
+
+
+def bbbc006_16bit(folder: Path) -> DataSet:
+    """Nuclei at full depth: planes in focus and at the far end of the stack."""
+
+    def samples() -> Iterator[Sample]:
+        place = folder / "bbbc006_16bit"
+        sharp = {path.name: _read(path) for path in _matching(place / "in_focus")}
+        for path in _matching(place / "z00_minus32um"):
+            pixels, truth = _read(path), sharp.get(path.name)
+            span = float(np.ptp(pixels if truth is None else truth))
+            yield Sample(path.stem, pixels, truth, _FAR_UM, "-32 um", span, sided=True)
+        for name, pixels in sharp.items():
+            if fnmatch(name, "a01*") or fnmatch(name, "a03*"):
+                span = float(np.ptp(pixels))
+                yield Sample(name, pixels, pixels, _SHARP_UM, "sharp", span)
+
+    title = "BBBC006 nuclei, 12-bit counts, sharp and -32 um; range of the sharp plane"
+    return DataSet("bbbc006_16bit", title, BBBC006, 0.0, samples)
+
+
+def sharp(folder: Path) -> DataSet:
+    """Every kind of image in focus: what comes out should be what went in."""
+
+    def samples() -> Iterator[Sample]:
+        for pattern, group in _IN_FOCUS:
+            for path in sorted(folder.glob(pattern)):
+                for name, pixels in _planes(path):
+                    eight_bit = pixels.dtype == np.uint8
+                    span = _EIGHT_BIT if eight_bit else float(np.ptp(pixels))
+                    yield Sample(name, pixels, pixels, _SHARP_UM, group, span)
+
+    title = "images in focus against themselves; range 255 or that of the image"
+    return DataSet("sharp", title, BBBC006, 0.0, samples)
+
+
+REAL_SETS: dict[str, Callable[[Path], DataSet]] = {
+    one.__name__: one for one in (bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp)
+}
+"""Data sets by name; each takes the folder of the published images."""
+
+# Pattern and kind; the first ones were never trained on.
+_IN_FOCUS = (
+    ("bbbc006_pairs/sharp/a19*.tif", "nuclei"),
+    ("bbbc006_pairs/sharp/a2*.tif", "nuclei"),
+    ("bbbc006_factin/A_sharp.tif", "actin"),
+    ("bbbc006_16bit/in_focus/a0[13]*.tif", "nuclei, 16 bit"),
+    ("in_focus/bbbc022/*.tif", "cell painting"),
+    ("in_focus/cellprofiler_*/*.tif", "cells"),
+    ("in_focus/neubias/*.tif", "cells and tissue"),
+    ("in_focus/stardist/*", "stained tissue"),
+    ("sephace_brightfield_Set1/*1352.25*.tif", "unstained cells"),
+)
+_MOST_SIDE_PX = 768
+
+
+def _planes(path: Path) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    """Yield every plane of a file, the middle of large ones."""
+    for series in open_images(path):
+        for index in series.indices():
+            rows, columns = (
+                slice(
+                    (n - min(n, _MOST_SIDE_PX)) // 2, (n + min(n, _MOST_SIDE_PX)) // 2
+                )
+                for n in series.shape[:2]
+            )
+            place = "".join(f" {axis}{n}" for axis, n in index.items() if n)
+            yield f"{series.name}{place}", series.read(**index)[rows, columns]
+
+
+def _matching(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
+    """Return the TIFFs of a folder whose names match.
+
+    Raises
+    ------
+    InputError
+        If there are none.
+    """
+    found = [
+        path
+        for path in sorted(folder.glob("*.tif"))
+        if any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
+    if not found:
+        msg = (
+            f"'{folder}' holds no {' or '.join(patterns)}; say where the published "
+            "images lie with --data-folder"
+        )
+        raise InputError(msg)
+    return found
+
+
+def _read(path: Path) -> NDArray[np.generic]:
+    return open_images(path)[0].read()

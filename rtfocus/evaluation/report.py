@@ -1,0 +1,194 @@
+"""Report: outcomes as one JSON file, one Markdown file and pictures."""
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rtfocus import __version__
+from rtfocus.errors import InputError
+from rtfocus.evaluation.pictures import save_confusion, save_side_by_side
+from rtfocus.evaluation.run import Outcome
+from rtfocus.evaluation.tables import LEVEL_COLUMNS, RESTORED_COLUMNS, Rows, tables
+
+JSON_NAME = "evaluation.json"
+MARKDOWN_NAME = "evaluation.md"
+
+
+def write_report(
+    folder: Path, outcomes: Sequence[Outcome], *, command: str
+) -> list[Path]:
+    """Write a report and return the paths written.
+
+    Parameters
+    ----------
+    folder
+        Made if needed; a report of an earlier evaluation is replaced.
+    outcomes
+        In the order of the tables.
+    command
+        That made them, for whoever reads them later.
+
+    Raises
+    ------
+    InputError
+        If the disk refuses it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = as_json(outcomes, command=command)
+        paths = [folder / JSON_NAME, folder / MARKDOWN_NAME]
+        text = json.dumps(content, indent=1, allow_nan=False)
+        paths[0].write_text(text, encoding="utf-8")
+        paths[1].write_text(markdown(outcomes, command=command), encoding="utf-8")
+        paths += _pictures(folder, outcomes)
+    except OSError as error:
+        msg = f"'{folder}' cannot be written: {error}"
+        raise InputError(msg) from error
+    return paths
+
+
+def as_json(outcomes: Sequence[Outcome], *, command: str) -> dict[str, Any]:
+    """Return everything that was measured as plain values."""
+    return {
+        "command": command,
+        "rtfocus": __version__,
+        "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "data": {one.data.name: one.data.title for one in outcomes},
+        "outcomes": [_outcome(one) for one in outcomes],
+    }
+
+
+def markdown(outcomes: Sequence[Outcome], *, command: str) -> str:
+    """Return the tables in Markdown."""
+    restored, levels = tables(outcomes)
+    lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {machine()}.", ""]
+    titles = {one.data.name: one.data.title for one in outcomes}
+    lines += [f"- **{name}**: {title}" for name, title in titles.items()]
+    for heading, columns, rows in (
+        ("Restored images", RESTORED_COLUMNS, restored),
+        ("Defocus of tiles", LEVEL_COLUMNS, levels),
+    ):
+        if rows:
+            lines += ["", f"## {heading}", "", *_table(columns, rows)]
+    by_group = [line for one in outcomes for line in _groups(one)]
+    if by_group:
+        lines += ["", "## By group", "", *by_group]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Return processor, usable threads and load: milliseconds depend on them."""
+    process = psutil.Process()
+    usable = psutil.cpu_count()
+    if hasattr(process, "cpu_affinity"):
+        usable = len(process.cpu_affinity())
+    return (
+        f"{_processor()}, {usable} usable threads, load {psutil.getloadavg()[0]:.1f} "
+        "at the end"
+    )
+
+
+def _outcome(one: Outcome) -> dict[str, Any]:
+    contender = one.contender
+    return {
+        "engine": contender.name,
+        "title": contender.title,
+        "kind": "builtin" if contender.engine is None else contender.engine.kind,
+        "classifier": contender.classifier and Path(contender.classifier).name,
+        "blind": contender.blind,
+        "data": one.data.name,
+        "multiply_adds_per_pixel": contender.multiply_adds_per_pixel(),
+        "ms_per_megapixel": one.ms_per_megapixel,
+        "cpu_ms_per_megapixel": one.cpu_ms_per_megapixel,
+        "restored": one.groups(),
+        "levels": None if one.levels is None else one.levels.summary(),
+        "levels_by_group": {
+            name: score.summary() for name, score in one.levels_by_group.items()
+        },
+        "frames": [
+            {
+                "name": frame.name,
+                "before_db": round(frame.before.psnr_db, 3),
+                "after_db": round(frame.after.psnr_db, 3),
+            }
+            for frame in one.frames
+        ],
+    }
+
+
+def _groups(one: Outcome) -> list[str]:
+    """Return a small table of one contender on one data set, by group."""
+    images, levels = one.groups(), one.levels_by_group
+    names = [name for name in dict.fromkeys([*images, *levels]) if name != "all"]
+    if len(names) < 2:
+        return []
+    rows = []
+    for name in names:
+        image = images.get(name)
+        score = levels[name].summary() if name in levels else None
+        rows.append(
+            [
+                name,
+                *(
+                    ["", "", ""]
+                    if image is None
+                    else [
+                        f"{image['before']['psnr_db']:.2f}",
+                        f"{image['after']['psnr_db']:.2f}",
+                        f"{image['after']['ssim']:.4f}",
+                    ]
+                ),
+                *(
+                    ["", "", ""]
+                    if score is None
+                    else [
+                        str(score["tiles"]),
+                        str(score["accuracy"]),
+                        str(score["within_one"]),
+                    ]
+                ),
+            ]
+        )
+    columns = ("group", "before dB", "after dB", "SSIM", "tiles", "right", "within one")
+    heading = f"**{one.contender.title}** on {one.data.name}"
+    return [heading, "", *_table(columns, rows), ""]
+
+
+def _table(columns: Sequence[str], rows: Rows) -> list[str]:
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _pictures(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
+    paths = []
+    for name, data in {one.data.name: one.data for one in outcomes}.items():
+        path = folder / f"images_{name}.png"
+        same = [one for one in outcomes if one.data.name == name]
+        if save_side_by_side(path, data, same):
+            paths.append(path)
+    for one in outcomes:
+        if one.levels is not None and one.levels.tiles:
+            told = "_blind" if one.contender.blind else ""
+            path = folder / f"confusion_{one.contender.name}{told}_{one.data.name}.png"
+            save_confusion(path, f"{one.contender.title}, {one.data.name}", one.levels)
+            paths.append(path)
+    return paths
+
+
+def _processor() -> str:
+    """Return the model's name; Linux hides it from ``platform``."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,260 @@
+"""Run: one contender over one data set, frame by frame through the live loop's code."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.config import Config
+from rtfocus.evaluation.contenders import Contender
+from rtfocus.evaluation.exact import restore_exactly
+from rtfocus.evaluation.level_score import LevelScore
+from rtfocus.evaluation.samples import DataSet, Sample
+from rtfocus.evaluation.specimen_tiles import specimen_tiles
+from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
+from rtfocus.processing.correction import luminance
+from rtfocus.processing.engines.card_sections import BACKGROUND_LABEL, OutputCard
+from rtfocus.processing.engines.fit import parts, step_um
+from rtfocus.processing.offline import ImageProcessor
+from rtfocus.processing.quality import mse, pearson, psnr, ssim
+
+Image = NDArray[np.float32]
+
+# PSNR of images that are equal: a number, so that tables and means stay finite.
+EQUAL_DB = 100.0
+SHOWN = 4
+"""Frames of a data set that are kept for the picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How close one image is to the sharp one."""
+
+    psnr_db: float
+    ssim: float
+    pcc: float
+    mse: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One frame before and after."""
+
+    name: str
+    group: str
+    before: Figures
+    after: Figures
+
+
+@dataclass
+class Outcome:
+    """Everything about one contender on one data set."""
+
+    contender: Contender
+    data: DataSet
+    frames: list[Scored] = field(default_factory=list)
+    """Restored ones whose sharp image is known."""
+    levels: LevelScore | None = None
+    """None: nothing that an engine found itself could be compared."""
+    levels_by_group: dict[str, LevelScore] = field(default_factory=dict)
+    ms_per_megapixel: float | None = None
+    """Median over the frames, the first one of every size left out."""
+    cpu_ms_per_megapixel: float | None = None
+    """The same in processor time of all threads: holds on a busy machine too."""
+    images: dict[str, Image] = field(default_factory=dict)
+    """Restored frames for the picture, by name."""
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """Return the mean figures by group.
+
+        ``all`` comes first: every frame but those that are the sharp image itself,
+        unless there are no others.
+        """
+        if not self.frames:
+            return {}
+        changed = [one for one in self.frames if one.before.psnr_db < EQUAL_DB]
+        groups = {"all": changed or self.frames}
+        for one in self.frames:
+            groups.setdefault(one.group, []).append(one)
+        return {name: mean_figures(frames) for name, frames in groups.items()}
+
+
+def evaluate(
+    one: Contender,
+    data: DataSet,
+    config: Config,
+    *,
+    on_frame: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run one contender over one data set.
+
+    Parameters
+    ----------
+    one
+        The contender.
+    data
+        The frames.
+    config
+        From `Contender.config`.
+    on_frame
+        Called after every frame.
+
+    Raises
+    ------
+    EngineError
+        If the engine cannot run.
+    InputError
+        If a frame cannot be read.
+    """
+    outcome = Outcome(one, data)
+    if one.is_told_the_defocus:
+        for sample in data.samples():
+            _score_image(outcome, sample, restore_exactly(one.method, data, sample))
+            on_frame()
+        return outcome
+    times = _Times()
+    with ImageProcessor(config) as processor:
+        for sample in data.samples():
+            with times.of(sample):
+                result = (
+                    processor.restore(sample.pixels)
+                    if one.restores
+                    else processor.classify(sample.pixels)
+                )
+            if result.restored is not None:
+                _score_image(outcome, sample, result.restored)
+            if one.estimates:
+                _score_levels(outcome, sample, result)
+            on_frame()
+    outcome.ms_per_megapixel, outcome.cpu_ms_per_megapixel = times.medians()
+    return outcome
+
+
+class _Times:
+    """Milliseconds per megapixel, by the clock and by what the process computed."""
+
+    def __init__(self) -> None:
+        self._seen: set[object] = set()
+        self._clock: list[float] = []
+        self._process: list[float] = []
+
+    @contextmanager
+    def of(self, sample: Sample) -> Iterator[None]:
+        """Time one frame; the first of a size compiles the networks."""
+        begun = time.perf_counter(), time.process_time()
+        yield
+        taken = time.perf_counter() - begun[0], time.process_time() - begun[1]
+        kind = (sample.pixels.shape, sample.pixels.dtype)
+        if kind in self._seen:
+            rows, columns = sample.pixels.shape[:2]
+            scale = 1e3 / (rows * columns * 1e-6)
+            self._clock.append(scale * taken[0])
+            self._process.append(scale * taken[1])
+        self._seen.add(kind)
+
+    def medians(self) -> tuple[float | None, float | None]:
+        """Return both medians; None where no size came twice."""
+        if not self._clock:
+            return None, None
+        clock, process = map(np.median, (self._clock, self._process))
+        return round(float(clock), 1), round(float(process), 1)
+
+
+def mean_figures(frames: list[Scored]) -> dict[str, Any]:
+    """Return the mean figures of some frames as plain numbers."""
+
+    def mean(side: str, name: str) -> float:
+        return float(np.mean([getattr(getattr(one, side), name) for one in frames]))
+
+    figures: dict[str, Any] = {"frames": len(frames)}
+    for side in ("before", "after"):
+        figures[side] = {
+            "psnr_db": round(mean(side, "psnr_db"), 3),
+            "ssim": round(mean(side, "ssim"), 4),
+            "pcc": round(mean(side, "pcc"), 4),
+            "mse": float(f"{mean(side, 'mse'):.5g}"),
+        }
+    gains = [one.after.psnr_db - one.before.psnr_db for one in frames]
+    figures["gain_db"] = round(float(np.mean(gains)), 3)
+    figures["worst_gain_db"] = round(min(gains), 3)
+    figures["worst_frame"] = frames[int(np.argmin(gains))].name
+    return figures
+
+
+def _score_image(outcome: Outcome, sample: Sample, restored: NDArray[Any]) -> None:
+    if len(outcome.images) < SHOWN:
+        outcome.images[sample.name] = restored.astype(np.float32)
+    if sample.sharp is None:
+        return
+    outcome.frames.append(
+        Scored(
+            sample.name,
+            sample.group,
+            before=_figures(sample.sharp, sample.pixels, sample.data_range),
+            after=_figures(sample.sharp, restored, sample.data_range),
+        )
+    )
+
+
+def _figures(truth: NDArray[Any], image: NDArray[Any], span: float) -> Figures:
+    correlation = pearson(truth, image)
+    return Figures(
+        psnr_db=min(psnr(truth, image, data_range=span), EQUAL_DB),
+        ssim=ssim(truth, image, data_range=span),
+        pcc=0.0 if np.isnan(correlation) else correlation,
+        mse=mse(truth, image),
+    )
+
+
+def _score_levels(outcome: Outcome, sample: Sample, result: FrameResult) -> None:
+    """Compare the tiles that hold a specimen with the known defocus."""
+    engine, found = outcome.contender.engine, result.defocus
+    if engine is None or found is None or sample.defocus_um is None:
+        return
+    levels, _ = parts(engine.card)
+    step = step_um(engine.card, outcome.data.optics)
+    lowest, highest = _comparable(sample, signed=levels.signed)
+    wanted = _wanted_tiles(sample, found)
+    if outcome.levels is None:
+        outcome.levels = LevelScore(_labels(engine.card.output))
+    group = outcome.levels_by_group.setdefault(
+        sample.group, LevelScore(outcome.levels.levels)
+    )
+    error_um = np.zeros(0)
+    if lowest == highest:
+        defocus = found.defocus_um[wanted].astype(np.float64)
+        error_um = defocus - lowest
+    for score in (outcome.levels, group):
+        score.add(
+            (lowest / step, highest / step),
+            found.level[wanted].astype(np.int64),
+            found.confidence[wanted],
+            background=BACKGROUND,
+            sided=levels.signed and sample.sided,
+        )
+        score.add_errors(error_um)
+
+
+def _labels(output: OutputCard | None) -> tuple[int, ...]:
+    """Return the levels an engine can name, ascending."""
+    labels = [] if output is None else output.labels
+    return tuple(sorted(int(one) for one in labels if one != BACKGROUND_LABEL))
+
+
+def _comparable(sample: Sample, *, signed: bool) -> tuple[float, float]:
+    """Return the known range of defocus, or of the distance for unsigned engines."""
+    lowest, highest = sample.defocus_um or (0.0, 0.0)
+    if signed:
+        return lowest, highest
+    sizes = sorted((abs(lowest), abs(highest)))
+    return (0.0 if lowest < 0.0 < highest else sizes[0]), sizes[1]
+
+
+def _wanted_tiles(sample: Sample, found: DefocusMap) -> NDArray[np.bool_]:
+    grey = luminance(sample.pixels.astype(np.float32))
+    quantum = 1.0 if np.issubdtype(sample.pixels.dtype, np.integer) else 0.0
+    return specimen_tiles(grey, found.grid, quantum)

@@ -1,0 +1,164 @@
+"""``rtfocus evaluate``: engines and methods side by side, tables and pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from typer.testing import CliRunner
+
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.cli import app
+from rtfocus.errors import ConfigError, EngineError, InputError
+from rtfocus.evaluation.contenders import contender
+from rtfocus.evaluation.data_sets import find_data_set
+from rtfocus.evaluation.run import evaluate
+from rtfocus.evaluation.synthetic_sets import LEVELS, synthetic
+from rtfocus.optics.blur import blur
+from rtfocus.optics.psf import compute_psf
+from rtfocus.optics.specimens import draw_specimen
+
+OPTICS = OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.3))
+
+
+def run(*arguments: str | Path) -> str:
+    """Call ``rtfocus evaluate``; raises what the command raises."""
+    done = CliRunner().invoke(
+        app, ["evaluate", *map(str, arguments)], catch_exceptions=False
+    )
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.output
+
+
+@pytest.fixture
+def field() -> np.ndarray:
+    specimen = draw_specimen("nuclei", (240, 240), np.random.default_rng(8))
+    return np.asarray(200.0 * specimen + 10.0, dtype=np.float32)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, field: np.ndarray) -> Path:
+    """A user's data set: one field sharp, and blurred as at level 4."""
+    folder = tmp_path / "mine"
+    blurred = blur(field, compute_psf(OPTICS, 8.0))
+    for name, image in (("sharp", field), ("blurred", blurred)):
+        (folder / name).mkdir(parents=True)
+        counts = np.rint(np.clip(image, 0, 255)).astype("u1")
+        tifffile.imwrite(folder / name / "one.tif", counts)
+    (tmp_path / "optics.yaml").write_text(
+        "channels:\n- name: default\n  optics: {numerical_aperture: 0.5, "
+        "wavelength_nm: 451, pixel_size_um: 0.65, "
+        "aberrations: {spherical_waves: -0.3}}\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def test_a_folder_of_pairs_gives_tables_and_pictures(
+    pairs: Path, engine_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    said = run(
+        *("sharpness", "wiener", "--data", pairs, "--tell", "both"),
+        *("--classifier", "sharpness", "--engine-folder", engine_folder),
+        *("--optics", tmp_path / "optics.yaml", "-o", out),
+    )
+    assert "mine: restored images" in said
+    report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    titles = [one["title"] for one in report["outcomes"]]
+    # A built-in method is told the same either way and stands there once.
+    assert titles == ["sharpness, optics given", "sharpness, blind", "wiener"]
+    wiener = report["outcomes"][2]
+    assert wiener["restored"]["all"]["gain_db"] > 1.0
+    assert wiener["restored"]["blurred"]["frames"] == 1
+    assert report["outcomes"][0]["multiply_adds_per_pixel"] > 0
+    text = (out / "evaluation.md").read_text(encoding="utf-8")
+    assert "| mine | wiener |" in text
+    with Image.open(out / "images_mine.png") as picture:
+        # blurred | wiener | sharp
+        assert picture.size[0] > 3 * 240
+
+
+def synthetic_set(tmp_path: Path, field: np.ndarray, name: str = "synthetic"):
+    tifffile.imwrite(tmp_path / "field.tif", field)
+    return synthetic(name, tmp_path, fields=("field.tif",))
+
+
+def test_synthetic_levels_are_scored_one_by_one(
+    tmp_path: Path, field: np.ndarray, engine_folder: Path
+) -> None:
+    data = synthetic_set(tmp_path, field)
+    one = contender(
+        "sharpness", classifier="sharpness", blind=False, folders=[engine_folder]
+    )
+    config = one.config(data, folders=[engine_folder], threads=1)
+    seen = []
+    found = evaluate(one, data, config, on_frame=lambda: seen.append(1))
+    assert len(seen) == LEVELS
+    assert found.levels is not None
+    assert list(found.levels_by_group) == [str(level) for level in range(LEVELS)]
+    tiles = [score.tiles for score in found.levels_by_group.values()]
+    assert found.levels.tiles == sum(tiles) > LEVELS
+    # Its levels follow fine detail: the sharp plane lies below the blurred ones.
+    counts = found.levels.confusion[:, :-1]
+    mean = (counts @ np.arange(LEVELS)) / np.maximum(counts.sum(axis=1), 1)
+    assert mean[0] < mean[4]
+    assert found.levels.summary()["mean_error_um"] > 0
+    assert found.ms_per_megapixel is not None
+
+
+def test_a_synthetic_set_is_the_same_every_time(
+    tmp_path: Path, field: np.ndarray
+) -> None:
+    data = synthetic_set(tmp_path, field, "synthetic_signed")
+    first, second = (list(data.samples()) for _ in range(2))
+    assert len(first) == 2 * LEVELS - 1
+    for one, again in zip(first, second, strict=True):
+        assert np.array_equal(one.pixels, again.pixels)
+    assert [one.group for one in first[:2]] == ["-10", "-9"]
+    assert first[0].defocus_um == (-22.0, -22.0)
+    assert first[0].sided
+    assert not first[LEVELS - 1].sided
+
+
+def test_a_method_told_the_defocus_is_the_bound(
+    tmp_path: Path, field: np.ndarray
+) -> None:
+    data = synthetic_set(tmp_path, field)
+    one = contender("richardson_lucy:exact", classifier="none", blind=False)
+    found = evaluate(one, data, one.config(data))
+    groups = found.groups()
+    assert groups["0"]["gain_db"] == 0.0
+    assert groups["4"]["gain_db"] > 1.0
+    assert found.levels is None
+
+
+def test_what_cannot_be_evaluated_is_refused(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder and none of bbbc006_pairs"):
+        find_data_set("nowhere", None, None)
+    with pytest.raises(InputError, match="--data-folder"):
+        find_data_set("synthetic", tmp_path / "none", None)
+    with pytest.raises(InputError, match="a folder 'sharp'"):
+        find_data_set(str(pairs / "sharp"), None, None)
+    with pytest.raises(ConfigError, match="can be told the exact defocus"):
+        contender("delpnet:exact", classifier="delpnet", blind=False)
+    with pytest.raises(EngineError, match="not found"):
+        contender("no_such_engine", classifier="delpnet", blind=False)
+    data = find_data_set(str(pairs), None, OPTICS)
+    one = contender("wiener:exact", classifier="none", blind=False)
+    with pytest.raises(ConfigError, match="nobody knows its defocus"):
+        evaluate(one, data, one.config(data))
+
+
+def test_real_actin_is_restored_and_labelled(shared_data: Path) -> None:
+    data = find_data_set("bbbc006_factin", shared_data, None)
+    wiener = contender("wiener", classifier="delpnet", blind=False)
+    gains = evaluate(wiener, data, wiener.config(data, threads=1)).groups()
+    assert gains["10 um"]["gain_db"] > 3.0
+    delpnet = contender("delpnet", classifier="delpnet", blind=False)
+    levels = evaluate(delpnet, data, delpnet.config(data, threads=1)).levels
+    assert levels is not None
+    assert levels.summary()["accuracy"] > 0.9
