@@ -13,7 +13,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-# Sums over whole tiles, roots and exponentials leave the range of 16 bits.
+from rtfocus.errors import EngineError
+
+# Sums over whole tiles, roots and exponentials leave the range of 16 bits; Resize
+# wants its scales in float32.
 _SENSITIVE = frozenset(
     {
         "Exp",
@@ -34,8 +37,6 @@ _SENSITIVE = frozenset(
         "Sqrt",
     }
 )
-# Inputs that the operator's definition wants in float32 whatever the others are.
-_ALWAYS_FLOAT = {"Resize": (1, 2)}
 _SMALLEST = 6e-8
 """Least value above 0 that 16 bits tell from 0."""
 _LARGEST = 65504.0
@@ -53,22 +54,24 @@ def write_half_network(source: Path, path: Path) -> None:
 
     Raises
     ------
-    ValueError
-        If the network has branches or loops.
+    EngineError
+        If the network has branches or loops; names the node.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(str(source)))
     graph = model.graph
     types = _tensor_types(graph)
     outputs = {value.name for value in graph.output}
     halved = [_halve(tensor) for tensor in graph.initializer]
-    nodes: list[onnx.NodeProto] = []
-    for value in graph.input:
-        if types[value.name] == TensorProto.FLOAT:
-            nodes.append(_cast(value.name, f"{value.name}__half", half=True))
+    nodes = [
+        _cast(value.name, f"{value.name}__half", half=True)
+        for value in graph.input
+        if types[value.name] == TensorProto.FLOAT
+    ]
+    wide: dict[str, str] = {}
     entering = {node.input[0]: node.output[0] for node in nodes}
     for node in graph.node:
         _rename(node, entering, outputs, types)
-        nodes.extend(_convert(node, types))
+        nodes.extend(_convert(node, types, wide))
     nodes.extend(
         _cast(f"{name}__half", name, half=False)
         for name in sorted(outputs)
@@ -88,8 +91,11 @@ def _tensor_types(graph: onnx.GraphProto) -> dict[str, int]:
         types[value.name] = int(value.type.tensor_type.elem_type)
     for node in graph.node:
         if any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute):
-            msg = f"node '{node.name}' ({node.op_type}) branches; only plain networks"
-            raise ValueError(msg)
+            msg = (
+                f"node '{node.name}' ({node.op_type}) branches; only networks without "
+                "branches and loops have an fp16 form: export it as fp32"
+            )
+            raise EngineError(msg)
     return types
 
 
@@ -109,27 +115,30 @@ def _rename(
 
 
 def _convert(
-    node: onnx.NodeProto, types: dict[str, int]
+    node: onnx.NodeProto, types: dict[str, int], wide: dict[str, str]
 ) -> Iterator[onnx.NodeProto]:
-    """Yield what a node becomes: itself in 16 bits, or itself between two casts."""
+    """Yield what a node becomes: itself in 16 bits, or itself between two casts.
+
+    `wide` holds the float32 form of tensors by name: sensitive nodes that follow one
+    another hand it on, for a sum that is rooted next need not fit in 16 bits.
+    """
     _halve_attributes(node)
-    inputs = range(len(node.input))
     if node.op_type not in _SENSITIVE:
-        single: Iterable[int] = _ALWAYS_FLOAT.get(node.op_type, ())
-        returned: list[str] = []
-    else:
-        single = inputs
-        returned = [n for n in node.output if types.get(n) == TensorProto.FLOAT]
-    for place in single:
-        name = node.input[place]
-        if name and types.get(name) == TensorProto.FLOAT:
-            wide = f"{node.output[0]}__in{place}"
-            yield _cast(name, wide, half=False)
-            node.input[place] = wide
-    node.output[:] = [f"{n}__single" if n in returned else n for n in node.output]
+        yield node
+        return
+    for place, name in enumerate(node.input):
+        if types.get(name) != TensorProto.FLOAT:
+            continue
+        if name not in wide:
+            wide[name] = f"{name}__single"
+            yield _cast(name, wide[name], half=False)
+        node.input[place] = wide[name]
+    returned = [n for n in node.output if types.get(n) == TensorProto.FLOAT]
+    wide.update({name: f"{name}__single" for name in returned})
+    node.output[:] = [wide.get(name, name) for name in node.output]
     yield node
     for name in returned:
-        yield _cast(f"{name}__single", name, half=True)
+        yield _cast(wide[name], name, half=True)
 
 
 def _halve_attributes(node: onnx.NodeProto) -> None:
