@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 Labels = NDArray[np.int64]
 
 _BINS = 15
+# Ranks of the cumulative match that are told.
+_TOP = 5
 
 
 @dataclass
@@ -38,6 +40,7 @@ class LevelScore:
         self.confusion = np.zeros((count, count + 1), dtype=np.int64)
         self._bins = np.zeros((_BINS, 3))
         self._errors_um: list[NDArray[np.float64]] = []
+        self._ranks = np.zeros(len(self.levels) + 1, dtype=np.int64)
 
     def add(
         self,
@@ -64,7 +67,7 @@ class LevelScore:
             Whether the sign of the truth counts.
         """
         known = np.array(self.levels)
-        lowest, highest = (self._nearest(value) for value in true)
+        lowest, highest = self.right_range(true)
         empty = found == background
         level = np.where(empty, 0, found)
         off = np.maximum(np.maximum(lowest - level, level - highest), 0)
@@ -89,6 +92,14 @@ class LevelScore:
         """Count how far the found defocus of tiles lies from the true one."""
         self._errors_um.append(np.abs(error_um[np.isfinite(error_um)]))
 
+    def add_ranks(self, ranks: Labels) -> None:
+        """Count how many labels were likelier than the right one."""
+        self._ranks += np.bincount(ranks, minlength=len(self._ranks))
+
+    def right_range(self, true: tuple[float, float]) -> tuple[int, int]:
+        """Return the lowest and highest level that are right."""
+        return self._nearest(true[0]), self._nearest(true[1])
+
     @property
     def tiles(self) -> int:
         """Tiles with a specimen."""
@@ -103,6 +114,7 @@ class LevelScore:
             "within_one": share(self.close, self.tiles),
             "sign_right": share(self.right_side, self.sided),
             "called_background": share(int(self.confusion[:, -1].sum()), self.tiles),
+            "top_k": self._cumulative_match(),
             "calibration_error": self._calibration_error(),
             "mean_error_um": round(float(errors.mean()), 3) if errors.size else None,
             "levels": list(self.levels),
@@ -113,6 +125,14 @@ class LevelScore:
         """Return the label nearest to a defocus in levels; halves go up."""
         known = np.array(self.levels)
         return int(known[np.argmin(np.abs(known - np.floor(level + 0.5)))])
+
+    def _cumulative_match(self) -> list[float] | None:
+        """Return the share of tiles whose right label is among the k likeliest."""
+        total = int(self._ranks.sum())
+        if not total:
+            return None
+        shares = np.cumsum(self._ranks)[:_TOP] / total
+        return [round(float(one), 4) for one in shares]
 
     def _count_confidence(
         self, confidence: NDArray[np.float32], right: NDArray[np.bool_]

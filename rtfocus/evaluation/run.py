@@ -13,6 +13,7 @@ from rtfocus.config import Config
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.exact import restore_exactly
 from rtfocus.evaluation.level_score import LevelScore
+from rtfocus.evaluation.ranking import Ranking
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.evaluation.specimen_tiles import specimen_tiles
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
@@ -117,7 +118,7 @@ def evaluate(
             on_frame()
         return outcome
     times = _Times()
-    with ImageProcessor(config) as processor:
+    with ImageProcessor(config) as processor, Ranking(config, data) as ranking:
         for sample in data.samples():
             with times.of(sample):
                 result = (
@@ -128,7 +129,7 @@ def evaluate(
             if result.restored is not None:
                 _score_image(outcome, sample, result.restored)
             if one.estimates:
-                _score_levels(outcome, sample, result)
+                _score_levels(outcome, sample, result, ranking)
             on_frame()
     outcome.ms_per_megapixel, outcome.cpu_ms_per_megapixel = times.medians()
     return outcome
@@ -210,7 +211,9 @@ def _figures(truth: NDArray[Any], image: NDArray[Any], span: float) -> Figures:
     )
 
 
-def _score_levels(outcome: Outcome, sample: Sample, result: FrameResult) -> None:
+def _score_levels(
+    outcome: Outcome, sample: Sample, result: FrameResult, ranking: Ranking
+) -> None:
     """Compare the tiles that hold a specimen with the known defocus."""
     engine, found = outcome.contender.engine, result.defocus
     if engine is None or found is None or sample.defocus_um is None:
@@ -228,9 +231,12 @@ def _score_levels(outcome: Outcome, sample: Sample, result: FrameResult) -> None
     if lowest == highest:
         defocus = found.defocus_um[wanted].astype(np.float64)
         error_um = defocus - lowest
+    true = (lowest / step, highest / step)
+    ranks = ranking.ranks(sample, group.right_range(true), wanted)
     for score in (outcome.levels, group):
+        score.add_ranks(ranks)
         score.add(
-            (lowest / step, highest / step),
+            true,
             found.level[wanted].astype(np.int64),
             found.confidence[wanted],
             background=BACKGROUND,

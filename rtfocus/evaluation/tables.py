@@ -28,6 +28,7 @@ LEVEL_COLUMNS = (
     "tiles",
     "right",
     "within one",
+    "top 3",
     "sign right",
     "called empty",
     "calibration error",
@@ -76,12 +77,19 @@ def _restored(one: Outcome) -> list[str]:
 
 def _levels(one: Outcome) -> list[str]:
     found = {} if one.levels is None else one.levels.summary()
-    names = ("accuracy", "within_one", "sign_right", "called_background")
+    ranks = found.get("top_k")
+    shares = (
+        found.get("accuracy"),
+        found.get("within_one"),
+        ranks[2] if ranks else None,
+        found.get("sign_right"),
+        found.get("called_background"),
+    )
     return [
         one.data.name,
         one.contender.title,
         str(found.get("tiles", 0)),
-        *(_share(found.get(name)) for name in names),
+        *map(_share, shares),
         _share(found.get("calibration_error")),
         "" if found.get("mean_error_um") is None else f"{found['mean_error_um']:.2f}",
         *_cost(one),

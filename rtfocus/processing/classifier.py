@@ -127,7 +127,7 @@ class FrameClassifier:
         blank = np.zeros(network.input_shape, dtype=np.float32)
         logits, _ = network.run(blank, self._condition(len(blank)))
         rows, columns = labels_of(logits).shape[-2:]
-        self.grid = _grid(card.input, fit, rows, columns, signed=card.levels.signed)
+        self.grid = tile_grid(card.input, fit, rows, columns, signed=card.levels.signed)
 
     def prepare(self, signal: Image) -> Prepared:
         """Normalise a frame (y, x) or (y, x, 3) and find its empty tiles."""
@@ -165,6 +165,18 @@ class FrameClassifier:
     def precision(self) -> str:
         """Numbers the network computes in: ``f32``, ``bf16`` ..."""
         return self._network.engine.precision
+
+    def probabilities(self, prepared: Prepared) -> Image:
+        """Return how likely every label of the card is, in its order.
+
+        For evaluations that look beyond the chosen label. Axes (label, tile_y,
+        tile_x); labels as the engine sees them, mirrored where it is.
+        """
+        tiles = prepared.tiles
+        logits, _ = self._network.run(tiles, self._condition(len(tiles)))
+        shown = labels_of(logits)[0][:, : self.grid.rows, : self.grid.columns]
+        shifted = np.exp(shown - shown.max(axis=0))
+        return np.asarray(shifted / shifted.sum(axis=0), dtype=np.float32)
 
     def runs_on(self, settings: ProcessingConfig) -> str:
         """Return runtime and precision, e.g. ``openvino bf16``."""
@@ -219,7 +231,7 @@ class FrameClassifier:
         return from_planes(cut, prepared.shape)
 
 
-def _grid(
+def tile_grid(
     card: InputCard, fit: FrameFit, rows: int, columns: int, *, signed: bool
 ) -> TileGrid:
     """Grid of the tiles whose centre lies in the frame; at least one per axis."""

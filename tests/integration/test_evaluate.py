@@ -108,6 +108,10 @@ def test_synthetic_levels_are_scored_one_by_one(
     assert mean[0] < mean[4]
     assert found.levels.summary()["mean_error_um"] > 0
     assert found.ms_per_megapixel is not None
+    # The first rank is the chosen label, but for tiles the engine calls empty.
+    matched = found.levels.summary()["top_k"]
+    assert matched == sorted(matched)
+    assert matched[0] == pytest.approx(found.levels.summary()["accuracy"], abs=0.02)
 
 
 def test_a_synthetic_set_is_the_same_every_time(

@@ -61,6 +61,13 @@ def test_the_sign_is_not_asked_of_tiles_called_in_focus() -> None:
     assert (score.sided, score.right_side) == (2, 1)
 
 
+def test_the_cumulative_match_counts_ranks() -> None:
+    score = LevelScore((0, 1, 2, 3, 4, 5))
+    score.add_ranks(np.array([0, 0, 1, 3]))
+    assert score.summary()["top_k"] == [0.5, 0.75, 0.75, 1.0, 1.0]
+    assert score.right_range((3.6, 5.2)) == (4, 5)
+
+
 def test_calibration_error_is_the_gap_between_confidence_and_truth() -> None:
     score = LevelScore((0, 1))
     # Of ten tiles at 90 % eight are right, of ten at 50 % five.
