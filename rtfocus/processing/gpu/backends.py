@@ -43,33 +43,63 @@ GPU_BACKENDS: tuple[GpuBackend, ...] = (
 )
 
 
-def choose_gpu_backend(wanted: str, device: GpuDevice | None) -> GpuBackend:
-    """Return the GPU backend of a name, or for ``auto`` the first that is available.
+def available_backends(wanted: str, device: GpuDevice | None) -> list[GpuBackend]:
+    """Return the backends that can be used, in order, for a name or ``auto``.
 
     Parameters
     ----------
     wanted
         ``auto`` or a name of `GPU_BACKENDS`.
     device
-        The GPU it is to run on; None: look at the libraries alone.
+        The GPU they are to run on; None: look at the libraries alone.
 
     Raises
     ------
     EngineError
         If the wanted one, or every one, is unavailable; gives each reason.
     """
-    reasons: list[str] = []
-    for backend in GPU_BACKENDS:
-        if wanted not in ("auto", backend.name):
-            continue
-        why = backend.why_unavailable(device)
-        if why is None:
-            passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
-            logger.info("GPU backend: %s%s", backend.name, passed_over)
-            return backend
-        reasons.append(f"{backend.name}: {why}")
-    if not reasons:
+    asked = [b for b in GPU_BACKENDS if wanted in ("auto", b.name)]
+    reasons = {backend.name: backend.why_unavailable(device) for backend in asked}
+    usable = [backend for backend in asked if reasons[backend.name] is None]
+    if not usable:
         known = ", ".join(backend.name for backend in GPU_BACKENDS)
-        reasons.append(f"known are {known} and auto")
-    msg = f"no GPU backend for '{wanted}': {'; '.join(reasons)}"
-    raise EngineError(msg)
+        told = [f"{name}: {why}" for name, why in reasons.items()]
+        why = "; ".join(told) or f"known are {known} and auto"
+        msg = f"no GPU backend for '{wanted}': {why}"
+        raise EngineError(msg)
+    for name, reason in reasons.items():
+        if reason is not None:
+            logger.info("GPU backend %s not taken: %s", name, reason)
+    return usable
+
+
+def open_network(wanted: str, request: GpuRequest, device: GpuDevice) -> GpuEngine:
+    """Load a network with the backend of a name, or the first that can.
+
+    With ``auto`` a backend that cannot build or load this network is told about and
+    passed over.
+
+    Raises
+    ------
+    EngineError
+        If none can; gives each reason.
+    """
+    failures: list[EngineError] = []
+    for backend in available_backends(wanted, device):
+        try:
+            engine = backend.open(request, device)
+        except EngineError as error:
+            logger.warning("GPU backend %s passed over: %s", backend.name, error)
+            failures.append(error)
+        else:
+            logger.info("engine '%s' runs on %s", request.name, engine.backend)
+            return engine
+    if len(failures) == 1:
+        raise failures[0]
+    msg = "; ".join(str(error) for error in failures)
+    raise EngineError(msg) from failures[-1]
+
+
+def choose_gpu_backend(wanted: str, device: GpuDevice | None) -> GpuBackend:
+    """Return the first backend of `available_backends`."""
+    return available_backends(wanted, device)[0]
