@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from rtfocus import __version__
-from rtfocus.config import Config
 from rtfocus.config.reference import reference
 from rtfocus.errors import EngineError
 from rtfocus.findings import Finding
@@ -29,7 +28,6 @@ from rtfocus.resources import resource_folder
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(doctor)
-    app.command()(engines)
     app.command()(configs)
 
 
@@ -57,19 +55,6 @@ def doctor() -> None:
     Console().print(table)
     if missing:
         raise typer.Exit(1)
-
-
-def engines() -> None:
-    """List the engines that configs can name.
-
-    [bold]Example:[/] rtfocus engines
-    """
-    table = Table(box=None, pad_edge=False)
-    for column in ("name", "kind", "implementation", "folder"):
-        table.add_column(column)
-    for card in list_engines(Config().processing.engine_folders):
-        table.add_row(card.name, card.kind, card.implementation, str(card.folder))
-    Console().print(table)
 
 
 def configs(

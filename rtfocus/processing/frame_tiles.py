@@ -46,11 +46,15 @@ class FrameTiles:
         self._row_weights = self._down.weights()
         self._column_weights = self._across.weights()
 
+    @property
+    def places(self) -> list[Place]:
+        """All tiles, row by row."""
+        return list(np.ndindex(self._down.count, self._across.count))
+
     def needed(self, share: Image) -> list[Place]:
         """Return the tiles that weigh in any pixel to be restored."""
         padded = np.pad(share > 0, self._halo_px)
-        places = np.ndindex(self._down.count, self._across.count)
-        return [place for place in places if padded[self._spans(place)].any()]
+        return [place for place in self.places if padded[self._spans(place)].any()]
 
     def cut(self, planes: Image, places: list[Place]) -> Image:
         """Cut tiles out of planes (channel, y, x), mirrored beyond the frame.

@@ -85,6 +85,10 @@ class ImageProcessor:
             raise EngineError(msg)
         return result
 
+    def backends(self) -> dict[str, str]:
+        """Tell what each network of the last image ran on."""
+        return self._processor.backends()
+
     def close(self) -> None:
         """Stop the processor; called twice does nothing."""
         self._processor.close()

@@ -29,6 +29,8 @@ from rtfocus.processing.preparation import invertible_normalisation
 from rtfocus.processing.tile_network import TileNetwork, open_tile_network
 from rtfocus.processing.tiling import Montage
 
+Image = NDArray[np.float32]
+
 LEARNED_WIENER = "builtin:learned_wiener"
 
 
@@ -170,7 +172,7 @@ def open_classifier(
 
 def level_psfs(
     card: EngineCard, optics: OpticalSystem, *, size_px: int | None = None
-) -> dict[int, NDArray[np.float32]]:
+) -> dict[int, Image]:
     """Compute the PSF of every level but 0, in the configured optics.
 
     Parameters
@@ -235,10 +237,14 @@ def _learned_wiener(
         level: Level(psf, () if told is None else tuple(told[index]))
         for index, (level, psf) in enumerate(psfs.items())
     }
+
+    def predict(batch: Image, condition: Image) -> Image:
+        return network.run(batch, None if told is None else condition)[output]
+
     restorer = LearnedWienerRestorer(
         montage,
         levels,
-        lambda batch, condition: network.run(batch, condition)[output],
+        predict,
         tile_px=tiles.tile_px,
         halo_px=tiles.halo_px,
         normalisation=invertible_normalisation(card),

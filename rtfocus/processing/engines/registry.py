@@ -1,12 +1,25 @@
 """Registry: finds an engine's folder by its name."""
 
+import os
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from platformdirs import user_data_path
+
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import CARD_NAME, EngineCard, read_card
+from rtfocus.processing.engines.card import (
+    CARD_NAME,
+    EngineCard,
+    read_card,
+    verified_file,
+)
 from rtfocus.resources import resource_folder
+
+ENGINES_VARIABLE = "RTFOCUS_ENGINES"
+"""Environment variable that names another folder for the user's engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +45,17 @@ class FoundEngine:
         return self.card.implementation
 
 
+def user_engine_folder() -> Path:
+    """Return where ``rtfocus engines add`` puts engines; it may not exist yet."""
+    named = os.environ.get(ENGINES_VARIABLE)
+    if named:
+        return Path(named)
+    return user_data_path("rtfocus", appauthor=False) / "engines"
+
+
 def engine_places(folders: Sequence[Path]) -> list[Path]:
-    """Return the folders that are searched, in order: configured, then shipped."""
-    places = list(folders)
+    """Return the folders searched, in order: configured, the user's, shipped."""
+    places = [*folders, user_engine_folder()]
     try:
         places.append(resource_folder("engines"))
     except FileNotFoundError:
@@ -84,3 +105,38 @@ def find_engine(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
         f"train_{Path(name).name}.yaml"
     )
     raise EngineError(msg)
+
+
+def add_engine(folder: Path) -> FoundEngine:
+    """Copy an engine into the user's folder, where configs find it by its name.
+
+    Raises
+    ------
+    EngineError
+        If the card or a weights file is not in order, the name is no name, or there
+        is an engine of that name.
+    """
+    card = read_card(folder)
+    for precision in card.files:
+        verified_file(folder, card, precision)
+    if not re.fullmatch(r"\w[\w.-]*", card.name):
+        msg = f"engine name '{card.name}' is no folder name; change it in the card"
+        raise EngineError(msg)
+    for place in engine_places(()):
+        if (place / card.name / CARD_NAME).is_file():
+            msg = (
+                f"there is an engine '{card.name}' in '{place}'; give this one another "
+                f"name in its {CARD_NAME}"
+            )
+            raise EngineError(msg)
+    target = user_engine_folder() / card.name
+    # Beside its place first: a copy that breaks off is never taken for an engine.
+    unfinished = target.with_name(f".{card.name}.part")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(folder, unfinished)
+        unfinished.rename(target)
+    except OSError as error:
+        msg = f"engine '{card.name}' cannot be copied to '{target}': {error}"
+        raise EngineError(msg) from error
+    return FoundEngine(target, card)
