@@ -57,8 +57,8 @@ def evaluate(
         typer.Option(
             metavar="SET",
             help="bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp, synthetic, "
-            "synthetic_signed, _dim, _even, _other, or a folder with sharp/ and "
-            "others beside it; repeatable.",
+            "synthetic_textures, _signed, _dim, _even, _other, or a folder with "
+            "sharp/ and others beside it; repeatable.",
         ),
     ] = None,
     output: Annotated[

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.errors import InputError
 from rtfocus.evaluation.samples import BBBC006, DataSet, Sample
 from rtfocus.images import open_images
 from rtfocus.optics.blur import blur
 from rtfocus.optics.camera import CameraModel
 from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.correction import luminance
 
 Image = NDArray[np.float32]
 
@@ -30,6 +32,14 @@ _FIELDS = (
     "bbbc006_pairs/sharp/a24_s1_w1.tif",
     "bbbc006_factin/A_sharp.tif",
 )
+# Other specimens that every shipped recipe holds back.
+_TEXTURES = (
+    "in_focus/cellprofiler_fly/pos076_*.tif",
+    "in_focus/cellprofiler_human/actin.tif",
+    "in_focus/neubias/xyc_8bit__nuclei_nup.tif",
+    "in_focus/neubias/xyc_16bit__cell_dna_mts_actin.tif",
+)
+_MOST_SIDE_PX = 512
 _SEED = 20
 
 
@@ -43,10 +53,15 @@ class Variant:
     """In the brightest pixel of the sharp field."""
     signed: bool = False
     """Both sides of focus; else the positive one."""
+    fields: tuple[str, ...] = _FIELDS
+    """Sharp images below the folder of the published ones, patterns."""
 
 
 VARIANTS = {
     "synthetic": Variant("the optics fitted to BBBC006"),
+    "synthetic_textures": Variant(
+        "the optics fitted to BBBC006, other specimens", fields=_TEXTURES
+    ),
     "synthetic_signed": Variant(
         "the optics fitted to BBBC006, both sides", signed=True
     ),
@@ -66,7 +81,9 @@ VARIANTS = {
 """Synthetic sets by name."""
 
 
-def synthetic(name: str, folder: Path, *, fields: Sequence[str] = _FIELDS) -> DataSet:
+def synthetic(
+    name: str, folder: Path, *, fields: Sequence[str] | None = None
+) -> DataSet:
     """Return one of `VARIANTS`.
 
     Parameters
@@ -76,17 +93,27 @@ def synthetic(name: str, folder: Path, *, fields: Sequence[str] = _FIELDS) -> Da
     folder
         Of the published images.
     fields
-        Sharp images below it.
+        Sharp images below it, patterns; None: those of the variant.
+
+    Raises
+    ------
+    InputError
+        If a pattern matches no image.
     """
     variant = VARIANTS[name]
+    paths = [
+        path
+        for pattern in (variant.fields if fields is None else fields)
+        for path in _matching(folder, pattern)
+    ]
     camera = CameraModel(photons=variant.photons, gain_e_per_count=1.0, bit_depth=16)
     unit = variant.optics.defocus_unit_um / BBBC006.defocus_unit_um
     lowest = 1 - LEVELS if variant.signed else 0
     levels = range(lowest, LEVELS)
 
     def samples() -> Iterator[Sample]:
-        for number, field in enumerate(fields):
-            light = _light(folder / field)
+        lights = (one for path in paths for one in _lights(path))
+        for number, (field, light) in enumerate(lights):
             truth = camera.offset_counts + light * np.float32(variant.photons)
             for level in levels:
                 z_um = level * STEP_UM * unit
@@ -96,7 +123,7 @@ def synthetic(name: str, folder: Path, *, fields: Sequence[str] = _FIELDS) -> Da
                     # A photograph went through focus already.
                     blurred = blur(light, compute_psf(variant.optics, z_um))
                 yield Sample(
-                    name=f"{Path(field).stem} {level:+d}",
+                    name=f"{field} {level:+d}",
                     pixels=camera.expose(blurred, rng),
                     sharp=truth,
                     defocus_um=(z_um, z_um),
@@ -106,14 +133,36 @@ def synthetic(name: str, folder: Path, *, fields: Sequence[str] = _FIELDS) -> Da
                 )
 
     title = (
-        f"{len(fields)} sharp fields blurred with {variant.title}; "
+        f"{len(paths)} sharp images blurred with {variant.title}; "
         f"{variant.photons:g} photons at most, seed {_SEED}, range {variant.photons:g}"
     )
     return DataSet(name, title, variant.optics, camera.offset_counts, samples)
 
 
-def _light(path: Path) -> Image:
-    """Read a field as light: darkest percentile 0, brightest pixel 1."""
-    pixels = open_images(path)[0].read().astype(np.float32)
-    dark = np.percentile(pixels, 0.5)
-    return np.asarray(np.clip((pixels - dark) / (pixels.max() - dark), 0.0, 1.0))
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    found = sorted(folder.glob(pattern))
+    if not found:
+        msg = (
+            f"no image '{folder / pattern}'; say where the published images lie with "
+            "--data-folder"
+        )
+        raise InputError(msg)
+    return found
+
+
+def _lights(path: Path) -> Iterator[tuple[str, Image]]:
+    """Yield every plane as light: darkest percentile 0, brightest pixel 1."""
+    for series in open_images(path):
+        for index in series.indices():
+            plane = luminance(series.read(**index).astype(np.float32))
+            rows, columns = (
+                slice(
+                    (n - min(n, _MOST_SIDE_PX)) // 2, (n + min(n, _MOST_SIDE_PX)) // 2
+                )
+                for n in plane.shape
+            )
+            pixels = plane[rows, columns]
+            dark = np.percentile(pixels, 0.5)
+            place = "".join(f" {axis}{n}" for axis, n in index.items() if n)
+            light = np.clip((pixels - dark) / (pixels.max() - dark), 0.0, 1.0)
+            yield f"{series.name}{place}", np.asarray(light, dtype=np.float32)
