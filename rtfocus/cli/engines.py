@@ -26,7 +26,6 @@ from rtfocus.processing.gpu.backends import GPU_BACKENDS
 
 app = typer.Typer(
     name="engines",
-    help="Engines: the networks and methods that configs can name.",
     invoke_without_command=True,
     rich_markup_mode="rich",
 )
@@ -41,7 +40,7 @@ Row = tuple[str, str]
 
 @app.callback()
 def engines(context: typer.Context) -> None:
-    """List the engines that configs can name; see also the commands below.
+    """List the engines that configs can name, look at one, add one, build GPU plans.
 
     [bold]Example:[/] rtfocus engines
     """

@@ -19,7 +19,10 @@ from rtfocus.cli.options import read_config
 from rtfocus.errors import ConfigError
 
 commands = typer.Typer(
-    name="psf", help="The microscope's own PSF.", no_args_is_help=True
+    name="psf",
+    help="The microscope's own PSF.\n\n[bold]Example:[/] rtfocus psf fit --help",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
 )
 
 

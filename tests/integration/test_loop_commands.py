@@ -11,7 +11,7 @@ COMMANDS = sorted(get_command(app).commands)
 
 def test_the_commands_are_those_that_are_promised():
     promised = {"run", "acquire", "process", "demo", "restore", "classify", "check"}
-    promised |= {"doctor", "engines", "configs", "train", "export"}
+    promised |= {"doctor", "engines", "configs", "train", "export", "kernels"}
     assert promised <= set(COMMANDS)
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import yaml
+from engine_kit import write_brightness_joint, write_shift_restorer
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import EngineError
@@ -72,6 +73,65 @@ def test_faulty_cards_name_the_key_and_the_rule(folder, sections, message):
     with pytest.raises(EngineError, match=r"engine\.yaml'") as caught:
         read_card(folder)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"kind": "joint"}, "a joint needs the sections restored"),
+        ({"restored": {"name": "r"}}, "a restorer cannot have the sections restored"),
+        ({"sha256": {}}, "sha256 lacks the files fp32"),
+        ({"output": {"name": "r", "labels": [0, 1]}}, "output has no labels"),
+        ({"kernel_output": {"name": "k", "size_px": 4}}, "size_px=4 is even"),
+        ({"condition": {"name": "c", "entries": ["colour"]}}, "condition.entries.0"),
+        (
+            {"condition": {"name": "c", "entries": ["level", "level"]}},
+            "name one twice",
+        ),
+        (
+            {"input": {"name": "t", "tile_px": 64, "halo_px": 32}},
+            "halo_px=32 on both sides leaves nothing",
+        ),
+        (
+            {"input": {"name": "t", "tile_px": 64, "multiple_px": 10}},
+            "tile_px=64 is no multiple",
+        ),
+        (
+            {"input": {"name": "t", "tile_px": 64, "stride_px": 32}},
+            "a restorer has no input.stride_px",
+        ),
+    ],
+)
+def test_faulty_restorer_cards_name_the_key_and_the_rule(tmp_path, sections, message):
+    folder = write_shift_restorer(tmp_path / "shift")
+    assert read_card(folder).kernel_output.size_px == 5
+    change(folder, **sections)
+    with pytest.raises(EngineError, match=r"engine\.yaml'") as caught:
+        read_card(folder)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 11, "bg"], "[11] are no levels from -10 to 10"),
+        ([0, 0, "bg"], "name a level twice"),
+        ([0, "blur"], "['blur'] are no levels"),
+        ([], "are fewer than two"),
+    ],
+)
+def test_labels_must_be_levels_of_the_scale(tmp_path, labels, message):
+    folder = write_brightness_joint(tmp_path / "brightness")
+    assert len(read_card(folder).output.labels) == 22
+    change(folder, output={"name": "logits", "labels": labels})
+    with pytest.raises(EngineError) as caught:
+        read_card(folder)
+    assert message in str(caught.value)
+
+
+def test_patches_begin_at_the_corner_unless_the_card_says_otherwise(tmp_path):
+    card = read_card(write_brightness_joint(tmp_path / "brightness"))
+    assert card.input.origin_px == 47.5
 
 
 def test_card_that_is_no_yaml_names_the_file(folder):
