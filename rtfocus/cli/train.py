@@ -44,6 +44,9 @@ def export(
         bool,
         typer.Option("--half-weights", help="Store weights in 16 bits: half the file."),
     ] = False,
+    precision: Annotated[
+        str, typer.Option(help="Files to write: fp32, fp16, int8, by commas.")
+    ] = "fp32",
 ) -> None:
     """Export a checkpoint as an engine folder with its card.
 
@@ -52,7 +55,7 @@ def export(
     _need_torch()
     from rtfocus.training.api import export_command
 
-    export_command(checkpoint, output, half_weights=half_weights)
+    export_command(checkpoint, output, half_weights=half_weights, precision=precision)
 
 
 def _need_torch() -> None:

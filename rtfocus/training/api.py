@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from rtfocus.training.export import export_engine
+from rtfocus.training.precisions import parse_precisions
 from rtfocus.training.recipe import load_recipe
 from rtfocus.training.trainer import train
 
@@ -33,17 +34,27 @@ def train_command(recipe: Path, resume: bool, device: str) -> Path:
 
 
 def export_command(
-    checkpoint: Path, output: Path, *, half_weights: bool = False
+    checkpoint: Path,
+    output: Path,
+    *,
+    half_weights: bool = False,
+    precision: str = "fp32",
 ) -> Path:
     """Write an engine folder from a checkpoint; returns its card.
 
-    `half_weights` stores them in 16 bits.
+    `half_weights` stores them in 16 bits; `precision` is a list such as
+    ``fp32,fp16,int8``.
 
     Raises
     ------
     ConfigError
-        If the checkpoint cannot be read.
+        If the checkpoint cannot be read, or a precision is unknown or cannot be made.
     """
-    card = export_engine(checkpoint, output, half_weights=half_weights)
+    card = export_engine(
+        checkpoint,
+        output,
+        half_weights=half_weights,
+        precisions=parse_precisions(precision),
+    )
     _log.info("exported: '%s'", card)
     return card

@@ -1,6 +1,7 @@
 """Export: from a checkpoint to an engine folder that runs without torch."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,21 @@ import yaml
 from torch import nn
 
 from rtfocus.training.checkpoint import load_checkpoint
-from rtfocus.training.half_weights import halve_weights
-from rtfocus.training.onnx_file import write_onnx
+from rtfocus.training.precisions import Precision, write_precisions
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.registry import make_task
 from rtfocus.training.start import find_engine, identity
 from rtfocus.training.task import Task
 
 CARD_NAME = "engine.yaml"
-WEIGHTS_NAME = "model.fp32.onnx"
 
 
 def export_engine(
-    checkpoint: Path, folder: Path, *, half_weights: bool = False
+    checkpoint: Path,
+    folder: Path,
+    *,
+    half_weights: bool = False,
+    precisions: Sequence[Precision] = ("fp32",),
 ) -> Path:
     """Write weights and card of a checkpoint's averaged network; returns the card.
 
@@ -32,24 +35,28 @@ def export_engine(
         Of the engine; made where it is missing.
     half_weights
         Store weights in 16 bits, see `rtfocus.training.half_weights`.
+    precisions
+        Files to write, see `rtfocus.training.precisions`.
 
     Raises
     ------
     ConfigError
-        If the checkpoint cannot be read.
+        If the checkpoint cannot be read, or int8 lacks the training data.
     """
     recipe, state = load_checkpoint(checkpoint)
     task, network = trained(recipe, state)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / WEIGHTS_NAME
-    write_onnx(task.graph(network), weights)
-    if half_weights:
-        halve_weights(weights)
+    files = write_precisions(
+        task, network, folder, precisions, half_weights=half_weights
+    )
     card = {
         "name": folder.resolve().name,
         **task.card(),
-        "files": {"fp32": WEIGHTS_NAME},
-        "sha256": {"fp32": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "files": dict(files),
+        "sha256": {
+            precision: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for precision, name in files.items()
+        },
         "trained": {
             **_history(recipe, state),
             "data": [source.kind for source in recipe.sources],
