@@ -112,10 +112,9 @@ def correlate(features: Tensor, reach: int) -> Tensor:
     padded = functional.pad(features, (reach, reach, reach, reach))
     # F_i at x - t: the larger the shift, the farther to the left it is read. Only
     # the shifts along x are laid out in memory; those along y are views of it.
-    beside = torch.stack(
-        [padded[..., 2 * reach - t : 2 * reach - t + columns] for t in range(count)],
-        dim=2,
-    )
+    shifts = torch.arange(2 * reach, -1, -1, device=features.device)
+    places = shifts[:, None] + torch.arange(columns, device=features.device)
+    beside = padded[..., places].transpose(2, 3)
     fixed = features.reshape(number, channels, rows * columns).transpose(1, 2)
     shifted = (
         beside[..., 2 * reach - s : 2 * reach - s + rows, :] for s in range(count)
