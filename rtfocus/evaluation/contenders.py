@@ -36,8 +36,9 @@ class Contender:
 
     @property
     def title(self) -> str:
-        """Name with what the contender is told."""
-        if self.engine is None:
+        """Name with what the contender is told, where that makes a difference."""
+        told = None if self.engine is None else self.engine.card.condition
+        if told is None or "optics_known" not in told.entries:
             return self.name
         return f"{self.name}, {'blind' if self.blind else 'optics given'}"
 

@@ -177,8 +177,8 @@ def _pictures(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
             paths.append(path)
     for one in outcomes:
         if one.levels is not None and one.levels.tiles:
-            told = "_blind" if one.contender.blind else ""
-            path = folder / f"confusion_{one.contender.name}{told}_{one.data.name}.png"
+            row = one.contender.title.replace(", ", "_").replace(" ", "_")
+            path = folder / f"confusion_{row}_{one.data.name}.png"
             save_confusion(path, f"{one.contender.title}, {one.data.name}", one.levels)
             paths.append(path)
     return paths

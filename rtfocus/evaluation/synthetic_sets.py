@@ -3,12 +3,13 @@
 The defocus is known exactly and so is the PSF: what a method leaves is its own.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, zoom
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
@@ -26,19 +27,22 @@ STEP_UM = 2.2
 LEVELS = 11
 
 # Never trained on: three fields of nuclei, one of actin.
-_FIELDS = (
-    "bbbc006_pairs/sharp/a19_s1_w1.tif",
-    "bbbc006_pairs/sharp/a22_s1_w1.tif",
-    "bbbc006_pairs/sharp/a24_s1_w1.tif",
-    "bbbc006_factin/A_sharp.tif",
-)
-# Other specimens that every shipped recipe holds back.
-_TEXTURES = (
-    "in_focus/cellprofiler_fly/pos076_*.tif",
-    "in_focus/cellprofiler_human/actin.tif",
-    "in_focus/neubias/xyc_8bit__nuclei_nup.tif",
-    "in_focus/neubias/xyc_16bit__cell_dna_mts_actin.tif",
-)
+_FIELDS = {
+    "bbbc006_pairs/sharp/a19_s1_w1.tif": 1.0,
+    "bbbc006_pairs/sharp/a22_s1_w1.tif": 1.0,
+    "bbbc006_pairs/sharp/a24_s1_w1.tif": 1.0,
+    "bbbc006_factin/A_sharp.tif": 1.0,
+}
+# Other specimens that every shipped recipe holds back, reduced by the mean of the
+# sizes at which the recipes show others of their kind.
+_TEXTURES = {
+    "in_focus/cellprofiler_fly/pos076_*.tif": 0.7,
+    "in_focus/cellprofiler_human/actin.tif": 0.75,
+    "in_focus/neubias/xyc_8bit__nuclei_nup.tif": 0.75,
+    "in_focus/neubias/xyc_16bit__cell_dna_mts_actin.tif": 0.8,
+}
+# Width of the Gaussian before an image is reduced, relative to the new pixels.
+_ANTI_ALIAS = 0.35
 _MOST_SIDE_PX = 512
 _SEED = 20
 
@@ -53,8 +57,9 @@ class Variant:
     """In the brightest pixel of the sharp field."""
     signed: bool = False
     """Both sides of focus; else the positive one."""
-    fields: tuple[str, ...] = _FIELDS
-    """Sharp images below the folder of the published ones, patterns."""
+    fields: Mapping[str, float] = field(default_factory=lambda: _FIELDS)
+    """Patterns of sharp images below the folder of the published ones, and the size
+    at which they are shown."""
 
 
 VARIANTS = {
@@ -82,7 +87,7 @@ VARIANTS = {
 
 
 def synthetic(
-    name: str, folder: Path, *, fields: Sequence[str] | None = None
+    name: str, folder: Path, *, fields: Mapping[str, float] | None = None
 ) -> DataSet:
     """Return one of `VARIANTS`.
 
@@ -93,7 +98,7 @@ def synthetic(
     folder
         Of the published images.
     fields
-        Sharp images below it, patterns; None: those of the variant.
+        Patterns of sharp images below it with their size; None: those of the variant.
 
     Raises
     ------
@@ -101,9 +106,10 @@ def synthetic(
         If a pattern matches no image.
     """
     variant = VARIANTS[name]
+    wanted = variant.fields if fields is None else fields
     paths = [
-        path
-        for pattern in (variant.fields if fields is None else fields)
+        (path, size)
+        for pattern, size in wanted.items()
         for path in _matching(folder, pattern)
     ]
     camera = CameraModel(photons=variant.photons, gain_e_per_count=1.0, bit_depth=16)
@@ -112,8 +118,8 @@ def synthetic(
     levels = range(lowest, LEVELS)
 
     def samples() -> Iterator[Sample]:
-        lights = (one for path in paths for one in _lights(path))
-        for number, (field, light) in enumerate(lights):
+        lights = (one for path, size in paths for one in _lights(path, size))
+        for number, (field_name, light) in enumerate(lights):
             truth = camera.offset_counts + light * np.float32(variant.photons)
             for level in levels:
                 z_um = level * STEP_UM * unit
@@ -123,7 +129,7 @@ def synthetic(
                     # A photograph went through focus already.
                     blurred = blur(light, compute_psf(variant.optics, z_um))
                 yield Sample(
-                    name=f"{field} {level:+d}",
+                    name=f"{field_name} {level:+d}",
                     pixels=camera.expose(blurred, rng),
                     sharp=truth,
                     defocus_um=(z_um, z_um),
@@ -150,11 +156,13 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
-def _lights(path: Path) -> Iterator[tuple[str, Image]]:
+def _lights(path: Path, size: float) -> Iterator[tuple[str, Image]]:
     """Yield every plane as light: darkest percentile 0, brightest pixel 1."""
     for series in open_images(path):
         for index in series.indices():
             plane = luminance(series.read(**index).astype(np.float32))
+            if size != 1.0:
+                plane = zoom(gaussian_filter(plane, _ANTI_ALIAS / size), size, order=1)
             rows, columns = (
                 slice(
                     (n - min(n, _MOST_SIDE_PX)) // 2, (n + min(n, _MOST_SIDE_PX)) // 2
