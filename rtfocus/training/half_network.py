@@ -61,13 +61,15 @@ def write_half_network(source: Path, path: Path) -> None:
     graph = model.graph
     types = _tensor_types(graph)
     outputs = {value.name for value in graph.output}
-    halved = [_halve(tensor) for tensor in graph.initializer]
+    # What sensitive nodes alone read, such as scales, stays as it is.
+    kept = _read_in_single(graph)
+    weights = [t if t.name in kept else _halve(t) for t in graph.initializer]
     nodes = [
         _cast(value.name, f"{value.name}__half", half=True)
         for value in graph.input
         if types[value.name] == TensorProto.FLOAT
     ]
-    wide: dict[str, str] = {}
+    wide = {name: name for name in kept}
     entering = {node.input[0]: node.output[0] for node in nodes}
     for node in graph.node:
         _rename(node, entering, outputs, types)
@@ -78,7 +80,7 @@ def write_half_network(source: Path, path: Path) -> None:
         if types[name] == TensorProto.FLOAT
     )
     del graph.initializer[:], graph.node[:], graph.value_info[:]
-    graph.initializer.extend(halved)
+    graph.initializer.extend(weights)
     graph.node.extend(nodes)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
@@ -97,6 +99,18 @@ def _tensor_types(graph: onnx.GraphProto) -> dict[str, int]:
             )
             raise EngineError(msg)
     return types
+
+
+def _read_in_single(graph: onnx.GraphProto) -> set[str]:
+    """Return the float32 weights that no node reads in 16 bits."""
+    stored = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+    halved = {
+        name
+        for node in graph.node
+        if node.op_type not in _SENSITIVE
+        for name in node.input
+    }
+    return stored - halved
 
 
 def _rename(

@@ -10,14 +10,14 @@ from rtfocus.processing.gpu.seam import GpuBackend, GpuDevice, GpuEngine, GpuReq
 
 logger = logging.getLogger(__name__)
 
-_TORCH = "rtfocus.processing.gpu.torch_backend"
+_TORCH = "rtfocus.processing.gpu.torch_backend.engine"
 
 
 def _why_no_torch(device: GpuDevice | None) -> str | None:
     try:
         module = import_module(_TORCH)
     except ImportError as error:
-        return f"torch cannot be imported ({error}); pip install torch"
+        return f"torch-cuda cannot be imported ({error}); pip install torch onnx"
     why: str | None = module.why_unavailable(device)
     return why
 

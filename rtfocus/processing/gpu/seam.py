@@ -82,11 +82,7 @@ class GpuContext(Protocol):
     """
 
     def bind(
-        self,
-        buffers: Mapping[str, int],
-        input_shapes: Mapping[str, Shape],
-        *,
-        input_consumed_event: int = 0,
+        self, buffers: Mapping[str, int], input_shapes: Mapping[str, Shape]
     ) -> None:
         """Set the device address of every I/O tensor and the shape of every input.
 
@@ -99,10 +95,6 @@ class GpuContext(Protocol):
             Device address by tensor name, inputs and outputs.
         input_shapes
             Shape by input name, within the request's range.
-        input_consumed_event
-            Handle of a CUDA event to record as soon as the inputs may be
-            overwritten; 0: none. A backend that cannot tell records it after the
-            last kernel.
 
         Raises
         ------

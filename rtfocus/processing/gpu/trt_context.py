@@ -28,11 +28,7 @@ class TensorRtContext:
         self._shapes: dict[str, Shape] = {}
 
     def bind(
-        self,
-        buffers: Mapping[str, int],
-        input_shapes: Mapping[str, Shape],
-        *,
-        input_consumed_event: int = 0,
+        self, buffers: Mapping[str, int], input_shapes: Mapping[str, Shape]
     ) -> None:
         """Set addresses and shapes for all following `enqueue`."""
         self._library.logger.errors.clear()
@@ -48,8 +44,6 @@ class TensorRtContext:
         if lacking:
             msg = f"the shapes of {lacking} are not set"
             raise self._error(msg)
-        if input_consumed_event:
-            self._context.set_input_consumed_event(input_consumed_event)
         self._shapes = dict(input_shapes)
 
     def enqueue(self, cuda_stream: int) -> None:
