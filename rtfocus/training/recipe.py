@@ -65,6 +65,9 @@ class OptimiserRecipe(Section):
 
     steps: Count = 10_000
     """Length of the training."""
+    stop_step: Count | None = None
+    """Step at which the run ends early, its rate still up: a shorter recipe that
+    starts from it brings the rate down. None: not before `steps`."""
     rate: Positive = 1.5e-3
     """Highest learning rate."""
     warmup_steps: Count = 300
@@ -78,6 +81,11 @@ class OptimiserRecipe(Section):
     """Memories of Adam's first and second moment."""
     average_decay: Fraction = 0.998
     """Exponential average of the weights that is evaluated and exported."""
+
+    @property
+    def last_step(self) -> int:
+        """Number of steps that are taken."""
+        return min(self.steps, self.stop_step or self.steps)
 
 
 class RecipeBase(Section):

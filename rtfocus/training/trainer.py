@@ -64,7 +64,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all steps of the recipe are done."""
-        return self.step >= self.recipe.optimiser.steps
+        return self.step >= self.recipe.optimiser.last_step
 
     def train_step(self) -> dict[str, float]:
         """Take one step of the optimiser; returns what it measured."""
@@ -178,7 +178,7 @@ def train(
         TimeRemainingColumn(),
         disable=not show_progress,
     )
-    steps = recipe.optimiser.steps
+    steps = recipe.optimiser.last_step
     with progress:
         bar = progress.add_task(recipe.name, total=steps, completed=trainer.step)
         recent: list[dict[str, float]] = []

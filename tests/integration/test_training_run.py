@@ -93,6 +93,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         assert torch.equal(state["modules"]["network"][name], value), name
 
 
+def test_a_run_can_stop_while_its_rate_is_still_up(tmp_path):
+    recipe = small_recipe(tmp_path, steps=100, stop_step=3)
+    _, state = load_checkpoint(train(recipe, device="cpu", show_progress=False))
+    assert state["step"] == 3
+    curve = (tmp_path / "small" / "curve.csv").read_text(encoding="utf-8")
+    rate = float(curve.splitlines()[-1].split(",")[2])
+    assert rate > 0.99 * recipe.optimiser.rate
+
+
 def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(tmp_path):
     recipe = small_recipe(tmp_path, steps=1)
     train(recipe, device="cpu", show_progress=False)
