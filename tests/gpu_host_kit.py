@@ -45,7 +45,7 @@ def build(source: str, target: Path, *options: str) -> Path:
     """Compile a shared library of the tests' own."""
     text = target.with_suffix(".cpp")
     text.write_text(source, encoding="utf-8")
-    command = [compiler(), "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread"]
+    command = [compiler(), "-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
     command += [f"-I{STANDIN}", *options, "-o", str(target), str(text)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]

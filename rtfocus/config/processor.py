@@ -42,6 +42,25 @@ class RestorationConfig(Section):
     ``richardson_lucy_tiles``."""
 
 
+class GpuConfig(Section):
+    """How a GPU is used, where `ProcessingConfig.device` takes one."""
+
+    index: Annotated[int, Field(ge=0)] = 0
+    """Which GPU, in the driver's list; one processor uses one."""
+    backend: Literal["auto", "tensorrt", "tensorrt_rtx", "torch-cuda"] = "auto"
+    """Runtime of networks; ``auto``: first available, in this order."""
+    precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    """Weights file that runs; ``auto``: fp16 where an engine has it, else fp32."""
+    tf32: bool = True
+    """False: fp32 networks keep all 23 bits, slower; for comparisons."""
+    frames_in_flight: Annotated[int, Field(ge=1)] = 4
+    """Frames in device memory at once: 3 or more overlap copies and compute."""
+    on_lack_of_memory: Literal["fewer_frames", "error"] = "fewer_frames"
+    """``fewer_frames``: start with fewer frames in flight and say so."""
+    cuda_graphs: bool = True
+    """Replay the steady state from a recording: less work for the CPU."""
+
+
 class ProcessingConfig(Section):
     """Engines and how they run."""
 
@@ -61,6 +80,7 @@ class ProcessingConfig(Section):
     """Threads for networks and FFTs; None: one per core."""
     engine_folders: list[Path] = []
     """Further folders with engines, searched before the shipped ones."""
+    gpu: GpuConfig = GpuConfig()
     ignore_optics: bool = False
     """Run an engine outside the optics it was trained for."""
     blind: bool = False

@@ -85,13 +85,8 @@ class CameraCorrection:
 
         Pixels that are no number take the median of the others.
         """
-        flags = []
-        invalid = None
-        if not self.integer:
-            finite = np.isfinite(pixels)
-            if not finite.all():
-                invalid = ~finite
-                flags.append("nan")
+        invalid = self.find_invalid(pixels)
+        flags = [] if invalid is None else ["nan"]
         np.copyto(out, pixels, casting="unsafe")
         if invalid is not None:
             out[invalid] = 0.0 if invalid.all() else np.median(out[~invalid])
@@ -102,6 +97,13 @@ class CameraCorrection:
         if self._divisor is not None:
             out /= self._divisor
         return Marks(tuple(flags), invalid)
+
+    def find_invalid(self, pixels: NDArray[np.generic]) -> NDArray[np.bool_] | None:
+        """Return which pixels are NaN or infinite; None: all are numbers."""
+        if self.integer:
+            return None
+        finite = np.isfinite(pixels)
+        return None if finite.all() else ~finite
 
     def to_counts(
         self, signal: Image, out: NDArray[np.generic], invalid: NDArray[np.bool_] | None

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
+from rtfocus.processing.grids import common_grid
 from rtfocus.processing.job import Job, attempt, classify, restore
 from rtfocus.processing.plan import ChannelPlan, plan_channel, share_threads
 from rtfocus.slots import Slot
@@ -57,7 +58,12 @@ class CpuProcessor:
         try:
             for channel in series.channels:
                 self._plans.append(plan_channel(self._config, series, channel, threads))
-            grid = _common_grid(self._plans)
+            grid = common_grid(
+                {
+                    plan.name: None if plan.classifier is None else plan.classifier.grid
+                    for plan in self._plans
+                }
+            )
         except Exception:
             self.close()
             raise
@@ -187,23 +193,3 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _common_grid(plans: list[ChannelPlan]) -> TileGrid | None:
-    """Return the one grid of all classified channels.
-
-    Raises
-    ------
-    EngineError
-        If two channels have different grids: one map cannot hold both.
-    """
-    grids = {
-        plan.name: plan.classifier.grid for plan in plans if plan.classifier is not None
-    }
-    if len(set(grids.values())) > 1:
-        msg = (
-            f"classifiers of channels {', '.join(grids)} divide a frame into different "
-            "tiles; use engines with the same tile_px and stride_px"
-        )
-        raise EngineError(msg)
-    return next(iter(grids.values()), None)

@@ -29,14 +29,14 @@ class LabelDecoder:
 
     def __init__(self, output: OutputCard) -> None:
         self.labels = output.labels
-        self._levels = np.array(
+        self.levels = np.array(
             [
                 BACKGROUND if label == BACKGROUND_LABEL else int(label)
                 for label in output.labels
             ],
             dtype=np.int16,
         )
-        self._values = self._levels[:, None, None].astype(np.float32)
+        self._values = self.levels[:, None, None].astype(np.float32)
         self._is_level = self._values != BACKGROUND
 
     def decode(self, logits: Image) -> Decoded:
@@ -49,7 +49,7 @@ class LabelDecoder:
         shifted = np.exp(logits - logits.max(axis=0))
         probability = shifted / shifted.sum(axis=0)
         chosen = probability.argmax(axis=0)
-        level = self._levels[chosen]
+        level = self.levels[chosen]
         confidence = np.take_along_axis(probability, chosen[None], axis=0)[0]
         distance = np.abs(self._values - level)
         near = (distance <= 1) & self._is_level

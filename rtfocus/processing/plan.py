@@ -100,7 +100,7 @@ def plan_channel(
             else "no classifier is configured"
         )
         return ChannelPlan(channel.name, correction, None, None, reason, {}, {})
-    _compare_pixel_size(channel.name, optics, series.pixel_size_um)
+    compare_pixel_size(channel.name, optics, series.pixel_size_um)
     found = find_engine(name, config.processing.engine_folders)
     check_fit(found.card, optics, ignore=config.processing.ignore_optics)
     view = ChannelView(
@@ -148,7 +148,7 @@ def _open_engines(
     )
 
 
-def _compare_pixel_size(
+def compare_pixel_size(
     channel: str, optics: OpticalSystem, pixel_size_um: float
 ) -> None:
     """Warn when the microscope reports another pixel size than the optics."""

@@ -54,12 +54,8 @@ class Preparation:
     """
 
     def __init__(self, card: EngineCard, quantum: float) -> None:
-        self._normalisation: Normalisation = _build(
-            card, "normalisation", NORMALISATIONS
-        )
-        self._background: ContrastToNoise | None = None
-        if card.background:
-            self._background = _build(card, "background", BACKGROUNDS)
+        self._normalisation = normalisation_of(card)
+        self._background = background_of(card)
         self._quantum = quantum
 
     def normalise(
@@ -109,6 +105,20 @@ class Preparation:
         found = found[: grid.rows, : grid.columns]
         empty[: found.shape[0], : found.shape[1]] = found
         return empty
+
+
+def normalisation_of(card: EngineCard) -> Normalisation:
+    """Return the normalisation that a card names."""
+    rule: Normalisation = _build(card, "normalisation", NORMALISATIONS)
+    return rule
+
+
+def background_of(card: EngineCard) -> ContrastToNoise | None:
+    """Return the background rule that a card names; None: it leaves it out."""
+    if not card.background:
+        return None
+    rule: ContrastToNoise = _build(card, "background", BACKGROUNDS)
+    return rule
 
 
 def normalised(frame: Image, offset: float, scale: float) -> Image:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.processing.cpu import CpuProcessor
+from rtfocus.processing.fallback import FallbackProcessor
+from rtfocus.processing.gpu.devices import why_no_gpu
+from rtfocus.processing.gpu.native_library import NVRTC, why_not_loadable
+from rtfocus.processing.gpu.processor import GpuProcessor
 from rtfocus.processing.seam import FrameProcessor
 
 logger = logging.getLogger(__name__)
@@ -19,22 +23,24 @@ class ProcessorKind:
     name: str
     why_unavailable: Callable[[], str | None]
     """Reason why not, with the remedy; None: available."""
-    open_processor: Callable[[Config], FrameProcessor] | None
+    open_processor: Callable[[Config], FrameProcessor]
 
 
 def _why_no_gpu() -> str | None:
-    return "this version has no GPU processor; set processing.device to cpu or auto"
+    return why_no_gpu() or why_not_loadable(NVRTC)
 
 
 # ORDER MATTERS for "auto": fastest first.
 PROCESSORS: tuple[ProcessorKind, ...] = (
-    ProcessorKind("gpu", _why_no_gpu, None),
+    ProcessorKind("gpu", _why_no_gpu, GpuProcessor),
     ProcessorKind("cpu", lambda: None, CpuProcessor),
 )
 
 
 def open_processor(config: Config) -> FrameProcessor:
     """Open the processor of ``processing.device``; for ``auto`` the best there is.
+
+    For ``auto`` a GPU that cannot run a series leaves it to the CPU, and says so.
 
     Raises
     ------
@@ -47,10 +53,17 @@ def open_processor(config: Config) -> FrameProcessor:
         if wanted not in ("auto", kind.name):
             continue
         why = kind.why_unavailable()
-        if why is None and kind.open_processor is not None:
+        if why is None:
             passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
             logger.info("frame processor: %s%s", kind.name, passed_over)
+            if wanted == "auto" and kind.open_processor is not CpuProcessor:
+                return FallbackProcessor(
+                    kind.open_processor(config), CpuProcessor(config)
+                )
             return kind.open_processor(config)
         reasons.append(f"{kind.name}: {why}")
-    msg = f"no frame processor for processing.device '{wanted}': {'; '.join(reasons)}"
+    msg = (
+        f"no frame processor for processing.device '{wanted}': {'; '.join(reasons)}; "
+        "or set processing.device to cpu or auto"
+    )
     raise EngineError(msg)

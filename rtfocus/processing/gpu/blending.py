@@ -6,6 +6,7 @@ Along an axis a pixel lies between two tiles, so three numbers tell its weights.
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.frame import BACKGROUND
 from rtfocus.processing.gpu.cells import FrameShape
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
 from rtfocus.processing.tiling import Montage
@@ -29,6 +30,34 @@ class GpuBlending:
             for weights in montage.axes
             for table in neighbours(weights, montage.step)
         ]
+
+    def enqueue_share(
+        self,
+        work: Work,
+        *,
+        frame: FrameShape,
+        signal: DeviceArray,
+        restored: DeviceArray,
+        levels: DeviceArray,
+        out: DeviceArray,
+    ) -> None:
+        """Enqueue ``out = signal + share * (restored - signal)``.
+
+        The share is that of the tiles out of focus; arguments as of `enqueue`, but
+        `restored` has the shape of `signal`.
+        """
+        work.launch(
+            "blend_share",
+            frame.height * frame.width,
+            signal,
+            *frame.sides,
+            restored,
+            levels,
+            self._tile_columns,
+            BACKGROUND,
+            *self._tables,
+            out,
+        )
 
     def enqueue(
         self,

@@ -60,10 +60,12 @@ struct Launch {
   unsigned grid_x, grid_y, block_x, cooperative_threads;
 };
 
+// Shared memory is static here, the same for all kernels.
+static std::mutex shared_memory;
+
 // Runs `body` for every thread of a launch.
 template <class Body>
 static void run_launch(const Launch& launch, bool cooperative, Body body) {
-  static std::mutex shared_memory;
   Index3 grid{launch.grid_x, launch.grid_y, 1};
   if (!cooperative) {
     for (unsigned y = 0; y < grid.y; ++y)

@@ -1,19 +1,35 @@
 // Tiles: a frame cut into overlapping tiles for a network, and put together again.
+//
+// A network has `planes` channels: as many as the frame has colours, or one, which
+// sees its brightness, or three, each of which sees the grey frame. `ranges` holds
+// offset and scale of every plane.
 
-// One thread per pixel of the sample: every `step`-th pixel of a frame.
+// Value of a frame's pixel in one plane of a network; mirrored beyond the frame.
+__device__ static inline float plane_value(
+    const float* signal, int height, int width, int channels, int planes, int plane,
+    int y, int x) {
+  if (planes != channels) return grey(signal, height, width, channels, y, x);
+  long long pixel = (long long)mirror(y, height) * width + mirror(x, width);
+  return signal[pixel * channels + plane];
+}
+
+// One thread per pixel of the sample: every `step`-th pixel of one plane.
 extern "C" __global__ void sample(
     const float* signal,
     int height,
     int width,
     int channels,
+    int planes,
+    int plane,
     int step,
     int columns,
     int count,
     float* values) {
   int i = element();
   if (i >= count) return;
-  int y = i / columns * step, x = i % columns * step;
-  values[i] = grey(signal, height, width, channels, y, x);
+  values[i] = plane_value(
+      signal, height, width, channels, planes, plane, i / columns * step,
+      i % columns * step);
 }
 
 // One thread: offset and scale that map two percentiles to 0 and 1. Each lies
@@ -27,13 +43,13 @@ extern "C" __global__ void percentile_range(
   range[1] = high > low ? high - low : 1.0f;
 }
 
-// One thread per element of the tiles (tile, channel, y, x), from tile `first` on;
-// pixels beyond the frame are mirrored.
+// One thread per element of the tiles (tile, plane, y, x), from tile `first` on.
 extern "C" __global__ void gather_tiles(
     const float* signal,
     int height,
     int width,
     int channels,
+    int planes,
     const int* tops,
     const int* lefts,
     int tile_columns,
@@ -41,7 +57,7 @@ extern "C" __global__ void gather_tiles(
     int tile_width,
     int first,
     int elements,
-    const float* range,
+    const float* ranges,
     void* tiles,
     int kind) {
   int i = element();
@@ -49,22 +65,43 @@ extern "C" __global__ void gather_tiles(
   int x = i % tile_width, rest = i / tile_width;
   int y = rest % tile_height;
   rest /= tile_height;
-  int channel = rest % channels, tile = first + rest / channels;
-  int row = mirror(tops[tile / tile_columns] + y, height);
-  int column = mirror(lefts[tile % tile_columns] + x, width);
-  float value = signal[((long long)row * width + column) * channels + channel];
-  store(tiles, kind, i, (value - range[0]) / range[1]);
+  int plane = rest % planes, tile = first + rest / planes;
+  float value = plane_value(
+      signal, height, width, channels, planes, plane, tops[tile / tile_columns] + y,
+      lefts[tile % tile_columns] + x);
+  store(tiles, kind, i, (value - ranges[2 * plane]) / ranges[2 * plane + 1]);
 }
 
-// One thread per element of the frame (y, x, channel): the weighted sum of all
-// tiles that cover it. Weights per axis have axes (tile, pixel of the frame), each
-// pixel's add up to 1; the tiles with a weight are `first` to `last`.
+// Weighted sum of all tiles that cover a pixel, in one plane of the network.
+__device__ static inline float joined(
+    const void* tiles, int kind, int planes, int plane, int y, int x, int height,
+    int width, const int* tops, const int* lefts, int tile_columns, int tile_height,
+    int tile_width, const int* first_row, const int* last_row,
+    const float* row_weights, const int* first_column, const int* last_column,
+    const float* column_weights) {
+  float total = 0.0f;
+  for (int row = first_row[y]; row <= last_row[y]; ++row) {
+    float down = row_weights[row * height + y];
+    for (int column = first_column[x]; column <= last_column[x]; ++column) {
+      float weight = down * column_weights[column * width + x];
+      long long tile = (long long)row * tile_columns + column;
+      long long line = (tile * planes + plane) * tile_height + y - tops[row];
+      total += weight * load(tiles, kind, line * tile_width + x - lefts[column]);
+    }
+  }
+  return total;
+}
+
+// One thread per element of the frame (y, x, channel). Weights per axis have axes
+// (tile, pixel of the frame), each pixel's add up to 1; the tiles with a weight are
+// `first` to `last`. A grey frame is the mean of what its planes became.
 extern "C" __global__ void blend_tiles(
     const void* tiles,
     int kind,
     int height,
     int width,
     int channels,
+    int planes,
     const int* tops,
     const int* lefts,
     int tile_columns,
@@ -76,21 +113,58 @@ extern "C" __global__ void blend_tiles(
     const int* first_column,
     const int* last_column,
     const float* column_weights,
-    const float* range,
+    const float* ranges,
     float* out) {
   int i = element();
   if (i >= height * width * channels) return;
   int channel = i % channels, pixel = i / channels;
   int y = pixel / width, x = pixel % width;
+  int from = planes == channels ? channel : 0;
+  int to = planes == channels ? channel + 1 : planes;
   float total = 0.0f;
-  for (int row = first_row[y]; row <= last_row[y]; ++row) {
-    float down = row_weights[row * height + y];
-    for (int column = first_column[x]; column <= last_column[x]; ++column) {
-      float weight = down * column_weights[column * width + x];
-      long long tile = (long long)row * tile_columns + column;
-      long long line = (tile * channels + channel) * tile_height + y - tops[row];
-      total += weight * load(tiles, kind, line * tile_width + x - lefts[column]);
-    }
+  for (int plane = from; plane < to; ++plane)
+    total += ranges[2 * plane] +
+             ranges[2 * plane + 1] *
+                 joined(tiles, kind, planes, plane, y, x, height, width, tops, lefts,
+                        tile_columns, tile_height, tile_width, first_row, last_row,
+                        row_weights, first_column, last_column, column_weights);
+  out[i] = total / (float)(to - from);
+}
+
+// One thread per pixel: out = signal + share * (restored - signal), the share that
+// of the tiles out of focus. Montage tables as of blend_level.
+extern "C" __global__ void blend_share(
+    const float* signal,
+    int height,
+    int width,
+    int channels,
+    const float* restored,
+    const short* levels,
+    int tile_columns,
+    int background,
+    const int* row_tile,
+    const int* row_next,
+    const float* row_share,
+    const int* column_tile,
+    const int* column_next,
+    const float* column_share,
+    float* out) {
+  int i = element();
+  if (i >= height * width) return;
+  int y = i / width, x = i % width;
+  const short* upper = levels + row_tile[y] * tile_columns;
+  const short* lower = levels + row_next[y] * tile_columns;
+  short found[4] = {
+      upper[column_tile[x]], upper[column_next[x]], lower[column_tile[x]],
+      lower[column_next[x]]};
+  float down = row_share[y], across = column_share[x], share = 0.0f;
+  float weights[4] = {
+      (1.0f - down) * (1.0f - across), (1.0f - down) * across,
+      down * (1.0f - across), down * across};
+  for (int corner = 0; corner < 4; ++corner)
+    if (found[corner] != 0 && found[corner] != background) share += weights[corner];
+  for (int channel = 0; channel < channels; ++channel) {
+    long long at = (long long)i * channels + channel;
+    out[at] = signal[at] + share * (fmaxf(restored[at], 0.0f) - signal[at]);
   }
-  out[i] = total * range[1] + range[0];
 }

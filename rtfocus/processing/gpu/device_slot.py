@@ -1,0 +1,177 @@
+"""Device slot: the device buffers, events and recordings of one frame in flight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from rtfocus.processing.gpu.cuda_stream import new_event
+from rtfocus.processing.gpu.frame_maps import MapLayout
+from rtfocus.processing.gpu.frame_restorers import InFlight
+from rtfocus.processing.gpu.gpu_channel import GpuChannel
+from rtfocus.processing.gpu.gpu_classifier import ClassifierSlot
+from rtfocus.processing.gpu.gpu_network import BoundNetwork
+from rtfocus.processing.gpu.graphs import Replayed
+from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBuffers:
+    """Device memory of one frame in flight."""
+
+    frame: DeviceArray
+    """Counts of the camera."""
+    signal: DeviceArray
+    restored: DeviceArray
+    """Float32, unit of the signal."""
+    counts: DeviceArray
+    """Restored, on the camera's scale."""
+    packed_maps: DeviceArray
+    maps: dict[str, DeviceArray]
+    """Parts of `packed_maps`."""
+
+
+class DeviceSlot:
+    """One frame in flight; nothing of it is shared with another.
+
+    Parameters
+    ----------
+    memory
+        Where the buffers lie.
+    channels
+        Of the series; a slot serves every one of them.
+    shape, dtype
+        Of the frames.
+    restored_dtype
+        Of the restored frames.
+    layout
+        Of the maps.
+    graphs
+        Whether work is recorded.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        channels: Sequence[GpuChannel],
+        *,
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        restored_dtype: DTypeLike,
+        layout: MapLayout,
+        graphs: bool,
+    ) -> None:
+        packed = memory.allocate((layout.size_bytes,), np.uint8, "maps")
+        self.buffers = SlotBuffers(
+            frame=memory.allocate(shape, dtype, "a frame"),
+            signal=memory.allocate(shape, np.float32, "a corrected frame"),
+            restored=memory.allocate(shape, np.float32, "a restored frame"),
+            counts=memory.allocate(shape, restored_dtype, "a restored frame"),
+            packed_maps=packed,
+            maps=layout.device_arrays(packed),
+        )
+        # In the order in which they happen; each also tells the time.
+        self.begun: Any = new_event()
+        self.copied_in: Any = new_event()
+        self.classify_begun: Any = new_event()
+        self.classified: Any = new_event()
+        self.estimated: Any = new_event()
+        self.restore_begun: Any = new_event()
+        self.restored: Any = new_event()
+        self.copied_out: Any = new_event()
+        self.channels: list[ChannelSlot] = []
+        try:
+            for channel in channels:
+                self.channels.append(
+                    ChannelSlot(self.buffers, memory, channel, graphs=graphs)
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free contexts and recordings; nothing of it is in flight."""
+        for channel in self.channels:
+            channel.close()
+
+
+class ChannelSlot:
+    """The work on one frame of one channel, recorded where it can be.
+
+    Parameters
+    ----------
+    buffers
+        That it reads and writes.
+    memory
+        Where the networks' buffers lie.
+    channel
+        What is done.
+    graphs
+        Whether it is recorded.
+    """
+
+    def __init__(
+        self,
+        buffers: SlotBuffers,
+        memory: DeviceMemory,
+        channel: GpuChannel,
+        *,
+        graphs: bool,
+    ) -> None:
+        self.channel = channel
+        self._buffers = buffers
+        self._seen: ClassifierSlot | None = None
+        self._network: BoundNetwork | None = None
+        if channel.classifier is not None:
+            self._seen = channel.classifier.open_slot(memory)
+        if channel.restorer is not None:
+            self._network = channel.restorer.open_network(memory)
+        off = None if graphs else "processing.gpu.cuda_graphs is off"
+        self.classify = Replayed(
+            f"classification of channel '{channel.name}'",
+            self._classify,
+            lambda work: (
+                off
+                or self._why_not(
+                    work, None if self._seen is None else self._seen.network
+                )
+            ),
+        )
+        self.restore = Replayed(
+            f"restoration of channel '{channel.name}'",
+            self._restore,
+            lambda work: off or self._why_not(work, self._network),
+        )
+
+    def close(self) -> None:
+        """Free contexts and recordings."""
+        self.classify.close()
+        self.restore.close()
+        if self._seen is not None:
+            self._seen.network.close()
+        if self._network is not None:
+            self._network.close()
+
+    def _classify(self, work: Work) -> None:
+        slot, channel = self._buffers, self.channel
+        channel.correction.to_signal(
+            work, slot.frame, slot.signal, slot.maps["saturated"]
+        )
+        if channel.classifier is not None and self._seen is not None:
+            channel.classifier.enqueue(work, self._seen, slot.signal, slot.maps)
+
+    def _restore(self, work: Work) -> None:
+        slot, channel = self._buffers, self.channel
+        if channel.restorer is None or self._seen is None:
+            return
+        frame = InFlight(
+            slot.signal, slot.maps, self._seen, self._network, slot.restored
+        )
+        channel.restorer.enqueue(work, frame)
+        channel.correction.to_counts(work, slot.restored, slot.counts)
+
+    @staticmethod
+    def _why_not(work: Work, network: BoundNetwork | None) -> str | None:
+        return None if network is None else network.why_not_capturable(work)

@@ -1,0 +1,210 @@
+"""GPU classifier: a classifier or joint engine on whole frames, on the device."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rtfocus.errors import EngineError
+from rtfocus.frame import BACKGROUND, TileGrid
+from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
+from rtfocus.processing.classifier import FrameFit, tile_grid
+from rtfocus.processing.conditions import Conditions
+from rtfocus.processing.engines.card import EngineCard
+from rtfocus.processing.engines.opening import input_of
+from rtfocus.processing.gpu.cells import (
+    CellStatistics,
+    FrameShape,
+    GpuBackground,
+    GpuStandardisation,
+)
+from rtfocus.processing.gpu.gpu_network import BoundNetwork
+from rtfocus.processing.gpu.gpu_percentiles import GpuPercentiles
+from rtfocus.processing.gpu.gpu_tiles import GpuTiles, whole_frame_tile
+from rtfocus.processing.gpu.seam import GpuEngine, Shape
+from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
+from rtfocus.processing.labels import LabelDecoder
+from rtfocus.processing.preparation import background_of, normalisation_of
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a classifier is told of the frames of a channel."""
+
+    frame: FrameShape
+    fit: FrameFit
+    step_um: float
+    """Defocus between two levels."""
+    quantum: float
+    """Step between the camera's values; 0 for float frames."""
+    mirrored: bool
+    """The engine sees the sign of the defocus turned."""
+    conditions: Conditions
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierSlot:
+    """What one frame in flight needs of a classifier for itself."""
+
+    network: BoundNetwork
+    ranges: DeviceArray
+    """Offset and scale of every plane, axes (plane, 2)."""
+
+
+class GpuClassifier:
+    """A classifier or joint engine applied to whole frames of one size.
+
+    Work space is shared by all frames in flight: their work is on one stream.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    engine
+        Opened for `View.fit`; closed by `close`.
+    card
+        Of the engine.
+    view
+        Frames of the channel.
+    """
+
+    def __init__(
+        self, memory: DeviceMemory, engine: GpuEngine, card: EngineCard, view: View
+    ) -> None:
+        if card.output is None or card.levels is None:
+            msg = f"engine '{card.name}' is a {card.kind}, not a classifier"
+            raise EngineError(msg)
+        self.engine = engine
+        self.card = card
+        self._view = view
+        self._input = input_of(card)
+        self._output = card.output
+        self._turn = -1 if view.mirrored and card.levels.signed else 1
+        logits = engine.output_shapes(self._shapes())[card.output.name]
+        _check_labels(card.name, logits, len(card.output.labels))
+        self._network_tiles = (logits[2], logits[3])
+        self.grid: TileGrid = tile_grid(
+            self._input, view.fit, *self._network_tiles, signed=card.levels.signed
+        )
+        self._levels = memory.upload(LabelDecoder(card.output).levels, "labels")
+        self._empty = memory.allocate(
+            (self.grid.rows * self.grid.columns,), np.uint8, "the background rule"
+        )
+        condition = view.conditions.unknown(1)
+        self._condition = (
+            None if condition is None else memory.upload(condition, "the condition")
+        )
+        self._prepare(memory)
+
+    def _prepare(self, memory: DeviceMemory) -> None:
+        """Set up normalisation and background rule."""
+        rule = normalisation_of(self.card)
+        background = background_of(self.card)
+        view = self._view
+        self._cells: CellStatistics | None = None
+        self._background: GpuBackground | None = None
+        self._standardisation: GpuStandardisation | None = None
+        self._percentiles: GpuPercentiles | None = None
+        if background is not None or isinstance(rule, LocalStandardisation):
+            self._cells = CellStatistics(memory, view.frame, _whole_cells(view.fit))
+            if background is not None:
+                self._background = GpuBackground(
+                    memory, background, self._cells, self.grid, view.quantum
+                )
+        planes = self._input.channels
+        self.tile: GpuTiles = whole_frame_tile(
+            memory, view.frame, planes, view.fit.padded
+        )
+        """The frame as the network's input, and back."""
+        if isinstance(rule, LocalStandardisation):
+            if self._cells is not None:
+                self._standardisation = GpuStandardisation(memory, rule, self._cells)
+        else:
+            self._percentiles = GpuPercentiles(memory, rule, view.frame, planes)
+
+    def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
+        """Reserve what one more frame in flight needs."""
+        given = {}
+        if self._condition is not None and self.card.condition is not None:
+            given = {self.card.condition.name: self._condition}
+        network = BoundNetwork(memory, self.engine, self._shapes(), given)
+        ranges = memory.allocate((self._input.channels, 2), np.float32, "ranges")
+        return ClassifierSlot(network, ranges)
+
+    def enqueue(
+        self,
+        work: Work,
+        slot: ClassifierSlot,
+        signal: DeviceArray,
+        maps: dict[str, DeviceArray],
+    ) -> None:
+        """Enqueue signal -> maps of `rtfocus.processing.gpu.frame_maps`."""
+        tiles = slot.network.buffers[self._input.name]
+        if self._cells is not None:
+            self._cells.enqueue(work, signal)
+        if self._background is None:
+            work.zero(self._empty)
+        else:
+            self._background.enqueue(work, self._empty)
+        if self._standardisation is not None:
+            self._standardisation.enqueue(work, signal, tiles)
+        elif self._percentiles is not None:
+            self._percentiles.enqueue(work, signal, slot.ranges)
+            self.tile.cut(work, signal, slot.ranges, tiles, first=0, count=1)
+        slot.network.enqueue(work)
+        self._decode(work, slot, maps)
+
+    def _decode(
+        self, work: Work, slot: ClassifierSlot, maps: dict[str, DeviceArray]
+    ) -> None:
+        work.launch(
+            "decode_labels",
+            self._empty.count,
+            slot.network.buffers[self._output.name],
+            self._levels.count,
+            *self._network_tiles,
+            self.grid.rows,
+            self.grid.columns,
+            self._levels,
+            BACKGROUND,
+            self._turn,
+            self._view.step_um,
+            self._empty,
+            maps["defocus_um"],
+            maps["confidence"],
+            maps["uncertainty_um"],
+            maps["level"],
+        )
+
+    def close(self) -> None:
+        """Free the engine, after all slots."""
+        self.engine.close()
+
+    def _shapes(self) -> dict[str, Shape]:
+        """Return the shape of every input."""
+        shapes: dict[str, Shape] = {
+            self._input.name: (1, self._input.channels, *self._view.fit.padded)
+        }
+        if self.card.condition is not None:
+            shapes[self.card.condition.name] = (1, len(self.card.condition.entries))
+        return shapes
+
+
+def _whole_cells(fit: FrameFit) -> tuple[int, int]:
+    """Return the padded size; its statistics are of cells, which must be whole."""
+    if any(side % CELL_PX for side in fit.padded):
+        msg = (
+            f"frames of {fit.shape} are padded to {fit.padded}, which is no multiple "
+            f"of {CELL_PX} px; export the engine with input.multiple_px that is one"
+        )
+        raise EngineError(msg)
+    height, width = fit.padded
+    return height, width
+
+
+def _check_labels(name: str, logits: Shape, labels: int) -> None:
+    if len(logits) != 4 or logits[1] != labels:
+        msg = (
+            f"engine '{name}': its output is {logits}, but the card lists {labels} "
+            f"labels; expected (N, {labels}, rows, columns)"
+        )
+        raise EngineError(msg)

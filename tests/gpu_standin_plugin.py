@@ -1,0 +1,43 @@
+"""Pytest plugin that loads the stand-in driver; for a process of its own."""
+
+import ctypes
+import os
+import warnings
+
+import pytest
+
+# By its soname it is the libcuda.so.1 that PyCUDA asks for.
+DRIVER = ctypes.CDLL(os.environ["RTFOCUS_STANDIN_DRIVER"], ctypes.RTLD_GLOBAL)
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """The stand-in libcuda."""
+    DRIVER.standin_log.restype = ctypes.c_char_p
+    return DRIVER
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine(driver):
+    """Make rtfocus see the stand-in's transforms, kernels and networks."""
+    from gpu_standin_kit import host_backend
+
+    from rtfocus.processing.gpu import backends, cufft, session
+
+    transforms = ctypes.CDLL(os.environ["RTFOCUS_STANDIN_CUFFT"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "GPU_BACKENDS", (host_backend(driver),))
+        patch.setattr(cufft, "load_library", lambda library: transforms)
+        # The stand-in loads the kernels from a library of its own.
+        patch.setattr(session, "compiled_kernels", lambda capability: b"kernels")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(driver):
+    """Every test frees what it made, in the right thread: PyCUDA warns otherwise."""
+    before = driver.standin_live()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert driver.standin_live() == before
