@@ -5,6 +5,7 @@ scale 255. Drawn: held-out scenes of one defocus each, patches scored on the fra
 range of percentiles; border of half a kernel left out of the re-blur.
 
 Run: python bench/wei.py engines/wei_unet [--patches 400]
+A checkpoint, such as that of a single stage, may stand for the engine.
 """
 
 import argparse
@@ -20,14 +21,17 @@ from numpy.typing import NDArray
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.quality import match_intensity, psnr, ssim
+from rtfocus.training.checkpoint import load_checkpoint
 from rtfocus.training.data.fields import data_folder
 from rtfocus.training.data.pairs import PairBatches
+from rtfocus.training.export import trained
 from rtfocus.training.losses.reblur import reblur
 from rtfocus.training.networks.wei_unet import defocus_classes
 from rtfocus.training.recipe import load_recipe
 from rtfocus.training.tasks.wei_unet import WeiUNetRecipe
 
 Image = NDArray[np.float32]
+Run = Callable[[Image, Image], list[Image]]
 Restore = Callable[[Image, float | None], tuple[Image, Image]]
 
 RECIPE = Path(__file__).parents[1] / "configs" / "train_wei_end_to_end.yaml"
@@ -36,22 +40,42 @@ RANGE = 255.0
 _MULTIPLE_PX = 16
 
 
-def restore_with(folder: Path) -> Restore:
+def restore_with(path: Path) -> Restore:
     """Return a function from normalised image and level to restored one and kernel.
 
-    Level None: nothing is told.
+    `path` is an engine folder or a checkpoint. Level None: nothing is told.
     """
+    run = _by_torch(path) if path.suffix == ".pt" else _by_onnx_runtime(path)
+
+    def restore(image: Image, level: float | None) -> tuple[Image, Image]:
+        told = (0.0, 0.0) if level is None else (level, 1.0)
+        restored, kernel = run(image[None, None], np.array([told], np.float32))
+        return restored[0, 0], kernel[0]
+
+    return restore
+
+
+def _by_torch(checkpoint: Path) -> Run:
+    _, network = trained(*load_checkpoint(checkpoint))
+
+    @torch.no_grad()
+    def run(tiles: Image, condition: Image) -> list[Image]:
+        found = network(torch.from_numpy(tiles), torch.from_numpy(condition))
+        return [tensor.numpy() for tensor in found]
+
+    return run
+
+
+def _by_onnx_runtime(folder: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(folder / "model.fp32.onnx", options)
 
-    def restore(image: Image, level: float | None) -> tuple[Image, Image]:
-        told = (0.0, 0.0) if level is None else (level, 1.0)
-        given = {"tiles": image[None, None], "condition": np.array([told], np.float32)}
-        restored, kernel = session.run(["restored", "kernel"], given)
-        return restored[0, 0], kernel[0]
+    def run(tiles: Image, condition: Image) -> list[Image]:
+        given = {"tiles": tiles, "condition": condition}
+        return list(session.run(["restored", "kernel"], given))
 
-    return restore
+    return run
 
 
 def blur_with(image: Image, kernel: Image) -> Image:
