@@ -24,15 +24,38 @@ def train(
         bool, typer.Option(help="Go on from the newest checkpoint, if there is one.")
     ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    optics: Annotated[
+        str | None,
+        typer.Option(
+            help="Your optics: a file of [bold]rtfocus psf fit[/], or "
+            "NA=0.75,wavelength=520,pixel=0.325; needs --images."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of your own sharp images.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of a run on your own optics.")
+    ] = None,
 ) -> None:
     """Train an engine from a recipe; resumable after a kill.
 
     [bold]Example:[/] rtfocus train train_delpnet
+
+    [bold]For your own objective:[/] rtfocus train train_delpnet_own
+    --optics optics.yaml --images my_sharp_images --name my_20x
     """
     _need_torch()
     from rtfocus.training.api import train_command
 
-    train_command(find_config(recipe), resume=resume, device=device)
+    train_command(
+        find_config(recipe),
+        resume=resume,
+        device=device,
+        optics=optics,
+        images=images,
+        name=name,
+    )
 
 
 def export(

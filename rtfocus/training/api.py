@@ -3,7 +3,9 @@
 import logging
 from pathlib import Path
 
+from rtfocus.errors import ConfigError
 from rtfocus.training.export import export_engine
+from rtfocus.training.own_optics import own_recipe, read_optics
 from rtfocus.training.precisions import parse_precisions
 from rtfocus.training.recipe import load_recipe
 from rtfocus.training.trainer import train
@@ -11,7 +13,15 @@ from rtfocus.training.trainer import train
 _log = logging.getLogger(__name__)
 
 
-def train_command(recipe: Path, resume: bool, device: str) -> Path:
+def train_command(
+    recipe: Path,
+    resume: bool,
+    device: str,
+    *,
+    optics: str | None = None,
+    images: Path | None = None,
+    name: str | None = None,
+) -> Path:
     """Train the network of a recipe; returns its newest checkpoint.
 
     Parameters
@@ -22,13 +32,24 @@ def train_command(recipe: Path, resume: bool, device: str) -> Path:
         Go on from the newest checkpoint of the same recipe, if there is one.
     device
         ``cpu``, ``cuda`` or ``auto``.
+    optics, images
+        The user's own, see `rtfocus.training.own_optics`; both or none.
+    name
+        Of a run on own optics; None: that of the recipe.
 
     Raises
     ------
     ConfigError
         If the recipe, its data, the device or the checkpoint cannot be used.
     """
-    newest = train(load_recipe(recipe), resume=resume, device=device)
+    chosen = load_recipe(recipe)
+    if (optics is None) != (images is None):
+        msg = "own optics need own sharp images: give both --optics and --images"
+        raise ConfigError(msg)
+    if optics is not None and images is not None:
+        own = read_optics(optics)
+        chosen = own_recipe(chosen, own, images, name=name or chosen.name)
+    newest = train(chosen, resume=resume, device=device)
     _log.info("trained: '%s'; next: rtfocus export %s -o engines/NAME", newest, newest)
     return newest
 

@@ -15,6 +15,8 @@ _MODULES = {
     "delpnet": "delpnet",
     "learned_wiener": "learned_wiener",
     "multiscale": "multiscale",
+    "mobilenet_v2": "rivals",
+    "resnet18": "rivals",
     "rrdb": "rrdb",
     "rtfocus_1": "rtfocus_1",
     "wei_classifier": "wei_classifier",

@@ -17,12 +17,12 @@ from rtfocus.training.data.signed_scenes import (
     shifted_optics,
     stain_otherwise,
 )
+from rtfocus.training.networks.tiled import TiledClassifier
 from rtfocus.training.networks.wei_classifier import (
     LABELS,
     PATCH_PX,
     WIDTHS,
     ChannelAttention,
-    TiledClassifier,
     WeiClassifier,
     exchange_channels,
     multiply_adds_per_pixel,
@@ -160,7 +160,7 @@ def test_a_frame_is_labelled_patch_by_patch():
     network = WeiClassifier(channels=1).eval()
     frame = torch.randn(1, 1, 2 * PATCH_PX + 10, 3 * PATCH_PX)
     with torch.no_grad():
-        logits = TiledClassifier(network)(frame)
+        logits = TiledClassifier(network, PATCH_PX)(frame)
         patch = frame[:, :, PATCH_PX : 2 * PATCH_PX, 2 * PATCH_PX :]
         alone = network(patch)
     assert logits.shape == (1, len(LABELS), 2, 3)
@@ -261,7 +261,9 @@ def test_an_exported_network_labels_frames_alike_everywhere(tmp_path):
     rng = np.random.default_rng(0)
     frames = rng.random((1, 1, 2 * PATCH_PX, PATCH_PX), dtype=np.float32)
     with torch.no_grad():
-        wanted = TiledClassifier(trainer.average)(torch.from_numpy(frames)).numpy()
+        wanted = TiledClassifier(trainer.average, PATCH_PX)(
+            torch.from_numpy(frames)
+        ).numpy()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (by_onnxruntime,) = session.run(None, {"tiles": frames})
     compiled = openvino.Core().compile_model(

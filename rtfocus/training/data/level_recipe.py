@@ -14,6 +14,9 @@ from rtfocus.training.recipe import (
     RecipeBase,
 )
 
+# Cells of 24 px, at least one tile, at most what every scene holds.
+Side = Annotated[int, Field(ge=96, le=216, multiple_of=24)]
+
 
 class BlurRecipe(Section):
     """The family of PSFs that sharp images are blurred with."""
@@ -32,6 +35,8 @@ class BlurRecipe(Section):
     """Share blurred with optics near the reference; the rest is drawn widely."""
     negative_share: Fraction = 0.15
     """Share of entries on the other side of focus."""
+    kept_focus_share: Fraction = 0.5
+    """Share of drawn scenes whose level 0 is not blurred, as with photographs."""
 
 
 class TileOptimiserRecipe(OptimiserRecipe):
@@ -39,6 +44,8 @@ class TileOptimiserRecipe(OptimiserRecipe):
 
     batch_tiles: Count = 128
     """Tiles per step; crops of 96, 144 and 192 px hold 1, 4 and 9."""
+    crop_sides_px: tuple[Side, ...] = (96, 144, 192)
+    """Sides of the crops, one drawn per step."""
     ordinal_weight: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the error of the mean level beside the cross-entropy."""
 

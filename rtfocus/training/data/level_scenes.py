@@ -59,8 +59,9 @@ class Blurring:
         rng = np.random.default_rng([self._recipe.seed, side, generation])
         scene = self._scenes.draw(rng)
         optics = draw_optics(self._recipe.blur, rng)
+        blur = self._recipe.blur
         # A photograph has been through a microscope, a drawn scene has not.
-        keep_focus = not scene.ideal or bool(rng.random() < 0.5)
+        keep_focus = not scene.ideal or bool(rng.random() < blur.kept_focus_share)
         return self._blur(scene.kind, scene.light, optics, rng, keep_focus)
 
     def field_entry(self, field: Field, seed: int = 0) -> Entry:
@@ -111,7 +112,7 @@ class Blurring:
 
 
 def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
-    """Draw the optics of one entry: reference, near it, or from a wide family."""
+    """Draw the optics of one entry: reference, near it, or from a wide blur."""
     base = blur.reference
     chance = rng.random()
     if chance < blur.reference_share:

@@ -21,7 +21,6 @@ Crop = NDArray[np.uint16]
 
 BACKGROUND = LABELS.index("bg")
 NORMALISATION = LocalStandardisation()
-CROP_SIDES_PX = (96, 144, 192)
 
 _BACKGROUND_RULE = ContrastToNoise()
 _EMPTY_SHARE = 0.02
@@ -66,10 +65,24 @@ class Pool:
 
 
 class Batches:
-    """Training batches by number."""
+    """Training batches by number.
 
-    def __init__(self, recipe: LevelRecipe, blurring: Blurring) -> None:
+    Parameters
+    ----------
+    recipe
+        Sizes and seed.
+    blurring
+        Where the scenes come from.
+    background
+        Label empty tiles as background; false: as the level of their crop (He 2020,
+        table 1).
+    """
+
+    def __init__(
+        self, recipe: LevelRecipe, blurring: Blurring, *, background: bool = True
+    ) -> None:
         self._recipe = recipe
+        self._background = background
         pool = recipe.pool
         self._pool = Pool(blurring, pool.entries, pool.refresh_steps)
 
@@ -77,7 +90,8 @@ class Batches:
         """Make batch number `step`; other draws are other crops of the same pool."""
         rng = np.random.default_rng([self._recipe.seed, 3, step, draw])
         entries = self._pool.at(step)
-        side = CROP_SIDES_PX[int(rng.integers(len(CROP_SIDES_PX)))]
+        sides = self._recipe.optimiser.crop_sides_px
+        side = sides[int(rng.integers(len(sides)))]
         tiles = GEOMETRY.count(side) ** 2
         number = max(self._recipe.optimiser.batch_tiles // tiles, 2)
         pairs = [self._crop(entries, side, rng) for _ in range(number)]
@@ -104,6 +118,8 @@ class Batches:
         exposure = draw_exposure(rng)
         noise = exposure.dark_noise(entry.noise[place])
         crop, labels = label_crop(exposure.take(light, rng), noise, level)
+        if not self._background:
+            labels[:] = level
         # The median of a whole frame is another one than that of a crop.
         crop += np.float32(rng.normal(0, _SHIFT))
         return crop, labels

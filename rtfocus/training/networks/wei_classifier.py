@@ -130,33 +130,6 @@ class WeiClassifier(nn.Module):
                     nn.init.zeros_(place.bias)
 
 
-class TiledClassifier(nn.Module):
-    """A patch classifier over whole frames: one label per patch, side by side.
-
-    Attention and dense layers look at a patch as a whole, so a frame cannot pass
-    through the convolutions at once: it is cut into patches that do not overlap.
-    """
-
-    def __init__(self, patch_network: nn.Module, patch_px: int = PATCH_PX) -> None:
-        super().__init__()
-        self.patch_network = patch_network
-        self.patch_px = patch_px
-
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Return logits (N, labels, rows, columns) of frames (N, channels, H, W).
-
-        What lies behind the last whole patch is not looked at.
-        """
-        number, channels, height, width = tiles.shape
-        side = self.patch_px
-        rows, columns = height // side, width // side
-        cut = tiles[:, :, : rows * side, : columns * side]
-        grid = cut.reshape(number, channels, rows, side, columns, side)
-        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, side, side)
-        logits: Tensor = self.patch_network(patches)
-        return logits.reshape(number, rows, columns, -1).permute(0, 3, 1, 2)
-
-
 def normalise_channels(patches: Tensor) -> Tensor:
     """Bring every channel of every patch to mean 0 and deviation 1.
 

@@ -14,6 +14,7 @@ from rtfocus.training.data.fields import load_fields
 from rtfocus.training.data.level_recipe import LevelRecipe
 from rtfocus.training.data.level_scenes import Blurring
 from rtfocus.training.data.level_tiles import NORMALISATION, Batches
+from rtfocus.training.losses.levels import LEVEL_COUNT, accuracies, loss_of
 from rtfocus.training.networks.batch_norm import (
     fold_batch_norm,
     recalibrate,
@@ -36,6 +37,8 @@ class DelpNetSection(Section):
     """Probability of dropping a value after each inner layer."""
     batch_norm_momentum: Fraction = 0.40
     """PyTorch's sense: 0.40 is the paper's 0.60."""
+    background: bool = True
+    """Twelfth label for empty tiles (He 2020, table 1)."""
 
 
 class DelpNetRecipe(LevelRecipe):
@@ -55,7 +58,9 @@ class DelpNetTask(Task[DelpNetRecipe]):
         super().__init__(recipe)
         switches = recipe.delpnet
         self.network = DelpNet(
-            dropout=switches.dropout, batch_norm_momentum=switches.batch_norm_momentum
+            dropout=switches.dropout,
+            batch_norm_momentum=switches.batch_norm_momentum,
+            labels=len(labels_of(recipe)),
         )
         self._batches: Batches | None = None
 
@@ -65,7 +70,8 @@ class DelpNetTask(Task[DelpNetRecipe]):
             # Made when first needed: an export needs no images.
             fields = load_fields(self.recipe)
             blurring = Blurring(self.recipe, fields, validation=False)
-            self._batches = Batches(self.recipe, blurring)
+            background = self.recipe.delpnet.background
+            self._batches = Batches(self.recipe, blurring, background=background)
         made = self._batches.batch(step, draw)
         return {"crops": made.crops, "labels": made.labels}
 
@@ -118,14 +124,7 @@ class DelpNetTask(Task[DelpNetRecipe]):
 
     def card(self) -> dict[str, Any]:
         """Return the card of a DelpNet engine."""
-        blur = self.recipe.blur
-        low, high = (f * blur.reference.sampling for f in _SAMPLING_RANGE)
-        rule = asdict(ContrastToNoise())
-        # The step between values belongs to the camera, not to the engine.
-        del rule["quantum"]
         return {
-            "kind": "classifier",
-            "implementation": "onnx",
             "description": "Defocus level of patches, He et al. 2020 (DelpNet).",
             "input": {
                 "name": "tiles",
@@ -135,59 +134,39 @@ class DelpNetTask(Task[DelpNetRecipe]):
                 "origin_px": GEOMETRY.centre_px,
                 "multiple_px": GEOMETRY.stride_px,
             },
-            "output": {"name": "logits", "labels": list(LABELS)},
-            "levels": {"step_um": blur.level_step_um, "count": 11, "signed": False},
-            "normalisation": {
-                "name": "local_standardisation",
-                **asdict(NORMALISATION),
-            },
-            "background": {"name": "contrast_to_noise", **rule},
-            "optics": {
-                "sampling_min": round(low, 3),
-                "sampling_max": round(high, 3),
-                "reference": asdict(blur.reference),
-            },
+            "output": {"name": "logits", "labels": list(labels_of(self.recipe))},
+            **level_card(self.recipe),
         }
 
 
-def loss_of(logits: Tensor, labels: Tensor, ordinal_weight: float) -> Tensor:
-    """Return cross-entropy, plus a weight times the error of the mean level.
-
-    Parameters
-    ----------
-    logits
-        Shape (N, label, row, column), background last.
-    labels
-        Shape (N, row, column).
-    ordinal_weight
-        Weight of the smooth absolute error between the true level and the mean of
-        the levels by their probabilities, over tiles with specimen. Cross-entropy
-        alone (He 2020) does not know that level 4 is nearer to 5 than 9 is; 0
-        leaves it at that.
-    """
-    entropy = nn.functional.cross_entropy(logits, labels)
-    background = logits.shape[1] - 1
-    specimen = labels != background
-    if ordinal_weight == 0 or not specimen.any():
-        return entropy
-    levels = torch.arange(background, dtype=logits.dtype, device=logits.device)
-    shares = logits[:, :background].softmax(dim=1)
-    mean = torch.einsum("nlyx,l->nyx", shares, levels)
-    error = nn.functional.smooth_l1_loss(
-        mean[specimen], labels[specimen].to(mean.dtype)
-    )
-    return entropy + ordinal_weight * error
+def level_card(recipe: LevelRecipe) -> dict[str, Any]:
+    """Return what the cards of all networks for unsigned levels have in common."""
+    blur = recipe.blur
+    low, high = (f * blur.reference.sampling for f in _SAMPLING_RANGE)
+    rule = asdict(ContrastToNoise())
+    # The step between values belongs to the camera, not to the engine.
+    del rule["quantum"]
+    return {
+        "kind": "classifier",
+        "implementation": "onnx",
+        "levels": {
+            "step_um": blur.level_step_um,
+            "count": LEVEL_COUNT,
+            "signed": False,
+        },
+        "normalisation": {"name": "local_standardisation", **asdict(NORMALISATION)},
+        "background": {"name": "contrast_to_noise", **rule},
+        "optics": {
+            "sampling_min": round(low, 3),
+            "sampling_max": round(high, 3),
+            "reference": asdict(blur.reference),
+        },
+    }
 
 
-@torch.no_grad()
-def accuracies(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return the share of right labels, and of levels at most one off."""
-    found = logits.argmax(dim=1)
-    background = logits.shape[1] - 1
-    specimen = labels != background
-    close = ((found - labels).abs() <= 1) & (found != background)
-    within = close[specimen].float().mean() if specimen.any() else torch.tensor(1.0)
-    return {"accuracy": (found == labels).float().mean(), "within_one": within}
+def labels_of(recipe: DelpNetRecipe) -> tuple[int | str, ...]:
+    """Return the labels of a recipe's network, background last where it has one."""
+    return LABELS if recipe.delpnet.background else LABELS[:LEVEL_COUNT]
 
 
 RECIPE = DelpNetRecipe

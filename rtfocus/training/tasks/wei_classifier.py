@@ -14,10 +14,10 @@ from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
 from rtfocus.training.data.signed_patches import SignedPatches
 from rtfocus.training.data.signed_recipe import SignedClassRecipe
 from rtfocus.training.networks.batch_norm import fold_batch_norm, recalibrate
+from rtfocus.training.networks.tiled import TiledClassifier
 from rtfocus.training.networks.wei_classifier import (
     LABELS,
     PATCH_PX,
-    TiledClassifier,
     WeiClassifier,
     exchange_channels,
 )
@@ -106,7 +106,7 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
             raise ConfigError(msg)
         example = torch.zeros(2, self._channels, 2 * PATCH_PX, 3 * PATCH_PX)
         return Graph(
-            TiledClassifier(fold_batch_norm(network)),
+            TiledClassifier(fold_batch_norm(network), PATCH_PX),
             {"tiles": example},
             ("logits",),
             {"tiles": {0: "number", 2: "height", 3: "width"}},

@@ -1,0 +1,163 @@
+"""Own optics: a recipe turned to the user's objective and sharp images.
+
+Engines are trained for the optics of their recipe. Here those are replaced, with
+all lengths along the axis kept in units of the defocus that the optics resolve, and
+the recipe's images give way to a folder of the user's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.errors import ConfigError
+from rtfocus.training.recipe import RecipeBase, SourceRecipe, validate_recipe
+
+_SUFFIXES = (".tif", ".tiff", ".png")
+_HELD_OUT = 5
+_SECTIONS = ("blur", "pairs", "signed")
+_SHORT_NAMES = {
+    "NA": "numerical_aperture",
+    "wavelength": "wavelength_nm",
+    "pixel": "pixel_size_um",
+    "n": "refractive_index",
+    "model": "psf_model",
+}
+_ABERRATION_NAMES = {
+    "spherical": "spherical_waves",
+    "astigmatism": "astigmatism_waves",
+}
+
+
+def read_optics(text: str) -> OpticalSystem:
+    """Read optics as a user gives them.
+
+    Parameters
+    ----------
+    text
+        A YAML file, as `rtfocus psf fit` writes it, or values by short name: NA,
+        wavelength (nm), pixel (um), n, spherical and astigmatism (waves), model.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither, or the values are no optics.
+
+    Examples
+    --------
+    >>> optics = read_optics("NA=0.75,wavelength=520,pixel=0.325,spherical=-0.2")
+    >>> optics.numerical_aperture, optics.aberrations.spherical_waves
+    (0.75, -0.2)
+    """
+    data = _read_file(Path(text)) if "=" not in text else _read_values(text)
+    try:
+        return TypeAdapter(OpticalSystem).validate_python(data)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
+            for fault in error.errors()
+        )
+        msg = f"optics '{text}': {faults}; e.g. NA=0.75,wavelength=520,pixel=0.325"
+        raise ConfigError(msg) from error
+
+
+def own_recipe(
+    recipe: RecipeBase, optics: OpticalSystem, images: Path, *, name: str
+) -> RecipeBase:
+    """Turn a recipe to other optics and images.
+
+    Parameters
+    ----------
+    recipe
+        Of any network that learns from blurred images.
+    optics
+        The user's, calibrated if possible (`rtfocus psf fit`).
+    images
+        Folder of sharp images, with those in its subfolders. Every fifth file, by
+        name, is held out.
+    name
+        Of the run.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe has no optics or the folder no images.
+    """
+    data = recipe.model_dump(mode="json")
+    section = next((s for s in _SECTIONS if "reference" in (data.get(s) or {})), None)
+    if section is None:
+        msg = (
+            f"recipe '{recipe.name}' has no reference optics to replace; use one of "
+            "train_delpnet_own, train_rtfocus_1, train_wei_classifier"
+        )
+        raise ConfigError(msg)
+    earlier: OpticalSystem = getattr(recipe, section).reference
+    factor = optics.defocus_unit_um / earlier.defocus_unit_um
+    changed = {
+        key: value * factor if key.endswith("_um") else value
+        for key, value in data[section].items()
+    }
+    changed["reference"] = TypeAdapter(OpticalSystem).dump_python(optics, mode="json")
+    if "real" in changed:
+        # Real pairs belong to the microscope they were taken with.
+        changed["real"] = []
+    data[section] = changed
+    data["name"] = name
+    data["data_folder"] = str(images.resolve())
+    data["sources"] = [_own_source(images).model_dump(mode="json")]
+    return validate_recipe(data)
+
+
+def _own_source(images: Path) -> SourceRecipe:
+    found = sorted(
+        path.relative_to(images)
+        for path in images.rglob("*")
+        if path.suffix.lower() in _SUFFIXES
+    )
+    if not found:
+        msg = f"no images in '{images}'; give a folder with {', '.join(_SUFFIXES)}"
+        raise ConfigError(msg)
+    return SourceRecipe(
+        kind="own images",
+        files=[path.as_posix() for path in found],
+        validation=tuple(path.name for path in found[_HELD_OUT - 1 :: _HELD_OUT]),
+        zoom=(0.85, 1.15),
+        native_share=0.7,
+        softness_px=0.35,
+        share=4.0,
+    )
+
+
+def _read_values(text: str) -> Mapping[str, Any]:
+    values: dict[str, Any] = {}
+    aberrations: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name in _ABERRATION_NAMES:
+            aberrations[_ABERRATION_NAMES[name]] = yaml.safe_load(value)
+        elif name in _SHORT_NAMES:
+            values[_SHORT_NAMES[name]] = yaml.safe_load(value)
+        else:
+            known = ", ".join((*_SHORT_NAMES, *_ABERRATION_NAMES))
+            msg = f"optics '{text}': '{name}' is unknown; known are {known}"
+            raise ConfigError(msg)
+    return {**values, "aberrations": aberrations}
+
+
+def _read_file(path: Path) -> object:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        msg = (
+            f"optics '{path}' cannot be read: {error}; give a YAML file, or values: "
+            "NA=0.75,wavelength=520,pixel=0.325"
+        )
+        raise ConfigError(msg) from error
+    if isinstance(data, dict) and data.get("channels"):
+        data = data["channels"][0]
+    if isinstance(data, dict) and "optics" in data:
+        data = data["optics"]
+    return data

@@ -1,0 +1,95 @@
+"""Own optics: a user's objective and images in place of a recipe's."""
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.errors import ConfigError
+from rtfocus.resources import resource_folder
+from rtfocus.training.api import train_command
+from rtfocus.training.data.fields import load_fields
+from rtfocus.training.own_optics import own_recipe, read_optics
+from rtfocus.training.recipe import RecipeBase, load_recipe
+
+OWN = "NA=0.75,wavelength=520,pixel=0.325,spherical=-0.2"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Six sharp images, one of them in a subfolder."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        folder = tmp_path / "images" / ("more" if number == 5 else ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        field = rng.integers(0, 4000, (240, 260)).astype(np.uint16)
+        tifffile.imwrite(folder / f"field{number}.tif", field)
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> RecipeBase:
+    return load_recipe(resource_folder("configs") / "train_delpnet_own.yaml")
+
+
+def test_values_by_short_name_are_optics():
+    optics = read_optics(OWN)
+    assert optics.wavelength_nm == 520
+    assert optics.pixel_size_um == 0.325
+    assert optics.aberrations.spherical_waves == -0.2
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_file_holds_one_channel_or_the_optics_alone(tmp_path, nested):
+    optics = {"numerical_aperture": 0.4, "wavelength_nm": 600, "pixel_size_um": 0.5}
+    data = {"channels": [{"name": "GFP", "optics": optics}]} if nested else optics
+    path = tmp_path / "optics.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert read_optics(str(path)) == OpticalSystem(0.4, 600, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("NA=0.75,zoom=3", "'zoom' is unknown"),
+        ("NA=0.75,wavelength=520", "pixel_size_um"),
+        ("NA=1.2,wavelength=520,pixel=0.3", "refractive index"),
+        ("nowhere.yaml", "cannot be read"),
+    ],
+)
+def test_what_is_no_optics_is_refused(text, said):
+    with pytest.raises(ConfigError, match=said):
+        read_optics(text)
+
+
+def test_lengths_along_the_axis_keep_their_share_of_the_defocus_unit(shipped, images):
+    optics = read_optics(OWN)
+    recipe = own_recipe(shipped, optics, images, name="my_20x")
+    unit = optics.defocus_unit_um
+    before = shipped.blur.reference.defocus_unit_um
+    assert recipe.blur.reference == optics
+    for name in ("level_step_um", "farthest_um", "jitter_um"):
+        wanted = getattr(shipped.blur, name) / before
+        assert getattr(recipe.blur, name) / unit == pytest.approx(wanted)
+    assert recipe.blur.reference_share == shipped.blur.reference_share
+    assert recipe.name == "my_20x"
+    assert recipe.start_from == shipped.start_from
+
+
+def test_every_fifth_image_is_held_out(shipped, images):
+    recipe = own_recipe(shipped, read_optics(OWN), images, name="my_20x")
+    fields = load_fields(recipe)
+    assert len(fields) == 6
+    assert [f.name.partition(":")[0] for f in fields if f.validation] == ["field4"]
+
+
+def test_a_folder_without_images_is_refused(shipped, tmp_path):
+    with pytest.raises(ConfigError, match="no images"):
+        own_recipe(shipped, read_optics(OWN), tmp_path, name="none")
+
+
+def test_optics_without_images_are_refused():
+    path = resource_folder("configs") / "train_delpnet_own.yaml"
+    with pytest.raises(ConfigError, match="both --optics and --images"):
+        train_command(path, resume=False, device="cpu", optics=OWN)
