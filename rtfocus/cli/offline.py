@@ -19,6 +19,8 @@ from rtfocus.frame import FrameResult
 from rtfocus.images import ImageSeries, open_images, write_images
 from rtfocus.images.stretching import stretch_histogram
 from rtfocus.images.writing import OutputImage
+from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.methods import METHODS
 from rtfocus.processing.offline import ImageProcessor, tile_rows
 from rtfocus.writers.completion import complete_restoration, count_unrestored
 from rtfocus.writers.header import read_header
@@ -61,7 +63,8 @@ def restore(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="wiener, richardson_lucy, richardson_lucy_accelerated or an engine."
+            help="wiener, richardson_lucy, richardson_lucy_accelerated, or a restorer "
+            "or joint engine by name."
         ),
     ] = None,
     stretch: Annotated[
@@ -79,8 +82,7 @@ def restore(
     """
     settings = _settings(path, config, overrides)
     if engine is not None:
-        method = settings.processing.restoration.model_copy(update={"method": engine})
-        settings = _with(settings, "restoration", method.model_dump())
+        settings = _restoring_with(settings, engine, whole=config is None)
     if output is None:
         if stretch:
             msg = "--stretch is for viewing, a run keeps its counts; give --output"
@@ -189,6 +191,20 @@ def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Co
         header = read_header(path)
         return parse_config(header.provenance["config"], origin=str(path))
     return Config()
+
+
+def _restoring_with(settings: Config, engine: str, *, whole: bool) -> Config:
+    """Return `settings` with one restoration for all channels.
+
+    A joint engine also says what is out of focus, if `whole`: one pass less, and
+    nobody has named a classifier.
+    """
+    method = settings.processing.restoration.model_copy(update={"method": engine})
+    settings = _with(settings, "restoration", method.model_dump())
+    if not whole or engine in (*METHODS, "none"):
+        return settings
+    found = find_engine(engine, settings.processing.engine_folders)
+    return _with(settings, "classifier", engine) if found.kind == "joint" else settings
 
 
 def _with(settings: Config, key: str, value: object) -> Config:

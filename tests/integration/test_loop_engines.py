@@ -5,7 +5,12 @@ import shutil
 import numpy as np
 import pytest
 import tifffile
-from engine_kit import KERNEL_PX, write_shift_restorer, write_smooth_restorer
+from engine_kit import (
+    KERNEL_PX,
+    write_brightness_joint,
+    write_shift_restorer,
+    write_smooth_restorer,
+)
 from loop_kit import command, succeeded
 from PIL import Image
 
@@ -66,6 +71,22 @@ def test_names_that_are_taken_and_damaged_weights_are_not_added(mine, smooth):
     assert damaged.code == 1
     assert "have sha256" in damaged.err
     assert sorted(path.name for path in mine.iterdir()) == ["smooth"]
+
+
+def test_a_joint_engine_named_alone_restores_in_its_own_pass(mine, tmp_path):
+    write_brightness_joint(mine / "brightness")
+    rng = np.random.default_rng(4)
+    ramp = np.linspace(100, 4000, 240) + rng.normal(0, 20, (144, 240))
+    frame = np.maximum(ramp, 0).astype(np.float32)
+    tifffile.imwrite(tmp_path / "frame.tif", frame)
+    restored = tmp_path / "restored.tif"
+    arguments = ("restore", str(tmp_path / "frame.tif"), "-o", str(restored))
+    succeeded(command(*arguments, "--engine", "brightness"))
+    # It adds a tenth of the sampling in its own units where it sees defocus.
+    _, scale = PercentileRange().fit(frame)
+    added = scale * 0.65 * 0.5 / 0.451 / 10
+    change = tifffile.imread(restored) - frame
+    np.testing.assert_allclose(change[:, [0, -1]], added, rtol=1e-2)
 
 
 def test_kernels_are_written_tile_by_tile_and_drawn(

@@ -25,7 +25,7 @@ from yaozarrs import v05
 from yaozarrs.write.v05 import write_image
 
 ESTIMATE = {"level", "defocus_um", "signed", "confidence"}
-TILE = {"y", "x", "level", "label", "probability", "defocus_um"}
+TILE = {"y", "x", "level", "label", "probability", "defocus_um", "uncertainty_um"}
 SHAPE = (200, 240)
 
 
