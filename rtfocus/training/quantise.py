@@ -2,8 +2,9 @@
 
 Every convolution gets a quantise and a dequantise node before it (Q/DQ), weights in
 one scale per output channel, features in one scale per tensor, zero in the middle:
-what TensorRT, OpenVINO and ONNX Runtime all read. The first and the last convolution
-stay in float: there the image itself would be rounded to 256 steps.
+what TensorRT, OpenVINO and ONNX Runtime all read. The first convolution and the
+last before each output stay in float: there the image itself, or the evidence for a
+label, would be rounded to 256 steps.
 """
 
 import logging
@@ -41,7 +42,7 @@ def quantise(source: Path, target: Path, batches: Iterable[Arrays]) -> Path:
     Raises
     ------
     EngineError
-        If the file has no convolution between its first and its last.
+        If the file has no convolution between its first and its last ones.
     """
     # Slow to import, and only exports need it.
     from onnxruntime.quantization import (
@@ -86,10 +87,27 @@ def quantise(source: Path, target: Path, batches: Iterable[Arrays]) -> Path:
 
 
 def inner_convolutions(path: Path) -> list[str]:
-    """Return the names of all convolutions but the first and the last one."""
+    """Return the names of all convolutions but the first and the last ones.
+
+    A last one is any that reaches an output without another convolution: a network
+    with two outputs has two of them.
+    """
     graph = onnx.load(str(path), load_external_data=False).graph
-    names = [node.name for node in graph.node if node.op_type == _CONVOLUTION]
-    return names[1:-1]
+    convolutions = [node for node in graph.node if node.op_type == _CONVOLUTION]
+    makers = {name: node for node in graph.node for name in node.output}
+    last: set[str] = set()
+    reached: set[str] = set()
+    open_names = [value.name for value in graph.output]
+    while open_names:
+        node = makers.get(open_names.pop())
+        if node is None or node.name in reached:
+            continue
+        reached.add(node.name)
+        if node.op_type == _CONVOLUTION:
+            last.add(node.name)
+        else:
+            open_names.extend(node.input)
+    return [node.name for node in convolutions[1:] if node.name not in last]
 
 
 class _Calibration:
