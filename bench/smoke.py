@@ -8,7 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-BENCHES = ("transport", "writer", "stages", "deconvolution", "kill", "loop")
+BENCHES = (
+    "transport",
+    "writer",
+    "stages",
+    "deconvolution",
+    "kill",
+    "loop",
+    "plans",
+)
 
 
 def main() -> None:
