@@ -4,8 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,9 @@ from rtfocus.findings import Finding
 from rtfocus.microscope.diagnosis import describe as describe_microscope
 from rtfocus.processing.engines.backends import BACKENDS
 from rtfocus.processing.engines.registry import list_engines
+from rtfocus.processing.gpu.backends import GPU_BACKENDS
+from rtfocus.processing.gpu.devices import list_devices
+from rtfocus.processing.gpu.seam import GpuDevice
 from rtfocus.resources import resource_folder
 
 
@@ -118,20 +120,28 @@ def _cpu_runtimes() -> Iterator[Finding]:
 
 
 def _gpu() -> Iterator[Finding]:
-    """Tell which GPU packages import; this version runs on the CPU."""
-    for module, package, extra in (
-        ("pycuda.driver", "pycuda", "gpu"),
-        ("tensorrt", "tensorrt", "gpu"),
-        ("tensorrt_rtx", "tensorrt_rtx", "rtx"),
-    ):
-        try:
-            import_module(module)
-            found, remedy = version(package), None
-        except PackageNotFoundError:
-            found, remedy = "imported, version unknown", None
-        except (ImportError, OSError) as error:
-            found, remedy = str(error), f"pip install rtfocus[{extra}]"
-        yield Finding(package, found, remedy, needed=False)
+    """Tell which GPUs there are, and what could run networks on the first."""
+    devices: list[GpuDevice] = []
+    try:
+        devices = list_devices()
+    except EngineError as error:
+        yield Finding("gpu", str(error), "see there", needed=False)
+    for device in devices:
+        major, minor = device.compute_capability
+        yield Finding(
+            f"gpu {device.gpu_index}",
+            f"{device.name}, compute capability {major}.{minor}, "
+            f"{device.memory_bytes / 1e9:.0f} GB",
+        )
+    first = devices[0] if devices else None
+    for backend in GPU_BACKENDS:
+        why_not = backend.why_unavailable(first)
+        if why_not is not None:
+            yield Finding(backend.name, why_not, "see there", needed=False)
+        elif first is None:
+            yield Finding(backend.name, "installed, waits for a GPU")
+        else:
+            yield Finding(backend.name, f"runs networks on {first.name}")
 
 
 def _shipped_engines() -> Iterator[Finding]:
