@@ -142,7 +142,7 @@ def _open_engines(
         raise
     engines["restorer"] = opened.identity
     if opened.runs_on is not None:
-        backends[view.restoration.method] = opened.runs_on
+        backends[opened.name] = opened.runs_on
     return ChannelPlan(
         channel, correction, classifier, opened.restorer, None, engines, backends
     )

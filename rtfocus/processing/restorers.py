@@ -66,6 +66,11 @@ class OpenRestorer:
     runs_on: str | None = None
     """Runtime and precision; None: no network of its own."""
 
+    @property
+    def name(self) -> str:
+        """Of the engine or method."""
+        return self.identity.partition("@")[0]
+
 
 def find_joint(view: ChannelView) -> FoundEngine | None:
     """Return the joint engine that the restoration names; None: it is another kind."""
