@@ -98,8 +98,3 @@ def open_network(wanted: str, request: GpuRequest, device: GpuDevice) -> GpuEngi
         raise failures[0]
     msg = "; ".join(str(error) for error in failures)
     raise EngineError(msg) from failures[-1]
-
-
-def choose_gpu_backend(wanted: str, device: GpuDevice | None) -> GpuBackend:
-    """Return the first backend of `available_backends`."""
-    return available_backends(wanted, device)[0]

@@ -6,7 +6,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.config.processor import RestorationConfig
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.gpu.backends import choose_gpu_backend
+from rtfocus.processing.gpu.backends import open_network
 from rtfocus.processing.gpu.cells import FrameShape
 from rtfocus.processing.gpu.requests import gpu_request
 from rtfocus.processing.gpu.seam import GpuDevice, GpuEngine, GpuRequest
@@ -48,9 +48,14 @@ class GpuChannelView:
         """
         settings = self.config.processing.gpu
         precision = None if settings.precision == "auto" else settings.precision
-        request = gpu_request(found, self.size, precision, tf32=settings.tf32)
-        backend = choose_gpu_backend(settings.backend, self.device)
-        return backend.open(request, self.device), request
+        request = gpu_request(
+            found,
+            self.size,
+            precision,
+            tf32=settings.tf32,
+            cuda_graphs=settings.cuda_graphs,
+        )
+        return open_network(settings.backend, request, self.device), request
 
 
 def runs_on(engine: GpuEngine) -> str:

@@ -35,6 +35,7 @@ def gpu_request(
     *,
     tf32: bool = True,
     workspace_bytes: int | None = None,
+    cuda_graphs: bool = True,
 ) -> GpuRequest:
     """Return the request for an engine and a camera.
 
@@ -50,6 +51,8 @@ def gpu_request(
         False for comparisons of fp32 numbers.
     workspace_bytes
         Most memory one layer may take; None: no limit.
+    cuda_graphs
+        Whether a backend may record its kernels.
 
     Raises
     ------
@@ -66,4 +69,5 @@ def gpu_request(
         inputs=engine_inputs(found.card, frame),
         tf32=tf32,
         workspace_bytes=workspace_bytes,
+        cuda_graphs=cuda_graphs,
     )
