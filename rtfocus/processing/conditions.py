@@ -6,6 +6,9 @@ its mirror image: the sign of every defocus is turned on the way in and back on 
 way out.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +23,23 @@ Image = NDArray[np.float32]
 def is_mirrored(optics: OpticalSystem) -> bool:
     """Return whether engines see these optics with the sign of z turned."""
     return optics.aberrations.spherical_waves > 0
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionTerms:
+    """How `Conditions` fills its columns, for who computes them elsewhere."""
+
+    entries: tuple[str, ...]
+    """What each column holds."""
+    fixed: Mapping[str, float]
+    """Entries that are the same for all tiles."""
+    levels_per_um: float
+    """Negative where the sign of the defocus is turned."""
+    farthest: int
+    """Highest level."""
+    signed_levels: bool
+    hides_defocus: bool
+    """Whether the defocus is kept back because its direction is not known."""
 
 
 class Conditions:
@@ -56,9 +76,18 @@ class Conditions:
         }
 
     @property
-    def is_local(self) -> bool:
-        """Whether tiles of one frame are told different things."""
-        return any(entry not in self._fixed for entry in self._entries)
+    def terms(self) -> ConditionTerms:
+        """Everything that `rows` computes with."""
+        return ConditionTerms(
+            entries=self._entries,
+            fixed=self._fixed,
+            levels_per_um=self._turn / self._step_um,
+            farthest=self._farthest,
+            signed_levels=self._signed_levels,
+            hides_defocus=(
+                "defocus_known" in self._entries and not self._direction_known
+            ),
+        )
 
     def unknown(self, number: int) -> Image | None:
         """Return the condition of tiles whose defocus nobody knows yet.
@@ -96,7 +125,7 @@ class Conditions:
         if entry == "level":
             whole = np.clip(np.rint(levels), -self._farthest, self._farthest)
             return np.asarray(whole if self._signed_levels else np.abs(whole))
-        if "defocus_known" in self._entries and not self._direction_known:
+        if self.terms.hides_defocus:
             # The engine can do without; a distance would be taken for a direction.
             known, levels = np.zeros_like(known), np.zeros_like(levels)
         return np.asarray(known if entry == "defocus_known" else levels)

@@ -103,6 +103,30 @@ class FrameTiles:
                 result[index] = (weights[near] * values[near]).sum() / total
         return result
 
+    def near(self, grid: TileGrid) -> tuple[list[NDArray[np.bool_]], ...]:
+        """Return which rows and columns of labels `defocus_um` looks at.
+
+        Returns
+        -------
+        tuple
+            For every row of tiles the rows of labels, for every column the columns.
+        """
+        return (
+            [
+                self._near(self._down, i, grid, grid.rows)
+                for i in range(self._down.count)
+            ],
+            [
+                self._near(self._across, i, grid, grid.columns)
+                for i in range(self._across.count)
+            ],
+        )
+
+    @property
+    def windows(self) -> tuple[AxisWindows, AxisWindows]:
+        """Tiles along y and x."""
+        return self._down, self._across
+
     def _near(
         self, axis: AxisWindows, index: int, grid: TileGrid, count: int
     ) -> NDArray[np.bool_]:

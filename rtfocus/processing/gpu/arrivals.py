@@ -15,6 +15,10 @@ from rtfocus.processing.gpu.session import GpuSession
 from rtfocus.workers import BoundedQueue
 
 InWork = tuple[GpuJob, DeviceSlot]
+Spans = dict[str, tuple[float, float]]
+"""Begin and end of every stage in ms since the series began, by the GPU's clock."""
+Trace = Callable[[int, Spans], None]
+"""Told the sequence of a frame and its spans."""
 
 
 class Attempts:
@@ -61,6 +65,8 @@ class Arrivals:
         Frames whose estimate is out; closed behind the last.
     free
         Device slots that no frame is in.
+    trace
+        Told the spans of every frame.
     """
 
     def __init__(
@@ -70,12 +76,14 @@ class Arrivals:
         to_estimate: BoundedQueue[InWork],
         to_result: BoundedQueue[InWork],
         free: BoundedQueue[DeviceSlot],
+        trace: Trace | None = None,
     ) -> None:
         self._session = session
         self._attempts = attempts
         self._to_estimate = to_estimate
         self._to_result = to_result
         self._free = free
+        self._trace = trace
 
     def estimates(self) -> None:
         """Thread: publish every estimate when its maps have arrived."""
@@ -117,6 +125,9 @@ class Arrivals:
         ):
             restored[job.invalid] = np.nan
         channel = session.channels[job.channel]
+        spans = _spans(session, slot, restored=restored is not None)
+        if self._trace is not None:
+            self._trace(job.slot_in_work().frame().sequence, spans)
         job.result = FrameResult(
             estimate=job.estimate,
             defocus=job.defocus,
@@ -124,7 +135,7 @@ class Arrivals:
             skipped=job.unrestored or channel.skipped,
             flags=self._flags(job),
             engines=dict(channel.engines),
-            stage_ms=_stages(slot, restored=restored is not None),
+            stage_ms={stage: end - begin for stage, (begin, end) in spans.items()},
         )
 
     def _flags(self, job: GpuJob) -> tuple[str, ...]:
@@ -135,13 +146,19 @@ class Arrivals:
         return tuple(flags)
 
 
-def _stages(slot: DeviceSlot, *, restored: bool) -> dict[str, float]:
-    """Return milliseconds per stage by the GPU's own clock."""
-    spans = {
+def _spans(session: GpuSession, slot: DeviceSlot, *, restored: bool) -> Spans:
+    """Return when each stage of a frame that has arrived began and ended."""
+    marks = {
         "copy in": (slot.begun, slot.copied_in),
         "classify": (slot.classify_begun, slot.classified),
     }
     if restored:
-        spans["restore"] = (slot.restore_begun, slot.restored)
-        spans["copy out"] = (slot.restored, slot.copied_out)
-    return {name: float(end.time_since(start)) for name, (start, end) in spans.items()}
+        marks["restore"] = (slot.restore_begun, slot.restored)
+        marks["copy out"] = (slot.copy_out_begun, slot.copied_out)
+    return {
+        stage: (
+            float(begin.time_since(session.origin)),
+            float(end.time_since(session.origin)),
+        )
+        for stage, (begin, end) in marks.items()
+    }

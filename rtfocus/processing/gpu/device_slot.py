@@ -12,7 +12,6 @@ from rtfocus.processing.gpu.frame_maps import MapLayout
 from rtfocus.processing.gpu.frame_restorers import InFlight
 from rtfocus.processing.gpu.gpu_channel import GpuChannel
 from rtfocus.processing.gpu.gpu_classifier import ClassifierSlot
-from rtfocus.processing.gpu.gpu_network import BoundNetwork
 from rtfocus.processing.gpu.graphs import Replayed
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
 
@@ -80,6 +79,7 @@ class DeviceSlot:
         self.estimated: Any = new_event()
         self.restore_begun: Any = new_event()
         self.restored: Any = new_event()
+        self.copy_out_begun: Any = new_event()
         self.copied_out: Any = new_event()
         self.channels: list[ChannelSlot] = []
         try:
@@ -123,26 +123,18 @@ class ChannelSlot:
         self.channel = channel
         self._buffers = buffers
         self._seen: ClassifierSlot | None = None
-        self._network: BoundNetwork | None = None
         if channel.classifier is not None:
             self._seen = channel.classifier.open_slot(memory)
-        if channel.restorer is not None:
-            self._network = channel.restorer.open_network(memory)
         off = None if graphs else "processing.gpu.cuda_graphs is off"
         self.classify = Replayed(
             f"classification of channel '{channel.name}'",
             self._classify,
-            lambda work: (
-                off
-                or self._why_not(
-                    work, None if self._seen is None else self._seen.network
-                )
-            ),
+            lambda work: off or self._why_not_classify(work),
         )
         self.restore = Replayed(
             f"restoration of channel '{channel.name}'",
             self._restore,
-            lambda work: off or self._why_not(work, self._network),
+            lambda work: off or self._why_not_restore(work),
         )
 
     def close(self) -> None:
@@ -151,8 +143,6 @@ class ChannelSlot:
         self.restore.close()
         if self._seen is not None:
             self._seen.network.close()
-        if self._network is not None:
-            self._network.close()
 
     def _classify(self, work: Work) -> None:
         slot, channel = self._buffers, self.channel
@@ -166,12 +156,15 @@ class ChannelSlot:
         slot, channel = self._buffers, self.channel
         if channel.restorer is None or self._seen is None:
             return
-        frame = InFlight(
-            slot.signal, slot.maps, self._seen, self._network, slot.restored
-        )
+        frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
         channel.restorer.enqueue(work, frame)
         channel.correction.to_counts(work, slot.restored, slot.counts)
 
-    @staticmethod
-    def _why_not(work: Work, network: BoundNetwork | None) -> str | None:
-        return None if network is None else network.why_not_capturable(work)
+    def _why_not_classify(self, work: Work) -> str | None:
+        return (
+            None if self._seen is None else self._seen.network.why_not_capturable(work)
+        )
+
+    def _why_not_restore(self, work: Work) -> str | None:
+        restorer = self.channel.restorer
+        return None if restorer is None else restorer.why_not_capturable(work)

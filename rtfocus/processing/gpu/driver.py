@@ -69,6 +69,19 @@ def check_status(status: int, what: str) -> None:
         raise EngineError(msg)
 
 
+def without_frames(error: BaseException) -> BaseException:
+    """Return an error whose tracebacks, its causes' too, are gone.
+
+    Their frames would keep objects of the driver alive beyond the thread that owns
+    the GPU, in which alone they can be freed.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__
+    return error
+
+
 @contextmanager
 def current_context(gpu_index: int) -> Iterator[None]:
     """Make the primary context of a GPU current in this thread for a block.

@@ -7,9 +7,8 @@ from rtfocus.processing.gpu.blending import GpuBlending
 from rtfocus.processing.gpu.cells import FrameShape
 from rtfocus.processing.gpu.cufft import CudaTransforms
 from rtfocus.processing.gpu.gpu_classifier import ClassifierSlot, GpuClassifier
-from rtfocus.processing.gpu.gpu_network import BoundNetwork
 from rtfocus.processing.gpu.gpu_restorer import GpuDepthVariantRestorer
-from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
+from rtfocus.processing.gpu.work import DeviceArray, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +20,6 @@ class InFlight:
     """Of `rtfocus.processing.gpu.frame_maps`."""
     seen: ClassifierSlot
     """Buffers of the network that saw the frame."""
-    network: BoundNetwork | None
-    """Buffers of the restorer's own network."""
     out: DeviceArray
     """Result, float32, shape of the signal."""
 
@@ -30,12 +27,12 @@ class InFlight:
 class GpuFrameRestorer(Protocol):
     """Restores the frames of one channel, one after the other on one stream."""
 
-    def open_network(self, memory: DeviceMemory) -> BoundNetwork | None:
-        """Reserve the network buffers of one more frame in flight."""
-        ...
-
     def enqueue(self, work: Work, frame: InFlight) -> None:
         """Enqueue the restoration of a frame."""
+        ...
+
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return why it may not be recorded in a CUDA graph; None: it may."""
         ...
 
     def close(self) -> None:
@@ -60,9 +57,9 @@ class ClassicalFrames:
         self._restorer = restorer
         self._transforms = transforms
 
-    def open_network(self, memory: DeviceMemory) -> BoundNetwork | None:
-        """Return None: it has no network."""
-        del memory
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return None: kernels and transforms may be recorded."""
+        del work
         return None
 
     def enqueue(self, work: Work, frame: InFlight) -> None:
@@ -101,9 +98,9 @@ class JointFrames:
         self._frame = frame
         self._output = output
 
-    def open_network(self, memory: DeviceMemory) -> BoundNetwork | None:
-        """Return None: the network is the classifier's."""
-        del memory
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return None: kernels may be recorded."""
+        del work
         return None
 
     def enqueue(self, work: Work, frame: InFlight) -> None:

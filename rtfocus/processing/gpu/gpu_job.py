@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, Estimate, FrameResult
+from rtfocus.processing.gpu.driver import without_frames
 from rtfocus.slots import Slot
 
 
@@ -65,5 +66,5 @@ def failure_of(job: GpuJob, error: Exception) -> EngineError:
     sequence = job.slot_in_work().frame().sequence
     kind = type(error) if isinstance(error, EngineError) else EngineError
     failure = kind(f"frame {sequence} could not be processed: {error}")
-    failure.__cause__ = error.with_traceback(None)
+    failure.__cause__ = without_frames(error)
     return failure

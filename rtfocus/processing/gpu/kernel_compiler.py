@@ -46,8 +46,40 @@ def compiled_kernels(capability: tuple[int, int], folder: Path | None = None) ->
     return code
 
 
-def compile_for(capability: tuple[int, int]) -> bytes:
-    """Compile all kernels for one compute capability.
+def why_driver_too_old(driver_release: int) -> str | None:
+    """Return why a driver cannot load what NVRTC compiles here; None: it can.
+
+    Parameters
+    ----------
+    driver_release
+        Newest CUDA release the driver serves, as it says itself: 12040 is 12.4.
+
+    Raises
+    ------
+    EngineError
+        If NVRTC cannot be loaded.
+    """
+    release = _release(load_library(NVRTC))
+    wanted = int(release.partition(".")[0])
+    if driver_release // 1000 >= wanted:
+        return None
+    serves = f"{driver_release // 1000}.{driver_release % 1000 // 10}"
+    return (
+        f"the NVIDIA driver serves CUDA {serves}, NVRTC is of CUDA {release}; update "
+        f"the driver, or: pip install {NVRTC.package}-cu{driver_release // 1000} and "
+        f"pip uninstall {NVRTC.package}"
+    )
+
+
+def compile_for(capability: tuple[int, int], text: str | None = None) -> bytes:
+    """Compile CUDA text for one compute capability.
+
+    Parameters
+    ----------
+    capability
+        E.g. (8, 6).
+    text
+        None: all kernels of this package.
 
     Raises
     ------
@@ -56,11 +88,11 @@ def compile_for(capability: tuple[int, int]) -> bytes:
     """
     library = load_library(NVRTC)
     program = ctypes.c_void_p()
-    text = read_source().encode()
+    source = (read_source() if text is None else text).encode()
     _check(
         library,
         library.nvrtcCreateProgram(
-            ctypes.byref(program), text, b"rtfocus.cu", 0, None, None
+            ctypes.byref(program), source, b"rtfocus.cu", 0, None, None
         ),
     )
     try:

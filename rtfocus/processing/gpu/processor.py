@@ -16,10 +16,14 @@ from functools import partial
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
-from rtfocus.processing.gpu.arrivals import Arrivals, Attempts, InWork
+from rtfocus.processing.gpu.arrivals import Arrivals, Attempts, InWork, Trace
 from rtfocus.processing.gpu.device_slot import DeviceSlot
 from rtfocus.processing.gpu.devices import find_device
-from rtfocus.processing.gpu.driver import LostGpuError, current_context
+from rtfocus.processing.gpu.driver import (
+    LostGpuError,
+    current_context,
+    without_frames,
+)
 from rtfocus.processing.gpu.gpu_job import GpuJob
 from rtfocus.processing.gpu.seam import GpuDevice
 from rtfocus.processing.gpu.session import GpuSession
@@ -34,6 +38,8 @@ class GpuProcessor:
     ----------
     config
         Sections ``processing``, ``camera``, ``channels`` and ``store``.
+    trace
+        Told when every stage of a frame began and ended; None: nobody is.
 
     Raises
     ------
@@ -41,8 +47,11 @@ class GpuProcessor:
         If there is no such GPU.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, trace: Trace | None = None) -> None:
         self._config = config
+        self._trace = trace
+        self.memory_bytes = 0
+        """Device memory in use when the last series was ready, networks included."""
         self._device: GpuDevice = find_device(config.processing.gpu.index)
         self._series: SeriesStart | None = None
         self._session: GpuSession | None = None
@@ -154,10 +163,11 @@ class GpuProcessor:
             try:
                 session = GpuSession(self._config, series, slots, self._device)
             except BaseException as error:
-                self._failure = error.with_traceback(None)
+                self._failure = without_frames(error)
                 self._opened.set()
                 return
             self._jobs, self._grid = session.jobs, session.grid
+            self.memory_bytes = session.used_bytes()
             self._backends = {
                 name: runtime
                 for channel in session.channels
@@ -178,7 +188,9 @@ class GpuProcessor:
         to_estimate: BoundedQueue[InWork] = BoundedQueue("estimates", count)
         to_result: BoundedQueue[InWork] = BoundedQueue("results", count)
         attempts = Attempts(self._device.gpu_index, self._lose)
-        arrivals = Arrivals(session, attempts, to_estimate, to_result, free)
+        arrivals = Arrivals(
+            session, attempts, to_estimate, to_result, free, self._trace
+        )
         threads = [
             threading.Thread(target=arrivals.estimates, name="rtfocus-gpu-estimates"),
             threading.Thread(target=arrivals.results, name="rtfocus-gpu-results"),

@@ -23,13 +23,13 @@ from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.processing.gpu.cuda_memory import CudaMemory
-from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels
+from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels, new_event
 from rtfocus.processing.gpu.device_slot import DeviceSlot
-from rtfocus.processing.gpu.driver import LostGpuError, translated
+from rtfocus.processing.gpu.driver import LostGpuError, import_driver, translated
 from rtfocus.processing.gpu.frame_maps import MapLayout
 from rtfocus.processing.gpu.gpu_channel import GpuChannel, open_channel
 from rtfocus.processing.gpu.gpu_job import GpuJob
-from rtfocus.processing.gpu.kernel_compiler import compiled_kernels
+from rtfocus.processing.gpu.kernel_compiler import compiled_kernels, why_driver_too_old
 from rtfocus.processing.gpu.pinning import PinnedMemory
 from rtfocus.processing.gpu.seam import GpuDevice
 from rtfocus.processing.grids import common_grid
@@ -82,6 +82,9 @@ class GpuSession:
 
     def _open(self, config: Config, slots: int) -> None:
         series, index = self._series, self.device.gpu_index
+        why = why_driver_too_old(import_driver().get_driver_version())
+        if why is not None:
+            raise EngineError(why)
         with translated(index, "loading the kernels"):
             kernels = Kernels(compiled_kernels(self.device.compute_capability))
             self._copy_in = CudaStream(kernels)
@@ -102,11 +105,16 @@ class GpuSession:
         with translated(index, "warming up"):
             self._warm_up()
         self.jobs = [self._job() for _ in range(slots)]
+        self.origin: Any = new_event()
+        """When the series began."""
+        with translated(index, "starting"):
+            self._copy_in.record(self.origin)
+            self._copy_in.synchronise()
 
-    @property
-    def memory_bytes(self) -> int:
-        """Device memory reserved, networks and libraries left out."""
-        return sum(m.size_bytes for m in (self._memory, *self._slot_memories))
+    def used_bytes(self) -> int:
+        """Return the device memory in use, networks and other processes included."""
+        free, total = import_driver().mem_get_info()
+        return int(total - free)
 
     def enqueue(self, job: GpuJob, slot: DeviceSlot) -> None:
         """Enqueue everything about a frame; returns before any of it is done.
@@ -132,6 +140,7 @@ class GpuSession:
         channel.restore(self._restore)
         self._restore.record(slot.restored)
         self._copy_out.wait(slot.restored)
+        self._copy_out.record(slot.copy_out_begun)
         self._copy_out.copy_out(job.counts, slot.buffers.counts)
         self._copy_out.record(slot.copied_out)
 
@@ -169,7 +178,7 @@ class GpuSession:
                 for stream in streams:
                     stream.synchronise()
         except LostGpuError as error:
-            logger.warning("%s", error)
+            logger.warning("%s", str(error))
 
     def _reserve(self, wanted: int) -> None:
         """Make the device slots, fewer than wanted where memory ends."""
@@ -190,8 +199,10 @@ class GpuSession:
                 may = self._settings.on_lack_of_memory == "fewer_frames"
                 if number == 0 or not may or isinstance(error, LostGpuError):
                     raise
+                # The text alone: whoever keeps the log must not keep the error.
+                reason = str(error)
                 logger.warning(
-                    "%d frames in flight instead of %d: %s", number, wanted, error
+                    "%d frames in flight instead of %d: %s", number, wanted, reason
                 )
                 return
             self._slot_memories.append(memory)

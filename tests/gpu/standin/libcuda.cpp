@@ -142,7 +142,12 @@ static bool on_device(uint64_t address, size_t size) {
 
 // What the tests ask of the stand-in itself.
 API long standin_live() { return live_objects + (long)device_memory.size(); }
-API long standin_peak() { return (long)peak_used; }
+API long standin_peak() {
+  long peak = (long)peak_used;
+  peak_used = device_used;
+  return peak;
+}
+API void standin_recover() { lost = 0; lose_after = -1; }
 API void standin_lose_after(long ops) { lose_after = executed + ops; }
 API const char* standin_log() {
   static std::string copy;

@@ -54,3 +54,58 @@ extern "C" __global__ void decode_labels(
   defocus_um[tile] = nothing ? unknown : turn * defocus * step_um;
   uncertainty_um[tile] = nothing ? unknown : sqrtf(variance) * step_um;
 }
+
+// What a column of the condition holds.
+#define ENTRY_FIXED 0
+#define ENTRY_LEVEL 1
+#define ENTRY_DEFOCUS_LEVELS 2
+#define ENTRY_DEFOCUS_KNOWN 3
+
+// One thread per tile of a restorer: its condition (tile, entry), from the mean
+// defocus of the labels around it, those out of focus by their confidence
+// (rtfocus.processing.conditions). The tables hold the first and last row and column
+// of labels for every row and column of tiles.
+extern "C" __global__ void tile_conditions(
+    const short* level,
+    const float* confidence,
+    const float* defocus_um,
+    int label_columns,
+    int background,
+    const int* first_row,
+    const int* last_row,
+    const int* first_column,
+    const int* last_column,
+    int tiles,
+    int tile_columns,
+    const int* kinds,
+    const float* fixed,
+    int entries,
+    float levels_per_um,
+    float farthest,
+    int signed_levels,
+    int hides_defocus,
+    float* condition) {
+  int tile = element();
+  if (tile >= tiles) return;
+  int row = tile / tile_columns, column = tile % tile_columns;
+  float total = 0.0f, weighted = 0.0f;
+  for (int y = first_row[row]; y <= last_row[row]; ++y)
+    for (int x = first_column[column]; x <= last_column[column]; ++x) {
+      int label = y * label_columns + x;
+      if (level[label] == 0 || level[label] == background) continue;
+      total += confidence[label];
+      weighted += confidence[label] * defocus_um[label];
+    }
+  bool known = total > 0.0f;
+  float levels = known ? weighted / total * levels_per_um : 0.0f;
+  float whole = fminf(fmaxf(rintf(levels), -farthest), farthest);
+  if (!signed_levels) whole = fabsf(whole);
+  bool told = known && !hides_defocus;
+  for (int entry = 0; entry < entries; ++entry) {
+    float value = fixed[entry];
+    if (kinds[entry] == ENTRY_LEVEL) value = whole;
+    if (kinds[entry] == ENTRY_DEFOCUS_LEVELS) value = told ? levels : 0.0f;
+    if (kinds[entry] == ENTRY_DEFOCUS_KNOWN) value = told ? 1.0f : 0.0f;
+    condition[tile * entries + entry] = value;
+  }
+}

@@ -1,0 +1,361 @@
+"""GPU bench: what the processor reaches on this card, and what the card would allow.
+
+Stages alone by CUDA events; the pipeline at several sizes, slots and engines;
+overlap efficiency = slowest of {copy in, compute, copy out} / time per frame in the
+pipeline; a roofline whose ceilings are measured in the same run; latency at a
+camera's rate; a picture of the steady state. Says why and ends where there is no GPU.
+
+Run: python -m bench.gpu [--sizes 512 1024 2048 3200] [--methods wiener ...]
+"""
+
+import argparse
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import machine
+from gpu_ceilings import ceilings
+from gpu_timeline import draw_timeline
+
+from rtfocus.channel import Channel
+from rtfocus.config import parse_config
+from rtfocus.errors import EngineError
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.optics.specimens import draw_specimen
+from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.gpu.devices import find_device, why_no_gpu
+from rtfocus.processing.gpu.native_library import CUFFT, NVRTC, why_not_loadable
+from rtfocus.processing.gpu.processor import GpuProcessor
+from rtfocus.slots import SlotPool
+
+STAGES = ("copy in", "classify", "restore", "copy out")
+WARM_UP = 10
+SHOWN = 12
+"""Frames in the picture."""
+CAMERA_FPS = 100.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set-up of the pipeline."""
+
+    side: int
+    method: str
+    frames_in_flight: int
+    precision: str = "auto"
+    cuda_graphs: bool = True
+
+
+def config_of(case: Case, engine: str, index: int) -> Any:
+    """Return the config of a case in the optics the engine was trained for."""
+    card = find_engine(engine).card
+    reference = card.optics.reference
+    optics = {
+        "numerical_aperture": reference.numerical_aperture,
+        "wavelength_nm": reference.wavelength_nm,
+        "pixel_size_um": reference.pixel_size_um,
+    }
+    return parse_config(
+        {
+            "processing": {
+                "classifier": engine,
+                "device": "gpu",
+                "restoration": {"method": case.method},
+                "gpu": {
+                    "index": index,
+                    "frames_in_flight": case.frames_in_flight,
+                    "precision": case.precision,
+                    "cuda_graphs": case.cuda_graphs,
+                },
+            },
+            "channels": [{"name": "bench", "optics": optics}],
+        }
+    )
+
+
+def series_of(side: int, pixel_size_um: float) -> SeriesStart:
+    """Return a series of square uint16 frames."""
+    return SeriesStart(
+        version=PROTOCOL_VERSION,
+        series_uid="bench",
+        name="bench",
+        started_ns=0,
+        shape=(side, side),
+        dtype="<u2",
+        sizes={"t": None, "c": 1},
+        channels=[Channel("bench")],
+        positions=[Position("p")],
+        pixel_size_um=pixel_size_um,
+    )
+
+
+class Feed:
+    """Frames handed to a processor, as many in flight as there are slots.
+
+    Parameters
+    ----------
+    processor
+        Started for `series`.
+    series
+        Of the frames.
+    slots
+        Frames held at once.
+    """
+
+    def __init__(self, processor: GpuProcessor, series: SeriesStart, slots: int):
+        side = series.shape[0]
+        rng = np.random.default_rng(1)
+        sharp = np.maximum(draw_specimen("nuclei", (side, side), rng), 0)
+        self.pixels = rng.poisson(sharp * 2500 + 100).astype(np.uint16)
+        self.pool = SlotPool(slots, self.pixels.nbytes)
+        self.processor = processor
+        self.series = series
+        self.sequence = 0
+
+    def submit(self) -> Any:
+        """Hand over one more frame; pixels are in the slot already but at first."""
+        slot = self.pool.acquire()
+        header = FrameHeader(
+            version=PROTOCOL_VERSION,
+            series_uid="bench",
+            sequence=self.sequence,
+            shape=self.series.shape,
+            dtype="<u2",
+            captured_ns=time.time_ns(),
+            exposure_ms=1.0,
+            index={"t": self.sequence, "c": 0},
+        )
+        target = slot.prepare(header)
+        if self.sequence < self.pool.count:
+            target[...] = self.pixels
+        self.sequence += 1
+        self.processor.submit(slot)
+        return slot
+
+    def run(self, frames: int) -> float:
+        """Process frames as fast as they go; returns the seconds it took."""
+        waiting: list[Any] = []
+
+        def take() -> None:
+            slot = waiting.pop(0)
+            self.processor.wait_result(slot)
+            self.pool.release(slot)
+
+        begun = time.perf_counter()
+        for _ in range(frames):
+            if len(waiting) == self.pool.count:
+                take()
+            waiting.append(self.submit())
+        while waiting:
+            take()
+        return time.perf_counter() - begun
+
+    def paced(self, frames: int, rate: float) -> dict[str, dict[str, float]]:
+        """Process frames at a camera's rate; latency from host memory, in ms."""
+        handed: list[tuple[Any, float]] = []
+        estimate, result = [], []
+        more = threading.Semaphore(0)
+
+        def take() -> None:
+            for number in range(frames):
+                more.acquire()
+                slot, begun = handed[number]
+                self.processor.wait_estimate(slot)
+                estimate.append((time.perf_counter() - begun) * 1e3)
+                self.processor.wait_result(slot)
+                result.append((time.perf_counter() - begun) * 1e3)
+                self.pool.release(slot)
+
+        taker = threading.Thread(target=take)
+        taker.start()
+        start = time.perf_counter()
+        for number in range(frames):
+            while time.perf_counter() < start + number / rate:
+                time.sleep(2e-4)
+            begun = time.perf_counter()
+            handed.append((self.submit(), begun))
+            more.release()
+        taker.join()
+        return {"to_estimate_ms": spread(estimate), "to_result_ms": spread(result)}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, 99th percentile and maximum."""
+    return {
+        "p50": statistics.median(values),
+        "p99": float(np.percentile(values, 99)),
+        "max": max(values),
+    }
+
+
+def measure(case: Case, engine: str, index: int, frames: int) -> dict[str, Any]:
+    """Run one case: stages alone, pipeline, latency, memory."""
+    config = config_of(case, engine, index)
+    series = series_of(case.side, config.channels[0].optics.pixel_size_um)
+    spans: list[tuple[int, dict[str, tuple[float, float]]]] = []
+    processor = GpuProcessor(config, trace=lambda *span: spans.append(span))
+    slots = case.frames_in_flight + 2
+    try:
+        processor.start(series, slots)
+        feed = Feed(processor, series, slots)
+        feed.run(WARM_UP)
+        alone = stages_alone(feed, max(10, frames // 10))
+        spans.clear()
+        seconds = feed.run(frames)
+        steady = spans[frames // 2 : frames // 2 + SHOWN]
+        per_frame_ms = seconds / frames * 1e3
+        # Both streams of kernels share the card: their times add up.
+        compute = alone["classify"] + alone["restore"]
+        slowest = max(alone["copy in"], compute, alone["copy out"])
+        return {
+            "case": vars(case),
+            "stages_alone_ms": alone,
+            "frames_per_s": frames / seconds,
+            "megapixels_per_s": frames / seconds * case.side**2 / 1e6,
+            "ms_per_frame": per_frame_ms,
+            "overlap_efficiency": slowest / per_frame_ms,
+            "timeline_ms": steady,
+            "latency": feed.paced(frames, CAMERA_FPS),
+            "device_memory_mb": processor.memory_bytes / 1e6,
+            "backends": processor.backends(),
+        }
+    except EngineError as error:
+        return {"case": vars(case), "refused": str(error)}
+    finally:
+        processor.close()
+
+
+def stages_alone(feed: Feed, frames: int) -> dict[str, float]:
+    """Return the median of every stage with one frame in flight, in ms."""
+    found: list[dict[str, float]] = []
+    for _ in range(frames):
+        slot = feed.submit()
+        found.append(feed.processor.wait_result(slot).stage_ms)
+        feed.pool.release(slot)
+    return {
+        stage: statistics.median([stages.get(stage, 0.0) for stages in found])
+        for stage in STAGES
+    }
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Return sizes times methods, then slots, precisions and graphs at one size."""
+    largest = max(options.sizes)
+    usual = 2048 if 2048 in options.sizes else largest
+    listed = [Case(side, m, 4) for side in options.sizes for m in options.methods]
+    first = options.methods[0]
+    listed += [Case(usual, first, count) for count in (1, 2, 3, 6)]
+    listed += [Case(usual, first, 4, precision="fp32")]
+    listed += [Case(usual, first, 4, cuda_graphs=False)]
+    return listed
+
+
+def roofline(
+    row: dict[str, Any], limits: dict[str, float], macs_per_px: float
+) -> dict[str, float]:
+    """Compare a pipeline with what the card's copies and matrix units allow."""
+    pixels = row["case"]["side"] ** 2
+    copies_s = 2 * pixels / (limits["copy_in_gb_s"] * 1e9)
+    compute_s = 2 * macs_per_px * pixels / (limits["matrix_tflop_s"] * 1e12)
+    bound_s = max(copies_s, compute_s)
+    return {
+        "network_multiply_adds_per_px": macs_per_px,
+        "bytes_over_the_bus_per_frame": 4 * pixels,
+        "bound_frames_per_s": 1 / bound_s,
+        "bound_by": "copies" if copies_s >= compute_s else "matrix units",
+        "fraction_reached": row["frames_per_s"] * bound_s,
+    }
+
+
+def multiply_adds_per_px(engine: str) -> float:
+    """Return the multiply-adds of a network per pixel it sees, from its file."""
+    import onnx
+    from onnx import shape_inference
+
+    found = find_engine(engine)
+    side = 12 * found.card.input.multiple_px
+    model = onnx.load(found.folder / found.card.files["fp32"])
+    for dimension in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dimension.dim_value = side
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    graph = shape_inference.infer_shapes(model).graph
+    shapes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.value_info, *graph.output)
+    }
+    weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    total = 0.0
+    for node in graph.node:
+        if node.op_type == "Conv" and node.output[0] in shapes:
+            _, channels, *kernel = weights[node.input[1]]
+            total += np.prod(shapes[node.output[0]]) * channels * np.prod(kernel)
+    return float(total / side**2)
+
+
+def why_not() -> str | None:
+    """Return why nothing can be measured here; None: it can."""
+    return why_no_gpu() or why_not_loadable(NVRTC) or why_not_loadable(CUFFT)
+
+
+def main() -> None:
+    """Measure every case and write the JSON and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 3200])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["wiener", "richardson_lucy", "richardson_lucy_accelerated"],
+    )
+    parser.add_argument("--engine", default="delpnet")
+    parser.add_argument("--gpu", type=int, default=0)
+    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a few frames only")
+    options = parser.parse_args()
+    if (why := why_not()) is not None:
+        print(f"skipped: {why}")
+        print(machine.write("gpu", {"skipped": why}, options.out))
+        return
+    if options.smoke:
+        options.sizes, options.methods, options.frames = [512], ["wiener"], 20
+    figures = run(options)
+    print(machine.write("gpu", figures, options.out))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure ceilings and every case."""
+    device = find_device(options.gpu)
+    print(f"{device.name}, compute capability {device.compute_capability}")
+    limits = ceilings(device)
+    macs = multiply_adds_per_px(options.engine)
+    rows = []
+    for case in cases(options):
+        row = measure(case, options.engine, options.gpu, options.frames)
+        if "refused" not in row:
+            row["roofline"] = roofline(row, limits, macs)
+            print(case, f"{row['frames_per_s']:.0f} frames/s", flush=True)
+        else:
+            print(case, row["refused"], flush=True)
+        rows.append(row)
+    picture = (options.out or Path("bench/results/gpu.json")).with_suffix(".svg")
+    return {
+        "gpu": {
+            "name": device.name,
+            "compute_capability": list(device.compute_capability),
+            "memory_gb": device.memory_bytes / 1e9,
+        },
+        "ceilings": limits,
+        "rows": rows,
+        "timeline": draw_timeline(rows, picture),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""GPU ceilings: what a card's copies and matrix units do at best, measured on it."""
+
+from typing import Any
+
+import numpy as np
+
+from rtfocus.processing.gpu.driver import current_context, import_driver
+from rtfocus.processing.gpu.kernel_compiler import compile_for
+from rtfocus.processing.gpu.pinning import PinnedMemory
+from rtfocus.processing.gpu.seam import GpuDevice
+
+COPY_BYTES = 1 << 28
+ROUNDS = 10
+LOOPS = 4096
+CHAINS = 8
+"""Independent products per warp, so that none waits for the one before."""
+FLOP_PER_PRODUCT = 2 * 16 * 8 * 8
+
+# m16n8k8 on halves, sums in float32: the shape every card from 7.5 on has. Hopper's
+# own wgmma is about half as fast again: there the ceiling is that of mma.sync.
+MATRIX_KERNEL = """
+extern "C" __global__ void multiply(float* out, int loops) {
+  unsigned a0 = threadIdx.x, a1 = threadIdx.x + 1, b = threadIdx.x + 2;
+  float c[CHAINS][4] = {};
+  for (int i = 0; i < loops; ++i)
+    for (int k = 0; k < CHAINS; ++k)
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+          "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+          : "+f"(c[k][0]), "+f"(c[k][1]), "+f"(c[k][2]), "+f"(c[k][3])
+          : "r"(a0), "r"(a1), "r"(b));
+  float total = 0;
+  for (int k = 0; k < CHAINS; ++k)
+    for (int j = 0; j < 4; ++j) total += c[k][j];
+  out[blockIdx.x * blockDim.x + threadIdx.x] = total;
+}
+""".replace("CHAINS", str(CHAINS))
+
+
+def ceilings(device: GpuDevice) -> dict[str, Any]:
+    """Measure copies in, out, both at once and within the device, and products."""
+    cuda = import_driver()
+    with current_context(device.gpu_index):
+        pinned = PinnedMemory()
+        try:
+            return _copies(cuda, pinned) | {
+                "matrix_tflop_s": _products(cuda, device),
+                "matrix_kernel": "mma.sync m16n8k8, float16 in, float32 sums",
+            }
+        finally:
+            pinned.release()
+
+
+def _copies(cuda: Any, pinned: PinnedMemory) -> dict[str, float]:
+    host = [pinned.empty((COPY_BYTES,), np.uint8) for _ in range(2)]
+    for memory in host:
+        memory.fill(1)
+    device = [cuda.mem_alloc(COPY_BYTES) for _ in range(3)]
+    first, second = cuda.Stream(1), cuda.Stream(1)
+
+    def copy_in(stream: Any) -> None:
+        cuda.memcpy_htod_async(int(device[0]), host[0], stream)
+
+    def copy_out(stream: Any) -> None:
+        cuda.memcpy_dtoh_async(host[1], int(device[1]), stream)
+
+    def both() -> None:
+        copy_in(first)
+        copy_out(second)
+        mark = cuda.Event()
+        mark.record(second)
+        first.wait_for_event(mark)
+
+    def inside() -> None:
+        cuda.memcpy_dtod_async(int(device[2]), int(device[0]), COPY_BYTES, first)
+
+    rate = COPY_BYTES / 1e6
+    found = {
+        "copy_in_gb_s": rate / _median_ms(cuda, first, lambda: copy_in(first)),
+        "copy_out_gb_s": rate / _median_ms(cuda, first, lambda: copy_out(first)),
+        "both_ways_gb_s": 2 * rate / _median_ms(cuda, first, both),
+        # Read and written.
+        "device_memory_gb_s": 2 * rate / _median_ms(cuda, first, inside),
+    }
+    for memory in device:
+        memory.free()
+    return found
+
+
+def _products(cuda: Any, device: GpuDevice) -> float:
+    code = compile_for(device.compute_capability, MATRIX_KERNEL)
+    function = cuda.module_from_buffer(code).get_function("multiply")
+    function.prepare("Pi")
+    units = cuda.Device(device.gpu_index).multiprocessor_count
+    blocks, threads = 8 * units, 256
+    out = cuda.mem_alloc(4 * blocks * threads)
+    stream = cuda.Stream(1)
+
+    def run() -> None:
+        function.prepared_async_call(
+            (blocks, 1), (threads, 1, 1), stream, int(out), LOOPS
+        )
+
+    milliseconds = _median_ms(cuda, stream, run)
+    out.free()
+    products = blocks * (threads // 32) * LOOPS * CHAINS
+    return float(products * FLOP_PER_PRODUCT / milliseconds / 1e9)
+
+
+def _median_ms(cuda: Any, stream: Any, work: Any) -> float:
+    times = []
+    for number in range(ROUNDS + 2):
+        begin, end = cuda.Event(), cuda.Event()
+        begin.record(stream)
+        work()
+        end.record(stream)
+        end.synchronize()
+        if number >= 2:  # warm
+            times.append(end.time_since(begin))
+    return float(np.median(times))

@@ -1,0 +1,309 @@
+"""What only the GPU processor promises, on the stand-in driver.
+
+Run by ``tests/gpu/test_gpu_standin.py``, which loads the stand-in first.
+"""
+
+import ctypes
+
+import numpy as np
+import pytest
+from engine_kit import (
+    write_brightness_joint,
+    write_shift_restorer,
+    write_smooth_restorer,
+)
+
+from rtfocus.channel import Channel, OpticalSystem
+from rtfocus.config import parse_config
+from rtfocus.errors import EngineError
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.optics.blur import blur
+from rtfocus.optics.psf import compute_psf
+from rtfocus.optics.specimens import draw_specimen
+from rtfocus.processing.cpu import CpuProcessor
+from rtfocus.processing.fallback import FallbackProcessor
+from rtfocus.processing.gpu.driver import LostGpuError, current_context
+from rtfocus.processing.gpu.pinning import PinnedMemory
+from rtfocus.processing.gpu.processor import GpuProcessor
+from rtfocus.processing.select import open_processor
+from rtfocus.slots import SlotPool
+
+SHAPE = (144, 192)
+SLOTS = 6
+OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
+
+
+def config_for(
+    engine_folder, *, method="wiener", device="gpu", classifier="sharpness", **gpu
+):
+    return parse_config(
+        {
+            "processing": {
+                "classifier": classifier,
+                "engine_folders": [str(engine_folder)],
+                "precision": "f32",
+                "threads": 1,
+                "device": device,
+                # A small halo keeps the stand-in's slow transforms small.
+                "restoration": {"method": method, "halo_px": 8, "iterations": 2},
+                "gpu": gpu,
+            },
+            "channels": [{"name": "DAPI", "optics": OPTICS}],
+        }
+    )
+
+
+SERIES = SeriesStart(
+    version=PROTOCOL_VERSION,
+    series_uid="series",
+    name="stand-in",
+    started_ns=0,
+    shape=SHAPE,
+    dtype="<u2",
+    sizes={"t": None, "c": 1},
+    channels=[Channel("DAPI")],
+    positions=[Position("p")],
+    pixel_size_um=0.65,
+)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """Nuclei, in focus on the left and ever more blurred on the right."""
+    rng = np.random.default_rng(7)
+    sharp = draw_specimen("nuclei", SHAPE, rng)
+    system = OpticalSystem(**OPTICS)
+    left = np.arange(SHAPE[1]) < 70
+    result = []
+    for number in range(8):
+        blurred = blur(sharp, compute_psf(system, 3.0 + 2 * number))
+        seen = np.roll(np.where(left, sharp, blurred), 9 * number, axis=0)
+        result.append(rng.poisson(np.maximum(seen, 0) * 3000 + 50))
+    return result
+
+
+def submit(processor, pool, sequence, pixels):
+    slot = pool.acquire(timeout_s=10)
+    header = FrameHeader(
+        version=PROTOCOL_VERSION,
+        series_uid="series",
+        sequence=sequence,
+        shape=SHAPE,
+        dtype="<u2",
+        captured_ns=1,
+        exposure_ms=5.0,
+        index={"t": sequence, "c": 0},
+    )
+    slot.prepare(header)[...] = pixels
+    processor.submit(slot)
+    return slot
+
+
+def results_of(processor, frames):
+    """Return level map and restored frame of every frame, six in flight."""
+    pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+    processor.start(SERIES, SLOTS)
+    waiting, found = [], []
+
+    def take():
+        slot = waiting.pop(0)
+        result = processor.wait_result(slot)
+        found.append((result.defocus.level, result.restored.copy()))
+        pool.release(slot)
+
+    for sequence, pixels in enumerate(frames):
+        if len(waiting) == SLOTS:
+            take()
+        waiting.append(submit(processor, pool, sequence, pixels))
+    while waiting:
+        take()
+    processor.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(engine_folder, frames):
+    return results_of(CpuProcessor(config_for(engine_folder)), frames)
+
+
+@pytest.mark.parametrize("frames_in_flight", [1, 3])
+def test_frames_in_flight_are_those_of_the_cpu(
+    engine_folder, frames, reference, frames_in_flight
+):
+    config = config_for(engine_folder, frames_in_flight=frames_in_flight)
+    found = results_of(GpuProcessor(config), frames)
+    assert max(level.max() for level, _ in reference) > 2
+    for (level, restored), (wanted_level, wanted) in zip(found, reference, strict=True):
+        np.testing.assert_array_equal(level, wanted_level)
+        # Wiener reads the noise of the whole frame, the CPU that of each region.
+        change = np.abs(restored - wanted.astype(np.float64))
+        assert np.linalg.norm(change) < 0.02 * np.linalg.norm(wanted)
+
+
+def test_the_next_frame_is_copied_in_before_the_last_is_out(
+    driver, engine_folder, frames
+):
+    driver.standin_log()
+    results_of(GpuProcessor(config_for(engine_folder, frames_in_flight=3)), frames)
+    done = driver.standin_log().decode().split()
+    size = {"in": 0, "out": 0}
+    ahead = 0
+    streams = sorted({line for line in done if line.startswith("D2H@")})
+    assert len(streams) == 2  # maps and frames leave on streams of their own
+    frames_out = max(streams, key=lambda line: int(line.partition("@")[2]))
+    for line in done:
+        size["in"] += line.startswith("H2D@")
+        size["out"] += line == frames_out
+        ahead = max(ahead, size["in"] - size["out"])
+    assert size == {"in": len(frames), "out": len(frames)}
+    assert ahead == 3
+
+
+def test_recorded_work_gives_the_same_frames(driver, engine_folder, frames):
+    driver.standin_log()
+    recorded = results_of(GpuProcessor(config_for(engine_folder)), frames[:4])
+    replays = driver.standin_log().decode().count("graph@")
+    plain = results_of(
+        GpuProcessor(config_for(engine_folder, cuda_graphs=False)), frames[:4]
+    )
+    assert replays >= 2 * 4
+    assert "graph@" not in driver.standin_log().decode()
+    for (level, restored), (wanted_level, wanted) in zip(recorded, plain, strict=True):
+        np.testing.assert_array_equal(level, wanted_level)
+        np.testing.assert_array_equal(restored, wanted)
+
+
+@pytest.mark.parametrize("method", ["richardson_lucy", "richardson_lucy_accelerated"])
+def test_richardson_lucy_is_close_to_the_cpus(engine_folder, frames, method):
+    config = config_for(engine_folder, method=method)
+    found = results_of(GpuProcessor(config), frames[:2])
+    reference = results_of(CpuProcessor(config), frames[:2])
+    for (_, restored), (_, wanted) in zip(found, reference, strict=True):
+        change = np.abs(restored - wanted.astype(np.float64))
+        # The margins of the CPU's regions differ, those of the frame do not.
+        assert np.linalg.norm(change) < 0.02 * np.linalg.norm(wanted)
+
+
+@pytest.fixture(scope="module")
+def networks(engine_folder):
+    """The session's engine folder with restorers and a joint engine in it."""
+    write_smooth_restorer(engine_folder / "smooth")
+    write_brightness_joint(engine_folder / "joint")
+    for last in ("level", "defocus_levels"):
+        entries = ("defocus_known", last)
+        write_shift_restorer(engine_folder / f"by_{last}", entries=entries)
+    return engine_folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("sharpness", "smooth"),
+        ("sharpness", "by_level"),
+        ("joint", "by_defocus_levels"),
+        ("joint", "joint"),
+    ],
+    ids="-".join,
+)
+def test_networks_restore_as_on_the_cpu(networks, frames, names):
+    config = config_for(networks, classifier=names[0], method=names[1])
+    found = results_of(GpuProcessor(config), frames[:3])
+    reference = results_of(CpuProcessor(config), frames[:3])
+    for (level, restored), (wanted_level, wanted) in zip(found, reference, strict=True):
+        np.testing.assert_array_equal(level, wanted_level)
+        # Rounding to counts may fall to either side.
+        assert np.abs(restored.astype(int) - wanted).max() <= 1
+    assert any(
+        np.any(wanted != frame)
+        for (_, wanted), frame in zip(reference, frames, strict=False)
+    )
+
+
+def test_lack_of_memory_means_fewer_frames_in_flight(
+    driver, engine_folder, frames, monkeypatch, caplog
+):
+    peaks = []
+    for count in (1, 4):
+        driver.standin_peak()
+        config = config_for(engine_folder, frames_in_flight=count)
+        reference = results_of(GpuProcessor(config), frames[:3])
+        peaks.append(driver.standin_peak())
+    monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", str(sum(peaks) // 2))
+    found = results_of(GpuProcessor(config), frames[:3])
+    assert "2 frames in flight instead of 4: GPU 0: " in caplog.text
+    assert "lower processing.gpu.frames_in_flight" in caplog.text
+    for (_, restored), (_, wanted) in zip(found, reference, strict=True):
+        np.testing.assert_array_equal(restored, wanted)
+    strict = config_for(engine_folder, on_lack_of_memory="error")
+    with pytest.raises(EngineError, match=r"needs .* MB.*frames_in_flight"):
+        GpuProcessor(strict).start(SERIES, SLOTS)
+    monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", "1000000")
+    with pytest.raises(EngineError, match=r"needs .* MB"):
+        GpuProcessor(config).start(SERIES, SLOTS)
+
+
+def test_a_lost_gpu_fails_its_frames_and_refuses_more(driver, engine_folder, frames):
+    processor = GpuProcessor(config_for(engine_folder, frames_in_flight=2))
+    pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+    processor.start(SERIES, SLOTS)
+    first = submit(processor, pool, 0, frames[0])
+    assert processor.wait_result(first).restored is not None
+    driver.standin_lose_after(3)
+    later = [submit(processor, pool, 1, frames[1])]
+    try:
+        with pytest.raises(EngineError, match=r"frame 1 .*GPU 0 failed while"):
+            processor.wait_result(later[0])
+        with pytest.raises(LostGpuError, match="illegal memory access"):
+            submit(processor, pool, 2, frames[2])
+    finally:
+        processor.close()
+        driver.standin_recover()
+
+
+def test_two_gpus_work_side_by_side(engine_folder, frames, reference):
+    processors = [GpuProcessor(config_for(engine_folder, index=i)) for i in (0, 1)]
+    pools = [SlotPool(2, 2 * SHAPE[0] * SHAPE[1]) for _ in processors]
+    for processor in processors:
+        processor.start(SERIES, 2)
+    slots = [
+        submit(processor, pool, number, frames[number])
+        for number, (processor, pool) in enumerate(zip(processors, pools, strict=True))
+    ]
+    for number, (processor, slot) in enumerate(zip(processors, slots, strict=True)):
+        found = processor.wait_result(slot).defocus.level
+        np.testing.assert_array_equal(found, reference[number][0])
+        processor.close()
+
+
+def test_a_gpu_that_is_not_there_lists_those_that_are(engine_folder):
+    with pytest.raises(EngineError, match=r"no GPU 7.*0 \(stand-in\), 1 \(stand-in\)"):
+        GpuProcessor(config_for(engine_folder, index=7))
+
+
+def test_what_the_gpu_cannot_do_is_refused_or_left_to_the_cpu(
+    engine_folder, frames, caplog
+):
+    method = "richardson_lucy_tiles"
+    demanded = open_processor(config_for(engine_folder, method=method))
+    with pytest.raises(EngineError, match=r"does not run on a GPU.*device: cpu"):
+        demanded.start(SERIES, 2)
+    demanded.close()
+    automatic = open_processor(config_for(engine_folder, method=method, device="auto"))
+    assert isinstance(automatic, FallbackProcessor)
+    assert len(results_of(automatic, frames[:1])) == 1
+    assert "this series is processed on the CPU: restoration" in caplog.text
+
+
+def test_pinned_arrays_outlive_their_pinning():
+    with current_context(0):
+        pinned = PinnedMemory()
+        own = pinned.empty((5, 7), np.float32)
+        own[...] = 3
+        pool = np.zeros(10000, np.uint8)
+        assert pinned.is_pinned(pool[100:200])
+        assert pinned.is_pinned(pool[500:])  # known: not pinned twice
+        pinned.release()
+        pinned.release()
+    assert own.ctypes.data % 4096 == 0
+    np.testing.assert_array_equal(own, 3)
+    assert ctypes.c_float.from_address(own.ctypes.data).value == 3
