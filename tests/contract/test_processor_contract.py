@@ -4,6 +4,8 @@ import threading
 
 import numpy as np
 import pytest
+from engine_kit import write_brightness_joint, write_smooth_restorer
+from scipy.ndimage import uniform_filter
 
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
@@ -16,12 +18,16 @@ from rtfocus.frame import (
     SeriesStart,
 )
 from rtfocus.optics.blur import blur
+from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import draw_specimen
+from rtfocus.processing.frame_tiles import restored_share
 from rtfocus.processing.select import PROCESSORS
+from rtfocus.processing.tiling import Montage
 from rtfocus.slots import SlotPool
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
+SAMPLING = 0.65 * 0.5 / 0.451
 SHAPE = (200, 260)
 SLOTS = 4
 
@@ -351,6 +357,47 @@ def test_engine_that_does_not_fit_the_optics_is_refused_with_the_remedy(
     willing = open_kind(parse_config(raw))
     assert willing.start(series_for(channels=("DAPI",)), 1) is not None
     willing.close()
+    processor.close()
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Engines whose results can be computed by hand, see `engine_kit`."""
+    folder = tmp_path_factory.mktemp("zoo")
+    write_brightness_joint(folder / "brightness")
+    write_smooth_restorer(folder / "smooth")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["brightness", "smooth"])
+def test_networks_restore_what_is_out_of_focus_and_nothing_else(open_kind, zoo, method):
+    config = config_for(zoo, classifier="brightness", restoration={"method": method})
+    store = config.store.model_copy(update={"restored_dtype": "float32"})
+    processor = open_kind(config.model_copy(update={"store": store}))
+    rng = np.random.default_rng(8)
+    # Left flat, so background; then brighter to the right: levels up to 10.
+    bright = np.maximum(np.arange(SHAPE[1]) - 150, 0) * 35.0 + 500
+    pixels = (bright + rng.normal(0, 9, SHAPE)).astype("<u2")
+    pixels[:, :150] = 500
+    pool = SlotPool(1, 2 * SHAPE[0] * SHAPE[1])
+    processor.start(series_for(), 1)
+    slot = submit(processor, pool, 0, pixels)
+    result = processor.wait_result(slot)
+    assert len(np.unique(result.defocus.level)) > 2
+    frame = pixels.astype(np.float32)
+    share = restored_share(Montage(result.defocus.grid, SHAPE), result.defocus.level)
+    _, scale = PercentileRange().fit(frame)
+    if method == "brightness":
+        restored = frame + scale * SAMPLING / 10
+    else:
+        restored = uniform_filter(frame, 3, mode="reflect")
+    expected = frame + share * (restored - frame)
+    # Half precision rounds the image itself to a thousandth of its range.
+    np.testing.assert_allclose(result.restored, expected, atol=2e-3 * scale)
+    assert (share == 0).any()
+    np.testing.assert_array_equal(result.restored[share == 0], frame[share == 0])
+    assert set(result.engines) == {"classifier", "restorer"}
+    assert result.engines["restorer"].startswith(f"{method}@")
     processor.close()
 
 
