@@ -294,6 +294,21 @@ def test_what_the_gpu_cannot_do_is_refused_or_left_to_the_cpu(
     assert "this series is processed on the CPU: restoration" in caplog.text
 
 
+def test_the_bench_measures_what_it_says(monkeypatch):
+    monkeypatch.syspath_prepend("bench")
+    from bench import gpu
+
+    monkeypatch.setattr(gpu, "WARM_UP", 1)
+    row = gpu.measure(gpu.Case(144, "wiener", 2), "delpnet", 0, 4)
+    assert set(row["stages_alone_ms"]) == set(gpu.STAGES)
+    assert row["frames_per_s"] == pytest.approx(1e3 / row["ms_per_frame"])
+    assert {"p50", "p99", "max"} == set(row["latency"]["to_estimate_ms"])
+    begins = [stages["copy in"][0] for _, stages in row["timeline_ms"]]
+    assert begins == sorted(begins)
+    refused = gpu.measure(gpu.Case(144, "nonsense", 2), "delpnet", 0, 4)
+    assert "'nonsense' not found" in refused["refused"]
+
+
 def test_pinned_arrays_outlive_their_pinning():
     with current_context(0):
         pinned = PinnedMemory()
