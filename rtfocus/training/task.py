@@ -78,7 +78,11 @@ class Task(ABC, Generic[R]):
         RuntimeError
             If one has another shape.
         """
+        own = {id(parameter) for parameter in self.network.parameters()}
         for name, parameter in self.graph(self.network).module.named_parameters():
+            if id(parameter) not in own:
+                msg = "its exported form holds other weights than its training"
+                raise RuntimeError(msg)
             parameter.copy_(weights[name])
 
     def make_optimisers(self) -> dict[str, torch.optim.Optimizer]:

@@ -15,6 +15,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
 from rtfocus.training.data.level_recipe import BlurRecipe, TileOptimiserRecipe
+from rtfocus.training.data.signed_recipe import SignedRecipe
 from rtfocus.training.half_weights import halve_weights
 from rtfocus.training.networks.batch_norm import (
     fold_batch_norm,
@@ -24,6 +25,10 @@ from rtfocus.training.networks.batch_norm import (
 from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
 from rtfocus.training.start import find_engine, read_weights, start_from
 from rtfocus.training.tasks.delpnet import DelpNetRecipe, DelpNetTask
+from rtfocus.training.tasks.wei_classifier import (
+    WeiClassifierRecipe,
+    WeiClassifierTask,
+)
 
 SHIPPED = Path("engines/delpnet")
 OPTICS = OpticalSystem(
@@ -135,3 +140,13 @@ def test_a_folder_without_card_is_refused(tmp_path):
 def test_an_engine_of_another_network_is_refused(engine_folder):
     with pytest.raises(ConfigError, match="network 'delpnet'"):
         start_from(small_task(), engine_folder / "sharpness")
+
+
+def test_a_network_whose_exported_form_is_another_says_so():
+    """Folded copies would take the weights and be thrown away."""
+    signed = SignedRecipe(reference=OPTICS, inner_um=11, farthest_um=22, step_um=2.2)
+    task = WeiClassifierTask(WeiClassifierRecipe(signed=signed))
+    module = task.graph(task.network).module
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    with pytest.raises(RuntimeError, match="other weights"):
+        task.take_exported(weights)
