@@ -66,8 +66,8 @@ class WeiClassifier(nn.Module):
 
     References
     ----------
-    .. [1] Y. Wei et al., "Microscopic defocused image restoration guided by
-       blurring kernel estimation", 2024, section 3.1 and table 1.
+    .. [1] Y. Wei, Q. Li, W. Hou, "Image restoration model for microscopic defocused
+       images based on blurring kernel guidance", 2024, section 3.1 and table 1.
     """
 
     def __init__(
