@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from rtfocus.resources import resource_folder
-from rtfocus.training.networks.delpnet import GEOMETRY, LABELS, DelpNet
 from rtfocus.training.evaluate import EngineUnderTest, evaluate_real
+from rtfocus.training.networks.delpnet import GEOMETRY, LABELS, DelpNet
 
 FOLDER = resource_folder("engines") / "delpnet"
 
