@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from rtfocus.training.losses.charbonnier import charbonnier
 from rtfocus.training.networks.rtfocus_1 import (
     CONDITION,
     LABELS,
     Modulation,
     Rtfocus1,
 )
-from rtfocus.training.tasks.rtfocus_1 import charbonnier, label_loss, tile_levels
+from rtfocus.training.tasks.rtfocus_1 import label_loss, tile_levels
 
 FOCUS = LABELS.index(0)
 

@@ -16,6 +16,7 @@ from rtfocus.config.section import Section
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
 from rtfocus.training.data.pair_recipe import PairRecipe
 from rtfocus.training.data.pairs import TILE_PX, TILE_STRIDE_PX, PairBatches
+from rtfocus.training.losses.charbonnier import charbonnier
 from rtfocus.training.networks.batch_norm import fold_batch_norm, recalibrate
 from rtfocus.training.networks.rtfocus_1 import (
     CONDITION,
@@ -183,14 +184,6 @@ def tile_levels(cells: NDArray[np.generic]) -> NDArray[np.float32]:
     windows = np.lib.stride_tricks.sliding_window_view(cells, (size, size), (1, 2))
     tiles = windows[:, ::STRIDE_CELLS, ::STRIDE_CELLS].mean(axis=(3, 4))
     return np.asarray(tiles, dtype=np.float32)
-
-
-def charbonnier(error: Tensor, bend: float) -> Tensor:
-    """Return the mean of ``sqrt(error^2 + bend^2) - bend``.
-
-    Quadratic below `bend`, as PSNR asks for, linear above it.
-    """
-    return (error.square() + bend**2).sqrt().mean() - bend
 
 
 def label_loss(logits: Tensor, levels: Tensor, empty: Tensor) -> Tensor:
