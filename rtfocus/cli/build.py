@@ -14,7 +14,8 @@ from rich.progress import Progress as Bars
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.engines.registry import FoundEngine, find_engine, list_engines
-from rtfocus.processing.gpu.devices import find_device, primary_context, why_no_gpu
+from rtfocus.processing.gpu.devices import find_device, why_no_gpu
+from rtfocus.processing.gpu.driver import current_context
 from rtfocus.processing.gpu.plan_progress import Progress
 from rtfocus.processing.gpu.plans import (
     ANY_CARD,
@@ -101,7 +102,7 @@ def build(
             None if precision is None else precision.value,
             tf32=tf32,
         )
-        context = nullcontext() if device is None else primary_context(device)
+        context = nullcontext() if device is None else current_context(device.gpu_index)
         with context, interruptible() as (stop, _), _bar(found.name, stop) as progress:
             plan = ready_plan(
                 library, request, target, progress=progress, rebuild=rebuild

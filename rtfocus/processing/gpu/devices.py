@@ -1,11 +1,9 @@
-"""Devices: which GPUs the driver shows, and the context of one while it is used."""
+"""Devices: which GPUs the driver shows."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 from rtfocus.errors import EngineError
+from rtfocus.processing.gpu.driver import import_driver
 from rtfocus.processing.gpu.seam import GpuDevice
 
 
@@ -17,9 +15,8 @@ def list_devices() -> list[GpuDevice]:
     EngineError
         If PyCUDA or the driver is missing or too old; says which, with the remedy.
     """
-    cuda = _driver()
+    cuda = import_driver()
     try:
-        cuda.init()
         return [_describe(cuda, index) for index in range(cuda.Device.count())]
     except cuda.Error as error:
         msg = f"the NVIDIA driver does not answer ({error}); reinstall or update it"
@@ -48,31 +45,6 @@ def why_no_gpu() -> str | None:
         return None if list_devices() else "the NVIDIA driver shows no GPU"
     except EngineError as error:
         return str(error)
-
-
-@contextmanager
-def primary_context(device: GpuDevice) -> Iterator[None]:
-    """Make the primary context of a GPU current in this thread for a block.
-
-    TensorRT and torch live in that one; a context made anew would not be theirs.
-    """
-    context = _driver().Device(device.gpu_index).retain_primary_context()
-    context.push()
-    try:
-        yield
-    finally:
-        context.pop()
-
-
-def _driver() -> Any:
-    try:
-        return import_module("pycuda.driver")
-    except ImportError as error:
-        msg = (
-            f"no NVIDIA GPU can be used: PyCUDA cannot be imported ({error}); install "
-            "the NVIDIA driver and rtfocus[gpu]"
-        )
-        raise EngineError(msg) from error
 
 
 def _describe(cuda: Any, gpu_index: int) -> GpuDevice:

@@ -12,6 +12,7 @@ from engine_kit import (
     write_shift_restorer,
     write_smooth_restorer,
 )
+from gpu_standin_kit import HostContext
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
@@ -22,7 +23,9 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.cpu import CpuProcessor
 from rtfocus.processing.fallback import FallbackProcessor
+from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels, new_event
 from rtfocus.processing.gpu.driver import LostGpuError, current_context
+from rtfocus.processing.gpu.graphs import Replayed
 from rtfocus.processing.gpu.pinning import PinnedMemory
 from rtfocus.processing.gpu.processor import GpuProcessor
 from rtfocus.processing.select import open_processor
@@ -174,6 +177,48 @@ def test_recorded_work_gives_the_same_frames(driver, engine_folder, frames):
     for (level, restored), (wanted_level, wanted) in zip(recorded, plain, strict=True):
         np.testing.assert_array_equal(level, wanted_level)
         np.testing.assert_array_equal(restored, wanted)
+
+
+def test_a_network_that_cannot_be_recorded_runs_as_it_is(
+    driver, engine_folder, frames, reference, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(
+        HostContext, "why_not_capturable", lambda self, stream: "it needs the host"
+    )
+    driver.standin_log()
+    found = results_of(GpuProcessor(config_for(engine_folder)), frames[:2])
+    assert "classification of channel 'DAPI' runs without a CUDA graph: it needs" in (
+        caplog.text
+    )
+    # The restoration has no network and is still recorded.
+    assert "graph@" in driver.standin_log().decode()
+    np.testing.assert_array_equal(found[1][0], reference[1][0])
+
+
+def test_a_recording_that_fails_is_given_up_for_good(caplog):
+    caplog.set_level("INFO")
+    with current_context(0):
+        assert replay_what_cannot_be_recorded(3) == (False, 4)
+    assert "work runs without a CUDA graph" in caplog.text
+
+
+def replay_what_cannot_be_recorded(times):
+    """Return whether it was recorded, and how often it was enqueued."""
+    stream, event = CudaStream(Kernels(b"kernels")), new_event()
+    runs = []
+
+    def record_an_event(work):
+        runs.append("run")
+        work.record(event)
+
+    replayed = Replayed("work", record_an_event, lambda work: None)
+    for _ in range(times):
+        replayed(stream)
+    stream.synchronise()
+    recorded = replayed.is_recorded
+    replayed.close()
+    return recorded, len(runs)
 
 
 @pytest.mark.parametrize("method", ["richardson_lucy", "richardson_lucy_accelerated"])
