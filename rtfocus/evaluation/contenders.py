@@ -67,7 +67,7 @@ class Contender:
         """Return the live loop's config for the frames of a data set.
 
         Restored frames stay float: rounding to the camera's counts is no fault of
-        an engine.
+        an engine. They are cut at its full scale later.
         """
         optics = asdict(data.optics)
         return parse_config(

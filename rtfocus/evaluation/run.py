@@ -187,6 +187,7 @@ def mean_figures(frames: list[Scored]) -> dict[str, Any]:
 
 
 def _score_image(outcome: Outcome, sample: Sample, restored: NDArray[Any]) -> None:
+    restored = _within_full_scale(restored, sample.pixels.dtype)
     if len(outcome.images) < SHOWN:
         outcome.images[sample.name] = restored.astype(np.float32)
     if sample.sharp is None:
@@ -199,6 +200,19 @@ def _score_image(outcome: Outcome, sample: Sample, restored: NDArray[Any]) -> No
             after=_figures(sample.sharp, restored, sample.data_range),
         )
     )
+
+
+def _within_full_scale(
+    restored: NDArray[Any], camera: np.dtype[np.generic]
+) -> NDArray[Any]:
+    """Cut what no camera of this type could have delivered, as the run folder does.
+
+    A bright cell that is saturated in the sharp image is not in the defocused one:
+    restored without the cut it would count as wrong for being right.
+    """
+    if not np.issubdtype(camera, np.integer):
+        return restored
+    return np.clip(restored, 0, np.iinfo(camera).max)
 
 
 def _figures(truth: NDArray[Any], image: NDArray[Any], span: float) -> Figures:

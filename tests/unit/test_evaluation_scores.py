@@ -9,7 +9,13 @@ import yaml
 
 from rtfocus.evaluation.cost import multiply_adds_per_pixel
 from rtfocus.evaluation.level_score import LevelScore
-from rtfocus.evaluation.run import EQUAL_DB, Figures, Scored, mean_figures
+from rtfocus.evaluation.run import (
+    EQUAL_DB,
+    Figures,
+    Scored,
+    _within_full_scale,
+    mean_figures,
+)
 from rtfocus.evaluation.specimen_tiles import specimen_tiles
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
@@ -87,6 +93,13 @@ def test_mean_figures_name_the_worst_frame() -> None:
     assert (found["worst_gain_db"], found["worst_frame"]) == (-1.0, "b")
     assert found["after"] == {"psnr_db": 33.5, "ssim": 0.95, "pcc": 0.9, "mse": 2.0}
     assert EQUAL_DB == 100.0
+
+
+def test_what_no_camera_could_deliver_is_cut_but_not_rounded() -> None:
+    restored = np.array([-3.0, 12.25, 380.0], np.float32)
+    cut = _within_full_scale(restored, np.dtype(np.uint8))
+    assert cut.tolist() == [0.0, 12.25, 255.0]
+    assert _within_full_scale(restored, np.dtype(np.float32)) is restored
 
 
 def test_only_tiles_with_something_in_them_are_asked_for() -> None:
