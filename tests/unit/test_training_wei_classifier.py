@@ -224,6 +224,13 @@ def test_batches_depend_on_seed_and_number_alone(tmp_path, colour):
     assert not np.array_equal(batches[1]["patches"], batches[2]["patches"])
 
 
+def test_a_scene_smaller_than_a_patch_is_mirrored_at_its_edges(tmp_path):
+    recipe = small_recipe(tmp_path)
+    pool = recipe.pool.model_copy(update={"side_px": 200})
+    made = SignedPatches(recipe.model_copy(update={"pool": pool})).batch(0)
+    assert made["patches"].shape == (8, 1, PATCH_PX, PATCH_PX)
+
+
 def test_test_patches_cover_all_classes_and_leave_out_empty_ones(tmp_path):
     recipe = small_recipe(tmp_path)
     found = [

@@ -20,7 +20,7 @@ from rtfocus.optics.stained import draw_stained
 from rtfocus.training.data.fields import Field
 from rtfocus.training.data.scenes import SceneSource
 from rtfocus.training.data.signed_recipe import SignedClassRecipe, SignedRecipe
-from rtfocus.training.networks.wei_classifier import LABELS
+from rtfocus.training.networks.wei_classifier import LABELS, PATCH_PX
 
 Image = NDArray[np.float32]
 Protocol = Literal["same", "shifted"]
@@ -69,6 +69,7 @@ class SignedScenes:
         signed = self._recipe.signed
         rng = np.random.default_rng([self._recipe.seed, 7, *self._key, generation])
         light, ideal = self._draw_scene(rng)
+        light = _at_least(light, PATCH_PX)
         optics = self._draw_optics(rng)
         nominal = plane_places_um(signed) if self._exact else _draw_places(signed, rng)
         unit = optics.defocus_unit_um / signed.reference.defocus_unit_um
@@ -155,6 +156,13 @@ def plane_places_um(signed: SignedRecipe) -> list[float]:
     """Return the planes of a stack through focus, ascending."""
     count = round(signed.farthest_um / signed.step_um)
     return [place * signed.step_um for place in range(-count, count + 1)]
+
+
+def _at_least(light: Image, side_px: int) -> Image:
+    """Mirror a picture behind its edges where a side is too short."""
+    short = [max(side_px - side, 0) for side in light.shape[:2]]
+    pads = [(0, pixels) for pixels in short] + [(0, 0)] * (light.ndim - 2)
+    return np.pad(light, pads, mode="symmetric") if any(short) else light
 
 
 def _draw_places(signed: SignedRecipe, rng: np.random.Generator) -> list[float]:
