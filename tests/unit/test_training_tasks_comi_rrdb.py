@@ -80,6 +80,7 @@ def rrdb_recipe(folder: Path) -> RrdbRecipe:
     [
         "rrdb",
         "rrdb_paper",
+        "rrdb_fine",
         "comi",
         "comi_short",
         "comi_transposed",

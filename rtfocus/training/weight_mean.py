@@ -1,0 +1,43 @@
+"""Weight mean: one checkpoint between two, where each is better at something else.
+
+Weights of a run and of the run that started from them lie in one valley: half way
+between them a network keeps most of what either is good at (model soups, Wortsman
+et al. 2022). Run: python -m rtfocus.training.weight_mean FIRST SECOND OUTPUT
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from rtfocus.errors import ConfigError
+from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+def write_mean(first: Path, second: Path, output: Path) -> None:
+    """Write the checkpoint of `second` with the mean of both averaged weights.
+
+    Raises
+    ------
+    ConfigError
+        If a checkpoint cannot be read or the two are of different networks.
+    """
+    (_, one), (recipe, other) = load_checkpoint(first), load_checkpoint(second)
+    shapes = [
+        {name: value.shape for name, value in state["average"].items()}
+        for state in (one, other)
+    ]
+    if shapes[0] != shapes[1]:
+        msg = (
+            f"'{first}' and '{second}' hold different networks; give two of one recipe"
+        )
+        raise ConfigError(msg)
+    mean = {
+        name: torch.lerp(value, other["average"][name], 0.5)
+        for name, value in one["average"].items()
+    }
+    save_checkpoint(output, recipe, {**other, "average": mean})
+
+
+if __name__ == "__main__":
+    write_mean(*map(Path, sys.argv[1:4]))

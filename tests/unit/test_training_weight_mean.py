@@ -1,0 +1,34 @@
+"""Weight mean: half way between two checkpoints of one network."""
+
+import pytest
+import torch
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.errors import ConfigError
+from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
+from rtfocus.training.data.pair_recipe import PairsRecipe
+from rtfocus.training.tasks.rrdb import RrdbRecipe
+from rtfocus.training.weight_mean import write_mean
+
+RECIPE = RrdbRecipe(pairs=PairsRecipe(reference=OpticalSystem(0.36, 451.0, 0.65)))
+
+
+def write(path, values):
+    save_checkpoint(path, RECIPE, {"step": 1, "average": {"w": torch.tensor(values)}})
+
+
+def test_mean_lies_half_way_and_keeps_the_second_runs_recipe(tmp_path):
+    first, second, output = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
+    write(first, [1.0, 2.0])
+    write(second, [3.0, -2.0])
+    write_mean(first, second, output)
+    recipe, state = load_checkpoint(output)
+    assert recipe == RECIPE
+    assert state["average"]["w"].tolist() == [2.0, 0.0]
+
+
+def test_different_networks_have_no_mean(tmp_path):
+    write(tmp_path / "a.pt", [1.0])
+    write(tmp_path / "b.pt", [1.0, 2.0])
+    with pytest.raises(ConfigError, match="different networks"):
+        write_mean(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt")
