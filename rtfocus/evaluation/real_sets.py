@@ -17,11 +17,12 @@ from rtfocus.images import open_images
 
 VALIDATION_ROWS = ("a19*", "a2*")
 # Planes of the stacks are 2 um apart and focus is a plane, not a point; "10 um" lies
-# at 10 to 12 um in the fitted optics, "-32 um" at the far end of their levels.
+# at 10 to 12 um in the fitted optics. "-32 um" counts planes the other way: its blur
+# fits +z with W < 0, the same side as "10 um" (tests/integration/test_psf_calibration).
 _SHARP_UM = (-2.3, 2.3)
 _TEN_UM = (8.8, 13.2)
 _EIGHT_UM = (6.6, 11.0)
-_FAR_UM = (-40.0, -19.8)
+_FAR_UM = (19.8, 40.0)
 _EIGHT_BIT = 255.0
 
 
