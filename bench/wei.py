@@ -4,12 +4,13 @@ Real: the recipe's validation pairs, whole fields cut to sides the network takes
 scale 255. Drawn: held-out scenes of one defocus each, patches scored on the frame's
 range of percentiles; border of half a kernel left out of the re-blur.
 
-Run: python bench/wei.py engines/wei_unet [--patches 400]
+Run: python bench/wei.py engines/wei_unet [--patches 400] [--picture failures.png]
 A checkpoint, such as that of a single stage, may stand for the engine.
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from rtfocus.images.panels import Panel, save_panels
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.quality import match_intensity, psnr, ssim
@@ -38,6 +40,17 @@ RECIPE = Path(__file__).parents[1] / "configs" / "train_wei_end_to_end.yaml"
 CLASSES = ("f-2", "f-1", "f0", "f+1", "f+2")
 RANGE = 255.0
 _MULTIPLE_PX = 16
+
+
+@dataclass(frozen=True)
+class Example:
+    """A drawn patch and what became of it."""
+
+    gain_db: float
+    caption: str
+    blurred: Image
+    restored: Image
+    sharp: Image
 
 
 def restore_with(path: Path) -> Restore:
@@ -122,8 +135,13 @@ def score_fields(recipe: WeiUNetRecipe, restore: Restore) -> None:
     print("  re-blur SSIM {:.4f}, gain and offset matched {:.4f}".format(*means[4:]))
 
 
-def score_classes(recipe: WeiUNetRecipe, restore: Restore, patches: int) -> None:
-    """Print the figures of drawn patches per class, blind and told the class."""
+def score_classes(
+    recipe: WeiUNetRecipe, restore: Restore, patches: int
+) -> list[Example]:
+    """Print the figures of drawn patches per class, blind and told the class.
+
+    Returns the patches with what became of them.
+    """
     update = {"real_share": 0.0, "varying_share": 0.0, "batch_patches": 10}
     update |= {"psf_px": recipe.wei_kernel.size_px}
     pairs = recipe.pairs.model_copy(update=update)
@@ -132,6 +150,7 @@ def score_classes(recipe: WeiUNetRecipe, restore: Restore, patches: int) -> None
     drawn = recipe.model_copy(update={"pairs": pairs, "pool": pool})
     batches = PairBatches(cast("WeiUNetRecipe", drawn), validation=True)
     found: dict[int, list[tuple[float, ...]]] = {place: [] for place in range(5)}
+    examples = []
     for step in range(patches // 10):
         batch = batches.batch(2 * step)
         for sharp, blurred, levels, psf in zip(
@@ -141,8 +160,11 @@ def score_classes(recipe: WeiUNetRecipe, restore: Restore, patches: int) -> None
             batch["psf"][:, 0],
             strict=True,
         ):
-            row = _score_patch(restore, sharp, blurred, float(levels), psf)
-            found[_class_of(float(levels), recipe)].append(row)
+            row, blind = _score_patch(restore, sharp, blurred, float(levels), psf)
+            place = _class_of(float(levels), recipe)
+            found[place].append(row)
+            caption = f"{CLASSES[place]} {row[2] - row[0]:+.1f} dB"
+            examples.append(Example(row[2] - row[0], caption, blurred, blind, sharp))
     print("drawn patches     blurred         blind           told        re-blur SSIM")
     print("class   n       dB    SSIM      dB    SSIM      dB    SSIM   recorded true")
     everything = [row for rows in found.values() for row in rows]
@@ -153,11 +175,26 @@ def score_classes(recipe: WeiUNetRecipe, restore: Restore, patches: int) -> None
             values = np.mean(rows, axis=0)
             text = "   ".join(f"{v:6.3f}" for v in values)
             print(f"{name:<5} {len(rows):4d}   {text}")
+    return examples
+
+
+def save_worst(path: Path, examples: list[Example], count: int = 3) -> None:
+    """Write the patches that gained least: blurred, restored and sharp."""
+    panels = []
+    for one in sorted(examples, key=lambda one: one.gain_db)[:count]:
+        low, high = float(one.sharp.min()), float(one.sharp.max())
+        for caption, image in (
+            ("blurred", one.blurred),
+            (one.caption, one.restored),
+            ("sharp", one.sharp),
+        ):
+            panels.append(Panel(caption, image, low, high))
+    save_panels(path, panels, columns=3)
 
 
 def _score_patch(
     restore: Restore, sharp: Image, blurred: Image, level: float, psf: Image
-) -> tuple[float, ...]:
+) -> tuple[tuple[float, ...], Image]:
     blind, kernel = restore(blurred, None)
     told, _ = restore(blurred, level)
     again = blur_with(sharp, kernel)
@@ -168,7 +205,7 @@ def _score_patch(
     # In focus the scene is not blurred at all, whatever the PSF of its stack.
     true = inner(sharp, psf) if level == 0 else blur_with(sharp, psf)
     scores.append(ssim(true, again, data_range=1))
-    return tuple(scores)
+    return tuple(scores), blind
 
 
 def _class_of(level: float, recipe: WeiUNetRecipe) -> int:
@@ -187,12 +224,15 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--patches", type=int, default=400)
+    parser.add_argument("--picture", type=Path, help="PNG of the worst patches")
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe = cast("WeiUNetRecipe", load_recipe(options.recipe))
     restore = restore_with(options.engine)
     score_fields(recipe, restore)
-    score_classes(recipe, restore, options.patches)
+    examples = score_classes(recipe, restore, options.patches)
+    if options.picture is not None:
+        save_worst(options.picture, examples)
 
 
 if __name__ == "__main__":
