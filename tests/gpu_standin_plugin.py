@@ -6,15 +6,23 @@ import warnings
 
 import pytest
 
-# By its soname it is the libcuda.so.1 that PyCUDA asks for.
-DRIVER = ctypes.CDLL(os.environ["RTFOCUS_STANDIN_DRIVER"], ctypes.RTLD_GLOBAL)
+
+def load_driver():
+    """Return the stand-in libcuda; by its soname PyCUDA takes it for the real one."""
+    return ctypes.CDLL(os.environ["RTFOCUS_STANDIN_DRIVER"], ctypes.RTLD_GLOBAL)
+
+
+def pytest_configure():
+    """Load it before anything asks for libcuda.so.1."""
+    load_driver()
 
 
 @pytest.fixture(scope="session")
 def driver():
     """The stand-in libcuda."""
-    DRIVER.standin_log.restype = ctypes.c_char_p
-    return DRIVER
+    library = load_driver()
+    library.standin_log.restype = ctypes.c_char_p
+    return library
 
 
 @pytest.fixture(scope="session", autouse=True)
