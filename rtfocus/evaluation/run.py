@@ -202,9 +202,7 @@ def _score_image(outcome: Outcome, sample: Sample, restored: NDArray[Any]) -> No
     )
 
 
-def _within_full_scale(
-    restored: NDArray[Any], camera: np.dtype[np.generic]
-) -> NDArray[Any]:
+def _within_full_scale(restored: NDArray[Any], camera: np.dtype[Any]) -> NDArray[Any]:
     """Cut what no camera of this type could have delivered, as the run folder does.
 
     A bright cell that is saturated in the sharp image is not in the defocused one:
