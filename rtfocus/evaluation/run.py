@@ -210,7 +210,7 @@ def _within_full_scale(restored: NDArray[Any], camera: np.dtype[Any]) -> NDArray
     """
     if not np.issubdtype(camera, np.integer):
         return restored
-    return np.clip(restored, 0, np.iinfo(camera).max)
+    return np.asarray(np.clip(restored, 0, np.iinfo(camera).max))
 
 
 def _figures(truth: NDArray[Any], image: NDArray[Any], span: float) -> Figures:
