@@ -2,7 +2,9 @@
 
 Real: the recipe's validation pairs, whole fields cut to sides the network takes, full
 scale 255. Drawn: held-out scenes of one defocus each, patches scored on the frame's
-range of percentiles; border of half a kernel left out of the re-blur.
+range of percentiles; in focus the target is the input itself, which counts as 60 dB.
+The re-blur leaves out half a kernel at the border; it is compared with the recorded
+patch, noise and all, and with what the true PSF makes of the sharp one.
 
 Run: python bench/wei.py engines/wei_unet [--patches 400] [--picture failures.png]
 A checkpoint, such as that of a single stage, may stand for the engine.
@@ -39,6 +41,8 @@ Restore = Callable[[Image, float | None], tuple[Image, Image]]
 RECIPE = Path(__file__).parents[1] / "configs" / "train_wei_end_to_end.yaml"
 CLASSES = ("f-2", "f-1", "f0", "f+1", "f+2")
 RANGE = 255.0
+# What an image that equals its target counts as, in dB.
+_EQUAL_DB = 60.0
 _MULTIPLE_PX = 16
 
 
@@ -46,8 +50,8 @@ _MULTIPLE_PX = 16
 class Example:
     """A drawn patch and what became of it."""
 
+    place: int
     gain_db: float
-    caption: str
     blurred: Image
     restored: Image
     sharp: Image
@@ -163,8 +167,7 @@ def score_classes(
             row, blind = _score_patch(restore, sharp, blurred, float(levels), psf)
             place = _class_of(float(levels), recipe)
             found[place].append(row)
-            caption = f"{CLASSES[place]} {row[2] - row[0]:+.1f} dB"
-            examples.append(Example(row[2] - row[0], caption, blurred, blind, sharp))
+            examples.append(Example(place, row[2] - row[0], blurred, blind, sharp))
     print("drawn patches     blurred         blind           told        re-blur SSIM")
     print("class   n       dB    SSIM      dB    SSIM      dB    SSIM   recorded true")
     everything = [row for rows in found.values() for row in rows]
@@ -178,14 +181,17 @@ def score_classes(
     return examples
 
 
-def save_worst(path: Path, examples: list[Example], count: int = 3) -> None:
-    """Write the patches that gained least: blurred, restored and sharp."""
+def save_worst(path: Path, examples: list[Example]) -> None:
+    """Write the patch of each class that gained least: blurred, restored, sharp."""
+    worst: dict[int, Example] = {}
+    for one in sorted(examples, key=lambda one: one.gain_db):
+        worst.setdefault(one.place, one)
     panels = []
-    for one in sorted(examples, key=lambda one: one.gain_db)[:count]:
+    for _, one in sorted(worst.items()):
         low, high = float(one.sharp.min()), float(one.sharp.max())
         for caption, image in (
             ("blurred", one.blurred),
-            (one.caption, one.restored),
+            (f"{CLASSES[one.place]} {one.gain_db:+.1f} dB", one.restored),
             ("sharp", one.sharp),
         ):
             panels.append(Panel(caption, image, low, high))
@@ -200,7 +206,10 @@ def _score_patch(
     again = blur_with(sharp, kernel)
     scores = []
     for image in (blurred, blind, told):
-        scores += [psnr(sharp, image, data_range=1), ssim(sharp, image, data_range=1)]
+        scores += [
+            min(psnr(sharp, image, data_range=1), _EQUAL_DB),
+            ssim(sharp, image, data_range=1),
+        ]
     scores.append(ssim(inner(blurred, kernel), again, data_range=1))
     # In focus the scene is not blurred at all, whatever the PSF of its stack.
     true = inner(sharp, psf) if level == 0 else blur_with(sharp, psf)
