@@ -6,9 +6,8 @@ much of every pixel is to be restored, and what is told of a restorer's tile.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
+from rtfocus.frame import DefocusMap, TileGrid
 from rtfocus.processing.engines.card_sections import InputCard
 from rtfocus.processing.fourier import pad
 from rtfocus.processing.tiling import Montage, Region, defocused
@@ -22,14 +21,10 @@ Place = tuple[int, int]
 def restored_share(montage: Montage, labels: NDArray[np.int16]) -> Image:
     """Return how much of every pixel is to be restored, axes (y, x).
 
-    Background beside a tile out of focus holds the halo of what lies there and is
-    restored with it. Exactly 0 where only tiles in focus and other background reach.
+    Exactly 0 where only tiles in focus and background reach.
     """
-    wanted = defocused(labels)
-    beside = ndimage.binary_dilation(wanted, np.ones((3, 3)))
-    wanted |= beside & (labels == BACKGROUND)
     whole = Region(slice(0, montage.shape[0]), slice(0, montage.shape[1]))
-    return montage.weights(wanted.astype(np.int16), 1, whole)
+    return montage.weights(defocused(labels).astype(np.int16), 1, whole)
 
 
 class FrameTiles:

@@ -23,9 +23,7 @@ from rtfocus.processing.tiling import Montage
 
 SHAPE = (150, 210)
 GRID = TileGrid(3, 4, 96, 48, 30, signed=True)
-LEVELS = np.array(
-    [[BACKGROUND, 0, -2, BACKGROUND], [BACKGROUND, 0, 0, 0], [0, 0, 0, 5]], np.int16
-)
+LEVELS = np.array([[0, 1, -2, BACKGROUND], [3, 3, 0, 0], [0, 0, -1, 5]], np.int16)
 
 
 @pytest.fixture

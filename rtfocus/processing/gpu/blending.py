@@ -24,7 +24,6 @@ class GpuBlending:
     """
 
     def __init__(self, memory: DeviceMemory, montage: Montage) -> None:
-        self._tile_rows = montage.grid.rows
         self._tile_columns = montage.grid.columns
         self._tables = [
             memory.upload(table, "blending weights")
@@ -44,8 +43,8 @@ class GpuBlending:
     ) -> None:
         """Enqueue ``out = signal + share * (restored - signal)``.
 
-        The share is that of `rtfocus.processing.frame_tiles.restored_share`; arguments
-        as of `enqueue`, but `restored` has the shape of `signal`.
+        The share is that of the tiles out of focus; arguments as of `enqueue`, but
+        `restored` has the shape of `signal`.
         """
         work.launch(
             "blend_share",
@@ -54,7 +53,6 @@ class GpuBlending:
             *frame.sides,
             restored,
             levels,
-            self._tile_rows,
             self._tile_columns,
             BACKGROUND,
             *self._tables,

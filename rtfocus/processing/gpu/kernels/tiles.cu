@@ -131,21 +131,8 @@ extern "C" __global__ void blend_tiles(
   out[i] = total / (float)(to - from);
 }
 
-// Whether a tile is restored: out of focus, or background beside such a tile.
-__device__ static inline bool is_restored(
-    const short* levels, int rows, int columns, int background, int row, int column) {
-  short level = levels[row * columns + column];
-  if (level != background) return level != 0;
-  for (int y = max(row - 1, 0); y <= min(row + 1, rows - 1); ++y)
-    for (int x = max(column - 1, 0); x <= min(column + 1, columns - 1); ++x) {
-      short beside = levels[y * columns + x];
-      if (beside != 0 && beside != background) return true;
-    }
-  return false;
-}
-
 // One thread per pixel: out = signal + share * (restored - signal), the share that
-// of the tiles that are restored. Montage tables as of blend_level.
+// of the tiles out of focus. Montage tables as of blend_level.
 extern "C" __global__ void blend_share(
     const float* signal,
     int height,
@@ -153,7 +140,6 @@ extern "C" __global__ void blend_share(
     int channels,
     const float* restored,
     const short* levels,
-    int tile_rows,
     int tile_columns,
     int background,
     const int* row_tile,
@@ -166,16 +152,17 @@ extern "C" __global__ void blend_share(
   int i = element();
   if (i >= height * width) return;
   int y = i / width, x = i % width;
-  int rows[2] = {row_tile[y], row_next[y]};
-  int columns[2] = {column_tile[x], column_next[x]};
+  const short* upper = levels + row_tile[y] * tile_columns;
+  const short* lower = levels + row_next[y] * tile_columns;
+  short found[4] = {
+      upper[column_tile[x]], upper[column_next[x]], lower[column_tile[x]],
+      lower[column_next[x]]};
   float down = row_share[y], across = column_share[x], share = 0.0f;
   float weights[4] = {
       (1.0f - down) * (1.0f - across), (1.0f - down) * across,
       down * (1.0f - across), down * across};
   for (int corner = 0; corner < 4; ++corner)
-    if (is_restored(levels, tile_rows, tile_columns, background, rows[corner / 2],
-                    columns[corner % 2]))
-      share += weights[corner];
+    if (found[corner] != 0 && found[corner] != background) share += weights[corner];
   for (int channel = 0; channel < channels; ++channel) {
     long long at = (long long)i * channels + channel;
     out[at] = signal[at] + share * (fmaxf(restored[at], 0.0f) - signal[at]);
