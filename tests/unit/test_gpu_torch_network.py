@@ -145,6 +145,8 @@ CASES: list[tuple[str, tuple[int, ...], dict[str, Any], list[Array | None]]] = [
     ("Gather", (4, 3), {"axis": 0}, [whole(-1, 2)]),
     ("Gather", (4, 3), {"axis": 1}, [np.array(-1, np.int64)]),
     ("Gather", (4, 3), {"axis": 0}, [np.array([[0, 1], [3, 2]], np.int64)]),
+    ("GatherND", (4, 3), {}, [np.array([[0, 1], [3, 2]], np.int64)]),
+    ("GatherND", (4, 3), {}, [np.array([[2], [-1]], np.int64)]),
     ("Slice", (5, 6), {}, [whole(1, -4), whole(2**62, -1), whole(0, 1), whole(2, 1)]),
     ("Slice", (5, 6), {}, [whole(1), whole(4)]),
     ("Concat", (2, 3), {"axis": 1}, [real(2, 2)]),

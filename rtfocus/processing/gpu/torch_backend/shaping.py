@@ -49,6 +49,21 @@ def _gather(node: Node, inputs: Inputs) -> Tensor:
     return taken.reshape(sides)
 
 
+def _gather_nd(node: Node, inputs: Inputs) -> Tensor:
+    """Pick by indices of several leading axes at once, last axis of the index."""
+    if node.integer("batch_dims"):
+        msg = f"GatherND with batch_dims {node.integer('batch_dims')}"
+        raise NotImplementedError(msg)
+    values, index = needed(inputs), needed(inputs, 1)
+    places = index.to(values.device, non_blocking=True).unbind(-1)
+    return values[tuple(places)]
+
+
+def _range(_: Node, inputs: Inputs) -> Tensor:
+    start, end, step = (needed(inputs, place) for place in range(3))
+    return torch.arange(start.item(), end.item(), step.item(), dtype=start.dtype)
+
+
 def _slice(_: Node, inputs: Inputs) -> Tensor:
     values = needed(inputs)
     starts, ends = listed(inputs, 1), listed(inputs, 2)
@@ -133,7 +148,9 @@ SHAPING: Mapping[str, Operator] = {
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Pad": _pad,
+    "Range": _range,
     "Reshape": _reshape,
     "Shape": _shape,
     "Slice": _slice,
