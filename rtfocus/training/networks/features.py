@@ -49,7 +49,12 @@ def classifier_features(weights: Path, layers: int) -> nn.Module:
             "name the model.fp32.onnx of a classifier"
         )
         raise ConfigError(msg) from error
-    values = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    # Weights stored in 16 bits pass through a cast that has the weight's own name.
+    names = {n.input[0]: n.output[0] for n in graph.node if n.op_type == "Cast"}
+    values = {
+        names.get(entry.name, entry.name): numpy_helper.to_array(entry)
+        for entry in graph.initializer
+    }
     nodes = [node for node in graph.node if node.op_type == "Conv"]
     if len(nodes) < layers:
         msg = (
@@ -60,7 +65,7 @@ def classifier_features(weights: Path, layers: int) -> nn.Module:
     modules: list[nn.Module] = []
     for node in nodes[:layers]:
         settings = {item.name: list(item.ints) for item in node.attribute}
-        kernel = torch.from_numpy(values[node.input[1]].copy())
+        kernel = torch.tensor(values[node.input[1]]).float()
         convolution = nn.Conv2d(
             kernel.shape[1],
             kernel.shape[0],
@@ -68,7 +73,7 @@ def classifier_features(weights: Path, layers: int) -> nn.Module:
             stride=settings["strides"][0],
             padding=settings["pads"][0],
         )
-        offset = torch.from_numpy(values[node.input[2]].copy())
+        offset = torch.tensor(values[node.input[2]]).float()
         convolution.load_state_dict({"weight": kernel, "bias": offset})
         modules += [convolution, nn.ReLU()]
     return _frozen(nn.Sequential(*modules))
