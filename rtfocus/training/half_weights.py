@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
 # Biases and shapes stay as they are: they are small, and a bias may be large.
 _LEAST_VALUES = 256
@@ -38,3 +40,15 @@ def halve_weights(path: Path) -> None:
     graph.node.extend(nodes)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
+
+
+def float_weights(graph: onnx.GraphProto) -> dict[str, Tensor]:
+    """Return the weights of a graph by name in float32, however they are stored."""
+    # Weights stored in 16 bits pass through a cast that has the weight's own name.
+    names = {n.input[0]: n.output[0] for n in graph.node if n.op_type == "Cast"}
+    return {
+        names.get(weight.name, weight.name): torch.tensor(
+            numpy_helper.to_array(weight)
+        ).float()
+        for weight in graph.initializer
+    }

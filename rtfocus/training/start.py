@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 import yaml
-from onnx import numpy_helper
 from torch import Tensor
 
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
 from rtfocus.training.checkpoint import load_checkpoint
+from rtfocus.training.half_weights import float_weights
 from rtfocus.training.task import Task
 
 _CARD_NAME = "engine.yaml"
-_CAST = "Cast"
 
 
 def start_from(task: Task[Any], source: Path) -> None:
@@ -91,15 +89,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if hashlib.sha256(content).hexdigest() != card["sha256"]["fp32"]:
         msg = f"weights '{path}' are not those of their card; copy the engine again"
         raise ConfigError(msg)
-    graph = onnx.load_from_string(content).graph
-    # Weights stored in 16 bits pass through a cast that has the weight's own name.
-    names = {n.input[0]: n.output[0] for n in graph.node if n.op_type == _CAST}
-    return {
-        names.get(weight.name, weight.name): torch.tensor(
-            numpy_helper.to_array(weight)
-        ).float()
-        for weight in graph.initializer
-    }
+    return float_weights(onnx.load_from_string(content).graph)
 
 
 def _read_card(folder: Path) -> dict[str, Any]:

@@ -142,16 +142,17 @@ def test_classifier_features_are_what_its_engine_computes(tmp_path):
     """All seven convolutions plus the engine's own head give the engine's logits."""
     import onnx
     import onnxruntime
-    from onnx import numpy_helper
+
+    from rtfocus.training.half_weights import float_weights
 
     features = classifier_features(DELPNET, 7)
     assert not any(p.requires_grad for p in features.parameters())
     graph = onnx.load(str(DELPNET)).graph
-    values = {e.name: numpy_helper.to_array(e) for e in graph.initializer}
+    values = float_weights(graph)
     head = [node for node in graph.node if node.op_type == "Conv"][7]
     tiles = torch.rand(1, 1, 96, 96)
     pooled = functional.max_pool2d(features(tiles), 4, stride=2)
-    weight, offset = (torch.from_numpy(values[name].copy()) for name in head.input[1:])
+    weight, offset = (values[name] for name in head.input[1:])
     logits = functional.conv2d(pooled, weight, offset)
     session = onnxruntime.InferenceSession(str(DELPNET))
     expected = session.run(None, {"tiles": tiles.numpy()})[0]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from rtfocus.errors import ConfigError
+from rtfocus.training.half_weights import float_weights
 
 # Maps of VGG-19's convolutions; 0 stands for a 2 x 2 max pool. The places in the
 # list are torchvision's, so that its weight files fit.
@@ -49,12 +49,7 @@ def classifier_features(weights: Path, layers: int) -> nn.Module:
             "name the model.fp32.onnx of a classifier"
         )
         raise ConfigError(msg) from error
-    # Weights stored in 16 bits pass through a cast that has the weight's own name.
-    names = {n.input[0]: n.output[0] for n in graph.node if n.op_type == "Cast"}
-    values = {
-        names.get(entry.name, entry.name): numpy_helper.to_array(entry)
-        for entry in graph.initializer
-    }
+    values = float_weights(graph)
     nodes = [node for node in graph.node if node.op_type == "Conv"]
     if len(nodes) < layers:
         msg = (
@@ -65,7 +60,7 @@ def classifier_features(weights: Path, layers: int) -> nn.Module:
     modules: list[nn.Module] = []
     for node in nodes[:layers]:
         settings = {item.name: list(item.ints) for item in node.attribute}
-        kernel = torch.tensor(values[node.input[1]]).float()
+        kernel = values[node.input[1]]
         convolution = nn.Conv2d(
             kernel.shape[1],
             kernel.shape[0],
@@ -73,7 +68,7 @@ def classifier_features(weights: Path, layers: int) -> nn.Module:
             stride=settings["strides"][0],
             padding=settings["pads"][0],
         )
-        offset = torch.tensor(values[node.input[2]]).float()
+        offset = values[node.input[2]]
         convolution.load_state_dict({"weight": kernel, "bias": offset})
         modules += [convolution, nn.ReLU()]
     return _frozen(nn.Sequential(*modules))
