@@ -163,6 +163,17 @@ CHAINS: dict[str, tuple[list[onnx.NodeProto], dict[str, Array]]] = {
         ],
         {},
     ),
+    "counted places are picked": (
+        [
+            helper.make_node("Range", ["first", "end", "step"], ["places"]),
+            helper.make_node("Gather", ["x", "places"], ["y"], axis=1),
+        ],
+        {
+            "first": np.array(0, np.int64),
+            "end": np.array(3, np.int64),
+            "step": np.array(2, np.int64),
+        },
+    ),
     "a condition chooses": (
         [
             helper.make_node("Greater", ["x", "limit"], ["above"]),
