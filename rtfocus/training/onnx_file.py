@@ -47,4 +47,8 @@ def write_onnx(graph: Graph, path: Path) -> None:
             f"torch wrote no ONNX program for '{path}'; use torch 2.13 (rtfocus[train])"
         )
         raise EngineError(msg)
-    program.save(str(path), external_data=False)
+    model = program.model_proto
+    # Every node carries the exporter's stack trace, with the paths of this machine.
+    for part in (model.graph, model, *model.graph.node, *model.graph.value_info):
+        part.ClearField("metadata_props")
+    path.write_bytes(model.SerializeToString())
