@@ -23,6 +23,7 @@ from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGr
 from rtfocus.processing.grids import common_grid
 from rtfocus.processing.job import Job, attempt, classify, restore
 from rtfocus.processing.plan import ChannelPlan, plan_channel, share_threads
+from rtfocus.processing.seam import frame_fault
 from rtfocus.slots import Slot
 from rtfocus.workers import AbortedError, BoundedQueue
 
@@ -81,12 +82,8 @@ class CpuProcessor:
         job = self._job(slot)
         plan = self._plans[header.index.get("c", 0)]
         job.begin(slot, plan, unrestored=unrestored)
-        if tuple(header.shape) != tuple(series.shape) or header.dtype != series.dtype:
-            msg = (
-                f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
-                f"is {series.shape} {series.dtype}; start a new series for it"
-            )
-            job.fail(EngineError(msg))
+        if (fault := frame_fault(header, series)) is not None:
+            job.fail(fault)
             return
         self._to_classify.put(job)
 

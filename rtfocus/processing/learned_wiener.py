@@ -17,6 +17,7 @@ from scipy import fft
 from rtfocus.optics.bands import band_weights, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.fourier import Spectrum, pad, transfer_function
+from rtfocus.processing.planes import paired_planes
 from rtfocus.processing.tiling import Montage, Region, axis_weights
 
 Image = NDArray[np.float32]
@@ -92,10 +93,7 @@ class LearnedWienerRestorer:
         """Restore a frame; see `DepthVariantRestorer.restore`."""
         del quantum
         np.copyto(out, signal)
-        colours = [...] if signal.ndim == 2 else range(signal.shape[2])
-        for colour in colours:
-            plane = signal if signal.ndim == 2 else signal[..., colour]
-            into = out if signal.ndim == 2 else out[..., colour]
+        for plane, into in paired_planes(signal, out):
             self._restore_plane(plane, labels, into)
         return out
 

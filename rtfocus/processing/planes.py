@@ -35,3 +35,10 @@ def from_planes(planes: Image, shape: tuple[int, ...]) -> Image:
         return np.asarray(grey)
     colours = planes[:, 0] if planes.shape[1] == 1 else planes[0]
     return np.moveaxis(colours, 0, -1)
+
+
+def paired_planes(signal: Image, out: Image) -> list[tuple[Image, Image]]:
+    """Pair up the 2-D planes of input and output: one, or one per colour."""
+    if signal.ndim == 2:
+        return [(signal, out)]
+    return [(signal[..., c], out[..., c]) for c in range(signal.shape[-1])]

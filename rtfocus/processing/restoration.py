@@ -25,6 +25,7 @@ from rtfocus.processing.accelerated import (
 from rtfocus.processing.context import read_region
 from rtfocus.processing.fourier import crop, padded_shape, transfer_function
 from rtfocus.processing.noise import noise_variance, photon_variance
+from rtfocus.processing.planes import paired_planes
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, iterate
 from rtfocus.processing.tiling import Montage, Region
 from rtfocus.processing.wiener import WienerFilter
@@ -186,7 +187,7 @@ class DepthVariantRestorer:
         for level in self._montage.present(labels):
             region = self._montage.region(labels, level)
             weights = self._montage.weights(labels, level, region)
-            for plane, into in _planes(signal, out):
+            for plane, into in paired_planes(signal, out):
                 restored = self._restore_region(plane, level, region, quantum)
                 np.maximum(restored, 0, out=restored)
                 restored -= plane[region.rows, region.columns]
@@ -237,10 +238,3 @@ class DepthVariantRestorer:
         return RichardsonLucyDeconvolution(
             psf, shape, self._iterations or usual, accelerated=accelerated
         )
-
-
-def _planes(signal: Image, out: Image) -> list[tuple[Image, Image]]:
-    """Pair up the 2-D planes of input and output: one, or one per colour."""
-    if signal.ndim == 2:
-        return [(signal, out)]
-    return [(signal[..., c], out[..., c]) for c in range(signal.shape[-1])]

@@ -10,7 +10,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
+from rtfocus.errors import EngineError
+from rtfocus.frame import (
+    DefocusMap,
+    Estimate,
+    FrameHeader,
+    FrameResult,
+    SeriesStart,
+    TileGrid,
+)
 from rtfocus.slots import Slot
 
 
@@ -98,3 +106,13 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the runtime; called twice does nothing."""
         ...
+
+
+def frame_fault(header: FrameHeader, series: SeriesStart) -> EngineError | None:
+    """Return what is wrong with a frame that is not of its series; None: nothing."""
+    if tuple(header.shape) == tuple(series.shape) and header.dtype == series.dtype:
+        return None
+    return EngineError(
+        f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
+        f"is {series.shape} {series.dtype}; start a new series for it"
+    )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.processing.planes import paired_planes
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, richardson_lucy
 from rtfocus.processing.tiling import Montage, Region, defocused
 
@@ -65,10 +66,7 @@ class TileRestorer:
         """Restore a frame; see `DepthVariantRestorer.restore`."""
         del quantum
         np.copyto(out, signal)
-        colours = [...] if signal.ndim == 2 else range(signal.shape[2])
-        for colour in colours:
-            plane = signal if signal.ndim == 2 else signal[..., colour]
-            into = out if signal.ndim == 2 else out[..., colour]
+        for plane, into in paired_planes(signal, out):
             self._restore_plane(plane, labels, into)
         return out
 

@@ -27,6 +27,7 @@ from rtfocus.processing.gpu.driver import (
 from rtfocus.processing.gpu.gpu_job import GpuJob
 from rtfocus.processing.gpu.seam import GpuDevice
 from rtfocus.processing.gpu.session import GpuSession
+from rtfocus.processing.seam import frame_fault
 from rtfocus.slots import Slot
 from rtfocus.workers import AbortedError, BoundedQueue
 
@@ -101,12 +102,8 @@ class GpuProcessor:
             raise self._lost
         job = self._job(slot)
         job.begin(slot, header.index.get("c", 0), unrestored=unrestored)
-        if tuple(header.shape) != tuple(series.shape) or header.dtype != series.dtype:
-            msg = (
-                f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
-                f"is {series.shape} {series.dtype}; start a new series for it"
-            )
-            job.fail(EngineError(msg))
+        if (fault := frame_fault(header, series)) is not None:
+            job.fail(fault)
             return
         self._submitted.put(job)
 
