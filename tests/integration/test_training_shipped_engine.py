@@ -1,6 +1,5 @@
 """The shipped DelpNet: card, weights and figures on real planes never trained on."""
 
-
 import numpy as np
 import onnxruntime
 import pytest

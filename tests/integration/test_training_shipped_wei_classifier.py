@@ -1,6 +1,5 @@
 """The shipped Wei classifier: card and weights agree, and it knows its side."""
 
-
 import numpy as np
 import onnxruntime
 import pytest
