@@ -1,11 +1,10 @@
 """Engine: pymmcore-plus' acquisition engine with honest places for its frames."""
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import useq
-from numpy.typing import NDArray
-from pymmcore_plus.core import Metadata
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.experimental.unicore import UniMMCore
 from pymmcore_plus.mda import MDAEngine
@@ -20,13 +19,16 @@ EVENT_INDEX = "rtfocus_event_index"
 Payload = Any
 """Image, MDA event and metadata; None for an image that never came."""
 
+_POLL_S = 0.001
+
 
 class RecordingEngine(MDAEngine):
     """Numbers the planned images, finds them by ImageNumber, counts lost ones.
 
     In a hardware sequence pymmcore-plus pairs the n-th image it *gets* with the
     n-th event, so that one lost image shifts all that follow. Here the event is
-    found by the image's own number.
+    found by the image's own number. (One camera; several joined ones are
+    refused by `camera_geometry`.)
 
     Parameters
     ----------
@@ -49,7 +51,6 @@ class RecordingEngine(MDAEngine):
         super().__init__(core)
         self._on_start = on_start
         self._on_lost = on_lost
-        self._sequenced: SequencedEvent | None = None
         self.standing_z_um: float | None = None
         """z during the present hardware sequence; None: planned per image."""
 
@@ -66,21 +67,11 @@ class RecordingEngine(MDAEngine):
     def exec_sequenced_event(
         self, event: SequencedEvent
     ) -> Generator[Payload, Any, None]:
-        """Acquire a hardware sequence; images that did not come are counted."""
-        self._sequenced = event
+        """Acquire a hardware sequence."""
         # A z-stage that is not triggered stands still throughout the sequence.
         moves = bool(event.z_sequence) or not self.mmcore.getFocusDevice()
         self.standing_z_um = None if moves else self.mmcore.getPosition()
-        images = super().exec_sequenced_event(event)
-        signal = None
-        while True:
-            try:
-                payload = images.send(signal)
-            except StopIteration:
-                return
-            if payload is None:
-                self._on_lost(1)
-            signal = yield payload
+        yield from super().exec_sequenced_event(event)
 
     def exec_single_event(self, event: useq.MDAEvent) -> Iterator[Payload]:
         """Expose one image; an exposure that failed is counted."""
@@ -91,22 +82,49 @@ class RecordingEngine(MDAEngine):
         if not came:
             self._on_lost(1)
 
-    def _create_seqimg_payload_from_popped(
-        self,
-        img: NDArray[Any],
-        mm_meta: Metadata,
-        event: useq.MDAEvent,
-        channel: int,
-        *,
-        event_t0: float = 0.0,
-        remaining: int = 0,
-    ) -> Payload:
-        number = image_number(dict(mm_meta))
-        if number is not None and self._sequenced is not None:
-            event = self._sequenced.events[number]
-        return super()._create_seqimg_payload_from_popped(
-            img, mm_meta, event, channel, event_t0=event_t0, remaining=remaining
-        )
+    def _exec_single_camera_sequence(
+        self, event: SequencedEvent, t0_ms: float
+    ) -> Generator[Payload, Any, None]:
+        """Take the images of a running hardware sequence, each to its own event.
+
+        That of pymmcore-plus asks whether images wait and then whether the camera
+        runs; the last image, coming in between, was lost. Here it is asked the
+        other way round.
+        """
+        core, count = self.mmcore, 0
+        timeout_s = self._initial_timeout(event)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            running = core.isSequenceRunning()
+            if waiting := core.getRemainingImageCount():
+                timeout_s = self._frame_timeout(event)
+                deadline = time.monotonic() + timeout_s
+                image, metadata = core.popNextImageAndMD()
+                number = image_number(dict(metadata))
+                signal = yield self._create_seqimg_payload_from_popped(
+                    image,
+                    metadata,
+                    event=event.events[count if number is None else number],
+                    channel=0,
+                    event_t0=t0_ms,
+                    remaining=waiting - 1,
+                )
+                count += 1
+                if signal == "cancel":
+                    core.stopSequenceAcquisition()
+                    return
+            elif running:
+                time.sleep(_POLL_S)
+            else:
+                break
+        else:
+            self._handle_timeout(timeout_s)
+        if core.isBufferOverflowed():
+            msg = "the core's image buffer overflowed"
+            raise MemoryError(msg)
+        for _ in range(len(event.events) - count):
+            self._on_lost(1)
+            yield None
 
 
 def _numbered(events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
