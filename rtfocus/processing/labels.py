@@ -38,17 +38,21 @@ class LabelDecoder:
         )
         self._values = self.levels[:, None, None].astype(np.float32)
         self._is_level = self._values != BACKGROUND
+        self._is_idle = ~self._is_level | (self._values == 0)
 
     def decode(self, logits: Image) -> Decoded:
         """Decode logits, axes (label, tile_y, tile_x).
 
-        The defocus is the mean over the chosen level and its two neighbours by
+        Whether there is anything to correct comes first, by the sum of the
+        probabilities: many levels that share theirs outvote one focus label. Then
+        the likeliest label of that side is chosen. The defocus is the mean over the chosen level and its two neighbours by
         their probabilities: finer than a level, blind to a far second opinion,
         which the uncertainty counts in full.
         """
         shifted = np.exp(logits - logits.max(axis=0))
         probability = shifted / shifted.sum(axis=0)
-        chosen = probability.argmax(axis=0)
+        idle = np.where(self._is_idle, probability, 0).sum(axis=0) >= 0.5
+        chosen = np.where(self._is_idle == idle, probability, -1).argmax(axis=0)
         level = self.levels[chosen]
         confidence = np.take_along_axis(probability, chosen[None], axis=0)[0]
         distance = np.abs(self._values - level)

@@ -43,3 +43,14 @@ def test_negative_levels_come_back_negative():
     found = decode([0.5, 0.5 - 1e-4, 0.0, 0.0, 0.0, 1e-4])
     assert found.level[0, 0] == -2
     assert found.defocus[0, 0] == pytest.approx(-1.5, abs=1e-3)
+
+
+def test_levels_that_share_their_probability_outvote_focus():
+    found = decode([0.0, 0.0, 0.4, 0.25, 0.3, 0.05])
+    assert found.level[0, 0] == 2
+    assert found.confidence[0, 0] == pytest.approx(0.3)
+
+
+def test_focus_and_background_together_outvote_a_level():
+    found = decode([0.0, 0.0, 0.3, 0.4, 0.0, 0.3 + 1e-3])
+    assert found.level[0, 0] == BACKGROUND

@@ -3,8 +3,12 @@
 After the scale-recurrent network (Tao et al. 2018) and the review's map (Makarkin
 et al., multiscale learning): the image is restored at a quarter of its size, then
 at half, then in full, each time by the same weights, which see the blurred image
-of that scale beside the enlarged result of the scale below. Wide blur is removed
-where it is narrow, and one set of weights learns from all sizes of detail.
+of that scale beside the enlarged correction of the scale below, and add to it.
+Wide blur is removed where it is narrow, and one set of weights learns from all
+sizes of detail.
+
+Units are leaky and no weights begin at zero: with ReLUs before an output that
+began at zero, all of these were dead after a hundred steps and nothing was learned.
 
 Resize and convolution, no transposed convolution: no checkerboard.
 """
@@ -19,22 +23,26 @@ MULTIPLE_PX = 16
 _SCALES = 3
 _UNSHUFFLED = 4
 _HEAD = 8
+_SLOPE = 0.2
+_RESIDUAL = 0.2
+"""Factor of every residual, as in RRDB; without it the recursion diverges."""
+
+_BEGIN = 0.05
+"""Factor of the first weights of the correction: begins close to the identity."""
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a short cut; begins as the identity."""
+    """Two 3 x 3 convolutions beside a short cut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
         """Return features of the same shape."""
-        inner = functional.relu(self.first(features))
-        result: Tensor = features + self.second(inner)
+        inner = functional.leaky_relu(self.first(features), _SLOPE)
+        result: Tensor = features + _RESIDUAL * self.second(inner)
         return result
 
 
@@ -61,26 +69,26 @@ class ScaleNetwork(nn.Module):
         self.decoder = ResidualBlock(fine)
         self.head = nn.Conv2d(fine, _HEAD, 3, padding=1)
         self.correction = nn.Conv2d(_HEAD + 2, 1, 3, padding=1)
-        nn.init.zeros_(self.correction.weight)
-        nn.init.zeros_(self.correction.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in self.correction.parameters():
+                parameter.mul_(_BEGIN)
 
-    def forward(self, blurred: Tensor, coarser: Tensor) -> Tensor:
-        """Return the restored image of a scale.
+    def forward(self, blurred: Tensor, carried: Tensor) -> Tensor:
+        """Return what must be added to the blurred image of a scale.
 
         Parameters
         ----------
         blurred
             Shape (N, 1, y, x), sides multiples of 4.
-        coarser
-            Result of the scale below, enlarged to the same shape.
+        carried
+            Correction of the scale below, enlarged to the same shape.
         """
-        seen = torch.cat([blurred, coarser], dim=1)
+        seen = torch.cat([blurred, carried], dim=1)
         fine = self.encoder(self.stem(functional.pixel_unshuffle(seen, 2)))
         coarse = self.middle(self.down(fine))
         fine = self.decoder(fine + _double(self.up(coarse)))
-        detail = functional.relu(self.head(_double(fine)))
-        correction = self.correction(torch.cat([detail, seen], dim=1))
-        result: Tensor = blurred + correction
+        detail = functional.leaky_relu(self.head(_double(fine)), _SLOPE)
+        result: Tensor = carried + self.correction(torch.cat([detail, seen], dim=1))
         return result
 
 
@@ -107,14 +115,15 @@ class MultiScale(nn.Module):
             frame's dark and bright percentile.
         """
         blurred = image_pyramid(tiles)
-        coarser = blurred[0]
+        carried = torch.zeros_like(blurred[0])
         restored: list[Tensor] = []
         for place, image in enumerate(blurred):
             if place:
-                coarser = functional.interpolate(
-                    restored[-1], scale_factor=2.0, mode="bilinear"
+                carried = functional.interpolate(
+                    carried, scale_factor=2.0, mode="bilinear"
                 )
-            restored.append(self.shared(image, coarser))
+            carried = self.shared(image, carried)
+            restored.append(image + carried)
         return restored
 
     def forward(self, tiles: Tensor) -> Tensor:

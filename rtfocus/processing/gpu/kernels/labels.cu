@@ -2,7 +2,8 @@
 // (rtfocus.processing.classifier).
 
 // One thread per tile of the grid; the network may give more rows and columns.
-// Background has the level `background`. The defocus is the mean over the chosen
+// Background has the level `background`. First it is decided whether there is
+// anything to correct, then which label of that side is likeliest. The defocus is the mean over the chosen
 // level and its neighbours by their probabilities, the uncertainty the deviation of
 // all levels from it; both NaN for background. `turn` -1 turns the sign.
 extern "C" __global__ void decode_labels(
@@ -26,15 +27,25 @@ extern "C" __global__ void decode_labels(
   long long plane = (long long)network_rows * network_columns;
   const float* found =
       logits + (long long)(tile / columns) * network_columns + tile % columns;
-  int best = 0;
+  float highest = found[0], total = 0.0f, idle = 0.0f;
   for (int label = 1; label < labels; ++label)
-    if (found[label * plane] > found[best * plane]) best = label;
-  float highest = found[best * plane], total = 0.0f, all = 0.0f;
-  float near = 0.0f, weighted = 0.0f;
+    highest = fmaxf(highest, found[label * plane]);
   for (int label = 0; label < labels; ++label) {
     float share = expf(found[label * plane] - highest);
     total += share;
+    if (levels[label] == 0 || levels[label] == background) idle += share;
+  }
+  bool is_idle = idle >= 0.5f * total;
+  int best = -1;
+  for (int label = 0; label < labels; ++label) {
+    if ((levels[label] == 0 || levels[label] == background) != is_idle) continue;
+    if (best < 0 || found[label * plane] > found[best * plane]) best = label;
+  }
+  best = max(best, 0);  // no side has a label only where logits are NaN
+  float all = 0.0f, near = 0.0f, weighted = 0.0f;
+  for (int label = 0; label < labels; ++label) {
     if (levels[label] == background) continue;
+    float share = expf(found[label * plane] - highest);
     all += share;
     if (abs(levels[label] - levels[best]) > 1) continue;
     near += share;
@@ -49,7 +60,7 @@ extern "C" __global__ void decode_labels(
   variance /= fmaxf(all, 1.17549435e-38f);
   bool nothing = empty[tile] || levels[best] == background;
   float unknown = __uint_as_float(0x7fc00000u);
-  confidence[tile] = 1.0f / total;
+  confidence[tile] = expf(found[best * plane] - highest) / total;
   level[tile] = nothing ? (short)background : (short)(turn * levels[best]);
   defocus_um[tile] = nothing ? unknown : turn * defocus * step_um;
   uncertainty_um[tile] = nothing ? unknown : sqrtf(variance) * step_um;
