@@ -1,0 +1,62 @@
+"""Tasks: what the trainer may rely on, for every network it can train."""
+
+import pytest
+import torch
+
+from rtfocus.resources import resource_folder
+from rtfocus.training.recipe import RecipeBase, load_recipe, validate_recipe
+from rtfocus.training.registry import network_names
+from rtfocus.training.trainer import Trainer
+
+# A shipped recipe of each network; the rivals have none of their own.
+SHIPPED = {
+    "comi": "train_comi_short",
+    "mobilenet_v2": "train_delpnet",
+    "resnet18": "train_delpnet",
+    "wei_unet": "train_wei_kernel",
+}
+STEPS = 3
+
+
+def small_recipe(network: str) -> RecipeBase:
+    """Return a shipped recipe on drawn specimens alone, a few small patches a step."""
+    path = resource_folder("configs") / f"{SHIPPED.get(network, f'train_{network}')}.yaml"
+    data = load_recipe(path).model_dump()
+    data |= {"network": network, "sources": (), "seed": 5}
+    data["pool"] |= {"entries": 2, "refresh_steps": 1}
+    data["optimiser"] |= {"steps": STEPS, "stop_step": None, "warmup_steps": 1}
+    if "pairs" in data:
+        data["pairs"] |= {"real": (), "batch_patches": 2, "planes": 3}
+    if "delpnet" in data and network != "delpnet":
+        del data["delpnet"]
+    for size in ("batch_tiles", "batch_patches"):
+        if size in data["optimiser"]:
+            data["optimiser"][size] = 4
+    if "crop_sides_px" in data["optimiser"]:
+        data["optimiser"]["crop_sides_px"] = (96,)
+    return validate_recipe(data)
+
+
+def run(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+    return [trainer.train_step() for _ in range(steps)]
+
+
+def assert_same_weights(one: Trainer, other: Trainer) -> None:
+    for name, module in one.task.modules().items():
+        theirs = other.task.modules()[name].state_dict()
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, theirs[key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("network", network_names())
+def test_the_same_seed_gives_the_same_weights_also_after_a_kill(network):
+    recipe = small_recipe(network)
+    whole, again = Trainer(recipe), Trainer(recipe)
+    measured = run(whole, STEPS)
+    assert run(again, STEPS - 1) == measured[:-1]
+    resumed = Trainer(recipe)
+    resumed.load_state(again.state())
+    assert run(resumed, 1) == measured[-1:]
+    assert_same_weights(whole, resumed)
+    other = Trainer(recipe.model_copy(update={"seed": 6}))
+    assert run(other, 1) != measured[:1]
