@@ -8,7 +8,6 @@ from rtfocus.resources import resource_folder
 from rtfocus.training.data.exposure import draw_exposure
 from rtfocus.training.data.level_tiles import BACKGROUND, label_crop
 from rtfocus.training.recipe import OptimiserRecipe, load_recipe
-from rtfocus.training.scoring import Score
 from rtfocus.training.trainer import learning_rate
 
 SHIPPED = resource_folder("configs") / "train_delpnet.yaml"
@@ -73,21 +72,3 @@ def test_a_crop_of_nothing_is_background_and_a_bright_one_its_level():
     counts[30:50, 30:50] += 500
     # Tiles start at -12, 12 and 36 px: all reach the square, which ends at 50.
     assert (label_crop(counts, 3.0, 4)[1] == 4).all()
-
-
-def test_scores_count_by_hand():
-    score = Score(labels=5)
-    true = np.array([0, 0, 1, 2, 3, 3, 4, 4])
-    found = np.array([0, 2, 2, 2, 4, 3, 4, 1])
-    score.add(true, found)
-    assert score.tiles == 6
-    assert score.accuracy() == pytest.approx(3 / 6)
-    # Level 3 called background (4) is no near miss.
-    assert score.within_one() == pytest.approx(4 / 6)
-    assert score.accuracy(3) == pytest.approx(1 / 2)
-    assert score.accuracy_with_background() == pytest.approx(4 / 8)
-    assert score.share_between(2, 3) == pytest.approx(4 / 6)
-    other = Score(labels=5)
-    other.merge(score)
-    other.merge(score)
-    assert other.tiles == 12

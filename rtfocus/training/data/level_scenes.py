@@ -16,7 +16,7 @@ from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.data.fields import Field
 from rtfocus.training.data.level_recipe import BlurRecipe, LevelRecipe
-from rtfocus.training.data.scenes import SceneSource, resize
+from rtfocus.training.data.scenes import SceneSource
 
 Image = NDArray[np.float32]
 Planes = NDArray[np.uint16]
@@ -30,8 +30,6 @@ _NOISE = ContrastToNoise(quantum=0.0)
 class Entry:
     """One scene at every defocus level."""
 
-    kind: str
-    """Kind of its specimen, for reports."""
     planes: Planes
     """Axes (plane, y, x); full scale = brightest point of the sharp scene."""
     levels: tuple[int, ...]
@@ -62,38 +60,21 @@ class Blurring:
         blur = self._recipe.blur
         # A photograph has been through a microscope, a drawn scene has not.
         keep_focus = not scene.ideal or bool(rng.random() < blur.kept_focus_share)
-        return self._blur(scene.kind, scene.light, optics, rng, keep_focus)
-
-    def field_entry(self, field: Field, seed: int = 0) -> Entry:
-        """Blur one whole field with exactly the reference optics, no jitter."""
-        rng = np.random.default_rng([self._recipe.seed, 2, seed])
-        scene = field.image
-        if field.source.native_share == 0:
-            scene = resize(scene, float(np.mean(field.source.zoom)))
-        return self._blur(
-            field.source.kind,
-            scene,
-            self._recipe.blur.reference,
-            rng,
-            keep_focus=True,
-            exact=True,
-        )
+        return self._blur(scene.light, optics, rng, keep_focus)
 
     def _blur(
         self,
-        kind: str,
         scene: Image,
         optics: OpticalSystem,
         rng: np.random.Generator,
         keep_focus: bool,
-        exact: bool = False,
     ) -> Entry:
         blur = self._recipe.blur
         levels = [*range(self._scale.count), self._scale.count - 1]
-        side = 1 if exact or rng.random() >= blur.negative_share else -1
+        side = 1 if rng.random() >= blur.negative_share else -1
         psfs = []
         for place, level in enumerate(levels):
-            jitter = 0.0 if exact else rng.uniform(-blur.jitter_um, blur.jitter_um)
+            jitter = rng.uniform(-blur.jitter_um, blur.jitter_um)
             defocus_um = side * (self._scale.defocus_um(level) + jitter)
             if place == self._scale.count:
                 farther = rng.uniform(self._scale.values_um[-1], blur.farthest_um)
@@ -108,7 +89,7 @@ class Blurring:
         height, width = (n // CELL_PX * CELL_PX for n in scene.shape)
         noise = tuple(_NOISE.noise(plane[:height, :width]) for plane in planes)
         stored = np.rint(planes * FULL_SCALE).astype(np.uint16)
-        return Entry(kind, stored, tuple(levels), noise)
+        return Entry(stored, tuple(levels), noise)
 
 
 def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:

@@ -20,8 +20,6 @@ _LARGEST_DRAWN_PX = 320
 class Scene:
     """One sharp picture."""
 
-    kind: str
-    """Kind of its specimen, for reports."""
     light: Image
     """Axes (y, x), in [0, 1]."""
     ideal: bool
@@ -51,7 +49,7 @@ class SceneSource:
         if place == len(self.fields) and self._specimens is not None:
             return self._draw_specimen(self._specimens, rng)
         field = self.fields[place]
-        return Scene(field.source.kind, self._cut_field(field, rng), ideal=False)
+        return Scene(self._cut_field(field, rng), ideal=False)
 
     def _draw_specimen(
         self, specimens: SpecimenRecipe, rng: np.random.Generator
@@ -60,7 +58,7 @@ class SceneSource:
         side = min(_LARGEST_DRAWN_PX, self._side_px)
         scale = float(rng.uniform(*specimens.scale))
         light = draw_specimen(kind, (side, side), rng, scale=scale)
-        return Scene(f"drawn {kind}", light, ideal=True)
+        return Scene(light, ideal=True)
 
     def _cut_field(self, field: Field, rng: np.random.Generator) -> Image:
         """Cut a window of a field, resized by a random factor."""
@@ -74,13 +72,13 @@ class SceneSource:
         for side in field.image.shape:
             start = int(rng.integers(max(side - wanted, 0) + 1))
             window.append(slice(start, start + wanted))
-        scene = resize(field.image[tuple(window)], zoom)
+        scene = _resize(field.image[tuple(window)], zoom)
         # Fields in focus are not equally sharp: neither are those to come.
         softness = rng.uniform(0, field.source.softness_px)
         return np.asarray(ndimage.gaussian_filter(scene, softness), dtype=np.float32)
 
 
-def resize(image: Image, zoom: float) -> Image:
+def _resize(image: Image, zoom: float) -> Image:
     """Resize an image; a reduction does not alias."""
     if zoom == 1:
         return image
