@@ -19,7 +19,9 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.images.panels import Panel
 from rtfocus.optics.bead_planes import BeadPlanes, find_beads
-from rtfocus.optics.through_focus import FocusFit, fit_through_focus, match_planes
+from rtfocus.optics.focus_fit import FocusFit
+from rtfocus.optics.plane_model import match_planes
+from rtfocus.optics.through_focus import fit_through_focus
 
 Image = NDArray[np.float32]
 

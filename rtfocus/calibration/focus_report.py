@@ -10,14 +10,10 @@ from rtfocus.calibration.picture import map_panel, psf_panel
 from rtfocus.calibration.result import LARGEST_APERTURE
 from rtfocus.channel import OpticalSystem
 from rtfocus.images.panels import Panel
+from rtfocus.optics.focus_fit import TOLERANCE_DB, FocusFit, FocusTrial
+from rtfocus.optics.plane_model import PlaneModel
 from rtfocus.optics.psf import psf_stack
-from rtfocus.optics.through_focus import (
-    TOLERANCE_DB,
-    FocusFit,
-    FocusTrial,
-    PlaneModel,
-    focus_valley,
-)
+from rtfocus.optics.through_focus import focus_valley
 
 _APERTURES = np.linspace(0.6, 1.4, 13)
 # In units of n lambda / NA^2 around the focus that was found.

@@ -18,8 +18,10 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.images.panels import Panel
 from rtfocus.optics import pupil
+from rtfocus.optics.focus_fit import FocusFit
+from rtfocus.optics.plane_model import match_planes
 from rtfocus.optics.stack_planes import StackPlanes, sharpest_plane
-from rtfocus.optics.through_focus import FocusFit, fit_through_focus, match_planes
+from rtfocus.optics.through_focus import fit_through_focus
 
 _MOST_PLANES = 17
 _MOST_SIDE_PX = 288

@@ -27,7 +27,7 @@ _SEARCH_BLUR_PX = 1.0
 
 
 class BeadPlanes:
-    """One bead prepared for many trials; see `rtfocus.optics.through_focus`.
+    """One bead prepared for many trials; a `rtfocus.optics.plane_model.PlaneModel`.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ _DETAIL_PX = 1.5
 
 
 class StackPlanes:
-    """A z-stack prepared for many trials; see `rtfocus.optics.through_focus`.
+    """A z-stack prepared for many trials; a `rtfocus.optics.plane_model.PlaneModel`.
 
     Parameters
     ----------

@@ -7,151 +7,25 @@ remains open is the sign: a stage that runs the other way turns W into -W.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from math import log10
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.optics.focus_fit import TOLERANCE_DB, FocusFit, FocusTrial
+from rtfocus.optics.focus_search import FocusSearch, quality
+from rtfocus.optics.plane_model import PlaneModel
 
-Image = NDArray[np.float32]
 Floats = NDArray[np.float64]
 
-TOLERANCE_DB = 0.1
-"""Sets of parameters that are worse by at most this count as equally good."""
-
-# The coarse search: NA relative to the start, W in waves, focus in units of
-# n lambda / NA^2 from where the stack looks sharpest, which may well be wrong.
-_APERTURE_FACTORS = (0.65, 0.8, 1.0, 1.25, 1.6)
-_SPHERICAL_WAVES = (-0.4, -0.15, 0.15, 0.4)
-_FOCUS_UNITS = (-1.5, -0.75, 0.0, 0.75, 1.5)
-_APERTURE_RANGE = (0.4, 2.2)
-_SPHERICAL_LIMIT = 1.0
-_ASTIGMATISM_LIMIT = 0.6
-# NA that no medium's refractive index allows is cut here, relative to the index.
-_STEEPEST = 0.97
 _PROFILE_FACTORS = (0.65, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25)
 # Planes of the search, and trials per descent in the search and at its end.
 _SEARCH_PLANES = 7
 _SEARCH_STARTS = 3
 _SEARCH_TRIALS = 30
 _TRIALS = 90
-_PROFILE_TRIALS = 20
-
-
-class PlaneModel(Protocol):
-    """Planes as they were measured, and as any optics would show them."""
-
-    @property
-    def measured(self) -> Image:
-        """The planes, axes (plane, y, x), cut to the pixels that are compared."""
-        ...
-
-    @property
-    def z_um(self) -> Floats:
-        """Their z; larger = specimen farther from the objective."""
-        ...
-
-    @property
-    def sharpest_um(self) -> float:
-        """Where they look sharpest; the focus is searched around it."""
-        ...
-
-    def predict(
-        self, system: OpticalSystem, focus_um: float, planes: Sequence[int]
-    ) -> Image:
-        """Return some planes as seen by optics focused at `focus_um`.
-
-        Their gains and offsets are arbitrary.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FocusTrial:
-    """One set of parameters and how well it predicts the planes."""
-
-    psnr_db: float
-    """Of predicted against measured planes."""
-    numerical_aperture: float
-    """NA of the PSF."""
-    spherical_waves: float
-    """Zernike spherical W in waves."""
-    focus_um: float
-    """z of the stack at which the defocus is 0."""
-    astigmatism_waves: float = 0.0
-    """Vertical astigmatism in waves."""
-    astigmatism_oblique_waves: float = 0.0
-    """Oblique astigmatism in waves."""
-
-    def optics(self, start: OpticalSystem) -> OpticalSystem:
-        """Return `start` with the parameters of this trial."""
-        aberrations = replace(
-            start.aberrations,
-            spherical_waves=self.spherical_waves,
-            astigmatism_waves=self.astigmatism_waves,
-            astigmatism_oblique_waves=self.astigmatism_oblique_waves,
-        )
-        return replace(
-            start,
-            numerical_aperture=self.numerical_aperture,
-            aberrations=aberrations,
-            psf_model="pupil",
-            defocus_offset_um=0.0,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class FocusFit:
-    """The best PSF of a stack, and how far others are from being as good."""
-
-    system: OpticalSystem
-    """The fitted optics; their defocus is ``z - best.focus_um``."""
-    best: FocusTrial
-    """Parameters of the best fit."""
-    explained: float
-    """Share of the planes' variance that the fit predicts, 0 to 1."""
-    profile: tuple[FocusTrial, ...]
-    """The best fit of every NA tried, by NA."""
-    sign_margin_db: float
-    """PSNR that the best round fit with the other sign of W loses."""
-    near: tuple[FocusTrial, ...]
-    """All trials over all planes within `TOLERANCE_DB` of the best."""
-
-    def spread(self, name: str) -> tuple[float, float]:
-        """Return the smallest and largest value of a parameter among `near`."""
-        values = [getattr(trial, name) for trial in self.near]
-        return min(values), max(values)
-
-    def statement(self) -> str:
-        """Say in one paragraph what was found and what the stack cannot tell."""
-        best = self.best
-        ranges = ", ".join(
-            "{} {:.3g} to {:.3g}".format(label, *self.spread(name))
-            for label, name in (
-                ("NA", "numerical_aperture"),
-                ("W", "spherical_waves"),
-                ("focus", "focus_um"),
-            )
-        )
-        astigmatism = np.hypot(best.astigmatism_waves, best.astigmatism_oblique_waves)
-        extra = f", astigmatism {astigmatism:.3f} waves" if astigmatism else ""
-        sign = (
-            f"The other sign of W is {self.sign_margin_db:.2f} dB worse"
-            if self.sign_margin_db > TOLERANCE_DB
-            else "The sign of W cannot be told"
-        )
-        return (
-            f"focus at z {best.focus_um:.2f} um, NA {best.numerical_aperture:.3f}, "
-            f"W {best.spherical_waves:.3f} waves{extra}; the fit predicts "
-            f"{100 * self.explained:.1f} % of the variance (PSNR {best.psnr_db:.2f} "
-            f"dB). Equally good within {TOLERANCE_DB:g} dB: {ranges}. {sign}; a stage "
-            "whose z runs the other way turns W into -W."
-        )
 
 
 def fit_through_focus(
@@ -180,17 +54,17 @@ def fit_through_focus(
     FocusFit
         The fitted optics with what the stack leaves open.
     """
-    search = _Search(model, start, fit_aperture=fit_aperture)
+    search = FocusSearch(model, start, fit_aperture=fit_aperture)
     count = len(model.z_um)
     every, few = tuple(range(count)), _spread_out(count, _SEARCH_PLANES)
-    coarse = sorted(search.grid(few), key=_quality, reverse=True)
+    coarse = sorted(search.grid(few), key=quality, reverse=True)
     valleys = {
         sign: max(
             (
                 search.descend(trial, few, _SEARCH_TRIALS, sign=sign)
                 for trial in _of_sign(coarse, sign)[:_SEARCH_STARTS]
             ),
-            key=_quality,
+            key=quality,
         )
         for sign in (-1.0, 1.0)
     }
@@ -198,13 +72,13 @@ def fit_through_focus(
         search.descend(trial, every, _TRIALS, sign=sign)
         for sign, trial in valleys.items()
     ]
-    best, mirrored = sorted(found, key=_quality, reverse=True)
+    best, mirrored = sorted(found, key=quality, reverse=True)
     profile = [best]
     if fit_aperture:
         profile += [
             search.at_aperture(best, factor, every) for factor in _PROFILE_FACTORS
         ]
-        best = max(profile, key=_quality)
+        best = max(profile, key=quality)
     margin_db = best.psnr_db - mirrored.psnr_db
     if fit_astigmatism:
         best = search.descend(best, every, _TRIALS, astigmatism=True)
@@ -230,168 +104,15 @@ def focus_valley(
     focus_um: Floats,
 ) -> Floats:
     """Return the PSNR over NA (rows) and focus (columns), W and the rest as best."""
-    search = _Search(model, start, fit_aperture=True)
+    search = FocusSearch(model, start, fit_aperture=True)
     few = _spread_out(len(model.z_um), _SEARCH_PLANES)
-    quality = [
+    psnr_db = [
         search.attempt(
             replace(best, numerical_aperture=float(a), focus_um=float(z)), few
         ).psnr_db
         for a, z in product(apertures, focus_um)
     ]
-    return np.array(quality).reshape(len(apertures), len(focus_um))
-
-
-class _Search:
-    """Trials over a stack; remembers those over all planes."""
-
-    def __init__(
-        self,
-        model: PlaneModel,
-        start: OpticalSystem,
-        *,
-        fit_aperture: bool,
-    ) -> None:
-        self.trials: list[FocusTrial] = []
-        self._model = model
-        self._start = start
-        self._fit_aperture = fit_aperture
-        self._range = float(np.ptp(model.measured))
-        self._largest = min(
-            _APERTURE_RANGE[1] * start.numerical_aperture,
-            _STEEPEST * start.refractive_index,
-        )
-
-    def grid(self, planes: Sequence[int]) -> list[FocusTrial]:
-        """Try every combination of the coarse search."""
-        nominal = self._start.numerical_aperture
-        factors = _APERTURE_FACTORS if self._fit_aperture else (1.0,)
-        unit_um = self._start.defocus_unit_um
-        return [
-            self.attempt(
-                FocusTrial(
-                    psnr_db=0.0,
-                    numerical_aperture=min(factor * nominal, self._largest),
-                    spherical_waves=waves,
-                    focus_um=self._model.sharpest_um + units * unit_um,
-                ),
-                planes,
-            )
-            for factor, waves, units in product(factors, _SPHERICAL_WAVES, _FOCUS_UNITS)
-        ]
-
-    def attempt(self, wanted: FocusTrial, planes: Sequence[int]) -> FocusTrial:
-        """Return the trial with its PSNR over some planes."""
-        error, _ = self._errors(wanted, planes)
-        trial = replace(
-            wanted, psnr_db=10.0 * log10(self._range**2 / max(error, 1e-12))
-        )
-        if len(planes) == len(self._model.z_um):
-            self.trials.append(trial)
-        return trial
-
-    def explained(self, trial: FocusTrial, planes: Sequence[int]) -> float:
-        """Return the share of the variance within the planes that is predicted."""
-        error, variance = self._errors(trial, planes)
-        return 1.0 - error / variance
-
-    def descend(
-        self,
-        start: FocusTrial,
-        planes: Sequence[int],
-        limit: int,
-        *,
-        astigmatism: bool = False,
-        fixed_aperture: bool = False,
-        sign: float = 0.0,
-    ) -> FocusTrial:
-        """Follow the error down from one trial; `sign` holds that of W."""
-        names = ["spherical_waves", "focus_um"]
-        steps = [0.06, 0.2 * self._start.defocus_unit_um]
-        if self._fit_aperture and not fixed_aperture:
-            names.append("numerical_aperture")
-            steps.append(-0.05 * self._start.numerical_aperture)
-        if astigmatism:
-            names += ["astigmatism_waves", "astigmatism_oblique_waves"]
-            steps += [0.06, 0.06]
-        tried: list[FocusTrial] = []
-
-        def loss(point: Floats) -> float:
-            values = dict(zip(names, map(float, point * scale), strict=True))
-            tried.append(
-                self.attempt(self._limited(replace(start, **values), sign), planes)
-            )
-            return -tried[-1].psnr_db
-
-        scale = np.abs(steps)
-        origin = np.array([getattr(start, name) for name in names]) / scale
-        corners = np.vstack([np.zeros(len(names)), np.diag(np.sign(steps))])
-        optimize.minimize(
-            loss,
-            origin,
-            method="Nelder-Mead",
-            options={
-                "initial_simplex": origin + corners,
-                "maxfev": limit,
-                "xatol": 0.02,
-                "fatol": 1e-3,
-            },
-        )
-        return max(tried, key=_quality)
-
-    def at_aperture(
-        self, best: FocusTrial, factor: float, planes: Sequence[int]
-    ) -> FocusTrial:
-        """Return the best fit at another NA, from the same W and focus."""
-        aperture = min(factor * best.numerical_aperture, self._largest)
-        moved = replace(best, numerical_aperture=aperture)
-        return self.descend(moved, planes, _PROFILE_TRIALS, fixed_aperture=True)
-
-    def _limited(self, trial: FocusTrial, sign: float) -> FocusTrial:
-        lowest = _APERTURE_RANGE[0] * self._start.numerical_aperture
-        waves = float(
-            np.clip(trial.spherical_waves, -_SPHERICAL_LIMIT, _SPHERICAL_LIMIT)
-        )
-        limit = _ASTIGMATISM_LIMIT
-        return replace(
-            trial,
-            numerical_aperture=float(
-                np.clip(trial.numerical_aperture, lowest, self._largest)
-            ),
-            spherical_waves=sign * abs(waves) if sign else waves,
-            astigmatism_waves=float(np.clip(trial.astigmatism_waves, -limit, limit)),
-            astigmatism_oblique_waves=float(
-                np.clip(trial.astigmatism_oblique_waves, -limit, limit)
-            ),
-        )
-
-    def _errors(self, trial: FocusTrial, planes: Sequence[int]) -> tuple[float, float]:
-        """Return the mean squared error, and the mean variance of the planes."""
-        system = trial.optics(self._start)
-        predicted = self._model.predict(system, trial.focus_um, planes)
-        pairs = zip(predicted, self._model.measured[list(planes)], strict=True)
-        errors = np.array([_unexplained(*pair) for pair in pairs])
-        return float(errors[:, 0].mean()), float(errors[:, 1].mean())
-
-
-def match_planes(predicted: Image, measured: Image) -> Image:
-    """Return the predicted planes with the gain and offset of the measured ones."""
-    result = np.empty_like(measured)
-    for index, (first, second) in enumerate(zip(predicted, measured, strict=True)):
-        centred = first - first.mean()
-        gain = np.vdot(centred, second) / max(float(np.vdot(centred, centred)), 1e-30)
-        result[index] = gain * centred + second.mean()
-    return result
-
-
-def _unexplained(predicted: Image, measured: Image) -> tuple[float, float]:
-    """Mean squared error after the best gain and offset, and the variance."""
-    first = predicted - predicted.mean()
-    second = measured - measured.mean()
-    power = max(float(np.vdot(first, first)), 1e-30)
-    total = float(np.vdot(second, second))
-    # A negative gain would turn contrast round, which no defocus blur does here.
-    shared = max(float(np.vdot(first, second)), 0.0) ** 2 / power
-    return (total - shared) / measured.size, total / measured.size
+    return np.array(psnr_db).reshape(len(apertures), len(focus_um))
 
 
 def _of_sign(trials: Sequence[FocusTrial], sign: float) -> list[FocusTrial]:
@@ -403,7 +124,3 @@ def _spread_out(count: int, wanted: int) -> tuple[int, ...]:
     """Choose evenly spaced indices, first and last included."""
     places = np.linspace(0, count - 1, min(count, wanted))
     return tuple(sorted({round(place) for place in places}))
-
-
-def _quality(trial: FocusTrial) -> float:
-    return trial.psnr_db

@@ -9,10 +9,11 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.bead_planes import BeadPlanes, find_beads
 from rtfocus.optics.blur import blur
 from rtfocus.optics.measured_psf import measure_psf
+from rtfocus.optics.plane_model import match_planes
 from rtfocus.optics.psf import compute_psf
 from rtfocus.optics.specimens import draw_specimen
 from rtfocus.optics.stack_planes import StackPlanes
-from rtfocus.optics.through_focus import fit_through_focus, match_planes
+from rtfocus.optics.through_focus import fit_through_focus
 
 NOMINAL = OpticalSystem(0.5, 500.0, 0.4)
 TRUTH = replace(
