@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 Labels = NDArray[np.int64]
 
 _BINS = 15
+# Below it the uncertainty counts as this: certain labels round to none.
+_LEAST_SIGMA_UM = 0.01
 # Ranks of the cumulative match that are told.
 _TOP = 5
 
@@ -40,6 +42,7 @@ class LevelScore:
         self.confusion = np.zeros((count, count + 1), dtype=np.int64)
         self._bins = np.zeros((_BINS, 3))
         self._errors_um: list[NDArray[np.float64]] = []
+        self._deviations: list[NDArray[np.float64]] = []
         self._ranks = np.zeros(len(self.levels) + 1, dtype=np.int64)
 
     def add(
@@ -88,9 +91,26 @@ class LevelScore:
             self.sided += int(with_sign.sum())
             self.right_side += int((with_sign & (np.sign(level) == side)).sum())
 
-    def add_errors(self, error_um: NDArray[np.float64]) -> None:
-        """Count how far the found defocus of tiles lies from the true one."""
-        self._errors_um.append(np.abs(error_um[np.isfinite(error_um)]))
+    def add_errors(
+        self,
+        error_um: NDArray[np.float64],
+        uncertainty_um: NDArray[np.floating] | None = None,
+    ) -> None:
+        """Count how far the found defocus of tiles lies from the true one.
+
+        Parameters
+        ----------
+        error_um
+            Found minus true; NaN: none was found.
+        uncertainty_um
+            Standard deviation that the engine states; None: it states none.
+        """
+        known = np.isfinite(error_um)
+        error_um = np.abs(error_um[known])
+        self._errors_um.append(error_um)
+        if uncertainty_um is not None:
+            sigma = np.maximum(uncertainty_um[known], _LEAST_SIGMA_UM)
+            self._deviations.append(error_um / sigma)
 
     def add_ranks(self, ranks: Labels) -> None:
         """Count how many labels were likelier than the right one."""
@@ -117,6 +137,8 @@ class LevelScore:
             "top_k": self._cumulative_match(),
             "calibration_error": self._calibration_error(),
             "mean_error_um": round(float(errors.mean()), 3) if errors.size else None,
+            "within_one_sigma": self._within(1.0),
+            "within_two_sigma": self._within(2.0),
             "levels": list(self.levels),
             "confusion": self.confusion.tolist(),
         }
@@ -125,6 +147,14 @@ class LevelScore:
         """Return the label nearest to a defocus in levels; halves go up."""
         known = np.array(self.levels)
         return int(known[np.argmin(np.abs(known - np.floor(level + 0.5)))])
+
+    def _within(self, sigmas: float) -> float | None:
+        """Return the share of errors that the stated uncertainty covers.
+
+        An honest Gaussian one covers 0.68 of them once, 0.95 twice.
+        """
+        deviations = np.concatenate([*self._deviations, np.zeros(0)])
+        return share(int((deviations <= sigmas).sum()), deviations.size)
 
     def _cumulative_match(self) -> list[float] | None:
         """Return the share of tiles whose right label is among the k likeliest."""

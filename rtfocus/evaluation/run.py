@@ -239,10 +239,12 @@ def _score_levels(
     group = outcome.levels_by_group.setdefault(
         sample.group, LevelScore(outcome.levels.levels)
     )
-    error_um = np.zeros(0)
+    error_um, stated_um = np.zeros(0), None
     if lowest == highest:
         defocus = found.defocus_um[wanted].astype(np.float64)
         error_um = defocus - lowest
+        if found.uncertainty_um is not None:
+            stated_um = found.uncertainty_um[wanted]
     true = (lowest / step, highest / step)
     ranks = ranking.ranks(sample, group.right_range(true), wanted)
     for score in (outcome.levels, group):
@@ -254,7 +256,7 @@ def _score_levels(
             background=BACKGROUND,
             sided=levels.signed and sample.sided,
         )
-        score.add_errors(error_um)
+        score.add_errors(error_um, stated_um)
 
 
 def _labels(output: OutputCard | None) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ LEVEL_COLUMNS = (
     "sign right",
     "called empty",
     "calibration error",
+    "within 1 sigma",
     "mean error um",
     "mult-adds/px",
     "ms/Mpx",
@@ -91,6 +92,7 @@ def _levels(one: Outcome) -> list[str]:
         str(found.get("tiles", 0)),
         *map(_share, shares),
         _share(found.get("calibration_error")),
+        _share(found.get("within_one_sigma")),
         "" if found.get("mean_error_um") is None else f"{found['mean_error_um']:.2f}",
         *_cost(one),
     ]

@@ -82,6 +82,15 @@ def test_calibration_error_is_the_gap_between_confidence_and_truth() -> None:
     assert score.summary()["calibration_error"] == pytest.approx(0.05, abs=1e-3)
 
 
+def test_uncertainty_is_held_against_the_errors() -> None:
+    score = LevelScore((0, 1))
+    score.add_errors(np.array([0.5, -1.5, 3.0, np.nan]), np.array([1.0, 1.0, 1.0, 1.0]))
+    score.add_errors(np.array([9.0]))  # an engine that states none
+    found = score.summary()
+    assert found["within_one_sigma"] == pytest.approx(1 / 3, abs=1e-4)
+    assert found["within_two_sigma"] == pytest.approx(2 / 3, abs=1e-4)
+
+
 def test_mean_figures_name_the_worst_frame() -> None:
     def frame(name, before, after):
         return Scored(
