@@ -23,7 +23,8 @@ from rtfocus.training.recipe import (
     SourceRecipe,
     load_recipe,
 )
-from rtfocus.training.tasks.comi import ComiRecipe, ComiSection, ComiTask, LossSection
+from rtfocus.training.tasks.comi import ComiTask
+from rtfocus.training.tasks.comi_recipe import ComiRecipe, ComiSection, LossSection
 from rtfocus.training.tasks.rrdb import (
     KernelsSection,
     RrdbRecipe,
