@@ -211,9 +211,7 @@ def _score_patch(
             ssim(sharp, image, data_range=1),
         ]
     scores.append(ssim(inner(blurred, kernel), again, data_range=1))
-    # In focus the scene is not blurred at all, whatever the PSF of its stack.
-    true = inner(sharp, psf) if level == 0 else blur_with(sharp, psf)
-    scores.append(ssim(true, again, data_range=1))
+    scores.append(ssim(blur_with(sharp, psf), again, data_range=1))
     return tuple(scores), blind
 
 

@@ -143,3 +143,26 @@ def test_psfs_are_cut_to_the_side_that_is_asked_for():
     batch = PairBatches(small_recipe(psf_px=31)).batch(0)
     assert batch["psf"].shape == (4, 1, 31, 31)
     np.testing.assert_allclose(batch["psf"].sum(axis=(1, 2, 3)), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "in_focus",
+    [{"sharp_share": 1.0}, {"sharp_share": 0.0, "farthest_level": 0.25}],
+    ids=["never blurred", "hardly blurred"],
+)
+def test_where_the_target_is_the_input_the_psf_is_a_point(in_focus):
+    recipe = small_recipe(psf_px=31, varying_share=0.0, **in_focus)
+    batch = PairBatches(recipe).batch(0)
+    np.testing.assert_array_equal(batch["sharp"], batch["blurred"])
+    point = np.zeros((31, 31), np.float32)
+    point[15, 15] = 1
+    for psf in batch["psf"][:, 0]:
+        np.testing.assert_array_equal(psf, point)
+
+
+def test_away_from_focus_the_psf_is_no_point():
+    recipe = small_recipe(psf_px=31, varying_share=0.0, sharp_share=0.0)
+    batch = PairBatches(recipe).batch(0)
+    blurred = np.abs(batch["levels"]).mean(axis=(1, 2)) > 1
+    assert blurred.any()
+    assert batch["psf"][blurred].max() < 0.5

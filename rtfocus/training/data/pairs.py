@@ -34,6 +34,7 @@ _DRAWS = 4
 # How a whole frame's percentiles differ from those of a window of it.
 _SCALE_JITTER = 0.2
 _OFFSET_JITTER = 0.03
+_POINT = np.ones((1, 1), dtype=np.float32)
 
 
 class PairBatches:
@@ -44,7 +45,8 @@ class PairBatches:
     per cell of 16 px, NaN where it is not known (real pairs); ``empty`` (N, row,
     column), background by the frame's own noise, per tile of 96 px every 48;
     ``optics`` (N, 2), sampling and spherical aberration in waves; ``real`` (N,);
-    and ``psf`` (N, 1, side, side) where the recipe asks for it.
+    and ``psf`` (N, 1, side, side) where the recipe asks for it: that of the patch's
+    middle, a point where the target is the input itself.
     """
 
     def __init__(self, recipe: PairRecipe, *, validation: bool = False) -> None:
@@ -129,7 +131,7 @@ class PairBatches:
             "real": np.array(False),
         }
         if pairs.psf_px:
-            psf = scene.psfs[middle]
+            psf = scene.psfs[middle] if share.any() else _POINT
             sample["psf"] = np.rot90(_fit_psf(psf, pairs.psf_px), turn)[None]
         return {k: _as_float32(v) for k, v in sample.items()}
 
@@ -158,7 +160,7 @@ class PairBatches:
         }
         if pairs.psf_px:
             # Not known; a point changes nothing where it is used by mistake.
-            sample["psf"] = _fit_psf(np.ones((1, 1), np.float32), pairs.psf_px)[None]
+            sample["psf"] = _fit_psf(_POINT, pairs.psf_px)[None]
         return {k: _as_float32(v) for k, v in sample.items()}
 
 
