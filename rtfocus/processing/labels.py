@@ -45,9 +45,9 @@ class LabelDecoder:
 
         Whether there is anything to correct comes first, by the sum of the
         probabilities: many levels that share theirs outvote one focus label. Then
-        the likeliest label of that side is chosen. The defocus is the mean over the chosen level and its two neighbours by
-        their probabilities: finer than a level, blind to a far second opinion,
-        which the uncertainty counts in full.
+        the likeliest label of that side is chosen. The defocus is the mean over the
+        chosen level and its two neighbours by their probabilities: finer than a
+        level, blind to a far second opinion, which the uncertainty counts in full.
         """
         shifted = np.exp(logits - logits.max(axis=0))
         probability = shifted / shifted.sum(axis=0)

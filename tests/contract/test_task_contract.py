@@ -20,8 +20,8 @@ STEPS = 3
 
 def small_recipe(network: str) -> RecipeBase:
     """Return a shipped recipe on drawn specimens alone, a few small patches a step."""
-    path = resource_folder("configs") / f"{SHIPPED.get(network, f'train_{network}')}.yaml"
-    data = load_recipe(path).model_dump()
+    name = SHIPPED.get(network, f"train_{network}")
+    data = load_recipe(resource_folder("configs") / f"{name}.yaml").model_dump()
     data |= {"network": network, "sources": (), "seed": 5}
     data["pool"] |= {"entries": 2, "refresh_steps": 1}
     data["optimiser"] |= {"steps": STEPS, "stop_step": None, "warmup_steps": 1}
