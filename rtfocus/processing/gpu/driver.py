@@ -87,9 +87,15 @@ def current_context(gpu_index: int) -> Iterator[None]:
     """Make the primary context of a GPU current in this thread for a block.
 
     TensorRT and torch live in that one; a context made anew would not be theirs.
+
+    Raises
+    ------
+    EngineError
+        If the driver gives none: the GPU is full, or in exclusive use.
     """
-    context = import_driver().Device(gpu_index).retain_primary_context()
-    context.push()
+    with translated(gpu_index, "opening a context"):
+        context = import_driver().Device(gpu_index).retain_primary_context()
+        context.push()
     try:
         yield
     finally:

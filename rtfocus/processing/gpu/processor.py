@@ -11,6 +11,7 @@ frame from then on, and `submit` says so.
 """
 
 import threading
+from contextlib import ExitStack
 from functools import partial
 
 from rtfocus.config.model import Config
@@ -156,8 +157,9 @@ class GpuProcessor:
 
     def _own(self, series: SeriesStart, slots: int) -> None:
         """Thread: owns the GPU from the first to the last call of a series."""
-        with current_context(self._device.gpu_index):
+        with ExitStack() as stack:
             try:
+                stack.enter_context(current_context(self._device.gpu_index))
                 session = GpuSession(self._config, series, slots, self._device)
             except BaseException as error:
                 self._failure = without_frames(error)

@@ -184,7 +184,10 @@ API int cuDeviceGetAttribute(int* v, int a, int) {
   return OK;
 }
 API int cuDeviceComputeCapability(int* a, int* b, int) { *a = 8; *b = 6; return OK; }
-API int cuDevicePrimaryCtxRetain(void** c, int) { *c = &primary; return OK; }
+API int cuDevicePrimaryCtxRetain(void** c, int) {
+  *c = &primary;
+  return variable("RTFOCUS_STANDIN_MEMORY", 1) ? OK : OUT_OF_MEMORY;
+}
 API int cuDevicePrimaryCtxRelease_v2(int) { return OK; }
 API int cuDevicePrimaryCtxRelease(int) { return OK; }
 API int cuCtxAttach(void** c, unsigned) {

@@ -290,6 +290,18 @@ def test_lack_of_memory_means_fewer_frames_in_flight(
         GpuProcessor(config).start(SERIES, SLOTS)
 
 
+def test_a_gpu_too_full_for_a_context_is_refused_or_left_to_the_cpu(
+    engine_folder, frames, monkeypatch, caplog
+):
+    monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", "0")
+    demanded = GpuProcessor(config_for(engine_folder))
+    with pytest.raises(EngineError, match="GPU 0 has no memory left for opening a"):
+        demanded.start(SERIES, SLOTS)
+    automatic = open_processor(config_for(engine_folder, device="auto"))
+    assert len(results_of(automatic, frames[:1])) == 1
+    assert "this series is processed on the CPU: GPU 0" in caplog.text
+
+
 def test_a_lost_gpu_fails_its_frames_and_refuses_more(driver, engine_folder, frames):
     processor = GpuProcessor(config_for(engine_folder, frames_in_flight=2))
     pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
