@@ -95,15 +95,15 @@ def calibrate_from_pairs(
 
 
 def _aperture_at(found: PsfFit, defocus_um: float) -> float:
-    """Interpolate the NA at which z is the given one, among equal signs of W."""
-    branch = sorted(
-        (
-            optimum
-            for optimum in found.local_optima
-            if optimum.spherical_waves * found.best.spherical_waves > 0
-        ),
-        key=lambda optimum: abs(optimum.defocus_um),
-    )
+    """Interpolate the NA at which z is the given one, among equal signs of W.
+
+    W = 0 has both signs: of two optima of one NA the better one counts.
+    """
+    by_aperture: dict[float, Trial] = {}
+    for optimum in found.local_optima:
+        if optimum.spherical_waves * found.best.spherical_waves >= 0:
+            by_aperture.setdefault(optimum.numerical_aperture, optimum)
+    branch = sorted(by_aperture.values(), key=lambda one: abs(one.defocus_um))
     # The same blur needs z in proportion to 1 / NA^2: even steps in the logarithm.
     logs = np.log([[abs(o.defocus_um), o.numerical_aperture] for o in branch])
     return float(np.exp(np.interp(np.log(abs(defocus_um)), logs[:, 0], logs[:, 1])))

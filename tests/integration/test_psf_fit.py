@@ -87,6 +87,23 @@ def test_an_exact_defocus_tells_the_aperture(
     assert optics.numerical_aperture == pytest.approx(0.45, rel=0.06)
 
 
+def test_an_exact_defocus_tells_the_aperture_without_aberration_too(
+    tmp_path: Path,
+) -> None:
+    plain = OpticalSystem(0.45, 500.0, 0.5)
+    sharp = specimen(0, 200)
+    for name, image in (("a", sharp), ("b", blur(sharp, compute_psf(plain, 7.0)))):
+        tifffile.imwrite(tmp_path / f"{name}.tif", image.astype("f4"))
+    said = run(
+        *("--pairs", tmp_path / "a.tif", tmp_path / "b.tif", "--defocus-um", "7"),
+        *("--exact-defocus", "--na", "0.5", *OPTICS[2:], "-o", tmp_path / "out"),
+    )
+    assert "exact" in said
+    optics = load_config(tmp_path / "out" / "optics.yaml").channel("default").optics
+    assert optics is not None
+    assert optics.numerical_aperture == pytest.approx(0.45, rel=0.06)
+
+
 def test_a_stack_with_its_z_in_a_file(tmp_path: Path) -> None:
     z_um = np.arange(-6.0, 6.1, 2.0)
     flat = specimen(7, 90)
