@@ -19,7 +19,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 _CALIBRATION_BATCHES = 8
 # What batches call the network's input `tiles`.
-_TILES = ("blurred", "crops")
+_TILES = ("blurred", "crops", "patches")
 
 
 def file_name(precision: Precision) -> str:
@@ -91,15 +91,15 @@ def write_precisions(
         write_half_network(reference, folder / files["fp16"])
     if "int8" in precisions:
         files["int8"] = file_name("int8")
-        batches = _calibration(task, tuple(graph.inputs))
+        batches = calibration_inputs(task, tuple(graph.inputs))
         quantise(reference, folder / files["int8"], batches)
     if half_weights:
         halve_weights(reference)
     return files
 
 
-def _calibration(task: Task[Any], names: tuple[str, ...]) -> Iterator[Arrays]:
-    """Make the graph's inputs from training batches, always the same ones."""
+def calibration_inputs(task: Task[Any], names: tuple[str, ...]) -> Iterator[Arrays]:
+    """Make a graph's inputs by name from training batches, always the same ones."""
     for draw in range(1, _CALIBRATION_BATCHES + 1):
         batch = task.batch(0, draw)
         (tiles,) = (entry for entry in _TILES if entry in batch)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rtfocus.resources import resource_folder
+from rtfocus.training.precisions import calibration_inputs
 from rtfocus.training.recipe import RecipeBase, load_recipe, validate_recipe
-from rtfocus.training.registry import network_names
+from rtfocus.training.registry import make_task, network_names
 from rtfocus.training.trainer import Trainer
 
 # A shipped recipe of each network; the rivals have none of their own.
@@ -60,3 +61,14 @@ def test_the_same_seed_gives_the_same_weights_also_after_a_kill(network):
     assert_same_weights(whole, resumed)
     other = Trainer(recipe.model_copy(update={"seed": 6}))
     assert run(other, 1) != measured[:1]
+
+
+@pytest.mark.parametrize("network", network_names())
+def test_training_batches_set_the_ranges_of_every_exported_network(network):
+    task = make_task(small_recipe(network))
+    graph = task.graph(task.network)
+    batch = next(calibration_inputs(task, tuple(graph.inputs)))
+    assert list(batch) == list(graph.inputs)
+    for name, values in batch.items():
+        assert values.dtype == "float32"
+        assert values.shape[1] == graph.inputs[name].shape[1]
