@@ -6,6 +6,7 @@ the recipe's images give way to a folder of the user's.
 """
 
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,13 @@ def _own_source(images: Path) -> SourceRecipe:
     if not found:
         msg = f"no images in '{images}'; give a folder with {', '.join(_SUFFIXES)}"
         raise ConfigError(msg)
+    # Names are the user's: they may hold what a pattern takes for its own, and two
+    # folders may hold the same.
+    files = [escape(path.as_posix()) for path in found]
     return SourceRecipe(
         kind="own images",
-        files=[path.as_posix() for path in found],
-        validation=tuple(path.name for path in found[_HELD_OUT - 1 :: _HELD_OUT]),
+        files=files,
+        validation=tuple(f"/{file}" for file in files[_HELD_OUT - 1 :: _HELD_OUT]),
         zoom=(0.85, 1.15),
         native_share=0.7,
         softness_px=0.35,

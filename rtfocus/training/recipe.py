@@ -27,7 +27,8 @@ class SourceRecipe(Section):
     files: list[str]
     """Glob patterns inside the data folder."""
     validation: tuple[str, ...] = ()
-    """Patterns of file names that are kept out of training, whole fields."""
+    """Patterns of file names that are kept out of training, whole fields; with a
+    leading ``/`` of paths inside the data folder."""
     zoom: tuple[Positive, Positive] = (0.5, 1.0)
     """Range of sizes: reduced, finely sampled images become as sharp as coarse ones."""
     native_share: Fraction = 0.0

@@ -84,6 +84,17 @@ def test_every_fifth_image_is_held_out(shipped, images):
     assert [f.name.partition(":")[0] for f in fields if f.validation] == ["field4"]
 
 
+def test_files_may_be_called_as_users_call_them(shipped, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        folder = tmp_path / f"dish [{number}]"
+        folder.mkdir()
+        field = rng.integers(0, 4000, (240, 260)).astype(np.uint16)
+        tifffile.imwrite(folder / "sharp.tif", field)
+    recipe = own_recipe(shipped, read_optics(OWN), tmp_path, name="my_20x")
+    assert [f.validation for f in load_fields(recipe)] == [n == 4 for n in range(6)]
+
+
 def test_a_folder_without_images_is_refused(shipped, tmp_path):
     with pytest.raises(ConfigError, match="no images"):
         own_recipe(shipped, read_optics(OWN), tmp_path, name="none")

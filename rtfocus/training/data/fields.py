@@ -87,9 +87,16 @@ def _load_source(source: SourceRecipe, folder: Path) -> list[Field]:
             msg = f"source '{source.kind}': no file matches '{folder / pattern}'"
             raise ConfigError(msg)
         for path in paths:
-            held_out = any(fnmatch(path.name, wanted) for wanted in source.validation)
-            found += _load_file(path, source, held_out)
+            found += _load_file(path, source, _is_held_out(path, folder, source))
     return found
+
+
+def _is_held_out(path: Path, folder: Path, source: SourceRecipe) -> bool:
+    inside = f"/{path.relative_to(folder).as_posix()}"
+    return any(
+        fnmatch(inside if wanted.startswith("/") else path.name, wanted)
+        for wanted in source.validation
+    )
 
 
 def _load_file(path: Path, source: SourceRecipe, held_out: bool) -> list[Field]:
