@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from rtfocus.resources import resource_folder
 from rtfocus.training.checkpoint import load_checkpoint
 from rtfocus.training.precisions import Precision, write_precisions
 from rtfocus.training.recipe import RecipeBase
@@ -81,8 +82,11 @@ def trained(recipe: RecipeBase, state: dict[str, Any]) -> tuple[Task[Any], nn.Mo
 
 def _history(recipe: RecipeBase, state: dict[str, Any]) -> dict[str, Any]:
     """Say how the weights came about, the runs they started from included."""
+    name = f"train_{recipe.name}"
+    shipped = (resource_folder("configs") / f"{name}.yaml").is_file()
     history: dict[str, Any] = {
-        "command": f"rtfocus train train_{recipe.name}",
+        # A recipe of the user's own has a name that nobody else finds.
+        **({"command": f"rtfocus train {name}"} if shipped else {"run": recipe.name}),
         "seed": recipe.seed,
         "steps": state["step"],
         "minutes": round(state["seconds"] / 60),

@@ -209,3 +209,15 @@ def test_an_exported_engine_can_be_loaded_by_the_processor(exported):
     assert card.output is not None
     assert tuple(card.output.labels) == LABELS
     assert verified_file(folder, card).name == "model.fp32.onnx"
+
+
+def test_a_card_names_a_shipped_recipe_only_where_there_is_one(exported):
+    card = yaml.safe_load((exported[1] / "engine.yaml").read_text(encoding="utf-8"))
+    assert card["trained"]["run"] == "small"
+    assert "command" not in card["trained"]
+    recipe, state = load_checkpoint(exported[0])
+    shipped = exported[0].with_name("shipped.pt")
+    save_checkpoint(shipped, recipe.model_copy(update={"name": "delpnet"}), state)
+    path = export_command(shipped, exported[1].with_name("shipped"))
+    card = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert card["trained"]["command"] == "rtfocus train train_delpnet"
