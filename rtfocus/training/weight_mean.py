@@ -33,8 +33,11 @@ def write_mean(first: Path, second: Path, output: Path) -> None:
         )
         raise ConfigError(msg)
     mean = {
-        name: torch.lerp(value, other["average"][name], 0.5)
-        for name, value in one["average"].items()
+        # Whole numbers, such as the batches that BatchNorm has seen, have no mean.
+        name: torch.lerp(one["average"][name], value, 0.5)
+        if value.is_floating_point()
+        else value
+        for name, value in other["average"].items()
     }
     save_checkpoint(output, recipe, {**other, "average": mean})
 

@@ -27,6 +27,14 @@ def test_mean_lies_half_way_and_keeps_the_second_runs_recipe(tmp_path):
     assert state["average"]["w"].tolist() == [2.0, 0.0]
 
 
+def test_whole_numbers_are_those_of_the_second(tmp_path):
+    first, second, output = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
+    write(first, 7)
+    write(second, 12)
+    write_mean(first, second, output)
+    assert load_checkpoint(output)[1]["average"]["w"].item() == 12
+
+
 def test_different_networks_have_no_mean(tmp_path):
     write(tmp_path / "a.pt", [1.0])
     write(tmp_path / "b.pt", [1.0, 2.0])
