@@ -1,11 +1,6 @@
-"""Levels: He's scale of defocus classes and the units a defocus is counted in."""
+"""Levels: He's scale of defocus classes."""
 
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-from rtfocus.channel import OpticalSystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +12,8 @@ class DefocusLevels:
     Examples
     --------
     >>> scale = DefocusLevels()
-    >>> scale.defocus_um(5), scale.level(-9.2)
-    (10.0, 5)
+    >>> scale.count, scale.defocus_um(5)
+    (11, 10.0)
     """
 
     step_um: float = 2.0
@@ -47,28 +42,7 @@ class DefocusLevels:
             raise ValueError(msg)
         return level * self.step_um
 
-    def level(self, defocus_um: float) -> int:
-        """Return the nearest level; beyond the scale's end, the last one."""
-        return int(self.levels([defocus_um])[0])
-
-    def levels(self, defocus_um: ArrayLike) -> NDArray[np.int64]:
-        """Return the nearest level of each defocus; shape of the input."""
-        distance = np.abs(np.asarray(defocus_um, dtype=np.float64)) / self.step_um
-        # Halves go up, so that a step's centre belongs to the farther level.
-        nearest = np.floor(distance + 0.5)
-        return np.minimum(nearest, self.count - 1).astype(np.int64)
-
     @property
     def values_um(self) -> tuple[float, ...]:
         """Defocus of every level in order."""
         return tuple(level * self.step_um for level in range(self.count))
-
-
-def to_defocus_waves(system: OpticalSystem, defocus_um: float) -> float:
-    """Convert um to the optics' own unit, z NA^2 / (n lambda); sign kept."""
-    return defocus_um / system.defocus_unit_um
-
-
-def from_defocus_waves(system: OpticalSystem, defocus_waves: float) -> float:
-    """Convert z NA^2 / (n lambda) to um; sign kept."""
-    return defocus_waves * system.defocus_unit_um

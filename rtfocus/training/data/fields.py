@@ -19,7 +19,8 @@ from rtfocus.training.recipe import RecipeBase, SourceRecipe
 Image = NDArray[np.float32]
 
 DATA_VARIABLE = "RTFOCUS_DATA"
-# Recommendation ITU-R BT.601, as everywhere in the project.
+# Recommendation ITU-R BT.601. The loop takes BT.709 for what it sees; as scenes to
+# learn from both are fine, and a change would draw other batches from the same seed.
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 

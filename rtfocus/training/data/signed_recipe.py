@@ -14,8 +14,6 @@ from rtfocus.training.recipe import (
     RecipeBase,
 )
 
-Spherical = Annotated[float, Field(lt=0)]
-
 
 class SignedRecipe(Section):
     """Planes through focus and what makes their sides differ.
