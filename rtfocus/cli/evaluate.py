@@ -72,7 +72,9 @@ def evaluate(
     ] = False,
     optics: Annotated[
         str | None,
-        typer.Option(metavar="CONFIG", help="Config with the optics of a folder."),
+        typer.Option(
+            metavar="CONFIG", help="Config with optics and camera of a folder."
+        ),
     ] = None,
     channel: Annotated[str, typer.Option(help="Channel of that config.")] = "default",
     classifier: Annotated[
@@ -98,22 +100,20 @@ def evaluate(
     --data bbbc006_pairs --data-folder images -o evaluation
     """
     folders = engine_folder or []
+    given, offset_counts = _microscope(optics, channel)
     sets = [
-        find_data_set(name, data_folder, _optics(optics, channel))
+        find_data_set(name, data_folder, given, offset_counts=offset_counts)
         for name in data or ["bbbc006_pairs"]
     ]
+    _refuse_equal_names(sets)
     told = Told.NOTHING if blind else tell
-    # A method that is built in is the same row either way.
-    contenders = {
-        one.title: one
+    contenders = [
+        contender(name, classifier=classifier, blind=way, folders=folders)
         for name in engines
-        for one in (
-            contender(name, classifier=classifier, blind=way, folders=folders)
-            for way in _ways(told)
-        )
-    }
+        for way in _ways(told)
+    ]
     outcomes = _run(
-        list(contenders.values()),
+        _rows(contenders),
         sets,
         lambda one, data: one.config(
             data, folders=folders, threads=threads, precision=precision
@@ -153,14 +153,41 @@ def _ways(told: Told) -> tuple[bool, ...]:
     }[told]
 
 
-def _optics(config: str | None, channel: str) -> OpticalSystem | None:
+def _rows(contenders: list[Contender]) -> list[Contender]:
+    """Return each row once; one that is told nothing is the same either way."""
+    rows: dict[str, Contender] = {}
+    for one in contenders:
+        same = rows.setdefault(one.title, one)
+        folders = [c.engine and c.engine.folder.resolve() for c in (same, one)]
+        if folders[0] != folders[1]:
+            msg = (
+                f"'{folders[0]}' and '{folders[1]}' are both called '{one.name}' in a "
+                "table; rename one of the folders"
+            )
+            raise ConfigError(msg)
+    return list(rows.values())
+
+
+def _refuse_equal_names(sets: list[DataSet]) -> None:
+    for data in sets:
+        if sum(one.name == data.name for one in sets) > 1:
+            msg = (
+                f"two data sets are called '{data.name}' in a table; give each once, "
+                "or rename a folder"
+            )
+            raise ConfigError(msg)
+
+
+def _microscope(config: str | None, channel: str) -> tuple[OpticalSystem | None, float]:
+    """Return optics and camera offset of a config; without one nothing and 0."""
     if config is None:
-        return None
-    found = read_config(config, None).channel(channel).optics
-    if found is None:
+        return None, 0.0
+    found = read_config(config, None)
+    optics = found.channel(channel).optics
+    if optics is None:
         msg = f"config '{config}' states no optics for channel '{channel}'"
         raise ConfigError(msg)
-    return found
+    return optics, found.camera.offset_counts
 
 
 def _show(outcomes: list[Outcome]) -> None:

@@ -11,7 +11,11 @@ from rtfocus.evaluation.synthetic_sets import VARIANTS, synthetic
 
 
 def find_data_set(
-    name: str, data_folder: Path | None, optics: OpticalSystem | None
+    name: str,
+    data_folder: Path | None,
+    optics: OpticalSystem | None,
+    *,
+    offset_counts: float = 0.0,
 ) -> DataSet:
     """Return a data set by its name, or the pairs of a user's folder.
 
@@ -23,6 +27,8 @@ def find_data_set(
         Where the published images lie; only sets by name need it.
     optics
         Of a user's folder; None: those fitted to BBBC006.
+    offset_counts
+        Of the camera that took the images of a user's folder.
 
     Raises
     ------
@@ -34,7 +40,7 @@ def find_data_set(
         if not Path(name).is_dir():
             msg = f"data set '{name}' is no folder and none of {', '.join(known)}"
             raise InputError(msg)
-        return folder_set(Path(name), optics or BBBC006)
+        return folder_set(Path(name), optics or BBBC006, offset_counts=offset_counts)
     if data_folder is None or not data_folder.is_dir():
         msg = (
             f"data set '{name}' needs the published images, but there is no folder "

@@ -7,6 +7,7 @@ import numpy as np
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import InputError
+from rtfocus.evaluation.planes import plane_name
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.images import ImageSeries, open_images
 
@@ -73,4 +74,5 @@ def _samples(group: str, blurred: ImageSeries, sharp: ImageSeries) -> Iterator[S
             )
             raise InputError(msg)
         span = 255.0 if truth.dtype == np.uint8 else float(np.ptp(truth))
-        yield Sample(f"{group} {blurred.name}", pixels, truth, None, group, span)
+        name = f"{group} {plane_name(blurred.name, index)}"
+        yield Sample(name, pixels, truth, None, group, span)

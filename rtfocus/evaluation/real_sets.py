@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
+from rtfocus.evaluation.planes import middle, plane_name
 from rtfocus.evaluation.samples import BBBC006, DataSet, Sample
 from rtfocus.images import open_images
 
@@ -118,14 +119,9 @@ def _planes(path: Path) -> Iterator[tuple[str, NDArray[np.generic]]]:
     """Yield every plane of a file, the middle of large ones."""
     for series in open_images(path):
         for index in series.indices():
-            rows, columns = (
-                slice(
-                    (n - min(n, _MOST_SIDE_PX)) // 2, (n + min(n, _MOST_SIDE_PX)) // 2
-                )
-                for n in series.shape[:2]
-            )
-            place = "".join(f" {axis}{n}" for axis, n in index.items() if n)
-            yield f"{series.name}{place}", series.read(**index)[rows, columns]
+            rows, columns = (middle(side, _MOST_SIDE_PX) for side in series.shape[:2])
+            name = plane_name(series.name, index)
+            yield name, series.read(**index)[rows, columns]
 
 
 def _matching(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Path]:

@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
+from rtfocus.evaluation.planes import middle, plane_name
 from rtfocus.evaluation.samples import BBBC006, DataSet, Sample
 from rtfocus.images import open_images
 from rtfocus.optics.blur import blur
@@ -163,14 +164,8 @@ def _lights(path: Path, size: float) -> Iterator[tuple[str, Image]]:
             plane = luminance(series.read(**index).astype(np.float32))
             if size != 1.0:
                 plane = zoom(gaussian_filter(plane, _ANTI_ALIAS / size), size, order=1)
-            rows, columns = (
-                slice(
-                    (n - min(n, _MOST_SIDE_PX)) // 2, (n + min(n, _MOST_SIDE_PX)) // 2
-                )
-                for n in plane.shape
-            )
+            rows, columns = (middle(side, _MOST_SIDE_PX) for side in plane.shape)
             pixels = plane[rows, columns]
             dark = np.percentile(pixels, 0.5)
-            place = "".join(f" {axis}{n}" for axis, n in index.items() if n)
             light = np.clip((pixels - dark) / (pixels.max() - dark), 0.0, 1.0)
-            yield f"{series.name}{place}", np.asarray(light, dtype=np.float32)
+            yield plane_name(series.name, index), np.asarray(light, dtype=np.float32)

@@ -1,6 +1,7 @@
 """``rtfocus evaluate``: engines and methods side by side, tables and pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,56 @@ def test_a_folder_of_pairs_gives_tables_and_pictures(
     with Image.open(out / "images_mine.png") as picture:
         # blurred | wiener | sharp
         assert picture.size[0] > 3 * 240
+
+
+def test_a_camera_offset_that_the_config_states_changes_nothing(
+    pairs: Path, engine_folder: Path, tmp_path: Path
+) -> None:
+    optics = tmp_path / "optics.yaml"
+    fields = {path: tifffile.imread(path) for path in pairs.glob("*/one.tif")}
+    gains = []
+    for offset, camera in ((0, ""), (400, "camera: {offset_counts: 400}\n")):
+        for path, counts in fields.items():
+            tifffile.imwrite(path, counts.astype("<u2") + offset)
+        optics.write_text(camera + optics.read_text("utf-8"), encoding="utf-8")
+        run(
+            *("richardson_lucy", "--data", pairs, "--optics", optics),
+            *("--classifier", "sharpness", "--engine-folder", engine_folder),
+            *("-o", tmp_path / "out"),
+        )
+        text = (tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8")
+        gains.append(json.loads(text)["outcomes"][0]["restored"]["all"]["gain_db"])
+    assert gains[1] == pytest.approx(gains[0], abs=0.01)
+
+
+def test_every_plane_of_a_stack_is_a_frame_of_its_own(
+    pairs: Path, field: np.ndarray
+) -> None:
+    for place in pairs.iterdir():
+        stack = np.stack([field + 20 * plane for plane in range(5)])
+        tifffile.imwrite(place / "one.tif", stack.astype("u1"))
+    data = find_data_set(str(pairs), None, OPTICS)
+    names = [sample.name for sample in data.samples()]
+    assert len(names) == len(set(names)) == 5
+
+
+def test_two_engines_of_one_name_are_refused(
+    pairs: Path, engine_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / "sharpness"
+    shutil.copytree(engine_folder / "sharpness", other)
+    with pytest.raises(ConfigError, match="both called 'sharpness'"):
+        run(
+            *("sharpness", other, "--data", pairs, "--engine-folder", engine_folder),
+            *("-o", tmp_path / "out"),
+        )
+
+
+def test_two_data_sets_of_one_name_are_refused(pairs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "mine"
+    shutil.copytree(pairs, other)
+    with pytest.raises(ConfigError, match="two data sets are called 'mine'"):
+        run("wiener", "--data", pairs, "--data", other, "-o", tmp_path / "out")
 
 
 def synthetic_set(tmp_path: Path, field: np.ndarray, name: str = "synthetic"):
