@@ -17,12 +17,7 @@ from rtfocus.training.losses.multi_component import (
     discriminator_loss,
     log_probability,
 )
-from rtfocus.training.networks.comi import (
-    Generator,
-    PatchDiscriminator,
-    generator_multiply_adds_per_pixel,
-    generator_parameter_count,
-)
+from rtfocus.training.networks.comi import Generator, PatchDiscriminator
 from rtfocus.training.networks.features import (
     Vgg19Features,
     classifier_features,
@@ -48,10 +43,9 @@ def test_generator_keeps_the_shape_and_starts_as_the_identity(upsampling, norm):
 
 
 @pytest.mark.parametrize("upsampling", ["resize", "transposed"])
-def test_generator_parameters_are_as_the_formula_says(upsampling):
-    network = Generator(width=8, residual_blocks=9, upsampling=upsampling)
-    counted = sum(parameter.numel() for parameter in network.parameters())
-    assert counted == generator_parameter_count(width=8, residual_blocks=9)
+def test_generator_of_the_papers_size_has_eleven_million_parameters(upsampling):
+    network = Generator(width=64, residual_blocks=9, upsampling=upsampling)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 11_365_633
 
 
 def test_generator_has_two_strided_nine_residual_and_two_upsampling_blocks():
@@ -63,34 +57,14 @@ def test_generator_has_two_strided_nine_residual_and_two_upsampling_blocks():
     assert strides == [(1, 1), (2, 2), (2, 2)]
 
 
-def test_generator_multiply_adds_are_those_of_its_convolutions():
-    """Against the sides that hooks see."""
-    network = Generator(width=4, residual_blocks=2)
-    total = 0
-
-    def count(module: nn.Conv2d, _: object, output: torch.Tensor) -> None:
-        nonlocal total
-        total += output[0, 0].numel() * module.weight.numel()
-
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
-    network(torch.zeros(1, 1, 32, 32))
-    expected = generator_multiply_adds_per_pixel(width=4, residual_blocks=2)
-    assert total / 32**2 == expected
-
-
 @pytest.mark.parametrize(
-    ("strided", "side_px", "map_side", "patch_px"),
-    [(3, 256, 30, 70), (2, 64, 14, 34), (1, 64, 30, 16)],
+    ("strided", "side_px", "map_side"), [(3, 256, 30), (2, 64, 14), (1, 64, 30)]
 )
-def test_patch_gan_gives_its_map(strided, side_px, map_side, patch_px):
-    """256 px to 30 x 30 judgements on patches of 70 px: Isola et al. 2017."""
+def test_patch_gan_gives_its_map(strided, side_px, map_side):
+    """256 px to 30 x 30 judgements: Isola et al. 2017."""
     network = PatchDiscriminator(width=4, strided=strided)
     judged = network(torch.zeros(1, 1, side_px, side_px))
     assert judged.shape == (1, 1, map_side, map_side)
-    assert network.map_side(side_px) == map_side
-    assert network.patch_px == patch_px
 
 
 def test_probability_is_the_average_over_the_map():

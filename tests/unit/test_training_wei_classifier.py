@@ -25,7 +25,6 @@ from rtfocus.training.networks.wei_classifier import (
     ChannelAttention,
     WeiClassifier,
     exchange_channels,
-    multiply_adds_per_pixel,
     normalise_channels,
 )
 from rtfocus.training.onnx_file import write_onnx
@@ -93,16 +92,6 @@ def test_parameters_are_those_of_the_layers(attention, batch_norm):
     count += 128 * 32 + 32 + 32 * 49 * 128 + 128 + 128 * 5 + 5
     network = WeiClassifier(attention=attention, batch_norm=batch_norm)
     assert sum(p.numel() for p in network.parameters()) == count
-
-
-def test_multiply_adds_are_those_of_the_layers():
-    sides, inputs = (112, 56, 28, 14), (1, *WIDTHS[:-1])
-    total = sum(
-        25 * side**2 * cin * cout
-        for side, cin, cout in zip(sides, inputs, WIDTHS, strict=True)
-    )
-    total += 49 * 128 * 32 + 32 * 49 * 128 + 128 * 5
-    assert multiply_adds_per_pixel() == pytest.approx(total / 224**2)
 
 
 def test_attention_is_squeeze_excitation_and_scale():

@@ -121,7 +121,6 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, *, width: int = 64, strided: int = 3) -> None:
         super().__init__()
-        self.strided = strided
         layers: list[nn.Module] = []
         channels = 1
         for place in range(strided + 1):
@@ -142,60 +141,6 @@ class PatchDiscriminator(nn.Module):
         """Return logits of being real, (N, 1, n, n), of tiles (N, 1, H, W)."""
         logits: Tensor = self.layers(tiles)
         return logits
-
-    def map_side(self, side_px: int) -> int:
-        """Return the side n of the map that a square tile gives.
-
-        Examples
-        --------
-        >>> PatchDiscriminator(width=8).map_side(256)
-        30
-        """
-        for place in range(self.strided + 2):
-            stride = 2 if place < self.strided else 1
-            side_px = (side_px + 2 - _DISCRIMINATOR_KERNEL) // stride + 1
-        return side_px
-
-    @property
-    def patch_px(self) -> int:
-        """Side of the patch that one judgement sees."""
-        patch = 1
-        for place in reversed(range(self.strided + 2)):
-            stride = 2 if place < self.strided else 1
-            patch = (patch - 1) * stride + _DISCRIMINATOR_KERNEL
-        return patch
-
-
-def generator_parameter_count(*, width: int, residual_blocks: int) -> int:
-    """Count the trained values of `Generator` from its formula.
-
-    Both upsamplings have as many.
-
-    Examples
-    --------
-    >>> generator_parameter_count(width=64, residual_blocks=9)
-    11365633
-    """
-    w = width
-    ends = 2 * 49 * w + w + 1
-    down = 9 * (2 * w * w + 8 * w * w) + 6 * w
-    up = 9 * (8 * w * w + 2 * w * w) + 3 * w
-    return ends + down + residual_blocks * 2 * (9 * 16 * w * w + 4 * w) + up
-
-
-def generator_multiply_adds_per_pixel(*, width: int, residual_blocks: int) -> float:
-    """Count the multiply-adds of the convolutions per pixel of the input.
-
-    Examples
-    --------
-    >>> generator_multiply_adds_per_pixel(width=16, residual_blocks=9)
-    54560.0
-    """
-    w = width
-    ends = 2 * 49 * w
-    down = 9 * (2 * w * w / 4 + 8 * w * w / 16)
-    up = 9 * (8 * w * w / 4 + 2 * w * w)
-    return ends + down + residual_blocks * 2 * 9 * 16 * w * w / 16 + up
 
 
 def _norm(norm: Norm, width: int) -> list[nn.Module]:

@@ -121,19 +121,3 @@ class DelpNet(nn.Module):
         )
         logits: Tensor = self.dense(pooled)
         return logits
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trained values."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-
-def multiply_adds_per_pixel(side_px: int = 528) -> float:
-    """Count the multiply-adds of the convolutions per pixel of a square frame."""
-    total = 0
-    channels, side = 1, side_px
-    for width, kernel, stride in zip(WIDTHS, _KERNELS, _STRIDES, strict=True):
-        side = -(-side // stride)
-        total += side**2 * channels * width * kernel**2
-        channels = width
-    return total / side_px**2

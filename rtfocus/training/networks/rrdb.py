@@ -119,29 +119,3 @@ class RrdbNet(nn.Module):
         maps = self.pool(self.activation(self.fine(self.upsample(maps))))
         drawn: Tensor = self.join(self.output(maps))
         return tiles + drawn if self.residual_output else drawn
-
-
-def parameter_count(*, blocks: int, width: int, phases: int = 1) -> int:
-    """Count the trained values of `RrdbNet` from its formula.
-
-    A dense block has 9 w^2 (1 + 2 + 3 + 4 + 5) weights and 5 w offsets.
-
-    Examples
-    --------
-    >>> parameter_count(blocks=4, width=64)
-    6677505
-    """
-    dense = 9 * width**2 * sum(range(1, _CONVOLUTIONS + 1)) + _CONVOLUTIONS * width
-    ends = 9 * width * phases**2 * 2 + width + phases**2
-    return blocks * _BLOCKS_IN_RESIDUAL * dense + 9 * width**2 + width + ends
-
-
-def multiply_adds_per_pixel(*, blocks: int, width: int, phases: int = 1) -> float:
-    """Count the multiply-adds of the convolutions per pixel of the input.
-
-    The convolution behind the upsampling sees four times as many positions.
-    """
-    dense = 9 * width**2 * sum(range(1, _CONVOLUTIONS + 1))
-    ends = 9 * width * phases**2 * 2
-    total = blocks * _BLOCKS_IN_RESIDUAL * dense + 4 * 9 * width**2 + ends
-    return total / phases**2

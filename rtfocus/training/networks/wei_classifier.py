@@ -155,17 +155,3 @@ def exchange_channels(patches: Tensor, orders: Tensor) -> Tensor:
     """
     places = orders[:, :, None, None].expand_as(patches)
     return patches.gather(1, places)
-
-
-def multiply_adds_per_pixel(channels: int = 1) -> float:
-    """Count the multiply-adds of convolutions and dense layers per input pixel."""
-    total = 0
-    inputs, side = channels, PATCH_PX
-    for place, width in enumerate(WIDTHS):
-        side //= 2 if place == 0 else 1
-        total += side**2 * inputs * width * _KERNEL**2
-        side //= 2
-        inputs = width
-    total += _CELLS**2 * inputs * _FUSED
-    total += _FUSED * _CELLS**2 * _HIDDEN + _HIDDEN * len(LABELS)
-    return float(total / PATCH_PX**2)
