@@ -27,6 +27,7 @@ from gpu_timeline import draw_timeline
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
+from rtfocus.evaluation.cost import multiply_adds_per_pixel
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.engines.registry import find_engine
@@ -274,31 +275,6 @@ def roofline(
     }
 
 
-def multiply_adds_per_px(engine: str) -> float:
-    """Return the multiply-adds of a network per pixel it sees, from its file."""
-    import onnx
-    from onnx import shape_inference
-
-    found = find_engine(engine)
-    side = 12 * found.card.input.multiple_px
-    model = onnx.load(found.folder / found.card.files["fp32"])
-    for dimension in model.graph.input[0].type.tensor_type.shape.dim[2:]:
-        dimension.dim_value = side
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    graph = shape_inference.infer_shapes(model).graph
-    shapes = {
-        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in (*graph.value_info, *graph.output)
-    }
-    weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    total = 0.0
-    for node in graph.node:
-        if node.op_type == "Conv" and node.output[0] in shapes:
-            _, channels, *kernel = weights[node.input[1]]
-            total += np.prod(shapes[node.output[0]]) * channels * np.prod(kernel)
-    return float(total / side**2)
-
-
 def why_not() -> str | None:
     """Return why nothing can be measured here; None: it can."""
     return why_no_gpu() or why_not_loadable(NVRTC) or why_not_loadable(CUFFT)
@@ -334,12 +310,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = find_device(options.gpu)
     print(f"{device.name}, compute capability {device.compute_capability}")
     limits = ceilings(device)
-    macs = multiply_adds_per_px(options.engine)
+    macs = multiply_adds_per_pixel(find_engine(options.engine))
     rows = []
     for case in cases(options):
         row = measure(case, options.engine, options.gpu, options.frames)
         if "refused" not in row:
-            row["roofline"] = roofline(row, limits, macs)
+            row["roofline"] = roofline(row, limits, macs or 0.0)
             print(case, f"{row['frames_per_s']:.0f} frames/s", flush=True)
         else:
             print(case, row["refused"], flush=True)
