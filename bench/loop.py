@@ -10,7 +10,6 @@ rate gives the latency of the focus estimate.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import psutil
 from bench import machine
 from rtfocus.config import Config, load_config
 from rtfocus.frame import FrameHeader, SeriesEnd, SeriesStart
+from rtfocus.machine import usable_threads
 from rtfocus.metrics import Accounting
 from rtfocus.microscope.acquisition import acquire
 from rtfocus.processing.select import open_processor
@@ -253,8 +253,7 @@ def main() -> None:
     stages["classify"], stages["restore"] = measure_processing(config, sink, alone)
     with tempfile.TemporaryDirectory() as folder:
         stages["write"] = measure_writer(config, sink, alone, Path(folder))
-        cores = len(psutil.Process().cpu_affinity() or range(os.cpu_count() or 1))
-        ceiling = min(cores, 2) / (sum(stages.values()) / 1e3)
+        ceiling = min(usable_threads(), 2) / (sum(stages.values()) / 1e3)
         plan = f"acquisition.mda={{time_plan: {{interval: 0, loops: {frames}}}}}"
         fast = run_loop([plan, *options.set], Path(folder) / "fast")
         rate = float(fast["throughput"]["frames_per_s"])

@@ -1,7 +1,6 @@
 """Machine: what a benchmark ran on, and where its figures go."""
 
 import json
-import os
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from rtfocus.machine import processor_name, usable_threads
 
 _PACKAGES = (
     "rtfocus",
@@ -29,12 +30,10 @@ _PACKAGES = (
 def describe() -> dict[str, Any]:
     """Return processor, cores, memory, system and versions as plain values."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": psutil.cpu_count(logical=False),
         "threads": psutil.cpu_count(),
-        "usable_threads": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else psutil.cpu_count(),
+        "usable_threads": usable_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "load_1min": round(psutil.getloadavg()[0], 2),
         "system": platform.platform(),
@@ -72,13 +71,3 @@ def _versions() -> list[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             found.append((package, "not installed"))
     return found
-
-
-def _processor() -> str:
-    """Return the model's name; Linux hides it from ``platform``."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or os.environ.get("PROCESSOR_IDENTIFIER", "unknown")

@@ -18,6 +18,7 @@ from rtfocus import __version__
 from rtfocus.config.reference import reference
 from rtfocus.errors import EngineError
 from rtfocus.findings import Finding
+from rtfocus.machine import processor_name
 from rtfocus.microscope.diagnosis import describe as describe_microscope
 from rtfocus.processing.engines.backends import BACKENDS
 from rtfocus.processing.engines.registry import list_engines
@@ -79,7 +80,7 @@ def configs(
 def _findings() -> Iterator[Finding]:
     yield Finding("rtfocus", f"{__version__}, Python {platform.python_version()}")
     yield Finding("system", platform.platform())
-    yield Finding("cpu", f"{_cpu_name()}, {os.cpu_count()} cores{_cpu_features()}")
+    yield Finding("cpu", f"{processor_name()}, {os.cpu_count()} cores{_cpu_features()}")
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
     memory_gb = psutil.virtual_memory().available / 1e9
     yield Finding("memory and disk", f"{memory_gb:.0f} and {free_gb:.0f} GB free here")
@@ -87,15 +88,6 @@ def _findings() -> Iterator[Finding]:
     yield from _cpu_runtimes()
     yield from _gpu()
     yield from _shipped_engines()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _cpu_features() -> str:

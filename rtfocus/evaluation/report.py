@@ -1,7 +1,6 @@
 """Report: outcomes as one JSON file, one Markdown file and pictures."""
 
 import json
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from rtfocus.errors import InputError
 from rtfocus.evaluation.pictures import save_confusion, save_side_by_side
 from rtfocus.evaluation.run import Outcome
 from rtfocus.evaluation.tables import LEVEL_COLUMNS, RESTORED_COLUMNS, Rows, tables
+from rtfocus.machine import processor_name, usable_threads
 
 JSON_NAME = "evaluation.json"
 MARKDOWN_NAME = "evaluation.md"
@@ -84,13 +84,10 @@ def markdown(outcomes: Sequence[Outcome], *, command: str) -> str:
 
 def machine() -> str:
     """Return processor, usable threads and load: milliseconds depend on them."""
-    process = psutil.Process()
-    usable = psutil.cpu_count()
-    if hasattr(process, "cpu_affinity"):
-        usable = len(process.cpu_affinity())
+    load = psutil.getloadavg()[0]
     return (
-        f"{_processor()}, {usable} usable threads, load {psutil.getloadavg()[0]:.1f} "
-        "at the end"
+        f"{processor_name()}, {usable_threads()} usable threads, load {load:.1f} at "
+        "the end"
     )
 
 
@@ -182,13 +179,3 @@ def _pictures(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
             save_confusion(path, f"{one.contender.title}, {one.data.name}", one.levels)
             paths.append(path)
     return paths
-
-
-def _processor() -> str:
-    """Return the model's name; Linux hides it from ``platform``."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -10,7 +10,6 @@ bounded by the number of slots. A frame that fails takes its error to
 `wait_result`; the others go on.
 """
 
-import os
 import threading
 from functools import partial
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
+from rtfocus.machine import usable_threads
 from rtfocus.processing.grids import common_grid
 from rtfocus.processing.job import Job, attempt, classify, restore
 from rtfocus.processing.plan import ChannelPlan, plan_channel, share_threads
@@ -54,7 +54,7 @@ class CpuProcessor:
         Returns the grid of the defocus maps; None where no channel is classified.
         """
         self.close()
-        threads = self._config.processing.threads or _usable_cores()
+        threads = self._config.processing.threads or usable_threads()
         self._series = series
         try:
             for channel in series.channels:
@@ -183,10 +183,3 @@ class CpuProcessor:
                     job.finished.set()
         except AbortedError:
             return
-
-
-def _usable_cores() -> int:
-    """Return the cores this process may use, which a container or job limits."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
