@@ -137,13 +137,13 @@ def _own_source(images: Path) -> SourceRecipe:
 
 def _read_values(text: str) -> Mapping[str, Any]:
     values: dict[str, Any] = {}
-    aberrations: dict[str, float] = {}
+    aberrations: dict[str, str] = {}
     for part in text.split(","):
         name, _, value = (word.strip() for word in part.partition("="))
         if name in _ABERRATION_NAMES:
-            aberrations[_ABERRATION_NAMES[name]] = yaml.safe_load(value)
+            aberrations[_ABERRATION_NAMES[name]] = value
         elif name in _SHORT_NAMES:
-            values[_SHORT_NAMES[name]] = yaml.safe_load(value)
+            values[_SHORT_NAMES[name]] = value
         else:
             known = ", ".join((*_SHORT_NAMES, *_ABERRATION_NAMES))
             msg = f"optics '{text}': '{name}' is unknown; known are {known}"
@@ -160,8 +160,9 @@ def _read_file(path: Path) -> object:
             "NA=0.75,wavelength=520,pixel=0.325"
         )
         raise ConfigError(msg) from error
-    if isinstance(data, dict) and data.get("channels"):
-        data = data["channels"][0]
+    channels = data.get("channels") if isinstance(data, dict) else None
+    if isinstance(channels, list) and channels:
+        data = channels[0]
     if isinstance(data, dict) and "optics" in data:
         data = data["optics"]
     return data

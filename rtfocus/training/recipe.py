@@ -141,8 +141,11 @@ def load_recipe(path: Path) -> RecipeBase:
         raise ConfigError(msg) from error
 
 
-def _read(path: Path) -> object:
-    """Read the plain values of a recipe, those of its base included."""
+def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
+    """Read the plain values of a recipe, those of its base included.
+
+    `above` are the recipes that it is a base of.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -154,10 +157,10 @@ def _read(path: Path) -> object:
     if not isinstance(data, dict) or "base" not in data:
         return data
     base = path.parent / str(data.pop("base"))
-    if base == path:
-        msg = f"recipe '{path}' is its own base; name another one"
+    if base in (path, *above):
+        msg = f"recipe '{base}' is its own base; name another one"
         raise ConfigError(msg)
-    return _merge(_read(base), data)
+    return _merge(_read(base, (path, *above)), data)
 
 
 def _merge(base: object, changes: object) -> object:

@@ -54,6 +54,7 @@ def test_a_file_holds_one_channel_or_the_optics_alone(tmp_path, nested):
     [
         ("NA=0.75,zoom=3", "'zoom' is unknown"),
         ("NA=0.75,wavelength=520", "pixel_size_um"),
+        ("NA=[,wavelength=520,pixel=0.3", "'numerical_aperture': .* number"),
         ("NA=1.2,wavelength=520,pixel=0.3", "refractive index"),
         ("nowhere.yaml", "cannot be read"),
     ],
@@ -61,6 +62,13 @@ def test_a_file_holds_one_channel_or_the_optics_alone(tmp_path, nested):
 def test_what_is_no_optics_is_refused(text, said):
     with pytest.raises(ConfigError, match=said):
         read_optics(text)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "optics.yaml"
+    path.write_text("channels: 3", encoding="utf-8")
+    with pytest.raises(ConfigError, match="numerical_aperture"):
+        read_optics(str(path))
 
 
 def test_lengths_along_the_axis_keep_their_share_of_the_defocus_unit(shipped, images):

@@ -32,6 +32,14 @@ def test_a_missing_recipe_is_named(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("bases", [{"a": "a"}, {"a": "b", "b": "a"}])
+def test_a_recipe_that_is_its_own_base_is_refused(tmp_path, bases):
+    for name, base in bases.items():
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a\.yaml' is its own base"):
+        load_recipe(tmp_path / "a.yaml")
+
+
 def test_the_rate_rises_linearly_and_falls_to_zero():
     recipe = OptimiserRecipe(steps=1000, rate=1.0, warmup_steps=100)
     assert learning_rate(recipe, 49) == pytest.approx(0.5)
