@@ -116,12 +116,13 @@ class ImageProcessor:
             index={"t": self._sequence, "c": 0},
         )
         self._sequence += 1
-        with self._slot(header, pixels) as result:
-            return result if restore else replace(result, restored=None, skipped=None)
+        unrestored = None if restore else "classified only"
+        with self._slot(header, pixels, unrestored) as result:
+            return result if restore else replace(result, skipped=None)
 
     @contextmanager
     def _slot(
-        self, header: FrameHeader, pixels: NDArray[np.generic]
+        self, header: FrameHeader, pixels: NDArray[np.generic], unrestored: str | None
     ) -> Iterator[FrameResult]:
         slot = self._pool.acquire(timeout_s=0)
         if slot is None:
@@ -129,7 +130,7 @@ class ImageProcessor:
             raise EngineError(msg)
         try:
             slot.prepare(header)[...] = pixels
-            self._processor.submit(slot)
+            self._processor.submit(slot, unrestored=unrestored)
             result = self._processor.wait_result(slot)
             # The slot's buffers are used again by the next image.
             restored = None if result.restored is None else result.restored.copy()

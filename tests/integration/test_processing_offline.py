@@ -61,6 +61,7 @@ def test_classify_restores_nothing(config, images):
     with ImageProcessor(config) as processor:
         result = processor.classify(images[0])
     assert result.restored is None
+    assert "restore" not in result.stage_ms
     assert result.skipped is None
     assert result.estimate is not None
 
