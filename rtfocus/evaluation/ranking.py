@@ -56,7 +56,7 @@ class Ranking:
         Returns
         -------
         NDArray[np.int64]
-            One per wanted tile; 0: a right label was chosen.
+            One per wanted tile; 0: no label is likelier than a right one.
         """
         plan = self._plan_for(sample)
         if plan.classifier is None or plan.classifier.card.output is None:

@@ -32,9 +32,8 @@ def check_fit(card: EngineCard, optics: OpticalSystem, *, ignore: bool) -> None:
     why = why_unfit(card, optics)
     if why is not None and not ignore:
         msg = (
-            f"{why}; train one for these optics (copy recipe train_{card.name}, set "
-            "its blur.reference, then: rtfocus train RECIPE) or run it anyway with "
-            "processing.ignore_optics: true"
+            f"{why}; train one for these optics (rtfocus train RECIPE --optics OPTICS "
+            "--images FOLDER) or run it anyway with processing.ignore_optics: true"
         )
         raise EngineError(msg)
 

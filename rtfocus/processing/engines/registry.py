@@ -101,8 +101,7 @@ def find_engine(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
     msg = (
         f"engine '{name}' not found; looked for {CARD_NAME} in {looked}; "
         f"engines there: {', '.join(present) or 'none'}; add its parent folder to "
-        "processing.engine_folders or train it with: rtfocus train configs/"
-        f"train_{Path(name).name}.yaml"
+        "processing.engine_folders, or train one: rtfocus train RECIPE"
     )
     raise EngineError(msg)
 
