@@ -120,7 +120,7 @@ def _open_engines(
         restorer = opened.restorer
         engines["restorer"] = opened.identity
         if opened.engine is not None:
-            backends[view.restoration.method] = runs_on(opened.engine)
+            backends[opened.name] = runs_on(opened.engine)
     return GpuChannel(
         channel,
         camera,

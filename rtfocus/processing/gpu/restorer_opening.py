@@ -44,6 +44,11 @@ class OpenGpuRestorer:
     engine: GpuEngine | None = None
     """Its own network; None: it has none."""
 
+    @property
+    def name(self) -> str:
+        """Of the engine or method."""
+        return self.identity.partition("@")[0]
+
 
 def open_gpu_restorer(
     view: GpuChannelView, found: FoundEngine, classifier: GpuClassifier

@@ -267,6 +267,16 @@ def test_networks_restore_as_on_the_cpu(networks, frames, names):
     )
 
 
+def test_a_restorer_given_as_a_folder_is_reported_by_its_name(networks):
+    by_folder = config_for(networks, method=str(networks / "smooth"))
+    found = []
+    for processor in (GpuProcessor(by_folder), CpuProcessor(by_folder)):
+        processor.start(SERIES, 2)
+        found.append(set(processor.backends()))
+        processor.close()
+    assert found[0] == found[1] == {"sharpness", "smooth"}
+
+
 def test_lack_of_memory_means_fewer_frames_in_flight(
     driver, engine_folder, frames, monkeypatch, caplog
 ):
