@@ -218,6 +218,14 @@ def test_kernel_pairs_are_blurred_by_the_kernel_alone(tmp_path):
     np.testing.assert_allclose(views.mean(axis=(2, 3)), blurred[1:-1, 1:-1], atol=0.02)
 
 
+def test_pairs_without_a_kernel_are_refused(tmp_path):
+    recipe = RrdbRecipe(
+        pairs=PAIRS, data_folder=tmp_path, kernels=KernelsSection(family="estimated")
+    )
+    with pytest.raises(ConfigError, match="0 real pairs give no kernel"):
+        RrdbTask(recipe).batch(0)
+
+
 def test_estimated_kernels_come_from_the_training_pairs(tmp_path):
     """A disc of 13 px, estimated from one pair, blurs the batches."""
     import tifffile

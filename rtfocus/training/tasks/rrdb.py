@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.section import Section
+from rtfocus.errors import ConfigError
 from rtfocus.training.data.fields import data_folder
 from rtfocus.training.data.kernel_pairs import (
     KernelPairs,
@@ -124,7 +125,14 @@ def _make_batches(recipe: RrdbRecipe) -> PairBatches | KernelPairs:
         for wanted in recipe.pairs.real
         for pair in load_real_pairs(wanted, folder, validation=False)
     ]
-    return KernelPairs(recipe, estimated_kernels(pairs[: settings.estimated_pairs]))
+    kernels = estimated_kernels(pairs[: settings.estimated_pairs])
+    if not kernels:
+        msg = (
+            f"kernels.family is estimated, but {len(pairs)} real pairs give no kernel "
+            "of 11 px or more; name blurred ones in pairs.real, or choose pupil"
+        )
+        raise ConfigError(msg)
+    return KernelPairs(recipe, kernels)
 
 
 RECIPE = RrdbRecipe
