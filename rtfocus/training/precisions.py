@@ -92,7 +92,9 @@ def write_precisions(
     if "int8" in precisions:
         files["int8"] = file_name("int8")
         batches = calibration_inputs(task, tuple(graph.inputs))
-        quantise(reference, folder / files["int8"], batches)
+        quantise(
+            reference, folder / files["int8"], batches, float_ends=graph.float_ends
+        )
     if half_weights:
         halve_weights(reference)
     return files

@@ -4,7 +4,7 @@ Every convolution gets a quantise and a dequantise node before it (Q/DQ), weight
 one scale per output channel, features in one scale per tensor, zero in the middle:
 what TensorRT, OpenVINO and ONNX Runtime all read. The first convolution and the
 last before each output stay in float: there the image itself, or the evidence for a
-label, would be rounded to 256 steps.
+label, would be rounded to 256 steps. A network may ask for more at either end.
 """
 
 import logging
@@ -22,7 +22,13 @@ Arrays = Mapping[str, NDArray[np.float32]]
 _CONVOLUTION = "Conv"
 
 
-def quantise(source: Path, target: Path, batches: Iterable[Arrays]) -> Path:
+def quantise(
+    source: Path,
+    target: Path,
+    batches: Iterable[Arrays],
+    *,
+    float_ends: tuple[int, int] = (1, 1),
+) -> Path:
     """Write the int8 form of a float32 ONNX file.
 
     Parameters
@@ -33,6 +39,8 @@ def quantise(source: Path, target: Path, batches: Iterable[Arrays]) -> Path:
         File to write.
     batches
         Inputs by tensor name, as the network meets them; a few dozen patches.
+    float_ends
+        See `inner_convolutions`.
 
     Returns
     -------
@@ -52,9 +60,9 @@ def quantise(source: Path, target: Path, batches: Iterable[Arrays]) -> Path:
         quantize_static,
     )
 
-    inner = inner_convolutions(source)
+    inner = inner_convolutions(source, float_ends)
     if not inner:
-        msg = f"'{source}' has fewer than three convolutions; export it as fp32 or fp16"
+        msg = f"'{source}' has no convolution between its ends; export it as fp32 or fp16"
         raise EngineError(msg)
     logger = logging.getLogger()
     level = logger.level
@@ -86,11 +94,19 @@ def quantise(source: Path, target: Path, batches: Iterable[Arrays]) -> Path:
     return target
 
 
-def inner_convolutions(path: Path) -> list[str]:
+def inner_convolutions(path: Path, float_ends: tuple[int, int] = (1, 1)) -> list[str]:
     """Return the names of all convolutions but the first and the last ones.
 
     A last one is any that reaches an output without another convolution: a network
     with two outputs has two of them.
+
+    Parameters
+    ----------
+    path
+        ONNX file.
+    float_ends
+        How many of the first and of the last convolutions, in the order of the
+        graph, do not count as inner ones.
     """
     graph = onnx.load(str(path), load_external_data=False).graph
     convolutions = [node for node in graph.node if node.op_type == _CONVOLUTION]
@@ -107,7 +123,9 @@ def inner_convolutions(path: Path) -> list[str]:
             last.add(node.name)
         else:
             open_names.extend(node.input)
-    return [node.name for node in convolutions[1:] if node.name not in last]
+    first, final = float_ends
+    between = convolutions[first : len(convolutions) - final]
+    return [node.name for node in between if node.name not in last]
 
 
 class _Calibration:

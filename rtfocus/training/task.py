@@ -30,6 +30,8 @@ class Graph:
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, str]]
     """Per input name the axes that may vary: axis number to its name."""
+    float_ends: tuple[int, int] = (1, 1)
+    """How many of the first and the last convolutions int8 leaves in float."""
 
 
 class Task(ABC, Generic[R]):

@@ -109,6 +109,14 @@ def test_the_same_data_make_the_same_file(files, tmp_path):
     assert again.read_bytes() == (files / "model.int8.onnx").read_bytes()
 
 
+def test_more_convolutions_at_the_ends_may_stay_in_float(files):
+    source = files / "model.fp32.onnx"
+    names = [n.name for n in onnx.load(source).graph.node if n.op_type == "Conv"]
+    assert inner_convolutions(source, (2, 1)) == names[2:-1]
+    assert inner_convolutions(source, (1, 2)) == names[1:-2]
+    assert inner_convolutions(source, (2, 2)) == []
+
+
 def test_a_network_without_inner_convolutions_is_refused(tmp_path):
     graph = Graph(
         nn.Conv2d(1, 1, 3, padding=1),

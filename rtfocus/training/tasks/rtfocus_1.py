@@ -118,6 +118,8 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
             },
             ("logits", "restored"),
             {"tiles": frame, "condition": {0: "number"}},
+            # Both blocks on the finest features: in int8 they cost 0.3 dB.
+            float_ends=(3, 4),
         )
 
     def card(self) -> dict[str, Any]:
