@@ -50,7 +50,7 @@ def quantise(
     Raises
     ------
     EngineError
-        If the file has no convolution between its first and its last ones.
+        If the file has no convolution between its ends.
     """
     # Slow to import, and only exports need it.
     from onnxruntime.quantization import (
@@ -62,7 +62,10 @@ def quantise(
 
     inner = inner_convolutions(source, float_ends)
     if not inner:
-        msg = f"'{source}' has no convolution between its ends; export it as fp32 or fp16"
+        msg = (
+            f"'{source}' has no convolution between its ends; "
+            "export it as fp32 or fp16"
+        )
         raise EngineError(msg)
     logger = logging.getLogger()
     level = logger.level
