@@ -63,8 +63,7 @@ def quantise(
     inner = inner_convolutions(source, float_ends)
     if not inner:
         msg = (
-            f"'{source}' has no convolution between its ends; "
-            "export it as fp32 or fp16"
+            f"'{source}' has no convolution between its ends; export it as fp32 or fp16"
         )
         raise EngineError(msg)
     logger = logging.getLogger()
