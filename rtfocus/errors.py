@@ -13,20 +13,62 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── MicroscopeError    Micro-Manager, adapters, devices, acquisition
     ├── EngineError        an engine that cannot be loaded, fitted or run
     ├── WriterError        the run folder: disk, store, journal
+    ├── IncompleteError    the work ended, but not all that was planned is there
     └── WorkerError        a thread of the loop failed; names it, keeps the cause
+
+Every class carries the exit code that a command ends with when it raises it.
 """
+
+from enum import IntEnum, unique
+from typing import ClassVar
+
+
+@unique
+class ExitCode(IntEnum):
+    """What a command's exit code says: the table of ``docs/reference/commands.md``."""
+
+    DONE = 0
+    """Everything planned is on disk, and ``rtfocus check`` agrees."""
+    FAILED = 1
+    """The work failed, or the answer is no: ``check`` found problems, ``doctor`` misses
+    something."""
+    USAGE = 2
+    """The command line is not understood: unknown command, option or value."""
+    CONFIG = 3
+    """A config, plan or option cannot be used; nothing was acquired or written."""
+    INPUT = 4
+    """An input cannot be read as images, or an output is refused; nothing was
+    changed."""
+    INCOMPLETE = 5
+    """The work ended and what is on disk is sound, but not all that was planned is
+    there: fewer frames than the plan has, frames dropped or in error, some of several
+    inputs. A planned series ended by Ctrl-C counts; one without a planned end does
+    not."""
+    ENGINE = 6
+    """An engine is missing, damaged, or does not fit."""
+    FAULT = 70
+    """A fault of rtfocus itself; one line says where the traceback was written."""
+    INTERRUPTED = 130
+    """Ctrl-C, a request to end, or a closed terminal before there was a result."""
 
 
 class RtfocusError(Exception):
     """Anything that a user can act on; the CLI prints it without a traceback."""
 
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+    """What a command that ends with this error exits with."""
+
 
 class ConfigError(RtfocusError):
     """A config file or option cannot be used."""
 
+    exit_code = ExitCode.CONFIG
+
 
 class InputError(RtfocusError):
     """A file or folder cannot be read as images."""
+
+    exit_code = ExitCode.INPUT
 
 
 class TransportError(RtfocusError):
@@ -56,9 +98,20 @@ class MicroscopeError(RtfocusError):
 class EngineError(RtfocusError):
     """An engine cannot be loaded, does not fit or failed to run."""
 
+    exit_code = ExitCode.ENGINE
+
 
 class WriterError(RtfocusError):
     """The run folder cannot be written or read back."""
+
+
+class IncompleteError(RtfocusError):
+    """The work ended, but not all that was planned is there; what is there is sound.
+
+    The message says how many of how many, and why.
+    """
+
+    exit_code = ExitCode.INCOMPLETE
 
 
 class WorkerError(RtfocusError):

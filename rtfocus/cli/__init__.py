@@ -60,7 +60,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exit 1 with one line for anything a user can act on."""
+    """Run the command line; one line for anything a user can act on."""
     # Piped output is UTF-8 everywhere, also where the console's code page is not.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -70,4 +70,4 @@ def main() -> None:
     except RtfocusError as error:
         typer.echo(f"error: {error}", err=True)
         logging.getLogger(__name__).info("where it came from", exc_info=error)
-        raise SystemExit(1) from None
+        raise SystemExit(int(error.exit_code)) from None

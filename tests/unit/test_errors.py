@@ -1,0 +1,35 @@
+"""Exit codes: one table, one code per meaning."""
+
+import pytest
+
+from rtfocus import errors
+from rtfocus.errors import ExitCode, RtfocusError
+
+
+def _all_errors() -> list[type[RtfocusError]]:
+    return [
+        one
+        for one in vars(errors).values()
+        if isinstance(one, type) and issubclass(one, RtfocusError)
+    ]
+
+
+@pytest.mark.parametrize("error", _all_errors())
+def test_no_error_ends_as_done_or_as_a_fault(error: type[RtfocusError]) -> None:
+    assert error.exit_code not in (ExitCode.DONE, ExitCode.FAULT, ExitCode.INTERRUPTED)
+
+
+def test_what_scripts_rely_on() -> None:
+    assert {code.name: int(code) for code in ExitCode} == {
+        "DONE": 0,
+        "FAILED": 1,
+        "USAGE": 2,
+        "CONFIG": 3,
+        "INPUT": 4,
+        "INCOMPLETE": 5,
+        "ENGINE": 6,
+        "FAULT": 70,
+        "INTERRUPTED": 130,
+    }
+    assert errors.ConfigError.exit_code is ExitCode.CONFIG
+    assert errors.IncompleteError.exit_code is ExitCode.INCOMPLETE
