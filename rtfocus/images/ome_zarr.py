@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zarr.errors import GroupNotFoundError
 
 from rtfocus.errors import InputError
-from rtfocus.images.series import ImageSeries, native_dtype
+from rtfocus.images.series import ImageChannel, ImageSeries, native_dtype
 
 
 def read_ome_zarr(path: Path) -> list[ImageSeries]:
@@ -84,9 +84,11 @@ def _describe(path: Path, name: str, group: zarr.Group) -> ImageSeries:
         shape=(lengths["y"], lengths["x"]),
         dtype=native_dtype(array.dtype),
         read_plane=_PlaneReader(array, axes),
-        pixel_size_um=steps.get("x"),
+        files=(path,),
+        pixel_size_y_um=steps.get("y"),
+        pixel_size_x_um=steps.get("x"),
         z_step_um=steps.get("z"),
-        channel_names=tuple(str(c.get("label", i)) for i, c in enumerate(channels)),
+        channels=tuple(ImageChannel(name=c.get("label")) for c in channels),
     )
 
 

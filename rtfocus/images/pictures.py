@@ -20,6 +20,7 @@ def read_picture(path: Path) -> list[ImageSeries]:
         ImageSeries(
             name=path.stem,
             path=path,
+            files=(path,),
             sizes={"t": 1, "c": 1, "z": 1},
             shape=plane.shape,
             dtype=native_dtype(plane.dtype),

@@ -1,6 +1,7 @@
 """Reading: TIFF, OME-TIFF, PNG, JPEG, OME-Zarr and folders of them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rtfocus.errors import InputError
@@ -17,6 +18,43 @@ _READERS: dict[str, Callable[[Path], list[ImageSeries]]] = {
     ".jpeg": read_picture,
     ".bmp": read_picture,
 }
+
+
+@dataclass(frozen=True)
+class BrokenImage:
+    """A file or folder that looks like an image and cannot be read as one."""
+
+    path: Path
+    reason: str
+    """One line, names the file."""
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """What a path holds: the images that can be opened, and what else was met."""
+
+    series: list[ImageSeries]
+    broken: tuple[BrokenImage, ...] = ()
+    """Files that cannot be read; the caller names them and fails in the end."""
+    skipped: tuple[Path, ...] = ()
+    """Results of rtfocus among the images of a folder; they are no inputs."""
+
+
+def find_images(path: Path) -> FoundImages:
+    """Open the images at a path lazily; a broken one does not stop the others.
+
+    Parameters
+    ----------
+    path
+        As for `open_images`.
+
+    Raises
+    ------
+    InputError
+        If there is nothing at the path, nothing in it that looks like an image, or
+        nothing that can be read.
+    """
+    return FoundImages(open_images(path))
 
 
 def open_images(path: Path) -> list[ImageSeries]:

@@ -60,7 +60,9 @@ def _describe(
         shape=(lengths["Y"], lengths["X"], *rgb),
         dtype=native_dtype(series.dtype),
         read_plane=_PlaneReader(path, number, axes, bool(rgb)),
-        pixel_size_um=scale[0],
+        files=(path,),
+        pixel_size_y_um=scale[0],
+        pixel_size_x_um=scale[0],
         z_step_um=scale[1],
     )
 

@@ -32,7 +32,8 @@ def as_series(pixels: np.ndarray, name: str = "image") -> ImageSeries:
         shape=pixels.shape[3:],
         dtype=pixels.dtype,
         read_plane=lambda t, c, z: pixels[t, c, z],
-        pixel_size_um=0.65,
+        pixel_size_y_um=0.65,
+        pixel_size_x_um=0.65,
         z_step_um=2.0,
     )
 
