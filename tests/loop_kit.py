@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rtfocus import app
 from rtfocus.cli import main
 from rtfocus.config import Config, load_config, parse_config
+from rtfocus.errors import ExitCode
 from rtfocus.frame import SeriesStart
 from rtfocus.microscope.acquisition import acquire
 from rtfocus.resources import resource_folder
@@ -196,6 +197,14 @@ def run_loop(config: Config, *, stop: threading.Event | None = None) -> Run:
     return Run(folder, sink.sent)
 
 
+ERROR_CODES = frozenset(ExitCode) - {
+    ExitCode.DONE,
+    ExitCode.USAGE,
+    ExitCode.FAULT,
+    ExitCode.INTERRUPTED,
+}
+
+
 @dataclass(frozen=True)
 class Said:
     """What a command ended with."""
@@ -246,9 +255,13 @@ def succeeded(said: Said) -> str:
     return said.out
 
 
-def failed(said: Said) -> str:
-    """Return the one error line of a command that failed with 1."""
-    assert said.code == 1, said.out + said.err
+def failed(said: Said, code: ExitCode | None = None) -> str:
+    """Return the one error line of a command that a user's error ended.
+
+    With `code`, or any of those that the errors carry.
+    """
+    codes = ERROR_CODES if code is None else {code}
+    assert said.code in codes, said.out + said.err
     assert "Traceback" not in said.err, said.err
     errors = [x for x in said.err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1, said.err

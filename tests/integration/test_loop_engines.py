@@ -14,6 +14,7 @@ from engine_kit import (
 from loop_kit import command, succeeded
 from PIL import Image
 
+from rtfocus.errors import ExitCode
 from rtfocus.optics.normalisation import PercentileRange
 
 
@@ -61,14 +62,14 @@ def test_an_added_engine_is_found_by_its_name(mine, smooth):
 def test_names_that_are_taken_and_damaged_weights_are_not_added(mine, smooth):
     succeeded(command("engines", "add", str(smooth)))
     again = command("engines", "add", str(smooth))
-    assert again.code == 1
+    assert again.code == ExitCode.ENGINE
     assert "there is an engine 'smooth'" in again.err
     other = shutil.copytree(smooth, smooth.with_name("other"))
     card = (other / "engine.yaml").read_text("utf-8")
     (other / "engine.yaml").write_text(card.replace("name: smooth", "name: other"))
     (other / "model.fp32.onnx").write_bytes(b"")
     damaged = command("engines", "add", str(other))
-    assert damaged.code == 1
+    assert damaged.code == ExitCode.ENGINE
     assert "have sha256" in damaged.err
     assert sorted(path.name for path in mine.iterdir()) == ["smooth"]
 
