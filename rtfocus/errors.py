@@ -8,6 +8,7 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     RtfocusError
     ├── ConfigError        a config file or option that cannot be used
     ├── InputError         a file or folder that cannot be read as images
+    ├── OutputError        a place that cannot, or must not, be written to
     ├── TransportError     sockets, peers, protocol, stalls
     │   └── ProtocolError  one message that breaks the wire protocol
     ├── MicroscopeError    Micro-Manager, adapters, devices, acquisition
@@ -67,6 +68,12 @@ class ConfigError(RtfocusError):
 
 class InputError(RtfocusError):
     """A file or folder cannot be read as images."""
+
+    exit_code = ExitCode.INPUT
+
+
+class OutputError(RtfocusError):
+    """A file or folder cannot, or must not, be written, replaced or removed."""
 
     exit_code = ExitCode.INPUT
 

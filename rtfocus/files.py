@@ -1,0 +1,329 @@
+"""Files: written whole, replaced and removed whole, under names every system takes.
+
+Nothing here decides whether something may be replaced; it makes sure that what is
+replaced or removed is at every moment there whole or gone, whoever interrupts. What a
+viewer, a virus scanner or a network drive holds open is tried again for seconds.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+
+from rtfocus.errors import OutputError
+
+PATIENCE_S = 5.0
+"""How long a file that another program holds open is tried again."""
+MOST_NAME_BYTES = 200
+"""File systems take 255; the rest is for endings and what is added to a name."""
+
+_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", "conin$", "conout$", "clock$"]
+    + [f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"]
+)
+_FOREIGN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+_HELD = (errno.EACCES, errno.EPERM, errno.EBUSY)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long, and by which clock, a held file is tried again."""
+
+    deadline_s: float = PATIENCE_S
+    pause_s: float = 0.1
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def insist(self, action: Callable[[], object], failure: str) -> None:
+        """Do `action`, again while somebody holds the file, up to the deadline.
+
+        Raises
+        ------
+        OutputError
+            `failure` with the system's reason, once the time is up or at once where
+            waiting cannot help.
+        """
+        end_s = self.clock() + self.deadline_s
+        while True:
+            try:
+                action()
+            except OSError as error:
+                held = error.errno in _HELD
+                if not held or self.clock() >= end_s:
+                    raise OutputError(_refusal(failure, error, held)) from error
+                self.sleep(self.pause_s)
+            else:
+                return
+
+
+_PATIENCE = Patience()
+
+
+def _refusal(failure: str, error: OSError, held: bool) -> str:
+    reason = error.strerror or str(error)
+    remedy = "; close what has it open, or allow writing there" if held else ""
+    return f"{failure}: {reason}{remedy}"
+
+
+def replace(part: Path, target: Path, patience: Patience = _PATIENCE) -> None:
+    """Move `part`, a file or folder, to `target` in place of what stands there.
+
+    What stands there is kept until `part` has its place, and put back if that fails.
+
+    Parameters
+    ----------
+    part
+        On the same file system as `target`.
+    target
+        A file, a folder or nothing.
+    patience
+        For what is held open.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be done; then both are as they were.
+    """
+    failure = f"'{target}' cannot be replaced"
+    if not (part.is_dir() or _is_folder(target)) or not os.path.lexists(target):
+        patience.insist(lambda: os.replace(part, target), failure)
+        return
+    # No system swaps a folder for another in one step.
+    old = _beside(target, "old")
+    patience.insist(lambda: target.rename(old), failure)
+    try:
+        patience.insist(lambda: part.rename(target), failure)
+    except BaseException:
+        if not os.path.lexists(target):
+            old.rename(target)
+        raise
+    _clear(old, patience)
+
+
+def remove(path: Path, patience: Patience = _PATIENCE) -> None:
+    """Remove a file, a link (not what it leads to) or a whole folder, if it exists.
+
+    A folder first loses its name in one step, so it is there whole or gone.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be removed; then it is as it was.
+    """
+    failure = f"'{path}' cannot be removed"
+    if not _is_folder(path):
+        patience.insist(lambda: path.unlink(missing_ok=True), failure)
+        return
+    gone = _beside(path, "gone")
+    patience.insist(lambda: path.rename(gone), failure)
+    _clear(gone, patience)
+
+
+@contextmanager
+def whole(
+    target: Path, *, overwrite: bool = False, patience: Patience = _PATIENCE
+) -> Iterator[Path]:
+    """Yield a free path beside `target`; what is written there is moved there whole.
+
+    Missing parent folders are made. When the block is left by an exception, Ctrl-C
+    included, nothing of it remains; what a killed try left for the same target is
+    cleared away.
+
+    Parameters
+    ----------
+    target
+        A file or folder.
+    overwrite
+        Replace what stands at `target`, even if it came there during the block.
+    patience
+        For what is held open.
+
+    Raises
+    ------
+    OutputError
+        If `target` exists and `overwrite` is not given, or the system refuses to
+        write; the message names the target.
+    """
+    made = _make_folders(target.parent)
+    part = _beside(target, "part")
+    try:
+        recover(target)
+        _refuse_existing(target, overwrite)
+        try:
+            yield part
+        except OSError as error:
+            msg = f"'{target}' cannot be written: {error.strerror or error}"
+            raise OutputError(msg) from error
+        _refuse_existing(target, overwrite)
+        replace(part, target, patience)
+    finally:
+        with suppress(OutputError):
+            remove(part, patience)
+        for folder in made:
+            with suppress(OSError):  # holds something: then it is needed
+                folder.rmdir()
+
+
+def recover(target: Path) -> None:
+    """Clear away what killed processes left beside `target`.
+
+    Something that one of them was just replacing comes back to its place.
+    """
+    with suppress(OSError):
+        for left in sorted(target.parent.glob(f".rtfocus-{_tag(target)}-*")):
+            host, _, rest = left.name.split("-", 2)[2].partition("-")
+            process, _, kind = rest.partition("-")
+            if host != _host() or not process.isdigit() or _is_alive(int(process)):
+                continue
+            if kind.endswith(".old") and not os.path.lexists(target):
+                left.rename(target)
+            else:
+                _clear(left, _PATIENCE)
+
+
+def is_reserved_name(text: str) -> bool:
+    """Tell whether Windows refuses or changes a file of this name.
+
+    That is ``con``, ``nul``, ``com1`` and their like with any ending, and names that
+    end in a dot or a space.
+    """
+    stem = text.split(".", 1)[0].rstrip(" ").casefold()
+    return stem in _RESERVED or text != text.rstrip(". ")
+
+
+def portable_name(text: str, most_bytes: int = MOST_NAME_BYTES) -> str:
+    """Turn foreign text into a file name that every system takes.
+
+    Parameters
+    ----------
+    text
+        E.g. the name of a series or position; may hold slashes, line ends, anything.
+    most_bytes
+        In UTF-8; a longer name is cut and gets a digest of the whole, so that long
+        names that differ stay different.
+
+    Returns
+    -------
+    str
+        Never empty, hidden, reserved, a path. Different texts may give the same name:
+        see `distinct_names`.
+
+    Examples
+    --------
+    >>> portable_name("Pos/0: A?"), portable_name("con"), portable_name("..")
+    ('Pos_0_ A_', 'con_', '_')
+    """
+    name = _FOREIGN.sub("_", unicodedata.normalize("NFC", text)).strip()
+    name = name.rstrip(". ")
+    if name.startswith("."):
+        name = f"_{name[1:]}"
+    if is_reserved_name(name):
+        stem, dot, ending = name.partition(".")
+        name = f"{stem.rstrip(' ')}_{dot}{ending}"
+    encoded = name.encode()
+    if len(encoded) > most_bytes:
+        digest = _digest(text.encode(errors="surrogatepass"))
+        cut = encoded[: most_bytes - len(digest) - 1].decode(errors="ignore")
+        name = f"{cut.rstrip('. ')}~{digest}"
+    return name or "_"
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Add a number to every name that another equals, upper and lower case alike.
+
+    The first of them keeps its name.
+
+    Examples
+    --------
+    >>> distinct_names(["a", "A", "b", "a", "a_2"])
+    ['a', 'A_2', 'b', 'a_3', 'a_2_2']
+    """
+    taken: set[str] = set()
+    found: list[str] = []
+    for name in names:
+        number, unique = 1, name
+        while _same_case(unique) in taken:
+            number += 1
+            unique = f"{name}_{number}"
+        taken.add(_same_case(unique))
+        found.append(unique)
+    return found
+
+
+def _same_case(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _is_folder(path: Path) -> bool:
+    """Tell a folder from a link to one, which is removed as a file is."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if not overwrite and os.path.lexists(target):
+        msg = f"'{target}' exists; choose another output or give --overwrite"
+        raise OutputError(msg)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder with its parents; return those made, the innermost first."""
+    missing = []
+    for parent in (folder, *folder.parents):
+        if parent.exists():
+            break
+        missing.append(parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"folder '{folder}' cannot be made: {error.strerror or error}"
+        raise OutputError(msg) from error
+    return missing
+
+
+def _beside(target: Path, kind: str) -> Path:
+    """Return a free hidden name beside `target` that tells whose it is."""
+    unique = uuid4().hex[:8]
+    name = f".rtfocus-{_tag(target)}-{_host()}-{os.getpid()}-{unique}.{kind}"
+    return target.with_name(name)
+
+
+def _tag(target: Path) -> str:
+    return _digest(os.fsencode(target.name))
+
+
+def _host() -> str:
+    """Tell machines apart that share a drive: process ids mean nothing elsewhere."""
+    return _digest(platform.node().encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
+
+
+def _is_alive(process: int) -> bool:
+    return process == os.getpid() or psutil.pid_exists(process)
+
+
+def _clear(path: Path, patience: Patience) -> None:
+    """Delete what has lost its name already; what resists is told, not raised."""
+    try:
+        patience.insist(
+            lambda: shutil.rmtree(path) if _is_folder(path) else path.unlink(),
+            f"'{path}' is left over and cannot be removed",
+        )
+    except OutputError as error:
+        _log.warning("%s", error)
