@@ -27,12 +27,12 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.methods import METHODS
 from rtfocus.processing.quality import psnr, ssim
 from rtfocus.processing.restoration import DepthVariantRestorer
 from rtfocus.processing.tile_restoration import TileRestorer
 from rtfocus.processing.tiling import Montage
+from rtfocus.specimens.fluorescent import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

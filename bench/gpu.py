@@ -29,12 +29,12 @@ from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.evaluation.cost import multiply_adds_per_pixel
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.devices import find_device, why_no_gpu
 from rtfocus.processing.gpu.native_library import CUFFT, NVRTC, why_not_loadable
 from rtfocus.processing.gpu.processor import GpuProcessor
 from rtfocus.slots import SlotPool
+from rtfocus.specimens.fluorescent import draw_specimen
 
 STAGES = ("copy in", "classify", "restore", "copy out")
 WARM_UP = 10

@@ -20,7 +20,6 @@ import numpy as np
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.processor import CameraConfig, ProcessingConfig
 from rtfocus.optics.blur import blur_depth_variant
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.classifier import FrameClassifier, Prepared, fit_frame
 from rtfocus.processing.correction import CameraCorrection
 from rtfocus.processing.engines.card import EngineCard, verified_file
@@ -31,6 +30,7 @@ from rtfocus.processing.frame_network import open_frame_network
 from rtfocus.processing.restoration import METHODS, DepthVariantRestorer
 from rtfocus.processing.restorers import level_psfs
 from rtfocus.processing.tiling import Montage
+from rtfocus.specimens.fluorescent import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

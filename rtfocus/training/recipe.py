@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from rtfocus.config.section import Section
 from rtfocus.errors import ConfigError
-from rtfocus.optics.specimens import SPECIMEN_KINDS, SpecimenKind
+from rtfocus.specimens.fluorescent import SPECIMEN_KINDS, SpecimenKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

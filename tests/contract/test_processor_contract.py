@@ -20,11 +20,11 @@ from rtfocus.frame import (
 from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.frame_tiles import restored_share
 from rtfocus.processing.select import PROCESSORS
 from rtfocus.processing.tiling import Montage
 from rtfocus.slots import SlotPool
+from rtfocus.specimens.fluorescent import draw_specimen
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
 SAMPLING = 0.65 * 0.5 / 0.451

@@ -13,7 +13,6 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.cpu import CpuProcessor
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
@@ -21,6 +20,7 @@ from rtfocus.processing.gpu.devices import find_device, why_no_gpu
 from rtfocus.processing.gpu.native_library import CUFFT, NVRTC, why_not_loadable
 from rtfocus.processing.gpu.processor import GpuProcessor
 from rtfocus.slots import SlotPool
+from rtfocus.specimens.fluorescent import draw_specimen
 
 pytestmark = pytest.mark.gpu
 

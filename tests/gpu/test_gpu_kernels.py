@@ -12,7 +12,6 @@ from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.correction import CameraCorrection
 from rtfocus.processing.fourier import pad
 from rtfocus.processing.gpu.blending import neighbours
@@ -29,6 +28,7 @@ from rtfocus.processing.gpu.gpu_wiener import GpuWiener
 from rtfocus.processing.gpu.rank_search import RankSearch, ranks_around
 from rtfocus.processing.restoration import DepthVariantRestorer
 from rtfocus.processing.tiling import Montage, Region
+from rtfocus.specimens.fluorescent import draw_specimen
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451, pixel_size_um=0.65)
 SHAPE = (200, 260)

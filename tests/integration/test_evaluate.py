@@ -19,7 +19,7 @@ from rtfocus.evaluation.run import evaluate
 from rtfocus.evaluation.synthetic_sets import LEVELS, synthetic
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
+from rtfocus.specimens.fluorescent import draw_specimen
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.3))
 

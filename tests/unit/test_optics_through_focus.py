@@ -11,9 +11,9 @@ from rtfocus.optics.blur import blur
 from rtfocus.optics.measured_psf import measure_psf
 from rtfocus.optics.plane_model import match_planes
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.optics.stack_planes import StackPlanes
 from rtfocus.optics.through_focus import fit_through_focus
+from rtfocus.specimens.fluorescent import draw_specimen
 
 NOMINAL = OpticalSystem(0.5, 500.0, 0.4)
 TRUTH = replace(

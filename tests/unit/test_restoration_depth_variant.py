@@ -12,7 +12,6 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.context import read_region
 from rtfocus.processing.noise import noise_variance
 from rtfocus.processing.quality import psnr
@@ -21,6 +20,7 @@ from rtfocus.processing.restoration import (
     DepthVariantRestorer,
 )
 from rtfocus.processing.tiling import Montage, Region
+from rtfocus.specimens.fluorescent import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)
 LEVELS = range(1, 11)

@@ -7,13 +7,13 @@ from skimage.restoration import richardson_lucy as reference
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.accelerated import back_projectors, schedule
 from rtfocus.processing.fourier import transfer_function
 from rtfocus.processing.richardson_lucy import (
     iterate,
     richardson_lucy,
 )
+from rtfocus.specimens.fluorescent import draw_specimen
 
 ROUND = OpticalSystem(0.5, 451.0, 0.65)
 UNEVEN = OpticalSystem(

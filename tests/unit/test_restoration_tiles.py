@@ -8,10 +8,10 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.restoration import DepthVariantRestorer
 from rtfocus.processing.tile_restoration import TileRestorer
 from rtfocus.processing.tiling import Montage
+from rtfocus.specimens.fluorescent import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)
 SHAPE = (210, 210)

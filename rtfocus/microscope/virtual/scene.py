@@ -9,8 +9,8 @@ from rtfocus.config.microscope import SpecimenConfig
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.optics.specimens import draw_specimen, normalise_sharp
-from rtfocus.optics.stained import draw_stained
+from rtfocus.specimens.fluorescent import draw_specimen, normalise_sharp
+from rtfocus.specimens.stained import draw_stained
 
 Image = NDArray[np.float32]
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from rtfocus.optics.specimens import draw_specimen
+from rtfocus.specimens.fluorescent import draw_specimen
 from rtfocus.training.data.fields import Field
 from rtfocus.training.recipe import RecipeBase, SpecimenRecipe
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.blur import blur_stack
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.stained import draw_stained
+from rtfocus.specimens.stained import draw_stained
 from rtfocus.training.data.fields import Field
 from rtfocus.training.data.scenes import SceneSource
 from rtfocus.training.data.signed_recipe import SignedClassRecipe, SignedRecipe

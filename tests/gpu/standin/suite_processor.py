@@ -20,7 +20,6 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.specimens import draw_specimen
 from rtfocus.processing.cpu import CpuProcessor
 from rtfocus.processing.fallback import FallbackProcessor
 from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels, new_event
@@ -30,6 +29,7 @@ from rtfocus.processing.gpu.pinning import PinnedMemory
 from rtfocus.processing.gpu.processor import GpuProcessor
 from rtfocus.processing.select import open_processor
 from rtfocus.slots import SlotPool
+from rtfocus.specimens.fluorescent import draw_specimen
 
 SHAPE = (144, 192)
 SLOTS = 6

@@ -7,8 +7,12 @@ Beer-Lambert, so overlapping dyes multiply and empty glass is the brightest.
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.optics.cells import draw_cell_bodies, draw_nuclei, texture
-from rtfocus.optics.fibres import draw_fibres
+from rtfocus.specimens.fluorescent import (
+    draw_cell_bodies,
+    draw_fibres,
+    draw_nuclei,
+    texture,
+)
 
 Image = NDArray[np.float32]
 

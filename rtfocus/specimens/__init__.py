@@ -1,0 +1,1 @@
+"""Specimens: sharp scenes drawn at random, to put under a virtual microscope."""
