@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.calibration.fit_pictures import grey, map_panel, psf_panel, residual_panel
 from rtfocus.calibration.inputs import ImagePair
-from rtfocus.calibration.picture import grey, map_panel, psf_panel, residual_panel
+from rtfocus.calibration.pair_search import PsfFit, calibrate_psf
+from rtfocus.calibration.reblur import Reblurring, Trial, measure_psf
 from rtfocus.calibration.result import LARGEST_APERTURE, Calibration, refusing
 from rtfocus.channel import OpticalSystem
 from rtfocus.images.panels import Panel
 from rtfocus.optics.blur import blur
-from rtfocus.optics.calibration import PsfFit, calibrate_psf
-from rtfocus.optics.measured_psf import measure_psf
 from rtfocus.optics.psf import compute_psf, psf_radius_px
-from rtfocus.optics.reblur import Reblurring, Trial
 
 Floats = NDArray[np.float64]
 

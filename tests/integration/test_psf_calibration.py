@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 
+from rtfocus.calibration.pair_search import PsfFit, calibrate_psf
+from rtfocus.calibration.reblur import Reblurring
 from rtfocus.channel import OpticalSystem
-from rtfocus.optics.calibration import PsfFit, calibrate_psf
-from rtfocus.optics.reblur import Reblurring
 
 START = OpticalSystem(0.5, 451.0, 0.65)
 FITTED_FIELDS = ("a02_s1_w1", "a06_s2_w1", "a09_s2_w1", "a13_s2_w1", "a17_s2_w1")

@@ -13,7 +13,7 @@ from rtfocus.processing.quality import psnr, ssim
 from rtfocus.processing.restoration import DepthVariantRestorer
 from rtfocus.processing.tiling import Montage
 
-# Fitted to training rows a02 to a18 of BBBC006 (see rtfocus.optics.calibration),
+# Fitted to training rows a02 to a18 of BBBC006 (see rtfocus.calibration.pair_search),
 # and the aberration-free PSF of the nominal optics.
 FITTED = (
     OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.45)),

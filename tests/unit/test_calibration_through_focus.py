@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rtfocus.calibration.bead_fit import BeadPlanes, find_beads
+from rtfocus.calibration.focus_fit import match_planes
+from rtfocus.calibration.reblur import measure_psf
+from rtfocus.calibration.stack_fit import StackPlanes
+from rtfocus.calibration.through_focus import fit_through_focus
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.optics.bead_planes import BeadPlanes, find_beads
 from rtfocus.optics.blur import blur
-from rtfocus.optics.measured_psf import measure_psf
-from rtfocus.optics.plane_model import match_planes
 from rtfocus.optics.psf import compute_psf
-from rtfocus.optics.stack_planes import StackPlanes
-from rtfocus.optics.through_focus import fit_through_focus
 from rtfocus.specimens.fluorescent import draw_specimen
 
 NOMINAL = OpticalSystem(0.5, 500.0, 0.4)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rtfocus.calibration.pair_search import calibrate_psf
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.blur import blur
-from rtfocus.optics.calibration import calibrate_psf
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens.fluorescent import draw_specimen
 

@@ -1,4 +1,4 @@
-"""Calibration: the PSF of a real microscope, fitted to sharp and defocused pairs.
+"""Pair search: the PSF of a real microscope, fitted to sharp and defocused pairs.
 
 A sharp image and a defocused one of the same field are tied by
 ``defocused = gain * (sharp * PSF(z, W, NA)) + offset``. The sharp image already
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize
 
+from rtfocus.calibration.reblur import Reblurring, Trial, with_parameters
 from rtfocus.channel import OpticalSystem
-from rtfocus.optics.reblur import Reblurring, Trial, with_parameters
 
 # The coarse search, from which each sign of W is refined by itself.
 _DEFOCUS_FACTORS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
