@@ -34,7 +34,7 @@ _RESERVED = frozenset(
     + [f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"]
 )
 _FOREIGN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-_HELD = (errno.EACCES, errno.EPERM, errno.EBUSY)
+_HELD = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)
 
 _log = logging.getLogger(__name__)
 

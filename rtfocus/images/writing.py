@@ -1,21 +1,23 @@
-"""Writing: processed images as TIFF, OME-TIFF or OME-Zarr, by the output's ending."""
+"""Writing: processed images as TIFF, OME-TIFF or OME-Zarr, by the output's ending.
 
-import shutil
+What the input says of its pixels, channels and wells is kept; what it does not say
+stays unknown. Every result says how it was made, see `rtfocus.images.provenance`.
+"""
+
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
-import zarr
 from numpy.typing import NDArray
-from yaozarrs import v05
-from yaozarrs.write.v05 import Bf2RawBuilder, prepare_image
 
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, OutputError
+from rtfocus.images.outputs import OutputGuard, result_names
+from rtfocus.images.provenance import NAMESPACE, SOFTWARE, Provenance
+from rtfocus.images.reading import BrokenImage
 from rtfocus.images.series import ImageSeries
+from rtfocus.images.zarr_writing import write_zarr
 
 Planes = Iterator[NDArray[np.generic]]
 
@@ -25,81 +27,145 @@ class OutputImage:
     """One image to write: the form of `like`, other pixels."""
 
     like: ImageSeries
-    """Gives name, sizes, shape and pixel size."""
+    """Gives name, sizes, shape, pixel sizes, channels, well."""
     dtype: np.dtype[np.generic]
     planes: Planes
     """In the order of ``like.indices()``; consumed once, one plane at a time."""
+    made: Provenance = field(default_factory=dict)
+    """How: engine, optics, where they come from."""
+    keeps_counts: bool = True
+    """Whether the planes' grey values mean what those of `like` mean."""
 
 
-def write_images(output: Path, images: Sequence[OutputImage]) -> list[Path]:
-    """Write images plane by plane and return the paths written.
-
-    What fails halfway leaves nothing, and what was there before as it was.
+class ImageOutput:
+    """Where images will be written, checked before any of them is computed.
 
     Parameters
     ----------
     output
         ``.tif`` or ``.tiff``: one file (OME-TIFF; several images = several
-        series); ``.zarr``: OME-Zarr 0.5; no ending: a folder with one TIFF per
-        image.
+        series); ``.zarr``: OME-Zarr 0.5, images of one plate as a plate; no ending,
+        or a folder that exists: a folder with one TIFF per image, in the layout of
+        the input.
+    series
+        At least one.
+    guard
+        Knows the inputs.
+    root
+        The input that the images were found in; None: that of the first.
+
+    Raises
+    ------
+    OutputError
+        If the ending is unknown, something must not be replaced, or the place takes
+        no files.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        series: Sequence[ImageSeries],
+        guard: OutputGuard,
+        root: Path | None = None,
+    ) -> None:
+        self.path = output
+        self._guard = guard
+        self.ending = output.suffix.lower()
+        self.is_folder = self.ending == "" or (
+            output.is_dir() and self.ending not in (".tif", ".tiff", ".zarr")
+        )
+        if self.is_folder:
+            guard.claim_folder(output)
+            names = result_names(series, root or series[0].path)
+            self.targets = [guard.claim(output / name) for name in names]
+        elif self.ending in (".tif", ".tiff", ".zarr"):
+            self.targets = [guard.claim(output, named=self.ending != ".zarr")]
+        else:
+            msg = (
+                f"'{output}': unknown ending '{self.ending}'; use .tif, .ome.zarr, or "
+                "a folder's name without ending"
+            )
+            raise OutputError(msg)
+
+    def write(self, images: Sequence[OutputImage]) -> list[BrokenImage]:
+        """Write images plane by plane, each target whole.
+
+        Parameters
+        ----------
+        images
+            One for each series, in the same order.
+
+        Returns
+        -------
+        list of BrokenImage
+            Inputs whose planes cannot be read: nothing is written of them. In one
+            file for all there is none, it is all or nothing.
+
+        Raises
+        ------
+        InputError
+            If a plane cannot be read and all images go into one file.
+        OutputError
+            If the disk refuses it.
+        """
+        if not self.is_folder:
+            with self._guard.whole(self.path) as part:
+                if self.ending == ".zarr":
+                    write_zarr(part, images)
+                else:
+                    _write_tiff(part, images)
+            return []
+        broken = []
+        for image, target in zip(images, self.targets, strict=True):
+            try:
+                with self._guard.whole(target) as part:
+                    _write_tiff(part, [image])
+            except InputError as error:
+                broken.append(BrokenImage(image.like.path, str(error)))
+        return broken
+
+    def written(self) -> list[Path]:
+        """Return the targets that are on disk now."""
+        return [target for target in self.targets if target.exists()]
+
+
+def write_images(output: Path, images: Sequence[OutputImage]) -> list[Path]:
+    """Write images to an output that does not exist yet and return the paths written.
+
+    What fails halfway leaves nothing.
+
+    Parameters
+    ----------
+    output
+        See `ImageOutput`.
     images
         At least one.
 
     Raises
     ------
     InputError
-        If the ending is unknown, the output exists as something else, or the
-        disk refuses it.
+        If an image cannot be read.
+    OutputError
+        If the ending is unknown, the output exists, or the disk refuses it.
     """
-    suffix = output.suffix.lower()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if suffix in (".tif", ".tiff"):
-            with _whole(output) as path:
-                _write_tiff(path, images)
-            return [output]
-        if suffix == ".zarr":
-            _refuse_no_zarr(output)
-            with _whole(output) as path:
-                _write_zarr(path, images)
-            return [output]
-        if suffix == "":
-            return _write_folder(output, images)
-    except OSError as error:
-        msg = f"'{output}' cannot be written: {error}"
-        raise InputError(msg) from error
-    msg = f"'{output}': unknown ending '{suffix}'; use .tif, .ome.zarr or a folder"
-    raise InputError(msg)
+    series = [image.like for image in images]
+    guard = OutputGuard(path for one in series for path in one.files)
+    place = ImageOutput(output, series, guard, _common_folder(series))
+    broken = place.write(images)
+    if broken:
+        raise InputError(broken[0].reason)
+    return place.written()
 
 
-def _write_folder(folder: Path, images: Sequence[OutputImage]) -> list[Path]:
-    folder.mkdir(exist_ok=True)
-    paths: list[Path] = []
-    for image in images:
-        path = folder / f"{image.like.name}.tif"
-        if path in paths:
-            # Same file name in two subfolders: keep both.
-            path = folder / f"{image.like.path.parent.name}_{image.like.name}.tif"
-        with _whole(path) as part:
-            _write_tiff(part, [image])
-        paths.append(path)
-    return paths
-
-
-@contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """Yield a path beside `output` that takes its place when the block ends well."""
-    part = output.with_name(f".{output.name}.part")
-    try:
-        yield part
-        if output.is_dir():
-            shutil.rmtree(output)
-        part.replace(output)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+def _common_folder(series: Sequence[ImageSeries]) -> Path:
+    """Return the folder that holds all files of some images."""
+    parents = [one.path.absolute().parent for one in series]
+    first = parents[0]
+    return next(
+        folder
+        for folder in (first, *first.parents)
+        if all(parent.is_relative_to(folder) for parent in parents)
+    )
 
 
 def _write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
@@ -108,24 +174,21 @@ def _write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
             like = image.like
             rgb = len(like.shape) == 3
             sizes = tuple(like.sizes[axis] for axis in "tcz")
-            metadata: dict[str, object] = {
-                "axes": "TCZYXS" if rgb else "TCZYX",
-                "Name": like.name,
-            }
-            if like.pixel_size_um:
-                metadata |= {
-                    "PhysicalSizeX": like.pixel_size_um,
-                    "PhysicalSizeY": like.pixel_size_um,
-                }
-            if like.z_step_um:
-                metadata["PhysicalSizeZ"] = like.z_step_um
             file.write(
                 image.planes,
                 shape=(*sizes, *like.shape),
                 dtype=image.dtype,
                 photometric="rgb" if rgb else "minisblack",
                 compression="zlib",
-                metadata=metadata,
+                software=SOFTWARE,
+                metadata={
+                    "axes": "TCZYXS" if rgb else "TCZYX",
+                    "Name": like.name,
+                    **_ome_sizes(like),
+                    **_ome_channels(like),
+                    **_ome_stage(like),
+                    "MapAnnotation": _ome_map(image),
+                },
             )
 
 
@@ -137,78 +200,75 @@ def _is_big(images: Sequence[OutputImage]) -> bool:
     return size > 3 * 2**30
 
 
-def _refuse_no_zarr(path: Path) -> None:
-    if path.exists() and not (path / "zarr.json").is_file():
-        msg = f"'{path}' exists and is no Zarr group; choose another output"
-        raise InputError(msg)
+def _ome_sizes(like: ImageSeries) -> dict[str, object]:
+    """Return what is known of the distances between pixels, slices and times."""
+    known: dict[str, object] = {}
+    for axis, size_um in (
+        ("X", like.pixel_size_x_um),
+        ("Y", like.pixel_size_y_um),
+        ("Z", like.z_step_um),
+    ):
+        if size_um is not None:
+            known |= {f"PhysicalSize{axis}": size_um, f"PhysicalSize{axis}Unit": "µm"}
+    if like.time_step_s is not None:
+        known |= {"TimeIncrement": like.time_step_s, "TimeIncrementUnit": "s"}
+    return known
 
 
-def _write_zarr(path: Path, images: Sequence[OutputImage]) -> None:
-    if len(images) == 1:
-        image = images[0]
-        _, arrays = prepare_image(
-            path,
-            _ome(image.like),
-            (_zarr_shape(image.like), image.dtype),
-            chunks=(1, 1, 1, *image.like.shape[:2]),
-            writer="zarr",
-            overwrite=True,
-            compression="blosc-lz4",
-        )
-        _fill(arrays["0"], image)
-        return
-    builder = Bf2RawBuilder(
-        path, writer="zarr", overwrite=True, compression="blosc-lz4"
-    )
-    for number, image in enumerate(images):
-        shape = _zarr_shape(image.like)
-        builder.add_series(str(number), _ome(image.like), (shape, image.dtype))
-    _, arrays = builder.prepare()
-    for number, image in enumerate(images):
-        _fill(arrays[f"{number}/0"], image)
+def _ome_channels(like: ImageSeries) -> dict[str, object]:
+    """Return names, colours and wavelengths, a list each; what no channel has: none."""
+    found: dict[str, list[object]] = {
+        "Name": [channel.name for channel in like.channels],
+        "Color": [_ome_colour(channel.color) for channel in like.channels],
+        "EmissionWavelength": [channel.emission_nm for channel in like.channels],
+        "ExcitationWavelength": [channel.excitation_nm for channel in like.channels],
+    }
+    known: dict[str, object] = {}
+    for key, values in found.items():
+        if any(value is not None for value in values):
+            known[key] = values
+            if key.endswith("Wavelength"):
+                known[f"{key}Unit"] = ["nm"] * len(values)
+    return {"Channel": known} if known else {}
 
 
-def _zarr_shape(like: ImageSeries) -> tuple[int, ...]:
-    """Axes (t, c, z, y, x); OME-Zarr has no rgb axis, colours become channels."""
-    colours = like.shape[2] if len(like.shape) == 3 else 1
-    sizes = like.sizes
-    return (sizes["t"], sizes["c"] * colours, sizes["z"], *like.shape[:2])
+def _ome_colour(color: str | None) -> int | None:
+    """Return red, green, blue, opaque as the signed 32 bits of OME."""
+    if color is None:
+        return None
+    rgba = (int(color, 16) << 8) | 0xFF
+    return rgba - (1 << 32) if rgba >= 1 << 31 else rgba
 
 
-def _fill(array: "zarr.Array[Any]", image: OutputImage) -> None:
-    for index, plane in zip(image.like.indices(), image.planes, strict=True):
-        t, c, z = index["t"], index["c"], index["z"]
-        if plane.ndim == 3:
-            colours = plane.shape[2]
-            for colour in range(colours):
-                array[t, c * colours + colour, z] = plane[..., colour]
-        else:
-            array[t, c, z] = plane
+def _ome_stage(like: ImageSeries) -> dict[str, object]:
+    if like.stage is None:
+        return {}
+    number = len(like)
+    known: dict[str, object] = {}
+    for axis, place_um in (
+        ("X", like.stage.x_um),
+        ("Y", like.stage.y_um),
+        ("Z", like.stage.z_um),
+    ):
+        if place_um is not None:
+            known[f"Position{axis}"] = [place_um] * number
+            known[f"Position{axis}Unit"] = ["µm"] * number
+    return {"Plane": known} if known else {}
 
 
-def _ome(like: ImageSeries) -> v05.Image:
-    pixel_um = like.pixel_size_um or 1.0
-    unit = "micrometer" if like.pixel_size_um else None
-    scale = [1.0, 1.0, like.z_step_um or 1.0, pixel_um, pixel_um]
-    return v05.Image(
-        multiscales=[
-            v05.Multiscale(
-                name=like.name,
-                axes=[
-                    v05.TimeAxis(name="t"),
-                    v05.ChannelAxis(name="c"),
-                    v05.SpaceAxis(name="z", unit="micrometer"),
-                    v05.SpaceAxis(name="y", unit=unit),
-                    v05.SpaceAxis(name="x", unit=unit),
-                ],
-                datasets=[
-                    v05.Dataset(
-                        path="0",
-                        coordinateTransformations=[
-                            v05.ScaleTransformation(scale=scale)
-                        ],
-                    )
-                ],
-            )
-        ]
-    )
+def _ome_map(image: OutputImage) -> dict[str, object]:
+    """Return how an image was made, and what OME-XML has no place for."""
+    like = image.like
+    told = dict(image.made)
+    if like.position is not None:
+        told["position"] = like.position
+    if like.place is not None:
+        row, column = like.place.rows[like.place.row], like.place.columns
+        told["plate"] = like.place.plate
+        told["well"] = f"{row}{column[like.place.column]}"
+        told["field"] = str(like.place.field)
+    for number, channel in enumerate(like.channels):
+        window = channel.window
+        if window is not None and image.keeps_counts:
+            told[f"contrast window c{number}"] = f"{window.start:g} to {window.end:g}"
+    return {"Namespace": NAMESPACE, "Value": {"rtfocus": SOFTWARE, **told}}

@@ -8,7 +8,7 @@ import tifffile
 import zarr
 from PIL import Image
 
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, OutputError
 from rtfocus.images import ImageSeries, open_images, write_images
 from rtfocus.images.stretching import stretch_histogram
 from rtfocus.images.writing import OutputImage
@@ -148,7 +148,7 @@ def test_a_truncated_tiff_names_the_plane(tmp_path: Path) -> None:
 
 def test_an_unknown_ending_of_the_output_is_refused(tmp_path: Path) -> None:
     pixels = numbered({"t": 1, "c": 1, "z": 1}, (4, 4), "uint8")
-    with pytest.raises(InputError, match=r"use \.tif"):
+    with pytest.raises(OutputError, match=r"use \.tif"):
         write_images(tmp_path / "out.xyz", [as_output(as_series(pixels))])
 
 
