@@ -62,7 +62,7 @@ class KeepingSink:
             self.frames.append((slot.frame(), slot.pixels.copy()))
         self._pool.release(slot)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, **_missed: object) -> None:
         """Accept whatever ended the series."""
         if reason != "completed":
             raise SystemExit(f"the virtual microscope ended: {reason}")

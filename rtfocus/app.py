@@ -22,11 +22,18 @@ from pathlib import Path
 
 from rtfocus.config import Config
 from rtfocus.config.processor import TransportConfig
-from rtfocus.errors import EngineError, RtfocusError, WorkerError, WriterError
+from rtfocus.errors import (
+    EngineError,
+    MicroscopeError,
+    RtfocusError,
+    WorkerError,
+    WriterError,
+)
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
 from rtfocus.microscope.acquisition import AcquisitionReport
 from rtfocus.microscope.acquisition import acquire as acquire_frames
 from rtfocus.monitor import Monitor
+from rtfocus.outcome import STOPPED_HERE
 from rtfocus.processing.seam import FrameProcessor
 from rtfocus.processing.select import open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports
@@ -78,13 +85,24 @@ def run(
         Receives the numbers of the series once, to read them while it runs.
     """
     config = on_free_ports(config)
+    monitors: list[Monitor] = []
+
+    def watch(monitor: Monitor) -> None:
+        monitors.append(monitor)
+        on_monitor(monitor)
+
     with (
         MicroscopeProcess(config) as microscope,
         _when(stop.is_set, microscope.stop),
         _when(microscope.failed, abandon.set),
     ):
-        folder = process(config, stop=abandon, on_monitor=on_monitor)
+        folder = process(config, stop=abandon, on_monitor=watch)
     if (failure := microscope.failure()) is not None:
+        if folder is not None:
+            terms = monitors[-1].accounting
+            planned = "" if terms.planned is None else f" of {terms.planned} planned"
+            msg = f"{failure}; '{folder}' has {terms.written}{planned} frames"
+            raise MicroscopeError(msg) from failure
         raise failure
     return folder
 
@@ -258,7 +276,7 @@ class SeriesLoop:
         end = self._receiver.end
         if failure is None and end is not None:
             return end
-        reason = str(failure) if failure is not None else "stopped"
+        reason = str(failure) if failure is not None else STOPPED_HERE
         return SeriesEnd(
             version=self._series.version,
             series_uid=self._series.series_uid,

@@ -80,6 +80,8 @@ class SeriesStart(msgspec.Struct, frozen=True, tag="start", tag_field="type"):
     """The plan as useq ``MDASequence`` in JSON form; None in live mode."""
     summary: dict[str, Any] = {}
     """pymmcore-plus ``SummaryMetaV1`` in JSON form."""
+    planned: int | None = None
+    """Images planned: not every place of `sizes` need have one. None: not stated."""
 
 
 class FrameHeader(msgspec.Struct, frozen=True, tag="frame", tag_field="type"):
@@ -123,6 +125,12 @@ class SeriesEnd(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
     """Frames sent, both roles: sequence runs from 0 to frames_sent - 1."""
     reason: str
     """``completed``, ``canceled``, or why it broke off."""
+    camera_lost: int = 0
+    """Planned images that were exposed, or should have been, and never came."""
+    not_acquired: int = 0
+    """Planned images whose turn never came."""
+    warnings: tuple[str, ...] = ()
+    """What the sender complained of without stopping."""
 
 
 class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):

@@ -1,7 +1,8 @@
 """Metrics: frame accounting and stage times in constant memory.
 
 The loss identity ``acquired = written + dropped(by place) + in error`` holds
-because every term is counted where it happens, never by subtraction.
+because every term is counted where it happens, never by subtraction. Before it
+stands ``planned = acquired + lost by the camera + not acquired``.
 """
 
 import threading
@@ -80,6 +81,12 @@ class Accounting:
     """Frames that arrived and could not be written, by place."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Messages that were no frames at all, by reason; outside the identity."""
+    planned: int | None = None
+    """Images planned; None: no plan, or one without an end."""
+    camera_lost: int = 0
+    """Planned images that the camera never gave, as the sender says."""
+    not_acquired: int = 0
+    """Planned images whose turn never came."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, term: str, place: str | None = None, number: int = 1) -> None:
@@ -95,6 +102,26 @@ class Accounting:
         with self._lock:
             self.acquired = max(self.acquired, number)
 
+    def end(
+        self,
+        frames_sent: int,
+        *,
+        planned: int | None,
+        camera_lost: int = 0,
+        not_acquired: int = 0,
+    ) -> None:
+        """State what the sender says at the end of its series.
+
+        Of a sender that does not say, or is gone, whatever is planned and was not
+        sent was not acquired.
+        """
+        self.set_acquired(frames_sent)
+        with self._lock:
+            self.planned, self.camera_lost = planned, camera_lost
+            sent = self.acquired - self.focus
+            rest = 0 if planned is None else planned - sent - camera_lost
+            self.not_acquired = not_acquired or max(rest, 0)
+
     @property
     def unaccounted(self) -> int:
         """Frames that no term explains; 0 in every finished run."""
@@ -105,6 +132,9 @@ class Accounting:
         """Return the terms as plain numbers."""
         with self._lock:
             return {
+                "planned": self.planned,
+                "camera_lost": self.camera_lost,
+                "not_acquired": self.not_acquired,
                 "acquired": self.acquired,
                 "written": self.written,
                 "focus": self.focus,

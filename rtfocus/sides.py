@@ -15,6 +15,7 @@ import yaml
 
 from rtfocus.config import Config
 from rtfocus.errors import MicroscopeError
+from rtfocus.outcome import COMPLETE, INCOMPLETE, STOPPED
 
 
 def on_free_ports(config: Config) -> Config:
@@ -74,8 +75,12 @@ class MicroscopeProcess:
             self._process.stdin.close()
 
     def failed(self) -> bool:
-        """Tell whether the process ended with an error."""
-        return self._process.poll() not in (None, 0)
+        """Tell whether the process ended with an error.
+
+        A series with fewer frames than planned is none: the processor side has all
+        that came, and says what is missing.
+        """
+        return self._process.poll() not in (None, COMPLETE, INCOMPLETE, STOPPED)
 
     def failure(self) -> MicroscopeError | None:
         """Return what the microscope side said when it failed; None if it did not."""

@@ -67,8 +67,8 @@ class TeeSink:
         self.sent[tuple(index[axis] for axis in "tpcz")] = slot.pixels.copy()
         self.publisher.publish(slot)
 
-    def end(self, reason: str) -> None:
-        self.publisher.end(reason)
+    def end(self, reason: str, **missed: Any) -> None:
+        self.publisher.end(reason, **missed)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class RecordingSink:
         self.pixels.append(slot.pixels.copy())
         self._pool.release(slot)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, **missed: Any) -> None:
         self.reasons.append(reason)
 
     def by_index(self) -> dict[tuple[int, ...], NDArray[Any]]:

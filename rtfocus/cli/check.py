@@ -21,7 +21,8 @@ def check(
 ) -> None:
     """Validate a run folder: stores, journal, and that no frame is unaccounted for.
 
-    Exits with 1 when something is wrong.
+    Exits with 1 when something is wrong, with 3 when all is sound but there are
+    fewer frames than planned, with 130 when that is because the user stopped.
 
     [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
     """
@@ -29,3 +30,5 @@ def check(
     typer.echo(report)
     if report.problems:
         raise typer.Exit(1)
+    if report.outcome is not None and not report.outcome.is_complete:
+        raise typer.Exit(report.outcome.exit_code)

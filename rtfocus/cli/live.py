@@ -12,6 +12,7 @@ from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
 from rtfocus.monitor import Monitor
+from rtfocus.outcome import COMPLETE
 from rtfocus.transport.publisher import FramePublisher
 
 
@@ -28,6 +29,8 @@ def run(
     """Run both sides on this machine and write a run folder.
 
     Ctrl-C ends the acquisition; what was acquired is still processed and written.
+    Exits with 0 only if every planned frame is written, with 3 if some are not, with
+    130 if that is because you stopped it.
 
     [bold]Example:[/] rtfocus run democamera --set run.folder=D:/data
     """
@@ -41,7 +44,7 @@ def run(
             settings, stop=stop, abandon=abandon, on_monitor=monitors.append
         )
     if folder is not None:
-        print_report(folder)
+        raise typer.Exit(print_report(folder).exit_code)
 
 
 def process(
@@ -57,15 +60,17 @@ def process(
     [bold]Example:[/] rtfocus process my.yaml --set transport.frames=tcp://scope:5571
     """
     settings = read_config(config, overrides)
+    code = COMPLETE
     with interruptible() as (stop, _):
         while not stop.is_set():
             monitors: list[Monitor] = []
             with display(lambda: processor_rows(_last(monitors)), quiet=quiet):  # noqa: B023
                 folder = loop.process(settings, stop=stop, on_monitor=monitors.append)
             if folder is not None:
-                print_report(folder)
+                code = max(code, print_report(folder).exit_code)
             if once:
-                return
+                break
+    raise typer.Exit(code)
 
 
 def acquire(
@@ -89,6 +94,7 @@ def acquire(
             report = loop.acquire(settings, stop=stop, on_publisher=publishers.append)
     if not quiet:
         typer.echo(report)
+    raise typer.Exit(report.outcome.exit_code)
 
 
 def _last(monitors: list[Monitor]) -> Monitor | None:

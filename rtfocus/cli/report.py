@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rtfocus.errors import WriterError
+from rtfocus.outcome import Outcome
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -21,11 +23,21 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def print_report(folder: Path) -> None:
-    """Print loss accounting, throughput and stage times of a finished run."""
+def print_report(folder: Path) -> Outcome:
+    """Print loss accounting, throughput and stage times of a finished run.
+
+    Returns
+    -------
+    Outcome
+        How much of the plan is written.
+    """
     report = read_report(folder)
+    outcome = Outcome.of_report(report)
     console = Console()
-    console.print(f"[bold]{folder}[/]  ({report.get('reason', 'completed')})")
+    done = "completed" if outcome.is_complete and not outcome.was_stopped else outcome
+    console.print(f"[bold]{escape(str(folder))}[/]  ({escape(str(done))})")
+    if report["accounting"].get("planned") is not None:
+        console.print(_plan_line(report["accounting"]))
     console.print(_accounting_line(report["accounting"]))
     throughput = report.get("throughput", {})
     if throughput.get("frames_per_s"):
@@ -37,6 +49,18 @@ def print_report(folder: Path) -> None:
     for kind, backend in report.get("backends", {}).items():
         console.print(f"{kind}: {backend}")
     console.print(_stage_table(report.get("stages", {})))
+    for warning in report.get("warnings", ()):
+        console.print(f"warning: {warning}", markup=False, highlight=False)
+    return outcome
+
+
+def _plan_line(terms: dict[str, Any]) -> str:
+    """Spell out what became of the plan, before the frames came here."""
+    return (
+        f"{terms['planned']} planned = {terms['acquired'] - terms['focus']} acquired "
+        f"+ {terms['camera_lost']} lost by the camera "
+        f"+ {terms['not_acquired']} not acquired"
+    )
 
 
 def _accounting_line(terms: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ lines are collected for the report, so that nobody has to read a log to learn it
 """
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ LOGGER = "pymmcore-plus"
 _MOST_KINDS = 20
 # Said at every cancellation, which the report states anyway.
 _NO_COMPLAINT = "MDA Canceled"
+# pymmcore-plus' thread that takes the images of a camera written in Python.
+_CAMERA_THREAD = "AcquisitionThread"
 
 
 class Complaints(logging.Handler):
@@ -21,6 +24,9 @@ class Complaints(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._counts: Counter[str] = Counter()
+        self.fault: str | None = None
+        """What a camera written in Python died of during a hardware sequence; its
+        thread tells nobody else."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -33,8 +39,10 @@ class Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Note one warning."""
         text = " ".join(record.getMessage().split())
-        if text.startswith(_NO_COMPLAINT):
-            return
+        if not text.startswith(_NO_COMPLAINT):
+            self._note(text)
+
+    def _note(self, text: str) -> None:
         if text in self._counts or len(self._counts) < _MOST_KINDS:
             self._counts[text] += 1
         else:
@@ -58,10 +66,21 @@ class Complaints(logging.Handler):
         logger.setLevel(logging.WARNING)
         for handler, _ in terminals:
             handler.setLevel(logging.CRITICAL)
+        hook, threading.excepthook = threading.excepthook, self._note_thread
+        self._next_hook = hook
         try:
             yield
         finally:
+            threading.excepthook = hook
             logger.removeHandler(self)
             logger.setLevel(level)
             for handler, before in terminals:
                 handler.setLevel(before)
+
+    def _note_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Note what a sequence of images died of; pass on everything else."""
+        if type(failed.thread).__name__ != _CAMERA_THREAD:
+            self._next_hook(failed)
+            return
+        self.fault = " ".join(str(failed.exc_value).split())
+        self._note(self.fault)

@@ -3,13 +3,21 @@
 from pymmcore_plus.experimental.unicore import UniMMCore
 
 from rtfocus.errors import MicroscopeError
+from rtfocus.microscope.report import AcquisitionReport
 from rtfocus.microscope.sink import FrameSink
 
 
-def end_series(sink: FrameSink, reason: str, failure: Exception | None) -> None:
+def end_series(
+    sink: FrameSink, report: AcquisitionReport, failure: Exception | None
+) -> None:
     """Tell the sink the end; its own failure counts unless there was one before."""
     try:
-        sink.end(reason)
+        sink.end(
+            report.reason,
+            camera_lost=report.camera_lost,
+            not_acquired=report.not_acquired,
+            warnings=report.warnings,
+        )
     except Exception as error:
         if failure is None:
             raise
@@ -27,3 +35,9 @@ def overflow_error(core: UniMMCore) -> MicroscopeError:
         "microscope.sequence_buffer_mb"
     )
     return MicroscopeError(msg)
+
+
+def camera_lost_images(core: UniMMCore, fault: str | None) -> str:
+    """Return the reason of a series that ran to its end with images missing."""
+    why = "" if fault is None else f": {fault}"
+    return f"camera '{core.getCameraDevice()}' gave fewer images than asked for{why}"

@@ -10,6 +10,7 @@ from pymmcore_plus.experimental.unicore import UniMMCore
 from pymmcore_plus.mda import MDAEngine
 from pymmcore_plus.metadata import SummaryMetaV1
 
+from rtfocus.errors import MicroscopeError
 from rtfocus.microscope.metadata import image_number
 from rtfocus.microscope.plan import takes_image
 
@@ -39,6 +40,9 @@ class RecordingEngine(MDAEngine):
         clock of the plan starts.
     on_lost
         Called with the number of images that were planned and never came.
+    is_stopped
+        Tells whether somebody wants the end, so that nobody waits for a camera
+        that waits for its trigger.
     """
 
     def __init__(
@@ -47,10 +51,12 @@ class RecordingEngine(MDAEngine):
         *,
         on_start: Callable[[SummaryMetaV1 | None], None],
         on_lost: Callable[[int], None],
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(core)
         self._on_start = on_start
         self._on_lost = on_lost
+        self._is_stopped = is_stopped
         self.standing_z_um: float | None = None
         """z during the present hardware sequence; None: planned per image."""
 
@@ -89,16 +95,16 @@ class RecordingEngine(MDAEngine):
 
         That of pymmcore-plus asks whether images wait and then whether the camera
         runs; the last image, coming in between, was lost. Here it is asked the
-        other way round.
+        other way round. There a consumer that takes long for an image uses up the
+        camera's time for the next one; here the camera's time begins when it is
+        waited for.
         """
         core, count = self.mmcore, 0
         timeout_s = self._initial_timeout(event)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
+        waited_from_s = time.monotonic()
+        while True:
             running = core.isSequenceRunning()
             if waiting := core.getRemainingImageCount():
-                timeout_s = self._frame_timeout(event)
-                deadline = time.monotonic() + timeout_s
                 image, metadata = core.popNextImageAndMD()
                 number = image_number(dict(metadata))
                 signal = yield self._create_seqimg_payload_from_popped(
@@ -110,15 +116,27 @@ class RecordingEngine(MDAEngine):
                     remaining=waiting - 1,
                 )
                 count += 1
+                # Only now: until here it was the consumer that took its time.
+                timeout_s = self._frame_timeout(event)
+                waited_from_s = time.monotonic()
                 if signal == "cancel":
                     core.stopSequenceAcquisition()
                     return
-            elif running:
-                time.sleep(_POLL_S)
-            else:
+            elif not running:
                 break
-        else:
-            self._handle_timeout(timeout_s)
+            elif self._is_stopped():
+                core.stopSequenceAcquisition()
+                return
+            elif time.monotonic() - waited_from_s > timeout_s:
+                core.stopSequenceAcquisition()
+                msg = (
+                    f"camera '{core.getCameraDevice()}' gave no image for "
+                    f"{timeout_s:g} s, after {count} of {len(event.events)} of a "
+                    "hardware sequence; check its trigger and its connection"
+                )
+                raise MicroscopeError(msg)
+            else:
+                time.sleep(_POLL_S)
         if core.isBufferOverflowed():
             msg = "the core's image buffer overflowed"
             raise MemoryError(msg)

@@ -12,11 +12,12 @@ from rtfocus.errors import MicroscopeError
 from rtfocus.frame import FrameHeader
 from rtfocus.microscope.complaints import Complaints
 from rtfocus.microscope.delivery import Delivery, Exposure, SeriesChangedError
-from rtfocus.microscope.ending import end_series, overflow_error
+from rtfocus.microscope.ending import camera_lost_images, end_series, overflow_error
 from rtfocus.microscope.metadata import frame_json, image_number, now_ns, received_ns
 from rtfocus.microscope.report import AcquisitionReport, Observations
 from rtfocus.microscope.series import camera_geometry, describe_series
 from rtfocus.microscope.sink import FrameSink
+from rtfocus.outcome import CANCELED, COMPLETED
 
 # Micro-Manager's own word for "without end".
 _ENDLESS = 2**31 - 1
@@ -44,6 +45,7 @@ class LiveAcquisition:
         self._core = core
         self._sink = sink
         self._observations = Observations()
+        self._complaints = Complaints()
         if live.exposure_ms is not None:
             core.setExposure(live.exposure_ms)
         self._exposure_ms = core.getExposure()
@@ -69,10 +71,9 @@ class LiveAcquisition:
         RtfocusError
             What went wrong, after the sink was told the end.
         """
-        complaints = Complaints()
         self._started = time.perf_counter()
         failure: Exception | None = None
-        with complaints.heard():
+        with self._complaints.heard():
             try:
                 reason = self._record(stop)
             except SeriesChangedError as change:
@@ -82,22 +83,25 @@ class LiveAcquisition:
             finally:
                 self._core.stopSequenceAcquisition()
         seconds = time.perf_counter() - self._started
-        end_series(self._sink, reason, failure)
-        if failure is not None:
-            raise failure
-        seen = self._observations
-        return AcquisitionReport(
+        seen, planned = self._observations, self._live.frames
+        rest = 0 if planned is None else planned - self._delivery.sent
+        report = AcquisitionReport(
             series_uid=self._delivery.series.series_uid,
             frames=self._delivery.sent,
-            planned=self._live.frames,
+            planned=planned,
             camera_lost=seen.camera_lost,
+            not_acquired=max(rest - seen.camera_lost, 0),
             reason=reason,
             seconds=seconds,
             lateness=None,
             most_waiting=seen.most_waiting,
             least_free=seen.least_free,
-            warnings=complaints.texts,
+            warnings=self._complaints.texts,
         )
+        end_series(self._sink, report, failure)
+        if failure is not None:
+            raise failure
+        return report
 
     def _record(self, stop: threading.Event) -> str:
         core = self._core
@@ -114,7 +118,7 @@ class LiveAcquisition:
                 time.sleep(_POLL_S)
             elif core.getRemainingImageCount() == 0:
                 return self._ended(frames)
-        return "canceled"
+        return CANCELED
 
     def _ended(self, frames: int) -> str:
         """Tell why the camera stopped by itself."""
@@ -126,8 +130,11 @@ class LiveAcquisition:
                 f"{self._expected} images; check its trigger mode and connection"
             )
             raise MicroscopeError(msg)
-        self._observations.camera_lost += frames - self._expected
-        return "completed"
+        lost = self._observations.camera_lost + max(frames - self._expected, 0)
+        self._observations.camera_lost = lost
+        if lost:
+            return camera_lost_images(self._core, self._complaints.fault)
+        return COMPLETED
 
     def _take(self) -> None:
         core = self._core

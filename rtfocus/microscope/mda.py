@@ -17,13 +17,14 @@ from rtfocus.errors import MicroscopeError, RtfocusError
 from rtfocus.frame import FrameHeader
 from rtfocus.microscope.complaints import Complaints
 from rtfocus.microscope.delivery import Delivery, Exposure, SeriesChangedError
-from rtfocus.microscope.ending import end_series, overflow_error
+from rtfocus.microscope.ending import camera_lost_images, end_series, overflow_error
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine
 from rtfocus.microscope.metadata import frame_json, image_number, now_ns, received_ns
 from rtfocus.microscope.plan import AcquisitionPlan
 from rtfocus.microscope.report import AcquisitionReport, Observations
 from rtfocus.microscope.series import camera_geometry, describe_series
 from rtfocus.microscope.sink import FrameSink
+from rtfocus.outcome import CANCELED, COMPLETED
 
 _POLL_S = 0.05
 
@@ -50,7 +51,14 @@ class PlannedAcquisition:
         self._sink = sink
         self._on_frame = on_frame
         self._observations = Observations()
-        self._engine = RecordingEngine(core, on_start=self._begin, on_lost=self._lose)
+        self._complaints = Complaints()
+        self._stop = threading.Event()
+        self._engine = RecordingEngine(
+            core,
+            on_start=self._begin,
+            on_lost=self._lose,
+            is_stopped=lambda: self._stop.is_set(),
+        )
         self._last_planned_s: float | None = None
         self._clock_offset_s = 0.0
         self._delivery: Delivery | None = None
@@ -66,19 +74,19 @@ class PlannedAcquisition:
             What went wrong first, after the sink was told the end.
         """
         runner = self._core.mda
+        self._stop = stop
         before = runner.set_engine(self._engine)
         runner.events.frameReady.connect(self._take)
         started = time.perf_counter()
-        complaints = Complaints()
         try:
-            with complaints.heard(), _cancelled_by(stop, runner):
+            with self._complaints.heard(), _cancelled_by(stop, runner):
                 self._run_sequence(runner)
         finally:
             runner.events.frameReady.disconnect(self._take)
             if before is not None:
                 runner.set_engine(before)
         reason = self._reason(runner)
-        return self._finish(reason, time.perf_counter() - started, complaints)
+        return self._finish(reason, time.perf_counter() - started)
 
     def _run_sequence(self, runner: MDARunner) -> None:
         try:
@@ -186,31 +194,42 @@ class PlannedAcquisition:
             return str(self._failure)
         if self._broken_off is not None:
             return self._broken_off
-        finished = runner.status.finish_reason
-        return str(finished) if finished is not None else "completed"
+        finished = str(runner.status.finish_reason or COMPLETED)
+        if self._not_acquired and self._stop.is_set():
+            return CANCELED
+        if finished == COMPLETED and self._observations.camera_lost:
+            return camera_lost_images(self._core, self._complaints.fault)
+        return finished
 
-    def _finish(
-        self, reason: str, seconds: float, complaints: Complaints
-    ) -> AcquisitionReport:
+    @property
+    def _not_acquired(self) -> int:
+        """Planned images that were neither delivered nor lost by the camera."""
+        sent = 0 if self._delivery is None else self._delivery.sent
+        return max(len(self._plan) - sent - self._observations.camera_lost, 0)
+
+    def _finish(self, reason: str, seconds: float) -> AcquisitionReport:
         delivery, failure = self._delivery, self._failure
-        if delivery is not None:
-            end_series(self._sink, reason, failure)
-        if failure is not None:
+        if delivery is None:
+            assert failure is not None
             raise failure
-        assert delivery is not None
         seen = self._observations
-        return AcquisitionReport(
+        report = AcquisitionReport(
             series_uid=delivery.series.series_uid,
             frames=delivery.sent,
             planned=len(self._plan),
             camera_lost=seen.camera_lost,
+            not_acquired=self._not_acquired,
             reason=reason,
             seconds=seconds,
             lateness=seen.lateness(),
             most_waiting=seen.most_waiting,
             least_free=seen.least_free,
-            warnings=complaints.texts,
+            warnings=self._complaints.texts,
         )
+        end_series(self._sink, report, failure)
+        if failure is not None:
+            raise failure
+        return report
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from rtfocus.microscope.metadata import now_ns
 from rtfocus.microscope.report import AcquisitionReport, Observations
 from rtfocus.microscope.series import find_pixel_size_um
 from rtfocus.microscope.sink import FrameSink
+from rtfocus.outcome import CANCELED, COMPLETED
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +126,23 @@ class Replay:
         except Exception as error:  # raised below, once the sink knows
             failure, reason = error, str(error)
         seconds = time.monotonic() - started
-        end_series(self._sink, reason, failure)
-        if failure is not None:
-            raise failure
-        return AcquisitionReport(
+        planned = len(self._recording)
+        report = AcquisitionReport(
             series_uid=self._delivery.series.series_uid,
             frames=self._delivery.sent,
-            planned=len(self._recording),
+            planned=planned,
             camera_lost=0,
+            not_acquired=planned - self._delivery.sent,
             reason=reason,
             seconds=seconds,
             lateness=self._observations.lateness(),
             most_waiting=None,
             least_free=None,
         )
+        end_series(self._sink, report, failure)
+        if failure is not None:
+            raise failure
+        return report
 
     def _play(self, stop: threading.Event, started: float) -> str:
         rate = self._replay.frames_per_s
@@ -146,7 +150,7 @@ class Replay:
             planned_s = None if rate is None else number / rate
             wait_s = 0.0 if planned_s is None else planned_s - _since(started)
             if stop.wait(wait_s) if wait_s > 0 else stop.is_set():
-                return "canceled"
+                return CANCELED
             actual_s = _since(started)
             if planned_s is not None:
                 self._observations.note_start(planned_s, actual_s)
@@ -163,7 +167,7 @@ class Replay:
                 frame_meta={"file": plane.image.path.name, "plane": plane.source},
             )
             self._delivery.deliver(plane.image.read(**plane.source), exposure)
-        return "completed"
+        return COMPLETED
 
     def _describe(self, config: Config) -> SeriesStart:
         first = self._recording.images[0]
@@ -188,6 +192,7 @@ class Replay:
             z_step_um=first.z_step_um,
             interval_s=None if rate is None else planes / rate,
             summary={"source": "replay", "file": self._replay.path.name},
+            planned=len(self._recording),
         )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from rtfocus.metrics import Histogram
+from rtfocus.outcome import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class AcquisitionReport:
     """Frames planned; None: no plan, or one without an end."""
     camera_lost: int
     """Frames the camera exposed, or should have, that never arrived."""
+    not_acquired: int
+    """Planned frames whose turn never came: planned = frames + lost + these."""
     reason: str
     """``completed``, ``canceled``, or why the series broke off."""
     seconds: float
@@ -38,14 +41,19 @@ class AcquisitionReport:
     warnings: tuple[str, ...] = ()
     """What Micro-Manager complained of without stopping."""
 
+    @property
+    def outcome(self) -> Outcome:
+        """How much of the plan was handed to the sink."""
+        lost = {"lost by the camera": self.camera_lost} if self.camera_lost else {}
+        return Outcome(self.planned, self.frames, self.reason, lost, self.not_acquired)
+
     def __str__(self) -> str:
         """Sum up in a few lines for a terminal."""
-        of = "" if self.planned is None else f" of {self.planned}"
         rate = self.frames / self.seconds if self.seconds > 0 else 0.0
-        lines = [
-            f"{self.reason}: {self.frames}{of} frames in {self.seconds:.1f} s "
-            f"({rate:.1f} frames/s), {self.camera_lost} lost by the camera"
-        ]
+        done = "completed: " if self.outcome.is_complete else ""
+        if self.outcome.was_stopped:
+            done = ""
+        lines = [f"{done}{self.outcome}, in {self.seconds:.1f} s ({rate:.1f} frames/s)"]
         if self.lateness is not None:
             late = self.lateness
             lines.append(

@@ -128,6 +128,7 @@ def describe_series(
             plan.sequence.model_dump(mode="json", exclude_unset=True) if plan else None
         ),
         summary=summary_json(summary),
+        planned=len(plan) if plan else frames,
     )
 
 

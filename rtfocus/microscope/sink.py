@@ -25,6 +25,13 @@ class FrameSink(Protocol):
         """Hand over a filled slot; it is not the caller's any more."""
         ...
 
-    def end(self, reason: str) -> None:
-        """End the series, once everything published is safe."""
+    def end(
+        self,
+        reason: str,
+        *,
+        camera_lost: int = 0,
+        not_acquired: int = 0,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        """End the series, once everything published is safe; see `SeriesEnd`."""
         ...

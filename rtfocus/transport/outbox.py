@@ -8,7 +8,7 @@ import threading
 from collections import deque
 
 from rtfocus.errors import TransportError
-from rtfocus.frame import SeriesStart
+from rtfocus.frame import PROTOCOL_VERSION, SeriesEnd, SeriesStart
 from rtfocus.slots import Slot
 
 
@@ -21,6 +21,8 @@ class Outbox:
         """Notified whenever something below changes."""
         self.ending: str | None = None
         """Reason of the end, once the acquisition has said that no frame follows."""
+        self.end: SeriesEnd | None = None
+        """The message that says so."""
         self.end_received = False
         """The recorder has confirmed the end."""
         self._held: deque[Slot] = deque()
@@ -123,9 +125,25 @@ class Outbox:
             self.changed.notify_all()
             return settled
 
-    def finish(self, reason: str) -> None:
-        """Say that no frame follows."""
+    def finish(
+        self,
+        reason: str,
+        *,
+        camera_lost: int = 0,
+        not_acquired: int = 0,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        """Say that no frame follows; see `SeriesEnd`."""
         with self.changed:
+            self.end = SeriesEnd(
+                version=PROTOCOL_VERSION,
+                series_uid=self.series.series_uid,
+                frames_sent=self.published,
+                reason=reason,
+                camera_lost=camera_lost,
+                not_acquired=not_acquired,
+                warnings=warnings,
+            )
             self.ending = reason
 
     def confirm_end(self) -> None:

@@ -126,10 +126,18 @@ class FramePublisher:
         outbox.append(slot)
         self._thread.wake()
 
-    def end(self, reason: str) -> None:
+    def end(
+        self,
+        reason: str,
+        *,
+        camera_lost: int = 0,
+        not_acquired: int = 0,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
         """Say that no frame follows; wait until all of them are durable.
 
-        The recorder learns of the end first: it may need it to finish a shard.
+        The recorder learns of the end first: it may need it to finish a shard. It
+        is told why, and what of the plan was never sent; see `SeriesEnd`.
 
         Raises
         ------
@@ -137,7 +145,12 @@ class FramePublisher:
             As for `acquire`; names how many frames are not durable.
         """
         outbox, _ = self._series()
-        outbox.finish(reason)
+        outbox.finish(
+            reason,
+            camera_lost=camera_lost,
+            not_acquired=not_acquired,
+            warnings=warnings,
+        )
         self._thread.wake()
         durable, since_s = outbox.durable_upto, time.monotonic()
         while not self._wait(outbox, lambda: outbox.is_complete):

@@ -7,7 +7,7 @@ import zmq
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
-from rtfocus.frame import PROTOCOL_VERSION, Estimate, SeriesEnd
+from rtfocus.frame import PROTOCOL_VERSION, Estimate
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.curve import ClientList
@@ -175,14 +175,8 @@ class PublisherLoop:
                 outbox.untake()
                 self._retry = True
                 return
-        if outbox.is_sent and not recorder.end_sent:
-            end = SeriesEnd(
-                version=PROTOCOL_VERSION,
-                series_uid=series_uid,
-                frames_sent=outbox.published,
-                reason=outbox.ending or "",
-            )
-            recorder.end_sent = self._out.send(recorder.topic, m.pack(end))
+        if outbox.is_sent and outbox.end is not None and not recorder.end_sent:
+            recorder.end_sent = self._out.send(recorder.topic, m.pack(outbox.end))
 
     def _tell_raw_only(self, outbox: Outbox, recorder: Recorder) -> None:
         if self.raw_only is None or recorder.raw_only_sent:

@@ -13,6 +13,7 @@ import msgspec
 import yaozarrs
 import zarr
 
+from rtfocus.outcome import Outcome
 from rtfocus.writers.arrays import shard_name
 from rtfocus.writers.header import (
     JOURNAL_NAME,
@@ -48,9 +49,20 @@ class CheckReport:
     """Places without a frame, or lost frames without a place."""
     accounting: dict[str, Any] = field(default_factory=dict)
     """The loss identity of the report."""
+    outcome: Outcome | None = None
+    """How much of the plan there is; None: the run is unfinished or damaged."""
+
+    @property
+    def verdict(self) -> str:
+        """Return ``ok``, ``NOT OK``, or how much of the plan there is if not all."""
+        if self.problems:
+            return "NOT OK"
+        if self.outcome is None or self.outcome.is_complete:
+            return "ok"
+        return str(self.outcome)
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {'ok' if not self.problems else 'NOT OK'}"]
+        lines = [f"{self.folder}: {self.verdict}"]
         lines += [f"  repaired: {step}" for step in self.repaired]
         lines.append(f"  frames written and read back: {self.frames}")
         if self.missing:
@@ -193,6 +205,7 @@ def _check_report(folder: Path, tally: Tally, report: CheckReport) -> None:
         )
         return
     report.accounting = accounting
+    report.outcome = Outcome.of_report(found)
     if accounting["acquired"] != known:
         report.problems.append(
             f"{accounting['acquired']} frames acquired but {known} accounted for"

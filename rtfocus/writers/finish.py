@@ -45,7 +45,7 @@ def finish_run(
             "name": header.series.name,
             "series_uid": header.series.series_uid,
             "started_ns": header.series.started_ns,
-            "planned_frames": tally.plan.places,
+            "planned_frames": tally.plan.images,
             "time_points": tally.extent,
             "totals": totals,
             "missing": tally.missing,

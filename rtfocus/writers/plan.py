@@ -40,12 +40,24 @@ class Plan:
         }
         self._order = [axis for axis in series.sizes if axis in AXES]
         self._mda_sequence = series.mda_sequence
+        self._planned = series.planned
 
     @property
     def places(self) -> int | None:
         """Number of planned places; None: unbounded."""
         sizes = [size for size in self.sizes.values() if size is not None]
         return prod(sizes) if len(sizes) == len(AXES) else None
+
+    @property
+    def images(self) -> int | None:
+        """Number of planned images; None: without an end, or not known.
+
+        A plan may leave places out: a channel at every third time point, stacks of
+        different heights.
+        """
+        if self._planned is not None or self._mda_sequence is not None:
+            return self._planned
+        return self.places
 
     def contains(self, index: Index) -> bool:
         """Tell whether the store has a place for `index`."""

@@ -37,6 +37,7 @@ def repair_run(folder: Path, header: RunHeader) -> list[str]:
         tally.add(line)
     accounting = Accounting()
     tally.restore(accounting)
+    accounting.end(tally.next_sequence, planned=tally.plan.images)
     # A process killed before its first frame may have left some of them.
     images = RunImages(folder, header, create=tally.lines == 0)
     before = images.frames

@@ -216,10 +216,16 @@ class RunWriter:
         """
         self.settle()
         self._stop()
-        self._accounting.set_acquired(end.frames_sent)
+        self._accounting.end(
+            end.frames_sent,
+            planned=self._tally.plan.images,
+            camera_lost=end.camera_lost,
+            not_acquired=end.not_acquired,
+        )
         report = report | {
             "accounting": self._accounting.summary(),
             "reason": end.reason,
+            "warnings": end.warnings,
         }
         if self._intake.commits.error is not None:
             report["write_error"] = str(self._intake.commits.error)

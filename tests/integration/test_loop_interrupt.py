@@ -79,7 +79,7 @@ def test_two_commands_end_in_turn(tmp_path, engine_folder):
         microscope.send_signal(signal.SIGINT)
         said, errors = microscope.communicate(timeout=DEADLINE_S)
         assert microscope.returncode == 0, errors
-        assert "canceled: " in said
+        assert "stopped by the user: " in said
         said, errors = processor.communicate(timeout=DEADLINE_S)
         assert processor.returncode == 0, errors
     assert "0 dropped + 0 in error" in said
