@@ -75,20 +75,16 @@ class Outcome:
         return STOPPED if self.was_stopped and not self.lost else INCOMPLETE
 
     def __str__(self) -> str:
-        number = (
-            f"{self.present} frames"
-            if self.planned is None
-            else f"{self.present} of {self.planned} planned frames"
-        )
+        number = f"{self.present} frames"
+        if self.planned is not None:
+            number = f"{self.present} of {self.planned} planned frames"
+        if self.is_complete:
+            return f"stopped by the user: {number}" if self.was_stopped else number
         missing = [f"{n} {what}" for what, n in self.lost.items()]
         if self.not_acquired:
-            why = "" if self.was_stopped else f" ({self.reason})"
-            missing.append(f"{self.not_acquired} not acquired{why}")
-        head = ""
+            missing.append(f"{self.not_acquired} not acquired")
+        said = "; ".join([number, *([", ".join(missing)] if missing else [])])
         if self.was_stopped:
-            head = "stopped by the user: "
-        elif not self.is_complete:
-            head = "incomplete: "
-            if self.planned is None:
-                missing.append(self.reason)
-        return f"{head}{number}" + (f"; {', '.join(missing)}" if missing else "")
+            return f"stopped by the user: {said}"
+        why = "" if self.reason == COMPLETED else f": {self.reason}"
+        return f"incomplete: {said}{why}"
