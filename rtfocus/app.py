@@ -24,7 +24,6 @@ from rtfocus.config import Config
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import (
     EngineError,
-    MicroscopeError,
     RtfocusError,
     WorkerError,
     WriterError,
@@ -102,7 +101,7 @@ def run(
             terms = monitors[-1].accounting
             planned = "" if terms.planned is None else f" of {terms.planned} planned"
             msg = f"{failure}; '{folder}' has {terms.written}{planned} frames"
-            raise MicroscopeError(msg) from failure
+            raise type(failure)(msg) from failure
         raise failure
     return folder
 

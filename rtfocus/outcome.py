@@ -8,11 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-COMPLETE = 0
-INCOMPLETE = 3
-"""Exit code: the run folder is whole, but not everything planned is in it."""
-STOPPED = 130
-"""Exit code: the user stopped a series before its planned end; else as `COMPLETE`."""
+from rtfocus.errors import ExitCode
 
 COMPLETED = "completed"
 CANCELED = "canceled"
@@ -68,11 +64,9 @@ class Outcome:
         return True
 
     @property
-    def exit_code(self) -> int:
+    def exit_code(self) -> ExitCode:
         """Return what a command that recorded this series ends with."""
-        if self.is_complete:
-            return COMPLETE
-        return STOPPED if self.was_stopped and not self.lost else INCOMPLETE
+        return ExitCode.DONE if self.is_complete else ExitCode.INCOMPLETE
 
     def __str__(self) -> str:
         number = f"{self.present} frames"

@@ -14,8 +14,18 @@ from types import TracebackType
 import yaml
 
 from rtfocus.config import Config
-from rtfocus.errors import MicroscopeError
-from rtfocus.outcome import COMPLETE, INCOMPLETE, STOPPED
+from rtfocus.errors import (
+    ConfigError,
+    ExitCode,
+    InputError,
+    MicroscopeError,
+    RtfocusError,
+)
+
+_KINDS: dict[int, type[RtfocusError]] = {
+    kind.exit_code: kind for kind in (ConfigError, InputError)
+}
+"""Errors that the microscope side tells by its exit code."""
 
 
 def on_free_ports(config: Config) -> Config:
@@ -80,16 +90,19 @@ class MicroscopeProcess:
         A series with fewer frames than planned is none: the processor side has all
         that came, and says what is missing.
         """
-        return self._process.poll() not in (None, COMPLETE, INCOMPLETE, STOPPED)
+        return self._process.poll() not in (None, ExitCode.DONE, ExitCode.INCOMPLETE)
 
-    def failure(self) -> MicroscopeError | None:
-        """Return what the microscope side said when it failed; None if it did not."""
+    def failure(self) -> RtfocusError | None:
+        """Return what the microscope side said when it failed; None if it did not.
+
+        A plan or recording that cannot be used keeps its exit code.
+        """
         if not self.failed():
             return None
         said = self._said or f"exit code {self._process.returncode}"
         last = said.splitlines()[-1]
         msg = f"microscope side failed: {last.removeprefix('error: ')}"
-        return MicroscopeError(msg)
+        return _KINDS.get(self._process.returncode, MicroscopeError)(msg)
 
     def __enter__(self) -> "MicroscopeProcess":
         return self

@@ -21,8 +21,8 @@ def check(
 ) -> None:
     """Validate a run folder: stores, journal, and that no frame is unaccounted for.
 
-    Exits with 1 when something is wrong, with 3 when all is sound but there are
-    fewer frames than planned, with 130 when that is because the user stopped.
+    Exits with 1 when something is wrong, with 5 when all is sound but there are fewer
+    frames than planned.
 
     [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
     """

@@ -11,8 +11,8 @@ from rtfocus.cli.display import Rows, display, processor_rows
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
+from rtfocus.errors import ExitCode
 from rtfocus.monitor import Monitor
-from rtfocus.outcome import COMPLETE
 from rtfocus.transport.publisher import FramePublisher
 
 
@@ -29,8 +29,7 @@ def run(
     """Run both sides on this machine and write a run folder.
 
     Ctrl-C ends the acquisition; what was acquired is still processed and written.
-    Exits with 0 only if every planned frame is written, with 3 if some are not, with
-    130 if that is because you stopped it.
+    Exits with 0 only if every planned frame is written, with 5 if some are not.
 
     [bold]Example:[/] rtfocus run democamera --set run.folder=D:/data
     """
@@ -60,7 +59,7 @@ def process(
     [bold]Example:[/] rtfocus process my.yaml --set transport.frames=tcp://scope:5571
     """
     settings = read_config(config, overrides)
-    code = COMPLETE
+    code = ExitCode.DONE
     with interruptible() as (stop, _):
         while not stop.is_set():
             monitors: list[Monitor] = []

@@ -2,21 +2,24 @@
 
 import pytest
 
+from rtfocus.errors import ExitCode
 from rtfocus.metrics import Accounting
-from rtfocus.outcome import COMPLETE, INCOMPLETE, STOPPED, Outcome
+from rtfocus.outcome import Outcome
+
+DONE, INCOMPLETE = ExitCode.DONE, ExitCode.INCOMPLETE
 
 
 @pytest.mark.parametrize(
     ("outcome", "code", "said"),
     [
-        (Outcome(9, 9, "completed"), COMPLETE, "9 of 9 planned frames"),
+        (Outcome(9, 9, "completed"), DONE, "9 of 9 planned frames"),
         # Without a planned end, stopping is how a series ends.
-        (Outcome(None, 5, "canceled"), COMPLETE, "stopped by the user: 5 frames"),
-        (Outcome(None, 5, "completed"), COMPLETE, "5 frames"),
-        (Outcome(9, 9, "canceled"), COMPLETE, "stopped by the user: 9 of 9 planned"),
+        (Outcome(None, 5, "canceled"), DONE, "stopped by the user: 5 frames"),
+        (Outcome(None, 5, "completed"), DONE, "5 frames"),
+        (Outcome(9, 9, "canceled"), DONE, "stopped by the user: 9 of 9 planned"),
         (
             Outcome(9, 4, "canceled", not_acquired=5),
-            STOPPED,
+            INCOMPLETE,
             "stopped by the user: 4 of 9 planned frames; 5 not acquired",
         ),
         (
@@ -63,7 +66,7 @@ def test_the_plan_is_what_came_was_lost_or_had_no_turn(said, lost, rest):
         rest,
     )
     outcome = Outcome.of_report({"accounting": terms, "reason": "why"})
-    assert (outcome.present, outcome.planned, outcome.exit_code) == (50, 100, 3)
+    assert (outcome.present, outcome.planned, outcome.exit_code) == (50, 100, 5)
 
 
 def test_reports_that_name_no_plan_are_judged_by_their_losses():
