@@ -1,20 +1,57 @@
-"""OME-Zarr: reads versions 0.4 and 0.5 through zarr-python.
+"""OME-Zarr: reads versions 0.3, 0.4 and 0.5 through zarr-python.
 
 Single images, bioformats2raw collections, plates, and rtfocus run folders'
-images alike: every multiscales group below the path is one series.
+images alike: every multiscales group below the path is one series. The attributes
+are read as they are: models that validate them refuse images without units or with
+axes in another order, whose pixels are readable.
 """
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.errors import GroupNotFoundError
 
 from rtfocus.errors import InputError
-from rtfocus.images.series import ImageChannel, ImageSeries, native_dtype
+from rtfocus.images.ome_xml import OmeImage, read_ome_xml
+from rtfocus.images.series import (
+    ContrastWindow,
+    Facts,
+    ImageChannel,
+    ImageSeries,
+    PlatePlace,
+    native_dtype,
+    one_line,
+    stem_of,
+)
+from rtfocus.images.units import finite, length_um, positive, time_s
+
+_MARKS = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
+_DEEPEST = 6
+"""Groups within groups: plate, row, well, field are four."""
+_MOST_IMAGES = 100_000
+
+
+def is_zarr(folder: Path) -> bool:
+    """Tell whether a folder is a Zarr group or array."""
+    return any((folder / mark).is_file() for mark in _MARKS)
+
+
+def outermost_zarr(path: Path) -> Path:
+    """Return the outermost Zarr group that a path lies in, or is."""
+    outermost = path
+    for parent in path.absolute().parents:
+        if not is_zarr(parent):
+            # Rows of a plate may lack metadata of their own.
+            if not is_zarr(parent.parent):
+                break
+            continue
+        outermost = parent
+    return outermost
 
 
 def read_ome_zarr(path: Path) -> list[ImageSeries]:
@@ -26,33 +63,103 @@ def read_ome_zarr(path: Path) -> list[ImageSeries]:
         If the path is no Zarr group or holds no multiscales image.
     """
     try:
-        root = zarr.open_group(path, mode="r")
-    except (GroupNotFoundError, OSError, ValueError, KeyError) as error:
-        msg = f"'{path}' cannot be opened as a Zarr group: {error}"
+        return _read_ome_zarr(path)
+    except InputError:
+        raise
+    # Damaged metadata make the parser raise whatever it stumbles over.
+    except Exception as error:
+        msg = f"'{path}' cannot be read as OME-Zarr: {one_line(error)}"
         raise InputError(msg) from error
-    images = list(_images(root, ""))
-    if not images:
+
+
+def _read_ome_zarr(path: Path) -> list[ImageSeries]:
+    root = zarr.open(path, mode="r")
+    if not isinstance(root, zarr.Group):
+        msg = f"'{path}' is a Zarr array without OME metadata; give its OME-Zarr group"
+        raise InputError(msg)
+    found = [
+        replace(image, place=place or image.place)
+        for name, group, place in _groups(root)
+        for image in _describe(path, name, group)
+    ]
+    if not found:
         msg = f"'{path}' holds no OME-Zarr image (no 'multiscales' metadata)"
         raise InputError(msg)
-    stem = path.name.split(".")[0]
-    return [
-        _describe(path, f"{stem}_{name}" if name else stem, group)
-        for name, group in images
-    ]
+    files = tuple(dict.fromkeys((path, outermost_zarr(path))))
+    return [replace(image, files=files) for image in _with_ome_xml(path, found)]
 
 
-def _images(group: zarr.Group, name: str) -> Iterator[tuple[str, zarr.Group]]:
-    """Yield all multiscales groups, depth first, names joined by underscores."""
+def _groups(
+    root: zarr.Group,
+) -> Iterator[tuple[str, zarr.Group, PlatePlace | None]]:
+    """Yield all multiscales groups, names joined by underscores."""
+    plate = _ome(root).get("plate")
+    if isinstance(plate, dict):
+        yield from _fields(root, plate)
+        return
+    yield from ((name, group, None) for name, group in _images(root, "", 0))
+
+
+def _images(
+    group: zarr.Group, name: str, depth: int
+) -> Iterator[tuple[str, zarr.Group]]:
     if "multiscales" in _ome(group):
         yield name, group
         return
+    if depth == _DEEPEST:
+        return
     for key, child in sorted(group.groups(), key=lambda item: _natural(item[0])):
         if key not in ("labels", "OME"):
-            yield from _images(child, f"{name}_{key}" if name else key)
+            yield from _images(child, f"{name}_{key}" if name else key, depth + 1)
+
+
+def _fields(
+    root: zarr.Group, plate: dict[str, Any]
+) -> Iterator[tuple[str, zarr.Group, PlatePlace]]:
+    """Yield the fields of a plate's wells; a listed one that is missing is told."""
+    wells = plate.get("wells", [])
+    rows = _plate_axis(plate.get("rows"), wells, "rowIndex", 0)
+    columns = _plate_axis(plate.get("columns"), wells, "columnIndex", 1)
+    title = str(plate.get("name") or stem_of(Path(str(root.store_path))))
+    for well in wells:
+        row, column = str(well["path"]).split("/")
+        group = _child(root, str(well["path"]))
+        for number, field in enumerate(_ome(group)["well"]["images"]):
+            yield (
+                f"{row}_{column}_{field['path']}",
+                _child(group, str(field["path"])),
+                PlatePlace(
+                    plate=title,
+                    rows=rows,
+                    columns=columns,
+                    row=rows.index(row),
+                    column=columns.index(column),
+                    field=number,
+                    acquisition=field.get("acquisition"),
+                ),
+            )
+
+
+def _plate_axis(
+    listed: object, wells: list[dict[str, Any]], key: str, part: int
+) -> tuple[str, ...]:
+    """Return the names of a plate's rows or columns; old ones list only wells."""
+    if isinstance(listed, list) and listed:
+        return tuple(str(one["name"]) for one in listed)
+    names = {str(well["path"]).split("/")[part]: well.get(key, 0) for well in wells}
+    return tuple(sorted(names, key=lambda name: (names[name], _natural(name))))
+
+
+def _child(group: zarr.Group, path: str) -> zarr.Group:
+    child = group[path]
+    if not isinstance(child, zarr.Group):
+        msg = f"'{path}' is no group"
+        raise TypeError(msg)
+    return child
 
 
 def _natural(key: str) -> tuple[int, str]:
-    return (int(key), "") if key.isdigit() else (1 << 30, key)
+    return (int(key), "") if key.isdecimal() else (1 << 30, key)
 
 
 def _ome(group: zarr.Group) -> dict[str, Any]:
@@ -61,53 +168,169 @@ def _ome(group: zarr.Group) -> dict[str, Any]:
     return inner
 
 
-def _describe(path: Path, name: str, group: zarr.Group) -> ImageSeries:
+@dataclass(frozen=True)
+class _Axis:
+    name: str
+    unit: str | None
+    length: int
+    scale: float | None
+
+
+def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]:
+    """Yield an image, once for each index of axes that are not t, c, z."""
     ome = _ome(group)
     try:
         scales = ome["multiscales"][0]
-        axes = [axis["name"] for axis in scales["axes"]]
         level = scales["datasets"][0]
         array = group[level["path"]]
-        steps = dict(zip(axes, _scale_of(level), strict=False))
-    except (KeyError, IndexError, TypeError) as error:
-        msg = f"'{path}': image '{name}' has broken multiscales metadata: {error}"
+        axes = _axes(scales, level, getattr(array, "shape", ()))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        msg = f"'{path}': image '{name}' has broken multiscales metadata: {error!r}"
         raise InputError(msg) from error
-    if not isinstance(array, zarr.Array) or not set(axes) <= set("tczyx"):
-        msg = f"'{path}': image '{name}' has axes {axes}; readable are t, c, z, y, x"
+    lengths = {axis.name: axis.length for axis in axes}
+    if not isinstance(array, zarr.Array) or not {"y", "x"} <= set(lengths):
+        msg = f"'{path}': image '{name}' has axes {[*lengths]}; it needs y and x"
         raise InputError(msg)
-    lengths = dict(zip(axes, array.shape, strict=True))
-    channels = ome.get("omero", {}).get("channels", [])
-    return ImageSeries(
-        name=name,
-        path=path,
-        sizes={axis: lengths.get(axis, 1) for axis in "tcz"},
-        shape=(lengths["y"], lengths["x"]),
-        dtype=native_dtype(array.dtype),
-        read_plane=_PlaneReader(array, axes),
-        files=(path,),
-        pixel_size_y_um=steps.get("y"),
-        pixel_size_x_um=steps.get("x"),
-        z_step_um=steps.get("z"),
-        channels=tuple(ImageChannel(name=c.get("label")) for c in channels),
+    own = [axis for axis in axes if axis.name not in "tczyx"]
+    if np.prod([axis.length for axis in own], dtype=np.int64) > _MOST_IMAGES:
+        msg = f"'{path}': image '{name}' has more than {_MOST_IMAGES} images"
+        raise InputError(msg)
+    facts = _facts(ome, axes, lengths.get("c", 1))
+    stem = stem_of(path)
+    for place in itertools.product(*(range(axis.length) for axis in own)):
+        fixed = {axis.name: n for axis, n in zip(own, place, strict=True)}
+        parts = [stem, name, *(f"{axis}{n}" for axis, n in fixed.items())]
+        yield ImageSeries(
+            name="_".join(part for part in parts if part),
+            path=path,
+            sizes={axis: lengths.get(axis, 1) for axis in "tcz"},
+            shape=(lengths["y"], lengths["x"]),
+            dtype=native_dtype(array.dtype),
+            read_plane=_PlaneReader(array, [axis.name for axis in axes], fixed),
+            **facts,
+        )
+
+
+def _axes(
+    scales: dict[str, Any], level: dict[str, Any], shape: tuple[int, ...]
+) -> list[_Axis]:
+    """Return the axes with the scale of the data set times the global one."""
+    # Up to version 0.2 an image has these five axes and does not say so.
+    listed = scales.get("axes") or list("tczyx")
+    named = [one if isinstance(one, dict) else {"name": one} for one in listed]
+    steps = _scale_of(level, len(shape))
+    factors = _scale_of(scales, len(shape))
+    axes = []
+    for axis, length, step, factor in zip(named, shape, steps, factors, strict=True):
+        known = [number for number in (step, factor) if number is not None]
+        axes.append(
+            _Axis(
+                name=str(axis["name"]).lower(),
+                unit=axis.get("unit"),
+                length=int(length),
+                scale=float(np.prod(known)) if known else None,
+            )
+        )
+    names = [axis.name for axis in axes]
+    if len(set(names)) < len(names):
+        msg = f"axes {names} have one name twice"
+        raise ValueError(msg)
+    return axes
+
+
+def _scale_of(holder: dict[str, Any], ndim: int) -> list[float | None]:
+    for transform in holder.get("coordinateTransformations") or []:
+        if transform.get("type") == "scale" and "scale" in transform:
+            scale = [positive(number) for number in transform["scale"]]
+            if len(scale) != ndim:
+                msg = f"a scale of {len(scale)} numbers for {ndim} axes"
+                raise ValueError(msg)
+            return scale
+    return [None] * ndim
+
+
+def _facts(ome: dict[str, Any], axes: list[_Axis], channels: int) -> Facts:
+    lengths = {axis.name: length_um(axis.scale, axis.unit) for axis in axes}
+    times = {axis.name: time_s(axis.scale, axis.unit) for axis in axes}
+    return {
+        "pixel_size_y_um": lengths["y"],
+        "pixel_size_x_um": lengths["x"],
+        "z_step_um": lengths.get("z"),
+        "time_step_s": times.get("t"),
+        "channels": _channels(ome, channels),
+    }
+
+
+def _channels(ome: dict[str, Any], count: int) -> tuple[ImageChannel, ...]:
+    omero = ome.get("omero")
+    listed = omero.get("channels") if isinstance(omero, dict) else None
+    if not isinstance(listed, list) or len(listed) != count:
+        return ()
+    return tuple(
+        _channel(one) if isinstance(one, dict) else ImageChannel() for one in listed
     )
 
 
-def _scale_of(level: dict[str, Any]) -> list[float]:
-    for transform in level.get("coordinateTransformations", []):
-        if transform.get("type") == "scale":
-            return list(transform["scale"])
-    return []
+def _channel(one: dict[str, Any]) -> ImageChannel:
+    label, color, window = one.get("label"), one.get("color"), one.get("window")
+    shown = None
+    if isinstance(window, dict):
+        start, end = finite(window.get("start")), finite(window.get("end"))
+        if start is not None and end is not None:
+            low, high = finite(window.get("min")), finite(window.get("max"))
+            shown = ContrastWindow(start=start, end=end, low=low, high=high)
+    return ImageChannel(
+        name=str(label) if label not in (None, "") else None,
+        color=_color(color),
+        window=shown,
+    )
+
+
+def _color(text: object) -> str | None:
+    digits = str(text).removeprefix("#").upper()
+    valid = len(digits) in (6, 8) and all(c in "0123456789ABCDEF" for c in digits)
+    return digits[:6] if valid else None
+
+
+def _with_ome_xml(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
+    """Fill in what a bioformats2raw collection keeps in OME/METADATA.ome.xml."""
+    companion = path / "OME" / "METADATA.ome.xml"
+    if not companion.is_file():
+        return images
+    found = read_ome_xml(companion.read_bytes()).images
+    if len(found) != len(images):
+        return images
+    return [_filled(image, one) for image, one in zip(images, found, strict=True)]
+
+
+def _filled(image: ImageSeries, one: OmeImage) -> ImageSeries:
+    facts = one.facts
+    fitting = len(facts.get("channels", ())) == image.sizes["c"]
+    channels = image.channels or (facts.get("channels", ()) if fitting else ())
+    return replace(
+        image,
+        name=f"{stem_of(image.path)}_{one.name}" if one.name else image.name,
+        channels=channels,
+        numerical_aperture=facts.get("numerical_aperture"),
+        refractive_index=facts.get("refractive_index"),
+        position=facts.get("position"),
+        stage=facts.get("stage"),
+        place=image.place or facts.get("place"),
+    )
 
 
 class _PlaneReader:
-    """Reads one plane of an array whose axes are a subset of t, c, z, y, x."""
+    """Reads one plane of an array whose axes are in any order."""
 
-    def __init__(self, array: "zarr.Array[Any]", axes: list[str]) -> None:
+    def __init__(
+        self, array: "zarr.Array[Any]", axes: list[str], fixed: dict[str, int]
+    ) -> None:
         self._array = array
         self._axes = axes
+        self._fixed = fixed
 
     def __call__(self, t: int, c: int, z: int) -> NDArray[np.generic]:
-        place = {"t": t, "c": c, "z": z}
+        place = {"t": t, "c": c, "z": z, **self._fixed}
         window = tuple(place.get(axis, slice(None)) for axis in self._axes)
         plane = np.asarray(self._array[window])
         return plane if self._axes.index("y") < self._axes.index("x") else plane.T

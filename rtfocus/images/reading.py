@@ -1,23 +1,47 @@
-"""Reading: TIFF, OME-TIFF, PNG, JPEG, OME-Zarr and folders of them."""
+"""Reading: the images of a file, an OME-Zarr, a data set or a folder of them.
 
-from collections.abc import Callable
+A folder is taken as it is: hidden files and the twins that macOS makes of files
+(``._x.tif``) are no images, numbers sort as numbers, sets of several files are read
+once, links that lead back are not followed, and results of rtfocus among the images
+are no inputs.
+"""
+
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rtfocus.errors import InputError
-from rtfocus.images.ome_zarr import read_ome_zarr
+from rtfocus.images.micro_manager import (
+    is_ndtiff,
+    read_frames,
+    read_ndtiff,
+    take_frames,
+)
+from rtfocus.images.ome_zarr import is_zarr, read_ome_zarr
 from rtfocus.images.pictures import read_picture
+from rtfocus.images.provenance import written_by_rtfocus
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.tiff import read_tiff
 
 _READERS: dict[str, Callable[[Path], list[ImageSeries]]] = {
     ".tif": read_tiff,
     ".tiff": read_tiff,
+    ".btf": read_tiff,
     ".png": read_picture,
     ".jpg": read_picture,
     ".jpeg": read_picture,
     ".bmp": read_picture,
 }
+_FOREIGN = frozenset(
+    ".czi .dv .gif .ims .jp2 .lif .lsm .mrxs .nd2 .ndpi .oib .oif .oir .r3d .scn .stk "
+    ".svs .vsi .webp .zvi".split()
+)
+"""Formats of images that are not read; leaving them out of a folder is told."""
+
+_RUN = ".rtfocus"
+_RAW = "raw.ome.zarr"
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,15 @@ class FoundImages:
     """Results of rtfocus among the images of a folder; they are no inputs."""
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """Something in a folder that may hold images."""
+
+    path: Path
+    read: Callable[[], list[ImageSeries]]
+    is_result: bool = False
+
+
 def find_images(path: Path) -> FoundImages:
     """Open the images at a path lazily; a broken one does not stop the others.
 
@@ -54,30 +87,46 @@ def find_images(path: Path) -> FoundImages:
         If there is nothing at the path, nothing in it that looks like an image, or
         nothing that can be read.
     """
-    return FoundImages(open_images(path))
+    if not path.exists():
+        msg = f"'{path}' does not exist; give an image file, an OME-Zarr or a folder"
+        raise InputError(msg)
+    if not path.is_dir():
+        return FoundImages(_open_file(path))
+    if is_zarr(path) or is_ndtiff(path):
+        return FoundImages(_open_set(path))
+    found = _read_all(list(_search(path, set())))
+    if found.series:
+        return found
+    if found.broken:
+        raise InputError(_in_words(found.broken))
+    msg = f"'{path}' holds no image; looked for {', '.join(_READERS)}, OME-Zarr, NDTiff"
+    raise InputError(msg)
 
 
 def open_images(path: Path) -> list[ImageSeries]:
-    """List the images at a path, opened lazily, folders in name order.
+    """List the images at a path, opened lazily, folders in natural order of names.
 
     Parameters
     ----------
     path
-        An image file, an OME-Zarr (0.4 or 0.5; a plate or a collection too), or a
-        folder, which is searched with its subfolders.
+        An image file, an OME-Zarr (a plate or a collection too), an NDTiff data set,
+        or a folder, which is searched with its subfolders.
 
     Raises
     ------
     InputError
-        If there is nothing at the path or nothing in it can be read; names what
+        If there is nothing at the path or anything in it cannot be read; names what
         was looked for.
     """
-    if not path.exists():
-        msg = f"'{path}' does not exist; give an image file, an OME-Zarr or a folder"
-        raise InputError(msg)
-    if path.is_dir():
-        return _open_folder(path)
-    return _open_file(path)
+    found = find_images(path)
+    if found.broken:
+        raise InputError(_in_words(found.broken))
+    return found.series
+
+
+def _in_words(broken: tuple[BrokenImage, ...]) -> str:
+    more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+    return broken[0].reason + more
 
 
 def _open_file(path: Path) -> list[ImageSeries]:
@@ -88,25 +137,92 @@ def _open_file(path: Path) -> list[ImageSeries]:
             f"{', '.join(_READERS)}, OME-Zarr and folders of them"
         )
         raise InputError(msg)
+    if reader is read_tiff and is_ndtiff(path.parent):
+        return read_ndtiff(path.parent)
     return reader(path)
 
 
-def _open_folder(folder: Path) -> list[ImageSeries]:
-    if _is_zarr(folder):
-        return read_ome_zarr(folder)
-    found: list[ImageSeries] = []
-    for entry in sorted(folder.iterdir()):
+def _open_set(folder: Path) -> list[ImageSeries]:
+    return read_ome_zarr(folder) if is_zarr(folder) else read_ndtiff(folder)
+
+
+def _read_all(candidates: list[_Candidate]) -> FoundImages:
+    """Read the images; results only where there is nothing else."""
+    results = [candidate.path for candidate in candidates if candidate.is_result]
+    if len(results) < len(candidates):
+        candidates = [one for one in candidates if not one.is_result]
+    else:
+        results = []
+    series: list[ImageSeries] = []
+    broken: list[BrokenImage] = []
+    taken: set[Path] = set()
+    for candidate in candidates:
+        if candidate.path.resolve() in taken:
+            continue
+        try:
+            found = candidate.read()
+        except InputError as error:
+            broken.append(BrokenImage(candidate.path, str(error)))
+            continue
+        series += found
+        taken |= {
+            file.resolve() for one in found if len(one.files) > 1 for file in one.files
+        }
+    return FoundImages(series, tuple(broken), tuple(results))
+
+
+def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
+    """Yield what may hold images below a folder, in natural order."""
+    if folder.resolve() in visited:
+        return
+    visited.add(folder.resolve())
+    try:
+        entries = [one for one in folder.iterdir() if not one.name.startswith(".")]
+        entries.sort(key=_natural)
+    except OSError as error:
+        yield _Candidate(
+            folder, partial(_refuse, f"'{folder}' cannot be read: {error}")
+        )
+        return
+    files = [entry for entry in entries if entry.is_file()]
+    frames = take_frames(files)
+    for entry in entries:
         if entry.is_dir():
-            inside = _is_zarr(entry) or any(entry.rglob("*.*"))
-            found += _open_folder(entry) if inside else []
-        elif entry.suffix.lower() in _READERS:
-            found += _open_file(entry)
-    if not found:
-        msg = f"'{folder}' holds no image; looked for {', '.join(_READERS)}, OME-Zarr"
-        raise InputError(msg)
-    return found
+            yield from _search_folder(entry, visited)
+        elif frames and entry == frames[0]:
+            yield _Candidate(folder, partial(read_frames, folder, frames))
+        elif entry in files and entry not in frames:
+            yield from _search_file(entry)
 
 
-def _is_zarr(folder: Path) -> bool:
-    marks = ("zarr.json", ".zgroup", ".zattrs")
-    return any((folder / mark).is_file() for mark in marks)
+def _search_folder(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
+    if folder.suffix == _RUN and (folder / _RAW).is_dir():
+        yield _Candidate(folder, partial(read_ome_zarr, folder / _RAW), is_result=True)
+    elif is_zarr(folder) or is_ndtiff(folder):
+        if folder.resolve() not in visited:
+            visited.add(folder.resolve())
+            yield _Candidate(
+                folder, partial(_open_set, folder), written_by_rtfocus(folder)
+            )
+    else:
+        yield from _search(folder, visited)
+
+
+def _search_file(path: Path) -> Iterator[_Candidate]:
+    suffix = path.suffix.lower()
+    if suffix in _READERS:
+        yield _Candidate(path, partial(_open_file, path), written_by_rtfocus(path))
+    elif suffix in _FOREIGN:
+        msg = f"'{path}': no reader for '{suffix}'; export it as OME-TIFF or OME-Zarr"
+        yield _Candidate(path, partial(_refuse, msg))
+
+
+def _refuse(message: str) -> list[ImageSeries]:
+    raise InputError(message)
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    """Return a key that sorts 2 before 10; text and numbers alternate in it."""
+    parts = re.split(r"(\d+)", path.name)
+    key = [int(p) if n % 2 else p.lower() for n, p in enumerate(parts)]
+    return key, path.name

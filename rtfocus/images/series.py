@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,12 @@ from rtfocus.errors import InputError
 
 NATIVE = ("|u1", "<u2", "<f4")
 """Pixel types that are processed as they are; all others are read as float32."""
+
+_TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+"""Errors whose text alone says nothing to a reader."""
+
+_FLOAT32_EXACT = 2**24
+"""Up to here float32 holds every whole number."""
 
 SQUARE_TOLERANCE = 1e-3
 """Relative difference of the two pixel sizes up to which pixels count as square."""
@@ -80,6 +87,41 @@ class PlatePlace:
     """Number of the field within the well, from 0."""
     acquisition: int | None = None
     """Number of the run over the plate that made it, where there are several."""
+
+
+class Facts(TypedDict, total=False):
+    """Fields of `ImageSeries` that metadata fill, as a reader hands them on."""
+
+    pixel_size_y_um: float | None
+    pixel_size_x_um: float | None
+    z_step_um: float | None
+    time_step_s: float | None
+    channels: tuple[ImageChannel, ...]
+    numerical_aperture: float | None
+    refractive_index: float | None
+    position: str | None
+    stage: StagePosition | None
+    place: PlatePlace | None
+
+
+def stem_of(path: Path) -> str:
+    """Return a file's name without the ending of its format.
+
+    Examples
+    --------
+    >>> stem_of(Path("day.1/well.A1.ome.tif")), stem_of(Path("x.zarr"))
+    ('well.A1', 'x')
+    """
+    stem = path.stem
+    return stem[:-4] if stem.lower().endswith(".ome") and len(stem) > 4 else stem
+
+
+def one_line(error: BaseException) -> str:
+    """Return what a foreign error says as one line of bounded length."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, _TERSE):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass(frozen=True)
@@ -160,13 +202,23 @@ class ImageSeries:
         Raises
         ------
         InputError
-            If the file cannot be decoded; names file and plane.
+            If the file cannot be decoded, or its values do not fit `dtype`; names
+            file and plane.
         """
+        place = f"'{self.path}': plane t={t} c={c} z={z}"
         try:
             plane = self.read_plane(t, c, z)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            msg = f"'{self.path}': plane t={t} c={c} z={z} cannot be read: {error}"
+        # Decoders of damaged files raise whatever they stumble over.
+        except Exception as error:
+            msg = f"{place} cannot be read: {one_line(error)}"
             raise InputError(msg) from error
+        if plane.shape != self.shape:
+            msg = f"{place} has shape {plane.shape}, the others {self.shape}"
+            raise InputError(msg)
+        loss = _loss(plane)
+        if loss:
+            msg = f"{place} {loss}"
+            raise InputError(msg)
         return np.ascontiguousarray(plane, dtype=self.dtype)
 
     def indices(self) -> Iterator[dict[str, int]]:
@@ -178,3 +230,41 @@ class ImageSeries:
 
     def __len__(self) -> int:
         return self.sizes["t"] * self.sizes["c"] * self.sizes["z"]
+
+
+def _loss(plane: NDArray[np.generic]) -> str | None:
+    """Say what of a plane float32 would lose; NaN and infinity stay.
+
+    Rounding to the 24 bits of float32 is no loss for measured real numbers; whole
+    numbers are counts or labels, which must stay what they are.
+    """
+    if plane.dtype.kind == "c":
+        return "is complex; save its magnitude or its parts as real images"
+    if plane.dtype.itemsize <= 2 or plane.size == 0:
+        return None
+    if plane.dtype.kind in "iu":
+        low, high = int(plane.min()), int(plane.max())
+        if max(-low, high) > _FLOAT32_EXACT and not _is_exact(plane):
+            return (
+                f"has whole numbers from {low} to {high}; beyond +-{_FLOAT32_EXACT} "
+                "float32 is not exact, scale or save it as float32"
+            )
+    if plane.dtype.kind == "f" and plane.dtype.itemsize > 4:
+        sizes = np.abs(plane[np.isfinite(plane)])
+        largest = float(sizes.max()) if sizes.size else 0.0
+        limits = np.finfo(np.float32)
+        tiny, huge = float(limits.tiny), float(limits.max)
+        if largest > huge or 0 < largest < tiny:
+            return (
+                f"has values up to {largest:g}, beyond the range of float32 "
+                f"({tiny:.2g} to {huge:.2g}); scale it"
+            )
+    return None
+
+
+def _is_exact(plane: NDArray[np.generic]) -> bool:
+    """Tell whether float32 holds every whole number of a plane."""
+    wide = plane.astype(np.float64)
+    if plane.dtype.itemsize > 4 and float(np.abs(wide).max()) > 2**53:
+        return False
+    return bool(np.array_equal(wide.astype(np.float32).astype(np.float64), wide))

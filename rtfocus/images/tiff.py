@@ -1,154 +1,315 @@
-"""TIFF: plain, ImageJ and OME files through tifffile."""
+"""TIFF: plain, ImageJ, OME and Micro-Manager files through tifffile.
 
+Axes other than t, c, z (positions, tiles, angles ...) make images of their own.
+Axes that the file does not name take, outermost first, those of t, z, c that are
+free; an innermost one of at most 4 beside another is c. The user is told.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
-from rtfocus.images.series import ImageSeries, native_dtype
+from rtfocus.images.ome_xml import OmeImage, OmeMetadata, read_ome_xml
+from rtfocus.images.series import (
+    Facts,
+    ImageSeries,
+    native_dtype,
+    one_line,
+    stem_of,
+)
+from rtfocus.images.tiff_facts import imagej_facts, plain_facts, stack_facts
+from rtfocus.images.tiff_planes import Layout, OpenTiff, TiffPlanes
 
-_UNIT_UM = {
-    "µm": 1.0,
-    "um": 1.0,
-    "micron": 1.0,
-    "nm": 1e-3,
-    "mm": 1e3,
-    "m": 1e6,
-    "cm": 1e4,
-    "inch": 25400.0,
-}
+# What it warns of is either harmless or told by us, as a note or an error.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+_COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+_ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+_MOST_IMAGES = 100_000
 
 
 def read_tiff(path: Path) -> list[ImageSeries]:
-    """Open every series of a TIFF; unnamed stack axes count as t, then z."""
+    """Open every image of a TIFF and of the set it belongs to.
+
+    Raises
+    ------
+    InputError
+        If it is no TIFF, holds no image, or a file of its set is missing.
+    """
     try:
-        with tifffile.TiffFile(path) as file:
-            scale = _scale(file)
-            series = [
-                _describe(path, number, one, scale, several=len(file.series) > 1)
-                for number, one in enumerate(file.series)
-            ]
-    except (OSError, ValueError, tifffile.TiffFileError) as error:
-        msg = f"'{path}' cannot be read as TIFF: {error}"
+        return _read_tiff(path)
+    except InputError:
+        raise
+    # A damaged file makes the parser raise whatever it stumbles over.
+    except Exception as error:
+        msg = f"'{path}' cannot be read as TIFF: {one_line(error)}"
         raise InputError(msg) from error
-    if not series:
+
+
+def _read_tiff(path: Path, companion: str | None = None) -> list[ImageSeries]:
+    source = OpenTiff(path, companion)
+    with source.opened() as file:
+        ome = _ome_of(file, companion)
+        if ome is not None and ome.master is not None and companion is None:
+            return _read_through_master(path, ome.master)
+        files = _files_of_set(path, file, ome)
+        series = list(file.series)
+        _refuse_cut_off(path, file, series)
+        facts = _facts_of(file, series, ome)
+        images = [
+            image
+            for number, one in enumerate(series)
+            for image in _describe(source, files, number, one, facts[number])
+        ]
+    if not images:
         msg = f"'{path}' holds no image"
         raise InputError(msg)
-    return series
+    return _named(path, images)
+
+
+def _read_through_master(path: Path, master: str) -> list[ImageSeries]:
+    """Read a file whose metadata lie in another one, which is named in it."""
+    beside = path.parent / Path(master).name
+    if not beside.is_file():
+        msg = f"'{path}' needs '{beside}', which is missing; put it beside"
+        raise InputError(msg)
+    if beside.suffix.lower() in (".tif", ".tiff"):
+        return _read_tiff(beside)
+    return _read_tiff(path, beside.read_text("utf-8"))
+
+
+def _ome_of(file: tifffile.TiffFile, companion: str | None) -> OmeMetadata | None:
+    if companion is not None:
+        return read_ome_xml(companion)
+    return read_ome_xml(file.ome_metadata) if file.ome_metadata else None
+
+
+def _files_of_set(
+    path: Path, file: tifffile.TiffFile, ome: OmeMetadata | None
+) -> tuple[Path, ...]:
+    """Return all files of the set that a file belongs to, itself first."""
+    files = [path]
+    if ome is not None:
+        files += _named_files(path, ome)
+        if ome.master is not None:
+            files.append(path.parent / Path(ome.master).name)
+    for series in file.series:
+        if series.is_multifile:
+            pages = (page for page in series if page is not None)
+            files += [path.parent / page.parent.filehandle.name for page in pages]
+    return tuple(dict.fromkeys(files))
+
+
+def _named_files(path: Path, ome: OmeMetadata) -> Iterator[Path]:
+    """Yield the other files that OME-XML names; this one may have been renamed."""
+    named = {uuid: name for image in ome.images for uuid, name in image.files.items()}
+    alone = len(named) == 1 and ome.uuid is None
+    for uuid, name in named.items():
+        other = path.parent / Path(name.replace("\\", "/")).name
+        if uuid == ome.uuid or alone or other.name.lower() == path.name.lower():
+            continue
+        if not other.is_file():
+            msg = (
+                f"'{path}' belongs to a set of files of which '{other.name}' is "
+                "missing; put it beside it"
+            )
+            raise InputError(msg)
+        yield other
+
+
+def _facts_of(
+    file: tifffile.TiffFile,
+    series: list[tifffile.TiffPageSeries],
+    ome: OmeMetadata | None,
+) -> list[list[tuple[str, Facts]]]:
+    """Return names and metadata of each series, one for each of its positions."""
+    if ome is not None and series and series[0].kind == "ome":
+        plain = plain_facts(file)
+        return [
+            [_with_size((one.name, one.facts), plain)]
+            for one in _matched(series, ome.images)
+        ]
+    if series and series[0].kind == "mmstack":
+        return [stack_facts(file, ome)]
+    facts = imagej_facts(file) if file.is_imagej else plain_facts(file)
+    return [[(one.name, facts)] for one in series]
+
+
+def _with_size(named: tuple[str, Facts], plain: Facts) -> tuple[str, Facts]:
+    """Take the pixel size of the TIFF tags where the OME-XML has none."""
+    name, facts = named
+    if facts.get("pixel_size_x_um") is None and facts.get("pixel_size_y_um") is None:
+        return name, {**facts, **plain}
+    return named
+
+
+def _matched(
+    series: list[tifffile.TiffPageSeries], images: list[OmeImage]
+) -> list[OmeImage]:
+    """Return the Image element of each series; tifffile leaves out empty ones."""
+    left = iter(images)
+    found: list[OmeImage] = []
+    for one in series:
+        lengths = dict(zip(one.axes, one.shape, strict=True))
+        for image in left:
+            same_size = image.sizes["y"] == lengths.get("Y")
+            if image.name == one.name and (same_size or len(series) == len(images)):
+                found.append(image)
+                break
+        else:
+            found.append(OmeImage(name=one.name, sizes={}, facts={}))
+    return found
 
 
 def _describe(
-    path: Path,
+    source: OpenTiff,
+    files: tuple[Path, ...],
     number: int,
     series: tifffile.TiffPageSeries,
-    scale: tuple[float | None, float | None],
-    *,
-    several: bool,
-) -> ImageSeries:
-    axes = _canonical_axes(series.axes, series.shape)
+    named_facts: list[tuple[str, Facts]],
+) -> Iterator[ImageSeries]:
+    """Yield a series, once for each index of its axes that are not t, c, z."""
+    axes, told = _canonical_axes(series.axes, series.shape)
     lengths = dict(zip(axes, series.shape, strict=True))
-    rgb = (min(lengths["S"], 3),) if lengths.get("S", 1) >= 3 else ()
+    samples, rgb, more = _samples(series, lengths.get("S", 1))
+    dtype = np.dtype(series.dtype)
+    if dtype.kind == "c":
+        msg = f"'{source.path}' has complex pixels; save magnitude or parts as real"
+        raise InputError(msg)
+    own = [axis for axis in axes if axis not in "TCZYXS"]
+    if np.prod([lengths[axis] for axis in own], dtype=np.int64) > _MOST_IMAGES:
+        msg = f"'{source.path}' has more than {_MOST_IMAGES} images"
+        raise InputError(msg)
     sizes = {axis: lengths.get(axis.upper(), 1) for axis in "tcz"}
-    name = path.name.split(".")[0]
-    return ImageSeries(
-        name=f"{name}_{series.name or number}" if several else name,
-        path=path,
-        sizes=sizes,
-        shape=(lengths["Y"], lengths["X"], *rgb),
-        dtype=native_dtype(series.dtype),
-        read_plane=_PlaneReader(path, number, axes, bool(rgb)),
-        files=(path,),
-        pixel_size_y_um=scale[0],
-        pixel_size_x_um=scale[0],
-        z_step_um=scale[1],
-    )
+    sizes["c"] *= 1 if rgb else samples
+    gaps = _gaps(series)
+    for place in itertools.product(*(range(lengths[axis]) for axis in own)):
+        fixed = dict(zip(own, place, strict=True))
+        layout = Layout(axes, series.shape, fixed, samples, rgb)
+        position = fixed.get("R", 0)
+        name, facts = named_facts[position if len(named_facts) > position else 0]
+        label = "_".join([name or "", *(f"{a.lower()}{n}" for a, n in fixed.items())])
+        if len(named_facts) > 1 and own == ["R"]:
+            label = name
+        yield ImageSeries(
+            name=label.strip("_") or str(number),
+            path=_path_of(series, source.path),
+            sizes=sizes,
+            shape=(lengths["Y"], lengths["X"], *((samples,) if rgb else ())),
+            dtype=native_dtype(dtype),
+            read_plane=TiffPlanes(source, number, layout),
+            files=files,
+            notes=(*told, *more, *gaps),
+            **_fitting(facts, sizes["c"]),
+        )
 
 
-def _canonical_axes(axes: str, shape: tuple[int, ...]) -> str:
-    """Rename axes to T, C, Z, Y, X, S; ValueError where two claim one place.
+def _fitting(facts: Facts, channels: int) -> Facts:
+    """Drop channels whose number is not that of the pixels."""
+    if len(facts.get("channels", ())) == channels:
+        return facts
+    return {**facts, "channels": ()}
 
-    Unnamed stack axes (Q, I, R ...) take t, then z, then c, but a short
-    innermost one (up to 4) beside another is a channel.
+
+def _path_of(series: tifffile.TiffPageSeries, path: Path) -> Path:
+    """Return the file in which a series begins."""
+    return path.parent / str(series.keyframe.parent.filehandle.name)
+
+
+def _refuse_cut_off(
+    path: Path, file: tifffile.TiffFile, series: list[tifffile.TiffPageSeries]
+) -> None:
+    """Refuse a file that ends before its pixels, before any work is done on it."""
+    needed = 0
+    for one in series:
+        offset = None if one.is_multifile else one.dataoffset
+        if offset is not None:
+            size = int(np.prod(one.shape, dtype=np.int64))
+            needed = max(needed, offset + size * np.dtype(one.dtype).itemsize)
+        for page in one:
+            if page is not None and page.parent is file and offset is None:
+                ends = zip(page.dataoffsets, page.databytecounts, strict=False)
+                needed = max(needed, *(sum(end) for end in ends), 0)
+    if needed > file.filehandle.size:
+        msg = (
+            f"'{path}' is cut off: its pixels need {needed} bytes, it has "
+            f"{file.filehandle.size}; copy it again"
+        )
+        raise InputError(msg)
+
+
+def _gaps(series: tifffile.TiffPageSeries) -> Iterator[str]:
+    if series.kind in ("ome", "mmstack", "ndtiff"):
+        missing = sum(page is None for page in series)
+        if missing:
+            yield f"{missing} of {len(series)} planes were never written; they are 0"
+
+
+def _named(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
+    """Name images after their file; of several in one file each by its own name."""
+    if len({image.path for image in images}) == len(images):
+        return [replace(image, name=stem_of(image.path)) for image in images]
+    stem = stem_of(path)
+    return [
+        replace(
+            image,
+            name=image.name if image.name.startswith(stem) else f"{stem}_{image.name}",
+        )
+        for image in images
+    ]
+
+
+def _canonical_axes(axes: str, shape: tuple[int, ...]) -> tuple[str, list[str]]:
+    """Give unnamed axes (I, Q) a name among T, Z, C, and say so.
+
+    Raises
+    ------
+    ValueError
+        If there are more of them than names, or two axes with one name.
     """
-    known = [a if a in "TCZYXS" else "?" for a in axes]
-    unnamed = [i for i, axis in enumerate(known) if axis == "?"]
+    known = list(axes)
+    unnamed = [i for i, axis in enumerate(axes) if axis in "IQ"]
     free = [axis for axis in "TZC" if axis not in known]
+    given: dict[int, str] = {}
     if len(unnamed) > 1 and shape[unnamed[-1]] <= 4 and "C" in free:
-        known[unnamed.pop()] = "C"
+        given[unnamed.pop()] = "C"
         free.remove("C")
     for place in unnamed:
         if not free:
-            msg = f"axes '{axes}' are more than t, c, z, y, x and rgb"
+            msg = f"axes '{axes}' of {shape} have more than three without a name"
             raise ValueError(msg)
-        known[place] = free.pop(0)
+        given[place] = free.pop(0)
+    for place, axis in given.items():
+        known[place] = axis
     if len(set(known)) != len(known) or not {"Y", "X"} <= set(known):
-        msg = f"axes '{axes}' cannot be mapped to t, c, z, y, x and rgb"
+        msg = f"axes '{axes}' are not t, c, z, y, x, rgb and positions"
         raise ValueError(msg)
-    return "".join(known)
+    notes = [
+        f"the file does not say what its axis of {shape[place]} planes is; "
+        f"read as {axis.lower()}"
+        for place, axis in sorted(given.items())
+    ]
+    return "".join(known), notes
 
 
-class _PlaneReader:
-    """Reads one plane of one series; the file is open only while it reads."""
-
-    def __init__(self, path: Path, number: int, axes: str, rgb: bool) -> None:
-        self._path = path
-        self._number = number
-        self._axes = axes
-        self._rgb = rgb
-
-    def __call__(self, t: int, c: int, z: int) -> NDArray[np.generic]:
-        place = {"T": t, "C": c, "Z": z}
-        with tifffile.TiffFile(self._path) as file:
-            series = file.series[self._number]
-            plane = self._from_page(series, place)
-        rest = [a for a in self._axes if a in "YXS"]
-        order = [rest.index(a) for a in "YXS" if a in rest]
-        plane = plane.transpose(order)
-        if plane.ndim == 3:
-            plane = plane[..., :3] if self._rgb else plane[..., 0]
-        return plane
-
-    def _from_page(
-        self, series: tifffile.TiffPageSeries, place: dict[str, int]
-    ) -> NDArray[np.generic]:
-        """Read one page where a page is a plane, else the series and cut it."""
-        outer = [a for a in self._axes if a in place]
-        lengths = [series.shape[self._axes.index(a)] for a in outer]
-        if self._axes.startswith("".join(outer)) and len(series.pages) == np.prod(
-            lengths, dtype=int
-        ):
-            flat = np.ravel_multi_index([place[a] for a in outer], lengths)
-            page = series.pages[int(flat) if outer else 0]
-            if page is not None:
-                return np.asarray(page.asarray())
-        window = tuple(place.get(a, slice(None)) for a in self._axes)
-        return np.asarray(series.asarray()[window])
-
-
-def _scale(file: tifffile.TiffFile) -> tuple[float | None, float | None]:
-    """Pixel size and z step in um, from OME-XML, ImageJ tags or the resolution."""
-    if file.is_ome and file.ome_metadata:
-        return _ome_scale(tifffile.xml2dict(file.ome_metadata))
-    metadata = file.imagej_metadata or {}
-    unit = _UNIT_UM.get(str(metadata.get("unit", "")).replace("\\u00B5", "µ"))
-    resolution = file.pages.first.tags.get("XResolution") if file.pages else None
-    pixel = None
-    if unit and resolution is not None and resolution.value[0]:
-        pixel = unit * resolution.value[1] / resolution.value[0]
-    spacing = metadata.get("spacing")
-    return pixel, float(spacing) * unit if spacing and unit else None
-
-
-def _ome_scale(xml: dict[str, Any]) -> tuple[float | None, float | None]:
-    image = xml.get("OME", {}).get("Image", {})
-    pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
-
-    def size_um(axis: str) -> float | None:
-        value = pixels.get(f"PhysicalSize{axis}")
-        unit = _UNIT_UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        return float(value) * unit if value and unit else None
-
-    return size_um("X"), size_um("Z")
+def _samples(
+    series: tifffile.TiffPageSeries, samples: int
+) -> tuple[int, bool, list[str]]:
+    """Return how many samples of a pixel are read, whether they are RGB, and notes."""
+    page = series.keyframe
+    notes = []
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        notes.append("the colours of its palette are left out")
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        notes.append("0 is white in the file; values are kept as they are")
+    extra = [kind for kind in page.extrasamples if kind in _ALPHA]
+    if samples > 1 and extra and len(page.extrasamples) == 1:
+        samples -= 1
+        notes.append("its alpha channel is left out")
+    return samples, page.photometric in _COLOURS and samples == 3, notes

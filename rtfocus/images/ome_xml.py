@@ -1,0 +1,217 @@
+"""OME-XML: what it says of each image, as OME-TIFF and bioformats2raw keep it.
+
+Read with the standard library: ome-types validates against the schema and refuses
+files of Micro-Manager, ImageJ and others whose pixels are readable, and takes
+seconds for the ten thousand TiffData of a long series.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from rtfocus.images.series import Facts, ImageChannel, PlatePlace, StagePosition
+from rtfocus.images.units import coordinate_um, finite, length_um, positive, time_s
+
+_MAX_PLATE = 1000
+"""Rows or columns of a plate; more come from a broken file."""
+
+
+@dataclass(frozen=True)
+class OmeImage:
+    """One Image element."""
+
+    name: str
+    sizes: dict[str, int]
+    """SizeT, SizeC, SizeZ, SizeY, SizeX by lower-case axis."""
+    facts: Facts
+    files: dict[str, str] = field(default_factory=dict)
+    """Names of the files that its TiffData name, by UUID."""
+
+
+@dataclass(frozen=True)
+class OmeMetadata:
+    """A whole OME document."""
+
+    images: list[OmeImage]
+    uuid: str | None = None
+    """Of the file it was read from."""
+    master: str | None = None
+    """File with the full metadata, where this one only refers to it."""
+
+
+def read_ome_xml(xml: str | bytes) -> OmeMetadata:
+    """Read OME-XML.
+
+    Raises
+    ------
+    ValueError
+        If it is no XML, or an image lacks its sizes.
+    """
+    try:
+        root = ElementTree.fromstring(xml)
+    except ElementTree.ParseError as error:
+        msg = f"OME-XML is broken: {error}"
+        raise ValueError(msg) from error
+    objectives = {
+        one.get("ID"): one
+        for instrument in _children(root, "Instrument")
+        for one in _children(instrument, "Objective")
+    }
+    places = _places(root)
+    images = [
+        _read_image(image, objectives, places.get(image.get("ID", "")))
+        for image in _children(root, "Image")
+        if _child(image, "Pixels") is not None
+    ]
+    binary_only = _child(root, "BinaryOnly")
+    master = None if binary_only is None else binary_only.get("MetadataFile")
+    return OmeMetadata(images, root.get("UUID"), master)
+
+
+def _read_image(
+    image: Element, objectives: dict[str | None, Element], place: PlatePlace | None
+) -> OmeImage:
+    pixels = _child(image, "Pixels")
+    if pixels is None:  # read_ome_xml asks for none without
+        msg = "Image without Pixels"
+        raise ValueError(msg)
+    facts: Facts = {
+        "pixel_size_y_um": _size_um(pixels, "Y"),
+        "pixel_size_x_um": _size_um(pixels, "X"),
+        "z_step_um": _size_um(pixels, "Z"),
+        "time_step_s": time_s(
+            pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s")
+        ),
+        "channels": tuple(_channels(pixels)),
+        "stage": _stage(pixels),
+        "place": place,
+    }
+    label = _child(image, "StageLabel")
+    if label is not None:
+        facts["position"] = label.get("Name")
+        facts["stage"] = facts["stage"] or _stage_of(label, "")
+    settings = _child(image, "ObjectiveSettings")
+    if settings is not None:
+        facts["refractive_index"] = positive(settings.get("RefractiveIndex"))
+        objective = objectives.get(settings.get("ID"))
+        if objective is not None:
+            facts["numerical_aperture"] = positive(objective.get("LensNA"))
+    return OmeImage(
+        name=image.get("Name", ""),
+        sizes={axis: int(pixels.get(f"Size{axis.upper()}", 1)) for axis in "tczyx"},
+        facts=facts,
+        files=dict(_files(pixels)),
+    )
+
+
+def _files(pixels: Element) -> Iterator[tuple[str, str]]:
+    for data in _children(pixels, "TiffData"):
+        uuid = _child(data, "UUID")
+        if uuid is not None and uuid.text and uuid.get("FileName"):
+            yield uuid.text, uuid.get("FileName", "")
+
+
+def _size_um(pixels: Element, axis: str) -> float | None:
+    unit = pixels.get(f"PhysicalSize{axis}Unit", "µm")
+    return length_um(pixels.get(f"PhysicalSize{axis}"), unit)
+
+
+def _channels(pixels: Element) -> Iterator[ImageChannel]:
+    """Yield one channel per index of axis c; samples of a pixel count one by one."""
+    for channel in _children(pixels, "Channel"):
+        samples = int(finite(channel.get("SamplesPerPixel")) or 1)
+        one = ImageChannel(
+            name=channel.get("Name"),
+            color=_color(channel.get("Color")),
+            emission_nm=_wavelength_nm(channel, "Emission"),
+            excitation_nm=_wavelength_nm(channel, "Excitation"),
+        )
+        yield from [one] * min(max(samples, 1), 64)
+
+
+def _color(text: str | None) -> str | None:
+    """Return RRGGBB of OME's signed 32-bit RRGGBBAA."""
+    number = finite(text)
+    if number is None:
+        return None
+    return f"{(int(number) >> 8) & 0xFFFFFF:06X}"
+
+
+def _wavelength_nm(channel: Element, kind: str) -> float | None:
+    unit = channel.get(f"{kind}WavelengthUnit", "nm")
+    um = length_um(channel.get(f"{kind}Wavelength"), unit)
+    return None if um is None else float(f"{1000 * um:.9g}")
+
+
+def _stage(pixels: Element) -> StagePosition | None:
+    plane = _child(pixels, "Plane")
+    return None if plane is None else _stage_of(plane, "Position")
+
+
+def _stage_of(element: Element, prefix: str) -> StagePosition | None:
+    """Read X, Y, Z; the default unit, reference frame, has no length."""
+    x_um, y_um, z_um = (
+        coordinate_um(element.get(prefix + axis), element.get(f"{prefix}{axis}Unit"))
+        for axis in "XYZ"
+    )
+    if x_um is None and y_um is None and z_um is None:
+        return None
+    return StagePosition(x_um=x_um, y_um=y_um, z_um=z_um)
+
+
+def _places(root: Element) -> dict[str, PlatePlace]:
+    """Return the place of every image that lies in a plate, by the image's ID."""
+    places: dict[str, PlatePlace] = {}
+    for plate in _children(root, "Plate"):
+        wells = [
+            (int(well.get("Row", 0)), int(well.get("Column", 0)), well)
+            for well in _children(plate, "Well")
+        ]
+        if not wells:
+            continue
+        rows = max(int(plate.get("Rows", 0)), 1 + max(well[0] for well in wells))
+        columns = max(int(plate.get("Columns", 0)), 1 + max(w[1] for w in wells))
+        if min(min(w[:2]) for w in wells) < 0 or max(rows, columns) > _MAX_PLATE:
+            msg = f"OME-XML: a plate of {rows} rows and {columns} columns is none"
+            raise ValueError(msg)
+        row_names = _names(rows, plate.get("RowNamingConvention", "letter"))
+        column_names = _names(columns, plate.get("ColumnNamingConvention", "number"))
+        for row, column, well in wells:
+            for number, sample in enumerate(_children(well, "WellSample")):
+                image = _child(sample, "ImageRef")
+                if image is not None:
+                    places[image.get("ID", "")] = PlatePlace(
+                        plate=plate.get("Name", plate.get("ID", "")),
+                        rows=row_names,
+                        columns=column_names,
+                        row=row,
+                        column=column,
+                        field=number,
+                    )
+    return places
+
+
+def _names(count: int, convention: str) -> tuple[str, ...]:
+    if convention != "letter":
+        return tuple(str(number + 1) for number in range(count))
+    return tuple(_letters(number) for number in range(count))
+
+
+def _letters(number: int) -> str:
+    """Return A, B, ... Z, AA, AB, ... of a number from 0."""
+    text = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        text = chr(ord("A") + rest) + text
+    return text
+
+
+def _children(element: Element, tag: str) -> Iterator[Element]:
+    """Yield the children of a name, whatever the version of the schema."""
+    return (child for child in element if child.tag.rpartition("}")[2] == tag)
+
+
+def _child(element: Element, tag: str) -> Element | None:
+    return next(_children(element, tag), None)
