@@ -29,10 +29,12 @@ from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.evaluation.cost import multiply_adds_per_pixel
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.processing.device import Ticket
 from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.gpu.devices import find_device, why_no_gpu
 from rtfocus.processing.gpu.native_library import CUFFT, NVRTC, why_not_loadable
-from rtfocus.processing.gpu.processor import GpuProcessor
+from rtfocus.processing.processor import FrameProcessor
 from rtfocus.slots import SlotPool
 from rtfocus.specimens.fluorescent import draw_specimen
 
@@ -110,7 +112,7 @@ class Feed:
         Frames held at once.
     """
 
-    def __init__(self, processor: GpuProcessor, series: SeriesStart, slots: int):
+    def __init__(self, processor: FrameProcessor, series: SeriesStart, slots: int):
         side = series.shape[0]
         rng = np.random.default_rng(1)
         sharp = np.maximum(draw_specimen("nuclei", (side, side), rng), 0)
@@ -120,7 +122,7 @@ class Feed:
         self.series = series
         self.sequence = 0
 
-    def submit(self) -> Any:
+    def submit(self) -> Ticket:
         """Hand over one more frame; pixels are in the slot already but at first."""
         slot = self.pool.acquire()
         header = FrameHeader(
@@ -137,17 +139,16 @@ class Feed:
         if self.sequence < self.pool.count:
             target[...] = self.pixels
         self.sequence += 1
-        self.processor.submit(slot)
-        return slot
+        return self.processor.submit(slot)
 
     def run(self, frames: int) -> float:
         """Process frames as fast as they go; returns the seconds it took."""
-        waiting: list[Any] = []
+        waiting: list[Ticket] = []
 
         def take() -> None:
-            slot = waiting.pop(0)
-            self.processor.wait_result(slot)
-            self.pool.release(slot)
+            ticket = waiting.pop(0)
+            ticket.result.result()
+            self.pool.release(ticket.slot)
 
         begun = time.perf_counter()
         for _ in range(frames):
@@ -160,19 +161,19 @@ class Feed:
 
     def paced(self, frames: int, rate: float) -> dict[str, dict[str, float]]:
         """Process frames at a camera's rate; latency from host memory, in ms."""
-        handed: list[tuple[Any, float]] = []
+        handed: list[tuple[Ticket, float]] = []
         estimate, result = [], []
         more = threading.Semaphore(0)
 
         def take() -> None:
             for number in range(frames):
                 more.acquire()
-                slot, begun = handed[number]
-                self.processor.wait_estimate(slot)
+                ticket, begun = handed[number]
+                ticket.estimate.result()
                 estimate.append((time.perf_counter() - begun) * 1e3)
-                self.processor.wait_result(slot)
+                ticket.result.result()
                 result.append((time.perf_counter() - begun) * 1e3)
-                self.pool.release(slot)
+                self.pool.release(ticket.slot)
 
         taker = threading.Thread(target=take)
         taker.start()
@@ -201,7 +202,8 @@ def measure(case: Case, engine: str, index: int, frames: int) -> dict[str, Any]:
     config = config_of(case, engine, index)
     series = series_of(case.side, config.channels[0].optics.pixel_size_um)
     spans: list[tuple[int, dict[str, tuple[float, float]]]] = []
-    processor = GpuProcessor(config, trace=lambda *span: spans.append(span))
+    device = GpuDevice(config, trace=lambda *span: spans.append(span))
+    processor = FrameProcessor(config, [device])
     slots = case.frames_in_flight + 2
     try:
         processor.start(series, slots)
@@ -224,7 +226,7 @@ def measure(case: Case, engine: str, index: int, frames: int) -> dict[str, Any]:
             "overlap_efficiency": slowest / per_frame_ms,
             "timeline_ms": steady,
             "latency": feed.paced(frames, CAMERA_FPS),
-            "device_memory_mb": processor.memory_bytes / 1e6,
+            "device_memory_mb": device.memory_bytes / 1e6,
             "backends": processor.backends(),
         }
     except EngineError as error:
@@ -237,9 +239,9 @@ def stages_alone(feed: Feed, frames: int) -> dict[str, float]:
     """Return the median of every stage with one frame in flight, in ms."""
     found: list[dict[str, float]] = []
     for _ in range(frames):
-        slot = feed.submit()
-        found.append(feed.processor.wait_result(slot).stage_ms)
-        feed.pool.release(slot)
+        ticket = feed.submit()
+        found.append(ticket.result.result().stage_ms)
+        feed.pool.release(ticket.slot)
     return {
         stage: statistics.median([stages.get(stage, 0.0) for stages in found])
         for stage in STAGES

@@ -150,9 +150,9 @@ def measure_processing(
             slot = pool.acquire()
             assert slot is not None
             slot.prepare(header)[...] = pixels
-            processor.submit(slot, unrestored=None if restore else "bench")
+            ticket = processor.submit(slot, unrestored=None if restore else "bench")
             # One frame at a time: two at once share caches and are not "alone".
-            processor.wait_result(slot)
+            ticket.result.result()
             pool.release(slot)
         return frames
 
@@ -178,8 +178,7 @@ def measure_writer(
         slot = pool.acquire()
         assert slot is not None
         slot.prepare(header)[...] = pixels
-        processor.submit(slot)
-        results.append((slot, processor.wait_result(slot)))
+        results.append((slot, processor.submit(slot).result.result()))
     free = threading.Semaphore(slots)
     accounting = Accounting()
 

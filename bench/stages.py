@@ -20,15 +20,17 @@ import numpy as np
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.processor import CameraConfig, ProcessingConfig
 from rtfocus.optics.blur import blur_depth_variant
-from rtfocus.processing.classifier import FrameClassifier, Prepared, fit_frame
+from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
+from rtfocus.processing.classifier import FrameClassifier, Prepared
+from rtfocus.processing.classifier import open_classifier as open_plan
 from rtfocus.processing.correction import CameraCorrection
 from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.fit import parts
 from rtfocus.processing.engines.openvino_import import import_openvino
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.frame_network import open_frame_network
-from rtfocus.processing.restoration import METHODS, DepthVariantRestorer
-from rtfocus.processing.restorers import level_psfs
+from rtfocus.processing.frame_fit import fit_frame
+from rtfocus.processing.methods import WHOLE_FRAME
+from rtfocus.processing.restoration import DepthVariantRestorer
 from rtfocus.processing.tiling import Montage
 from rtfocus.specimens.fluorescent import draw_specimen
 
@@ -60,9 +62,9 @@ def open_classifier(
     """Open an engine for frames of a shape."""
     fit = fit_frame(found.card.input, shape)
     settings = ProcessingConfig(backend=backend, precision=precision)
-    network = open_frame_network(found, settings, fit.padded, threads=threads)
     step_um = found.card.levels.step_um
-    return FrameClassifier(found.card, network, fit, step_um=step_um, quantum=1.0)
+    plan = ClassifierPlan(found, fit, step_um=step_um, quantum=1.0)
+    return open_plan(plan, settings, threads)
 
 
 def bare_openvino(
@@ -139,7 +141,7 @@ def restorations(
     signal = frame.astype(np.float32) - OFFSET
     montage = Montage(grid, frame.shape)
     steps = {}
-    for method in METHODS:
+    for method in WHOLE_FRAME:
         restorer = DepthVariantRestorer(montage, psfs, method=method)
         out = np.empty_like(signal)
         steps[f"restore {method}"] = lambda r=restorer, o=out: r.restore(

@@ -33,7 +33,8 @@ from rtfocus.microscope.acquisition import AcquisitionReport
 from rtfocus.microscope.acquisition import acquire as acquire_frames
 from rtfocus.monitor import Monitor
 from rtfocus.outcome import STOPPED_HERE
-from rtfocus.processing.seam import FrameProcessor
+from rtfocus.processing.device import Ticket
+from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports
 from rtfocus.slots import Slot
@@ -44,7 +45,7 @@ from rtfocus.workers import BoundedQueue, Pipeline, Worker
 from rtfocus.writers.naming import run_folder
 from rtfocus.writers.run import RunWriter, open_run
 
-Arrival = Slot | Gap
+Arrival = Ticket | Gap
 
 
 def acquire(
@@ -209,29 +210,30 @@ class SeriesLoop:
             return error
         return None
 
-    def _submit(self, arrived: Arrival) -> Arrival:
+    def _submit(self, arrived: Slot | Gap) -> Arrival:
         """Hand a frame to the processor; returns at once while it has room."""
-        if isinstance(arrived, Slot):
-            self._in_flight[arrived.frame().sequence] = arrived
-            self._monitor.arrived(arrived)
-            reason = self._receiver.wants_raw_only()
-            self._processor.submit(
-                arrived, unrestored=None if reason is None else f"raw_only: {reason}"
-            )
-        return arrived
+        if isinstance(arrived, Gap):
+            return arrived
+        self._in_flight[arrived.frame().sequence] = arrived
+        self._monitor.arrived(arrived)
+        reason = self._receiver.wants_raw_only()
+        return self._processor.submit(
+            arrived, unrestored=None if reason is None else f"raw_only: {reason}"
+        )
 
     def _publish(self, arrived: Arrival) -> Arrival:
         """Send the focus estimate to the microscope side as soon as it is there."""
-        if isinstance(arrived, Slot):
+        if isinstance(arrived, Ticket):
             try:
-                found = self._processor.wait_estimate(arrived)
+                found = arrived.estimate.result()
             except EngineError:
-                # The frame's failure is told by wait_result, where it is recorded.
+                # The frame's failure is told by its result, where it is recorded.
                 return arrived
             if found is not None:
-                self._receiver.send_estimate(found[0])
-                self._monitor.estimated(arrived, found[0])
-                self._preview.offer(arrived.pixels, found[0], self._monitor.snapshot())
+                slot, estimate = arrived.slot, found[0]
+                self._receiver.send_estimate(estimate)
+                self._monitor.estimated(slot, estimate)
+                self._preview.offer(slot.pixels, estimate, self._monitor.snapshot())
         return arrived
 
     def _write(self, arrived: Arrival) -> None:
@@ -239,16 +241,17 @@ class SeriesLoop:
         if isinstance(arrived, Gap):
             self._writer.mark_missing(arrived.first, arrived.count, arrived.reason)
             return
+        slot = arrived.slot
         try:
-            result = self._processor.wait_result(arrived)
+            result = arrived.result.result()
         except EngineError as error:
-            self._writer.record_error(arrived, str(error))
+            self._writer.record_error(slot, str(error))
             return
-        self._monitor.finished(arrived, result)
-        if arrived.frame().role is Role.FOCUS:
-            self._writer.record_focus(arrived, result)
+        self._monitor.finished(slot, result)
+        if slot.frame().role is Role.FOCUS:
+            self._writer.record_focus(slot, result)
         else:
-            self._writer.append(arrived, result)
+            self._writer.append(slot, result)
         self._observe()
 
     def _observe(self) -> None:

@@ -8,7 +8,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.methods import make_restorer
+from rtfocus.processing.cpu.restorers import make_restorer
 from rtfocus.processing.tiling import Montage
 
 Image = NDArray[np.float32]

@@ -13,9 +13,10 @@ from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
+from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.conditions import is_mirrored
+from rtfocus.processing.cpu.channel import CpuChannel, open_channel
 from rtfocus.processing.engines.card_sections import BACKGROUND_LABEL
-from rtfocus.processing.plan import ChannelPlan, plan_channel
 
 _UID = "ranking"
 
@@ -36,7 +37,7 @@ class Ranking:
             }
         )
         self._data = data
-        self._plan: ChannelPlan | None = None
+        self._channel: CpuChannel | None = None
         self._kind: object = None
 
     def ranks(
@@ -58,16 +59,17 @@ class Ranking:
         NDArray[np.int64]
             One per wanted tile; 0: no label is likelier than a right one.
         """
-        plan = self._plan_for(sample)
-        if plan.classifier is None or plan.classifier.card.output is None:
+        opened = self._open_for(sample)
+        classifier = opened.classifier
+        if classifier is None or classifier.card.output is None:
             return np.zeros(0, dtype=np.int64)
         signal = np.empty(sample.pixels.shape, np.float32)
-        plan.correction.to_signal(sample.pixels, signal)
-        likely = plan.classifier.probabilities(plan.classifier.prepare(signal))
-        levels = plan.classifier.card.levels
+        opened.plan.correction.to_signal(sample.pixels, signal)
+        likely = classifier.probabilities(classifier.prepare(signal))
+        levels = classifier.card.levels
         turned = levels is not None and levels.signed and is_mirrored(self._data.optics)
         lowest, highest = (-right[1], -right[0]) if turned else right
-        names = plan.classifier.card.output.labels
+        names = classifier.card.output.labels
         rows = [
             row
             for row, name in enumerate(names)
@@ -78,9 +80,9 @@ class Ranking:
 
     def close(self) -> None:
         """Free the networks; called twice does nothing."""
-        if self._plan is not None:
-            self._plan.close()
-        self._plan, self._kind = None, None
+        if self._channel is not None:
+            self._channel.close()
+        self._channel, self._kind = None, None
 
     def __enter__(self) -> Self:
         return self
@@ -88,10 +90,10 @@ class Ranking:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _plan_for(self, sample: Sample) -> ChannelPlan:
+    def _open_for(self, sample: Sample) -> CpuChannel:
         kind = (sample.pixels.shape, sample.pixels.dtype.str)
-        if self._plan is not None and kind == self._kind:
-            return self._plan
+        if self._channel is not None and kind == self._kind:
+            return self._channel
         self.close()
         channel = Channel("default", self._data.optics)
         series = SeriesStart(
@@ -107,6 +109,6 @@ class Ranking:
             pixel_size_um=self._data.optics.pixel_size_um,
         )
         threads = self._config.processing.threads or 1
-        self._plan = plan_channel(self._config, series, channel, threads)
-        self._kind = kind
-        return self._plan
+        plan = plan_channel(self._config, series, channel)
+        self._channel, self._kind = open_channel(plan, threads), kind
+        return self._channel

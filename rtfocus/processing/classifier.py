@@ -4,54 +4,29 @@ A joint engine gives the restored frame in the same pass.
 """
 
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
-from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.processing.conditions import Conditions, turned
+from rtfocus.frame import BACKGROUND, DefocusMap
+from rtfocus.processing.channel_plan import ClassifierPlan
+from rtfocus.processing.conditions import turned
 from rtfocus.processing.correction import luminance
-from rtfocus.processing.engines.card import EngineCard
-from rtfocus.processing.engines.card_sections import InputCard
 from rtfocus.processing.engines.opening import runs_on
 from rtfocus.processing.fourier import pad
-from rtfocus.processing.frame_network import FrameNetwork, labels_of
+from rtfocus.processing.frame_fit import tile_grid
+from rtfocus.processing.frame_network import (
+    FrameNetwork,
+    labels_of,
+    open_frame_network,
+)
 from rtfocus.processing.labels import LabelDecoder
 from rtfocus.processing.planes import from_planes, to_planes
 from rtfocus.processing.preparation import Preparation
 
 Image = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class FrameFit:
-    """How frames of one size are brought to a size the network takes."""
-
-    shape: tuple[int, int]
-    """Height and width of the frame."""
-    padded: tuple[int, int]
-    """Height and width handed to the network, mirrored behind each axis."""
-
-
-def fit_frame(card: InputCard, shape: tuple[int, int]) -> FrameFit:
-    """Compute the input size for frames of a shape (height, width).
-
-    A frame is extended to a whole tile more where more than half a stride would
-    lie behind the last tile, and to the multiple the network asks for.
-    """
-    padded = tuple(_padded_side(card, side) for side in shape)
-    return FrameFit(shape, (padded[0], padded[1]))
-
-
-def _padded_side(card: InputCard, side: int) -> int:
-    first = card.origin_px - (card.tile_px - 1) / 2
-    behind = side - first - card.tile_px
-    tiles = max(0, ceil(behind / card.stride_px - 0.5))
-    needed = max(side, ceil(first + card.tile_px + tiles * card.stride_px))
-    return ceil(needed / card.multiple_px) * card.multiple_px
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,52 +57,34 @@ class FrameClassifier:
 
     Parameters
     ----------
-    card
-        Of the engine.
+    plan
+        Engine and frames.
     network
-        Opened for at least `fit.padded`; closed by `close`.
-    fit
-        Frame and input size.
-    step_um
-        Defocus between two levels in the optics of the frames.
-    quantum
-        Step between the camera's values; 0 for float frames.
-    conditions
-        What the engine is told; None: nothing.
-    mirrored
-        The engine sees the sign of the defocus turned, see
-        `rtfocus.processing.conditions.is_mirrored`.
+        Opened for at least `FrameFit.padded`; closed by `close`.
     """
 
-    def __init__(
-        self,
-        card: EngineCard,
-        network: FrameNetwork,
-        fit: FrameFit,
-        *,
-        step_um: float,
-        quantum: float,
-        conditions: Conditions | None = None,
-        mirrored: bool = False,
-    ) -> None:
+    def __init__(self, plan: ClassifierPlan, network: FrameNetwork) -> None:
+        card = plan.card
         if card.kind == "restorer" or not (card.input and card.output and card.levels):
             msg = f"engine '{card.name}' is a {card.kind}, not a classifier"
             raise EngineError(msg)
         self.card = card
-        self.step_um = step_um
+        self.step_um = plan.step_um
         self._network = network
-        self._fit = fit
+        self._fit = plan.fit
         self._channels = card.input.channels
         self._restores = network.restores
-        self._mirrored = mirrored and card.levels.signed
-        self._conditions = conditions
-        self._preparation = Preparation(card, quantum)
+        self._mirrored = plan.mirrored and card.levels.signed
+        self._conditions = plan.conditions
+        self._preparation = Preparation(card, plan.quantum)
         self._labels = LabelDecoder(card.output)
         # The first inference compiles and shows how many tiles there are.
         blank = np.zeros(network.input_shape, dtype=np.float32)
         logits, _ = network.run(blank, self._condition(len(blank)))
         rows, columns = labels_of(logits).shape[-2:]
-        self.grid = tile_grid(card.input, fit, rows, columns, signed=card.levels.signed)
+        self.grid = tile_grid(
+            card.input, plan.fit, rows, columns, signed=card.levels.signed
+        )
 
     def prepare(self, signal: Image) -> Prepared:
         """Normalise a frame (y, x) or (y, x, 3) and find its empty tiles."""
@@ -231,19 +188,26 @@ class FrameClassifier:
         return from_planes(cut, prepared.shape)
 
 
-def tile_grid(
-    card: InputCard, fit: FrameFit, rows: int, columns: int, *, signed: bool
-) -> TileGrid:
-    """Grid of the tiles whose centre lies in the frame; at least one per axis."""
-    counts = [
-        min(found, max(1, ceil((side - card.origin_px) / card.stride_px)))
-        for found, side in zip((rows, columns), fit.shape, strict=True)
-    ]
-    return TileGrid(
-        rows=counts[0],
-        columns=counts[1],
-        tile_px=card.tile_px,
-        stride_px=card.stride_px,
-        origin_px=card.origin_px,
-        signed=signed,
+def open_classifier(
+    plan: ClassifierPlan, settings: ProcessingConfig, threads: int = 1
+) -> FrameClassifier:
+    """Open a classifier or joint engine on whole frames.
+
+    Parameters
+    ----------
+    plan
+        Engine and frames.
+    settings
+        Backend and precision.
+    threads
+        Of the network.
+    """
+    network = open_frame_network(
+        plan.found,
+        settings,
+        plan.fit.padded,
+        images=plan.images,
+        restored=plan.restores,
+        threads=threads,
     )
+    return FrameClassifier(plan, network)

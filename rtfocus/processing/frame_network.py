@@ -14,7 +14,7 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card_sections import InputCard, OutputCard
 from rtfocus.processing.engines.opening import input_of, open_engine
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.seam import Engine
+from rtfocus.processing.engines.seam import Engine
 from rtfocus.processing.windows import AxisWindows, fewest_windows
 
 Image = NDArray[np.float32]

@@ -57,7 +57,7 @@ class TileNetworkRestorer:
         self._tiles = FrameTiles(self._input, montage.shape)
 
     def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
-        """Restore a frame, see `rtfocus.processing.methods.FrameRestorer`."""
+        """Restore a frame, see `rtfocus.processing.cpu.restorers.FrameRestorer`."""
         del quantum
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
@@ -106,7 +106,7 @@ class JointRestorer:
         self._turn = threading.Lock()
 
     def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
-        """Restore a frame, see `rtfocus.processing.methods.FrameRestorer`."""
+        """Restore a frame, see `rtfocus.processing.cpu.restorers.FrameRestorer`."""
         del quantum
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)

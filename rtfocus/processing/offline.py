@@ -23,7 +23,7 @@ from rtfocus.frame import (
 from rtfocus.images.series import native_dtype
 from rtfocus.processing.engines.fit import parts
 from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.seam import FrameProcessor
+from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor
 from rtfocus.slots import SlotPool
 
@@ -130,8 +130,7 @@ class ImageProcessor:
             raise EngineError(msg)
         try:
             slot.prepare(header)[...] = pixels
-            self._processor.submit(slot, unrestored=unrestored)
-            result = self._processor.wait_result(slot)
+            result = self._processor.submit(slot, unrestored=unrestored).result.result()
             # The slot's buffers are used again by the next image.
             restored = None if result.restored is None else result.restored.copy()
             yield replace(result, restored=restored)

@@ -24,6 +24,7 @@ from rtfocus.processing.accelerated import (
 )
 from rtfocus.processing.context import read_region
 from rtfocus.processing.fourier import crop, padded_shape, transfer_function
+from rtfocus.processing.methods import WHOLE_FRAME
 from rtfocus.processing.noise import noise_variance, photon_variance
 from rtfocus.processing.planes import paired_planes
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, iterate
@@ -98,10 +99,6 @@ class RichardsonLucyDeconvolution:
         )
 
 
-METHODS = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
-"""Restorations of whole frames."""
-
-
 class DepthVariantRestorer:
     """Restores frames of one channel; filters are computed once and kept.
 
@@ -114,7 +111,7 @@ class DepthVariantRestorer:
     psfs
         PSF per level, for every level but 0; negative levels where they are signed.
     method
-        One of `METHODS`.
+        One of `WHOLE_FRAME`.
     iterations
         Of Richardson-Lucy; None: 15, accelerated 4.
     noise_to_signal
@@ -140,8 +137,8 @@ class DepthVariantRestorer:
         halo_px: int | None = None,
         workers: int = 1,
     ) -> None:
-        if method not in METHODS:
-            msg = f"method '{method}' is not one of {', '.join(METHODS)}"
+        if method not in WHOLE_FRAME:
+            msg = f"method '{method}' is not one of {', '.join(WHOLE_FRAME)}"
             raise ValueError(msg)
         self.method = method
         self._montage = montage

@@ -1,39 +1,52 @@
-"""Select: which frame processor runs a config, from an ordered list with reasons."""
+"""Select: which device processes frames, from an ordered list with reasons."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 from rtfocus.config.model import Config
-from rtfocus.errors import EngineError
-from rtfocus.processing.cpu import CpuProcessor
-from rtfocus.processing.fallback import FallbackProcessor
-from rtfocus.processing.gpu.devices import why_no_gpu
-from rtfocus.processing.gpu.native_library import NVRTC, why_not_loadable
-from rtfocus.processing.gpu.processor import GpuProcessor
-from rtfocus.processing.seam import FrameProcessor
+from rtfocus.processing.choice import usable
+from rtfocus.processing.device import Device
+from rtfocus.processing.processor import FrameProcessor
 
-logger = logging.getLogger(__name__)
+_GPU = "rtfocus.processing.gpu"
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessorKind:
-    """A processor: whether this machine can run it, and how it is opened."""
+class DeviceKind:
+    """A kind of device: whether this machine can use it, and how it is opened."""
 
     name: str
+    """As in ``processing.device``."""
     why_unavailable: Callable[[], str | None]
     """Reason why not, with the remedy; None: available."""
-    open_processor: Callable[[Config], FrameProcessor]
+    open_device: Callable[[Config], Device]
 
 
+# GPU code is imported only where a GPU is looked for.
 def _why_no_gpu() -> str | None:
-    return why_no_gpu() or why_not_loadable(NVRTC)
+    why: str | None = import_module(f"{_GPU}.devices").why_no_gpu()
+    if why is not None:
+        return why
+    library = import_module(f"{_GPU}.native_library")
+    why = library.why_not_loadable(library.NVRTC)
+    return why
+
+
+def _open_gpu(config: Config) -> Device:
+    device: Device = import_module(f"{_GPU}.device").GpuDevice(config)
+    return device
+
+
+def _open_cpu(config: Config) -> Device:
+    device: Device = import_module("rtfocus.processing.cpu.device").CpuDevice(config)
+    return device
 
 
 # ORDER MATTERS for "auto": fastest first.
-PROCESSORS: tuple[ProcessorKind, ...] = (
-    ProcessorKind("gpu", _why_no_gpu, GpuProcessor),
-    ProcessorKind("cpu", lambda: None, CpuProcessor),
+DEVICES: tuple[DeviceKind, ...] = (
+    DeviceKind("gpu", _why_no_gpu, _open_gpu),
+    DeviceKind("cpu", lambda: None, _open_cpu),
 )
 
 
@@ -47,23 +60,11 @@ def open_processor(config: Config) -> FrameProcessor:
     EngineError
         If the device that is asked for is unavailable; says what is missing.
     """
-    wanted = config.processing.device
-    reasons: list[str] = []
-    for kind in PROCESSORS:
-        if wanted not in ("auto", kind.name):
-            continue
-        why = kind.why_unavailable()
-        if why is None:
-            passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
-            logger.info("frame processor: %s%s", kind.name, passed_over)
-            if wanted == "auto" and kind.open_processor is not CpuProcessor:
-                return FallbackProcessor(
-                    kind.open_processor(config), CpuProcessor(config)
-                )
-            return kind.open_processor(config)
-        reasons.append(f"{kind.name}: {why}")
-    msg = (
-        f"no frame processor for processing.device '{wanted}': {'; '.join(reasons)}; "
-        "or set processing.device to cpu or auto"
+    found = usable(
+        "frame processor",
+        config.processing.device,
+        DEVICES,
+        lambda kind: kind.why_unavailable(),
+        "; or set processing.device to cpu or auto",
     )
-    raise EngineError(msg)
+    return FrameProcessor(config, [kind.open_device(config) for kind in found])

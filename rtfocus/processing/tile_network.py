@@ -9,7 +9,7 @@ from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.opening import input_of, open_engine
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.seam import Engine, Outputs
+from rtfocus.processing.engines.seam import Engine, Outputs
 
 Image = NDArray[np.float32]
 

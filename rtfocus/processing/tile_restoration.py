@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.processing.methods import PATCH_BY_PATCH
 from rtfocus.processing.planes import paired_planes
 from rtfocus.processing.richardson_lucy import DEFAULT_ITERATIONS, richardson_lucy
 from rtfocus.processing.tiling import Montage, Region, defocused
@@ -38,7 +39,7 @@ class TileRestorer:
         Threads of the Fourier transforms.
     """
 
-    method = "richardson_lucy_tiles"
+    method = PATCH_BY_PATCH
 
     def __init__(
         self,

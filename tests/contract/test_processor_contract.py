@@ -21,7 +21,8 @@ from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.frame_tiles import restored_share
-from rtfocus.processing.select import PROCESSORS
+from rtfocus.processing.processor import FrameProcessor
+from rtfocus.processing.select import DEVICES
 from rtfocus.processing.tiling import Montage
 from rtfocus.slots import SlotPool
 from rtfocus.specimens.fluorescent import draw_specimen
@@ -30,6 +31,7 @@ OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65
 SAMPLING = 0.65 * 0.5 / 0.451
 SHAPE = (200, 260)
 SLOTS = 4
+TIMEOUT_S = 60
 
 
 def config_for(engine_folder, **processing):
@@ -80,12 +82,12 @@ def header_for(sequence, pixels, channel=0):
     )
 
 
-@pytest.fixture(params=[kind.name for kind in PROCESSORS])
+@pytest.fixture(params=[kind.name for kind in DEVICES])
 def open_kind(request):
-    kind = next(k for k in PROCESSORS if k.name == request.param)
+    kind = next(k for k in DEVICES if k.name == request.param)
     if (why := kind.why_unavailable()) is not None:
         pytest.skip(why)
-    return kind.open_processor
+    return lambda config: FrameProcessor(config, [kind.open_device(config)])
 
 
 @pytest.fixture
@@ -117,15 +119,14 @@ def frames():
 def submit(processor, pool, sequence, pixels, channel=0, **options):
     slot = pool.acquire(timeout_s=10)
     slot.prepare(header_for(sequence, pixels, channel))[...] = pixels
-    processor.submit(slot, **options)
-    return slot
+    return processor.submit(slot, **options)
 
 
 def test_estimate_and_result_of_a_frame_are_whole(processor, pool, frames):
     grid = processor.start(series_for(), SLOTS)
-    slot = submit(processor, pool, 3, frames[4])
-    estimate, found = processor.wait_estimate(slot)
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 3, frames[4])
+    estimate, found = ticket.estimate.result(TIMEOUT_S)
+    result = ticket.result.result(TIMEOUT_S)
     assert found.grid == grid
     assert found.level.shape == (grid.rows, grid.columns) == found.confidence.shape
     assert found.level.dtype == np.int16
@@ -158,10 +159,10 @@ def test_frames_in_flight_get_their_own_results(processor, pool, frames):
     processor.start(series_for(), SLOTS)
 
     def alone(pixels):
-        slot = submit(processor, pool, 0, pixels)
-        result = processor.wait_result(slot)
+        ticket = submit(processor, pool, 0, pixels)
+        result = ticket.result.result(TIMEOUT_S)
         found = result.restored.copy(), result.defocus.level.copy()
-        pool.release(slot)
+        pool.release(ticket.slot)
         return found
 
     expected = [alone(pixels) for pixels in frames]
@@ -176,34 +177,34 @@ def test_frames_in_flight_get_their_own_results(processor, pool, frames):
 
 
 def check_first(processor, pool, waiting, expected):
-    slot = waiting.pop(0)
-    sequence = slot.frame().sequence
-    estimate, found = processor.wait_estimate(slot)
-    result = processor.wait_result(slot)
+    ticket = waiting.pop(0)
+    sequence = ticket.slot.frame().sequence
+    estimate, found = ticket.estimate.result(TIMEOUT_S)
+    result = ticket.result.result(TIMEOUT_S)
     restored, levels = expected[sequence % len(expected)]
     assert estimate.sequence == sequence
     np.testing.assert_array_equal(found.level, levels)
     np.testing.assert_array_equal(result.restored, restored)
-    pool.release(slot)
+    pool.release(ticket.slot)
 
 
 def test_background_and_focus_come_back_unchanged(processor, pool):
     processor.start(series_for(), SLOTS)
     noise = np.random.default_rng(5).poisson(100, SHAPE).astype("<u2")
-    slot = submit(processor, pool, 0, noise)
-    estimate, found = processor.wait_estimate(slot)
+    ticket = submit(processor, pool, 0, noise)
+    estimate, found = ticket.estimate.result(TIMEOUT_S)
     assert (found.level == BACKGROUND).all()
     assert estimate.level is None
     assert estimate.defocus_um is None
     assert estimate.foreground == 0
-    np.testing.assert_array_equal(processor.wait_result(slot).restored, noise)
+    np.testing.assert_array_equal(ticket.result.result(TIMEOUT_S).restored, noise)
 
 
 def test_channel_without_optics_is_passed_on_with_the_reason(processor, pool, frames):
     assert processor.start(series_for(), SLOTS) is not None
-    slot = submit(processor, pool, 0, frames[3], channel=1)
-    assert processor.wait_estimate(slot) is None
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 0, frames[3], channel=1)
+    assert ticket.estimate.result(TIMEOUT_S) is None
+    result = ticket.result.result(TIMEOUT_S)
     assert result.restored is None
     assert result.estimate is None
     assert result.skipped == "channel 'dark' has no optics in the config"
@@ -215,9 +216,9 @@ def test_series_without_any_classified_channel_has_no_grid(processor):
 
 def test_raw_only_frames_are_estimated_but_not_restored(processor, pool, frames):
     processor.start(series_for(), SLOTS)
-    slot = submit(processor, pool, 0, frames[5], unrestored="raw_only: slow")
-    assert processor.wait_estimate(slot) is not None
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 0, frames[5], unrestored="raw_only: slow")
+    assert ticket.estimate.result(TIMEOUT_S) is not None
+    result = ticket.result.result(TIMEOUT_S)
     assert result.restored is None
     assert result.skipped.startswith("raw_only")
 
@@ -226,36 +227,36 @@ def test_frame_of_another_shape_fails_alone_and_names_its_sequence(
     processor, pool, frames
 ):
     processor.start(series_for(), SLOTS)
-    slot = submit(processor, pool, 41, frames[0][:100])
+    ticket = submit(processor, pool, 41, frames[0][:100])
     with pytest.raises(EngineError, match=r"frame 41 is \(100, 260\).*new series"):
-        processor.wait_result(slot)
+        ticket.result.result(TIMEOUT_S)
     with pytest.raises(EngineError, match="frame 41"):
-        processor.wait_estimate(slot)
+        ticket.estimate.result(TIMEOUT_S)
     after = submit(processor, pool, 42, frames[0])
-    assert processor.wait_result(after).estimate.sequence == 42
+    assert after.result.result(TIMEOUT_S).estimate.sequence == 42
 
 
 def test_a_new_series_may_have_another_shape_and_type(processor, pool, frames):
     processor.start(series_for(), SLOTS)
     first = submit(processor, pool, 0, frames[2])
-    processor.wait_result(first)
-    pool.release(first)
+    first.result.result(TIMEOUT_S)
+    pool.release(first.slot)
     small = (frames[2][:90, :70] >> 4).astype("|u1")
     grid = processor.start(series_for(small.shape, "|u1"), SLOTS)
     assert (grid.rows, grid.columns) == (1, 1)
-    slot = submit(processor, pool, 0, small)
-    assert processor.wait_result(slot).restored.dtype == np.uint8
+    ticket = submit(processor, pool, 0, small)
+    assert ticket.result.result(TIMEOUT_S).restored.dtype == np.uint8
 
 
 def test_close_wakes_those_who_wait_and_may_be_called_twice(processor, pool, frames):
     processor.start(series_for(), SLOTS)
-    slots = [submit(processor, pool, i, frames[i]) for i in range(SLOTS)]
+    tickets = [submit(processor, pool, i, frames[i]) for i in range(SLOTS)]
     outcomes = []
 
     def wait():
-        for slot in slots:
+        for ticket in tickets:
             try:
-                outcomes.append(processor.wait_result(slot))
+                outcomes.append(ticket.result.result(TIMEOUT_S))
             except EngineError as error:
                 outcomes.append(error)
 
@@ -288,8 +289,8 @@ def test_any_shape_and_type_keeps_both(processor, frames, shape, dtype):
     image = draw_specimen("tissue", shape[:2], rng) * 200
     if len(shape) == 3:
         image = np.stack([image, image * 0.5, image * 0.8], axis=-1)
-    slot = submit(processor, pool, 0, image.astype(dtype))
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 0, image.astype(dtype))
+    result = ticket.result.result(TIMEOUT_S)
     assert result.restored.shape == shape
     assert result.restored.dtype == np.dtype(dtype)
 
@@ -298,8 +299,8 @@ def test_any_shape_and_type_keeps_both(processor, frames, shape, dtype):
 def test_constant_frames_are_background_and_unchanged(processor, pool, value):
     processor.start(series_for(), SLOTS)
     constant = np.full(SHAPE, value, "<u2")
-    slot = submit(processor, pool, 0, constant)
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 0, constant)
+    result = ticket.result.result(TIMEOUT_S)
     assert (result.defocus.level == BACKGROUND).all()
     np.testing.assert_array_equal(result.restored, constant)
     assert ("saturated" in result.flags) is (value == 65535)
@@ -312,8 +313,8 @@ def test_nan_pixels_are_marked_and_stay_nan_while_the_rest_is_restored(
     processor.start(series_for(dtype="<f4"), 1)
     pixels = frames[6].astype("<f4")
     pixels[50:53, 60] = np.nan
-    slot = submit(processor, pool, 0, pixels)
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 0, pixels)
+    result = ticket.result.result(TIMEOUT_S)
     assert result.flags == ("nan",)
     assert np.isnan(result.restored[50:53, 60]).all()
     assert np.isnan(result.restored).sum() == 3
@@ -323,8 +324,8 @@ def test_nan_pixels_are_marked_and_stay_nan_while_the_rest_is_restored(
 def test_frame_of_nothing_but_nan_is_background(processor, pool):
     pool = SlotPool(1, 4 * SHAPE[0] * SHAPE[1])
     processor.start(series_for(dtype="<f4"), 1)
-    slot = submit(processor, pool, 0, np.full(SHAPE, np.nan, "<f4"))
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 0, np.full(SHAPE, np.nan, "<f4"))
+    result = ticket.result.result(TIMEOUT_S)
     assert (result.defocus.level == BACKGROUND).all()
     assert np.isnan(result.restored).all()
 
@@ -335,8 +336,8 @@ def test_restored_frames_are_float32_on_request(open_kind, engine_folder, frames
     processor = open_kind(config.model_copy(update={"store": store}))
     pool = SlotPool(1, 2 * SHAPE[0] * SHAPE[1])
     processor.start(series_for(), 1)
-    slot = submit(processor, pool, 0, frames[5])
-    restored = processor.wait_result(slot).restored
+    ticket = submit(processor, pool, 0, frames[5])
+    restored = ticket.result.result(TIMEOUT_S).restored
     assert restored.dtype == np.float32
     assert restored.min() >= 0
     assert np.any(restored != np.rint(restored))
@@ -381,8 +382,8 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(open_kind, zoo, 
     pixels[:, :150] = 500
     pool = SlotPool(1, 2 * SHAPE[0] * SHAPE[1])
     processor.start(series_for(), 1)
-    slot = submit(processor, pool, 0, pixels)
-    result = processor.wait_result(slot)
+    ticket = submit(processor, pool, 0, pixels)
+    result = ticket.result.result(TIMEOUT_S)
     assert len(np.unique(result.defocus.level)) > 2
     frame = pixels.astype(np.float32)
     share = restored_share(Montage(result.defocus.grid, SHAPE), result.defocus.level)
@@ -416,9 +417,9 @@ def test_estimates_do_not_wait_for_restorations(open_kind, engine_folder, frames
     processor = open_kind(config)
     pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
     processor.start(series_for(), SLOTS)
-    slots = [submit(processor, pool, i, frames[5]) for i in range(SLOTS)]
-    estimated = [processor.wait_estimate(slot)[0].estimated_ns for slot in slots]
-    restore_ms = [processor.wait_result(slot).stage_ms["restore"] for slot in slots]
+    tickets = [submit(processor, pool, i, frames[5]) for i in range(SLOTS)]
+    estimated = [t.estimate.result(TIMEOUT_S)[0].estimated_ns for t in tickets]
+    restore_ms = [t.result.result(TIMEOUT_S).stage_ms["restore"] for t in tickets]
     # All estimates together came sooner than the restorations can have ended.
     assert (max(estimated) - min(estimated)) * 1e-6 < sum(restore_ms[:-1]) / 2
     processor.close()

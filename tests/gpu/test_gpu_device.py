@@ -13,12 +13,13 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu import CpuProcessor
+from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
+from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.gpu.devices import find_device, why_no_gpu
 from rtfocus.processing.gpu.native_library import CUFFT, NVRTC, why_not_loadable
-from rtfocus.processing.gpu.processor import GpuProcessor
+from rtfocus.processing.processor import FrameProcessor
 from rtfocus.slots import SlotPool
 from rtfocus.specimens.fluorescent import draw_specimen
 
@@ -72,6 +73,14 @@ def config_for(optics, **processing):
     )
 
 
+def on_gpu(config):
+    return FrameProcessor(config, [GpuDevice(config)])
+
+
+def on_cpu(config):
+    return FrameProcessor(config, [CpuDevice(config)])
+
+
 def results_of(processor, frames, optics):
     series = SeriesStart(
         version=PROTOCOL_VERSION,
@@ -98,13 +107,12 @@ def results_of(processor, frames, optics):
     pool = SlotPool(len(frames), frames[0].nbytes)
     processor.start(series, len(frames))
     try:
-        slots = []
+        tickets = []
         for pixels in frames:
             slot = pool.acquire()
             slot.prepare(header)[...] = pixels
-            processor.submit(slot)
-            slots.append(slot)
-        found = [processor.wait_result(slot) for slot in slots]
+            tickets.append(processor.submit(slot))
+        found = [ticket.result.result(60) for ticket in tickets]
         return [(r.defocus.level.copy(), r.restored.copy()) for r in found]
     finally:
         processor.close()
@@ -134,9 +142,9 @@ def test_labels_and_frames_are_those_of_the_reference(
     gpu = {"backend": backend, "precision": precision, "tf32": False}
     config = config_for(optics, restoration=restoration, gpu=gpu)
     reference = config.processing.model_copy(update={"backend": "onnxruntime"})
-    cpu = CpuProcessor(config.model_copy(update={"processing": reference}))
+    cpu = on_cpu(config.model_copy(update={"processing": reference}))
     wanted = results_of(cpu, frames, optics)
-    found = results_of(GpuProcessor(config), frames, optics)
+    found = results_of(on_gpu(config), frames, optics)
     equal, distance = compare(found, wanted)
     assert equal >= LABELS_EQUAL
     assert distance <= restored_within
@@ -145,8 +153,8 @@ def test_labels_and_frames_are_those_of_the_reference(
 @pytest.mark.parametrize("method", ["richardson_lucy", "richardson_lucy_accelerated"])
 def test_richardson_lucy_is_that_of_the_cpu(device, optics, frames, method):
     config = config_for(optics, restoration={"method": method, "halo_px": 64})
-    wanted = results_of(CpuProcessor(config), frames[:2], optics)
-    found = results_of(GpuProcessor(config), frames[:2], optics)
+    wanted = results_of(on_cpu(config), frames[:2], optics)
+    found = results_of(on_gpu(config), frames[:2], optics)
     _, distance = compare(found, wanted)
     assert distance <= 1e-2
 
@@ -155,9 +163,9 @@ def test_recorded_graphs_give_the_same_frames(device, optics, frames):
     config = config_for(optics)
     plain = config.processing.gpu.model_copy(update={"cuda_graphs": False})
     processing = config.processing.model_copy(update={"gpu": plain})
-    recorded = results_of(GpuProcessor(config), frames, optics)
+    recorded = results_of(on_gpu(config), frames, optics)
     again = results_of(
-        GpuProcessor(config.model_copy(update={"processing": processing})),
+        on_gpu(config.model_copy(update={"processing": processing})),
         frames,
         optics,
     )
@@ -170,4 +178,4 @@ def test_a_gpu_that_does_not_exist_is_an_error_not_the_cpu(device, optics):
     del device  # there is one, but not a hundred
     config = config_for(optics, gpu={"index": 99})
     with pytest.raises(EngineError, match="there is no GPU 99"):
-        GpuProcessor(config)
+        on_gpu(config)

@@ -11,9 +11,10 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError, InputError
-from rtfocus.processing.classifier import FrameClassifier, fit_frame
+from rtfocus.processing.channel_plan import ClassifierPlan
+from rtfocus.processing.classifier import open_classifier
 from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.frame_network import open_frame_network
+from rtfocus.processing.frame_fit import fit_frame
 from rtfocus.processing.offline import ImageProcessor, tile_rows
 
 
@@ -133,8 +134,8 @@ def shipped(shape, backend, precision):
         pytest.skip(str(error))
     fit = fit_frame(found.card.input, shape)
     settings = ProcessingConfig(backend=backend, precision=precision)
-    network = open_frame_network(found, settings, fit.padded)
-    return FrameClassifier(found.card, network, fit, step_um=2.0, quantum=1.0)
+    plan = ClassifierPlan(found, fit, step_um=2.0, quantum=1.0)
+    return open_classifier(plan, settings)
 
 
 @pytest.mark.parametrize("precision", ["f32", "auto"])

@@ -12,7 +12,6 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.gpu import backends
 from rtfocus.processing.gpu.backends import (
     GPU_BACKENDS,
-    available_backends,
     open_network,
 )
 from rtfocus.processing.gpu.seam import (
@@ -78,7 +77,7 @@ def test_the_first_that_is_available_is_taken_and_the_others_told(
     )
     with caplog.at_level(logging.INFO):
         assert open_network("auto", REQUEST, CARD) is loaded
-    assert "first not taken: no library" in caplog.text
+    assert "GPU backend: second (not first: no library)" in caplog.text
     assert "second passed over: node 'x' is unknown" in caplog.text
     assert "engine 'delpnet' runs on third 1.0" in caplog.text
 
@@ -89,7 +88,7 @@ def test_where_none_can_every_reason_is_given(choose: Callable[..., None]) -> No
         open_network("auto", REQUEST, CARD)
     choose(backend("first", "one is missing", ""), backend("second", "two too", ""))
     with pytest.raises(EngineError, match="first: one is missing; second: two too"):
-        available_backends("auto", CARD)
+        open_network("auto", REQUEST, CARD)
 
 
 def test_a_named_backend_is_not_replaced(choose: Callable[..., None]) -> None:
@@ -100,7 +99,7 @@ def test_a_named_backend_is_not_replaced(choose: Callable[..., None]) -> None:
 
 def test_an_unknown_name_is_told_with_those_there_are() -> None:
     with pytest.raises(EngineError, match="tensorrt, tensorrt_rtx, torch-cuda and aut"):
-        available_backends("tensorflow", None)
+        open_network("tensorflow", REQUEST, CARD)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.classifier import fit_frame
 from rtfocus.processing.engines.card import EngineCard
 from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.frame_fit import fit_frame
 from rtfocus.processing.gpu.profiles import (
     TILES_PER_BATCH,
     balanced_batch,

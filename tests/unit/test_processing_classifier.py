@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
-from rtfocus.processing.classifier import FrameClassifier, fit_frame
+from rtfocus.processing import classifier as network_classifier
+from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.engines.card import read_card
 from rtfocus.processing.engines.card_sections import InputCard
 from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.estimate import estimate_frame
-from rtfocus.processing.frame_network import open_frame_network
+from rtfocus.processing.frame_fit import fit_frame
 
 REFERENCE = ProcessingConfig(backend="onnxruntime", precision="f32")
 
@@ -21,8 +22,8 @@ REFERENCE = ProcessingConfig(backend="onnxruntime", precision="f32")
 def open_classifier(folder, shape, *, card=None, quantum=1.0):
     found = FoundEngine(folder, card or read_card(folder))
     fit = fit_frame(found.card.input, shape)
-    network = open_frame_network(found, REFERENCE, fit.padded)
-    return FrameClassifier(found.card, network, fit, step_um=1.5, quantum=quantum)
+    plan = ClassifierPlan(found, fit, step_um=1.5, quantum=quantum)
+    return network_classifier.open_classifier(plan, REFERENCE)
 
 
 @given(

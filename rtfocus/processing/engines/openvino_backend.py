@@ -10,7 +10,7 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.engines.inputs import Inputs, Shape
 from rtfocus.processing.engines.openvino_import import import_openvino
 from rtfocus.processing.engines.openvino_int8 import use_unsigned_features
-from rtfocus.processing.seam import Outputs
+from rtfocus.processing.engines.seam import Outputs
 
 
 class OpenVinoEngine:
@@ -66,7 +66,7 @@ class OpenVinoEngine:
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
     ) -> Outputs:
-        """Run the network, see `rtfocus.processing.seam.Engine.infer`."""
+        """Run the network, see `rtfocus.processing.engines.seam.Engine.infer`."""
         self._inputs.check(tiles, condition)
         if self._request is None:
             msg = f"engine '{self.name}' is closed"

@@ -5,7 +5,11 @@ from functools import partial
 from importlib import import_module
 
 from rtfocus.errors import EngineError
+from rtfocus.processing.channel_plan import ChannelPlan
+from rtfocus.processing.choice import usable
+from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.gpu import trt_backend
+from rtfocus.processing.gpu.requests import gpu_request
 from rtfocus.processing.gpu.seam import GpuBackend, GpuDevice, GpuEngine, GpuRequest
 
 logger = logging.getLogger(__name__)
@@ -43,36 +47,6 @@ GPU_BACKENDS: tuple[GpuBackend, ...] = (
 )
 
 
-def available_backends(wanted: str, device: GpuDevice | None) -> list[GpuBackend]:
-    """Return the backends that can be used, in order, for a name or ``auto``.
-
-    Parameters
-    ----------
-    wanted
-        ``auto`` or a name of `GPU_BACKENDS`.
-    device
-        The GPU they are to run on; None: look at the libraries alone.
-
-    Raises
-    ------
-    EngineError
-        If the wanted one, or every one, is unavailable; gives each reason.
-    """
-    asked = [b for b in GPU_BACKENDS if wanted in ("auto", b.name)]
-    reasons = {backend.name: backend.why_unavailable(device) for backend in asked}
-    usable = [backend for backend in asked if reasons[backend.name] is None]
-    if not usable:
-        known = ", ".join(backend.name for backend in GPU_BACKENDS)
-        told = [f"{name}: {why}" for name, why in reasons.items()]
-        why = "; ".join(told) or f"known are {known} and auto"
-        msg = f"no GPU backend for '{wanted}': {why}"
-        raise EngineError(msg)
-    for name, reason in reasons.items():
-        if reason is not None:
-            logger.info("GPU backend %s not taken: %s", name, reason)
-    return usable
-
-
 def open_network(wanted: str, request: GpuRequest, device: GpuDevice) -> GpuEngine:
     """Load a network with the backend of a name, or the first that can.
 
@@ -85,7 +59,9 @@ def open_network(wanted: str, request: GpuRequest, device: GpuDevice) -> GpuEngi
         If none can; gives each reason.
     """
     failures: list[EngineError] = []
-    for backend in available_backends(wanted, device):
+    for backend in usable(
+        "GPU backend", wanted, GPU_BACKENDS, lambda known: known.why_unavailable(device)
+    ):
         try:
             engine = backend.open(request, device)
         except EngineError as error:
@@ -98,3 +74,29 @@ def open_network(wanted: str, request: GpuRequest, device: GpuDevice) -> GpuEngi
         raise failures[0]
     msg = "; ".join(str(error) for error in failures)
     raise EngineError(msg) from failures[-1]
+
+
+def open_for_plan(
+    plan: ChannelPlan, found: FoundEngine, device: GpuDevice
+) -> tuple[GpuEngine, GpuRequest]:
+    """Load the network of an engine of a channel, and what was asked for.
+
+    Raises
+    ------
+    EngineError
+        If it has no network, or no backend runs it here.
+    """
+    settings = plan.processing.gpu
+    request = gpu_request(
+        found,
+        plan.size,
+        None if settings.precision == "auto" else settings.precision,
+        tf32=settings.tf32,
+        cuda_graphs=settings.cuda_graphs,
+    )
+    return open_network(settings.backend, request, device), request
+
+
+def runs_on(engine: GpuEngine) -> str:
+    """Say what a network runs on, e.g. ``tensorrt 10.13.3 fp16``."""
+    return f"{engine.backend} {engine.precision}"

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from rtfocus.processing.gpu.channel import GpuChannel
 from rtfocus.processing.gpu.cuda_stream import new_event
 from rtfocus.processing.gpu.frame_maps import MapLayout
-from rtfocus.processing.gpu.frame_restorers import InFlight
-from rtfocus.processing.gpu.gpu_channel import GpuChannel
-from rtfocus.processing.gpu.gpu_classifier import ClassifierSlot
+from rtfocus.processing.gpu.gpu_classifier import ClassifierSlot, InFlight
 from rtfocus.processing.gpu.graphs import Replayed
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
 
@@ -127,12 +126,12 @@ class ChannelSlot:
             self._seen = channel.classifier.open_slot(memory)
         off = None if graphs else "processing.gpu.cuda_graphs is off"
         self.classify = Replayed(
-            f"classification of channel '{channel.name}'",
+            f"classification of channel '{channel.plan.name}'",
             self._classify,
             lambda work: off or self._why_not_classify(work),
         )
         self.restore = Replayed(
-            f"restoration of channel '{channel.name}'",
+            f"restoration of channel '{channel.plan.name}'",
             self._restore,
             lambda work: off or self._why_not_restore(work),
         )

@@ -13,13 +13,14 @@ from importlib import import_module
 from typing import Any
 
 from rtfocus.errors import EngineError
+from rtfocus.processing.device import LostDeviceError
 
 
 class OutOfGpuMemoryError(EngineError):
     """A reservation failed; with smaller settings the same series may fit."""
 
 
-class LostGpuError(EngineError):
+class LostGpuError(LostDeviceError):
     """The GPU stopped answering; no later call in this process will succeed."""
 
 
@@ -67,19 +68,6 @@ def check_status(status: int, what: str) -> None:
         reason = (text.value or b"unknown").decode(errors="replace")
         msg = f"{what} failed: {reason} (CUDA error {status})"
         raise EngineError(msg)
-
-
-def without_frames(error: BaseException) -> BaseException:
-    """Return an error whose tracebacks, its causes' too, are gone.
-
-    Their frames would keep objects of the driver alive beyond the thread that owns
-    the GPU, in which alone they can be freed.
-    """
-    found: BaseException | None = error
-    while found is not None:
-        found.__traceback__ = None
-        found = found.__cause__ or found.__context__
-    return error
 
 
 @contextmanager

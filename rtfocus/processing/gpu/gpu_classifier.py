@@ -7,10 +7,9 @@ import numpy as np
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
-from rtfocus.processing.classifier import FrameFit, tile_grid
-from rtfocus.processing.conditions import Conditions
-from rtfocus.processing.engines.card import EngineCard
+from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.engines.opening import input_of
+from rtfocus.processing.frame_fit import FrameFit, tile_grid
 from rtfocus.processing.gpu.cells import (
     CellStatistics,
     FrameShape,
@@ -27,27 +26,25 @@ from rtfocus.processing.preparation import background_of, normalisation_of
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """What a classifier is told of the frames of a channel."""
-
-    frame: FrameShape
-    fit: FrameFit
-    step_um: float
-    """Defocus between two levels."""
-    quantum: float
-    """Step between the camera's values; 0 for float frames."""
-    mirrored: bool
-    """The engine sees the sign of the defocus turned."""
-    conditions: Conditions
-
-
-@dataclass(frozen=True, slots=True)
 class ClassifierSlot:
     """What one frame in flight needs of a classifier for itself."""
 
     network: BoundNetwork
     ranges: DeviceArray
     """Offset and scale of every plane, axes (plane, 2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What the restoration of one frame reads and writes on the device."""
+
+    signal: DeviceArray
+    maps: dict[str, DeviceArray]
+    """Of `rtfocus.processing.gpu.frame_maps`."""
+    seen: ClassifierSlot
+    """Buffers of the network that saw the frame."""
+    out: DeviceArray
+    """Result, float32, shape of the signal."""
 
 
 class GpuClassifier:
@@ -60,36 +57,43 @@ class GpuClassifier:
     memory
         Where the work space lies.
     engine
-        Opened for `View.fit`; closed by `close`.
-    card
-        Of the engine.
-    view
-        Frames of the channel.
+        Opened for `FrameFit.padded`; closed by `close`.
+    plan
+        Engine and frames.
+    frame
+        Shape of the signal.
     """
 
     def __init__(
-        self, memory: DeviceMemory, engine: GpuEngine, card: EngineCard, view: View
+        self,
+        memory: DeviceMemory,
+        engine: GpuEngine,
+        plan: ClassifierPlan,
+        frame: FrameShape,
     ) -> None:
+        card = plan.card
         if card.output is None or card.levels is None:
             msg = f"engine '{card.name}' is a {card.kind}, not a classifier"
             raise EngineError(msg)
         self.engine = engine
         self.card = card
-        self._view = view
+        self._plan = plan
+        self._frame = frame
         self._input = input_of(card)
         self._output = card.output
-        self._turn = -1 if view.mirrored and card.levels.signed else 1
+        self._turn = -1 if plan.mirrored and card.levels.signed else 1
         logits = engine.output_shapes(self._shapes())[card.output.name]
         _check_labels(card.name, logits, len(card.output.labels))
         self._network_tiles = (logits[2], logits[3])
         self.grid: TileGrid = tile_grid(
-            self._input, view.fit, *self._network_tiles, signed=card.levels.signed
+            self._input, plan.fit, *self._network_tiles, signed=card.levels.signed
         )
         self._levels = memory.upload(LabelDecoder(card.output).levels, "labels")
         self._empty = memory.allocate(
             (self.grid.rows * self.grid.columns,), np.uint8, "the background rule"
         )
-        condition = view.conditions.unknown(1)
+        told = plan.conditions
+        condition = None if told is None else told.unknown(1)
         self._condition = (
             None if condition is None else memory.upload(condition, "the condition")
         )
@@ -99,27 +103,25 @@ class GpuClassifier:
         """Set up normalisation and background rule."""
         rule = normalisation_of(self.card)
         background = background_of(self.card)
-        view = self._view
+        plan, frame = self._plan, self._frame
         self._cells: CellStatistics | None = None
         self._background: GpuBackground | None = None
         self._standardisation: GpuStandardisation | None = None
         self._percentiles: GpuPercentiles | None = None
         if background is not None or isinstance(rule, LocalStandardisation):
-            self._cells = CellStatistics(memory, view.frame, _whole_cells(view.fit))
+            self._cells = CellStatistics(memory, frame, _whole_cells(plan.fit))
             if background is not None:
                 self._background = GpuBackground(
-                    memory, background, self._cells, self.grid, view.quantum
+                    memory, background, self._cells, self.grid, plan.quantum
                 )
         planes = self._input.channels
-        self.tile: GpuTiles = whole_frame_tile(
-            memory, view.frame, planes, view.fit.padded
-        )
+        self.tile: GpuTiles = whole_frame_tile(memory, frame, planes, plan.fit.padded)
         """The frame as the network's input, and back."""
         if isinstance(rule, LocalStandardisation):
             if self._cells is not None:
                 self._standardisation = GpuStandardisation(memory, rule, self._cells)
         else:
-            self._percentiles = GpuPercentiles(memory, rule, view.frame, planes)
+            self._percentiles = GpuPercentiles(memory, rule, frame, planes)
 
     def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
         """Reserve what one more frame in flight needs."""
@@ -167,7 +169,7 @@ class GpuClassifier:
             self._levels,
             BACKGROUND,
             self._turn,
-            self._view.step_um,
+            self._plan.step_um,
             self._empty,
             maps["defocus_um"],
             maps["confidence"],
@@ -182,7 +184,7 @@ class GpuClassifier:
     def _shapes(self) -> dict[str, Shape]:
         """Return the shape of every input."""
         shapes: dict[str, Shape] = {
-            self._input.name: (1, self._input.channels, *self._view.fit.padded)
+            self._input.name: (1, self._input.channels, *self._plan.fit.padded)
         }
         if self.card.condition is not None:
             shapes[self.card.condition.name] = (1, len(self.card.condition.entries))

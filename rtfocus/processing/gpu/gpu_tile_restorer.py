@@ -13,7 +13,7 @@ from rtfocus.processing.engines.opening import input_of
 from rtfocus.processing.frame_tiles import FrameTiles
 from rtfocus.processing.gpu.blending import GpuBlending
 from rtfocus.processing.gpu.cells import FrameShape
-from rtfocus.processing.gpu.frame_restorers import InFlight
+from rtfocus.processing.gpu.gpu_classifier import InFlight
 from rtfocus.processing.gpu.gpu_conditions import GpuConditions
 from rtfocus.processing.gpu.gpu_percentiles import GpuPercentiles
 from rtfocus.processing.gpu.gpu_tiles import windowed_tiles
@@ -23,7 +23,7 @@ from rtfocus.processing.preparation import invertible_normalisation
 
 
 class GpuTileRestorer:
-    """A restorer engine; implements `GpuFrameRestorer`.
+    """A restorer engine; implements `FrameRestorer`.
 
     Buffers and context are shared by all frames in flight: their restoration is on
     one stream.

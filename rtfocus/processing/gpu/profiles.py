@@ -8,9 +8,9 @@ batch of a frame.
 from math import ceil
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.classifier import fit_frame
 from rtfocus.processing.engines.card import EngineCard
 from rtfocus.processing.engines.card_sections import InputCard
+from rtfocus.processing.frame_fit import fit_frame
 from rtfocus.processing.gpu.seam import Shape, ShapeRange
 
 TILES_PER_BATCH = 32

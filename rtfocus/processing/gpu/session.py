@@ -14,6 +14,8 @@ the one thread that owns the GPU.
 """
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,23 +23,35 @@ from numpy.typing import NDArray
 
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
-from rtfocus.frame import SeriesStart, TileGrid
+from rtfocus.frame import DefocusMap, SeriesStart
+from rtfocus.processing.channel_plan import ChannelPlan
+from rtfocus.processing.device import Job
+from rtfocus.processing.gpu.channel import GpuChannel, open_channel
 from rtfocus.processing.gpu.cuda_memory import CudaMemory
 from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels, new_event
 from rtfocus.processing.gpu.device_slot import DeviceSlot
 from rtfocus.processing.gpu.driver import LostGpuError, import_driver, translated
-from rtfocus.processing.gpu.frame_maps import MapLayout
-from rtfocus.processing.gpu.gpu_channel import GpuChannel, open_channel
-from rtfocus.processing.gpu.gpu_job import GpuJob
+from rtfocus.processing.gpu.frame_maps import MapLayout, defocus_map
 from rtfocus.processing.gpu.kernel_compiler import compiled_kernels, why_driver_too_old
 from rtfocus.processing.gpu.pinning import PinnedMemory
 from rtfocus.processing.gpu.seam import GpuDevice
-from rtfocus.processing.grids import common_grid
 
 logger = logging.getLogger(__name__)
 
 # Once as it is, once to record it, see `rtfocus.processing.gpu.graphs`.
 _WARM_UPS = 2
+
+
+@dataclass
+class HostBuffers:
+    """Pinned host memory that belongs to one of the caller's slots."""
+
+    packed_maps: NDArray[np.uint8]
+    """Copy of the maps, see `rtfocus.processing.gpu.frame_maps`."""
+    counts: NDArray[Any]
+    """Copy of the restored frame."""
+    invalid: NDArray[np.bool_] | None = None
+    """Pixels that are NaN or infinite; None: none."""
 
 
 class GpuSession:
@@ -46,7 +60,9 @@ class GpuSession:
     Parameters
     ----------
     config
-        As of the processor.
+        Sections ``processing.gpu`` and ``store``.
+    plans
+        Of the channels.
     series
         Shape, dtype and channels of the frames.
     slots
@@ -61,7 +77,12 @@ class GpuSession:
     """
 
     def __init__(
-        self, config: Config, series: SeriesStart, slots: int, device: GpuDevice
+        self,
+        config: Config,
+        plans: Sequence[ChannelPlan],
+        series: SeriesStart,
+        slots: int,
+        device: GpuDevice,
     ) -> None:
         self.device = device
         self._settings = config.processing.gpu
@@ -75,13 +96,13 @@ class GpuSession:
         as_float = config.store.restored_dtype == "float32"
         self._restored_dtype = np.dtype(np.float32 if as_float else series.dtype)
         try:
-            self._open(config, slots)
+            self._open(plans, slots)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, config: Config, slots: int) -> None:
-        series, index = self._series, self.device.gpu_index
+    def _open(self, plans: Sequence[ChannelPlan], slots: int) -> None:
+        index = self.device.gpu_index
         why = why_driver_too_old(import_driver().get_driver_version())
         if why is not None:
             raise EngineError(why)
@@ -91,20 +112,16 @@ class GpuSession:
             self._classify = CudaStream(kernels)
             self._restore = CudaStream(kernels)
             self._copy_out = CudaStream(kernels)
-        for channel in series.channels:
-            self.channels.append(
-                open_channel(config, series, channel, self.device, self._memory)
-            )
-        self.grid: TileGrid | None = common_grid(
-            {channel.name: channel.grid for channel in self.channels}
-        )
-        tiles = 1 if self.grid is None else self.grid.rows * self.grid.columns
-        self.layout = MapLayout(tiles)
+        for plan in plans:
+            self.channels.append(open_channel(plan, self.device, self._memory))
+        grids = [c.grid for c in self.channels if c.grid is not None]
+        # The processor refuses a series whose channels have different grids.
+        self.layout = MapLayout(max((g.rows * g.columns for g in grids), default=1))
         with translated(index, "reserving buffers"):
             self._reserve(min(self._settings.frames_in_flight, slots))
         with translated(index, "warming up"):
             self._warm_up()
-        self.jobs = [self._job() for _ in range(slots)]
+        self._host = [self._reserve_host() for _ in range(slots)]
         self.origin: Any = new_event()
         """When the series began."""
         with translated(index, "starting"):
@@ -116,14 +133,11 @@ class GpuSession:
         free, total = import_driver().mem_get_info()
         return int(total - free)
 
-    def enqueue(self, job: GpuJob, slot: DeviceSlot) -> None:
-        """Enqueue everything about a frame; returns before any of it is done.
-
-        `DeviceSlot.estimated` is recorded behind its maps, and what
-        `last_event` returns behind all of it.
-        """
+    def enqueue(self, job: Job) -> None:
+        """Enqueue everything about a frame; returns before any of it is done."""
+        slot, host = self.device_slots[job.seat], self._host[job.slot.index]
         channel = slot.channels[job.channel]
-        pixels = self._stage(job)
+        pixels = self._stage(job, host)
         self._copy_in.record(slot.begun)
         self._copy_in.copy_in(slot.buffers.frame, pixels)
         self._copy_in.record(slot.copied_in)
@@ -131,9 +145,9 @@ class GpuSession:
         self._classify.record(slot.classify_begun)
         channel.classify(self._classify)
         self._classify.record(slot.classified)
-        self._classify.copy_out(job.packed_maps, slot.buffers.packed_maps)
+        self._classify.copy_out(host.packed_maps, slot.buffers.packed_maps)
         self._classify.record(slot.estimated)
-        if not self.restores(job):
+        if job.skipped is not None:
             return
         self._restore.wait(slot.classified)
         self._restore.record(slot.restore_begun)
@@ -141,17 +155,46 @@ class GpuSession:
         self._restore.record(slot.restored)
         self._copy_out.wait(slot.restored)
         self._copy_out.record(slot.copy_out_begun)
-        self._copy_out.copy_out(job.counts, slot.buffers.counts)
+        self._copy_out.copy_out(host.counts, slot.buffers.counts)
         self._copy_out.record(slot.copied_out)
 
-    def restores(self, job: GpuJob) -> bool:
-        """Return whether a frame is to be restored."""
-        channel = self.channels[job.channel]
-        return job.unrestored is None and channel.restorer is not None
+    def wait_maps(self, job: Job) -> DefocusMap | None:
+        """Wait until a frame's maps are on the host; None: it is not classified."""
+        self.device_slots[job.seat].estimated.synchronize()
+        host, grid = self._host[job.slot.index], self.channels[job.channel].grid
+        maps = self.layout.host_arrays(host.packed_maps)
+        flags = {"nan": host.invalid is not None, "saturated": maps["saturated"][0]}
+        job.flags = tuple(name for name, is_so in flags.items() if is_so)
+        return None if grid is None else defocus_map(grid, maps)
 
-    def last_event(self, job: GpuJob, slot: DeviceSlot) -> Any:
-        """Return the event behind everything that `enqueue` did for a frame."""
-        return slot.copied_out if self.restores(job) else slot.estimated
+    def wait_restored(self, job: Job) -> NDArray[Any] | None:
+        """Wait until all of a frame is on the host; None: it is not restored."""
+        slot, host = self.device_slots[job.seat], self._host[job.slot.index]
+        if job.skipped is not None:
+            slot.estimated.synchronize()
+            return None
+        slot.copied_out.synchronize()
+        if host.invalid is not None and np.issubdtype(host.counts.dtype, np.floating):
+            host.counts[host.invalid] = np.nan
+        return host.counts
+
+    def spans(self, job: Job) -> dict[str, tuple[float, float]]:
+        """Return when each stage of a frame that has arrived began and ended, in ms."""
+        slot = self.device_slots[job.seat]
+        marks = {
+            "copy in": (slot.begun, slot.copied_in),
+            "classify": (slot.classify_begun, slot.classified),
+        }
+        if job.skipped is None:
+            marks["restore"] = (slot.restore_begun, slot.restored)
+            marks["copy out"] = (slot.copy_out_begun, slot.copied_out)
+        return {
+            stage: (
+                float(begin.time_since(self.origin)),
+                float(end.time_since(self.origin)),
+            )
+            for stage, (begin, end) in marks.items()
+        }
 
     def close(self) -> None:
         """Wait for the GPU and free everything; called twice does nothing."""
@@ -222,18 +265,19 @@ class GpuSession:
                     channel.restore(self._restore)
             self._restore.synchronise()
 
-    def _job(self) -> GpuJob:
+    def _reserve_host(self) -> HostBuffers:
         shape = tuple(self._series.shape)
-        return GpuJob(
+        return HostBuffers(
             packed_maps=self._pinned.empty((self.layout.size_bytes,), np.uint8),
             counts=self._pinned.empty(shape, self._restored_dtype),
         )
 
-    def _stage(self, job: GpuJob) -> NDArray[Any]:
+    def _stage(self, job: Job, host: HostBuffers) -> NDArray[Any]:
         """Return pinned pixels of a frame without NaN: its slot, or a copy of it."""
-        slot = job.slot_in_work()
+        slot = job.slot
         pixels = slot.pixels
-        found = self.channels[job.channel].camera.find_invalid(pixels)
+        found = job.plan.correction.find_invalid(pixels)
+        host.invalid = found
         if found is None and self._pinned.is_pinned(pixels):
             return pixels
         staged = self._staging.get(slot.index)
@@ -242,6 +286,5 @@ class GpuSession:
             self._staging[slot.index] = staged
         np.copyto(staged, pixels)
         if found is not None:
-            job.invalid = found
             staged[found] = 0.0 if found.all() else np.median(staged[~found])
         return staged

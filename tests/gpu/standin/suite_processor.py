@@ -20,19 +20,20 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu import CpuProcessor
-from rtfocus.processing.fallback import FallbackProcessor
+from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels, new_event
+from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.gpu.driver import LostGpuError, current_context
 from rtfocus.processing.gpu.graphs import Replayed
 from rtfocus.processing.gpu.pinning import PinnedMemory
-from rtfocus.processing.gpu.processor import GpuProcessor
+from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor
 from rtfocus.slots import SlotPool
 from rtfocus.specimens.fluorescent import draw_specimen
 
 SHAPE = (144, 192)
 SLOTS = 6
+TIMEOUT_S = 120
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
 
 
@@ -85,6 +86,14 @@ def frames():
     return result
 
 
+def on_gpu(config):
+    return FrameProcessor(config, [GpuDevice(config)])
+
+
+def on_cpu(config):
+    return FrameProcessor(config, [CpuDevice(config)])
+
+
 def submit(processor, pool, sequence, pixels):
     slot = pool.acquire(timeout_s=10)
     header = FrameHeader(
@@ -98,8 +107,7 @@ def submit(processor, pool, sequence, pixels):
         index={"t": sequence, "c": 0},
     )
     slot.prepare(header)[...] = pixels
-    processor.submit(slot)
-    return slot
+    return processor.submit(slot)
 
 
 def results_of(processor, frames):
@@ -109,10 +117,10 @@ def results_of(processor, frames):
     waiting, found = [], []
 
     def take():
-        slot = waiting.pop(0)
-        result = processor.wait_result(slot)
+        ticket = waiting.pop(0)
+        result = ticket.result.result(TIMEOUT_S)
         found.append((result.defocus.level, result.restored.copy()))
-        pool.release(slot)
+        pool.release(ticket.slot)
 
     for sequence, pixels in enumerate(frames):
         if len(waiting) == SLOTS:
@@ -126,7 +134,7 @@ def results_of(processor, frames):
 
 @pytest.fixture(scope="module")
 def reference(engine_folder, frames):
-    return results_of(CpuProcessor(config_for(engine_folder)), frames)
+    return results_of(on_cpu(config_for(engine_folder)), frames)
 
 
 @pytest.mark.parametrize("frames_in_flight", [1, 3])
@@ -134,7 +142,7 @@ def test_frames_in_flight_are_those_of_the_cpu(
     engine_folder, frames, reference, frames_in_flight
 ):
     config = config_for(engine_folder, frames_in_flight=frames_in_flight)
-    found = results_of(GpuProcessor(config), frames)
+    found = results_of(on_gpu(config), frames)
     assert max(level.max() for level, _ in reference) > 2
     for (level, restored), (wanted_level, wanted) in zip(found, reference, strict=True):
         np.testing.assert_array_equal(level, wanted_level)
@@ -147,7 +155,7 @@ def test_copies_in_and_estimates_run_ahead_of_restorations(
     driver, engine_folder, frames
 ):
     driver.standin_log()
-    results_of(GpuProcessor(config_for(engine_folder, frames_in_flight=3)), frames)
+    results_of(on_gpu(config_for(engine_folder, frames_in_flight=3)), frames)
     done = driver.standin_log().decode().split()
     size = {"in": 0, "maps": 0, "out": 0}
     copied_ahead = estimated_ahead = 0
@@ -167,11 +175,9 @@ def test_copies_in_and_estimates_run_ahead_of_restorations(
 
 def test_recorded_work_gives_the_same_frames(driver, engine_folder, frames):
     driver.standin_log()
-    recorded = results_of(GpuProcessor(config_for(engine_folder)), frames[:4])
+    recorded = results_of(on_gpu(config_for(engine_folder)), frames[:4])
     replays = driver.standin_log().decode().count("graph@")
-    plain = results_of(
-        GpuProcessor(config_for(engine_folder, cuda_graphs=False)), frames[:4]
-    )
+    plain = results_of(on_gpu(config_for(engine_folder, cuda_graphs=False)), frames[:4])
     assert replays >= 2 * 4
     assert "graph@" not in driver.standin_log().decode()
     for (level, restored), (wanted_level, wanted) in zip(recorded, plain, strict=True):
@@ -187,7 +193,7 @@ def test_a_network_that_cannot_be_recorded_runs_as_it_is(
         HostContext, "why_not_capturable", lambda self, stream: "it needs the host"
     )
     driver.standin_log()
-    found = results_of(GpuProcessor(config_for(engine_folder)), frames[:2])
+    found = results_of(on_gpu(config_for(engine_folder)), frames[:2])
     assert "classification of channel 'DAPI' runs without a CUDA graph: it needs" in (
         caplog.text
     )
@@ -224,8 +230,8 @@ def replay_what_cannot_be_recorded(times):
 @pytest.mark.parametrize("method", ["richardson_lucy", "richardson_lucy_accelerated"])
 def test_richardson_lucy_is_close_to_the_cpus(engine_folder, frames, method):
     config = config_for(engine_folder, method=method)
-    found = results_of(GpuProcessor(config), frames[:2])
-    reference = results_of(CpuProcessor(config), frames[:2])
+    found = results_of(on_gpu(config), frames[:2])
+    reference = results_of(on_cpu(config), frames[:2])
     for (_, restored), (_, wanted) in zip(found, reference, strict=True):
         change = np.abs(restored - wanted.astype(np.float64))
         # The margins of the CPU's regions differ, those of the frame do not.
@@ -255,8 +261,8 @@ def networks(engine_folder):
 )
 def test_networks_restore_as_on_the_cpu(networks, frames, names):
     config = config_for(networks, classifier=names[0], method=names[1])
-    found = results_of(GpuProcessor(config), frames[:3])
-    reference = results_of(CpuProcessor(config), frames[:3])
+    found = results_of(on_gpu(config), frames[:3])
+    reference = results_of(on_cpu(config), frames[:3])
     for (level, restored), (wanted_level, wanted) in zip(found, reference, strict=True):
         np.testing.assert_array_equal(level, wanted_level)
         # Rounding to counts may fall to either side.
@@ -270,7 +276,7 @@ def test_networks_restore_as_on_the_cpu(networks, frames, names):
 def test_a_restorer_given_as_a_folder_is_reported_by_its_name(networks):
     by_folder = config_for(networks, method=str(networks / "smooth"))
     found = []
-    for processor in (GpuProcessor(by_folder), CpuProcessor(by_folder)):
+    for processor in (on_gpu(by_folder), on_cpu(by_folder)):
         processor.start(SERIES, 2)
         found.append(set(processor.backends()))
         processor.close()
@@ -284,27 +290,27 @@ def test_lack_of_memory_means_fewer_frames_in_flight(
     for count in (1, 4):
         driver.standin_peak()
         config = config_for(engine_folder, frames_in_flight=count)
-        reference = results_of(GpuProcessor(config), frames[:3])
+        reference = results_of(on_gpu(config), frames[:3])
         peaks.append(driver.standin_peak())
     monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", str(sum(peaks) // 2))
-    found = results_of(GpuProcessor(config), frames[:3])
+    found = results_of(on_gpu(config), frames[:3])
     assert "2 frames in flight instead of 4: GPU 0: " in caplog.text
     assert "lower processing.gpu.frames_in_flight" in caplog.text
     for (_, restored), (_, wanted) in zip(found, reference, strict=True):
         np.testing.assert_array_equal(restored, wanted)
     strict = config_for(engine_folder, on_lack_of_memory="error")
     with pytest.raises(EngineError, match=r"needs .* MB.*frames_in_flight"):
-        GpuProcessor(strict).start(SERIES, SLOTS)
+        on_gpu(strict).start(SERIES, SLOTS)
     monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", "1000000")
     with pytest.raises(EngineError, match=r"needs .* MB"):
-        GpuProcessor(config).start(SERIES, SLOTS)
+        on_gpu(config).start(SERIES, SLOTS)
 
 
 def test_a_gpu_too_full_for_a_context_is_refused_or_left_to_the_cpu(
     engine_folder, frames, monkeypatch, caplog
 ):
     monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", "0")
-    demanded = GpuProcessor(config_for(engine_folder))
+    demanded = on_gpu(config_for(engine_folder))
     with pytest.raises(EngineError, match="GPU 0 has no memory left for opening a"):
         demanded.start(SERIES, SLOTS)
     automatic = open_processor(config_for(engine_folder, device="auto"))
@@ -313,16 +319,16 @@ def test_a_gpu_too_full_for_a_context_is_refused_or_left_to_the_cpu(
 
 
 def test_a_lost_gpu_fails_its_frames_and_refuses_more(driver, engine_folder, frames):
-    processor = GpuProcessor(config_for(engine_folder, frames_in_flight=2))
+    processor = on_gpu(config_for(engine_folder, frames_in_flight=2))
     pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
     processor.start(SERIES, SLOTS)
     first = submit(processor, pool, 0, frames[0])
-    assert processor.wait_result(first).restored is not None
+    assert first.result.result(TIMEOUT_S).restored is not None
     driver.standin_lose_after(3)
     later = [submit(processor, pool, 1, frames[1])]
     try:
         with pytest.raises(EngineError, match=r"frame 1 .*GPU 0 failed while"):
-            processor.wait_result(later[0])
+            later[0].result.result(TIMEOUT_S)
         with pytest.raises(LostGpuError, match="illegal memory access"):
             submit(processor, pool, 2, frames[2])
     finally:
@@ -331,23 +337,23 @@ def test_a_lost_gpu_fails_its_frames_and_refuses_more(driver, engine_folder, fra
 
 
 def test_two_gpus_work_side_by_side(engine_folder, frames, reference):
-    processors = [GpuProcessor(config_for(engine_folder, index=i)) for i in (0, 1)]
+    processors = [on_gpu(config_for(engine_folder, index=i)) for i in (0, 1)]
     pools = [SlotPool(2, 2 * SHAPE[0] * SHAPE[1]) for _ in processors]
     for processor in processors:
         processor.start(SERIES, 2)
-    slots = [
+    tickets = [
         submit(processor, pool, number, frames[number])
         for number, (processor, pool) in enumerate(zip(processors, pools, strict=True))
     ]
-    for number, (processor, slot) in enumerate(zip(processors, slots, strict=True)):
-        found = processor.wait_result(slot).defocus.level
+    for number, (processor, ticket) in enumerate(zip(processors, tickets, strict=True)):
+        found = ticket.result.result(TIMEOUT_S).defocus.level
         np.testing.assert_array_equal(found, reference[number][0])
         processor.close()
 
 
 def test_a_gpu_that_is_not_there_lists_those_that_are(engine_folder):
     with pytest.raises(EngineError, match=r"no GPU 7.*0 \(stand-in\), 1 \(stand-in\)"):
-        GpuProcessor(config_for(engine_folder, index=7))
+        on_gpu(config_for(engine_folder, index=7))
 
 
 def test_what_the_gpu_cannot_do_is_refused_or_left_to_the_cpu(
@@ -359,7 +365,6 @@ def test_what_the_gpu_cannot_do_is_refused_or_left_to_the_cpu(
         demanded.start(SERIES, 2)
     demanded.close()
     automatic = open_processor(config_for(engine_folder, method=method, device="auto"))
-    assert isinstance(automatic, FallbackProcessor)
     assert len(results_of(automatic, frames[:1])) == 1
     assert "this series is processed on the CPU: restoration" in caplog.text
 

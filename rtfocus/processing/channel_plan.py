@@ -1,0 +1,321 @@
+"""Channel plan: everything decided once about the frames of one channel.
+
+It knows neither CPU nor GPU: what is corrected, which engine looks and what it is
+told, what restores and with which PSFs. A device opens the engines and does it.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.channel import Channel, OpticalSystem
+from rtfocus.config.model import Config
+from rtfocus.config.processor import ProcessingConfig, RestorationConfig
+from rtfocus.errors import EngineError
+from rtfocus.frame import SeriesStart, TileGrid
+from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.conditions import Conditions, is_mirrored
+from rtfocus.processing.correction import CameraCorrection
+from rtfocus.processing.engines.card import EngineCard, identity
+from rtfocus.processing.engines.fit import check_fit, parts, step_um
+from rtfocus.processing.engines.opening import input_of
+from rtfocus.processing.engines.registry import FoundEngine, find_engine
+from rtfocus.processing.frame_fit import FrameFit, fit_frame
+from rtfocus.processing.methods import LEARNED_WIENER, METHODS, PATCH_BY_PATCH
+from rtfocus.processing.tiling import Montage, Window
+
+logger = logging.getLogger(__name__)
+
+Image = NDArray[np.float32]
+Way = Literal[
+    "by_level", "by_patch", "by_tile", "same_pass", "own_pass", "learned_wiener"
+]
+"""How a frame is restored: deconvolved as a whole, level by level; patch by patch;
+tile by tile with a network; by the joint engine in the pass that finds the defocus,
+or in a pass of its own; or with the learned Wiener filter."""
+
+# A pixel size that differs more than this from the optics' is not rounding.
+_PIXEL_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierPlan:
+    """A classifier or joint engine for whole frames of one channel."""
+
+    found: FoundEngine
+    fit: FrameFit
+    step_um: float
+    """Defocus between two levels in the optics of the frames."""
+    quantum: float
+    """Step between the camera's values; 0 for float frames."""
+    conditions: Conditions | None = None
+    """What the engine is told; None: nothing."""
+    mirrored: bool = False
+    """The engine sees the sign of the defocus turned."""
+    images: int = 1
+    """Of one frame that go through the network at once: the grey one, and its
+    colours where they are restored one by one."""
+    restores: bool = False
+    """Whether the restored frame of a joint engine is wanted."""
+
+    @property
+    def card(self) -> EngineCard:
+        """Of the engine."""
+        return self.found.card
+
+
+@dataclass(frozen=True, slots=True)
+class RestorationPlan:
+    """What restores the frames of one channel."""
+
+    way: Way
+    method: str
+    """One of `METHODS`; of an engine its name."""
+    identity: str
+    """``name@hash``."""
+    settings: RestorationConfig
+    found: FoundEngine | None = None
+    """Engine; None: built in."""
+    conditions: Conditions | None = None
+    """What the engine's tiles are told."""
+    own_pass: ClassifierPlan | None = None
+    """Of a joint engine that is not the classifier."""
+
+    @property
+    def name(self) -> str:
+        """Of the engine or method."""
+        return self.identity.partition("@")[0]
+
+    @property
+    def engine(self) -> FoundEngine:
+        """The engine; ValueError for a method that has none."""
+        if self.found is None:
+            msg = f"restoration '{self.method}' has no engine"
+            raise ValueError(msg)
+        return self.found
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """What happens to the frames of one channel."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the frames, (y, x) or (y, x, 3)."""
+    correction: CameraCorrection
+    processing: ProcessingConfig
+    gain_e_per_count: float | None = None
+    """Photo-electrons per count; None: not known."""
+    optics: OpticalSystem | None = None
+    classifier: ClassifierPlan | None = None
+    """None: no defocus is estimated."""
+    restoration: RestorationPlan | None = None
+    """None: not restored, for the reason in `skipped`."""
+    skipped: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the frames."""
+        return self.shape[0], self.shape[1]
+
+    @property
+    def engines(self) -> Mapping[str, str]:
+        """Kind of engine to ``name@hash``, as in `FrameResult.engines`."""
+        found = {}
+        if self.classifier is not None:
+            found["classifier"] = identity(self.classifier.card)
+        if self.restoration is not None:
+            found["restorer"] = self.restoration.identity
+        return found
+
+    def montage(self, grid: TileGrid) -> Montage:
+        """Return the blending weights of the classifier's tiles."""
+        window: Window = "triangular"
+        if self.restoration is not None:
+            window = self.restoration.settings.window
+        return Montage(grid, self.size, window)
+
+    @cached_property
+    def psfs(self) -> Mapping[int, Image]:
+        """PSF of every level but 0, with 99 % of the light."""
+        return self.psfs_of_size(None)
+
+    def psfs_of_size(self, size_px: int | None) -> dict[int, Image]:
+        """Compute the PSF of every level but 0; `size_px` is their side."""
+        if self.classifier is None or self.optics is None:
+            msg = f"channel '{self.name}' has no levels"
+            raise ValueError(msg)
+        return level_psfs(self.classifier.card, self.optics, size_px=size_px)
+
+
+def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> ChannelPlan:
+    """Decide what happens to the frames of a channel.
+
+    Raises
+    ------
+    EngineError
+        If an engine is missing, does not fit the optics or is of the wrong kind.
+    ConfigError
+        If the flat field does not fit.
+    """
+    settings = config.channel(channel.name)
+    optics = settings.optics or channel.optics
+    correction = CameraCorrection(
+        config.camera, series.shape, np.dtype(series.dtype), series.bit_depth
+    )
+    shape = tuple(series.shape)
+    name = settings.classifier or config.processing.classifier
+    if optics is None or name is None:
+        reason = (
+            f"channel '{channel.name}' has no optics in the config"
+            if optics is None
+            else "no classifier is configured"
+        )
+        return ChannelPlan(
+            channel.name, shape, correction, config.processing, skipped=reason
+        )
+    compare_pixel_size(channel.name, optics, series.pixel_size_um)
+    found = find_engine(name, config.processing.engine_folders)
+    check_fit(found.card, optics, ignore=config.processing.ignore_optics)
+    eye = _Eye(config.processing, optics, shape, correction.quantum)
+    wanted = settings.restoration or config.processing.restoration
+    restoration = eye.restoration(wanted, found)
+    one_pass = restoration is not None and restoration.way == "same_pass"
+    return ChannelPlan(
+        channel.name,
+        shape,
+        correction,
+        config.processing,
+        gain_e_per_count=config.camera.gain_e_per_count,
+        optics=optics,
+        classifier=eye.classifier(found, restores=one_pass),
+        restoration=restoration,
+        skipped="restoration.method is none" if restoration is None else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Eye:
+    """What is known of a channel when its engines are chosen."""
+
+    processing: ProcessingConfig
+    optics: OpticalSystem
+    shape: tuple[int, ...]
+    quantum: float
+
+    def classifier(self, found: FoundEngine, *, restores: bool) -> ClassifierPlan:
+        """Plan a classifier or joint engine on whole frames."""
+        card = found.card
+        if card.kind == "restorer":
+            msg = (
+                f"engine '{card.name}' is a restorer; processing.classifier needs a "
+                "classifier or joint engine"
+            )
+            raise EngineError(msg)
+        tiles = input_of(card)
+        colours = restores and len(self.shape) == 3 and tiles.channels == 1
+        return ClassifierPlan(
+            found=found,
+            fit=fit_frame(tiles, (self.shape[0], self.shape[1])),
+            step_um=step_um(card, self.optics),
+            quantum=self.quantum,
+            conditions=self._conditions(card, signed=False),
+            mirrored=is_mirrored(self.optics),
+            images=1 + self.shape[2] if colours else 1,
+            restores=restores,
+        )
+
+    def restoration(
+        self, settings: RestorationConfig, classifier: FoundEngine
+    ) -> RestorationPlan | None:
+        """Plan the restoration that the config names; None: there is none."""
+        name = settings.method
+        if name == "none":
+            return None
+        if name in METHODS:
+            return _classical(name, settings)
+        found = find_engine(name, self.processing.engine_folders)
+        card = found.card
+        if card.implementation.removeprefix("builtin:") in METHODS:
+            return _classical(card.implementation.removeprefix("builtin:"), settings)
+        signed = classifier.card.levels is not None and classifier.card.levels.signed
+        same = card.kind == "joint" and found.folder == classifier.folder
+        if not same:
+            check_fit(card, self.optics, ignore=self.processing.ignore_optics)
+        own_pass, conditions = None, None
+        way = _way_of(card, same=same)
+        if way == "own_pass":
+            own_pass = self.classifier(found, restores=True)
+        elif way != "same_pass":
+            conditions = self._conditions(card, signed=signed)
+        return RestorationPlan(
+            way, card.name, identity(card), settings, found, conditions, own_pass
+        )
+
+    def _conditions(self, card: EngineCard, *, signed: bool) -> Conditions:
+        return Conditions(card, self.optics, blind=self.processing.blind, signed=signed)
+
+
+def _classical(method: str, settings: RestorationConfig) -> RestorationPlan:
+    way: Way = "by_patch" if method == PATCH_BY_PATCH else "by_level"
+    return RestorationPlan(way, method, f"{settings.method}@builtin", settings)
+
+
+def _way_of(card: EngineCard, *, same: bool) -> Way:
+    """Return how an engine restores; EngineError for one that does not."""
+    if card.kind == "joint":
+        return "same_pass" if same else "own_pass"
+    if card.kind == "restorer" and card.implementation == "onnx":
+        return "by_tile"
+    if card.kind == "restorer" and card.implementation == LEARNED_WIENER:
+        return "learned_wiener"
+    msg = (
+        f"restoration '{card.name}' is a {card.kind} with implementation "
+        f"'{card.implementation}', which does not restore; choose a restorer or "
+        f"joint engine; built in are {', '.join(METHODS)} and none"
+    )
+    raise EngineError(msg)
+
+
+def level_psfs(
+    card: EngineCard, optics: OpticalSystem, *, size_px: int | None = None
+) -> dict[int, Image]:
+    """Compute the PSF of every level but 0, in the configured optics.
+
+    Parameters
+    ----------
+    card
+        Of the classifier; levels with a sign have a PSF on either side.
+    optics
+        Of the channel.
+    size_px
+        Side; None: what 99 % of the light need.
+    """
+    levels, _ = parts(card)
+    step = step_um(card, optics)
+    distances = range(1, levels.count)
+    wanted = [*(-level for level in distances), *distances]
+    return {
+        level: compute_psf(optics, level * step, size_px=size_px)
+        for level in wanted
+        if levels.signed or level > 0
+    }
+
+
+def compare_pixel_size(
+    channel: str, optics: OpticalSystem, pixel_size_um: float
+) -> None:
+    """Warn when the microscope reports another pixel size than the optics."""
+    if abs(pixel_size_um / optics.pixel_size_um - 1.0) > _PIXEL_TOLERANCE:
+        logger.warning(
+            "channel '%s': the microscope reports %g um per pixel, the optics say "
+            "%g um; PSFs follow the optics",
+            channel,
+            pixel_size_um,
+            optics.pixel_size_um,
+        )

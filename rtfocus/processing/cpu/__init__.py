@@ -1,0 +1,1 @@
+"""CPU: frames through NumPy, Fourier transforms and CPU networks."""

@@ -1,0 +1,183 @@
+"""Device: what the processor asks of a CPU or a GPU, and the frames it hands over.
+
+A device turns channel plans into work. It has no queue, no order and no thread of
+its own: those are the processor's, which calls it from three kinds of threads::
+
+    [own] prepare, enqueue, close ─▶ [estimate] estimate ─▶ [restore] restore
+"""
+
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.errors import EngineError, RtfocusError
+from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
+from rtfocus.processing.channel_plan import ChannelPlan
+from rtfocus.slots import Slot
+
+Estimated = tuple[Estimate, DefocusMap]
+"""A frame's defocus in one number and tile by tile."""
+
+
+class LostDeviceError(EngineError):
+    """The device stopped answering; no later frame of this process will succeed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The claim on a submitted frame; neither future can be cancelled.
+
+    The caller owns the slot and must not release it before the result is there and
+    its arrays are no longer needed: they belong to the slot.
+    """
+
+    slot: Slot
+    estimate: "Future[Estimated | None]" = field(default_factory=Future)
+    """Defocus, as soon as it is known; None: this channel has no classifier."""
+    result: "Future[FrameResult]" = field(default_factory=Future)
+    """Everything about the frame; EngineError: what went wrong with it."""
+
+    def __post_init__(self) -> None:
+        self.estimate.set_running_or_notify_cancel()
+        self.result.set_running_or_notify_cancel()
+
+
+@dataclass(slots=True)
+class Job:
+    """One frame in work."""
+
+    ticket: Ticket
+    plan: ChannelPlan
+    channel: int
+    """Position in the series."""
+    unrestored: str | None = None
+    """Why restoration is to be left out; None: restore."""
+    seat: int = -1
+    """Which of the frames in flight it is on the device, from 0."""
+    flags: tuple[str, ...] = ()
+    """What is wrong with its pixels: ``nan``, ``saturated``; set by the device."""
+    estimated: Estimated | None = None
+    failed: bool = False
+    stage_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds per stage; set by the device."""
+
+    @property
+    def slot(self) -> Slot:
+        """Where the frame lies."""
+        return self.ticket.slot
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the frame is not restored; None: it is."""
+        return self.unrestored or self.plan.skipped
+
+    def fail(self, error: EngineError) -> None:
+        """Tell everybody who waits for this frame."""
+        self.failed = True
+        for future in (self.ticket.estimate, self.ticket.result):
+            if not future.done():
+                future.set_exception(error)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage by this machine's clock."""
+        begun = time.perf_counter()
+        yield
+        self.stage_ms[name] = (time.perf_counter() - begun) * 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a device is ready for."""
+
+    grids: Mapping[str, TileGrid | None]
+    """Tiles of the defocus maps by channel; None: not classified."""
+    in_flight: int
+    """Frames it works on at once."""
+    restoring: int
+    """Threads that restore."""
+    backends: Mapping[str, str]
+    """Name of each network to its runtime and precision."""
+
+
+class Device(Protocol):
+    """Estimates and restores the frames of one series after the other.
+
+    `prepare`, `enqueue` and `close` come from one thread, `estimate` from a second,
+    `restore` from as many as `Prepared.restoring` says; all of them within `entered`.
+    """
+
+    name: str
+    """For messages, e.g. ``GPU 0``."""
+
+    def entered(self) -> AbstractContextManager[None]:
+        """Return what a thread holds while it calls the device."""
+        ...
+
+    def prepare(
+        self, plans: Sequence[ChannelPlan], series: SeriesStart, slots: int
+    ) -> Prepared:
+        """Open engines and reserve buffers for a series.
+
+        Raises
+        ------
+        EngineError
+            If the device cannot run one of the plans; says why, with the remedy.
+        """
+        ...
+
+    def enqueue(self, job: Job) -> None:
+        """Begin work on a frame; its seat is free."""
+        ...
+
+    def estimate(self, job: Job) -> DefocusMap | None:
+        """Return the defocus of a frame when it is known, and set its flags."""
+        ...
+
+    def restore(self, job: Job) -> NDArray[np.generic] | None:
+        """Return the restored frame when it is there; None where `Job.skipped`.
+
+        It lies in memory that belongs to the job's slot.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything of the series; called twice does nothing."""
+        ...
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """Return an error whose tracebacks, its causes' too, are gone.
+
+    Their frames would keep objects of a GPU's driver alive beyond the thread that
+    owns the GPU, in which alone they can be freed. Of errors that are not ours the
+    traceback stays as a note.
+    """
+    if not isinstance(error, RtfocusError):
+        error.add_note("".join(traceback.format_exception(error)))
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__
+    return error
+
+
+def result_of(job: Job, restored: NDArray[Any] | None) -> FrameResult:
+    """Return everything about a frame that was not skipped by a failure."""
+    estimate, defocus = job.estimated or (None, None)
+    return FrameResult(
+        estimate=estimate,
+        defocus=defocus,
+        restored=restored,
+        skipped=job.skipped,
+        flags=job.flags,
+        engines=dict(job.plan.engines),
+        stage_ms=job.stage_ms,
+    )

@@ -1,0 +1,295 @@
+"""FrameProcessor: whole frames through one device, several in flight.
+
+It owns the order of the frames, their errors, the threads and the queues between
+them; all of them hold a frame at most once and so are bounded::
+
+    submit ─▶ [own] enqueue ─▶ [estimate] ─▶ [restore] ─▶ ticket.result
+                ▲                  └▶ ticket.estimate ─┐
+                └──────── seats: frames in flight ─────┘
+
+Estimates have a thread of their own, so that the next one never waits for a
+restoration. A frame that fails takes its error to its ticket; the others go on.
+Seats are freed as frames leave, so a device with few of them slows `submit`.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from rtfocus.config.model import Config
+from rtfocus.errors import EngineError
+from rtfocus.frame import FrameHeader, SeriesStart, TileGrid
+from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
+from rtfocus.processing.device import (
+    Device,
+    Job,
+    LostDeviceError,
+    Prepared,
+    Ticket,
+    result_of,
+    without_frames,
+)
+from rtfocus.processing.estimate import estimate_frame
+from rtfocus.processing.frame_fit import common_grid
+from rtfocus.slots import Slot
+from rtfocus.workers import AbortedError, BoundedQueue
+
+logger = logging.getLogger(__name__)
+
+
+class FrameProcessor:
+    """Estimates and restores the frames of one series after the other.
+
+    Lifecycle: `start` once per series, then `submit` for every slot, then `close`.
+
+    Parameters
+    ----------
+    config
+        Sections ``processing``, ``camera``, ``channels`` and ``store``.
+    devices
+        Tried in this order at the start of every series: one that cannot run it
+        leaves it to the next, and says so. A failure during a series is not
+        answered by another device: its results would differ within one run.
+    """
+
+    def __init__(self, config: Config, devices: Sequence[Device]) -> None:
+        self._config = config
+        self._devices = tuple(devices)
+        self._series: SeriesStart | None = None
+        self._plans: list[ChannelPlan] = []
+        self._run: _Run | None = None
+
+    def start(self, series: SeriesStart, slots: int) -> TileGrid | None:
+        """Prepare engines, PSFs and buffers for a series.
+
+        Parameters
+        ----------
+        series
+            Shape, dtype and channels of the frames.
+        slots
+            Frames the caller holds at once.
+
+        Returns
+        -------
+        TileGrid or None
+            Of the defocus maps; None where no channel is classified.
+
+        Raises
+        ------
+        EngineError
+            If an engine is missing, damaged or unfit, or no device runs it.
+        ConfigError
+            If the flat field does not fit.
+        """
+        self.close()
+        self._plans = [plan_channel(self._config, series, c) for c in series.channels]
+        for device, following in zip(
+            self._devices, (*self._devices[1:], None), strict=True
+        ):
+            try:
+                self._run = _Run(device, self._plans, series, slots)
+            except EngineError as error:
+                if following is None:
+                    raise
+                logger.warning(
+                    "this series is processed on the %s: %s", following.name, error
+                )
+            else:
+                break
+        self._series = series
+        return None if self._run is None else self._run.grid
+
+    def submit(self, slot: Slot, *, unrestored: str | None = None) -> Ticket:
+        """Begin work on a frame; waits while the processor is full.
+
+        Parameters
+        ----------
+        slot
+            Of the pool whose size `start` was told.
+        unrestored
+            Why restoration is to be left out; None: restore.
+
+        Raises
+        ------
+        LostDeviceError
+            If the device stopped answering at an earlier frame.
+        ValueError
+            Before `start`, after `close`, or for a slot of another pool.
+        """
+        header = slot.frame()
+        run, series = self._run, self._series
+        if run is None or series is None:
+            msg = "a frame was submitted before start or after close"
+            raise ValueError(msg)
+        channel = header.index.get("c", 0)
+        job = Job(Ticket(slot), self._plans[channel], channel, unrestored)
+        fault = frame_fault(header, series)
+        if fault is None:
+            run.submit(job)
+        else:
+            job.fail(fault)
+        return job.ticket
+
+    def backends(self) -> dict[str, str]:
+        """Tell what each engine of the series runs on."""
+        return {} if self._run is None else dict(self._run.prepared.backends)
+
+    def close(self) -> None:
+        """Stop threads, fail what is in flight and free the device; twice is once."""
+        if self._run is not None:
+            self._run.close()
+        self._run = self._series = None
+
+
+class _Run:
+    """One series on one device, from its first to its last thread."""
+
+    def __init__(
+        self,
+        device: Device,
+        plans: Sequence[ChannelPlan],
+        series: SeriesStart,
+        slots: int,
+    ) -> None:
+        self._device = device
+        self._slots = slots
+        self._jobs: dict[int, Job] = {}
+        """The newest of every slot."""
+        self._lost: LostDeviceError | None = None
+        self._failure: BaseException | None = None
+        self._opened = threading.Event()
+        self._to_enqueue: BoundedQueue[Job] = BoundedQueue("enqueue", slots)
+        self._to_estimate: BoundedQueue[Job] = BoundedQueue("estimates", slots)
+        self._to_restore: BoundedQueue[Job] = BoundedQueue("results", slots)
+        self._owner = threading.Thread(
+            target=self._own, args=(plans, series), name="rtfocus-device"
+        )
+        self._owner.start()
+        self._opened.wait()
+        if (failure := self._outcome()) is not None:
+            self._owner.join()
+            raise failure
+
+    def submit(self, job: Job) -> None:
+        if self._lost is not None:
+            raise self._lost
+        index = job.slot.index
+        if not 0 <= index < self._slots:
+            msg = f"slot {index} is none of the {self._slots} of this series"
+            raise ValueError(msg)
+        self._jobs[index] = job
+        self._to_enqueue.put(job)
+
+    def close(self) -> None:
+        """Stop the threads; whoever still waits for a frame is told."""
+        for queue in (self._to_enqueue, self._to_estimate, self._to_restore):
+            queue.abort()
+        self._seats.abort()
+        self._owner.join()
+        for job in self._jobs.values():
+            if not job.ticket.result.done():
+                job.fail(EngineError("the processor was closed before the frame"))
+
+    def _outcome(self) -> BaseException | None:
+        """Return what the owner's thread failed with at the start."""
+        return self._failure
+
+    def _own(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
+        """Thread: makes, uses and frees everything of the device."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._device.entered())
+                stack.callback(self._device.close)
+                self._open(plans, series)
+            except BaseException as error:
+                self._failure = without_frames(error)
+                return
+            finally:
+                self._opened.set()
+            self._enqueue_all()
+
+    def _open(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
+        self.prepared: Prepared = self._device.prepare(plans, series, self._slots)
+        self.grid = common_grid(self.prepared.grids)
+        self._seats: BoundedQueue[int] = BoundedQueue("seats", self.prepared.in_flight)
+        for seat in range(self.prepared.in_flight):
+            self._seats.put(seat)
+
+    def _enqueue_all(self) -> None:
+        """Begin work on every frame, in the order they came."""
+        threads = [threading.Thread(target=self._estimate_all, name="rtfocus-estimate")]
+        threads += [
+            threading.Thread(target=self._restore_all, name=f"rtfocus-restore-{i}")
+            for i in range(self.prepared.restoring)
+        ]
+        for thread in threads:
+            thread.start()
+        seats = iter(self._seats)
+        try:
+            for job in self._to_enqueue:
+                job.seat = next(seats)
+                if self._succeeds(self._device.enqueue, job):
+                    self._to_estimate.put(job)
+                else:
+                    self._seats.put(job.seat)
+        except AbortedError:
+            pass
+        for thread in threads:
+            thread.join()
+
+    def _estimate_all(self) -> None:
+        """Thread: every estimate as soon as it is known, in the order of the frames."""
+        with self._device.entered():
+            try:
+                for job in self._to_estimate:
+                    self._succeeds(self._estimate, job)
+                    self._to_restore.put(job)
+            except AbortedError:
+                return
+
+    def _restore_all(self) -> None:
+        """Thread: every result as soon as it is there."""
+        with self._device.entered():
+            try:
+                for job in self._to_restore:
+                    if not job.failed:
+                        self._succeeds(self._restore, job)
+                    self._seats.put(job.seat)
+            except AbortedError:
+                return
+
+    def _estimate(self, job: Job) -> None:
+        defocus = self._device.estimate(job)
+        if defocus is not None:
+            job.estimated = estimate_frame(job.slot.frame(), defocus), defocus
+        job.ticket.estimate.set_result(job.estimated)
+
+    def _restore(self, job: Job) -> None:
+        restored = self._device.restore(job)
+        job.ticket.result.set_result(result_of(job, restored))
+
+    def _succeeds(self, step: Callable[[Job], None], job: Job) -> bool:
+        """Apply a step to a frame; its failure goes to whoever waits for the frame."""
+        try:
+            step(job)
+        except Exception as error:  # any fault of one frame must not end the thread
+            kind = type(error) if isinstance(error, EngineError) else EngineError
+            sequence = job.slot.frame().sequence
+            failure = kind(f"frame {sequence} could not be processed: {error}")
+            failure.__cause__ = without_frames(error)
+            if isinstance(failure, LostDeviceError):
+                self._lost = self._lost or failure
+            job.fail(failure)
+            return False
+        return True
+
+
+def frame_fault(header: FrameHeader, series: SeriesStart) -> EngineError | None:
+    """Return what is wrong with a frame that is not of its series; None: nothing."""
+    if tuple(header.shape) == tuple(series.shape) and header.dtype == series.dtype:
+        return None
+    return EngineError(
+        f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
+        f"is {series.shape} {series.dtype}; start a new series for it"
+    )
