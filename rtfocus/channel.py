@@ -20,7 +20,9 @@ Positive = Annotated[float, Field(gt=0)]
 class Aberrations:
     """Zernike aberrations of the pupil; coefficients in waves, Noll-free names."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    __pydantic_config__ = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     spherical_waves: float = 0.0
     """Primary spherical, 6 r^4 - 6 r^2 + 1; non-zero makes the PSF uneven in z."""
@@ -38,7 +40,9 @@ class Aberrations:
 class OpticalSystem:
     """Objective, emission light and sampling of one channel."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    __pydantic_config__ = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     numerical_aperture: Positive
     """NA of the objective; must stay below the refractive index."""
@@ -89,7 +93,9 @@ class OpticalSystem:
 class Channel:
     """One fluorescence or brightfield channel by its Micro-Manager preset name."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    __pydantic_config__ = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     name: str
     """Preset name, e.g. ``DAPI``; ``default`` where there is only one."""

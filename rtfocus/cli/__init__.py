@@ -1,73 +1,61 @@
-"""Command line: one module per group of commands, errors told in one line."""
+"""Command line: starts at once, and every end is one line and one exit code.
 
-import logging
+Nothing here takes time to import: an interrupt is answered, and ``--version``
+told, before the commands and what they need are loaded.
+"""
+
 import sys
-
-import typer
+from typing import NoReturn
 
 from rtfocus import __version__
-from rtfocus.cli import (
-    check,
-    demo,
-    doctor,
-    engines,
-    evaluate,
-    kernels,
-    live,
-    offline,
-    psf,
-    train,
-)
-from rtfocus.errors import RtfocusError
-
-app = typer.Typer(
-    name="rtfocus",
-    help="Finds, corrects and records defocus while a microscope acquires.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-demo.add_to(app)
-live.add_to(app)
-offline.add_to(app)
-check.add_to(app)
-doctor.add_to(app)
-train.add_to(app)
-psf.add_to(app)
-evaluate.add_to(app)
-kernels.add_to(app)
-app.add_typer(engines.app)
+from rtfocus.errors import ExitCode
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"rtfocus {__version__}")
-        raise typer.Exit
+def main() -> NoReturn:
+    """Run the command line; no traceback reaches a user.
+
+    Exits with a code of `rtfocus.errors.ExitCode`.
+    """
+    try:
+        _use_utf8()
+        if sys.argv[1:] == ["--version"]:
+            sys.stdout.write(f"rtfocus {__version__}\n")
+            code: int = ExitCode.DONE
+        else:
+            code = _run()
+    except KeyboardInterrupt:
+        code = _say_interrupted()
+    raise SystemExit(int(code))
 
 
-@app.callback()
-def _options(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Show it."
-    ),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what happens."),
-) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+def _run() -> int:
+    """Run the command and translate how it ended; return its exit code."""
+    try:
+        from rtfocus.cli.interrupt import Interrupted, ended_by_signals
+
+        with ended_by_signals():
+            try:
+                from rtfocus.cli.commands import app
+
+                app()
+            except (KeyboardInterrupt, Interrupted):
+                return _say_interrupted()
+            except Exception as error:
+                from rtfocus.cli.faults import tell
+
+                return tell(error)
+    except KeyboardInterrupt:
+        return _say_interrupted()
+    return ExitCode.DONE
 
 
-def main() -> None:
-    """Run the command line; one line for anything a user can act on."""
-    # Piped output is UTF-8 everywhere, also where the console's code page is not.
+def _say_interrupted() -> ExitCode:
+    sys.stderr.write("interrupted\n")
+    return ExitCode.INTERRUPTED
+
+
+def _use_utf8() -> None:
+    """Write UTF-8 everywhere, also where the console's code page is another."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        app()
-    except RtfocusError as error:
-        typer.echo(f"error: {error}", err=True)
-        logging.getLogger(__name__).info("where it came from", exc_info=error)
-        raise SystemExit(int(error.exit_code)) from None

@@ -31,6 +31,12 @@ app = typer.Typer(
 )
 build.add_to(app)
 
+
+def add_to(commands: typer.Typer) -> None:
+    """Register the commands of this module."""
+    commands.add_typer(app)
+
+
 FolderOption = Annotated[
     list[Path] | None,
     typer.Option("--folder", help="Folder with further engines; repeatable."),

@@ -1,26 +1,143 @@
-"""Interrupt: Ctrl-C ends the acquisition, a second one abandons the rest."""
+"""Interrupt: Ctrl-C ends the acquisition, a second one abandons the rest.
 
+A request to end (SIGTERM), a closed terminal (SIGHUP), Ctrl-Break and a closed
+console window (Windows) count as Ctrl-C. A signal that is ignored from outside,
+as by ``nohup``, stays ignored.
+"""
+
+import ctypes
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Any
+
+CLOSE_EVENTS = (2, 5, 6)
+"""Of the Windows console: window closed, log-off, shut-down."""
+CLOSE_GRACE_S = 4.5
+"""Windows ends the process 5 s after its window was closed, whatever it does."""
+
+
+class Interrupted(BaseException):
+    """A command was interrupted; kept from typer, which would say nothing."""
 
 
 @contextmanager
 def interruptible() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Yield events ``stop`` and ``abandon``, set by the first and second Ctrl-C.
-
-    A termination request (SIGTERM) counts as Ctrl-C.
-    """
+    """Yield events ``stop`` and ``abandon``, set by the first and second Ctrl-C."""
     stop, abandon = threading.Event(), threading.Event()
 
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    def interrupt(_signal: int = 0, _frame: FrameType | None = None) -> None:
         (abandon if stop.is_set() else stop).set()
 
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(("SIGINT", *_OTHERS), interrupt), closing_console(interrupt):
         yield stop, abandon
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let every request to end raise `KeyboardInterrupt`, as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handled(_OTHERS, interrupt), closing_console(_interrupt_main):
+        yield
+
+
+_OTHERS = ("SIGTERM", "SIGHUP", "SIGBREAK")
+_Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def _handled(names: tuple[str, ...], handler: _Handler) -> Iterator[None]:
+    """Handle those signals that this system has and nobody ignores."""
+    terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            _leave(terminals)
+        handler(number, frame)
+
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    with ExitStack() as before:
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                old = signal.getsignal(number)
+                if old is not signal.SIG_IGN:
+                    signal.signal(number, handle)
+                    before.callback(signal.signal, number, old)
+        yield
+
+
+def _is_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
+
+
+def _leave(terminals: list[int]) -> None:
+    """Write to nothing what would go to a terminal that is gone."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for terminal in terminals:
+        os.dup2(nothing, terminal)
+    os.close(nothing)
+
+
+def _interrupt_main() -> None:
+    """Act in the main thread as Ctrl-Break does."""
+    import _thread
+
+    _thread.interrupt_main(getattr(signal, "SIGBREAK", signal.SIGTERM))
+
+
+class ConsoleClose:
+    """What Windows calls, in a thread of its own, when something ends the console.
+
+    Windows ends the process when this returns. So it asks for the end, and
+    returns when `ended` is set, or when Windows would wait no longer.
+    """
+
+    def __init__(self, end: Callable[[], None], grace_s: float = CLOSE_GRACE_S) -> None:
+        self._end = end
+        self._grace_s = grace_s
+        self.ended = threading.Event()
+
+    def __call__(self, event: int) -> bool:
+        """Tell whether `event` was dealt with; Ctrl-C and Ctrl-Break are signals."""
+        if event not in CLOSE_EVENTS:
+            return False
+        self._end()
+        self.ended.wait(self._grace_s)
+        return True
+
+
+@contextmanager
+def closing_console(
+    end: Callable[[], None],
+    kernel32: Any = None,  # noqa: ANN401 (ctypes knows its functions by name only)
+) -> Iterator[None]:
+    """Call `end` when the console window is closed while the block runs.
+
+    `kernel32` is Windows' library of that name; elsewhere there is none, and
+    nothing is done.
+    """
+    if kernel32 is None and sys.platform == "win32":
+        kernel32 = ctypes.windll.kernel32
+    if kernel32 is None:
+        yield
+        return
+    close = ConsoleClose(end)
+    function = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)
+    handler = function(ctypes.c_int, ctypes.c_uint)(close)
+    kernel32.SetConsoleCtrlHandler(handler, 1)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        close.ended.set()
+        kernel32.SetConsoleCtrlHandler(handler, 0)

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rtfocus.config.model import Config
+from rtfocus.config.text import parse_yaml, read_yaml
 from rtfocus.errors import ConfigError
 
 
@@ -25,15 +25,15 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         the nearest valid one.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         msg = (
             f"config '{path}' cannot be read: {error.strerror}; "
             "'rtfocus configs' lists those that come with rtfocus"
         )
         raise ConfigError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"config '{path}' is not valid YAML: {error}"
+    except ValueError as error:
+        msg = f"config '{path}' {error}"
         raise ConfigError(msg) from error
     if data is None:
         data = {}
@@ -73,10 +73,17 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         msg = f"--set '{override}' is not of the form section.key=value"
         raise ConfigError(msg)
     *parents, last = key.strip().split(".")
+    if not all((*parents, last)):
+        msg = f"--set '{override}': the key '{key}' has an empty part"
+        raise ConfigError(msg)
     node: Any = data
     for parent in parents:
         node = _child(node, parent, override)
-    value = yaml.safe_load(text)
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        msg = f"--set '{override}': the value {error}"
+        raise ConfigError(msg) from error
     if isinstance(node, list):
         node[_list_index(node, last, override)] = value
     elif isinstance(node, dict):
@@ -119,6 +126,8 @@ def _explain(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid)}"
         return f"unknown key '{key}'; {hint}"
+    if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
+        return f"'{key}': a number is no key; decimals have a point, not a comma"
     value = detail["input"]
     shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
     return f"'{key}': {detail['msg']}{shown}"
@@ -175,5 +184,9 @@ def _resolve_paths(section: Any, folder: Path) -> Any:
 
 
 def _resolve(path: Path, folder: Path) -> Path:
-    path = path.expanduser()
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        msg = f"'{path}': this user has no home folder; write the whole path"
+        raise ConfigError(msg) from error
     return path if path.is_absolute() else (folder / path).resolve()

@@ -7,5 +7,8 @@ class Section(BaseModel):
     """A frozen part of the config; its docstrings are the reference."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )

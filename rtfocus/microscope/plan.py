@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import useq
-import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from rtfocus.config.text import read_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
 from rtfocus.microscope.sites import Sites
@@ -159,9 +159,15 @@ def takes_image(event: useq.MDAEvent) -> bool:
 def _load(path: Path) -> object:
     try:
         # JSON is YAML, so that one reader takes both.
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        msg = f"plan '{path}' cannot be read: {error}; give a useq YAML or JSON file"
+        return read_yaml(path)
+    except OSError as error:
+        msg = (
+            f"plan '{path}' cannot be read: {error.strerror}; give a useq YAML or "
+            "JSON file"
+        )
+        raise ConfigError(msg) from error
+    except ValueError as error:
+        msg = f"plan '{path}' {error}"
         raise ConfigError(msg) from error
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.cli import app
+from rtfocus.cli.commands import app
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.data_sets import find_data_set

@@ -1,11 +1,19 @@
 """Every command answers for itself: help with an example, lists, diagnosis."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from loop_kit import command, process_of, succeeded
 from typer.main import get_command
 
-from rtfocus.cli import app
+from rtfocus.cli.commands import COMMANDS as PLACES
+from rtfocus.cli.commands import app, load
+from rtfocus.errors import ExitCode
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(get_command(app).commands)
 
 
@@ -19,6 +27,12 @@ def test_the_commands_are_those_that_are_promised():
 def test_help_has_an_example(name):
     said = succeeded(command(name, "--help"))
     assert f"Example: rtfocus {name}" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_what_the_command_says_of_itself(name):
+    first = load(name).help.partition("\n\n")[0]
+    assert " ".join(first.split()) == PLACES[name].summary
 
 
 def test_help_lists_all_commands():
@@ -47,6 +61,32 @@ def test_doctor_tells_what_this_machine_has(tmp_path):
 def test_engines_are_listed():
     said = succeeded(command("engines"))
     assert "implementation" in said
+
+
+@pytest.mark.parametrize("place", ["home", "nowhere"])
+def test_an_unwritable_home_keeps_no_command_from_working(place, tmp_path):
+    """A user without a home, or with one on a read-only disk: a file stands there."""
+    home = tmp_path / "home"
+    home.write_text("no folder")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(home if place == "home" else home / "below"),
+    }
+    for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "PYMM_LOG_FILE"):
+        environment.pop(name, None)
+    for arguments in (["doctor"], ["configs"], ["acquire", "nothing.yaml"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "rtfocus", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (0 if len(arguments) == 1 else ExitCode.CONFIG)
+        assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_an_unknown_option_is_a_usage_error():

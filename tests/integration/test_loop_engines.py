@@ -74,6 +74,25 @@ def test_names_that_are_taken_and_damaged_weights_are_not_added(mine, smooth):
     assert sorted(path.name for path in mine.iterdir()) == ["smooth"]
 
 
+@pytest.mark.parametrize("kind", ["above", "absolute", "backslash", "linked", "name"])
+def test_what_leads_out_of_its_folder_is_not_added(kind, mine, smooth, tmp_path):
+    outside = shutil.copy(smooth / "model.fp32.onnx", tmp_path / "outside.onnx")
+    card = smooth / "engine.yaml"
+    text = card.read_text("utf-8")
+    if kind == "linked":
+        (smooth / "notes").symlink_to(tmp_path)
+    elif kind == "name":
+        card.write_text(text.replace("name: smooth", "name: ../../smooth"))
+    else:
+        there = {"above": "../outside.onnx", "backslash": "..\\outside.onnx"}
+        name = there.get(kind, str(outside))
+        card.write_text(text.replace("model.fp32.onnx", name))
+    said = command("engines", "add", str(smooth))
+    assert said.code == ExitCode.ENGINE
+    assert len(said.err.splitlines()) == 1
+    assert not mine.exists() or not list(mine.iterdir())
+
+
 def test_a_joint_engine_named_alone_restores_in_its_own_pass(mine, tmp_path):
     write_brightness_joint(mine / "brightness")
     rng = np.random.default_rng(4)

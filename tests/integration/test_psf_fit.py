@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.cli import app
+from rtfocus.cli.commands import app
 from rtfocus.config import load_config
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.optics.blur import blur

@@ -6,12 +6,12 @@ run a network on wrongly prepared tiles.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from rtfocus.config.text import read_yaml
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card_sections import (
     BACKGROUND_LABEL,
@@ -105,9 +105,20 @@ def _file_faults(card: EngineCard) -> Iterator[str]:
         return
     if "fp32" not in card.files:
         yield f"an {card.implementation} engine needs files.fp32, the reference weights"
+    outside = [name for name in card.files.values() if not _is_plain(name)]
+    if outside:
+        yield (
+            f"files {outside} are no plain names: weights lie beside the card, in the "
+            "engine's own folder"
+        )
     unchecked = [name for name in card.files if name not in card.sha256]
     if unchecked:
         yield f"sha256 lacks the files {', '.join(unchecked)}"
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file of the folder itself, on every system."""
+    return name not in ("", ".", "..") and PureWindowsPath(name).name == name
 
 
 def _label_faults(card: EngineCard) -> Iterator[str]:
@@ -168,16 +179,12 @@ def read_card(folder: Path) -> EngineCard:
     """
     path = folder / CARD_NAME
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return EngineCard.model_validate(data)
+        return EngineCard.model_validate(read_yaml(path))
     except OSError as error:
         msg = (
             f"engine card '{path}' cannot be read: {error.strerror}; "
             "an engine is a folder with an engine.yaml"
         )
-        raise EngineError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"engine card '{path}' is not valid YAML: {error}"
         raise EngineError(msg) from error
     except ValidationError as error:
         faults = "; ".join(
@@ -185,6 +192,10 @@ def read_card(folder: Path) -> EngineCard:
             for fault in error.errors()
         )
         msg = f"engine card '{path}': {faults}; correct the card or export it again"
+        raise EngineError(msg) from error
+    # After pydantic's, which is one too.
+    except ValueError as error:
+        msg = f"engine card '{path}' {error}"
         raise EngineError(msg) from error
 
 

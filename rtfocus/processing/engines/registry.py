@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +113,11 @@ def add_engine(folder: Path) -> FoundEngine:
     Raises
     ------
     EngineError
-        If the card or a weights file is not in order, the name is no name, or there
-        is an engine of that name.
+        If the card or a weights file is not in order, the name is no name, there
+        is an engine of that name, or the folder holds a link: what it leads to may
+        be anything. Nothing is left of an engine that could not be added.
     """
+    _refuse_links(folder)
     card = read_card(folder)
     for precision in card.files:
         verified_file(folder, card, precision)
@@ -129,13 +132,34 @@ def add_engine(folder: Path) -> FoundEngine:
             )
             raise EngineError(msg)
     target = user_engine_folder() / card.name
-    # Beside its place first: a copy that breaks off is never taken for an engine.
-    unfinished = target.with_name(f".{card.name}.part")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(folder, unfinished)
-        unfinished.rename(target)
-    except OSError as error:
-        msg = f"engine '{card.name}' cannot be copied to '{target}': {error}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy_whole(folder, target)
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        msg = f"engine '{card.name}' cannot be copied to '{target}': {reason}"
         raise EngineError(msg) from error
     return FoundEngine(target, card)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse what is neither a file nor a folder: a copy would follow it."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place) / name
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                msg = (
+                    f"'{path}' is a link or no plain file; an engine that is added "
+                    "consists of plain files: put the file itself there"
+                )
+                raise EngineError(msg)
+
+
+def _copy_whole(folder: Path, target: Path) -> None:
+    """Copy beside the target first: a copy that breaks off is never an engine."""
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        shutil.copytree(folder, beside / "whole", symlinks=True)
+        (beside / "whole").rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""Commands: which there are and where each is; a command is loaded when it is run.
+
+To add a command, write a module with ``add_to(app)`` and give it a line in
+`COMMANDS`.
+"""
+
+import importlib
+import logging
+import os
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from rtfocus import __version__
+from rtfocus.cli.interrupt import Interrupted
+
+DEBUG_VARIABLE = "RTFOCUS_DEBUG"
+"""Environment variable that shows tracebacks, as ``--debug`` does."""
+
+
+class Place(NamedTuple):
+    """Where a command is."""
+
+    module: str
+    """Module below `rtfocus.cli` whose ``add_to`` registers it."""
+    summary: str
+    """First line of its help."""
+
+
+COMMANDS = {
+    "demo": Place(
+        "demo",
+        "Show the whole loop without a microscope: stores, report and a picture.",
+    ),
+    "run": Place("live", "Run both sides on this machine and write a run folder."),
+    "acquire": Place(
+        "live",
+        "Run the microscope side: acquire one series and send it to a processor.",
+    ),
+    "process": Place(
+        "live",
+        "Run the processor side: receive, estimate, restore, write, series by series.",
+    ),
+    "restore": Place(
+        "offline", "Restore images, plane by plane, on the code path of the live loop."
+    ),
+    "classify": Place("offline", "Estimate the defocus of images, tile by tile."),
+    "check": Place(
+        "check",
+        "Validate a run folder: stores, journal, and that no frame is unaccounted for.",
+    ),
+    "doctor": Place(
+        "doctor", "Show what this machine has, what is missing, and the remedy."
+    ),
+    "configs": Place(
+        "doctor", "List the configs that come with rtfocus; copy one to make your own."
+    ),
+    "train": Place("train", "Train an engine from a recipe; resumable after a kill."),
+    "export": Place("train", "Export a checkpoint as an engine folder with its card."),
+    "psf": Place("psf", "The microscope's own PSF."),
+    "evaluate": Place(
+        "evaluate",
+        "Measure engines side by side: quality, levels, cost; tables and pictures.",
+    ),
+    "kernels": Place("kernels", "Extract the blur kernel of every tile of an image."),
+    "engines": Place(
+        "engines",
+        "List the engines that configs can name, look at one, add one, build GPU "
+        "plans.",
+    ),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Knows every command by name and summary, and imports the one that is run."""
+
+    # The types of typer's own classes differ between its releases.
+    def __init__(self, **attributes: Any) -> None:  # noqa: ANN401
+        super().__init__(**attributes)
+        for name, place in COMMANDS.items():
+            self.commands[name] = TyperCommand(
+                name, help=place.summary, rich_markup_mode="rich"
+            )
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
+        """Find the command that is called and load it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load(name), rest
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
+        """Run the command; typer would end an interrupt without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+
+def load(name: str) -> Any:  # noqa: ANN401 (as above)
+    """Import a command's module and return the command."""
+    module = importlib.import_module(f"rtfocus.cli.{COMMANDS[name].module}")
+    loaded = typer.Typer(rich_markup_mode="rich")
+    module.add_to(loaded)
+    return typer.main.get_group(loaded).commands[name]
+
+
+app = typer.Typer(
+    name="rtfocus",
+    cls=LazyGroup,
+    help="Finds, corrects and records defocus while a microscope acquires.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rtfocus {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show it."
+    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what happens."),
+    debug: bool = typer.Option(
+        False,
+        "--debug",
+        envvar=DEBUG_VARIABLE,
+        help="Show where an error came from: its traceback.",
+    ),
+) -> None:
+    if debug:
+        # In the environment, so that child processes show theirs too.
+        os.environ[DEBUG_VARIABLE] = "1"
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )

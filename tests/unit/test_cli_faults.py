@@ -1,0 +1,87 @@
+"""Every end of a command is one line and one exit code, also of a fault."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from rtfocus.cli.faults import tell
+from rtfocus.errors import ConfigError, EngineError, ExitCode, WorkerError
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("run.name is odd"), ExitCode.CONFIG, "run.name is odd"),
+        (ConfigError("two\nlines"), ExitCode.CONFIG, "two lines"),
+        (
+            OSError(errno.EACCES, os.strerror(errno.EACCES), "a.tif"),
+            ExitCode.FAILED,
+            f"'a.tif': {os.strerror(errno.EACCES)}",
+        ),
+        (MemoryError(), ExitCode.FAILED, "not enough memory"),
+        (
+            caused(WorkerError("worker 'write' failed"), EngineError("no weights")),
+            ExitCode.FAILED,
+            "worker 'write' failed",
+        ),
+    ],
+)
+def test_what_a_user_can_act_on_is_told_alone(error, code, said, capsys):
+    assert tell(error) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert "fault of rtfocus" not in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("division by zero"),
+        RuntimeError("two\nlines"),
+        OSError("no errno"),
+        caused(WorkerError("worker 'write' failed"), KeyError("z")),
+    ],
+)
+def test_a_fault_leaves_its_traceback_in_a_file(error, capsys):
+    with pytest.raises(type(error)) as raised:
+        raise error
+    assert tell(raised.value) == ExitCode.FAULT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this is a fault of rtfocus" in line
+    path = Path(line.rsplit("'", 2)[1])
+    text = path.read_text("utf-8")
+    assert "Traceback" in text
+    assert type(error).__name__ in text
+    assert "test_cli_faults.py" in text
+
+
+def test_a_fault_without_a_writable_folder_is_still_one_line(
+    monkeypatch, tmp_path, capsys
+):
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    monkeypatch.setenv("XDG_STATE_HOME", str(file))
+    monkeypatch.setattr("tempfile.tempdir", str(file / "below"))
+    assert tell(ZeroDivisionError("division by zero")) == ExitCode.FAULT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "RTFOCUS_DEBUG=1" in line
+
+
+def test_debug_shows_the_traceback_as_well(monkeypatch, capsys):
+    monkeypatch.setenv("RTFOCUS_DEBUG", "1")
+    try:
+        msg = "run.name is odd"
+        raise ConfigError(msg)
+    except ConfigError as error:
+        tell(error)
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.splitlines()[-1] == "error: run.name is odd"

@@ -1,0 +1,123 @@
+"""Requests to end: signals, and the console of Windows on a stand-in of its library."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from rtfocus.cli.interrupt import (
+    ConsoleClose,
+    closing_console,
+    ended_by_signals,
+    interruptible,
+)
+from rtfocus.errors import ExitCode
+
+CTRL_C, CTRL_BREAK, CLOSE, LOGOFF, SHUTDOWN = 0, 1, 2, 5, 6
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_first_signal_stops_and_the_second_abandons(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with interruptible() as (stop, abandon):
+        signal.raise_signal(number)
+        assert (stop.is_set(), abandon.is_set()) == (True, False)
+        signal.raise_signal(number)
+        assert abandon.is_set()
+    assert signal.getsignal(number) is before
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_elsewhere_a_request_to_end_is_a_keyboard_interrupt(name):
+    with ended_by_signals(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(getattr(signal, name))
+
+
+@POSIX
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals(), interruptible() as (stop, _):
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_are_left_alone_in_other_threads():
+    entered = []
+
+    def enter():
+        with interruptible():
+            entered.append(True)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered
+
+
+class Kernel32:
+    """What Windows' library does with handlers: the newest is asked first."""
+
+    def __init__(self):
+        self.handlers = []
+
+    def SetConsoleCtrlHandler(self, handler, add):  # noqa: N802 (Windows' name)
+        (self.handlers.append if add else self.handlers.remove)(handler)
+
+    def event(self, number):
+        return any(handler(number) for handler in reversed(self.handlers))
+
+
+@pytest.mark.parametrize("number", [CLOSE, LOGOFF, SHUTDOWN])
+def test_a_closed_console_ends_the_work_and_is_held_open_until_then(number):
+    windows, asked, held = Kernel32(), threading.Event(), []
+    with closing_console(asked.set, windows):
+        closing = threading.Thread(target=lambda: held.append(windows.event(number)))
+        closing.start()
+        assert asked.wait(10)
+        assert closing.is_alive(), "Windows would have ended the process"
+    closing.join(10)
+    assert held == [True]
+    assert windows.handlers == []
+
+
+@pytest.mark.parametrize("number", [CTRL_C, CTRL_BREAK])
+def test_keys_are_left_to_signals(number):
+    windows, asked = Kernel32(), threading.Event()
+    with closing_console(asked.set, windows):
+        assert not windows.event(number)
+    assert not asked.is_set()
+
+
+def test_a_console_is_not_held_longer_than_windows_waits():
+    close = ConsoleClose(lambda: None, grace_s=0.0)
+    assert close(CLOSE)
+
+
+@POSIX
+def test_an_interrupt_while_starting_is_one_line():
+    # Python turns the signal into KeyboardInterrupt in the middle of the imports.
+    code = (
+        "import signal, sys, importlib.abc\n"
+        "class AtImport(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'typer':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, AtImport())\n"
+        "sys.argv = ['rtfocus', 'configs']\n"
+        "from rtfocus.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (ExitCode.INTERRUPTED, "interrupted\n")
