@@ -100,6 +100,39 @@ def test_tiles_are_listed_as_plain_values(config, images):
         assert (row["defocus_um"] is None) == (row["level"] is None)
 
 
+@pytest.mark.parametrize("offset_counts", [0.0, 100.0])
+def test_negative_values_are_restored_as_the_same_image_with_a_pedestal(
+    config, images, offset_counts
+):
+    """A subtracted background changes nothing but the level, camera offset or not."""
+    data = config.model_dump()
+    data["camera"]["offset_counts"] = offset_counts
+    whole = images[0].astype(np.float32)
+    whole -= whole.min()
+    standardised = whole - np.float32(1500)
+    holed = standardised.copy()
+    holed[7, 9] = np.nan
+    with ImageProcessor(config) as processor:
+        right = processor.restore(whole).restored
+    with ImageProcessor(parse_config(data)) as processor:
+        signed = processor.restore(standardised.astype(np.int16)).restored
+        with_hole = processor.restore(holed).restored
+    assert (signed < 0).mean() > 0.3
+    np.testing.assert_allclose(signed + 1500, right, atol=0.5)
+    assert np.isnan(with_hole).sum() == 1
+
+
+def test_negative_values_and_a_flat_field_exclude_each_other(config, images, tmp_path):
+    tifffile.imwrite(tmp_path / "flat.tif", np.ones(images[0].shape, np.float32))
+    data = config.model_dump()
+    data["camera"]["flat_field"] = str(tmp_path / "flat.tif")
+    with (
+        ImageProcessor(parse_config(data)) as processor,
+        pytest.raises(InputError, match="flat_field"),
+    ):
+        processor.restore(images[0].astype(np.float32) - 500)
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
