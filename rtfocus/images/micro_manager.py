@@ -216,7 +216,8 @@ def _images(
     groups: dict[tuple[tuple[str, Value], ...], list[Frame]] = {}
     for frame in frames:
         beyond = [(a, v) for a, v in frame.axes.items() if a not in _AXES]
-        groups.setdefault(tuple(sorted(beyond)), []).append(frame)
+        beyond.sort(key=lambda one: (one[0] == "column", one[0]))
+        groups.setdefault(tuple(beyond), []).append(frame)
     files = tuple(dict.fromkeys(frame.file for frame in frames))
     for place in sorted(groups, key=_order):
         group = groups[place]

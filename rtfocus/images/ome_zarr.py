@@ -79,7 +79,7 @@ def _read_ome_zarr(path: Path) -> list[ImageSeries]:
         raise InputError(msg)
     found = [
         replace(image, place=place or image.place)
-        for name, group, place in _groups(root)
+        for name, group, place in _groups(path, root)
         for image in _describe(path, name, group)
     ]
     if not found:
@@ -90,27 +90,32 @@ def _read_ome_zarr(path: Path) -> list[ImageSeries]:
 
 
 def _groups(
-    root: zarr.Group,
+    path: Path, root: zarr.Group
 ) -> Iterator[tuple[str, zarr.Group, PlatePlace | None]]:
     """Yield all multiscales groups, names joined by underscores."""
     plate = _ome(root).get("plate")
     if isinstance(plate, dict):
         yield from _fields(root, plate)
         return
-    yield from ((name, group, None) for name, group in _images(root, "", 0))
+    yield from ((name, group, None) for name, group in _images(path, root, "", 0))
 
 
 def _images(
-    group: zarr.Group, name: str, depth: int
+    folder: Path, group: zarr.Group, name: str, depth: int
 ) -> Iterator[tuple[str, zarr.Group]]:
+    """Yield the images of a group, depth first, in natural order."""
     if "multiscales" in _ome(group):
         yield name, group
         return
     if depth == _DEEPEST:
         return
-    for key, child in sorted(group.groups(), key=lambda item: _natural(item[0])):
-        if key not in ("labels", "OME"):
-            yield from _images(child, f"{name}_{key}" if name else key, depth + 1)
+    # zarr would warn of every folder that is none of its own.
+    inside = [entry.name for entry in folder.iterdir() if is_zarr(entry)]
+    for key in sorted(inside, key=_natural):
+        child = group[key] if key not in ("labels", "OME") else None
+        if isinstance(child, zarr.Group):
+            label = f"{name}_{key}" if name else key
+            yield from _images(folder / key, child, label, depth + 1)
 
 
 def _fields(

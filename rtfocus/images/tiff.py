@@ -81,7 +81,10 @@ def _read_through_master(path: Path, master: str) -> list[ImageSeries]:
         raise InputError(msg)
     if beside.suffix.lower() in (".tif", ".tiff"):
         return _read_tiff(beside)
-    return _read_tiff(path, beside.read_text("utf-8"))
+    return [
+        replace(image, files=(*image.files, beside))
+        for image in _read_tiff(path, beside.read_text("utf-8"))
+    ]
 
 
 def _ome_of(file: tifffile.TiffFile, companion: str | None) -> OmeMetadata | None:

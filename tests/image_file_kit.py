@@ -1,0 +1,136 @@
+"""Image files as other programs write them, for the tests of reading."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import zarr
+
+OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+
+
+def flat(value: float, dtype: str = "u2", shape: tuple[int, ...] = (8, 9)):
+    return np.full(shape, value, dtype)
+
+
+def ome_pixels(body: str, attributes: str = "", **sizes: int) -> str:
+    """Pixels element of 9 x 8 pixels with other sizes 1 unless given."""
+    lengths = {"Z": 1, "C": 1, "T": 1, **sizes}
+    text = " ".join(f'Size{axis}="{length}"' for axis, length in lengths.items())
+    return (
+        '<Pixels ID="P" DimensionOrder="XYZCT" Type="uint16" SizeX="9" SizeY="8" '
+        f"{text} {attributes}>{body}</Pixels>"
+    )
+
+
+def ome_xml(images: str, attributes: str = "", before: str = "") -> str:
+    return (
+        f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="{OME}" {attributes}>'
+        f"{before}{images}</OME>"
+    )
+
+
+def write_pages(path: Path, planes: list[np.ndarray], xml: str | None = None) -> Path:
+    """Pages behind one another, the first with OME-XML, as Micro-Manager does."""
+    with tifffile.TiffWriter(path) as file:
+        for number, plane in enumerate(planes):
+            file.write(
+                plane,
+                photometric="minisblack",
+                contiguous=False,
+                metadata=None,
+                description=xml.encode() if xml and number == 0 else None,
+            )
+    return path
+
+
+def write_position_set(folder: Path, positions: int = 3) -> list[Path]:
+    """A set of OME-TIFFs, one per position, each with the metadata of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"acq_MMStack_Pos{p}.ome.tif" for p in range(positions)]
+
+    def image(p: int) -> str:
+        data = "".join(
+            f'<TiffData FirstC="{c}" FirstT="{t}" IFD="{2 * t + c}" PlaneCount="1">'
+            f'<UUID FileName="{names[p]}">urn:uuid:{p}</UUID></TiffData>'
+            for t in range(2)
+            for c in range(2)
+        )
+        channels = '<Channel ID="a" Name="DAPI"/><Channel ID="b" Name="FITC"/>'
+        size = 'PhysicalSizeX="0.325" PhysicalSizeY="0.325"'
+        pixels = ome_pixels(channels + data, size, C=2, T=2)
+        return f'<Image ID="Image:{p}" Name="Pos{p}">{pixels}</Image>'
+
+    images = "".join(image(p) for p in range(positions))
+    for p, name in enumerate(names):
+        planes = [flat(1000 * (p + 1) + 10 * n) for n in range(4)]
+        write_pages(folder / name, planes, ome_xml(images, f'UUID="urn:uuid:{p}"'))
+    return [folder / name for name in names]
+
+
+def write_ndtiff(
+    folder: Path, axes: list[dict[str, int | str]], summary: dict[str, object]
+) -> Path:
+    """An NDTiff data set, frame n flat with 1000 + n; format version 3.
+
+    https://github.com/micro-manager/NDTiffStorage
+    """
+    folder.mkdir(parents=True)
+    head = json.dumps(summary).encode()
+    start = struct.pack("<2sHI", b"II", 42, 8)
+    start += struct.pack("<IIIII", 483729, 3, 3, 2355492, len(head)) + head
+    pixels, index = bytearray(start), bytearray()
+    for number, one in enumerate(axes):
+        offset = len(pixels)
+        pixels += flat(1000 + number, "<u2").tobytes()
+        about = json.dumps({"PixelSizeUm": 0.325}).encode()
+        at = len(pixels)
+        pixels += about
+        key, name = json.dumps(one).encode(), b"set_NDTiffStack.tif"
+        index += struct.pack("<I", len(key)) + key
+        index += struct.pack("<I", len(name)) + name
+        index += struct.pack("<IiiiiIii", offset, 9, 8, 1, 0, at, len(about), 0)
+    (folder / "set_NDTiffStack.tif").write_bytes(pixels)
+    (folder / "NDTiff.index").write_bytes(index)
+    return folder
+
+
+def ngff_axes(names: str, unit: str | None = "micrometer") -> list[dict[str, str]]:
+    kinds = {"t": "time", "c": "channel"}
+    return [
+        {"name": name, "type": kinds.get(name, "space")}
+        | ({"unit": unit} if unit and name in "zyx" else {})
+        for name in names
+    ]
+
+
+def write_ngff(
+    path: Path,
+    pixels: np.ndarray,
+    axes: list,
+    scale: list[float] | None = None,
+    *,
+    version: str = "0.4",
+    whole: list[float] | None = None,
+    more: dict[str, object] | None = None,
+) -> Path:
+    """An OME-Zarr image of one level; `whole` is the scale of all levels."""
+    three = version == "0.5"
+    group = zarr.open_group(path, mode="w", zarr_format=3 if three else 2)
+    group.create_array("0", data=pixels, chunks=pixels.shape)
+    level: dict[str, object] = {"path": "0"}
+    if scale:
+        level["coordinateTransformations"] = [{"type": "scale", "scale": scale}]
+    image = {"version": version, "axes": axes, "datasets": [level]}
+    if whole:
+        image["coordinateTransformations"] = [{"type": "scale", "scale": whole}]
+    attributes = {"multiscales": [image], **(more or {})}
+    group.attrs.update({"ome": attributes} if three else attributes)
+    return path
+
+
+def means(series) -> list[float]:
+    """Mean of every plane in the order of `indices`."""
+    return [float(series.read(**index).mean()) for index in series.indices()]

@@ -1,0 +1,183 @@
+"""Pixel sizes and units of metadata: every right value, and unknown stays unknown."""
+
+import math
+
+import pytest
+import tifffile
+from image_file_kit import flat, ome_pixels, ome_xml, write_pages
+
+from rtfocus.errors import InputError
+from rtfocus.images import open_images
+from rtfocus.images.units import coordinate_um, length_um, time_s
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "um"),
+    [
+        (325, "nm", 0.325),
+        (0.325, "\u03bcm", 0.325),  # Greek mu
+        (0.325, "\u00b5m", 0.325),  # micro sign
+        (0.325, "\\u00B5m", 0.325),  # as ImageJ escapes it
+        (0.325, "Âµm", 0.325),  # UTF-8 read as Latin-1
+        (325000, "pm", 0.325),
+        (3250, "\u00c5", 0.325),
+        (3250, "\u212b", 0.325),  # angstrom sign
+        (3250, "angstrom", 0.325),
+        (325, "nanometer", 0.325),
+        (325, "nanometre", 0.325),
+        (0.000325, "millimeter", 0.325),
+        (0.325, "Microns", 0.325),
+        (1, "Mm", 1e12),
+        (1, "mm", 1e3),
+        (1, "in", 25400),
+        (1, "thou", 25.4),
+        (2, "pt", 25400 / 36),
+        (1, "yd", 914400),
+        ("0.5", "um", 0.5),
+        (1, "pixel", None),
+        (1, "reference frame", None),
+        (1, None, None),
+        (0, "um", None),
+        (-1, "um", None),
+        (math.nan, "um", None),
+        (math.inf, "um", None),
+        (10**400, "um", None),
+        ("wide", "um", None),
+        (True, "um", None),
+    ],
+)
+def test_lengths_in_um(value, unit, um) -> None:
+    found = length_um(value, unit)
+    assert found == (None if um is None else pytest.approx(um, rel=1e-9))
+
+
+def test_times_and_coordinates() -> None:
+    assert time_s(250, "ms") == 0.25
+    assert time_s(2, "minute") == 120
+    assert time_s(5, "millisecond") == 0.005
+    assert time_s(1, "um") is None
+    assert coordinate_um(-3, "mm") == -3000
+    assert coordinate_um(0, "um") == 0
+    assert coordinate_um(1, "reference frame") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "um"),
+    [
+        (325, "nm", 0.325),
+        (0.325, "\u03bcm", 0.325),
+        (0.325 / 25400, "in", 0.325),
+        (1, "pixel", None),
+        (1, "reference frame", None),
+        (0.5, None, 0.5),
+    ],
+)
+def test_ome_tiff_pixel_size_in_its_unit(tmp_path, value, unit, um) -> None:
+    metadata = {"axes": "YX"}
+    for axis in "XY":
+        metadata[f"PhysicalSize{axis}"] = value
+        if unit:
+            metadata[f"PhysicalSize{axis}Unit"] = unit
+    tifffile.imwrite(tmp_path / "a.tif", flat(1), ome=True, metadata=metadata)
+    (series,) = open_images(tmp_path / "a.tif")
+    assert series.pixel_size_um == (None if um is None else pytest.approx(um))
+
+
+def test_each_image_of_an_ome_tiff_has_its_own_size_and_y_its_own(tmp_path) -> None:
+    with tifffile.TiffWriter(tmp_path / "two.ome.tif", ome=True) as file:
+        for y_um, x_um in ((0.65, 0.65), (0.25, 0.5)):
+            size = {"PhysicalSizeX": x_um, "PhysicalSizeY": y_um}
+            file.write(flat(1), metadata={"axes": "YX", **size})
+    square, flatter = open_images(tmp_path / "two.ome.tif")
+    assert square.pixel_size_um == 0.65
+    assert (flatter.pixel_size_y_um, flatter.pixel_size_x_um) == (0.25, 0.5)
+    with pytest.raises(InputError, match=r"0\.25 um \(y\) by 0\.5 um \(x\)"):
+        _ = flatter.pixel_size_um
+
+
+@pytest.mark.parametrize(
+    ("per_unit", "unit", "um"),
+    [
+        (1e4 / 0.325, "CENTIMETER", 0.325),
+        (25400 / 0.325, "INCH", 0.325),
+        (72, "INCH", None),
+        (300, "INCH", None),
+        (300 / 2.54, "CENTIMETER", None),
+        (1, "CENTIMETER", None),
+        (1e4 / 0.325, "NONE", None),
+    ],
+)
+def test_tiff_resolution(tmp_path, per_unit, unit, um) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, flat(1), resolution=(per_unit, per_unit), resolutionunit=unit
+    )
+    (series,) = open_images(path)
+    assert series.pixel_size_um == (None if um is None else pytest.approx(um, rel=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("unit", "um"),
+    [
+        ("micron", 0.5),
+        ("microns", 0.5),
+        ("um", 0.5),
+        ("\\u00B5m", 0.5),
+        ("nm", 0.0005),
+        ("pixel", None),
+        ("", None),
+    ],
+)
+def test_imagej_units_and_spacing(tmp_path, unit, um) -> None:
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        flat(1, shape=(3, 8, 9)),
+        imagej=True,
+        resolution=(2.0, 4.0),
+        metadata={"axes": "ZYX", "unit": unit, "spacing": 2.0, "finterval": 0.5},
+    )
+    (series,) = open_images(tmp_path / "a.tif")
+    sizes = (series.pixel_size_y_um, series.pixel_size_x_um, series.z_step_um)
+    right = (None,) * 3 if um is None else (um / 2, um, 4 * um)
+    assert sizes == (right if um is None else pytest.approx(right))
+    assert series.time_step_s == 0.5
+
+
+def test_ome_xml_fills_every_field(tmp_path) -> None:
+    before = (
+        '<Instrument ID="I"><Objective ID="O" LensNA="0.8"/></Instrument>'
+        '<Plate ID="P" Name="drug" Rows="2" Columns="12"><Well ID="W" Row="1" '
+        'Column="10"><WellSample ID="S" Index="0"><ImageRef ID="Image:0"/>'
+        "</WellSample></Well></Plate>"
+    )
+    body = (
+        '<Channel ID="C" Name="Cy5" Color="-16776961" EmissionWavelength="670" '
+        'ExcitationWavelength="0.64" ExcitationWavelengthUnit="µm"/>'
+        '<TiffData IFD="0" PlaneCount="1"/><Plane TheZ="0" TheC="0" TheT="0" '
+        'PositionX="-1.5" PositionXUnit="mm" PositionZ="3" PositionZUnit="µm"/>'
+    )
+    size = 'PhysicalSizeZ="2000" PhysicalSizeZUnit="nm" TimeIncrement="1.5"'
+    image = (
+        '<Image ID="Image:0" Name="x">'
+        '<ObjectiveSettings ID="O" RefractiveIndex="1.33"/>'
+        f'{ome_pixels(body, size)}<StageLabel Name="B11"/></Image>'
+    )
+    path = write_pages(tmp_path / "a.ome.tif", [flat(1)], ome_xml(image, before=before))
+    (series,) = open_images(path)
+    (channel,) = series.channels
+    assert channel.name == "Cy5"
+    assert channel.color == "FF0000"
+    assert channel.emission_nm == 670
+    assert channel.excitation_nm == pytest.approx(640)
+    assert series.numerical_aperture == 0.8
+    assert series.refractive_index == 1.33
+    assert series.z_step_um == 2
+    assert series.time_step_s == 1.5
+    assert series.position == "B11"
+    assert (series.stage.x_um, series.stage.y_um, series.stage.z_um) == (-1500, None, 3)
+    place = series.place
+    assert (place.plate, place.rows[place.row]) == ("drug", "B")
+    assert (place.columns[place.column], place.field) == ("11", 0)
+    assert len(place.columns) == 12
+    # Nothing else in the file says how large its pixels are.
+    assert series.pixel_size_um is None
