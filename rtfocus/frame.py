@@ -133,6 +133,30 @@ class SeriesEnd(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
     """What the sender complained of without stopping."""
 
 
+class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one frame says of focus, for autofocus; see `rtfocus.autofocus`."""
+
+    defocus_um: float | None
+    """In the middle of the region looked at, tilt removed; without a sign where
+    `signed` is False; None: refused."""
+    sd_um: float | None
+    """Its standard deviation; None: refused."""
+    signed: bool
+    refusal: str | None = None
+    """Why there is no estimate: ``blank``, ``few_tiles``, ``saturated``, ``flat``,
+    ``two_peaks`` or ``edge``: at the end of the engine's range, or beyond."""
+    detail: str = ""
+    """The refusal with its numbers."""
+    tilt_um: tuple[float, float] = (0.0, 0.0)
+    """Rise of the defocus across the frame along x and y; 0 where not measurable."""
+    tiles: int = 0
+    """Tiles that had a say."""
+    spectrum: list[float] = []
+    """Ring amplitudes of the image, see `rtfocus.autofocus.spectrum`."""
+    noise: float = 0.0
+    """Noise amplitude of a ring."""
+
+
 class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):
     """One frame's defocus in one number, published before restoration ends."""
 
@@ -156,6 +180,8 @@ class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):
     """Sender's clock, copied from the frame."""
     estimated_ns: int
     """Unix time at which the estimate was ready, processor's clock."""
+    focus: FocusReading | None = None
+    """For autofocus; None: the processor was not asked for it."""
 
 
 @dataclass(frozen=True, slots=True)

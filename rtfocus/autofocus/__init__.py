@@ -1,0 +1,1 @@
+"""Autofocus: from images to z moves, decided by pure functions within limits."""

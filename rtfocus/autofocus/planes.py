@@ -1,0 +1,142 @@
+"""Planes: where focus lies, by how images at several z differ.
+
+What the specimen looks like cancels, so this needs no training and knows the side
+of focus also where the PSF is even. It does need the optics; aperture, spherical
+aberration and the stage's direction may differ from what was said, at a price. How
+badly the best answer explains the images is part of the answer: images that do not
+change as optics say (bright field, a stage that stands still) show.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.autofocus.transfer import FARTHEST, Transfer, modulation_table
+from rtfocus.channel import OpticalSystem
+
+Floats = NDArray[np.float64]
+
+# Candidates for focus lie this far apart, in depths of field.
+_CANDIDATE_STEP = 0.1
+_APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
+_APERTURE_SD = 0.05
+_EXTRA_WAVES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
+_WAVES_SD = 0.12
+# Price of a stage that runs against what the core says, as a logarithm.
+_REVERSED = 4.0
+# No model explains ring averages of a real image better than this share of their
+# energy: noise, tilt and the specimen's thickness leave it.
+_FLOOR = 3e-3
+# An answer this good needs no other direction of the stage.
+_EXPLAINED = 0.01
+# Rings that err independently; neighbours lack the same things.
+_INDEPENDENT = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneFit:
+    """What several planes together say of where focus is."""
+
+    candidates_um: Floats
+    """Focus positions that were tried, in stage z."""
+    weights: Floats
+    """Probability of each by the images alone; sums to 1."""
+    unexplained: float
+    """Share of the spectra's energy that the best leaves; 0 is a perfect fit."""
+    is_reversed: bool
+    """The best answer has the stage run the other way."""
+
+    @property
+    def best_um(self) -> float:
+        """The likeliest candidate."""
+        return float(self.candidates_um[int(np.argmax(self.weights))])
+
+
+class PlaneComparison:
+    """Compares planes of one channel.
+
+    Parameters
+    ----------
+    optics
+        Of the channel.
+    direction
+        +1: larger z brings the plane of focus towards the specimen; -1: away;
+        0: not known.
+    """
+
+    def __init__(self, optics: OpticalSystem, direction: int = 1) -> None:
+        self.unit_um = optics.defocus_unit_um
+        self._direction = direction
+        self._models: list[tuple[Transfer, float]] = []
+        for extra in _EXTRA_WAVES if optics.psf_model == "pupil" else (0.0,):
+            table = modulation_table(optics, extra_waves=extra)
+            for aperture in _APERTURES:
+                price = 0.5 * (extra / _WAVES_SD) ** 2
+                price += 0.5 * ((aperture - 1.0) / _APERTURE_SD) ** 2
+                self._models.append((Transfer(table, optics.sampling, aperture), price))
+
+    def fit(self, z_um: Floats, spectra: Floats, noise: Floats) -> PlaneFit:
+        """Find the focus position that explains several planes.
+
+        Parameters
+        ----------
+        z_um
+            Stage z of the planes, shape (plane,), two or more.
+        spectra, noise
+            As `rtfocus.autofocus.spectrum.amplitude_spectrum` gives, axes (plane,
+            ring), and noise of shape (plane,).
+        """
+        margin = (FARTHEST - 0.5) * self.unit_um
+        step = _CANDIDATE_STEP * self.unit_um
+        candidates = np.arange(z_um.min() - margin, z_um.max() + margin + step, step)
+        away = (candidates[:, None] - z_um[None, :]) / self.unit_um
+        directions = (self._direction,) if self._direction else (1, -1)
+        turns = [(turn, 0.0) for turn in directions]
+        if self._direction:
+            turns.append((-self._direction, _REVERSED))
+        costs: list[Floats] = []
+        prices: list[float] = []
+        reverse: list[bool] = []
+        scored = _Scores(spectra, noise)
+        for turn, turned in turns:
+            if turned and min(float(cost.min()) for cost in costs) < _EXPLAINED:
+                continue
+            for transfer, price in self._models:
+                for kept in (False, True):
+                    model = transfer.amplitudes(turn * away, kept=kept)
+                    costs.append(scored.unexplained(model))
+                    prices.append(price + turned)
+                    reverse.append(turned > 0)
+        cost, price_of = np.array(costs), np.array(prices)[:, None]
+        spread = max(float(cost.min()), _FLOOR)
+        loss = 0.5 * _INDEPENDENT * cost / spread + price_of
+        best = np.unravel_index(int(np.argmin(loss)), loss.shape)
+        likely = np.exp(float(loss.min()) - loss.min(axis=0))
+        return PlaneFit(
+            candidates_um=candidates,
+            weights=likely / likely.sum(),
+            unexplained=float(cost[best]),
+            is_reversed=reverse[int(best[0])],
+        )
+
+
+class _Scores:
+    """The unexplained share of spectra under one model after the other."""
+
+    def __init__(self, spectra: Floats, noise: Floats) -> None:
+        energy = (spectra**2).sum(axis=0)
+        certain = energy / (energy + float((noise**2).sum()) + 1e-12)
+        self._spectra = spectra
+        self._energy = energy
+        self._weight = certain / np.maximum(energy * certain.sum(), 1e-12)
+
+    def unexplained(self, model: Floats) -> Floats:
+        """Return the share by candidate; `model` has axes (candidate, plane, ring).
+
+        In every ring the specimen's own amplitude is free: the best one is taken.
+        """
+        strength = np.maximum((model**2).sum(axis=1), 1e-6)
+        projected = np.einsum("cpr,pr->cr", model, self._spectra)
+        left = self._energy - projected**2 / strength
+        return np.asarray(np.clip(left, 0.0, None) @ self._weight)

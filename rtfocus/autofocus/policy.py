@@ -1,0 +1,118 @@
+"""Policy: what the stage may do, whatever the images seem to say.
+
+Pure, and the only place from which a z for the stage comes. Every target is an
+absolute position inside the limits, and so is every stop on the way there: between
+two positions inside an interval a stage passes only positions inside it.
+"""
+
+from dataclasses import dataclass
+from math import isfinite
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Lowest and highest z the stage may ever be sent to, in um.
+
+    Raises
+    ------
+    ValueError
+        If they are not finite or the wrong way round.
+    """
+
+    low_um: float
+    high_um: float
+
+    def __post_init__(self) -> None:
+        """Refuse limits that allow nothing or anything."""
+        if not (isfinite(self.low_um) and isfinite(self.high_um)):
+            msg = f"limits {self.low_um} and {self.high_um} um must be finite"
+            raise ValueError(msg)
+        if self.low_um > self.high_um:
+            msg = f"limits {self.low_um} to {self.high_um} um hold no position"
+            raise ValueError(msg)
+
+    def holds(self, z_um: float) -> bool:
+        """Tell whether a position is allowed."""
+        return isfinite(z_um) and self.low_um <= z_um <= self.high_um
+
+    def clip(self, z_um: float) -> float:
+        """Return the nearest allowed position."""
+        return min(max(z_um, self.low_um), self.high_um)
+
+    def within(self, z_um: float, reach_um: float) -> "Limits":
+        """Return the part of the limits that lies within reach of an allowed z."""
+        return Limits(
+            max(self.low_um, z_um - reach_um), min(self.high_um, z_um + reach_um)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """In focus within the deadband."""
+
+    reason: str = "in focus"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Go to where focus is believed to be, then look again."""
+
+    dz_um: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Go a little to learn on which side focus is, or look again (0)."""
+
+    dz_um: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Go to the best known z and end, with the reason."""
+
+    reason: str
+    back_um: float = 0.0
+    """Way from here to the best known z; 0: it is here, or nothing is known."""
+
+
+Decision = Stay | Move | Probe | GiveUp
+
+
+@dataclass(frozen=True, slots=True)
+class MoveRule:
+    """How the stage may be moved."""
+
+    limits: Limits
+    deadband_um: float
+    """Corrections below it are not worth a move."""
+    most_um: float
+    """Longest single move."""
+    approach: int = 0
+    """+1: arrive from below always; -1: from above; 0: either."""
+    overshoot_um: float = 0.0
+    """How far to go beyond a target to arrive from the right side: the backlash."""
+
+    def target(self, z_um: float, wanted_um: float) -> float | None:
+        """Return where a wish may lead from an allowed position; None: nowhere.
+
+        The step is clipped, then the place; a wish within the deadband is none.
+        """
+        if not (self.limits.holds(z_um) and isfinite(wanted_um)):
+            return None
+        step = min(max(wanted_um - z_um, -self.most_um), self.most_um)
+        target = self.limits.clip(z_um + step)
+        return None if abs(target - z_um) < self.deadband_um else target
+
+    def path(self, z_um: float, target_um: float) -> tuple[float, ...]:
+        """Return the stops of a move; the last is the target, all are allowed.
+
+        A target that would be reached from the wrong side is passed by the overshoot
+        first, as far as the limits allow.
+        """
+        target = self.limits.clip(target_um)
+        wrong_side = self.approach != 0 and (target - z_um) * self.approach < 0
+        if not wrong_side or self.overshoot_um <= 0:
+            return (target,)
+        beyond = self.limits.clip(target - self.approach * self.overshoot_um)
+        return (target,) if beyond == target else (beyond, target)

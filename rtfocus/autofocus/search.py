@@ -1,0 +1,341 @@
+"""Search: autofocus on demand, image by image, as a pure state machine.
+
+The first image tells the distance by the network, roughly. A step to the safe side
+and a second image tell side and distance by the optics, closely; the third confirms
+it. Whatever comes otherwise ends at the best z that was seen, with the reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.autofocus.belief import (
+    Belief,
+    Mode,
+    modes_of_reading,
+    modes_of_weights,
+)
+from rtfocus.autofocus.planes import PlaneComparison, PlaneFit
+from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
+from rtfocus.autofocus.spectrum import FREQUENCIES
+from rtfocus.frame import FocusReading
+
+Floats = NDArray[np.float64]
+
+# In depths of field.
+_ARRIVED, _SURE, _APART, _FIRST_STEP = 0.3, 0.35, 1.0, 1.0
+_RIVAL = 0.25
+_BESIDE, _STUCK = 0.7, 2.0
+# Of the spectra's energy, or the optics do not explain the images.
+_MOST_UNEXPLAINED = 0.06
+# Sharpness is gradient energy: its root goes with the blur.
+_SHARPER, _SAME = 1.10, 0.02
+_TERMINAL = ("blank", "few_tiles", "saturated")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One image of a search."""
+
+    z_um: float
+    """Where it was exposed, as the stage says."""
+    reading: FocusReading
+    sharpness: float
+    """Root of the gradient energy above the noise, per light."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRule:
+    """What a search may do beside moving."""
+
+    most_images: int = 10
+    """Images in all, however well it goes."""
+    patience: int = 3
+    """Images without progress before it gives up."""
+    safe_side: int = -1
+    """Side on which the objective cannot touch the specimen: sign of the z."""
+    trust_sign: bool = False
+    """The optics are calibrated: signed estimates are believed."""
+    most_unexplained: float = _MOST_UNEXPLAINED
+
+
+@dataclass
+class FocusSearch:
+    """One search for focus; `observe` every image, then ask `decide`.
+
+    Parameters
+    ----------
+    comparison
+        Of the channel's optics.
+    moves
+        Limits and steps.
+    rule
+        Patience and sides.
+    direction
+        +1: larger z brings the plane of focus towards the specimen; -1; 0: unknown.
+    prior
+        What is known of this place before.
+    """
+
+    comparison: PlaneComparison
+    moves: MoveRule
+    rule: SearchRule = SearchRule()
+    direction: int = 1
+    prior: Belief = field(default_factory=lambda: Belief(()))
+    looks: list[Look] = field(default_factory=list)
+    belief: Belief = field(default_factory=lambda: Belief(()))
+    fit: PlaneFit | None = None
+    notes: list[str] = field(default_factory=list)
+    """What was noticed on the way, e.g. a stage that runs the other way."""
+    _errors: list[float] = field(default_factory=list)
+    _images: int = 0
+    _idle: int = 0
+    _looked_again: bool = False
+    _back_at: float | None = None
+    """The sharpest place, when the search has decided to end there."""
+
+    def observe(self, z_um: float, reading: FocusReading) -> None:
+        """Take in one image."""
+        self._images += 1
+        spectrum = np.asarray(reading.spectrum, dtype=np.float64)
+        self.looks.append(Look(z_um, reading, sharpness(spectrum)))
+        if isfinite(z_um):
+            self._drop_lagging()
+            self.belief = self._posterior()
+
+    @property
+    def best_seen(self) -> Look:
+        """The sharpest image so far."""
+        usable = [look for look in self.looks if isfinite(look.z_um)]
+        return max(usable or self.looks, key=lambda look: look.sharpness)
+
+    def decide(self) -> Decision:
+        """Say what to do after the newest image."""
+        decision = self._wish()
+        wants_more = isinstance(decision, Move | Probe)
+        if wants_more and self._images >= self.rule.most_images:
+            return self.give_up(f"not found in {self._images} images")
+        return decision
+
+    def _wish(self) -> Decision:
+        now = self.looks[-1]
+        if not self.moves.limits.holds(now.z_um):
+            # No way is known from there that stays inside.
+            return GiveUp(f"the stage says {now.z_um:g} um, outside its limits")
+        if now.reading.refusal in _TERMINAL:
+            return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
+        if self.belief.is_empty and now.reading.refusal != "edge":
+            return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
+        if self._back_at is not None:
+            return Stay()
+        if (doubt := self._doubt_the_stage()) is not None:
+            return doubt
+        if self._has_arrived():
+            return self._arrived()
+        if not self._makes_progress():
+            return self.give_up("no progress")
+        return self._step()
+
+    def _step(self) -> Decision:
+        now, unit = self.looks[-1].z_um, self.comparison.unit_um
+        if len(self.looks) == 1:
+            known = not self.belief.is_empty and self.belief.best.sd_um < _SURE * unit
+            if not (known and self.belief.rival(_APART * unit) is None):
+                return self._probe(self._first_step_um())
+        if self.belief.is_empty:
+            return self._probe(2 * unit)
+        wanted = self.belief.best.mean_um
+        target = self.moves.target(now, wanted)
+        if target is None:
+            # In place by belief, yet not sure of it.
+            beside = self._probe(_FIRST_STEP * unit)
+            return beside
+        if abs(target - wanted) > unit and target in (
+            self.moves.limits.low_um,
+            self.moves.limits.high_um,
+        ):
+            at = f"{wanted:.1f} um"
+            return self.give_up(f"focus seems to lie beyond the limits, at {at}")
+        return Move(target - now)
+
+    def _first_step_um(self) -> float:
+        unit, first = self.comparison.unit_um, self.looks[0].reading
+        if first.refusal == "edge" or first.defocus_um is None:
+            return 2.5 * unit
+        return min(max(_FIRST_STEP * unit, 0.5 * abs(first.defocus_um)), 3 * unit)
+
+    def _probe(self, length_um: float) -> Decision:
+        """Step to the safe side, or where it ends to the other."""
+        now = self.looks[-1].z_um
+        length = min(length_um, self.moves.most_um)
+        for side in (self.rule.safe_side, -self.rule.safe_side):
+            target = self.moves.limits.clip(now + side * length)
+            fresh = all(
+                abs(target - look.z_um) > 0.3 * self.comparison.unit_um
+                for look in self.looks
+            )
+            if fresh:
+                return Probe(target - now)
+        return self.give_up("there is no room to probe within the limits")
+
+    def _posterior(self) -> Belief:
+        """Weigh everything that was seen anew."""
+        belief = self.prior
+        for look in self.looks:
+            if not isfinite(look.z_um):
+                continue
+            modes = modes_of_reading(
+                look.reading,
+                look.z_um,
+                direction=self.direction,
+                trust_sign=self.rule.trust_sign,
+            )
+            belief = belief.seen(modes, outlier=0.1)
+        planes = self._distinct()
+        self.fit = None
+        if len(planes) < 2:
+            return belief
+        self.fit = self.comparison.fit(
+            np.array([look.z_um for look in planes]),
+            np.array([look.reading.spectrum for look in planes]),
+            np.array([look.reading.noise for look in planes]),
+        )
+        modes = modes_of_weights(self.fit.candidates_um, self.fit.weights)
+        # The optics know better than the network, which had its say in the prior.
+        return Belief.of(modes).seen(belief.modes, outlier=0.3)
+
+    def _distinct(self) -> list[Look]:
+        return [
+            look
+            for look in self.looks
+            if any(look.reading.spectrum) and isfinite(look.z_um)
+        ]
+
+    def _has_arrived(self) -> bool:
+        unit = self.comparison.unit_um
+        if len(self.looks) < 2 or self.belief.is_empty:
+            return False
+        best = self.belief.best
+        if abs(self.looks[-1].z_um - best.mean_um) > max(
+            _ARRIVED * unit, self.moves.deadband_um
+        ):
+            return False
+        rival = self.belief.rival(_APART * unit)
+        certain = best.sd_um < _SURE * unit
+        return certain and (rival is None or rival.weight < _RIVAL)
+
+    def _arrived(self) -> Decision:
+        now, best = self.looks[-1], self.best_seen
+        if self.fit is not None and self.fit.unexplained > self.rule.most_unexplained:
+            share = 100 * self.fit.unexplained
+            return self.give_up(
+                f"the images do not change with z as the optics say ({share:.0f} % "
+                "unexplained); check the channel's optics, or rtfocus calibrate"
+            )
+        if best.sharpness > _SHARPER * now.sharpness:
+            beside = abs(best.z_um - self.belief.best.mean_um)
+            if beside < _BESIDE * self.comparison.unit_um:
+                self._back_at = best.z_um
+                return Move(best.z_um - now.z_um)
+            return self.give_up("the image is blurrier where focus should be")
+        if self.fit is not None and self.fit.is_reversed:
+            self.notes.append("the stage moves against what the core says")
+        return Stay()
+
+    def _doubt_the_stage(self) -> Decision | None:
+        """Say what to do where images do not change with the stage; None: they do.
+
+        Two may look the same on both sides of focus, or the stage may be late: look
+        again. Three at places far apart do not.
+        """
+        now, unit = self.looks[-1], self.comparison.unit_um
+        same = [look for look in self.looks if _difference(look, now) < _SAME]
+        if len(same) < 2:
+            return None
+        places = [look.z_um for look in same]
+        spread = max(places) - min(places)
+        if spread < _FIRST_STEP * 0.9 * unit:
+            return None
+        if not self._looked_again:
+            self._looked_again = True
+            return Probe(0.0)
+        distinct = {round(place / (0.3 * unit)) for place in places}
+        if len(distinct) < 3:
+            return None
+        if spread > _STUCK * unit:
+            return self.give_up("the stage does not answer: images stay the same")
+        return self._probe(_STUCK * unit)
+
+    def _drop_lagging(self) -> None:
+        """Forget an image that was taken before the stage had arrived.
+
+        Two images at one z that differ: the first came too early.
+        """
+        if len(self.looks) < 3:
+            return
+        before, now = self.looks[-2], self.looks[-1]
+        here = abs(now.z_um - before.z_um) < 0.05 * self.comparison.unit_um
+        if here and _difference(before, now) > 3 * _SAME:
+            self.looks.pop(-2)
+            if "the stage arrives late" not in self.notes:
+                self.notes.append("the stage arrives late")
+
+    def _makes_progress(self) -> bool:
+        if self.belief.is_empty:
+            return len(self.looks) <= self.rule.patience
+        best = self.belief.best
+        error = max(abs(self.looks[-1].z_um - best.mean_um), best.sd_um)
+        if not self._errors or error < 0.8 * min(self._errors):
+            self._idle = 0
+        else:
+            self._idle += 1
+        self._errors.append(error)
+        return self._idle < self.rule.patience
+
+    def give_up(self, reason: str) -> GiveUp:
+        """End at the sharpest z that was seen."""
+        best, now = self.best_seen, self.looks[-1]
+        back = self.moves.limits.clip(best.z_um) if isfinite(best.z_um) else now.z_um
+        return GiveUp(reason, back - now.z_um)
+
+
+def sharpness(spectrum: Floats) -> float:
+    """Return the root of the gradient energy of a spectrum, per ring and light."""
+    if spectrum.size == 0:
+        return 0.0
+    # Rings grow with the frequency: each counts with its area.
+    return float(np.sqrt(np.sum((spectrum * FREQUENCIES**2) ** 2)))
+
+
+def _difference(one: Look, two: Look) -> float:
+    """Return the relative difference of two images' detail above their noise."""
+    a, b = (np.asarray(look.reading.spectrum) for look in (one, two))
+    if a.shape != b.shape or a.size == 0:
+        return 1.0
+    noise = max(one.reading.noise, two.reading.noise)
+    seen = np.maximum(a, b) > noise
+    if not seen.any():
+        return 0.0
+    # Weighted with the frequency: coarse structure hardly changes near focus.
+    a, b = (a * FREQUENCIES)[seen], (b * FREQUENCIES)[seen]
+    size = np.sqrt(np.mean(a**2) + np.mean(b**2))
+    return float(np.sqrt(np.mean((a - b) ** 2)) / max(size, 1e-12))
+
+
+def path_of(decision: Decision, z_um: float, moves: MoveRule) -> Sequence[float]:
+    """Return the positions to send the stage to for a decision; empty: none."""
+    if isinstance(decision, Move | Probe):
+        way = decision.dz_um
+    elif isinstance(decision, GiveUp):
+        way = decision.back_um
+    else:
+        way = 0.0
+    if way == 0.0 or not moves.limits.holds(z_um):
+        return ()
+    return moves.path(z_um, z_um + way)
+
+
+__all__ = ["FocusSearch", "Look", "Mode", "SearchRule", "path_of", "sharpness"]

@@ -1,0 +1,182 @@
+"""Estimator and belief: what a frame says of focus, and what is made of it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtfocus.autofocus.belief import (
+    Belief,
+    Mode,
+    modes_of_reading,
+    modes_of_weights,
+)
+from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
+from rtfocus.frame import DefocusMap, FocusReading, TileGrid
+
+RULE = EstimatorSettings(unit_um=2.0, range_um=20.0, base_sd=0.2, relative_sd=0.0)
+SIDE = 8
+
+
+def field(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.poisson(500, (SIDE * 48 + 48, SIDE * 48 + 48)).astype(np.uint16)
+
+
+def tiles(
+    defocus: np.ndarray, *, signed: bool = True, uncertainty: float = 0.5
+) -> DefocusMap:
+    shape = defocus.shape
+    grid = TileGrid(*shape, tile_px=96, stride_px=48, origin_px=47.5, signed=signed)
+    known = np.isfinite(defocus)
+    return DefocusMap(
+        grid,
+        defocus.astype(np.float32),
+        np.where(known, 0.9, 0.0).astype(np.float32),
+        np.zeros(shape, np.int16),
+        np.where(known, uncertainty, np.nan).astype(np.float32),
+    )
+
+
+def flat(value: float) -> np.ndarray:
+    return np.full((SIDE, SIDE), value)
+
+
+@given(
+    st.floats(-15, 15),
+    st.floats(-6, 6),
+    st.floats(-6, 6),
+    st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_tilt_is_found_and_taken_out(
+    middle: float, tilt_x: float, tilt_y: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    places = (np.arange(SIDE) * 48 + 47.5 - 216) / 432
+    truth = middle + tilt_x * places[None, :] + tilt_y * places[:, None]
+    noisy = truth + rng.normal(0, 0.1, truth.shape)
+    # A tenth of the tiles lies anywhere; a robust fit does not mind.
+    noisy.ravel()[rng.permutation(truth.size)[:6]] += 4.0
+    found = read_focus(tiles(noisy), field(), replace(RULE, range_um=60.0))
+    assert found.refusal is None
+    assert found.defocus_um == pytest.approx(middle, abs=0.25)
+    assert found.tilt_um == pytest.approx((tilt_x, tilt_y), abs=0.8)
+
+
+def blank() -> DefocusMap:
+    return tiles(flat(np.nan))
+
+
+def few() -> DefocusMap:
+    found = flat(np.nan)
+    found[3, 3] = found[0, 1] = 2.0
+    return tiles(found)
+
+
+def two_groups() -> DefocusMap:
+    found = flat(1.0) + np.random.default_rng(0).normal(0, 0.2, (SIDE, SIDE))
+    rows, columns = np.indices(found.shape)
+    found[(rows + columns) % 2 == 0] += 9.0
+    return tiles(found)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (blank(), "blank"),
+        (few(), "few_tiles"),
+        (two_groups(), "two_peaks"),
+        (tiles(flat(3.0), uncertainty=8.0), "flat"),
+        (tiles(flat(19.8)), "edge"),
+        (tiles(flat(-19.8)), "edge"),
+    ],
+)
+def test_what_rests_on_too_little_is_refused(found: DefocusMap, reason: str) -> None:
+    reading = read_focus(found, field(), RULE)
+    assert (reading.refusal, reading.defocus_um) == (reason, None)
+    assert reading.detail
+
+
+def test_saturation_is_refused() -> None:
+    pixels = field()
+    pixels[:60] = 4095
+    rule = replace(RULE, saturation_counts=4095)
+    assert read_focus(tiles(flat(1.0)), pixels, rule).refusal == "saturated"
+    assert read_focus(tiles(flat(1.0)), field(), rule).refusal is None
+
+
+def test_a_region_is_all_that_counts() -> None:
+    found = flat(8.0)
+    found[:4, :4] = 1.0
+    rule = replace(RULE, region=(0, 0, 210, 210))
+    reading = read_focus(tiles(found), field(), rule)
+    assert reading.defocus_um == pytest.approx(1.0, abs=0.05)
+    assert reading.tiles == 16
+
+
+def test_tiles_count_by_their_content() -> None:
+    pixels = np.full((432, 432), 500.0)
+    pixels[:, :250] += np.random.default_rng(0).normal(0, 300, (432, 250))
+    found = flat(6.0) + np.random.default_rng(1).normal(0, 0.3, (SIDE, SIDE))
+    found[:, :4] = 2.0
+    reading = read_focus(tiles(found, signed=False), pixels, replace(RULE, unit_um=9.0))
+    assert reading.defocus_um == pytest.approx(2.0, abs=0.5)
+
+
+def test_a_distance_has_two_sides_and_the_prior_settles_them() -> None:
+    reading = FocusReading(6.0, 1.0, signed=False)
+    modes = modes_of_reading(reading, 10.0, direction=1, trust_sign=True)
+    assert sorted(mode.mean_um for mode in modes) == [4.0, 16.0]
+    belief = Belief.of([Mode(1.0, 15.0, 2.0)]).seen(modes)
+    assert belief.best.mean_um == pytest.approx(15.8, abs=0.2)
+    assert belief.rival(3.0) is None or belief.rival(3.0).weight < 0.1
+
+
+@pytest.mark.parametrize(("direction", "focus"), [(1, 13.0), (-1, 7.0)])
+def test_a_trusted_sign_is_one_gaussian(direction: int, focus: float) -> None:
+    reading = FocusReading(3.0, 0.5, signed=True)
+    (mode,) = modes_of_reading(reading, 10.0, direction=direction, trust_sign=True)
+    assert mode.mean_um == focus
+    assert len(modes_of_reading(reading, 10.0, direction=0, trust_sign=True)) == 2
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(1e-6, 1), st.floats(-500, 500), st.floats(0.01, 50)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.floats(-500, 500),
+    st.floats(0.01, 20),
+)
+@settings(max_examples=150, deadline=None)
+def test_beliefs_stay_probabilities(
+    given_modes: list[tuple[float, float, float]], seen: float, sd: float
+) -> None:
+    belief = Belief.of(Mode(*one) for one in given_modes)
+    for after in (belief, belief.seen([Mode(1.0, seen, sd)]), belief.drifted(3, 1)):
+        assert sum(mode.weight for mode in after.modes) == pytest.approx(1.0)
+        assert len(after.modes) <= 6
+        assert all(np.isfinite(mode.mean_um) and mode.sd_um > 0 for mode in after.modes)
+        weights = [mode.weight for mode in after.modes]
+        assert weights == sorted(weights, reverse=True)
+
+
+def test_agreeing_observations_narrow_and_an_outlier_does_not_win() -> None:
+    belief = Belief.of([Mode(1.0, 0.0, 1.0)]).seen([Mode(1.0, 0.2, 1.0)])
+    assert belief.best.sd_um < 0.8
+    assert abs(belief.seen([Mode(1.0, 80.0, 0.5)]).best.mean_um) < 1.0
+
+
+def test_peaks_of_candidates_become_modes() -> None:
+    z = np.arange(-10, 10.05, 0.1)
+    weights = np.exp(-0.5 * ((z - 3) / 0.4) ** 2)
+    weights += 0.3 * np.exp(-0.5 * ((z + 5) / 0.4) ** 2)
+    first, second = modes_of_weights(z, weights / weights.sum())
+    assert first.mean_um == pytest.approx(3, abs=0.01)
+    assert first.sd_um == pytest.approx(0.4, abs=0.05)
+    assert second.mean_um == pytest.approx(-5, abs=0.01)
+    assert first.weight / second.weight == pytest.approx(1 / 0.3, rel=0.05)
