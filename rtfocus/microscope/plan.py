@@ -1,5 +1,9 @@
 """Plan: a useq acquisition plan, read, checked and laid out event by event."""
 
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,14 @@ from pydantic import ValidationError
 from rtfocus.config.text import read_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
+from rtfocus.microscope.plan_check import ineffective, unknown_keys
 from rtfocus.microscope.sites import Sites
 
+logger = logging.getLogger(__name__)
+
 AXES = ("t", "p", "c", "z")
+# A union of five kinds of plan complains five times of one value.
+_MOST_FAULTS = 3
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,8 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
     Raises
     ------
     ConfigError
-        If the file cannot be read, a value breaks useq's rules, or a key is not
-        one of useq's (which useq itself would pass over in silence).
+        If the file cannot be read, a value breaks useq's rules, or a key or setting
+        would be passed over in silence; see `plan_check`.
     """
     origin = "acquisition.mda" if isinstance(mda, dict) else f"plan '{mda}'"
     given = mda if isinstance(mda, dict) else _load(mda)
@@ -62,15 +71,19 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
         msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
         raise ConfigError(msg)
     try:
-        sequence = useq.MDASequence.model_validate(given)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            # useq changes what it is given.
+            sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
     except (ValidationError, ValueError, TypeError) as error:
-        msg = f"{origin} is no valid useq plan: {error}"
-        raise ConfigError(msg) from error
-    unknown = list(_passed_over(given, sequence.model_dump(mode="json"), origin))
-    if unknown:
-        valid = ", ".join(type(sequence).model_fields)
-        msg = f"unknown key {unknown[0]}; a useq plan has {valid}"
-        raise ConfigError(msg)
+        # Most often a misspelt key is why a value is missing.
+        unknown = unknown_keys(given, useq.MDASequence, origin)
+        fault = unknown[0] if unknown else f"{origin} is no valid useq plan: "
+        raise ConfigError(fault + ("" if unknown else _one_line(error))) from error
+    faults = unknown_keys(given, sequence, origin) + ineffective(sequence, origin)
+    faults += [f"{origin}: {text}" for text in _not_followed(said)]
+    if faults:
+        raise ConfigError("; ".join(faults))
     return sequence
 
 
@@ -171,14 +184,34 @@ def _load(path: Path) -> object:
         raise ConfigError(msg) from error
 
 
-def _passed_over(given: object, taken: object, path: str) -> list[str]:
-    """Name the keys of `given` that did not make it into `taken`."""
-    if not isinstance(given, dict) or not isinstance(taken, dict):
-        return []
-    lost = [f"'{path}.{key}'" for key in given if key not in taken]
-    for key in given.keys() & taken.keys() - {"metadata"}:
-        lost += _passed_over(given[key], taken[key], f"{path}.{key}")
-    return lost
+def _not_followed(said: list[warnings.WarningMessage]) -> Iterator[str]:
+    """Yield what useq warns of and does not follow; log the rest of its warnings."""
+    for warning in said:
+        text = " ".join(str(warning.message).split())
+        if "ignored" in text or "override" in text:
+            yield text
+        else:
+            logger.warning("%s", text)
+
+
+def _one_line(error: Exception) -> str:
+    """Say what is wrong with a plan's values, where, and what was given."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    faults: dict[str, str] = {}
+    # Of the kinds of plan that were tried, the one meant lacks the least.
+    for detail in sorted(error.errors(), key=lambda fault: fault["type"] == "missing"):
+        # The name of the kind that was tried is no step of the path.
+        steps = [
+            f"[{step}]" if isinstance(step, int) else f".{step}"
+            for step in detail["loc"]
+            if isinstance(step, int) or str(step).islower()
+        ]
+        key = "".join(steps).lstrip(".") or "plan"
+        value = detail["input"]
+        shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
+        faults.setdefault(key, f"{key}: {detail['msg']}{shown}")
+    return "; ".join(list(faults.values())[:_MOST_FAULTS])
 
 
 class _Stacks:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+import msgspec
 import useq
 
 from rtfocus.frame import Position
@@ -13,34 +14,29 @@ class Well:
     """Place on a plate."""
 
     row: str
+    """Letter, e.g. ``B``."""
     column: str
-    field: int
-    """Index of the field of view within the well."""
+    """Two digits from 1, e.g. ``03``."""
 
 
 @dataclass
 class Sites:
     """Numbers the sites of a plan in the order of their first visit."""
 
-    wells: list[Well] = field(default_factory=list)
-    """By useq position; empty outside plates."""
+    wells: list[Well | None] = field(default_factory=list)
+    """By useq position; None, or absent, outside plates."""
     _numbers: dict[tuple[int, int | None], int] = field(default_factory=dict)
     _positions: list[Position] = field(default_factory=list)
 
     @classmethod
     def of(cls, sequence: useq.MDASequence) -> "Sites":
-        """Take the wells of a plan."""
-        plate = sequence.stage_positions
-        if not isinstance(plate, useq.WellPlatePlan):
-            return cls()
-        names = [_split(str(name)) for name in plate.selected_well_names]
-        return cls(
-            wells=[
-                Well(row, column, site)
-                for row, column in names
-                for site in range(plate.num_points_per_well)
-            ]
-        )
+        """Take the wells of a plan: of its plate, or as its positions name them."""
+        positions = sequence.stage_positions
+        if not isinstance(positions, useq.WellPlatePlan):
+            return cls(wells=[_well_of(position) for position in positions])
+        wells = [_named(str(name)) for name in positions.selected_well_names]
+        sites = range(positions.num_points_per_well)
+        return cls(wells=[well for well in wells for _ in sites])
 
     def number(self, event: useq.MDAEvent) -> int:
         """Return the index p of an event's site."""
@@ -60,20 +56,34 @@ class Sites:
             name = f"{name}_g{tile}"
         if any(name == other.name for other in self._positions):
             name = f"{name}_{len(self._positions)}"
+        position = Position(name=name, x_um=event.x_pos, y_um=event.y_pos)
         well = self.wells[p] if p < len(self.wells) else None
-        return Position(
-            name=name,
-            x_um=event.x_pos,
-            y_um=event.y_pos,
-            plate_row=well.row if well else None,
-            plate_column=well.column if well else None,
-            field=well.field if well else 0,
+        if well is None:
+            return position
+        # Points of a well, tiles of its grid and positions in it alike.
+        place = (well.row, well.column)
+        fields = sum((s.plate_row, s.plate_column) == place for s in self._positions)
+        return msgspec.structs.replace(
+            position, plate_row=well.row, plate_column=well.column, field=fields
         )
 
 
-def _split(well: str) -> tuple[str, str]:
+def _named(well: str) -> Well:
     """Split a well's name: ``B3`` is row ``B``, column ``03``."""
     found = re.fullmatch(r"([A-Za-z]+)(\d+)", well)
     if found is None:
-        return well, "01"
-    return found[1], f"{int(found[2]):02d}"
+        return Well(well, "01")
+    return Well(found[1], f"{int(found[2]):02d}")
+
+
+def _well_of(position: useq.Position) -> Well | None:
+    """Name the well at a position's row and column, which count from 0."""
+    row, column = position.plate_row, position.plate_col
+    if row is None or column is None:
+        return None
+    letters = ""
+    while row >= 0:
+        row, letter = divmod(row, 26)
+        letters = chr(ord("A") + letter) + letters
+        row -= 1
+    return Well(letters, f"{column + 1:02d}")

@@ -176,3 +176,105 @@ def test_two_images_at_one_place_are_refused():
     )
     with pytest.raises(ConfigError, match="two images at t=0 p=0"):
         lay_out(sequence)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"chanels": ["DAPI"]}, r"mda\.chanels'; did you mean 'channels'"),
+        (
+            {"channels": [{"config": "DAPI", "exposre": 123}]},
+            r"mda\.channels\[0\]\.exposre'; did you mean 'exposure'",
+        ),
+        (
+            {"channels": ["A", {"config": "B", "aquire_every": 2}]},
+            r"channels\[1\]\.aquire_every'; did you mean 'acquire_every'",
+        ),
+        (
+            {"stage_positions": [{"x": 0, "Z": 55}]},
+            r"stage_positions\[0\]\.Z'; did you mean 'z'",
+        ),
+        (
+            {"stage_positions": [{"z": 5, "sequence": {"z_plam": STACK}}]},
+            r"stage_positions\[0\]\.sequence\.z_plam'; did you mean 'z_plan'",
+        ),
+        (
+            {"time_plan": [{"interval": 1, "loops": 2, "intervall": 9}]},
+            r"time_plan\[0\]\.intervall'; did you mean 'interval'",
+        ),
+        (
+            {"time_plan": {"phases": [{"interval": 1, "loops": 2, "lops": 9}]}},
+            r"time_plan\.phases\[0\]\.lops'; did you mean 'loops'",
+        ),
+        ({"time_plan": {"interval": 1, "lops": 9}}, r"lops'; did you mean 'loops'"),
+        ({"z_plan": {**STACK, "go_upp": False}}, r"z_plan\.go_upp'; did you mean"),
+        ({"grid_plan": {"rows": 2, "colums": 2}}, r"colums'; did you mean 'columns'"),
+        (
+            {"channels": ["A"], "autofocus_plan": {"axis": ["p"]}},
+            r"autofocus_plan\.axis'; did you mean 'axes'",
+        ),
+        (
+            {"setup": {"roi": {"width": 3, "heigth": 3}}, "channels": ["A"]},
+            r"setup\.roi\.heigth'; did you mean 'height'",
+        ),
+        # A property of useq's models is no key.
+        ({"stage_positions": [{"is_relative": True}]}, r"is_relative'; valid: x, y, z"),
+        # Settings that useq or Micro-Manager would pass over.
+        (
+            {"channels": ["A", {"config": "B", "z_offset": 3}]},
+            r"channels\[1\]\.z_offset=3 is ignored without a z_plan.*relative: \[0\]",
+        ),
+        ({"axis_order": "tc", "z_plan": STACK}, "z_plan is ignored because 'z' is not"),
+        ({"channels": [{"config": "A", "camera": "B"}]}, "camera='B' is ignored"),
+        ({"stage_positions": [{"plate_row": 1}]}, "only one of plate_row and plate"),
+        (
+            {"stage_positions": [{"plate_row": 1, "plate_col": 1}, {"x": 2}]},
+            r"stage_positions\[1\] names no well",
+        ),
+        (
+            {
+                "grid_plan": {"top": 1, "left": 0, "bottom": 0, "right": 1},
+                "stage_positions": [{"x": 5}],
+            },
+            "x=5.0, y=None is ignored",
+        ),
+    ],
+)
+def test_what_would_be_passed_over_in_silence_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        read_sequence(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"metadata": {"exposre": {"x": 1}}, "channels": ["A"]},
+        {"stage_positions": [{"x": 1, "row": 1, "col": 2}]},
+        {"channels": [{"config": "A", "z_offset": 3}], "z_plan": {"relative": [0]}},
+        {"time_plan": {"phases": [{"interval": 1, "loops": 2}]}, "z_plan": STACK},
+        {"setup": {"properties": [["Camera", "Binning", "2"]]}, "channels": ["A"]},
+    ],
+)
+def test_what_useq_follows_is_taken_and_left_as_it_was_given(given):
+    before = json.dumps(given)
+    assert len(lay_out(read_sequence(given))) > 0
+    assert json.dumps(given) == before
+
+
+def test_positions_that_name_their_well_are_fields_of_it():
+    positions = [
+        {"x": 0, "plate_row": 0, "plate_col": 0},
+        {"x": 1, "plate_row": 27, "plate_col": 11},
+        {"x": 2, "plate_row": 0, "plate_col": 0},
+    ]
+    grid = {"rows": 1, "columns": 2, "fov_width": 1, "fov_height": 1}
+    plan = lay_out(read_sequence({"stage_positions": positions, "grid_plan": grid}))
+    wells = [(p.plate_row, p.plate_column, p.field) for p in plan.positions]
+    assert wells == [
+        ("A", "01", 0),
+        ("A", "01", 1),
+        ("AB", "12", 0),
+        ("AB", "12", 1),
+        ("A", "01", 2),
+        ("A", "01", 3),
+    ]
