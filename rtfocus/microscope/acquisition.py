@@ -13,11 +13,10 @@ from rtfocus.frame import FrameHeader
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.live import LiveAcquisition
 from rtfocus.microscope.mda import PlannedAcquisition
-from rtfocus.microscope.plan import anchored, lay_out, read_sequence
+from rtfocus.microscope.plan import anchored, read_sequence
 from rtfocus.microscope.replay import Replay
 from rtfocus.microscope.report import AcquisitionReport
 from rtfocus.microscope.sink import FrameSink
-from rtfocus.microscope.sites import Sites
 
 __all__ = ["AcquisitionReport", "acquire", "acquire_with"]
 
@@ -77,8 +76,8 @@ def acquire_with(
     sequence = read_sequence(acquisition.mda)
     _check_presets(core, sequence)
     z_um = core.getPosition() if core.getFocusDevice() else None
-    plan = lay_out(anchored(sequence, z_um), sites=Sites.of(sequence))
-    return PlannedAcquisition(config, core, plan, sink, on_frame).run(stop)
+    planned = anchored(sequence, z_um)
+    return PlannedAcquisition(config, core, planned, sink, on_frame).run(stop)
 
 
 def _check_presets(core: UniMMCore, sequence: MDASequence) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import useq
 from pymmcore_plus.core._sequencing import SequencedEvent
@@ -12,7 +12,8 @@ from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import MicroscopeError
 from rtfocus.microscope.metadata import image_number
-from rtfocus.microscope.plan import takes_image
+from rtfocus.microscope.plan import takes_image, with_field_of_view
+from rtfocus.microscope.setups import SetUps
 
 EVENT_INDEX = "rtfocus_event_index"
 """Key of an MDA event's metadata: its ordinal among the images of the plan."""
@@ -36,8 +37,8 @@ class RecordingEngine(MDAEngine):
     core
         With its devices loaded.
     on_start
-        Called with the summary metadata when everything is set up and before the
-        clock of the plan starts.
+        Called with the plan and the summary metadata when the first event's channel
+        and camera are set up and before the clock of the plan starts.
     on_lost
         Called with the number of images that were planned and never came.
     is_stopped
@@ -49,7 +50,7 @@ class RecordingEngine(MDAEngine):
         self,
         core: UniMMCore,
         *,
-        on_start: Callable[[SummaryMetaV1 | None], None],
+        on_start: Callable[[useq.MDASequence, SummaryMetaV1 | None], None],
         on_lost: Callable[[int], None],
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -57,18 +58,47 @@ class RecordingEngine(MDAEngine):
         self._on_start = on_start
         self._on_lost = on_lost
         self._is_stopped = is_stopped
+        self._planned: useq.MDASequence | None = None
         self.standing_z_um: float | None = None
         """z during the present hardware sequence; None: planned per image."""
 
     def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
-        """Set up the hardware, then announce the series."""
-        summary = super().setup_sequence(sequence)
-        self._on_start(summary)
+        """Set up the hardware of the first event, then announce the series.
+
+        Raises
+        ------
+        ConfigError, MicroscopeError
+            If the planned events do not fit in one series, or cannot be set up;
+            nothing is exposed or announced then.
+        """
+        super().setup_sequence(sequence)
+        set_ups = SetUps(cast("UniMMCore", self.mmcore))
+        set_ups.require_one_geometry(sequence)
+        set_ups.begin(sequence)
+        self._planned = self._with_field_of_view(sequence)
+        summary = self.get_summary_metadata(mda_sequence=self._planned)
+        self._on_start(self._planned, summary)
         return summary
+
+    def _update_grid_fov_sizes(
+        self, px_size: float, sequence: useq.MDASequence
+    ) -> None:
+        """Leave the plan as it is: that of pymmcore-plus replaces the user's sizes."""
+
+    def _with_field_of_view(self, sequence: useq.MDASequence) -> useq.MDASequence:
+        """Give grids that name no field of view the camera's."""
+        size_um = self.mmcore.getPixelSizeUm()
+        *_, width_px, height_px = self.mmcore.getROI()
+        if not size_um:
+            return sequence
+        return with_field_of_view(sequence, width_px * size_um, height_px * size_um)
 
     def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[Any]:
         """Give every image its ordinal, then combine events where possible."""
-        return super().event_iterator(_numbered(events))
+        # Of a plan, what was made of it at its set-up is run.
+        is_plan = isinstance(events, useq.MDASequence)
+        planned = self._planned if is_plan and self._planned is not None else events
+        return super().event_iterator(_numbered(planned))
 
     def exec_sequenced_event(
         self, event: SequencedEvent

@@ -20,7 +20,7 @@ from rtfocus.microscope.delivery import Delivery, Exposure, SeriesChangedError
 from rtfocus.microscope.ending import camera_lost_images, end_series, overflow_error
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine
 from rtfocus.microscope.metadata import frame_json, image_number, now_ns, received_ns
-from rtfocus.microscope.plan import AcquisitionPlan
+from rtfocus.microscope.plan import lay_out
 from rtfocus.microscope.report import AcquisitionReport, Observations
 from rtfocus.microscope.series import camera_geometry, describe_series
 from rtfocus.microscope.sink import FrameSink
@@ -41,13 +41,13 @@ class PlannedAcquisition:
         self,
         config: Config,
         core: UniMMCore,
-        plan: AcquisitionPlan,
+        sequence: useq.MDASequence,
         sink: FrameSink,
         on_frame: Callable[[FrameHeader], None],
     ) -> None:
         self._config = config
         self._core = core
-        self._plan = plan
+        self._sequence = sequence
         self._sink = sink
         self._on_frame = on_frame
         self._observations = Observations()
@@ -90,7 +90,7 @@ class PlannedAcquisition:
 
     def _run_sequence(self, runner: MDARunner) -> None:
         try:
-            runner.run(self._plan.sequence)
+            runner.run(self._sequence)
         except RtfocusError as error:
             self._fail(error)
         except MemoryError as error:
@@ -100,8 +100,11 @@ class PlannedAcquisition:
             msg = f"Micro-Manager failed during the acquisition: {error}"
             self._fail(MicroscopeError(msg), cause=error)
 
-    def _begin(self, summary: Mapping[str, Any] | None) -> None:
+    def _begin(
+        self, sequence: useq.MDASequence, summary: Mapping[str, Any] | None
+    ) -> None:
         """Announce the series; the hardware is set up, the clock not started."""
+        self._plan = lay_out(sequence)
         self._geometry = camera_geometry(self._core)
         series = describe_series(
             self._config,

@@ -38,6 +38,15 @@ class Geometry:
                 return f"camera {name} changed from {before} to {after}"
         return None
 
+    def __str__(self) -> str:
+        height, width, *colours = self.shape
+        colour = " RGB" if colours else ""
+        x, y = self.roi[:2]
+        return (
+            f"{width} x {height} px from ({x}, {y}), {self.dtype}{colour}, "
+            f"{self.bit_depth} bit"
+        )
+
 
 def camera_geometry(core: UniMMCore) -> Geometry:
     """Ask the core what its camera delivers.
