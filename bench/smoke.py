@@ -16,6 +16,7 @@ BENCHES = (
     "kill",
     "loop",
     "plans",
+    "reading",
     "gpu",
 )
 

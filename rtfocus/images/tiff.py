@@ -235,8 +235,9 @@ def _refuse_cut_off(
         if offset is not None:
             size = int(np.prod(one.shape, dtype=np.int64))
             needed = max(needed, offset + size * np.dtype(one.dtype).itemsize)
+            continue
         for page in one:
-            if page is not None and page.parent is file and offset is None:
+            if page is not None and page.parent is file:
                 ends = zip(page.dataoffsets, page.databytecounts, strict=False)
                 needed = max(needed, *(sum(end) for end in ends), 0)
     if needed > file.filehandle.size:
