@@ -22,14 +22,19 @@ from rich.table import Table
 from torch import nn
 
 from bench.machine import describe
+from bench.signed_classes import PROTOCOLS, score_synthetic
 from rtfocus.resources import resource_folder
-from rtfocus.training.data.fields import load_fields
-from rtfocus.training.data.level_recipe import LevelRecipe
-from rtfocus.training.data.level_scenes import Blurring
-from rtfocus.training.data.level_tiles import BACKGROUND, Batch, Batches
-from rtfocus.training.data.signed_recipe import SignedClassRecipe
-from rtfocus.training.evaluate_signed import PROTOCOLS, score_synthetic
-from rtfocus.training.recipe import RecipeBase, validate_recipe
+from rtfocus.training.data.level_tiles import (
+    BACKGROUND,
+    Batch,
+    Batches,
+    Blurring,
+    LevelRecipe,
+)
+from rtfocus.training.data.scenes import load_fields
+from rtfocus.training.data.signed_patches import SignedClassRecipe
+from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.registry import validate_recipe
 from rtfocus.training.trainer import Trainer
 
 Row = dict[str, Any]

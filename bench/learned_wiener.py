@@ -30,15 +30,17 @@ from rtfocus.processing.learned_wiener import (
 from rtfocus.processing.quality import psnr, ssim
 from rtfocus.processing.restoration import DepthVariantRestorer
 from rtfocus.processing.tiling import Montage
-from rtfocus.training.data.fields import data_folder
 from rtfocus.training.data.pairs import PairBatches
-from rtfocus.training.networks.learned_wiener import BANDS, HALO_PX, TILE_PX
-from rtfocus.training.recipe import load_recipe
-from rtfocus.training.tasks.learned_wiener import (
+from rtfocus.training.data.scenes import data_folder
+from rtfocus.training.networks.learned_wiener import (
+    BANDS,
+    HALO_PX,
+    TILE_PX,
     LearnedWienerRecipe,
     level_psf,
     with_psf,
 )
+from rtfocus.training.registry import load_recipe
 
 Image = NDArray[np.float32]
 

@@ -26,13 +26,12 @@ from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.quality import match_intensity, psnr, ssim
 from rtfocus.training.checkpoint import load_checkpoint
-from rtfocus.training.data.fields import data_folder
 from rtfocus.training.data.pairs import PairBatches
+from rtfocus.training.data.scenes import data_folder
 from rtfocus.training.export import trained
-from rtfocus.training.losses.reblur import reblur
-from rtfocus.training.networks.wei_unet import defocus_classes
-from rtfocus.training.recipe import load_recipe
-from rtfocus.training.tasks.wei_unet import WeiUNetRecipe
+from rtfocus.training.networks.wei_kernel import reblur
+from rtfocus.training.networks.wei_unet import WeiUNetRecipe, defocus_classes
+from rtfocus.training.registry import load_recipe
 
 Image = NDArray[np.float32]
 Run = Callable[[Image, Image], list[Image]]

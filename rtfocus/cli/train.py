@@ -63,6 +63,10 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Engine folder to write.")
     ],
+    mean_with: Annotated[
+        Path | None,
+        typer.Option(help="Second checkpoint of the network: export the mean of both."),
+    ] = None,
     half_weights: Annotated[
         bool,
         typer.Option("--half-weights", help="Store weights in 16 bits: half the file."),
@@ -78,7 +82,13 @@ def export(
     _need_torch()
     from rtfocus.training.api import export_command
 
-    export_command(checkpoint, output, half_weights=half_weights, precision=precision)
+    export_command(
+        checkpoint,
+        output,
+        mean_with=mean_with,
+        half_weights=half_weights,
+        precision=precision,
+    )
 
 
 def _need_torch() -> None:

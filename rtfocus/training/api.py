@@ -4,10 +4,9 @@ import logging
 from pathlib import Path
 
 from rtfocus.errors import ConfigError
-from rtfocus.training.export import export_engine
+from rtfocus.training.export import export_engine, parse_precisions
 from rtfocus.training.own_optics import own_recipe, read_optics
-from rtfocus.training.precisions import parse_precisions
-from rtfocus.training.recipe import load_recipe
+from rtfocus.training.registry import load_recipe
 from rtfocus.training.trainer import train
 
 _log = logging.getLogger(__name__)
@@ -58,13 +57,15 @@ def export_command(
     checkpoint: Path,
     output: Path,
     *,
+    mean_with: Path | None = None,
     half_weights: bool = False,
     precision: str = "fp32",
 ) -> Path:
     """Write an engine folder from a checkpoint; returns its card.
 
-    `half_weights` stores them in 16 bits; `precision` is a list such as
-    ``fp32,fp16,int8``.
+    `mean_with` is a second checkpoint of the same network, half of whose weights go
+    into the engine; `half_weights` stores them in 16 bits; `precision` is a list
+    such as ``fp32,fp16,int8``.
 
     Raises
     ------
@@ -74,6 +75,7 @@ def export_command(
     card = export_engine(
         checkpoint,
         output,
+        mean_with=mean_with,
         half_weights=half_weights,
         precisions=parse_precisions(precision),
     )

@@ -1,13 +1,26 @@
-"""Checkpoint: the state of a training run, written so that a kill cannot spoil it."""
+"""Checkpoint: the state of a training run; what a run starts from; the mean of two.
 
+Written so that a kill cannot spoil it. First weights come from a checkpoint, or from
+an engine whose checkpoint is long gone: ``start_from: engines/delpnet`` refines the
+shipped network.
+"""
+
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
+import yaml
+from torch import Tensor
 
 from rtfocus.errors import ConfigError
-from rtfocus.training.recipe import RecipeBase, validate_recipe
+from rtfocus.resources import resource_folder
+from rtfocus.training.half_network import float_weights
+from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.registry import validate_recipe
+from rtfocus.training.task import Task
 
 NEWEST = "last.pt"
 _FORMAT = 2
@@ -46,3 +59,124 @@ def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
         )
         raise ConfigError(msg)
     return validate_recipe(state.pop("recipe")), state
+
+
+_CARD_NAME = "engine.yaml"
+
+
+def start_from(task: Task[Any], source: Path) -> None:
+    """Give the network of a task its first weights.
+
+    Parameters
+    ----------
+    task
+        Its network takes the weights.
+    source
+        Checkpoint file, or engine folder; ``engines/NAME`` also finds a shipped one.
+
+    Raises
+    ------
+    ConfigError
+        If there is nothing at `source`, or weights of another network.
+    """
+    folder = find_engine(source)
+    if folder is None:
+        _, earlier = load_checkpoint(source)
+        weights = earlier["average"]
+    else:
+        weights = read_weights(folder)
+    try:
+        if folder is None:
+            task.network.load_state_dict(weights)
+        else:
+            task.take_exported(weights)
+    except (KeyError, RuntimeError) as error:
+        msg = (
+            f"start_from '{source}' holds no weights of network "
+            f"'{task.recipe.network}': {error}; give one that was trained for it"
+        )
+        raise ConfigError(msg) from error
+
+
+def find_engine(source: Path) -> Path | None:
+    """Return the engine folder that `source` names; None: it is a file."""
+    if source.is_dir():
+        return source
+    if not source.exists() and len(source.parts) == 2 and source.parts[0] == "engines":
+        shipped = resource_folder("engines") / source.name
+        return shipped if shipped.is_dir() else None
+    return None
+
+
+def identity(folder: Path) -> str:
+    """Return ``name@hash`` of an engine, as its runs record it."""
+    card = _read_card(folder)
+    return f"{card['name']}@{card['sha256']['fp32'][:12]}"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the float32 weights of an engine by name.
+
+    Raises
+    ------
+    ConfigError
+        If card or weights are missing or do not belong together.
+    """
+    card = _read_card(folder)
+    path = folder / card["files"]["fp32"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        msg = f"weights '{path}' cannot be read: {error.strerror}; copy the engine"
+        raise ConfigError(msg) from error
+    if hashlib.sha256(content).hexdigest() != card["sha256"]["fp32"]:
+        msg = f"weights '{path}' are not those of their card; copy the engine again"
+        raise ConfigError(msg)
+    return float_weights(onnx.load_from_string(content).graph)
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    """Read what starting needs of a card: name, file and checksum of the weights."""
+    path = folder / _CARD_NAME
+    try:
+        card: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _ = card["name"], card["files"]["fp32"], card["sha256"]["fp32"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        msg = (
+            f"engine card '{path}' names no fp32 weights ({error}); "
+            "an engine is a folder with an engine.yaml"
+        )
+        raise ConfigError(msg) from error
+    return card
+
+
+def mean_state(first: Path, second: Path) -> tuple[RecipeBase, dict[str, Any]]:
+    """Return `second` with the mean of both averaged weights.
+
+    Weights of a run and of the run that started from them lie in one valley: half
+    way between them a network keeps most of what either is good at (model soups,
+    Wortsman et al. 2022).
+
+    Raises
+    ------
+    ConfigError
+        If a checkpoint cannot be read or the two are of different networks.
+    """
+    (_, one), (recipe, other) = load_checkpoint(first), load_checkpoint(second)
+    shapes = [
+        {name: value.shape for name, value in state["average"].items()}
+        for state in (one, other)
+    ]
+    if shapes[0] != shapes[1]:
+        msg = (
+            f"'{first}' and '{second}' hold different networks; give two of one recipe"
+        )
+        raise ConfigError(msg)
+    mean = {
+        # Whole numbers, such as the batches that BatchNorm has seen, have no mean.
+        name: torch.lerp(one["average"][name], value, 0.5)
+        if value.is_floating_point()
+        else value
+        for name, value in other["average"].items()
+    }
+    return recipe, {**other, "average": mean}

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
-from rtfocus.training.recipe import RecipeBase, SourceRecipe, validate_recipe
+from rtfocus.training.recipe import RecipeBase, SourceRecipe
+from rtfocus.training.registry import validate_recipe
 
 _SUFFIXES = (".tif", ".tiff", ".png")
 _HELD_OUT = 5

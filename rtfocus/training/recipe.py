@@ -1,17 +1,15 @@
-"""Recipe: everything a training run depends on, read from one YAML file.
+"""Recipe: everything a training run depends on.
 
-`RecipeBase` is what all networks share; each network's task adds its own
-sections (`rtfocus.training.tasks`), chosen by the key ``network``.
+`RecipeBase` is what all networks share; each network adds its own sections
+(`rtfocus.training.networks`), chosen by the key ``network``.
 """
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from rtfocus.config.section import Section
-from rtfocus.errors import ConfigError
 from rtfocus.specimens.fluorescent import SPECIMEN_KINDS, SpecimenKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -116,72 +114,3 @@ class RecipeBase(Section):
     """Procedural specimens; null: none."""
     pool: PoolRecipe = PoolRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
-
-
-def load_recipe(path: Path) -> RecipeBase:
-    """Read a recipe; its class is that of its network.
-
-    The key ``base`` names another recipe beside this one, of which this one changes
-    some values.
-
-    Raises
-    ------
-    ConfigError
-        Names the file and every key that does not fit, with the rule.
-    """
-    data = _read(path)
-    try:
-        return validate_recipe(data)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
-            for fault in error.errors()
-        )
-        msg = f"recipe '{path}': {faults}; see configs/train_delpnet.yaml"
-        raise ConfigError(msg) from error
-
-
-def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
-    """Read the plain values of a recipe, those of its base included.
-
-    `above` are the recipes that it is a base of.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"recipe '{path}' cannot be read: {error.strerror}; give a YAML file"
-        raise ConfigError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"recipe '{path}' is not valid YAML: {error}"
-        raise ConfigError(msg) from error
-    if not isinstance(data, dict) or "base" not in data:
-        return data
-    base = path.parent / str(data.pop("base"))
-    if base in (path, *above):
-        msg = f"recipe '{base}' is its own base; name another one"
-        raise ConfigError(msg)
-    return _merge(_read(base, (path, *above)), data)
-
-
-def _merge(base: object, changes: object) -> object:
-    """Return `base` with the values that `changes` names, section by section."""
-    if not isinstance(base, dict) or not isinstance(changes, dict):
-        return changes
-    merged = {key: _merge(base.get(key), value) for key, value in changes.items()}
-    return {**base, **merged}
-
-
-def validate_recipe(data: object) -> RecipeBase:
-    """Make a recipe of plain values, of the class its network asks for.
-
-    Raises
-    ------
-    ConfigError
-        If the network is unknown.
-    pydantic.ValidationError
-        If a key or value does not fit.
-    """
-    from rtfocus.training.registry import recipe_class
-
-    name = data.get("network") if isinstance(data, dict) else None
-    return recipe_class(str(name)).model_validate(data)

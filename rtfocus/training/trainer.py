@@ -1,13 +1,15 @@
 """Trainer: from a recipe to weights; deterministic, resumable, watched.
 
 Every random choice depends on (seed, step) alone, so a run that was killed and
-resumed ends with the same weights as one that was not.
+resumed ends with the same weights as one that was not. What its steps saw grows as
+a CSV file.
 """
 
 import copy
+import csv
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,49 @@ from rich.progress import (
 from torch import Tensor
 
 from rtfocus.errors import ConfigError
-from rtfocus.training.checkpoint import NEWEST, load_checkpoint, save_checkpoint
-from rtfocus.training.curve import CURVE_NAME, add_to_curve
+from rtfocus.training.checkpoint import (
+    NEWEST,
+    load_checkpoint,
+    save_checkpoint,
+    start_from,
+)
 from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
 from rtfocus.training.registry import make_task
-from rtfocus.training.start import start_from
 from rtfocus.training.task import Arrays
+
+CURVE_NAME = "curve.csv"
+
+
+def add_to_curve(
+    path: Path,
+    step: int,
+    seconds: float,
+    rate: float,
+    recent: Sequence[Mapping[str, float]],
+) -> str:
+    """Append the means of the newest steps to the file; return them as text.
+
+    Parameters
+    ----------
+    path
+        CSV file; made with its header where it is missing.
+    step, seconds, rate
+        Steps and time so far, learning rate of the newest step.
+    recent
+        What the steps since the last line measured, by name; at least one.
+    """
+    means = {
+        name: sum(step[name] for step in recent) / len(recent) for name in recent[0]
+    }
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(("step", "seconds", "rate", *means))
+        numbers = [f"{value:.5f}" for value in means.values()]
+        writer.writerow((step, f"{seconds:.1f}", f"{rate:.3g}", *numbers))
+    return " ".join(f"{name} {value:.4f}" for name, value in means.items())
+
 
 _REPORT_STEPS = 25
 

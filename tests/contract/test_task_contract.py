@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from rtfocus.resources import resource_folder
-from rtfocus.training.precisions import calibration_inputs
-from rtfocus.training.recipe import RecipeBase, load_recipe, validate_recipe
-from rtfocus.training.registry import make_task, network_names
+from rtfocus.training.export import calibration_inputs
+from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.registry import (
+    load_recipe,
+    make_task,
+    network_names,
+    validate_recipe,
+)
 from rtfocus.training.trainer import Trainer
 
 # A shipped recipe of each network; the rivals have none of their own.

@@ -9,11 +9,15 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.processing.engines.card import read_card, verified_file
 from rtfocus.training.checkpoint import load_checkpoint
-from rtfocus.training.data.pair_recipe import PairsRecipe
+from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.export import export_engine, trained
-from rtfocus.training.networks.rtfocus_1 import CONDITION, LABELS
+from rtfocus.training.networks.rtfocus_1 import (
+    CONDITION,
+    LABELS,
+    Rtfocus1Recipe,
+    Rtfocus1Section,
+)
 from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe
-from rtfocus.training.tasks.rtfocus_1 import Rtfocus1Recipe, Rtfocus1Section
 from rtfocus.training.trainer import Trainer, train
 
 REFERENCE = OpticalSystem(

@@ -15,15 +15,19 @@ from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
 from rtfocus.training.api import export_command, train_command
 from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
-from rtfocus.training.data.fields import load_fields
-from rtfocus.training.data.level_recipe import BlurRecipe, TileOptimiserRecipe
-from rtfocus.training.data.level_scenes import Blurring
-from rtfocus.training.data.level_tiles import Batches
+from rtfocus.training.data.level_tiles import (
+    LABELS,
+    Batches,
+    BlurRecipe,
+    Blurring,
+    TileOptimiserRecipe,
+)
+from rtfocus.training.data.scenes import load_fields
 from rtfocus.training.export import trained
-from rtfocus.training.networks.batch_norm import fold_batch_norm
-from rtfocus.training.networks.delpnet import LABELS
-from rtfocus.training.recipe import PoolRecipe, SourceRecipe, load_recipe
-from rtfocus.training.tasks.delpnet import DelpNetRecipe
+from rtfocus.training.layers import fold_batch_norm
+from rtfocus.training.networks.delpnet import DelpNetRecipe
+from rtfocus.training.recipe import PoolRecipe, SourceRecipe
+from rtfocus.training.registry import load_recipe
 from rtfocus.training.trainer import Trainer, train
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65)

@@ -16,7 +16,8 @@ from rtfocus.frame import BACKGROUND
 from rtfocus.images import open_images
 from rtfocus.processing.offline import ImageProcessor
 from rtfocus.resources import resource_folder
-from rtfocus.training.networks.delpnet import GEOMETRY, LABELS, DelpNet
+from rtfocus.training.data.level_tiles import GEOMETRY, LABELS
+from rtfocus.training.networks.delpnet import DelpNet
 
 FOLDER = resource_folder("engines") / "delpnet"
 

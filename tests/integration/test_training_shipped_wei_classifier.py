@@ -5,9 +5,10 @@ import onnxruntime
 import pytest
 import yaml
 
+from bench.signed_classes import engine_predictor, label_real
 from rtfocus.resources import resource_folder
-from rtfocus.training.evaluate_signed import engine_predictor, label_real
-from rtfocus.training.networks.wei_classifier import LABELS, PATCH_PX, WeiClassifier
+from rtfocus.training.data.signed_patches import LABELS, PATCH_PX
+from rtfocus.training.networks.wei_classifier import WeiClassifier
 
 FOLDER = resource_folder("engines") / "wei_classifier"
 

@@ -9,15 +9,15 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.processing.engines.card import read_card, verified_file
 from rtfocus.training.checkpoint import load_checkpoint
-from rtfocus.training.data.pair_recipe import PairsRecipe
+from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.export import export_engine, trained
-from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe
-from rtfocus.training.tasks.wei_unet import (
+from rtfocus.training.networks.wei_unet import (
     WeiKernelSection,
     WeiStageSection,
     WeiUNetRecipe,
     WeiUNetSection,
 )
+from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe
 from rtfocus.training.trainer import Trainer, train
 
 REFERENCE = OpticalSystem(

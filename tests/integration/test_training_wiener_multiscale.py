@@ -12,14 +12,15 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.processing.engines.card import read_card, verified_file
 from rtfocus.resources import resource_folder
 from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
-from rtfocus.training.data.pair_recipe import PairsRecipe
+from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.export import export_engine, trained
-from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe, load_recipe
-from rtfocus.training.tasks.learned_wiener import (
+from rtfocus.training.networks.learned_wiener import (
     LearnedWienerRecipe,
     LearnedWienerSection,
 )
-from rtfocus.training.tasks.multiscale import MultiScaleRecipe, MultiScaleSection
+from rtfocus.training.networks.multiscale import MultiScaleRecipe, MultiScaleSection
+from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe
+from rtfocus.training.registry import load_recipe
 from rtfocus.training.trainer import Trainer
 
 CONFIGS = resource_folder("configs")

@@ -10,19 +10,17 @@ from torch.nn import functional
 
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
-from rtfocus.training.losses.multi_component import (
+from rtfocus.training.networks.comi import (
+    Vgg19Features,
     adversarial_loss,
+    classifier_features,
     content_loss,
     cycle_loss,
     discriminator_loss,
     log_probability,
-)
-from rtfocus.training.networks.comi import Generator, PatchDiscriminator
-from rtfocus.training.networks.features import (
-    Vgg19Features,
-    classifier_features,
     vgg19_features,
 )
+from rtfocus.training.networks.comi_networks import Generator, PatchDiscriminator
 
 DELPNET = resource_folder("engines") / "delpnet" / "model.fp32.onnx"
 
@@ -117,7 +115,7 @@ def test_classifier_features_are_what_its_engine_computes(tmp_path):
     import onnx
     import onnxruntime
 
-    from rtfocus.training.half_weights import float_weights
+    from rtfocus.training.half_network import float_weights
 
     features = classifier_features(DELPNET, 7)
     assert not any(p.requires_grad for p in features.parameters())

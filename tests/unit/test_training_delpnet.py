@@ -4,12 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from rtfocus.training.networks.batch_norm import recalibrate
-from rtfocus.training.networks.delpnet import (
-    GEOMETRY,
-    LABELS,
-    DelpNet,
-)
+from rtfocus.training.data.level_tiles import GEOMETRY, LABELS
+from rtfocus.training.layers import recalibrate
+from rtfocus.training.networks.delpnet import DelpNet
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import openvino
 import torch
 from torch import nn
 
-from rtfocus.training.half_weights import halve_weights
-from rtfocus.training.networks.comi import Generator
-from rtfocus.training.onnx_file import write_onnx
-from rtfocus.training.tasks.restorer import restorer_graph
+from rtfocus.training.export import write_onnx
+from rtfocus.training.half_network import halve_weights
+from rtfocus.training.networks.comi_networks import Generator
+from rtfocus.training.task import restorer_graph
 
 
 def test_stored_weights_are_halved_and_the_result_stays(tmp_path):

@@ -7,16 +7,18 @@ import torch
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing import learned_wiener as numpy_side
 from rtfocus.processing.fourier import transfer_function
-from rtfocus.training.data.pair_recipe import PairsRecipe
+from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.networks.learned_wiener import (
     BANDS,
     CONDITION,
     TAPER_PX,
     TILE_PX,
     LearnedWiener,
+    level_psf,
+    own_part,
+    told_levels,
     wiener_filter,
 )
-from rtfocus.training.tasks.learned_wiener import level_psf, own_part, told_levels
 
 REFERENCE = {
     "numerical_aperture": 0.36,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rtfocus.training.losses.charbonnier import charbonnier, scales_loss
+from rtfocus.training.layers import charbonnier, scales_loss
 from rtfocus.training.networks.multiscale import (
     MULTIPLE_PX,
     MultiScale,

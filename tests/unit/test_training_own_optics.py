@@ -9,9 +9,10 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
 from rtfocus.training.api import train_command
-from rtfocus.training.data.fields import load_fields
+from rtfocus.training.data.scenes import load_fields
 from rtfocus.training.own_optics import own_recipe, read_optics
-from rtfocus.training.recipe import RecipeBase, load_recipe
+from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.registry import load_recipe
 
 OWN = "NA=0.75,wavelength=520,pixel=0.325,spherical=-0.2"
 

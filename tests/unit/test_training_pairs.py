@@ -7,14 +7,14 @@ import tifffile
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.optics.blur import blur
-from rtfocus.training.data.pair_recipe import (
+from rtfocus.training.data.pair_scenes import (
     PairRecipe,
+    PairScenes,
     PairsRecipe,
     RealPairsRecipe,
+    draw_pair_optics,
 )
-from rtfocus.training.data.pair_scenes import PairScenes, draw_pair_optics
-from rtfocus.training.data.pairs import PairBatches
-from rtfocus.training.data.real_pairs import load_real_pairs
+from rtfocus.training.data.pairs import PairBatches, load_real_pairs
 from rtfocus.training.recipe import PoolRecipe
 
 REFERENCE = OpticalSystem(

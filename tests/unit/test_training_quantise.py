@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from rtfocus.errors import ConfigError, EngineError
-from rtfocus.training.onnx_file import write_onnx
-from rtfocus.training.precisions import parse_precisions
+from rtfocus.training.export import parse_precisions, write_onnx
 from rtfocus.training.quantise import inner_convolutions, quantise
 from rtfocus.training.task import Graph
 

@@ -5,9 +5,10 @@ import pytest
 
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
-from rtfocus.training.data.exposure import draw_exposure
 from rtfocus.training.data.level_tiles import BACKGROUND, label_crop
-from rtfocus.training.recipe import OptimiserRecipe, load_recipe
+from rtfocus.training.data.scenes import draw_exposure
+from rtfocus.training.recipe import OptimiserRecipe
+from rtfocus.training.registry import load_recipe
 from rtfocus.training.trainer import learning_rate
 
 SHIPPED = resource_folder("configs") / "train_delpnet.yaml"

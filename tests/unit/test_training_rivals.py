@@ -5,22 +5,21 @@ import pytest
 import torch
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.training.data.level_recipe import BlurRecipe, TileOptimiserRecipe
-from rtfocus.training.networks.delpnet import LABELS
-from rtfocus.training.networks.mobilenet_v2 import MobileNetV2
-from rtfocus.training.networks.resnet18 import ResNet18
-from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
-from rtfocus.training.tasks.delpnet import (
+from rtfocus.training.data.level_tiles import LABELS, BlurRecipe, TileOptimiserRecipe
+from rtfocus.training.networks.delpnet import (
     DelpNetRecipe,
     DelpNetSection,
     DelpNetTask,
     labels_of,
 )
-from rtfocus.training.tasks.rivals import (
+from rtfocus.training.networks.rivals import (
+    MobileNetV2,
+    ResNet18,
     RivalOptimiserRecipe,
     RivalRecipe,
     RivalTask,
 )
+from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
 from rtfocus.training.trainer import Trainer
 
 SHARED = {

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from rtfocus.training.losses.charbonnier import charbonnier
+from rtfocus.training.layers import charbonnier
 from rtfocus.training.networks.rtfocus_1 import (
     CONDITION,
     LABELS,
     Modulation,
     Rtfocus1,
+    label_loss,
+    tile_levels,
 )
-from rtfocus.training.tasks.rtfocus_1 import label_loss, tile_levels
 
 FOCUS = LABELS.index(0)
 

@@ -14,21 +14,21 @@ from torch import nn
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
-from rtfocus.training.data.level_recipe import BlurRecipe, TileOptimiserRecipe
-from rtfocus.training.data.signed_recipe import SignedRecipe
-from rtfocus.training.half_weights import halve_weights
-from rtfocus.training.networks.batch_norm import (
+from rtfocus.training.checkpoint import find_engine, read_weights, start_from
+from rtfocus.training.data.level_tiles import BlurRecipe, TileOptimiserRecipe
+from rtfocus.training.data.signed_patches import SignedRecipe
+from rtfocus.training.half_network import halve_weights
+from rtfocus.training.layers import (
     fold_batch_norm,
     recalibrate,
     unfold_batch_norm,
 )
-from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
-from rtfocus.training.start import find_engine, read_weights, start_from
-from rtfocus.training.tasks.delpnet import DelpNetRecipe, DelpNetTask
-from rtfocus.training.tasks.wei_classifier import (
+from rtfocus.training.networks.delpnet import DelpNetRecipe, DelpNetTask
+from rtfocus.training.networks.wei_classifier import (
     WeiClassifierRecipe,
     WeiClassifierTask,
 )
+from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
 
 SHIPPED = Path("engines/delpnet")
 OPTICS = OpticalSystem(

@@ -15,22 +15,18 @@ from rtfocus.errors import ConfigError
 from rtfocus.resources import resource_folder
 from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
 from rtfocus.training.data.kernel_pairs import KernelPairs, gaussian_kernels
-from rtfocus.training.data.pair_recipe import PairsRecipe, RealPairsRecipe
-from rtfocus.training.onnx_file import write_onnx
-from rtfocus.training.recipe import (
-    OptimiserRecipe,
-    PoolRecipe,
-    SourceRecipe,
-    load_recipe,
-)
-from rtfocus.training.tasks.comi import ComiTask
-from rtfocus.training.tasks.comi_recipe import ComiRecipe, ComiSection, LossSection
-from rtfocus.training.tasks.rrdb import (
+from rtfocus.training.data.pair_scenes import PairsRecipe, RealPairsRecipe
+from rtfocus.training.export import write_onnx
+from rtfocus.training.networks.comi import ComiTask
+from rtfocus.training.networks.comi_networks import ComiRecipe, ComiSection, LossSection
+from rtfocus.training.networks.rrdb import (
     KernelsSection,
     RrdbRecipe,
     RrdbSection,
     RrdbTask,
 )
+from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe, SourceRecipe
+from rtfocus.training.registry import load_recipe
 from rtfocus.training.trainer import Trainer
 
 CONFIGS = resource_folder("configs")

@@ -5,18 +5,16 @@ import torch
 from torch.nn import functional
 
 from rtfocus.errors import ConfigError
-from rtfocus.training.losses.reblur import (
-    inner_part,
-    match_intensity,
-    reblur,
-    reblur_error,
-)
 from rtfocus.training.networks.wei_kernel import (
     UNKNOWN_CLASS,
     WeiKernelNet,
     channel_pairs,
     correlate,
     correlate_by_fft,
+    inner_part,
+    match_intensity,
+    reblur,
+    reblur_error,
 )
 from rtfocus.training.networks.wei_unet import (
     GuidedConvolution,

@@ -9,31 +9,31 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.data.signed_patches import SignedPatches, held_out_patches
-from rtfocus.training.data.signed_recipe import PatchOptimiserRecipe, SignedRecipe
-from rtfocus.training.data.signed_scenes import (
+from rtfocus.training.data.signed_patches import (
+    LABELS,
+    PATCH_PX,
+    PatchOptimiserRecipe,
+    SignedPatches,
+    SignedRecipe,
     class_of,
+    held_out_patches,
     plane_places_um,
     shifted_optics,
     stain_otherwise,
 )
-from rtfocus.training.networks.tiled import TiledClassifier
+from rtfocus.training.export import write_onnx
+from rtfocus.training.layers import TiledClassifier
 from rtfocus.training.networks.wei_classifier import (
-    LABELS,
-    PATCH_PX,
     WIDTHS,
     ChannelAttention,
     WeiClassifier,
-    exchange_channels,
-    normalise_channels,
-)
-from rtfocus.training.onnx_file import write_onnx
-from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
-from rtfocus.training.tasks.wei_classifier import (
     WeiClassifierRecipe,
     WeiClassifierTask,
     WeiSection,
+    exchange_channels,
+    normalise_channels,
 )
+from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
 from rtfocus.training.trainer import Trainer
 
 OPTICS = OpticalSystem(

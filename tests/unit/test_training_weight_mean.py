@@ -5,10 +5,9 @@ import torch
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
-from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
-from rtfocus.training.data.pair_recipe import PairsRecipe
-from rtfocus.training.tasks.rrdb import RrdbRecipe
-from rtfocus.training.weight_mean import write_mean
+from rtfocus.training.checkpoint import mean_state, save_checkpoint
+from rtfocus.training.data.pair_scenes import PairsRecipe
+from rtfocus.training.networks.rrdb import RrdbRecipe
 
 RECIPE = RrdbRecipe(pairs=PairsRecipe(reference=OpticalSystem(0.36, 451.0, 0.65)))
 
@@ -18,25 +17,23 @@ def write(path, values):
 
 
 def test_mean_lies_half_way_and_keeps_the_second_runs_recipe(tmp_path):
-    first, second, output = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
+    first, second = tmp_path / "a.pt", tmp_path / "b.pt"
     write(first, [1.0, 2.0])
     write(second, [3.0, -2.0])
-    write_mean(first, second, output)
-    recipe, state = load_checkpoint(output)
+    recipe, state = mean_state(first, second)
     assert recipe == RECIPE
     assert state["average"]["w"].tolist() == [2.0, 0.0]
 
 
 def test_whole_numbers_are_those_of_the_second(tmp_path):
-    first, second, output = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
+    first, second = tmp_path / "a.pt", tmp_path / "b.pt"
     write(first, 7)
     write(second, 12)
-    write_mean(first, second, output)
-    assert load_checkpoint(output)[1]["average"]["w"].item() == 12
+    assert mean_state(first, second)[1]["average"]["w"].item() == 12
 
 
 def test_different_networks_have_no_mean(tmp_path):
     write(tmp_path / "a.pt", [1.0])
     write(tmp_path / "b.pt", [1.0, 2.0])
     with pytest.raises(ConfigError, match="different networks"):
-        write_mean(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt")
+        mean_state(tmp_path / "a.pt", tmp_path / "b.pt")

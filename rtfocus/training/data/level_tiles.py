@@ -1,23 +1,186 @@
-"""Dataset: batches of noisy crops with a label per tile, made on the fly.
+"""Level tiles: sharp scenes blurred at every defocus level, as crops with labels.
 
 Batch number n is a pure function of (recipe, n): a pool of blurred scenes whose
-oldest entry is replaced at fixed steps, crops of it, a camera drawn per crop.
+oldest entry is replaced at fixed steps, crops of it, a camera drawn per crop. So a
+training run that was killed finds exactly the images again that it had.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
-from rtfocus.training.data.exposure import draw_exposure
-from rtfocus.training.data.level_recipe import LevelRecipe
-from rtfocus.training.data.level_scenes import FULL_SCALE, Blurring, Entry
-from rtfocus.training.networks.delpnet import GEOMETRY, LABELS
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.section import Section
+from rtfocus.optics.blur import blur_stack
+from rtfocus.optics.levels import DefocusLevels
+from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
+from rtfocus.optics.psf import compute_psf
+from rtfocus.training.data.scenes import SceneSource, SharpField, draw_exposure
+from rtfocus.training.recipe import (
+    Count,
+    Fraction,
+    OptimiserRecipe,
+    Positive,
+    RecipeBase,
+)
+
+# Cells of 24 px, at least one tile, at most what every scene holds.
+Side = Annotated[int, Field(ge=96, le=216, multiple_of=24)]
+
+
+class BlurRecipe(Section):
+    """The family of PSFs that sharp images are blurred with."""
+
+    reference: OpticalSystem
+    """Optics the defocus levels belong to, as fitted to real pairs."""
+    level_step_um: Positive = 2.0
+    """Distance between neighbouring levels under the reference optics."""
+    farthest_um: Positive = 36.0
+    """The last level stands for everything from its own defocus up to this."""
+    jitter_um: Annotated[float, Field(ge=0)] = 0.4
+    """Largest distance of a trained plane from its level's defocus."""
+    reference_share: Fraction = 0.45
+    """Share of entries blurred with exactly the reference optics."""
+    near_share: Fraction = 0.30
+    """Share blurred with optics near the reference; the rest is drawn widely."""
+    negative_share: Fraction = 0.15
+    """Share of entries on the other side of focus."""
+    kept_focus_share: Fraction = 0.5
+    """Share of drawn scenes whose level 0 is not blurred, as with photographs."""
+
+
+class TileOptimiserRecipe(OptimiserRecipe):
+    """Optimiser of a network that labels tiles."""
+
+    batch_tiles: Count = 128
+    """Tiles per step; crops of 96, 144 and 192 px hold 1, 4 and 9."""
+    crop_sides_px: tuple[Side, ...] = (96, 144, 192)
+    """Sides of the crops, one drawn per step."""
+    ordinal_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of the error of the mean level beside the cross-entropy."""
+
+
+class LevelRecipe(RecipeBase):
+    """A training run on images blurred at every level."""
+
+    blur: BlurRecipe
+    optimiser: TileOptimiserRecipe = TileOptimiserRecipe()
+
 
 Image = NDArray[np.float32]
+Planes = NDArray[np.uint16]
+
+FULL_SCALE = 65535
+_NO_BLUR = np.ones((1, 1), dtype=np.float32)
+_NOISE = ContrastToNoise(quantum=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One scene at every defocus level."""
+
+    planes: Planes
+    """Axes (plane, y, x); full scale = brightest point of the sharp scene."""
+    levels: tuple[int, ...]
+    """Defocus level of every plane; the last level has two planes."""
+    noise: tuple[float, ...]
+    """Noise that every plane already holds, as a share of full scale."""
+
+
+class Blurring:
+    """Makes entries of the training set or of the validation set."""
+
+    def __init__(
+        self, recipe: LevelRecipe, fields: list[SharpField], *, validation: bool
+    ) -> None:
+        """Choose the fields of one side of the split."""
+        self._recipe = recipe
+        self._validation = validation
+        self._scenes = SceneSource(recipe, fields, validation=validation)
+        self.fields = self._scenes.fields
+        self._scale = DefocusLevels(step_um=recipe.blur.level_step_um)
+
+    def entry(self, generation: int) -> Entry:
+        """Draw scene and optics number `generation` and blur it at every level."""
+        side = 1 if self._validation else 0
+        rng = np.random.default_rng([self._recipe.seed, side, generation])
+        scene = self._scenes.draw(rng)
+        optics = draw_optics(self._recipe.blur, rng)
+        blur = self._recipe.blur
+        # A photograph has been through a microscope, a drawn scene has not.
+        keep_focus = not scene.ideal or bool(rng.random() < blur.kept_focus_share)
+        return self._blur(scene.light, optics, rng, keep_focus)
+
+    def _blur(
+        self,
+        scene: Image,
+        optics: OpticalSystem,
+        rng: np.random.Generator,
+        keep_focus: bool,
+    ) -> Entry:
+        blur = self._recipe.blur
+        levels = [*range(self._scale.count), self._scale.count - 1]
+        side = 1 if rng.random() >= blur.negative_share else -1
+        psfs = []
+        for place, level in enumerate(levels):
+            jitter = rng.uniform(-blur.jitter_um, blur.jitter_um)
+            defocus_um = side * (self._scale.defocus_um(level) + jitter)
+            if place == self._scale.count:
+                farther = rng.uniform(self._scale.values_um[-1], blur.farthest_um)
+                # The far end is blur beyond recognition on either side of focus.
+                defocus_um = float(farther * rng.choice([-1, 1]))
+            unit = optics.defocus_unit_um / blur.reference.defocus_unit_um
+            is_sharp = level == 0 and keep_focus
+            psfs.append(
+                _NO_BLUR if is_sharp else compute_psf(optics, defocus_um * unit)
+            )
+        planes = np.clip(blur_stack(scene, psfs), 0, 1)
+        height, width = (n // CELL_PX * CELL_PX for n in scene.shape)
+        noise = tuple(_NOISE.noise(plane[:height, :width]) for plane in planes)
+        stored = np.rint(planes * FULL_SCALE).astype(np.uint16)
+        return Entry(stored, tuple(levels), noise)
+
+
+def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
+    """Draw the optics of one entry: reference, near it, or from a wide blur."""
+    base = blur.reference
+    chance = rng.random()
+    if chance < blur.reference_share:
+        return base
+    spherical = base.aberrations.spherical_waves
+    if chance < blur.reference_share + blur.near_share:
+        return replace(
+            base,
+            numerical_aperture=base.numerical_aperture * rng.uniform(0.95, 1.05),
+            pixel_size_um=base.pixel_size_um * rng.uniform(0.94, 1.06),
+            aberrations=Aberrations(
+                spherical_waves=spherical + rng.normal(0, 0.05),
+                astigmatism_waves=rng.normal(0, 0.03),
+            ),
+        )
+    if rng.random() < 0.3:
+        return replace(base, psf_model="born_wolf")
+    return replace(
+        base,
+        numerical_aperture=base.numerical_aperture * rng.uniform(0.85, 1.2),
+        pixel_size_um=base.pixel_size_um * rng.uniform(0.85, 1.15),
+        aberrations=Aberrations(
+            spherical_waves=rng.uniform(1.4 * spherical, -0.6 * spherical),
+            astigmatism_waves=rng.normal(0, 0.08),
+            coma_x_waves=rng.normal(0, 0.05),
+        ),
+        apodisation=float(rng.uniform(0, 0.5)),
+    )
+
+
 Crop = NDArray[np.uint16]
+
+LABELS: tuple[int | str, ...] = (*range(11), "bg")
+"""Label of every output: defocus levels 0 to 10, then background."""
 
 BACKGROUND = LABELS.index("bg")
 NORMALISATION = LocalStandardisation()
@@ -28,6 +191,41 @@ _EMPTY_SHARE = 0.02
 _VISIBLE = round(0.1 * FULL_SCALE)
 _DRAWS = 4
 _SHIFT = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class TileGeometry:
+    """Where the tiles of the network lie in its input, along both axes."""
+
+    cell_px: int
+    """Pixels per cell of the last feature map: product of the strides."""
+    tile_cells: int
+    """Cells under one max pool: those that a patch of 84 px makes."""
+    stride_cells: int
+    """Cells between neighbouring tiles."""
+
+    @property
+    def tile_px(self) -> int:
+        """Pixels that the cells of one tile stand for."""
+        return self.tile_cells * self.cell_px
+
+    @property
+    def stride_px(self) -> int:
+        """Pixels between the centres of neighbouring tiles."""
+        return self.stride_cells * self.cell_px
+
+    @property
+    def centre_px(self) -> int:
+        """Centre of tile 0: cell i looks at pixel i * cell_px, not half a cell on."""
+        return (self.tile_cells - 1) * self.cell_px // 2
+
+    def count(self, length_px: int) -> int:
+        """Return how many tiles an axis of this length has."""
+        cells = -(-length_px // self.cell_px)
+        return (cells - self.tile_cells) // self.stride_cells + 1
+
+
+GEOMETRY = TileGeometry(cell_px=24, tile_cells=4, stride_cells=2)
 
 
 @dataclass(frozen=True, slots=True)

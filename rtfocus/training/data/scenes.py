@@ -1,16 +1,131 @@
-"""Scenes: sharp pictures to blur, cut from real fields or drawn."""
+"""Scenes: sharp pictures to blur, cut from real fields or drawn, and the camera.
 
+The split is by field: no image, plane or channel of one file stands on both
+sides, so that nothing is learnt by heart and then called accuracy. Cameras are drawn
+at random, from very dim to bright, 8 to 16 bits.
+"""
+
+import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from rtfocus.errors import ConfigError
+from rtfocus.images.reading import open_images
 from rtfocus.specimens.fluorescent import draw_specimen
-from rtfocus.training.data.fields import Field
-from rtfocus.training.recipe import RecipeBase, SpecimenRecipe
+from rtfocus.training.recipe import RecipeBase, SourceRecipe, SpecimenRecipe
 
 Image = NDArray[np.float32]
+
+DATA_VARIABLE = "RTFOCUS_DATA"
+# Recommendation ITU-R BT.601. The loop takes BT.709 for what it sees; as scenes to
+# learn from both are fine, and a change would draw other batches from the same seed.
+_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class SharpField:
+    """One sharp plane."""
+
+    name: str
+    """File and plane it came from."""
+    source: SourceRecipe
+    """The part of the recipe it belongs to."""
+    validation: bool
+    """True: never trained on."""
+    image: Image
+    """Axes (y, x); dark near 0, brightest pixel 1."""
+
+
+def data_folder(recipe: RecipeBase) -> Path:
+    """Return the folder of sharp images.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such folder; names the places and the remedy.
+    """
+    beside = Path(__file__).resolve().parents[4] / "shared" / "data"
+    named = os.environ.get(DATA_VARIABLE)
+    folder = recipe.data_folder or (Path(named) if named else beside)
+    if not folder.is_dir():
+        msg = (
+            f"no sharp images at '{folder}'; set data_folder in the recipe or the "
+            f"environment variable {DATA_VARIABLE}"
+        )
+        raise ConfigError(msg)
+    return folder
+
+
+def load_fields(recipe: RecipeBase) -> list[SharpField]:
+    """Read every sharp plane of a recipe, in the order of its sources.
+
+    Raises
+    ------
+    ConfigError
+        If a pattern matches no file, or no field is left to train on.
+    """
+    fields: list[SharpField] = []
+    if recipe.sources:
+        folder = data_folder(recipe)
+        for source in recipe.sources:
+            fields += _load_source(source, folder)
+    if recipe.specimens is None and all(field.validation for field in fields):
+        msg = (
+            "the recipe leaves nothing to train on; give sources with fields outside "
+            "their validation patterns, or specimens"
+        )
+        raise ConfigError(msg)
+    return fields
+
+
+def _load_source(source: SourceRecipe, folder: Path) -> list[SharpField]:
+    found: list[SharpField] = []
+    for pattern in source.files:
+        paths = sorted(folder.glob(pattern))
+        if not paths:
+            msg = f"source '{source.kind}': no file matches '{folder / pattern}'"
+            raise ConfigError(msg)
+        for path in paths:
+            found += _load_file(path, source, _is_held_out(path, folder, source))
+    return found
+
+
+def _is_held_out(path: Path, folder: Path, source: SourceRecipe) -> bool:
+    inside = f"/{path.relative_to(folder).as_posix()}"
+    return any(
+        fnmatch(inside if wanted.startswith("/") else path.name, wanted)
+        for wanted in source.validation
+    )
+
+
+def _load_file(path: Path, source: SourceRecipe, held_out: bool) -> list[SharpField]:
+    return [
+        SharpField(
+            name=f"{path.stem}:{'.'.join(str(place) for place in index.values())}",
+            source=source,
+            validation=held_out,
+            image=_scale(series.read(**index)),
+        )
+        for series in open_images(path)
+        for index in series.indices()
+    ]
+
+
+def _scale(plane: NDArray[np.generic]) -> Image:
+    """Map counts to [0, 1]: dark percentile to 0, maximum to 1; colours to grey."""
+    pixels = plane.astype(np.float32)
+    if pixels.ndim == 3:
+        pixels = pixels @ _LUMINANCE
+    dark = np.percentile(pixels, 0.5)
+    light = max(float(pixels.max() - dark), 1e-6)
+    scaled = np.clip((pixels - dark) / np.float32(light), 0, 1)
+    return np.asarray(scaled, dtype=np.float32)
+
 
 _LEAST_SIDE_PX = 216
 _LARGEST_DRAWN_PX = 320
@@ -30,7 +145,7 @@ class SceneSource:
     """Draws scenes from one side of the split, each source by its share."""
 
     def __init__(
-        self, recipe: RecipeBase, fields: list[Field], *, validation: bool
+        self, recipe: RecipeBase, fields: list[SharpField], *, validation: bool
     ) -> None:
         self.fields = [field for field in fields if field.validation == validation]
         self._side_px = recipe.pool.side_px
@@ -60,7 +175,7 @@ class SceneSource:
         light = draw_specimen(kind, (side, side), rng, scale=scale)
         return Scene(light, ideal=True)
 
-    def _cut_field(self, field: Field, rng: np.random.Generator) -> Image:
+    def _cut_field(self, field: SharpField, rng: np.random.Generator) -> Image:
         """Cut a window of a field, resized by a random factor."""
         low, high = field.source.zoom
         zoom = float(rng.uniform(low, high))
@@ -87,3 +202,56 @@ def _resize(image: Image, zoom: float) -> Image:
     order = 1 if zoom < 1 else 3
     resized = ndimage.zoom(smooth, zoom, order=order)
     return np.asarray(np.clip(resized, 0, 1), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """Camera and light of one picture.
+
+    The noise is Gaussian with the variance of Poisson plus read noise (models of
+    one draw per pixel train ten times faster), rounded and clipped like a camera's.
+    """
+
+    photons: float
+    """At the brightest point of the scene."""
+    glow: float
+    """Background, in photons."""
+    read_noise_e: float
+    gain: float
+    """Counts per electron."""
+    full: float
+    """First count that the camera cannot tell: 2^bits."""
+
+    def counts(self, light: Image) -> Image:
+        """Return what a noiseless camera would read of `light` (1 = brightest)."""
+        electrons = light * np.float32(self.photons) + np.float32(self.glow)
+        return np.asarray(electrons * np.float32(self.gain))
+
+    def take(self, light: Image, rng: np.random.Generator) -> Image:
+        """Take a picture of `light`, in counts."""
+        electrons = light * np.float32(self.photons) + np.float32(self.glow)
+        spread = np.sqrt(np.maximum(electrons, 0) + self.read_noise_e**2)
+        electrons += spread * rng.standard_normal(light.shape, dtype=np.float32)
+        counts = np.rint(electrons * np.float32(self.gain))
+        return np.asarray(np.clip(counts, 0, self.full - 1, out=counts))
+
+    def dark_noise(self, scene_noise: float = 0.0) -> float:
+        """Return the deviation in the dark, in counts.
+
+        `scene_noise` is the noise that the scene itself holds, as a share of 1.
+        """
+        electrons = self.glow + self.read_noise_e**2 + (scene_noise * self.photons) ** 2
+        return float(np.sqrt(self.gain**2 * electrons + 1 / 12))
+
+
+def draw_exposure(
+    rng: np.random.Generator, photons: tuple[float, float] = (400, 10_000)
+) -> Exposure:
+    """Draw a camera; `photons` is the range at the brightest point."""
+    light = float(np.exp(rng.uniform(*np.log(photons))))
+    glow = float(np.exp(rng.uniform(np.log(0.003), np.log(0.25)))) * light
+    read_noise = float(rng.uniform(0.8, 4.0))
+    # Counts at the brightest point: from a poorly filled 8-bit range to 16 bits.
+    full = float(2 ** rng.choice([8, 12, 16], p=[0.4, 0.35, 0.25]))
+    fill = float(rng.uniform(0.3, 1.1) if full == 256 else rng.uniform(0.1, 1.1))
+    return Exposure(light, glow, read_noise, fill * full / (light + glow), full)

@@ -1,1 +1,1 @@
-"""Networks: torch modules only, one file per network; no data, no training."""
+"""Networks: one file each, with the network, what it learns and its recipe."""

@@ -9,11 +9,24 @@ logarithm of their mean power over the tile, and a small dense network from ther
 to the logarithm of the signal-to-noise ratio per radial frequency band.
 """
 
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.section import Section
 from rtfocus.optics.bands import band_weights, edge_taper
+from rtfocus.optics.psf import compute_psf
+from rtfocus.training.data.pair_scenes import PairRecipe, PairsRecipe
+from rtfocus.training.data.pairs import PairBatches
+from rtfocus.training.recipe import Count
+from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db, restorer_card
 
 CONDITION = ("sampling", "spherical_waves", "defocus_levels")
 """Entries of the condition vector, see the engine card."""
@@ -122,3 +135,168 @@ def wiener_filter(tiles: Tensor, psf: Tensor, log_snr: Tensor) -> Tensor:
     filtered = spectrum * gain.reshape(spectrum.shape)
     restored: Tensor = torch.fft.irfft2(filtered, s=(height, width))
     return restored[:, None] + mean
+
+
+# Mean squared error, of the frame's range, below which little is left to gain.
+_NO_ERROR = 1e-4
+_FARTHEST = 10
+
+
+class LearnedWienerSection(Section):
+    """The predictor's size and the PSFs its filter is given."""
+
+    filters: Count = 16
+    """Learned filters per scale."""
+    level_error: Annotated[float, Field(ge=0)] = 0.3
+    """Deviation of the level that the PSF is computed for, in levels, before it is
+    rounded: neither classifier nor calibration is exact, and the predictor must
+    know how far to trust a PSF."""
+    real_level: Annotated[float, Field(ge=-_FARTHEST, le=_FARTHEST)] = 5.0
+    """Level of the real pairs, whose defocus is not in the data."""
+
+
+class LearnedWienerRecipe(PairRecipe):
+    """A training run of the learned Wiener filter."""
+
+    name: str = "learned_wiener"
+    network: Literal["learned_wiener"] = "learned_wiener"
+    learned_wiener: LearnedWienerSection = LearnedWienerSection()
+
+
+class LearnedWienerTask(Task[LearnedWienerRecipe]):
+    """Negative PSNR of each tile's inner part; the filter is part of the loss."""
+
+    network: LearnedWiener
+
+    def __init__(self, recipe: LearnedWienerRecipe) -> None:
+        super().__init__(recipe)
+        self.network = LearnedWiener(recipe.learned_wiener.filters)
+        self._batches: PairBatches | None = None
+
+    def batch(self, step: int, draw: int = 0) -> Arrays:
+        """Make pairs, each with the PSF of the level it would be called."""
+        if self._batches is None:
+            # Made when first needed: an export needs no images.
+            self._batches = PairBatches(self.recipe)
+        rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
+        return with_psf(self._batches.batch(step, draw), self.recipe, rng)
+
+    def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return minus the mean PSNR, in tens of dB, of what a tile would keep."""
+        blurred, sharp = tensors["blurred"], tensors["sharp"]
+        # Powers down to the camera's noise need more digits than bfloat16 has.
+        with torch.autocast(blurred.device.type, enabled=False):
+            log_snr = self.network(blurred, tensors["condition"])
+            restored = wiener_filter(blurred, tensors["psf"], log_snr)
+        inner, wanted, seen = (own_part(part) for part in (restored, sharp, blurred))
+        error = (inner - wanted).square().mean(dim=(1, 2, 3))
+        shown = {"gain_db": gain_db(seen, inner, wanted)}
+        return torch.log10(error + _NO_ERROR).mean(), shown
+
+    def graph(self, network: nn.Module) -> Graph:
+        """Return the predictor; the filter runs outside."""
+        return Graph(
+            network,
+            {
+                "tiles": torch.zeros(2, 1, TILE_PX, TILE_PX),
+                "condition": torch.zeros(2, len(CONDITION)),
+            },
+            ("log_snr",),
+            {"tiles": {0: "number"}, "condition": {0: "number"}},
+        )
+
+    def card(self) -> dict[str, Any]:
+        """Return the card of a learned Wiener engine."""
+        card = restorer_card(
+            self.recipe.pairs,
+            f"Wiener filter, signal-to-noise ratio in {BANDS} bands per tile learned.",
+            tile_px=TILE_PX,
+            halo_px=HALO_PX,
+            multiple_px=TILE_PX,
+        )
+        return {
+            **card,
+            "implementation": "builtin:learned_wiener",
+            "condition": {"name": "condition", "entries": list(CONDITION)},
+            "output": {"name": "log_snr"},
+        }
+
+
+def with_psf(
+    made: Arrays, recipe: LearnedWienerRecipe, rng: np.random.Generator
+) -> Arrays:
+    """Give every patch of a batch the PSF and the condition it is filtered with.
+
+    Parameters
+    ----------
+    made
+        A batch of `PairBatches`.
+    recipe
+        How far the level may be off.
+    rng
+        Source of that error.
+
+    Returns
+    -------
+    Arrays
+        ``blurred`` and ``sharp`` (N, 1, y, x), ``psf`` (N, side, side), ``condition``
+        (N, entry).
+    """
+    settings, pairs = recipe.learned_wiener, recipe.pairs
+    levels = np.asarray(made["levels"], np.float64).mean(axis=(1, 2))
+    levels = np.where(np.isnan(levels), settings.real_level, levels)
+    told = told_levels(levels, settings.level_error, rng)
+    optics = np.asarray(made["optics"], np.float32)
+    psfs = [
+        level_psf(pairs, float(sampling), float(spherical), float(level))
+        for (sampling, spherical), level in zip(optics, told, strict=True)
+    ]
+    return {
+        "blurred": made["blurred"],
+        "sharp": made["sharp"],
+        "psf": np.stack(psfs),
+        "condition": np.column_stack([optics, told]).astype(np.float32),
+    }
+
+
+def own_part(tiles: Tensor) -> Tensor:
+    """Return tiles without their halo."""
+    return tiles[..., HALO_PX:-HALO_PX, HALO_PX:-HALO_PX]
+
+
+def told_levels(
+    levels: NDArray[np.float64], error: float, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return the whole levels that tiles are called; never 0, which is not filtered."""
+    called = np.rint(levels + rng.normal(0, error, levels.shape))
+    side = np.where(levels < 0, -1.0, 1.0)
+    return np.clip(np.where(called == 0, side, called), -_FARTHEST, _FARTHEST)
+
+
+def level_psf(
+    pairs: PairsRecipe, sampling: float, spherical_waves: float, level: float
+) -> NDArray[np.float32]:
+    """Compute the PSF of a level as the live loop does, from what is known there.
+
+    Asymmetric aberrations and the exact aperture of a training image are not known
+    there, so they are missing here.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        Shape (65, 65), a tile's two halos and the centre.
+    """
+    reference = pairs.reference
+    unit_um = reference.wavelength_nm * 1e-3 / reference.numerical_aperture
+    optics: OpticalSystem = replace(
+        reference,
+        # Rounded, for equal optics share one computed PSF.
+        pixel_size_um=round(sampling * unit_um, 6),
+        aberrations=Aberrations(spherical_waves=round(spherical_waves, 6)),
+    )
+    defocus_um = level * pairs.level_step_um
+    return compute_psf(optics, defocus_um, size_px=2 * HALO_PX + 1)
+
+
+RECIPE = LearnedWienerRecipe
+TASK = LearnedWienerTask

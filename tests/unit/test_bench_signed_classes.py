@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from rtfocus.training.class_score import ClassScore
-from rtfocus.training.evaluate_signed import probabilities
+from bench.signed_classes import ClassScore, probabilities
 
 LABELS = (-1, 0, 1)
 

@@ -1,12 +1,15 @@
-"""Evaluation of signed classifiers: the same optics, shifted optics, real planes.
+"""Signed classes bench: a classifier of five classes on patches whose class is known.
 
-``python -m rtfocus.training.evaluate_signed ENGINE_FOLDER RECIPE``. The shifted
-protocol differs from training in objective and light, in colour also in dyes.
+Precision, recall, calibration and confusion under the training's optics, under shifted
+ones (another objective; in colour also other dyes) and on real planes.
+
+Run: python -m bench.signed_classes ENGINE_FOLDER RECIPE
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_args
@@ -20,13 +23,106 @@ from rich.table import Table
 
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
-from rtfocus.training.class_score import ClassScore
-from rtfocus.training.data.fields import data_folder
-from rtfocus.training.data.signed_patches import held_out_patches
-from rtfocus.training.data.signed_recipe import SignedClassRecipe
-from rtfocus.training.data.signed_scenes import Protocol
-from rtfocus.training.networks.wei_classifier import LABELS, PATCH_PX
-from rtfocus.training.recipe import load_recipe
+from rtfocus.training.data.scenes import data_folder
+from rtfocus.training.data.signed_patches import (
+    LABELS,
+    PATCH_PX,
+    Protocol,
+    SignedClassRecipe,
+    held_out_patches,
+)
+from rtfocus.training.registry import load_recipe
+
+_BINS = 10
+
+
+@dataclass
+class ClassScore:
+    """What a classifier said of patches whose class is known.
+
+    Parameters
+    ----------
+    labels
+        Label of every class, in the order of the probabilities.
+    """
+
+    labels: tuple[int, ...]
+    confusion: NDArray[np.int64] = field(init=False)
+    """Patches by true class (row) and found class (column)."""
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        self.confusion = np.zeros((count, count), dtype=np.int64)
+        # By confidence: patches, of these right, sum of the confidences.
+        self._bins = np.zeros((3, _BINS))
+
+    def add(
+        self, true: NDArray[np.integer], probabilities: NDArray[np.floating]
+    ) -> None:
+        """Count patches: classes (N,) and probabilities (N, classes)."""
+        found = probabilities.argmax(axis=1)
+        np.add.at(self.confusion, (true, found), 1)
+        confidence = probabilities.max(axis=1)
+        place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+        for row, values in enumerate((np.ones(len(true)), found == true, confidence)):
+            np.add.at(self._bins[row], place, values)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right classes."""
+        return _share(np.trace(self.confusion), self.confusion.sum())
+
+    @property
+    def precision(self) -> list[float]:
+        """Per class: share of the patches found to be of it that are."""
+        found = self.confusion.sum(axis=0)
+        return [
+            _share(n, total)
+            for n, total in zip(np.diag(self.confusion), found, strict=True)
+        ]
+
+    @property
+    def recall(self) -> list[float]:
+        """Per class: share of its patches that were found."""
+        true = self.confusion.sum(axis=1)
+        return [
+            _share(n, total)
+            for n, total in zip(np.diag(self.confusion), true, strict=True)
+        ]
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: mean gap of confidence and accuracy, 10 bins."""
+        patches, right, confidence = self._bins
+        return _share(np.abs(right - confidence).sum(), patches.sum())
+
+    @property
+    def sign_right(self) -> float:
+        """Of patches off focus that were not called focus, those on their side."""
+        signs = np.sign(self.labels)
+        off = self.confusion[np.ix_(signs != 0, signs != 0)]
+        same = np.equal.outer(signs[signs != 0], signs[signs != 0])
+        return _share(off[same].sum(), off.sum())
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything as plain numbers."""
+        pairs = zip(self.precision, self.recall, strict=True)
+        f1 = [2 * p * r / max(p + r, 1e-12) for p, r in pairs]
+        return {
+            "patches": int(self.confusion.sum()),
+            "accuracy": round(self.accuracy, 4),
+            "sign_right": round(self.sign_right, 4),
+            "calibration_error": round(self.calibration_error, 4),
+            "precision": [round(p, 4) for p in self.precision],
+            "recall": [round(r, 4) for r in self.recall],
+            "f1": [round(f, 4) for f in f1],
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def _share(part: float, total: float) -> float:
+    return float(part / total) if total else float("nan")
+
 
 Image = NDArray[np.float32]
 Predict = Callable[[Image], NDArray[np.float32]]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rtfocus.training.checkerboard import checkerboard_ratio
+from bench.checkerboard import checkerboard_ratio
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""BatchNorm: exact statistics, folding into convolutions, and back."""
+"""Layers: what several networks share: exact BatchNorm, tiles, Charbonnier loss."""
 
 import copy
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
@@ -98,3 +99,64 @@ def unfold_batch_norm(
             layer.weight.copy_(scale * torch.sqrt(variance + layer.eps))
             layer.bias.copy_(bias + scale * mean)
         maps = [layer(m) for m in maps]
+
+
+class TiledClassifier(nn.Module):
+    """A patch classifier over whole frames: one label per patch, side by side.
+
+    Attention, pooling and dense layers look at a patch as a whole, so a frame
+    cannot pass through the convolutions at once: it is cut into patches that do not
+    overlap.
+
+    Parameters
+    ----------
+    patch_network
+        Takes patches (N, channels, side, side), returns logits (N, labels).
+    patch_px
+        Side of the patches.
+    """
+
+    def __init__(self, patch_network: nn.Module, patch_px: int) -> None:
+        super().__init__()
+        self.patch_network = patch_network
+        self.patch_px = patch_px
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Return logits (N, labels, rows, columns) of frames (N, channels, H, W).
+
+        What lies behind the last whole patch is not looked at.
+        """
+        number, channels, height, width = tiles.shape
+        side = self.patch_px
+        rows, columns = height // side, width // side
+        cut = tiles[:, :, : rows * side, : columns * side]
+        grid = cut.reshape(number, channels, rows, side, columns, side)
+        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, side, side)
+        logits: Tensor = self.patch_network(patches)
+        return logits.reshape(number, rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def charbonnier(error: Tensor, bend: float) -> Tensor:
+    """Return the mean of ``sqrt(error^2 + bend^2) - bend``."""
+    return (error.square() + bend**2).sqrt().mean() - bend
+
+
+def scales_loss(restored: Sequence[Tensor], sharp: Tensor, bend: float) -> Tensor:
+    """Return the mean over scales of the Charbonnier loss.
+
+    Parameters
+    ----------
+    restored
+        Result per scale, coarsest first, each twice the size of the one before and
+        the last of the shape of `sharp`.
+    sharp
+        Wanted image (N, C, H, W); averaged over 2 x 2 pixels for every step down.
+    bend
+        See `charbonnier`.
+    """
+    wanted = sharp
+    total = charbonnier(restored[-1].float() - wanted, bend)
+    for found in restored[-2::-1]:
+        wanted = functional.avg_pool2d(wanted, 2)
+        total = total + charbonnier(found.float() - wanted, bend)
+    return total / len(restored)

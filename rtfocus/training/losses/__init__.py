@@ -1,1 +1,0 @@
-"""Losses: what a network is told to be better at."""

@@ -1,1 +1,0 @@
-"""Tasks: per network its recipe, its batches, its losses and its card."""
