@@ -23,8 +23,10 @@ from pathlib import Path
 from rtfocus.config import Config
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import (
+    BusyError,
     EngineError,
     RtfocusError,
+    TakenOverError,
     WorkerError,
     WriterError,
 )
@@ -175,6 +177,10 @@ class SeriesLoop:
             self._monitor.begin(self._series)
             self._monitor.backends = self._processor.backends()
             failure = self._run_workers(writer)
+            if failure is not None and _is_replaced(failure):
+                # Whoever has the series now goes on with the folder as it is.
+                writer.abort()
+                raise failure
             end = self._end(failure)
             folder = writer.close(end, self._monitor.report())
         if failure is not None:
@@ -285,6 +291,14 @@ class SeriesLoop:
             frames_sent=self._monitor.accounting.acquired,
             reason=reason,
         )
+
+
+def _is_replaced(failure: RtfocusError) -> bool:
+    """Tell whether another recorder has the series, or another writer the folder."""
+    return any(
+        isinstance(error, (TakenOverError, BusyError))
+        for error in (failure, failure.__cause__)
+    )
 
 
 def _open_preview(transport: TransportConfig) -> PreviewPublisher:

@@ -10,10 +10,12 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── InputError         a file or folder that cannot be read as images
     ├── OutputError        a place that cannot, or must not, be written to
     ├── TransportError     sockets, peers, protocol, stalls
-    │   └── ProtocolError  one message that breaks the wire protocol
+    │   ├── ProtocolError  one message that breaks the wire protocol
+    │   └── TakenOverError another recorder has the series now
     ├── MicroscopeError    Micro-Manager, adapters, devices, acquisition
     ├── EngineError        an engine that cannot be loaded, fitted or run
     ├── WriterError        the run folder: disk, store, journal
+    │   └── BusyError      another process writes the run folder
     ├── IncompleteError    the work ended, but not all that was planned is there
     └── WorkerError        a thread of the loop failed; names it, keeps the cause
 
@@ -47,6 +49,8 @@ class ExitCode(IntEnum):
     not."""
     ENGINE = 6
     """An engine is missing, damaged, or does not fit."""
+    BUSY = 7
+    """Another process writes the run folder; nothing was changed."""
     FAULT = 70
     """A fault of rtfocus itself; one line says where the traceback was written."""
     INTERRUPTED = 130
@@ -98,6 +102,10 @@ class ProtocolError(TransportError):
         self.reason = reason
 
 
+class TakenOverError(TransportError):
+    """Another recorder has the series now; this one leaves its run folder as it is."""
+
+
 class MicroscopeError(RtfocusError):
     """Micro-Manager, a device or the acquisition failed."""
 
@@ -110,6 +118,12 @@ class EngineError(RtfocusError):
 
 class WriterError(RtfocusError):
     """The run folder cannot be written or read back."""
+
+
+class BusyError(WriterError):
+    """Another process writes the run folder; the message says which."""
+
+    exit_code = ExitCode.BUSY
 
 
 class IncompleteError(RtfocusError):

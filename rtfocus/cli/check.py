@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rtfocus.errors import ExitCode
 from rtfocus.writers.check import check_run
 
 
@@ -22,13 +23,15 @@ def check(
     """Validate a run folder: stores, journal, and that no frame is unaccounted for.
 
     Exits with 1 when something is wrong, with 5 when all is sound but there are fewer
-    frames than planned.
+    frames than planned, with 7 when the run is being written.
 
     [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
     """
     report = check_run(run, repair=repair)
     typer.echo(report)
     if report.problems:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
+    if report.holder is not None:
+        raise typer.Exit(ExitCode.BUSY)
     if report.outcome is not None and not report.outcome.is_complete:
         raise typer.Exit(report.outcome.exit_code)

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from rtfocus.errors import ProtocolError, TransportError
+from rtfocus.errors import ProtocolError, TakenOverError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.slots import SlotPool
@@ -105,6 +105,10 @@ class Intake:
         self.sequencer.abandon(self._sent_upto, reason)
         self._count_gaps()
         self._finish(reason, TransportError(reason))
+
+    def yield_to_another(self, reason: str) -> None:
+        """End the series because another recorder has it: nothing is lost by that."""
+        self._finish(reason, TakenOverError(reason))
 
     def stop(self) -> None:
         """End the series because this side wants it."""

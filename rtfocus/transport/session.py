@@ -44,6 +44,7 @@ class Session:
         self._lost_s = LOST_HEARTBEATS * config.heartbeat_s
         self._patience_s = max(config.stall_timeout_s, self._lost_s)
         self._over: str | None = None
+        self._taken_over: str | None = None
         self._complaint = ""
         self._said: m.Progress | None = None
         self._said_s = 0.0
@@ -62,7 +63,9 @@ class Session:
         self.durable_upto = next_sequence
         self._flowing_s = now_s
         self.intake = intake
-        if self._over is not None:
+        if self._taken_over is not None:
+            intake.yield_to_another(self._taken_over)
+        elif self._over is not None:
             intake.abandon(self._over)
 
     def handle(self, message: m.FromPublisher, now_s: float) -> None:
@@ -181,9 +184,9 @@ class Session:
             if refused.code != "occupied":
                 self.broken = TransportError(f"refused: {refused.reason}")
         elif refused.code == "occupied":
+            self._taken_over = "another recorder has taken over the series"
             if self.intake is not None:
-                self.intake.lose("another recorder has taken over the series")
-            self._over = "another recorder has taken over the series"
+                self.intake.yield_to_another(self._taken_over)
         else:
             self._end("the publisher restarted")
 

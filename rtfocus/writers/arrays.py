@@ -4,7 +4,10 @@ A resolved write future means that the shard file has its final name, so it is
 the commit signal that the journal waits for.
 """
 
-from math import ceil
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
+from rtfocus.writers.header import is_document
 from rtfocus.writers.metadata import AXES
 from rtfocus.writers.specs import ImageSpec
 
@@ -21,6 +25,7 @@ _SEPARATOR = "."
 # With the separator "/" every frame makes four folders per image, which costs more
 # than its file: 0.5 ms against 0.15 ms on ext4. OME-Zarr 0.5 allows both.
 _SHARD_PREFIX = f"c{_SEPARATOR}"
+_SHARD_NAME = re.compile(r"c\.(\d{1,12})\.(\d{1,9})\.(\d{1,9})\.0\.0")
 
 _FIRST_GROWTH = 64
 _LARGEST_GROWTH = 4096
@@ -58,6 +63,18 @@ class FailedWrite:
         raise self._error
 
 
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One shard on the disk."""
+
+    path: Path
+    times: range
+    """Time points that it may hold."""
+    c: int
+    """Channel, not plane."""
+    z: int
+
+
 class FrameArray:
     """One array with axes t, c, z, y, x on disk; t grows as needed.
 
@@ -74,8 +91,8 @@ class FrameArray:
     context
         As from `open_context`.
     create
-        False: the array exists, from an earlier process or a finished run. True:
-        one that exists without a frame is replaced.
+        False: the array exists, from an earlier process or a finished run. True: it
+        is made where there is none; shards that lie there already stay.
     """
 
     def __init__(
@@ -100,7 +117,11 @@ class FrameArray:
             # never written.
             "store_data_equal_to_fill_value": True,
         }
+        document = path / "zarr.json"
+        create = create and not is_document(document)
         if create:
+            # One that was torn or zeroed says nothing that the header does not.
+            document.unlink(missing_ok=True)
             metadata = array_metadata(spec, [*shape, *spec.plane_shape], store)
             description["metadata"] = metadata
         try:
@@ -109,7 +130,6 @@ class FrameArray:
                 context=context,
                 open=not create,
                 create=create,
-                delete_existing=create,
             ).result()
         except (ValueError, OSError, RuntimeError) as error:
             msg = f"cannot open array '{path}': {error}"
@@ -142,24 +162,49 @@ class FrameArray:
             raise WriterError(msg) from error
         return found[0] if self._planes == 1 else np.moveaxis(found, 0, -1)
 
-    def trim(self, frames: int) -> None:
-        """Set the length along t and remove the files of what lies beyond."""
-        if frames == self.frames:
-            return
+    def holds(self, t: int, c: int, z: int) -> bool:
+        """Tell whether a frame is there, whole, and right by its checksums."""
+        planes = slice(c * self._planes, (c + 1) * self._planes)
         try:
-            self._array = self._resized(frames)
-            # Not left to tensorstore: it would look for every file that a long
-            # plan might have had, also those that were never written.
-            self._remove_shards(ceil(frames / self._shard_frames))
+            place = self._array[t, planes, z]
+            found = place.storage_statistics(query_fully_stored=True).result()
+            if found.fully_stored:
+                place.read().result()
+        except (ValueError, OSError, RuntimeError, IndexError):
+            return False
+        return bool(found.fully_stored)
+
+    def shards(self) -> Iterator[ShardFile]:
+        """Yield the shards on the disk, whatever the length along t is."""
+        return list_shards(self._path, self._shard_frames)
+
+    def trim(self, frames: int) -> list[Path]:
+        """Set the length along t; returns the shards that lie wholly beyond it.
+
+        Their files stay where they are.
+
+        Raises
+        ------
+        WriterError
+            If it cannot be set.
+        """
+        try:
+            if frames != self.frames:
+                self._array = self._resized(frames)
+            # Not left to tensorstore: it would delete them, and look for every file
+            # that a long plan might have had.
+            return [s.path for s in self.shards() if s.times.start >= frames]
         except (ValueError, OSError, RuntimeError) as error:
             msg = f"cannot trim '{self._path}' to {frames} time points: {error}"
             raise WriterError(msg) from error
 
-    def _remove_shards(self, first: int) -> None:
-        """Remove the files of all shards along t from number `first` on."""
-        for file in list(self._path.glob(f"{_SHARD_PREFIX}*")):
-            if int(file.name.split(_SEPARATOR)[1]) >= first:
-                file.unlink()
+    def reserve(self, frames: int) -> None:
+        """Make the array at least this long along t; WriterError if it cannot be."""
+        try:
+            self._reserve(frames)
+        except (ValueError, OSError, RuntimeError) as error:
+            msg = f"cannot grow '{self._path}' to {frames} time points: {error}"
+            raise WriterError(msg) from error
 
     def _start(self, t: int, c: int, z: int, frames: list[NDArray[Any]]) -> Commit:
         planes = slice(c * self._planes, (c + 1) * self._planes)
@@ -188,6 +233,26 @@ class FrameArray:
     def _as_planes(self, frame: NDArray[Any]) -> NDArray[Any]:
         """View a frame with axes (plane, y, x)."""
         return frame[np.newaxis] if frame.ndim == 2 else np.moveaxis(frame, -1, 0)
+
+
+def list_shards(array: Path, shard_frames: int) -> Iterator[ShardFile]:
+    """Yield the shards in the folder of an array, `shard_frames` along t each.
+
+    Raises
+    ------
+    WriterError
+        If the folder cannot be read.
+    """
+    try:
+        names = os.listdir(array)
+    except OSError as error:
+        msg = f"'{array}' cannot be read: {error.strerror}"
+        raise WriterError(msg) from error
+    for name in names:
+        if (found := _SHARD_NAME.fullmatch(name)) is not None:
+            number, c, z = map(int, found.groups())
+            times = range(number * shard_frames, (number + 1) * shard_frames)
+            yield ShardFile(array / name, times, c, z)
 
 
 def shard_name(*numbers: int) -> str:

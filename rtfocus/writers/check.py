@@ -2,19 +2,23 @@
 
 Validates every OME-Zarr with yaozarrs, reads every frame the journal calls
 written with zarr-python, not with the library that wrote it, and verifies the
-loss identity.
+loss identity. Changes nothing unless it is asked to repair, and then deletes no frame.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 import yaozarrs
 import zarr
+from fsspec import register_implementation
+from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.outcome import Outcome
-from rtfocus.writers.arrays import shard_name
+from rtfocus.writers.arrays import list_shards, shard_name
 from rtfocus.writers.header import (
     JOURNAL_NAME,
     REPORT_NAME,
@@ -22,10 +26,11 @@ from rtfocus.writers.header import (
     is_finished,
     read_header,
 )
-from rtfocus.writers.journal import WRITTEN, Line, read_journal, torn_bytes
+from rtfocus.writers.journal import WRITTEN, Line, scan_journal
 from rtfocus.writers.layout import image_groups, store_path
+from rtfocus.writers.lock import Holder, holder_of
 from rtfocus.writers.plan import Plan, complete
-from rtfocus.writers.repair import repair_run
+from rtfocus.writers.repair import Terms, read_report, repair_run
 from rtfocus.writers.specs import CONFIDENCE, ImageSpec, image_specs
 from rtfocus.writers.tally import TakenPlaces, Tally
 
@@ -43,6 +48,8 @@ class CheckReport:
     """What a repair did."""
     problems: list[str] = field(default_factory=list)
     """Everything that is wrong; empty: the run can be trusted."""
+    holder: Holder | None = None
+    """Who is writing the run now; nothing is said of its end then."""
     frames: int = 0
     """Frames that the journal calls written; all were read back."""
     missing: list[Line] = field(default_factory=list)
@@ -54,9 +61,11 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        """Return ``ok``, ``NOT OK``, or how much of the plan there is if not all."""
+        """Return ``ok``, ``NOT OK``, who is writing, or how much of the plan there is."""
         if self.problems:
             return "NOT OK"
+        if self.holder is not None:
+            return f"is being written by {self.holder}"
         if self.outcome is None or self.outcome.is_complete:
             return "ok"
         return str(self.outcome)
@@ -83,18 +92,20 @@ def check_run(folder: Path, *, repair: bool = False) -> CheckReport:
 
     Raises
     ------
+    BusyError
+        If it is to be repaired while it is being written.
     WriterError
-        If `folder` is no run folder or its journal is damaged.
+        If `folder` is no run folder, or cannot be repaired.
     """
     header = read_header(folder)
     report = CheckReport(folder)
     if repair:
         report.repaired = repair_run(folder, header)
+    report.holder = holder_of(folder)
     report.finished = is_finished(folder)
-    if not report.finished:
+    if not report.finished and report.holder is None:
         report.problems.append(
-            "the run was cut off, or is still being written; when its processor is "
-            f"gone, finish it with: rtfocus check {folder} --repair"
+            f"the run was cut off; finish it with: rtfocus check {folder} --repair"
         )
     tally = _check_journal(folder, header, report)
     _check_stores(folder, header, report)
@@ -108,36 +119,92 @@ def _check_journal(folder: Path, header: RunHeader, report: CheckReport) -> Tall
     path = folder / JOURNAL_NAME
     tally = Tally(Plan(header.series))
     taken = TakenPlaces(tally.plan)
+    # In this order: of a run being written only frames that are there by now are read.
+    stop = path.stat().st_size if path.exists() else None
     readers = _open_images(folder, header, report)
-    if torn_bytes(path):
-        report.problems.append(f"the last line of '{path}' is torn; use --repair")
-    for line in read_journal(path):
-        expected = tally.next_sequence
-        if line["sequence"] is not None and line["sequence"] != expected:
-            _tell(report, f"journal jumps from sequence {expected} to {line}")
-        tally.add(line)
-        if line["status"] != WRITTEN:
+    if stop is None:
+        _tell(report, f"journal '{path}' is lost; use --repair")
+        return tally
+    for record in scan_journal(path, tally.plan, stop):
+        if record.is_torn:
+            if report.holder is None:
+                _tell(report, f"the last line of '{path}' is torn; use --repair")
             continue
-        index = complete(line["index"])
-        if index in taken:
-            _tell(report, f"two frames at {index}")
-        taken.take(index)
-        for name in line["stored"]:
-            fault = readers[name].fault(index) if name in readers else "no such image"
-            if fault is not None:
-                _tell(report, f"frame {line['sequence']} in {name}: {fault}")
+        if record.fault is not None:
+            _tell(
+                report,
+                f"line {record.number} of '{path}' is damaged ({record.fault}); "
+                "use --repair",
+            )
+        if record.line is not None:
+            _check_line(record.line, tally, taken, readers, report)
     report.frames = tally.terms[WRITTEN, None]
     report.missing = tally.missing
+    if report.finished:
+        _check_strays(readers, taken, report)
     return tally
+
+
+def _check_line(
+    line: Line,
+    tally: Tally,
+    taken: TakenPlaces,
+    readers: dict[str, "_ImageReader"],
+    report: CheckReport,
+) -> None:
+    """Check one line, and the frame that it names."""
+    expected = tally.next_sequence
+    if line["sequence"] is not None and line["sequence"] != expected:
+        found = line["sequence"]
+        _tell(report, f"the journal jumps from sequence {expected} to {found}")
+    tally.add(line)
+    if line["status"] != WRITTEN:
+        return
+    index = complete(line["index"])
+    if index in taken:
+        _tell(report, f"two frames at {index}")
+    taken.take(index)
+    for name in line["stored"]:
+        fault = readers[name].fault(index) if name in readers else "no such image"
+        if fault is not None:
+            _tell(report, f"frame {line['sequence']} in {name}: {fault}")
+
+
+def _check_strays(
+    readers: dict[str, "_ImageReader"], taken: TakenPlaces, report: CheckReport
+) -> None:
+    """Count the shards of a finished run that no journal line names."""
+    strays = sum(reader.count_strays(taken) for reader in readers.values())
+    if strays:
+        _tell(report, f"the journal names no frame of {strays} shards; use --repair")
 
 
 class _ImageReader:
     """Reads frames of one image back with zarr-python."""
 
-    def __init__(self, spec: ImageSpec, groups: list[Path]) -> None:
+    def __init__(self, spec: ImageSpec, groups: list[Path], plan: Plan) -> None:
         self._spec = spec
+        self._plan = plan
         self._folders = [group / "0" for group in groups]
         self._arrays = [zarr.open_array(path, mode="r") for path in self._folders]
+        for array in self._arrays:
+            if array.ndim != 5 or array.dtype.name != spec.dtype:
+                msg = f"array is {array.dtype.name} with {array.ndim} axes"
+                raise ValueError(msg)
+
+    def count_strays(self, taken: TakenPlaces) -> int:
+        """Return how many shards hold no frame that is `taken`."""
+        strays = 0
+        for position, (folder, array) in enumerate(
+            zip(self._folders, self._arrays, strict=True)
+        ):
+            frames = (array.shards or array.chunks)[0]
+            for shard in list_shards(folder, frames):
+                place = {"p": position, "c": shard.c, "z": shard.z}
+                places = [{"t": t, **place} for t in shard.times]
+                inside = [one for one in places if self._plan.contains(one)]
+                strays += bool(inside) and not any(one in taken for one in inside)
+        return strays
 
     def fault(self, index: dict[str, int]) -> str | None:
         """Return why a frame cannot be read; None: it can."""
@@ -168,9 +235,9 @@ def _open_images(
     for spec in image_specs(header):
         try:
             groups = image_groups(folder, header, spec)
-            readers[spec.name] = _ImageReader(spec, groups)
-        except (OSError, ValueError, KeyError) as error:
-            report.problems.append(f"{spec.name} does not open in zarr: {error}")
+            readers[spec.name] = _ImageReader(spec, groups, Plan(header.series))
+        except Exception as error:  # whatever zarr makes of a damaged store
+            report.problems.append(f"{spec.name} does not open in zarr: {_said(error)}")
     return readers
 
 
@@ -184,26 +251,56 @@ def _check_stores(folder: Path, header: RunHeader, report: CheckReport) -> None:
         )
         for root in roots:
             try:
-                yaozarrs.validate_zarr_store(str(root))
+                _validate(root)
             except Exception as error:  # whatever the validator says is the finding
-                report.problems.append(f"'{root}' is no valid OME-Zarr: {error}")
+                report.problems.append(f"'{root}' is no valid OME-Zarr: {_said(error)}")
+
+
+class _PlainFiles(LocalFileSystem):  # type: ignore[misc] # fsspec has no type hints
+    """Local files whose names mean nothing else: no ``*``, ``[``, ``~`` or ``::``."""
+
+    protocol = "rtfocus-plain"
+
+    @classmethod
+    def url(cls, path: Path) -> str:
+        """Return a URL of `path` without a character that means something."""
+        plain = os.fsencode(path.absolute().as_posix())
+        return f"{cls.protocol}://{quote(plain)}"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        head = f"{cls.protocol}://"
+        if not path.startswith(head):
+            return path
+        return os.fsdecode(unquote_to_bytes(path.removeprefix(head)))
+
+    def expand_path(self, path: str | list[str], *_: object, **__: object) -> list[str]:
+        """Return the paths as they are."""
+        return [path] if isinstance(path, str) else path
+
+
+register_implementation(_PlainFiles.protocol, _PlainFiles)
+
+
+def _validate(root: Path) -> None:
+    """Validate an OME-Zarr; its path is no URL and no pattern to the libraries."""
+    yaozarrs.validate_zarr_store(_PlainFiles.url(root))
+
+
+def _said(error: Exception) -> str:
+    """Return what a library says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_report(folder: Path, tally: Tally, report: CheckReport) -> None:
     """Compare the report with the journal, and verify the loss identity."""
     path = folder / REPORT_NAME
-    try:
-        found = msgspec.json.decode(path.read_bytes())
-        accounting = found["accounting"]
-        lost = sum(accounting["dropped"].values()) + sum(
-            accounting["in_error"].values()
-        )
-        known = accounting["written"] + accounting["focus"] + lost
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        report.problems.append(
-            f"'{path}' is damaged: {error!r}; delete it, then use --repair"
-        )
+    found = read_report(folder)
+    if found is None:
+        report.problems.append(f"'{path}' is damaged; use --repair")
         return
+    accounting = found["accounting"]
+    known = msgspec.convert(accounting, Terms).known
     report.accounting = accounting
     report.outcome = Outcome.of_report(found)
     if accounting["acquired"] != known:

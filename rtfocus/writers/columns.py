@@ -4,7 +4,6 @@ Row i is line i of the journal. Words (status, engines ...) are kept as codes in
 the array's attribute ``words``, because Zarr v3 has no settled string type.
 """
 
-import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import OutputError, WriterError
+from rtfocus.files import remove, replace
 from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import write_group
@@ -91,20 +91,23 @@ def write_columns(folder: Path, rows: int) -> Path:
         If the journal cannot be read or the arrays cannot be written.
     """
     group = folder / FRAMES_NAME
+    part = folder / f".{FRAMES_NAME}.part"
     try:
-        if group.exists():
-            shutil.rmtree(group)
-        write_group(group, {}, fsync=False)
-        columns = _Columns(group, rows)
+        remove(part)
+        write_group(part, {}, fsync=False)
+        columns = _Columns(part, rows)
         lines = read_journal(folder / JOURNAL_NAME)
         number = 0
         while block := list(islice(lines, _BLOCK)):
             columns.write(number, block)
             number += 1
         columns.close()
+        replace(part, group)
     except OSError as error:
-        msg = f"cannot write '{error.filename}': {error.strerror}"
+        msg = f"cannot write '{error.filename or group}': {error.strerror or error}"
         raise WriterError(msg) from error
+    except OutputError as error:
+        raise WriterError(str(error)) from error
     return group
 
 

@@ -162,7 +162,8 @@ class CommitQueue:
     def _fail(self, error: BaseException) -> None:
         if self._error is None:
             self._error = self._sink.explain(error)
-            self._error.__cause__ = error
+            if self._error is not error:
+                self._error.__cause__ = error
 
     def _finish(self, entry: Entry) -> None:
         """Commit one entry; a failure is kept for the producer, never swallowed."""

@@ -1,6 +1,5 @@
 """Completion: restores afterwards what a run recorded raw only."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,21 @@ from typing import Any
 import msgspec
 from numpy.typing import NDArray
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import OutputError, WriterError
+from rtfocus.files import replace
 from rtfocus.frame import FrameResult
+from rtfocus.writers.aside import refuse_links
 from rtfocus.writers.finish import finish_run
-from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, is_finished, read_header
+from rtfocus.writers.header import (
+    JOURNAL_NAME,
+    REPORT_NAME,
+    RunHeader,
+    is_finished,
+    read_header,
+)
 from rtfocus.writers.images import RunImages
-from rtfocus.writers.journal import Line, read_journal, unrestored
+from rtfocus.writers.journal import Line, is_unrestored, journal_lines
+from rtfocus.writers.lock import RunLock
 from rtfocus.writers.plan import Plan, complete
 from rtfocus.writers.specs import RAW, RESTORED
 from rtfocus.writers.tally import Tally
@@ -26,13 +34,16 @@ _RECOUNTED = ("totals", "missing", "time_points", "planned_frames")
 
 def count_unrestored(folder: Path) -> int:
     """Return how many stored frames of a run have no restored image."""
-    return sum(1 for _ in unrestored(folder / JOURNAL_NAME))
+    plan = Plan(read_header(folder).series)
+    return sum(map(is_unrestored, journal_lines(folder / JOURNAL_NAME, plan)))
 
 
 def complete_restoration(
     folder: Path, restore: Restore, *, on_frame: Callable[[], None] = lambda: None
 ) -> int:
     """Restore the frames of a finished run that were skipped; return their number.
+
+    Nobody else writes the folder meanwhile.
 
     The journal is replaced as a whole once all pixels are committed, so that a
     kill on the way leaves the run as it was.
@@ -43,15 +54,26 @@ def complete_restoration(
         If the run is unfinished, keeps no raw frames or cannot be written.
     """
     header = read_header(folder)
+    refuse_links(folder)
+    with RunLock(folder, "completing"):
+        return _complete(folder, header, restore, on_frame)
+
+
+def _complete(
+    folder: Path, header: RunHeader, restore: Restore, on_frame: Callable[[], None]
+) -> int:
     if not is_finished(folder):
         msg = f"'{folder}' is not finished; first: rtfocus check {folder} --repair"
         raise WriterError(msg)
+    plan = Plan(header.series)
     images = RunImages(folder, header, create=False)
     if not {RAW, RESTORED} <= set(images.names):
         msg = f"'{folder}' holds {images.names}; completing needs raw and restored"
         raise WriterError(msg)
     done: dict[int, FrameResult] = {}
-    for line in unrestored(folder / JOURNAL_NAME):
+    for line in journal_lines(folder / JOURNAL_NAME, plan):
+        if not is_unrestored(line):
+            continue
         index = complete(line["index"])
         channel = header.series.channels[index["c"]].name
         result = restore(images.read(RAW, index), channel)
@@ -69,10 +91,10 @@ def complete_restoration(
         on_frame()
     lines = [
         _restored_line(line, done.get(line["sequence"]))
-        for line in read_journal(folder / JOURNAL_NAME)
+        for line in journal_lines(folder / JOURNAL_NAME, plan)
     ]
     _replace_journal(folder, lines)
-    tally = Tally(Plan(header.series))
+    tally = Tally(plan)
     for line in lines:
         tally.add(line)
     finish_run(folder, header, images, tally, _old_report(folder, len(done)))
@@ -95,10 +117,12 @@ def _replace_journal(folder: Path, lines: list[Line]) -> None:
     part = path.with_name(f".{JOURNAL_NAME}.part")
     try:
         part.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-        os.replace(part, path)
+        replace(part, path)
     except OSError as error:
         msg = f"cannot write journal '{path}': {error.strerror}"
         raise WriterError(msg) from error
+    except OutputError as error:
+        raise WriterError(str(error)) from error
 
 
 def _old_report(folder: Path, restored: int) -> dict[str, Any]:

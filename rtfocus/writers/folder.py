@@ -1,9 +1,11 @@
-"""Folder: whether a run folder may be written, and as a new run or a resumed one."""
+"""Folder: makes or takes up a run folder, and holds its lock."""
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import OutputError, WriterError
+from rtfocus.files import remove
+from rtfocus.writers.aside import refuse_links
 from rtfocus.writers.disk import check_space
 from rtfocus.writers.header import (
     HEADER_NAME,
@@ -12,31 +14,53 @@ from rtfocus.writers.header import (
     is_bare,
     is_finished,
     read_header,
+    sizes_fault,
 )
 from rtfocus.writers.layout import group_documents
+from rtfocus.writers.lock import RunLock
 from rtfocus.writers.plan import Plan
 from rtfocus.writers.specs import image_specs
 
 
-def prepare_folder(folder: Path, header: RunHeader) -> bool:
-    """Make the run folder; returns True when it holds this series, cut off.
+def take_folder(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:
+    """Make or take up a run folder; True: it holds this series, cut off.
+
+    A finished run is replaced where ``store.overwrite`` says so. What is refused is
+    refused before anything is made or changed.
 
     Raises
     ------
+    BusyError
+        If another process writes the folder.
     WriterError
         If it holds another run, or the disk has too little space.
     """
-    _check_sizes(header)
+    _check_series(folder, header)
     resumes = _resumes(folder, header)
+    # A resumed run has part of its frames on the disk already.
+    planned = 0 if resumes else planned_bytes(header)
+    check_space(_existing(folder), planned, int(header.store.min_free_mb * 1e6))
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         msg = f"cannot make run folder '{folder}': {error.strerror}; set run.folder"
         raise WriterError(msg) from error
-    # A resumed run has part of its frames on the disk already.
-    planned = 0 if resumes else planned_bytes(header)
-    check_space(folder, planned, int(header.store.min_free_mb * 1e6))
-    return resumes
+    try:
+        return _locked(folder, header)
+    except BaseException:
+        if is_new:
+            leave_folder(folder)
+        raise
+
+
+def leave_folder(folder: Path) -> None:
+    """Remove a folder in which no run was begun; one with anything in it stays."""
+    with suppress(OSError):
+        if is_bare(folder):
+            for path in list(folder.iterdir()):
+                path.unlink()
+            folder.rmdir()
 
 
 def begin_folder(folder: Path, header: RunHeader) -> None:
@@ -48,10 +72,8 @@ def begin_folder(folder: Path, header: RunHeader) -> None:
     Raises
     ------
     WriterError
-        If they cannot be written, or the series does not fit the format.
+        If they cannot be written.
     """
-    # A series that is refused must not look like a run that was cut off.
-    group_documents(folder, header, image_specs(header))
     journal = folder / JOURNAL_NAME
     try:
         journal.touch()
@@ -69,20 +91,55 @@ def planned_bytes(header: RunHeader) -> int | None:
     return places * sum(spec.frame_bytes for spec in image_specs(header))
 
 
-def _check_sizes(header: RunHeader) -> None:
-    """Refuse a series whose plan and lists disagree."""
-    series = header.series
-    listed = {"p": len(series.positions), "c": len(series.channels)}
-    for axis, number in listed.items():
-        if header.size(axis) != number:
-            msg = (
-                f"series '{series.name}' plans {header.size(axis)} along {axis} but "
-                f"lists {number}; SeriesStart.sizes must agree with its lists"
-            )
-            raise WriterError(msg)
+def _check_series(folder: Path, header: RunHeader) -> None:
+    """Refuse a series that contradicts itself or does not fit the format."""
+    if (fault := sizes_fault(header)) is not None:
+        raise WriterError(fault)
+    # A series that is refused must not look like a run that was cut off.
+    group_documents(folder, header, image_specs(header))
+
+
+def _locked(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:
+    lock = RunLock(folder, "recording")
+    try:
+        # Looked at again: it may have changed before the lock was ours.
+        resumes = _resumes(folder, header)
+        if is_finished(folder):
+            return _replaced(folder, lock), False
+        if resumes:
+            refuse_links(folder)
+    except BaseException:
+        lock.release()
+        raise
+    return lock, resumes
+
+
+def _replaced(folder: Path, lock: RunLock) -> RunLock:
+    """Remove a finished run, whole or not at all; return the lock of the new folder."""
+    # Windows moves no folder with an open file in it.
+    lock.release()
+    try:
+        remove(folder)
+        folder.mkdir()
+    except OutputError as error:
+        raise WriterError(str(error)) from error
+    except OSError as error:
+        msg = f"cannot make run folder '{folder}': {error.strerror}"
+        raise WriterError(msg) from error
+    return RunLock(folder, "recording")
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest folder that exists: it is on the disk in question."""
+    return next(
+        path
+        for path in (folder.absolute(), *folder.absolute().parents)
+        if path.exists()
+    )
 
 
 def _resumes(folder: Path, header: RunHeader) -> bool:
+    """Tell whether a folder holds this series, cut off; refuse it if it may not be."""
     uid = header.series.series_uid
     if is_finished(folder):
         if not header.store.overwrite:
@@ -91,9 +148,9 @@ def _resumes(folder: Path, header: RunHeader) -> bool:
                 "store.overwrite: true"
             )
             raise WriterError(msg)
-        shutil.rmtree(folder)
+        return False
     if not (folder / HEADER_NAME).exists():
-        if folder.exists() and not is_bare(folder):
+        if folder.exists() and not (folder.is_dir() and is_bare(folder)):
             msg = f"'{folder}' is not empty and no run folder; choose another run.name"
             raise WriterError(msg)
         return False

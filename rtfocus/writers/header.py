@@ -1,23 +1,38 @@
 """Header: what is known about a run before frame 0, kept as ``series.json``.
 
-It is what a restarted processor or a repair needs to go on with a cut-off run.
+It is what a restarted processor or a repair needs to go on with a cut-off run. A
+folder may come from anywhere: what it says is checked before it is used.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from rtfocus.config.processor import StoreConfig
-from rtfocus.errors import WriterError
+from rtfocus.errors import OutputError, WriterError
+from rtfocus.files import replace
 from rtfocus.frame import SeriesStart, TileGrid
 
 HEADER_NAME = "series.json"
 REPORT_NAME = "report.json"
 JOURNAL_NAME = "frames.ndjson"
 FORMAT = 1
+
+LOCK_NAME = "writer.lock"
+HOLDER_NAME = "writer.json"
+LOCK_NAMES = frozenset({LOCK_NAME, HOLDER_NAME, f".{HOLDER_NAME}.part"})
+"""Who writes the folder: see `rtfocus.writers.lock`."""
+
+MOST_PIXELS = 1 << 33
+"""Of a frame; beyond every camera, and below what overflows anywhere."""
+MOST_PLACES = 1 << 40
+"""Along t, p, c and z together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +87,75 @@ def read_header(folder: Path) -> RunHeader:
                 f"{FORMAT}; use the version that wrote it"
             )
             raise WriterError(msg)
-        grid = content["grid"]
-        return RunHeader(
+        header = RunHeader(
             series=msgspec.convert(content["series"], SeriesStart),
             store=StoreConfig.model_validate(content["store"]),
-            grid=None if grid is None else TileGrid(**grid),
-            restored=content["restored"],
-            provenance=content["provenance"],
+            grid=msgspec.convert(content["grid"], TileGrid | None),
+            restored=bool(content["restored"]),
+            provenance=dict(content["provenance"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        msg = f"'{folder}' is no run folder: '{HEADER_NAME}' cannot be read ({error})"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else _short(error)
+        msg = f"'{folder}' is no run folder: '{HEADER_NAME}' cannot be read ({reason})"
         raise WriterError(msg) from error
+    if (fault := _fault(header)) is not None:
+        msg = f"'{path}' is damaged: {fault}; the images can be read by other programs"
+        raise WriterError(msg)
+    return header
+
+
+def sizes_fault(header: RunHeader) -> str | None:
+    """Return how the planned sizes disagree with the lists; None: they do not."""
+    series = header.series
+    listed = {"p": len(series.positions), "c": len(series.channels)}
+    for axis, number in listed.items():
+        if header.size(axis) != number:
+            return (
+                f"series '{series.name}' plans {header.size(axis)} along {axis} but "
+                f"lists {number}; SeriesStart.sizes must agree with its lists"
+            )
+    return None
+
+
+def _fault(header: RunHeader) -> str | None:
+    """Return what no run of rtfocus has; None: nothing."""
+    series, grid = header.series, header.grid
+    shape, sizes = series.shape, series.sizes
+    lengths = [1 if size is None else size for size in sizes.values()]
+    tiles = (1, 1) if grid is None else (grid.rows, grid.columns)
+    faults = {
+        f"shape={shape} is no frame": len(shape) not in (2, 3)
+        or shape[2:] not in ((), (3,))
+        or not _fits(shape, MOST_PIXELS),
+        f"dtype={series.dtype!r} is no pixel type": not _is_pixel_type(series.dtype),
+        f"sizes={sizes} are no plan": not set(sizes) <= set("tpcz")
+        or None in [size for axis, size in sizes.items() if axis != "t"]
+        or not _fits(lengths, MOST_PLACES),
+        "it lists no channel or no position": not series.channels
+        or not series.positions,
+        f"pixel_size_um={series.pixel_size_um} is no length": not (
+            0 < series.pixel_size_um < float("inf")
+        ),
+        f"its maps have {tiles} tiles": not _fits(tiles, MOST_PIXELS),
+    }
+    found = [fault for fault, is_fault in faults.items() if is_fault]
+    return found[0] if found else sizes_fault(header)
+
+
+def _fits(lengths: Sequence[int], most: int) -> bool:
+    return all(length >= 1 for length in lengths) and prod(lengths) <= most
+
+
+def _is_pixel_type(dtype: str) -> bool:
+    try:
+        return np.dtype(dtype).kind in "uif"
+    except (TypeError, ValueError):
+        return False
+
+
+def _short(error: Exception) -> str:
+    """Return the first line of what a library says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def is_finished(folder: Path) -> bool:
@@ -93,10 +166,19 @@ def is_finished(folder: Path) -> bool:
 def is_bare(folder: Path) -> bool:
     """Tell whether a folder holds at most what a run makes before its header."""
     journal = folder / JOURNAL_NAME
-    before_header = {JOURNAL_NAME, f".{HEADER_NAME}.part"}
+    before_header = {JOURNAL_NAME, f".{HEADER_NAME}.part", *LOCK_NAMES}
     return {path.name for path in folder.iterdir()} <= before_header and (
         not journal.exists() or journal.stat().st_size == 0
     )
+
+
+def is_document(path: Path) -> bool:
+    """Tell whether a file is a JSON object, not lost, torn or full of zeros."""
+    try:
+        msgspec.json.decode(path.read_bytes(), type=dict)
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return False
+    return True
 
 
 def write_json(path: Path, content: dict[str, Any], *, fsync: bool = False) -> None:
@@ -109,7 +191,9 @@ def write_json(path: Path, content: dict[str, Any], *, fsync: bool = False) -> N
             if fsync:
                 file.flush()
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        replace(temporary, path)
     except OSError as error:
-        msg = f"cannot write '{path}': {error.strerror}; free space or close readers"
+        msg = f"cannot write '{path}': {error.strerror}; free space, then repair"
         raise WriterError(msg) from error
+    except OutputError as error:
+        raise WriterError(str(error)) from error

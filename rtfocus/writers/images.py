@@ -1,6 +1,7 @@
 """Images: the arrays of all positions of a run, and their groups."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError
 from rtfocus.frame import FrameResult
-from rtfocus.writers.arrays import Commit, FrameArray, open_context
+from rtfocus.writers.arrays import Commit, FrameArray, ShardFile, open_context
 from rtfocus.writers.header import RunHeader
 from rtfocus.writers.layout import image_groups, update_attributes, write_groups
 from rtfocus.writers.plan import Index
@@ -35,7 +36,7 @@ class RunImages:
     header
         Decides what there is.
     create
-        True: write all metadata now, whole, before any frame.
+        True: write the metadata that is not there, whole, before any frame.
     """
 
     def __init__(self, folder: Path, header: RunHeader, *, create: bool) -> None:
@@ -111,11 +112,32 @@ class RunImages:
         array = self._arrays[name][index["p"]]
         return array.read(index["t"], index["c"], index["z"])
 
-    def trim(self, frames: int) -> None:
-        """Set all lengths along t."""
+    def holds(self, name: str, index: Index) -> bool:
+        """Tell whether image `name` has a whole and right frame at `index`."""
+        array = self._arrays[name][index["p"]]
+        return array.holds(index["t"], index["c"], index["z"])
+
+    def shards(self) -> Iterator[tuple[str, int, ShardFile]]:
+        """Yield every shard on the disk with its image and position."""
+        for name, arrays in self._arrays.items():
+            for position, array in enumerate(arrays):
+                for shard in array.shards():
+                    yield name, position, shard
+
+    def reserve(self, frames: int) -> None:
+        """Make all arrays at least this long along t."""
         for arrays in self._arrays.values():
             for array in arrays:
-                array.trim(frames)
+                array.reserve(frames)
+
+    def trim(self, frames: int) -> list[Path]:
+        """Set all lengths along t; returns the shards left beyond it."""
+        return [
+            path
+            for arrays in self._arrays.values()
+            for array in arrays
+            for path in array.trim(frames)
+        ]
 
     def describe(self, position: int, rtfocus: dict[str, Any]) -> None:
         """Add to the ``rtfocus`` attribute of all images of a position."""

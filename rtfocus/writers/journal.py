@@ -2,19 +2,21 @@
 
 Times are Unix nanoseconds: ``captured_ns`` by the sender's clock, ``received_ns``
 and ``durable_ns`` by the processor's. A kill can tear the last line, which then
-never counted; any other broken line is damage.
+never counted; any other broken line is damage, as a power cut leaves it.
 """
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import BusyError, WriterError
 from rtfocus.frame import FrameHeader, FrameResult
 from rtfocus.writers.gaps import Missing
+from rtfocus.writers.plan import Plan, complete
 
 WRITTEN = "written"
 FOCUS = "focus"
@@ -23,6 +25,11 @@ IN_ERROR = "in_error"
 
 _BLOCK_BYTES = 1 << 16
 """Read at once when the journal's last line is looked for from its end."""
+
+BLANK = b"\0\r\n "
+"""Bytes around a line that say nothing; zeros come from a power cut."""
+_LONGEST_LINE = 1 << 20
+"""Bytes; no line of a run is that long, a block of zeros may be."""
 
 Line = dict[str, Any]
 
@@ -107,6 +114,44 @@ def _result_part(result: FrameResult) -> Line:
     }
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_Integer = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
+_Stage = Annotated[str, msgspec.Meta(pattern=r"^\w{1,64}$")]
+
+
+class _EstimateShape(msgspec.Struct):
+    level: Annotated[int, msgspec.Meta(ge=-(1 << 15), lt=1 << 15)] | None = None
+    defocus_um: float | None = None
+    confidence: float | None = None
+    foreground: float | None = None
+
+
+class _LineShape(msgspec.Struct):
+    """What is read of a line, wherever it comes from; more may stand in it."""
+
+    sequence: _Count | None
+    status: Literal["written", "focus", "missing", "in_error"]
+    index: dict[str, _Count] | None = None
+    event_index: _Count | None = None
+    stored: list[str] = []
+    reason: str | None = None
+    place: str | None = None
+    skipped: str | None = None
+    flags: list[str] | None = None
+    engines: dict[str, str] | None = None
+    estimate: _EstimateShape | None = None
+    stage_ms: dict[_Stage, float | None] | None = None
+    captured_ns: _Integer | None = None
+    received_ns: _Integer | None = None
+    durable_ns: _Integer | None = None
+    camera_image_number: _Integer | None = None
+    exposure_ms: float | None = None
+    z_um: float | None = None
+    z_offset_um: float | None = None
+    planned_s: float | None = None
+    actual_s: float | None = None
+
+
 class JournalFile:
     """The journal opened for appending; a torn last line is cut off first."""
 
@@ -123,9 +168,18 @@ class JournalFile:
             raise self._failure(error) from error
 
     def append(self, lines: list[Line]) -> None:
-        """Write lines; they are there as a whole or the run has failed."""
+        """Write lines; they are there as a whole or the run has failed.
+
+        Raises
+        ------
+        BusyError
+            If the file is not as this writer left it; it is not touched then.
+        WriterError
+            If it cannot be written.
+        """
         data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
         try:
+            self._assert_alone()
             while data:
                 written = self._file.write(data)
                 data = data[written:]
@@ -139,6 +193,17 @@ class JournalFile:
     def close(self) -> None:
         """Close the file; called twice does nothing."""
         self._file.close()
+
+    def _assert_alone(self) -> None:
+        """Refuse to write behind what another process has written or removed."""
+        found = os.fstat(self._file.fileno())
+        if found.st_size != self._end or found.st_nlink == 0:
+            what = "was removed" if found.st_nlink == 0 else "was changed"
+            msg = (
+                f"journal '{self._path}' {what} by another process while this one "
+                "records; it is left as it is"
+            )
+            raise BusyError(msg)
 
     def _cut(self) -> None:
         """Drop what follows the last whole line."""
@@ -203,11 +268,110 @@ def read_journal(path: Path) -> Iterator[Line]:
         raise WriterError(msg) from error
 
 
-def unrestored(path: Path) -> Iterator[Line]:
-    """Yield the lines of stored frames that have no restored image."""
-    for line in read_journal(path):
-        if line["status"] == WRITTEN and "restored" not in line["stored"]:
-            yield line
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One piece of a journal as it lies on the disk, line or not."""
+
+    number: int
+    """Counted from 1."""
+    start: int
+    """Bytes before it."""
+    text: bytes
+    line: Line | None
+    """None: it is no line of this run."""
+    fault: str | None
+    """What is wrong with it; a line can be sound in a piece that is not."""
+
+    @property
+    def is_torn(self) -> bool:
+        """Tell whether it has no end: the last piece, cut off by a kill."""
+        return not self.text.endswith(b"\n")
+
+    @property
+    def is_damaged(self) -> bool:
+        """Tell whether it is broken in a way that no kill does."""
+        return self.fault is not None and (not self.is_torn or b"\0" in self.text)
+
+
+def scan_journal(path: Path, plan: Plan, stop: int | None = None) -> Iterator[Record]:
+    """Yield everything that is in a journal, sound or not; nothing is skipped.
+
+    Parameters
+    ----------
+    path
+        The journal.
+    plan
+        Of the run: a frame elsewhere is none of it.
+    stop
+        Bytes to read; None: all.
+
+    Raises
+    ------
+    WriterError
+        If the journal cannot be read.
+    """
+    start = 0
+    try:
+        with path.open("rb") as file:
+            for number, text in enumerate(
+                iter(lambda: file.readline(_LONGEST_LINE), b""), start=1
+            ):
+                if stop is not None and start >= stop:
+                    return
+                line, fault = _parse(text, plan)
+                yield Record(number, start, text, line, fault)
+                start += len(text)
+    except OSError as error:
+        msg = f"journal '{path}' cannot be read: {error.strerror}"
+        raise WriterError(msg) from error
+
+
+def journal_lines(path: Path, plan: Plan) -> Iterator[Line]:
+    """Yield the lines of a sound journal in order; a torn last line is left out.
+
+    Raises
+    ------
+    WriterError
+        If the journal cannot be read, or a line is not of this run.
+    """
+    for record in scan_journal(path, plan):
+        if record.is_damaged:
+            msg = (
+                f"journal '{path}' is damaged in line {record.number}: "
+                f"{record.fault}; run: rtfocus check {path.parent} --repair"
+            )
+            raise WriterError(msg)
+        if record.line is not None and not record.is_torn:
+            yield record.line
+
+
+def _parse(text: bytes, plan: Plan) -> tuple[Line | None, str | None]:
+    """Return the line in a piece of the journal, and what is wrong with the piece."""
+    content = text.strip(BLANK)
+    if not content:
+        return None, f"{len(text)} bytes without content"
+    try:
+        line: Line = msgspec.json.decode(content, type=dict)
+        shape = msgspec.convert(line, _LineShape)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        return None, str(error)
+    if shape.index is not None and not plan.contains(complete(shape.index)):
+        return None, f"the plan has no place {shape.index}"
+    if shape.status == WRITTEN and shape.index is None:
+        return None, "a written frame without its index"
+    line = _DEFAULTS | line
+    if not text.endswith(b"\n"):
+        return line, "its end is missing"
+    return line, f"{len(text)} bytes with zeros" if b"\0" in text else None
+
+
+_DEFAULTS: Line = {"index": None, "event_index": None, "stored": [], "reason": ""}
+"""What a line leaves out where it has no meaning."""
+
+
+def is_unrestored(line: Line) -> bool:
+    """Tell whether a line is of a stored frame that has no restored image."""
+    return line["status"] == WRITTEN and "restored" not in line["stored"]
 
 
 def _decode(path: Path, number: int, text: bytes) -> Line:

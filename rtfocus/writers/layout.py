@@ -1,5 +1,6 @@
 """Layout: where images of positions and wells lie inside an OME-Zarr."""
 
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 
 from rtfocus.errors import WriterError
 from rtfocus.frame import Position
-from rtfocus.writers.header import RunHeader, write_json
+from rtfocus.writers.header import RunHeader, is_document, write_json
 from rtfocus.writers.metadata import (
     image_document,
     plate_document,
@@ -46,7 +47,7 @@ def position_paths(positions: list[Position]) -> list[str]:
         return [""]
     else:
         paths = [str(i) for i in range(len(positions))]
-    doubled = {path for path in paths if paths.count(path) > 1}
+    doubled = {path for path, number in Counter(paths).items() if number > 1}
     if doubled:
         msg = (
             f"positions share the well fields {sorted(doubled)}; give each position "
@@ -67,9 +68,11 @@ def image_groups(folder: Path, header: RunHeader, spec: ImageSpec) -> list[Path]
 
 
 def write_groups(folder: Path, header: RunHeader, specs: list[ImageSpec]) -> None:
-    """Write all group metadata of a new run: complete before frame 0."""
+    """Write the group metadata that is not there yet: complete before frame 0."""
     for group, attributes in group_documents(folder, header, specs).items():
-        write_group(group, attributes, fsync=header.store.fsync)
+        # What others have added to a run, or it says of itself at its end, stays.
+        if not is_document(group / "zarr.json"):
+            write_group(group, attributes, fsync=header.store.fsync)
 
 
 def group_documents(
@@ -114,7 +117,11 @@ def _documents(
 
 def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None:
     """Create a Zarr group with these attributes."""
-    group.mkdir(parents=True, exist_ok=True)
+    try:
+        group.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cannot make folder '{group}': {error.strerror}"
+        raise WriterError(msg) from error
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     write_json(group / "zarr.json", document, fsync=fsync)
 
@@ -148,8 +155,10 @@ def _collection(root: Path, header: RunHeader) -> dict[Path, dict[str, Any]]:
     positions = header.series.positions
     if is_plate(positions):
         found = {root: {"ome": plate_document(header.series.name, positions)}}
-        for row, column in sorted({well_of(p) for p in positions}):
-            fields = [str(p.field) for p in positions if well_of(p) == (row, column)]
+        wells = defaultdict(list)
+        for position in positions:
+            wells[well_of(position)].append(str(position.field))
+        for (row, column), fields in sorted(wells.items()):
             found[root / row] = {}
             found[root / row / column] = {"ome": well_document(fields)}
         return found

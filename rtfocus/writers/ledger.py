@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import BusyError, WriterError
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
 from rtfocus.writers.commit import Entry
 from rtfocus.writers.disk import free_bytes
 from rtfocus.writers.journal import JournalFile
+from rtfocus.writers.lock import RunLock
 from rtfocus.writers.tally import Tally, term_of
 
 _FULL = ("no space left", "disk full", "not enough space", "file too large", "quota")
@@ -23,6 +24,8 @@ class Ledger:
     ----------
     folder
         Named in errors.
+    lock
+        The right to write the folder, looked at before each change.
     journal
         Receives the lines.
     tally
@@ -38,6 +41,7 @@ class Ledger:
     def __init__(
         self,
         folder: Path,
+        lock: RunLock,
         journal: JournalFile,
         tally: Tally,
         accounting: Accounting,
@@ -45,6 +49,7 @@ class Ledger:
         on_free: Callable[[Slot], None],
     ) -> None:
         self._folder = folder
+        self._lock = lock
         self._journal = journal
         self._tally = tally
         self._accounting = accounting
@@ -58,6 +63,7 @@ class Ledger:
         now_ns = time.time_ns()
         for line in entry.lines:
             line["durable_ns"] = now_ns
+        self._lock.assert_held()
         self._journal.append(entry.lines)
         for line in entry.lines:
             self._tally.add(line)
@@ -79,6 +85,8 @@ class Ledger:
 
     def explain(self, error: BaseException) -> WriterError:
         """Name the place, the cause and the remedy of a failed write."""
+        if isinstance(error, BusyError):
+            return error
         said = str(error)
         full = isinstance(error.__cause__ or error, OSError) and (
             getattr(error.__cause__ or error, "errno", None) == errno.ENOSPC

@@ -4,6 +4,7 @@ OME-Zarr 0.5 has no axis for colour, so an RGB frame is three planes along c, ea
 an omero channel shown in red, green or blue: that is what readers overlay right.
 """
 
+from collections import Counter
 from itertools import cycle, islice
 from typing import Any
 
@@ -63,9 +64,9 @@ def series_documents(paths: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 def plate_document(name: str, positions: list[Position]) -> dict[str, Any]:
     """Return the ``ome`` attribute of a plate."""
     wells = sorted({well_of(position) for position in positions})
-    rows = sorted({row for row, _ in wells})
-    columns = sorted({column for _, column in wells})
-    fields = [sum(well_of(p) == well for p in positions) for well in wells]
+    rows = {row: i for i, row in enumerate(sorted({row for row, _ in wells}))}
+    columns = {name: i for i, name in enumerate(sorted({name for _, name in wells}))}
+    fields = Counter(map(well_of, positions))
     plate = v05.PlateDef(
         name=name,
         rows=[v05.Row(name=row) for row in rows],
@@ -73,12 +74,12 @@ def plate_document(name: str, positions: list[Position]) -> dict[str, Any]:
         wells=[
             v05.PlateWell(
                 path=f"{row}/{column}",
-                rowIndex=rows.index(row),
-                columnIndex=columns.index(column),
+                rowIndex=rows[row],
+                columnIndex=columns[column],
             )
             for row, column in wells
         ],
-        field_count=max(fields),
+        field_count=max(fields.values()),
     )
     return _dump(v05.Plate(plate=plate))
 

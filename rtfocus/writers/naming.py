@@ -6,8 +6,10 @@ from pathlib import Path
 from rtfocus.config.model import RunConfig
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
+from rtfocus.files import portable_name
 from rtfocus.frame import SeriesStart
 from rtfocus.writers.header import is_bare, is_finished, read_header
+from rtfocus.writers.lock import holder_of
 
 SUFFIX = ".rtfocus"
 
@@ -18,15 +20,39 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
     A folder that already holds this series unfinished comes first, so that a
     restarted processor goes on with it. With ``store.overwrite`` a finished
     ``NAME.rtfocus`` is taken, to be replaced by `open_run`.
+
+    Raises
+    ------
+    WriterError
+        If ``run.name`` is no name that every system takes.
     """
+    _check_name(run.name)
     for number in count(1):
         name = run.name if number == 1 else f"{run.name}-{number}"
         folder = run.folder / f"{name}{SUFFIX}"
-        if not folder.exists() or holds_unfinished(folder, series.series_uid):
+        if not exists(folder) or holds_unfinished(folder, series.series_uid):
             return folder
         if store.overwrite and number == 1 and is_finished(folder):
             return folder
     raise AssertionError  # count() never ends
+
+
+def exists(folder: Path) -> bool:
+    """Tell whether anything stands there.
+
+    Raises
+    ------
+    WriterError
+        If the system cannot tell, e.g. because the path is too long.
+    """
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        msg = f"'{folder}' cannot be a run folder: {error.strerror}; set run.folder"
+        raise WriterError(msg) from error
+    return True
 
 
 def holds_unfinished(folder: Path, series_uid: str) -> bool:
@@ -34,8 +60,19 @@ def holds_unfinished(folder: Path, series_uid: str) -> bool:
     if is_finished(folder):
         return False
     if folder.is_dir() and is_bare(folder):
-        return True
+        # One that another process is just beginning is somebody else's.
+        return holder_of(folder) is None
     try:
         return read_header(folder).series.series_uid == series_uid
     except WriterError:
         return False
+
+
+def _check_name(name: str) -> None:
+    portable = portable_name(name)
+    if portable != name:
+        msg = (
+            f"run.name={name[:60]!r} is no folder name that every system takes "
+            f"(reserved, ends in a dot or space, or too long); '{portable[:60]}' is"
+        )
+        raise WriterError(msg)

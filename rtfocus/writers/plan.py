@@ -74,6 +74,24 @@ class Plan:
             number = number * (size or 1) + index[axis]
         return number
 
+    def rank(self, index: Index) -> int:
+        """Return where a place stands in the order of acquisition.
+
+        Of a place that the plan does not have: its number in the store.
+        """
+        listed = self._ranks.get(self.flat(index))
+        if listed is not None:
+            return listed
+        ordinal = self.ordinal(Planned(None, index))
+        return self.flat(index) if ordinal is None else ordinal
+
+    def place(self, rank: int) -> Index | None:
+        """Return the place of this rank in the order of acquisition; None: none."""
+        if self._ranks:
+            return _item(self._image_places, rank)
+        index = self._regular(rank)
+        return index if index is not None and self.contains(index) else None
+
     def ordinal(self, frame: Planned) -> int | None:
         """Return the frame's rank in the plan; None where it cannot be known."""
         if frame.event_index is not None:
@@ -115,6 +133,14 @@ class Plan:
     def _all_events(self, ordinal: int) -> Index | None:
         """Return the place of the n-th event, autofocus and others included."""
         return _item([place for place, _ in self._events], ordinal)
+
+    @cached_property
+    def _ranks(self) -> dict[int, int]:
+        """Rank of every place by its number, where a plan lists the places."""
+        try:
+            return {self.flat(p): rank for rank, p in enumerate(self._image_places)}
+        except ValueError:  # a plan that this useq does not read
+            return {}
 
     @cached_property
     def _image_places(self) -> list[Index]:

@@ -21,13 +21,15 @@ from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
 from rtfocus.writers.disk import DiskWatch
 from rtfocus.writers.finish import finish_run
-from rtfocus.writers.folder import begin_folder, prepare_folder
+from rtfocus.writers.folder import begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.intake import Intake
-from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, read_journal
+from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
 from rtfocus.writers.ledger import Ledger
+from rtfocus.writers.lock import RunLock
 from rtfocus.writers.plan import Plan, complete
+from rtfocus.writers.recovery import is_damaged, mend_journal
 from rtfocus.writers.tally import TakenPlaces, Tally
 
 
@@ -87,19 +89,27 @@ def open_run(
 
     Raises
     ------
+    BusyError
+        If another process writes the folder; nothing in it is touched.
     WriterError
         If the folder holds another run, or the disk has too little space.
     """
     header = RunHeader(series, store, grid, restored, provenance)
-    resumes = prepare_folder(folder, header)
-    return RunWriter(
-        folder,
-        read_header(folder) if resumes else header,
-        accounting=accounting,
-        on_durable=on_durable,
-        on_free=on_free,
-        resumes=resumes,
-    )
+    lock, resumes = take_folder(folder, header)
+    try:
+        return RunWriter(
+            folder,
+            read_header(folder) if resumes else header,
+            lock,
+            accounting=accounting,
+            on_durable=on_durable,
+            on_free=on_free,
+            resumes=resumes,
+        )
+    except BaseException:
+        lock.release()
+        leave_folder(folder)
+        raise
 
 
 class RunWriter:
@@ -113,6 +123,7 @@ class RunWriter:
         self,
         folder: Path,
         header: RunHeader,
+        lock: RunLock,
         *,
         accounting: Accounting,
         on_durable: Callable[[int], None],
@@ -121,25 +132,28 @@ class RunWriter:
     ) -> None:
         self.folder = folder
         self._header = header
+        self._lock = lock
         self._accounting = accounting
         self._tally = Tally(Plan(header.series))
         taken = TakenPlaces(self._tally.plan)
+        if not resumes:
+            begin_folder(folder, header)
+        # A process killed before its first frame may have left some of them.
+        self._images = RunImages(folder, header, create=True)
         if resumes:
-            for line in read_journal(folder / JOURNAL_NAME):
+            if is_damaged(folder, self._tally.plan):
+                mend_journal(folder, header, self._images)
+            for line in journal_lines(folder / JOURNAL_NAME, self._tally.plan):
                 self._tally.add(line)
                 if line["status"] == WRITTEN:
                     taken.take(complete(line["index"]))
             self._tally.restore(accounting)
         self.next_sequence = self._tally.next_sequence
         """First sequence that is not durable: where a resumed run goes on."""
-        if not resumes:
-            begin_folder(folder, header)
-        # A process killed before its first frame may have left some of them.
-        self._images = RunImages(folder, header, create=self._tally.lines == 0)
         self._journal = JournalFile(folder / JOURNAL_NAME, fsync=header.store.fsync)
         self._disk = DiskWatch(folder, int(header.store.min_free_mb * 1e6))
         self._ledger = Ledger(
-            folder, self._journal, self._tally, accounting, on_durable, on_free
+            folder, lock, self._journal, self._tally, accounting, on_durable, on_free
         )
         self._intake = Intake(
             self._images,
@@ -210,12 +224,15 @@ class RunWriter:
 
         Raises
         ------
+        BusyError
+            If another process has taken the folder over: it is left as it is.
         WriterError
             If a write failed that nothing else has raised yet, or the folder
             cannot be finished.
         """
         self.settle()
         self._stop()
+        self._lock.assert_held(now=True)
         self._accounting.end(
             end.frames_sent,
             planned=self._tally.plan.images,
@@ -230,6 +247,7 @@ class RunWriter:
         if self._intake.commits.error is not None:
             report["write_error"] = str(self._intake.commits.error)
         finish_run(self.folder, self._header, self._images, self._tally, report)
+        self._lock.release()
         if not self._failure_raised:
             self._raise_failure()
         return self.folder
@@ -237,6 +255,7 @@ class RunWriter:
     def abort(self) -> None:
         """Discard what is not durable; the folder can be resumed or repaired."""
         self._stop()
+        self._lock.release()
 
     def status(self) -> WriterStatus:
         """Return numbers for the live display; cheap, from any thread."""

@@ -4,7 +4,7 @@ A run that is being written, a resumed one, a check and a repair all count with
 it, so that their totals cannot differ.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,24 +17,28 @@ MOST_LISTED = 10_000
 
 GAP = "gap"
 
+_BLOCK_BITS = 1 << 15
+"""Places per block: a damaged journal may name places far away."""
+
 
 class TakenPlaces:
-    """Which places of the store hold a frame; one bit each."""
+    """Which places of the store hold a frame; one bit each, in blocks that are used."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._bits = bytearray()
+        self._blocks: defaultdict[int, bytearray] = defaultdict(
+            lambda: bytearray(_BLOCK_BITS // 8)
+        )
 
     def __contains__(self, index: Index) -> bool:
-        byte, bit = divmod(self._plan.flat(index), 8)
-        return byte < len(self._bits) and bool(self._bits[byte] >> bit & 1)
+        block, bit = divmod(self._plan.flat(index), _BLOCK_BITS)
+        bits = self._blocks.get(block)
+        return bits is not None and bool(bits[bit // 8] >> bit % 8 & 1)
 
     def take(self, index: Index) -> None:
         """Mark a place as holding a frame."""
-        byte, bit = divmod(self._plan.flat(index), 8)
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(byte + 1 - len(self._bits)))
-        self._bits[byte] |= 1 << bit
+        block, bit = divmod(self._plan.flat(index), _BLOCK_BITS)
+        self._blocks[block][bit // 8] |= 1 << bit % 8
 
 
 @dataclass

@@ -326,7 +326,7 @@ def test_a_well_name_that_is_no_folder_name_is_refused(tmp_path: Path) -> None:
     series = make_series(positions=[well])
     with pytest.raises(WriterError, match=r"does not fit OME-Zarr 0\.5.*'\.\./B'"):
         recording(tmp_path / "run.rtfocus", series).__enter__()
-    assert [path.name for path in tmp_path.rglob("*")] == ["run.rtfocus"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_that_disagree_with_their_lists_are_refused(tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def test_a_gap_across_a_restart_is_placed_by_the_frame_before_it(
     assert [line["index"]["t"] for line in report.missing] == [2, 3]
 
 
-def test_a_torn_journal_line_never_counted_and_is_repaired(tmp_path: Path) -> None:
+def test_a_frame_whose_journal_line_is_torn_is_journalled_again(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "run.rtfocus"
     cut_off(folder, 4)
     journal = folder / "frames.ndjson"
@@ -76,9 +78,11 @@ def test_a_torn_journal_line_never_counted_and_is_repaired(tmp_path: Path) -> No
     assert any("torn" in problem for problem in before.problems)
     after = check_run(folder, repair=True)
     assert after.problems == [], str(after)
-    assert after.frames == 3
-    assert zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r").shape[0] == 3
-    assert len(journal.read_text().splitlines()) == 3
+    assert after.frames == 4
+    assert zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r").shape[0] == 4
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [line["sequence"] for line in lines] == [0, 1, 2, 3]
+    assert [line.get("recovered", False) for line in lines] == [False] * 3 + [True]
 
 
 def test_a_torn_line_is_cut_before_a_run_goes_on(tmp_path: Path) -> None:
@@ -94,22 +98,32 @@ def test_a_torn_line_is_cut_before_a_run_goes_on(tmp_path: Path) -> None:
     assert check_run(folder).problems == []
 
 
-def test_a_line_broken_inside_the_journal_is_damage(tmp_path: Path) -> None:
+def test_a_line_broken_inside_the_journal_is_damage_and_is_mended(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "run.rtfocus"
     cut_off(folder, 4)
     journal = folder / "frames.ndjson"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(lines[0] + lines[1][:30] + b"\n" + b"".join(lines[2:]))
-    with pytest.raises(WriterError, match="damaged in line 2"):
-        check_run(folder, repair=True)
+    damaged = journal.read_bytes()
+    before = check_run(folder)
+    assert any("line 2 of" in problem for problem in before.problems)
+    assert before.frames == 3
+    after = check_run(folder, repair=True)
+    assert after.problems == [], str(after)
+    assert after.frames == 4
+    assert (folder / "set_aside" / "frames.ndjson.1").read_bytes() == damaged
 
 
-def test_a_run_without_its_journal_cannot_be_repaired(tmp_path: Path) -> None:
+def test_a_run_without_its_journal_is_journalled_again(tmp_path: Path) -> None:
     folder = tmp_path / "run.rtfocus"
     cut_off(folder, 2)
     (folder / "frames.ndjson").unlink()
-    with pytest.raises(WriterError, match=r"journal .* cannot be read"):
-        check_run(folder, repair=True)
+    assert any("is lost" in problem for problem in check_run(folder).problems)
+    after = check_run(folder, repair=True)
+    assert after.problems == [], str(after)
+    assert after.frames == 2
 
 
 def test_repair_leaves_a_finished_run_alone(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_what_scripts_rely_on() -> None:
         "INPUT": 4,
         "INCOMPLETE": 5,
         "ENGINE": 6,
+        "BUSY": 7,
         "FAULT": 70,
         "INTERRUPTED": 130,
     }
