@@ -177,10 +177,10 @@ class SeriesLoop:
             self._monitor.begin(self._series)
             self._monitor.backends = self._processor.backends()
             failure = self._run_workers(writer)
-            if failure is not None and _is_replaced(failure):
+            if (replaced := _replacement(failure)) is not None:
                 # Whoever has the series now goes on with the folder as it is.
                 writer.abort()
-                raise failure
+                raise replaced
             end = self._end(failure)
             folder = writer.close(end, self._monitor.report())
         if failure is not None:
@@ -293,12 +293,10 @@ class SeriesLoop:
         )
 
 
-def _is_replaced(failure: RtfocusError) -> bool:
-    """Tell whether another recorder has the series, or another writer the folder."""
-    return any(
-        isinstance(error, (TakenOverError, BusyError))
-        for error in (failure, failure.__cause__)
-    )
+def _replacement(failure: RtfocusError | None) -> RtfocusError | None:
+    """Return the error that says that somebody else has the series or the folder."""
+    causes = () if failure is None else (failure, failure.__cause__)
+    return next((e for e in causes if isinstance(e, (TakenOverError, BusyError))), None)
 
 
 def _open_preview(transport: TransportConfig) -> PreviewPublisher:

@@ -105,6 +105,8 @@ class ProtocolError(TransportError):
 class TakenOverError(TransportError):
     """Another recorder has the series now; this one leaves its run folder as it is."""
 
+    exit_code = ExitCode.BUSY
+
 
 class MicroscopeError(RtfocusError):
     """Micro-Manager, a device or the acquisition failed."""

@@ -184,7 +184,10 @@ class Session:
             if refused.code != "occupied":
                 self.broken = TransportError(f"refused: {refused.reason}")
         elif refused.code == "occupied":
-            self._taken_over = "another recorder has taken over the series"
+            self._taken_over = (
+                "another recorder has taken over the series; this one leaves its run "
+                "folder as it is"
+            )
             if self.intake is not None:
                 self.intake.yield_to_another(self._taken_over)
         else:

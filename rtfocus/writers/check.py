@@ -61,7 +61,7 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        """Return ``ok``, ``NOT OK``, who is writing, or how much of the plan there is."""
+        """Return ``ok``, ``NOT OK``, who is writing, or how much of a plan is there."""
         if self.problems:
             return "NOT OK"
         if self.holder is not None:

@@ -54,7 +54,7 @@ class RunLock:
     doing
         What the holder does with the folder, for whoever is refused.
     patience_s
-        How long to wait for another holder.
+        How long to wait for another holder; None: `PATIENCE_S`.
 
     Raises
     ------
@@ -65,12 +65,13 @@ class RunLock:
     """
 
     def __init__(
-        self, folder: Path, doing: str, *, patience_s: float = PATIENCE_S
+        self, folder: Path, doing: str, *, patience_s: float | None = None
     ) -> None:
         self._folder = folder
         self._lock = FileLock(folder / LOCK_NAME, thread_local=False)
         try:
-            self._lock.acquire(timeout=patience_s, poll_interval=0.05)
+            wait_s = PATIENCE_S if patience_s is None else patience_s
+            self._lock.acquire(timeout=wait_s, poll_interval=0.05)
         except Timeout as error:
             raise BusyError(_busy(folder)) from error
         except (OSError, NotImplementedError) as error:
