@@ -168,8 +168,7 @@ class FrameArray:
         try:
             place = self._array[t, planes, z]
             found = place.storage_statistics(query_fully_stored=True).result()
-            if found.fully_stored:
-                place.read().result()
+            place.read().result()
         except (ValueError, OSError, RuntimeError, IndexError):
             return False
         return bool(found.fully_stored)

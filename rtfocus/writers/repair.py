@@ -67,7 +67,7 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
     tally.restore(accounting)
     # A frame found again may have no sequence.
     sent = max(tally.next_sequence, sum(tally.terms.values()))
-    found = {"reason": INTERRUPTED}
+    found: dict[str, Any] = {"reason": INTERRUPTED}
     camera_lost = 0
     if report is not None:
         found = {key: value for key, value in report.items() if key not in _COUNTED}
