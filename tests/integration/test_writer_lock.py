@@ -14,7 +14,7 @@ import writer_kit
 from typer.testing import CliRunner
 from writer_kit import LIVE, Recording, make_series, recording
 
-from rtfocus.cli import app
+from rtfocus.cli.commands import app
 from rtfocus.config.model import RunConfig
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import BusyError, ExitCode, WriterError
