@@ -54,7 +54,7 @@ COMMANDS = {
         "doctor", "Show what this machine has, what is missing, and the remedy."
     ),
     "configs": Place(
-        "doctor", "List the configs that come with rtfocus; copy one to make your own."
+        "configs", "List the configs that come with rtfocus; copy one to make your own."
     ),
     "train": Place("train", "Train an engine from a recipe; resumable after a kill."),
     "export": Place("train", "Export a checkpoint as an engine folder with its card."),

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
 
 import psutil
 import typer
@@ -15,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from rtfocus import __version__
-from rtfocus.config.reference import reference
 from rtfocus.errors import EngineError
 from rtfocus.findings import Finding
 from rtfocus.machine import processor_name
@@ -25,13 +23,11 @@ from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.devices import list_devices
 from rtfocus.processing.gpu.seam import GpuDevice
-from rtfocus.resources import resource_folder
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(doctor)
-    app.command()(configs)
 
 
 def doctor() -> None:
@@ -58,23 +54,6 @@ def doctor() -> None:
     Console().print(table)
     if missing:
         raise typer.Exit(1)
-
-
-def configs(
-    show_reference: Annotated[
-        bool, typer.Option("--reference", help="Print every key as Markdown instead.")
-    ] = False,
-) -> None:
-    """List the configs that come with rtfocus; copy one to make your own.
-
-    [bold]Example:[/] rtfocus configs
-    """
-    if show_reference:
-        typer.echo(reference(), nl=False)
-        return
-    for path in sorted(resource_folder("configs").glob("*.yaml")):
-        first = path.read_text("utf-8").splitlines()[0].lstrip("# ")
-        typer.echo(f"{path.stem:16} {first}\n{'':16} {path}")
 
 
 def _findings() -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.microscope import (
@@ -19,15 +19,32 @@ from rtfocus.config.processor import (
     TransportConfig,
 )
 from rtfocus.config.section import Section
+from rtfocus.files import MOST_NAME_BYTES, is_reserved_name
 
 
 class RunConfig(Section):
     """Name and place of the run."""
 
     name: Annotated[str, Field(pattern=r"^[\w][\w .+-]*$")] = "run"
-    """The run folder is ``NAME.rtfocus``."""
+    """The run folder is ``NAME.rtfocus``. A name that every system takes: at most
+    200 bytes, not ``con`` or its like, no dot or space at the end."""
     folder: Path = Path("runs")
     """Where run folders are made."""
+
+    @field_validator("name")
+    @classmethod
+    def _fits_every_system(cls, name: str) -> str:
+        if is_reserved_name(name):
+            msg = (
+                "Windows reserves such names (con, nul, com1 ...; a dot or space at "
+                "the end); choose another"
+            )
+            raise ValueError(msg)
+        size = len(name.encode())
+        if size > MOST_NAME_BYTES:
+            msg = f"its {size} bytes are more than {MOST_NAME_BYTES}; shorten it"
+            raise ValueError(msg)
+        return name
 
 
 class ChannelConfig(Section):

@@ -1,5 +1,6 @@
 """Microscope: acquires frames through Micro-Manager and hands them to a sink."""
 
+import importlib
 import logging
 import os
 import tempfile
@@ -17,12 +18,15 @@ def _keep_the_log_writable() -> None:
     this runs before any module of this package.
     """
     named = os.environ.get(_LOG_VARIABLE, "")
-    if named.lower() in ("0", "false", "no", "none"):
-        return
     usual = user_data_path("pymmcore-plus") / "logs" / "pymmcore-plus.log"
     log = Path(named).absolute() if named else usual
-    if _is_writable(log):
-        return
+    if named.lower() not in ("0", "false", "no", "none") and not _is_writable(log):
+        _log_elsewhere(log)
+    if _is_closed(usual.parent):
+        _import_without_home()
+
+
+def _log_elsewhere(log: Path) -> None:
     instead = Path(tempfile.gettempdir()) / f"pymmcore-plus-{os.getpid()}.log"
     # In the environment, so that child processes find it and need not tell it again.
     os.environ[_LOG_VARIABLE] = str(instead) if _is_writable(instead) else "0"
@@ -32,6 +36,33 @@ def _keep_the_log_writable() -> None:
         os.environ[_LOG_VARIABLE],
         _LOG_VARIABLE,
     )
+
+
+def _import_without_home() -> None:
+    """Import pymmcore-plus without the home, which is another user's.
+
+    It looks there for adapters whenever a core is made, and would fail.
+    """
+    variable = "XDG_DATA_HOME"
+    before = os.environ.get(variable)
+    # Below a file there is nothing, and nobody can put anything there.
+    os.environ[variable] = f"{os.devnull}/none"
+    try:
+        importlib.import_module("pymmcore_plus")
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
+
+
+def _is_closed(folder: Path) -> bool:
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _is_writable(log: Path) -> bool:

@@ -151,3 +151,17 @@ def test_optics_travel_on_the_wire_unchanged() -> None:
     )
     packed = msgspec.msgpack.encode(start)
     assert msgspec.msgpack.decode(packed, type=SeriesStart) == start
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["con", "NUL", "com1.day", "ab.", "ab ", "a" * 201, "\u00fc" * 101, "../up", "a/b"],
+)
+def test_run_names_are_refused_that_some_system_does_not_take(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        parse_config({"run": {"name": name}})
+
+
+@pytest.mark.parametrize("name", ["console", "a" * 200, "\u00fc\u03bc 1.2+3-4", "a.b"])
+def test_run_names_are_taken_that_every_system_takes(name: str) -> None:
+    assert parse_config({"run": {"name": name}}).run.name == name

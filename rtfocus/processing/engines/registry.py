@@ -3,14 +3,14 @@
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_data_path
 
-from rtfocus.errors import EngineError
+from rtfocus.errors import EngineError, OutputError
+from rtfocus.files import is_reserved_name, whole
 from rtfocus.processing.engines.card import (
     CARD_NAME,
     EngineCard,
@@ -56,13 +56,25 @@ def user_engine_folder() -> Path:
 
 def engine_places(folders: Sequence[Path]) -> list[Path]:
     """Return the folders searched, in order: configured, the user's, shipped."""
-    places = [*folders, user_engine_folder()]
+    own = user_engine_folder()
+    places = [*folders, *([] if _is_closed(own) else [own])]
     try:
         places.append(resource_folder("engines"))
     except FileNotFoundError:
         # A checkout without the shipped engines still runs those configured.
         pass
     return places
+
+
+def _is_closed(folder: Path) -> bool:
+    """Whether it may not be looked into: ``HOME`` may still be another user's."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return not os.access(folder, os.R_OK | os.X_OK)
 
 
 def list_engines(folders: Sequence[Path] = ()) -> list[FoundEngine]:
@@ -121,8 +133,11 @@ def add_engine(folder: Path) -> FoundEngine:
     card = read_card(folder)
     for precision in card.files:
         verified_file(folder, card, precision)
-    if not re.fullmatch(r"\w[\w.-]*", card.name):
-        msg = f"engine name '{card.name}' is no folder name; change it in the card"
+    if not re.fullmatch(r"\w[\w.-]*", card.name) or is_reserved_name(card.name):
+        msg = (
+            f"engine name '{card.name}' is no folder name on every system; change it "
+            "in the card"
+        )
         raise EngineError(msg)
     for place in engine_places(()):
         if (place / card.name / CARD_NAME).is_file():
@@ -133,11 +148,10 @@ def add_engine(folder: Path) -> FoundEngine:
             raise EngineError(msg)
     target = user_engine_folder() / card.name
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _copy_whole(folder, target)
-    except (OSError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        msg = f"engine '{card.name}' cannot be copied to '{target}': {reason}"
+        with whole(target) as part:
+            shutil.copytree(folder, part, symlinks=True)
+    except OutputError as error:
+        msg = f"engine '{card.name}' cannot be added: {error}"
         raise EngineError(msg) from error
     return FoundEngine(target, card)
 
@@ -153,13 +167,3 @@ def _refuse_links(folder: Path) -> None:
                     "consists of plain files: put the file itself there"
                 )
                 raise EngineError(msg)
-
-
-def _copy_whole(folder: Path, target: Path) -> None:
-    """Copy beside the target first: a copy that breaks off is never an engine."""
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        shutil.copytree(folder, beside / "whole", symlinks=True)
-        (beside / "whole").rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
