@@ -12,6 +12,9 @@ from rtfocus.config.model import Config
 from rtfocus.config.text import parse_yaml, read_yaml
 from rtfocus.errors import ConfigError
 
+_MOST_SHOWN = 80
+"""Characters of a refused value that an error repeats."""
+
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML config and apply ``section.key=value`` overrides.
@@ -129,8 +132,14 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
         return f"'{key}': a number is no key; decimals have a point, not a comma"
     value = detail["input"]
-    shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
-    return f"'{key}': {detail['msg']}{shown}"
+    shown = "" if isinstance(value, dict | list) else f" (got {_short(value)})"
+    rule = detail["msg"].removeprefix("Value error, ")
+    return f"'{key}': {rule}{shown}" if key else rule
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:

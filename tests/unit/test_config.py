@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import yaml
 
-from rtfocus.config import Config, load_config
+from rtfocus.config import Config, load_config, parse_config
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position, SeriesStart
 from rtfocus.resources import resource_folder
