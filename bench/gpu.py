@@ -27,7 +27,7 @@ from gpu_timeline import draw_timeline
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
-from rtfocus.evaluation.cost import multiply_adds_per_pixel
+from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.engines.registry import find_engine

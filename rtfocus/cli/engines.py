@@ -12,7 +12,7 @@ from rich.table import Table
 from rtfocus.cli import build
 from rtfocus.cli.options import read_config
 from rtfocus.errors import EngineError
-from rtfocus.evaluation.cost import multiply_adds_per_pixel
+from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.engines.backends import BACKENDS
 from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.fit import step_um, why_unfit

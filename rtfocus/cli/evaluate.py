@@ -19,11 +19,15 @@ from rtfocus.config import Config
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.data_sets import find_data_set
-from rtfocus.evaluation.report import write_report
-from rtfocus.evaluation.run import Outcome
-from rtfocus.evaluation.run import evaluate as evaluate_one
+from rtfocus.evaluation.evaluate import Outcome
+from rtfocus.evaluation.evaluate import evaluate as evaluate_one
 from rtfocus.evaluation.samples import DataSet
-from rtfocus.evaluation.tables import LEVEL_COLUMNS, RESTORED_COLUMNS, tables
+from rtfocus.evaluation.scorecard import (
+    LEVEL_COLUMNS,
+    RESTORED_COLUMNS,
+    tables,
+    write_report,
+)
 
 DATA_VARIABLE = "RTFOCUS_DATA"
 # Wide enough for every column where nobody's terminal says how wide it is.

@@ -1,20 +1,132 @@
-"""Contenders: what is evaluated, each as a config of the live loop.
+"""Contenders: what is evaluated, each as a config of the live loop, and what it costs.
 
 ``NAME`` is an engine, a folder with one, or a restoration that is built in;
 ``METHOD:exact`` is a built-in method that is told every frame's defocus: the bound
-that an estimate of the defocus is measured against.
+that an estimate of the defocus is measured against. Multiply-adds are counted in the
+ONNX graph.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus.config import Config, parse_config
+from rtfocus.config.processor import RestorationConfig
 from rtfocus.errors import ConfigError
-from rtfocus.evaluation.cost import multiply_adds_per_pixel
-from rtfocus.evaluation.samples import DataSet
+from rtfocus.evaluation.samples import DataSet, Sample
+from rtfocus.frame import TileGrid
+from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.cpu.restorers import make_restorer
+from rtfocus.processing.engines.card import verified_file
+from rtfocus.processing.engines.openvino_import import import_openvino
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
 from rtfocus.processing.methods import METHODS
+from rtfocus.processing.tiling import Montage
+
+# Leading axes of an operator's weights that are no part of one product: group and
+# output channel. Transposed convolutions multiply per input, the others per output.
+_PER_OUTPUT = {"Convolution": 1, "GroupConvolution": 2}
+_PER_INPUT = {"ConvolutionBackpropData": 1, "GroupConvolutionBackpropData": 2}
+_FRAME_PX = 512
+
+
+def multiply_adds_per_pixel(found: FoundEngine) -> float | None:
+    """Return the multiply-adds of convolutions and matrix products per frame pixel.
+
+    Restorers are counted on one of their tiles, halo included, per pixel that the
+    tile owns; classifiers and joint engines on a frame of about 512 pixels a side.
+
+    Parameters
+    ----------
+    found
+        The engine.
+
+    Returns
+    -------
+    float | None
+        None: no network, or OpenVINO, which reads the graph, is not installed.
+    """
+    card = found.card
+    if not card.is_network or card.input is None:
+        return None
+    try:
+        openvino = import_openvino()
+    except ImportError:
+        return None
+    multiple = card.input.multiple_px
+    side = round(_FRAME_PX / multiple) * multiple
+    owned = side
+    if card.kind == "restorer":
+        side = card.input.tile_px
+        owned = side - 2 * card.input.halo_px
+    model = openvino.Core().read_model(verified_file(found.folder, card))
+    shapes = {card.input.name: [1, card.input.channels, side, side]}
+    if card.condition is not None:
+        shapes[card.condition.name] = [1, len(card.condition.entries)]
+    model.reshape(shapes)
+    return sum(map(_multiply_adds, model.get_ops())) / owned**2
+
+
+def _multiply_adds(node: Any) -> int:  # noqa: ANN401
+    """Count one operator of OpenVINO's graph."""
+    kind = node.get_type_name()
+    if kind == "MatMul":
+        inner = list(node.input(0).get_shape())
+        axis = -2 if node.get_attributes()["transpose_a"] else -1
+        return int(prod(node.output(0).get_shape()) * inner[axis])
+    if kind in _PER_OUTPUT:
+        weights = list(node.input(1).get_shape())[_PER_OUTPUT[kind] :]
+        return int(prod(node.output(0).get_shape()) * prod(weights))
+    if kind in _PER_INPUT:
+        weights = list(node.input(1).get_shape())[_PER_INPUT[kind] :]
+        return int(prod(node.input(0).get_shape()) * prod(weights))
+    return 0
+
+
+Image = NDArray[np.float32]
+
+# The montage of one tile as large as the frame: one PSF everywhere.
+_GRID = TileGrid(
+    rows=1, columns=1, tile_px=96, stride_px=48, origin_px=47.5, signed=False
+)
+_LEVEL = 1
+
+
+def restore_exactly(method: str, data: DataSet, sample: Sample) -> Image:
+    """Restore a frame with the PSF of its own defocus.
+
+    A frame that may be in focus comes back as it was. Where a range is known, the
+    nominal defocus is its middle.
+
+    Raises
+    ------
+    ConfigError
+        If the defocus of the frame is not known.
+    """
+    span = sample.defocus_um
+    if span is None:
+        msg = (
+            f"'{sample.name}' of {data.name}: nobody knows its defocus, so no method "
+            "can be told it; leave out ':exact'"
+        )
+        raise ConfigError(msg)
+    pixels = sample.pixels.astype(np.float32)
+    if span[0] <= 0.0 <= span[1]:
+        return pixels
+    psf = compute_psf(data.optics, (span[0] + span[1]) / 2)
+    montage = Montage(_GRID, (pixels.shape[0], pixels.shape[1]))
+    restorer = make_restorer(method, RestorationConfig(), montage, {_LEVEL: psf})
+    signal = pixels - np.float32(data.offset_counts)
+    quantum = 1.0 if np.issubdtype(sample.pixels.dtype, np.integer) else 0.0
+    labels = np.full((1, 1), _LEVEL, np.int16)
+    restored = restorer.restore(signal, labels, np.empty_like(signal), quantum=quantum)
+    return restored + np.float32(data.offset_counts)
+
 
 EXACT = ":exact"
 

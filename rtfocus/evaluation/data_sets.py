@@ -4,8 +4,7 @@ from pathlib import Path
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import InputError
-from rtfocus.evaluation.folder_set import folder_set
-from rtfocus.evaluation.real_sets import REAL_SETS
+from rtfocus.evaluation.real_sets import REAL_SETS, folder_set
 from rtfocus.evaluation.samples import BBBC006, DataSet
 from rtfocus.evaluation.synthetic_sets import VARIANTS, synthetic
 

@@ -9,8 +9,8 @@ from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from scipy.ndimage import uniform_filter
 
+from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.level_score import LevelScore
-from rtfocus.evaluation.run import Outcome
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.images.panels import Panel, colour_map, save_panels
 from rtfocus.processing.correction import luminance

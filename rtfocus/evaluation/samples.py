@@ -1,6 +1,6 @@
 """Samples: frames with what is known about them, as every data set gives them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,3 +49,26 @@ class DataSet:
     """Of the camera."""
     samples: Callable[[], Iterator[Sample]]
     """Reads or makes the frames, the same ones every time."""
+
+
+def plane_name(series: str, index: Mapping[str, int]) -> str:
+    """Return a name of its own for each plane of a series.
+
+    Examples
+    --------
+    >>> plane_name("cells", {"t": 0, "c": 0}), plane_name("cells", {"t": 3, "c": 1})
+    ('cells', 'cells t3 c1')
+    """
+    return series + "".join(f" {axis}{n}" for axis, n in index.items() if n)
+
+
+def middle(length_px: int, most_px: int) -> slice:
+    """Return the middle of an axis, at most so many pixels.
+
+    Examples
+    --------
+    >>> middle(10, 4), middle(3, 4)
+    (slice(3, 7, None), slice(0, 3, None))
+    """
+    side = min(length_px, most_px)
+    return slice((length_px - side) // 2, (length_px + side) // 2)

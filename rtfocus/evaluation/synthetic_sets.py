@@ -13,8 +13,7 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
-from rtfocus.evaluation.planes import middle, plane_name
-from rtfocus.evaluation.samples import BBBC006, DataSet, Sample
+from rtfocus.evaluation.samples import BBBC006, DataSet, Sample, middle, plane_name
 from rtfocus.images import open_images
 from rtfocus.optics.blur import blur
 from rtfocus.optics.camera import CameraModel

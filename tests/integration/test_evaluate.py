@@ -15,7 +15,7 @@ from rtfocus.cli.commands import app
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.data_sets import find_data_set
-from rtfocus.evaluation.run import evaluate
+from rtfocus.evaluation.evaluate import evaluate
 from rtfocus.evaluation.synthetic_sets import LEVELS, synthetic
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf

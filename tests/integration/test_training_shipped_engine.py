@@ -10,8 +10,8 @@ import yaml
 from rtfocus.config import parse_config
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.data_sets import find_data_set
+from rtfocus.evaluation.evaluate import evaluate
 from rtfocus.evaluation.level_score import LevelScore
-from rtfocus.evaluation.run import evaluate
 from rtfocus.frame import BACKGROUND
 from rtfocus.images import open_images
 from rtfocus.processing.offline import ImageProcessor

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import yaml
 
-from rtfocus.evaluation.cost import multiply_adds_per_pixel
-from rtfocus.evaluation.level_score import LevelScore
-from rtfocus.evaluation.run import (
+from rtfocus.evaluation.contenders import multiply_adds_per_pixel
+from rtfocus.evaluation.evaluate import (
     EQUAL_DB,
     Figures,
     Scored,
     _within_full_scale,
     mean_figures,
 )
-from rtfocus.evaluation.specimen_tiles import specimen_tiles
+from rtfocus.evaluation.level_score import LevelScore, specimen_tiles
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
 
