@@ -35,6 +35,7 @@ class RecordingSink:
         self.headers: list[FrameHeader] = []
         self.pixels: list[NDArray[Any]] = []
         self.reasons: list[str] = []
+        self.ends: list[dict[str, Any]] = []
         self._fail_at = fail_at
         self._before_acquire = before_acquire
         self._pool: SlotPool | None = None
@@ -64,6 +65,7 @@ class RecordingSink:
 
     def end(self, reason: str, **missed: Any) -> None:
         self.reasons.append(reason)
+        self.ends.append(missed)
 
     def by_index(self) -> dict[tuple[int, ...], NDArray[Any]]:
         """Pixels by (t, p, c, z)."""

@@ -9,6 +9,7 @@ import pytest
 from loop_kit import (
     DEADLINE_S,
     assert_whole,
+    command,
     interrupt_group,
     lines_written,
     read_report,
@@ -18,6 +19,7 @@ from loop_kit import (
     write_config,
 )
 
+from rtfocus.errors import ExitCode
 from rtfocus.sides import on_free_ports
 
 ENDLESS = {"live": {"frames": None, "exposure_ms": 1}}
@@ -58,6 +60,29 @@ def test_an_interrupted_endless_run_is_finished(whom, tmp_path, engine_folder):
     assert "0 dropped + 0 in error" in said
     assert not any(child.is_running() for child in children)
     assert_stopped_cleanly(folder)
+
+
+def test_a_plan_stopped_by_the_user_says_how_much_there_is(tmp_path):
+    plan = {"mda": {"time_plan": {"interval": 0, "loops": 900}}, "live": None}
+    config = small(tmp_path, None, acquisition=plan, microscope=RATE)
+    path = write_config(tmp_path / "long.yaml", config)
+    folder = tmp_path / "small.rtfocus"
+    with started("run", path, "--quiet", cwd=tmp_path) as process:
+        wait_for(
+            lambda: lines_written(folder) >= 5 or process.poll() is not None,
+            "five frames",
+        )
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, errors) == (ExitCode.INCOMPLETE, "")
+    terms = read_report(folder)["accounting"]
+    written = terms["written"]
+    assert terms["planned"] == 900 == written + terms["not_acquired"]
+    expected = f"stopped by the user: {written} of 900 planned frames"
+    assert expected in " ".join(said.split())
+    checked = command("check", folder)
+    assert checked.code == ExitCode.INCOMPLETE
+    assert expected in checked.out
 
 
 def test_two_commands_end_in_turn(tmp_path, engine_folder):

@@ -11,6 +11,8 @@ from loop_kit import Run, assert_whole, command, run_loop, small, succeeded
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from rtfocus.errors import InputError
+
 
 def specimen(seed: int, shape: tuple[int, int] = (192, 256)) -> np.ndarray[Any, Any]:
     """Blurred blocks, 0 to 1."""
@@ -59,7 +61,7 @@ def test_saturated_frames_are_marked(tmp_path, engine_folder):
 
 
 @pytest.mark.parametrize("other", ["shape", "dtype"])
-def test_a_frame_of_another_form_ends_the_series_and_keeps_what_came(
+def test_images_of_different_forms_are_refused_before_the_first(
     other, tmp_path, engine_folder
 ):
     images = tmp_path / "images"
@@ -68,12 +70,9 @@ def test_a_frame_of_another_form_ends_the_series_and_keeps_what_came(
     frames[3] = frames[3][:, :200] if other == "shape" else frames[3].astype(np.uint8)
     for number, plane in enumerate(frames):
         tifffile.imwrite(images / f"{number}.tif", plane)
-    run = replay(tmp_path, images, engine_folder)
-    assert_whole(run.folder, frames=3)
-    for t in range(3):
-        np.testing.assert_array_equal(run.stored("raw", t), frames[t])
-    reason = run.report["reason"]
-    assert ("(192, 200)" if other == "shape" else "u1") in reason
+    with pytest.raises(InputError, match=r"differ.*0\.tif, 1\.tif.*3\.tif"):
+        replay(tmp_path, images, engine_folder)
+    assert not list(tmp_path.glob("*.rtfocus"))
 
 
 def test_colour_of_8_bits_runs_through(tmp_path, engine_folder):

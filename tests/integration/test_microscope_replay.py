@@ -107,13 +107,102 @@ def test_the_rate_is_kept(tmp_path):
     assert all(h.actual_s >= h.planned_s for h in sink.headers)
 
 
-def test_an_image_of_another_shape_ends_the_series_cleanly(tmp_path):
-    for number, width in enumerate((7, 7, 8, 7)):
-        tifffile.imwrite(tmp_path / f"a{number}.tif", np.zeros((9, width), "u1"))
+def write(folder, *planes):
+    """Write single planes as img_1.tif, img_2.tif ... img_12.tif."""
+    folder.mkdir()
+    for number, plane in enumerate(planes, start=1):
+        tifffile.imwrite(folder / f"img_{number}.tif", plane)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (np.zeros((9, 8), "u1"), r"7 x 9 px \|u1.*img_1.tif.*8 x 9 px \|u1.*img_3.tif"),
+        (np.zeros((9, 7), "u2"), r"7 x 9 px <u2.*img_3.tif"),
+        (np.zeros((9, 7, 3), "u1"), r"7 x 9 px \|u1 RGB.*img_3.tif"),
+    ],
+)
+def test_images_that_differ_are_refused_before_the_first(other, said, tmp_path):
+    planes = [np.zeros((9, 7), "u1")] * 4
+    planes[2] = other
+    sink = RecordingSink()
+    with pytest.raises(InputError, match=said):
+        record(replay(write(tmp_path / "mix", *planes), pixel_size_um=0.65), sink)
+    assert sink.series is None
+
+
+def test_images_of_different_pixel_sizes_are_refused(tmp_path):
+    for name, size_um in (("a", 0.65), ("b", 0.325)):
+        sizes = {"PhysicalSizeX": size_um, "PhysicalSizeY": size_um}
+        path = tmp_path / f"{name}.ome.tif"
+        tifffile.imwrite(path, np.zeros((9, 7), "u1"), metadata=sizes)
+    with pytest.raises(InputError, match=r"0\.65 um per pixel: a\.ome.*0\.325 um"):
+        record(replay(tmp_path))
+    sink, _ = record(replay(tmp_path, pixel_size_um=0.65))
+    assert len(sink.pixels) == 2
+
+
+def test_numbers_in_names_count_as_numbers(tmp_path):
+    planes = [np.full((9, 7), number, "u1") for number in range(1, 13)]
+    sink, report = record(replay(write(tmp_path / "a", *planes), pixel_size_um=0.65))
+    assert [p[0, 0] for p in sink.pixels] == list(range(1, 13))
+    assert [h.index["t"] for h in sink.headers] == list(range(12))
+    assert report.outcome.is_complete
+
+
+def test_channels_are_those_of_the_file_in_its_order(tmp_path):
+    for name, order in (("a", ("Cy5", "DAPI")), ("b", ("DAPI", "Cy5"))):
+        planes = [np.full((9, 7), 100 * len(channel), "u2") for channel in order]
+        metadata = {
+            "axes": "CYX",
+            "Channel": {"Name": list(order)},
+            "PhysicalSizeX": 0.65,
+            "PhysicalSizeY": 0.65,
+        }
+        tifffile.imwrite(tmp_path / f"{name}.ome.tif", planes, metadata=metadata)
+    channels = [{"name": "DAPI", "optics": OPTICS}, {"name": "Cy5"}]
+    sink, _ = record(replay(tmp_path, channels=channels))
+    series = sink.series
+    assert series is not None
+    assert [c.name for c in series.channels] == ["Cy5", "DAPI"]
+    assert [c.optics is not None for c in series.channels] == [False, True]
+    assert series.sizes == {"t": 1, "p": 2, "c": 2, "z": 1}
+    # Cy5 is 300, DAPI is 400, in whatever order a file keeps them.
+    values = {index: pixels[0, 0] for index, pixels in sink.by_index().items()}
+    assert values == {
+        (0, 0, 0, 0): 300,
+        (0, 0, 1, 0): 400,
+        (0, 1, 0, 0): 300,
+        (0, 1, 1, 0): 400,
+    }
+
+
+def test_frames_of_micro_manager_keep_their_axes(tmp_path):
+    for p, t, c, z in np.ndindex(2, 2, 2, 2):
+        name = f"img_channel{c:03d}_position{p:03d}_time{t:09d}_z{z:03d}.tif"
+        value = 1000 * (p + 1) + 100 * t + 10 * c + z
+        tifffile.imwrite(tmp_path / name, np.full((9, 7), value, "u2"))
     sink, report = record(replay(tmp_path, pixel_size_um=0.65))
-    assert report.frames == 2
-    assert "changed from (9, 7)" in report.reason
-    assert sink.reasons == [report.reason]
+    assert sink.series is not None
+    assert sink.series.sizes == {"t": 2, "p": 2, "c": 2, "z": 2}
+    for (t, p, c, z), pixels in sink.by_index().items():
+        assert pixels[0, 0] == 1000 * (p + 1) + 100 * t + 10 * c + z
+    assert (report.frames, report.planned) == (16, 16)
+
+
+def test_broken_files_are_named_and_the_others_are_played(tmp_path):
+    folder = write(tmp_path / "a", *[np.full((9, 7), n, "u1") for n in range(4)])
+    (folder / "img_2.tif").write_bytes(b"no image at all")
+    cut = (folder / "img_3.tif").read_bytes()
+    (folder / "img_3.tif").write_bytes(cut[:-20])
+    sink, report = record(replay(folder, pixel_size_um=0.65))
+    assert {p[0, 0] for p in sink.pixels} == {0, 3}
+    assert (report.planned, report.frames, report.not_acquired) == (4, 2, 2)
+    assert not report.outcome.is_complete
+    for name in ("img_2.tif", "img_3.tif"):
+        assert any(name in text for text in report.warnings), report.warnings
+    assert "img_2.tif" in str(report.outcome)
 
 
 def test_colour_images_are_replayed(tmp_path):

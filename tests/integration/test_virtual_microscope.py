@@ -1,6 +1,7 @@
 """Virtual microscope: real devices in a real core, driven like any other."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from pymmcore_plus.experimental.unicore import SimpleCameraDevice
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import parse_config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
-from rtfocus.errors import ConfigError
+from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.microscope.acquisition import acquire_with
 from rtfocus.microscope.core import bare_core, open_core
+from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.microscope.virtual import VirtualSpecimen, load_virtual_microscope
 from rtfocus.microscope.virtual.sensor import Sensor
 
@@ -243,3 +245,47 @@ def test_channels_of_one_camera_have_one_pixel_size():
     ]
     with pytest.raises(ConfigError, match="same pixel_size_um"):
         record(parse_config(settings))
+
+
+SEQUENCE = {"mda": {"time_plan": {"interval": 0, "loops": 8}}}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Let the engine wait for a camera's next image for 0.1 s only."""
+    whole = RecordingEngine.__init__
+
+    def begin(engine, *arguments, **options):
+        whole(engine, *arguments, **options)
+        engine.timeout_base = 0.1
+
+    monkeypatch.setattr(RecordingEngine, "__init__", begin)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_consumer_that_takes_long_costs_the_camera_nothing():
+    pause = threading.Event()
+    sink = RecordingSink(before_acquire=lambda n: n == 3 and pause.wait(0.4))
+    _, report = record(virtual(SEQUENCE), sink)
+    assert all(h.frame_meta["hardware_triggered"] for h in sink.headers)
+    assert (report.frames, report.reason) == (8, "completed")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_camera_that_falls_silent_is_named_with_what_came():
+    sink = RecordingSink()
+    with pytest.raises(MicroscopeError, match=r"no image for 0\.1 s, after 1 of 8"):
+        record(virtual(SEQUENCE, frames_per_s=1), sink)
+    (ended,) = sink.ends
+    assert (ended["camera_lost"], ended["not_acquired"]) == (0, 7)
+    assert "'Camera' gave no image" in sink.reasons[0]
+
+
+def test_stop_does_not_wait_for_a_camera_that_waits_for_its_trigger():
+    stop = threading.Event()
+    started = time.monotonic()
+    _, report = record(
+        virtual(SEQUENCE, frames_per_s=0.01), stop=stop, on_frame=lambda _: stop.set()
+    )
+    assert (report.frames, report.reason, report.not_acquired) == (1, "canceled", 7)
+    assert time.monotonic() - started < 60
