@@ -15,6 +15,10 @@ from pydantic import ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0)]
 
+PIXEL_SIZE_TOLERANCE = 0.01
+"""Relative difference of two pixel sizes that is rounding and no contradiction:
+optics, core and files may state one size with different numbers of digits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Aberrations:
@@ -80,6 +84,10 @@ class OpticalSystem:
             * 1e-3
             / self.numerical_aperture**2
         )
+
+    def has_pixels_of(self, size_um: float) -> bool:
+        """Tell whether a stated pixel size is, up to rounding, that of these optics."""
+        return abs(self.pixel_size_um / size_um - 1.0) <= PIXEL_SIZE_TOLERANCE
 
     @property
     def sampling(self) -> float:

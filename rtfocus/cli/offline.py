@@ -1,26 +1,27 @@
 """Offline commands: ``restore`` and ``classify`` files as the live loop would."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from rtfocus.cli.options import SetOption, read_config
+from rtfocus.cli.options import OverwriteOption, SetOption, read_config
 from rtfocus.config import Config, parse_config
-from rtfocus.errors import ConfigError, InputError
+from rtfocus.config.optics import EXAMPLE, stated_optics
+from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.frame import FrameResult
-from rtfocus.images import ImageSeries, open_images, write_images
+from rtfocus.images.optics import StatedOptics
+from rtfocus.images.outputs import STANDARD_OUTPUT, OutputGuard, companions
+from rtfocus.images.reading import BrokenImage, FoundImages, find_images
+from rtfocus.images.series import ImageSeries
 from rtfocus.images.stretching import stretch_histogram
-from rtfocus.images.writing import OutputImage
-from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.methods import METHODS
+from rtfocus.images.writing import ImageOutput, OutputImage
+from rtfocus.processing.image_set import ImageSet, restoring_with, with_engine
 from rtfocus.processing.offline import ImageProcessor, tile_rows
 from rtfocus.writers.completion import complete_restoration, count_unrestored
 from rtfocus.writers.header import read_header
@@ -38,8 +39,21 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="CONFIG",
-        help="Optics, camera and engines; default: those the classifier was made for.",
+        help="Optics, camera and engines; default: the optics that the file states.",
     ),
+]
+OpticsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--optics",
+        metavar="OPTICS",
+        help=f"{EXAMPLE}, or a file of [bold]rtfocus psf fit[/]; what is left out "
+        "comes from the image file.",
+    ),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the full result here; - is the output."),
 ]
 
 
@@ -64,9 +78,11 @@ def restore(
         str | None,
         typer.Option(
             help="wiener, richardson_lucy, richardson_lucy_accelerated, or a restorer "
-            "or joint engine by name."
+            "or joint engine by name. Default: wiener, and rtfocus-1 where the optics "
+            "are unknown."
         ),
     ] = None,
+    optics: OpticsOption = None,
     stretch: Annotated[
         bool,
         typer.Option(
@@ -75,6 +91,7 @@ def restore(
     ] = False,
     config: ConfigOption = None,
     overrides: SetOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Restore images, plane by plane, on the code path of the live loop.
 
@@ -82,85 +99,151 @@ def restore(
     """
     settings = _settings(path, config, overrides)
     if engine is not None:
-        settings = _restoring_with(settings, engine, whole=config is None)
+        settings = restoring_with(settings, engine, whole=config is None)
     if output is None:
         if stretch:
             msg = "--stretch is for viewing, a run keeps its counts; give --output"
             raise ConfigError(msg)
         _complete(path, settings)
         return
-    images = _open(path)
-    _refuse_input_as_output(output, path, images)
-    dtype: np.dtype[np.generic] | None = None
-    if stretch:
-        dtype = np.dtype("u1")
-    elif settings.store.restored_dtype == "float32":
-        dtype = np.dtype("<f4")
-    with (
-        _progress(sum(map(len, images))) as (progress, task),
-        ImageProcessor(settings) as processor,
-    ):
+    found = _find(path)
+    place = ImageOutput(output, found.series, _guard(path, found, overwrite), path)
+    images = ImageSet(
+        settings,
+        found.series,
+        stated=_stated(optics),
+        free_choice=engine is None and config is None and not _is_run(path),
+    )
+    _tell(found, images)
+    with _progress(found) as (progress, task), images:
         outputs = [
-            OutputImage(
-                like=series,
-                dtype=dtype or series.dtype,
-                planes=map(
-                    stretch_histogram if stretch else np.asarray,
-                    _restored(processor, series, progress, task),
-                ),
-            )
-            for series in images
+            _output(images, number, stretch, lambda: progress.advance(task))
+            for number in range(len(found.series))
         ]
-        written = write_images(output, outputs)
-    typer.echo(f"restored {sum(map(len, images))} planes to {_few(written)}")
+        broken = place.write(outputs)
+    _tell_bent(images)
+    _say_restored(place, found, broken)
 
 
 def classify(
     path: InputArgument,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the full result here.")
-    ] = None,
+    json_file: JsonOption = None,
     engine: Annotated[str | None, typer.Option(help="Classifier engine.")] = None,
+    optics: OpticsOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Estimate the defocus of images, tile by tile.
 
     [bold]Example:[/] rtfocus classify stack.tif --json defocus.json
     """
     settings = _settings(path, config, overrides)
+    settings = with_engine(settings, "restoration", {"method": "none"})
     if engine is not None:
-        settings = _with(settings, "classifier", engine)
-    images = _open(path)
-    found: list[dict[str, Any]] = []
-    with (
-        _progress(sum(map(len, images))) as (progress, task),
-        ImageProcessor(settings) as processor,
-    ):
-        for series in images:
-            for index in series.indices():
-                pixels = series.read(**index)
-                result = processor.classify(pixels, channel=_channel(series, index))
-                found.append(_described(series, index, result))
-                progress.advance(task)
-    name = settings.processing.classifier
+        settings = with_engine(settings, "classifier", engine)
+    found = _find(path)
+    guard = _guard(path, found, overwrite)
     if json_file is not None:
-        text = json.dumps({"engine": name, "images": found}, indent=1, allow_nan=False)
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(text, "utf-8")
-        typer.echo(f"classified {len(found)} planes to {json_file}")
-        return
-    for image in found:
-        typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
+        guard.claim_json(json_file)
+    images = ImageSet(settings, found.series, stated=_stated(optics))
+    _tell(found, images)
+    described: list[dict[str, Any]] = []
+    broken = list(found.broken)
+    with _progress(found) as (progress, task), images:
+        for number, series in enumerate(found.series):
+            try:
+                for row in _classified(images, number):
+                    described.append(row)
+                    progress.advance(task)
+            except InputError as error:
+                broken.append(BrokenImage(series.path, str(error)))
+    if json_file is not None:
+        content: dict[str, Any] = {
+            "engine": settings.processing.classifier,
+            "images": described,
+        }
+        if broken:
+            content["broken"] = [one.reason for one in broken]
+        guard.write_json(json_file, content)
+        to_output = str(json_file) in STANDARD_OUTPUT
+        typer.echo(f"classified {len(described)} planes to {json_file}", err=to_output)
+    else:
+        for image in described:
+            typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
+    _refuse_broken(broken, done=len(described), what="planes classified")
 
 
-def _refuse_input_as_output(
-    output: Path, path: Path, images: list[ImageSeries]
+def _output(
+    images: ImageSet, number: int, stretch: bool, on_plane: Callable[[], None]
+) -> OutputImage:
+    series = images.series[number]
+    planes = images.restored(number, on_plane)
+    return OutputImage(
+        like=series,
+        dtype=np.dtype("u1") if stretch else images.restored_dtype(number),
+        planes=map(stretch_histogram, planes) if stretch else planes,
+        made={"command": "restore", **images.made(number)},
+        keeps_counts=not stretch,
+    )
+
+
+def _guard(path: Path, found: FoundImages, overwrite: bool) -> OutputGuard:
+    inputs = [*companions(found.series), *(one.path for one in found.broken)]
+    if _is_run(path) or path.is_file():
+        inputs.append(path)
+    return OutputGuard(inputs, overwrite=overwrite)
+
+
+def _stated(optics: str | None) -> StatedOptics | None:
+    return None if optics is None else StatedOptics(stated_optics(optics), optics)
+
+
+def _tell(found: FoundImages, images: ImageSet) -> None:
+    """Say what is left out, filled in or assumed, before the work."""
+    notes = [note for series in found.series for note in series.notes]
+    if found.skipped:
+        number = len(found.skipped)
+        notes.append(f"{number} earlier results of rtfocus are no inputs")
+    for line in dict.fromkeys([*notes, *images.assumptions()]):
+        typer.echo(line, err=True)
+
+
+def _tell_bent(images: ImageSet) -> None:
+    for line in images.cut():
+        typer.echo(line, err=True)
+
+
+def _say_restored(
+    place: ImageOutput, found: FoundImages, broken: list[BrokenImage]
 ) -> None:
-    """Never replace what is being restored: it cannot be acquired again."""
-    if output.resolve() in {p.resolve() for p in (path, *(i.path for i in images))}:
-        msg = f"'{output}' is the input itself; choose another output"
-        raise InputError(msg)
+    """Say what is on the disk, counted there; fail if not all of it is."""
+    written = place.written()
+    failed = {one.path for one in broken}
+    whole = [one for one in found.series if one.path not in failed]
+    planes = sum(map(len, whole))
+    where = str(place.path)
+    if place.is_folder:
+        where = f"{len(written)} files in {place.path}"
+    if written:
+        typer.echo(f"restored {planes} planes to {where}")
+    everything = [*found.broken, *broken]
+    _refuse_broken(everything, done=len(written), what="files written")
+    if len(written) < len(place.targets):
+        msg = f"{len(written)} of {len(place.targets)} files are in '{place.path}'"
+        raise IncompleteError(msg)
+
+
+def _refuse_broken(broken: list[BrokenImage], *, done: int, what: str) -> None:
+    """Name what could not be read, after everything else was done."""
+    if not broken:
+        return
+    for one in broken:
+        typer.echo(f"broken: {one.reason}", err=True)
+    names = ", ".join(f"'{one.path}'" for one in broken[:3])
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    msg = f"{len(broken)} images cannot be read: {names}{more}; {done} {what}"
+    raise (IncompleteError if done else InputError)(msg)
 
 
 def _complete(run: Path, settings: Config) -> None:
@@ -169,7 +252,7 @@ def _complete(run: Path, settings: Config) -> None:
         msg = f"'{run}' is no run folder; say where to write with --output"
         raise ConfigError(msg)
     with (
-        _progress(count_unrestored(run)) as (progress, task),
+        _bar(count_unrestored(run)) as (progress, task),
         ImageProcessor(settings) as processor,
     ):
         number = complete_restoration(
@@ -193,32 +276,9 @@ def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Co
     return Config()
 
 
-def _restoring_with(settings: Config, engine: str, *, whole: bool) -> Config:
-    """Return `settings` with one restoration for all channels.
-
-    A joint engine also says what is out of focus, if `whole`: one pass less, and
-    nobody has named a classifier.
-    """
-    method = settings.processing.restoration.model_copy(update={"method": engine})
-    settings = _with(settings, "restoration", method.model_dump())
-    if not whole or engine in (*METHODS, "none"):
-        return settings
-    found = find_engine(engine, settings.processing.engine_folders)
-    return _with(settings, "classifier", engine) if found.kind == "joint" else settings
-
-
-def _with(settings: Config, key: str, value: object) -> Config:
-    """Return `settings` with one engine for all channels."""
-    data = settings.model_dump()
-    data["processing"][key] = value
-    for channel in data["channels"]:
-        channel[key] = None
-    return parse_config(data)
-
-
-def _open(path: Path) -> list[ImageSeries]:
-    """Open images; of a run folder only what the camera saw."""
-    return open_images(path / "raw.ome.zarr" if _is_run(path) else path)
+def _find(path: Path) -> FoundImages:
+    """Find images; of a run folder only what the camera saw."""
+    return find_images(path / "raw.ome.zarr" if _is_run(path) else path)
 
 
 def _is_run(path: Path) -> bool:
@@ -226,30 +286,25 @@ def _is_run(path: Path) -> bool:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[tuple[Progress, TaskID]]:
+def _bar(total: int) -> Iterator[tuple[Progress, TaskID]]:
     """Show a bar over all planes, on standard error."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         yield progress, progress.add_task("planes", total=total)
 
 
-def _restored(
-    processor: ImageProcessor, series: ImageSeries, progress: Progress, task: TaskID
-) -> Iterator[NDArray[np.generic]]:
-    """Yield the restored planes of a series in the order they are written."""
-    for index in series.indices():
-        pixels = series.read(**index)
-        result = processor.restore(pixels, channel=_channel(series, index))
-        progress.advance(task)
-        if result.restored is None:
-            msg = f"'{series.path}': plane {index} was not restored"
-            raise ConfigError(msg)
-        yield result.restored
+def _progress(
+    found: FoundImages,
+) -> AbstractContextManager[tuple[Progress, TaskID]]:
+    return _bar(sum(map(len, found.series)))
 
 
-def _channel(series: ImageSeries, index: dict[str, int]) -> str:
-    """Return the channel's name, by which the config finds its optics."""
-    names = series.channel_names
-    return names[index["c"]] if index["c"] < len(names) else "default"
+def _classified(images: ImageSet, number: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one image's planes."""
+    series = images.series[number]
+    for index, result in images.classified(number):
+        row = _described(series, index, result)
+        row["optics"] = images.optics(number, index["c"]).describe()
+        yield row
 
 
 def _described(
@@ -289,10 +344,4 @@ def _in_words(estimate: dict[str, Any] | None) -> str:
     return (
         f"level {estimate['level']}, {sign}{estimate['defocus_um']:.1f} um "
         f"({confidence:.0f} %)"
-    )
-
-
-def _few(paths: list[Path]) -> str:
-    return (
-        str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {paths[0].parent}"
     )

@@ -23,6 +23,12 @@ SetOption = Annotated[
         help="Override one key, e.g. [bold]store.codec=zstd[/]; repeatable.",
     ),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an earlier result of rtfocus; never an input."
+    ),
+]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress display.")
 ]

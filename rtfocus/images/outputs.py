@@ -35,6 +35,9 @@ _ENDINGS = (
 )
 _IMAGE_ENDINGS = (*_TIFF_ENDINGS, ".zarr", ".png", ".jpg", ".jpeg", ".bmp")
 
+STANDARD_OUTPUT = ("-", "/dev/stdout")
+"""What ``--json`` takes for the output of the command."""
+
 Identity = tuple[int, int]
 """Device and inode: the same for all names and links of one file."""
 
@@ -105,7 +108,7 @@ class OutputGuard:
         if target.suffix.lower() in _IMAGE_ENDINGS:
             msg = f"'{target}' is the name of an image; give --json a name.json"
             raise OutputError(msg)
-        if str(target) in ("-", "/dev/stdout"):
+        if str(target) in STANDARD_OUTPUT:
             return target
         return self.claim(target)
 
@@ -127,7 +130,7 @@ class OutputGuard:
         """Write a claimed JSON file whole, marked as a result of rtfocus."""
         marked = {**json_mark(), **content}
         text = json.dumps(marked, indent=1, allow_nan=False)
-        if str(target) in ("-", "/dev/stdout"):
+        if str(target) in STANDARD_OUTPUT:
             print(text)  # noqa: T201 (the user asked for it there)
             return
         with self.whole(target) as part:
@@ -222,6 +225,16 @@ class OutputGuard:
             raise _refusal(target, "exists", "choose another output or --overwrite")
 
 
+def companions(series: Iterable[ImageSeries]) -> list[Path]:
+    """Return every file and folder that belongs to some images, Zarr parents too."""
+    found: dict[Path, None] = {}
+    for one in series:
+        found |= dict.fromkeys((one.path, *one.files))
+        around = [folder for folder in one.path.absolute().parents if is_zarr(folder)]
+        found |= dict.fromkeys(around)
+    return list(found)
+
+
 def result_names(series: Sequence[ImageSeries], root: Path) -> list[PurePosixPath]:
     """Name one TIFF for each image, all different on every file system.
 
@@ -273,6 +286,12 @@ def _folder_of(one: ImageSeries, root: Path) -> PurePosixPath:
         rows, columns = one.place.rows, one.place.columns
         parts = (*parts, rows[one.place.row] + columns[one.place.column])
     return PurePosixPath(*map(files.portable_name, parts))
+
+
+def is_zarr(folder: Path) -> bool:
+    """Tell whether a folder is a node of a Zarr hierarchy, of version 2 or 3."""
+    marks = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+    return any((folder / mark).is_file() for mark in marks)
 
 
 def _stem(name: str) -> str:

@@ -13,7 +13,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError, OutputError
-from rtfocus.images.outputs import OutputGuard, result_names
+from rtfocus.images.outputs import OutputGuard, companions, result_names
 from rtfocus.images.provenance import NAMESPACE, SOFTWARE, Provenance
 from rtfocus.images.reading import BrokenImage
 from rtfocus.images.series import ImageSeries
@@ -149,7 +149,7 @@ def write_images(output: Path, images: Sequence[OutputImage]) -> list[Path]:
         If the ending is unknown, the output exists, or the disk refuses it.
     """
     series = [image.like for image in images]
-    guard = OutputGuard(path for one in series for path in one.files)
+    guard = OutputGuard(companions(series))
     place = ImageOutput(output, series, guard, _common_folder(series))
     broken = place.write(images)
     if broken:

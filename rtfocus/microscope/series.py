@@ -16,9 +16,6 @@ from rtfocus.microscope.metadata import now_ns, summary_json
 from rtfocus.microscope.plan import AcquisitionPlan
 from rtfocus.microscope.virtual.camera import BIT_DEPTH
 
-# Optics and core may state one pixel size with different numbers of digits.
-_PIXEL_SIZE_TOLERANCE = 0.01
-
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -167,7 +164,7 @@ def find_pixel_size_um(
     for channel in known:
         assert channel.optics is not None
         optics_um = channel.optics.pixel_size_um
-        if abs(optics_um / size_um - 1.0) > _PIXEL_SIZE_TOLERANCE:
+        if not channel.optics.has_pixels_of(size_um):
             msg = (
                 f"channel '{channel.name}' has optics.pixel_size_um={optics_um}, but "
                 f"the camera's pixels are {size_um:g} um (binning included); correct "

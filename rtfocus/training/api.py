@@ -3,9 +3,10 @@
 import logging
 from pathlib import Path
 
+from rtfocus.config.optics import read_optics
 from rtfocus.errors import ConfigError
 from rtfocus.training.export import export_engine, parse_precisions
-from rtfocus.training.own_optics import own_recipe, read_optics
+from rtfocus.training.own_optics import own_recipe
 from rtfocus.training.registry import load_recipe
 from rtfocus.training.trainer import train
 

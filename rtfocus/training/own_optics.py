@@ -5,13 +5,10 @@ all lengths along the axis kept in units of the defocus that the optics resolve,
 the recipe's images give way to a folder of the user's.
 """
 
-from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
@@ -21,49 +18,6 @@ from rtfocus.training.registry import validate_recipe
 _SUFFIXES = (".tif", ".tiff", ".png")
 _HELD_OUT = 5
 _SECTIONS = ("blur", "pairs", "signed")
-_SHORT_NAMES = {
-    "NA": "numerical_aperture",
-    "wavelength": "wavelength_nm",
-    "pixel": "pixel_size_um",
-    "n": "refractive_index",
-    "model": "psf_model",
-}
-_ABERRATION_NAMES = {
-    "spherical": "spherical_waves",
-    "astigmatism": "astigmatism_waves",
-}
-
-
-def read_optics(text: str) -> OpticalSystem:
-    """Read optics as a user gives them.
-
-    Parameters
-    ----------
-    text
-        A YAML file, as `rtfocus psf fit` writes it, or values by short name: NA,
-        wavelength (nm), pixel (um), n, spherical and astigmatism (waves), model.
-
-    Raises
-    ------
-    ConfigError
-        If it is neither, or the values are no optics.
-
-    Examples
-    --------
-    >>> optics = read_optics("NA=0.75,wavelength=520,pixel=0.325,spherical=-0.2")
-    >>> optics.numerical_aperture, optics.aberrations.spherical_waves
-    (0.75, -0.2)
-    """
-    data = _read_file(Path(text)) if "=" not in text else _read_values(text)
-    try:
-        return TypeAdapter(OpticalSystem).validate_python(data)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
-            for fault in error.errors()
-        )
-        msg = f"optics '{text}': {faults}; e.g. NA=0.75,wavelength=520,pixel=0.325"
-        raise ConfigError(msg) from error
 
 
 def own_recipe(
@@ -134,36 +88,3 @@ def _own_source(images: Path) -> SourceRecipe:
         softness_px=0.35,
         share=4.0,
     )
-
-
-def _read_values(text: str) -> Mapping[str, Any]:
-    values: dict[str, Any] = {}
-    aberrations: dict[str, str] = {}
-    for part in text.split(","):
-        name, _, value = (word.strip() for word in part.partition("="))
-        if name in _ABERRATION_NAMES:
-            aberrations[_ABERRATION_NAMES[name]] = value
-        elif name in _SHORT_NAMES:
-            values[_SHORT_NAMES[name]] = value
-        else:
-            known = ", ".join((*_SHORT_NAMES, *_ABERRATION_NAMES))
-            msg = f"optics '{text}': '{name}' is unknown; known are {known}"
-            raise ConfigError(msg)
-    return {**values, "aberrations": aberrations}
-
-
-def _read_file(path: Path) -> object:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        msg = (
-            f"optics '{path}' cannot be read: {error}; give a YAML file, or values: "
-            "NA=0.75,wavelength=520,pixel=0.325"
-        )
-        raise ConfigError(msg) from error
-    channels = data.get("channels") if isinstance(data, dict) else None
-    if isinstance(channels, list) and channels:
-        data = channels[0]
-    if isinstance(data, dict) and "optics" in data:
-        data = data["optics"]
-    return data

@@ -1,0 +1,336 @@
+"""Image set: files restored or classified, each channel in its own optics.
+
+Optics are settled for every channel of every image before the first plane is read,
+see `rtfocus.images.optics`. Where they are unknown, engines that see nothing but
+pixels run blind and say so; methods that compute PSFs are refused.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config import Config, parse_config
+from rtfocus.config.model import ChannelConfig
+from rtfocus.config.optics import EXAMPLE
+from rtfocus.errors import ConfigError, EngineError
+from rtfocus.frame import FrameResult
+from rtfocus.images.optics import (
+    ImageOptics,
+    StatedOptics,
+    find_optics,
+    in_short,
+    refuse_other_reference,
+)
+from rtfocus.images.series import ImageSeries
+from rtfocus.processing.engines.card import identity
+from rtfocus.processing.engines.fit import check_fit, parts
+from rtfocus.processing.engines.registry import FoundEngine, find_engine
+from rtfocus.processing.methods import METHODS
+from rtfocus.processing.offline import ImageProcessor
+
+BLIND_ENGINE = "rtfocus-1"
+"""What restores where nobody knows the optics and nobody names an engine."""
+
+_MOST_PROCESSORS = 4
+
+Setting = tuple[Config, ImageOptics]
+"""How one channel of one image is processed."""
+
+
+class ImageSet:
+    """The images of one command, their optics and processors; a context manager.
+
+    Parameters
+    ----------
+    settings
+        As for the live loop.
+    series
+        The images.
+    stated
+        Optics the user states for them; None: those of config and files.
+    free_choice
+        Nobody named an engine: what has no optics is restored by `BLIND_ENGINE`.
+
+    Raises
+    ------
+    ConfigError
+        If the optics contradict a file, or are unknown and needed.
+    EngineError
+        If an engine is missing or was not made for the optics.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        series: Sequence[ImageSeries],
+        *,
+        stated: StatedOptics | None = None,
+        free_choice: bool = False,
+    ) -> None:
+        self.series = series
+        self._free = free_choice
+        self._settings = settings
+        self._processors: OrderedDict[tuple[int, object], ImageProcessor]
+        self._processors = OrderedDict()
+        self._cut: Counter[int] = Counter()
+        # One config object for all that is processed alike.
+        self._blind = restoring_with(settings, BLIND_ENGINE) if free_choice else None
+        self._plans = [self._plan(image, stated) for image in series]
+
+    def optics(self, number: int, channel: int) -> ImageOptics:
+        """Return the optics of a channel of an image, by their numbers."""
+        return self._plans[number][channel][1]
+
+    def assumptions(self) -> list[str]:
+        """Say, a line each, which optics do not come from the config."""
+        lines = []
+        for image, plan in zip(self.series, self._plans, strict=True):
+            for channel, (settings, optics) in enumerate(plan):
+                if optics.source == "the config":
+                    continue
+                name = _names(settings, image)[channel].name
+                if optics.system is not None:
+                    lines.append(f"optics of channel '{name}': {optics.describe()}")
+                else:
+                    lines.append(_run_blind(settings, name, optics))
+        return list(dict.fromkeys(lines))
+
+    def made(self, number: int) -> dict[str, str]:
+        """Return how an image is restored: engines with weights, optics, their origin.
+
+        With equal optics in all channels these are told once.
+        """
+        image, plan = self.series[number], self._plans[number]
+        facts = []
+        for channel, (settings, optics) in enumerate(plan):
+            known = _names(settings, image)[channel]
+            restoration = known.restoration or settings.processing.restoration
+            classifier = known.classifier or settings.processing.classifier
+            facts.append(
+                {
+                    "engine": _identity(restoration.method, settings),
+                    "classifier": _identity(classifier or "none", settings),
+                    "optics": in_short(optics.system or _reference(settings, known)),
+                    "optics from": optics.source
+                    if optics.system is not None
+                    else f"nobody ({optics.source}): assumed, engines ran blind",
+                }
+            )
+        if all(one == facts[0] for one in facts):
+            return facts[0]
+        return {
+            f"c{channel} {key}": text
+            for channel, one in enumerate(facts)
+            for key, text in one.items()
+        }
+
+    def restored_dtype(self, number: int) -> np.dtype[np.generic]:
+        """Return the pixel type in which the restored planes of an image come."""
+        if self._settings.store.restored_dtype == "float32":
+            return np.dtype("<f4")
+        return self.series[number].dtype
+
+    def restored(
+        self, number: int, on_plane: Callable[[], None]
+    ) -> Iterator[NDArray[np.generic]]:
+        """Yield the restored planes of an image in the order of its indices.
+
+        Raises
+        ------
+        InputError
+            If a plane cannot be read.
+        EngineError
+            If an engine fails.
+        """
+        image = self.series[number]
+        for index in image.indices():
+            pixels = image.read(**index)
+            processor, name = self._processor(number, index["c"])
+            restored = processor.restore(pixels, channel=name).restored
+            if restored is None:
+                msg = f"'{image.path}': plane {index} was not restored"
+                raise EngineError(msg)
+            self._count_cut(number, pixels, restored)
+            on_plane()
+            yield restored
+
+    def classified(self, number: int) -> Iterator[tuple[dict[str, int], FrameResult]]:
+        """Yield index and result of every plane of an image; errors as `restored`."""
+        image = self.series[number]
+        for index in image.indices():
+            processor, name = self._processor(number, index["c"])
+            yield index, processor.classify(image.read(**index), channel=name)
+
+    def cut(self) -> list[str]:
+        """Say, a line each, where restored pixels exceed what their type can hold."""
+        return [
+            f"'{self.series[number].path}': {count} restored pixels exceed "
+            f"{np.iinfo(self.restored_dtype(number)).max} and are stored as that; "  # type: ignore[type-var]
+            "--config with store.restored_dtype: float32 keeps them"
+            for number, count in sorted(self._cut.items())
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._processors:
+            self._processors.popitem()[1].close()
+
+    def _plan(self, image: ImageSeries, stated: StatedOptics | None) -> list[Setting]:
+        """Settle optics and engines of every channel of an image."""
+        plan = []
+        for channel in range(image.sizes["c"]):
+            known = _names(self._settings, image)[channel]
+            optics = find_optics(image, channel, configured=known.optics, stated=stated)
+            settings = self._settings
+            if optics.system is None and self._blind is not None:
+                settings = self._blind
+                known = _names(settings, image)[channel]
+            _check(settings, known, image, optics)
+            plan.append((settings, optics))
+        return plan
+
+    def _processor(self, number: int, channel: int) -> tuple[ImageProcessor, str]:
+        """Return a channel's processor, opened when it is first needed, and its name.
+
+        The one unused for longest makes room.
+        """
+        settings, optics = self._plans[number][channel]
+        name = _names(settings, self.series[number])[channel].name
+        key = (id(settings), optics.system)
+        if key not in self._processors:
+            if len(self._processors) >= _MOST_PROCESSORS:
+                self._processors.popitem(last=False)[1].close()
+            self._processors[key] = ImageProcessor(
+                _without_optics(settings), optics.system
+            )
+        self._processors.move_to_end(key)
+        return self._processors[key], name
+
+    def _count_cut(
+        self, number: int, before: NDArray[np.generic], after: NDArray[np.generic]
+    ) -> None:
+        if after.dtype.kind == "u":
+            top = np.iinfo(after.dtype).max  # type: ignore[type-var]
+            more = int(np.count_nonzero((after == top) & (before < top)))  # type: ignore[operator]
+            if more:
+                self._cut[number] += more
+
+
+def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Config:
+    """Return `settings` with one restoration for all channels.
+
+    A joint engine also says what is out of focus, if `whole`: one pass less, and
+    nobody has named a classifier.
+    """
+    method = settings.processing.restoration.model_copy(update={"method": engine})
+    settings = with_engine(settings, "restoration", method.model_dump())
+    if not whole or engine in (*METHODS, "none"):
+        return settings
+    found = find_engine(engine, settings.processing.engine_folders)
+    if found.kind != "joint":
+        return settings
+    return with_engine(settings, "classifier", engine)
+
+
+def with_engine(settings: Config, key: str, value: object) -> Config:
+    """Return `settings` with one ``classifier`` or ``restoration`` for all channels."""
+    data = settings.model_dump()
+    data["processing"][key] = value
+    for channel in data["channels"]:
+        channel[key] = None
+    return parse_config(data)
+
+
+def _names(settings: Config, image: ImageSeries) -> list[ChannelConfig]:
+    """Return the config's entry for every channel of an image, by the file's names.
+
+    Without names in the file the config's channels count in their order.
+    """
+    names = list(image.channel_names) or [c.name for c in settings.channels]
+    names += ["default"] * (image.sizes["c"] - len(names))
+    return [settings.channel(name) for name in names[: image.sizes["c"]]]
+
+
+def _without_optics(settings: Config) -> Config:
+    """Leave the optics to the processor, which gets those of each image."""
+    channels = [c.model_copy(update={"optics": None}) for c in settings.channels]
+    return settings.model_copy(update={"channels": channels})
+
+
+def _engines(settings: Config, channel: ChannelConfig) -> list[FoundEngine]:
+    """Return classifier and restorer of a channel, as far as they are engines."""
+    restoration = channel.restoration or settings.processing.restoration
+    names = [channel.classifier or settings.processing.classifier, restoration.method]
+    folders = settings.processing.engine_folders
+    return [
+        find_engine(name, folders)
+        for name in dict.fromkeys(names)
+        if name is not None and name not in (*METHODS, "none")
+    ]
+
+
+def _check(
+    settings: Config, channel: ChannelConfig, image: ImageSeries, optics: ImageOptics
+) -> None:
+    """Refuse engines that do not fit the optics, or cannot do without."""
+    engines = _engines(settings, channel)
+    if optics.system is not None:
+        for found in engines:
+            ignored = settings.processing.ignore_optics
+            check_fit(found.card, optics.system, ignore=ignored)
+        return
+    restoration = channel.restoration or settings.processing.restoration
+    needing = [restoration.method] if restoration.method in METHODS else []
+    needing += [f.name for f in engines if f.implementation.startswith("builtin:")]
+    if needing:
+        msg = (
+            f"the optics of '{image.path}' are unknown ({optics.source}) and "
+            f"'{needing[0]}' computes with them: give --optics {EXAMPLE}, or a "
+            f"--config with the optics of channel '{channel.name}', or choose an "
+            f"engine that runs blind: --engine {BLIND_ENGINE}"
+        )
+        raise ConfigError(msg)
+    name = restoration.method if restoration.method != "none" else engines[0].name
+    refuse_other_reference(image, optics, name, _reference(settings, channel))
+
+
+def _reference(settings: Config, channel: ChannelConfig) -> OpticalSystem:
+    """Return the optics that blind engines take for granted."""
+    name = channel.classifier or settings.processing.classifier
+    if name is None:
+        msg = "no classifier is configured; set processing.classifier or --engine"
+        raise EngineError(msg)
+    _, optics = parts(find_engine(name, settings.processing.engine_folders).card)
+    return optics.reference
+
+
+def _run_blind(settings: Config, name: str, optics: ImageOptics) -> str:
+    channel = settings.channel(name)
+    restoration = channel.restoration or settings.processing.restoration
+    engine = restoration.method
+    if engine == "none":
+        engine = channel.classifier or settings.processing.classifier or engine
+    assumed = in_short(_reference(settings, channel))
+    return (
+        f"optics of channel '{name}' are unknown ({optics.source}): engine '{engine}' "
+        f"runs blind, as if {assumed}; micrometres of defocus hold for those only"
+    )
+
+
+def _identity(name: str, settings: Config) -> str:
+    """Return ``name@hash`` of an engine, the bare name of a method."""
+    if name in (*METHODS, "none"):
+        return name
+    return identity(find_engine(name, settings.processing.engine_folders).card)
