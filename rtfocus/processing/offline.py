@@ -107,7 +107,7 @@ class ImageProcessor:
         pixels = _as_image(image)
         pedestal = _pedestal(pixels, self._config.camera)
         if pedestal:
-            pixels = pixels + pedestal
+            pixels = np.asarray(pixels, np.float32) + pedestal
         self._start_for(pixels, channel)
         header = FrameHeader(
             version=PROTOCOL_VERSION,
