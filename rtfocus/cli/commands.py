@@ -42,6 +42,9 @@ COMMANDS = {
         "live",
         "Run the processor side: receive, estimate, restore, write, series by series.",
     ),
+    "keys": Place(
+        "keys", "Make CURVE keys that encrypt the connection and name who may connect."
+    ),
     "restore": Place(
         "offline", "Restore images, plane by plane, on the code path of the live loop."
     ),

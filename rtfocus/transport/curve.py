@@ -3,10 +3,12 @@
 A folder of keys in the layout of ``zmq.auth`` certificates::
 
     server.key, server.key_secret      microscope side
-    client.key, client.key_secret      processor and viewers
-    clients/*.key                      public keys that the microscope side admits
+    client.key, client.key_secret      processor, and viewers
+    clients/*.key                      public keys that are admitted
 
-Copy the folder to both machines; each needs only its own ``key_secret``.
+Each side needs its own ``key_secret``, the ``.key`` of whom it connects to, and as
+the one that binds ``clients/``: the microscope side for frames and control, the
+processor for its preview. All three sockets admit the same list.
 """
 
 import os
@@ -18,41 +20,54 @@ import zmq.auth
 
 from rtfocus.errors import ConfigError, TransportError
 
+SERVER, CLIENT = "server", "client"
+"""Names of the microscope side's and the processor's certificate."""
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
 
 def create_keys(folder: Path) -> Path:
     """Make a folder of fresh keys for one server and one client.
 
+    On POSIX nobody but its owner can look into the folder; on Windows it has the
+    rights of the folder around it.
+
     Raises
     ------
     ConfigError
-        If the folder already holds keys: they are never replaced.
+        If the folder already holds keys, which are never replaced, or cannot be
+        written.
     """
-    if (folder / "server.key_secret").exists():
-        msg = f"'{folder}' already holds CURVE keys; choose another folder"
+    if found := sorted(folder.rglob("*.key*")):
+        msg = f"'{folder}' already holds CURVE keys ({found[0].name}); choose another"
         raise ConfigError(msg)
-    (folder / "clients").mkdir(parents=True, exist_ok=True)
-    for name in ("server", "client"):
-        _, secret = zmq.auth.create_certificates(folder, name)
-        if os.name == "posix":
-            Path(secret).chmod(0o600)
-    shutil.copy(folder / "client.key", folder / "clients" / "client.key")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "clients").mkdir(exist_ok=True)
+        for name in (SERVER, CLIENT):
+            _, secret = zmq.auth.create_certificates(folder, name)
+            if os.name == "posix":
+                Path(secret).chmod(0o600)
+        shutil.copy(folder / "client.key", folder / "clients" / "client.key")
+    except OSError as error:
+        msg = f"cannot write keys to '{folder}': {error.strerror}; choose another"
+        raise ConfigError(msg) from error
     return folder
 
 
-def secure_server(socket: "zmq.Socket[bytes]", folder: Path) -> None:
+def secure_server(socket: "zmq.Socket[bytes]", folder: Path, own: str = SERVER) -> None:
     """Encrypt a socket that will be bound; its context needs a `ClientList`."""
-    public, secret = _load(folder / "server.key_secret")
+    public, secret = _load(folder / f"{own}.key_secret")
     socket.curve_server = True
     socket.curve_publickey = public
     socket.curve_secretkey = secret
 
 
-def secure_client(socket: "zmq.Socket[bytes]", folder: Path) -> None:
-    """Encrypt a socket that will be connected."""
-    public, secret = _load(folder / "client.key_secret")
-    server, _ = _load(folder / "server.key", secret=False)
+def secure_client(
+    socket: "zmq.Socket[bytes]", folder: Path, other: str = SERVER
+) -> None:
+    """Encrypt a socket that will be connected to whom the key `other` belongs to."""
+    public, secret = _load(folder / f"{CLIENT}.key_secret")
+    server, _ = _load(folder / f"{other}.key", secret=False)
     socket.curve_publickey = public
     socket.curve_secretkey = secret
     socket.curve_serverkey = server
@@ -63,10 +78,27 @@ class ClientList:
 
     libzmq asks it over an inproc socket, which joins the poller of the thread
     that owns the other sockets of the same context.
+
+    Parameters
+    ----------
+    context
+        Of the sockets that are bound.
+    folder
+        Of the keys.
+    own
+        Name of a certificate whose own key is admitted too: a viewer on the
+        processor's machine has no other.
     """
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", folder: Path) -> None:
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        folder: Path,
+        own: str | None = None,
+    ) -> None:
         certificates = sorted((folder / "clients").glob("*.key"))
+        if own is not None:
+            certificates.append(folder / f"{own}.key_secret")
         if not certificates:
             msg = (
                 f"no client keys (*.key) in '{folder / 'clients'}'; copy the "
@@ -102,7 +134,7 @@ def _load(path: Path, *, secret: bool = True) -> tuple[bytes, bytes]:
     except (OSError, ValueError) as error:
         msg = (
             f"cannot read the CURVE key '{path}': {error}; make a folder of keys "
-            "with rtfocus.transport.curve.create_keys and copy it to both machines"
+            f"with: rtfocus keys {path.parent}"
         )
         raise ConfigError(msg) from error
     if secret and private is None:

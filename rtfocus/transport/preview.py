@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rtfocus.config.processor import PreviewConfig
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import PROTOCOL_VERSION, Estimate
+from rtfocus.transport.curve import CLIENT, ClientList
 from rtfocus.transport.io_thread import IoThread
 from rtfocus.transport.sockets import (
     Context,
@@ -90,7 +91,8 @@ class PreviewPublisher:
         def open_loop(context: Context, waker: Waker) -> "_PreviewLoop":
             socket = preview_server(context, endpoint, curve_keys, insecure=insecure)
             self.endpoint = bound_to(socket)
-            return _PreviewLoop(socket, waker, self)
+            clients = ClientList(context, curve_keys, CLIENT) if curve_keys else None
+            return _PreviewLoop(socket, waker, self, clients)
 
         self._thread = IoThread("preview", open_loop, lambda _: None)
 
@@ -150,16 +152,27 @@ class PreviewPublisher:
 class _PreviewLoop:
     """Sends offers from the thread that owns the socket."""
 
-    def __init__(self, socket: Socket, waker: Waker, offers: PreviewPublisher) -> None:
+    def __init__(
+        self,
+        socket: Socket,
+        waker: Waker,
+        offers: PreviewPublisher,
+        clients: ClientList | None,
+    ) -> None:
+        self._clients = clients
         self._socket = socket
         self._waker = waker
         self._offers = offers
         self._poller = zmq.Poller()
         self._poller.register(waker.fileno(), zmq.POLLIN)
+        if clients is not None:
+            self._poller.register(clients.socket, zmq.POLLIN)
 
     def turn(self) -> None:
-        self._poller.poll()
+        ready = dict(self._poller.poll())
         self._waker.clear()
+        if self._clients is not None and self._clients.socket in ready:
+            self._clients.answer()
         message = self._offers.take()
         if message is not None:
             # PUB never waits: it drops for a viewer that does not keep up.
@@ -167,6 +180,8 @@ class _PreviewLoop:
 
     def close(self) -> None:
         self._socket.close()
+        if self._clients is not None:
+            self._clients.socket.close()
 
 
 class PreviewViewer:
@@ -177,13 +192,16 @@ class PreviewViewer:
     endpoint
         Where the processor publishes, e.g. ``tcp://127.0.0.1:5573``.
     curve_keys
-        Folder of keys, where the publisher has them.
+        Folder of keys, where the processor has them: its ``client.key``, and a
+        ``client.key_secret`` of which the processor admits the public half.
     """
 
     def __init__(self, endpoint: str, curve_keys: Path | None = None) -> None:
         self._context: Context = zmq.Context()
         try:
-            self._socket = connect(preview_client(self._context), endpoint, curve_keys)
+            self._socket = connect(
+                preview_client(self._context), endpoint, curve_keys, CLIENT
+            )
         except BaseException:
             self._context.destroy(linger=0)
             raise

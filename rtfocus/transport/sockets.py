@@ -5,13 +5,14 @@ All limits are set before bind or connect: later they have no effect.
 
 import ipaddress
 import re
+import socket as socket_module
 from pathlib import Path
 
 import zmq
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import ConfigError, TransportError
-from rtfocus.transport.curve import secure_client, secure_server
+from rtfocus.transport.curve import CLIENT, SERVER, secure_client, secure_server
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
@@ -79,7 +80,8 @@ def preview_server(
     socket = context.socket(zmq.PUB)
     socket.sndhwm = 2
     socket.linger = 0
-    return _bind(socket, endpoint, curve_keys, insecure=insecure)
+    # The processor binds it, and has no key but its own.
+    return _bind(socket, endpoint, curve_keys, CLIENT, insecure=insecure)
 
 
 def preview_client(context: Context) -> Socket:
@@ -91,8 +93,21 @@ def preview_client(context: Context) -> Socket:
     return socket
 
 
-def connect(socket: Socket, endpoint: str, curve_keys: Path | None) -> Socket:
+def connect(
+    socket: Socket, endpoint: str, curve_keys: Path | None, other: str = SERVER
+) -> Socket:
     """Connect to a publisher, which need not be there yet.
+
+    Parameters
+    ----------
+    socket
+        Not connected yet.
+    endpoint
+        ``tcp://HOST:PORT``.
+    curve_keys
+        Folder of keys; None: clear text.
+    other
+        Name of the certificate that the publisher has.
 
     Raises
     ------
@@ -103,13 +118,35 @@ def connect(socket: Socket, endpoint: str, curve_keys: Path | None) -> Socket:
     # A peer that is back is found again within a tenth of a second to a second.
     socket.reconnect_ivl, socket.reconnect_ivl_max = 50, 1000
     if curve_keys is not None:
-        secure_client(socket, curve_keys)
+        secure_client(socket, curve_keys, other)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         msg = f"cannot connect to '{endpoint}': {error}; form: tcp://HOST:PORT"
         raise ConfigError(msg) from error
     return socket
+
+
+def is_local(endpoint: str) -> bool:
+    """Tell whether an endpoint reaches no further than this machine."""
+    return _is_loopback(_tcp_host(endpoint))
+
+
+def nobody_listens(endpoint: str) -> bool:
+    """Tell whether an endpoint refuses connections, as when its process is gone.
+
+    False where it does not answer at all: a network that is cut, a firewall, or
+    a process that is only frozen, whose port goes on to accept.
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        probe = socket_module.create_connection((host.strip("[]"), int(port)), 2.0)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    probe.close()
+    return False
 
 
 def bound_to(socket: Socket) -> str:
@@ -133,16 +170,21 @@ def _watch_peer(socket: Socket, config: TransportConfig) -> None:
 
 
 def _bind(
-    socket: Socket, endpoint: str, curve_keys: Path | None, *, insecure: bool
+    socket: Socket,
+    endpoint: str,
+    curve_keys: Path | None,
+    own: str = SERVER,
+    *,
+    insecure: bool,
 ) -> Socket:
     try:
         if curve_keys is not None:
-            secure_server(socket, curve_keys)
+            secure_server(socket, curve_keys, own)
         elif not insecure and not _is_loopback(_tcp_host(endpoint)):
             msg = (
                 f"'{endpoint}' is reachable from other machines and not encrypted; "
-                "set transport.curve_keys to a folder of CURVE keys, or "
-                "transport.insecure: true on a network you trust"
+                "make keys with `rtfocus keys FOLDER` and set transport.curve_keys "
+                "to it, or set transport.insecure: true on a network you trust"
             )
             raise ConfigError(msg)
         _tcp_host(endpoint)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loop_kit import command, process_of, succeeded
+from loop_kit import command, failed, process_of, succeeded
 from typer.main import get_command
 
 from rtfocus.cli.commands import COMMANDS as PLACES
@@ -93,3 +93,14 @@ def test_an_unknown_option_is_a_usage_error():
     said = command("run", "demo", "--fast")
     assert said.code == 2
     assert "--fast" in said.err
+
+
+def test_keys_say_who_needs_which_and_are_what_the_remedy_names(tmp_path):
+    folder = tmp_path / "lab"
+    said = succeeded(command("keys", folder))
+    for name in ("server.key_secret", "client.key_secret", "clients/client.key"):
+        assert name in said
+        assert (folder / name).is_file()
+    assert "already holds CURVE keys" in failed(command("keys", folder))
+    far = ["--set", "transport.control=tcp://0.0.0.0:*", "--quiet"]
+    assert "rtfocus keys" in failed(command("acquire", "replay", *far))

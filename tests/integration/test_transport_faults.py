@@ -1,5 +1,7 @@
 """Transport faults: whatever comes over the wire, every frame is accounted for."""
 
+import os
+import shutil
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,11 +26,13 @@ from transport_kit import (
     until,
 )
 
+from rtfocus.config.processor import PreviewConfig
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import FrameHeader
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
 from rtfocus.transport.curve import create_keys
+from rtfocus.transport.preview import PreviewPublisher, PreviewViewer
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import Gap
 
@@ -302,6 +306,61 @@ class TestCurve:
             ):
                 receiver.wait_series()
 
+    def test_a_preview_is_shown_to_those_who_are_listed_alone(
+        self, tmp_path: Path
+    ) -> None:
+        keys, others = (create_keys(tmp_path / name) for name in ("ours", "theirs"))
+        # Each side has its own secret alone.
+        (keys / "server.key_secret").unlink()
+        # The stranger knows the processor's public key; it is no secret.
+        stranger = tmp_path / "stranger"
+        shutil.copytree(others, stranger)
+        (stranger / "client.key").write_bytes((keys / "client.key").read_bytes())
+        config = PreviewConfig(endpoint="tcp://127.0.0.1:*", interval_s=1e-6)
+        preview = PreviewPublisher(config, curve_keys=keys)
+        assert preview.endpoint is not None
+        with (
+            PreviewViewer(preview.endpoint, stranger) as refused,
+            PreviewViewer(preview.endpoint) as clear,
+            PreviewViewer(preview.endpoint, keys) as listed,
+        ):
+
+            def is_seen() -> bool:
+                preview.offer(np.zeros((4, 4), "u1"), None, {})
+                return listed.newest(0.01) is not None
+
+            until(is_seen, "a preview")
+            for _ in range(20):
+                is_seen()
+            assert refused.newest(0.05) is None
+            assert clear.newest(0.05) is None
+        preview.close()
+
+    def test_each_side_needs_its_own_secret_alone(self, tmp_path: Path) -> None:
+        keys = create_keys(tmp_path / "keys")
+        scope, gpu = tmp_path / "scope", tmp_path / "gpu"
+        for folder, names in (
+            (scope, ("server.key_secret", "clients/client.key")),
+            (gpu, ("client.key_secret", "server.key")),
+        ):
+            (folder / "clients").mkdir(parents=True)
+            for name in names:
+                shutil.copy(keys / name, folder / name)
+        with FramePublisher(make_config(curve_keys=scope)) as publisher:
+
+            def act() -> None:
+                publisher.start(make_series())
+                publish(publisher, 5)
+                publisher.end("completed")
+
+            config = facing(publisher, curve_keys=gpu)
+            preview = PreviewPublisher(
+                PreviewConfig(endpoint="tcp://127.0.0.1:*"), curve_keys=gpu
+            )
+            with Background(act), receiving(config) as (receiver, _):
+                assert record(receiver).sequences == list(range(5))
+            preview.close()
+
     def test_an_open_endpoint_is_fine_with_keys(self, tmp_path: Path) -> None:
         keys = create_keys(tmp_path / "keys")
         config = make_config(
@@ -316,15 +375,35 @@ class TestCurve:
 
     def test_keys_are_never_replaced(self, tmp_path: Path) -> None:
         create_keys(tmp_path)
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*.key*")}
         with pytest.raises(ConfigError, match="already holds"):
             create_keys(tmp_path)
+        (tmp_path / "server.key_secret").unlink()
+        with pytest.raises(ConfigError, match="already holds"):
+            create_keys(tmp_path)
+        assert all(
+            path.read_bytes() == content
+            for path, content in before.items()
+            if path.name != "server.key_secret"
+        )
+
+    def test_nobody_else_can_read_them(self, tmp_path: Path) -> None:
+        keys = create_keys(tmp_path / "keys")
+        if os.name == "posix":
+            assert keys.stat().st_mode & 0o077 == 0
+            for secret in keys.glob("*.key_secret"):
+                assert secret.stat().st_mode & 0o077 == 0
+        taken = tmp_path / "file"
+        taken.write_text("x", "utf-8")
+        with pytest.raises(ConfigError, match="cannot write keys"):
+            create_keys(taken / "keys")
 
     def test_missing_keys_name_the_file_and_the_remedy(self, tmp_path: Path) -> None:
         (tmp_path / "clients").mkdir()
         with pytest.raises(ConfigError, match="client"):
             FramePublisher(make_config(curve_keys=tmp_path))
         with (
-            pytest.raises(ConfigError, match="create_keys"),
+            pytest.raises(ConfigError, match="rtfocus keys"),
             receiving(
                 make_config(
                     curve_keys=tmp_path,
