@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0)]
+# Bounds are wide: they keep out what no microscope has and no computer can compute.
+Waves = Annotated[float, Field(ge=-100, le=100)]
+Micrometres = Annotated[float, Field(ge=-1e5, le=1e5)]
 
 PIXEL_SIZE_TOLERANCE = 0.01
 """Relative difference of two pixel sizes that is rounding and no contradiction:
@@ -28,15 +30,15 @@ class Aberrations:
         extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    spherical_waves: float = 0.0
+    spherical_waves: Waves = 0.0
     """Primary spherical, 6 r^4 - 6 r^2 + 1; non-zero makes the PSF uneven in z."""
-    astigmatism_waves: float = 0.0
+    astigmatism_waves: Waves = 0.0
     """Vertical astigmatism, r^2 cos(2 t)."""
-    astigmatism_oblique_waves: float = 0.0
+    astigmatism_oblique_waves: Waves = 0.0
     """Oblique astigmatism, r^2 sin(2 t)."""
-    coma_x_waves: float = 0.0
+    coma_x_waves: Waves = 0.0
     """Coma along x, (3 r^3 - 2 r) cos(t)."""
-    coma_y_waves: float = 0.0
+    coma_y_waves: Waves = 0.0
     """Coma along y, (3 r^3 - 2 r) sin(t)."""
 
 
@@ -48,21 +50,21 @@ class OpticalSystem:
         extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    numerical_aperture: Positive
+    numerical_aperture: Annotated[float, Field(gt=0, le=2)]
     """NA of the objective; must stay below the refractive index."""
-    wavelength_nm: Positive
+    wavelength_nm: Annotated[float, Field(ge=10, le=1e6)]
     """Emission (fluorescence) or illumination (brightfield) wavelength in vacuum."""
-    pixel_size_um: Positive
+    pixel_size_um: Annotated[float, Field(ge=1e-3, le=1e3)]
     """Pixel size in the specimen plane, binning included."""
-    refractive_index: Positive = 1.0
+    refractive_index: Annotated[float, Field(gt=0, le=5)] = 1.0
     """Of the immersion medium: 1.0 air, 1.33 water, 1.518 oil."""
     psf_model: Literal["pupil", "born_wolf"] = "pupil"
     """``born_wolf``: He 2020 eq. 2, even in z. ``pupil``: exact phase, aberrations."""
     aberrations: Aberrations = field(default_factory=Aberrations)
     """Only the pupil model uses them."""
-    apodisation: Annotated[float, Field(ge=0)] = 0.0
+    apodisation: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Gaussian pupil: amplitude exp(-apodisation * r^2); 0 = uniform pupil."""
-    defocus_offset_um: float = 0.0
+    defocus_offset_um: Micrometres = 0.0
     """Added to every nominal defocus before a PSF is computed (calibration)."""
 
     def __post_init__(self) -> None:

@@ -4,14 +4,25 @@ import time
 
 import numpy as np
 
-from rtfocus.errors import ProtocolError, TakenOverError, TransportError
+from rtfocus.errors import (
+    PeerLostError,
+    ProtocolError,
+    TakenOverError,
+    TransportError,
+)
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.slots import SlotPool
 from rtfocus.transport.arrivals import Arrivals
 from rtfocus.transport.messages import Ping, Rewind, unpack_in_stream
 from rtfocus.transport.sequencer import Sequencer, Verdict
-from rtfocus.transport.validation import check_header, is_alike, pixel_bytes
+from rtfocus.transport.validation import (
+    MOST_PLACES,
+    check_header,
+    is_alike,
+    most_lost,
+    pixel_bytes,
+)
 
 
 class Intake:
@@ -49,6 +60,7 @@ class Intake:
         self._pool = pool
         self._accounting = accounting
         self._sent_upto = next_sequence
+        self._most_lost = most_lost(series)
 
     @property
     def batch(self) -> int:
@@ -79,7 +91,7 @@ class Intake:
             case FrameHeader():
                 self._take_frame(message, pixels)
             case Rewind():
-                self.sequencer.rewound(message.sequence, message.attempt)
+                self._note_rewind(message)
             case Ping():
                 self._note_ping(message)
             case SeriesEnd():
@@ -93,18 +105,26 @@ class Intake:
         """
         if self.arrivals.is_over:
             return
-        frames_sent = self._sent_upto if frames_sent is None else frames_sent
+        if frames_sent is None:
+            frames_sent = self._sent_upto
+        elif self._is_absurd(frames_sent, f"breaks off ({reason})"):
+            return
         self.sequencer.abandon(frames_sent, reason)
         self._count_gaps()
         self._finish(reason)
 
-    def lose(self, reason: str) -> None:
-        """End the series with an error; what came is kept."""
+    def lose(self, reason: str, kind: type[TransportError] = TransportError) -> None:
+        """End the series with an error; what came is kept.
+
+        After a PeerLostError the series may go on later: what did not come is no
+        gap yet.
+        """
         if self.arrivals.is_over:
             return
-        self.sequencer.abandon(self._sent_upto, reason)
-        self._count_gaps()
-        self._finish(reason, TransportError(reason))
+        if kind is not PeerLostError:
+            self.sequencer.abandon(self._sent_upto, reason)
+            self._count_gaps()
+        self._finish(reason, kind(reason))
 
     def yield_to_another(self, reason: str) -> None:
         """End the series because another recorder has it: nothing is lost by that."""
@@ -116,6 +136,10 @@ class Intake:
 
     def _take_frame(self, header: FrameHeader, pixels: memoryview | None) -> None:
         check_header(header, self.series)
+        most = self.sequencer.expected + self._most_lost
+        if header.sequence > most:
+            msg = f"frame {header.sequence} is beyond {most}"
+            raise ProtocolError(msg, "range")
         expected_bytes = pixel_bytes(header)
         found_bytes = 0 if pixels is None else pixels.nbytes
         if pixels is None or found_bytes != expected_bytes:
@@ -164,6 +188,10 @@ class Intake:
     def _note_ping(self, ping: Ping) -> None:
         if ping.attempt != self.sequencer.attempt:
             return
+        # A smaller one than expected is old, and harmless.
+        is_news = ping.sent_upto > self.sequencer.expected
+        if is_news and self._is_absurd(ping.sent_upto, "has come"):
+            return
         self._sent_upto = max(self._sent_upto, ping.sent_upto)
         if self.sequencer.waiting:
             # It has answered the request, and the answer was lost on the way.
@@ -171,13 +199,44 @@ class Intake:
         else:
             self.sequencer.reach(ping.sent_upto)
 
+    def _note_rewind(self, rewind: Rewind) -> None:
+        is_news = rewind.sequence > self.sequencer.expected
+        if rewind.attempt == self.sequencer.attempt and is_news:
+            if self._is_absurd(rewind.sequence, "goes on"):
+                return
+        self.sequencer.rewound(rewind.sequence, rewind.attempt)
+
     def _note_end(self, end: SeriesEnd) -> None:
+        if not self.has_all and self._is_absurd(end.frames_sent, "ends"):
+            return
+        for name, number in (
+            ("camera_lost", end.camera_lost),
+            ("not_acquired", end.not_acquired),
+        ):
+            if not 0 <= number <= MOST_PLACES:
+                self.lose(f"the publisher ends its series with {name}={number}")
+                return
         if not self.sequencer.reach(end.frames_sent):
             return
         self._count_gaps()
         self.has_all = self.end_to_confirm = True
         self._accounting.set_acquired(end.frames_sent)
         self.arrivals.finish(end)
+
+    def _is_absurd(self, sequence: int, what: str) -> bool:
+        """Tell whether a peer names a frame that cannot be; that ends the series.
+
+        It is no noise, which would not name our series and attempt, and there is
+        no way on from it: waiting for such a frame would never end.
+        """
+        most = self.sequencer.expected + self._most_lost
+        if self.sequencer.expected <= sequence <= most:
+            return False
+        self.lose(
+            f"the publisher says that its series {what} at frame {sequence}, which is "
+            f"not from {self.sequencer.expected} to {most}"
+        )
+        return True
 
     def _count_gaps(self) -> None:
         for gap in self.sequencer.take_gaps():

@@ -1,43 +1,55 @@
-"""Validation: a peer's words against the protocol, once, where they come in."""
+"""Validation: a peer's words against the protocol, once, where they come in.
+
+Numbers above all: NaN and infinity are no measurements, and an integer of a peer
+decides how long a loop runs and how much memory a list takes.
+"""
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
+import msgspec
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
+from rtfocus.channel import Channel
 from rtfocus.errors import ProtocolError, TransportError
-from rtfocus.frame import FrameHeader, SeriesStart
+from rtfocus.frame import Estimate, FrameHeader, SeriesStart
 
 DTYPES = ("|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4", "<f8")
 """Pixel types of version 1: little-endian numbers."""
+MOST_CHANNELS = 256
+MOST_POSITIONS = 100_000
+MOST_PLACES = 2**40
+"""Of all planned frames together; disks end long before."""
+MOST_LOST = 2**20
+"""Longest hole in a series without an end."""
+MOST_SKIPPED = 100_000
+"""Most time points or events, beyond two per frame, that a frame may lie ahead."""
+_INT64 = 2**63
+
+_channel = TypeAdapter(Channel)
 
 
-def check_series(start: SeriesStart) -> None:
-    """Check a series start.
+def check_welcome(topic: str, start: SeriesStart, max_frame_bytes: int) -> None:
+    """Check what a publisher welcomes a recorder with.
 
     Raises
     ------
     TransportError
-        If frames like this cannot be received; names the field.
+        If frames like this cannot be received; names the value and the rule.
     """
-    grey, rgb = len(start.shape) == 2, len(start.shape) == 3 and start.shape[2] == 3
-    faults = {
-        f"shape={start.shape} is not (y, x) or (y, x, 3)": not (grey or rgb)
-        or min(start.shape) < 1,
-        f"dtype={start.dtype!r} is none of {', '.join(DTYPES)}": start.dtype
-        not in DTYPES,
-        "channels is empty": not start.channels,
-        "positions is empty": not start.positions,
-        f"pixel_size_um={start.pixel_size_um} is not > 0": not start.pixel_size_um > 0,
-        f"sizes={start.sizes} has an axis that is not t, p, c or z": not set(
-            start.sizes
-        )
-        <= set("tpcz"),
-        "series_uid is empty": not start.series_uid,
-    }
-    found = [fault for fault, is_fault in faults.items() if is_fault]
-    if found:
-        msg = f"the publisher announces a series that cannot be received: {found[0]}"
+    fault = "its topic is empty" if not topic else _series_fault(start, max_frame_bytes)
+    if fault is not None:
+        msg = f"the publisher announces a series that cannot be received: {fault}"
         raise TransportError(msg)
+
+
+def most_lost(series: SeriesStart) -> int:
+    """Return how many frames may be missing in a row: more is no loss but a mistake."""
+    places = _places(series)
+    # Probes of an autofocus count in the sequence, but not among the places.
+    return MOST_LOST if places is None else min(2 * places + 4096, MOST_LOST + places)
 
 
 def check_header(header: FrameHeader, series: SeriesStart) -> None:
@@ -60,6 +72,24 @@ def check_header(header: FrameHeader, series: SeriesStart) -> None:
         if axis not in "tpcz" or place < 0 or (size is not None and place >= size):
             msg = f"frame {header.sequence}: no {axis}={place} in sizes {series.sizes}"
             raise ProtocolError(msg, "index")
+    _check_numbers(header, series)
+
+
+def check_estimate(estimate: Estimate) -> None:
+    """Check an estimate before anything is focused by it; ProtocolError names it."""
+    numbers = {
+        "defocus_um": estimate.defocus_um,
+        "z_um": estimate.z_um,
+        "z_offset_um": estimate.z_offset_um,
+        "confidence": estimate.confidence,
+        "foreground": estimate.foreground,
+    }
+    if not 0 <= estimate.sequence < _INT64:
+        msg = f"estimate of frame {estimate.sequence}, not from 0 to 2^63 - 1"
+        raise ProtocolError(msg, "range")
+    if (name := _not_finite(numbers)) is not None:
+        msg = f"estimate of frame {estimate.sequence}: {name} is not finite"
+        raise ProtocolError(msg, "range")
 
 
 def is_alike(header: FrameHeader, series: SeriesStart) -> bool:
@@ -79,3 +109,142 @@ def pixel_bytes(header: FrameHeader) -> int:
         msg = f"frame {header.sequence}: shape={header.shape} dtype={header.dtype!r}"
         raise ProtocolError(msg)
     return math.prod(header.shape) * np.dtype(header.dtype).itemsize
+
+
+def _series_fault(start: SeriesStart, max_frame_bytes: int) -> str | None:
+    """Return the first fault of a series, as value and rule."""
+    fault = _form_fault(start, max_frame_bytes) or _sizes_fault(start)
+    return fault or _numbers_fault(start) or _channels_fault(start)
+
+
+def _form_fault(start: SeriesStart, max_frame_bytes: int) -> str | None:
+    grey, rgb = len(start.shape) == 2, len(start.shape) == 3 and start.shape[2] == 3
+    if not start.series_uid:
+        return "series_uid is empty"
+    if not (grey or rgb) or min(start.shape) < 1:
+        return f"shape={start.shape} is not (y, x) or (y, x, 3)"
+    if start.dtype not in DTYPES:
+        return f"dtype={start.dtype!r} is none of {', '.join(DTYPES)}"
+    frame_bytes = math.prod(start.shape) * np.dtype(start.dtype).itemsize
+    if frame_bytes > max_frame_bytes:
+        return (
+            f"shape={start.shape} {start.dtype} is {frame_bytes / 1e6:.0f} MB a frame, "
+            f"more than transport.max_frame_mb={max_frame_bytes / 1e6:g}"
+        )
+    return None
+
+
+def _sizes_fault(start: SeriesStart) -> str | None:
+    sizes = start.sizes
+    if not set(sizes) <= set("tpcz"):
+        return f"sizes={sizes} has an axis that is not t, p, c or z"
+    endless = [axis for axis, size in sizes.items() if size is None and axis != "t"]
+    if endless:
+        return f"sizes={sizes}: only t may be without an end, not {endless[0]}"
+    if any(size is not None and size < 1 for size in sizes.values()):
+        return f"sizes={sizes}: every length must be >= 1"
+    if math.prod(size or 1 for size in sizes.values()) > MOST_PLACES:
+        return f"sizes={sizes} are more than {MOST_PLACES} places"
+    for axis, name, number, most in (
+        ("c", "channels", len(start.channels), MOST_CHANNELS),
+        ("p", "positions", len(start.positions), MOST_POSITIONS),
+    ):
+        if not 1 <= number <= most:
+            return f"{name} has {number} entries, must have 1 to {most}"
+        if sizes.get(axis, 1) != number:
+            return f"sizes={sizes}, but {name} has {number} entries"
+    return None
+
+
+def _numbers_fault(start: SeriesStart) -> str | None:
+    if not 1e-3 <= start.pixel_size_um <= 1e3:
+        return f"pixel_size_um={start.pixel_size_um} is not from 0.001 to 1000"
+    if start.z_step_um is not None and not 0 < start.z_step_um < math.inf:
+        return f"z_step_um={start.z_step_um} is not > 0"
+    if start.interval_s is not None and not 0 <= start.interval_s < math.inf:
+        return f"interval_s={start.interval_s} is not >= 0"
+    bits = 8 * np.dtype(start.dtype).itemsize
+    if start.bit_depth is not None and not 1 <= start.bit_depth <= bits:
+        return f"bit_depth={start.bit_depth} is not from 1 to {bits}, as {start.dtype}"
+    if start.planned is not None and not 0 <= start.planned <= MOST_PLACES:
+        return f"planned={start.planned} is not from 0 to {MOST_PLACES}"
+    if not 0 <= start.started_ns < _INT64:
+        return f"started_ns={start.started_ns} is not from 0 to 2^63 - 1"
+    for number, position in enumerate(start.positions):
+        place = {"x_um": position.x_um, "y_um": position.y_um}
+        if (name := _not_finite(place)) is not None:
+            return f"positions[{number}].{name} is not finite"
+        if not 0 <= position.field < _INT64:
+            return f"positions[{number}].field={position.field} is not >= 0"
+    return None
+
+
+def _channels_fault(start: SeriesStart) -> str | None:
+    """Hold the channels to the rules of the config."""
+    names = Counter(channel.name for channel in start.channels)
+    if (doubled := names.most_common(1)[0])[1] > 1:
+        return f"channels: '{doubled[0]}' is there twice; names must be unique"
+    for number, channel in enumerate(start.channels):
+        try:
+            _channel.validate_python(msgspec.to_builtins(channel))
+        except ValidationError as error:
+            detail = error.errors()[0]
+            key = ".".join(str(part) for part in detail["loc"])
+            rule = f"{detail['msg']} (got {detail['input']!r})"
+            return f"channels[{number}].{key}: {rule}"
+    return None
+
+
+def _check_numbers(header: FrameHeader, series: SeriesStart) -> None:
+    """Check that the numbers of a header can be true; ProtocolError names the first."""
+    counters = {
+        "sequence": header.sequence,
+        "captured_ns": header.captured_ns,
+        "event_index": header.event_index or 0,
+        "camera_image_number": header.camera_image_number or 0,
+    }
+    numbers = {
+        "exposure_ms": header.exposure_ms,
+        "z_um": header.z_um,
+        "z_offset_um": header.z_offset_um,
+        "planned_s": header.planned_s,
+        "actual_s": header.actual_s,
+    }
+    fault = _not_finite(numbers)
+    fault = f"{fault} is not finite" if fault is not None else None
+    if header.exposure_ms < 0:
+        fault = f"exposure_ms={header.exposure_ms} is negative"
+    for name, counter in counters.items():
+        if not 0 <= counter < _INT64:
+            fault = f"{name}={counter} is not from 0 to 2^63 - 1"
+    if fault is None:
+        fault = _far_ahead(header, series)
+    if fault is not None:
+        msg = f"frame {header.sequence}: {fault}"
+        raise ProtocolError(msg, "range")
+
+
+def _far_ahead(header: FrameHeader, series: SeriesStart) -> str | None:
+    """Return what in a header is further on in the plan than its frame can be."""
+    places = _places(series)
+    ahead = 2 * header.sequence + MOST_SKIPPED
+    # An event that takes no image, such as an autofocus, may stand before each.
+    most = ahead if places is None else min(ahead, 2 * places + 4096)
+    if (header.event_index or 0) > most:
+        return f"event_index={header.event_index} is beyond {most}"
+    if series.sizes.get("t", 1) is None and header.index.get("t", 0) > ahead:
+        return f"t={header.index['t']} is beyond {ahead}"
+    return None
+
+
+def _places(series: SeriesStart) -> int | None:
+    sizes = series.sizes.values()
+    return None if None in sizes else math.prod(size or 1 for size in sizes)
+
+
+def _not_finite(numbers: Mapping[str, float | None]) -> str | None:
+    """Return the name of the first number that is NaN or infinite."""
+    for name, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            return name
+    return None

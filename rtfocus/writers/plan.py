@@ -4,13 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING
 
 from rtfocus.frame import SeriesStart
+
+if TYPE_CHECKING:
+    import useq
 
 AXES = ("t", "p", "c", "z")
 
 Index = dict[str, int]
 """Complete index: every one of `AXES`."""
+
+MOST_EVENTS = 100_000
+"""Longest plan of a series without an end that is expanded to find lost frames."""
 
 Order = Callable[[int], Index | None]
 """Maps a frame's ordinal in the plan to its place."""
@@ -154,11 +161,43 @@ class Plan:
         # Imported late: irregular plans are rare, and useq takes a while.
         import useq
 
-        sequence = useq.MDASequence.model_validate(self._mda_sequence)
+        try:
+            sequence = useq.MDASequence.model_validate(self._mda_sequence)
+        except ValueError:
+            # It came over the wire, and nothing but the places of gaps needs it.
+            return []
+        if not _is_modest(sequence, self.places):
+            return []
         return [
             (complete(dict(event.index)), event.action.type == "acquire_image")
             for event in sequence
         ]
+
+
+def _is_modest(sequence: "useq.MDASequence", places: int | None) -> bool:
+    """Tell whether a plan fits its series: it is expanded in memory."""
+    # The count is an upper bound where positions have plans of their own.
+    most = MOST_EVENTS if places is None else 64 * places + 4096
+    try:
+        return _most_events(sequence) <= most
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        # Endless or nonsensical; useq itself would not come to an end either.
+        return False
+
+
+def _most_events(sequence: "useq.MDASequence") -> float:
+    """Return how many events a useq plan can have, without making one."""
+    own = 1.0
+    if sequence.time_plan is not None:
+        own *= max(sequence.time_plan.num_timepoints(), 1)
+    if sequence.z_plan is not None:
+        own *= max(sequence.z_plan.num_positions(), 1)
+    if sequence.grid_plan is not None:
+        own *= max(sequence.grid_plan.num_positions(), 1)
+    own *= max(len(sequence.channels), 1)
+    below = [_most_events(p.sequence) for p in sequence.stage_positions if p.sequence]
+    plain = len(sequence.stage_positions) - len(below)
+    return own * max(plain + sum(below), 1.0)
 
 
 def _item(places: list[Index], ordinal: int) -> Index | None:

@@ -11,10 +11,26 @@ from rtfocus.frame import Position, Role, SeriesEnd
 from rtfocus.transport import messages as m
 from rtfocus.transport.validation import (
     DTYPES,
+    check_estimate,
     check_header,
-    check_series,
+    check_welcome,
+    most_lost,
     pixel_bytes,
 )
+
+MOST_BYTES = 256_000_000
+NAN, INF = float("nan"), float("inf")
+
+
+def optics(**changes: object) -> dict[str, object]:
+    """Return the change that gives a series one channel with these optics."""
+    good = {"numerical_aperture": 0.5, "wavelength_nm": 451.0, "pixel_size_um": 0.5}
+    # Made as the wire makes it: without the checks of a config.
+    found = msgspec.convert(good, OpticalSystem)
+    for name, value in changes.items():
+        object.__setattr__(found, name, value)
+    return {"channels": [Channel("DAPI", found)]}
+
 
 FROM_RECORDER = [
     m.Hello(version=1, role="recorder", uid="u"),
@@ -138,12 +154,40 @@ def test_damaged_messages_are_refused_or_still_messages() -> None:
         ({"pixel_size_um": float("nan")}, "pixel_size_um"),
         ({"sizes": {"y": 3}}, "sizes"),
         ({"series_uid": ""}, "series_uid"),
+        ({"shape": (2**32, 2**32)}, "more than transport.max_frame_mb=256"),
+        ({"sizes": {"t": 0}}, "sizes.*>= 1"),
+        ({"sizes": {"t": -5}}, "sizes.*>= 1"),
+        ({"sizes": {"t": 2**62}}, "sizes.*places"),
+        ({"sizes": {"t": 3, "z": None}}, "only t may be without an end, not z"),
+        ({"sizes": {"t": 3, "c": 2}}, "sizes.*channels has 1 entries"),
+        ({"channels": [Channel("a")] * 2, "sizes": {"c": 2}}, "'a' is there twice"),
+        ({"channels": [Channel(str(n)) for n in range(5000)]}, "5000 entries"),
+        ({"pixel_size_um": INF}, "pixel_size_um"),
+        ({"z_step_um": 0.0}, "z_step_um"),
+        ({"z_step_um": NAN}, "z_step_um"),
+        ({"interval_s": NAN}, "interval_s"),
+        ({"bit_depth": -3}, "bit_depth"),
+        ({"bit_depth": 10**9}, "bit_depth"),
+        ({"planned": -1}, "planned"),
+        ({"planned": 2**62}, "planned"),
+        ({"started_ns": -(2**63)}, "started_ns"),
+        ({"started_ns": 2**64 - 1}, "started_ns"),
+        ({"positions": [Position("here", NAN)]}, r"positions\[0\].x_um"),
+        ({"positions": [Position("here", field=-7)]}, r"positions\[0\].field"),
+        (optics(numerical_aperture=0.0), r"channels\[0\].*numerical_aperture"),
+        (optics(numerical_aperture=NAN), r"channels\[0\].*numerical_aperture"),
+        (optics(wavelength_nm=-451.0), r"channels\[0\].*wavelength_nm"),
+        (optics(wavelength_nm=INF), r"channels\[0\].*wavelength_nm"),
+        (optics(wavelength_nm=1e30), r"channels\[0\].*wavelength_nm"),
+        (optics(pixel_size_um=1e-9), r"channels\[0\].*pixel_size_um"),
+        (optics(aberrations=Aberrations(1e30)), r"channels\[0\].*spherical"),
+        (optics(aberrations=Aberrations(NAN)), r"channels\[0\].*spherical"),
     ],
 )
 def test_a_series_that_cannot_be_received_names_the_field(fault, named) -> None:
-    check_series(make_series())
+    check_welcome("topic", make_series(), MOST_BYTES)
     with pytest.raises(TransportError, match=named):
-        check_series(make_series(**fault))
+        check_welcome("topic", make_series(**fault), MOST_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +200,17 @@ def test_a_series_that_cannot_be_received_names_the_field(fault, named) -> None:
         ({"index": {"t": 0, "c": 1}}, "index"),
         ({"index": {"t": 0, "z": 3}}, "index"),
         ({"index": {"y": 0}}, "index"),
+        ({"index": {"t": 2**36}}, "range"),
+        ({"event_index": 10**9}, "range"),
+        ({"captured_ns": 2**64 - 1}, "range"),
+        ({"captured_ns": -5}, "range"),
+        ({"camera_image_number": 2**64 - 1}, "range"),
+        ({"exposure_ms": NAN}, "range"),
+        ({"exposure_ms": -1.0}, "range"),
+        ({"z_um": INF}, "range"),
+        ({"z_offset_um": NAN}, "range"),
+        ({"planned_s": NAN}, "range"),
+        ({"actual_s": -INF}, "range"),
     ],
 )
 def test_a_header_outside_its_series_is_refused(fault, reason) -> None:
@@ -165,6 +220,34 @@ def test_a_header_outside_its_series_is_refused(fault, reason) -> None:
     with pytest.raises(ProtocolError) as caught:
         check_header(header, series)
     assert caught.value.reason == reason
+
+
+def test_what_a_series_without_limits_would_mean_is_bounded_by_its_plan() -> None:
+    assert most_lost(make_series(sizes={"t": 30})) < 5000
+    assert most_lost(make_series(sizes={"t": None})) == 2**20
+    assert most_lost(make_series(sizes={"t": 2**36})) < 2**37
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"sequence": -1}, {"sequence": 2**64 - 1}, {"defocus_um": NAN}, {"z_um": INF}],
+)
+def test_nobody_focuses_by_an_estimate_that_is_no_number(fault) -> None:
+    check_estimate(make_estimate(3))
+    with pytest.raises(ProtocolError, match="estimate of frame"):
+        check_estimate(msgspec.structs.replace(make_estimate(3), **fault))
+
+
+def test_an_empty_topic_would_subscribe_to_everything() -> None:
+    with pytest.raises(TransportError, match="topic is empty"):
+        check_welcome("", make_series(), MOST_BYTES)
+
+
+def test_what_a_peer_says_does_a_terminal_no_harm() -> None:
+    said = m.printable("a\x1b[31mb\n\0" + "c" * 1000)
+    assert said.startswith("a?[31mb??ccc")
+    assert said.isprintable()
+    assert len(said) < 500
 
 
 def test_pixel_bytes_follow_shape_and_dtype() -> None:

@@ -164,3 +164,28 @@ def test_a_place_that_cannot_be_known_is_not_guessed() -> None:
 )
 def test_only_planned_places_are_contained(index: dict[str, int], inside: bool) -> None:
     assert Plan(series({"t": 2})).contains(complete(index)) is inside
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"time_plan": {"interval": 0, "loops": 10**12}, "channels": ["0"]},
+        {"time_plan": {"interval": 0, "duration": 1e12}},
+        {"time_plan": [{"interval": 0, "loops": 10**12}, {"interval": 1, "loops": 3}]},
+        {"z_plan": {"range": 1e9, "step": 1e-6}},
+        {"grid_plan": {"rows": 10**9, "columns": 10**9}},
+        {"stage_positions": [{"sequence": {"z_plan": {"top": 1e9, "bottom": 0.0}}}]},
+        {"axis_order": "qq", "x": [1]},
+        {"z_plan": {"range": float("nan"), "step": 1}},
+    ],
+)
+@pytest.mark.parametrize("length", [None, 100])
+def test_a_plan_that_nobody_can_expand_leaves_a_gap_without_a_place(
+    plan: dict[str, Any], length: int | None
+) -> None:
+    finder = GapFinder(Plan(series({"t": length, "c": 1}, plan)))
+    finder.arrive(Planned(0, complete({"t": 0})))
+    finder.lose(1, 1, "gap")
+    # A rank that the regular order does not explain: the plan would be asked.
+    found = finder.arrive(Planned(17, complete({"t": 2})))
+    assert found == [Missing(1, None, "gap")]
