@@ -15,18 +15,22 @@ the microscope side sends within, so a slow disk slows the camera's side, never
 memory. Focus leaves at ``estimate`` and never waits for restoration or disk.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from rtfocus.config import Config
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.processor import PreviewConfig, TransportConfig
 from rtfocus.errors import (
     BusyError,
     EngineError,
+    PeerLostError,
     RtfocusError,
     TakenOverError,
+    TransportError,
     WorkerError,
     WriterError,
 )
@@ -38,7 +42,7 @@ from rtfocus.outcome import STOPPED_HERE
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor
-from rtfocus.sides import MicroscopeProcess, on_free_ports
+from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
 from rtfocus.slots import Slot
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
@@ -46,6 +50,8 @@ from rtfocus.transport.receiver import FrameReceiver, Gap
 from rtfocus.workers import BoundedQueue, Pipeline, Worker
 from rtfocus.writers.naming import run_folder
 from rtfocus.writers.run import RunWriter, open_run
+
+logger = logging.getLogger(__name__)
 
 Arrival = Ticket | Gap
 
@@ -59,7 +65,7 @@ def acquire(
 ) -> AcquisitionReport:
     """Run the microscope side: acquire one series and send it until it is durable."""
     with (
-        FramePublisher(config.transport) as publisher,
+        FramePublisher(paired(config).transport) as publisher,
         _when(stop.is_set, publisher.stop),
     ):
         on_publisher(publisher)
@@ -78,7 +84,8 @@ def run(
     Parameters
     ----------
     config
-        Its endpoints are replaced by free ports of this machine.
+        Its endpoints are replaced by free ports of this machine; the preview's only
+        where it is in use.
     stop
         Ends the acquisition; what was acquired is still processed and written.
     abandon
@@ -98,7 +105,8 @@ def run(
         _when(stop.is_set, microscope.stop),
         _when(microscope.failed, abandon.set),
     ):
-        folder = process(config, stop=abandon, on_monitor=watch)
+        with open_preview(config.transport, any_port=True) as preview:
+            folder = _process(config, preview, stop=abandon, on_monitor=watch)
     if (failure := microscope.failure()) is not None:
         if folder is not None:
             terms = monitors[-1].accounting
@@ -124,18 +132,94 @@ def process(
     RtfocusError
         What went wrong first; the run folder is finished and reported before.
     """
+    config = paired(config)
+    with open_preview(config.transport) as preview:
+        return _process(config, preview, stop=stop, on_monitor=on_monitor)
+
+
+def serve(
+    config: Config,
+    *,
+    stop: threading.Event,
+    on_monitor: Callable[[Monitor], None] = lambda _: None,
+    on_finished: Callable[[Path], None] = lambda _: None,
+    on_failure: Callable[[RtfocusError], None] = lambda _: None,
+) -> None:
+    """Run the processor side for one series after the other, until `stop`.
+
+    It waits for ever for the next series, and in a series for a microscope side
+    that went silent and may come back. What goes wrong with a series ends that
+    series alone; it is not recorded again.
+
+    Parameters
+    ----------
+    config
+        As for `process`.
+    stop
+        Ends the series under way, and the service.
+    on_monitor
+        Receives the numbers of each series once, before it comes.
+    on_finished
+        Receives the run folder of each series that went well.
+    on_failure
+        Receives what went wrong with any other.
+    """
+    config = paired(config)
+    unwanted: dict[str, str] = {}
+    with open_preview(config.transport) as preview:
+        while not stop.is_set():
+            try:
+                folder = _process(
+                    config,
+                    preview,
+                    stop=stop,
+                    on_monitor=on_monitor,
+                    unwanted=unwanted,
+                )
+            except SeriesError as failed:
+                unwanted[failed.series_uid] = str(failed.reason)
+                on_failure(failed.reason)
+            else:
+                if folder is not None:
+                    on_finished(folder)
+
+
+class SeriesError(Exception):
+    """One series failed in a service; never reaches the user."""
+
+    def __init__(self, series_uid: str, reason: RtfocusError) -> None:
+        super().__init__(str(reason))
+        self.series_uid = series_uid
+        self.reason = reason
+
+
+def _process(
+    config: Config,
+    preview: PreviewPublisher,
+    *,
+    stop: threading.Event,
+    on_monitor: Callable[[Monitor], None],
+    unwanted: dict[str, str] | None = None,
+) -> Path | None:
+    """Process one series; with `unwanted` as a service: patient, and failing alone."""
     monitor = Monitor()
     on_monitor(monitor)
     with (
         closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
         closing(open_processor(config)) as processor,
-        closing(_open_preview(config.transport)) as preview,
         _when(stop.is_set, receiver.stop),
     ):
-        series = receiver.wait_series()
+        is_service = unwanted is not None
+        series = receiver.wait_series(is_service=is_service, unwanted=unwanted)
         if series is None:
             return None
-        return SeriesLoop(config, series, receiver, processor, preview, monitor).run()
+        loop = SeriesLoop(config, series, receiver, processor, preview, monitor)
+        try:
+            return loop.run()
+        except RtfocusError as error:
+            if is_service:
+                raise SeriesError(series.series_uid, error) from error
+            raise
 
 
 class SeriesLoop:
@@ -158,12 +242,15 @@ class SeriesLoop:
         self._monitor = monitor
         self._in_flight: dict[int, Slot] = {}
         """Frames that arrived and are not yet durable, by sequence."""
+        self._lost: TransportError | None = None
+        """Why the publisher sends no more, if it did not say the end."""
 
     def run(self) -> Path:
         """Process the series; the folder is finished even when a worker fails."""
         grid = self._processor.start(self._series, self._config.transport.slots)
+        folder = run_folder(self._config.run, self._config.store, self._series)
         with open_run(
-            run_folder(self._config.run, self._config.store, self._series),
+            folder,
             self._series,
             self._config.store,
             grid=grid,
@@ -171,9 +258,9 @@ class SeriesLoop:
             accounting=self._monitor.accounting,
             on_durable=self._durable,
             on_free=self._free,
-            provenance={"config": self._config.model_dump(mode="json")},
+            provenance={"config": _provenance(self._config)},
         ) as writer:
-            self._receiver.begin(writer.next_sequence)
+            self._receiver.begin(writer.next_sequence, str(folder.resolve()))
             self._monitor.begin(self._series)
             self._monitor.backends = self._processor.backends()
             failure = self._run_workers(writer)
@@ -181,6 +268,13 @@ class SeriesLoop:
                 # Whoever has the series now goes on with the folder as it is.
                 writer.abort()
                 raise replaced
+            if isinstance(failure, PeerLostError):
+                msg = (
+                    f"{failure}; what came is in '{folder}': start the same "
+                    "command again to go on with the series, or finish it with "
+                    f"rtfocus check {folder} --repair"
+                )
+                raise PeerLostError(msg) from failure
             end = self._end(failure)
             folder = writer.close(end, self._monitor.report())
         if failure is not None:
@@ -197,9 +291,7 @@ class SeriesLoop:
         try:
             Pipeline(
                 [
-                    Worker(
-                        "receive", self._receiver.frames(), self._submit, [to_estimate]
-                    ),
+                    Worker("receive", self._arrivals(), self._submit, [to_estimate]),
                     Worker("estimate", to_estimate, self._publish, [to_write]),
                     Worker("write", to_write, self._write),
                 ],
@@ -210,11 +302,22 @@ class SeriesLoop:
             # What the writer holds becomes durable or is counted by it. The rest
             # is counted one by one: it arrived and never came to the writer.
             writer.settle()
-            self._monitor.accounting.count(
-                "in_error", "aborted", number=len(self._in_flight)
-            )
+            if self._in_flight:
+                self._monitor.accounting.count(
+                    "in_error", "aborted", number=len(self._in_flight)
+                )
             return error
-        return None
+        return self._lost
+
+    def _arrivals(self) -> Iterator[Slot | Gap]:
+        """Yield what arrives, to the last; a lost publisher fails no worker."""
+        try:
+            yield from self._receiver.frames()
+        except TakenOverError:
+            # The folder is another's by now.
+            raise
+        except TransportError as error:
+            self._lost = error
 
     def _submit(self, arrived: Slot | Gap) -> Arrival:
         """Hand a frame to the processor; returns at once while it has room."""
@@ -299,12 +402,35 @@ def _replacement(failure: RtfocusError | None) -> RtfocusError | None:
     return next((e for e in causes if isinstance(e, (TakenOverError, BusyError))), None)
 
 
-def _open_preview(transport: TransportConfig) -> PreviewPublisher:
-    return PreviewPublisher(
-        transport.preview,
-        curve_keys=transport.curve_keys,
-        insecure=transport.insecure,
-    )
+@contextmanager
+def open_preview(
+    transport: TransportConfig, *, any_port: bool = False
+) -> Iterator[PreviewPublisher]:
+    """Open the preview; with `any_port` elsewhere, and told, if its port is in use."""
+
+    def opened(config: PreviewConfig) -> PreviewPublisher:
+        return PreviewPublisher(
+            config, curve_keys=transport.curve_keys, insecure=transport.insecure
+        )
+
+    try:
+        preview = opened(transport.preview)
+    except TransportError:
+        if not any_port:
+            raise
+        elsewhere = {"endpoint": "tcp://127.0.0.1:*"}
+        preview = opened(transport.preview.model_copy(update=elsewhere))
+        logger.warning(
+            "the preview's endpoint %s is in use; this run shows at %s",
+            *(transport.preview.endpoint, preview.endpoint),
+        )
+    with closing(preview):
+        yield preview
+
+
+def _provenance(config: Config) -> dict[str, Any]:
+    """Return the config as it is kept with the data: without the pairing."""
+    return config.model_dump(mode="json", exclude={"transport": {"pairing"}})
 
 
 @contextmanager

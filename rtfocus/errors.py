@@ -11,7 +11,8 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── OutputError        a place that cannot, or must not, be written to
     ├── TransportError     sockets, peers, protocol, stalls
     │   ├── ProtocolError  one message that breaks the wire protocol
-    │   └── TakenOverError another recorder has the series now
+    │   ├── TakenOverError another recorder has the series now
+    │   └── PeerLostError  a peer is silent, and may still come back
     ├── MicroscopeError    Micro-Manager, adapters, devices, acquisition
     ├── EngineError        an engine that cannot be loaded, fitted or run
     ├── WriterError        the run folder: disk, store, journal
@@ -106,6 +107,10 @@ class TakenOverError(TransportError):
     """Another recorder has the series now; this one leaves its run folder as it is."""
 
     exit_code = ExitCode.BUSY
+
+
+class PeerLostError(TransportError):
+    """A peer has been silent for too long; it may be frozen and go on later."""
 
 
 class MicroscopeError(RtfocusError):

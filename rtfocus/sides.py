@@ -1,9 +1,12 @@
-"""Sides: the microscope side as a child process of the processor side.
+"""Sides: how the two sides find each other, and the one as the other's child.
 
-`rtfocus run` uses it. The child is told to stop by closing its standard input:
-that works on every system, and a parent that dies stops its child too.
+`rtfocus run` starts the microscope side as a child process. The child is told to
+stop by closing its standard input: that works on every system, and a parent that
+dies stops its child too.
 """
 
+import getpass
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from rtfocus.errors import (
     MicroscopeError,
     RtfocusError,
 )
+from rtfocus.transport.sockets import is_local
 
 _KINDS: dict[int, type[RtfocusError]] = {
     kind.exit_code: kind for kind in (ConfigError, InputError)
@@ -28,28 +32,53 @@ _KINDS: dict[int, type[RtfocusError]] = {
 """Errors that the microscope side tells by its exit code."""
 
 
+def paired(config: Config) -> Config:
+    """Return `config` with a pairing: its own, or one that tells whose run it is.
+
+    The fixed default ports would pair any two sides of a machine. On one machine
+    both sides know the user and the config file; between two machines these
+    differ, and the name of the run stands for them.
+    """
+    transport = config.transport
+    if transport.pairing is not None:
+        return config
+    if not is_local(transport.control):
+        pairing = f"run {config.run.name}"
+    elif config.file is None:
+        pairing = f"run {config.run.name} of {_user()}"
+    else:
+        pairing = f"config {config.file} of {_user()}"
+    return _with_transport(config, pairing=pairing)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        # A container's user may have no name.
+        return "nobody known"
+
+
 def on_free_ports(config: Config) -> Config:
-    """Return `config` with all its endpoints on free ports of this machine.
+    """Return `config` with free ports of this machine and a pairing of its own.
 
     So that two runs on one machine do not meet.
     """
-    # All sockets are open at once, so that the ports differ.
-    sockets = [socket.socket() for _ in range(3)]
+    # Both sockets are open at once, so that the ports differ.
+    sockets = [socket.socket() for _ in range(2)]
     try:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
-        frames, control, preview = (
-            f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets
-        )
+        frames, control = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets)
     finally:
         for one in sockets:
             one.close()
-    shown = config.transport.preview
-    if shown.endpoint is not None:
-        shown = shown.model_copy(update={"endpoint": preview})
-    transport = config.transport.model_copy(
-        update={"frames": frames, "control": control, "preview": shown}
-    )
+    pairing = secrets.token_hex(16)
+    return _with_transport(config, frames=frames, control=control, pairing=pairing)
+
+
+def _with_transport(config: Config, **changes: str) -> Config:
+    transport = config.transport.model_copy(update=changes)
     return config.model_copy(update={"transport": transport})
 
 

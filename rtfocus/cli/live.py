@@ -11,9 +11,9 @@ from rtfocus.cli.display import Rows, display, processor_rows
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
-from rtfocus.errors import ExitCode
+from rtfocus.errors import ExitCode, RtfocusError
 from rtfocus.monitor import Monitor
-from rtfocus.transport.publisher import FramePublisher
+from rtfocus.transport.publisher import FramePublisher, PublisherStatus
 
 
 def add_to(app: typer.Typer) -> None:
@@ -51,25 +51,46 @@ def process(
     overrides: SetOption = None,
     quiet: QuietOption = False,
     once: Annotated[
-        bool, typer.Option("--once", help="Leave after the first series.")
+        bool,
+        typer.Option(
+            "--once",
+            help="Leave after one series, or when no microscope side answers.",
+        ),
     ] = False,
 ) -> None:
     """Run the processor side: receive, estimate, restore, write, series by series.
 
+    It waits for ever for the next series, and for a microscope side that went
+    silent, until Ctrl-C.
+
     [bold]Example:[/] rtfocus process my.yaml --set transport.frames=tcp://scope:5571
     """
     settings = read_config(config, overrides)
-    code = ExitCode.DONE
-    with interruptible() as (stop, _):
-        while not stop.is_set():
-            monitors: list[Monitor] = []
-            with display(lambda: processor_rows(_last(monitors)), quiet=quiet):  # noqa: B023
-                folder = loop.process(settings, stop=stop, on_monitor=monitors.append)
-            if folder is not None:
-                code = max(code, print_report(folder).exit_code)
-            if once:
-                break
-    raise typer.Exit(code)
+    monitors: list[Monitor] = []
+    codes = [ExitCode.DONE]
+
+    def told(error: RtfocusError) -> None:
+        typer.echo(f"error: {error}", err=True)
+        codes.append(error.exit_code)
+
+    with (
+        interruptible() as (stop, _),
+        display(lambda: processor_rows(_last(monitors)), quiet=quiet),
+    ):
+        if once:
+            folder = loop.process(settings, stop=stop, on_monitor=monitors.append)
+        else:
+            folder = None
+            loop.serve(
+                settings,
+                stop=stop,
+                on_monitor=monitors.append,
+                on_finished=lambda path: codes.append(print_report(path).exit_code),
+                on_failure=told,
+            )
+    if folder is not None:
+        codes.append(print_report(folder).exit_code)
+    raise typer.Exit(max(codes))
 
 
 def acquire(
@@ -93,7 +114,15 @@ def acquire(
             report = loop.acquire(settings, stop=stop, on_publisher=publishers.append)
     if not quiet:
         typer.echo(report)
+        typer.echo(f"recorded by {publishers[-1].status().recorder or 'nobody'}")
     raise typer.Exit(report.outcome.exit_code)
+
+
+def _recorder(status: PublisherStatus) -> str:
+    """Say who records, so that nobody mistakes a stranger for the own processor."""
+    if status.recorder_alive:
+        return status.recorder or "connected"
+    return f"lost: {status.recorder}" if status.recorder else "waiting for one"
 
 
 def _last(monitors: list[Monitor]) -> Monitor | None:
@@ -117,7 +146,7 @@ def _publisher_rows(publishers: list[FramePublisher]) -> Rows:
         ("received", str(status.received_upto)),
         ("durable", str(status.durable_upto)),
         ("free slots", str(status.free_slots)),
-        ("recorder", "connected" if status.recorder_alive else "waiting for one"),
+        ("recorder", _recorder(status)),
         ("resent", str(status.resent)),
         ("stalls", str(status.stalls)),
     ]

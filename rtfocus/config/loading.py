@@ -47,7 +47,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(msg)
     for override in overrides:
         _apply_override(data, override)
-    return parse_config(data, origin=str(path), folder=path.parent)
+    config = parse_config(data, origin=str(path), folder=path.parent)
+    return config.read_from(path)
 
 
 def parse_config(

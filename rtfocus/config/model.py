@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.microscope import (
@@ -76,6 +76,17 @@ class Config(Section):
     processing: ProcessingConfig = ProcessingConfig()
     transport: TransportConfig = TransportConfig()
     store: StoreConfig = StoreConfig()
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """Where it was read from, absolute; None: it was made by a program."""
+        return self._file
+
+    def read_from(self, path: Path) -> "Config":
+        """Note the file it was read from; returns itself."""
+        self._file = path.resolve()
+        return self
 
     @model_validator(mode="after")
     def _channel_names_unique(self) -> "Config":

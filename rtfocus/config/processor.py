@@ -105,6 +105,9 @@ class TransportConfig(Section):
     """Frames: bound by the microscope side, connected to by the processor."""
     control: str = "tcp://127.0.0.1:5572"
     """Credit, receipts, estimates, requests: bound by the microscope side."""
+    pairing: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """Word both sides must share; None: it follows from the config file and the user
+    (beyond loopback: from ``run.name``). Guards against mix-ups, not attackers."""
     preview: PreviewConfig = PreviewConfig()
     slots: Annotated[int, Field(ge=2)] = 32
     """Frames held per side; the microscope keeps each until it is durable."""

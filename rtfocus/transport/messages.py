@@ -32,6 +32,22 @@ class Hello(_Message, frozen=True, tag="hello"):
     """``recorder``: the only one in version 1."""
     uid: str
     """Unique per recorder and series; never shown to other subscribers."""
+    pairing: str = ""
+    """Word that the publisher must know too, unless it has none."""
+    host: str = ""
+    """Where the recorder runs; this and the next two are for people."""
+    pid: int = 0
+    """Its process there."""
+    user: str = ""
+    """Whose process it is."""
+
+    @property
+    def who(self) -> str:
+        """Name the recorder, e.g. ``process 123 (anna) on host scope``."""
+        process = f"process {self.pid}" if self.pid else "a processor"
+        user = f" ({printable(self.user)})" if self.user else ""
+        host = f" on host {printable(self.host)}" if self.host else ""
+        return process + user + host
 
 
 class Progress(_Message, frozen=True, tag="progress"):
@@ -55,6 +71,8 @@ class Resend(_Message, frozen=True, tag="resend"):
     sequence: int
     attempt: int
     """Counts the recorder's requests from 1; `Rewind` carries it back."""
+    folder: str = ""
+    """Where the recorder puts the series, for people."""
 
 
 class Ended(_Message, frozen=True, tag="ended"):
@@ -94,8 +112,7 @@ class Refused(_Message, frozen=True, tag="refused"):
 
     uid: str
     code: str
-    """``occupied``, ``version``, ``unknown`` (restarted publisher), ``role``,
-    ``ahead`` (resumes past what was published)."""
+    """``occupied``, ``pairing``, ``unknown`` (restarted publisher), ``role``."""
     reason: str
 
 
@@ -159,6 +176,12 @@ _from_publisher: msgspec.msgpack.Decoder[FromPublisher] = msgspec.msgpack.Decode
     FromPublisher
 )
 _in_stream: msgspec.msgpack.Decoder[InStream] = msgspec.msgpack.Decoder(InStream)
+
+
+def printable(text: str, most: int = 400) -> str:
+    """Return what a peer said in a form that does a terminal no harm."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
+    return shown if len(text) <= most else f"{shown}..."
 
 
 def pack(message: msgspec.Struct) -> bytes:

@@ -38,6 +38,8 @@ class PublisherStatus:
     durable_upto: int
     free_slots: int
     recorder_alive: bool
+    recorder: str | None
+    """Who records and where: process, user, host, folder; None: nobody yet."""
     resent: int
     """Frames sent more than once."""
     stalls: int
@@ -183,6 +185,7 @@ class FramePublisher:
             durable_upto=outbox.durable_upto if outbox else 0,
             free_slots=self._pool.free if self._pool else 0,
             recorder_alive=registrar.is_alive(time.monotonic()),
+            recorder=registrar.recorded_by,
             resent=registrar.resent,
             stalls=self._stall.count,
             raw_only=self._loop.raw_only,
@@ -216,12 +219,23 @@ class FramePublisher:
             if self._loop.registrar.is_alive(now_s):
                 deadline_s = now_s + self._config.connect_timeout_s
             elif now_s > deadline_s:
-                msg = (
-                    f"no recorder came to {self.endpoints[1]} within "
-                    f"{self._config.connect_timeout_s:g} s; start `rtfocus process` "
-                    "with the same endpoints"
-                )
-                raise TransportError(msg)
+                raise TransportError(self._nobody_came())
+
+    def _nobody_came(self) -> str:
+        registrar = self._loop.registrar
+        msg = (
+            f"no recorder came to {self.endpoints[1]} within "
+            f"{self._config.connect_timeout_s:g} s; start `rtfocus process` with the "
+            "same config"
+        )
+        if registrar.left is not None:
+            msg += f"; the last one left: {registrar.left}"
+        if registrar.stranger is not None:
+            msg += (
+                f"; refused: {registrar.stranger} (one transport.pairing on both "
+                "sides lets it in)"
+            )
+        return msg
 
     def _is_recorder_ready(self) -> bool:
         recorder = self._loop.registrar.recorder

@@ -51,7 +51,7 @@ class PublisherLoop:
             bound_to(self._out.socket),
             bound_to(self._control),
         )
-        self.registrar = Registrar(config.heartbeat_s)
+        self.registrar = Registrar(config.heartbeat_s, config.pairing)
         self.tally = Tally("control")
         self.raw_only: str | None = None
         """Reason to tell the recorder; set by the API."""

@@ -22,7 +22,7 @@ from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.session import Session
 from rtfocus.transport.sizing import slot_pool
-from rtfocus.transport.sockets import Context
+from rtfocus.transport.sockets import Context, nobody_listens
 from rtfocus.transport.waker import Waker
 
 __all__ = ["FrameReceiver", "Gap"]
@@ -74,13 +74,25 @@ class FrameReceiver:
         """Estimates that gave way to a newer one before they were sent."""
         return self._loop.estimates_dropped
 
-    def wait_series(self, timeout_s: float | None = None) -> SeriesStart | None:
+    def wait_series(
+        self,
+        timeout_s: float | None = None,
+        *,
+        is_service: bool = False,
+        unwanted: dict[str, str] | None = None,
+    ) -> SeriesStart | None:
         """Ask the publisher to be its recorder; wait for its next series.
 
         Parameters
         ----------
         timeout_s
             None: as long as the publisher answers.
+        is_service
+            Wait for ever, whatever the publisher answers or does not, and in the
+            series for a publisher that went silent and may come back.
+        unwanted
+            Series not to record, by uid, with the reason; those that cannot be
+            received are added.
 
         Returns
         -------
@@ -91,18 +103,25 @@ class FrameReceiver:
         ------
         TransportError
             If the publisher does not answer for `connect_timeout_s`, refuses our
-            key or version, or already has a recorder.
+            key, pairing or version, or already has a recorder.
         """
         self._thread.check()
         if self._stopped:
             return None
         since_s = time.monotonic()
-        session = Session(self._config, since_s)
+        session = Session(
+            self._config,
+            since_s,
+            is_service=is_service,
+            is_gone=lambda: nobody_listens(self._config.control),
+            unwanted=unwanted,
+        )
         self._session = session
         self._thread.call(lambda: self._loop.open_session(session))
         while session.series is None and not self._stopped:
             now_s = time.monotonic()
-            self._check_answer(session, since_s, now_s)
+            if not is_service:
+                self._check_answer(session, since_s, now_s)
             if timeout_s is not None and now_s - since_s > timeout_s:
                 return None
             with self._loop.turned:
@@ -110,13 +129,15 @@ class FrameReceiver:
             self._thread.check()
         return None if self._stopped else session.series
 
-    def begin(self, next_sequence: int = 0) -> None:
+    def begin(self, next_sequence: int = 0, folder: str = "") -> None:
         """Allocate slots and ask for frames from `next_sequence` on.
 
         Parameters
         ----------
         next_sequence
             The first frame that is not durable: 0, or more after a restart.
+        folder
+            Where the series will lie; told to people on the other side.
         """
         session = self._session
         if session is None or session.series is None:
@@ -128,7 +149,7 @@ class FrameReceiver:
         intake = Intake(series, next_sequence, pool, arrivals, self._accounting)
         self._pool, self._arrivals = pool, arrivals
         self._thread.call(
-            lambda: session.begin(intake, next_sequence, time.monotonic())
+            lambda: session.begin(intake, next_sequence, time.monotonic(), folder)
         )
         session.stop_wanted = self._stopped
         self._thread.wake()
@@ -141,7 +162,8 @@ class FrameReceiver:
         Raises
         ------
         TransportError
-            After what came, if the publisher is lost for `stall_timeout_s`.
+            After what came, if the publisher is lost for `stall_timeout_s`;
+            PeerLostError where the series may go on later.
         """
         yield from self._arrivals
 
@@ -198,7 +220,7 @@ class FrameReceiver:
         # A recorder that died just now still counts as alive for a while.
         grace_s = (LOST_HEARTBEATS + 2) * self._config.heartbeat_s
         if session.refused is not None and waited_s > grace_s:
-            raise TransportError(session.refused.reason)
+            raise TransportError(session.refused)
         heard_s = session.heard_s if session.heard_s is not None else since_s
         if now_s - heard_s > self._config.connect_timeout_s:
             msg = (
@@ -206,6 +228,8 @@ class FrameReceiver:
                 f"{self._config.connect_timeout_s:g} s; start `rtfocus acquire`, and "
                 "compare endpoints and curve_keys of both sides"
             )
+            if self._loop.rejected is not None:
+                msg += f"; what came was refused: {self._loop.rejected}"
             raise TransportError(msg)
 
     def _fail(self, failure: TransportError) -> None:

@@ -66,6 +66,11 @@ class ReceiverLoop:
         """The publisher does not know our CURVE key."""
         return self._control.is_key_refused or self._frames.link.is_key_refused
 
+    @property
+    def rejected(self) -> str | None:
+        """What was wrong with the newest message that could not be used."""
+        return self._tally.last
+
     def offer_estimate(self, estimate: Estimate) -> None:
         """Have an estimate sent unless a newer one comes first; any thread."""
         with self._estimate_lock:

@@ -5,6 +5,7 @@ is lost after `LOST_HEARTBEATS` of silence, and back as soon as it speaks again,
 unless another one took its place meanwhile.
 """
 
+import hmac
 from dataclasses import dataclass, field
 
 from rtfocus.errors import ProtocolError
@@ -12,11 +13,15 @@ from rtfocus.frame import PROTOCOL_VERSION, Estimate
 from rtfocus.slots import Slot
 from rtfocus.transport import messages as m
 from rtfocus.transport.outbox import Outbox
+from rtfocus.transport.validation import check_estimate
 
 LOST_HEARTBEATS = 6
 """A peer silent for this many heartbeats is lost."""
 
 Reply = m.FromPublisher
+
+DERIVED = ("config ", "run ")
+"""How pairings begin that say where they come from; any other is not shown."""
 
 
 @dataclass
@@ -29,6 +34,10 @@ class Recorder:
     topic: str
     heard_s: float
     """``time.monotonic`` of its last message."""
+    who: str
+    """Its process, user and host, as it says."""
+    folder: str = ""
+    """Where it puts the series, once it has said so."""
     subscriptions: int = 0
     """Connections through which `topic` reaches it; two for a moment when it
     reconnects before its old connection is known to be dead."""
@@ -46,12 +55,18 @@ class Recorder:
         """Tell whether frames sent now would reach it."""
         return self.subscriptions > 0 and self.attempt > 0
 
+    def __str__(self) -> str:
+        """Say who records, and where."""
+        return f"{self.who} in '{self.folder}'" if self.folder else self.who
+
 
 @dataclass
 class Registrar:
     """Keeps the recorder of `outbox`; used by the I/O thread alone."""
 
     heartbeat_s: float
+    pairing: str | None = None
+    """What a recorder must say to be welcomed; None: any is."""
     outbox: Outbox | None = None
     """The series to record; None before the first."""
     recorder: Recorder | None = None
@@ -63,6 +78,10 @@ class Registrar:
     """Frames sent more than once."""
     left: str | None = None
     """Why the last recorder went away, if it said so."""
+    recorded_by: str | None = None
+    """The recorder of the series, or the last one it had."""
+    stranger: str | None = None
+    """Who was refused last for another pairing."""
     settled: list[Slot] = field(default_factory=list)
     """Slots of durable frames, until somebody takes them."""
 
@@ -70,7 +89,7 @@ class Registrar:
         """Start a series without a recorder."""
         self.outbox = outbox
         self.recorder = None
-        self.left = None
+        self.left = self.stranger = self.recorded_by = None
 
     def is_alive(self, now_s: float) -> bool:
         """Tell whether the recorder was heard of lately."""
@@ -94,7 +113,7 @@ class Registrar:
             return []
         if isinstance(message, m.Leave):
             if self.recorder is not None and self.recorder.uid == message.uid:
-                self.recorder, self.left = None, message.reason
+                self.recorder, self.left = None, m.printable(message.reason)
             return []
         refusal = self._refuse(message)
         if refusal is not None:
@@ -107,6 +126,8 @@ class Registrar:
         if hello.role != "recorder":
             reason = f"role '{hello.role}' does not exist; use 'recorder'"
             return m.Refused(uid=hello.uid, code="role", reason=reason)
+        if (mismatch := self._mismatch(hello)) is not None:
+            return m.Refused(uid=hello.uid, code="pairing", reason=mismatch)
         if self.outbox is None or self.outbox.is_complete:
             return m.Waiting(version=PROTOCOL_VERSION)
         series = self.outbox.series
@@ -114,16 +135,28 @@ class Registrar:
         if known is None or known.uid != hello.uid:
             if known is not None and self.is_alive(now_s):
                 reason = (
-                    f"series '{series.name}' already has a recorder; there is one "
-                    "per series, viewers use the preview socket"
+                    f"series '{series.name}' already has a recorder, {known}; there "
+                    "is one per series, viewers use the preview socket"
                 )
                 return m.Refused(uid=hello.uid, code="occupied", reason=reason)
             topic = f"{series.series_uid}/{hello.uid}/"
-            known = Recorder(identity, hello.uid, topic, now_s)
+            known = Recorder(identity, hello.uid, topic, now_s, hello.who)
             self.recorder = known
         known.identity, known.heard_s = identity, now_s
         return m.Welcome(
             version=PROTOCOL_VERSION, uid=hello.uid, topic=known.topic, start=series
+        )
+
+    def _mismatch(self, hello: m.Hello) -> str | None:
+        """Return why this recorder is not meant; None: it is."""
+        ours, theirs = self.pairing, hello.pairing
+        if ours is None or hmac.compare_digest(ours.encode(), theirs.encode()):
+            return None
+        self.stranger = f"{hello.who}, {_shown(theirs)}"
+        return (
+            f"this microscope side is paired by {_shown(ours)}, not by "
+            f"{_shown(theirs)}; start `rtfocus process` with the config of "
+            "`rtfocus acquire`, or set transport.pairing to one word on both sides"
         )
 
     def _refuse(self, message: m.Progress | m.Resend | m.Ended) -> m.Refused | None:
@@ -154,10 +187,15 @@ class Registrar:
             case m.Progress():
                 self._note_progress(outbox, recorder, message)
             case m.Resend():
+                if message.sequence < 0 or not 0 < message.attempt < 2**63:
+                    msg = f"resend from {message.sequence}, attempt {message.attempt}"
+                    raise ProtocolError(msg, "range")
                 before = outbox.sent_upto
                 self.resent += max(before - outbox.rewind(message.sequence), 0)
                 recorder.attempt, recorder.rewind_due = message.attempt, True
                 recorder.end_sent = False
+                recorder.folder = m.printable(message.folder)
+                self.recorded_by = str(recorder)
             case m.Ended():
                 outbox.confirm_end()
 
@@ -165,7 +203,7 @@ class Registrar:
         self, outbox: Outbox, recorder: Recorder, progress: m.Progress
     ) -> None:
         known = outbox.published
-        if not progress.durable_upto <= progress.received_upto <= known:
+        if not 0 <= progress.durable_upto <= progress.received_upto <= known:
             msg = (
                 f"progress with durable_upto={progress.durable_upto}, "
                 f"received_upto={progress.received_upto} of {known} frames: must be "
@@ -184,6 +222,15 @@ class Registrar:
         if estimate.series_uid != outbox.series.series_uid:
             msg = f"estimate of series '{estimate.series_uid}'"
             raise ProtocolError(msg, "estimate")
+        check_estimate(estimate)
         self.estimates_dropped += self.estimate is not None
         if self.estimate is None or estimate.sequence >= self.estimate.sequence:
             self.estimate = estimate
+
+
+def _shown(pairing: str) -> str:
+    """Return a pairing for people; a word somebody chose stays untold."""
+    if not pairing:
+        return "nothing"
+    derived = pairing.startswith(DERIVED)
+    return m.printable(pairing) if derived else "a word of its own"

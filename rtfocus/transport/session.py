@@ -3,17 +3,21 @@
 Holds no socket: gets messages and the time, says what is to be sent.
 """
 
+import getpass
 import logging
+import os
+import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rtfocus.config.processor import TransportConfig
-from rtfocus.errors import TransportError
+from rtfocus.errors import PeerLostError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, SeriesStart
 from rtfocus.transport import messages as m
 from rtfocus.transport.intake import Intake
 from rtfocus.transport.registrar import LOST_HEARTBEATS
-from rtfocus.transport.validation import check_series
+from rtfocus.transport.sockets import max_frame_bytes
+from rtfocus.transport.validation import check_welcome
 
 _DELAY_S = 0.005
 """How long news of less than a batch of frames may wait for more."""
@@ -22,15 +26,45 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """What the processor knows about one series and its publisher."""
+    """What the processor knows about one series and its publisher.
 
-    def __init__(self, config: TransportConfig, now_s: float) -> None:
+    Parameters
+    ----------
+    config
+        Its times, and the pairing to name.
+    now_s
+        ``time.monotonic``.
+    is_service
+        Wait for ever: for a publisher that wants us, and for one that went silent,
+        as long as it may come back.
+    is_gone
+        Tells whether a silent publisher is gone for good.
+    unwanted
+        Series not to record, by uid, with the reason.
+    """
+
+    def __init__(
+        self,
+        config: TransportConfig,
+        now_s: float,
+        *,
+        is_service: bool = False,
+        is_gone: Callable[[], bool] = lambda: False,
+        unwanted: dict[str, str] | None = None,
+    ) -> None:
         self.uid = uuid.uuid4().hex
+        self._hello = introduce(self.uid, config.pairing)
+        self._is_service = is_service
+        self._is_gone = is_gone
+        self._unwanted = unwanted if unwanted is not None else {}
+        self._declined: str | None = None
+        self._folder = ""
+        self._max_frame_bytes = max_frame_bytes(config)
         self.series: SeriesStart | None = None
         self.topic: str | None = None
         self.intake: Intake | None = None
         """Set when frames are wanted."""
-        self.refused: m.Refused | None = None
+        self.refused: str | None = None
         """Newest answer of a publisher that does not want us."""
         self.broken: TransportError | None = None
         """Why no series can come of this."""
@@ -54,12 +88,16 @@ class Session:
         self._asked_s = now_s
         self._flowing_s = now_s
         self._watched_s = now_s
+        self._looked_s = 0.0
         self._next_beat_s = now_s
         self.next_turn_s = now_s
         """When there will be something to say even if nothing happens."""
 
-    def begin(self, intake: Intake, next_sequence: int, now_s: float) -> None:
-        """Ask for frames; `intake` takes them."""
+    def begin(
+        self, intake: Intake, next_sequence: int, now_s: float, folder: str = ""
+    ) -> None:
+        """Ask for frames; `intake` takes them, `folder` is where they will lie."""
+        self._folder = folder
         self.durable_upto = next_sequence
         self._flowing_s = now_s
         self.intake = intake
@@ -77,12 +115,14 @@ class Session:
             case m.Refused() if message.uid == self.uid:
                 self._note_refusal(message)
             case m.RawOnly() if self._is_ours(message.series_uid):
-                self.raw_only = message.reason
+                self.raw_only = m.printable(message.reason)
             case m.Abandon() if self._is_ours(message.series_uid):
-                self._end(message.reason, message.frames_sent)
+                self._end(m.printable(message.reason), message.frames_sent)
             case m.Complaint():
-                self._complaint = f"; it says: {message.reason}"
-                logger.warning("the publisher complains: %s", message.reason)
+                reason = m.printable(message.reason)
+                if reason not in self._complaint:
+                    logger.warning("the publisher complains: %s", reason)
+                self._complaint = f"; it says: {reason}"
             case _:
                 # Waiting and Ping say only that the publisher lives.
                 return
@@ -98,8 +138,12 @@ class Session:
             self._next_beat_s = now_s + self._heartbeat_s
         self.next_turn_s = self._next_beat_s
         if self.series is None:
-            if is_beat and self.broken is None:
-                yield m.Hello(version=PROTOCOL_VERSION, role="recorder", uid=self.uid)
+            if self._declined is not None:
+                reason = self._unwanted[self._declined]
+                yield m.Leave(uid=self.uid, series_uid=self._declined, reason=reason)
+                self._declined = None
+            elif is_beat and self.broken is None:
+                yield self._hello
             return
         # Before the numbers are read: what changes from here on wakes the loop.
         self._is_armed, self._news = False, 0
@@ -128,6 +172,8 @@ class Session:
         series_uid = self.series.series_uid if self.series is not None else ""
         if self.series is not None:
             yield self._progress(series_uid)
+        if self.broken is not None:
+            reason = str(self.broken)
         if not self.is_complete:
             yield m.Leave(uid=self.uid, series_uid=series_uid, reason=reason)
 
@@ -145,15 +191,27 @@ class Session:
         if not self.intake.sequencer.waiting:
             self._flowing_s = now_s
         heard_s = self.heard_s if self.heard_s is not None else now_s
-        if now_s - heard_s > self._patience_s:
-            self.intake.lose(
-                f"the publisher is lost: nothing heard for {self._patience_s:g} s"
-            )
+        if now_s - heard_s > self._lost_s:
+            # What it does not say it cannot send.
+            self._flowing_s = now_s
+        if now_s - max(heard_s, self._looked_s) > self._patience_s:
+            self._lose_publisher(self.intake, now_s)
         elif now_s - self._flowing_s > self._patience_s:
             self.intake.lose(
                 f"the publisher does not send frame {self.intake.sequencer.expected} "
                 f"within {self._patience_s:g} s{self._complaint}"
             )
+
+    def _lose_publisher(self, intake: Intake, now_s: float) -> None:
+        """Give a silent publisher up, unless it may come back and we may wait."""
+        silence = f"the publisher is lost: nothing heard for {self._patience_s:g} s"
+        if self._is_gone():
+            intake.lose(f"{silence}, and its port is closed")
+        elif not self._is_service:
+            intake.lose(silence, PeerLostError)
+        elif self._looked_s == 0:
+            logger.warning("%s; waiting for it, Ctrl-C ends the run", silence)
+        self._looked_s = now_s
 
     @property
     def is_running(self) -> bool:
@@ -171,18 +229,29 @@ class Session:
         return self.series is not None and self.series.series_uid == series_uid
 
     def _note_welcome(self, welcome: m.Welcome) -> None:
+        uid = welcome.start.series_uid
         try:
-            check_series(welcome.start)
+            if uid not in self._unwanted:
+                check_welcome(welcome.topic, welcome.start, self._max_frame_bytes)
         except TransportError as error:
-            self.broken = error
+            self._unwanted[uid] = str(error)
+            if not self._is_service:
+                self.broken = error
+                return
+            logger.error("%s; waiting for another", error)
+        if uid in self._unwanted:
+            self._declined = uid
             return
         self.series, self.topic = welcome.start, welcome.topic
 
     def _note_refusal(self, refused: m.Refused) -> None:
-        self.refused = refused
+        reason = m.printable(refused.reason, 1000)
         if self.series is None:
-            if refused.code != "occupied":
-                self.broken = TransportError(f"refused: {refused.reason}")
+            if self.refused is None and self._is_service:
+                logger.warning("refused: %s; asking again", reason)
+            if refused.code != "occupied" and not self._is_service:
+                self.broken = TransportError(f"refused: {reason}")
+            self.refused = reason
         elif refused.code == "occupied":
             self._taken_over = (
                 "another recorder has taken over the series; this one leaves its run "
@@ -247,4 +316,23 @@ class Session:
                 series_uid=intake.series.series_uid,
                 sequence=sequencer.expected,
                 attempt=sequencer.attempt,
+                folder=self._folder,
             )
+
+
+def introduce(uid: str, pairing: str | None) -> m.Hello:
+    """Return the hello that says who asks to record."""
+    try:
+        user = getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        # A container's user may have no name.
+        user = ""
+    return m.Hello(
+        version=PROTOCOL_VERSION,
+        role="recorder",
+        uid=uid,
+        pairing=pairing or "",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        user=user,
+    )

@@ -23,12 +23,15 @@ class Tally:
         self._source = source
         self._on_count = on_count
         self.counts: dict[str, int] = {}
+        self.last: str | None = None
+        """What was wrong with the newest."""
 
     def reject(self, reason: str, detail: str) -> None:
         """Count one message that cannot be used."""
         number = self.counts.get(reason, 0) + 1
         self.counts[reason] = number
         self._on_count(reason)
+        self.last = detail
         # A flood of bad messages must not become a flood of log lines.
         if str(number).strip("0") == "1":
             logger.warning(

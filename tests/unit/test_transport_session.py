@@ -1,5 +1,6 @@
 """The session: what a recorder says, when, and what it makes of the answers."""
 
+import pytest
 from transport_kit import make_config, make_header, make_series
 
 from rtfocus.errors import TransportError
@@ -134,6 +135,70 @@ def test_refusals_are_told_apart() -> None:
     session.handle(m.Refused(session.uid, "occupied", "another"), 0.0)
     assert intake.arrivals.end is not None
     assert "another recorder" in intake.arrivals.end.reason
+
+
+ABSURD = (2**62, 10**8, -5)
+
+
+@pytest.mark.parametrize("number", ABSURD)
+@pytest.mark.parametrize("kind", ["abandon", "end", "ping", "rewind"])
+def test_a_number_that_cannot_be_ends_the_series_at_once(
+    kind: str, number: int
+) -> None:
+    series = make_series(sizes={"t": 30})
+    intake = Intake(series, 0, SlotPool(16, 24 * 32 * 2), Arrivals(), Accounting())
+    flow(intake)
+    for sequence in range(3):
+        take_frame(intake, sequence)
+    uid = series.series_uid
+    if kind == "abandon":
+        intake.abandon("x", number)
+    elif kind == "end":
+        intake.take(m.pack(SeriesEnd(1, uid, number, "x")), None)
+    elif kind == "ping":
+        intake.take(m.pack(m.Ping(1, uid, number, 1)), None)
+    else:
+        intake.take(m.pack(m.Rewind(1, uid, number, 1)), None)
+    if number < 0 and kind in ("ping", "rewind"):
+        # It says nothing that is not known already.
+        assert not intake.arrivals.is_over
+        return
+    came = iter(intake.arrivals)
+    assert [next(came).frame().sequence for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(TransportError, match=f"at frame {number}, which is not"):
+        next(came)
+    assert intake.arrivals.end is not None
+    assert intake.arrivals.end.frames_sent == 3
+
+
+def test_a_service_waits_for_a_silent_publisher_as_long_as_it_may_come_back() -> None:
+    gone = False
+    session = Session(CONFIG, 0.0, is_service=True, is_gone=lambda: gone)
+    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 0.0)
+    intake = Intake(SERIES, 0, SlotPool(4, 2048), Arrivals(), Accounting())
+    session.begin(intake, 0, 0.0)
+    flow(intake)
+    for now_s in range(1, 100):
+        session.watch(float(now_s))
+    assert not intake.arrivals.is_over
+    gone = True
+    for now_s in range(100, 120):
+        session.watch(float(now_s))
+    assert intake.arrivals.end is not None
+    assert "its port is closed" in intake.arrivals.end.reason
+
+
+def test_a_series_that_is_not_wanted_is_declined_and_another_waited_for() -> None:
+    unwanted = {SERIES.series_uid: "the disk was full"}
+    session = Session(CONFIG, 0.0, is_service=True, unwanted=unwanted)
+    assert said(session, 0.0) == ["Hello"]
+    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 0.0)
+    (leave,) = session.say(0.1)
+    assert leave == m.Leave(session.uid, SERIES.series_uid, "the disk was full")
+    assert said(session, 1.1) == ["Hello"]
+    other = make_series("other")
+    session.handle(m.Welcome(1, session.uid, "topic", other), 1.2)
+    assert session.series == other
 
 
 def test_what_happened_before_begin_is_not_forgotten() -> None:

@@ -200,6 +200,42 @@ class TestRegistrar:
         assert isinstance(answer, m.Refused)
         assert answer.code == "role"
 
+    def test_another_pairing_is_refused_before_anything_else(self) -> None:
+        registrar = Registrar(heartbeat_s=1.0, pairing="config a of anna")
+        for pairing in ("", "config b of bob", "a word"):
+            hello = m.Hello(1, "recorder", "v", pairing, "scope", 7, "bob")
+            (answer,) = registrar.handle(b"b", hello, 0.0)
+            assert isinstance(answer, m.Refused)
+            assert answer.code == "pairing"
+            assert "config a of anna" in answer.reason
+            assert "a word," not in answer.reason
+            assert "process 7 (bob) on host scope" in str(registrar.stranger)
+        registrar.open(outbox_of(1))
+        hello = m.Hello(1, "recorder", "u", "config a of anna")
+        (answer,) = registrar.handle(b"a", hello, 0.0)
+        assert isinstance(answer, m.Welcome)
+
+    def test_whoever_comes_second_is_told_who_was_first_and_where(self) -> None:
+        registrar = self.opened()
+        first = m.Hello(1, "recorder", "u", "", "scope", 7, "anna")
+        registrar.handle(b"a", first, 0.0)
+        resend = m.Resend("u", "series-1", 0, 1, folder="/data/night.rtfocus")
+        assert registrar.handle(b"a", resend, 0.0) == []
+        (answer,) = registrar.handle(b"b", self.hello("v"), 0.0)
+        assert isinstance(answer, m.Refused)
+        who = "process 7 (anna) on host scope in '/data/night.rtfocus'"
+        assert who in answer.reason
+        assert registrar.recorded_by == who
+
+    @pytest.mark.parametrize(("sequence", "attempt"), [(-7, 1), (0, 0), (0, 2**63)])
+    def test_a_request_for_what_cannot_be_is_refused(
+        self, sequence: int, attempt: int
+    ) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        with pytest.raises(ProtocolError, match="resend from"):
+            registrar.handle(b"a", m.Resend("u", "series-1", sequence, attempt), 0.0)
+
     def test_progress_of_an_unknown_series_is_refused(self) -> None:
         registrar = self.opened()
         registrar.handle(b"a", self.hello(), 0.0)
@@ -207,7 +243,9 @@ class TestRegistrar:
         assert isinstance(answer, m.Refused)
         assert answer.code == "unknown"
 
-    @pytest.mark.parametrize(("durable", "received"), [(2, 1), (5, 5), (0, 99)])
+    @pytest.mark.parametrize(
+        ("durable", "received"), [(2, 1), (5, 5), (0, 99), (-5, 0)]
+    )
     def test_progress_beyond_the_possible_frees_nothing(
         self, durable: int, received: int
     ) -> None:
