@@ -27,11 +27,11 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.methods import METHODS
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
+from rtfocus.processing.cpu.patch_restorer import TileRestorer
 from rtfocus.processing.quality import psnr, ssim
-from rtfocus.processing.restoration import DepthVariantRestorer
-from rtfocus.processing.tile_restoration import TileRestorer
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.restore import METHODS
+from rtfocus.processing.tiles.montage import Montage
 from rtfocus.specimens.fluorescent import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -31,9 +31,14 @@ from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.gpu.cuda.driver import (
+    CUFFT,
+    NVRTC,
+    find_device,
+    why_no_gpu,
+    why_not_loadable,
+)
 from rtfocus.processing.gpu.device import GpuDevice
-from rtfocus.processing.gpu.devices import find_device, why_no_gpu
-from rtfocus.processing.gpu.native_library import CUFFT, NVRTC, why_not_loadable
 from rtfocus.processing.processor import FrameProcessor
 from rtfocus.slots import SlotPool
 from rtfocus.specimens.fluorescent import draw_specimen

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from rtfocus.processing.gpu.driver import current_context, import_driver
-from rtfocus.processing.gpu.kernel_compiler import compile_for
-from rtfocus.processing.gpu.pinning import PinnedMemory
-from rtfocus.processing.gpu.seam import GpuDevice
+from rtfocus.processing.gpu.cuda.compiler import compile_for
+from rtfocus.processing.gpu.cuda.driver import current_context, import_driver
+from rtfocus.processing.gpu.cuda.memory import PinnedMemory
+from rtfocus.processing.gpu.engine import GpuDevice
 
 COPY_BYTES = 1 << 28
 ROUNDS = 10

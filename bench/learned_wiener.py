@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.fourier import transfer_function
-from rtfocus.processing.learned_wiener import (
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
+from rtfocus.processing.cpu.learned_wiener import (
     LearnedWienerRestorer,
     Level,
     Predict,
     filter_tiles,
 )
 from rtfocus.processing.quality import psnr, ssim
-from rtfocus.processing.restoration import DepthVariantRestorer
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.restore.fourier import transfer_function
+from rtfocus.processing.tiles.montage import Montage
 from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.data.scenes import data_folder
 from rtfocus.training.networks.learned_wiener import (

@@ -17,13 +17,18 @@ import machine
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.registry import FoundEngine, list_engines
-from rtfocus.processing.gpu.plan_cache import PlanCache
-from rtfocus.processing.gpu.plans import ANY_CARD, PlanTarget, ready_plan, rtx_target
-from rtfocus.processing.gpu.requests import gpu_request
-from rtfocus.processing.gpu.tensorrt_import import (
+from rtfocus.processing.gpu.engine import gpu_request
+from rtfocus.processing.gpu.tensorrt.library import (
     TensorRt,
     import_tensorrt,
     why_not_importable,
+)
+from rtfocus.processing.gpu.tensorrt.plans import (
+    ANY_CARD,
+    PlanCache,
+    PlanTarget,
+    ready_plan,
+    rtx_target,
 )
 
 

@@ -21,17 +21,17 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.processor import CameraConfig, ProcessingConfig
 from rtfocus.optics.blur import blur_depth_variant
 from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
-from rtfocus.processing.classifier import FrameClassifier, Prepared
-from rtfocus.processing.classifier import open_classifier as open_plan
 from rtfocus.processing.correction import CameraCorrection
+from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
+from rtfocus.processing.cpu.classifier import open_classifier as open_plan
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
+from rtfocus.processing.cpu.openvino import import_openvino
 from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.fit import parts
-from rtfocus.processing.engines.openvino_import import import_openvino
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.frame_fit import fit_frame
-from rtfocus.processing.methods import WHOLE_FRAME
-from rtfocus.processing.restoration import DepthVariantRestorer
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.restore import WHOLE_FRAME
+from rtfocus.processing.tiles.frame_fit import fit_frame
+from rtfocus.processing.tiles.montage import Montage
 from rtfocus.specimens.fluorescent import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))

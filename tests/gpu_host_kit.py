@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import fft
 
-from rtfocus.processing.gpu.kernel_source import read_source, signatures
+from rtfocus.processing.gpu.cuda.compiler import read_source, signatures
 from rtfocus.processing.gpu.work import DeviceArray
 
 STANDIN = Path(__file__).parent / "gpu" / "standin"

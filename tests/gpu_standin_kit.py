@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from gpu_host_kit import STANDIN, build, compiler, kernel_library, view
 
-from rtfocus.processing.gpu.seam import GpuBackend, IoTensor
+from rtfocus.processing.gpu.engine import GpuBackend, IoTensor
 from rtfocus.processing.gpu.work import DeviceArray
 
 NETWORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -30,7 +30,8 @@ def machine(driver):
     """Make rtfocus see the stand-in's transforms, kernels and networks."""
     from gpu_standin_kit import host_backend
 
-    from rtfocus.processing.gpu import backends, cufft, session
+    from rtfocus.processing.gpu import backends, session
+    from rtfocus.processing.gpu.cuda import cufft
 
     transforms = ctypes.CDLL(os.environ["RTFOCUS_STANDIN_CUFFT"])
     with pytest.MonkeyPatch.context() as patch:

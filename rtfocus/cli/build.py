@@ -14,23 +14,21 @@ from rich.progress import Progress as Bars
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.engines.registry import FoundEngine, find_engine, list_engines
-from rtfocus.processing.gpu.devices import find_device, why_no_gpu
-from rtfocus.processing.gpu.driver import current_context
-from rtfocus.processing.gpu.plan_progress import Progress
-from rtfocus.processing.gpu.plans import (
+from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
+from rtfocus.processing.gpu.engine import GpuDevice, gpu_request
+from rtfocus.processing.gpu.tensorrt.build import Progress
+from rtfocus.processing.gpu.tensorrt.library import (
+    LIBRARIES,
+    TensorRt,
+    import_tensorrt,
+    why_not_importable,
+)
+from rtfocus.processing.gpu.tensorrt.plans import (
     ANY_CARD,
     PlanTarget,
     ready_plan,
     rtx_target,
     target_of,
-)
-from rtfocus.processing.gpu.requests import gpu_request
-from rtfocus.processing.gpu.seam import GpuDevice
-from rtfocus.processing.gpu.tensorrt_import import (
-    LIBRARIES,
-    TensorRt,
-    import_tensorrt,
-    why_not_importable,
 )
 
 ALL = "all"

@@ -18,11 +18,11 @@ from rtfocus.errors import EngineError
 from rtfocus.findings import Finding
 from rtfocus.machine import processor_name
 from rtfocus.microscope.diagnosis import describe as describe_microscope
-from rtfocus.processing.engines.backends import BACKENDS
+from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
-from rtfocus.processing.gpu.devices import list_devices
-from rtfocus.processing.gpu.seam import GpuDevice
+from rtfocus.processing.gpu.cuda.driver import list_devices
+from rtfocus.processing.gpu.engine import GpuDevice
 
 
 def add_to(app: typer.Typer) -> None:

@@ -13,7 +13,7 @@ from rtfocus.cli import build
 from rtfocus.cli.options import read_config
 from rtfocus.errors import EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
-from rtfocus.processing.engines.backends import BACKENDS
+from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.fit import step_um, why_unfit
 from rtfocus.processing.engines.registry import (

@@ -21,12 +21,12 @@ from rtfocus.errors import ConfigError
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.restorers import make_restorer
+from rtfocus.processing.cpu.channel import make_restorer
+from rtfocus.processing.cpu.openvino import import_openvino
 from rtfocus.processing.engines.card import verified_file
-from rtfocus.processing.engines.openvino_import import import_openvino
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.methods import METHODS
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.restore import METHODS
+from rtfocus.processing.tiles.montage import Montage
 
 # Leading axes of an operator's weights that are no part of one product: group and
 # output channel. Transposed convolutions multiply per input, the others per output.

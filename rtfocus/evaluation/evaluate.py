@@ -28,10 +28,10 @@ from rtfocus.frame import (
     SeriesStart,
 )
 from rtfocus.processing.channel_plan import plan_channel
-from rtfocus.processing.conditions import is_mirrored
+from rtfocus.processing.classify.conditions import is_mirrored
 from rtfocus.processing.correction import luminance
 from rtfocus.processing.cpu.channel import CpuChannel, open_channel
-from rtfocus.processing.engines.card_sections import BACKGROUND_LABEL, OutputCard
+from rtfocus.processing.engines.card import BACKGROUND_LABEL, OutputCard
 from rtfocus.processing.engines.fit import parts, step_um
 from rtfocus.processing.offline import ImageProcessor
 from rtfocus.processing.quality import mse, pearson, psnr, ssim

@@ -19,15 +19,14 @@ from rtfocus.config.processor import ProcessingConfig, RestorationConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.conditions import Conditions, is_mirrored
+from rtfocus.processing.classify.conditions import Conditions, is_mirrored
 from rtfocus.processing.correction import CameraCorrection
-from rtfocus.processing.engines.card import EngineCard, identity
+from rtfocus.processing.engines.card import EngineCard, identity, input_of
 from rtfocus.processing.engines.fit import check_fit, parts, step_um
-from rtfocus.processing.engines.opening import input_of
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.frame_fit import FrameFit, fit_frame
-from rtfocus.processing.methods import LEARNED_WIENER, METHODS, PATCH_BY_PATCH
-from rtfocus.processing.tiling import Montage, Window
+from rtfocus.processing.restore import LEARNED_WIENER, METHODS, PATCH_BY_PATCH
+from rtfocus.processing.tiles.frame_fit import FrameFit, fit_frame
+from rtfocus.processing.tiles.montage import Montage, Window
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
-from rtfocus.processing.conditions import Conditions
-from rtfocus.processing.engines.card import EngineCard
+from rtfocus.processing.classify.conditions import Conditions
+from rtfocus.processing.classify.rules import invertible_normalisation
+from rtfocus.processing.cpu.networks import open_tile_network
+from rtfocus.processing.cpu.preparation import normalised
+from rtfocus.processing.engines.card import EngineCard, input_of
 from rtfocus.processing.engines.fit import parts
-from rtfocus.processing.engines.opening import input_of
 from rtfocus.processing.engines.registry import find_engine, list_engines
-from rtfocus.processing.frame_tiles import FrameTiles
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.planes import to_planes
-from rtfocus.processing.preparation import invertible_normalisation, normalised
-from rtfocus.processing.tile_network import open_tile_network
+from rtfocus.processing.tiles.frame_fit import to_planes
+from rtfocus.processing.tiles.windows import FrameTiles
 
 Image = NDArray[np.float32]
 

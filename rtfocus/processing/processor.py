@@ -21,6 +21,7 @@ from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import FrameHeader, SeriesStart, TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
+from rtfocus.processing.classify.labels import estimate_frame
 from rtfocus.processing.device import (
     Device,
     Job,
@@ -30,8 +31,7 @@ from rtfocus.processing.device import (
     result_of,
     without_frames,
 )
-from rtfocus.processing.estimate import estimate_frame
-from rtfocus.processing.frame_fit import common_grid
+from rtfocus.processing.tiles.frame_fit import common_grid
 from rtfocus.slots import Slot
 from rtfocus.workers import AbortedError, BoundedQueue
 

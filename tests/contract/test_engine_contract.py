@@ -9,9 +9,9 @@ from engine_kit import ENTRIES, SIGNED_LABELS, write_brightness_joint
 from network_kit import quantise, write_restorer
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.backends import BACKENDS, Request, choose_backend
+from rtfocus.processing.cpu.backends import BACKENDS, Request, choose_backend
+from rtfocus.processing.cpu.engine import Inputs
 from rtfocus.processing.engines.card import read_card, verified_file
-from rtfocus.processing.engines.inputs import Inputs
 
 SHAPE = (1, 1, 240, 288)
 
@@ -236,7 +236,7 @@ def test_openvino_reports_nothing_to_its_maker():
     # In a process of its own: another test may have imported openvino before.
     code = (
         "import sys, threading\n"
-        "from rtfocus.processing.engines.openvino_import import import_openvino\n"
+        "from rtfocus.processing.cpu.openvino import import_openvino\n"
         "import_openvino()\n"
         "assert not sys.modules.get('openvino_telemetry')\n"
         "print([t.name for t in threading.enumerate()])\n"

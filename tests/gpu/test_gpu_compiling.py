@@ -3,14 +3,15 @@
 import pytest
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu import kernel_compiler
-from rtfocus.processing.gpu.kernel_compiler import (
+from rtfocus.processing.gpu.cuda import compiler
+from rtfocus.processing.gpu.cuda.compiler import (
     compile_for,
     compiled_kernels,
+    read_source,
+    signatures,
     why_driver_too_old,
 )
-from rtfocus.processing.gpu.kernel_source import read_source, signatures
-from rtfocus.processing.gpu.native_library import (
+from rtfocus.processing.gpu.cuda.driver import (
     NVRTC,
     NativeLibrary,
     load_library,
@@ -44,7 +45,7 @@ def test_compiled_kernels_are_kept_until_their_text_changes(tmp_path, monkeypatc
     kept.write_bytes(b"from the cache")
     assert compiled_kernels((8, 6), tmp_path) == b"from the cache"
     changed = read_source() + "// changed"
-    monkeypatch.setattr(kernel_compiler, "read_source", lambda: changed)
+    monkeypatch.setattr(compiler, "read_source", lambda: changed)
     assert compiled_kernels((8, 6), tmp_path) == first
     compiled_kernels((7, 5), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3

@@ -16,9 +16,14 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
+from rtfocus.processing.gpu.cuda.driver import (
+    CUFFT,
+    NVRTC,
+    find_device,
+    why_no_gpu,
+    why_not_loadable,
+)
 from rtfocus.processing.gpu.device import GpuDevice
-from rtfocus.processing.gpu.devices import find_device, why_no_gpu
-from rtfocus.processing.gpu.native_library import CUFFT, NVRTC, why_not_loadable
 from rtfocus.processing.processor import FrameProcessor
 from rtfocus.slots import SlotPool
 from rtfocus.specimens.fluorescent import draw_specimen

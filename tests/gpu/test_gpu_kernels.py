@@ -13,21 +13,24 @@ from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.correction import CameraCorrection
-from rtfocus.processing.fourier import pad
-from rtfocus.processing.gpu.blending import neighbours
-from rtfocus.processing.gpu.cells import (
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
+from rtfocus.processing.gpu.correction import GpuCorrection
+from rtfocus.processing.gpu.depth_variant import (
+    GpuDepthVariantRestorer,
+    neighbours,
+    transform_shape,
+)
+from rtfocus.processing.gpu.preparation import (
     CellStatistics,
-    FrameShape,
     GpuBackground,
     GpuStandardisation,
 )
-from rtfocus.processing.gpu.gpu_correction import GpuCorrection
-from rtfocus.processing.gpu.gpu_restorer import GpuDepthVariantRestorer, transform_shape
-from rtfocus.processing.gpu.gpu_richardson_lucy import GpuRichardsonLucy
-from rtfocus.processing.gpu.gpu_wiener import GpuWiener
-from rtfocus.processing.gpu.rank_search import RankSearch, ranks_around
-from rtfocus.processing.restoration import DepthVariantRestorer
-from rtfocus.processing.tiling import Montage, Region
+from rtfocus.processing.gpu.richardson_lucy import GpuRichardsonLucy
+from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
+from rtfocus.processing.gpu.wiener import GpuWiener
+from rtfocus.processing.gpu.work import FrameShape
+from rtfocus.processing.restore.fourier import pad
+from rtfocus.processing.tiles.montage import Montage, Region
 from rtfocus.specimens.fluorescent import draw_specimen
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451, pixel_size_um=0.65)

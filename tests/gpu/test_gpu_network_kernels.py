@@ -7,19 +7,17 @@ from gpu_host_kit import view
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.conditions import Conditions, turned
-from rtfocus.processing.engines.card import EngineCard
-from rtfocus.processing.engines.card_sections import InputCard, OutputCard
-from rtfocus.processing.frame_tiles import FrameTiles, restored_share
-from rtfocus.processing.gpu.blending import GpuBlending
-from rtfocus.processing.gpu.cells import FrameShape
-from rtfocus.processing.gpu.gpu_conditions import GpuConditions
-from rtfocus.processing.gpu.gpu_percentiles import GpuPercentiles
-from rtfocus.processing.gpu.gpu_tiles import windowed_tiles
-from rtfocus.processing.labels import LabelDecoder
-from rtfocus.processing.network_restorer import blend
-from rtfocus.processing.planes import from_planes, to_planes
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.classify.conditions import Conditions, turned
+from rtfocus.processing.classify.labels import LabelDecoder
+from rtfocus.processing.cpu.network_restorer import blend
+from rtfocus.processing.engines.card import EngineCard, InputCard, OutputCard
+from rtfocus.processing.gpu.depth_variant import GpuBlending
+from rtfocus.processing.gpu.preparation import GpuPercentiles
+from rtfocus.processing.gpu.tiles import GpuConditions, windowed_tiles
+from rtfocus.processing.gpu.work import FrameShape
+from rtfocus.processing.tiles.frame_fit import from_planes, to_planes
+from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.tiles.windows import FrameTiles, restored_share
 
 SHAPE = (150, 210)
 GRID = TileGrid(3, 4, 96, 48, 30, signed=True)

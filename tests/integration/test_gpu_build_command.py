@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from rtfocus.cli import build
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.gpu.cache_folder import CACHE_VARIABLE
-from rtfocus.processing.gpu.devices import find_device, why_no_gpu
-from rtfocus.processing.gpu.tensorrt_import import why_not_importable
+from rtfocus.processing.gpu.cuda.driver import find_device, why_no_gpu
+from rtfocus.processing.gpu.tensorrt.library import why_not_importable
 
 SMALL = ["delpnet", "--precision", "fp32", "--frame", "200x300"]
 

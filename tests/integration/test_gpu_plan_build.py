@@ -10,17 +10,23 @@ import pytest
 from network_kit import CONDITION_ENTRIES, quantise, write_restorer, write_with_operator
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.plan_build import build_plan
-from rtfocus.processing.gpu.plan_cache import PlanCache
-from rtfocus.processing.gpu.plan_errors import UnusablePlanError, load_error
-from rtfocus.processing.gpu.plans import ANY_CARD, ready_plan, rtx_target
-from rtfocus.processing.gpu.profiles import batched
-from rtfocus.processing.gpu.seam import GpuRequest, ShapeRange
-from rtfocus.processing.gpu.tensorrt_import import (
+from rtfocus.processing.gpu.engine import GpuRequest, ShapeRange, batched
+from rtfocus.processing.gpu.tensorrt.build import (
+    UnusablePlanError,
+    build_plan,
+    load_error,
+)
+from rtfocus.processing.gpu.tensorrt.library import (
     TensorRt,
     import_tensorrt,
     listed_capabilities,
     why_not_importable,
+)
+from rtfocus.processing.gpu.tensorrt.plans import (
+    ANY_CARD,
+    PlanCache,
+    ready_plan,
+    rtx_target,
 )
 
 

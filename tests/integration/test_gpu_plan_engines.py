@@ -5,12 +5,11 @@ from functools import cache
 import pytest
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card_sections import Precision
+from rtfocus.processing.engines.card import Precision
 from rtfocus.processing.engines.registry import FoundEngine, find_engine, list_engines
-from rtfocus.processing.gpu.plan_build import Capability, build_plan
-from rtfocus.processing.gpu.requests import gpu_request
-from rtfocus.processing.gpu.seam import GpuRequest
-from rtfocus.processing.gpu.tensorrt_import import (
+from rtfocus.processing.gpu.engine import GpuRequest, gpu_request
+from rtfocus.processing.gpu.tensorrt.build import Capability, build_plan
+from rtfocus.processing.gpu.tensorrt.library import (
     TensorRt,
     import_tensorrt,
     listed_capabilities,

@@ -17,9 +17,9 @@ from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.frame_tiles import restored_share
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.tiles.windows import restored_share
 
 SHAPE = (192, 336)
 SAMPLING = 0.65 * 0.5 / 0.451
@@ -195,8 +195,8 @@ def test_large_frames_are_seen_through_windows_with_the_same_result(
     large = np.tile(frame, (2, 2))
     with processor(zoo, method="brightness") as images:
         whole = images.restore(large)
-    monkeypatch.setattr("rtfocus.processing.frame_network.LARGEST_PX", 240)
-    monkeypatch.setattr("rtfocus.processing.frame_network.HALO_PX", 48)
+    monkeypatch.setattr("rtfocus.processing.cpu.networks.LARGEST_PX", 240)
+    monkeypatch.setattr("rtfocus.processing.cpu.networks.HALO_PX", 48)
     with processor(zoo, method="brightness") as images:
         pieces = images.restore(large)
     np.testing.assert_array_equal(whole.defocus.level, pieces.defocus.level)

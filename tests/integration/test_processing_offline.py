@@ -12,10 +12,10 @@ from rtfocus.config import parse_config
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError, InputError
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.classifier import open_classifier
+from rtfocus.processing.cpu.classifier import open_classifier
 from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.frame_fit import fit_frame
 from rtfocus.processing.offline import ImageProcessor, tile_rows
+from rtfocus.processing.tiles.frame_fit import fit_frame
 
 
 @pytest.fixture

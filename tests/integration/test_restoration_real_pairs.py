@@ -9,9 +9,9 @@ import tifffile
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.quality import psnr, ssim
-from rtfocus.processing.restoration import DepthVariantRestorer
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.tiles.montage import Montage
 
 # Fitted to training rows a02 to a18 of BBBC006 (see rtfocus.calibration.pair_search),
 # and the aberration-free PSF of the nominal optics.

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from bench import gpu
-from rtfocus.processing.gpu.seam import GpuDevice
+from rtfocus.processing.gpu.engine import GpuDevice
 
 
 def test_a_run_counts_the_shipped_network_and_says_what_bounds_it(

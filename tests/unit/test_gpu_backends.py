@@ -14,14 +14,14 @@ from rtfocus.processing.gpu.backends import (
     GPU_BACKENDS,
     open_network,
 )
-from rtfocus.processing.gpu.seam import (
+from rtfocus.processing.gpu.engine import (
     GpuBackend,
     GpuDevice,
     GpuEngine,
     GpuRequest,
     ShapeRange,
 )
-from rtfocus.processing.gpu.tensorrt_import import (
+from rtfocus.processing.gpu.tensorrt.library import (
     LIBRARIES,
     import_tensorrt,
     listed_capabilities,

@@ -12,8 +12,8 @@ from rtfocus.processing.gpu.cache_folder import (
     cache_folder,
     write_atomically,
 )
-from rtfocus.processing.gpu.plan_cache import PlanCache, PlanKey
-from rtfocus.processing.gpu.seam import ShapeRange
+from rtfocus.processing.gpu.engine import ShapeRange
+from rtfocus.processing.gpu.tensorrt.plans import PlanCache, PlanKey
 
 SHAPES = ShapeRange((1, 1, 64, 64), (8, 1, 64, 64), (8, 1, 64, 64))
 KEY = PlanKey(

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import EngineCard
 from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.frame_fit import fit_frame
-from rtfocus.processing.gpu.profiles import (
+from rtfocus.processing.gpu.engine import (
     TILES_PER_BATCH,
     balanced_batch,
     count_tiles,
     engine_inputs,
 )
+from rtfocus.processing.tiles.frame_fit import fit_frame
 
 CLASSIFIER = find_engine("delpnet").card
 

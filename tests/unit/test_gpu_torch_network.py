@@ -18,9 +18,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.registry import list_engines
-from rtfocus.processing.gpu.seam import GpuDevice, GpuRequest, ShapeRange
-from rtfocus.processing.gpu.torch_backend.engine import TorchEngine, why_unavailable
-from rtfocus.processing.gpu.torch_backend.network import OPERATORS, TorchNetwork
+from rtfocus.processing.gpu.engine import GpuDevice, GpuRequest, ShapeRange
+from rtfocus.processing.gpu.torch_backend.engine import (
+    OPERATORS,
+    TorchEngine,
+    TorchNetwork,
+    why_unavailable,
+)
 from rtfocus.training.half_network import write_half_network
 
 Array = np.ndarray[Any, np.dtype[Any]]

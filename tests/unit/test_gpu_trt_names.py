@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rtfocus.processing.gpu import kernel_cache, plan_build, trt_backend, trt_context
-from rtfocus.processing.gpu.tensorrt_import import import_tensorrt, why_not_importable
+from rtfocus.processing.gpu.tensorrt import build, engine
+from rtfocus.processing.gpu.tensorrt.library import import_tensorrt, why_not_importable
 
-MODULES = (kernel_cache, plan_build, trt_backend, trt_context)
+MODULES = (build, engine)
 CLASSES = {
     "builder": "Builder",
     "config": "IBuilderConfig",
@@ -28,7 +28,7 @@ CLASSES = {
     "self._runtime": "Runtime",
 }
 """What the variables of our modules hold."""
-RUNTIME_CONFIGS = {"kernel_cache", "trt_backend"}
+RUNTIME_CONFIGS = {"engine"}
 """Where ``config`` is that of a context."""
 
 

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
-from rtfocus.processing import classifier as network_classifier
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.engines.card import read_card
-from rtfocus.processing.engines.card_sections import InputCard
+from rtfocus.processing.classify.labels import estimate_frame
+from rtfocus.processing.cpu import classifier as network_classifier
+from rtfocus.processing.engines.card import InputCard, read_card
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.estimate import estimate_frame
-from rtfocus.processing.frame_fit import fit_frame
+from rtfocus.processing.tiles.frame_fit import fit_frame
 
 REFERENCE = ProcessingConfig(backend="onnxruntime", precision="f32")
 

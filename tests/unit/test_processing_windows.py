@@ -6,10 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.processing.engines.card_sections import InputCard
-from rtfocus.processing.frame_tiles import FrameTiles, restored_share
-from rtfocus.processing.tiling import Montage
-from rtfocus.processing.windows import fewest_windows, windows_of_size
+from rtfocus.processing.engines.card import InputCard
+from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.tiles.windows import (
+    FrameTiles,
+    fewest_windows,
+    restored_share,
+    windows_of_size,
+)
 
 
 def summed(windows):

@@ -12,14 +12,12 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.context import read_region
-from rtfocus.processing.noise import noise_variance
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.quality import psnr
-from rtfocus.processing.restoration import (
-    METHODS,
-    DepthVariantRestorer,
-)
-from rtfocus.processing.tiling import Montage, Region
+from rtfocus.processing.restore import WHOLE_FRAME
+from rtfocus.processing.restore.fourier import read_region
+from rtfocus.processing.restore.wiener import noise_variance
+from rtfocus.processing.tiles.montage import Montage, Region
 from rtfocus.specimens.fluorescent import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)
@@ -79,7 +77,7 @@ def test_accelerated_form_is_as_good_as_fifteen_iterations(level, sharp, exposed
     assert lost <= 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE_FRAME)
 def test_focus_and_background_come_back_bit_for_bit(method, exposed, psfs):
     labels = np.zeros((5, 5), np.int16)
     labels[:, 3:] = BACKGROUND
@@ -87,7 +85,7 @@ def test_focus_and_background_come_back_bit_for_bit(method, exposed, psfs):
     np.testing.assert_array_equal(restored, exposed[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE_FRAME)
 def test_only_pixels_near_blurred_tiles_change(method, exposed, psfs):
     labels = np.zeros((5, 5), np.int16)
     labels[2, 2] = 6
@@ -116,7 +114,7 @@ def test_tilted_frame_gains_at_every_level_and_loses_nothing_in_focus(sharp, psf
         assert after > before + (-0.05 if level == 0 else 1.0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WHOLE_FRAME)
 def test_colour_is_restored_plane_by_plane_with_one_psf(method, exposed, psfs):
     labels = np.full((5, 5), 4, np.int16)
     colour = np.stack([exposed[4], exposed[3], exposed[5]], axis=-1)
@@ -177,7 +175,7 @@ def test_uneven_psfs_are_undone_not_doubled(sharp):
     labels = np.full((5, 5), 3, np.int16)
     before = psnr(sharp, frame, data_range=PHOTONS)
     mirrored = np.ascontiguousarray(psf[:, ::-1])
-    for method in METHODS:
+    for method in WHOLE_FRAME:
         right = restore(frame, labels, {3: psf}, method=method)
         wrong = restore(frame, labels, {3: mirrored}, method=method)
         assert psnr(sharp, right, data_range=PHOTONS) > before + 1.0
@@ -237,7 +235,7 @@ def test_a_known_gain_is_believed_where_the_frame_hides_its_noise(exposed, psfs)
 
 
 def test_filters_are_kept_within_a_bound(exposed, psfs, monkeypatch):
-    monkeypatch.setattr("rtfocus.processing.restoration._CACHED_ELEMENTS", 60_000)
+    monkeypatch.setattr("rtfocus.processing.cpu.depth_variant._CACHED_ELEMENTS", 60_000)
     restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs)
     rng = np.random.default_rng(1)
     for _ in range(20):

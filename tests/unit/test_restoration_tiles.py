@@ -8,9 +8,9 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.restoration import DepthVariantRestorer
-from rtfocus.processing.tile_restoration import TileRestorer
-from rtfocus.processing.tiling import Montage
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
+from rtfocus.processing.cpu.patch_restorer import TileRestorer
+from rtfocus.processing.tiles.montage import Montage
 from rtfocus.specimens.fluorescent import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)

@@ -1,12 +1,241 @@
-"""Channel: the engines and filters of one channel, opened on the CPU."""
+"""Restorers: what restores the frames of a channel on the CPU, opened by its plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.config.processor import RestorationConfig
 from rtfocus.frame import TileGrid
-from rtfocus.processing.channel_plan import ChannelPlan
-from rtfocus.processing.classifier import FrameClassifier, open_classifier
-from rtfocus.processing.cpu.restorers import FrameRestorer, open_restorer
+from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
+from rtfocus.processing.classify.conditions import Conditions
+from rtfocus.processing.classify.rules import invertible_normalisation
+from rtfocus.processing.cpu.backends import runs_on
+from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, open_classifier
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
+from rtfocus.processing.cpu.learned_wiener import LearnedWienerRestorer, Level
+from rtfocus.processing.cpu.network_restorer import JointRestorer, TileNetworkRestorer
+from rtfocus.processing.cpu.networks import TileNetwork, open_tile_network
+from rtfocus.processing.cpu.patch_restorer import TileRestorer
+from rtfocus.processing.engines.card import input_of
+from rtfocus.processing.restore import PATCH_BY_PATCH
+from rtfocus.processing.tiles.montage import Montage
+
+Image = NDArray[np.float32]
+
+
+class FrameRestorer(Protocol):
+    """Restores the frames of one channel; safe to use from several threads."""
+
+    def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
+        """Restore a frame.
+
+        Parameters
+        ----------
+        signal
+            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
+        seen
+            What the classifier saw in it.
+        out
+            Result, shape of `signal`, float32; in focus and background exactly as
+            in `signal`.
+        quantum
+            Step between the camera's values; 0 for float frames.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free networks; called twice does nothing."""
+        ...
+
+
+class LevelRestorer(Protocol):
+    """Restores by the level of every tile alone; safe to use from several threads."""
+
+    def restore(
+        self,
+        signal: Image,
+        labels: NDArray[np.int16],
+        out: Image,
+        *,
+        quantum: float = 0.0,
+    ) -> Image:
+        """Write the restored `signal` to `out`; see `DepthVariantRestorer`."""
+        ...
+
+
+class ByLevel:
+    """A `FrameRestorer` that needs nothing but levels.
+
+    Parameters
+    ----------
+    restorer
+        Does the work.
+    network
+        What it runs, to be closed with it; None: it needs none.
+    """
+
+    def __init__(
+        self, restorer: LevelRestorer, network: TileNetwork | None = None
+    ) -> None:
+        self._restorer = restorer
+        self._network = network
+
+    def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
+        """Restore a frame, see `FrameRestorer`."""
+        self._restorer.restore(signal, seen.defocus.level, out, quantum=quantum)
+
+    def close(self) -> None:
+        """Free the network."""
+        if self._network is not None:
+            self._network.close()
+
+
+def make_restorer(
+    method: str,
+    settings: RestorationConfig,
+    montage: Montage,
+    psfs: Mapping[int, Image],
+    gain_e_per_count: float | None = None,
+) -> LevelRestorer:
+    """Make one of `METHODS` with the parameters of the config."""
+    if method == PATCH_BY_PATCH:
+        return TileRestorer(
+            montage, psfs, iterations=settings.iterations, halo_px=settings.halo_px
+        )
+    return DepthVariantRestorer(
+        montage,
+        psfs,
+        method=method,
+        iterations=settings.iterations,
+        noise_to_signal=settings.noise_to_signal,
+        gain_e_per_count=gain_e_per_count,
+        halo_px=settings.halo_px,
+    )
+
+
+def open_restorer(
+    plan: ChannelPlan, grid: TileGrid, threads: int
+) -> tuple[FrameRestorer, str | None]:
+    """Open what restores the frames of a channel.
+
+    Parameters
+    ----------
+    plan
+        Of a channel that is restored.
+    grid
+        Of the labels.
+    threads
+        Of a network.
+
+    Returns
+    -------
+    FrameRestorer
+        Ready.
+    str or None
+        Runtime and precision of its own network; None: it has none.
+
+    Raises
+    ------
+    EngineError
+        If an engine is damaged or cannot be loaded.
+    """
+    restoration = plan.restoration
+    if restoration is None:
+        msg = f"channel '{plan.name}' is not restored: {plan.skipped}"
+        raise ValueError(msg)
+    montage = plan.montage(grid)
+    match restoration.way:
+        case "by_level" | "by_patch":
+            classical = make_restorer(
+                restoration.method,
+                restoration.settings,
+                montage,
+                plan.psfs,
+                plan.gain_e_per_count,
+            )
+            return ByLevel(classical), None
+        case "same_pass":
+            return JointRestorer(montage, None), None
+        case "own_pass":
+            return _own_pass(plan, restoration, montage, threads)
+        case "learned_wiener":
+            return _learned_wiener(plan, restoration, montage, threads)
+        case "by_tile":
+            card = restoration.engine.card
+            network = _open_tiles(plan, restoration, threads)
+            told = _told(restoration)
+            tiles = TileNetworkRestorer(card, network, told, montage)
+            return tiles, _runs_on(plan, restoration, network)
+
+
+def _own_pass(
+    plan: ChannelPlan, restoration: RestorationPlan, montage: Montage, threads: int
+) -> tuple[FrameRestorer, str]:
+    """Open a joint engine beside another classifier, for a pass of its own."""
+    if restoration.own_pass is None:
+        msg = f"'{restoration.name}' was planned without its pass"
+        raise ValueError(msg)
+    engine = open_classifier(restoration.own_pass, plan.processing, threads)
+    return JointRestorer(montage, engine), engine.runs_on(plan.processing)
+
+
+def _learned_wiener(
+    plan: ChannelPlan, restoration: RestorationPlan, montage: Montage, threads: int
+) -> tuple[FrameRestorer, str]:
+    card = restoration.engine.card
+    tiles = input_of(card)
+    network = _open_tiles(plan, restoration, threads)
+    output = "" if card.output is None else card.output.name
+    psfs = plan.psfs_of_size(2 * tiles.halo_px + 1)
+    step_um = 0.0 if plan.classifier is None else plan.classifier.step_um
+    defocus_um = np.array([level * step_um for level in psfs], np.float32)
+    told = _told(restoration).rows(defocus_um)
+    levels = {
+        level: Level(psf, () if told is None else tuple(told[index]))
+        for index, (level, psf) in enumerate(psfs.items())
+    }
+
+    def predict(batch: Image, condition: Image) -> Image:
+        return network.run(batch, None if told is None else condition)[output]
+
+    restorer = LearnedWienerRestorer(
+        montage,
+        levels,
+        predict,
+        tile_px=tiles.tile_px,
+        halo_px=tiles.halo_px,
+        normalisation=invertible_normalisation(card),
+    )
+    return ByLevel(restorer, network), _runs_on(plan, restoration, network)
+
+
+def _told(restoration: RestorationPlan) -> Conditions:
+    if restoration.conditions is None:
+        msg = f"'{restoration.name}' was planned without conditions"
+        raise ValueError(msg)
+    return restoration.conditions
+
+
+def _open_tiles(
+    plan: ChannelPlan, restoration: RestorationPlan, threads: int
+) -> TileNetwork:
+    output = restoration.engine.card.output
+    return open_tile_network(
+        restoration.engine,
+        plan.processing,
+        outputs=() if output is None else (output.name,),
+        threads=threads,
+    )
+
+
+def _runs_on(
+    plan: ChannelPlan, restoration: RestorationPlan, network: TileNetwork
+) -> str:
+    card = restoration.engine.card
+    return runs_on(card, network.engine, plan.processing.precision)
 
 
 @dataclass(frozen=True, slots=True)

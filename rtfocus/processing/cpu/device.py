@@ -13,9 +13,9 @@ from rtfocus.config.model import Config
 from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.machine import usable_threads
 from rtfocus.processing.channel_plan import ChannelPlan
-from rtfocus.processing.classifier import Seen
 from rtfocus.processing.correction import Marks
 from rtfocus.processing.cpu.channel import CpuChannel, open_channel, share_threads
+from rtfocus.processing.cpu.classifier import Seen
 from rtfocus.processing.device import Job, Prepared
 
 Image = NDArray[np.float32]

@@ -2,8 +2,7 @@
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import EngineCard
-from rtfocus.processing.engines.card_sections import LevelsCard, OpticsCard
+from rtfocus.processing.engines.card import EngineCard, LevelsCard, OpticsCard
 
 
 def why_unfit(card: EngineCard, optics: OpticalSystem) -> str | None:

@@ -8,9 +8,14 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.choice import usable
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.gpu import trt_backend
-from rtfocus.processing.gpu.requests import gpu_request
-from rtfocus.processing.gpu.seam import GpuBackend, GpuDevice, GpuEngine, GpuRequest
+from rtfocus.processing.gpu.engine import (
+    GpuBackend,
+    GpuDevice,
+    GpuEngine,
+    GpuRequest,
+    gpu_request,
+)
+from rtfocus.processing.gpu.tensorrt import engine as tensorrt_engine
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +40,13 @@ def _open_torch(request: GpuRequest, device: GpuDevice) -> GpuEngine:
 GPU_BACKENDS: tuple[GpuBackend, ...] = (
     GpuBackend(
         "tensorrt",
-        partial(trt_backend.why_unavailable, "tensorrt"),
-        partial(trt_backend.open_engine, "tensorrt"),
+        partial(tensorrt_engine.why_unavailable, "tensorrt"),
+        partial(tensorrt_engine.open_engine, "tensorrt"),
     ),
     GpuBackend(
         "tensorrt_rtx",
-        partial(trt_backend.why_unavailable, "tensorrt_rtx"),
-        partial(trt_backend.open_engine, "tensorrt_rtx"),
+        partial(tensorrt_engine.why_unavailable, "tensorrt_rtx"),
+        partial(tensorrt_engine.open_engine, "tensorrt_rtx"),
     ),
     GpuBackend("torch-cuda", _why_no_torch, _open_torch),
 )

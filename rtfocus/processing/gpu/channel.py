@@ -1,17 +1,231 @@
-"""Channel: the engines and filters of one channel, opened on a GPU."""
+"""Restorers: what restores the frames of a channel on a GPU, opened by its plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
-from rtfocus.processing.channel_plan import ChannelPlan
+from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
+from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.backends import open_for_plan, runs_on
-from rtfocus.processing.gpu.cells import FrameShape
-from rtfocus.processing.gpu.gpu_classifier import GpuClassifier
-from rtfocus.processing.gpu.gpu_correction import GpuCorrection
-from rtfocus.processing.gpu.restorers import FrameRestorer, open_restorer
-from rtfocus.processing.gpu.seam import GpuDevice
-from rtfocus.processing.gpu.work import DeviceMemory
+from rtfocus.processing.gpu.classifier import GpuClassifier, InFlight
+from rtfocus.processing.gpu.correction import GpuCorrection
+from rtfocus.processing.gpu.cuda.cufft import CudaTransforms
+from rtfocus.processing.gpu.depth_variant import (
+    GpuBlending,
+    GpuDeconvolution,
+    GpuDepthVariantRestorer,
+    transform_shape,
+)
+from rtfocus.processing.gpu.engine import GpuDevice, GpuEngine
+from rtfocus.processing.gpu.network_restorer import GpuTileRestorer, JointFrames
+from rtfocus.processing.gpu.richardson_lucy import GpuRichardsonLucy
+from rtfocus.processing.gpu.tiles import GpuConditions
+from rtfocus.processing.gpu.wiener import GpuWiener
+from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
+from rtfocus.processing.restore import WHOLE_FRAME
+from rtfocus.processing.tiles.windows import FrameTiles
+
+
+class FrameRestorer(Protocol):
+    """Restores the frames of one channel, one after the other on one stream."""
+
+    def enqueue(self, work: Work, frame: InFlight) -> None:
+        """Enqueue the restoration of a frame."""
+        ...
+
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return why it may not be recorded in a CUDA graph; None: it may."""
+        ...
+
+    def close(self) -> None:
+        """Free what is not memory."""
+        ...
+
+
+class ClassicalFrames:
+    """Depth-variant deconvolution as a `FrameRestorer`.
+
+    Parameters
+    ----------
+    restorer
+        Does the work.
+    transforms
+        That it uses, closed with it.
+    """
+
+    def __init__(
+        self, restorer: GpuDepthVariantRestorer, transforms: CudaTransforms
+    ) -> None:
+        self._restorer = restorer
+        self._transforms = transforms
+
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return None: kernels and transforms may be recorded."""
+        del work
+        return None
+
+    def enqueue(self, work: Work, frame: InFlight) -> None:
+        """Enqueue the restoration of a frame."""
+        self._restorer.enqueue(work, frame.signal, frame.maps["level"], frame.out)
+
+    def close(self) -> None:
+        """Free the transforms."""
+        self._transforms.close()
+
+
+def open_restorer(
+    plan: ChannelPlan,
+    classifier: GpuClassifier,
+    device: GpuDevice,
+    memory: DeviceMemory,
+) -> tuple[FrameRestorer, GpuEngine | None]:
+    """Open what restores the frames of a channel.
+
+    Parameters
+    ----------
+    plan
+        Of a channel that is restored.
+    classifier
+        Whose labels say what is restored.
+    device
+        The GPU.
+    memory
+        Where filters and work space lie.
+
+    Returns
+    -------
+    FrameRestorer
+        Ready.
+    GpuEngine or None
+        Its own network; None: it has none.
+
+    Raises
+    ------
+    EngineError
+        If an engine is damaged, or is one that only the CPU runs.
+    """
+    restoration = plan.restoration
+    if restoration is None:
+        msg = f"channel '{plan.name}' is not restored: {plan.skipped}"
+        raise ValueError(msg)
+    match restoration.way:
+        case "by_level":
+            return _by_level(plan, restoration, classifier, memory), None
+        case "by_tile":
+            return _by_tile(plan, restoration, classifier, device, memory)
+        case "same_pass":
+            return _same_pass(plan, restoration, classifier, memory), None
+        case _:
+            raise _only_on_cpu(restoration)
+
+
+def _by_level(
+    plan: ChannelPlan,
+    restoration: RestorationPlan,
+    classifier: GpuClassifier,
+    memory: DeviceMemory,
+) -> FrameRestorer:
+    settings, psfs = restoration.settings, plan.psfs
+    shape, halo_px = transform_shape(psfs, plan.size, settings.halo_px)
+    transforms = CudaTransforms(shape)
+    deconvolution: GpuDeconvolution
+    if restoration.method == "wiener":
+        deconvolution = GpuWiener(
+            memory,
+            transforms,
+            psfs,
+            quantum=plan.correction.quantum,
+            noise_to_signal=settings.noise_to_signal,
+            gain_e_per_count=plan.gain_e_per_count,
+        )
+    else:
+        deconvolution = GpuRichardsonLucy(
+            memory,
+            transforms,
+            psfs,
+            iterations=settings.iterations,
+            accelerated=restoration.method == "richardson_lucy_accelerated",
+        )
+    restorer = GpuDepthVariantRestorer(
+        memory,
+        deconvolution,
+        plan.montage(classifier.grid),
+        frame=FrameShape.of(plan.shape),
+        shape=shape,
+        halo_px=halo_px,
+        levels=tuple(psfs),
+    )
+    return ClassicalFrames(restorer, transforms)
+
+
+def _by_tile(
+    plan: ChannelPlan,
+    restoration: RestorationPlan,
+    classifier: GpuClassifier,
+    device: GpuDevice,
+    memory: DeviceMemory,
+) -> tuple[FrameRestorer, GpuEngine]:
+    card = restoration.engine.card
+    tiles = FrameTiles(input_of(card), plan.size)
+    _refuse_single_colours(plan, restoration)
+    engine, request = open_for_plan(plan, restoration.engine, device)
+    conditions = None
+    if card.condition is not None and restoration.conditions is not None:
+        conditions = GpuConditions(
+            memory, restoration.conditions, tiles, classifier.grid
+        )
+    restorer = GpuTileRestorer(
+        memory,
+        engine,
+        card,
+        batch=request.inputs[input_of(card).name].largest[0],
+        tiles=tiles,
+        frame=FrameShape.of(plan.shape),
+        blending=GpuBlending(memory, plan.montage(classifier.grid)),
+        conditions=conditions,
+    )
+    return restorer, engine
+
+
+def _same_pass(
+    plan: ChannelPlan,
+    restoration: RestorationPlan,
+    classifier: GpuClassifier,
+    memory: DeviceMemory,
+) -> FrameRestorer:
+    restored = restoration.engine.card.restored
+    _refuse_single_colours(plan, restoration)
+    return JointFrames(
+        classifier,
+        GpuBlending(memory, plan.montage(classifier.grid)),
+        FrameShape.of(plan.shape),
+        "" if restored is None else restored.name,
+    )
+
+
+def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
+    what = restoration.method
+    if restoration.found is not None:
+        card = restoration.found.card
+        what = f"{what} ({card.kind}, {card.implementation})"
+    return EngineError(
+        f"restoration {what} does not run on a GPU; those that do: "
+        f"{', '.join(WHOLE_FRAME)}, restorers that are a network alone, and a joint "
+        "engine that is the classifier too; or set processing.device: cpu"
+    )
+
+
+def _refuse_single_colours(plan: ChannelPlan, restoration: RestorationPlan) -> None:
+    """Refuse networks that would have to see one colour after the other."""
+    card = restoration.engine.card
+    if len(plan.shape) == 3 and input_of(card).channels == 1:
+        msg = (
+            f"engine '{card.name}' sees one colour at a time, which only the CPU does "
+            "with colour frames; set processing.device: cpu"
+        )
+        raise EngineError(msg)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,8 @@ from rtfocus.config.model import Config
 from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job, Prepared
-from rtfocus.processing.gpu.devices import find_device
-from rtfocus.processing.gpu.driver import current_context, translated
-from rtfocus.processing.gpu.seam import GpuDevice as Gpu
+from rtfocus.processing.gpu.cuda.driver import current_context, find_device, translated
+from rtfocus.processing.gpu.engine import GpuDevice as Gpu
 from rtfocus.processing.gpu.session import GpuSession
 
 Spans = dict[str, tuple[float, float]]

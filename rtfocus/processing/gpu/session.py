@@ -27,18 +27,16 @@ from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job
 from rtfocus.processing.gpu.channel import GpuChannel, open_channel
-from rtfocus.processing.gpu.cuda_memory import CudaMemory
-from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels, new_event
-from rtfocus.processing.gpu.device_slot import DeviceSlot
-from rtfocus.processing.gpu.driver import LostGpuError, import_driver, translated
-from rtfocus.processing.gpu.frame_maps import MapLayout, defocus_map
-from rtfocus.processing.gpu.kernel_compiler import compiled_kernels, why_driver_too_old
-from rtfocus.processing.gpu.pinning import PinnedMemory
-from rtfocus.processing.gpu.seam import GpuDevice
+from rtfocus.processing.gpu.cuda.compiler import compiled_kernels, why_driver_too_old
+from rtfocus.processing.gpu.cuda.driver import LostGpuError, import_driver, translated
+from rtfocus.processing.gpu.cuda.memory import CudaMemory, PinnedMemory
+from rtfocus.processing.gpu.cuda.stream import CudaStream, Kernels, new_event
+from rtfocus.processing.gpu.device_slot import DeviceSlot, MapLayout, defocus_map
+from rtfocus.processing.gpu.engine import GpuDevice
 
 logger = logging.getLogger(__name__)
 
-# Once as it is, once to record it, see `rtfocus.processing.gpu.graphs`.
+# Once as it is, once to record it, see `rtfocus.processing.gpu.cuda.stream`.
 _WARM_UPS = 2
 
 
@@ -47,7 +45,7 @@ class HostBuffers:
     """Pinned host memory that belongs to one of the caller's slots."""
 
     packed_maps: NDArray[np.uint8]
-    """Copy of the maps, see `rtfocus.processing.gpu.frame_maps`."""
+    """Copy of the maps, see `rtfocus.processing.gpu.device_slot`."""
     counts: NDArray[Any]
     """Copy of the restored frame."""
     invalid: NDArray[np.bool_] | None = None

@@ -11,6 +11,28 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+BLOCK = 256
+"""Threads of a block that works together."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameShape:
+    """Of the signal."""
+
+    height: int
+    width: int
+    channels: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...]) -> "FrameShape":
+        """Read a shape (y, x) or (y, x, colour)."""
+        return FrameShape(shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """Height, width, channels: arguments of kernels."""
+        return self.height, self.width, self.channels
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceArray:

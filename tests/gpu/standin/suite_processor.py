@@ -21,11 +21,10 @@ from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
-from rtfocus.processing.gpu.cuda_stream import CudaStream, Kernels, new_event
+from rtfocus.processing.gpu.cuda.driver import LostGpuError, current_context
+from rtfocus.processing.gpu.cuda.memory import PinnedMemory
+from rtfocus.processing.gpu.cuda.stream import CudaStream, Kernels, Replayed, new_event
 from rtfocus.processing.gpu.device import GpuDevice
-from rtfocus.processing.gpu.driver import LostGpuError, current_context
-from rtfocus.processing.gpu.graphs import Replayed
-from rtfocus.processing.gpu.pinning import PinnedMemory
 from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor
 from rtfocus.slots import SlotPool

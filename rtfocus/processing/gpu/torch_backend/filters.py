@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rtfocus.processing.gpu.torch_backend.node import (
+from rtfocus.processing.gpu.torch_backend.operators import (
     Inputs,
     Node,
     Operator,

@@ -1,0 +1,1 @@
+"""Classify: what every device knows of labels, rules and conditions."""

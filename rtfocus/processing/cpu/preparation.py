@@ -1,0 +1,98 @@
+"""Preparation: the rules of an engine's card applied to whole frames."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.frame import TileGrid
+from rtfocus.optics.normalisation import CELL_PX, PercentileRange
+from rtfocus.processing.classify.rules import background_of, normalisation_of
+from rtfocus.processing.engines.card import EngineCard
+
+Image = NDArray[np.float32]
+
+# Share of a float frame's range that is taken for one step.
+_INVISIBLE = 1e-4
+
+
+class Preparation:
+    """Normalisation and background rule of one engine.
+
+    Parameters
+    ----------
+    card
+        Of the engine; a card without a background rule leaves it to the network.
+    quantum
+        Step between the camera's values; 0 for float frames.
+
+    Raises
+    ------
+    EngineError
+        If the card names a rule or a parameter that does not exist.
+    """
+
+    def __init__(self, card: EngineCard, quantum: float) -> None:
+        self._normalisation = normalisation_of(card)
+        self._background = background_of(card)
+        self._quantum = quantum
+
+    def normalise(
+        self, frame: Image, *, of: Image | None = None
+    ) -> tuple[Image, tuple[tuple[float, float], ...]]:
+        """Return the network's view of a padded frame (y, x), and the way back.
+
+        Parameters
+        ----------
+        frame
+            Padded.
+        of
+            The same frame without padding, which a range is read from; None: it
+            has none.
+
+        Returns
+        -------
+        Image
+            New array.
+        tuple
+            One (offset, scale) that was subtracted and divided by; empty where the
+            normalisation has no inverse.
+        """
+        rule = self._normalisation
+        if not isinstance(rule, PercentileRange):
+            return rule.apply(frame), ()
+        offset, scale = rule.fit(frame if of is None else of)
+        return normalised(frame, offset, scale), ((offset, scale),)
+
+    def background(self, frame: Image, grid: TileGrid) -> NDArray[np.bool_]:
+        """Return True for tiles of a padded frame in which nothing stands out."""
+        empty = np.zeros((grid.rows, grid.columns), dtype=np.bool_)
+        if self._background is None:
+            return empty
+        # Float frames have no smallest step: what cannot be seen counts as none.
+        span = float(frame.max()) - float(frame.min())
+        quantum = self._quantum or max(
+            _INVISIBLE * span, float(np.finfo(np.float32).tiny)
+        )
+        start = grid.origin_px - (grid.tile_px - 1) / 2
+        found = replace(self._background, quantum=quantum).tiles(
+            frame,
+            tile_px=_cells(grid.tile_px),
+            stride_px=_cells(grid.stride_px),
+            start_px=_cells(start),
+        )
+        found = found[: grid.rows, : grid.columns]
+        empty[: found.shape[0], : found.shape[1]] = found
+        return empty
+
+
+def normalised(frame: Image, offset: float, scale: float) -> Image:
+    """Return ``(frame - offset) / scale``, a new float32 array."""
+    result = np.subtract(frame, np.float32(offset), dtype=np.float32)
+    result *= np.float32(1.0 / scale)
+    return result
+
+
+def _cells(length_px: float) -> int:
+    """Return the nearest multiple of a cell."""
+    return round(length_px / CELL_PX) * CELL_PX

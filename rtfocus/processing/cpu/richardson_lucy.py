@@ -1,0 +1,157 @@
+"""Richardson-Lucy: maximum likelihood under photon noise, matched or accelerated.
+
+Everything runs on half spectra of real images; leading axes are batches. A
+transform larger than the image gives zero borders, one of equal size periodic
+ones (the caller has then padded the image by mirroring).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from rtfocus.processing.restore.fourier import transfer_function
+from rtfocus.processing.restore.richardson_lucy import (
+    DEFAULT_ITERATIONS,
+    back_projectors,
+)
+
+Image = NDArray[np.float32]
+Start = Literal["image", "flat"]
+
+# Blurred estimates below this share of the brightest pixel are round-off of the
+# transforms, and nothing may be divided by them.
+_FLOOR = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
+_FLAT = 0.5
+"""The constant scikit-image starts from, for images scaled to [0, 1]."""
+
+
+def richardson_lucy(
+    image: NDArray[Any],
+    psf: NDArray[Any],
+    iterations: int = DEFAULT_ITERATIONS,
+    *,
+    start: Start = "image",
+    workers: int = 1,
+) -> NDArray[Any]:
+    """Deconvolve an image with zeros beyond its borders.
+
+    Parameters
+    ----------
+    image
+        Axes (..., y, x), non-negative; float64 is kept, all else becomes float32.
+    psf
+        Axes (y, x), odd sides, sums to 1.
+    iterations
+        Each costs four Fourier transforms.
+    start
+        ``image``: the blurred image (He 2020, LB-DVD). ``flat``: 0.5 everywhere,
+        as ``skimage.restoration.richardson_lucy``, for images in [0, 1].
+    workers
+        Threads of the transforms.
+
+    Returns
+    -------
+    NDArray
+        Shape of `image`; not clipped.
+
+    References
+    ----------
+    .. [1] L. He et al., 2020, eq. 3.
+    """
+    dtype = np.float64 if image.dtype == np.float64 else np.float32
+    signal = np.asarray(image, dtype=dtype)
+    # Half a PSF of zeros on one side is enough: what wraps around stays in it.
+    sides = zip(signal.shape[-2:], psf.shape, strict=True)
+    height, width = (fft.next_fast_len(n + p // 2, real=True) for n, p in sides)
+    transfer = transfer_function(psf.astype(dtype), (height, width))
+    estimate = signal if start == "image" else np.full_like(signal, _FLAT)
+    return iterate(
+        signal,
+        transfer,
+        [np.conj(transfer)] * iterations,
+        shape=(height, width),
+        start=estimate,
+        workers=workers,
+    )
+
+
+def iterate(
+    signal: NDArray[Any],
+    transfer: NDArray[Any],
+    back: Sequence[NDArray[Any]],
+    *,
+    shape: tuple[int, int],
+    start: NDArray[Any],
+    workers: int = 1,
+) -> NDArray[Any]:
+    """Run the Richardson-Lucy iteration with any back projectors.
+
+    Parameters
+    ----------
+    signal
+        Blurred images, axes (..., y, x), float, non-negative.
+    transfer
+        Forward projector: OTF over the half spectrum of `shape`.
+    back
+        Back projector of every iteration; the matched one is ``conj(transfer)``.
+    shape
+        Height and width of the transforms, at least those of `signal`.
+    start
+        First estimate, left as it is.
+    workers
+        Threads of the transforms.
+    """
+    floor = _FLOOR[signal.dtype] * float(np.max(signal, initial=0.0))
+    floor = max(floor, float(np.finfo(signal.dtype).tiny))
+    estimate = start.copy()
+    # The matched update keeps the estimate non-negative up to round-off; an
+    # unmatched back projector has negative lobes.
+    for projector in back:
+        blurred = _project(estimate, transfer, shape, workers)
+        np.maximum(blurred, floor, out=blurred)
+        np.divide(signal, blurred, out=blurred)
+        estimate *= _project(blurred, projector, shape, workers)
+        np.maximum(estimate, 0, out=estimate)
+    return estimate
+
+
+def _project(
+    image: NDArray[Any], transfer: NDArray[Any], shape: tuple[int, int], workers: int
+) -> NDArray[Any]:
+    """Convolve by one multiplication of the spectrum; cut to the image's size."""
+    spectrum = fft.rfft2(image, s=shape, workers=workers)
+    spectrum *= transfer
+    result = fft.irfft2(spectrum, s=shape, workers=workers, overwrite_x=True)
+    height, width = image.shape[-2:]
+    return np.asarray(result[..., :height, :width])
+
+
+class RichardsonLucyDeconvolution:
+    """Richardson-Lucy as LB-DVD: starts from the blurred image (He 2020)."""
+
+    def __init__(
+        self, psf: Image, shape: tuple[int, int], iterations: int, *, accelerated: bool
+    ) -> None:
+        self._shape = shape
+        self._transfer = transfer_function(psf, shape)
+        self._back = (
+            back_projectors(self._transfer, iterations)
+            if accelerated
+            else [np.conj(self._transfer)] * iterations
+        )
+
+    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+        """Iterate; negative counts (below the camera's offset) become 0."""
+        del quantum
+        signal = np.maximum(padded, 0)
+        return iterate(
+            signal,
+            self._transfer,
+            self._back,
+            shape=self._shape,
+            start=signal,
+            workers=workers,
+        )

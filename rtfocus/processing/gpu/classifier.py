@@ -1,0 +1,261 @@
+"""GPU network: an execution context with the buffers it reads and writes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from rtfocus.errors import EngineError
+from rtfocus.frame import BACKGROUND, TileGrid
+from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
+from rtfocus.processing.channel_plan import ClassifierPlan
+from rtfocus.processing.classify.labels import LabelDecoder
+from rtfocus.processing.classify.rules import background_of, normalisation_of
+from rtfocus.processing.engines.card import input_of
+from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
+from rtfocus.processing.gpu.preparation import (
+    CellStatistics,
+    GpuBackground,
+    GpuPercentiles,
+    GpuStandardisation,
+)
+from rtfocus.processing.gpu.tiles import GpuTiles, whole_frame_tile
+from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
+from rtfocus.processing.tiles.frame_fit import FrameFit, tile_grid
+
+
+class BoundNetwork:
+    """One inference in flight: no other shares its buffers.
+
+    Parameters
+    ----------
+    memory
+        Where buffers lie that are not given.
+    engine
+        That the context is of.
+    shapes
+        Of every input.
+    given
+        Buffers the caller has already, by tensor.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        engine: GpuEngine,
+        shapes: Mapping[str, Shape],
+        given: Mapping[str, DeviceArray] | None = None,
+    ) -> None:
+        every = {**shapes, **engine.output_shapes(shapes)}
+        known = given or {}
+        self.buffers: dict[str, DeviceArray] = {
+            name: known.get(name)
+            or memory.allocate(
+                shape, engine.tensors[name].dtype, f"tensor '{name}' of {engine.name}"
+            )
+            for name, shape in every.items()
+        }
+        """By tensor, inputs and outputs."""
+        self._context: GpuContext = engine.open_context()
+        self._context.bind(
+            {name: buffer.address for name, buffer in self.buffers.items()}, shapes
+        )
+
+    def enqueue(self, work: Work) -> None:
+        """Enqueue the inference."""
+        self._context.enqueue(work.handle)
+
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return why it may not be recorded in a CUDA graph; None: it may."""
+        return self._context.why_not_capturable(work.handle)
+
+    def close(self) -> None:
+        """Free the context."""
+        self._context.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierSlot:
+    """What one frame in flight needs of a classifier for itself."""
+
+    network: BoundNetwork
+    ranges: DeviceArray
+    """Offset and scale of every plane, axes (plane, 2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What the restoration of one frame reads and writes on the device."""
+
+    signal: DeviceArray
+    maps: dict[str, DeviceArray]
+    """Of `rtfocus.processing.gpu.device_slot`."""
+    seen: ClassifierSlot
+    """Buffers of the network that saw the frame."""
+    out: DeviceArray
+    """Result, float32, shape of the signal."""
+
+
+class GpuClassifier:
+    """A classifier or joint engine applied to whole frames of one size.
+
+    Work space is shared by all frames in flight: their work is on one stream.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    engine
+        Opened for `FrameFit.padded`; closed by `close`.
+    plan
+        Engine and frames.
+    frame
+        Shape of the signal.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        engine: GpuEngine,
+        plan: ClassifierPlan,
+        frame: FrameShape,
+    ) -> None:
+        card = plan.card
+        if card.output is None or card.levels is None:
+            msg = f"engine '{card.name}' is a {card.kind}, not a classifier"
+            raise EngineError(msg)
+        self.engine = engine
+        self.card = card
+        self._plan = plan
+        self._frame = frame
+        self._input = input_of(card)
+        self._output = card.output
+        self._turn = -1 if plan.mirrored and card.levels.signed else 1
+        logits = engine.output_shapes(self._shapes())[card.output.name]
+        _check_labels(card.name, logits, len(card.output.labels))
+        self._network_tiles = (logits[2], logits[3])
+        self.grid: TileGrid = tile_grid(
+            self._input, plan.fit, *self._network_tiles, signed=card.levels.signed
+        )
+        self._levels = memory.upload(LabelDecoder(card.output).levels, "labels")
+        self._empty = memory.allocate(
+            (self.grid.rows * self.grid.columns,), np.uint8, "the background rule"
+        )
+        told = plan.conditions
+        condition = None if told is None else told.unknown(1)
+        self._condition = (
+            None if condition is None else memory.upload(condition, "the condition")
+        )
+        self._prepare(memory)
+
+    def _prepare(self, memory: DeviceMemory) -> None:
+        """Set up normalisation and background rule."""
+        rule = normalisation_of(self.card)
+        background = background_of(self.card)
+        plan, frame = self._plan, self._frame
+        self._cells: CellStatistics | None = None
+        self._background: GpuBackground | None = None
+        self._standardisation: GpuStandardisation | None = None
+        self._percentiles: GpuPercentiles | None = None
+        if background is not None or isinstance(rule, LocalStandardisation):
+            self._cells = CellStatistics(memory, frame, _whole_cells(plan.fit))
+            if background is not None:
+                self._background = GpuBackground(
+                    memory, background, self._cells, self.grid, plan.quantum
+                )
+        planes = self._input.channels
+        self.tile: GpuTiles = whole_frame_tile(memory, frame, planes, plan.fit.padded)
+        """The frame as the network's input, and back."""
+        if isinstance(rule, LocalStandardisation):
+            if self._cells is not None:
+                self._standardisation = GpuStandardisation(memory, rule, self._cells)
+        else:
+            self._percentiles = GpuPercentiles(memory, rule, frame, planes)
+
+    def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
+        """Reserve what one more frame in flight needs."""
+        given = {}
+        if self._condition is not None and self.card.condition is not None:
+            given = {self.card.condition.name: self._condition}
+        network = BoundNetwork(memory, self.engine, self._shapes(), given)
+        ranges = memory.allocate((self._input.channels, 2), np.float32, "ranges")
+        return ClassifierSlot(network, ranges)
+
+    def enqueue(
+        self,
+        work: Work,
+        slot: ClassifierSlot,
+        signal: DeviceArray,
+        maps: dict[str, DeviceArray],
+    ) -> None:
+        """Enqueue signal -> maps of `rtfocus.processing.gpu.device_slot`."""
+        tiles = slot.network.buffers[self._input.name]
+        if self._cells is not None:
+            self._cells.enqueue(work, signal)
+        if self._background is None:
+            work.zero(self._empty)
+        else:
+            self._background.enqueue(work, self._empty)
+        if self._standardisation is not None:
+            self._standardisation.enqueue(work, signal, tiles)
+        elif self._percentiles is not None:
+            self._percentiles.enqueue(work, signal, slot.ranges)
+            self.tile.cut(work, signal, slot.ranges, tiles, first=0, count=1)
+        slot.network.enqueue(work)
+        self._decode(work, slot, maps)
+
+    def _decode(
+        self, work: Work, slot: ClassifierSlot, maps: dict[str, DeviceArray]
+    ) -> None:
+        work.launch(
+            "decode_labels",
+            self._empty.count,
+            slot.network.buffers[self._output.name],
+            self._levels.count,
+            *self._network_tiles,
+            self.grid.rows,
+            self.grid.columns,
+            self._levels,
+            BACKGROUND,
+            self._turn,
+            self._plan.step_um,
+            self._empty,
+            maps["defocus_um"],
+            maps["confidence"],
+            maps["uncertainty_um"],
+            maps["level"],
+        )
+
+    def close(self) -> None:
+        """Free the engine, after all slots."""
+        self.engine.close()
+
+    def _shapes(self) -> dict[str, Shape]:
+        """Return the shape of every input."""
+        shapes: dict[str, Shape] = {
+            self._input.name: (1, self._input.channels, *self._plan.fit.padded)
+        }
+        if self.card.condition is not None:
+            shapes[self.card.condition.name] = (1, len(self.card.condition.entries))
+        return shapes
+
+
+def _whole_cells(fit: FrameFit) -> tuple[int, int]:
+    """Return the padded size; its statistics are of cells, which must be whole."""
+    if any(side % CELL_PX for side in fit.padded):
+        msg = (
+            f"frames of {fit.shape} are padded to {fit.padded}, which is no multiple "
+            f"of {CELL_PX} px; export the engine with input.multiple_px that is one"
+        )
+        raise EngineError(msg)
+    height, width = fit.padded
+    return height, width
+
+
+def _check_labels(name: str, logits: Shape, labels: int) -> None:
+    if len(logits) != 4 or logits[1] != labels:
+        msg = (
+            f"engine '{name}': its output is {logits}, but the card lists {labels} "
+            f"labels; expected (N, {labels}, rows, columns)"
+        )
+        raise EngineError(msg)

@@ -1,0 +1,1 @@
+"""CUDA: driver, kernels, streams, memory and transforms, behind names of our own."""

@@ -1,0 +1,302 @@
+"""GPU seam: what the GPU processor asks of a network runtime, whichever it is.
+
+The processor owns device buffers, CUDA streams and CUDA events; a backend only
+turns addresses of inputs into addresses of outputs. No call waits for the GPU
+but `GpuBackend.open` and `GpuEngine.open_context`. Every call comes from the one
+thread that has the device's primary context current.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rtfocus.errors import EngineError
+from rtfocus.processing.engines.card import (
+    EngineCard,
+    InputCard,
+    Precision,
+    verified_file,
+)
+from rtfocus.processing.engines.registry import FoundEngine
+from rtfocus.processing.tiles.frame_fit import fit_frame
+
+Shape = tuple[int, ...]
+"""Extents of a tensor, e.g. (N, C, H, W)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDevice:
+    """A GPU as backends need to know it; read from the driver by the processor."""
+
+    gpu_index: int
+    """Position in the driver's list."""
+    name: str
+    """Product name, e.g. ``NVIDIA RTX A4000``."""
+    compute_capability: tuple[int, int]
+    """Major and minor, e.g. (8, 6)."""
+    memory_bytes: int
+    """Total device memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """Shapes an input may take: one tensor of an optimisation profile."""
+
+    smallest: Shape
+    usual: Shape
+    """The shape the plan is tuned for."""
+    largest: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRequest:
+    """Everything a backend needs to make a network ready on a GPU."""
+
+    name: str
+    """Of the engine, for messages."""
+    model: Path
+    """ONNX file of this precision, already verified against the card."""
+    weights_sha256: str
+    """Checksum of `model`: part of the key under which a plan is cached."""
+    precision: Precision
+    """Which weights file of the engine's card runs; it decides the arithmetic."""
+    inputs: Mapping[str, ShapeRange]
+    """Every input tensor by name, e.g. ``tiles`` and ``condition``."""
+    tf32: bool = True
+    """False: fp32 products keep all 23 bits, for comparison with the reference."""
+    workspace_bytes: int | None = None
+    """Most device memory one layer of a plan may take; None: no limit."""
+    cuda_graphs: bool = True
+    """Let a backend that can record its kernels as a CUDA graph by itself do so."""
+
+
+@dataclass(frozen=True, slots=True)
+class IoTensor:
+    """An input or output of a network."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    """Element type in device memory; float32 for every precision of our engines."""
+    is_input: bool
+
+
+class GpuContext(Protocol):
+    """One concurrent inference: an execution context with its I/O addresses.
+
+    A slot owns one per engine, so that frames in flight share nothing but weights.
+    """
+
+    def bind(
+        self, buffers: Mapping[str, int], input_shapes: Mapping[str, Shape]
+    ) -> None:
+        """Set the device address of every I/O tensor and the shape of every input.
+
+        Holds for all following `enqueue` until the next `bind`. Buffers are dense,
+        C order, and belong to the caller, who keeps them until the work is done.
+
+        Parameters
+        ----------
+        buffers
+            Device address by tensor name, inputs and outputs.
+        input_shapes
+            Shape by input name, within the request's range.
+
+        Raises
+        ------
+        EngineError
+            Names the tensor and the rule it breaks.
+        """
+        ...
+
+    def enqueue(self, cuda_stream: int) -> None:
+        """Launch the network on a non-default CUDA stream; returns before it ran.
+
+        Raises
+        ------
+        EngineError
+            If the launch is refused; names the engine and the shapes.
+        """
+        ...
+
+    def why_not_capturable(self, cuda_stream: int) -> str | None:
+        """Return why `enqueue` may not be captured in a CUDA graph; None: it may.
+
+        Ask after one `enqueue` with the same binding: the first may allocate.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the context; the caller has made sure that nothing runs in it."""
+        ...
+
+
+class GpuEngine(Protocol):
+    """A network loaded on one GPU."""
+
+    name: str
+    """Folder name in ``engines/``."""
+    backend: str
+    """Runtime with its release, e.g. ``tensorrt_rtx 1.7.1``."""
+    precision: Precision
+    tensors: Mapping[str, IoTensor]
+    """Every I/O tensor by name."""
+    context_bytes: int
+    """Device memory a context takes beside the caller's buffers; 0: not known."""
+
+    def output_shapes(self, input_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return the shape of every output for these inputs, to size buffers."""
+        ...
+
+    def open_context(self) -> GpuContext:
+        """Make one more execution context; EngineError names the memory it needs."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights, after all contexts; called twice does nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBackend:
+    """A GPU runtime: whether it can be used, and how a network is loaded."""
+
+    name: str
+    """``tensorrt``, ``tensorrt_rtx`` or ``torch-cuda``."""
+    why_unavailable: Callable[[GpuDevice | None], str | None]
+    """Reason why not on this GPU, with the remedy; None: available. Without a GPU
+    (None) it tells about the libraries alone."""
+    open: Callable[[GpuRequest, GpuDevice], GpuEngine]
+    """Load the network, building and caching its plan first where it needs one."""
+
+
+TILES_PER_BATCH = 32
+"""Most tiles per batch: beyond it a GPU is busy and memory only grows."""
+
+
+def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRange]:
+    """Return the shapes of every input of an engine for a camera.
+
+    Classifiers and joint engines take whole frames, one at a time; restorers take
+    the frame's tiles in batches.
+
+    Parameters
+    ----------
+    card
+        Of a network.
+    frame
+        Height and width of the camera's frame in pixels.
+
+    Raises
+    ------
+    EngineError
+        If the card describes no input.
+    """
+    if card.input is None:
+        msg = f"engine '{card.name}' ({card.implementation}) is no network to build"
+        raise EngineError(msg)
+    if card.kind == "restorer":
+        batch = balanced_batch(count_tiles(card.input, frame))
+        sides = (card.input.tile_px, card.input.tile_px)
+    else:
+        batch, sides = 1, fit_frame(card.input, frame).padded
+    inputs = {card.input.name: batched((batch, card.input.channels, *sides))}
+    if card.condition is not None:
+        inputs[card.condition.name] = batched((batch, len(card.condition.entries)))
+    return inputs
+
+
+def count_tiles(card: InputCard, frame: tuple[int, int]) -> int:
+    """Return how many tiles a frame is cut into, each owning all but its halo."""
+    own_px = card.tile_px - 2 * card.halo_px
+    return ceil(frame[0] / own_px) * ceil(frame[1] / own_px)
+
+
+def balanced_batch(tiles: int, most: int = TILES_PER_BATCH) -> int:
+    """Return the batch that cuts a frame's tiles into the fewest, nearly equal parts.
+
+    Examples
+    --------
+    >>> balanced_batch(121), balanced_batch(9)
+    (31, 9)
+    """
+    return ceil(tiles / ceil(tiles / most))
+
+
+def batched(largest: Shape) -> ShapeRange:
+    """Return the shapes from a batch of one to the largest, which is the usual.
+
+    Examples
+    --------
+    >>> batched((31, 1, 256, 256)).smallest
+    (1, 1, 256, 256)
+    """
+    return ShapeRange((1, *largest[1:]), largest, largest)
+
+
+def preferred_precision(found: FoundEngine) -> Precision:
+    """Return the precision that runs where none is asked for.
+
+    fp16 where the engine has it: GPUs compute it several times faster, and it stays
+    within a hundredth of the reference. int8 costs quality and is only run on demand.
+
+    Raises
+    ------
+    EngineError
+        If the engine is no network.
+    """
+    if "fp32" not in found.card.files:
+        msg = (
+            f"engine '{found.name}' is {found.implementation}: it has no network, so "
+            "there is nothing to build"
+        )
+        raise EngineError(msg)
+    return "fp16" if "fp16" in found.card.files else "fp32"
+
+
+def gpu_request(
+    found: FoundEngine,
+    frame: tuple[int, int],
+    precision: Precision | None = None,
+    *,
+    tf32: bool = True,
+    workspace_bytes: int | None = None,
+    cuda_graphs: bool = True,
+) -> GpuRequest:
+    """Return the request for an engine and a camera.
+
+    Parameters
+    ----------
+    found
+        Engine with its card.
+    frame
+        Height and width of the camera's frame in pixels.
+    precision
+        Weights to run; None: `preferred_precision`.
+    tf32
+        False for comparisons of fp32 numbers.
+    workspace_bytes
+        Most memory one layer may take; None: no limit.
+    cuda_graphs
+        Whether a backend may record its kernels.
+
+    Raises
+    ------
+    EngineError
+        If the engine is no network, lacks these weights, or they are damaged.
+    """
+    chosen = precision or preferred_precision(found)
+    model = verified_file(found.folder, found.card, chosen)
+    return GpuRequest(
+        name=found.name,
+        model=model,
+        weights_sha256=found.card.sha256[chosen],
+        precision=chosen,
+        inputs=engine_inputs(found.card, frame),
+        tf32=tf32,
+        workspace_bytes=workspace_bytes,
+        cuda_graphs=cuda_graphs,
+    )

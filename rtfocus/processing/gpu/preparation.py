@@ -1,0 +1,264 @@
+"""Cells: what a classifier needs of a frame beside its network, on the device.
+
+As `rtfocus.optics.normalisation` and `rtfocus.processing.classify.rules`, from the
+same statistics of cells of 12 px.
+"""
+
+from math import ceil, sqrt
+
+import numpy as np
+
+from rtfocus.frame import TileGrid
+from rtfocus.optics.normalisation import (
+    CELL_PX,
+    ContrastToNoise,
+    LocalStandardisation,
+    PercentileRange,
+)
+from rtfocus.processing.gpu.correction import kind_of
+from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
+from rtfocus.processing.gpu.work import (
+    BLOCK,
+    DeviceArray,
+    DeviceMemory,
+    FrameShape,
+    Work,
+)
+
+
+class CellStatistics:
+    """Statistics of the cells of a frame padded by mirroring.
+
+    Parameters
+    ----------
+    memory
+        Where they lie.
+    frame
+        Shape of the signal.
+    padded
+        Height and width of the padded frame, multiples of 12 px.
+    """
+
+    def __init__(
+        self, memory: DeviceMemory, frame: FrameShape, padded: tuple[int, int]
+    ) -> None:
+        self.frame = frame
+        self.rows, self.columns = (side // CELL_PX for side in padded)
+        self.count = self.rows * self.columns
+        single = [memory.allocate((self.count,), np.float32, "cells") for _ in range(4)]
+        self.mean, self.lowest, self.peak, self.steps = single
+        self.sum = memory.allocate((self.count,), np.float64, "cells")
+        self.squares = memory.allocate((self.count,), np.float64, "cells")
+
+    def enqueue(self, work: Work, signal: DeviceArray) -> None:
+        """Measure the cells of a frame."""
+        work.launch(
+            "cell_statistics",
+            self.count,
+            signal,
+            *self.frame.sides,
+            self.rows,
+            self.columns,
+            self.mean,
+            self.lowest,
+            self.peak,
+            self.steps,
+            self.sum,
+            self.squares,
+        )
+
+
+class GpuStandardisation:
+    """`LocalStandardisation` on the device.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    rule
+        Window and floor.
+    cells
+        Measured before, on the same stream.
+    """
+
+    def __init__(
+        self, memory: DeviceMemory, rule: LocalStandardisation, cells: CellStatistics
+    ) -> None:
+        self._rule = rule
+        self._cells = cells
+        low, high, _ = ranks_around(0.5, cells.count)
+        self._median = RankSearch(memory, (low, high))
+        self._middle = memory.allocate((1,), np.float32, "normalisation")
+        self._power = memory.allocate((cells.count,), np.float64, "normalisation")
+        self._mean_power = memory.allocate((1,), np.float64, "normalisation")
+        self._inverse = memory.allocate((cells.count,), np.float32, "normalisation")
+
+    def enqueue(self, work: Work, signal: DeviceArray, out: DeviceArray) -> None:
+        """Write the network's view of a frame to `out`, (1, 1, y, x)."""
+        cells = self._cells
+        self._median.enqueue(work, cells.mean)
+        work.launch(
+            "cell_power",
+            cells.count,
+            cells.sum,
+            cells.squares,
+            cells.count,
+            self._median.found,
+            self._middle,
+            self._power,
+        )
+        work.launch("mean_of", BLOCK, self._power, cells.count, self._mean_power)
+        work.launch(
+            "cell_inverse_deviation",
+            cells.count,
+            self._power,
+            cells.rows,
+            cells.columns,
+            self._rule.window_px // CELL_PX,
+            self._rule.floor,
+            self._mean_power,
+            self._inverse,
+        )
+        work.launch(
+            "standardise",
+            out.count,
+            signal,
+            *cells.frame.sides,
+            cells.rows,
+            cells.columns,
+            self._middle,
+            self._inverse,
+            out,
+            kind_of(out.dtype),
+        )
+
+
+class GpuBackground:
+    """`ContrastToNoise` on the device.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    rule
+        Thresholds.
+    cells
+        Measured before, on the same stream.
+    grid
+        Tiles that are judged.
+    quantum
+        Step between the camera's values; 0 for float frames.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        rule: ContrastToNoise,
+        cells: CellStatistics,
+        grid: TileGrid,
+        quantum: float,
+    ) -> None:
+        self._rule = rule
+        self._cells = cells
+        self._grid = grid
+        self._quantum = quantum
+        low, high, self._part = ranks_around(0.1, cells.count)
+        self._quietest = RankSearch(memory, (low, high))
+        self._darkest = RankSearch(memory, (0,))
+        self._brightest = RankSearch(memory, (cells.count - 1,))
+        self._noise = memory.allocate((1,), np.float32, "the background rule")
+
+    def enqueue(self, work: Work, empty: DeviceArray) -> None:
+        """Write 1 to `empty` (uint8) for tiles in which nothing stands out."""
+        cells, grid = self._cells, self._grid
+        self._quietest.enqueue(work, cells.steps)
+        if self._quantum <= 0:
+            self._darkest.enqueue(work, cells.lowest)
+            self._brightest.enqueue(work, cells.peak)
+        work.launch(
+            "background_noise",
+            1,
+            self._quietest.found,
+            self._part,
+            self._darkest.found,
+            self._brightest.found,
+            self._quantum,
+            self._noise,
+        )
+        start = grid.origin_px - (grid.tile_px - 1) / 2
+        work.launch(
+            "background",
+            empty.count,
+            cells.mean,
+            cells.peak,
+            cells.rows,
+            cells.columns,
+            grid.rows,
+            grid.columns,
+            *(round(px / CELL_PX) for px in (grid.tile_px, grid.stride_px, start)),
+            self._rule.contrast,
+            self._rule.peak,
+            self._noise,
+            empty,
+        )
+
+
+class GpuPercentiles:
+    """Finds offset and scale of every plane that a network sees.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    rule
+        Percentiles.
+    frame
+        Shape of the signal.
+    planes
+        Channels of the network.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        rule: PercentileRange,
+        frame: FrameShape,
+        planes: int,
+    ) -> None:
+        self._frame = frame
+        self._planes = planes
+        size = frame.height * frame.width
+        self._step = max(1, int(sqrt(size / rule.sample_px)))
+        self._columns = ceil(frame.width / self._step)
+        count = ceil(frame.height / self._step) * self._columns
+        self._values = memory.allocate((count,), np.float32, "percentiles")
+        around = [
+            ranks_around(percent / 100, count)
+            for percent in (rule.low_percent, rule.high_percent)
+        ]
+        self._search = RankSearch(memory, [r for found in around for r in found[:2]])
+        self._parts = [found[2] for found in around]
+
+    def enqueue(self, work: Work, signal: DeviceArray, ranges: DeviceArray) -> None:
+        """Write offset and scale per plane to `ranges`, axes (plane, 2)."""
+        for plane in range(self._planes):
+            work.launch(
+                "sample",
+                self._values.count,
+                signal,
+                *self._frame.sides,
+                self._planes,
+                plane,
+                self._step,
+                self._columns,
+                self._values.count,
+                self._values,
+            )
+            self._search.enqueue(work, self._values)
+            work.launch(
+                "percentile_range",
+                1,
+                self._search.found,
+                *self._parts,
+                ranges.from_element(2 * plane),
+            )

@@ -1,0 +1,1 @@
+"""TensorRT: its libraries, plans and execution contexts."""

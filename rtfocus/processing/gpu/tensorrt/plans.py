@@ -1,0 +1,285 @@
+"""Plans: from the cache, or built once, which the user is told."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rtfocus.errors import EngineError
+from rtfocus.processing.gpu.cache_folder import cache_folder, write_atomically
+from rtfocus.processing.gpu.engine import GpuDevice, GpuRequest, ShapeRange
+from rtfocus.processing.gpu.tensorrt.build import Capability, Progress, build_plan
+from rtfocus.processing.gpu.tensorrt.library import (
+    TensorRt,
+    listed_capabilities,
+    why_unsupported,
+)
+
+logger = logging.getLogger(__name__)
+
+
+_FORMAT = "rtfocus plan 1"
+_WORDS = {
+    "weights_sha256": "other weights",
+    "release": "release {release}",
+    "gpu": "{gpu}",
+    "inputs": "other shapes",
+    "tf32": "tf32 {tf32}",
+    "workspace_bytes": "another workspace",
+}
+"""What a plan in the cache was built for instead, by the field that differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """All that a plan's validity depends on."""
+
+    engine: str
+    precision: str
+    library: str
+    """``tensorrt`` or ``tensorrt_rtx``."""
+    release: str
+    gpu: str
+    """What it was built for: a card's name and compute capability, for TensorRT
+    for RTX the compute capability alone or ``8.0 and later``."""
+    weights_sha256: str
+    inputs: Mapping[str, ShapeRange]
+    """The optimisation profile."""
+    tf32: bool
+    workspace_bytes: int | None
+
+    @classmethod
+    def of(
+        cls, request: GpuRequest, *, library: str, release: str, gpu: str
+    ) -> "PlanKey":
+        """Return the key of a request's plan, built by a library for a GPU."""
+        return cls(
+            engine=request.name,
+            precision=request.precision,
+            library=library,
+            release=release,
+            gpu=gpu,
+            weights_sha256=request.weights_sha256,
+            inputs=dict(request.inputs),
+            tf32=request.tf32,
+            workspace_bytes=request.workspace_bytes,
+        )
+
+    @property
+    def stem(self) -> str:
+        """File name without suffix: readable, and unique by the digest of all."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{self.engine}-{self.precision}-{self.library}-{digest}"
+
+
+class PlanCache:
+    """Plans in a folder.
+
+    Parameters
+    ----------
+    folder
+        Made when the first plan is kept; None: ``plans`` in the user's cache.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or cache_folder() / "plans"
+
+    def path(self, key: PlanKey) -> Path:
+        """Return where the plan of a key is kept."""
+        return self.folder / f"{key.stem}.plan"
+
+    def find(self, key: PlanKey) -> bytes | None:
+        """Return the plan of a key; None where there is none or it is damaged."""
+        path = self.path(key)
+        try:
+            head, _, plan = path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("plan '%s' cannot be read: %s", path, error.strerror)
+            return None
+        header = _parse(head)
+        if header is None or header.get("sha256") != hashlib.sha256(plan).hexdigest():
+            logger.warning("plan '%s' is damaged and will be built again", path)
+            return None
+        return plan
+
+    def keep(self, key: PlanKey, plan: bytes) -> bool:
+        """Keep a plan; False, with a warning, where the folder cannot be written."""
+        header = {
+            "format": _FORMAT,
+            "key": asdict(key),
+            "sha256": hashlib.sha256(plan).hexdigest(),
+        }
+        line = json.dumps(header, sort_keys=True).encode()
+        try:
+            write_atomically(self.path(key), line + b"\n" + plan)
+        except OSError as error:
+            logger.warning(
+                "plan of engine '%s' cannot be kept in '%s' (%s): it will be built "
+                "again at the next start; name a writable folder in RTFOCUS_CACHE",
+                key.engine,
+                self.folder,
+                error.strerror,
+            )
+            return False
+        return True
+
+    def discard(self, key: PlanKey) -> None:
+        """Remove the plan of a key, if it is there and can be removed."""
+        try:
+            self.path(key).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("'%s' cannot be removed: %s", self.path(key), error.strerror)
+
+    def why_absent(self, key: PlanKey) -> str:
+        """Return what the nearest plan of the same engine was built for instead."""
+        wanted = _plain(asdict(key))
+        differences = [
+            [
+                words.format_map(stored)
+                for field, words in _WORDS.items()
+                if stored[field] != wanted[field]
+            ]
+            for stored in self._stored(key)
+        ]
+        nearest = min(differences, key=len, default=None)
+        if not nearest:
+            return "there is none yet"
+        return f"the one there is was built for {', '.join(nearest)}"
+
+    def _stored(self, key: PlanKey) -> Iterator[dict[str, Any]]:
+        """Yield the keys of the plans of the same engine, precision and library."""
+        pattern = f"{key.engine}-{key.precision}-{key.library}-*.plan"
+        for path in self.folder.glob(pattern):
+            try:
+                with path.open("rb") as file:
+                    header = _parse(file.readline())
+            except OSError:
+                continue
+            if header is not None:
+                yield header["key"]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the header of a plan file; None if the line is none."""
+    try:
+        header = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        return None
+    return header
+
+
+def _plain(key: dict[str, Any]) -> dict[str, Any]:
+    """Return a key as it reads back from JSON, which has no tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(key))
+    return plain
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTarget:
+    """The GPU a plan is for."""
+
+    gpu: str
+    """As in `PlanKey.gpu`."""
+    capabilities: tuple[Capability, ...] = ()
+    """TensorRT for RTX: those named to the builder; none: 8.0 and later."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyPlan:
+    """A plan and where it came from."""
+
+    data: bytes
+    key: PlanKey
+    build_s: float | None
+    """Seconds it took to build; None: it was in the cache."""
+
+
+ANY_CARD = PlanTarget("8.0 and later")
+"""TensorRT for RTX: every card it serves, those of 7.5 apart."""
+
+
+def target_of(library: TensorRt, device: GpuDevice) -> PlanTarget:
+    """Return the target of a library's plans for a GPU.
+
+    Raises
+    ------
+    EngineError
+        If the library does not serve it.
+    """
+    if library.is_rtx:
+        return rtx_target(library, device.compute_capability)
+    why = why_unsupported(library, device.compute_capability)
+    if why is not None:
+        raise EngineError(why)
+    return PlanTarget(f"{device.name}, {_text(device.compute_capability)}")
+
+
+def rtx_target(library: TensorRt, capability: Capability) -> PlanTarget:
+    """Return the target of TensorRT for RTX for a compute capability.
+
+    Cards newer than every one the release lists take the plan for any card.
+
+    Raises
+    ------
+    EngineError
+        If the release does not serve it.
+    """
+    why = why_unsupported(library, capability)
+    if why is not None:
+        raise EngineError(why)
+    if capability not in listed_capabilities(library):
+        return ANY_CARD
+    return PlanTarget(_text(capability), (capability,))
+
+
+def ready_plan(
+    library: TensorRt,
+    request: GpuRequest,
+    target: PlanTarget,
+    *,
+    cache: PlanCache | None = None,
+    progress: Progress | None = None,
+    rebuild: bool = False,
+) -> ReadyPlan:
+    """Return the plan of a request, built and kept if the cache has none.
+
+    Raises
+    ------
+    EngineError
+        If it cannot be built.
+    """
+    cache = cache or PlanCache()
+    key = PlanKey.of(
+        request, library=library.name, release=library.release, gpu=target.gpu
+    )
+    found = None if rebuild else cache.find(key)
+    if found is not None:
+        return ReadyPlan(found, key, None)
+    why = "asked for" if rebuild else cache.why_absent(key)
+    logger.warning(
+        "building the %s plan of engine '%s' with %s %s for %s (%s); %s",
+        request.precision,
+        request.name,
+        library.name,
+        library.release,
+        target.gpu,
+        why,
+        "takes seconds" if library.is_rtx else "takes minutes, once",
+    )
+    start = time.monotonic()
+    plan = build_plan(library, request, target.capabilities, progress)
+    cache.keep(key, plan)
+    return ReadyPlan(plan, key, time.monotonic() - start)
+
+
+def _text(capability: Sequence[int]) -> str:
+    return ".".join(str(part) for part in capability)

@@ -1,0 +1,249 @@
+"""GPU tiles: a frame as overlapping normalised tiles on the device, and back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.frame import BACKGROUND, TileGrid
+from rtfocus.processing.classify.conditions import Conditions
+from rtfocus.processing.gpu.correction import kind_of
+from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
+from rtfocus.processing.tiles.windows import AxisWindows, FrameTiles
+
+Image = NDArray[np.float32]
+
+
+class GpuTiles:
+    """Tiles of frames of one size.
+
+    Parameters
+    ----------
+    memory
+        Where the tables lie.
+    frame
+        Shape of the signal.
+    planes
+        Channels of the network.
+    starts
+        First pixel of every tile along y and x; may lie outside the frame.
+    tile
+        Height and width of the tiles.
+    weights
+        How much every tile counts along y and x, axes (tile, pixel of the frame);
+        each pixel's add up to 1.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        frame: FrameShape,
+        planes: int,
+        *,
+        starts: tuple[Sequence[int], Sequence[int]],
+        tile: tuple[int, int],
+        weights: tuple[Image, Image],
+    ) -> None:
+        self.count = len(starts[0]) * len(starts[1])
+        """Tiles of a frame, row by row."""
+        self.tile_elements = planes * tile[0] * tile[1]
+        """Elements of one tile."""
+        self._frame = frame
+        self._planes = planes
+        self._columns = len(starts[1])
+        self._tile = tile
+        self._starts = [
+            memory.upload(np.array(first, np.int32), "places of tiles")
+            for first in starts
+        ]
+        self._weights = [
+            memory.upload(table, "weights of tiles")
+            for axis in weights
+            for table in (*_reach(axis), np.asarray(axis, np.float32))
+        ]
+
+    def cut(
+        self,
+        work: Work,
+        signal: DeviceArray,
+        ranges: DeviceArray,
+        tiles: DeviceArray,
+        *,
+        first: int,
+        count: int,
+    ) -> None:
+        """Enqueue signal -> `count` tiles from `first` on, axes (N, C, H, W)."""
+        work.launch(
+            "gather_tiles",
+            count * self.tile_elements,
+            signal,
+            *self._frame.sides,
+            self._planes,
+            *self._starts,
+            self._columns,
+            *self._tile,
+            first,
+            count * self.tile_elements,
+            ranges,
+            tiles,
+            kind_of(tiles.dtype),
+        )
+
+    def join(
+        self, work: Work, tiles: DeviceArray, ranges: DeviceArray, out: DeviceArray
+    ) -> None:
+        """Enqueue all tiles -> frame in the unit of the signal."""
+        work.launch(
+            "blend_tiles",
+            out.count,
+            tiles,
+            kind_of(tiles.dtype),
+            *self._frame.sides,
+            self._planes,
+            *self._starts,
+            self._columns,
+            *self._tile,
+            *self._weights,
+            ranges,
+            out,
+        )
+
+
+def whole_frame_tile(
+    memory: DeviceMemory, frame: FrameShape, planes: int, padded: tuple[int, int]
+) -> GpuTiles:
+    """Return the one tile that holds a frame, mirrored behind it to `padded`."""
+    return GpuTiles(
+        memory,
+        frame,
+        planes,
+        starts=([0], [0]),
+        tile=padded,
+        weights=(
+            np.ones((1, frame.height), np.float32),
+            np.ones((1, frame.width), np.float32),
+        ),
+    )
+
+
+def windowed_tiles(
+    memory: DeviceMemory,
+    frame: FrameShape,
+    planes: int,
+    windows: tuple[AxisWindows, AxisWindows],
+) -> GpuTiles:
+    """Return the tiles of `rtfocus.processing.tiles.windows.FrameTiles`."""
+    down, across = windows
+    return GpuTiles(
+        memory,
+        frame,
+        planes,
+        starts=(window_starts(down), window_starts(across)),
+        tile=(down.size_px, across.size_px),
+        weights=(
+            frame_weights(down, frame.height),
+            frame_weights(across, frame.width),
+        ),
+    )
+
+
+def window_starts(axis: AxisWindows) -> list[int]:
+    """Return where windows begin in the frame, before which they have a halo."""
+    return [index * axis.own_px - axis.halo_px for index in range(axis.count)]
+
+
+def frame_weights(axis: AxisWindows, length: int) -> Image:
+    """Return the weights of windows, axes (window, pixel of the frame)."""
+    result = np.zeros((axis.count, length), np.float32)
+    for start, weights, row in zip(
+        window_starts(axis), axis.weights(), result, strict=True
+    ):
+        first, last = max(start, 0), min(start + axis.size_px, length)
+        row[first:last] = weights[first - start : last - start]
+    return result
+
+
+def _reach(weights: Image) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the first and last tile with a weight in every pixel."""
+    touched = weights > 0
+    last = len(weights) - 1 - touched[::-1].argmax(axis=0)
+    return touched.argmax(axis=0).astype(np.int32), last.astype(np.int32)
+
+
+# As in kernels/labels.cu; entries that are not named are fixed.
+_KINDS = {"level": 1, "defocus_levels": 2, "defocus_known": 3}
+
+
+class GpuConditions:
+    """Fills the condition tensor of a restorer, as `Conditions` does.
+
+    Parameters
+    ----------
+    memory
+        Where the tables lie.
+    conditions
+        Of the engine in the optics of the channel.
+    tiles
+        Of the restorer.
+    grid
+        Of the labels.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        conditions: Conditions,
+        tiles: FrameTiles,
+        grid: TileGrid,
+    ) -> None:
+        terms = conditions.terms
+        self._terms = terms
+        self._grid = grid
+        down, across = tiles.windows
+        self._tiles = down.count * across.count
+        self._tile_columns = across.count
+        self._spans = [
+            memory.upload(table, "conditions")
+            for axis in tiles.near(grid)
+            for table in _spans(axis)
+        ]
+        kinds = [_KINDS.get(entry, 0) for entry in terms.entries]
+        fixed = [terms.fixed.get(entry, 0.0) for entry in terms.entries]
+        self._kinds = memory.upload(np.array(kinds, np.int32), "conditions")
+        self._fixed = memory.upload(np.array(fixed, np.float32), "conditions")
+
+    def enqueue(
+        self, work: Work, maps: dict[str, DeviceArray], condition: DeviceArray
+    ) -> None:
+        """Enqueue maps of the labels -> `condition`, axes (tile, entry)."""
+        terms = self._terms
+        work.launch(
+            "tile_conditions",
+            self._tiles,
+            maps["level"],
+            maps["confidence"],
+            maps["defocus_um"],
+            self._grid.columns,
+            BACKGROUND,
+            *self._spans,
+            self._tiles,
+            self._tile_columns,
+            self._kinds,
+            self._fixed,
+            len(terms.entries),
+            terms.levels_per_um,
+            float(terms.farthest),
+            int(terms.signed_levels),
+            int(terms.hides_defocus),
+            condition,
+        )
+
+
+def _spans(
+    near: list[NDArray[np.bool_]],
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the first and the last label near each tile; first > last: none."""
+    found = [np.flatnonzero(labels) for labels in near]
+    first = [int(labels[0]) if labels.size else 1 for labels in found]
+    last = [int(labels[-1]) if labels.size else 0 for labels in found]
+    return np.array(first, np.int32), np.array(last, np.int32)

@@ -1,0 +1,1 @@
+"""Tiles: how frames are cut, mirrored, shown to networks and joined again."""
