@@ -30,8 +30,8 @@ from rtfocus.images.series import ImageSeries
 from rtfocus.processing.engines.card import identity
 from rtfocus.processing.engines.fit import check_fit, parts
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
-from rtfocus.processing.methods import METHODS
 from rtfocus.processing.offline import ImageProcessor
+from rtfocus.processing.restore import METHODS
 
 BLIND_ENGINE = "rtfocus-1"
 """What restores where nobody knows the optics and nobody names an engine."""
