@@ -56,8 +56,9 @@ def demo(
         run = loop.run(settings, stop=stop, abandon=abandon, on_monitor=monitors.append)
     if run is None:
         return
-    print_report(run)
+    outcome = print_report(run)
     _compare(settings, run, monitors[-1])
+    raise typer.Exit(outcome.exit_code)
 
 
 def _compare(settings: Config, run: Path, monitor: Monitor) -> None:

@@ -1,6 +1,7 @@
 """Sites: stage positions, grid tiles and wells as one axis p."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import msgspec
@@ -27,6 +28,8 @@ class Sites:
     """By useq position; None, or absent, outside plates."""
     _numbers: dict[tuple[int, int | None], int] = field(default_factory=dict)
     _positions: list[Position] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set)
+    _fields: Counter[Well] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, sequence: useq.MDASequence) -> "Sites":
@@ -54,17 +57,19 @@ class Sites:
         name = event.pos_name or f"p{p}"
         if tile is not None:
             name = f"{name}_g{tile}"
-        if any(name == other.name for other in self._positions):
-            name = f"{name}_{len(self._positions)}"
+        number = len(self._positions)
+        while name in self._names:
+            name, number = f"{name}_{number}", number + 1
+        self._names.add(name)
         position = Position(name=name, x_um=event.x_pos, y_um=event.y_pos)
         well = self.wells[p] if p < len(self.wells) else None
         if well is None:
             return position
         # Points of a well, tiles of its grid and positions in it alike.
-        place = (well.row, well.column)
-        fields = sum((s.plate_row, s.plate_column) == place for s in self._positions)
+        number = self._fields[well]
+        self._fields[well] += 1
         return msgspec.structs.replace(
-            position, plate_row=well.row, plate_column=well.column, field=fields
+            position, plate_row=well.row, plate_column=well.column, field=number
         )
 
 

@@ -319,3 +319,69 @@ def test_a_channel_that_does_not_exist_is_reported():
 def test_neither_plan_nor_live_is_refused():
     with pytest.raises(ConfigError, match="neither 'mda'"):
         record(democamera({}, properties=SMALL))
+
+
+SITE = {"x": 0, "y": 0, "z": 100}
+CHANNEL = {"config": "DAPI", "exposure": 1}
+
+
+@pytest.mark.parametrize("properties", [SMALL, TRIGGERED], ids=["snapped", "sequenced"])
+def test_every_slice_is_taken_where_the_plan_says(properties):
+    fitc = {"config": "FITC", "exposure": 1, "z_offset": 7.5}
+    below = {"z_plan": {"above": 3, "below": 1, "step": 1}}
+    other = {"x": 10, "y": 0, "z": 200}
+    plans = [
+        (
+            [SITE, other],
+            [CHANNEL],
+            {"range": 4, "step": 2},
+            [98, 100, 102, 198, 200, 202],
+        ),
+        ([SITE], [CHANNEL, fitc], {"range": 2, "step": 2}, [99, 101, 106.5, 108.5]),
+        # One plane with an offset, as the refusal of z_offset alone advises.
+        ([SITE], [CHANNEL, fitc], {"relative": [0]}, [100, 107.5]),
+        (
+            [SITE, {**other, "sequence": below}],
+            [CHANNEL],
+            {"range": 2, "step": 1},
+            [99, 100, 101, 199, 200, 201, 202, 203],
+        ),
+        ([SITE], [CHANNEL], {"top": 10, "bottom": 6, "step": 2}, [6, 8, 10]),
+        ([SITE], [CHANNEL], {"range": 2, "step": 1, "go_up": False}, [101, 100, 99]),
+        ([SITE], [CHANNEL], {"relative": [-5, 0, 1, 10]}, [95, 100, 101, 110]),
+        ([SITE], [CHANNEL], {"range": 0, "step": 0}, [100]),
+    ]
+    with open_core(democamera({}, properties=properties)) as core:
+        for positions, channels, stack, heights_um in plans:
+            plan = {"stage_positions": positions, "channels": channels, "z_plan": stack}
+            sink = RecordingSink()
+            config = democamera({"mda": plan}, properties=properties)
+            report = acquire_with(core, config, sink, stop=threading.Event())
+            assert report.outcome.is_complete, (plan, report)
+            stood = [header.z_um for header in sink.headers]
+            assert stood == pytest.approx(heights_um, abs=0.01), plan
+
+
+def test_left_out_images_are_not_planned():
+    plan = {
+        "axis_order": "tpcz",
+        "time_plan": {"interval": 0.01, "loops": 7},
+        "stage_positions": [SITE],
+        "channels": [
+            CHANNEL,
+            {"config": "FITC", "exposure": 1, "acquire_every": 3},
+            {"config": "Cy5", "exposure": 1, "do_stack": False},
+        ],
+        "z_plan": {"range": 4, "step": 2},
+    }
+    sink, report = record(democamera({"mda": plan}, properties=SMALL))
+    wanted = set()
+    for t in range(7):
+        wanted |= {(t, 0, 0, z) for z in range(3)} | {(t, 0, 2, 1)}
+        wanted |= {(t, 0, 1, z) for z in range(3) if t % 3 == 0}
+    assert set(sink.by_index()) == wanted
+    assert sink.series is not None
+    assert sink.series.planned == report.planned == report.frames == 37
+    assert report.outcome.is_complete
+    for header in sink.headers:
+        assert header.z_um == pytest.approx(98 + 2 * header.index["z"], abs=0.01)

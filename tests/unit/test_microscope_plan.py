@@ -278,3 +278,20 @@ def test_positions_that_name_their_well_are_fields_of_it():
         ("A", "01", 2),
         ("A", "01", 3),
     ]
+
+
+def test_sites_have_names_of_their_own():
+    names = ["same", "same", "same_1", "", "A/1", "x" * 300]
+    positions = [{"x": x, "name": name} for x, name in enumerate(names)]
+    found = [
+        p.name for p in lay_out(read_sequence({"stage_positions": positions})).positions
+    ]
+    assert len(set(found)) == len(names)
+    assert found[0] == "same"
+    assert found[2:] == ["same_1_2", "p3", "A/1", "x" * 300]
+
+
+def test_thousands_of_sites_are_laid_out_at_once():
+    positions = [{"x": x, "name": f"site{x}"} for x in range(5000)]
+    plan = lay_out(read_sequence({"stage_positions": positions}))
+    assert [p.name for p in plan.positions] == [p["name"] for p in positions]
