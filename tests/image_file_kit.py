@@ -97,6 +97,43 @@ def write_ndtiff(
     return folder
 
 
+def write_mm_stack(
+    path: Path, places: list[tuple[int, int, int, int]], summary: dict[str, object]
+) -> Path:
+    """A Micro-Manager stack, frame n at (c, z, t, p) and flat with 1000 + n.
+
+    https://micro-manager.org/Micro-Manager_File_Formats
+    """
+    text = json.dumps({"MicroManagerVersion": "2.0", **summary}).encode()
+    data = bytearray(40 + len(text))
+    offsets = []
+    for number, _ in enumerate(places):
+        start = len(data)
+        offsets.append(start)
+        about = json.dumps({"PixelSizeUm": 0.325, "FrameIndex": number}).encode()
+        short = {256: 9, 257: 8, 258: 16, 259: 1, 262: 1, 274: 1, 277: 1, 284: 1}
+        long = {254: 0, 273: start + 162, 278: 8, 279: 144}
+        tags = {tag: (3, 1, value) for tag, value in short.items()}
+        tags |= {tag: (4, 1, value) for tag, value in long.items()}
+        tags[51123] = (2, len(about), start + 162 + 144)
+        data += struct.pack("<H", len(tags))
+        for tag, entry in sorted(tags.items()):
+            data += struct.pack("<HHII", tag, *entry)
+        end = start + 162 + 144 + len(about)
+        data += struct.pack("<I", end if number + 1 < len(places) else 0)
+        data += flat(1000 + number, "<u2").tobytes() + about
+    index_at = len(data)
+    data += struct.pack("<II", 3453623, len(places))
+    for place, offset in zip(places, offsets, strict=True):
+        data += struct.pack("<5I", *place, offset)
+    head = struct.pack("<2sHI", b"II", 42, offsets[0])
+    head += struct.pack("<6I", 54773648, index_at, 483765892, 0, 99384722, 0)
+    head += struct.pack("<II", 2355492, len(text)) + text
+    data[: len(head)] = head
+    path.write_bytes(data)
+    return path
+
+
 def ngff_axes(names: str, unit: str | None = "micrometer") -> list[dict[str, str]]:
     kinds = {"t": "time", "c": "channel"}
     return [

@@ -68,6 +68,15 @@ def is_ndtiff(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
+def ndtiff_files(folder: Path) -> set[str]:
+    """Return the names of the files of an NDTiff data set."""
+    try:
+        return {entry[1] for entry in tifffile.read_ndtiff_index(folder / INDEX)}
+    # A damaged index makes the parser raise whatever it stumbles over.
+    except Exception:
+        return set()
+
+
 def read_ndtiff(folder: Path) -> list[ImageSeries]:
     """Open every image of an NDTiff data set.
 

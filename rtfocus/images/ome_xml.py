@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from rtfocus.images.series import Facts, ImageChannel, PlatePlace, StagePosition
+from rtfocus.images.series import (
+    MOST_PLANES,
+    Facts,
+    ImageChannel,
+    PlatePlace,
+    StagePosition,
+)
 from rtfocus.images.units import coordinate_um, finite, length_um, positive, time_s
 
 _MAX_PLATE = 1000
@@ -97,9 +103,19 @@ def _read_image(
         objective = objectives.get(settings.get("ID"))
         if objective is not None:
             facts["numerical_aperture"] = positive(objective.get("LensNA"))
+    sizes = {axis: int(pixels.get(f"Size{axis.upper()}", 1)) for axis in "tczyx"}
+    planes = [sizes["t"] * sizes["c"] * sizes["z"]]
+    planes += [
+        int(data.get(key, 0))
+        for data in _children(pixels, "TiffData")
+        for key in ("IFD", "PlaneCount", "NumPlanes")
+    ]
+    if max(planes) > MOST_PLANES:
+        msg = f"OME-XML: an image of {max(planes)} planes; more than {MOST_PLANES}"
+        raise ValueError(msg)
     return OmeImage(
         name=image.get("Name", ""),
-        sizes={axis: int(pixels.get(f"Size{axis.upper()}", 1)) for axis in "tczyx"},
+        sizes=sizes,
         facts=facts,
         files=dict(_files(pixels)),
     )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rtfocus.errors import InputError
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml
 from rtfocus.images.series import (
+    MOST_PLANES,
     ContrastWindow,
     Facts,
     ImageChannel,
@@ -199,6 +200,9 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
     own = [axis for axis in axes if axis.name not in "tczyx"]
     if np.prod([axis.length for axis in own], dtype=np.int64) > _MOST_IMAGES:
         msg = f"'{path}': image '{name}' has more than {_MOST_IMAGES} images"
+        raise InputError(msg)
+    if np.prod([lengths.get(a, 1) for a in "tcz"], dtype=np.float64) > MOST_PLANES:
+        msg = f"'{path}': image '{name}' has more than {MOST_PLANES} planes"
         raise InputError(msg)
     facts = _facts(ome, axes, lengths.get("c", 1))
     stem = stem_of(path)

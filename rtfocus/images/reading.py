@@ -15,6 +15,7 @@ from pathlib import Path
 from rtfocus.errors import InputError
 from rtfocus.images.micro_manager import (
     is_ndtiff,
+    ndtiff_files,
     read_frames,
     read_ndtiff,
     take_frames,
@@ -92,8 +93,8 @@ def find_images(path: Path) -> FoundImages:
         raise InputError(msg)
     if not path.is_dir():
         return FoundImages(_open_file(path))
-    if is_zarr(path) or is_ndtiff(path):
-        return FoundImages(_open_set(path))
+    if is_zarr(path):
+        return FoundImages(read_ome_zarr(path))
     found = _read_all(list(_search(path, set())))
     if found.series:
         return found
@@ -137,13 +138,9 @@ def _open_file(path: Path) -> list[ImageSeries]:
             f"{', '.join(_READERS)}, OME-Zarr and folders of them"
         )
         raise InputError(msg)
-    if reader is read_tiff and is_ndtiff(path.parent):
+    if is_ndtiff(path.parent) and path.name in ndtiff_files(path.parent):
         return read_ndtiff(path.parent)
     return reader(path)
-
-
-def _open_set(folder: Path) -> list[ImageSeries]:
-    return read_ome_zarr(folder) if is_zarr(folder) else read_ndtiff(folder)
 
 
 def _read_all(candidates: list[_Candidate]) -> FoundImages:
@@ -184,25 +181,29 @@ def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
             folder, partial(_refuse, f"'{folder}' cannot be read: {error}")
         )
         return
-    files = [entry for entry in entries if entry.is_file()]
-    frames = take_frames(files)
+    if is_ndtiff(folder):
+        yield _Candidate(folder, partial(read_ndtiff, folder))
+        own = ndtiff_files(folder)
+        entries = [entry for entry in entries if entry.name not in own]
+    frames = take_frames([entry for entry in entries if entry.is_file()])
+    others = set(entries) - set(frames)
     for entry in entries:
-        if entry.is_dir():
+        if frames and entry == frames[0]:
+            yield _Candidate(entry, partial(read_frames, folder, frames))
+        elif entry in others and entry.is_dir():
             yield from _search_folder(entry, visited)
-        elif frames and entry == frames[0]:
-            yield _Candidate(folder, partial(read_frames, folder, frames))
-        elif entry in files and entry not in frames:
+        elif entry in others and entry.is_file():
             yield from _search_file(entry)
 
 
 def _search_folder(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
     if folder.suffix == _RUN and (folder / _RAW).is_dir():
         yield _Candidate(folder, partial(read_ome_zarr, folder / _RAW), is_result=True)
-    elif is_zarr(folder) or is_ndtiff(folder):
+    elif is_zarr(folder):
         if folder.resolve() not in visited:
             visited.add(folder.resolve())
             yield _Candidate(
-                folder, partial(_open_set, folder), written_by_rtfocus(folder)
+                folder, partial(read_ome_zarr, folder), written_by_rtfocus(folder)
             )
     else:
         yield from _search(folder, visited)

@@ -24,6 +24,9 @@ _TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeErro
 _FLOAT32_EXACT = 2**24
 """Up to here float32 holds every whole number."""
 
+MOST_PLANES = 10_000_000
+"""Planes of one image; metadata that ask for more are broken."""
+
 SQUARE_TOLERANCE = 1e-3
 """Relative difference of the two pixel sizes up to which pixels count as square."""
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
 from rtfocus.images.ome_xml import OmeImage, OmeMetadata, read_ome_xml
 from rtfocus.images.series import (
+    MOST_PLANES,
     Facts,
     ImageSeries,
     native_dtype,
@@ -58,6 +60,7 @@ def _read_tiff(path: Path, companion: str | None = None) -> list[ImageSeries]:
         ome = _ome_of(file, companion)
         if ome is not None and ome.master is not None and companion is None:
             return _read_through_master(path, ome.master)
+        _refuse_broken_index(path, file)
         files = _files_of_set(path, file, ome)
         series = list(file.series)
         _refuse_cut_off(path, file, series)
@@ -85,6 +88,22 @@ def _read_through_master(path: Path, master: str) -> list[ImageSeries]:
         replace(image, files=(*image.files, beside))
         for image in _read_tiff(path, beside.read_text("utf-8"))
     ]
+
+
+def _refuse_broken_index(path: Path, file: tifffile.TiffFile) -> None:
+    """Refuse a Micro-Manager stack of more planes than tifffile could list."""
+    if not file.is_mmstack:
+        return
+    found = file.micromanager_metadata or {}
+    summary, index = found["Summary"], found["IndexMap"]
+    keys = ("Channels", "Slices", "Frames", "Positions")
+    lengths = [
+        max(int(most) + 1, int(summary.get(key, 1)))
+        for most, key in zip(index[:, :4].max(axis=0), keys, strict=True)
+    ]
+    if np.prod(lengths, dtype=np.float64) > MOST_PLANES:
+        msg = f"'{path}': its index asks for {lengths} planes; it is broken"
+        raise InputError(msg)
 
 
 def _ome_of(file: tifffile.TiffFile, companion: str | None) -> OmeMetadata | None:
@@ -191,9 +210,12 @@ def _describe(
         raise InputError(msg)
     sizes = {axis: lengths.get(axis.upper(), 1) for axis in "tcz"}
     sizes["c"] *= 1 if rgb else samples
-    gaps = _gaps(series)
+    gaps = _gaps(series, axes)
     for place in itertools.product(*(range(lengths[axis]) for axis in own)):
         fixed = dict(zip(own, place, strict=True))
+        written, gaps_told = _told_gaps(gaps, axes, fixed)
+        if not written:  # a position that an aborted acquisition never came to
+            continue
         layout = Layout(axes, series.shape, fixed, samples, rgb)
         position = fixed.get("R", 0)
         name, facts = named_facts[position if len(named_facts) > position else 0]
@@ -208,7 +230,7 @@ def _describe(
             dtype=native_dtype(dtype),
             read_plane=TiffPlanes(source, number, layout),
             files=files,
-            notes=(*told, *more, *gaps),
+            notes=(*told, *more, *gaps_told),
             **_fitting(facts, sizes["c"]),
         )
 
@@ -248,11 +270,27 @@ def _refuse_cut_off(
         raise InputError(msg)
 
 
-def _gaps(series: tifffile.TiffPageSeries) -> Iterator[str]:
-    if series.kind in ("ome", "mmstack", "ndtiff"):
-        missing = sum(page is None for page in series)
-        if missing:
-            yield f"{missing} of {len(series)} planes were never written; they are 0"
+def _gaps(series: tifffile.TiffPageSeries, axes: str) -> NDArray[np.bool_] | None:
+    """Return which planes were never written, over the axes that pages have."""
+    if series.kind not in ("ome", "mmstack"):
+        return None
+    outer = [n for n, axis in enumerate(axes) if axis not in "YXS"]
+    gaps = np.array([page is None for page in series], dtype=bool)
+    lengths = [series.shape[n] for n in outer]
+    return gaps.reshape(lengths) if gaps.size == np.prod(lengths) else None
+
+
+def _told_gaps(
+    gaps: NDArray[np.bool_] | None, axes: str, fixed: dict[str, int]
+) -> tuple[int, list[str]]:
+    """Return how many planes of one image were written, and what is told of gaps."""
+    if gaps is None:
+        return 1, []
+    outer = [axis for axis in axes if axis not in "YXS"]
+    own = gaps[tuple(fixed.get(axis, slice(None)) for axis in outer)]
+    missing = int(own.sum())
+    note = f"{missing} of {own.size} planes were never written; they are 0"
+    return own.size - missing, [note] if missing else []
 
 
 def _named(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tifffile
-from image_file_kit import flat, means, write_ndtiff
+from image_file_kit import flat, means, write_mm_stack, write_ndtiff
 
 from rtfocus.errors import InputError
 from rtfocus.images import open_images
@@ -147,3 +147,48 @@ def test_a_frame_of_another_size_is_named(tmp_path) -> None:
     (series,) = open_images(tmp_path)
     with pytest.raises(InputError, match=r"t=1 c=0 z=0 has shape \(7, 9\)"):
         series.read(t=1)
+
+
+def test_a_stack_of_positions_is_an_image_each(tmp_path) -> None:
+    places = [
+        (c, z, t, p)
+        for p, t, z, c in itertools.product(range(2), range(2), range(2), range(2))
+    ]
+    del places[-1]  # aborted before the last
+    labels = {"StagePositions": [{"Label": "A1"}, {"Label": "B2"}]}
+    sizes = {"Frames": 2, "Slices": 2, "Channels": 2, "Positions": 2}
+    path = tmp_path / "set_MMStack.tif"
+    write_mm_stack(path, places, {**SUMMARY, **labels, **sizes, "TimeFirst": False})
+    first, second = open_images(path)
+    assert (first.name, second.name) == ("set_MMStack_A1", "set_MMStack_B2")
+    assert first.sizes == second.sizes == {"t": 2, "c": 2, "z": 2}
+    assert means(first) == [1000, 1002, 1001, 1003, 1004, 1006, 1005, 1007]
+    assert means(second) == [1008, 1010, 1009, 1011, 1012, 1014, 1013, 0]
+    assert first.channel_names == ("FITC", "DAPI")
+    assert (first.pixel_size_um, first.z_step_um, first.position) == (0.325, 1.5, "A1")
+    assert first.notes == ()
+    assert any("1 of 8 planes" in note for note in second.notes)
+
+
+def test_a_position_that_was_never_reached_is_no_image(tmp_path) -> None:
+    path = write_mm_stack(
+        tmp_path / "a_MMStack.tif",
+        [(0, 0, 0, 0), (0, 0, 0, 2)],
+        {"Frames": 1, "Slices": 1, "Channels": 1, "Positions": 4},
+    )
+    assert [means(one) for one in open_images(path)] == [[1000], [1001]]
+
+
+def test_a_stack_with_an_absurd_index_is_refused(tmp_path) -> None:
+    places = [(0, 0, 0, 0), (2**31, 0, 2**31, 0)]
+    sizes = {"Frames": 1, "Slices": 1, "Channels": 1, "Positions": 1}
+    write_mm_stack(tmp_path / "a_MMStack.tif", places, {**SUMMARY, **sizes})
+    with pytest.raises(InputError, match="its index asks for"):
+        open_images(tmp_path / "a_MMStack.tif")
+
+
+def test_other_images_in_the_folder_of_a_data_set_are_read_too(tmp_path) -> None:
+    write_ndtiff(tmp_path / "set", product(z=range(2)), {})
+    tifffile.imwrite(tmp_path / "set/snap.tif", flat(7))
+    assert [one.name for one in open_images(tmp_path / "set")] == ["set", "snap"]
+    assert means(open_images(tmp_path / "set/snap.tif")[0]) == [7]

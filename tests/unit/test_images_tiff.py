@@ -1,5 +1,7 @@
 """TIFF files as other programs write them: every plane at its index, nothing bent."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import tifffile
@@ -264,3 +266,47 @@ def test_many_files_are_read_in_turn_without_many_handles(tmp_path) -> None:
     for t in (0, 1):
         found = [int(one.read(t=t)[0, 0]) for one in series]
         assert found == [number + 1000 * t for number in range(count)]
+
+
+def test_ome_xml_with_absurd_sizes_is_refused(tmp_path) -> None:
+    for pixels in (
+        ome_pixels("", T=2**31),
+        ome_pixels(f'<TiffData IFD="0" PlaneCount="{2**40}"/>'),
+    ):
+        image = f'<Image ID="i" Name="m">{pixels}</Image>'
+        write_pages(tmp_path / "a.ome.tif", [flat(1)], ome_xml(image))
+        with pytest.raises(InputError, match="OME-XML: an image of"):
+            open_images(tmp_path / "a.ome.tif")
+
+
+def test_planes_are_read_right_from_several_threads(tmp_path) -> None:
+    planes = np.arange(200, dtype="u2")[:, None, None] + np.zeros((8, 9), "u2")
+    tifffile.imwrite(
+        tmp_path / "a.tif", planes, photometric="minisblack", compression="zlib"
+    )
+    (series,) = open_images(tmp_path / "a.tif")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda t: int(series.read(t=t)[0, 0]), range(200)))
+    assert found == list(range(200))
+
+
+def test_reading_parses_a_file_once(tmp_path, monkeypatch) -> None:
+    """Parsing it for every plane took a time that grew with the square."""
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        WHOLE,
+        ome=True,
+        compression="zlib",
+        metadata={"axes": "TCZYX"},
+    )
+    opened = []
+    original = tifffile.TiffFile.__init__
+
+    def counting(self, file, *args, **options):
+        opened.append(file)
+        original(self, file, *args, **options)
+
+    monkeypatch.setattr(tifffile.TiffFile, "__init__", counting)
+    (series,) = open_images(tmp_path / "a.tif")
+    assert means(series) == RIGHT
+    assert len(opened) == 1
