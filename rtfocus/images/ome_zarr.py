@@ -24,6 +24,7 @@ from rtfocus.images.series import (
     Facts,
     ImageChannel,
     ImageSeries,
+    IncompleteSetError,
     PlatePlace,
     native_dtype,
     one_line,
@@ -78,25 +79,32 @@ def _read_ome_zarr(path: Path) -> list[ImageSeries]:
     if not isinstance(root, zarr.Group):
         msg = f"'{path}' is a Zarr array without OME metadata; give its OME-Zarr group"
         raise InputError(msg)
+    lacking: list[str] = []
     found = [
         replace(image, place=place or image.place)
-        for name, group, place in _groups(path, root)
+        for name, group, place in _groups(path, root, lacking)
         for image in _describe(path, name, group)
     ]
-    if not found:
+    files = tuple(dict.fromkeys((path, outermost_zarr(path))))
+    images = [replace(image, files=files) for image in _with_ome_xml(path, found)]
+    if lacking:
+        first, more = lacking[0], len(lacking) - 1
+        others = f" and {more} more" if more else ""
+        msg = f"'{path}' lacks field '{first}'{others}, which its plate lists"
+        raise IncompleteSetError(msg, images)
+    if not images:
         msg = f"'{path}' holds no OME-Zarr image (no 'multiscales' metadata)"
         raise InputError(msg)
-    files = tuple(dict.fromkeys((path, outermost_zarr(path))))
-    return [replace(image, files=files) for image in _with_ome_xml(path, found)]
+    return images
 
 
 def _groups(
-    path: Path, root: zarr.Group
+    path: Path, root: zarr.Group, lacking: list[str]
 ) -> Iterator[tuple[str, zarr.Group, PlatePlace | None]]:
     """Yield all multiscales groups, names joined by underscores."""
     plate = _ome(root).get("plate")
     if isinstance(plate, dict):
-        yield from _fields(root, plate)
+        yield from _fields(root, plate, lacking)
         return
     yield from ((name, group, None) for name, group in _images(path, root, "", 0))
 
@@ -120,30 +128,34 @@ def _images(
 
 
 def _fields(
-    root: zarr.Group, plate: dict[str, Any]
+    root: zarr.Group, plate: dict[str, Any], lacking: list[str]
 ) -> Iterator[tuple[str, zarr.Group, PlatePlace]]:
-    """Yield the fields of a plate's wells; a listed one that is missing is told."""
+    """Yield the fields of a plate's wells; note those listed that are not there."""
     wells = plate.get("wells", [])
     rows = _plate_axis(plate.get("rows"), wells, "rowIndex", 0)
     columns = _plate_axis(plate.get("columns"), wells, "columnIndex", 1)
     title = str(plate.get("name") or stem_of(Path(str(root.store_path))))
     for well in wells:
         row, column = str(well["path"]).split("/")
-        group = _child(root, str(well["path"]))
+        group = root.get(str(well["path"]))
+        if not isinstance(group, zarr.Group):
+            lacking.append(str(well["path"]))
+            continue
         for number, field in enumerate(_ome(group)["well"]["images"]):
-            yield (
-                f"{row}_{column}_{field['path']}",
-                _child(group, str(field["path"])),
-                PlatePlace(
-                    plate=title,
-                    rows=rows,
-                    columns=columns,
-                    row=rows.index(row),
-                    column=columns.index(column),
-                    field=number,
-                    acquisition=field.get("acquisition"),
-                ),
+            image = group.get(str(field["path"]))
+            if not isinstance(image, zarr.Group):
+                lacking.append(f"{well['path']}/{field['path']}")
+                continue
+            place = PlatePlace(
+                plate=title,
+                rows=rows,
+                columns=columns,
+                row=rows.index(row),
+                column=columns.index(column),
+                field=number,
+                acquisition=field.get("acquisition"),
             )
+            yield f"{row}_{column}_{field['path']}", image, place
 
 
 def _plate_axis(
@@ -154,14 +166,6 @@ def _plate_axis(
         return tuple(str(one["name"]) for one in listed)
     names = {str(well["path"]).split("/")[part]: well.get(key, 0) for well in wells}
     return tuple(sorted(names, key=lambda name: (names[name], _natural(name))))
-
-
-def _child(group: zarr.Group, path: str) -> zarr.Group:
-    child = group[path]
-    if not isinstance(child, zarr.Group):
-        msg = f"'{path}' is no group"
-        raise TypeError(msg)
-    return child
 
 
 def _natural(key: str) -> tuple[int, str]:

@@ -23,7 +23,7 @@ from rtfocus.images.micro_manager import (
 from rtfocus.images.ome_zarr import is_zarr, read_ome_zarr
 from rtfocus.images.pictures import read_picture
 from rtfocus.images.provenance import written_by_rtfocus
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.series import ImageSeries, IncompleteSetError
 from rtfocus.images.tiff import read_tiff
 
 _READERS: dict[str, Callable[[Path], list[ImageSeries]]] = {
@@ -92,10 +92,11 @@ def find_images(path: Path) -> FoundImages:
         msg = f"'{path}' does not exist; give an image file, an OME-Zarr or a folder"
         raise InputError(msg)
     if not path.is_dir():
-        return FoundImages(_open_file(path))
-    if is_zarr(path):
-        return FoundImages(read_ome_zarr(path))
-    found = _read_all(list(_search(path, set())))
+        found = _read_all([_Candidate(path, partial(_open_file, path))])
+    elif is_zarr(path):
+        found = _read_all([_Candidate(path, partial(read_ome_zarr, path))])
+    else:
+        found = _read_all(list(_search(path, set())))
     if found.series:
         return found
     if found.broken:
@@ -160,7 +161,7 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
             found = candidate.read()
         except InputError as error:
             broken.append(BrokenImage(candidate.path, str(error)))
-            continue
+            found = error.readable if isinstance(error, IncompleteSetError) else []
         series += found
         taken |= {
             file.resolve() for one in found if len(one.files) > 1 for file in one.files

@@ -107,6 +107,22 @@ class Facts(TypedDict, total=False):
     place: PlatePlace | None
 
 
+class IncompleteSetError(InputError):
+    """Some images of a set of files cannot be read.
+
+    Parameters
+    ----------
+    message
+        Which, and why.
+    readable
+        The others.
+    """
+
+    def __init__(self, message: str, readable: "list[ImageSeries]") -> None:
+        super().__init__(message)
+        self.readable = readable
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without the ending of its format.
 

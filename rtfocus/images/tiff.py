@@ -21,6 +21,7 @@ from rtfocus.images.series import (
     MOST_PLANES,
     Facts,
     ImageSeries,
+    IncompleteSetError,
     native_dtype,
     one_line,
     stem_of,
@@ -62,18 +63,38 @@ def _read_tiff(path: Path, companion: str | None = None) -> list[ImageSeries]:
             return _read_through_master(path, ome.master)
         _refuse_broken_index(path, file)
         files = _files_of_set(path, file, ome)
+        missing = [file for file in files if not file.is_file()]
         series = list(file.series)
         _refuse_cut_off(path, file, series)
         facts = _facts_of(file, series, ome)
         images = [
             image
             for number, one in enumerate(series)
+            if not missing or _is_whole(number, series, ome, missing)
             for image in _describe(source, files, number, one, facts[number])
         ]
+    if missing:
+        names = ", ".join(f"'{file.name}'" for file in missing)
+        msg = f"'{path}' belongs to a set of files that lacks {names}; put it beside it"
+        raise IncompleteSetError(msg, _named(path, images))
     if not images:
         msg = f"'{path}' holds no image"
         raise InputError(msg)
     return _named(path, images)
+
+
+def _is_whole(
+    number: int,
+    series: list[tifffile.TiffPageSeries],
+    ome: OmeMetadata | None,
+    missing: list[Path],
+) -> bool:
+    """Tell whether a series of a set needs none of its missing files."""
+    if ome is None or series[number].kind != "ome":
+        return False
+    image = _matched(series, ome.images)[number]
+    needed = {Path(name.replace("\\", "/")).name for name in image.files.values()}
+    return bool(image.sizes) and not needed & {file.name for file in missing}
 
 
 def _read_through_master(path: Path, master: str) -> list[ImageSeries]:
@@ -136,12 +157,6 @@ def _named_files(path: Path, ome: OmeMetadata) -> Iterator[Path]:
         other = path.parent / Path(name.replace("\\", "/")).name
         if uuid == ome.uuid or alone or other.name.lower() == path.name.lower():
             continue
-        if not other.is_file():
-            msg = (
-                f"'{path}' belongs to a set of files of which '{other.name}' is "
-                "missing; put it beside it"
-            )
-            raise InputError(msg)
         yield other
 
 

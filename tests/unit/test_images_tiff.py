@@ -204,15 +204,20 @@ def test_a_set_of_files_is_read_once(tmp_path) -> None:
     assert len(open_images(files[1])) == 3
 
 
-def test_a_missing_file_of_a_set_is_named(tmp_path) -> None:
+def test_a_missing_file_of_a_set_is_named_and_whole_images_are_read(tmp_path) -> None:
     files = write_position_set(tmp_path / "acq")
     files[1].unlink()
-    with pytest.raises(InputError, match=r"'acq_MMStack_Pos1\.ome\.tif' is missing"):
+    with pytest.raises(InputError, match=r"lacks 'acq_MMStack_Pos1\.ome\.tif'"):
         open_images(files[0])
     tifffile.imwrite(tmp_path / "acq/other.tif", flat(7))
     found = find_images(tmp_path / "acq")
-    assert [one.name for one in found.series] == ["other"]
-    assert {one.path for one in found.broken} == {files[0], files[2]}
+    names = ["acq_MMStack_Pos0", "acq_MMStack_Pos2", "other"]
+    assert [one.name for one in found.series] == names
+    assert means(found.series[1]) == [3000, 3010, 3020, 3030]
+    (broken,) = found.broken
+    assert broken.path == files[0]
+    assert "Pos1" in broken.reason
+    assert [one.name for one in find_images(files[2]).series] == names[:2]
 
 
 def test_a_renamed_ome_tiff_is_no_missing_file(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """OME-Zarr as other programs write it: units, scales, versions, plates, collections."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import zarr
 from image_file_kit import flat, means, ngff_axes, ome_pixels, ome_xml, write_ngff
 
 from rtfocus.errors import InputError
-from rtfocus.images import open_images
+from rtfocus.images import find_images, open_images
 
 
 @pytest.mark.parametrize(
@@ -150,11 +151,16 @@ def test_fields_of_a_plate_keep_their_places(tmp_path) -> None:
     assert tmp_path / "plate.zarr" in field.files
 
 
-def test_a_missing_field_of_a_plate_is_an_error(tmp_path) -> None:
+def test_a_missing_field_of_a_plate_is_named_and_the_others_are_read(tmp_path) -> None:
     write_plate(tmp_path / "plate.zarr")
-    (tmp_path / "plate.zarr/B/10/1/.zgroup").unlink()
-    (tmp_path / "plate.zarr/B/10/1/.zattrs").unlink()
-    with pytest.raises(InputError, match=r"plate\.zarr"):
+    shutil.rmtree(tmp_path / "plate.zarr/B/10/1")
+    with pytest.raises(InputError, match="lacks field 'B/10/1'"):
+        open_images(tmp_path / "plate.zarr")
+    found = find_images(tmp_path)
+    assert [means(one) for one in found.series] == [[1000], [1001], [2000]]
+    assert len(found.broken) == 1
+    shutil.rmtree(tmp_path / "plate.zarr/A")
+    with pytest.raises(InputError, match="lacks field 'A/1' and 1 more"):
         open_images(tmp_path / "plate.zarr")
 
 
