@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rtfocus.cli.options import find_config
+from rtfocus.config import find_config
 from rtfocus.errors import ConfigError
 
 

@@ -1,6 +1,13 @@
 """Config: one YAML file, one frozen model per section, unknown keys refused."""
 
-from rtfocus.config.loading import load_config, parse_config
+from rtfocus.config.loading import find_config, load_config, parse_config
 from rtfocus.config.model import ChannelConfig, Config, RunConfig
 
-__all__ = ["ChannelConfig", "Config", "RunConfig", "load_config", "parse_config"]
+__all__ = [
+    "ChannelConfig",
+    "Config",
+    "RunConfig",
+    "find_config",
+    "load_config",
+    "parse_config",
+]

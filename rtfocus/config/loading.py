@@ -11,15 +11,44 @@ from pydantic_core import ErrorDetails
 from rtfocus.config.model import Config
 from rtfocus.config.text import parse_yaml, read_yaml
 from rtfocus.errors import ConfigError
+from rtfocus.resources import resource_folder
 
 _MOST_SHOWN = 80
 """Characters of a refused value that an error repeats."""
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+def find_config(name: str) -> Path:
+    """Return the path of a config given by path or by the name of a shipped one.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither; lists the shipped names.
+    """
+    path = Path(name)
+    # A run folder or a data folder may well be called like a shipped config.
+    if path.is_file():
+        return path
+    folder = resource_folder("configs")
+    shipped = folder / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+    msg = f"config '{name}' is no file and no shipped config; shipped: {names}"
+    raise ConfigError(msg)
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML config and apply ``section.key=value`` overrides.
 
     Relative paths inside the file are resolved against the file's folder.
+
+    Parameters
+    ----------
+    path
+        The file; a string may also be the name of a shipped config, e.g. ``demo``.
+    overrides
+        E.g. ``["run.name=day1", "channels.0.optics.numerical_aperture=0.75"]``.
 
     Raises
     ------
@@ -28,6 +57,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         the nearest valid one.
     """
     try:
+        path = find_config(path) if isinstance(path, str) else path
         data = read_yaml(path)
     except OSError as error:
         msg = (

@@ -1,0 +1,337 @@
+"""Api: one call for an image, one for a series, one for a calibration.
+
+`rtfocus` offers these names; what each does, the modules it calls do.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.channel import OpticalSystem as Optics
+from rtfocus.config import Config, load_config
+from rtfocus.errors import ConfigError, EngineError, InputError
+from rtfocus.frame import DefocusMap
+from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.image_set import BLIND_ENGINE, restoring_with, with_engine
+from rtfocus.processing.offline import ImageProcessor
+from rtfocus.processing.restore import METHODS
+from rtfocus.runs import Run, open_run
+
+__all__ = ["Optics", "acquire", "classify", "fit_psf", "process", "restore", "run"]
+
+AnyConfig = Config | Path | str
+"""A config, a YAML file, or the name of a shipped config such as ``demo``."""
+
+Image = NDArray[Any]
+
+_log = logging.getLogger(__name__)
+
+
+def restore(
+    image: Image,
+    *,
+    optics: Optics | None = None,
+    engine: str | None = None,
+    config: AnyConfig | None = None,
+) -> Image:
+    """Restore an image, or every plane of a stack of them.
+
+    For many images keep an `ImageProcessor`: every call here starts one.
+
+    Parameters
+    ----------
+    image
+        Axes (y, x) or (y, x, 3), or with further axes in front of (y, x), whose
+        planes are restored one by one. uint8 and uint16 are counts; everything else
+        is computed as float32.
+    optics
+        How the image was made. None: those of `config`; without any, only engines
+        that run blind can be used, and a warning is logged.
+    engine
+        ``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``, or a
+        restorer or joint engine by name. None: as `config` says; without one Wiener,
+        or where the optics are unknown an engine that runs blind.
+    config
+        Camera, optics and engines; None: the defaults.
+
+    Returns
+    -------
+    array
+        New memory of the shape of `image`, uint8, uint16 or float32.
+
+    Raises
+    ------
+    InputError
+        If the array is no image.
+    EngineError
+        If an engine is not found, does not fit the optics, or fails.
+    ConfigError
+        If `config` cannot be used, or the engine computes with unknown optics.
+
+    Examples
+    --------
+    >>> import numpy as np, rtfocus
+    >>> optics = rtfocus.Optics(0.5, wavelength_nm=520, pixel_size_um=0.65)
+    >>> blurred = np.full((96, 96), 1000, np.uint16)
+    >>> rtfocus.restore(blurred, optics=optics, engine="richardson_lucy").dtype
+    dtype('uint16')
+    """
+    settings = _settings(config)
+    is_blind = not _optics_known(settings, optics)
+    if engine is None and config is None and is_blind:
+        engine = BLIND_ENGINE
+    if engine is not None:
+        settings = restoring_with(settings, engine, whole=config is None)
+    if is_blind:
+        _refuse_method_without_optics(settings)
+        _tell_blind(settings.processing.restoration.method)
+    with ImageProcessor(settings, optics) as processor:
+        return _plane_by_plane(image, lambda plane: processor.restore(plane).restored)
+
+
+def classify(
+    image: Image,
+    *,
+    optics: Optics | None = None,
+    engine: str | None = None,
+    config: AnyConfig | None = None,
+) -> DefocusMap:
+    """Estimate the defocus of an image, tile by tile.
+
+    Parameters
+    ----------
+    image
+        Axes (y, x) or (y, x, 3).
+    optics, config
+        As for `restore`.
+    engine
+        Classifier or joint engine by name; None: as `config` says, else DelpNet.
+
+    Returns
+    -------
+    DefocusMap
+        ``defocus_um``, ``confidence`` and ``level``, each with axes (tile_y, tile_x);
+        NaN where there is no specimen. ``grid`` says where the tiles lie.
+
+    Raises
+    ------
+    InputError, EngineError, ConfigError
+        As `restore`.
+    """
+    settings = _settings(config)
+    if engine is not None:
+        settings = with_engine(settings, "classifier", engine)
+    if not _optics_known(settings, optics):
+        _tell_blind(settings.processing.classifier)
+    with ImageProcessor(settings, optics) as processor:
+        found = processor.classify(np.asarray(image)).defocus
+    if found is None:
+        msg = "the config has no classifier; give one with engine"
+        raise EngineError(msg)
+    return found
+
+
+def acquire(config: AnyConfig, *, stop: threading.Event | None = None) -> Any:  # noqa: ANN401
+    """Run the microscope side: acquire one series and send it to a processor.
+
+    Returns when everything that was sent is durable on the processor's disk.
+
+    Parameters
+    ----------
+    config
+        Its microscope, acquisition, channels and transport are used.
+    stop
+        Ends the acquisition when set, from another thread.
+
+    Returns
+    -------
+    AcquisitionReport
+        ``frames`` sent of ``planned``, and why it ended; ``print`` it.
+
+    Raises
+    ------
+    RtfocusError
+        What went wrong first.
+    """
+    from rtfocus import app
+
+    return app.acquire(_settings(config), stop=stop or threading.Event())
+
+
+def process(config: AnyConfig, *, stop: threading.Event | None = None) -> Run | None:
+    """Run the processor side for one series: receive, estimate, restore, write.
+
+    Parameters
+    ----------
+    config
+        Everything but microscope and acquisition is used.
+    stop
+        Ends it when set, from another thread; the run folder is finished.
+
+    Returns
+    -------
+    Run
+        What was recorded; None: stopped before a series came.
+
+    Raises
+    ------
+    RtfocusError
+        What went wrong first; the run folder is finished before.
+    """
+    from rtfocus import app
+
+    folder = app.process(_settings(config), stop=stop or threading.Event())
+    return None if folder is None else open_run(folder)
+
+
+def run(config: AnyConfig, *, stop: threading.Event | None = None) -> Run | None:
+    """Run both sides on this machine, in two processes, for one series.
+
+    Parameters
+    ----------
+    config
+        The whole config; its endpoints are replaced by free ports.
+    stop
+        Ends the acquisition when set, from another thread; what was acquired is
+        still processed and written.
+
+    Returns
+    -------
+    Run
+        What was recorded; None: stopped before the first frame.
+
+    Raises
+    ------
+    RtfocusError
+        What went wrong first; the run folder is finished before.
+    """
+    from rtfocus import app
+
+    folder = app.run(
+        _settings(config), stop=stop or threading.Event(), abandon=threading.Event()
+    )
+    return None if folder is None else open_run(folder)
+
+
+def fit_psf(
+    images: Path | str | tuple[Path | str, Path | str],
+    *,
+    kind: Literal["beads", "stack", "pairs"],
+    optics: Optics,
+    step_um: float | None = None,
+    defocus_um: float | None = None,
+    bead_diameter_um: float = 0.0,
+    fit_aperture: bool = True,
+    fit_astigmatism: bool = False,
+) -> Any:  # noqa: ANN401 (`Calibration`, which takes long to import)
+    """Fit NA, defocus and aberrations to images of your own microscope.
+
+    Parameters
+    ----------
+    images
+        A z-stack (a file, or a folder of planes) of ``beads`` or of a flat specimen
+        (``stack``), or (sharp, defocused) files or folders (``pairs``).
+    kind
+        What they show.
+    optics
+        Nominal optics to start from.
+    step_um
+        Stacks: distance of the planes; None: what the file says.
+    defocus_um
+        Pairs: nominal defocus, positive = specimen too far from the objective.
+    bead_diameter_um
+        Beads: their size; 0: points.
+    fit_aperture, fit_astigmatism
+        What to fit besides defocus and spherical aberration.
+
+    Returns
+    -------
+    Calibration
+        ``system`` are the fitted `Optics`; ``statement`` and ``warnings`` say how far
+        they can be trusted.
+
+    Raises
+    ------
+    InputError
+        If the images cannot be read or nothing can be fitted to them.
+    ConfigError
+        If what `kind` needs is not given.
+    """
+    free = {"fit_aperture": fit_aperture, "fit_astigmatism": fit_astigmatism}
+    from rtfocus.calibration.inputs import read_pairs, read_stack
+
+    if kind == "pairs":
+        from rtfocus.calibration.pair_fit import calibrate_from_pairs
+
+        if not isinstance(images, tuple) or not defocus_um:
+            msg = "kind 'pairs' needs images=(sharp, defocused) and defocus_um, not 0"
+            raise ConfigError(msg)
+        sharp, defocused = map(Path, images)
+        pairs = read_pairs(sharp, defocused, most=6)
+        return calibrate_from_pairs(
+            pairs, optics, nominal_defocus_um=defocus_um, **free
+        )
+    if isinstance(images, tuple):
+        msg = f"kind '{kind}' needs one file or folder, not a pair"
+        raise ConfigError(msg)
+    planes = read_stack(Path(images), step_um=step_um)
+    if kind == "beads":
+        from rtfocus.calibration.bead_fit import calibrate_from_beads
+
+        return calibrate_from_beads(
+            planes, optics, bead_diameter_um=bead_diameter_um, **free
+        )
+    from rtfocus.calibration.stack_fit import calibrate_from_stack
+
+    return calibrate_from_stack(planes, optics, **free)
+
+
+def _settings(config: AnyConfig | None) -> Config:
+    if config is None:
+        return Config()
+    return config if isinstance(config, Config) else load_config(config)
+
+
+def _optics_known(settings: Config, optics: Optics | None) -> bool:
+    return optics is not None or any(c.optics is not None for c in settings.channels)
+
+
+def _refuse_method_without_optics(settings: Config) -> None:
+    """Refuse what computes with the optics where nobody has said what they are."""
+    method = settings.processing.restoration.method
+    if method not in METHODS:
+        found = find_engine(method, settings.processing.engine_folders)
+        if not found.implementation.startswith("builtin:"):
+            return
+    msg = (
+        f"the optics are unknown and '{method}' computes with them: give "
+        "optics=rtfocus.Optics(numerical_aperture, wavelength_nm, pixel_size_um), or "
+        f"an engine that runs blind: engine='{BLIND_ENGINE}'"
+    )
+    raise ConfigError(msg)
+
+
+def _tell_blind(engine: str | None) -> None:
+    _log.warning(
+        "no optics are given: '%s' runs blind, as if they were those it was made for; "
+        "give optics=rtfocus.Optics(numerical_aperture, wavelength_nm, pixel_size_um)",
+        engine,
+    )
+
+
+def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> Image:
+    """Restore the planes of a stack and put them together again."""
+    image = np.asarray(image)
+    is_colour = image.ndim > 2 and image.shape[-1] == 3
+    plane_axes = 3 if is_colour else 2
+    if image.ndim < plane_axes or 0 in image.shape:
+        msg = f"an image has axes (y, x) or (y, x, 3), this array is {image.shape}"
+        raise InputError(msg)
+    before = image.shape[: image.ndim - plane_axes]
+    planes = image.reshape(-1, *image.shape[len(before) :])
+    return np.stack([np.asarray(restored(p)) for p in planes]).reshape(image.shape)

@@ -1,0 +1,128 @@
+"""`import rtfocus`: instant, complete, documented; arrays in, arrays out."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rtfocus
+from rtfocus.channel import OpticalSystem
+from rtfocus.config import Config
+
+STUB = Path(rtfocus.__file__).with_suffix(".pyi")
+OPTICS = rtfocus.Optics(0.5, wavelength_nm=520, pixel_size_um=0.65)
+
+
+def test_importing_it_imports_nothing_that_takes_time():
+    code = (
+        "import sys, importlib; old = set(sys.modules); import rtfocus; "
+        "print(sorted(set(sys.modules) - old))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "['rtfocus']"
+
+
+def test_names_with_types_are_the_names_that_are_offered():
+    typed = set(re.findall(r" as (\w+)$", STUB.read_text("utf-8"), re.MULTILINE))
+    assert typed | {"__version__"} == set(rtfocus.__all__)
+    assert STUB.with_name("py.typed").is_file()
+    assert set(rtfocus.__all__) <= set(dir(rtfocus))
+
+
+@pytest.mark.parametrize("name", sorted(set(rtfocus.__all__) - {"__version__"}))
+def test_every_name_is_there_and_says_what_it_is(name):
+    found = getattr(rtfocus, name)
+    assert found.__doc__
+    home = importlib.import_module(found.__module__)
+    assert found.__module__.startswith("rtfocus.")
+    assert getattr(home, found.__name__) is found
+
+
+def test_other_names_are_not():
+    with pytest.raises(AttributeError, match="no attribute 'restor'"):
+        rtfocus.restor  # noqa: B018 (the look-up is the test)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((96, 100), "u2"),
+        ((96, 100), "u1"),
+        ((96, 100), "f4"),
+        ((96, 100, 3), "u1"),
+        ((2, 1, 96, 100), "u2"),
+        ((2, 96, 100, 3), "u1"),
+    ],
+)
+def test_restore_keeps_shape_and_type(shape, dtype):
+    image = np.random.default_rng(1).poisson(100, shape).astype(dtype)
+    before = image.copy()
+    restored = rtfocus.restore(image, optics=OPTICS, engine="richardson_lucy")
+    assert (restored.shape, restored.dtype) == (shape, np.dtype(dtype))
+    assert np.array_equal(image, before)
+
+
+def test_planes_of_a_stack_are_restored_as_by_themselves():
+    stack = np.random.default_rng(2).poisson(500, (2, 96, 96)).astype("u2")
+    together = rtfocus.restore(stack, optics=OPTICS)
+    for plane, restored in zip(stack, together, strict=True):
+        assert np.array_equal(restored, rtfocus.restore(plane, optics=OPTICS))
+
+
+@pytest.mark.parametrize("shape", [(96,), (0, 96), (2, 0, 96)])
+def test_what_is_no_image_is_refused(shape):
+    with pytest.raises(rtfocus.InputError, match="axes"):
+        rtfocus.restore(np.zeros(shape, "u2"), optics=OPTICS)
+
+
+def test_without_optics_an_engine_runs_blind_and_that_is_told(caplog):
+    image = np.full((96, 96), 1000, "u2")
+    assert rtfocus.restore(image).shape == image.shape
+    assert "no optics are given" in caplog.text
+    for engine in ("wiener", "learned_wiener"):
+        with pytest.raises(rtfocus.ConfigError, match="optics are unknown"):
+            rtfocus.restore(image, engine=engine)
+    caplog.clear()
+    rtfocus.restore(image, optics=OPTICS)
+    rtfocus.restore(image, config=rtfocus.load_config("demo"))
+    assert caplog.text == ""
+
+
+def test_classify_gives_a_map_of_the_tiles():
+    image = np.random.default_rng(3).poisson(500, (200, 260)).astype("u2")
+    found = rtfocus.classify(image, optics=OPTICS)
+    assert isinstance(found, rtfocus.DefocusMap)
+    assert found.defocus_um.shape == (found.grid.rows, found.grid.columns)
+
+
+def test_configs_are_given_as_they_are_by_path_or_by_name(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("run: {name: mine}\n", encoding="utf-8")
+    assert rtfocus.load_config(path).run.name == "mine"
+    assert rtfocus.load_config(str(path)).run.name == "mine"
+    assert isinstance(rtfocus.load_config("demo"), Config)
+    with pytest.raises(rtfocus.ConfigError, match="demo"):
+        rtfocus.load_config("dmeo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"images": "a.tif", "kind": "pairs"}, "sharp, defocused"),
+        ({"images": ("a.tif", "b.tif"), "kind": "pairs"}, "defocus_um"),
+        ({"images": ("a.tif", "b.tif"), "kind": "beads"}, "one file"),
+    ],
+)
+def test_a_calibration_says_what_it_lacks(arguments, said):
+    with pytest.raises(rtfocus.ConfigError, match=said):
+        rtfocus.fit_psf(**arguments, optics=OPTICS)
+
+
+def test_optics_are_those_of_the_configs():
+    assert rtfocus.Optics is OpticalSystem
