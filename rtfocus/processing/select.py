@@ -25,11 +25,11 @@ class DeviceKind:
 
 # GPU code is imported only where a GPU is looked for.
 def _why_no_gpu() -> str | None:
-    why: str | None = import_module(f"{_GPU}.devices").why_no_gpu()
+    driver = import_module(f"{_GPU}.cuda.driver")
+    why: str | None = driver.why_no_gpu()
     if why is not None:
         return why
-    library = import_module(f"{_GPU}.native_library")
-    why = library.why_not_loadable(library.NVRTC)
+    why = driver.why_not_loadable(driver.NVRTC)
     return why
 
 
