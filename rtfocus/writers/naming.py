@@ -6,7 +6,6 @@ from pathlib import Path
 from rtfocus.config.model import RunConfig
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
-from rtfocus.files import portable_name
 from rtfocus.frame import SeriesStart
 from rtfocus.writers.header import is_bare, is_finished, read_header
 from rtfocus.writers.lock import holder_of
@@ -20,13 +19,7 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
     A folder that already holds this series unfinished comes first, so that a
     restarted processor goes on with it. With ``store.overwrite`` a finished
     ``NAME.rtfocus`` is taken, to be replaced by `open_run`.
-
-    Raises
-    ------
-    WriterError
-        If ``run.name`` is no name that every system takes.
     """
-    _check_name(run.name)
     for number in count(1):
         name = run.name if number == 1 else f"{run.name}-{number}"
         folder = run.folder / f"{name}{SUFFIX}"
@@ -66,13 +59,3 @@ def holds_unfinished(folder: Path, series_uid: str) -> bool:
         return read_header(folder).series.series_uid == series_uid
     except WriterError:
         return False
-
-
-def _check_name(name: str) -> None:
-    portable = portable_name(name)
-    if portable != name:
-        msg = (
-            f"run.name={name[:60]!r} is no folder name that every system takes "
-            f"(reserved, ends in a dot or space, or too long); '{portable[:60]}' is"
-        )
-        raise WriterError(msg)

@@ -173,13 +173,3 @@ def test_a_refused_start_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(WriterError, match="too little for"):
         Recording(tmp_path / "run.rtfocus", make_series(), store={"min_free_mb": 1e12})
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["con", "ab.", "ab ", "x" * 250, "COM1", "nul.2024"])
-def test_a_run_name_that_some_system_refuses_is_refused_everywhere(
-    name: str, tmp_path: Path
-) -> None:
-    run = RunConfig.model_construct(name=name, folder=tmp_path)
-    with pytest.raises(WriterError, match=r"run\.name=.* no folder name"):
-        run_folder(run, StoreConfig(), make_series())
-    assert not list(tmp_path.iterdir())
