@@ -29,10 +29,10 @@ from rtfocus.writers.header import (
 from rtfocus.writers.journal import WRITTEN, Line, scan_journal
 from rtfocus.writers.layout import image_groups, store_path
 from rtfocus.writers.lock import Holder, holder_of
-from rtfocus.writers.plan import Plan, complete
+from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.repair import Terms, read_report, repair_run
 from rtfocus.writers.specs import CONFIDENCE, ImageSpec, image_specs
-from rtfocus.writers.tally import TakenPlaces, Tally
+from rtfocus.writers.tally import Tally
 
 _MOST_PROBLEMS = 20
 """Problems of one kind told one by one."""

@@ -22,7 +22,7 @@ from rtfocus.writers.header import (
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import Line, is_unrestored, journal_lines
 from rtfocus.writers.lock import RunLock
-from rtfocus.writers.plan import Plan, complete
+from rtfocus.writers.places import Plan, complete
 from rtfocus.writers.specs import RAW, RESTORED
 from rtfocus.writers.tally import Tally
 

@@ -12,7 +12,7 @@ from rtfocus.writers.aside import set_aside
 from rtfocus.writers.columns import write_columns
 from rtfocus.writers.header import REPORT_NAME, RunHeader, write_json
 from rtfocus.writers.images import RunImages
-from rtfocus.writers.plan import complete
+from rtfocus.writers.places import complete
 from rtfocus.writers.tally import Tally
 
 

@@ -18,7 +18,7 @@ from rtfocus.writers.header import (
 )
 from rtfocus.writers.layout import group_documents
 from rtfocus.writers.lock import RunLock
-from rtfocus.writers.plan import Plan
+from rtfocus.writers.places import Plan
 from rtfocus.writers.specs import image_specs
 
 

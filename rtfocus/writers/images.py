@@ -12,7 +12,7 @@ from rtfocus.frame import FrameResult
 from rtfocus.writers.arrays import Commit, FrameArray, ShardFile, open_context
 from rtfocus.writers.header import RunHeader
 from rtfocus.writers.layout import image_groups, update_attributes, write_groups
-from rtfocus.writers.plan import Index
+from rtfocus.writers.places import Index
 from rtfocus.writers.specs import (
     CONFIDENCE,
     DEFOCUS,

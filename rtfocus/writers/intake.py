@@ -6,12 +6,17 @@ import time
 from rtfocus.frame import FrameResult
 from rtfocus.slots import Slot
 from rtfocus.writers.commit import CommitQueue, CommitSink, Entry
-from rtfocus.writers.gaps import GapFinder, Missing
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import IN_ERROR, WRITTEN, frame_line, missing_line
-from rtfocus.writers.plan import Plan, Planned, complete
+from rtfocus.writers.places import (
+    GapFinder,
+    Missing,
+    Plan,
+    Planned,
+    TakenPlaces,
+    complete,
+)
 from rtfocus.writers.shards import Held, OpenShards
-from rtfocus.writers.tally import TakenPlaces
 
 
 class Intake:

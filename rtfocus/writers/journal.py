@@ -15,8 +15,7 @@ import msgspec
 
 from rtfocus.errors import BusyError, WriterError
 from rtfocus.frame import FrameHeader, FrameResult
-from rtfocus.writers.gaps import Missing
-from rtfocus.writers.plan import Plan, complete
+from rtfocus.writers.places import Missing, Plan, complete
 
 WRITTEN = "written"
 FOCUS = "focus"

@@ -31,9 +31,8 @@ from rtfocus.writers.journal import (
     Record,
     scan_journal,
 )
-from rtfocus.writers.plan import Index, Plan, complete
+from rtfocus.writers.places import Index, Plan, TakenPlaces, complete
 from rtfocus.writers.specs import RAW, RESTORED
-from rtfocus.writers.tally import TakenPlaces
 
 LOST = "neither its line nor its pixels are on the disk"
 """Reason of a sequence that nothing is left of."""

@@ -14,7 +14,7 @@ from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import journal_lines
 from rtfocus.writers.layout import group_documents
 from rtfocus.writers.lock import RunLock
-from rtfocus.writers.plan import Plan
+from rtfocus.writers.places import Plan
 from rtfocus.writers.recovery import mend_journal
 from rtfocus.writers.specs import image_specs
 from rtfocus.writers.tally import Tally

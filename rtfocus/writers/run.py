@@ -28,9 +28,9 @@ from rtfocus.writers.intake import Intake
 from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
 from rtfocus.writers.ledger import Ledger
 from rtfocus.writers.lock import RunLock
-from rtfocus.writers.plan import Plan, complete
+from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.recovery import is_damaged, mend_journal
-from rtfocus.writers.tally import TakenPlaces, Tally
+from rtfocus.writers.tally import Tally
 
 
 @dataclass(frozen=True, slots=True)

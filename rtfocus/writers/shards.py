@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.commit import Entry
 from rtfocus.writers.images import RunImages
-from rtfocus.writers.plan import Index
+from rtfocus.writers.places import Index
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,41 +4,18 @@ A run that is being written, a resumed one, a check and a repair all count with
 it, so that their totals cannot differ.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from rtfocus.metrics import Accounting
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, Line
-from rtfocus.writers.plan import Index, Plan, Planned, complete
+from rtfocus.writers.places import Plan, Planned, complete
 
 MOST_LISTED = 10_000
 """Missing places named one by one in the images' metadata; the journal has all."""
 
 GAP = "gap"
-
-_BLOCK_BITS = 1 << 15
-"""Places per block: a damaged journal may name places far away."""
-
-
-class TakenPlaces:
-    """Which places of the store hold a frame; one bit each, in blocks that are used."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._blocks: defaultdict[int, bytearray] = defaultdict(
-            lambda: bytearray(_BLOCK_BITS // 8)
-        )
-
-    def __contains__(self, index: Index) -> bool:
-        block, bit = divmod(self._plan.flat(index), _BLOCK_BITS)
-        bits = self._blocks.get(block)
-        return bits is not None and bool(bits[bit // 8] >> bit % 8 & 1)
-
-    def take(self, index: Index) -> None:
-        """Mark a place as holding a frame."""
-        block, bit = divmod(self._plan.flat(index), _BLOCK_BITS)
-        self._blocks[block][bit // 8] |= 1 << bit % 8
 
 
 @dataclass

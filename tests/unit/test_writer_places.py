@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from rtfocus.channel import Channel
 from rtfocus.frame import Position, SeriesStart
-from rtfocus.writers.gaps import GapFinder, Missing
-from rtfocus.writers.plan import Plan, Planned, complete
-from rtfocus.writers.tally import TakenPlaces
+from rtfocus.writers.places import (
+    GapFinder,
+    Missing,
+    Plan,
+    Planned,
+    TakenPlaces,
+    complete,
+)
 
 
 def series(
