@@ -19,6 +19,7 @@ from rtfocus.config.processor import StoreConfig
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, TileGrid
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
+from rtfocus.writers.commit import Ledger
 from rtfocus.writers.disk import DiskWatch
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import begin_folder, leave_folder, take_folder
@@ -26,7 +27,6 @@ from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.intake import Intake
 from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
-from rtfocus.writers.ledger import Ledger
 from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.recovery import is_damaged, mend_journal
