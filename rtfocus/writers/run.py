@@ -25,12 +25,12 @@ from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
 from rtfocus.writers.images import RunImages
-from rtfocus.writers.intake import Intake
 from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
 from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.recovery import is_damaged, mend_journal
 from rtfocus.writers.tally import Tally
+from rtfocus.writers.writes import Intake
 
 
 @dataclass(frozen=True, slots=True)
