@@ -48,7 +48,7 @@ from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver, Gap
 from rtfocus.workers import BoundedQueue, Pipeline, Worker
-from rtfocus.writers.naming import run_folder
+from rtfocus.writers.folder import run_folder
 from rtfocus.writers.run import RunWriter, open_run
 
 logger = logging.getLogger(__name__)

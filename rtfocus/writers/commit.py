@@ -17,7 +17,7 @@ from rtfocus.errors import BusyError, WriterError
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
 from rtfocus.writers.arrays import Commit
-from rtfocus.writers.disk import free_bytes
+from rtfocus.writers.folder import free_bytes
 from rtfocus.writers.journal import JournalFile
 from rtfocus.writers.lock import RunLock
 from rtfocus.writers.tally import Tally, term_of

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import replace
 from rtfocus.frame import FrameResult
-from rtfocus.writers.aside import refuse_links
 from rtfocus.writers.finish import finish_run
+from rtfocus.writers.folder import refuse_links
 from rtfocus.writers.header import (
     JOURNAL_NAME,
     REPORT_NAME,

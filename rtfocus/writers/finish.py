@@ -8,8 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rtfocus.writers.aside import set_aside
 from rtfocus.writers.columns import write_columns
+from rtfocus.writers.folder import set_aside
 from rtfocus.writers.header import REPORT_NAME, RunHeader, write_json
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.places import complete

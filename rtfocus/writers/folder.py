@@ -1,12 +1,19 @@
-"""Folder: makes or takes up a run folder, and holds its lock."""
+"""Folder: which run folder a series goes to, whether it fits, who may change it how."""
 
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
+from rtfocus.config.model import RunConfig
+from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import OutputError, WriterError
-from rtfocus.files import remove
-from rtfocus.writers.aside import refuse_links
-from rtfocus.writers.disk import check_space
+from rtfocus.files import remove, replace
+from rtfocus.frame import SeriesStart
 from rtfocus.writers.header import (
     HEADER_NAME,
     JOURNAL_NAME,
@@ -17,7 +24,7 @@ from rtfocus.writers.header import (
     sizes_fault,
 )
 from rtfocus.writers.layout import group_documents
-from rtfocus.writers.lock import RunLock
+from rtfocus.writers.lock import RunLock, holder_of
 from rtfocus.writers.places import Plan
 from rtfocus.writers.specs import image_specs
 
@@ -162,3 +169,221 @@ def _resumes(folder: Path, header: RunHeader) -> bool:
         )
         raise WriterError(msg)
     return True
+
+
+SUFFIX = ".rtfocus"
+
+
+def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
+    """Return the folder for `series`: ``NAME.rtfocus``, else ``NAME-2.rtfocus`` ...
+
+    A folder that already holds this series unfinished comes first, so that a
+    restarted processor goes on with it. With ``store.overwrite`` a finished
+    ``NAME.rtfocus`` is taken, to be replaced by `open_run`.
+    """
+    for number in count(1):
+        name = run.name if number == 1 else f"{run.name}-{number}"
+        folder = run.folder / f"{name}{SUFFIX}"
+        if not exists(folder) or holds_unfinished(folder, series.series_uid):
+            return folder
+        if store.overwrite and number == 1 and is_finished(folder):
+            return folder
+    raise AssertionError  # count() never ends
+
+
+def exists(folder: Path) -> bool:
+    """Tell whether anything stands there.
+
+    Raises
+    ------
+    WriterError
+        If the system cannot tell, e.g. because the path is too long.
+    """
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        msg = f"'{folder}' cannot be a run folder: {error.strerror}; set run.folder"
+        raise WriterError(msg) from error
+    return True
+
+
+def holds_unfinished(folder: Path, series_uid: str) -> bool:
+    """Tell whether `folder` is a cut-off run of this very series, or of none yet."""
+    if is_finished(folder):
+        return False
+    if folder.is_dir() and is_bare(folder):
+        # One that another process is just beginning is somebody else's.
+        return holder_of(folder) is None
+    try:
+        return read_header(folder).series.series_uid == series_uid
+    except WriterError:
+        return False
+
+
+ASIDE_NAME = "set_aside"
+
+_MOUNT_POINT = 0xA0000003
+"""``stat.IO_REPARSE_TAG_MOUNT_POINT``, which only Windows has."""
+
+
+def set_aside(folder: Path, files: list[Path]) -> Path | None:
+    """Move files of a run folder to ``set_aside/N``, each at its own relative path.
+
+    Returns
+    -------
+    Path or None
+        Where they are now; None: there were none.
+
+    Raises
+    ------
+    WriterError
+        If one cannot be moved.
+    """
+    if not files:
+        return None
+    target = next(
+        path
+        for number in count(1)
+        if not (path := folder / ASIDE_NAME / str(number)).exists()
+    )
+    try:
+        for file in files:
+            moved = target / file.relative_to(folder)
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            replace(file, moved)
+    except OSError as error:
+        msg = f"cannot make '{target}': {error.strerror}"
+        raise WriterError(msg) from error
+    except OutputError as error:
+        raise WriterError(str(error)) from error
+    return target
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse to write a folder that leads elsewhere: nothing there is of this run.
+
+    Raises
+    ------
+    WriterError
+        If a file or folder in it is a link; names it.
+    """
+    folders = [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink() or _is_junction(entry):
+                        msg = (
+                            f"'{entry.path}' is a link; a run folder that leads "
+                            "elsewhere is only read: replace the link by what it "
+                            "leads to"
+                        )
+                        raise WriterError(msg)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+        except OSError as error:
+            msg = f"'{error.filename}' cannot be read: {error.strerror}"
+            raise WriterError(msg) from error
+
+
+def _is_junction(entry: "os.DirEntry[str]") -> bool:
+    """Tell a Windows junction, which is no symbolic link to Python."""
+    if os.name != "nt":
+        return False
+    found = entry.stat(follow_symlinks=False)
+    tag: int = getattr(found, "st_reparse_tag", 0)
+    return tag == _MOUNT_POINT
+
+
+_SAMPLE_S = 0.25
+_WINDOW = 40
+"""Ten seconds of samples: the rate of a run, not of one frame."""
+
+
+def free_bytes(folder: Path) -> int:
+    """Return what is free for this user on the disk of `folder`."""
+    return shutil.disk_usage(folder).free
+
+
+def check_space(folder: Path, planned: int | None, min_free: int) -> None:
+    """Refuse a run that does not fit.
+
+    Parameters
+    ----------
+    folder
+        An existing folder on the disk in question.
+    planned
+        Bytes of all planned pixels before compression; None: unbounded.
+    min_free
+        Bytes that must be left.
+
+    Raises
+    ------
+    WriterError
+        Names what is planned, what is free and the remedy.
+    """
+    free = free_bytes(folder)
+    if free < (planned or 0) + min_free:
+        needed = "an unbounded run" if planned is None else f"{_mb(planned)} planned"
+        msg = (
+            f"disk of '{folder}' has {_mb(free)} free, too little for {needed} and "
+            f"store.min_free_mb={min_free / 1e6:.0f}; free space, choose another "
+            "run.folder, record less or lower store.min_free_mb"
+        )
+        raise WriterError(msg)
+
+
+class DiskWatch:
+    """Watches the free space while a run goes on; asks the system 4 times a second."""
+
+    def __init__(
+        self,
+        folder: Path,
+        min_free: int,
+        *,
+        free: Callable[[Path], int] = free_bytes,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder = folder
+        self._min_free = min_free
+        self._free = free
+        self._clock_s = clock_s
+        self._samples: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self.sample()
+
+    def sample(self) -> int:
+        """Return the free bytes, measured now or a moment ago."""
+        now = self._clock_s()
+        if not self._samples or now - self._samples[-1][0] >= _SAMPLE_S:
+            self._samples.append((now, self._free(self._folder)))
+        return self._samples[-1][1]
+
+    def check(self) -> None:
+        """Raise WriterError when less than the minimum is left."""
+        free = self.sample()
+        if free < self._min_free:
+            msg = (
+                f"disk of '{self._folder}' has only {_mb(free)} free, less than "
+                f"store.min_free_mb={self._min_free / 1e6:.0f}: the run ends here; "
+                "free space before the next one"
+            )
+            raise WriterError(msg)
+
+    def time_to_full_s(self) -> float | None:
+        """Return seconds until the minimum is reached at the current rate.
+
+        None while the disk does not fill.
+        """
+        if len(self._samples) < 2:
+            return None
+        (began, free_then), (now, free_now) = self._samples[0], self._samples[-1]
+        used = free_then - free_now
+        if used <= 0:
+            return None
+        return max(free_now - self._min_free, 0) * (now - began) / used
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"

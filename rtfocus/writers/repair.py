@@ -7,8 +7,8 @@ import msgspec
 
 from rtfocus.errors import WriterError
 from rtfocus.metrics import Accounting
-from rtfocus.writers.aside import ASIDE_NAME, refuse_links, set_aside
 from rtfocus.writers.finish import finish_run
+from rtfocus.writers.folder import ASIDE_NAME, refuse_links, set_aside
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import journal_lines

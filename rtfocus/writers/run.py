@@ -20,9 +20,8 @@ from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, TileGrid
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
 from rtfocus.writers.commit import Ledger
-from rtfocus.writers.disk import DiskWatch
 from rtfocus.writers.finish import finish_run
-from rtfocus.writers.folder import begin_folder, leave_folder, take_folder
+from rtfocus.writers.folder import DiskWatch, begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
 from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines

@@ -12,7 +12,7 @@ from rtfocus.config.model import RunConfig
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.writers.check import check_run
-from rtfocus.writers.naming import run_folder
+from rtfocus.writers.folder import run_folder
 
 
 def cut_off(folder: Path, frames: int, **store: object) -> None:

@@ -11,7 +11,7 @@ from writer_kit import make_series, numbered, recording
 from rtfocus.config.model import RunConfig
 from rtfocus.config.processor import StoreConfig
 from rtfocus.writers.check import check_run
-from rtfocus.writers.naming import run_folder
+from rtfocus.writers.folder import run_folder
 
 NOT_YET_MADE = [
     "series.json",

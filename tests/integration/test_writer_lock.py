@@ -20,7 +20,7 @@ from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import BusyError, ExitCode, WriterError
 from rtfocus.writers import lock
 from rtfocus.writers.check import check_run
-from rtfocus.writers.naming import run_folder
+from rtfocus.writers.folder import run_folder
 
 
 @pytest.fixture(autouse=True)

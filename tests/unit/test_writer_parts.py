@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.errors import WriterError
-from rtfocus.writers.disk import DiskWatch, check_space
+from rtfocus.writers.folder import DiskWatch, check_space
 from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
 from rtfocus.writers.specs import ImageSpec
 
