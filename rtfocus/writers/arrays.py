@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.writers.header import is_document
-from rtfocus.writers.metadata import AXES
+from rtfocus.writers.layout import AXES
 from rtfocus.writers.specs import ImageSpec
 
 _SEPARATOR = "."
