@@ -1,17 +1,26 @@
 """Finish: what turns a recorded run folder into a finished one.
 
-Closing a run and repairing a cut-off one are the same steps; the report is
-written last, so that its presence means that all the others are done.
+Closing a run and repairing a cut-off one are the same steps: lengths, totals, the
+journal as columns in ``frames.zarr``, and the report. It is written last, so that its
+presence means that all the others are done.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rtfocus.writers.columns import write_columns
+import msgspec
+import numpy as np
+
+from rtfocus.errors import OutputError, WriterError
+from rtfocus.files import remove, replace
 from rtfocus.writers.folder import set_aside
-from rtfocus.writers.header import REPORT_NAME, RunHeader, write_json
+from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, write_json
 from rtfocus.writers.images import RunImages
+from rtfocus.writers.journal import Line, read_journal
+from rtfocus.writers.layout import write_group
 from rtfocus.writers.places import complete
 from rtfocus.writers.tally import Tally
 
@@ -58,3 +67,180 @@ def finish_run(
         },
         fsync=header.store.fsync,
     )
+
+
+FRAMES_NAME = "frames.zarr"
+_BLOCK = 8192
+"""Rows read, converted and written at once: memory stays flat in long runs."""
+
+_UNKNOWN = -1
+
+
+def _integer(key: str) -> Callable[[Line], Any]:
+    return lambda line: _or(line.get(key), _UNKNOWN)
+
+
+def _number(key: str) -> Callable[[Line], Any]:
+    return lambda line: _or(line.get(key), np.nan)
+
+
+def _axis(axis: str) -> Callable[[Line], Any]:
+    def read(line: Line) -> int:
+        index = line.get("index")
+        return _UNKNOWN if index is None else int(index.get(axis, 0))
+
+    return read
+
+
+def _estimate(key: str, absent: float) -> Callable[[Line], Any]:
+    return lambda line: _or((line.get("estimate") or {}).get(key), absent)
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[Line], Any]]] = {
+    "sequence": ("int64", _integer("sequence")),
+    "event_index": ("int64", _integer("event_index")),
+    "t": ("int64", _axis("t")),
+    "p": ("int32", _axis("p")),
+    "c": ("int32", _axis("c")),
+    "z": ("int32", _axis("z")),
+    "captured_ns": ("int64", _integer("captured_ns")),
+    "received_ns": ("int64", _integer("received_ns")),
+    "durable_ns": ("int64", _integer("durable_ns")),
+    "exposure_ms": ("float64", _number("exposure_ms")),
+    "z_um": ("float64", _number("z_um")),
+    "z_offset_um": ("float64", _number("z_offset_um")),
+    "planned_s": ("float64", _number("planned_s")),
+    "actual_s": ("float64", _number("actual_s")),
+    "camera_image_number": ("int64", _integer("camera_image_number")),
+    "level": ("int16", _estimate("level", _UNKNOWN)),
+    "defocus_um": ("float32", _estimate("defocus_um", np.nan)),
+    "confidence": ("float32", _estimate("confidence", np.nan)),
+    "foreground": ("float32", _estimate("foreground", np.nan)),
+}
+"""Name to dtype and how a line gives the value; -1 or NaN: unknown."""
+
+_WORDS: dict[str, Callable[[Line], str]] = {
+    "status": lambda line: line["status"],
+    "reason": lambda line: line.get("reason") or line.get("place") or "",
+    "skipped": lambda line: line.get("skipped") or "",
+    "flags": lambda line: " ".join(line.get("flags") or ()),
+    "engines": lambda line: " ".join(sorted((line.get("engines") or {}).values())),
+}
+
+
+def write_columns(folder: Path, rows: int) -> Path:
+    """Write the journal's columns; an older ``frames.zarr`` is replaced.
+
+    Parameters
+    ----------
+    folder
+        The run folder; its journal has `rows` lines.
+
+    Raises
+    ------
+    WriterError
+        If the journal cannot be read or the arrays cannot be written.
+    """
+    group = folder / FRAMES_NAME
+    part = folder / f".{FRAMES_NAME}.part"
+    try:
+        remove(part)
+        write_group(part, {}, fsync=False)
+        columns = _Columns(part, rows)
+        lines = read_journal(folder / JOURNAL_NAME)
+        number = 0
+        while block := list(islice(lines, _BLOCK)):
+            columns.write(number, block)
+            number += 1
+        columns.close()
+        replace(part, group)
+    except OSError as error:
+        msg = f"cannot write '{error.filename or group}': {error.strerror or error}"
+        raise WriterError(msg) from error
+    except OutputError as error:
+        raise WriterError(str(error)) from error
+    return group
+
+
+class _Columns:
+    """The arrays, written chunk by chunk.
+
+    Their files are written directly: one plain chunk per block is simpler than any
+    library makes it, and opening 25 arrays would take longer than the whole rest of
+    closing a run.
+    """
+
+    def __init__(self, group: Path, rows: int) -> None:
+        self._group = group
+        self._rows = rows
+        self._chunk = min(_BLOCK, max(rows, 1))
+        self._dtypes: dict[str, str] = {}
+        self._codes: dict[str, dict[str, int]] = {name: {} for name in _WORDS}
+
+    def write(self, number: int, block: list[Line]) -> None:
+        """Write chunk `number` of every column."""
+        for name, (dtype, read) in _COLUMNS.items():
+            self._write_chunk(name, dtype, number, [read(line) for line in block])
+        for name, word in _WORDS.items():
+            codes = self._codes[name]
+            found = [codes.setdefault(word(line), len(codes)) for line in block]
+            self._write_chunk(name, "int32", number, found)
+        times = [line.get("stage_ms") or {} for line in block]
+        for stage in sorted({stage for of_frame in times for stage in of_frame}):
+            values = [_or(of_frame.get(stage), np.nan) for of_frame in times]
+            self._write_chunk(f"{stage}_ms", "float32", number, values)
+
+    def close(self) -> None:
+        """Write the arrays' metadata, and what the codes mean."""
+        for name in self._codes:
+            self._dtypes.setdefault(name, "int32")
+        for name, (dtype, _) in _COLUMNS.items():
+            self._dtypes.setdefault(name, dtype)
+        for name, dtype in self._dtypes.items():
+            (self._group / name).mkdir(exist_ok=True)
+            document = self._metadata(name, dtype)
+            (self._group / name / "zarr.json").write_bytes(document)
+
+    def _write_chunk(
+        self, name: str, dtype: str, number: int, values: list[Any]
+    ) -> None:
+        self._dtypes[name] = dtype
+        column = np.full(
+            self._chunk, _fill(dtype), dtype=np.dtype(dtype).newbyteorder("<")
+        )
+        column[: len(values)] = values
+        folder = self._group / name
+        folder.mkdir(exist_ok=True)
+        (folder / f"c.{number}").write_bytes(column.tobytes())
+
+    def _metadata(self, name: str, dtype: str) -> bytes:
+        fill = _fill(dtype)
+        words = self._codes.get(name)
+        return msgspec.json.encode(
+            {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": [self._rows],
+                "data_type": dtype,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": [self._chunk]},
+                },
+                "chunk_key_encoding": {
+                    "name": "default",
+                    "configuration": {"separator": "."},
+                },
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+                "fill_value": "NaN" if np.isnan(fill) else fill,
+                "dimension_names": ["frame"],
+                "attributes": {} if words is None else {"words": list(words)},
+            }
+        )
+
+
+def _fill(dtype: str) -> float:
+    return np.nan if np.dtype(dtype).kind == "f" else _UNKNOWN
+
+
+def _or(value: float | None, absent: float) -> float:
+    return absent if value is None else value
