@@ -23,9 +23,9 @@ from rtfocus.images.stretching import stretch_histogram
 from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.processing.image_set import ImageSet, restoring_with, with_engine
 from rtfocus.processing.offline import ImageProcessor, tile_rows
-from rtfocus.writers.completion import complete_restoration, count_unrestored
 from rtfocus.writers.folder import SUFFIX
 from rtfocus.writers.header import read_header
+from rtfocus.writers.repair import complete_restoration, count_unrestored
 
 InputArgument = Annotated[
     Path,
