@@ -33,10 +33,10 @@ from rtfocus.config.processor import StoreConfig
 from rtfocus.frame import FrameHeader, FrameResult, Position, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.slots import SlotPool
-from rtfocus.writers.arrays import array_metadata, open_context
+from rtfocus.writers.arrays import open_context
 from rtfocus.writers.header import RunHeader
 from rtfocus.writers.run import open_run
-from rtfocus.writers.specs import image_specs
+from rtfocus.writers.specs import array_metadata, image_specs
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

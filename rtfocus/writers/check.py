@@ -18,7 +18,6 @@ from fsspec import register_implementation
 from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.outcome import Outcome
-from rtfocus.writers.arrays import list_shards, shard_name
 from rtfocus.writers.header import (
     JOURNAL_NAME,
     REPORT_NAME,
@@ -31,7 +30,13 @@ from rtfocus.writers.layout import image_groups, store_path
 from rtfocus.writers.lock import Holder, holder_of
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.repair import Terms, read_report, repair_run
-from rtfocus.writers.specs import CONFIDENCE, ImageSpec, image_specs
+from rtfocus.writers.specs import (
+    CONFIDENCE,
+    ImageSpec,
+    image_specs,
+    list_shards,
+    shard_name,
+)
 from rtfocus.writers.tally import Tally
 
 _MOST_PROBLEMS = 20

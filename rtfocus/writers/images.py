@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError
 from rtfocus.frame import FrameResult
-from rtfocus.writers.arrays import Commit, FrameArray, ShardFile, open_context
+from rtfocus.writers.arrays import Commit, FrameArray, open_context
 from rtfocus.writers.header import RunHeader
 from rtfocus.writers.layout import image_groups, update_attributes, write_groups
 from rtfocus.writers.places import Index
@@ -19,6 +19,7 @@ from rtfocus.writers.specs import (
     RAW,
     RESTORED,
     ImageSpec,
+    ShardFile,
     image_specs,
 )
 

@@ -187,8 +187,6 @@ def _description(
     return described
 
 
-AXES = ("t", "c", "z", "y", "x")
-
 _RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 _COLOURS = ("00FFFF", "FF00FF", "FFFF00", "FF0000", "00FF00", "0000FF")
 _BY_WAVELENGTH_NM = (
