@@ -16,9 +16,9 @@ import numpy as np
 
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import remove, replace
+from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.folder import set_aside
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, write_json
-from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import write_group
 from rtfocus.writers.places import complete

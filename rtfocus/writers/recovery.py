@@ -20,9 +20,9 @@ import msgspec
 
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import replace
+from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.folder import ASIDE_NAME, set_aside
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader
-from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import (
     BLANK,
     MISSING,

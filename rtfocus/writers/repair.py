@@ -14,6 +14,7 @@ from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import replace
 from rtfocus.frame import FrameResult
 from rtfocus.metrics import Accounting
+from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import ASIDE_NAME, refuse_links, set_aside
 from rtfocus.writers.header import (
@@ -23,7 +24,6 @@ from rtfocus.writers.header import (
     is_finished,
     read_header,
 )
-from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import Line, is_unrestored, journal_lines
 from rtfocus.writers.layout import group_documents
 from rtfocus.writers.lock import RunLock

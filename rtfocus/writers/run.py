@@ -19,11 +19,11 @@ from rtfocus.config.processor import StoreConfig
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, TileGrid
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
+from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Ledger
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import DiskWatch, begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
-from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
 from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, TakenPlaces, complete

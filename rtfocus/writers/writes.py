@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from rtfocus.frame import FrameResult
 from rtfocus.slots import Slot
-from rtfocus.writers.arrays import Commit
+from rtfocus.writers.arrays import Commit, RunImages
 from rtfocus.writers.commit import CommitQueue, CommitSink, Entry
-from rtfocus.writers.images import RunImages
 from rtfocus.writers.journal import IN_ERROR, WRITTEN, frame_line, missing_line
 from rtfocus.writers.places import (
     GapFinder,
