@@ -9,8 +9,6 @@ from rtfocus.processing.choice import usable
 from rtfocus.processing.device import Device
 from rtfocus.processing.processor import FrameProcessor
 
-_GPU = "rtfocus.processing.gpu"
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceKind:
@@ -25,16 +23,13 @@ class DeviceKind:
 
 # GPU code is imported only where a GPU is looked for.
 def _why_no_gpu() -> str | None:
-    driver = import_module(f"{_GPU}.cuda.driver")
-    why: str | None = driver.why_no_gpu()
-    if why is not None:
-        return why
-    why = driver.why_not_loadable(driver.NVRTC)
+    driver = import_module("rtfocus.processing.gpu.cuda.driver")
+    why: str | None = driver.why_no_gpu() or driver.why_not_loadable(driver.NVRTC)
     return why
 
 
 def _open_gpu(config: Config) -> Device:
-    device: Device = import_module(f"{_GPU}.device").GpuDevice(config)
+    device: Device = import_module("rtfocus.processing.gpu.device").GpuDevice(config)
     return device
 
 
