@@ -210,6 +210,8 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
         raise InputError(msg)
     facts = _facts(ome, axes, lengths.get("c", 1))
     stem = stem_of(path)
+    several = len(ome["multiscales"])
+    note = f"the first of {several} multiscales is read; the others are left out"
     for place in itertools.product(*(range(axis.length) for axis in own)):
         fixed = {axis.name: n for axis, n in zip(own, place, strict=True)}
         parts = [stem, name, *(f"{axis}{n}" for axis, n in fixed.items())]
@@ -220,6 +222,7 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
             shape=(lengths["y"], lengths["x"]),
             dtype=native_dtype(array.dtype),
             read_plane=_PlaneReader(array, [axis.name for axis in axes], fixed),
+            notes=(note,) if several > 1 else (),
             **facts,
         )
 

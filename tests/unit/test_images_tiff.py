@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from image_file_kit import (
@@ -315,3 +316,19 @@ def test_reading_parses_a_file_once(tmp_path, monkeypatch) -> None:
     (series,) = open_images(tmp_path / "a.tif")
     assert means(series) == RIGHT
     assert len(opened) == 1
+
+
+def test_files_are_closed_with_their_images(tmp_path) -> None:
+    metadata = {"axes": "TCZYX"}
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, WHOLE, photometric="minisblack", metadata=metadata)
+    series = open_images(tmp_path)
+    assert means(series[0]) == RIGHT
+
+    def opened() -> list[str]:
+        files = psutil.Process().open_files()
+        return [one.path for one in files if one.path.startswith(str(tmp_path))]
+
+    assert opened() == [str(path)]
+    del series
+    assert opened() == []

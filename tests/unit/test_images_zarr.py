@@ -96,6 +96,15 @@ def test_old_versions_are_read_without_a_pixel_size(tmp_path) -> None:
     assert (old.pixel_size_um, older.pixel_size_um) == (None, None)
 
 
+def test_further_multiscales_are_told(tmp_path) -> None:
+    path = write_ngff(tmp_path / "a.zarr", flat(1), ngff_axes("yx"))
+    attributes = json.loads((path / ".zattrs").read_text())
+    attributes["multiscales"] *= 2
+    (path / ".zattrs").write_text(json.dumps(attributes))
+    (series,) = open_images(path)
+    assert "the first of 2 multiscales" in series.notes[0]
+
+
 def test_what_is_no_image_is_named(tmp_path) -> None:
     zarr.save_array(tmp_path / "bare.zarr", flat(1))
     with pytest.raises(InputError, match="array without OME metadata"):
