@@ -17,6 +17,8 @@ from rtfocus.images.panels import save_panels
 CONFIG_NAME = "optics.yaml"
 FIGURES_NAME = "fit.json"
 PICTURE_NAME = "fit.png"
+REPORT_NAMES = (CONFIG_NAME, FIGURES_NAME, PICTURE_NAME)
+"""The files of a calibration."""
 _COLUMNS = 3
 
 
@@ -44,7 +46,7 @@ def write_calibration(folder: Path, found: Calibration, *, channel: str) -> list
         "optics": asdict(found.system),
         **found.figures,
     }
-    paths = [folder / name for name in (CONFIG_NAME, FIGURES_NAME, PICTURE_NAME)]
+    paths = [folder / name for name in REPORT_NAMES]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(config_text(found, channel=channel), encoding="utf-8")

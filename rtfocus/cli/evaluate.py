@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.cli.options import read_config
+from rtfocus.cli.options import OverwriteOption, read_config
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.contenders import Contender, contender
@@ -23,11 +23,14 @@ from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.evaluate import evaluate as evaluate_one
 from rtfocus.evaluation.samples import DataSet
 from rtfocus.evaluation.scorecard import (
+    JSON_NAME,
     LEVEL_COLUMNS,
     RESTORED_COLUMNS,
+    report_names,
     tables,
     write_report,
 )
+from rtfocus.images.outputs import OutputGuard
 
 DATA_VARIABLE = "RTFOCUS_DATA"
 # Wide enough for every column where nobody's terminal says how wide it is.
@@ -97,6 +100,7 @@ def evaluate(
     precision: Annotated[
         str, typer.Option(help="auto, f32, bf16, fp16 or int8, as in a config.")
     ] = "auto",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Measure engines side by side: quality, levels, cost; tables and pictures.
 
@@ -116,8 +120,12 @@ def evaluate(
         for name in engines
         for way in _ways(told)
     ]
+    rows = _rows(contenders)
+    names = report_names(rows, [one.name for one in sets])
+    guard = OutputGuard(overwrite=overwrite)
+    guard.claim_report(output, JSON_NAME, names)
     outcomes = _run(
-        _rows(contenders),
+        rows,
         sets,
         lambda one, data: one.config(
             data, folders=folders, threads=threads, precision=precision
@@ -125,8 +133,10 @@ def evaluate(
     )
     _show(outcomes)
     command = shlex.join(["rtfocus", *sys.argv[1:]])
-    for path in write_report(output, outcomes, command=command):
-        typer.echo(str(path))
+    with guard.report(output, JSON_NAME, names) as part:
+        written = [p.name for p in write_report(part, outcomes, command=command)]
+    for name in written:
+        typer.echo(str(output / name))
 
 
 def _run(

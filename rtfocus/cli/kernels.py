@@ -9,10 +9,12 @@ import typer
 from PIL import Image
 
 from rtfocus.cli.offline import ConfigOption, InputArgument
-from rtfocus.cli.options import SetOption, read_config
+from rtfocus.cli.options import OverwriteOption, SetOption, read_config
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError
-from rtfocus.images import open_images
+from rtfocus.images import ImageSeries, open_images
+from rtfocus.images.outputs import OutputGuard, companions
+from rtfocus.images.provenance import SOFTWARE, png_mark
 from rtfocus.processing.kernels import KernelExtractor, Kernels, draw_kernels
 
 
@@ -43,6 +45,7 @@ def kernels(
     ] = 0,
     config: ConfigOption = None,
     overrides: SetOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Extract the blur kernel of every tile of an image.
 
@@ -51,13 +54,20 @@ def kernels(
     if output.suffix not in (".npz", ".tif", ".tiff"):
         msg = f"'{output}' is no .npz and no .tif; choose one of them"
         raise ConfigError(msg)
-    pixels, channel = _plane(path, plane)
+    picture = output.with_suffix(".png")
+    series = open_images(path)
+    guard = OutputGuard([path, *companions(series)], overwrite=overwrite)
+    guard.claim(output)
+    guard.claim(picture)
+    pixels, channel = _plane(path, series, plane)
     settings = _settings(config, overrides, classifier)
     with KernelExtractor(settings, engine) as extractor:
         found = extractor.extract(pixels, channel=channel)
-    _write(output, found)
-    picture = output.with_suffix(".png")
-    Image.fromarray(draw_kernels(pixels, found)).save(picture)
+    with guard.whole(output) as part:
+        _write(part, found, as_tiff=output.suffix != ".npz")
+    with guard.whole(picture) as part:
+        drawn = Image.fromarray(draw_kernels(pixels, found))
+        drawn.save(part, format="png", pnginfo=png_mark())
     rows, columns, side, _ = found.kernels.shape
     typer.echo(
         f"{rows} x {columns} kernels of {side} px in {output}, drawn in {picture}"
@@ -80,11 +90,11 @@ def _settings(
     return parse_config(data)
 
 
-def _plane(path: Path, number: int) -> tuple[np.ndarray, str]:
+def _plane(
+    path: Path, images: list[ImageSeries], number: int
+) -> tuple[np.ndarray, str]:
     """Return one plane of a file and the name of its channel."""
-    planes = [
-        (series, index) for series in open_images(path) for index in series.indices()
-    ]
+    planes = [(series, index) for series in images for index in series.indices()]
     if number >= len(planes):
         msg = f"'{path}' has {len(planes)} planes, the last is number {len(planes) - 1}"
         raise ConfigError(msg)
@@ -94,17 +104,18 @@ def _plane(path: Path, number: int) -> tuple[np.ndarray, str]:
     return series.read(**index), channel
 
 
-def _write(output: Path, found: Kernels) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".npz":
+def _write(output: Path, found: Kernels, *, as_tiff: bool) -> None:
+    if as_tiff:
+        side = found.kernels.shape[-1]
+        pages = found.kernels.reshape(-1, side, side)
+        tifffile.imwrite(output, pages, photometric="minisblack", software=SOFTWARE)
+        return
+    # By handle: a path without the ending would get one.
+    with output.open("wb") as file:
         np.savez_compressed(
-            output,
+            file,
             kernels=found.kernels,
             defocus_um=found.defocus_um,
             own_px=found.own_px,
+            written_by=np.array(SOFTWARE),
         )
-        return
-    side = found.kernels.shape[-1]
-    tifffile.imwrite(
-        output, found.kernels.reshape(-1, side, side), photometric="minisblack"
-    )

@@ -11,12 +11,17 @@ from rich.console import Console
 from rtfocus.calibration.bead_fit import calibrate_from_beads
 from rtfocus.calibration.inputs import read_pairs, read_stack
 from rtfocus.calibration.pair_fit import calibrate_from_pairs
-from rtfocus.calibration.report import write_calibration
+from rtfocus.calibration.report import (
+    FIGURES_NAME,
+    REPORT_NAMES,
+    write_calibration,
+)
 from rtfocus.calibration.result import Calibration
 from rtfocus.calibration.stack_fit import calibrate_from_stack
 from rtfocus.channel import OpticalSystem
-from rtfocus.cli.options import read_config
+from rtfocus.cli.options import OverwriteOption, read_config
 from rtfocus.errors import ConfigError
+from rtfocus.images.outputs import OutputGuard
 
 commands = typer.Typer(
     name="psf",
@@ -155,6 +160,7 @@ def fit(
     astigmatism: Annotated[
         bool, typer.Option("--astigmatism", help="Fit astigmatism too: slower.")
     ] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Fit NA, defocus and aberrations; write them as the optics of a config.
 
@@ -166,6 +172,8 @@ def fit(
     if sum(given is not None for given in (pairs, stack, beads)) != 1:
         msg = "give one of --pairs, --stack or --beads"
         raise ConfigError(msg)
+    guard = OutputGuard([*(pairs or ()), stack, beads], overwrite=overwrite)
+    guard.claim_report(output, FIGURES_NAME, REPORT_NAMES)
     nominal = _Nominal(
         na, wavelength_nm, pixel_size_um, refractive_index, config, channel
     )
@@ -197,7 +205,9 @@ def fit(
                 planes, start, bead_diameter_um=bead_diameter_um, **free
             )
         )
-    _tell(found, write_calibration(output, found, channel=channel))
+    with guard.report(output, FIGURES_NAME, REPORT_NAMES) as part:
+        names = [p.name for p in write_calibration(part, found, channel=channel)]
+    _tell(found, [output / name for name in names])
 
 
 def _tell(found: Calibration, paths: list[Path]) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rtfocus.cli.options import OverwriteOption
 from rtfocus.config import find_config
 from rtfocus.errors import ConfigError
 
@@ -74,6 +75,7 @@ def export(
     precision: Annotated[
         str, typer.Option(help="Files to write: fp32, fp16, int8, by commas.")
     ] = "fp32",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Export a checkpoint as an engine folder with its card.
 
@@ -88,6 +90,7 @@ def export(
         mean_with=mean_with,
         half_weights=half_weights,
         precision=precision,
+        overwrite=overwrite,
     )
 
 

@@ -10,8 +10,10 @@ import psutil
 
 from rtfocus import __version__
 from rtfocus.errors import InputError
+from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.pictures import save_confusion, save_side_by_side
+from rtfocus.files import portable_name
 from rtfocus.machine import processor_name, usable_threads
 
 Rows = list[list[str]]
@@ -273,17 +275,40 @@ def _table(columns: Sequence[str], rows: Rows) -> list[str]:
     ]
 
 
+def report_names(contenders: Sequence[Contender], sets: Sequence[str]) -> list[str]:
+    """Return the files that a report of some contenders on some data may have.
+
+    Parameters
+    ----------
+    contenders
+        Rows of the tables.
+    sets
+        Names of the data sets.
+    """
+    pictures = [_images_name(name) for name in sets]
+    pictures += [_confusion_name(one, name) for one in contenders for name in sets]
+    return [JSON_NAME, MARKDOWN_NAME, *pictures]
+
+
+def _images_name(data: str) -> str:
+    return f"images_{portable_name(data)}.png"
+
+
+def _confusion_name(one: Contender, data: str) -> str:
+    row = one.title.replace(", ", "_").replace(" ", "_")
+    return portable_name(f"confusion_{row}_{data}") + ".png"
+
+
 def _pictures(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
     paths = []
     for name, data in {one.data.name: one.data for one in outcomes}.items():
-        path = folder / f"images_{name}.png"
+        path = folder / _images_name(name)
         same = [one for one in outcomes if one.data.name == name]
         if save_side_by_side(path, data, same):
             paths.append(path)
     for one in outcomes:
         if one.levels is not None and one.levels.tiles:
-            row = one.contender.title.replace(", ", "_").replace(" ", "_")
-            path = folder / f"confusion_{row}_{one.data.name}.png"
+            path = folder / _confusion_name(one.contender, one.data.name)
             save_confusion(path, f"{one.contender.title}, {one.data.name}", one.levels)
             paths.append(path)
     return paths

@@ -55,12 +55,14 @@ class OutputGuard:
         The user allows to replace earlier results of rtfocus.
     """
 
-    def __init__(self, inputs: Iterable[Path] = (), *, overwrite: bool = False) -> None:
+    def __init__(
+        self, inputs: Iterable[Path | None] = (), *, overwrite: bool = False
+    ) -> None:
         self.overwrite = overwrite
         self._inputs: dict[Identity, Path] = {}
         self._holders: dict[Identity, Path] = {}
         self._claimed: dict[str, Path] = {}
-        for path in dict.fromkeys(inputs):
+        for path in dict.fromkeys(filter(None, inputs)):
             identity = _identity(path)
             if identity is not None:
                 self._inputs[identity] = path

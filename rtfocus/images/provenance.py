@@ -6,11 +6,15 @@ may be replaced with ``--overwrite``, and it is no input of a folder that it lie
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tifffile
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from rtfocus import __version__
 
@@ -22,8 +26,12 @@ WRITTEN_BY = "written_by"
 """Key of JSON results."""
 
 _NAME = "rtfocus"
+TEXT_MARK = f"# written by {SOFTWARE}"
+"""First line of YAML results."""
+_ENGINE_CARD = "engine.yaml"
 _TIFF_ENDINGS = (".tif", ".tiff")
 _SOFTWARE_TAG = 305
+_PNG_KEY = "Software"
 
 Provenance = Mapping[str, str]
 """Facts about one result in the order in which they are told: engine, optics, ..."""
@@ -36,10 +44,18 @@ def written_by_rtfocus(path: Path) -> bool:
     OME-Zarr that somebody has added something to.
     """
     try:
+        if (path / _ENGINE_CARD).is_file():
+            return _is_exported_engine(path)
         if path.is_dir():
             return _is_zarr_result(path)
         if path.suffix.lower() in _TIFF_ENDINGS:
             return _is_tiff_result(path)
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as picture:
+                return _is_ours(picture.info.get(_PNG_KEY))
+        if path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return f"{WRITTEN_BY}.npy" in archive.namelist()
         return path.is_file() and _is_json_result(path)
     # A damaged file makes the parsers raise whatever they stumble over.
     except Exception:
@@ -63,6 +79,20 @@ def zarr_attributes(made: Provenance, nodes: list[str]) -> dict[str, Any]:
 def json_mark() -> dict[str, str]:
     """Return the entry that every JSON result begins with."""
     return {WRITTEN_BY: SOFTWARE}
+
+
+def png_mark() -> PngInfo:
+    """Return the text that a picture is saved with: ``save(..., pnginfo=...)``."""
+    mark = PngInfo()
+    mark.add_text(_PNG_KEY, SOFTWARE)
+    return mark
+
+
+def _is_exported_engine(folder: Path) -> bool:
+    text = (folder / _ENGINE_CARD).read_text("utf-8")
+    known = {_ENGINE_CARD, *yaml.safe_load(text)["files"].values()}
+    there = set(_files_below(folder))
+    return text.startswith(TEXT_MARK.rpartition(" ")[0]) and there <= known
 
 
 def _is_ours(software: object) -> bool:

@@ -259,7 +259,12 @@ def _fitting(facts: Facts, channels: int) -> Facts:
 
 def _path_of(series: tifffile.TiffPageSeries, path: Path) -> Path:
     """Return the file in which a series begins."""
-    return path.parent / str(series.keyframe.parent.filehandle.name)
+    name = str(series.keyframe.parent.filehandle.name)
+    # tifffile follows links: the file that was opened keeps the name it was given.
+    real = path.resolve()
+    if name == real.name:
+        return path
+    return (real if path.is_symlink() else path).parent / name
 
 
 def _refuse_cut_off(

@@ -4,6 +4,7 @@ What the input says of its pixels, channels and wells is kept; what it does not 
 stays unknown. Every result says how it was made, see `rtfocus.images.provenance`.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class ImageOutput:
         self._guard = guard
         self.ending = output.suffix.lower()
         self.is_folder = self.ending == "" or (
-            output.is_dir() and self.ending not in (".tif", ".tiff", ".zarr")
+            os.path.isdir(output) and self.ending not in (".tif", ".tiff", ".zarr")
         )
         if self.is_folder:
             guard.claim_folder(output)

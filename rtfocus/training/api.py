@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rtfocus.config.optics import read_optics
 from rtfocus.errors import ConfigError
+from rtfocus.images.outputs import OutputGuard
 from rtfocus.training.export import export_engine, parse_precisions
 from rtfocus.training.own_optics import own_recipe
 from rtfocus.training.registry import load_recipe
@@ -61,24 +62,33 @@ def export_command(
     mean_with: Path | None = None,
     half_weights: bool = False,
     precision: str = "fp32",
+    overwrite: bool = False,
 ) -> Path:
-    """Write an engine folder from a checkpoint; returns its card.
+    """Write an engine folder from a checkpoint, whole; returns its card.
 
     `mean_with` is a second checkpoint of the same network, half of whose weights go
     into the engine; `half_weights` stores them in 16 bits; `precision` is a list
-    such as ``fp32,fp16,int8``.
+    such as ``fp32,fp16,int8``; `overwrite` replaces an earlier export.
 
     Raises
     ------
     ConfigError
         If the checkpoint cannot be read, or a precision is unknown or cannot be made.
+    OutputError
+        If `output` must not be replaced or cannot be written.
     """
-    card = export_engine(
-        checkpoint,
-        output,
-        mean_with=mean_with,
-        half_weights=half_weights,
-        precisions=parse_precisions(precision),
-    )
+    precisions = parse_precisions(precision)
+    guard = OutputGuard(filter(None, (checkpoint, mean_with)), overwrite=overwrite)
+    guard.claim(output)
+    with guard.whole(output) as part:
+        card = export_engine(
+            checkpoint,
+            part,
+            name=output.resolve().name,
+            mean_with=mean_with,
+            half_weights=half_weights,
+            precisions=precisions,
+        )
+    card = output / card.name
     _log.info("exported: '%s'", card)
     return card

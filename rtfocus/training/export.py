@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 
 from rtfocus.errors import ConfigError, EngineError
+from rtfocus.images.provenance import TEXT_MARK
 from rtfocus.resources import resource_folder
 from rtfocus.training.checkpoint import (
     find_engine,
@@ -176,6 +177,7 @@ def export_engine(
     checkpoint: Path,
     folder: Path,
     *,
+    name: str | None = None,
     mean_with: Path | None = None,
     half_weights: bool = False,
     precisions: Sequence[Precision] = ("fp32",),
@@ -188,6 +190,8 @@ def export_engine(
         Of any network.
     folder
         Of the engine; made where it is missing.
+    name
+        Of the engine; None: that of the folder.
     mean_with
         Checkpoint of the same network: the mean of both goes into the engine.
     half_weights
@@ -210,7 +214,7 @@ def export_engine(
         task, network, folder, precisions, half_weights=half_weights
     )
     card = {
-        "name": folder.resolve().name,
+        "name": name or folder.resolve().name,
         **task.card(),
         "files": dict(files),
         "sha256": {
@@ -229,7 +233,7 @@ def export_engine(
     }
     path = folder / CARD_NAME
     text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=88)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
     return path
 
 
