@@ -96,7 +96,7 @@ def test_a_camera_offset_that_the_config_states_changes_nothing(
         run(
             *("richardson_lucy", "--data", pairs, "--optics", optics),
             *("--classifier", "sharpness", "--engine-folder", engine_folder),
-            *("-o", tmp_path / "out"),
+            *("-o", tmp_path / "out", "--overwrite"),
         )
         text = (tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8")
         gains.append(json.loads(text)["outcomes"][0]["restored"]["all"]["gain_db"])

@@ -1,0 +1,118 @@
+"""Optics of images: who states them, what completes them, what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config import Config, parse_config
+from rtfocus.config.optics import stated_optics
+from rtfocus.errors import ConfigError, InputError
+from rtfocus.images.optics import StatedOptics, find_optics, in_short
+from rtfocus.images.series import ImageChannel, ImageSeries
+from rtfocus.processing.image_set import BLIND_ENGINE, ImageSet, restoring_with
+
+MINE = OpticalSystem(0.75, 520, 0.325)
+
+
+def image(**facts: object) -> ImageSeries:
+    plain = ImageSeries(
+        "a",
+        Path("a.tif"),
+        {"t": 1, "c": 1, "z": 1},
+        (64, 64),
+        np.dtype("<u2"),
+        lambda _t, _c, _z: np.zeros((64, 64), np.uint16),
+    )
+    return replace(plain, **facts)  # type: ignore[arg-type]
+
+
+def pixels(size_um: float, **facts: object) -> ImageSeries:
+    return image(pixel_size_y_um=size_um, pixel_size_x_um=size_um, **facts)
+
+
+def stated(text: str) -> StatedOptics:
+    return StatedOptics(stated_optics(text), text)
+
+
+def test_the_option_is_completed_by_the_file():
+    said = stated("NA=0.75,wavelength=520")
+    found = find_optics(pixels(0.325), 0, stated=said)
+    assert found.system == MINE
+    assert found.source == "--optics, pixel size from the file"
+    assert find_optics(image(), 0, stated=said).source == "no pixel size"
+
+
+def test_a_file_that_states_all_needs_nobody():
+    green = (ImageChannel(emission_nm=520),)
+    whole = pixels(0.325, numerical_aperture=0.75, channels=green)
+    assert find_optics(whole, 0).system == MINE
+    assert find_optics(whole, 0).source == "the file"
+
+
+def test_the_config_comes_before_the_file_and_the_option_before_the_config():
+    other = OpticalSystem(0.3, 600, 0.325)
+    assert find_optics(pixels(0.325), 0, configured=other).system == other
+    said = stated(in_short(MINE))
+    assert find_optics(image(), 0, configured=other, stated=said).system == MINE
+
+
+def test_rounding_is_no_contradiction_and_more_is():
+    find_optics(pixels(0.3251), 0, configured=MINE)
+    with pytest.raises(ConfigError, match=r"0\.1 um, the config's optics say 0\.325"):
+        find_optics(pixels(0.1), 0, configured=MINE)
+    with pytest.raises(ConfigError, match=r"0\.1 um, --optics say 0\.325"):
+        find_optics(pixels(0.1), 0, stated=stated(in_short(MINE)))
+    uneven = image(pixel_size_y_um=0.3, pixel_size_x_um=0.6)
+    with pytest.raises(InputError, match="square"):
+        find_optics(uneven, 0, configured=MINE)
+
+
+def test_methods_that_compute_psfs_are_refused_without_optics():
+    for method in ("wiener", "richardson_lucy", "learned_wiener"):
+        with pytest.raises(ConfigError, match=r"give --optics .*--engine rtfocus-1"):
+            ImageSet(restoring_with(Config(), method), [image()])
+    with pytest.raises(ConfigError, match="no emission wavelength"):
+        ImageSet(restoring_with(Config(), "wiener"), [pixels(0.65)])
+
+
+def test_without_a_choice_unknown_optics_are_restored_blind_and_told():
+    images = ImageSet(Config(), [image()], free_choice=True)
+    (said,) = images.assumptions()
+    assert f"engine '{BLIND_ENGINE}' runs blind, as if NA=0.36" in said
+    made = images.made(0)
+    assert made["engine"].startswith(f"{BLIND_ENGINE}@")
+    assert "blind" in made["optics from"]
+    known = ImageSet(
+        Config(), [image()], stated=stated("NA=0.36,wavelength=451,pixel=0.65")
+    )
+    assert known.made(0)["engine"] == "wiener"
+    assert known.made(0)["optics from"] == "--optics"
+
+
+def test_a_blind_engine_is_refused_for_pixels_it_was_not_made_for():
+    ImageSet(Config(), [pixels(0.65)], free_choice=True)
+    with pytest.raises(ConfigError, match=r"pixels of 0\.1 um .*--optics NA="):
+        ImageSet(Config(), [pixels(0.1)], free_choice=True)
+
+
+def test_channels_find_their_optics_by_name_else_in_order():
+    optics = {"numerical_aperture": 0.36, "pixel_size_um": 0.65}
+    config = parse_config(
+        {
+            "channels": [
+                {"name": "DAPI", "optics": {**optics, "wavelength_nm": 451}},
+                {"name": "Cy5", "optics": {**optics, "wavelength_nm": 500}},
+            ]
+        }
+    )
+    two = {"t": 1, "c": 2, "z": 1}
+    turned = (ImageChannel(name="Cy5"), ImageChannel(name="DAPI"))
+    images = ImageSet(config, [image(sizes=two, channels=turned), image(sizes=two)])
+    waves = [
+        [found.system.wavelength_nm for c in range(2) if (found := images.optics(n, c))]
+        for n in range(2)
+    ]
+    assert waves == [[500, 451], [451, 500]]
