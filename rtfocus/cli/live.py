@@ -115,6 +115,8 @@ def acquire(
     if not quiet:
         typer.echo(report)
         typer.echo(f"recorded by {publishers[-1].status().recorder or 'nobody'}")
+    elif not report.outcome.is_complete:
+        typer.echo(report.outcome, err=True)
     raise typer.Exit(report.outcome.exit_code)
 
 
