@@ -33,6 +33,8 @@ from rtfocus.writers.specs import (
 
 _FIRST_GROWTH = 64
 _LARGEST_GROWTH = 4096
+_MOST_THREADS = 8
+"""More than this many copies at once do not make a disk faster."""
 
 
 def open_context(store: StoreConfig, threads: int) -> ts.Context:
@@ -224,10 +226,6 @@ class FrameArray:
     def _as_planes(self, frame: NDArray[Any]) -> NDArray[Any]:
         """View a frame with axes (plane, y, x)."""
         return frame[np.newaxis] if frame.ndim == 2 else np.moveaxis(frame, -1, 0)
-
-
-_MOST_THREADS = 8
-"""More than this many copies at once do not make a disk faster."""
 
 
 class RunImages:

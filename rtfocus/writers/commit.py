@@ -25,6 +25,7 @@ from rtfocus.writers.tally import Tally, term_of
 LONGEST_HOLD_S = 0.5
 """A frame in an open shard is written after this long even if no other comes: the
 sender may be waiting for it, and a slow time-lapse must be safe soon."""
+_FULL = ("no space left", "disk full", "not enough space", "file too large", "quota")
 
 
 @dataclass(slots=True)
@@ -196,9 +197,6 @@ def _failure(futures: list[Commit]) -> BaseException | None:
         except Exception as error:  # returned, and kept by the caller
             first = first or error
     return first
-
-
-_FULL = ("no space left", "disk full", "not enough space", "file too large", "quota")
 
 
 class Ledger:

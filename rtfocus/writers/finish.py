@@ -24,6 +24,18 @@ from rtfocus.writers.layout import write_group
 from rtfocus.writers.places import complete
 from rtfocus.writers.tally import Tally
 
+FRAMES_NAME = "frames.zarr"
+_BLOCK = 8192
+"""Rows read, converted and written at once: memory stays flat in long runs."""
+_UNKNOWN = -1
+_WORDS: dict[str, Callable[[Line], str]] = {
+    "status": lambda line: line["status"],
+    "reason": lambda line: line.get("reason") or line.get("place") or "",
+    "skipped": lambda line: line.get("skipped") or "",
+    "flags": lambda line: " ".join(line.get("flags") or ()),
+    "engines": lambda line: " ".join(sorted((line.get("engines") or {}).values())),
+}
+
 
 def finish_run(
     folder: Path,
@@ -69,13 +81,6 @@ def finish_run(
     )
 
 
-FRAMES_NAME = "frames.zarr"
-_BLOCK = 8192
-"""Rows read, converted and written at once: memory stays flat in long runs."""
-
-_UNKNOWN = -1
-
-
 def _integer(key: str) -> Callable[[Line], Any]:
     return lambda line: _or(line.get(key), _UNKNOWN)
 
@@ -118,14 +123,6 @@ _COLUMNS: dict[str, tuple[str, Callable[[Line], Any]]] = {
     "foreground": ("float32", _estimate("foreground", np.nan)),
 }
 """Name to dtype and how a line gives the value; -1 or NaN: unknown."""
-
-_WORDS: dict[str, Callable[[Line], str]] = {
-    "status": lambda line: line["status"],
-    "reason": lambda line: line.get("reason") or line.get("place") or "",
-    "skipped": lambda line: line.get("skipped") or "",
-    "flags": lambda line: " ".join(line.get("flags") or ()),
-    "engines": lambda line: " ".join(sorted((line.get("engines") or {}).values())),
-}
 
 
 def write_columns(folder: Path, rows: int) -> Path:

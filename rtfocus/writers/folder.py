@@ -28,6 +28,14 @@ from rtfocus.writers.lock import RunLock, holder_of
 from rtfocus.writers.places import Plan
 from rtfocus.writers.specs import image_specs
 
+SUFFIX = ".rtfocus"
+ASIDE_NAME = "set_aside"
+_MOUNT_POINT = 0xA0000003
+"""``stat.IO_REPARSE_TAG_MOUNT_POINT``, which only Windows has."""
+_SAMPLE_S = 0.25
+_WINDOW = 40
+"""Ten seconds of samples: the rate of a run, not of one frame."""
+
 
 def take_folder(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:
     """Make or take up a run folder; True: it holds this series, cut off.
@@ -171,9 +179,6 @@ def _resumes(folder: Path, header: RunHeader) -> bool:
     return True
 
 
-SUFFIX = ".rtfocus"
-
-
 def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
     """Return the folder for `series`: ``NAME.rtfocus``, else ``NAME-2.rtfocus`` ...
 
@@ -220,12 +225,6 @@ def holds_unfinished(folder: Path, series_uid: str) -> bool:
         return read_header(folder).series.series_uid == series_uid
     except WriterError:
         return False
-
-
-ASIDE_NAME = "set_aside"
-
-_MOUNT_POINT = 0xA0000003
-"""``stat.IO_REPARSE_TAG_MOUNT_POINT``, which only Windows has."""
 
 
 def set_aside(folder: Path, files: list[Path]) -> Path | None:
@@ -295,11 +294,6 @@ def _is_junction(entry: "os.DirEntry[str]") -> bool:
     found = entry.stat(follow_symlinks=False)
     tag: int = getattr(found, "st_reparse_tag", 0)
     return tag == _MOUNT_POINT
-
-
-_SAMPLE_S = 0.25
-_WINDOW = 40
-"""Ten seconds of samples: the rate of a run, not of one frame."""
 
 
 def free_bytes(folder: Path) -> int:

@@ -19,6 +19,15 @@ from rtfocus.frame import Position
 from rtfocus.writers.header import RunHeader, is_document, write_json
 from rtfocus.writers.specs import CONFIDENCE, DEFOCUS, ImageSpec
 
+_RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
+_COLOURS = ("00FFFF", "FF00FF", "FFFF00", "FF0000", "00FF00", "0000FF")
+_BY_WAVELENGTH_NM = (
+    (490, "0000FF"),
+    (570, "00FF00"),
+    (620, "FF8000"),
+    (5000, "FF0000"),
+)
+
 
 def store_path(folder: Path, name: str) -> Path:
     """Return the OME-Zarr of image `name`; confidence lies inside defocus."""
@@ -107,12 +116,20 @@ def _documents(
         if spec.name != CONFIDENCE:
             documents |= _collection(store_path(folder, spec.name), header)
         groups = image_groups(folder, header, spec)
+        # Positions differ in their names alone, and a plate may have ten thousand.
+        shared = image_document(header, spec, spec.name)
         for position, group in zip(header.series.positions, groups, strict=True):
             documents[group] = {
-                "ome": image_document(header, spec, f"{position.name} {spec.name}"),
+                "ome": _named(shared, f"{position.name} {spec.name}"),
                 "rtfocus": _description(header, spec, position),
             }
     return documents
+
+
+def _named(image: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the ``ome`` attribute of an image under another name."""
+    (multiscale,) = image["multiscales"]
+    return image | {"multiscales": [multiscale | {"name": name}]}
 
 
 def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None:
@@ -185,16 +202,6 @@ def _description(
         described |= {"unit": "micrometer", "signed": header.grid.signed}
         described |= {"sign": "positive: specimen too far from the objective"}
     return described
-
-
-_RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
-_COLOURS = ("00FFFF", "FF00FF", "FFFF00", "FF0000", "00FF00", "0000FF")
-_BY_WAVELENGTH_NM = (
-    (490, "0000FF"),
-    (570, "00FF00"),
-    (620, "FF8000"),
-    (5000, "FF0000"),
-)
 
 
 def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, Any]:

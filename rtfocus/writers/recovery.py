@@ -108,6 +108,8 @@ def mend_journal(
     if salvage.damage:
         kept = _keep_copy(folder, path)
         steps.append(f"journal was damaged ({salvage.damage[0]}); it lies in '{kept}'")
+    if salvage.is_unended:
+        steps.append("ended the last line of the journal")
     if salvage.torn:
         steps.append(f"cut {salvage.torn} bytes of a torn line from the journal")
     _write(path, rows)

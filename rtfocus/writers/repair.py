@@ -36,6 +36,9 @@ INTERRUPTED = "interrupted"
 
 _COUNTED = ("totals", "missing", "time_points", "planned_frames", "set_aside")
 """Parts of a report that follow from the journal."""
+Restore = Callable[[NDArray[Any], str], FrameResult]
+"""Raw pixels and the channel's name to a result with a restored frame."""
+_RECOUNTED = ("totals", "missing", "time_points", "planned_frames")
 
 
 def repair_run(folder: Path, header: RunHeader) -> list[str]:
@@ -147,12 +150,6 @@ def _remove_leftovers(folder: Path) -> list[str]:
         msg = f"cannot remove '{error.filename}': {error.strerror}"
         raise WriterError(msg) from error
     return [f"removed {len(left)} unfinished files"] if left else []
-
-
-Restore = Callable[[NDArray[Any], str], FrameResult]
-"""Raw pixels and the channel's name to a result with a restored frame."""
-
-_RECOUNTED = ("totals", "missing", "time_points", "planned_frames")
 
 
 def count_unrestored(folder: Path) -> int:

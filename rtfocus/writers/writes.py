@@ -28,6 +28,9 @@ from rtfocus.writers.places import (
     complete,
 )
 
+Column = tuple[int, int, int]
+"""(p, c, z): frames that differ only in t share shards."""
+
 
 class Intake:
     """Takes frames and gaps in their order of arrival.
@@ -180,10 +183,6 @@ class Held:
     index: Index
     pixels: dict[str, NDArray[Any]]
     """By image name."""
-
-
-Column = tuple[int, int, int]
-"""(p, c, z): frames that differ only in t share shards."""
 
 
 class OpenShards:
