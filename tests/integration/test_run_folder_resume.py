@@ -1,6 +1,8 @@
 """Which folder a run goes to, and how a cut-off one goes on or is finished."""
 
+import errno
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import zarr
 from writer_kit import Recording, make_series, numbered, recording
 
+from rtfocus import files
 from rtfocus.config.model import RunConfig
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
@@ -152,6 +155,33 @@ def test_a_finished_folder_is_refused_or_replaced(tmp_path: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["series_uid"] == "uid-2"
     assert check_run(folder).frames == 2
+
+
+def test_a_finished_run_that_a_viewer_holds_open_is_replaced_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run.rtfocus"
+    with recording(folder, make_series()) as run:
+        run.close(run.send_all())
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def held(path: Path, _target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    hasty = files.Patience(deadline_s=0.2, pause_s=0.05)
+    monkeypatch.setattr(
+        "rtfocus.writers.folder.remove", partial(files.remove, patience=hasty)
+    )
+    other = make_series(series_uid="uid-2")
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "rename", held)  # as Windows with a file open inside
+        with pytest.raises(WriterError, match=r"run\.rtfocus' cannot be removed: Perm"):
+            Recording(folder, other, store={"overwrite": True})
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    after.pop(folder / "writer.lock", None)
+    before.pop(folder / "writer.lock", None)
+    assert after == before
+    assert check_run(folder).problems == []
 
 
 def test_another_series_in_a_cut_off_folder_is_refused(tmp_path: Path) -> None:

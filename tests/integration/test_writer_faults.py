@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,28 @@ def test_a_full_disk_surfaces_and_keeps_what_was_durable(small_disk: Path) -> No
     assert len(run.durable) <= report.frames < tried
     assert_durable_frames_are_there(folder, run.durable)
     assert_journalled_frames_are_there(folder)
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_with_its_place(
+    small_disk: Path,
+) -> None:
+    filler = small_disk / "filler"
+    with recording(small_disk / "run.rtfocus", ENDLESS) as run:
+        for t in range(5):
+            run.send(t, {"t": t})
+        run.writer.drain()
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(WriterError) as found:
+            run.close(5)
+    said = str(found.value)
+    assert str(run.writer.folder) in said
+    assert "None" not in said
+    filler.unlink()
+    report = check_run(run.writer.folder, repair=True)
+    assert report.problems == [], str(report)
+    assert report.frames == 5
 
 
 def test_a_nearly_full_disk_ends_the_run_cleanly(small_disk: Path) -> None:
