@@ -16,6 +16,7 @@ from image_file_kit import (
     ngff_axes,
     ome_pixels,
     ome_xml,
+    write_mm_stack,
     write_ndtiff,
     write_ngff,
     write_pages,
@@ -77,6 +78,12 @@ def ndtiff(folder: Path) -> None:
     write_ndtiff(folder / "set", axes, {"PixelSize_um": 0.3, "ChNames": ["a", "b"]})
 
 
+def mm_stack(folder: Path) -> None:
+    places = [(c, 0, t, p) for p in range(2) for t in range(2) for c in range(2)]
+    sizes = {"Frames": 2, "Slices": 1, "Channels": 2, "Positions": 2}
+    write_mm_stack(folder / "a_MMStack.tif", places, {**sizes, "ChNames": ["a", "b"]})
+
+
 def frames(folder: Path) -> None:
     for t in range(2):
         name = f"img_channel000_position000_time{t:09d}_z000.tif"
@@ -94,6 +101,7 @@ MAKERS = [
     zarr_2,
     zarr_3,
     ndtiff,
+    mm_stack,
     frames,
 ]
 
