@@ -1,5 +1,8 @@
 """What a receiver promises, with rtfocus' publisher and with one in bare pyzmq."""
 
+import getpass
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,13 +30,14 @@ from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver
 
 Endpoints = tuple[str, str]
-Publishing = Callable[[int], AbstractContextManager[Endpoints]]
+Publishing = Callable[..., AbstractContextManager[Endpoints]]
+HOST = socket.gethostname()
 INDEPENDENT = Path(__file__).parents[1] / "integration" / "independent_publisher.py"
 
 
 @contextmanager
-def rtfocus_publishing(frames: int) -> Iterator[Endpoints]:
-    with FramePublisher(make_config()) as publisher:
+def rtfocus_publishing(frames: int, pairing: str | None = None) -> Iterator[Endpoints]:
+    with FramePublisher(make_config(pairing=pairing)) as publisher:
 
         def act() -> None:
             publisher.start(make_series(sizes={"t": frames}))
@@ -42,16 +46,22 @@ def rtfocus_publishing(frames: int) -> Iterator[Endpoints]:
 
         with Background(act):
             yield publisher.endpoints
+        who = f"process {os.getpid()} ({getpass.getuser()}) on host {HOST}"
+        assert str(publisher.status().recorder).startswith(who)
 
 
 @contextmanager
-def independent_publishing(frames: int) -> Iterator[Endpoints]:
+def independent_publishing(
+    frames: int, pairing: str | None = None
+) -> Iterator[Endpoints]:
     command = [sys.executable, str(INDEPENDENT), str(frames), str(SHAPE[1])]
+    command += [] if pairing is None else [pairing]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         with process.stdout as lines:
             yield lines.readline().strip(), lines.readline().strip()
+            assert lines.readline().startswith(f"{os.getpid()} {HOST} ")
         assert process.wait(DEADLINE_S) == 0
     finally:
         process.kill()
@@ -117,6 +127,20 @@ def test_a_second_recorder_is_refused(publishing: Publishing) -> None:
                 pytest.raises(TransportError, match="recorder"),
             ):
                 second.wait_series(DEADLINE_S)
+            assert record(receiver).sequences == list(range(20))
+
+
+def test_only_a_recorder_of_the_same_pairing_is_welcome(publishing: Publishing) -> None:
+    with publishing(20, "violet") as (frames, control):
+        for pairing in (None, "ultramarine"):
+            config = make_config(frames=frames, control=control, pairing=pairing)
+            with (
+                receiving(config, None) as (stranger, _),
+                pytest.raises(TransportError, match=r"refused: .*pair"),
+            ):
+                stranger.wait_series(DEADLINE_S)
+        config = make_config(frames=frames, control=control, pairing="violet")
+        with receiving(config) as (receiver, _):
             assert record(receiver).sequences == list(range(20))
 
 

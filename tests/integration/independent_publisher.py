@@ -1,9 +1,10 @@
 """Independent publisher: wire protocol 1 from its specification alone.
 
 Only pyzmq and msgpack. Prints its two endpoints, sends one series of frames whose
-pixels all hold their sequence, and leaves when the recorder has all of it.
+pixels all hold their sequence, and leaves when the recorder has all of it. Then it
+prints who recorded, and where. With PAIRING only a recorder that says it is welcome.
 
-Run: python independent_publisher.py FRAMES SIDE_PX
+Run: python independent_publisher.py FRAMES SIDE_PX [PAIRING]
 """
 
 import sys
@@ -19,8 +20,9 @@ HEARTBEAT_S = 0.05
 class IndependentPublisher:
     """One series; any frame can be made again, so none has to be kept."""
 
-    def __init__(self, frames, side):
-        self.frames, self.side = frames, side
+    def __init__(self, frames, side, pairing=None):
+        self.frames, self.side, self.pairing = frames, side, pairing
+        self.recorded_by = {}
         self.series = {"version": 1, "series_uid": f"independent-{time.time_ns()}"}
         self.context = zmq.Context()
         self.stream = self.context.socket(zmq.XPUB)
@@ -53,11 +55,14 @@ class IndependentPublisher:
             if self.recorder is not None and time.monotonic() >= self.next_beat:
                 self.beat()
         self.context.destroy()
+        sys.stdout.write("{pid} {host} {folder}\n".format(**self.recorded_by))
 
     def handle(self, sender, message):
         kind = message["type"]
         if kind == "hello":
-            self.greet(sender, message["uid"])
+            self.greet(sender, message["uid"], message.get("pairing"))
+            if message["uid"] == self.uid:
+                self.recorded_by |= {key: message.get(key) for key in ("pid", "host")}
         elif message.get("uid") != self.uid:
             return
         elif kind == "progress":
@@ -65,13 +70,18 @@ class IndependentPublisher:
         elif kind == "resend":
             self.sent, self.attempt = message["sequence"], message["attempt"]
             self.begun = self.rewind_due = True
+            self.recorded_by["folder"] = message.get("folder")
         elif kind == "ended":
             self.ended = True
         elif kind == "leave":
             self.recorder = self.uid = self.topic = None
             self.subscribed = self.begun = False
 
-    def greet(self, sender, uid):
+    def greet(self, sender, uid, pairing):
+        if self.pairing not in (None, pairing):
+            reason = "another pairing is expected"
+            self.tell(sender, type="refused", uid=uid, code="pairing", reason=reason)
+            return
         if self.recorder is None:
             self.recorder, self.uid = sender, uid
             self.topic = f"{self.series['series_uid']}/{uid}/".encode()
@@ -117,4 +127,4 @@ class IndependentPublisher:
 
 
 if __name__ == "__main__":
-    IndependentPublisher(int(sys.argv[1]), int(sys.argv[2])).run()
+    IndependentPublisher(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]).run()
