@@ -1,5 +1,6 @@
 """I/O thread: one thread that opens, uses and closes all sockets of a side."""
 
+import socket
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -8,7 +9,49 @@ import zmq
 
 from rtfocus.errors import RtfocusError, TransportError
 from rtfocus.transport.sockets import Context
-from rtfocus.transport.waker import Waker
+
+
+class Waker:
+    """A pair of connected sockets; its reading end joins a poller.
+
+    A ZeroMQ inproc pair would do the same, but only from one thread.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._lock = threading.Lock()
+        self._pending = False
+        self._closed = False
+
+    def fileno(self) -> int:
+        """Return what a poller waits on."""
+        return self._reader.fileno()
+
+    def wake(self) -> None:
+        """Make the waiting thread's poll return; callable from any thread."""
+        with self._lock:
+            # One byte at most is under way, so this never blocks.
+            if self._pending or self._closed:
+                return
+            self._pending = True
+            self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        """Forget earlier wake-ups; call it before looking at what they announce."""
+        with self._lock:
+            if self._pending:
+                self._reader.recv(1)
+                self._pending = False
+
+    def close(self) -> None:
+        """Close both ends; later wake-ups do nothing."""
+        with self._lock:
+            self._closed = True
+            self._reader.close()
+            self._writer.close()
+
 
 _LOOK_S = 0.1
 """How often a waiting call looks for a failure of the thread."""

@@ -20,7 +20,7 @@ from rtfocus.config.processor import PreviewConfig
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import PROTOCOL_VERSION, Estimate
 from rtfocus.transport.curve import CLIENT, ClientList
-from rtfocus.transport.io_thread import IoThread
+from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.sockets import (
     Context,
     Socket,
@@ -30,7 +30,6 @@ from rtfocus.transport.sockets import (
     preview_server,
 )
 from rtfocus.transport.validation import DTYPES
-from rtfocus.transport.waker import Waker
 
 
 class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):

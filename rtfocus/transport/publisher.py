@@ -16,13 +16,12 @@ from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
 from rtfocus.frame import Estimate, SeriesStart
 from rtfocus.slots import Slot, SlotPool
-from rtfocus.transport.io_thread import IoThread
+from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.publisher_loop import PublisherLoop
 from rtfocus.transport.sizing import slot_pool
 from rtfocus.transport.sockets import Context
 from rtfocus.transport.stall import Stall
-from rtfocus.transport.waker import Waker
 
 _LOOK_S = 0.1
 """How often a waiting call looks for a stop or a stall; a slot wakes it at once."""

@@ -12,6 +12,7 @@ from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.curve import ClientList
 from rtfocus.transport.frames_out import FramesOut
+from rtfocus.transport.io_thread import Waker
 from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.registrar import Recorder, Registrar, Reply
 from rtfocus.transport.sockets import (
@@ -21,7 +22,6 @@ from rtfocus.transport.sockets import (
     frames_server,
 )
 from rtfocus.transport.tally import Tally
-from rtfocus.transport.waker import Waker
 
 _MESSAGES_PER_TURN = 64
 """Bounds how long control messages can hold up frames."""

@@ -16,14 +16,13 @@ from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.arrivals import Arrivals
 from rtfocus.transport.intake import Intake
-from rtfocus.transport.io_thread import IoThread
+from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.receiver_loop import ReceiverLoop
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.session import Session
 from rtfocus.transport.sizing import slot_pool
 from rtfocus.transport.sockets import Context, nobody_listens
-from rtfocus.transport.waker import Waker
 
 __all__ = ["FrameReceiver", "Gap"]
 

@@ -12,11 +12,11 @@ from rtfocus.frame import Estimate
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
 from rtfocus.transport.frames_in import FramesIn
+from rtfocus.transport.io_thread import Waker
 from rtfocus.transport.link import PAUSE_S, Link
 from rtfocus.transport.session import Session
 from rtfocus.transport.sockets import Context, control_client, frames_client
 from rtfocus.transport.tally import Tally
-from rtfocus.transport.waker import Waker
 
 _MESSAGES_PER_TURN = 64
 """Bounds how long control messages can hold up frames."""
