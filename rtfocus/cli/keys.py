@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rtfocus.transport.curve import create_keys
+from rtfocus.transport.sockets import create_keys
 
 
 def add_to(app: typer.Typer) -> None:

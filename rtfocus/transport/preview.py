@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from rtfocus.config.processor import PreviewConfig
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import PROTOCOL_VERSION, Estimate
-from rtfocus.transport.curve import CLIENT, ClientList
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.sockets import (
+    CLIENT,
+    ClientList,
     Context,
     Socket,
     bound_to,

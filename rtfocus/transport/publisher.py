@@ -19,8 +19,7 @@ from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.publisher_loop import PublisherLoop
-from rtfocus.transport.sizing import slot_pool
-from rtfocus.transport.sockets import Context
+from rtfocus.transport.sockets import Context, slot_pool
 from rtfocus.transport.stall import Stall
 
 _LOOK_S = 0.1

@@ -10,12 +10,12 @@ from rtfocus.errors import TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Estimate
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
-from rtfocus.transport.curve import ClientList
 from rtfocus.transport.frames_out import FramesOut
 from rtfocus.transport.io_thread import Waker
 from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.registrar import Recorder, Registrar, Reply
 from rtfocus.transport.sockets import (
+    ClientList,
     Context,
     bound_to,
     control_server,

@@ -21,8 +21,7 @@ from rtfocus.transport.receiver_loop import ReceiverLoop
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.session import Session
-from rtfocus.transport.sizing import slot_pool
-from rtfocus.transport.sockets import Context, nobody_listens
+from rtfocus.transport.sockets import Context, nobody_listens, slot_pool
 
 __all__ = ["FrameReceiver", "Gap"]
 

@@ -13,8 +13,7 @@ from rtfocus.transport.arrivals import Arrivals
 from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.registrar import LOST_HEARTBEATS, Registrar
 from rtfocus.transport.sequencer import Gap
-from rtfocus.transport.sizing import slot_pool
-from rtfocus.transport.sockets import Context, control_server, frames_server
+from rtfocus.transport.sockets import Context, control_server, frames_server, slot_pool
 from rtfocus.transport.stall import Stall
 from rtfocus.transport.tally import Tally
 
