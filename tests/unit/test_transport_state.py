@@ -11,10 +11,10 @@ from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.arrivals import Arrivals
 from rtfocus.transport.outbox import Outbox
+from rtfocus.transport.publisher import Stall
 from rtfocus.transport.registrar import LOST_HEARTBEATS, Registrar
 from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.sockets import Context, control_server, frames_server, slot_pool
-from rtfocus.transport.stall import Stall
 from rtfocus.transport.tally import Tally
 
 
