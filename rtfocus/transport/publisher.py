@@ -18,8 +18,8 @@ from rtfocus.errors import TransportError
 from rtfocus.frame import Estimate, SeriesStart
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.io_thread import IoThread, Waker
-from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.publisher_loop import PublisherLoop
+from rtfocus.transport.registrar import Outbox
 from rtfocus.transport.sockets import Context, slot_pool
 
 

@@ -12,8 +12,7 @@ from rtfocus.frame import PROTOCOL_VERSION, Estimate
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.io_thread import Waker
-from rtfocus.transport.outbox import Outbox
-from rtfocus.transport.registrar import Recorder, Registrar, Reply
+from rtfocus.transport.registrar import Outbox, Recorder, Registrar, Reply
 from rtfocus.transport.sockets import (
     ClientList,
     Context,

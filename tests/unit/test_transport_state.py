@@ -10,9 +10,8 @@ from rtfocus.frame import SeriesEnd
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.arrivals import Arrivals
-from rtfocus.transport.outbox import Outbox
 from rtfocus.transport.publisher import Stall
-from rtfocus.transport.registrar import LOST_HEARTBEATS, Registrar
+from rtfocus.transport.registrar import LOST_HEARTBEATS, Outbox, Registrar
 from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.sockets import Context, control_server, frames_server, slot_pool
 from rtfocus.transport.tally import Tally
