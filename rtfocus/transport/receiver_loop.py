@@ -38,6 +38,12 @@ PAUSE_S = 0.1
 class Link:
     """Keeps one endpoint connected; used in the thread that owns the sockets.
 
+    libzmq makes a broken connection again by itself, except after a message it
+    refuses (too large, no ZMTP): then it gives up for good, without a word. Only
+    the socket's monitor shows it: a break that no retry follows. Disconnecting and
+    connecting the same socket is no way out, because reading a multipart message
+    whose connection was just disconnected aborts the process (libzmq issue 2163).
+
     Parameters
     ----------
     make

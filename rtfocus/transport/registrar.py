@@ -1,4 +1,4 @@
-"""Registrar: who records the series, and what it has said.
+"""Registrar: who records the series, what it has said, and what is owed to it.
 
 Pure: gets messages and the time, returns replies. One recorder per series; it
 is lost after `LOST_HEARTBEATS` of silence, and back as soon as it speaks again,
@@ -18,7 +18,11 @@ from rtfocus.transport.validation import check_estimate
 
 
 class Outbox:
-    """Slots of `series` in the order of their sequence."""
+    """The frames of one series that the publisher holds until they are durable.
+
+    In the order of their sequence. Safe to use from any thread: the acquisition
+    appends, the I/O thread sends and settles, waiters are notified.
+    """
 
     def __init__(self, series: SeriesStart) -> None:
         self.series = series

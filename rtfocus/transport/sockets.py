@@ -1,6 +1,16 @@
-"""Sockets: ZeroMQ sockets with the options rtfocus relies on.
+"""Sockets: ZeroMQ sockets with the options, keys and limits rtfocus relies on.
 
 All limits are set before bind or connect: later they have no effect.
+
+A folder of CURVE keys has the layout of ``zmq.auth`` certificates::
+
+    server.key, server.key_secret      microscope side
+    client.key, client.key_secret      processor, and viewers
+    clients/*.key                      public keys that are admitted
+
+Each side needs its own ``key_secret``, the ``.key`` of whom it connects to, and as
+the one that binds ``clients/``: the microscope side for frames and control, the
+processor for its preview. All three sockets admit the same list.
 """
 
 import ipaddress
