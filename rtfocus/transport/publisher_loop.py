@@ -21,7 +21,7 @@ from rtfocus.transport.sockets import (
     control_server,
     frames_server,
 )
-from rtfocus.transport.tally import Tally
+from rtfocus.transport.validation import Rejections
 
 
 class FramesOut:
@@ -120,7 +120,7 @@ class PublisherLoop:
             bound_to(self._control),
         )
         self.registrar = Registrar(config.heartbeat_s, config.pairing)
-        self.tally = Tally("control")
+        self.rejections = Rejections("control")
         self.raw_only: str | None = None
         """Reason to tell the recorder; set by the API."""
         self._pool: SlotPool | None = None
@@ -200,7 +200,7 @@ class PublisherLoop:
                 now_s = time.monotonic()
                 replies = self.registrar.handle(identity, message, now_s)
             except TransportError as error:
-                self.tally.reject(getattr(error, "reason", "request"), str(error))
+                self.rejections.reject(getattr(error, "reason", "request"), str(error))
                 replies = [m.Complaint(reason=str(error))]
             for reply in replies:
                 self._say(identity, reply)
@@ -210,7 +210,9 @@ class PublisherLoop:
             self._control.send_multipart([identity, m.pack(message)], zmq.NOBLOCK)
         except zmq.Again:
             # Its queue is full: it does not read, and will be lost by its silence.
-            self.tally.reject("unread", "a peer does not read its control messages")
+            self.rejections.reject(
+                "unread", "a peer does not read its control messages"
+            )
 
     def _read_subscriptions(self) -> None:
         recorder = self.registrar.recorder

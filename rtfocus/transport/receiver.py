@@ -14,8 +14,7 @@ from rtfocus.errors import TransportError
 from rtfocus.frame import Estimate, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot, SlotPool
-from rtfocus.transport.arrivals import Arrivals
-from rtfocus.transport.intake import Intake
+from rtfocus.transport.inflow import Arrivals, Inflow
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.receiver_loop import ReceiverLoop
 from rtfocus.transport.registrar import LOST_HEARTBEATS
@@ -144,10 +143,10 @@ class FrameReceiver:
         series = session.series
         frame_bytes = np.dtype(series.dtype).itemsize * int(np.prod(series.shape))
         pool, arrivals = slot_pool(self._config, frame_bytes), Arrivals()
-        intake = Intake(series, next_sequence, pool, arrivals, self._accounting)
+        inflow = Inflow(series, next_sequence, pool, arrivals, self._accounting)
         self._pool, self._arrivals = pool, arrivals
         self._thread.call(
-            lambda: session.begin(intake, next_sequence, time.monotonic(), folder)
+            lambda: session.begin(inflow, next_sequence, time.monotonic(), folder)
         )
         session.stop_wanted = self._stopped
         self._thread.wake()
@@ -233,5 +232,5 @@ class FrameReceiver:
     def _fail(self, failure: TransportError) -> None:
         """Wake whoever iterates when the I/O thread fails."""
         session = self._session
-        if session is not None and session.intake is not None:
-            session.intake.lose(str(failure))
+        if session is not None and session.inflow is not None:
+            session.inflow.lose(str(failure))

@@ -22,7 +22,7 @@ from rtfocus.transport.sockets import (
     control_client,
     frames_client,
 )
-from rtfocus.transport.tally import Tally
+from rtfocus.transport.validation import Rejections
 
 _REFUSED = zmq.Event.HANDSHAKE_FAILED_AUTH
 _BROKE = (
@@ -187,7 +187,7 @@ class ReceiverLoop:
         self._estimate: Estimate | None = None
         self._estimate_lock = threading.Lock()
         self._waker = waker
-        self._tally = Tally(
+        self._rejections = Rejections(
             "frames", lambda reason: accounting.count("rejected", reason)
         )
         self._poller = zmq.Poller()
@@ -215,7 +215,7 @@ class ReceiverLoop:
     @property
     def rejected(self) -> str | None:
         """What was wrong with the newest message that could not be used."""
-        return self._tally.last
+        return self._rejections.last
 
     def offer_estimate(self, estimate: Estimate) -> None:
         """Have an estimate sent unless a newer one comes first; any thread."""
@@ -252,14 +252,14 @@ class ReceiverLoop:
             for message in session.say(now_s):
                 self._say(message)
             self._send_estimate()
-        if session is not None and session.intake is None:
+        if session is not None and session.inflow is None:
             with self.turned:
                 self.turned.notify_all()
 
     def close(self) -> None:
         """Report what is durable, say good-bye, close the sockets."""
-        if self.session is not None and self.session.intake is not None:
-            self.session.intake.stop()
+        if self.session is not None and self.session.inflow is not None:
+            self.session.inflow.stop()
         self._leave("receiver closed")
         self._frames.link.close()
         self._control.close()
@@ -270,11 +270,11 @@ class ReceiverLoop:
                 message = self._frames.receive()
                 if message is None:
                     return
-                if self.session is not None and self.session.intake is not None:
+                if self.session is not None and self.session.inflow is not None:
                     self.session.heard_frame(time.monotonic())
-                    self.session.intake.take(*message)
+                    self.session.inflow.take(*message)
             except ProtocolError as error:
-                self._tally.reject(error.reason, str(error))
+                self._rejections.reject(error.reason, str(error))
 
     def _read_control(self) -> None:
         for _ in range(_MESSAGES_PER_TURN):
@@ -285,7 +285,7 @@ class ReceiverLoop:
             try:
                 message = m.unpack_from_publisher(parts[0] if len(parts) == 1 else b"")
             except ProtocolError as error:
-                self._tally.reject(error.reason, f"control: {error}")
+                self._rejections.reject(error.reason, f"control: {error}")
                 continue
             if self.session is not None:
                 self.session.handle(message, time.monotonic())
@@ -295,7 +295,7 @@ class ReceiverLoop:
         if frames.monitor in ready and frames.look(now_s):
             if session is not None and session.is_running:
                 # Frames that were lost with it show as a hole.
-                self._tally.reject(
+                self._rejections.reject(
                     "disconnected",
                     "the frames connection broke: network, or a message of more "
                     "than transport.max_frame_mb",

@@ -14,7 +14,7 @@ from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import PeerLostError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, SeriesStart
 from rtfocus.transport import messages as m
-from rtfocus.transport.intake import Intake
+from rtfocus.transport.inflow import Inflow
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sockets import max_frame_bytes
 from rtfocus.transport.validation import check_welcome
@@ -62,7 +62,7 @@ class Session:
         self._max_frame_bytes = max_frame_bytes(config)
         self.series: SeriesStart | None = None
         self.topic: str | None = None
-        self.intake: Intake | None = None
+        self.inflow: Inflow | None = None
         """Set when frames are wanted."""
         self.refused: str | None = None
         """Newest answer of a publisher that does not want us."""
@@ -94,17 +94,17 @@ class Session:
         """When there will be something to say even if nothing happens."""
 
     def begin(
-        self, intake: Intake, next_sequence: int, now_s: float, folder: str = ""
+        self, inflow: Inflow, next_sequence: int, now_s: float, folder: str = ""
     ) -> None:
-        """Ask for frames; `intake` takes them, `folder` is where they will lie."""
+        """Ask for frames; `inflow` takes them, `folder` is where they will lie."""
         self._folder = folder
         self.durable_upto = next_sequence
         self._flowing_s = now_s
-        self.intake = intake
+        self.inflow = inflow
         if self._taken_over is not None:
-            intake.yield_to_another(self._taken_over)
+            inflow.yield_to_another(self._taken_over)
         elif self._over is not None:
-            intake.abandon(self._over)
+            inflow.abandon(self._over)
 
     def handle(self, message: m.FromPublisher, now_s: float) -> None:
         """Take note of a control message."""
@@ -151,8 +151,8 @@ class Session:
         if self._is_worth_saying(progress, now_s, is_beat=is_beat):
             self._said, self._said_s = progress, now_s
             yield progress
-        if self.intake is not None:
-            yield from self._ask(self.intake, now_s)
+        if self.inflow is not None:
+            yield from self._ask(self.inflow, now_s)
 
     def is_wake_due(self) -> bool:
         """Tell whether a change by another thread must wake the loop; any thread.
@@ -163,7 +163,7 @@ class Session:
         # Two threads may count as one here: that costs a delay, never a wake-up.
         news = self._news + 1
         self._news = news
-        batch = self.intake.batch if self.intake is not None else 1
+        batch = self.inflow.batch if self.inflow is not None else 1
         return news % batch == 0 or (news == 1 and not self._is_armed)
 
     def last_words(self, reason: str) -> Iterator[m.FromRecorder]:
@@ -179,36 +179,36 @@ class Session:
 
     def watch(self, now_s: float) -> None:
         """End the series on request, or if its publisher is lost for too long."""
-        if self.intake is None or self.intake.arrivals.is_over:
+        if self.inflow is None or self.inflow.arrivals.is_over:
             return
         if now_s - self._watched_s > self._lost_s and self.heard_s is not None:
             # It was this process that slept; the publisher's silence begins now.
             self.heard_s = self._flowing_s = now_s
         self._watched_s = now_s
         if self.stop_wanted:
-            self.intake.stop()
+            self.inflow.stop()
             return
-        if not self.intake.sequencer.waiting:
+        if not self.inflow.sequencer.waiting:
             self._flowing_s = now_s
         heard_s = self.heard_s if self.heard_s is not None else now_s
         if now_s - heard_s > self._lost_s:
             # What it does not say it cannot send.
             self._flowing_s = now_s
         if now_s - max(heard_s, self._looked_s) > self._patience_s:
-            self._lose_publisher(self.intake, now_s)
+            self._lose_publisher(self.inflow, now_s)
         elif now_s - self._flowing_s > self._patience_s:
-            self.intake.lose(
-                f"the publisher does not send frame {self.intake.sequencer.expected} "
+            self.inflow.lose(
+                f"the publisher does not send frame {self.inflow.sequencer.expected} "
                 f"within {self._patience_s:g} s{self._complaint}"
             )
 
-    def _lose_publisher(self, intake: Intake, now_s: float) -> None:
+    def _lose_publisher(self, inflow: Inflow, now_s: float) -> None:
         """Give a silent publisher up, unless it may come back and we may wait."""
         silence = f"the publisher is lost: nothing heard for {self._patience_s:g} s"
         if self._is_gone():
-            intake.lose(f"{silence}, and its port is closed")
+            inflow.lose(f"{silence}, and its port is closed")
         elif not self._is_service:
-            intake.lose(silence, PeerLostError)
+            inflow.lose(silence, PeerLostError)
         elif self._looked_s == 0:
             logger.warning("%s; waiting for it, Ctrl-C ends the run", silence)
         self._looked_s = now_s
@@ -216,14 +216,14 @@ class Session:
     @property
     def is_running(self) -> bool:
         """Tell whether frames are wanted and have not ended."""
-        return self.intake is not None and not self.intake.arrivals.is_over
+        return self.inflow is not None and not self.inflow.arrivals.is_over
 
     @property
     def is_complete(self) -> bool:
         """Tell whether the publisher has ended the series and all of it is durable."""
-        if self.intake is None or not self.intake.has_all:
+        if self.inflow is None or not self.inflow.has_all:
             return False
-        return self.durable_upto >= self.intake.sequencer.expected
+        return self.durable_upto >= self.inflow.sequencer.expected
 
     def _is_ours(self, series_uid: str) -> bool:
         return self.series is not None and self.series.series_uid == series_uid
@@ -257,15 +257,15 @@ class Session:
                 "another recorder has taken over the series; this one leaves its run "
                 "folder as it is"
             )
-            if self.intake is not None:
-                self.intake.yield_to_another(self._taken_over)
+            if self.inflow is not None:
+                self.inflow.yield_to_another(self._taken_over)
         else:
             self._end("the publisher restarted")
 
     def _end(self, reason: str, frames_sent: int | None = None) -> None:
         self._over = reason
-        if self.intake is not None:
-            self.intake.abandon(reason, frames_sent)
+        if self.inflow is not None:
+            self.inflow.abandon(reason, frames_sent)
 
     def _is_worth_saying(
         self, progress: m.Progress, now_s: float, *, is_beat: bool
@@ -282,7 +282,7 @@ class Session:
         durable = progress.durable_upto - said.durable_upto
         if credit == durable == 0:
             return False
-        batch = self.intake.batch if self.intake is not None else 1
+        batch = self.inflow.batch if self.inflow is not None else 1
         due_s = self._said_s + _DELAY_S
         if max(credit, durable) >= batch or now_s >= due_s:
             return True
@@ -291,29 +291,29 @@ class Session:
         return False
 
     def _progress(self, series_uid: str) -> m.Progress:
-        intake = self.intake
+        inflow = self.inflow
         return m.Progress(
             uid=self.uid,
             series_uid=series_uid,
-            credit_upto=intake.credit_upto if intake else 0,
-            received_upto=intake.sequencer.expected if intake else 0,
+            credit_upto=inflow.credit_upto if inflow else 0,
+            received_upto=inflow.sequencer.expected if inflow else 0,
             durable_upto=self.durable_upto,
         )
 
-    def _ask(self, intake: Intake, now_s: float) -> Iterator[m.FromRecorder]:
+    def _ask(self, inflow: Inflow, now_s: float) -> Iterator[m.FromRecorder]:
         """Yield the request to resend, and the receipt of the end."""
-        if intake.end_to_confirm:
-            intake.end_to_confirm = False
-            yield m.Ended(uid=self.uid, series_uid=intake.series.series_uid)
-        sequencer = intake.sequencer
-        if intake.arrivals.is_over or not sequencer.waiting:
+        if inflow.end_to_confirm:
+            inflow.end_to_confirm = False
+            yield m.Ended(uid=self.uid, series_uid=inflow.series.series_uid)
+        sequencer = inflow.sequencer
+        if inflow.arrivals.is_over or not sequencer.waiting:
             return
         is_lost = now_s - self._asked_s > self._lost_s
         if sequencer.attempt > self._attempt or is_lost:
             self._attempt, self._asked_s = sequencer.attempt, now_s
             yield m.Resend(
                 uid=self.uid,
-                series_uid=intake.series.series_uid,
+                series_uid=inflow.series.series_uid,
                 sequence=sequencer.expected,
                 attempt=sequencer.attempt,
                 folder=self._folder,

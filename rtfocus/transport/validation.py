@@ -1,12 +1,14 @@
 """Validation: a peer's words against the protocol, once, where they come in.
 
 Numbers above all: NaN and infinity are no measurements, and an integer of a peer
-decides how long a loop runs and how much memory a list takes.
+decides how long a loop runs and how much memory a list takes. What is rejected is
+counted by its reason.
 """
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 import numpy as np
@@ -29,6 +31,41 @@ MOST_SKIPPED = 100_000
 _INT64 = 2**63
 
 _channel = TypeAdapter(Channel)
+logger = logging.getLogger(__name__)
+
+
+class Rejections:
+    """Counts by reason; logs the 1st, 10th, 100th ... of each.
+
+    Parameters
+    ----------
+    source
+        Appears in the log, e.g. ``frames``.
+    on_count
+        Called with the reason of every rejected message.
+    """
+
+    def __init__(
+        self, source: str, on_count: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._source = source
+        self._on_count = on_count
+        self.counts: dict[str, int] = {}
+        self.last: str | None = None
+        """What was wrong with the newest."""
+
+    def reject(self, reason: str, detail: str) -> None:
+        """Count one message that cannot be used."""
+        number = self.counts.get(reason, 0) + 1
+        self.counts[reason] = number
+        self._on_count(reason)
+        self.last = detail
+        # A flood of bad messages must not become a flood of log lines.
+        if str(number).strip("0") == "1":
+            logger.warning(
+                "%s: rejected message, %s (number %d of these): %s",
+                *(self._source, reason, number, detail),
+            )
 
 
 def check_welcome(topic: str, start: SeriesStart, max_frame_bytes: int) -> None:

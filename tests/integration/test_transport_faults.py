@@ -254,7 +254,7 @@ def test_rubbish_to_the_publisher_disturbs_no_recorder() -> None:
             recording = record(receiver)
         assert recording.sequences == list(range(100))
         until(
-            lambda: publisher._loop.tally.counts["malformed"] >= 1000,
+            lambda: publisher._loop.rejections.counts["malformed"] >= 1000,
             "all rubbish to be counted",
         )
         # It was told what is wrong.

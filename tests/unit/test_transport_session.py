@@ -8,8 +8,7 @@ from rtfocus.frame import SeriesEnd
 from rtfocus.metrics import Accounting
 from rtfocus.slots import SlotPool
 from rtfocus.transport import messages as m
-from rtfocus.transport.arrivals import Arrivals
-from rtfocus.transport.intake import Intake
+from rtfocus.transport.inflow import Arrivals, Inflow
 from rtfocus.transport.session import Session
 
 SERIES = make_series()
@@ -22,25 +21,25 @@ def welcomed() -> Session:
     return session
 
 
-def begun(slots: int = 16) -> tuple[Session, Intake]:
+def begun(slots: int = 16) -> tuple[Session, Inflow]:
     session = welcomed()
     pool = SlotPool(slots, 24 * 32 * 2)
-    intake = Intake(SERIES, 0, pool, Arrivals(), Accounting())
-    session.begin(intake, 0, 0.0)
-    return session, intake
+    inflow = Inflow(SERIES, 0, pool, Arrivals(), Accounting())
+    session.begin(inflow, 0, 0.0)
+    return session, inflow
 
 
 def said(session: Session, now_s: float) -> list[str]:
     return [type(message).__name__ for message in session.say(now_s)]
 
 
-def flow(intake: Intake, attempt: int = 1) -> None:
-    intake.take(m.pack(m.Rewind(1, SERIES.series_uid, 0, attempt)), None)
+def flow(inflow: Inflow, attempt: int = 1) -> None:
+    inflow.take(m.pack(m.Rewind(1, SERIES.series_uid, 0, attempt)), None)
 
 
-def take_frame(intake: Intake, sequence: int) -> None:
+def take_frame(inflow: Inflow, sequence: int) -> None:
     pixels = memoryview(bytes(24 * 32 * 2))
-    intake.take(m.pack(make_header(sequence)), pixels)
+    inflow.take(m.pack(make_header(sequence)), pixels)
 
 
 def test_hello_is_said_every_heartbeat_until_it_is_answered() -> None:
@@ -60,20 +59,20 @@ def test_a_welcome_for_another_is_not_ours() -> None:
 
 
 def test_the_flow_is_asked_for_once_and_again_when_nothing_comes() -> None:
-    session, intake = begun()
+    session, inflow = begun()
     assert said(session, 0.0) == ["Progress", "Resend"]
     assert said(session, 1.0) == ["Progress"]
     assert said(session, 6.5) == ["Progress", "Resend"]
-    flow(intake)
+    flow(inflow)
     assert "Resend" not in said(session, 20.0)
 
 
 def test_news_of_single_frames_waits_a_moment_for_more() -> None:
-    session, intake = begun(slots=16)
+    session, inflow = begun(slots=16)
     said(session, 0.0)
-    flow(intake)
+    flow(inflow)
     for sequence in range(4):
-        take_frame(intake, sequence)
+        take_frame(inflow, sequence)
     session.durable_upto = 1
     assert said(session, 0.001) == []
     assert session.next_turn_s <= 0.005
@@ -84,39 +83,39 @@ def test_news_of_single_frames_waits_a_moment_for_more() -> None:
 
 
 def test_a_silent_publisher_is_lost_after_the_stall_timeout() -> None:
-    session, intake = begun()
-    flow(intake)
-    take_frame(intake, 0)
+    session, inflow = begun()
+    flow(inflow)
+    take_frame(inflow, 0)
     session.heard_frame(0.0)
     for now_s in range(1, 11):
         session.watch(float(now_s))
-        assert not intake.arrivals.is_over
+        assert not inflow.arrivals.is_over
     session.watch(10.5)
-    assert intake.arrivals.end is not None
-    assert "publisher is lost" in intake.arrivals.end.reason
-    assert intake.arrivals.end.frames_sent == 1
+    assert inflow.arrivals.end is not None
+    assert "publisher is lost" in inflow.arrivals.end.reason
+    assert inflow.arrivals.end.frames_sent == 1
 
 
 def test_after_a_sleep_of_ones_own_the_publisher_gets_its_time() -> None:
-    session, intake = begun()
-    flow(intake)
+    session, inflow = begun()
+    flow(inflow)
     session.heard_frame(0.0)
     session.watch(1.0)
     session.watch(3600.0)
-    assert not intake.arrivals.is_over
+    assert not inflow.arrivals.is_over
     for now_s in range(3601, 3612):
         session.watch(float(now_s))
-    assert intake.arrivals.is_over
+    assert inflow.arrivals.is_over
 
 
 def test_a_publisher_that_never_sends_what_is_asked_is_given_up() -> None:
-    session, intake = begun()
+    session, inflow = begun()
     for now_s in range(1, 12):
         session.handle(m.Complaint(reason="no such frame"), float(now_s))
         session.watch(float(now_s))
-    assert intake.arrivals.end is not None
-    assert "does not send frame 0" in intake.arrivals.end.reason
-    assert "no such frame" in intake.arrivals.end.reason
+    assert inflow.arrivals.end is not None
+    assert "does not send frame 0" in inflow.arrivals.end.reason
+    assert "no such frame" in inflow.arrivals.end.reason
 
 
 def test_refusals_are_told_apart() -> None:
@@ -126,15 +125,15 @@ def test_refusals_are_told_apart() -> None:
     session.handle(m.Refused(session.uid, "role", "no such role"), 0.0)
     assert isinstance(session.broken, TransportError)
 
-    session, intake = begun()
+    session, inflow = begun()
     session.handle(m.Refused(session.uid, "unknown", "who?"), 0.0)
-    assert intake.arrivals.end is not None
-    assert intake.arrivals.end.reason == "the publisher restarted"
+    assert inflow.arrivals.end is not None
+    assert inflow.arrivals.end.reason == "the publisher restarted"
 
-    session, intake = begun()
+    session, inflow = begun()
     session.handle(m.Refused(session.uid, "occupied", "another"), 0.0)
-    assert intake.arrivals.end is not None
-    assert "another recorder" in intake.arrivals.end.reason
+    assert inflow.arrivals.end is not None
+    assert "another recorder" in inflow.arrivals.end.reason
 
 
 ABSURD = (2**62, 10**8, -5)
@@ -146,46 +145,46 @@ def test_a_number_that_cannot_be_ends_the_series_at_once(
     kind: str, number: int
 ) -> None:
     series = make_series(sizes={"t": 30})
-    intake = Intake(series, 0, SlotPool(16, 24 * 32 * 2), Arrivals(), Accounting())
-    flow(intake)
+    inflow = Inflow(series, 0, SlotPool(16, 24 * 32 * 2), Arrivals(), Accounting())
+    flow(inflow)
     for sequence in range(3):
-        take_frame(intake, sequence)
+        take_frame(inflow, sequence)
     uid = series.series_uid
     if kind == "abandon":
-        intake.abandon("x", number)
+        inflow.abandon("x", number)
     elif kind == "end":
-        intake.take(m.pack(SeriesEnd(1, uid, number, "x")), None)
+        inflow.take(m.pack(SeriesEnd(1, uid, number, "x")), None)
     elif kind == "ping":
-        intake.take(m.pack(m.Ping(1, uid, number, 1)), None)
+        inflow.take(m.pack(m.Ping(1, uid, number, 1)), None)
     else:
-        intake.take(m.pack(m.Rewind(1, uid, number, 1)), None)
+        inflow.take(m.pack(m.Rewind(1, uid, number, 1)), None)
     if number < 0 and kind in ("ping", "rewind"):
         # It says nothing that is not known already.
-        assert not intake.arrivals.is_over
+        assert not inflow.arrivals.is_over
         return
-    came = iter(intake.arrivals)
+    came = iter(inflow.arrivals)
     assert [next(came).frame().sequence for _ in range(3)] == [0, 1, 2]
     with pytest.raises(TransportError, match=f"at frame {number}, which is not"):
         next(came)
-    assert intake.arrivals.end is not None
-    assert intake.arrivals.end.frames_sent == 3
+    assert inflow.arrivals.end is not None
+    assert inflow.arrivals.end.frames_sent == 3
 
 
 def test_a_service_waits_for_a_silent_publisher_as_long_as_it_may_come_back() -> None:
     gone = False
     session = Session(CONFIG, 0.0, is_service=True, is_gone=lambda: gone)
     session.handle(m.Welcome(1, session.uid, "topic", SERIES), 0.0)
-    intake = Intake(SERIES, 0, SlotPool(4, 2048), Arrivals(), Accounting())
-    session.begin(intake, 0, 0.0)
-    flow(intake)
+    inflow = Inflow(SERIES, 0, SlotPool(4, 2048), Arrivals(), Accounting())
+    session.begin(inflow, 0, 0.0)
+    flow(inflow)
     for now_s in range(1, 100):
         session.watch(float(now_s))
-    assert not intake.arrivals.is_over
+    assert not inflow.arrivals.is_over
     gone = True
     for now_s in range(100, 120):
         session.watch(float(now_s))
-    assert intake.arrivals.end is not None
-    assert "its port is closed" in intake.arrivals.end.reason
+    assert inflow.arrivals.end is not None
+    assert "its port is closed" in inflow.arrivals.end.reason
 
 
 def test_a_series_that_is_not_wanted_is_declined_and_another_waited_for() -> None:
@@ -204,22 +203,22 @@ def test_a_series_that_is_not_wanted_is_declined_and_another_waited_for() -> Non
 def test_what_happened_before_begin_is_not_forgotten() -> None:
     session = welcomed()
     session.handle(m.Abandon(SERIES.series_uid, 0, "canceled"), 0.0)
-    intake = Intake(SERIES, 0, SlotPool(2, 2048), Arrivals(), Accounting())
-    session.begin(intake, 0, 0.0)
-    assert intake.arrivals.end is not None
-    assert intake.arrivals.end.reason == "canceled"
+    inflow = Inflow(SERIES, 0, SlotPool(2, 2048), Arrivals(), Accounting())
+    session.begin(inflow, 0, 0.0)
+    assert inflow.arrivals.end is not None
+    assert inflow.arrivals.end.reason == "canceled"
 
 
 def test_leaving_is_said_unless_everything_is_done() -> None:
-    session, intake = begun()
-    flow(intake)
-    take_frame(intake, 0)
+    session, inflow = begun()
+    flow(inflow)
+    take_frame(inflow, 0)
     assert [type(x).__name__ for x in session.last_words("bye")] == [
         "Progress",
         "Leave",
     ]
     end = SeriesEnd(1, SERIES.series_uid, 1, "completed")
-    intake.take(m.pack(end), None)
+    inflow.take(m.pack(end), None)
     assert len(list(session.last_words("bye"))) == 2
     session.durable_upto = 1
     assert [type(x).__name__ for x in session.last_words("bye")] == ["Progress"]

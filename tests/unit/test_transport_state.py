@@ -9,12 +9,12 @@ from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import SeriesEnd
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
-from rtfocus.transport.arrivals import Arrivals
+from rtfocus.transport.inflow import Arrivals
 from rtfocus.transport.publisher import Stall
 from rtfocus.transport.registrar import LOST_HEARTBEATS, Outbox, Registrar
 from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.sockets import Context, control_server, frames_server, slot_pool
-from rtfocus.transport.tally import Tally
+from rtfocus.transport.validation import Rejections
 
 
 def filled(count: int, first: int = 0) -> list[Slot]:
@@ -312,9 +312,9 @@ def test_a_flood_is_counted_in_full_and_logged_in_part(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     counted: list[str] = []
-    tally = Tally("frames", counted.append)
+    rejections = Rejections("frames", counted.append)
     for _ in range(250):
-        tally.reject("truncated", "frame 3")
-    assert tally.counts == {"truncated": 250}
+        rejections.reject("truncated", "frame 3")
+    assert rejections.counts == {"truncated": 250}
     assert len(counted) == 250
     assert len(caplog.records) == 3
