@@ -108,8 +108,7 @@ class Monitor:
             "stages": self.times.summary(),
             "backends": self.backends,
             "queues": {
-                queue.name: {"capacity": queue.capacity, "dropped": queue.dropped}
-                for queue in self.queues
+                queue.name: {"capacity": queue.capacity} for queue in self.queues
             },
             "slots": self.slots,
         }

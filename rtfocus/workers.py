@@ -6,7 +6,6 @@ End of stream travels by closing queues. ``abort`` wakes everybody and discards.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from rtfocus.errors import WorkerError
@@ -14,30 +13,19 @@ from rtfocus.errors import WorkerError
 T = TypeVar("T")
 
 
-class Overflow(Enum):
-    """What a full queue does."""
-
-    BLOCK = "block"
-    """The producer waits: recording, nothing is lost."""
-    DROP_OLDEST = "drop_oldest"
-    """The oldest item gives way and is counted: focus and preview, newest wins."""
-
-
 class AbortedError(Exception):
     """The run is being discarded; never reaches the user."""
 
 
 class BoundedQueue(Generic[T]):
-    """Hand-off between two workers: at most `capacity` items, closable."""
+    """Hand-off between two workers: at most `capacity` items, closable.
 
-    def __init__(
-        self, name: str, capacity: int, overflow: Overflow = Overflow.BLOCK
-    ) -> None:
+    When it is full the producer waits, so that nothing is lost.
+    """
+
+    def __init__(self, name: str, capacity: int) -> None:
         self.name = name
         self.capacity = capacity
-        self.overflow = overflow
-        self.dropped = 0
-        """Items that gave way to newer ones."""
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -47,12 +35,8 @@ class BoundedQueue(Generic[T]):
         return len(self._items)
 
     def put(self, item: T) -> None:
-        """Append an item as the overflow rule says; AbortedError after `abort`."""
+        """Append an item, waiting for room; AbortedError after `abort`."""
         with self._changed:
-            if self.overflow is Overflow.DROP_OLDEST:
-                while len(self._items) >= self.capacity:
-                    self._items.popleft()
-                    self.dropped += 1
             self._changed.wait_for(
                 lambda: len(self._items) < self.capacity or self._aborted
             )
@@ -88,6 +72,38 @@ class BoundedQueue(Generic[T]):
             self._aborted = True
             self._items.clear()
             self._changed.notify_all()
+
+
+class Newest(Generic[T]):
+    """Hand-off of what counts only while it is new: focus and preview; never waits.
+
+    Parameters
+    ----------
+    age
+        Sorts items that may arrive out of order, the newest last; None: whatever
+        comes is the newest.
+    """
+
+    def __init__(self, age: Callable[[T], int] | None = None) -> None:
+        self._age = age
+        self._lock = threading.Lock()
+        self._item: T | None = None
+        self.dropped = 0
+        """Items that gave way to newer ones."""
+
+    def put(self, item: T) -> None:
+        """Replace an item that nobody took; any thread."""
+        with self._lock:
+            held, age = self._item, self._age
+            self.dropped += held is not None
+            if held is None or age is None or age(item) >= age(held):
+                self._item = item
+
+    def take(self) -> T | None:
+        """Return the newest item, once; None: there is none."""
+        with self._lock:
+            item, self._item = self._item, None
+        return item
 
 
 class Worker:

@@ -4,7 +4,6 @@ A PUB socket of its own; each message is ``[header, pixels]``, the header a
 msgpack map. Whatever cannot be sent at once gives way to what comes later.
 """
 
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from rtfocus.transport.sockets import (
     preview_server,
 )
 from rtfocus.transport.validation import DTYPES
+from rtfocus.workers import Newest
 
 
 class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
@@ -77,10 +77,8 @@ class PreviewPublisher:
     ) -> None:
         self._config = config
         self._next_s = 0.0
-        self._lock = threading.Lock()
-        self._newest: list[bytes] | None = None
-        self.dropped = 0
-        """Offers that gave way to later ones, or came within `interval_s`."""
+        self._newest: Newest[list[bytes]] = Newest()
+        self._too_soon = 0
         self.endpoint: str | None = None
         """Where it is bound, with the port that was chosen."""
         self._thread: IoThread | None = None
@@ -118,7 +116,7 @@ class PreviewPublisher:
         self._thread.check()
         now_s = time.monotonic()
         if now_s < self._next_s:
-            self.dropped += 1
+            self._too_soon += 1
             return
         self._next_s = now_s + self._config.interval_s
         step = -(-max(pixels.shape[:2]) // self._config.max_side_px)
@@ -132,16 +130,17 @@ class PreviewPublisher:
             metrics=metrics,
         )
         message = [msgspec.msgpack.encode(header), reduced.tobytes()]
-        with self._lock:
-            self.dropped += self._newest is not None
-            self._newest = message
+        self._newest.put(message)
         self._thread.wake()
 
     def take(self) -> list[bytes] | None:
         """Return the newest offer that was not sent yet."""
-        with self._lock:
-            newest, self._newest = self._newest, None
-        return newest
+        return self._newest.take()
+
+    @property
+    def dropped(self) -> int:
+        """Offers that gave way to later ones, or came within `interval_s`."""
+        return self._too_soon + self._newest.dropped
 
     def close(self) -> None:
         """Close the socket."""

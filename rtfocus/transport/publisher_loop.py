@@ -288,6 +288,6 @@ class PublisherLoop:
                 self._pool.release(slot)
 
     def _deliver_estimate(self) -> None:
-        estimate, self.registrar.estimate = self.registrar.estimate, None
+        estimate = self.registrar.estimates.take()
         if estimate is not None:
             self._on_estimate(estimate)

@@ -69,7 +69,7 @@ class FrameReceiver:
     @property
     def estimates_dropped(self) -> int:
         """Estimates that gave way to a newer one before they were sent."""
-        return self._loop.estimates_dropped
+        return self._loop.estimates.dropped
 
     def wait_series(
         self,
@@ -183,7 +183,7 @@ class FrameReceiver:
 
     def send_estimate(self, estimate: Estimate) -> None:
         """Send a focus estimate; a newer one replaces one not yet sent; any thread."""
-        self._loop.offer_estimate(estimate)
+        self._loop.estimates.put(estimate)
         self._thread.wake()
 
     def wants_raw_only(self) -> str | None:

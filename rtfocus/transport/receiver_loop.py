@@ -23,6 +23,7 @@ from rtfocus.transport.sockets import (
     frames_client,
 )
 from rtfocus.transport.validation import Rejections
+from rtfocus.workers import Newest
 
 _REFUSED = zmq.Event.HANDSHAKE_FAILED_AUTH
 _BROKE = (
@@ -183,9 +184,8 @@ class ReceiverLoop:
         self.session: Session | None = None
         self.turned = threading.Condition()
         """Notified after every turn until frames are wanted."""
-        self.estimates_dropped = 0
-        self._estimate: Estimate | None = None
-        self._estimate_lock = threading.Lock()
+        self.estimates: Newest[Estimate] = Newest()
+        """To be sent; put them here from any thread, then wake the loop."""
         self._waker = waker
         self._rejections = Rejections(
             "frames", lambda reason: accounting.count("rejected", reason)
@@ -216,12 +216,6 @@ class ReceiverLoop:
     def rejected(self) -> str | None:
         """What was wrong with the newest message that could not be used."""
         return self._rejections.last
-
-    def offer_estimate(self, estimate: Estimate) -> None:
-        """Have an estimate sent unless a newer one comes first; any thread."""
-        with self._estimate_lock:
-            self.estimates_dropped += self._estimate is not None
-            self._estimate = estimate
 
     def open_session(self, session: Session) -> None:
         """Leave the last series and look for another."""
@@ -318,7 +312,6 @@ class ReceiverLoop:
             return
 
     def _send_estimate(self) -> None:
-        with self._estimate_lock:
-            estimate, self._estimate = self._estimate, None
+        estimate = self.estimates.take()
         if estimate is not None:
             self._say(estimate)

@@ -15,6 +15,7 @@ from rtfocus.frame import PROTOCOL_VERSION, Estimate, SeriesEnd, SeriesStart
 from rtfocus.slots import Slot
 from rtfocus.transport import messages as m
 from rtfocus.transport.validation import check_estimate
+from rtfocus.workers import Newest
 
 
 class Outbox:
@@ -217,10 +218,10 @@ class Registrar:
     outbox: Outbox | None = None
     """The series to record; None before the first."""
     recorder: Recorder | None = None
-    estimate: Estimate | None = None
+    estimates: Newest[Estimate] = field(
+        default_factory=lambda: Newest(lambda estimate: estimate.sequence)
+    )
     """The newest one, until somebody takes it."""
-    estimates_dropped: int = 0
-    """Older ones that gave way to a newer."""
     resent: int = 0
     """Frames sent more than once."""
     left: str | None = None
@@ -370,9 +371,7 @@ class Registrar:
             msg = f"estimate of series '{estimate.series_uid}'"
             raise ProtocolError(msg, "estimate")
         check_estimate(estimate)
-        self.estimates_dropped += self.estimate is not None
-        if self.estimate is None or estimate.sequence >= self.estimate.sequence:
-            self.estimate = estimate
+        self.estimates.put(estimate)
 
 
 def _shown(pairing: str) -> str:

@@ -349,7 +349,7 @@ class TestEstimates:
                 record(receiver)
             numbers = [estimate.sequence for estimate in came]
             assert numbers == sorted(set(numbers))
-            dropped = publisher._loop.registrar.estimates_dropped
+            dropped = publisher._loop.registrar.estimates.dropped
             assert len(came) + receiver.estimates_dropped + dropped == 100
 
     def test_a_failing_consumer_surfaces_in_the_next_call(self) -> None:

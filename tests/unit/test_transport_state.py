@@ -264,8 +264,8 @@ class TestRegistrar:
         registrar.handle(b"a", self.hello(), 0.0)
         for sequence in (0, 2, 1):
             registrar.handle(b"a", make_estimate(sequence), 0.0)
-        assert registrar.estimate == make_estimate(2)
-        assert registrar.estimates_dropped == 2
+        assert registrar.estimates.take() == make_estimate(2)
+        assert registrar.estimates.dropped == 2
         with pytest.raises(ProtocolError, match="not the recorder"):
             registrar.handle(b"b", make_estimate(3), 0.0)
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from rtfocus.errors import WorkerError
-from rtfocus.workers import AbortedError, BoundedQueue, Overflow, Pipeline, Worker
+from rtfocus.workers import AbortedError, BoundedQueue, Newest, Pipeline, Worker
 
 
 def test_everything_passes_in_order_through_small_queues() -> None:
@@ -50,13 +50,18 @@ def test_a_failure_anywhere_surfaces_with_its_name_and_wakes_all(failing: str) -
     assert aborted == [True]
 
 
-def test_drop_oldest_keeps_the_newest_and_counts_the_rest() -> None:
-    queue: BoundedQueue[int] = BoundedQueue("preview", 2, Overflow.DROP_OLDEST)
+@pytest.mark.parametrize("age", [None, abs])
+def test_the_newest_is_kept_and_the_rest_is_counted(age) -> None:
+    newest: Newest[int] = Newest(age)
+    assert newest.take() is None
     for n in range(10):
-        queue.put(n)
-    queue.close()
-    assert list(queue) == [8, 9]
-    assert queue.dropped == 8
+        newest.put(n)
+    assert (newest.take(), newest.take()) == (9, None)
+    assert newest.dropped == 9
+    for n in (5, 7, 6):
+        newest.put(n)
+    assert newest.take() == (6 if age is None else 7)
+    assert newest.dropped == 11
 
 
 def test_a_blocked_producer_is_woken_by_abort() -> None:
