@@ -14,12 +14,12 @@ from rtfocus.errors import TransportError
 from rtfocus.frame import Estimate, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot, SlotPool
+from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Inflow
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.receiver_loop import ReceiverLoop
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sequencer import Gap
-from rtfocus.transport.session import Session
 from rtfocus.transport.sockets import Context, nobody_listens, slot_pool
 
 __all__ = ["FrameReceiver", "Gap"]
@@ -43,7 +43,7 @@ class FrameReceiver:
         self._config = config
         self._accounting = accounting
         self._stopped = False
-        self._session: Session | None = None
+        self._dialogue: Dialogue | None = None
         self._arrivals = Arrivals()
         self._pool: SlotPool | None = None
 
@@ -106,25 +106,25 @@ class FrameReceiver:
         if self._stopped:
             return None
         since_s = time.monotonic()
-        session = Session(
+        dialogue = Dialogue(
             self._config,
             since_s,
             is_service=is_service,
             is_gone=lambda: nobody_listens(self._config.control),
             unwanted=unwanted,
         )
-        self._session = session
-        self._thread.call(lambda: self._loop.open_session(session))
-        while session.series is None and not self._stopped:
+        self._dialogue = dialogue
+        self._thread.call(lambda: self._loop.open_dialogue(dialogue))
+        while dialogue.series is None and not self._stopped:
             now_s = time.monotonic()
             if not is_service:
-                self._check_answer(session, since_s, now_s)
+                self._check_answer(dialogue, since_s, now_s)
             if timeout_s is not None and now_s - since_s > timeout_s:
                 return None
             with self._loop.turned:
                 self._loop.turned.wait(_LOOK_S)
             self._thread.check()
-        return None if self._stopped else session.series
+        return None if self._stopped else dialogue.series
 
     def begin(self, next_sequence: int = 0, folder: str = "") -> None:
         """Allocate slots and ask for frames from `next_sequence` on.
@@ -136,19 +136,19 @@ class FrameReceiver:
         folder
             Where the series will lie; told to people on the other side.
         """
-        session = self._session
-        if session is None or session.series is None:
+        dialogue = self._dialogue
+        if dialogue is None or dialogue.series is None:
             msg = "no series to begin: call wait_series first"
             raise ValueError(msg)
-        series = session.series
+        series = dialogue.series
         frame_bytes = np.dtype(series.dtype).itemsize * int(np.prod(series.shape))
         pool, arrivals = slot_pool(self._config, frame_bytes), Arrivals()
         inflow = Inflow(series, next_sequence, pool, arrivals, self._accounting)
         self._pool, self._arrivals = pool, arrivals
         self._thread.call(
-            lambda: session.begin(inflow, next_sequence, time.monotonic(), folder)
+            lambda: dialogue.begin(inflow, next_sequence, time.monotonic(), folder)
         )
-        session.stop_wanted = self._stopped
+        dialogue.stop_wanted = self._stopped
         self._thread.wake()
 
     def frames(self) -> Iterator[Slot | Gap]:
@@ -167,7 +167,7 @@ class FrameReceiver:
     def release(self, slot: Slot) -> None:
         """Give a slot back: one more frame may come; any thread."""
         self.slots.release(slot)
-        if self._session is None or self._session.is_wake_due():
+        if self._dialogue is None or self._dialogue.is_wake_due():
             self._thread.wake()
 
     def report_durable(self, sequence: int) -> None:
@@ -175,10 +175,10 @@ class FrameReceiver:
 
         Gaps count as such. Callable from any thread.
         """
-        session = self._session
-        if session is not None:
-            session.durable_upto = max(session.durable_upto, sequence + 1)
-            if session.is_wake_due():
+        dialogue = self._dialogue
+        if dialogue is not None:
+            dialogue.durable_upto = max(dialogue.durable_upto, sequence + 1)
+            if dialogue.is_wake_due():
                 self._thread.wake()
 
     def send_estimate(self, estimate: Estimate) -> None:
@@ -188,13 +188,13 @@ class FrameReceiver:
 
     def wants_raw_only(self) -> str | None:
         """Return why the publisher asks to skip restoration; None: it does not."""
-        return self._session.raw_only if self._session is not None else None
+        return self._dialogue.raw_only if self._dialogue is not None else None
 
     def stop(self) -> None:
         """End `frames` after what has arrived, and `wait_series`; any thread."""
         self._stopped = True
-        if self._session is not None:
-            self._session.stop_wanted = True
+        if self._dialogue is not None:
+            self._dialogue.stop_wanted = True
         self._thread.wake()
 
     def close(self) -> None:
@@ -203,10 +203,10 @@ class FrameReceiver:
         if self._pool is not None:
             self._pool.close()
 
-    def _check_answer(self, session: Session, since_s: float, now_s: float) -> None:
+    def _check_answer(self, dialogue: Dialogue, since_s: float, now_s: float) -> None:
         """Raise if no series can be hoped for."""
-        if session.broken is not None:
-            raise session.broken
+        if dialogue.broken is not None:
+            raise dialogue.broken
         if self._loop.is_key_refused:
             msg = (
                 "the publisher refuses this machine's CURVE key; copy client.key "
@@ -216,9 +216,9 @@ class FrameReceiver:
         waited_s = now_s - since_s
         # A recorder that died just now still counts as alive for a while.
         grace_s = (LOST_HEARTBEATS + 2) * self._config.heartbeat_s
-        if session.refused is not None and waited_s > grace_s:
-            raise TransportError(session.refused)
-        heard_s = session.heard_s if session.heard_s is not None else since_s
+        if dialogue.refused is not None and waited_s > grace_s:
+            raise TransportError(dialogue.refused)
+        heard_s = dialogue.heard_s if dialogue.heard_s is not None else since_s
         if now_s - heard_s > self._config.connect_timeout_s:
             msg = (
                 f"no publisher answers at {self._config.control} for "
@@ -231,6 +231,6 @@ class FrameReceiver:
 
     def _fail(self, failure: TransportError) -> None:
         """Wake whoever iterates when the I/O thread fails."""
-        session = self._session
-        if session is not None and session.inflow is not None:
-            session.inflow.lose(str(failure))
+        dialogue = self._dialogue
+        if dialogue is not None and dialogue.inflow is not None:
+            dialogue.inflow.lose(str(failure))

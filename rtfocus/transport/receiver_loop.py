@@ -13,8 +13,8 @@ from rtfocus.errors import ProtocolError
 from rtfocus.frame import Estimate
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
+from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.io_thread import Waker
-from rtfocus.transport.session import Session
 from rtfocus.transport.sockets import (
     Context,
     Socket,
@@ -172,7 +172,7 @@ _FRAMES_PER_TURN = 4
 
 
 class ReceiverLoop:
-    """Owns the sockets and runs one `Session` after the other."""
+    """Owns the sockets and runs one `Dialogue` after the other."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class ReceiverLoop:
         config: TransportConfig,
         accounting: Accounting,
     ) -> None:
-        self.session: Session | None = None
+        self.dialogue: Dialogue | None = None
         self.turned = threading.Condition()
         """Notified after every turn until frames are wanted."""
         self.estimates: Newest[Estimate] = Newest()
@@ -217,18 +217,18 @@ class ReceiverLoop:
         """What was wrong with the newest message that could not be used."""
         return self._rejections.last
 
-    def open_session(self, session: Session) -> None:
+    def open_dialogue(self, dialogue: Dialogue) -> None:
         """Leave the last series and look for another."""
         self._leave("another series is wanted")
         self._frames.subscribe(None)
-        self.session = session
+        self.dialogue = dialogue
 
     def turn(self) -> None:
         """Wait for something to do, and do it."""
-        session = self.session
+        dialogue = self.dialogue
         wait_s = 1.0
-        if session is not None:
-            wait_s = max(session.next_turn_s - time.monotonic(), 0.0)
+        if dialogue is not None:
+            wait_s = max(dialogue.next_turn_s - time.monotonic(), 0.0)
         if self._control.is_broken or self._frames.link.is_broken:
             wait_s = min(wait_s, PAUSE_S)
         ready = dict(self._poller.poll(int(wait_s * 1000) + 1))
@@ -239,21 +239,21 @@ class ReceiverLoop:
             self._read_frames()
         if self._control.socket in ready:
             self._read_control()
-        if session is not None:
+        if dialogue is not None:
             now_s = time.monotonic()
-            self._frames.subscribe(session.topic)
-            session.watch(now_s)
-            for message in session.say(now_s):
+            self._frames.subscribe(dialogue.topic)
+            dialogue.watch(now_s)
+            for message in dialogue.say(now_s):
                 self._say(message)
             self._send_estimate()
-        if session is not None and session.inflow is None:
+        if dialogue is not None and dialogue.inflow is None:
             with self.turned:
                 self.turned.notify_all()
 
     def close(self) -> None:
         """Report what is durable, say good-bye, close the sockets."""
-        if self.session is not None and self.session.inflow is not None:
-            self.session.inflow.stop()
+        if self.dialogue is not None and self.dialogue.inflow is not None:
+            self.dialogue.inflow.stop()
         self._leave("receiver closed")
         self._frames.link.close()
         self._control.close()
@@ -264,9 +264,9 @@ class ReceiverLoop:
                 message = self._frames.receive()
                 if message is None:
                     return
-                if self.session is not None and self.session.inflow is not None:
-                    self.session.heard_frame(time.monotonic())
-                    self.session.inflow.take(*message)
+                if self.dialogue is not None and self.dialogue.inflow is not None:
+                    self.dialogue.heard_frame(time.monotonic())
+                    self.dialogue.inflow.take(*message)
             except ProtocolError as error:
                 self._rejections.reject(error.reason, str(error))
 
@@ -281,13 +281,13 @@ class ReceiverLoop:
             except ProtocolError as error:
                 self._rejections.reject(error.reason, f"control: {error}")
                 continue
-            if self.session is not None:
-                self.session.handle(message, time.monotonic())
+            if self.dialogue is not None:
+                self.dialogue.handle(message, time.monotonic())
 
     def _look_after_links(self, ready: Container[object]) -> None:
-        now_s, session, frames = time.monotonic(), self.session, self._frames.link
+        now_s, dialogue, frames = time.monotonic(), self.dialogue, self._frames.link
         if frames.monitor in ready and frames.look(now_s):
-            if session is not None and session.is_running:
+            if dialogue is not None and dialogue.is_running:
                 # Frames that were lost with it show as a hole.
                 self._rejections.reject(
                     "disconnected",
@@ -300,8 +300,8 @@ class ReceiverLoop:
         self._control.mend(now_s)
 
     def _leave(self, reason: str) -> None:
-        if self.session is not None:
-            for message in self.session.last_words(reason):
+        if self.dialogue is not None:
+            for message in self.dialogue.last_words(reason):
                 self._say(message)
 
     def _say(self, message: m.FromRecorder) -> None:

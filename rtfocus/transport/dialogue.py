@@ -1,4 +1,4 @@
-"""Session: one recorder's talk with the publisher, from hello to the end.
+"""Dialogue: one recorder's talk with the publisher, from hello to the end.
 
 Holds no socket: gets messages and the time, says what is to be sent.
 """
@@ -25,7 +25,7 @@ _DELAY_S = 0.005
 logger = logging.getLogger(__name__)
 
 
-class Session:
+class Dialogue:
     """What the processor knows about one series and its publisher.
 
     Parameters

@@ -1,4 +1,4 @@
-"""The session: what a recorder says, when, and what it makes of the answers."""
+"""The dialogue: what a recorder says, when, and what it makes of the answers."""
 
 import pytest
 from transport_kit import make_config, make_header, make_series
@@ -8,29 +8,29 @@ from rtfocus.frame import SeriesEnd
 from rtfocus.metrics import Accounting
 from rtfocus.slots import SlotPool
 from rtfocus.transport import messages as m
+from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Inflow
-from rtfocus.transport.session import Session
 
 SERIES = make_series()
 CONFIG = make_config(heartbeat_s=1.0, stall_timeout_s=10.0)
 
 
-def welcomed() -> Session:
-    session = Session(CONFIG, 0.0)
-    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 0.0)
-    return session
+def welcomed() -> Dialogue:
+    dialogue = Dialogue(CONFIG, 0.0)
+    dialogue.handle(m.Welcome(1, dialogue.uid, "topic", SERIES), 0.0)
+    return dialogue
 
 
-def begun(slots: int = 16) -> tuple[Session, Inflow]:
-    session = welcomed()
+def begun(slots: int = 16) -> tuple[Dialogue, Inflow]:
+    dialogue = welcomed()
     pool = SlotPool(slots, 24 * 32 * 2)
     inflow = Inflow(SERIES, 0, pool, Arrivals(), Accounting())
-    session.begin(inflow, 0, 0.0)
-    return session, inflow
+    dialogue.begin(inflow, 0, 0.0)
+    return dialogue, inflow
 
 
-def said(session: Session, now_s: float) -> list[str]:
-    return [type(message).__name__ for message in session.say(now_s)]
+def said(dialogue: Dialogue, now_s: float) -> list[str]:
+    return [type(message).__name__ for message in dialogue.say(now_s)]
 
 
 def flow(inflow: Inflow, attempt: int = 1) -> None:
@@ -43,95 +43,95 @@ def take_frame(inflow: Inflow, sequence: int) -> None:
 
 
 def test_hello_is_said_every_heartbeat_until_it_is_answered() -> None:
-    session = Session(CONFIG, 0.0)
-    assert said(session, 0.0) == ["Hello"]
-    assert said(session, 0.5) == []
-    assert said(session, 1.0) == ["Hello"]
-    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 1.0)
-    assert session.series == SERIES
-    assert said(session, 1.1) == ["Progress"]
+    dialogue = Dialogue(CONFIG, 0.0)
+    assert said(dialogue, 0.0) == ["Hello"]
+    assert said(dialogue, 0.5) == []
+    assert said(dialogue, 1.0) == ["Hello"]
+    dialogue.handle(m.Welcome(1, dialogue.uid, "topic", SERIES), 1.0)
+    assert dialogue.series == SERIES
+    assert said(dialogue, 1.1) == ["Progress"]
 
 
 def test_a_welcome_for_another_is_not_ours() -> None:
-    session = Session(CONFIG, 0.0)
-    session.handle(m.Welcome(1, "somebody", "topic", SERIES), 0.0)
-    assert session.series is None
+    dialogue = Dialogue(CONFIG, 0.0)
+    dialogue.handle(m.Welcome(1, "somebody", "topic", SERIES), 0.0)
+    assert dialogue.series is None
 
 
 def test_the_flow_is_asked_for_once_and_again_when_nothing_comes() -> None:
-    session, inflow = begun()
-    assert said(session, 0.0) == ["Progress", "Resend"]
-    assert said(session, 1.0) == ["Progress"]
-    assert said(session, 6.5) == ["Progress", "Resend"]
+    dialogue, inflow = begun()
+    assert said(dialogue, 0.0) == ["Progress", "Resend"]
+    assert said(dialogue, 1.0) == ["Progress"]
+    assert said(dialogue, 6.5) == ["Progress", "Resend"]
     flow(inflow)
-    assert "Resend" not in said(session, 20.0)
+    assert "Resend" not in said(dialogue, 20.0)
 
 
 def test_news_of_single_frames_waits_a_moment_for_more() -> None:
-    session, inflow = begun(slots=16)
-    said(session, 0.0)
+    dialogue, inflow = begun(slots=16)
+    said(dialogue, 0.0)
     flow(inflow)
     for sequence in range(4):
         take_frame(inflow, sequence)
-    session.durable_upto = 1
-    assert said(session, 0.001) == []
-    assert session.next_turn_s <= 0.005
-    assert said(session, 0.006) == ["Progress"]
+    dialogue.durable_upto = 1
+    assert said(dialogue, 0.001) == []
+    assert dialogue.next_turn_s <= 0.005
+    assert said(dialogue, 0.006) == ["Progress"]
     # A batch, an eighth of the slots, is told at once.
-    session.durable_upto = 3
-    assert said(session, 0.007) == ["Progress"]
+    dialogue.durable_upto = 3
+    assert said(dialogue, 0.007) == ["Progress"]
 
 
 def test_a_silent_publisher_is_lost_after_the_stall_timeout() -> None:
-    session, inflow = begun()
+    dialogue, inflow = begun()
     flow(inflow)
     take_frame(inflow, 0)
-    session.heard_frame(0.0)
+    dialogue.heard_frame(0.0)
     for now_s in range(1, 11):
-        session.watch(float(now_s))
+        dialogue.watch(float(now_s))
         assert not inflow.arrivals.is_over
-    session.watch(10.5)
+    dialogue.watch(10.5)
     assert inflow.arrivals.end is not None
     assert "publisher is lost" in inflow.arrivals.end.reason
     assert inflow.arrivals.end.frames_sent == 1
 
 
 def test_after_a_sleep_of_ones_own_the_publisher_gets_its_time() -> None:
-    session, inflow = begun()
+    dialogue, inflow = begun()
     flow(inflow)
-    session.heard_frame(0.0)
-    session.watch(1.0)
-    session.watch(3600.0)
+    dialogue.heard_frame(0.0)
+    dialogue.watch(1.0)
+    dialogue.watch(3600.0)
     assert not inflow.arrivals.is_over
     for now_s in range(3601, 3612):
-        session.watch(float(now_s))
+        dialogue.watch(float(now_s))
     assert inflow.arrivals.is_over
 
 
 def test_a_publisher_that_never_sends_what_is_asked_is_given_up() -> None:
-    session, inflow = begun()
+    dialogue, inflow = begun()
     for now_s in range(1, 12):
-        session.handle(m.Complaint(reason="no such frame"), float(now_s))
-        session.watch(float(now_s))
+        dialogue.handle(m.Complaint(reason="no such frame"), float(now_s))
+        dialogue.watch(float(now_s))
     assert inflow.arrivals.end is not None
     assert "does not send frame 0" in inflow.arrivals.end.reason
     assert "no such frame" in inflow.arrivals.end.reason
 
 
 def test_refusals_are_told_apart() -> None:
-    session = Session(CONFIG, 0.0)
-    session.handle(m.Refused(session.uid, "occupied", "there is one"), 0.0)
-    assert session.broken is None
-    session.handle(m.Refused(session.uid, "role", "no such role"), 0.0)
-    assert isinstance(session.broken, TransportError)
+    dialogue = Dialogue(CONFIG, 0.0)
+    dialogue.handle(m.Refused(dialogue.uid, "occupied", "there is one"), 0.0)
+    assert dialogue.broken is None
+    dialogue.handle(m.Refused(dialogue.uid, "role", "no such role"), 0.0)
+    assert isinstance(dialogue.broken, TransportError)
 
-    session, inflow = begun()
-    session.handle(m.Refused(session.uid, "unknown", "who?"), 0.0)
+    dialogue, inflow = begun()
+    dialogue.handle(m.Refused(dialogue.uid, "unknown", "who?"), 0.0)
     assert inflow.arrivals.end is not None
     assert inflow.arrivals.end.reason == "the publisher restarted"
 
-    session, inflow = begun()
-    session.handle(m.Refused(session.uid, "occupied", "another"), 0.0)
+    dialogue, inflow = begun()
+    dialogue.handle(m.Refused(dialogue.uid, "occupied", "another"), 0.0)
     assert inflow.arrivals.end is not None
     assert "another recorder" in inflow.arrivals.end.reason
 
@@ -172,53 +172,53 @@ def test_a_number_that_cannot_be_ends_the_series_at_once(
 
 def test_a_service_waits_for_a_silent_publisher_as_long_as_it_may_come_back() -> None:
     gone = False
-    session = Session(CONFIG, 0.0, is_service=True, is_gone=lambda: gone)
-    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 0.0)
+    dialogue = Dialogue(CONFIG, 0.0, is_service=True, is_gone=lambda: gone)
+    dialogue.handle(m.Welcome(1, dialogue.uid, "topic", SERIES), 0.0)
     inflow = Inflow(SERIES, 0, SlotPool(4, 2048), Arrivals(), Accounting())
-    session.begin(inflow, 0, 0.0)
+    dialogue.begin(inflow, 0, 0.0)
     flow(inflow)
     for now_s in range(1, 100):
-        session.watch(float(now_s))
+        dialogue.watch(float(now_s))
     assert not inflow.arrivals.is_over
     gone = True
     for now_s in range(100, 120):
-        session.watch(float(now_s))
+        dialogue.watch(float(now_s))
     assert inflow.arrivals.end is not None
     assert "its port is closed" in inflow.arrivals.end.reason
 
 
 def test_a_series_that_is_not_wanted_is_declined_and_another_waited_for() -> None:
     unwanted = {SERIES.series_uid: "the disk was full"}
-    session = Session(CONFIG, 0.0, is_service=True, unwanted=unwanted)
-    assert said(session, 0.0) == ["Hello"]
-    session.handle(m.Welcome(1, session.uid, "topic", SERIES), 0.0)
-    (leave,) = session.say(0.1)
-    assert leave == m.Leave(session.uid, SERIES.series_uid, "the disk was full")
-    assert said(session, 1.1) == ["Hello"]
+    dialogue = Dialogue(CONFIG, 0.0, is_service=True, unwanted=unwanted)
+    assert said(dialogue, 0.0) == ["Hello"]
+    dialogue.handle(m.Welcome(1, dialogue.uid, "topic", SERIES), 0.0)
+    (leave,) = dialogue.say(0.1)
+    assert leave == m.Leave(dialogue.uid, SERIES.series_uid, "the disk was full")
+    assert said(dialogue, 1.1) == ["Hello"]
     other = make_series("other")
-    session.handle(m.Welcome(1, session.uid, "topic", other), 1.2)
-    assert session.series == other
+    dialogue.handle(m.Welcome(1, dialogue.uid, "topic", other), 1.2)
+    assert dialogue.series == other
 
 
 def test_what_happened_before_begin_is_not_forgotten() -> None:
-    session = welcomed()
-    session.handle(m.Abandon(SERIES.series_uid, 0, "canceled"), 0.0)
+    dialogue = welcomed()
+    dialogue.handle(m.Abandon(SERIES.series_uid, 0, "canceled"), 0.0)
     inflow = Inflow(SERIES, 0, SlotPool(2, 2048), Arrivals(), Accounting())
-    session.begin(inflow, 0, 0.0)
+    dialogue.begin(inflow, 0, 0.0)
     assert inflow.arrivals.end is not None
     assert inflow.arrivals.end.reason == "canceled"
 
 
 def test_leaving_is_said_unless_everything_is_done() -> None:
-    session, inflow = begun()
+    dialogue, inflow = begun()
     flow(inflow)
     take_frame(inflow, 0)
-    assert [type(x).__name__ for x in session.last_words("bye")] == [
+    assert [type(x).__name__ for x in dialogue.last_words("bye")] == [
         "Progress",
         "Leave",
     ]
     end = SeriesEnd(1, SERIES.series_uid, 1, "completed")
     inflow.take(m.pack(end), None)
-    assert len(list(session.last_words("bye"))) == 2
-    session.durable_upto = 1
-    assert [type(x).__name__ for x in session.last_words("bye")] == ["Progress"]
+    assert len(list(dialogue.last_words("bye"))) == 2
+    dialogue.durable_upto = 1
+    assert [type(x).__name__ for x in dialogue.last_words("bye")] == ["Progress"]
