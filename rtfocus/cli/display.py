@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from rtfocus.frame import Estimate
 from rtfocus.monitor import Monitor
 
 REFRESH_S = 0.25
@@ -67,7 +68,7 @@ def processor_rows(monitor: Monitor | None) -> Rows:
     return [
         ("frames", f"{accounting.written} written of {accounting.acquired} acquired"),
         ("frames/s", f"{monitor.frames_per_s:.1f}"),
-        ("defocus", _defocus(monitor)),
+        ("defocus", defocus_text(monitor.estimate)),
         ("estimate", _percentiles(monitor, "arrival_to_estimate")),
         ("durable", _percentiles(monitor, "arrival_to_durable")),
         ("free slots", f"{monitor.free_slots}/{monitor.slots}"),
@@ -80,8 +81,8 @@ def processor_rows(monitor: Monitor | None) -> Rows:
     ]
 
 
-def _defocus(monitor: Monitor) -> str:
-    estimate = monitor.estimate
+def defocus_text(estimate: Estimate | None) -> str:
+    """Return an estimate in one line."""
     if estimate is None:
         return "-"
     where = "" if estimate.z_um is None else f" at z {estimate.z_um:.2f} um"

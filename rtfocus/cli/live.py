@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rtfocus import app as loop
-from rtfocus.cli.display import Rows, display, processor_rows
+from rtfocus.cli.display import Rows, defocus_text, display, processor_rows
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
@@ -148,6 +148,7 @@ def _publisher_rows(publishers: list[FramePublisher]) -> Rows:
         ("received", str(status.received_upto)),
         ("durable", str(status.durable_upto)),
         ("free slots", str(status.free_slots)),
+        ("defocus", defocus_text(status.estimate)),
         ("recorder", _recorder(status)),
         ("resent", str(status.resent)),
         ("stalls", str(status.stalls)),

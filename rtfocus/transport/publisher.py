@@ -106,6 +106,8 @@ class PublisherStatus:
     """Waits that were longer than `stall_timeout_s`."""
     raw_only: str | None
     """Why the recorder was asked to skip restoration; None: it was not."""
+    estimate: Estimate | None
+    """The newest focus estimate that came back."""
 
 
 class FramePublisher:
@@ -249,6 +251,7 @@ class FramePublisher:
             resent=registrar.resent,
             stalls=self._stall.count,
             raw_only=self._loop.raw_only,
+            estimate=self._loop.estimate,
         )
 
     def __enter__(self) -> "FramePublisher":

@@ -121,6 +121,8 @@ class PublisherLoop:
         )
         self.registrar = Registrar(config.heartbeat_s, config.pairing)
         self.rejections = Rejections("control")
+        self.estimate: Estimate | None = None
+        """The newest of the series."""
         self.raw_only: str | None = None
         """Reason to tell the recorder; set by the API."""
         self._pool: SlotPool | None = None
@@ -166,7 +168,7 @@ class PublisherLoop:
         self.registrar.settled.clear()
         self._out.forget()
         self._pool = pool
-        self.raw_only = None
+        self.raw_only = self.estimate = None
         self.registrar.open(outbox)
 
     def close(self) -> None:
@@ -290,4 +292,5 @@ class PublisherLoop:
     def _deliver_estimate(self) -> None:
         estimate = self.registrar.estimates.take()
         if estimate is not None:
+            self.estimate = estimate
             self._on_estimate(estimate)

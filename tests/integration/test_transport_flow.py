@@ -103,7 +103,7 @@ def test_slots_are_kept_until_the_frame_is_durable() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot pause a process")
 def test_a_paused_receiver_is_lost_and_comes_back(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    with FramePublisher(make_config()) as publisher:
+    with FramePublisher(make_config(connect_timeout_s=DEADLINE_S)) as publisher:
         sending = Background(lambda: send_series(publisher, 400))
         with sending, child_recorder(publisher, journal) as child:
             until(lambda: len(journalled(journal)) > 20, "the first frames")
@@ -116,7 +116,7 @@ def test_a_paused_receiver_is_lost_and_comes_back(tmp_path: Path) -> None:
 
 def test_a_killed_receiver_is_replaced_without_loss(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    with FramePublisher(make_config()) as publisher:
+    with FramePublisher(make_config(connect_timeout_s=DEADLINE_S)) as publisher:
         sending = Background(lambda: send_series(publisher, 600))
         with sending:
             for _ in range(3):
@@ -347,6 +347,7 @@ class TestEstimates:
                     receiver.send_estimate(make_estimate(number))
                 until(lambda: bool(came) and came[-1].sequence == 99, "the newest")
                 record(receiver)
+            assert publisher.status().estimate == make_estimate(99)
             numbers = [estimate.sequence for estimate in came]
             assert numbers == sorted(set(numbers))
             dropped = publisher._loop.registrar.estimates.dropped
