@@ -1,0 +1,112 @@
+"""What an input says of its pixels, channels and wells is in the result; no more."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import yaozarrs
+import zarr
+
+from rtfocus.images import ImageSeries, open_images, write_images
+from rtfocus.images.provenance import SOFTWARE, written_by_rtfocus
+from rtfocus.images.series import ContrastWindow, ImageChannel, PlatePlace
+from rtfocus.images.writing import OutputImage
+
+MADE = {"engine": "rtfocus-1@abc", "optics": "NA=0.75", "optics from": "the file"}
+CHANNELS = (
+    ImageChannel("DAPI", "0000FF", ContrastWindow(10, 900, 0, 4095), 451.0, 359.0),
+    ImageChannel("Cy5", "FF0000", ContrastWindow(20, 800, 0, 4095), 670.0, 650.0),
+)
+
+
+def series(name: str = "a", **facts: object) -> ImageSeries:
+    plain = ImageSeries(
+        name,
+        Path(f"{name}.tif"),
+        {"t": 1, "c": 2, "z": 1},
+        (4, 5),
+        np.dtype("<u2"),
+        lambda _t, c, _z: np.full((4, 5), c, np.uint16),
+    )
+    return replace(plain, **facts)  # type: ignore[arg-type]
+
+
+def result(like: ImageSeries) -> OutputImage:
+    planes = (like.read(**index) for index in like.indices())
+    return OutputImage(like, like.dtype, planes, MADE)
+
+
+@pytest.mark.parametrize("ending", [".ome.tif", ".ome.zarr"])
+def test_what_is_known_comes_back(tmp_path, ending):
+    out = tmp_path / f"o{ending}"
+    known = series(
+        pixel_size_y_um=0.5,
+        pixel_size_x_um=0.25,
+        z_step_um=2.0,
+        time_step_s=3.0,
+        channels=CHANNELS,
+    )
+    write_images(out, [result(known)])
+    (back,) = open_images(out)
+    assert (back.pixel_size_y_um, back.pixel_size_x_um) == pytest.approx((0.5, 0.25))
+    assert back.z_step_um == pytest.approx(2.0)
+    assert back.time_step_s == pytest.approx(3.0)
+    assert back.channel_names == ("DAPI", "Cy5")
+    assert [channel.color for channel in back.channels] == ["0000FF", "FF0000"]
+    if ending == ".ome.zarr":
+        yaozarrs.validate_zarr_store(str(out))
+        assert [c.window for c in back.channels] == [c.window for c in CHANNELS]
+    else:
+        assert [channel.emission_nm for channel in back.channels] == [451, 670]
+
+
+@pytest.mark.parametrize("ending", [".ome.tif", ".ome.zarr"])
+def test_what_is_unknown_stays_unknown(tmp_path, ending):
+    out = tmp_path / f"o{ending}"
+    write_images(out, [result(series())])
+    (back,) = open_images(out)
+    assert (back.pixel_size_y_um, back.pixel_size_x_um) == (None, None)
+    assert (back.z_step_um, back.time_step_s) == (None, None)
+    assert back.channel_names == ()
+    if ending == ".ome.zarr":
+        ome = zarr.open_group(out, mode="r").attrs["ome"]
+        assert "omero" not in ome
+        assert all("unit" not in axis for axis in ome["multiscales"][0]["axes"])
+
+
+def test_wells_keep_their_places(tmp_path):
+    fields = [
+        series(f"p{n}", place=PlatePlace("P1", ("A", "B", "C"), ("1", "2"), *place))
+        for n, place in enumerate([(0, 0, 0), (0, 0, 1), (2, 1, 0)])
+    ]
+    write_images(tmp_path / "plate.ome.zarr", [result(one) for one in fields])
+    yaozarrs.validate_zarr_store(str(tmp_path / "plate.ome.zarr"))
+    plate = zarr.open_group(tmp_path / "plate.ome.zarr", mode="r").attrs["ome"]["plate"]
+    assert [row["name"] for row in plate["rows"]] == ["A", "B", "C"]
+    assert [well["path"] for well in plate["wells"]] == ["A/1", "C/2"]
+    back = open_images(tmp_path / "plate.ome.zarr")
+    assert [
+        one.place and (one.place.row, one.place.column, one.place.field) for one in back
+    ] == [(0, 0, 0), (0, 0, 1), (2, 1, 0)]
+    assert written_by_rtfocus(tmp_path / "plate.ome.zarr")
+    written = write_images(tmp_path / "tiffs", [result(one) for one in fields])
+    assert [path.parent.name for path in written] == ["A1", "A1", "C2"]
+
+
+def test_a_result_says_how_it_was_made(tmp_path):
+    write_images(tmp_path / "o.ome.tif", [result(series())])
+    with tifffile.TiffFile(tmp_path / "o.ome.tif") as file:
+        assert file.pages.first.tags["Software"].value == SOFTWARE
+        text = file.ome_metadata or ""
+    for key, value in {"rtfocus": SOFTWARE, **MADE}.items():
+        assert f'<M K="{key}">{value}</M>' in text
+    write_images(tmp_path / "o.ome.zarr", [result(series())])
+    mark = zarr.open_group(tmp_path / "o.ome.zarr", mode="r").attrs["rtfocus"]
+    assert mark["written_by"] == SOFTWARE
+    assert mark["result"] == MADE
+    many = [result(series("a")), result(series("b"))]
+    write_images(tmp_path / "many.ome.zarr", many)
+    for name in ("o.ome.tif", "o.ome.zarr", "many.ome.zarr"):
+        assert written_by_rtfocus(tmp_path / name)
