@@ -24,6 +24,8 @@ from scipy.ndimage import gaussian_filter
 from yaozarrs import v05
 from yaozarrs.write.v05 import write_image
 
+from rtfocus.errors import ExitCode
+
 ESTIMATE = {"level", "defocus_um", "signed", "confidence"}
 TILE = {"y", "x", "level", "label", "probability", "defocus_um", "uncertainty_um"}
 SHAPE = (200, 240)
@@ -247,3 +249,93 @@ def test_an_input_is_never_overwritten(run, tmp_path, config_file):
     pixels = stored(run.folder, "raw", 0)
     failed(command("restore", raw, "-o", raw, "--config", config_file))
     np.testing.assert_array_equal(stored(run.folder, "raw", 0), pixels)
+
+
+def write_um(path: Path, size_um: float) -> Path:
+    """Write an image that states its pixel size and nothing else."""
+    sizes = {"axes": "YX", "PhysicalSizeX": size_um, "PhysicalSizeY": size_um}
+    pixels = (specimen(1) * 4000).astype(np.uint16)
+    tifffile.imwrite(path, pixels, ome=True, metadata=sizes)
+    return path
+
+
+def test_pixels_that_contradict_the_optics_are_refused(tmp_path, config_file):
+    path, out = write_um(tmp_path / "b.ome.tif", 0.1), tmp_path / "o.tif"
+    for options in ((), ("--config", config_file)):
+        for line in (("restore", path, "-o", out), ("classify", path)):
+            said = failed(command(*line, *options), ExitCode.CONFIG)
+            assert "pixels of 0.1 um" in said
+            assert "--optics NA=" in said
+    assert not out.exists()
+
+
+def test_optics_are_completed_told_and_written(tmp_path, config_file):
+    path, out = write_um(tmp_path / "b.ome.tif", 0.65), tmp_path / "o.ome.zarr"
+    stated = ("--optics", "NA=0.36,wavelength=451")
+    done = command("restore", path, "-o", out, "--config", config_file, *stated)
+    succeeded(done)
+    assert "NA=0.36,wavelength=451,pixel=0.65, from --optics, pixel size" in done.err
+    made = zarr.open_group(out, mode="r").attrs["rtfocus"]["result"]
+    assert made["engine"] == "wiener"
+    assert made["classifier"].startswith("sharpness@")
+    assert made["optics"] == "NA=0.36,wavelength=451,pixel=0.65"
+    assert made["optics from"] == "--optics, pixel size from the file"
+
+
+def test_what_computes_psfs_is_refused_without_optics(tmp_path):
+    path, _ = write_inputs(tmp_path)["colour"]
+    line = ("restore", path, "-o", tmp_path / "o.tif", "--engine", "wiener")
+    said = failed(command(*line), ExitCode.CONFIG)
+    assert "no NA" in said
+    assert "--engine rtfocus-1" in said
+
+
+def test_a_broken_file_is_named_after_the_others_are_done(tmp_path, config_file):
+    folder, _ = write_inputs(tmp_path)["folder"]
+    whole = (folder / "f0.tif").read_bytes()
+    (folder / "f00.tif").write_bytes(whole[: len(whole) // 2])
+    out, found = tmp_path / "out", tmp_path / "found.json"
+    options = ("--config", config_file)
+    said = failed(command("restore", folder, "-o", out, *options), ExitCode.INCOMPLETE)
+    assert "f00.tif" in said
+    assert sorted(p.name for p in out.iterdir()) == ["f0.tif", "f1.tif"]
+    line = ("classify", folder, "--json", found, *options)
+    failed(command(*line), ExitCode.INCOMPLETE)
+    told = json.loads(found.read_text("utf-8"))
+    assert len(told["images"]) == 2
+    assert len(told["broken"]) == 1
+
+
+def test_results_below_the_input_are_no_inputs(tmp_path, config_file):
+    folder, _ = write_inputs(tmp_path)["folder"]
+    line = ("restore", folder, "-o", folder / "restored", "--config", config_file)
+    assert "restored 2 planes to 2 files" in succeeded(command(*line))
+    before = {p: p.read_bytes() for p in folder.rglob("*.tif")}
+    assert "exists" in failed(command(*line), ExitCode.INPUT)
+    assert {p: p.read_bytes() for p in folder.rglob("*.tif")} == before
+    assert "to 2 files" in succeeded(command(*line, "--overwrite"))
+    assert len(list(folder.rglob("*.tif"))) == 4
+
+
+def test_json_is_refused_before_the_work_and_the_old_one_kept(tmp_path, config_file):
+    path, _ = write_inputs(tmp_path)["one"]
+    old = tmp_path / "old.json"
+    old.write_text("old result", "utf-8")
+    before = path.read_bytes()
+    for place in (tmp_path, old / "o.json", path, old):
+        line = ("classify", path, "--json", place, "--config", config_file)
+        failed(command(*line), ExitCode.INPUT)
+        failed(command(*line, "--overwrite"), ExitCode.INPUT)
+    assert (old.read_text("utf-8"), path.read_bytes()) == ("old result", before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_pixels_below_zero_stay_below_zero(tmp_path, config_file, dtype):
+    pixels = (specimen(2) * 4000 - 2000).astype(dtype)
+    tifffile.imwrite(tmp_path / "signed.tif", pixels)
+    line = ("restore", tmp_path / "signed.tif", "-o", tmp_path / "o.tif")
+    succeeded(command(*line, "--config", config_file, "--engine", "wiener"))
+    restored = tifffile.imread(tmp_path / "o.tif")
+    assert restored.dtype == np.float32
+    assert restored.mean() == pytest.approx(pixels.mean(), abs=20)
+    assert (restored < 0).mean() == pytest.approx((pixels < 0).mean(), abs=0.05)

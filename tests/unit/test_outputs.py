@@ -184,6 +184,23 @@ def test_a_result_that_somebody_added_to_is_no_result_any_more(tmp_path):
     refused(tmp_path, source, output, overwrite=True)
 
 
+def test_ctrl_c_within_a_plane_leaves_nothing_and_the_next_try_works(tmp_path):
+    source = image(tmp_path / "in" / "a.tif")
+    (series,) = find_images(source).series
+
+    def interrupted() -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    for name in ("o.tif", "o.ome.zarr", "o"):
+        place = ImageOutput(tmp_path / name, [series], OutputGuard())
+        with pytest.raises(KeyboardInterrupt):
+            place.write([OutputImage(series, series.dtype, interrupted())])
+        assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    for name in ("o.tif", "o.ome.zarr", "o"):
+        assert written_by_rtfocus(process(source, tmp_path / name)[0])
+
+
 def test_a_broken_input_leaves_no_output_and_no_rest(tmp_path):
     source = image(tmp_path / "in" / "a.tif")
     found = find_images(source)
