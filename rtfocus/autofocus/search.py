@@ -28,12 +28,14 @@ Floats = NDArray[np.float64]
 # In depths of field.
 _ARRIVED, _SURE, _APART, _FIRST_STEP = 0.3, 0.35, 1.0, 1.0
 _RIVAL = 0.25
-_BESIDE, _STUCK = 0.7, 2.0
+_BESIDE, _STUCK, _NEAR, _BRACKET = 0.7, 2.0, 3.0, 0.5
 # Of the spectra's energy, or the optics do not explain the images.
 _MOST_UNEXPLAINED = 0.06
 # Sharpness is gradient energy: its root goes with the blur.
 _SHARPER, _SAME = 1.10, 0.02
-_TERMINAL = ("blank", "few_tiles", "saturated")
+# Other refusals leave the distance open: planes can still tell it.
+_TERMINAL = ("blank", "saturated")
+_FEWEST = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,15 @@ class SearchRule:
 
     most_images: int = 10
     """Images in all, however well it goes."""
-    patience: int = 3
+    patience: int = 4
     """Images without progress before it gives up."""
     safe_side: int = -1
     """Side on which the objective cannot touch the specimen: sign of the z."""
     trust_sign: bool = False
     """The optics are calibrated: signed estimates are believed."""
+    verify: bool = True
+    """End only with a blurrier image on both sides: for optics that are not
+    calibrated; costs an image."""
     most_unexplained: float = _MOST_UNEXPLAINED
 
 
@@ -125,11 +130,15 @@ class FocusSearch:
         if not self.moves.limits.holds(now.z_um):
             # No way is known from there that stays inside.
             return GiveUp(f"the stage says {now.z_um:g} um, outside its limits")
-        if now.reading.refusal in _TERMINAL:
+        alone = now.reading.refusal == "few_tiles" and now.reading.tiles < _FEWEST
+        if now.reading.refusal in _TERMINAL or alone:
             return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
-        if self.belief.is_empty and now.reading.refusal != "edge":
+        if self.belief.is_empty and not any(now.reading.spectrum):
             return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
         if self._back_at is not None:
+            # The last look: to end blurrier than what was seen would be a mistake.
+            if now.sharpness * _SHARPER < self.best_seen.sharpness:
+                return self.give_up("the image did not get as sharp as it was")
             return Stay()
         if (doubt := self._doubt_the_stage()) is not None:
             return doubt
@@ -194,7 +203,7 @@ class FocusSearch:
                 trust_sign=self.rule.trust_sign,
             )
             belief = belief.seen(modes, outlier=0.1)
-        planes = self._distinct()
+        planes = self._planes()
         self.fit = None
         if len(planes) < 2:
             return belief
@@ -207,7 +216,20 @@ class FocusSearch:
         # The optics know better than the network, which had its say in the prior.
         return Belief.of(modes).seen(belief.modes, outlier=0.3)
 
-    def _distinct(self) -> list[Look]:
+    def _planes(self) -> list[Look]:
+        """Return the images to compare: those near enough to tell.
+
+        Far from focus the thickness of a specimen shows, which the model lacks.
+        """
+        planes = self._with_spectrum()
+        if len(planes) < 3:
+            return planes
+        sharpest = max(planes, key=lambda look: look.sharpness).z_um
+        reach = _NEAR * self.comparison.unit_um
+        near = [look for look in planes if abs(look.z_um - sharpest) < reach]
+        return near if len(near) > 1 else planes
+
+    def _with_spectrum(self) -> list[Look]:
         return [
             look
             for look in self.looks
@@ -219,9 +241,9 @@ class FocusSearch:
         if len(self.looks) < 2 or self.belief.is_empty:
             return False
         best = self.belief.best
-        if abs(self.looks[-1].z_um - best.mean_um) > max(
-            _ARRIVED * unit, self.moves.deadband_um
-        ):
+        near = max(_ARRIVED * unit, self.moves.deadband_um)
+        sharpest = self.best_seen.z_um
+        if min(abs(z - best.mean_um) for z in (self.looks[-1].z_um, sharpest)) > near:
             return False
         rival = self.belief.rival(_APART * unit)
         certain = best.sd_um < _SURE * unit
@@ -229,21 +251,65 @@ class FocusSearch:
 
     def _arrived(self) -> Decision:
         now, best = self.looks[-1], self.best_seen
+        beside = abs(best.z_um - self.belief.best.mean_um)
+        if beside > _BESIDE * self.comparison.unit_um:
+            return self.give_up(
+                f"sharpness peaks {beside:.1f} um from where focus should be"
+            )
+        if self.rule.verify and (beyond := self._unbracketed(best)) is not None:
+            return Probe(beyond - now.z_um)
         if self.fit is not None and self.fit.unexplained > self.rule.most_unexplained:
             share = 100 * self.fit.unexplained
             return self.give_up(
                 f"the images do not change with z as the optics say ({share:.0f} % "
                 "unexplained); check the channel's optics, or rtfocus calibrate"
             )
-        if best.sharpness > _SHARPER * now.sharpness:
-            beside = abs(best.z_um - self.belief.best.mean_um)
-            if beside < _BESIDE * self.comparison.unit_um:
-                self._back_at = best.z_um
-                return Move(best.z_um - now.z_um)
-            return self.give_up("the image is blurrier where focus should be")
+        top = self._peak_um(best) if self.rule.verify else best.z_um
+        if best.sharpness > _SHARPER * now.sharpness or (
+            self.rule.verify and abs(top - now.z_um) > self.moves.deadband_um
+        ):
+            self._back_at = top
+            return Move(top - now.z_um)
         if self.fit is not None and self.fit.is_reversed:
             self.notes.append("the stage moves against what the core says")
         return Stay()
+
+    def _unbracketed(self, best: Look) -> float | None:
+        """Return where to look beyond the sharpest image; None: both sides are known.
+
+        A side that the limits cut off counts as known.
+        """
+        step = _BRACKET * self.comparison.unit_um
+        for side in (self.rule.safe_side, -self.rule.safe_side):
+            beyond = self.moves.limits.clip(best.z_um + side * step)
+            seen = any(
+                (look.z_um - best.z_um) * side > 0.5 * step
+                and (look.z_um - best.z_um) * side < 4 * step
+                for look in self._with_spectrum()
+            )
+            if not seen and abs(beyond - best.z_um) > 0.5 * step:
+                return beyond
+        return None
+
+    def _peak_um(self, best: Look) -> float:
+        """Return the top of the parabola through the sharpest image and its sides."""
+        looks = self._with_spectrum()
+        below = [look for look in looks if look.z_um < best.z_um - 1e-6]
+        above = [look for look in looks if look.z_um > best.z_um + 1e-6]
+        if not (below and above):
+            return best.z_um
+        left = max(below, key=lambda look: look.z_um)
+        right = min(above, key=lambda look: look.z_um)
+        three = (left, best, right)
+        curve = np.polyfit(
+            [look.z_um - best.z_um for look in three],
+            [look.sharpness / best.sharpness for look in three],
+            2,
+        )
+        if curve[0] >= 0:
+            return best.z_um
+        top = best.z_um - curve[1] / (2 * curve[0])
+        return float(min(max(top, left.z_um), right.z_um))
 
     def _doubt_the_stage(self) -> Decision | None:
         """Say what to do where images do not change with the stage; None: they do.
