@@ -76,7 +76,14 @@ class PlaneComparison:
                 price += 0.5 * ((aperture - 1.0) / _APERTURE_SD) ** 2
                 self._models.append((Transfer(table, optics.sampling, aperture), price))
 
-    def fit(self, z_um: Floats, spectra: Floats, noise: Floats) -> PlaneFit:
+    def fit(
+        self,
+        z_um: Floats,
+        spectra: Floats,
+        noise: Floats,
+        known: Floats | None = None,
+        reach_um: float | None = None,
+    ) -> PlaneFit:
         """Find the focus position that explains several planes.
 
         Parameters
@@ -86,11 +93,24 @@ class PlaneComparison:
         spectra, noise
             As `rtfocus.autofocus.spectrum.amplitude_spectrum` gives, axes (plane,
             ring), and noise of shape (plane,).
+        known
+            Focus positions, in um, that are known of some planes already: at another
+            time they were elsewhere. NaN: to be found. None: of all to be found.
+        reach_um
+            How far from the planes focus is looked for; None: as far as one can see.
         """
         margin = (FARTHEST - 0.5) * self.unit_um
+        if reach_um is not None:
+            margin = min(margin, reach_um)
         step = _CANDIDATE_STEP * self.unit_um
-        candidates = np.arange(z_um.min() - margin, z_um.max() + margin + step, step)
-        away = (candidates[:, None] - z_um[None, :]) / self.unit_um
+        open_um = z_um if known is None else z_um[np.isnan(known)]
+        candidates = np.arange(
+            open_um.min() - margin, open_um.max() + margin + step, step
+        )
+        focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
+        if known is not None:
+            focus = np.where(np.isnan(known)[None, :], focus, known[None, :])
+        away = (focus - z_um[None, :]) / self.unit_um
         directions = (self._direction,) if self._direction else (1, -1)
         turns = [(turn, 0.0) for turn in directions]
         if self._direction:

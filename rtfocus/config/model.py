@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from rtfocus.channel import Channel, OpticalSystem
+from rtfocus.config.autofocus import AutofocusConfig
 from rtfocus.config.microscope import (
     AcquisitionConfig,
     MicroscopeConfig,
@@ -74,6 +75,7 @@ class Config(Section):
     camera: CameraConfig = CameraConfig()
     channels: Annotated[list[ChannelConfig], Field(min_length=1)] = [ChannelConfig()]
     processing: ProcessingConfig = ProcessingConfig()
+    autofocus: AutofocusConfig = AutofocusConfig()
     transport: TransportConfig = TransportConfig()
     store: StoreConfig = StoreConfig()
     _file: Path | None = PrivateAttr(default=None)

@@ -1,0 +1,289 @@
+"""Focuser: autofocus on a Micro-Manager core, for one acquisition or script.
+
+Knows every place it has been to. A place visited first starts from the plate's
+surface, which the other places tell, and all share one drift.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pymmcore_plus import CMMCorePlus
+
+from rtfocus.autofocus.belief import Belief, Mode
+from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.policy import Limits
+from rtfocus.autofocus.run import Step, Verdict, run_search
+from rtfocus.autofocus.search import FocusSearch
+from rtfocus.autofocus.settings import (
+    direction_of,
+    limits_at,
+    move_rule,
+    search_rule,
+)
+from rtfocus.channel import OpticalSystem
+from rtfocus.config.autofocus import AutofocusConfig
+from rtfocus.errors import ConfigError, MicroscopeError
+from rtfocus.frame import FocusReading
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[int | None, int | None]
+"""Index of the position and of the grid tile."""
+
+Read = Callable[[NDArray[np.generic], str, float], FocusReading]
+"""Reads an image of a channel, exposed at a z."""
+
+
+class CoreStage:
+    """The focus stage of a core; see `rtfocus.autofocus.run.FocusStage`."""
+
+    def __init__(self, core: CMMCorePlus) -> None:
+        self._core = core
+        if not core.getFocusDevice():
+            msg = (
+                "the configuration has no focus stage; choose one in Micro-Manager's "
+                "hardware wizard (core property 'Focus')"
+            )
+            raise MicroscopeError(msg)
+
+    def position_um(self) -> float:
+        """Return where the stage says it is."""
+        try:
+            return float(self._core.getZPosition())
+        except RuntimeError as error:
+            msg = f"z-stage '{self._core.getFocusDevice()}' does not answer: {error}"
+            raise MicroscopeError(msg) from error
+
+    def go_to(self, z_um: float) -> None:
+        """Go there and wait for the end of the move."""
+        stage = self._core.getFocusDevice()
+        try:
+            self._core.setZPosition(z_um)
+            self._core.waitForDevice(stage)
+        except RuntimeError as error:
+            msg = f"z-stage '{stage}' does not go to {z_um:g} um: {error}"
+            raise MicroscopeError(msg) from error
+
+
+class FocusJournal:
+    """``focus.ndjson``: one line per image of autofocus and per correction."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.lines: list[dict[str, Any]] = []
+
+    def write(self, kind: str, **values: Any) -> None:  # noqa: ANN401 JSON values
+        """Append one line; flushed at once."""
+        line = {"kind": kind, "time_ns": time.time_ns(), **values}
+        self.lines.append(line)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+@dataclass
+class Focuser:
+    """Finds focus with a core's camera and stage.
+
+    Parameters
+    ----------
+    core
+        With its devices loaded.
+    config
+        Section ``autofocus``.
+    optics
+        By channel name; ``default`` for the others.
+    read
+        Turns an image into what it says of focus.
+    journal
+        Takes every decision.
+    tell
+        Called with one line per move, for a terminal.
+    """
+
+    core: CMMCorePlus
+    config: AutofocusConfig
+    optics: Mapping[str, OpticalSystem]
+    read: Read
+    journal: FocusJournal = field(default_factory=lambda: FocusJournal(None))
+    tell: Callable[[str], None] = logger.info
+    places: dict[Key, Mode] = field(default_factory=dict)
+    """Where focus was found, by position and grid."""
+    limits: Limits | None = None
+    """Fixed by the first search, so that many small steps do not walk away."""
+    _comparisons: dict[tuple[str, int], PlaneComparison] = field(default_factory=dict)
+
+    def focus(self, key: Key = (None, None)) -> Verdict:
+        """Search focus from where the stage stands; it ends at the best z.
+
+        Raises
+        ------
+        MicroscopeError
+            If camera or stage fail, or a hardware focus device holds the stage.
+        ConfigError
+            If the channel has no optics, or the stage stands outside its limits.
+        RtfocusError
+            What reading an image raises, a processor that does not answer too.
+        """
+        self._refuse_hardware_focus()
+        stage = CoreStage(self.core)
+        start = stage.position_um()
+        if self.limits is None:
+            self.limits = limits_at(self.config, start)
+        with _stopped_live(self.core), self._focus_channel() as channel:
+            search = self._search(channel, key)
+            verdict = run_search(
+                search,
+                stage,
+                lambda z: self.read(self._expose(), channel, z),
+                timeout_s=self.config.timeout_s,
+                on_step=lambda step: self._note(key, channel, step),
+            )
+        if verdict.focused:
+            found = search.belief.best
+            self.places[key] = Mode(1.0, verdict.end_um, max(found.sd_um, 1e-3))
+        self.journal.write("verdict", p=key[0], g=key[1], **verdict.summary())
+        self.tell(_line(key, verdict))
+        return verdict
+
+    def comparison(self, channel: str) -> PlaneComparison:
+        """Return the model of a channel's optics, made once.
+
+        Raises
+        ------
+        ConfigError
+            If the channel has no optics.
+        """
+        direction = self.direction()
+        if (channel, direction) not in self._comparisons:
+            optics = self.optics.get(channel) or self.optics.get("default")
+            if optics is None:
+                msg = (
+                    f"channel '{channel}' has no optics, and autofocus needs them; give "
+                    "channels: [{name: ..., optics: ...}] or autofocus.focus_channel"
+                )
+                raise ConfigError(msg)
+            self._comparisons[channel, direction] = PlaneComparison(optics, direction)
+        return self._comparisons[channel, direction]
+
+    def direction(self) -> int:
+        """Return what larger z does to the plane of focus: +1 towards, -1 away, 0."""
+        device = self.core.getFocusDevice()
+        return direction_of(self.config, int(self.core.getFocusDirection(device)))
+
+    def _search(self, channel: str, key: Key) -> FocusSearch:
+        comparison = self.comparison(channel)
+        direction = self.direction()
+        assert self.limits is not None
+        return FocusSearch(
+            comparison,
+            move_rule(self.config, self.limits, comparison.unit_um),
+            search_rule(self.config, direction),
+            direction=direction,
+            prior=self._prior(key, comparison.unit_um),
+        )
+
+    def _prior(self, key: Key, unit_um: float) -> Belief:
+        """Return what the place, or else the plate, was like before."""
+        if key in self.places:
+            before = self.places[key]
+            return Belief.of([Mode(1.0, before.mean_um, 4 * unit_um)])
+        return Belief(())
+
+    def _expose(self) -> NDArray[np.generic]:
+        try:
+            self.core.snapImage()
+            return np.asarray(self.core.getImage())
+        except RuntimeError as error:
+            camera = self.core.getCameraDevice()
+            msg = f"camera '{camera}' gives no image for autofocus: {error}"
+            raise MicroscopeError(msg) from error
+
+    def _note(self, key: Key, channel: str, step: Step) -> None:
+        reading = step.reading
+        self.journal.write(
+            "look",
+            p=key[0],
+            g=key[1],
+            channel=channel,
+            z_um=step.z_um,
+            defocus_um=reading.defocus_um,
+            sd_um=reading.sd_um,
+            refusal=reading.refusal,
+            focus_um=step.belief_um,
+            focus_sd_um=step.belief_sd_um,
+            decision=type(step.decision).__name__,
+            way_um=getattr(step.decision, "dz_um", getattr(step.decision, "back_um", 0)),
+        )
+
+    def _refuse_hardware_focus(self) -> None:
+        core = self.core
+        if core.getAutoFocusDevice() and core.isContinuousFocusEnabled():
+            device = core.getAutoFocusDevice()
+            msg = (
+                f"'{device}' holds the focus in hardware, and rtfocus does not fight "
+                "it: switch its continuous focus off, or leave rtfocus out of the plan"
+            )
+            raise MicroscopeError(msg)
+
+    def _focus_channel(self) -> "_Channel":
+        return _Channel(self.core, self.config.focus_channel)
+
+
+class _Channel:
+    """The focus channel while a search lasts; afterwards the one before."""
+
+    def __init__(self, core: CMMCorePlus, wanted: str | None) -> None:
+        self._core, self._group = core, core.getChannelGroup()
+        self._before = core.getCurrentConfig(self._group) if self._group else ""
+        self._wanted = wanted or self._before or "default"
+
+    def __enter__(self) -> str:
+        if self._wanted != self._before and self._group:
+            presets = self._core.getAvailableConfigs(self._group)
+            if self._wanted not in presets:
+                msg = (
+                    f"autofocus.focus_channel '{self._wanted}' is no preset of group "
+                    f"'{self._group}'; presets: {', '.join(presets)}"
+                )
+                raise ConfigError(msg)
+            self._core.setConfig(self._group, self._wanted)
+            self._core.waitForSystem()
+        return self._wanted
+
+    def __exit__(self, *_: object) -> None:
+        if self._before and self._wanted != self._before:
+            self._core.setConfig(self._group, self._before)
+            self._core.waitForSystem()
+
+
+class _stopped_live:  # noqa: N801 reads as a statement
+    """Live mode stopped while a search takes single images, then started again."""
+
+    def __init__(self, core: CMMCorePlus) -> None:
+        self._core = core
+
+    def __enter__(self) -> None:
+        self._was_live = self._core.isSequenceRunning()
+        if self._was_live:
+            self._core.stopSequenceAcquisition()
+
+    def __exit__(self, *_: object) -> None:
+        if self._was_live:
+            self._core.startContinuousSequenceAcquisition()
+
+
+def _line(key: Key, verdict: Verdict) -> str:
+    place = "" if key[0] is None else f" at position {key[0]}"
+    word = "focused" if verdict.focused else f"not focused ({verdict.reason})"
+    return (
+        f"autofocus{place}: {word}, z {verdict.start_um:.2f} -> {verdict.end_um:.2f} um, "
+        f"{verdict.images} images, {verdict.moves} moves, {verdict.seconds:.1f} s"
+    )

@@ -1,0 +1,63 @@
+"""Settings: the config and the stage as it stands, turned into rules of movement."""
+
+from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.search import SearchRule
+from rtfocus.config.autofocus import AutofocusConfig
+from rtfocus.errors import ConfigError
+
+_SIDES = {"down": -1, "up": 1}
+_DIRECTIONS = {"toward": 1, "away": -1, "unknown": 0}
+
+
+def limits_at(config: AutofocusConfig, start_um: float) -> Limits:
+    """Return the limits of a run that begins at a stage z.
+
+    Raises
+    ------
+    ConfigError
+        If the stage stands outside of the configured limits.
+    """
+    low = start_um - config.reach_um if config.low_um is None else config.low_um
+    high = start_um + config.reach_um if config.high_um is None else config.high_um
+    if not low <= start_um <= high:
+        msg = (
+            f"the stage stands at {start_um:g} um, outside of autofocus.low_um "
+            f"{low:g} to high_um {high:g}; move it or correct the limits"
+        )
+        raise ConfigError(msg)
+    return Limits(low, high).within(start_um, config.reach_um)
+
+
+def move_rule(config: AutofocusConfig, limits: Limits, unit_um: float) -> MoveRule:
+    """Return how the stage may be moved; `unit_um` is the depth of field."""
+    return MoveRule(
+        limits=limits,
+        deadband_um=config.deadband * unit_um,
+        most_um=config.most_um,
+        approach=_SIDES.get(config.approach, 0),
+        overshoot_um=config.backlash_um,
+    )
+
+
+def search_rule(config: AutofocusConfig, direction: int) -> SearchRule:
+    """Return what a search may do; `direction` as `direction_of` gives."""
+    away = -direction if direction else -1
+    return SearchRule(
+        most_images=config.most_images,
+        safe_side=_SIDES.get(config.safe_side, away),
+        trust_sign=config.calibration is not None,
+        verify=config.calibration is None,
+    )
+
+
+def direction_of(config: AutofocusConfig, of_core: int) -> int:
+    """Return +1 where larger z brings the plane of focus to the specimen, -1 or 0.
+
+    Parameters
+    ----------
+    config
+        Its `direction` wins over the core's.
+    of_core
+        `core.getFocusDirection`: 0 where nobody has said.
+    """
+    return _DIRECTIONS.get(config.direction, of_core)
