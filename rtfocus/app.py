@@ -34,6 +34,7 @@ from rtfocus.errors import (
     WorkerError,
     WriterError,
 )
+from rtfocus.focusing import Focusing, FocusLog, SeriesReader
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
 from rtfocus.microscope.acquisition import AcquisitionReport
 from rtfocus.microscope.acquisition import acquire as acquire_frames
@@ -62,14 +63,27 @@ def acquire(
     stop: threading.Event,
     on_publisher: Callable[[FramePublisher], None] = lambda _: None,
     on_frame: Callable[[FrameHeader], None] = lambda _: None,
+    on_focus: Callable[[str], None] = lambda _: None,
 ) -> AcquisitionReport:
-    """Run the microscope side: acquire one series and send it until it is durable."""
+    """Run the microscope side: acquire one series and send it until it is durable.
+
+    `on_focus` is told of every move of the focus in one line.
+    """
+    focusing = Focusing(config, on_focus)
     with (
-        FramePublisher(paired(config).transport) as publisher,
+        FramePublisher(
+            paired(config).transport, on_estimate=focusing.inbox.take
+        ) as publisher,
         _when(stop.is_set, publisher.stop),
     ):
         on_publisher(publisher)
-        return acquire_frames(config, publisher, stop=stop, on_frame=on_frame)
+        return acquire_frames(
+            config,
+            publisher,
+            stop=stop,
+            on_frame=on_frame,
+            make_engine=focusing.make_engine,
+        )
 
 
 def run(
@@ -240,6 +254,7 @@ class SeriesLoop:
         self._processor = processor
         self._preview = preview
         self._monitor = monitor
+        self._focus = SeriesReader(config, series)
         self._in_flight: dict[int, Slot] = {}
         """Frames that arrived and are not yet durable, by sequence."""
         self._lost: TransportError | None = None
@@ -249,6 +264,7 @@ class SeriesLoop:
         """Process the series; the folder is finished even when a worker fails."""
         grid = self._processor.start(self._series, self._config.transport.slots)
         folder = run_folder(self._config.run, self._config.store, self._series)
+        self._focus_log = FocusLog(folder)
         with open_run(
             folder,
             self._series,
@@ -326,9 +342,10 @@ class SeriesLoop:
         self._in_flight[arrived.frame().sequence] = arrived
         self._monitor.arrived(arrived)
         reason = self._receiver.wants_raw_only()
-        return self._processor.submit(
-            arrived, unrestored=None if reason is None else f"raw_only: {reason}"
-        )
+        unrestored = None if reason is None else f"raw_only: {reason}"
+        if arrived.frame().role is Role.FOCUS:
+            unrestored = "focus image"
+        return self._processor.submit(arrived, unrestored=unrestored)
 
     def _publish(self, arrived: Arrival) -> Arrival:
         """Send the focus estimate to the microscope side as soon as it is there."""
@@ -339,7 +356,8 @@ class SeriesLoop:
                 # The frame's failure is told by its result, where it is recorded.
                 return arrived
             if found is not None:
-                slot, estimate = arrived.slot, found[0]
+                slot = arrived.slot
+                estimate = self._focus.read(slot, *found)
                 self._receiver.send_estimate(estimate)
                 self._monitor.estimated(slot, estimate)
                 self._preview.offer(slot.pixels, estimate, self._monitor.snapshot())
@@ -357,6 +375,7 @@ class SeriesLoop:
             self._writer.record_error(slot, str(error))
             return
         self._monitor.finished(slot, result)
+        self._focus_log.take(slot)
         if slot.frame().role is Role.FOCUS:
             self._writer.record_focus(slot, result)
         else:

@@ -7,16 +7,20 @@ and grid tile and hold for hardware-sequenced z too, which pymmcore-plus leaves 
 """
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import numpy as np
 import useq
+from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.mda import MDAEngine, SkipEvent
-from pymmcore_plus.metadata import SummaryMetaV1
+from pymmcore_plus.metadata import FrameMetaV1, SummaryMetaV1
+from pymmcore_plus.metadata.schema import PropertyValue
 
 from rtfocus.autofocus.focuser import Focuser, Key
-from rtfocus.autofocus.hold import Holder
+from rtfocus.autofocus.hold import Holder, Seen
 from rtfocus.autofocus.run import Verdict
 from rtfocus.errors import RtfocusError
 
@@ -24,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 DEVICE = "rtfocus"
 """Name of an ``autofocus_device_name`` that this engine answers."""
+_TRY_AGAIN = 10
+"""Visits before a place where focus was not found is searched again."""
 ACTION = "rtfocus_autofocus"
 """Name of a ``CustomAction`` that this engine answers."""
 
@@ -40,6 +46,7 @@ class FocusActions(MDAEngine):
         self._verdicts: dict[Key, dict[str, Any]] = {}
         self._unfocused: set[Key] = set()
         self._stack: tuple[Any, ...] | None = None
+        self._not_before: dict[Key, int] = {}
         return super().setup_sequence(sequence)
 
     def setup_event(self, event: useq.MDAEvent) -> None:
@@ -86,14 +93,25 @@ class FocusActions(MDAEngine):
         channel = event.channel.config if event.channel is not None else ""
         return self._corrections.get(key_of(event), 0.0) + offsets.get(channel, 0.0)
 
-    def get_frame_metadata(self, event: useq.MDAEvent, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, E501
+    def get_frame_metadata(
+        self,
+        event: useq.MDAEvent,
+        prop_values: tuple[PropertyValue, ...] | None = None,
+        runner_time_ms: float = 0.0,
+        include_position: bool = True,
+        camera_device: str | None = None,
+    ) -> FrameMetaV1:
         """Return the frame's metadata with verdict and correction."""
-        meta = super().get_frame_metadata(event, *args, **kwargs)
+        meta = super().get_frame_metadata(
+            event, prop_values, runner_time_ms, include_position, camera_device
+        )
         key = key_of(event)
         note: dict[str, Any] = {"correction_um": self.correction_um(event)}
         if key in self._verdicts:
             note["autofocus"] = self._verdicts[key]
-        extra = dict(meta.get("extra") or {})
+        if lines := self.focuser.journal.drain():
+            note["focus_log"] = lines
+        extra: dict[str, Any] = {**meta.get("extra", {})}
         extra["rtfocus"] = {**extra.get("rtfocus", {}), **note}
         meta["extra"] = extra
         return meta
@@ -115,6 +133,10 @@ class FocusActions(MDAEngine):
                 break
         return verdict
 
+    def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
+        """Return what `holder` calls an event's place, and its slice in um."""
+        return key_of(event), 0.0
+
     def _hold(self, event: useq.MDAEvent, key: Key) -> None:
         """Take the drift in, once per stack and never inside one."""
         holder = self.holder
@@ -122,9 +144,42 @@ class FocusActions(MDAEngine):
         if holder is None or stack == self._stack or event.z_pos is None:
             return
         self._stack = stack
-        step_um = holder.correction_um(key)
+        first = event.events[0] if isinstance(event, SequencedEvent) else event
+        place, slice_um = self.place(first)
+        if not holder.knows(place) or holder.lost(place):
+            self._find(first, key, place, slice_um)
+            return
+        step_um = holder.correction_um(place, time.time(), time.time_ns())
         if step_um:
             self._corrections[key] = self._corrections.get(key, 0.0) + step_um
+
+    def _find(
+        self, event: useq.MDAEvent, key: Key, place: Key, slice_um: float
+    ) -> None:
+        """Search a place that is held for the first time, or was lost."""
+        assert self.holder is not None
+        visit = event.index.get("t", 0)
+        if visit < self._not_before.get(place, 0):
+            return
+        self._set_event_xy_position(event)
+        reference = event.model_copy(
+            update={"z_pos": cast("float", event.z_pos) - slice_um}
+        )
+        self._set_event_z(reference)
+        self.mmcore.waitForSystem()
+        verdict = self._focus(place, 1)
+        if verdict is None or not verdict.focused:
+            self._not_before[place] = visit + _TRY_AGAIN
+            return
+        self._verdicts[key] = verdict.summary()
+        before = self._corrections.get(key, 0.0)
+        self._corrections[key] = before + verdict.correction_um
+        looks = [
+            Seen(step.z_um, np.asarray(step.reading.spectrum), step.reading.noise)
+            for step in verdict.steps
+            if any(step.reading.spectrum)
+        ]
+        self.holder.begin(place, time.time(), verdict.end_um, looks)
 
     def _set_event_z(self, event: useq.MDAEvent) -> None:
         if not self.mmcore.getFocusDevice():
@@ -164,8 +219,28 @@ def key_of(event: useq.MDAEvent) -> Key:
 
 
 class FocusEngine(FocusActions):
-    """The stock engine of pymmcore-plus that answers ``rtfocus``."""
+    """The stock engine of pymmcore-plus that answers ``rtfocus``.
 
-    def __init__(self, core: Any, focuser: Focuser) -> None:  # noqa: ANN401
+    Parameters
+    ----------
+    core
+        With its devices loaded.
+    focuser
+        Finds focus on it.
+    on_close
+        Frees what reads the images.
+    """
+
+    def __init__(
+        self,
+        core: CMMCorePlus,
+        focuser: Focuser,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(core)
         self.focuser = focuser
+        self._on_close = on_close
+
+    def close(self) -> None:
+        """Free the engine that reads images; called twice does nothing."""
+        self._on_close()

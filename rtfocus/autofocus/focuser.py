@@ -18,7 +18,7 @@ from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.policy import Limits
+from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
 from rtfocus.autofocus.run import Step, Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch
 from rtfocus.autofocus.settings import (
@@ -84,8 +84,14 @@ class FocusJournal:
         line = {"kind": kind, "time_ns": time.time_ns(), **values}
         self.lines.append(line)
         if self._path is not None:
+            self.lines.clear()
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Return the lines that no file took, once."""
+        lines, self.lines = self.lines, []
+        return lines
 
 
 @dataclass
@@ -134,9 +140,6 @@ class Focuser:
         """
         self._refuse_hardware_focus()
         stage = CoreStage(self.core)
-        start = stage.position_um()
-        if self.limits is None:
-            self.limits = limits_at(self.config, start)
         with _stopped_live(self.core), self._focus_channel() as channel:
             search = self._search(channel, key)
             verdict = run_search(
@@ -166,12 +169,18 @@ class Focuser:
             optics = self.optics.get(channel) or self.optics.get("default")
             if optics is None:
                 msg = (
-                    f"channel '{channel}' has no optics, and autofocus needs them; give "
+                    f"channel '{channel}' has no optics, which autofocus needs; give "
                     "channels: [{name: ..., optics: ...}] or autofocus.focus_channel"
                 )
                 raise ConfigError(msg)
             self._comparisons[channel, direction] = PlaneComparison(optics, direction)
         return self._comparisons[channel, direction]
+
+    def move_rule(self, unit_um: float) -> MoveRule:
+        """Return how the stage may be moved; the first call fixes the limits."""
+        if self.limits is None:
+            self.limits = limits_at(self.config, CoreStage(self.core).position_um())
+        return move_rule(self.config, self.limits, unit_um)
 
     def direction(self) -> int:
         """Return what larger z does to the plane of focus: +1 towards, -1 away, 0."""
@@ -181,10 +190,9 @@ class Focuser:
     def _search(self, channel: str, key: Key) -> FocusSearch:
         comparison = self.comparison(channel)
         direction = self.direction()
-        assert self.limits is not None
         return FocusSearch(
             comparison,
-            move_rule(self.config, self.limits, comparison.unit_um),
+            self.move_rule(comparison.unit_um),
             search_rule(self.config, direction),
             direction=direction,
             prior=self._prior(key, comparison.unit_um),
@@ -220,7 +228,9 @@ class Focuser:
             focus_um=step.belief_um,
             focus_sd_um=step.belief_sd_um,
             decision=type(step.decision).__name__,
-            way_um=getattr(step.decision, "dz_um", getattr(step.decision, "back_um", 0)),
+            way_um=getattr(
+                step.decision, "dz_um", getattr(step.decision, "back_um", 0)
+            ),
         )
 
     def _refuse_hardware_focus(self) -> None:
@@ -280,10 +290,18 @@ class _stopped_live:  # noqa: N801 reads as a statement
             self._core.startContinuousSequenceAcquisition()
 
 
+def _way_um(step: Step) -> float:
+    decision = step.decision
+    if isinstance(decision, Move | Probe):
+        return decision.dz_um
+    return decision.back_um if isinstance(decision, GiveUp) else 0.0
+
+
 def _line(key: Key, verdict: Verdict) -> str:
     place = "" if key[0] is None else f" at position {key[0]}"
     word = "focused" if verdict.focused else f"not focused ({verdict.reason})"
     return (
-        f"autofocus{place}: {word}, z {verdict.start_um:.2f} -> {verdict.end_um:.2f} um, "
-        f"{verdict.images} images, {verdict.moves} moves, {verdict.seconds:.1f} s"
+        f"autofocus{place}: {word}, z {verdict.start_um:.2f} -> "
+        f"{verdict.end_um:.2f} um, {verdict.images} images, {verdict.moves} moves, "
+        f"{verdict.seconds:.1f} s"
     )

@@ -25,12 +25,12 @@ Key = tuple[int | None, int | None]
 
 _MOST_KEPT = 5
 # Depths of field per square root of a second and of its cube: a drift that wanders.
-_WANDER = 0.01
-_RATE_WANDER = 0.0003
-_FIRST_RATE = 0.02
+_WANDER = 0.02
+_RATE_WANDER = 0.001
+_FIRST_RATE = 0.1
 # Depths of field.
 _ALIKE, _START_SD, _LEAST_SD, _REACH = 0.25, 0.25, 0.12, 3.0
-_OUTLIER = 0.05
+_OUTLIER, _OWN = 0.05, 0.1
 _MOST_UNEXPLAINED = 0.08
 _LOST = 1.5
 
@@ -270,6 +270,10 @@ class Holder:
             (found.mean_um - place.height_um + drift_um) / unit,
             max(found.sd_um / unit, _LEAST_SD),
         )
+        # The rest is this position's own; slowly, for one image may be wrong.
+        shared_um = (self._drift.at(time_s) * unit) - drift_um
+        own_um = found.mean_um - place.height_um - shared_um
+        place.height_um += _OWN * own_um
         self._keep(place, [_seen(e, self._drift.at(time_s) * unit) for e in good])
 
     def _keep(self, place: Place, new: list[Seen]) -> None:
@@ -297,6 +301,7 @@ def _is_good(reading: FocusReading | None) -> bool:
 
 
 def _seen(estimate: Estimate, drift_um: float) -> Seen:
-    assert estimate.focus is not None and estimate.z_um is not None
+    assert estimate.focus is not None
+    assert estimate.z_um is not None
     z_um = estimate.z_um - drift_um
     return Seen(z_um, np.asarray(estimate.focus.spectrum), estimate.focus.noise)

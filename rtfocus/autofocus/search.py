@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 # In depths of field.
 _ARRIVED, _SURE, _APART, _FIRST_STEP = 0.3, 0.35, 1.0, 1.0
 _RIVAL = 0.25
-_BESIDE, _STUCK, _NEAR, _BRACKET = 0.7, 2.0, 3.0, 0.5
+_BESIDE, _STUCK, _NEAR, _BRACKET, _TOP = 0.7, 2.0, 3.0, 0.5, 0.8
 # Of the spectra's energy, or the optics do not explain the images.
 _MOST_UNEXPLAINED = 0.06
 # Sharpness is gradient energy: its root goes with the blur.
@@ -98,6 +98,7 @@ class FocusSearch:
     _errors: list[float] = field(default_factory=list)
     _images: int = 0
     _idle: int = 0
+    _returns: int = 0
     _looked_again: bool = False
     _back_at: float | None = None
     """The sharpest place, when the search has decided to end there."""
@@ -136,9 +137,13 @@ class FocusSearch:
         if self.belief.is_empty and not any(now.reading.spectrum):
             return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
         if self._back_at is not None:
-            # The last look: to end blurrier than what was seen would be a mistake.
-            if now.sharpness * _SHARPER < self.best_seen.sharpness:
-                return self.give_up("the image did not get as sharp as it was")
+            # To end blurrier than what was seen would be a mistake.
+            best = self.best_seen
+            if now.sharpness * _SHARPER < best.sharpness:
+                self._returns += 1
+                if self._returns > 1:
+                    return self.give_up("the image did not get as sharp as it was")
+                return Move(best.z_um - now.z_um)
             return Stay()
         if (doubt := self._doubt_the_stage()) is not None:
             return doubt
@@ -300,6 +305,10 @@ class FocusSearch:
             return best.z_um
         left = max(below, key=lambda look: look.z_um)
         right = min(above, key=lambda look: look.z_um)
+        # A parabola holds near the top alone.
+        width = max(best.z_um - left.z_um, right.z_um - best.z_um)
+        if width > _TOP * self.comparison.unit_um:
+            return best.z_um
         three = (left, best, right)
         curve = np.polyfit(
             [look.z_um - best.z_um for look in three],

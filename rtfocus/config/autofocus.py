@@ -38,7 +38,7 @@ class AutofocusConfig(Section):
     backlash_um: Annotated[float, Field(ge=0, lt=inf)] = 0.0
     """How far to overshoot in order to arrive in the direction of `approach`."""
     calibration: Path | None = None
-    """File of ``rtfocus calibrate``; None: every answer is checked by one more image."""
+    """File of ``rtfocus calibrate``; None: answers are checked by one more image."""
     focus_channel: str | None = None
     """Channel whose images tell focus; None: on demand the present one, held: the
     first of the plan."""

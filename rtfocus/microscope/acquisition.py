@@ -11,6 +11,7 @@ from rtfocus.config.microscope import ReplayConfig
 from rtfocus.errors import ConfigError
 from rtfocus.frame import FrameHeader
 from rtfocus.microscope.core import open_core
+from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.microscope.live import LiveAcquisition
 from rtfocus.microscope.mda import PlannedAcquisition
 from rtfocus.microscope.plan import anchored, read_sequence
@@ -27,6 +28,7 @@ def acquire(
     *,
     stop: threading.Event,
     on_frame: Callable[[FrameHeader], None] = lambda _: None,
+    make_engine: Callable[..., RecordingEngine] = RecordingEngine,
 ) -> AcquisitionReport:
     """Acquire one series from the configured source.
 
@@ -40,6 +42,8 @@ def acquire(
         Ends the series when set, also from another thread.
     on_frame
         Called with each frame's header after it was handed over.
+    make_engine
+        Makes the engine that runs a plan, with the arguments of `RecordingEngine`.
 
     Raises
     ------
@@ -51,7 +55,9 @@ def acquire(
     if isinstance(config.microscope, ReplayConfig):
         return Replay(config, config.microscope, sink, on_frame).run(stop)
     with open_core(config) as core:
-        return acquire_with(core, config, sink, stop=stop, on_frame=on_frame)
+        return acquire_with(
+            core, config, sink, stop=stop, on_frame=on_frame, make_engine=make_engine
+        )
 
 
 def acquire_with(
@@ -61,6 +67,7 @@ def acquire_with(
     *,
     stop: threading.Event,
     on_frame: Callable[[FrameHeader], None] = lambda _: None,
+    make_engine: Callable[..., RecordingEngine] = RecordingEngine,
 ) -> AcquisitionReport:
     """Acquire one series on a core that is already loaded; see `acquire`."""
     acquisition = config.acquisition
@@ -77,7 +84,9 @@ def acquire_with(
     _check_presets(core, sequence)
     z_um = core.getPosition() if core.getFocusDevice() else None
     planned = anchored(sequence, z_um)
-    return PlannedAcquisition(config, core, planned, sink, on_frame).run(stop)
+    return PlannedAcquisition(config, core, planned, sink, on_frame, make_engine).run(
+        stop
+    )
 
 
 def _check_presets(core: UniMMCore, sequence: MDASequence) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SeriesStart
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Role, SeriesStart
 from rtfocus.microscope.sink import FrameSink
 
 
@@ -29,6 +29,7 @@ class Exposure:
     planned_s: float | None = None
     actual_s: float | None = None
     frame_meta: dict[str, Any] = field(default_factory=dict)
+    role: Role = Role.RECORD
 
 
 class Delivery:
@@ -87,6 +88,7 @@ class Delivery:
             captured_ns=exposure.captured_ns,
             exposure_ms=exposure.exposure_ms,
             index=exposure.index,
+            role=exposure.role,
             z_um=exposure.z_um,
             z_offset_um=exposure.z_offset_um,
             event_index=exposure.event_index,

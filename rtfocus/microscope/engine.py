@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import useq
+from numpy.typing import NDArray
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.experimental.unicore import UniMMCore
 from pymmcore_plus.mda import MDAEngine
@@ -61,6 +63,11 @@ class RecordingEngine(MDAEngine):
         self._planned: useq.MDASequence | None = None
         self.standing_z_um: float | None = None
         """z during the present hardware sequence; None: planned per image."""
+        self.send_focus_image: Callable[[NDArray[np.generic], str, float], int]
+        """Sends an image outside the plan, of a channel and z; returns its sequence."""
+        self.place_of: Callable[[useq.MDAEvent], tuple[int, float]]
+        """Returns the index p in the store of a planned image's event, and its
+        distance from the reference plane of its stack in um."""
 
     def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
         """Set up the hardware of the first event, then announce the series.
@@ -79,6 +86,11 @@ class RecordingEngine(MDAEngine):
         summary = self.get_summary_metadata(mda_sequence=self._planned)
         self._on_start(self._planned, summary)
         return summary
+
+    def correction_um(self, event: useq.MDAEvent) -> float:
+        """Return what is added to the planned z of an event: here nothing."""
+        del event
+        return 0.0
 
     def _update_grid_fov_sizes(
         self, px_size: float, sequence: useq.MDASequence

@@ -13,8 +13,8 @@ from pymmcore_plus.experimental.unicore import UniMMCore
 from pymmcore_plus.mda import MDARunner
 
 from rtfocus.config import Config
-from rtfocus.errors import MicroscopeError, RtfocusError
-from rtfocus.frame import FrameHeader
+from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
+from rtfocus.frame import FrameHeader, Role
 from rtfocus.microscope.complaints import Complaints
 from rtfocus.microscope.delivery import Delivery, Exposure, SeriesChangedError
 from rtfocus.microscope.ending import camera_lost_images, end_series, overflow_error
@@ -44,6 +44,7 @@ class PlannedAcquisition:
         sequence: useq.MDASequence,
         sink: FrameSink,
         on_frame: Callable[[FrameHeader], None],
+        make_engine: Callable[..., RecordingEngine] = RecordingEngine,
     ) -> None:
         self._config = config
         self._core = core
@@ -53,12 +54,14 @@ class PlannedAcquisition:
         self._observations = Observations()
         self._complaints = Complaints()
         self._stop = threading.Event()
-        self._engine = RecordingEngine(
+        self._engine = make_engine(
             core,
             on_start=self._begin,
             on_lost=self._lose,
             is_stopped=lambda: self._stop.is_set(),
         )
+        self._engine.send_focus_image = self._send_focus_image
+        self._engine.place_of = self._place_of
         self._last_planned_s: float | None = None
         self._clock_offset_s = 0.0
         self._delivery: Delivery | None = None
@@ -181,7 +184,38 @@ class PlannedAcquisition:
             z_um: float | None = meta.get("position", {}).get("z", event.z_pos)
             return z_um
         standing = self._engine.standing_z_um
-        return event.z_pos if standing is None else standing
+        if standing is not None or event.z_pos is None:
+            return standing
+        return event.z_pos + self._engine.correction_um(event)
+
+    def _place_of(self, event: useq.MDAEvent) -> tuple[int, float]:
+        """Return the index p of a planned image and its distance from the reference."""
+        ordinal = int(event.metadata[EVENT_INDEX])
+        return self._plan.index(ordinal)["p"], float(self._plan.z_offsets_um[ordinal])
+
+    def _send_focus_image(
+        self, pixels: NDArray[np.generic], channel: str, z_um: float
+    ) -> int:
+        """Deliver an image that autofocus took outside the plan."""
+        assert self._delivery is not None
+        names = [one.name for one in self._delivery.series.channels]
+        if channel not in names:
+            msg = (
+                f"focus channel '{channel}' is none of the series' channels "
+                f"({', '.join(names)}), so the processor has not prepared for it; add "
+                "it to the plan, or choose another autofocus.focus_channel"
+            )
+            raise ConfigError(msg)
+        exposure = Exposure(
+            index={"t": 0, "p": 0, "c": names.index(channel), "z": 0},
+            captured_ns=now_ns(),
+            exposure_ms=self._core.getExposure(),
+            z_um=z_um,
+            role=Role.FOCUS,
+        )
+        sequence = self._delivery.sent
+        self._delivery.deliver(pixels, exposure)
+        return sequence
 
     def _lose(self, number: int) -> None:
         self._observations.camera_lost += number

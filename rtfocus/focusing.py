@@ -1,0 +1,339 @@
+"""Focusing: autofocus joined to a microscope's core and to a processor of frames.
+
+Here meet the packages that do not know each other: the core's engine asks for focus,
+an image is read by an engine in this process or by the processor at the other end of
+the sockets, and the policy decides.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import useq
+from numpy.typing import NDArray
+from pymmcore_plus import CMMCorePlus
+
+from rtfocus.autofocus.actions import FocusActions, FocusEngine
+from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
+from rtfocus.autofocus.focuser import Focuser, FocusJournal, Key
+from rtfocus.autofocus.hold import Correction, Holder
+from rtfocus.channel import OpticalSystem
+from rtfocus.config import Config, load_config
+from rtfocus.errors import ConfigError, TransportError
+from rtfocus.frame import DefocusMap, Estimate, FocusReading, Role, SeriesStart
+from rtfocus.microscope.engine import RecordingEngine
+from rtfocus.processing.engines.fit import parts, step_um
+from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.offline import ImageProcessor
+from rtfocus.slots import Slot
+
+
+def estimator_settings(
+    config: Config, channel: str, *, bit_depth: int | None = None
+) -> EstimatorSettings | None:
+    """Return what the estimator must know of a channel; None: it cannot focus.
+
+    A channel without optics or classifier cannot.
+    """
+    settings = config.channel(channel)
+    name = settings.classifier or config.processing.classifier
+    optics = settings.optics
+    if optics is None or name is None:
+        return None
+    card = find_engine(name, config.processing.engine_folders).card
+    levels, _ = parts(card)
+    saturation = config.camera.saturation_counts
+    if saturation is None and bit_depth is not None:
+        saturation = float(2**bit_depth - 1)
+    return EstimatorSettings(
+        unit_um=optics.defocus_unit_um,
+        range_um=(levels.count - 1) * step_um(card, optics),
+        dark_counts=config.camera.offset_counts,
+        saturation_counts=saturation,
+        region=config.autofocus.region,
+    )
+
+
+class SeriesReader:
+    """Processor side: adds to an estimate what autofocus must know of a frame.
+
+    Focus probes are always read, planned frames where autofocus holds focus.
+    """
+
+    def __init__(self, config: Config, series: SeriesStart) -> None:
+        self._holds = config.autofocus.mode == "hold"
+        self._settings = [
+            estimator_settings(config, channel.name, bit_depth=series.bit_depth)
+            for channel in series.channels
+        ]
+
+    def read(self, slot: Slot, estimate: Estimate, found: DefocusMap) -> Estimate:
+        """Return the estimate with its focus reading, or as it is."""
+        frame = slot.frame()
+        settings = self._settings[frame.index.get("c", 0)]
+        wanted = self._holds or frame.role is Role.FOCUS
+        if settings is None or not wanted:
+            return estimate
+        reading = read_focus(found, slot.pixels, settings)
+        return msgspec.structs.replace(estimate, focus=reading)
+
+
+class FocusLog:
+    """Processor side: ``focus.ndjson`` of a run, from the metadata of its frames."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "focus.ndjson"
+
+    def take(self, slot: Slot) -> None:
+        """Write down what the microscope side did since the frame before."""
+        meta = slot.frame().frame_meta
+        lines = meta.get("extra", {}).get("rtfocus", {}).get("focus_log", ())
+        if not lines:
+            return
+        with self._path.open("ab") as file:
+            for line in lines:
+                file.write(msgspec.json.encode(line) + b"\n")
+
+
+class LocalReader:
+    """Reads images by the channel's engine in this process."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        processing = config.processing.model_copy(
+            update={
+                "restoration": config.processing.restoration.model_copy(
+                    update={"method": "none"}
+                )
+            }
+        )
+        self._settings: dict[str, EstimatorSettings] = {}
+        self._processor = ImageProcessor(
+            config.model_copy(update={"processing": processing})
+        )
+
+    def read(
+        self, pixels: NDArray[np.generic], channel: str, z_um: float
+    ) -> FocusReading:
+        """Read one image.
+
+        Raises
+        ------
+        ConfigError
+            If the channel has no optics or classifier.
+        EngineError
+            If the engine does not fit or fails.
+        """
+        del z_um
+        settings = self._settings_of(channel, pixels)
+        found = self._processor.classify(pixels, channel=channel).defocus
+        assert found is not None
+        return read_focus(found, pixels, settings)
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._processor.close()
+
+    def _settings_of(
+        self, channel: str, pixels: NDArray[np.generic]
+    ) -> EstimatorSettings:
+        if channel not in self._settings:
+            depth = 8 * pixels.dtype.itemsize if pixels.dtype.kind == "u" else None
+            found = estimator_settings(self._config, channel, bit_depth=depth)
+            if found is None:
+                raise no_optics(channel)
+            self._settings[channel] = found
+        return self._settings[channel]
+
+
+class EstimateInbox:
+    """Microscope side: estimates as they come, and a wait for one of them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._newest: Estimate | None = None
+        self.also: Callable[[Estimate], None] = lambda _: None
+        """Called with every estimate too."""
+
+    def take(self, estimate: Estimate) -> None:
+        """Keep the newest; returns at once, from any thread."""
+        with self._changed:
+            self._newest = estimate
+            self._changed.notify_all()
+        self.also(estimate)
+
+    def wait(self, sequence: int, timeout_s: float) -> Estimate:
+        """Return the estimate of a frame.
+
+        Raises
+        ------
+        TransportError
+            If it does not come: the processor is gone, stalled, or estimates nothing.
+        """
+
+        def has_come() -> bool:
+            return self._newest is not None and self._newest.sequence >= sequence
+
+        with self._changed:
+            came = self._changed.wait_for(has_come, timeout_s)
+            newest = self._newest
+        if not came or newest is None or newest.sequence != sequence:
+            msg = (
+                f"the processor gave no estimate of focus image {sequence} within "
+                f"{timeout_s:g} s; is it running, with a classifier for this channel? "
+                "(autofocus.request_timeout_s)"
+            )
+            raise TransportError(msg)
+        return newest
+
+
+class FocusingEngine(FocusActions, RecordingEngine):
+    """The recording engine that answers ``rtfocus`` and holds focus."""
+
+    def __init__(self, core: Any, *, focusing: "Focusing", **events: Any) -> None:  # noqa: ANN401 as of RecordingEngine
+        super().__init__(core, **events)
+        self._focusing = focusing
+        self.focuser = focusing.focuser(core, self)
+
+    def setup_sequence(self, sequence: useq.MDASequence) -> Any:  # noqa: ANN401
+        """Set the plan up; the drift of a plan before is forgotten."""
+        self.holder = self._focusing.holder(self.focuser, sequence)
+        return super().setup_sequence(sequence)
+
+    def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
+        """Return the place in the store, and the slice in um."""
+        site, slice_um = self.place_of(event)
+        return (site, None), slice_um
+
+
+class Focusing:
+    """Microscope side of one acquisition: its engine and its inbox of estimates."""
+
+    def __init__(
+        self, config: Config, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._config = config
+        self._tell = tell
+        self.inbox = EstimateInbox()
+
+    @property
+    def make_engine(self) -> Callable[..., RecordingEngine]:
+        """Makes the engine of the acquisition, as `RecordingEngine` does."""
+        return partial(FocusingEngine, focusing=self)
+
+    def focuser(self, core: CMMCorePlus, engine: RecordingEngine) -> Focuser:
+        """Return a focuser whose images are read by the processor."""
+
+        def read(
+            pixels: NDArray[np.generic], channel: str, z_um: float
+        ) -> FocusReading:
+            sequence = engine.send_focus_image(pixels, channel, z_um)
+            timeout_s = self._config.autofocus.request_timeout_s
+            reading = self.inbox.wait(sequence, timeout_s).focus
+            if reading is None:
+                raise no_optics(channel)
+            return reading
+
+        return Focuser(
+            core,
+            self._config.autofocus,
+            optics_of(self._config),
+            read,
+            journal=FocusJournal(None),
+            tell=self._tell,
+        )
+
+    def holder(self, focuser: Focuser, sequence: useq.MDASequence) -> Holder | None:
+        """Return what holds focus during a plan; None: nothing does."""
+        if self._config.autofocus.mode != "hold":
+            return None
+        names = [channel.config for channel in sequence.channels]
+        wanted = self._config.autofocus.focus_channel or (names or ["default"])[0]
+        if names and wanted not in names:
+            msg = (
+                f"autofocus.focus_channel '{wanted}' is none of the plan's channels "
+                f"({', '.join(names)}): held focus is told by planned images"
+            )
+            raise ConfigError(msg)
+        comparison = focuser.comparison(wanted)
+
+        def note(correction: Correction) -> None:
+            focuser.journal.write(
+                "hold",
+                p=correction.key[0],
+                g=correction.key[1],
+                step_um=correction.step_um,
+                error_um=correction.error_um,
+                drift_um=correction.drift_um,
+                reason=correction.reason,
+            )
+            if correction.step_um:
+                self._tell(
+                    f"focus held at position {correction.key[0]}: "
+                    f"{correction.step_um:+.2f} um ({correction.reason})"
+                )
+
+        holder = Holder(
+            comparison,
+            focuser.move_rule(comparison.unit_um),
+            channel=names.index(wanted) if names else 0,
+            on_correction=note,
+        )
+        self.inbox.also = holder.take
+        return holder
+
+
+def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
+    """Make a core answer ``rtfocus`` in useq plans; one line in anybody's script.
+
+    Parameters
+    ----------
+    core
+        With its devices loaded, e.g. of napari-micromanager or pymmcore-gui.
+    config
+        Or the path of its file; sections ``autofocus``, ``channels``, ``processing``
+        and ``camera`` are read.
+
+    Returns
+    -------
+    FocusEngine
+        Registered with the core already; ``engine.focuser.focus()`` searches focus
+        at once.
+
+    Examples
+    --------
+    ::
+
+        import rtfocus
+
+        engine = rtfocus.focus(core, "my_microscope.yaml")
+        core.run_mda(plan)  # with autofocus_plan of device "rtfocus"
+    """
+    settings = config if isinstance(config, Config) else load_config(Path(config))
+    reader = LocalReader(settings)
+    focuser = Focuser(core, settings.autofocus, optics_of(settings), reader.read)
+    engine = FocusEngine(core, focuser, on_close=reader.close)
+    core.mda.set_engine(engine)
+    return engine
+
+
+def optics_of(config: Config) -> Mapping[str, OpticalSystem]:
+    """Return the optics of every channel that has them."""
+    return {
+        channel.name: channel.optics
+        for channel in config.channels
+        if channel.optics is not None
+    }
+
+
+def no_optics(channel: str) -> ConfigError:
+    """Say that a channel cannot focus."""
+    msg = (
+        f"channel '{channel}' has no optics or no classifier; autofocus needs both: "
+        "give them in channels, or choose another autofocus.focus_channel"
+    )
+    return ConfigError(msg)

@@ -1,0 +1,221 @@
+"""Autofocus on real cores: useq plans as they are, corrections in z and metadata."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import useq
+from loop_kit import LOCAL, OPTICS, read_journal, read_report
+from pymmcore_plus.mda import MDAEngine
+
+from rtfocus import app
+from rtfocus.config import Config, load_config, parse_config
+from rtfocus.errors import ConfigError, TransportError
+from rtfocus.focusing import EstimateInbox, focus
+from rtfocus.microscope.core import open_core
+from rtfocus.resources import resource_folder
+
+UNIT_UM = 0.451 / 0.36**2
+
+
+def settings(**changes: Any) -> Config:
+    data = {
+        "microscope": {
+            "source": "virtual",
+            "height_px": 256,
+            "width_px": 256,
+            "specimen": {"kind": "nuclei", "seed": 3},
+            "surface": {"z_um": 4.0},
+            "bit_depth": 12,
+        },
+        "camera": {"offset_counts": 100},
+        "channels": [{"name": "DAPI", "optics": OPTICS}],
+        "processing": {"classifier": "delpnet", "threads": 1, "device": "cpu"},
+    }
+    return parse_config({**data, **changes})
+
+
+PLAN = {
+    "axis_order": "tpgcz",
+    "stage_positions": [{"x": 0, "y": 0, "z": 0}],
+    "channels": [{"config": "DAPI", "exposure": 5}],
+    "autofocus_plan": {"axes": ["p"], "autofocus_device_name": "rtfocus"},
+}
+
+
+@contextmanager
+def acquired(config: Config) -> Iterator[tuple[Any, Any, list[dict[str, Any]]]]:
+    """A core that answers ``rtfocus``, and the metadata of the frames it takes."""
+    frames: list[dict[str, Any]] = []
+    with open_core(config) as core:
+        before = core.mda.engine
+        engine = focus(core, config)
+
+        def keep(_: Any, __: useq.MDAEvent, meta: dict[str, Any]) -> None:
+            frames.append(meta)
+
+        core.mda.events.frameReady.connect(keep)
+        try:
+            yield core, engine, frames
+        finally:
+            core.mda.events.frameReady.disconnect(keep)
+            engine.close()
+            core.mda.set_engine(before or MDAEngine(core))
+
+
+def test_a_stock_plan_from_json_focuses_and_stacks_follow() -> None:
+    plan = useq.MDASequence.model_validate_json(
+        useq.MDASequence(**PLAN, z_plan={"range": 4, "step": 2}).model_dump_json()
+    )
+    with acquired(settings()) as (core, engine, frames):
+        core.mda.run(plan)
+        lines = engine.focuser.journal.lines
+    heights = [meta["position"]["z"] for meta in frames]
+    middle = heights[1]
+    assert middle == pytest.approx(4.0, abs=0.5 * UNIT_UM)
+    assert heights == pytest.approx([middle - 2, middle, middle + 2])
+    note = frames[0]["extra"]["rtfocus"]
+    assert note["autofocus"]["focused"]
+    assert note["correction_um"] == pytest.approx(middle)
+    assert lines == []
+    kinds = [line["kind"] for line in note["focus_log"]]
+    assert kinds[-1] == "verdict"
+    assert kinds.count("look") == note["autofocus"]["images"]
+    json.dumps(note)
+
+
+def test_grid_tiles_have_corrections_of_their_own() -> None:
+    # The plate rises by 6 um from one tile to the next.
+    microscope = settings().microscope.model_dump()
+    microscope["surface"] = {"z_um": 2.0, "tilt_x_um": 4.0}
+    plan = useq.MDASequence(
+        **{**PLAN, "autofocus_plan": {**PLAN["autofocus_plan"], "axes": ["p", "g"]}},
+        grid_plan={"rows": 1, "columns": 2, "fov_width": 166, "fov_height": 166},
+    )
+    with acquired(settings(microscope=microscope)) as (core, _, frames):
+        core.mda.run(plan)
+    left, right = (meta["extra"]["rtfocus"]["correction_um"] for meta in frames)
+    assert right - left == pytest.approx(4.0, abs=0.6 * UNIT_UM)
+
+
+def test_the_custom_action_is_answered_too() -> None:
+    events = [
+        useq.MDAEvent(action=useq.CustomAction(name="rtfocus_autofocus"), z_pos=0.0),
+        useq.MDAEvent(z_pos=0.0, exposure=5),
+    ]
+    with acquired(settings()) as (core, _, frames):
+        core.mda.run(iter(events))
+    (meta,) = frames
+    assert meta["position"]["z"] == pytest.approx(4.0, abs=0.5 * UNIT_UM)
+
+
+def demo(**autofocus: Any) -> Config:
+    return settings(
+        microscope={
+            "source": "democamera",
+            "properties": {
+                "Camera": {"PixelType": "16bit"},
+                "Z": {"UseSequences": "Yes"},
+            },
+        },
+        autofocus=autofocus,
+    )
+
+
+def test_the_real_core_refuses_what_shows_no_focus_and_goes_on() -> None:
+    pytest.importorskip("mm_test_adapters")
+    with acquired(demo(most_images=3)) as (core, _, frames):
+        core.mda.run(useq.MDASequence(**PLAN))
+        assert core.getZPosition() == pytest.approx(0.0, abs=30)
+    note = frames[0]["extra"]["rtfocus"]
+    assert not note["autofocus"]["focused"]
+    assert note["autofocus"]["reason"]
+
+
+def test_an_unfocused_position_is_skipped_where_that_is_wanted() -> None:
+    pytest.importorskip("mm_test_adapters")
+    with acquired(demo(on_failure="skip", most_images=2)) as (core, engine, frames):
+        core.mda.run(useq.MDASequence(**PLAN))
+        assert frames == []
+        assert engine.focuser.journal.drain()[-1]["kind"] == "verdict"
+
+
+def test_hardware_sequenced_z_gets_the_correction() -> None:
+    pytest.importorskip("mm_test_adapters")
+    plan = useq.MDASequence(
+        stage_positions=[{"x": 0, "y": 0, "z": 10}],
+        channels=[{"config": "DAPI", "exposure": 5}],
+        z_plan={"range": 4, "step": 2},
+    )
+    with acquired(demo(channel_offsets_um={"DAPI": 1.5})) as (core, engine, frames):
+        loaded: list[Any] = []
+        load = core.loadStageSequence
+
+        def note(stage: str, heights: Any) -> None:
+            loaded.append(list(heights))
+            load(stage, heights)
+
+        core.loadStageSequence = note
+        engine.use_hardware_sequencing = True
+        core.mda.run(plan)
+    assert len(frames) == 3
+    assert loaded == [[9.5, 11.5, 13.5]]
+    assert all(meta["hardware_triggered"] for meta in frames)
+
+
+def test_limits_that_the_stage_is_outside_of_are_said(tmp_path: Path) -> None:
+    config = settings(autofocus={"low_um": 50.0, "high_um": 80.0})
+    with (
+        acquired(config) as (_, engine, __),
+        pytest.raises(ConfigError, match=r"outside of autofocus\.low_um 50"),
+    ):
+        engine.focuser.focus()
+
+
+def test_a_processor_that_does_not_answer_is_a_clear_failure() -> None:
+    with pytest.raises(TransportError, match="no estimate of focus image 7"):
+        EstimateInbox().wait(7, timeout_s=0.01)
+
+
+def test_the_loop_holds_focus_against_a_drift(tmp_path: Path) -> None:
+    config = load_config(
+        resource_folder("configs") / "demo.yaml",
+        (
+            *LOCAL,
+            f"run.folder={tmp_path}",
+            "microscope.height_px=256",
+            "microscope.width_px=256",
+            "microscope.specimen.kind=nuclei",
+            "microscope.surface={z_um: 3.0, drift_um_per_min: 6.0}",
+            "autofocus.mode=hold",
+            "processing.classifier=delpnet",
+            "processing.restoration.method=none",
+            "store.restored=false",
+            "acquisition.mda={axis_order: tpcz, time_plan: {interval: 0.5, loops: 16}, "
+            "stage_positions: [{x: 0, y: 0, z: 0}], "
+            "channels: [{config: DAPI, exposure: 10.0}]}",
+        ),
+    )
+    folder = app.run(config, stop=threading.Event(), abandon=threading.Event())
+    assert folder is not None
+    lines = [
+        json.loads(line)
+        for line in (folder / "focus.ndjson").read_text("utf-8").splitlines()
+    ]
+    kinds = {line["kind"] for line in lines}
+    assert {"look", "verdict", "hold"} <= kinds
+    assert next(line for line in lines if line["kind"] == "verdict")["focused"]
+    planned = [line for line in read_journal(folder) if line.get("role") != "focus"]
+    assert len(planned) >= 16
+    terms = read_report(folder)["accounting"]
+    assert terms["written"] == 16
+    assert terms["focus"] >= 3
+    assert terms["unaccounted"] == 0
+    last = planned[-1]
+    # Where the specimen was when the last frame was taken.
+    surface_um = 3.0 + 6.0 / 60 * last["actual_s"]
+    assert last["z_um"] == pytest.approx(surface_um, abs=0.75 * UNIT_UM)
