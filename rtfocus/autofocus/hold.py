@@ -8,14 +8,14 @@ predicted, so a position is corrected before its image shows that it must be.
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.belief import Belief, Mode, modes_of_weights
+from rtfocus.autofocus.belief import Mode, modes_of_weights
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import MoveRule
 from rtfocus.frame import Estimate, FocusReading
@@ -26,58 +26,111 @@ Key = tuple[int | None, int | None]
 _MOST_KEPT = 5
 # Depths of field per square root of a second and of its cube: a drift that wanders.
 _WANDER = 0.02
-_RATE_WANDER = 0.001
+_RATE_WANDER = 0.0003
 _FIRST_RATE = 0.1
 # Depths of field.
-_ALIKE, _START_SD, _LEAST_SD, _REACH = 0.25, 0.25, 0.12, 3.0
-_OUTLIER, _OWN = 0.05, 0.1
+_ALIKE, _START_SD, _LEAST_SD, _REACH = 0.25, 0.1, 0.12, 3.0
+_OUTLIER, _OWN, _OWN_REACH = 0.05, 0.1, 1.0
+_MOST_GUESSES, _SAME_COURSE = 6, 0.1
 _MOST_UNEXPLAINED = 0.08
-_LOST = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """One course the drift may have taken: a Kalman filter of drift and speed."""
+
+    weight: float
+    state: Floats
+    covariance: Floats
+
+    def ahead(self, step_s: float) -> "_Guess":
+        """Return the guess some seconds later."""
+        move = np.array([[1.0, step_s], [0.0, 1.0]])
+        across = _RATE_WANDER**2 * step_s**2 / 2
+        noise = np.array(
+            [
+                [_WANDER**2 * step_s + _RATE_WANDER**2 * step_s**3 / 3, across],
+                [across, _RATE_WANDER**2 * step_s],
+            ]
+        )
+        covariance = move @ self.covariance @ move.T + noise
+        return _Guess(self.weight, move @ self.state, covariance)
+
+    def seen(self, mode: Mode) -> "_Guess":
+        """Return the guess after one reading of the drift."""
+        variance = self.covariance[0, 0] + mode.sd_um**2
+        away = mode.mean_um - self.state[0]
+        likely = float(
+            np.exp(-0.5 * away**2 / variance) / np.sqrt(2 * np.pi * variance)
+        )
+        gain = self.covariance[:, 0] / variance
+        return _Guess(
+            self.weight * mode.weight * likely,
+            self.state + gain * away,
+            self.covariance - np.outer(gain, self.covariance[0]),
+        )
 
 
 class Drift:
-    """One drift of all positions and its speed: a Kalman filter in depths of field.
+    """One drift of all positions and its speed, in depths of field.
+
+    An even PSF does not tell up from down, so several courses are followed at once;
+    the stage goes with the likeliest, and the next image shows whether it was right.
 
     Examples
     --------
     >>> drift = Drift(0.0)
     >>> for second in range(1, 60):
-    ...     drift.see(float(second), 0.1 * second, 0.05)
+    ...     drift.see(float(second), [Mode(1.0, 0.1 * second, 0.05)])
     >>> round(drift.at(70.0), 1)
     7.0
     """
 
     def __init__(self, time_s: float) -> None:
         self._time_s = time_s
-        self._state = np.zeros(2)
-        self._covariance = np.diag([0.0, _FIRST_RATE**2])
+        still = np.diag([0.0, _FIRST_RATE**2])
+        self._guesses = [_Guess(1.0, np.zeros(2), still)]
 
     def at(self, time_s: float) -> float:
-        """Return the drift at a time."""
-        return float(self._state[0] + self._state[1] * (time_s - self._time_s))
+        """Return the likeliest drift at a time."""
+        return float(self._best.ahead(time_s - self._time_s).state[0])
 
     def sd_at(self, time_s: float) -> float:
         """Return its standard deviation."""
-        return sqrt(max(float(self._ahead(time_s)[0, 0]), 0.0))
+        step_s = max(time_s - self._time_s, 0.0)
+        return sqrt(max(float(self._best.ahead(step_s).covariance[0, 0]), 0.0))
 
-    def see(self, time_s: float, drift: float, sd: float) -> None:
-        """Take in what one position says of the drift."""
+    def see(self, time_s: float, modes: Sequence[Mode]) -> None:
+        """Take in what one position says of the drift, as modes."""
         # An image that comes late is taken as if it were of now.
-        time_s = max(time_s, self._time_s)
-        covariance = self._ahead(time_s)
-        state = np.array([self.at(time_s), self._state[1]])
-        gain = covariance[:, 0] / (covariance[0, 0] + sd**2)
-        self._state = state + gain * (drift - state[0])
-        self._covariance = covariance - np.outer(gain, covariance[0])
-        self._time_s = time_s
+        step_s = max(time_s - self._time_s, 0.0)
+        self._time_s += step_s
+        before = [guess.ahead(step_s) for guess in self._guesses]
+        after = [
+            replace(guess, weight=guess.weight * _OUTLIER / (2 * _REACH))
+            for guess in before
+        ]
+        after += [guess.seen(mode) for guess in before for mode in modes]
+        self._guesses = _likeliest(after)
 
-    def _ahead(self, time_s: float) -> Floats:
-        step = max(time_s - self._time_s, 0.0)
-        move = np.array([[1.0, step], [0.0, 1.0]])
-        noise = np.diag([_WANDER**2 * step, _RATE_WANDER**2 * step])
-        noise[0, 0] += _RATE_WANDER**2 * step**3 / 3
-        noise[0, 1] = noise[1, 0] = _RATE_WANDER**2 * step**2 / 2
-        return np.asarray(move @ self._covariance @ move.T + noise)
+    @property
+    def _best(self) -> _Guess:
+        return self._guesses[0]
+
+
+def _likeliest(guesses: list[_Guess]) -> list[_Guess]:
+    """Join guesses that are alike and keep the likeliest; weights sum to 1."""
+    kept: list[_Guess] = []
+    for guess in sorted(guesses, key=lambda one: -one.weight):
+        for number, other in enumerate(kept):
+            if abs(guess.state[0] - other.state[0]) < _SAME_COURSE:
+                kept[number] = replace(other, weight=other.weight + guess.weight)
+                break
+        else:
+            kept.append(guess)
+    kept = sorted(kept, key=lambda one: -one.weight)[:_MOST_GUESSES]
+    total = sum(guess.weight for guess in kept)
+    return [replace(guess, weight=guess.weight / total) for guess in kept]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,23 +310,22 @@ class Holder:
             place.misses += 1
             return
         place.misses = 0
-        modes = modes_of_weights(fit.candidates_um, fit.weights)
         modes = [
-            Mode(m.weight, m.mean_um, max(m.sd_um, _LEAST_SD * unit)) for m in modes
+            Mode(
+                mode.weight,
+                (mode.mean_um - place.height_um + drift_um) / unit,
+                max(np.hypot(mode.sd_um / unit, place.sd), _LEAST_SD),
+            )
+            for mode in modes_of_weights(fit.candidates_um, fit.weights)
         ]
-        sd = sqrt(self._drift.sd_at(time_s) ** 2 + place.sd**2)
-        before = Belief.of([Mode(1.0, place.height_um, max(sd, 0.1) * unit)])
-        found = before.seen(modes, outlier=_OUTLIER).best
-        # What this position says of the drift that all share.
-        self._drift.see(
-            time_s,
-            (found.mean_um - place.height_um + drift_um) / unit,
-            max(found.sd_um / unit, _LEAST_SD),
-        )
-        # The rest is this position's own; slowly, for one image may be wrong.
-        shared_um = (self._drift.at(time_s) * unit) - drift_um
-        own_um = found.mean_um - place.height_um - shared_um
-        place.height_um += _OWN * own_um
+        self._drift.see(time_s, modes)
+        # What the shared drift leaves is this position's own; slowly, for one image
+        # may be wrong.
+        now = self._drift.at(time_s)
+        nearest = min(modes, key=lambda mode: abs(mode.mean_um - now))
+        own = nearest.mean_um - now
+        if abs(own) < _OWN_REACH:
+            place.height_um += _OWN * own * unit
         self._keep(place, [_seen(e, self._drift.at(time_s) * unit) for e in good])
 
     def _keep(self, place: Place, new: list[Seen]) -> None:
