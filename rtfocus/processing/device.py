@@ -3,7 +3,8 @@
 A device turns channel plans into work. It has no queue, no order and no thread of
 its own: those are the processor's, which calls it from three kinds of threads::
 
-    [own] prepare, enqueue, close ─▶ [estimate] estimate ─▶ [restore] restore
+    [own] prepare, enqueue, close ─▶ [estimate] estimate, begin_restoring ─▶
+    [restore] restore
 """
 
 import time
@@ -110,8 +111,9 @@ class Prepared:
 class Device(Protocol):
     """Estimates and restores the frames of one series after the other.
 
-    `prepare`, `enqueue` and `close` come from one thread, `estimate` from a second,
-    `restore` from as many as `Prepared.restoring` says; all of them within `entered`.
+    `prepare`, `enqueue` and `close` come from one thread, `estimate` and
+    `begin_restoring` from a second, `restore` from as many as `Prepared.restoring`
+    says; all of them within `entered`.
     """
 
     name: str
@@ -139,6 +141,10 @@ class Device(Protocol):
 
     def estimate(self, job: Job) -> DefocusMap | None:
         """Return the defocus of a frame when it is known, and set its flags."""
+        ...
+
+    def begin_restoring(self, job: Job) -> None:
+        """Begin the restoration of a frame whose defocus is known and published."""
         ...
 
     def restore(self, job: Job) -> NDArray[np.generic] | None:

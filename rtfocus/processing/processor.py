@@ -264,6 +264,7 @@ class _Run:
         if defocus is not None:
             job.estimated = estimate_frame(job.slot.frame(), defocus), defocus
         job.ticket.estimate.set_result(job.estimated)
+        self._device.begin_restoring(job)
 
     def _restore(self, job: Job) -> None:
         restored = self._device.restore(job)

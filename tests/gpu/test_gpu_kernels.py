@@ -186,9 +186,9 @@ def restore_both(work, memory, signal, window, psfs, make, **reference):
         levels=tuple(psfs),
     )
     out = memory.allocate(signal.shape, np.float32, "out")
-    restorer.enqueue(
-        work, memory.upload(signal, "signal"), memory.upload(LABELS, "labels"), out
-    )
+    given = memory.upload(signal, "signal"), memory.upload(LABELS, "labels")
+    for part in restorer.parts(montage.present(LABELS)):
+        restorer.enqueue(work, part, *given, out)
     cpu = DepthVariantRestorer(montage, psfs, halo_px=halo_px, **reference)
     return view(out), cpu.restore(signal, LABELS, np.empty_like(signal), quantum=1.0)
 

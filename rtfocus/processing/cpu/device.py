@@ -106,6 +106,9 @@ class CpuDevice:
             buffers.seen = classifier.see(prepared)
         return buffers.seen.defocus
 
+    def begin_restoring(self, job: Job) -> None:
+        """Nothing: a CPU restores when somebody waits for it."""
+
     def restore(self, job: Job) -> NDArray[Any] | None:
         """Restore a frame, into a scratch frame of this thread and then its slot's."""
         buffers = self._slots[job.slot.index]

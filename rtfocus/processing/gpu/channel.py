@@ -1,6 +1,6 @@
 """Restorers: what restores the frames of a channel on a GPU, opened by its plan."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,7 +9,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.backends import open_for_plan, runs_on
-from rtfocus.processing.gpu.classifier import GpuClassifier, InFlight
+from rtfocus.processing.gpu.classifier import GpuClassifier, InFlight, Part
 from rtfocus.processing.gpu.correction import GpuCorrection
 from rtfocus.processing.gpu.cuda.cufft import CudaTransforms
 from rtfocus.processing.gpu.depth_variant import (
@@ -25,14 +25,25 @@ from rtfocus.processing.gpu.tiles import GpuConditions
 from rtfocus.processing.gpu.wiener import GpuWiener
 from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
 from rtfocus.processing.restore import WHOLE_FRAME
+from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import FrameTiles
 
 
 class FrameRestorer(Protocol):
     """Restores the frames of one channel, one after the other on one stream."""
 
-    def enqueue(self, work: Work, frame: InFlight) -> None:
-        """Enqueue the restoration of a frame."""
+    def parts(self, present: Sequence[int] | None) -> list[Part]:
+        """Return what is enqueued for a frame, in order.
+
+        Parameters
+        ----------
+        present
+            Levels out of focus that its tiles have, at least one; None: any.
+        """
+        ...
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+        """Enqueue a part of the restoration of a frame."""
         ...
 
     def why_not_capturable(self, work: Work) -> str | None:
@@ -66,9 +77,14 @@ class ClassicalFrames:
         del work
         return None
 
-    def enqueue(self, work: Work, frame: InFlight) -> None:
-        """Enqueue the restoration of a frame."""
-        self._restorer.enqueue(work, frame.signal, frame.maps["level"], frame.out)
+    def parts(self, present: Sequence[int] | None) -> list[Part]:
+        """Return a part for every plane, and one for every level in it."""
+        return self._restorer.parts(present)
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+        """Enqueue a part of the restoration of a frame."""
+        levels = frame.maps["level"]
+        self._restorer.enqueue(work, part, frame.signal, levels, frame.out)
 
     def close(self) -> None:
         """Free the transforms."""
@@ -238,6 +254,8 @@ class GpuChannel:
     restorer: FrameRestorer | None = None
     backends: Mapping[str, str] = field(default_factory=dict)
     """Name of each network to its runtime and precision."""
+    montage: Montage | None = None
+    """Tells which levels are restored; None: there are none."""
 
     @property
     def grid(self) -> TileGrid | None:
@@ -274,4 +292,5 @@ def open_channel(
     restorer, own = open_restorer(plan, classifier, device, memory)
     if own is not None:
         backends[restoration.name] = runs_on(own)
-    return GpuChannel(plan, correction, classifier, restorer, backends)
+    montage = plan.montage(classifier.grid)
+    return GpuChannel(plan, correction, classifier, restorer, backends, montage)

@@ -96,6 +96,10 @@ class InFlight:
     """Result, float32, shape of the signal."""
 
 
+Part = tuple[int, ...]
+"""A piece of a restoration that is enqueued, or left out, as a whole."""
+
+
 class GpuClassifier:
     """A classifier or joint engine applied to whole frames of one size.
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rtfocus.frame import BACKGROUND
 from rtfocus.optics.psf import psf_radius_px
+from rtfocus.processing.gpu.classifier import Part
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.restore.fourier import axis_mix, padded_shape
 from rtfocus.processing.tiles.montage import Montage
@@ -267,15 +268,34 @@ class GpuDepthVariantRestorer:
         self._padded = memory.allocate(shape, np.float32, "the padded frame")
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
 
+    def parts(self, present: Sequence[int] | None = None) -> list[Part]:
+        """Return (plane,) and every (plane, level) for the levels that are present.
+
+        As on the CPU, a level that no tile has is not restored; None: all are.
+        """
+        levels = [n for n in self._levels if present is None or n in present]
+        return [
+            part
+            for channel in range(self._frame.channels)
+            for part in ((channel,), *((channel, level) for level in levels))
+        ]
+
     def enqueue(
-        self, work: Work, signal: DeviceArray, levels: DeviceArray, out: DeviceArray
+        self,
+        work: Work,
+        part: Part,
+        signal: DeviceArray,
+        levels: DeviceArray,
+        out: DeviceArray,
     ) -> None:
-        """Enqueue signal -> out, both float32 (y, x, channel).
+        """Enqueue a part of signal -> out, both float32 (y, x, channel).
 
         Parameters
         ----------
         work
             Stream.
+        part
+            Of `parts`; those of a frame come in that order.
         signal
             Camera offset removed, no NaN.
         levels
@@ -283,8 +303,10 @@ class GpuDepthVariantRestorer:
         out
             Result; background and level 0 come back unchanged.
         """
-        work.copy(out, signal)
-        for channel in range(self._frame.channels):
+        channel = part[0]
+        if len(part) == 1:
+            if channel == 0:
+                work.copy(out, signal)
             self._surround.enqueue(
                 work,
                 signal,
@@ -293,16 +315,17 @@ class GpuDepthVariantRestorer:
                 positive=self._deconvolution.positive,
             )
             self._deconvolution.begin(work, self._padded)
-            for level in self._levels:
-                self._deconvolution.restore(work, level, self._padded, self._restored)
-                self._blending.enqueue(
-                    work,
-                    frame=self._frame,
-                    channel=channel,
-                    signal=signal,
-                    restored=self._restored,
-                    halo_px=self._halo_px,
-                    levels=levels,
-                    level=level,
-                    out=out,
-                )
+            return
+        level = part[1]
+        self._deconvolution.restore(work, level, self._padded, self._restored)
+        self._blending.enqueue(
+            work,
+            frame=self._frame,
+            channel=channel,
+            signal=signal,
+            restored=self._restored,
+            halo_px=self._halo_px,
+            levels=levels,
+            level=level,
+            out=out,
+        )

@@ -74,7 +74,7 @@ class GpuDevice:
         )
 
     def enqueue(self, job: Job) -> None:
-        """Enqueue everything about a frame; returns before any of it is done."""
+        """Enqueue a frame up to its maps; returns before any of it is done."""
         with translated(self._index, "enqueueing a frame"):
             self._open_session().enqueue(job)
 
@@ -82,6 +82,11 @@ class GpuDevice:
         """Wait for the maps of a frame."""
         with translated(self._index, "estimating"):
             return self._open_session().wait_maps(job)
+
+    def begin_restoring(self, job: Job) -> None:
+        """Enqueue the restoration of what is out of focus."""
+        with translated(self._index, "enqueueing a restoration"):
+            self._open_session().enqueue_restoration(job)
 
     def restore(self, job: Job) -> NDArray[Any] | None:
         """Wait for all of a frame."""

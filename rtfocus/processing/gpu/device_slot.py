@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.frame import DefocusMap, TileGrid
-from rtfocus.processing.gpu.channel import GpuChannel
-from rtfocus.processing.gpu.classifier import ClassifierSlot, InFlight
+from rtfocus.processing.gpu.channel import FrameRestorer, GpuChannel
+from rtfocus.processing.gpu.classifier import ClassifierSlot, InFlight, Part
 from rtfocus.processing.gpu.cuda.stream import Replayed, new_event
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
 
@@ -177,16 +177,13 @@ class ChannelSlot:
             self._classify,
             lambda work: off or self._why_not_classify(work),
         )
-        self.restore = Replayed(
-            f"restoration of channel '{channel.plan.name}'",
-            self._restore,
-            lambda work: off or self._why_not_restore(work),
-        )
+        self._off = off
+        self._parts: dict[Part, Replayed] = {}
 
     def close(self) -> None:
         """Free contexts and recordings."""
-        self.classify.close()
-        self.restore.close()
+        for replayed in (self.classify, *self._parts.values()):
+            replayed.close()
         if self._seen is not None:
             self._seen.network.close()
 
@@ -198,19 +195,35 @@ class ChannelSlot:
         if channel.classifier is not None and self._seen is not None:
             channel.classifier.enqueue(work, self._seen, slot.signal, slot.maps)
 
-    def _restore(self, work: Work) -> None:
-        slot, channel = self._buffers, self.channel
-        if channel.restorer is None or self._seen is None:
+    def restore(self, work: Work, present: Sequence[int] | None) -> None:
+        """Enqueue the restoration of the levels that are present; None: of all.
+
+        Every part is recorded by itself, so that those a frame does not need are
+        left out.
+        """
+        slot, restorer = self._buffers, self.channel.restorer
+        if restorer is None or self._seen is None:
             return
-        frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
-        channel.restorer.enqueue(work, frame)
-        channel.correction.to_counts(work, slot.restored, slot.counts)
+        if present is not None and not present:
+            work.copy(slot.restored, slot.signal)
+        else:
+            frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
+            for part in restorer.parts(present):
+                self._part(restorer, frame, part)(work)
+        self.channel.correction.to_counts(work, slot.restored, slot.counts)
+
+    def _part(self, restorer: FrameRestorer, frame: InFlight, part: Part) -> Replayed:
+        """Return a part of the restoration, recorded at its second run."""
+        found = self._parts.get(part)
+        if found is None:
+            found = self._parts[part] = Replayed(
+                f"restoration of channel '{self.channel.plan.name}' {part}",
+                lambda work: restorer.enqueue(work, frame, part),
+                lambda work: self._off or restorer.why_not_capturable(work),
+            )
+        return found
 
     def _why_not_classify(self, work: Work) -> str | None:
         return (
             None if self._seen is None else self._seen.network.why_not_capturable(work)
         )
-
-    def _why_not_restore(self, work: Work) -> str | None:
-        restorer = self.channel.restorer
-        return None if restorer is None else restorer.why_not_capturable(work)

@@ -4,13 +4,14 @@ As `rtfocus.processing.cpu.network_restorer.TileNetworkRestorer`, but for every 
 whatever its label: which ones need it is known to the device only.
 """
 
+from collections.abc import Sequence
 from math import ceil
 
 import numpy as np
 
 from rtfocus.processing.classify.rules import invertible_normalisation
 from rtfocus.processing.engines.card import EngineCard, input_of
-from rtfocus.processing.gpu.classifier import GpuClassifier, InFlight
+from rtfocus.processing.gpu.classifier import GpuClassifier, InFlight, Part
 from rtfocus.processing.gpu.depth_variant import GpuBlending
 from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import GpuPercentiles
@@ -51,8 +52,14 @@ class JointFrames:
         del work
         return None
 
-    def enqueue(self, work: Work, frame: InFlight) -> None:
+    def parts(self, present: Sequence[int] | None) -> list[Part]:
+        """Return the one part there is: every tile in one go, whatever its label."""
+        del present
+        return [()]
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the blending of what the network restored."""
+        del part
         restored = frame.seen.network.buffers[self._output]
         self._classifier.tile.join(work, restored, frame.seen.ranges, frame.out)
         self._blending.enqueue_share(
@@ -137,8 +144,14 @@ class GpuTileRestorer:
         }
         self._context: GpuContext = engine.open_context()
 
-    def enqueue(self, work: Work, frame: InFlight) -> None:
+    def parts(self, present: Sequence[int] | None) -> list[Part]:
+        """Return the one part there is: every tile in one go, whatever its label."""
+        del present
+        return [()]
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the restoration of a frame."""
+        del part
         tiles = self._buffers[self._input.name]
         self._percentiles.enqueue(work, frame.signal, self._ranges)
         self._tiles.cut(

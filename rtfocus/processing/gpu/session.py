@@ -7,10 +7,11 @@
     restore               ──[frame n]──────▶
     copy out                    ──[frame n-1]──▶
 
-Four CUDA streams, ordered by events: a stream waits on the GPU for the one before
-it in the picture, never the host for either. Classification has a stream of its own
-so that the next estimate does not wait for a restoration. Made, used and closed in
-the one thread that owns the GPU.
+Four CUDA streams, ordered by events: a stream waits on the GPU for the one before it
+in the picture. Classification has a stream of its own so that the next estimate does
+not wait for a restoration. A restoration is enqueued when the maps have reached the
+host, which then knows the levels that are present: the others are left out. Made and
+closed in the one thread that owns the GPU.
 """
 
 import logging
@@ -132,7 +133,7 @@ class GpuSession:
         return int(total - free)
 
     def enqueue(self, job: Job) -> None:
-        """Enqueue everything about a frame; returns before any of it is done."""
+        """Enqueue a frame up to its maps; returns before any of it is done."""
         slot, host = self.device_slots[job.seat], self._host[job.slot.index]
         channel = slot.channels[job.channel]
         pixels = self._stage(job, host)
@@ -145,11 +146,19 @@ class GpuSession:
         self._classify.record(slot.classified)
         self._classify.copy_out(host.packed_maps, slot.buffers.packed_maps)
         self._classify.record(slot.estimated)
+
+    def enqueue_restoration(self, job: Job) -> None:
+        """Enqueue the restoration of the levels that a frame's tiles have.
+
+        Called when its maps are on the host, from one thread that may be another than
+        the owner's: what is recorded was so in the warm-up.
+        """
         if job.skipped is not None:
             return
+        slot, host = self.device_slots[job.seat], self._host[job.slot.index]
         self._restore.wait(slot.classified)
         self._restore.record(slot.restore_begun)
-        channel.restore(self._restore)
+        slot.channels[job.channel].restore(self._restore, self._present(job))
         self._restore.record(slot.restored)
         self._copy_out.wait(slot.restored)
         self._copy_out.record(slot.copy_out_begun)
@@ -164,6 +173,14 @@ class GpuSession:
         flags = {"nan": host.invalid is not None, "saturated": maps["saturated"][0]}
         job.flags = tuple(name for name, is_so in flags.items() if is_so)
         return None if grid is None else defocus_map(grid, maps)
+
+    def _present(self, job: Job) -> list[int]:
+        """Return the levels out of focus that a frame's tiles have."""
+        found = job.estimated
+        montage = self.channels[job.channel].montage
+        if found is None or montage is None:
+            return []
+        return montage.present(found[1].level)
 
     def wait_restored(self, job: Job) -> NDArray[Any] | None:
         """Wait until all of a frame is on the host; None: it is not restored."""
@@ -260,7 +277,7 @@ class GpuSession:
                     self._restore.synchronise()
                     channel.classify(self._classify)
                     self._classify.synchronise()
-                    channel.restore(self._restore)
+                    channel.restore(self._restore, None)
             self._restore.synchronise()
 
     def _reserve_host(self) -> HostBuffers:

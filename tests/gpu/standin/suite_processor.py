@@ -17,13 +17,22 @@ from gpu_standin_kit import HostContext
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.frame import (
+    BACKGROUND,
+    PROTOCOL_VERSION,
+    FrameHeader,
+    Position,
+    SeriesStart,
+)
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.gpu.cuda.driver import LostGpuError, current_context
 from rtfocus.processing.gpu.cuda.memory import PinnedMemory
 from rtfocus.processing.gpu.cuda.stream import CudaStream, Kernels, Replayed, new_event
+from rtfocus.processing.gpu.depth_variant import (
+    GpuDepthVariantRestorer as DepthVariantRestorer,
+)
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor
@@ -235,6 +244,32 @@ def test_richardson_lucy_is_close_to_the_cpus(engine_folder, frames, method):
         change = np.abs(restored - wanted.astype(np.float64))
         # The margins of the CPU's regions differ, those of the frame do not.
         assert np.linalg.norm(change) < 0.02 * np.linalg.norm(wanted)
+
+
+def test_levels_that_no_tile_has_are_not_restored(engine_folder, frames, monkeypatch):
+    restored = []
+    original = DepthVariantRestorer.enqueue
+
+    def spy(self, work, part, *arrays):
+        restored.extend(part[1:])
+        original(self, work, part, *arrays)
+
+    monkeypatch.setattr(DepthVariantRestorer, "enqueue", spy)
+    config = config_for(engine_folder, cuda_graphs=False, frames_in_flight=1)
+    processor = on_gpu(config)
+    processor.start(SERIES, SLOTS)
+    every = set(restored)
+    restored.clear()
+    pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+    blank = np.full(SHAPE, 50)
+    result = submit(processor, pool, 0, blank).result.result(TIMEOUT_S)
+    np.testing.assert_array_equal(result.restored, blank)
+    assert restored == []
+    result = submit(processor, pool, 1, frames[0]).result.result(TIMEOUT_S)
+    levels = set(result.defocus.level.ravel().tolist())
+    assert restored == sorted(levels - {0, BACKGROUND})
+    assert set(restored) < every
+    processor.close()
 
 
 @pytest.fixture(scope="module")
