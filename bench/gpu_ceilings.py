@@ -7,7 +7,7 @@ import numpy as np
 from rtfocus.processing.gpu.cuda.compiler import compile_for
 from rtfocus.processing.gpu.cuda.driver import current_context, import_driver
 from rtfocus.processing.gpu.cuda.memory import PinnedMemory
-from rtfocus.processing.gpu.engine import GpuDevice
+from rtfocus.processing.gpu.engine import Gpu
 
 COPY_BYTES = 1 << 28
 ROUNDS = 10
@@ -37,7 +37,7 @@ extern "C" __global__ void multiply(float* out, int loops) {
 """.replace("CHAINS", str(CHAINS))
 
 
-def ceilings(device: GpuDevice) -> dict[str, Any]:
+def ceilings(device: Gpu) -> dict[str, Any]:
     """Measure copies in, out, both at once and within the device, and products."""
     cuda = import_driver()
     with current_context(device.gpu_index):
@@ -87,7 +87,7 @@ def _copies(cuda: Any, pinned: PinnedMemory) -> dict[str, float]:
     return found
 
 
-def _products(cuda: Any, device: GpuDevice) -> float:
+def _products(cuda: Any, device: Gpu) -> float:
     code = compile_for(device.compute_capability, MATRIX_KERNEL)
     function = cuda.module_from_buffer(code).get_function("multiply")
     function.prepare("Pi")

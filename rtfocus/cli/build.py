@@ -15,7 +15,7 @@ from rtfocus.cli.interrupt import interruptible
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.engines.registry import FoundEngine, find_engine, list_engines
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
-from rtfocus.processing.gpu.engine import GpuDevice, gpu_request
+from rtfocus.processing.gpu.engine import Gpu, gpu_request
 from rtfocus.processing.gpu.tensorrt.build import Progress
 from rtfocus.processing.gpu.tensorrt.library import (
     LIBRARIES,
@@ -120,7 +120,7 @@ def _chosen(name: str) -> list[FoundEngine]:
 
 def _target(
     backend: BackendChoice, gpu: int | None, capability: str | None
-) -> tuple[TensorRt, GpuDevice | None, PlanTarget]:
+) -> tuple[TensorRt, Gpu | None, PlanTarget]:
     """Return the library, the GPU if one is at hand, and what the plan is for."""
     library = _library(backend)
     if capability is not None:

@@ -22,7 +22,7 @@ from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.cuda.driver import list_devices
-from rtfocus.processing.gpu.engine import GpuDevice
+from rtfocus.processing.gpu.engine import Gpu
 
 
 def add_to(app: typer.Typer) -> None:
@@ -92,7 +92,7 @@ def _cpu_runtimes() -> Iterator[Finding]:
 
 def _gpu() -> Iterator[Finding]:
     """Tell which GPUs there are, and what could run networks on the first."""
-    devices: list[GpuDevice] = []
+    devices: list[Gpu] = []
     try:
         devices = list_devices()
     except EngineError as error:

@@ -30,7 +30,7 @@ from rtfocus.frame import (
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.classify.conditions import is_mirrored
 from rtfocus.processing.correction import luminance
-from rtfocus.processing.cpu.channel import CpuChannel, open_channel
+from rtfocus.processing.cpu.channel import OpenChannel, open_channel
 from rtfocus.processing.engines.card import BACKGROUND_LABEL, OutputCard
 from rtfocus.processing.engines.fit import parts, step_um
 from rtfocus.processing.offline import ImageProcessor
@@ -55,7 +55,7 @@ class Ranking:
             }
         )
         self._data = data
-        self._channel: CpuChannel | None = None
+        self._channel: OpenChannel | None = None
         self._kind: object = None
 
     def ranks(
@@ -108,7 +108,7 @@ class Ranking:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_for(self, sample: Sample) -> CpuChannel:
+    def _open_for(self, sample: Sample) -> OpenChannel:
         kind = (sample.pixels.shape, sample.pixels.dtype.str)
         if self._channel is not None and kind == self._kind:
             return self._channel

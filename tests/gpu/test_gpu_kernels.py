@@ -14,20 +14,19 @@ from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.correction import CameraCorrection
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.gpu.correction import GpuCorrection
+from rtfocus.processing.gpu.correction import Correction as GpuCorrection
 from rtfocus.processing.gpu.depth_variant import (
-    GpuDepthVariantRestorer,
-    neighbours,
-    transform_shape,
+    DepthVariantRestorer as GpuDepthVariantRestorer,
 )
-from rtfocus.processing.gpu.preparation import (
-    CellStatistics,
-    GpuBackground,
-    GpuStandardisation,
+from rtfocus.processing.gpu.depth_variant import neighbours, transform_shape
+from rtfocus.processing.gpu.preparation import Background as GpuBackground
+from rtfocus.processing.gpu.preparation import CellStatistics
+from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
+from rtfocus.processing.gpu.richardson_lucy import (
+    RichardsonLucyDeconvolution as GpuRichardsonLucy,
 )
-from rtfocus.processing.gpu.richardson_lucy import GpuRichardsonLucy
 from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
-from rtfocus.processing.gpu.wiener import GpuWiener
+from rtfocus.processing.gpu.wiener import WienerDeconvolution as GpuWiener
 from rtfocus.processing.gpu.work import FrameShape
 from rtfocus.processing.restore.fourier import pad
 from rtfocus.processing.tiles.montage import Montage, Region

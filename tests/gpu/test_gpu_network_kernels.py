@@ -11,9 +11,10 @@ from rtfocus.processing.classify.conditions import Conditions, turned
 from rtfocus.processing.classify.labels import LabelDecoder
 from rtfocus.processing.cpu.network_restorer import blend
 from rtfocus.processing.engines.card import EngineCard, InputCard, OutputCard
-from rtfocus.processing.gpu.depth_variant import GpuBlending
-from rtfocus.processing.gpu.preparation import GpuPercentiles
-from rtfocus.processing.gpu.tiles import GpuConditions, windowed_tiles
+from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
+from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
+from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
+from rtfocus.processing.gpu.tiles import windowed_tiles
 from rtfocus.processing.gpu.work import FrameShape
 from rtfocus.processing.tiles.frame_fit import from_planes, to_planes
 from rtfocus.processing.tiles.montage import Montage

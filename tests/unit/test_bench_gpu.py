@@ -5,13 +5,13 @@ import argparse
 import pytest
 
 from bench import gpu
-from rtfocus.processing.gpu.engine import GpuDevice
+from rtfocus.processing.gpu.engine import Gpu
 
 
 def test_a_run_counts_the_shipped_network_and_says_what_bounds_it(
     tmp_path, monkeypatch
 ) -> None:
-    device = GpuDevice(0, "card", (8, 6), 1 << 34)
+    device = Gpu(0, "card", (8, 6), 1 << 34)
     limits = {"copy_in_gb_s": 20.0, "matrix_tflop_s": 100.0}
     row = {"case": {"side": 1000}, "frames_per_s": 500.0}
     monkeypatch.setattr(gpu, "find_device", lambda index: device)

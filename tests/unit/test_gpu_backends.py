@@ -15,8 +15,8 @@ from rtfocus.processing.gpu.backends import (
     open_network,
 )
 from rtfocus.processing.gpu.engine import (
+    Gpu,
     GpuBackend,
-    GpuDevice,
     GpuEngine,
     GpuRequest,
     ShapeRange,
@@ -29,7 +29,7 @@ from rtfocus.processing.gpu.tensorrt.library import (
     why_unsupported,
 )
 
-CARD = GpuDevice(0, "NVIDIA RTX A4000", (8, 6), 16 << 30)
+CARD = Gpu(0, "NVIDIA RTX A4000", (8, 6), 16 << 30)
 SHAPES = ShapeRange((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 64, 64))
 REQUEST = GpuRequest("delpnet", Path("model.onnx"), "00", "fp32", {"tiles": SHAPES})
 
@@ -37,7 +37,7 @@ REQUEST = GpuRequest("delpnet", Path("model.onnx"), "00", "fp32", {"tiles": SHAP
 def backend(name: str, why: str | None, opened: GpuEngine | str) -> GpuBackend:
     """Return a backend that is unavailable for a reason, or fails with a text."""
 
-    def open_engine(request: GpuRequest, device: GpuDevice) -> GpuEngine:
+    def open_engine(request: GpuRequest, device: Gpu) -> GpuEngine:
         if isinstance(opened, str):
             raise EngineError(opened)
         return opened

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.registry import list_engines
-from rtfocus.processing.gpu.engine import GpuDevice, GpuRequest, ShapeRange
+from rtfocus.processing.gpu.engine import Gpu, GpuRequest, ShapeRange
 from rtfocus.processing.gpu.torch_backend.engine import (
     OPERATORS,
     TorchEngine,
@@ -379,6 +379,6 @@ def test_an_engine_tells_its_tensors_and_shapes(tmp_path: Path) -> None:
 def test_a_torch_without_cuda_is_told() -> None:
     if torch.version.cuda is not None:
         pytest.skip("this torch is built for CUDA")
-    card = GpuDevice(0, "NVIDIA RTX A4000", (8, 6), 16 << 30)
+    card = Gpu(0, "NVIDIA RTX A4000", (8, 6), 16 << 30)
     for device in (None, card):
         assert "built for the CPU" in str(why_unavailable(device))

@@ -262,7 +262,7 @@ def share_threads(total: int, *, one_pass: bool = False) -> Threads:
 
 
 @dataclass(frozen=True, slots=True)
-class CpuChannel:
+class OpenChannel:
     """What does the work that a plan names."""
 
     plan: ChannelPlan
@@ -284,7 +284,7 @@ class CpuChannel:
             self.restorer.close()
 
 
-def open_channel(plan: ChannelPlan, total_threads: int) -> CpuChannel:
+def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
     """Open the engines of a channel and compute its filters.
 
     Raises
@@ -294,12 +294,12 @@ def open_channel(plan: ChannelPlan, total_threads: int) -> CpuChannel:
     """
     seen, restoration = plan.classifier, plan.restoration
     if seen is None:
-        return CpuChannel(plan)
+        return OpenChannel(plan)
     threads = share_threads(total_threads, one_pass=seen.restores)
     classifier = open_classifier(seen, plan.processing, threads.classify)
     backends = {seen.found.name: classifier.runs_on(plan.processing)}
     if restoration is None:
-        return CpuChannel(plan, classifier, None, backends)
+        return OpenChannel(plan, classifier, None, backends)
     try:
         restorer, runs_on = open_restorer(plan, classifier.grid, threads.restore)
     except BaseException:
@@ -307,4 +307,4 @@ def open_channel(plan: ChannelPlan, total_threads: int) -> CpuChannel:
         raise
     if runs_on is not None:
         backends[restoration.name] = runs_on
-    return CpuChannel(plan, classifier, restorer, backends)
+    return OpenChannel(plan, classifier, restorer, backends)

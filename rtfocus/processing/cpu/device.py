@@ -14,7 +14,7 @@ from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.machine import usable_threads
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.correction import Marks
-from rtfocus.processing.cpu.channel import CpuChannel, open_channel, share_threads
+from rtfocus.processing.cpu.channel import OpenChannel, open_channel, share_threads
 from rtfocus.processing.cpu.classifier import Seen
 from rtfocus.processing.device import Job, Prepared
 
@@ -47,7 +47,7 @@ class CpuDevice:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._channels: list[CpuChannel] = []
+        self._channels: list[OpenChannel] = []
         self._slots: list[_SlotBuffers] = []
         self._thread = threading.local()
 

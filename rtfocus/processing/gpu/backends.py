@@ -9,8 +9,8 @@ from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.choice import usable
 from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.gpu.engine import (
+    Gpu,
     GpuBackend,
-    GpuDevice,
     GpuEngine,
     GpuRequest,
     gpu_request,
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _TORCH = "rtfocus.processing.gpu.torch_backend.engine"
 
 
-def _why_no_torch(device: GpuDevice | None) -> str | None:
+def _why_no_torch(device: Gpu | None) -> str | None:
     try:
         module = import_module(_TORCH)
     except ImportError as error:
@@ -31,7 +31,7 @@ def _why_no_torch(device: GpuDevice | None) -> str | None:
     return why
 
 
-def _open_torch(request: GpuRequest, device: GpuDevice) -> GpuEngine:
+def _open_torch(request: GpuRequest, device: Gpu) -> GpuEngine:
     engine: GpuEngine = import_module(_TORCH).open_engine(request, device)
     return engine
 
@@ -52,7 +52,7 @@ GPU_BACKENDS: tuple[GpuBackend, ...] = (
 )
 
 
-def open_network(wanted: str, request: GpuRequest, device: GpuDevice) -> GpuEngine:
+def open_network(wanted: str, request: GpuRequest, device: Gpu) -> GpuEngine:
     """Load a network with the backend of a name, or the first that can.
 
     With ``auto`` a backend that cannot build or load this network is told about and
@@ -82,7 +82,7 @@ def open_network(wanted: str, request: GpuRequest, device: GpuDevice) -> GpuEngi
 
 
 def open_for_plan(
-    plan: ChannelPlan, found: FoundEngine, device: GpuDevice
+    plan: ChannelPlan, found: FoundEngine, device: Gpu
 ) -> tuple[GpuEngine, GpuRequest]:
     """Load the network of an engine of a channel, and what was asked for.
 

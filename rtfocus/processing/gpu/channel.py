@@ -9,20 +9,20 @@ from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.backends import open_for_plan, runs_on
-from rtfocus.processing.gpu.classifier import GpuClassifier, InFlight, Part
-from rtfocus.processing.gpu.correction import GpuCorrection
+from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
+from rtfocus.processing.gpu.correction import Correction
 from rtfocus.processing.gpu.cuda.cufft import CudaTransforms
 from rtfocus.processing.gpu.depth_variant import (
-    GpuBlending,
-    GpuDeconvolution,
-    GpuDepthVariantRestorer,
+    Blending,
+    Deconvolution,
+    DepthVariantRestorer,
     transform_shape,
 )
-from rtfocus.processing.gpu.engine import GpuDevice, GpuEngine
-from rtfocus.processing.gpu.network_restorer import GpuTileRestorer, JointFrames
-from rtfocus.processing.gpu.richardson_lucy import GpuRichardsonLucy
-from rtfocus.processing.gpu.tiles import GpuConditions
-from rtfocus.processing.gpu.wiener import GpuWiener
+from rtfocus.processing.gpu.engine import Gpu, GpuEngine
+from rtfocus.processing.gpu.network_restorer import JointRestorer, TileNetworkRestorer
+from rtfocus.processing.gpu.richardson_lucy import RichardsonLucyDeconvolution
+from rtfocus.processing.gpu.tiles import TileConditions
+from rtfocus.processing.gpu.wiener import WienerDeconvolution
 from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
 from rtfocus.processing.restore import WHOLE_FRAME
 from rtfocus.processing.tiles.montage import Montage
@@ -67,7 +67,7 @@ class ClassicalFrames:
     """
 
     def __init__(
-        self, restorer: GpuDepthVariantRestorer, transforms: CudaTransforms
+        self, restorer: DepthVariantRestorer, transforms: CudaTransforms
     ) -> None:
         self._restorer = restorer
         self._transforms = transforms
@@ -93,8 +93,8 @@ class ClassicalFrames:
 
 def open_restorer(
     plan: ChannelPlan,
-    classifier: GpuClassifier,
-    device: GpuDevice,
+    classifier: FrameClassifier,
+    device: Gpu,
     memory: DeviceMemory,
 ) -> tuple[FrameRestorer, GpuEngine | None]:
     """Open what restores the frames of a channel.
@@ -140,15 +140,15 @@ def open_restorer(
 def _by_level(
     plan: ChannelPlan,
     restoration: RestorationPlan,
-    classifier: GpuClassifier,
+    classifier: FrameClassifier,
     memory: DeviceMemory,
 ) -> FrameRestorer:
     settings, psfs = restoration.settings, plan.psfs
     shape, halo_px = transform_shape(psfs, plan.size, settings.halo_px)
     transforms = CudaTransforms(shape)
-    deconvolution: GpuDeconvolution
+    deconvolution: Deconvolution
     if restoration.method == "wiener":
-        deconvolution = GpuWiener(
+        deconvolution = WienerDeconvolution(
             memory,
             transforms,
             psfs,
@@ -157,14 +157,14 @@ def _by_level(
             gain_e_per_count=plan.gain_e_per_count,
         )
     else:
-        deconvolution = GpuRichardsonLucy(
+        deconvolution = RichardsonLucyDeconvolution(
             memory,
             transforms,
             psfs,
             iterations=settings.iterations,
             accelerated=restoration.method == "richardson_lucy_accelerated",
         )
-    restorer = GpuDepthVariantRestorer(
+    restorer = DepthVariantRestorer(
         memory,
         deconvolution,
         plan.montage(classifier.grid),
@@ -179,8 +179,8 @@ def _by_level(
 def _by_tile(
     plan: ChannelPlan,
     restoration: RestorationPlan,
-    classifier: GpuClassifier,
-    device: GpuDevice,
+    classifier: FrameClassifier,
+    device: Gpu,
     memory: DeviceMemory,
 ) -> tuple[FrameRestorer, GpuEngine]:
     card = restoration.engine.card
@@ -189,17 +189,17 @@ def _by_tile(
     engine, request = open_for_plan(plan, restoration.engine, device)
     conditions = None
     if card.condition is not None and restoration.conditions is not None:
-        conditions = GpuConditions(
+        conditions = TileConditions(
             memory, restoration.conditions, tiles, classifier.grid
         )
-    restorer = GpuTileRestorer(
+    restorer = TileNetworkRestorer(
         memory,
         engine,
         card,
         batch=request.inputs[input_of(card).name].largest[0],
         tiles=tiles,
         frame=FrameShape.of(plan.shape),
-        blending=GpuBlending(memory, plan.montage(classifier.grid)),
+        blending=Blending(memory, plan.montage(classifier.grid)),
         conditions=conditions,
     )
     return restorer, engine
@@ -208,14 +208,14 @@ def _by_tile(
 def _same_pass(
     plan: ChannelPlan,
     restoration: RestorationPlan,
-    classifier: GpuClassifier,
+    classifier: FrameClassifier,
     memory: DeviceMemory,
 ) -> FrameRestorer:
     restored = restoration.engine.card.restored
     _refuse_single_colours(plan, restoration)
-    return JointFrames(
+    return JointRestorer(
         classifier,
-        GpuBlending(memory, plan.montage(classifier.grid)),
+        Blending(memory, plan.montage(classifier.grid)),
         FrameShape.of(plan.shape),
         "" if restored is None else restored.name,
     )
@@ -245,12 +245,12 @@ def _refuse_single_colours(plan: ChannelPlan, restoration: RestorationPlan) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class GpuChannel:
+class OpenChannel:
     """What does the work that a plan names."""
 
     plan: ChannelPlan
-    correction: GpuCorrection
-    classifier: GpuClassifier | None = None
+    correction: Correction
+    classifier: FrameClassifier | None = None
     restorer: FrameRestorer | None = None
     backends: Mapping[str, str] = field(default_factory=dict)
     """Name of each network to its runtime and precision."""
@@ -270,9 +270,7 @@ class GpuChannel:
             self.classifier.close()
 
 
-def open_channel(
-    plan: ChannelPlan, device: GpuDevice, memory: DeviceMemory
-) -> GpuChannel:
+def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenChannel:
     """Open the engines of a channel and compute its filters.
 
     Raises
@@ -280,17 +278,17 @@ def open_channel(
     EngineError
         If an engine is damaged, or is one that only the CPU runs.
     """
-    correction = GpuCorrection(memory, plan.correction, plan.shape)
+    correction = Correction(memory, plan.correction, plan.shape)
     seen, restoration = plan.classifier, plan.restoration
     if seen is None:
-        return GpuChannel(plan, correction)
+        return OpenChannel(plan, correction)
     engine, _ = open_for_plan(plan, seen.found, device)
     backends = {seen.found.name: runs_on(engine)}
-    classifier = GpuClassifier(memory, engine, seen, FrameShape.of(plan.shape))
+    classifier = FrameClassifier(memory, engine, seen, FrameShape.of(plan.shape))
     if restoration is None:
-        return GpuChannel(plan, correction, classifier, None, backends)
+        return OpenChannel(plan, correction, classifier, None, backends)
     restorer, own = open_restorer(plan, classifier, device, memory)
     if own is not None:
         backends[restoration.name] = runs_on(own)
     montage = plan.montage(classifier.grid)
-    return GpuChannel(plan, correction, classifier, restorer, backends, montage)
+    return OpenChannel(plan, correction, classifier, restorer, backends, montage)

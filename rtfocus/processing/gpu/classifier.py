@@ -14,12 +14,12 @@ from rtfocus.processing.classify.rules import background_of, normalisation_of
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import (
+    Background,
     CellStatistics,
-    GpuBackground,
-    GpuPercentiles,
-    GpuStandardisation,
+    Percentiles,
+    Standardisation,
 )
-from rtfocus.processing.gpu.tiles import GpuTiles, whole_frame_tile
+from rtfocus.processing.gpu.tiles import Tiles, whole_frame_tile
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.tiles.frame_fit import FrameFit, tile_grid
 
@@ -100,7 +100,7 @@ Part = tuple[int, ...]
 """A piece of a restoration that is enqueued, or left out, as a whole."""
 
 
-class GpuClassifier:
+class FrameClassifier:
     """A classifier or joint engine applied to whole frames of one size.
 
     Work space is shared by all frames in flight: their work is on one stream.
@@ -158,23 +158,23 @@ class GpuClassifier:
         background = background_of(self.card)
         plan, frame = self._plan, self._frame
         self._cells: CellStatistics | None = None
-        self._background: GpuBackground | None = None
-        self._standardisation: GpuStandardisation | None = None
-        self._percentiles: GpuPercentiles | None = None
+        self._background: Background | None = None
+        self._standardisation: Standardisation | None = None
+        self._percentiles: Percentiles | None = None
         if background is not None or isinstance(rule, LocalStandardisation):
             self._cells = CellStatistics(memory, frame, _whole_cells(plan.fit))
             if background is not None:
-                self._background = GpuBackground(
+                self._background = Background(
                     memory, background, self._cells, self.grid, plan.quantum
                 )
         planes = self._input.channels
-        self.tile: GpuTiles = whole_frame_tile(memory, frame, planes, plan.fit.padded)
+        self.tile: Tiles = whole_frame_tile(memory, frame, planes, plan.fit.padded)
         """The frame as the network's input, and back."""
         if isinstance(rule, LocalStandardisation):
             if self._cells is not None:
-                self._standardisation = GpuStandardisation(memory, rule, self._cells)
+                self._standardisation = Standardisation(memory, rule, self._cells)
         else:
-            self._percentiles = GpuPercentiles(memory, rule, frame, planes)
+            self._percentiles = Percentiles(memory, rule, frame, planes)
 
     def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
         """Reserve what one more frame in flight needs."""

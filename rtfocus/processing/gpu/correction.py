@@ -18,7 +18,7 @@ KINDS: dict[np.dtype[Any], int] = {
 }
 
 
-class GpuCorrection:
+class Correction:
     """Corrects frames of one shape as `CameraCorrection` does.
 
     Parameters

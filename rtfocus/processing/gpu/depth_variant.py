@@ -19,7 +19,7 @@ from rtfocus.processing.tiles.montage import Montage
 Image = NDArray[np.float32]
 
 
-class GpuBlending:
+class Blending:
     """Adds what is restored at one level where the tiles have this level.
 
     Parameters
@@ -137,7 +137,7 @@ def neighbours(
     )
 
 
-class GpuSurround:
+class Surround:
     """Tables of `rtfocus.processing.restore.fourier.axis_mix` for both axes.
 
     Parameters
@@ -191,7 +191,7 @@ class GpuSurround:
         )
 
 
-class GpuDeconvolution(Protocol):
+class Deconvolution(Protocol):
     """Restores padded planes of one size, level by level."""
 
     positive: bool
@@ -227,7 +227,7 @@ def transform_shape(
     return padded_shape(shape, halo_px), halo_px
 
 
-class GpuDepthVariantRestorer:
+class DepthVariantRestorer:
     """Restores frames of one channel.
 
     Parameters
@@ -251,7 +251,7 @@ class GpuDepthVariantRestorer:
     def __init__(
         self,
         memory: DeviceMemory,
-        deconvolution: GpuDeconvolution,
+        deconvolution: Deconvolution,
         montage: Montage,
         *,
         frame: FrameShape,
@@ -263,8 +263,8 @@ class GpuDepthVariantRestorer:
         self._frame = frame
         self._halo_px = halo_px
         self._levels = tuple(levels)
-        self._blending = GpuBlending(memory, montage)
-        self._surround = GpuSurround(memory, frame, shape, halo_px)
+        self._blending = Blending(memory, montage)
+        self._surround = Surround(memory, frame, shape, halo_px)
         self._padded = memory.allocate(shape, np.float32, "the padded frame")
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
 

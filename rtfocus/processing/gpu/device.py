@@ -16,8 +16,8 @@ from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job, Prepared
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, translated
-from rtfocus.processing.gpu.engine import GpuDevice as Gpu
-from rtfocus.processing.gpu.session import GpuSession
+from rtfocus.processing.gpu.engine import Gpu
+from rtfocus.processing.gpu.session import Session
 
 Spans = dict[str, tuple[float, float]]
 """Begin and end of every stage in ms since the series began, by the GPU's clock."""
@@ -46,7 +46,7 @@ class GpuDevice:
         self._trace = trace
         self._gpu: Gpu = find_device(config.processing.gpu.index)
         self._index = self._gpu.gpu_index
-        self._session: GpuSession | None = None
+        self._session: Session | None = None
         self.name = f"GPU {self._index}"
         self.memory_bytes = 0
         """Device memory in use when the last series was ready, networks included."""
@@ -59,7 +59,7 @@ class GpuDevice:
         self, plans: Sequence[ChannelPlan], series: SeriesStart, slots: int
     ) -> Prepared:
         """Open engines and reserve buffers for a series."""
-        session = GpuSession(self._config, plans, series, slots, self._gpu)
+        session = Session(self._config, plans, series, slots, self._gpu)
         self._session = session
         self.memory_bytes = session.used_bytes()
         return Prepared(
@@ -105,7 +105,7 @@ class GpuDevice:
             self._session.close()
         self._session = None
 
-    def _open_session(self) -> GpuSession:
+    def _open_session(self) -> Session:
         if self._session is None:
             msg = "a frame came before the GPU was prepared"
             raise ValueError(msg)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.frame import DefocusMap, TileGrid
-from rtfocus.processing.gpu.channel import FrameRestorer, GpuChannel
+from rtfocus.processing.gpu.channel import FrameRestorer, OpenChannel
 from rtfocus.processing.gpu.classifier import ClassifierSlot, InFlight, Part
 from rtfocus.processing.gpu.cuda.stream import Replayed, new_event
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
@@ -100,7 +100,7 @@ class DeviceSlot:
     def __init__(
         self,
         memory: DeviceMemory,
-        channels: Sequence[GpuChannel],
+        channels: Sequence[OpenChannel],
         *,
         shape: tuple[int, ...],
         dtype: DTypeLike,
@@ -162,7 +162,7 @@ class ChannelSlot:
         self,
         buffers: SlotBuffers,
         memory: DeviceMemory,
-        channel: GpuChannel,
+        channel: OpenChannel,
         *,
         graphs: bool,
     ) -> None:

@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class GpuDevice:
+class Gpu:
     """A GPU as backends need to know it; read from the driver by the processor."""
 
     gpu_index: int
@@ -166,10 +166,10 @@ class GpuBackend:
 
     name: str
     """``tensorrt``, ``tensorrt_rtx`` or ``torch-cuda``."""
-    why_unavailable: Callable[[GpuDevice | None], str | None]
+    why_unavailable: Callable[[Gpu | None], str | None]
     """Reason why not on this GPU, with the remedy; None: available. Without a GPU
     (None) it tells about the libraries alone."""
-    open: Callable[[GpuRequest, GpuDevice], GpuEngine]
+    open: Callable[[GpuRequest, Gpu], GpuEngine]
     """Load the network, building and caching its plan first where it needs one."""
 
 

@@ -11,16 +11,16 @@ import numpy as np
 
 from rtfocus.processing.classify.rules import invertible_normalisation
 from rtfocus.processing.engines.card import EngineCard, input_of
-from rtfocus.processing.gpu.classifier import GpuClassifier, InFlight, Part
-from rtfocus.processing.gpu.depth_variant import GpuBlending
+from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
+from rtfocus.processing.gpu.depth_variant import Blending
 from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
-from rtfocus.processing.gpu.preparation import GpuPercentiles
-from rtfocus.processing.gpu.tiles import GpuConditions, windowed_tiles
+from rtfocus.processing.gpu.preparation import Percentiles
+from rtfocus.processing.gpu.tiles import TileConditions, windowed_tiles
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.tiles.windows import FrameTiles
 
 
-class JointFrames:
+class JointRestorer:
     """The restored frame of the joint engine that found the defocus.
 
     Parameters
@@ -37,8 +37,8 @@ class JointFrames:
 
     def __init__(
         self,
-        classifier: GpuClassifier,
-        blending: GpuBlending,
+        classifier: FrameClassifier,
+        blending: Blending,
         frame: FrameShape,
         output: str,
     ) -> None:
@@ -75,7 +75,7 @@ class JointFrames:
         """Nothing is its own."""
 
 
-class GpuTileRestorer:
+class TileNetworkRestorer:
     """A restorer engine; implements `FrameRestorer`.
 
     Buffers and context are shared by all frames in flight: their restoration is on
@@ -110,8 +110,8 @@ class GpuTileRestorer:
         batch: int,
         tiles: FrameTiles,
         frame: FrameShape,
-        blending: GpuBlending,
-        conditions: GpuConditions | None,
+        blending: Blending,
+        conditions: TileConditions | None,
     ) -> None:
         self._engine = engine
         self._card = card
@@ -123,7 +123,7 @@ class GpuTileRestorer:
         planes = self._input.channels
         self._tiles = windowed_tiles(memory, frame, planes, tiles.windows)
         rule = invertible_normalisation(card)
-        self._percentiles = GpuPercentiles(memory, rule, frame, planes)
+        self._percentiles = Percentiles(memory, rule, frame, planes)
         self._ranges = memory.allocate((planes, 2), np.float32, "ranges")
         self._batches = ceil(self._tiles.count / batch)
         self._shapes: dict[str, Shape] = {

@@ -68,7 +68,7 @@ class CellStatistics:
         )
 
 
-class GpuStandardisation:
+class Standardisation:
     """`LocalStandardisation` on the device.
 
     Parameters
@@ -133,7 +133,7 @@ class GpuStandardisation:
         )
 
 
-class GpuBackground:
+class Background:
     """`ContrastToNoise` on the device.
 
     Parameters
@@ -203,7 +203,7 @@ class GpuBackground:
         )
 
 
-class GpuPercentiles:
+class Percentiles:
     """Finds offset and scale of every plane that a network sees.
 
     Parameters

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.processing.gpu.statistics import GpuLight
+from rtfocus.processing.gpu.statistics import Light
 from rtfocus.processing.gpu.work import (
     DeviceArray,
     DeviceMemory,
@@ -32,7 +32,7 @@ from rtfocus.processing.restore.richardson_lucy import (
 Image = NDArray[np.float32]
 
 
-class GpuRichardsonLucy:
+class RichardsonLucyDeconvolution:
     """Richardson-Lucy of all levels for one transform size.
 
     Parameters
@@ -75,7 +75,7 @@ class GpuRichardsonLucy:
             )
         self._spectrum = memory.allocate(spectrum_shape(shape), np.complex64, "spectra")
         self._blurred = memory.allocate(shape, np.float32, "spectra")
-        self._light = GpuLight(memory)
+        self._light = Light(memory)
 
     def begin(self, work: Work, padded: DeviceArray) -> None:
         """Measure a padded plane."""

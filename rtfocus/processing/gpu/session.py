@@ -27,13 +27,13 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job
-from rtfocus.processing.gpu.channel import GpuChannel, open_channel
+from rtfocus.processing.gpu.channel import OpenChannel, open_channel
 from rtfocus.processing.gpu.cuda.compiler import compiled_kernels, why_driver_too_old
 from rtfocus.processing.gpu.cuda.driver import LostGpuError, import_driver, translated
 from rtfocus.processing.gpu.cuda.memory import CudaMemory, PinnedMemory
 from rtfocus.processing.gpu.cuda.stream import CudaStream, Kernels, new_event
 from rtfocus.processing.gpu.device_slot import DeviceSlot, MapLayout, defocus_map
-from rtfocus.processing.gpu.engine import GpuDevice
+from rtfocus.processing.gpu.engine import Gpu
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class HostBuffers:
     """Pixels that are NaN or infinite; None: none."""
 
 
-class GpuSession:
+class Session:
     """The device side of one series.
 
     Parameters
@@ -81,7 +81,7 @@ class GpuSession:
         plans: Sequence[ChannelPlan],
         series: SeriesStart,
         slots: int,
-        device: GpuDevice,
+        device: Gpu,
     ) -> None:
         self.device = device
         self._settings = config.processing.gpu
@@ -90,7 +90,7 @@ class GpuSession:
         self._slot_memories: list[CudaMemory] = []
         self._pinned = PinnedMemory()
         self._staging: dict[int, NDArray[Any]] = {}
-        self.channels: list[GpuChannel] = []
+        self.channels: list[OpenChannel] = []
         self.device_slots: list[DeviceSlot] = []
         as_float = config.store.restored_dtype == "float32"
         self._restored_dtype = np.dtype(np.float32 if as_float else series.dtype)

@@ -84,7 +84,7 @@ PARTS = 128
 """Blocks whose partial sums one more block adds up, always in the same order."""
 
 
-class GpuLight:
+class Light:
     """Sum of the positive values and the highest value of an image.
 
     Parameters
@@ -114,7 +114,7 @@ class GpuLight:
         )
 
 
-class GpuNoise:
+class Noise:
     """The smaller part of the finest details of an image, whose mean is its noise.
 
     As `rtfocus.processing.restore.wiener.noise_variance`.

@@ -14,7 +14,7 @@ from rtfocus.processing.tiles.windows import AxisWindows, FrameTiles
 Image = NDArray[np.float32]
 
 
-class GpuTiles:
+class Tiles:
     """Tiles of frames of one size.
 
     Parameters
@@ -111,9 +111,9 @@ class GpuTiles:
 
 def whole_frame_tile(
     memory: DeviceMemory, frame: FrameShape, planes: int, padded: tuple[int, int]
-) -> GpuTiles:
+) -> Tiles:
     """Return the one tile that holds a frame, mirrored behind it to `padded`."""
-    return GpuTiles(
+    return Tiles(
         memory,
         frame,
         planes,
@@ -131,10 +131,10 @@ def windowed_tiles(
     frame: FrameShape,
     planes: int,
     windows: tuple[AxisWindows, AxisWindows],
-) -> GpuTiles:
+) -> Tiles:
     """Return the tiles of `rtfocus.processing.tiles.windows.FrameTiles`."""
     down, across = windows
-    return GpuTiles(
+    return Tiles(
         memory,
         frame,
         planes,
@@ -174,7 +174,7 @@ def _reach(weights: Image) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 _KINDS = {"level": 1, "defocus_levels": 2, "defocus_known": 3}
 
 
-class GpuConditions:
+class TileConditions:
     """Fills the condition tensor of a restorer, as `Conditions` does.
 
     Parameters

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.processing.gpu.statistics import PARTS, GpuLight, GpuNoise
+from rtfocus.processing.gpu.statistics import PARTS, Light, Noise
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,
@@ -30,7 +30,7 @@ from rtfocus.processing.restore.wiener import (
 Image = NDArray[np.float32]
 
 
-class GpuWiener:
+class WienerDeconvolution:
     """Wiener filters of all levels for one transform size.
 
     Parameters
@@ -83,8 +83,8 @@ class GpuWiener:
         self._spectrum = memory.allocate(half, np.complex64, "spectra")
         self._filtered = memory.allocate(half, np.complex64, "spectra")
         self._band_sums = memory.allocate((PARTS,), np.float64, "Wiener filters")
-        self._light = GpuLight(memory)
-        self._noise = GpuNoise(memory, shape)
+        self._light = Light(memory)
+        self._noise = Noise(memory, shape)
 
     def begin(self, work: Work, padded: DeviceArray) -> None:
         """Transform a padded plane and find how strong the noise is."""

@@ -30,9 +30,7 @@ from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.gpu.cuda.driver import LostGpuError, current_context
 from rtfocus.processing.gpu.cuda.memory import PinnedMemory
 from rtfocus.processing.gpu.cuda.stream import CudaStream, Kernels, Replayed, new_event
-from rtfocus.processing.gpu.depth_variant import (
-    GpuDepthVariantRestorer as DepthVariantRestorer,
-)
+from rtfocus.processing.gpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor

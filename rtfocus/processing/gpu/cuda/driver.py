@@ -16,7 +16,7 @@ from typing import Any
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.device import LostDeviceError
-from rtfocus.processing.gpu.engine import GpuDevice
+from rtfocus.processing.gpu.engine import Gpu
 
 
 class OutOfGpuMemoryError(EngineError):
@@ -126,7 +126,7 @@ def translated(gpu_index: int, doing: str) -> Iterator[None]:
         raise LostGpuError(msg) from error
 
 
-def list_devices() -> list[GpuDevice]:
+def list_devices() -> list[Gpu]:
     """Return every GPU of this machine.
 
     Raises
@@ -142,7 +142,7 @@ def list_devices() -> list[GpuDevice]:
         raise EngineError(msg) from error
 
 
-def find_device(gpu_index: int) -> GpuDevice:
+def find_device(gpu_index: int) -> Gpu:
     """Return one GPU by its position in the driver's list.
 
     Raises
@@ -166,10 +166,10 @@ def why_no_gpu() -> str | None:
         return str(error)
 
 
-def _describe(cuda: Any, gpu_index: int) -> GpuDevice:
+def _describe(cuda: Any, gpu_index: int) -> Gpu:
     device = cuda.Device(gpu_index)
     major, minor = device.compute_capability()
-    return GpuDevice(
+    return Gpu(
         gpu_index=gpu_index,
         name=device.name(),
         compute_capability=(major, minor),

@@ -12,7 +12,7 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import Precision
 from rtfocus.processing.gpu.cache_folder import write_atomically
 from rtfocus.processing.gpu.engine import (
-    GpuDevice,
+    Gpu,
     GpuRequest,
     IoTensor,
     Shape,
@@ -152,7 +152,7 @@ class KernelCache:
         self._size = len(kernels)
 
 
-def why_unavailable(name: LibraryName, device: GpuDevice | None) -> str | None:
+def why_unavailable(name: LibraryName, device: Gpu | None) -> str | None:
     """Return why a library cannot run networks here; None: it can."""
     why = why_not_importable(name)
     if why is not None or device is None:
@@ -161,7 +161,7 @@ def why_unavailable(name: LibraryName, device: GpuDevice | None) -> str | None:
 
 
 def open_engine(
-    name: LibraryName, request: GpuRequest, device: GpuDevice
+    name: LibraryName, request: GpuRequest, device: Gpu
 ) -> "TensorRtEngine":
     """Load a network, from the cached plan or from one that is built now.
 
@@ -293,6 +293,6 @@ def _configure_rtx(api: Any, config: Any, *, graphs: bool) -> None:
         config.cuda_graph_strategy = api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
 
 
-def _kernel_file(cache: PlanCache, plan: ReadyPlan, device: GpuDevice) -> Path:
+def _kernel_file(cache: PlanCache, plan: ReadyPlan, device: Gpu) -> Path:
     card = re.sub(r"\W+", "-", device.name).strip("-").lower()
     return cache.path(plan.key).with_suffix(f".{card}.kernels")

@@ -11,7 +11,7 @@ from typing import Any
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.gpu.cache_folder import cache_folder, write_atomically
-from rtfocus.processing.gpu.engine import GpuDevice, GpuRequest, ShapeRange
+from rtfocus.processing.gpu.engine import Gpu, GpuRequest, ShapeRange
 from rtfocus.processing.gpu.tensorrt.build import Capability, Progress, build_plan
 from rtfocus.processing.gpu.tensorrt.library import (
     TensorRt,
@@ -207,7 +207,7 @@ ANY_CARD = PlanTarget("8.0 and later")
 """TensorRT for RTX: every card it serves, those of 7.5 apart."""
 
 
-def target_of(library: TensorRt, device: GpuDevice) -> PlanTarget:
+def target_of(library: TensorRt, device: Gpu) -> PlanTarget:
     """Return the target of a library's plans for a GPU.
 
     Raises

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import Precision
-from rtfocus.processing.gpu.engine import GpuDevice, GpuRequest, IoTensor, Shape
+from rtfocus.processing.gpu.engine import Gpu, GpuRequest, IoTensor, Shape
 from rtfocus.processing.gpu.torch_backend.filters import FILTERS
 from rtfocus.processing.gpu.torch_backend.operators import (
     ARITHMETIC,
@@ -140,7 +140,7 @@ BACKEND = f"torch-cuda {torch.__version__}"
 _FLOAT = np.dtype(np.float32)
 
 
-def why_unavailable(device: GpuDevice | None) -> str | None:
+def why_unavailable(device: Gpu | None) -> str | None:
     """Return why torch cannot run networks on a GPU; None: it can."""
     if torch.version.cuda is None:
         return (
@@ -167,7 +167,7 @@ def why_unavailable(device: GpuDevice | None) -> str | None:
     return None
 
 
-def open_engine(request: GpuRequest, device: GpuDevice) -> "TorchEngine":
+def open_engine(request: GpuRequest, device: Gpu) -> "TorchEngine":
     """Load a network; EngineError where an operator is unknown."""
     place = torch.device("cuda", device.gpu_index)
     torch.cuda.set_device(place)
