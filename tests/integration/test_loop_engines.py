@@ -11,7 +11,7 @@ from engine_kit import (
     write_shift_restorer,
     write_smooth_restorer,
 )
-from loop_kit import command, succeeded
+from loop_kit import command, failed, succeeded
 from PIL import Image
 
 from rtfocus.errors import ExitCode
@@ -132,8 +132,11 @@ def test_kernels_are_written_tile_by_tile_and_drawn(
     with Image.open(tmp_path / "kernels.png") as picture:
         assert picture.size == (300, 200)
     pages = tmp_path / "kernels.tif"
-    succeeded(command("kernels", str(tmp_path / "frame.tif"), "-o", str(pages), *ours))
+    again = ("kernels", str(tmp_path / "frame.tif"), "-o", str(pages), *ours)
+    # The picture of the first call has this name already.
+    assert "kernels.png' exists" in failed(command(*again))
+    succeeded(command(*again, "--overwrite"))
     assert tifffile.imread(pages).shape == (12, KERNEL_PX, KERNEL_PX)
-    none = ("--engine", str(smooth), "-o", str(output))
+    none = ("--engine", str(smooth), "-o", str(tmp_path / "none.npz"))
     refused = command("kernels", str(tmp_path / "frame.tif"), *none)
     assert "extracts no kernels; those that do: shift" in refused.err
