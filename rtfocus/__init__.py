@@ -39,6 +39,7 @@ _HOMES = {
     "process": "rtfocus.api",
     "restore": "rtfocus.api",
     "run": "rtfocus.api",
+    "stream": "rtfocus.streaming",
 }
 """Module that each name comes from."""
 

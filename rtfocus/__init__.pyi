@@ -22,5 +22,6 @@ from rtfocus.processing.offline import ImageProcessor as ImageProcessor
 from rtfocus.runs import Run as Run
 from rtfocus.runs import open_run as open_run
 from rtfocus.streaming import estimates as estimates
+from rtfocus.streaming import stream as stream
 
 __version__: str

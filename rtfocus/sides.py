@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import yaml
 
@@ -82,13 +83,13 @@ def _with_transport(config: Config, **changes: str) -> Config:
     return config.model_copy(update={"transport": transport})
 
 
-class MicroscopeProcess:
-    """`rtfocus acquire` in a process of its own.
+class _SideProcess:
+    """A side as a child process; leaving it stops the child and waits for its end."""
 
-    Use as a context manager: leaving it stops the child and waits for its end.
-    """
+    side: str
+    """Whose fault it is, in a message."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *command: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rtfocus-")
         path = Path(self._folder.name) / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
@@ -97,7 +98,7 @@ class MicroscopeProcess:
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "rtfocus", "acquire", str(path)),
+                    *(sys.executable, "-m", "rtfocus", *command, str(path)),
                     *("--quiet", "--stop-on-end-of-input"),
                 ],
                 stdin=subprocess.PIPE,
@@ -109,7 +110,7 @@ class MicroscopeProcess:
             )
 
     def stop(self) -> None:
-        """Ask the microscope side to end the series; returns at once."""
+        """Ask the side to end its series; returns at once."""
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -122,18 +123,20 @@ class MicroscopeProcess:
         return self._process.poll() not in (None, ExitCode.DONE, ExitCode.INCOMPLETE)
 
     def failure(self) -> RtfocusError | None:
-        """Return what the microscope side said when it failed; None if it did not.
+        """Return what the side said when it failed; None if it did not.
 
         A plan or recording that cannot be used keeps its exit code.
         """
         if not self.failed():
             return None
+        if not self._said and self._errors.is_file():
+            self._said = self._errors.read_text("utf-8", errors="replace").strip()
         said = self._said or f"exit code {self._process.returncode}"
         last = said.splitlines()[-1]
-        msg = f"microscope side failed: {last.removeprefix('error: ')}"
+        msg = f"{self.side} failed: {last.removeprefix('error: ')}"
         return _KINDS.get(self._process.returncode, MicroscopeError)(msg)
 
-    def __enter__(self) -> "MicroscopeProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -150,3 +153,21 @@ class MicroscopeProcess:
             self._process.wait()
         self._said = self._errors.read_text("utf-8", errors="replace").strip()
         self._folder.cleanup()
+
+
+class MicroscopeProcess(_SideProcess):
+    """`rtfocus acquire` in a process of its own."""
+
+    side = "microscope side"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "acquire")
+
+
+class ProcessorProcess(_SideProcess):
+    """`rtfocus process` in a process of its own: one series after the other."""
+
+    side = "processor side"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "process")

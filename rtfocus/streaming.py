@@ -1,15 +1,33 @@
-"""Streaming: what comes out of a running processor."""
+"""Streaming: into a processor from your own script, and what comes out of one."""
 
+import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
 
+import useq
+from numpy.typing import NDArray
+from psygnal import EmitLoopError, Signal
+from pymmcore_plus import CMMCorePlus
+
+from rtfocus.config import Config, load_config
+from rtfocus.errors import WriterError
 from rtfocus.frame import Estimate
+from rtfocus.microscope.following import FollowedAcquisition
+from rtfocus.microscope.report import AcquisitionReport
+from rtfocus.runs import Run, open_run
+from rtfocus.sides import ProcessorProcess, on_free_ports, paired
 from rtfocus.transport.preview import PreviewViewer
+from rtfocus.transport.publisher import FramePublisher
 
 _LOOK_S = 0.1
-"""How often a waiting iterator looks whether it should stop."""
+"""How often a waiting call looks whether it should stop."""
+
+_log = logging.getLogger(__name__)
 
 
 def estimates(
@@ -58,3 +76,232 @@ def estimates(
                 since_s = time.monotonic()
             elif timeout_s is not None and time.monotonic() - since_s > timeout_s:
                 return
+
+
+def stream(
+    core: CMMCorePlus,
+    config: Config | Path | str,
+    *,
+    processor: Literal["here", "configured"] = "here",
+) -> "LiveStream":
+    """Send what your own script acquires to a processor, beside whatever else it does.
+
+    Every plan that runs on `core` within the block becomes a series: estimated,
+    restored and recorded like one of ``rtfocus acquire``. ``core.mda.run`` returns
+    when its frames are durable. Your engine, your handlers and your own files stay
+    as they are; a frame waits for the processor where that is too slow, as
+    ``transport.on_stall`` says.
+
+    Parameters
+    ----------
+    core
+        A core with its devices loaded.
+    config
+        Run, channels, camera, processing, store and transport are used; microscope
+        and acquisition are not.
+    processor
+        ``here``: started as a process of its own on this machine, on free ports,
+        and ended with the block. ``configured``: one that runs already, or
+        elsewhere (``rtfocus process``), at the endpoints of `config`.
+
+    Returns
+    -------
+    LiveStream
+        A context manager; ``estimateReady``, ``reports`` and ``runs`` are yours.
+
+    Raises
+    ------
+    ConfigError
+        If the config cannot be used.
+
+    Examples
+    --------
+    ::
+
+        with rtfocus.stream(core, "my.yaml") as live:
+            live.estimateReady.connect(print)
+            core.mda.run(sequence)
+        print(live.runs[0].outcome)
+    """
+    settings = config if isinstance(config, Config) else load_config(config)
+    settings = on_free_ports(settings) if processor == "here" else paired(settings)
+    return LiveStream(core, settings, starts_processor=processor == "here")
+
+
+class LiveStream:
+    """A script's own acquisitions on their way into a processor; see `stream`.
+
+    May stand among the outputs of ``core.mda.run(sequence, output=[live, "x.zarr"])``,
+    which changes nothing: it has the frames already, in the thread that acquires.
+    """
+
+    estimateReady = Signal(Estimate)  # noqa: N815 (named as pymmcore-plus' signals)
+    """Emitted with each focus estimate, newest wins, from a thread of its own."""
+
+    def __init__(
+        self, core: CMMCorePlus, config: Config, *, starts_processor: bool
+    ) -> None:
+        self._core = core
+        self._config = config
+        self._starts_processor = starts_processor
+        self._following: FollowedAcquisition | None = None
+        self._idle = threading.Event()
+        self._idle.set()
+        self._failure: Exception | None = None
+        self._child: ProcessorProcess | None = None
+        self._opened = ExitStack()
+        self.reports: list[AcquisitionReport] = []
+        """How each plan went, in order."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """The run folders of the plans so far, where they lie on this machine."""
+        wanted = [report.series_uid for report in self.reports]
+        found = {run.series.series_uid: run for run in self._run_folders()}
+        return [found[uid] for uid in wanted if uid in found]
+
+    def sequenceStarted(self, *_: object) -> None:  # noqa: N802 (pymmcore-plus' name)
+        """Do nothing: the stream is connected to the core already."""
+
+    def frameReady(self, *_: object) -> None:  # noqa: N802 (pymmcore-plus' name)
+        """Do nothing: the frame was taken in the thread that acquires."""
+
+    def sequenceFinished(self, *_: object) -> None:  # noqa: N802 (pymmcore-plus' name)
+        """Do nothing: the stream is connected to the core already."""
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            teller = opened.enter_context(_telling(self.estimateReady.emit))
+            self._publisher = opened.enter_context(
+                FramePublisher(self._config.transport, on_estimate=teller.put)
+            )
+            if self._starts_processor:
+                self._child = opened.enter_context(ProcessorProcess(self._config))
+                opened.enter_context(_watching(self._child, self._publisher))
+            events = self._core.mda.events
+            for signal, slot in (
+                (events.sequenceStarted, self._begin),
+                (events.frameReady, self._take),
+                (events.sequenceFinished, self._finish),
+            ):
+                signal.connect(slot)
+                opened.callback(signal.disconnect, slot)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        with self._opened:
+            if error is not None:
+                self._publisher.stop()
+                self._core.mda.cancel()
+            while not self._idle.wait(_LOOK_S):
+                continue
+        if error is None and self._failure is not None:
+            raise self._failure
+
+    def _begin(self, sequence: useq.MDASequence, summary: Mapping[str, Any]) -> None:
+        self._idle.clear()
+        self._following = FollowedAcquisition(
+            self._config, self._core, sequence, self._publisher
+        )
+        self._following.begin(summary)
+
+    def _take(
+        self, pixels: NDArray[Any], event: useq.MDAEvent, meta: Mapping[str, Any]
+    ) -> None:
+        if self._following is not None:
+            self._following.take(pixels, event, meta)
+
+    def _finish(self, _sequence: useq.MDASequence) -> None:
+        following, self._following = self._following, None
+        try:
+            if following is not None:
+                self.reports.append(following.finish())
+        except Exception as error:  # raised at the end of the block
+            # A processor that ended says best why nobody takes the frames.
+            of_child = self._child.failure() if self._child is not None else None
+            _log.error("the stream failed: %s", of_child or error)
+            self._failure = self._failure or of_child or error
+        finally:
+            self._idle.set()
+
+    def _run_folders(self) -> Iterator[Run]:
+        for folder in sorted(self._config.run.folder.glob("*.rtfocus")):
+            try:
+                yield open_run(folder)
+            except WriterError:
+                continue
+
+
+class _Teller:
+    """The newest estimate, from the transport's thread to whoever listens."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._newest: Estimate | None = None
+        self._is_closed = False
+
+    def put(self, estimate: Estimate) -> None:
+        """Take an estimate; returns at once."""
+        with self._changed:
+            self._newest = estimate
+            self._changed.notify()
+
+    def take(self) -> Estimate | None:
+        """Wait for the next one; None: closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._newest is not None or self._is_closed)
+            newest, self._newest = self._newest, None
+            return newest
+
+    def close(self) -> None:
+        """Let `take` return; what is left is still told."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+
+@contextmanager
+def _watching(child: ProcessorProcess, publisher: FramePublisher) -> Iterator[None]:
+    """Let nobody wait for a processor that has ended with an error."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_LOOK_S):
+            if child.failed():
+                publisher.stop()
+                return
+
+    thread = threading.Thread(target=watch, name="watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def _telling(emit: Any) -> Iterator[_Teller]:  # noqa: ANN401 (psygnal's bound method)
+    """Emit estimates from a thread of its own: a listener may take its time."""
+    teller = _Teller()
+
+    def tell() -> None:
+        while (estimate := teller.take()) is not None:
+            try:
+                emit(estimate)
+            except EmitLoopError:
+                _log.exception("a listener of estimateReady failed")
+
+    thread = threading.Thread(target=tell, name="estimates")
+    thread.start()
+    try:
+        yield teller
+    finally:
+        teller.close()
+        thread.join()

@@ -15,6 +15,8 @@ from rtfocus.errors import ExitCode, RtfocusError
 from rtfocus.monitor import Monitor
 from rtfocus.transport.publisher import FramePublisher, PublisherStatus
 
+StopOnEndOfInput = Annotated[bool, typer.Option("--stop-on-end-of-input", hidden=True)]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
@@ -57,6 +59,7 @@ def process(
             help="Leave after one series, or when no microscope side answers.",
         ),
     ] = False,
+    stop_on_end_of_input: StopOnEndOfInput = False,
 ) -> None:
     """Run the processor side: receive, estimate, restore, write, series by series.
 
@@ -77,6 +80,8 @@ def process(
         interruptible() as (stop, _),
         display(lambda: processor_rows(_last(monitors)), quiet=quiet),
     ):
+        if stop_on_end_of_input:
+            _watch_input(stop)
         if once:
             folder = loop.process(settings, stop=stop, on_monitor=monitors.append)
         else:
@@ -97,9 +102,7 @@ def acquire(
     config: ConfigArgument,
     overrides: SetOption = None,
     quiet: QuietOption = False,
-    stop_on_end_of_input: Annotated[
-        bool, typer.Option("--stop-on-end-of-input", hidden=True)
-    ] = False,
+    stop_on_end_of_input: StopOnEndOfInput = False,
 ) -> None:
     """Run the microscope side: acquire one series and send it to a processor.
 
@@ -109,7 +112,7 @@ def acquire(
     publishers: list[FramePublisher] = []
     with interruptible() as (stop, _):
         if stop_on_end_of_input:
-            threading.Thread(target=_wait_for_end, args=(stop,), daemon=True).start()
+            _watch_input(stop)
         with display(lambda: _publisher_rows(publishers), quiet=quiet):
             report = loop.acquire(settings, stop=stop, on_publisher=publishers.append)
     if not quiet:
@@ -129,6 +132,10 @@ def _recorder(status: PublisherStatus) -> str:
 
 def _last(monitors: list[Monitor]) -> Monitor | None:
     return monitors[-1] if monitors else None
+
+
+def _watch_input(stop: threading.Event) -> None:
+    threading.Thread(target=_wait_for_end, args=(stop,), daemon=True).start()
 
 
 def _wait_for_end(stop: threading.Event) -> None:

@@ -66,7 +66,7 @@ def camera_geometry(core: UniMMCore) -> Geometry:
     if components > 1:
         # Micro-Manager's colour frames are BGRA; pymmcore-plus turns them to RGB.
         shape = (*shape, 3)
-    if core.isPyDevice(core.getCameraDevice()):
+    if _is_python(core, core.getCameraDevice()):
         # Unlike the C++ core, Python devices count bytes per component.
         pixel_bytes *= components
     component_bytes = pixel_bytes // components
@@ -180,9 +180,15 @@ def current_channel(core: UniMMCore) -> str:
     return (core.getCurrentConfig(group) if group else "") or "default"
 
 
+def _is_python(core: UniMMCore, device: str) -> bool:
+    """Whether a device is written in Python; a plain `CMMCorePlus` has none."""
+    is_py_device = getattr(core, "isPyDevice", None)
+    return is_py_device is not None and bool(is_py_device(device))
+
+
 def _bit_depth(core: UniMMCore) -> int:
     camera = core.getCameraDevice()
     # For Python cameras the core knows the width of the pixel type only.
-    if core.isPyDevice(camera) and core.hasProperty(camera, BIT_DEPTH):
+    if _is_python(core, camera) and core.hasProperty(camera, BIT_DEPTH):
         return int(core.getProperty(camera, BIT_DEPTH))
     return core.getImageBitDepth()

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 
 import rtfocus
 from rtfocus.config.processor import PreviewConfig
 from rtfocus.frame import Estimate
 from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.writers.check import check_run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -80,6 +82,20 @@ def test_frames_are_a_table(recorded):
     # The estimate is of the tiles that the map holds.
     tiles = recorded.defocus[0, 0, 0]
     assert np.nanmin(tiles) <= frames["defocus_um"][0] <= np.nanmax(tiles)
+
+
+def test_a_script_of_your_own_is_recorded_beside_your_own_file(tmp_path, capsys):
+    left = example("stream_from_your_script.py", tmp_path)
+    said = capsys.readouterr().out
+    assert "10 of 10 planned frames in" in said
+    assert "frame " in said
+    run = left["run"]
+    assert run.outcome.is_complete
+    assert run.folder == tmp_path / "streamed.rtfocus"
+    assert run.channels == ("DAPI", "FITC")
+    assert check_run(run.folder).problems == []
+    mine = tifffile.imread(left["mine"])
+    assert np.array_equal(run.raw[:, :, 0], mine.reshape(5, 2, 512, 512))
 
 
 def test_what_a_run_does_not_have_is_named(recorded, tmp_path):

@@ -1,0 +1,158 @@
+"""A plan that somebody else's script runs on a plain core, followed frame by frame."""
+
+import numpy as np
+import pytest
+import useq
+from microscope_kit import RecordingSink
+from mm_test_adapters import device_adapter_path
+from pymmcore_plus import CMMCorePlus
+
+import rtfocus
+from rtfocus.config import parse_config
+from rtfocus.errors import ConfigError, RtfocusError
+from rtfocus.microscope.following import FollowedAcquisition
+from rtfocus.microscope.plan import lay_out
+
+OPTICS = {"numerical_aperture": 0.3, "wavelength_nm": 460, "pixel_size_um": 1.0}
+PLANS = {
+    "time": {"time_plan": {"interval": 0, "loops": 4}},
+    "channels": {
+        "axis_order": "tpcz",
+        "channels": ["DAPI", {"config": "FITC", "exposure": 3}],
+        "time_plan": {"interval": 0, "loops": 2},
+    },
+    "hardware z": {"z_plan": {"range": 4, "step": 1}, "channels": ["DAPI"]},
+    "grid": {"grid_plan": {"rows": 2, "columns": 2, "fov_width": 9, "fov_height": 9}},
+    "positions": {
+        "stage_positions": [
+            {"x": 0, "y": 0, "z": 3, "name": "left"},
+            {"x": 9, "y": 0, "sequence": {"z_plan": {"range": 2, "step": 1}}},
+        ],
+        "channels": ["DAPI", "FITC"],
+    },
+}
+
+
+@pytest.fixture
+def core():
+    folder = str(device_adapter_path())
+    core = CMMCorePlus(mm_path=folder)
+    core.loadSystemConfiguration(f"{folder}/MMConfig_demo.cfg")
+    core.setROI(0, 0, 64, 48)
+    core.setProperty("Z", "UseSequences", "Yes")
+    yield core
+    core.unloadAllDevices()
+    super(CMMCorePlus, core).registerCallback(None)  # see `bare_core`
+
+
+def follow(core, sequence, sink):
+    """Run a plan on the core's own engine; return how the followed series ended."""
+    followed = FollowedAcquisition(parse_config({}), core, sequence, sink)
+    seen = []
+    events = core.mda.events
+    slots = (
+        (events.sequenceStarted, lambda _, summary: followed.begin(summary)),
+        (events.frameReady, followed.take),
+        (events.frameReady, lambda pixels, *_: seen.append(pixels.copy())),
+    )
+    for signal, slot in slots:
+        signal.connect(slot)
+    try:
+        core.mda.run(sequence)
+    finally:
+        for signal, slot in slots:
+            signal.disconnect(slot)
+    return followed, seen
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_frame_comes_to_the_place_it_is_planned_for(name, core):
+    sequence = useq.MDASequence(**PLANS[name])
+    sink = RecordingSink()
+    followed, seen = follow(core, sequence, sink)
+    report = followed.finish()
+    plan = lay_out(sequence)
+    assert (report.frames, report.reason) == (len(plan), "completed")
+    assert sink.reasons == ["completed"]
+    assert sink.series.planned == len(plan)
+    assert sink.series.sizes == plan.sizes
+    assert [h.index for h in sink.headers] == [
+        plan.index(number) for number in range(len(plan))
+    ]
+    assert [h.event_index for h in sink.headers] == list(range(len(plan)))
+    for sent, taken in zip(sink.pixels, seen, strict=True):
+        assert np.array_equal(sent, taken)
+    wanted = [e.z_pos for e in sequence if e.z_pos is not None]
+    if wanted:
+        assert [h.z_um for h in sink.headers][-len(wanted) :] == pytest.approx(wanted)
+
+
+def test_a_failing_recorder_cancels_the_plan_and_is_raised_at_the_end(core):
+    sequence = useq.MDASequence(time_plan={"interval": 0.01, "loops": 50})
+    sink = RecordingSink(fail_at=3)
+    followed, seen = follow(core, sequence, sink)
+    with pytest.raises(ConnectionError, match="the recorder is gone"):
+        followed.finish()
+    assert len(sink.headers) == 3
+    assert len(seen) < 50
+    assert sink.reasons == ["the recorder is gone"]
+
+
+def test_a_plan_that_was_canceled_says_what_is_missing(core):
+    sequence = useq.MDASequence(time_plan={"interval": 0.01, "loops": 50})
+    sink = RecordingSink(before_acquire=lambda n: n == 5 and core.mda.cancel())
+    followed, _ = follow(core, sequence, sink)
+    report = followed.finish()
+    assert report.reason == "canceled"
+    assert report.planned == 50
+    assert report.not_acquired == 50 - report.frames > 0
+
+
+def test_events_that_are_not_known_beforehand_are_refused(core):
+    events = iter([useq.MDAEvent(exposure=1)])
+    followed, _ = follow(core, events, sink := RecordingSink())
+    with pytest.raises(ConfigError, match=r"give core\.mda\.run a useq\.MDASequence"):
+        followed.finish()
+    assert sink.headers == []
+
+
+def test_a_change_of_the_camera_breaks_the_series_off(core):
+    sequence = useq.MDASequence(time_plan={"interval": 0.01, "loops": 20})
+
+    def narrow(number):
+        if number == 4:
+            core.setROI(0, 0, 32, 32)
+
+    followed, _ = follow(core, sequence, sink := RecordingSink(before_acquire=narrow))
+    report = followed.finish()
+    assert "changed from" in report.reason
+    assert report.frames == len(sink.headers) < 20
+
+
+def test_presets_with_another_geometry_are_refused_before_the_first_exposure(core):
+    core.defineConfig("Channel", "Small", "Camera", "Binning", "2")
+    core.defineConfig("Channel", "DAPI", "Camera", "Binning", "1")
+    sequence = useq.MDASequence(channels=["DAPI", "Small"])
+    followed, _ = follow(core, sequence, sink := RecordingSink())
+    with pytest.raises(RtfocusError, match="does not give the same"):
+        followed.finish()
+    assert sink.headers == []
+
+
+def test_a_processor_that_cannot_start_says_why(core, tmp_path):
+    config = parse_config(
+        {
+            "run": {"folder": str(tmp_path)},
+            "channels": [{"optics": OPTICS}],
+            "processing": {"classifier": "nowhere", "restoration": {"method": "none"}},
+            "transport": {"preview": {"endpoint": None}},
+        }
+    )
+    sequence = useq.MDASequence(time_plan={"interval": 0, "loops": 3})
+    with (
+        pytest.raises(RtfocusError, match="engine 'nowhere' not found"),
+        rtfocus.stream(core, config) as live,
+    ):
+        core.mda.run(sequence)
+    assert live.reports == []
+    assert live.runs == []
