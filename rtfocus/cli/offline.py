@@ -95,7 +95,8 @@ def restore(
 ) -> None:
     """Restore images, plane by plane, on the code path of the live loop.
 
-    [bold]Example:[/] rtfocus restore blurred.tif -o sharp.ome.zarr --engine wiener
+    [bold]Example:[/] rtfocus restore blurred.tif -o sharp.ome.zarr
+    --optics NA=0.75,wavelength=520,pixel=0.325
     """
     settings = _settings(path, config, overrides)
     if engine is not None:
