@@ -114,13 +114,22 @@ def run(
         monitors.append(monitor)
         on_monitor(monitor)
 
+    over = threading.Event()
     with (
         MicroscopeProcess(config) as microscope,
         _when(stop.is_set, microscope.stop),
         _when(microscope.failed, abandon.set),
+        # Patient: the child's end, and not its silence, tells that nothing comes.
+        _when(
+            lambda: (
+                abandon.is_set()
+                or (microscope.ended() and not any(m.series for m in monitors))
+            ),
+            over.set,
+        ),
+        open_preview(config.transport, any_port=True) as preview,
     ):
-        with open_preview(config.transport, any_port=True) as preview:
-            folder = _process(config, preview, stop=abandon, on_monitor=watch)
+        folder = _process(config, preview, stop=over, on_monitor=watch, patient=True)
     if (failure := microscope.failure()) is not None:
         if folder is not None:
             terms = monitors[-1].accounting
@@ -188,6 +197,7 @@ def serve(
                     preview,
                     stop=stop,
                     on_monitor=on_monitor,
+                    patient=True,
                     unwanted=unwanted,
                 )
             except SeriesError as failed:
@@ -213,9 +223,10 @@ def _process(
     *,
     stop: threading.Event,
     on_monitor: Callable[[Monitor], None],
+    patient: bool = False,
     unwanted: dict[str, str] | None = None,
 ) -> Path | None:
-    """Process one series; with `unwanted` as a service: patient, and failing alone."""
+    """Process one series; `patient`, `unwanted`: see `FrameReceiver.wait_series`."""
     monitor = Monitor()
     on_monitor(monitor)
     with (
@@ -223,15 +234,14 @@ def _process(
         closing(open_processor(config)) as processor,
         _when(stop.is_set, receiver.stop),
     ):
-        is_service = unwanted is not None
-        series = receiver.wait_series(is_service=is_service, unwanted=unwanted)
+        series = receiver.wait_series(patient=patient, unwanted=unwanted)
         if series is None:
             return None
         loop = SeriesLoop(config, series, receiver, processor, preview, monitor)
         try:
             return loop.run()
         except RtfocusError as error:
-            if is_service:
+            if unwanted is not None:
                 raise SeriesError(series.series_uid, error) from error
             raise
 

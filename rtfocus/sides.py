@@ -114,6 +114,10 @@ class _SideProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
+    def ended(self) -> bool:
+        """Tell whether the process is gone, for whatever reason."""
+        return self._process.poll() is not None
+
     def failed(self) -> bool:
         """Tell whether the process ended with an error.
 

@@ -34,13 +34,14 @@ class Dialogue:
         Its times, and the pairing to name.
     now_s
         ``time.monotonic``.
-    is_service
+    patient
         Wait for ever: for a publisher that wants us, and for one that went silent,
         as long as it may come back.
     is_gone
         Tells whether a silent publisher is gone for good.
     unwanted
-        Series not to record, by uid, with the reason.
+        Series not to record, by uid, with the reason; those that cannot be received
+        are added, and another is waited for. None: such a series is an error.
     """
 
     def __init__(
@@ -48,16 +49,16 @@ class Dialogue:
         config: TransportConfig,
         now_s: float,
         *,
-        is_service: bool = False,
+        patient: bool = False,
         is_gone: Callable[[], bool] = lambda: False,
         unwanted: dict[str, str] | None = None,
     ) -> None:
         self.uid = uuid.uuid4().hex
         self._hello = introduce(self.uid, config.pairing)
-        self._is_service = is_service
+        self._patient = patient
         self._is_gone = is_gone
-        self._unwanted = unwanted if unwanted is not None else {}
-        self._declined: str | None = None
+        self._unwanted = unwanted
+        self._declined: m.Leave | None = None
         self._folder = ""
         self._max_frame_bytes = max_frame_bytes(config)
         self.series: SeriesStart | None = None
@@ -139,8 +140,7 @@ class Dialogue:
         self.next_turn_s = self._next_beat_s
         if self.series is None:
             if self._declined is not None:
-                reason = self._unwanted[self._declined]
-                yield m.Leave(uid=self.uid, series_uid=self._declined, reason=reason)
+                yield self._declined
                 self._declined = None
             elif is_beat and self.broken is None:
                 yield self._hello
@@ -207,7 +207,7 @@ class Dialogue:
         silence = f"the publisher is lost: nothing heard for {self._patience_s:g} s"
         if self._is_gone():
             inflow.lose(f"{silence}, and its port is closed")
-        elif not self._is_service:
+        elif not self._patient:
             inflow.lose(silence, PeerLostError)
         elif self._looked_s == 0:
             logger.warning("%s; waiting for it, Ctrl-C ends the run", silence)
@@ -229,27 +229,27 @@ class Dialogue:
         return self.series is not None and self.series.series_uid == series_uid
 
     def _note_welcome(self, welcome: m.Welcome) -> None:
-        uid = welcome.start.series_uid
+        uid, unwanted = welcome.start.series_uid, self._unwanted
         try:
-            if uid not in self._unwanted:
-                check_welcome(welcome.topic, welcome.start, self._max_frame_bytes)
+            check_welcome(welcome.topic, welcome.start, self._max_frame_bytes)
         except TransportError as error:
-            self._unwanted[uid] = str(error)
-            if not self._is_service:
+            if unwanted is None:
                 self.broken = error
                 return
-            logger.error("%s; waiting for another", error)
-        if uid in self._unwanted:
-            self._declined = uid
+            if uid not in unwanted:
+                logger.error("%s; waiting for another", error)
+                unwanted[uid] = str(error)
+        if unwanted is not None and uid in unwanted:
+            self._declined = m.Leave(uid=self.uid, series_uid=uid, reason=unwanted[uid])
             return
         self.series, self.topic = welcome.start, welcome.topic
 
     def _note_refusal(self, refused: m.Refused) -> None:
         reason = m.printable(refused.reason, 1000)
         if self.series is None:
-            if self.refused is None and self._is_service:
+            if self.refused is None and self._patient:
                 logger.warning("refused: %s; asking again", reason)
-            if refused.code != "occupied" and not self._is_service:
+            if refused.code != "occupied" and not self._patient:
                 self.broken = TransportError(f"refused: {reason}")
             self.refused = reason
         elif refused.code == "occupied":

@@ -75,7 +75,7 @@ class FrameReceiver:
         self,
         timeout_s: float | None = None,
         *,
-        is_service: bool = False,
+        patient: bool = False,
         unwanted: dict[str, str] | None = None,
     ) -> SeriesStart | None:
         """Ask the publisher to be its recorder; wait for its next series.
@@ -84,7 +84,7 @@ class FrameReceiver:
         ----------
         timeout_s
             None: as long as the publisher answers.
-        is_service
+        patient
             Wait for ever, whatever the publisher answers or does not, and in the
             series for a publisher that went silent and may come back.
         unwanted
@@ -109,7 +109,7 @@ class FrameReceiver:
         dialogue = Dialogue(
             self._config,
             since_s,
-            is_service=is_service,
+            patient=patient,
             is_gone=lambda: nobody_listens(self._config.control),
             unwanted=unwanted,
         )
@@ -117,7 +117,7 @@ class FrameReceiver:
         self._thread.call(lambda: self._loop.open_dialogue(dialogue))
         while dialogue.series is None and not self._stopped:
             now_s = time.monotonic()
-            if not is_service:
+            if not patient:
                 self._check_answer(dialogue, since_s, now_s)
             if timeout_s is not None and now_s - since_s > timeout_s:
                 return None

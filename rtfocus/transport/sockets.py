@@ -158,6 +158,8 @@ _CONTROL_BYTES = 64 << 20
 _SUBSCRIPTION_BYTES = 4096
 HEADER_BYTES = 4 << 20
 """What a frames message may hold beside its pixels."""
+_PROBE_S = 4.0
+"""Windows takes two seconds to say that a port is closed."""
 FINAL_WORDS_MS = 500
 """How long closing waits for the last control messages to leave."""
 
@@ -276,7 +278,7 @@ def nobody_listens(endpoint: str) -> bool:
     """
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     try:
-        probe = socket_module.create_connection((host.strip("[]"), int(port)), 2.0)
+        probe = socket_module.create_connection((host.strip("[]"), int(port)), _PROBE_S)
     except ConnectionRefusedError:
         return True
     except (OSError, ValueError):

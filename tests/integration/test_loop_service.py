@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from loop_kit import (
     DEADLINE_S,
@@ -178,3 +179,27 @@ def test_an_interrupt_ends_the_service(tmp_path: Path) -> None:
             out, errors = service.communicate(timeout=DEADLINE_S)
     assert (service.returncode, errors) == (0, "")
     assert "3 acquired = 3 written" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP to freeze a process")
+def test_a_run_waits_for_its_own_microscope_side_that_is_frozen(tmp_path: Path) -> None:
+    haste = {"heartbeat_s": 0.1, "stall_timeout_s": 1.0, "connect_timeout_s": 1.0}
+    config = small(
+        tmp_path,
+        None,
+        transport=haste,
+        acquisition={"live": {"frames": 60, "exposure_ms": 1}},
+        microscope={"frames_per_s": 30},
+    )
+    path = write_config(tmp_path / "config.yaml", config)
+    folder = tmp_path / "small.rtfocus"
+    with started("run", path, "--quiet", cwd=tmp_path) as process:
+        wait_for(lambda: lines_written(folder) >= 5, "five frames")
+        (child,) = psutil.Process(process.pid).children()
+        child.suspend()
+        assert process.stderr is not None
+        assert "waiting for it" in process.stderr.readline()
+        child.resume()
+        _, errors = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, errors) == (0, "")
+    assert_whole(folder, 60)

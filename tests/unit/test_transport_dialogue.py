@@ -172,7 +172,7 @@ def test_a_number_that_cannot_be_ends_the_series_at_once(
 
 def test_a_service_waits_for_a_silent_publisher_as_long_as_it_may_come_back() -> None:
     gone = False
-    dialogue = Dialogue(CONFIG, 0.0, is_service=True, is_gone=lambda: gone)
+    dialogue = Dialogue(CONFIG, 0.0, patient=True, is_gone=lambda: gone)
     dialogue.handle(m.Welcome(1, dialogue.uid, "topic", SERIES), 0.0)
     inflow = Inflow(SERIES, 0, SlotPool(4, 2048), Arrivals(), Accounting())
     dialogue.begin(inflow, 0, 0.0)
@@ -189,7 +189,7 @@ def test_a_service_waits_for_a_silent_publisher_as_long_as_it_may_come_back() ->
 
 def test_a_series_that_is_not_wanted_is_declined_and_another_waited_for() -> None:
     unwanted = {SERIES.series_uid: "the disk was full"}
-    dialogue = Dialogue(CONFIG, 0.0, is_service=True, unwanted=unwanted)
+    dialogue = Dialogue(CONFIG, 0.0, patient=True, unwanted=unwanted)
     assert said(dialogue, 0.0) == ["Hello"]
     dialogue.handle(m.Welcome(1, dialogue.uid, "topic", SERIES), 0.0)
     (leave,) = dialogue.say(0.1)
