@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from rtfocus.evaluation.quality import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
@@ -27,7 +28,6 @@ from rtfocus.processing.cpu.learned_wiener import (
     Predict,
     filter_tiles,
 )
-from rtfocus.processing.quality import psnr, ssim
 from rtfocus.processing.restore.fourier import transfer_function
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.training.data.pairs import PairBatches

@@ -21,10 +21,10 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from rtfocus.evaluation.quality import match_intensity, psnr, ssim
 from rtfocus.images.panels import Panel, save_panels
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.quality import match_intensity, psnr, ssim
 from rtfocus.training.checkpoint import load_checkpoint
 from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.data.scenes import data_folder

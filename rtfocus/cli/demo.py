@@ -17,11 +17,11 @@ from rtfocus.cli.report import print_report
 from rtfocus.config import Config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
 from rtfocus.errors import ConfigError
+from rtfocus.evaluation.quality import match_intensity, pearson, psnr
 from rtfocus.images import open_images
 from rtfocus.images.panels import Panel, colour_map, enlarge, save_panels
 from rtfocus.microscope.virtual.specimen import Truth, VirtualSpecimen
 from rtfocus.monitor import Monitor
-from rtfocus.processing.quality import match_intensity, pearson, psnr
 
 PICTURE_NAME = "picture.png"
 

@@ -18,6 +18,7 @@ from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.evaluation.contenders import Contender, restore_exactly
 from rtfocus.evaluation.level_score import LevelScore, specimen_tiles
+from rtfocus.evaluation.quality import mse, pearson, psnr, ssim
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import (
     BACKGROUND,
@@ -34,7 +35,6 @@ from rtfocus.processing.cpu.channel import OpenChannel, open_channel
 from rtfocus.processing.engines.card import BACKGROUND_LABEL, OutputCard
 from rtfocus.processing.engines.fit import parts, step_um
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.quality import mse, pearson, psnr, ssim
 
 _UID = "ranking"
 

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from rtfocus.config import Config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.evaluation.quality import pearson
 from rtfocus.frame import TileGrid
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.quality import pearson
 
 Z_UM = (-4.0, 0.0, 4.0)
 REDUCED = (

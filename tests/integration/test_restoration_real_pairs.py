@@ -7,10 +7,10 @@ import pytest
 import tifffile
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.evaluation.quality import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.quality import psnr, ssim
 from rtfocus.processing.tiles.montage import Montage
 
 # Fitted to training rows a02 to a18 of BBBC006 (see rtfocus.calibration.pair_search),

@@ -4,13 +4,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from rtfocus.evaluation.quality import psnr
 from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.learned_wiener import LearnedWienerRestorer, Level
 from rtfocus.processing.engines.card import read_card, verified_file
-from rtfocus.processing.quality import psnr
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.resources import resource_folder
 from rtfocus.training.networks.learned_wiener import BANDS

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.evaluation.quality import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.quality import psnr
 from rtfocus.processing.restore import WHOLE_FRAME
 from rtfocus.processing.restore.fourier import read_region
 from rtfocus.processing.restore.wiener import noise_variance

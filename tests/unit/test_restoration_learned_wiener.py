@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.evaluation.quality import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.bands import band_weights, edge_taper
 from rtfocus.optics.blur import blur
@@ -15,7 +16,6 @@ from rtfocus.processing.cpu.learned_wiener import (
     Level,
     filter_tiles,
 )
-from rtfocus.processing.quality import psnr
 from rtfocus.processing.restore.fourier import transfer_function
 from rtfocus.processing.restore.wiener import WienerFilter
 from rtfocus.processing.tiles.montage import Montage
