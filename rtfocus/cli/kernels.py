@@ -15,7 +15,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.images import ImageSeries, open_images
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.provenance import SOFTWARE, png_mark
-from rtfocus.processing.kernels import KernelExtractor, Kernels, draw_kernels
+from rtfocus.processing.blur_kernels import KernelExtractor, Kernels, draw_kernels
 
 
 def add_to(app: typer.Typer) -> None:
