@@ -20,10 +20,11 @@ import numpy as np
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.processor import CameraConfig, ProcessingConfig
 from rtfocus.optics.blur import blur_depth_variant
+from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
-from rtfocus.processing.correction import CameraCorrection
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
 from rtfocus.processing.cpu.classifier import open_classifier as open_plan
+from rtfocus.processing.cpu.correction import Correction
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.cpu.openvino import import_openvino
 from rtfocus.processing.engines.card import EngineCard, verified_file
@@ -157,7 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     levels, optics = parts(found.card)
     frame = tilted_frame(options.size, optics.reference, levels.step_um)
     camera = CameraConfig(offset_counts=OFFSET)
-    correction = CameraCorrection(camera, frame.shape, frame.dtype)
+    correction = Correction(CameraCorrection(camera, frame.shape, frame.dtype))
     signal = np.empty(frame.shape, np.float32)
     correction.to_signal(frame, signal)
     counts = np.empty_like(frame)

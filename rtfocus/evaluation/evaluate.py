@@ -28,9 +28,9 @@ from rtfocus.frame import (
     Position,
     SeriesStart,
 )
+from rtfocus.processing.camera import luminance
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.classify.conditions import is_mirrored
-from rtfocus.processing.correction import luminance
 from rtfocus.processing.cpu.channel import OpenChannel, open_channel
 from rtfocus.processing.engines.card import BACKGROUND_LABEL, OutputCard
 from rtfocus.processing.engines.fit import parts, step_um
@@ -82,7 +82,7 @@ class Ranking:
         if classifier is None or classifier.card.output is None:
             return np.zeros(0, dtype=np.int64)
         signal = np.empty(sample.pixels.shape, np.float32)
-        opened.plan.correction.to_signal(sample.pixels, signal)
+        opened.correction.to_signal(sample.pixels, signal)
         likely = classifier.probabilities(classifier.prepare(signal))
         levels = classifier.card.levels
         turned = levels is not None and levels.signed and is_mirrored(self._data.optics)

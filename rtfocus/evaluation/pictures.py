@@ -13,7 +13,7 @@ from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.level_score import LevelScore
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.images.panels import Panel, colour_map, save_panels
-from rtfocus.processing.correction import luminance
+from rtfocus.processing.camera import luminance
 
 _SHOWN_PX = 320
 # Scale on which the brightest part of a frame is looked for.

@@ -18,7 +18,7 @@ from rtfocus.images import open_images
 from rtfocus.optics.blur import blur
 from rtfocus.optics.camera import CameraModel
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.correction import luminance
+from rtfocus.processing.camera import luminance
 
 Image = NDArray[np.float32]
 

@@ -19,8 +19,8 @@ from rtfocus.config.processor import ProcessingConfig, RestorationConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.classify.conditions import Conditions, is_mirrored
-from rtfocus.processing.correction import CameraCorrection
 from rtfocus.processing.engines.card import EngineCard, identity, input_of
 from rtfocus.processing.engines.fit import check_fit, parts, step_um
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
@@ -106,7 +106,7 @@ class ChannelPlan:
     name: str
     shape: tuple[int, ...]
     """Of the frames, (y, x) or (y, x, 3)."""
-    correction: CameraCorrection
+    camera: CameraCorrection
     processing: ProcessingConfig
     gain_e_per_count: float | None = None
     """Photo-electrons per count; None: not known."""
@@ -164,7 +164,7 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
     """
     settings = config.channel(channel.name)
     optics = settings.optics or channel.optics
-    correction = CameraCorrection(
+    camera = CameraCorrection(
         config.camera, series.shape, np.dtype(series.dtype), series.bit_depth
     )
     shape = tuple(series.shape)
@@ -176,19 +176,19 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
             else "no classifier is configured"
         )
         return ChannelPlan(
-            channel.name, shape, correction, config.processing, skipped=reason
+            channel.name, shape, camera, config.processing, skipped=reason
         )
     compare_pixel_size(channel.name, optics, series.pixel_size_um)
     found = find_engine(name, config.processing.engine_folders)
     check_fit(found.card, optics, ignore=config.processing.ignore_optics)
-    eye = _Eye(config.processing, optics, shape, correction.quantum)
+    eye = _Eye(config.processing, optics, shape, camera.quantum)
     wanted = settings.restoration or config.processing.restoration
     restoration = eye.restoration(wanted, found)
     one_pass = restoration is not None and restoration.way == "same_pass"
     return ChannelPlan(
         channel.name,
         shape,
-        correction,
+        camera,
         config.processing,
         gain_e_per_count=config.camera.gain_e_per_count,
         optics=optics,

@@ -12,7 +12,8 @@ from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.correction import CameraCorrection
+from rtfocus.processing.camera import CameraCorrection
+from rtfocus.processing.cpu.correction import Correction
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.gpu.correction import Correction as GpuCorrection
 from rtfocus.processing.gpu.depth_variant import (
@@ -64,10 +65,11 @@ def test_correction_is_that_of_the_cpu(work, memory, tmp_path, dtype, colours):
     tifffile.imwrite(flat, rng.uniform(90, 110, (20, 30)).astype(np.float32))
     pixels = rng.integers(0, 256, (20, 30, *colours)).astype(dtype)
     camera = CameraConfig(offset_counts=7, flat_field=flat, saturation_counts=254)
-    reference = CameraCorrection(camera, pixels.shape, pixels.dtype)
+    known = CameraCorrection(camera, pixels.shape, pixels.dtype)
+    reference = Correction(known)
     wanted = np.empty(pixels.shape, np.float32)
     marks = reference.to_signal(pixels, wanted)
-    ours = GpuCorrection(memory, reference, pixels.shape)
+    ours = GpuCorrection(memory, known, pixels.shape)
     signal = memory.allocate(pixels.shape, np.float32, "signal")
     saturated = memory.allocate((1,), np.int32, "flag")
     ours.to_signal(work, memory.upload(pixels, "frame"), signal, saturated)

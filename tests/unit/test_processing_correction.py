@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 
 from rtfocus.config.processor import CameraConfig
 from rtfocus.errors import ConfigError
-from rtfocus.processing.correction import CameraCorrection, luminance
+from rtfocus.processing.camera import CameraCorrection, luminance
+from rtfocus.processing.cpu.correction import Correction
 
 
 def correct(pixels, camera=None, bit_depth=None):
-    correction = CameraCorrection(
-        camera or CameraConfig(), pixels.shape, pixels.dtype, bit_depth
+    correction = Correction(
+        CameraCorrection(
+            camera or CameraConfig(), pixels.shape, pixels.dtype, bit_depth
+        )
     )
     signal = np.empty(pixels.shape, np.float32)
     return correction, signal, correction.to_signal(pixels, signal)

@@ -14,6 +14,7 @@ from rtfocus.processing.classify.conditions import Conditions
 from rtfocus.processing.classify.rules import invertible_normalisation
 from rtfocus.processing.cpu.backends import runs_on
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, open_classifier
+from rtfocus.processing.cpu.correction import Correction
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.cpu.learned_wiener import LearnedWienerRestorer, Level
 from rtfocus.processing.cpu.network_restorer import JointRestorer, TileNetworkRestorer
@@ -266,6 +267,7 @@ class OpenChannel:
     """What does the work that a plan names."""
 
     plan: ChannelPlan
+    correction: Correction
     classifier: FrameClassifier | None = None
     restorer: FrameRestorer | None = None
     backends: Mapping[str, str] = field(default_factory=dict)
@@ -292,14 +294,15 @@ def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
     EngineError
         If an engine is damaged or cannot be loaded.
     """
+    correction = Correction(plan.camera)
     seen, restoration = plan.classifier, plan.restoration
     if seen is None:
-        return OpenChannel(plan)
+        return OpenChannel(plan, correction)
     threads = share_threads(total_threads, one_pass=seen.restores)
     classifier = open_classifier(seen, plan.processing, threads.classify)
     backends = {seen.found.name: classifier.runs_on(plan.processing)}
     if restoration is None:
-        return OpenChannel(plan, classifier, None, backends)
+        return OpenChannel(plan, correction, classifier, None, backends)
     try:
         restorer, runs_on = open_restorer(plan, classifier.grid, threads.restore)
     except BaseException:
@@ -307,4 +310,4 @@ def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
         raise
     if runs_on is not None:
         backends[restoration.name] = runs_on
-    return OpenChannel(plan, classifier, restorer, backends)
+    return OpenChannel(plan, correction, classifier, restorer, backends)

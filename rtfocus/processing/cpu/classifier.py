@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap
+from rtfocus.processing.camera import luminance
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify.conditions import turned
 from rtfocus.processing.classify.labels import LabelDecoder
-from rtfocus.processing.correction import luminance
 from rtfocus.processing.cpu.backends import runs_on
 from rtfocus.processing.cpu.networks import (
     FrameNetwork,

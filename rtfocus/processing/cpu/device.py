@@ -13,9 +13,9 @@ from rtfocus.config.model import Config
 from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.machine import usable_threads
 from rtfocus.processing.channel_plan import ChannelPlan
-from rtfocus.processing.correction import Marks
 from rtfocus.processing.cpu.channel import OpenChannel, open_channel, share_threads
 from rtfocus.processing.cpu.classifier import Seen
+from rtfocus.processing.cpu.correction import Marks
 from rtfocus.processing.device import Job, Prepared
 
 Image = NDArray[np.float32]
@@ -87,10 +87,9 @@ class CpuDevice:
     def enqueue(self, job: Job) -> None:
         """Correct a frame."""
         buffers = self._slots[job.slot.index]
+        correction = self._channels[job.channel].correction
         with job.stage("correct"):
-            buffers.marks = job.plan.correction.to_signal(
-                job.slot.pixels, buffers.signal
-            )
+            buffers.marks = correction.to_signal(job.slot.pixels, buffers.signal)
         job.flags = buffers.marks.flags
 
     def estimate(self, job: Job) -> DefocusMap | None:
@@ -112,18 +111,20 @@ class CpuDevice:
     def restore(self, job: Job) -> NDArray[Any] | None:
         """Restore a frame, into a scratch frame of this thread and then its slot's."""
         buffers = self._slots[job.slot.index]
-        restorer = self._channels[job.channel].restorer
+        channel = self._channels[job.channel]
+        restorer = channel.restorer
         restored, seen = buffers.restored, buffers.seen
         if job.skipped is not None or restorer is None:
             return None
         if seen is None or restored is None:
             msg = "a frame without defocus was to be restored"
             raise ValueError(msg)
-        correction = job.plan.correction
         with job.stage("restore"):
             scratch = self._scratch(buffers.signal)
-            restorer.restore(buffers.signal, seen, scratch, quantum=correction.quantum)
-            correction.to_counts(scratch, restored, buffers.marks.invalid)
+            restorer.restore(
+                buffers.signal, seen, scratch, quantum=job.plan.camera.quantum
+            )
+            channel.correction.to_counts(scratch, restored, buffers.marks.invalid)
         return restored
 
     def close(self) -> None:

@@ -152,7 +152,7 @@ def _by_level(
             memory,
             transforms,
             psfs,
-            quantum=plan.correction.quantum,
+            quantum=plan.camera.quantum,
             noise_to_signal=settings.noise_to_signal,
             gain_e_per_count=plan.gain_e_per_count,
         )
@@ -278,7 +278,7 @@ def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenCh
     EngineError
         If an engine is damaged, or is one that only the CPU runs.
     """
-    correction = Correction(memory, plan.correction, plan.shape)
+    correction = Correction(memory, plan.camera, plan.shape)
     seen, restoration = plan.classifier, plan.restoration
     if seen is None:
         return OpenChannel(plan, correction)

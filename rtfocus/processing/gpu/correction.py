@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.correction import CameraCorrection
+from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
 
 # As in kernels/common.cu.
@@ -19,7 +19,7 @@ KINDS: dict[np.dtype[Any], int] = {
 
 
 class Correction:
-    """Corrects frames of one shape as `CameraCorrection` does.
+    """Corrects frames of one shape, as its like on the CPU.
 
     Parameters
     ----------

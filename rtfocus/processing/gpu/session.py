@@ -291,7 +291,7 @@ class Session:
         """Return pinned pixels of a frame without NaN: its slot, or a copy of it."""
         slot = job.slot
         pixels = slot.pixels
-        found = job.plan.correction.find_invalid(pixels)
+        found = job.plan.camera.find_invalid(pixels)
         host.invalid = found
         if found is None and self._pinned.is_pinned(pixels):
             return pixels

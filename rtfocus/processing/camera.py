@@ -1,10 +1,8 @@
-"""Correction: camera counts to a signal proportional to light, and back.
+"""Camera: what its config says of counts, and of the signal they stand for.
 
 The signal keeps the unit of counts: the offset is removed and the even field
 flattened, so that a restored frame can be put back on the camera's own scale.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +19,8 @@ _LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 _DARKEST_FLAT = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """What is wrong with the pixels of one frame."""
-
-    flags: tuple[str, ...]
-    """``nan``, ``saturated``."""
-    invalid: NDArray[np.bool_] | None
-    """Pixels that are NaN or infinite, shape of the frame; None: none."""
-
-
 class CameraCorrection:
-    """Corrects frames of one shape and dtype.
+    """How frames of one shape and dtype are corrected, whatever does it.
 
     Parameters
     ----------
@@ -60,43 +48,13 @@ class CameraCorrection:
     ) -> None:
         self.integer = bool(np.issubdtype(dtype, np.integer))
         self.quantum = 1.0 if self.integer else 0.0
-        self._offset = np.float32(camera.offset_counts)
-        self._full_scale = _full_scale(dtype, bit_depth)
-        self._saturation = camera.saturation_counts or self._full_scale
-        self._divisor = _divisor(camera, shape)
-
-    @property
-    def offset_counts(self) -> float:
+        self.offset_counts = float(np.float32(camera.offset_counts))
         """Counts in the dark."""
-        return float(self._offset)
-
-    @property
-    def saturation_counts(self) -> float:
+        saturation = camera.saturation_counts or _full_scale(dtype, bit_depth)
+        self.saturation_counts = float("inf") if saturation is None else saturation
         """Counts from which on a pixel is saturated; infinite for float frames."""
-        return float("inf") if self._saturation is None else self._saturation
-
-    @property
-    def divisor(self) -> Image | None:
+        self.divisor = _divisor(camera, shape)
         """Flat field with mean 1, shaped to divide a frame; None: none."""
-        return self._divisor
-
-    def to_signal(self, pixels: NDArray[np.generic], out: Image) -> Marks:
-        """Write the corrected frame to `out` (float32) and say what is wrong with it.
-
-        Pixels that are no number take the median of the others.
-        """
-        invalid = self.find_invalid(pixels)
-        flags = [] if invalid is None else ["nan"]
-        np.copyto(out, pixels, casting="unsafe")
-        if invalid is not None:
-            out[invalid] = 0.0 if invalid.all() else np.median(out[~invalid])
-        if self._saturation is not None and float(out.max()) >= self._saturation:
-            flags.append("saturated")
-        if self._offset:
-            out -= self._offset
-        if self._divisor is not None:
-            out /= self._divisor
-        return Marks(tuple(flags), invalid)
 
     def find_invalid(self, pixels: NDArray[np.generic]) -> NDArray[np.bool_] | None:
         """Return which pixels are NaN or infinite; None: all are numbers."""
@@ -104,23 +62,6 @@ class CameraCorrection:
             return None
         finite = np.isfinite(pixels)
         return None if finite.all() else ~finite
-
-    def to_counts(
-        self, signal: Image, out: NDArray[np.generic], invalid: NDArray[np.bool_] | None
-    ) -> None:
-        """Write a restored signal on the camera's scale; overwrites `signal`.
-
-        Integers are rounded and clipped to the range of their type. Pixels that were no
-        number stay NaN in float frames: nothing is known about them.
-        """
-        if self._offset:
-            signal += self._offset
-        if np.issubdtype(out.dtype, np.integer):
-            np.rint(signal, out=signal)
-            np.clip(signal, 0, np.iinfo(out.dtype).max, out=signal)  # type: ignore[type-var]
-        elif invalid is not None:
-            signal[invalid] = np.nan
-        np.copyto(out, signal, casting="unsafe")
 
 
 def luminance(signal: Image) -> Image:
