@@ -18,6 +18,7 @@ from fsspec import register_implementation
 from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.outcome import Outcome
+from rtfocus.writers.folder import ASIDE_NAME
 from rtfocus.writers.header import (
     JOURNAL_NAME,
     REPORT_NAME,
@@ -53,6 +54,8 @@ class CheckReport:
     """What a repair did."""
     problems: list[str] = field(default_factory=list)
     """Everything that is wrong; empty: the run can be trusted."""
+    aside: Path | None = None
+    """Where a repair or the end of the run moved what no journal line names."""
     holder: Holder | None = None
     """Who is writing the run now; nothing is said of its end then."""
     frames: int = 0
@@ -78,6 +81,8 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.verdict}"]
         lines += [f"  repaired: {step}" for step in self.repaired]
+        if self.aside is not None:
+            lines.append(f"  set aside: what no journal line names, in '{self.aside}'")
         lines.append(f"  frames written and read back: {self.frames}")
         if self.missing:
             lines.append(f"  missing: {len(self.missing)}")
@@ -107,6 +112,8 @@ def check_run(folder: Path, *, repair: bool = False) -> CheckReport:
     if repair:
         report.repaired = repair_run(folder, header)
     report.holder = holder_of(folder)
+    if (folder / ASIDE_NAME).exists():
+        report.aside = folder / ASIDE_NAME
     report.finished = is_finished(folder)
     if not report.finished and report.holder is None:
         report.problems.append(
@@ -131,7 +138,7 @@ def _check_journal(folder: Path, header: RunHeader, report: CheckReport) -> Tall
         _tell(report, f"journal '{path}' is lost; use --repair")
         return tally
     for record in scan_journal(path, tally.plan, stop):
-        if record.is_torn:
+        if record.is_torn and not record.is_damaged:
             if report.holder is None:
                 _tell(report, f"the last line of '{path}' is torn; use --repair")
             continue

@@ -189,14 +189,14 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
     for number in count(1):
         name = run.name if number == 1 else f"{run.name}-{number}"
         folder = run.folder / f"{name}{SUFFIX}"
-        if not exists(folder) or holds_unfinished(folder, series.series_uid):
+        if not _exists(folder) or holds_unfinished(folder, series.series_uid):
             return folder
         if store.overwrite and number == 1 and is_finished(folder):
             return folder
     raise AssertionError  # count() never ends
 
 
-def exists(folder: Path) -> bool:
+def _exists(folder: Path) -> bool:
     """Tell whether anything stands there.
 
     Raises

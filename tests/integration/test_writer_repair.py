@@ -144,6 +144,7 @@ def test_every_frame_whose_shard_is_sound_survives_a_damaged_journal(
     assert again.problems == after.problems
     assert (again.frames, again.missing) == (after.frames, after.missing)
     assert check_run(folder, repair=True).repaired == []
+    assert ("set aside" in str(again)) == (folder / "set_aside").exists()
 
 
 def frames_journalled(folder: Path, sound: set[int]) -> set[int]:

@@ -3,10 +3,10 @@
 import pytest
 from transport_kit import make_config, make_header, make_series
 
-from rtfocus.errors import TransportError
+from rtfocus.errors import TakenOverError, TransportError
 from rtfocus.frame import SeriesEnd
 from rtfocus.metrics import Accounting
-from rtfocus.slots import SlotPool
+from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Inflow
@@ -207,6 +207,21 @@ def test_what_happened_before_begin_is_not_forgotten() -> None:
     dialogue.begin(inflow, 0, 0.0)
     assert inflow.arrivals.end is not None
     assert inflow.arrivals.end.reason == "canceled"
+
+
+def test_a_recorder_that_was_replaced_loses_nothing_and_says_so() -> None:
+    """Frames that it did not get are the other's: none of them is a gap."""
+    dialogue, inflow = begun()
+    flow(inflow)
+    take_frame(inflow, 0)
+    inflow.take(m.pack(m.Ping(1, SERIES.series_uid, 5, 1)), None)
+    dialogue.handle(m.Refused(dialogue.uid, "occupied", "another records"), 1.0)
+    arrivals = iter(inflow.arrivals)
+    slot = next(arrivals)
+    assert isinstance(slot, Slot)
+    assert slot.frame().sequence == 0
+    with pytest.raises(TakenOverError, match="taken over"):
+        next(arrivals)
 
 
 def test_leaving_is_said_unless_everything_is_done() -> None:
