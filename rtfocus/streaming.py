@@ -17,8 +17,8 @@ from pymmcore_plus import CMMCorePlus
 from rtfocus.config import Config, load_config
 from rtfocus.errors import WriterError
 from rtfocus.frame import Estimate
+from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.following import FollowedAcquisition
-from rtfocus.microscope.report import AcquisitionReport
 from rtfocus.runs import Run, open_run
 from rtfocus.sides import ProcessorProcess, on_free_ports, paired
 from rtfocus.transport.preview import PreviewViewer

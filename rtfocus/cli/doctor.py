@@ -17,7 +17,7 @@ from rtfocus import __version__
 from rtfocus.errors import EngineError
 from rtfocus.findings import Finding
 from rtfocus.machine import processor_name
-from rtfocus.microscope.diagnosis import describe as describe_microscope
+from rtfocus.microscope.core import describe as describe_microscope
 from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.gpu.backends import GPU_BACKENDS

@@ -11,13 +11,12 @@ from rtfocus.config.microscope import ReplayConfig
 from rtfocus.errors import ConfigError
 from rtfocus.frame import FrameHeader
 from rtfocus.microscope.core import open_core
+from rtfocus.microscope.delivery import AcquisitionReport, FrameSink
 from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.microscope.live import LiveAcquisition
 from rtfocus.microscope.mda import PlannedAcquisition
 from rtfocus.microscope.plan import anchored, read_sequence
 from rtfocus.microscope.replay import Replay
-from rtfocus.microscope.report import AcquisitionReport
-from rtfocus.microscope.sink import FrameSink
 
 __all__ = ["AcquisitionReport", "acquire", "acquire_with"]
 

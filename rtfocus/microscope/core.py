@@ -1,10 +1,17 @@
-"""Core: a Micro-Manager core with the configured devices in it."""
+"""Core: a Micro-Manager core with the configured devices in it.
+
+Also where device adapters and configurations are found, and what this machine has for
+acquiring, for ``rtfocus doctor``.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pymmcore_plus import CMMCorePlus
+from pymmcore_plus import CMMCorePlus, find_micromanager
+from pymmcore_plus import _discovery as discovery
 from pymmcore_plus.experimental.unicore import UniMMCore
 
 from rtfocus.config import Config
@@ -14,14 +21,165 @@ from rtfocus.config.microscope import (
     VirtualMicroscopeConfig,
 )
 from rtfocus.errors import MicroscopeError
-from rtfocus.microscope.adapters import (
-    DEMO_CONFIG,
-    check_config_file,
-    check_folders,
-    demo_folder,
-    installed_folders,
-)
+from rtfocus.findings import Finding
 from rtfocus.microscope.virtual import load_virtual_microscope
+
+DEMO_CONFIG = "MMConfig_demo.cfg"
+TEST_ADAPTERS_REMEDY = "pip install mm-test-adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A folder with device adapters."""
+
+    path: Path
+    count: int
+    """Number of adapter libraries in it."""
+    interface_version: int | None
+    """Device interface version of the first that tells; None: none does."""
+
+
+def required_interface() -> int:
+    """Return the device interface version that this core can load."""
+    return int(discovery.PYMMCORE_DIV)
+
+
+def look_into(folder: Path) -> AdapterFolder:
+    """Count the adapters in a folder and ask one for its interface version."""
+    paths = set(discovery._iter_device_paths(folder))  # noqa: SLF001
+    version = discovery.get_first_device_interface_version(folder)
+    return AdapterFolder(folder, len(paths), version)
+
+
+def installed_folders() -> list[AdapterFolder]:
+    """Return the folders that pymmcore-plus finds by itself, first choice first."""
+    return [look_into(Path(path)) for path in find_micromanager(return_first=False)]
+
+
+def demo_folder(configured: Path | None) -> Path:
+    """Return the folder with Micro-Manager's DemoCamera.
+
+    Raises
+    ------
+    MicroscopeError
+        If package mm-test-adapters is not installed and no folder is configured.
+    """
+    if configured is not None:
+        return configured
+    try:
+        import mm_test_adapters
+    except ImportError as error:
+        msg = (
+            "the DemoCamera needs package 'mm-test-adapters', which is not installed; "
+            f"run: {TEST_ADAPTERS_REMEDY}, or set microscope.adapter_path to a "
+            "Micro-Manager folder"
+        )
+        raise MicroscopeError(msg) from error
+    return Path(mm_test_adapters.device_adapter_path())
+
+
+def check_folders(folders: Sequence[Path], setting: str) -> None:
+    """Refuse folders that cannot serve this core, before it tries.
+
+    Raises
+    ------
+    MicroscopeError
+        If a folder is missing, holds no adapter, or adapters of another device
+        interface version; says which and how to get the right ones.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            msg = (
+                f"{setting}: there is no folder '{folder}'; give the folder that "
+                "holds the device adapters (mmgr_dal_*), usually Micro-Manager's own"
+            )
+            raise MicroscopeError(msg)
+        found = look_into(folder)
+        if found.count == 0:
+            msg = (
+                f"{setting}: '{folder}' holds no device adapter; looked for "
+                "*mmgr_dal_* libraries. Give the Micro-Manager folder, or run: "
+                "mmcore install"
+            )
+            raise MicroscopeError(msg)
+        wanted = required_interface()
+        if found.interface_version not in (None, wanted):
+            msg = (
+                f"adapters in '{folder}' have device interface version "
+                f"{found.interface_version}, this core needs {wanted}; get matching "
+                "ones (mmcore install, or a Micro-Manager of the same date) or a "
+                "pymmcore that fits them: its version has the interface as 4th number"
+            )
+            raise MicroscopeError(msg)
+
+
+def check_config_file(path: Path, setting: str) -> None:
+    """Refuse a Micro-Manager configuration that is not there."""
+    if not path.is_file():
+        msg = (
+            f"{setting}: there is no file '{path}'; give the .cfg that "
+            "Micro-Manager's Hardware Configuration Wizard wrote"
+        )
+        raise MicroscopeError(msg)
+
+
+_ADAPTERS = "device adapters"
+
+
+def describe() -> list[Finding]:
+    """Look at core, adapters and test adapters; nothing is loaded or changed."""
+    return [_core(), *_adapters(), _test_adapters()]
+
+
+def _core() -> Finding:
+    with bare_core() as core:
+        release = core.getVersionInfo()
+    found = (
+        f"{release}, pymmcore-plus {version('pymmcore-plus')}, "
+        f"needs adapters of device interface {required_interface()}"
+    )
+    return Finding("Micro-Manager core", found)
+
+
+def _adapters() -> list[Finding]:
+    folders = installed_folders()
+    if not folders:
+        return [
+            Finding(
+                _ADAPTERS,
+                "no Micro-Manager found",
+                remedy="mmcore install, or microscope.adapter_paths in the config",
+                needed=False,
+            )
+        ]
+    return [_judge(folder) for folder in folders]
+
+
+def _judge(folder: AdapterFolder) -> Finding:
+    found = (
+        f"{folder.count} in {folder.path}, device interface {folder.interface_version}"
+    )
+    if folder.interface_version in (None, required_interface()):
+        return Finding(_ADAPTERS, found)
+    remedy = f"adapters of device interface {required_interface()}: mmcore install"
+    return Finding(_ADAPTERS, found, remedy=remedy, needed=False)
+
+
+def _test_adapters() -> Finding:
+    topic = "DemoCamera"
+    try:
+        import mm_test_adapters
+
+        release = version("mm-test-adapters")
+    except (ImportError, PackageNotFoundError):
+        return Finding(topic, "none", remedy=TEST_ADAPTERS_REMEDY, needed=False)
+    folder = look_into(Path(mm_test_adapters.device_adapter_path()))
+    found = f"mm-test-adapters {release}, device interface {folder.interface_version}"
+    if folder.interface_version == required_interface():
+        return Finding(topic, found)
+    remedy = f"pip install 'mm-test-adapters=={required_interface()}.*'"
+    return Finding(topic, found, remedy=remedy, needed=False)
+
 
 # A simulated camera has no reason to outrun whoever takes its frames: a backlog
 # beyond this would only add latency.

@@ -12,12 +12,11 @@ from pymmcore_plus.experimental.unicore import UniMMCore
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FrameHeader
+from rtfocus.microscope.delivery import AcquisitionReport, FrameSink
 from rtfocus.microscope.engine import EVENT_INDEX
 from rtfocus.microscope.mda import PlannedAcquisition
 from rtfocus.microscope.plan import takes_image
-from rtfocus.microscope.report import AcquisitionReport
 from rtfocus.microscope.setups import SetUps
-from rtfocus.microscope.sink import FrameSink
 
 Place = tuple[tuple[str, int], ...]
 

@@ -10,13 +10,25 @@ from rtfocus.config import Config
 from rtfocus.config.microscope import LiveConfig
 from rtfocus.errors import MicroscopeError
 from rtfocus.frame import FrameHeader
-from rtfocus.microscope.complaints import Complaints
-from rtfocus.microscope.delivery import Delivery, Exposure, SeriesChangedError
-from rtfocus.microscope.ending import camera_lost_images, end_series, overflow_error
-from rtfocus.microscope.metadata import frame_json, image_number, now_ns, received_ns
-from rtfocus.microscope.report import AcquisitionReport, Observations
+from rtfocus.microscope.delivery import (
+    AcquisitionReport,
+    Delivery,
+    Exposure,
+    FrameSink,
+    Observations,
+    SeriesChangedError,
+    camera_lost_images,
+    end_series,
+    overflow_error,
+)
+from rtfocus.microscope.metadata import (
+    Complaints,
+    frame_json,
+    image_number,
+    now_ns,
+    received_ns,
+)
 from rtfocus.microscope.series import camera_geometry, describe_series
-from rtfocus.microscope.sink import FrameSink
 from rtfocus.outcome import CANCELED, COMPLETED
 
 # Micro-Manager's own word for "without end".

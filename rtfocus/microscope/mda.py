@@ -15,15 +15,27 @@ from pymmcore_plus.mda import MDARunner
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.frame import FrameHeader, Role
-from rtfocus.microscope.complaints import Complaints
-from rtfocus.microscope.delivery import Delivery, Exposure, SeriesChangedError
-from rtfocus.microscope.ending import camera_lost_images, end_series, overflow_error
+from rtfocus.microscope.delivery import (
+    AcquisitionReport,
+    Delivery,
+    Exposure,
+    FrameSink,
+    Observations,
+    SeriesChangedError,
+    camera_lost_images,
+    end_series,
+    overflow_error,
+)
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine
-from rtfocus.microscope.metadata import frame_json, image_number, now_ns, received_ns
+from rtfocus.microscope.metadata import (
+    Complaints,
+    frame_json,
+    image_number,
+    now_ns,
+    received_ns,
+)
 from rtfocus.microscope.plan import lay_out
-from rtfocus.microscope.report import AcquisitionReport, Observations
 from rtfocus.microscope.series import camera_geometry, describe_series
-from rtfocus.microscope.sink import FrameSink
 from rtfocus.outcome import CANCELED, COMPLETED
 
 _POLL_S = 0.05

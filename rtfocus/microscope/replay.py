@@ -1,23 +1,230 @@
-"""Replay: recorded images sent as if they were being acquired."""
+"""Replay: recorded images sent as if they were being acquired.
+
+Images of one or more files become the axes of one series. Single planes in files of
+their own become time points in the order of their names; everything else becomes
+positions. Channels are matched by name, so that files which keep them in another order
+fall on the same index c.
+"""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from uuid import uuid4
 
 from rtfocus.config import Config
 from rtfocus.config.microscope import ReplayConfig
 from rtfocus.errors import InputError
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SeriesStart
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.images.reading import find_images
-from rtfocus.microscope.delivery import Delivery, Exposure
-from rtfocus.microscope.ending import end_series
+from rtfocus.images.series import ImageSeries
+from rtfocus.microscope.delivery import (
+    AcquisitionReport,
+    Delivery,
+    Exposure,
+    FrameSink,
+    Observations,
+    end_series,
+)
 from rtfocus.microscope.metadata import now_ns
-from rtfocus.microscope.recording import Recording
-from rtfocus.microscope.report import AcquisitionReport, Observations
 from rtfocus.microscope.series import find_pixel_size_um
-from rtfocus.microscope.sink import FrameSink
 from rtfocus.outcome import CANCELED, COMPLETED
+
+# Files may state one size with different numbers of digits.
+_SIZE_DIGITS = 3
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One plane of a recording and its place in the series."""
+
+    image: ImageSeries
+    source: dict[str, int]
+    """Axes t, c, z within its own image."""
+    index: dict[str, int]
+
+
+class Recording:
+    """The planes of a recording in the order in which they are played.
+
+    Parameters
+    ----------
+    images
+        In natural order of their names.
+    config
+        Its channels name those of images that name none.
+    repeats
+        How often to play it.
+    """
+
+    def __init__(
+        self, images: Sequence[ImageSeries], config: Config, *, repeats: int = 1
+    ) -> None:
+        self.images = images
+        self.repeats = repeats
+        self.is_film = _is_film(images)
+        names = [_channel_names(image, config) for image in images]
+        self.channel_names = list(dict.fromkeys(name for own in names for name in own))
+        """By index c."""
+        self._channels = [
+            [self.channel_names.index(name) for name in own] for own in names
+        ]
+
+    def require_one_geometry(self, *, pixel_size_um: float | None) -> None:
+        """Refuse images that differ in what one series has one of.
+
+        Parameters
+        ----------
+        pixel_size_um
+            Size of all pixels where the user gives one; None: as the files say.
+
+        Raises
+        ------
+        InputError
+            Names the files by what they hold; or the pixels are not square.
+        """
+        planes = [
+            (image, _plane(image, pixel_size_um or image.pixel_size_um))
+            for image in self.images
+        ]
+        stacks = [
+            (image, f"slices {_digits(image.z_step_um)} um apart")
+            for image in self.images
+            if image.sizes["z"] > 1
+        ]
+        _require_alike(planes)
+        _require_alike(stacks)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """Lengths of the axes, slowest first."""
+        count = len(self.images)
+        channels = len(self.channel_names)
+        if self.is_film:
+            return {"t": self.repeats * count, "p": 1, "c": channels, "z": 1}
+        longest = {
+            axis: max(image.sizes[axis] for image in self.images) for axis in "tz"
+        }
+        return {
+            "t": self.repeats * longest["t"],
+            "p": count,
+            "c": channels,
+            "z": longest["z"],
+        }
+
+    @property
+    def positions(self) -> list[Position]:
+        """One per image, under its own name and in its own well."""
+        if self.is_film:
+            return [Position(name="p0")]
+        plates = {image.place.plate if image.place else None for image in self.images}
+        in_wells = len(plates) == 1 and None not in plates
+        names = _unique([image.name for image in self.images])
+        return [
+            _position(image, name, in_well=in_wells)
+            for image, name in zip(self.images, names, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return self.repeats * sum(len(image) for image in self.images)
+
+    def __iter__(self) -> Iterator[Plane]:
+        """Yield all planes in the order of `sizes`."""
+        for repeat in range(self.repeats):
+            yield from self._film(repeat) if self.is_film else self._stacks(repeat)
+
+    def _film(self, repeat: int) -> Iterator[Plane]:
+        for number, image in enumerate(self.images):
+            t, (c, *_) = repeat * len(self.images) + number, self._channels[number]
+            index = {"t": t, "p": 0, "c": c, "z": 0}
+            yield Plane(image, {"t": 0, "c": 0, "z": 0}, index)
+
+    def _stacks(self, repeat: int) -> Iterator[Plane]:
+        longest = max(image.sizes["t"] for image in self.images)
+        for t in range(longest):
+            for p, image in enumerate(self.images):
+                for source in image.indices():
+                    if source["t"] == t:
+                        c = self._channels[p][source["c"]]
+                        place = {**source, "t": repeat * longest + t, "p": p, "c": c}
+                        yield Plane(image, source, place)
+
+
+def _is_film(images: Sequence[ImageSeries]) -> bool:
+    """Tell whether images are the time points of one place."""
+    return (
+        len(images) > 1
+        and all(len(image) == 1 and image.place is None for image in images)
+        # Several images of one file, or of named positions, are places.
+        and len({image.path for image in images}) == len(images)
+        and len({image.position for image in images}) == 1
+    )
+
+
+def _channel_names(image: ImageSeries, config: Config) -> list[str]:
+    """Return the names of an image's channels, those of the config if it has none."""
+    count = image.sizes["c"]
+    names = [*image.channel_names] or [channel.name for channel in config.channels]
+    names += [f"c{number}" for number in range(len(names), count)]
+    return _unique(names[:count])
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Give names that are there before a number."""
+    taken: dict[str, None] = {}
+    for number, name in enumerate(names):
+        mine, more = name, number
+        while mine in taken:
+            mine, more = f"{name}_{more}", more + 1
+        taken[mine] = None
+    return list(taken)
+
+
+def _position(image: ImageSeries, name: str, *, in_well: bool) -> Position:
+    place, stage = image.place, image.stage
+    is_placed = in_well and place is not None
+    return Position(
+        name=name,
+        x_um=None if stage is None else stage.x_um,
+        y_um=None if stage is None else stage.y_um,
+        plate_row=place.rows[place.row] if is_placed and place else None,
+        plate_column=place.columns[place.column] if is_placed and place else None,
+        field=place.field if is_placed and place else 0,
+    )
+
+
+def _require_alike(described: list[tuple[ImageSeries, str]]) -> None:
+    """Refuse images of which different things are said."""
+    groups: dict[str, list[str]] = {}
+    for image, said in described:
+        groups.setdefault(said, []).append(image.path.name)
+    if len(groups) <= 1:
+        return
+    parts = [f"{said}: {_named(files)}" for said, files in groups.items()]
+    msg = (
+        f"the images to replay differ: {'; '.join(parts)}. One series has one "
+        "geometry: replay each kind in a run of its own (a pixel size alone can be "
+        "set: microscope.pixel_size_um); nothing was sent"
+    )
+    raise InputError(msg)
+
+
+def _plane(image: ImageSeries, pixel_size_um: float | None) -> str:
+    height, width, *colours = image.shape
+    kind = f"{image.dtype.str}{' RGB' if colours else ''}"
+    return f"{width} x {height} px {kind}, {_digits(pixel_size_um)} um per pixel"
+
+
+def _digits(size_um: float | None) -> str:
+    return "unknown" if size_um is None else f"{size_um:.{_SIZE_DIGITS}g}"
+
+
+def _named(files: list[str]) -> str:
+    """Name files, many of them by the first ones and their number."""
+    shown = ", ".join(list(dict.fromkeys(files))[:_MOST_NAMED])
+    return shown if len(files) <= _MOST_NAMED else f"{shown} ... ({len(files)} images)"
+
 
 _MOST_WARNINGS = 20
 

@@ -8,8 +8,7 @@ from pymmcore_plus import _discovery
 
 from rtfocus.config.loading import parse_config
 from rtfocus.errors import MicroscopeError
-from rtfocus.microscope.core import open_core
-from rtfocus.microscope.diagnosis import describe
+from rtfocus.microscope.core import describe, open_core
 
 adapters = pytest.importorskip("mm_test_adapters", reason="no adapters to load")
 

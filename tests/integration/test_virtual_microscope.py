@@ -17,7 +17,7 @@ from rtfocus.microscope.acquisition import acquire_with
 from rtfocus.microscope.core import bare_core, open_core
 from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.microscope.virtual import VirtualSpecimen, load_virtual_microscope
-from rtfocus.microscope.virtual.sensor import Sensor
+from rtfocus.microscope.virtual.camera import Sensor
 
 PLAN = {
     "axis_order": "tpcz",

@@ -7,14 +7,15 @@ from datetime import datetime
 import pytest
 import useq
 
-from rtfocus.microscope.complaints import LOGGER, Complaints
+from rtfocus.microscope.delivery import AcquisitionReport, Observations
 from rtfocus.microscope.metadata import (
+    LOGGER,
+    Complaints,
     frame_json,
     image_number,
     received_ns,
     summary_json,
 )
-from rtfocus.microscope.report import AcquisitionReport, Observations
 
 NOW_NS = 1_795_235_976_500_000_000
 

@@ -7,7 +7,7 @@ import tifffile
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.microscope import VirtualMicroscopeConfig
 from rtfocus.microscope.virtual import VirtualSpecimen
-from rtfocus.microscope.virtual.sensor import Sensor
+from rtfocus.microscope.virtual.camera import Sensor
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 

@@ -3,22 +3,174 @@
 Pure: arrays in, arrays out, no core and no clock. "Sharp" means as this
 microscope sees the scene in focus, so defocus 0 is the scene itself and the PSF
 turns focus into defocus (He 2020: level 0 is not convolved).
+
+Heights of the surface are counted like the z-stage: along the optical axis, away from
+the objective. The z-stage carries the objective; moving it up by 1 um moves the plane
+of focus 1 um towards the specimen, which Micro-Manager calls a focus direction of
++1. A surface at 5 um is in focus with the stage at 5 um, so
+
+    defocus_um = height_um - z_um
+
+is positive where the specimen is too far from the objective.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.microscope import VirtualMicroscopeConfig
-from rtfocus.microscope.virtual.scene import read_recording, read_scene
-from rtfocus.microscope.virtual.surface import Surface
+from rtfocus.config.microscope import (
+    SpecimenConfig,
+    SurfaceConfig,
+    VirtualMicroscopeConfig,
+)
+from rtfocus.errors import ConfigError
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ImageSeries
 from rtfocus.optics.blur import BlurredPlanes
+from rtfocus.specimens.fluorescent import draw_specimen, normalise_sharp
+from rtfocus.specimens.stained import draw_stained
+
+
+class Surface:
+    """Height of a tilted, curved, drifting specimen."""
+
+    def __init__(self, config: SurfaceConfig, shape: tuple[int, int]) -> None:
+        self._config = config
+        # -0.5 to +0.5 from edge to edge, so that a tilt is the rise over the frame.
+        self._y = _edge_to_edge(shape[0])[:, None]
+        self._x = _edge_to_edge(shape[1])[None, :]
+        self._still = self._height(0.0, 0.0)
+
+    def height_um(
+        self, *, x_px: float = 0.0, y_px: float = 0.0, time_s: float = 0.0
+    ) -> NDArray[np.float32]:
+        """Return the height of every pixel, axes (y, x), in um.
+
+        Parameters
+        ----------
+        x_px, y_px
+            Where the frame's centre lies on the specimen; tilt and bow go on
+            beyond the first frame.
+        time_s
+            Time since the microscope was made, for the drift.
+        """
+        rise = np.float32(self._config.drift_um_per_min * time_s / 60.0)
+        if x_px == 0 and y_px == 0:
+            return self._still + rise
+        rows, columns = self._still.shape
+        return self._height(x_px / columns, y_px / rows) + rise
+
+    def _height(self, shift_x: float, shift_y: float) -> NDArray[np.float32]:
+        config = self._config
+        x, y = self._x + shift_x, self._y + shift_y
+        # A parabola that is `bow` in the middle and 0 in the corners of the frame.
+        bow = config.bow_um * (1.0 - 2.0 * (x**2 + y**2))
+        height = config.z_um + config.tilt_x_um * x + config.tilt_y_um * y + bow
+        return np.asarray(height, dtype=np.float32)
+
+
+def _edge_to_edge(side: int) -> NDArray[np.float64]:
+    return np.linspace(-0.5, 0.5, side) if side > 1 else np.zeros(1)
+
 
 Image = NDArray[np.float32]
+
+
+def read_scene(
+    config: SpecimenConfig, shape: tuple[int, int], *, rgb: bool, channel: int
+) -> Image:
+    """Draw or read the sharp scene; axes (y, x) or (y, x, rgb), values in [0, 1].
+
+    Parameters
+    ----------
+    config
+        Kind, file and seed.
+    shape
+        Height and width of the scene.
+    rgb
+        Whether the camera sees colours: ``tissue`` is then a stained section, other
+        grey scenes are tinted.
+    channel
+        Channels of one specimen show different structures: each is drawn anew.
+    """
+    if config.kind == "image" or config.kind == "stack":
+        scene = normalise_sharp(_first_plane(_given(config), channel), shape)
+    else:
+        rng = np.random.default_rng([config.seed, channel])
+        if rgb and config.kind == "tissue":
+            return draw_stained(shape, rng)
+        scene = draw_specimen(config.kind, shape, rng)
+    if rgb and scene.ndim == 2:
+        return _tinted(scene)
+    if not rgb and scene.ndim == 3:
+        return np.asarray(scene.mean(axis=2), dtype=np.float32)
+    return scene
+
+
+def read_recording(
+    config: SpecimenConfig, shape: tuple[int, int], *, channel: int
+) -> Image:
+    """Read a recorded z-stack; axes (z, y, x), one scale for all planes.
+
+    Raises
+    ------
+    ConfigError
+        If the file holds a single plane.
+    """
+    path = _given(config)
+    series = open_images(path)[0]
+    count = series.sizes["z"] if series.sizes["z"] > 1 else series.sizes["t"]
+    if count < 2:
+        msg = f"'{path}' holds one plane; a 'stack' needs several along z"
+        raise ConfigError(msg)
+    c = min(channel, series.sizes["c"] - 1)
+    planes = np.stack([_grey(_plane(series, number, c)) for number in range(count)])
+    # Levelled together, so that a plane keeps its brightness against the others.
+    black, white = np.percentile(planes, [0.1, 99.9])
+    planes = np.clip((planes - black) / max(float(white - black), 1e-6), 0.0, 1.0)
+    return np.stack(
+        [
+            normalise_sharp(plane, shape, black_percentile=0, white_percentile=100)
+            * np.float32(plane.max() - plane.min())
+            + np.float32(plane.min())
+            for plane in planes
+        ]
+    )
+
+
+def _tinted(scene: Image) -> Image:
+    """Show a grey scene as a colour camera sees blue-green fluorescence."""
+    return scene[..., None] * np.array([0.25, 0.85, 1.0], dtype=np.float32)
+
+
+def _given(config: SpecimenConfig) -> Path:
+    if config.path is None:
+        msg = f"specimen.kind '{config.kind}' needs specimen.path, an image file"
+        raise ConfigError(msg)
+    return config.path
+
+
+def _first_plane(path: Path, channel: int) -> NDArray[np.generic]:
+    series = open_images(path)[0]
+    return series.read(c=min(channel, series.sizes["c"] - 1))
+
+
+def _plane(series: ImageSeries, number: int, c: int) -> NDArray[np.generic]:
+    if series.sizes["z"] > 1:
+        return series.read(c=c, z=number)
+    return series.read(t=number, c=c)
+
+
+def _grey(plane: NDArray[np.generic]) -> Image:
+    pixels = np.asarray(plane, dtype=np.float32)
+    return pixels.mean(axis=2) if pixels.ndim == 3 else pixels
+
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
