@@ -314,7 +314,9 @@ class Registrar:
             reason = f"series '{message.series_uid}' is not published here (any more)"
             return m.Refused(uid=message.uid, code="unknown", reason=reason)
         if self.recorder is None or self.recorder.uid != message.uid:
-            code = "unknown" if self.recorder is None else "occupied"
+            # One that has left since took its place: only a restart knows nobody.
+            is_replaced = self.recorder is not None or self.left is not None
+            code = "occupied" if is_replaced else "unknown"
             reason = "not the recorder of this series (any more); say hello again"
             return m.Refused(uid=message.uid, code=code, reason=reason)
         return None

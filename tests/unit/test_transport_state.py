@@ -185,6 +185,16 @@ class TestRegistrar:
         assert isinstance(answer, m.Refused)
         assert answer.code == "occupied"
 
+    def test_who_was_replaced_is_so_after_the_other_has_left(self) -> None:
+        registrar = self.opened()
+        registrar.handle(b"a", self.hello(), 0.0)
+        registrar.handle(b"b", self.hello("v"), LOST_HEARTBEATS)
+        series_uid = registrar.outbox.series.series_uid
+        registrar.handle(b"b", m.Leave("v", series_uid, "its folder is locked"), 6.5)
+        (answer,) = registrar.handle(b"a", self.progress(0, 0), 7.0)
+        assert isinstance(answer, m.Refused)
+        assert answer.code == "occupied"
+
     def test_a_lost_recorder_is_back_when_it_speaks(self) -> None:
         registrar = self.opened()
         registrar.handle(b"a", self.hello(), 0.0)
