@@ -105,6 +105,7 @@ def test_a_report_reads_as_text():
         frames=90,
         planned=100,
         camera_lost=10,
+        not_acquired=0,
         reason="completed",
         seconds=9.0,
         lateness=seen.lateness(),
@@ -113,7 +114,11 @@ def test_a_report_reads_as_text():
         warnings=("stage stuck",),
     )
     text = str(report)
-    assert "90 of 100 frames in 9.0 s (10.0 frames/s), 10 lost" in text
+    first = text.splitlines()[0]
+    assert "completed" not in first
+    assert "90 of 100" in first
+    assert "10 lost by the camera" in first
+    assert "in 9.0 s (10.0 frames/s)" in first
     assert "max 250 ms" in text
     assert "at most 3 images waiting, room for at least 97" in text
     assert "warning: stage stuck" in text
