@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 BENCHES = (
+    "startup",
     "transport",
     "writer",
     "stages",

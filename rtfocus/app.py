@@ -34,10 +34,9 @@ from rtfocus.errors import (
     WorkerError,
     WriterError,
 )
-from rtfocus.focusing import Focusing, FocusLog, SeriesReader
+from rtfocus.focus_readings import FocusLog, SeriesReader
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
-from rtfocus.microscope.acquisition import AcquisitionReport
-from rtfocus.microscope.acquisition import acquire as acquire_frames
+from rtfocus.microscope.report import AcquisitionReport
 from rtfocus.monitor import Monitor
 from rtfocus.outcome import STOPPED_HERE
 from rtfocus.processing.device import Ticket
@@ -69,6 +68,10 @@ def acquire(
 
     `on_focus` is told of every move of the focus in one line.
     """
+    # A processor side starts without Micro-Manager, which takes long to import.
+    from rtfocus.focusing import Focusing
+    from rtfocus.microscope.acquisition import acquire as acquire_frames
+
     focusing = Focusing(config, on_focus)
     with (
         FramePublisher(

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
 
 Floats = NDArray[np.float64]
 
@@ -57,6 +56,9 @@ def amplitude_spectrum(
     side_y, side_x = plane.shape
     if min(plane.shape) < _LEAST_SIDE_PX:
         return np.zeros(RINGS), 0.0
+    # Here, because it takes long to import and a run without autofocus needs none.
+    from scipy import fft
+
     window, rings, counts = _rings(side_y, side_x)
     # A slope from edge to edge (vignetting, a neighbour's glow) is no detail.
     power = np.abs(fft.rfft2((plane - plane.mean()) * window)) ** 2

@@ -14,8 +14,6 @@ from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import CubicSpline
-from scipy.special import j0
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.optics import pupil
@@ -182,6 +180,9 @@ def _radial_profile(
     wave = pupil.round_pupil(system, total_um, nodes) * weights * nodes
     parts = bessel @ np.stack([wave.real, wave.imag], axis=1)
     knots = np.arange(knot_count) / _KNOTS_PER_UNIT
+    # Here, because it takes long to import and many a run needs none.
+    from scipy.interpolate import CubicSpline
+
     # An even function: its slope at radius 0 is 0.
     spline = CubicSpline(knots, parts, bc_type=("clamped", "not-a-knot"))
     fine = spline(np.arange(ceil(largest * _FINE_PER_UNIT) + 2) / _FINE_PER_UNIT)
@@ -192,6 +193,8 @@ def _radial_profile(
 @lru_cache(maxsize=32)
 def _bessel_matrix(knot_count: int, node_count: int) -> tuple[Floats, Floats, Floats]:
     """Nodes and weights on [0, 1] and J0(2 pi v rho), axes (knot, node)."""
+    from scipy.special import j0
+
     points, weights = np.polynomial.legendre.leggauss(node_count)
     nodes = (points + 1.0) / 2.0
     knots = np.arange(knot_count) / _KNOTS_PER_UNIT

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from rtfocus.config.processor import CameraConfig
 from rtfocus.errors import ConfigError, InputError
-from rtfocus.images.reading import open_images
 
 Image = NDArray[np.float32]
 
@@ -82,6 +81,9 @@ def _divisor(camera: CameraConfig, shape: tuple[int, ...]) -> Image | None:
     """Flat field with mean 1, shaped to divide a frame."""
     if camera.flat_field is None:
         return None
+    # Here, because it takes long to import and many a run needs none.
+    from rtfocus.images.reading import open_images
+
     try:
         field = np.asarray(open_images(camera.flat_field)[0].read(0), dtype=np.float32)
     except InputError as error:
