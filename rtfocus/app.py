@@ -36,7 +36,7 @@ from rtfocus.errors import (
 )
 from rtfocus.focus_readings import FocusLog, SeriesReader
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
-from rtfocus.microscope.report import AcquisitionReport
+from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import Monitor
 from rtfocus.outcome import STOPPED_HERE
 from rtfocus.processing.device import Ticket

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from rtfocus.errors import ExitCode
-from rtfocus.writers.check import check_run
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,6 +26,9 @@ def check(
 
     [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
     """
+    # Here, because it takes long to import and help needs none.
+    from rtfocus.writers.check import check_run
+
     report = check_run(run, repair=repair)
     typer.echo(report)
     if report.problems:

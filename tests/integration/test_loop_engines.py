@@ -16,6 +16,7 @@ from PIL import Image
 
 from rtfocus.errors import ExitCode
 from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.processing.engines.registry import find_engine
 
 
 @pytest.fixture
@@ -72,6 +73,28 @@ def test_names_that_are_taken_and_damaged_weights_are_not_added(mine, smooth):
     assert damaged.code == ExitCode.ENGINE
     assert "have sha256" in damaged.err
     assert sorted(path.name for path in mine.iterdir()) == ["smooth"]
+
+
+def test_engines_of_an_installed_package_are_found_by_name(
+    mine, smooth, tmp_path, monkeypatch
+):
+    site = tmp_path / "site"
+    package = site / "their_lab" / "engines"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (package.parent / "__init__.py").write_text("")
+    shutil.copytree(smooth, package / "theirs")
+    info = site / "their_lab-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-lab\n")
+    (info / "entry_points.txt").write_text(
+        "[rtfocus.engines]\ntheirs = their_lab.engines\ngone = their_lab.gone\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    said = succeeded(command("engines", "list"))
+    assert "theirs" in said
+    assert find_engine("theirs").folder == package / "theirs"
 
 
 @pytest.mark.parametrize("kind", ["above", "absolute", "backslash", "linked", "name"])

@@ -38,7 +38,7 @@ def assert_stopped_cleanly(folder: Path) -> None:
     assert report["accounting"]["written"] >= 5
 
 
-@pytest.mark.parametrize("whom", ["group", "parent"])
+@pytest.mark.parametrize("whom", ["group", "parent", "terminal"])
 def test_an_interrupted_endless_run_is_finished(whom, tmp_path, engine_folder):
     config = small(tmp_path, engine_folder, acquisition=ENDLESS, microscope=RATE)
     path = write_config(tmp_path / "endless.yaml", config)
@@ -54,7 +54,9 @@ def test_an_interrupted_endless_run_is_finished(whom, tmp_path, engine_folder):
         if whom == "group":
             interrupt_group(process)
         else:
-            process.send_signal(signal.SIGTERM)
+            # A terminal that is closed tells so.
+            number = signal.SIGTERM if whom == "parent" else signal.SIGHUP
+            process.send_signal(number)
         said, errors = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, errors) == (0, "")
     assert "0 dropped + 0 in error" in said

@@ -1,8 +1,12 @@
 """Exit codes: one table, one code per meaning."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from rtfocus import errors
+from rtfocus.cli.commands import COMMANDS
 from rtfocus.errors import ExitCode, RtfocusError
 
 
@@ -34,3 +38,12 @@ def test_what_scripts_rely_on() -> None:
     }
     assert errors.ConfigError.exit_code is ExitCode.CONFIG
     assert errors.IncompleteError.exit_code is ExitCode.INCOMPLETE
+
+
+def test_the_written_tables_are_those_of_the_code() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "commands.md"
+    text = page.read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)
+    assert rows == [(str(int(code)), code.name) for code in ExitCode]
+    missing = [name for name in COMMANDS if f"`{name}`" not in text]
+    assert missing == []

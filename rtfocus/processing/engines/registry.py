@@ -1,10 +1,13 @@
 """Registry: finds an engine's folder by its name."""
 
+import logging
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -21,6 +24,12 @@ from rtfocus.resources import resource_folder
 
 ENGINES_VARIABLE = "RTFOCUS_ENGINES"
 """Environment variable that names another folder for the user's engines."""
+
+
+ENTRY_POINTS = "rtfocus.engines"
+"""Group of entry points by which other packages bring engines."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +64,43 @@ def user_engine_folder() -> Path:
 
 
 def engine_places(folders: Sequence[Path]) -> list[Path]:
-    """Return the folders searched, in order: configured, the user's, shipped."""
+    """Return the folders searched: configured, the user's, of packages, shipped."""
     own = user_engine_folder()
-    places = [*folders, *([] if _is_closed(own) else [own])]
+    places = [*folders, *([] if _is_closed(own) else [own]), *package_folders()]
     try:
         places.append(resource_folder("engines"))
     except FileNotFoundError:
         # A checkout without the shipped engines still runs those configured.
         pass
+    return places
+
+
+def package_folders() -> list[Path]:
+    """Return the folders of engines that installed packages bring.
+
+    A package names them in its entry points, group ``rtfocus.engines``: the value is
+    a package whose folder holds engine folders. It is found, not imported. One that
+    is not there is left out with a warning.
+    """
+    places: list[Path] = []
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
+        try:
+            spec = find_spec(entry.value)
+        except (ImportError, ValueError) as error:
+            spec, why = None, f": {error}"
+        else:
+            why = ""
+        folders = spec and spec.submodule_search_locations
+        if not folders:
+            _log.warning(
+                "entry point %s '%s' names '%s', which is no package%s",
+                ENTRY_POINTS,
+                entry.name,
+                entry.value,
+                why,
+            )
+            continue
+        places += map(Path, folders)
     return places
 
 
