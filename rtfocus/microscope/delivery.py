@@ -6,17 +6,20 @@ things went well, and in the same one when they did not.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pymmcore_plus.experimental.unicore import UniMMCore
 
 from rtfocus.errors import MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Role, SeriesStart
 from rtfocus.metrics import Histogram
 from rtfocus.outcome import Outcome
 from rtfocus.slots import Slot
+
+if TYPE_CHECKING:
+    # A processor side knows reports and starts without Micro-Manager.
+    from pymmcore_plus.experimental.unicore import UniMMCore
 
 
 class FrameSink(Protocol):
@@ -159,7 +162,7 @@ def end_series(
         failure.add_note(f"ending the series failed too: {error}")
 
 
-def overflow_error(core: UniMMCore) -> MicroscopeError:
+def overflow_error(core: "UniMMCore") -> MicroscopeError:
     """Say that Micro-Manager's buffer ran over, and what helps."""
     size_mb = core.getCircularBufferMemoryFootprint()
     msg = (
@@ -171,7 +174,7 @@ def overflow_error(core: UniMMCore) -> MicroscopeError:
     return MicroscopeError(msg)
 
 
-def camera_lost_images(core: UniMMCore, fault: str | None) -> str:
+def camera_lost_images(core: "UniMMCore", fault: str | None) -> str:
     """Return the reason of a series that ran to its end with images missing."""
     why = "" if fault is None else f": {fault}"
     return f"camera '{core.getCameraDevice()}' gave fewer images than asked for{why}"

@@ -28,6 +28,20 @@ def test_importing_it_imports_nothing_that_takes_time():
     assert done.stdout.strip() == "['rtfocus']"
 
 
+def test_a_processor_side_starts_without_what_it_does_not_need():
+    code = (
+        "import sys, rtfocus.cli.live; "
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    needless = {"pymmcore_plus", "useq", "scipy", "zarr", "tifffile", "PIL", "torch"}
+    assert "rtfocus" in loaded
+    assert loaded & needless == set()
+
+
 def test_names_with_types_are_the_names_that_are_offered():
     typed = set(re.findall(r" as (\w+)$", STUB.read_text("utf-8"), re.MULTILINE))
     assert typed | {"__version__"} == set(rtfocus.__all__)
