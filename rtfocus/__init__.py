@@ -34,6 +34,7 @@ _HOMES = {
     "classify": "rtfocus.api",
     "estimates": "rtfocus.streaming",
     "fit_psf": "rtfocus.api",
+    "focus": "rtfocus.focusing",
     "load_config": "rtfocus.config",
     "open_run": "rtfocus.runs",
     "process": "rtfocus.api",

@@ -16,6 +16,7 @@ from rtfocus.errors import OutputError as OutputError
 from rtfocus.errors import RtfocusError as RtfocusError
 from rtfocus.errors import TransportError as TransportError
 from rtfocus.errors import WriterError as WriterError
+from rtfocus.focusing import focus as focus
 from rtfocus.frame import DefocusMap as DefocusMap
 from rtfocus.frame import Estimate as Estimate
 from rtfocus.processing.offline import ImageProcessor as ImageProcessor

@@ -6,7 +6,9 @@ the sockets, and the policy decides.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,48 @@ class Focusing:
         )
         self.inbox.also = holder.take
         return holder
+
+
+@contextmanager
+def open_focuser(
+    core: CMMCorePlus,
+    config: Config,
+    *,
+    journal: FocusJournal | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Focuser]:
+    """Make a focuser that reads images in this process, while the block runs."""
+    reader = LocalReader(config)
+    try:
+        yield Focuser(
+            core,
+            config.autofocus,
+            optics_of(config),
+            reader.read,
+            journal=journal or FocusJournal(None),
+            tell=tell,
+        )
+    finally:
+        reader.close()
+
+
+def estimate_of(reading: FocusReading, sequence: int, z_um: float) -> Estimate:
+    """Return a reading of this process as an estimate, for a `Holder`."""
+    return Estimate(
+        series_uid="local",
+        sequence=sequence,
+        level=None,
+        defocus_um=reading.defocus_um,
+        signed=reading.signed,
+        confidence=0.0,
+        foreground=1.0,
+        z_um=z_um,
+        z_offset_um=0.0,
+        index={"t": sequence, "p": 0, "c": 0, "z": 0},
+        captured_ns=time.time_ns(),
+        estimated_ns=time.time_ns(),
+        focus=reading,
+    )
 
 
 def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:

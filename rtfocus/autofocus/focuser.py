@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.belief import Belief, Mode
+from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
 from rtfocus.autofocus.run import Step, Verdict, run_search
@@ -156,6 +157,33 @@ class Focuser:
         self.tell(_line(key, verdict))
         return verdict
 
+    def channel(self) -> str:
+        """Return the channel whose images tell focus."""
+        group = self.core.getChannelGroup()
+        present = self.core.getCurrentConfig(group) if group else ""
+        return self.config.focus_channel or present or "default"
+
+    def look(self, channel: str, z_um: float) -> FocusReading:
+        """Take an image in the present light and read it."""
+        return self.read(self._expose(), channel, z_um)
+
+    def optics_of(self, channel: str) -> OpticalSystem:
+        """Return the optics of a channel.
+
+        Raises
+        ------
+        ConfigError
+            If it has none.
+        """
+        optics = self.optics.get(channel) or self.optics.get("default")
+        if optics is None:
+            msg = (
+                f"channel '{channel}' has no optics, which autofocus needs; give "
+                "channels: [{name: ..., optics: ...}] or autofocus.focus_channel"
+            )
+            raise ConfigError(msg)
+        return optics
+
     def comparison(self, channel: str) -> PlaneComparison:
         """Return the model of a channel's optics, made once.
 
@@ -166,14 +194,9 @@ class Focuser:
         """
         direction = self.direction()
         if (channel, direction) not in self._comparisons:
-            optics = self.optics.get(channel) or self.optics.get("default")
-            if optics is None:
-                msg = (
-                    f"channel '{channel}' has no optics, which autofocus needs; give "
-                    "channels: [{name: ..., optics: ...}] or autofocus.focus_channel"
-                )
-                raise ConfigError(msg)
-            self._comparisons[channel, direction] = PlaneComparison(optics, direction)
+            self._comparisons[channel, direction] = PlaneComparison(
+                self.optics_of(channel), direction
+            )
         return self._comparisons[channel, direction]
 
     def move_rule(self, unit_um: float) -> MoveRule:
@@ -193,10 +216,16 @@ class Focuser:
         return FocusSearch(
             comparison,
             self.move_rule(comparison.unit_um),
-            search_rule(self.config, direction),
+            search_rule(self.config, direction, trusted=self._is_trusted()),
             direction=direction,
             prior=self._prior(key, comparison.unit_um),
         )
+
+    def _is_trusted(self) -> bool:
+        """Tell whether a calibration says that the optics can be relied on."""
+        if self.config.calibration is None:
+            return False
+        return load_calibration(self.config.calibration).trusted
 
     def _prior(self, key: Key, unit_um: float) -> Belief:
         """Return what the place, or else the plate, was like before."""

@@ -46,6 +46,10 @@ class PlaneFit:
     """Share of the spectra's energy that the best leaves; 0 is a perfect fit."""
     is_reversed: bool
     """The best answer has the stage run the other way."""
+    at_the_edge: bool
+    """The best answer needs an aperture or aberration as far off as was allowed."""
+    by_direction: dict[int, float]
+    """Share left by the best answer of each direction of the stage that was tried."""
 
     @property
     def best_um(self) -> float:
@@ -68,13 +72,16 @@ class PlaneComparison:
     def __init__(self, optics: OpticalSystem, direction: int = 1) -> None:
         self.unit_um = optics.defocus_unit_um
         self._direction = direction
-        self._models: list[tuple[Transfer, float]] = []
+        self._models: list[tuple[Transfer, float, bool]] = []
         for extra in _EXTRA_WAVES if optics.psf_model == "pupil" else (0.0,):
             table = modulation_table(optics, extra_waves=extra)
             for aperture in _APERTURES:
                 price = 0.5 * (extra / _WAVES_SD) ** 2
                 price += 0.5 * ((aperture - 1.0) / _APERTURE_SD) ** 2
-                self._models.append((Transfer(table, optics.sampling, aperture), price))
+                at_edge = aperture in (_APERTURES[0], _APERTURES[-1])
+                at_edge |= abs(extra) == _EXTRA_WAVES[-1]
+                transfer = Transfer(table, optics.sampling, aperture)
+                self._models.append((transfer, price, at_edge))
 
     def fit(
         self,
@@ -118,16 +125,21 @@ class PlaneComparison:
         costs: list[Floats] = []
         prices: list[float] = []
         reverse: list[bool] = []
+        edges: list[bool] = []
+        by_direction: dict[int, float] = {}
         scored = _Scores(spectra, noise)
         for turn, turned in turns:
             if turned and min(float(cost.min()) for cost in costs) < _EXPLAINED:
                 continue
-            for transfer, price in self._models:
+            for transfer, price, at_edge in self._models:
                 for kept in (False, True):
                     model = transfer.amplitudes(turn * away, kept=kept)
                     costs.append(scored.unexplained(model))
                     prices.append(price + turned)
                     reverse.append(turned > 0)
+                    edges.append(at_edge)
+                    least = min(float(costs[-1].min()), by_direction.get(turn, 1.0))
+                    by_direction[turn] = least
         cost, price_of = np.array(costs), np.array(prices)[:, None]
         spread = max(float(cost.min()), _FLOOR)
         loss = 0.5 * _INDEPENDENT * cost / spread + price_of
@@ -138,6 +150,8 @@ class PlaneComparison:
             weights=likely / likely.sum(),
             unexplained=float(cost[best]),
             is_reversed=reverse[int(best[0])],
+            at_the_edge=edges[int(best[0])],
+            by_direction=by_direction,
         )
 
 

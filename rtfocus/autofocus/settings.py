@@ -39,14 +39,26 @@ def move_rule(config: AutofocusConfig, limits: Limits, unit_um: float) -> MoveRu
     )
 
 
-def search_rule(config: AutofocusConfig, direction: int) -> SearchRule:
-    """Return what a search may do; `direction` as `direction_of` gives."""
+def search_rule(
+    config: AutofocusConfig, direction: int, *, trusted: bool
+) -> SearchRule:
+    """Return what a search may do.
+
+    Parameters
+    ----------
+    config
+        Of autofocus.
+    direction
+        As `direction_of` gives.
+    trusted
+        A calibration says that the optics hold.
+    """
     away = -direction if direction else -1
     return SearchRule(
         most_images=config.most_images,
         safe_side=_SIDES.get(config.safe_side, away),
-        trust_sign=config.calibration is not None,
-        verify=config.calibration is None,
+        trust_sign=trusted,
+        verify=not trusted,
     )
 
 

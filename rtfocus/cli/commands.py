@@ -42,6 +42,14 @@ COMMANDS = {
         "live",
         "Run the processor side: receive, estimate, restore, write, series by series.",
     ),
+    "autofocus": Place(
+        "autofocus",
+        "Find focus by the images of the microscope itself, or hold it.",
+    ),
+    "calibrate": Place(
+        "calibrate",
+        "Check autofocus against a z-stack through focus, up and down again.",
+    ),
     "keys": Place(
         "keys", "Make CURVE keys that encrypt the connection and name who may connect."
     ),

@@ -216,7 +216,7 @@ def test_the_loop_holds_focus_against_a_drift(tmp_path: Path) -> None:
     assert terms["focus"] >= 3
     assert terms["unaccounted"] == 0
     first, last = planned[0], planned[-1]
-    assert last["actual_s"] - first["actual_s"] > 10
     risen_um = 12.0 / 60 * (last["actual_s"] - first["actual_s"])
     moved_um = last["z_um"] - first["z_um"]
     assert moved_um == pytest.approx(risen_um, abs=0.4 * UNIT_UM)
+    assert moved_um > 0.4 * risen_um

@@ -1,0 +1,106 @@
+"""Autofocus commands on the virtual microscope: once, held, calibrated."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from loop_kit import OPTICS, command, failed, succeeded
+
+from rtfocus.autofocus.calibration import load_calibration
+from rtfocus.errors import ExitCode
+
+UNIT_UM = 0.451 / 0.36**2
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    data = {
+        "microscope": {
+            "source": "virtual",
+            "height_px": 256,
+            "width_px": 256,
+            "specimen": {"kind": "nuclei", "seed": 3},
+            "surface": {"z_um": 4.0},
+        },
+        "camera": {"offset_counts": 100},
+        "channels": [{"name": "DAPI", "optics": OPTICS}],
+        "processing": {"classifier": "delpnet", "threads": 1, "device": "cpu"},
+    }
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(data), "utf-8")
+    return path
+
+
+def test_once_finds_focus_and_says_so_in_one_line(config: Path) -> None:
+    journal = config.with_name("focus.ndjson")
+    said = succeeded(command("autofocus", config, "--journal", journal))
+    (line,) = said.strip().splitlines()
+    found = re.search(r"focused, z 0\.00 -> ([\d.]+) um", line)
+    assert found
+    assert float(found[1]) == pytest.approx(4.0, abs=0.5 * UNIT_UM)
+    lines = journal.read_text("utf-8").splitlines()
+    kinds = [json.loads(text)["kind"] for text in lines]
+    assert kinds[-1] == "verdict"
+    assert kinds.count("look") >= 3
+
+
+def test_focus_out_of_reach_ends_with_its_reason_within_the_limits(
+    config: Path,
+) -> None:
+    said = command(
+        *("autofocus", config, "--set", "microscope.surface.z_um=18"),
+        *("--set", "autofocus.low_um=-6", "--set", "autofocus.high_um=6"),
+    )
+    assert said.code == ExitCode.FAILED
+    assert "not focused (" in said.out
+    end = re.search(r"-> (-?[\d.]+) um", said.out)
+    assert end
+    assert -6 <= float(end[1]) <= 6
+
+
+def test_hold_follows_a_drift(config: Path) -> None:
+    said = succeeded(
+        command(
+            *("autofocus", config, "--hold", "--images", "20", "--interval", "0.2"),
+            *("--set", "microscope.surface.drift_um_per_min=12"),
+        )
+    )
+    held = re.findall(r"held: ([+-][\d.]+) um", said)
+    assert held
+    assert all(float(step) > 0 for step in held)
+
+
+def test_a_calibrated_microscope_needs_fewer_images(config: Path) -> None:
+    found = config.with_name("focus_20x.yaml")
+    make = ("calibrate", config, "-o", found, "--reach", "3")
+    succeeded(command(*make))
+    calibration = load_calibration(found)
+    assert calibration.trusted
+    assert calibration.focus_um == pytest.approx(4.0, abs=0.3 * UNIT_UM)
+    assert calibration.direction in (0, 1)
+    assert calibration.direction_of_core == 1
+    assert abs(calibration.backlash_um) < 0.2 * UNIT_UM
+    assert found.with_suffix(".png").stat().st_size > 1000
+    assert "--overwrite" in failed(command(*make))
+    images = []
+    for extra in ([], ["--set", f"autofocus.calibration={found}"]):
+        said = succeeded(command("autofocus", config, *extra))
+        number = re.search(r"(\d+) images", said)
+        assert number
+        images.append(int(number[1]))
+    assert images[1] < images[0]
+
+
+def test_optics_that_are_not_those_are_not_trusted(config: Path) -> None:
+    found = config.with_name("wrong.yaml")
+    said = command(
+        *("calibrate", config, "-o", found, "--reach", "3"),
+        *("--set", f"microscope.optics={json.dumps(OPTICS)}"),
+        *("--set", "channels.0.optics.numerical_aperture=0.6"),
+        *("--set", "processing.ignore_optics=true"),
+    )
+    assert said.code == ExitCode.FAILED, said
+    assert "problem:" in said.out
+    assert not load_calibration(found).trusted
