@@ -257,7 +257,8 @@ class FocusSearch:
     def _arrived(self) -> Decision:
         now, best = self.looks[-1], self.best_seen
         beside = abs(best.z_um - self.belief.best.mean_um)
-        if beside > _BESIDE * self.comparison.unit_um:
+        is_sharper = best.sharpness > _SHARPER * now.sharpness
+        if is_sharper and beside > _BESIDE * self.comparison.unit_um:
             return self.give_up(
                 f"sharpness peaks {beside:.1f} um from where focus should be"
             )
@@ -270,7 +271,7 @@ class FocusSearch:
                 "unexplained); check the channel's optics, or rtfocus calibrate"
             )
         top = self._peak_um(best) if self.rule.verify else best.z_um
-        if best.sharpness > _SHARPER * now.sharpness or (
+        if is_sharper or (
             self.rule.verify and abs(top - now.z_um) > self.moves.deadband_um
         ):
             self._back_at = top
