@@ -1,4 +1,4 @@
-"""Kernels: the blur that a network with a kernel output saw in every tile."""
+"""Blur kernels: the blur that a network with a kernel output saw in every tile."""
 
 from dataclasses import dataclass
 from typing import Self

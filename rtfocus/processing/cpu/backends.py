@@ -1,4 +1,4 @@
-"""Backends: the CPU runtimes a network can run on, in order of preference."""
+"""Backends: the CPU runtimes a network can run on, in order, and how it is opened."""
 
 import logging
 from collections.abc import Callable

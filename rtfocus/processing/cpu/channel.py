@@ -1,4 +1,4 @@
-"""Restorers: what restores the frames of a channel on the CPU, opened by its plan."""
+"""Channel: what sees and restores the frames of a channel on the CPU, by its plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Restoration: a whole frame, each pixel by the PSFs of the tiles around it.
+"""Depth variant: a whole frame, each pixel by the PSFs of the tiles around it.
 
 ``out = signal + sum over levels of w_level * (R_level(signal) - signal)``: one
 deconvolution per level that is present, over the smallest rectangle its tiles

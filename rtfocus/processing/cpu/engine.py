@@ -1,4 +1,4 @@
-"""Seam: what CPU code asks of a network ready to run."""
+"""Engine: what CPU code asks of a network ready to run, and what it may be handed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Network restorers: tile by tile, or in the pass that finds the defocus.
+"""Network restorer: tile by tile, or in the pass that finds the defocus.
 
 Both end alike: ``out = signal + share * (restored - signal)``, with the share of
 the montage. Where only tiles in focus and background reach it is 0, and pixels

@@ -1,4 +1,4 @@
-"""Frame network: an engine that sees a whole frame in one pass.
+"""Networks: engines that see whole frames in one pass, or batches of tiles.
 
 Frames too large for one pass are seen through a few large windows, whose labels
 and pixels are put together as if there had been one.

@@ -1,4 +1,4 @@
-"""ONNX Runtime backend: the reference in f32, and the fallback."""
+"""ONNX Runtime: the reference in f32, and the fallback."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""OpenVINO backend: the default runtime, compiled for one input shape."""
+"""OpenVINO: the default runtime, compiled for one input shape."""
 
 import sys
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Tile restoration: LB-DVD as published, patch by patch in batches.
+"""Patch restorer: LB-DVD as published, patch by patch in batches.
 
 Slower than `rtfocus.processing.cpu.depth_variant`, which gives the same away from the
 borders of patches; kept as the reproduction of He 2020 that the other is

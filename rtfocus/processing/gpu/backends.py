@@ -1,4 +1,4 @@
-"""GPU backends: the runtimes a network can run on, in order of preference."""
+"""Backends: the GPU runtimes a network can run on, in order of preference."""
 
 import logging
 from functools import partial

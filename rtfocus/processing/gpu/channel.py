@@ -1,4 +1,4 @@
-"""Restorers: what restores the frames of a channel on a GPU, opened by its plan."""
+"""Channel: what sees and restores the frames of a channel on a GPU, by its plan."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

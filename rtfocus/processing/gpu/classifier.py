@@ -1,4 +1,4 @@
-"""GPU network: an execution context with the buffers it reads and writes."""
+"""Classifier: the defocus of every tile of a frame, on the device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""GPU correction: counts to signal and back on the device."""
+"""Correction: counts to signal and back on the device."""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
-"""Blending: the montage weights of a frame as tables on the device.
+"""Depth variant: a whole frame, each pixel by the PSFs of the tiles around it.
 
+As `rtfocus.processing.cpu.depth_variant` with the whole frame as every level's region.
 Along an axis a pixel lies between two tiles, so three numbers tell its weights.
 """
 

@@ -1,4 +1,4 @@
-"""Frame maps: what is found in a frame, in one piece of memory that is copied once."""
+"""Device slot: the device buffers, events and recordings of one frame in flight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

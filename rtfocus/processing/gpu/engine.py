@@ -1,9 +1,10 @@
-"""GPU seam: what the GPU processor asks of a network runtime, whichever it is.
+"""Engine: what the GPU asks of a network runtime, and what is asked to be built.
 
 The processor owns device buffers, CUDA streams and CUDA events; a backend only
 turns addresses of inputs into addresses of outputs. No call waits for the GPU
-but `GpuBackend.open` and `GpuEngine.open_context`. Every call comes from the one
-thread that has the device's primary context current.
+but `GpuBackend.open` and `GpuEngine.open_context`. Every call comes from a thread that
+has the device's primary context current, those of one execution context never from
+two at once.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
-"""GPU tile restorer: a restorer engine on all tiles of a frame, on the device.
+"""Network restorer: all tiles of a frame, or the pass that found the defocus.
 
 As `rtfocus.processing.cpu.network_restorer.TileNetworkRestorer`, but for every tile,
-whatever its label: which ones need it is known to the device only.
+whatever its label: its batches are recorded once, for the whole frame.
 """
 
 from collections.abc import Sequence

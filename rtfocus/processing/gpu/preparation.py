@@ -1,4 +1,4 @@
-"""Cells: what a classifier needs of a frame beside its network, on the device.
+"""Preparation: the rules of an engine's card applied to frames on the device.
 
 As `rtfocus.optics.normalisation` and `rtfocus.processing.classify.rules`, from the
 same statistics of cells of 12 px.

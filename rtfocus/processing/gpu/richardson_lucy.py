@@ -1,4 +1,4 @@
-"""GPU Richardson-Lucy: matched or accelerated, one level after the other.
+"""Richardson-Lucy: matched or accelerated, one level after the other.
 
 Through Fourier transforms rather than low-rank separable convolutions: an
 iteration costs four transforms, some 220 operations per pixel whatever the PSF. The

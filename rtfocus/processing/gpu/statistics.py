@@ -1,4 +1,4 @@
-"""Rank search: exact order statistics of an array on the device."""
+"""Statistics: order statistics, sums, maxima and noise of arrays on the device."""
 
 from collections.abc import Sequence
 

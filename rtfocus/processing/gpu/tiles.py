@@ -1,4 +1,4 @@
-"""GPU tiles: a frame as overlapping normalised tiles on the device, and back."""
+"""Tiles: a frame as overlapping normalised tiles, and what is told of them."""
 
 from collections.abc import Sequence
 

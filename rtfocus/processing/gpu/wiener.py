@@ -1,4 +1,4 @@
-"""GPU Wiener: the linear restoration of every level from one forward transform.
+"""Wiener: the linear restoration of every level from one forward transform.
 
 Strength is read from the whole frame, where the CPU reads it from the rectangle
 around a level's tiles: the same where a level fills the frame.

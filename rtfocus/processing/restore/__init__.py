@@ -1,4 +1,4 @@
-"""Methods: the names of the classical restorations a config can ask for."""
+"""Restore: what every device knows of restorations, and the names of the classical."""
 
 WHOLE_FRAME = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
 """Deconvolutions of whole frames, level by level."""

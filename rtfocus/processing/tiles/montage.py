@@ -1,4 +1,4 @@
-"""Tiling: where a frame's tiles lie and how their results blend into one frame.
+"""Montage: where a frame's tiles lie and how their results blend into one frame.
 
 The blending weights of all tiles add up to 1 in every pixel (a partition of
 unity), also at the borders and in frames smaller than one tile. They are

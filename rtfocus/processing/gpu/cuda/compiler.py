@@ -1,4 +1,4 @@
-"""Kernel compiler: CUDA text to machine code of one GPU, kept per user.
+"""Compiler: CUDA text to machine code of one GPU, kept per user.
 
 NVRTC compiles for the card itself rather than to PTX: machine code of a newer
 toolkit still loads with the drivers of the same major release, PTX does not.

@@ -1,7 +1,7 @@
 """Driver: PyCUDA imported when it is needed, its errors as ours, one GPU per thread.
 
-Nothing else imports PyCUDA. Objects of the driver are made, used and dropped in the
-one thread that owns the GPU; other threads at most wait for an event.
+Nothing else imports PyCUDA. Objects of the driver are made and dropped in the one
+thread that owns the GPU; others enqueue on its streams or wait for its events.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""CUDA memory: device arrays of one series, freed together."""
+"""Memory: device arrays of one series, and pinned arrays of the host."""
 
 import ctypes
 import logging

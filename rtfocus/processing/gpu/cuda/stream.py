@@ -1,4 +1,4 @@
-"""CUDA stream: kernels, copies and events in order, none of them waited for."""
+"""Stream: kernels, copies, events and recordings in order, none of them waited for."""
 
 import ctypes
 import logging

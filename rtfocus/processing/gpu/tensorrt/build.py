@@ -1,4 +1,4 @@
-"""Plan build: ONNX file to TensorRT plan, through the API all its releases share.
+"""Build: ONNX file to TensorRT plan, through the API all its releases share.
 
 Networks are strongly typed, so the weights file alone decides the arithmetic;
 int8 comes as Q/DQ nodes. No timing cache is set: with it TensorRT for RTX would

@@ -1,4 +1,4 @@
-"""TensorRT backend: plans loaded on a GPU, for both libraries that share the API."""
+"""Engine: a plan loaded on a GPU, its execution contexts and the kernels it keeps."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""TensorRT import: the libraries that share one API, each with the reason why not.
+"""Library: those that share one API, each with the reason why not.
 
 ``tensorrt`` tunes a plan on the GPU at hand; ``tensorrt_rtx`` (TensorRT for RTX)
 builds it without one and compiles its kernels on the card at the first start.

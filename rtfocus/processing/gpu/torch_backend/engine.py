@@ -1,4 +1,4 @@
-"""torch-cuda engine: a network run by torch on CUDA streams and buffers of others."""
+"""Engine: a network run by torch on CUDA streams and buffers of others."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Arithmetic: pointwise operators, products, reductions and rounding of ONNX in torch.
+"""Operators: arithmetic, reductions, shapes and indices of ONNX in torch.
 
 Shapes are computed on the host and may be factors of what lies on the GPU: single
 values are handed over as numbers, so that nothing waits for a copy.
