@@ -29,7 +29,7 @@ from rtfocus.processing.gpu.richardson_lucy import (
 from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
 from rtfocus.processing.gpu.wiener import WienerDeconvolution as GpuWiener
 from rtfocus.processing.gpu.work import FrameShape
-from rtfocus.processing.restore.fourier import pad
+from rtfocus.processing.tiles.margins import pad
 from rtfocus.processing.tiles.montage import Montage, Region
 from rtfocus.specimens.fluorescent import draw_specimen
 

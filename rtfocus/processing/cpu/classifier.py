@@ -22,8 +22,8 @@ from rtfocus.processing.cpu.networks import (
     open_frame_network,
 )
 from rtfocus.processing.cpu.preparation import Preparation
-from rtfocus.processing.restore.fourier import pad
 from rtfocus.processing.tiles.frame_fit import from_planes, tile_grid, to_planes
+from rtfocus.processing.tiles.margins import pad
 
 Image = NDArray[np.float32]
 

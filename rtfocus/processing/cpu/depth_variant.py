@@ -18,16 +18,13 @@ from rtfocus.optics.psf import psf_radius_px
 from rtfocus.processing.cpu.richardson_lucy import RichardsonLucyDeconvolution
 from rtfocus.processing.cpu.wiener import WienerDeconvolution
 from rtfocus.processing.restore import WHOLE_FRAME
-from rtfocus.processing.restore.fourier import (
-    crop,
-    padded_shape,
-    read_region,
-)
+from rtfocus.processing.restore.fourier import padded_shape
 from rtfocus.processing.restore.richardson_lucy import (
     ACCELERATED_ITERATIONS,
     DEFAULT_ITERATIONS,
 )
 from rtfocus.processing.tiles.frame_fit import paired_planes
+from rtfocus.processing.tiles.margins import crop, read_region
 from rtfocus.processing.tiles.montage import Montage, Region
 
 Image = NDArray[np.float32]

@@ -16,8 +16,9 @@ from scipy import fft
 
 from rtfocus.optics.bands import band_weights, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.restore.fourier import Spectrum, pad, transfer_function
+from rtfocus.processing.restore.fourier import Spectrum, transfer_function
 from rtfocus.processing.tiles.frame_fit import paired_planes
+from rtfocus.processing.tiles.margins import pad
 from rtfocus.processing.tiles.montage import Montage, Region, axis_weights
 
 Image = NDArray[np.float32]

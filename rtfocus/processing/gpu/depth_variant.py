@@ -14,7 +14,8 @@ from rtfocus.frame import BACKGROUND
 from rtfocus.optics.psf import psf_radius_px
 from rtfocus.processing.gpu.classifier import Part
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.restore.fourier import axis_mix, padded_shape
+from rtfocus.processing.restore.fourier import padded_shape
+from rtfocus.processing.tiles.margins import axis_mix
 from rtfocus.processing.tiles.montage import Montage
 
 Image = NDArray[np.float32]

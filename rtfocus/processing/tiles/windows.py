@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rtfocus.frame import DefocusMap, TileGrid
 from rtfocus.processing.engines.card import InputCard
-from rtfocus.processing.restore.fourier import pad
+from rtfocus.processing.tiles.margins import pad
 from rtfocus.processing.tiles.montage import Montage, Region, defocused
 
 Image = NDArray[np.float32]
