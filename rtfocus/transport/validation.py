@@ -114,6 +114,11 @@ def check_header(header: FrameHeader, series: SeriesStart) -> None:
 
 def check_estimate(estimate: Estimate) -> None:
     """Check an estimate before anything is focused by it; ProtocolError names it."""
+    counters = {
+        "sequence": estimate.sequence,
+        "captured_ns": estimate.captured_ns,
+        "estimated_ns": estimate.estimated_ns,
+    }
     numbers = {
         "defocus_um": estimate.defocus_um,
         "z_um": estimate.z_um,
@@ -121,11 +126,14 @@ def check_estimate(estimate: Estimate) -> None:
         "confidence": estimate.confidence,
         "foreground": estimate.foreground,
     }
-    if not 0 <= estimate.sequence < _INT64:
-        msg = f"estimate of frame {estimate.sequence}, not from 0 to 2^63 - 1"
-        raise ProtocolError(msg, "range")
-    if (name := _not_finite(numbers)) is not None:
-        msg = f"estimate of frame {estimate.sequence}: {name} is not finite"
+    fault = _not_finite(numbers)
+    fault = f"{fault} is not finite" if fault is not None else _not_counter(counters)
+    for name in ("confidence", "foreground"):
+        # Sums of float32 may exceed 1 a little.
+        if fault is None and not 0 <= (numbers[name] or 0) <= 1.001:
+            fault = f"{name}={numbers[name]} is not from 0 to 1"
+    if fault is not None:
+        msg = f"estimate of frame {estimate.sequence}: {fault}"
         raise ProtocolError(msg, "range")
 
 
@@ -251,11 +259,7 @@ def _check_numbers(header: FrameHeader, series: SeriesStart) -> None:
     fault = f"{fault} is not finite" if fault is not None else None
     if header.exposure_ms < 0:
         fault = f"exposure_ms={header.exposure_ms} is negative"
-    for name, counter in counters.items():
-        if not 0 <= counter < _INT64:
-            fault = f"{name}={counter} is not from 0 to 2^63 - 1"
-    if fault is None:
-        fault = _far_ahead(header, series)
+    fault = fault or _not_counter(counters) or _far_ahead(header, series)
     if fault is not None:
         msg = f"frame {header.sequence}: {fault}"
         raise ProtocolError(msg, "range")
@@ -266,7 +270,7 @@ def _far_ahead(header: FrameHeader, series: SeriesStart) -> str | None:
     places = _places(series)
     ahead = 2 * header.sequence + MOST_SKIPPED
     # An event that takes no image, such as an autofocus, may stand before each.
-    most = ahead if places is None else min(ahead, 2 * places + 4096)
+    most = ahead if places is None else 2 * places + 4096
     if (header.event_index or 0) > most:
         return f"event_index={header.event_index} is beyond {most}"
     if series.sizes.get("t", 1) is None and header.index.get("t", 0) > ahead:
@@ -277,6 +281,14 @@ def _far_ahead(header: FrameHeader, series: SeriesStart) -> str | None:
 def _places(series: SeriesStart) -> int | None:
     sizes = series.sizes.values()
     return None if None in sizes else math.prod(size or 1 for size in sizes)
+
+
+def _not_counter(counters: Mapping[str, int]) -> str | None:
+    """Return the first that is negative or does not fit a store's column."""
+    for name, counter in counters.items():
+        if not 0 <= counter < _INT64:
+            return f"{name}={counter} is not from 0 to 2^63 - 1"
+    return None
 
 
 def _not_finite(numbers: Mapping[str, float | None]) -> str | None:

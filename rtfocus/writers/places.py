@@ -24,6 +24,8 @@ NOT_SENT = "not sent"
 Index = dict[str, int]
 """Complete index: every one of `AXES`."""
 
+MOST_HOLES = 2**20
+"""Most planned frames in a row, never sent, whose places are told one by one."""
 MOST_EVENTS = 100_000
 """Longest plan of a series without an end that is expanded to find lost frames."""
 _BLOCK_BITS = 1 << 15
@@ -316,6 +318,9 @@ class GapFinder:
             return []
         start = 0 if self._before is None else self._rank(self._before) + 1
         stop = start + lost if after is None else self._rank(after)
+        if stop - start > lost + MOST_HOLES:
+            # A frame that names a place so far on is a mistake, or meant to hurt.
+            return []
         return _existing(order, range(start, stop), self._plan)
 
     def _may_have_holes(self, after: Planned | None, lost: int) -> bool:

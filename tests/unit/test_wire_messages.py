@@ -230,7 +230,15 @@ def test_what_a_series_without_limits_would_mean_is_bounded_by_its_plan() -> Non
 
 @pytest.mark.parametrize(
     "fault",
-    [{"sequence": -1}, {"sequence": 2**64 - 1}, {"defocus_um": NAN}, {"z_um": INF}],
+    [
+        {"sequence": -1},
+        {"sequence": 2**64 - 1},
+        {"captured_ns": 2**64 - 1},
+        {"defocus_um": NAN},
+        {"z_um": INF},
+        {"confidence": 1e9},
+        {"foreground": -1.0},
+    ],
 )
 def test_nobody_focuses_by_an_estimate_that_is_no_number(fault) -> None:
     check_estimate(make_estimate(3))

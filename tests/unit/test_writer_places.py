@@ -194,3 +194,12 @@ def test_a_plan_that_nobody_can_expand_leaves_a_gap_without_a_place(
     # A rank that the regular order does not explain: the plan would be asked.
     found = finder.arrive(Planned(17, complete({"t": 2})))
     assert found == [Missing(1, None, "gap")]
+
+
+def test_a_frame_that_names_a_place_absurdly_far_on_costs_no_time() -> None:
+    finder = GapFinder(Plan(series({"t": None, "p": 4, "z": 10})))
+    finder.arrive(Planned(0, complete({"t": 0})))
+    finder.lose(1, 2, "gap")
+    after = Planned(40 * 10**9, complete({"t": 10**9}))
+    assert finder.arrive(after) == [Missing(1, None, "gap"), Missing(2, None, "gap")]
+    assert finder.arrive(Planned(40 * 10**9 + 1, complete({"t": 10**9, "z": 1}))) == []
