@@ -1,5 +1,7 @@
 """Kill processor: ``rtfocus process`` in a process of its own, to be killed."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -58,11 +60,20 @@ class Processor:
         except subprocess.TimeoutExpired:
             return None
 
-    def finish(self) -> None:
-        """Wait for an end without an error."""
+    def finish(self, expected: int = 0) -> None:
+        """Wait for its own end with this exit code."""
         code = self.wait(PATIENCE_S)
-        if code != 0:
+        if code != expected:
             raise BrokenOffError(f"ended with {code}: {self._said()}")
+
+    def freeze(self) -> None:
+        """Stop all its threads, as a sleep or a hanging disk does; not on Windows."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill it at once, and wait until it is gone."""

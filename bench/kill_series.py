@@ -25,6 +25,7 @@ from bench.kill_processor import PATIENCE_S, BrokenOffError, Processor, wait_unt
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import Config
 from rtfocus.config.processor import TransportConfig
+from rtfocus.errors import ExitCode
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.writers.check import check_run
@@ -124,6 +125,44 @@ class KilledSeries:
         status = self._publisher.status()
         self.outcome.frames, self.outcome.resent = status.sent, status.resent
         return self.outcome
+
+    def run_frozen(self) -> Outcome:
+        """Freeze the processor, start another, let the first go on; a third ends it.
+
+        The second must be refused by the folder, the first must leave it as it is.
+        """
+        with self._publisher, ThreadPoolExecutor(1) as pool:
+            published = pool.submit(self._publish)
+            try:
+                self._run_frozen(published)
+            except BrokenOffError as error:
+                self.outcome.faults.append(f"processor {error}")
+            finally:
+                self._allow(None)
+                self._publisher.stop()
+        self.outcome.frames = self._publisher.status().sent
+        return self.outcome
+
+    def _run_frozen(self, published: "Future[int]") -> None:
+        running = [Processor(self._config)]
+        try:
+            self._wait_for_frames(running[0])
+            running[0].freeze()
+            wait_until(lambda: not self._publisher.status().recorder_alive, "loss")
+            running.append(Processor(self._config))
+            running[1].finish(ExitCode.BUSY)
+            running[0].thaw()
+            running[0].finish(ExitCode.BUSY)
+            running.append(Processor(self._config))
+            self._wait_for_frames(running[2])
+            self._allow(None)
+            running[2].wait_until(published.done, "the end of the series")
+            running[2].finish()
+            faults = kill_check.faults_at_end(self._one_folder(), published.result())
+            self._note("end", faults)
+        finally:
+            for processor in running:
+                processor.kill()
 
     def _run(
         self,

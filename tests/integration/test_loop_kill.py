@@ -4,8 +4,10 @@ Real sockets and a real ``rtfocus process`` that is killed while it records.
 """
 
 import random
+import signal
 from pathlib import Path
 
+import pytest
 import zarr
 
 from bench import kill_check
@@ -35,6 +37,15 @@ def test_a_killed_run_goes_on_and_is_finished_by_a_repair(tmp_path: Path) -> Non
     raw[frames - 2 :] = raw[frames - 2 :][::-1]
     faults = kill_check.faults_at_end(run, frames)
     assert faults == [f"frame {frames - n} is wrong" for n in (2, 1)]
+
+
+def test_a_frozen_processor_that_wakes_damages_nothing(tmp_path: Path) -> None:
+    if not hasattr(signal, "SIGSTOP"):
+        pytest.skip("this system freezes no processes")
+    mode = Mode("frozen", RAW_ONLY, RECORDED)
+    outcome = KilledSeries(tmp_path, mode, random.Random(7)).run_frozen()
+    assert outcome.faults == []
+    assert outcome.frames > 2
 
 
 def test_killed_while_it_restores_and_shares_shards(
