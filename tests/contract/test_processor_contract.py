@@ -155,6 +155,17 @@ def test_estimate_and_result_of_a_frame_are_whole(processor, pool, frames):
     assert all(value >= 0 for value in result.stage_ms.values())
 
 
+def test_a_frame_that_is_handed_over_cannot_be_taken_back(processor, pool, frames):
+    processor.start(series_for(), SLOTS)
+    ticket = submit(processor, pool, 0, frames[1])
+    assert not ticket.estimate.cancel()
+    assert not ticket.result.cancel()
+    assert ticket.result.result(TIMEOUT_S).estimate.sequence == 0
+    processor.close()
+    with pytest.raises(ValueError, match="after close"):
+        submit(processor, pool, 1, frames[1])
+
+
 def test_frames_in_flight_get_their_own_results(processor, pool, frames):
     processor.start(series_for(), SLOTS)
 
