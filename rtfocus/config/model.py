@@ -1,5 +1,6 @@
 """Config model: the whole file."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ from rtfocus.files import MOST_NAME_BYTES, is_reserved_name
 class RunConfig(Section):
     """Name and place of the run."""
 
-    name: Annotated[str, Field(pattern=r"^[\w][\w .+-]*$")] = "run"
+    name: str = "run"
     """The run folder is ``NAME.rtfocus``. A name that every system takes: at most
     200 bytes, not ``con`` or its like, no dot or space at the end."""
     folder: Path = Path("runs")
@@ -35,6 +36,12 @@ class RunConfig(Section):
     @field_validator("name")
     @classmethod
     def _fits_every_system(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w .+-]*", name):
+            msg = (
+                "letters, digits, spaces and _ . + - can be in a name, a letter or "
+                "digit comes first"
+            )
+            raise ValueError(msg)
         if is_reserved_name(name):
             msg = (
                 "Windows reserves such names (con, nul, com1 ...; a dot or space at "
