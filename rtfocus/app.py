@@ -27,6 +27,7 @@ from rtfocus.config.processor import PreviewConfig, TransportConfig
 from rtfocus.errors import (
     BusyError,
     EngineError,
+    PeerGoneError,
     PeerLostError,
     RtfocusError,
     TakenOverError,
@@ -111,12 +112,8 @@ def run(
         Receives the numbers of the series once, to read them while it runs.
     """
     config = on_free_ports(config)
-    monitors: list[Monitor] = []
-
-    def watch(monitor: Monitor) -> None:
-        monitors.append(monitor)
-        on_monitor(monitor)
-
+    monitor = Monitor()
+    on_monitor(monitor)
     over = threading.Event()
     with (
         MicroscopeProcess(config) as microscope,
@@ -124,18 +121,15 @@ def run(
         _when(microscope.failed, abandon.set),
         # Patient: the child's end, and not its silence, tells that nothing comes.
         _when(
-            lambda: (
-                abandon.is_set()
-                or (microscope.ended() and not any(m.series for m in monitors))
-            ),
+            lambda: abandon.is_set() or (microscope.ended() and monitor.series is None),
             over.set,
         ),
         open_preview(config.transport, any_port=True) as preview,
     ):
-        folder = _process(config, preview, stop=over, on_monitor=watch, patient=True)
+        folder = _process(config, preview, monitor, stop=over, patient=True)
     if (failure := microscope.failure()) is not None:
         if folder is not None:
-            terms = monitors[-1].accounting
+            terms = monitor.accounting
             planned = "" if terms.planned is None else f" of {terms.planned} planned"
             msg = f"{failure}; '{folder}' has {terms.written}{planned} frames"
             raise type(failure)(msg) from failure
@@ -160,7 +154,9 @@ def process(
     """
     config = paired(config)
     with open_preview(config.transport) as preview:
-        return _process(config, preview, stop=stop, on_monitor=on_monitor)
+        monitor = Monitor()
+        on_monitor(monitor)
+        return _process(config, preview, monitor, stop=stop)
 
 
 def serve(
@@ -194,44 +190,45 @@ def serve(
     unwanted: dict[str, str] = {}
     with open_preview(config.transport) as preview:
         while not stop.is_set():
+            monitor = Monitor()
+            on_monitor(monitor)
             try:
                 folder = _process(
                     config,
                     preview,
+                    monitor,
                     stop=stop,
-                    on_monitor=on_monitor,
                     patient=True,
                     unwanted=unwanted,
                 )
             except SeriesError as failed:
-                unwanted[failed.series_uid] = str(failed.reason)
                 on_failure(failed.reason)
-            else:
-                if folder is not None:
-                    on_finished(folder)
+                continue
+            if folder is not None:
+                if monitor.series is not None:
+                    done = f"it is recorded in '{folder.resolve()}'; begin a new one"
+                    unwanted[monitor.series.series_uid] = done
+                on_finished(folder)
 
 
 class SeriesError(Exception):
     """One series failed in a service; never reaches the user."""
 
-    def __init__(self, series_uid: str, reason: RtfocusError) -> None:
+    def __init__(self, reason: RtfocusError) -> None:
         super().__init__(str(reason))
-        self.series_uid = series_uid
         self.reason = reason
 
 
 def _process(
     config: Config,
     preview: PreviewPublisher,
+    monitor: Monitor,
     *,
     stop: threading.Event,
-    on_monitor: Callable[[Monitor], None],
     patient: bool = False,
     unwanted: dict[str, str] | None = None,
 ) -> Path | None:
     """Process one series; `patient`, `unwanted`: see `FrameReceiver.wait_series`."""
-    monitor = Monitor()
-    on_monitor(monitor)
     with (
         closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
         closing(open_processor(config)) as processor,
@@ -245,7 +242,9 @@ def _process(
             return loop.run()
         except RtfocusError as error:
             if unwanted is not None:
-                raise SeriesError(series.series_uid, error) from error
+                if not isinstance(error, PeerGoneError):
+                    unwanted[series.series_uid] = str(error)
+                raise SeriesError(error) from error
             raise
 
 

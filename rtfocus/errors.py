@@ -12,6 +12,7 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── TransportError     sockets, peers, protocol, stalls
     │   ├── ProtocolError  one message that breaks the wire protocol
     │   ├── TakenOverError another recorder has the series now
+    │   ├── PeerGoneError  a peer is silent, and its port is closed
     │   └── PeerLostError  a peer is silent, and may still come back
     ├── MicroscopeError    Micro-Manager, adapters, devices, acquisition
     ├── EngineError        an engine that cannot be loaded, fitted or run
@@ -107,6 +108,10 @@ class TakenOverError(TransportError):
     """Another recorder has the series now; this one leaves its run folder as it is."""
 
     exit_code = ExitCode.BUSY
+
+
+class PeerGoneError(TransportError):
+    """A silent peer's port is closed: its process, or the way to it, has ended."""
 
 
 class PeerLostError(TransportError):

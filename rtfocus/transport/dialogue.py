@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from rtfocus.config.processor import TransportConfig
-from rtfocus.errors import PeerLostError, TransportError
+from rtfocus.errors import PeerGoneError, PeerLostError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, SeriesStart
 from rtfocus.transport import messages as m
 from rtfocus.transport.inflow import Inflow
@@ -206,7 +206,7 @@ class Dialogue:
         """Give a silent publisher up, unless it may come back and we may wait."""
         silence = f"the publisher is lost: nothing heard for {self._patience_s:g} s"
         if self._is_gone():
-            inflow.lose(f"{silence}, and its port is closed")
+            inflow.lose(f"{silence}, and its port is closed", PeerGoneError)
         elif not self._patient:
             inflow.lose(silence, PeerLostError)
         elif self._looked_s == 0:

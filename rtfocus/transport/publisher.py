@@ -100,6 +100,8 @@ class PublisherStatus:
     recorder_alive: bool
     recorder: str | None
     """Who records and where: process, user, host, folder; None: nobody yet."""
+    left: str | None
+    """Why the last recorder went away, if it said so."""
     resent: int
     """Frames sent more than once."""
     stalls: int
@@ -248,6 +250,7 @@ class FramePublisher:
             free_slots=self._pool.free if self._pool else 0,
             recorder_alive=registrar.is_alive(time.monotonic()),
             recorder=registrar.recorded_by,
+            left=registrar.left,
             resent=registrar.resent,
             stalls=self._stall.count,
             raw_only=self._loop.raw_only,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hostile_kit import HostilePublisher, Parts
 from loop_kit import (
     DEADLINE_S,
     assert_whole,
@@ -21,11 +22,12 @@ from loop_kit import (
     wait_for,
     write_config,
 )
-from transport_kit import Background, make_config, make_series, publish
+from transport_kit import Background, make_config, make_header, make_series, publish
 
 from rtfocus import app
 from rtfocus.config import Config
 from rtfocus.errors import PeerLostError, RtfocusError
+from rtfocus.transport import messages as m
 from rtfocus.transport.publisher import FramePublisher
 
 INDEPENDENT = Path(__file__).with_name("independent_publisher.py")
@@ -132,6 +134,30 @@ def test_one_bad_series_ends_alone_and_is_not_tried_again(tmp_path: Path) -> Non
             wait_for(lambda: bool(serving.finished), "the good folder")
     assert [path.name for path in tmp_path.glob("*")] == ["small.rtfocus"]
     assert_whole(tmp_path / "small.rtfocus", 4)
+
+
+def test_a_series_that_ends_here_alone_is_not_begun_again(tmp_path: Path) -> None:
+    """A frame of another form ends a series that its publisher would go on with."""
+
+    def damage(number: int, _: int, parts: Parts) -> list[Parts]:
+        other = [m.pack(make_header(3, shape=(4, 4))), bytes(32)]
+        return [other] if number == 3 else [parts]
+
+    hostile = HostilePublisher(9, damage)
+    assert len(hostile.endpoints) == 2
+    ends = (hostile.endpoints[0], hostile.endpoints[1])
+    with Serving(facing(small(tmp_path, None, transport=HASTE), ends)) as serving:
+        with Background(hostile.run):
+            wait_for(lambda: bool(serving.finished), "the end of the series")
+        with (
+            FramePublisher(make_config(frames=ends[0], control=ends[1])) as publisher,
+            Background(lambda: publisher.start(hostile.series)) as starting,
+        ):
+            wait_for(lambda: publisher.status().left is not None, "the farewell")
+            assert "small.rtfocus'; begin a new one" in str(publisher.status().left)
+            publisher.stop()
+            assert isinstance(starting.join(), RtfocusError)
+    assert [path.name for path in tmp_path.glob("*")] == ["small.rtfocus"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP to freeze a process")
