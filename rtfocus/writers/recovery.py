@@ -276,7 +276,7 @@ def _found_missing(known: list[_Row], recovered: list[_Row], plan: Plan) -> list
     for row in known:
         if row.status == MISSING and row.index is not None:
             found = by_place.get(plan.flat(row.index))
-            if found is not None:
+            if found is not None and not found.is_placed:
                 found.sequence, found.is_placed = row.sequence, True
                 row = found
         rows.append(row)
@@ -348,8 +348,8 @@ class _Merging:
             most = self._sequence + _MOST_LOST if stop is None else stop - 1 - left
             if not self._sequence <= guess <= most:
                 guess = self._sequence
-            rows_end = stop is not None and guess >= stop
-            if not rows_end:
+            # More frames than sequences: the last ones are kept without.
+            if stop is None or guess < stop:
                 lose(guess)
                 frame.sequence = guess
                 self._sequence = guess + 1

@@ -299,6 +299,30 @@ def test_repair_never_writes_through_a_link(
     assert check_run(tmp_path / "link.rtfocus", repair=True).problems == []
 
 
+def test_frames_that_the_journal_calls_missing_are_found_on_the_disk(
+    runs: dict[tuple[bool, int], Path], tmp_path: Path
+) -> None:
+    """As after a power cut whose lost lines a resumed run took for lost frames."""
+    folder = tmp_path / "run.rtfocus"
+    shutil.copytree(runs[True, 1], folder)
+    journal = folder / "frames.ndjson"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for number in (3, 4, 5):
+        # The last one says the same place again, as no run does.
+        lines[number] = {
+            "sequence": number,
+            "status": "missing",
+            "index": lines[min(number, 4)]["index"],
+            "reason": "gap",
+        }
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("names no frame of" in text for text in check_run(folder).problems)
+    after = check_run(folder, repair=True)
+    assert after.problems == [], str(after)
+    assert after.frames == FRAMES
+    assert frames_journalled(folder, set(range(FRAMES))) == set(range(FRAMES))
+
+
 def test_a_resumed_run_mends_what_a_power_cut_left(
     runs: dict[tuple[bool, int], Path], tmp_path: Path
 ) -> None:
