@@ -4,6 +4,8 @@ Nothing here takes time to import: an interrupt is answered, and ``--version``
 told, before the commands and what they need are loaded.
 """
 
+import codecs
+import os
 import sys
 from typing import NoReturn
 
@@ -55,7 +57,15 @@ def _say_interrupted() -> ExitCode:
 
 
 def _use_utf8() -> None:
-    """Write UTF-8 everywhere, also where the console's code page is another."""
+    """Write UTF-8 everywhere, also where the console's code page is another.
+
+    Where even file names are ASCII (``LC_ALL=C`` with Python's remedy for it turned
+    off), no name with another letter could be opened: Python is started again.
+    """
+    is_ascii = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if is_ascii and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")

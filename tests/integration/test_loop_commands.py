@@ -89,6 +89,22 @@ def test_an_unwritable_home_keeps_no_command_from_working(place, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode there")
+def test_a_locale_of_ascii_alone_is_no_obstacle(tmp_path):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rtfocus", "check", "\u00fc.rtfocus"],
+        cwd=tmp_path,
+        env={**os.environ, **plain, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    said = done.stderr.decode("utf-8")
+    assert done.returncode == ExitCode.FAILED
+    assert said.startswith("error: ")
+    assert "\u00fc.rtfocus" in said
+
+
 def test_an_unknown_option_is_a_usage_error():
     said = command("run", "demo", "--fast")
     assert said.code == 2
