@@ -112,15 +112,15 @@ class Accounting:
     ) -> None:
         """State what the sender says at the end of its series.
 
-        Of a sender that does not say, or is gone, whatever is planned and was not
-        sent was not acquired.
+        Whatever is planned, was not sent and not lost was not acquired, also where
+        the sender is gone or says less.
         """
         self.set_acquired(frames_sent)
         with self._lock:
             self.planned, self.camera_lost = planned, camera_lost
             sent = self.acquired - self.focus
             rest = 0 if planned is None else planned - sent - camera_lost
-            self.not_acquired = not_acquired or max(rest, 0)
+            self.not_acquired = max(not_acquired, rest)
 
     @property
     def unaccounted(self) -> int:

@@ -64,6 +64,11 @@ class Outcome:
         return True
 
     @property
+    def is_plain(self) -> bool:
+        """Tell whether there is nothing to say but that the series is completed."""
+        return self.is_complete and self.reason == COMPLETED
+
+    @property
     def exit_code(self) -> ExitCode:
         """Return what a command that recorded this series ends with."""
         return ExitCode.DONE if self.is_complete else ExitCode.INCOMPLETE
@@ -72,13 +77,13 @@ class Outcome:
         number = f"{self.present} frames"
         if self.planned is not None:
             number = f"{self.present} of {self.planned} planned frames"
+        why = "" if self.reason == COMPLETED else f": {self.reason}"
         if self.is_complete:
-            return f"stopped by the user: {number}" if self.was_stopped else number
+            return f"stopped by the user: {number}" if self.was_stopped else number + why
         missing = [f"{n} {what}" for what, n in self.lost.items()]
         if self.not_acquired:
             missing.append(f"{self.not_acquired} not acquired")
         said = "; ".join([number, *([", ".join(missing)] if missing else [])])
         if self.was_stopped:
             return f"stopped by the user: {said}"
-        why = "" if self.reason == COMPLETED else f": {self.reason}"
         return f"incomplete: {said}{why}"

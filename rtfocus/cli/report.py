@@ -34,7 +34,7 @@ def print_report(folder: Path) -> Outcome:
     report = read_report(folder)
     outcome = Outcome.of_report(report)
     console = Console()
-    done = "completed" if outcome.is_complete and not outcome.was_stopped else outcome
+    done = "completed" if outcome.is_plain else outcome
     console.print(f"[bold]{escape(str(folder))}[/]  ({escape(str(done))})")
     if report["accounting"].get("planned") is not None:
         console.print(_plan_line(report["accounting"]))

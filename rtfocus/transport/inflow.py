@@ -19,11 +19,12 @@ from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.messages import Ping, Rewind, unpack_in_stream
 from rtfocus.transport.sequencer import Gap, Sequencer, Verdict
 from rtfocus.transport.validation import (
-    MOST_PLACES,
     check_header,
+    end_fault,
     is_alike,
     most_lost,
     pixel_bytes,
+    readable_end,
 )
 
 
@@ -264,19 +265,15 @@ class Inflow:
     def _note_end(self, end: SeriesEnd) -> None:
         if not self.has_all and self._is_absurd(end.frames_sent, "ends"):
             return
-        for name, number in (
-            ("camera_lost", end.camera_lost),
-            ("not_acquired", end.not_acquired),
-        ):
-            if not 0 <= number <= MOST_PLACES:
-                self.lose(f"the publisher ends its series with {name}={number}")
-                return
+        if (fault := end_fault(end)) is not None:
+            self.lose(f"the publisher ends its series with {fault}")
+            return
         if not self.sequencer.reach(end.frames_sent):
             return
         self._count_gaps()
         self.has_all = self.end_to_confirm = True
         self._accounting.set_acquired(end.frames_sent)
-        self.arrivals.finish(end)
+        self.arrivals.finish(readable_end(end))
 
     def _is_absurd(self, sequence: int, what: str) -> bool:
         """Tell whether a peer names a frame that cannot be; that ends the series.

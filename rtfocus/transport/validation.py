@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from rtfocus.channel import Channel
 from rtfocus.errors import ProtocolError, TransportError
-from rtfocus.frame import Estimate, FrameHeader, SeriesStart
+from rtfocus.frame import Estimate, FrameHeader, SeriesEnd, SeriesStart
+from rtfocus.transport.messages import printable
 
 DTYPES = ("|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4", "<f8")
 """Pixel types of version 1: little-endian numbers."""
@@ -28,6 +29,8 @@ MOST_LOST = 2**20
 """Longest hole in a series without an end."""
 MOST_SKIPPED = 100_000
 """Most time points or events, beyond two per frame, that a frame may lie ahead."""
+MOST_WARNINGS = 100
+"""Warnings kept of what a publisher says at the end; the rest is counted."""
 _INT64 = 2**63
 
 _channel = TypeAdapter(Channel)
@@ -135,6 +138,27 @@ def check_estimate(estimate: Estimate) -> None:
     if fault is not None:
         msg = f"estimate of frame {estimate.sequence}: {fault}"
         raise ProtocolError(msg, "range")
+
+
+def end_fault(end: SeriesEnd) -> str | None:
+    """Return what of the numbers at the end of a series cannot be, as a name."""
+    numbers = {"camera_lost": end.camera_lost, "not_acquired": end.not_acquired}
+    for name, number in numbers.items():
+        if not 0 <= number <= MOST_PLACES:
+            return f"{name}={number}"
+    return None
+
+
+def readable_end(end: SeriesEnd) -> SeriesEnd:
+    """Return the end of a series with words fit for a terminal and a report.
+
+    They are cut, not refused: whatever a publisher complains of, all its frames
+    came.
+    """
+    kept = tuple(map(printable, end.warnings[:MOST_WARNINGS]))
+    if (more := len(end.warnings) - len(kept)) > 0:
+        kept = (*kept, f"{more} further warnings")
+    return msgspec.structs.replace(end, reason=printable(end.reason), warnings=kept)
 
 
 def is_alike(header: FrameHeader, series: SeriesStart) -> bool:

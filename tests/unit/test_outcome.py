@@ -16,6 +16,8 @@ DONE, INCOMPLETE = ExitCode.DONE, ExitCode.INCOMPLETE
         # Without a planned end, stopping is how a series ends.
         (Outcome(None, 5, "canceled"), DONE, "stopped by the user: 5 frames"),
         (Outcome(None, 5, "completed"), DONE, "5 frames"),
+        # All is there; that the sender named another reason is not kept silent.
+        (Outcome(9, 9, "no light"), DONE, "9 of 9 planned frames: no light"),
         (Outcome(9, 9, "canceled"), DONE, "stopped by the user: 9 of 9 planned"),
         (
             Outcome(9, 4, "canceled", not_acquired=5),
@@ -52,6 +54,7 @@ def test_words_and_exit_code(outcome, code, said):
         ({"camera_lost": 20, "not_acquired": 30}, 20, 30),
         ({}, 0, 50),
         ({"camera_lost": 50}, 50, 0),
+        ({"camera_lost": 20, "not_acquired": 1}, 20, 30),
     ],
 )
 def test_the_plan_is_what_came_was_lost_or_had_no_turn(said, lost, rest):

@@ -170,6 +170,31 @@ def test_a_number_that_cannot_be_ends_the_series_at_once(
     assert inflow.arrivals.end.frames_sent == 3
 
 
+@pytest.mark.parametrize("term", ["camera_lost", "not_acquired"])
+@pytest.mark.parametrize("number", [-1, 2**40 + 1, 2**63 - 1])
+def test_losses_that_cannot_be_end_the_series_as_broken(term: str, number: int) -> None:
+    _, inflow = begun()
+    flow(inflow)
+    end = SeriesEnd(1, SERIES.series_uid, 0, "completed", **{term: number})
+    inflow.take(m.pack(end), None)
+    with pytest.raises(TransportError, match=f"{term}={number}"):
+        next(iter(inflow.arrivals))
+
+
+def test_the_words_at_the_end_are_cut_to_what_can_be_read() -> None:
+    _, inflow = begun()
+    flow(inflow)
+    warnings = ("\x1b[2J" + 9999 * "x", *map(str, range(5000)))
+    end = SeriesEnd(1, SERIES.series_uid, 0, "a\nb", warnings=warnings)
+    inflow.take(m.pack(end), None)
+    assert list(inflow.arrivals) == []
+    kept = inflow.arrivals.end
+    assert kept is not None
+    assert kept.reason == "a?b"
+    assert kept.warnings[:2] == ("?[2J" + 396 * "x" + "...", "0")
+    assert kept.warnings[99:] == ("98", "4901 further warnings")
+
+
 def test_a_service_waits_for_a_silent_publisher_as_long_as_it_may_come_back() -> None:
     gone = False
     dialogue = Dialogue(CONFIG, 0.0, patient=True, is_gone=lambda: gone)
