@@ -79,7 +79,9 @@ class Outcome:
             number = f"{self.present} of {self.planned} planned frames"
         why = "" if self.reason == COMPLETED else f": {self.reason}"
         if self.is_complete:
-            return f"stopped by the user: {number}" if self.was_stopped else number + why
+            return (
+                f"stopped by the user: {number}" if self.was_stopped else number + why
+            )
         missing = [f"{n} {what}" for what, n in self.lost.items()]
         if self.not_acquired:
             missing.append(f"{self.not_acquired} not acquired")

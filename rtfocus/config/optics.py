@@ -103,8 +103,13 @@ def make_optics(stated: Mapping[str, Any], origin: str) -> OpticalSystem:
 def _read_values(text: str) -> Mapping[str, Any]:
     values: dict[str, Any] = {}
     aberrations: dict[str, str] = {}
+    seen: set[str] = set()
     for part in text.split(","):
         name, _, value = (word.strip() for word in part.partition("="))
+        if name in seen:
+            msg = f"optics '{text}': '{name}' is there twice"
+            raise ConfigError(msg)
+        seen.add(name)
         if name in _ABERRATION_NAMES:
             aberrations[_ABERRATION_NAMES[name]] = value
         elif name in _SHORT_NAMES:

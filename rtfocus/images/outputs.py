@@ -61,13 +61,15 @@ class OutputGuard:
         self.overwrite = overwrite
         self._inputs: dict[Identity, Path] = {}
         self._holders: dict[Identity, Path] = {}
+        self._names: dict[str, Path] = {}
         self._claimed: dict[str, Path] = {}
         for path in dict.fromkeys(filter(None, inputs)):
             identity = _identity(path)
             if identity is not None:
                 self._inputs[identity] = path
             # Both the folders it is found in and those it really lies in.
-            for place in {path.absolute(), path.resolve()}:
+            for place in {path.absolute(), _resolved(path)}:
+                self._names[same_name(str(place))] = path
                 self._hold(place.parents, path)
 
     def _hold(self, parents: Sequence[Path], path: Path) -> None:
@@ -190,6 +192,8 @@ class OutputGuard:
         if holding and identity in self._holders:
             raise _refusal(target, f"holds the input '{self._holders[identity]}'")
         for place in (target.absolute(), _resolved(target)):
+            if (like := self._names.get(same_name(str(place)))) is not None:
+                raise _refusal(target, f"is the input '{like}' but for letter case")
             for parent in place.parents:
                 around = _identity(parent)
                 if around in self._inputs:

@@ -5,6 +5,7 @@ a pixel size asks the user for it.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,19 @@ MOST_PLANES = 10_000_000
 
 SQUARE_TOLERANCE = 1e-3
 """Relative difference of the two pixel sizes up to which pixels count as square."""
+
+_UNWRITABLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def writable_text(text: str) -> str:
+    """Return text that UTF-8, XML and JSON can all hold.
+
+    Control characters, and the bytes of a file name that are no UTF-8, become the
+    replacement character: a result with them in its metadata could not be read again.
+    """
+    return _UNWRITABLE.sub("\ufffd", text)
 
 
 def native_dtype(dtype: np.dtype[np.generic]) -> np.dtype[np.generic]:
@@ -61,6 +75,11 @@ class ImageChannel:
     window: ContrastWindow | None = None
     emission_nm: float | None = None
     excitation_nm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Keep text that every format of a result can hold."""
+        if self.name is not None:
+            object.__setattr__(self, "name", writable_text(self.name))
 
 
 @dataclass(frozen=True)
@@ -183,9 +202,17 @@ class ImageSeries:
     notes: tuple[str, ...] = ()
     """What reading leaves out or fills in, one sentence each, for the user."""
 
+    def __post_init__(self) -> None:
+        """Keep text that every format of a result can hold."""
+        object.__setattr__(self, "name", writable_text(self.name))
+        if self.position is not None:
+            object.__setattr__(self, "position", writable_text(self.position))
+
     @property
     def pixel_size_um(self) -> float | None:
         """Size of square pixels; None if unknown.
+
+        Pixels of which one side is stated are taken as square.
 
         Raises
         ------
@@ -194,7 +221,7 @@ class ImageSeries:
         """
         y_um, x_um = self.pixel_size_y_um, self.pixel_size_x_um
         if y_um is None or x_um is None:
-            return None
+            return x_um or y_um
         if not math.isclose(y_um, x_um, rel_tol=SQUARE_TOLERANCE):
             msg = (
                 f"'{self.path}': image '{self.name}' has pixels of {y_um:g} um (y) by "

@@ -17,7 +17,7 @@ from rtfocus.errors import InputError, OutputError
 from rtfocus.images.outputs import OutputGuard, companions, result_names
 from rtfocus.images.provenance import NAMESPACE, SOFTWARE, Provenance
 from rtfocus.images.reading import BrokenImage
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.series import ImageSeries, writable_text
 from rtfocus.images.zarr_writing import write_zarr
 
 Planes = Iterator[NDArray[np.generic]]
@@ -272,4 +272,5 @@ def _ome_map(image: OutputImage) -> dict[str, object]:
         window = channel.window
         if window is not None and image.keeps_counts:
             told[f"contrast window c{number}"] = f"{window.start:g} to {window.end:g}"
-    return {"Namespace": NAMESPACE, "Value": {"rtfocus": SOFTWARE, **told}}
+    value = {key: writable_text(text) for key, text in told.items()}
+    return {"Namespace": NAMESPACE, "Value": {"rtfocus": SOFTWARE, **value}}

@@ -55,6 +55,41 @@ class CameraCorrection:
         self.divisor = _divisor(camera, shape)
         """Flat field with mean 1, shaped to divide a frame; None: none."""
 
+    def pedestal(self, pixels: NDArray[np.generic]) -> float:
+        """Return what lifts a frame with negative values to a signal from 0 on.
+
+        Restoration takes light, which is never negative, and would cut off what a
+        background subtraction or a standardisation left below 0. Its sums are linear,
+        so that a constant can be added before and taken off afterwards.
+
+        Parameters
+        ----------
+        pixels
+            As the camera or a file gives them.
+
+        Returns
+        -------
+        float
+            Constant to add to pixels or signal; 0 for frames without negative values.
+
+        Raises
+        ------
+        InputError
+            If there is a flat field, which would bend the constant.
+        """
+        if pixels.dtype.kind not in "if":
+            return 0.0
+        lowest = float(np.min(pixels, where=np.isfinite(pixels), initial=0))
+        if lowest >= 0:
+            return 0.0
+        if self.divisor is not None:
+            msg = (
+                f"the image has values down to {lowest:g}; camera.flat_field is for "
+                "counts of a camera, leave it out for images that are processed already"
+            )
+            raise InputError(msg)
+        return self.offset_counts - lowest
+
     def find_invalid(self, pixels: NDArray[np.generic]) -> NDArray[np.bool_] | None:
         """Return which pixels are NaN or infinite; None: all are numbers."""
         if self.integer:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
-from rtfocus.config.processor import CameraConfig
 from rtfocus.errors import EngineError, InputError
 from rtfocus.frame import (
     BACKGROUND,
@@ -22,6 +21,7 @@ from rtfocus.frame import (
     SeriesStart,
 )
 from rtfocus.images.series import native_dtype
+from rtfocus.processing.device import Ticket
 from rtfocus.processing.engines.fit import parts
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.processor import FrameProcessor
@@ -105,9 +105,6 @@ class ImageProcessor:
         self, image: NDArray[np.generic], channel: str, *, restore: bool
     ) -> FrameResult:
         pixels = _as_image(image)
-        pedestal = _pedestal(pixels, self._config.camera)
-        if pedestal:
-            pixels = np.asarray(pixels, np.float32) + pedestal
         self._start_for(pixels, channel)
         header = FrameHeader(
             version=PROTOCOL_VERSION,
@@ -122,8 +119,6 @@ class ImageProcessor:
         self._sequence += 1
         unrestored = None if restore else "classified only"
         with self._slot(header, pixels, unrestored) as result:
-            if pedestal and result.restored is not None:
-                result = replace(result, restored=result.restored - pedestal)
             return result if restore else replace(result, skipped=None)
 
     @contextmanager
@@ -136,7 +131,8 @@ class ImageProcessor:
             raise EngineError(msg)
         try:
             slot.prepare(header)[...] = pixels
-            result = self._processor.submit(slot, unrestored=unrestored).result.result()
+            ticket = self._processor.submit(slot, unrestored=unrestored)
+            result = _result_of(ticket)
             # The slot's buffers are used again by the next image.
             restored = None if result.restored is None else result.restored.copy()
             yield replace(result, restored=restored)
@@ -219,30 +215,14 @@ def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None
         }
 
 
-def _pedestal(pixels: NDArray[np.generic], camera: CameraConfig) -> np.float32:
-    """Return what lifts an image with negative values to a signal from 0 on.
-
-    Restoration takes light, which is never negative, and would cut off what a
-    background subtraction or a standardisation left below 0. Its sums are linear, so
-    that a constant can be added before and taken off afterwards.
-
-    Raises
-    ------
-    InputError
-        If there is a flat field, which would bend the constant.
-    """
-    if pixels.dtype.kind != "f":
-        return np.float32(0)
-    lowest = np.min(pixels, where=np.isfinite(pixels), initial=0)
-    if lowest >= 0:
-        return np.float32(0)
-    if camera.flat_field is not None:
-        msg = (
-            f"the image has values down to {lowest:g}; camera.flat_field is for counts "
-            "of a camera, leave it out for images that are processed already"
-        )
-        raise InputError(msg)
-    return np.float32(camera.offset_counts) - np.float32(lowest)
+def _result_of(ticket: Ticket) -> FrameResult:
+    """Wait for a result; what is wrong with the image is told as such."""
+    try:
+        return ticket.result.result()
+    except EngineError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
 
 
 def _as_image(image: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -332,6 +332,17 @@ def test_nan_pixels_are_marked_and_stay_nan_while_the_rest_is_restored(
     assert np.abs(result.restored - pixels)[~np.isnan(pixels)].max() > 1
 
 
+def test_a_subtracted_background_is_kept_below_zero(processor, frames):
+    pool = SlotPool(2, 4 * SHAPE[0] * SHAPE[1])
+    processor.start(series_for(dtype="<f4"), 2)
+    counts = frames[6].astype("<f4")
+    counts -= counts.min()
+    tickets = [submit(processor, pool, n, counts - 1500 * n) for n in (0, 1)]
+    whole, signed = (one.result.result(TIMEOUT_S).restored for one in tickets)
+    assert (signed < 0).mean() > 0.3
+    np.testing.assert_allclose(signed + 1500, whole, atol=0.5)
+
+
 def test_frame_of_nothing_but_nan_is_background(processor, pool):
     pool = SlotPool(1, 4 * SHAPE[0] * SHAPE[1])
     processor.start(series_for(dtype="<f4"), 1)

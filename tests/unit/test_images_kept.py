@@ -1,5 +1,6 @@
 """What an input says of its pixels, channels and wells is in the result; no more."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def test_what_is_unknown_stays_unknown(tmp_path, ending):
         ome = zarr.open_group(out, mode="r").attrs["ome"]
         assert "omero" not in ome
         assert all("unit" not in axis for axis in ome["multiscales"][0]["axes"])
+
+
+@pytest.mark.parametrize("ending", [".ome.tif", ".ome.zarr"])
+def test_text_that_no_format_holds_does_not_break_the_result(tmp_path, ending):
+    """E.g. a file name in another encoding, or a channel named by a broken macro."""
+    out = tmp_path / f"o{ending}"
+    foreign = series(
+        os.fsdecode(b"Gr\xfcn"),
+        channels=(ImageChannel("D\x0bAPI"), ImageChannel("<&>\x00\ud800")),
+        position="A\x1b[2J",
+    )
+    write_images(out, [result(foreign)])
+    (back,) = open_images(out)
+    assert back.channel_names == ("D\ufffdAPI", "<&>\ufffd\ufffd")
+    assert back.read(c=1)[0, 0] == 1
 
 
 def test_wells_keep_their_places(tmp_path):

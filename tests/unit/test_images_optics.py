@@ -65,6 +65,10 @@ def test_rounding_is_no_contradiction_and_more_is():
         find_optics(pixels(0.1), 0, configured=MINE)
     with pytest.raises(ConfigError, match=r"0\.1 um, --optics say 0\.325"):
         find_optics(pixels(0.1), 0, stated=stated(in_short(MINE)))
+    for side in ("x", "y"):  # pixels of which one side is stated are square
+        one = image(**{f"pixel_size_{side}_um": 0.1})
+        with pytest.raises(ConfigError, match=r"0\.1 um, the config's optics say"):
+            find_optics(one, 0, configured=MINE)
     uneven = image(pixel_size_y_um=0.3, pixel_size_x_um=0.6)
     with pytest.raises(InputError, match="square"):
         find_optics(uneven, 0, configured=MINE)

@@ -104,6 +104,17 @@ def test_an_input_is_no_output_by_whatever_name(tmp_path, overwrite):
 
 
 @BOTH
+def test_a_name_that_differs_in_letter_case_only_is_the_input_on_some_disk(
+    tmp_path, overwrite
+):
+    source = image(tmp_path / "Ä" / "a.tif")
+    for output in ("A.TIF", "a.Tif", "../ä/A.tif"):
+        place = source.parent / output
+        told = refused(tmp_path, source, place.resolve(), overwrite=overwrite)
+        assert "letter case" in told or "is the input" in told
+
+
+@BOTH
 def test_a_companion_is_no_output(tmp_path, overwrite):
     one, other = tmp_path / "set_1.ome.tif", image(tmp_path / "set_2.ome.tif")
     series = ImageSeries(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.config.processor import CameraConfig
-from rtfocus.errors import ConfigError
+from rtfocus.errors import ConfigError, InputError
 from rtfocus.processing.camera import CameraCorrection, luminance
 from rtfocus.processing.cpu.correction import Correction
 
@@ -20,6 +20,10 @@ def correct(pixels, camera=None, bit_depth=None):
     )
     signal = np.empty(pixels.shape, np.float32)
     return correction, signal, correction.to_signal(pixels, signal)
+
+
+def pedestal_of(pixels, camera):
+    return CameraCorrection(camera, pixels.shape, pixels.dtype).pedestal(pixels)
 
 
 @given(
@@ -100,6 +104,28 @@ def test_results_are_rounded_and_clipped_to_the_type():
     out = np.empty((1, 4), np.uint8)
     correction.to_counts(signal, out, None)
     assert out.tolist() == [[0, 4, 255, 255]]
+
+
+@pytest.mark.parametrize("dtype", ["<i2", "<i4", "<f4"])
+def test_a_frame_with_negative_values_is_lifted_to_light_and_comes_back(dtype):
+    pixels = np.array([[-300, 5, 0, 700]], dtype)
+    camera = CameraConfig(offset_counts=100)
+    correction, signal, marks = correct(pixels, camera)
+    pedestal = pedestal_of(pixels, camera)
+    assert (signal + pedestal).min() == 0
+    out = np.empty_like(pixels)
+    correction.to_counts(signal, out, marks.invalid)
+    np.testing.assert_array_equal(out, pixels)
+
+
+def test_a_frame_of_counts_is_not_lifted_below_a_flat_field_it_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "flat.tif", np.ones((1, 4), np.float32))
+    flat = CameraConfig(offset_counts=100, flat_field=tmp_path / "flat.tif")
+    counts = np.array([[0, 5, np.nan, 7]], np.float32)
+    for camera in (flat, CameraConfig(offset_counts=100)):
+        assert pedestal_of(counts, camera) == 0
+    with pytest.raises(InputError, match=r"down to -1; camera\.flat_field"):
+        pedestal_of(counts - 1, flat)
 
 
 def test_luminance_weighs_green_most_and_leaves_grey_alone():

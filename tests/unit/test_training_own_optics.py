@@ -56,6 +56,7 @@ def test_a_file_holds_one_channel_or_the_optics_alone(tmp_path, nested):
     [
         ("NA=0.75,zoom=3", "'zoom' is unknown"),
         ("NA=0.75,wavelength=520", "pixel_size_um"),
+        ("NA=0.75,NA=0.8,wavelength=520,pixel=0.3", "'NA' is there twice"),
         ("NA=[,wavelength=520,pixel=0.3", "'numerical_aperture': .* number"),
         ("NA=1.2,wavelength=520,pixel=0.3", "refractive index"),
         ("nowhere.yaml", "cannot be read"),

@@ -63,7 +63,8 @@ class Correction:
             signal += self._offset
         if np.issubdtype(out.dtype, np.integer):
             np.rint(signal, out=signal)
-            np.clip(signal, 0, np.iinfo(out.dtype).max, out=signal)  # type: ignore[type-var]
+            limits = np.iinfo(out.dtype)  # type: ignore[type-var]
+            np.clip(signal, limits.min, limits.max, out=signal)
         elif invalid is not None:
             signal[invalid] = np.nan
         np.copyto(out, signal, casting="unsafe")

@@ -30,6 +30,8 @@ class _SlotBuffers:
     restored: NDArray[Any] | None
     """Result on the camera's scale; None where no channel is restored."""
     marks: Marks = field(default_factory=lambda: Marks((), None))
+    pedestal: float = 0.0
+    """What a frame with negative values was lifted by."""
     seen: Seen | None = None
     """What the classifier saw; None: none yet, or there is none."""
 
@@ -89,7 +91,11 @@ class CpuDevice:
         buffers = self._slots[job.slot.index]
         correction = self._channels[job.channel].correction
         with job.stage("correct"):
-            buffers.marks = correction.to_signal(job.slot.pixels, buffers.signal)
+            pixels = job.slot.pixels
+            buffers.pedestal = job.plan.camera.pedestal(pixels)
+            buffers.marks = correction.to_signal(pixels, buffers.signal)
+            if buffers.pedestal:
+                buffers.signal += np.float32(buffers.pedestal)
         job.flags = buffers.marks.flags
 
     def estimate(self, job: Job) -> DefocusMap | None:
@@ -124,6 +130,8 @@ class CpuDevice:
             restorer.restore(
                 buffers.signal, seen, scratch, quantum=job.plan.camera.quantum
             )
+            if buffers.pedestal:
+                scratch -= np.float32(buffers.pedestal)
             channel.correction.to_counts(scratch, restored, buffers.marks.invalid)
         return restored
 

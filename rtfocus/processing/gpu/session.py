@@ -51,6 +51,8 @@ class HostBuffers:
     """Copy of the restored frame."""
     invalid: NDArray[np.bool_] | None = None
     """Pixels that are NaN or infinite; None: none."""
+    pedestal: float = 0.0
+    """What a frame with negative values was lifted by."""
 
 
 class Session:
@@ -189,6 +191,8 @@ class Session:
             slot.estimated.synchronize()
             return None
         slot.copied_out.synchronize()
+        if host.pedestal:
+            host.counts -= host.pedestal
         if host.invalid is not None and np.issubdtype(host.counts.dtype, np.floating):
             host.counts[host.invalid] = np.nan
         return host.counts
@@ -288,12 +292,13 @@ class Session:
         )
 
     def _stage(self, job: Job, host: HostBuffers) -> NDArray[Any]:
-        """Return pinned pixels of a frame without NaN: its slot, or a copy of it."""
+        """Return pinned pixels without NaN and from 0 on: its slot, or a copy of it."""
         slot = job.slot
         pixels = slot.pixels
         found = job.plan.camera.find_invalid(pixels)
         host.invalid = found
-        if found is None and self._pinned.is_pinned(pixels):
+        host.pedestal = job.plan.camera.pedestal(pixels)
+        if found is None and not host.pedestal and self._pinned.is_pinned(pixels):
             return pixels
         staged = self._staging.get(slot.index)
         if staged is None:
@@ -302,4 +307,6 @@ class Session:
         np.copyto(staged, pixels)
         if found is not None:
             staged[found] = 0.0 if found.all() else np.median(staged[~found])
+        if host.pedestal:
+            staged += host.pedestal
         return staged
