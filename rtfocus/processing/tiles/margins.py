@@ -132,6 +132,3 @@ def _fade(margin: int) -> Image:
     """Weights from 0 to 1, flat at both ends."""
     place = (np.arange(margin) + 0.5) / margin
     return np.asarray(0.5 - 0.5 * np.cos(np.pi * place), dtype=np.float32)
-
-
-Image = NDArray[np.float32]
