@@ -9,7 +9,7 @@ import useq
 from numpy.typing import NDArray
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.experimental.unicore import UniMMCore
-from pymmcore_plus.mda import MDAEngine
+from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import MicroscopeError
@@ -65,6 +65,8 @@ class RecordingEngine(MDAEngine):
         """z during the present hardware sequence; None: planned per image."""
         self.send_focus_image: Callable[[NDArray[np.generic], str, float], int]
         """Sends an image outside the plan, of a channel and z; returns its sequence."""
+        self.failed_settings: Callable[[], int] = lambda: 0
+        """Returns how many settings have failed so far; pymmcore-plus only logs it."""
         self.place_of: Callable[[useq.MDAEvent], tuple[int, float]]
         """Returns the index p in the store of a planned image's event, and its
         distance from the reference plane of its stack in um."""
@@ -86,6 +88,20 @@ class RecordingEngine(MDAEngine):
         summary = self.get_summary_metadata(mda_sequence=self._planned)
         self._on_start(self._planned, summary)
         return summary
+
+    def setup_event(self, event: useq.MDAEvent) -> None:
+        """Set up an event; raise SkipEvent where a device does not take it.
+
+        Its image would be of another channel or place than it is stored as.
+        """
+        before = self.failed_settings()
+        super().setup_event(event)
+        if self.failed_settings() == before:
+            return
+        # Half of a preset may be set: the one before does not hold any more either.
+        self.mmcore._last_config = ("", "")  # noqa: SLF001
+        number = len(event.events) if isinstance(event, SequencedEvent) else 1
+        raise SkipEvent(num_frames=number)
 
     def correction_um(self, event: useq.MDAEvent) -> float:
         """Return what is added to the planned z of an event: here nothing."""

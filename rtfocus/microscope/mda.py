@@ -74,6 +74,7 @@ class PlannedAcquisition:
         )
         self._engine.send_focus_image = self._send_focus_image
         self._engine.place_of = self._place_of
+        self._engine.failed_settings = lambda: self._complaints.failed_settings
         self._last_planned_s: float | None = None
         self._clock_offset_s = 0.0
         self._delivery: Delivery | None = None
@@ -248,6 +249,8 @@ class PlannedAcquisition:
             return CANCELED
         if finished == COMPLETED and self._observations.camera_lost:
             return camera_lost_images(self._core, self._complaints.fault)
+        if finished == COMPLETED and self._not_acquired:
+            return self._complaints.first_failed or COMPLETED
         return finished
 
     @property

@@ -84,6 +84,8 @@ LOGGER = "pymmcore-plus"
 _MOST_KINDS = 20
 # Said at every cancellation, which the report states anyway.
 _NO_COMPLAINT = "MDA Canceled"
+# Begins what is said of a channel, stage, exposure or property that is not set.
+_FAILED_SETTING = "Failed to set "
 # pymmcore-plus' thread that takes the images of a camera written in Python.
 _CAMERA_THREAD = "AcquisitionThread"
 
@@ -97,6 +99,10 @@ class Complaints(logging.Handler):
         self.fault: str | None = None
         """What a camera written in Python died of during a hardware sequence; its
         thread tells nobody else."""
+        self.failed_settings = 0
+        """How often a device did not take what an event sets."""
+        self.first_failed: str | None = None
+        """What was said of the first of them."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -109,6 +115,9 @@ class Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Note one warning."""
         text = " ".join(record.getMessage().split())
+        if text.startswith(_FAILED_SETTING):
+            self.failed_settings += 1
+            self.first_failed = self.first_failed or text
         if not text.startswith(_NO_COMPLAINT):
             self._note(text)
 

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 from microscope_kit import RecordingSink, democamera, record, wait_for
 
-from rtfocus.errors import ConfigError, MicroscopeError
+from rtfocus.errors import ConfigError, ExitCode, MicroscopeError
 from rtfocus.microscope.acquisition import acquire_with
 from rtfocus.microscope.core import open_core
 
@@ -151,6 +151,31 @@ def test_a_failing_sink_cancels_the_run_and_is_raised(properties):
         assert not core.mda.is_running()
     assert len(sink.headers) == 4
     assert sink.reasons == ["the recorder is gone"]
+
+
+def test_an_image_whose_preset_fails_is_not_taken_and_the_others_are():
+    """Half of the preset is set: the channel before it has to be set anew, too."""
+    channels = [{"config": name, "exposure": 1} for name in ("DAPI", "Half")]
+    plan = {"time_plan": {"interval": 0.01, "loops": 2}, "channels": channels}
+    config = democamera({"mda": plan}, properties=SMALL)
+    sink = RecordingSink()
+    taken_with = []
+    with open_core(config) as core:
+        core.defineConfig("Channel", "Half", "Emission", "Label", "Chroma-HQ700")
+        core.defineConfig("Channel", "Half", "Excitation", "Label", "No such filter")
+        report = acquire_with(
+            core,
+            config,
+            sink,
+            stop=threading.Event(),
+            on_frame=lambda _: taken_with.append(core.getProperty("Emission", "Label")),
+        )
+    assert [header.index["c"] for header in sink.headers] == [0, 0]
+    assert [header.event_index for header in sink.headers] == [0, 2]
+    assert taken_with[0] == taken_with[1] != "Chroma-HQ700"
+    assert (report.planned, report.frames, report.not_acquired) == (4, 2, 2)
+    assert report.outcome.exit_code == ExitCode.INCOMPLETE
+    assert "Failed to set channel" in sink.reasons[0]
 
 
 def test_a_failing_sink_stops_the_live_camera():
