@@ -59,7 +59,9 @@ def command_s(arguments: tuple[str, ...]) -> float:
 
 def processor_s(folder: Path) -> dict[str, float]:
     """Start a processor; return how long until it listens, and takes frames."""
-    config = on_free_ports(load_config("demo", [f"run.folder={folder}"]))
+    config = on_free_ports(
+        load_config("demo", [f"run.folder={folder}", "transport.preview.endpoint=null"])
+    )
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
     heard: list[float] = []

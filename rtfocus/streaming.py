@@ -15,13 +15,13 @@ from psygnal import EmitLoopError, Signal
 from pymmcore_plus import CMMCorePlus
 
 from rtfocus.config import Config, load_config
-from rtfocus.errors import WriterError
+from rtfocus.errors import TransportError, WriterError
 from rtfocus.frame import Estimate
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.following import FollowedAcquisition
 from rtfocus.runs import Run, open_run
 from rtfocus.sides import ProcessorProcess, on_free_ports, paired
-from rtfocus.transport.preview import PreviewViewer
+from rtfocus.transport.preview import PreviewPublisher, PreviewViewer
 from rtfocus.transport.publisher import FramePublisher
 
 _LOOK_S = 0.1
@@ -124,7 +124,10 @@ def stream(
         print(live.runs[0].outcome)
     """
     settings = config if isinstance(config, Config) else load_config(config)
-    settings = on_free_ports(settings) if processor == "here" else paired(settings)
+    if processor == "here":
+        settings = _with_free_preview(on_free_ports(settings))
+    else:
+        settings = paired(settings)
     return LiveStream(core, settings, starts_processor=processor == "here")
 
 
@@ -236,6 +239,22 @@ class LiveStream:
                 yield open_run(folder)
             except WriterError:
                 continue
+
+
+def _with_free_preview(config: Config) -> Config:
+    """Leave the preview out where another processor shows at its endpoint."""
+    shown = config.transport.preview
+    try:
+        PreviewPublisher(
+            shown,
+            curve_keys=config.transport.curve_keys,
+            insecure=config.transport.insecure,
+        ).close()
+    except TransportError as error:
+        _log.warning("there is no preview: %s", error)
+        shown = shown.model_copy(update={"endpoint": None})
+    transport = config.transport.model_copy(update={"preview": shown})
+    return config.model_copy(update={"transport": transport})
 
 
 class _Teller:

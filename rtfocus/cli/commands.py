@@ -148,7 +148,12 @@ def _options(
     if debug:
         # In the environment, so that child processes show theirs too.
         os.environ[DEBUG_VARIABLE] = "1"
+    level = logging.INFO if verbose else logging.WARNING
+    # Of the handler: pymmcore-plus sets that of the root to DEBUG when it is imported.
+    shown = logging.StreamHandler()
+    shown.setLevel(level)
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
+        level=level,
+        handlers=[shown],
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
