@@ -387,7 +387,7 @@ class SeriesLoop:
             self._writer.record_error(slot, str(error))
             return
         self._monitor.finished(slot, result)
-        self._focus_log.take(slot)
+        self._monitor.focus = self._focus_log.take(slot) or self._monitor.focus
         if slot.frame().role is Role.FOCUS:
             self._writer.record_focus(slot, result)
         else:

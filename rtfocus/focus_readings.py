@@ -1,6 +1,8 @@
 """Focus readings: the processor's part of autofocus, read of the frames it has."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -10,6 +12,9 @@ from rtfocus.frame import DefocusMap, Estimate, Role, SeriesStart
 from rtfocus.processing.engines.fit import parts, step_um
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.slots import Slot
+
+FOCUS_LOG = "focus.ndjson"
+"""Every image, decision and correction of autofocus, in the run folder."""
 
 
 def estimator_settings(
@@ -66,14 +71,33 @@ class FocusLog:
     """Processor side: ``focus.ndjson`` of a run, from the metadata of its frames."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "focus.ndjson"
+        self._path = folder / FOCUS_LOG
 
-    def take(self, slot: Slot) -> None:
-        """Write down what the microscope side did since the frame before."""
+    def take(self, slot: Slot) -> str | None:
+        """Write down what the microscope side did since the frame before.
+
+        Returns
+        -------
+        str or None
+            The newest move in one line, for a terminal; None: there was none.
+        """
         meta = slot.frame().frame_meta
         lines = meta.get("extra", {}).get("rtfocus", {}).get("focus_log", ())
         if not lines:
-            return
+            return None
         with self._path.open("ab") as file:
             for line in lines:
                 file.write(msgspec.json.encode(line) + b"\n")
+        told = [text for line in lines if (text := _told(line)) is not None]
+        return told[-1] if told else None
+
+
+def _told(line: Mapping[str, Any]) -> str | None:
+    """Return a line of the log in words, where it moved the stage or ended a search."""
+    place = "" if line.get("p") is None else f" at position {line['p']}"
+    if line["kind"] == "hold" and line["step_um"]:
+        return f"held{place}: {line['step_um']:+.2f} um ({line['reason']})"
+    if line["kind"] == "verdict":
+        word = "focused" if line["focused"] else f"not focused: {line['reason']}"
+        return f"{word}{place}, z {line['end_um']:.2f} um, {line['images']} images"
+    return f"failed{place}: {line['reason']}" if line["kind"] == "failure" else None

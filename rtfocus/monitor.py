@@ -23,6 +23,8 @@ class Monitor:
     series: SeriesStart | None = None
     estimate: Estimate | None = None
     """The newest."""
+    focus: str | None = None
+    """The newest move of autofocus in words; None: none yet."""
     queues: tuple[BoundedQueue[Any], ...] = ()
     free_slots: int = 0
     slots: int = 0

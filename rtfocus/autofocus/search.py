@@ -36,6 +36,7 @@ _SHARPER, _SAME = 1.10, 0.02
 # Other refusals leave the distance open: planes can still tell it.
 _TERMINAL = ("blank", "saturated")
 _FEWEST = 2
+_LEAST_LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +128,9 @@ class FocusSearch:
         return decision
 
     def _wish(self) -> Decision:
+        if (end := self._end_of_sight()) is not None:
+            return end
         now = self.looks[-1]
-        if not self.moves.limits.holds(now.z_um):
-            # No way is known from there that stays inside.
-            return GiveUp(f"the stage says {now.z_um:g} um, outside its limits")
-        alone = now.reading.refusal == "few_tiles" and now.reading.tiles < _FEWEST
-        if now.reading.refusal in _TERMINAL or alone:
-            return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
-        if self.belief.is_empty and not any(now.reading.spectrum):
-            return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
         if self._back_at is not None:
             # To end blurrier than what was seen would be a mistake.
             best = self.best_seen
@@ -149,9 +144,47 @@ class FocusSearch:
             return doubt
         if self._has_arrived():
             return self._arrived()
-        if not self._makes_progress():
-            return self.give_up("no progress")
-        return self._step()
+        decision: Decision = (
+            self._step() if self._makes_progress() else self.give_up("no progress")
+        )
+        if isinstance(decision, GiveUp) and self._stands_out():
+            # All that was seen agrees; only more images would not make it surer.
+            self._back_at = self.best_seen.z_um
+            way = self._back_at - now.z_um
+            return Move(way) if way else Stay()
+        return decision
+
+    def _end_of_sight(self) -> Decision | None:
+        """Say what to do about an image that tells nothing; None: it tells."""
+        now = self.looks[-1]
+        if not self.moves.limits.holds(now.z_um):
+            # No way is known from there that stays inside.
+            return GiveUp(f"the stage says {now.z_um:g} um, outside its limits")
+        if now.reading.refusal == "blank" and len(self.looks) == 2:
+            # So far out that nothing shows: the other side, then.
+            other = self.moves.limits.clip(2 * self.looks[0].z_um - now.z_um)
+            return Probe(other - now.z_um)
+        alone = now.reading.refusal == "few_tiles" and now.reading.tiles < _FEWEST
+        if now.reading.refusal in _TERMINAL or alone:
+            return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
+        if self.belief.is_empty and not any(now.reading.spectrum):
+            return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
+        return None
+
+    def _stands_out(self) -> bool:
+        """Tell whether the sharpest image is a peak where focus is believed to be.
+
+        Blurrier images lie on both sides of it, and the optics explain them.
+        """
+        if self.fit is None or self.belief.is_empty:
+            return False
+        best = self.best_seen
+        beside = abs(best.z_um - self.belief.best.mean_um)
+        return (
+            beside < _BESIDE * self.comparison.unit_um
+            and self._unbracketed(best) is None
+            and self.fit.unexplained <= self.rule.most_unexplained
+        )
 
     def _step(self) -> Decision:
         now, unit = self.looks[-1].z_um, self.comparison.unit_um
@@ -238,7 +271,9 @@ class FocusSearch:
         return [
             look
             for look in self.looks
-            if any(look.reading.spectrum) and isfinite(look.z_um)
+            if any(look.reading.spectrum)
+            and isfinite(look.z_um)
+            and look.reading.refusal != "blank"
         ]
 
     def _has_arrived(self) -> bool:
@@ -262,7 +297,9 @@ class FocusSearch:
             return self.give_up(
                 f"sharpness peaks {beside:.1f} um from where focus should be"
             )
-        if self.rule.verify and (beyond := self._unbracketed(best)) is not None:
+        # Two images agree with too much.
+        check = self.rule.verify or len(self.looks) < _LEAST_LOOKS
+        if check and (beyond := self._unbracketed(best)) is not None:
             return Probe(beyond - now.z_um)
         if self.fit is not None and self.fit.unexplained > self.rule.most_unexplained:
             share = 100 * self.fit.unexplained

@@ -69,6 +69,7 @@ def processor_rows(monitor: Monitor | None) -> Rows:
         ("frames", f"{accounting.written} written of {accounting.acquired} acquired"),
         ("frames/s", f"{monitor.frames_per_s:.1f}"),
         ("defocus", defocus_text(monitor.estimate)),
+        *([("autofocus", monitor.focus)] if monitor.focus else []),
         ("estimate", _percentiles(monitor, "arrival_to_estimate")),
         ("durable", _percentiles(monitor, "arrival_to_durable")),
         ("free slots", f"{monitor.free_slots}/{monitor.slots}"),

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rtfocus.cli.focus_trace import draw_focus, focus_line, read_focus_log
 from rtfocus.errors import WriterError
 from rtfocus.outcome import Outcome
 
@@ -49,6 +50,10 @@ def print_report(folder: Path) -> Outcome:
     for kind, backend in report.get("backends", {}).items():
         console.print(f"{kind}: {backend}")
     console.print(_stage_table(report.get("stages", {})))
+    if lines := read_focus_log(folder):
+        console.print(focus_line(lines), markup=False, highlight=False)
+        if (picture := draw_focus(folder, lines)) is not None:
+            console.print(f"focus trace: {picture}", markup=False, highlight=False)
     for warning in report.get("warnings", ()):
         console.print(f"warning: {warning}", markup=False, highlight=False)
     return outcome

@@ -25,7 +25,7 @@ class AutofocusConfig(Section):
     reach_um: Um = 30.0
     """Farthest from where the stage stood at the start, whatever the limits say."""
     most_um: Um = 15.0
-    """Longest single move."""
+    """Longest step of a search; the way back to the best z may be longer."""
     deadband: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Smallest correction worth a move, in depths of field (n lambda / NA^2)."""
     direction: Literal["auto", "toward", "away", "unknown"] = "auto"
