@@ -36,7 +36,9 @@ _SHARPER, _SAME = 1.10, 0.02
 # Other refusals leave the distance open: planes can still tell it.
 _TERMINAL = ("blank", "saturated")
 _FEWEST = 2
-_LEAST_LOOKS = 3
+_LEAST_PLACES = 3
+# Sharpness changes at least so much from focus to a depth of field beside it.
+_CHANGE = 1.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +103,16 @@ class FocusSearch:
     _idle: int = 0
     _returns: int = 0
     _looked_again: bool = False
+    _is_late: bool = False
+    _seen_again: bool = False
+    """The newest image took the place of one at the same z."""
     _back_at: float | None = None
     """The sharpest place, when the search has decided to end there."""
 
     def observe(self, z_um: float, reading: FocusReading) -> None:
         """Take in one image."""
         self._images += 1
+        self._seen_again = False
         spectrum = np.asarray(reading.spectrum, dtype=np.float64)
         self.looks.append(Look(z_um, reading, sharpness(spectrum)))
         if isfinite(z_um):
@@ -131,6 +137,8 @@ class FocusSearch:
         if (end := self._end_of_sight()) is not None:
             return end
         now = self.looks[-1]
+        if self._is_late and len(self.looks) > 1 and not self._is_again():
+            return Probe(0.0)
         if self._back_at is not None:
             # To end blurrier than what was seen would be a mistake.
             best = self.best_seen
@@ -171,6 +179,16 @@ class FocusSearch:
             return self.give_up(f"{now.reading.refusal}: {now.reading.detail}")
         return None
 
+    def _distinct(self) -> int:
+        """Return the number of places, well apart, that were seen."""
+        step = 0.3 * self.comparison.unit_um
+        return len({round(look.z_um / step) for look in self._with_spectrum()})
+
+    def _saw_change(self) -> bool:
+        """Tell whether sharpness changed with z by more than noise does."""
+        values = [look.sharpness for look in self._with_spectrum()]
+        return bool(values) and max(values) > _CHANGE * min(values)
+
     def _stands_out(self) -> bool:
         """Tell whether the sharpest image is a peak where focus is believed to be.
 
@@ -181,7 +199,8 @@ class FocusSearch:
         best = self.best_seen
         beside = abs(best.z_um - self.belief.best.mean_um)
         return (
-            beside < _BESIDE * self.comparison.unit_um
+            self._saw_change()
+            and beside < _BESIDE * self.comparison.unit_um
             and self._unbracketed(best) is None
             and self.fit.unexplained <= self.rule.most_unexplained
         )
@@ -297,8 +316,10 @@ class FocusSearch:
             return self.give_up(
                 f"sharpness peaks {beside:.1f} um from where focus should be"
             )
-        # Two images agree with too much.
-        check = self.rule.verify or len(self.looks) < _LEAST_LOOKS
+        if not self._saw_change():
+            return self.give_up("the images hardly change with z; does the stage move?")
+        # Two places agree with too much.
+        check = self.rule.verify or self._distinct() < _LEAST_PLACES
         if check and (beyond := self._unbracketed(best)) is not None:
             return Probe(beyond - now.z_um)
         if self.fit is not None and self.fit.unexplained > self.rule.most_unexplained:
@@ -387,14 +408,26 @@ class FocusSearch:
 
         Two images at one z that differ: the first came too early.
         """
-        if len(self.looks) < 3:
+        if len(self.looks) < 2:
+            return
+        if not self._is_again():
             return
         before, now = self.looks[-2], self.looks[-1]
-        here = abs(now.z_um - before.z_um) < 0.05 * self.comparison.unit_um
-        if here and _difference(before, now) > 3 * _SAME:
+        if self._is_late or _difference(before, now) > 3 * _SAME:
             self.looks.pop(-2)
-            if "the stage arrives late" not in self.notes:
+            if not self._is_late:
+                self._is_late = True
                 self.notes.append("the stage arrives late")
+            self._seen_again = True
+
+    def _is_again(self) -> bool:
+        """Tell whether the newest image is the second one at its place."""
+        if self._seen_again:
+            return True
+        if len(self.looks) < 2:
+            return False
+        way = self.looks[-1].z_um - self.looks[-2].z_um
+        return abs(way) < 0.05 * self.comparison.unit_um
 
     def _makes_progress(self) -> bool:
         if self.belief.is_empty:
