@@ -1,0 +1,175 @@
+"""Autofocus hold: a plate that drifts, seen frame by frame.
+
+    nice python -m bench.autofocus_hold --frames 1000 --positions 24 --drift 40
+
+Images of the virtual microscope's image formation through the holder of the live
+loop; 1 % of the frames are bad: half of them blank, half noise that nobody marks.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from bench import machine
+from bench.autofocus_scenes import DARK, REFERENCE, Scene, camera
+from rtfocus.autofocus.hold import Correction, Holder, Seen
+from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.spectrum import amplitude_spectrum
+from rtfocus.channel import OpticalSystem
+from rtfocus.frame import Estimate, FocusReading
+from rtfocus.specimens.fluorescent import draw_specimen
+
+SIDE_PX = 256
+KINDS = ("nuclei", "filaments", "tissue")
+BAD = 0.01
+
+
+def reading(pixels: np.ndarray, refusal: str | None = None) -> FocusReading:
+    """Return what hold needs of a frame: its spectrum."""
+    spectrum, noise = amplitude_spectrum(pixels, dark_counts=DARK)
+    return FocusReading(
+        None, None, False, refusal, spectrum=spectrum.tolist(), noise=noise
+    )
+
+
+def plate(positions: int, optics: OpticalSystem, seed: int) -> list[Scene]:
+    """Make the specimens of a plate that is bent by some depths of field."""
+    rng = np.random.default_rng([seed, 7])
+    scenes = []
+    for number in range(positions):
+        own = np.random.default_rng([seed, number])
+        sharp = draw_specimen(KINDS[number % 3], (SIDE_PX, SIDE_PX), own)
+        scene = Scene(sharp, optics, camera(), own)
+        scene.focus_um = float(rng.normal(0, 3 * optics.defocus_unit_um))
+        scenes.append(scene)
+    return scenes
+
+
+def drift_um(frame: int, frames: int, whole_um: float, shape: str) -> float:
+    """Return the drift at a frame: a line, or a warming up that settles."""
+    share = frame / frames
+    if shape == "line":
+        return whole_um * share
+    return whole_um * (1 - np.exp(-3 * share)) / (1 - np.exp(-3))
+
+
+def visits(
+    given: argparse.Namespace, told: OpticalSystem
+) -> Iterator[dict[str, float]]:
+    """Run the plate and yield what was true at every frame."""
+    true = replace(told, numerical_aperture=told.numerical_aperture * given.aperture)
+    unit = told.defocus_unit_um
+    comparison = PlaneComparison(told)
+    moves = MoveRule(Limits(-500, 500), given.deadband * unit, 15.0)
+    made: list[Correction] = []
+    holder = Holder(comparison, moves, on_correction=made.append)
+    scenes = plate(given.positions, true, given.seed)
+    rng = np.random.default_rng([given.seed, 11])
+    stage: dict[int, float] = {}
+    for frame in range(given.frames):
+        place, time_s = frame % given.positions, float(frame) * given.interval
+        scene, key = scenes[place], (place, None)
+        risen = drift_um(frame, given.frames, given.drift, given.shape)
+        still = scene.focus_um
+        scene.focus_um = still + risen
+        if place not in stage or holder.lost(key):
+            # As a search leaves it: near focus, with the images it took.
+            begun = scene.focus_um + float(rng.normal(0, 0.1)) * unit
+            places = [begun - 1.2 * unit, begun + 0.9 * unit, begun]
+            looks = [
+                Seen(z, np.array(found.spectrum), found.noise)
+                for z in places
+                for found in [reading(scene.expose(z))]
+            ]
+            yield_search = place in stage
+            stage[place] = begun
+            holder.begin(key, time_s, begun, looks)
+        else:
+            yield_search = False
+            stage[place] += holder.correction_um(key, time_s, int(time_s * 1e9))
+        pixels = scene.expose(stage[place])
+        refusal = None
+        if rng.random() < BAD:
+            dark = rng.poisson(400, pixels.shape).astype(np.uint16)
+            refusal, pixels = ("blank" if rng.random() < 0.5 else None), dark
+        holder.take(
+            Estimate(
+                "bench",
+                frame,
+                None,
+                None,
+                False,
+                0.0,
+                1.0,
+                stage[place],
+                0.0,
+                {"t": frame // given.positions, "p": place, "c": 0, "z": 0},
+                int(time_s * 1e9) + 1,
+                0,
+                reading(pixels, refusal),
+            )
+        )
+        yield {
+            "frame": frame,
+            "place": place,
+            "defocus": (scene.focus_um - stage[place]) / unit,
+            "drift": risen / unit,
+            "moved": bool(made and made[-1].step_um),
+            "step": made[-1].step_um / unit if made else 0.0,
+            "search": yield_search,
+        }
+        scene.focus_um = still
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--positions", type=int, default=24)
+    parser.add_argument("--drift", type=float, default=40.0, help="um in all")
+    parser.add_argument("--shape", choices=["line", "warming"], default="line")
+    parser.add_argument("--interval", type=float, default=1.0, help="s between frames")
+    parser.add_argument("--aperture", type=float, default=1.0, help="true NA / told")
+    parser.add_argument("--deadband", type=float, default=0.15)
+    parser.add_argument("--even", action="store_true")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    told = REFERENCE
+    if given.even:
+        told = OpticalSystem(0.4, 520.0, 0.6, psf_model="born_wolf")
+    rows = list(visits(given, told))
+    by_place = defaultdict(list)
+    for row in rows:
+        by_place[row["place"]].append(abs(row["defocus"]))
+    means = [float(np.mean(values)) for values in by_place.values()]
+    steps = [row["step"] for row in rows if row["moved"]]
+    turns = sum(a * b < 0 for a, b in pairwise(steps))
+    table = {
+        "frames": len(rows),
+        "mean |defocus|, worst position": max(means),
+        "mean |defocus|, all": float(np.mean(means)),
+        "p99 |defocus|": float(np.percentile([abs(r["defocus"]) for r in rows], 99)),
+        "frames within half a depth of field": float(
+            np.mean([abs(r["defocus"]) <= 0.5 for r in rows])
+        ),
+        "moves": len(steps),
+        "moves against the one before": turns,
+        "searches after the first": sum(r["search"] for r in rows),
+    }
+    for name, value in table.items():
+        print(f"{name}: {value}")
+    if given.json:
+        found = {"machine": machine.describe(), "table": table, "rows": rows}
+        given.json.write_text(json.dumps(found, default=float), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
