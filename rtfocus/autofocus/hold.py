@@ -329,13 +329,16 @@ class Holder:
         self._keep(place, [_seen(e, self._drift.at(time_s) * unit) for e in good])
 
     def _keep(self, place: Place, new: list[Seen]) -> None:
-        """Keep images that differ in their defocus; of two alike the newer."""
+        """Keep images that differ in their defocus; of two alike the older.
+
+        Were the newer kept, a drift too slow to show from one visit to the next would
+        never show: each image would be compared with one that had drifted as far.
+        """
         unit = self._comparison.unit_um
         for seen in new:
-            alike = [k for k in place.kept if abs(k.z_um - seen.z_um) < _ALIKE * unit]
-            for old in alike:
-                place.kept.remove(old)
-            place.kept.append(seen)
+            near = _ALIKE * unit
+            if not any(abs(kept.z_um - seen.z_um) < near for kept in place.kept):
+                place.kept.append(seen)
         # Those nearest to focus know its height best.
         place.kept.sort(key=lambda k: abs(k.z_um - place.height_um))
         del place.kept[_MOST_KEPT:]
