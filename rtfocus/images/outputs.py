@@ -19,6 +19,7 @@ from typing import Any
 from rtfocus import files
 from rtfocus.errors import OutputError
 from rtfocus.images.provenance import json_mark, written_by_rtfocus
+from rtfocus.images.reading import RUN_ENDING
 from rtfocus.images.series import ImageSeries
 
 _TIFF_ENDINGS = (".tif", ".tiff")
@@ -194,6 +195,9 @@ class OutputGuard:
         for place in (target.absolute(), _resolved(target)):
             if (like := self._names.get(same_name(str(place)))) is not None:
                 raise _refusal(target, f"is the input '{like}' but for letter case")
+            for folder in (place, *place.parents):
+                if _is_run(folder):
+                    raise _refusal(target, f"lies in the run folder '{folder}'")
             for parent in place.parents:
                 around = _identity(parent)
                 if around in self._inputs:
@@ -329,6 +333,10 @@ def _resolved(path: Path) -> Path:
         return path.resolve()
     except (OSError, RuntimeError):  # links in a circle
         return path.absolute()
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.suffix == RUN_ENDING and (folder / "series.json").is_file()
 
 
 def _refusal(

@@ -41,7 +41,7 @@ _FOREIGN = frozenset(
 )
 """Formats of images that are not read; leaving them out of a folder is told."""
 
-_RUN = ".rtfocus"
+RUN_ENDING = ".rtfocus"
 _RAW = "raw.ome.zarr"
 
 
@@ -198,7 +198,7 @@ def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
 
 
 def _search_folder(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
-    if folder.suffix == _RUN and (folder / _RAW).is_dir():
+    if folder.suffix == RUN_ENDING and (folder / _RAW).is_dir():
         yield _Candidate(folder, partial(read_ome_zarr, folder / _RAW), is_result=True)
     elif is_zarr(folder):
         if folder.resolve() not in visited:

@@ -104,6 +104,16 @@ def test_an_input_is_no_output_by_whatever_name(tmp_path, overwrite):
 
 
 @BOTH
+def test_nothing_is_put_into_a_run_folder(tmp_path, overwrite):
+    source, run = image(tmp_path / "a.tif"), tmp_path / "b.rtfocus"
+    run.mkdir()
+    (run / "series.json").write_text("{}")
+    for output in (run, run / "sub", run / "a.tif", run / "new.zarr"):
+        told = refused(tmp_path, source, output, overwrite=overwrite)
+        assert "run folder" in told
+
+
+@BOTH
 def test_a_name_that_differs_in_letter_case_only_is_the_input_on_some_disk(
     tmp_path, overwrite
 ):
