@@ -204,6 +204,8 @@ class Run:
             scales = scales["multiscales"][0]
             first = scales["datasets"][0]
             array = group[first["path"]]
+            if not isinstance(array, zarr.Array):
+                raise KeyError(first["path"])
         except (OSError, KeyError, LookupError, ValueError) as error:
             there = [k for k in ("raw", "restored", "defocus") if self._has(k)]
             msg = (

@@ -9,8 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 
 DATA_VARIABLE = "RTFOCUS_DATA"
+
+# No test asserts a time, and every run tries the same examples.
+settings.register_profile("rtfocus", deadline=None, derandomize=True)
+settings.load_profile("rtfocus")
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
-
 from rtfocus.focus_readings import FOCUS_LOG
 
 PICTURE = "focus.png"
@@ -68,6 +66,9 @@ def draw_focus(folder: Path, lines: list[Line]) -> Path | None:
         moved.append(total)
     alone = [error + way for error, way in zip(held, moved, strict=True)]
     top = max(max(map(abs, held + alone)), 0.1)
+    # Loaded when there is something to draw: a processor side starts without it.
+    from PIL import Image, ImageDraw
+
     canvas = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = ImageDraw.Draw(canvas)
 
