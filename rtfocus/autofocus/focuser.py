@@ -1,7 +1,6 @@
 """Focuser: autofocus on a Micro-Manager core, for one acquisition or script.
 
-Knows every place it has been to. A place visited first starts from the plate's
-surface, which the other places tell, and all share one drift.
+Knows every place it has been to: a search there begins with where focus was before.
 """
 
 import json
@@ -228,7 +227,7 @@ class Focuser:
         return load_calibration(self.config.calibration).trusted
 
     def _prior(self, key: Key, unit_um: float) -> Belief:
-        """Return what the place, or else the plate, was like before."""
+        """Return where focus was at this place before, loosely; empty: not known."""
         if key in self.places:
             before = self.places[key]
             return Belief.of([Mode(1.0, before.mean_um, 4 * unit_um)])
