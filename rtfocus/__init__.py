@@ -7,7 +7,7 @@ Importing it is instant: what it offers is loaded when it is first used. See
 import importlib
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The loop brings its own threads. BLAS threads spin while they wait and take the
 # cores from them: a matrix product of 0.3 ms was seen to last 70 ms. Read when
