@@ -15,15 +15,13 @@ the microscope side sends within, so a slow disk slows the camera's side, never
 memory. Focus leaves at ``estimate`` and never waits for restoration or disk.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rtfocus.config import Config
-from rtfocus.config.processor import PreviewConfig, TransportConfig
 from rtfocus.errors import (
     BusyError,
     EngineError,
@@ -45,14 +43,12 @@ from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.select import open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
 from rtfocus.slots import Slot
-from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.transport.preview import PreviewPublisher, open_preview
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver, Gap
-from rtfocus.workers import BoundedQueue, Pipeline, Worker
+from rtfocus.workers import BoundedQueue, Pipeline, Worker, acting_when
 from rtfocus.writers.folder import run_folder
 from rtfocus.writers.run import RunWriter, open_run
-
-logger = logging.getLogger(__name__)
 
 Arrival = Ticket | Gap
 
@@ -78,7 +74,7 @@ def acquire(
         FramePublisher(
             paired(config).transport, on_estimate=focusing.inbox.take
         ) as publisher,
-        _when(stop.is_set, publisher.stop),
+        acting_when(stop.is_set, publisher.stop),
     ):
         on_publisher(publisher)
         return acquire_frames(
@@ -117,10 +113,10 @@ def run(
     over = threading.Event()
     with (
         MicroscopeProcess(config) as microscope,
-        _when(stop.is_set, microscope.stop),
-        _when(microscope.failed, abandon.set),
+        acting_when(stop.is_set, microscope.stop),
+        acting_when(microscope.failed, abandon.set),
         # Patient: the child's end, and not its silence, tells that nothing comes.
-        _when(
+        acting_when(
             lambda: abandon.is_set() or (microscope.ended() and monitor.series is None),
             over.set,
         ),
@@ -232,7 +228,7 @@ def _process(
     with (
         closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
         closing(open_processor(config)) as processor,
-        _when(stop.is_set, receiver.stop),
+        acting_when(stop.is_set, receiver.stop),
     ):
         series = receiver.wait_series(patient=patient, unwanted=unwanted)
         if series is None:
@@ -433,55 +429,6 @@ def _replacement(failure: RtfocusError | None) -> RtfocusError | None:
     return next((e for e in causes if isinstance(e, (TakenOverError, BusyError))), None)
 
 
-@contextmanager
-def open_preview(
-    transport: TransportConfig, *, any_port: bool = False
-) -> Iterator[PreviewPublisher]:
-    """Open the preview; with `any_port` elsewhere, and told, if its port is in use."""
-
-    def opened(config: PreviewConfig) -> PreviewPublisher:
-        return PreviewPublisher(
-            config, curve_keys=transport.curve_keys, insecure=transport.insecure
-        )
-
-    try:
-        preview = opened(transport.preview)
-    except TransportError:
-        if not any_port:
-            raise
-        elsewhere = {"endpoint": "tcp://127.0.0.1:*"}
-        preview = opened(transport.preview.model_copy(update=elsewhere))
-        logger.warning(
-            "the preview's endpoint %s is in use; this run shows at %s",
-            *(transport.preview.endpoint, preview.endpoint),
-        )
-    with closing(preview):
-        yield preview
-
-
 def _provenance(config: Config) -> dict[str, Any]:
     """Return the config as it is kept with the data: without the pairing."""
     return config.model_dump(mode="json", exclude={"transport": {"pairing"}})
-
-
-@contextmanager
-def _when(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` once `condition` holds while the block runs.
-
-    From a thread, because a signal handler interrupts whoever holds a lock.
-    """
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.1):
-            if condition():
-                act()
-                return
-
-    watcher = threading.Thread(target=watch, name="watch")
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()

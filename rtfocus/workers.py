@@ -6,6 +6,7 @@ End of stream travels by closing queues. ``abort`` wakes everybody and discards.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from rtfocus.errors import WorkerError
@@ -220,3 +221,28 @@ class Pipeline:
                 self.abort()
         finally:
             worker.close_outputs()
+
+
+@contextmanager
+def acting_when(
+    condition: Callable[[], bool], act: Callable[[], None]
+) -> Iterator[None]:
+    """Call `act` once `condition` holds while the block runs.
+
+    From a thread, because a signal handler interrupts whoever holds a lock.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            if condition():
+                act()
+                return
+
+    watcher = threading.Thread(target=watch, name="watch")
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

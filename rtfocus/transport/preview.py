@@ -4,7 +4,10 @@ A PUB socket of its own; each message is ``[header, pixels]``, the header a
 msgpack map. Whatever cannot be sent at once gives way to what comes later.
 """
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +18,8 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from rtfocus.config.processor import PreviewConfig
-from rtfocus.errors import ProtocolError
+from rtfocus.config.processor import PreviewConfig, TransportConfig
+from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Estimate
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.sockets import (
@@ -31,6 +34,8 @@ from rtfocus.transport.sockets import (
 )
 from rtfocus.transport.validation import DTYPES
 from rtfocus.workers import Newest
+
+logger = logging.getLogger(__name__)
 
 
 class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
@@ -146,6 +151,32 @@ class PreviewPublisher:
         """Close the socket."""
         if self._thread is not None:
             self._thread.close()
+
+
+@contextmanager
+def open_preview(
+    transport: TransportConfig, *, any_port: bool = False
+) -> Iterator[PreviewPublisher]:
+    """Open the preview; with `any_port` elsewhere, and told, if its port is in use."""
+
+    def opened(config: PreviewConfig) -> PreviewPublisher:
+        return PreviewPublisher(
+            config, curve_keys=transport.curve_keys, insecure=transport.insecure
+        )
+
+    try:
+        preview = opened(transport.preview)
+    except TransportError:
+        if not any_port:
+            raise
+        elsewhere = {"endpoint": "tcp://127.0.0.1:*"}
+        preview = opened(transport.preview.model_copy(update=elsewhere))
+        logger.warning(
+            "the preview's endpoint %s is in use; this run shows at %s",
+            *(transport.preview.endpoint, preview.endpoint),
+        )
+    with closing(preview):
+        yield preview
 
 
 class _PreviewLoop:

@@ -19,9 +19,9 @@ from loop_kit import (
     write_config,
 )
 
-from rtfocus import app
 from rtfocus.config import Config, load_config, parse_config
 from rtfocus.sides import on_free_ports, paired
+from rtfocus.transport.preview import open_preview
 from rtfocus.transport.publisher import FramePublisher
 
 
@@ -94,13 +94,13 @@ def test_a_run_shows_its_preview_where_it_is_configured_or_says_where(
         taken.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         config = small(tmp_path, None, transport={"preview": {"endpoint": endpoint}})
-        with app.open_preview(config.transport, any_port=True) as preview:
+        with open_preview(config.transport, any_port=True) as preview:
             assert preview.endpoint not in (None, endpoint)
             (record,) = caplog.records
             assert endpoint in record.getMessage()
             assert str(preview.endpoint) in record.getMessage()
             assert record.levelno == logging.WARNING
-    with app.open_preview(config.transport, any_port=True) as preview:
+    with open_preview(config.transport, any_port=True) as preview:
         assert preview.endpoint == endpoint
     assert len(caplog.records) == 1
 
