@@ -9,6 +9,7 @@ from engine_kit import ENTRIES, SIGNED_LABELS, write_brightness_joint
 from network_kit import quantise, write_restorer
 
 from rtfocus.errors import EngineError
+from rtfocus.machine import adds_int8_in_16_bits
 from rtfocus.processing.cpu.backends import BACKENDS, Request, choose_backend
 from rtfocus.processing.cpu.engine import Inputs
 from rtfocus.processing.engines.card import read_card, verified_file
@@ -148,12 +149,28 @@ def test_a_missing_or_wrong_condition_names_the_tensor_and_the_shape(joint):
         joint.infer(tiles, np.zeros((2, 4), np.float32))
 
 
-def test_fp16_and_int8_files_give_nearly_the_same(backend, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "largest"),
+    [
+        ("fp16", 0.01),
+        pytest.param(
+            *("int8", 0.1),
+            marks=pytest.mark.skipif(
+                adds_int8_in_16_bits(),
+                reason="no VNNI: sums of int8 products are cut off here",
+            ),
+        ),
+    ],
+)
+def test_fp16_and_int8_files_give_nearly_the_same(
+    backend, tmp_path, precision, largest
+):
     full = write_restorer(tmp_path / "fp32.onnx")
-    files = {
-        "fp16": write_restorer(tmp_path / "fp16.onnx", half=True),
-        "int8": quantise(full, tmp_path / "int8.onnx"),
-    }
+    small = tmp_path / "small.onnx"
+    if precision == "fp16":
+        write_restorer(small, half=True)
+    else:
+        quantise(full, small)
     rng = np.random.default_rng(2)
     tiles = rng.random((1, 1, 32, 48), np.float32)
     condition = rng.random((1, 5), np.float32)
@@ -166,10 +183,8 @@ def test_fp16_and_int8_files_give_nearly_the_same(backend, tmp_path):
         return result
 
     wanted = restored(full)
-    spread = wanted.std()
-    for precision, largest in (("fp16", 0.01), ("int8", 0.1)):
-        error = np.sqrt(np.mean((restored(files[precision]) - wanted) ** 2))
-        assert 0 < error < largest * spread, precision
+    error = np.sqrt(np.mean((restored(small) - wanted) ** 2))
+    assert 0 < error < largest * wanted.std()
 
 
 def test_close_twice_does_nothing_and_ends_inference(engine, tiles):

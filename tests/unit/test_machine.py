@@ -1,8 +1,11 @@
 """What is told of the computer."""
 
-import psutil
+from pathlib import Path
 
-from rtfocus.machine import processor_name, usable_threads
+import psutil
+import pytest
+
+from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable_threads
 
 
 def test_the_processor_has_a_name_of_one_line() -> None:
@@ -13,3 +16,12 @@ def test_the_processor_has_a_name_of_one_line() -> None:
 
 def test_no_more_threads_are_usable_than_there_are() -> None:
     assert 1 <= usable_threads() <= psutil.cpu_count()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").is_file(), reason="this system describes no processor"
+)
+def test_int8_is_exact_where_the_processor_has_vnni() -> None:
+    described = Path("/proc/cpuinfo").read_text("utf-8")
+    flags = next((ln for ln in described.splitlines() if ln.startswith("flags")), "")
+    assert adds_int8_in_16_bits() == (bool(flags) and "vnni" not in flags)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
+from rtfocus.machine import adds_int8_in_16_bits
 from rtfocus.processing.choice import usable
 from rtfocus.processing.cpu.engine import Engine, Inputs, Shape
 from rtfocus.processing.cpu.onnxruntime import OnnxRuntimeEngine
@@ -172,6 +173,12 @@ def choose_weights(card: EngineCard, wanted: str) -> tuple[Precision, CpuPrecisi
     files: dict[str, Precision] = {"fp16": "fp16", "int8": "int8"}
     if wanted in files:
         if files[wanted] in card.files:
+            if wanted == "int8" and adds_int8_in_16_bits():
+                logger.warning(
+                    "engine '%s': int8 is less accurate on this processor, which has "
+                    "no VNNI; set processing.precision to auto",
+                    card.name,
+                )
             return files[wanted], "auto"
         logger.warning("engine '%s' has no %s weights: fp32 runs", card.name, wanted)
     computed: dict[str, CpuPrecision] = {"f32": "f32", "bf16": "bf16"}
