@@ -8,6 +8,7 @@ import msgspec
 
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.config import Config
+from rtfocus.errors import WriterError
 from rtfocus.frame import DefocusMap, Estimate, Role, SeriesStart
 from rtfocus.processing.engines.fit import parts, step_um
 from rtfocus.processing.engines.registry import find_engine
@@ -15,6 +16,7 @@ from rtfocus.slots import Slot
 
 FOCUS_LOG = "focus.ndjson"
 """Every image, decision and correction of autofocus, in the run folder."""
+_MOST_LINES = 1000
 
 
 def estimator_settings(
@@ -81,19 +83,42 @@ class FocusLog:
         str or None
             The newest move in one line, for a terminal; None: there was none.
         """
-        meta = slot.frame().frame_meta
-        lines = meta.get("extra", {}).get("rtfocus", {}).get("focus_log", ())
+        lines = _focus_lines(slot.frame().frame_meta)
         if not lines:
             return None
-        with self._path.open("ab") as file:
-            for line in lines:
-                file.write(msgspec.json.encode(line) + b"\n")
+        try:
+            with self._path.open("ab") as file:
+                for line in lines:
+                    file.write(msgspec.json.encode(line) + b"\n")
+        except OSError as error:
+            msg = f"'{self._path}' cannot be written: {error.strerror or error}"
+            raise WriterError(msg) from error
         told = [text for line in lines if (text := _told(line)) is not None]
         return told[-1] if told else None
 
 
+def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of a frame's focus log; of a peer's, what are entries."""
+    found: Any = meta
+    for key in ("extra", "rtfocus", "focus_log"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(found, list):
+        return []
+    return [line for line in found[:_MOST_LINES] if isinstance(line, dict)]
+
+
 def _told(line: Mapping[str, Any]) -> str | None:
-    """Return a line of the log in words, where it moved the stage or ended a search."""
+    """Return a line of the log in words, where it moved the stage or ended a search.
+
+    What a peer sends may lack a key or hold a text for a number: it is kept, not told.
+    """
+    try:
+        return _in_words(line)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _in_words(line: Mapping[str, Any]) -> str | None:
     place = "" if line.get("p") is None else f" at position {line['p']}"
     if line["kind"] == "hold" and line["step_um"]:
         return f"held{place}: {line['step_um']:+.2f} um ({line['reason']})"
