@@ -149,22 +149,12 @@ def test_a_missing_or_wrong_condition_names_the_tensor_and_the_shape(joint):
         joint.infer(tiles, np.zeros((2, 4), np.float32))
 
 
-@pytest.mark.parametrize(
-    ("precision", "largest"),
-    [
-        ("fp16", 0.01),
-        pytest.param(
-            *("int8", 0.1),
-            marks=pytest.mark.skipif(
-                adds_int8_in_16_bits(),
-                reason="no VNNI: sums of int8 products are cut off here",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("precision", "largest"), [("fp16", 0.01), ("int8", 0.1)])
 def test_fp16_and_int8_files_give_nearly_the_same(
     backend, tmp_path, precision, largest
 ):
+    if (backend.name, precision) == ("openvino", "int8") and adds_int8_in_16_bits():
+        pytest.skip("no VNNI: sums of int8 products are cut off here")
     full = write_restorer(tmp_path / "fp32.onnx")
     small = tmp_path / "small.onnx"
     if precision == "fp16":
