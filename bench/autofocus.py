@@ -35,8 +35,7 @@ from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.frame import FocusReading
-from rtfocus.processing.engines.fit import parts, step_um
-from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.engines.registry import find_engine, parts, step_um
 from rtfocus.processing.offline import ImageProcessor
 from rtfocus.specimens.fluorescent import draw_specimen
 

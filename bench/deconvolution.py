@@ -28,8 +28,7 @@ from rtfocus.evaluation.quality import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.patch_restorer import TileRestorer
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
 from rtfocus.processing.restore import METHODS
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.specimens.fluorescent import draw_specimen

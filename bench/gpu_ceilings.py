@@ -6,7 +6,7 @@ import numpy as np
 
 from rtfocus.processing.gpu.cuda.compiler import compile_for
 from rtfocus.processing.gpu.cuda.driver import current_context, import_driver
-from rtfocus.processing.gpu.cuda.memory import PinnedMemory
+from rtfocus.processing.gpu.cuda.stream import PinnedMemory
 from rtfocus.processing.gpu.engine import Gpu
 
 COPY_BYTES = 1 << 28

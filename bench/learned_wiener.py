@@ -22,13 +22,13 @@ from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.learned_wiener import (
+from rtfocus.processing.cpu.network_restorer import (
     LearnedWienerRestorer,
     Level,
     Predict,
     filter_tiles,
 )
-from rtfocus.processing.restore.fourier import transfer_function
+from rtfocus.processing.restore import transfer_function
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.data.scenes import data_folder

@@ -27,7 +27,7 @@ from rtfocus.frame import FrameHeader, SeriesEnd, SeriesStart
 from rtfocus.machine import usable_threads
 from rtfocus.metrics import Accounting
 from rtfocus.microscope.acquisition import acquire
-from rtfocus.processing.select import open_processor
+from rtfocus.processing.processor import open_processor
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver

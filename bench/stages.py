@@ -24,15 +24,14 @@ from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
 from rtfocus.processing.cpu.classifier import open_classifier as open_plan
-from rtfocus.processing.cpu.correction import Correction
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.openvino import import_openvino
+from rtfocus.processing.cpu.engine import import_openvino
+from rtfocus.processing.cpu.preparation import Correction
 from rtfocus.processing.engines.card import EngineCard, verified_file
-from rtfocus.processing.engines.fit import parts
-from rtfocus.processing.engines.registry import FoundEngine, find_engine
+from rtfocus.processing.engines.registry import FoundEngine, find_engine, parts
 from rtfocus.processing.restore import WHOLE_FRAME
-from rtfocus.processing.tiles.frame_fit import fit_frame
 from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.tiles.windows import fit_frame
 from rtfocus.specimens.fluorescent import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))

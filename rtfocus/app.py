@@ -39,8 +39,7 @@ from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import Monitor
 from rtfocus.outcome import STOPPED_HERE
 from rtfocus.processing.device import Ticket
-from rtfocus.processing.processor import FrameProcessor
-from rtfocus.processing.select import open_processor
+from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
 from rtfocus.slots import Slot
 from rtfocus.transport.preview import PreviewPublisher, open_preview

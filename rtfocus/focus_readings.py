@@ -10,8 +10,7 @@ from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.config import Config
 from rtfocus.errors import WriterError
 from rtfocus.frame import DefocusMap, Estimate, Role, SeriesStart
-from rtfocus.processing.engines.fit import parts, step_um
-from rtfocus.processing.engines.registry import find_engine
+from rtfocus.processing.engines.registry import find_engine, parts, step_um
 from rtfocus.slots import Slot
 
 FOCUS_LOG = "focus.ndjson"

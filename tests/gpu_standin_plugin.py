@@ -30,16 +30,15 @@ def machine(driver):
     """Make rtfocus see the stand-in's transforms, kernels and networks."""
     from gpu_standin_kit import host_backend
 
-    from rtfocus.processing.gpu import backends, session
-    from rtfocus.processing.gpu.cuda import cufft
+    from rtfocus.processing.gpu import backends, deconvolution, device
 
     transforms = ctypes.CDLL(os.environ["RTFOCUS_STANDIN_CUFFT"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "GPU_BACKENDS", (host_backend(driver),))
-        patch.setattr(cufft, "load_library", lambda library: transforms)
+        patch.setattr(deconvolution, "load_library", lambda library: transforms)
         # The stand-in loads the kernels from a library of its own.
-        patch.setattr(session, "compiled_kernels", lambda capability: b"kernels")
-        patch.setattr(session, "why_driver_too_old", lambda release: None)
+        patch.setattr(device, "compiled_kernels", lambda capability: b"kernels")
+        patch.setattr(device, "why_driver_too_old", lambda release: None)
         yield
 
 

@@ -15,12 +15,13 @@ from rtfocus.errors import EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.card import EngineCard, verified_file
-from rtfocus.processing.engines.fit import step_um, why_unfit
 from rtfocus.processing.engines.registry import (
     FoundEngine,
     add_engine,
     find_engine,
     list_engines,
+    step_um,
+    why_unfit,
 )
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
 

@@ -22,7 +22,7 @@ from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.channel import make_restorer
-from rtfocus.processing.cpu.openvino import import_openvino
+from rtfocus.processing.cpu.engine import import_openvino
 from rtfocus.processing.engines.card import verified_file
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
 from rtfocus.processing.restore import METHODS

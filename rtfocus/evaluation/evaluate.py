@@ -30,10 +30,10 @@ from rtfocus.frame import (
 )
 from rtfocus.processing.camera import luminance
 from rtfocus.processing.channel_plan import plan_channel
-from rtfocus.processing.classify.conditions import is_mirrored
+from rtfocus.processing.classify import is_mirrored
 from rtfocus.processing.cpu.channel import OpenChannel, open_channel
 from rtfocus.processing.engines.card import BACKGROUND_LABEL, OutputCard
-from rtfocus.processing.engines.fit import parts, step_um
+from rtfocus.processing.engines.registry import parts, step_um
 from rtfocus.processing.offline import ImageProcessor
 
 _UID = "ranking"

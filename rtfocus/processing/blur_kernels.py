@@ -9,16 +9,13 @@ from numpy.typing import NDArray
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
-from rtfocus.processing.classify.conditions import Conditions
-from rtfocus.processing.classify.rules import invertible_normalisation
+from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.networks import open_tile_network
 from rtfocus.processing.cpu.preparation import normalised
 from rtfocus.processing.engines.card import EngineCard, input_of
-from rtfocus.processing.engines.fit import parts
-from rtfocus.processing.engines.registry import find_engine, list_engines
+from rtfocus.processing.engines.registry import find_engine, list_engines, parts
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.tiles.frame_fit import to_planes
-from rtfocus.processing.tiles.windows import FrameTiles
+from rtfocus.processing.tiles.windows import FrameTiles, to_planes
 
 Image = NDArray[np.float32]
 

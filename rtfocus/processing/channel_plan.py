@@ -20,13 +20,18 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
-from rtfocus.processing.classify.conditions import Conditions, is_mirrored
+from rtfocus.processing.classify import Conditions, is_mirrored
 from rtfocus.processing.engines.card import EngineCard, identity, input_of
-from rtfocus.processing.engines.fit import check_fit, parts, step_um
-from rtfocus.processing.engines.registry import FoundEngine, find_engine
+from rtfocus.processing.engines.registry import (
+    FoundEngine,
+    check_fit,
+    find_engine,
+    parts,
+    step_um,
+)
 from rtfocus.processing.restore import LEARNED_WIENER, METHODS, PATCH_BY_PATCH
-from rtfocus.processing.tiles.frame_fit import FrameFit, fit_frame
 from rtfocus.processing.tiles.montage import Montage, Window
+from rtfocus.processing.tiles.windows import FrameFit, fit_frame
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,12 @@ from rtfocus.images.optics import (
 )
 from rtfocus.images.series import ImageSeries
 from rtfocus.processing.engines.card import identity
-from rtfocus.processing.engines.fit import check_fit, parts
-from rtfocus.processing.engines.registry import FoundEngine, find_engine
+from rtfocus.processing.engines.registry import (
+    FoundEngine,
+    check_fit,
+    find_engine,
+    parts,
+)
 from rtfocus.processing.offline import ImageProcessor
 from rtfocus.processing.restore import METHODS
 

@@ -22,10 +22,8 @@ from rtfocus.frame import (
 )
 from rtfocus.images.series import native_dtype
 from rtfocus.processing.device import Ticket
-from rtfocus.processing.engines.fit import parts
-from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.processor import FrameProcessor
-from rtfocus.processing.select import open_processor
+from rtfocus.processing.engines.registry import find_engine, parts
+from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.slots import SlotPool
 
 _UID = "offline"

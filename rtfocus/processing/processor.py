@@ -10,18 +10,22 @@ them; all of them hold a frame at most once and so are bounded::
 Estimates have a thread of their own, so that the next one never waits for a
 restoration. A frame that fails takes its error to its ticket; the others go on.
 Seats are freed as frames leave, so a device with few of them slows `submit`.
+`open_processor` chooses the device from an ordered list with reasons.
 """
 
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
 
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import FrameHeader, SeriesStart, TileGrid
+from rtfocus.machine import usable
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
-from rtfocus.processing.classify.labels import estimate_frame
+from rtfocus.processing.classify import estimate_frame
 from rtfocus.processing.device import (
     Device,
     Job,
@@ -31,7 +35,7 @@ from rtfocus.processing.device import (
     result_of,
     without_frames,
 )
-from rtfocus.processing.tiles.frame_fit import common_grid
+from rtfocus.processing.tiles.windows import common_grid
 from rtfocus.slots import Slot
 from rtfocus.workers import AbortedError, BoundedQueue
 
@@ -294,3 +298,58 @@ def frame_fault(header: FrameHeader, series: SeriesStart) -> EngineError | None:
         f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
         f"is {series.shape} {series.dtype}; start a new series for it"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """A kind of device: whether this machine can use it, and how it is opened."""
+
+    name: str
+    """As in ``processing.device``."""
+    why_unavailable: Callable[[], str | None]
+    """Reason why not, with the remedy; None: available."""
+    open_device: Callable[[Config], Device]
+
+
+# GPU code is imported only where a GPU is looked for.
+def _why_no_gpu() -> str | None:
+    driver = import_module("rtfocus.processing.gpu.cuda.driver")
+    why: str | None = driver.why_no_gpu() or driver.why_not_loadable(driver.NVRTC)
+    return why
+
+
+def _open_gpu(config: Config) -> Device:
+    device: Device = import_module("rtfocus.processing.gpu.device").GpuDevice(config)
+    return device
+
+
+def _open_cpu(config: Config) -> Device:
+    device: Device = import_module("rtfocus.processing.cpu.device").CpuDevice(config)
+    return device
+
+
+# ORDER MATTERS for "auto": fastest first.
+DEVICES: tuple[DeviceKind, ...] = (
+    DeviceKind("gpu", _why_no_gpu, _open_gpu),
+    DeviceKind("cpu", lambda: None, _open_cpu),
+)
+
+
+def open_processor(config: Config) -> FrameProcessor:
+    """Open the processor of ``processing.device``; for ``auto`` the best there is.
+
+    For ``auto`` a GPU that cannot run a series leaves it to the CPU, and says so.
+
+    Raises
+    ------
+    EngineError
+        If the device that is asked for is unavailable; says what is missing.
+    """
+    found = usable(
+        "frame processor",
+        config.processing.device,
+        DEVICES,
+        lambda kind: kind.why_unavailable(),
+        "; or set processing.device to cpu or auto",
+    )
+    return FrameProcessor(config, [kind.open_device(config) for kind in found])

@@ -241,7 +241,7 @@ def test_openvino_reports_nothing_to_its_maker():
     # In a process of its own: another test may have imported openvino before.
     code = (
         "import sys, threading\n"
-        "from rtfocus.processing.cpu.openvino import import_openvino\n"
+        "from rtfocus.processing.cpu.engine import import_openvino\n"
         "import_openvino()\n"
         "assert not sys.modules.get('openvino_telemetry')\n"
         "print([t.name for t in threading.enumerate()])\n"

@@ -20,8 +20,7 @@ from rtfocus.frame import (
 from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.processor import FrameProcessor
-from rtfocus.processing.select import DEVICES
+from rtfocus.processing.processor import DEVICES, FrameProcessor
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import restored_share
 from rtfocus.slots import SlotPool

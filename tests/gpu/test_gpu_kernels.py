@@ -13,24 +13,23 @@ from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
-from rtfocus.processing.cpu.correction import Correction
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.gpu.correction import Correction as GpuCorrection
+from rtfocus.processing.cpu.preparation import Correction
+from rtfocus.processing.gpu.deconvolution import (
+    RichardsonLucyDeconvolution as GpuRichardsonLucy,
+)
+from rtfocus.processing.gpu.deconvolution import WienerDeconvolution as GpuWiener
 from rtfocus.processing.gpu.depth_variant import (
     DepthVariantRestorer as GpuDepthVariantRestorer,
 )
 from rtfocus.processing.gpu.depth_variant import neighbours, transform_shape
 from rtfocus.processing.gpu.preparation import Background as GpuBackground
 from rtfocus.processing.gpu.preparation import CellStatistics
+from rtfocus.processing.gpu.preparation import Correction as GpuCorrection
 from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
-from rtfocus.processing.gpu.richardson_lucy import (
-    RichardsonLucyDeconvolution as GpuRichardsonLucy,
-)
 from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
-from rtfocus.processing.gpu.wiener import WienerDeconvolution as GpuWiener
 from rtfocus.processing.gpu.work import FrameShape
-from rtfocus.processing.tiles.margins import pad
-from rtfocus.processing.tiles.montage import Montage, Region
+from rtfocus.processing.tiles.montage import Montage, Region, pad
 from rtfocus.specimens.fluorescent import draw_specimen
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451, pixel_size_um=0.65)

@@ -7,8 +7,7 @@ from gpu_host_kit import view
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.classify.conditions import Conditions, turned
-from rtfocus.processing.classify.labels import LabelDecoder
+from rtfocus.processing.classify import Conditions, LabelDecoder, turned
 from rtfocus.processing.cpu.network_restorer import blend
 from rtfocus.processing.engines.card import EngineCard, InputCard, OutputCard
 from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
@@ -16,9 +15,13 @@ from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
 from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
 from rtfocus.processing.gpu.tiles import windowed_tiles
 from rtfocus.processing.gpu.work import FrameShape
-from rtfocus.processing.tiles.frame_fit import from_planes, to_planes
 from rtfocus.processing.tiles.montage import Montage
-from rtfocus.processing.tiles.windows import FrameTiles, restored_share
+from rtfocus.processing.tiles.windows import (
+    FrameTiles,
+    from_planes,
+    restored_share,
+    to_planes,
+)
 
 SHAPE = (150, 210)
 GRID = TileGrid(3, 4, 96, 48, 30, signed=True)

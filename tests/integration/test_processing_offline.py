@@ -15,7 +15,7 @@ from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.cpu.classifier import open_classifier
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.offline import ImageProcessor, tile_rows
-from rtfocus.processing.tiles.frame_fit import fit_frame
+from rtfocus.processing.tiles.windows import fit_frame
 
 
 @pytest.fixture

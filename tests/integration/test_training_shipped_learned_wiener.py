@@ -9,7 +9,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.learned_wiener import LearnedWienerRestorer, Level
+from rtfocus.processing.cpu.network_restorer import LearnedWienerRestorer, Level
 from rtfocus.processing.engines.card import read_card, verified_file
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.resources import resource_folder

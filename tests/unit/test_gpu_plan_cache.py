@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rtfocus.processing.gpu.cache_folder import (
+from rtfocus.processing.gpu.cuda.compiler import (
     CACHE_VARIABLE,
     cache_folder,
     write_atomically,

@@ -13,7 +13,7 @@ from rtfocus.processing.gpu.engine import (
     count_tiles,
     engine_inputs,
 )
-from rtfocus.processing.tiles.frame_fit import fit_frame
+from rtfocus.processing.tiles.windows import fit_frame
 
 CLASSIFIER = find_engine("delpnet").card
 

@@ -9,11 +9,11 @@ from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.classify.labels import estimate_frame
+from rtfocus.processing.classify import estimate_frame
 from rtfocus.processing.cpu import classifier as network_classifier
 from rtfocus.processing.engines.card import InputCard, read_card
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.tiles.frame_fit import fit_frame
+from rtfocus.processing.tiles.windows import fit_frame
 
 REFERENCE = ProcessingConfig(backend="onnxruntime", precision="f32")
 

@@ -6,7 +6,7 @@ from engine_kit import ENTRIES, write_shift_restorer
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import BACKGROUND
-from rtfocus.processing.classify.conditions import Conditions, is_mirrored, turned
+from rtfocus.processing.classify import Conditions, is_mirrored, turned
 from rtfocus.processing.engines.card import read_card
 
 # Half the reference's aperture: a level of 2 um there is 8 um here.

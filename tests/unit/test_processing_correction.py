@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rtfocus.config.processor import CameraConfig
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.processing.camera import CameraCorrection, luminance
-from rtfocus.processing.cpu.correction import Correction
+from rtfocus.processing.cpu.preparation import Correction
 
 
 def correct(pixels, camera=None, bit_depth=None):

@@ -9,8 +9,12 @@ from engine_kit import write_brightness_joint, write_shift_restorer
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import identity, read_card, verified_file
-from rtfocus.processing.engines.fit import check_fit, step_um
-from rtfocus.processing.engines.registry import find_engine, list_engines
+from rtfocus.processing.engines.registry import (
+    check_fit,
+    find_engine,
+    list_engines,
+    step_um,
+)
 
 REFERENCE = OpticalSystem(0.5, 451.0, 0.65)
 

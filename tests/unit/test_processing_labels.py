@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rtfocus.frame import BACKGROUND
-from rtfocus.processing.classify.labels import LabelDecoder
+from rtfocus.processing.classify import LabelDecoder
 from rtfocus.processing.engines.card import OutputCard
 
 LABELS = [-2, -1, 0, 1, 2, "bg"]

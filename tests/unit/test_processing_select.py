@@ -6,9 +6,9 @@ import pytest
 
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
-from rtfocus.processing import select
+from rtfocus.processing import processor
 from rtfocus.processing.cpu.channel import share_threads
-from rtfocus.processing.select import open_processor
+from rtfocus.processing.processor import open_processor
 
 
 @pytest.fixture
@@ -18,9 +18,9 @@ def no_gpu(monkeypatch):
         replace(kind, why_unavailable=lambda: "the NVIDIA driver shows no GPU")
         if kind.name == "gpu"
         else kind
-        for kind in select.DEVICES
+        for kind in processor.DEVICES
     ]
-    monkeypatch.setattr(select, "DEVICES", tuple(kinds))
+    monkeypatch.setattr(processor, "DEVICES", tuple(kinds))
 
 
 @pytest.mark.usefixtures("no_gpu")

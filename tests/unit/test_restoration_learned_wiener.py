@@ -10,14 +10,13 @@ from rtfocus.optics.bands import band_weights, edge_taper
 from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.learned_wiener import (
+from rtfocus.processing.cpu.network_restorer import (
     TAPER_PX,
     LearnedWienerRestorer,
     Level,
     filter_tiles,
 )
-from rtfocus.processing.restore.fourier import transfer_function
-from rtfocus.processing.restore.wiener import WienerFilter
+from rtfocus.processing.restore import WienerFilter, transfer_function
 from rtfocus.processing.tiles.montage import Montage
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65)

@@ -7,12 +7,11 @@ from skimage.restoration import richardson_lucy as reference
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.richardson_lucy import (
+from rtfocus.processing.cpu.deconvolution import (
     iterate,
     richardson_lucy,
 )
-from rtfocus.processing.restore.fourier import transfer_function
-from rtfocus.processing.restore.richardson_lucy import back_projectors, schedule
+from rtfocus.processing.restore import back_projectors, schedule, transfer_function
 from rtfocus.specimens.fluorescent import draw_specimen
 
 ROUND = OpticalSystem(0.5, 451.0, 0.65)

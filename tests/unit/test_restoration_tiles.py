@@ -8,8 +8,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.patch_restorer import TileRestorer
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.specimens.fluorescent import draw_specimen
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu import learned_wiener as numpy_side
-from rtfocus.processing.restore.fourier import transfer_function
+from rtfocus.processing.cpu import network_restorer as numpy_side
+from rtfocus.processing.restore import transfer_function
 from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.networks.learned_wiener import (
     BANDS,

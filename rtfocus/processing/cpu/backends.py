@@ -9,11 +9,15 @@ from typing import Literal
 
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
-from rtfocus.machine import adds_int8_in_16_bits
-from rtfocus.processing.choice import usable
-from rtfocus.processing.cpu.engine import Engine, Inputs, Shape
-from rtfocus.processing.cpu.onnxruntime import OnnxRuntimeEngine
-from rtfocus.processing.cpu.openvino import OpenVinoEngine, import_openvino
+from rtfocus.machine import adds_int8_in_16_bits, usable
+from rtfocus.processing.cpu.engine import (
+    Engine,
+    Inputs,
+    OnnxRuntimeEngine,
+    OpenVinoEngine,
+    Shape,
+    import_openvino,
+)
 from rtfocus.processing.engines.card import (
     EngineCard,
     Precision,

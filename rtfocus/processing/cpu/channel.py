@@ -10,16 +10,18 @@ from numpy.typing import NDArray
 from rtfocus.config.processor import RestorationConfig
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
-from rtfocus.processing.classify.conditions import Conditions
-from rtfocus.processing.classify.rules import invertible_normalisation
+from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.backends import runs_on
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, open_classifier
-from rtfocus.processing.cpu.correction import Correction
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.learned_wiener import LearnedWienerRestorer, Level
-from rtfocus.processing.cpu.network_restorer import JointRestorer, TileNetworkRestorer
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
+from rtfocus.processing.cpu.network_restorer import (
+    JointRestorer,
+    LearnedWienerRestorer,
+    Level,
+    TileNetworkRestorer,
+)
 from rtfocus.processing.cpu.networks import TileNetwork, open_tile_network
-from rtfocus.processing.cpu.patch_restorer import TileRestorer
+from rtfocus.processing.cpu.preparation import Correction
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.restore import PATCH_BY_PATCH
 from rtfocus.processing.tiles.montage import Montage

@@ -13,8 +13,7 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap
 from rtfocus.processing.camera import luminance
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.classify.conditions import turned
-from rtfocus.processing.classify.labels import LabelDecoder
+from rtfocus.processing.classify import LabelDecoder, turned
 from rtfocus.processing.cpu.backends import runs_on
 from rtfocus.processing.cpu.networks import (
     FrameNetwork,
@@ -22,8 +21,8 @@ from rtfocus.processing.cpu.networks import (
     open_frame_network,
 )
 from rtfocus.processing.cpu.preparation import Preparation
-from rtfocus.processing.tiles.frame_fit import from_planes, tile_grid, to_planes
-from rtfocus.processing.tiles.margins import pad
+from rtfocus.processing.tiles.montage import pad
+from rtfocus.processing.tiles.windows import from_planes, tile_grid, to_planes
 
 Image = NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from rtfocus.machine import usable_threads
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.cpu.channel import OpenChannel, open_channel, share_threads
 from rtfocus.processing.cpu.classifier import Seen
-from rtfocus.processing.cpu.correction import Marks
+from rtfocus.processing.cpu.preparation import Marks
 from rtfocus.processing.device import Job, Prepared
 
 Image = NDArray[np.float32]

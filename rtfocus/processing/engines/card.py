@@ -84,7 +84,7 @@ class ConditionCard(Section):
     name: str
     """Tensor name."""
     entries: Annotated[list[ConditionEntry], Field(min_length=1)]
-    """What each column holds, see `rtfocus.processing.classify.conditions`."""
+    """What each column holds, see `rtfocus.processing.classify`."""
 
     @model_validator(mode="after")
     def _named_once(self) -> "ConditionCard":

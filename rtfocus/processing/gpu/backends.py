@@ -5,8 +5,8 @@ from functools import partial
 from importlib import import_module
 
 from rtfocus.errors import EngineError
+from rtfocus.machine import usable
 from rtfocus.processing.channel_plan import ChannelPlan
-from rtfocus.processing.choice import usable
 from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.gpu.engine import (
     Gpu,

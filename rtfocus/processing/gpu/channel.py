@@ -10,8 +10,11 @@ from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.backends import open_for_plan, runs_on
 from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
-from rtfocus.processing.gpu.correction import Correction
-from rtfocus.processing.gpu.cuda.cufft import CudaTransforms
+from rtfocus.processing.gpu.deconvolution import (
+    CudaTransforms,
+    RichardsonLucyDeconvolution,
+    WienerDeconvolution,
+)
 from rtfocus.processing.gpu.depth_variant import (
     Blending,
     Deconvolution,
@@ -20,9 +23,8 @@ from rtfocus.processing.gpu.depth_variant import (
 )
 from rtfocus.processing.gpu.engine import Gpu, GpuEngine
 from rtfocus.processing.gpu.network_restorer import JointRestorer, TileNetworkRestorer
-from rtfocus.processing.gpu.richardson_lucy import RichardsonLucyDeconvolution
+from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
-from rtfocus.processing.gpu.wiener import WienerDeconvolution
 from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
 from rtfocus.processing.restore import WHOLE_FRAME
 from rtfocus.processing.tiles.montage import Montage

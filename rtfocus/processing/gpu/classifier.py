@@ -9,8 +9,7 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.classify.labels import LabelDecoder
-from rtfocus.processing.classify.rules import background_of, normalisation_of
+from rtfocus.processing.classify import LabelDecoder, background_of, normalisation_of
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import (
@@ -21,7 +20,7 @@ from rtfocus.processing.gpu.preparation import (
 )
 from rtfocus.processing.gpu.tiles import Tiles, whole_frame_tile
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.tiles.frame_fit import FrameFit, tile_grid
+from rtfocus.processing.tiles.windows import FrameFit, tile_grid
 
 
 class BoundNetwork:

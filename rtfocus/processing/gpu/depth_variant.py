@@ -14,9 +14,8 @@ from rtfocus.frame import BACKGROUND
 from rtfocus.optics.psf import psf_radius_px
 from rtfocus.processing.gpu.classifier import Part
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.restore.fourier import padded_shape
-from rtfocus.processing.tiles.margins import axis_mix
-from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.restore import padded_shape
+from rtfocus.processing.tiles.montage import Montage, axis_mix
 
 Image = NDArray[np.float32]
 
@@ -140,7 +139,7 @@ def neighbours(
 
 
 class Surround:
-    """Tables of `rtfocus.processing.restore.fourier.axis_mix` for both axes.
+    """Tables of `rtfocus.processing.tiles.montage.axis_mix` for both axes.
 
     Parameters
     ----------

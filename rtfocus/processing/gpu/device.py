@@ -1,23 +1,331 @@
-"""GpuDevice: frames through one GPU, as `rtfocus.processing.device.Device`.
+"""GpuDevice: everything a series has on one GPU, and how frames go through it.
+
+::
+
+    copy in   ──[frame n+1]──────▶
+    classify        ──[frame n]── estimate copied ──▶
+    restore               ──[frame n]──────▶
+    copy out                    ──[frame n-1]──▶
+
+Four CUDA streams, ordered by events: a stream waits on the GPU for the one before it
+in the picture. Classification has a stream of its own so that the next estimate does
+not wait for a restoration. A restoration is enqueued when the maps have reached the
+host, which then knows the levels that are present: the others are left out.
 
 The thread that prepares and enqueues owns the GPU: it makes, uses and drops every
 object of the driver. The others wait for events, which lets every other thread run,
 and hand out what has arrived.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.model import Config
+from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job, Prepared
-from rtfocus.processing.gpu.cuda.driver import current_context, find_device, translated
+from rtfocus.processing.gpu.channel import OpenChannel, open_channel
+from rtfocus.processing.gpu.cuda.compiler import compiled_kernels, why_driver_too_old
+from rtfocus.processing.gpu.cuda.driver import (
+    LostGpuError,
+    current_context,
+    find_device,
+    import_driver,
+    translated,
+)
+from rtfocus.processing.gpu.cuda.stream import (
+    CudaMemory,
+    CudaStream,
+    Kernels,
+    PinnedMemory,
+    new_event,
+)
+from rtfocus.processing.gpu.device_slot import DeviceSlot, MapLayout, defocus_map
 from rtfocus.processing.gpu.engine import Gpu
-from rtfocus.processing.gpu.session import Session
+
+logger = logging.getLogger(__name__)
+
+# Once as it is, once to record it, see `rtfocus.processing.gpu.cuda.stream`.
+_WARM_UPS = 2
+
+
+@dataclass
+class HostBuffers:
+    """Pinned host memory that belongs to one of the caller's slots."""
+
+    packed_maps: NDArray[np.uint8]
+    """Copy of the maps, see `rtfocus.processing.gpu.device_slot`."""
+    counts: NDArray[Any]
+    """Copy of the restored frame."""
+    invalid: NDArray[np.bool_] | None = None
+    """Pixels that are NaN or infinite; None: none."""
+    pedestal: float = 0.0
+    """What a frame with negative values was lifted by."""
+
+
+class Session:
+    """The device side of one series.
+
+    Parameters
+    ----------
+    config
+        Sections ``processing.gpu`` and ``store``.
+    plans
+        Of the channels.
+    series
+        Shape, dtype and channels of the frames.
+    slots
+        Frames the caller holds at once.
+    device
+        Whose primary context is current in this thread.
+
+    Raises
+    ------
+    EngineError
+        If an engine does not fit or the GPU lacks memory for a single frame.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plans: Sequence[ChannelPlan],
+        series: SeriesStart,
+        slots: int,
+        device: Gpu,
+    ) -> None:
+        self.device = device
+        self._settings = config.processing.gpu
+        self._series = series
+        self._memory = CudaMemory(device.gpu_index)
+        self._slot_memories: list[CudaMemory] = []
+        self._pinned = PinnedMemory()
+        self._staging: dict[int, NDArray[Any]] = {}
+        self.channels: list[OpenChannel] = []
+        self.device_slots: list[DeviceSlot] = []
+        as_float = config.store.restored_dtype == "float32"
+        self._restored_dtype = np.dtype(np.float32 if as_float else series.dtype)
+        try:
+            self._open(plans, slots)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, plans: Sequence[ChannelPlan], slots: int) -> None:
+        index = self.device.gpu_index
+        why = why_driver_too_old(import_driver().get_driver_version())
+        if why is not None:
+            raise EngineError(why)
+        with translated(index, "loading the kernels"):
+            kernels = Kernels(compiled_kernels(self.device.compute_capability))
+            self._copy_in = CudaStream(kernels)
+            self._classify = CudaStream(kernels)
+            self._restore = CudaStream(kernels)
+            self._copy_out = CudaStream(kernels)
+        for plan in plans:
+            self.channels.append(open_channel(plan, self.device, self._memory))
+        grids = [c.grid for c in self.channels if c.grid is not None]
+        # The processor refuses a series whose channels have different grids.
+        self.layout = MapLayout(max((g.rows * g.columns for g in grids), default=1))
+        with translated(index, "reserving buffers"):
+            self._reserve(min(self._settings.frames_in_flight, slots))
+        with translated(index, "warming up"):
+            self._warm_up()
+        self._host = [self._reserve_host() for _ in range(slots)]
+        self.origin: Any = new_event()
+        """When the series began."""
+        with translated(index, "starting"):
+            self._copy_in.record(self.origin)
+            self._copy_in.synchronise()
+
+    def used_bytes(self) -> int:
+        """Return the device memory in use, networks and other processes included."""
+        free, total = import_driver().mem_get_info()
+        return int(total - free)
+
+    def enqueue(self, job: Job) -> None:
+        """Enqueue a frame up to its maps; returns before any of it is done."""
+        slot, host = self.device_slots[job.seat], self._host[job.slot.index]
+        channel = slot.channels[job.channel]
+        pixels = self._stage(job, host)
+        self._copy_in.record(slot.begun)
+        self._copy_in.copy_in(slot.buffers.frame, pixels)
+        self._copy_in.record(slot.copied_in)
+        self._classify.wait(slot.copied_in)
+        self._classify.record(slot.classify_begun)
+        channel.classify(self._classify)
+        self._classify.record(slot.classified)
+        self._classify.copy_out(host.packed_maps, slot.buffers.packed_maps)
+        self._classify.record(slot.estimated)
+
+    def enqueue_restoration(self, job: Job) -> None:
+        """Enqueue the restoration of the levels that a frame's tiles have.
+
+        Called when its maps are on the host, from one thread that may be another than
+        the owner's: what is recorded was so in the warm-up.
+        """
+        if job.skipped is not None:
+            return
+        slot, host = self.device_slots[job.seat], self._host[job.slot.index]
+        self._restore.wait(slot.classified)
+        self._restore.record(slot.restore_begun)
+        slot.channels[job.channel].restore(self._restore, self._present(job))
+        self._restore.record(slot.restored)
+        self._copy_out.wait(slot.restored)
+        self._copy_out.record(slot.copy_out_begun)
+        self._copy_out.copy_out(host.counts, slot.buffers.counts)
+        self._copy_out.record(slot.copied_out)
+
+    def wait_maps(self, job: Job) -> DefocusMap | None:
+        """Wait until a frame's maps are on the host; None: it is not classified."""
+        self.device_slots[job.seat].estimated.synchronize()
+        host, grid = self._host[job.slot.index], self.channels[job.channel].grid
+        maps = self.layout.host_arrays(host.packed_maps)
+        flags = {"nan": host.invalid is not None, "saturated": maps["saturated"][0]}
+        job.flags = tuple(name for name, is_so in flags.items() if is_so)
+        return None if grid is None else defocus_map(grid, maps)
+
+    def _present(self, job: Job) -> list[int]:
+        """Return the levels out of focus that a frame's tiles have."""
+        found = job.estimated
+        montage = self.channels[job.channel].montage
+        if found is None or montage is None:
+            return []
+        return montage.present(found[1].level)
+
+    def wait_restored(self, job: Job) -> NDArray[Any] | None:
+        """Wait until all of a frame is on the host; None: it is not restored."""
+        slot, host = self.device_slots[job.seat], self._host[job.slot.index]
+        if job.skipped is not None:
+            slot.estimated.synchronize()
+            return None
+        slot.copied_out.synchronize()
+        if host.pedestal:
+            host.counts -= host.pedestal
+        if host.invalid is not None and np.issubdtype(host.counts.dtype, np.floating):
+            host.counts[host.invalid] = np.nan
+        return host.counts
+
+    def spans(self, job: Job) -> dict[str, tuple[float, float]]:
+        """Return when each stage of a frame that has arrived began and ended, in ms."""
+        slot = self.device_slots[job.seat]
+        marks = {
+            "copy in": (slot.begun, slot.copied_in),
+            "classify": (slot.classify_begun, slot.classified),
+        }
+        if job.skipped is None:
+            marks["restore"] = (slot.restore_begun, slot.restored)
+            marks["copy out"] = (slot.copy_out_begun, slot.copied_out)
+        return {
+            stage: (
+                float(begin.time_since(self.origin)),
+                float(end.time_since(self.origin)),
+            )
+            for stage, (begin, end) in marks.items()
+        }
+
+    def close(self) -> None:
+        """Wait for the GPU and free everything; called twice does nothing."""
+        self._finish()
+        for slot in self.device_slots:
+            slot.close()
+        for channel in self.channels:
+            channel.close()
+        self._pinned.release()
+        for memory in (self._memory, *self._slot_memories):
+            memory.free()
+        self.device_slots, self.channels, self._slot_memories = [], [], []
+        self._staging = {}
+
+    def _finish(self) -> None:
+        """Wait until nothing runs, unless the GPU is lost."""
+        streams = [
+            getattr(self, name)
+            for name in ("_copy_in", "_classify", "_restore", "_copy_out")
+            if hasattr(self, name)
+        ]
+        try:
+            with translated(self.device.gpu_index, "finishing"):
+                for stream in streams:
+                    stream.synchronise()
+        except LostGpuError as error:
+            logger.warning("%s", str(error))
+
+    def _reserve(self, wanted: int) -> None:
+        """Make the device slots, fewer than wanted where memory ends."""
+        for number in range(wanted):
+            memory = CudaMemory(self.device.gpu_index)
+            try:
+                slot = DeviceSlot(
+                    memory,
+                    self.channels,
+                    shape=tuple(self._series.shape),
+                    dtype=self._series.dtype,
+                    restored_dtype=self._restored_dtype,
+                    layout=self.layout,
+                    graphs=self._settings.cuda_graphs,
+                )
+            except EngineError as error:
+                memory.free()
+                may = self._settings.on_lack_of_memory == "fewer_frames"
+                if number == 0 or not may or isinstance(error, LostGpuError):
+                    raise
+                # The text alone: whoever keeps the log must not keep the error.
+                reason = str(error)
+                logger.warning(
+                    "%d frames in flight instead of %d: %s", number, wanted, reason
+                )
+                return
+            self._slot_memories.append(memory)
+            self.device_slots.append(slot)
+
+    def _warm_up(self) -> None:
+        """Let libraries reserve and compile before the first frame, not beside it."""
+        for slot in self.device_slots:
+            self._restore.zero(slot.buffers.frame)
+            self._restore.zero(slot.buffers.packed_maps)
+            for channel in slot.channels:
+                for _ in range(_WARM_UPS):
+                    # On their own streams, where they will be replayed.
+                    self._restore.synchronise()
+                    channel.classify(self._classify)
+                    self._classify.synchronise()
+                    channel.restore(self._restore, None)
+            self._restore.synchronise()
+
+    def _reserve_host(self) -> HostBuffers:
+        shape = tuple(self._series.shape)
+        return HostBuffers(
+            packed_maps=self._pinned.empty((self.layout.size_bytes,), np.uint8),
+            counts=self._pinned.empty(shape, self._restored_dtype),
+        )
+
+    def _stage(self, job: Job, host: HostBuffers) -> NDArray[Any]:
+        """Return pinned pixels without NaN and from 0 on: its slot, or a copy of it."""
+        slot = job.slot
+        pixels = slot.pixels
+        found = job.plan.camera.find_invalid(pixels)
+        host.invalid = found
+        host.pedestal = job.plan.camera.pedestal(pixels)
+        if found is None and not host.pedestal and self._pinned.is_pinned(pixels):
+            return pixels
+        staged = self._staging.get(slot.index)
+        if staged is None:
+            staged = self._pinned.empty(pixels.shape, pixels.dtype)
+            self._staging[slot.index] = staged
+        np.copyto(staged, pixels)
+        if found is not None:
+            staged[found] = 0.0 if found.all() else np.median(staged[~found])
+        if host.pedestal:
+            staged += host.pedestal
+        return staged
+
 
 Spans = dict[str, tuple[float, float]]
 """Begin and end of every stage in ms since the series began, by the GPU's clock."""

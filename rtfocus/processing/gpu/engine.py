@@ -23,7 +23,7 @@ from rtfocus.processing.engines.card import (
     verified_file,
 )
 from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.tiles.frame_fit import fit_frame
+from rtfocus.processing.tiles.windows import fit_frame
 
 Shape = tuple[int, ...]
 """Extents of a tensor, e.g. (N, C, H, W)."""

@@ -9,7 +9,7 @@ from math import ceil
 
 import numpy as np
 
-from rtfocus.processing.classify.rules import invertible_normalisation
+from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.engines.card import EngineCard, input_of
 from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
 from rtfocus.processing.gpu.depth_variant import Blending

@@ -117,7 +117,7 @@ class Light:
 class Noise:
     """The smaller part of the finest details of an image, whose mean is its noise.
 
-    As `rtfocus.processing.restore.wiener.noise_variance`.
+    As `rtfocus.processing.restore.noise_variance`.
 
     Parameters
     ----------

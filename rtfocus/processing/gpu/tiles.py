@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.processing.classify.conditions import Conditions
-from rtfocus.processing.gpu.correction import kind_of
+from rtfocus.processing.classify import Conditions
+from rtfocus.processing.gpu.preparation import kind_of
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.tiles.windows import AxisWindows, FrameTiles
 

@@ -28,12 +28,16 @@ from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.gpu.cuda.driver import LostGpuError, current_context
-from rtfocus.processing.gpu.cuda.memory import PinnedMemory
-from rtfocus.processing.gpu.cuda.stream import CudaStream, Kernels, Replayed, new_event
+from rtfocus.processing.gpu.cuda.stream import (
+    CudaStream,
+    Kernels,
+    PinnedMemory,
+    Replayed,
+    new_event,
+)
 from rtfocus.processing.gpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.gpu.device import GpuDevice
-from rtfocus.processing.processor import FrameProcessor
-from rtfocus.processing.select import open_processor
+from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.slots import SlotPool
 from rtfocus.specimens.fluorescent import draw_specimen
 

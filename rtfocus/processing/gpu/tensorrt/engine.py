@@ -10,7 +10,7 @@ import numpy as np
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import Precision
-from rtfocus.processing.gpu.cache_folder import write_atomically
+from rtfocus.processing.gpu.cuda.compiler import write_atomically
 from rtfocus.processing.gpu.engine import (
     Gpu,
     GpuRequest,

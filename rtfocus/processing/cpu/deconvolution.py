@@ -1,4 +1,4 @@
-"""Richardson-Lucy: maximum likelihood under photon noise, matched or accelerated.
+"""Deconvolution: of images by one PSF, with Wiener's filter or Richardson-Lucy's.
 
 Everything runs on half spectra of real images; leading axes are batches. A
 transform larger than the image gives zero borders, one of equal size periodic
@@ -12,13 +12,43 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from rtfocus.processing.restore.fourier import transfer_function
-from rtfocus.processing.restore.richardson_lucy import (
+from rtfocus.processing.restore import (
     DEFAULT_ITERATIONS,
+    WienerFilter,
     back_projectors,
+    noise_variance,
+    photon_variance,
+    transfer_function,
 )
 
 Image = NDArray[np.float32]
+
+
+class WienerDeconvolution:
+    """The linear filter, strength read from each image."""
+
+    def __init__(
+        self,
+        psf: Image,
+        shape: tuple[int, int],
+        *,
+        noise_to_signal: float | None,
+        gain_e_per_count: float | None,
+    ) -> None:
+        transfer = transfer_function(psf, shape)
+        self._filter = WienerFilter(transfer, shape, noise_to_signal)
+        self._gain = gain_e_per_count
+
+    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+        """Restore with one forward and one inverse transform."""
+        variance = noise_variance(padded, quantum)
+        if self._gain is not None:
+            # A camera that smooths or compresses hides its noise from the frame.
+            variance = max(variance, photon_variance(padded, self._gain))
+        spectrum = fft.rfft2(padded, workers=workers)
+        return self._filter.apply(spectrum, variance, workers)
+
+
 Start = Literal["image", "flat"]
 
 # Blurred estimates below this share of the brightest pixel are round-off of the

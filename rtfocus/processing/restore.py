@@ -1,9 +1,17 @@
-"""Wiener: the linear restoration of one blur, as strong as the noise allows.
+"""Restore: the classical restorations as every device knows them.
 
-Signal power falls with frequency as ``A / f^3`` (edges and texture of cells), so
-that the filter is ``H* / (|H|^2 + k f^3)`` with one number ``k = noise / A``,
-which is read from the frame's own spectrum. The gain is limited, and exactly 1
-at f = 0: brightness is kept whatever the noise.
+**Wiener** is linear, as strong as the noise allows. Signal power falls with frequency
+as ``A / f^3`` (edges and texture of cells), so that the filter is ``H* / (|H|^2 + k
+f^3)`` with one number ``k = noise / A``, which is read from the frame's own spectrum.
+The gain is limited, and exactly 1 at f = 0: brightness is kept whatever the noise.
+
+**Richardson-Lucy** takes several steps in each iteration. To first order m matched
+iterations multiply what is still missing at a frequency by ``(1 - |H|^2)^m``. One
+iteration with the unmatched back projector ``B_m = H* (1 - (1 - |H|^2)^m) / |H|^2``
+does the same. The idea of an unmatched back projector is that of Guo et al. 2020; this
+form follows the matched algorithm in signal and noise alike, where their
+Wiener-Butterworth form, at the best parameters found, misses it by up to 1 dB at some
+levels.
 """
 
 from functools import lru_cache
@@ -13,7 +21,51 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
+WHOLE_FRAME = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
+"""Deconvolutions of whole frames, level by level."""
+
+PATCH_BY_PATCH = "richardson_lucy_tiles"
+"""LB-DVD as published (He 2020)."""
+
+METHODS = (*WHOLE_FRAME, PATCH_BY_PATCH)
+"""Restorations built in; any other name but ``none`` is an engine's."""
+
+LEARNED_WIENER = "builtin:learned_wiener"
+"""Implementation of engines that predict the strength of a Wiener filter."""
+
+
 Image = NDArray[np.float32]
+Spectrum = NDArray[Any]
+"""Half spectrum of a real image (`rfft2`), complex, or real for an even PSF."""
+
+# An OTF whose imaginary part stays below this is that of an even PSF.
+_EVEN = 1e-6
+
+
+def padded_shape(shape: tuple[int, int], halo_px: int) -> tuple[int, int]:
+    """Return the next sizes with small prime factors that hold frame and halo."""
+    height, width = (
+        int(fft.next_fast_len(side + 2 * halo_px, real=True)) for side in shape
+    )
+    return height, width
+
+
+def transfer_function(psf: Image, shape: tuple[int, int]) -> Spectrum:
+    """Transform a PSF, its centre at the origin, to the half spectrum of `shape`.
+
+    A PSF larger than `shape` wraps around, as periodic convolution does. An even
+    PSF gives a real array: half the memory and a third of the multiplications.
+    """
+    kernel = np.zeros(shape, dtype=psf.dtype)
+    half = [side // 2 for side in psf.shape]
+    rows = (np.arange(psf.shape[0]) - half[0]) % shape[0]
+    columns = (np.arange(psf.shape[1]) - half[1]) % shape[1]
+    np.add.at(kernel, np.ix_(rows, columns), psf)
+    spectrum = fft.rfft2(kernel)
+    if np.abs(spectrum.imag).max() < _EVEN:
+        return np.ascontiguousarray(spectrum.real)
+    return np.asarray(spectrum)
+
 
 # Band in cycles per pixel in which the signal's power is read: above the slow
 # background, below where a strong blur leaves nothing but noise.
@@ -157,3 +209,77 @@ def photon_variance(image: Image, gain_e_per_count: float) -> float:
         Photo-electrons per count.
     """
     return float(np.maximum(image, 0).mean()) / gain_e_per_count
+
+
+DEFAULT_ITERATIONS = 15
+"""He 2020, section 2.3."""
+ACCELERATED_ITERATIONS = 4
+
+# Matched iterations that each of four iterations stands for, falling, so that the
+# last ones settle the noise. Chosen on nuclei and real fields at two photon
+# levels (bench/deconvolution.py): a mild blur ends earlier than a strong one.
+_MILD = (6.5, 4.5, 2.5, 1.5)
+_STRONG = (6.0, 5.0, 4.0, 2.0)
+# Mean of |H|^2 over all frequencies: the share of white light that passes a blur.
+_STRONG_PASSES = 0.003
+_MILD_PASSES = 0.012
+# Below this |H|^2 the quotient takes its limit, m.
+_SMALLEST = 1e-6
+
+
+def back_projectors(
+    transfer: NDArray[Any], iterations: int = ACCELERATED_ITERATIONS
+) -> list[NDArray[Any]]:
+    """Build the back projector of every iteration for one transfer function.
+
+    Parameters
+    ----------
+    transfer
+        OTF over the half spectrum.
+    iterations
+        How many iterations the work of fifteen matched ones is spread over.
+
+    Returns
+    -------
+    list
+        Half spectra in the order of use; gain 1 at f = 0.
+
+    References
+    ----------
+    .. [1] M. Guo et al., "Rapid image deconvolution and multiview fusion for
+       optical microscopy", Nature Biotechnology 38, 2020.
+    """
+    power = _power(transfer)
+    back = np.conj(transfer)
+    return [
+        np.asarray(back * ((1.0 - (1.0 - power) ** steps) / power), transfer.dtype)
+        for steps in schedule(float(power.mean()), iterations)
+    ]
+
+
+def mean_power(transfer: NDArray[Any]) -> float:
+    """Return the mean of |H|^2 over all frequencies, what `schedule` asks for."""
+    return float(_power(transfer).mean())
+
+
+def _power(transfer: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.clip(np.abs(transfer) ** 2, _SMALLEST, 1.0))
+
+
+def schedule(passes: float, iterations: int = ACCELERATED_ITERATIONS) -> list[float]:
+    """Return how many matched iterations each iteration stands for.
+
+    Parameters
+    ----------
+    passes
+        Mean of |H|^2 over all frequencies.
+    iterations
+        Number of iterations.
+    """
+    place = np.log(passes / _STRONG_PASSES) / np.log(_MILD_PASSES / _STRONG_PASSES)
+    mild = float(np.clip(place, 0.0, 1.0))
+    four = mild * np.array(_MILD) + (1.0 - mild) * np.array(_STRONG)
+    # The same course in more or fewer pieces.
+    done = np.concatenate([[0.0], np.cumsum(four)])
+    times = np.linspace(0.0, 4.0, iterations + 1)
+    return [float(steps) for steps in np.diff(np.interp(times, np.arange(5.0), done))]

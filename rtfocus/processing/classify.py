@@ -1,0 +1,310 @@
+"""Classify: what engines are shown and told of a tile, and what their answer means.
+
+**Rules** of the card say how frames are normalised and which tiles are empty. They lie
+in `rtfocus.optics.normalisation`, which training uses too: a network sees in the loop
+exactly what it was trained on.
+
+**Conditions** are told beside the pixels. The PSFs of (z, W) and of (-z, -W) are the
+same (z defocus, W spherical aberration), so engines are trained with W <= 0 alone.
+Where a channel's W is positive they see its mirror image: the sign of every defocus is
+turned on the way in and back on the way out.
+
+**Labels**: from logits to level, defocus, confidence and uncertainty.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.errors import EngineError
+from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader
+from rtfocus.optics.normalisation import (
+    ContrastToNoise,
+    LocalStandardisation,
+    PercentileRange,
+)
+from rtfocus.processing.engines.card import BACKGROUND_LABEL, EngineCard, OutputCard
+from rtfocus.processing.engines.registry import parts, step_um
+
+Image = NDArray[np.float32]
+
+Normalisation = LocalStandardisation | PercentileRange
+NORMALISATIONS: Mapping[str, Callable[..., Normalisation]] = {
+    "local_standardisation": LocalStandardisation,
+    "percentile_range": PercentileRange,
+}
+BACKGROUNDS: Mapping[str, Callable[..., ContrastToNoise]] = {
+    "contrast_to_noise": ContrastToNoise
+}
+
+
+def normalisation_of(card: EngineCard) -> Normalisation:
+    """Return the normalisation that a card names."""
+    rule: Normalisation = _build(card, "normalisation", NORMALISATIONS)
+    return rule
+
+
+def background_of(card: EngineCard) -> ContrastToNoise | None:
+    """Return the background rule that a card names; None: it leaves it out."""
+    if not card.background:
+        return None
+    rule: ContrastToNoise = _build(card, "background", BACKGROUNDS)
+    return rule
+
+
+def invertible_normalisation(card: EngineCard) -> PercentileRange:
+    """Return the normalisation of an engine whose images go back to counts.
+
+    Raises
+    ------
+    EngineError
+        If the card names another one, which has no inverse.
+    """
+    rule = _build(card, "normalisation", NORMALISATIONS)
+    if not isinstance(rule, PercentileRange):
+        msg = (
+            f"engine '{card.name}' restores images normalised by "
+            f"'{card.normalisation['name']}', which has no way back to counts; "
+            "export it with percentile_range"
+        )
+        raise EngineError(msg)
+    return rule
+
+
+def _build(card: EngineCard, section: str, rules: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Make the rule that a section of the card names."""
+    given = dict(getattr(card, section))
+    name = given.pop("name", None)
+    if name not in rules:
+        msg = (
+            f"engine '{card.name}': {section}.name is '{name}', known are "
+            f"{', '.join(rules)}; use a newer rtfocus or export the engine again"
+        )
+        raise EngineError(msg)
+    try:
+        return rules[name](**given)
+    except (TypeError, ValueError) as error:
+        msg = f"engine '{card.name}': {section} '{name}': {error}"
+        raise EngineError(msg) from error
+
+
+def is_mirrored(optics: OpticalSystem) -> bool:
+    """Return whether engines see these optics with the sign of z turned."""
+    return optics.aberrations.spherical_waves > 0
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionTerms:
+    """How `Conditions` fills its columns, for who computes them elsewhere."""
+
+    entries: tuple[str, ...]
+    """What each column holds."""
+    fixed: Mapping[str, float]
+    """Entries that are the same for all tiles."""
+    levels_per_um: float
+    """Negative where the sign of the defocus is turned."""
+    farthest: int
+    """Highest level."""
+    signed_levels: bool
+    hides_defocus: bool
+    """Whether the defocus is kept back because its direction is not known."""
+
+
+class Conditions:
+    """Fills the condition tensor of one engine in the optics of one channel.
+
+    Parameters
+    ----------
+    card
+        Of the engine.
+    optics
+        Of the channel.
+    blind
+        The aberrations are not known, or are not to be told.
+    signed
+        Whether the defocus that tiles come with has a direction.
+    """
+
+    def __init__(
+        self, card: EngineCard, optics: OpticalSystem, *, blind: bool, signed: bool
+    ) -> None:
+        levels, _ = parts(card)
+        self._entries = () if card.condition is None else tuple(card.condition.entries)
+        self._step_um = step_um(card, optics)
+        self._farthest = levels.count - 1
+        self._signed_levels = levels.signed
+        self._turn = -1.0 if is_mirrored(optics) else 1.0
+        spherical = optics.aberrations.spherical_waves
+        # Without aberration both directions look alike: a distance says it all.
+        self._direction_known = signed or spherical == 0
+        self._fixed = {
+            "sampling": optics.sampling,
+            "spherical_waves": 0.0 if blind else -abs(spherical),
+            "optics_known": 0.0 if blind else 1.0,
+        }
+
+    @property
+    def terms(self) -> ConditionTerms:
+        """Everything that `rows` computes with."""
+        return ConditionTerms(
+            entries=self._entries,
+            fixed=self._fixed,
+            levels_per_um=self._turn / self._step_um,
+            farthest=self._farthest,
+            signed_levels=self._signed_levels,
+            hides_defocus=(
+                "defocus_known" in self._entries and not self._direction_known
+            ),
+        )
+
+    def unknown(self, number: int) -> Image | None:
+        """Return the condition of tiles whose defocus nobody knows yet.
+
+        Returns
+        -------
+        Image or None
+            Axes (tile, entry); None: the engine takes no condition.
+        """
+        return self.rows(np.full(number, np.nan, np.float32))
+
+    def rows(self, defocus_um: Image) -> Image | None:
+        """Return the condition of tiles.
+
+        Parameters
+        ----------
+        defocus_um
+            Per tile; NaN: not known.
+
+        Returns
+        -------
+        Image or None
+            Axes (tile, entry); None: the engine takes no condition.
+        """
+        if not self._entries:
+            return None
+        columns = [self._column(entry, defocus_um) for entry in self._entries]
+        return np.stack(columns, axis=1).astype(np.float32)
+
+    def _column(self, entry: str, defocus_um: Image) -> Image:
+        if entry in self._fixed:
+            return np.full(defocus_um.shape, self._fixed[entry], np.float32)
+        known = ~np.isnan(defocus_um)
+        levels = np.where(known, defocus_um, 0) * np.float32(self._turn / self._step_um)
+        if entry == "level":
+            whole = np.clip(np.rint(levels), -self._farthest, self._farthest)
+            return np.asarray(whole if self._signed_levels else np.abs(whole))
+        if self.terms.hides_defocus:
+            # The engine can do without; a distance would be taken for a direction.
+            known, levels = np.zeros_like(known), np.zeros_like(levels)
+        return np.asarray(known if entry == "defocus_known" else levels)
+
+
+def turned(level: NDArray[np.int16], defocus: Image) -> tuple[NDArray[np.int16], Image]:
+    """Turn the sign of what an engine found, see `is_mirrored`; background stays."""
+    turned_level = np.where(level == BACKGROUND, level, -level)
+    return turned_level.astype(np.int16), -defocus
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the logits say of every tile; all axes (tile_y, tile_x)."""
+
+    level: NDArray[np.int16]
+    confidence: Image
+    """Probability of the chosen label."""
+    defocus: Image
+    """In levels; meaningless where the level is background."""
+    uncertainty: Image
+    """Standard deviation of the levels about `defocus`, in levels."""
+
+
+class LabelDecoder:
+    """Turns logits into labels by the card's list."""
+
+    def __init__(self, output: OutputCard) -> None:
+        self.labels = output.labels
+        self.levels = np.array(
+            [
+                BACKGROUND if label == BACKGROUND_LABEL else int(label)
+                for label in output.labels
+            ],
+            dtype=np.int16,
+        )
+        self._values = self.levels[:, None, None].astype(np.float32)
+        self._is_level = self._values != BACKGROUND
+        self._is_idle = ~self._is_level | (self._values == 0)
+
+    def decode(self, logits: Image) -> Decoded:
+        """Decode logits, axes (label, tile_y, tile_x).
+
+        Whether there is anything to correct comes first, by the sum of the
+        probabilities: many levels that share theirs outvote one focus label. Then
+        the likeliest label of that side is chosen. The defocus is the mean over the
+        chosen level and its two neighbours by their probabilities: finer than a
+        level, blind to a far second opinion, which the uncertainty counts in full.
+        """
+        shifted = np.exp(logits - logits.max(axis=0))
+        probability = shifted / shifted.sum(axis=0)
+        idle = np.where(self._is_idle, probability, 0).sum(axis=0) >= 0.5
+        chosen = np.where(self._is_idle == idle, probability, -1).argmax(axis=0)
+        level = self.levels[chosen]
+        confidence = np.take_along_axis(probability, chosen[None], axis=0)[0]
+        distance = np.abs(self._values - level)
+        near = (distance <= 1) & self._is_level
+        defocus = _mean(self._values, np.where(near, probability, 0))
+        of_levels = np.where(self._is_level, probability, 0)
+        variance = _mean(np.square(self._values - defocus), of_levels)
+        return Decoded(level, confidence, defocus, np.sqrt(variance))
+
+
+def _mean(values: Image, weights: Image) -> Image:
+    """Return the weighted mean over the labels; 0 where nothing has a weight."""
+    total = np.maximum(weights.sum(axis=0), np.finfo(np.float32).tiny)
+    return np.asarray((weights * values).sum(axis=0) / total, dtype=np.float32)
+
+
+def estimate_frame(header: FrameHeader, found: DefocusMap) -> Estimate:
+    """Combine the tiles of a frame, each with the weight of its confidence.
+
+    Parameters
+    ----------
+    header
+        Of the frame; its index, z and times are copied.
+    found
+        Defocus of its tiles.
+
+    Returns
+    -------
+    Estimate
+        ``level`` is the one that gathers most confidence, ``defocus_um`` the
+        weighted mean; both None where every tile is background.
+    """
+    foreground = found.level != BACKGROUND
+    weights = found.confidence[foreground].astype(np.float64)
+    level: int | None = None
+    defocus_um: float | None = None
+    confidence = 0.0
+    if weights.sum() > 0:
+        levels, place = np.unique(found.level[foreground], return_inverse=True)
+        level = int(levels[np.bincount(place, weights=weights).argmax()])
+        defocus_um = float(np.average(found.defocus_um[foreground], weights=weights))
+        confidence = float(weights.mean())
+    return Estimate(
+        series_uid=header.series_uid,
+        sequence=header.sequence,
+        level=level,
+        defocus_um=defocus_um,
+        signed=found.grid.signed,
+        confidence=confidence,
+        foreground=float(foreground.mean()),
+        z_um=header.z_um,
+        z_offset_um=header.z_offset_um,
+        index=header.index,
+        captured_ns=header.captured_ns,
+        estimated_ns=time.time_ns(),
+    )

@@ -1,1 +1,0 @@
-"""Classify: what every device knows of labels, rules and conditions."""
