@@ -41,7 +41,7 @@ _NUMBERS = (
     ("foreground", np.float64, np.nan),
 )
 """Columns of the table of frames that hold numbers, and what stands for "unknown"."""
-_TEXTS = ("status", "role", "why")
+_TEXTS = ("status", "role", "why", "file")
 
 
 def open_run(path: Path | str) -> "Run":
@@ -228,7 +228,8 @@ class Run:
         """The journal as a table: a structured array with a row per frame.
 
         Columns are ``sequence``; the place ``t``, ``p``, ``c``, ``z``; ``status``
-        (``written``, ``focus``, ``missing``, ``in_error``) and ``why``; the times
+        (``written``, ``focus``, ``missing``, ``in_error``) and ``why``; ``file`` where
+        the frame was replayed; the times
         ``captured_ns``, ``received_ns``, ``durable_ns`` (Unix time), ``planned_s``,
         ``actual_s``; ``exposure_ms``, ``z_um``, ``z_offset_um``; and the estimate:
         ``level``, ``defocus_um``, ``confidence``, ``foreground``. Unknown numbers are
@@ -282,7 +283,7 @@ def _row(line: Line) -> tuple[Any, ...]:
         for name, _, unknown in _NUMBERS
     )
     why = next((line[k] for k in ("error", "reason", "skipped") if line.get(k)), None)
-    return (*numbers, line["status"], line.get("role"), why)
+    return (*numbers, line["status"], line.get("role"), why, line.get("file"))
 
 
 def _few(names: tuple[str, ...] | list[str]) -> str:

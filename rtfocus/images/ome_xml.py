@@ -2,13 +2,16 @@
 
 Read with the standard library: ome-types validates against the schema and refuses
 files of Micro-Manager, ImageJ and others whose pixels are readable, and takes
-seconds for the ten thousand TiffData of a long series.
+seconds for the ten thousand TiffData of a long series. Written with it too, for the
+collections of OME-Zarr: readers look there for the names and places of the images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree import ElementTree
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, SubElement
+
+import numpy as np
 
 from rtfocus.images.series import (
     MOST_PLANES,
@@ -16,11 +19,15 @@ from rtfocus.images.series import (
     ImageChannel,
     PlatePlace,
     StagePosition,
+    writable_text,
 )
 from rtfocus.images.units import coordinate_um, finite, length_um, positive, time_s
 
 _MAX_PLATE = 1000
 """Rows or columns of a plate; more come from a broken file."""
+_NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+_PIXEL_TYPES = {"float32": "float", "float64": "double"}
+"""OME names of NumPy types; those of whole numbers are the same."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,97 @@ def read_ome_xml(xml: str | bytes) -> OmeMetadata:
     binary_only = _child(root, "BinaryOnly")
     master = None if binary_only is None else binary_only.get("MetadataFile")
     return OmeMetadata(images, root.get("UUID"), master)
+
+
+def write_ome_xml(images: "Sequence[OmeImage]", dtype: np.dtype[np.generic]) -> bytes:
+    """Return OME-XML of images whose pixels lie elsewhere: ``METADATA.ome.xml``.
+
+    Parameters
+    ----------
+    images
+        In the order of the collection. What their facts leave out stays out.
+    dtype
+        Of all of them.
+    """
+    root = Element("OME", {"xmlns": _NAMESPACE})
+    for number, image in enumerate(images):
+        _write_image(root, number, image, _PIXEL_TYPES.get(dtype.name, dtype.name))
+    ElementTree.indent(root, " ")
+    text: bytes = ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
+    return text
+
+
+def _write_image(root: Element, number: int, image: OmeImage, kind: str) -> None:
+    facts = image.facts
+    name = writable_text(image.name)
+    element = SubElement(root, "Image", ID=f"Image:{number}", Name=name)
+    position, stage = facts.get("position"), facts.get("stage")
+    if position is not None:
+        SubElement(element, "StageLabel", Name=position, **_places_um(stage, ""))
+    sizes = {f"Size{axis.upper()}": str(image.sizes[axis]) for axis in "xyczt"}
+    known = {
+        "PhysicalSizeX": facts.get("pixel_size_x_um"),
+        "PhysicalSizeY": facts.get("pixel_size_y_um"),
+        "PhysicalSizeZ": facts.get("z_step_um"),
+    }
+    pixels = SubElement(
+        element,
+        "Pixels",
+        ID=f"Pixels:{number}",
+        DimensionOrder="XYZCT",
+        Type=kind,
+        **sizes,
+        **_measures(known, "µm"),
+        **_measures({"TimeIncrement": facts.get("time_step_s")}, "s"),
+    )
+    for c, channel in enumerate(facts.get("channels", ())):
+        _write_channel(pixels, f"Channel:{number}:{c}", channel)
+    SubElement(pixels, "MetadataOnly")
+    if stage is not None:
+        places = _places_um(stage, "Position")
+        SubElement(pixels, "Plane", TheZ="0", TheC="0", TheT="0", **places)
+
+
+def _write_channel(pixels: Element, identity: str, channel: ImageChannel) -> None:
+    told = {} if channel.name is None else {"Name": channel.name}
+    if channel.color is not None:
+        told["Color"] = str(signed_rgba(channel.color))
+    waves = {
+        "EmissionWavelength": channel.emission_nm,
+        "ExcitationWavelength": channel.excitation_nm,
+    }
+    told |= _measures(waves, "nm")
+    SubElement(pixels, "Channel", ID=identity, SamplesPerPixel="1", **told)
+
+
+def _places_um(stage: StagePosition | None, prefix: str) -> dict[str, str]:
+    if stage is None:
+        return {}
+    places = {
+        f"{prefix}X": stage.x_um,
+        f"{prefix}Y": stage.y_um,
+        f"{prefix}Z": stage.z_um,
+    }
+    return _measures(places, "µm")
+
+
+def _measures(values: Mapping[str, float | None], unit: str) -> dict[str, str]:
+    """Return the attributes of values that are known, each with its unit."""
+    known: dict[str, str] = {}
+    for key, value in values.items():
+        if value is not None and np.isfinite(value):
+            known |= {key: repr(float(value)), f"{key}Unit": unit}
+    return known
+
+
+def signed_rgba(color: str) -> int:
+    """Return RRGGBB, opaque, as the signed 32-bit RRGGBBAA of OME.
+
+    >>> signed_rgba("FF0000"), signed_rgba("00FF00")
+    (-16776961, 16711935)
+    """
+    rgba = (int(color, 16) << 8) | 0xFF
+    return rgba - (1 << 32) if rgba >= 1 << 31 else rgba
 
 
 def _read_image(

@@ -14,6 +14,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError, OutputError
+from rtfocus.images.ome_xml import signed_rgba
 from rtfocus.images.outputs import OutputGuard, companions, result_names
 from rtfocus.images.provenance import NAMESPACE, SOFTWARE, Provenance
 from rtfocus.images.reading import BrokenImage
@@ -220,7 +221,10 @@ def _ome_channels(like: ImageSeries) -> dict[str, object]:
     """Return names, colours and wavelengths, a list each; what no channel has: none."""
     found: dict[str, list[object]] = {
         "Name": [channel.name for channel in like.channels],
-        "Color": [_ome_colour(channel.color) for channel in like.channels],
+        "Color": [
+            None if channel.color is None else signed_rgba(channel.color)
+            for channel in like.channels
+        ],
         "EmissionWavelength": [channel.emission_nm for channel in like.channels],
         "ExcitationWavelength": [channel.excitation_nm for channel in like.channels],
     }
@@ -231,14 +235,6 @@ def _ome_channels(like: ImageSeries) -> dict[str, object]:
             if key.endswith("Wavelength"):
                 known[f"{key}Unit"] = ["nm"] * len(values)
     return {"Channel": known} if known else {}
-
-
-def _ome_colour(color: str | None) -> int | None:
-    """Return red, green, blue, opaque as the signed 32 bits of OME."""
-    if color is None:
-        return None
-    rgba = (int(color, 16) << 8) | 0xFF
-    return rgba - (1 << 32) if rgba >= 1 << 31 else rgba
 
 
 def _ome_stage(like: ImageSeries) -> dict[str, object]:

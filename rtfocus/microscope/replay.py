@@ -311,13 +311,20 @@ class Replay:
                 event_index=number,
                 planned_s=planned_s,
                 actual_s=actual_s,
-                frame_meta={"file": plane.image.path.name, "plane": plane.source},
+                frame_meta={"file": self._file(plane), "plane": plane.source},
             )
             self._delivery.deliver(pixels, exposure)
         if not self._unreadable:
             return COMPLETED
         more = len(self._unreadable) - 1
         return self._unreadable[0] + (f" (and {more} more)" if more else "")
+
+    def _file(self, plane: Plane) -> str:
+        """Return a plane's file as a path below what is replayed."""
+        path, root = plane.image.path, self._replay.path
+        if path != root and path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+        return path.name
 
     def _warnings(self) -> tuple[str, ...]:
         said = dict.fromkeys([*self._unreadable, *self._notes])

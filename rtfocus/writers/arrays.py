@@ -16,8 +16,14 @@ from numpy.typing import NDArray
 from rtfocus.config.processor import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.frame import FrameResult
+from rtfocus.writers.companion import write_companions
 from rtfocus.writers.header import RunHeader, is_document
-from rtfocus.writers.layout import image_groups, update_attributes, write_groups
+from rtfocus.writers.layout import (
+    Windows,
+    finish_group,
+    image_groups,
+    write_groups,
+)
 from rtfocus.writers.places import Index
 from rtfocus.writers.specs import (
     CONFIDENCE,
@@ -265,6 +271,10 @@ class RunImages:
             spec.name: [array(spec, group) for group in self._groups[spec.name]]
             for spec in self.specs
         }
+        self._folder = folder
+        self._header = header
+        if create:
+            self.describe_collections()
 
     @property
     def frame_bytes(self) -> int:
@@ -341,10 +351,28 @@ class RunImages:
             for path in array.trim(frames)
         ]
 
-    def describe(self, position: int, rtfocus: dict[str, Any]) -> None:
-        """Add to the ``rtfocus`` attribute of all images of a position."""
-        for groups in self._groups.values():
-            update_attributes(groups[position], {"rtfocus": rtfocus}, fsync=self._fsync)
+    def describe(
+        self, position: int, rtfocus: dict[str, Any], windows: dict[str, Windows]
+    ) -> None:
+        """Say how a position's images ended, and their contrast by image name."""
+        for spec in self.specs:
+            finish_group(
+                self._groups[spec.name][position],
+                spec,
+                rtfocus,
+                windows.get(spec.name, []),
+                fsync=self._fsync,
+            )
+
+    def describe_collections(self) -> None:
+        """Write the OME-XML of several positions, with the present length along t."""
+        frames = max(self.frames, 1)
+        write_companions(self._folder, self._header, self.specs, frames)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the series."""
+        return self._header.size("c") or 1
 
     @property
     def positions(self) -> int:

@@ -18,6 +18,7 @@ from fsspec import register_implementation
 from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.outcome import Outcome
+from rtfocus.writers.companion import COMPANION, companion_fault
 from rtfocus.writers.folder import ASIDE_NAME
 from rtfocus.writers.header import (
     JOURNAL_NAME,
@@ -256,6 +257,9 @@ def _open_images(
 def _check_stores(folder: Path, header: RunHeader, report: CheckReport) -> None:
     """Validate each OME-Zarr, and each confidence image inside one."""
     for spec in image_specs(header):
+        if (broken := companion_fault(folder, header, spec)) is not None:
+            name = store_path(folder, spec.name) / COMPANION
+            report.problems.append(f"'{name}' is damaged ({broken}); use --repair")
         roots = (
             image_groups(folder, header, spec)
             if spec.name == CONFIDENCE

@@ -17,6 +17,7 @@ import numpy as np
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import remove, replace
 from rtfocus.writers.arrays import RunImages
+from rtfocus.writers.contrast import FrameSample, contrast
 from rtfocus.writers.folder import set_aside
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, write_json
 from rtfocus.writers.journal import Line, read_journal
@@ -61,10 +62,13 @@ def finish_run(
         if line["index"] is not None:
             told = {key: line[key] for key in ("sequence", "index", "reason")}
             missing[complete(line["index"])["p"]].append(told)
+    images.describe_collections()
+    sample = FrameSample()
+    write_columns(folder, tally.lines, sample.note)
+    windows = contrast(images, sample)
     for position in range(images.positions):
         found = {"finished": True, "missing": missing[position], "totals": totals}
-        images.describe(position, found)
-    write_columns(folder, tally.lines)
+        images.describe(position, found, windows)
     write_json(
         folder / REPORT_NAME,
         {
@@ -125,13 +129,17 @@ _COLUMNS: dict[str, tuple[str, Callable[[Line], Any]]] = {
 """Name to dtype and how a line gives the value; -1 or NaN: unknown."""
 
 
-def write_columns(folder: Path, rows: int) -> Path:
+def write_columns(
+    folder: Path, rows: int, on_line: Callable[[Line], None] = lambda _: None
+) -> Path:
     """Write the journal's columns; an older ``frames.zarr`` is replaced.
 
     Parameters
     ----------
     folder
         The run folder; its journal has `rows` lines.
+    on_line
+        Called with every line.
 
     Raises
     ------
@@ -148,6 +156,8 @@ def write_columns(folder: Path, rows: int) -> Path:
         number = 0
         while block := list(islice(lines, _BLOCK)):
             columns.write(number, block)
+            for line in block:
+                on_line(line)
             number += 1
         columns.close()
         replace(part, group)

@@ -183,8 +183,19 @@ def is_document(path: Path) -> bool:
 
 def write_json(path: Path, content: dict[str, Any], *, fsync: bool = False) -> None:
     """Replace a JSON file atomically; NaN becomes null."""
-    temporary = path.with_name(f".{path.name}.part")
     data = msgspec.json.format(msgspec.json.encode(content), indent=1)
+    write_file(path, data, fsync=fsync)
+
+
+def write_file(path: Path, data: bytes, *, fsync: bool = False) -> None:
+    """Replace a small file of the run folder atomically.
+
+    Raises
+    ------
+    WriterError
+        If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -30,6 +30,9 @@ BLANK = b"\0\r\n "
 _LONGEST_LINE = 1 << 20
 """Bytes; no line of a run is that long, a block of zeros may be."""
 
+_LONGEST_NAME = 4096
+"""Characters of a file's path; longer ones no system has."""
+
 Line = dict[str, Any]
 
 
@@ -82,6 +85,7 @@ def frame_line(
         line["place"] = place
     if error is not None:
         line["error"] = error
+    line |= _source(header.frame_meta)
     return line if result is None else line | _result_part(result)
 
 
@@ -93,6 +97,14 @@ def missing_line(missing: Missing) -> Line:
         "index": missing.index,
         "reason": missing.reason,
     }
+
+
+def _source(meta: dict[str, Any]) -> Line:
+    """Return the file that a replayed frame comes from, and where in it."""
+    file, plane = meta.get("file"), meta.get("plane")
+    if not isinstance(file, str) or not isinstance(plane, dict):
+        return {}
+    return {"file": file[:_LONGEST_NAME], "plane": plane}
 
 
 def _result_part(result: FrameResult) -> Line:

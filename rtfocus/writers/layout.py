@@ -4,6 +4,8 @@ OME-Zarr 0.5 has no axis for colour, so an RGB frame is three planes along c, ea
 an omero channel shown in red, green or blue: that is what readers overlay right.
 """
 
+import math
+import os
 from collections import Counter, defaultdict
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,10 +19,15 @@ from rtfocus.channel import Channel
 from rtfocus.errors import WriterError
 from rtfocus.frame import Position
 from rtfocus.writers.header import RunHeader, is_document, write_json
-from rtfocus.writers.specs import CONFIDENCE, DEFOCUS, ImageSpec
+from rtfocus.writers.specs import CONFIDENCE, DEFOCUS, RAW, ImageSpec
+
+Windows = list[tuple[float, float] | None]
+"""Values shown black and white, by channel of an image; None: as planned."""
 
 _RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 _COLOURS = ("00FFFF", "FF00FF", "FFFF00", "FF0000", "00FF00", "0000FF")
+_MAP_COLOURS = {DEFOCUS: "FFB000", CONFIDENCE: "FFFFFF"}
+"""Of what is no picture of the specimen; amber is told from grey by everybody."""
 _BY_WAVELENGTH_NM = (
     (490, "0000FF"),
     (570, "00FF00"),
@@ -112,24 +119,56 @@ def _documents(
     folder: Path, header: RunHeader, specs: list[ImageSpec]
 ) -> dict[Path, dict[str, Any]]:
     documents: dict[Path, dict[str, Any]] = {}
+    raw = next((spec for spec in specs if spec.name == RAW), None)
+    raw_groups = [] if raw is None else image_groups(folder, header, raw)
     for spec in specs:
         if spec.name != CONFIDENCE:
             documents |= _collection(store_path(folder, spec.name), header)
         groups = image_groups(folder, header, spec)
+        raws = [None] * len(groups) if raw in (None, spec) else raw_groups
         # Positions differ in their names alone, and a plate may have ten thousand.
         shared = image_document(header, spec, spec.name)
-        for position, group in zip(header.series.positions, groups, strict=True):
+        places = zip(header.series.positions, groups, raws, strict=True)
+        for position, group, raw_group in places:
             documents[group] = {
-                "ome": _named(shared, f"{position.name} {spec.name}"),
-                "rtfocus": _description(header, spec, position),
+                "ome": _placed(shared, spec, position),
+                "rtfocus": _description(header, spec, position)
+                | _origin(group, raw_group),
             }
     return documents
 
 
-def _named(image: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the ``ome`` attribute of an image under another name."""
+def _placed(
+    image: dict[str, Any], spec: ImageSpec, position: Position
+) -> dict[str, Any]:
+    """Return the ``ome`` attribute of the image of one position: its name and place.
+
+    The axes of the stage are taken for those of the image. Where the stage's place
+    is not known the image begins at 0.
+    """
     (multiscale,) = image["multiscales"]
-    return image | {"multiscales": [multiscale | {"name": name}]}
+    (dataset,) = multiscale["datasets"]
+    place = [spec.origin_um + _known(um) for um in (position.y_um, position.x_um)]
+    transforms = list(dataset["coordinateTransformations"])
+    if any(place):
+        translation = [0.0, 0.0, 0.0, *place]
+        transforms.append({"type": "translation", "translation": translation})
+    placed = multiscale | {
+        "name": f"{position.name} {spec.name}",
+        "datasets": [dataset | {"coordinateTransformations": transforms}],
+    }
+    return image | {"multiscales": [placed]}
+
+
+def _known(place_um: float | None) -> float:
+    return place_um if place_um is not None and math.isfinite(place_um) else 0.0
+
+
+def _origin(group: Path, raw: Path | None) -> dict[str, str]:
+    """Return which raw image another was made of, as a path from its own group."""
+    return (
+        {} if raw is None else {"made_of": Path(os.path.relpath(raw, group)).as_posix()}
+    )
 
 
 def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None:
@@ -143,10 +182,29 @@ def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None
     write_json(group / "zarr.json", document, fsync=fsync)
 
 
-def update_attributes(
-    node: Path, attributes: dict[str, Any], *, fsync: bool = False
+def finish_group(
+    node: Path,
+    spec: ImageSpec,
+    rtfocus: dict[str, Any],
+    windows: Windows,
+    *,
+    fsync: bool = False,
 ) -> None:
-    """Add to the attributes of a group or array, mappings key by key; atomic.
+    """Say in an image's group how its run ended, and what to show black and white.
+
+    One atomic change. A contrast that is no longer the planned one is somebody's own
+    and stays.
+
+    Parameters
+    ----------
+    node
+        The group.
+    spec
+        Of the image.
+    rtfocus
+        Is added to the attribute of this name.
+    windows
+        By channel of the ``omero`` attribute.
 
     Raises
     ------
@@ -157,14 +215,25 @@ def update_attributes(
     try:
         document = msgspec.json.decode(path.read_bytes())
         present = document.setdefault("attributes", {})
-        for key, value in attributes.items():
-            old = present.get(key)
-            both = isinstance(old, dict) and isinstance(value, dict)
-            present[key] = old | value if both else value
-    except (OSError, ValueError, AttributeError) as error:
+        present["rtfocus"] = present.get("rtfocus", {}) | rtfocus
+        shown = present.get("ome", {}).get("omero", {}).get("channels", [])
+        for channel, window in zip(shown, windows, strict=False):
+            if window is not None and _is_planned(channel.get("window"), spec):
+                channel["window"] = _window(spec, window)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         msg = f"'{path}' is no Zarr metadata ({error}); the run folder is damaged"
         raise WriterError(msg) from error
     write_json(path, document, fsync=fsync)
+
+
+def _is_planned(window: object, spec: ImageSpec) -> bool:
+    return window is None or window == _window(spec, spec.window)
+
+
+def _window(spec: ImageSpec, shown: tuple[float, float]) -> dict[str, float]:
+    low, high = spec.window
+    (start, end) = shown
+    return {"start": start, "min": min(low, start), "end": end, "max": max(high, end)}
 
 
 def _collection(root: Path, header: RunHeader) -> dict[Path, dict[str, Any]]:
@@ -205,19 +274,12 @@ def _description(
 
 
 def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, Any]:
-    """Return the ``ome`` attribute of one image group."""
+    """Return the ``ome`` attribute of an image group, wherever it is placed."""
     series = header.series
     plane = [spec.spacing_um] * 2
-    origin = [spec.origin_um] * 2
-    transforms: list[v05.ScaleTransformation | v05.TranslationTransformation] = [
-        v05.ScaleTransformation(
-            scale=[series.interval_s or 1.0, 1.0, series.z_step_um or 1.0, *plane]
-        )
-    ]
-    if spec.origin_um:
-        transforms.append(
-            v05.TranslationTransformation(translation=[0.0, 0.0, 0.0, *origin])
-        )
+    scale = v05.ScaleTransformation(
+        scale=[series.interval_s or 1.0, 1.0, series.z_step_um or 1.0, *plane]
+    )
     multiscale = v05.Multiscale(
         name=name,
         axes=[
@@ -225,7 +287,7 @@ def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, A
             v05.ChannelAxis(name="c"),
             *(v05.SpaceAxis(name=axis, unit="micrometer") for axis in "zyx"),
         ],
-        datasets=[v05.Dataset(path="0", coordinateTransformations=transforms)],
+        datasets=[v05.Dataset(path="0", coordinateTransformations=[scale])],
     )
     omero = v05.Omero(channels=_omero_channels(header, spec))
     return _dump(v05.Image(multiscales=[multiscale], omero=omero))
@@ -272,26 +334,31 @@ def well_of(position: Position) -> tuple[str, str]:
 
 
 def _omero_channels(header: RunHeader, spec: ImageSpec) -> list[v05.OmeroChannel]:
+    window = v05.OmeroWindow(**_window(spec, spec.window))
+    return [
+        v05.OmeroChannel(label=label, color=code, active=True, window=window)
+        for label, code in channels_of(header, spec)
+    ]
+
+
+def channels_of(header: RunHeader, spec: ImageSpec) -> list[tuple[str, str]]:
+    """Return label and colour of every index of axis c."""
     channels = header.series.channels
-    low, high = spec.window
-    window = v05.OmeroWindow(start=low, min=low, end=high, max=high)
     if spec.planes == 3:
-        named = [
+        return [
             (f"{channel.name} {colour}" if len(channels) > 1 else colour, code)
             for channel in channels
             for colour, code in _RGB
         ]
-    elif spec.name == DEFOCUS or len(channels) == 1:
-        named = [(channel.name, "FFFFFF") for channel in channels]
-    else:
-        spare = islice(cycle(_COLOURS), len(channels))
-        named = [
-            (channel.name, _colour(channel, other))
-            for channel, other in zip(channels, spare, strict=True)
-        ]
+    if spec.name in _MAP_COLOURS:
+        code = _MAP_COLOURS[spec.name]
+        return [(f"{channel.name} {spec.name}", code) for channel in channels]
+    if len(channels) == 1:
+        return [(channel.name, "FFFFFF") for channel in channels]
+    spare = islice(cycle(_COLOURS), len(channels))
     return [
-        v05.OmeroChannel(label=label, color=code, active=True, window=window)
-        for label, code in named
+        (channel.name, _colour(channel, other))
+        for channel, other in zip(channels, spare, strict=True)
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from writer_kit import GRID, indices, make_series, numbered, recording
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.errors import WriterError
 from rtfocus.frame import FrameResult, Position, Role, SeriesStart
+from rtfocus.images.ome_xml import read_ome_xml
+from rtfocus.images.ome_zarr import read_ome_zarr
+from rtfocus.images.series import StagePosition
 from rtfocus.writers.check import check_run
 
 IMAGES = ("raw", "restored", "defocus")
@@ -119,11 +123,96 @@ def test_metadata_is_whole_before_frame_0(tmp_path: Path) -> None:
         assert shift["translation"] == pytest.approx(
             [0, 0, 0, 7.5 * 0.325, 7.5 * 0.325]
         )
-        assert [c["label"] for c in image["omero"]["channels"]] == ["DAPI", "FITC"]
+        labels = [c["label"] for c in image["omero"]["channels"]]
+        assert labels == ["DAPI defocus", "FITC defocus"]
         array = zarr.open_array(path / "0", mode="r")
         assert array.metadata.dimension_names == tuple("tczyx")
         assert array.shape == (4, 2, 1, GRID.rows, GRID.columns)
         assert np.isnan(array[...]).all()
+
+
+def ome(folder: Path, name: str, inner: str = "") -> dict[str, Any]:
+    path = folder / f"{name}.ome.zarr" / inner / "zarr.json"
+    return json.loads(path.read_text())["attributes"]
+
+
+def test_positions_say_where_they_lie_and_what_they_are_made_of(tmp_path: Path) -> None:
+    """In the arrays' transforms and in the OME-XML, from before frame 0 on."""
+    series = make_series(sizes={"t": None, "p": 2}, positions=SITES)
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        folder = run.writer.folder
+        before = read_ome_zarr(folder / "raw.ome.zarr")
+        for sequence, index in enumerate(islice(indices(series), 5)):
+            run.send(sequence, index)
+        run.close(5)
+    after = read_ome_zarr(folder / "raw.ome.zarr")
+    for images, frames in ((before, 64), (after, 3)):
+        assert [image.position for image in images] == ["left", "right"]
+        assert [image.sizes["t"] for image in images] == [frames] * 2
+        assert images[0].stage == StagePosition(x_um=1.0, y_um=2.0)
+        assert images[1].stage is None
+    xml = read_ome_xml((folder / "raw.ome.zarr/OME/METADATA.ome.xml").read_bytes())
+    assert [image.sizes["t"] for image in xml.images] == [3, 3]
+    assert xml.images[0].facts["pixel_size_x_um"] == 0.325
+
+    places = {"raw": 0.0, "restored": 0.0, "defocus": 7.5 * 0.325}
+    for name, origin in places.items():
+        (scales,) = ome(folder, name, "0")["ome"]["multiscales"]
+        _, moved = scales["datasets"][0]["coordinateTransformations"]
+        assert moved["translation"] == pytest.approx([0, 0, 0, 2 + origin, 1 + origin])
+        made_of = ome(folder, name, "1")["rtfocus"].get("made_of")
+        if name == "raw":
+            assert made_of is None
+        else:
+            there = (folder / f"{name}.ome.zarr" / "1" / made_of).resolve()
+            assert there == (folder / "raw.ome.zarr" / "1").resolve()
+
+
+def test_a_run_shows_what_is_in_it(tmp_path: Path) -> None:
+    """Contrast is that of the data, by channel; somebody's own stays."""
+    series = make_series(
+        sizes={"t": 20, "c": 2}, channels=COLOURS, bit_depth=12, shape=(48, 48)
+    )
+    with recording(tmp_path / "run.rtfocus", series, slots=64) as run:
+        for sequence, index in enumerate(indices(series)):
+            slot = run.fill(sequence, index)
+            result = run.result(sequence, index)
+            level = 600 + 100 * index["c"]
+            slot.pixels[...] = np.linspace(level, level + 80, 48 * 48).reshape(48, 48)
+            result.defocus.defocus_um[...] = np.linspace(-3, 1, 12).reshape(3, 4)
+            run.writer.append(slot, result)
+        start = ome(run.writer.folder, "raw")["ome"]["omero"]["channels"]
+        assert [c["window"]["end"] for c in start] == [4095, 4095]
+        path = run.writer.folder / "restored.ome.zarr" / "zarr.json"
+        own = json.loads(path.read_text())
+        own["attributes"]["ome"]["omero"]["channels"][1]["window"]["end"] = 77.0
+        path.write_text(json.dumps(own))
+        folder = run.close(40)
+    shown = [c["window"] for c in ome(folder, "raw")["ome"]["omero"]["channels"]]
+    assert shown == [
+        {"min": 0, "max": 4095, "start": low, "end": low + 79} for low in (600, 700)
+    ]
+    restored = ome(folder, "restored")["ome"]["omero"]["channels"]
+    assert restored[0]["window"]["end"] > 4095
+    assert restored[0]["window"]["max"] == restored[0]["window"]["end"]
+    assert restored[1]["window"]["end"] == 77.0
+    shown = ome(folder, "defocus")["ome"]["omero"]["channels"][0]["window"]
+    assert 2.5 < shown["end"] <= 3
+    assert shown["start"] == -shown["end"]
+    assert check_run(folder).problems == []
+
+
+def test_damaged_ome_xml_is_told_and_mended(tmp_path: Path) -> None:
+    series = make_series(sizes={"t": 2, "p": 2}, positions=SITES)
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        folder = run.close(run.send_all())
+    path = folder / "restored.ome.zarr" / "OME" / "METADATA.ome.xml"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    (problem,) = check_run(folder).problems
+    assert "METADATA.ome.xml' is damaged" in problem
+    assert check_run(folder, repair=True).problems == []
+    assert path.read_bytes() == whole
 
 
 def test_rgb_planes_are_omero_channels_in_their_colours(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.errors import InputError
+from rtfocus.runs import open_run
 
 
 def specimen(seed: int, shape: tuple[int, int] = (192, 256)) -> np.ndarray[Any, Any]:
@@ -77,17 +78,20 @@ def test_images_of_different_forms_are_refused_before_the_first(
 
 def test_colour_of_8_bits_runs_through(tmp_path, engine_folder):
     images = tmp_path / "images"
-    images.mkdir()
+    (images / "day 2").mkdir(parents=True)
     frames = [
         np.stack([specimen(3 * n + c) * 250 for c in range(3)], axis=-1).astype(
             np.uint8
         )
         for n in range(2)
     ]
-    for number, pixels in enumerate(frames):
-        Image.fromarray(pixels).save(images / f"{number}.png")
+    files = ["0.png", "day 2/1.png"]
+    for file, pixels in zip(files, frames, strict=True):
+        Image.fromarray(pixels).save(images / file)
     run = replay(tmp_path, images, engine_folder)
     assert_whole(run.folder, frames=2)
+    assert [line["file"] for line in run.journal] == files
+    assert open_run(run.folder).frames["file"].tolist() == files
     for t in range(2):
         for c in range(3):
             np.testing.assert_array_equal(run.stored("raw", t, 0, c), frames[t][..., c])
