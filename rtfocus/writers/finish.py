@@ -44,17 +44,35 @@ def finish_run(
     images: RunImages,
     tally: Tally,
     report: dict[str, Any],
+    *,
+    unnamed_too: bool = False,
 ) -> None:
     """Trim t, write totals, missing places, journal columns and the report.
+
+    Parameters
+    ----------
+    folder, header, images
+        The run.
+    tally
+        What its journal adds up to.
+    report
+        What ``report.json`` says besides.
+    unnamed_too
+        Whether shards before the end whose places no line names are set aside, as
+        those beyond it are. A process that was killed before it wrote their line
+        leaves such; after a failed write they stay for a repair.
 
     Raises
     ------
     WriterError
         If any of it cannot be written; the folder can be repaired.
     """
-    # A Zarr image without a single time point is refused by many readers. What lies
-    # beyond the last journalled one was never acknowledged, but is somebody's.
-    if (aside := set_aside(folder, images.trim(max(tally.extent, 1)))) is not None:
+    # A Zarr image without a single time point is refused by many readers. What no line
+    # names was never acknowledged, but is somebody's.
+    left = set(images.trim(max(tally.extent, 1)))
+    if unnamed_too:
+        left.update(_unnamed(images, tally))
+    if (aside := set_aside(folder, sorted(left))) is not None:
         report = report | {"set_aside": str(aside.relative_to(folder).as_posix())}
     totals = tally.totals()
     missing = defaultdict(list)
@@ -83,6 +101,18 @@ def finish_run(
         },
         fsync=header.store.fsync,
     )
+
+
+def _unnamed(images: RunImages, tally: Tally) -> list[Path]:
+    """Return the shards that hold none of the places which journal lines name."""
+    found = []
+    for _, position, shard in images.shards():
+        fixed = {"p": position, "c": shard.c, "z": shard.z}
+        places = [{"t": t, **fixed} for t in shard.times]
+        planned = [place for place in places if tally.plan.contains(place)]
+        if planned and not any(place in tally.named for place in planned):
+            found.append(shard.path)
+    return found
 
 
 def _integer(key: str) -> Callable[[Line], Any]:

@@ -243,9 +243,17 @@ class RunWriter:
             "reason": end.reason,
             "warnings": end.warnings,
         }
-        if self._intake.commits.error is not None:
-            report["write_error"] = str(self._intake.commits.error)
-        finish_run(self.folder, self._header, self._images, self._tally, report)
+        failed = self._intake.commits.error
+        if failed is not None:
+            report["write_error"] = str(failed)
+        finish_run(
+            self.folder,
+            self._header,
+            self._images,
+            self._tally,
+            report,
+            unnamed_too=failed is None,
+        )
         self._lock.release()
         if not self._failure_raised:
             self._raise_failure()

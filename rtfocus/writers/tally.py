@@ -10,7 +10,7 @@ from typing import Any
 
 from rtfocus.metrics import Accounting
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, Line
-from rtfocus.writers.places import Plan, Planned, complete
+from rtfocus.writers.places import Plan, Planned, TakenPlaces, complete
 
 MOST_LISTED = 10_000
 """Missing places named one by one in the images' metadata; the journal has all."""
@@ -43,6 +43,10 @@ class Tally:
     missing_count: int = 0
     before: Planned | None = None
     """The last place that a frame had or should have had."""
+
+    def __post_init__(self) -> None:
+        self.named = TakenPlaces(self.plan)
+        """Places that hold a frame, or of which it is journalled that it is lost."""
 
     def add(self, line: Line) -> None:
         """Count one line."""
@@ -86,6 +90,7 @@ class Tally:
         if line["index"] is not None:
             self.extent = max(self.extent, line["index"]["t"] + 1)
             self.before = Planned(None, line["index"])
+            self.named.take(complete(line["index"]))
         if len(self.missing) < MOST_LISTED:
             self.missing.append(line)
 
@@ -100,6 +105,7 @@ class Tally:
             if line.get("skipped"):
                 self.skipped[line["skipped"]] += 1
             self.before = Planned(line["event_index"], index)
+            self.named.take(index)
 
 
 def term_of(line: Line) -> tuple[str, str | None] | None:

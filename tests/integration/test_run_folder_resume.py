@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from writer_kit import Recording, make_series, numbered, recording
+from writer_kit import LIVE, Recording, make_series, numbered, recording
 
 from rtfocus import files
 from rtfocus.config.model import RunConfig
@@ -67,6 +67,37 @@ def test_a_gap_across_a_restart_is_placed_by_the_frame_before_it(
     report = check_run(folder)
     assert report.problems == []
     assert [line["index"]["t"] for line in report.missing] == [2, 3]
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_frames_on_the_disk_that_a_resumed_run_never_gets_are_kept(
+    tmp_path: Path, is_told: bool
+) -> None:
+    """As after a kill between a frame's shards and its line, in mid time point."""
+    folder = tmp_path / "run.rtfocus"
+    with recording(folder, LIVE) as run:
+        run.send_all(3)
+        run.writer.drain()
+    journal = folder / "frames.ndjson"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:5]))
+    with recording(folder, LIVE) as run:
+        assert run.writer.next_sequence == 5
+        if is_told:
+            run.writer.mark_missing(5, 1, "restart")
+            run.accounting.count("dropped", "gap")
+        run.close(6 if is_told else 5)
+    report = check_run(folder)
+    assert report.frames == 5
+    if is_told:  # and to be had again
+        assert report.problems == [
+            "the journal names no frame of 4 shards; use --repair"
+        ]
+        assert check_run(folder, repair=True).frames == 6
+    else:
+        assert report.problems == []
+        said = json.loads((folder / "report.json").read_text())["set_aside"]
+        kept = [path.name for path in (folder / said).rglob("c.*")]
+        assert kept == ["c.2.1.0.0.0"] * 4
 
 
 def test_a_frame_whose_journal_line_is_torn_is_journalled_again(
