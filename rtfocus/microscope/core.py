@@ -188,6 +188,20 @@ _BACKLOG_FRAMES = 8
 Properties = Mapping[str, Mapping[str, str | int | float]]
 
 
+class PatientCore(UniMMCore):
+    """Micro-Manager's core; when it says that a camera has stopped, that is so.
+
+    `UniMMCore` waits two seconds for the thread of a camera in Python and then forgets
+    it: one that exposes for longer comes back to a buffer that was cleared, or into the
+    next sequence.
+    """
+
+    def _stop_acquisition_thread(self, timeout: float | None = 2) -> None:
+        if timeout is not None and self._acquisition_thread is not None:
+            timeout += self.getExposure() / 1e3
+        super()._stop_acquisition_thread(timeout)
+
+
 @contextmanager
 def open_core(config: Config) -> Iterator[UniMMCore]:
     """Load the configured devices; unload them at the end.
@@ -210,7 +224,7 @@ def bare_core() -> Iterator[UniMMCore]:
     """Make a core without devices; whatever is loaded by then, unload it."""
     # Any folder keeps pymmcore-plus from searching the disk for a Micro-Manager,
     # and from complaining where the virtual microscope needs none.
-    core = UniMMCore(mm_path=str(Path(__file__).parent))
+    core = PatientCore(mm_path=str(Path(__file__).parent))
     try:
         yield core
     finally:

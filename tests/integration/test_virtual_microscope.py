@@ -232,6 +232,28 @@ def test_exposures_that_fail_are_counted_and_told():
     assert any("cable pulled" in text for text in report.warnings)
 
 
+class SlowCamera(CountingCamera):
+    """Exposes for longer than `UniMMCore` waits for a camera, and cannot be hurried."""
+
+    def get_exposure(self):
+        return 2100.0
+
+    def snap(self, buffer):
+        time.sleep(2.1)
+        return super().snap(buffer)
+
+
+def test_a_camera_that_is_said_to_have_stopped_exposes_no_more():
+    with open_core(virtual({})) as core:
+        core.loadPyDevice("Slow", SlowCamera())
+        core.initializeDevice("Slow")
+        core.setCameraDevice("Slow")
+        core.startContinuousSequenceAcquisition()
+        exposing = core._acquisition_thread
+        core.stopSequenceAcquisition()
+        assert not exposing.is_alive()
+
+
 def test_optics_are_required():
     with pytest.raises(ConfigError, match=r"microscope\.optics"):
         record({"microscope": {"source": "virtual"}, "acquisition": {"live": {}}})

@@ -3,6 +3,7 @@
 Its sensor turns expected light into counts with the configured noise.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -67,6 +68,8 @@ _EXPOSURE_MS = 10.0
 CHANNEL = "Channel"
 """Property that picks the light; presets of the group of this name set it."""
 BIT_DEPTH = "BitDepth"
+_SHORT_S = 0.05
+"""A wait that nobody needs to cut short."""
 
 
 class VirtualCamera(SimpleCameraDevice):
@@ -96,6 +99,9 @@ class VirtualCamera(SimpleCameraDevice):
         self._xy_stage = xy_stage
         self.wait_for_room: Callable[[], None] = lambda: None
         """Called before every frame of a sequence; returns when it may come."""
+        self.stopping = threading.Event()
+        """Set while no sequence is wanted: a running one waits for nothing and ends."""
+        self._until = threading.Event()
         self._sensor = Sensor(config)
         self._exposure_ms = _EXPOSURE_MS
         self._started = time.monotonic()
@@ -132,14 +138,14 @@ class VirtualCamera(SimpleCameraDevice):
         if self._config.frames_per_s is not None:
             period_s = max(period_s, 1.0 / self._config.frames_per_s)
         start = max(time.monotonic(), self._last_start + period_s)
-        time.sleep(max(0.0, start - time.monotonic()))
+        self._wait(start)
         self._last_start = start
         z_um = self._z_stage.objective_um
         x_um, y_um = self._xy_stage.centre_um
         specimen = self._specimens[str(self.get_property_value(CHANNEL))]
         light = specimen.image(z_um, x_um=x_um, y_um=y_um, time_s=start - self._started)
         buffer[...] = self._sensor.expose(light, self._exposure_ms)
-        time.sleep(max(0.0, start + self._exposure_ms / 1e3 - time.monotonic()))
+        self._wait(start + self._exposure_ms / 1e3)
         return {"Z-um": f"{z_um:.4f}"}
 
     def start_sequence(
@@ -148,10 +154,33 @@ class VirtualCamera(SimpleCameraDevice):
         get_buffer: Callable[[Sequence[int], DTypeLike], np.ndarray],
     ) -> Iterator[Mapping[str, str]]:
         """Expose frames one after the other, as fast as they are taken."""
+        # A snap finds the event as the last sequence left it: nobody stops that.
+        self._until = threading.Event() if self.stopping.is_set() else self.stopping
+        return self._frames(n, get_buffer)
 
+    def _frames(
+        self,
+        n: int | None,
+        get_buffer: Callable[[Sequence[int], DTypeLike], np.ndarray],
+    ) -> Iterator[Mapping[str, str]]:
         def paced(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
             if n != 1:
                 self.wait_for_room()
             return get_buffer(shape, dtype)
 
-        yield from super().start_sequence(n, paced)
+        try:
+            yield from super().start_sequence(n, paced)
+        except _StoppedError:
+            return
+
+    def _wait(self, until_s: float) -> None:
+        """Sleep until `until_s` on the monotonic clock, unless the sequence ends."""
+        long_s = until_s - time.monotonic() - _SHORT_S
+        if long_s > 0 and self._until.wait(long_s):
+            raise _StoppedError
+        # More exact than an event's wait, on Windows above all.
+        time.sleep(max(0.0, until_s - time.monotonic()))
+
+
+class _StoppedError(Exception):
+    """The sequence was stopped amid an exposure, which gives no image then."""

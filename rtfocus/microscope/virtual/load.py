@@ -84,6 +84,8 @@ def _load_devices(
 ) -> None:
     z_stage, xy_stage = VirtualZStage(), VirtualXYStage()
     camera = VirtualCamera(config, specimens, z_stage, xy_stage)
+    # Only this event tells that a sequence is to stop before it has: see `BufferRoom`.
+    camera.stopping = core._stop_event  # noqa: SLF001
     if backlog_frames is not None:
         camera.wait_for_room = BufferRoom(core, backlog_frames).wait
     devices = {CAMERA: camera, Z_STAGE: z_stage, XY_STAGE: xy_stage}
