@@ -21,8 +21,8 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from rtfocus.drawing.panels import Panel, save_panels
 from rtfocus.evaluation.quality import match_intensity, psnr, ssim
-from rtfocus.images.panels import Panel, save_panels
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.training.checkpoint import load_checkpoint

@@ -264,11 +264,26 @@ class SeriesLoop:
         self._focus = SeriesReader(config, series)
         self._in_flight: dict[int, Slot] = {}
         """Frames that arrived and are not yet durable, by sequence."""
+        self._folder: Path | None = None
+        """Whose page is made in the end; None: it is another's."""
         self._lost: TransportError | None = None
         """Why the publisher sends no more, if it did not say the end."""
 
     def run(self) -> Path:
         """Process the series; the folder is finished even when a worker fails."""
+        try:
+            return self._record()
+        except (TakenOverError, BusyError):
+            self._folder = None
+            raise
+        finally:
+            if self._folder is not None:
+                # Drawing takes long to import, and is wanted only now.
+                from rtfocus.report.page import leave_page
+
+                leave_page(self._folder)
+
+    def _record(self) -> Path:
         grid = self._processor.start(self._series, self._config.transport.slots)
         folder = run_folder(self._config.run, self._config.store, self._series)
         self._focus_log = FocusLog(folder)
@@ -283,6 +298,7 @@ class SeriesLoop:
             on_free=self._free,
             provenance={"config": _provenance(self._config)},
         ) as writer:
+            self._folder = folder
             self._receiver.begin(writer.next_sequence, str(folder.resolve()))
             self._monitor.begin(self._series)
             self._monitor.backends = self._processor.backends()

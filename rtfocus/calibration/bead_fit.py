@@ -27,8 +27,8 @@ from rtfocus.calibration.inputs import ZStack
 from rtfocus.calibration.result import Calibration, refusing
 from rtfocus.calibration.through_focus import fit_through_focus
 from rtfocus.channel import OpticalSystem
+from rtfocus.drawing.panels import Panel
 from rtfocus.errors import InputError
-from rtfocus.images.panels import Panel
 from rtfocus.optics.psf import compute_psf
 
 Image = NDArray[np.float32]

@@ -13,7 +13,7 @@ from rtfocus.calibration.focus_fit import TOLERANCE_DB, FocusFit, FocusTrial, Pl
 from rtfocus.calibration.result import LARGEST_APERTURE
 from rtfocus.calibration.through_focus import focus_valley
 from rtfocus.channel import OpticalSystem
-from rtfocus.images.panels import Panel, colour_map, enlarge
+from rtfocus.drawing.panels import Panel, coloured, enlarge
 from rtfocus.optics.psf import psf_stack
 
 Image = NDArray[np.float32]
@@ -65,7 +65,7 @@ def map_panel(
     """Show PSNR over two parameters, best 6 dB, with a cross at `place` (0 to 1)."""
     highest = float(quality_db.max())
     shape = (SHOWN_PX, SHOWN_PX)
-    pixels = np.array(colour_map(enlarge(quality_db, shape), highest - 6.0, highest))
+    pixels = np.array(coloured(enlarge(quality_db, shape), highest - 6.0, highest))
     row, column = (
         int(np.clip(share * SHOWN_PX, _CROSS_PX, SHOWN_PX - 1 - _CROSS_PX))
         for share in place

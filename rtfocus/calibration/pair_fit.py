@@ -13,7 +13,7 @@ from rtfocus.calibration.pair_search import PsfFit, calibrate_psf
 from rtfocus.calibration.reblur import Reblurring, Trial, measure_psf
 from rtfocus.calibration.result import LARGEST_APERTURE, Calibration, refusing
 from rtfocus.channel import OpticalSystem
-from rtfocus.images.panels import Panel
+from rtfocus.drawing.panels import Panel
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf, psf_radius_px
 

@@ -11,8 +11,8 @@ import yaml
 from rtfocus.calibration.result import Calibration
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
+from rtfocus.drawing.panels import save_panels
 from rtfocus.errors import InputError
-from rtfocus.images.panels import save_panels
 
 CONFIG_NAME = "optics.yaml"
 FIGURES_NAME = "fit.json"

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.drawing.panels import Panel
 from rtfocus.errors import InputError
-from rtfocus.images.panels import Panel
 
 T = TypeVar("T")
 

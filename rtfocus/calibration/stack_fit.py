@@ -27,8 +27,8 @@ from rtfocus.calibration.inputs import ZStack, structured_window
 from rtfocus.calibration.result import Calibration, refusing
 from rtfocus.calibration.through_focus import fit_through_focus
 from rtfocus.channel import OpticalSystem
+from rtfocus.drawing.panels import Panel
 from rtfocus.errors import InputError
-from rtfocus.images.panels import Panel
 from rtfocus.optics import pupil
 from rtfocus.optics.blur import transfer_function
 from rtfocus.optics.psf import compute_psf

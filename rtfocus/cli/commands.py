@@ -61,6 +61,9 @@ COMMANDS = {
         "check",
         "Validate a run folder: stores, journal, and that no frame is unaccounted for.",
     ),
+    "report": Place(
+        "report", "Make the page of a run anew from its folder: report.html, one file."
+    ),
     "doctor": Place(
         "doctor", "Show what this machine has, what is missing, and the remedy."
     ),

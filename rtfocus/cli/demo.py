@@ -1,12 +1,13 @@
 """Demo command: the virtual microscope through the whole loop, with a picture."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
+from scipy.ndimage import map_coordinates
 
 from rtfocus import app as loop
 from rtfocus.channel import OpticalSystem
@@ -16,12 +17,14 @@ from rtfocus.cli.options import QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
 from rtfocus.config import Config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.drawing.panels import Panel, enlarge, save_panels
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.quality import match_intensity, pearson, psnr
+from rtfocus.frame import TileGrid
 from rtfocus.images import open_images
-from rtfocus.images.panels import Panel, colour_map, enlarge, save_panels
 from rtfocus.microscope.virtual.specimen import Truth, VirtualSpecimen
 from rtfocus.monitor import Monitor
+from rtfocus.writers.header import read_header
 
 PICTURE_NAME = "picture.png"
 
@@ -79,37 +82,64 @@ def _compare(settings: Config, run: Path, monitor: Monitor) -> None:
     )
     last = raw.sizes["t"] - 1
     shown = [series.read(t=last) for series in (raw, restored, defocus)]
-    _save_picture(run / PICTURE_NAME, shown, truth)
+    _save_picture(run, shown, truth, optics.pixel_size_um)
     Console().print(_figures(shown, truth, optics))
     Console().print(f"picture: {run / PICTURE_NAME}")
 
 
-def _save_picture(path: Path, shown: list[NDArray[np.generic]], truth: Truth) -> None:
+def _save_picture(
+    run: Path, shown: list[NDArray[Any]], truth: Truth, pixel_um: float
+) -> None:
     raw, restored, defocus = shown
     sharp = match_intensity(raw, truth.sharp)
-    low, high = np.percentile(sharp, (1, 99.8))
-    far = float(np.abs(truth.defocus_um).max())
+    low, high = (float(value) for value in np.percentile(sharp, (1, 99.8)))
+    grid = read_header(run).grid
+    assert grid is not None, "the demo has maps"
+    found = _on_frame(np.abs(defocus), grid, raw.shape)
     distance = np.abs(truth.defocus_um)
+    # The farthest of both: no value lies beyond the colours.
+    far = float(
+        np.nanmax([found.max(initial=0, where=~np.isnan(found)), distance.max()])
+    )
+    images = [("raw", raw), ("restored", restored), ("truth", sharp)]
+    maps = [("distance from focus, found", found), ("true", distance)]
     save_panels(
-        path,
+        run / PICTURE_NAME,
         [
-            Panel("raw", raw, low, high),
-            Panel("restored", restored, low, high),
-            Panel("truth", sharp, low, high),
-            Panel(
-                f"defocus found, 0 to {far:.0f} um",
-                colour_map(enlarge(defocus, raw.shape), 0, far),
+            *(
+                Panel(name, image, low, high, pixel_um=pixel_um)
+                for name, image in images
             ),
-            Panel(f"defocus true, 0 to {far:.0f} um", colour_map(distance, 0, far)),
+            *(Panel(name, um, 0.0, far, "um", "even", pixel_um) for name, um in maps),
             Panel(
-                "raw | restored, 3x",
+                "detail: raw on the left, restored on the right",
                 np.hstack([_detail(raw), _detail(restored)]),
                 low,
                 high,
+                pixel_um=pixel_um / 3,
             ),
         ],
         columns=3,
     )
+
+
+def _on_frame(
+    values: NDArray[np.floating[Any]], grid: TileGrid, shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Return a tile map over the pixels of its frame, evenly between tile centres.
+
+    Tiles overlap by half, so that the defocus of a pixel between two centres is told
+    by both. Background stays background.
+    """
+    places = [
+        np.clip((np.arange(length) - grid.origin_px) / grid.stride_px, 0, count - 1)
+        for length, count in zip(shape, values.shape, strict=True)
+    ]
+    where = np.meshgrid(*places, indexing="ij")
+    known = ~np.isnan(values)
+    total = map_coordinates(np.where(known, values, 0.0), where, order=1)
+    weight = map_coordinates(known.astype(np.float64), where, order=1)
+    return np.where(weight >= 0.5, total / np.maximum(weight, 1e-9), np.nan)
 
 
 def _detail(image: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -120,9 +150,7 @@ def _detail(image: NDArray[np.generic]) -> NDArray[np.generic]:
     return enlarge(piece, (height, width // 2))
 
 
-def _figures(
-    shown: list[NDArray[np.generic]], truth: Truth, optics: OpticalSystem
-) -> str:
+def _figures(shown: list[NDArray[Any]], truth: Truth, optics: OpticalSystem) -> str:
     """Say how far raw and restored are from the truth, and the map from the surface."""
     raw, restored, defocus = shown
     sharp = match_intensity(raw, truth.sharp)
@@ -131,7 +159,7 @@ def _figures(
         psnr(sharp, match_intensity(sharp, image), data_range=span)
         for image in (raw, restored)
     )
-    found = np.asarray(enlarge(defocus, truth.defocus_um.shape), dtype=np.float64)
+    found = np.abs(np.asarray(enlarge(defocus, truth.defocus_um.shape), np.float64))
     tissue = ~np.isnan(found)
     true = np.abs(truth.defocus_um)[tissue]
     error = float(np.mean(np.abs(found[tissue] - true)))

@@ -4,32 +4,14 @@ The picture shows, for the first position, the defocus as the images told it: he
 as it would have become had the stage stood still.
 """
 
-import json
 from pathlib import Path
 from typing import Any
-
-from rtfocus.focus_readings import FOCUS_LOG
 
 PICTURE = "focus.png"
 _WIDTH, _HEIGHT, _MARGIN = 760, 300, 48
 _HELD, _ALONE, _MOVE = "#1f4e9c", "#c0502d", "#777777"
 
 Line = dict[str, Any]
-
-
-def read_focus_log(folder: Path) -> list[Line]:
-    """Return the decisions of a run; empty where autofocus did nothing."""
-    path = folder / FOCUS_LOG
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            # The last line of a run that was killed may be half.
-            continue
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def focus_line(lines: list[Line]) -> str:

@@ -1,16 +1,37 @@
-"""Report: the end of a run as text; the same numbers lie in ``report.json``."""
+"""Report: the end of a run as text and as a page; the numbers are ``report.json``'s."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rtfocus.cli.focus_trace import draw_focus, focus_line, read_focus_log
+from rtfocus.cli.focus_trace import draw_focus, focus_line
 from rtfocus.errors import WriterError
 from rtfocus.outcome import Outcome
+from rtfocus.report.facts import read_focus_log
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(report)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, NAME.rtfocus.")],
+) -> None:
+    """Make the page of a run anew from its folder: report.html, one file.
+
+    Works on a run that was cut off, and on one that is being recorded.
+
+    [bold]Example:[/] rtfocus report runs/demo.rtfocus
+    """
+    from rtfocus.report.page import write_page
+
+    typer.echo(write_page(run))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -54,6 +75,8 @@ def print_report(folder: Path) -> Outcome:
         console.print(focus_line(lines), markup=False, highlight=False)
         if (picture := draw_focus(folder, lines)) is not None:
             console.print(f"focus trace: {picture}", markup=False, highlight=False)
+    if (page := folder / "report.html").is_file():
+        console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
     for warning in report.get("warnings", ()):
         console.print(f"warning: {warning}", markup=False, highlight=False)
     return outcome

@@ -9,10 +9,10 @@ from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 from scipy.ndimage import uniform_filter
 
+from rtfocus.drawing.panels import Panel, coloured, save_panels
 from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.level_score import LevelScore
 from rtfocus.evaluation.samples import DataSet, Sample
-from rtfocus.images.panels import Panel, colour_map, save_panels
 from rtfocus.processing.camera import luminance
 
 _SHOWN_PX = 320
@@ -62,7 +62,7 @@ def save_confusion(path: Path, title: str, score: LevelScore) -> None:
     font = ImageFont.load_default(size=13)
     draw.text((8, 8), title, fill="white", font=font)
     draw.text((8, 28), "true level down, found level across, % of row", fill="white")
-    colours = colour_map(shares, 0.0, 1.0)
+    colours = coloured(shares, 0.0, 1.0)
     for row, column in np.ndindex(shares.shape):
         left, top = _MARGIN_PX + column * _CELL_PX, _MARGIN_PX + row * _CELL_PX
         box = (left, top, left + _CELL_PX - 2, top + _CELL_PX - 2)

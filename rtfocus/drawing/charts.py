@@ -1,0 +1,231 @@
+"""Charts: axes with ticks and units, and what is drawn between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rtfocus.drawing.canvas import (
+    BLUE,
+    FAINT,
+    INK,
+    Box,
+    Canvas,
+    Point,
+    text_width,
+)
+
+Floats = NDArray[np.float64]
+
+_TICK_PT = 5.0
+_SMALL_PT = 11.0
+_MOST_POINTS = 1200
+"""Of a curve; longer ones are drawn by the lowest and highest of each stretch."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of a chart."""
+
+    label: str
+    """Quantity and unit, e.g. ``defocus (um)``."""
+    low: float
+    """At the left or lower end; may be the larger number."""
+    high: float
+    log: bool = False
+    """Decades at equal distances; both ends are positive."""
+    names: tuple[str, ...] = ()
+    """Categories at 0, 1, 2 ... instead of numbers."""
+
+    def share(self, values: ArrayLike) -> Floats:
+        """Return where values lie between the ends, 0 to 1."""
+        low, high, numbers = self.low, self.high, np.asarray(values, dtype=np.float64)
+        if self.log:
+            low, high = np.log10(low), np.log10(high)
+            numbers = np.log10(np.maximum(numbers, self.low))
+        return np.asarray((numbers - low) / ((high - low) or 1.0))
+
+    def ticks(self, most: int = 6) -> list[tuple[float, str]]:
+        """Return where ticks are and what stands at them."""
+        if self.names:
+            return [(float(place), name) for place, name in enumerate(self.names)]
+        if self.log:
+            ends = np.ceil(np.log10(self.low)), np.floor(np.log10(self.high))
+            powers = np.arange(int(ends[0]), int(ends[1]) + 1)
+            return [(10.0**n, f"{10.0**n:g}") for n in powers]
+        if self.low == self.high:
+            return [(self.low, f"{self.low:g}")]
+        low, high = sorted((self.low, self.high))
+        step = nice_step(high - low, most)
+        first = np.ceil(low / step - 1e-9)
+        last = np.floor(high / step + 1e-9)
+        digits = max(0, int(-np.floor(np.log10(step) + 1e-9)))
+        values = [float(n * step) for n in np.arange(first, last + 1)]
+        return [(value, f"{value + 0.0:.{digits}f}") for value in values]
+
+
+def axis_of(label: str, *values: ArrayLike, zero: bool = False) -> Axis:
+    """Return an axis that all finite values fit on, with a little room.
+
+    Parameters
+    ----------
+    label
+        Quantity and unit.
+    *values
+        What is to be shown.
+    zero
+        Whether 0 has to be on it.
+    """
+    parts = [np.asarray(one, dtype=np.float64).ravel() for one in values]
+    joined = np.concatenate(parts) if parts else np.zeros(0)
+    numbers = joined[np.isfinite(joined)]
+    if zero or not numbers.size:
+        numbers = np.append(numbers, 0.0)
+    low, high = float(numbers.min()), float(numbers.max())
+    room = 0.06 * (high - low) or 0.06 * abs(high) or 0.5
+    return Axis(
+        label,
+        low if zero and low == 0 else low - room,
+        high if zero and high == 0 and low < 0 else high + room,
+    )
+
+
+def nice_step(span: float, most: int) -> float:
+    """Return 1, 2 or 5 times a power of ten: at most `most` steps lie in `span`."""
+    rough = max(span, 1e-12) / max(most, 1)
+    power = 10.0 ** np.floor(np.log10(rough))
+    return float(next(n * power for n in (1, 2, 5, 10) if n * power >= rough * 0.999))
+
+
+@dataclass
+class Chart:
+    """A framed area with two axes; what is drawn is cut to it.
+
+    Parameters
+    ----------
+    canvas
+        What to draw on.
+    box
+        The area between the axes, in points.
+    x, y
+        The axes; y grows upwards.
+    """
+
+    canvas: Canvas
+    box: Box
+    x: Axis
+    y: Axis
+    _legend: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.box
+        self._draw_ticks()
+        self.canvas.box(self.box, edge=FAINT)
+        middle = ((left + right) / 2, bottom + 32)
+        self.canvas.text(middle, self.x.label, anchor="middle")
+        widest = max(
+            (text_width(text, _SMALL_PT) for _, text in self._rows()), default=0
+        )
+        beside = (left - widest - 20, (top + bottom) / 2)
+        self.canvas.text(beside, self.y.label, anchor="middle", upright=True)
+
+    def at(self, x: ArrayLike, y: ArrayLike) -> list[Point]:
+        """Return points on the canvas, cut to the area."""
+        left, top, right, bottom = self.box
+        across = left + np.clip(self.x.share(x), 0, 1) * (right - left)
+        down = bottom - np.clip(self.y.share(y), 0, 1) * (bottom - top)
+        pairs = zip(np.atleast_1d(across), np.atleast_1d(down), strict=True)
+        return [(float(a), float(d)) for a, d in pairs]
+
+    def curve(
+        self,
+        x: ArrayLike,
+        y: ArrayLike,
+        colour: str = BLUE,
+        name: str = "",
+        dash: int = 0,
+    ) -> None:
+        """Draw a line through values; it breaks where one is not finite."""
+        xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+        for piece in _pieces(xs, ys):
+            points = self.at(*_thinned(xs[piece], ys[piece]))
+            if len(points) == 1:
+                self.canvas.dot(points[0], colour, 2.0)
+            else:
+                self.canvas.line(points, colour, dash=dash)
+        self.name(name, colour)
+
+    def dots(
+        self, x: ArrayLike, y: ArrayLike, colour: str = BLUE, name: str = ""
+    ) -> None:
+        """Draw a dot per value; of very many, every n-th."""
+        points = self.at(x, y)
+        for point in points[:: max(1, -(-len(points) // _MOST_POINTS))]:
+            self.canvas.dot(point, colour)
+        self.name(name, colour)
+
+    def level(self, y: float, colour: str = FAINT, dash: int = 4) -> None:
+        """Draw a horizontal line."""
+        self.canvas.line(self.at([self.x.low, self.x.high], [y, y]), colour, 1.0, dash)
+
+    def upright(self, x: float, colour: str = FAINT, dash: int = 4) -> None:
+        """Draw a vertical line."""
+        self.canvas.line(self.at([x, x], [self.y.low, self.y.high]), colour, 1.0, dash)
+
+    def bars(self, edges: Floats, heights: ArrayLike, colour: str = BLUE) -> None:
+        """Draw bars between neighbouring edges."""
+        base = max(self.y.low, 0.0)
+        for low, high, tall in zip(edges, edges[1:], np.asarray(heights), strict=False):
+            (left, bottom), (right, top) = self.at([low, high], [base, tall])
+            if bottom - top > 0:
+                self.canvas.box((left, top, right - 1, bottom), fill=colour)
+
+    def name(self, name: str, colour: str) -> None:
+        """Put a name in its colour above the area, beside those before."""
+        if not name:
+            return
+        left, top = self.box[:2]
+        for earlier, _ in self._legend:
+            left += text_width(earlier) + 34
+        self._legend.append((name, colour))
+        self.canvas.line([(left, top - 12), (left + 14, top - 12)], colour, 3.0)
+        self.canvas.text((left + 18, top - 12), name)
+
+    def _rows(self) -> list[tuple[float, str]]:
+        return self.y.ticks(max(2, int((self.box[3] - self.box[1]) / 24)))
+
+    def _draw_ticks(self) -> None:
+        left, top, right, bottom = self.box
+        for value, text in self.x.ticks(max(2, int((right - left) / 70))):
+            place = left + float(self.x.share(value)) * (right - left)
+            self.canvas.line([(place, bottom), (place, bottom + _TICK_PT)], INK, 1.0)
+            self.canvas.text(
+                (place, bottom + 14), text, anchor="middle", size=_SMALL_PT
+            )
+        for value, text in self._rows():
+            height = bottom - float(self.y.share(value)) * (bottom - top)
+            self.canvas.line([(left - _TICK_PT, height), (left, height)], INK, 1.0)
+            self.canvas.text(
+                (left - _TICK_PT - 3, height), text, anchor="end", size=_SMALL_PT
+            )
+
+
+def _pieces(x: Floats, y: Floats) -> Sequence[slice]:
+    """Return the stretches in which both are finite."""
+    known = np.concatenate([[False], np.isfinite(x) & np.isfinite(y), [False]])
+    starts, stops = (
+        np.flatnonzero(np.diff(known.astype(np.int8)) == s) for s in (1, -1)
+    )
+    return [slice(int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+
+
+def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Keep the lowest and highest of each stretch of a long curve, in order."""
+    if len(x) <= _MOST_POINTS:
+        return x, y
+    kept: set[int] = {0, len(x) - 1}
+    for part in np.array_split(np.arange(len(x)), _MOST_POINTS // 2):
+        kept |= {int(part[y[part].argmin()]), int(part[y[part].argmax()])}
+    places = np.array(sorted(kept))
+    return x[places], y[places]

@@ -1,0 +1,279 @@
+"""Page: ``report.html``, one file that needs no other and no network."""
+
+import html
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rtfocus import __version__
+from rtfocus.drawing.canvas import in_html
+from rtfocus.errors import OutputError, RtfocusError, WriterError
+from rtfocus.files import replace
+from rtfocus.report.advice import advice
+from rtfocus.report.facts import RunFacts, read_facts, shown_frames
+from rtfocus.report.pictures import (
+    frame_pictures,
+    histogram_chart,
+    latency_chart,
+    trace_charts,
+)
+
+PAGE_NAME = "report.html"
+MOST_WAIT_S = 10.0
+"""How long the end of a run waits for its page; a slow disk makes it later."""
+
+_LOG = logging.getLogger(__name__)
+
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884;--soft:#8881}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:0 auto;padding:1.2rem}
+h1{font-size:1.5rem;margin:0;overflow-wrap:anywhere}
+h2{font-size:1.1rem;margin:2rem 0 .5rem;border-bottom:1px solid var(--line)}
+h3{font-size:1rem;margin:1.2rem 0 .2rem}
+table{border-collapse:collapse;margin:.4rem 0}
+td,th{padding:.15rem .9rem .15rem 0;text-align:left;vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+th{font-weight:600}tr+tr td{border-top:1px solid var(--line)}
+svg{max-width:100%;height:auto;font-family:system-ui,sans-serif}
+pre{background:var(--soft);padding:.8rem;overflow-x:auto;font-size:13px}
+.badge{display:inline-block;padding:.1rem .6rem;border-radius:.8rem;color:#fff}
+.good{background:#00734f}.bad{background:#b03a00}.open{background:#555}
+.sum{font-size:1.05rem;background:var(--soft);padding:.6rem .8rem;border-radius:.4rem}
+.faint{opacity:.75}
+li{margin:.3rem 0}.remedy{display:block;opacity:.85}
+"""
+_MARK = '<meta name="generator" content="rtfocus">'
+"""By which a page is known as ours."""
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def write_page(folder: Path) -> Path:
+    """Make the page of a run folder, finished or not; an earlier one is replaced.
+
+    Raises
+    ------
+    WriterError
+        If the folder is no run folder, or the page cannot be written.
+    """
+    text = page(read_facts(folder))
+    path = folder / PAGE_NAME
+    part = folder / f".{PAGE_NAME}.part"
+    try:
+        if path.exists() and _MARK not in path.read_text("utf-8", errors="replace"):
+            msg = f"'{path}' is no page of rtfocus; move or rename it"
+            raise WriterError(msg)
+        part.write_text(text, "utf-8")
+        replace(part, path)
+    except (OSError, OutputError) as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else error
+        msg = f"'{path}' cannot be written: {reason}"
+        raise WriterError(msg) from error
+    return path
+
+
+def leave_page(folder: Path, within_s: float = MOST_WAIT_S) -> None:
+    """Make the page at the end of a run: bounded in time, and no failure of it.
+
+    What goes wrong is a warning in the log, with the command that makes it anew.
+    """
+    again = f"make it with: rtfocus report {folder}"
+
+    def make() -> None:
+        try:
+            write_page(folder)
+        # Whatever it is, the run itself is sound.
+        except Exception as error:
+            reason = error if isinstance(error, RtfocusError) else repr(error)
+            _LOG.warning("%s is not written (%s); %s", PAGE_NAME, reason, again)
+
+    thread = threading.Thread(target=make, name="report", daemon=True)
+    thread.start()
+    thread.join(within_s)
+    if thread.is_alive():
+        _LOG.warning("%s takes longer than %g s; %s", PAGE_NAME, within_s, again)
+
+
+def page(facts: RunFacts) -> str:
+    """Return the page as HTML."""
+    name = in_html(facts.folder.name)
+    frames = shown_frames(facts)
+    sections = [
+        ("What to know", _advice(facts)),
+        ("What became of the frames", _losses(facts)),
+        ("What ran", _engines(facts)),
+        ("Before and after", frame_pictures(facts, frames)),
+        ("Focus over time", trace_charts(facts)),
+        ("Defocus found", histogram_chart(facts)),
+        ("Time of every stage", _stages(facts)),
+        ("Config", _config(facts)),
+    ]
+    body = "".join(f"<h2>{title}</h2>{text}" for title, text in sections if text)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{_MARK}<title>{name}</title><style>{_STYLE}</style></head><body>"
+        f"{_head(facts)}{body}{_foot(facts)}</body></html>\n"
+    )
+
+
+def _head(facts: RunFacts) -> str:
+    outcome, series = facts.outcome, facts.header.series
+    if outcome is None:
+        badge, words = "open", "not finished"
+    else:
+        badge = "good" if outcome.is_complete else "bad"
+        words = "completed" if outcome.is_plain else str(outcome)
+    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(series.started_ns / 1e9))
+    shape = " x ".join(map(str, series.shape))
+    counted = {"t": "time points", "p": "positions", "c": "channels", "z": "slices"}
+    sizes = ", ".join(
+        f"{'open' if size is None else size} {counted.get(axis, axis)}"
+        for axis, size in series.sizes.items()
+        if size != 1
+    )
+    each = f"{series.pixel_size_um:g} um each"
+    about = "; ".join(
+        [f"frames of {shape} pixels, {each}", *([sizes] if sizes else [])]
+    )
+    return (
+        f"<h1>{in_html(facts.folder.name)}</h1>"
+        f'<p><span class="badge {badge}">{in_html(words)}</span></p>'
+        f'<p class="faint">began {began}; {in_html(about)}</p>'
+    )
+
+
+def _advice(facts: RunFacts) -> str:
+    lines = advice(facts)
+    if not lines:
+        return "<p>Nothing went wrong, and nothing is doubtful.</p>"
+    items = (
+        f"<li>{in_html(line.found)}"
+        + (
+            f'<span class="remedy">→ {in_html(line.remedy)}</span>'
+            if line.remedy
+            else ""
+        )
+        + "</li>"
+        for line in lines
+    )
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def _losses(facts: RunFacts) -> str:
+    """Spell the loss identity out, every term with its place."""
+    terms = facts.accounting
+    parts = [f"{terms['written']} written"]
+    if terms["focus"]:
+        parts.append(f"{terms['focus']} focus probes")
+    rows = [("written", "", terms["written"]), ("focus probes", "", terms["focus"])]
+    for key, word in (("dropped", "dropped"), ("in_error", "in error")):
+        parts.append(f"{sum(terms[key].values())} {word}")
+        rows += [(word, place, number) for place, number in terms[key].items()]
+    sum_line = f"{terms['acquired']} acquired = {' + '.join(parts)}"
+    if terms["unaccounted"]:
+        sum_line += f" and {terms['unaccounted']} unaccounted for"
+    plan = ""
+    if terms.get("planned") is not None and facts.report is not None:
+        plan = (
+            f"{terms['planned']} planned = "
+            f"{terms['acquired'] - terms['focus']} acquired + "
+            f" {terms['camera_lost']} lost by the camera "
+            f"+ {terms['not_acquired']} not acquired<br>"
+        )
+    sampled = ""
+    if facts.every > 1:
+        sampled = (
+            f'<p class="faint">The journal is long: charts show every '
+            f"{facts.every}th frame.</p>"
+        )
+    return (
+        f'<p class="sum">{plan}{in_html(sum_line)}</p>'
+        + _table(
+            ("what", "where", "frames"), [row for row in rows if row[2]], numbers=1
+        )
+        + sampled
+    )
+
+
+def _engines(facts: RunFacts) -> str:
+    report = facts.report or {}
+    rows = [
+        (channel, ", ".join(f"{name} ({n * facts.every})" for name, n in used.items()))
+        for channel, used in facts.engines.items()
+    ]
+    text = _table(("channel", "engines (frames)"), rows)
+    backends = [(name, where) for name, where in report.get("backends", {}).items()]
+    text += _table(("engine", "runs on"), backends)
+    through = report.get("throughput", {})
+    if through.get("frames_per_s"):
+        text += in_html(
+            f"{through['frames_per_s']:.1f} frames/s over {through['seconds']:.1f} s, "
+            f"{1e3 * through['cpu_s_per_frame']:.0f} ms CPU time per frame"
+        )
+    return text
+
+
+def _stages(facts: RunFacts) -> str:
+    report = facts.report or {}
+    keys = ("count", "p50_ms", "p95_ms", "p99_ms", "max_ms")
+    rows = [
+        (name, *("-" if times.get(k) is None else _number(times[k]) for k in keys))
+        for name, times in report.get("stages", {}).items()
+    ]
+    heads = ("stage", "frames", "p50 ms", "p95 ms", "p99 ms", "max ms")
+    return latency_chart(report) + _table(heads, rows, numbers=5)
+
+
+def _config(facts: RunFacts) -> str:
+    config = facts.header.provenance.get("config")
+    if not config:
+        return ""
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    shown = f"<pre>{html.escape(text)}</pre>"
+    return f"<details><summary>as recorded</summary>{shown}</details>"
+
+
+def _foot(facts: RunFacts) -> str:
+    made = time.strftime("%Y-%m-%d %H:%M:%S")
+    return (
+        f'<p class="faint">Made {made} by rtfocus {__version__} from the run folder; '
+        f"series {html.escape(facts.header.series.series_uid)}. "
+        "Made anew by: rtfocus report RUN.</p>"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value}" if isinstance(value, int) else f"{value:.1f}"
+
+
+def _table(
+    heads: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: int = 0
+) -> str:
+    """Return a table; its last `numbers` columns are aligned as numbers."""
+    listed = list(rows)
+    if not listed:
+        return ""
+    marks = [
+        ' class="n"' if n >= len(heads) - numbers else "" for n in range(len(heads))
+    ]
+    top = "".join(
+        f"<th{m}>{in_html(h)}</th>" for m, h in zip(marks, heads, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{m}>{in_html(str(v))}</td>" for m, v in zip(marks, r, strict=True)
+        )
+        + "</tr>"
+        for r in listed
+    )
+    return f"<table><tr>{top}</tr>{body}</table>"

@@ -1,0 +1,232 @@
+"""Pictures of a report: charts of a run, and its frames before and after."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.drawing.canvas import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PINK,
+    SKY,
+    SvgCanvas,
+    in_html,
+)
+from rtfocus.drawing.charts import Axis, Chart, axis_of
+from rtfocus.drawing.panels import Panel, draw_panels, enlarge, figure_size
+from rtfocus.report.facts import RunFacts, ShownFrame
+
+_WIDTH, _LEFT, _RIGHT = 860.0, 92.0, 16.0
+_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY)
+_SIDE_PT, _MOST_SIDE_PX, _DETAIL_PX = 190.0, 380, 96
+_BINS = 40
+
+
+def latency_chart(report: dict[str, Any]) -> str:
+    """Draw p50, p95, p99 and the longest time of every stage, as SVG."""
+    stages = [(n, s) for n, s in report.get("stages", {}).items() if s.get("p50_ms")]
+    if not stages:
+        return ""
+    times = [s[key] for _, s in stages for key in ("p50_ms", "max_ms")]
+    low, high = min(times) / 1.5, max(times) * 1.5
+    power = 10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high))
+    names = tuple(name for name, _ in reversed(stages))
+    height = 26.0 * len(stages)
+    canvas = SvgCanvas(_WIDTH, height + 84, "Time of every stage, in ms")
+    box = (170.0, 28.0, _WIDTH - _RIGHT, 28.0 + height)
+    x = Axis("time (ms), logarithmic", float(power[0]), float(power[1]), log=True)
+    chart = Chart(canvas, box, x, Axis("", -0.5, len(stages) - 0.5, names=names))
+    for tick, _ in x.ticks():
+        chart.upright(tick)
+    for row, (_, stage) in enumerate(reversed(stages)):
+        chart.curve([stage["p50_ms"], stage["max_ms"]], [row, row], FAINT)
+    keys = (("p50_ms", BLUE), ("p95_ms", GREEN), ("p99_ms", ORANGE), ("max_ms", INK))
+    for key, colour in keys:
+        values = [stage[key] for _, stage in reversed(stages)]
+        chart.dots(values, range(len(stages)), colour, key.removesuffix("_ms"))
+    return canvas.element()
+
+
+def trace_charts(facts: RunFacts) -> str:
+    """Draw defocus, z and latency over time below one another, as SVG."""
+    rows: list[tuple[str, NDArray[np.float64], bool]] = []
+    if np.isfinite(facts.defocus_um).any():
+        sign = "defocus (um)" if facts.signed else "distance from focus (um)"
+        rows.append((sign, facts.defocus_um, True))
+    if np.isfinite(facts.z_um).any():
+        rows.append(("stage z (um)", facts.z_um, False))
+    if np.isfinite(facts.durable_ms).any():
+        rows.append(("durable after (ms)", facts.durable_ms, True))
+    if not rows or len(facts.seconds) < 2:
+        return ""
+    label = "time since the first frame (s)"
+    x = Axis(label, 0.0, max(float(facts.seconds.max()), 1e-3))
+    canvas = SvgCanvas(_WIDTH, 202.0 * len(rows) + 16, "Focus, z and latency over time")
+    for number, (name, values, zero) in enumerate(rows):
+        top = 28.0 + 202.0 * number
+        box = (_LEFT, top, _WIDTH - _RIGHT, top + 128.0)
+        chart = Chart(canvas, box, x, axis_of(name, values, zero=zero))
+        _traces(facts, chart, values)
+        if name.startswith("stage z"):
+            _moves(facts, chart)
+    return canvas.element()
+
+
+def histogram_chart(facts: RunFacts) -> str:
+    """Draw how often which defocus was found, as SVG."""
+    known = facts.defocus_um[np.isfinite(facts.defocus_um)]
+    if not known.size:
+        return ""
+    low = min(float(known.min()), 0.0)
+    high = max(float(known.max()), 0.1)
+    edges = np.linspace(low, high, _BINS + 1)
+    heights, _ = np.histogram(known, edges)
+    canvas = SvgCanvas(_WIDTH, 240.0, "Distribution of defocus")
+    name = "defocus (um)" if facts.signed else "distance from focus (um)"
+    box = (_LEFT, 28.0, _WIDTH - _RIGHT, 184.0)
+    y = axis_of("frames", heights * facts.every, zero=True)
+    chart = Chart(canvas, box, Axis(name, low, high), y)
+    chart.bars(edges, heights * facts.every)
+    middle = float(np.median(known))
+    chart.upright(middle, ORANGE)
+    chart.name(f"median {middle:.2f} um", ORANGE)
+    return canvas.element()
+
+
+def frame_pictures(facts: RunFacts, frames: Sequence[ShownFrame]) -> str:
+    """Draw every frame before and after, whole and in detail, with its map; as SVG."""
+    far = _farthest(frames)
+    pixel_um, unit = facts.header.series.pixel_size_um, facts.header.grid
+    parts = []
+    for frame in frames:
+        panels = _pixel_panels(frame, pixel_um)
+        if frame.defocus is not None and unit is not None:
+            low, colours = (-far, "around") if unit.signed else (0.0, "even")
+            panels.append(
+                Panel(
+                    "defocus, tile by tile",
+                    frame.defocus,
+                    low,
+                    far,
+                    "um",
+                    colours,  # type: ignore[arg-type]
+                    unit.stride_px * pixel_um,
+                )
+            )
+        size = figure_size(panels, len(panels), _SIDE_PT)
+        canvas = SvgCanvas(*size, f"{frame.title} frame before and after")
+        draw_panels(canvas, panels, columns=len(panels), side_pt=_SIDE_PT)
+        parts.append(f"<h3>{_heading(facts, frame)}</h3>{canvas.element()}")
+    return "".join(parts)
+
+
+def _traces(facts: RunFacts, chart: Chart, values: NDArray[np.float64]) -> None:
+    """Draw a line, or dots in a colour per position where neighbours differ."""
+    sizes = facts.header.series.sizes
+    positions = [p.name for p in facts.header.series.positions]
+    jumps = (sizes.get("z") or 1) > 1 or (sizes.get("c") or 1) > 1
+    if len(positions) == 1 and not jumps:
+        chart.curve(facts.seconds, values)
+        return
+    draw: Callable[..., None] = chart.dots if jumps else chart.curve
+    if len(positions) > len(_COLOURS):
+        chart.dots(facts.seconds, values)
+        return
+    for p, name in enumerate(positions):
+        mine = facts.position == p
+        short = name if len(name) < 24 else f"{name[:22]}.."
+        draw(facts.seconds[mine], values[mine], _COLOURS[p], short)
+
+
+def _moves(facts: RunFacts, chart: Chart) -> None:
+    """Mark what autofocus did: corrections, and searches that failed."""
+    kinds = (("hold", GREEN, "autofocus moved"), ("failure", ORANGE, "search failed"))
+    for kind, colour, name in kinds:
+        times = [
+            (line["time_ns"] - facts.first_ns) / 1e9
+            for line in facts.focus_log
+            if line.get("kind") == kind
+            and isinstance(line.get("time_ns"), int)
+            and (kind != "hold" or line.get("step_um"))
+        ]
+        shown = times[:: max(1, len(times) // 200)]
+        for seconds in shown:
+            chart.upright(seconds, colour, dash=2)
+        chart.name(f"{name} ({len(times)})" if times else "", colour)
+
+
+def _heading(facts: RunFacts, frame: ShownFrame) -> str:
+    place = ", ".join(f"{axis} {n}" for axis, n in frame.index.items() if axis != "p")
+    names = [position.name for position in facts.header.series.positions]
+    where = names[frame.index["p"]] if frame.index["p"] < len(names) else "?"
+    far = "" if frame.defocus_um is None else f": {frame.defocus_um:.2f} um from focus"
+    words = f"{frame.title.capitalize()} frame{far} ({place}, position {where})"
+    return in_html(words)
+
+
+def _pixel_panels(frame: ShownFrame, pixel_um: float) -> list[Panel]:
+    """Return raw and restored, whole and in detail, between the same counts."""
+    images = [("raw", _plain(frame.raw))]
+    if frame.restored is not None:
+        images.append(("restored", _plain(frame.restored)))
+    low, high = (float(v) for v in np.nanpercentile(images[0][1], (0.5, 99.8)))
+    high = max(high, low + 1.0)
+    panels = []
+    for name, image in images:
+        small, factor = _reduced(image)
+        panels.append(Panel(name, small, low, high, pixel_um=pixel_um * factor))
+    window = _detail(images[0][1])
+    for name, image in images:
+        piece = enlarge(image[window], (4 * _DETAIL_PX, 4 * _DETAIL_PX))
+        caption = f"{name}, detail"
+        panels.append(
+            Panel(caption, piece, low, high, pixel_um=pixel_um * _zoom(image))
+        )
+    return panels
+
+
+def _zoom(image: NDArray[Any]) -> float:
+    return min(_DETAIL_PX, *image.shape) / (4 * _DETAIL_PX)
+
+
+def _plain(image: NDArray[Any]) -> NDArray[np.float32]:
+    """Return grey values; colours by their mean."""
+    grey = image.astype(np.float32)
+    return grey if grey.ndim == 2 else np.asarray(grey.mean(axis=-1))
+
+
+def _reduced(image: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+    """Average whole blocks, so that a picture stays small; returns the factor too."""
+    factor = max(1, -(-max(image.shape) // _MOST_SIDE_PX))
+    rows, columns = (max(1, n // factor) for n in image.shape)
+    cut = image[: rows * factor, : columns * factor]
+    if min(cut.shape) < factor:
+        return image[::factor, ::factor], factor
+    blocks = cut.reshape(rows, factor, columns, factor)
+    return np.asarray(blocks.mean(axis=(1, 3))), factor
+
+
+def _detail(image: NDArray[np.float32]) -> tuple[slice, slice]:
+    """Return a square piece where there is most contrast."""
+    side = min(_DETAIL_PX, *image.shape)
+    rows, columns = (n // side for n in image.shape)
+    blocks = image[: rows * side, : columns * side].reshape(rows, side, columns, side)
+    row, column = np.unravel_index(
+        int(blocks.std(axis=(1, 3)).argmax()), (rows, columns)
+    )
+    return (
+        slice(int(row) * side, int(row + 1) * side),
+        slice(int(column) * side, int(column + 1) * side),
+    )
+
+
+def _farthest(frames: Sequence[ShownFrame]) -> float:
+    values = [np.abs(f.defocus).ravel() for f in frames if f.defocus is not None]
+    joined = np.concatenate(values) if values else np.zeros(0)
+    known = joined[np.isfinite(joined)]
+    return max(float(known.max()), 0.1) if known.size else 1.0
