@@ -23,7 +23,7 @@ from torch import nn
 
 from bench.machine import describe
 from bench.signed_classes import PROTOCOLS, score_synthetic
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.data.level_tiles import (
     BACKGROUND,
     Batch,

@@ -37,7 +37,7 @@ from rtfocus.config import parse_config
 from rtfocus.frame import FocusReading
 from rtfocus.processing.engines.registry import find_engine, parts, step_um
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 KINDS = ("nuclei", "filaments", "tissue", "beads")
 SIDE_PX = 320

@@ -24,7 +24,7 @@ from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.spectrum import amplitude_spectrum
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import Estimate, FocusReading
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 SIDE_PX = 256
 KINDS = ("nuclei", "filaments", "tissue")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from rtfocus.evaluation.quality import psnr
+from rtfocus.evaluation.scores import psnr
 from rtfocus.training.checkpoint import load_checkpoint
 from rtfocus.training.data.pairs import Pair, load_real_pairs
 from rtfocus.training.data.scenes import data_folder

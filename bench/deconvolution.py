@@ -24,14 +24,14 @@ import tifffile
 from skimage.restoration import richardson_lucy
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.evaluation.quality import psnr, ssim
+from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
 from rtfocus.processing.restore import METHODS
 from rtfocus.processing.tiles.montage import Montage
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

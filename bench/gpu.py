@@ -41,7 +41,7 @@ from rtfocus.processing.gpu.cuda.driver import (
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
 from rtfocus.slots import SlotPool
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 STAGES = ("copy in", "classify", "restore", "copy out")
 WARM_UP = 10

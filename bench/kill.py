@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench import machine
 from bench.kill_series import KilledSeries, Mode, Outcome
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 
 KILLS_PER_SERIES = 10
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from rtfocus.evaluation.quality import psnr, ssim
+from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange

@@ -32,7 +32,7 @@ from rtfocus.processing.engines.registry import FoundEngine, find_engine, parts
 from rtfocus.processing.restore import WHOLE_FRAME
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import fit_frame
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

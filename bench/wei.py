@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from rtfocus.drawing.panels import Panel, save_panels
-from rtfocus.evaluation.quality import match_intensity, psnr, ssim
+from rtfocus.evaluation.scores import match_intensity, psnr, ssim
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.training.checkpoint import load_checkpoint

@@ -1,9 +1,10 @@
-"""Machine: what it offers this process, and which of several kinds can run on it."""
+"""Machine: what it offers this process, which kinds can run on it, findings of it."""
 
 import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -100,3 +101,17 @@ def usable(
         told = "; ".join(reasons) or f"known are {known} and auto"
         msg = f"no {what} for '{wanted}': {told}{remedy}"
         raise EngineError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of a diagnosis."""
+
+    topic: str
+    """What was looked at, e.g. ``device adapters``."""
+    found: str
+    """What is there, with version and place."""
+    remedy: str | None = None
+    """How to get what is missing; None: nothing is."""
+    needed: bool = True
+    """False: rtfocus runs without it."""

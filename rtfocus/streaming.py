@@ -18,7 +18,7 @@ from rtfocus.config import Config, load_config
 from rtfocus.errors import TransportError, WriterError
 from rtfocus.frame import Estimate
 from rtfocus.microscope.delivery import AcquisitionReport
-from rtfocus.microscope.following import FollowedAcquisition
+from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
 from rtfocus.sides import ProcessorProcess, on_free_ports, paired
 from rtfocus.transport.preview import PreviewPublisher, PreviewViewer

@@ -25,9 +25,9 @@ from rtfocus import app
 from rtfocus.cli import main
 from rtfocus.config import Config, load_config, parse_config
 from rtfocus.errors import ExitCode
+from rtfocus.files import resource_folder
 from rtfocus.frame import SeriesStart
 from rtfocus.microscope.acquisition import acquire
-from rtfocus.resources import resource_folder
 from rtfocus.slots import Slot
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.writers.check import check_run

@@ -13,7 +13,7 @@ from scipy.special import j0
 
 from rtfocus.autofocus.spectrum import FREQUENCIES
 from rtfocus.channel import OpticalSystem
-from rtfocus.optics.pupil import round_pupil
+from rtfocus.optics.psf import round_pupil
 
 Floats = NDArray[np.float64]
 

@@ -14,18 +14,18 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter, maximum_filter
 
-from rtfocus.calibration.fit_pictures import (
+from rtfocus.calibration.inputs import ZStack
+from rtfocus.calibration.report import (
+    Calibration,
     focus_figures,
     focus_warnings,
     psf_panel,
+    refusing,
     residual_panel,
     section_panel,
     valley_panel,
 )
-from rtfocus.calibration.focus_fit import FocusFit, match_planes
-from rtfocus.calibration.inputs import ZStack
-from rtfocus.calibration.result import Calibration, refusing
-from rtfocus.calibration.through_focus import fit_through_focus
+from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match_planes
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.panels import Panel
 from rtfocus.errors import InputError
@@ -43,7 +43,7 @@ _SEARCH_BLUR_PX = 1.0
 
 
 class BeadPlanes:
-    """One bead prepared for many trials; a `rtfocus.calibration.focus_fit.PlaneModel`.
+    """One bead prepared for many trials; a `PlaneModel`.
 
     Parameters
     ----------

@@ -7,11 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.calibration.fit_pictures import grey, map_panel, psf_panel, residual_panel
 from rtfocus.calibration.inputs import ImagePair
 from rtfocus.calibration.pair_search import PsfFit, calibrate_psf
 from rtfocus.calibration.reblur import Reblurring, Trial, measure_psf
-from rtfocus.calibration.result import LARGEST_APERTURE, Calibration, refusing
+from rtfocus.calibration.report import (
+    LARGEST_APERTURE,
+    Calibration,
+    grey,
+    map_panel,
+    psf_panel,
+    refusing,
+    residual_panel,
+)
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.panels import Panel
 from rtfocus.optics.blur import blur

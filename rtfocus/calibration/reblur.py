@@ -12,9 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.optics import pupil
 from rtfocus.optics.blur import transfer_function
-from rtfocus.optics.psf import compute_psf
+from rtfocus.optics.psf import blur_radius_um, compute_psf
 
 Image = NDArray[np.float32]
 
@@ -78,7 +77,7 @@ class Reblurring:
         # on other pixels: the geometric blur and two rings of diffraction.
         widest = with_parameters(base, largest_aperture, 0.5)
         unit_um = widest.wavelength_nm * 1e-3 / widest.numerical_aperture
-        radius_um = pupil.blur_radius_um(widest, widest_um) + 2.0 * unit_um
+        radius_um = blur_radius_um(widest, widest_um) + 2.0 * unit_um
         self._half = ceil(radius_um / widest.pixel_size_um)
         self._pairs = [self._prepare(first, second) for first, second in pairs]
 

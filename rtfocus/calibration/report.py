@@ -1,18 +1,200 @@
-"""Report: a calibration as a folder with config, figures and picture."""
+"""Report: a calibration as a folder with config, figures and pictures of its fit.
+
+All panels have one size, so that they stand side by side.
+"""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from rtfocus.calibration.result import Calibration
+from rtfocus.calibration.through_focus import (
+    TOLERANCE_DB,
+    FocusFit,
+    FocusTrial,
+    PlaneModel,
+    focus_valley,
+)
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
-from rtfocus.drawing.panels import save_panels
+from rtfocus.drawing.panels import Panel, coloured, enlarge, save_panels
 from rtfocus.errors import InputError
+from rtfocus.optics.psf import psf_stack
+
+T = TypeVar("T")
+
+LARGEST_APERTURE = 0.97
+"""Largest NA tried, relative to the refractive index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Fitted optics, and what shows how far they can be trusted."""
+
+    system: OpticalSystem
+    """The optics as a config states them: their defocus counts from focus."""
+    statement: str
+    """What was found and what the data cannot tell, in words."""
+    warnings: tuple[str, ...]
+    """What makes the fit doubtful; empty: nothing."""
+    figures: dict[str, Any]
+    """Plain numbers for a report file."""
+    panels: list[Panel] = field(repr=False)
+    """For a picture, of equal size."""
+
+
+def refusing(fit: Callable[[], T]) -> T:
+    """Return what `fit` returns; what it refuses is the fault of the input."""
+    try:
+        return fit()
+    except ValueError as error:
+        msg = f"this cannot be fitted: {error}"
+        raise InputError(msg) from error
+
+
+Image = NDArray[np.float32]
+
+SHOWN_PX = 256
+"""Side of every panel."""
+
+# Intensity of a PSF spans decades: shown as a root, so that its halo is seen.
+_GAMMA = 0.5
+_CROSS_PX = 3
+_MARK = np.array([255, 60, 60], dtype=np.uint8)
+
+
+def centre(image: NDArray[np.generic], side_px: int = SHOWN_PX) -> NDArray[np.generic]:
+    """Cut the middle out of an image and enlarge it to the side of a panel."""
+    sides = [min(side_px, length) for length in image.shape]
+    starts = [
+        (length - side) // 2 for length, side in zip(image.shape, sides, strict=True)
+    ]
+    rows, columns = (
+        slice(start, start + side) for start, side in zip(starts, sides, strict=True)
+    )
+    return enlarge(image[rows, columns], (SHOWN_PX, SHOWN_PX))
+
+
+def grey(caption: str, image: Image, like: Image | None = None) -> Panel:
+    """Show an image between the percentiles of another, or of itself."""
+    low, high = np.percentile(image if like is None else like, (1.0, 99.8))
+    return Panel(caption, centre(image), float(low), float(high))
+
+
+def residual_panel(caption: str, error: Image, span: float) -> Panel:
+    """Show errors around grey; black and white are a tenth of the range."""
+    limit = 0.1 * span
+    return Panel(f"{caption}, +-{limit:.3g}", centre(error), -limit, limit)
+
+
+def psf_panel(caption: str, psf: Image, peak: float | None = None) -> Panel:
+    """Show a PSF, or a section of one, as the root of its intensity."""
+    shown = np.maximum(psf, 0.0) ** _GAMMA
+    highest = float(psf.max() if peak is None else peak) ** _GAMMA
+    pixels = enlarge(shown, (SHOWN_PX, SHOWN_PX))
+    return Panel(caption, pixels, 0.0, highest)
+
+
+def map_panel(
+    caption: str, quality_db: NDArray[np.float64], place: tuple[float, float]
+) -> Panel:
+    """Show PSNR over two parameters, best 6 dB, with a cross at `place` (0 to 1)."""
+    highest = float(quality_db.max())
+    shape = (SHOWN_PX, SHOWN_PX)
+    pixels = np.array(coloured(enlarge(quality_db, shape), highest - 6.0, highest))
+    row, column = (
+        int(np.clip(share * SHOWN_PX, _CROSS_PX, SHOWN_PX - 1 - _CROSS_PX))
+        for share in place
+    )
+    pixels[row, column - _CROSS_PX : column + _CROSS_PX + 1] = _MARK
+    pixels[row - _CROSS_PX : row + _CROSS_PX + 1, column] = _MARK
+    return Panel(caption, pixels)
+
+
+_APERTURES = np.linspace(0.6, 1.4, 13)
+# In units of n lambda / NA^2 around the focus that was found.
+_FOCUS_UNITS = np.linspace(-1.5, 1.5, 13)
+_SECTION_PX = 61
+_SECTION_PLANES = 41
+# Less than this share of the variance predicted: the specimen is not flat, or the
+# optics are far off.
+_LEAST_EXPLAINED = 0.9
+
+
+def focus_figures(fit: FocusFit) -> dict[str, Any]:
+    """Return the fit as plain numbers."""
+    names = ("numerical_aperture", "spherical_waves", "focus_um")
+    return {
+        "best": _numbers(fit.best),
+        "explained": round(fit.explained, 5),
+        "sign_margin_db": round(fit.sign_margin_db, 3),
+        "equally_good": {
+            "tolerance_db": TOLERANCE_DB,
+            **{name: [round(v, 4) for v in fit.spread(name)] for name in names},
+        },
+        "profile": [_numbers(trial) for trial in fit.profile],
+    }
+
+
+def focus_warnings(
+    fit: FocusFit, model: PlaneModel, start: OpticalSystem
+) -> tuple[str, ...]:
+    """Say what makes the fit doubtful."""
+    warnings = []
+    if fit.explained < _LEAST_EXPLAINED:
+        warnings.append(
+            f"only {100 * fit.explained:.0f} % of the variance is predicted: a thick "
+            "specimen, wrong z steps or pixel size, or noise"
+        )
+    if fit.best.numerical_aperture > 0.99 * LARGEST_APERTURE * start.refractive_index:
+        warnings.append(
+            "NA ended at the largest that this refractive index allows: check pixel "
+            "size, z steps and refractive index"
+        )
+    if not model.z_um.min() < fit.best.focus_um < model.z_um.max():
+        warnings.append(
+            f"focus at z {fit.best.focus_um:.2f} um lies outside the stack: the "
+            "planes are all on one side of it, so z and W are hard to tell apart"
+        )
+    if fit.sign_margin_db <= TOLERANCE_DB:
+        warnings.append(
+            "the sign of W cannot be told: the blur looks alike on both sides of focus"
+        )
+    return tuple(warnings)
+
+
+def section_panel(caption: str, fit: FocusFit, z_um: NDArray[np.float64]) -> Panel:
+    """Show the fitted PSF through focus: x to the right, z down."""
+    z = np.linspace(z_um.min(), z_um.max(), _SECTION_PLANES) - fit.best.focus_um
+    psfs = psf_stack(fit.system, map(float, z), _SECTION_PX)
+    return psf_panel(caption, psfs[:, _SECTION_PX // 2])
+
+
+def valley_panel(fit: FocusFit, model: PlaneModel, start: OpticalSystem) -> Panel:
+    """Show how well NA (down) and focus (right) predict the planes, W as fitted."""
+    best = fit.best
+    apertures = np.minimum(
+        _APERTURES * best.numerical_aperture,
+        LARGEST_APERTURE * start.refractive_index,
+    )
+    foci = best.focus_um + _FOCUS_UNITS * fit.system.defocus_unit_um
+    quality = focus_valley(model, best, start, apertures, foci)
+    caption = (
+        f"NA {apertures[0]:.2f}-{apertures[-1]:.2f} down, "
+        f"focus {foci[0]:.1f} to {foci[-1]:.1f} um"
+    )
+    return map_panel(caption, quality, (0.5, 0.5))
+
+
+def _numbers(trial: FocusTrial) -> dict[str, float]:
+    return {key: round(value, 5) for key, value in asdict(trial).items()}
+
 
 CONFIG_NAME = "optics.yaml"
 FIGURES_NAME = "fit.json"

@@ -14,24 +14,23 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_laplace
 
-from rtfocus.calibration.fit_pictures import (
+from rtfocus.calibration.inputs import ZStack, structured_window
+from rtfocus.calibration.report import (
+    Calibration,
     focus_figures,
     focus_warnings,
     grey,
+    refusing,
     residual_panel,
     section_panel,
     valley_panel,
 )
-from rtfocus.calibration.focus_fit import FocusFit, match_planes
-from rtfocus.calibration.inputs import ZStack, structured_window
-from rtfocus.calibration.result import Calibration, refusing
-from rtfocus.calibration.through_focus import fit_through_focus
+from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match_planes
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.panels import Panel
 from rtfocus.errors import InputError
-from rtfocus.optics import pupil
 from rtfocus.optics.blur import transfer_function
-from rtfocus.optics.psf import compute_psf
+from rtfocus.optics.psf import blur_radius_um, compute_psf
 
 Image = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -45,7 +44,7 @@ _DETAIL_PX = 1.5
 
 
 class StackPlanes:
-    """A z-stack prepared for many trials; a `rtfocus.calibration.focus_fit.PlaneModel`.
+    """A z-stack prepared for many trials; a `PlaneModel`.
 
     Parameters
     ----------
@@ -223,7 +222,7 @@ def _model(stack: ZStack, start: OpticalSystem) -> StackPlanes:
 def _half_px(system: OpticalSystem, defocus_um: float) -> int:
     """Reach of a PSF: the geometric blur and two rings of diffraction."""
     unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
-    radius_um = pupil.blur_radius_um(system, defocus_um) + 2.0 * unit_um
+    radius_um = blur_radius_um(system, defocus_um) + 2.0 * unit_um
     return ceil(radius_um / system.pixel_size_um)
 
 

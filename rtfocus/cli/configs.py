@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from rtfocus.config.reference import reference
-from rtfocus.resources import resource_folder
+from rtfocus.config.model import reference
+from rtfocus.files import resource_folder
 
 
 def add_to(app: typer.Typer) -> None:

@@ -19,7 +19,7 @@ from rtfocus.config import Config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
 from rtfocus.drawing.panels import Panel, enlarge, save_panels
 from rtfocus.errors import ConfigError
-from rtfocus.evaluation.quality import match_intensity, pearson, psnr
+from rtfocus.evaluation.scores import match_intensity, pearson, psnr
 from rtfocus.frame import TileGrid
 from rtfocus.images import open_images
 from rtfocus.microscope.virtual.specimen import Truth, VirtualSpecimen

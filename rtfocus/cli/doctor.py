@@ -15,8 +15,7 @@ from rich.table import Table
 
 from rtfocus import __version__
 from rtfocus.errors import EngineError
-from rtfocus.findings import Finding
-from rtfocus.machine import processor_name
+from rtfocus.machine import Finding, processor_name
 from rtfocus.microscope.core import describe as describe_microscope
 from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.registry import list_engines

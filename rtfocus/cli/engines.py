@@ -1,17 +1,22 @@
-"""Engine commands: list them, look at one, add one, build GPU plans."""
+"""Engine commands: list them, look at one, add one, build GPU plans ahead of time."""
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from enum import StrEnum
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress as Bars
 from rich.table import Table
 
-from rtfocus.cli import build
+from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import read_config
-from rtfocus.errors import EngineError
+from rtfocus.errors import ConfigError, EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.card import EngineCard, verified_file
@@ -24,13 +29,28 @@ from rtfocus.processing.engines.registry import (
     why_unfit,
 )
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
+from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
+from rtfocus.processing.gpu.engine import Gpu, gpu_request
+from rtfocus.processing.gpu.tensorrt.build import Progress
+from rtfocus.processing.gpu.tensorrt.library import (
+    LIBRARIES,
+    TensorRt,
+    import_tensorrt,
+    why_not_importable,
+)
+from rtfocus.processing.gpu.tensorrt.plans import (
+    ANY_CARD,
+    PlanTarget,
+    ready_plan,
+    rtx_target,
+    target_of,
+)
 
 app = typer.Typer(
     name="engines",
     invoke_without_command=True,
     rich_markup_mode="rich",
 )
-build.add_to(app)
 
 
 def add_to(commands: typer.Typer) -> None:
@@ -205,3 +225,152 @@ def _history(card: EngineCard) -> Iterator[Row]:
     for title, entries in (("trained", card.trained), ("figures", card.figures)):
         for key, value in entries.items():
             yield f"{title}: {key}", str(value)
+
+
+ALL = "all"
+
+
+class BackendChoice(StrEnum):
+    """Libraries that need a plan."""
+
+    auto = "auto"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt_rtx"
+
+
+class PrecisionChoice(StrEnum):
+    """Weights files an engine may have."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+@app.command()
+def build(
+    name: Annotated[
+        str, typer.Argument(help="Engine to build, or [bold]all[/] there are.")
+    ],
+    backend: Annotated[
+        BackendChoice, typer.Option(help="auto: tensorrt, then tensorrt_rtx.")
+    ] = BackendChoice.auto,
+    precision: Annotated[
+        PrecisionChoice | None,
+        typer.Option(help="Default: fp16 where the engine has it, else fp32."),
+    ] = None,
+    gpu: Annotated[
+        int | None, typer.Option(min=0, help="GPU in the driver's list; default: 0.")
+    ] = None,
+    capability: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M.N", help="Without that GPU at hand (tensorrt_rtx): e.g. 8.6."
+        ),
+    ] = None,
+    frame: Annotated[
+        str, typer.Option(metavar="HxW", help="The camera's frame in pixels.")
+    ] = "2048x2048",
+    tf32: Annotated[
+        bool, typer.Option(help="Let fp32 products round to 10 bits, which is faster.")
+    ] = True,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Also if the cache has the plan.")
+    ] = False,
+) -> None:
+    """Build the GPU plan of an engine; a run would do so at its first start.
+
+    TensorRT for RTX needs no GPU for it.
+
+    [bold]Example:[/] rtfocus engines build delpnet --precision fp32 --frame 2048x2048
+    """
+    shape = _shape(frame)
+    library, device, target = _target(backend, gpu, capability)
+    for found in _chosen(name):
+        request = gpu_request(
+            found,
+            shape,
+            None if precision is None else precision.value,
+            tf32=tf32,
+        )
+        context = nullcontext() if device is None else current_context(device.gpu_index)
+        with context, interruptible() as (stop, _), _bar(found.name, stop) as progress:
+            plan = ready_plan(
+                library, request, target, progress=progress, rebuild=rebuild
+            )
+        how = "was there" if plan.build_s is None else f"built in {plan.build_s:.1f} s"
+        typer.echo(
+            f"{found.name} {request.precision}: {library.name} {library.release} plan "
+            f"for {target.gpu}, {len(plan.data) / 1e6:.1f} MB, {how}"
+        )
+
+
+def _chosen(name: str) -> list[FoundEngine]:
+    if name != ALL:
+        return [find_engine(name)]
+    return [found for found in list_engines() if "fp32" in found.card.files]
+
+
+def _target(
+    backend: BackendChoice, gpu: int | None, capability: str | None
+) -> tuple[TensorRt, Gpu | None, PlanTarget]:
+    """Return the library, the GPU if one is at hand, and what the plan is for."""
+    library = _library(backend)
+    if capability is not None:
+        return library, None, _named_target(library, gpu, capability)
+    why = why_no_gpu()
+    if why is None:
+        device = find_device(gpu or 0)
+        return library, device, target_of(library, device)
+    if gpu is not None or not library.is_rtx:
+        msg = f"a {library.name} plan for this GPU cannot be built: {why}"
+        raise EngineError(msg)
+    typer.echo(f"building for any card from 8.0 on ({why})", err=True)
+    return library, None, ANY_CARD
+
+
+def _library(backend: BackendChoice) -> TensorRt:
+    reasons = []
+    for name in LIBRARIES:
+        if backend in (BackendChoice.auto, name):
+            why = why_not_importable(name)
+            if why is None:
+                return import_tensorrt(name)
+            reasons.append(why)
+    raise EngineError("; ".join(reasons))
+
+
+def _named_target(library: TensorRt, gpu: int | None, capability: str) -> PlanTarget:
+    numbers = re.fullmatch(r"(\d+)\.(\d)", capability)
+    if numbers is None:
+        msg = f"--capability '{capability}' is no compute capability, e.g. 8.6"
+        raise ConfigError(msg)
+    if gpu is not None or not library.is_rtx:
+        msg = (
+            "--capability is for tensorrt_rtx and a GPU that is not at hand; name "
+            "--gpu for one that is"
+        )
+        raise ConfigError(msg)
+    return rtx_target(library, (int(numbers[1]), int(numbers[2])))
+
+
+def _shape(frame: str) -> tuple[int, int]:
+    sides = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", frame)
+    if sides is None:
+        msg = f"--frame '{frame}' is no frame size; write HEIGHTxWIDTH, e.g. 2048x2048"
+        raise ConfigError(msg)
+    return int(sides[1]), int(sides[2])
+
+
+@contextmanager
+def _bar(name: str, stop: Event) -> Iterator[Progress]:
+    """Show the build's phase on a terminal; Ctrl-C cancels between two steps."""
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(name)
+
+        def progress(phase: str, done: int, steps: int) -> bool:
+            bars.update(
+                task, description=f"{name}: {phase}", completed=done, total=steps
+            )
+            return not stop.is_set()
+
+        yield progress

@@ -17,9 +17,9 @@ from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.frame import FrameResult
 from rtfocus.images.optics import StatedOptics
 from rtfocus.images.outputs import STANDARD_OUTPUT, OutputGuard, companions
+from rtfocus.images.pictures import stretch_histogram
 from rtfocus.images.reading import BrokenImage, FoundImages, find_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.images.stretching import stretch_histogram
 from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.processing.image_set import ImageSet, restoring_with, with_engine
 from rtfocus.processing.offline import ImageProcessor, tile_rows

@@ -14,9 +14,9 @@ from rtfocus.calibration.pair_fit import calibrate_from_pairs
 from rtfocus.calibration.report import (
     FIGURES_NAME,
     REPORT_NAMES,
+    Calibration,
     write_calibration,
 )
-from rtfocus.calibration.result import Calibration
 from rtfocus.calibration.stack_fit import calibrate_from_stack
 from rtfocus.channel import OpticalSystem
 from rtfocus.cli.options import OverwriteOption, read_config

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from rtfocus.config.model import Config
 from rtfocus.config.text import parse_yaml, read_yaml
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 
 _MOST_SHOWN = 80
 """Characters of a refused value that an error repeats."""

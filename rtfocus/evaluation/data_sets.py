@@ -1,12 +1,381 @@
-"""Data sets: finds the frames that a name on the command line stands for."""
+"""Data sets: the frames that a name on the command line stands for.
 
+**Real**: planes whose distance from focus is known, published or a user's own. Rows a19
+to a24 of the BBBC006 pairs and field A in actin are for validation: no shipped engine
+was trained on them. A user's own pairs are ``sharp/`` beside one folder of blurred
+images.
+
+**Synthetic**: sharp validation images blurred at every level, then photographed. The
+defocus is known exactly and so is the PSF: what a method leaves is its own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
-from rtfocus.channel import OpticalSystem
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, zoom
+
+from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
-from rtfocus.evaluation.real_sets import REAL_SETS, folder_set
-from rtfocus.evaluation.samples import BBBC006, DataSet
-from rtfocus.evaluation.synthetic_sets import VARIANTS, synthetic
+from rtfocus.evaluation.samples import BBBC006, DataSet, Sample, middle, plane_name
+from rtfocus.images import ImageSeries, open_images
+from rtfocus.optics.blur import blur
+from rtfocus.optics.camera import CameraModel
+from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.camera import luminance
+
+SHARP_FOLDER = "sharp"
+
+
+def folder_set(
+    folder: Path, optics: OpticalSystem, *, offset_counts: float = 0.0
+) -> DataSet:
+    """Return the pairs of a folder, matched by file name.
+
+    Parameters
+    ----------
+    folder
+        Holds ``sharp`` and one or more other folders; each of these is a group.
+    optics
+        Of the images.
+    offset_counts
+        Of the camera in the dark.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder or no image has a partner.
+    """
+    sharp = folder / SHARP_FOLDER
+    others = [
+        place
+        for place in sorted(folder.iterdir() if folder.is_dir() else ())
+        if place.is_dir() and place != sharp
+    ]
+    if not sharp.is_dir() or not others:
+        msg = (
+            f"'{folder}' is no data set: needed are a folder '{SHARP_FOLDER}' and "
+            "beside it folders of blurred images with the same file names"
+        )
+        raise InputError(msg)
+    truth = {series.name: series for series in open_images(sharp)}
+    pairs = [
+        (place.name, series)
+        for place in others
+        for series in open_images(place)
+        if series.name in truth
+    ]
+    if not pairs:
+        msg = f"no image below '{folder}' has the name of one in '{sharp}'"
+        raise InputError(msg)
+
+    def samples() -> Iterator[Sample]:
+        for group, series in pairs:
+            yield from _samples(group, series, truth[series.name])
+
+    title = f"{folder.name}: {len(pairs)} pairs; range 255 or that of the sharp image"
+    return DataSet(folder.name, title, optics, offset_counts, samples)
+
+
+def _samples(group: str, blurred: ImageSeries, sharp: ImageSeries) -> Iterator[Sample]:
+    for index in blurred.indices():
+        pixels, truth = blurred.read(**index), sharp.read(**index)
+        if pixels.shape != truth.shape:
+            msg = (
+                f"'{blurred.path}' is {pixels.shape}, its partner '{sharp.path}' is "
+                f"{truth.shape}; a pair has one size"
+            )
+            raise InputError(msg)
+        span = 255.0 if truth.dtype == np.uint8 else float(np.ptp(truth))
+        name = f"{group} {plane_name(blurred.name, index)}"
+        yield Sample(name, pixels, truth, None, group, span)
+
+
+VALIDATION_ROWS = ("a19*", "a2*")
+# Planes of the stacks are 2 um apart and focus is a plane, not a point; "10 um" lies
+# at 10 to 12 um in the fitted optics. "-32 um" counts planes the other way: its blur
+# fits +z with W < 0, the same side as "10 um" (tests/integration/test_psf_calibration).
+_SHARP_UM = (-2.3, 2.3)
+_TEN_UM = (8.8, 13.2)
+_EIGHT_UM = (6.6, 11.0)
+_FAR_UM = (19.8, 40.0)
+_EIGHT_BIT = 255.0
+
+
+def bbbc006_pairs(folder: Path) -> DataSet:
+    """Nuclei, sharp and about 10 um defocused, 8 bit, validation rows."""
+
+    def samples() -> Iterator[Sample]:
+        for path in _matching(folder / "bbbc006_pairs" / "sharp", VALIDATION_ROWS):
+            sharp = _read(path)
+            blurred = _read(folder / "bbbc006_pairs" / "defocus10um" / path.name)
+            name = path.stem
+            yield Sample(name, blurred, sharp, _TEN_UM, "10 um", _EIGHT_BIT, sided=True)
+            yield Sample(f"{name} sharp", sharp, sharp, _SHARP_UM, "sharp", _EIGHT_BIT)
+
+    title = "BBBC006 nuclei, rows a19-a24, sharp and 10 um; range 255"
+    return DataSet("bbbc006_pairs", title, BBBC006, 0.0, samples)
+
+
+def bbbc006_factin(folder: Path) -> DataSet:
+    """Actin, one field at 8 and 10 um, 8 bit."""
+
+    def samples() -> Iterator[Sample]:
+        place = folder / "bbbc006_factin"
+        sharp = _read(place / "A_sharp.tif")
+        for name, group, span in (
+            ("A_defocus08um", "8 um", _EIGHT_UM),
+            ("A_defocus10um", "10 um", _TEN_UM),
+            ("A_sharp", "sharp", _SHARP_UM),
+        ):
+            sided = group != "sharp"
+            pixels = _read(place / f"{name}.tif")
+            yield Sample(name, pixels, sharp, span, group, _EIGHT_BIT, sided=sided)
+
+    title = "BBBC006 actin, field A at 8 and 10 um; range 255"
+    return DataSet("bbbc006_factin", title, BBBC006, 0.0, samples)
+
+
+def bbbc006_16bit(folder: Path) -> DataSet:
+    """Nuclei at full depth: planes in focus and at the far end of the stack."""
+
+    def samples() -> Iterator[Sample]:
+        place = folder / "bbbc006_16bit"
+        sharp = {path.name: _read(path) for path in _matching(place / "in_focus")}
+        for path in _matching(place / "z00_minus32um"):
+            pixels, truth = _read(path), sharp.get(path.name)
+            span = float(np.ptp(pixels if truth is None else truth))
+            yield Sample(path.stem, pixels, truth, _FAR_UM, "-32 um", span, sided=True)
+        for name, pixels in sharp.items():
+            if fnmatch(name, "a01*") or fnmatch(name, "a03*"):
+                span = float(np.ptp(pixels))
+                yield Sample(name, pixels, pixels, _SHARP_UM, "sharp", span)
+
+    title = "BBBC006 nuclei, 12-bit counts, sharp and -32 um; range of the sharp plane"
+    return DataSet("bbbc006_16bit", title, BBBC006, 0.0, samples)
+
+
+def sharp(folder: Path) -> DataSet:
+    """Every kind of image in focus: what comes out should be what went in."""
+
+    def samples() -> Iterator[Sample]:
+        for pattern, group in _IN_FOCUS:
+            for path in sorted(folder.glob(pattern)):
+                for name, pixels in _planes(path):
+                    eight_bit = pixels.dtype == np.uint8
+                    span = _EIGHT_BIT if eight_bit else float(np.ptp(pixels))
+                    yield Sample(name, pixels, pixels, _SHARP_UM, group, span)
+
+    title = "images in focus against themselves; range 255 or that of the image"
+    return DataSet("sharp", title, BBBC006, 0.0, samples)
+
+
+REAL_SETS: dict[str, Callable[[Path], DataSet]] = {
+    one.__name__: one for one in (bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp)
+}
+"""Data sets by name; each takes the folder of the published images."""
+
+# Pattern and kind; the first ones were never trained on.
+_IN_FOCUS = (
+    ("bbbc006_pairs/sharp/a19*.tif", "nuclei"),
+    ("bbbc006_pairs/sharp/a2*.tif", "nuclei"),
+    ("bbbc006_factin/A_sharp.tif", "actin"),
+    ("bbbc006_16bit/in_focus/a0[13]*.tif", "nuclei, 16 bit"),
+    ("in_focus/bbbc022/*.tif", "cell painting"),
+    ("in_focus/cellprofiler_*/*.tif", "cells"),
+    ("in_focus/neubias/*.tif", "cells and tissue"),
+    ("in_focus/stardist/*", "stained tissue"),
+    ("sephace_brightfield_Set1/*1352.25*.tif", "unstained cells"),
+)
+_MOST_SIDE_PX = 768
+
+
+def _planes(path: Path) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    """Yield every plane of a file, the middle of large ones."""
+    for series in open_images(path):
+        for index in series.indices():
+            rows, columns = (middle(side, _MOST_SIDE_PX) for side in series.shape[:2])
+            name = plane_name(series.name, index)
+            yield name, series.read(**index)[rows, columns]
+
+
+def _matching(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
+    """Return the TIFFs of a folder whose names match.
+
+    Raises
+    ------
+    InputError
+        If there are none.
+    """
+    found = [
+        path
+        for path in sorted(folder.glob("*.tif"))
+        if any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
+    if not found:
+        msg = (
+            f"'{folder}' holds no {' or '.join(patterns)}; say where the published "
+            "images lie with --data-folder"
+        )
+        raise InputError(msg)
+    return found
+
+
+def _read(path: Path) -> NDArray[np.generic]:
+    return open_images(path)[0].read()
+
+
+Image = NDArray[np.float32]
+
+STEP_UM = 2.2
+"""Between levels, in the optics fitted to BBBC006; scaled for others."""
+LEVELS = 11
+
+# Never trained on: three fields of nuclei, one of actin.
+_FIELDS = {
+    "bbbc006_pairs/sharp/a19_s1_w1.tif": 1.0,
+    "bbbc006_pairs/sharp/a22_s1_w1.tif": 1.0,
+    "bbbc006_pairs/sharp/a24_s1_w1.tif": 1.0,
+    "bbbc006_factin/A_sharp.tif": 1.0,
+}
+# Other specimens that every shipped recipe holds back, reduced by the mean of the
+# sizes at which the recipes show others of their kind.
+_TEXTURES = {
+    "in_focus/cellprofiler_fly/pos076_*.tif": 0.7,
+    "in_focus/cellprofiler_human/actin.tif": 0.75,
+    "in_focus/neubias/xyc_8bit__nuclei_nup.tif": 0.75,
+    "in_focus/neubias/xyc_16bit__cell_dna_mts_actin.tif": 0.8,
+}
+# Width of the Gaussian before an image is reduced, relative to the new pixels.
+_ANTI_ALIAS = 0.35
+_SHARP_SIDE_PX = 512
+_SEED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to blur and photograph the fields."""
+
+    title: str
+    optics: OpticalSystem = BBBC006
+    photons: float = 3000.0
+    """In the brightest pixel of the sharp field."""
+    signed: bool = False
+    """Both sides of focus; else the positive one."""
+    fields: Mapping[str, float] = field(default_factory=lambda: _FIELDS)
+    """Patterns of sharp images below the folder of the published ones, and the size
+    at which they are shown."""
+
+
+VARIANTS = {
+    "synthetic": Variant("the optics fitted to BBBC006"),
+    "synthetic_textures": Variant(
+        "the optics fitted to BBBC006, other specimens", fields=_TEXTURES
+    ),
+    "synthetic_signed": Variant(
+        "the optics fitted to BBBC006, both sides", signed=True
+    ),
+    "synthetic_dim": Variant("the optics fitted to BBBC006, dim", photons=300.0),
+    "synthetic_even": Variant(
+        "Born-Wolf PSF without aberration, NA 0.5",
+        optics=OpticalSystem(0.5, 451.0, 0.65, psf_model="born_wolf"),
+    ),
+    "synthetic_other": Variant(
+        "NA 0.6, 520 nm, 0.5 um pixels, spherical -0.25 waves, both sides",
+        optics=OpticalSystem(
+            0.6, 520.0, 0.5, aberrations=Aberrations(spherical_waves=-0.25)
+        ),
+        signed=True,
+    ),
+}
+"""Synthetic sets by name."""
+
+
+def synthetic(
+    name: str, folder: Path, *, fields: Mapping[str, float] | None = None
+) -> DataSet:
+    """Return one of `VARIANTS`.
+
+    Parameters
+    ----------
+    name
+        Key of `VARIANTS`.
+    folder
+        Of the published images.
+    fields
+        Patterns of sharp images below it with their size; None: those of the variant.
+
+    Raises
+    ------
+    InputError
+        If a pattern matches no image.
+    """
+    variant = VARIANTS[name]
+    wanted = variant.fields if fields is None else fields
+    paths = [
+        (path, size)
+        for pattern, size in wanted.items()
+        for path in _sharp_images(folder, pattern)
+    ]
+    camera = CameraModel(photons=variant.photons, gain_e_per_count=1.0, bit_depth=16)
+    unit = variant.optics.defocus_unit_um / BBBC006.defocus_unit_um
+    lowest = 1 - LEVELS if variant.signed else 0
+    levels = range(lowest, LEVELS)
+
+    def samples() -> Iterator[Sample]:
+        lights = (one for path, size in paths for one in _lights(path, size))
+        for number, (field_name, light) in enumerate(lights):
+            truth = camera.offset_counts + light * np.float32(variant.photons)
+            for level in levels:
+                z_um = level * STEP_UM * unit
+                rng = np.random.default_rng([_SEED, number, level - lowest])
+                blurred = light
+                if level:
+                    # A photograph went through focus already.
+                    blurred = blur(light, compute_psf(variant.optics, z_um))
+                yield Sample(
+                    name=f"{field_name} {level:+d}",
+                    pixels=camera.expose(blurred, rng),
+                    sharp=truth,
+                    defocus_um=(z_um, z_um),
+                    group=str(level),
+                    data_range=variant.photons,
+                    sided=variant.signed and level != 0,
+                )
+
+    title = (
+        f"{len(paths)} sharp images blurred with {variant.title}; "
+        f"{variant.photons:g} photons at most, seed {_SEED}, range {variant.photons:g}"
+    )
+    return DataSet(name, title, variant.optics, camera.offset_counts, samples)
+
+
+def _sharp_images(folder: Path, pattern: str) -> list[Path]:
+    found = sorted(folder.glob(pattern))
+    if not found:
+        msg = (
+            f"no image '{folder / pattern}'; say where the published images lie with "
+            "--data-folder"
+        )
+        raise InputError(msg)
+    return found
+
+
+def _lights(path: Path, size: float) -> Iterator[tuple[str, Image]]:
+    """Yield every plane as light: darkest percentile 0, brightest pixel 1."""
+    for series in open_images(path):
+        for index in series.indices():
+            plane = luminance(series.read(**index).astype(np.float32))
+            if size != 1.0:
+                plane = zoom(gaussian_filter(plane, _ANTI_ALIAS / size), size, order=1)
+            rows, columns = (middle(side, _SHARP_SIDE_PX) for side in plane.shape)
+            pixels = plane[rows, columns]
+            dark = np.percentile(pixels, 0.5)
+            light = np.clip((pixels - dark) / (pixels.max() - dark), 0.0, 1.0)
+            yield plane_name(series.name, index), np.asarray(light, dtype=np.float32)
 
 
 def find_data_set(

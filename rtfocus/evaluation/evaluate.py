@@ -17,9 +17,15 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.evaluation.contenders import Contender, restore_exactly
-from rtfocus.evaluation.level_score import LevelScore, specimen_tiles
-from rtfocus.evaluation.quality import mse, pearson, psnr, ssim
 from rtfocus.evaluation.samples import DataSet, Sample
+from rtfocus.evaluation.scores import (
+    LevelScore,
+    mse,
+    pearson,
+    psnr,
+    specimen_tiles,
+    ssim,
+)
 from rtfocus.frame import (
     BACKGROUND,
     PROTOCOL_VERSION,

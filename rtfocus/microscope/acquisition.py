@@ -1,22 +1,206 @@
-"""Acquisition: one series from a configured source into a sink."""
+"""Acquisition: one series from a configured source or a free camera into a sink."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from pymmcore_plus.experimental.unicore import UniMMCore
 from useq import MDASequence
 
 from rtfocus.config import Config
-from rtfocus.config.microscope import ReplayConfig
-from rtfocus.errors import ConfigError
+from rtfocus.config.microscope import LiveConfig, ReplayConfig
+from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FrameHeader
 from rtfocus.microscope.core import open_core
-from rtfocus.microscope.delivery import AcquisitionReport, FrameSink
+from rtfocus.microscope.delivery import (
+    AcquisitionReport,
+    Delivery,
+    Exposure,
+    FrameSink,
+    Observations,
+    SeriesChangedError,
+    camera_lost_images,
+    end_series,
+    overflow_error,
+)
 from rtfocus.microscope.engine import RecordingEngine
-from rtfocus.microscope.live import LiveAcquisition
 from rtfocus.microscope.mda import PlannedAcquisition
 from rtfocus.microscope.plan import anchored, read_sequence
 from rtfocus.microscope.replay import Replay
+from rtfocus.microscope.series import (
+    Complaints,
+    camera_geometry,
+    describe_series,
+    frame_json,
+    image_number,
+    now_ns,
+    received_ns,
+)
+from rtfocus.outcome import CANCELED, COMPLETED
+
+# Micro-Manager's own word for "without end".
+_ENDLESS = 2**31 - 1
+_POLL_S = 0.001
+# Asking a real z-stage takes milliseconds: not at every frame.
+_Z_INTERVAL_S = 0.1
+
+
+class LiveAcquisition:
+    """One live run from the start of the camera to its report.
+
+    A sequence that stops on overflow, not Micro-Manager's "continuous" one, which
+    overwrites its buffer in silence.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        live: LiveConfig,
+        core: UniMMCore,
+        sink: FrameSink,
+        on_frame: Callable[[FrameHeader], None],
+    ) -> None:
+        self._live = live
+        self._core = core
+        self._sink = sink
+        self._observations = Observations()
+        self._complaints = Complaints()
+        if live.exposure_ms is not None:
+            core.setExposure(live.exposure_ms)
+        self._exposure_ms = core.getExposure()
+        series = describe_series(
+            config,
+            core,
+            camera_geometry(core),
+            plan=None,
+            frames=live.frames,
+            summary=core.state(),
+        )
+        self._expected = 0
+        """Number of the image that should come next."""
+        self._z_um: float | None = None
+        self._z_read_s = -_Z_INTERVAL_S
+        self._delivery = Delivery(series, sink, on_frame)
+
+    def run(self, stop: threading.Event) -> AcquisitionReport:
+        """Run until `stop`, the wanted number of frames, or a failure.
+
+        Raises
+        ------
+        RtfocusError
+            What went wrong, after the sink was told the end.
+        """
+        self._started = time.perf_counter()
+        failure: Exception | None = None
+        with self._complaints.heard():
+            try:
+                reason = self._record(stop)
+            except SeriesChangedError as change:
+                reason = str(change)
+            except Exception as error:  # raised below, once the camera rests
+                failure, reason = error, str(error)
+            finally:
+                self._core.stopSequenceAcquisition()
+        seconds = time.perf_counter() - self._started
+        seen, planned = self._observations, self._live.frames
+        rest = 0 if planned is None else planned - self._delivery.sent
+        report = AcquisitionReport(
+            series_uid=self._delivery.series.series_uid,
+            frames=self._delivery.sent,
+            planned=planned,
+            camera_lost=seen.camera_lost,
+            not_acquired=max(rest - seen.camera_lost, 0),
+            reason=reason,
+            seconds=seconds,
+            lateness=None,
+            most_waiting=seen.most_waiting,
+            least_free=seen.least_free,
+            warnings=self._complaints.texts,
+        )
+        end_series(self._sink, report, failure)
+        if failure is not None:
+            raise failure
+        return report
+
+    def _record(self, stop: threading.Event) -> str:
+        core = self._core
+        frames = self._live.frames or _ENDLESS
+        try:
+            core.startSequenceAcquisition(frames, 0.0, True)
+        except RuntimeError as error:
+            msg = f"camera '{core.getCameraDevice()}' does not start: {error}"
+            raise MicroscopeError(msg) from error
+        while not stop.is_set():
+            if core.getRemainingImageCount() > 0:
+                self._take()
+            elif core.isSequenceRunning():
+                time.sleep(_POLL_S)
+            elif core.getRemainingImageCount() == 0:
+                return self._ended(frames)
+        return CANCELED
+
+    def _ended(self, frames: int) -> str:
+        """Tell why the camera stopped by itself."""
+        if self._core.isBufferOverflowed():
+            raise overflow_error(self._core)
+        if self._expected < frames and self._live.frames is None:
+            msg = (
+                f"camera '{self._core.getCameraDevice()}' stopped by itself after "
+                f"{self._expected} images; check its trigger mode and connection"
+            )
+            raise MicroscopeError(msg)
+        lost = self._observations.camera_lost + max(frames - self._expected, 0)
+        self._observations.camera_lost = lost
+        if lost:
+            return camera_lost_images(self._core, self._complaints.fault)
+        return COMPLETED
+
+    def _take(self) -> None:
+        core = self._core
+        waiting = core.getRemainingImageCount() - 1
+        pixels, tags = core.popNextImageAndMD()
+        camera = dict(tags)
+        self._observations.note_buffer(waiting, core.getBufferFreeCapacity())
+        number = image_number(camera)
+        if number is None:
+            number = self._expected
+        self._observations.camera_lost += max(0, number - self._expected)
+        self._expected = number + 1
+        now = now_ns()
+        captured_ns = received_ns(camera, now) or now
+        age_s = (now - captured_ns) / 1e9
+        end_s = time.perf_counter() - self._started - age_s
+        exposure = Exposure(
+            index={"t": number, "p": 0, "c": 0, "z": 0},
+            captured_ns=captured_ns,
+            exposure_ms=self._exposure_ms,
+            z_um=self._read_z_um(),
+            camera_image_number=number,
+            actual_s=end_s - self._exposure_ms / 1e3,
+            frame_meta=frame_json(
+                {
+                    "format": "frame-dict",
+                    "version": "1.0",
+                    "camera_device": core.getCameraDevice(),
+                    "exposure_ms": self._exposure_ms,
+                    "pixel_size_um": self._delivery.series.pixel_size_um,
+                    "runner_time_ms": end_s * 1e3,
+                    "images_remaining_in_buffer": waiting,
+                    "camera_metadata": camera,
+                }
+            ),
+        )
+        self._delivery.deliver(pixels, exposure)
+
+    def _read_z_um(self) -> float | None:
+        if not self._core.getFocusDevice():
+            return None
+        now_s = time.perf_counter()
+        if now_s - self._z_read_s >= _Z_INTERVAL_S:
+            self._z_um = self._core.getPosition()
+            self._z_read_s = now_s
+        return self._z_um
+
 
 __all__ = ["AcquisitionReport", "acquire", "acquire_with"]
 

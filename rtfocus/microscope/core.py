@@ -21,8 +21,8 @@ from rtfocus.config.microscope import (
     VirtualMicroscopeConfig,
 )
 from rtfocus.errors import MicroscopeError
-from rtfocus.findings import Finding
-from rtfocus.microscope.virtual import load_virtual_microscope
+from rtfocus.machine import Finding
+from rtfocus.microscope.virtual.devices import load_virtual_microscope
 
 DEMO_CONFIG = "MMConfig_demo.cfg"
 TEST_ADAPTERS_REMEDY = "pip install mm-test-adapters"

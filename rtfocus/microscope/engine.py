@@ -13,8 +13,8 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import MicroscopeError
-from rtfocus.microscope.metadata import image_number
 from rtfocus.microscope.plan import takes_image, with_field_of_view
+from rtfocus.microscope.series import image_number
 from rtfocus.microscope.setups import SetUps
 
 EVENT_INDEX = "rtfocus_event_index"

@@ -26,8 +26,7 @@ from rtfocus.microscope.delivery import (
     Observations,
     end_series,
 )
-from rtfocus.microscope.metadata import now_ns
-from rtfocus.microscope.series import find_pixel_size_um
+from rtfocus.microscope.series import find_pixel_size_um, now_ns
 from rtfocus.outcome import CANCELED, COMPLETED
 
 # Files may state one size with different numbers of digits.

@@ -1,11 +1,18 @@
 """PSF: the image of a point at a known defocus, as the camera's pixels see it.
 
+The sign convention of the project enters with the wavefront in the pupil and nowhere
+else: phase counts optical path. A specimen that is too far from the objective
+(``defocus_um > 0``) sends its light over a longer path, phase ``+ 2 pi n z cos(theta) /
+lambda``, and an aberration coefficient is a longer path too, phase ``+ 2 pi W Z(r,
+t)``. Changing the sign of every term at once leaves the PSF as it is; what has a
+meaning is the sign of a defocus relative to the spherical aberration.
+
 Lateral lengths inside are in units of lambda / NA, where every PSF of a given
 defocus phase is the same function. Round pupils are integrated along a radius
 (Gauss-Legendre nodes, a J0 matrix that many defoci share); the others by a
 direct separable Fourier transform onto exactly the points that are wanted.
 Both give the energy in the whole plane by Parseval, so "99 % of the energy"
-means of all light, not of the window. Signs: see `rtfocus.optics.pupil`.
+means of all light, not of the window.
 """
 
 from collections.abc import Iterable
@@ -15,11 +22,102 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.channel import OpticalSystem
-from rtfocus.optics import pupil
+from rtfocus.channel import Aberrations, OpticalSystem
+
+Floats = NDArray[np.float64]
+Complexes = NDArray[np.complex128]
+
+
+def is_round(system: OpticalSystem) -> bool:
+    """Tell whether the PSF depends on the radius alone."""
+    given = system.aberrations
+    return system.psf_model == "born_wolf" or not any(
+        (
+            given.astigmatism_waves,
+            given.astigmatism_oblique_waves,
+            given.coma_x_waves,
+            given.coma_y_waves,
+        )
+    )
+
+
+def defocus_phase(system: OpticalSystem, defocus_um: float, radius: Floats) -> Floats:
+    """Return the phase of a defocus in the pupil, without its constant part.
+
+    Parameters
+    ----------
+    system
+        The optics; ``born_wolf`` takes the paraxial phase of He 2020 eq. 2,
+        ``pupil`` the exact one.
+    defocus_um
+        Total defocus in um, offset included; positive = specimen too far.
+    radius
+        Pupil radius, 1 at the edge of the aperture; any shape.
+
+    Returns
+    -------
+    Floats
+        Phase in radians, shape of `radius`.
+    """
+    index = system.refractive_index
+    sine = system.numerical_aperture / index * radius
+    waves_per_um = 2.0 * np.pi * index / (system.wavelength_nm * 1e-3)
+    if system.psf_model == "born_wolf":
+        return -0.5 * waves_per_um * defocus_um * sine**2
+    # cos(theta) - 1 without cancellation at small angles.
+    return -waves_per_um * defocus_um * sine**2 / (1.0 + np.sqrt(1.0 - sine**2))
+
+
+def round_pupil(system: OpticalSystem, defocus_um: float, radius: Floats) -> Complexes:
+    """Return the complex pupil along a radius; terms that depend on angle left out."""
+    phase = defocus_phase(system, defocus_um, radius)
+    if system.psf_model == "born_wolf":
+        return np.asarray(np.exp(1j * phase))
+    spherical = 6.0 * radius**4 - 6.0 * radius**2 + 1.0
+    phase = phase + 2.0 * np.pi * system.aberrations.spherical_waves * spherical
+    return np.asarray(np.exp(1j * phase - system.apodisation * radius**2))
+
+
+def full_pupil(
+    system: OpticalSystem, defocus_um: float, x: Floats, y: Floats
+) -> Complexes:
+    """Return the complex pupil at points (x, y) inside the unit circle."""
+    radius = np.hypot(x, y)
+    given = system.aberrations
+    # r cos(t) = x and r sin(t) = y turn every term into a polynomial.
+    waves = (
+        given.astigmatism_waves * (x**2 - y**2)
+        + given.astigmatism_oblique_waves * (2.0 * x * y)
+        + (given.coma_x_waves * x + given.coma_y_waves * y) * (3.0 * radius**2 - 2.0)
+    )
+    wave = round_pupil(system, defocus_um, radius) * np.exp(2j * np.pi * waves)
+    return np.asarray(wave)
+
+
+def blur_radius_um(system: OpticalSystem, defocus_um: float) -> float:
+    """Return the radius of the geometric blur: the farthest ray of the aperture.
+
+    A wavefront slope of one wave per pupil radius moves a ray by lambda / NA.
+    """
+    sine = system.numerical_aperture / system.refractive_index
+    if system.psf_model == "born_wolf":
+        return abs(defocus_um) * sine
+    radius_um = abs(defocus_um) * sine / np.sqrt(1.0 - sine**2)
+    slope = _steepest_slope(system.aberrations)
+    unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
+    return float(radius_um + slope * unit_um)
+
+
+def _steepest_slope(given: Aberrations) -> float:
+    """Bound on d(waves)/d(radius) at the edge of the pupil, summed over terms."""
+    return float(
+        12.0 * abs(given.spherical_waves)
+        + 2.0 * np.hypot(given.astigmatism_waves, given.astigmatism_oblique_waves)
+        + 7.0 * np.hypot(given.coma_x_waves, given.coma_y_waves)
+    )
+
 
 Image = NDArray[np.float32]
-Floats = NDArray[np.float64]
 
 MAX_SIZE_PX = 511
 """Largest window chosen without being asked for; a wider PSF is cut there."""
@@ -131,7 +229,7 @@ def _cached_psf(
     else:
         half = size_px // 2
     # Fractions of all light per pixel, so the sum is the energy in the window.
-    if pupil.is_round(system):
+    if is_round(system):
         psf = _round_psf(system, total_um, half, oversample)
     else:
         psf = _general_psf(system, total_um, half, oversample)
@@ -146,7 +244,7 @@ def _cached_psf(
 def _window_half_px(system: OpticalSystem, total_um: float) -> int:
     """Half side that surely holds 99 % of the light, within the bound."""
     unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
-    radius_um = pupil.blur_radius_um(system, total_um) + _TAIL_UNITS * unit_um
+    radius_um = blur_radius_um(system, total_um) + _TAIL_UNITS * unit_um
     return min(ceil(radius_um / system.pixel_size_um), MAX_SIZE_PX // 2)
 
 
@@ -172,12 +270,12 @@ def _radial_profile(
     """Intensity at radii in steps of 1/64 lambda / NA; the plane's integral is 1."""
     # Cycles of the integrand over the pupil: of J0 and of the pupil's own phase.
     unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
-    cycles = largest + pupil.blur_radius_um(system, total_um) / unit_um
+    cycles = largest + blur_radius_um(system, total_um) / unit_um
     # Rounded up so that neighbouring defoci and apertures share one J0 matrix.
     node_count = 128 * ceil((4.0 * cycles + 32.0) / 128.0)
     knot_count = 256 * ceil((largest * _KNOTS_PER_UNIT + 2.0) / 256.0)
     nodes, weights, bessel = _bessel_matrix(knot_count, node_count)
-    wave = pupil.round_pupil(system, total_um, nodes) * weights * nodes
+    wave = round_pupil(system, total_um, nodes) * weights * nodes
     parts = bessel @ np.stack([wave.real, wave.imag], axis=1)
     knots = np.arange(knot_count) / _KNOTS_PER_UNIT
     # Here, because it takes long to import and many a run needs none.
@@ -211,7 +309,7 @@ def _general_psf(
     unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
     # A pupil sampled in steps d repeats the field every 1 / d: the replica's own
     # blur and most of its tail must stay clear of the window.
-    reach = pupil.blur_radius_um(system, total_um) / unit_um + centre[-1]
+    reach = blur_radius_um(system, total_um) / unit_um + centre[-1]
     samples = max(128, 4 * ceil(reach + _TAIL_UNITS))
     pitch = 2.0 / samples
     axis = (np.arange(samples) + 0.5) * pitch - 1.0
@@ -228,7 +326,7 @@ def _inside(
     """Complex pupil on the grid (y, x); points outside take the edge's value."""
     x, y = np.meshgrid(axis, axis)
     shrink = 1.0 / np.maximum(np.hypot(x, y), 1.0)
-    return pupil.full_pupil(system, total_um, x * shrink, y * shrink)
+    return full_pupil(system, total_um, x * shrink, y * shrink)
 
 
 def _edge_weight(axis: Floats, pitch: float) -> Floats:

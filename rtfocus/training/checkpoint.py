@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.half_network import float_weights
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.registry import validate_recipe

@@ -16,8 +16,8 @@ import yaml
 from torch import nn
 
 from rtfocus.errors import ConfigError, EngineError
+from rtfocus.files import resource_folder
 from rtfocus.images.provenance import TEXT_MARK
-from rtfocus.resources import resource_folder
 from rtfocus.training.checkpoint import (
     find_engine,
     identity,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rtfocus.config.section import Section
-from rtfocus.specimens.fluorescent import SPECIMEN_KINDS, SpecimenKind
+from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -15,11 +15,10 @@ from rtfocus.frame import Estimate, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.dialogue import Dialogue
-from rtfocus.transport.inflow import Arrivals, Inflow
+from rtfocus.transport.inflow import Arrivals, Gap, Inflow
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.receiver_loop import ReceiverLoop
 from rtfocus.transport.registrar import LOST_HEARTBEATS
-from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.sockets import Context, nobody_listens, slot_pool
 
 __all__ = ["FrameReceiver", "Gap"]

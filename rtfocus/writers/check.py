@@ -18,6 +18,7 @@ from fsspec import register_implementation
 from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.outcome import Outcome
+from rtfocus.writers.commit import Tally
 from rtfocus.writers.companion import COMPANION, companion_fault
 from rtfocus.writers.folder import ASIDE_NAME
 from rtfocus.writers.header import (
@@ -39,7 +40,6 @@ from rtfocus.writers.specs import (
     list_shards,
     shard_name,
 )
-from rtfocus.writers.tally import Tally
 
 _MOST_PROBLEMS = 20
 """Problems of one kind told one by one."""

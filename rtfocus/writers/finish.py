@@ -17,13 +17,13 @@ import numpy as np
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import remove, replace
 from rtfocus.writers.arrays import RunImages
+from rtfocus.writers.commit import Tally
 from rtfocus.writers.contrast import FrameSample, contrast
 from rtfocus.writers.folder import set_aside
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, write_json
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import write_group
 from rtfocus.writers.places import complete
-from rtfocus.writers.tally import Tally
 
 FRAMES_NAME = "frames.zarr"
 _BLOCK = 8192

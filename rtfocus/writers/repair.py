@@ -15,6 +15,7 @@ from rtfocus.files import replace
 from rtfocus.frame import FrameResult
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import RunImages
+from rtfocus.writers.commit import Tally
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import ASIDE_NAME, refuse_links, set_aside
 from rtfocus.writers.header import (
@@ -30,7 +31,6 @@ from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, complete
 from rtfocus.writers.recovery import mend_journal
 from rtfocus.writers.specs import RAW, RESTORED, image_specs
-from rtfocus.writers.tally import Tally
 
 INTERRUPTED = "interrupted"
 

@@ -20,7 +20,7 @@ from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, TileGrid
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot
 from rtfocus.writers.arrays import RunImages
-from rtfocus.writers.commit import Ledger
+from rtfocus.writers.commit import Ledger, Tally
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import DiskWatch, begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
@@ -28,7 +28,6 @@ from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
 from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.recovery import is_damaged, mend_journal
-from rtfocus.writers.tally import Tally
 from rtfocus.writers.writes import Intake
 
 

@@ -24,7 +24,7 @@ from rtfocus.processing.processor import DEVICES, FrameProcessor
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import restored_share
 from rtfocus.slots import SlotPool
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
 SAMPLING = 0.65 * 0.5 / 0.451

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.export import calibration_inputs
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.registry import (

@@ -30,7 +30,7 @@ from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisa
 from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import FrameShape
 from rtfocus.processing.tiles.montage import Montage, Region, pad
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451, pixel_size_um=0.65)
 SHAPE = (200, 260)

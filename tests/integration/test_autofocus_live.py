@@ -15,9 +15,9 @@ from pymmcore_plus.mda import MDAEngine
 from rtfocus import app
 from rtfocus.config import Config, load_config, parse_config
 from rtfocus.errors import ConfigError, TransportError
+from rtfocus.files import resource_folder
 from rtfocus.focusing import EstimateInbox, focus
 from rtfocus.microscope.core import open_core
-from rtfocus.resources import resource_folder
 
 UNIT_UM = 0.451 / 0.36**2
 

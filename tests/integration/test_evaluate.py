@@ -14,12 +14,11 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.cli.commands import app
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import contender
-from rtfocus.evaluation.data_sets import find_data_set
+from rtfocus.evaluation.data_sets import LEVELS, find_data_set, synthetic
 from rtfocus.evaluation.evaluate import evaluate
-from rtfocus.evaluation.synthetic_sets import LEVELS, synthetic
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.3))
 

@@ -4,10 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from rtfocus.cli import build
+from rtfocus.cli.engines import app
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.gpu.cuda.compiler import CACHE_VARIABLE
 from rtfocus.processing.gpu.cuda.driver import find_device, why_no_gpu
@@ -42,9 +41,7 @@ def no_gpu() -> str:
 
 def run(*arguments: str) -> str:
     """Run the command and return its output; raises what it raises."""
-    app = typer.Typer()
-    build.add_to(app)
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    result = CliRunner().invoke(app, ["build", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 

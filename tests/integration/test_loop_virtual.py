@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rtfocus.config import Config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
-from rtfocus.evaluation.quality import pearson
+from rtfocus.evaluation.scores import pearson
 from rtfocus.frame import TileGrid
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.processing.offline import ImageProcessor

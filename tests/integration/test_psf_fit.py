@@ -15,7 +15,7 @@ from rtfocus.config import load_config
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 TRUTH = OpticalSystem(0.45, 500.0, 0.5, aberrations=Aberrations(spherical_waves=-0.35))
 OPTICS = ("--na", "0.45", "--wavelength-nm", "500", "--pixel-size-um", "0.5")

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.evaluation.quality import psnr, ssim
+from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer

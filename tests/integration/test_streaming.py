@@ -10,7 +10,7 @@ from pymmcore_plus import CMMCorePlus
 import rtfocus
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, RtfocusError
-from rtfocus.microscope.following import FollowedAcquisition
+from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.microscope.plan import lay_out
 
 OPTICS = {"numerical_aperture": 0.3, "wavelength_nm": 460, "pixel_size_um": 1.0}

@@ -12,7 +12,7 @@ import yaml
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.api import export_command, train_command
 from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
 from rtfocus.training.data.level_tiles import (

@@ -11,11 +11,11 @@ from rtfocus.config import parse_config
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.data_sets import find_data_set
 from rtfocus.evaluation.evaluate import evaluate
-from rtfocus.evaluation.level_score import LevelScore
+from rtfocus.evaluation.scores import LevelScore
+from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND
 from rtfocus.images import open_images
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.resources import resource_folder
 from rtfocus.training.data.level_tiles import GEOMETRY, LABELS
 from rtfocus.training.networks.delpnet import DelpNet
 

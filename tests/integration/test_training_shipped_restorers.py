@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rtfocus.config import parse_config
-from rtfocus.evaluation.quality import psnr
 from rtfocus.evaluation.samples import BBBC006
+from rtfocus.evaluation.scores import psnr
 from rtfocus.images import open_images
 from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.offline import ImageProcessor

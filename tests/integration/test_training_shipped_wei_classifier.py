@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from bench.signed_classes import engine_predictor, label_real
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.data.signed_patches import LABELS, PATCH_PX
 from rtfocus.training.networks.wei_classifier import WeiClassifier
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.files import resource_folder
 from rtfocus.processing.engines.card import read_card, verified_file
-from rtfocus.resources import resource_folder
 from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
 from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.export import export_engine, trained

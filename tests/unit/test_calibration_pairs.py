@@ -9,7 +9,7 @@ from rtfocus.calibration.pair_search import calibrate_psf
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 START = OpticalSystem(0.5, 451.0, 0.65)
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from rtfocus.calibration.bead_fit import BeadPlanes, find_beads
-from rtfocus.calibration.focus_fit import match_planes
 from rtfocus.calibration.reblur import measure_psf
 from rtfocus.calibration.stack_fit import StackPlanes
-from rtfocus.calibration.through_focus import fit_through_focus
+from rtfocus.calibration.through_focus import fit_through_focus, match_planes
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 NOMINAL = OpticalSystem(0.5, 500.0, 0.4)
 TRUTH = replace(

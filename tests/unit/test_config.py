@@ -8,8 +8,8 @@ import yaml
 
 from rtfocus.config import Config, load_config, parse_config
 from rtfocus.errors import ConfigError
+from rtfocus.files import resource_folder
 from rtfocus.frame import Position, SeriesStart
-from rtfocus.resources import resource_folder
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
 

@@ -1,7 +1,7 @@
 """Config reference: every key is described, and the written page is up to date."""
 
-from rtfocus.config.reference import reference
-from rtfocus.resources import resource_folder
+from rtfocus.config.model import reference
+from rtfocus.files import resource_folder
 
 
 def test_every_key_has_a_meaning() -> None:

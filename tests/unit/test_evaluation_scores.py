@@ -15,7 +15,7 @@ from rtfocus.evaluation.evaluate import (
     _within_full_scale,
     mean_figures,
 )
-from rtfocus.evaluation.level_score import LevelScore, specimen_tiles
+from rtfocus.evaluation.scores import LevelScore, specimen_tiles
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
 from rtfocus.images import ImageSeries, open_images, write_images
-from rtfocus.images.stretching import stretch_histogram
+from rtfocus.images.pictures import stretch_histogram
 from rtfocus.images.writing import OutputImage
 
 

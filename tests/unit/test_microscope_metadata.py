@@ -8,7 +8,7 @@ import pytest
 import useq
 
 from rtfocus.microscope.delivery import AcquisitionReport, Observations
-from rtfocus.microscope.metadata import (
+from rtfocus.microscope.series import (
     LOGGER,
     Complaints,
     frame_json,

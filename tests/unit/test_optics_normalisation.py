@@ -13,7 +13,7 @@ from rtfocus.optics.normalisation import (
     PercentileRange,
     pad_frame,
 )
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 GRID = {"tile_px": 96, "stride_px": 48, "start_px": -12}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from rtfocus.evaluation.quality import match_intensity, mse, pearson, psnr, ssim
+from rtfocus.evaluation.scores import match_intensity, mse, pearson, psnr, ssim
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.evaluation.quality import psnr
+from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.restore import WHOLE_FRAME, noise_variance
 from rtfocus.processing.tiles.montage import Montage, Region, read_region
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)
 LEVELS = range(1, 11)

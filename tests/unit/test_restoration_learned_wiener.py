@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.evaluation.quality import psnr
+from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.bands import band_weights, edge_taper
 from rtfocus.optics.blur import blur

@@ -12,7 +12,7 @@ from rtfocus.processing.cpu.deconvolution import (
     richardson_lucy,
 )
 from rtfocus.processing.restore import back_projectors, schedule, transfer_function
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 ROUND = OpticalSystem(0.5, 451.0, 0.65)
 UNEVEN = OpticalSystem(

@@ -10,7 +10,7 @@ from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
 from rtfocus.processing.tiles.montage import Montage
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)
 SHAPE = (210, 210)

@@ -7,8 +7,12 @@ from scipy import ndimage
 from rtfocus.channel import OpticalSystem
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.specimens.fluorescent import SPECIMEN_KINDS, draw_specimen, normalise_sharp
-from rtfocus.specimens.stained import draw_stained
+from rtfocus.specimens import (
+    SPECIMEN_KINDS,
+    draw_specimen,
+    draw_stained,
+    normalise_sharp,
+)
 
 
 @pytest.mark.parametrize("kind", SPECIMEN_KINDS)

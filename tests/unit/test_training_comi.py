@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.networks.comi import (
     Vgg19Features,
     adversarial_loss,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.data.level_tiles import BACKGROUND, label_crop
 from rtfocus.training.data.scenes import draw_exposure
 from rtfocus.training.recipe import OptimiserRecipe

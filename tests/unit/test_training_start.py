@@ -13,7 +13,7 @@ from torch import nn
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.checkpoint import find_engine, read_weights, start_from
 from rtfocus.training.data.level_tiles import BlurRecipe, TileOptimiserRecipe
 from rtfocus.training.data.signed_patches import SignedRecipe

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
 from rtfocus.training.data.kernel_pairs import KernelPairs, gaussian_kernels
 from rtfocus.training.data.pair_scenes import PairsRecipe, RealPairsRecipe

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from rtfocus.transport.sequencer import Gap, Sequencer, Verdict
+from rtfocus.transport.inflow import Gap, Sequencer, Verdict
 
 
 def begun(next_sequence: int = 0) -> Sequencer:

@@ -9,10 +9,9 @@ from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import SeriesEnd
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
-from rtfocus.transport.inflow import Arrivals
+from rtfocus.transport.inflow import Arrivals, Gap
 from rtfocus.transport.publisher import Stall
 from rtfocus.transport.registrar import LOST_HEARTBEATS, Outbox, Registrar
-from rtfocus.transport.sequencer import Gap
 from rtfocus.transport.sockets import Context, control_server, frames_server, slot_pool
 from rtfocus.transport.validation import Rejections
 

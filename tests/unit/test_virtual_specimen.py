@@ -6,8 +6,8 @@ import tifffile
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.microscope import VirtualMicroscopeConfig
-from rtfocus.microscope.virtual import VirtualSpecimen
-from rtfocus.microscope.virtual.camera import Sensor
+from rtfocus.microscope.virtual.devices import Sensor
+from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 

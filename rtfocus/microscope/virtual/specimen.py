@@ -32,8 +32,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.optics.blur import BlurredPlanes
-from rtfocus.specimens.fluorescent import draw_specimen, normalise_sharp
-from rtfocus.specimens.stained import draw_stained
+from rtfocus.specimens import draw_specimen, draw_stained, normalise_sharp
 
 
 class Surface:

@@ -14,7 +14,7 @@ from platformdirs import user_data_path
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import EngineError, OutputError
-from rtfocus.files import is_reserved_name, whole
+from rtfocus.files import is_reserved_name, resource_folder, whole
 from rtfocus.processing.engines.card import (
     CARD_NAME,
     EngineCard,
@@ -23,7 +23,6 @@ from rtfocus.processing.engines.card import (
     read_card,
     verified_file,
 )
-from rtfocus.resources import resource_folder
 
 ENGINES_VARIABLE = "RTFOCUS_ENGINES"
 """Environment variable that names another folder for the user's engines."""

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 from rtfocus.training.recipe import RecipeBase, SourceRecipe, SpecimenRecipe
 
 Image = NDArray[np.float32]

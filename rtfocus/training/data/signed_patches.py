@@ -20,7 +20,7 @@ from rtfocus.config.section import Section
 from rtfocus.optics.blur import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
-from rtfocus.specimens.stained import draw_stained
+from rtfocus.specimens import draw_stained
 from rtfocus.training.data.scenes import (
     Exposure,
     SceneSource,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.errors import ConfigError
-from rtfocus.resources import resource_folder
+from rtfocus.files import resource_folder
 from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.half_network import float_weights
 from rtfocus.training.networks.comi_networks import (

@@ -39,7 +39,7 @@ from rtfocus.processing.gpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.slots import SlotPool
-from rtfocus.specimens.fluorescent import draw_specimen
+from rtfocus.specimens import draw_specimen
 
 SHAPE = (144, 192)
 SLOTS = 6

@@ -1,1 +1,0 @@
-"""Specimens: sharp scenes drawn at random, to put under a virtual microscope."""
