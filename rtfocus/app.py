@@ -21,6 +21,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rtfocus.config import Config
 from rtfocus.errors import (
     BusyError,
@@ -38,11 +40,12 @@ from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import Monitor
 from rtfocus.outcome import STOPPED_HERE
+from rtfocus.processing.camera import saturation_counts
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
 from rtfocus.slots import Slot
-from rtfocus.transport.preview import PreviewPublisher, open_preview
+from rtfocus.transport.preview import PreviewPublisher, Shown, open_preview
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver, Gap
 from rtfocus.workers import BoundedQueue, Pipeline, Worker, acting_when
@@ -91,6 +94,7 @@ def run(
     stop: threading.Event,
     abandon: threading.Event,
     on_monitor: Callable[[Monitor], None] = lambda _: None,
+    on_preview: Callable[[PreviewPublisher], None] = lambda _: None,
 ) -> Path | None:
     """Run both sides on this machine, in two processes, for one series.
 
@@ -105,6 +109,8 @@ def run(
         Ends the processor too; the run folder is finished with what it has.
     on_monitor
         Receives the numbers of the series once, to read them while it runs.
+    on_preview
+        Receives what viewers connect to, once, before the series comes.
     """
     config = on_free_ports(config)
     monitor = Monitor()
@@ -121,6 +127,7 @@ def run(
         ),
         open_preview(config.transport, any_port=True) as preview,
     ):
+        on_preview(preview)
         folder = _process(config, preview, monitor, stop=over, patient=True)
     if (failure := microscope.failure()) is not None:
         if folder is not None:
@@ -241,6 +248,8 @@ def _process(
                     unwanted[series.series_uid] = str(error)
                 raise SeriesError(error) from error
             raise
+        finally:
+            preview.end()
 
 
 class SeriesLoop:
@@ -286,7 +295,7 @@ class SeriesLoop:
     def _record(self) -> Path:
         grid = self._processor.start(self._series, self._config.transport.slots)
         folder = run_folder(self._config.run, self._config.store, self._series)
-        self._focus_log = FocusLog(folder)
+        self._focus_log = FocusLog(folder, self._preview.note_focus)
         with open_run(
             folder,
             self._series,
@@ -302,6 +311,7 @@ class SeriesLoop:
             self._receiver.begin(writer.next_sequence, str(folder.resolve()))
             self._monitor.begin(self._series)
             self._monitor.backends = self._processor.backends()
+            self._preview.begin(self._shown(folder))
             failure = self._run_workers(writer)
             if (replaced := _replacement(failure)) is not None:
                 # Whoever has the series now goes on with the folder as it is.
@@ -319,6 +329,14 @@ class SeriesLoop:
         if failure is not None:
             raise failure
         return folder
+
+    def _shown(self, folder: Path) -> Shown:
+        """Return what viewers are told of the series."""
+        series = self._series
+        full = saturation_counts(
+            self._config.camera, np.dtype(series.dtype), series.bit_depth
+        )
+        return Shown(series, folder.resolve(), self._monitor.observed, full)
 
     def _run_workers(self, writer: RunWriter) -> RtfocusError | None:
         """Run the main loop: all workers, to the end of the series."""
@@ -384,6 +402,9 @@ class SeriesLoop:
                 self._receiver.send_estimate(estimate)
                 self._monitor.estimated(slot, estimate)
                 self._preview.offer(slot.pixels, estimate, self._monitor.snapshot())
+                self._preview.note(slot.frame(), estimate)
+                return arrived
+            self._preview.note(arrived.slot.frame(), None)
         return arrived
 
     def _write(self, arrived: Arrival) -> None:
@@ -398,6 +419,7 @@ class SeriesLoop:
             self._writer.record_error(slot, str(error))
             return
         self._monitor.finished(slot, result)
+        self._preview.show(slot.frame(), slot.pixels, result)
         self._monitor.focus = self._focus_log.take(slot) or self._monitor.focus
         if slot.frame().role is Role.FOCUS:
             self._writer.record_focus(slot, result)

@@ -1,6 +1,6 @@
 """Focus readings: the processor's part of autofocus, read of the frames it has."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,23 @@ class SeriesReader:
 
 
 class FocusLog:
-    """Processor side: ``focus.ndjson`` of a run, from the metadata of its frames."""
+    """Processor side: ``focus.ndjson`` of a run, from the metadata of its frames.
 
-    def __init__(self, folder: Path) -> None:
+    Parameters
+    ----------
+    folder
+        The run folder.
+    also
+        Called with the lines of every frame that has some.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        also: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    ) -> None:
         self._path = folder / FOCUS_LOG
+        self._also = also
 
     def take(self, slot: Slot) -> str | None:
         """Write down what the microscope side did since the frame before.
@@ -85,6 +98,7 @@ class FocusLog:
         lines = _focus_lines(slot.frame().frame_meta)
         if not lines:
             return None
+        self._also(lines)
         try:
             with self._path.open("ab") as file:
                 for line in lines:

@@ -14,6 +14,10 @@ RATE_WINDOW_S = 5.0
 """Frames/s are those of the last few seconds, so that a stall shows at once."""
 
 
+LATENCIES = ("capture_to_estimate", "arrival_to_result", "arrival_to_durable")
+"""Stages whose percentiles a viewer shows."""
+
+
 @dataclass
 class Monitor:
     """Numbers of one series; the workers write them, anybody reads them."""
@@ -116,7 +120,7 @@ class Monitor:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the few numbers a viewer shows, beside the preview frame."""
+        """Return the few numbers that go with every estimate."""
         summary = self.accounting.summary()
         return {
             "frames_per_s": self.frames_per_s,
@@ -124,6 +128,25 @@ class Monitor:
             "free_slots": self.free_slots,
             "time_to_full_s": self.time_to_full_s,
             **summary,
+        }
+
+    def observed(self) -> dict[str, Any]:
+        """Return what a viewer shows of the loop, as plain numbers."""
+        return {
+            **self.snapshot(),
+            "slots": self.slots,
+            "queues": {q.name: [len(q), q.capacity] for q in self.queues},
+            "latency_ms": {
+                stage: [
+                    self.times[stage].percentile(50),
+                    self.times[stage].percentile(99),
+                ]
+                for stage in LATENCIES
+            },
+            "restored": self.restored,
+            "flagged": self.flagged,
+            "backends": dict(self.backends),
+            "free_bytes": self.free_bytes,
         }
 
 

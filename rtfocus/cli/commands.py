@@ -42,6 +42,9 @@ COMMANDS = {
         "live",
         "Run the processor side: receive, estimate, restore, write, series by series.",
     ),
+    "view": Place(
+        "view", "Show a run in the browser: live, while it is written, or afterwards."
+    ),
     "autofocus": Place(
         "autofocus",
         "Find focus by the images of the microscope itself, or hold it.",

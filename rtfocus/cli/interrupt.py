@@ -48,6 +48,18 @@ def ended_by_signals() -> Iterator[None]:
         yield
 
 
+def stop_at_end_of_input(stop: threading.Event) -> None:
+    """Set `stop` when standard input ends: the parent asks for it, or is gone."""
+
+    def wait() -> None:
+        # Not through sys.stdin: a thread inside its lock aborts the interpreter's end.
+        while os.read(0, 1024):
+            continue
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 _OTHERS = ("SIGTERM", "SIGHUP", "SIGBREAK")
 _Handler = Callable[[int, FrameType | None], None]
 

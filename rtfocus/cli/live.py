@@ -1,18 +1,19 @@
 """Live commands: ``run``, ``acquire`` and ``process``."""
 
-import os
-import threading
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
 
 from rtfocus import app as loop
 from rtfocus.cli.display import Rows, defocus_text, display, processor_rows
-from rtfocus.cli.interrupt import interruptible
+from rtfocus.cli.interrupt import interruptible, stop_at_end_of_input
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
+from rtfocus.cli.view import view_process, with_preview
 from rtfocus.errors import ExitCode, RtfocusError
 from rtfocus.monitor import Monitor
+from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher, PublisherStatus
 
 StopOnEndOfInput = Annotated[bool, typer.Option("--stop-on-end-of-input", hidden=True)]
@@ -26,7 +27,13 @@ def add_to(app: typer.Typer) -> None:
 
 
 def run(
-    config: ConfigArgument, overrides: SetOption = None, quiet: QuietOption = False
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    quiet: QuietOption = False,
+    view: Annotated[
+        bool,
+        typer.Option("--view", help="Show the run in the browser while it lasts."),
+    ] = False,
 ) -> None:
     """Run both sides on this machine and write a run folder.
 
@@ -36,14 +43,27 @@ def run(
     [bold]Example:[/] rtfocus run democamera --set run.folder=D:/data
     """
     settings = read_config(config, overrides)
+    if view:
+        settings = with_preview(settings)
     monitors: list[Monitor] = []
-    with (
-        interruptible() as (stop, abandon),
-        display(lambda: processor_rows(_last(monitors)), quiet=quiet),
-    ):
-        folder = loop.run(
-            settings, stop=stop, abandon=abandon, on_monitor=monitors.append
-        )
+    with ExitStack() as viewing:
+
+        def show(preview: PreviewPublisher) -> None:
+            if view and preview.endpoint is not None:
+                keys = settings.transport.curve_keys
+                viewing.enter_context(view_process(preview.endpoint, keys))
+
+        with (
+            interruptible() as (stop, abandon),
+            display(lambda: processor_rows(_last(monitors)), quiet=quiet),
+        ):
+            folder = loop.run(
+                settings,
+                stop=stop,
+                abandon=abandon,
+                on_monitor=monitors.append,
+                on_preview=show,
+            )
     if folder is not None:
         raise typer.Exit(print_report(folder).exit_code)
 
@@ -81,7 +101,7 @@ def process(
         display(lambda: processor_rows(_last(monitors)), quiet=quiet),
     ):
         if stop_on_end_of_input:
-            _watch_input(stop)
+            stop_at_end_of_input(stop)
         if once:
             folder = loop.process(settings, stop=stop, on_monitor=monitors.append)
         else:
@@ -112,7 +132,7 @@ def acquire(
     publishers: list[FramePublisher] = []
     with interruptible() as (stop, _):
         if stop_on_end_of_input:
-            _watch_input(stop)
+            stop_at_end_of_input(stop)
         with display(lambda: _publisher_rows(publishers), quiet=quiet):
             report = loop.acquire(settings, stop=stop, on_publisher=publishers.append)
     if not quiet:
@@ -132,18 +152,6 @@ def _recorder(status: PublisherStatus) -> str:
 
 def _last(monitors: list[Monitor]) -> Monitor | None:
     return monitors[-1] if monitors else None
-
-
-def _watch_input(stop: threading.Event) -> None:
-    threading.Thread(target=_wait_for_end, args=(stop,), daemon=True).start()
-
-
-def _wait_for_end(stop: threading.Event) -> None:
-    """Set `stop` when standard input ends: the parent asks for it, or is gone."""
-    # Not through sys.stdin: a thread inside its lock aborts the interpreter's end.
-    while os.read(0, 1024):
-        continue
-    stop.set()
 
 
 def _publisher_rows(publishers: list[FramePublisher]) -> Rows:

@@ -92,10 +92,13 @@ class PreviewConfig(Section):
 
     endpoint: str | None = "tcp://127.0.0.1:5573"
     """Where the processor publishes; None: nowhere."""
-    max_side_px: Annotated[int, Field(gt=0)] = 512
+    max_side_px: Annotated[int, Field(gt=0)] = 1024
     """Preview frames are reduced to at most this side."""
     interval_s: Annotated[float, Field(gt=0)] = 0.2
-    """Shortest time between two preview frames."""
+    """Shortest time between two preview frames of a channel."""
+    control: str | None = None
+    """Where viewers may ask for autofocus, holding focus and a stop; None: nowhere.
+    Whoever reaches the preview reaches it: it is nobody's until it is wanted."""
 
 
 class TransportConfig(Section):

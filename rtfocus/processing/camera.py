@@ -49,8 +49,7 @@ class CameraCorrection:
         self.quantum = 1.0 if self.integer else 0.0
         self.offset_counts = float(np.float32(camera.offset_counts))
         """Counts in the dark."""
-        saturation = camera.saturation_counts or _full_scale(dtype, bit_depth)
-        self.saturation_counts = float("inf") if saturation is None else saturation
+        self.saturation_counts = saturation_counts(camera, dtype, bit_depth)
         """Counts from which on a pixel is saturated; infinite for float frames."""
         self.divisor = _divisor(camera, shape)
         """Flat field with mean 1, shaped to divide a frame; None: none."""
@@ -101,6 +100,14 @@ class CameraCorrection:
 def luminance(signal: Image) -> Image:
     """Return the grey image (y, x) of a frame; grey frames as they are."""
     return signal if signal.ndim == 2 else np.asarray(signal @ _LUMINANCE)
+
+
+def saturation_counts(
+    camera: CameraConfig, dtype: np.dtype[np.generic], bit_depth: int | None
+) -> float:
+    """Return the counts from which on a pixel is saturated; infinite: none is."""
+    level = camera.saturation_counts or _full_scale(dtype, bit_depth)
+    return float("inf") if level is None else float(level)
 
 
 def _full_scale(dtype: np.dtype[np.generic], bit_depth: int | None) -> float | None:

@@ -1,16 +1,18 @@
-"""Preview: newest frames and metrics for viewers; never slows the recording.
+"""Preview: newest frames and numbers for viewers; never slows the recording.
 
-A PUB socket of its own; each message is ``[header, pixels]``, the header a
-msgpack map. Whatever cannot be sent at once gives way to what comes later.
+A socket of its own that drops for whoever does not keep up, and copies nothing while
+nobody looks. Messages: `rtfocus.transport.preview_messages`.
 """
 
 import logging
+import platform
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -19,47 +21,66 @@ import zmq
 from numpy.typing import NDArray
 
 from rtfocus.config.processor import PreviewConfig, TransportConfig
-from rtfocus.errors import ProtocolError, TransportError
-from rtfocus.frame import PROTOCOL_VERSION, Estimate
+from rtfocus.errors import RtfocusError, TransportError
+from rtfocus.frame import (
+    PROTOCOL_VERSION,
+    Estimate,
+    FrameHeader,
+    FrameResult,
+    SeriesStart,
+)
 from rtfocus.transport.io_thread import IoThread, Waker
+from rtfocus.transport.preview_messages import (
+    Act,
+    Answer,
+    PlaneHeader,
+    Point,
+    PreviewHeader,
+    PreviewStatus,
+    saturation_blocks,
+    unpack_request,
+)
 from rtfocus.transport.sockets import (
     CLIENT,
     ClientList,
     Context,
     Socket,
     bound_to,
-    connect,
-    preview_client,
     preview_server,
+    request_server,
 )
-from rtfocus.transport.validation import DTYPES
 from rtfocus.workers import Newest
 
 logger = logging.getLogger(__name__)
 
-
-class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
-    """What is known about the pixels beside it."""
-
-    version: int
-    shape: tuple[int, ...]
-    """Of the reduced frame: (y, x) or (y, x, 3)."""
-    dtype: str
-    reduced: int
-    """Every so many pixels of the frame, along y and x, one was taken."""
-    estimate: Estimate | None
-    metrics: dict[str, Any]
+STATUS_S = 0.25
+"""Interval of states while somebody looks."""
+_POINTS = 512
+_FOCUS_LINES = 128
+_POSITIONS = 1000
 
 
 @dataclass(frozen=True)
-class Preview:
-    """What a viewer sees."""
+class Shown:
+    """A series as viewers are told of it."""
 
-    header: PreviewHeader
-    pixels: NDArray[np.generic]
-    """Shape and dtype as in the header."""
-    skipped: int
-    """Older previews that were there too and gave way to this one."""
+    series: SeriesStart
+    folder: Path
+    metrics: Callable[[], dict[str, Any]]
+    """Plain numbers, asked for in the preview's own thread."""
+    saturation_counts: float = np.inf
+    """Counts from which on a pixel is saturated."""
+    act: Callable[[Act], None] = lambda _: None
+    """Does what a viewer asked for; RtfocusError: why it cannot."""
+
+    def brief(self) -> SeriesStart:
+        """Return the series without what is long."""
+        return msgspec.structs.replace(
+            self.series,
+            mda_sequence=None,
+            summary={},
+            positions=self.series.positions[:_POSITIONS],
+        )
 
 
 class PreviewPublisher:
@@ -82,10 +103,22 @@ class PreviewPublisher:
     ) -> None:
         self._config = config
         self._next_s = 0.0
-        self._newest: Newest[list[bytes]] = Newest()
+        self._next_picture_s: dict[int, float] = {}
+        self._estimates: Newest[list[Any]] = Newest()
+        self._pictures: dict[int, Newest[list[Any]]] = {}
         self._too_soon = 0
+        self._failure_is_told = False
+        self._shown: Shown | None = None
+        self._lock = threading.Lock()
+        self._points: deque[Point] = deque(maxlen=_POINTS)
+        self._focus: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_FOCUS_LINES)
+        self._focus_count = 0
+        self.watched = False
+        """Whether somebody is connected."""
         self.endpoint: str | None = None
         """Where it is bound, with the port that was chosen."""
+        self.control: str | None = None
+        """Where it takes requests; None: nowhere."""
         self._thread: IoThread | None = None
         if config.endpoint is None:
             return
@@ -94,10 +127,29 @@ class PreviewPublisher:
         def open_loop(context: Context, waker: Waker) -> "_PreviewLoop":
             socket = preview_server(context, endpoint, curve_keys, insecure=insecure)
             self.endpoint = bound_to(socket)
+            requests = None
+            if config.control is not None:
+                requests = request_server(
+                    context, config.control, curve_keys, insecure=insecure
+                )
+                self.control = bound_to(requests)
             clients = ClientList(context, curve_keys, CLIENT) if curve_keys else None
-            return _PreviewLoop(socket, waker, self, clients)
+            return _PreviewLoop(socket, waker, self, clients, requests)
 
         self._thread = IoThread("preview", open_loop, lambda _: None)
+
+    def begin(self, shown: Shown) -> None:
+        """Show a series from here on."""
+        with self._lock:
+            self._points.clear()
+            self._focus.clear()
+        self._shown = shown
+        self._wake()
+
+    def end(self) -> None:
+        """Show that there is no series any more."""
+        self._shown = None
+        self._wake()
 
     def offer(
         self,
@@ -105,7 +157,7 @@ class PreviewPublisher:
         estimate: Estimate | None,
         metrics: dict[str, Any],
     ) -> None:
-        """Show a frame unless the last one was shown just now; never blocks.
+        """Send an estimate with its frame unless one was sent just now; never blocks.
 
         Parameters
         ----------
@@ -116,16 +168,16 @@ class PreviewPublisher:
         metrics
             Plain numbers for the viewer.
         """
-        if self._thread is None:
+        if not self._is_open():
             return
-        self._thread.check()
         now_s = time.monotonic()
         if now_s < self._next_s:
             self._too_soon += 1
             return
         self._next_s = now_s + self._config.interval_s
-        step = -(-max(pixels.shape[:2]) // self._config.max_side_px)
-        reduced = np.ascontiguousarray(pixels[::step, ::step])
+        if not self.watched:
+            return
+        step, reduced = self._reduced(pixels)
         header = PreviewHeader(
             version=PROTOCOL_VERSION,
             shape=reduced.shape,
@@ -134,23 +186,170 @@ class PreviewPublisher:
             estimate=estimate,
             metrics=metrics,
         )
-        message = [msgspec.msgpack.encode(header), reduced.tobytes()]
-        self._newest.put(message)
-        self._thread.wake()
+        self._estimates.put([header, reduced])
+        self._wake()
 
-    def take(self) -> list[bytes] | None:
-        """Return the newest offer that was not sent yet."""
-        return self._newest.take()
+    def note(self, frame: FrameHeader, estimate: Estimate | None) -> None:
+        """Take a frame into the traces; never blocks."""
+        if self._thread is None:
+            return
+        reading = None if estimate is None else estimate.focus
+        point = Point(
+            sequence=frame.sequence,
+            role=frame.role.value,
+            index=frame.index,
+            captured_ns=frame.captured_ns,
+            z_um=frame.z_um,
+            defocus_um=None if estimate is None else estimate.defocus_um,
+            signed=estimate is not None and estimate.signed,
+            confidence=0.0 if estimate is None else estimate.confidence,
+            refusal=None if reading is None else reading.refusal,
+        )
+        with self._lock:
+            self._points.append(point)
+
+    def note_focus(self, lines: list[dict[str, Any]]) -> None:
+        """Take what autofocus did into the traces; never blocks."""
+        with self._lock:
+            for line in lines:
+                self._focus.append((self._focus_count, line))
+                self._focus_count += 1
+
+    def show(
+        self,
+        frame: FrameHeader,
+        pixels: NDArray[np.generic],
+        result: FrameResult,
+    ) -> None:
+        """Show a frame with what was made of it; never blocks.
+
+        At most one per channel and `interval_s`, and none while nobody looks.
+
+        Parameters
+        ----------
+        frame
+            Its header.
+        pixels
+            Shape (y, x) or (y, x, 3); copied, reduced to `max_side_px`, as the
+            restored frame is.
+        result
+            Its arrays are copied too.
+        """
+        if not (self.watched and self._is_open()):
+            return
+        now_s, channel = time.monotonic(), frame.index.get("c", 0)
+        if now_s < self._next_picture_s.get(channel, 0.0):
+            self._too_soon += 1
+            return
+        self._next_picture_s[channel] = now_s + self._config.interval_s
+        message = self._picture(frame, pixels, result)
+        self._pictures.setdefault(channel, Newest()).put(message)
+        self._wake()
+
+    def take(self) -> list[list[Any]]:
+        """Return the newest of every kind not sent yet, each header and arrays."""
+        held = [self._estimates, *list(self._pictures.values())]
+        return [message for one in held if (message := one.take()) is not None]
+
+    def status(self) -> PreviewStatus:
+        """Return how the processor is now."""
+        shown = self._shown
+        if shown is None:
+            return PreviewStatus(
+                PROTOCOL_VERSION, "waiting", host=platform.node(), control=self.control
+            )
+        with self._lock:
+            points, focus = list(self._points), list(self._focus)
+        return PreviewStatus(
+            PROTOCOL_VERSION,
+            "running",
+            series=shown.brief(),
+            folder=str(shown.folder),
+            host=platform.node(),
+            metrics=shown.metrics(),
+            points=points,
+            focus=focus,
+            dropped=self.dropped,
+            control=self.control,
+        )
+
+    def answer(self, data: bytes) -> Answer:
+        """Do what a viewer asks for, or say why not."""
+        shown = self._shown
+        try:
+            request = unpack_request(data)
+            if shown is None or request.series_uid != shown.series.series_uid:
+                return Answer(done=False, why="this series does not run any more")
+            shown.act(request.what)
+        except RtfocusError as error:
+            return Answer(done=False, why=str(error))
+        return Answer(done=True)
 
     @property
     def dropped(self) -> int:
         """Offers that gave way to later ones, or came within `interval_s`."""
-        return self._too_soon + self._newest.dropped
+        held = (self._estimates, *list(self._pictures.values()))
+        return self._too_soon + sum(one.dropped for one in held)
 
     def close(self) -> None:
         """Close the socket."""
         if self._thread is not None:
             self._thread.close()
+
+    def _is_open(self) -> bool:
+        """Tell whether previews leave; no fault of theirs ends a recording."""
+        if self._thread is None:
+            return False
+        failure = self._thread.failure
+        if failure is not None and not self._failure_is_told:
+            self._failure_is_told = True
+            logger.warning("no preview any more, the run goes on: %s", failure)
+        return failure is None
+
+    def _wake(self) -> None:
+        if self._thread is not None:
+            self._thread.wake()
+
+    def _reduced(self, pixels: NDArray[np.generic]) -> tuple[int, NDArray[np.generic]]:
+        step = -(-max(pixels.shape[:2]) // self._config.max_side_px)
+        # A copy in any case: the slot is used again.
+        return step, pixels[::step, ::step].copy(order="C")
+
+    def _picture(
+        self, frame: FrameHeader, pixels: NDArray[np.generic], result: FrameResult
+    ) -> list[Any]:
+        shown = self._shown
+        step, reduced = self._reduced(pixels)
+        planes: list[tuple[PlaneHeader, NDArray[Any]]] = []
+
+        def add(name: str, array: NDArray[Any], block_px: int = 0) -> None:
+            header = PlaneHeader(name, array.shape, array.dtype.str, block_px)
+            planes.append((header, array))
+
+        if result.restored is not None:
+            add("restored", self._reduced(result.restored)[1])
+        if result.defocus is not None:
+            add("defocus", result.defocus.defocus_um.astype("<f4"))
+        saturated = None
+        if shown is not None and np.isfinite(shown.saturation_counts):
+            saturated, blocks, block_px = saturation_blocks(
+                pixels, shown.saturation_counts
+            )
+            if blocks is not None:
+                add("saturation", blocks, block_px)
+        header = PreviewHeader(
+            version=PROTOCOL_VERSION,
+            shape=reduced.shape,
+            dtype=reduced.dtype.str,
+            reduced=step,
+            estimate=result.estimate,
+            metrics={},
+            frame=msgspec.structs.replace(frame, frame_meta={}),
+            planes=tuple(header for header, _ in planes),
+            grid=None if result.defocus is None else result.defocus.grid,
+            saturated=saturated,
+        )
+        return [header, reduced, *(array for _, array in planes)]
 
 
 @contextmanager
@@ -180,7 +379,7 @@ def open_preview(
 
 
 class _PreviewLoop:
-    """Sends offers from the thread that owns the socket."""
+    """Sends offers from the thread that owns the sockets."""
 
     def __init__(
         self,
@@ -188,98 +387,58 @@ class _PreviewLoop:
         waker: Waker,
         offers: PreviewPublisher,
         clients: ClientList | None,
+        requests: Socket | None,
     ) -> None:
         self._clients = clients
         self._socket = socket
         self._waker = waker
         self._offers = offers
+        self._requests = requests
+        self._next_status_s = 0.0
         self._poller = zmq.Poller()
         self._poller.register(waker.fileno(), zmq.POLLIN)
-        if clients is not None:
-            self._poller.register(clients.socket, zmq.POLLIN)
+        self._poller.register(socket, zmq.POLLIN)
+        for other in (clients.socket if clients is not None else None, requests):
+            if other is not None:
+                self._poller.register(other, zmq.POLLIN)
 
     def turn(self) -> None:
-        ready = dict(self._poller.poll())
+        ready = dict(self._poller.poll(self._wait_ms()))
         self._waker.clear()
         if self._clients is not None and self._clients.socket in ready:
             self._clients.answer()
-        message = self._offers.take()
-        if message is not None:
-            # PUB never waits: it drops for a viewer that does not keep up.
-            self._socket.send_multipart(message)
+        if self._socket in ready:
+            self._note_viewers()
+        if self._requests is not None and self._requests in ready:
+            self._answer(self._requests)
+        for header, *arrays in self._offers.take():
+            parts = [msgspec.msgpack.encode(header), *arrays]
+            # It never waits: it drops for a viewer that does not keep up.
+            self._socket.send_multipart(parts, copy=False)
+        if self._offers.watched and time.monotonic() >= self._next_status_s:
+            self._next_status_s = time.monotonic() + STATUS_S
+            self._socket.send(msgspec.msgpack.encode(self._offers.status()))
+
+    def _wait_ms(self) -> float | None:
+        if not self._offers.watched:
+            return None
+        return max(1000 * (self._next_status_s - time.monotonic()), 0) + 1
+
+    def _note_viewers(self) -> None:
+        # The first subscription and the end of the last one are what XPUB tells.
+        said = self._socket.recv()
+        self._offers.watched = said[:1] == b"\1"
+        self._next_status_s = 0.0
+
+    def _answer(self, requests: Socket) -> None:
+        peer, *parts = requests.recv_multipart()
+        if len(parts) == 1:
+            answer = self._offers.answer(parts[0])
+            requests.send_multipart([peer, msgspec.msgpack.encode(answer)])
 
     def close(self) -> None:
         self._socket.close()
+        if self._requests is not None:
+            self._requests.close()
         if self._clients is not None:
             self._clients.socket.close()
-
-
-class PreviewViewer:
-    """Receives previews; for use in one thread. A context manager.
-
-    Parameters
-    ----------
-    endpoint
-        Where the processor publishes, e.g. ``tcp://127.0.0.1:5573``.
-    curve_keys
-        Folder of keys, where the processor has them: its ``client.key``, and a
-        ``client.key_secret`` of which the processor admits the public half.
-    """
-
-    def __init__(self, endpoint: str, curve_keys: Path | None = None) -> None:
-        self._context: Context = zmq.Context()
-        try:
-            self._socket = connect(
-                preview_client(self._context), endpoint, curve_keys, CLIENT
-            )
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-
-    def newest(self, timeout_s: float | None = None) -> Preview | None:
-        """Return the newest preview, waiting for one; None on time-out.
-
-        Raises
-        ------
-        ProtocolError
-            If it cannot be understood.
-        """
-        timeout_ms = None if timeout_s is None else int(timeout_s * 1000)
-        if not self._socket.poll(timeout_ms):
-            return None
-        number, parts = 0, self._socket.recv_multipart()
-        while True:
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return _unpack(parts, number)
-            number += 1
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._context.destroy(linger=0)
-
-    def __enter__(self) -> "PreviewViewer":
-        return self
-
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _unpack(parts: list[bytes], skipped: int) -> Preview:
-    try:
-        header_part, pixel_part = parts
-        header = msgspec.msgpack.decode(header_part, type=PreviewHeader)
-        if header.dtype not in DTYPES:
-            msg = f"preview of dtype {header.dtype!r}"
-            raise ProtocolError(msg)
-        pixels = np.frombuffer(pixel_part, header.dtype).reshape(header.shape)
-    except (msgspec.MsgspecError, ValueError) as error:
-        msg = f"not a preview of protocol version {PROTOCOL_VERSION}: {error}"
-        raise ProtocolError(msg) from error
-    return Preview(header, pixels, skipped)

@@ -214,9 +214,10 @@ def control_client(context: Context, config: TransportConfig) -> Socket:
 def preview_server(
     context: Context, endpoint: str, curve_keys: Path | None, *, insecure: bool
 ) -> Socket:
-    """Return the bound PUB for viewers: two frames queue, older ones drop."""
-    socket = context.socket(zmq.PUB)
+    """Return the bound XPUB for viewers: two messages queue, newer ones drop."""
+    socket = context.socket(zmq.XPUB)
     socket.sndhwm = 2
+    socket.maxmsgsize = _SUBSCRIPTION_BYTES
     socket.linger = 0
     # The processor binds it, and has no key but its own.
     return _bind(socket, endpoint, curve_keys, CLIENT, insecure=insecure)
@@ -228,6 +229,25 @@ def preview_client(context: Context) -> Socket:
     socket.rcvhwm = 2
     socket.linger = 0
     socket.subscribe(b"")
+    return socket
+
+
+def request_server(
+    context: Context, endpoint: str, curve_keys: Path | None, *, insecure: bool
+) -> Socket:
+    """Return the bound ROUTER that takes what viewers ask for."""
+    socket = context.socket(zmq.ROUTER)
+    socket.sndhwm = socket.rcvhwm = 16
+    socket.maxmsgsize = _SUBSCRIPTION_BYTES
+    socket.linger = 0
+    return _bind(socket, endpoint, curve_keys, CLIENT, insecure=insecure)
+
+
+def request_client(context: Context) -> Socket:
+    """Return a DEALER that asks a processor for something."""
+    socket = context.socket(zmq.DEALER)
+    socket.maxmsgsize = _SUBSCRIPTION_BYTES
+    socket.linger = 0
     return socket
 
 

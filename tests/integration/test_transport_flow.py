@@ -29,7 +29,8 @@ from transport_kit import (
 from rtfocus.config.processor import PreviewConfig
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import Estimate, Role
-from rtfocus.transport.preview import PreviewPublisher, PreviewViewer
+from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.transport.preview_viewer import PreviewViewer
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import Gap
 

@@ -1,0 +1,1 @@
+"""View: a page in the browser that shows a run, live or finished."""

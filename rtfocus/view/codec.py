@@ -1,0 +1,171 @@
+"""Codec: pictures on their way to a page, 16 bits deep, with a fixed header.
+
+A picture is 80 bytes of header and, plane by plane, 40 bytes of header and the
+packed pixels, all little-endian. ``page/codec.js`` is the other end::
+
+    "RTFP" version flags planes _ | number sequence t p c z | z_um captured_s |
+    saturated exposure_ms | height width | defocus_um confidence signed _ _ _
+
+    kind dtype codec samples | width height bytes | scale offset | x0 y0 step | _
+
+A stored value v means ``offset + scale * v``. Pixels of integer cameras up to 16 bits
+travel as they are; others are spread over 16 bits.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"RTFP"
+VERSION = 1
+HEADER = struct.Struct("<4sBBBxIiiiiiddIfIIdfB3x")
+PLANE = struct.Struct("<BBBBIIIfffff4x")
+UNKNOWN = 0xFFFFFFFF
+"""Number of saturated pixels that nobody counted."""
+
+
+class Kind(IntEnum):
+    """What a plane shows."""
+
+    RAW = 0
+    RESTORED = 1
+    DEFOCUS = 2
+    SATURATION = 3
+
+
+class Flag(IntFlag):
+    """What is true of a picture as a whole."""
+
+    NOTHING = 0
+    LIVE = 1
+    """It came through the preview socket, and may be reduced."""
+    DETAIL = 2
+    """A region of the picture before, with all its pixels."""
+    ABSENT = 4
+    """Nothing is stored at this place."""
+
+
+class Packing(IntEnum):
+    """How the bytes of a plane travel."""
+
+    PLAIN = 0
+    LZ4_SPLIT = 1
+    """Low bytes of all values, then high bytes, as one LZ4 block: the high bytes of
+    camera images are nearly constant."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane of a picture."""
+
+    kind: Kind
+    pixels: NDArray[np.generic]
+    """Shape (y, x) or (y, x, 3)."""
+    x0: float = 0.0
+    """Left edge of the first pixel, in pixels of the frame."""
+    y0: float = 0.0
+    step: float = 1.0
+    """Side of a pixel, in pixels of the frame."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a viewer shows at once."""
+
+    planes: tuple[Plane, ...]
+    shape: tuple[int, int]
+    """Height and width of the whole frame."""
+    index: dict[str, int]
+    sequence: int = -1
+    z_um: float | None = None
+    captured_s: float = 0.0
+    """Since the series began."""
+    exposure_ms: float = 0.0
+    saturated: int | None = None
+    defocus_um: float | None = None
+    confidence: float = 0.0
+    signed: bool = False
+    flags: Flag = Flag.NOTHING
+
+
+def pack(picture: Picture) -> bytes:
+    """Return a picture as it travels; its number is put in by `numbered`."""
+    parts = [
+        HEADER.pack(
+            MAGIC,
+            VERSION,
+            picture.flags,
+            len(picture.planes),
+            0,
+            picture.sequence,
+            *(picture.index.get(axis, 0) for axis in "tpcz"),
+            _number(picture.z_um),
+            picture.captured_s,
+            UNKNOWN if picture.saturated is None else picture.saturated,
+            picture.exposure_ms,
+            *picture.shape,
+            _number(picture.defocus_um),
+            picture.confidence,
+            picture.signed,
+        )
+    ]
+    for plane in picture.planes:
+        parts.extend(_packed(plane))
+    return b"".join(parts)
+
+
+def numbered(packed: bytes, number: int) -> bytes:
+    """Return a packed picture with the number that its receipt will have."""
+    return packed[:8] + struct.pack("<I", number) + packed[12:]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _packed(plane: Plane) -> tuple[bytes, bytes]:
+    values, scale, offset = _sixteen_bits(plane)
+    data, packing = _squeezed(values)
+    height, width, *samples = plane.pixels.shape
+    header = PLANE.pack(
+        *(plane.kind, _DTYPES[values.dtype.str], packing, *(samples or (1,))),
+        *(width, height, len(data)),
+        *(scale, offset, plane.x0, plane.y0, plane.step),
+    )
+    return header, data
+
+
+_DTYPES = {"<u2": 0, "<f4": 1, "|u1": 2}
+
+
+def _sixteen_bits(plane: Plane) -> tuple[NDArray[np.generic], float, float]:
+    """Return values that travel, and what they mean: value = offset + scale * v."""
+    pixels = plane.pixels
+    if plane.kind is Kind.DEFOCUS:
+        return pixels.astype("<f4", copy=False), 1.0, 0.0
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        kept = "|u1" if plane.kind is Kind.SATURATION else "<u2"
+        return pixels.astype(kept, copy=False), 1.0, 0.0
+    known = pixels.astype(np.float32)
+    finite = known[np.isfinite(known)]
+    if not finite.size:
+        return np.zeros(pixels.shape, "<u2"), 1.0, 0.0
+    low, high = float(finite.min()), float(finite.max())
+    scale = (high - low) / 65535 or 1.0
+    spread = np.nan_to_num((known - low) / scale, nan=0.0, posinf=65535, neginf=0)
+    return np.rint(spread).astype("<u2"), scale, low
+
+
+def _squeezed(values: NDArray[np.generic]) -> tuple[bytes, Packing]:
+    plain = np.ascontiguousarray(values)
+    if plain.dtype.str != "<u2" or plain.nbytes < 4096:
+        return plain.tobytes(), Packing.PLAIN
+    split = plain.reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
+    packed = bytes(imagecodecs.lz4_encode(split, header=False))
+    if len(packed) >= plain.nbytes:
+        return plain.tobytes(), Packing.PLAIN
+    return packed, Packing.LZ4_SPLIT

@@ -1,0 +1,325 @@
+"""A run folder as a source: its planes, its frames so far, and what it says of itself.
+
+For a finished run as for one that is being written: the journal is read on from where
+it was, and only what is durable is shown.
+"""
+
+import json
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.config.processor import CameraConfig
+from rtfocus.errors import InputError, RtfocusError
+from rtfocus.focus_readings import FOCUS_LOG
+from rtfocus.frame import SeriesStart
+from rtfocus.monitor import LATENCIES
+from rtfocus.processing.camera import saturation_counts
+from rtfocus.runs import Kind as ImageName
+from rtfocus.runs import Run, open_run
+from rtfocus.transport.preview_messages import saturation_blocks
+from rtfocus.view.codec import Flag, Kind, Picture, Plane
+from rtfocus.view.traces import Traces, note_focus_line
+from rtfocus.writers.header import JOURNAL_NAME
+from rtfocus.writers.journal import IN_ERROR, MISSING, WRITTEN, Line
+
+Place = tuple[int, int, int, int]
+"""t, p, c, z."""
+
+SIDE_PX = 1024
+"""Pictures are reduced to at most this side; a region is then asked for by itself."""
+_READ_BYTES = 4 << 20
+_IMAGES: tuple[tuple[ImageName, Kind], ...] = (
+    ("raw", Kind.RAW),
+    ("restored", Kind.RESTORED),
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Part of a frame in pixels: y0 <= y < y1."""
+
+    y0: int
+    x0: int
+    y1: int
+    x1: int
+
+
+@dataclass
+class _Tail:
+    """A file of lines that grows."""
+
+    path: Path
+    at: int = 0
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the whole lines that are new; a broken one is left out."""
+        found = []
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.at)
+                data = file.read(_READ_BYTES)
+        except OSError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self.at += end
+        for text in data[:end].splitlines():
+            try:
+                line = msgspec.json.decode(text)
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                continue
+            if isinstance(line, dict):
+                found.append(line)
+        return found
+
+
+@dataclass
+class StoredRun:
+    """What can be seen of one run folder.
+
+    Parameters
+    ----------
+    run
+        As opened.
+    traces
+        Takes the frames as they become durable.
+    """
+
+    run: Run
+    traces: Traces
+    lost: dict[str, int] = field(default_factory=dict)
+    """Frames that are not there, by what the journal says."""
+    _lines: dict[Place, Line] = field(default_factory=dict)
+    _order: list[Place] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._journal = _Tail(self.run.folder / JOURNAL_NAME)
+        self._focus = _Tail(self.run.folder / FOCUS_LOG)
+        config = self.run.config.get("camera", {})
+        try:
+            camera = CameraConfig.model_validate(config)
+        except ValueError:
+            camera = CameraConfig()
+        series = self.series
+        self.saturation_counts = saturation_counts(
+            camera, np.dtype(series.dtype), series.bit_depth
+        )
+
+    @classmethod
+    def open(cls, folder: Path, traces: Traces) -> "StoredRun":
+        """Open a run folder; WriterError: it is none."""
+        return cls(open_run(folder), traces)
+
+    @property
+    def series(self) -> SeriesStart:
+        """The series as it was announced."""
+        return self.run.series
+
+    @property
+    def is_finished(self) -> bool:
+        """Tell whether nothing more will come."""
+        try:
+            return self.run.report is not None
+        except RtfocusError:
+            return True
+
+    def read_on(self) -> bool:
+        """Take in what became durable since the last call; True: something did."""
+        started_ns = self.series.started_ns
+        for line in self._focus.lines():
+            note_focus_line(self.traces, line, started_ns)
+        lines = self._journal.lines()
+        for line in lines:
+            try:
+                self._take(line, started_ns)
+            except (KeyError, TypeError, ValueError):
+                continue
+        return bool(lines)
+
+    def _take(self, line: Line, started_ns: int) -> None:
+        status, index = line["status"], line.get("index") or {}
+        place = tuple(int(index.get(axis, 0)) for axis in "tpcz")
+        assert len(place) == 4
+        if status in (MISSING, IN_ERROR):
+            why = str(line.get("place") or line.get("reason") or status)
+            self.lost[why] = self.lost.get(why, 0) + 1
+        else:
+            found = line.get("estimate") or {}
+            self.traces.add(
+                int(line["sequence"]),
+                seconds=(int(line["captured_ns"]) - started_ns) / 1e9,
+                place=place,
+                role=str(line.get("role", "record")),
+                z_um=line.get("z_um"),
+                defocus_um=found.get("defocus_um"),
+                confidence=float(found.get("confidence") or 0.0),
+            )
+        with self._lock:
+            if status in (WRITTEN, MISSING, IN_ERROR):
+                self._lines[place] = line
+            if status == WRITTEN:
+                self._order.append(place)
+
+    @property
+    def written(self) -> int:
+        """Frames that are durable."""
+        return len(self._order)
+
+    def newest(
+        self, p: int | None = None, c: int | None = None, z: int | None = None
+    ) -> Place | None:
+        """Return the newest written frame at a position, channel, slice; None: any."""
+        wanted = ((1, p), (2, c), (3, z))
+        with self._lock:
+            for place in reversed(self._order):
+                if all(want in (None, place[axis]) for axis, want in wanted):
+                    return place
+        return None
+
+    def picture(self, place: Place, region: Region | None = None) -> Picture:
+        """Read the planes of a place, or all pixels of a region of them.
+
+        Raises
+        ------
+        InputError
+            If the run has no such place.
+        """
+        self._refuse_outside(place)
+        with self._lock:
+            line = self._lines.get(place)
+        height, width = self.series.shape[:2]
+        shown: dict[str, Any] = {
+            "shape": (height, width),
+            "index": dict(zip("tpcz", place, strict=True)),
+        }
+        if line is None or line["status"] != WRITTEN:
+            return Picture(planes=(), flags=Flag.ABSENT, **shown)
+        estimate = line.get("estimate") or {}
+        shown |= {
+            "sequence": int(line["sequence"]),
+            "z_um": line.get("z_um"),
+            "captured_s": (line["captured_ns"] - self.series.started_ns) / 1e9,
+            "exposure_ms": float(line.get("exposure_ms") or 0.0),
+            "defocus_um": estimate.get("defocus_um"),
+            "confidence": float(estimate.get("confidence") or 0.0),
+            "signed": bool(estimate.get("signed")),
+        }
+        if region is not None:
+            part = self._region(place, region)
+            return Picture(planes=part, flags=Flag.DETAIL, **shown)
+        planes, saturated = self._whole(place)
+        return Picture(planes=planes, saturated=saturated, **shown)
+
+    def plane(self, name: ImageName, place: Place) -> NDArray[np.generic]:
+        """Return a stored plane, (y, x) or (y, x, 3).
+
+        Raises
+        ------
+        InputError
+            If there is none.
+        """
+        self._refuse_outside(place)
+        t, p, c, z = place
+        image = self.run.image(name, p)
+        samples = self.run.header.planes if name != "defocus" else 1
+        if t >= image.shape[0]:
+            msg = f"'{name}' has no time point {t} yet"
+            raise InputError(msg)
+        try:
+            if samples == 1:
+                return image[t, c, z]
+            colour = image[t, samples * c : samples * (c + 1), z]
+        except (OSError, ValueError, RuntimeError) as error:
+            msg = f"'{name}' at t {t}, p {p}, c {c}, z {z} cannot be read: {error}"
+            raise InputError(msg) from error
+        return np.moveaxis(colour, 0, -1)
+
+    def line(self, place: Place) -> Line | None:
+        """Return the journal's line of a place; None: there is none yet."""
+        with self._lock:
+            return self._lines.get(place)
+
+    def _refuse_outside(self, place: Place) -> None:
+        for axis, index in zip("tpcz", place, strict=True):
+            size = self.series.sizes.get(axis, 1)
+            if index < 0 or (size is not None and index >= size):
+                msg = f"the run has no {axis} {index}; it has {size}"
+                raise InputError(msg)
+
+    def _whole(self, place: Place) -> tuple[tuple[Plane, ...], int | None]:
+        step = -(-max(self.series.shape[:2]) // SIDE_PX)
+        planes: list[Plane] = []
+        saturated = None
+        for name, kind in _IMAGES:
+            pixels = self._if_there(name, place)
+            if pixels is None:
+                continue
+            planes.append(Plane(kind, pixels[::step, ::step], step=step))
+            if kind is Kind.RAW and np.isfinite(self.saturation_counts):
+                saturated, blocks, side = saturation_blocks(
+                    pixels, self.saturation_counts
+                )
+                if blocks is not None:
+                    planes.append(Plane(Kind.SATURATION, blocks, step=side))
+        if (plane := self._defocus(place)) is not None:
+            planes.append(plane)
+        return tuple(planes), saturated
+
+    def _defocus(self, place: Place) -> Plane | None:
+        grid = self.run.header.grid
+        values = None if grid is None else self._if_there("defocus", place)
+        if grid is None or values is None:
+            return None
+        corner = grid.origin_px + 0.5 - grid.stride_px / 2
+        return Plane(Kind.DEFOCUS, values, corner, corner, grid.stride_px)
+
+    def _region(self, place: Place, region: Region) -> tuple[Plane, ...]:
+        height, width = self.series.shape[:2]
+        y0, y1 = max(region.y0, 0), min(region.y1, height)
+        x0, x1 = max(region.x0, 0), min(region.x1, width)
+        if y1 <= y0 or x1 <= x0:
+            msg = f"the region {region} is not in a frame of {height} x {width} pixels"
+            raise InputError(msg)
+        planes = []
+        for name, kind in _IMAGES:
+            pixels = self._if_there(name, place)
+            if pixels is not None:
+                planes.append(Plane(kind, pixels[y0:y1, x0:x1], x0, y0))
+        return tuple(planes)
+
+    def _if_there(self, name: ImageName, place: Place) -> NDArray[np.generic] | None:
+        line = self.line(place)
+        if line is None or name not in (line.get("stored") or ()):
+            return None
+        try:
+            return self.plane(name, place)
+        except InputError:
+            return None
+
+
+def report_of(run: Run) -> dict[str, Any]:
+    """Return the numbers of a finished run in the form of a live one's."""
+    report = run.report
+    if report is None:
+        return {}
+    through = report.get("throughput", {})
+    stages = report.get("stages", {})
+    return {
+        **report.get("accounting", {}),
+        "frames_per_s": through.get("frames_per_s"),
+        "latency_ms": {
+            name: [stages[name].get("p50_ms"), stages[name].get("p99_ms")]
+            for name in LATENCIES
+            if name in stages
+        },
+        "restored": report.get("restored"),
+        "flagged": report.get("flagged"),
+        "backends": json.loads(json.dumps(report.get("backends", {}))),
+        "slots": report.get("slots"),
+    }

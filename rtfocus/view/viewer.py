@@ -1,0 +1,254 @@
+"""Viewer: one open page: what it looks at, what it may send, what it gets.
+
+It gets one picture at a time: the next one leaves when it says that the last one is
+there, and is then the newest. Whoever stops reading holds up nobody.
+"""
+
+import asyncio
+import contextlib
+from typing import Annotated, Any
+
+import msgspec
+from starlette.concurrency import run_in_threadpool
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from rtfocus.errors import RtfocusError
+from rtfocus.transport.preview_messages import Act
+from rtfocus.view.codec import numbered
+from rtfocus.view.scene import Scene, Shown
+from rtfocus.view.source_run import Place, Region
+
+MOST_BYTES = 4096
+"""Of a message of a page; none of ours comes near."""
+MOST_MALFORMED = 20
+"""After so many the page is sent away."""
+_STATE_S = 0.25
+
+_Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Pixel = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
+
+
+class Ack(msgspec.Struct, tag="ack", tag_field="type", forbid_unknown_fields=True):
+    """A picture is there; the next one may come."""
+
+    number: _Index
+
+
+class Select(
+    msgspec.Struct, tag="select", tag_field="type", forbid_unknown_fields=True
+):
+    """What the page looks at; None: any."""
+
+    follow: bool
+    t: _Index | None = None
+    p: _Index | None = None
+    c: _Index | None = None
+    z: _Index | None = None
+
+
+class Detail(
+    msgspec.Struct, tag="detail", tag_field="type", forbid_unknown_fields=True
+):
+    """All pixels of a region of what is shown."""
+
+    y0: _Pixel
+    x0: _Pixel
+    y1: _Pixel
+    x1: _Pixel
+    t: _Index = 0
+    p: _Index = 0
+    c: _Index = 0
+    z: _Index = 0
+
+
+class Ask(msgspec.Struct, tag="ask", tag_field="type", forbid_unknown_fields=True):
+    """Something for the microscope to do."""
+
+    what: Act
+
+
+_decoder = msgspec.json.Decoder(Ack | Select | Detail | Ask)
+
+
+class Viewer:
+    """One page, from its connection to its end.
+
+    Parameters
+    ----------
+    socket
+        Accepted.
+    scene
+        What is shown.
+    """
+
+    def __init__(self, socket: WebSocket, scene: Scene) -> None:
+        self._socket, self._scene = socket, scene
+        self._changed = asyncio.Event()
+        self._select = Select(follow=True)
+        self._detail: Detail | None = None
+        self._number = 0
+        self._unacknowledged = False
+        self._shown: tuple[Any, ...] | None = None
+        self._generation = -1
+        self._rows = self._marks = 0
+        self._malformed = 0
+        self._replies: list[dict[str, Any]] = []
+        self._working: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Serve until the page goes away."""
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._changed.set)
+
+        end = self._scene.listen(wake)
+        sending = asyncio.create_task(self._send())
+        try:
+            await self._receive()
+        except (WebSocketDisconnect, RuntimeError):
+            pass
+        finally:
+            end()
+            for task in (sending, *self._working):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await sending
+
+    async def _receive(self) -> None:
+        while True:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                if message.get("code") == 1009:
+                    self._scene.refused["oversize"] += 1
+                return
+            if not self._take(message):
+                await self._socket.close(1008, "too many messages not understood")
+                return
+
+    def _take(self, message: Any) -> bool:  # noqa: ANN401 (of ASGI)
+        """Take a message in; False: the page is to go."""
+        text = message.get("text") or message.get("bytes") or ""
+        if len(text) > MOST_BYTES:
+            return self._refuse("oversize", f"more than {MOST_BYTES} bytes")
+        try:
+            said = _decoder.decode(text)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            return self._refuse("malformed", str(error))
+        if isinstance(said, Ack):
+            if said.number == self._number:
+                self._unacknowledged = False
+        elif isinstance(said, Select):
+            self._select, self._shown = said, None
+        elif isinstance(said, Detail):
+            self._detail = said
+        else:
+            task = asyncio.create_task(self._ask(said.what))
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+        self._changed.set()
+        return True
+
+    def _refuse(self, kind: str, why: str) -> bool:
+        self._scene.refused[kind] += 1
+        self._malformed += 1
+        if len(self._replies) < MOST_MALFORMED:
+            self._replies.append({"type": "refused", "why": why[:300]})
+        self._changed.set()
+        return self._malformed < MOST_MALFORMED
+
+    async def _ask(self, what: Act) -> None:
+        if not self._scene.may_ask:
+            self._scene.refused["request"] += 1
+            why = "the config of this run allows no requests from a viewer"
+        else:
+            why = await run_in_threadpool(self._scene.act, what)
+        self._replies.append({"type": "answer", "what": what, "why": why})
+        self._changed.set()
+
+    async def _send(self) -> None:
+        """Send what is new, then wait for something new; at least every state."""
+        while True:
+            await self._send_news()
+            if not self._unacknowledged:
+                await self._send_picture()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _STATE_S)
+            self._changed.clear()
+
+    async def _send_news(self) -> None:
+        scene = self._scene
+        while self._replies:
+            await self._json(self._replies.pop(0))
+        about = scene.about()
+        if about is not None and scene.generation != self._generation:
+            self._generation = scene.generation
+            self._rows = self._marks = 0
+            self._shown = None
+            await self._json(about)
+        await self._json(scene.told())
+        while (new := scene.traces.since(self._rows, self._marks)) is not None:
+            if self._generation != scene.generation:
+                break
+            self._rows += len(new["rows"])
+            self._marks += len(new["marks"])
+            await self._json({"type": "traces", **new})
+
+    async def _send_picture(self) -> None:
+        try:
+            shown = await self._next()
+        except RtfocusError as error:
+            self._detail = None
+            self._shown = ("failed",)
+            await self._json({"type": "refused", "why": str(error)})
+            return
+        if shown is None:
+            return
+        self._number = self._number % 0x7FFFFFFF + 1
+        self._unacknowledged = True
+        await self._socket.send_bytes(numbered(shown.packed, self._number))
+
+    async def _next(self) -> Shown | None:
+        """Return the picture to show next; None: what is shown is right."""
+        scene, select = self._scene, self._select
+        if scene.series is None:
+            return None
+        if self._detail is not None:
+            wanted, self._detail = self._detail, None
+            place = (wanted.t, wanted.p, wanted.c, wanted.z)
+            region = Region(wanted.y0, wanted.x0, wanted.y1, wanted.x1)
+            return await run_in_threadpool(scene.read, place, region)
+        if not select.follow:
+            place = (select.t or 0, select.p or 0, select.c or 0, select.z or 0)
+            stored = scene.stored
+            there = stored is not None and stored.line(place) is not None
+            return await self._unless_shown(place, there)
+        return await self._followed()
+
+    async def _followed(self) -> Shown | None:
+        scene, select = self._scene, self._select
+        wanted = (select.p, select.c, select.z)
+        live = scene.newest(*wanted)
+        place = scene.stored.newest(*wanted) if scene.stored is not None else None
+        if live is not None and (place is None or live.place >= place):
+            key = ("live", live.picture.sequence)
+            if self._shown == key:
+                return None
+            self._shown = key
+            return live
+        # While pictures come through the socket, the folder is left alone.
+        comes = scene.state == "running" and select.p is None and select.z is None
+        if place is None or (comes and self._shown is not None):
+            return None
+        return await self._unless_shown(place, there=True)
+
+    async def _unless_shown(self, place: Place, there: bool) -> Shown | None:
+        key = ("stored", place, there)
+        if self._shown in (key, ("failed",)):
+            return None
+        self._shown = key
+        return await run_in_threadpool(self._scene.read, place)
+
+    async def _json(self, message: dict[str, Any]) -> None:
+        await self._socket.send_text(msgspec.json.encode(message).decode())

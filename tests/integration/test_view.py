@@ -1,0 +1,372 @@
+"""View without a browser: pictures as they travel, who is let in, what is read."""
+
+import http.client
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from loop_kit import run_loop, small
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from rtfocus.errors import InputError
+from rtfocus.view.codec import (
+    HEADER,
+    MAGIC,
+    PLANE,
+    UNKNOWN,
+    Kind,
+    Picture,
+    Plane,
+    numbered,
+    pack,
+)
+from rtfocus.view.scene import Scene
+from rtfocus.view.server import Listening, PageServer
+from rtfocus.view.source_run import Region, StoredRun
+from rtfocus.view.traces import Traces, note_focus_line
+
+
+def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:
+    """Read a picture as the layout in the codec's docstring says, on its own."""
+    header = HEADER.unpack(packed[: HEADER.size])
+    at, planes = HEADER.size, []
+    for _ in range(header[3]):
+        plane = PLANE.unpack(packed[at : at + PLANE.size])
+        _, dtype, packing, samples, width, height, size, *_ = plane
+        data = packed[at + PLANE.size : at + PLANE.size + size]
+        if packing == 1:
+            split = imagecodecs.lz4_decode(
+                data, header=False, out=2 * width * height * samples
+            )
+            halves = np.frombuffer(split, np.uint8).reshape(2, -1)
+            values = halves[0].astype("<u2") | halves[1].astype("<u2") << 8
+        else:
+            values = np.frombuffer(data, ["<u2", "<f4", "|u1"][dtype])
+        shape = (height, width) if samples == 1 else (height, width, samples)
+        planes.append((plane, values.reshape(shape)))
+        at += PLANE.size + size
+    assert at == len(packed)
+    return header, planes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("<u2", (90, 70)), ("|u1", (64, 80)), ("<u2", (50, 60, 3))]
+)
+def test_a_picture_arrives_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(3)
+    raw = rng.poisson(200, shape).astype(dtype)
+    levels = np.array([[np.nan, -2.5], [0.0, 7.25]], np.float32)
+    picture = Picture(
+        planes=(Plane(Kind.RAW, raw, step=2), Plane(Kind.DEFOCUS, levels, 3, 4, 48)),
+        shape=(shape[0] * 2, shape[1] * 2),
+        index={"t": 7, "p": 1, "c": 2, "z": 3},
+        sequence=41,
+        z_um=None,
+        captured_s=1.5,
+        signed=True,
+    )
+    header, planes = unpacked(numbered(pack(picture), 12345))
+    assert header[:2] == (MAGIC, 1)
+    assert header[4:10] == (12345, 41, 7, 1, 2, 3)
+    assert np.isnan(header[10])
+    assert header[12] == UNKNOWN
+    np.testing.assert_array_equal(planes[0][1], raw.astype("<u2"))
+    np.testing.assert_array_equal(planes[1][1], levels)
+    assert planes[1][0][9:12] == (3, 4, 48)
+
+
+def test_floats_travel_to_within_a_65535th_of_their_range() -> None:
+    values = np.linspace(-3, 11, 100 * 100, dtype=np.float32).reshape(100, 100)
+    _, [(plane, stored)] = unpacked(
+        pack(Picture((Plane(Kind.RESTORED, values),), values.shape, {}))
+    )
+    scale, offset = plane[7:9]
+    np.testing.assert_allclose(stored * scale + offset, values, atol=14 / 65535)
+
+
+def test_a_cut_off_header_is_no_picture() -> None:
+    with pytest.raises(struct.error):
+        unpacked(pack(Picture((), (4, 4), {}))[:70])
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, engine_folder: Path) -> Path:
+    """A run of eight frames with defocus maps."""
+    return run_loop(small(tmp_path_factory.mktemp("view"), engine_folder)).folder
+
+
+@pytest.fixture
+def scene(run_folder: Path) -> Scene:
+    scene, traces = Scene(), Traces()
+    stored = StoredRun.open(run_folder, traces)
+    stored.read_on()
+    scene.begin(stored.series, stored, traces)
+    return scene
+
+
+def test_a_run_is_read_place_by_place(scene: Scene, run_folder: Path) -> None:
+    stored = scene.stored
+    assert stored is not None
+    assert (stored.written, stored.newest(), stored.is_finished) == (
+        8,
+        (7, 0, 0, 0),
+        True,
+    )
+    picture = stored.picture((3, 0, 0, 0))
+    kinds = {plane.kind: plane for plane in picture.planes}
+    frame = stored.run.raw[3, 0, 0]
+    np.testing.assert_array_equal(kinds[Kind.RAW].pixels, frame)
+    tiles = kinds[Kind.DEFOCUS]
+    np.testing.assert_array_equal(tiles.pixels, stored.run.defocus[3, 0, 0])
+    detail = stored.picture((3, 0, 0, 0), Region(10, 20, 50, 80))
+    np.testing.assert_array_equal(detail.planes[0].pixels, frame[10:50, 20:80])
+    for place in ((0, 1, 0, 0), (0, 0, 0, -1)):
+        with pytest.raises(InputError, match="the run has no"):
+            stored.picture(place)
+    rows = scene.traces.since(0, 0)
+    assert rows is not None
+    assert len(rows["rows"]) == 8
+    assert scene.traces.since(8, 0) is None
+
+
+def get(
+    server: PageServer, path: str, method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Ask for a path exactly as it is written."""
+    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    link.request(method, path, headers=headers)
+    answer = link.getresponse()
+    found = answer.status, dict(answer.getheaders()), answer.read()
+    link.close()
+    return found
+
+
+@contextmanager
+def page(server: PageServer, **headers: str) -> Iterator[ClientConnection]:
+    """Open a socket as the page does; other headers as given."""
+    own = {"Origin": f"http://127.0.0.1:{server.port}"}
+    with connect(
+        f"ws://127.0.0.1:{server.port}/socket",
+        additional_headers={k: v for k, v in (own | headers).items() if v},
+        proxy=None,
+    ) as socket:
+        yield socket
+
+
+def test_the_page_and_nothing_else_is_served(scene: Scene) -> None:
+    with PageServer(scene, Listening()) as server:
+        status, headers, text = get(server, "/")
+        assert status == 200
+        assert b"rtfocus view" in text
+        assert "script-src 'self'" in headers["content-security-policy"]
+        assert b"uPlot" in get(server, "/uPlot.js")[2]
+        for path in (
+            "/series.json",
+            "/../series.json",
+            "/..%2f..%2fetc%2fpasswd",
+            "/%2e%2e/series.json",
+            "/page/index.html",
+            "//etc/passwd",
+            "/vendor/uPlot.min.css",
+            "/snapshot.tif/../../series.json",
+            "/raw.ome.zarr/zarr.json",
+        ):
+            assert get(server, path)[0] == 404
+        assert get(server, "/", "POST")[0] == 405
+        assert get(server, "/x" * 4_000)[0] == 414
+    assert scene.refused == {"method": 1, "oversize": 1}
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"Origin": "http://evil.example"}, "origin"),
+        ({"Origin": ""}, "origin"),
+        ({"Origin": "null"}, "origin"),
+    ],
+)
+def test_sockets_of_other_pages_are_refused(
+    scene: Scene, headers: dict[str, str], reason: str
+) -> None:
+    with PageServer(scene, Listening()) as server:
+        with pytest.raises(InvalidStatus), page(server, **headers):
+            pass
+        assert get(server, "/", Host="evil.example")[0] == 403
+    assert scene.refused == {reason: 1, "host": 1}
+
+
+def test_beyond_this_machine_a_token_is_required(scene: Scene) -> None:
+    with PageServer(scene, Listening(host="0.0.0.0")) as server:
+        token = server.listening.token
+        assert token is not None
+        assert len(token) > 20
+        assert token in server.url
+        for path in ("/", "/?token=wrong", "/snapshot.tif", "/state"):
+            assert get(server, path)[0] == 403
+        with pytest.raises(InvalidStatus), page(server):
+            pass
+        assert scene.refused == {"token": 5}
+        _, headers, _ = get(server, f"/?token={token}")
+        assert headers["location"] == "/"
+        kept = headers["set-cookie"]
+        assert "HttpOnly; SameSite=Strict" in kept
+        cookie = {"Cookie": kept.split(";")[0]}
+        assert get(server, "/", **cookie)[0] == 200
+        with page(server, **cookie) as socket:
+            assert json.loads(socket.recv())["type"] == "series"
+        wrong = {"Cookie": f"{kept.split('=')[0]}=wrong"}
+        assert get(server, "/", **wrong)[0] == 403
+
+
+def picture_of(socket: ClientConnection, *, acknowledged: bool = True) -> bytes:
+    """Return the next picture."""
+    while isinstance(said := socket.recv(timeout=20), str):
+        continue
+    if acknowledged:
+        number = unpacked(said)[0][4]
+        socket.send(json.dumps({"type": "ack", "number": number}))
+    return said
+
+
+def test_one_picture_at_a_time_and_what_is_asked_for(scene: Scene) -> None:
+    assert scene.stored is not None
+    with PageServer(scene, Listening()) as server, page(server) as socket:
+        assert unpacked(picture_of(socket))[0][5:10] == (7, 7, 0, 0, 0)
+        select = {"type": "select", "follow": False, "t": 2, "p": 0, "c": 0, "z": 0}
+        socket.send(json.dumps(select))
+        header, planes = unpacked(picture_of(socket))
+        assert header[6:10] == (2, 0, 0, 0)
+        np.testing.assert_array_equal(planes[0][1], scene.stored.run.raw[2, 0, 0])
+        socket.send(json.dumps(select | {"t": 3}))
+        held = picture_of(socket, acknowledged=False)
+        # Nothing further leaves before the receipt; numbers go on arriving.
+        socket.send(json.dumps(select | {"t": 4}))
+        assert [type(socket.recv(timeout=20)) for _ in range(4)] == [str] * 4
+        socket.send(json.dumps({"type": "ack", "number": unpacked(held)[0][4]}))
+        assert unpacked(picture_of(socket))[0][6] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "malformed"),
+        ("{", "malformed"),
+        ('{"type":"select"}', "malformed"),
+        ('{"type":"select","follow":true,"t":-1}', "malformed"),
+        ('{"type":"write","path":"/etc/passwd"}', "malformed"),
+        ('{"type":"ask","what":"format the disk"}', "malformed"),
+        ('{"type":"ack","number":1,"more":2}', "malformed"),
+        ("[" * 3000, "malformed"),
+        (" " * 5000, "oversize"),
+    ],
+)
+def test_what_is_not_understood_is_refused_and_counted(
+    scene: Scene, text: str, kind: str
+) -> None:
+    with PageServer(scene, Listening()) as server, page(server) as socket:
+        socket.send(text)
+        assert said(socket, "refused")["why"]
+    assert scene.refused == {kind: 1}
+
+
+def said(socket: ClientConnection, kind: str) -> dict:
+    """Return the next message of a kind."""
+    while True:
+        message = socket.recv(timeout=20)
+        if isinstance(message, str) and json.loads(message)["type"] == kind:
+            return json.loads(message)
+
+
+def test_who_goes_on_with_nonsense_or_sends_too_much_is_sent_away(
+    scene: Scene,
+) -> None:
+    def drained(socket: ClientConnection) -> None:
+        while True:
+            socket.recv(timeout=20)
+
+    with PageServer(scene, Listening()) as server:
+        with page(server) as socket:
+            for _ in range(20):
+                socket.send("nonsense")
+            with pytest.raises(ConnectionClosed) as closed:
+                drained(socket)
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1008
+        with page(server) as socket:
+            socket.send("x" * 100_000)
+            with pytest.raises(ConnectionClosed) as closed:
+                drained(socket)
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1009
+    assert scene.refused == {"malformed": 20, "oversize": 1}
+
+
+def test_a_request_is_refused_where_the_config_allows_none(scene: Scene) -> None:
+    asked: list[str] = []
+
+    def act(what: str) -> str:
+        asked.append(what)
+        return ""
+
+    scene.act = act
+    with PageServer(scene, Listening()) as server, page(server) as socket:
+        socket.send('{"type":"ask","what":"stop"}')
+        assert "allows no requests" in said(socket, "answer")["why"]
+        assert asked == []
+        scene.may_ask = True
+        socket.send('{"type":"ask","what":"stop"}')
+        assert said(socket, "answer")["why"] == ""
+    assert asked == ["stop"]
+    assert scene.refused == {"request": 1}
+
+
+def test_a_snapshot_is_the_stored_plane_with_its_metadata(
+    scene: Scene, tmp_path: Path
+) -> None:
+    assert scene.stored is not None
+    queries = {
+        "kind=raw&t=5": np.s_[:, :],
+        "kind=restored&t=5": np.s_[:, :],
+        "kind=raw&t=5&region=8,16,40,80": np.s_[8:40, 16:80],
+    }
+    wrong = ("t=99", "t=x", "kind=config", "region=1,2", "region=900,0,950,9")
+    with PageServer(scene, Listening()) as server:
+        files = [get(server, f"/snapshot.tif?{query}")[2] for query in queries]
+        assert [get(server, f"/snapshot.tif?{q}")[0] for q in wrong] == [404] * 5
+    for (query, part), content in zip(queries.items(), files, strict=True):
+        path = tmp_path / "snapshot.tif"
+        path.write_bytes(content)
+        with tifffile.TiffFile(path) as file:
+            image = scene.stored.run.image("raw" if "raw" in query else "restored")
+            np.testing.assert_array_equal(file.asarray(), image[5, 0, 0][part])
+            assert file.asarray().dtype == np.uint16
+            told = file.ome_metadata
+        assert told is not None
+        for word in ('PhysicalSizeX="0.65"', "small", "sequence", "ExposureTime"):
+            assert word in told
+
+
+def test_a_log_line_becomes_a_mark_and_a_strange_one_nothing() -> None:
+    traces = Traces()
+    for line in (
+        {"kind": "look", "time_ns": 3_000_000_000, "z_um": 4.0, "decision": "Move"},
+        {"kind": "look", "time_ns": 4_000_000_000, "z_um": 5.0, "refusal": "blank"},
+        {"kind": "hold", "time_ns": 5_000_000_000, "step_um": 0.5},
+        {"kind": "look", "z_um": "here"},
+        {"kind": 3, "time_ns": "x"},
+    ):
+        note_focus_line(traces, line, 1_000_000_000)
+    new = traces.since(0, 0)
+    assert new is not None
+    assert [mark[:2] for mark in new["marks"]] == [
+        ["move", 2.0],
+        ["refusal", 3.0],
+        ["move", 4.0],
+    ]
