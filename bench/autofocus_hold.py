@@ -18,8 +18,8 @@ import numpy as np
 
 from bench import machine
 from bench.autofocus_scenes import DARK, REFERENCE, Scene, camera
+from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.hold import Correction, Holder, Seen
-from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.spectrum import amplitude_spectrum
 from rtfocus.channel import OpticalSystem
@@ -66,10 +66,10 @@ def visits(
     """Run the plate and yield what was true at every frame."""
     true = replace(told, numerical_aperture=told.numerical_aperture * given.aperture)
     unit = told.defocus_unit_um
-    comparison = PlaneComparison(told)
+    models = DefocusModels(told)
     moves = MoveRule(Limits(-500, 500), given.deadband * unit, 15.0)
     made: list[Correction] = []
-    holder = Holder(comparison, moves, on_correction=made.append)
+    holder = Holder(models, moves, on_correction=made.append)
     scenes = plate(given.positions, true, given.seed)
     rng = np.random.default_rng([given.seed, 11])
     stage: dict[int, float] = {}

@@ -7,7 +7,7 @@ the sockets, and the policy decides.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,8 @@ class FocusingEngine(FocusActions, RecordingEngine):
 
     def setup_sequence(self, sequence: useq.MDASequence) -> Any:  # noqa: ANN401
         """Set the plan up; the drift of a plan before is forgotten."""
-        self.holder = self._focusing.holder(self.focuser, sequence)
+        names = [channel.config for channel in sequence.channels]
+        self.holder = self._focusing.holder(self.focuser, names)
         return super().setup_sequence(sequence)
 
     def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
@@ -179,11 +180,22 @@ class Focusing:
             tell=self._tell,
         )
 
-    def holder(self, focuser: Focuser, sequence: useq.MDASequence) -> Holder | None:
-        """Return what holds focus during a plan; None: nothing does."""
-        if self._config.autofocus.mode != "hold":
+    @property
+    def holds(self) -> bool:
+        """Tell whether focus is to be held."""
+        return self._config.autofocus.mode == "hold"
+
+    def holder(self, focuser: Focuser, channels: Sequence[str]) -> Holder | None:
+        """Return what holds focus in a series of these channels; None: nothing does.
+
+        Raises
+        ------
+        ConfigError
+            If the focus channel is none of the series', or tells no focus.
+        """
+        if not self.holds:
             return None
-        names = [channel.config for channel in sequence.channels]
+        names = list(channels)
         wanted = self._config.autofocus.focus_channel or (names or ["default"])[0]
         if names and wanted not in names:
             msg = (
@@ -191,32 +203,38 @@ class Focusing:
                 f"({', '.join(names)}): held focus is told by planned images"
             )
             raise ConfigError(msg)
-        comparison = focuser.comparison(wanted)
-
-        def note(correction: Correction) -> None:
-            focuser.journal.write(
-                "hold",
-                p=correction.key[0],
-                g=correction.key[1],
-                step_um=correction.step_um,
-                error_um=correction.error_um,
-                drift_um=correction.drift_um,
-                reason=correction.reason,
-            )
-            if correction.step_um:
-                self._tell(
-                    f"focus held at position {correction.key[0]}: "
-                    f"{correction.step_um:+.2f} um ({correction.reason})"
-                )
-
+        models = focuser.models(wanted)
+        limits = focuser.limits_around(None)
         holder = Holder(
-            comparison,
-            focuser.move_rule(comparison.unit_um),
+            models,
+            focuser.move_rule(models.unit_um, limits),
             channel=names.index(wanted) if names else 0,
-            on_correction=note,
+            on_correction=partial(self._note, focuser.journal),
         )
         self.inbox.also = holder.take
         return holder
+
+    def _note(self, journal: FocusJournal, correction: Correction) -> None:
+        """Write a decision down, and tell of it in one line if it moves the stage."""
+        now_ns = time.time_ns()
+        newest_ns = correction.captured_ns
+        journal.write(
+            "hold",
+            p=correction.key[0],
+            g=correction.key[1],
+            step_um=correction.step_um,
+            error_um=correction.error_um,
+            z_um=correction.z_um,
+            drift_um=correction.drift_um,
+            reason=correction.reason,
+            age_ms=round((now_ns - newest_ns) / 1e6, 1) if newest_ns else None,
+        )
+        if correction.step_um:
+            place = correction.key[0]
+            self._tell(
+                f"focus held at position {place}: {correction.step_um:+.2f} um to z "
+                f"{correction.z_um:.2f} um ({correction.reason})"
+            )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
 
+from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.planes import PlaneComparison
@@ -124,10 +126,28 @@ class Focuser:
     """Where focus was found, by position and grid."""
     limits: Limits | None = None
     """Fixed by the first search, so that many small steps do not walk away."""
+    _models: dict[tuple[str, int], DefocusModels] = field(default_factory=dict)
     _comparisons: dict[tuple[str, int], PlaneComparison] = field(default_factory=dict)
 
-    def focus(self, key: Key = (None, None)) -> Verdict:
+    def focus(
+        self,
+        key: Key = (None, None),
+        *,
+        channel: str | None = None,
+        around_um: float | None = None,
+    ) -> Verdict:
         """Search focus from where the stage stands; it ends at the best z.
+
+        Parameters
+        ----------
+        key
+            The place, which remembers where its focus was.
+        channel
+            What is set up already and tells focus; None: `config.focus_channel` is
+            set up while the search lasts, else the present one is used.
+        around_um
+            A plan's z, around which the limits lie; None: around where the stage
+            stood at the first search.
 
         Raises
         ------
@@ -140,14 +160,14 @@ class Focuser:
         """
         self._refuse_hardware_focus()
         stage = CoreStage(self.core)
-        with _stopped_live(self.core), self._focus_channel() as channel:
-            search = self._search(channel, key)
+        with _stopped_live(self.core), self._focus_channel(channel) as light:
+            search = self._search(light, key, self.limits_around(around_um))
             verdict = run_search(
                 search,
                 stage,
-                lambda z: self.read(self._expose(), channel, z),
+                lambda z: self.read(self._expose(), light, z),
                 timeout_s=self.config.timeout_s,
-                on_step=lambda step: self._note(key, channel, step),
+                on_step=lambda step: self._note(key, light, step),
             )
         if verdict.focused:
             found = search.belief.best
@@ -198,23 +218,78 @@ class Focuser:
             )
         return self._comparisons[channel, direction]
 
-    def move_rule(self, unit_um: float) -> MoveRule:
-        """Return how the stage may be moved; the first call fixes the limits."""
+    def models(self, channel: str) -> DefocusModels:
+        """Return what a channel's optics do to a held position, made once.
+
+        Raises
+        ------
+        ConfigError
+            If the channel has no optics.
+        """
+        direction = self.direction()
+        if (channel, direction) not in self._models:
+            self._models[channel, direction] = DefocusModels(
+                self.optics_of(channel), direction
+            )
+        return self._models[channel, direction]
+
+    def limits_around(self, planned_um: float | None) -> Limits:
+        """Return where the stage may go; without a plan's z the first call fixes it.
+
+        Raises
+        ------
+        ConfigError
+            If the planned z, or the stage, is outside of the configured limits.
+        """
+        if planned_um is not None:
+            return limits_at(self.config, planned_um)
         if self.limits is None:
             self.limits = limits_at(self.config, CoreStage(self.core).position_um())
-        return move_rule(self.config, self.limits, unit_um)
+        return self.limits
+
+    def move_rule(self, unit_um: float, limits: Limits) -> MoveRule:
+        """Return how the stage may be moved within limits."""
+        return move_rule(self.config, limits, unit_um)
+
+    def corrected(self, planned_um: float, correction_um: float) -> float:
+        """Return a planned z with its correction, which never leads beyond limits."""
+        wanted_um = planned_um + correction_um
+        low = planned_um - self.config.reach_um
+        high = planned_um + self.config.reach_um
+        # What the plan itself asks for is the user's; a correction is ours.
+        if self.config.low_um is not None:
+            low = max(low, min(self.config.low_um, planned_um))
+        if self.config.high_um is not None:
+            high = min(high, max(self.config.high_um, planned_um))
+        return min(max(wanted_um, low), high)
+
+    def way_to(self, z_um: float) -> tuple[float, ...]:
+        """Return the stops of a way to a planned z, against backlash as configured."""
+        side = {"up": 1, "down": -1}.get(self.config.approach, 0)
+        beyond_um = z_um - side * self.config.backlash_um
+        low, high = self.config.low_um, self.config.high_um
+        is_inside = (low is None or beyond_um >= low) and (
+            high is None or beyond_um <= high
+        )
+        from_wrong_side = side * (z_um - CoreStage(self.core).position_um()) < 0
+        return (beyond_um, z_um) if from_wrong_side and is_inside else (z_um,)
+
+    def is_held_by_hardware(self) -> bool:
+        """Tell whether a focus device (PFS, CRISP) is in continuous mode."""
+        core = self.core
+        return bool(core.getAutoFocusDevice()) and core.isContinuousFocusEnabled()
 
     def direction(self) -> int:
         """Return what larger z does to the plane of focus: +1 towards, -1 away, 0."""
         device = self.core.getFocusDevice()
         return direction_of(self.config, int(self.core.getFocusDirection(device)))
 
-    def _search(self, channel: str, key: Key) -> FocusSearch:
+    def _search(self, channel: str, key: Key, limits: Limits) -> FocusSearch:
         comparison = self.comparison(channel)
         direction = self.direction()
         return FocusSearch(
             comparison,
-            self.move_rule(comparison.unit_um),
+            self.move_rule(comparison.unit_um, limits),
             search_rule(self.config, direction, trusted=self._is_trusted()),
             direction=direction,
             prior=self._prior(key, comparison.unit_um),
@@ -262,16 +337,17 @@ class Focuser:
         )
 
     def _refuse_hardware_focus(self) -> None:
-        core = self.core
-        if core.getAutoFocusDevice() and core.isContinuousFocusEnabled():
-            device = core.getAutoFocusDevice()
+        if self.is_held_by_hardware():
+            device = self.core.getAutoFocusDevice()
             msg = (
                 f"'{device}' holds the focus in hardware, and rtfocus does not fight "
                 "it: switch its continuous focus off, or leave rtfocus out of the plan"
             )
             raise MicroscopeError(msg)
 
-    def _focus_channel(self) -> "_Channel":
+    def _focus_channel(self, ready: str | None) -> "AbstractContextManager[str]":
+        if ready is not None:
+            return nullcontext(ready)
         return _Channel(self.core, self.config.focus_channel)
 
 

@@ -1,38 +1,43 @@
 """Hold: keeps every position in focus while a plan runs, by its own images.
 
 All positions share one drift, whose speed is learnt; each has a surface height of
-its own. A new image is compared with images of the same position whose defocus is
-known by now: what the specimen looks like cancels. Between visits the drift is
-predicted, so a position is corrected before its image shows that it must be.
+its own. A new image is compared with those of the search that found focus there, see
+`rtfocus.autofocus.appearance`. Between visits the drift is predicted, so a position is
+corrected before its image shows that it must be.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from math import sqrt
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.autofocus.appearance import Appearance, DefocusModels, Look
 from rtfocus.autofocus.belief import Mode, modes_of_weights
-from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.policy import MoveRule
+from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.run import Verdict
 from rtfocus.frame import Estimate, FocusReading
 
 Floats = NDArray[np.float64]
 Key = tuple[int | None, int | None]
 
-_MOST_KEPT = 5
 # Depths of field per square root of a second and of its cube: a drift that wanders.
 _WANDER = 0.02
 _RATE_WANDER = 0.0003
 _FIRST_RATE = 0.1
 # Depths of field.
-_ALIKE, _START_SD, _LEAST_SD, _REACH = 0.25, 0.1, 0.12, 3.0
+_START_SD, _LEAST_SD, _REACH, _STEP = 0.1, 0.12, 3.0, 0.1
+_CANDIDATES = np.arange(-_REACH, _REACH + _STEP / 2, _STEP)
 _OUTLIER, _OWN, _OWN_REACH = 0.05, 0.1, 1.0
-_MOST_GUESSES, _SAME_COURSE = 6, 0.1
-_MOST_UNEXPLAINED = 0.2
+_MOST_GUESSES, _SAME_COURSE, _SURE = 6, 0.1, 0.8
+_UNSURE = 0.5
+"""Depths of field that are borne rather than moving to what may be the wrong side."""
+_TEMPER = 0.6
+"""Images of a place at much the same z err alike: each counts for so much of one."""
+_MOST_MISFIT, _MOST_MISSES = 3.0, 3
+_MOST_SILENT = 3
+"""Corrections of a position by prediction alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +100,9 @@ class Drift:
         """Return the likeliest drift at a time."""
         return float(self._best.ahead(time_s - self._time_s).state[0])
 
-    def sd_at(self, time_s: float) -> float:
-        """Return its standard deviation."""
-        step_s = max(time_s - self._time_s, 0.0)
-        return sqrt(max(float(self._best.ahead(step_s).covariance[0, 0]), 0.0))
+    def is_sure(self) -> bool:
+        """Tell whether one course is far likelier than all others."""
+        return self._best.weight >= _SURE
 
     def see(self, time_s: float, modes: Sequence[Mode]) -> None:
         """Take in what one position says of the drift, as modes."""
@@ -135,27 +139,29 @@ def _likeliest(guesses: list[_Guess]) -> list[_Guess]:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One image of a position, in a frame of reference that drifts along."""
+    """One image of a position, and the stage z it was exposed at."""
 
     z_um: float
-    """Of its stack's reference plane's stage z, drift and slice included."""
     spectrum: Floats
     noise: float
 
 
 @dataclass
 class Place:
-    """One position: its surface height and images whose defocus is known."""
+    """One position: its surface height and what it looks like out of focus."""
 
     height_um: float
     """Focus in the drifting frame of reference."""
-    sd: float
-    """Of the height, in depths of field."""
     reference_um: float
     """Where the stage stands for the reference plane, corrections included."""
-    kept: list[Seen] = field(default_factory=list)
+    appearance: Appearance
+    moves: MoveRule
     misses: int = 0
     """Images in a row that could not be explained."""
+    silent: int = 0
+    """Corrections in a row without an image in between."""
+    moved_ns: int = 0
+    """Images exposed before tell of a place that is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +173,12 @@ class Correction:
     step_um: float
     error_um: float
     """Predicted focus minus where the stage would stand."""
+    z_um: float
+    """Where the stage is sent for the reference plane."""
     drift_um: float
     reason: str
+    captured_ns: int
+    """End of the newest exposure that was taken into account; 0: none."""
 
 
 class Holder:
@@ -176,35 +186,42 @@ class Holder:
 
     Parameters
     ----------
-    comparison
+    models
         Of the focus channel's optics.
     moves
         Limits, deadband and longest step.
     channel
         Index c of the focus channel.
+    on_correction
+        Told of every decision.
     """
 
     def __init__(
         self,
-        comparison: PlaneComparison,
+        models: DefocusModels,
         moves: MoveRule,
         *,
         channel: int = 0,
         on_correction: Callable[[Correction], None] = lambda _: None,
     ) -> None:
-        self._comparison, self._moves = comparison, moves
+        self._models, self._moves = models, moves
         self._channel = channel
         self._on_correction = on_correction
         self._arrived: deque[Estimate] = deque(maxlen=4096)
-        self._lock = threading.Lock()
         self._places: dict[Key, Place] = {}
         self._drift: Drift | None = None
-        self._moved_ns: dict[Key, int] = {}
-        self._stack: dict[Key, tuple[int, list[Estimate]]] = {}
+        self._newest_ns = 0
+        self.unread: int | None = None
+        """Sequence of a focus channel's frame whose estimate says nothing of focus:
+        the processor was not asked to hold, or cannot."""
 
     def take(self, estimate: Estimate) -> None:
         """Keep an estimate for the next correction; returns at once."""
-        if estimate.index.get("c", 0) == self._channel and estimate.focus is not None:
+        if estimate.index.get("c", 0) != self._channel:
+            return
+        if estimate.focus is None:
+            self.unread = estimate.sequence
+        else:
             self._arrived.append(estimate)
 
     def knows(self, key: Key) -> bool:
@@ -214,10 +231,21 @@ class Holder:
     def lost(self, key: Key) -> bool:
         """Tell whether a position must be searched anew."""
         place = self._places.get(key)
-        return place is not None and place.misses >= 3
+        return place is not None and place.misses >= _MOST_MISSES
+
+    def focus_um(self, key: Key, time_s: float) -> float:
+        """Return where the focus of a known position is believed to be at a time."""
+        assert self._drift is not None
+        drift_um = self._drift.at(time_s) * self._models.unit_um
+        return self._places[key].height_um + drift_um
 
     def begin(
-        self, key: Key, time_s: float, focus_um: float, looks: list[Seen]
+        self,
+        key: Key,
+        time_s: float,
+        focus_um: float,
+        looks: list[Seen],
+        limits: Limits | None = None,
     ) -> None:
         """Start holding a position that was focused by a search.
 
@@ -230,16 +258,25 @@ class Holder:
         focus_um
             Stage z of focus, where the stage stands now.
         looks
-            The images of the search.
+            The images of the search, one or more.
+        limits
+            Of this position; None: those of all.
         """
         if self._drift is None:
             self._drift = Drift(time_s)
-        shift = self._drift.at(time_s) * self._comparison.unit_um
-        kept = [Seen(s.z_um - shift, s.spectrum, s.noise) for s in looks]
+        unit = self._models.unit_um
+        known = [
+            ((focus_um - seen.z_um) / unit, Look(seen.spectrum, seen.noise))
+            for seen in looks
+        ]
         self._places[key] = Place(
-            focus_um - shift, _START_SD, focus_um, kept[-_MOST_KEPT:]
+            height_um=focus_um - self._drift.at(time_s) * unit,
+            reference_um=focus_um,
+            appearance=Appearance(self._models, known),
+            moves=self._moves
+            if limits is None
+            else replace(self._moves, limits=limits),
         )
-        self._moved_ns[key] = 0
 
     def correction_um(self, key: Key, time_s: float, now_ns: int) -> float:
         """Return by how much to move a position's stack; 0: not.
@@ -258,21 +295,38 @@ class Holder:
         place = self._places.get(key)
         if place is None or self._drift is None:
             return 0.0
-        unit = self._comparison.unit_um
-        drift_um = self._drift.at(time_s) * unit
+        drift_um = self._drift.at(time_s) * self._models.unit_um
         wanted = place.height_um + drift_um
         error = wanted - place.reference_um
-        target = self._moves.target(place.reference_um, wanted)
-        step = 0.0 if target is None else target - place.reference_um
-        reason = "within the deadband"
-        if target is not None:
+        target, reason = self._target(place, wanted, sure=self._drift.is_sure())
+        step = target - place.reference_um
+        if step:
             place.reference_um = target
-            self._moved_ns[key] = now_ns
-            reason = "drift"
-            if abs(target - wanted) > self._moves.deadband_um:
-                reason = "drift, cut by the limits"
-        self._on_correction(Correction(key, time_s, step, error, drift_um, reason))
+            place.moved_ns = now_ns
+        place.silent += 1
+        self._on_correction(
+            Correction(
+                key, time_s, step, error, target, drift_um, reason, self._newest_ns
+            )
+        )
         return step
+
+    def _target(
+        self, place: Place, wanted_um: float, *, sure: bool
+    ) -> tuple[float, str]:
+        """Return where a position's stack goes, and why."""
+        stays = place.reference_um
+        if place.silent >= _MOST_SILENT:
+            return stays, "no image of this position was read since"
+        borne_um = _UNSURE * self._models.unit_um
+        if not sure and abs(wanted_um - stays) < borne_um:
+            return stays, "it is not sure yet which way"
+        target = place.moves.target(stays, wanted_um)
+        if target is None:
+            inside = abs(wanted_um - stays) < place.moves.deadband_um
+            return stays, "within the deadband" if inside else "at the limits"
+        is_cut = abs(target - wanted_um) > place.moves.deadband_um
+        return target, "drift, cut by the limits" if is_cut else "drift"
 
     def _work_off(self) -> None:
         """Learn from what has arrived, one stack of one position at a time."""
@@ -280,43 +334,42 @@ class Holder:
         while self._arrived:
             estimate = self._arrived.popleft()
             key = key_of_index(estimate.index)
-            # Exposed before the last move ended: it tells of a place that is left.
-            begun_ns = estimate.captured_ns
-            if begun_ns >= self._moved_ns.get(key, 0):
+            place = self._places.get(key)
+            # Exposed before the last move ended, or while the stage was under way.
+            if place is None or estimate.captured_ns < place.moved_ns:
+                continue
+            if estimate.z_um is not None:
                 stacks.setdefault((key, estimate.index.get("t")), []).append(estimate)
         for (key, _), estimates in stacks.items():
-            if key in self._places:
-                self._learn(self._places[key], estimates)
+            self._learn(self._places[key], estimates)
 
     def _learn(self, place: Place, estimates: list[Estimate]) -> None:
-        good = [e for e in estimates if _is_good(e.focus) and e.z_um is not None]
-        if not good or self._drift is None:
-            place.misses += bool(estimates)
+        assert self._drift is not None
+        place.silent = 0
+        good = [e for e in estimates if _is_good(e.focus)]
+        if not good:
+            place.misses += 1
             return
-        unit = self._comparison.unit_um
-        time_s = max(e.captured_ns for e in good) / 1e9
-        drift_um = self._drift.at(time_s) * unit
-        new = [_seen(e, drift_um) for e in good]
-        planes = [*place.kept, *new]
-        known = np.array([place.height_um] * len(place.kept) + [np.nan] * len(new))
-        fit = self._comparison.fit(
-            np.array([plane.z_um for plane in planes]),
-            np.array([plane.spectrum for plane in planes]),
-            np.array([plane.noise for plane in planes]),
-            known if place.kept else None,
-            reach_um=_REACH * unit,
-        )
-        if fit.unexplained > _MOST_UNEXPLAINED:
+        unit = self._models.unit_um
+        newest_ns = max(e.captured_ns for e in good)
+        self._newest_ns = max(newest_ns, self._newest_ns)
+        time_s = newest_ns / 1e9
+        expected = self._drift.at(time_s)
+        focus_um = place.height_um + expected * unit
+        looks = [_look(e, focus_um, unit) for e in good]
+        weights, misfit = place.appearance.weights(looks, _CANDIDATES)
+        if misfit > _MOST_MISFIT:
             place.misses += 1
             return
         place.misses = 0
+        weights = weights**_TEMPER / (weights**_TEMPER).sum()
         modes = [
             Mode(
                 mode.weight,
-                (mode.mean_um - place.height_um + drift_um) / unit,
-                max(np.hypot(mode.sd_um / unit, place.sd), _LEAST_SD),
+                expected + mode.mean_um,
+                max(float(np.hypot(mode.sd_um, _START_SD)), _LEAST_SD),
             )
-            for mode in modes_of_weights(fit.candidates_um, fit.weights)
+            for mode in modes_of_weights(_CANDIDATES, weights)
         ]
         self._drift.see(time_s, modes)
         # What the shared drift leaves is this position's own; slowly, for one image
@@ -326,22 +379,15 @@ class Holder:
         own = nearest.mean_um - now
         if abs(own) < _OWN_REACH:
             place.height_um += _OWN * own * unit
-        self._keep(place, [_seen(e, self._drift.at(time_s) * unit) for e in good])
 
-    def _keep(self, place: Place, new: list[Seen]) -> None:
-        """Keep images that differ in their defocus; of two alike the older.
 
-        Were the newer kept, a drift too slow to show from one visit to the next would
-        never show: each image would be compared with one that had drifted as far.
-        """
-        unit = self._comparison.unit_um
-        for seen in new:
-            near = _ALIKE * unit
-            if not any(abs(kept.z_um - seen.z_um) < near for kept in place.kept):
-                place.kept.append(seen)
-        # Those nearest to focus know its height best.
-        place.kept.sort(key=lambda k: abs(k.z_um - place.height_um))
-        del place.kept[_MOST_KEPT:]
+def seen_by(verdict: Verdict) -> list[Seen]:
+    """Return the images of a search that show what a place looks like."""
+    return [
+        Seen(step.z_um, np.asarray(step.reading.spectrum), step.reading.noise)
+        for step in verdict.steps
+        if _is_good(step.reading)
+    ]
 
 
 def key_of_index(index: dict[str, int]) -> Key:
@@ -355,8 +401,9 @@ def _is_good(reading: FocusReading | None) -> bool:
     return any(reading.spectrum)
 
 
-def _seen(estimate: Estimate, drift_um: float) -> Seen:
+def _look(estimate: Estimate, focus_um: float, unit_um: float) -> tuple[float, Look]:
+    """Return an image and its distance from where focus is expected."""
     assert estimate.focus is not None
     assert estimate.z_um is not None
-    z_um = estimate.z_um - drift_um
-    return Seen(z_um, np.asarray(estimate.focus.spectrum), estimate.focus.noise)
+    look = Look(np.asarray(estimate.focus.spectrum), estimate.focus.noise)
+    return (estimate.z_um - focus_um) / unit_um, look

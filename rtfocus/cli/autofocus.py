@@ -4,12 +4,10 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from rtfocus.autofocus.focuser import CoreStage, FocusJournal
-from rtfocus.autofocus.hold import Holder, Seen
-from rtfocus.autofocus.run import Verdict
+from rtfocus.autofocus.hold import Holder, seen_by
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import ConfigArgument, SetOption, read_config
 from rtfocus.config.microscope import ReplayConfig
@@ -64,14 +62,16 @@ def autofocus(
         if not hold:
             return
         channel = focuser.channel()
-        comparison = focuser.comparison(channel)
-        holder = Holder(comparison, focuser.move_rule(comparison.unit_um))
-        holder.begin(_HERE, time.time(), verdict.end_um, _seen(verdict))
+        models = focuser.models(channel)
+        limits = focuser.limits_around(None)
+        holder = Holder(models, focuser.move_rule(models.unit_um, limits))
+        holder.begin(_HERE, time.time(), verdict.end_um, seen_by(verdict))
         stage, taken = CoreStage(core), 0
         while not stop.wait(interval_s) and (images is None or taken < images):
             step_um = holder.correction_um(_HERE, time.time(), time.time_ns())
             if step_um:
-                stage.go_to(stage.position_um() + step_um)
+                for stop_um in focuser.way_to(stage.position_um() + step_um):
+                    stage.go_to(stop_um)
                 typer.echo(f"held: {step_um:+.2f} um to z {stage.position_um():.2f} um")
             taken += 1
             z_um = stage.position_um()
@@ -79,11 +79,3 @@ def autofocus(
 
 
 _HERE = (0, None)
-
-
-def _seen(verdict: Verdict) -> list[Seen]:
-    return [
-        Seen(step.z_um, np.asarray(step.reading.spectrum), step.reading.noise)
-        for step in verdict.steps
-        if any(step.reading.spectrum)
-    ]

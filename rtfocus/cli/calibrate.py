@@ -79,7 +79,7 @@ def calibrate_microscope(
         optics = focuser.optics_of(channel)
         comparison = PlaneComparison(optics, 0)
         unit = comparison.unit_um
-        limits = focuser.move_rule(unit).limits
+        limits = focuser.limits_around(None)
         wanted = verdict.end_um + np.arange(-reach, reach + step / 2, step) * unit
         heights = [float(z) for z in wanted if limits.holds(float(z))]
         stacks: list[list[Plane]] = []

@@ -126,7 +126,14 @@ class RecordingEngine(MDAEngine):
         # Of a plan, what was made of it at its set-up is run.
         is_plan = isinstance(events, useq.MDASequence)
         planned = self._planned if is_plan and self._planned is not None else events
-        return super().event_iterator(_numbered(planned))
+        for part in self.stacks(_numbered(planned)):
+            yield from super().event_iterator(part)
+
+    def stacks(
+        self, events: Iterable[useq.MDAEvent]
+    ) -> Iterator[Iterable[useq.MDAEvent]]:
+        """Part the plan where nothing is hardware-sequenced across: here nowhere."""
+        yield events
 
     def exec_sequenced_event(
         self, event: SequencedEvent

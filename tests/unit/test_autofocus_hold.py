@@ -1,0 +1,172 @@
+"""Hold: what one position's images tell, and what the stage is sent to."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+from rtfocus.autofocus.actions import surface_at
+from rtfocus.autofocus.appearance import Appearance, DefocusModels, Look
+from rtfocus.autofocus.hold import Correction, Holder, Seen
+from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.spectrum import amplitude_spectrum
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.frame import Estimate, FocusReading
+from rtfocus.optics.blur import BlurredPlanes
+from rtfocus.optics.camera import CameraModel
+from rtfocus.specimens import draw_specimen
+
+OPTICS = OpticalSystem(0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.4))
+UNIT_UM = OPTICS.defocus_unit_um
+DARK = 100.0
+SIDE_PX = 160
+HERE = (0, None)
+
+
+class Field:
+    """A tilted specimen, photographed at any defocus in depths of field."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(5)
+        sharp = draw_specimen("nuclei", (SIDE_PX, SIDE_PX), self.rng)
+        self.planes = BlurredPlanes(
+            sharp, OPTICS, step_um=UNIT_UM / 4, keep_focus=True, capacity=64
+        )
+        self.tilt_um = np.linspace(-0.25, 0.25, SIDE_PX, dtype=np.float32) * UNIT_UM
+        self.camera = CameraModel(
+            photons=2000.0,
+            gain_e_per_count=0.6,
+            offset_counts=DARK,
+            read_noise_e=1.6,
+            bit_depth=16,
+        )
+
+    def look(self, defocus: float) -> Look:
+        away = np.broadcast_to(
+            np.float32(defocus * UNIT_UM) + self.tilt_um, (SIDE_PX, SIDE_PX)
+        )
+        light = np.clip(self.planes.at(np.ascontiguousarray(away)), 0, None)
+        pixels = self.camera.expose(light, self.rng)
+        return Look(*amplitude_spectrum(pixels, dark_counts=DARK))
+
+
+@lru_cache
+def models() -> DefocusModels:
+    return DefocusModels(OPTICS)
+
+
+@pytest.fixture(scope="module")
+def field() -> Field:
+    return Field()
+
+
+def test_side_and_distance_are_told_within_a_depth_of_field(field: Field) -> None:
+    known = [(away, field.look(away)) for away in (1.3, 0.05, -0.9)]
+    seen = Appearance(models(), known)
+    candidates = np.arange(-3, 3.05, 0.1)
+    for true in (-1.0, -0.6, 0.6, 1.0):
+        weights, misfit = seen.weights([(0.0, field.look(true))], candidates)
+        assert candidates @ weights == pytest.approx(true, abs=0.45)
+        assert misfit < 3
+    # Two planes of a stack together: one place of focus.
+    planes = [(place, field.look(0.6 - place)) for place in (-0.5, 0.5)]
+    weights, _ = seen.weights(planes, candidates)
+    assert candidates @ weights == pytest.approx(0.6, abs=0.25)
+
+
+def test_an_image_of_nothing_fits_no_defocus(field: Field) -> None:
+    seen = Appearance(models(), [(away, field.look(away)) for away in (1.3, 0.0)])
+    dark = np.random.default_rng(1).poisson(400, (SIDE_PX, SIDE_PX)).astype(np.uint16)
+    look = Look(*amplitude_spectrum(dark, dark_counts=DARK))
+    assert seen.weights([(0.0, look)], np.arange(-3, 3.05, 0.1))[1] > 3
+
+
+class Held:
+    """One position under a holder, in a room that warms up."""
+
+    def __init__(self, field: Field, limits: Limits, um_per_s: float = 0.0) -> None:
+        self.field, self.um_per_s = field, um_per_s
+        self.made: list[Correction] = []
+        rule = MoveRule(limits, 0.15 * UNIT_UM, 15.0)
+        self.holder = Holder(models(), rule, on_correction=self.made.append)
+        looks = [self.seen(away) for away in (1.3, -0.9, 0.0)]
+        self.holder.begin(HERE, 0.0, 0.0, looks)
+        self.z_um, self.frame = 0.0, 0
+
+    def seen(self, away: float) -> Seen:
+        look = self.field.look(away)
+        return Seen(-away * UNIT_UM, look.spectrum, look.noise)
+
+    def visit(self, image: str = "good") -> float:
+        """Correct, expose, and return how far from focus, in depths of field."""
+        self.frame += 1
+        now_ns = self.frame * 10**9
+        self.z_um += self.holder.correction_um(HERE, float(self.frame), now_ns)
+        away = (self.um_per_s * self.frame - self.z_um) / UNIT_UM
+        look = self.field.look(away)
+        reading = FocusReading(
+            None,
+            None,
+            False,
+            "blank" if image == "blank" else None,
+            spectrum=look.spectrum.tolist(),
+            noise=look.noise,
+        )
+        z_um = None if image == "moving" else self.z_um
+        index = {"t": self.frame, "p": 0, "c": 0, "z": 0}
+        if image != "none":
+            self.holder.take(
+                Estimate(
+                    *("test", self.frame, None, None, False, 0.0, 1.0, z_um, 0.0),
+                    index,
+                    now_ns + 1,
+                    0,
+                    reading,
+                )
+            )
+        return away
+
+
+def test_a_drift_is_followed_past_bad_frames(field: Field) -> None:
+    held = Held(field, Limits(-50, 50), um_per_s=0.15)
+    images = ["blank" if frame in (9, 20) else "good" for frame in range(30)]
+    images[14] = "moving"
+    away = [abs(held.visit(image)) for image in images]
+    assert np.mean(away) < 0.4
+    assert max(away) < 0.8
+    assert not held.holder.lost(HERE)
+    assert all(abs(made.step_um) < UNIT_UM for made in held.made)
+
+
+def test_without_images_the_stage_is_not_sent_on(field: Field) -> None:
+    held = Held(field, Limits(-50, 50), um_per_s=0.3)
+    for _ in range(10):
+        held.visit()
+    before_um = held.z_um
+    for _ in range(20):
+        held.visit("none")
+    assert abs(held.z_um - before_um) < 2 * UNIT_UM
+    assert "no image" in held.made[-1].reason
+
+
+def test_no_correction_leads_beyond_the_limits(field: Field) -> None:
+    held = Held(field, Limits(-1, 1), um_per_s=0.3)
+    for _ in range(15):
+        held.visit()
+        assert -1 <= held.z_um <= 1
+    assert "limits" in held.made[-1].reason
+
+
+def test_three_images_of_nothing_lose_a_place(field: Field) -> None:
+    held = Held(field, Limits(-50, 50))
+    for _ in range(4):
+        held.visit("blank")
+    assert held.holder.lost(HERE)
+
+
+def test_new_places_start_on_the_plate() -> None:
+    assert surface_at([(0, 0, 3.0)], 500, None) == pytest.approx(3.0)
+    line = [(0, 0, 1.0), (100, 0, 2.0)]
+    assert surface_at(line, 300, 900) == pytest.approx(4.0)
+    plane = [(0, 0, 1.0), (100, 0, 2.0), (0, 100, 0.0)]
+    assert surface_at(plane, 100, 100) == pytest.approx(1.0)
