@@ -74,7 +74,10 @@ COMMANDS = {
         "configs", "List the configs that come with rtfocus; copy one to make your own."
     ),
     "train": Place("train", "Train an engine from a recipe; resumable after a kill."),
-    "export": Place("train", "Export a checkpoint as an engine folder with its card."),
+    "export": Place(
+        "export",
+        "Export a run for other programs, or a checkpoint as an engine folder.",
+    ),
     "psf": Place("psf", "The microscope's own PSF."),
     "evaluate": Place(
         "evaluate",

@@ -1,4 +1,4 @@
-"""Train and export commands; torch is imported only when they run."""
+"""Train command; torch is imported only when it runs."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from rtfocus.cli.options import OverwriteOption
 from rtfocus.config import find_config
 from rtfocus.errors import ConfigError
 
@@ -14,7 +13,6 @@ from rtfocus.errors import ConfigError
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(train)
-    app.command()(export)
 
 
 def train(
@@ -46,7 +44,7 @@ def train(
     [bold]For your own objective:[/] rtfocus train train_delpnet_own
     --optics optics.yaml --images my_sharp_images --name my_20x
     """
-    _need_torch()
+    need_torch()
     from rtfocus.training.api import train_command
 
     train_command(
@@ -59,42 +57,7 @@ def train(
     )
 
 
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint file of a training.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Engine folder to write.")
-    ],
-    mean_with: Annotated[
-        Path | None,
-        typer.Option(help="Second checkpoint of the network: export the mean of both."),
-    ] = None,
-    half_weights: Annotated[
-        bool,
-        typer.Option("--half-weights", help="Store weights in 16 bits: half the file."),
-    ] = False,
-    precision: Annotated[
-        str, typer.Option(help="Files to write: fp32, fp16, int8, by commas.")
-    ] = "fp32",
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Export a checkpoint as an engine folder with its card.
-
-    [bold]Example:[/] rtfocus export checkpoints/delpnet/last.pt -o engines/delpnet
-    """
-    _need_torch()
-    from rtfocus.training.api import export_command
-
-    export_command(
-        checkpoint,
-        output,
-        mean_with=mean_with,
-        half_weights=half_weights,
-        precision=precision,
-        overwrite=overwrite,
-    )
-
-
-def _need_torch() -> None:
+def need_torch() -> None:
     """Say how to get torch where it is missing."""
     if find_spec("torch") is None:
         msg = "training needs torch, which is not installed: pip install rtfocus[train]"

@@ -82,18 +82,17 @@ def read_ome_xml(xml: str | bytes) -> OmeMetadata:
     return OmeMetadata(images, root.get("UUID"), master)
 
 
-def write_ome_xml(images: "Sequence[OmeImage]", dtype: np.dtype[np.generic]) -> bytes:
+def write_ome_xml(images: Sequence[tuple[OmeImage, np.dtype[np.generic]]]) -> bytes:
     """Return OME-XML of images whose pixels lie elsewhere: ``METADATA.ome.xml``.
 
     Parameters
     ----------
     images
-        In the order of the collection. What their facts leave out stays out.
-    dtype
-        Of all of them.
+        With their types, in the order of the collection. What their facts leave out
+        stays out.
     """
     root = Element("OME", {"xmlns": _NAMESPACE})
-    for number, image in enumerate(images):
+    for number, (image, dtype) in enumerate(images):
         _write_image(root, number, image, _PIXEL_TYPES.get(dtype.name, dtype.name))
     ElementTree.indent(root, " ")
     text: bytes = ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
@@ -103,36 +102,32 @@ def write_ome_xml(images: "Sequence[OmeImage]", dtype: np.dtype[np.generic]) -> 
 def _write_image(root: Element, number: int, image: OmeImage, kind: str) -> None:
     facts = image.facts
     name = writable_text(image.name)
-    element = SubElement(root, "Image", ID=f"Image:{number}", Name=name)
+    element = SubElement(root, "Image", {"ID": f"Image:{number}", "Name": name})
     position, stage = facts.get("position"), facts.get("stage")
     if position is not None:
-        SubElement(element, "StageLabel", Name=position, **_places_um(stage, ""))
-    sizes = {f"Size{axis.upper()}": str(image.sizes[axis]) for axis in "xyczt"}
+        SubElement(element, "StageLabel", {"Name": position} | _places_um(stage, ""))
+    told = {"ID": f"Pixels:{number}", "DimensionOrder": "XYZCT", "Type": kind}
+    told |= {f"Size{axis.upper()}": str(image.sizes[axis]) for axis in "xyczt"}
     known = {
         "PhysicalSizeX": facts.get("pixel_size_x_um"),
         "PhysicalSizeY": facts.get("pixel_size_y_um"),
         "PhysicalSizeZ": facts.get("z_step_um"),
     }
-    pixels = SubElement(
-        element,
-        "Pixels",
-        ID=f"Pixels:{number}",
-        DimensionOrder="XYZCT",
-        Type=kind,
-        **sizes,
-        **_measures(known, "µm"),
-        **_measures({"TimeIncrement": facts.get("time_step_s")}, "s"),
-    )
+    told |= _measures(known, "µm")
+    told |= _measures({"TimeIncrement": facts.get("time_step_s")}, "s")
+    pixels = SubElement(element, "Pixels", told)
     for c, channel in enumerate(facts.get("channels", ())):
         _write_channel(pixels, f"Channel:{number}:{c}", channel)
     SubElement(pixels, "MetadataOnly")
     if stage is not None:
-        places = _places_um(stage, "Position")
-        SubElement(pixels, "Plane", TheZ="0", TheC="0", TheT="0", **places)
+        first = {"TheZ": "0", "TheC": "0", "TheT": "0"}
+        SubElement(pixels, "Plane", first | _places_um(stage, "Position"))
 
 
 def _write_channel(pixels: Element, identity: str, channel: ImageChannel) -> None:
-    told = {} if channel.name is None else {"Name": channel.name}
+    told = {"ID": identity, "SamplesPerPixel": "1"}
+    if channel.name is not None:
+        told["Name"] = channel.name
     if channel.color is not None:
         told["Color"] = str(signed_rgba(channel.color))
     waves = {
@@ -140,7 +135,7 @@ def _write_channel(pixels: Element, identity: str, channel: ImageChannel) -> Non
         "ExcitationWavelength": channel.excitation_nm,
     }
     told |= _measures(waves, "nm")
-    SubElement(pixels, "Channel", ID=identity, SamplesPerPixel="1", **told)
+    SubElement(pixels, "Channel", told)
 
 
 def _places_um(stage: StagePosition | None, prefix: str) -> dict[str, str]:

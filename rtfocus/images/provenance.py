@@ -6,6 +6,7 @@ may be replaced with ``--overwrite``, and it is no input of a folder that it lie
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,8 +117,11 @@ def _is_json_result(path: Path) -> bool:
 
 
 def _is_zarr_result(folder: Path) -> bool:
-    document = json.loads((folder / "zarr.json").read_text("utf-8"))
-    mark = document["attributes"][_NAME]
+    if (folder / ".zattrs").is_file():
+        mark = json.loads((folder / ".zattrs").read_text("utf-8"))[_NAME]
+    else:
+        document = json.loads((folder / "zarr.json").read_text("utf-8"))
+        mark = document["attributes"][_NAME]
     if not _is_ours(mark[WRITTEN_BY]):
         return False
     nodes = set(mark["nodes"])
@@ -132,12 +136,19 @@ def _files_below(folder: Path) -> list[str]:
     ]
 
 
+_METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
+_COMPANION = "OME/METADATA.ome.xml"
+_CHUNK = re.compile(r"/(c/)?\d+(/\d+)*")
+
+
 def _belongs(file: str, nodes: set[str]) -> bool:
     """Tell whether a file is a node's metadata or one of an array's chunks."""
     parent, _, name = file.rpartition("/")
-    if name == "zarr.json":
+    if name in _METADATA:
         return parent in nodes
+    if file == _COMPANION:
+        return True
     return any(
-        f"{parent}/"[:at] in nodes and f"{parent}/"[at:].startswith("/c/")
-        for at in range(len(parent) + 1)
+        file[:at] in nodes and _CHUNK.fullmatch(file[at:]) is not None
+        for at in range(len(file))
     )

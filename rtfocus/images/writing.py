@@ -18,10 +18,20 @@ from rtfocus.images.ome_xml import signed_rgba
 from rtfocus.images.outputs import OutputGuard, companions, result_names
 from rtfocus.images.provenance import NAMESPACE, SOFTWARE, Provenance
 from rtfocus.images.reading import BrokenImage
-from rtfocus.images.series import ImageSeries, writable_text
-from rtfocus.images.zarr_writing import write_zarr
+from rtfocus.images.series import ImageSeries, StagePosition, writable_text
+from rtfocus.images.zarr_writing import ZarrForm, write_zarr
 
 Planes = Iterator[NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneFacts:
+    """When and where one plane was taken; None: unknown."""
+
+    delta_s: float | None = None
+    """End of its exposure since the series began."""
+    exposure_ms: float | None = None
+    z_um: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class OutputImage:
     """How: engine, optics, where they come from."""
     keeps_counts: bool = True
     """Whether the planes' grey values mean what those of `like` mean."""
+    taken: Sequence[PlaneFacts] = ()
+    """Of every plane, in their order; empty: unknown."""
 
 
 class ImageOutput:
@@ -89,13 +101,17 @@ class ImageOutput:
             )
             raise OutputError(msg)
 
-    def write(self, images: Sequence[OutputImage]) -> list[BrokenImage]:
+    def write(
+        self, images: Sequence[OutputImage], form: ZarrForm | None = None
+    ) -> list[BrokenImage]:
         """Write images plane by plane, each target whole.
 
         Parameters
         ----------
         images
             One for each series, in the same order.
+        form
+            Of an OME-Zarr; None: of version 0.5, in full size alone.
 
         Returns
         -------
@@ -113,7 +129,7 @@ class ImageOutput:
         if not self.is_folder:
             with self._guard.whole(self.path) as part:
                 if self.ending == ".zarr":
-                    write_zarr(part, images)
+                    write_zarr(part, images, form or ZarrForm())
                 else:
                     _write_tiff(part, images)
             return []
@@ -188,7 +204,7 @@ def _write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
                     "Name": like.name,
                     **_ome_sizes(like),
                     **_ome_channels(like),
-                    **_ome_stage(like),
+                    **_ome_planes(image),
                     "MapAnnotation": _ome_map(image),
                 },
             )
@@ -237,20 +253,30 @@ def _ome_channels(like: ImageSeries) -> dict[str, object]:
     return {"Channel": known} if known else {}
 
 
-def _ome_stage(like: ImageSeries) -> dict[str, object]:
-    if like.stage is None:
-        return {}
-    number = len(like)
+def _ome_planes(image: OutputImage) -> dict[str, object]:
+    """Return where and when the planes were taken, as far as it is known."""
+    like = image.like
+    taken = image.taken or [PlaneFacts()] * len(like)
+    stage = like.stage or StagePosition()
+    known = [
+        _measured(
+            ("PositionX", stage.x_um, "µm"),
+            ("PositionY", stage.y_um, "µm"),
+            ("PositionZ", stage.z_um if one.z_um is None else one.z_um, "µm"),
+            ("DeltaT", one.delta_s, "s"),
+            ("ExposureTime", one.exposure_ms, "ms"),
+        )
+        for one in taken
+    ]
+    return {"Plane": known} if any(known) else {}
+
+
+def _measured(*facts: tuple[str, float | None, str]) -> dict[str, object]:
     known: dict[str, object] = {}
-    for axis, place_um in (
-        ("X", like.stage.x_um),
-        ("Y", like.stage.y_um),
-        ("Z", like.stage.z_um),
-    ):
-        if place_um is not None:
-            known[f"Position{axis}"] = [place_um] * number
-            known[f"Position{axis}Unit"] = ["µm"] * number
-    return {"Plane": known} if known else {}
+    for key, value, unit in facts:
+        if value is not None:
+            known |= {key: value, f"{key}Unit": unit}
+    return known
 
 
 def _ome_map(image: OutputImage) -> dict[str, object]:

@@ -1,13 +1,23 @@
-"""OME-Zarr writing: images, collections and plates of version 0.5."""
+"""OME-Zarr writing: images, collections and plates of versions 0.5 and 0.4.
 
-from collections.abc import Sequence
+Version 0.4 is made of 0.5: the arrays are of Zarr version 2 from the start, and what
+the groups say is turned into it at the end.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numcodecs
+import numpy as np
 import zarr
+from numpy.typing import NDArray
 from yaozarrs import v05
 from yaozarrs.write.v05 import Bf2RawBuilder, PlateBuilder, prepare_image
 
+from rtfocus.images.ome_xml import OmeImage, write_ome_xml
 from rtfocus.images.provenance import zarr_attributes
 from rtfocus.images.series import ImageChannel, ImageSeries, PlatePlace
 
@@ -18,51 +28,91 @@ _COMPRESSION: Literal["blosc-lz4"] = "blosc-lz4"
 _COLOURS = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 
 
-def write_zarr(path: Path, images: "Sequence[OutputImage]") -> None:
-    """Write images as one OME-Zarr 0.5 at a path that is free.
+_SCREEN_PX = 512
+"""A pyramid ends with the first level that is no larger."""
+_CHUNK_PX = 1024
+"""Of a pyramid: a viewer loads what it shows."""
+
+
+@dataclass(frozen=True)
+class ZarrForm:
+    """How an OME-Zarr is laid out."""
+
+    version: Literal["0.5", "0.4"] = "0.5"
+    """0.4 is of Zarr version 2, for programs that know no newer one."""
+    pyramid: bool = False
+    """Whether there are smaller levels, each half as large as the one before."""
+
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Return (y, x) of every level of planes of a shape, the full one first."""
+        levels = [(shape[0], shape[1])]
+        while self.pyramid and max(levels[-1]) > _SCREEN_PX:
+            y, x = levels[-1]
+            levels.append((max(y // 2, 1), max(x // 2, 1)))
+        return levels
+
+    def chunks(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the chunks of planes of a shape."""
+        most = _CHUNK_PX if self.pyramid else max(shape[:2])
+        return (1, 1, 1, min(shape[0], most), min(shape[1], most))
+
+
+_PLAIN = ZarrForm()
+
+
+def write_zarr(
+    path: Path, images: "Sequence[OutputImage]", form: ZarrForm = _PLAIN
+) -> None:
+    """Write images as one OME-Zarr at a path that is free.
 
     One image lies at the root; the images of one plate keep their wells; others are a
     bioformats2raw collection.
     """
     places = [image.like.place for image in images]
     if len(images) == 1 and places[0] is None:
-        _write_image(path, images[0])
-    elif _is_plate(places):
-        _write_plate(path, images)
+        _write_image(path, images[0], form)
+    elif is_plate(places):
+        _write_plate(path, images, form)
     else:
-        _write_collection(path, images)
+        _write_collection(path, images, form)
+    if form.version == "0.4":
+        _turn_into_04(path)
 
 
-def _write_image(path: Path, image: "OutputImage") -> None:
+def _write_image(path: Path, image: "OutputImage", form: ZarrForm) -> None:
+    ome, datasets = _declared(image, form)
     _, arrays = prepare_image(
         path,
-        _ome(image),
-        (_shape(image.like), image.dtype),
-        chunks=(1, 1, 1, *image.like.shape[:2]),
-        writer="zarr",
-        compression=_COMPRESSION,
-        extra_attributes=zarr_attributes(image.made, ["", "0"]),
+        ome,
+        datasets,
+        extra_attributes=zarr_attributes(image.made, ["", *_level_names(image, form)]),
+        **_creation(image, form),
     )
-    _fill(arrays["0"], image)
+    _fill(arrays, "", image)
 
 
-def _write_collection(path: Path, images: "Sequence[OutputImage]") -> None:
-    names = [str(number) for number in range(len(images))]
-    nodes = ["", "OME", *names, *(f"{name}/0" for name in names)]
+def _write_collection(
+    path: Path, images: "Sequence[OutputImage]", form: ZarrForm
+) -> None:
+    named = {str(number): image for number, image in enumerate(images)}
+    nodes = ["", "OME", *named]
+    for name, image in named.items():
+        nodes += [f"{name}/{level}" for level in _level_names(image, form)]
     builder = Bf2RawBuilder(
         path,
-        writer="zarr",
-        compression=_COMPRESSION,
         extra_attributes=zarr_attributes(_shared(images), nodes),
+        **_creation(images[0], form),
     )
-    for name, image in zip(names, images, strict=True):
-        builder.add_series(name, _ome(image), (_shape(image.like), image.dtype))
+    for name, image in named.items():
+        builder.add_series(name, *_declared(image, form))
     _, arrays = builder.prepare()
-    for name, image in zip(names, images, strict=True):
-        _fill(arrays[f"{name}/0"], image)
+    for name, image in named.items():
+        _fill(arrays, f"{name}/", image)
+    described = [(_ome_image(image.like), image.dtype) for image in images]
+    (path / "OME" / "METADATA.ome.xml").write_bytes(write_ome_xml(described))
 
 
-def _write_plate(path: Path, images: "Sequence[OutputImage]") -> None:
+def _write_plate(path: Path, images: "Sequence[OutputImage]", form: ZarrForm) -> None:
     wells: dict[tuple[int, int], dict[str, OutputImage]] = {}
     for image in images:
         place = image.like.place
@@ -71,31 +121,70 @@ def _write_plate(path: Path, images: "Sequence[OutputImage]") -> None:
     first = images[0].like.place
     assert first is not None
     plate = _plate(first, list(wells))
-    nodes = _plate_nodes(first, wells)
+    nodes = _plate_nodes(first, wells, form)
     builder = PlateBuilder(
         path,
         plate=plate,
-        writer="zarr",
-        compression=_COMPRESSION,
         extra_attributes=zarr_attributes(_shared(images), nodes),
+        **_creation(images[0], form),
     )
     for (row, column), fields in wells.items():
         builder.add_well(
             row=first.rows[row],
             col=first.columns[column],
-            images={
-                name: (_ome(image), (_shape(image.like), image.dtype))
-                for name, image in fields.items()
-            },
+            images={name: _declared(image, form) for name, image in fields.items()},
         )
     _, arrays = builder.prepare()
     for (row, column), fields in wells.items():
         well = f"{first.rows[row]}/{first.columns[column]}"
         for name, image in fields.items():
-            _fill(arrays[f"{well}/{name}/0"], image)
+            _fill(arrays, f"{well}/{name}/", image)
 
 
-def _is_plate(places: Sequence[PlatePlace | None]) -> bool:
+def _creation(image: "OutputImage", form: ZarrForm) -> dict[str, Any]:
+    """Return how the builders create arrays."""
+    return {
+        "chunks": form.chunks(image.like.shape),
+        "writer": "zarr" if form.version == "0.5" else _create_zarr_2,
+        "compression": _COMPRESSION,
+    }
+
+
+def _create_zarr_2(
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: Any,  # noqa: ANN401 (as yaozarrs calls it)
+    chunks: tuple[int, ...],
+    **_: object,
+) -> "zarr.Array[Any]":
+    """Create an array of Zarr version 2, as yaozarrs asks for it."""
+    return zarr.create_array(
+        path,
+        shape=shape,
+        dtype=dtype,
+        chunks=tuple(map(min, chunks, shape)),
+        zarr_format=2,
+        compressors=numcodecs.Blosc(cname="lz4", shuffle=numcodecs.Blosc.SHUFFLE),
+        chunk_key_encoding={"name": "v2", "separator": "/"},
+    )
+
+
+def _turn_into_04(path: Path) -> None:
+    """Say in version 0.4 what the groups say in 0.5."""
+    for document in sorted(path.rglob("zarr.json")):
+        attributes = json.loads(document.read_text("utf-8")).get("attributes", {})
+        ome = attributes.pop("ome", {})
+        ome.pop("version", None)
+        for holder in (*ome.get("multiscales", []), ome.get("plate"), ome.get("well")):
+            if holder is not None:
+                holder["version"] = "0.4"
+        group = document.parent
+        (group / ".zgroup").write_text(json.dumps({"zarr_format": 2}), "utf-8")
+        (group / ".zattrs").write_text(json.dumps(ome | attributes, indent=1), "utf-8")
+        document.unlink()
+
+
+def is_plate(places: Sequence[PlatePlace | None]) -> bool:
     """Tell whether all images are different fields of one plate."""
     known = [place for place in places if place is not None]
     fields = {(place.row, place.column, place.field) for place in known}
@@ -122,14 +211,17 @@ def _plate(layout: PlatePlace, wells: Sequence[tuple[int, int]]) -> v05.Plate:
 
 
 def _plate_nodes(
-    layout: PlatePlace, wells: "dict[tuple[int, int], dict[str, OutputImage]]"
+    layout: PlatePlace,
+    wells: "dict[tuple[int, int], dict[str, OutputImage]]",
+    form: ZarrForm,
 ) -> list[str]:
     nodes = [""]
     for (row, column), fields in wells.items():
         well = f"{layout.rows[row]}/{layout.columns[column]}"
         nodes += [layout.rows[row], well]
-        for name in fields:
-            nodes += [f"{well}/{name}", f"{well}/{name}/0"]
+        for name, image in fields.items():
+            nodes.append(f"{well}/{name}")
+            nodes += [f"{well}/{name}/{level}" for level in _level_names(image, form)]
     return sorted(set(nodes))
 
 
@@ -145,25 +237,55 @@ def _shared(images: "Sequence[OutputImage]") -> dict[str, str]:
     }
 
 
-def _shape(like: ImageSeries) -> tuple[int, ...]:
-    """Axes (t, c, z, y, x); OME-Zarr has no rgb axis, colours become channels."""
+def _level_names(image: "OutputImage", form: ZarrForm) -> list[str]:
+    return [str(level) for level in range(len(form.shapes(image.like.shape)))]
+
+
+def _declared(
+    image: "OutputImage", form: ZarrForm
+) -> tuple[v05.Image, list[tuple[tuple[int, ...], np.dtype[np.generic]]]]:
+    """Return the metadata of an image, and shape and type of its levels."""
+    like = image.like
+    # Axes (t, c, z, y, x); OME-Zarr has no rgb axis, colours become channels.
     colours = like.shape[2] if len(like.shape) == 3 else 1
     sizes = like.sizes
-    return (sizes["t"], sizes["c"] * colours, sizes["z"], *like.shape[:2])
+    outer = (sizes["t"], sizes["c"] * colours, sizes["z"])
+    levels = form.shapes(like.shape)
+    return _ome(image, len(levels)), [
+        ((*outer, *level), image.dtype) for level in levels
+    ]
 
 
-def _fill(array: "zarr.Array[Any]", image: "OutputImage") -> None:
+def _fill(
+    arrays: "Mapping[str, zarr.Array[Any]]", prefix: str, image: "OutputImage"
+) -> None:
+    """Write all planes of an image into its levels."""
+    levels: list[zarr.Array[Any]] = []
+    while (array := arrays.get(f"{prefix}{len(levels)}")) is not None:
+        levels.append(array)
     for index, plane in zip(image.like.indices(), image.planes, strict=True):
         t, c, z = index["t"], index["c"], index["z"]
-        if plane.ndim == 3:
-            colours = plane.shape[2]
-            for colour in range(colours):
-                array[t, c * colours + colour, z] = plane[..., colour]
-        else:
-            array[t, c, z] = plane
+        colours = 1 if plane.ndim == 2 else plane.shape[2]
+        for colour in range(colours):
+            grey = plane if plane.ndim == 2 else plane[..., colour]
+            for array, smaller in zip(levels, _halved(grey), strict=False):
+                array[t, c * colours + colour, z] = smaller
 
 
-def _ome(image: "OutputImage") -> v05.Image:
+def _halved(plane: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield a plane, then ever smaller means of two by two pixels."""
+    while True:
+        yield plane
+        y, x = (max(length // 2, 1) for length in plane.shape)
+        step_y, step_x = (min(length, 2) for length in plane.shape)
+        blocks = plane[: y * step_y, : x * step_x].reshape(y, step_y, x, step_x)
+        mean = blocks.mean(axis=(1, 3), dtype=np.float64)
+        if plane.dtype.kind in "iu":
+            mean = np.rint(mean)
+        plane = mean.astype(plane.dtype)
+
+
+def _ome(image: "OutputImage", levels: int) -> v05.Image:
     like = image.like
     steps = (
         like.time_step_s,
@@ -177,7 +299,6 @@ def _ome(image: "OutputImage") -> v05.Image:
         # A scale without a unit is a number of pixels: what is unknown stays so.
         return None if step is None else name
 
-    scale = v05.ScaleTransformation(scale=[step or 1.0 for step in steps])
     return v05.Image(
         multiscales=[
             v05.Multiscale(
@@ -189,10 +310,55 @@ def _ome(image: "OutputImage") -> v05.Image:
                     v05.SpaceAxis(name="y", unit=unit(steps[3], "micrometer")),
                     v05.SpaceAxis(name="x", unit=unit(steps[4], "micrometer")),
                 ],
-                datasets=[v05.Dataset(path="0", coordinateTransformations=[scale])],
+                datasets=[
+                    v05.Dataset(
+                        path=str(level),
+                        coordinateTransformations=_transforms(like, steps, 2**level),
+                    )
+                    for level in range(levels)
+                ],
             )
         ],
         omero=_omero(image),
+    )
+
+
+def _transforms(
+    like: ImageSeries, steps: Sequence[float | None], factor: int
+) -> list[v05.ScaleTransformation | v05.TranslationTransformation]:
+    """Return scale and place of a level: its first pixel is the mean of the first."""
+    scale = [step or 1.0 for step in steps]
+    place = [0.0] * 5
+    stage = (like.stage.y_um, like.stage.x_um) if like.stage else (None, None)
+    for axis, um in zip((3, 4), stage, strict=True):
+        known = um if um is not None and steps[axis] is not None else 0.0
+        place[axis] = known + (factor - 1) / 2 * scale[axis]
+        scale[axis] *= factor
+    found: list[v05.ScaleTransformation | v05.TranslationTransformation] = [
+        v05.ScaleTransformation(scale=scale)
+    ]
+    if any(place):
+        found.append(v05.TranslationTransformation(translation=place))
+    return found
+
+
+def _ome_image(like: ImageSeries) -> OmeImage:
+    """Describe an image in the terms of OME-XML."""
+    colours = like.shape[2] if len(like.shape) == 3 else 1
+    sizes = dict(like.sizes, y=like.shape[0], x=like.shape[1])
+    sizes["c"] *= colours
+    return OmeImage(
+        name=like.name,
+        sizes=sizes,
+        facts={
+            "pixel_size_y_um": like.pixel_size_y_um,
+            "pixel_size_x_um": like.pixel_size_x_um,
+            "z_step_um": like.z_step_um,
+            "time_step_s": like.time_step_s,
+            "position": like.position,
+            "stage": like.stage,
+            "channels": like.channels if colours == 1 else (),
+        },
     )
 
 

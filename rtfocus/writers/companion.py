@@ -40,8 +40,10 @@ def write_companions(
     for spec in specs:
         if spec.name == CONFIDENCE:
             continue
-        images = [_ome_image(header, spec, one, frames) for one in positions]
-        content = write_ome_xml(images, np.dtype(spec.dtype))
+        kind = np.dtype(spec.dtype)
+        content = write_ome_xml(
+            [(_ome_image(header, spec, one, frames), kind) for one in positions]
+        )
         path = store_path(folder, spec.name) / COMPANION
         if not path.is_file() or path.read_bytes() != content:
             write_file(path, content, fsync=header.store.fsync)

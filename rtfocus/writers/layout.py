@@ -243,10 +243,11 @@ def _collection(root: Path, header: RunHeader) -> dict[Path, dict[str, Any]]:
         found = {root: {"ome": plate_document(header.series.name, positions)}}
         wells = defaultdict(list)
         for position in positions:
-            wells[well_of(position)].append(str(position.field))
+            wells[well_of(position)].append(position.field)
         for (row, column), fields in sorted(wells.items()):
             found[root / row] = {}
-            found[root / row / column] = {"ome": well_document(fields)}
+            listed = [str(field) for field in sorted(fields)]
+            found[root / row / column] = {"ome": well_document(listed)}
         return found
     if len(positions) == 1:
         return {}

@@ -1,0 +1,280 @@
+"""Exports: a finished run for other programs, as OME-TIFF or as plain OME-Zarr.
+
+What the journal knows of a frame, its time, exposure and z, goes into the OME-XML; what
+is missing is said, not made up.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.errors import InputError
+from rtfocus.images.ome_zarr import read_ome_zarr
+from rtfocus.images.outputs import OutputGuard
+from rtfocus.images.series import ImageSeries, StagePosition
+from rtfocus.images.writing import ImageOutput, OutputImage, PlaneFacts
+from rtfocus.images.zarr_writing import ZarrForm
+from rtfocus.runs import Kind, Run
+from rtfocus.writers.header import JOURNAL_NAME, is_finished
+from rtfocus.writers.journal import WRITTEN, Line, journal_lines
+from rtfocus.writers.layout import store_path
+from rtfocus.writers.places import Plan, complete
+
+KINDS: tuple[Kind, ...] = ("raw", "restored", "defocus")
+_MOST_NAMED = 20
+_SIGNED = "positive: specimen too far from the objective"
+_UNSIGNED = "distance from focus, without a sign"
+
+Place = tuple[int, int, int, int]
+"""(p, t, c, z)"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    files: list[Path]
+    images: list[ImageSeries]
+    absent: dict[str, int]
+    """Planes without a frame, by image name; their pixels are 0, of maps NaN."""
+
+
+class RunExport:
+    """An export, checked before the first pixel is read.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    output
+        By its ending: ``.ome.tif``: one file, an image series for each position and
+        kind; ``.ome.zarr``: unsharded, with a pyramid; none: a folder with an OME-TIFF
+        for each.
+    kinds
+        ``raw``, ``restored``, ``defocus``; empty: those that the run has.
+    zarr_version
+        Of an OME-Zarr.
+    overwrite
+        Replace an earlier result of rtfocus.
+
+    Raises
+    ------
+    InputError
+        If the run is not finished, or has no such image.
+    OutputError
+        If the output must not be replaced, cannot be written, or cannot hold this.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        output: Path,
+        *,
+        kinds: Sequence[Kind] = (),
+        zarr_version: Literal["0.5", "0.4"] = "0.5",
+        overwrite: bool = False,
+    ) -> None:
+        self._run = run
+        self._kinds = _existing(run, kinds)
+        self._form = ZarrForm(version=zarr_version, pyramid=True)
+        self._journal = _Journal(run)
+        self.images = [image for kind in self._kinds for image in _series(run, kind)]
+        """In the order in which they are written, position by position of each kind."""
+        guard = OutputGuard([run.folder], overwrite=overwrite)
+        self._output = ImageOutput(output, self.images, guard, run.folder)
+        if self._output.ending == ".zarr":
+            self._refuse_two_kinds_of_wells()
+
+    @property
+    def planes(self) -> int:
+        """Number of planes that will be written."""
+        return sum(map(len, self.images))
+
+    def write(self, on_plane: Callable[[], None] = lambda: None) -> Exported:
+        """Write everything, each target whole.
+
+        Raises
+        ------
+        InputError
+            If a plane cannot be read.
+        OutputError
+            If the disk refuses it.
+        """
+        positions = len(self._run.positions)
+        kinds = [kind for kind in self._kinds for _ in range(positions)]
+        outputs, absent = [], {}
+        for number, (kind, image) in enumerate(zip(kinds, self.images, strict=True)):
+            lacking = self._journal.lacking(kind, number % positions, image)
+            if lacking:
+                absent[image.name] = len(lacking)
+            outputs.append(
+                OutputImage(
+                    like=image,
+                    dtype=image.dtype,
+                    planes=_planes(image, on_plane),
+                    made=self._made(kind, lacking),
+                    taken=self._journal.taken(kind, number % positions, image),
+                )
+            )
+        broken = self._output.write(outputs, self._form)
+        if broken:
+            raise InputError(broken[0].reason)
+        return Exported(self._output.written(), self.images, absent)
+
+    def _made(self, kind: Kind, lacking: list[str]) -> dict[str, str]:
+        told = {
+            "command": "export",
+            "run": self._run.folder.name,
+            "series": self._run.series.series_uid,
+            "image": kind,
+        }
+        if kind == "defocus":
+            grid = self._run.header.grid
+            signed = grid is not None and grid.signed
+            told["unit"] = f"um, {_SIGNED if signed else _UNSIGNED}"
+        if lacking:
+            more = len(lacking) - _MOST_NAMED
+            named = ", ".join(lacking[:_MOST_NAMED])
+            told["planes without a frame"] = named + (
+                f" and {more} more" if more > 0 else ""
+            )
+        return told
+
+    def _refuse_two_kinds_of_wells(self) -> None:
+        if len(self._kinds) > 1 and self.images[0].place is not None:
+            options = " or ".join(f"--image {kind}" for kind in self._kinds)
+            msg = (
+                f"a plate as OME-Zarr holds one image of each field; give {options}, "
+                "or write .ome.tif"
+            )
+            raise InputError(msg)
+
+
+def _existing(run: Run, kinds: Sequence[Kind]) -> list[Kind]:
+    """Return the kinds to export; refuse a run that is not finished."""
+    if not is_finished(run.folder):
+        msg = (
+            f"'{run.folder}' is not finished; wait for its end, or where it was cut "
+            f"off run: rtfocus check {run.folder} --repair"
+        )
+        raise InputError(msg)
+    there = [kind for kind in KINDS if store_path(run.folder, kind).is_dir()]
+    for kind in kinds:
+        if kind not in there:
+            msg = f"'{run.folder}' has no image '{kind}'; it has {', '.join(there)}"
+            raise InputError(msg)
+    return list(dict.fromkeys(kinds)) or there
+
+
+def _series(run: Run, kind: Kind) -> list[ImageSeries]:
+    """Return the images of all positions in their order, with what the run knows."""
+    found = read_ome_zarr(store_path(run.folder, kind))
+    series = run.series
+    optics = [channel.optics for channel in series.channels]
+    first = next((known for known in optics if known is not None), None)
+    named = []
+    for position, image in zip(series.positions, _by_position(run, found), strict=True):
+        repeated = image.sizes["c"] // len(optics)
+        waves = [None if known is None else known.wavelength_nm for known in optics]
+        emission = [nm for nm in waves for _ in range(repeated)]
+        channels = tuple(
+            replace(channel, emission_nm=nm)
+            # Somebody may have taken the channels' description away.
+            for channel, nm in zip(image.channels, emission, strict=False)
+        )
+        named.append(
+            replace(
+                image,
+                name=f"{position.name} {kind}",
+                files=(run.folder,),
+                channels=channels,
+                z_step_um=series.z_step_um,
+                time_step_s=series.interval_s,
+                position=position.name,
+                place=image.place and replace(image.place, field=position.field),
+                stage=StagePosition(x_um=position.x_um, y_um=position.y_um),
+                numerical_aperture=None if first is None else first.numerical_aperture,
+                refractive_index=None if first is None else first.refractive_index,
+            )
+        )
+    return named
+
+
+def _by_position(run: Run, found: list[ImageSeries]) -> list[ImageSeries]:
+    """Return images by index p; those of a plate are read well by well."""
+    if len(found) != len(run.positions):
+        msg = (
+            f"'{run.folder}' has {len(found)} images, not {len(run.positions)} as its "
+            f"positions; look at it with: rtfocus check {run.folder}"
+        )
+        raise InputError(msg)
+    if found[0].place is None:
+        return found
+    places = {
+        (
+            place.rows[place.row],
+            place.columns[place.column],
+            image.name.rpartition("_")[2],
+        ): image
+        for image in found
+        if (place := image.place) is not None
+    }
+    return [
+        places[one.plate_row or "", one.plate_column or "", str(one.field)]
+        for one in run.series.positions
+    ]
+
+
+def _planes(
+    image: ImageSeries, on_plane: Callable[[], None]
+) -> Iterator[NDArray[np.generic]]:
+    for index in image.indices():
+        yield image.read(**index)
+        on_plane()
+
+
+class _Journal:
+    """What the journal says of the frames of a run, by place."""
+
+    def __init__(self, run: Run) -> None:
+        self._colours = run.header.planes
+        self._started_ns = run.series.started_ns
+        self._lines: dict[Place, Line] = {}
+        path = run.folder / JOURNAL_NAME
+        for line in journal_lines(path, Plan(run.series)):
+            if line["status"] == WRITTEN:
+                index = complete(line["index"])
+                place = (index["p"], index["t"], index["c"], index["z"])
+                self._lines[place] = line
+
+    def lacking(self, kind: Kind, position: int, image: ImageSeries) -> list[str]:
+        """Name the planes of an image that no frame has filled."""
+        return [
+            f"t={index['t']} c={index['c']} z={index['z']}"
+            for index in image.indices()
+            if kind not in self._line(kind, position, index).get("stored", ())
+        ]
+
+    def taken(self, kind: Kind, position: int, image: ImageSeries) -> list[PlaneFacts]:
+        """Return when and where the planes of an image were taken."""
+        return [
+            self._facts(self._line(kind, position, index)) for index in image.indices()
+        ]
+
+    def _line(self, kind: Kind, position: int, index: dict[str, int]) -> Line:
+        c = index["c"] if kind == "defocus" else index["c"] // self._colours
+        return self._lines.get((position, index["t"], c, index["z"]), {})
+
+    def _facts(self, line: Line) -> PlaneFacts:
+        captured_ns = line.get("captured_ns")
+        since_ns = None if captured_ns is None else captured_ns - self._started_ns
+        return PlaneFacts(
+            # A clock that was set back in between says nothing.
+            delta_s=since_ns / 1e9 if since_ns is not None and since_ns >= 0 else None,
+            exposure_ms=line.get("exposure_ms"),
+            z_um=line.get("z_um"),
+        )

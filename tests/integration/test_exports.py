@@ -1,0 +1,195 @@
+"""A finished run as OME-TIFF and as plain OME-Zarr, read back by other libraries."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import yaozarrs
+import zarr
+from loop_kit import command, failed, succeeded
+from writer_kit import indices, make_series, numbered, recording
+
+from rtfocus.channel import Channel, OpticalSystem
+from rtfocus.frame import Position, SeriesStart
+from rtfocus.images.ome_zarr import read_ome_zarr
+from rtfocus.images.provenance import written_by_rtfocus
+
+CHANNELS = [
+    Channel("DAPI", OpticalSystem(0.8, 460.0, 0.325)),
+    Channel("FITC", OpticalSystem(0.8, 520.0, 0.325)),
+]
+SITES = [
+    Position("left", x_um=100.0, y_um=2.0),
+    Position("right/2", x_um=400.0, y_um=2.0),
+]
+WELLS = [
+    Position("C11", plate_row="C", plate_column="11", x_um=0.0, y_um=900.0),
+    Position("B03 right", plate_row="B", plate_column="03", field=1),
+    Position("B03 left", plate_row="B", plate_column="03", field=0),
+]
+
+
+def record(folder: Path, positions: list[Position], *, lost: int = -1) -> SeriesStart:
+    series = make_series(
+        shape=(515, 601),
+        sizes={"t": 2, "p": len(positions), "c": 2},
+        positions=positions,
+        channels=CHANNELS,
+        bit_depth=12,
+    )
+    with recording(folder, series) as run:
+        frames = list(indices(series))
+        for sequence, index in enumerate(frames):
+            if sequence == lost:
+                run.writer.mark_missing(sequence, 1, "corrupt")
+                run.accounting.count("dropped", "gap")
+            else:
+                run.send(sequence, index)
+        run.close(len(frames))
+    return series
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SeriesStart]:
+    """A run of two positions that lacks frame 6: t=1, p=1, c=0."""
+    folder = tmp_path_factory.mktemp("runs") / "sites.rtfocus"
+    return folder, record(folder, SITES, lost=6)
+
+
+@pytest.fixture(scope="module")
+def wells(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SeriesStart]:
+    folder = tmp_path_factory.mktemp("runs") / "wells.rtfocus"
+    return folder, record(folder, WELLS)
+
+
+def test_ome_tiff_has_every_image_as_a_series_with_its_facts(sites, tmp_path):
+    folder, series = sites
+    output = tmp_path / "sites.ome.tif"
+    said = command("export", folder, "-o", output)
+    assert succeeded(said).startswith("exported 6 images with 24 planes to ")
+    assert "image 'right/2 raw': 1 planes without a frame" in said.err
+    with tifffile.TiffFile(output) as file:
+        found = {one.name: one for one in file.series}
+        assert list(found) == [
+            f"{site.name} {kind}"
+            for kind in ("raw", "restored", "defocus")
+            for site in SITES
+        ]
+        for sequence, index in enumerate(indices(series)):
+            place = index["t"], index["c"]
+            expected = numbered(sequence, series) * (sequence != 6)
+            raw = found[f"{SITES[index['p']].name} raw"].asarray()
+            np.testing.assert_array_equal(raw[place], expected)
+            maps = found[f"{SITES[index['p']].name} defocus"].asarray()
+            assert np.isnan(maps[place].ravel()[0])
+            assert (maps[place].ravel()[1:] == sequence).all() or sequence == 6
+        images = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
+        notes = file.ome_metadata
+    pixels = images[1]["Pixels"]
+    assert pixels["PhysicalSizeX"] == 0.325
+    assert [c["Name"] for c in pixels["Channel"]] == ["DAPI", "FITC"]
+    assert [c["EmissionWavelength"] for c in pixels["Channel"]] == [460.0, 520.0]
+    first, _, lost, _ = pixels["Plane"]
+    assert (first["PositionX"], first["PositionZ"]) == (400.0, 12.5)
+    assert first["ExposureTime"] == 5.0
+    assert first["DeltaT"] > 0
+    assert "ExposureTime" not in lost
+    assert images[5]["Pixels"]["PhysicalSizeX"] == 8 * 0.325
+    assert "t=1 c=0 z=0" in notes
+
+
+@pytest.mark.parametrize("version", ["0.5", "0.4"])
+def test_ome_zarr_is_plain_and_has_a_pyramid(version, sites, tmp_path):
+    folder, series = sites
+    output = tmp_path / "sites.ome.zarr"
+    options = ["--image", "raw", "--zarr-version", version]
+    succeeded(command("export", folder, "-o", output, *options))
+    yaozarrs.validate_zarr_store(str(output))
+    for p, site in enumerate(SITES):
+        group = zarr.open_group(output / str(p), mode="r")
+        attributes = dict(group.attrs)
+        scales = attributes.get("ome", attributes)["multiscales"][0]
+        full, half = (group[one["path"]] for one in scales["datasets"])
+        assert full.metadata.zarr_format == (3 if version == "0.5" else 2)
+        assert getattr(full, "shards", None) is None
+        assert half.shape == (2, 2, 1, 257, 300)
+        pixels = numbered(p * 2, series)
+        np.testing.assert_array_equal(full[0, 0, 0], pixels)
+        mean = pixels[:2, :2].mean()
+        assert half[0, 0, 0, 0, 0] == np.rint(mean)
+        (_, place), (size, shifted) = (
+            one["coordinateTransformations"] for one in scales["datasets"]
+        )
+        assert size["scale"][3:] == [0.65, 0.65]
+        assert place["translation"] == [0, 0, 0, site.y_um, site.x_um]
+        moved = np.subtract(shifted["translation"], place["translation"])
+        assert moved.tolist() == pytest.approx([0, 0, 0, 0.1625, 0.1625])
+    back = read_ome_zarr(output)
+    assert [one.position for one in back] == ["left", "right/2"]
+    assert [channel.name for channel in back[1].channels] == ["DAPI", "FITC"]
+    assert back[1].stage is not None
+    assert back[1].stage.x_um == 400.0
+
+
+@pytest.mark.parametrize("version", ["0.5", "0.4"])
+def test_a_plate_stays_a_plate(version, wells, tmp_path):
+    folder, series = wells
+    output = tmp_path / "wells.ome.zarr"
+    said = failed(command("export", folder, "-o", output))
+    assert "a plate as OME-Zarr holds one image of each field" in said
+    options = ["--image", "restored", "--zarr-version", version]
+    succeeded(command("export", folder, "-o", output, *options))
+    yaozarrs.validate_zarr_store(str(output))
+    for p, path in enumerate(("C/11/0", "B/03/1", "B/03/0")):
+        array = zarr.open_array(output / path / "0", mode="r")
+        expected = numbered(2 * p + 1, series)[::-1]
+        np.testing.assert_array_equal(array[0, 1, 0], expected)
+
+
+def test_only_an_own_and_untouched_export_is_replaced(sites, tmp_path):
+    folder, _ = sites
+    output = tmp_path / "again.ome.zarr"
+    export = ["export", folder, "-o", output, "--image", "defocus"]
+    old = ["--zarr-version", "0.4"]
+    succeeded(command(*export, *old))
+    assert "exists" in failed(command(*export))
+    succeeded(command(*export, *old, "--overwrite"))
+    assert written_by_rtfocus(output)
+    succeeded(command(*export, "--overwrite"))
+    assert written_by_rtfocus(output)
+    (output / "notes.txt").write_text("mine")
+    failed(command(*export, "--overwrite"))
+    assert (output / "notes.txt").read_text() == "mine"
+    assert "lies in the run folder" in failed(
+        command("export", folder, "-o", folder / "x.ome.tif")
+    )
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
+    folder = tmp_path / "cut.rtfocus"
+    with recording(folder, make_series(), restored=False) as run:
+        run.send(0, {"t": 0})
+        run.writer.drain()
+    output = tmp_path / "cut.ome.tif"
+    said = failed(command("export", folder, "-o", output))
+    assert "is not finished" in said
+    assert f"rtfocus check {folder} --repair" in said
+    said = failed(command("export", folder, "-o", output, "--precision", "fp16"))
+    assert "--precision cannot be used" in said
+    said = failed(command("export", tmp_path, "-o", output))
+    assert "is no run folder" in said
+    assert not output.exists()
+
+
+def test_an_image_that_the_run_lacks_is_named(tmp_path):
+    folder = tmp_path / "raw.rtfocus"
+    with recording(folder, make_series(), restored=False) as run:
+        run.close(run.send_all())
+    said = failed(
+        command("export", folder, "-o", tmp_path / "o.ome.tif", "--image", "restored")
+    )
+    assert "has no image 'restored'; it has raw, defocus" in said
+    succeeded(command("export", folder, "-o", tmp_path / "all"))
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == ["defocus.tif", "raw.tif"]
