@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from rtfocus.images import open_images
+from rtfocus.images.reading import open_images
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

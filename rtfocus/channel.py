@@ -26,9 +26,7 @@ optics, core and files may state one size with different numbers of digits."""
 class Aberrations:
     """Zernike aberrations of the pupil; coefficients in waves, Noll-free names."""
 
-    __pydantic_config__ = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     spherical_waves: Waves = 0.0
     """Primary spherical, 6 r^4 - 6 r^2 + 1; non-zero makes the PSF uneven in z."""
@@ -46,9 +44,7 @@ class Aberrations:
 class OpticalSystem:
     """Objective, emission light and sampling of one channel."""
 
-    __pydantic_config__ = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     numerical_aperture: Annotated[float, Field(gt=0, le=2)]
     """NA of the objective; must stay below the refractive index."""
@@ -103,9 +99,7 @@ class OpticalSystem:
 class Channel:
     """One fluorescence or brightfield channel by its Micro-Manager preset name."""
 
-    __pydantic_config__ = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
     """Preset name, e.g. ``DAPI``; ``default`` where there is only one."""

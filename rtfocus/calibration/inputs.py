@@ -15,7 +15,8 @@ from scipy import fft
 from scipy.ndimage import fourier_shift, uniform_filter
 
 from rtfocus.errors import InputError
-from rtfocus.images import ImageSeries, open_images
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ImageSeries
 
 Image = NDArray[np.float32]
 Floats = NDArray[np.float64]

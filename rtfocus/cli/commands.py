@@ -100,7 +100,7 @@ class LazyGroup(TyperGroup):
         super().__init__(**attributes)
         for name, place in COMMANDS.items():
             self.commands[name] = TyperCommand(
-                name, help=place.summary, rich_markup_mode="rich"
+                name, help=place.summary, short_help=place.summary
             )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
@@ -130,7 +130,8 @@ app = typer.Typer(
     help="Finds, corrects and records defocus while a microscope acquires.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    # Plain: importing rich takes longer than all the rest of the list of commands.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -21,7 +21,7 @@ from rtfocus.drawing.panels import Panel, enlarge, save_panels
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.scores import match_intensity, pearson, psnr
 from rtfocus.frame import TileGrid
-from rtfocus.images import open_images
+from rtfocus.images.reading import open_images
 from rtfocus.microscope.virtual.specimen import Truth, VirtualSpecimen
 from rtfocus.monitor import Monitor
 from rtfocus.writers.header import read_header

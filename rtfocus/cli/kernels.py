@@ -12,9 +12,10 @@ from rtfocus.cli.offline import ConfigOption, InputArgument
 from rtfocus.cli.options import OverwriteOption, SetOption, read_config
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError
-from rtfocus.images import ImageSeries, open_images
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.provenance import SOFTWARE, png_mark
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ImageSeries
 from rtfocus.processing.blur_kernels import KernelExtractor, Kernels, draw_kernels
 
 

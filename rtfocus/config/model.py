@@ -1,8 +1,12 @@
 """Config model: the whole file, and its reference: every key, default, meaning."""
 
+import ast
+import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -10,7 +14,6 @@ from pydantic import (
     BaseModel,
     Field,
     PrivateAttr,
-    TypeAdapter,
     field_validator,
     model_validator,
 )
@@ -161,14 +164,33 @@ def _table(title: str, section: type[BaseModel], prefix: str) -> list[str]:
 
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    meanings = _meanings(section)
     for name, info in section.model_fields.items():
         inner = _section(info)
         key = f"{prefix}.{name}"
         if inner is None or _is_optional(info):
-            yield key, _default(info), info.description or ""
+            yield key, _default(info), meanings.get(name, "")
         # A channel's restoration has the keys of processing.restoration.
         if inner is not None and key != "channels.N.restoration":
             yield from _rows(inner, key)
+
+
+def _meanings(section: type) -> dict[str, str]:
+    """Return what stands below each field of a class and of those it comes from.
+
+    pydantic could keep them beside the fields: every start would take a fifth of a
+    second to find them.
+    """
+    found: dict[str, str] = {}
+    for one in reversed(section.__mro__):
+        if one is object or one is BaseModel:
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return found
 
 
 def _section(info: FieldInfo) -> Any:
@@ -197,13 +219,13 @@ def _as_yaml(value: object) -> str:
 
 
 def _optics_rows() -> Iterator[tuple[str, str, str]]:
-    described = TypeAdapter(OpticalSystem).json_schema()["properties"]
+    meanings = _meanings(OpticalSystem)
     for one in fields(OpticalSystem):
         default = one.default if one.default is not MISSING else None
         shown = _as_yaml(default) if one.default is not MISSING else "required"
         if one.default_factory is not MISSING:
             shown = "none"
-        text = described[one.name].get("description", "")
+        text = meanings.get(one.name, "")
         if is_dataclass(one.type):
             text += " " + ", ".join(f"`{part.name}`" for part in fields(one.type))
         yield f"optics.{one.name}", shown, text

@@ -21,7 +21,8 @@ from scipy.ndimage import gaussian_filter, zoom
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.evaluation.samples import BBBC006, DataSet, Sample, middle, plane_name
-from rtfocus.images import ImageSeries, open_images
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ImageSeries
 from rtfocus.optics.blur import blur
 from rtfocus.optics.camera import CameraModel
 from rtfocus.optics.psf import compute_psf

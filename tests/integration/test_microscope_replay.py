@@ -8,7 +8,7 @@ import tifffile
 from microscope_kit import OPTICS, RecordingSink, record
 
 from rtfocus.errors import InputError, MicroscopeError
-from rtfocus.images import open_images
+from rtfocus.images.reading import open_images
 from rtfocus.images.writing import OutputImage, write_images
 
 

@@ -6,7 +6,7 @@ import pytest
 from rtfocus.config import parse_config
 from rtfocus.evaluation.samples import BBBC006
 from rtfocus.evaluation.scores import psnr
-from rtfocus.images import open_images
+from rtfocus.images.reading import open_images
 from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.offline import ImageProcessor
 

@@ -9,9 +9,10 @@ import zarr
 from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
-from rtfocus.images import ImageSeries, open_images, write_images
 from rtfocus.images.pictures import stretch_histogram
-from rtfocus.images.writing import OutputImage
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ImageSeries
+from rtfocus.images.writing import OutputImage, write_images
 
 
 def numbered(sizes: dict[str, int], shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from image_file_kit import (
 from PIL import Image
 
 from rtfocus.errors import InputError
-from rtfocus.images import find_images
+from rtfocus.images.reading import find_images
 
 MUTATIONS = 200
 NOISE = np.random.default_rng(0).integers(0, 4000, (4, 8, 9), "u2")

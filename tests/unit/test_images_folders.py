@@ -13,7 +13,7 @@ from image_file_kit import flat, means, ngff_axes, write_ngff
 from PIL import Image
 
 from rtfocus.errors import InputError
-from rtfocus.images import find_images, open_images
+from rtfocus.images.reading import find_images, open_images
 from rtfocus.images.writing import OutputImage, write_images
 
 

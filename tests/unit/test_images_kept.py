@@ -10,10 +10,10 @@ import tifffile
 import yaozarrs
 import zarr
 
-from rtfocus.images import ImageSeries, open_images, write_images
 from rtfocus.images.provenance import SOFTWARE, written_by_rtfocus
-from rtfocus.images.series import ContrastWindow, ImageChannel, PlatePlace
-from rtfocus.images.writing import OutputImage
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ContrastWindow, ImageChannel, ImageSeries, PlatePlace
+from rtfocus.images.writing import OutputImage, write_images
 
 MADE = {"engine": "rtfocus-1@abc", "optics": "NA=0.75", "optics from": "the file"}
 CHANNELS = (

@@ -8,7 +8,7 @@ import tifffile
 from image_file_kit import flat, means, write_mm_stack, write_ndtiff
 
 from rtfocus.errors import InputError
-from rtfocus.images import open_images
+from rtfocus.images.reading import open_images
 
 SUMMARY = {
     "PixelSize_um": 0.325,

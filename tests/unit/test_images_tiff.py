@@ -16,7 +16,7 @@ from image_file_kit import (
 )
 
 from rtfocus.errors import InputError
-from rtfocus.images import find_images, open_images
+from rtfocus.images.reading import find_images, open_images
 from rtfocus.images.tiff_planes import MAX_OPEN_FILES
 
 T, C, Z = 2, 3, 4

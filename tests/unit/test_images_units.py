@@ -7,7 +7,7 @@ import tifffile
 from image_file_kit import flat, ome_pixels, ome_xml, write_pages
 
 from rtfocus.errors import InputError
-from rtfocus.images import open_images
+from rtfocus.images.reading import open_images
 from rtfocus.images.units import coordinate_um, length_um, time_s
 
 

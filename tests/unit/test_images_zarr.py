@@ -10,7 +10,7 @@ import zarr
 from image_file_kit import flat, means, ngff_axes, ome_pixels, ome_xml, write_ngff
 
 from rtfocus.errors import InputError
-from rtfocus.images import find_images, open_images
+from rtfocus.images.reading import find_images, open_images
 
 
 @pytest.mark.parametrize(

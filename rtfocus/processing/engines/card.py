@@ -35,9 +35,7 @@ ConditionEntry = Literal[
 class Section(BaseModel):
     """A frozen part of the card; unknown keys are refused."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class InputCard(Section):
