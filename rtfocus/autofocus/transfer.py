@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import j0
 
 from rtfocus.autofocus.spectrum import FREQUENCIES
 from rtfocus.channel import OpticalSystem
@@ -86,6 +85,8 @@ def modulation_table(optics: OpticalSystem, *, extra_waves: float = 0.0) -> Floa
     extra_waves
         Added to its spherical aberration.
     """
+    from scipy.special import j0
+
     given = optics.aberrations
     system = replace(
         optics,

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
 
 WHOLE_FRAME = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
 """Deconvolutions of whole frames, level by level."""
@@ -44,6 +43,9 @@ _EVEN = 1e-6
 
 def padded_shape(shape: tuple[int, int], halo_px: int) -> tuple[int, int]:
     """Return the next sizes with small prime factors that hold frame and halo."""
+    # Where it is used: a processor answers before it has loaded SciPy.
+    from scipy import fft
+
     height, width = (
         int(fft.next_fast_len(side + 2 * halo_px, real=True)) for side in shape
     )
@@ -56,6 +58,8 @@ def transfer_function(psf: Image, shape: tuple[int, int]) -> Spectrum:
     A PSF larger than `shape` wraps around, as periodic convolution does. An even
     PSF gives a real array: half the memory and a third of the multiplications.
     """
+    from scipy import fft
+
     kernel = np.zeros(shape, dtype=psf.dtype)
     half = [side // 2 for side in psf.shape]
     rows = (np.arange(psf.shape[0]) - half[0]) % shape[0]
@@ -119,6 +123,8 @@ class WienerFilter:
         Image
             Float32 of the padded shape; may be slightly negative.
         """
+        from scipy import fft
+
         if self._given is not None:
             gain = self._back * np.float32(1.0 + self._given)
             gain /= self._power + np.float32(self._given)

@@ -1,12 +1,12 @@
 """Receiver loop: the processor side of the protocol, in its I/O thread."""
 
+import struct
 import threading
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import ProtocolError
@@ -85,7 +85,9 @@ class Link:
         """Read what happened; tell whether the connection broke."""
         broke = False
         while self.monitor.poll(0):
-            event = recv_monitor_message(self.monitor)["event"]
+            # Not with `zmq.utils.monitor`: that brings asyncio and SSL along.
+            told, _ = self.monitor.recv_multipart()
+            (event,) = struct.unpack_from("=H", told)
             self.is_key_refused |= bool(event & _REFUSED)
             if event & _BROKE:
                 self._broke_s = now_s

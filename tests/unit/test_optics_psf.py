@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.interpolate import CubicSpline
 from scipy.special import j1
 
 from rtfocus.channel import Aberrations, OpticalSystem
@@ -232,3 +233,14 @@ def test_aberrations_with_all_terms_still_make_a_psf():
     psf = compute_psf(replace(BBBC006, aberrations=ALL_TERMS), 12.0)
     assert psf.min() >= 0.0
     assert psf.sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("knots", [256, 512])
+def test_between_the_knots_lies_the_spline_that_scipy_has(knots):
+    rng = np.random.default_rng(knots)
+    parts = np.cumsum(rng.normal(size=(knots, 2)), axis=0)
+    spline = CubicSpline(np.arange(knots), parts, bc_type=("clamped", "not-a-knot"))
+    per_knot = psf_module._FINE_PER_UNIT // psf_module._KNOTS_PER_UNIT
+    count = (knots - 1) * per_knot + 1
+    wanted = spline(np.arange(count) / per_knot)
+    np.testing.assert_allclose(psf_module._refine(parts, count), wanted, atol=1e-12)
