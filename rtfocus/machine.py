@@ -26,6 +26,16 @@ def adds_int8_in_16_bits() -> bool:
     return bool(flags) and not any("vnni" in flag for flag in flags)
 
 
+def multiplies_bf16() -> bool:
+    """Tell whether the processor multiplies bf16 itself (AVX-512 BF16 or AMX).
+
+    Where it has to be imitated, networks train twenty times slower in bf16 than in
+    float32. False where the system does not tell what the processor has.
+    """
+    flags = _processor_line("flags").split()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
 def usable_threads() -> int:
     """Return the threads this process may use, which a container or job limits."""
     if hasattr(os, "sched_getaffinity"):

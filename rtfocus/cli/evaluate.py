@@ -63,9 +63,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="SET",
-            help="bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp, synthetic, "
-            "synthetic_textures, _signed, _dim, _even, _other, or a folder with "
-            "sharp/ and others beside it; repeatable.",
+            help="bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp, unseen, "
+            "synthetic, synthetic_textures, _signed, _dim, _even, _other, or a folder "
+            "with sharp/ and others beside it; repeatable.",
         ),
     ] = None,
     output: Annotated[

@@ -23,6 +23,13 @@ def train(
         bool, typer.Option(help="Go on from the newest checkpoint, if there is one.")
     ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that make batches ahead; the weights are the same.",
+        ),
+    ] = 0,
     optics: Annotated[
         str | None,
         typer.Option(
@@ -51,6 +58,7 @@ def train(
         find_config(recipe),
         resume=resume,
         device=device,
+        workers=workers,
         optics=optics,
         images=images,
         name=name,

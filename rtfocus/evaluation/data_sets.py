@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter, zoom
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.evaluation.samples import BBBC006, DataSet, Sample, middle, plane_name
+from rtfocus.evaluation.unseen_sets import unseen
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.optics.blur import blur
@@ -391,7 +392,7 @@ def find_data_set(
     Parameters
     ----------
     name
-        Of `REAL_SETS` or `VARIANTS`, or a folder.
+        Of `REAL_SETS` or `VARIANTS`, ``unseen``, or a folder.
     data_folder
         Where the published images lie; only sets by name need it.
     optics
@@ -404,7 +405,8 @@ def find_data_set(
     InputError
         If it is neither, or the published images are missing.
     """
-    known = (*REAL_SETS, *VARIANTS)
+    published = {**REAL_SETS, unseen.__name__: unseen}
+    known = (*published, *VARIANTS)
     if name not in known:
         if not Path(name).is_dir():
             msg = f"data set '{name}' is no folder and none of {', '.join(known)}"
@@ -416,6 +418,6 @@ def find_data_set(
             f"'{data_folder}'; say where they lie with --data-folder"
         )
         raise InputError(msg)
-    if name in REAL_SETS:
-        return REAL_SETS[name](data_folder)
+    if name in published:
+        return published[name](data_folder)
     return synthetic(name, data_folder)

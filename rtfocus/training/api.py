@@ -19,6 +19,7 @@ def train_command(
     resume: bool,
     device: str,
     *,
+    workers: int = 0,
     optics: str | None = None,
     images: Path | None = None,
     name: str | None = None,
@@ -33,6 +34,8 @@ def train_command(
         Go on from the newest checkpoint of the same recipe, if there is one.
     device
         ``cpu``, ``cuda`` or ``auto``.
+    workers
+        Processes that make batches ahead, see `rtfocus.training.feed`.
     optics, images
         The user's own, see `rtfocus.training.own_optics`; both or none.
     name
@@ -50,7 +53,7 @@ def train_command(
     if optics is not None and images is not None:
         own = read_optics(optics)
         chosen = own_recipe(chosen, own, images, name=name or chosen.name)
-    newest = train(chosen, resume=resume, device=device)
+    newest = train(chosen, resume=resume, device=device, workers=workers)
     _log.info("trained: '%s'; next: rtfocus export %s -o engines/NAME", newest, newest)
     return newest
 

@@ -87,7 +87,7 @@ def start_from(task: Task[Any], source: Path) -> None:
         weights = read_weights(folder)
     try:
         if folder is None:
-            task.network.load_state_dict(weights)
+            task.take_state(weights)
         else:
             task.take_exported(weights)
     except (KeyError, RuntimeError) as error:

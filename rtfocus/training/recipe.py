@@ -5,9 +5,9 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rtfocus.config.section import Section
 from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
@@ -40,8 +40,8 @@ class SourceRecipe(Section):
 class SpecimenRecipe(Section):
     """Procedural specimens, drawn anew for every pool entry."""
 
-    kinds: tuple[SpecimenKind, ...] = SPECIMEN_KINDS
-    """Which kinds are drawn."""
+    kinds: tuple[SpecimenKind | Literal["stained"], ...] = SPECIMEN_KINDS
+    """Which kinds are drawn; ``stained``: an H&E-like section, in grey."""
     scale: tuple[Positive, Positive] = (0.7, 1.6)
     """Range of the objects' size."""
     share: Positive = 1.0
@@ -57,6 +57,19 @@ class PoolRecipe(Section):
     """Largest side of an entry."""
     refresh_steps: Count = 8
     """Steps after which one entry is replaced."""
+    shards: Count = 1
+    """Parts of the pool that steps see in turn. Up to as many workers share the work
+    of making entries; with more, or with 1, each makes all of its own."""
+
+    @model_validator(mode="after")
+    def _equal_shards(self) -> Self:
+        if self.entries % self.shards:
+            msg = (
+                f"entries={self.entries} do not go into shards={self.shards} evenly; "
+                "choose a multiple"
+            )
+            raise ValueError(msg)
+        return self
 
 
 class OptimiserRecipe(Section):

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rtfocus.machine import multiplies_bf16
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.recipe import RecipeBase
@@ -69,6 +70,20 @@ class Task(ABC, Generic[R]):
         """Return every trained module by name; `network` is among them."""
         return {"network": self.network}
 
+    def take_state(self, weights: Mapping[str, Tensor]) -> None:
+        """Load the weights of a checkpoint of this network.
+
+        Networks that go on from those of another override it.
+
+        Raises
+        ------
+        KeyError
+            If a weight is missing.
+        RuntimeError
+            If one has another shape.
+        """
+        self.network.load_state_dict(weights)
+
     @torch.no_grad()
     def take_exported(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of an engine of this network, by their names in its file.
@@ -109,7 +124,8 @@ class Task(ABC, Generic[R]):
         Tasks with several losses, such as adversarial ones, override it.
         """
         device = next(self.network.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16):
+        mixed = device != "cpu" or multiplies_bf16()
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
             loss, shown = self.loss(tensors)
         optimiser = optimisers["network"]
         optimiser.zero_grad(set_to_none=True)

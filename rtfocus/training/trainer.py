@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.progress import (
@@ -32,6 +32,7 @@ from rtfocus.training.checkpoint import (
     save_checkpoint,
     start_from,
 )
+from rtfocus.training.feed import BatchFeed
 from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
 from rtfocus.training.registry import make_task
 from rtfocus.training.task import Arrays
@@ -82,9 +83,13 @@ class Trainer:
         What to train on what.
     device
         ``cpu`` or ``cuda``.
+    workers
+        Processes that make batches ahead, see `BatchFeed`; 0: none.
     """
 
-    def __init__(self, recipe: RecipeBase, device: str = "cpu") -> None:
+    def __init__(
+        self, recipe: RecipeBase, device: str = "cpu", *, workers: int = 0
+    ) -> None:
         self.recipe = recipe
         self.step = 0
         self.seconds = 0.0
@@ -99,6 +104,17 @@ class Trainer:
             module.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.task.network)
         self._optimisers = self.task.make_optimisers()
+        self.feed = BatchFeed(self.task, workers)
+
+    def close(self) -> None:
+        """End the workers; called twice does nothing."""
+        self.feed.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def finished(self) -> bool:
@@ -107,7 +123,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Take one step of the optimiser; returns what it measured."""
-        batch = self.task.batch(self.step)
+        batch = self.feed.batch(self.step, last=self._last_of_stretch())
         # Dropout draws from torch's own source: tie it to the step.
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
         rate = learning_rate(self.recipe.optimiser, self.step)
@@ -157,14 +173,25 @@ class Trainer:
 
     def _draws(self) -> Iterator[dict[str, Tensor]]:
         for draw in count(1):
-            yield self._to_tensors(self.task.batch(self.step, draw))
+            yield self._to_tensors(self.feed.batch(self.step, draw))
+
+    def _last_of_stretch(self) -> int:
+        """Return the last step before a checkpoint, whose draws come between."""
+        every = self.recipe.checkpoint_steps
+        stretch = (self.step // every + 1) * every
+        return min(stretch, self.recipe.optimiser.last_step) - 1
 
     def _to_tensors(self, batch: Arrays) -> dict[str, Tensor]:
         tensors = {}
         for name, array in batch.items():
             tensor = torch.from_numpy(array)
             layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-            tensors[name] = tensor.to(self._device, memory_format=layout)
+            if self._device.type == "cuda":
+                # Only copies from pinned memory go on beside the computation.
+                tensor = tensor.pin_memory()
+            tensors[name] = tensor.to(
+                self._device, memory_format=layout, non_blocking=True
+            )
         return tensors
 
 
@@ -183,6 +210,7 @@ def train(
     *,
     resume: bool = True,
     device: str = "auto",
+    workers: int = 0,
     show_progress: bool = True,
 ) -> Path:
     """Run a recipe to its end and return the newest checkpoint.
@@ -195,15 +223,24 @@ def train(
         Go on from the newest checkpoint, if there is one of the same recipe.
     device
         ``cpu``, ``cuda`` or ``auto``.
+    workers
+        Processes that make batches ahead; any number makes the same weights.
     show_progress
-        Draw a progress bar with the time left.
+        Draw a progress bar with the time left, the time of a step and how much of it
+        went by waiting for its batch.
 
     Raises
     ------
     ConfigError
         If the device is missing or the checkpoint belongs to another recipe.
     """
-    trainer = Trainer(recipe, choose_device(device))
+    chosen = choose_device(device)
+    with Trainer(recipe, chosen, workers=workers) as trainer:
+        return _run(trainer, resume=resume, show_progress=show_progress)
+
+
+def _run(trainer: Trainer, *, resume: bool, show_progress: bool) -> Path:
+    recipe = trainer.recipe
     folder = recipe.checkpoints / recipe.name
     newest = folder / NEWEST
     if resume and newest.is_file():
@@ -221,6 +258,7 @@ def train(
     with progress:
         bar = progress.add_task(recipe.name, total=steps, completed=trainer.step)
         recent: list[dict[str, float]] = []
+        pace = _Pace(trainer)
         while not trainer.finished:
             started = time.perf_counter()
             recent.append(trainer.train_step())
@@ -230,12 +268,30 @@ def train(
                 text = add_to_curve(
                     folder / CURVE_NAME, trainer.step, trainer.seconds, rate, recent
                 )
+                text = f"{text}, {pace.text()}"
                 progress.update(bar, completed=trainer.step, description=text)
                 recent = []
             if trainer.step % recipe.checkpoint_steps == 0 or trainer.finished:
                 trainer.finish_average()
                 save_checkpoint(newest, recipe, trainer.state())
     return newest
+
+
+class _Pace:
+    """How long steps take, and how much of that they wait for their batches."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._mark = (trainer.step, trainer.seconds, trainer.feed.waited_s)
+
+    def text(self) -> str:
+        """Return what holds since the last call."""
+        trainer = self._trainer
+        now = (trainer.step, trainer.seconds, trainer.feed.waited_s)
+        steps, seconds, waited = (a - b for a, b in zip(now, self._mark, strict=True))
+        self._mark = now
+        share = waited / max(seconds, 1e-9)
+        return f"{seconds / max(steps, 1):.2f} s a step, {share:.0%} waiting"
 
 
 def choose_device(wanted: str) -> str:

@@ -5,7 +5,6 @@ oldest entry is replaced at fixed steps, crops of it, a camera drawn per crop. S
 training run that was killed finds exactly the images again that it had.
 """
 
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from rtfocus.optics.blur import blur_stack
 from rtfocus.optics.levels import DefocusLevels
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
+from rtfocus.training.data.pool import Pool
 from rtfocus.training.data.scenes import SceneSource, SharpField, draw_exposure
 from rtfocus.training.recipe import (
     Count,
@@ -238,30 +238,6 @@ class Batch:
     """Index into `LABELS` per tile, shape (N, row, column)."""
 
 
-class Pool:
-    """The newest `entries` blurred scenes; the next replaces the oldest."""
-
-    def __init__(self, blurring: Blurring, entries: int, refresh_steps: int) -> None:
-        self._blurring = blurring
-        self._size = entries
-        self._refresh_steps = refresh_steps
-        self._entries: deque[Entry] = deque(maxlen=entries)
-        self._generation = 0
-
-    def at(self, step: int) -> deque[Entry]:
-        """Return the entries of a step, making those that are not held yet."""
-        wanted = self._size + step // self._refresh_steps
-        if wanted < self._generation:
-            self._entries.clear()
-        self._generation = max(self._generation, wanted - self._size)
-        if not self._entries:
-            self._generation = wanted - self._size
-        while self._generation < wanted:
-            self._entries.append(self._blurring.entry(self._generation))
-            self._generation += 1
-        return self._entries
-
-
 class Batches:
     """Training batches by number.
 
@@ -281,8 +257,7 @@ class Batches:
     ) -> None:
         self._recipe = recipe
         self._background = background
-        pool = recipe.pool
-        self._pool = Pool(blurring, pool.entries, pool.refresh_steps)
+        self._pool = Pool(recipe.pool, blurring.entry)
 
     def batch(self, step: int, draw: int = 0) -> Batch:
         """Make batch number `step`; other draws are other crops of the same pool."""
@@ -299,7 +274,7 @@ class Batches:
         )
 
     def _crop(
-        self, entries: deque[Entry], side: int, rng: np.random.Generator
+        self, entries: list[Entry], side: int, rng: np.random.Generator
     ) -> tuple[Image, NDArray[np.int64]]:
         entry = entries[int(rng.integers(len(entries)))]
         level = int(rng.integers(BACKGROUND))

@@ -4,6 +4,7 @@ Every entry is a pure function of (recipe, side of the split, generation).
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Annotated
 
 import numpy as np
@@ -51,12 +52,21 @@ class PairsRecipe(Section):
     """Share blurred with optics near the reference; the rest is drawn widely."""
     born_wolf_share: Fraction = 0.1
     """Share of the widely drawn ones that follow Born and Wolf, even in z."""
+    gaussian_share: Fraction = 0.0
+    """Share of the widely drawn ones blurred by Gaussians as wide as their defocus;
+    nobody is told which level that is."""
+    sampling_factors: tuple[Positive, Positive] = (0.6, 1.6)
+    """Range of the widely drawn pixel sizes, in those of the reference. Finer pixels
+    than those see less defocus, so that the blur spans no more of them."""
     varying_share: Fraction = 0.25
     """Share of entries whose patches are tilted or stepped in depth."""
     sharp_share: Fraction = 0.08
     """Share of patches in focus; there the target is the input itself."""
     photons: tuple[Positive, Positive] = (150.0, 20_000.0)
     """Range of photons at the brightest point."""
+    counting_share: Fraction = 0.0
+    """Share of pictures by a detector that counts photons, as in a confocal
+    microscope: hardly a background, no read noise."""
     absorbing_share: Fraction = 0.12
     """Share of entries seen dark on bright, as in brightfield."""
     relief_share: Fraction = 0.06
@@ -80,6 +90,10 @@ Image = NDArray[np.float32]
 _NO_BLUR = np.ones((1, 1), dtype=np.float32)
 # Levels between the planes of an entry whose patches vary in depth.
 _DENSE_STEP = 0.7
+# Of the reference sampling: up to here optics count as near it.
+_NEAR = 1.15
+# The finest sampling, in that of the reference, that sees all of the defocus.
+_FINEST_IN_FULL = 0.5
 # Of spherical aberration, in waves: no wider than real objectives.
 _WIDEST_SPHERICAL = 0.65
 
@@ -102,6 +116,8 @@ class PairScene:
     """Never positive: (z, W) and (-z, -W) make the same PSF."""
     dense: bool
     """True: planes so close that depths between them may be interpolated."""
+    is_defocus: bool
+    """False: blurred otherwise, its levels only say how far."""
 
 
 class PairScenes:
@@ -122,7 +138,8 @@ class PairScenes:
         light = _modality(scene.light, pairs, rng)
         optics = draw_pair_optics(pairs, rng)
         dense = bool(rng.random() < pairs.varying_share)
-        levels = _draw_levels(pairs, dense, rng)
+        levels = _draw_levels(pairs, optics, dense, rng)
+        gaussian = _draws(pairs.gaussian_share, rng) and is_wide(pairs, optics)
         # What one level is in these optics: the same share of the defocus unit.
         step_um = (
             pairs.level_step_um
@@ -132,7 +149,8 @@ class PairScenes:
         # A photograph has been through a microscope, a drawn scene has not.
         keep_focus = not scene.ideal or bool(rng.random() < 0.5)
         in_focus = _NO_BLUR if keep_focus else compute_psf(optics, 0.0)
-        psfs = tuple(compute_psf(optics, float(z)) for z in levels * step_um)
+        make_psf = _gaussian_psf if gaussian else compute_psf
+        psfs = tuple(make_psf(optics, float(z)) for z in levels * step_um)
         planes = np.clip(blur_stack(light, (in_focus, *psfs)), 0, 1)
         return PairScene(
             sharp=planes[0],
@@ -146,6 +164,7 @@ class PairScenes:
                 else 0.0
             ),
             dense=dense,
+            is_defocus=not gaussian,
         )
 
 
@@ -166,7 +185,7 @@ def draw_pair_optics(pairs: PairsRecipe, rng: np.random.Generator) -> OpticalSys
                 astigmatism_waves=rng.normal(0, 0.03),
             ),
         )
-    factor = float(np.exp(rng.uniform(np.log(0.6), np.log(1.6))))
+    factor = float(np.exp(rng.uniform(*np.log(pairs.sampling_factors))))
     wide = replace(base, pixel_size_um=base.pixel_size_um * factor)
     if rng.random() < pairs.born_wolf_share:
         return replace(wide, psf_model="born_wolf")
@@ -182,11 +201,36 @@ def draw_pair_optics(pairs: PairsRecipe, rng: np.random.Generator) -> OpticalSys
     )
 
 
+def _draws(share: float, rng: np.random.Generator) -> bool:
+    """Draw whether; a share of 0 draws nothing, as before there was one."""
+    return share > 0 and bool(rng.random() < share)
+
+
+def is_wide(pairs: PairsRecipe, optics: OpticalSystem) -> bool:
+    """Return whether optics are neither the reference nor near it."""
+    nearness = optics.sampling / pairs.reference.sampling
+    return not 1 / _NEAR < nearness < _NEAR
+
+
+def _gaussian_psf(optics: OpticalSystem, defocus_um: float) -> Image:
+    """Return a Gaussian of the width that the disc of a defocus has."""
+    # A disc of radius R has the deviation R / 2 along each axis.
+    radius_px = abs(defocus_um) * optics.numerical_aperture / optics.pixel_size_um
+    sigma = max(0.5 * radius_px / optics.refractive_index, 0.05)
+    place = np.arange(-ceil(3.5 * sigma), ceil(3.5 * sigma) + 1)
+    profile = np.exp(-0.5 * (place / sigma) ** 2)
+    psf = profile[:, None] * profile
+    return np.asarray(psf / psf.sum(), dtype=np.float32)
+
+
 def _draw_levels(
-    pairs: PairsRecipe, dense: bool, rng: np.random.Generator
+    pairs: PairsRecipe, optics: OpticalSystem, dense: bool, rng: np.random.Generator
 ) -> NDArray[np.float32]:
     """Draw the defocus of every plane, ascending."""
     farthest, count = pairs.farthest_level, pairs.planes
+    finer = optics.sampling / (pairs.reference.sampling * _FINEST_IN_FULL)
+    if finer < 1:
+        farthest = max(farthest * finer, 1.01 * _DENSE_STEP * count / 2)
     if dense:
         reach = _DENSE_STEP * count
         first = rng.uniform(-farthest, farthest - reach)

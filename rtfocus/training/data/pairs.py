@@ -5,7 +5,6 @@ itself, noise and all: what is sharp must come back unchanged. Registered real i
 of one field, in focus and out of it, are mixed in.
 """
 
-from collections import deque
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rtfocus.training.data.pair_scenes import (
     PairScenes,
     RealPairsRecipe,
 )
+from rtfocus.training.data.pool import Pool
 from rtfocus.training.data.scenes import data_folder, draw_exposure, load_fields
 
 Image = NDArray[np.float32]
@@ -107,36 +107,24 @@ class PairBatches:
         for wanted in recipe.pairs.real:
             folder = data_folder(recipe)
             self._real += load_real_pairs(wanted, folder, validation=validation)
-        self._pool: deque[PairScene] = deque(maxlen=recipe.pool.entries)
-        self._generation = 0
+        self._pool = Pool(recipe.pool, self._scenes.entry)
 
     def batch(self, step: int, draw: int = 0) -> dict[str, NDArray[np.generic]]:
         """Make batch number `step`; other draws are other patches of the same pool."""
         rng = np.random.default_rng([self._recipe.seed, 6, self._side, step, draw])
         pairs = self._recipe.pairs
-        self._fill_pool(step)
+        scenes = self._pool.at(step)
         samples = []
         for _ in range(pairs.batch_patches):
             if self._real and rng.random() < pairs.real_share:
                 samples.append(self._real_patch(rng))
             else:
-                scene = self._pool[int(rng.integers(len(self._pool)))]
+                scene = scenes[int(rng.integers(len(scenes)))]
                 samples.append(self._patch(scene, rng))
         return {
             name: np.stack([np.ascontiguousarray(s[name]) for s in samples])
             for name in samples[0]
         }
-
-    def _fill_pool(self, step: int) -> None:
-        pool = self._recipe.pool
-        wanted = pool.entries + step // pool.refresh_steps
-        first = wanted - pool.entries
-        if not first <= self._generation <= wanted:
-            self._pool.clear()
-            self._generation = first
-        while self._generation < wanted:
-            self._pool.append(self._scenes.entry(self._generation))
-            self._generation += 1
 
     def _patch(
         self, scene: PairScene, rng: np.random.Generator
@@ -151,6 +139,8 @@ class PairBatches:
         if rng.random() < pairs.sharp_share:
             levels, light, near = np.zeros_like(levels), sharp, scene.sharp[None]
         exposure = draw_exposure(rng, pairs.photons)
+        if pairs.counting_share and rng.random() < pairs.counting_share:
+            exposure = exposure.counting()
         blurred = exposure.take(light, rng)
         target = exposure.counts(sharp)
         # A camera that saturates hides the truth: neither side may exceed it.
@@ -167,10 +157,12 @@ class PairBatches:
         scale *= float(np.exp(rng.normal(0, _SCALE_JITTER)))
         low += scale * float(rng.normal(0, _OFFSET_JITTER))
         turn = int(rng.integers(4))
+        known = scene.is_defocus or not share.any()
+        told = levels if known else np.full_like(levels, np.nan)
         sample: dict[str, NDArray[np.generic]] = {
             "blurred": np.rot90((blurred - low) / scale, turn)[None],
             "sharp": np.rot90((target - low) / scale, turn)[None],
-            "levels": np.rot90(_cells(levels), turn),
+            "levels": np.rot90(_cells(told), turn),
             "empty": np.rot90(
                 _BACKGROUND_RULE.tiles(
                     blurred, tile_px=TILE_PX, stride_px=TILE_STRIDE_PX, noise=noise

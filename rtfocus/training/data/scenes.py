@@ -6,7 +6,7 @@ at random, from very dim to bright, 8 to 16 bits.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
-from rtfocus.specimens import draw_specimen
+from rtfocus.specimens import draw_specimen, draw_stained
 from rtfocus.training.recipe import RecipeBase, SourceRecipe, SpecimenRecipe
 
 Image = NDArray[np.float32]
@@ -172,7 +172,10 @@ class SceneSource:
         kind = specimens.kinds[int(rng.integers(len(specimens.kinds)))]
         side = min(_LARGEST_DRAWN_PX, self._side_px)
         scale = float(rng.uniform(*specimens.scale))
-        light = draw_specimen(kind, (side, side), rng, scale=scale)
+        if kind == "stained":
+            light = draw_stained((side, side), rng, scale=scale) @ _LUMINANCE
+        else:
+            light = draw_specimen(kind, (side, side), rng, scale=scale)
         return Scene(light, ideal=True)
 
     def _cut_field(self, field: SharpField, rng: np.random.Generator) -> Image:
@@ -202,6 +205,10 @@ def _resize(image: Image, zoom: float) -> Image:
     order = 1 if zoom < 1 else 3
     resized = ndimage.zoom(smooth, zoom, order=order)
     return np.asarray(np.clip(resized, 0, 1), dtype=np.float32)
+
+
+# Of a camera's light is what a scanning microscope collects of a point.
+_COUNTED = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +241,12 @@ class Exposure:
         electrons += spread * rng.standard_normal(light.shape, dtype=np.float32)
         counts = np.rint(electrons * np.float32(self.gain))
         return np.asarray(np.clip(counts, 0, self.full - 1, out=counts))
+
+    def counting(self) -> "Exposure":
+        """Return the same picture by a detector that counts photons."""
+        photons = self.photons * _COUNTED
+        gain = self.gain * (self.photons + self.glow) / photons
+        return replace(self, photons=photons, glow=0.0, read_noise_e=0.0, gain=gain)
 
     def dark_noise(self, scene_noise: float = 0.0) -> float:
         """Return the deviation in the dark, in counts.

@@ -5,7 +5,6 @@ in its second one: optics, stain and light. Batch number n is a pure function of
 (recipe, n).
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +20,7 @@ from rtfocus.optics.blur import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_stained
+from rtfocus.training.data.pool import Pool
 from rtfocus.training.data.scenes import (
     Exposure,
     SceneSource,
@@ -277,17 +277,16 @@ class SignedPatches:
 
     def __init__(self, recipe: SignedClassRecipe) -> None:
         self._recipe = recipe
-        self._scenes = SignedScenes(recipe, load_fields(recipe), validation=False)
-        self._pool: deque[SignedScene] = deque(maxlen=recipe.pool.entries)
-        self._generation = 0
+        scenes = SignedScenes(recipe, load_fields(recipe), validation=False)
+        self._pool = Pool(recipe.pool, scenes.entry)
 
     def batch(self, step: int, draw: int = 0) -> dict[str, NDArray[np.generic]]:
         """Make ``patches`` (N, channels, 224, 224) and their ``labels`` (N,)."""
         rng = np.random.default_rng([self._recipe.seed, 8, step, draw])
-        self._fill_pool(step)
+        scenes = self._pool.at(step)
         patches, labels = [], []
         for _ in range(self._recipe.optimiser.batch_patches):
-            scene = self._pool[int(rng.integers(len(self._pool)))]
+            scene = scenes[int(rng.integers(len(scenes)))]
             place = int(rng.integers(len(scene.defocus_um)))
             window = _cut(scene.planes[place], rng)
             turned = np.rot90(window, int(rng.integers(4)), axes=(1, 2))
@@ -297,17 +296,6 @@ class SignedPatches:
             patches.append(_photograph(turned, exposure, "same", rng))
             labels.append(class_of(scene.defocus_um[place], self._recipe.signed))
         return {"patches": np.stack(patches), "labels": np.array(labels)}
-
-    def _fill_pool(self, step: int) -> None:
-        pool = self._recipe.pool
-        wanted = pool.entries + step // pool.refresh_steps
-        first = wanted - pool.entries
-        if not first <= self._generation <= wanted:
-            self._pool.clear()
-            self._generation = first
-        while self._generation < wanted:
-            self._pool.append(self._scenes.entry(self._generation))
-            self._generation += 1
 
 
 def held_out_patches(

@@ -47,13 +47,14 @@ CONDITION = (
 )
 """Entries of the condition vector, see the engine card."""
 FARTHEST = 10
+EVIDENCE = 128
+"""Channels that the labels are told from."""
 LABELS: tuple[int | str, ...] = (*range(-FARTHEST, FARTHEST + 1), "bg")
 """Label of every output: signed defocus levels, then background."""
 
 _FOCUS = LABELS.index(0)
 _BACKGROUND = len(LABELS) - 1
 _HIDDEN = 64
-_EVIDENCE = 128
 _HEAD = 12
 _LEAST_POWER = 1e-4
 
@@ -105,6 +106,9 @@ class Rtfocus1(nn.Module):
         deepest) again on the way up.
     """
 
+    condition: tuple[str, ...] = CONDITION
+    """What the entries of the condition vector are."""
+
     def __init__(
         self,
         widths: tuple[int, ...] = (32, 64, 128, 192),
@@ -118,15 +122,15 @@ class Rtfocus1(nn.Module):
         self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in steps)
         self.decoder = nn.ModuleList(map(_blocks, widths[:-1], depths[:-1]))
         self.embedding = nn.Sequential(
-            nn.Linear(len(CONDITION), _HIDDEN),
+            nn.Linear(len(self.condition), _HIDDEN),
             nn.ReLU(),
             nn.Linear(_HIDDEN, _HIDDEN),
             nn.ReLU(),
         )
         self.modulate_down = nn.ModuleList(Modulation(_HIDDEN, c) for c in widths)
         self.modulate_up = nn.ModuleList(Modulation(_HIDDEN, c) for c in widths[:-1])
-        self.evidence = nn.Conv2d(widths[-1], _EVIDENCE, 1)
-        self.label = nn.Conv2d(_EVIDENCE, len(LABELS), 1)
+        self.evidence = nn.Conv2d(widths[-1], EVIDENCE, 1)
+        self.label = nn.Conv2d(EVIDENCE, len(LABELS), 1)
         self.head = nn.Conv2d(widths[0], _HEAD, 3, padding=1)
         self.correction = nn.Conv2d(_HEAD + 1, 1, 3, padding=1)
         nn.init.zeros_(self.correction.weight)
@@ -141,7 +145,7 @@ class Rtfocus1(nn.Module):
             Shape (N, 1, y, x), sides multiples of 48, 0 and 1 at the frame's dark
             and bright percentile.
         condition
-            Shape (N, 5), see `CONDITION`.
+            Shape (N, entry), see `condition`.
 
         Returns
         -------
@@ -165,7 +169,7 @@ class Rtfocus1(nn.Module):
         around = functional.avg_pool2d(
             evidence, 5, stride=1, padding=2, count_include_pad=False
         )
-        gate = _something_to_correct(self.label(around))
+        gate = self.gate(around)
         for place in reversed(range(len(self.up))):
             features = _double(self.up[place](features)) + skips[place]
             features = self.modulate_up[place](features, hidden)
@@ -174,6 +178,22 @@ class Rtfocus1(nn.Module):
         correction = self.correction(torch.cat([fine, tiles], dim=1))
         wide = functional.interpolate(gate, scale_factor=CELL_PX, mode="bilinear")
         return logits, tiles + wide * correction
+
+    def gate(self, evidence: Tensor) -> Tensor:
+        """Return by how much, per cell, the correction is applied.
+
+        Parameters
+        ----------
+        evidence
+            Shape (N, 128, row, column), gathered around each cell.
+
+        Returns
+        -------
+        Tensor
+            Shape (N, 1, row, column), between 0 and 1: here the probability of
+            neither focus nor background.
+        """
+        return _something_to_correct(self.label(evidence))
 
 
 def _blocks(channels: int, depth: int) -> nn.Sequential:
@@ -242,11 +262,12 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
     """Charbonnier loss of the image plus cross-entropy of the tiles' labels."""
 
     network: Rtfocus1
+    network_class: type[Rtfocus1] = Rtfocus1
 
     def __init__(self, recipe: Rtfocus1Recipe) -> None:
         super().__init__(recipe)
         settings = recipe.rtfocus_1
-        self.network = Rtfocus1(settings.widths, settings.depths)
+        self.network = self.network_class(settings.widths, settings.depths)
         self._batches: PairBatches | None = None
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
@@ -255,14 +276,14 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
             # Made when first needed: an export needs no images.
             self._batches = PairBatches(self.recipe)
         made = self._batches.batch(step, draw)
-        levels = tile_levels(made["levels"])
         rng = np.random.default_rng([self.recipe.seed, 7, step, draw])
+        condition, levels = self.told(made["optics"], tile_levels(made["levels"]), rng)
         return {
             "blurred": made["blurred"],
             "sharp": made["sharp"],
             "levels": levels,
             "empty": made["empty"],
-            "condition": self._condition(made["optics"], levels, rng),
+            "condition": condition,
         }
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
@@ -271,7 +292,7 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
         blurred, sharp = tensors["blurred"], tensors["sharp"]
         logits, restored = self.network(blurred, tensors["condition"])
         error = restored.float() - sharp
-        image = charbonnier(error, settings.charbonnier)
+        image = self.image_loss(error)
         labels = label_loss(logits.float(), tensors["levels"], tensors["empty"])
         gain = (blurred - sharp).square().mean() / error.square().mean()
         shown = {
@@ -280,6 +301,10 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
             "gain_db": 10 * torch.log10(gain.detach() + 1e-9),
         }
         return image + settings.label_weight * labels, shown
+
+    def image_loss(self, error: Tensor) -> Tensor:
+        """Return what errors of shape (N, 1, y, x) cost."""
+        return charbonnier(error, self.recipe.rtfocus_1.charbonnier)
 
     def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
         """Give the averaged weights exact batch statistics of their own."""
@@ -293,7 +318,7 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
             fold_batch_norm(network),
             {
                 "tiles": torch.zeros(2, 1, 144, 192),
-                "condition": torch.zeros(2, len(CONDITION)),
+                "condition": torch.zeros(2, len(self.network.condition)),
             },
             ("logits", "restored"),
             {"tiles": frame, "condition": {0: "number"}},
@@ -322,7 +347,7 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
                 "origin_px": (TILE_PX - 1) / 2,
                 "multiple_px": TILE_STRIDE_PX,
             },
-            "condition": {"name": "condition", "entries": list(CONDITION)},
+            "condition": {"name": "condition", "entries": list(self.network.condition)},
             "output": {"name": "logits", "labels": list(LABELS)},
             "restored": {"name": "restored"},
             "levels": {
@@ -339,13 +364,28 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
             },
         }
 
-    def _condition(
+    def told(
         self,
         optics: NDArray[np.generic],
         levels: NDArray[np.float32],
         rng: np.random.Generator,
-    ) -> NDArray[np.float32]:
-        """Tell the network some of what is known; sampling always."""
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Choose what the network is told of patches, and what it is to answer.
+
+        Parameters
+        ----------
+        optics
+            Sampling and spherical aberration in waves, shape (N, 2).
+        levels
+            Defocus of every tile in levels, shape (N, row, column); NaN: not known.
+        rng
+            Decides what is hidden; the sampling never is.
+
+        Returns
+        -------
+        tuple
+            Condition, shape (N, entry), and levels, shape of `levels`.
+        """
         settings = self.recipe.rtfocus_1
         number = len(optics)
         told = rng.random(number) >= settings.blind_share
@@ -356,7 +396,7 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
         # Callers know it from a classifier or a calibration, never exactly.
         middle = np.where(given, middle + rng.normal(0, 0.15, number), 0)
         columns = (optics[:, 0], optics[:, 1] * told, told, middle, given)
-        return np.stack(columns, axis=1).astype(np.float32)
+        return np.stack(columns, axis=1).astype(np.float32), levels
 
 
 def tile_levels(cells: NDArray[np.generic]) -> NDArray[np.float32]:
