@@ -419,10 +419,10 @@ class _PreviewLoop:
             self._next_status_s = time.monotonic() + STATUS_S
             self._socket.send(msgspec.msgpack.encode(self._offers.status()))
 
-    def _wait_ms(self) -> float | None:
+    def _wait_ms(self) -> int | None:
         if not self._offers.watched:
             return None
-        return max(1000 * (self._next_status_s - time.monotonic()), 0) + 1
+        return int(max(1000 * (self._next_status_s - time.monotonic()), 0)) + 1
 
     def _note_viewers(self) -> None:
         # The first subscription and the end of the last one are what XPUB tells.

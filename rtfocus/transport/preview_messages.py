@@ -197,7 +197,7 @@ def saturation_blocks(
         Number of them; blocks of the frame, 1 where there is one, None: nowhere;
         side of a block in pixels.
     """
-    high = pixels >= level
+    high: NDArray[np.bool_] = np.greater_equal(pixels, level)
     if high.ndim == 3:
         high = high.any(axis=2)
     number = int(np.count_nonzero(high))
@@ -208,4 +208,4 @@ def saturation_blocks(
     whole = np.zeros((rows * block_px, columns * block_px), bool)
     whole[: high.shape[0], : high.shape[1]] = high
     blocks = whole.reshape(rows, block_px, columns, block_px).any(axis=(1, 3))
-    return number, blocks.astype(np.uint8), block_px
+    return number, np.asarray(blocks, np.uint8), block_px

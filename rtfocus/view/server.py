@@ -194,8 +194,8 @@ class _Guard:
 
     @staticmethod
     def _token_in_query(scope: Scope) -> str | None:
-        query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-        return query.get("token", [None])[0]
+        query = parse_qs(bytes(scope["query_string"]).decode("latin-1"))
+        return query["token"][0] if "token" in query else None
 
     async def _welcome(self, send: Send) -> None:
         """Put the token into a cookie, so that it leaves the address bar."""
