@@ -19,9 +19,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from rtfocus.config import Config
 from rtfocus.errors import (
@@ -34,18 +31,18 @@ from rtfocus.errors import (
     TransportError,
     WorkerError,
     WriterError,
+    replacement,
 )
 from rtfocus.focus_readings import FocusLog, SeriesReader
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import Monitor
 from rtfocus.outcome import STOPPED_HERE
-from rtfocus.processing.camera import saturation_counts
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
 from rtfocus.slots import Slot
-from rtfocus.transport.preview import PreviewPublisher, Shown, open_preview
+from rtfocus.transport.preview import PreviewPublisher, open_preview
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver, Gap
 from rtfocus.workers import BoundedQueue, Pipeline, Worker, acting_when
@@ -74,7 +71,9 @@ def acquire(
     focusing = Focusing(config, on_focus)
     with (
         FramePublisher(
-            paired(config).transport, on_estimate=focusing.inbox.take
+            paired(config).transport,
+            on_estimate=focusing.inbox.take,
+            on_ask=lambda what: focusing.asked(what, stop),
         ) as publisher,
         acting_when(stop.is_set, publisher.stop),
     ):
@@ -110,7 +109,7 @@ def run(
     on_monitor
         Receives the numbers of the series once, to read them while it runs.
     on_preview
-        Receives what viewers connect to, once, before the series comes.
+        Receives what viewers connect to, once.
     """
     config = on_free_ports(config)
     monitor = Monitor()
@@ -305,15 +304,16 @@ class SeriesLoop:
             accounting=self._monitor.accounting,
             on_durable=self._durable,
             on_free=self._free,
-            provenance={"config": _provenance(self._config)},
+            provenance={"config": self._config.kept_with_data()},
         ) as writer:
             self._folder = folder
             self._receiver.begin(writer.next_sequence, str(folder.resolve()))
             self._monitor.begin(self._series)
             self._monitor.backends = self._processor.backends()
-            self._preview.begin(self._shown(folder))
+            shown = self._monitor.shown(self._config, folder, self._receiver.ask)
+            self._preview.begin(shown)
             failure = self._run_workers(writer)
-            if (replaced := _replacement(failure)) is not None:
+            if (replaced := replacement(failure)) is not None:
                 # Whoever has the series now goes on with the folder as it is.
                 writer.abort()
                 raise replaced
@@ -329,14 +329,6 @@ class SeriesLoop:
         if failure is not None:
             raise failure
         return folder
-
-    def _shown(self, folder: Path) -> Shown:
-        """Return what viewers are told of the series."""
-        series = self._series
-        full = saturation_counts(
-            self._config.camera, np.dtype(series.dtype), series.bit_depth
-        )
-        return Shown(series, folder.resolve(), self._monitor.observed, full)
 
     def _run_workers(self, writer: RunWriter) -> RtfocusError | None:
         """Run the main loop: all workers, to the end of the series."""
@@ -458,14 +450,3 @@ class SeriesLoop:
             frames_sent=self._monitor.accounting.acquired,
             reason=reason,
         )
-
-
-def _replacement(failure: RtfocusError | None) -> RtfocusError | None:
-    """Return the error that says that somebody else has the series or the folder."""
-    causes = () if failure is None else (failure, failure.__cause__)
-    return next((e for e in causes if isinstance(e, (TakenOverError, BusyError))), None)
-
-
-def _provenance(config: Config) -> dict[str, Any]:
-    """Return the config as it is kept with the data: without the pairing."""
-    return config.model_dump(mode="json", exclude={"transport": {"pairing"}})

@@ -149,3 +149,9 @@ class IncompleteError(RtfocusError):
 
 class WorkerError(RtfocusError):
     """A thread of the loop failed; the message names it, the cause is kept."""
+
+
+def replacement(failure: RtfocusError | None) -> RtfocusError | None:
+    """Return the error that says that somebody else has the series or the folder."""
+    causes = () if failure is None else (failure, failure.__cause__)
+    return next((e for e in causes if isinstance(e, (TakenOverError, BusyError))), None)

@@ -7,6 +7,7 @@ the sockets, and the policy decides.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +18,9 @@ import numpy as np
 import useq
 from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
+from pymmcore_plus.core._sequencing import SequencedEvent
 
-from rtfocus.autofocus.actions import FocusActions, FocusEngine
+from rtfocus.autofocus.actions import ACTION, FocusActions, FocusEngine
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.autofocus.focuser import Focuser, FocusJournal, Key
 from rtfocus.autofocus.hold import Correction, Holder
@@ -26,7 +28,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError
 from rtfocus.focus_readings import estimator_settings
-from rtfocus.frame import Estimate, FocusReading
+from rtfocus.frame import Act, Estimate, FocusReading
 from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.processing.offline import ImageProcessor
 
@@ -137,6 +139,32 @@ class FocusingEngine(FocusActions, RecordingEngine):
         self.holder = self._focusing.holder(self.focuser, names)
         return super().setup_sequence(sequence)
 
+    def setup_event(self, event: useq.MDAEvent) -> None:
+        """Set an event up; what was asked for is done before the next stack."""
+        stack = tuple(event.index.get(axis) for axis in "tpg")
+        if stack != self._asked_before:
+            self._asked_before = stack
+            while self._focusing.requests:
+                self._answer(self._focusing.requests.popleft(), event)
+        super().setup_event(event)
+
+    _asked_before: tuple[int | None, ...] | None = None
+    _set_aside: Holder | None = None
+
+    def _answer(self, what: Act, event: useq.MDAEvent) -> None:
+        if what == "hold_off":
+            self._set_aside, self.holder = self.holder or self._set_aside, None
+        elif what == "hold_on":
+            self.holder = self.holder or self._set_aside
+        elif what == "autofocus" and event.z_pos is not None:
+            first = event.events[0] if isinstance(event, SequencedEvent) else event
+            _, slice_um = self.place_of(first)
+            z_um = event.z_pos - slice_um
+            action = useq.CustomAction(name=ACTION)
+            asked = first.model_copy(update={"z_pos": z_um, "action": action})
+            super().setup_event(asked)
+            tuple(self.exec_event(asked))
+
     def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
         """Return the place in the store, and the slice in um."""
         site, slice_um = self.place_of(event)
@@ -152,6 +180,20 @@ class Focusing:
         self._config = config
         self._tell = tell
         self.inbox = EstimateInbox()
+        self.requests: deque[Act] = deque()
+        """What somebody who looks at the run has asked for, from any thread."""
+
+    def asked(self, what: Act, stop: threading.Event) -> None:
+        """Do what somebody asks for who looks at the run, where the config allows it.
+
+        `stop` ends the acquisition. Returns at once, from any thread.
+        """
+        if self._config.transport.preview.control is None:
+            self._tell(f"'{what}' was asked for; transport.preview.control allows none")
+        elif what == "stop":
+            stop.set()
+        else:
+            self.requests.append(what)
 
     @property
     def make_engine(self) -> Callable[..., RecordingEngine]:

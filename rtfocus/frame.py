@@ -7,7 +7,7 @@ Arrays keep axes (y, x) or (y, x, rgb); z, t, c and p live in ``index``.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -19,6 +19,10 @@ PROTOCOL_VERSION = 1
 
 BACKGROUND = int(np.iinfo(np.int16).min)
 """Level of a tile without a specimen; no signed level ever reaches it."""
+
+
+Act = Literal["autofocus", "hold_on", "hold_off", "stop"]
+"""What a viewer may ask the microscope side for, where the config allows it."""
 
 
 class Role(StrEnum):

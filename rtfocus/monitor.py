@@ -2,12 +2,20 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from rtfocus.frame import Estimate, FrameResult, SeriesStart
+import numpy as np
+
+from rtfocus.config import Config
+from rtfocus.errors import ConfigError
+from rtfocus.frame import Act, Estimate, FrameResult, SeriesStart
 from rtfocus.metrics import Accounting, StageTimes
+from rtfocus.processing.camera import saturation_counts
 from rtfocus.slots import Slot
+from rtfocus.transport.preview import Shown
 from rtfocus.workers import BoundedQueue
 
 RATE_WINDOW_S = 5.0
@@ -130,6 +138,21 @@ class Monitor:
             **summary,
         }
 
+    def shown(self, config: Config, folder: Path, ask: Callable[[Act], None]) -> Shown:
+        """Return the series under way as viewers are told of it.
+
+        `ask` passes on what they ask the microscope side for.
+        """
+        assert self.series is not None
+        dtype, depth = np.dtype(self.series.dtype), self.series.bit_depth
+        return Shown(
+            self.series,
+            folder.resolve(),
+            self.observed,
+            saturation_counts(config.camera, dtype, depth),
+            _asking(config, ask),
+        )
+
     def observed(self) -> dict[str, Any]:
         """Return what a viewer shows of the loop, as plain numbers."""
         return {
@@ -148,6 +171,18 @@ class Monitor:
             "backends": dict(self.backends),
             "free_bytes": self.free_bytes,
         }
+
+
+def _asking(config: Config, ask: Callable[[Act], None]) -> Callable[[Act], None]:
+    """Return `ask`, with a refusal of what this run cannot do."""
+
+    def act(what: Act) -> None:
+        if what in ("hold_on", "hold_off") and config.autofocus.mode != "hold":
+            msg = "this run holds no focus: it was started without autofocus.mode=hold"
+            raise ConfigError(msg)
+        ask(what)
+
+    return act
 
 
 def _ms_since(received_ns: int) -> float:

@@ -128,6 +128,10 @@ class Config(Section):
         found = by_name.get(name) or by_name.get("default") or ChannelConfig()
         return found.model_copy(update={"name": name})
 
+    def kept_with_data(self) -> dict[str, Any]:
+        """Return it as it is kept with the data: without the pairing."""
+        return self.model_dump(mode="json", exclude={"transport": {"pairing"}})
+
 
 _SOURCES = (
     VirtualMicroscopeConfig,

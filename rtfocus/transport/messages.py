@@ -11,6 +11,7 @@ import msgspec
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
+    Act,
     Estimate,
     FrameHeader,
     SeriesEnd,
@@ -80,6 +81,14 @@ class Ended(_Message, frozen=True, tag="ended"):
 
     uid: str
     series_uid: str
+
+
+class Ask(_Message, frozen=True, tag="ask"):
+    """Somebody who looks at the run asks for something; done if this side allows it."""
+
+    uid: str
+    series_uid: str
+    what: Act
 
 
 class Leave(_Message, frozen=True, tag="leave"):
@@ -164,7 +173,7 @@ class _Probe(msgspec.Struct, frozen=True):
     version: Any = None
 
 
-FromRecorder = Hello | Progress | Resend | Ended | Leave | Estimate
+FromRecorder = Hello | Progress | Resend | Ended | Ask | Leave | Estimate
 FromPublisher = Welcome | Waiting | Refused | Ping | RawOnly | Abandon | Complaint
 InStream = FrameHeader | SeriesEnd | Ping | Rewind
 

@@ -24,6 +24,7 @@ from rtfocus.config.processor import PreviewConfig, TransportConfig
 from rtfocus.errors import RtfocusError, TransportError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
+    Act,
     Estimate,
     FrameHeader,
     FrameResult,
@@ -31,7 +32,6 @@ from rtfocus.frame import (
 )
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.preview_messages import (
-    Act,
     Answer,
     PlaneHeader,
     Point,

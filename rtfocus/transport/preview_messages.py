@@ -15,15 +15,13 @@ from numpy.typing import NDArray
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
+    Act,
     Estimate,
     FrameHeader,
     SeriesStart,
     TileGrid,
 )
 from rtfocus.transport.validation import DTYPES
-
-Act = Literal["autofocus", "hold_on", "hold_off", "stop"]
-"""What a viewer may ask for."""
 
 
 class PlaneHeader(msgspec.Struct, frozen=True):
@@ -197,9 +195,10 @@ def saturation_blocks(
         Number of them; blocks of the frame, 1 where there is one, None: nowhere;
         side of a block in pixels.
     """
-    high: NDArray[np.bool_] = np.greater_equal(pixels, level)
+    high: NDArray[np.bool_] = np.zeros(pixels.shape, bool)
+    np.greater_equal(pixels, level, out=high)
     if high.ndim == 3:
-        high = high.any(axis=2)
+        high = np.asarray(high.any(axis=2), bool)
     number = int(np.count_nonzero(high))
     block_px = -(-max(high.shape) // 128)
     if not number:

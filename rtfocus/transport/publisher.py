@@ -15,7 +15,7 @@ import numpy as np
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
-from rtfocus.frame import Estimate, SeriesStart
+from rtfocus.frame import Act, Estimate, SeriesStart
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.publisher_loop import PublisherLoop
@@ -123,6 +123,8 @@ class FramePublisher:
     on_estimate
         Called with each new focus estimate, newest wins, from the I/O thread: it
         must return at once.
+    on_ask
+        The same with what somebody asks for who looks at the run.
 
     Raises
     ------
@@ -137,6 +139,7 @@ class FramePublisher:
         config: TransportConfig,
         *,
         on_estimate: Callable[[Estimate], None] = lambda _: None,
+        on_ask: Callable[[Act], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._outbox: Outbox | None = None
@@ -145,7 +148,7 @@ class FramePublisher:
         self._stopped = False
 
         def open_loop(context: Context, waker: Waker) -> PublisherLoop:
-            self._loop = PublisherLoop(context, waker, config, on_estimate)
+            self._loop = PublisherLoop(context, waker, config, on_estimate, on_ask)
             return self._loop
 
         self._thread = IoThread("publish", open_loop, self._wake_all)

@@ -8,7 +8,7 @@ import zmq
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
-from rtfocus.frame import PROTOCOL_VERSION, Estimate
+from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.io_thread import Waker
@@ -106,9 +106,11 @@ class PublisherLoop:
         waker: Waker,
         config: TransportConfig,
         on_estimate: Callable[[Estimate], None],
+        on_ask: Callable[[Act], None] = lambda _: None,
     ) -> None:
         self._heartbeat_s = config.heartbeat_s
         self._on_estimate = on_estimate
+        self._on_ask = on_ask
         self._waker = waker
         self._clients = (
             ClientList(context, config.curve_keys) if config.curve_keys else None
@@ -152,6 +154,8 @@ class PublisherLoop:
             self._read_subscriptions()
         self._free_durable()
         self._deliver_estimate()
+        while self.registrar.asked:
+            self._on_ask(self.registrar.asked.pop(0))
         outbox, recorder = self.registrar.outbox, self.registrar.recorder
         if outbox is not None and recorder is not None:
             self._send_stream(outbox, recorder)

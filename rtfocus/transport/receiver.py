@@ -11,7 +11,7 @@ import numpy as np
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
-from rtfocus.frame import Estimate, SeriesEnd, SeriesStart
+from rtfocus.frame import Act, Estimate, SeriesEnd, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.dialogue import Dialogue
@@ -183,6 +183,11 @@ class FrameReceiver:
     def send_estimate(self, estimate: Estimate) -> None:
         """Send a focus estimate; a newer one replaces one not yet sent; any thread."""
         self._loop.estimates.put(estimate)
+        self._thread.wake()
+
+    def ask(self, what: Act) -> None:
+        """Ask the microscope side for something, which it may refuse; any thread."""
+        self._loop.asks.append(what)
         self._thread.wake()
 
     def wants_raw_only(self) -> str | None:

@@ -3,6 +3,7 @@
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Container
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import zmq
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import ProtocolError
-from rtfocus.frame import Estimate
+from rtfocus.frame import Act, Estimate
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
 from rtfocus.transport.dialogue import Dialogue
@@ -188,6 +189,8 @@ class ReceiverLoop:
         """Notified after every turn until frames are wanted."""
         self.estimates: Newest[Estimate] = Newest()
         """To be sent; put them here from any thread, then wake the loop."""
+        self.asks: deque[Act] = deque()
+        """The same, for what viewers ask of the microscope side."""
         self._waker = waker
         self._rejections = Rejections(
             "frames", lambda reason: accounting.count("rejected", reason)
@@ -248,6 +251,9 @@ class ReceiverLoop:
             for message in dialogue.say(now_s):
                 self._say(message)
             self._send_estimate()
+            while self.asks and dialogue.series is not None:
+                series_uid = dialogue.series.series_uid
+                self._say(m.Ask(dialogue.uid, series_uid, self.asks.popleft()))
         if dialogue is not None and dialogue.inflow is None:
             with self.turned:
                 self.turned.notify_all()

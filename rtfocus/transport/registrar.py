@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from rtfocus.errors import ProtocolError, TransportError
-from rtfocus.frame import PROTOCOL_VERSION, Estimate, SeriesEnd, SeriesStart
+from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, SeriesEnd, SeriesStart
 from rtfocus.slots import Slot
 from rtfocus.transport import messages as m
 from rtfocus.transport.validation import check_estimate
@@ -222,6 +222,8 @@ class Registrar:
         default_factory=lambda: Newest(lambda estimate: estimate.sequence)
     )
     """The newest one, until somebody takes it."""
+    asked: list[Act] = field(default_factory=list)
+    """What the recorder asked for, until somebody takes it."""
     resent: int = 0
     """Frames sent more than once."""
     left: str | None = None
@@ -266,6 +268,9 @@ class Registrar:
         refusal = self._refuse(message)
         if refusal is not None:
             return [refusal]
+        if isinstance(message, m.Ask):
+            self.asked.append(message.what)
+            return []
         self._note(identity, message, now_s)
         return []
 
@@ -307,7 +312,9 @@ class Registrar:
             "`rtfocus acquire`, or set transport.pairing to one word on both sides"
         )
 
-    def _refuse(self, message: m.Progress | m.Resend | m.Ended) -> m.Refused | None:
+    def _refuse(
+        self, message: m.Progress | m.Resend | m.Ended | m.Ask
+    ) -> m.Refused | None:
         """Return the answer to one who is not the recorder of this series."""
         series_uid = self.outbox.series.series_uid if self.outbox else None
         if message.series_uid != series_uid:

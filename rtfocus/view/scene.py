@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rtfocus.errors import RtfocusError
-from rtfocus.frame import SeriesStart
-from rtfocus.transport.preview_messages import Act
+from rtfocus.frame import Act, SeriesStart
 from rtfocus.view.codec import Picture, pack
 from rtfocus.view.source_run import Place, Region, StoredRun
 from rtfocus.view.traces import Traces

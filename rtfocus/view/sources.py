@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtfocus.errors import ProtocolError, RtfocusError
-from rtfocus.frame import PROTOCOL_VERSION
-from rtfocus.transport.preview_messages import Act, Preview, PreviewStatus, Request
+from rtfocus.frame import PROTOCOL_VERSION, Act
+from rtfocus.transport.preview_messages import Preview, PreviewStatus, Request
 from rtfocus.transport.preview_viewer import PreviewViewer
 from rtfocus.view.codec import Flag, Kind, Picture, Plane
 from rtfocus.view.scene import Scene

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from rtfocus.errors import RtfocusError
-from rtfocus.transport.preview_messages import Act
+from rtfocus.frame import Act
 from rtfocus.view.codec import numbered
 from rtfocus.view.scene import Scene, Shown
 from rtfocus.view.source_run import Place, Region
