@@ -16,7 +16,7 @@ from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.provenance import SOFTWARE, png_mark
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.processing.blur_kernels import KernelExtractor, Kernels, draw_kernels
+from rtfocus.processing.offline import KernelExtractor, Kernels, draw_kernels
 
 
 def add_to(app: typer.Typer) -> None:
