@@ -1,4 +1,4 @@
-"""The house grows only on purpose: raise a number here with the reason in the commit."""
+"""The house grows only on purpose: a number raised here has its reason in a commit."""
 
 import ast
 from pathlib import Path
