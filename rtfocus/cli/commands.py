@@ -33,6 +33,11 @@ COMMANDS = {
         "demo",
         "Show the whole loop without a microscope: stores, report and a picture.",
     ),
+    "init": Place(
+        "init",
+        "Write a first config: ask the Micro-Manager core what is there, and you the "
+        "rest.",
+    ),
     "run": Place("live", "Run both sides on this machine and write a run folder."),
     "acquire": Place(
         "live",

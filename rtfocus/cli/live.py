@@ -11,6 +11,7 @@ from rtfocus.cli.interrupt import interruptible, stop_at_end_of_input
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
 from rtfocus.cli.view import view_process, with_preview
+from rtfocus.config import Config
 from rtfocus.errors import ExitCode, RtfocusError
 from rtfocus.monitor import Monitor
 from rtfocus.transport.preview import PreviewPublisher
@@ -34,6 +35,13 @@ def run(
         bool,
         typer.Option("--view", help="Show the run in the browser while it lasts."),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check plan, channels, engines and disk; expose and write nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Run both sides on this machine and write a run folder.
 
@@ -43,6 +51,8 @@ def run(
     [bold]Example:[/] rtfocus run democamera --set run.folder=D:/data
     """
     settings = read_config(config, overrides)
+    if dry_run:
+        raise typer.Exit(_dry_run(settings))
     if view:
         settings = with_preview(settings)
     monitors: list[Monitor] = []
@@ -66,6 +76,23 @@ def run(
             )
     if folder is not None:
         raise typer.Exit(print_report(folder).exit_code)
+
+
+def _dry_run(config: Config) -> ExitCode:
+    """Print what was looked at; errors go to standard error as those of a run."""
+    # The microscope side is loaded for this alone.
+    from rtfocus.preflight import preflight
+
+    code = ExitCode.DONE
+    for check in preflight(config):
+        if check.error is None:
+            typer.echo(f"{check.topic + ':':12} {check.said}")
+        else:
+            typer.echo(f"error: {check.error}", err=True)
+            code = code or check.error.exit_code
+    if code is ExitCode.DONE:
+        typer.echo("nothing stands in the way of this run")
+    return code
 
 
 def process(

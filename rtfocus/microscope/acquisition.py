@@ -10,7 +10,7 @@ from useq import MDASequence
 from rtfocus.config import Config
 from rtfocus.config.microscope import LiveConfig, ReplayConfig
 from rtfocus.errors import ConfigError, MicroscopeError
-from rtfocus.frame import FrameHeader
+from rtfocus.frame import FrameHeader, SeriesStart
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.delivery import (
     AcquisitionReport,
@@ -25,7 +25,12 @@ from rtfocus.microscope.delivery import (
 )
 from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.microscope.mda import PlannedAcquisition
-from rtfocus.microscope.plan import anchored, read_sequence
+from rtfocus.microscope.plan import (
+    anchored,
+    lay_out,
+    read_sequence,
+    with_field_of_view,
+)
 from rtfocus.microscope.replay import Replay
 from rtfocus.microscope.series import (
     Complaints,
@@ -36,6 +41,7 @@ from rtfocus.microscope.series import (
     now_ns,
     received_ns,
 )
+from rtfocus.microscope.setups import SetUps
 from rtfocus.outcome import CANCELED, COMPLETED
 
 # Micro-Manager's own word for "without end".
@@ -202,7 +208,7 @@ class LiveAcquisition:
         return self._z_um
 
 
-__all__ = ["AcquisitionReport", "acquire", "acquire_with"]
+__all__ = ["AcquisitionReport", "acquire", "acquire_with", "foresee"]
 
 
 def acquire(
@@ -236,7 +242,7 @@ def acquire(
         And whatever else the sink raises; the run is cancelled first.
     """
     if isinstance(config.microscope, ReplayConfig):
-        return Replay(config, config.microscope, sink, on_frame).run(stop)
+        return Replay(config, config.microscope).run(sink, stop, on_frame)
     with open_core(config) as core:
         return acquire_with(
             core, config, sink, stop=stop, on_frame=on_frame, make_engine=make_engine
@@ -257,6 +263,45 @@ def acquire_with(
     if acquisition.live is not None:
         live = LiveAcquisition(config, acquisition.live, core, sink, on_frame)
         return live.run(stop)
+    planned = _planned(core, config)
+    return PlannedAcquisition(config, core, planned, sink, on_frame, make_engine).run(
+        stop
+    )
+
+
+def foresee(config: Config) -> SeriesStart:
+    """Return the series that `acquire` would announce; nothing is exposed or moved.
+
+    The devices are loaded as for a run, and what the camera will give is found by its
+    own settings.
+
+    Raises
+    ------
+    ConfigError, MicroscopeError, InputError
+        As `acquire`, before its first exposure.
+    """
+    if isinstance(config.microscope, ReplayConfig):
+        return Replay(config, config.microscope).series
+    with open_core(config) as core:
+        live = config.acquisition.live
+        if live is not None:
+            geometry = camera_geometry(core)
+            return describe_series(
+                config, core, geometry, plan=None, frames=live.frames
+            )
+        planned = _planned(core, config)
+        found = SetUps(core).require_one_geometry(planned)
+        geometry = camera_geometry(core) if found is None else found
+        size_um = core.getPixelSizeUm()
+        if size_um:
+            height, width = geometry.shape[:2]
+            planned = with_field_of_view(planned, width * size_um, height * size_um)
+        return describe_series(config, core, geometry, plan=lay_out(planned))
+
+
+def _planned(core: UniMMCore, config: Config) -> MDASequence:
+    """Return the configured plan as this microscope is asked to run it."""
+    acquisition = config.acquisition
     if acquisition.mda is None:
         msg = (
             "acquisition has neither 'mda' (a useq plan) nor 'live'; give one of them, "
@@ -266,10 +311,7 @@ def acquire_with(
     sequence = read_sequence(acquisition.mda)
     _check_presets(core, sequence)
     z_um = core.getPosition() if core.getFocusDevice() else None
-    planned = anchored(sequence, z_um)
-    return PlannedAcquisition(config, core, planned, sink, on_frame, make_engine).run(
-        stop
-    )
+    return anchored(sequence, z_um)
 
 
 def _check_presets(core: UniMMCore, sequence: MDASequence) -> None:

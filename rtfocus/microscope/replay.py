@@ -231,15 +231,8 @@ _MOST_WARNINGS = 20
 class Replay:
     """One recording from its first plane to its report."""
 
-    def __init__(
-        self,
-        config: Config,
-        replay: ReplayConfig,
-        sink: FrameSink,
-        on_frame: Callable[[FrameHeader], None],
-    ) -> None:
+    def __init__(self, config: Config, replay: ReplayConfig) -> None:
         self._replay = replay
-        self._sink = sink
         found = find_images(replay.path)
         self._unreadable = [broken.reason for broken in found.broken]
         self._notes = [note for image in found.series for note in image.notes]
@@ -248,11 +241,16 @@ class Replay:
         # Of a file that cannot be opened, nobody knows how many planes it has.
         self._planned = len(self._recording) + len(found.broken)
         self._observations = Observations()
-        series = self._describe(config)
-        self._z_step_um = series.z_step_um or 0.0
-        self._delivery = Delivery(series, sink, on_frame)
+        self.series = self._describe(config)
+        """What is announced."""
+        self._z_step_um = self.series.z_step_um or 0.0
 
-    def run(self, stop: threading.Event) -> AcquisitionReport:
+    def run(
+        self,
+        sink: FrameSink,
+        stop: threading.Event,
+        on_frame: Callable[[FrameHeader], None],
+    ) -> AcquisitionReport:
         """Play to the end or to `stop`; planes that cannot be read are left out.
 
         Raises
@@ -260,6 +258,7 @@ class Replay:
         RtfocusError
             What went wrong, after the sink was told the end.
         """
+        self._delivery = Delivery(self.series, sink, on_frame)
         started = time.monotonic()
         failure: Exception | None = None
         try:
@@ -268,7 +267,7 @@ class Replay:
             failure, reason = error, str(error)
         seconds = time.monotonic() - started
         report = AcquisitionReport(
-            series_uid=self._delivery.series.series_uid,
+            series_uid=self.series.series_uid,
             frames=self._delivery.sent,
             planned=self._planned,
             camera_lost=0,
@@ -280,7 +279,7 @@ class Replay:
             least_free=None,
             warnings=self._warnings(),
         )
-        end_series(self._sink, report, failure)
+        end_series(sink, report, failure)
         if failure is not None:
             raise failure
         return report

@@ -52,10 +52,15 @@ class SetUps:
         }
         self._presets: dict[tuple[str, str], tuple[Setting, ...]] = {}
 
-    def require_one_geometry(self, sequence: useq.MDASequence) -> None:
+    def require_one_geometry(self, sequence: useq.MDASequence) -> Geometry | None:
         """Refuse a plan whose events differ in what the camera gives.
 
         The microscope is as before when this returns or raises.
+
+        Returns
+        -------
+        Geometry or None
+            Of all its images; None: that of the camera as it is.
 
         Raises
         ------
@@ -66,7 +71,7 @@ class SetUps:
         """
         steps = list(_steps(self._of(event) for event in _images(sequence)))
         if not any(set_up.settings for _, set_up in steps):
-            return
+            return None
         found: dict[tuple[Geometry, str | None], tuple[int, SetUp]] = {}
         state: dict[tuple[str, str], str] = {}
         with self._left_as_it_is(steps):
@@ -81,6 +86,7 @@ class SetUps:
                 found.setdefault((geometry, self._calibration(state)), (number, set_up))
         if len(found) > 1:
             raise ConfigError(_difference(found))
+        return next(iter(found))[0]
 
     def begin(self, sequence: useq.MDASequence) -> None:
         """Set up the channel and camera of the first event; stages stay.

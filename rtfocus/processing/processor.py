@@ -135,6 +135,11 @@ class FrameProcessor:
             job.fail(fault)
         return job.ticket
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices it may use, first choice first."""
+        return tuple(device.name for device in self._devices)
+
     def backends(self) -> dict[str, str]:
         """Tell what each engine of the series runs on."""
         return {} if self._run is None else dict(self._run.prepared.backends)

@@ -1,0 +1,329 @@
+"""Init command: a first config, from what Micro-Manager's core says is there."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config import load_config, parse_config
+from rtfocus.errors import ConfigError, ExitCode, OutputError
+from rtfocus.microscope.inventory import Inventory, take_inventory
+from rtfocus.preflight import preflight
+from rtfocus.processing.engines.registry import list_engines, why_unfit
+
+_CLASSIFIERS = ("delpnet", "rtfocus-1")
+"""Tried in this order: the faster first."""
+# Emission maxima of usual dyes in nm, by what presets are called.
+_EMISSION_NM = {
+    r"dapi|hoechst": 461,
+    r"cfp": 475,
+    r"gfp|fitc|488": 509,
+    r"yfp": 527,
+    r"cy3|tritc|rhod|561": 575,
+    r"mcherry|texas|rfp|594": 610,
+    r"cy5|647|far": 668,
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    app.command()(init)
+
+
+@dataclass
+class Answers:
+    """What the user says; the defaults are what the core says."""
+
+    name: str
+    presets: list[str]
+    exposure_ms: float
+    time_points: int = 10
+    interval_s: float = 1.0
+    pixel_size_um: float | None = None
+    """None: what the core says is right."""
+    aperture: float | None = None
+    """None: not known, nothing is restored."""
+    index: float = 1.0
+    wavelengths_nm: dict[str, float] = field(default_factory=dict)
+    camera: str | None = None
+    """Another camera than the one in use."""
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="Config to write.")] = Path(
+        "my_microscope.yaml"
+    ),
+    mm_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--mm-config",
+            help="Micro-Manager's .cfg; without it the demo's with its DemoCamera.",
+        ),
+    ] = None,
+    adapters: Annotated[
+        list[Path] | None,
+        typer.Option("--adapters", help="Micro-Manager folder; repeatable."),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: take what the core says.")
+    ] = False,
+) -> None:
+    """Write a first config: ask the Micro-Manager core what is there, and you the rest.
+
+    Loads the devices and moves none. A config that is there is kept.
+
+    [bold]Example:[/] rtfocus init my_microscope.yaml --mm-config MMConfig.cfg
+    """
+    if file.exists():
+        msg = f"'{file}' is there already; give another name, or move it away"
+        raise OutputError(msg)
+    found = take_inventory(mm_config, adapters or ())
+    typer.echo(_told(found))
+    answers = Answers(
+        name=re.sub(r"[^\w .+-]", "_", file.stem) or "run",
+        presets=[found.preset] if found.preset else [],
+        exposure_ms=found.exposure_ms or 10.0,
+        aperture=_aperture_in(found.objective),
+    )
+    if not yes:
+        _ask(found, answers)
+    text = config_text(found, answers, mm_config, adapters or ())
+    parse_config(yaml.safe_load(text), origin=str(file))
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except OSError as error:
+        msg = f"'{file}' cannot be written: {error.strerror}"
+        raise OutputError(msg) from error
+    typer.echo(f"wrote {file}; checking it as 'rtfocus run {file} --dry-run' does:")
+    faults = [check.error for check in preflight(load_config(file)) if check.error]
+    for fault in faults:
+        typer.echo(f"error: {fault}", err=True)
+    if faults:
+        raise typer.Exit(ExitCode.CONFIG)
+    typer.echo(f"nothing stands in the way. Next: rtfocus run {file}")
+
+
+def config_text(
+    found: Inventory,
+    answers: Answers,
+    mm_config: Path | None,
+    adapters: Sequence[Path],
+) -> str:
+    """Return the config as commented YAML."""
+    lines = [
+        "# First config, written by rtfocus init from what Micro-Manager said.",
+        "# Every key: rtfocus configs --reference. Check: rtfocus run THIS --dry-run",
+        "",
+        "run:",
+        f"  name: {_yaml(answers.name)}   # the run folder is {answers.name}.rtfocus",
+        "  folder: runs   # where run folders are made",
+        "",
+        *_microscope(found, answers, mm_config, adapters),
+        "",
+        *_acquisition(found, answers),
+        "",
+        "camera:",
+        "  offset_counts: 0   # <-- counts in the dark: mean of a frame, cap on",
+        "",
+        *_channels(found, answers),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _told(found: Inventory) -> str:
+    rows, columns = found.shape
+    sizes = ", ".join(f"{name} {um:g} um" for name, um in found.calibrations)
+    parts = [
+        f"camera:     {found.camera}, {columns} x {rows} pixels, {found.bit_depth} bit"
+        + (f" (of {', '.join(found.cameras)})" if len(found.cameras) > 1 else ""),
+        f"z-stage:    {found.focus_stage or 'none'}",
+        f"xy-stage:   {found.xy_stage or 'none'}",
+        f"objective:  {found.objective or 'not told'}",
+        f"pixel size: {found.pixel_size_um:g} um now" + (f"; {sizes}" if sizes else ""),
+        f"channels:   {', '.join(found.presets) or 'none'}"
+        + (f" (group {found.channel_group})" if found.channel_group else ""),
+    ]
+    return "\n".join(parts)
+
+
+def _ask(found: Inventory, answers: Answers) -> None:
+    """Ask for what the core cannot know; an empty answer is the default."""
+    answers.name = typer.prompt("name of the run", answers.name)
+    if len(found.cameras) > 1:
+        chosen = typer.prompt(f"camera ({', '.join(found.cameras)})", found.camera)
+        answers.camera = None if chosen == found.camera else chosen
+    if found.presets:
+        listed = typer.prompt(
+            "channels, with commas between", ", ".join(answers.presets)
+        )
+        answers.presets = [name.strip() for name in listed.split(",") if name.strip()]
+        unknown = [name for name in answers.presets if name not in found.presets]
+        if unknown:
+            msg = f"no channel '{unknown[0]}'; there are {', '.join(found.presets)}"
+            raise ConfigError(msg)
+    answers.exposure_ms = typer.prompt("exposure (ms)", answers.exposure_ms, type=float)
+    answers.time_points = typer.prompt("time points", answers.time_points, type=int)
+    answers.interval_s = typer.prompt("interval (s)", answers.interval_s, type=float)
+    pixel_um = typer.prompt(
+        "pixel size in the specimen (um), 0: not known",
+        found.pixel_size_um,
+        type=float,
+    )
+    answers.pixel_size_um = None if pixel_um == found.pixel_size_um else pixel_um
+    aperture = typer.prompt(
+        "NA of the objective, 0: do not restore", answers.aperture or 0.0, type=float
+    )
+    answers.aperture = aperture or None
+    if answers.aperture is None:
+        return
+    air = 1.518 if aperture >= 1.0 else 1.0
+    answers.index = typer.prompt(
+        "immersion: 1 air, 1.33 water, 1.518 oil", air, type=float
+    )
+    for preset in answers.presets or ["default"]:
+        answers.wavelengths_nm[preset] = typer.prompt(
+            f"wavelength of {preset} (nm)", emission_nm(preset), type=float
+        )
+
+
+def emission_nm(preset: str) -> float:
+    """Guess the emission of a channel by its name; 520 nm where it says nothing."""
+    for pattern, wavelength in _EMISSION_NM.items():
+        if re.search(pattern, preset, re.IGNORECASE):
+            return float(wavelength)
+    return 520.0
+
+
+def _aperture_in(label: str) -> float | None:
+    """Find an NA in what a turret calls its objective: ``40x/0.75``, ``NA 1.4``."""
+    said = re.search(r"(?:NA\s*=?\s*|/)([01]\.\d+)", label, re.IGNORECASE)
+    return float(said[1]) if said else None
+
+
+def _microscope(
+    found: Inventory,
+    answers: Answers,
+    mm_config: Path | None,
+    adapters: Sequence[Path],
+) -> list[str]:
+    lines = ["microscope:"]
+    if mm_config is None:
+        lines.append("  source: democamera   # yours: micromanager, with config_file")
+    else:
+        lines += [
+            "  source: micromanager",
+            f"  config_file: {_yaml(mm_config.absolute().as_posix())}",
+        ]
+        if adapters:
+            folders = [path.absolute().as_posix() for path in adapters]
+            lines.append(f"  adapter_paths: {_yaml(folders)}")
+    if answers.camera is not None:
+        lines.append(f"  properties: {{Core: {{Camera: {_yaml(answers.camera)}}}}}")
+    size = answers.pixel_size_um
+    if size:
+        lines.append(f"  pixel_size_um: {size:g}   # um, binning included")
+    elif found.pixel_size_um:
+        lines.append(f"  # pixel_size_um: {found.pixel_size_um:g}  (the core says so)")
+    else:
+        lines.append("  pixel_size_um: 1.0   # <-- um; the core does not know it")
+    return lines
+
+
+def _acquisition(found: Inventory, answers: Answers) -> list[str]:
+    lines = [
+        "acquisition:",
+        "  mda:   # a useq plan",
+        f"    time_plan: {{interval: {answers.interval_s:g}, "
+        f"loops: {answers.time_points}}}   # s, number",
+    ]
+    if answers.presets:
+        lines.append("    channels:   # preset, ms")
+        group = found.channel_group
+        lines += [
+            f"      - {{config: {_yaml(name)}, group: {_yaml(group)}, "
+            f"exposure: {answers.exposure_ms:g}}}"
+            for name in answers.presets
+        ]
+    if found.focus_stage:
+        lines.append("    # z_plan: {range: 6.0, step: 1.0}   # um")
+    return lines
+
+
+def _channels(found: Inventory, answers: Answers) -> list[str]:
+    """Return channels and processing: restored where an engine fits the optics."""
+    lines, restores = ["channels:"], False
+    for name in answers.presets or ["default"]:
+        lines.append(f"  - name: {_yaml(name)}")
+        optics = OpticalSystem(
+            answers.aperture or 0.5,
+            answers.wavelengths_nm.get(name, emission_nm(name)),
+            _size(found, answers),
+            refractive_index=answers.index,
+        )
+        engine = engine_for(optics) if answers.aperture else None
+        if engine is not None:
+            lines += [*_optics(optics), f"    classifier: {engine}"]
+            restores = True
+            continue
+        lines += [f"    # {line[4:]}" for line in _optics(optics)]
+        lines.append(
+            "    #   <-- no shipped engine fits these optics: see rtfocus train"
+            if answers.aperture
+            else "    #   <-- the NA is on the objective; with optics: restored"
+        )
+    lines += ["", "processing:"]
+    if not restores:
+        lines.append("  classifier: null   # frames are recorded, not restored")
+    return [
+        *lines,
+        "  restoration:",
+        f"    method: {'wiener' if restores else 'none'}",
+        "",
+        "store:",
+        f"  restored: {'true' if restores else 'false'}",
+    ]
+
+
+def _optics(optics: OpticalSystem) -> list[str]:
+    return [
+        "    optics:",
+        f"      numerical_aperture: {optics.numerical_aperture:g}",
+        f"      wavelength_nm: {optics.wavelength_nm:g}   # emission",
+        f"      pixel_size_um: {optics.pixel_size_um:g}",
+        f"      refractive_index: {optics.refractive_index:g}",
+    ]
+
+
+def _size(found: Inventory, answers: Answers) -> float:
+    return answers.pixel_size_um or found.pixel_size_um or 1.0
+
+
+def engine_for(optics: OpticalSystem) -> str | None:
+    """Return the first shipped classifier that was trained for such optics."""
+    cards = {engine.name: engine.card for engine in list_engines()}
+    fits = (n for n in _CLASSIFIERS if n in cards and not why_unfit(cards[n], optics))
+    return next(fits, None)
+
+
+def _yaml(value: Any) -> str:  # noqa: ANN401 (as the YAML it becomes)
+    """Write a text or list so that YAML reads the same again: JSON is YAML."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value)
+    reserved = str(value).lower() in (
+        "y",
+        "n",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "true",
+        "false",
+        "null",
+    )
+    return str(value) if plain and not reserved else json.dumps(value)
