@@ -19,7 +19,7 @@ from rtfocus.frame import DefocusMap
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.image_set import BLIND_ENGINE, restoring_with, with_engine
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.restore import METHODS
+from rtfocus.processing.restore import BLIND, METHODS
 from rtfocus.runs import Run, open_run
 
 __all__ = ["Optics", "acquire", "classify", "fit_psf", "process", "restore", "run"]
@@ -304,6 +304,8 @@ def _optics_known(settings: Config, optics: Optics | None) -> bool:
 def _refuse_method_without_optics(settings: Config) -> None:
     """Refuse what computes with the optics where nobody has said what they are."""
     method = settings.processing.restoration.method
+    if method == BLIND:
+        return
     if method not in METHODS:
         found = find_engine(method, settings.processing.engine_folders)
         if not found.implementation.startswith("builtin:"):

@@ -56,7 +56,8 @@ def evaluate(
         typer.Argument(
             metavar="ENGINE...",
             help="Engines by name or folder, wiener, richardson_lucy, "
-            "richardson_lucy_accelerated, or METHOD:exact, told the defocus.",
+            "richardson_lucy_accelerated, richardson_lucy_blind, or METHOD:exact, told "
+            "the defocus.",
         ),
     ],
     data: Annotated[

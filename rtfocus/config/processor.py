@@ -29,10 +29,11 @@ class RestorationConfig(Section):
 
     method: str = "wiener"
     """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``,
-    ``richardson_lucy_tiles`` (patch by patch, as published), ``none``, or the name
-    of a restorer or joint engine in the engines folder."""
+    ``richardson_lucy_tiles`` (patch by patch, as published),
+    ``richardson_lucy_blind`` (finds the kernel too), ``none``, or the name of a
+    restorer or joint engine in the engines folder."""
     iterations: Annotated[int, Field(gt=0)] | None = None
-    """Richardson-Lucy only; None: 15, accelerated 4."""
+    """Richardson-Lucy only; None: 15, accelerated 4, rounds of the blind one 8."""
     noise_to_signal: Annotated[float, Field(gt=0)] | None = None
     """Wiener only: ratio of noise to signal power; None: estimated per frame."""
     window: Literal["triangular", "rectangular"] = "triangular"

@@ -29,7 +29,7 @@ from rtfocus.processing.engines.registry import (
     parts,
     step_um,
 )
-from rtfocus.processing.restore import LEARNED_WIENER, METHODS, PATCH_BY_PATCH
+from rtfocus.processing.restore import BLIND, LEARNED_WIENER, METHODS, PATCH_BY_PATCH
 from rtfocus.processing.tiles.montage import Montage, Window
 from rtfocus.processing.tiles.windows import FrameFit, fit_frame
 
@@ -37,11 +37,18 @@ logger = logging.getLogger(__name__)
 
 Image = NDArray[np.float32]
 Way = Literal[
-    "by_level", "by_patch", "by_tile", "same_pass", "own_pass", "learned_wiener"
+    "by_level",
+    "by_patch",
+    "blind",
+    "by_tile",
+    "same_pass",
+    "own_pass",
+    "learned_wiener",
 ]
 """How a frame is restored: deconvolved as a whole, level by level; patch by patch;
-tile by tile with a network; by the joint engine in the pass that finds the defocus,
-or in a pass of its own; or with the learned Wiener filter."""
+as a whole with kernels found on the way; tile by tile with a network; by the joint
+engine in the pass that finds the defocus, or in a pass of its own; or with the learned
+Wiener filter."""
 
 # A pixel size that differs more than this from the optics' is not rounding.
 _PIXEL_TOLERANCE = 0.02
@@ -266,7 +273,8 @@ class _Eye:
 
 
 def _classical(method: str, settings: RestorationConfig) -> RestorationPlan:
-    way: Way = "by_patch" if method == PATCH_BY_PATCH else "by_level"
+    ways: dict[str, Way] = {PATCH_BY_PATCH: "by_patch", BLIND: "blind"}
+    way = ways.get(method, "by_level")
     return RestorationPlan(way, method, f"{settings.method}@builtin", settings)
 
 

@@ -35,7 +35,7 @@ from rtfocus.processing.engines.registry import (
     parts,
 )
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.restore import METHODS
+from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 
 BLIND_ENGINE = "rtfocus-1"
 """What restores where nobody knows the optics and nobody names an engine."""
@@ -296,7 +296,7 @@ def _check(
             check_fit(found.card, optics.system, ignore=ignored)
         return
     restoration = channel.restoration or settings.processing.restoration
-    needing = [restoration.method] if restoration.method in METHODS else []
+    needing = [restoration.method] if restoration.method in NEEDS_OPTICS else []
     needing += [f.name for f in engines if f.implementation.startswith("builtin:")]
     if needing:
         msg = (

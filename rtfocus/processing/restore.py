@@ -26,7 +26,13 @@ WHOLE_FRAME = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
 PATCH_BY_PATCH = "richardson_lucy_tiles"
 """LB-DVD as published (He 2020)."""
 
-METHODS = (*WHOLE_FRAME, PATCH_BY_PATCH)
+BLIND = "richardson_lucy_blind"
+"""Kernel and image in turn (Fish et al. 1995): the reference for what knows no PSF."""
+
+NEEDS_OPTICS = (*WHOLE_FRAME, PATCH_BY_PATCH)
+"""Those that compute PSFs and trust them."""
+
+METHODS = (*NEEDS_OPTICS, BLIND)
 """Restorations built in; any other name but ``none`` is an engine's."""
 
 LEARNED_WIENER = "builtin:learned_wiener"
@@ -220,6 +226,8 @@ def photon_variance(image: Image, gain_e_per_count: float) -> float:
 DEFAULT_ITERATIONS = 15
 """He 2020, section 2.3."""
 ACCELERATED_ITERATIONS = 4
+BLIND_ITERATIONS = 8
+"""Rounds of kernel and image, chosen on nuclei out of focus; more fit the noise."""
 
 # Matched iterations that each of four iterations stands for, falling, so that the
 # last ones settle the noise. Chosen on nuclei and real fields at two photon

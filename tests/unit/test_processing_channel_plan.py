@@ -50,6 +50,7 @@ def plan(method, classifier="delpnet", shape=SHAPE, optics=None, **settings):
         ("wiener", "delpnet", "by_level"),
         ("richardson_lucy", "delpnet", "by_level"),
         ("richardson_lucy_tiles", "delpnet", "by_patch"),
+        ("richardson_lucy_blind", "delpnet", "blind"),
         ("wei_unet", "delpnet", "by_tile"),
         ("rtfocus-1", "rtfocus-1", "same_pass"),
         ("rtfocus-1", "delpnet", "own_pass"),
@@ -63,7 +64,7 @@ def test_a_restoration_goes_the_way_of_its_kind(method, classifier, way):
     assert found.classifier.restores == (way == "same_pass")
     assert (found.restoration.own_pass is not None) == (way == "own_pass")
     assert found.engines["classifier"].startswith(f"{classifier}@")
-    name = f"{method}@builtin" if way in ("by_level", "by_patch") else f"{method}@"
+    name = f"{method}@builtin" if found.restoration.found is None else f"{method}@"
     assert found.engines["restorer"].startswith(name)
 
 

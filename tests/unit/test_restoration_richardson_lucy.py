@@ -8,6 +8,8 @@ from skimage.restoration import richardson_lucy as reference
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.deconvolution import (
+    BlindRichardsonLucyDeconvolution,
+    RichardsonLucyDeconvolution,
     iterate,
     richardson_lucy,
 )
@@ -123,3 +125,41 @@ def test_transfer_function_of_an_even_psf_is_real_and_of_an_uneven_one_complex()
 def test_psf_wider_than_the_transform_wraps_and_keeps_its_light():
     transfer = transfer_function(compute_psf(ROUND, 20.0, size_px=61), (20, 24))
     assert transfer[0, 0] == pytest.approx(1.0, abs=1e-5)
+
+
+def mirrored(image, psf):
+    """Pad as the loop does; returns the function that cuts the middle out again."""
+    half = psf.shape[0] // 2
+    padded = np.pad(image, half, mode="symmetric").astype(np.float32)
+    return padded, lambda whole: whole[half:-half, half:-half]
+
+
+def test_the_blind_form_restores_without_knowing_the_kernel(image):
+    psf = compute_psf(UNEVEN, 9.0)
+    padded, cut = mirrored(image, psf)
+    blurred = np.fft.irfft2(
+        np.fft.rfft2(padded) * transfer_function(psf, padded.shape), s=padded.shape
+    ).astype(np.float32)
+
+    def lost(restored):
+        return float(np.mean((cut(restored) - image) ** 2))
+
+    blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, 8)
+    restored, kernel = blind.find(blurred, 0.0, 1)
+    known = RichardsonLucyDeconvolution(psf, padded.shape, 8, accelerated=False)
+    assert lost(known.restore(blurred, 0.0, 1)) < lost(restored) < 0.7 * lost(blurred)
+    # It began as a Gaussian, as far from the truth as the width alone can be.
+    start = BlindRichardsonLucyDeconvolution(psf, padded.shape, 0).find(
+        blurred, 0.0, 1
+    )[1]
+    assert kernel.sum() == pytest.approx(1, abs=1e-5)
+    assert kernel.min() >= 0
+    assert np.abs(kernel - psf).sum() < np.abs(start - psf).sum()
+
+
+def test_the_blind_form_keeps_light_and_black_frames(image):
+    psf = compute_psf(ROUND, 6.0)
+    padded, _ = mirrored(image, psf)
+    blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, 8)
+    assert blind.restore(padded, 0.0, 1).sum() == pytest.approx(padded.sum(), rel=0.01)
+    assert not blind.restore(np.zeros_like(padded), 0.0, 1).any()

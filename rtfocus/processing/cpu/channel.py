@@ -151,7 +151,7 @@ def open_restorer(
         raise ValueError(msg)
     montage = plan.montage(grid)
     match restoration.way:
-        case "by_level" | "by_patch":
+        case "by_level" | "by_patch" | "blind":
             classical = make_restorer(
                 restoration.method,
                 restoration.settings,

@@ -185,3 +185,89 @@ class RichardsonLucyDeconvolution:
             start=signal,
             workers=workers,
         )
+
+
+_LEAST_SIGMA_PX = 0.5
+
+
+class BlindRichardsonLucyDeconvolution:
+    """Richardson-Lucy that finds the kernel too (Fish et al. 1995).
+
+    Each round improves the kernel with the image held, then the image with the kernel
+    held, both by the same multiplicative step. Without knowledge the kernel drifts
+    towards a point or towards the image itself; what holds it is where it starts, a
+    Gaussian as wide as the PSF of the level, and the window it stays in.
+
+    Parameters
+    ----------
+    psf
+        Of the level; only its width and the size of its window are used.
+    shape
+        Height and width of the transforms, those of the images.
+    rounds
+        Of kernel and image.
+
+    References
+    ----------
+    .. [1] D. A. Fish, A. M. Brinicombe, E. R. Pike, J. G. Walker, "Blind deconvolution
+       by means of the Richardson-Lucy algorithm", J. Opt. Soc. Am. A 12, 1995.
+    """
+
+    def __init__(self, psf: Image, shape: tuple[int, int], rounds: int) -> None:
+        self._shape = shape
+        self._rounds = rounds
+        self._start = _gaussian_like(psf)
+
+    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+        """Iterate; negative counts (below the camera's offset) become 0."""
+        return self.find(padded, quantum, workers)[0]
+
+    def find(self, padded: Image, quantum: float, workers: int) -> tuple[Image, Image]:
+        """Return the restored image and the kernel, whose centre is its origin."""
+        del quantum
+        signal = np.maximum(padded, 0)
+        image, kernel = signal, self._start
+        for _ in range(self._rounds):
+            kernel = self._better_kernel(kernel, signal, image, workers)
+            transfer = transfer_function(kernel, self._shape)
+            image = iterate(
+                signal,
+                transfer,
+                [np.conj(transfer)],
+                shape=self._shape,
+                start=image,
+                workers=workers,
+            )
+        return image, kernel
+
+    def _better_kernel(
+        self, kernel: Image, signal: Image, image: Image, workers: int
+    ) -> Image:
+        """Take one step with the roles of image and kernel exchanged."""
+        spectrum = fft.rfft2(image, workers=workers)
+        product = spectrum * transfer_function(kernel, self._shape)
+        blurred = fft.irfft2(product, s=self._shape, workers=workers)
+        floor = max(
+            _FLOOR[signal.dtype] * float(signal.max(initial=0.0)),
+            float(np.finfo(signal.dtype).tiny),
+        )
+        ratio = signal / np.maximum(blurred, floor)
+        spectrum = np.conj(spectrum) * fft.rfft2(ratio, workers=workers)
+        factor = fft.irfft2(spectrum, s=self._shape, workers=workers)
+        rows, columns = (
+            np.arange(-(side // 2), side // 2 + 1) % length
+            for side, length in zip(kernel.shape, self._shape, strict=True)
+        )
+        better = kernel * np.maximum(factor[np.ix_(rows, columns)], 0)
+        total = float(better.sum())
+        # A black frame tells nothing of the kernel.
+        return np.asarray(better / total, np.float32) if total > 0 else kernel
+
+
+def _gaussian_like(psf: Image) -> Image:
+    """Return a Gaussian in the window of a PSF, as wide as it is."""
+    rows, columns = (np.arange(side) - side // 2 for side in psf.shape)
+    squares = (rows**2)[:, None] + columns**2
+    variance = float((psf * squares).sum() / (2 * psf.sum()))
+    gaussian = np.exp(-0.5 * squares / max(variance, _LEAST_SIGMA_PX**2))
+    return np.asarray(gaussian / gaussian.sum(), dtype=np.float32)

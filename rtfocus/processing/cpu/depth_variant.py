@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 
 from rtfocus.optics.psf import psf_radius_px
 from rtfocus.processing.cpu.deconvolution import (
+    BlindRichardsonLucyDeconvolution,
     RichardsonLucyDeconvolution,
     WienerDeconvolution,
     richardson_lucy,
 )
 from rtfocus.processing.restore import (
     ACCELERATED_ITERATIONS,
+    BLIND,
+    BLIND_ITERATIONS,
     DEFAULT_ITERATIONS,
     PATCH_BY_PATCH,
     WHOLE_FRAME,
@@ -67,9 +70,9 @@ class DepthVariantRestorer:
     psfs
         PSF per level, for every level but 0; negative levels where they are signed.
     method
-        One of `WHOLE_FRAME`.
+        One of `WHOLE_FRAME`, or `BLIND`.
     iterations
-        Of Richardson-Lucy; None: 15, accelerated 4.
+        Of Richardson-Lucy; None: 15, accelerated 4, rounds of the blind one 8.
     noise_to_signal
         Of Wiener; None: estimated per frame and level.
     gain_e_per_count
@@ -93,8 +96,8 @@ class DepthVariantRestorer:
         halo_px: int | None = None,
         workers: int = 1,
     ) -> None:
-        if method not in WHOLE_FRAME:
-            msg = f"method '{method}' is not one of {', '.join(WHOLE_FRAME)}"
+        if method not in (*WHOLE_FRAME, BLIND):
+            msg = f"method '{method}' is not one of {', '.join((*WHOLE_FRAME, BLIND))}"
             raise ValueError(msg)
         self.method = method
         self._montage = montage
@@ -186,6 +189,9 @@ class DepthVariantRestorer:
                 noise_to_signal=self._noise_to_signal,
                 gain_e_per_count=self._gain,
             )
+        if self.method == BLIND:
+            rounds = self._iterations or BLIND_ITERATIONS
+            return BlindRichardsonLucyDeconvolution(psf, shape, rounds)
         accelerated = self.method == "richardson_lucy_accelerated"
         usual = ACCELERATED_ITERATIONS if accelerated else DEFAULT_ITERATIONS
         return RichardsonLucyDeconvolution(
