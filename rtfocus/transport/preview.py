@@ -258,6 +258,7 @@ class PreviewPublisher:
             return PreviewStatus(
                 PROTOCOL_VERSION, "waiting", host=platform.node(), control=self.control
             )
+        full = shown.saturation_counts
         with self._lock:
             points, focus = list(self._points), list(self._focus)
         return PreviewStatus(
@@ -266,6 +267,7 @@ class PreviewPublisher:
             series=shown.brief(),
             folder=str(shown.folder),
             host=platform.node(),
+            saturation_counts=full if np.isfinite(full) else None,
             metrics=shown.metrics(),
             points=points,
             focus=focus,

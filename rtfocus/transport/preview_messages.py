@@ -81,6 +81,8 @@ class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type")
     folder: str = ""
     """The run folder, on `host`."""
     host: str = ""
+    saturation_counts: float | None = None
+    """Counts from which on a pixel is saturated; None: none is."""
     metrics: dict[str, Any] = {}
     points: list[Point] = []
     """The newest frames, oldest first; overlaps with the status before."""

@@ -6,7 +6,8 @@ packed pixels, all little-endian. ``page/codec.js`` is the other end::
     "RTFP" version flags planes _ | number sequence t p c z | z_um captured_s |
     saturated exposure_ms | height width | defocus_um confidence signed _ _ _
 
-    kind dtype codec samples | width height bytes | scale offset | x0 y0 step | _
+    kind dtype codec samples | width height bytes | scale offset | x0 y0 step |
+    signed _ _ _
 
 A stored value v means ``offset + scale * v``. Pixels of integer cameras up to 16 bits
 travel as they are; others are spread over 16 bits.
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 MAGIC = b"RTFP"
 VERSION = 1
 HEADER = struct.Struct("<4sBBBxIiiiiiddIfIIdfB3x")
-PLANE = struct.Struct("<BBBBIIIfffff4x")
+PLANE = struct.Struct("<BBBBIIIfffffB3x")
 UNKNOWN = 0xFFFFFFFF
 """Number of saturated pixels that nobody counted."""
 
@@ -70,6 +71,8 @@ class Plane:
     y0: float = 0.0
     step: float = 1.0
     """Side of a pixel, in pixels of the frame."""
+    signed: bool = False
+    """Of a defocus map: whether it knows the side of focus."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _packed(plane: Plane) -> tuple[bytes, bytes]:
     header = PLANE.pack(
         *(plane.kind, _DTYPES[values.dtype.str], packing, *(samples or (1,))),
         *(width, height, len(data)),
-        *(scale, offset, plane.x0, plane.y0, plane.step),
+        *(scale, offset, plane.x0, plane.y0, plane.step, plane.signed),
     )
     return header, data
 

@@ -68,14 +68,17 @@ class Scene:
         """Set while a page is open."""
 
     def begin(
-        self, series: SeriesStart, stored: StoredRun | None, traces: Traces
+        self,
+        series: SeriesStart,
+        stored: StoredRun | None,
+        traces: Traces,
+        saturation_counts: float = np.inf,
     ) -> None:
         """Show another series from here on."""
         with self._lock:
             self.series, self.stored, self.traces = series, stored, traces
-            self.saturation_counts = np.inf
+            self.saturation_counts = saturation_counts
             if stored is not None:
-                self.saturation_counts = stored.saturation_counts
                 self.folder = str(stored.run.folder)
             self._newest.clear()
             self._cache.clear()

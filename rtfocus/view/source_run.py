@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rtfocus.config.processor import CameraConfig
 from rtfocus.errors import InputError, RtfocusError
 from rtfocus.focus_readings import FOCUS_LOG
-from rtfocus.frame import SeriesStart
+from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.monitor import LATENCIES
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.runs import Kind as ImageName
@@ -276,8 +276,7 @@ class StoredRun:
         values = None if grid is None else self._if_there("defocus", place)
         if grid is None or values is None:
             return None
-        corner = grid.origin_px + 0.5 - grid.stride_px / 2
-        return Plane(Kind.DEFOCUS, values, corner, corner, grid.stride_px)
+        return defocus_plane(values, grid)
 
     def _region(self, place: Place, region: Region) -> tuple[Plane, ...]:
         height, width = self.series.shape[:2]
@@ -301,6 +300,12 @@ class StoredRun:
             return self.plane(name, place)
         except InputError:
             return None
+
+
+def defocus_plane(values: NDArray[np.generic], grid: TileGrid) -> Plane:
+    """Return a defocus map where its tiles lie in the frame."""
+    corner = grid.origin_px + 0.5 - grid.stride_px / 2
+    return Plane(Kind.DEFOCUS, values, corner, corner, grid.stride_px, grid.signed)
 
 
 def report_of(run: Run) -> dict[str, Any]:

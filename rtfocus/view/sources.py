@@ -6,13 +6,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from rtfocus.errors import ProtocolError, RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, Act
 from rtfocus.transport.preview_messages import Preview, PreviewStatus, Request
 from rtfocus.transport.preview_viewer import PreviewViewer
 from rtfocus.view.codec import Flag, Kind, Picture, Plane
 from rtfocus.view.scene import Scene
-from rtfocus.view.source_run import StoredRun, report_of
+from rtfocus.view.source_run import StoredRun, defocus_plane, report_of
 from rtfocus.view.traces import Traces, note_focus_line
 
 _LOOK_S = 0.1
@@ -48,7 +50,7 @@ class RunSource(Source):
         super().__init__(scene, "view run")
         traces = Traces()
         stored = StoredRun.open(folder, traces)
-        scene.begin(stored.series, stored, traces)
+        scene.begin(stored.series, stored, traces, stored.saturation_counts)
         scene.state = "recording"
         self._stored = stored
 
@@ -189,7 +191,8 @@ class LiveSource(Source):
             if stored.series.series_uid != series.series_uid:
                 stored = None
         scene.folder, scene.host = status.folder, status.host
-        scene.begin(series, stored, traces)
+        full = status.saturation_counts
+        scene.begin(series, stored, traces, np.inf if full is None else full)
 
     def _show(self, preview: Preview) -> None:
         header = preview.header
@@ -207,11 +210,7 @@ class LiveSource(Source):
             elif plane.name == "saturation":
                 planes.append(Plane(Kind.SATURATION, pixels, step=plane.block_px))
             elif plane.name == "defocus" and header.grid is not None:
-                grid = header.grid
-                corner = grid.origin_px + 0.5 - grid.stride_px / 2
-                planes.append(
-                    Plane(Kind.DEFOCUS, pixels, corner, corner, grid.stride_px)
-                )
+                planes.append(defocus_plane(pixels, header.grid))
         estimate = header.estimate
         height, width = frame.shape[:2]
         place = _place(frame.index)

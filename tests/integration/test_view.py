@@ -64,7 +64,10 @@ def test_a_picture_arrives_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> No
     raw = rng.poisson(200, shape).astype(dtype)
     levels = np.array([[np.nan, -2.5], [0.0, 7.25]], np.float32)
     picture = Picture(
-        planes=(Plane(Kind.RAW, raw, step=2), Plane(Kind.DEFOCUS, levels, 3, 4, 48)),
+        planes=(
+            Plane(Kind.RAW, raw, step=2),
+            Plane(Kind.DEFOCUS, levels, 3, 4, 48, signed=True),
+        ),
         shape=(shape[0] * 2, shape[1] * 2),
         index={"t": 7, "p": 1, "c": 2, "z": 3},
         sequence=41,
@@ -79,7 +82,7 @@ def test_a_picture_arrives_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> No
     assert header[12] == UNKNOWN
     np.testing.assert_array_equal(planes[0][1], raw.astype("<u2"))
     np.testing.assert_array_equal(planes[1][1], levels)
-    assert planes[1][0][9:12] == (3, 4, 48)
+    assert planes[1][0][9:] == (3, 4, 48, 1)
 
 
 def test_floats_travel_to_within_a_65535th_of_their_range() -> None:
@@ -107,7 +110,7 @@ def scene(run_folder: Path) -> Scene:
     scene, traces = Scene(), Traces()
     stored = StoredRun.open(run_folder, traces)
     stored.read_on()
-    scene.begin(stored.series, stored, traces)
+    scene.begin(stored.series, stored, traces, stored.saturation_counts)
     return scene
 
 

@@ -65,7 +65,7 @@ export function unpack(buffer) {
     const bytes = new Uint8Array(buffer, at + PLANE_BYTES, size);
     picture.planes[view.getUint8(at)] = {
       kind: view.getUint8(at), samples, width, height,
-      scale: f32(at + 16), offset: f32(at + 20), x0: f32(at + 24), y0: f32(at + 28), step: f32(at + 32),
+      scale: f32(at + 16), offset: f32(at + 20), x0: f32(at + 24), y0: f32(at + 28), step: f32(at + 32), signed: view.getUint8(at + 36) === 1,
       pixels: values(bytes, view.getUint8(at + 1), view.getUint8(at + 2), width * height * samples),
     };
     at += PLANE_BYTES + size;

@@ -90,7 +90,7 @@ function takePicture(picture) {
     drawing.drop(`${kind}detail`);
     if (picture.planes[kind]) drawing.put(kind, picture.planes[kind]); else drawing.drop(kind);
   }
-  if (picture.planes[DEFOCUS]) stage.setMap(picture.planes[DEFOCUS], picture.signed);
+  if (picture.planes[DEFOCUS]) stage.setMap(picture.planes[DEFOCUS]);
   const count = [RAW, RESTORED].filter((kind) => picture.planes[kind]).length;
   if (count !== stage.count) { stage.count = count; if (stage.fitted) stage.fit(); }
   say(picture.flags & ABSENT ? `no frame here: t ${picture.t}, position ${state.series?.positions[picture.p] ?? picture.p}, z ${picture.z}` : "");
@@ -323,7 +323,7 @@ const KEYS = {
 };
 
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input:not([type=checkbox]):not([type=radio]), select");
+  const typing = event.target.matches?.("input:not([type=checkbox]):not([type=radio]), select");
   if (event.ctrlKey || event.metaKey || event.altKey || (typing && event.key !== "Home") || $("help").open) return;
   const act = KEYS[event.key];
   if (act) { event.preventDefault(); act(); }
@@ -369,11 +369,12 @@ for (const button of document.querySelectorAll("[data-ask]")) button.onclick = (
 // For people with a console, and tests: what is shown, and the colours on the canvas.
 window.rtfocusView = {
   state, stage, drawing, draw, setWindow, scrub, follow,
-  colourAt(kind, x, y) {
+  // Colours at pixels [y, x] of the frame.
+  coloursAt(kind, places) {
     draw();
-    const pane = stage.lastPanes.find((one) => one.kind === kind), { view } = stage;
-    if (!pane) return null;
-    return drawing.read(Math.floor(pane.origin[0] + (x + 0.5 - view.x) * view.zoom), Math.floor(pane.origin[1] + (y + 0.5 - view.y) * view.zoom));
+    const pane = stage.lastPanes.find((one) => one.kind === kind), { x, y, zoom } = stage.view;
+    const screen = (n, from, origin) => Math.floor(origin + (n + 0.5 - from) * zoom);
+    return pane && places.map(([row, column]) => drawing.read(screen(column, x, pane.origin[0]), screen(row, y, pane.origin[1])));
   },
 };
 

@@ -160,7 +160,8 @@ export class Stage {
     };
   }
 
-  setMap(plane, signed) {
+  setMap(plane) {
+    const signed = plane.signed;
     this.mapSigned = signed;
     const known = [...plane.pixels].filter((value) => !Number.isNaN(value)).map(Math.abs).sort((a, b) => a - b);
     this.mapMost = known.length ? known[Math.floor(0.98 * (known.length - 1))] : 0;

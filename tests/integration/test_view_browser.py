@@ -1,0 +1,347 @@
+"""View in a real browser: Debian's Chromium draws what was stored or sent."""
+
+import base64
+import http.client
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from loop_kit import run_loop, small
+from numpy.typing import NDArray
+from transport_kit import until
+from view_kit import GRID, SATURATION, frame_of, result_of
+
+from rtfocus.view.scene import Scene
+from rtfocus.view.server import Listening, PageServer
+from rtfocus.view.sources import LiveSource, RunSource
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1440,900",
+)
+RAW, RESTORED = 0, 1
+MARK = [255, 43, 214]
+Page = Callable[..., Any]
+"""Runs a script in the page and returns what it returns."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One browser for the module; skips where there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    for program in (CHROMIUM, DRIVER):
+        if not program.exists():
+            pytest.skip(f"needs {program}: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (*FLAGS, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        driver = webdriver.Chrome(
+            options=options, service=webdriver.ChromeService(str(DRIVER))
+        )
+        driver.set_script_timeout(30)
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, engine_folder: Path) -> Path:
+    """A run of eight frames with defocus maps, restored."""
+    return run_loop(
+        small(
+            tmp_path_factory.mktemp("view"),
+            engine_folder,
+            microscope={
+                "height_px": 144,
+                "width_px": 192,
+                "specimen": {"kind": "tissue", "seed": 7},
+                "photons": 2000,
+            },
+        )
+    ).folder
+
+
+@contextmanager
+def served(source: Callable[[Scene], Any]) -> Iterator[tuple[Scene, PageServer]]:
+    scene = Scene()
+    with source(scene), PageServer(scene, Listening()) as server:
+        yield scene, server
+
+
+def opened(browser: Any, server: PageServer, query: str = "") -> Page:
+    """Open the page and wait for its first picture."""
+    browser.get(f"{server.url}{query}")
+
+    def page(script: str, *values: Any) -> Any:
+        return browser.execute_script(script, *values)
+
+    until(
+        lambda: page("return window.rtfocusView?.state.pictures > 0"),
+        "the first picture",
+    )
+    return page
+
+
+def shown(page: Page) -> tuple[int, int]:
+    """Return time point and sequence of what is shown."""
+    return tuple(page("const p = rtfocusView.state.picture; return [p.t, p.sequence]"))
+
+
+def drawn(page: Page, kind: int, places: list[tuple[int, int]]) -> NDArray[Any]:
+    """Return the colours that stand on the canvas at pixels (y, x) of the frame."""
+    return np.array(
+        page(
+            "return rtfocusView.coloursAt(arguments[0], arguments[1])"
+            ".map((colour) => colour.slice(0, 3))",
+            kind,
+            places,
+        )
+    )
+
+
+def expected(
+    pixels: NDArray[Any], places: list[tuple[int, int]], window: tuple[int, int]
+) -> NDArray[Any]:
+    """Return the greys of pixels through a window, as three colours."""
+    values = np.array([float(pixels[y, x]) for y, x in places])
+    grey = np.clip((values - window[0]) / (window[1] - window[0]), 0, 1) * 255
+    return np.repeat(np.rint(grey)[:, None], 3, axis=1)
+
+
+def spread(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return pixels all over a frame, its corners among them."""
+    rng = np.random.default_rng(5)
+    height, width = shape[:2]
+    corners = [(0, 0), (0, width - 1), (height - 1, 0), (height - 1, width - 1)]
+    ys, xs = rng.integers(0, height, 60), rng.integers(0, width, 60)
+    return corners + [(int(y), int(x)) for y, x in zip(ys, xs, strict=True)]
+
+
+def set_windows(page: Page, low: int, high: int) -> None:
+    page(
+        "for (const held of rtfocusView.state.windows.values()) "
+        "{ held.mode = 'hand'; held.window = [arguments[0], arguments[1]]; }",
+        low,
+        high,
+    )
+
+
+@pytest.mark.parametrize("renderer", ["webgl", "2d"])
+def test_the_pixels_drawn_are_the_stored_ones_through_the_window(
+    browser: Any, run_folder: Path, renderer: str
+) -> None:
+    with served(lambda scene: RunSource(scene, run_folder)) as (scene, server):
+        page = opened(browser, server, f"?renderer={renderer}")
+        assert page("return rtfocusView.drawing.name") == (
+            "WebGL 2" if renderer == "webgl" else "canvas 2-D"
+        )
+        until(lambda: shown(page) == (7, 7), "the newest frame")
+        assert scene.stored is not None
+        run = scene.stored.run
+        places = spread(run.raw.shape[-2:])
+        low, middle, high = (int(n) for n in np.percentile(run.raw[7], (1, 50, 99)))
+        for window in ((low, high), (middle - 4, middle + 5)):
+            set_windows(page, *window)
+            for kind, image in ((RAW, run.raw), (RESTORED, run.restored)):
+                found = drawn(page, kind, places)
+                wanted = expected(image[7, 0, 0], places, window)
+                np.testing.assert_allclose(found, wanted, atol=1)
+                assert len(np.unique(found)) > 2
+
+
+def test_scrubbing_splitting_snapshots_and_a_second_viewer(
+    browser: Any, run_folder: Path, tmp_path: Path
+) -> None:
+    with served(lambda scene: RunSource(scene, run_folder)) as (scene, server):
+        page = opened(browser, server)
+        assert scene.stored is not None
+        run = scene.stored.run
+        until(lambda: shown(page) == (7, 7), "the newest frame")
+        # The slider stops following, Home resumes.
+        page(
+            "const t = document.getElementById('t'); t.value = 2;"
+            "t.dispatchEvent(new Event('input'))"
+        )
+        until(lambda: shown(page) == (2, 2), "what was scrubbed to")
+        assert page("return rtfocusView.state.follow") is False
+        low, high = (int(n) for n in np.percentile(run.raw[2], (1, 99)))
+        set_windows(page, low, high)
+        places = spread(run.raw.shape[-2:])
+        found = drawn(page, RAW, places)
+        np.testing.assert_allclose(
+            found, expected(run.raw[2, 0, 0], places, (low, high)), atol=1
+        )
+        # The split: raw on its left, restored on its right, at the same place.
+        page(
+            "document.querySelector('input[value=split]').click();"
+            "const s = document.getElementById('split'); s.value = 500;"
+            "s.dispatchEvent(new Event('input'))"
+        )
+        width = run.raw.shape[-1]
+        for kind, image, xs in (
+            (RAW, run.raw, (10, width // 2 - 4)),
+            (RESTORED, run.restored, (width // 2 + 4, width - 10)),
+        ):
+            places = [(int(y), int(x)) for y in (20, 77, 120) for x in xs]
+            found = drawn(page, kind, places)
+            wanted = expected(image[2, 0, 0], places, (low, high))
+            np.testing.assert_allclose(found, wanted, atol=1)
+        # Snapshots are the stored planes.
+        for kind, image in (("raw", run.raw), ("restored", run.restored)):
+            text = browser.execute_async_script(
+                "const done = arguments[1];"
+                "fetch(document.getElementById(arguments[0]).href)"
+                ".then((answer) => answer.bytes()).then((bytes) => done(btoa("
+                "Array.from(bytes, (b) => String.fromCharCode(b)).join(''))))",
+                f"tiff-{kind}",
+            )
+            path = tmp_path / f"{kind}.tif"
+            path.write_bytes(base64.b64decode(text))
+            np.testing.assert_array_equal(tifffile.imread(path), image[2, 0, 0])
+        browser.execute_cdp_cmd(
+            "Browser.setDownloadBehavior",
+            {"behavior": "allow", "downloadPath": str(tmp_path)},
+        )
+        page("document.getElementById('png').click()")
+        until(lambda: any(tmp_path.glob("small_t2*.png")), "the PNG")
+        # A second viewer looks at something else.
+        first = browser.current_window_handle
+        browser.switch_to.new_window("tab")
+        try:
+            other = opened(browser, server)
+            until(lambda: shown(other) == (7, 7), "the newest frame")
+            until(lambda: scene.viewers == 2, "two viewers")
+        finally:
+            browser.close()
+            browser.switch_to.window(first)
+        assert shown(page) == (2, 2)
+        browser.find_element("tag name", "body").send_keys("\ue011")  # Home
+        until(lambda: shown(page) == (7, 7), "following again")
+
+
+@contextmanager
+def child(endpoint: str, uid: str) -> Iterator[tuple[str, Callable[[int], None], Any]]:
+    """Start a preview in a process of its own; say where, how to show, what to kill."""
+    script = Path(__file__).parents[1] / "view_kit.py"
+    with subprocess.Popen(
+        [sys.executable, str(script), endpoint, uid],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin = process.stdin
+
+        def show(number: int) -> None:
+            stdin.write(f"{number}\n")
+            stdin.flush()
+
+        try:
+            yield process.stdout.readline().strip(), show, process
+        finally:
+            process.kill()
+
+
+def test_a_live_run_and_a_processor_that_is_killed_and_comes_back(
+    browser: Any,
+) -> None:
+    with ExitStack() as stack:
+        endpoint, show, process = stack.enter_context(
+            child("tcp://127.0.0.1:*", "first")
+        )
+        scene, server = stack.enter_context(
+            served(lambda scene: LiveSource(scene, endpoint, None))
+        )
+        browser.get(server.url)
+
+        def page(script: str, *values: Any) -> Any:
+            return browser.execute_script(script, *values)
+
+        def follows(number: int, uid: str) -> bool:
+            show(number)
+            return page(
+                "const s = window.rtfocusView?.state; "
+                "return s?.picture && [s.picture.sequence, s.series.uid]"
+            ) == [number, uid]
+
+        until(lambda: follows(3, "first"), "frame 3")
+        until(lambda: follows(4, "first"), "frame 4")
+        # Pixels, restored pixels, the saturated one, and the map over them.
+        set_windows(page, 100, 3000)
+        places = [place for place in spread((96, 128)) if place != (4, 5)]
+        for kind, pixels in ((RAW, frame_of(4)), (RESTORED, result_of(4).restored)):
+            assert pixels is not None
+            wanted = expected(pixels, places, (100, 3000))
+            np.testing.assert_allclose(drawn(page, kind, places), wanted, atol=1)
+        assert frame_of(4)[4, 5] == SATURATION
+        assert drawn(page, RAW, [(4, 5)]).tolist() == [MARK]
+        assert "1 px" in page("return document.getElementById('saturated').innerText")
+        assert overlaid(page, 40, 30) == [0, 0, 0, 0]
+        page("document.getElementById('map').click()")
+        for row, column, colour in (
+            # -8 and +8 of a scale to 10 um: nearly at the ends of blue and orange.
+            (0, 0, (27, 99, 169)),
+            (1, 1, (178, 92, 12)),
+        ):
+            y, x = (GRID.origin_px + GRID.stride_px * n for n in (row, column))
+            *found, alpha = overlaid(page, y, x)
+            assert alpha == pytest.approx(0.55 * 255, abs=3)
+            np.testing.assert_allclose(found, colour, atol=5)
+        y, x = (GRID.origin_px + GRID.stride_px * n for n in (1, 2))
+        assert overlaid(page, y, x)[3] == 0  # background has no colour
+        said = page("return document.getElementById('loop-facts').innerText")
+        assert "12.5 frames/s" in said
+        assert "gap 2" in said
+        # Without the folder there is nothing to browse, and the page says so.
+        page("rtfocusView.scrub({t: 0})")
+        assert "not on this machine" in page(
+            "return document.getElementById('message').innerText"
+        )
+        process.kill()
+        until(
+            lambda: (
+                page("return document.getElementById('state').dataset.state") == "gone"
+            ),
+            "that the processor is gone",
+        )
+        _, show, _ = stack.enter_context(child(endpoint, "second"))
+        until(lambda: follows(9, "second"), "the processor that came back")
+        assert scene.refused == {}
+        link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        link.request("GET", "/state")
+        assert json.loads(link.getresponse().read())["state"] == "running"
+        link.close()
+
+
+def overlaid(page: Page, y: float, x: float) -> list[int]:
+    """Return the colour over a place of the raw pane, red green blue alpha."""
+    return page(
+        "rtfocusView.draw(); const s = rtfocusView.stage, v = s.view;"
+        "const [ox, oy] = s.lastPanes[0].origin;"
+        "const at = [ox + (arguments[1] - v.x) * v.zoom, oy + (arguments[0] - v.y) *"
+        " v.zoom];"
+        "return [...s.overlay.getContext('2d').getImageData(...at, 1, 1).data]",
+        y,
+        x,
+    )
