@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+from rtfocus.alarms import Attendance, attended
 from rtfocus.config import Config
 from rtfocus.errors import (
-    BusyError,
     EngineError,
     PeerGoneError,
     PeerLostError,
@@ -272,26 +272,15 @@ class SeriesLoop:
         self._focus = SeriesReader(config, series)
         self._in_flight: dict[int, Slot] = {}
         """Frames that arrived and are not yet durable, by sequence."""
-        self._folder: Path | None = None
-        """Whose page is made in the end; None: it is another's."""
         self._lost: TransportError | None = None
         """Why the publisher sends no more, if it did not say the end."""
 
     def run(self) -> Path:
         """Process the series; the folder is finished even when a worker fails."""
-        try:
-            return self._record()
-        except (TakenOverError, BusyError):
-            self._folder = None
-            raise
-        finally:
-            if self._folder is not None:
-                # Drawing takes long to import, and is wanted only now.
-                from rtfocus.report.page import leave_page
+        with attended(self._config, self._monitor) as attendance:
+            return self._record(attendance)
 
-                leave_page(self._folder)
-
-    def _record(self) -> Path:
+    def _record(self, attendance: Attendance) -> Path:
         grid = self._processor.start(self._series, self._config.transport.slots)
         folder = run_folder(self._config.run, self._config.store, self._series)
         self._focus_log = FocusLog(folder, self._preview.note_focus)
@@ -306,7 +295,7 @@ class SeriesLoop:
             on_free=self._free,
             provenance={"config": self._config.kept_with_data()},
         ) as writer:
-            self._folder = folder
+            attendance.folder = folder
             self._receiver.begin(writer.next_sequence, str(folder.resolve()))
             self._monitor.begin(self._series)
             self._monitor.backends = self._processor.backends()

@@ -1,11 +1,11 @@
 """Monitor: what a run is doing, for the live table, the preview and the report."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,23 @@ RATE_WINDOW_S = 5.0
 
 LATENCIES = ("capture_to_estimate", "arrival_to_result", "arrival_to_durable")
 """Stages whose percentiles a viewer shows."""
+
+
+class Sample(NamedTuple):
+    """One estimate among the last ones."""
+
+    time_s: float
+    """Of ``time.perf_counter``."""
+    defocus_um: float | None
+    """None: background alone."""
+    z_offset_um: float
+    """Distance from the reference plane of its stack."""
+    c: int
+    latency_ms: float
+    """From arrival to estimate."""
+
+
+_MOST_SAMPLES = 512
 
 
 @dataclass
@@ -48,6 +65,11 @@ class Monitor:
     restored: int = 0
     flagged: int = 0
     """Frames marked ``nan`` or ``saturated``."""
+    alarms: Counter[str] = field(default_factory=Counter)
+    """Raised, delivered by each way, and failed."""
+    _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_MOST_SAMPLES))
+    _sampled: int = 0
+    """How many there were in all."""
     _started: float = field(default_factory=time.perf_counter)
     _first_ns: int | None = None
     _last_ns: int = 0
@@ -69,8 +91,31 @@ class Monitor:
         """Note a frame whose defocus is known and published."""
         self.estimate = estimate
         self.times.add("arrival_to_estimate", _ms_since(slot.received_ns))
+        self._samples.append(
+            Sample(
+                time.perf_counter(),
+                estimate.defocus_um,
+                estimate.z_offset_um or 0.0,
+                estimate.index.get("c", 0),
+                _ms_since(slot.received_ns),
+            )
+        )
+        self._sampled += 1
         captured_ms = (estimate.estimated_ns - estimate.captured_ns) / 1e6
         self.times.add("capture_to_estimate", captured_ms)
+
+    def samples_since(self, number: int) -> tuple[int, list[Sample]]:
+        """Return how many estimates there were, and those from `number` on.
+
+        At most the last 512 are kept.
+        """
+        kept, sampled = list(self._samples), self._sampled
+        return sampled, kept[max(0, len(kept) - (sampled - number)) :]
+
+    @property
+    def planned(self) -> int | None:
+        """Images planned; None: no series yet, or one without an end."""
+        return None if self.series is None else self.series.planned
 
     def finished(self, slot: Slot, result: FrameResult) -> None:
         """Note a frame whose result is known."""
@@ -121,6 +166,7 @@ class Monitor:
             "throughput": self.throughput(),
             "stages": self.times.summary(),
             "backends": self.backends,
+            "alarms": dict(self.alarms),
             "queues": {
                 queue.name: {"capacity": queue.capacity} for queue in self.queues
             },

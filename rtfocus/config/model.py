@@ -30,6 +30,7 @@ from rtfocus.config.microscope import (
     VirtualMicroscopeConfig,
 )
 from rtfocus.config.processor import (
+    AlarmConfig,
     CameraConfig,
     ProcessingConfig,
     RestorationConfig,
@@ -99,6 +100,7 @@ class Config(Section):
     channels: Annotated[list[ChannelConfig], Field(min_length=1)] = [ChannelConfig()]
     processing: ProcessingConfig = ProcessingConfig()
     autofocus: AutofocusConfig = AutofocusConfig()
+    alarm: AlarmConfig = AlarmConfig()
     transport: TransportConfig = TransportConfig()
     store: StoreConfig = StoreConfig()
     _file: Path | None = PrivateAttr(default=None)
@@ -129,8 +131,12 @@ class Config(Section):
         return found.model_copy(update={"name": name})
 
     def kept_with_data(self) -> dict[str, Any]:
-        """Return it as it is kept with the data: without the pairing."""
-        return self.model_dump(mode="json", exclude={"transport": {"pairing"}})
+        """Return it as it is kept with the data: without pairing and receivers.
+
+        A webhook's address is often the only secret of its receiver.
+        """
+        secret = {"transport": {"pairing"}, "alarm": {"webhook", "command"}}
+        return self.model_dump(mode="json", exclude=secret)
 
 
 _SOURCES = (

@@ -158,3 +158,35 @@ class StoreConfig(Section):
     """The run ends cleanly when less than this is left on the disk."""
     overwrite: bool = False
     """Replace a finished run folder of the same name."""
+
+
+AlarmKind = Literal["focus", "disk", "frames", "end"]
+
+
+class AlarmConfig(Section):
+    """Who is told of lost focus, a disk that fills up, lost frames and the end.
+
+    A line says it in any case. What cannot be delivered is counted in the report and
+    never hurts the run.
+    """
+
+    on: list[AlarmKind] = ["focus", "disk", "frames", "end"]
+    """What is told."""
+    webhook: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """URL that gets a JSON message by POST, its ``text`` for people."""
+    command: Annotated[list[str], Field(min_length=1)] | None = None
+    """Program and arguments, run without a shell: the message as JSON on its standard
+    input, and as ``RTFOCUS_ALARM_TEXT``, ``..._KIND`` and ``..._RUN`` in its
+    environment."""
+    sound: bool = False
+    """Ring the terminal's bell."""
+    focus_lost_um: Annotated[float, Field(gt=0)] | None = None
+    """Distance beyond which focus counts as lost; None: three depths of field."""
+    focus_lost_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long every frame must lie beyond it."""
+    disk_full_min: Annotated[float, Field(ge=0)] = 10.0
+    """Told when the disk is full in less than this, and before the plan ends."""
+    interval_s: Annotated[float, Field(ge=0)] = 300.0
+    """Shortest time between two alarms of one kind."""
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """Longest time for one delivery."""

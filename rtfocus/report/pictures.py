@@ -191,7 +191,7 @@ def _pixel_panels(frame: ShownFrame, pixel_um: float) -> list[Panel]:
 
 
 def _zoom(image: NDArray[Any]) -> float:
-    return min(_DETAIL_PX, *image.shape) / (4 * _DETAIL_PX)
+    return float(min(_DETAIL_PX, *image.shape)) / (4 * _DETAIL_PX)
 
 
 def _plain(image: NDArray[Any]) -> NDArray[np.float32]:

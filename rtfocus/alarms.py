@@ -1,0 +1,297 @@
+"""Alarms: who is not at the microscope hears of lost focus, frames, disk and the end.
+
+A thread of its own looks at the numbers of the run and delivers, so that neither a
+hanging receiver nor a failing command ever touches the loop: it costs alarms, which
+are counted.
+"""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtfocus.config import Config
+from rtfocus.config.processor import AlarmConfig, AlarmKind
+from rtfocus.errors import BusyError, TakenOverError
+from rtfocus.monitor import Monitor, Sample
+from rtfocus.outcome import Outcome
+from rtfocus.writers.header import REPORT_NAME
+
+_LOG = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_FAR_UNITS = 3.0
+"""Depths of field beyond which focus counts as lost, where no distance is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One thing somebody should know."""
+
+    kind: AlarmKind
+    text: str
+
+
+class Rules:
+    """What is worth an alarm; keeps what it has told of the run so far."""
+
+    def __init__(self, config: AlarmConfig) -> None:
+        self._config = config
+        self._seen = 0
+        self._far_since_s: float | None = None
+        self._newest_s = self._newest_um = 0.0
+        self._lost = 0
+        self._told_s: dict[AlarmKind, float] = {}
+
+    def look(self, monitor: Monitor, now_s: float) -> list[Alarm]:
+        """Return what has to be told now.
+
+        Parameters
+        ----------
+        monitor
+            Numbers of the run.
+        now_s
+            Of ``time.perf_counter``.
+        """
+        found = [self._focus(monitor), self._disk(monitor), self._frames(monitor)]
+        return [
+            alarm
+            for alarm in found
+            if alarm is not None and self._is_time(alarm.kind, now_s)
+        ]
+
+    def wants(self, kind: AlarmKind) -> bool:
+        """Tell whether this kind is to be told at all."""
+        return kind in self._config.on
+
+    def _is_time(self, kind: AlarmKind, now_s: float) -> bool:
+        """Let one alarm of a kind through per interval."""
+        if not self.wants(kind):
+            return False
+        last = self._told_s.get(kind)
+        if last is not None and now_s - last < self._config.interval_s:
+            return False
+        self._told_s[kind] = now_s
+        return True
+
+    def _focus(self, monitor: Monitor) -> Alarm | None:
+        number, samples = monitor.samples_since(self._seen)
+        self._seen = number
+        for sample in samples:
+            limit = self._limit_um(monitor, sample)
+            if limit is None or sample.defocus_um is None:
+                continue
+            if abs(sample.defocus_um) <= limit:
+                self._far_since_s = None
+                continue
+            self._newest_um, self._newest_s = sample.defocus_um, sample.time_s
+            if self._far_since_s is None:
+                self._far_since_s = sample.time_s
+        if self._far_since_s is None:
+            return None
+        lost_s = self._newest_s - self._far_since_s
+        if lost_s < self._config.focus_lost_s:
+            return None
+        text = f"focus is lost for {lost_s:.0f} s, {self._newest_um:+.1f} um by now"
+        return Alarm("focus", text)
+
+    def _limit_um(self, monitor: Monitor, sample: Sample) -> float | None:
+        """Return how far is too far; None: this frame says nothing of it.
+
+        Planes of a stack lie out of focus by plan.
+        """
+        if monitor.series is None or sample.c >= len(monitor.series.channels):
+            return None
+        optics = monitor.series.channels[sample.c].optics
+        if optics is None:
+            return None
+        unit = optics.defocus_unit_um
+        if abs(sample.z_offset_um) > unit / 2:
+            return None
+        return self._config.focus_lost_um or _FAR_UNITS * unit
+
+    def _disk(self, monitor: Monitor) -> Alarm | None:
+        left_s = monitor.time_to_full_s
+        if left_s is None or left_s > 60 * self._config.disk_full_min:
+            return None
+        planned, rate = monitor.planned, monitor.frames_per_s
+        if planned is not None and rate > 0:
+            rest_s = (planned - monitor.accounting.written) / rate
+            if rest_s < left_s:
+                return None
+        free = "" if monitor.free_bytes is None else f", {monitor.free_bytes / 1e9:.1f}"
+        return Alarm("disk", f"the disk is full in {left_s / 60:.0f} min{free} GB free")
+
+    def _frames(self, monitor: Monitor) -> Alarm | None:
+        terms = monitor.accounting.summary()
+        places = {**terms["dropped"], **terms["in_error"]}
+        lost = sum(places.values())
+        if lost <= self._lost:
+            return None
+        before, self._lost = self._lost, lost
+        where = ", ".join(f"{number} {place}" for place, number in places.items())
+        return Alarm("frames", f"{lost - before} frames are lost ({where} in all)")
+
+
+class Delivery:
+    """Brings alarms to where the config says; whatever fails is counted."""
+
+    def __init__(self, config: AlarmConfig, run: str, counts: Counter[str]) -> None:
+        self._config = config
+        self._run = run
+        self._counts = counts
+        self._complained: set[str] = set()
+
+    def deliver(self, alarm: Alarm) -> None:
+        """Tell everybody, one after the other, each within ``alarm.timeout_s``."""
+        self._counts["raised"] += 1
+        if alarm.kind != "end":
+            _LOG.warning("alarm: %s", alarm.text)
+        if self._config.sound and sys.stderr is not None and sys.stderr.isatty():
+            sys.stderr.write("\a")
+            sys.stderr.flush()
+        message = {
+            "text": f"rtfocus {self._run}: {alarm.text}",
+            "kind": alarm.kind,
+            "run": self._run,
+            "host": socket.gethostname(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        ways = (("webhook", self._config.webhook), ("command", self._config.command))
+        for way, target in ways:
+            if target is None:
+                continue
+            try:
+                getattr(self, f"_{way}")(target, message)
+            # Whatever it is: the run does not depend on it.
+            except Exception as error:
+                self._fail(way, error)
+            else:
+                self._counts[way] += 1
+
+    def _webhook(self, url: str, message: dict[str, str]) -> None:
+        """Post the message as JSON; its ``text`` is what Slack and others show."""
+        # Takes long to import, and few runs need it.
+        from urllib.request import Request, urlopen
+
+        body = json.dumps(message).encode("utf-8")
+        headers = {"Content-Type": "application/json", "User-Agent": "rtfocus"}
+        request = Request(url, body, headers, method="POST")
+        with urlopen(request, timeout=self._config.timeout_s):
+            pass
+
+    def _command(self, command: list[str], message: dict[str, str]) -> None:
+        """Run a program without a shell: JSON on its input, text in its environment."""
+        environment = {
+            **os.environ,
+            **{f"RTFOCUS_ALARM_{key.upper()}": value for key, value in message.items()},
+        }
+        subprocess.run(
+            command,
+            input=json.dumps(message).encode("utf-8"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=self._config.timeout_s,
+            check=True,
+            # Ctrl-C ends the run, not the message that it ended.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+
+    def _fail(self, way: str, error: Exception) -> None:
+        self._counts[f"{way} failed"] += 1
+        if way not in self._complained:
+            # Once: a receiver that is down is down for every alarm.
+            self._complained.add(way)
+            _LOG.warning("alarm.%s failed, the run goes on: %s", way, error)
+
+
+class Attendance:
+    """What a series is attended by: alarms while it runs, its page when it ended."""
+
+    def __init__(self, config: Config, monitor: Monitor) -> None:
+        self.folder: Path | None = None
+        """Set when it is ours; its page is made in the end."""
+        self._config = config.alarm
+        self._monitor = monitor
+        self._rules = Rules(config.alarm)
+        self._delivery = Delivery(config.alarm, config.run.name, monitor.alarms)
+        self._done = threading.Event()
+        self._end: Alarm | None = None
+        self._thread = threading.Thread(target=self._watch, name="alarms", daemon=True)
+
+    def begin(self) -> None:
+        """Start to watch."""
+        self._thread.start()
+
+    def end(self, failure: BaseException | None) -> None:
+        """Tell the end; returns at once."""
+        if self._rules.wants("end"):
+            self._end = Alarm("end", self._how_it_ended(failure))
+        self._done.set()
+
+    def wait(self) -> None:
+        """Wait until all is delivered: not longer than it may take."""
+        # One delivery may be under way, one alarm of every other kind may follow.
+        most_s = 2 * (2 + len(self._config.on)) * self._config.timeout_s
+        self._thread.join(most_s)
+        if self._thread.is_alive():
+            _LOG.warning("the last alarms are not delivered after %g s", most_s)
+
+    def _watch(self) -> None:
+        while not self._done.wait(_POLL_S):
+            self._look()
+        self._look()
+        if self._end is not None:
+            self._delivery.deliver(self._end)
+
+    def _look(self) -> None:
+        for alarm in self._rules.look(self._monitor, time.perf_counter()):
+            self._delivery.deliver(alarm)
+
+    def _how_it_ended(self, failure: BaseException | None) -> str:
+        if failure is not None:
+            return f"the run ended: {failure or type(failure).__name__}"
+        try:
+            text = ((self.folder or Path()) / REPORT_NAME).read_text("utf-8")
+            report: dict[str, Any] = json.loads(text)
+            outcome = Outcome.of_report(report)
+        except (OSError, ValueError, KeyError):
+            return "the run ended"
+        return "completed" if outcome.is_plain else str(outcome)
+
+
+@contextmanager
+def attended(config: Config, monitor: Monitor) -> Iterator[Attendance]:
+    """Watch a series while the block runs; in the end tell it and leave its page.
+
+    A folder that somebody else has taken over gets no page from here.
+    """
+    attendance = Attendance(config, monitor)
+    attendance.begin()
+    failure: BaseException | None = None
+    try:
+        yield attendance
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        attendance.end(failure)
+        is_ours = not isinstance(failure, (TakenOverError, BusyError))
+        if attendance.folder is not None and is_ours:
+            # Drawing takes long to import, and is wanted only now.
+            from rtfocus.report.page import leave_page
+
+            leave_page(attendance.folder)
+        attendance.wait()
