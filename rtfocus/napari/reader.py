@@ -1,0 +1,213 @@
+"""Reader: a run folder as napari layers: raw, restored and defocus, at their places.
+
+Axes are t, z, y, x, with channels as layers of their own. A few positions of which the
+stage's places are known are layers too, each at its place; others have an axis p.
+Pixels are read when they are looked at.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import zarr
+from dask.array import Array
+
+from rtfocus.frame import Position
+from rtfocus.runs import Kind, Run, open_run
+from rtfocus.writers.header import HEADER_NAME, JOURNAL_NAME
+from rtfocus.writers.journal import WRITTEN, journal_lines
+from rtfocus.writers.layout import position_paths, store_path
+from rtfocus.writers.places import Plan
+
+LayerData = tuple[Array, dict[str, Any], str]
+"""What napari makes a layer of: pixels, arguments, kind of layer."""
+Read = Callable[[str | Path], list[LayerData]]
+
+SIGNED_MAP = {
+    "name": "defocus",
+    "colors": [[0.25, 0.6, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0], [1.0, 0.65, 0.1, 1.0]],
+}
+"""Blue: too near the objective, orange: too far, black: in focus."""
+UNSIGNED_MAP = {
+    "name": "distance",
+    "colors": [[0.0, 0.0, 0.0, 1.0], [1.0, 0.65, 0.1, 1.0]],
+}
+_MOST_PLACED = 8
+"""Positions shown as layers; each has one for every channel and image."""
+
+
+def get_reader(path: str | Sequence[str]) -> Read | None:
+    """Return what reads a run folder; None: it is none."""
+    if isinstance(path, str) and (Path(path) / HEADER_NAME).is_file():
+        return read_layers
+    return None
+
+
+def read_layers(path: str | Path) -> list[LayerData]:
+    """Return the layers of a run, also of one that is still being recorded.
+
+    Parameters
+    ----------
+    path
+        The folder.
+
+    Raises
+    ------
+    WriterError
+        If its header or journal cannot be read.
+    InputError
+        If an image of it cannot be read.
+    """
+    run = open_run(path)
+    frames = _frames(run)
+    kinds: tuple[Kind, ...] = ("raw", "restored", "defocus")
+    there = [kind for kind in kinds if store_path(run.folder, kind).is_dir()]
+    shown = "restored" if _is_restored(run) else there[0] if there else ""
+    return [
+        layer
+        for kind in there
+        for layer in _layers(run, kind, frames, is_shown=kind == shown)
+    ]
+
+
+def _is_restored(run: Run) -> bool:
+    """Tell whether there is a restored image with anything in it."""
+    if run.report is None:
+        return store_path(run.folder, "restored").is_dir()
+    stored = run.report.get("totals", {}).get("stored", {})
+    return bool(stored.get("restored"))
+
+
+def _frames(run: Run) -> int | None:
+    """Return how many time points there are by now; None: all that the images have."""
+    if run.report is not None:
+        return None
+    lines = journal_lines(run.folder / JOURNAL_NAME, Plan(run.series))
+    written = (line for line in lines if line["status"] == WRITTEN)
+    return max((line["index"].get("t", 0) for line in written), default=0) + 1
+
+
+def _layers(
+    run: Run, kind: Kind, frames: int | None, *, is_shown: bool
+) -> list[LayerData]:
+    positions = run.series.positions
+    arrays = [_pixels(run, kind, p, frames) for p in range(len(positions))]
+    if len(positions) == 1 or _are_placed(positions):
+        return [
+            layer
+            for position, pixels in zip(positions, arrays, strict=True)
+            for layer in _of_channels(run, kind, pixels, position, is_shown)
+        ]
+    # Beside t: that is how a person looks at them.
+    together = da.stack(arrays, axis=1)
+    return _of_channels(run, kind, together, None, is_shown)
+
+
+def _pixels(run: Run, kind: Kind, position: int, frames: int | None) -> Array:
+    """Return an image with axes t, c, z, y, x, a chunk a plane."""
+    image = run.image(kind, position)
+    plane = (1, 1, 1, *image.shape[-2:])
+    return da.from_array(image.array, chunks=plane)[:frames]
+
+
+def _are_placed(positions: list[Position]) -> bool:
+    """Tell whether a layer for each position shows them side by side."""
+    places = {(one.x_um, one.y_um) for one in positions}
+    known = all(one.x_um is not None and one.y_um is not None for one in positions)
+    return known and len(places) == len(positions) <= _MOST_PLACED
+
+
+def _of_channels(
+    run: Run, kind: Kind, pixels: Array, position: Position | None, is_shown: bool
+) -> list[LayerData]:
+    """Return a layer for each index of axis c, which is the second last but two."""
+    described = _described(run, kind)
+    several = len(run.positions) > 1
+    of_position = f"{position.name} " if position is not None and several else ""
+    found: list[LayerData] = []
+    for c in range(pixels.shape[-4]):
+        channel = described[c] if c < len(described) else {}
+        name = str(channel.get("label", f"c{c}"))
+        told = f"{name} {kind}" if kind == "restored" else name
+        arguments = {
+            "name": f"{of_position}{told}",
+            "blending": "additive",
+            "visible": is_shown,
+            "metadata": {"rtfocus": _facts(run, kind, c, position)},
+            **_place(run, kind, position, pixels.ndim - 1),
+            **_look(run, kind, channel),
+        }
+        found.append((pixels[..., c, :, :, :], arguments, "image"))
+    return found
+
+
+def _described(run: Run, kind: Kind) -> list[dict[str, Any]]:
+    """Return what the image says of its channels: label, colour, contrast."""
+    first = position_paths(run.series.positions)[0]
+    group = zarr.open_group(store_path(run.folder, kind) / first, mode="r")
+    attributes: Any = dict(group.attrs)
+    channels = attributes.get("ome", {}).get("omero", {}).get("channels", [])
+    return channels if isinstance(channels, list) else []
+
+
+def _facts(
+    run: Run, kind: Kind, c: int, position: Position | None
+) -> dict[str, object]:
+    colours = 1 if kind == "defocus" else run.header.planes
+    channel = run.series.channels[c // colours]
+    return {
+        "run": str(run.folder),
+        "image": kind,
+        "channel": channel.name,
+        "position": None if position is None else position.name,
+        "optics": channel.optics,
+    }
+
+
+def _place(
+    run: Run, kind: Kind, position: Position | None, ndim: int
+) -> dict[str, object]:
+    """Return scale and place of a layer with axes t, (p,) z, y, x."""
+    series, grid = run.series, run.header.grid
+    pixel = series.pixel_size_um
+    step, origin = pixel, 0.0
+    if kind == "defocus" and grid is not None:
+        step, origin = grid.stride_px * pixel, grid.origin_px * pixel
+    y_um = x_um = origin
+    if position is not None:
+        y_um += position.y_um or 0.0
+        x_um += position.x_um or 0.0
+    between = [1.0] * (ndim - 4)
+    return {
+        "scale": [
+            series.interval_s or 1.0,
+            *between,
+            series.z_step_um or 1.0,
+            step,
+            step,
+        ],
+        "translate": [0.0] * (ndim - 2) + [y_um, x_um],
+        "axis_labels": ["t", *(["p"] * len(between)), "z", "y", "x"],
+        "units": ["s", *(["pixel"] * len(between)), "um", "um", "um"],
+    }
+
+
+def _look(run: Run, kind: Kind, channel: dict[str, Any]) -> dict[str, object]:
+    """Return colour, contrast and how pixels are drawn."""
+    look: dict[str, object] = {"colormap": f"#{channel.get('color', 'FFFFFF')}"}
+    if kind == "defocus":
+        grid = run.header.grid
+        signed = grid is not None and grid.signed
+        look = {"colormap": SIGNED_MAP if signed else UNSIGNED_MAP}
+        # A tile is a measured value, nothing is between two of them.
+        look["interpolation2d"] = "nearest"
+        look["opacity"] = 0.6
+    window = channel.get("window")
+    # Before its end a run does not say what is in it: napari looks by itself.
+    if run.report is not None and isinstance(window, dict):
+        limits = [window.get("start"), window.get("end")]
+        if all(isinstance(one, int | float) and np.isfinite(one) for one in limits):
+            look["contrast_limits"] = limits
+    return look

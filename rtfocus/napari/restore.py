@@ -1,0 +1,232 @@
+"""Restore: a dock widget that restores a layer with an engine that is chosen."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qtpy.QtCore import QTimer
+from qtpy.QtGui import QCloseEvent
+from qtpy.QtWidgets import (
+    QCheckBox,
+    QComboBox,
+    QDoubleSpinBox,
+    QFormLayout,
+    QLabel,
+    QPushButton,
+    QWidget,
+)
+
+from rtfocus.api import restore
+from rtfocus.channel import OpticalSystem
+from rtfocus.errors import RtfocusError
+from rtfocus.napari.follow import Viewer
+from rtfocus.processing.engines.registry import list_engines
+from rtfocus.processing.restore import METHODS
+
+_LOOK_MS = 50
+_SHOWN_PERCENT = (0.1, 99.9)
+
+
+def engine_names() -> list[str]:
+    """Return what restores: the methods built in, then the engines there are."""
+    engines = [found.name for found in list_engines() if found.kind != "classifier"]
+    return list(dict.fromkeys([*METHODS, *engines]))
+
+
+class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no types
+    """Layer, engine and optics; the result is a layer beside the first.
+
+    Parameters
+    ----------
+    napari_viewer
+        Gives and gets the layers.
+    """
+
+    # napari knows the argument by its name.
+    def __init__(self, napari_viewer: Viewer) -> None:
+        super().__init__()
+        self._viewer = napari_viewer
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="napari restore")
+        self._work: Future[NDArray[Any]] | None = None
+        self._arguments: dict[str, Any] = {}
+        self.layer = QComboBox()
+        self.engine = QComboBox()
+        self.engine.addItems(engine_names())
+        self.optics_known = QCheckBox("optics as below")
+        self.optics_known.setToolTip("otherwise an engine that runs blind is needed")
+        self.aperture = _number(0.01, 2.0, 3)
+        self.wavelength_nm = _number(10.0, 1e6, 1)
+        self.index = _number(1.0, 5.0, 3)
+        self.pixel_um = _number(0.001, 1000.0, 4)
+        self.all_planes = QCheckBox("all planes, not the one that is shown")
+        self.button = QPushButton("Restore")
+        self.status = QLabel("")
+        self.status.setWordWrap(True)
+        layout = QFormLayout(self)
+        for label, field in (
+            ("Layer", self.layer),
+            ("Engine", self.engine),
+            ("", self.optics_known),
+            ("NA", self.aperture),
+            ("Wavelength (nm)", self.wavelength_nm),
+            ("Refractive index", self.index),
+            ("Pixel size (um)", self.pixel_um),
+            ("", self.all_planes),
+        ):
+            layout.addRow(label, field)
+        layout.addRow(self.button)
+        layout.addRow(self.status)
+        self._timer = QTimer(self)
+        self._timer.timeout.connect(self.finish)
+        self.button.clicked.connect(self.start)
+        self.layer.currentTextChanged.connect(self._take_optics)
+        events = self._viewer.layers.events
+        events.inserted.connect(self._list_layers)
+        events.removed.connect(self._list_layers)
+        self._list_layers()
+
+    @property
+    def optics(self) -> OpticalSystem | None:
+        """As they stand in the fields; None: unknown.
+
+        Raises
+        ------
+        ValueError
+            If no objective has them.
+        """
+        if not self.optics_known.isChecked():
+            return None
+        return replace(
+            self._stated() or OpticalSystem(0.5, 520.0, 0.325),
+            numerical_aperture=self.aperture.value(),
+            wavelength_nm=self.wavelength_nm.value(),
+            refractive_index=self.index.value(),
+            pixel_size_um=self.pixel_um.value(),
+        )
+
+    def start(self) -> None:
+        """Begin to restore; the window stays free."""
+        layer = self._chosen()
+        if layer is None or self._work is not None:
+            return
+        try:
+            optics = self.optics
+        except ValueError as error:
+            self.status.setText(str(error))
+            return
+        engine = self.engine.currentText()
+        pixels, place = self._selected(layer)
+        self._arguments = {
+            "name": f"{layer.name} {engine}",
+            "rgb": layer.rgb,
+            "blending": layer.blending,
+            "metadata": dict(layer.metadata),
+            **place,
+        }
+        if not layer.rgb:
+            self._arguments["colormap"] = layer.colormap
+
+        def work() -> NDArray[Any]:
+            # Lazy pixels are read here, not in the window's thread.
+            return restore(np.asarray(pixels), optics=optics, engine=engine)
+
+        self._work = self._worker.submit(work)
+        self.button.setEnabled(False)
+        self.status.setText(f"{engine} restores {pixels.shape} pixels ...")
+        self._timer.start(_LOOK_MS)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the work under way is done, and show it."""
+        if self._work is not None:
+            self._work.exception(timeout_s)
+        self.finish()
+
+    def finish(self) -> None:
+        """Show the result, if it is there by now."""
+        work = self._work
+        if work is None or not work.done():
+            return
+        self._timer.stop()
+        self._work = None
+        self.button.setEnabled(True)
+        error = work.exception()
+        if error is not None:
+            said = str(error) if isinstance(error, RtfocusError) else repr(error)
+            self.status.setText(said)
+            return
+        restored = work.result()
+        self._viewer.add_image(restored, **self._arguments, **_limits(restored))
+        self.status.setText(f"restored: '{self._arguments['name']}'")
+
+    def closeEvent(self, event: QCloseEvent) -> None:  # noqa: N802 (Qt's name)
+        """End the thread with the widget; what it is at is finished first."""
+        self._timer.stop()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        super().closeEvent(event)
+
+    def _chosen(self) -> Any:  # noqa: ANN401 (napari's)
+        name = self.layer.currentText()
+        return self._viewer.layers[name] if name in self._viewer.layers else None
+
+    def _stated(self) -> OpticalSystem | None:
+        """Return the optics that a layer of a run folder brings."""
+        layer = self._chosen()
+        told = {} if layer is None else layer.metadata.get("rtfocus", {})
+        optics = told.get("optics") if isinstance(told, dict) else None
+        return optics if isinstance(optics, OpticalSystem) else None
+
+    def _list_layers(self, _event: object = None) -> None:
+        chosen = self.layer.currentText()
+        images = [
+            one.name for one in self._viewer.layers if type(one).__name__ == "Image"
+        ]
+        self.layer.blockSignals(True)
+        self.layer.clear()
+        self.layer.addItems(images)
+        if chosen in images:
+            self.layer.setCurrentText(chosen)
+        self.layer.blockSignals(False)
+        if self.layer.currentText() != chosen:
+            self._take_optics()
+
+    def _take_optics(self, _name: str = "") -> None:
+        """Fill the fields with what the layer says of its optics."""
+        layer, stated = self._chosen(), self._stated()
+        self.optics_known.setChecked(stated is not None)
+        if stated is not None:
+            self.aperture.setValue(stated.numerical_aperture)
+            self.wavelength_nm.setValue(stated.wavelength_nm)
+            self.index.setValue(stated.refractive_index)
+            self.pixel_um.setValue(stated.pixel_size_um)
+        elif layer is not None:
+            self.pixel_um.setValue(float(layer.scale[-1]))
+
+    def _selected(self, layer: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
+        """Return the pixels to restore, and where they lie."""
+        pixels = layer.data[0] if layer.multiscale else layer.data
+        scale, moved = list(layer.scale), list(layer.translate)
+        if self.all_planes.isChecked() or len(scale) == 2:
+            return pixels, {"scale": scale, "translate": moved}
+        outer = len(scale) - 2
+        shown = self._viewer.dims.current_step[-len(scale) :][:outer]
+        inside = zip(shown, pixels.shape, strict=False)
+        place = tuple(min(step, length - 1) for step, length in inside)
+        return pixels[place], {"scale": scale[outer:], "translate": moved[outer:]}
+
+
+def _number(least: float, most: float, digits: int) -> QDoubleSpinBox:
+    field = QDoubleSpinBox()
+    field.setDecimals(digits)
+    field.setRange(least, most)
+    return field
+
+
+def _limits(pixels: NDArray[Any]) -> dict[str, list[float]]:
+    seen = pixels[..., ::4, ::4] if pixels.ndim == 2 else pixels
+    known = seen[np.isfinite(seen)]
+    if not known.size:
+        return {}
+    low, high = np.percentile(known, _SHOWN_PERCENT)
+    return {"contrast_limits": [float(low), float(high)]} if high > low else {}
