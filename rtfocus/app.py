@@ -66,6 +66,7 @@ def acquire(
     """
     # A processor side starts without Micro-Manager, which takes long to import.
     from rtfocus.focusing import Focusing
+    from rtfocus.holding import LiveHold
     from rtfocus.microscope.acquisition import acquire as acquire_frames
 
     focusing = Focusing(config, on_focus)
@@ -84,6 +85,9 @@ def acquire(
             stop=stop,
             on_frame=on_frame,
             make_engine=focusing.make_engine,
+            make_hold=(
+                lambda core: LiveHold(focusing, core) if focusing.holds else None
+            ),
         )
 
 

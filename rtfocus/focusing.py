@@ -32,6 +32,8 @@ from rtfocus.frame import Act, Estimate, FocusReading
 from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.processing.offline import ImageProcessor
 
+_NOTE_NS = 500_000_000
+
 
 class LocalReader:
     """Reads images by the channel's engine in this process."""
@@ -92,6 +94,8 @@ class EstimateInbox:
         self._newest: Estimate | None = None
         self.also: Callable[[Estimate], None] = lambda _: None
         """Called with every estimate too."""
+        self.searched: set[int] = set()
+        """Sequences of the images that searches asked for."""
 
     def take(self, estimate: Estimate) -> None:
         """Keep the newest; returns at once, from any thread."""
@@ -108,6 +112,7 @@ class EstimateInbox:
         TransportError
             If it does not come: the processor is gone, stalled, or estimates nothing.
         """
+        self.searched.add(sequence)
 
         def has_come() -> bool:
             return self._newest is not None and self._newest.sequence >= sequence
@@ -131,7 +136,9 @@ class FocusingEngine(FocusActions, RecordingEngine):
     def __init__(self, core: Any, *, focusing: "Focusing", **events: Any) -> None:  # noqa: ANN401 as of RecordingEngine
         super().__init__(core, **events)
         self._focusing = focusing
-        self.focuser = focusing.focuser(core, self)
+        self.focuser = focusing.focuser(
+            core, lambda *image: self.send_focus_image(*image)
+        )
 
     def setup_sequence(self, sequence: useq.MDASequence) -> Any:  # noqa: ANN401
         """Set the plan up; the drift of a plan before is forgotten."""
@@ -141,6 +148,8 @@ class FocusingEngine(FocusActions, RecordingEngine):
 
     def setup_event(self, event: useq.MDAEvent) -> None:
         """Set an event up; what was asked for is done before the next stack."""
+        if self.holder is not None and self.holder.unread is not None:
+            raise unread(self.holder.unread)
         stack = tuple(event.index.get(axis) for axis in "tpg")
         if stack != self._asked_before:
             self._asked_before = stack
@@ -180,6 +189,7 @@ class Focusing:
         self._config = config
         self._tell = tell
         self.inbox = EstimateInbox()
+        self._noted: dict[Key, tuple[int, str]] = {}
         self.requests: deque[Act] = deque()
         """What somebody who looks at the run has asked for, from any thread."""
 
@@ -200,13 +210,25 @@ class Focusing:
         """Makes the engine of the acquisition, as `RecordingEngine` does."""
         return partial(FocusingEngine, focusing=self)
 
-    def focuser(self, core: CMMCorePlus, engine: RecordingEngine) -> Focuser:
-        """Return a focuser whose images are read by the processor."""
+    def focuser(
+        self,
+        core: CMMCorePlus,
+        send: Callable[[NDArray[np.generic], str, float], int],
+    ) -> Focuser:
+        """Return a focuser whose images are read by the processor.
+
+        Parameters
+        ----------
+        core
+            With its devices loaded.
+        send
+            Sends an image of a channel and z to the processor; returns its sequence.
+        """
 
         def read(
             pixels: NDArray[np.generic], channel: str, z_um: float
         ) -> FocusReading:
-            sequence = engine.send_focus_image(pixels, channel, z_um)
+            sequence = send(pixels, channel, z_um)
             timeout_s = self._config.autofocus.request_timeout_s
             reading = self.inbox.wait(sequence, timeout_s).focus
             if reading is None:
@@ -252,14 +274,25 @@ class Focusing:
             focuser.move_rule(models.unit_um, limits),
             channel=names.index(wanted) if names else 0,
             on_correction=partial(self._note, focuser.journal),
+            searched=self.inbox.searched,
         )
         self.inbox.also = holder.take
         return holder
 
+    def _is_news(self, correction: Correction, now_ns: int) -> bool:
+        """Tell moves, changes of mind, and of the rest one each half second."""
+        last = self._noted.get(correction.key)
+        is_same = last is not None and last[1] == correction.reason
+        if is_same and not correction.step_um and now_ns - last[0] < _NOTE_NS:
+            return False
+        self._noted[correction.key] = (now_ns, correction.reason)
+        return True
+
     def _note(self, journal: FocusJournal, correction: Correction) -> None:
         """Write a decision down, and tell of it in one line if it moves the stage."""
-        now_ns = time.time_ns()
-        newest_ns = correction.captured_ns
+        now_ns, newest_ns = time.time_ns(), correction.captured_ns
+        if not self._is_news(correction, now_ns):
+            return
         journal.write(
             "hold",
             p=correction.key[0],
@@ -362,6 +395,16 @@ def optics_of(config: Config) -> Mapping[str, OpticalSystem]:
         for channel in config.channels
         if channel.optics is not None
     }
+
+
+def unread(sequence: int) -> ConfigError:
+    """Say that a processor was not asked for what hold needs."""
+    msg = (
+        f"the processor's estimate of frame {sequence} says nothing of focus, so it "
+        "cannot be held; give the processor the same config: autofocus.mode hold, and "
+        "optics and classifier of the focus channel"
+    )
+    return ConfigError(msg)
 
 
 def no_optics(channel: str) -> ConfigError:

@@ -23,7 +23,7 @@ from pymmcore_plus.metadata.schema import PropertyValue
 from rtfocus.autofocus.focuser import Focuser, Key
 from rtfocus.autofocus.hold import Holder, seen_by
 from rtfocus.autofocus.run import Verdict
-from rtfocus.errors import ConfigError, RtfocusError
+from rtfocus.errors import RtfocusError
 
 logger = logging.getLogger(__name__)
 
@@ -196,13 +196,6 @@ class FocusActions(MDAEngine):
         if key in self._begun and self._begun[key] == stack:
             return
         self._begun[key] = stack
-        if holder.unread is not None:
-            msg = (
-                f"the processor's estimate of frame {holder.unread} says nothing of "
-                "focus, so it cannot be held; give the processor the same config: "
-                "autofocus.mode 'hold', and optics and classifier of the focus channel"
-            )
-            raise ConfigError(msg)
         first = event.events[0] if isinstance(event, SequencedEvent) else event
         place, slice_um = self.place(first)
         if not holder.knows(place) or holder.lost(place):

@@ -7,7 +7,7 @@ corrected before its image shows that it must be.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +29,7 @@ _FIRST_RATE = 0.1
 # Depths of field.
 _START_SD, _LEAST_SD, _REACH, _STEP = 0.1, 0.12, 3.0, 0.1
 _CANDIDATES = np.arange(-_REACH, _REACH + _STEP / 2, _STEP)
-_OUTLIER, _OWN, _OWN_REACH = 0.05, 0.1, 1.0
+_OUTLIER, _OWN_WANDER = 0.05, 0.05
 _MOST_GUESSES, _SAME_COURSE, _SURE = 6, 0.1, 0.8
 _UNSURE = 0.5
 """Depths of field that are borne rather than moving to what may be the wrong side."""
@@ -162,6 +162,18 @@ class Place:
     """Corrections in a row without an image in between."""
     moved_ns: int = 0
     """Images exposed before tell of a place that is left."""
+    sd: float = _START_SD
+    """Of the height, in depths of field."""
+
+    def settle(self, modes: Sequence[Mode], drift: float, unit_um: float) -> None:
+        """Take what the shared drift leaves for this position's own, by its share."""
+        own = np.array([mode.mean_um - drift for mode in modes])
+        variance = self.sd**2 + np.array([mode.sd_um for mode in modes]) ** 2
+        likely = np.exp(-0.5 * own**2 / variance) / np.sqrt(variance) + _OUTLIER
+        likely *= [mode.weight for mode in modes]
+        gain = likely / likely.sum() * self.sd**2 / variance
+        self.height_um += float(gain @ own) * unit_um
+        self.sd = float(np.hypot(self.sd * np.sqrt(1.0 - gain.sum()), _OWN_WANDER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +206,8 @@ class Holder:
         Index c of the focus channel.
     on_correction
         Told of every decision.
+    searched
+        Sequences of images of searches: they are of no planned place.
     """
 
     def __init__(
@@ -203,8 +217,10 @@ class Holder:
         *,
         channel: int = 0,
         on_correction: Callable[[Correction], None] = lambda _: None,
+        searched: Container[int] = (),
     ) -> None:
         self._models, self._moves = models, moves
+        self._searched = searched
         self._channel = channel
         self._on_correction = on_correction
         self._arrived: deque[Estimate] = deque(maxlen=4096)
@@ -333,6 +349,8 @@ class Holder:
         stacks: dict[tuple[Key, int | None], list[Estimate]] = {}
         while self._arrived:
             estimate = self._arrived.popleft()
+            if estimate.sequence in self._searched:
+                continue
             key = key_of_index(estimate.index)
             place = self._places.get(key)
             # Exposed before the last move ended, or while the stage was under way.
@@ -367,18 +385,12 @@ class Holder:
             Mode(
                 mode.weight,
                 expected + mode.mean_um,
-                max(float(np.hypot(mode.sd_um, _START_SD)), _LEAST_SD),
+                max(float(np.hypot(mode.sd_um, place.sd)), _LEAST_SD),
             )
             for mode in modes_of_weights(_CANDIDATES, weights)
         ]
         self._drift.see(time_s, modes)
-        # What the shared drift leaves is this position's own; slowly, for one image
-        # may be wrong.
-        now = self._drift.at(time_s)
-        nearest = min(modes, key=lambda mode: abs(mode.mean_um - now))
-        own = nearest.mean_um - now
-        if abs(own) < _OWN_REACH:
-            place.height_um += _OWN * own * unit
+        place.settle(modes, self._drift.at(time_s), unit)
 
 
 def seen_by(verdict: Verdict) -> list[Seen]:

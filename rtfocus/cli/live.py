@@ -161,7 +161,12 @@ def acquire(
         if stop_on_end_of_input:
             stop_at_end_of_input(stop)
         with display(lambda: _publisher_rows(publishers), quiet=quiet):
-            report = loop.acquire(settings, stop=stop, on_publisher=publishers.append)
+            report = loop.acquire(
+                settings,
+                stop=stop,
+                on_publisher=publishers.append,
+                on_focus=lambda line: None if quiet else typer.echo(line),
+            )
     if not quiet:
         typer.echo(report)
         typer.echo(f"recorded by {publishers[-1].status().recorder or 'nobody'}")

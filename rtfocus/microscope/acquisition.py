@@ -3,14 +3,17 @@
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pymmcore_plus.experimental.unicore import UniMMCore
 from useq import MDASequence
 
 from rtfocus.config import Config
 from rtfocus.config.microscope import LiveConfig, ReplayConfig
 from rtfocus.errors import ConfigError, MicroscopeError
-from rtfocus.frame import FrameHeader, SeriesStart
+from rtfocus.frame import FrameHeader, Role, SeriesStart
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.delivery import (
     AcquisitionReport,
@@ -51,6 +54,26 @@ _POLL_S = 0.001
 _Z_INTERVAL_S = 0.1
 
 
+class FocusHold(Protocol):
+    """What holds focus while a camera runs freely."""
+
+    def start(self, send: Callable[[NDArray[np.generic], str, float], int]) -> None:
+        """Find focus before the camera starts; `send` delivers a focus image."""
+        ...
+
+    def z_um(self, captured_ns: int, exposure_ms: float) -> float | None:
+        """Return where the stage stood during an exposure; None: it moved."""
+        ...
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Return what was decided since the frame before; raises what went wrong."""
+        ...
+
+    def stop(self) -> None:
+        """Send the stage nowhere any more."""
+        ...
+
+
 class LiveAcquisition:
     """One live run from the start of the camera to its report.
 
@@ -65,8 +88,10 @@ class LiveAcquisition:
         core: UniMMCore,
         sink: FrameSink,
         on_frame: Callable[[FrameHeader], None],
+        hold: FocusHold | None = None,
     ) -> None:
         self._live = live
+        self._hold = hold
         self._core = core
         self._sink = sink
         self._observations = Observations()
@@ -100,6 +125,8 @@ class LiveAcquisition:
         failure: Exception | None = None
         with self._complaints.heard():
             try:
+                if self._hold is not None:
+                    self._hold.start(self._send_focus_image)
                 reason = self._record(stop)
             except SeriesChangedError as change:
                 reason = str(change)
@@ -107,12 +134,14 @@ class LiveAcquisition:
                 failure, reason = error, str(error)
             finally:
                 self._core.stopSequenceAcquisition()
+                if self._hold is not None:
+                    self._hold.stop()
         seconds = time.perf_counter() - self._started
         seen, planned = self._observations, self._live.frames
-        rest = 0 if planned is None else planned - self._delivery.sent
+        rest = 0 if planned is None else planned - self._delivery.recorded
         report = AcquisitionReport(
             series_uid=self._delivery.series.series_uid,
-            frames=self._delivery.sent,
+            frames=self._delivery.recorded,
             planned=planned,
             camera_lost=seen.camera_lost,
             not_acquired=max(rest - seen.camera_lost, 0),
@@ -180,7 +209,7 @@ class LiveAcquisition:
             index={"t": number, "p": 0, "c": 0, "z": 0},
             captured_ns=captured_ns,
             exposure_ms=self._exposure_ms,
-            z_um=self._read_z_um(),
+            z_um=self._z_um_at(captured_ns),
             camera_image_number=number,
             actual_s=end_s - self._exposure_ms / 1e3,
             frame_meta=frame_json(
@@ -193,10 +222,36 @@ class LiveAcquisition:
                     "runner_time_ms": end_s * 1e3,
                     "images_remaining_in_buffer": waiting,
                     "camera_metadata": camera,
+                    **self._focus_notes(),
                 }
             ),
         )
         self._delivery.deliver(pixels, exposure)
+
+    def _focus_notes(self) -> dict[str, Any]:
+        notes = [] if self._hold is None else self._hold.notes()
+        return {"extra": {"rtfocus": {"focus_log": notes}}} if notes else {}
+
+    def _send_focus_image(
+        self, pixels: NDArray[np.generic], channel: str, z_um: float
+    ) -> int:
+        """Deliver an image that autofocus took before the camera runs."""
+        del channel  # a live run has one
+        sequence = self._delivery.sent
+        exposure = Exposure(
+            index={"t": 0, "p": 0, "c": 0, "z": 0},
+            captured_ns=now_ns(),
+            exposure_ms=self._exposure_ms,
+            z_um=z_um,
+            role=Role.FOCUS,
+        )
+        self._delivery.deliver(pixels, exposure)
+        return sequence
+
+    def _z_um_at(self, captured_ns: int) -> float | None:
+        if self._hold is not None:
+            return self._hold.z_um(captured_ns, self._exposure_ms)
+        return self._read_z_um()
 
     def _read_z_um(self) -> float | None:
         if not self._core.getFocusDevice():
@@ -218,6 +273,7 @@ def acquire(
     stop: threading.Event,
     on_frame: Callable[[FrameHeader], None] = lambda _: None,
     make_engine: Callable[..., RecordingEngine] = RecordingEngine,
+    make_hold: Callable[[UniMMCore], FocusHold | None] = lambda _: None,
 ) -> AcquisitionReport:
     """Acquire one series from the configured source.
 
@@ -233,6 +289,8 @@ def acquire(
         Called with each frame's header after it was handed over.
     make_engine
         Makes the engine that runs a plan, with the arguments of `RecordingEngine`.
+    make_hold
+        Makes what holds focus while a camera runs without a plan.
 
     Raises
     ------
@@ -242,10 +300,19 @@ def acquire(
         And whatever else the sink raises; the run is cancelled first.
     """
     if isinstance(config.microscope, ReplayConfig):
+        if config.autofocus.mode == "hold":
+            msg = "recorded images cannot be held in focus; set autofocus.mode: off"
+            raise ConfigError(msg)
         return Replay(config, config.microscope).run(sink, stop, on_frame)
     with open_core(config) as core:
         return acquire_with(
-            core, config, sink, stop=stop, on_frame=on_frame, make_engine=make_engine
+            core,
+            config,
+            sink,
+            stop=stop,
+            on_frame=on_frame,
+            make_engine=make_engine,
+            make_hold=make_hold,
         )
 
 
@@ -257,11 +324,13 @@ def acquire_with(
     stop: threading.Event,
     on_frame: Callable[[FrameHeader], None] = lambda _: None,
     make_engine: Callable[..., RecordingEngine] = RecordingEngine,
+    make_hold: Callable[[UniMMCore], FocusHold | None] = lambda _: None,
 ) -> AcquisitionReport:
     """Acquire one series on a core that is already loaded; see `acquire`."""
     acquisition = config.acquisition
     if acquisition.live is not None:
-        live = LiveAcquisition(config, acquisition.live, core, sink, on_frame)
+        hold = make_hold(core)
+        live = LiveAcquisition(config, acquisition.live, core, sink, on_frame, hold)
         return live.run(stop)
     planned = _planned(core, config)
     return PlannedAcquisition(config, core, planned, sink, on_frame, make_engine).run(

@@ -68,7 +68,7 @@ class AcquisitionReport:
 
     series_uid: str
     frames: int
-    """Frames handed to the sink."""
+    """Frames handed to the sink; images of searches for focus are not counted."""
     planned: int | None
     """Frames planned; None: no plan, or one without an end."""
     camera_lost: int
@@ -222,6 +222,8 @@ class Delivery:
     ) -> None:
         self.series = series
         self.sent = 0
+        """All frames, those of searches for focus too; the next one's sequence."""
+        self.recorded = 0
         self._sink = sink
         self._on_frame = on_frame
         sink.start(series)
@@ -270,4 +272,5 @@ class Delivery:
         slot.prepare(header)[...] = pixels
         self._sink.publish(slot)
         self.sent += 1
+        self.recorded += exposure.role is Role.RECORD
         self._on_frame(header)

@@ -260,7 +260,7 @@ class PlannedAcquisition:
     @property
     def _not_acquired(self) -> int:
         """Planned images that were neither delivered nor lost by the camera."""
-        sent = 0 if self._delivery is None else self._delivery.sent
+        sent = 0 if self._delivery is None else self._delivery.recorded
         return max(len(self._plan) - sent - self._observations.camera_lost, 0)
 
     def _finish(self, reason: str, seconds: float) -> AcquisitionReport:
@@ -271,7 +271,7 @@ class PlannedAcquisition:
         seen = self._observations
         report = AcquisitionReport(
             series_uid=delivery.series.series_uid,
-            frames=delivery.sent,
+            frames=delivery.recorded,
             planned=len(self._plan),
             camera_lost=seen.camera_lost,
             not_acquired=self._not_acquired,
