@@ -24,6 +24,7 @@ from rtfocus.autofocus.actions import ACTION, FocusActions, FocusEngine
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.autofocus.focuser import Focuser, FocusJournal, Key
 from rtfocus.autofocus.hold import Correction, Holder
+from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError
@@ -268,10 +269,10 @@ class Focusing:
             )
             raise ConfigError(msg)
         models = focuser.models(wanted)
-        limits = focuser.limits_around(None)
         holder = Holder(
             models,
-            focuser.move_rule(models.unit_um, limits),
+            # Each place brings limits of its own; without them nothing may move.
+            focuser.move_rule(models.unit_um, Limits(0.0, 0.0)),
             channel=names.index(wanted) if names else 0,
             on_correction=partial(self._note, focuser.journal),
             searched=self.inbox.searched,

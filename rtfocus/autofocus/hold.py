@@ -35,7 +35,7 @@ _UNSURE = 0.5
 """Depths of field that are borne rather than moving to what may be the wrong side."""
 _TEMPER = 0.6
 """Images of a place at much the same z err alike: each counts for so much of one."""
-_MOST_MISFIT, _MOST_MISSES = 3.0, 3
+_MOST_MISFIT, _MOST_MISSES = 4.5, 3
 _MOST_SILENT = 3
 """Corrections of a position by prediction alone."""
 

@@ -4,7 +4,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rtfocus.config.section import Section
 
@@ -12,10 +12,15 @@ Um = Annotated[float, Field(gt=0, lt=inf)]
 Place = Annotated[float, Field(gt=-inf, lt=inf)]
 
 
+def _off_of_yaml(value: object) -> object:
+    """Take the word ``off``, which YAML reads as a truth value, for itself."""
+    return "off" if value is False else value
+
+
 class AutofocusConfig(Section):
     """Focus found and held by the images themselves."""
 
-    mode: Literal["off", "hold"] = "off"
+    mode: Annotated[Literal["off", "hold"], BeforeValidator(_off_of_yaml)] = "off"
     """``hold``: keep every position in focus while a plan runs. An
     ``autofocus_plan`` of device ``rtfocus`` in the plan is answered in both."""
     low_um: Place | None = None

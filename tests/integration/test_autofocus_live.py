@@ -190,13 +190,14 @@ def test_the_loop_holds_focus_against_a_drift(tmp_path: Path) -> None:
             "microscope.height_px=256",
             "microscope.width_px=256",
             "microscope.specimen.kind=nuclei",
-            "microscope.surface={z_um: 3.0, drift_um_per_min: 12.0}",
+            # Far from where the stage stands: the limits lie around the plan's z.
+            "microscope.surface={z_um: 83.0, drift_um_per_min: 12.0}",
             "autofocus.mode=hold",
             "processing.classifier=delpnet",
             "processing.restoration.method=none",
             "store.restored=false",
             "acquisition.mda={axis_order: tpcz, time_plan: {interval: 0.5, loops: 24}, "
-            "stage_positions: [{x: 0, y: 0, z: 0}], "
+            "stage_positions: [{x: 0, y: 0, z: 80}], "
             "channels: [{config: DAPI, exposure: 10.0}]}",
         ),
     )
@@ -220,3 +221,32 @@ def test_the_loop_holds_focus_against_a_drift(tmp_path: Path) -> None:
     moved_um = last["z_um"] - first["z_um"]
     assert moved_um == pytest.approx(risen_um, abs=0.4 * UNIT_UM)
     assert moved_um > 0.4 * risen_um
+
+
+def test_a_live_run_holds_focus_while_frames_go_on(tmp_path: Path) -> None:
+    config = settings(
+        run={"folder": str(tmp_path), "name": "live"},
+        acquisition={"live": {"frames": 120, "exposure_ms": 10}},
+        autofocus={"mode": "hold"},
+        store={"restored": False},
+    )
+    microscope = config.microscope.model_dump()
+    microscope["surface"] = {"z_um": 4.0, "drift_um_per_min": 12.0}
+    microscope["frames_per_s"] = 8.0
+    config = Config.model_validate({**config.model_dump(), "microscope": microscope})
+    folder = app.run(config, stop=threading.Event(), abandon=threading.Event())
+    assert folder is not None
+    lines = [
+        json.loads(line)
+        for line in (folder / "focus.ndjson").read_text("utf-8").splitlines()
+    ]
+    moves = [line for line in lines if line["kind"] == "hold" and line["step_um"]]
+    assert moves
+    assert all(line["age_ms"] > 0 for line in moves)
+    frames = [line for line in read_journal(folder) if line.get("role") != "focus"]
+    assert [frame["index"]["t"] for frame in frames] == list(range(120))
+    known = [frame["z_um"] for frame in frames if frame["z_um"] is not None]
+    assert known[-1] > known[0]
+    terms = read_report(folder)["accounting"]
+    assert (terms["written"], terms["unaccounted"]) == (120, 0)
+    assert terms["focus"] == sum(line["kind"] == "look" for line in lines)
