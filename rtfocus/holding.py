@@ -35,6 +35,7 @@ class LiveHold:
         self._news = threading.Condition()
         self._newest: Estimate | None = None
         self._is_over = False
+        self._is_on = True
         self._moves: deque[tuple[int, int, float]] = deque(maxlen=64)
         """Begin and end of the newest moves, and where each led."""
         self._thread: threading.Thread | None = None
@@ -111,10 +112,20 @@ class LiveHold:
                 holder.take(estimate)
                 if holder.unread is not None:
                     raise unread(holder.unread)
-                if not self._focuser.is_held_by_hardware():
+                self._hear()
+                if self._is_on and not self._focuser.is_held_by_hardware():
                     self._correct(holder)
         except RtfocusError as error:  # raised by notes(), in the acquisition
             self._failure = error
+
+    def _hear(self) -> None:
+        """Do what somebody who looks at the run has asked for."""
+        while self._focusing.requests:
+            what = self._focusing.requests.popleft()
+            if what == "autofocus":
+                self._focuser.tell("no search for focus while the camera runs freely")
+            else:
+                self._is_on = what == "hold_on"
 
     def _correct(self, holder: Holder) -> None:
         now_ns = time.time_ns()

@@ -158,10 +158,14 @@ class FocusActions(MDAEngine):
         self._corrections[key] = before + verdict.correction_um
         self._verdicts[key] = verdict.summary()
         if verdict.focused and event.z_pos is not None:
-            place, _ = self.place(event) if self.holder is not None else (key, 0.0)
+            place, _ = self.place(event)
             self._sites[key] = _Site(
                 event.x_pos or 0.0, event.y_pos or 0.0, event.z_pos, 0.0, place
             )
+            if self.holder is not None:
+                limits = self.focuser.limits_around(event.z_pos)
+                looks = seen_by(verdict)
+                self.holder.begin(place, time.time(), verdict.end_um, looks, limits)
 
     def _focus(self, key: Key, retries: int, event: useq.MDAEvent) -> Verdict | None:
         """Search up to `retries` times; None: it could not even be tried."""
@@ -224,8 +228,6 @@ class FocusActions(MDAEngine):
             self._not_before[place] = visit + _TRY_AGAIN
             return
         self._take_over(verdict, reference, key)
-        limits = self.focuser.limits_around(reference.z_pos)
-        self.holder.begin(place, time.time(), verdict.end_um, seen_by(verdict), limits)
 
     def stacks(
         self, events: Iterable[useq.MDAEvent]

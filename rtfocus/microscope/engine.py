@@ -211,11 +211,9 @@ class RecordingEngine(MDAEngine):
 
 
 def _numbered(events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
+    """Give every event the ordinal of the image that it is, or that it is for."""
     ordinal = 0
     for event in events:
-        if not takes_image(event):
-            yield event
-            continue
         metadata = {**event.metadata, EVENT_INDEX: ordinal}
         yield event.model_copy(update={"metadata": metadata})
-        ordinal += 1
+        ordinal += takes_image(event)
