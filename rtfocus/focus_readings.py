@@ -37,7 +37,8 @@ def estimator_settings(
         saturation = float(2**bit_depth - 1)
     return EstimatorSettings(
         unit_um=optics.defocus_unit_um,
-        range_um=(levels.count - 1) * step_um(card, optics),
+        range_um=(levels.count - 1)
+        * step_um(card, optics, blind=config.processing.blind),
         dark_counts=config.camera.offset_counts,
         saturation_counts=saturation,
         region=config.autofocus.region,

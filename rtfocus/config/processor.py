@@ -85,7 +85,8 @@ class ProcessingConfig(Section):
     ignore_optics: bool = False
     """Run an engine outside the optics it was trained for."""
     blind: bool = False
-    """Do not tell engines the aberrations of a channel's optics, only its sampling."""
+    """Do not tell engines a channel's optics: neither aberrations nor, if they can do
+    without, the sampling. Depths in um are computed with them all the same."""
 
 
 class PreviewConfig(Section):

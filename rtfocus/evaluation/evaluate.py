@@ -346,7 +346,8 @@ def _score_levels(
     if engine is None or found is None or sample.defocus_um is None:
         return
     levels, _ = parts(engine.card)
-    step = step_um(engine.card, outcome.data.optics)
+    blind = outcome.contender.blind
+    step = step_um(engine.card, outcome.data.optics, blind=blind)
     lowest, highest = _comparable(sample, signed=levels.signed)
     wanted = _wanted_tiles(sample, found)
     if outcome.levels is None:

@@ -161,7 +161,12 @@ class ChannelPlan:
         if self.classifier is None or self.optics is None:
             msg = f"channel '{self.name}' has no levels"
             raise ValueError(msg)
-        return level_psfs(self.classifier.card, self.optics, size_px=size_px)
+        return level_psfs(
+            self.classifier.card,
+            self.optics,
+            size_px=size_px,
+            level_step_um=self.classifier.step_um,
+        )
 
 
 def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> ChannelPlan:
@@ -192,7 +197,12 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
         )
     compare_pixel_size(channel.name, optics, series.pixel_size_um)
     found = find_engine(name, config.processing.engine_folders)
-    check_fit(found.card, optics, ignore=config.processing.ignore_optics)
+    check_fit(
+        found.card,
+        optics,
+        ignore=config.processing.ignore_optics,
+        blind=config.processing.blind,
+    )
     eye = _Eye(config.processing, optics, shape, camera.quantum)
     wanted = settings.restoration or config.processing.restoration
     restoration = eye.restoration(wanted, found)
@@ -233,7 +243,7 @@ class _Eye:
         return ClassifierPlan(
             found=found,
             fit=fit_frame(tiles, (self.shape[0], self.shape[1])),
-            step_um=step_um(card, self.optics),
+            step_um=step_um(card, self.optics, blind=self.processing.blind),
             quantum=self.quantum,
             conditions=self._conditions(card, signed=False),
             mirrored=is_mirrored(self.optics),
@@ -257,7 +267,12 @@ class _Eye:
         signed = classifier.card.levels is not None and classifier.card.levels.signed
         same = card.kind == "joint" and found.folder == classifier.folder
         if not same:
-            check_fit(card, self.optics, ignore=self.processing.ignore_optics)
+            check_fit(
+                card,
+                self.optics,
+                ignore=self.processing.ignore_optics,
+                blind=self.processing.blind,
+            )
         own_pass, conditions = None, None
         way = _way_of(card, same=same)
         if way == "own_pass":
@@ -295,7 +310,11 @@ def _way_of(card: EngineCard, *, same: bool) -> Way:
 
 
 def level_psfs(
-    card: EngineCard, optics: OpticalSystem, *, size_px: int | None = None
+    card: EngineCard,
+    optics: OpticalSystem,
+    *,
+    size_px: int | None = None,
+    level_step_um: float | None = None,
 ) -> dict[int, Image]:
     """Compute the PSF of every level but 0, in the configured optics.
 
@@ -307,9 +326,11 @@ def level_psfs(
         Of the channel.
     size_px
         Side; None: what 99 % of the light need.
+    level_step_um
+        Between levels; None: that of an engine which is told the optics.
     """
     levels, _ = parts(card)
-    step = step_um(card, optics)
+    step = step_um(card, optics) if level_step_um is None else level_step_um
     distances = range(1, levels.count)
     wanted = [*(-level for level in distances), *distances]
     return {

@@ -125,7 +125,8 @@ class Conditions:
     optics
         Of the channel.
     blind
-        The aberrations are not known, or are not to be told.
+        The optics are not known, or are not to be told: the aberrations, and the
+        sampling to engines that can do without.
     signed
         Whether the defocus that tiles come with has a direction.
     """
@@ -135,15 +136,17 @@ class Conditions:
     ) -> None:
         levels, _ = parts(card)
         self._entries = () if card.condition is None else tuple(card.condition.entries)
-        self._step_um = step_um(card, optics)
+        self._step_um = step_um(card, optics, blind=blind)
         self._farthest = levels.count - 1
         self._signed_levels = levels.signed
         self._turn = -1.0 if is_mirrored(optics) else 1.0
         spherical = optics.aberrations.spherical_waves
         # Without aberration both directions look alike: a distance says it all.
         self._direction_known = signed or spherical == 0
+        hidden = blind and card.needs_no_optics
         self._fixed = {
-            "sampling": optics.sampling,
+            "sampling": 0.0 if hidden else optics.sampling,
+            "sampling_known": 0.0 if hidden else 1.0,
             "spherical_waves": 0.0 if blind else -abs(spherical),
             "optics_known": 0.0 if blind else 1.0,
         }

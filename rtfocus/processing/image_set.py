@@ -293,7 +293,12 @@ def _check(
     if optics.system is not None:
         for found in engines:
             ignored = settings.processing.ignore_optics
-            check_fit(found.card, optics.system, ignore=ignored)
+            check_fit(
+                found.card,
+                optics.system,
+                ignore=ignored,
+                blind=settings.processing.blind,
+            )
         return
     restoration = channel.restoration or settings.processing.restoration
     needing = [restoration.method] if restoration.method in NEEDS_OPTICS else []
@@ -306,6 +311,8 @@ def _check(
             f"engine that runs blind: --engine {BLIND_ENGINE}"
         )
         raise ConfigError(msg)
+    if engines and all(found.card.needs_no_optics for found in engines):
+        return
     name = restoration.method if restoration.method != "none" else engines[0].name
     refuse_other_reference(image, optics, name, _reference(settings, channel))
 

@@ -1,13 +1,17 @@
 """Conditions: each entry by its definition, and the sign where W is positive."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine_kit import ENTRIES, write_shift_restorer
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND
 from rtfocus.processing.classify import Conditions, is_mirrored, turned
 from rtfocus.processing.engines.card import read_card
+from rtfocus.processing.engines.registry import check_fit, step_um
 
 # Half the reference's aperture: a level of 2 um there is 8 um here.
 NA = 0.25
@@ -96,3 +100,21 @@ def test_engines_without_a_condition_are_told_nothing(card):
     conditions = Conditions(silent, optics(0), blind=False, signed=True)
     assert conditions.rows(np.zeros(3, np.float32)) is None
     assert conditions.unknown(3) is None
+
+
+def test_an_engine_that_needs_no_optics_is_told_none_when_blind(tmp_path):
+    entries = ("sampling", "sampling_known", "defocus_levels", "defocus_known")
+    silent = read_card(write_shift_restorer(tmp_path / "silent", entries=entries))
+    # Half the aperture and four times the pixel: twice the reference's sampling.
+    coarse = replace(optics(-0.4), pixel_size_um=2.6)
+    twice_um = step_um(silent, coarse, blind=True)
+    assert twice_um == pytest.approx(2 * step_um(silent, coarse))
+    sampling = 2.6 * NA / 0.451
+    for blind, row in ((True, [0, 0, 1, 1]), (False, [sampling, 1, 2, 1])):
+        conditions = Conditions(silent, coarse, blind=blind, signed=True)
+        found = conditions.rows(np.array([twice_um], np.float32))
+        np.testing.assert_allclose(found, [row], rtol=1e-6)
+    far = replace(optics(0), pixel_size_um=20.0)
+    check_fit(silent, far, ignore=False, blind=True)
+    with pytest.raises(EngineError, match="was trained for pixels"):
+        check_fit(silent, far, ignore=False)

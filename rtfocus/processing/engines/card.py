@@ -23,6 +23,7 @@ Precision = Literal["fp32", "fp16", "int8"]
 """Weights files there may be; the file decides what a network computes in."""
 ConditionEntry = Literal[
     "sampling",
+    "sampling_known",
     "spherical_waves",
     "optics_known",
     "defocus_levels",
@@ -184,6 +185,12 @@ class EngineCard(Section):
     """Origin: data, split, command, seed; for people."""
     figures: dict[str, Any] = Field(default_factory=dict)
     """Measured quality; for people."""
+
+    @property
+    def needs_no_optics(self) -> bool:
+        """Whether it may be told nothing at all, not even the sampling."""
+        told = () if self.condition is None else self.condition.entries
+        return "sampling_known" in told
 
     @property
     def is_network(self) -> bool:

@@ -224,8 +224,12 @@ def why_unfit(card: EngineCard, optics: OpticalSystem) -> str | None:
     )
 
 
-def check_fit(card: EngineCard, optics: OpticalSystem, *, ignore: bool) -> None:
+def check_fit(
+    card: EngineCard, optics: OpticalSystem, *, ignore: bool, blind: bool = False
+) -> None:
     """Refuse an engine outside the optics it was trained for.
+
+    An engine that can do without any is not refused where it is told nothing (`blind`).
 
     Raises
     ------
@@ -233,7 +237,7 @@ def check_fit(card: EngineCard, optics: OpticalSystem, *, ignore: bool) -> None:
         Names both ranges and the remedies, unless `ignore`.
     """
     why = why_unfit(card, optics)
-    if why is not None and not ignore:
+    if why is not None and not ignore and not (blind and card.needs_no_optics):
         msg = (
             f"{why}; train one for these optics (rtfocus train RECIPE --optics OPTICS "
             "--images FOLDER) or run it anyway with processing.ignore_optics: true"
@@ -241,14 +245,19 @@ def check_fit(card: EngineCard, optics: OpticalSystem, *, ignore: bool) -> None:
         raise EngineError(msg)
 
 
-def step_um(card: EngineCard, optics: OpticalSystem) -> float:
+def step_um(card: EngineCard, optics: OpticalSystem, *, blind: bool = False) -> float:
     """Return the defocus between two levels in the configured optics.
 
     A network sees defocus in units of n lambda / NA^2: the same blur stands for
-    more micrometres at a smaller aperture.
+    more micrometres at a smaller aperture. One that is not even told the sampling
+    (`blind`) sees how many pixels a blur spans: that many in its reference optics.
     """
-    levels, reference = parts(card)
-    return levels.step_um * optics.defocus_unit_um / reference.reference.defocus_unit_um
+    levels, optics_of_card = parts(card)
+    reference = optics_of_card.reference
+    step = levels.step_um * optics.defocus_unit_um / reference.defocus_unit_um
+    if blind and card.needs_no_optics:
+        step *= optics.sampling / reference.sampling
+    return step
 
 
 def parts(card: EngineCard) -> tuple[LevelsCard, OpticsCard]:
