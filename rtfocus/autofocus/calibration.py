@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from rtfocus.autofocus.planes import PlaneComparison, PlaneFit
-from rtfocus.autofocus.search import sharpness
+from rtfocus.autofocus.spectrum import sharpness
 from rtfocus.errors import ConfigError
 from rtfocus.frame import FocusReading
 

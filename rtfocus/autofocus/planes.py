@@ -7,6 +7,7 @@ badly the best answer explains the images is part of the answer: images that do 
 change as optics say (bright field, a stage that stands still) show.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +25,27 @@ _APERTURE_SD = 0.05
 _EXTRA_WAVES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 _WAVES_SD = 0.12
 # Price of a stage that runs against what the core says, as a logarithm.
-_REVERSED = 4.0
+_REVERSED = 6.0
 # No model explains ring averages of a real image better than this share of their
 # energy: noise, tilt and the specimen's thickness leave it.
 _FLOOR = 3e-3
-# An answer this good needs no other direction of the stage.
-_EXPLAINED = 0.01
-# Rings that err independently; neighbours lack the same things.
-_INDEPENDENT = 6.0
+# An answer this good needs no other account of the stage.
+_EXPLAINED = 2.5e-3
+# Rings that err independently; neighbours lack the same things. So the deviations
+# cover what they say (bench.autofocus).
+_INDEPENDENT = 12.0
+AS_TOLD, REVERSED = "as told", "reversed"
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """Another account of a stage than that it goes where it is told."""
+
+    name: str
+    gain: float
+    """True way per way told."""
+    price: float
+    """Minus the logarithm of how likely it is beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +58,8 @@ class PlaneFit:
     """Probability of each by the images alone; sums to 1."""
     unexplained: float
     """Share of the spectra's energy that the best leaves; 0 is a perfect fit."""
-    is_reversed: bool
-    """The best answer has the stage run the other way."""
+    answers: dict[str, float]
+    """Probability of each account of the stage: as told, reversed, those given."""
     at_the_edge: bool
     """The best answer needs an aperture or aberration as far off as was allowed."""
     by_direction: dict[int, float]
@@ -55,6 +69,15 @@ class PlaneFit:
     def best_um(self) -> float:
         """The likeliest candidate."""
         return float(self.candidates_um[int(np.argmax(self.weights))])
+
+    @property
+    def course(self) -> str:
+        """How the stage seems to answer."""
+        return max(self.answers, key=lambda name: self.answers[name])
+
+
+Model = tuple[Transfer, float, bool]
+"""Transfer, price, and whether it lies at the edge of what is allowed."""
 
 
 class PlaneComparison:
@@ -72,7 +95,7 @@ class PlaneComparison:
     def __init__(self, optics: OpticalSystem, direction: int = 1) -> None:
         self.unit_um = optics.defocus_unit_um
         self._direction = direction
-        self._models: list[tuple[Transfer, float, bool]] = []
+        self._models: list[Model] = []
         for extra in _EXTRA_WAVES if optics.psf_model == "pupil" else (0.0,):
             table = modulation_table(optics, extra_waves=extra)
             for aperture in _APERTURES:
@@ -82,6 +105,7 @@ class PlaneComparison:
                 at_edge |= abs(extra) == _EXTRA_WAVES[-1]
                 transfer = Transfer(table, optics.sampling, aperture)
                 self._models.append((transfer, price, at_edge))
+        self._plain = [model for model in self._models if model[1] == 0.0]
 
     def fit(
         self,
@@ -90,6 +114,7 @@ class PlaneComparison:
         noise: Floats,
         known: Floats | None = None,
         reach_um: float | None = None,
+        courses: Sequence[Course] = (),
     ) -> PlaneFit:
         """Find the focus position that explains several planes.
 
@@ -105,53 +130,86 @@ class PlaneComparison:
             time they were elsewhere. NaN: to be found. None: of all to be found.
         reach_um
             How far from the planes focus is looked for; None: as far as one can see.
+        courses
+            Other accounts of the stage, tried where it does not seem to do as told.
         """
+        candidates = self._candidates(z_um, known, reach_um)
+        focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
+        if known is not None:
+            focus = np.where(np.isnan(known)[None, :], focus, known[None, :])
+        tried = _Tried(_Scores(spectra, noise))
+        away = (focus - z_um[None, :]) / self.unit_um
+        for turn in (self._direction,) if self._direction else (1, -1):
+            tried.add(AS_TOLD, turn, turn * away, self._models, 0.0)
+        if self._direction and tried.least > _EXPLAINED:
+            turn = -self._direction
+            tried.add(REVERSED, turn, turn * away, self._models, _REVERSED)
+        for course in courses if tried.least > _EXPLAINED else ():
+            # The optics as they were told: an odd stage and odd optics are too much.
+            away = course.gain * (focus - z_um[None, :]) / self.unit_um
+            for turn in (self._direction,) if self._direction else (1, -1):
+                tried.add(course.name, turn, turn * away, self._plain, course.price)
+        return tried.fit(candidates)
+
+    def _candidates(
+        self, z_um: Floats, known: Floats | None, reach_um: float | None
+    ) -> Floats:
         margin = (FARTHEST - 0.5) * self.unit_um
         if reach_um is not None:
             margin = min(margin, reach_um)
         step = _CANDIDATE_STEP * self.unit_um
         open_um = z_um if known is None else z_um[np.isnan(known)]
-        candidates = np.arange(
-            open_um.min() - margin, open_um.max() + margin + step, step
-        )
-        focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
-        if known is not None:
-            focus = np.where(np.isnan(known)[None, :], focus, known[None, :])
-        away = (focus - z_um[None, :]) / self.unit_um
-        directions = (self._direction,) if self._direction else (1, -1)
-        turns = [(turn, 0.0) for turn in directions]
-        if self._direction:
-            turns.append((-self._direction, _REVERSED))
-        costs: list[Floats] = []
-        prices: list[float] = []
-        reverse: list[bool] = []
-        edges: list[bool] = []
-        by_direction: dict[int, float] = {}
-        scored = _Scores(spectra, noise)
-        for turn, turned in turns:
-            if turned and min(float(cost.min()) for cost in costs) < _EXPLAINED:
-                continue
-            for transfer, price, at_edge in self._models:
-                for kept in (False, True):
-                    model = transfer.amplitudes(turn * away, kept=kept)
-                    costs.append(scored.unexplained(model))
-                    prices.append(price + turned)
-                    reverse.append(turned > 0)
-                    edges.append(at_edge)
-                    least = min(float(costs[-1].min()), by_direction.get(turn, 1.0))
-                    by_direction[turn] = least
-        cost, price_of = np.array(costs), np.array(prices)[:, None]
+        return np.arange(open_um.min() - margin, open_um.max() + margin + step, step)
+
+
+class _Tried:
+    """The models that were tried on some planes, and how badly each explains them."""
+
+    def __init__(self, scores: "_Scores") -> None:
+        self._scores = scores
+        self._costs: list[Floats] = []
+        self._prices: list[float] = []
+        self._names: list[str] = []
+        self._edges: list[bool] = []
+        self._by_direction: dict[int, float] = {}
+
+    @property
+    def least(self) -> float:
+        """Share that the best so far leaves unexplained."""
+        return min(float(cost.min()) for cost in self._costs)
+
+    def add(
+        self, name: str, turn: int, away: Floats, models: list[Model], price: float
+    ) -> None:
+        """Try models on planes that lie `away` from focus, axes (candidate, plane)."""
+        for transfer, own_price, at_edge in models:
+            for kept in (False, True):
+                cost = self._scores.unexplained(transfer.amplitudes(away, kept=kept))
+                self._costs.append(cost)
+                self._prices.append(own_price + price)
+                self._names.append(name)
+                self._edges.append(at_edge)
+                least = min(float(cost.min()), self._by_direction.get(turn, 1.0))
+                self._by_direction[turn] = least
+
+    def fit(self, candidates: Floats) -> PlaneFit:
+        """Weigh them: every model counts with its probability."""
+        cost, price = np.array(self._costs), np.array(self._prices)[:, None]
         spread = max(float(cost.min()), _FLOOR)
-        loss = 0.5 * _INDEPENDENT * cost / spread + price_of
+        loss = 0.5 * _INDEPENDENT * cost / spread + price
         best = np.unravel_index(int(np.argmin(loss)), loss.shape)
-        likely = np.exp(float(loss.min()) - loss.min(axis=0))
+        likely = np.exp(float(loss.min()) - loss)
+        by_model = likely.sum(axis=1) / likely.sum()
+        answers: dict[str, float] = {}
+        for name, share in zip(self._names, by_model, strict=True):
+            answers[name] = answers.get(name, 0.0) + float(share)
         return PlaneFit(
             candidates_um=candidates,
-            weights=likely / likely.sum(),
+            weights=likely.sum(axis=0) / likely.sum(),
             unexplained=float(cost[best]),
-            is_reversed=reverse[int(best[0])],
-            at_the_edge=edges[int(best[0])],
-            by_direction=by_direction,
+            answers=answers,
+            at_the_edge=self._edges[int(best[0])],
+            by_direction=self._by_direction,
         )
 
 

@@ -72,6 +72,51 @@ def amplitude_spectrum(
     )
 
 
+def sharpness(spectrum: Floats, noise: float = 0.0) -> float:
+    """Return the root of the gradient energy of a spectrum, per light.
+
+    Parameters
+    ----------
+    spectrum
+        Ring amplitudes, shape (48,); empty: 0.
+    noise
+        Amplitude of the noise: rings that do not stand out of it hardly count.
+    """
+    if spectrum.size == 0:
+        return 0.0
+    power = spectrum**2
+    power = power * power / np.maximum(power + noise**2, 1e-30)
+    # Rings grow with the frequency: each counts with its area.
+    return float(np.sqrt(np.sum(power * FREQUENCIES**4)))
+
+
+def change(one: Floats, two: Floats, noise: float) -> float:
+    """Return by how much two images of one field differ in detail, relatively.
+
+    Compared in bands of eight rings, so that noise averages out: photographed twice
+    at one z an image changes by 0.02, at most 0.07; a depth of field apart by 0.4,
+    hardly ever by less than 0.14.
+
+    Parameters
+    ----------
+    one, two
+        Ring amplitudes; of different lengths: all has changed.
+    noise
+        Amplitude of the noise of a ring; bands below it do not count.
+    """
+    if one.shape != two.shape or one.size == 0:
+        return 1.0
+    weight = FREQUENCIES**2
+    bands = [(each**2 * weight).reshape(-1, 8).sum(axis=1) for each in (one, two)]
+    of_noise = noise**2 * weight.reshape(-1, 8).sum(axis=1)
+    seen = np.maximum(*bands) > of_noise
+    if not seen.any():
+        return 0.0
+    away = np.abs(np.sqrt(bands[0]) - np.sqrt(bands[1]))
+    share = away / np.sqrt((bands[0] + bands[1]) / 2 + of_noise)
+    return float(share[seen].max())
+
+
 def _cut(
     pixels: NDArray[np.generic], region: tuple[int, int, int, int] | None
 ) -> NDArray[np.float32]:

@@ -1,0 +1,272 @@
+"""Evidence: what the images of one search say together of focus and of the stage.
+
+Three cues are weighed. The network's distance of the first image starts the belief;
+the optics (`rtfocus.autofocus.planes`) settle side and place, best from images on both
+sides of focus; sharpness checks them. Images that do not change, or not as the stage's
+moves say, tell of the stage instead.
+"""
+
+from dataclasses import dataclass, field
+from math import isfinite
+
+import numpy as np
+
+from rtfocus.autofocus.belief import Belief, modes_of_reading, modes_of_weights
+from rtfocus.autofocus.planes import AS_TOLD, Course, PlaneComparison, PlaneFit
+from rtfocus.autofocus.spectrum import change, sharpness
+from rtfocus.frame import FocusReading
+
+# In depths of field.
+_NEAR, _TOP, _SAME_PLACE, _RIVAL_APART = 3.5, 0.8, 0.05, 1.0
+# Sharpness changes at least so much from focus to a depth of field beside it.
+_CHANGE = 1.08
+# Relative change of images below which nothing has changed.
+_SAME = 0.08
+SHARPER = 1.10
+"""An image is sharper than another by noise, below this ratio."""
+# Rings that stand out of the noise, or nothing shows.
+_FEWEST_RINGS = 6
+# With prices as logarithms, beside those of `planes`.
+_COURSES = (Course("half", 0.5, 7.0), Course("double", 2.0, 7.0))
+_FAULTS = {
+    "reversed": "the stage moves against what the core says",
+    "half": "the stage goes about half as far as it is told",
+    "double": "the stage goes about twice as far as it is told",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One image of a search."""
+
+    z_um: float
+    """Where it was exposed, as the stage says."""
+    reading: FocusReading
+    sharpness: float
+    """Root of the gradient energy above the noise, per light."""
+
+    @classmethod
+    def of(cls, z_um: float, reading: FocusReading) -> "Look":
+        """Make one of a reading."""
+        spectrum = np.asarray(reading.spectrum, dtype=np.float64)
+        return cls(z_um, reading, sharpness(spectrum, reading.noise))
+
+    @property
+    def shows_detail(self) -> bool:
+        """Something stands out of the noise, whatever the engine says of it."""
+        spectrum = np.asarray(self.reading.spectrum)
+        return int((spectrum > self.reading.noise).sum()) >= _FEWEST_RINGS
+
+    def change_from(self, other: "Look") -> float:
+        """Return by how much the two differ, relatively."""
+        one, two = (np.asarray(look.reading.spectrum) for look in (self, other))
+        return change(one, two, max(self.reading.noise, other.reading.noise))
+
+
+@dataclass
+class Evidence:
+    """The images of one search; `add` every one, then ask.
+
+    Parameters
+    ----------
+    comparison
+        Of the channel's optics.
+    direction
+        +1: larger z brings the plane of focus towards the specimen; -1; 0: unknown.
+    trust_sign
+        The optics are calibrated: signed estimates are believed.
+    prior
+        What is known of this place before.
+    """
+
+    comparison: PlaneComparison
+    direction: int = 1
+    trust_sign: bool = False
+    prior: Belief = field(default_factory=lambda: Belief(()))
+    looks: list[Look] = field(default_factory=list)
+    belief: Belief = field(default_factory=lambda: Belief(()))
+    fit: PlaneFit | None = None
+    is_late: bool = False
+    """The stage was seen to arrive after the image."""
+    _seen_again: bool = False
+
+    @property
+    def unit_um(self) -> float:
+        """Depth of field."""
+        return self.comparison.unit_um
+
+    def add(self, z_um: float, reading: FocusReading) -> None:
+        """Take in one image."""
+        self._seen_again = False
+        self.looks.append(Look.of(z_um, reading))
+        if isfinite(z_um):
+            self._drop_lagging()
+            self.belief = self._posterior()
+
+    def faults(self) -> list[str]:
+        """Return what the stage seems to do wrong, in words."""
+        found = ["the stage arrives late"] if self.is_late else []
+        if self.fit is not None and self.fit.course != AS_TOLD:
+            found.append(_FAULTS[self.fit.course])
+        return found
+
+    @property
+    def best_seen(self) -> Look:
+        """The sharpest image so far."""
+        usable = [look for look in self.looks if isfinite(look.z_um)]
+        return max(usable or self.looks, key=lambda look: look.sharpness)
+
+    def best_known_um(self, most_unexplained: float) -> float:
+        """Return where to end when focus was not found.
+
+        Where the optics put it, if they explain the images; else where the image was
+        sharpest; where the search began, if nothing was clearly sharper.
+        """
+        best, first = self.best_seen, self.looks[0]
+        known = self.fit is not None and self.fit.unexplained <= most_unexplained
+        if known and self.is_sure(0.5) and self.covers(self.belief.best.mean_um):
+            place = self.belief.best.mean_um
+            near = min(self.with_detail(), key=lambda look: abs(look.z_um - place))
+            # Not past the sharpest image into what nobody saw.
+            return near.z_um if near.sharpness * SHARPER > best.sharpness else best.z_um
+        if best.sharpness > SHARPER * first.sharpness or not isfinite(first.z_um):
+            return best.z_um
+        return first.z_um
+
+    def is_sure(self, most_sd: float, most_rival: float = 0.1) -> bool:
+        """Tell whether belief is one narrow peak; the deviation in depths of field."""
+        if self.belief.is_empty or self.belief.best.sd_um > most_sd * self.unit_um:
+            return False
+        rival = self.belief.rival(_RIVAL_APART * self.unit_um)
+        return rival is None or rival.weight < most_rival
+
+    def with_detail(self) -> list[Look]:
+        """Return the images that show anything."""
+        return [
+            look
+            for look in self.looks
+            if isfinite(look.z_um)
+            and any(look.reading.spectrum)
+            and (look.reading.refusal != "blank" or look.shows_detail)
+        ]
+
+    def places(self) -> int:
+        """Return the number of places, well apart, that were seen."""
+        step = 0.3 * self.unit_um
+        return len({round(look.z_um / step) for look in self.with_detail()})
+
+    def has_seen(self, z_um: float, within_um: float) -> bool:
+        """Tell whether there is an image from near a place."""
+        return any(abs(look.z_um - z_um) <= within_um for look in self.looks)
+
+    def covers(self, z_um: float) -> bool:
+        """Tell whether a place lies among those seen, or next to one."""
+        places = [look.z_um for look in self.with_detail()]
+        margin = 0.5 * self.unit_um
+        return bool(places) and min(places) - margin <= z_um <= max(places) + margin
+
+    def saw_change(self) -> bool:
+        """Tell whether images changed with z by more than noise does."""
+        looks = self.with_detail()
+        values = [look.sharpness for look in looks]
+        if not values:
+            return False
+        if max(values) > _CHANGE * min(values):
+            return True
+        return any(look.change_from(looks[0]) > _SAME for look in looks[1:])
+
+    def unchanged(self) -> list[Look]:
+        """Return the images, the newest among them, that look like the newest."""
+        now = self.looks[-1]
+        return [look for look in self.looks if look.change_from(now) < _SAME]
+
+    def is_again(self) -> bool:
+        """Tell whether the newest image is the second one at its place."""
+        if self._seen_again:
+            return True
+        if len(self.looks) < 2:
+            return False
+        way = self.looks[-1].z_um - self.looks[-2].z_um
+        return abs(way) < _SAME_PLACE * self.unit_um
+
+    def seen_beside(self, z_um: float, side: int, near: float, far: float) -> bool:
+        """Tell whether a side of a place was seen, between two distances in units."""
+        ways = [(look.z_um - z_um) * side / self.unit_um for look in self.with_detail()]
+        return any(near < way < far for way in ways)
+
+    def peak_um(self) -> float:
+        """Return the top of the parabola through the sharpest image and its sides."""
+        best = self.best_seen
+        below = [look for look in self.with_detail() if look.z_um < best.z_um - 1e-6]
+        above = [look for look in self.with_detail() if look.z_um > best.z_um + 1e-6]
+        if not (below and above):
+            return best.z_um
+        left = max(below, key=lambda look: look.z_um)
+        right = min(above, key=lambda look: look.z_um)
+        # A parabola holds near the top alone.
+        width = max(best.z_um - left.z_um, right.z_um - best.z_um)
+        if width > _TOP * self.unit_um:
+            return best.z_um
+        three = (left, best, right)
+        curve = np.polyfit(
+            [look.z_um - best.z_um for look in three],
+            [look.sharpness / best.sharpness for look in three],
+            2,
+        )
+        if curve[0] >= 0:
+            return best.z_um
+        top = best.z_um - curve[1] / (2 * curve[0])
+        return float(min(max(top, left.z_um), right.z_um))
+
+    def _drop_lagging(self) -> None:
+        """Forget an image that was taken before the stage had arrived.
+
+        Two images at one z that differ: the first came too early.
+        """
+        if len(self.looks) < 2 or not self.is_again():
+            return
+        before, now = self.looks[-2:]
+        if self.is_late or before.change_from(now) > _SAME:
+            self.looks.pop(-2)
+            self.is_late = True
+            self._seen_again = True
+
+    def _posterior(self) -> Belief:
+        """Weigh everything that was seen anew."""
+        belief = self.prior
+        # Networks err alike on images of one field, so only the first has its say.
+        told = [look for look in self.looks if look.reading.defocus_um is not None]
+        for look in told[:1]:
+            modes = modes_of_reading(
+                look.reading,
+                look.z_um,
+                direction=self.direction,
+                trust_sign=self.trust_sign,
+            )
+            belief = belief.seen(modes, outlier=0.1)
+        planes = self._planes()
+        self.fit = None
+        if len(planes) < 2:
+            return belief
+        self.fit = self.comparison.fit(
+            np.array([look.z_um for look in planes]),
+            np.array([look.reading.spectrum for look in planes]),
+            np.array([look.reading.noise for look in planes]),
+            courses=_COURSES if self.places() > 2 else (),
+        )
+        modes = modes_of_weights(self.fit.candidates_um, self.fit.weights)
+        # The optics know better than the network, which had its say in the prior.
+        return Belief.of(modes).seen(belief.modes, outlier=0.3)
+
+    def _planes(self) -> list[Look]:
+        """Return the images to compare: those near enough to tell.
+
+        Far from focus the thickness of a specimen shows, which the model lacks.
+        """
+        planes = self.with_detail()
+        if len(planes) < 3:
+            return planes
+        sharpest = max(planes, key=lambda look: look.sharpness).z_um
+        reach = _NEAR * self.unit_um
+        near = [look for look in planes if abs(look.z_um - sharpest) < reach]
+        return near if len(near) > 2 else planes
