@@ -1,6 +1,6 @@
 """Autofocus: how surely, with how many images and moves, and within which limits.
 
-    nice python -m bench.autofocus --runs 1000
+    nice python -m bench.autofocus --runs 1000 --resume runs.ndjson
 
 Our search and the classical ones, same starts, on the image formation of the virtual
 microscope with the real engine in process. Fixed seeds; Wilson intervals.
@@ -11,14 +11,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench import machine
-from bench.autofocus_rivals import RIVALS
+from bench.autofocus_rivals import RIVALS, RivalVerdict
 from bench.autofocus_scenes import (
     DARK,
     Scene,
@@ -40,7 +41,9 @@ from rtfocus.processing.offline import ImageProcessor
 from rtfocus.specimens import draw_specimen
 
 KINDS = ("nuclei", "filaments", "tissue", "beads")
-SIDE_PX = 320
+SIDE_PX = 256
+GROUP = 8
+"""Runs that share their optics, told and true."""
 
 
 @dataclass
@@ -59,6 +62,12 @@ class Outcome:
     outside: bool
     """A command left the limits."""
     kind: str = ""
+    run: int = 0
+    notes: list[str] = field(default_factory=list)
+    network: list[tuple[float, float, float]] = field(default_factory=list)
+    """Of every image: true defocus, reading and its deviation in depths of field."""
+    belief: list[tuple[float, float]] = field(default_factory=list)
+    """After every image but the first: error and deviation in depths of field."""
 
 
 class Reader:
@@ -118,25 +127,36 @@ def ours(
 
 
 def cases(number: int, seed: int, *, even: bool) -> Iterator[tuple[int, OpticalSystem]]:
-    """Yield a seed and told optics per run; every ten runs share their optics."""
-    for first in range(0, number, 10):
+    """Yield a seed and told optics per run; `GROUP` runs share their optics."""
+    for first in range(0, number, GROUP):
         rng = np.random.default_rng([seed, first])
         told = drawn_optics(rng, even=even)
-        for run in range(first, min(first + 10, number)):
+        for run in range(first, min(first + GROUP, number)):
             yield run, told
 
 
 def make(run: int, seed: int, told: OpticalSystem) -> tuple[Scene, Stage, Limits, str]:
-    """Draw the scene of one run and where its stage stands."""
+    """Draw the scene of one run and where its stage stands.
+
+    The runs of a group share the true optics, every two runs a specimen.
+    """
+    optics = true_optics(told, np.random.default_rng([seed, run // GROUP, 2]))
+    rng = np.random.default_rng([seed, run // 2, 3])
+    kind = KINDS[run // 2 % len(KINDS)]
+    sharp = _specimen(kind, seed, run // 2)
+    photons = float(np.exp(rng.uniform(np.log(300), np.log(5000))))
     rng = np.random.default_rng([seed, run, 1])
     unit = told.defocus_unit_um
-    kind = KINDS[run % len(KINDS)]
-    sharp = draw_specimen(kind, (SIDE_PX, SIDE_PX), rng, scale=rng.uniform(0.7, 1.6))
-    photons = float(np.exp(rng.uniform(np.log(300), np.log(5000))))
-    scene = Scene(sharp, true_optics(told, rng), camera(photons), rng)
+    scene = Scene(sharp.copy(), optics, camera(photons), rng)
     scene.focus_um = float(rng.uniform(-100, 100))
     start = scene.focus_um + float(rng.uniform(-5.0, 5.0)) * unit
     return scene, Stage(start), Limits(start - 20 * unit, start + 20 * unit), kind
+
+
+@lru_cache(maxsize=1)
+def _specimen(kind: str, seed: int, number: int) -> NDArray[np.float32]:
+    rng = np.random.default_rng([seed, number, 4])
+    return draw_specimen(kind, (SIDE_PX, SIDE_PX), rng, scale=rng.uniform(0.7, 1.6))
 
 
 CASES = (
@@ -174,42 +194,75 @@ def spoil(case: str, scene: Scene, stage: Stage, told: OpticalSystem) -> None:
         scene.focus_um += float(side) * 15 * told.defocus_unit_um
 
 
-def measure(given: argparse.Namespace, methods: list[str]) -> list[Outcome]:
-    """Run every method on the same starts."""
+def measure(
+    given: argparse.Namespace, methods: list[str], known: list[Outcome]
+) -> Iterator[Outcome]:
+    """Run every method on the same starts, those that are `known` left out."""
     seed, engine = given.seed, given.engine
-    outcomes, reader, before = [], None, None
-    for run, told in cases(given.runs, seed, even=given.even):
-        if told != before:
-            if reader is not None:
-                reader.close()
-            reader, before = Reader(engine, told), told
-        for method in methods:
-            scene, stage, limits, kind = make(run, seed, told)
-            unit = told.defocus_unit_um
-            begun = (scene.focus_um - stage.z_um) / unit
-            spoil(given.case, scene, stage, told)
-            if method == "rtfocus":
+    done = {(one.method, one.run) for one in known}
+    reader, before = None, None
+    try:
+        for run, told in cases(given.runs, seed, even=given.even):
+            wanted = [method for method in methods if (method, run) not in done]
+            if wanted and told != before:
+                if reader is not None:
+                    reader.close()
+                reader, before = Reader(engine, told), told
+            for method in wanted:
                 assert reader is not None
-                calibrated = not given.uncalibrated
-                verdict = ours(reader, scene, stage, limits, calibrated=calibrated)
-            else:
-                verdict = RIVALS[method](scene, stage, unit, limits)
-            outcomes.append(
-                Outcome(
-                    method,
-                    begun,
-                    (scene.focus_um - stage.z_um) / unit,
-                    verdict.focused,
-                    verdict.reason,
-                    scene.images,
-                    verdict.moves,
-                    any(not limits.holds(z) for z in stage.commands or ()),
-                    kind,
-                )
+                yield _measured(given, reader, method, run, told)
+    finally:
+        if reader is not None:
+            reader.close()
+
+
+def _measured(
+    given: argparse.Namespace,
+    reader: Reader,
+    method: str,
+    run: int,
+    told: OpticalSystem,
+) -> Outcome:
+    scene, stage, limits, kind = make(run, given.seed, told)
+    unit = told.defocus_unit_um
+    spoil(given.case, scene, stage, told)
+    begun = (scene.focus_um - stage.z_um) / unit
+    found = Outcome(method, begun, 0.0, False, "", 0, 0, False, kind, run)
+    if method == "rtfocus":
+        verdict: Verdict | RivalVerdict = ours(
+            reader, scene, stage, limits, calibrated=not given.uncalibrated
+        )
+        _note(found, verdict, scene, unit)
+    else:
+        verdict = RIVALS[method](scene, stage, unit, limits)
+    found.end = (scene.focus_um - stage.z_um) / unit
+    found.focused, found.reason = verdict.focused, verdict.reason
+    found.images, found.moves = scene.images, verdict.moves
+    found.outside = any(not limits.holds(z) for z in stage.commands or ())
+    return found
+
+
+def _note(found: Outcome, verdict: Verdict, scene: Scene, unit: float) -> None:
+    """Keep what the estimates were and what was true, as far as the stage obeys."""
+    found.notes = list(verdict.notes)
+    for number, step in enumerate(verdict.steps):
+        reading = step.reading
+        if reading.defocus_um is not None and reading.sd_um is not None:
+            true = (scene.focus_um - step.z_um) / unit
+            found.network.append(
+                (true, reading.defocus_um / unit, reading.sd_um / unit)
             )
-    if reader is not None:
-        reader.close()
-    return outcomes
+        if number and step.belief_um is not None and step.belief_sd_um is not None:
+            error = (step.belief_um - scene.focus_um) / unit
+            found.belief.append((error, step.belief_sd_um / unit))
+
+
+def load(path: Path | None) -> list[Outcome]:
+    """Return the runs that a file of one JSON object a line already holds."""
+    if path is None or not path.exists():
+        return []
+    lines = path.read_text("utf-8").splitlines()
+    return [Outcome(**json.loads(line)) for line in lines]
 
 
 def wilson(hits: int, number: int) -> tuple[float, float]:
@@ -245,9 +298,36 @@ def summarise(outcomes: list[Outcome]) -> dict[str, object]:
         "median moves": float(np.median(moves)),
         "p95 moves": float(np.percentile(moves, 95)),
         "median |defocus| at the end": float(np.median([abs(o.end) for o in outcomes])),
+        "mean images": float(np.mean(images)),
+        "mean moves": float(np.mean(moves)),
+        "p90 |defocus| at the end": float(
+            np.percentile([abs(o.end) for o in outcomes], 90)
+        ),
+        "deviation of belief covers": _covered(
+            [error / sd for one in outcomes for error, sd in one.belief[-1:]]
+        ),
+        "deviation of the second image's belief covers": _covered(
+            [error / sd for one in outcomes for error, sd in one.belief[:1]]
+        ),
+        "deviation of the engine's estimate covers": _covered(
+            [
+                (abs(read) - abs(true)) / sd
+                for one in outcomes
+                for true, read, sd in one.network
+            ]
+        ),
+        "notes": dict(Counter(note for one in outcomes for note in one.notes)),
         "reasons": dict(Counter(one.reason.split(":")[0] for one in outcomes)),
         "commands outside the limits": sum(one.outside for one in outcomes),
     }
+
+
+def _covered(ratios: list[float]) -> dict[str, float]:
+    """Return the shares of errors within one and 1.96 deviations."""
+    if not ratios:
+        return {}
+    away = np.abs(ratios)
+    return {"68": float(np.mean(away <= 1)), "95": float(np.mean(away <= 1.96))}
 
 
 def main() -> None:
@@ -263,11 +343,17 @@ def main() -> None:
         "--uncalibrated", action="store_true", help="check every answer on both sides"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", type=Path, help="file of runs: go on where it ends")
     parser.add_argument("--list", action="store_true", help="print runs that missed")
     given = parser.parse_args()
     begun = time.perf_counter()
     methods = given.methods.split(",")
-    outcomes = measure(given, methods)
+    outcomes = load(given.resume)
+    for one in measure(given, methods, list(outcomes)):
+        outcomes.append(one)
+        if given.resume:
+            with given.resume.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(one), default=float) + "\n")
     table = {
         method: summarise([one for one in outcomes if one.method == method])
         for method in methods
@@ -277,18 +363,19 @@ def main() -> None:
         for name, value in figures.items():
             print(f"  {name}: {value}")
     if given.list:
-        for number, one in enumerate(outcomes):
+        for one in outcomes:
             if abs(one.end) > 0.5 or not one.focused:
-                print(number, asdict(one))
+                print(asdict(one))
     print(f"{time.perf_counter() - begun:.0f} s")
     if given.json:
         found = {
             "machine": machine.describe(),
-            "arguments": vars(given) | {"json": given.json.name},
+            "arguments": vars(given) | {"json": None, "resume": None},
             "table": table,
-            "runs": [asdict(one) for one in outcomes],
         }
-        given.json.write_text(json.dumps(found, indent=1, default=float), "utf-8")
+        given.json.write_text(
+            json.dumps(found, indent=1, default=float) + "\n", "utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _NEAR, _TOP, _SAME_PLACE, _RIVAL_APART = 3.5, 0.8, 0.05, 1.0
 # Sharpness changes at least so much from focus to a depth of field beside it.
 _CHANGE = 1.08
 # Relative change of images below which nothing has changed.
-_SAME = 0.08
+_SAME = 0.1
 SHARPER = 1.10
 """An image is sharper than another by noise, below this ratio."""
 # Rings that stand out of the noise, or nothing shows.

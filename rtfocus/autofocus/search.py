@@ -140,8 +140,9 @@ class FocusSearch:
         return self._next_view()
 
     def _is_sure(self) -> bool:
-        # More images make it no surer when both sides and focus itself were seen.
-        most_sd = _HARDLY_SURE if self._saw_both_sides() else _SURE
+        # Seen from both sides, more images make it no surer; a check comes anyhow.
+        checked = self.rule.verify or self._saw_both_sides()
+        most_sd = _HARDLY_SURE if checked else _SURE
         return len(self.looks) > 1 and self.evidence.is_sure(most_sd)
 
     def _near_um(self) -> float:
