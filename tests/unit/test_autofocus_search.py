@@ -1,0 +1,151 @@
+"""Searches on stages that do not do as they are told: found, or refused with reason.
+
+Images are ring amplitudes computed by the optics; no network takes part.
+"""
+
+import numpy as np
+import pytest
+
+from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.run import Verdict, run_search
+from rtfocus.autofocus.search import FocusSearch, SearchRule
+from rtfocus.autofocus.spectrum import FREQUENCIES, change, sharpness
+from rtfocus.autofocus.transfer import Transfer, modulation_table
+from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.frame import FocusReading
+
+OPTICS = OpticalSystem(0.45, 520.0, 0.6, aberrations=Aberrations(spherical_waves=-0.3))
+UNIT = OPTICS.defocus_unit_um
+NOISE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def comparison() -> PlaneComparison:
+    return PlaneComparison(OPTICS)
+
+
+@pytest.fixture(scope="module")
+def transfer() -> Transfer:
+    return Transfer(modulation_table(OPTICS), OPTICS.sampling)
+
+
+class World:
+    """A field in focus at z = 0 and a stage with a fault."""
+
+    def __init__(self, transfer: Transfer, start: float, fault: str = "none") -> None:
+        self._transfer, self._fault = transfer, fault
+        self._rng = np.random.default_rng(1)
+        self._said = self._began = start * UNIT
+        self._waits: float | None = None
+        self.z_um = self._said
+        self.commands: list[float] = []
+
+    def position_um(self) -> float:
+        return self._said
+
+    def go_to(self, z_um: float) -> None:
+        self.commands.append(z_um)
+        self._said, way = z_um, z_um - self._began
+        if self._fault == "late":
+            self._waits = z_um
+        else:
+            gain = {"stuck": 0.0, "reversed": -1.0, "half": 0.5}.get(self._fault, 1.0)
+            self.z_um = self._began + gain * way
+
+    def look(self, _: float) -> FocusReading:
+        away = -self.z_um / UNIT
+        if self._waits is not None:
+            self.z_um, self._waits = self._waits, None
+        # Edges: amplitudes fall with the frequency; specimens have no rings of zero.
+        spectrum = 0.01 / FREQUENCIES * self._transfer.amplitudes(np.array(away))
+        spectrum = np.abs(spectrum + self._rng.normal(0, 0.05 * NOISE, 48))
+        if self._fault == "dark":
+            spectrum = np.zeros(48)
+        return FocusReading(
+            abs(away) * UNIT,
+            1.5 * UNIT,
+            False,
+            "blank" if self._fault == "dark" else None,
+            spectrum=spectrum.tolist(),
+            noise=NOISE,
+        )
+
+
+def searched(
+    comparison: PlaneComparison, world: World, *, verify: bool = False
+) -> Verdict:
+    start = world.position_um()
+    search = FocusSearch(
+        comparison,
+        MoveRule(Limits(start - 20 * UNIT, start + 20 * UNIT), 0.1 * UNIT, 12 * UNIT),
+        SearchRule(verify=verify),
+    )
+    return run_search(search, world, world.look)
+
+
+@pytest.mark.parametrize("start", [-3.4, -0.3, 1.1, 4.2])
+def test_an_honest_stage_is_focused_in_few_images(
+    comparison: PlaneComparison, transfer: Transfer, start: float
+) -> None:
+    world = World(transfer, start)
+    verdict = searched(comparison, world)
+    assert verdict.focused, verdict.reason
+    assert not verdict.notes
+    assert abs(world.z_um) < 0.25 * UNIT
+    assert verdict.images <= 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("reversed", "against"), ("late", "late"), ("half", "half")]
+)
+@pytest.mark.parametrize("start", [-2.6, 2.3])
+def test_a_stage_that_answers_oddly_is_named_and_focused_all_the_same(
+    comparison: PlaneComparison,
+    transfer: Transfer,
+    fault: str,
+    words: str,
+    start: float,
+) -> None:
+    world = World(transfer, start, fault)
+    verdict = searched(comparison, world)
+    assert verdict.focused, verdict.reason
+    assert abs(world.z_um) < 0.5 * UNIT
+    assert any(words in note for note in verdict.notes), verdict.notes
+
+
+def test_a_stage_that_does_not_move_is_refused_by_name(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    verdict = searched(comparison, World(transfer, 2.0, "stuck"))
+    assert not verdict.focused
+    assert "does not answer" in verdict.reason
+
+
+def test_nothing_to_see_ends_where_it_began(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    world = World(transfer, 2.0, "dark")
+    verdict = searched(comparison, world)
+    assert (verdict.focused, verdict.reason[:5]) == (False, "blank")
+    assert not world.commands
+
+
+def test_optics_that_nobody_checked_ask_for_blur_on_both_sides(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    verdict = searched(comparison, World(transfer, 2.3), verify=True)
+    assert verdict.focused, verdict.reason
+    seen = [(step.z_um - verdict.end_um) / UNIT for step in verdict.steps]
+    assert min(seen) < -0.2
+    assert max(seen) > 0.2
+
+
+def test_noise_is_no_sharpness_and_no_change() -> None:
+    rng = np.random.default_rng(2)
+    detail = 0.01 / FREQUENCIES * np.exp(-((FREQUENCIES / 0.1) ** 2))
+    noisy = detail + np.abs(rng.normal(0, 0.2 * NOISE, 48))
+    assert sharpness(noisy, NOISE) == pytest.approx(sharpness(detail), rel=0.02)
+    assert change(detail, noisy, NOISE) < 0.07
+    assert change(detail, 0.01 / FREQUENCIES, NOISE) > 0.5
+    assert change(detail, detail[:5], NOISE) == 1.0
