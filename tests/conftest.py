@@ -54,7 +54,7 @@ def no_thread_left() -> Iterator[None]:
         and (not thread.daemon or type(thread).__name__ == "AcquisitionThread")
     ]
     for thread in left:
-        thread.join(timeout=5)
+        thread.join(timeout=30)
     alive = [t.name for t in left if t.is_alive()]
     assert not alive, f"threads left running: {alive}"
 

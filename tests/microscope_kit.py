@@ -53,7 +53,7 @@ class RecordingSink:
         if len(self.headers) == self._fail_at:
             msg = "the recorder is gone"
             raise ConnectionError(msg)
-        slot = self._pool.acquire(timeout_s=5)
+        slot = self._pool.acquire(timeout_s=60)
         assert slot is not None
         return slot
 
@@ -112,7 +112,7 @@ def democamera(acquisition: dict[str, Any], **microscope: Any) -> Config:
     )
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Return once `condition` holds; fail when it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

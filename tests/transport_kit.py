@@ -30,7 +30,7 @@ def make_config(**changes: Any) -> TransportConfig:
         "slots": 8,
         "heartbeat_s": 0.05,
         "stall_timeout_s": 1.0,
-        "connect_timeout_s": 5.0,
+        "connect_timeout_s": 30.0,
     }
     return TransportConfig(**(values | changes))
 

@@ -31,7 +31,7 @@ from rtfocus.transport import messages as m
 from rtfocus.transport.publisher import FramePublisher
 
 INDEPENDENT = Path(__file__).with_name("independent_publisher.py")
-HASTE = {"heartbeat_s": 0.05, "stall_timeout_s": 0.4, "connect_timeout_s": 0.3}
+HASTE = {"heartbeat_s": 0.05, "stall_timeout_s": 1.5, "connect_timeout_s": 0.3}
 
 
 def facing(config: Config, endpoints: tuple[str, str], **changes: object) -> Config:
@@ -124,7 +124,7 @@ def test_it_outlives_silence_and_a_publisher_that_is_gone(tmp_path: Path) -> Non
 
 
 def test_one_bad_series_ends_alone_and_is_not_tried_again(tmp_path: Path) -> None:
-    with FramePublisher(make_config(connect_timeout_s=0.5)) as publisher:
+    with FramePublisher(make_config(connect_timeout_s=1.0)) as publisher:
         config = facing(small(tmp_path, None, transport=HASTE), publisher.endpoints)
         with Serving(config) as serving:
             bad = make_series("bad", bit_depth=-3)

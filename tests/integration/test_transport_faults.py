@@ -196,7 +196,7 @@ def test_a_publisher_that_vanishes_is_an_error_after_what_came() -> None:
     recording = Recording()
     with (
         Background(hostile.run),
-        receiving(make_config(**endpoints, stall_timeout_s=0.4, slots=4)) as (
+        receiving(make_config(**endpoints, stall_timeout_s=1.5, slots=4)) as (
             receiver,
             accounting,
         ),

@@ -267,7 +267,7 @@ class TestStalls:
             publisher.start(make_series())
 
     def test_abort_ends_the_wait_for_a_slot_and_says_why(self) -> None:
-        config = make_config(on_stall="abort", stall_timeout_s=0.2, slots=4)
+        config = make_config(on_stall="abort", stall_timeout_s=1.0, slots=4)
         with FramePublisher(config) as publisher:
             starting = Background(lambda: publisher.start(make_series()))
             with receiving(facing(publisher, slots=2), None) as (receiver, accounting):
@@ -285,7 +285,7 @@ class TestStalls:
                 assert accounting.acquired == 4
 
     def test_raw_only_is_asked_and_nothing_is_lost(self) -> None:
-        config = make_config(on_stall="raw_only", stall_timeout_s=0.2, slots=4)
+        config = make_config(on_stall="raw_only", stall_timeout_s=1.0, slots=4)
         with FramePublisher(config) as publisher:
             sending = Background(lambda: send_series(publisher, 20))
             with sending, receiving(facing(publisher)) as (receiver, _):

@@ -78,6 +78,6 @@ def test_a_blocked_producer_is_woken_by_abort() -> None:
     thread = threading.Thread(target=produce)
     thread.start()
     queue.abort()
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert len(seen) == 1
