@@ -283,9 +283,10 @@ class Focusing:
     def _is_news(self, correction: Correction, now_ns: int) -> bool:
         """Tell moves, changes of mind, and of the rest one each half second."""
         last = self._noted.get(correction.key)
-        is_same = last is not None and last[1] == correction.reason
-        if is_same and not correction.step_um and now_ns - last[0] < _NOTE_NS:
-            return False
+        if last is not None and not correction.step_um:
+            since_ns, reason = last
+            if reason == correction.reason and now_ns - since_ns < _NOTE_NS:
+                return False
         self._noted[correction.key] = (now_ns, correction.reason)
         return True
 

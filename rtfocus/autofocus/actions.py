@@ -49,6 +49,8 @@ class FocusActions(MDAEngine):
         self._sites: dict[Key, _Site] = {}
         self._begun: dict[Key, Hashable] = {}
         self._not_before: dict[Key, int] = {}
+        core = self.mmcore
+        self._found_at_um = core.getZPosition() if core.getFocusDevice() else None
         self._light = _focus_light(sequence, self.focuser.config.focus_channel)
         # Where planes are the outer loop, all time points of a place are one stack.
         order = "".join(sequence.axis_order)
@@ -67,6 +69,9 @@ class FocusActions(MDAEngine):
         if key in self._unfocused and self.focuser.config.on_failure == "skip":
             number = len(event.events) if isinstance(event, SequencedEvent) else 1
             raise SkipEvent(num_frames=number)
+        if self.holder is not None and event.z_pos is None:
+            # What is held needs a z to be held at: where the stage was found.
+            event = event.model_copy(update={"z_pos": self._found_at_um})
         self._hold(event, key)
         super().setup_event(event)
 
@@ -224,10 +229,10 @@ class FocusActions(MDAEngine):
         )
         self._go_to_focus_image(reference)
         verdict = self._focus(place, 1, reference)
+        if verdict is not None:
+            self._take_over(verdict, reference, key)
         if verdict is None or not verdict.focused:
             self._not_before[place] = visit + _TRY_AGAIN
-            return
-        self._take_over(verdict, reference, key)
 
     def stacks(
         self, events: Iterable[useq.MDAEvent]

@@ -1,5 +1,7 @@
 """Demo command: the virtual microscope through the whole loop, with a picture."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,16 +19,19 @@ from rtfocus.cli.options import QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
 from rtfocus.config import Config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
-from rtfocus.drawing.panels import Panel, enlarge, save_panels
+from rtfocus.drawing.canvas import BLUE, FAINT, GREEN, ORANGE, Box, Canvas, PixelCanvas
+from rtfocus.drawing.charts import Axis, Chart, axis_of
+from rtfocus.drawing.panels import Panel, draw_panels, enlarge, figure_size
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.scores import match_intensity, pearson, psnr
-from rtfocus.frame import TileGrid
+from rtfocus.frame import Role, TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.microscope.virtual.specimen import Truth, VirtualSpecimen
 from rtfocus.monitor import Monitor
-from rtfocus.writers.header import read_header
+from rtfocus.writers.header import JOURNAL_NAME, read_header
 
 PICTURE_NAME = "picture.png"
+_COLUMNS, _SIDE_PT, _TRACE_PT = 3, 256.0, 220.0
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,8 +48,9 @@ def demo(
 ) -> None:
     """Show the whole loop without a microscope: stores, report and a picture.
 
-    A virtual microscope with a tilted specimen runs in Micro-Manager's core; its
-    frames go over ZeroMQ to the processor like any other.
+    A virtual microscope with a tilted specimen that drifts runs in Micro-Manager's
+    core; its frames go over ZeroMQ to the processor like any other, and rtfocus holds
+    the left edge in focus.
 
     [bold]Example:[/] rtfocus demo --folder runs
     """
@@ -60,37 +66,119 @@ def demo(
     if run is None:
         return
     outcome = print_report(run)
-    _compare(settings, run, monitors[-1])
+    _compare(settings, run)
     raise typer.Exit(outcome.exit_code)
 
 
-def _compare(settings: Config, run: Path, monitor: Monitor) -> None:
-    """Set the run beside the truth: a picture, and two figures."""
+def _compare(settings: Config, run: Path) -> None:
+    """Set the run beside the truth: a picture, and some figures."""
     microscope, optics = settings.microscope, settings.channels[0].optics
     if not isinstance(microscope, VirtualMicroscopeConfig) or optics is None:
         msg = (
             "the demo's config must have a virtual microscope and the channel's optics"
         )
         raise ConfigError(msg)
-    estimate = monitor.estimate
-    z_um = 0.0 if estimate is None or estimate.z_um is None else estimate.z_um
     specimen = VirtualSpecimen(microscope, microscope.optics or optics)
-    truth = specimen.truth(z_um)
+    trace = Trace.of(run, specimen, settings.autofocus.region)
     raw, restored, defocus = (
         open_images(run / f"{name}.ome.zarr")[0]
         for name in ("raw", "restored", "defocus")
     )
     last = raw.sizes["t"] - 1
     shown = [series.read(t=last) for series in (raw, restored, defocus)]
-    _save_picture(run, shown, truth, optics.pixel_size_um)
+    truth = specimen.truth(float(trace.z_um[-1]), time_s=float(trace.seconds[-1]))
+    _save_picture(run, shown, truth, trace, optics)
     Console().print(_figures(shown, truth, optics))
+    Console().print(trace.in_words(optics))
     Console().print(f"picture: {run / PICTURE_NAME}")
 
 
+@dataclass(frozen=True)
+class Trace:
+    """How far from focus every frame truly was, and would have been by itself."""
+
+    seconds: NDArray[np.float64]
+    """Since the first exposure; the drift began there."""
+    z_um: NDArray[np.float64]
+    """Of the stage."""
+    held_um: NDArray[np.float64]
+    """Defocus of the region that is held."""
+    alone_um: NDArray[np.float64]
+    """The same, had the stage stayed where the first frame found it."""
+    moves: NDArray[np.float64]
+    """When the stage was sent elsewhere, in seconds."""
+
+    @classmethod
+    def of(
+        cls,
+        run: Path,
+        specimen: VirtualSpecimen,
+        region: tuple[int, int, int, int] | None,
+    ) -> "Trace":
+        """Read it off a run's journal and the specimen's true surface."""
+        text = (run / JOURNAL_NAME).read_text("utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [line for line in lines if line.get("z_um") is not None]
+        begun_s = [
+            line["captured_ns"] / 1e9 - line["exposure_ms"] / 1e3 for line in lines
+        ]
+        first_s = min(begun_s)
+        pairs = [
+            (time_s - first_s, line["z_um"])
+            for time_s, line in zip(begun_s, lines, strict=True)
+            if line["role"] != Role.FOCUS
+        ]
+        seconds, z_um = np.array(sorted(pairs)).T
+        x, y, width, height = region or (0, 0, *reversed(specimen.shape))
+        surface = [
+            float(
+                specimen.defocus_um(0.0, time_s=s)[y : y + height, x : x + width].mean()
+            )
+            for s in seconds
+        ]
+        moved = np.flatnonzero(np.diff(z_um)) + 1
+        return cls(
+            seconds,
+            z_um,
+            np.array(surface) - z_um,
+            np.array(surface) - z_um[0],
+            seconds[moved],
+        )
+
+    def draw(self, canvas: Canvas, box: Box, half_um: float) -> None:
+        """Draw both over time, with the band of half a depth of field."""
+        x = Axis("time since the first exposure (s)", 0.0, float(self.seconds[-1]))
+        values = (self.held_um, self.alone_um, [-half_um, half_um])
+        chart = Chart(canvas, box, x, axis_of("defocus (um)", *values, zero=True))
+        chart.level(0.0, dash=0)
+        for edge in (-half_um, half_um):
+            chart.level(edge)
+        chart.curve(self.seconds, self.alone_um, ORANGE, "had the stage stood still")
+        chart.curve(self.seconds, self.held_um, BLUE, "held by rtfocus")
+        at_moves = np.interp(self.moves, self.seconds, self.held_um)
+        chart.dots(self.moves, at_moves, GREEN, "moves")
+        chart.name("half a depth of field", FAINT)
+
+    def in_words(self, optics: OpticalSystem) -> str:
+        """Say how far from focus the frames were on average and at most."""
+        unit = optics.defocus_unit_um
+        held, alone = np.abs(self.held_um), np.abs(self.alone_um)
+        return (
+            f"focus held within {held.max():.1f} um, {held.mean():.1f} um on average "
+            f"({held.mean() / unit:.2f} depths of field) with {len(self.moves)} moves; "
+            f"had the stage stood still: {alone.max():.1f} um in the end"
+        )
+
+
 def _save_picture(
-    run: Path, shown: list[NDArray[Any]], truth: Truth, pixel_um: float
+    run: Path,
+    shown: list[NDArray[Any]],
+    truth: Truth,
+    trace: Trace,
+    optics: OpticalSystem,
 ) -> None:
     raw, restored, defocus = shown
+    pixel_um = optics.pixel_size_um
     sharp = match_intensity(raw, truth.sharp)
     low, high = (float(value) for value in np.percentile(sharp, (1, 99.8)))
     grid = read_header(run).grid
@@ -103,24 +191,23 @@ def _save_picture(
     )
     images = [("raw", raw), ("restored", restored), ("truth", sharp)]
     maps = [("distance from focus, found", found), ("true", distance)]
-    save_panels(
-        run / PICTURE_NAME,
-        [
-            *(
-                Panel(name, image, low, high, pixel_um=pixel_um)
-                for name, image in images
-            ),
-            *(Panel(name, um, 0.0, far, "um", "even", pixel_um) for name, um in maps),
-            Panel(
-                "detail: raw on the left, restored on the right",
-                np.hstack([_detail(raw), _detail(restored)]),
-                low,
-                high,
-                pixel_um=pixel_um / 3,
-            ),
-        ],
-        columns=3,
-    )
+    panels = [
+        *(Panel(name, image, low, high, pixel_um=pixel_um) for name, image in images),
+        *(Panel(name, um, 0.0, far, "um", "even", pixel_um) for name, um in maps),
+        Panel(
+            "detail: raw on the left, restored on the right",
+            np.hstack([_detail(raw), _detail(restored)]),
+            low,
+            high,
+            pixel_um=pixel_um / 3,
+        ),
+    ]
+    width, height = figure_size(panels, _COLUMNS, _SIDE_PT)
+    canvas = PixelCanvas(width, height + _TRACE_PT)
+    draw_panels(canvas, panels, columns=_COLUMNS, side_pt=_SIDE_PT)
+    box = (70.0, height + 24.0, width - 20.0, height + _TRACE_PT - 44.0)
+    trace.draw(canvas, box, optics.defocus_unit_um / 2)
+    canvas.save(run / PICTURE_NAME)
 
 
 def _on_frame(

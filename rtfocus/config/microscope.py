@@ -44,6 +44,8 @@ class SurfaceConfig(Section):
     """Height of the middle over the corners: a curved coverslip."""
     drift_um_per_min: float = 0.0
     """Speed at which the surface moves away from the objective."""
+    drift_from_s: Annotated[float, Field(ge=0)] = 0.0
+    """When the drift begins, after the first exposure."""
 
 
 class VirtualMicroscopeConfig(Section):

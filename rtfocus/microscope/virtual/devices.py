@@ -192,7 +192,7 @@ class VirtualCamera(SimpleCameraDevice):
         self._until = threading.Event()
         self._sensor = Sensor(config)
         self._exposure_ms = _EXPOSURE_MS
-        self._started = time.monotonic()
+        self._first_s: float | None = None
         self._last_start = -np.inf
         names = list(self._specimens)
         self.register_property(CHANNEL, default_value=names[0], allowed_values=names)
@@ -231,7 +231,10 @@ class VirtualCamera(SimpleCameraDevice):
         z_um = self._z_stage.objective_um
         x_um, y_um = self._xy_stage.centre_um
         specimen = self._specimens[str(self.get_property_value(CHANNEL))]
-        light = specimen.image(z_um, x_um=x_um, y_um=y_um, time_s=start - self._started)
+        if self._first_s is None:
+            self._first_s = start
+        time_s = start - self._first_s
+        light = specimen.image(z_um, x_um=x_um, y_um=y_um, time_s=time_s)
         buffer[...] = self._sensor.expose(light, self._exposure_ms)
         self._wait(start + self._exposure_ms / 1e3)
         return {"Z-um": f"{z_um:.4f}"}

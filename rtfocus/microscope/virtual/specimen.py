@@ -56,9 +56,9 @@ class Surface:
             Where the frame's centre lies on the specimen; tilt and bow go on
             beyond the first frame.
         time_s
-            Time since the microscope was made, for the drift.
+            Time since the first exposure, for the drift.
         """
-        rise = np.float32(self._config.drift_um_per_min * time_s / 60.0)
+        rise = np.float32(drift_um(self._config, time_s))
         if x_px == 0 and y_px == 0:
             return self._still + rise
         rows, columns = self._still.shape
@@ -71,6 +71,11 @@ class Surface:
         bow = config.bow_um * (1.0 - 2.0 * (x**2 + y**2))
         height = config.z_um + config.tilt_x_um * x + config.tilt_y_um * y + bow
         return np.asarray(height, dtype=np.float32)
+
+
+def drift_um(config: SurfaceConfig, time_s: float) -> float:
+    """Return how far the surface has moved, so long after the first exposure."""
+    return config.drift_um_per_min * max(time_s - config.drift_from_s, 0.0) / 60.0
 
 
 def _edge_to_edge(side: int) -> NDArray[np.float64]:
@@ -229,7 +234,7 @@ class VirtualSpecimen:
         self._surface = Surface(config.surface, self.shape)
         self._sites: OrderedDict[tuple[int, int], BlurredPlanes] = OrderedDict()
         self._views: OrderedDict[tuple[int, int, int], Image] = OrderedDict()
-        self._drift_um_per_min = config.surface.drift_um_per_min
+        self._surface_config = config.surface
         self._z_step_um = config.specimen.z_step_um
         if self.is_recorded:
             self._recording = read_recording(
@@ -253,7 +258,7 @@ class VirtualSpecimen:
         x_um, y_um
             Position of the xy-stage.
         time_s
-            Time since the start, for the drift.
+            Time since the first exposure, for the drift.
         """
         x_px, y_px = self._to_px(x_um), self._to_px(y_um)
         height = self._surface.height_um(x_px=x_px, y_px=y_px, time_s=time_s)
@@ -267,7 +272,7 @@ class VirtualSpecimen:
         The array is shared between calls: do not write to it.
         """
         place = (self._to_px(x_um), self._to_px(y_um))
-        rise_um = self._drift_um_per_min * time_s / 60.0
+        rise_um = drift_um(self._surface_config, time_s)
         key = (*place, round((z_um - rise_um) / _HEIGHT_STEP_UM))
         if key in self._views:
             self._views.move_to_end(key)
