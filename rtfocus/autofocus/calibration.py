@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from rtfocus.autofocus.planes import PlaneComparison, PlaneFit
 from rtfocus.autofocus.spectrum import sharpness
+from rtfocus.drawing.canvas import BLUE, FAINT, ORANGE, PixelCanvas
+from rtfocus.drawing.charts import Chart, axis_of
 from rtfocus.errors import ConfigError
 from rtfocus.frame import FocusReading
 
@@ -28,7 +29,7 @@ _MOST_UNEXPLAINED, _MOST_APART = 0.02, 0.35
 # The better direction must explain so much more to be the told one.
 _CLEAR = 1.5
 _FEWEST = 5
-_WIDTH, _HEIGHT, _MARGIN = 640, 360, 46
+_WIDTH, _HEIGHT, _LEFT = 560.0, 260.0, 72.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +185,6 @@ def load_calibration(path: Path) -> Calibration:
 def draw_calibration(path: Path, found: Calibration, planes: Sequence[Plane]) -> None:
     """Draw sharpness and the engine's reading over z as a PNG."""
     z = np.array([plane.z_um for plane in planes]) - found.focus_um
-    canvas = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    draw = ImageDraw.Draw(canvas)
     sharp = np.array([_sharp(plane) for plane in planes])
     reading = np.array(
         [
@@ -193,27 +192,22 @@ def draw_calibration(path: Path, found: Calibration, planes: Sequence[Plane]) ->
             for plane in planes
         ]
     )
-    _curve(draw, z, sharp / max(float(sharp.max()), 1e-12), "#1f4e9c")
-    top = max(float(np.nanmax(np.abs(reading), initial=0.0)), float(np.abs(z).max()))
-    _curve(draw, z, np.abs(reading) / max(top, 1e-9), "#c0502d")
-    _curve(draw, z, np.abs(z) / max(top, 1e-9), "#999999")
-    draw.text(
-        (_MARGIN, 8), "sharpness (blue), |defocus| read (red), true (grey)", "black"
-    )
-    text = f"z - focus: {z.min():.1f} to {z.max():.1f} um"
-    draw.text((_MARGIN, _HEIGHT - 24), text, "black")
-    canvas.save(path, format="PNG")
-
-
-def _curve(draw: ImageDraw.ImageDraw, x: Floats, share: Floats, colour: str) -> None:
-    """Draw a curve of values from 0 to 1; gaps where it is not known."""
-    wide, high = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN
-    across = _MARGIN + wide * (x - x.min()) / max(float(np.ptp(x)), 1e-9)
-    down = _HEIGHT - _MARGIN - high * share
-    known = np.isfinite(down)
-    points = list(zip(across[known].tolist(), down[known].tolist(), strict=True))
-    if len(points) > 1:
-        draw.line(points, fill=colour, width=2)
+    canvas = PixelCanvas(_WIDTH, 2 * _HEIGHT)
+    x = axis_of("stage z from focus (um)", z)
+    upper = (_LEFT, 30.0, _WIDTH - 16, _HEIGHT - 50.0)
+    share = sharp / max(float(sharp.max()), 1e-12)
+    above = Chart(canvas, upper, x, axis_of("sharpness, of its best", share, zero=True))
+    above.curve(z, share, BLUE, "sharpness")
+    above.dots(z, share, BLUE)
+    lower = (_LEFT, 30.0 + _HEIGHT, _WIDTH - 16, 2 * _HEIGHT - 50.0)
+    y = axis_of("distance from focus (um)", np.abs(reading), np.abs(z), zero=True)
+    below = Chart(canvas, lower, x, y)
+    below.curve(z, np.abs(z), FAINT, "true", dash=4)
+    below.curve(z, np.abs(reading), ORANGE, "read by the engine")
+    below.dots(z[np.isfinite(reading)], np.abs(reading[np.isfinite(reading)]), ORANGE)
+    for chart in (above, below):
+        chart.upright(0.0)
+    canvas.save(path)
 
 
 def _fit(comparison: PlaneComparison, planes: Sequence[Plane]) -> PlaneFit:

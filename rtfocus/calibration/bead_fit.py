@@ -338,22 +338,28 @@ def _panels(fit: FocusFit, model: BeadPlanes, start: OpticalSystem) -> list[Pane
     matched = match_planes(predicted, model.measured)
     ground = float(np.median(model.measured))
     peak = float(model.measured.max()) - ground
-    middle = model.measured.shape[1] // 2
+    middle, pixel_um = model.measured.shape[1] // 2, fit.system.pixel_size_um
     best = int(np.argmin(np.abs(model.z_um - fit.best.focus_um)))
     panels = [
-        psf_panel("brightest plane", model.measured[best] - ground, peak),
-        section_panel("PSF fitted, z down", fit, model.z_um),
+        psf_panel("plane in focus", model.measured[best] - ground, pixel_um, peak),
+        section_panel("PSF fitted, section", fit, model.z_um),
         valley_panel(fit, model, start),
     ]
-    views = [("x z", model.measured[:, middle], matched[:, middle])]
+    z_um = model.z_um - fit.best.focus_um
+    views = [("section", model.measured[:, middle], matched[:, middle], z_um)]
     for index in sorted({0, best, count - 1}):
-        z_um = model.z_um[index] - fit.best.focus_um
-        views.append((f"{z_um:+.2f} um", model.measured[index], matched[index]))
-    for caption, measured, predicted_view in views:
+        planes = model.measured[index], matched[index]
+        views.append((f"z {z_um[index]:+.2f} um", *planes, None))
+    for caption, measured, predicted_view, rows in views:
         highest = float(measured.max()) - ground
+        error = predicted_view - measured
         panels += [
-            psf_panel(f"measured, {caption}", measured - ground, highest),
-            psf_panel("predicted", predicted_view - ground, highest),
-            residual_panel("predicted - measured", predicted_view - measured, peak),
+            psf_panel(
+                f"measured, {caption}", measured - ground, pixel_um, highest, z_um=rows
+            ),
+            psf_panel(
+                "predicted", predicted_view - ground, pixel_um, highest, z_um=rows
+            ),
+            residual_panel("predicted - measured", error, peak, pixel_um, z_um=rows),
         ]
     return panels

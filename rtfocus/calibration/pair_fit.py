@@ -20,6 +20,7 @@ from rtfocus.calibration.report import (
     residual_panel,
 )
 from rtfocus.channel import OpticalSystem
+from rtfocus.drawing.charts import Axis
 from rtfocus.drawing.panels import Panel
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf, psf_radius_px
@@ -172,16 +173,19 @@ def _panels(found: PsfFit, pairs: Sequence[ImagePair]) -> list[Panel]:
     same = [one for one in pairs if one.sharp.shape == pair.sharp.shape]
     measured = measure_psf([(p.sharp, p.defocused) for p in same], half_px=half_px)
     reblurred = best.gain * blur(pair.sharp, psf) + best.offset
-    peak = float(fitted.max())
+    peak, pixel_um = float(fitted.max()), found.system.pixel_size_um
     return [
-        grey("sharp", pair.sharp),
-        grey("defocused", pair.defocused),
-        grey("sharp, re-blurred", reblurred, pair.defocused),
+        grey("sharp", pair.sharp, pixel_um),
+        grey("defocused", pair.defocused, pixel_um),
+        grey("sharp, re-blurred", reblurred, pixel_um, pair.defocused),
         residual_panel(
-            "re-blurred - defocused", reblurred - pair.defocused, pair.full_scale
+            "re-blurred - defocused",
+            reblurred - pair.defocused,
+            pair.full_scale,
+            pixel_um,
         ),
-        psf_panel(f"PSF measured, {2 * half_px + 1} px", measured, peak),
-        psf_panel(f"PSF fitted, z {best.defocus_um:.1f} um", fitted, peak),
+        psf_panel("PSF measured", measured, pixel_um, peak),
+        psf_panel(f"PSF fitted, z {best.defocus_um:.1f} um", fitted, pixel_um, peak),
         _valley(found, pair),
     ]
 
@@ -213,12 +217,14 @@ def _valley(found: PsfFit, pair: ImagePair) -> Panel:
             for aperture in apertures
         ]
     )
-    caption = (
-        f"NA {apertures[0]:.2f}-{apertures[-1]:.2f} down, "
-        f"z {_VALLEY_DEFOCI[0] * best.defocus_um:.1f} to "
-        f"{_VALLEY_DEFOCI[-1] * best.defocus_um:.1f} um"
+    z_um = _VALLEY_DEFOCI * best.defocus_um
+    return map_panel(
+        "how well NA and z re-blur",
+        quality,
+        (0.5, _place(1.0, _VALLEY_DEFOCI)),
+        Axis("z (um)", float(z_um[0]), float(z_um[-1])),
+        Axis("NA", float(apertures[-1]), float(apertures[0])),
     )
-    return map_panel(caption, quality, (0.5, _place(1.0, _VALLEY_DEFOCI)))
 
 
 def _place(value: float, axis: Floats) -> float:

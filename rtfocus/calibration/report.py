@@ -23,7 +23,8 @@ from rtfocus.calibration.through_focus import (
 )
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
-from rtfocus.drawing.panels import Panel, coloured, enlarge, save_panels
+from rtfocus.drawing.charts import Axis
+from rtfocus.drawing.panels import Panel, enlarge, save_panels
 from rtfocus.errors import InputError
 from rtfocus.optics.psf import psf_stack
 
@@ -65,8 +66,6 @@ SHOWN_PX = 256
 
 # Intensity of a PSF spans decades: shown as a root, so that its halo is seen.
 _GAMMA = 0.5
-_CROSS_PX = 3
-_MARK = np.array([255, 60, 60], dtype=np.uint8)
 
 
 def centre(image: NDArray[np.generic], side_px: int = SHOWN_PX) -> NDArray[np.generic]:
@@ -81,40 +80,95 @@ def centre(image: NDArray[np.generic], side_px: int = SHOWN_PX) -> NDArray[np.ge
     return enlarge(image[rows, columns], (SHOWN_PX, SHOWN_PX))
 
 
-def grey(caption: str, image: Image, like: Image | None = None) -> Panel:
+def grey(
+    caption: str, image: Image, pixel_um: float, like: Image | None = None
+) -> Panel:
     """Show an image between the percentiles of another, or of itself."""
     low, high = np.percentile(image if like is None else like, (1.0, 99.8))
-    return Panel(caption, centre(image), float(low), float(high))
+    shown_um = pixel_um * min(SHOWN_PX, image.shape[1]) / SHOWN_PX
+    return Panel(caption, centre(image), float(low), float(high), pixel_um=shown_um)
 
 
-def residual_panel(caption: str, error: Image, span: float) -> Panel:
-    """Show errors around grey; black and white are a tenth of the range."""
+def residual_panel(
+    caption: str,
+    error: Image,
+    span: float,
+    pixel_um: float,
+    *,
+    z_um: NDArray[np.float64] | None = None,
+) -> Panel:
+    """Show errors around white; the strongest colours are a tenth of the range.
+
+    With `z_um` the rows are planes, at these distances from focus.
+    """
     limit = 0.1 * span
-    return Panel(f"{caption}, +-{limit:.3g}", centre(error), -limit, limit)
+    if z_um is not None:
+        x, y = _section_axes(error.shape[1], pixel_um, z_um)
+        pixels = enlarge(error, (SHOWN_PX, SHOWN_PX))
+        return Panel(caption, pixels, -limit, limit, colours="around", x=x, y=y)
+    shown_um = pixel_um * min(SHOWN_PX, error.shape[1]) / SHOWN_PX
+    pixels = centre(error)
+    return Panel(caption, pixels, -limit, limit, colours="around", pixel_um=shown_um)
 
 
-def psf_panel(caption: str, psf: Image, peak: float | None = None) -> Panel:
-    """Show a PSF, or a section of one, as the root of its intensity."""
-    shown = np.maximum(psf, 0.0) ** _GAMMA
-    highest = float(psf.max() if peak is None else peak) ** _GAMMA
+def psf_panel(
+    caption: str,
+    psf: Image,
+    pixel_um: float,
+    peak: float | None = None,
+    *,
+    z_um: NDArray[np.float64] | None = None,
+) -> Panel:
+    """Show a PSF as the root of its intensity, so that its halo is seen.
+
+    With `z_um` it is a section: the rows are planes, at these distances from focus.
+    """
+    highest = float(psf.max() if peak is None else peak)
+    shown = (np.maximum(psf, 0.0) / max(highest, 1e-30)) ** _GAMMA
     pixels = enlarge(shown, (SHOWN_PX, SHOWN_PX))
-    return Panel(caption, pixels, 0.0, highest)
+    unit = "root of peak"
+    if z_um is not None:
+        x, y = _section_axes(psf.shape[1], pixel_um, z_um)
+        return Panel(caption, pixels, 0.0, 1.0, unit, x=x, y=y)
+    shown_um = pixel_um * psf.shape[1] / SHOWN_PX
+    return Panel(caption, pixels, 0.0, 1.0, unit, pixel_um=shown_um)
+
+
+def _section_axes(
+    width_px: int, pixel_um: float, z_um: NDArray[np.float64]
+) -> tuple[Axis, Axis]:
+    half_um = width_px * pixel_um / 2
+    return Axis("x (um)", -half_um, half_um), Axis(
+        "z from focus (um)", float(z_um[-1]), float(z_um[0])
+    )
 
 
 def map_panel(
-    caption: str, quality_db: NDArray[np.float64], place: tuple[float, float]
+    caption: str,
+    quality_db: NDArray[np.float64],
+    place: tuple[float, float],
+    x: Axis,
+    y: Axis,
 ) -> Panel:
-    """Show PSNR over two parameters, best 6 dB, with a cross at `place` (0 to 1)."""
+    """Show PSNR over two parameters, best 6 dB, with a cross at `place`.
+
+    Parameters
+    ----------
+    caption
+        What is varied.
+    quality_db
+        Axes (y, x).
+    place
+        Shares of height and width, 0 to 1, from the upper left.
+    x, y
+        What columns and rows stand for; `y` from the lowest row up.
+    """
     highest = float(quality_db.max())
-    shape = (SHOWN_PX, SHOWN_PX)
-    pixels = np.array(coloured(enlarge(quality_db, shape), highest - 6.0, highest))
-    row, column = (
-        int(np.clip(share * SHOWN_PX, _CROSS_PX, SHOWN_PX - 1 - _CROSS_PX))
-        for share in place
+    pixels = enlarge(quality_db, (SHOWN_PX, SHOWN_PX))
+    mark = place[1], place[0]
+    return Panel(
+        caption, pixels, highest - 6.0, highest, "dB", "even", x=x, y=y, mark=mark
     )
-    pixels[row, column - _CROSS_PX : column + _CROSS_PX + 1] = _MARK
-    pixels[row - _CROSS_PX : row + _CROSS_PX + 1, column] = _MARK
-    return Panel(caption, pixels)
 
 
 _APERTURES = np.linspace(0.6, 1.4, 13)
@@ -173,7 +227,8 @@ def section_panel(caption: str, fit: FocusFit, z_um: NDArray[np.float64]) -> Pan
     """Show the fitted PSF through focus: x to the right, z down."""
     z = np.linspace(z_um.min(), z_um.max(), _SECTION_PLANES) - fit.best.focus_um
     psfs = psf_stack(fit.system, map(float, z), _SECTION_PX)
-    return psf_panel(caption, psfs[:, _SECTION_PX // 2])
+    section = psfs[:, _SECTION_PX // 2]
+    return psf_panel(caption, section, fit.system.pixel_size_um, z_um=z)
 
 
 def valley_panel(fit: FocusFit, model: PlaneModel, start: OpticalSystem) -> Panel:
@@ -185,11 +240,13 @@ def valley_panel(fit: FocusFit, model: PlaneModel, start: OpticalSystem) -> Pane
     )
     foci = best.focus_um + _FOCUS_UNITS * fit.system.defocus_unit_um
     quality = focus_valley(model, best, start, apertures, foci)
-    caption = (
-        f"NA {apertures[0]:.2f}-{apertures[-1]:.2f} down, "
-        f"focus {foci[0]:.1f} to {foci[-1]:.1f} um"
+    return map_panel(
+        "how well NA and focus predict the planes",
+        quality,
+        (0.5, 0.5),
+        Axis("focus (um)", float(foci[0]), float(foci[-1])),
+        Axis("NA", float(apertures[-1]), float(apertures[0])),
     )
-    return map_panel(caption, quality, (0.5, 0.5))
 
 
 def _numbers(trial: FocusTrial) -> dict[str, float]:

@@ -231,17 +231,17 @@ def _panels(fit: FocusFit, model: StackPlanes, start: OpticalSystem) -> list[Pan
     shown = sorted({0, last // 4, (3 * last) // 4, last})
     predicted = model.predict(fit.system, fit.best.focus_um, shown)
     matched = match_planes(predicted, model.measured[shown])
-    span = float(np.ptp(model.sharp))
+    span, pixel_um = float(np.ptp(model.sharp)), fit.system.pixel_size_um
     panels = [
-        grey(f"sharpest, z {model.sharpest_um:.2f} um", model.sharp),
-        section_panel("PSF fitted, z down", fit, model.z_um),
+        grey(f"sharpest, z {model.sharpest_um:.2f} um", model.sharp, pixel_um),
+        section_panel("PSF fitted, section", fit, model.z_um),
         valley_panel(fit, model, start),
     ]
     for index, plane in zip(shown, matched, strict=True):
         measured = model.measured[index]
         panels += [
-            grey(f"measured, z {model.z_um[index]:.2f} um", measured),
-            grey("predicted", plane, measured),
-            residual_panel("predicted - measured", plane - measured, span),
+            grey(f"measured, z {model.z_um[index]:.2f} um", measured, pixel_um),
+            grey("predicted", plane, pixel_um, measured),
+            residual_panel("predicted - measured", plane - measured, span, pixel_um),
         ]
     return panels

@@ -141,8 +141,8 @@ class PixelCanvas:
         self._picture.paste(shown, (round(left), round(top)))
 
     def save(self, path: Path) -> None:
-        """Write the picture; its ending says the format."""
-        self._picture.save(path)
+        """Write the picture as PNG."""
+        self._picture.save(path, format="PNG")
 
 
 class SvgCanvas:

@@ -197,7 +197,7 @@ class Chart:
 
     def _draw_ticks(self) -> None:
         left, top, right, bottom = self.box
-        for value, text in self.x.ticks(max(2, int((right - left) / 70))):
+        for value, text in self.x.ticks(max(2, int((right - left) / 56))):
             place = left + float(self.x.share(value)) * (right - left)
             self.canvas.line([(place, bottom), (place, bottom + _TICK_PT)], INK, 1.0)
             self.canvas.text(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.drawing.canvas import INK, Box, Canvas, PixelCanvas, text_width
+from rtfocus.drawing.canvas import INK, TEXT_PT, Box, Canvas, PixelCanvas, text_width
 from rtfocus.drawing.charts import Axis, Chart
 
 Colours = Literal["grey", "even", "around"]
@@ -33,7 +33,7 @@ _NOTHING = np.array([110, 110, 110])
 """Where there is no value: background, or no frame."""
 
 _GAP_PT, _CAPTION_PT, _FOOT_PT, _BAR_PT, _TICKS_PT = 14.0, 22.0, 12.0, 9.0, 44.0
-_AXES_PT = 46.0
+_AXES_PT, _UNIT_PT = 46.0, 20.0
 _SMALL_PT = 11.0
 _LEAST_SMOOTH_PX = 64
 """Images of fewer pixels are shown as squares: their pixels are what is looked at."""
@@ -118,15 +118,23 @@ def figure_size(
 
 def draw_panels(
     canvas: Canvas, panels: Sequence[Panel], *, columns: int, side_pt: float
-) -> None:
-    """Draw panels in rows of `columns`; all have room of one size."""
+) -> list[Box]:
+    """Draw panels in rows of `columns`; all have room of one size.
+
+    Returns
+    -------
+    list of Box
+        Where their images lie.
+    """
+    boxes = []
     width, height = _cell(panels, side_pt)
     left_margin = _AXES_PT if any(panel.y for panel in panels) else 0.0
     for number, panel in enumerate(panels):
         row, column = divmod(number, columns)
         left = _GAP_PT + column * width + left_margin
         top = _GAP_PT + row * height
-        _draw(canvas, panel, left, top, side_pt)
+        boxes.append(_draw(canvas, panel, left, top, side_pt))
+    return boxes
 
 
 def _cell(panels: Sequence[Panel], side_pt: float) -> tuple[float, float]:
@@ -150,11 +158,13 @@ def _size(panel: Panel, side_pt: float) -> tuple[float, float]:
     return columns * scale, rows * scale
 
 
-def _draw(canvas: Canvas, panel: Panel, left: float, top: float, side: float) -> None:
+def _draw(canvas: Canvas, panel: Panel, left: float, top: float, side: float) -> Box:
     width, height = _size(panel, side)
     top += _CAPTION_PT
     box = (left, top, left + width, top + height)
-    canvas.text((left, top - 12), panel.caption)
+    # A long caption is written smaller, never into its neighbour.
+    room = (width + _BAR_PT + _TICKS_PT) / max(text_width(panel.caption), 1e-9)
+    canvas.text((left, top - 12), panel.caption, size=TEXT_PT * min(1.0, room))
     smooth = panel.smooth
     if smooth is None:
         smooth = (
@@ -175,6 +185,7 @@ def _draw(canvas: Canvas, panel: Panel, left: float, top: float, side: float) ->
         _scale_bar(canvas, box, panel.pixel_um * panel.pixels.shape[1])
     if panel.has_bar:
         _colour_bar(canvas, panel, box)
+    return box
 
 
 def _cross(canvas: Canvas, box: Box, place: tuple[float, float]) -> None:
@@ -205,13 +216,13 @@ def _colour_bar(canvas: Canvas, panel: Panel, box: Box) -> None:
     _, top, right, bottom = box
     left = right + 6
     ramp = np.linspace(panel.high, panel.low, 128)[:, np.newaxis]
-    bar = (left, top + 14, left + _BAR_PT, bottom)
+    bar = (left, top + _UNIT_PT, left + _BAR_PT, bottom)
     canvas.image(
         bar, coloured(ramp, panel.low, panel.high, panel.colours), smooth=False
     )
-    canvas.text((left, top + 5), panel.unit, size=_SMALL_PT)
+    canvas.text((left, top + 4), panel.unit, size=_SMALL_PT)
     axis = Axis("", panel.low, panel.high)
     for value, words in axis.ticks(max(2, int((bottom - top) / 44))):
-        height = bottom - float(axis.share(value)) * (bottom - top - 14)
+        height = bottom - float(axis.share(value)) * (bottom - top - _UNIT_PT)
         canvas.line([(left + _BAR_PT, height), (left + _BAR_PT + 3, height)], INK, 1.0)
         canvas.text((left + _BAR_PT + 5, height), words, size=_SMALL_PT)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import psutil
 from numpy.typing import NDArray
-from PIL import Image as Picture
-from PIL import ImageDraw, ImageFont
 from scipy.ndimage import uniform_filter
 
 from rtfocus import __version__
-from rtfocus.drawing.panels import Panel, coloured, save_panels
+from rtfocus.drawing.canvas import PixelCanvas
+from rtfocus.drawing.charts import Axis
+from rtfocus.drawing.panels import Panel, draw_panels, figure_size, save_panels
 from rtfocus.errors import InputError
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.evaluate import Outcome
@@ -27,8 +27,7 @@ from rtfocus.processing.camera import luminance
 _SHOWN_PX = 320
 # Scale on which the brightest part of a frame is looked for.
 _SMOOTH_PX = 65
-_CELL_PX = 44
-_MARGIN_PX = 60
+_CELL_PT = 34.0
 _BRIGHT = 0.6
 
 
@@ -52,8 +51,8 @@ def save_side_by_side(path: Path, data: DataSet, outcomes: Sequence[Outcome]) ->
     shown = [one for one in outcomes if one.images]
     if not shown:
         return False
-    names = set(shown[0].images)
-    rows = [_row(one, shown) for one in data.samples() if one.name in names]
+    names, pixel_um = set(shown[0].images), data.optics.pixel_size_um
+    rows = [_row(one, shown, pixel_um) for one in data.samples() if one.name in names]
     panels = [panel for row in rows for panel in row]
     save_panels(path, panels, columns=len(rows[0]))
     return True
@@ -63,33 +62,37 @@ def save_confusion(path: Path, title: str, score: LevelScore) -> None:
     """Write true levels (down) against found ones (right), shares of a row in %."""
     counts = score.confusion
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    names = [*(str(level) for level in score.levels), "bg"]
     rows, columns = shares.shape
-    size = (_MARGIN_PX + columns * _CELL_PX, 2 * _MARGIN_PX + rows * _CELL_PX)
-    canvas = Picture.new("RGB", size, "black")
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=13)
-    draw.text((8, 8), title, fill="white", font=font)
-    draw.text((8, 28), "true level down, found level across, % of row", fill="white")
-    colours = coloured(shares, 0.0, 1.0)
+    names = (*(str(level) for level in score.levels), "bg")
+    panel = Panel(
+        title,
+        100 * shares,
+        0.0,
+        100.0,
+        "% of row",
+        "even",
+        x=Axis("found level", -0.5, columns - 0.5, names=names[:columns]),
+        y=Axis("true level", rows - 0.5, -0.5, names=names[:rows]),
+        smooth=False,
+    )
+    side = _CELL_PT * max(rows, columns)
+    canvas = PixelCanvas(*figure_size([panel], 1, side))
+    ((left, top, right, bottom),) = draw_panels(
+        canvas, [panel], columns=1, side_pt=side
+    )
     for row, column in np.ndindex(shares.shape):
-        left, top = _MARGIN_PX + column * _CELL_PX, _MARGIN_PX + row * _CELL_PX
-        box = (left, top, left + _CELL_PX - 2, top + _CELL_PX - 2)
-        draw.rectangle(box, fill=tuple(int(c) for c in colours[row, column]))
         if counts[row, column]:
-            ink = "black" if shares[row, column] > _BRIGHT else "white"
+            middle = (
+                left + (column + 0.5) * (right - left) / columns,
+                top + (row + 0.5) * (bottom - top) / rows,
+            )
+            ink = "#000000" if shares[row, column] > _BRIGHT else "#ffffff"
             text = f"{100 * shares[row, column]:.0f}"
-            draw.text((left + 10, top + 12), text, fill=ink, font=font)
-    for row in range(rows):
-        place = (16, _MARGIN_PX + row * _CELL_PX + 12)
-        draw.text(place, names[row], fill="white", font=font)
-    for column in range(columns):
-        place = (_MARGIN_PX + column * _CELL_PX + 10, size[1] - _MARGIN_PX + 8)
-        draw.text(place, names[column], fill="white", font=font)
+            canvas.text(middle, text, anchor="middle", colour=ink)
     canvas.save(path)
 
 
-def _row(sample: Sample, shown: Sequence[Outcome]) -> list[Panel]:
+def _row(sample: Sample, shown: Sequence[Outcome], pixel_um: float) -> list[Panel]:
     like = sample.pixels if sample.sharp is None else sample.sharp
     window = _window(like)
     low, high = np.percentile(_grey(like)[window], (0.5, 99.9))
@@ -105,7 +108,7 @@ def _row(sample: Sample, shown: Sequence[Outcome]) -> list[Panel]:
     if sample.sharp is not None:
         images.append(("sharp", sample.sharp))
     return [
-        Panel(text, _grey(image)[window], float(low), float(high))
+        Panel(text, _grey(image)[window], float(low), float(high), pixel_um=pixel_um)
         for text, image in images
     ]
 
