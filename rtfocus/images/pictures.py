@@ -1,18 +1,22 @@
-"""Pictures: PNG, JPEG and BMP through Pillow; PNG of 16 bits through imagecodecs.
+"""Pictures: PNG, JPEG and BMP through Pillow; colours of 16 bits through imagecodecs.
 
-Pillow cuts colours of 16 bits to 8.
+Pillow cuts those to 8, and grey of 16 bits with an alpha channel too.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from rtfocus.errors import InputError
-from rtfocus.images.series import ImageSeries, native_dtype, one_line
+from rtfocus.images.series import (
+    ImageSeries,
+    import_imagecodecs,
+    native_dtype,
+    one_line,
+)
 
 # Modes that are no grey levels and no RGB, what they become and what is told.
 _CONVERT = {
@@ -65,10 +69,14 @@ def read_picture(path: Path) -> list[ImageSeries]:
 def _form(path: Path) -> _Form:
     try:
         deep = _deep_channels(path)
+        if deep is not None:
+            import_imagecodecs(path, "has colours or alpha of 16 bits")
         # The limit is against attacks on servers; slides are as large.
         Image.MAX_IMAGE_PIXELS = None
         with Image.open(path) as picture:
             height, width, mode = picture.height, picture.width, picture.mode
+    except InputError:
+        raise
     # A damaged file makes the parser raise whatever it stumbles over.
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -89,20 +97,21 @@ def _form(path: Path) -> _Form:
 
 
 def _deep_channels(path: Path) -> int | None:
-    """Return how many samples a pixel of a 16-bit PNG has; None for all others."""
+    """Return how many samples a pixel of a 16-bit PNG has; None: Pillow reads it."""
     with path.open("rb") as file:
         head = file.read(26)
     if len(head) < 26 or not head.startswith(_SIGNATURE) or head[24] != 16:
         return None
-    return {0: 1, 2: 3, 4: 2, 6: 4}.get(head[25])
+    return {2: 3, 4: 2, 6: 4}.get(head[25])
 
 
 def _load(path: Path) -> NDArray[np.generic]:
     deep = _deep_channels(path)
     if deep is not None:
-        pixels = np.asarray(imagecodecs.png_decode(path.read_bytes()))
+        codecs = import_imagecodecs(path, "has colours or alpha of 16 bits")
+        pixels = np.asarray(codecs.png_decode(path.read_bytes()))
         kept = 3 if deep >= 3 else 1
-        pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :kept]
+        pixels = pixels[..., :kept]
         return pixels if kept == 3 else pixels[..., 0]
     with Image.open(path) as picture:
         mode = _CONVERT.get(picture.mode, ("", ""))[0]

@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,26 @@ class Facts(TypedDict, total=False):
     position: str | None
     stage: StagePosition | None
     place: PlatePlace | None
+
+
+def import_imagecodecs(path: Path, why: str) -> Any:  # noqa: ANN401 no type stubs
+    """Return the module ``imagecodecs``, which the extra ``codecs`` brings.
+
+    Parameters
+    ----------
+    path, why
+        File that needs it, and what the file has, for the message.
+
+    Raises
+    ------
+    InputError
+        If it is not installed.
+    """
+    try:
+        return import_module("imagecodecs")
+    except ImportError as error:
+        msg = f"'{path}' {why}: pip install 'rtfocus[codecs]', or save it without"
+        raise InputError(msg) from error
 
 
 class IncompleteSetError(InputError):

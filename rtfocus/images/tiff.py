@@ -22,6 +22,7 @@ from rtfocus.images.series import (
     Facts,
     ImageSeries,
     IncompleteSetError,
+    import_imagecodecs,
     native_dtype,
     one_line,
     stem_of,
@@ -212,6 +213,7 @@ def _describe(
     named_facts: list[tuple[str, Facts]],
 ) -> Iterator[ImageSeries]:
     """Yield a series, once for each index of its axes that are not t, c, z."""
+    _refuse_packed(source.path, series)
     axes, told = _canonical_axes(series.axes, series.shape)
     lengths = dict(zip(axes, series.shape, strict=True))
     samples, rgb, more = _samples(series, lengths.get("S", 1))
@@ -288,6 +290,15 @@ def _refuse_cut_off(
             f"{file.filehandle.size}; copy it again"
         )
         raise InputError(msg)
+
+
+def _refuse_packed(path: Path, series: tifffile.TiffPageSeries) -> None:
+    """Refuse what tifffile cannot unpack by itself where imagecodecs is missing."""
+    page = series.keyframe
+    known = tifffile.TIFF.DECOMPRESSORS, tifffile.TIFF.UNPREDICTORS
+    if page.compression not in known[0] or page.predictor not in known[1]:
+        kind = getattr(page.compression, "name", page.compression)
+        import_imagecodecs(path, f"is compressed by {kind}")
 
 
 def _gaps(series: tifffile.TiffPageSeries, axes: str) -> NDArray[np.bool_] | None:

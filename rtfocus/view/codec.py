@@ -17,8 +17,8 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
-import imagecodecs
 import numpy as np
+from numcodecs import lz4
 from numpy.typing import NDArray
 
 MAGIC = b"RTFP"
@@ -163,12 +163,16 @@ def _sixteen_bits(plane: Plane) -> tuple[NDArray[np.generic], float, float]:
     return np.rint(spread).astype("<u2"), scale, low
 
 
+_LENGTH_BYTES = 4
+"""Before the block of LZ4 that a page unpacks; numcodecs puts the length there."""
+
+
 def _squeezed(values: NDArray[np.generic]) -> tuple[bytes, Packing]:
     plain = np.ascontiguousarray(values)
     if plain.dtype.str != "<u2" or plain.nbytes < 4096:
         return plain.tobytes(), Packing.PLAIN
     split = plain.reshape(-1).view(np.uint8).reshape(-1, 2).T.tobytes()
-    packed = bytes(imagecodecs.lz4_encode(split, header=False))
+    packed = lz4.compress(split)[_LENGTH_BYTES:]
     if len(packed) >= plain.nbytes:
         return plain.tobytes(), Packing.PLAIN
     return packed, Packing.LZ4_SPLIT

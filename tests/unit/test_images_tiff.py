@@ -1,7 +1,10 @@
 """TIFF files as other programs write them: every plane at its index, nothing bent."""
 
+import importlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import imagecodecs
 import numpy as np
 import psutil
 import pytest
@@ -14,6 +17,7 @@ from image_file_kit import (
     write_pages,
     write_position_set,
 )
+from PIL import Image
 
 from rtfocus.errors import InputError
 from rtfocus.images.reading import find_images, open_images
@@ -332,3 +336,30 @@ def test_files_are_closed_with_their_images(tmp_path) -> None:
     assert opened() == [str(path)]
     del series
     assert opened() == []
+
+
+def test_what_needs_imagecodecs_names_the_extra(tmp_path, monkeypatch) -> None:
+    """Without it tifffile unpacks deflate, and nothing of LZW; Pillow no deep RGB."""
+    pixels = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16)
+    tifffile.imwrite(tmp_path / "lzw.tif", pixels, compression="lzw")
+    tifffile.imwrite(tmp_path / "zip.tif", pixels, compression="zlib", predictor=True)
+    colours = np.stack([pixels] * 3, axis=-1)
+    (tmp_path / "deep.png").write_bytes(imagecodecs.png_encode(colours))
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(open_images(tmp_path / "deep.png")[0].read(), colours)
+
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    plain = tifffile.tifffile.CompressionCodec(encode=False)
+    fallback = importlib.import_module("tifffile._imagecodecs")
+    monkeypatch.setattr(tifffile.tifffile, "imagecodecs", fallback)
+    monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", plain)
+    monkeypatch.setattr(
+        tifffile.TIFF, "UNPREDICTORS", tifffile.tifffile.PredictorCodec(encode=False)
+    )
+    for name, why in (("lzw.tif", "compressed by LZW"), ("deep.png", "of 16 bits")):
+        with pytest.raises(
+            InputError, match=rf"{why}: pip install 'rtfocus\[codecs\]'"
+        ):
+            open_images(tmp_path / name)
+    for name in ("zip.tif", "grey.png"):
+        np.testing.assert_array_equal(open_images(tmp_path / name)[0].read(), pixels)

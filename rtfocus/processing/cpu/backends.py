@@ -65,11 +65,14 @@ def _why_no_onnxruntime() -> str | None:
     return _why_not_importable("onnxruntime", lambda: import_module("onnxruntime"))
 
 
+_WHERE = {"openvino": "openvino", "onnxruntime": "'rtfocus[onnxruntime]'"}
+
+
 def _why_not_importable(module: str, load: Callable[[], object]) -> str | None:
     try:
         load()
     except ImportError as error:
-        return f"{module} cannot be imported ({error}); pip install {module}"
+        return f"{module} cannot be imported ({error}); pip install {_WHERE[module]}"
     return None
 
 
