@@ -19,6 +19,7 @@ BENCHES = (
     "plans",
     "reading",
     "gpu",
+    "view",
 )
 
 

@@ -15,7 +15,7 @@ from rtfocus.frame import Act, Estimate, FrameResult, SeriesStart
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.slots import Slot
-from rtfocus.transport.preview import Shown
+from rtfocus.transport.preview_messages import Shown
 from rtfocus.workers import BoundedQueue
 
 RATE_WINDOW_S = 5.0

@@ -4,11 +4,12 @@ import subprocess
 import sys
 import webbrowser
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 from rtfocus.cli.interrupt import interruptible, stop_at_end_of_input
@@ -61,6 +62,10 @@ def view(
     from rtfocus.view.server import Listening, usual_or_free
     from rtfocus.view.sources import LiveSource, RunSource
 
+    with suppress(psutil.Error, OSError):
+        # Where the computer has too much to do, the recording comes first.
+        below = getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", 15)
+        psutil.Process().nice(below)
     scene = Scene()
     with ExitStack() as opened:
         stop, _ = opened.enter_context(interruptible())

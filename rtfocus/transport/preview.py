@@ -9,9 +9,8 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,9 @@ from rtfocus.config.processor import PreviewConfig, TransportConfig
 from rtfocus.errors import RtfocusError, TransportError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
-    Act,
     Estimate,
     FrameHeader,
     FrameResult,
-    SeriesStart,
 )
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.preview_messages import (
@@ -37,6 +34,7 @@ from rtfocus.transport.preview_messages import (
     Point,
     PreviewHeader,
     PreviewStatus,
+    Shown,
     saturation_blocks,
     unpack_request,
 )
@@ -53,34 +51,14 @@ from rtfocus.workers import Newest
 
 logger = logging.getLogger(__name__)
 
+LOOP_SHARE = 0.01
+"""Of the time of the loop's thread that pictures may take: after each it has its rest,
+so that large frames and slow computers get fewer pictures, and no slower loop."""
+_ESTIMATE_SIDE_PX = 512
 STATUS_S = 0.25
 """Interval of states while somebody looks."""
 _POINTS = 512
 _FOCUS_LINES = 128
-_POSITIONS = 1000
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A series as viewers are told of it."""
-
-    series: SeriesStart
-    folder: Path
-    metrics: Callable[[], dict[str, Any]]
-    """Plain numbers, asked for in the preview's own thread."""
-    saturation_counts: float = np.inf
-    """Counts from which on a pixel is saturated."""
-    act: Callable[[Act], None] = lambda _: None
-    """Does what a viewer asked for; RtfocusError: why it cannot."""
-
-    def brief(self) -> SeriesStart:
-        """Return the series without what is long."""
-        return msgspec.structs.replace(
-            self.series,
-            mda_sequence=None,
-            summary={},
-            positions=self.series.positions[:_POSITIONS],
-        )
 
 
 class PreviewPublisher:
@@ -103,6 +81,7 @@ class PreviewPublisher:
     ) -> None:
         self._config = config
         self._next_s = 0.0
+        self._rests_until_s = 0.0
         self._next_picture_s: dict[int, float] = {}
         self._estimates: Newest[list[Any]] = Newest()
         self._pictures: dict[int, Newest[list[Any]]] = {}
@@ -162,7 +141,7 @@ class PreviewPublisher:
         Parameters
         ----------
         pixels
-            Shape (y, x) or (y, x, 3); copied, reduced to `max_side_px`.
+            Shape (y, x) or (y, x, 3); copied, reduced to `max_side_px`, and 512.
         estimate
             Of this frame; None: unknown.
         metrics
@@ -177,7 +156,8 @@ class PreviewPublisher:
         self._next_s = now_s + self._config.interval_s
         if not self.watched:
             return
-        step, reduced = self._reduced(pixels)
+        side_px = min(self._config.max_side_px, _ESTIMATE_SIDE_PX)
+        step, reduced = _reduced(pixels, side_px)
         header = PreviewHeader(
             version=PROTOCOL_VERSION,
             shape=reduced.shape,
@@ -237,12 +217,14 @@ class PreviewPublisher:
         """
         if not (self.watched and self._is_open()):
             return
-        now_s, channel = time.monotonic(), frame.index.get("c", 0)
-        if now_s < self._next_picture_s.get(channel, 0.0):
+        begun_s, channel = time.monotonic(), frame.index.get("c", 0)
+        if begun_s < max(self._rests_until_s, self._next_picture_s.get(channel, 0.0)):
             self._too_soon += 1
             return
-        self._next_picture_s[channel] = now_s + self._config.interval_s
+        self._next_picture_s[channel] = begun_s + self._config.interval_s
         message = self._picture(frame, pixels, result)
+        ended_s = time.monotonic()
+        self._rests_until_s = ended_s + (ended_s - begun_s) / LOOP_SHARE
         self._pictures.setdefault(channel, Newest()).put(message)
         self._wake()
 
@@ -312,16 +294,12 @@ class PreviewPublisher:
         if self._thread is not None:
             self._thread.wake()
 
-    def _reduced(self, pixels: NDArray[np.generic]) -> tuple[int, NDArray[np.generic]]:
-        step = -(-max(pixels.shape[:2]) // self._config.max_side_px)
-        # A copy in any case: the slot is used again.
-        return step, pixels[::step, ::step].copy(order="C")
-
     def _picture(
         self, frame: FrameHeader, pixels: NDArray[np.generic], result: FrameResult
     ) -> list[Any]:
         shown = self._shown
-        step, reduced = self._reduced(pixels)
+        side_px = self._config.max_side_px
+        step, reduced = _reduced(pixels, side_px)
         planes: list[tuple[PlaneHeader, NDArray[Any]]] = []
 
         def add(name: str, array: NDArray[Any], block_px: int = 0) -> None:
@@ -329,7 +307,7 @@ class PreviewPublisher:
             planes.append((header, array))
 
         if result.restored is not None:
-            add("restored", self._reduced(result.restored)[1])
+            add("restored", _reduced(result.restored, side_px)[1])
         if result.defocus is not None:
             add("defocus", result.defocus.defocus_um.astype("<f4"))
         saturated = None
@@ -352,6 +330,14 @@ class PreviewPublisher:
             saturated=saturated,
         )
         return [header, reduced, *(array for _, array in planes)]
+
+
+def _reduced(
+    pixels: NDArray[np.generic], side_px: int
+) -> tuple[int, NDArray[np.generic]]:
+    """Return every how many pixels one was taken, and those, copied: slots go on."""
+    step = -(-max(pixels.shape[:2]) // side_px)
+    return step, pixels[::step, ::step].copy(order="C")
 
 
 @contextmanager

@@ -5,7 +5,9 @@ maps. What a viewer asks for goes the other way, on a socket of its own, and onl
 the config has one. `PROTOCOL.md` has them in words.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -111,6 +113,29 @@ class Answer(msgspec.Struct, frozen=True, tag="answer", tag_field="type"):
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A series as viewers are told of it."""
+
+    series: SeriesStart
+    folder: Path
+    metrics: Callable[[], dict[str, Any]]
+    """Plain numbers, asked for in the preview's own thread."""
+    saturation_counts: float = np.inf
+    """Counts from which on a pixel is saturated."""
+    act: Callable[[Act], None] = lambda _: None
+    """Does what a viewer asked for; RtfocusError: why it cannot."""
+
+    def brief(self) -> SeriesStart:
+        """Return the series without what is long."""
+        return msgspec.structs.replace(
+            self.series,
+            mda_sequence=None,
+            summary={},
+            positions=self.series.positions[:_POSITIONS],
+        )
+
+
+@dataclass(frozen=True)
 class Preview:
     """What a viewer sees."""
 
@@ -123,6 +148,7 @@ class Preview:
     """Further planes by name."""
 
 
+_POSITIONS = 1000
 _decoder: msgspec.msgpack.Decoder[PreviewHeader | PreviewStatus] = (
     msgspec.msgpack.Decoder(PreviewHeader | PreviewStatus)
 )
@@ -197,14 +223,17 @@ def saturation_blocks(
         Number of them; blocks of the frame, 1 where there is one, None: nowhere;
         side of a block in pixels.
     """
+    block_px = -(-max(pixels.shape[:2]) // 128)
+    # Most frames have none, and the largest count is found soonest.
+    if not float(pixels.max()) >= level:
+        return 0, None, block_px
+    # Whole numbers are compared with a whole number: no copy as floats.
+    limit = pixels.dtype.type(np.ceil(level)) if pixels.dtype.kind in "ui" else level
     high: NDArray[np.bool_] = np.zeros(pixels.shape, bool)
-    np.greater_equal(pixels, level, out=high)
+    np.greater_equal(pixels, limit, out=high)
     if high.ndim == 3:
         high = np.asarray(high.any(axis=2), bool)
     number = int(np.count_nonzero(high))
-    block_px = -(-max(high.shape) // 128)
-    if not number:
-        return 0, None, block_px
     rows, columns = (-(-side // block_px) for side in high.shape)
     whole = np.zeros((rows * block_px, columns * block_px), bool)
     whole[: high.shape[0], : high.shape[1]] = high
