@@ -7,7 +7,8 @@ To add a command, write a module with ``add_to(app)`` and give it a line in
 import importlib
 import logging
 import os
-from typing import Any, NamedTuple
+import sys
+from typing import Any, NamedTuple, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -141,6 +142,15 @@ app = typer.Typer(
 )
 
 
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to whatever standard error is now: above a screen that is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"rtfocus {__version__}")
@@ -165,7 +175,7 @@ def _options(
         os.environ[DEBUG_VARIABLE] = "1"
     level = logging.INFO if verbose else logging.WARNING
     # Of the handler: pymmcore-plus sets that of the root to DEBUG when it is imported.
-    shown = logging.StreamHandler()
+    shown = _StandardError()
     shown.setLevel(level)
     logging.basicConfig(
         level=level,

@@ -13,7 +13,7 @@ from scipy.ndimage import map_coordinates
 
 from rtfocus import app as loop
 from rtfocus.channel import OpticalSystem
-from rtfocus.cli.display import display, processor_rows
+from rtfocus.cli.display import display_run
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
@@ -58,9 +58,7 @@ def demo(
     monitors: list[Monitor] = []
     with (
         interruptible() as (stop, abandon),
-        display(
-            lambda: processor_rows(monitors[-1] if monitors else None), quiet=quiet
-        ),
+        display_run(lambda: monitors[-1] if monitors else None, quiet=quiet),
     ):
         run = loop.run(settings, stop=stop, abandon=abandon, on_monitor=monitors.append)
     if run is None:

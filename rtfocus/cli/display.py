@@ -1,16 +1,22 @@
-"""Display: a live table on a terminal, plain lines elsewhere."""
+"""Display: a run as one screen on a terminal, as plain lines elsewhere.
 
+``NO_COLOR`` turns the colours off, as everywhere in rich.
+"""
+
+import math
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from rtfocus.frame import Estimate
 from rtfocus.monitor import Monitor
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 REFRESH_S = 0.25
 LINE_S = 2.0
@@ -18,18 +24,41 @@ LINE_S = 2.0
 
 Rows = list[tuple[str, str]]
 
+_STEPS = "▁▂▃▄▅▆▇█"
+_WIDEST = 72
+"""Characters of a sparkline; wider ones are harder to read."""
+_SOON_S = 600.0
+
 
 @contextmanager
-def display(rows: Callable[[], Rows], *, quiet: bool) -> Iterator[None]:
-    """Show `rows` until the block ends; lines on standard error without a terminal."""
+def display(
+    rows: Callable[[], Rows],
+    *,
+    quiet: bool,
+    monitor: Callable[[], Monitor | None] = lambda: None,
+) -> Iterator[None]:
+    """Show `rows` until the block ends, on standard error.
+
+    Parameters
+    ----------
+    rows
+        What is going on: names and values.
+    quiet
+        Show nothing.
+    monitor
+        Of the run, where there is one: a terminal shows its course too.
+    """
     if quiet:
         yield
         return
-    console = Console(stderr=True)
     done = threading.Event()
-    show = _show_table if console.is_terminal else _show_lines
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
     thread = threading.Thread(
-        target=show, args=(console, rows, done), name="display", daemon=True
+        target=(lambda: _show_screen(rows, monitor, done))
+        if is_terminal
+        else (lambda: _show_lines(rows, done)),
+        name="display",
+        daemon=True,
     )
     thread.start()
     try:
@@ -39,24 +68,122 @@ def display(rows: Callable[[], Rows], *, quiet: bool) -> Iterator[None]:
         thread.join()
 
 
-def _show_table(
-    console: Console, rows: Callable[[], Rows], done: threading.Event
+def display_run(
+    monitor: Callable[[], Monitor | None], *, quiet: bool
+) -> AbstractContextManager[None]:
+    """Show a run until the block ends; see `display`."""
+    return display(lambda: processor_rows(monitor()), quiet=quiet, monitor=monitor)
+
+
+def _show_screen(
+    rows: Callable[[], Rows],
+    monitor: Callable[[], Monitor | None],
+    done: threading.Event,
 ) -> None:
+    # Takes long to import, and most runs of a script have no terminal.
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while not done.wait(REFRESH_S):
-            table = Table.grid(padding=(0, 2))
-            for name, value in rows():
-                table.add_row(f"[dim]{name}[/]", value)
-            live.update(table, refresh=True)
+            live.update(screen(rows(), monitor(), console), refresh=True)
 
 
-def _show_lines(
-    console: Console, rows: Callable[[], Rows], done: threading.Event
-) -> None:
+def screen(rows: Rows, monitor: Monitor | None, console: "Console") -> "RenderableType":
+    """Return one screen: how far the run is, its numbers, and their course."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for name, value in rows:
+        table.add_row(name, Text(value, style=_style(name, monitor)))
+    if monitor is None or monitor.series is None:
+        return table
+    width = max(8, min(console.width - 42, _WIDEST))
+    for name, line in _courses(monitor, width):
+        table.add_row(name, Text(line, style="cyan"))
+    if monitor.planned is None:
+        return table
+    written = monitor.accounting.written
+    head = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=max(monitor.planned, 1), completed=written, width=width)
+    head.add_row(bar, f"{written}/{monitor.planned}", _left(monitor))
+    return Group(head, table)
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """Draw values as `width` blocks at most, the lowest and highest as the ends.
+
+    Neighbours that share a block are averaged; a space: nothing is known.
+
+    Examples
+    --------
+    >>> sparkline([0.0, 1.0, None, 2.0, 7.0], 5)
+    '▁▂ ▃█'
+    """
+    count = min(width, len(values))
+    ends = [len(values) * n // max(count, 1) for n in range(count + 1)]
+    groups = [
+        [v for v in values[low:high] if v is not None and math.isfinite(v)]
+        for low, high in pairwise(ends)
+    ]
+    means = [sum(group) / len(group) if group else None for group in groups]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return " " * count
+    low, span = min(known), max(known) - min(known)
+    most = len(_STEPS) - 1
+    return "".join(
+        " " if mean is None else _STEPS[round(most * (mean - low) / (span or 1.0))]
+        for mean in means
+    )
+
+
+def _courses(monitor: Monitor, width: int) -> Iterator[tuple[str, str]]:
+    """Yield the course of defocus and latency over the last estimates."""
+    _, samples = monitor.samples_since(0)
+    for name, unit, values in (
+        ("defocus course", "um", [sample.defocus_um for sample in samples]),
+        ("latency course", "ms", [sample.latency_ms for sample in samples]),
+    ):
+        known = [value for value in values if value is not None]
+        if known:
+            line = sparkline(values, width)
+            yield name, f"{line}  {min(known):.3g} to {max(known):.3g} {unit}"
+
+
+def _left(monitor: Monitor) -> str:
+    rate, planned = monitor.frames_per_s, monitor.planned or 0
+    if rate <= 0:
+        return ""
+    seconds = (planned - monitor.accounting.written) / rate
+    return f"{_duration(seconds)} left" if seconds > 0 else ""
+
+
+def _style(name: str, monitor: Monitor | None) -> str:
+    """Return how a value is written: what needs somebody stands out."""
+    if monitor is None:
+        return ""
+    if name == "lost" and (monitor.accounting.dropped or monitor.accounting.in_error):
+        return "bold red"
+    left_s = monitor.time_to_full_s
+    if name == "disk full in" and left_s is not None and left_s < _SOON_S:
+        return "bold yellow"
+    return ""
+
+
+def _show_lines(rows: Callable[[], Rows], done: threading.Event) -> None:
     while not done.wait(LINE_S):
         clock = time.strftime("%H:%M:%S")
         text = "  ".join(f"{name} {value}" for name, value in rows())
-        console.print(f"{clock}  {text}", markup=False, highlight=False, soft_wrap=True)
+        if sys.stderr is not None:
+            sys.stderr.write(f"{clock}  {text}\n")
+            sys.stderr.flush()
 
 
 def processor_rows(monitor: Monitor | None) -> Rows:
@@ -106,4 +233,6 @@ def _duration(seconds: float | None) -> str:
         return "-"
     if seconds > 48 * 3600:
         return f"{seconds / 86400:.0f} days"
-    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min"
+    if seconds > 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rtfocus import app as loop
-from rtfocus.cli.display import Rows, defocus_text, display, processor_rows
+from rtfocus.cli.display import Rows, defocus_text, display, display_run
 from rtfocus.cli.interrupt import interruptible, stop_at_end_of_input
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
@@ -65,7 +65,7 @@ def run(
 
         with (
             interruptible() as (stop, abandon),
-            display(lambda: processor_rows(_last(monitors)), quiet=quiet),
+            display_run(lambda: _last(monitors), quiet=quiet),
         ):
             folder = loop.run(
                 settings,
@@ -125,7 +125,7 @@ def process(
 
     with (
         interruptible() as (stop, _),
-        display(lambda: processor_rows(_last(monitors)), quiet=quiet),
+        display_run(lambda: _last(monitors), quiet=quiet),
     ):
         if stop_on_end_of_input:
             stop_at_end_of_input(stop)

@@ -1,0 +1,94 @@
+"""The screen of a run: fits the terminal, shows the course, and tells what is wrong."""
+
+import io
+import re
+import time
+
+import pytest
+from rich.console import Console
+from writer_kit import make_series
+
+from rtfocus.channel import Channel
+from rtfocus.cli.display import processor_rows, screen, sparkline
+from rtfocus.frame import Estimate, FrameHeader
+from rtfocus.monitor import Monitor
+from rtfocus.slots import SlotPool
+
+
+def running(*found: float | None, planned: int | None = 40) -> Monitor:
+    """Return the monitor of a run with these estimates."""
+    monitor = Monitor()
+    series = make_series(channels=[Channel("DAPI")], planned=planned)
+    monitor.begin(series)
+    slot = SlotPool(1, 8).acquire(timeout_s=1)
+    assert slot is not None
+    header = FrameHeader(1, "uid-1", 0, (2, 2), "<u2", 0, 1.0, {"t": 0})
+    slot.prepare(header)
+    slot.received_ns = time.monotonic_ns()
+    for number, um in enumerate(found):
+        told = Estimate(
+            "uid-1", number, 0, um, False, 0.5, 1.0, 3.0, 0.0, {"t": number}, 0, 0
+        )
+        monitor.arrived(slot)
+        monitor.estimated(slot, told)
+        monitor.committed(slot)
+        monitor.accounting.count("written")
+    monitor.accounting.set_acquired(len(found))
+    return monitor
+
+
+def shown(monitor: Monitor | None, width: int, **options: bool) -> str:
+    """Return what a terminal of this width gets."""
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=True, highlight=False, **options
+    )
+    console.print(screen(processor_rows(monitor), monitor, console))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_screen_fits_the_terminal_and_shows_the_course(width: int) -> None:
+    monitor = running(*(float(n % 9) for n in range(30)))
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown(monitor, width, no_color=True))
+    lines = plain.splitlines()
+    text = "\n".join(lines)
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert "30/40" in text
+    if width >= 80:
+        assert "0 to 8 um" in text
+        assert " left" in text
+    assert any("\u2588" in line for line in lines if "defocus" in line)
+
+
+def test_screen_before_the_series_and_without_an_end() -> None:
+    assert "waiting for the microscope side" in shown(None, 80)
+    endless = shown(running(None, planned=None), 80)
+    assert "background" in endless
+    assert "left" not in endless
+
+
+def test_what_needs_somebody_stands_out_unless_colours_are_off() -> None:
+    monitor = running(1.0)
+    calm = shown(monitor, 80)
+    monitor.accounting.count("dropped", "gap", number=3)
+    monitor.time_to_full_s = 100.0
+    alarmed = shown(monitor, 80)
+    assert "\x1b[1;31m3" in alarmed
+    assert "\x1b[1;33m2 min" in alarmed
+    assert "\x1b[1;31m" not in calm
+    assert "\x1b[1;31m" not in shown(monitor, 80, no_color=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "line"),
+    [
+        ([], 8, ""),
+        ([None, float("nan")], 8, "  "),
+        ([5.0, 5.0], 8, "\u2581\u2581"),
+        ([-7.0, 7.0], 8, "\u2581\u2588"),
+        ([0.0, 2.0, 14.0, 14.0], 2, "\u2581\u2588"),
+    ],
+)
+def test_sparkline(values: list[float | None], width: int, line: str) -> None:
+    assert sparkline(values, width) == line
