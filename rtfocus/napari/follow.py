@@ -173,8 +173,10 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         channel = _channel(picture, series)
         pixel_um = 1.0 if series is None else series.pixel_size_um
         step = header.reduced * pixel_um
-        self._update(f"live {channel}", picture.pixels, step, 0.0, {})
         restored = picture.planes.get("restored")
+        # One over the other they would add up; the eye in the layer list shows both.
+        look = {"visible": restored is None}
+        self._update(f"live {channel}", picture.pixels, step, 0.0, look)
         if restored is not None:
             self._update(f"live {channel} restored", restored, step, 0.0, {})
         tiles, grid = picture.planes.get("defocus"), header.grid
@@ -207,6 +209,7 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
             rgb=is_colour,
             scale=[step_um] * 2,
             translate=[origin_um] * 2,
+            units=["um"] * 2,
             blending="additive",
             **look,
         )
@@ -244,7 +247,7 @@ def _in_words(picture: Preview, channel: str, receiver: Receiver) -> str:
     if frame is not None:
         said += [f"{axis} {number}" for axis, number in frame.index.items()]
         if frame.z_um is not None:
-            said.append(f"z {frame.z_um:.2f} um")
+            said.append(f"stage at {frame.z_um:.2f} um")
     if estimate is not None and estimate.defocus_um is not None:
         sign = "+" if estimate.signed else ""
         said.append(f"defocus {estimate.defocus_um:{sign}.2f} um")

@@ -181,6 +181,8 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
         shown = layers["live FITC"]
         np.testing.assert_array_equal(shown.data, numbered(3, series))
         assert shown.scale.tolist() == [0.325, 0.325]
+        visible = [layer.visible for layer in layers.values()]
+        assert visible == [False, True, False]
         assert (layers["live FITC defocus"].data == 3).all()
         assert "FITC, t 3" in widget.status.text()
         assert "defocus" in widget.status.text()
