@@ -138,12 +138,12 @@ def cases(number: int, seed: int, *, even: bool) -> Iterator[tuple[int, OpticalS
 def make(run: int, seed: int, told: OpticalSystem) -> tuple[Scene, Stage, Limits, str]:
     """Draw the scene of one run and where its stage stands.
 
-    The runs of a group share the true optics, every two runs a specimen.
+    The runs of a group share the true optics, every four of them a specimen.
     """
     optics = true_optics(told, np.random.default_rng([seed, run // GROUP, 2]))
-    rng = np.random.default_rng([seed, run // 2, 3])
-    kind = KINDS[run // 2 % len(KINDS)]
-    sharp = _specimen(kind, seed, run // 2)
+    rng = np.random.default_rng([seed, run // 4, 3])
+    kind = KINDS[run // 4 % len(KINDS)]
+    sharp = _specimen(kind, seed, run // 4)
     photons = float(np.exp(rng.uniform(np.log(300), np.log(5000))))
     rng = np.random.default_rng([seed, run, 1])
     unit = told.defocus_unit_um

@@ -159,6 +159,8 @@ class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
     """Ring amplitudes of the image, see `rtfocus.autofocus.spectrum`."""
     noise: float = 0.0
     """Noise amplitude of a ring."""
+    saturated: float = 0.0
+    """Share of the pixels that are saturated."""
 
 
 class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):

@@ -92,6 +92,7 @@ def read_focus(
         tiles=len(tiles.value_um),
         spectrum=[round(float(value), 7) for value in spectrum],
         noise=noise,
+        saturated=round(saturated, 4),
     )
 
 

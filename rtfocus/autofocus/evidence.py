@@ -119,16 +119,15 @@ class Evidence:
     def best_known_um(self, most_unexplained: float) -> float:
         """Return where to end when focus was not found.
 
-        Where the optics put it, if they explain the images; else where the image was
-        sharpest; where the search began, if nothing was clearly sharper.
+        Where the optics put it, among the places seen, if they explain the images so
+        well; else where the image was sharpest; where the search began, if nothing
+        was clearly sharper.
         """
         best, first = self.best_seen, self.looks[0]
-        known = self.fit is not None and self.fit.unexplained <= most_unexplained
-        if known and self.is_sure(0.5) and self.covers(self.belief.best.mean_um):
-            place = self.belief.best.mean_um
-            near = min(self.with_detail(), key=lambda look: abs(look.z_um - place))
-            # Not past the sharpest image into what nobody saw.
-            return near.z_um if near.sharpness * SHARPER > best.sharpness else best.z_um
+        if self.fit is not None and self.fit.unexplained <= most_unexplained:
+            place = 0.0 if self.belief.is_empty else self.belief.best.mean_um
+            if self.is_sure(0.35) and self.covers(place):
+                return place
         if best.sharpness > SHARPER * first.sharpness or not isfinite(first.z_um):
             return best.z_um
         return first.z_um
@@ -160,10 +159,9 @@ class Evidence:
         return any(abs(look.z_um - z_um) <= within_um for look in self.looks)
 
     def covers(self, z_um: float) -> bool:
-        """Tell whether a place lies among those seen, or next to one."""
+        """Tell whether a place lies between those seen."""
         places = [look.z_um for look in self.with_detail()]
-        margin = 0.5 * self.unit_um
-        return bool(places) and min(places) - margin <= z_um <= max(places) + margin
+        return bool(places) and min(places) <= z_um <= max(places)
 
     def saw_change(self) -> bool:
         """Tell whether images changed with z by more than noise does."""

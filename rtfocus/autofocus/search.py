@@ -23,9 +23,11 @@ _BESIDE, _STUCK, _BRACKET = 0.7, 2.0, 0.5
 # Of the spectra's energy: the optics do not explain the images, or explain them so
 # well that they may contradict sharpness, which aberrations move away from focus.
 _MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
-# Other refusals leave the distance open: planes can still tell it.
-_TERMINAL = ("blank", "saturated")
+# Refusals of images from far away; steps grow so much while they get sharper.
+_FAR, _GROWTH = ("edge", "blank"), 1.6
 _LEAST_PLACES = 3
+# Share of saturated pixels that is worth a word.
+_SATURATED = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +111,19 @@ class FocusSearch:
         decision = self._wish()
         wants_more = isinstance(decision, Move | Probe)
         if wants_more and self._images >= self.rule.most_images:
-            return self.give_up(f"not found in {self._images} images")
+            return self._give_up_unsure(f"not found in {self._images} images")
         return decision
 
     def give_up(self, reason: str) -> GiveUp:
         """End at the best z that is known."""
         now = self.looks[-1].z_um
-        best = self.evidence.best_known_um(self.rule.most_unexplained)
+        # Optics that nobody calibrated are no better guide than sharpness.
+        trusted = 0.0 if self.rule.verify else _WELL_EXPLAINED
+        best = self.evidence.best_known_um(trusted)
         back = self.moves.limits.clip(best) if isfinite(best) else now
+        saturated = max(look.reading.saturated for look in self.looks)
+        if saturated > _SATURATED and "saturated" not in reason:
+            reason += f"; {100 * saturated:.1f} % of the pixels are saturated"
         return GiveUp(reason, back - now)
 
     def _wish(self) -> Decision:
@@ -199,7 +206,23 @@ class FocusSearch:
 
     def _view(self, wanted_um: float) -> Decision:
         now, most = self.looks[-1].z_um, self.moves.most_um
-        return Probe(min(max(wanted_um - now, -most), most))
+        way = wanted_um - now
+        if (before := self._climbed_um()) is not None and before * way > 0:
+            way = max(way, _GROWTH * before) if way > 0 else min(way, _GROWTH * before)
+        target = self.moves.limits.clip(now + min(max(way, -most), most))
+        return Probe(target - now)
+
+    def _climbed_um(self) -> float | None:
+        """Return the last step, if all is far from focus and it made it sharper.
+
+        The optics' account of images from so far away is no better than a guess.
+        """
+        looks = self.looks
+        if len(looks) < 3 or any(look.reading.refusal not in _FAR for look in looks):
+            return None
+        if looks[-1] is not self.evidence.best_seen:
+            return None
+        return looks[-1].z_um - looks[-2].z_um
 
     def _move(self) -> Decision:
         """Go to where focus is believed to be."""
@@ -223,7 +246,7 @@ class FocusSearch:
     def _first_step_um(self) -> float:
         """Return a step that crosses focus, if it is on that side."""
         unit, first = self.evidence.unit_um, self.looks[0].reading
-        if first.refusal in ("edge", "blank"):
+        if first.refusal in _FAR:
             return _FAR_STEP * unit
         away = abs(first.defocus_um or 0.0)
         return min(away + _LEAST_STEP * unit, _MOST_STEP * unit)
@@ -314,11 +337,13 @@ class FocusSearch:
             self._back_at = best.z_um
             way = best.z_um - self.looks[-1].z_um
             return Move(way) if way else Stay()
-        edge = [look for look in self.looks if look.reading.refusal == "edge"]
-        if len(edge) > len(self.looks) / 2:
-            detail = edge[-1].reading.detail
-            return self.give_up(f"focus is farther away than can be seen: {detail}")
-        return self.give_up("no progress")
+        return self._give_up_unsure("no progress")
+
+    def _give_up_unsure(self, reason: str) -> GiveUp:
+        far = [look.reading for look in self.looks if look.reading.refusal in _FAR]
+        if len(far) > len(self.looks) / 2:
+            reason = f"focus is farther away than can be seen ({far[-1].detail})"
+        return self.give_up(reason)
 
     def _doubt_the_stage(self) -> Decision | None:
         """Say what to do where images do not change with the stage; None: they do.
