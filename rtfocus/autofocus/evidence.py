@@ -126,7 +126,7 @@ class Evidence:
         best, first = self.best_seen, self.looks[0]
         if self.fit is not None and self.fit.unexplained <= most_unexplained:
             place = 0.0 if self.belief.is_empty else self.belief.best.mean_um
-            if self.is_sure(0.35) and self.covers(place):
+            if self.is_sure(0.8, 0.3) and self.covers(place):
                 return place
         if best.sharpness > SHARPER * first.sharpness or not isfinite(first.z_um):
             return best.z_um

@@ -18,14 +18,14 @@ from rtfocus.frame import FocusReading
 
 # In depths of field.
 _ARRIVED, _SURE, _HARDLY_SURE, _ROUGH = 0.3, 0.25, 0.35, 1.5
-_LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 4.0, 2.5, 2.0
+_LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
 _BESIDE, _STUCK, _BRACKET = 0.7, 2.0, 0.5
 # Of the spectra's energy: the optics do not explain the images, or explain them so
 # well that they may contradict sharpness, which aberrations move away from focus.
 _MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
 # Refusals of images from far away; steps grow so much while they get sharper.
 _FAR, _GROWTH = ("edge", "blank"), 1.6
-_LEAST_PLACES = 3
+_LEAST_PLACES, _ENOUGH = 3, 5
 # Share of saturated pixels that is worth a word.
 _SATURATED = 1e-3
 
@@ -137,18 +137,22 @@ class FocusSearch:
             return doubt
         if self._back_at is not None:
             return self._returned()
-        if self._is_sure():
-            way = self.belief.best.mean_um - self.looks[-1].z_um
-            if abs(way) <= self._near_um():
-                return self._arrived()
-            return self._move()
+        is_there = not self.belief.is_empty and self._way_um() <= self._near_um()
+        if self._is_sure(is_there=is_there):
+            return self._arrived() if is_there else self._move()
         if not self._makes_progress():
+            return self._end_unsure()
+        if is_there and self._saw_both_sides() and self._images >= _ENOUGH:
             return self._end_unsure()
         return self._next_view()
 
-    def _is_sure(self) -> bool:
-        # Seen from both sides, more images make it no surer; a check comes anyhow.
-        checked = self.rule.verify or self._saw_both_sides()
+    def _way_um(self) -> float:
+        return abs(self.belief.best.mean_um - self.looks[-1].z_um)
+
+    def _is_sure(self, *, is_there: bool) -> bool:
+        # The image at focus makes it surer; after both sides nothing does. Optics that
+        # are not calibrated are checked from both sides anyhow.
+        checked = self.rule.verify or not is_there or self._saw_both_sides()
         most_sd = _HARDLY_SURE if checked else _SURE
         return len(self.looks) > 1 and self.evidence.is_sure(most_sd)
 
@@ -340,6 +344,12 @@ class FocusSearch:
         return self._give_up_unsure("no progress")
 
     def _give_up_unsure(self, reason: str) -> GiveUp:
+        if not self.rule.verify and self._saw_both_sides():
+            sd_um = self.belief.best.sd_um
+            reason = (
+                f"focus cannot be told more closely than by {sd_um:.1f} um: is the "
+                "aberration as the channel's optics say? rtfocus psf fit finds it"
+            )
         far = [look.reading for look in self.looks if look.reading.refusal in _FAR]
         if len(far) > len(self.looks) / 2:
             reason = f"focus is farther away than can be seen ({far[-1].detail})"
