@@ -242,10 +242,24 @@ class FocusSearch:
         now, wanted = self.looks[-1].z_um, self.belief.best.mean_um
         limits, unit = self.moves.limits, self.evidence.unit_um
         at_limit = min(now - limits.low_um, limits.high_um - now) < 0.1 * unit
-        if abs(limits.clip(wanted) - wanted) > unit and at_limit:
-            at = f"{wanted:.1f} um"
-            return self.give_up(f"focus seems to lie beyond the limits, at {at}")
-        return None
+        if not (abs(limits.clip(wanted) - wanted) > unit and at_limit):
+            return None
+        best = self.evidence.best_seen
+        gap = self._gap_beside(best.z_um)
+        if self.looks[-1].sharpness * SHARPER < best.sharpness and gap is not None:
+            # It was sharper elsewhere, so the optics are wrong about these images.
+            return self._view(gap)
+        at = f"{wanted:.1f} um"
+        return self.give_up(f"focus seems to lie beyond the limits, at {at}")
+
+    def _gap_beside(self, z_um: float) -> float | None:
+        """Return the middle of the wider stretch nobody saw beside a place, if any."""
+        limits, unit = self.moves.limits, self.evidence.unit_um
+        places = [look.z_um for look in self.looks]
+        low = max((z for z in places if z < z_um), default=limits.low_um)
+        high = min((z for z in places if z > z_um), default=limits.high_um)
+        end = low if z_um - low > high - z_um else high
+        return (z_um + end) / 2 if abs(end - z_um) > 2 * unit else None
 
     def _first_step_um(self) -> float:
         """Return a step that crosses focus, if it is on that side."""
