@@ -21,7 +21,15 @@ from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
-from rtfocus.autofocus.run import Step, Verdict, run_search
+from rtfocus.autofocus.run import (
+    OURS,
+    Search,
+    SearchTask,
+    Step,
+    Verdict,
+    brought_search,
+    run_search,
+)
 from rtfocus.autofocus.search import FocusSearch
 from rtfocus.autofocus.settings import (
     direction_of,
@@ -284,9 +292,18 @@ class Focuser:
         device = self.core.getFocusDevice()
         return direction_of(self.config, int(self.core.getFocusDirection(device)))
 
-    def _search(self, channel: str, key: Key, limits: Limits) -> FocusSearch:
-        comparison = self.comparison(channel)
+    def _search(self, channel: str, key: Key, limits: Limits) -> Search:
         direction = self.direction()
+        if self.config.search != OURS:
+            optics = self.optics_of(channel)
+            side = search_rule(self.config, direction, trusted=False).safe_side
+            return brought_search(
+                self.config.search,
+                SearchTask(optics, limits, direction, side),
+                self.move_rule(optics.defocus_unit_um, limits),
+                most_images=self.config.most_images,
+            )
+        comparison = self.comparison(channel)
         return FocusSearch(
             comparison,
             self.move_rule(comparison.unit_um, limits),

@@ -1,14 +1,199 @@
-"""Run: one search carried out on a stage, from its first image to its verdict."""
+"""Run: one search carried out on a stage, from its first image to its verdict.
+
+The search is ours, or one that an installed package brings; both are sent only where
+the limits allow.
+"""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from math import isfinite
 from typing import Any, Protocol
 
-from rtfocus.autofocus.policy import Decision, GiveUp, Move, Probe, Stay
-from rtfocus.autofocus.search import FocusSearch, path_of
+import numpy as np
+
+from rtfocus.autofocus.belief import Belief, Mode
+from rtfocus.autofocus.policy import (
+    Decision,
+    GiveUp,
+    Limits,
+    Move,
+    MoveRule,
+    Probe,
+    Stay,
+)
+from rtfocus.autofocus.search import path_of
+from rtfocus.autofocus.spectrum import sharpness
+from rtfocus.channel import OpticalSystem
+from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading
+
+ENTRY_POINTS = "rtfocus.autofocus"
+"""Group of entry points by which other packages bring searches."""
+OURS = "rtfocus"
+"""Name of the search in `rtfocus.autofocus.search`."""
+
+
+class Search(Protocol):
+    """What decides, image by image, where the stage goes next."""
+
+    moves: MoveRule
+
+    @property
+    def notes(self) -> list[str]:
+        """What was noticed on the way."""
+        ...
+
+    @property
+    def belief(self) -> Belief:
+        """Where focus may be; empty: nothing is known."""
+        ...
+
+    def observe(self, z_um: float, reading: FocusReading) -> None:
+        """Take in one image."""
+        ...
+
+    def decide(self) -> Decision:
+        """Say what to do after the newest image."""
+        ...
+
+    def give_up(self, reason: str) -> GiveUp:
+        """End at the best z that was seen."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTask:
+    """What a search of another package is told before its first image."""
+
+    optics: OpticalSystem
+    """Of the channel that tells focus; ``optics.defocus_unit_um``: depth of field."""
+    limits: Limits
+    """Where the stage may go; steps beyond are cut."""
+    direction: int
+    """+1: larger z brings the plane of focus towards the specimen; -1; 0: unknown."""
+    safe_side: int
+    """Sign of the z on whose side the objective cannot touch the specimen."""
+
+
+Strategy = Callable[[float, FocusReading], Decision]
+"""Told the stage's z and what the image there says, answers what to do next."""
+
+
+class BroughtSearch:
+    """Lets a strategy of another package search, within our limits.
+
+    Parameters
+    ----------
+    name
+        Of its entry point, for messages.
+    strategy
+        Asked after every image.
+    moves
+        Limits and steps; a longer step is cut.
+    unit_um
+        Depth of field.
+    most_images
+        Images in all; then the search ends at the sharpest z that was seen.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        strategy: Strategy,
+        moves: MoveRule,
+        *,
+        unit_um: float,
+        most_images: int,
+    ) -> None:
+        self.moves = moves
+        self.notes = [f"searched by '{name}'"]
+        self.belief = Belief(())
+        self._name = name
+        self._strategy = strategy
+        self._unit_um = unit_um
+        self._most_images = most_images
+        self._looks: list[tuple[float, FocusReading]] = []
+
+    def observe(self, z_um: float, reading: FocusReading) -> None:
+        """Take in one image."""
+        self._looks.append((z_um, reading))
+
+    def decide(self) -> Decision:
+        """Ask the strategy.
+
+        Raises
+        ------
+        MicroscopeError
+            If it fails, or answers what is no decision.
+        """
+        z_um, reading = self._looks[-1]
+        if not self.moves.limits.holds(z_um):
+            return GiveUp(f"the stage says {z_um:g} um, outside its limits")
+        try:
+            decision = self._strategy(z_um, reading)
+        except Exception as error:  # theirs: of any kind
+            msg = f"autofocus.search '{self._name}' failed: {error!r}"
+            raise MicroscopeError(msg) from error
+        if isinstance(decision, Stay):
+            self.belief = Belief.of([Mode(1.0, z_um, self._unit_um)])
+            return decision
+        way = getattr(decision, "back_um", getattr(decision, "dz_um", None))
+        if not isinstance(decision, Decision) or way is None or not isfinite(way):
+            msg = (
+                f"autofocus.search '{self._name}' answered {decision!r}; a decision "
+                "is Stay, Move, Probe or GiveUp with a finite way in um"
+            )
+            raise MicroscopeError(msg)
+        if isinstance(decision, GiveUp):
+            return decision
+        if len(self._looks) >= self._most_images:
+            return self.give_up(f"not found in {self._most_images} images")
+        longest = self.moves.most_um
+        return type(decision)(min(max(way, -longest), longest))
+
+    def give_up(self, reason: str) -> GiveUp:
+        """End at the sharpest z that was seen."""
+        z_um, _ = self._looks[-1]
+        best_um, _ = max(self._looks, key=lambda look: _sharpness(look[1]))
+        return GiveUp(reason, best_um - z_um)
+
+
+def _sharpness(reading: FocusReading) -> float:
+    return sharpness(np.asarray(reading.spectrum, dtype=np.float64))
+
+
+def brought_search(
+    name: str, task: SearchTask, moves: MoveRule, *, most_images: int
+) -> BroughtSearch:
+    """Open the search that an installed package brings under a name.
+
+    Its entry point, group ``rtfocus.autofocus``, is a function that is given a
+    `SearchTask` and returns a `Strategy`, once for every search.
+
+    Raises
+    ------
+    ConfigError
+        If no package brings one of this name, or it cannot be loaded.
+    """
+    there = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name not in there:
+        known = ", ".join([OURS, *sorted(there)])
+        msg = (
+            f"autofocus.search '{name}' is brought by no installed package; there are "
+            f"{known}"
+        )
+        raise ConfigError(msg)
+    try:
+        strategy = there[name].load()(task)
+    except Exception as error:  # theirs: of any kind
+        msg = f"autofocus.search '{name}' ({there[name].value}) cannot begin: {error!r}"
+        raise ConfigError(msg) from error
+    unit_um = task.optics.defocus_unit_um
+    return BroughtSearch(
+        name, strategy, moves, unit_um=unit_um, most_images=most_images
+    )
 
 
 class FocusStage(Protocol):
@@ -72,7 +257,7 @@ class Verdict:
 
 
 def run_search(
-    search: FocusSearch,
+    search: Search,
     stage: FocusStage,
     look: Callable[[float], FocusReading],
     *,
@@ -104,7 +289,8 @@ def run_search(
     start = here = stage.position_um()
     moves, steps, nearest = 0, list[Step](), float("inf")
     while True:
-        search.observe(here, look(here))
+        reading = look(here)
+        search.observe(here, reading)
         decision = search.decide()
         best = None if search.belief.is_empty else search.belief.best
         if best is not None and abs(best.mean_um - here) < nearest:
@@ -114,7 +300,7 @@ def run_search(
             decision = search.give_up(f"no progress for {timeout_s:g} s")
         step = Step(
             z_um=here,
-            reading=search.looks[-1].reading,
+            reading=reading,
             decision=decision,
             belief_um=None if best is None else best.mean_um,
             belief_sd_um=None if best is None else best.sd_um,

@@ -23,6 +23,9 @@ class AutofocusConfig(Section):
     mode: Annotated[Literal["off", "hold"], BeforeValidator(_off_of_yaml)] = "off"
     """``hold``: keep every position in focus while a plan runs. An
     ``autofocus_plan`` of device ``rtfocus`` in the plan is answered in both."""
+    search: str = "rtfocus"
+    """What finds focus on demand: ``rtfocus``, or the name under which an installed
+    package brings another (entry point in group ``rtfocus.autofocus``)."""
     low_um: Place | None = None
     """Lowest stage z autofocus may ever go to; None: `reach_um` below the start."""
     high_um: Place | None = None

@@ -1,0 +1,151 @@
+"""A search that an installed package brings, on the virtual microscope's core."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loop_kit import OPTICS
+
+from rtfocus.autofocus.estimator import amplitude_spectrum
+from rtfocus.autofocus.focuser import Focuser
+from rtfocus.autofocus.policy import Limits
+from rtfocus.channel import OpticalSystem
+from rtfocus.config import parse_config
+from rtfocus.config.autofocus import AutofocusConfig
+from rtfocus.errors import ConfigError, MicroscopeError
+from rtfocus.frame import FocusReading
+from rtfocus.microscope.core import open_core
+
+FOCUS_UM = 4.0
+SEARCHES = '''
+import numpy as np
+
+from rtfocus.autofocus.policy import GiveUp, Move, Probe, Stay
+from rtfocus.autofocus.spectrum import sharpness
+
+tasks = []
+
+
+def climber(task):
+    """Climbs by depths of field while images get sharper, then steps back."""
+    tasks.append(task)
+    best = [None]
+
+    def decide(z_um, reading):
+        now = sharpness(np.array(reading.spectrum))
+        step = task.optics.defocus_unit_um
+        if best[0] == "back":
+            return Stay()
+        if best[0] is not None and now < best[0]:
+            best[0] = "back"
+            return Move(-step)
+        best[0] = now
+        return Probe(step)
+
+    return decide
+
+
+def far(task):
+    return lambda z_um, reading: Move(1e9)
+
+
+def odd(task):
+    return lambda z_um, reading: "up a little"
+
+
+def broken(task):
+    return lambda z_um, reading: 1 / 0
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site"
+    (site / "their_lab").mkdir(parents=True)
+    (site / "their_lab" / "__init__.py").write_text("")
+    (site / "their_lab" / "searches.py").write_text(SEARCHES)
+    info = site / "their_lab-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-lab\n")
+    names = ("climber", "far", "odd", "broken")
+    lines = (f"{name} = their_lab.searches:{name}" for name in names)
+    (info / "entry_points.txt").write_text(
+        "\n".join(["[rtfocus.autofocus]", *lines, "gone = their_lab.gone:gone"]) + "\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+
+
+@pytest.fixture(scope="module")
+def core() -> Iterator[Any]:
+    microscope = {
+        "source": "virtual",
+        "height_px": 128,
+        "width_px": 128,
+        "specimen": {"kind": "nuclei", "seed": 3},
+        "surface": {"z_um": FOCUS_UM},
+    }
+    config = {
+        "microscope": microscope,
+        "channels": [{"name": "DAPI", "optics": OPTICS}],
+    }
+    with open_core(parse_config(config)) as opened:
+        yield opened
+
+
+def focuser(core: Any, name: str) -> Focuser:
+    """A focuser whose images tell their spectrum; no network is needed."""
+
+    def read(pixels: Any, channel: str, z_um: float) -> FocusReading:
+        spectrum, noise = amplitude_spectrum(pixels, None)
+        told = [float(value) for value in spectrum]
+        return FocusReading(None, None, False, spectrum=told, noise=noise)
+
+    core.setZPosition(0.0)
+    core.waitForSystem()
+    settings = AutofocusConfig(search=name, low_um=-20, high_um=20, most_images=6)
+    return Focuser(core, settings, {"default": OpticalSystem(**OPTICS)}, read)
+
+
+@pytest.mark.usefixtures("package")
+def test_it_is_asked_after_every_image_and_its_decisions_are_carried_out(core) -> None:
+    verdict = focuser(core, "climber").focus(channel="DAPI")
+    assert verdict.focused
+    assert verdict.notes == ("searched by 'climber'",)
+    assert 2 < verdict.images <= 6
+    unit_um = OpticalSystem(**OPTICS).defocus_unit_um
+    assert abs(core.getZPosition() - FOCUS_UM) <= unit_um
+    from their_lab.searches import tasks  # type: ignore[import-not-found]
+
+    assert tasks[0].limits == Limits(-20, 20)
+
+
+@pytest.mark.usefixtures("package")
+def test_it_never_leads_beyond_the_limits_and_ends_where_it_was_sharpest(core) -> None:
+    verdict = focuser(core, "far").focus(channel="DAPI")
+    assert not verdict.focused
+    assert verdict.reason == "not found in 6 images"
+    places = [step.z_um for step in verdict.steps]
+    assert max(places) == 20
+    assert places[1] == 15  # the longest step
+    assert core.getZPosition() == verdict.end_um < 20
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("odd", MicroscopeError, "answered 'up a little'; a decision is Stay, Move"),
+        ("broken", MicroscopeError, "failed: ZeroDivisionError"),
+        ("gone", ConfigError, r"\(their_lab.gone:gone\) cannot begin"),
+        (
+            "nobody",
+            ConfigError,
+            "there are rtfocus, broken, climber",
+        ),
+    ],
+)
+def test_one_that_fails_says_whose_it_is(core, name, error, message) -> None:
+    with pytest.raises(error, match=message):
+        focuser(core, name).focus(channel="DAPI")
+    assert core.getZPosition() == 0
