@@ -9,6 +9,7 @@ corrected before its image shows that it must be.
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +34,9 @@ _OUTLIER, _OWN_WANDER = 0.05, 0.05
 _MOST_GUESSES, _SAME_COURSE, _SURE = 6, 0.1, 0.8
 _UNSURE = 0.5
 """Depths of field that are borne rather than moving to what may be the wrong side."""
-_TEMPER = 0.6
-"""Images of a place at much the same z err alike: each counts for so much of one."""
+_TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
+"""Images of a place at much the same z err alike: for how much of one each counts where
+they are a second or more apart, and where they follow one another at once."""
 _MOST_MISFIT, _MOST_MISSES = 4.5, 3
 _MOST_SILENT = 3
 """Corrections of a position by prediction alone."""
@@ -162,6 +164,8 @@ class Place:
     """Corrections in a row without an image in between."""
     moved_ns: int = 0
     """Images exposed before tell of a place that is left."""
+    seen_s: float = -inf
+    """When the newest image was exposed."""
     sd: float = _START_SD
     """Of the height, in depths of field."""
 
@@ -380,7 +384,10 @@ class Holder:
             place.misses += 1
             return
         place.misses = 0
-        weights = weights**_TEMPER / (weights**_TEMPER).sum()
+        apart = min(max(time_s - place.seen_s, 0.0) / _APART_S, 1.0)
+        place.seen_s = time_s
+        share = _LEAST_TEMPER + (_TEMPER - _LEAST_TEMPER) * apart
+        weights = weights**share / (weights**share).sum()
         modes = [
             Mode(
                 mode.weight,
