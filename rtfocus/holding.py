@@ -1,20 +1,29 @@
-"""Holding: focus held while a camera runs freely, without a plan."""
+"""Holding: focus held where rtfocus does not run the plan.
+
+While a camera runs freely, without a plan; and in a plan that somebody's script runs.
+"""
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import useq
 from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
+from pymmcore_plus.mda import MDAEngine
+from pymmcore_plus.metadata import SummaryMetaV1
 
-from rtfocus.autofocus.focuser import CoreStage
+from rtfocus.autofocus.actions import FocusActions, FocusEngine
+from rtfocus.autofocus.focuser import CoreStage, Key
 from rtfocus.autofocus.hold import Holder, seen_by
-from rtfocus.errors import MicroscopeError, RtfocusError
+from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.focusing import Focusing, unread
 from rtfocus.frame import Estimate
+from rtfocus.microscope.mda import FollowedAcquisition
 
 _LIVE = (0, None)
 
@@ -136,3 +145,78 @@ class LiveHold:
         for stop_um in self._focuser.way_to(self._stage.position_um() + step_um):
             self._stage.go_to(stop_um)
         self._moves.append((begin_ns, time.time_ns(), self._stage.position_um()))
+
+
+class StreamEngine(FocusActions):
+    """The stock engine of pymmcore-plus, holding focus in a plan of somebody's script.
+
+    Parameters
+    ----------
+    core
+        Runs the plan.
+    focusing
+        Of this stream.
+    following
+        Returns what delivers the frames of the plan under way.
+    """
+
+    def __init__(
+        self,
+        core: CMMCorePlus,
+        focusing: Focusing,
+        following: Callable[[], FollowedAcquisition],
+    ) -> None:
+        super().__init__(core)
+        self._focusing = focusing
+        self._following = following
+        self.focuser = focusing.focuser(
+            core, lambda *image: following().send_focus_image(*image)
+        )
+
+    def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
+        """Set the plan up; the drift of a plan before is forgotten."""
+        names = [channel.config for channel in sequence.channels]
+        self.holder = self._focusing.holder(self.focuser, names)
+        return super().setup_sequence(sequence)
+
+    def setup_event(self, event: useq.MDAEvent) -> None:
+        """Set an event up; what the processor cannot do is said before."""
+        if self.holder is not None and self.holder.unread is not None:
+            raise unread(self.holder.unread)
+        super().setup_event(event)
+
+    def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
+        """Return the place in the store, and the slice in um."""
+        site, slice_um = self._following().place_of(event)
+        return (site, None), slice_um
+
+    def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[Any]:
+        """Combine events where possible, but none across a correction."""
+        for stack in self.stacks(events):
+            yield from super().event_iterator(stack)
+
+
+@contextmanager
+def holding_engine(engine: StreamEngine) -> Iterator[None]:
+    """Let an engine run the plans of its core while the block lasts.
+
+    Raises
+    ------
+    ConfigError
+        If the core has an engine of its own kind, which would not run any more.
+    """
+    runner = engine.mmcore.mda
+    before = runner.engine
+    if before is not None and type(before) not in (MDAEngine, FocusEngine):
+        msg = (
+            f"the core runs plans by an engine of its own ({type(before).__name__}), "
+            "which cannot hold focus; set autofocus.mode: off, or set pymmcore-plus' "
+            "MDAEngine before rtfocus.stream"
+        )
+        raise ConfigError(msg)
+    runner.set_engine(engine)
+    try:
+        yield
+    finally:
+        if before is not None:
+            runner.set_engine(before)

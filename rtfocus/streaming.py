@@ -16,7 +16,9 @@ from pymmcore_plus import CMMCorePlus
 
 from rtfocus.config import Config, load_config
 from rtfocus.errors import TransportError, WriterError
+from rtfocus.focusing import Focusing
 from rtfocus.frame import Estimate
+from rtfocus.holding import StreamEngine, holding_engine
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
@@ -91,7 +93,8 @@ def stream(
     restored and recorded like one of ``rtfocus acquire``. ``core.mda.run`` returns
     when its frames are durable. Your engine, your handlers and your own files stay
     as they are; a frame waits for the processor where that is too slow, as
-    ``transport.on_stall`` says.
+    ``transport.on_stall`` says. With ``autofocus.mode: hold`` an engine of rtfocus runs
+    the plans while the block lasts, and holds focus; yours must be the stock one.
 
     Parameters
     ----------
@@ -176,9 +179,18 @@ class LiveStream:
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             teller = opened.enter_context(_telling(self.estimateReady.emit))
+            focusing = Focusing(self._config, _log.info)
+
+            def heard(estimate: Estimate) -> None:
+                teller.put(estimate)
+                focusing.inbox.take(estimate)
+
             self._publisher = opened.enter_context(
-                FramePublisher(self._config.transport, on_estimate=teller.put)
+                FramePublisher(self._config.transport, on_estimate=heard)
             )
+            if focusing.holds:
+                engine = StreamEngine(self._core, focusing, self._followed)
+                opened.enter_context(holding_engine(engine))
             if self._starts_processor:
                 self._child = opened.enter_context(ProcessorProcess(self._config))
                 opened.enter_context(_watching(self._child, self._publisher))
@@ -207,6 +219,10 @@ class LiveStream:
                 continue
         if error is None and self._failure is not None:
             raise self._failure
+
+    def _followed(self) -> FollowedAcquisition:
+        assert self._following is not None, "plans run between their start and end"
+        return self._following
 
     def _begin(self, sequence: useq.MDASequence, summary: Mapping[str, Any]) -> None:
         self._idle.clear()

@@ -33,6 +33,7 @@ _LEAST_MODULATION = 0.05
 # How far log amplitudes are from the optics' curve, over how many depths of field,
 # and what no curve explains.
 _BENT, _BEND_LENGTH, _ROUGH = 0.15, 0.8, 0.03
+_PLACED = 0.08
 _UNKNOWN = 25.0
 """Variance of the specimen's own log amplitude: nothing is known of it."""
 # Rings that err independently; neighbours lack the same things.
@@ -176,12 +177,17 @@ class Appearance:
             np.array(values)[:, rings]
             for values in zip(*(_log(look) for _, look in self.known), strict=True)
         )
-        own = noise + _ROUGH**2
+        # Where a known image truly was is known to some hundredths only, which matters
+        # where detail changes fast: at focus.
+        every = np.arange(len(self.models.prices))
+        ahead, behind = (
+            self.models.at(self._places + off, every) for off in (_PLACED, -_PLACED)
+        )
+        own = noise + _ROUGH**2 + ((ahead - behind) ** 2).mean(axis=0) / 4
         covariance = _kernel(self._places, self._places)[None] + np.einsum(
             "nr,nk->rnk", own, np.eye(len(own))
         )
         self._inverse = np.linalg.inv(covariance)
-        every = np.arange(len(self.models.prices))
         rest = amplitude[None] - self.models.at(self._places, every)
         pull = np.einsum("rnk,mkr->mnr", self._inverse, rest)
         share = _INDEPENDENT / amplitude.shape[1]

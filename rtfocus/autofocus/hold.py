@@ -34,10 +34,13 @@ _OUTLIER, _OWN_WANDER = 0.05, 0.05
 _MOST_GUESSES, _SAME_COURSE, _SURE = 6, 0.1, 0.8
 _UNSURE = 0.5
 """Depths of field that are borne rather than moving to what may be the wrong side."""
+_ALIKE = 0.2
+"""Depths of field between the images of a search that are kept."""
 _TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
 """Images of a place at much the same z err alike: for how much of one each counts where
 they are a second or more apart, and where they follow one another at once."""
 _MOST_MISFIT, _MOST_MISSES = 4.5, 3
+_MOST_TURNS = 1
 _MOST_SILENT = 3
 """Corrections of a position by prediction alone."""
 
@@ -164,6 +167,10 @@ class Place:
     """Corrections in a row without an image in between."""
     moved_ns: int = 0
     """Images exposed before tell of a place that is left."""
+    last_step_um: float = 0.0
+    """The newest correction that moved the stage."""
+    turns: int = 0
+    """Corrections in a row that wanted to take the newest one back."""
     seen_s: float = -inf
     """When the newest image was exposed."""
     sd: float = _START_SD
@@ -287,7 +294,7 @@ class Holder:
         unit = self._models.unit_um
         known = [
             ((focus_um - seen.z_um) / unit, Look(seen.spectrum, seen.noise))
-            for seen in looks
+            for seen in _apart(looks, _ALIKE * unit)
         ]
         self._places[key] = Place(
             height_um=focus_um - self._drift.at(time_s) * unit,
@@ -321,6 +328,7 @@ class Holder:
         target, reason = self._target(place, wanted, sure=self._drift.is_sure())
         step = target - place.reference_um
         if step:
+            place.last_step_um = step
             place.reference_um = target
             place.moved_ns = now_ns
         place.silent += 1
@@ -345,6 +353,12 @@ class Holder:
         if target is None:
             inside = abs(wanted_um - stays) < place.moves.deadband_um
             return stays, "within the deadband" if inside else "at the limits"
+        if (target - stays) * place.last_step_um < 0:
+            # A drift seldom turns; what seems to is more often the wrong side.
+            place.turns += 1
+            if place.turns <= _MOST_TURNS:
+                return stays, "back again only if the next image says so too"
+        place.turns = 0
         is_cut = abs(target - wanted_um) > place.moves.deadband_um
         return target, "drift, cut by the limits" if is_cut else "drift"
 
@@ -398,6 +412,15 @@ class Holder:
         ]
         self._drift.see(time_s, modes)
         place.settle(modes, self._drift.at(time_s), unit)
+
+
+def _apart(looks: list[Seen], least_um: float) -> list[Seen]:
+    """Return images that differ in z, of those alike the newest."""
+    kept: list[Seen] = []
+    for seen in reversed(looks):
+        if all(abs(seen.z_um - other.z_um) >= least_um for other in kept):
+            kept.append(seen)
+    return kept
 
 
 def seen_by(verdict: Verdict) -> list[Seen]:

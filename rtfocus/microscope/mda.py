@@ -371,6 +371,15 @@ class FollowedAcquisition(PlannedAcquisition):
         except Exception as error:  # raised by finish()
             self._give_up(error)
 
+    def place_of(self, event: useq.MDAEvent) -> tuple[int, float]:
+        """Return the index p of an event that comes, and its slice in um."""
+        ordinal = self._ordinals[_place(event)][0]
+        return self._plan.index(ordinal)["p"], float(self._plan.z_offsets_um[ordinal])
+
+    def send_focus_image(self, pixels: NDArray[Any], channel: str, z_um: float) -> int:
+        """Deliver an image of a search for focus; return its sequence."""
+        return self._send_focus_image(pixels, channel, z_um)
+
     def take(
         self, pixels: NDArray[Any], event: useq.MDAEvent, meta: Mapping[str, Any]
     ) -> None:
