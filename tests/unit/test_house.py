@@ -10,7 +10,7 @@ HOUSE = count()
 
 def test_the_house_does_not_splinter() -> None:
     most = Counts(
-        modules=240, by_one=56, depth=12, processing_lines=12_250, longest_lines=490
+        modules=244, by_one=57, depth=12, processing_lines=12_400, longest_lines=450
     )
     grown = {
         name: (is_now, limit)

@@ -15,7 +15,6 @@ from pydantic import Field
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.section import Section
 from rtfocus.optics.blur import blur_stack
-from rtfocus.optics.levels import DefocusLevels
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.data.pool import Pool
@@ -27,6 +26,52 @@ from rtfocus.training.recipe import (
     Positive,
     RecipeBase,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class DefocusLevels:
+    """Equidistant defocus levels; level 0 is in focus and never convolved.
+
+    The scale is unsigned (He 2020): a level names a distance from focus.
+
+    Examples
+    --------
+    >>> scale = DefocusLevels()
+    >>> scale.count, scale.defocus_um(5)
+    (11, 10.0)
+    """
+
+    step_um: float = 2.0
+    """Distance between neighbouring levels in um."""
+    count: int = 11
+    """Number of levels, in-focus included."""
+
+    def __post_init__(self) -> None:
+        if self.step_um <= 0 or self.count < 2:
+            msg = (
+                f"step_um={self.step_um}, count={self.count} is no scale; "
+                "need step_um > 0 and count >= 2"
+            )
+            raise ValueError(msg)
+
+    def defocus_um(self, level: int) -> float:
+        """Return the distance from focus that a level stands for.
+
+        Raises
+        ------
+        ValueError
+            If the level is not on the scale.
+        """
+        if not 0 <= level < self.count:
+            msg = f"level={level} is not on the scale 0..{self.count - 1}"
+            raise ValueError(msg)
+        return level * self.step_um
+
+    @property
+    def values_um(self) -> tuple[float, ...]:
+        """Defocus of every level in order."""
+        return tuple(level * self.step_um for level in range(self.count))
+
 
 # Cells of 24 px, at least one tile, at most what every scene holds.
 Side = Annotated[int, Field(ge=96, le=216, multiple_of=24)]
