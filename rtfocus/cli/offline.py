@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from rtfocus.cli.options import OverwriteOption, SetOption, read_config
+from rtfocus.cli.side_by_side import SideBySide
 from rtfocus.config import Config, parse_config
 from rtfocus.config.optics import EXAMPLE, stated_optics
 from rtfocus.errors import ConfigError, IncompleteError, InputError
@@ -51,6 +52,14 @@ OpticsOption = Annotated[
         "comes from the image file.",
     ),
 ]
+PictureOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture",
+        metavar="FILE.png",
+        help="Show the first plane of up to four images, before and after, as a PNG.",
+    ),
+]
 JsonOption = Annotated[
     Path | None,
     typer.Option("--json", help="Write the full result here; - is the output."),
@@ -89,6 +98,7 @@ def restore(
             help="Spread each restored plane over 0 to 255, for viewing; 8-bit output."
         ),
     ] = False,
+    picture: PictureOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -102,13 +112,16 @@ def restore(
     if engine is not None:
         settings = restoring_with(settings, engine, whole=config is None)
     if output is None:
-        if stretch:
-            msg = "--stretch is for viewing, a run keeps its counts; give --output"
+        if stretch or picture is not None:
+            option = "--stretch" if stretch else "--picture"
+            msg = f"{option} is for viewing, a run keeps its counts; give --output"
             raise ConfigError(msg)
         _complete(path, settings)
         return
     found = _find(path)
-    place = ImageOutput(output, found.series, _guard(path, found, overwrite), path)
+    guard = _guard(path, found, overwrite)
+    place = ImageOutput(output, found.series, guard, path)
+    shown = SideBySide(guard, picture)
     images = ImageSet(
         settings,
         found.series,
@@ -118,11 +131,12 @@ def restore(
     _tell(found, images)
     with _progress(found) as (progress, task), images:
         outputs = [
-            _output(images, number, stretch, lambda: progress.advance(task))
+            _output(images, number, stretch, shown, lambda: progress.advance(task))
             for number in range(len(found.series))
         ]
         broken = place.write(outputs)
     _tell_bent(images)
+    shown.save()
     _say_restored(place, found, broken)
 
 
@@ -131,6 +145,7 @@ def classify(
     json_file: JsonOption = None,
     engine: Annotated[str | None, typer.Option(help="Classifier engine.")] = None,
     optics: OpticsOption = None,
+    picture: PictureOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -147,6 +162,7 @@ def classify(
     guard = _guard(path, found, overwrite)
     if json_file is not None:
         guard.claim_json(json_file)
+    shown = SideBySide(guard, picture)
     images = ImageSet(settings, found.series, stated=_stated(optics))
     _tell(found, images)
     described: list[dict[str, Any]] = []
@@ -154,11 +170,12 @@ def classify(
     with _progress(found) as (progress, task), images:
         for number, series in enumerate(found.series):
             try:
-                for row in _classified(images, number):
+                for row in _classified(images, number, shown):
                     described.append(row)
                     progress.advance(task)
             except InputError as error:
                 broken.append(BrokenImage(series.path, str(error)))
+    shown.save()
     if json_file is not None:
         content: dict[str, Any] = {
             "engine": settings.processing.classifier,
@@ -176,10 +193,14 @@ def classify(
 
 
 def _output(
-    images: ImageSet, number: int, stretch: bool, on_plane: Callable[[], None]
+    images: ImageSet,
+    number: int,
+    stretch: bool,
+    shown: SideBySide,
+    on_plane: Callable[[], None],
 ) -> OutputImage:
     series = images.series[number]
-    planes = images.restored(number, on_plane)
+    planes = shown.restored(images, number, images.restored(number, on_plane))
     return OutputImage(
         like=series,
         dtype=np.dtype("u1") if stretch else images.restored_dtype(number),
@@ -299,10 +320,12 @@ def _progress(
     return _bar(sum(map(len, found.series)))
 
 
-def _classified(images: ImageSet, number: int) -> Iterator[dict[str, Any]]:
+def _classified(
+    images: ImageSet, number: int, shown: SideBySide
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of one image's planes."""
     series = images.series[number]
-    for index, result in images.classified(number):
+    for index, result in shown.classified(images, number, images.classified(number)):
         row = _described(series, index, result)
         row["optics"] = images.optics(number, index["c"]).describe()
         yield row

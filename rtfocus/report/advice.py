@@ -12,6 +12,11 @@ _FAR_UNITS = 3.0
 """Depths of field: where half of the frames lie farther away, focus was not kept."""
 _SHARE_FLAGGED = 0.01
 _MOST_REASONS = 8
+_AS_CONFIGURED = ("method is none", "no classifier is configured", "in the config")
+"""Ends of reasons why frames are not restored that somebody wanted."""
+_SLOW_MS, _SLOW_TIMES = 1000.0, 5.0
+"""Frames that wait so long, and so much longer than their own work takes."""
+_WORK = ("correct", "normalise", "classify", "restore")
 
 _REMEDIES = {
     "camera_lost": (
@@ -46,6 +51,7 @@ def advice(facts: RunFacts) -> list[Advice]:
         *_of_the_end(facts),
         *_of_losses(facts.accounting),
         *_of_the_microscope(facts),
+        *_of_speed(facts),
         *_of_pixels(facts),
         *_of_focus(facts),
     ]
@@ -95,11 +101,27 @@ def _of_losses(terms: dict[str, Any]) -> Iterator[Advice]:
 def _of_the_microscope(facts: RunFacts) -> Iterator[Advice]:
     for text in (facts.report or {}).get("warnings", ()):
         yield Advice(f"microscope side: {text}")
-    most = facts.reasons.most_common(_MOST_REASONS)
-    for reason, number in most:
+    told = [
+        (reason, number)
+        for reason, number in facts.reasons.most_common()
+        if not reason.endswith(_AS_CONFIGURED)
+    ]
+    for reason, number in told[:_MOST_REASONS]:
         raw_only = "stored raw: restore them with rtfocus restore RUN/raw.ome.zarr"
         remedy = raw_only if reason.startswith("raw_only") else ""
         yield Advice(f"{number * facts.every} frames: {reason}", remedy)
+
+
+def _of_speed(facts: RunFacts) -> Iterator[Advice]:
+    """Tell when frames queued: the loop was slower than the camera."""
+    stages = (facts.report or {}).get("stages", {})
+    work_ms = sum((stages.get(name) or {}).get("p50_ms") or 0.0 for name in _WORK)
+    waited_ms = (stages.get("arrival_to_durable") or {}).get("p95_ms") or 0.0
+    if waited_ms > max(_SLOW_MS, _SLOW_TIMES * work_ms):
+        yield Advice(
+            f"frames waited up to {waited_ms / 1e3:.1f} s for {work_ms:.0f} ms of work",
+            "nothing is lost by it; a faster engine, a GPU, or fewer frames per second",
+        )
 
 
 def _of_pixels(facts: RunFacts) -> Iterator[Advice]:

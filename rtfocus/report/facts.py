@@ -226,7 +226,7 @@ def _read_journal(facts: RunFacts) -> None:
         facts.statuses[frame.status] += 1
         facts.flags.update(frame.flags or ())
         why = frame.error or frame.reason or frame.skipped or frame.place
-        if why:
+        if why and frame.status != "focus":
             facts.reasons[why] += 1
         c = (frame.index or {}).get("c", 0)
         if frame.engines and 0 <= c < len(channels):

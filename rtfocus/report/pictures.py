@@ -18,13 +18,22 @@ from rtfocus.drawing.canvas import (
     in_html,
 )
 from rtfocus.drawing.charts import Axis, Chart, axis_of
-from rtfocus.drawing.panels import Panel, draw_panels, enlarge, figure_size
+from rtfocus.drawing.panels import (
+    Colours,
+    Panel,
+    draw_panels,
+    enlarge,
+    figure_size,
+)
+from rtfocus.frame import TileGrid
 from rtfocus.report.facts import RunFacts, ShownFrame
 
 _WIDTH, _LEFT, _RIGHT = 860.0, 92.0, 16.0
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY)
 _SIDE_PT, _MOST_SIDE_PX, _DETAIL_PX = 190.0, 380, 96
 _BINS = 40
+_EVEN: Colours = "even"
+_AROUND: Colours = "around"
 
 
 def latency_chart(report: dict[str, Any]) -> str:
@@ -100,29 +109,50 @@ def histogram_chart(facts: RunFacts) -> str:
 
 def frame_pictures(facts: RunFacts, frames: Sequence[ShownFrame]) -> str:
     """Draw every frame before and after, whole and in detail, with its map; as SVG."""
-    far = _farthest(frames)
-    pixel_um, unit = facts.header.series.pixel_size_um, facts.header.grid
+    series, grid = facts.header.series, facts.header.grid
+    far = farthest_um(frames)
     parts = []
     for frame in frames:
-        panels = _pixel_panels(frame, pixel_um)
-        if frame.defocus is not None and unit is not None:
-            low, colours = (-far, "around") if unit.signed else (0.0, "even")
-            panels.append(
-                Panel(
-                    "defocus, tile by tile",
-                    frame.defocus,
-                    low,
-                    far,
-                    "um",
-                    colours,  # type: ignore[arg-type]
-                    unit.stride_px * pixel_um,
-                )
-            )
+        panels = frame_panels(frame, series.pixel_size_um, grid, far)
         size = figure_size(panels, len(panels), _SIDE_PT)
         canvas = SvgCanvas(*size, f"{frame.title} frame before and after")
         draw_panels(canvas, panels, columns=len(panels), side_pt=_SIDE_PT)
         parts.append(f"<h3>{_heading(facts, frame)}</h3>{canvas.element()}")
     return "".join(parts)
+
+
+def frame_panels(
+    frame: ShownFrame, pixel_um: float | None, grid: TileGrid | None, far_um: float
+) -> list[Panel]:
+    """Return raw and restored, whole and in detail, and the defocus map.
+
+    Parameters
+    ----------
+    frame
+        What is known of it.
+    pixel_um
+        In the specimen; None: not known, there are no scale bars.
+    grid
+        Of the map.
+    far_um
+        Distance at the end of the map's colours.
+    """
+    panels = _pixel_panels(frame, pixel_um)
+    if frame.defocus is not None and grid is not None:
+        low, colours = (-far_um, _AROUND) if grid.signed else (0.0, _EVEN)
+        tile_um = grid.stride_px * pixel_um if pixel_um else None
+        panels.append(
+            Panel(
+                "defocus, tile by tile",
+                frame.defocus,
+                low,
+                far_um,
+                "um",
+                colours,
+                tile_um,
+            )
+        )
+    return panels
 
 
 def _traces(facts: RunFacts, chart: Chart, values: NDArray[np.float64]) -> None:
@@ -169,7 +199,7 @@ def _heading(facts: RunFacts, frame: ShownFrame) -> str:
     return in_html(words)
 
 
-def _pixel_panels(frame: ShownFrame, pixel_um: float) -> list[Panel]:
+def _pixel_panels(frame: ShownFrame, pixel_um: float | None) -> list[Panel]:
     """Return raw and restored, whole and in detail, between the same counts."""
     images = [("raw", _plain(frame.raw))]
     if frame.restored is not None:
@@ -179,15 +209,19 @@ def _pixel_panels(frame: ShownFrame, pixel_um: float) -> list[Panel]:
     panels = []
     for name, image in images:
         small, factor = _reduced(image)
-        panels.append(Panel(name, small, low, high, pixel_um=pixel_um * factor))
+        panels.append(Panel(name, small, low, high, pixel_um=_times(pixel_um, factor)))
     window = _detail(images[0][1])
     for name, image in images:
         piece = enlarge(image[window], (4 * _DETAIL_PX, 4 * _DETAIL_PX))
         caption = f"{name}, detail"
         panels.append(
-            Panel(caption, piece, low, high, pixel_um=pixel_um * _zoom(image))
+            Panel(caption, piece, low, high, pixel_um=_times(pixel_um, _zoom(image)))
         )
     return panels
+
+
+def _times(pixel_um: float | None, factor: float) -> float | None:
+    return None if pixel_um is None else factor * pixel_um
 
 
 def _zoom(image: NDArray[Any]) -> float:
@@ -225,7 +259,8 @@ def _detail(image: NDArray[np.float32]) -> tuple[slice, slice]:
     )
 
 
-def _farthest(frames: Sequence[ShownFrame]) -> float:
+def farthest_um(frames: Sequence[ShownFrame]) -> float:
+    """Return the largest distance from focus on any of their maps."""
     values = [np.abs(f.defocus).ravel() for f in frames if f.defocus is not None]
     joined = np.concatenate(values) if values else np.zeros(0)
     known = joined[np.isfinite(joined)]

@@ -209,6 +209,30 @@ def test_stretched_planes_use_all_of_eight_bits(tmp_path, config_file):
         assert (page.min(), page.max()) == (0, 255)
 
 
+def test_picture_shows_what_was_done_and_replaces_only_when_told(tmp_path, config_file):
+    path, _ = write_inputs(tmp_path)["pages"]
+    picture, config = tmp_path / "shown.png", ("--config", config_file)
+    said = command(
+        *("restore", path, "-o", tmp_path / "out.tif", "--picture", picture, *config)
+    )
+    succeeded(said)
+    assert f"picture: {picture}" in said.err
+    with Image.open(picture) as shown:
+        # Raw and restored, whole and in detail.
+        assert shown.width > 4 * 2 * 256
+        restored = shown.copy()
+    again = ("classify", path, "--picture", picture, *config)
+    assert "--overwrite" in failed(command(*again), ExitCode.INPUT)
+    with Image.open(picture) as shown:
+        assert shown.tobytes() == restored.tobytes()
+    succeeded(command(*again, "--overwrite"))
+    with Image.open(picture) as shown:
+        assert shown.tobytes() != restored.tobytes()
+    for wrong in (path, tmp_path / "shown.jpg"):
+        said = command("classify", path, "--picture", wrong, "--overwrite", *config)
+        failed(said, ExitCode.INPUT)
+
+
 def test_a_folder_is_restored_into_a_folder(tmp_path, config_file):
     path, _ = write_inputs(tmp_path)["folder"]
     out = tmp_path / "restored"

@@ -217,6 +217,25 @@ def test_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / PAGE_NAME).exists()
 
 
+def test_advice_tells_a_queue_and_not_what_was_wanted(tmp_path: Path) -> None:
+    with recording(tmp_path / "a.rtfocus", make_series()) as opened:
+        count = opened.send_all()
+        opened.writer.record_focus(opened.fill(count, {}), opened.result(count, {}))
+        folder = opened.close(count + 1)
+    report = msgspec.json.decode((folder / "report.json").read_bytes())
+    stages = {"classify": {"p50_ms": 80.0}, "arrival_to_durable": {"p95_ms": 3000.0}}
+    for stage in stages.values():
+        stage |= dict.fromkeys(("count", "p95_ms", "p99_ms", "max_ms"), 3000.0)
+        stage.setdefault("p50_ms", 80.0)
+    (folder / "report.json").write_bytes(
+        msgspec.json.encode({**report, "stages": stages})
+    )
+    page = read_page(write_page(folder).parent)
+    assert "frames waited up to 3.0 s for 80 ms of work" in page.text
+    assert "7 acquired = 6 written + 1 focus probes" in page.text
+    assert "1 frames: " not in page.text, "a probe is no loss"
+
+
 def test_focus_moves_are_marked_in_the_trace(tmp_path: Path) -> None:
     folder = record(tmp_path / "a.rtfocus")
     now = read_facts(folder).first_ns
