@@ -346,6 +346,7 @@ def _panels(fit: FocusFit, model: BeadPlanes, start: OpticalSystem) -> list[Pane
         valley_panel(fit, model, start),
     ]
     z_um = model.z_um - fit.best.focus_um
+    views: list[tuple[str, Image, Image, NDArray[np.float64] | None]]
     views = [("section", model.measured[:, middle], matched[:, middle], z_um)]
     for index in sorted({0, best, count - 1}):
         planes = model.measured[index], matched[index]

@@ -23,7 +23,7 @@ class SideBySide:
     Parameters
     ----------
     guard
-        Refuses the file before the work, as every output.
+        Refuses the file before the work, as every output; a picture that is there is never replaced.
     path
         PNG to write; None: none is wanted.
 
@@ -40,7 +40,7 @@ class SideBySide:
             msg = f"--picture '{path}' must be the name of a PNG: FILE.png"
             raise OutputError(msg)
         if path is not None:
-            guard.claim(path, named=True)
+            guard.claim(path)
 
     def restored(
         self, images: ImageSet, number: int, planes: Iterator[NDArray[np.generic]]
