@@ -23,7 +23,7 @@ class SideBySide:
     Parameters
     ----------
     guard
-        Refuses the file before the work, as every output; a picture that is there is never replaced.
+        Refuses the file before the work; one that is there is never replaced.
     path
         PNG to write; None: none is wanted.
 
