@@ -38,9 +38,9 @@ from rtfocus.config import parse_config
 from rtfocus.frame import FocusReading
 from rtfocus.processing.engines.registry import find_engine, parts, step_um
 from rtfocus.processing.offline import ImageProcessor
-from rtfocus.specimens import draw_specimen
+from rtfocus.specimens import SpecimenKind, draw_specimen
 
-KINDS = ("nuclei", "filaments", "tissue", "beads")
+KINDS: tuple[SpecimenKind, ...] = ("nuclei", "filaments", "tissue", "beads")
 SIDE_PX = 256
 GROUP = 8
 """Runs that share their optics, told and true."""
@@ -154,7 +154,7 @@ def make(run: int, seed: int, told: OpticalSystem) -> tuple[Scene, Stage, Limits
 
 
 @lru_cache(maxsize=1)
-def _specimen(kind: str, seed: int, number: int) -> NDArray[np.float32]:
+def _specimen(kind: SpecimenKind, seed: int, number: int) -> NDArray[np.float32]:
     rng = np.random.default_rng([seed, number, 4])
     return draw_specimen(kind, (SIDE_PX, SIDE_PX), rng, scale=rng.uniform(0.7, 1.6))
 
@@ -228,10 +228,9 @@ def _measured(
     spoil(given.case, scene, stage, told)
     begun = (scene.focus_um - stage.z_um) / unit
     found = Outcome(method, begun, 0.0, False, "", 0, 0, False, kind, run)
+    verdict: Verdict | RivalVerdict
     if method == "rtfocus":
-        verdict: Verdict | RivalVerdict = ours(
-            reader, scene, stage, limits, calibrated=not given.uncalibrated
-        )
+        verdict = ours(reader, scene, stage, limits, calibrated=not given.uncalibrated)
         _note(found, verdict, scene, unit)
     else:
         verdict = RIVALS[method](scene, stage, unit, limits)

@@ -77,12 +77,16 @@ class Evidence:
         The optics are calibrated: signed estimates are believed.
     prior
         What is known of this place before.
+    calibrated
+        The optics are known well enough that what they leave open is the stage's
+        doing: a wrong aperture looks like a stage that goes too far.
     """
 
     comparison: PlaneComparison
     direction: int = 1
     trust_sign: bool = False
     prior: Belief = field(default_factory=lambda: Belief(()))
+    calibrated: bool = True
     looks: list[Look] = field(default_factory=list)
     belief: Belief = field(default_factory=lambda: Belief(()))
     fit: PlaneFit | None = None
@@ -250,7 +254,7 @@ class Evidence:
             np.array([look.z_um for look in planes]),
             np.array([look.reading.spectrum for look in planes]),
             np.array([look.reading.noise for look in planes]),
-            courses=_COURSES if self.places() > 2 else (),
+            courses=_COURSES if self.calibrated and self.places() > 2 else (),
         )
         modes = modes_of_weights(self.fit.candidates_um, self.fit.weights)
         # The optics know better than the network, which had its say in the prior.
