@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rtfocus.cli.display import share_bar
 from rtfocus.errors import ExitCode
 
 
@@ -29,7 +30,8 @@ def check(
     # Here, because it takes long to import and help needs none.
     from rtfocus.writers.check import check_run
 
-    report = check_run(run, repair=repair)
+    with share_bar("frames") as on_progress:
+        report = check_run(run, repair=repair, on_progress=on_progress)
     typer.echo(report)
     if report.problems:
         raise typer.Exit(ExitCode.FAILED)

@@ -177,6 +177,20 @@ def _style(name: str, monitor: Monitor | None) -> str:
     return ""
 
 
+@contextmanager
+def share_bar(what: str) -> Iterator[Callable[[float], None]]:
+    """Show a bar with the time left on a terminal; yields what takes the share done."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=1.0)
+        yield lambda share: progress.update(task, completed=share)
+
+
 def _show_lines(rows: Callable[[], Rows], done: threading.Event) -> None:
     while not done.wait(LINE_S):
         clock = time.strftime("%H:%M:%S")

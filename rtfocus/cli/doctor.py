@@ -11,7 +11,6 @@ import psutil
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from rtfocus import __version__
 from rtfocus.errors import EngineError
@@ -36,21 +35,21 @@ def doctor() -> None:
 
     [bold]Example:[/] rtfocus doctor
     """
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "topic", "found", "remedy"):
-        table.add_column(column, overflow="fold")
+    console = Console()
     missing = False
     for finding in _findings():
         if finding.remedy is None:
-            mark = "[green]ok[/]"
+            mark = "[green]ok[/]      "
         elif finding.needed:
-            mark, missing = "[red]missing[/]", True
+            mark, missing = "[red]missing[/] ", True
         else:
             mark = "[dim]optional[/]"
-        table.add_row(
-            mark, finding.topic, escape(finding.found), escape(finding.remedy or "")
-        )
-    Console().print(table)
+        # A path that is broken in two cannot be copied: words are kept whole.
+        text = f"{mark}  [bold]{escape(finding.topic)}[/]: {escape(finding.found)}"
+        console.print(text, soft_wrap=True, highlight=False)
+        if finding.remedy not in (None, "see there"):
+            remedy = f"          {finding.remedy}"
+            console.print(escape(remedy), soft_wrap=True, highlight=False)
     if missing:
         raise typer.Exit(1)
 

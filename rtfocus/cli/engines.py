@@ -82,13 +82,17 @@ def show_list(folder: FolderOption = None) -> None:
     [bold]Example:[/] rtfocus engines list
     """
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "kind", "implementation", "weights", "folder"):
+    for column in ("name", "kind", "implementation", "weights"):
         table.add_column(column, overflow="fold")
+    places: dict[Path, list[str]] = {}
     for found in list_engines(folder or ()):
         weights = ", ".join(found.card.files) or "none"
-        row = (found.name, found.kind, found.implementation, weights)
-        table.add_row(*row, str(found.folder))
+        table.add_row(found.name, found.kind, found.implementation, weights)
+        places.setdefault(found.folder.parent, []).append(found.name)
     Console().print(table)
+    # Below the table, where no path is broken in two.
+    for place, names in places.items():
+        typer.echo(f"in {place}: {', '.join(names) if len(places) > 1 else 'all'}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ loss identity. Changes nothing unless it is asked to repair, and then deletes no
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,16 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check_run(folder: Path, *, repair: bool = False) -> CheckReport:
+def check_run(
+    folder: Path,
+    *,
+    repair: bool = False,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> CheckReport:
     """Check a run folder, after finishing it where `repair` asks for it.
 
     Every frame is read and decompressed: this takes about as long as reading the
-    files.
+    files. `on_progress` is told the share of the journal that is checked, 0 to 1.
 
     Raises
     ------
@@ -120,14 +126,19 @@ def check_run(folder: Path, *, repair: bool = False) -> CheckReport:
         report.problems.append(
             f"the run was cut off; finish it with: rtfocus check {folder} --repair"
         )
-    tally = _check_journal(folder, header, report)
+    tally = _check_journal(folder, header, report, on_progress)
     _check_stores(folder, header, report)
     if report.finished:
         _check_report(folder, tally, report)
     return report
 
 
-def _check_journal(folder: Path, header: RunHeader, report: CheckReport) -> Tally:
+def _check_journal(
+    folder: Path,
+    header: RunHeader,
+    report: CheckReport,
+    on_progress: Callable[[float], None],
+) -> Tally:
     """Read the journal, and back every frame that it calls written."""
     path = folder / JOURNAL_NAME
     tally = Tally(Plan(header.series))
@@ -139,6 +150,7 @@ def _check_journal(folder: Path, header: RunHeader, report: CheckReport) -> Tall
         _tell(report, f"journal '{path}' is lost; use --repair")
         return tally
     for record in scan_journal(path, tally.plan, stop):
+        on_progress(record.start / max(stop, 1))
         if record.is_torn and not record.is_damaged:
             if report.holder is None:
                 _tell(report, f"the last line of '{path}' is torn; use --repair")

@@ -19,6 +19,7 @@ from rtfocus.frame import Position
 from rtfocus.report import facts as facts_of_run
 from rtfocus.report.facts import read_facts, shown_frames
 from rtfocus.report.page import PAGE_NAME, leave_page, write_page
+from rtfocus.writers.check import check_run
 
 _ALONE = ("meta", "br")
 
@@ -234,6 +235,18 @@ def test_advice_tells_a_queue_and_not_what_was_wanted(tmp_path: Path) -> None:
     assert "frames waited up to 3.0 s for 80 ms of work" in page.text
     assert "7 acquired = 6 written + 1 focus probes" in page.text
     assert "1 frames: " not in page.text, "a probe is no loss"
+
+
+def test_page_is_no_fault_of_a_run_and_a_check_says_how_far_it_is(
+    tmp_path: Path,
+) -> None:
+    folder = record(tmp_path / "a.rtfocus")
+    write_page(folder)
+    shares: list[float] = []
+    assert check_run(folder, on_progress=shares.append).problems == []
+    assert len(shares) == 6
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] < 1
 
 
 def test_focus_moves_are_marked_in_the_trace(tmp_path: Path) -> None:
