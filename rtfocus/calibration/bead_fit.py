@@ -347,9 +347,7 @@ def _panels(fit: FocusFit, model: BeadPlanes, start: OpticalSystem) -> list[Pane
     ]
     z_um = model.z_um - fit.best.focus_um
     views: list[tuple[str, Image, Image, NDArray[np.float64] | None]]
-    views: list[tuple[str, Image, Image, NDArray[np.float64] | None]] = [
-        ("section", model.measured[:, middle], matched[:, middle], z_um)
-    ]
+    views = [("section", model.measured[:, middle], matched[:, middle], z_um)]
     for index in sorted({0, best, count - 1}):
         planes = model.measured[index], matched[index]
         views.append((f"z {z_um[index]:+.2f} um", *planes, None))
