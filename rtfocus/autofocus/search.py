@@ -143,12 +143,21 @@ class FocusSearch:
             return self._returned()
         is_there = not self.belief.is_empty and self._way_um() <= self._near_um()
         if self._is_sure(is_there=is_there):
-            return self._arrived() if is_there else self._move()
+            return self._arrived() if is_there else self._approach()
         if not self._makes_progress():
             return self._end_unsure()
         if is_there and self._saw_both_sides() and self._images >= _ENOUGH:
             return self._end_unsure()
         return self._next_view()
+
+    def _approach(self) -> Decision:
+        """Go to focus, or, having been there, first to the side still unseen."""
+        been_there = self.evidence.has_seen(self.belief.best.mean_um, self._near_um())
+        if self.rule.verify and been_there:
+            beyond = self._unbracketed(self.evidence.best_seen)
+            if beyond is not None:
+                return self._view(beyond)
+        return self._move()
 
     def _way_um(self) -> float:
         return abs(self.belief.best.mean_um - self.looks[-1].z_um)
@@ -384,6 +393,10 @@ class FocusSearch:
         places = [look.z_um for look in same]
         spread = max(places, default=0.0) - min(places, default=0.0)
         if spread < 0.9 * unit:
+            return None
+        others = [look.z_um for look in self.looks if look not in same]
+        if any(min(places) < z_um < max(places) for z_um in others):
+            # Alike on both sides of a place that is not: the stage does move.
             return None
         if not any(abs(z - now.z_um) < 0.1 * unit for z in self._looked_again_at):
             self._looked_again_at.append(now.z_um)
