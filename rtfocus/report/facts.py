@@ -23,7 +23,7 @@ from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, read_he
 from rtfocus.writers.layout import image_groups
 from rtfocus.writers.specs import DEFOCUS, RAW, RESTORED, image_specs
 
-MOST_FRAMES = 200_000
+MOST_FRAMES = 50_000
 """Frames read of a journal; of a longer one every n-th."""
 _MOST_FOCUS_LINES = 100_000
 _TYPICAL_LINE_BYTES = 600
