@@ -23,6 +23,7 @@ _MODULES = {
     "resnet18": "rivals",
     "rrdb": "rrdb",
     "rtfocus_1": "rtfocus_1",
+    "rtfocus_2": "rtfocus_2",
     "wei_classifier": "wei_classifier",
     "wei_unet": "wei_unet",
 }

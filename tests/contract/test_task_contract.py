@@ -37,7 +37,7 @@ def small_recipe(network: str) -> RecipeBase:
     """Return a shipped recipe on drawn specimens alone, a few small patches a step."""
     name = SHIPPED.get(network, f"train_{network}")
     data = load_recipe(resource_folder("configs") / f"{name}.yaml").model_dump()
-    data |= {"network": network, "sources": (), "seed": 5}
+    data |= {"network": network, "sources": (), "seed": 5, "start_from": None}
     data["pool"] |= {"entries": 2, "refresh_steps": 1}
     data["optimiser"] |= {"steps": STEPS, "stop_step": None, "warmup_steps": 1}
     if "pairs" in data:

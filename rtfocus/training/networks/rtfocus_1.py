@@ -32,7 +32,7 @@ from rtfocus.training.data.pair_scenes import PairRecipe
 from rtfocus.training.data.pairs import TILE_PX, TILE_STRIDE_PX, PairBatches
 from rtfocus.training.layers import charbonnier, fold_batch_norm, recalibrate
 from rtfocus.training.recipe import Count, Fraction, Positive
-from rtfocus.training.task import Arrays, Graph, Task, Tensors
+from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db
 
 CELL_PX = 16
 """Pixels per cell of the deepest features."""
@@ -166,10 +166,7 @@ class Rtfocus1(nn.Module):
         logits = self.label(
             functional.avg_pool2d(evidence, TILE_CELLS, stride=STRIDE_CELLS)
         )
-        around = functional.avg_pool2d(
-            evidence, 5, stride=1, padding=2, count_include_pad=False
-        )
-        gate = self.gate(around)
+        gate = self.gate(features, evidence)
         for place in reversed(range(len(self.up))):
             features = _double(self.up[place](features)) + skips[place]
             features = self.modulate_up[place](features, hidden)
@@ -179,21 +176,29 @@ class Rtfocus1(nn.Module):
         wide = functional.interpolate(gate, scale_factor=CELL_PX, mode="bilinear")
         return logits, tiles + wide * correction
 
-    def gate(self, evidence: Tensor) -> Tensor:
+    def gate(self, features: Tensor, evidence: Tensor) -> Tensor:
         """Return by how much, per cell, the correction is applied.
 
         Parameters
         ----------
+        features
+            The deepest ones, shape (N, channel, row, column).
         evidence
-            Shape (N, 128, row, column), gathered around each cell.
+            Made of them for the labels, shape (N, 128, row, column).
 
         Returns
         -------
         Tensor
-            Shape (N, 1, row, column), between 0 and 1: here the probability of
-            neither focus nor background.
+            Shape (N, 1, row, column), between 0 and 1: here the probability, around
+            each cell, of neither focus nor background.
         """
-        return _something_to_correct(self.label(evidence))
+        del features
+        return _something_to_correct(self.label(around(evidence)))
+
+
+def around(cells: Tensor) -> Tensor:
+    """Return the mean over the 80 px around each cell, cut at the frame's edge."""
+    return functional.avg_pool2d(cells, 5, stride=1, padding=2, count_include_pad=False)
 
 
 def _blocks(channels: int, depth: int) -> nn.Sequential:
@@ -210,9 +215,7 @@ def _local_contrast(tiles: Tensor) -> Tensor:
     The deviation from the mean over 80 px, blended over cells of 16 px.
     """
     cells = functional.avg_pool2d(torch.cat([tiles, tiles.square()], 1), CELL_PX)
-    mean, square = functional.avg_pool2d(
-        cells, 5, stride=1, padding=2, count_include_pad=False
-    ).chunk(2, dim=1)
+    mean, square = around(cells).chunk(2, dim=1)
     deviation = ((square - mean.square()).clamp(min=0) + _LEAST_POWER).sqrt()
     both = torch.cat([mean, 1 / deviation], dim=1)
     mean, scale = functional.interpolate(
@@ -294,11 +297,10 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
         error = restored.float() - sharp
         image = self.image_loss(error)
         labels = label_loss(logits.float(), tensors["levels"], tensors["empty"])
-        gain = (blurred - sharp).square().mean() / error.square().mean()
         shown = {
             "image": image,
             "labels": labels,
-            "gain_db": 10 * torch.log10(gain.detach() + 1e-9),
+            "gain_db": gain_db(blurred, restored.float(), sharp),
         }
         return image + settings.label_weight * labels, shown
 
