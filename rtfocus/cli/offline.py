@@ -87,7 +87,7 @@ def restore(
         str | None,
         typer.Option(
             help="wiener, richardson_lucy, richardson_lucy_accelerated, or a restorer "
-            "or joint engine by name. Default: wiener, and rtfocus-1 where the optics "
+            "or joint engine by name. Default: wiener, and rtfocus-2 where the optics "
             "are unknown."
         ),
     ] = None,

@@ -37,7 +37,7 @@ from rtfocus.processing.engines.registry import (
 from rtfocus.processing.offline import ImageProcessor
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 
-BLIND_ENGINE = "rtfocus-1"
+BLIND_ENGINE = "rtfocus-2"
 """What restores where nobody knows the optics and nobody names an engine."""
 
 _MOST_PROCESSORS = 4
@@ -311,8 +311,6 @@ def _check(
             f"engine that runs blind: --engine {BLIND_ENGINE}"
         )
         raise ConfigError(msg)
-    if engines and all(found.card.needs_no_optics for found in engines):
-        return
     name = restoration.method if restoration.method != "none" else engines[0].name
     refuse_other_reference(image, optics, name, _reference(settings, channel))
 

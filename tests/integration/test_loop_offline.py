@@ -310,7 +310,7 @@ def test_what_computes_psfs_is_refused_without_optics(tmp_path):
     line = ("restore", path, "-o", tmp_path / "o.tif", "--engine", "wiener")
     said = failed(command(*line), ExitCode.CONFIG)
     assert "no NA" in said
-    assert "--engine rtfocus-1" in said
+    assert "--engine rtfocus-2" in said
 
 
 def test_a_broken_file_is_named_after_the_others_are_done(tmp_path, config_file):

@@ -17,6 +17,7 @@ LEAST_DB = {
     "multiscale": 6.5,
     "rrdb": 3.0,
     "rtfocus-1": 7.5,
+    "rtfocus-2": 8.0,
     "wei_unet": 6.0,
 }
 
@@ -38,7 +39,7 @@ def test_a_real_field_comes_back_sharper(engine, shared_data):
         {
             "channels": [{"name": "default", "optics": BBBC006}],
             "processing": {
-                "classifier": "rtfocus-1" if engine == "rtfocus-1" else "delpnet",
+                "classifier": engine if engine.startswith("rtfocus") else "delpnet",
                 "restoration": {"method": engine},
                 "threads": 1,
             },

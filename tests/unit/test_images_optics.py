@@ -76,7 +76,7 @@ def test_rounding_is_no_contradiction_and_more_is():
 
 def test_methods_that_compute_psfs_are_refused_without_optics():
     for method in ("wiener", "richardson_lucy", "learned_wiener"):
-        with pytest.raises(ConfigError, match=r"give --optics .*--engine rtfocus-1"):
+        with pytest.raises(ConfigError, match=r"give --optics .*--engine rtfocus-2"):
             ImageSet(restoring_with(Config(), method), [image()])
     with pytest.raises(ConfigError, match="no emission wavelength"):
         ImageSet(restoring_with(Config(), "wiener"), [pixels(0.65)])

@@ -17,7 +17,7 @@ thousandth, and dim images weigh as much as bright ones.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class Rtfocus2(Rtfocus1):
 
 def _without_batch_norm(layers: nn.Sequential) -> nn.Sequential:
     """Return the same layers as `fold_batch_norm` leaves them."""
-    folded = fold_batch_norm(nn.Sequential(layers))[0]
+    (folded,) = fold_batch_norm(nn.Sequential(layers)).children()
     return cast("nn.Sequential", folded.train())
 
 
@@ -119,12 +119,13 @@ class Rtfocus2Recipe(PairRecipe):
 class Rtfocus2Task(Rtfocus1Task):
     """The losses of rtfocus-1, and decibels; sampling hidden at random."""
 
-    recipe: Rtfocus2Recipe
     network: Rtfocus2
     network_class = Rtfocus2
 
     def __init__(self, recipe: Rtfocus2Recipe) -> None:
-        super().__init__(recipe)
+        # What the first asks of its recipe, this one has too.
+        super().__init__(cast("Any", recipe))
+        self._settings = recipe.rtfocus_2
         if recipe.rtfocus_2.trained == "gate":
             self.network.requires_grad_(False)
             for part in (self.network.look, self.network.doubt):
@@ -135,7 +136,7 @@ class Rtfocus2Task(Rtfocus1Task):
         """Return Charbonnier plus the mean logarithm of each patch's squared error."""
         power = error.square().mean(dim=(1, 2, 3))
         decibels = torch.log(power / _ENOUGH + 1).mean()
-        weight = self.recipe.rtfocus_2.decibel_weight
+        weight = self._settings.decibel_weight
         return super().image_loss(error) + weight * decibels
 
     def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
@@ -151,11 +152,13 @@ class Rtfocus2Task(Rtfocus1Task):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Choose what is told; levels of hidden optics are those of the reference."""
         condition, levels = super().told(optics, levels, rng)
-        hidden = rng.random(len(optics)) < self.recipe.rtfocus_2.hidden_sampling_share
+        hidden = rng.random(len(optics)) < self._settings.hidden_sampling_share
         flagged = np.column_stack([condition, np.ones(len(optics), np.float32)])
         flagged[hidden] = 0
         wider = np.where(
-            hidden, self.recipe.pairs.reference.sampling / optics[:, 0], 1.0
+            hidden,
+            self.recipe.pairs.reference.sampling / np.asarray(optics[:, 0], np.float64),
+            1.0,
         )
         return flagged, np.asarray(levels * wider[:, None, None], dtype=np.float32)
 
@@ -168,7 +171,7 @@ class Rtfocus2Task(Rtfocus1Task):
         if "trust" in weights:
             self.network.load_state_dict(weights)
             return
-        settings = self.recipe.rtfocus_2
+        settings = self._settings
         earlier = Rtfocus1(settings.widths, settings.depths)
         earlier.load_state_dict(weights)
         weights = fold_batch_norm(earlier).state_dict()
