@@ -3,6 +3,7 @@
 import http.client
 import json
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,20 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from loop_kit import run_loop, small
+from loop_kit import LOCAL, read_report, run_loop, small
+from transport_kit import Background, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from rtfocus import app
+from rtfocus.config import load_config
 from rtfocus.errors import InputError
+from rtfocus.files import resource_folder
+from rtfocus.focusing import Focusing
+from rtfocus.frame import Act
+from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.transport.preview_messages import Answer, PreviewStatus, Request
+from rtfocus.transport.preview_viewer import PreviewViewer
 from rtfocus.view.codec import (
     HEADER,
     MAGIC,
@@ -328,6 +338,85 @@ def test_a_request_is_refused_where_the_config_allows_none(scene: Scene) -> None
         assert said(socket, "answer")["why"] == ""
     assert asked == ["stop"]
     assert scene.refused == {"request": 1}
+
+
+def test_a_viewer_focuses_and_stops_a_run_whose_config_allows_it(
+    tmp_path: Path,
+) -> None:
+    anywhere = "tcp://127.0.0.1:*"
+    config = load_config(
+        resource_folder("configs") / "demo.yaml",
+        (
+            *LOCAL,
+            f"run.folder={tmp_path}",
+            "microscope.height_px=256",
+            "microscope.width_px=256",
+            "microscope.specimen.kind=nuclei",
+            "microscope.surface={z_um: 3.0}",
+            "autofocus.mode=hold",
+            "processing.restoration.method=none",
+            "store.restored=false",
+            f"transport.preview={{endpoint: '{anywhere}', control: '{anywhere}'}}",
+            "acquisition.mda={axis_order: tpcz, "
+            "time_plan: {interval: 0.1, loops: 5000}, "
+            "stage_positions: [{x: 0, y: 0, z: 0}], "
+            "channels: [{config: DAPI, exposure: 10.0}]}",
+        ),
+    )
+    previews: list[PreviewPublisher] = []
+    folders: list[Path | None] = []
+
+    def run() -> None:
+        folder = app.run(
+            config,
+            stop=threading.Event(),
+            abandon=threading.Event(),
+            on_preview=previews.append,
+        )
+        folders.append(folder)
+
+    with Background(run):
+        until(lambda: bool(previews), "the preview")
+        endpoint, control = previews[0].endpoint, previews[0].control
+        assert endpoint is not None
+        assert control is not None
+        with PreviewViewer(endpoint) as viewer:
+            uid = ""
+
+            def searches(number: int) -> bool:
+                nonlocal uid
+                for one in viewer.received(0.2):
+                    if isinstance(one, PreviewStatus) and one.series is not None:
+                        uid = one.series.series_uid
+                        kinds = [line["kind"] for _, line in one.focus]
+                        return kinds.count("verdict") >= number
+                return False
+
+            def asked(what: Act, series_uid: str) -> Answer:
+                return viewer.ask(control, Request(1, series_uid, what))
+
+            until(lambda: searches(1), "the first search")
+            assert not asked("stop", "another run").done
+            assert asked("autofocus", uid).done
+            until(lambda: searches(2), "the search that was asked for")
+            assert asked("hold_off", uid).done
+            assert asked("stop", uid).done
+    (folder,) = folders
+    assert folder is not None
+    terms = read_report(folder)["accounting"]
+    assert terms["unaccounted"] == 0
+    assert 0 < terms["written"] < 5000
+
+
+def test_the_microscope_side_asks_its_own_config(tmp_path: Path) -> None:
+    told: list[str] = []
+    for control, stops in ((None, False), ("tcp://127.0.0.1:*", True)):
+        preview = {"endpoint": None, "control": control}
+        config = small(tmp_path, None, transport={"preview": preview})
+        stop = threading.Event()
+        Focusing(config, told.append).asked("stop", stop)
+        assert stop.is_set() is stops
+    assert told == ["'stop' was asked for; transport.preview.control allows none"]
 
 
 def test_a_snapshot_is_the_stored_plane_with_its_metadata(

@@ -86,6 +86,10 @@ export class Histogram {
     context.fillRect(high, 0, width - high, base);
     context.strokeStyle = "#f0e442"; context.lineWidth = 2;
     for (const x of [low, high]) { context.beginPath(); context.moveTo(x, 0); context.lineTo(x, base); context.stroke(); }
+    if (this.saturation && this.saturation <= this.range[1]) {
+      context.strokeStyle = "#ff2bd6"; context.lineWidth = 1;
+      context.beginPath(); context.moveTo(at(this.saturation) - 0.5, 0); context.lineTo(at(this.saturation) - 0.5, base); context.stroke();
+    }
     context.fillStyle = "#aab2bd"; context.font = "11px system-ui, sans-serif";
     context.textAlign = "left"; context.fillText(short(this.range[0], 4), 0, height - 2);
     context.textAlign = "right"; context.fillText(short(this.range[1], 4), width, height - 2);

@@ -239,7 +239,7 @@ function showFrame() {
     $("saturated").textContent = picture.saturated ? `${picture.saturated} px = ${short(part, 2)} % of the frame` : "none in the frame";
     $("saturated").className = picture.saturated ? "some" : "";
   }
-  const sign = picture.defocusUm === null ? "no specimen seen" : `${picture.signed ? (picture.defocusUm > 0 ? "+" : "") : "± "}${picture.defocusUm.toFixed(2)} µm (${Math.round(100 * picture.confidence)} %)`;
+  const sign = picture.defocusUm === null ? "no specimen seen" : `${picture.signed ? (picture.defocusUm > 0 ? "+" : "") : "|dz| "}${picture.defocusUm.toFixed(2)} µm (${Math.round(100 * picture.confidence)} %)`;
   const step = picture.planes[RAW]?.step ?? 1;
   list($("frame-facts"), [
     ["place", `t ${picture.t + 1}, ${series.positions[picture.p] ?? picture.p}, ${series.channels[picture.c]}, z ${picture.z + 1}`],
@@ -261,6 +261,7 @@ function showState() {
   const latency = Object.entries(n.latency_ms ?? {}).filter(([, [half]]) => half !== null).map(([stage, [half, most]]) => [stage.replaceAll("_", " "), `p50 ${short(half)}, p99 ${short(most)} ms`]);
   list($("loop-facts"), [
     ["frames", `${n.written ?? told.written ?? "–"} written${n.acquired ? ` of ${n.acquired} acquired` : ""}${n.planned ? `, ${n.planned} planned` : ""}`],
+    n.focus ? ["probes", `${n.focus} images of autofocus`] : null,
     n.frames_per_s === undefined ? null : ["speed", `${short(n.frames_per_s)} frames/s`],
     ...latency,
     n.free_slots === undefined ? (n.slots ? ["slots", `${n.slots}`] : null) : ["slots", `${n.free_slots} of ${n.slots} free`],

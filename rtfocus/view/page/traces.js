@@ -6,7 +6,7 @@ const BLUE = "#56b4e9", ORANGE = "#e69f00", GREEN = "#2fc39b", PINK = "#cc79a7";
 const MARKS = {
   move: { colour: ORANGE, symbol: "triangle", text: "move" },
   probe: { colour: PINK, symbol: "diamond", text: "probe" },
-  verdict: { colour: GREEN, symbol: "dot", text: "focused" },
+  verdict: { colour: GREEN, symbol: "dot", text: "found" },
   refusal: { colour: "#ff6b35", symbol: "cross", text: "refused" },
 };
 const MOST_STATES = 2400;
@@ -46,7 +46,7 @@ export class Traces {
 
   setCursor(seconds) { if (seconds !== this.cursor) { this.cursor = seconds; this.stale = true; } }
 
-  sizeOf(box) { return { width: Math.max(box.clientWidth, 100), height: Math.max(box.clientHeight - 24, 80) }; }
+  sizeOf(box) { return { width: Math.max(box.clientWidth, 100), height: Math.max(box.clientHeight, 80) }; }
 
   resize() { for (const key of ["focus", "stage", "loop"]) this[key + "Plot"]?.setSize(this.sizeOf(this.boxes[key])); }
 
