@@ -5,6 +5,7 @@ is slow misses what came between.
 """
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from rtfocus.view.traces import Traces
 State = Literal["gone", "waiting", "running", "recording", "finished"]
 """``gone``: no processor answers; ``recording``: a folder that is not finished."""
 
+_OVERDUE_S = 1.5
+"""The processor passes frames over; then the newest one is read from the folder."""
 _CACHE_BYTES = 128 << 20
 
 
@@ -61,6 +64,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._came_s = 0.0
         self._newest: dict[int, Shown] = {}
         self._cache: OrderedDict[tuple[Any, ...], Shown] = OrderedDict()
         self._listeners: list[Callable[[], None]] = []
@@ -90,7 +94,13 @@ class Scene:
         shown = Shown(place, picture, pack(picture))
         with self._lock:
             self._newest[place[2]] = shown
+            self._came_s = time.monotonic()
         self.changed()
+
+    def is_live(self) -> bool:
+        """Tell whether pictures come through the socket, and none is overdue."""
+        late_s = time.monotonic() - self._came_s
+        return self.state == "running" and late_s < _OVERDUE_S
 
     def newest(self, p: int | None, c: int | None, z: int | None) -> Shown | None:
         """Return the newest live picture at a place; None: there is none."""

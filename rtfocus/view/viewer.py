@@ -231,17 +231,15 @@ class Viewer:
         wanted = (select.p, select.c, select.z)
         live = scene.newest(*wanted)
         place = scene.stored.newest(*wanted) if scene.stored is not None else None
-        if live is not None and (place is None or live.place >= place):
+        # While pictures come through the socket, the folder is left alone.
+        comes = scene.is_live() and select.p is None and select.z is None
+        if live is not None and (comes or place is None or live.place >= place):
             key = ("live", live.picture.sequence)
             if self._shown == key:
                 return None
             self._shown = key
             return live
-        # While pictures come through the socket, the folder is left alone.
-        comes = scene.state == "running" and select.p is None and select.z is None
-        if place is None or (comes and self._shown is not None):
-            return None
-        return await self._unless_shown(place, there=True)
+        return None if place is None else await self._unless_shown(place, there=True)
 
     async def _unless_shown(self, place: Place, there: bool) -> Shown | None:
         key = ("stored", place, there)

@@ -65,6 +65,7 @@ function takeSeries(series) {
 function takeState(told) {
   state.told = told;
   if (told.state === "running" && state.series) traces.addLoop(Date.now() / 1000 - state.series.started_ns / 1e9, told.numbers);
+  if (told.state === "finished") traces.setTotals(told.numbers);
   const series = state.series;
   if (series) {
     const newest = told.newest?.[0] ?? state.picture?.t ?? 0;

@@ -11,7 +11,7 @@ const MARKS = {
 };
 const MOST_STATES = 2400;
 
-const axis = (label, side) => ({ label, side, stroke: AXIS, grid: { stroke: GRID }, ticks: { stroke: GRID }, size: side === 2 ? 34 : 48, labelSize: 16, labelFont: "11px system-ui", font: "11px system-ui", labelGap: 0 });
+const axis = (label, side) => ({ label, side, stroke: AXIS, grid: { stroke: GRID }, ticks: { stroke: GRID }, size: side === 2 ? 34 : side === 1 ? 58 : 48, labelSize: 16, labelFont: "11px system-ui", font: "11px system-ui", labelGap: 0 });
 
 export class Traces {
   constructor(boxes, onPick) {
@@ -20,7 +20,7 @@ export class Traces {
   }
 
   clear() {
-    this.rows = []; this.marks = []; this.loop = [[], [], [], []]; this.cursor = null; this.channel = 0; this.stale = true;
+    this.rows = []; this.marks = []; this.loop = [[], [], [], []]; this.cursor = null; this.channel = 0; this.totals = [null, null]; this.stale = true;
   }
 
   add(rows, marks) {
@@ -40,6 +40,12 @@ export class Traces {
       if (this.loop[i].length > MOST_STATES) this.loop[i].shift();
     });
     this.stale = true;
+  }
+
+  // Latency over a whole run that is over.
+  setTotals(numbers) {
+    const totals = numbers.latency_ms?.capture_to_estimate ?? numbers.latency_ms?.arrival_to_durable ?? [null, null];
+    if (totals.join() !== this.totals.join()) { this.totals = totals; this.stale = true; }
   }
 
   setChannel(channel) { if (channel !== this.channel) { this.channel = channel; this.stale = true; } }
@@ -98,8 +104,8 @@ export class Traces {
     const bins = new Map(), first = this.rows[0]?.[0] ?? 0, last = this.rows[this.rows.length - 1]?.[0] ?? 0;
     const wide = Math.max((last - first) / 200, 1);
     for (const row of this.rows) { const bin = Math.floor((row[0] - first) / wide); bins.set(bin, (bins.get(bin) ?? 0) + 1); }
-    const keys = [...bins.keys()].sort((a, b) => a - b), none = keys.map(() => null);
-    return [keys.map((key) => first + (key + 0.5) * wide), keys.map((key) => bins.get(key) / wide), none, none];
+    const keys = [...bins.keys()].sort((a, b) => a - b);
+    return [keys.map((key) => first + (key + 0.5) * wide), keys.map((key) => bins.get(key) / wide), ...this.totals.map((total) => keys.map(() => total))];
   }
 
   zAt(seconds) {
