@@ -1,6 +1,7 @@
 """The napari plugin: layers of runs, a live run followed, a layer restored."""
 
 import os
+import re
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -169,9 +170,7 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
         receiver = widget.receiver
         until(lambda: receiver.series is not None, "the series")
         for sequence in range(4):
-            receiver.arrived.clear()
-            offer(preview, series, sequence, c=1)
-            assert receiver.arrived.wait(DEADLINE_S)
+            arrive(receiver, preview, series, sequence)
         # Four came while the window was busy: it shows the last.
         widget.show_newest()
         layers = {layer.name: layer for layer in viewer.layers}
@@ -186,12 +185,12 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
         assert (layers["live FITC defocus"].data == 3).all()
         assert "FITC, t 3" in widget.status.text()
         assert "defocus" in widget.status.text()
-        assert "3 not shown" in widget.status.text()
+        found = re.search(r"(\d+) not shown", widget.status.text())
+        assert found is not None
+        assert int(found[1]) >= 3
         # The next one goes into the same layers, and leaves what the user has set.
         shown.contrast_limits = (5, 50)
-        receiver.arrived.clear()
-        offer(preview, series, 4, c=1)
-        assert receiver.arrived.wait(DEADLINE_S)
+        arrive(receiver, preview, series, 4)
         widget.show_newest()
         assert len(viewer.layers) == 3
         np.testing.assert_array_equal(shown.data, numbered(4, series))
@@ -209,6 +208,22 @@ def test_an_endpoint_that_is_none_is_told(viewer: Any) -> None:
     assert widget.receiver is None
     assert "nonsense" in widget.status.text()
     widget.close()
+
+
+def arrive(
+    receiver: Any, preview: PreviewPublisher, series: Any, sequence: int
+) -> None:
+    """Offer a frame until it has come: after each the preview rests for a while."""
+    receiver.arrived.clear()
+
+    def arrived() -> bool:
+        offer(preview, series, sequence, c=1)
+        if not receiver.arrived.wait(0.02):
+            return False
+        # It may be the frame before, offered twice and on its way until now.
+        return receiver._pictures[1]._item.header.frame.sequence == sequence
+
+    until(arrived, f"frame {sequence}")
 
 
 def offer(preview: PreviewPublisher, series: Any, sequence: int, c: int) -> None:
