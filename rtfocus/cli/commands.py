@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from rtfocus import __version__
 from rtfocus.cli.interrupt import Interrupted
+from rtfocus.errors import ExitCode
 
 DEBUG_VARIABLE = "RTFOCUS_DEBUG"
 """Environment variable that shows tracebacks, as ``--debug`` does."""
@@ -109,6 +110,13 @@ class LazyGroup(TyperGroup):
                 name, help=place.summary, short_help=place.summary
             )
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
+        """Parse, or show the commands where nothing is asked."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            ctx.exit(ExitCode.USAGE)
+        return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
         """Find the command that is called and load it."""
         name, command, rest = super().resolve_command(ctx, args)
@@ -134,7 +142,6 @@ app = typer.Typer(
     name="rtfocus",
     cls=LazyGroup,
     help="Finds, corrects and records defocus while a microscope acquires.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     # Plain: importing rich takes longer than all the rest of the list of commands.
     rich_markup_mode=None,

@@ -85,7 +85,7 @@ def export(
     A run becomes OME-TIFF (Fiji, OMERO) or plain OME-Zarr, unsharded and with a
     pyramid.
 
-    [bold]Examples:[/] rtfocus export runs/day1.rtfocus -o day1.ome.tif
+    [bold]Example:[/] rtfocus export runs/day1.rtfocus -o day1.ome.tif
 
     rtfocus export checkpoints/delpnet/last.pt -o engines/delpnet
     """

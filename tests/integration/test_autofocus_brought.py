@@ -62,16 +62,17 @@ def broken(task):
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
-    (site / "their_lab").mkdir(parents=True)
-    (site / "their_lab" / "__init__.py").write_text("")
-    (site / "their_lab" / "searches.py").write_text(SEARCHES)
-    info = site / "their_lab-1.0.dist-info"
+    (site / "their_stage").mkdir(parents=True)
+    (site / "their_stage" / "__init__.py").write_text("")
+    (site / "their_stage" / "searches.py").write_text(SEARCHES)
+    info = site / "their_stage-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-lab\n")
     names = ("climber", "far", "odd", "broken")
-    lines = (f"{name} = their_lab.searches:{name}" for name in names)
+    lines = (f"{name} = their_stage.searches:{name}" for name in names)
     (info / "entry_points.txt").write_text(
-        "\n".join(["[rtfocus.autofocus]", *lines, "gone = their_lab.gone:gone"]) + "\n"
+        "\n".join(["[rtfocus.autofocus]", *lines, "gone = their_stage.gone:gone"])
+        + "\n"
     )
     monkeypatch.syspath_prepend(str(site))
 
@@ -115,7 +116,7 @@ def test_it_is_asked_after_every_image_and_its_decisions_are_carried_out(core) -
     assert 2 < verdict.images <= 6
     unit_um = OpticalSystem(**OPTICS).defocus_unit_um
     assert abs(core.getZPosition() - FOCUS_UM) <= unit_um
-    from their_lab.searches import tasks  # type: ignore[import-not-found]
+    from their_stage.searches import tasks  # type: ignore[import-not-found]
 
     assert tasks[0].limits == Limits(-20, 20)
 
@@ -137,7 +138,7 @@ def test_it_never_leads_beyond_the_limits_and_ends_where_it_was_sharpest(core) -
     [
         ("odd", MicroscopeError, "answered 'up a little'; a decision is Stay, Move"),
         ("broken", MicroscopeError, "failed: ZeroDivisionError"),
-        ("gone", ConfigError, r"\(their_lab.gone:gone\) cannot begin"),
+        ("gone", ConfigError, r"\(their_stage.gone:gone\) cannot begin"),
         (
             "nobody",
             ConfigError,
