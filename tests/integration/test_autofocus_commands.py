@@ -65,6 +65,8 @@ def test_hold_follows_a_drift(config: Path) -> None:
         command(
             *("autofocus", config, "--hold", "--images", "40", "--interval", "0.2"),
             *("--set", "microscope.surface.drift_um_per_min=12"),
+            # The search before is not what is tested.
+            *("--set", "microscope.surface.drift_from_s=3"),
         )
     )
     held = re.findall(r"held: ([+-][\d.]+) um", said)
