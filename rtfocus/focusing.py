@@ -22,8 +22,8 @@ from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.actions import ACTION, FocusActions, FocusEngine
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
-from rtfocus.autofocus.focuser import Focuser, FocusJournal, Key
-from rtfocus.autofocus.hold import Correction, Holder
+from rtfocus.autofocus.focuser import Focuser, FocusJournal
+from rtfocus.autofocus.hold import Correction, Holder, Key
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
@@ -34,6 +34,8 @@ from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.processing.offline import ImageProcessor
 
 _NOTE_NS = 500_000_000
+MOST_REQUESTS = 8
+"""Requests of viewers that wait for their turn; further ones are refused."""
 
 
 class LocalReader:
@@ -197,13 +199,16 @@ class Focusing:
     def asked(self, what: Act, stop: threading.Event) -> None:
         """Do what somebody asks for who looks at the run, where the config allows it.
 
+        What was asked for last and waits still is not done twice.
         `stop` ends the acquisition. Returns at once, from any thread.
         """
         if self._config.transport.preview.control is None:
             self._tell(f"'{what}' was asked for; transport.preview.control allows none")
         elif what == "stop":
             stop.set()
-        else:
+        elif len(self.requests) >= MOST_REQUESTS:
+            self._tell(f"'{what}' is refused: {MOST_REQUESTS} requests wait already")
+        elif not self.requests or self.requests[-1] != what:
             self.requests.append(what)
 
     @property

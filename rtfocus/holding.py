@@ -18,8 +18,8 @@ from pymmcore_plus.mda import MDAEngine
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
-from rtfocus.autofocus.focuser import CoreStage, Key
-from rtfocus.autofocus.hold import Holder, seen_by
+from rtfocus.autofocus.focuser import CoreStage
+from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.focusing import Focusing, unread
 from rtfocus.frame import Estimate

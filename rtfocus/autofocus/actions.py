@@ -20,8 +20,8 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import FrameMetaV1, SummaryMetaV1
 from pymmcore_plus.metadata.schema import PropertyValue
 
-from rtfocus.autofocus.focuser import Focuser, Key
-from rtfocus.autofocus.hold import Holder, seen_by
+from rtfocus.autofocus.focuser import Focuser
+from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.run import Verdict
 from rtfocus.errors import RtfocusError
 

@@ -19,6 +19,7 @@ from pymmcore_plus import CMMCorePlus
 from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.calibration import load_calibration
+from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
 from rtfocus.autofocus.run import (
@@ -43,9 +44,6 @@ from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading
 
 logger = logging.getLogger(__name__)
-
-Key = tuple[int | None, int | None]
-"""Index of the position and of the grid tile."""
 
 Read = Callable[[NDArray[np.generic], str, float], FocusReading]
 """Reads an image of a channel, exposed at a z."""

@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rtfocus.autofocus.appearance import Appearance, DefocusModels, Look
+from rtfocus.autofocus.appearance import Appearance, DefocusModels, Floats, Look
 from rtfocus.autofocus.belief import Mode, modes_of_weights
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict
 from rtfocus.frame import Estimate, FocusReading
 
-Floats = NDArray[np.float64]
 Key = tuple[int | None, int | None]
+"""Index of the position and of the grid tile."""
 
 # Depths of field per square root of a second and of its cube: a drift that wanders.
 _WANDER = 0.02

@@ -17,7 +17,7 @@ from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Gap, Inflow
 from rtfocus.transport.io_thread import IoThread, Waker
-from rtfocus.transport.receiver_loop import ReceiverLoop
+from rtfocus.transport.receiver_loop import MOST_ASKS, ReceiverLoop
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sockets import Context, nobody_listens, slot_pool
 
@@ -186,7 +186,19 @@ class FrameReceiver:
         self._thread.wake()
 
     def ask(self, what: Act) -> None:
-        """Ask the microscope side for something, which it may refuse; any thread."""
+        """Ask the microscope side for something, which it may refuse; any thread.
+
+        Raises
+        ------
+        TransportError
+            If as many requests as may wait have not been sent yet.
+        """
+        if len(self._loop.asks) >= MOST_ASKS:
+            msg = (
+                f"{MOST_ASKS} requests have not reached the microscope side yet; "
+                "ask again once it answers"
+            )
+            raise TransportError(msg)
         self._loop.asks.append(what)
         self._thread.wake()
 

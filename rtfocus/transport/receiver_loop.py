@@ -168,6 +168,7 @@ class FramesIn:
         return parts[1].bytes, parts[2].buffer if len(parts) == 3 else None
 
 
+MOST_ASKS = 8
 _MESSAGES_PER_TURN = 64
 """Bounds how long control messages can hold up frames."""
 _FRAMES_PER_TURN = 4
@@ -190,7 +191,7 @@ class ReceiverLoop:
         self.estimates: Newest[Estimate] = Newest()
         """To be sent; put them here from any thread, then wake the loop."""
         self.asks: deque[Act] = deque()
-        """The same, for what viewers ask of the microscope side."""
+        """The same, for what viewers ask of the microscope side; `MOST_ASKS` wait."""
         self._waker = waker
         self._rejections = Rejections(
             "frames", lambda reason: accounting.count("rejected", reason)

@@ -21,7 +21,7 @@ from rtfocus import app
 from rtfocus.config import load_config
 from rtfocus.errors import InputError
 from rtfocus.files import resource_folder
-from rtfocus.focusing import Focusing
+from rtfocus.focusing import MOST_REQUESTS, Focusing
 from rtfocus.frame import Act
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.preview_messages import Answer, PreviewStatus, Request
@@ -417,6 +417,26 @@ def test_the_microscope_side_asks_its_own_config(tmp_path: Path) -> None:
         Focusing(config, told.append).asked("stop", stop)
         assert stop.is_set() is stops
     assert told == ["'stop' was asked for; transport.preview.control allows none"]
+
+
+def test_requests_that_wait_are_bounded_and_not_doubled(tmp_path: Path) -> None:
+    told: list[str] = []
+    preview = {"endpoint": None, "control": "tcp://127.0.0.1:*"}
+    config = small(tmp_path, None, transport={"preview": preview})
+    focusing = Focusing(config, told.append)
+    for _ in range(3):
+        focusing.asked("autofocus", threading.Event())
+    assert list(focusing.requests) == ["autofocus"]
+    for what in ("hold_off", "hold_on") * MOST_REQUESTS:
+        focusing.asked(what, threading.Event())
+    assert len(focusing.requests) == MOST_REQUESTS
+    assert (
+        told
+        == [
+            f"'{what}' is refused: {MOST_REQUESTS} requests wait already"
+            for what in ("hold_off", "hold_on") * MOST_REQUESTS
+        ][MOST_REQUESTS - 1 :]
+    )
 
 
 def test_a_snapshot_is_the_stored_plane_with_its_metadata(
