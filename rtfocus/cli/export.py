@@ -82,7 +82,7 @@ def export(
 ) -> None:
     """Export a run for other programs, or a checkpoint as an engine folder.
 
-    A run becomes OME-TIFF (Fiji, OMERO) or plain OME-Zarr, unsharded and with a
+    A run becomes OME-TIFF or plain OME-Zarr, unsharded and with a
     pyramid.
 
     [bold]Example:[/] rtfocus export runs/day1.rtfocus -o day1.ome.tif
