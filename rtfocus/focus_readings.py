@@ -139,4 +139,6 @@ def _in_words(line: Mapping[str, Any]) -> str | None:
     if line["kind"] == "verdict":
         word = "focused" if line["focused"] else f"not focused: {line['reason']}"
         return f"{word}{place}, z {line['end_um']:.2f} um, {line['images']} images"
+    if line["kind"] == "request":
+        return f"asked for by who looks at the run: {line['what']}"
     return f"failed{place}: {line['reason']}" if line["kind"] == "failure" else None

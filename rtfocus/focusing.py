@@ -164,6 +164,7 @@ class FocusingEngine(FocusActions, RecordingEngine):
     _set_aside: Holder | None = None
 
     def _answer(self, what: Act, event: useq.MDAEvent) -> None:
+        self.focuser.journal.write("request", what=what)
         if what == "hold_off":
             self._set_aside, self.holder = self.holder or self._set_aside, None
         elif what == "hold_on":

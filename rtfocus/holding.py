@@ -131,6 +131,7 @@ class LiveHold:
         """Do what somebody who looks at the run has asked for."""
         while self._focusing.requests:
             what = self._focusing.requests.popleft()
+            self._focuser.journal.write("request", what=what)
             if what == "autofocus":
                 self._focuser.tell("no search for focus while the camera runs freely")
             else:

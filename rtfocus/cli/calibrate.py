@@ -14,6 +14,7 @@ from rtfocus.autofocus.calibration import (
 )
 from rtfocus.autofocus.focuser import CoreStage
 from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.cli.display import share_bar
 from rtfocus.cli.interrupt import interruptible
 from rtfocus.cli.options import (
     ConfigArgument,
@@ -83,12 +84,14 @@ def calibrate_microscope(
         wanted = verdict.end_um + np.arange(-reach, reach + step / 2, step) * unit
         heights = [float(z) for z in wanted if limits.holds(float(z))]
         stacks: list[list[Plane]] = []
-        for way in (heights, heights[::-1]):
-            planes = []
-            for z_um in way:
-                stage.go_to(z_um)
-                planes.append(Plane(z_um, focuser.look(channel, z_um)))
-            stacks.append(planes)
+        with share_bar("planes") as show:
+            for ways_done, way in enumerate((heights, heights[::-1])):
+                planes: list[Plane] = []
+                for z_um in way:
+                    stage.go_to(z_um)
+                    planes.append(Plane(z_um, focuser.look(channel, z_um)))
+                    show((ways_done + len(planes) / len(heights)) / 2)
+                stacks.append(planes)
         found = calibrate(
             comparison,
             stacks[0],

@@ -191,6 +191,21 @@ def share_bar(what: str) -> Iterator[Callable[[float], None]]:
         yield lambda share: progress.update(task, completed=share)
 
 
+@contextmanager
+def passing_time(what: str) -> Iterator[None]:
+    """Show on a terminal what is going on, and since when, where its end is unknown."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
 def _show_lines(rows: Callable[[], Rows], done: threading.Event) -> None:
     while not done.wait(LINE_S):
         clock = time.strftime("%H:%M:%S")

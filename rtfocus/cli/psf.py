@@ -19,6 +19,7 @@ from rtfocus.calibration.report import (
 )
 from rtfocus.calibration.stack_fit import calibrate_from_stack
 from rtfocus.channel import OpticalSystem
+from rtfocus.cli.display import passing_time
 from rtfocus.cli.options import OverwriteOption, read_config
 from rtfocus.errors import ConfigError
 from rtfocus.images.outputs import OutputGuard
@@ -182,13 +183,16 @@ def fit(
         if not defocus_um:
             msg = "--pairs need their nominal defocus, not 0: --defocus-um"
             raise ConfigError(msg)
-        found = calibrate_from_pairs(
-            read_pairs(*pairs, most=most_pairs, only=only or ("*",)),
-            nominal.optics(),
-            nominal_defocus_um=defocus_um,
-            defocus_is_exact=exact_defocus,
-            **free,
-        )
+        read = read_pairs(*pairs, most=most_pairs, only=only or ("*",))
+        start = nominal.optics()
+        with passing_time("fitting the optics to the pairs"):
+            found = calibrate_from_pairs(
+                read,
+                start,
+                nominal_defocus_um=defocus_um,
+                defocus_is_exact=exact_defocus,
+                **free,
+            )
     else:
         planes = read_stack(
             stack or beads or Path(),
@@ -198,13 +202,14 @@ def fit(
             descending=z_increases is Direction.NEARER,
         )
         start = nominal.optics(planes.pixel_size_um)
-        found = (
-            calibrate_from_stack(planes, start, **free)
-            if stack is not None
-            else calibrate_from_beads(
-                planes, start, bead_diameter_um=bead_diameter_um, **free
+        with passing_time("fitting the optics to the stack"):
+            found = (
+                calibrate_from_stack(planes, start, **free)
+                if stack is not None
+                else calibrate_from_beads(
+                    planes, start, bead_diameter_um=bead_diameter_um, **free
+                )
             )
-        )
     with guard.report(output, FIGURES_NAME, REPORT_NAMES) as part:
         names = [p.name for p in write_calibration(part, found, channel=channel)]
     _tell(found, [output / name for name in names])

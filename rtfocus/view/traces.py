@@ -48,7 +48,7 @@ class Traces:
                     self._keep_every = 1 << 62
 
     def mark(self, kind: str, seconds: float, text: str, z_um: float | None) -> None:
-        """Take an event in: ``move``, ``refusal``, ``verdict``, ``loss``, ``stop``."""
+        """Take an event in, as a ``move``, ``refusal``, ``verdict`` or ``loss``."""
         with self._lock:
             if len(self._marks) < MOST_POINTS:
                 self._marks.append([kind, seconds, text, z_um])
@@ -90,4 +90,5 @@ def _mark_of(line: dict[str, Any]) -> tuple[str, str, float | None] | None:
         return "verdict" if good else "refusal", word, float(line["end_um"])
     if kind == "failure":
         return "refusal", f"failed: {line['reason']}", None
-    return None
+    asked = f"asked for: {line['what']}".replace("_", " ") if kind == "request" else ""
+    return ("request", asked, None) if asked else None

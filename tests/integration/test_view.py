@@ -4,9 +4,10 @@ import http.client
 import json
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -19,6 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from rtfocus import app
 from rtfocus.config import load_config
+from rtfocus.config.processor import PreviewConfig
 from rtfocus.errors import InputError
 from rtfocus.files import resource_folder
 from rtfocus.focusing import MOST_REQUESTS, Focusing
@@ -26,6 +28,7 @@ from rtfocus.frame import Act
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.preview_messages import Answer, PreviewStatus, Request
 from rtfocus.transport.preview_viewer import PreviewViewer
+from rtfocus.transport.sockets import create_keys
 from rtfocus.view.codec import (
     HEADER,
     MAGIC,
@@ -40,6 +43,7 @@ from rtfocus.view.codec import (
 from rtfocus.view.scene import Scene
 from rtfocus.view.server import Listening, PageServer
 from rtfocus.view.source_run import Region, StoredRun
+from rtfocus.view.sources import LiveSource
 from rtfocus.view.traces import Traces, note_focus_line
 
 
@@ -340,7 +344,45 @@ def test_a_request_is_refused_where_the_config_allows_none(scene: Scene) -> None
     assert scene.refused == {"request": 1}
 
 
-def test_a_viewer_focuses_and_stops_a_run_whose_config_allows_it(
+class Looking:
+    """Who looks at a run, and what the states told."""
+
+    def __init__(self, viewer: PreviewViewer, control: str) -> None:
+        self._viewer = viewer
+        self._control = control
+        self._uid = ""
+        self._lines: dict[int, dict[str, Any]] = {}
+        self.newest = 0
+
+    def until(self, is_so: Callable[[], bool], what: str) -> None:
+        def is_so_now() -> bool:
+            for one in self._viewer.received(0.2):
+                if isinstance(one, PreviewStatus) and one.series is not None:
+                    self._uid = one.series.series_uid
+                    self._lines.update(one.focus)
+                    self.newest = max((p.sequence for p in one.points), default=0)
+                    return is_so()
+            return False
+
+        until(is_so_now, what)
+
+    def ask(self, what: Act, series_uid: str | None = None) -> Answer:
+        request = Request(1, series_uid or self._uid, what)
+        return self._viewer.ask(self._control, request)
+
+    def searches(self) -> int:
+        return sum(line["kind"] == "verdict" for line in self._lines.values())
+
+    def has_noted(self, what: Act) -> bool:
+        return what in [line.get("what") for line in self._lines.values()]
+
+    def moves_since(self, what: Act) -> int:
+        lines = [line for _, line in sorted(self._lines.items())]
+        since = [line.get("what") for line in lines].index(what)
+        return sum(bool(line.get("step_um")) for line in lines[since:])
+
+
+def test_a_viewer_focuses_holds_and_stops_a_run_whose_config_allows_it(
     tmp_path: Path,
 ) -> None:
     anywhere = "tcp://127.0.0.1:*"
@@ -352,7 +394,7 @@ def test_a_viewer_focuses_and_stops_a_run_whose_config_allows_it(
             "microscope.height_px=256",
             "microscope.width_px=256",
             "microscope.specimen.kind=nuclei",
-            "microscope.surface={z_um: 3.0}",
+            "microscope.surface={z_um: 3.0, drift_um_per_min: 60.0}",
             "autofocus.mode=hold",
             "processing.restoration.method=none",
             "store.restored=false",
@@ -381,31 +423,40 @@ def test_a_viewer_focuses_and_stops_a_run_whose_config_allows_it(
         assert endpoint is not None
         assert control is not None
         with PreviewViewer(endpoint) as viewer:
-            uid = ""
-
-            def searches(number: int) -> bool:
-                nonlocal uid
-                for one in viewer.received(0.2):
-                    if isinstance(one, PreviewStatus) and one.series is not None:
-                        uid = one.series.series_uid
-                        kinds = [line["kind"] for _, line in one.focus]
-                        return kinds.count("verdict") >= number
-                return False
-
-            def asked(what: Act, series_uid: str) -> Answer:
-                return viewer.ask(control, Request(1, series_uid, what))
-
-            until(lambda: searches(1), "the first search")
-            assert not asked("stop", "another run").done
-            assert asked("autofocus", uid).done
-            until(lambda: searches(2), "the search that was asked for")
-            assert asked("hold_off", uid).done
-            assert asked("stop", uid).done
+            look = Looking(viewer, control)
+            look.until(lambda: look.searches() >= 1, "the first search")
+            assert not look.ask("stop", "another run").done
+            assert look.ask("autofocus").done
+            look.until(lambda: look.searches() >= 2, "the search that was asked for")
+            assert look.ask("hold_off").done
+            look.until(lambda: look.has_noted("hold_off"), "holding off")
+            last = look.newest + 30
+            look.until(lambda: look.newest > last, "frames that nothing holds")
+            assert not look.moves_since("hold_off")
+            assert look.ask("hold_on").done
+            look.until(lambda: look.has_noted("hold_on"), "holding on")
+            look.until(lambda: look.moves_since("hold_on") > 0, "a correction")
+            assert look.ask("stop").done
     (folder,) = folders
     assert folder is not None
     terms = read_report(folder)["accounting"]
     assert terms["unaccounted"] == 0
     assert 0 < terms["written"] < 5000
+
+
+def test_keys_open_an_encrypted_preview(tmp_path: Path) -> None:
+    keys = create_keys(tmp_path / "keys")
+    config = PreviewConfig(endpoint="tcp://127.0.0.1:*")
+    with closing(PreviewPublisher(config, curve_keys=keys)) as preview:
+        assert preview.endpoint is not None
+        scene = Scene()
+        with (
+            LiveSource(scene, preview.endpoint, keys),
+            PageServer(scene, Listening()) as server,
+            page(server) as socket,
+        ):
+            until(lambda: said(socket, "state")["state"] == "waiting", "its state")
+    assert scene.refused == {}
 
 
 def test_the_microscope_side_asks_its_own_config(tmp_path: Path) -> None:

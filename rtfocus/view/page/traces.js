@@ -8,6 +8,7 @@ const MARKS = {
   probe: { colour: PINK, symbol: "diamond", text: "probe" },
   verdict: { colour: GREEN, symbol: "dot", text: "found" },
   refusal: { colour: "#ff6b35", symbol: "cross", text: "refused" },
+  request: { colour: BLUE, symbol: "diamond", text: "asked" },
 };
 const MOST_STATES = 2400;
 
