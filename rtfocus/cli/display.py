@@ -192,6 +192,43 @@ def share_bar(what: str) -> Iterator[Callable[[float], None]]:
 
 
 @contextmanager
+def counting(
+    what: str, total: int, done: int
+) -> Iterator[Callable[[str | None], None]]:
+    """Show a bar with the time left on a terminal; yields what takes one more.
+
+    A line that comes with it is written to standard error.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda line: None if line is None else print(line, file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total, completed=done)
+
+        def show(line: str | None) -> None:
+            if line is not None:
+                progress.console.print(line, highlight=False, markup=False)
+            progress.advance(task)
+
+        yield show
+
+
+@contextmanager
 def passing_time(what: str) -> Iterator[None]:
     """Show on a terminal what is going on, and since when, where its end is unknown."""
     if sys.stderr is None or not sys.stderr.isatty():

@@ -1,5 +1,6 @@
 """Offline commands: ``restore`` and ``classify`` files as the live loop would."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -7,23 +8,37 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from rtfocus.batch.plan import Command, Job
+from rtfocus.cli.batch import (
+    FinishOption,
+    InitOption,
+    Many,
+    ResourcesOption,
+    SchedulerOption,
+    UnitOption,
+    run_batch,
+)
 from rtfocus.cli.options import OverwriteOption, SetOption, read_config
 from rtfocus.cli.side_by_side import SideBySide
 from rtfocus.config import Config, parse_config
 from rtfocus.config.optics import EXAMPLE, stated_optics
 from rtfocus.errors import ConfigError, IncompleteError, InputError
-from rtfocus.frame import FrameResult
 from rtfocus.images.optics import StatedOptics
 from rtfocus.images.outputs import STANDARD_OUTPUT, OutputGuard, companions
 from rtfocus.images.pictures import stretch_histogram
 from rtfocus.images.reading import BrokenImage, FoundImages, find_images
-from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import ImageOutput, OutputImage
-from rtfocus.processing.image_set import ImageSet, restoring_with, with_engine
-from rtfocus.processing.offline import ImageProcessor, tile_rows
+from rtfocus.processing.image_set import (
+    ImageSet,
+    notes_of,
+    restoring_with,
+    with_engine,
+)
+from rtfocus.processing.offline import ImageProcessor
 from rtfocus.writers.folder import SUFFIX
 from rtfocus.writers.header import read_header
 from rtfocus.writers.repair import complete_restoration, count_unrestored
@@ -102,6 +117,11 @@ def restore(
     config: ConfigOption = None,
     overrides: SetOption = None,
     overwrite: OverwriteOption = False,
+    scheduler: SchedulerOption = None,
+    resources: ResourcesOption = None,
+    init: InitOption = False,
+    unit: UnitOption = None,
+    finish: FinishOption = False,
 ) -> None:
     """Restore images, plane by plane, on the code path of the live loop.
 
@@ -118,6 +138,14 @@ def restore(
             raise ConfigError(msg)
         _complete(path, settings)
         return
+    free_choice = engine is None and config is None and not _is_run(path)
+    many = Many(scheduler, resources, init, unit, finish)
+    if many.is_asked_for:
+        _refuse_with_many("--picture", picture)
+        asked = _job("restore", path, output, settings, optics)
+        asked = replace(asked, free_choice=free_choice, stretch=stretch)
+        run_batch(asked, many, overwrite=overwrite)
+        return
     found = _find(path)
     guard = _guard(path, found, overwrite)
     place = ImageOutput(output, found.series, guard, path)
@@ -126,7 +154,7 @@ def restore(
         settings,
         found.series,
         stated=_stated(optics),
-        free_choice=engine is None and config is None and not _is_run(path),
+        free_choice=free_choice,
     )
     _tell(found, images)
     with _progress(found) as (progress, task), images:
@@ -149,6 +177,11 @@ def classify(
     config: ConfigOption = None,
     overrides: SetOption = None,
     overwrite: OverwriteOption = False,
+    scheduler: SchedulerOption = None,
+    resources: ResourcesOption = None,
+    init: InitOption = False,
+    unit: UnitOption = None,
+    finish: FinishOption = False,
 ) -> None:
     """Estimate the defocus of images, tile by tile.
 
@@ -158,6 +191,13 @@ def classify(
     settings = with_engine(settings, "restoration", {"method": "none"})
     if engine is not None:
         settings = with_engine(settings, "classifier", engine)
+    many = Many(scheduler, resources, init, unit, finish)
+    if many.is_asked_for:
+        _refuse_with_many("--picture", picture)
+        target = _json_of_many(json_file)
+        asked = _job("classify", path, target, settings, optics)
+        run_batch(asked, many, overwrite=overwrite)
+        return
     found = _find(path)
     guard = _guard(path, found, overwrite)
     if json_file is not None:
@@ -192,6 +232,33 @@ def classify(
     _refuse_broken(broken, done=len(described), what="planes classified")
 
 
+def _job(
+    command: Command, path: Path, output: Path, settings: Config, optics: str | None
+) -> Job:
+    source = path / "raw.ome.zarr" if _is_run(path) else path
+    return Job(
+        command=command,
+        source=os.path.abspath(source),
+        given=str(source),
+        output=os.path.abspath(output),
+        settings=settings.model_dump(mode="json"),
+        optics=optics,
+    )
+
+
+def _json_of_many(path: Path | None) -> Path:
+    if path is None or str(path) in STANDARD_OUTPUT:
+        msg = "many processes need a file for what they find: --json FILE"
+        raise ConfigError(msg)
+    return path
+
+
+def _refuse_with_many(option: str, given: object) -> None:
+    if given is not None:
+        msg = f"{option} is for one process; leave it out, or the options of many"
+        raise ConfigError(msg)
+
+
 def _output(
     images: ImageSet,
     number: int,
@@ -222,12 +289,7 @@ def _stated(optics: str | None) -> StatedOptics | None:
 
 
 def _tell(found: FoundImages, images: ImageSet) -> None:
-    """Say what is left out, filled in or assumed, before the work."""
-    notes = [note for series in found.series for note in series.notes]
-    if found.skipped:
-        number = len(found.skipped)
-        notes.append(f"{number} earlier results of rtfocus are no inputs")
-    for line in dict.fromkeys([*notes, *images.assumptions()]):
+    for line in notes_of(found, images):
         typer.echo(line, err=True)
 
 
@@ -324,33 +386,8 @@ def _classified(
     images: ImageSet, number: int, shown: SideBySide
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one image's planes."""
-    series = images.series[number]
     for index, result in shown.classified(images, number, images.classified(number)):
-        row = _described(series, index, result)
-        row["optics"] = images.optics(number, index["c"]).describe()
-        yield row
-
-
-def _described(
-    series: ImageSeries, index: dict[str, int], result: FrameResult
-) -> dict[str, Any]:
-    estimate = result.estimate
-    described = None
-    if estimate is not None:
-        described = {
-            "level": estimate.level,
-            "defocus_um": estimate.defocus_um,
-            "signed": estimate.signed,
-            "confidence": estimate.confidence,
-        }
-    return {
-        "path": str(series.path),
-        "name": series.name,
-        "index": index,
-        "shape": list(series.shape),
-        "estimate": described,
-        "tiles": tile_rows(result),
-    }
+        yield images.row(number, index, result)
 
 
 def _place(image: dict[str, Any]) -> str:

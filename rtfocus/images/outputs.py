@@ -73,6 +73,10 @@ class OutputGuard:
                 self._names[same_name(str(place))] = path
                 self._hold(place.parents, path)
 
+    def fresh(self, *, overwrite: bool) -> "OutputGuard":
+        """Return a guard of the same inputs that has claimed nothing yet."""
+        return OutputGuard(self._inputs.values(), overwrite=overwrite)
+
     def _hold(self, parents: Sequence[Path], path: Path) -> None:
         for parent in parents:
             identity = _identity(parent)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import NAMESPACE_OID, uuid5
 
 import numpy as np
 import tifffile
@@ -131,13 +132,13 @@ class ImageOutput:
                 if self.ending == ".zarr":
                     write_zarr(part, images, form or ZarrForm())
                 else:
-                    _write_tiff(part, images)
+                    write_tiff(part, images)
             return []
         broken = []
         for image, target in zip(images, self.targets, strict=True):
             try:
                 with self._guard.whole(target) as part:
-                    _write_tiff(part, [image])
+                    write_tiff(part, [image])
             except InputError as error:
                 broken.append(BrokenImage(image.like.path, str(error)))
         return broken
@@ -186,7 +187,8 @@ def _common_folder(series: Sequence[ImageSeries]) -> Path:
     )
 
 
-def _write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
+def write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
+    """Write images as the series of one OME-TIFF, plane by plane."""
     with tifffile.TiffWriter(path, ome=True, bigtiff=_is_big(images)) as file:
         for image in images:
             like = image.like
@@ -201,6 +203,7 @@ def _write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
                 software=SOFTWARE,
                 metadata={
                     "axes": "TCZYXS" if rgb else "TCZYX",
+                    "UUID": _uuid(images),
                     "Name": like.name,
                     **_ome_sizes(like),
                     **_ome_channels(like),
@@ -208,6 +211,15 @@ def _write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
                     "MapAnnotation": _ome_map(image),
                 },
             )
+
+
+def _uuid(images: Sequence[OutputImage]) -> str:
+    """Return the same for the same images made in the same way, so equal files.
+
+    A UUID of another kind would hold the time and this computer's address.
+    """
+    made = [(i.like.name, i.like.path.name, i.like.sizes, dict(i.made)) for i in images]
+    return f"urn:uuid:{uuid5(NAMESPACE_OID, repr(made))}"
 
 
 def _is_big(images: Sequence[OutputImage]) -> bool:

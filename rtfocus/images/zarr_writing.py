@@ -5,7 +5,7 @@ the groups say is turned into it at the end.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,33 +68,84 @@ def write_zarr(
     One image lies at the root; the images of one plate keep their wells; others are a
     bioformats2raw collection.
     """
-    places = [image.like.place for image in images]
-    if len(images) == 1 and places[0] is None:
-        _write_image(path, images[0], form)
-    elif is_plate(places):
-        _write_plate(path, images, form)
-    else:
-        _write_collection(path, images, form)
+    for place, image in zip(prepare_zarr(path, images, form), images, strict=True):
+        fill_image(path, place, image, form)
     if form.version == "0.4":
         _turn_into_04(path)
 
 
-def _write_image(path: Path, image: "OutputImage", form: ZarrForm) -> None:
+def prepare_zarr(
+    path: Path, images: "Sequence[OutputImage]", form: ZarrForm = _PLAIN
+) -> list[str]:
+    """Make all of an OME-Zarr but its pixels; no plane of `images` is taken.
+
+    Returns
+    -------
+    list of str
+        As `places_in_zarr`.
+    """
+    places = [image.like.place for image in images]
+    if len(images) == 1 and places[0] is None:
+        _prepare_image(path, images[0], form)
+    elif is_plate(places):
+        _prepare_plate(path, images, form)
+    else:
+        _prepare_collection(path, images, form)
+    return places_in_zarr(images)
+
+
+def places_in_zarr(images: "Sequence[OutputImage]") -> list[str]:
+    """Return of each image the path of its group in an OME-Zarr of all of them.
+
+    The root is the empty text.
+    """
+    places = [image.like.place for image in images]
+    if len(images) == 1 and places[0] is None:
+        return [""]
+    if not is_plate(places):
+        return [str(number) for number in range(len(images))]
+    return [
+        f"{place.rows[place.row]}/{place.columns[place.column]}/{place.field}"
+        for place in places
+        if place is not None
+    ]
+
+
+def fill_image(
+    path: Path, place: str, image: "OutputImage", form: ZarrForm = _PLAIN
+) -> None:
+    """Write all planes of an image to its place in a Zarr that was prepared.
+
+    Images lie in arrays of their own: several processes may fill different ones.
+    """
+    levels = [
+        zarr.open_array(path / place / level, mode="r+")
+        for level in _level_names(image, form)
+    ]
+    for index, plane in zip(image.like.indices(), image.planes, strict=True):
+        t, c, z = index["t"], index["c"], index["z"]
+        colours = 1 if plane.ndim == 2 else plane.shape[2]
+        for colour in range(colours):
+            grey = plane if plane.ndim == 2 else plane[..., colour]
+            for array, smaller in zip(levels, _halved(grey), strict=False):
+                array[t, c * colours + colour, z] = smaller
+
+
+def _prepare_image(path: Path, image: "OutputImage", form: ZarrForm) -> None:
     ome, datasets = _declared(image, form)
-    _, arrays = prepare_image(
+    prepare_image(
         path,
         ome,
         datasets,
         extra_attributes=zarr_attributes(image.made, ["", *_level_names(image, form)]),
         **_creation(image, form),
     )
-    _fill(arrays, "", image)
 
 
-def _write_collection(
+def _prepare_collection(
     path: Path, images: "Sequence[OutputImage]", form: ZarrForm
 ) -> None:
-    named = {str(number): image for number, image in enumerate(images)}
+    named = dict(zip(places_in_zarr(images), images, strict=True))
     nodes = ["", "OME", *named]
     for name, image in named.items():
         nodes += [f"{name}/{level}" for level in _level_names(image, form)]
@@ -105,14 +156,12 @@ def _write_collection(
     )
     for name, image in named.items():
         builder.add_series(name, *_declared(image, form))
-    _, arrays = builder.prepare()
-    for name, image in named.items():
-        _fill(arrays, f"{name}/", image)
+    builder.prepare()
     described = [(_ome_image(image.like), image.dtype) for image in images]
     (path / "OME" / "METADATA.ome.xml").write_bytes(write_ome_xml(described))
 
 
-def _write_plate(path: Path, images: "Sequence[OutputImage]", form: ZarrForm) -> None:
+def _prepare_plate(path: Path, images: "Sequence[OutputImage]", form: ZarrForm) -> None:
     wells: dict[tuple[int, int], dict[str, OutputImage]] = {}
     for image in images:
         place = image.like.place
@@ -134,11 +183,7 @@ def _write_plate(path: Path, images: "Sequence[OutputImage]", form: ZarrForm) ->
             col=first.columns[column],
             images={name: _declared(image, form) for name, image in fields.items()},
         )
-    _, arrays = builder.prepare()
-    for (row, column), fields in wells.items():
-        well = f"{first.rows[row]}/{first.columns[column]}"
-        for name, image in fields.items():
-            _fill(arrays, f"{well}/{name}/", image)
+    builder.prepare()
 
 
 def _creation(image: "OutputImage", form: ZarrForm) -> dict[str, Any]:
@@ -254,22 +299,6 @@ def _declared(
     return _ome(image, len(levels)), [
         ((*outer, *level), image.dtype) for level in levels
     ]
-
-
-def _fill(
-    arrays: "Mapping[str, zarr.Array[Any]]", prefix: str, image: "OutputImage"
-) -> None:
-    """Write all planes of an image into its levels."""
-    levels: list[zarr.Array[Any]] = []
-    while (array := arrays.get(f"{prefix}{len(levels)}")) is not None:
-        levels.append(array)
-    for index, plane in zip(image.like.indices(), image.planes, strict=True):
-        t, c, z = index["t"], index["c"], index["z"]
-        colours = 1 if plane.ndim == 2 else plane.shape[2]
-        for colour in range(colours):
-            grey = plane if plane.ndim == 2 else plane[..., colour]
-            for array, smaller in zip(levels, _halved(grey), strict=False):
-                array[t, c * colours + colour, z] = smaller
 
 
 def _halved(plane: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -8,7 +8,7 @@ pixels run blind and say so; methods that compute PSFs are refused.
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from rtfocus.images.optics import (
     in_short,
     refuse_other_reference,
 )
+from rtfocus.images.reading import FoundImages
 from rtfocus.images.series import ImageSeries
 from rtfocus.processing.engines.card import identity
 from rtfocus.processing.engines.registry import (
@@ -34,7 +35,7 @@ from rtfocus.processing.engines.registry import (
     find_engine,
     parts,
 )
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.processing.offline import ImageProcessor, tile_rows
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 
 BLIND_ENGINE = "rtfocus-2"
@@ -76,15 +77,25 @@ class ImageSet:
         stated: StatedOptics | None = None,
         free_choice: bool = False,
     ) -> None:
-        self.series = series
-        self._free = free_choice
+        self._stated = stated
         self._settings = settings
         self._processors: OrderedDict[tuple[int, object], ImageProcessor]
         self._processors = OrderedDict()
-        self._cut: Counter[int] = Counter()
         # One config object for all that is processed alike.
         self._blind = restoring_with(settings, BLIND_ENGINE) if free_choice else None
-        self._plans = [self._plan(image, stated) for image in series]
+        self.turn_to(series)
+
+    def turn_to(self, series: Sequence[ImageSeries]) -> None:
+        """Take other images in place of those so far; engines stay open.
+
+        Raises
+        ------
+        ConfigError, EngineError
+            As for the first ones.
+        """
+        self.series = series
+        self._cut: Counter[int] = Counter()
+        self._plans = [self._plan(image) for image in series]
 
     def optics(self, number: int, channel: int) -> ImageOptics:
         """Return the optics of a channel of an image, by their numbers."""
@@ -170,6 +181,29 @@ class ImageSet:
             processor, name = self._processor(number, index["c"])
             yield index, processor.classify(image.read(**index), channel=name)
 
+    def row(
+        self, number: int, index: dict[str, int], result: FrameResult
+    ) -> dict[str, Any]:
+        """Return what was found in a plane as plain values."""
+        series, estimate = self.series[number], result.estimate
+        described = None
+        if estimate is not None:
+            described = {
+                "level": estimate.level,
+                "defocus_um": estimate.defocus_um,
+                "signed": estimate.signed,
+                "confidence": estimate.confidence,
+            }
+        return {
+            "path": str(series.path),
+            "name": series.name,
+            "index": index,
+            "shape": list(series.shape),
+            "estimate": described,
+            "tiles": tile_rows(result),
+            "optics": self.optics(number, index["c"]).describe(),
+        }
+
     def cut(self) -> list[str]:
         """Say, a line each, where restored pixels exceed what their type can hold."""
         return [
@@ -188,15 +222,21 @@ class ImageSet:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what was opened for the images."""
         while self._processors:
             self._processors.popitem()[1].close()
 
-    def _plan(self, image: ImageSeries, stated: StatedOptics | None) -> list[Setting]:
+    def _plan(self, image: ImageSeries) -> list[Setting]:
         """Settle optics and engines of every channel of an image."""
         plan = []
         for channel in range(image.sizes["c"]):
             known = _names(self._settings, image)[channel]
-            optics = find_optics(image, channel, configured=known.optics, stated=stated)
+            optics = find_optics(
+                image, channel, configured=known.optics, stated=self._stated
+            )
             settings = self._settings
             if optics.system is None and self._blind is not None:
                 settings = self._blind
@@ -230,6 +270,15 @@ class ImageSet:
             more = int(np.count_nonzero((after == top) & (before < top)))  # type: ignore[operator]
             if more:
                 self._cut[number] += more
+
+
+def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
+    """Say, a line each, what is left out, filled in or assumed, before the work."""
+    notes = [note for series in found.series for note in series.notes]
+    if found.skipped:
+        number = len(found.skipped)
+        notes.append(f"{number} earlier results of rtfocus are no inputs")
+    return list(dict.fromkeys([*notes, *images.assumptions()]))
 
 
 def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Config:

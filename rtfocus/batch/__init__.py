@@ -1,0 +1,1 @@
+"""Batch: many images by many processes, on one machine or a cluster, resumable."""

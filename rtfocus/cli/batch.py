@@ -1,0 +1,236 @@
+"""Batch options: ``restore`` and ``classify`` by many processes, or as a job array."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from filelock import FileLock, Timeout
+
+from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
+from rtfocus.batch.scheduler import run_on
+from rtfocus.batch.work import Batch, run_here
+from rtfocus.cli.display import counting
+from rtfocus.errors import BusyError, ConfigError, IncompleteError, InputError
+
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="ADDRESS|local[:N]",
+        rich_help_panel="Many processes",
+        help="dask.distributed: a scheduler, or N processes here. The same command "
+        "goes on where a killed one was.",
+    ),
+]
+ResourcesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--resources",
+        metavar="NAME=N",
+        rich_help_panel="Many processes",
+        help="What an image needs of a worker, as workers were started with: GPU=1.",
+    ),
+]
+InitOption = Annotated[
+    bool,
+    typer.Option(
+        "--init",
+        rich_help_panel="Many processes",
+        help="Job arrays: plan only, and say how many images there are.",
+    ),
+]
+UnitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--unit",
+        metavar="K/N",
+        rich_help_panel="Many processes",
+        help="Job arrays: the K-th, from 1, of N parts of what was planned.",
+    ),
+]
+FinishOption = Annotated[
+    bool,
+    typer.Option(
+        "--finish",
+        rich_help_panel="Many processes",
+        help="Job arrays: put the output in its place and name what failed.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Many:
+    """What the options say of many processes."""
+
+    scheduler: str | None = None
+    resources: str | None = None
+    init: bool = False
+    unit: str | None = None
+    finish: bool = False
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Tell whether there are to be any."""
+        return bool(self.scheduler or self.init or self.unit or self.finish)
+
+
+def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
+    """Do what the options ask for: all of a batch, or a step of it.
+
+    Raises
+    ------
+    RtfocusError
+        Says what is not done, after all else was.
+    """
+    steps = (many.scheduler, many.init, many.unit, many.finish)
+    if sum(map(bool, steps)) != 1:
+        msg = "give one of --scheduler, --init, --unit and --finish"
+        raise ConfigError(msg)
+    ledger = Ledger(Path(job.output))
+    if many.unit is not None:
+        _do_part(ledger, many.unit)
+        return
+    with _alone(ledger):
+        batch = Batch(job, overwrite=overwrite)
+        if many.finish:
+            _finish(batch, _begun(ledger))
+            return
+        for line in batch.notes():
+            typer.echo(line, err=True)
+        plan, done = batch.plan()
+        _say_begun(ledger, plan, done)
+        if many.init:
+            return
+        resources = _resources(many.resources)
+        with counting("images", len(plan.units), done) as show:
+            run_on(
+                many.scheduler or "local",
+                plan,
+                ledger.left(plan.units),
+                lambda unit, failure: show(_say(unit, failure)),
+                resources=resources,
+            )
+        _finish(batch, plan)
+
+
+def _do_part(ledger: Ledger, text: str) -> None:
+    """Do one part of a batch that was planned."""
+    plan = _begun(ledger)
+    part = plan.part(*part_of(text))
+    left = ledger.left(part)
+    failed: list[Unit] = []
+
+    def told(unit: Unit, failure: Failure | None) -> str | None:
+        if failure is not None:
+            failed.append(unit)
+        return _say(unit, failure)
+
+    with counting("images", len(part), len(part) - len(left)) as show:
+        run_here(plan, left, lambda unit, failure: show(told(unit, failure)))
+    typer.echo(f"{len(part) - len(failed)} of {len(part)} images of part {text} done")
+    if failed:
+        msg = f"{len(failed)} images of part {text} failed: {_named(failed)}"
+        raise IncompleteError(msg)
+
+
+def _finish(batch: Batch, plan: Plan) -> None:
+    """Put the output in its place; say what is there, and fail if not all is."""
+    job, ledger = batch.job, batch.ledger
+    notes = ledger.notes(plan)
+    planes = sum(u.planes for u in plan.units) - sum(
+        unit.planes for unit in ledger.left(plan.units)
+    )
+    missing = ledger.left(plan.units)
+    failures = batch.finish(plan)
+    for line in notes:
+        typer.echo(line, err=True)
+    for reason in plan.broken:
+        typer.echo(f"broken: {reason}", err=True)
+    for unit, failure in failures:
+        typer.echo(f"failed: '{unit.path}': {failure.reason}", err=True)
+    failed = {unit.key for unit, _ in failures}
+    waiting = [unit for unit in missing if unit.key not in failed]
+    delivered = not ledger.folder.exists() or plan.form == "folder"
+    done = len(plan.units) - len(missing)
+    word = "restored" if job.command == "restore" else "classified"
+    if delivered and done:
+        typer.echo(f"{word} {planes} planes of {done} images to {job.output}")
+    if waiting:
+        msg = (
+            f"{len(waiting)} of {len(plan.units)} images are not done: "
+            f"{_named(waiting)}; the same command goes on from there"
+        )
+        raise IncompleteError(msg)
+    lost = [*(unit.path for unit, _ in failures), *plan.broken]
+    if lost:
+        again = (
+            ""
+            if delivered and plan.form != "folder"
+            else "; the same command tries them again, and keeps what is done"
+        )
+        named = _named([unit for unit, _ in failures])
+        which = f": {named}" if named else ""
+        msg = f"{len(lost)} images are not {word}{which}; {done} are{again}"
+        raise (IncompleteError if done else InputError)(msg)
+
+
+def _begun(ledger: Ledger) -> Plan:
+    plan = ledger.plan()
+    if plan is None:
+        msg = f"no batch was begun for '{ledger.output}'; begin it with --init"
+        raise ConfigError(msg)
+    return plan
+
+
+def _say_begun(ledger: Ledger, plan: Plan, done: int) -> None:
+    number = len(plan.units)
+    before = f", {done} of them done before" if done else ""
+    typer.echo(f"{number} images{before}; state in {ledger.folder}")
+    sys.stdout.flush()
+
+
+def _say(unit: Unit, failure: Failure | None) -> str | None:
+    return None if failure is None else f"failed: '{unit.path}': {failure.reason}"
+
+
+def _named(units: list[Unit]) -> str:
+    names = list(dict.fromkeys(f"'{unit.path}'" for unit in units))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _resources(text: str | None) -> dict[str, float]:
+    """Read ``NAME=N``."""
+    if text is None:
+        return {}
+    name, _, number = text.partition("=")
+    try:
+        return {name: float(number)}
+    except ValueError as error:
+        msg = f"--resources '{text}' is not NAME=N, such as GPU=1"
+        raise ConfigError(msg) from error
+
+
+@contextmanager
+def _alone(ledger: Ledger) -> Iterator[None]:
+    """Refuse a second process that plans or ends the same batch at the same time."""
+    lock = FileLock(ledger.folder.with_name(f".{ledger.folder.name}.lock"))
+    try:
+        ledger.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        msg = f"another process works at the batch of '{ledger.output}'; wait for it"
+        raise BusyError(msg) from error
+    except OSError as error:
+        msg = f"'{ledger.output}' cannot be written: {error.strerror or error}"
+        raise ConfigError(msg) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows: after its release alone
+            Path(lock.lock_file).unlink()
+        lock.release()
