@@ -88,8 +88,8 @@ class Plan(msgspec.Struct, frozen=True):
     form: Form
     job: Job
     units: tuple[Unit, ...]
-    broken: tuple[str, ...] = ()
-    """Why images of the input cannot be opened at all."""
+    broken: tuple[tuple[str, str], ...] = ()
+    """Images of the input that cannot be opened at all, and why."""
 
     def part(self, number: int, of: int) -> tuple[Unit, ...]:
         """Return the units of part `number`, from 1, of so many equal parts."""
@@ -286,7 +286,7 @@ def new_plan(
     form: Form,
     job: Job,
     images: list[tuple[ImageSeries, str, dict[str, str]]],
-    broken: tuple[str, ...],
+    broken: tuple[tuple[str, str], ...],
 ) -> Plan:
     """Make a plan.
 
@@ -298,7 +298,7 @@ def new_plan(
         All of them, with their targets, and how each is made: engines with the hashes
         of their weights, optics.
     broken
-        Why others cannot be opened.
+        Others that cannot be opened, and why.
     """
     met: dict[Path, int] = {}
     units = []

@@ -99,7 +99,7 @@ class Batch:
                 zip(self.found.series, targets, strict=True)
             )
         ]
-        broken = tuple(one.reason for one in self.found.broken)
+        broken = tuple((str(one.path), one.reason) for one in self.found.broken)
         plan = new_plan(form, self.job, images, broken)
         if begun is not None and begun.key == plan.key:
             self.ledger.extend(plan)
@@ -135,7 +135,8 @@ class Batch:
             self._deliver(plan, failed)
         elif plan.form == "rows":
             self._collect(plan, failed)
-        if not failures or plan.form in ("zarr", "rows"):
+        # A folder can be completed later, file by file.
+        if not (failures or plan.broken) or plan.form in ("zarr", "rows"):
             self.ledger.remove()
         return failures
 
@@ -209,7 +210,8 @@ class Batch:
         for unit in plan.units:
             if unit.key not in failed:
                 rows += map(self._as_given, _rows_in(self.ledger.rows(unit)))
-        broken = [*plan.broken, *(f.reason for _, f in self.ledger.failures(plan))]
+        broken = [reason for _, reason in plan.broken]
+        broken += [f.reason for _, f in self.ledger.failures(plan)]
         engine = self.job.settings["processing"]["classifier"]
         content: dict[str, Any] = {"engine": engine, "images": rows}
         if broken:
@@ -251,10 +253,9 @@ def run_unit(
     ledger = Ledger(Path(output))
     with _ONE_AT_A_TIME:
         try:
-            opened = _opened(ledger, plan_key, threads)
+            opened, unit = _opened(ledger, plan_key, unit_key, threads)
         except RtfocusError as error:
             return Failure(_fault_of(error), str(error))
-        unit = opened.units[unit_key]
         if ledger.is_done(unit):
             return None
         try:
@@ -365,10 +366,13 @@ _ONE_AT_A_TIME = threading.Lock()
 """A process does one unit at a time, however many threads a worker has."""
 
 
-def _opened(ledger: Ledger, plan_key: str, threads: int | None) -> _Opened:
-    """Return what this process needs for a plan, kept from the unit before."""
+def _opened(
+    ledger: Ledger, plan_key: str, unit_key: str, threads: int | None
+) -> tuple[_Opened, Unit]:
+    """Return what this process needs for a unit, kept from the one before."""
     global _kept
-    if _kept is None or _kept.key != plan_key:
+    # A later call of the same batch may have found more images.
+    if _kept is None or _kept.key != plan_key or unit_key not in _kept.units:
         close_opened()
         plan = ledger.plan()
         if plan is None or plan.key != plan_key:
@@ -381,7 +385,7 @@ def _opened(ledger: Ledger, plan_key: str, threads: int | None) -> _Opened:
             )
             raise EngineError(msg)
         _kept = _Opened(plan, threads)
-    return _kept
+    return _kept, _kept.units[unit_key]
 
 
 def _image_set(

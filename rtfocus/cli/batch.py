@@ -1,7 +1,7 @@
 """Batch options: ``restore`` and ``classify`` by many processes, or as a job array."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +133,8 @@ def _do_part(ledger: Ledger, text: str) -> None:
         run_here(plan, left, lambda unit, failure: show(told(unit, failure)))
     typer.echo(f"{len(part) - len(failed)} of {len(part)} images of part {text} done")
     if failed:
-        msg = f"{len(failed)} images of part {text} failed: {_named(failed)}"
+        names = _named(unit.path for unit in failed)
+        msg = f"{len(failed)} images of part {text} failed: {names}"
         raise IncompleteError(msg)
 
 
@@ -148,7 +149,7 @@ def _finish(batch: Batch, plan: Plan) -> None:
     failures = batch.finish(plan)
     for line in notes:
         typer.echo(line, err=True)
-    for reason in plan.broken:
+    for _, reason in plan.broken:
         typer.echo(f"broken: {reason}", err=True)
     for unit, failure in failures:
         typer.echo(f"failed: '{unit.path}': {failure.reason}", err=True)
@@ -162,19 +163,17 @@ def _finish(batch: Batch, plan: Plan) -> None:
     if waiting:
         msg = (
             f"{len(waiting)} of {len(plan.units)} images are not done: "
-            f"{_named(waiting)}; the same command goes on from there"
+            f"{_named(u.path for u in waiting)}; the same command goes on from there"
         )
         raise IncompleteError(msg)
-    lost = [*(unit.path for unit, _ in failures), *plan.broken]
+    lost = [unit.path for unit, _ in failures] + [path for path, _ in plan.broken]
     if lost:
         again = (
             ""
             if delivered and plan.form != "folder"
             else "; the same command tries them again, and keeps what is done"
         )
-        named = _named([unit for unit, _ in failures])
-        which = f": {named}" if named else ""
-        msg = f"{len(lost)} images are not {word}{which}; {done} are{again}"
+        msg = f"{len(lost)} images are not {word}: {_named(lost)}; {done} are{again}"
         raise (IncompleteError if done else InputError)(msg)
 
 
@@ -197,8 +196,8 @@ def _say(unit: Unit, failure: Failure | None) -> str | None:
     return None if failure is None else f"failed: '{unit.path}': {failure.reason}"
 
 
-def _named(units: list[Unit]) -> str:
-    names = list(dict.fromkeys(f"'{unit.path}'" for unit in units))
+def _named(paths: Iterable[str]) -> str:
+    names = list(dict.fromkeys(f"'{path}'" for path in paths))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 

@@ -1,0 +1,315 @@
+"""Batches: many processes do what one would, whoever is killed or lacks something."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tifffile
+import yaozarrs
+import zarr
+from image_file_kit import ngff_axes, write_ngff
+from loop_kit import command, failed, succeeded
+from transport_kit import until
+
+from rtfocus.batch.plan import Ledger
+from rtfocus.errors import ExitCode
+
+distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
+
+OPTICS = ("--optics", "NA=0.75,wavelength=520,pixel=0.325")
+WIENER = (*OPTICS, "--engine", "wiener")
+SIDE = 112
+
+
+def picture(seed: int) -> np.ndarray:
+    """Return noise on stripes, so that no two images are equal."""
+    rng = np.random.default_rng(seed)
+    stripes = np.add.outer(np.arange(SIDE), np.arange(SIDE)) % 32 > 16
+    return rng.poisson(200 + 400 * stripes).astype("<u2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six TIFFs in two folders."""
+    source = tmp_path / "in"
+    (source / "day.1").mkdir(parents=True)
+    for number in range(6):
+        below = source / "day.1" if number > 3 else source
+        tifffile.imwrite(below / f"f{number}.tif", picture(number))
+    return source
+
+
+@pytest.fixture
+def plate(tmp_path: Path) -> Path:
+    """Two wells of two fields."""
+    path = tmp_path / "plate.zarr"
+    root = zarr.open_group(path, mode="w", zarr_format=2)
+    wells = [
+        {"path": f"{row}/3", "rowIndex": number, "columnIndex": 0}
+        for number, row in enumerate("AB")
+    ]
+    root.attrs["plate"] = {
+        "name": "screen",
+        "rows": [{"name": "A"}, {"name": "B"}],
+        "columns": [{"name": "3"}],
+        "wells": wells,
+    }
+    for number, well in enumerate(("A/3", "B/3")):
+        group = root.require_group(well)
+        group.attrs["well"] = {"images": [{"path": "0"}, {"path": "1"}]}
+        for field in (0, 1):
+            pixels = picture(2 * number + field)
+            image = path / well / str(field)
+            write_ngff(image, pixels, ngff_axes("yx"), [0.325, 0.325])
+    return path
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A scheduler with two workers, processes of their own."""
+    with distributed.LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        memory_limit=None,
+        dashboard_address=None,
+        silence_logs=50,
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Return every file below a folder, or the file itself."""
+    if root.is_file():
+        return {"": root.read_bytes()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_nothing_left(output: Path) -> None:
+    assert [p.name for p in output.parent.iterdir() if "rtfocus" in p.name] == []
+
+
+@pytest.mark.parametrize("name", ["out", "out.ome.zarr"])
+def test_many_processes_write_what_one_writes(
+    folder: Path, plate: Path, tmp_path: Path, address: str, name: str
+) -> None:
+    for source in (folder, plate):
+        one, many = (tmp_path / f"{n} {source.name}" / name for n in ("one", "many"))
+        succeeded(command("restore", source, "-o", one, *WIENER))
+        said = succeeded(
+            command("restore", source, "-o", many, *WIENER, "--scheduler", address)
+        )
+        assert "images; state in" in said
+        assert files_of(one) == files_of(many)
+        assert_nothing_left(many)
+        if many.suffix == ".zarr":
+            yaozarrs.validate_zarr_store(many)
+        refused = failed(
+            command("restore", source, "-o", many, *WIENER, "--scheduler", address)
+        )
+        assert "exists" in refused
+
+
+def test_classify_and_a_single_file(folder: Path, tmp_path: Path, address: str) -> None:
+    many = ("--scheduler", address)
+    for name, more in (("one.json", ()), ("many.json", many)):
+        succeeded(
+            command("classify", folder, *OPTICS, "--json", tmp_path / name, *more)
+        )
+    assert files_of(tmp_path / "one.json") == files_of(tmp_path / "many.json")
+    source = folder / "f0.tif"
+    for name, more in (("one.tif", ()), ("many.tif", many)):
+        succeeded(command("restore", source, "-o", tmp_path / name, *WIENER, *more))
+    assert files_of(tmp_path / "one.tif") == files_of(tmp_path / "many.tif")
+    said = failed(command("restore", folder, "-o", tmp_path / "x.tif", *WIENER, *many))
+    assert "would hold 6 images" in said
+    assert "--json FILE" in failed(command("classify", folder, *OPTICS, *many))
+
+
+def test_a_job_array_needs_no_scheduler(plate: Path, tmp_path: Path) -> None:
+    one, many = tmp_path / "one.ome.zarr", tmp_path / "many.ome.zarr"
+    succeeded(command("restore", plate, "-o", one, *WIENER))
+    asked = ("restore", plate, "-o", many, *WIENER)
+    assert "--init" in failed(command(*asked, "--unit", "1/2"))
+    assert "4 images" in succeeded(command(*asked, "--init"))
+    assert "no part" in failed(command(*asked, "--unit", "0/2"))
+    assert "give one of" in failed(command(*asked, "--unit", "1/2", "--finish"))
+    assert "2 of 2" in succeeded(command(*asked, "--unit", "1/2"))
+    said = failed(command(*asked, "--finish"), ExitCode.INCOMPLETE)
+    assert "2 of 4 images are not done" in said
+    assert not many.exists()
+    # Planned again it is still the same, and other settings are another batch.
+    assert "2 of them done before" in succeeded(command(*asked, "--init"))
+    other = ("restore", plate, "-o", many, *OPTICS, "--engine", "richardson_lucy")
+    assert "other settings" in failed(command(*other, "--init"))
+    assert "2 of 2" in succeeded(command(*asked, "--unit", "2/2"))
+    assert "4 planes of 4 images" in succeeded(command(*asked, "--finish"))
+    assert files_of(one) == files_of(many)
+    assert_nothing_left(many)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_done(
+    folder: Path, plate: Path, tmp_path: Path, address: str
+) -> None:
+    many = (*WIENER, "--scheduler", address)
+    # The header is whole, half of the pixels are missing.
+    broken, whole = folder / "f1.tif", (folder / "f1.tif").read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    (folder / "f2.tif").write_bytes(b"no TIFF")
+    one, out = tmp_path / "one", tmp_path / "out"
+    said = failed(command("restore", folder, "-o", out, *many), ExitCode.INCOMPLETE)
+    assert "2 images are not restored" in said
+    assert "f1.tif" in said
+    assert sorted(p.name for p in out.rglob("*.tif")) == [
+        f"f{n}.tif" for n in (0, 3, 4, 5)
+    ]
+    kept = (out / "f0.tif").stat().st_mtime_ns
+    # Mended, the same command does what is left.
+    broken.write_bytes(whole)
+    tifffile.imwrite(folder / "f2.tif", picture(2))
+    assert "4 of them done before" in succeeded(
+        command("restore", folder, "-o", out, *many)
+    )
+    assert (out / "f0.tif").stat().st_mtime_ns == kept
+    succeeded(command("restore", folder, "-o", one, *WIENER))
+    assert files_of(one) == files_of(out)
+
+    # Of a plate the fields that can be read make a plate of their own.
+    chunk = next(
+        path
+        for path in (plate / "A/3/1/0").rglob("*")
+        if path.is_file() and not path.name.startswith((".", "zarr"))
+    )
+    chunk.write_bytes(b"broken")
+    out = tmp_path / "out.ome.zarr"
+    said = failed(command("restore", plate, "-o", out, *many), ExitCode.INCOMPLETE)
+    assert "1 images are not restored" in said
+    found = yaozarrs.validate_zarr_store(out)
+    assert found is not None
+    fields = [path for path in out.rglob("zarr.json") if path.parent.parent.name == "3"]
+    assert sorted(str(p.parent.relative_to(out)) for p in fields) == [
+        "A/3/0",
+        "B/3/0",
+        "B/3/1",
+    ]
+    succeeded(command("restore", plate / "B/3/1", "-o", tmp_path / "b.zarr", *WIENER))
+    np.testing.assert_array_equal(
+        zarr.open_array(out / "B/3/1/0", mode="r")[:],
+        zarr.open_array(tmp_path / "b.zarr/0", mode="r")[:],
+    )
+    assert_nothing_left(out)
+
+
+def test_killed_workers_and_clients_cost_what_was_under_way(
+    tmp_path: Path, address: str
+) -> None:
+    source, one, out = (tmp_path / n for n in ("in", "one.ome.zarr", "out.ome.zarr"))
+    source.mkdir()
+    for number in range(24):
+        tifffile.imwrite(source / f"f{number}.tif", picture(number))
+    asked = ("restore", str(source), "-o", str(out), *WIENER, "--scheduler")
+    client = subprocess.Popen(
+        [sys.executable, "-m", "rtfocus", *asked, "local:2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    done = Ledger(out).folder / "done"
+
+    def so_many(number: int) -> bool:
+        return client.poll() is not None or (
+            done.is_dir() and len(list(done.iterdir())) >= number
+        )
+
+    until(lambda: so_many(1), "the first image")
+    workers = [
+        process
+        for process in psutil.Process(client.pid).children(recursive=True)
+        if "spawn_main" in " ".join(process.cmdline())
+    ]
+    workers[0].kill()
+    until(lambda: so_many(4), "images after a worker was killed")
+    os.kill(client.pid, signal.SIGKILL)
+    client.wait()
+    _, left = psutil.wait_procs(workers, timeout=30)
+    assert left == []
+    before = len(list(done.iterdir()))
+    assert 4 <= before < 24
+    said = succeeded(command(*asked, address))
+    assert f"{before} of them done before" in said
+    succeeded(command("restore", source, "-o", one, *WIENER))
+    assert files_of(one) == files_of(out)
+
+
+def test_a_worker_without_the_engine_gives_its_images_to_others(
+    folder: Path, tmp_path: Path, address: str
+) -> None:
+    preload = tmp_path / "lacks.py"
+    preload.write_text(
+        "from pathlib import Path\nfrom rtfocus import files\n"
+        f"files._PACKAGE = Path({str(tmp_path)!r}) / 'nothing' / 'here'\n"
+    )
+    lacking = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "distributed.cli.dask_worker", address),
+            *("--no-nanny", "--no-dashboard", "--nthreads", "1"),
+            *("--preload", str(preload), "--name", "lacking"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with distributed.Client(address) as client:
+            client.wait_for_workers(3, timeout=60)
+        asked = ("restore", folder, "-o", tmp_path / "out", *OPTICS)
+        asked += ("--engine", "rtfocus-1", "--scheduler")
+        said = command(*asked, address)
+        succeeded(said)
+        assert len(list((tmp_path / "out").rglob("*.tif"))) == 6
+    finally:
+        lacking.kill()
+        lacking.wait()
+
+
+def test_no_scheduler_is_one_line(folder: Path, tmp_path: Path) -> None:
+    asked = ("restore", folder, "-o", tmp_path / "out", *WIENER, "--scheduler")
+    assert "is no address" in failed(command(*asked, "cluster"))
+    assert "local:N" in failed(command(*asked, "local:0"))
+    resources = ("--resources", "GPU")
+    assert "NAME=N" in failed(command(*asked, "local:1", *resources))
+
+
+def test_a_full_disk_fails_the_images_it_refuses(folder: Path, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("needs tmpfs to make a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "rtfocus", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("cannot mount a small disk")
+    try:
+        out = disk / "out"
+        asked = ("restore", folder, "-o", out, *WIENER)
+        succeeded(command(*asked, "--init"))
+        filler = disk / "filler"
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        filler.write_bytes(bytes(free - 60_000))
+        said = failed(command(*asked, "--unit", "1/1"), ExitCode.INCOMPLETE)
+        assert "failed" in said
+        assert "No space left" in command(*asked, "--finish").err
+        some = len(list(out.rglob("*.tif")))
+        assert 0 < some < 6
+        filler.unlink()
+        succeeded(command(*asked, "--unit", "1/1"))
+        succeeded(command(*asked, "--finish"))
+        assert len(list(out.rglob("*.tif"))) == 6
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
