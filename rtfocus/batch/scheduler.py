@@ -131,8 +131,8 @@ class _Run:
         except (*_GONE, _cancelled()) as error:
             left = len(waiting) + len(running)
             msg = (
-                f"the scheduler is gone with {left} units not done ({error}); the same "
-                "command goes on from there"
+                f"the scheduler is gone, {left} images are not done; the same command "
+                "goes on from there"
             )
             raise IncompleteError(msg) from error
 
@@ -218,7 +218,7 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
     except ImportError as error:
         msg = "--scheduler needs dask.distributed: pip install 'rtfocus[batch]'"
         raise ConfigError(msg) from error
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         address: Any = scheduler
         if number is not None:

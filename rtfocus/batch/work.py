@@ -44,7 +44,7 @@ from rtfocus.images.reading import FoundImages, find_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import ImageOutput, OutputImage, write_tiff
 from rtfocus.images.zarr_writing import fill_image, places_in_zarr, prepare_zarr
-from rtfocus.processing.image_set import ImageSet, notes_of
+from rtfocus.processing.image_set import ImageSet
 
 _MOST_SOURCES = 8
 """Files whose list of images a process keeps."""
@@ -386,6 +386,15 @@ def _opened(
             raise EngineError(msg)
         _kept = _Opened(plan, threads)
     return _kept, _kept.units[unit_key]
+
+
+def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
+    """Say, a line each, what is left out, filled in or assumed, before the work."""
+    notes = [note for series in found.series for note in series.notes]
+    if found.skipped:
+        number = len(found.skipped)
+        notes.append(f"{number} earlier results of rtfocus are no inputs")
+    return list(dict.fromkeys([*notes, *images.assumptions()]))
 
 
 def _image_set(

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from rtfocus.batch.plan import Command, Job
+from rtfocus.batch.work import notes_of
 from rtfocus.cli.batch import (
     FinishOption,
     InitOption,
@@ -34,7 +35,6 @@ from rtfocus.images.reading import BrokenImage, FoundImages, find_images
 from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.processing.image_set import (
     ImageSet,
-    notes_of,
     restoring_with,
     with_engine,
 )

@@ -26,7 +26,6 @@ from rtfocus.images.optics import (
     in_short,
     refuse_other_reference,
 )
-from rtfocus.images.reading import FoundImages
 from rtfocus.images.series import ImageSeries
 from rtfocus.processing.engines.card import identity
 from rtfocus.processing.engines.registry import (
@@ -270,15 +269,6 @@ class ImageSet:
             more = int(np.count_nonzero((after == top) & (before < top)))  # type: ignore[operator]
             if more:
                 self._cut[number] += more
-
-
-def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
-    """Say, a line each, what is left out, filled in or assumed, before the work."""
-    notes = [note for series in found.series for note in series.notes]
-    if found.skipped:
-        number = len(found.skipped)
-        notes.append(f"{number} earlier results of rtfocus are no inputs")
-    return list(dict.fromkeys([*notes, *images.assumptions()]))
 
 
 def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Config:
