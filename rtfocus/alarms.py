@@ -23,8 +23,8 @@ from typing import Any
 from rtfocus.config import Config
 from rtfocus.config.processor import AlarmConfig, AlarmKind
 from rtfocus.errors import BusyError, TakenOverError
+from rtfocus.metrics import Outcome
 from rtfocus.monitor import Monitor, Sample
-from rtfocus.outcome import Outcome
 from rtfocus.writers.header import REPORT_NAME
 
 _LOG = logging.getLogger(__name__)

@@ -35,9 +35,9 @@ from rtfocus.errors import (
 )
 from rtfocus.focus_readings import FocusLog, SeriesReader
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
+from rtfocus.metrics import STOPPED_HERE
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import Monitor
-from rtfocus.outcome import STOPPED_HERE
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports, paired

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.errors import InputError, WriterError
 from rtfocus.frame import SeriesStart
-from rtfocus.outcome import Outcome
+from rtfocus.metrics import Outcome
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, read_header
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import position_paths, store_path

@@ -33,7 +33,7 @@ def main() -> NoReturn:
 def _run() -> int:
     """Run the command and translate how it ended; return its exit code."""
     try:
-        from rtfocus.cli.interrupt import Interrupted, ended_by_signals
+        from rtfocus.cli.endings import Interrupted, ended_by_signals, tell
 
         with ended_by_signals():
             try:
@@ -43,8 +43,6 @@ def _run() -> int:
             except (KeyboardInterrupt, Interrupted):
                 return _say_interrupted()
             except Exception as error:
-                from rtfocus.cli.faults import tell
-
                 return tell(error)
     except KeyboardInterrupt:
         return _say_interrupted()

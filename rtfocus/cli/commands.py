@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from rtfocus import __version__
-from rtfocus.cli.interrupt import Interrupted
+from rtfocus.cli.endings import Interrupted
 from rtfocus.errors import ExitCode
 
 DEBUG_VARIABLE = "RTFOCUS_DEBUG"
@@ -57,7 +57,7 @@ COMMANDS = {
         "Find focus by the images of the microscope itself, or hold it.",
     ),
     "calibrate": Place(
-        "calibrate",
+        "autofocus",
         "Check autofocus against a z-stack through focus, up and down again.",
     ),
     "keys": Place(

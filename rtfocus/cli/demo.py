@@ -14,7 +14,7 @@ from scipy.ndimage import map_coordinates
 from rtfocus import app as loop
 from rtfocus.channel import OpticalSystem
 from rtfocus.cli.display import display_run
-from rtfocus.cli.interrupt import interruptible
+from rtfocus.cli.endings import interruptible
 from rtfocus.cli.options import QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
 from rtfocus.config import Config

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from rtfocus.cli.interrupt import interruptible
+from rtfocus.cli.endings import interruptible
 from rtfocus.cli.options import read_config
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel

@@ -13,7 +13,7 @@ import yaml
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import load_config, parse_config
 from rtfocus.errors import ConfigError, ExitCode, OutputError
-from rtfocus.microscope.inventory import Inventory, take_inventory
+from rtfocus.microscope.core import Inventory, take_inventory
 from rtfocus.preflight import preflight
 from rtfocus.processing.engines.registry import list_engines, why_unfit
 

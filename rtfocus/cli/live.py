@@ -7,7 +7,7 @@ import typer
 
 from rtfocus import app as loop
 from rtfocus.cli.display import Rows, defocus_text, display, display_run
-from rtfocus.cli.interrupt import interruptible, stop_at_end_of_input
+from rtfocus.cli.endings import interruptible, stop_at_end_of_input
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.report import print_report
 from rtfocus.cli.view import view_process, with_preview

@@ -26,9 +26,8 @@ from rtfocus.cli.batch import (
 from rtfocus.cli.options import OverwriteOption, SetOption, read_config
 from rtfocus.cli.side_by_side import SideBySide
 from rtfocus.config import Config, parse_config
-from rtfocus.config.optics import EXAMPLE, stated_optics
 from rtfocus.errors import ConfigError, IncompleteError, InputError
-from rtfocus.images.optics import StatedOptics
+from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
 from rtfocus.images.outputs import STANDARD_OUTPUT, OutputGuard, companions
 from rtfocus.images.pictures import stretch_histogram
 from rtfocus.images.reading import BrokenImage, FoundImages, find_images

@@ -12,7 +12,7 @@ from typing import Annotated
 import psutil
 import typer
 
-from rtfocus.cli.interrupt import interruptible, stop_at_end_of_input
+from rtfocus.cli.endings import interruptible, stop_at_end_of_input
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.transport.sockets import is_local

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rtfocus.config.section import Section
+from rtfocus.config.form import Section
 
 Um = Annotated[float, Field(gt=0, lt=inf)]
 Place = Annotated[float, Field(gt=-inf, lt=inf)]

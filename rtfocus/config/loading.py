@@ -8,8 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from rtfocus.config.form import parse_yaml, read_yaml
 from rtfocus.config.model import Config
-from rtfocus.config.text import parse_yaml, read_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 

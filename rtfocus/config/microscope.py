@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.section import Section
+from rtfocus.config.form import Section
 
 Px = Annotated[int, Field(gt=0)]
 

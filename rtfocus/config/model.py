@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.autofocus import AutofocusConfig
+from rtfocus.config.form import Section
 from rtfocus.config.microscope import (
     AcquisitionConfig,
     DemoCameraConfig,
@@ -37,7 +38,6 @@ from rtfocus.config.processor import (
     StoreConfig,
     TransportConfig,
 )
-from rtfocus.config.section import Section
 from rtfocus.files import MOST_NAME_BYTES, is_reserved_name
 
 

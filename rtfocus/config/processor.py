@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rtfocus.config.section import Section
+from rtfocus.config.form import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -26,7 +26,7 @@ from rtfocus.images.series import (
     one_line,
 )
 from rtfocus.images.tiff import read_tiff
-from rtfocus.images.tiff_facts import frame_facts, known_facts, summary_facts
+from rtfocus.images.tiff_file import frame_facts, known_facts, summary_facts
 
 INDEX = "NDTiff.index"
 _AXES = ("time", "channel", "z")

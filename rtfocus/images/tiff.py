@@ -27,8 +27,14 @@ from rtfocus.images.series import (
     one_line,
     stem_of,
 )
-from rtfocus.images.tiff_facts import imagej_facts, plain_facts, stack_facts
-from rtfocus.images.tiff_planes import Layout, OpenTiff, TiffPlanes
+from rtfocus.images.tiff_file import (
+    Layout,
+    OpenTiff,
+    TiffPlanes,
+    imagej_facts,
+    plain_facts,
+    stack_facts,
+)
 
 # What it warns of is either harmless or told by us, as a note or an error.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)

@@ -14,6 +14,7 @@ from rtfocus.config import Config
 from rtfocus.config.microscope import LiveConfig, ReplayConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FrameHeader, Role, SeriesStart
+from rtfocus.metrics import CANCELED, COMPLETED
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.delivery import (
     AcquisitionReport,
@@ -45,7 +46,6 @@ from rtfocus.microscope.series import (
     received_ns,
 )
 from rtfocus.microscope.setups import SetUps
-from rtfocus.outcome import CANCELED, COMPLETED
 
 # Micro-Manager's own word for "without end".
 _ENDLESS = 2**31 - 1

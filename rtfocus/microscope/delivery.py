@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Role, SeriesStart
-from rtfocus.metrics import Histogram
-from rtfocus.outcome import Outcome
+from rtfocus.metrics import Histogram, Outcome
 from rtfocus.slots import Slot
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from pymmcore_plus.mda import MDARunner
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.frame import FrameHeader, Role
+from rtfocus.metrics import CANCELED, COMPLETED
 from rtfocus.microscope.delivery import (
     AcquisitionReport,
     Delivery,
@@ -40,7 +41,6 @@ from rtfocus.microscope.series import (
     received_ns,
 )
 from rtfocus.microscope.setups import SetUps
-from rtfocus.outcome import CANCELED, COMPLETED
 
 _POLL_S = 0.05
 

@@ -18,6 +18,7 @@ from rtfocus.errors import InputError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.images.reading import find_images
 from rtfocus.images.series import ImageSeries
+from rtfocus.metrics import CANCELED, COMPLETED
 from rtfocus.microscope.delivery import (
     AcquisitionReport,
     Delivery,
@@ -27,7 +28,6 @@ from rtfocus.microscope.delivery import (
     end_series,
 )
 from rtfocus.microscope.series import find_pixel_size_um, now_ns
-from rtfocus.outcome import CANCELED, COMPLETED
 
 # Files may state one size with different numbers of digits.
 _SIZE_DIGITS = 3

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, parse_config
 from rtfocus.config.model import ChannelConfig
-from rtfocus.config.optics import EXAMPLE
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.frame import FrameResult
 from rtfocus.images.optics import (
+    EXAMPLE,
     ImageOptics,
     StatedOptics,
     find_optics,

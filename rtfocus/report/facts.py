@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError
 from rtfocus.focus_readings import FOCUS_LOG
-from rtfocus.metrics import Accounting
-from rtfocus.outcome import Outcome
+from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import FrameArray, open_context
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, read_header
 from rtfocus.writers.layout import image_groups

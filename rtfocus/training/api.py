@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from rtfocus.config.optics import read_optics
 from rtfocus.errors import ConfigError
+from rtfocus.images.optics import read_optics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.training.export import export_engine, parse_precisions
 from rtfocus.training.own_optics import own_recipe

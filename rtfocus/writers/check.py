@@ -18,7 +18,7 @@ import zarr
 from fsspec import register_implementation
 from fsspec.implementations.local import LocalFileSystem
 
-from rtfocus.outcome import Outcome
+from rtfocus.metrics import Outcome
 from rtfocus.writers.commit import Tally
 from rtfocus.writers.companion import COMPANION, companion_fault
 from rtfocus.writers.folder import ASIDE_NAME

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rtfocus.cli.faults import tell
+from rtfocus.cli.endings import tell
 from rtfocus.errors import ConfigError, EngineError, ExitCode, WorkerError
 
 

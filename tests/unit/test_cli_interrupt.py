@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from rtfocus.cli.interrupt import (
+from rtfocus.cli.endings import (
     ConsoleClose,
     closing_console,
     ended_by_signals,

@@ -21,7 +21,7 @@ from PIL import Image
 
 from rtfocus.errors import InputError
 from rtfocus.images.reading import find_images, open_images
-from rtfocus.images.tiff_planes import MAX_OPEN_FILES
+from rtfocus.images.tiff_file import MAX_OPEN_FILES
 
 T, C, Z = 2, 3, 4
 WHOLE = np.zeros((T, C, Z, 8, 9), "u2")

@@ -3,8 +3,7 @@
 import pytest
 
 from rtfocus.errors import ExitCode
-from rtfocus.metrics import Accounting
-from rtfocus.outcome import Outcome
+from rtfocus.metrics import Accounting, Outcome
 
 DONE, INCOMPLETE = ExitCode.DONE, ExitCode.INCOMPLETE
 

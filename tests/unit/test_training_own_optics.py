@@ -6,9 +6,9 @@ import tifffile
 import yaml
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.optics import read_optics
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
+from rtfocus.images.optics import read_optics
 from rtfocus.training.api import train_command
 from rtfocus.training.data.scenes import load_fields
 from rtfocus.training.own_optics import own_recipe

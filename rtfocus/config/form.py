@@ -1,8 +1,8 @@
-"""Text: YAML and JSON files as editors of all systems save them.
+"""Form: what every part of a config shares, and its files as editors save them.
 
-UTF-8 with or without a byte order mark, and UTF-16 with one, are read. Anything
-else would have to be guessed: a micro sign of code page 1252 may be another
-letter of another one. It is refused, and the line is named.
+YAML and JSON in UTF-8 with or without a byte order mark, and in UTF-16 with one, are
+read. Anything else would have to be guessed: a micro sign of code page 1252 may be
+another letter of another one. It is refused, and the line is named.
 """
 
 import codecs
@@ -11,6 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen part of the config; its docstrings are the reference."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+    )
+
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
