@@ -29,7 +29,6 @@ from rtfocus.batch.plan import (
     new_plan,
 )
 from rtfocus.config import parse_config
-from rtfocus.config.optics import stated_optics
 from rtfocus.errors import (
     ConfigError,
     EngineError,
@@ -37,7 +36,7 @@ from rtfocus.errors import (
     OutputError,
     RtfocusError,
 )
-from rtfocus.images.optics import StatedOptics
+from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.pictures import stretch_histogram
 from rtfocus.images.reading import FoundImages, find_images
