@@ -20,6 +20,7 @@ BENCHES = (
     "reading",
     "gpu",
     "view",
+    "batch",
 )
 
 

@@ -13,7 +13,8 @@ Beside the output ``OUT`` lies, until the batch is done, the folder
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +33,7 @@ Fault = Literal["input", "output", "engine", "other"]
 """What a unit failed of."""
 
 _ENDING = ".rtfocus-batch"
+_KINDS = ("working", "done", "failed", "rows")
 _T = TypeVar("_T")
 
 
@@ -140,7 +142,6 @@ class Ledger:
         self.folder = output.with_name(output.name + _ENDING)
         self.store = self.folder / "store.ome.zarr"
         """OME-Zarr that is being filled."""
-        self.lock = self.folder / "lock"
 
     def plan(self) -> Plan | None:
         """Return the plan; None: there is none.
@@ -172,7 +173,7 @@ class Ledger:
         """
         files.remove(self.folder / "plan.json")
         self._clear()
-        for kind in ("working", "done", "failed", "rows"):
+        for kind in _KINDS:
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
         if prepare is not None:
             prepare(self.store)
@@ -231,13 +232,24 @@ class Ledger:
         """Return where ``classify`` keeps what it finds in a unit."""
         return self.folder / "rows" / unit.key
 
+    @contextmanager
+    def part(self, unit: Unit) -> Iterator[Path]:
+        """Yield a folder of this process alone, for a unit's pixels on their way."""
+        mine = f"{unit.key}-{platform.node()}-{os.getpid()}"
+        folder = self.folder / "parts" / mine
+        files.remove(folder)
+        try:
+            yield folder
+        finally:
+            files.remove(folder)
+
     def remove(self) -> None:
         """Remove the folder: the batch is done."""
         files.remove(self.folder)
 
     def _clear(self) -> None:
         """Remove what is in the folder, unless it is not of a batch."""
-        known = {"working", "done", "failed", "rows", self.store.name, self.lock.name}
+        known = {*_KINDS, "parts", self.store.name, "rest.ome.zarr"}
         inside = list(self.folder.iterdir()) if self.folder.is_dir() else []
         foreign = [one.name for one in inside if one.name not in known]
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
@@ -245,8 +257,7 @@ class Ledger:
             msg = f"'{self.folder}' {what}; choose another output"
             raise OutputError(msg)
         for one in inside:
-            if one.name != self.lock.name:
-                files.remove(one)
+            files.remove(one)
 
     def _marked(self, kind: str) -> set[str]:
         try:

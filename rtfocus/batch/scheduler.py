@@ -228,7 +228,7 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
                     threads_per_worker=1,
                     # Frames are counted in slots, not in what dask holds.
                     memory_limit=None,
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",
                     silence_logs=logging.CRITICAL,
                 )
             )

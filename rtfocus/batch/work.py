@@ -5,6 +5,7 @@ unit to the next.
 """
 
 import os
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -316,7 +317,8 @@ class _Opened:
             planes = map(stretch_histogram, planes)
         image = replace(image, planes=planes)
         if self._plan.form == "zarr":
-            fill_image(ledger.store, unit.target, image)
+            with ledger.part(unit) as part:
+                _fill_apart(part, ledger.store / unit.target, image)
             return images.cut()
         guard = OutputGuard(companions([series]), overwrite=True)
         target = guard.claim(ledger.output / unit.target, named=not unit.target)
@@ -421,6 +423,22 @@ def _outline(
         made={"command": "restore", **images.made(number)},
         keeps_counts=not job.stretch,
     )
+
+
+def _fill_apart(part: Path, group: Path, image: OutputImage) -> None:
+    """Write the pixels of an image elsewhere, then move them into their arrays whole.
+
+    Whoever is killed in between leaves neither half a chunk nor a stray file there.
+    """
+    arrays = [path for path in group.iterdir() if (path / "zarr.json").is_file()]
+    for array in arrays:
+        (part / array.name).mkdir(parents=True)
+        shutil.copyfile(array / "zarr.json", part / array.name / "zarr.json")
+    fill_image(part, "", image)
+    for array in arrays:
+        files.remove(array / "c")
+        if (part / array.name / "c").exists():  # zeros alone need no chunks
+            files.replace(part / array.name / "c", array / "c")
 
 
 def _fault_of(error: BaseException) -> Fault:

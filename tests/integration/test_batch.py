@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -50,7 +51,7 @@ def plate(tmp_path: Path) -> Path:
     """Two wells of two fields."""
     path = tmp_path / "plate.zarr"
     root = zarr.open_group(path, mode="w", zarr_format=2)
-    wells = [
+    wells: list[Any] = [
         {"path": f"{row}/3", "rowIndex": number, "columnIndex": 0}
         for number, row in enumerate("AB")
     ]
@@ -77,7 +78,7 @@ def address() -> Iterator[str]:
         n_workers=2,
         threads_per_worker=1,
         memory_limit=None,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         silence_logs=50,
     ) as cluster:
         yield cluster.scheduler_address
@@ -270,9 +271,8 @@ def test_a_worker_without_the_engine_gives_its_images_to_others(
         with distributed.Client(address) as client:
             client.wait_for_workers(3, timeout=60)
         asked = ("restore", folder, "-o", tmp_path / "out", *OPTICS)
-        asked += ("--engine", "rtfocus-1", "--scheduler")
-        said = command(*asked, address)
-        succeeded(said)
+        many = ("--engine", "rtfocus-1", "--scheduler", address)
+        succeeded(command(*asked, *many))
         assert len(list((tmp_path / "out").rglob("*.tif"))) == 6
     finally:
         lacking.kill()
