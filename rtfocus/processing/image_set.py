@@ -7,6 +7,7 @@ pixels run blind and say so; methods that compute PSFs are refused.
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,6 +47,9 @@ Setting = tuple[Config, ImageOptics]
 """How one channel of one image is processed."""
 
 
+Find = Callable[[str], FoundEngine]
+
+
 class ImageSet:
     """The images of one command, their optics and processors; a context manager.
 
@@ -80,6 +84,9 @@ class ImageSet:
         self._settings = settings
         self._processors: OrderedDict[tuple[int, object], ImageProcessor]
         self._processors = OrderedDict()
+        folders = settings.processing.engine_folders
+        # Looked for once, not once per image.
+        self._find: Find = cache(lambda name: find_engine(name, folders))
         # One config object for all that is processed alike.
         self._blind = restoring_with(settings, BLIND_ENGINE) if free_choice else None
         self.turn_to(series)
@@ -111,7 +118,7 @@ class ImageSet:
                 if optics.system is not None:
                     lines.append(f"optics of channel '{name}': {optics.describe()}")
                 else:
-                    lines.append(_run_blind(settings, name, optics))
+                    lines.append(_run_blind(settings, name, optics, self._find))
         return list(dict.fromkeys(lines))
 
     def made(self, number: int) -> dict[str, str]:
@@ -127,9 +134,11 @@ class ImageSet:
             classifier = known.classifier or settings.processing.classifier
             facts.append(
                 {
-                    "engine": _identity(restoration.method, settings),
-                    "classifier": _identity(classifier or "none", settings),
-                    "optics": in_short(optics.system or _reference(settings, known)),
+                    "engine": _identity(restoration.method, self._find),
+                    "classifier": _identity(classifier or "none", self._find),
+                    "optics": in_short(
+                        optics.system or _reference(settings, known, self._find)
+                    ),
                     "optics from": optics.source
                     if optics.system is not None
                     else f"nobody ({optics.source}): assumed, engines ran blind",
@@ -240,7 +249,7 @@ class ImageSet:
             if optics.system is None and self._blind is not None:
                 settings = self._blind
                 known = _names(settings, image)[channel]
-            _check(settings, known, image, optics)
+            _check(settings, known, image, optics, self._find)
             plan.append((settings, optics))
         return plan
 
@@ -312,23 +321,26 @@ def _without_optics(settings: Config) -> Config:
     return settings.model_copy(update={"channels": channels})
 
 
-def _engines(settings: Config, channel: ChannelConfig) -> list[FoundEngine]:
+def _engines(settings: Config, channel: ChannelConfig, find: Find) -> list[FoundEngine]:
     """Return classifier and restorer of a channel, as far as they are engines."""
     restoration = channel.restoration or settings.processing.restoration
     names = [channel.classifier or settings.processing.classifier, restoration.method]
-    folders = settings.processing.engine_folders
     return [
-        find_engine(name, folders)
+        find(name)
         for name in dict.fromkeys(names)
         if name is not None and name not in (*METHODS, "none")
     ]
 
 
 def _check(
-    settings: Config, channel: ChannelConfig, image: ImageSeries, optics: ImageOptics
+    settings: Config,
+    channel: ChannelConfig,
+    image: ImageSeries,
+    optics: ImageOptics,
+    find: Find,
 ) -> None:
     """Refuse engines that do not fit the optics, or cannot do without."""
-    engines = _engines(settings, channel)
+    engines = _engines(settings, channel, find)
     if optics.system is not None:
         for found in engines:
             ignored = settings.processing.ignore_optics
@@ -351,34 +363,34 @@ def _check(
         )
         raise ConfigError(msg)
     name = restoration.method if restoration.method != "none" else engines[0].name
-    refuse_other_reference(image, optics, name, _reference(settings, channel))
+    refuse_other_reference(image, optics, name, _reference(settings, channel, find))
 
 
-def _reference(settings: Config, channel: ChannelConfig) -> OpticalSystem:
+def _reference(settings: Config, channel: ChannelConfig, find: Find) -> OpticalSystem:
     """Return the optics that blind engines take for granted."""
     name = channel.classifier or settings.processing.classifier
     if name is None:
         msg = "no classifier is configured; set processing.classifier or --engine"
         raise EngineError(msg)
-    _, optics = parts(find_engine(name, settings.processing.engine_folders).card)
+    _, optics = parts(find(name).card)
     return optics.reference
 
 
-def _run_blind(settings: Config, name: str, optics: ImageOptics) -> str:
+def _run_blind(settings: Config, name: str, optics: ImageOptics, find: Find) -> str:
     channel = settings.channel(name)
     restoration = channel.restoration or settings.processing.restoration
     engine = restoration.method
     if engine == "none":
         engine = channel.classifier or settings.processing.classifier or engine
-    assumed = in_short(_reference(settings, channel))
+    assumed = in_short(_reference(settings, channel, find))
     return (
         f"optics of channel '{name}' are unknown ({optics.source}): engine '{engine}' "
         f"runs blind, as if {assumed}; micrometres of defocus hold for those only"
     )
 
 
-def _identity(name: str, settings: Config) -> str:
+def _identity(name: str, find: Find) -> str:
     """Return ``name@hash`` of an engine, the bare name of a method."""
     if name in (*METHODS, "none"):
         return name
-    return identity(find_engine(name, settings.processing.engine_folders).card)
+    return identity(find(name).card)
