@@ -32,9 +32,10 @@ import tifffile
 from distributed import Client, LocalCluster
 
 from bench import machine
+from rtfocus.batch.ends import Batch
 from rtfocus.batch.plan import Failure, Job, Plan, Unit
 from rtfocus.batch.scheduler import run_on
-from rtfocus.batch.work import Batch, run_here
+from rtfocus.batch.work import run_here
 from rtfocus.config import Config
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.images.reading import find_images

@@ -1,10 +1,9 @@
-"""Work: doing the units of a batch, wherever, and putting the output in its place.
+"""Work: doing the units of a batch, wherever they are done.
 
 A process keeps what it has opened, above all the engines with their weights, from one
 unit to the next.
 """
 
-import os
 import shutil
 import threading
 from collections import OrderedDict
@@ -21,214 +20,32 @@ from rtfocus import __version__, files
 from rtfocus.batch.plan import (
     Failure,
     Fault,
-    Form,
     Job,
     Ledger,
     Plan,
     Unit,
     facts_of,
-    new_plan,
 )
 from rtfocus.config import parse_config
 from rtfocus.errors import (
-    ConfigError,
     EngineError,
     InputError,
     OutputError,
     RtfocusError,
 )
+from rtfocus.frame import FrameResult
 from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.pictures import stretch_histogram
-from rtfocus.images.reading import FoundImages, find_images
+from rtfocus.images.reading import find_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.images.writing import ImageOutput, OutputImage, write_tiff
-from rtfocus.images.zarr_writing import fill_image, places_in_zarr, prepare_zarr
+from rtfocus.images.writing import OutputImage, write_tiff
+from rtfocus.images.zarr_writing import fill_image
 from rtfocus.processing.image_set import ImageSet
+from rtfocus.processing.offline import tile_rows
 
 _MOST_SOURCES = 8
 """Files whose list of images a process keeps."""
-
-
-class Batch:
-    """A job with its images, as whoever plans it and ends it sees it.
-
-    Parameters
-    ----------
-    job
-        What is asked for.
-    overwrite
-        Earlier results, and another batch that did not end, may be replaced.
-
-    Raises
-    ------
-    RtfocusError
-        As without a scheduler: nothing is written by then.
-    """
-
-    def __init__(self, job: Job, *, overwrite: bool = False) -> None:
-        self.job = job
-        self.found = find_images(Path(job.source))
-        self.images = _image_set(job, self.found.series)
-        self.ledger = Ledger(Path(job.output))
-        self._overwrite = overwrite
-        inputs = [*companions(self.found.series), Path(job.source)]
-        if Path(job.source).is_dir() and not _is_one(self.found, job):
-            inputs.pop()  # merely searched
-        self._guard = OutputGuard(inputs, overwrite=overwrite)
-
-    def notes(self) -> list[str]:
-        """Say, a line each, what is left out, filled in or assumed."""
-        return notes_of(self.found, self.images)
-
-    def plan(self) -> tuple[Plan, int]:
-        """Return the plan, begun now or by an earlier call, and how many are done.
-
-        Raises
-        ------
-        OutputError
-            If something stands in the way, or another batch.
-        """
-        begun = self.ledger.plan()
-        # What an earlier call has written may be there already.
-        guard = self._guard if begun is None else self._guard.fresh(overwrite=True)
-        form, targets = self._targets(guard)
-        images = [
-            (series, target, self._made(number))
-            for number, (series, target) in enumerate(
-                zip(self.found.series, targets, strict=True)
-            )
-        ]
-        broken = tuple((str(one.path), one.reason) for one in self.found.broken)
-        plan = new_plan(form, self.job, images, broken)
-        if begun is not None and begun.key == plan.key:
-            self.ledger.extend(plan)
-            return plan, len(plan.units) - len(self.ledger.left(plan.units))
-        if begun is not None and not self._overwrite:
-            msg = (
-                f"'{self.ledger.folder}' holds a batch that did not end, with other "
-                "settings, weights or images: end it as it was begun, or begin anew "
-                "with --overwrite"
-            )
-            raise OutputError(msg)
-        if begun is not None:
-            self._targets(self._guard.fresh(overwrite=True))
-        prepare = self._prepare if form == "zarr" else None
-        self.ledger.begin(plan, prepare)
-        return plan, 0
-
-    def finish(self, plan: Plan) -> list[tuple[Unit, Failure]]:
-        """Put the output in its place, if all that can be done is done.
-
-        Returns
-        -------
-        list
-            Units that failed. Of those that cannot be read the output does without;
-            where there are others, what was done waits for another call.
-        """
-        failures = self.ledger.failures(plan)
-        failed = {unit.key for unit, _ in failures}
-        missing = [u for u in self.ledger.left(plan.units) if u.key not in failed]
-        if missing or any(failure.fault != "input" for _, failure in failures):
-            return failures
-        if plan.form == "zarr":
-            self._deliver(plan, failed)
-        elif plan.form == "rows":
-            self._collect(plan, failed)
-        # A folder can be completed later, file by file.
-        if not (failures or plan.broken) or plan.form in ("zarr", "rows"):
-            self.ledger.remove()
-        return failures
-
-    def _made(self, number: int) -> dict[str, str]:
-        if self.job.command == "classify":
-            return {"command": "classify"}
-        return {"command": "restore", **self.images.made(number)}
-
-    def _targets(self, guard: OutputGuard) -> tuple[Form, list[str]]:
-        """Return the form of the output, and of every image its place in it."""
-        output, series = Path(self.job.output), self.found.series
-        guard.claim_folder(self.ledger.folder)
-        if self.job.command == "classify":
-            guard.claim_json(output)
-            return "rows", [""] * len(series)
-        place = ImageOutput(output, series, guard, Path(self.job.source))
-        if place.is_folder:
-            below = [target.relative_to(output) for target in place.targets]
-            return "folder", [str(path) for path in below]
-        if place.ending == ".zarr":
-            return "zarr", places_in_zarr(self._outlines())
-        if len(series) > 1:
-            msg = (
-                f"'{output}' would hold {len(series)} images, and only one process can "
-                "write a file; give a folder or an .ome.zarr as --output"
-            )
-            raise ConfigError(msg)
-        return "file", [""]
-
-    def _outlines(self, left_out: frozenset[int] = frozenset()) -> list[OutputImage]:
-        """Return the images without their planes, as an OME-Zarr is laid out."""
-        return [
-            _outline(self.job, self.images, number, series)
-            for number, series in enumerate(self.found.series)
-            if number not in left_out
-        ]
-
-    def _prepare(self, path: Path) -> None:
-        try:
-            prepare_zarr(path, self._outlines())
-        except OSError as error:
-            msg = f"'{path}' cannot be written: {error.strerror or error}"
-            raise OutputError(msg) from error
-
-    def _deliver(self, plan: Plan, failed: set[str]) -> None:
-        store = self.ledger.store
-        if failed:
-            store = self._without(plan, failed)
-        self._guard.fresh(overwrite=self._overwrite).claim(self.ledger.output)
-        files.replace(store, self.ledger.output)
-
-    def _without(self, plan: Plan, failed: set[str]) -> Path:
-        """Return a store of the images that were done, their pixels moved there."""
-        numbers = [n for n, unit in enumerate(plan.units) if unit.key in failed]
-        if len(numbers) == len(plan.units):
-            msg = f"no image of '{self.job.source}' can be read"
-            raise InputError(msg)
-        rest = self.ledger.store.with_name("rest.ome.zarr")
-        files.remove(rest)
-        places = prepare_zarr(rest, self._outlines(frozenset(numbers)))
-        done = [unit for unit in plan.units if unit.key not in failed]
-        for unit, place in zip(done, places, strict=True):
-            chunks = self.ledger.store / unit.target / "0" / "c"
-            if chunks.exists():
-                files.replace(chunks, rest / place / "0" / "c")
-        return rest
-
-    def _collect(self, plan: Plan, failed: set[str]) -> None:
-        """Write what was found in all images as one JSON."""
-        rows: list[Any] = []
-        for unit in plan.units:
-            if unit.key not in failed:
-                rows += map(self._as_given, _rows_in(self.ledger.rows(unit)))
-        broken = [reason for _, reason in plan.broken]
-        broken += [f.reason for _, f in self.ledger.failures(plan)]
-        engine = self.job.settings["processing"]["classifier"]
-        content: dict[str, Any] = {"engine": engine, "images": rows}
-        if broken:
-            content["broken"] = broken
-        self._guard.write_json(self.ledger.output, content)
-
-    def _as_given(self, row: dict[str, Any]) -> dict[str, Any]:
-        below = Path(row["path"]).relative_to(self.job.source)
-        return {**row, "path": str(Path(self.job.given) / below)}
-
-
-def _rows_in(path: Path) -> list[dict[str, Any]]:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]])
-    except (OSError, msgspec.MsgspecError) as error:
-        msg = f"'{path}' of a unit that is done cannot be read: {error}"
-        raise OutputError(msg) from error
 
 
 def run_unit(
@@ -296,7 +113,7 @@ class _Opened:
         self.key = plan.key
         self.units = {unit.key: unit for unit in plan.units}
         self._plan = plan
-        self._images = _image_set(plan.job, (), threads)
+        self._images = image_set_of(plan.job, (), threads)
         self._sources: OrderedDict[str, list[ImageSeries]] = OrderedDict()
 
     def do(self, unit: Unit, ledger: Ledger) -> list[str]:
@@ -306,12 +123,13 @@ class _Opened:
         images.turn_to((series,))
         if job.command == "classify":
             rows = [
-                images.row(0, index, result) for index, result in images.classified(0)
+                plane_row(images, 0, index, result)
+                for index, result in images.classified(0)
             ]
             with files.whole(ledger.rows(unit), overwrite=True) as part:
                 part.write_bytes(msgspec.json.encode(rows))
             return []
-        image = _outline(job, images, 0, series)
+        image = outline_of(job, images, 0, series)
         planes = images.restored(0, lambda: None)
         if job.stretch:
             planes = map(stretch_histogram, planes)
@@ -389,18 +207,10 @@ def _opened(
     return _kept, _kept.units[unit_key]
 
 
-def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
-    """Say, a line each, what is left out, filled in or assumed, before the work."""
-    notes = [note for series in found.series for note in series.notes]
-    if found.skipped:
-        number = len(found.skipped)
-        notes.append(f"{number} earlier results of rtfocus are no inputs")
-    return list(dict.fromkeys([*notes, *images.assumptions()]))
-
-
-def _image_set(
+def image_set_of(
     job: Job, series: Iterable[ImageSeries], threads: int | None = None
 ) -> ImageSet:
+    """Return images with what a job says of them; `threads` as in `run_unit`."""
     stated = None
     if job.optics is not None:
         stated = StatedOptics(stated_optics(job.optics), job.optics)
@@ -412,7 +222,7 @@ def _image_set(
     return ImageSet(settings, tuple(series), stated=stated, free_choice=job.free_choice)
 
 
-def _outline(
+def outline_of(
     job: Job, images: ImageSet, number: int, series: ImageSeries
 ) -> OutputImage:
     """Return an image of the output without its planes."""
@@ -449,11 +259,25 @@ def _fault_of(error: BaseException) -> Fault:
     return "output" if isinstance(error, (OutputError, OSError)) else "other"
 
 
-def _is_one(found: FoundImages, job: Job) -> bool:
-    """Tell whether the input is one thing, such as a Zarr, not a folder of files."""
-    source = Path(job.source)
-    return any(
-        os.path.abspath(path) == os.path.abspath(source)
-        for series in found.series
-        for path in (series.path, *series.files)
-    )
+def plane_row(
+    images: ImageSet, number: int, index: dict[str, int], result: FrameResult
+) -> dict[str, Any]:
+    """Return what was found in a plane as plain values."""
+    series, estimate = images.series[number], result.estimate
+    described = None
+    if estimate is not None:
+        described = {
+            "level": estimate.level,
+            "defocus_um": estimate.defocus_um,
+            "signed": estimate.signed,
+            "confidence": estimate.confidence,
+        }
+    return {
+        "path": str(series.path),
+        "name": series.name,
+        "index": index,
+        "shape": list(series.shape),
+        "estimate": described,
+        "tiles": tile_rows(result),
+        "optics": images.optics(number, index["c"]).describe(),
+    }

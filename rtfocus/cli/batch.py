@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 from filelock import FileLock, Timeout
 
+from rtfocus.batch.ends import Batch
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
 from rtfocus.batch.scheduler import run_on
-from rtfocus.batch.work import Batch, run_here
+from rtfocus.batch.work import run_here
 from rtfocus.cli.display import counting
 from rtfocus.errors import BusyError, ConfigError, IncompleteError, InputError
 

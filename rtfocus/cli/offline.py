@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from rtfocus.batch.ends import notes_of
 from rtfocus.batch.plan import Command, Job
-from rtfocus.batch.work import notes_of
+from rtfocus.batch.work import plane_row
 from rtfocus.cli.batch import (
     FinishOption,
     InitOption,
@@ -386,7 +387,7 @@ def _classified(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one image's planes."""
     for index, result in shown.classified(images, number, images.classified(number)):
-        yield images.row(number, index, result)
+        yield plane_row(images, number, index, result)
 
 
 def _place(image: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ from rtfocus.processing.engines.registry import (
     find_engine,
     parts,
 )
-from rtfocus.processing.offline import ImageProcessor, tile_rows
+from rtfocus.processing.offline import ImageProcessor
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 
 BLIND_ENGINE = "rtfocus-2"
@@ -188,29 +188,6 @@ class ImageSet:
         for index in image.indices():
             processor, name = self._processor(number, index["c"])
             yield index, processor.classify(image.read(**index), channel=name)
-
-    def row(
-        self, number: int, index: dict[str, int], result: FrameResult
-    ) -> dict[str, Any]:
-        """Return what was found in a plane as plain values."""
-        series, estimate = self.series[number], result.estimate
-        described = None
-        if estimate is not None:
-            described = {
-                "level": estimate.level,
-                "defocus_um": estimate.defocus_um,
-                "signed": estimate.signed,
-                "confidence": estimate.confidence,
-            }
-        return {
-            "path": str(series.path),
-            "name": series.name,
-            "index": index,
-            "shape": list(series.shape),
-            "estimate": described,
-            "tiles": tile_rows(result),
-            "optics": self.optics(number, index["c"]).describe(),
-        }
 
     def cut(self) -> list[str]:
         """Say, a line each, where restored pixels exceed what their type can hold."""
