@@ -13,10 +13,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rtfocus.frame import Estimate
-from rtfocus.monitor import Monitor
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from rtfocus.monitor import Monitor
 
 REFRESH_S = 0.25
 LINE_S = 2.0
@@ -35,7 +36,7 @@ def display(
     rows: Callable[[], Rows],
     *,
     quiet: bool,
-    monitor: Callable[[], Monitor | None] = lambda: None,
+    monitor: "Callable[[], Monitor | None]" = lambda: None,
 ) -> Iterator[None]:
     """Show `rows` until the block ends, on standard error.
 
@@ -69,7 +70,7 @@ def display(
 
 
 def display_run(
-    monitor: Callable[[], Monitor | None], *, quiet: bool
+    monitor: "Callable[[], Monitor | None]", *, quiet: bool
 ) -> AbstractContextManager[None]:
     """Show a run until the block ends; see `display`."""
     return display(lambda: processor_rows(monitor()), quiet=quiet, monitor=monitor)
@@ -77,7 +78,7 @@ def display_run(
 
 def _show_screen(
     rows: Callable[[], Rows],
-    monitor: Callable[[], Monitor | None],
+    monitor: "Callable[[], Monitor | None]",
     done: threading.Event,
 ) -> None:
     # Takes long to import, and most runs of a script have no terminal.
@@ -90,7 +91,9 @@ def _show_screen(
             live.update(screen(rows(), monitor(), console), refresh=True)
 
 
-def screen(rows: Rows, monitor: Monitor | None, console: "Console") -> "RenderableType":
+def screen(
+    rows: Rows, monitor: "Monitor | None", console: "Console"
+) -> "RenderableType":
     """Return one screen: how far the run is, its numbers, and their course."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
@@ -144,7 +147,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     )
 
 
-def _courses(monitor: Monitor, width: int) -> Iterator[tuple[str, str]]:
+def _courses(monitor: "Monitor", width: int) -> Iterator[tuple[str, str]]:
     """Yield the course of defocus and latency over the last estimates."""
     _, samples = monitor.samples_since(0)
     for name, unit, values in (
@@ -157,7 +160,7 @@ def _courses(monitor: Monitor, width: int) -> Iterator[tuple[str, str]]:
             yield name, f"{line}  {min(known):.3g} to {max(known):.3g} {unit}"
 
 
-def _left(monitor: Monitor) -> str:
+def _left(monitor: "Monitor") -> str:
     rate, planned = monitor.frames_per_s, monitor.planned or 0
     if rate <= 0:
         return ""
@@ -165,7 +168,7 @@ def _left(monitor: Monitor) -> str:
     return f"{_duration(seconds)} left" if seconds > 0 else ""
 
 
-def _style(name: str, monitor: Monitor | None) -> str:
+def _style(name: str, monitor: "Monitor | None") -> str:
     """Return how a value is written: what needs somebody stands out."""
     if monitor is None:
         return ""
@@ -252,7 +255,7 @@ def _show_lines(rows: Callable[[], Rows], done: threading.Event) -> None:
             sys.stderr.flush()
 
 
-def processor_rows(monitor: Monitor | None) -> Rows:
+def processor_rows(monitor: "Monitor | None") -> Rows:
     """Return what a run is doing, a line each."""
     if monitor is None or monitor.series is None:
         return [("state", "waiting for the microscope side")]
@@ -288,7 +291,7 @@ def defocus_text(estimate: Estimate | None) -> str:
     )
 
 
-def _percentiles(monitor: Monitor, stage: str) -> str:
+def _percentiles(monitor: "Monitor", stage: str) -> str:
     histogram = monitor.times[stage]
     half, most = histogram.percentile(50), histogram.percentile(99)
     return "-" if half is None or most is None else f"p50 {half:.0f} p99 {most:.0f} ms"

@@ -1,11 +1,14 @@
-"""Live commands: ``run``, ``acquire`` and ``process``."""
+"""Live commands: ``run``, ``acquire`` and ``process``.
+
+The main loop is imported once a command runs and its config is read: ``--help`` and a
+mistake in a config are answered without it.
+"""
 
 from contextlib import ExitStack
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rtfocus import app as loop
 from rtfocus.cli.display import Rows, defocus_text, display, display_run
 from rtfocus.cli.endings import interruptible, stop_at_end_of_input
 from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
@@ -13,9 +16,11 @@ from rtfocus.cli.report import print_report
 from rtfocus.cli.view import view_process, with_preview
 from rtfocus.config import Config
 from rtfocus.errors import ExitCode, RtfocusError
-from rtfocus.monitor import Monitor
-from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.publisher import FramePublisher, PublisherStatus
+
+if TYPE_CHECKING:
+    from rtfocus.monitor import Monitor
+    from rtfocus.transport.preview import PreviewPublisher
+    from rtfocus.transport.publisher import FramePublisher, PublisherStatus
 
 StopOnEndOfInput = Annotated[bool, typer.Option("--stop-on-end-of-input", hidden=True)]
 
@@ -55,10 +60,12 @@ def run(
         raise typer.Exit(_dry_run(settings))
     if view:
         settings = with_preview(settings)
+    from rtfocus import app as loop
+
     monitors: list[Monitor] = []
     with ExitStack() as viewing:
 
-        def show(preview: PreviewPublisher) -> None:
+        def show(preview: "PreviewPublisher") -> None:
             if view and preview.endpoint is not None:
                 keys = settings.transport.curve_keys
                 viewing.enter_context(view_process(preview.endpoint, keys))
@@ -116,6 +123,8 @@ def process(
     [bold]Example:[/] rtfocus process my.yaml --set transport.frames=tcp://scope:5571
     """
     settings = read_config(config, overrides)
+    from rtfocus import app as loop
+
     monitors: list[Monitor] = []
     codes = [ExitCode.DONE]
 
@@ -156,6 +165,8 @@ def acquire(
     [bold]Example:[/] rtfocus acquire my.yaml --set acquisition.mda=plan.yaml
     """
     settings = read_config(config, overrides)
+    from rtfocus import app as loop
+
     publishers: list[FramePublisher] = []
     with interruptible() as (stop, _):
         if stop_on_end_of_input:
@@ -175,18 +186,18 @@ def acquire(
     raise typer.Exit(report.outcome.exit_code)
 
 
-def _recorder(status: PublisherStatus) -> str:
+def _recorder(status: "PublisherStatus") -> str:
     """Say who records, so that nobody mistakes a stranger for the own processor."""
     if status.recorder_alive:
         return status.recorder or "connected"
     return f"lost: {status.recorder}" if status.recorder else "waiting for one"
 
 
-def _last(monitors: list[Monitor]) -> Monitor | None:
+def _last(monitors: list["Monitor"]) -> "Monitor | None":
     return monitors[-1] if monitors else None
 
 
-def _publisher_rows(publishers: list[FramePublisher]) -> Rows:
+def _publisher_rows(publishers: list["FramePublisher"]) -> Rows:
     if not publishers:
         return [("state", "starting")]
     status = publishers[-1].status()

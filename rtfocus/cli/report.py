@@ -16,7 +16,6 @@ from rich.table import Table
 
 from rtfocus.errors import WriterError
 from rtfocus.metrics import Outcome
-from rtfocus.report.facts import read_focus_log
 
 PICTURE = "focus.png"
 _WIDTH, _HEIGHT, _MARGIN = 760, 300, 48
@@ -127,6 +126,9 @@ def print_report(folder: Path) -> Outcome:
     Outcome
         How much of the plan is written.
     """
+    # With it comes what reads stores, which no other command's help needs.
+    from rtfocus.report.facts import read_focus_log
+
     report = read_report(folder)
     outcome = Outcome.of_report(report)
     console = Console()

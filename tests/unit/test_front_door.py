@@ -30,7 +30,7 @@ def test_importing_it_imports_nothing_that_takes_time():
 
 def test_a_processor_side_starts_without_what_it_does_not_need():
     code = (
-        "import sys, rtfocus.cli.live; "
+        "import sys, rtfocus.cli.live, rtfocus.app; "
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(
@@ -39,6 +39,19 @@ def test_a_processor_side_starts_without_what_it_does_not_need():
     loaded = set(done.stdout.split())
     needless = {"pymmcore_plus", "useq", "scipy", "zarr", "tifffile", "PIL", "torch"}
     assert "rtfocus" in loaded
+    assert loaded & needless == set()
+
+
+def test_help_of_live_commands_and_check_comes_without_the_loop():
+    code = (
+        "import sys, rtfocus.cli.live, rtfocus.cli.check; print(*sorted(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    needless = {"rtfocus.app", "rtfocus.monitor", "tensorstore", "yaozarrs", "openvino"}
+    assert "rtfocus.cli.live" in loaded
     assert loaded & needless == set()
 
 
