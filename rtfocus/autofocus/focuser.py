@@ -37,6 +37,7 @@ from rtfocus.autofocus.settings import (
     limits_at,
     move_rule,
     search_rule,
+    with_measured_backlash,
 )
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.autofocus import AutofocusConfig
@@ -135,6 +136,10 @@ class Focuser:
     _models: dict[tuple[str, int], DefocusModels] = field(default_factory=dict)
     _comparisons: dict[tuple[str, int], PlaneComparison] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Take over what the calibration measured."""
+        self.config = with_measured_backlash(self.config)
+
     def focus(
         self,
         key: Key = (None, None),
@@ -168,6 +173,8 @@ class Focuser:
         stage = CoreStage(self.core)
         with _stopped_live(self.core), self._focus_channel(channel) as light:
             search = self._search(light, key, self.limits_around(around_um))
+            for stop_um in search.moves.settling(stage.position_um()):
+                stage.go_to(stop_um)
             verdict = run_search(
                 search,
                 stage,

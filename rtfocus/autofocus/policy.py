@@ -104,6 +104,16 @@ class MoveRule:
         target = self.limits.clip(z_um + step)
         return None if abs(target - z_um) < self.deadband_um else target
 
+    def settling(self, z_um: float) -> tuple[float, ...]:
+        """Return the stops that arrive here anew from the chosen side; empty: none.
+
+        Nobody knows from which side a stage came to where a search begins.
+        """
+        beyond = self.limits.clip(z_um - self.approach * self.overshoot_um)
+        if beyond == z_um or not self.limits.holds(z_um):
+            return ()
+        return beyond, z_um
+
     def path(self, z_um: float, target_um: float) -> tuple[float, ...]:
         """Return the stops of a move; the last is the target, all are allowed.
 

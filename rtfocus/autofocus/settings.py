@@ -1,11 +1,15 @@
 """Settings: the config and the stage as it stands, turned into rules of movement."""
 
+from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
 from rtfocus.config.autofocus import AutofocusConfig
 from rtfocus.errors import ConfigError
 
 _SIDES = {"down": -1, "up": 1}
+# Of a measured backlash, to be past it for certain; and the least that is believed, in
+# depths of field.
+_PAST_BACKLASH, _LEAST_BACKLASH = 1.5, 0.2
 _DIRECTIONS = {"toward": 1, "away": -1, "unknown": 0}
 
 
@@ -26,6 +30,43 @@ def limits_at(config: AutofocusConfig, start_um: float) -> Limits:
         )
         raise ConfigError(msg)
     return Limits(low, high).within(start_um, config.reach_um)
+
+
+def with_measured_backlash(config: AutofocusConfig) -> AutofocusConfig:
+    """Return the config with the backlash that its calibration measured.
+
+    What the user says of `backlash_um` stands, and a calibration that cannot be trusted
+    says nothing. Without an `approach` the stage then always arrives upwards, as on the
+    calibration's first way.
+
+    Raises
+    ------
+    ConfigError
+        If the calibration cannot be read.
+    """
+    if config.calibration is None or config.backlash_um > 0:
+        return config
+    found = load_calibration(config.calibration)
+    backlash_um = abs(found.backlash_um)
+    if not found.trusted or backlash_um < _LEAST_BACKLASH * found.unit_um:
+        return config
+    approach = "up" if config.approach == "either" else config.approach
+    overshoot_um = _PAST_BACKLASH * backlash_um
+    return config.model_copy(update={"approach": approach, "backlash_um": overshoot_um})
+
+
+def against_unknown_backlash(
+    config: AutofocusConfig, unit_um: float
+) -> AutofocusConfig:
+    """Return the config with places reached upwards, past a depth of field of play.
+
+    What the user says of `approach` and `backlash_um` stands.
+    """
+    given = {
+        "approach": "up" if config.approach == "either" else config.approach,
+        "backlash_um": config.backlash_um or unit_um,
+    }
+    return config.model_copy(update=given)
 
 
 def move_rule(config: AutofocusConfig, limits: Limits, unit_um: float) -> MoveRule:

@@ -1,11 +1,13 @@
 """Autofocus commands: focus once, hold it, check it against a stack through focus."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from rtfocus.autofocus.calibration import (
     Plane,
@@ -13,9 +15,10 @@ from rtfocus.autofocus.calibration import (
     draw_calibration,
     save_calibration,
 )
-from rtfocus.autofocus.focuser import CoreStage, FocusJournal
+from rtfocus.autofocus.focuser import CoreStage, Focuser, FocusJournal
 from rtfocus.autofocus.hold import Holder, seen_by
 from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.settings import against_unknown_backlash
 from rtfocus.cli.display import share_bar
 from rtfocus.cli.endings import interruptible
 from rtfocus.cli.options import (
@@ -139,36 +142,31 @@ def calibrate_microscope(
         open_core(settings) as core,
         open_focuser(core, settings, tell=typer.echo) as focuser,
     ):
-        verdict = focuser.focus()
         channel, stage = focuser.channel(), CoreStage(core)
-        optics = focuser.optics_of(channel)
-        comparison = PlaneComparison(optics, 0)
+        comparison = PlaneComparison(focuser.optics_of(channel), 0)
         unit = comparison.unit_um
-        limits = focuser.limits_around(None)
+        # Nobody knows the backlash yet.
+        focuser.config = against_unknown_backlash(focuser.config, unit)
+        verdict = focuser.focus()
         wanted = verdict.end_um + np.arange(-reach, reach + step / 2, step) * unit
-        heights = [float(z) for z in wanted if limits.holds(float(z))]
-        stacks: list[list[Plane]] = []
         with share_bar("planes") as show:
-            for ways_done, way in enumerate((heights, heights[::-1])):
-                planes: list[Plane] = []
-                for z_um in way:
-                    stage.go_to(z_um)
-                    planes.append(Plane(z_um, focuser.look(channel, z_um)))
-                    show((ways_done + len(planes) / len(heights)) / 2)
-                stacks.append(planes)
+            up = _planes(focuser, wanted, unit, lambda share: show(share / 2))
+            down = _planes(
+                focuser, wanted[::-1], -unit, lambda share: show((1 + share) / 2)
+            )
         found = calibrate(
             comparison,
-            stacks[0],
-            stacks[1],
+            up,
+            down,
             channel=channel,
             direction_of_core=focuser.direction(),
             not_found=None if verdict.focused else verdict.reason,
         )
-        stage.go_to(limits.clip(found.focus_um))
+        stage.go_to(focuser.limits_around(None).clip(found.focus_um))
     with whole(path, overwrite=overwrite) as part:
         save_calibration(part, found)
     with whole(picture, overwrite=overwrite) as part:
-        draw_calibration(part, found, stacks[0])
+        draw_calibration(part, found, up)
     typer.echo(
         f"focus at z {found.focus_um:.2f} um, sharpest at {found.sharpest_um:.2f}; "
         f"{100 * found.unexplained:.1f} % unexplained; backlash "
@@ -181,3 +179,22 @@ def calibrate_microscope(
     typer.echo(f"{path} (autofocus.calibration), {picture}")
     if not found.trusted:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _planes(
+    focuser: Focuser,
+    way_um: NDArray[np.float64],
+    run_up_um: float,
+    show: Callable[[float], None],
+) -> list[Plane]:
+    """Take a stack one way, from where backlash is used up before its first plane."""
+    channel, stage = focuser.channel(), CoreStage(focuser.core)
+    limits = focuser.limits_around(None)
+    heights = [float(z_um) for z_um in way_um if limits.holds(float(z_um))]
+    stage.go_to(limits.clip(float(way_um[0]) - run_up_um))
+    planes: list[Plane] = []
+    for z_um in heights:
+        stage.go_to(z_um)
+        planes.append(Plane(z_um, focuser.look(channel, z_um)))
+        show(len(planes) / len(heights))
+    return planes

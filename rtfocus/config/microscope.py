@@ -48,6 +48,15 @@ class SurfaceConfig(Section):
     """When the drift begins, after the first exposure."""
 
 
+class ZStageConfig(Section):
+    """Faults of the z-stage: what autofocus has to live with."""
+
+    backlash_um: Annotated[float, Field(ge=0)] = 0.0
+    """Way that is lost where the stage turns; arriving upwards is exact."""
+    reversed: bool = False
+    """The stage runs against what it tells Micro-Manager: up is away."""
+
+
 class VirtualMicroscopeConfig(Section):
     """Camera, z-stage and xy-stage that image a specimen through a PSF."""
 
@@ -63,6 +72,7 @@ class VirtualMicroscopeConfig(Section):
     """Colour camera: frames are (y, x, 3)."""
     specimen: SpecimenConfig = SpecimenConfig()
     surface: SurfaceConfig = SurfaceConfig()
+    z_stage: ZStageConfig = ZStageConfig()
     optics: OpticalSystem | None = None
     """True optics of this microscope; default: the channel's."""
     photons: Annotated[float, Field(gt=0)] = 2000.0

@@ -116,3 +116,30 @@ def test_optics_that_are_not_those_are_not_trusted(config: Path) -> None:
     assert said.code == ExitCode.FAILED, said
     assert "problem:" in said.out
     assert not load_calibration(found).trusted
+
+
+def test_backlash_and_a_reversed_stage_are_measured_and_lived_with(
+    config: Path,
+) -> None:
+    found, journal = config.with_name("play.yaml"), config.with_name("focus.ndjson")
+    faults = ("--set", "microscope.z_stage.backlash_um=2")
+    succeeded(command("calibrate", config, "-o", found, "--reach", "3", *faults))
+    calibration = load_calibration(found)
+    # Down, the stage stands 2 um higher than it says.
+    assert calibration.backlash_um == pytest.approx(-2, abs=0.2 * UNIT_UM)
+    assert calibration.focus_um == pytest.approx(4.0, abs=0.2 * UNIT_UM)
+    use = ("--set", f"autofocus.calibration={found}", "--journal", journal)
+    said = succeeded(command("autofocus", config, *faults, *use))
+    end = re.search(r"focused, z 0\.00 -> ([\d.]+) um", said)
+    assert end
+    # Half a depth of field is 1.7 um: a search that came from above would miss.
+    assert float(end[1]) == pytest.approx(4.0, abs=0.3 * UNIT_UM)
+
+    reversed_stage = ("--set", "microscope.z_stage.reversed=true")
+    found = config.with_name("reversed.yaml")
+    said = command("calibrate", config, "-o", found, "--reach", "3", *reversed_stage)
+    assert said.code == ExitCode.FAILED
+    assert "the stage runs against what Micro-Manager was told" in said.out
+    calibration = load_calibration(found)
+    assert (calibration.direction, calibration.direction_of_core) == (-1, 1)
+    assert calibration.focus_um == pytest.approx(-4.0, abs=0.3 * UNIT_UM)

@@ -21,33 +21,44 @@ from pymmcore_plus.experimental.unicore import (
 )
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.config.microscope import VirtualMicroscopeConfig, ZStageConfig
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.optics.camera import CameraModel, Counts, NoisePool
 
 
 class VirtualZStage(StageDevice):
-    """z-stage that carries the objective; up is towards the specimen."""
+    """z-stage that carries the objective; up is towards the specimen.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    config
+        Its faults, which it does not tell: backlash, a reversed axis.
+    """
+
+    def __init__(self, config: ZStageConfig | None = None) -> None:
         super().__init__()
-        self._z_um = 0.0
+        self._config = config or ZStageConfig()
+        self._told_um = 0.0
+        self._carrier_um = 0.0
         self._origin_um = 0.0
 
     @property
     def objective_um(self) -> float:
         """Where the plane of focus lies, whatever was called the origin."""
-        return self._z_um
+        return -self._carrier_um if self._config.reversed else self._carrier_um
 
     def set_position_um(self, val: float) -> None:
         """Move the objective; the move is over when this returns."""
-        self._z_um = val + self._origin_um
+        self._told_um = val + self._origin_um
+        # The drive pushes the carrier up at once, and down after the play is used up.
+        highest_um = self._told_um + self._config.backlash_um
+        self._carrier_um = min(max(self._carrier_um, self._told_um), highest_um)
         self.core.events.stagePositionChanged.emit(self.get_label(), val)
 
     def get_position_um(self) -> float:
         """Return the position relative to the origin."""
-        return self._z_um - self._origin_um
+        return self._told_um - self._origin_um
 
     def get_focus_direction(self) -> FocusDirection:
         """Larger z brings the objective closer to the specimen."""
@@ -62,7 +73,7 @@ class VirtualZStage(StageDevice):
 
     def set_origin(self) -> None:
         """Call the present position 0."""
-        self._origin_um = self._z_um
+        self._origin_um = self._told_um
 
 
 class VirtualXYStage(XYStageDevice):
@@ -345,7 +356,7 @@ def _load_devices(
     specimens: dict[str, VirtualSpecimen],
     backlog_frames: int | None,
 ) -> None:
-    z_stage, xy_stage = VirtualZStage(), VirtualXYStage()
+    z_stage, xy_stage = VirtualZStage(config.z_stage), VirtualXYStage()
     camera = VirtualCamera(config, specimens, z_stage, xy_stage)
     # Only this event tells that a sequence is to stop before it has: see `BufferRoom`.
     camera.stopping = core._stop_event  # noqa: SLF001
