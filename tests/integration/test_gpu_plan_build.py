@@ -65,6 +65,12 @@ def request_of(model: Path, precision: str = "fp32", side_px: int = 64) -> GpuRe
     )
 
 
+def served(library: TensorRt, precision: str) -> bool:
+    """Return whether a release builds a precision: int8 came with 1.7."""
+    major, minor = library.release.split(".")[:2]
+    return precision != "int8" or (int(major), int(minor)) >= (1, 7)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("capabilities", [(), ((8, 6),), ((8, 9), (12, 0))])
 def test_a_restorer_builds_in_every_precision(
@@ -74,8 +80,21 @@ def test_a_restorer_builds_in_every_precision(
     capabilities: tuple[tuple[int, int], ...],
 ) -> None:
     request = request_of(networks[precision], precision)
+    if not served(rtx, precision):
+        with pytest.raises(EngineError, match=r"int8 needs tensorrt_rtx 1\.7 or later"):
+            build_plan(rtx, request, capabilities)
+        return
     plan = build_plan(rtx, request, capabilities)
     assert plan.startswith(b"vtrt")
+
+
+def test_tf32_off_reaches_the_plan(rtx: TensorRt, networks: dict[str, Path]) -> None:
+    request = request_of(networks["fp32"])
+    # The plan spells out what its kernels are compiled with on the card.
+    assert b" tf32=1\n" in build_plan(rtx, request)
+    exact = build_plan(rtx, dataclasses.replace(request, tf32=False))
+    assert b" tf32=0\n" in exact
+    assert b" tf32=1\n" not in exact
 
 
 def test_every_listed_capability_takes_the_fp16_network(
@@ -89,6 +108,10 @@ def test_every_listed_capability_takes_the_fp16_network(
 def test_a_card_without_fp32_products_is_told_to_use_fp16(
     rtx: TensorRt, networks: dict[str, Path]
 ) -> None:
+    if not served(rtx, "int8"):
+        # Before 1.7 the lack was found on the card.
+        assert build_plan(rtx, request_of(networks["fp32"]), [(7, 5)])
+        return
     with pytest.raises(EngineError, match=r"'film'.*--precision fp16"):
         build_plan(rtx, request_of(networks["fp32"]), [(7, 5)])
 

@@ -8,8 +8,9 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import Precision
 from rtfocus.processing.engines.registry import FoundEngine, find_engine, list_engines
 from rtfocus.processing.gpu.engine import GpuRequest, gpu_request
-from rtfocus.processing.gpu.tensorrt.build import Capability, build_plan
+from rtfocus.processing.gpu.tensorrt.build import build_plan
 from rtfocus.processing.gpu.tensorrt.library import (
+    Capability,
     TensorRt,
     import_tensorrt,
     listed_capabilities,

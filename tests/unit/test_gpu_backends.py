@@ -21,13 +21,15 @@ from rtfocus.processing.gpu.engine import (
     GpuRequest,
     ShapeRange,
 )
+from rtfocus.processing.gpu.tensorrt.engine import why_unavailable
 from rtfocus.processing.gpu.tensorrt.library import (
     LIBRARIES,
+    TensorRt,
     import_tensorrt,
     listed_capabilities,
     why_not_importable,
-    why_unsupported,
 )
+from rtfocus.processing.gpu.tensorrt.plans import ANY_CARD, rtx_target, target_of
 
 CARD = Gpu(0, "NVIDIA RTX A4000", (8, 6), 16 << 30)
 SHAPES = ShapeRange((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 64, 64))
@@ -128,27 +130,40 @@ def test_bindings_without_their_library_are_told(
     assert "nvinfer_10.dll" in why
 
 
-def test_cards_a_release_does_not_list_are_refused() -> None:
+@pytest.fixture
+def rtx() -> TensorRt:
+    """TensorRT for RTX; skips where it is not installed."""
     why = why_not_importable("tensorrt_rtx")
     if why is not None:
         pytest.skip(why)
-    rtx = import_tensorrt("tensorrt_rtx")
+    return import_tensorrt("tensorrt_rtx")
+
+
+def card(*capability: int) -> Gpu:
+    """Return a GPU of a compute capability."""
+    return dataclasses.replace(CARD, compute_capability=capability)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 3), (99, 0)])
+def test_a_card_at_hand_is_named_by_no_plan_and_judged_by_the_runtime(
+    rtx: TensorRt, capability: tuple[int, int]
+) -> None:
+    # Hopper is listed by no release, and runs.
+    assert why_unavailable("tensorrt_rtx", card(*capability)) is None
+    assert target_of(rtx, card(*capability)) == ANY_CARD
+
+
+def test_turing_has_a_plan_of_its_own_and_older_cards_none(rtx: TensorRt) -> None:
+    assert target_of(rtx, card(7, 5)).capabilities == ((7, 5),)
+    assert "older than 7.5" in str(why_unavailable("tensorrt_rtx", card(7, 0)))
+    with pytest.raises(EngineError, match=r"older than 7\.5"):
+        target_of(rtx, card(7, 0))
+
+
+def test_what_a_release_lists_counts_for_building_ahead_alone(rtx: TensorRt) -> None:
     listed = listed_capabilities(rtx)
     assert (8, 6) in listed
-    assert all(why_unsupported(rtx, capability) is None for capability in listed)
-    # Cards of the future take the general plan; data-centre cards are not served.
-    assert why_unsupported(rtx, (max(listed)[0] + 1, 0)) is None
-    hopper = why_unsupported(rtx, (9, 0))
-    assert hopper is not None
-    assert rtx.release in hopper
-    assert "older than 7.5" in str(why_unsupported(rtx, (7, 0)))
-
-
-def test_tensorrt_serves_data_centre_cards() -> None:
-    why = why_not_importable("tensorrt_rtx")
-    if why is not None:
-        pytest.skip(why)
-    # The rule looks at the library's name alone.
-    library = dataclasses.replace(import_tensorrt("tensorrt_rtx"), name="tensorrt")
-    assert why_unsupported(library, (9, 0)) is None
-    assert why_unsupported(library, (7, 0)) is not None
+    assert all(rtx_target(rtx, c).capabilities == (c,) for c in listed)
+    assert rtx_target(rtx, (max(listed)[0] + 1, 0)) == ANY_CARD
+    with pytest.raises(EngineError, match=r"not for 9\.0; build without --capability"):
+        rtx_target(rtx, (9, 0))

@@ -6,20 +6,28 @@ dropped would be found out at the microscope.
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rtfocus.processing.gpu.tensorrt import build, engine
-from rtfocus.processing.gpu.tensorrt.library import import_tensorrt, why_not_importable
+from rtfocus.processing.gpu.tensorrt import build, engine, library
+from rtfocus.processing.gpu.tensorrt.library import (
+    LIBRARIES,
+    LibraryName,
+    import_tensorrt,
+    why_not_importable,
+)
 
-MODULES = (build, engine)
+MODULES = (build, engine, library)
 CLASSES = {
     "builder": "Builder",
+    "context": "IExecutionContext",
     "config": "IBuilderConfig",
     "engine": "ICudaEngine",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
+    "runtime": "Runtime",
     "self._cache": "IRuntimeCache",
     "self._context": "IExecutionContext",
     "self._config": "IRuntimeConfig",
@@ -28,21 +36,42 @@ CLASSES = {
     "self._runtime": "Runtime",
 }
 """What the variables of our modules hold."""
-RUNTIME_CONFIGS = {"engine"}
+RUNTIME_CONFIGS = {"KernelCache", "compile_ahead"}
 """Where ``config`` is that of a context."""
+RTX_ALONE = {
+    "KernelCache",
+    "TensorRtEngine",
+    "compile_ahead",
+    "listed_capabilities",
+    "name_capabilities",
+    "why_invalid",
+    "why_not_capturable",
+}
+"""Classes and functions that ask for more where the library is that for RTX."""
 
 
 def names_used() -> list[tuple[str, str]]:
     """Return (class, attribute) for every attribute our modules read or set."""
+    return sorted({name for names in names_by_place().values() for name in names})
+
+
+def names_by_place() -> dict[str, set[tuple[str, str]]]:
+    """Return the names that every top-level class or function uses."""
+    return {
+        place.name: names_in(place)
+        for module in MODULES
+        for place in ast.parse(Path(str(module.__file__)).read_text("utf-8")).body
+        if isinstance(place, ast.FunctionDef | ast.ClassDef)
+    }
+
+
+def names_in(place: ast.FunctionDef | ast.ClassDef) -> set[tuple[str, str]]:
+    """Return (class, attribute) for every attribute of the library in a place."""
     used = set()
-    for module in MODULES:
-        name = module.__name__.rpartition(".")[2]
-        tree = ast.parse(Path(str(module.__file__)).read_text("utf-8"))
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Attribute):
-                continue
+    for node in ast.walk(place):
+        if isinstance(node, ast.Attribute):
             holder = ast.unparse(node.value)
-            if holder == "config" and name in RUNTIME_CONFIGS:
+            if holder == "config" and place.name in RUNTIME_CONFIGS:
                 used.add(("IRuntimeConfig", node.attr))
             elif holder in CLASSES:
                 used.add((CLASSES[holder], node.attr))
@@ -50,7 +79,9 @@ def names_used() -> list[tuple[str, str]]:
                 used.add(("", node.attr))
             elif holder.startswith("api."):
                 used.add((holder.removeprefix("api."), node.attr))
-    return sorted(used)
+            elif ".api." in holder:
+                used.add((holder.rpartition(".api.")[2], node.attr))
+    return {(holder, name) for holder, name in used if not name.startswith("__")}
 
 
 def test_the_search_finds_what_runs_a_network() -> None:
@@ -67,5 +98,24 @@ def test_the_library_has_the_name(holder: str, attribute: str) -> None:
     why = why_not_importable("tensorrt_rtx")
     if why is not None:
         pytest.skip(why)
-    api = import_tensorrt("tensorrt_rtx").api
-    assert hasattr(getattr(api, holder) if holder else api, attribute)
+    assert has(import_tensorrt("tensorrt_rtx").api, holder, attribute)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_what_a_library_lacks_is_asked_for_in_known_places(name: LibraryName) -> None:
+    why = why_not_importable(name)
+    if why is not None:
+        pytest.skip(why)
+    api = import_tensorrt(name).api
+    lacking = {
+        place
+        for place, names in names_by_place().items()
+        if not all(has(api, *used) for used in names)
+    }
+    # TensorRT grew some of them later, e.g. runtime configurations in 10.13.
+    assert lacking <= (set() if name == "tensorrt_rtx" else RTX_ALONE)
+
+
+def has(api: Any, holder: str, attribute: str) -> bool:
+    """Return whether a library, or a class of it, has a name."""
+    return hasattr(getattr(api, holder, None) if holder else api, attribute)

@@ -6,12 +6,17 @@ need a GPU to build.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.gpu.engine import GpuRequest
-from rtfocus.processing.gpu.tensorrt.library import TensorRt
+from rtfocus.processing.gpu.tensorrt.library import (
+    Capability,
+    TensorRt,
+    name_capabilities,
+    why_invalid,
+)
 
 Progress = Callable[[str, int, int], bool]
 """Called with the phase's name, steps done and steps of the phase; False cancels.
@@ -77,6 +82,12 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "fp16, or with fp32 another backend",
     ),
     (
+        # What releases before 1.7 say of a convolution of int8 numbers.
+        "dtype == myelinTypeFP8E4M3",
+        "int8 needs tensorrt_rtx 1.7 or later: pip install -U 'tensorrt_rtx>=1.7', or "
+        "use --precision fp16",
+    ),
+    (
         "Int32 but must have type",
         "biases must not be quantised: write the int8 file with QuantizeBias off",
     ),
@@ -96,7 +107,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "check that the NVIDIA driver works and is new enough (rtfocus doctor)",
     ),
     (
-        "OLD_CUDA_DRIVER",
+        "OLD_CUDA_",
         "update the NVIDIA driver (rtfocus doctor tells which is there)",
     ),
     (
@@ -129,6 +140,7 @@ _INVALID = {
     "VERSION_MISMATCH": "it was built by another release",
     "UNSUPPORTED_CC": "it was built for another compute capability",
     "OLD_CUDA_DRIVER": "the driver is too old for it",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it",
     "INSUFFICIENT_GPU_MEMORY": "the GPU has too little free memory",
     "MALFORMED_ENGINE": "it is damaged",
 }
@@ -182,11 +194,7 @@ def load_error(
 ) -> EngineError:
     """Explain why a plan was not loaded; TensorRT for RTX names the reasons itself."""
     said = _said(library)
-    reasons: set[str] = set()
-    if library.is_rtx:
-        _, found = runtime.get_engine_validity(plan)
-        known = library.api.EngineInvalidityDiagnostics.__members__
-        reasons = {name for name, flag in known.items() if int(flag) & int(found)}
+    reasons = why_invalid(library, runtime, plan)
     explained = [words for name, words in _INVALID.items() if name in reasons]
     where = f"engine '{engine}': {library.name} {library.release} cannot load its plan"
     what = f"{', '.join(explained) or _short(said)}"
@@ -219,14 +227,10 @@ def _short(said: str) -> str:
     return line.replace("( (", "(").replace("))", ")").replace(" ()", "").strip()
 
 
-Capability = tuple[int, int]
-"""Major and minor, e.g. (8, 6)."""
-
-
 def build_plan(
     library: TensorRt,
     request: GpuRequest,
-    capabilities: Iterable[Capability] = (),
+    capabilities: Sequence[Capability] = (),
     progress: Progress | None = None,
 ) -> bytes:
     """Build the plan of a network.
@@ -309,7 +313,7 @@ def _configure(
     library: TensorRt,
     builder: Any,
     request: GpuRequest,
-    capabilities: Iterable[Capability],
+    capabilities: Sequence[Capability],
 ) -> Any:
     api = library.api
     config = builder.create_builder_config()
@@ -318,22 +322,10 @@ def _configure(
     if request.workspace_bytes is not None:
         pool = api.MemoryPoolType.WORKSPACE
         config.set_memory_pool_limit(pool, request.workspace_bytes)
-    if library.is_rtx:
-        _set_capabilities(api, config, list(capabilities))
+    name_capabilities(library, config, capabilities)
     profile = builder.create_optimization_profile()
     for name, shapes in request.inputs.items():
         profile.set_shape(name, shapes.smallest, shapes.usual, shapes.largest)
     if config.add_optimization_profile(profile) < 0:
         raise build_error(library, request)
     return config
-
-
-def _set_capabilities(api: Any, config: Any, capabilities: list[Capability]) -> None:
-    if not capabilities:
-        return
-    config.num_compute_capabilities = len(capabilities)
-    for index, (major, minor) in enumerate(capabilities):
-        known = getattr(api.ComputeCapability, f"SM{major}{minor}", None)
-        if known is None or not config.set_compute_capability(known, index):
-            msg = f"this release builds no plans for compute capability {major}.{minor}"
-            raise EngineError(msg)

@@ -21,13 +21,16 @@ from rtfocus.processing.gpu.tensorrt.build import UnusablePlanError, load_error
 from rtfocus.processing.gpu.tensorrt.library import (
     LibraryName,
     TensorRt,
+    compile_ahead,
     import_tensorrt,
+    why_not_capturable,
     why_not_importable,
     why_unsupported,
 )
 from rtfocus.processing.gpu.tensorrt.plans import (
     PlanCache,
     ReadyPlan,
+    built_ahead,
     ready_plan,
     target_of,
 )
@@ -81,22 +84,11 @@ class TensorRtContext:
 
     def why_not_capturable(self, cuda_stream: int) -> str | None:
         """Return why `enqueue` may not be captured in a CUDA graph; None: it may."""
-        if not self._library.is_rtx:
-            return None
-        if self._records_itself():
-            return "TensorRT for RTX records a CUDA graph of its own"
-        if not self._context.is_stream_capturable(cuda_stream):
-            return "this network needs the host between its kernels"
-        return None
+        return why_not_capturable(self._library, self._context, cuda_stream)
 
     def close(self) -> None:
         """Free the context."""
         self._context = None
-
-    def _records_itself(self) -> bool:
-        disabled = self._library.api.CudaGraphStrategy.DISABLED
-        strategy = self._context.get_runtime_config().cuda_graph_strategy
-        return bool(strategy != disabled)
 
     def _error(self, what: str) -> EngineError:
         errors = self._library.logger.errors
@@ -157,7 +149,7 @@ def why_unavailable(name: LibraryName, device: Gpu | None) -> str | None:
     why = why_not_importable(name)
     if why is not None or device is None:
         return why
-    return why_unsupported(import_tensorrt(name), device.compute_capability)
+    return why_unsupported(device.compute_capability)
 
 
 def open_engine(
@@ -171,19 +163,52 @@ def open_engine(
         Names the engine, what TensorRT said, and the remedy.
     """
     library = import_tensorrt(name)
-    target = target_of(library, device)
     cache = PlanCache()
-    plan = ready_plan(library, request, target, cache=cache)
-    kernels = _kernel_file(cache, plan, device)
+    if library.is_rtx and request.precision == "fp32" and not request.tf32:
+        logger.warning("engine '%s': %s", request.name, RTX_KEEPS_NO_FP32)
+    plan = built_ahead(library, request, device, cache) or ready_plan(
+        library, request, target_of(library, device), cache=cache
+    )
     try:
-        return TensorRtEngine(library, request, plan.data, kernels)
+        return _load(library, request, plan, cache, device)
     except UnusablePlanError as error:
         if plan.build_s is not None:
-            raise
+            raise _not_served(error, library, device) from error
         logger.warning("%s", error)
         cache.discard(plan.key)
-        plan = ready_plan(library, request, target, cache=cache)
-        return TensorRtEngine(library, request, plan.data, kernels)
+    plan = ready_plan(library, request, target_of(library, device), cache=cache)
+    try:
+        return _load(library, request, plan, cache, device)
+    except UnusablePlanError as error:
+        raise _not_served(error, library, device) from error
+
+
+RTX_KEEPS_NO_FP32 = (
+    "TensorRT for RTX was told to leave out TF32, but on the card where this was "
+    "compared (NVIDIA H200, release 1.4) restored frames were off by 1.3e-3 instead of "
+    "1e-4; where every bit of fp32 counts set processing.gpu.backend: torch-cuda"
+)
+
+
+def _load(
+    library: TensorRt,
+    request: GpuRequest,
+    plan: ReadyPlan,
+    cache: PlanCache,
+    device: Gpu,
+) -> "TensorRtEngine":
+    kernels = _kernel_file(cache, plan, device)
+    return TensorRtEngine(library, request, plan.data, kernels)
+
+
+def _not_served(error: EngineError, library: TensorRt, device: Gpu) -> EngineError:
+    """Say what to do where even a plan that was just built is refused."""
+    reason = str(error).partition("; build it again")[0]
+    return EngineError(
+        f"{reason}, though it was built just now: {library.name} {library.release} "
+        f"does not serve {device.name}; update it, or set processing.gpu.backend to "
+        "another of tensorrt, tensorrt_rtx and torch-cuda"
+    )
 
 
 class TensorRtEngine:
@@ -225,7 +250,7 @@ class TensorRtEngine:
         if library.is_rtx:
             self._config = self._engine.create_runtime_config()
             self._kernels = KernelCache(self._config, kernels)
-            _configure_rtx(library.api, self._config, graphs=request.cuda_graphs)
+            compile_ahead(library, self._config, graphs=request.cuda_graphs)
         self._measuring: Any = None
 
     def output_shapes(self, input_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -281,16 +306,6 @@ def _io_tensors(api: Any, engine: Any) -> dict[str, IoTensor]:
         )
         for name in names
     }
-
-
-def _configure_rtx(api: Any, config: Any, *, graphs: bool) -> None:
-    # Kernels for the shapes of a series are compiled before its first frame, at
-    # the warm-up, not beside the frames.
-    config.dynamic_shapes_kernel_specialization_strategy = (
-        api.DynamicShapesKernelSpecializationStrategy.EAGER
-    )
-    if graphs:
-        config.cuda_graph_strategy = api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
 
 
 def _kernel_file(cache: PlanCache, plan: ReadyPlan, device: Gpu) -> Path:

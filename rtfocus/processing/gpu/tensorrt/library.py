@@ -1,11 +1,14 @@
 """Library: those that share one API, each with the reason why not.
 
-``tensorrt`` tunes a plan on the GPU at hand; ``tensorrt_rtx`` (TensorRT for RTX)
-builds it without one and compiles its kernels on the card at the first start.
+``tensorrt`` (10.8 to 11) tunes a plan on the GPU at hand; ``tensorrt_rtx`` (TensorRT
+for RTX, 1.4 to 1.7) builds it without one and compiles its kernels on the card at the
+first start. What only the latter has is asked for here, and its kernels are kept by
+`rtfocus.processing.gpu.tensorrt.engine.KernelCache`.
 """
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -24,6 +27,9 @@ _REMEDIES: dict[LibraryName, str] = {
     ),
     "tensorrt_rtx": "pip install rtfocus[rtx]",
 }
+Capability = tuple[int, int]
+"""Major and minor, e.g. (8, 6)."""
+
 _OLDEST_CAPABILITY = (7, 5)
 
 
@@ -72,25 +78,81 @@ def why_not_importable(name: LibraryName) -> str | None:
     return None
 
 
-def why_unsupported(library: TensorRt, capability: tuple[int, int]) -> str | None:
-    """Return why a library does not serve a GPU of a compute capability."""
-    found = f"compute capability {capability[0]}.{capability[1]}"
-    if capability < _OLDEST_CAPABILITY:
-        return f"{found} is older than 7.5, the first that TensorRT serves"
-    if not library.is_rtx:
+def why_unsupported(capability: Capability) -> str | None:
+    """Return why no library serves a GPU at hand; None: the runtime is to be asked.
+
+    A release may run on cards it does not list: TensorRT for RTX 1.4 lists no Hopper
+    and runs there.
+    """
+    if capability >= _OLDEST_CAPABILITY:
         return None
-    listed = listed_capabilities(library)
-    if capability in listed or capability > max(listed):
-        return None
-    names = ", ".join(f"{major}.{minor}" for major, minor in listed)
     return (
-        f"{library.name} {library.release} serves {names}, this GPU has {found}; "
-        "data-centre cards are served by tensorrt"
+        f"compute capability {capability[0]}.{capability[1]} is older than 7.5, the "
+        "first that TensorRT serves"
     )
 
 
-def listed_capabilities(library: TensorRt) -> list[tuple[int, int]]:
-    """Return the compute capabilities a release of TensorRT for RTX builds for."""
+def why_invalid(library: TensorRt, runtime: Any, plan: bytes) -> set[str]:
+    """Return why a runtime refuses a plan, as it names its reasons; none: not told."""
+    if not library.is_rtx:
+        return set()
+    _, found = runtime.get_engine_validity(plan)
+    known = library.api.EngineInvalidityDiagnostics.__members__
+    return {name for name, flag in known.items() if int(flag) & int(found)}
+
+
+def name_capabilities(
+    library: TensorRt, config: Any, capabilities: Sequence[Capability]
+) -> None:
+    """Name the capabilities a plan is built for; none: every card from 8.0 on.
+
+    Raises
+    ------
+    EngineError
+        If the release does not know one.
+    """
+    if not library.is_rtx or not capabilities:
+        return
+    config.num_compute_capabilities = len(capabilities)
+    for index, (major, minor) in enumerate(capabilities):
+        known = getattr(library.api.ComputeCapability, f"SM{major}{minor}", None)
+        if known is None or not config.set_compute_capability(known, index):
+            msg = f"this release builds no plans for compute capability {major}.{minor}"
+            raise EngineError(msg)
+
+
+def compile_ahead(library: TensorRt, config: Any, *, graphs: bool) -> None:
+    """Have kernels compiled at the warm-up, not beside frames, and recorded.
+
+    Parameters
+    ----------
+    config
+        ``IRuntimeConfig`` of TensorRT for RTX.
+    graphs
+        Whether the library records them as a CUDA graph of its own.
+    """
+    api = library.api
+    config.dynamic_shapes_kernel_specialization_strategy = (
+        api.DynamicShapesKernelSpecializationStrategy.EAGER
+    )
+    if graphs:
+        config.cuda_graph_strategy = api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+
+
+def why_not_capturable(library: TensorRt, context: Any, stream: int) -> str | None:
+    """Return why an execution context may not be recorded from outside; None: may."""
+    if not library.is_rtx:
+        return None
+    strategy = context.get_runtime_config().cuda_graph_strategy
+    if strategy != library.api.CudaGraphStrategy.DISABLED:
+        return "TensorRT for RTX records a CUDA graph of its own"
+    if not context.is_stream_capturable(stream):
+        return "this network needs the host between its kernels"
+    return None
+
+
+def listed_capabilities(library: TensorRt) -> list[Capability]:
+    """Return the compute capabilities a release of TensorRT for RTX can name."""
     members = library.api.ComputeCapability.__members__
     digits = (name.removeprefix("SM") for name in members if name.startswith("SM"))
     return sorted((int(text[:-1]), int(text[-1])) for text in digits)

@@ -12,8 +12,9 @@ from typing import Any
 from rtfocus.errors import EngineError
 from rtfocus.processing.gpu.cuda.compiler import cache_folder, write_atomically
 from rtfocus.processing.gpu.engine import Gpu, GpuRequest, ShapeRange
-from rtfocus.processing.gpu.tensorrt.build import Capability, Progress, build_plan
+from rtfocus.processing.gpu.tensorrt.build import Progress, build_plan
 from rtfocus.processing.gpu.tensorrt.library import (
+    Capability,
     TensorRt,
     listed_capabilities,
     why_unsupported,
@@ -192,6 +193,11 @@ class PlanTarget:
     capabilities: tuple[Capability, ...] = ()
     """TensorRT for RTX: those named to the builder; none: 8.0 and later."""
 
+    @staticmethod
+    def named(capability: Capability) -> "PlanTarget":
+        """Return the target of TensorRT for RTX that names a compute capability."""
+        return PlanTarget(_text(capability), (capability,))
+
 
 @dataclass(frozen=True, slots=True)
 class ReadyPlan:
@@ -207,38 +213,66 @@ ANY_CARD = PlanTarget("8.0 and later")
 """TensorRT for RTX: every card it serves, those of 7.5 apart."""
 
 
+_TURING = (7, 5)
+"""The only card that is served but by a plan that names it."""
+
+
 def target_of(library: TensorRt, device: Gpu) -> PlanTarget:
-    """Return the target of a library's plans for a GPU.
+    """Return the target of a library's plans for the GPU at hand.
+
+    TensorRT for RTX names no capability: its runtime says what it runs, whatever the
+    release lists.
 
     Raises
     ------
     EngineError
-        If the library does not serve it.
+        If the card is too old.
     """
-    if library.is_rtx:
-        return rtx_target(library, device.compute_capability)
-    why = why_unsupported(library, device.compute_capability)
+    capability = device.compute_capability
+    why = why_unsupported(capability)
     if why is not None:
         raise EngineError(why)
-    return PlanTarget(f"{device.name}, {_text(device.compute_capability)}")
+    if not library.is_rtx:
+        return PlanTarget(f"{device.name}, {_text(capability)}")
+    return PlanTarget.named(capability) if capability == _TURING else ANY_CARD
+
+
+def built_ahead(
+    library: TensorRt, request: GpuRequest, device: Gpu, cache: PlanCache
+) -> ReadyPlan | None:
+    """Return the plan of TensorRT for RTX that was built for this card by name."""
+    if not library.is_rtx:
+        return None
+    key = _key(library, request, PlanTarget.named(device.compute_capability))
+    found = cache.find(key)
+    return None if found is None else ReadyPlan(found, key, None)
 
 
 def rtx_target(library: TensorRt, capability: Capability) -> PlanTarget:
-    """Return the target of TensorRT for RTX for a compute capability.
+    """Return the target of TensorRT for RTX for a card that is not at hand.
 
     Cards newer than every one the release lists take the plan for any card.
 
     Raises
     ------
     EngineError
-        If the release does not serve it.
+        If the release cannot name it: only its runtime could tell, on the card.
     """
-    why = why_unsupported(library, capability)
+    why = why_unsupported(capability)
     if why is not None:
         raise EngineError(why)
-    if capability not in listed_capabilities(library):
+    listed = listed_capabilities(library)
+    if capability in listed:
+        return PlanTarget.named(capability)
+    if capability > max(listed):
         return ANY_CARD
-    return PlanTarget(_text(capability), (capability,))
+    msg = (
+        f"{library.name} {library.release} builds for "
+        f"{', '.join(_text(known) for known in listed)} by name, not for "
+        f"{_text(capability)}; build without --capability: that plan is for any card "
+        "from 8.0 on, and the card says whether it runs it"
+    )
+    raise EngineError(msg)
 
 
 def ready_plan(
@@ -258,9 +292,7 @@ def ready_plan(
         If it cannot be built.
     """
     cache = cache or PlanCache()
-    key = PlanKey.of(
-        request, library=library.name, release=library.release, gpu=target.gpu
-    )
+    key = _key(library, request, target)
     found = None if rebuild else cache.find(key)
     if found is not None:
         return ReadyPlan(found, key, None)
@@ -279,6 +311,12 @@ def ready_plan(
     plan = build_plan(library, request, target.capabilities, progress)
     cache.keep(key, plan)
     return ReadyPlan(plan, key, time.monotonic() - start)
+
+
+def _key(library: TensorRt, request: GpuRequest, target: PlanTarget) -> PlanKey:
+    return PlanKey.of(
+        request, library=library.name, release=library.release, gpu=target.gpu
+    )
 
 
 def _text(capability: Sequence[int]) -> str:
