@@ -1,5 +1,7 @@
 """Networks run by torch equal ONNX Runtime, operator by operator and as a whole."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +376,25 @@ def test_an_engine_tells_its_tensors_and_shapes(tmp_path: Path) -> None:
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.open_context()
+
+
+def test_a_closed_engine_keeps_no_weights_whoever_holds_a_context(
+    tmp_path: Path,
+) -> None:
+    shapes = ShapeRange((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 64, 64))
+    model = write_restorer(tmp_path / "model.onnx")
+    request = GpuRequest("restorer", model, "00", "fp32", {"tiles": shapes})
+    engine = TorchEngine(request, CPU)
+    context = engine.open_context()
+    weights = weakref.ref(engine.network)
+    gc.disable()
+    try:
+        engine.close()
+        assert weights() is None
+    finally:
+        gc.enable()
+    with pytest.raises(EngineError, match="'restorer' is closed"):
+        context.run()
 
 
 def test_a_torch_without_cuda_is_told() -> None:

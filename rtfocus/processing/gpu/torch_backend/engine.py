@@ -327,6 +327,7 @@ class TorchEngine:
         self.backend = BACKEND
         self.precision: Precision = request.precision
         self.context_bytes = 0
+        self._place = place
         torch.backends.cudnn.allow_tf32 = request.tf32
         torch.backends.cuda.matmul.allow_tf32 = request.tf32
         self._network: TorchNetwork | None = TorchNetwork(
@@ -349,22 +350,35 @@ class TorchEngine:
 
     def open_context(self) -> "TorchContext":
         """Make one more context; torch allocates what it needs at the first run."""
+        return TorchContext(self)
+
+    @property
+    def network(self) -> TorchNetwork:
+        """Nodes and weights; EngineError once it is closed."""
         if self._network is None:
             msg = f"engine '{self.name}' is closed"
             raise EngineError(msg)
-        return TorchContext(self._network, self)
+        return self._network
 
     def close(self) -> None:
-        """Free the weights."""
+        """Free the weights, and give the card back what torch kept for later.
+
+        Torch keeps memory by CUDA stream: every series would leave its own.
+        """
         self._network = None
+        if self._place.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class TorchContext:
-    """Implements `rtfocus.processing.gpu.engine.GpuContext`."""
+    """Implements `rtfocus.processing.gpu.engine.GpuContext`.
 
-    def __init__(self, network: TorchNetwork, engine: TorchEngine) -> None:
-        self._network = network
+    The weights are the engine's alone: a context that somebody still holds keeps none.
+    """
+
+    def __init__(self, engine: TorchEngine) -> None:
         self._engine = engine
+        self._place = engine.network.device
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
@@ -378,22 +392,22 @@ class TorchContext:
             msg = f"engine '{self._engine.name}': tensors {lacking} have no buffer"
             raise EngineError(msg)
         tensors = {
-            name: _view(buffers[name], shape, self._network.device)
+            name: _view(buffers[name], shape, self._place)
             for name, shape in shapes.items()
         }
-        self._inputs = {name: tensors[name] for name in self._network.inputs}
-        self._outputs = {name: tensors[name] for name in self._network.outputs}
+        self._inputs = {name: tensors[name] for name in self._engine.network.inputs}
+        self._outputs = {name: tensors[name] for name in self._engine.network.outputs}
 
     def enqueue(self, cuda_stream: int) -> None:
         """Launch the network on a CUDA stream."""
-        place = self._network.device
+        place = self._place
         stream = torch.cuda.ExternalStream(cuda_stream, place)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             self.run()
 
     def run(self) -> None:
         """Compute the bound outputs from the bound inputs on torch's own stream."""
-        for name, result in self._network.run(self._inputs).items():
+        for name, result in self._engine.network.run(self._inputs).items():
             self._outputs[name].copy_(result, non_blocking=True)
 
     def why_not_capturable(self, cuda_stream: int) -> str | None:
