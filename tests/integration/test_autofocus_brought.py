@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from loop_kit import OPTICS
+from pydantic import TypeAdapter
 
+from rtfocus.autofocus.calibration import Calibration, save_calibration
 from rtfocus.autofocus.estimator import amplitude_spectrum
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.policy import Limits
@@ -150,3 +152,46 @@ def test_one_that_fails_says_whose_it_is(core, name, error, message) -> None:
     with pytest.raises(error, match=message):
         focuser(core, name).focus(channel="DAPI")
     assert core.getZPosition() == 0
+
+
+def test_measured_backlash_makes_every_place_be_reached_upwards(
+    core: Any, tmp_path: Path
+) -> None:
+    optics = TypeAdapter(OpticalSystem).validate_python(OPTICS)
+    found = Calibration(
+        channel="DAPI",
+        focus_um=FOCUS_UM,
+        sharpest_um=FOCUS_UM,
+        unexplained=0.0,
+        direction=1,
+        direction_of_core=1,
+        backlash_um=-2.0,
+        level_offset_um=0.0,
+        level_scale=1.0,
+        level_range_um=10.0,
+        unit_um=optics.defocus_unit_um,
+        problems=[],
+    )
+    save_calibration(tmp_path / "play.yaml", found)
+    plain = focuser(core, "rtfocus")
+    config = plain.config.model_copy(update={"calibration": tmp_path / "play.yaml"})
+    arrived_from: list[float] = []
+    stops = [0.0]
+
+    def read(pixels: Any, channel: str, z_um: float) -> FocusReading:
+        arrived_from.append(stops[-1] - stops[-2])
+        return plain.read(pixels, channel, z_um)
+
+    def note(_: str, z_um: float) -> None:
+        stops.append(z_um)
+
+    core.events.stagePositionChanged.connect(note)
+    try:
+        Focuser(core, config, {"default": optics}, read).focus(channel="DAPI")
+    finally:
+        core.events.stagePositionChanged.disconnect(note)
+    # The first place too, where nobody knows from which side the stage came.
+    assert stops[1:3] == [-3.0, 0.0]
+    assert len(arrived_from) > 2
+    assert min(arrived_from) > 0
+    assert stops[-1] > stops[-2]

@@ -9,6 +9,8 @@ import yaml
 from loop_kit import OPTICS, command, failed, succeeded
 
 from rtfocus.autofocus.calibration import load_calibration
+from rtfocus.autofocus.settings import with_measured_backlash
+from rtfocus.cli.options import read_config
 from rtfocus.errors import ExitCode
 
 UNIT_UM = 0.451 / 0.36**2
@@ -128,11 +130,17 @@ def test_backlash_and_a_reversed_stage_are_measured_and_lived_with(
     # Down, the stage stands 2 um higher than it says.
     assert calibration.backlash_um == pytest.approx(-2, abs=0.2 * UNIT_UM)
     assert calibration.focus_um == pytest.approx(4.0, abs=0.2 * UNIT_UM)
+    told = read_config(config, [f"autofocus.calibration={found}"]).autofocus
+    lived_with = with_measured_backlash(told)
+    assert (told.approach, lived_with.approach) == ("either", "up")
+    # Half as far again, so that it is past the play for certain.
+    assert lived_with.backlash_um == pytest.approx(3, abs=0.3 * UNIT_UM)
+    given = told.model_copy(update={"backlash_um": 0.7})
+    assert with_measured_backlash(given) == given
     use = ("--set", f"autofocus.calibration={found}", "--journal", journal)
     said = succeeded(command("autofocus", config, *faults, *use))
     end = re.search(r"focused, z 0\.00 -> ([\d.]+) um", said)
     assert end
-    # Half a depth of field is 1.7 um: a search that came from above would miss.
     assert float(end[1]) == pytest.approx(4.0, abs=0.3 * UNIT_UM)
 
     reversed_stage = ("--set", "microscope.z_stage.reversed=true")
