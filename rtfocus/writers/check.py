@@ -247,7 +247,7 @@ class _ImageReader:
             return f"cannot be decoded: {type(error).__name__}: {error}"
         return None
 
-    def _shard_file(self, array: zarr.Array[Any], index: dict[str, int]) -> Path:
+    def _shard_file(self, array: "zarr.Array[Any]", index: dict[str, int]) -> Path:
         shards = array.shards or array.chunks
         name = shard_name(index["t"] // shards[0], index["c"], index["z"], 0, 0)
         return self._folders[index["p"]] / name
