@@ -15,8 +15,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from rtfocus.cli.endings import interruptible
-from rtfocus.cli.options import read_config
+from rtfocus.cli.options import OverwriteOption, read_config
 from rtfocus.errors import ConfigError, EngineError
+from rtfocus.evaluation.bioimageio import export_bioimageio
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.card import EngineCard, verified_file
@@ -139,6 +140,41 @@ def add(
     """
     found = add_engine(path)
     typer.echo(f"added {found.kind} '{found.name}' in {found.folder}")
+
+
+@app.command("export")
+def export_model(
+    name: Annotated[str, typer.Argument(help="Engine by name or folder.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Model package to write, a .zip.")
+    ],
+    author: Annotated[
+        list[str], typer.Option(help="Who made the weights; repeatable.")
+    ],
+    cite: Annotated[
+        str, typer.Option(help="DOI (10....) or address (https://...) to cite.")
+    ],
+    licence: Annotated[
+        str, typer.Option(help="Licence of the weights, an SPDX identifier.")
+    ] = "BSD-3-Clause",
+    folder: FolderOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write an engine that restores as a model package of bioimage.io (spec 0.5).
+
+    [bold]Example:[/] rtfocus engines export multiscale -o multiscale.zip
+    --author "Jane Doe" --cite https://example.org/paper
+    """
+    found = find_engine(name, folder or ())
+    written = export_bioimageio(
+        found,
+        output,
+        authors=author,
+        cite=cite,
+        licence=licence,
+        overwrite=overwrite,
+    )
+    typer.echo(f"exported {found.kind} '{found.name}' to {written}")
 
 
 def _what(found: FoundEngine) -> Iterator[Row]:
