@@ -1,5 +1,6 @@
 """Batches: many processes do what one would, whoever is killed or lacks something."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from image_file_kit import ngff_axes, write_ngff
 from loop_kit import command, failed, succeeded
 from transport_kit import until
 
+import rtfocus.batch
 from rtfocus.batch.plan import Ledger
 from rtfocus.errors import ExitCode
 
@@ -277,6 +279,56 @@ def test_a_worker_without_the_engine_gives_its_images_to_others(
     finally:
         lacking.kill()
         lacking.wait()
+
+
+def test_a_fractal_task_restores_a_field_beside_its_input(
+    plate: Path, tmp_path: Path
+) -> None:
+    package = Path(rtfocus.batch.__file__).parents[1]
+    manifest = json.loads((package / "__FRACTAL_MANIFEST__.json").read_text("utf-8"))
+    (task,) = manifest["task_list"]
+    # As Fractal does: the file by its path, arguments and answer as JSON.
+    asked, answer = tmp_path / "args.json", tmp_path / "out.json"
+    field = plate / "A/3/1"
+    arguments = {"zarr_url": str(field), "engine": "wiener", "optics": OPTICS[1]}
+    assert set(arguments) <= set(task["args_schema_parallel"]["properties"])
+    asked.write_text(json.dumps(arguments))
+    run = [sys.executable, str(package / task["executable_parallel"])]
+    run += ["--args-json", str(asked), "--out-json", str(answer)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (update,) = json.loads(answer.read_text())["image_list_updates"]
+    assert update == {
+        "zarr_url": f"{field}_restored",
+        "origin": str(field),
+        "types": task["output_types"],
+    }
+    succeeded(command("restore", field, "-o", tmp_path / "one.tif", *WIENER))
+    restored = zarr.open_array(Path(update["zarr_url"]) / "0", mode="r")
+    np.testing.assert_array_equal(
+        np.squeeze(restored[:]), tifffile.imread(tmp_path / "one.tif")
+    )
+    well = zarr.open_group(plate / "A/3", mode="r").attrs["well"]
+    assert [one["path"] for one in well["images"]] == ["0", "1", "1_restored"]
+    again = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "exists; choose another suffix" in again.stderr
+
+
+def test_the_manifest_is_that_of_the_task() -> None:
+    schemas = pytest.importorskip("fractal_task_tools._args_schemas")
+    package = Path(rtfocus.batch.__file__).parents[1]
+    manifest = json.loads((package / "__FRACTAL_MANIFEST__.json").read_text("utf-8"))
+    (task,) = manifest["task_list"]
+    made = schemas.create_schema_for_single_task(
+        task["executable_parallel"], package="rtfocus"
+    )
+    assert task["args_schema_parallel"] == made
+    kinds = pytest.importorskip("fractal_task_tools.task_models")
+    known = set(kinds.ParallelTask.model_fields)
+    assert set(task) - {"executable_parallel", "args_schema_parallel"} <= (
+        known | {"meta_parallel"}
+    )
 
 
 def test_no_scheduler_is_one_line(folder: Path, tmp_path: Path) -> None:
