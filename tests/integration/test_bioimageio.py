@@ -47,7 +47,7 @@ def test_package_is_whole_and_its_tensors_are_what_the_network_gives(tmp_path):
         export_bioimageio(found, target, **SAID)
 
 
-@pytest.mark.parametrize("name", ["delpnet", "learned_wiener"])
+@pytest.mark.parametrize("name", ["delpnet", "learned_wiener", "wei_unet"])
 def test_what_the_spec_cannot_say_is_refused(name, tmp_path):
     with pytest.raises(EngineError, match="export one that restores"):
         export_bioimageio(find_engine(name), tmp_path / "model.zip", **SAID)
