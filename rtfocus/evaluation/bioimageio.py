@@ -24,6 +24,7 @@ from scipy import ndimage
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.files import whole
+from rtfocus.processing.classify import Conditions
 from rtfocus.processing.cpu.backends import open_engine
 from rtfocus.processing.engines.card import (
     CARD_NAME,
@@ -32,7 +33,7 @@ from rtfocus.processing.engines.card import (
     input_of,
     verified_file,
 )
-from rtfocus.processing.engines.registry import FoundEngine
+from rtfocus.processing.engines.registry import FoundEngine, parts
 
 FORMAT_VERSION = "0.5.3"
 RDF_NAME = "rdf.yaml"
@@ -191,13 +192,10 @@ def _refuse_unspeakable(card: EngineCard) -> None:
         why = "gives labels, no image"
     elif card.normalisation.get("name") != "percentile_range":
         why = f"needs '{card.normalisation.get('name')}', which the spec cannot say"
-    elif card.condition is not None:
-        # The test of bioimageio.spec finds their test tensors too small.
-        why = "is told more than pixels, which is not exported yet"
     if why is not None:
         msg = (
-            f"engine '{card.name}' {why}; export one that restores (kind restorer or "
-            "joint), or hand on its folder: rtfocus engines add takes it"
+            f"engine '{card.name}' {why}; export one that restores by itself, or hand "
+            "on its folder: rtfocus engines add takes it"
         )
         raise EngineError(msg)
 
@@ -242,8 +240,7 @@ def _test_tensors(found: FoundEngine) -> dict[str, Image]:
     tensors = {tiles.name: image}
     told = None
     if card.condition is not None:
-        # Nothing is known: every entry and every flag is 0.
-        told = np.zeros((1, len(card.condition.entries)), np.float32)
+        told = _told(card)
         tensors[card.condition.name] = told
     low, high = np.percentile(image, _percentiles(card), axis=(2, 3), keepdims=True)
     seen = ((image - low) / (high - low + _EPS)).astype(np.float32)
@@ -258,13 +255,21 @@ def _test_tensors(found: FoundEngine) -> dict[str, Image]:
         engine.close()
 
 
+def _told(card: EngineCard) -> Image:
+    """Return what the network is told in its test: its own optics, one level off."""
+    levels, optics = parts(card)
+    known = Conditions(card, optics.reference, blind=False, signed=levels.signed)
+    return known.rows(np.array([levels.step_um], np.float32))
+
+
 def _percentiles(card: EngineCard) -> tuple[float, float]:
     rule = card.normalisation
     return rule.get("low_percent", 0.5), rule.get("high_percent", 99.8)
 
 
 def _output_names(card: EngineCard) -> Iterator[str]:
-    for part in (card.restored, card.output, card.kernel_output):
+    # In the order of the network's own: programs of the spec take them as they come.
+    for part in (card.output, card.restored, card.kernel_output):
         if part is not None:
             yield part.name
 

@@ -2,7 +2,11 @@
 
 import hashlib
 import io
+import re
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,8 +51,18 @@ def test_package_is_whole_and_its_tensors_are_what_the_network_gives(tmp_path):
         export_bioimageio(found, target, **SAID)
 
 
-@pytest.mark.parametrize("name", ["delpnet", "learned_wiener", "wei_unet"])
+@pytest.mark.parametrize("name", ["delpnet", "learned_wiener"])
 def test_what_the_spec_cannot_say_is_refused(name, tmp_path):
     with pytest.raises(EngineError, match="export one that restores"):
         export_bioimageio(find_engine(name), tmp_path / "model.zip", **SAID)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["rtfocus-2", "wei_unet"])
+def test_bioimage_io_reads_and_runs_what_is_told_more_than_pixels(name, tmp_path):
+    pytest.importorskip("bioimageio.core", reason="needs bioimageio.core")
+    target = export_bioimageio(find_engine(name), tmp_path / "model.zip", **SAID)
+    command = [Path(sys.executable).with_name("bioimageio"), "test", target]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert tried.returncode == 0, tried.stdout + tried.stderr
+    assert re.search(r"status +passed", tried.stdout), tried.stdout
