@@ -63,7 +63,7 @@ def unseen(folder: Path) -> DataSet:
         for number, kind in enumerate(KINDS):
             rng = np.random.default_rng([_SEED, number])
             for name, light in _lights(kind, folder, rng):
-                yield from _shown(kind.name, name, light, rng)
+                yield from shown(kind.name, name, light, rng)
 
     title = (
         f"{len(KINDS)} kinds, each blurred by random pupils, Born-Wolf and Gaussian "
@@ -78,24 +78,24 @@ def _lights(
     """Yield windows of the images of a kind: darkest percentile 0, brightest 1."""
     if not kind.pattern:
         for number in range(_WINDOWS):
-            section = draw_stained((_SIDE_PX, _SIDE_PX), rng) @ _GREEN
+            section = draw_stained((_SIDE_PX, _SIDE_PX), rng) @ GREEN
             yield f"{kind.name} {number}", section.astype(np.float32)
         return
     for series in open_images(folder / kind.pattern):
         planes = list(series.indices())
         for place in kind.places:
             plane = luminance(series.read(**planes[place]).astype(np.float32))
-            for number, window in enumerate(_windows(plane)):
+            for number, window in enumerate(windows(plane)):
                 dark = np.percentile(window, 0.5)
                 light = np.clip((window - dark) / (window.max() - dark), 0, 1)
                 yield f"{series.name} {place} {number}", light.astype(np.float32)
 
 
-# What a green filter lets through: H&E has its contrast there.
-_GREEN = np.array([0.0, 1.0, 0.0], np.float32)
+GREEN = np.array([0.0, 1.0, 0.0], np.float32)
+"""What a green filter lets through: H&E has its contrast there."""
 
 
-def _windows(plane: Image) -> Iterator[Image]:
+def windows(plane: Image) -> Iterator[Image]:
     """Yield the middle of an image, and the liveliest quarter of what it leaves."""
     rows, columns = (middle(side, _SIDE_PX) for side in plane.shape)
     yield plane[rows, columns]
@@ -109,9 +109,22 @@ def _windows(plane: Image) -> Iterator[Image]:
     yield max(corners, key=lambda corner: float(corner.std()))
 
 
-def _shown(
+def shown(
     kind: str, name: str, light: Image, rng: np.random.Generator
 ) -> Iterator[Sample]:
+    """Yield an image blurred in three ways and in focus, each by a camera of its own.
+
+    Parameters
+    ----------
+    kind
+        Group of the frames out of focus.
+    name
+        Begins the frames' names.
+    light
+        Axes (y, x), 0 to 1.
+    rng
+        Draws blurs, cameras and noise.
+    """
     for way in ("pupil", "Born-Wolf", "Gaussian"):
         camera, counts = _draw_camera(rng)
         blurred = _blurred(light, way, rng)

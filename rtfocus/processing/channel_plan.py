@@ -144,6 +144,19 @@ class ChannelPlan:
             found["restorer"] = self.restoration.identity
         return found
 
+    @property
+    def weighed(self) -> ClassifierPlan | None:
+        """The pass whose corrections are weighed, see `rtfocus.processing.evidence`.
+
+        None: the optics were told, or nothing restores that can be weighed.
+        """
+        restoration = self.restoration
+        if restoration is None or not self.processing.blind:
+            return None
+        passes = {"same_pass": self.classifier, "own_pass": restoration.own_pass}
+        found = passes.get(restoration.way)
+        return found if found is not None and found.card.evidence else None
+
     def montage(self, grid: TileGrid) -> Montage:
         """Return the blending weights of the classifier's tiles."""
         window: Window = "triangular"

@@ -23,6 +23,7 @@ from rtfocus.processing.cpu.network_restorer import (
 from rtfocus.processing.cpu.networks import TileNetwork, open_tile_network
 from rtfocus.processing.cpu.preparation import Correction
 from rtfocus.processing.engines.card import input_of
+from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.restore import PATCH_BY_PATCH
 from rtfocus.processing.tiles.montage import Montage
 
@@ -161,7 +162,7 @@ def open_restorer(
             )
             return ByLevel(classical), None
         case "same_pass":
-            return JointRestorer(montage, None), None
+            return JointRestorer(montage, None, _evidence(plan)), None
         case "own_pass":
             return _own_pass(plan, restoration, montage, threads)
         case "learned_wiener":
@@ -182,7 +183,17 @@ def _own_pass(
         msg = f"'{restoration.name}' was planned without its pass"
         raise ValueError(msg)
     engine = open_classifier(restoration.own_pass, plan.processing, threads)
-    return JointRestorer(montage, engine), engine.runs_on(plan.processing)
+    restorer = JointRestorer(montage, engine, _evidence(plan))
+    return restorer, engine.runs_on(plan.processing)
+
+
+def _evidence(plan: ChannelPlan) -> Evidence | None:
+    weighed = plan.weighed
+    if weighed is None or weighed.card.evidence is None:
+        return None
+    return Evidence(
+        weighed.card.evidence, invertible_normalisation(weighed.card), weighed.step_um
+    )
 
 
 def _learned_wiener(

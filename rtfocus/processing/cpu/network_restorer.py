@@ -26,6 +26,7 @@ from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
 from rtfocus.processing.cpu.networks import TileNetwork, restored_tiles
 from rtfocus.processing.cpu.preparation import normalised
 from rtfocus.processing.engines.card import EngineCard, input_of
+from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.restore import Spectrum, transfer_function
 from rtfocus.processing.tiles.montage import Montage, Region, axis_weights, pad
 from rtfocus.processing.tiles.windows import (
@@ -114,11 +115,19 @@ class JointRestorer:
     own_pass
         The engine for a pass of its own, closed by `close`; None: the pass that
         found the defocus has restored the frame too.
+    evidence
+        Weighs what the engine corrected; None: all of it is taken.
     """
 
-    def __init__(self, montage: Montage, own_pass: FrameClassifier | None) -> None:
+    def __init__(
+        self,
+        montage: Montage,
+        own_pass: FrameClassifier | None,
+        evidence: Evidence | None = None,
+    ) -> None:
         self._montage = montage
         self._own_pass = own_pass
+        self._evidence = evidence
         self._turn = threading.Lock()
 
     def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
@@ -128,15 +137,16 @@ class JointRestorer:
         share = restored_share(self._montage, seen.defocus.level)
         if not share.any():
             return
-        restored = seen.restored
         if self._own_pass is not None:
             prepared = self._own_pass.prepare(signal)
             with self._turn:
-                restored = self._own_pass.see(prepared).restored
-        if restored is None:
+                seen = self._own_pass.see(prepared)
+        if seen.restored is None:
             msg = "a joint engine was opened without its restored frame"
             raise ValueError(msg)
-        blend(signal, restored, share, out)
+        blend(signal, seen.restored, share, out)
+        if self._evidence is not None:
+            self._evidence.weigh(signal, seen.defocus, out)
 
     def close(self) -> None:
         """Free the engine of the own pass."""

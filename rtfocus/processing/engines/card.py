@@ -151,6 +151,42 @@ class OpticsCard(Section):
     """Optics in which `LevelsCard.step_um` holds, calibrated aberrations included."""
 
 
+class LayerCard(Section):
+    """One layer of a small fitted function; between layers negative values are 0."""
+
+    weights: list[list[float]]
+    """One row per output."""
+    bias: list[float]
+    """One per output."""
+
+
+class EvidenceCard(Section):
+    """How far corrections of a joint engine are trusted where nobody told the optics.
+
+    See `rtfocus.processing.evidence`.
+    """
+
+    middle: list[float]
+    """Mean of every measure where the function was fitted."""
+    spread: list[Annotated[float, Field(gt=0)]]
+    """Its deviation there."""
+    layers: Annotated[list[LayerCard], Field(min_length=1)]
+    """From the measures to one number, the log-odds of the share applied."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "EvidenceCard":
+        width = len(self.middle)
+        sound = len(self.spread) == width
+        for layer in self.layers:
+            sound &= all(len(row) == width for row in layer.weights)
+            width = len(layer.weights)
+            sound &= len(layer.bias) == width
+        if not sound or width != 1:
+            msg = "its layers do not lead from the measures to one number"
+            raise ValueError(msg)
+        return self
+
+
 CARD_NAME = "engine.yaml"
 
 
@@ -181,6 +217,8 @@ class EngineCard(Section):
     background: dict[str, Any] = Field(default_factory=dict)
     """Rule for empty tiles, see `rtfocus.optics.normalisation`."""
     optics: OpticsCard | None = None
+    evidence: EvidenceCard | None = None
+    """What weighs the corrections where an engine runs blind; None: nothing does."""
     trained: dict[str, Any] = Field(default_factory=dict)
     """Origin: data, split, command, seed; for people."""
     figures: dict[str, Any] = Field(default_factory=dict)
@@ -213,8 +251,8 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "joint": ("input", "output", "restored", "levels", "normalisation", "optics"),
 }
 _FOREIGN: Mapping[str, tuple[str, ...]] = {
-    "classifier": ("restored", "kernel_output"),
-    "restorer": ("restored", "background"),
+    "classifier": ("restored", "kernel_output", "evidence"),
+    "restorer": ("restored", "background", "evidence"),
     "joint": ("kernel_output",),
 }
 

@@ -215,6 +215,7 @@ def _same_pass(
 ) -> FrameRestorer:
     restored = restoration.engine.card.restored
     _refuse_single_colours(plan, restoration)
+    refuse_to_weigh(plan)
     return JointRestorer(
         classifier,
         Blending(memory, plan.montage(classifier.grid)),
@@ -233,6 +234,16 @@ def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
         f"{', '.join(WHOLE_FRAME)}, restorers that are a network alone, and a joint "
         "engine that is the classifier too; or set processing.device: cpu"
     )
+
+
+def refuse_to_weigh(plan: ChannelPlan) -> None:
+    """Refuse blind restoration whose corrections only the CPU weighs."""
+    if plan.weighed is not None:
+        msg = (
+            f"engine '{plan.weighed.card.name}' runs blind, and only the CPU weighs by "
+            "the image how much of its correction holds; set processing.device: cpu"
+        )
+        raise EngineError(msg)
 
 
 def _refuse_single_colours(plan: ChannelPlan, restoration: RestorationPlan) -> None:

@@ -1,0 +1,99 @@
+"""Blind restoration in the loop's code: corrections are weighed, told ones are not."""
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+
+from rtfocus.channel import Channel
+from rtfocus.errors import EngineError
+from rtfocus.evaluation.contenders import contender
+from rtfocus.evaluation.samples import BBBC006, DataSet
+from rtfocus.files import resource_folder
+from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
+from rtfocus.optics.blur import blur
+from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.channel_plan import plan_channel
+from rtfocus.processing.gpu.channel import refuse_to_weigh
+from rtfocus.processing.offline import ImageProcessor
+from rtfocus.specimens import draw_specimen
+
+SHIPPED = resource_folder("engines") / "rtfocus-2"
+NO_DATA = DataSet("none", "", BBBC006, 100.0, lambda: iter(()))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the shipped engine without what weighs its corrections."""
+    folder = tmp_path_factory.mktemp("bare") / "rtfocus-2"
+    shutil.copytree(SHIPPED, folder)
+    card = yaml.safe_load((folder / "engine.yaml").read_text("utf-8"))
+    del card["evidence"]
+    (folder / "engine.yaml").write_text(yaml.safe_dump(card), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def restored(bare: Path) -> dict[tuple[str, bool], NDArray[np.float32]]:
+    """Restore one frame by both engines, blind and told; the frame is "frame"."""
+    rng = np.random.default_rng(4)
+    light = draw_specimen("tissue", (192, 192), rng)
+    counts = 100 + 900 * blur(light, compute_psf(BBBC006, 7.0))
+    frame = rng.poisson(counts).astype(np.uint16)
+    images = {("frame", True): frame.astype(np.float32)}
+    with ExitStack() as stack:
+        for name, folder in (("shipped", SHIPPED), ("bare", bare)):
+            for blind in (True, False):
+                engine = contender(str(folder), classifier="none", blind=blind)
+                config = engine.config(NO_DATA, threads=1, precision="f32")
+                processor = stack.enter_context(ImageProcessor(config))
+                found = processor.restore(frame).restored
+                assert found is not None
+                images[name, blind] = np.array(found)
+    return images
+
+
+def test_blind_corrections_are_taken_back_in_part(
+    restored: dict[tuple[str, bool], NDArray[np.float32]],
+) -> None:
+    frame = restored["frame", True]
+    whole = restored["bare", True] - frame
+    weighed = restored["shipped", True] - frame
+    assert np.abs(whole).max() > 20
+    assert (np.abs(weighed) <= np.abs(whole) + 1e-3).all()
+    assert (weighed * whole >= -1e-3).all()
+    share = np.vdot(weighed, whole) / np.vdot(whole, whole)
+    assert 0.05 < share < 0.999
+
+
+def test_told_the_optics_all_of_a_correction_is_taken(
+    restored: dict[tuple[str, bool], NDArray[np.float32]],
+) -> None:
+    assert np.array_equal(restored["shipped", False], restored["bare", False])
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_gpu_leaves_weighed_corrections_to_the_cpu(*, blind: bool) -> None:
+    engine = contender(str(SHIPPED), classifier="none", blind=blind)
+    series = SeriesStart(
+        version=PROTOCOL_VERSION,
+        series_uid="weighed",
+        name="weighed",
+        started_ns=0,
+        shape=(192, 192),
+        dtype="<u2",
+        sizes={"t": None},
+        channels=[Channel("default", BBBC006)],
+        positions=[Position("image")],
+        pixel_size_um=BBBC006.pixel_size_um,
+    )
+    plan = plan_channel(engine.config(NO_DATA), series, series.channels[0])
+    if not blind:
+        refuse_to_weigh(plan)
+        return
+    with pytest.raises(EngineError, match=r"runs blind.*processing\.device: cpu"):
+        refuse_to_weigh(plan)

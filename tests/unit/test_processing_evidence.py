@@ -1,0 +1,156 @@
+"""Evidence: corrections are taken back where nothing in the image speaks for them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from scipy.ndimage import gaussian_filter
+
+from rtfocus.files import resource_folder
+from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
+from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.processing.engines.card import EngineCard, EvidenceCard, read_card
+from rtfocus.processing.evidence import Evidence, measures
+from rtfocus.specimens import draw_specimen
+
+Image = NDArray[np.float32]
+SHIPPED = resource_folder("engines") / "rtfocus-2"
+STEP_UM = 2.2
+MEASURES = 25
+
+
+def found(shape: tuple[int, ...], level: int = 4, sure: float = 0.7) -> DefocusMap:
+    """Return a map that calls a whole frame out of focus."""
+    rows, columns = (max(1, side // 48 - 1) for side in shape[:2])
+    grid = TileGrid(rows, columns, 96, 48, 47.5, signed=True)
+    tiles = np.ones((rows, columns), np.float32)
+    return DefocusMap(
+        grid,
+        tiles * np.float32(level * STEP_UM),
+        tiles * np.float32(sure),
+        np.full((rows, columns), level, np.int16),
+        tiles * np.float32((1 - sure) * 2 * STEP_UM),
+    )
+
+
+def card(log_odds: float) -> EvidenceCard:
+    """Return a function that gives the same share everywhere."""
+    return EvidenceCard.model_validate(
+        {
+            "middle": [0.0] * MEASURES,
+            "spread": [1.0] * MEASURES,
+            "layers": [{"weights": [[0.0] * MEASURES], "bias": [log_odds]}],
+        }
+    )
+
+
+def shipped() -> Evidence:
+    evidence = read_card(SHIPPED).evidence
+    assert evidence is not None
+    return Evidence(evidence, PercentileRange(), STEP_UM)
+
+
+def blurred_nuclei(seed: int = 3) -> tuple[Image, Image]:
+    """Return a frame and its light, in counts."""
+    rng = np.random.default_rng(seed)
+    sharp = 100 + 2000 * draw_specimen("nuclei", (192, 240), rng)
+    blurred = gaussian_filter(sharp, 2.5) + rng.normal(0, 8, sharp.shape)
+    return blurred.astype(np.float32), sharp.astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(192, 240), (133, 130), (96, 100, 3), (17, 20)])
+def test_moves_towards_the_signal_by_the_share_it_gives(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    signal = rng.uniform(100, 900, shape).astype(np.float32)
+    restored = signal + rng.normal(0, 50, shape).astype(np.float32)
+    restored[:8] = signal[:8]
+    for log_odds in (-60.0, 0.0, 60.0):
+        share = 1 / (1 + np.exp(-log_odds))
+        out = restored.copy()
+        Evidence(card(log_odds), PercentileRange(), STEP_UM).weigh(
+            signal, found(shape), out
+        )
+        wanted = signal + np.float32(share) * (restored - signal)
+        assert out == pytest.approx(wanted, rel=1e-5, abs=1e-3)
+        assert np.array_equal(out[:8], signal[:8])
+
+
+def test_nothing_corrected_stays_to_the_bit() -> None:
+    signal, _ = blurred_nuclei()
+    out = signal.copy()
+    shipped().weigh(signal, found(signal.shape), out)
+    assert np.array_equal(out, signal)
+
+
+def test_shares_know_neither_counts_nor_offset() -> None:
+    signal, sharp = blurred_nuclei()
+    shares = []
+    for gain, offset in ((1.0, 0.0), (7.5, 300.0)):
+        out = sharp * np.float32(gain) + np.float32(offset)
+        frame = signal * np.float32(gain) + np.float32(offset)
+        shipped().weigh(frame, found(signal.shape), out)
+        shares.append((out - frame) / np.float32(gain))
+    assert shares[0] == pytest.approx(shares[1], abs=2.0)
+
+
+def test_sharpening_what_is_sharp_counts_less_than_restoring_what_is_blurred() -> None:
+    """The numbers that are shipped know one from the other by the frame's octaves."""
+    signal, sharp = blurred_nuclei()
+    noise = np.random.default_rng(9).normal(0, 30, sharp.shape).astype(np.float32)
+    shares = []
+    for frame, change in ((signal, sharp - signal), (sharp + noise, sharp - signal)):
+        out = frame + change
+        shipped().weigh(frame, found(signal.shape), out)
+        shares.append(np.vdot(out - frame, change) / np.vdot(change, change))
+    assert shares[0] > 0.5
+    assert shares[1] < shares[0] - 0.2
+
+
+def test_labels_that_scatter_speak_against_a_correction() -> None:
+    signal, sharp = blurred_nuclei()
+    change = sharp - signal
+    left = []
+    for sure in (0.8, 0.25):
+        out = sharp.copy()
+        shipped().weigh(signal, found(signal.shape, sure=sure), out)
+        left.append(np.vdot(out - signal, change) / np.vdot(change, change))
+    assert left[1] < left[0]
+
+
+def test_background_tiles_and_missing_deviations_have_measures_too() -> None:
+    signal, sharp = blurred_nuclei()
+    tiles = replace(found(signal.shape), uncertainty_um=None)
+    tiles.level[0], tiles.defocus_um[0] = BACKGROUND, np.nan
+    measured = measures(signal / 2000, (sharp - signal) / 2000, tiles, STEP_UM)
+    assert measured.shape == (MEASURES, 12, 15)
+    assert np.isfinite(measured).all()
+    assert measured[-1, 0].max() == pytest.approx(1.0)
+    assert measured[-1, -1].max() == pytest.approx(0.0)
+
+
+def narrower(evidence: dict) -> None:  # type: ignore[type-arg]
+    evidence["middle"].pop()
+
+
+def shorter(evidence: dict) -> None:  # type: ignore[type-arg]
+    evidence["layers"][0]["bias"].pop()
+
+
+def two_answers(evidence: dict) -> None:  # type: ignore[type-arg]
+    last = evidence["layers"][-1]
+    last["weights"] *= 2
+    last["bias"] *= 2
+
+
+@pytest.mark.parametrize("spoil", [narrower, shorter, two_answers])
+def test_a_function_that_does_not_fit_together_is_refused(
+    spoil: Callable[[dict], None],  # type: ignore[type-arg]
+) -> None:
+    content = yaml.safe_load((SHIPPED / "engine.yaml").read_text("utf-8"))
+    spoil(content["evidence"])
+    with pytest.raises(ValidationError, match="lead from the measures to one number"):
+        EngineCard.model_validate(content)
