@@ -104,7 +104,7 @@ class Restorer:
         change = (after - frame) / np.float32(scale)
         normalised = (frame - np.float32(dark)) / np.float32(scale)
         measured = measures(normalised, change, result.defocus, self._step_um)
-        full = np.iinfo(sample.pixels.dtype).max
+        full = np.iinfo(sample.pixels.dtype).max  # type: ignore[type-var]
         change = np.minimum(after, full) - frame
         error, unit = truth - frame, sample.data_range**2 * frame.size
         return Restored(
@@ -244,8 +244,8 @@ class Shares(nn.Module):
             "middle": plain(self.middle),
             "spread": plain(self.spread),
             "layers": [
-                {"weights": plain(one.weight), "bias": plain(one.bias)}
-                for one in self.layers
+                {"weights": plain(one["weight"]), "bias": plain(one["bias"])}
+                for one in (layer.state_dict() for layer in self.layers)
             ],
         }
 
@@ -283,7 +283,7 @@ def fit(frames: Sequence[Restored], steps: int) -> Shares:
         focus = 10 * torch.log10(after / _ENOUGH_IN_FOCUS + 1)
         loss = (weights * torch.where(in_focus, _IN_FOCUS * focus, blurred)).mean()
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         course.step()
     return shares

@@ -125,7 +125,9 @@ def test_background_tiles_and_missing_deviations_have_measures_too() -> None:
     signal, sharp = blurred_nuclei()
     tiles = replace(found(signal.shape), uncertainty_um=None)
     tiles.level[0], tiles.defocus_um[0] = BACKGROUND, np.nan
-    measured = measures(signal / 2000, (sharp - signal) / 2000, tiles, STEP_UM)
+    measured = measures(
+        signal / np.float32(2000), (sharp - signal) / np.float32(2000), tiles, STEP_UM
+    )
     assert measured.shape == (MEASURES, 12, 15)
     assert np.isfinite(measured).all()
     assert measured[-1, 0].max() == pytest.approx(1.0)
