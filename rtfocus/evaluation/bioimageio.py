@@ -259,7 +259,9 @@ def _told(card: EngineCard) -> Image:
     """Return what the network is told in its test: its own optics, one level off."""
     levels, optics = parts(card)
     known = Conditions(card, optics.reference, blind=False, signed=levels.signed)
-    return known.rows(np.array([levels.step_um], np.float32))
+    told = known.rows(np.array([levels.step_um], np.float32))
+    assert told is not None  # a card with a condition has rows
+    return told
 
 
 def _percentiles(card: EngineCard) -> tuple[float, float]:
