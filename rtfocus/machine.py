@@ -3,12 +3,44 @@
 import logging
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from platformdirs import user_cache_path
+
 from rtfocus.errors import EngineError
+
+CACHE_VARIABLE = "RTFOCUS_CACHE"
+"""Environment variable that names another folder, e.g. on a fast local disk."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of this user's cache, which may not exist yet."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else user_cache_path("rtfocus", appauthor=False)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a kill, never meets half of it.
+
+    Raises
+    ------
+    OSError
+        If the folder or the file cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    unfinished = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def processor_name() -> str:
@@ -24,6 +56,14 @@ def adds_int8_in_16_bits() -> bool:
     """
     flags = _processor_line("flags").split()
     return bool(flags) and not any("vnni" in flag for flag in flags)
+
+
+def adds_int8_exactly() -> bool:
+    """Tell whether int8 networks are exact here: an x86 with VNNI.
+
+    False where the system does not tell what the processor has.
+    """
+    return "vnni" in _processor_line("flags")
 
 
 def multiplies_bf16() -> bool:

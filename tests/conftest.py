@@ -30,10 +30,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's own engines out of the tests, and the tests' logs out of his."""
+    """Keep the user's engines out of the tests, and their logs and cache out of his."""
     home = tmp_path_factory.mktemp("user")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RTFOCUS_ENGINES", str(home / "engines"))
+        patch.setenv("RTFOCUS_CACHE", str(home / "cache"))
         patch.setenv("XDG_STATE_HOME", str(home / "state"))
         yield
 

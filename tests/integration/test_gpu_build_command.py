@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from rtfocus.cli.engines import app
 from rtfocus.errors import ConfigError, EngineError
-from rtfocus.processing.gpu.cuda.compiler import CACHE_VARIABLE
+from rtfocus.machine import CACHE_VARIABLE
 from rtfocus.processing.gpu.cuda.driver import find_device, why_no_gpu
 from rtfocus.processing.gpu.tensorrt.library import why_not_importable
 

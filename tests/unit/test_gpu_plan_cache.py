@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rtfocus.processing.gpu.cuda.compiler import (
-    CACHE_VARIABLE,
-    cache_folder,
-    write_atomically,
-)
+from rtfocus.machine import CACHE_VARIABLE, cache_folder, write_atomically
 from rtfocus.processing.gpu.engine import ShapeRange
 from rtfocus.processing.gpu.tensorrt.plans import PlanCache, PlanKey
 

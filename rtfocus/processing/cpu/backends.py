@@ -2,14 +2,19 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
+from math import lcm
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from rtfocus.config.processor import ProcessingConfig
 from rtfocus.errors import EngineError
-from rtfocus.machine import adds_int8_in_16_bits, usable
+from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable
 from rtfocus.processing.cpu.engine import (
     Engine,
     Inputs,
@@ -17,6 +22,15 @@ from rtfocus.processing.cpu.engine import (
     OpenVinoEngine,
     Shape,
     import_openvino,
+    openvino_precisions,
+)
+from rtfocus.processing.cpu.precision import (
+    DECISIONS,
+    Choice,
+    Decision,
+    Key,
+    choices,
+    time_passes,
 )
 from rtfocus.processing.engines.card import (
     EngineCard,
@@ -30,7 +44,13 @@ logger = logging.getLogger(__name__)
 
 
 CpuPrecision = Literal["auto", "f32", "bf16"]
-"""What the CPU is to compute in; ``auto``: bf16 where it can."""
+"""What the CPU is to compute in; ``auto``: bf16 where it can.
+
+Before it comes to that, `open_engine` times what ``processing.precision: auto`` may
+take."""
+
+TIMED_SIDE_PX = 576
+"""Longest side of a frame that is timed; larger ones take as long per pixel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +65,10 @@ class Request:
     """Output tensors that are wanted."""
     precision: CpuPrecision = "auto"
     threads: int = 1
+    weights: Precision = "fp32"
+    """What `model` holds."""
+    measured: str = ""
+    """Times that led to the precision; empty: it was asked for, or the only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +79,8 @@ class Backend:
     why_unavailable: Callable[[], str | None]
     """Reason why not, with the remedy; None: available."""
     open_engine: Callable[[Request], Engine]
+    computes: Callable[[], tuple[str, ...]]
+    """What it computes fp32 weights in on this CPU: ``f32`` and perhaps ``bf16``."""
 
 
 def _why_no_openvino() -> str | None:
@@ -100,8 +126,8 @@ def _open_onnxruntime(request: Request) -> Engine:
 
 # ORDER MATTERS for "auto": fastest first, the reference last.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("openvino", _why_no_openvino, _open_openvino),
-    Backend("onnxruntime", _why_no_onnxruntime, _open_onnxruntime),
+    Backend("openvino", _why_no_openvino, _open_openvino, openvino_precisions),
+    Backend("onnxruntime", _why_no_onnxruntime, _open_onnxruntime, lambda: ("f32",)),
 )
 
 
@@ -150,21 +176,90 @@ def open_engine(
     tiles = input_of(card)
     condition = card.condition
     weights, precision = choose_weights(card, settings.precision)
-    return choose_backend(settings.backend).open_engine(
-        Request(
-            model=verified_file(found.folder, card, weights),
-            inputs=Inputs(
-                engine=found.name,
-                tiles=tiles.name,
-                shape=shape,
-                condition=None if condition is None else condition.name,
-                entries=0 if condition is None else len(condition.entries),
-            ),
-            outputs=outputs,
-            precision=precision,
-            threads=threads,
-        )
+    backend = choose_backend(settings.backend)
+    request = Request(
+        model=verified_file(found.folder, card, weights),
+        inputs=Inputs(
+            engine=found.name,
+            tiles=tiles.name,
+            shape=shape,
+            condition=None if condition is None else condition.name,
+            entries=0 if condition is None else len(condition.entries),
+        ),
+        outputs=outputs,
+        precision=precision,
+        threads=threads,
+        weights=weights,
     )
+    if settings.precision == "auto" and shape is not None:
+        request = _by_measurement(found, backend, request, shape)
+    engine = backend.open_engine(request)
+    engine.weights, engine.measured = request.weights, request.measured
+    return engine
+
+
+def _by_measurement(
+    found: FoundEngine, backend: Backend, request: Request, shape: Shape
+) -> Request:
+    """Return the request in what is fastest here, timed now or at an earlier start."""
+    options = choices(found.card, backend.computes())
+    if len(options) == 1:
+        return replace(request, precision=options[0].computes)
+    decision = _decision(found, backend, request, timed_shape(found.card, shape))
+    taken = next(one for one in options if one.name == decision.taken)
+    return replace(_as_choice(found, request, taken), measured=str(decision))
+
+
+def _decision(
+    found: FoundEngine, backend: Backend, request: Request, shape: Shape
+) -> Decision:
+    options = choices(found.card, backend.computes())
+    key = Key(
+        engine=found.name,
+        weights_sha256=tuple(found.card.sha256[one.weights] for one in options),
+        processor=processor_name(),
+        runtime=f"{backend.name} {import_module(backend.name).__version__}",
+        threads=request.threads,
+        shape=shape,
+        outputs=request.outputs,
+    )
+    small = replace(request, inputs=replace(request.inputs, shape=shape))
+    return DECISIONS.decide(key, partial(_time, found, backend, small, options))
+
+
+def _time(
+    found: FoundEngine, backend: Backend, request: Request, options: list[Choice]
+) -> dict[str, float]:
+    """Return the ms of a pass of every option."""
+    shape, entries = request.inputs.shape or (), request.inputs.entries
+    noise = np.random.default_rng(0)
+    tiles = noise.standard_normal(shape).astype(np.float32)
+    condition = np.zeros((len(tiles), entries), np.float32) if entries else None
+    with ExitStack() as opened:
+        passes: dict[str, Callable[[], object]] = {}
+        for one in options:
+            engine = backend.open_engine(_as_choice(found, request, one))
+            opened.callback(engine.close)
+            passes[one.name] = partial(engine.infer, tiles, condition)
+        return time_passes(passes)
+
+
+def _as_choice(found: FoundEngine, request: Request, choice: Choice) -> Request:
+    return replace(
+        request,
+        model=verified_file(found.folder, found.card, choice.weights),
+        weights=choice.weights,
+        precision=choice.computes,
+    )
+
+
+def timed_shape(card: EngineCard, shape: Shape) -> Shape:
+    """Return the shape that is timed instead of an input's, which may be large."""
+    tiles = input_of(card)
+    step = lcm(tiles.multiple_px, round(tiles.stride_px))
+    side = max(TIMED_SIDE_PX // step * step, tiles.tile_px)
+    number, channels, height, width = shape
+    return number, channels, min(height, side), min(width, side)
 
 
 def choose_weights(card: EngineCard, wanted: str) -> tuple[Precision, CpuPrecision]:
@@ -192,16 +287,11 @@ def choose_weights(card: EngineCard, wanted: str) -> tuple[Precision, CpuPrecisi
     return "fp32", computed.get(wanted, "auto")
 
 
-def runs_on(card: EngineCard, engine: Engine, wanted: str) -> str:
+def runs_on(engine: Engine) -> str:
     """Say what a network runs on, e.g. ``openvino bf16`` or ``openvino int8 bf16``.
 
-    Parameters
-    ----------
-    card, engine
-        Of the network.
-    wanted
-        ``processing.precision`` it was opened with.
+    Where ``processing.precision: auto`` had a choice, the times that decided follow.
     """
-    weights, _ = choose_weights(card, wanted)
-    parts = [engine.backend, weights, engine.precision]
-    return " ".join(part for part in parts if part != "fp32")
+    parts = [engine.backend, engine.weights, engine.precision]
+    said = " ".join(part for part in parts if part != "fp32")
+    return f"{said} ({engine.measured})" if engine.measured else said

@@ -172,7 +172,7 @@ def open_restorer(
             network = _open_tiles(plan, restoration, threads)
             told = _told(restoration)
             tiles = TileNetworkRestorer(card, network, told, montage)
-            return tiles, _runs_on(plan, restoration, network)
+            return tiles, runs_on(network.engine)
 
 
 def _own_pass(
@@ -184,7 +184,7 @@ def _own_pass(
         raise ValueError(msg)
     engine = open_classifier(restoration.own_pass, plan.processing, threads)
     restorer = JointRestorer(montage, engine, _evidence(plan))
-    return restorer, engine.runs_on(plan.processing)
+    return restorer, engine.runs_on
 
 
 def _evidence(plan: ChannelPlan) -> Evidence | None:
@@ -223,7 +223,7 @@ def _learned_wiener(
         halo_px=tiles.halo_px,
         normalisation=invertible_normalisation(card),
     )
-    return ByLevel(restorer, network), _runs_on(plan, restoration, network)
+    return ByLevel(restorer, network), runs_on(network.engine)
 
 
 def _told(restoration: RestorationPlan) -> Conditions:
@@ -243,13 +243,6 @@ def _open_tiles(
         outputs=() if output is None else (output.name,),
         threads=threads,
     )
-
-
-def _runs_on(
-    plan: ChannelPlan, restoration: RestorationPlan, network: TileNetwork
-) -> str:
-    card = restoration.engine.card
-    return runs_on(card, network.engine, plan.processing.precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +306,7 @@ def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
         return OpenChannel(plan, correction)
     threads = share_threads(total_threads, one_pass=seen.restores)
     classifier = open_classifier(seen, plan.processing, threads.classify)
-    backends = {seen.found.name: classifier.runs_on(plan.processing)}
+    backends = {seen.found.name: classifier.runs_on}
     if restoration is None:
         return OpenChannel(plan, correction, classifier, None, backends)
     try:

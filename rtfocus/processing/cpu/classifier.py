@@ -133,9 +133,10 @@ class FrameClassifier:
         shifted = np.exp(shown - shown.max(axis=0))
         return np.asarray(shifted / shifted.sum(axis=0), dtype=np.float32)
 
-    def runs_on(self, settings: ProcessingConfig) -> str:
-        """Return runtime and precision, e.g. ``openvino bf16``."""
-        return runs_on(self.card, self._network.engine, settings.precision)
+    @property
+    def runs_on(self) -> str:
+        """Runtime and precision, e.g. ``openvino bf16``."""
+        return runs_on(self._network.engine)
 
     def close(self) -> None:
         """Free the engine."""

@@ -31,7 +31,11 @@ class Engine(Protocol):
     backend: str
     """Runtime, e.g. ``openvino``."""
     precision: str
-    """Numbers it computes in: ``f32``, ``bf16`` or ``int8``."""
+    """Numbers it computes in: ``f32`` or ``bf16``."""
+    weights: str
+    """File that runs: ``fp32``, ``fp16`` or ``int8``."""
+    measured: str
+    """Times that led to its precision; empty: it was asked for, or the only one."""
 
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
@@ -130,6 +134,8 @@ class OpenVinoEngine:
     """
 
     backend = "openvino"
+    weights = "fp32"
+    measured = ""
 
     def __init__(
         self,
@@ -224,6 +230,12 @@ def _resolve(capabilities: list[str], name: str, precision: str) -> str:
     return precision
 
 
+def openvino_precisions() -> tuple[str, ...]:
+    """Return what OpenVINO computes fp32 weights in on this CPU, f32 first."""
+    listed = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("f32", "bf16") if "BF16" in listed else ("f32",)
+
+
 def import_openvino() -> Any:  # noqa: ANN401
     """Return the module ``openvino``; ImportError where it is not installed."""
     if "openvino" not in sys.modules:
@@ -287,6 +299,8 @@ class OnnxRuntimeEngine:
 
     backend = "onnxruntime"
     precision = "f32"
+    weights = "fp32"
+    measured = ""
 
     def __init__(
         self,

@@ -190,6 +190,17 @@ class EvidenceCard(Section):
 CARD_NAME = "engine.yaml"
 
 
+class Int8Card(Section):
+    """How far the int8 weights are from fp32, measured when they were made."""
+
+    restored_db: float | None = None
+    """Mean change of a restored image's PSNR; None: it restores nothing."""
+    labels_alike: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of tiles that get the same label; None: it gives none."""
+    command: str
+    """That measured it."""
+
+
 class EngineCard(Section):
     """One engine: its files, tensors, labels, optics and origin."""
 
@@ -203,6 +214,8 @@ class EngineCard(Section):
     """Weights per precision, relative to the card."""
     sha256: dict[Precision, str] = Field(default_factory=dict)
     """Checksum per file."""
+    int8: Int8Card | None = None
+    """None: not measured, and ``precision: auto`` leaves the int8 weights alone."""
     input: InputCard | None = None
     condition: ConditionCard | None = None
     """None: the network sees pixels only."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.cuda.compiler import cache_folder, write_atomically
+from rtfocus.machine import cache_folder, write_atomically
 from rtfocus.processing.gpu.engine import Gpu, GpuRequest, ShapeRange
 from rtfocus.processing.gpu.tensorrt.build import Progress, build_plan
 from rtfocus.processing.gpu.tensorrt.library import (
