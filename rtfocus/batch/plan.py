@@ -6,8 +6,8 @@ process, on a worker of a scheduler or as a job of an array, and marks it when i
 pixels are in place. Killed at any moment, a batch loses the units that were under way.
 
 Beside the output ``OUT`` lies, until the batch is done, the folder
-``OUT.rtfocus-batch``: ``plan.json``, a file per unit in ``working/``, ``done/`` or
-``failed/``, and what becomes the output at the end.
+``OUT.rtfocus-batch``: ``plan.json``, its ``key``, a file per unit in ``working/``,
+``done/`` or ``failed/``, and what becomes the output at the end.
 """
 
 import os
@@ -177,7 +177,16 @@ class Ledger:
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
         if prepare is not None:
             prepare(self.store)
+        with files.whole(self.folder / "key", overwrite=True) as part:
+            part.write_text(plan.key)
         self.extend(plan)
+
+    def holds(self, plan_key: str) -> bool:
+        """Tell whether this plan is still everybody's: neither ended nor begun anew."""
+        try:
+            return (self.folder / "key").read_text() == plan_key
+        except OSError:
+            return False
 
     def extend(self, plan: Plan) -> None:
         """Keep a plan in place of that which began; what was done stays done."""
@@ -222,6 +231,8 @@ class Ledger:
     def failures(self, plan: Plan) -> list[tuple[Unit, Failure]]:
         """Return the units that failed, and why."""
         marked = self._marked("failed")
+        # Two may have done the same unit, and one have come too late.
+        marked -= self._marked("done")
         return [
             (unit, _read(self.folder / "failed" / unit.key, Failure))
             for unit in plan.units
@@ -249,7 +260,7 @@ class Ledger:
 
     def _clear(self) -> None:
         """Remove what is in the folder, unless it is not of a batch."""
-        known = {*_KINDS, "parts", self.store.name, "rest.ome.zarr"}
+        known = {*_KINDS, "key", "parts", self.store.name, "rest.ome.zarr"}
         inside = list(self.folder.iterdir()) if self.folder.is_dir() else []
         foreign = [one.name for one in inside if one.name not in known]
         if foreign or (self.folder.exists() and not self.folder.is_dir()):

@@ -81,8 +81,10 @@ def run_unit(
             ledger.done(unit, notes)
         except (RtfocusError, OSError, MemoryError) as error:
             failure = Failure(_fault_of(error), str(error) or repr(error))
-            with suppress(OutputError):  # as the disk, perhaps, is full
-                ledger.failed(unit, failure)
+            # Another batch may stand there by now: it has its own marks.
+            if ledger.holds(plan_key):
+                with suppress(OutputError):  # as the disk, perhaps, is full
+                    ledger.failed(unit, failure)
             return failure
         return None
 
@@ -128,6 +130,7 @@ class _Opened:
             ]
             with files.whole(ledger.rows(unit), overwrite=True) as part:
                 part.write_bytes(msgspec.json.encode(rows))
+                self._insist(ledger)
             return []
         image = outline_of(job, images, 0, series)
         planes = images.restored(0, lambda: None)
@@ -136,17 +139,36 @@ class _Opened:
         image = replace(image, planes=planes)
         if self._plan.form == "zarr":
             with ledger.part(unit) as part:
-                _fill_apart(part, ledger.store / unit.target, image)
+                group = ledger.store / unit.target
+                _fill_apart(part, group, image)
+                self._insist(ledger)
+                _put_in_place(part, group)
             return images.cut()
         guard = OutputGuard(companions([series]), overwrite=True)
         target = guard.claim(ledger.output / unit.target, named=not unit.target)
         with guard.whole(target) as part:
             write_tiff(part, [image])
+            self._insist(ledger)
         return images.cut()
 
     def close(self) -> None:
         """Free the engines."""
         self._images.close()
+
+    def _insist(self, ledger: Ledger) -> None:
+        """Refuse to put pixels into a batch that began anew, or is at its end.
+
+        Raises
+        ------
+        OutputError
+            If so: this process was given up, and nobody told it.
+        """
+        if not ledger.holds(self.key):
+            msg = (
+                f"the batch of '{ledger.output}' ended or began anew while this "
+                "process worked for the one before; nothing of it was written"
+            )
+            raise OutputError(msg)
 
     def _series(self, unit: Unit) -> ImageSeries:
         """Open the image of a unit: from its own file, else as it was found.
@@ -236,19 +258,32 @@ def outline_of(
 
 
 def _fill_apart(part: Path, group: Path, image: OutputImage) -> None:
-    """Write the pixels of an image elsewhere, then move them into their arrays whole.
-
-    Whoever is killed in between leaves neither half a chunk nor a stray file there.
-    """
-    arrays = [path for path in group.iterdir() if (path / "zarr.json").is_file()]
-    for array in arrays:
+    """Write the pixels of an image elsewhere: who is killed leaves half of none."""
+    for array in _arrays(group):
         (part / array.name).mkdir(parents=True)
         shutil.copyfile(array / "zarr.json", part / array.name / "zarr.json")
     fill_image(part, "", image)
-    for array in arrays:
-        files.remove(array / "c")
-        if (part / array.name / "c").exists():  # zeros alone need no chunks
-            files.replace(part / array.name / "c", array / "c")
+
+
+def _put_in_place(part: Path, group: Path) -> None:
+    """Move the pixels of an image into their arrays, each whole.
+
+    What stands there came so too, from a process that was killed before its mark or
+    does the same unit: it is whole, and is never taken away.
+    """
+    for array in _arrays(group):
+        chunks, place = part / array.name / "c", array / "c"
+        if place.exists() or not chunks.exists():  # zeros alone need no chunks
+            continue
+        try:
+            files.replace(chunks, place)
+        except OutputError:
+            if not place.exists():
+                raise
+
+
+def _arrays(group: Path) -> list[Path]:
+    return [path for path in group.iterdir() if (path / "zarr.json").is_file()]
 
 
 def _fault_of(error: BaseException) -> Fault:

@@ -20,7 +20,8 @@ from loop_kit import command, failed, succeeded
 from transport_kit import until
 
 import rtfocus.batch
-from rtfocus.batch.plan import Ledger
+from rtfocus.batch.plan import Failure, Ledger
+from rtfocus.batch.work import close_opened, run_unit
 from rtfocus.errors import ExitCode
 
 distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
@@ -248,6 +249,48 @@ def test_killed_workers_and_clients_cost_what_was_under_way(
     assert "of them done before" in said
     succeeded(command("restore", source, "-o", one, *WIENER))
     assert files_of(one) == files_of(out)
+
+
+@pytest.fixture
+def as_a_worker() -> Iterator[None]:
+    """This process does units, and frees its engines whatever the test finds."""
+    yield
+    close_opened()
+
+
+@pytest.mark.usefixtures("as_a_worker")
+def test_who_comes_late_takes_nothing_away_and_brings_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Workers that a scheduler gave up may live, and a job may be sent twice."""
+    out = tmp_path / "out.ome.zarr"
+    asked = ("restore", folder, "-o", out)
+    succeeded(command(*asked, *WIENER, "--init"))
+    ledger = Ledger(out)
+    first = ledger.plan()
+    assert first is not None
+    done, again = first.units[:2]
+    assert run_unit(str(out), first.key, done.key) is None
+    chunks = ledger.store / done.target / "0" / "c"
+    was = chunks.stat().st_ino
+    # Another one does it too: it was not marked yet when that one began.
+    (ledger.folder / "done" / done.key).unlink()
+    assert run_unit(str(out), first.key, done.key) is None
+    assert chunks.stat().st_ino == was
+    ledger.failed(done, Failure("output", "came too late"))
+    assert ledger.failures(first) == []
+    # The batch begins anew with other settings; this process has the ones before.
+    other = (*OPTICS, "--engine", "wiener", "--stretch", "--overwrite")
+    succeeded(command(*asked, *other, "--init"))
+    late = run_unit(str(out), first.key, again.key)
+    assert late is not None
+    assert "began anew" in late.reason
+    second = ledger.plan()
+    assert second is not None
+    assert second.key != first.key
+    assert len(ledger.left(second.units)) == 6
+    assert ledger.failures(second) == []
+    assert not (ledger.store / again.target / "0" / "c").exists()
 
 
 def test_a_worker_without_the_engine_gives_its_images_to_others(
