@@ -21,6 +21,7 @@ from rtfocus.machine import usable_threads
 _CONNECT_S = 20.0
 _WORKERS_S = 60.0
 """How long workers are waited for."""
+_LOOK_S = 0.5
 _ASK_S = 2.0
 _AHEAD = 2
 """Units under way for each worker: the next is there when one is done."""
@@ -173,15 +174,34 @@ class _Run:
     def _look_for_workers(self) -> None:
         if time.monotonic() < self._next_ask_s:
             return
-        self._workers = sorted(self._client.nthreads())
-        if not self._workers:
-            try:
-                self._client.wait_for_workers(1, timeout=_WORKERS_S)
-            except TimeoutError as error:
-                msg = f"the scheduler has had no worker for {_WORKERS_S:g} s; start one"
-                raise ConfigError(msg) from error
-            self._workers = sorted(self._client.nthreads())
+        until_s = time.monotonic() + _WORKERS_S
+        while not (suited := self._suited()):
+            if time.monotonic() > until_s:
+                raise ConfigError(self._no_worker())
+            time.sleep(_LOOK_S)
+        self._workers = suited
         self._next_ask_s = time.monotonic() + _ASK_S
+
+    def _suited(self) -> list[str]:
+        """Return the workers that offer what a unit needs; others would never begin."""
+        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        return sorted(
+            address
+            for address, worker in workers.items()
+            if all(
+                worker["resources"].get(name, 0) >= number
+                for name, number in self._resources.items()
+            )
+        )
+
+    def _no_worker(self) -> str:
+        wanted = ",".join(f"{n}={x:g}" for n, x in self._resources.items())
+        if not wanted:
+            return f"the scheduler has had no worker for {_WORKERS_S:g} s; start one"
+        return (
+            f"no worker has offered {wanted} for {_WORKERS_S:g} s; start one with "
+            f'--resources "{wanted}", or leave --resources away'
+        )
 
 
 def _on_worker(

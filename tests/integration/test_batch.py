@@ -21,8 +21,9 @@ from transport_kit import until
 
 import rtfocus.batch
 from rtfocus.batch.plan import Failure, Ledger
+from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import close_opened, run_unit
-from rtfocus.errors import ExitCode
+from rtfocus.errors import ConfigError, ExitCode
 
 distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
 
@@ -320,6 +321,18 @@ def test_a_worker_without_the_engine_gives_its_images_to_others(
     finally:
         lacking.kill()
         lacking.wait()
+
+
+def test_without_a_worker_that_offers_what_is_asked_nothing_waits_for_ever(
+    folder: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    succeeded(command("restore", folder, "-o", out, *WIENER, "--init"))
+    plan = Ledger(out).plan()
+    assert plan is not None
+    monkeypatch.setattr("rtfocus.batch.scheduler._WORKERS_S", 0.0)
+    with pytest.raises(ConfigError, match="no worker has offered GPU=1"):
+        run_on(address, plan, plan.units, lambda *_: None, resources={"GPU": 1})
 
 
 def test_a_fractal_task_restores_a_field_beside_its_input(
