@@ -238,7 +238,9 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
     except ImportError as error:
         msg = "--scheduler needs dask.distributed: pip install 'rtfocus[batch]'"
         raise ConfigError(msg) from error
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # Each has a level and an output of its own.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         address: Any = scheduler
         if number is not None:
