@@ -114,6 +114,9 @@ class HostMemory:
     def __init__(self) -> None:
         self._arrays = []
 
+    def at_free(self, close):
+        """Nothing is freed here."""
+
     def allocate(self, shape, dtype, purpose):
         # Whatever lay there before: nothing may rely on zeros.
         return self.upload(np.full(shape, 77, dtype), purpose)

@@ -71,6 +71,7 @@ class HostContext:
         self._driver = driver
         self._tensors = tensors
         self._functions = []
+        driver.standin_count(ctypes.c_long(1))
 
     def bind(self, buffers, input_shapes, *, input_consumed_event=0):
         feeds = {
@@ -103,6 +104,8 @@ class HostContext:
         return None
 
     def close(self):
+        if self._session is not None:
+            self._driver.standin_count(ctypes.c_long(-1))
         self._session = None
 
 
@@ -116,6 +119,7 @@ class HostEngine:
         self.name = request.name
         self.precision = request.precision
         self._driver = driver
+        driver.standin_count(ctypes.c_long(1))
         self._session = onnxruntime.InferenceSession(
             str(request.model), providers=["CPUExecutionProvider"]
         )
@@ -137,6 +141,8 @@ class HostEngine:
         return HostContext(self._session, self._driver, self.tensors)
 
     def close(self):
+        if self._session is not None:
+            self._driver.standin_count(ctypes.c_long(-1))
         self._session = None
 
 

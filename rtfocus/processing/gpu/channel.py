@@ -1,6 +1,7 @@
 """Channel: what sees and restores the frames of a channel on a GPU, by its plan."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -147,34 +148,37 @@ def _by_level(
 ) -> FrameRestorer:
     settings, psfs = restoration.settings, plan.psfs
     shape, halo_px = transform_shape(psfs, plan.size, settings.halo_px)
-    transforms = CudaTransforms(shape)
-    deconvolution: Deconvolution
-    if restoration.method == "wiener":
-        deconvolution = WienerDeconvolution(
+    with ExitStack() as opened:
+        transforms = CudaTransforms(shape)
+        opened.callback(transforms.close)
+        deconvolution: Deconvolution
+        if restoration.method == "wiener":
+            deconvolution = WienerDeconvolution(
+                memory,
+                transforms,
+                psfs,
+                quantum=plan.camera.quantum,
+                noise_to_signal=settings.noise_to_signal,
+                gain_e_per_count=plan.gain_e_per_count,
+            )
+        else:
+            deconvolution = RichardsonLucyDeconvolution(
+                memory,
+                transforms,
+                psfs,
+                iterations=settings.iterations,
+                accelerated=restoration.method == "richardson_lucy_accelerated",
+            )
+        restorer = DepthVariantRestorer(
             memory,
-            transforms,
-            psfs,
-            quantum=plan.camera.quantum,
-            noise_to_signal=settings.noise_to_signal,
-            gain_e_per_count=plan.gain_e_per_count,
+            deconvolution,
+            plan.montage(classifier.grid),
+            frame=FrameShape.of(plan.shape),
+            shape=shape,
+            halo_px=halo_px,
+            levels=tuple(psfs),
         )
-    else:
-        deconvolution = RichardsonLucyDeconvolution(
-            memory,
-            transforms,
-            psfs,
-            iterations=settings.iterations,
-            accelerated=restoration.method == "richardson_lucy_accelerated",
-        )
-    restorer = DepthVariantRestorer(
-        memory,
-        deconvolution,
-        plan.montage(classifier.grid),
-        frame=FrameShape.of(plan.shape),
-        shape=shape,
-        halo_px=halo_px,
-        levels=tuple(psfs),
-    )
+        opened.pop_all()
     return ClassicalFrames(restorer, transforms)
 
 
@@ -188,22 +192,25 @@ def _by_tile(
     card = restoration.engine.card
     tiles = FrameTiles(input_of(card), plan.size)
     _refuse_single_colours(plan, restoration)
-    engine, request = open_for_plan(plan, restoration.engine, device)
-    conditions = None
-    if card.condition is not None and restoration.conditions is not None:
-        conditions = TileConditions(
-            memory, restoration.conditions, tiles, classifier.grid
+    with ExitStack() as opened:
+        engine, request = open_for_plan(plan, restoration.engine, device)
+        opened.callback(engine.close)
+        conditions = None
+        if card.condition is not None and restoration.conditions is not None:
+            conditions = TileConditions(
+                memory, restoration.conditions, tiles, classifier.grid
+            )
+        restorer = TileNetworkRestorer(
+            memory,
+            engine,
+            card,
+            batch=request.inputs[input_of(card).name].largest[0],
+            tiles=tiles,
+            frame=FrameShape.of(plan.shape),
+            blending=Blending(memory, plan.montage(classifier.grid)),
+            conditions=conditions,
         )
-    restorer = TileNetworkRestorer(
-        memory,
-        engine,
-        card,
-        batch=request.inputs[input_of(card).name].largest[0],
-        tiles=tiles,
-        frame=FrameShape.of(plan.shape),
-        blending=Blending(memory, plan.montage(classifier.grid)),
-        conditions=conditions,
-    )
+        opened.pop_all()
     return restorer, engine
 
 
@@ -295,12 +302,17 @@ def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenCh
     seen, restoration = plan.classifier, plan.restoration
     if seen is None:
         return OpenChannel(plan, correction)
-    engine, _ = open_for_plan(plan, seen.found, device)
-    backends = {seen.found.name: runs_on(engine)}
-    classifier = FrameClassifier(memory, engine, seen, FrameShape.of(plan.shape))
-    if restoration is None:
-        return OpenChannel(plan, correction, classifier, None, backends)
-    restorer, own = open_restorer(plan, classifier, device, memory)
+    # What is opened when a later part fails is closed again.
+    with ExitStack() as opened:
+        engine, _ = open_for_plan(plan, seen.found, device)
+        opened.callback(engine.close)
+        backends = {seen.found.name: runs_on(engine)}
+        classifier = FrameClassifier(memory, engine, seen, FrameShape.of(plan.shape))
+        if restoration is None:
+            opened.pop_all()
+            return OpenChannel(plan, correction, classifier, None, backends)
+        restorer, own = open_restorer(plan, classifier, device, memory)
+        opened.pop_all()
     if own is not None:
         backends[restoration.name] = runs_on(own)
     montage = plan.montage(classifier.grid)

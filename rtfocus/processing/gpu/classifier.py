@@ -56,6 +56,8 @@ class BoundNetwork:
         }
         """By tensor, inputs and outputs."""
         self._context: GpuContext = engine.open_context()
+        # A slot may fail to be made after this one is open.
+        memory.at_free(self._context.close)
         self._context.bind(
             {name: buffer.address for name, buffer in self.buffers.items()}, shapes
         )

@@ -77,9 +77,13 @@ class CudaTransforms:
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
         self._library = load_library(CUFFT)
-        self._plans = [
-            self._plan(kind) for kind in (_REAL_TO_COMPLEX, _COMPLEX_TO_REAL)
-        ]
+        self._plans: list[ctypes.c_int] = []
+        try:
+            for kind in (_REAL_TO_COMPLEX, _COMPLEX_TO_REAL):
+                self._plans.append(self._plan(kind))
+        except EngineError:
+            self.close()
+            raise
 
     def forward(self, work: Work, image: DeviceArray, spectrum: DeviceArray) -> None:
         """Enqueue image -> half spectrum."""

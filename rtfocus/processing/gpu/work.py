@@ -4,6 +4,7 @@ The algorithms allocate when they are made and afterwards only enqueue: nothing 
 them waits for the GPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -78,6 +79,10 @@ class DeviceMemory(Protocol):
 
     def upload(self, values: NDArray[Any], purpose: str) -> DeviceArray:
         """Reserve an array and fill it; waits until it is filled."""
+        ...
+
+    def at_free(self, close: Callable[[], None]) -> None:
+        """Have what uses the memory closed before it is freed, if it still is open."""
         ...
 
 

@@ -57,7 +57,7 @@ static std::map<uint64_t, size_t> device_memory, pinned, registered;
 static size_t device_used = 0, peak_used = 0;
 static long live_objects = 0;
 static int next_stream = 0, lost = 0;
-static long executed = 0, lose_after = -1;
+static long executed = 0, lose_after = -1, refuse_in = -1;
 static std::string executed_log;
 static std::mt19937 order;
 static thread_local std::vector<void*> contexts;
@@ -141,7 +141,17 @@ static bool on_device(uint64_t address, size_t size) {
 }
 
 // What the tests ask of the stand-in itself.
-API long standin_live() { return live_objects + (long)device_memory.size(); }
+API long standin_live() {
+  std::lock_guard<std::mutex> lock(gate);
+  return live_objects + (long)(device_memory.size() + pinned.size() + registered.size());
+}
+// Plans of the transforms and networks are counted too.
+API void standin_count(long more) {
+  std::lock_guard<std::mutex> lock(gate);
+  live_objects += more;
+}
+// The so-many-th reservation from now on and all after it are refused; negative: none.
+API void standin_refuse_memory(long number) { refuse_in = number; }
 API long standin_peak() {
   long peak = (long)peak_used;
   peak_used = device_used;
@@ -214,6 +224,8 @@ API int cuCtxSynchronize() {
 API int cuMemAlloc_v2(uint64_t* p, size_t n) {
   if (contexts.empty()) return INVALID_CONTEXT;
   std::lock_guard<std::mutex> lock(gate);
+  if (refuse_in == 1) return OUT_OF_MEMORY;  // PyCUDA tries again
+  if (refuse_in > 1) --refuse_in;
   if (device_used + n > (size_t)variable("RTFOCUS_STANDIN_MEMORY", 1ll << 32))
     return OUT_OF_MEMORY;
   void* memory = aligned_alloc(512, (n + 511) / 512 * 512);

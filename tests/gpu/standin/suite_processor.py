@@ -38,6 +38,7 @@ from rtfocus.processing.gpu.cuda.stream import (
 from rtfocus.processing.gpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor, open_processor
+from rtfocus.processing.restore import METHODS
 from rtfocus.slots import SlotPool
 from rtfocus.specimens import draw_specimen
 
@@ -340,6 +341,49 @@ def test_lack_of_memory_means_fewer_frames_in_flight(
     monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", "1000000")
     with pytest.raises(EngineError, match=r"needs .* MB"):
         on_gpu(config).start(SERIES, SLOTS)
+
+
+KINDS = [
+    ("sharpness", "wiener"),
+    ("sharpness", "by_level"),
+    ("joint", "joint"),
+]
+
+
+@pytest.mark.parametrize("names", KINDS, ids="-".join)
+def test_starts_and_closes_leave_nothing(driver, networks, names):
+    config = config_for(networks, classifier=names[0], method=names[1])
+    before = driver.standin_live()
+    # The stand-in's transforms are slow, its networks are not.
+    for _ in range(2 if names[1] in METHODS else 25):
+        processor = on_gpu(config)
+        for _ in range(2):
+            processor.start(SERIES, SLOTS)
+        assert driver.standin_live() > before
+        processor.close()
+        assert driver.standin_live() == before
+
+
+@pytest.mark.parametrize("names", KINDS, ids="-".join)
+def test_a_start_that_fails_halfway_leaves_nothing(driver, networks, names):
+    config = config_for(
+        networks, classifier=names[0], method=names[1], on_lack_of_memory="error"
+    )
+    before, failed = driver.standin_live(), 0
+    for number in range(1, 200):
+        driver.standin_refuse_memory(ctypes.c_long(number))
+        processor = on_gpu(config)
+        try:
+            processor.start(SERIES, SLOTS)
+        except EngineError:
+            failed += 1
+            assert driver.standin_live() == before, number
+            continue
+        finally:
+            driver.standin_refuse_memory(ctypes.c_long(-1))
+            processor.close()
+        break
+    assert 5 < failed < 199
 
 
 def test_a_gpu_too_full_for_a_context_is_refused_or_left_to_the_cpu(

@@ -39,6 +39,7 @@ class CudaMemory:
         self._gpu_index = gpu_index
         self._cuda = import_driver()
         self._held: list[Any] = []
+        self._users: list[Callable[[], None]] = []
         self.size_bytes = 0
         """Bytes reserved so far."""
 
@@ -72,8 +73,14 @@ class CudaMemory:
             self._cuda.memcpy_htod(array.address, dense)
         return array
 
+    def at_free(self, close: Callable[[], None]) -> None:
+        """Close a user of the memory before it is freed; see `DeviceMemory`."""
+        self._users.append(close)
+
     def free(self) -> None:
-        """Free everything; the caller has made sure that nothing uses it."""
+        """Free everything; the caller has made sure that nothing of it is in flight."""
+        while self._users:
+            self._users.pop()()
         for memory in self._held:
             memory.free()
         self._held.clear()
