@@ -25,7 +25,9 @@ def standin(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"order {seed}")
 def test_streams_slots_and_failures(standin, seed):
-    run_suite(standin, HERE / "standin" / "suite_processor.py", seed)
+    # What is left does not depend on the order, and is many starts: looked for once.
+    options = () if seed == SEEDS[0] else ("-k", "not leave_nothing and not leaves_")
+    run_suite(standin, HERE / "standin" / "suite_processor.py", seed, *options)
 
 
 def test_gpu_processor_keeps_the_contract_of_processors(standin):

@@ -355,7 +355,7 @@ def test_starts_and_closes_leave_nothing(driver, networks, names):
     config = config_for(networks, classifier=names[0], method=names[1])
     before = driver.standin_live()
     # The stand-in's transforms are slow, its networks are not.
-    for _ in range(2 if names[1] in METHODS else 25):
+    for _ in range(2 if names[1] in METHODS else 6):
         processor = on_gpu(config)
         for _ in range(2):
             processor.start(SERIES, SLOTS)
@@ -366,8 +366,13 @@ def test_starts_and_closes_leave_nothing(driver, networks, names):
 
 @pytest.mark.parametrize("names", KINDS, ids="-".join)
 def test_a_start_that_fails_halfway_leaves_nothing(driver, networks, names):
+    # Two frames in flight: also the second may find no memory.
     config = config_for(
-        networks, classifier=names[0], method=names[1], on_lack_of_memory="error"
+        networks,
+        classifier=names[0],
+        method=names[1],
+        on_lack_of_memory="error",
+        frames_in_flight=2,
     )
     before, failed = driver.standin_live(), 0
     for number in range(1, 200):
