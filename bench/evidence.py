@@ -206,7 +206,7 @@ def real_pairs(folder: Path) -> Iterator[Sample]:
 
 # What decibels lost and frames in focus weigh beside decibels gained.
 _LOSS = 4.0
-_IN_FOCUS = 0.8
+_IN_FOCUS = 0.5
 # What is hardly blurred weighs more: there a correction spoils most. 38 dB.
 _HARDLY = 10**-3.8
 _NEAR_WEIGHT = 3.0
@@ -215,7 +215,7 @@ _PAIR_KIND = "bbbc006"
 # Squared errors, in shares of the range, below which decibels do not count.
 _ENOUGH, _ENOUGH_IN_FOCUS = 1e-6, 1e-5
 _NOISE = 0.15
-_HIDDEN = (16, 8)
+_HIDDEN = (32, 16)
 
 
 class Shares(nn.Module):
@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("engine", type=Path, help="folder of a joint engine")
     parser.add_argument("--data-folder", type=Path, default=Path("data"))
     parser.add_argument("--rounds", type=int, default=6, help="of all photographs")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
     card_path = options.engine / CARD_NAME
     card = yaml.safe_load(card_path.read_text(encoding="utf-8"))
