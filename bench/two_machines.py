@@ -67,6 +67,10 @@ class Case:
     """From a third of the frames on."""
     once: bool = True
     """``process --once``; else as a service, ended by SIGINT after the series."""
+    again: bool = False
+    """The processor gives up while the link is cut, and is started again."""
+    live: bool = False
+    """The camera runs freely, instead of a plan that can wait."""
 
     @property
     def relayed(self) -> bool:
@@ -80,7 +84,9 @@ CASES = (
     Case("loss 1 %", loss=0.01),
     Case("cut for 5 s", cut_s=5),
     Case("cut for 15 s (service)", cut_s=15, once=False),
+    Case("cut for 15 s, once, again", cut_s=15, again=True),
     Case("10 Mbit/s", rate_mbit=10),
+    Case("10 Mbit/s, live", rate_mbit=10, live=True),
 )
 
 
@@ -188,6 +194,7 @@ class Sides:
     root: Path
     frames: int
     interval_s: float
+    live: bool
     run: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -211,11 +218,14 @@ class Sides:
     def _settings(self, side: str) -> dict[str, Any]:
         host = "*" if side == "scope" else ADDRESSES[SCOPE]
         plan = {"interval": self.interval_s, "loops": self.frames}
+        live = {"frames": self.frames, "exposure_ms": self.interval_s * 1e3}
         optics = {"numerical_aperture": 0.36, "wavelength_nm": 451}
         return {
             "run": {"name": "two", "folder": str(self.root / side)},
             "microscope": {"source": "virtual", "height_px": 256, "width_px": 256},
-            "acquisition": {"mda": {"time_plan": plan}},
+            "acquisition": (
+                {"live": live} if self.live else {"mda": {"time_plan": plan}}
+            ),
             "channels": [
                 {"name": "default", "optics": optics | {"pixel_size_um": 0.65}}
             ],
@@ -283,7 +293,11 @@ def play(case: Case, sides: Sides) -> dict[str, Any]:
             if case.cut_s:
                 cut(sides, case, acquiring)
             deadline_s = begun_s + PATIENCE_S
-            codes = {"acquire": ended(acquiring, deadline_s)}
+            codes: dict[str, int | str] = {}
+            if case.again:
+                codes["gave up"] = ended(processing, deadline_s)
+                processing = start(PROCESSOR, "processor", sides, *mode)
+            codes["acquire"] = ended(acquiring, deadline_s)
             if not case.once:
                 processing.send_signal(signal.SIGINT)
             codes["process"] = ended(processing, deadline_s)
@@ -332,7 +346,7 @@ def whole(found: dict[str, Any], frames: int) -> bool:
     """Tell whether nothing was lost, and everything ended as it should."""
     terms = found["accounting"] or {}
     return (
-        set(found["exit"].values()) == {0}
+        {found["exit"][side] for side in ("acquire", "process")} == {0}
         and found["check"] == 0
         and terms.get("unaccounted") == 0
         and terms.get("acquired") == terms.get("written") == frames
@@ -371,7 +385,7 @@ def main() -> int:
         first: Path | None = None
         for number, case in enumerate(c for c in CASES if options.only in c.name):
             root = Path(folder) / str(number)
-            sides = Sides(root, options.frames, options.interval_s)
+            sides = Sides(root, options.frames, options.interval_s, case.live)
             result = play(case, sides) | outcome(sides, first)
             first = first or sides.run
             found.append(result)

@@ -70,6 +70,8 @@ class Monitor:
     _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_MOST_SAMPLES))
     _sampled: int = 0
     """How many there were in all."""
+    _before: int = 0
+    """Frames that an earlier process wrote into this run."""
     _started: float = field(default_factory=time.perf_counter)
     _first_ns: int | None = None
     _last_ns: int = 0
@@ -77,8 +79,9 @@ class Monitor:
     _cpu_s: float = field(default_factory=time.process_time)
 
     def begin(self, series: SeriesStart) -> None:
-        """Forget the time spent waiting for the series."""
+        """Forget the time spent waiting for the series, and what was before it."""
         self.series = series
+        self._before = self.accounting.written
         self._started = time.perf_counter()
         self._cpu_s = time.process_time()
 
@@ -145,11 +148,14 @@ class Monitor:
         return (number - 1) / max(time.perf_counter() - self._recent[0], 1e-9)
 
     def throughput(self) -> dict[str, float | None]:
-        """Return seconds and frames/s from the first arrival to the last commit."""
+        """Return seconds and frames/s from the first arrival to the last commit.
+
+        Both are of this process alone: a run that was resumed has more frames.
+        """
         if self._first_ns is None or self._last_ns <= self._first_ns:
             return {"seconds": None, "frames_per_s": None, "cpu_s_per_frame": None}
         seconds = (self._last_ns - self._first_ns) / 1e9
-        written = max(self.accounting.written, 1)
+        written = max(self.accounting.written - self._before, 1)
         cpu_s = time.process_time() - self._cpu_s
         return {
             "seconds": seconds,

@@ -15,9 +15,10 @@ from rtfocus.monitor import Monitor
 from rtfocus.slots import SlotPool
 
 
-def running(*found: float | None, planned: int | None = 40) -> Monitor:
-    """Return the monitor of a run with these estimates."""
+def running(*found: float | None, planned: int | None = 40, before: int = 0) -> Monitor:
+    """Return the monitor of a run with these estimates, resumed after `before`."""
     monitor = Monitor()
+    monitor.accounting.count("written", number=before)
     series = make_series(channels=[Channel("DAPI")], planned=planned)
     monitor.begin(series)
     slot = SlotPool(1, 8).acquire(timeout_s=1)
@@ -59,6 +60,13 @@ def test_screen_fits_the_terminal_and_shows_the_course(width: int) -> None:
         assert "0 to 8 um" in text
         assert " left" in text
     assert any("\u2588" in line for line in lines if "defocus" in line)
+
+
+def test_a_resumed_run_does_not_count_earlier_frames_as_its_own_speed() -> None:
+    through = running(1.0, 2.0, before=1000).throughput()
+    assert through["frames_per_s"] is not None
+    assert through["seconds"] is not None
+    assert through["frames_per_s"] * through["seconds"] == pytest.approx(2)
 
 
 def test_screen_before_the_series_and_without_an_end() -> None:
