@@ -218,13 +218,21 @@ class Sides:
     def _settings(self, side: str) -> dict[str, Any]:
         host = "*" if side == "scope" else ADDRESSES[SCOPE]
         plan = {"interval": self.interval_s, "loops": self.frames}
-        live = {"frames": self.frames, "exposure_ms": self.interval_s * 1e3}
+        camera: dict[str, Any] = {
+            "source": "virtual",
+            "height_px": 256,
+            "width_px": 256,
+        }
+        if self.live:
+            camera["frames_per_s"] = 1 / self.interval_s
         optics = {"numerical_aperture": 0.36, "wavelength_nm": 451}
         return {
             "run": {"name": "two", "folder": str(self.root / side)},
-            "microscope": {"source": "virtual", "height_px": 256, "width_px": 256},
+            "microscope": camera,
             "acquisition": (
-                {"live": live} if self.live else {"mda": {"time_plan": plan}}
+                {"live": {"frames": self.frames}}
+                if self.live
+                else {"mda": {"time_plan": plan}}
             ),
             "channels": [
                 {"name": "default", "optics": optics | {"pixel_size_um": 0.65}}
