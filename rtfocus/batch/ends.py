@@ -1,6 +1,7 @@
 """Ends: how a batch begins, and how its output comes to its place."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,6 @@ class Batch:
                 "with --overwrite"
             )
             raise OutputError(msg)
-        if begun is not None:
-            self._targets(self._guard.fresh(overwrite=True))
         prepare = self._prepare if form == "zarr" else None
         self.ledger.begin(plan, prepare)
         return plan, 0
@@ -150,25 +149,36 @@ class Batch:
 
     def _deliver(self, plan: Plan, failed: set[str]) -> None:
         store = self.ledger.store
+        if not store.exists():
+            return  # a call that was killed afterwards has put it in its place
         if failed:
             store = self._without(plan, failed)
         self._guard.fresh(overwrite=self._overwrite).claim(self.ledger.output)
         files.replace(store, self.ledger.output)
 
     def _without(self, plan: Plan, failed: set[str]) -> Path:
-        """Return a store of the images that were done, their pixels moved there."""
+        """Return a store of the images that were done.
+
+        Their pixels stay where they are until it has its place, so that whoever is
+        killed in between takes nothing away.
+        """
         numbers = [n for n, unit in enumerate(plan.units) if unit.key in failed]
         if len(numbers) == len(plan.units):
             msg = f"no image of '{self.job.source}' can be read"
             raise InputError(msg)
         rest = self.ledger.store.with_name("rest.ome.zarr")
         files.remove(rest)
-        places = prepare_zarr(rest, self._outlines(frozenset(numbers)))
         done = [unit for unit in plan.units if unit.key not in failed]
-        for unit, place in zip(done, places, strict=True):
-            chunks = self.ledger.store / unit.target / "0" / "c"
-            if chunks.exists():
-                files.replace(chunks, rest / place / "0" / "c")
+        try:
+            places = prepare_zarr(rest, self._outlines(frozenset(numbers)))
+            for unit, place in zip(done, places, strict=True):
+                chunks = self.ledger.store / unit.target / "0" / "c"
+                if chunks.exists():
+                    target = rest / place / "0" / "c"
+                    shutil.copytree(chunks, target, copy_function=_link)
+        except OSError as error:
+            msg = f"'{rest}' cannot be written: {error.strerror or error}"
+            raise OutputError(msg) from error
         return rest
 
     def _collect(self, plan: Plan, failed: set[str]) -> None:
@@ -188,6 +198,14 @@ class Batch:
     def _as_given(self, row: dict[str, Any]) -> dict[str, Any]:
         below = Path(row["path"]).relative_to(self.job.source)
         return {**row, "path": str(Path(self.job.given) / below)}
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name; a copy where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def notes_of(found: FoundImages, images: ImageSet) -> list[str]:

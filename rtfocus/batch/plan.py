@@ -262,7 +262,12 @@ class Ledger:
         """Remove what is in the folder, unless it is not of a batch."""
         known = {*_KINDS, "key", "parts", self.store.name, "rest.ome.zarr"}
         inside = list(self.folder.iterdir()) if self.folder.is_dir() else []
-        foreign = [one.name for one in inside if one.name not in known]
+        foreign = [
+            one.name
+            for one in inside
+            # What `files.whole` leaves of a killed process is hidden and of rtfocus.
+            if one.name not in known and not one.name.startswith(".rtfocus-")
+        ]
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
             what = f"holds '{foreign[0]}'" if foreign else "is no folder"
             msg = f"'{self.folder}' {what}; choose another output"

@@ -143,10 +143,8 @@ def _finish(batch: Batch, plan: Plan) -> None:
     """Put the output in its place; say what is there, and fail if not all is."""
     job, ledger = batch.job, batch.ledger
     notes = ledger.notes(plan)
-    planes = sum(u.planes for u in plan.units) - sum(
-        unit.planes for unit in ledger.left(plan.units)
-    )
     missing = ledger.left(plan.units)
+    planes = sum(u.planes for u in plan.units) - sum(u.planes for u in missing)
     failures = batch.finish(plan)
     for line in notes:
         typer.echo(line, err=True)

@@ -20,6 +20,7 @@ from loop_kit import command, failed, succeeded
 from transport_kit import until
 
 import rtfocus.batch
+from rtfocus.batch.ends import Batch
 from rtfocus.batch.plan import Failure, Ledger
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import close_opened, run_unit
@@ -383,6 +384,48 @@ def test_the_manifest_is_that_of_the_task() -> None:
     assert set(task) - {"executable_parallel", "args_schema_parallel"} <= (
         known | {"meta_parallel"}
     )
+
+
+def test_an_end_that_was_killed_takes_no_pixels_away(
+    plate: Path, tmp_path: Path
+) -> None:
+    one, out = tmp_path / "one.ome.zarr", tmp_path / "out.ome.zarr"
+    succeeded(command("restore", plate, "-o", one, *WIENER))
+    asked = ("restore", plate, "-o", out, *WIENER)
+    ledger = Ledger(out)
+    # A process killed before its plan had its name has left this.
+    ledger.folder.mkdir()
+    (ledger.folder / ".rtfocus-killed.part").write_bytes(b"half")
+    succeeded(command(*asked, "--init"))
+    chunk = next(
+        path
+        for path in (plate / "A/3/0/0").rglob("*")
+        if path.is_file() and not path.name.startswith((".", "zarr"))
+    )
+    chunk.write_bytes(b"broken")
+    failed(command(*asked, "--unit", "1/1"), ExitCode.INCOMPLETE)
+    plan = ledger.plan()
+    assert plan is not None
+    unreadable = {unit.key for unit, _ in ledger.failures(plan)}
+    assert len(unreadable) == 1
+    # Killed once the output was laid out, before it had its place.
+    Batch(plan.job)._without(plan, unreadable)
+    failed(command(*asked, "--finish"), ExitCode.INCOMPLETE)
+    for field in ("A/3/1", "B/3/0", "B/3/1"):
+        found, wanted = (zarr.open_array(root / field / "0")[:] for root in (out, one))
+        assert found.any()
+        np.testing.assert_array_equal(found, wanted)
+
+    # Killed after the output had its place, before the marks were gone.
+    whole = tmp_path / "whole.ome.zarr"
+    source = plate / "B/3/0"
+    asked = ("restore", source, "-o", whole, *WIENER)
+    succeeded(command(*asked, "--init"))
+    succeeded(command(*asked, "--unit", "1/1"))
+    Ledger(whole).store.rename(whole)
+    succeeded(command(*asked, "--finish"))
+    assert zarr.open_array(whole / "0")[:].any()
+    assert_nothing_left(whole)
 
 
 def test_no_scheduler_is_one_line(folder: Path, tmp_path: Path) -> None:
