@@ -101,7 +101,7 @@ class Recording:
             accounting=self.accounting,
             on_durable=self._note_durable,
             on_free=self.pool.release,
-            provenance={"config": "kit"},
+            provenance={"config": {"run": {"name": "kit"}}},
         )
 
     def _note_durable(self, sequence: int) -> None:

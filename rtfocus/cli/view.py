@@ -64,7 +64,7 @@ def view(
 
     with suppress(psutil.Error, OSError):
         # Where the computer has too much to do, the recording comes first.
-        below = getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", 15)
+        below = getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", 19)
         psutil.Process().nice(below)
     scene = Scene()
     with ExitStack() as opened:

@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 LOOP_SHARE = 0.01
 """Of the time of the loop's thread that pictures may take: after each it has its rest,
 so that large frames and slow computers get fewer pictures, and no slower loop."""
+_LONGEST_REST_S = 2.0
+"""However busy the computer is, a picture is shown now and then."""
 _ESTIMATE_SIDE_PX = 512
 STATUS_S = 0.25
 """Interval of states while somebody looks."""
@@ -222,11 +224,10 @@ class PreviewPublisher:
             self._too_soon += 1
             return
         self._next_picture_s[channel] = begun_s + self._config.interval_s
-        # Of this thread: what it waits for others is no cost of the picture.
-        before_s = time.thread_time()
         message = self._picture(frame, pixels, result)
-        cost_s = time.thread_time() - before_s
-        self._rests_until_s = begun_s + cost_s / LOOP_SHARE
+        # By the wall: where all cores are busy, what the loop waits here is lost too.
+        rest_s = (time.monotonic() - begun_s) / LOOP_SHARE
+        self._rests_until_s = begun_s + min(rest_s, _LONGEST_REST_S)
         self._pictures.setdefault(channel, Newest()).put(message)
         self._wake()
 

@@ -22,8 +22,8 @@ from rtfocus.view.traces import Traces
 State = Literal["gone", "waiting", "running", "recording", "finished"]
 """``gone``: no processor answers; ``recording``: a folder that is not finished."""
 
-_OVERDUE_S = 1.5
-"""The processor passes frames over; then the newest one is read from the folder."""
+_OVERDUE_S = 2.5
+"""Longer than the processor ever rests; then the newest is read from the folder."""
 _CACHE_BYTES = 128 << 20
 
 

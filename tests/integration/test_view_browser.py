@@ -18,6 +18,7 @@ from loop_kit import run_loop, small
 from numpy.typing import NDArray
 from transport_kit import until
 from view_kit import GRID, SATURATION, frame_of, result_of
+from writer_kit import make_series, numbered, recording
 
 from rtfocus.view.scene import Scene
 from rtfocus.view.server import Listening, PageServer
@@ -237,6 +238,111 @@ def test_scrubbing_splitting_snapshots_and_a_second_viewer(
         assert shown(page) == (2, 2)
         browser.find_element("tag name", "body").send_keys("\ue011")  # Home
         until(lambda: shown(page) == (7, 7), "following again")
+
+
+def touch(browser: Any, kind: str, *fingers: tuple[float, float]) -> None:
+    """Let fingers touch the screen at places (x, y), as a tablet tells it."""
+    points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(fingers)]
+    browser.execute_cdp_cmd(
+        "Input.dispatchTouchEvent", {"type": kind, "touchPoints": points}
+    )
+
+
+def test_fingers_move_and_zoom_as_on_a_tablet(browser: Any, run_folder: Path) -> None:
+    with served(lambda scene: RunSource(scene, run_folder)) as (_, server):
+        page = opened(browser, server)
+        left, top = page(
+            "const b = rtfocusView.stage.box.getBoundingClientRect();"
+            "return [b.left, b.top]"
+        )
+
+        def view() -> tuple[float, float, float]:
+            return tuple(
+                page(
+                    "const s = rtfocusView.stage;"
+                    "return [s.view.x, s.view.y, s.view.zoom / s.ratio]"
+                )
+            )
+
+        x, y, zoom = view()
+        # What is under the finger goes with it.
+        touch(browser, "touchStart", (left + 100, top + 100))
+        touch(browser, "touchMove", (left + 130, top + 80))
+        touch(browser, "touchEnd")
+        assert view() == pytest.approx((x - 30 / zoom, y + 20 / zoom, zoom))
+        # Twice as far apart is twice as large, about what lies between the fingers.
+        before = view()
+        touch(browser, "touchStart", (left + 80, top + 120))
+        touch(browser, "touchStart", (left + 80, top + 120), (left + 160, top + 120))
+        touch(browser, "touchMove", (left + 80, top + 120), (left + 200, top + 120))
+        touch(browser, "touchMove", (left + 40, top + 120), (left + 200, top + 120))
+        touch(browser, "touchEnd")
+        assert view()[2] == pytest.approx(2 * before[2])
+        # A second finger makes no region of what the first one began.
+        page("rtfocusView.stage.drawsRoi = true")
+        touch(browser, "touchStart", (left + 80, top + 90))
+        touch(browser, "touchStart", (left + 80, top + 90), (left + 150, top + 150))
+        touch(browser, "touchMove", (left + 80, top + 90), (left + 190, top + 190))
+        touch(browser, "touchEnd")
+        assert page("return rtfocusView.stage.roi") is None
+        # The slider of the split goes with the finger too.
+        page(
+            "rtfocusView.stage.drawsRoi = false;"
+            "document.querySelector('input[value=split]').click()"
+        )
+        width = page("return rtfocusView.stage.box.getBoundingClientRect().width")
+        touch(browser, "touchStart", (left + width / 2, top + 60))
+        touch(browser, "touchMove", (left + width / 4, top + 60))
+        touch(browser, "touchEnd")
+        assert page("return rtfocusView.stage.split") == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_run_is_browsed_while_it_is_written(browser: Any, tmp_path: Path) -> None:
+    series = make_series(sizes={"t": None})
+    with ExitStack() as stack:
+        run = stack.enter_context(
+            recording(tmp_path / "r.rtfocus", series, store={"shard_frames": 1})
+        )
+
+        def write(*numbers: int) -> None:
+            for number in numbers:
+                run.send(number, {"t": number})
+            until(lambda: numbers[-1] in run.durable, f"frame {numbers[-1]} on disk")
+
+        write(0, 1, 2)
+        _, server = stack.enter_context(
+            served(lambda scene: RunSource(scene, tmp_path / "r.rtfocus"))
+        )
+        page = opened(browser, server)
+        until(lambda: shown(page) == (2, 2), "the newest frame so far")
+        write(3)
+        until(lambda: shown(page) == (3, 3), "the frame that came")
+        page("rtfocusView.scrub({t: 1})")
+        until(lambda: shown(page) == (1, 1), "what was scrubbed to")
+        write(4, 5)
+        until(
+            lambda: page("return Number(document.getElementById('t').max)") == 5,
+            "that the slider reaches what came",
+        )
+        assert shown(page) == (1, 1)
+        stored = numbered(1, series)
+        places = spread(stored.shape)
+        window = tuple(int(n) for n in np.percentile(stored, (1, 99)))
+        set_windows(page, *window)
+        np.testing.assert_allclose(
+            drawn(page, RAW, places), expected(stored, places, window), atol=1
+        )
+        browser.find_element("tag name", "body").send_keys("\ue011")  # Home
+        until(lambda: shown(page) == (5, 5), "following again")
+        run.close(6)
+        until(
+            lambda: (
+                page("return document.getElementById('state').dataset.state")
+                == "finished"
+            ),
+            "that the run is over",
+        )
+        assert shown(page) == (5, 5)
 
 
 @contextmanager

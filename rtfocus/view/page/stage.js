@@ -105,6 +105,8 @@ export class Stage {
     this.overlay.addEventListener("pointerdown", (event) => {
       this.overlay.setPointerCapture(event.pointerId);
       held.set(event.pointerId, event);
+      // A second finger zooms, whatever the first one began.
+      if (held.size > 1) { if (what === "roi") this.setRoi(start, start); what = "pan"; return; }
       start = this.at(event);
       const nearSplit = this.mode === "split" && Math.abs(start.all - this.split * this.canvas.width) < 14 * this.ratio;
       what = nearSplit ? "split" : this.drawsRoi || event.shiftKey ? "roi" : "pan";
@@ -113,8 +115,9 @@ export class Stage {
       this.onHover?.(this.at(event));
       const before = held.get(event.pointerId);
       if (!before) return;
-      if (held.size === 2) { this.pinch(held, event); held.set(event.pointerId, event); return; }
+      if (held.size === 2) this.pinch(held, event);
       held.set(event.pointerId, event);
+      if (held.size > 1) return;
       const now = this.at(event);
       if (what === "split") this.setSplit(now.all / this.canvas.width);
       else if (what === "roi") this.setRoi(start, now);
