@@ -28,7 +28,7 @@ from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart, SlotPool
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.cuda.driver import (
@@ -40,7 +40,6 @@ from rtfocus.processing.gpu.cuda.driver import (
 )
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
-from rtfocus.slots import SlotPool
 from rtfocus.specimens import draw_specimen
 
 STAGES = ("copy in", "classify", "restore", "copy out")

@@ -82,9 +82,15 @@ def record(folder: Path, layout: Layout) -> Path:
     """Record a run of 2 time points, 2 channels, 2 slices."""
     from rtfocus.channel import Channel
     from rtfocus.config.processor import StoreConfig
-    from rtfocus.frame import FrameHeader, FrameResult, Position, SeriesEnd, SeriesStart
+    from rtfocus.frame import (
+        FrameHeader,
+        FrameResult,
+        Position,
+        SeriesEnd,
+        SeriesStart,
+        SlotPool,
+    )
     from rtfocus.metrics import Accounting
-    from rtfocus.slots import SlotPool
     from rtfocus.writers.run import open_run
 
     series = SeriesStart(

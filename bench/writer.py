@@ -30,9 +30,15 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import Channel
 from rtfocus.config.processor import StoreConfig
-from rtfocus.frame import FrameHeader, FrameResult, Position, SeriesEnd, SeriesStart
+from rtfocus.frame import (
+    FrameHeader,
+    FrameResult,
+    Position,
+    SeriesEnd,
+    SeriesStart,
+    SlotPool,
+)
 from rtfocus.metrics import Accounting
-from rtfocus.slots import SlotPool
 from rtfocus.writers.arrays import open_context
 from rtfocus.writers.header import RunHeader
 from rtfocus.writers.run import open_run

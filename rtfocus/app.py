@@ -34,14 +34,13 @@ from rtfocus.errors import (
     replacement,
 )
 from rtfocus.focus_readings import FocusLog, SeriesReader
-from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart
+from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart, Slot
 from rtfocus.metrics import STOPPED_HERE
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import Monitor
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
-from rtfocus.slots import Slot
 from rtfocus.transport.preview import PreviewPublisher, open_preview
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver, Gap

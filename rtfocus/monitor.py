@@ -11,10 +11,9 @@ import numpy as np
 
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError
-from rtfocus.frame import Act, Estimate, FrameResult, SeriesStart
+from rtfocus.frame import Act, Estimate, FrameResult, SeriesStart, Slot
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
-from rtfocus.slots import Slot
 from rtfocus.transport.preview_messages import Shown
 from rtfocus.workers import BoundedQueue
 

@@ -26,9 +26,8 @@ from rtfocus.cli import main
 from rtfocus.config import Config, load_config, parse_config
 from rtfocus.errors import ExitCode
 from rtfocus.files import resource_folder
-from rtfocus.frame import SeriesStart
+from rtfocus.frame import SeriesStart, Slot
 from rtfocus.microscope.acquisition import acquire
-from rtfocus.slots import Slot
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.writers.check import check_run
 

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from rtfocus.config import Config
 from rtfocus.config.loading import parse_config
-from rtfocus.frame import FrameHeader, SeriesStart
+from rtfocus.frame import FrameHeader, SeriesStart, Slot, SlotPool
 from rtfocus.microscope.acquisition import AcquisitionReport, acquire
-from rtfocus.slots import Slot, SlotPool
 
 OPTICS = {
     "numerical_aperture": 0.36,

@@ -11,9 +11,8 @@ import numpy as np
 
 from rtfocus.channel import Channel
 from rtfocus.config.processor import TransportConfig
-from rtfocus.frame import Estimate, FrameHeader, Position, SeriesStart
+from rtfocus.frame import Estimate, FrameHeader, Position, SeriesStart, Slot
 from rtfocus.metrics import Accounting
-from rtfocus.slots import Slot
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver, Gap
 

@@ -22,10 +22,11 @@ from rtfocus.frame import (
     Role,
     SeriesEnd,
     SeriesStart,
+    Slot,
+    SlotPool,
     TileGrid,
 )
 from rtfocus.metrics import Accounting
-from rtfocus.slots import Slot, SlotPool
 from rtfocus.writers.run import RunWriter, open_run
 
 GRID = TileGrid(

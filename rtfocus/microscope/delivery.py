@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import MicroscopeError
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Role, SeriesStart
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Role, SeriesStart, Slot
 from rtfocus.metrics import Histogram, Outcome
-from rtfocus.slots import Slot
 
 if TYPE_CHECKING:
     # A processor side knows reports and starts without Micro-Manager.

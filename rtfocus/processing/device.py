@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError, RtfocusError
-from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, TileGrid
+from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, Slot, TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan
-from rtfocus.slots import Slot
 
 Estimated = tuple[Estimate, DefocusMap]
 """A frame's defocus in one number and tile by tile."""

@@ -22,6 +22,7 @@ from rtfocus.frame import (
     FrameResult,
     Position,
     SeriesStart,
+    SlotPool,
 )
 from rtfocus.images.series import native_dtype
 from rtfocus.processing.classify import Conditions, invertible_normalisation
@@ -32,7 +33,6 @@ from rtfocus.processing.engines.card import EngineCard, input_of
 from rtfocus.processing.engines.registry import find_engine, list_engines, parts
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.processing.tiles.windows import FrameTiles, to_planes
-from rtfocus.slots import SlotPool
 
 _UID = "offline"
 

@@ -22,7 +22,7 @@ from importlib import import_module
 
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
-from rtfocus.frame import FrameHeader, SeriesStart, TileGrid
+from rtfocus.frame import FrameHeader, SeriesStart, Slot, TileGrid
 from rtfocus.machine import usable
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
 from rtfocus.processing.classify import estimate_frame
@@ -36,7 +36,6 @@ from rtfocus.processing.device import (
     without_frames,
 )
 from rtfocus.processing.tiles.windows import common_grid
-from rtfocus.slots import Slot
 from rtfocus.workers import AbortedError, BoundedQueue
 
 logger = logging.getLogger(__name__)

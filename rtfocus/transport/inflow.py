@@ -21,9 +21,15 @@ from rtfocus.errors import (
     TakenOverError,
     TransportError,
 )
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SeriesEnd, SeriesStart
+from rtfocus.frame import (
+    PROTOCOL_VERSION,
+    FrameHeader,
+    SeriesEnd,
+    SeriesStart,
+    Slot,
+    SlotPool,
+)
 from rtfocus.metrics import Accounting
-from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.messages import Ping, Rewind, unpack_in_stream
 from rtfocus.transport.validation import (
     check_header,

@@ -15,8 +15,7 @@ import numpy as np
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
-from rtfocus.frame import Act, Estimate, SeriesStart
-from rtfocus.slots import Slot, SlotPool
+from rtfocus.frame import Act, Estimate, SeriesStart, Slot, SlotPool
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.publisher_loop import PublisherLoop
 from rtfocus.transport.registrar import Outbox

@@ -8,8 +8,7 @@ import zmq
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
-from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate
-from rtfocus.slots import Slot, SlotPool
+from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.io_thread import Waker
 from rtfocus.transport.registrar import Outbox, Recorder, Registrar, Reply

@@ -11,9 +11,8 @@ import numpy as np
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import TransportError
-from rtfocus.frame import Act, Estimate, SeriesEnd, SeriesStart
+from rtfocus.frame import Act, Estimate, SeriesEnd, SeriesStart, Slot, SlotPool
 from rtfocus.metrics import Accounting
-from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Gap, Inflow
 from rtfocus.transport.io_thread import IoThread, Waker

@@ -11,8 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from rtfocus.errors import ProtocolError, TransportError
-from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, SeriesEnd, SeriesStart
-from rtfocus.slots import Slot
+from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, SeriesEnd, SeriesStart, Slot
 from rtfocus.transport import messages as m
 from rtfocus.transport.validation import check_estimate
 from rtfocus.workers import Newest

@@ -25,7 +25,7 @@ import zmq.auth
 
 from rtfocus.config.processor import TransportConfig
 from rtfocus.errors import ConfigError, TransportError
-from rtfocus.slots import SlotPool
+from rtfocus.frame import SlotPool
 
 SERVER, CLIENT = "server", "client"
 """Names of the microscope side's and the processor's certificate."""

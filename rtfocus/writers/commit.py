@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rtfocus.errors import BusyError, WriterError
+from rtfocus.frame import Slot
 from rtfocus.metrics import Accounting
-from rtfocus.slots import Slot
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import free_bytes
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, JournalFile, Line

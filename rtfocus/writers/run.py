@@ -16,9 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from rtfocus.config.processor import StoreConfig
-from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, TileGrid
+from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
 from rtfocus.metrics import Accounting
-from rtfocus.slots import Slot
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Ledger, Tally
 from rtfocus.writers.finish import finish_run

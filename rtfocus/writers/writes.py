@@ -13,8 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rtfocus.frame import FrameResult
-from rtfocus.slots import Slot
+from rtfocus.frame import FrameResult, Slot
 from rtfocus.writers.arrays import Commit, RunImages
 from rtfocus.writers.commit import CommitQueue, CommitSink, Entry
 from rtfocus.writers.journal import IN_ERROR, WRITTEN, frame_line, missing_line

@@ -16,6 +16,7 @@ from rtfocus.frame import (
     FrameHeader,
     Position,
     SeriesStart,
+    SlotPool,
 )
 from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import PercentileRange
@@ -23,7 +24,6 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.processor import DEVICES, FrameProcessor
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import restored_share
-from rtfocus.slots import SlotPool
 from rtfocus.specimens import draw_specimen
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}

@@ -10,7 +10,7 @@ import pytest
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart, SlotPool
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
@@ -25,7 +25,6 @@ from rtfocus.processing.gpu.cuda.driver import (
 )
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
-from rtfocus.slots import SlotPool
 from rtfocus.specimens import draw_specimen
 
 pytestmark = pytest.mark.gpu

@@ -22,9 +22,8 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import Config, parse_config
 from rtfocus.config.processor import AlarmConfig
 from rtfocus.errors import TakenOverError, WriterError
-from rtfocus.frame import Estimate, FrameHeader
+from rtfocus.frame import Estimate, FrameHeader, SlotPool
 from rtfocus.monitor import Monitor
-from rtfocus.slots import SlotPool
 
 UNIT_UM = OpticalSystem(0.5, 520, 0.65).defocus_unit_um
 

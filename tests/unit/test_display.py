@@ -10,9 +10,8 @@ from writer_kit import make_series
 
 from rtfocus.channel import Channel
 from rtfocus.cli.display import processor_rows, screen, sparkline
-from rtfocus.frame import Estimate, FrameHeader
+from rtfocus.frame import Estimate, FrameHeader, SlotPool
 from rtfocus.monitor import Monitor
-from rtfocus.slots import SlotPool
 
 
 def running(*found: float | None, planned: int | None = 40, before: int = 0) -> Monitor:

@@ -6,8 +6,7 @@ import pytest
 
 from rtfocus.errors import WriterError
 from rtfocus.focus_readings import FOCUS_LOG, FocusLog
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader
-from rtfocus.slots import SlotPool
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SlotPool
 
 HELD = {"kind": "hold", "p": 2, "step_um": 0.5, "reason": "drift"}
 

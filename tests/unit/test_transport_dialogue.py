@@ -4,9 +4,8 @@ import pytest
 from transport_kit import make_config, make_header, make_series
 
 from rtfocus.errors import TakenOverError, TransportError
-from rtfocus.frame import SeriesEnd
+from rtfocus.frame import SeriesEnd, Slot, SlotPool
 from rtfocus.metrics import Accounting
-from rtfocus.slots import Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Inflow

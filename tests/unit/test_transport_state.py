@@ -6,8 +6,7 @@ import pytest
 from transport_kit import make_config, make_estimate, make_header, make_series
 
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
-from rtfocus.frame import SeriesEnd
-from rtfocus.slots import Slot, SlotPool
+from rtfocus.frame import SeriesEnd, Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.inflow import Arrivals, Gap
 from rtfocus.transport.publisher import Stall

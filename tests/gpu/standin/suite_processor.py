@@ -23,6 +23,7 @@ from rtfocus.frame import (
     FrameHeader,
     Position,
     SeriesStart,
+    SlotPool,
 )
 from rtfocus.optics.blur import blur
 from rtfocus.optics.psf import compute_psf
@@ -39,7 +40,6 @@ from rtfocus.processing.gpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.processing.restore import METHODS
-from rtfocus.slots import SlotPool
 from rtfocus.specimens import draw_specimen
 
 SHAPE = (144, 192)

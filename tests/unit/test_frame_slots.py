@@ -5,8 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader
-from rtfocus.slots import SlotPool
+from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SlotPool
 
 
 def header(shape: tuple[int, ...], dtype: str) -> FrameHeader:
