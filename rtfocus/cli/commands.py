@@ -50,7 +50,7 @@ COMMANDS = {
         "Run the processor side: receive, estimate, restore, write, series by series.",
     ),
     "view": Place(
-        "view", "Show a run in the browser: live, while it is written, or afterwards."
+        "live", "Show a run in the browser: live, while it is written, or afterwards."
     ),
     "autofocus": Place(
         "autofocus",
@@ -61,28 +61,29 @@ COMMANDS = {
         "Check autofocus against a z-stack through focus, up and down again.",
     ),
     "keys": Place(
-        "keys", "Make CURVE keys that encrypt the connection and name who may connect."
+        "configs",
+        "Make CURVE keys that encrypt the connection and name who may connect.",
     ),
     "restore": Place(
         "offline", "Restore images, plane by plane, on the code path of the live loop."
     ),
     "classify": Place("offline", "Estimate the defocus of images, tile by tile."),
     "check": Place(
-        "check",
+        "runs",
         "Validate a run folder: stores, journal, and that no frame is unaccounted for.",
     ),
     "report": Place(
-        "report", "Make the page of a run anew from its folder: report.html, one file."
+        "runs", "Make the page of a run anew from its folder: report.html, one file."
     ),
     "doctor": Place(
-        "doctor", "Show what this machine has, what is missing, and the remedy."
+        "init", "Show what this machine has, what is missing, and the remedy."
     ),
     "configs": Place(
         "configs", "List the configs that come with rtfocus; copy one to make your own."
     ),
     "train": Place("train", "Train an engine from a recipe; resumable after a kill."),
     "export": Place(
-        "export",
+        "runs",
         "Export a run for other programs, or a checkpoint as an engine folder.",
     ),
     "psf": Place("psf", "The microscope's own PSF."),
@@ -90,7 +91,7 @@ COMMANDS = {
         "evaluate",
         "Measure engines side by side: quality, levels, cost; tables and pictures.",
     ),
-    "kernels": Place("kernels", "Extract the blur kernel of every tile of an image."),
+    "kernels": Place("psf", "Extract the blur kernel of every tile of an image."),
     "engines": Place(
         "engines",
         "List the engines that configs can name, look at one, add one, build GPU "

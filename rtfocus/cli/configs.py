@@ -1,4 +1,4 @@
-"""Configs command: the shipped configs, a copy of one, and every key of a config."""
+"""Configs and keys: files a user begins with: shipped configs, and keys to connect."""
 
 import shutil
 import textwrap
@@ -29,6 +29,7 @@ app = typer.Typer(name="configs", invoke_without_command=True, rich_markup_mode=
 def add_to(commands: typer.Typer) -> None:
     """Register the commands of this module."""
     commands.add_typer(app)
+    commands.command()(keys)
 
 
 @app.callback()
@@ -108,3 +109,27 @@ def _about(path: Path) -> str:
         lines.append(text)
     sentence, _, _ = " ".join(lines).partition(". ")
     return sentence.rstrip(".:") + "."
+
+
+def keys(
+    folder: Annotated[
+        Path, typer.Argument(metavar="NAME", help="Folder to make, with the keys.")
+    ],
+) -> None:
+    """Make CURVE keys that encrypt the connection and name who may connect.
+
+    Existing keys are never replaced.
+
+    [bold]Example:[/] rtfocus keys lab-keys
+    """
+    # ZeroMQ is loaded for this alone.
+    from rtfocus.transport.sockets import create_keys
+
+    made = create_keys(folder)
+    typer.echo(
+        f"keys in '{made}'; set transport.curve_keys to this folder on both sides.\n"
+        "microscope side:  server.key_secret, clients/client.key\n"
+        "processor:        client.key_secret, server.key, clients/client.key\n"
+        "viewers:          client.key_secret, client.key\n"
+        "Copy each side its files only, and keep every key_secret to yourself."
+    )

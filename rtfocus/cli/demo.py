@@ -16,7 +16,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.cli.display import display_run
 from rtfocus.cli.endings import interruptible
 from rtfocus.cli.options import QuietOption, SetOption, read_config
-from rtfocus.cli.report import print_report
+from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
 from rtfocus.config.microscope import VirtualMicroscopeConfig
 from rtfocus.drawing.canvas import BLUE, FAINT, GREEN, ORANGE, Box, Canvas, PixelCanvas

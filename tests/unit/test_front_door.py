@@ -43,9 +43,7 @@ def test_a_processor_side_starts_without_what_it_does_not_need():
 
 
 def test_help_of_live_commands_and_check_comes_without_the_loop():
-    code = (
-        "import sys, rtfocus.cli.live, rtfocus.cli.check; print(*sorted(sys.modules))"
-    )
+    code = "import sys, rtfocus.cli.live, rtfocus.cli.runs; print(*sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

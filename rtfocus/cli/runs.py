@@ -1,21 +1,27 @@
-"""Report: the end of a run as text and as a page; the numbers are ``report.json``'s.
+"""Run commands: a run folder told, reported, checked and exported.
 
-Of autofocus it says what it did, as one line and as a picture. The picture shows, for
-the first position, the defocus as the images told it: held, and as it would have become
-had the stage stood still.
+The numbers of a report are ``report.json``'s. Of autofocus it says what it did, as one
+line and as a picture. The picture shows, for the first position, the defocus as the
+images told it: held, and as it would have become had the stage stood still.
 """
 
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
-from rtfocus.errors import WriterError
+from rtfocus.cli.display import share_bar
+from rtfocus.cli.options import OverwriteOption
+from rtfocus.cli.train import need_torch
+from rtfocus.errors import ConfigError, ExitCode, WriterError
 from rtfocus.metrics import Outcome
+from rtfocus.writers.header import HEADER_NAME
 
 PICTURE = "focus.png"
 _WIDTH, _HEIGHT, _MARGIN = 760, 300, 48
@@ -91,6 +97,8 @@ def draw_focus(folder: Path, lines: list[Line]) -> Path | None:
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(report)
+    app.command()(check)
+    app.command()(export)
 
 
 def report(
@@ -193,3 +201,162 @@ def _stage_table(stages: dict[str, dict[str, float | int | None]]) -> Table:
         values = [times[key] for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
         table.add_row(name, *("-" if v is None else f"{v:.1f}" for v in values))
     return table
+
+
+def check(
+    run: Annotated[Path, typer.Argument(help="Run folder, NAME.rtfocus.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Finish a run that was cut off.")
+    ] = False,
+) -> None:
+    """Validate a run folder: stores, journal, and that no frame is unaccounted for.
+
+    Exits with 1 when something is wrong, with 5 when all is sound but there are fewer
+    frames than planned, with 7 when the run is being written.
+
+    [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
+    """
+    # Here, because it takes long to import and help needs none.
+    from rtfocus.writers.check import check_run
+
+    with share_bar("frames") as on_progress:
+        report = check_run(run, repair=repair, on_progress=on_progress)
+    typer.echo(report)
+    if report.problems:
+        raise typer.Exit(ExitCode.FAILED)
+    if report.holder is not None:
+        raise typer.Exit(ExitCode.BUSY)
+    if report.outcome is not None and not report.outcome.is_complete:
+        raise typer.Exit(report.outcome.exit_code)
+
+
+class ImageChoice(StrEnum):
+    """Images of a run."""
+
+    raw = "raw"
+    restored = "restored"
+    defocus = "defocus"
+
+
+class VersionChoice(StrEnum):
+    """Versions of OME-Zarr."""
+
+    v05 = "0.5"
+    v04 = "0.4"
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT",
+            help="A finished run folder, or a checkpoint file of a training.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Of a run, by its ending: .ome.tif, .ome.zarr, or a folder of "
+            "OME-TIFFs. Of a checkpoint: the engine folder.",
+        ),
+    ],
+    image: Annotated[
+        list[ImageChoice] | None,
+        typer.Option(help="Run: what to export; repeatable. Default: all it has."),
+    ] = None,
+    zarr_version: Annotated[
+        VersionChoice, typer.Option(help="Run: version of an OME-Zarr.")
+    ] = VersionChoice.v05,
+    mean_with: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint: a second one of the network; export the mean of both."
+        ),
+    ] = None,
+    half_weights: Annotated[
+        bool,
+        typer.Option(
+            "--half-weights",
+            help="Checkpoint: store weights in 16 bits, half the file.",
+        ),
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint: files to write, fp32, fp16, int8, by commas. "
+            "Default: fp32."
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Export a run for other programs, or a checkpoint as an engine folder.
+
+    A run becomes OME-TIFF or plain OME-Zarr, unsharded and with a
+    pyramid.
+
+    [bold]Example:[/] rtfocus export runs/day1.rtfocus -o day1.ome.tif
+
+    rtfocus export checkpoints/delpnet/last.pt -o engines/delpnet
+    """
+    of_run = {"--image": image, "--zarr-version": zarr_version != VersionChoice.v05}
+    of_engine = {
+        "--mean-with": mean_with,
+        "--half-weights": half_weights,
+        "--precision": precision,
+    }
+    if (source / HEADER_NAME).is_file():
+        _refuse(of_engine, f"'{source}' is a run")
+        _export_run(source, output, image or [], zarr_version.value, overwrite)
+        return
+    if source.is_dir():
+        msg = f"'{source}' is no run folder (no {HEADER_NAME}) and no checkpoint file"
+        raise ConfigError(msg)
+    _refuse(of_run, f"'{source}' is no run folder")
+    need_torch()
+    from rtfocus.training.api import export_command
+
+    export_command(
+        source,
+        output,
+        mean_with=mean_with,
+        half_weights=half_weights,
+        precision=precision or "fp32",
+        overwrite=overwrite,
+    )
+
+
+def _refuse(options: dict[str, Any], because: str) -> None:
+    """Refuse options that mean nothing here."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        msg = f"{', '.join(given)} cannot be used: {because}"
+        raise ConfigError(msg)
+
+
+def _export_run(
+    folder: Path,
+    output: Path,
+    images: list[ImageChoice],
+    zarr_version: Literal["0.5", "0.4"],
+    overwrite: bool,
+) -> None:
+    from rtfocus.exports import RunExport
+    from rtfocus.runs import open_run
+
+    export = RunExport(
+        open_run(folder),
+        output,
+        kinds=[image.value for image in images],
+        zarr_version=zarr_version,
+        overwrite=overwrite,
+    )
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{len(export.images)} images", total=export.planes)
+        done = export.write(lambda: bar.advance(task))
+    for name, number in done.absent.items():
+        typer.echo(f"image '{name}': {number} planes without a frame", err=True)
+    typer.echo(
+        f"exported {len(done.images)} images with {export.planes} planes to {output}"
+    )
