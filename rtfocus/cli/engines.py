@@ -17,13 +17,11 @@ from rich.table import Table
 from rtfocus.cli.endings import interruptible
 from rtfocus.cli.options import OverwriteOption, read_config
 from rtfocus.errors import ConfigError, EngineError
-from rtfocus.evaluation.bioimageio import export_bioimageio
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.cpu.backends import BACKENDS
 from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.registry import (
     FoundEngine,
-    add_engine,
     find_engine,
     list_engines,
     step_um,
@@ -46,6 +44,8 @@ from rtfocus.processing.gpu.tensorrt.plans import (
     rtx_target,
     target_of,
 )
+from rtfocus.sharing.admission import add_model
+from rtfocus.sharing.export import export_bioimageio
 
 app = typer.Typer(
     name="engines",
@@ -62,6 +62,10 @@ def add_to(commands: typer.Typer) -> None:
 FolderOption = Annotated[
     list[Path] | None,
     typer.Option("--folder", help="Folder with further engines; repeatable."),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(help="Name that configs use; default: as the engine says."),
 ]
 Row = tuple[str, str]
 
@@ -132,13 +136,20 @@ def info(
 
 @app.command()
 def add(
-    path: Annotated[Path, typer.Argument(help="Folder with an engine.yaml.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|ZIP",
+            help="Folder with an engine.yaml, or a model package of bioimage.io.",
+        ),
+    ],
+    name: NameOption = None,
 ) -> None:
     """Copy an engine to your own engines, where every config finds it by name.
 
     [bold]Example:[/] rtfocus engines add checkpoints/my_objective/engine
     """
-    found = add_engine(path)
+    found = add_model(path, name=name)
     typer.echo(f"added {found.kind} '{found.name}' in {found.folder}")
 
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from rtfocus.errors import EngineError, OutputError
-from rtfocus.evaluation.bioimageio import export_bioimageio
 from rtfocus.processing.engines.registry import find_engine
+from rtfocus.sharing.export import export_bioimageio
 
 SAID = {
     "authors": ["Jane Doe"],

@@ -361,23 +361,35 @@ def read_card(folder: Path) -> EngineCard:
     """
     path = folder / CARD_NAME
     try:
-        return EngineCard.model_validate(read_yaml(path))
+        given = read_yaml(path)
     except OSError as error:
         msg = (
             f"engine card '{path}' cannot be read: {error.strerror}; "
             "an engine is a folder with an engine.yaml"
         )
         raise EngineError(msg) from error
+    except ValueError as error:
+        msg = f"engine card '{path}' {error}"
+        raise EngineError(msg) from error
+    return parse_card(given, f"'{path}'")
+
+
+def parse_card(given: object, where: str) -> EngineCard:
+    """Validate what a card says; `where` it stands is for the message.
+
+    Raises
+    ------
+    EngineError
+        Names the place, the key and the rule.
+    """
+    try:
+        return EngineCard.model_validate(given)
     except ValidationError as error:
         faults = "; ".join(
             f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
             for fault in error.errors()
         )
-        msg = f"engine card '{path}': {faults}; correct the card or export it again"
-        raise EngineError(msg) from error
-    # After pydantic's, which is one too.
-    except ValueError as error:
-        msg = f"engine card '{path}' {error}"
+        msg = f"engine card {where}: {faults}; correct the card or export it again"
         raise EngineError(msg) from error
 
 

@@ -169,21 +169,23 @@ def add_engine(folder: Path) -> FoundEngine:
         is an engine of that name, or the folder holds a link: what it leads to may
         be anything. Nothing is left of an engine that could not be added.
     """
-    _refuse_links(folder)
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            refuse_link(Path(place) / name)
     card = read_card(folder)
     for precision in card.files:
         verified_file(folder, card, precision)
     if not re.fullmatch(r"\w[\w.-]*", card.name) or is_reserved_name(card.name):
         msg = (
-            f"engine name '{card.name}' is no folder name on every system; change it "
-            "in the card"
+            f"engine name '{card.name}' is no folder name on every system; give it "
+            "another: --name NAME"
         )
         raise EngineError(msg)
     for place in engine_places(()):
         if (place / card.name / CARD_NAME).is_file():
             msg = (
                 f"there is an engine '{card.name}' in '{place}'; give this one another "
-                f"name in its {CARD_NAME}"
+                "name: --name NAME"
             )
             raise EngineError(msg)
     target = user_engine_folder() / card.name
@@ -196,17 +198,20 @@ def add_engine(folder: Path) -> FoundEngine:
     return FoundEngine(target, card)
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuse what is neither a file nor a folder: a copy would follow it."""
-    for place, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = Path(place) / name
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                msg = (
-                    f"'{path}' is a link or no plain file; an engine that is added "
-                    "consists of plain files: put the file itself there"
-                )
-                raise EngineError(msg)
+def refuse_link(path: Path) -> None:
+    """Refuse what is neither a file nor a folder: a copy would follow it.
+
+    Raises
+    ------
+    EngineError
+        Names it and the remedy.
+    """
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        msg = (
+            f"'{path}' is a link or no plain file; an engine that is added "
+            "consists of plain files: put the file itself there"
+        )
+        raise EngineError(msg)
 
 
 def why_unfit(card: EngineCard, optics: OpticalSystem) -> str | None:

@@ -2,7 +2,7 @@
 
 The package holds the ONNX weights as they are, tensors to test them with, the
 engine's README and, under ``config.rtfocus``, its whole card: it is also an engine
-folder, so ``rtfocus engines add`` takes it once unpacked.
+folder, so ``rtfocus engines add`` takes it, unpacked or not.
 
 What restores is exported. The range of a frame's percentiles is ``scale_range`` of
 the spec; the spec has no way back from it, so restored values stay on the scale on
@@ -34,13 +34,11 @@ from rtfocus.processing.engines.card import (
     verified_file,
 )
 from rtfocus.processing.engines.registry import FoundEngine, parts
+from rtfocus.sharing.onnx_file import opset_of
 
 FORMAT_VERSION = "0.5.3"
-RDF_NAME = "rdf.yaml"
 _README = "README.md"
 _EPS = 1e-6
-_OPSET_FIELD = 8
-"""``opset_import`` of an ONNX ``ModelProto``."""
 
 Image = NDArray[np.float32]
 Section = dict[str, Any]
@@ -120,7 +118,9 @@ def export_bioimageio(
         },
         "config": {"rtfocus": card.model_dump(mode="json", exclude_none=True)},
     }
-    files[RDF_NAME] = yaml.safe_dump(rdf, sort_keys=False, allow_unicode=True).encode()
+    files["rdf.yaml"] = yaml.safe_dump(
+        rdf, sort_keys=False, allow_unicode=True
+    ).encode()
     with whole(target, overwrite=overwrite) as part, zipfile.ZipFile(part, "w") as into:
         for name, data in files.items():
             # One date: the same engine gives the same package, byte for byte.
@@ -128,59 +128,6 @@ def export_bioimageio(
             entry.compress_type = zipfile.ZIP_DEFLATED
             into.writestr(entry, data)
     return target
-
-
-def opset_of(model: bytes) -> int:
-    """Return the version of the standard operators that an ONNX file uses.
-
-    Read off the file itself: the ``onnx`` package is not needed to run an engine.
-
-    Raises
-    ------
-    EngineError
-        If the file does not say.
-    """
-    for number, value in _fields(model):
-        if number == _OPSET_FIELD and isinstance(value, bytes):
-            opset = dict(_fields(value))
-            version = opset.get(2)
-            if not opset.get(1) and isinstance(version, int):
-                return version
-    msg = "the ONNX file names no version of its operators; export the network again"
-    raise EngineError(msg)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield number and value of the fields of a protobuf message."""
-    place = 0
-    while place < len(message):
-        key, place = _varint(message, place)
-        kind = key & 7
-        if kind == 0:
-            value, place = _varint(message, place)
-            yield key >> 3, value
-            continue
-        if kind not in (1, 2, 5):
-            msg = "the ONNX file is damaged: no protobuf message; export it again"
-            raise EngineError(msg)
-        length = {1: 8, 5: 4}.get(kind)
-        if length is None:
-            length, place = _varint(message, place)
-        yield key >> 3, message[place : place + length]
-        place += length
-
-
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while place < len(message):
-        byte = message[place]
-        value |= (byte & 0x7F) << shift
-        place += 1
-        if byte < 0x80:
-            return value, place
-        shift += 7
-    msg = "the ONNX file ends in the middle; get it again"
-    raise EngineError(msg)
 
 
 def _refuse_unspeakable(card: EngineCard) -> None:

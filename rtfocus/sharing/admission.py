@@ -1,0 +1,186 @@
+"""Admission: an engine from a folder, a model package or an address, whole or not.
+
+A package that rtfocus exported holds its card. Of a package only what its description
+names is taken, each file compared with its checksum, and no file that runs code.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rtfocus.config.form import decode, parse_yaml
+from rtfocus.errors import EngineError
+from rtfocus.processing.engines.card import CARD_NAME, EngineCard, parse_card
+from rtfocus.processing.engines.registry import FoundEngine, add_engine
+from rtfocus.sharing.package import (
+    RDF_NAMES,
+    TEXT_BYTES,
+    WEIGHTS_BYTES,
+    Package,
+    is_safe,
+    open_package,
+)
+
+_README = "README.md"
+Files = dict[str, bytes]
+"""What is written to the engine's folder, by name."""
+
+
+def add_model(source: Path, *, name: str | None = None) -> FoundEngine:
+    """Add an engine to the user's own, where configs find it by its name.
+
+    Parameters
+    ----------
+    source
+        Folder with a card, or a model package: a zip or the folder it was packed from.
+    name
+        Of the engine; None: as its card or description says.
+
+    Raises
+    ------
+    EngineError
+        If anything is not in order; nothing is left of it then.
+    """
+    if not source.exists():
+        msg = (
+            f"'{source}' does not exist; give a folder with an {CARD_NAME}, or a model "
+            "package: a .zip, its folder or its address"
+        )
+        raise EngineError(msg)
+    if name is None and (source / CARD_NAME).is_file():
+        return add_engine(source)
+    with open_package(source) as package, tempfile.TemporaryDirectory() as scratch:
+        for file, data in _taken(package, name).items():
+            (Path(scratch) / file).write_bytes(data)
+        return add_engine(Path(scratch))
+
+
+def _taken(package: Package, name: str | None) -> Files:
+    """Return the files of the engine that a package holds."""
+    found = [rdf for rdf in RDF_NAMES if rdf in package]
+    if not found and CARD_NAME in package:
+        return _of_card(package, _card_in(package), name)
+    if not found:
+        msg = (
+            f"'{package.origin}' holds no {' or '.join(RDF_NAMES[:2])} and no "
+            f"{CARD_NAME}: it is neither a model package of bioimage.io nor an engine"
+        )
+        raise EngineError(msg)
+    rdf = _read_rdf(package, found[0])
+    config = rdf.get("config")
+    ours = config.get("rtfocus") if isinstance(config, dict) else None
+    if ours is None:
+        msg = f"'{package.origin}' was not exported by rtfocus"
+        raise EngineError(msg)
+    return _exported(package, rdf, ours, name)
+
+
+def _read_rdf(package: Package, rdf: str) -> dict[str, Any]:
+    try:
+        found = parse_yaml(decode(package.read(rdf, TEXT_BYTES)))
+    except ValueError as error:
+        msg = f"'{rdf}' in '{package.origin}' {error}"
+        raise EngineError(msg) from error
+    if not isinstance(found, dict):
+        msg = f"'{rdf}' in '{package.origin}' describes nothing: it is no mapping"
+        raise EngineError(msg)
+    return found
+
+
+def _exported(
+    package: Package, rdf: Mapping[str, Any], ours: object, name: str | None
+) -> Files:
+    """Return what rtfocus exported; the card under ``config.rtfocus`` is the word."""
+    for source, sha256 in _checksums(rdf):
+        verified(package, source, sha256, WEIGHTS_BYTES)
+    given = dict(ours) if isinstance(ours, dict) else ours
+    if isinstance(given, dict) and given.get("kind") == "restorer":
+        # Exported with the default of a key that restorers do not have.
+        given["input"] = {
+            key: value
+            for key, value in dict(given.get("input") or {}).items()
+            if key != "stride_px"
+        }
+    card = parse_card(given, f"config.rtfocus in '{package.origin}'")
+    if CARD_NAME in package and _card_in(package) != card:
+        msg = (
+            f"'{package.origin}': its {CARD_NAME} says something else than "
+            "config.rtfocus of its description; export the engine again"
+        )
+        raise EngineError(msg)
+    return _of_card(package, card, name)
+
+
+def _card_in(package: Package) -> EngineCard:
+    where = f"'{CARD_NAME}' in '{package.origin}'"
+    try:
+        given = parse_yaml(decode(package.read(CARD_NAME, TEXT_BYTES)))
+    except ValueError as error:
+        msg = f"engine card {where} {error}"
+        raise EngineError(msg) from error
+    return parse_card(given, where)
+
+
+def _of_card(package: Package, card: EngineCard, name: str | None) -> Files:
+    """Return the files of an engine that has its card with it."""
+    files = {
+        file: package.read(file, WEIGHTS_BYTES)
+        for file in card.files.values()
+        if file not in (CARD_NAME, _README)
+    }
+    if _README in package:
+        files[_README] = package.read(_README, TEXT_BYTES)
+    if name is None and CARD_NAME in package:
+        return files | {CARD_NAME: package.read(CARD_NAME, TEXT_BYTES)}
+    return files | {CARD_NAME: dumped(card, name or card.name)}
+
+
+def dumped(card: EngineCard, name: str) -> bytes:
+    """Return the card as a file, under a name."""
+    said = card.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    text = yaml.safe_dump({**said, "name": name}, sort_keys=False, allow_unicode=True)
+    return text.encode()
+
+
+def _checksums(part: object) -> Iterator[tuple[str, str]]:
+    """Yield every file of a description that has a checksum."""
+    if isinstance(part, dict):
+        source, sha256 = part.get("source"), part.get("sha256")
+        if isinstance(source, str) and isinstance(sha256, str):
+            yield source, sha256
+        for value in part.values():
+            yield from _checksums(value)
+    if isinstance(part, list):
+        for value in part:
+            yield from _checksums(value)
+
+
+def verified(
+    package: Package, source: str, sha256: str | None, most_bytes: int
+) -> bytes:
+    """Return a file that a description names, after comparing its checksum.
+
+    Raises
+    ------
+    EngineError
+        If it is not in the package, or is not the one that is described.
+    """
+    if "://" in source or not is_safe(source):
+        msg = (
+            f"'{package.origin}': its description names the file '{source}', which is "
+            "not in the package; get the whole package, as one zip"
+        )
+        raise EngineError(msg)
+    data = package.read(source.removeprefix("./"), most_bytes)
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        msg = (
+            f"'{source}' in '{package.origin}' has sha256 {found}, its description "
+            f"says {sha256}; the package is damaged or was changed: get it again"
+        )
+        raise EngineError(msg)
+    return data

@@ -1,0 +1,209 @@
+"""Engines from anywhere: packages back in, foreign models, and doors that stay shut."""
+
+import io
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from engine_kit import write_shift_restorer, write_smooth_restorer
+
+from rtfocus.errors import EngineError
+from rtfocus.processing.engines.registry import find_engine
+from rtfocus.sharing.admission import add_model
+from rtfocus.sharing.export import export_bioimageio
+from rtfocus.sharing.onnx_file import read_onnx
+
+SAID = {
+    "authors": ["Jane Doe"],
+    "cite": "https://example.org/paper",
+    "licence": "BSD-3-Clause",
+}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Folder of the user's engines."""
+    folder = tmp_path / "mine"
+    monkeypatch.setenv("RTFOCUS_ENGINES", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Files of a package that rtfocus exported, by name."""
+    folder = tmp_path_factory.mktemp("exported")
+    found = find_engine(str(write_smooth_restorer(folder / "smooth")))
+    target = export_bioimageio(found, folder / "smooth.zip", **SAID)
+    with zipfile.ZipFile(target) as package:
+        return {name: package.read(name) for name in package.namelist()}
+
+
+def zipped(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
+        for name, data in files.items():
+            package.writestr(name, data)
+    return path
+
+
+def refused(path: Path, mine: Path, said: str) -> None:
+    """The error is one line, and nothing is left of what was refused."""
+    with pytest.raises(EngineError, match=said) as caught:
+        add_model(path)
+    assert "\n" not in str(caught.value)
+    assert not mine.exists() or not list(mine.iterdir())
+
+
+@pytest.mark.parametrize("inside", ["", "smooth-model/"])
+def test_what_was_exported_comes_back_as_it_was(inside, exported, mine, tmp_path):
+    files = {inside + name: data for name, data in exported.items()}
+    files["__MACOSX/._rdf.yaml"] = b"a Macintosh was here"
+    found = add_model(zipped(tmp_path / "model.zip", files))
+    assert found.folder == mine / "smooth"
+    for name in ("engine.yaml", "model.fp32.onnx", "README.md"):
+        assert (found.folder / name).read_bytes() == exported[name]
+    assert len(list(found.folder.iterdir())) == 3
+    assert find_engine("smooth") == found
+
+
+def test_without_its_card_an_export_comes_back_by_its_description(
+    exported, mine, tmp_path
+):
+    rdf = yaml.safe_load(exported["rdf.yaml"])
+    rdf["attachments"] = []
+    files = {**exported, "bioimageio.yaml": yaml.safe_dump(rdf).encode()}
+    del files["engine.yaml"], files["rdf.yaml"]
+    found = add_model(zipped(tmp_path / "model.zip", files), name="another")
+    assert found.name == found.card.name == "another"
+    assert found.card.input.tile_px == 64
+    refusal = "there is an engine 'another'.*--name"
+    with pytest.raises(EngineError, match=refusal):
+        add_model(tmp_path / "model.zip", name="another")
+
+
+def test_a_zipped_engine_folder_is_an_engine(mine, tmp_path):
+    folder = write_shift_restorer(tmp_path / "shift")
+    files = {f"shift/{p.name}": p.read_bytes() for p in folder.iterdir()}
+    found = add_model(zipped(tmp_path / "shift.zip", files))
+    assert found.card == find_engine(str(folder)).card
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("model.fp32.onnx", b"other weights", r"has sha256 .* says .* get it again"),
+        ("test_restored.npy", b"other numbers", r"test_restored\.npy.*sha256"),
+        ("engine.yaml", None, r"lacks its file 'engine\.yaml'"),
+        ("rdf.yaml", b"a: [", "is not valid YAML: line 1"),
+        ("rdf.yaml", b"a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("rdf.yaml", b"a: &a [1]\n" + b"b: [*a]\n" * 99, "'b' is given twice"),
+        ("rdf.yaml", b"- a", "it is no mapping"),
+        ("rdf.yaml", b"#" * (2 << 20), "more than the 1048576"),
+        ("rdf.yaml", b"\xff\xfe\x00", "is no"),
+        ("rdf.yaml", None, r"no bioimageio.yaml or rdf.yaml.*neither"),
+        ("../outside", b"", "'../outside' leads out of the package"),
+        ("a/../../outside", b"", "leads out"),
+        ("/outside", b"", "leads out"),
+        ("C:\\outside", b"", "leads out"),
+    ],
+)
+def test_a_package_that_is_not_in_order_is_refused(
+    name, data, said, exported, mine, tmp_path
+):
+    files = {**exported, name: data}
+    if data is None:
+        del files[name]
+        if name == "rdf.yaml":
+            del files["engine.yaml"]
+    refused(zipped(tmp_path / "model.zip", files), mine, said)
+
+
+def test_a_package_whose_two_cards_differ_is_refused(exported, mine, tmp_path):
+    rdf = yaml.safe_load(exported["rdf.yaml"])
+    rdf["config"]["rtfocus"]["input"]["halo_px"] = 4
+    files = {**exported, "rdf.yaml": yaml.safe_dump(rdf).encode()}
+    refused(zipped(tmp_path / "model.zip", files), mine, "says something else")
+    rdf["config"]["rtfocus"] = ["restorer"]
+    files = {**exported, "rdf.yaml": yaml.safe_dump(rdf).encode()}
+    refused(zipped(tmp_path / "model.zip", files), mine, r"config\.rtfocus")
+
+
+def _entry(name: str, mode: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = mode << 16
+    return entry
+
+
+def test_links_bombs_and_names_given_twice_are_refused(exported, mine, tmp_path):
+    path = zipped(tmp_path / "linked.zip", exported)
+    with zipfile.ZipFile(path, "a") as package:
+        package.writestr(_entry("notes", stat.S_IFLNK | 0o777), "/etc")
+    refused(path, mine, "'notes' is a link")
+
+    path = zipped(tmp_path / "twice.zip", exported)
+    with (
+        zipfile.ZipFile(path, "a") as package,
+        pytest.warns(UserWarning, match="Duplicate"),
+    ):
+        package.writestr("model.fp32.onnx", b"the other one")
+    refused(path, mine, r"holds 'model\.fp32\.onnx' 2 times")
+
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
+        package.writestr("rdf.yaml", exported["rdf.yaml"])
+        with package.open("model.fp32.onnx", "w") as grows:
+            for _ in range(66):
+                grows.write(bytes(1 << 20))
+    refused(path, mine, "would grow from")
+
+    many = {f"{n}.txt": b"" for n in range(1001)}
+    refused(
+        zipped(tmp_path / "many.zip", exported | many), mine, "more than 1000 files"
+    )
+
+
+def test_damaged_zips_are_refused_in_one_line(exported, mine, tmp_path):
+    whole = zipped(tmp_path / "whole.zip", exported).read_bytes()
+    path = tmp_path / "model.zip"
+    path.write_bytes(b"no zip")
+    refused(path, mine, "is no zip")
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(path, mine, "is no zip, or a damaged one")
+    weights = whole.index(b"model.fp32.onnx") + 40
+    path.write_bytes(whole[:weights] + b"\xff" * 20 + whole[weights + 20 :])
+    refused(path, mine, "damaged")
+    encrypted = bytearray(whole)
+    for mark, flags in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        place = encrypted.find(mark)
+        while place >= 0:
+            encrypted[place + flags] |= 1
+            place = encrypted.find(mark, place + 4)
+    path.write_bytes(encrypted)
+    refused(path, mine, "is encrypted")
+    refused(tmp_path / "gone.zip", mine, "does not exist")
+
+
+def test_an_onnx_file_says_what_it_holds(exported):
+    onnx = pytest.importorskip("onnx")
+    found = read_onnx(exported["model.fp32.onnx"])
+    assert [(t.name, t.dtype, t.shape) for t in found.inputs] == [
+        ("tiles", "float32", (None, 1, None, None))
+    ]
+    assert [t.name for t in found.outputs] == ["restored"]
+    assert (found.opset, found.is_whole) == (17, True)
+    model = onnx.load_from_string(exported["model.fp32.onnx"])
+    weights = model.graph.initializer[0]
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value="../../secret")
+    assert not read_onnx(model.SerializeToString()).is_whole
+    constant = onnx.helper.make_node("Constant", [], ["c"], value=weights)
+    branch = onnx.helper.make_graph([constant], "branch", [], [])
+    del model.graph.initializer[0]
+    model.graph.node.append(
+        onnx.helper.make_node("If", ["b"], ["d"], then_branch=branch)
+    )
+    assert not read_onnx(model.SerializeToString()).is_whole
+    for damaged in (b"", b"\x08", b"\xff" * 30, exported["model.fp32.onnx"][:100]):
+        with pytest.raises(EngineError, match="again"):
+            read_onnx(io.BytesIO(damaged).getvalue())
