@@ -102,6 +102,37 @@ def luminance(signal: Image) -> Image:
     return signal if signal.ndim == 2 else np.asarray(signal @ _LUMINANCE)
 
 
+def write_counts(
+    signal: Image, out: NDArray[np.generic], invalid: NDArray[np.bool_] | None
+) -> None:
+    """Write a signal on the camera's scale into a frame; overwrites `signal`.
+
+    Integers are rounded and clipped to the range of their type. Pixels that were no
+    number stay NaN in float frames: nothing is known about them.
+
+    Parameters
+    ----------
+    signal
+        Offset added.
+    out
+        Frame of any integer or float type, shape of `signal`.
+    invalid
+        Pixels that were no number; None: all were.
+    """
+    if np.issubdtype(out.dtype, np.integer):
+        np.rint(signal, out=signal)
+        limits = np.iinfo(out.dtype)  # type: ignore[type-var]
+        highest = np.float32(limits.max)
+        if int(highest) > limits.max:
+            # Of wide integers the highest is no float32: the next one above wraps.
+            highest = np.nextafter(highest, np.float32(0))
+        np.clip(signal, np.float32(limits.min), highest, out=signal)
+    elif invalid is not None:
+        signal[invalid] = np.nan
+    if out is not signal:
+        np.copyto(out, signal, casting="unsafe")
+
+
 def saturation_counts(
     camera: CameraConfig, dtype: np.dtype[np.generic], bit_depth: int | None
 ) -> float:

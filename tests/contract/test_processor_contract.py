@@ -305,6 +305,28 @@ def test_any_shape_and_type_keeps_both(processor, frames, shape, dtype):
     assert result.restored.dtype == np.dtype(dtype)
 
 
+def test_every_element_type_is_restored_as_the_same_numbers_are(processor, frames):
+    pool = SlotPool(1, 8 * 96 * 96)
+    counts = (frames[7][40:136, 120:216] // 12).astype(np.float32)
+    restored = {}
+    for dtype in ("<f4", "|i1", "<i2", "<u4", "<f2", "<f8"):
+        # Signed integers have values below 0 too, as after a subtraction.
+        lowest = 40 if np.dtype(dtype).kind == "i" else 0
+        processor.start(series_for(counts.shape, dtype, ("DAPI",)), 1)
+        ticket = submit(processor, pool, 0, (counts - lowest).astype(dtype))
+        result = ticket.result.result(TIMEOUT_S)
+        assert result.restored.dtype == np.dtype(dtype)
+        restored[dtype] = result.restored.astype(np.float64) + lowest
+        pool.release(ticket.slot)
+    wanted = restored.pop("<f4")
+    assert counts.max() < 127
+    assert np.abs(wanted - counts).max() > 2
+    for dtype, found in restored.items():
+        # Integers are rounded, and their background is judged by whole steps.
+        near = np.abs(found - wanted) <= (0.05 if dtype[1] == "f" else 0.6)
+        assert near.all(), dtype
+
+
 @pytest.mark.parametrize("value", [0, 1000, 65535])
 def test_constant_frames_are_background_and_unchanged(processor, pool, value):
     processor.start(series_for(), SLOTS)

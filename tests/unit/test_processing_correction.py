@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rtfocus.config.processor import CameraConfig
 from rtfocus.errors import ConfigError, InputError
-from rtfocus.processing.camera import CameraCorrection, luminance
+from rtfocus.processing.camera import CameraCorrection, luminance, write_counts
 from rtfocus.processing.cpu.preparation import Correction
 
 
@@ -135,3 +135,13 @@ def test_luminance_weighs_green_most_and_leaves_grey_alone():
     assert red + green + blue == pytest.approx(1.0)
     grey = np.ones((3, 3), np.float32)
     assert luminance(grey) is grey
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8", "<u8"])
+def test_what_is_too_bright_for_a_wide_integer_does_not_wrap(dtype):
+    out = np.zeros(3, dtype)
+    write_counts(np.array([-1e30, 1e30, 7.5], np.float32), out, None)
+    limits = np.iinfo(dtype)
+    assert out[0] == limits.min
+    assert 0.999999 * limits.max < out[1] <= limits.max
+    assert out[2] == 8

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from rtfocus.frame import TileGrid
 from rtfocus.optics.normalisation import CELL_PX, PercentileRange
-from rtfocus.processing.camera import CameraCorrection
+from rtfocus.processing.camera import CameraCorrection, write_counts
 from rtfocus.processing.classify import background_of, normalisation_of
 from rtfocus.processing.engines.card import EngineCard
 
@@ -143,17 +143,7 @@ class Correction:
     def to_counts(
         self, signal: Image, out: NDArray[np.generic], invalid: NDArray[np.bool_] | None
     ) -> None:
-        """Write a restored signal on the camera's scale; overwrites `signal`.
-
-        Integers are rounded and clipped to the range of their type. Pixels that were no
-        number stay NaN in float frames: nothing is known about them.
-        """
+        """Write a restored signal on the camera's scale, see `write_counts`."""
         if self._offset:
             signal += self._offset
-        if np.issubdtype(out.dtype, np.integer):
-            np.rint(signal, out=signal)
-            limits = np.iinfo(out.dtype)  # type: ignore[type-var]
-            np.clip(signal, limits.min, limits.max, out=signal)
-        elif invalid is not None:
-            signal[invalid] = np.nan
-        np.copyto(out, signal, casting="unsafe")
+        write_counts(signal, out, invalid)

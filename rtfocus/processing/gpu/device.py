@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, SeriesStart
+from rtfocus.processing.camera import write_counts
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job, Prepared
 from rtfocus.processing.gpu.channel import OpenChannel, open_channel
@@ -49,6 +50,7 @@ from rtfocus.processing.gpu.cuda.stream import (
 )
 from rtfocus.processing.gpu.device_slot import DeviceSlot, MapLayout, defocus_map
 from rtfocus.processing.gpu.engine import Gpu
+from rtfocus.processing.gpu.preparation import carried_as
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,9 @@ class HostBuffers:
     packed_maps: NDArray[np.uint8]
     """Copy of the maps, see `rtfocus.processing.gpu.device_slot`."""
     counts: NDArray[Any]
-    """Copy of the restored frame."""
+    """Copy of the restored frame, as the device gives it."""
+    restored: NDArray[Any]
+    """The same in the type of the series."""
     invalid: NDArray[np.bool_] | None = None
     """Pixels that are NaN or infinite; None: none."""
     pedestal: float = 0.0
@@ -206,11 +210,11 @@ class Session:
             slot.estimated.synchronize()
             return None
         slot.copied_out.synchronize()
-        if host.pedestal:
-            host.counts -= host.pedestal
-        if host.invalid is not None and np.issubdtype(host.counts.dtype, np.floating):
-            host.counts[host.invalid] = np.nan
-        return host.counts
+        if host.counts.dtype == np.float32:
+            if host.pedestal:
+                host.counts -= np.float32(host.pedestal)
+            write_counts(host.counts, host.restored, host.invalid)
+        return host.restored
 
     def spans(self, job: Job) -> dict[str, tuple[float, float]]:
         """Return when each stage of a frame that has arrived began and ended, in ms."""
@@ -266,8 +270,8 @@ class Session:
                     memory,
                     self.channels,
                     shape=tuple(self._series.shape),
-                    dtype=self._series.dtype,
-                    restored_dtype=self._restored_dtype,
+                    dtype=carried_as(self._series.dtype),
+                    restored_dtype=carried_as(self._restored_dtype),
                     layout=self.layout,
                     graphs=self._settings.cuda_graphs,
                 )
@@ -301,9 +305,12 @@ class Session:
 
     def _reserve_host(self) -> HostBuffers:
         shape = tuple(self._series.shape)
+        counts = self._pinned.empty(shape, carried_as(self._restored_dtype))
+        same = counts.dtype == self._restored_dtype
         return HostBuffers(
             packed_maps=self._pinned.empty((self.layout.size_bytes,), np.uint8),
-            counts=self._pinned.empty(shape, self._restored_dtype),
+            counts=counts,
+            restored=counts if same else np.empty(shape, self._restored_dtype),
         )
 
     def _stage(self, job: Job, host: HostBuffers) -> NDArray[Any]:
@@ -313,17 +320,19 @@ class Session:
         found = job.plan.camera.find_invalid(pixels)
         host.invalid = found
         host.pedestal = job.plan.camera.pedestal(pixels)
-        if found is None and not host.pedestal and self._pinned.is_pinned(pixels):
+        dtype = carried_as(pixels.dtype)
+        plain = found is None and not host.pedestal and pixels.dtype == dtype
+        if plain and self._pinned.is_pinned(pixels):
             return pixels
         staged = self._staging.get(slot.index)
         if staged is None:
-            staged = self._pinned.empty(pixels.shape, pixels.dtype)
+            staged = self._pinned.empty(pixels.shape, dtype)
             self._staging[slot.index] = staged
-        np.copyto(staged, pixels)
+        np.copyto(staged, pixels, casting="unsafe")
         if found is not None:
             staged[found] = 0.0 if found.all() else np.median(staged[~found])
         if host.pedestal:
-            staged += host.pedestal
+            staged += np.float32(host.pedestal)
         return staged
 
 

@@ -362,8 +362,16 @@ def kind_of(dtype: DTypeLike) -> int:
     found = KINDS.get(np.dtype(dtype))
     if found is None:
         known = ", ".join(kind.str for kind in KINDS)
-        msg = (
-            f"frames of {np.dtype(dtype)} cannot be processed on a GPU; known: {known}"
-        )
+        msg = f"tensors of {np.dtype(dtype)} are unknown to the kernels: {known}"
         raise EngineError(msg)
     return found
+
+
+def carried_as(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the type in which frames cross to the device and back.
+
+    What cameras give crosses as it is; every other integer or float type as the
+    float32 that any device computes with, turned on the host.
+    """
+    kind = np.dtype(dtype)
+    return kind if kind.str in ("|u1", "<u2") else np.dtype(np.float32)
