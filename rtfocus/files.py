@@ -133,6 +133,48 @@ def remove(path: Path, patience: Patience = _PATIENCE) -> None:
     _clear(gone, patience)
 
 
+def keep(path: Path) -> None:
+    """Bring a file, or a folder with all in it, to the disk: a power cut spares it.
+
+    Its name is kept by `keep_names` of the folder it lies in, once it has its place.
+
+    Raises
+    ------
+    OSError
+        If the disk refuses what was written.
+    """
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _flush(Path(folder) / name)
+        keep_names(Path(folder))
+    if not path.is_dir():
+        _flush(path)
+
+
+def keep_names(*folders: Path) -> None:
+    """Bring the names in folders to the disk, where the system has them kept apart."""
+    if os.name == "nt":
+        return  # NTFS keeps a journal of them, and opens no folder
+    for folder in folders:
+        with suppress(OSError):  # network drives that know no such thing
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def keep_everything() -> None:
+    """Bring what any process wrote so far to the disk, where the system can."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def _flush(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def whole(
     target: Path, *, overwrite: bool = False, patience: Patience = _PATIENCE

@@ -1,21 +1,42 @@
 """Ends: how a batch begins, and how its output comes to its place."""
 
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from rtfocus import files
-from rtfocus.batch.plan import Failure, Form, Job, Ledger, Plan, Unit, new_plan
+from rtfocus.batch.plan import (
+    Failure,
+    Form,
+    Job,
+    Ledger,
+    Plan,
+    Unit,
+    new_plan,
+    units_of,
+)
 from rtfocus.batch.work import image_set_of, outline_of
 from rtfocus.errors import ConfigError, InputError, OutputError
 from rtfocus.images.outputs import OutputGuard, companions
+from rtfocus.images.provenance import json_mark
 from rtfocus.images.reading import FoundImages, find_images
 from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
 from rtfocus.processing.image_set import ImageSet
+
+
+class Begun(NamedTuple):
+    """How a call found its batch."""
+
+    plan: Plan
+    done: int
+    """Units that an earlier call did."""
+    changed: tuple[Unit, ...] = ()
+    """Units whose pixels are others than an earlier call had."""
 
 
 class Batch:
@@ -49,15 +70,15 @@ class Batch:
         """Say, a line each, what is left out, filled in or assumed."""
         return notes_of(self.found, self.images)
 
-    def plan(self) -> tuple[Plan, int]:
-        """Return the plan, begun now or by an earlier call, and how many are done.
+    def plan(self) -> Begun:
+        """Return the plan, begun now or by an earlier call.
 
         Raises
         ------
         OutputError
             If something stands in the way, or another batch.
         """
-        begun = self.ledger.plan()
+        begun = self._begun()
         # What an earlier call has written may be there already.
         guard = self._guard if begun is None else self._guard.fresh(overwrite=True)
         form, targets = self._targets(guard)
@@ -70,8 +91,9 @@ class Batch:
         broken = tuple((str(one.path), one.reason) for one in self.found.broken)
         plan = new_plan(form, self.job, images, broken)
         if begun is not None and begun.key == plan.key:
-            self.ledger.extend(plan)
-            return plan, len(plan.units) - len(self.ledger.left(plan.units))
+            changed = self.ledger.extend(begun, plan)
+            left = self.ledger.left(plan.units)
+            return Begun(plan, len(plan.units) - len(left), changed)
         if begun is not None and not self._overwrite:
             msg = (
                 f"'{self.ledger.folder}' holds a batch that did not end, with other "
@@ -81,7 +103,20 @@ class Batch:
             raise OutputError(msg)
         prepare = self._prepare if form == "zarr" else None
         self.ledger.begin(plan, prepare)
-        return plan, 0
+        return Begun(plan, 0)
+
+    def changed(self, plan: Plan) -> list[Unit]:
+        """Return the units whose images are not those any more that were planned."""
+        now = {
+            (unit.path, unit.number): unit
+            for unit in units_of((series, "") for series in self.found.series)
+        }
+        return [
+            unit
+            for unit in plan.units
+            if (found := now.get((unit.path, unit.number))) is not None
+            and (found.content, found.facts) != (unit.content, unit.facts)
+        ]
 
     def finish(self, plan: Plan) -> list[tuple[Unit, Failure]]:
         """Put the output in its place, if all that can be done is done.
@@ -105,6 +140,14 @@ class Batch:
         if not (failures or plan.broken) or plan.form in ("zarr", "rows"):
             self.ledger.remove()
         return failures
+
+    def _begun(self) -> Plan | None:
+        try:
+            return self.ledger.plan()
+        except OutputError:
+            if self._overwrite:
+                return None
+            raise
 
     def _made(self, number: int) -> dict[str, str]:
         if self.job.command == "classify":
@@ -154,7 +197,10 @@ class Batch:
         if failed:
             store = self._without(plan, failed)
         self._guard.fresh(overwrite=self._overwrite).claim(self.ledger.output)
+        if failed:
+            files.keep_everything()
         files.replace(store, self.ledger.output)
+        files.keep_names(self.ledger.output.parent)
 
     def _without(self, plan: Plan, failed: set[str]) -> Path:
         """Return a store of the images that were done.
@@ -193,7 +239,18 @@ class Batch:
         content: dict[str, Any] = {"engine": engine, "images": rows}
         if broken:
             content["broken"] = broken
-        self._guard.write_json(self.ledger.output, content)
+        if not self._is_written(content):
+            self._guard.write_json(self.ledger.output, content)
+            files.keep(self.ledger.output)
+            files.keep_names(self.ledger.output.parent)
+
+    def _is_written(self, content: dict[str, Any]) -> bool:
+        """Tell whether a call that was killed afterwards has written just this."""
+        try:
+            found = json.loads(self.ledger.output.read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(found == {**json_mark(), **content})
 
     def _as_given(self, row: dict[str, Any]) -> dict[str, Any]:
         below = Path(row["path"]).relative_to(self.job.source)

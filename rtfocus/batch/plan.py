@@ -13,8 +13,9 @@ Beside the output ``OUT`` lies, until the batch is done, the folder
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -29,8 +30,8 @@ from rtfocus.images.series import ImageSeries
 Command = Literal["restore", "classify"]
 Form = Literal["folder", "file", "zarr", "rows"]
 """Output: a folder of TIFFs, one TIFF, an OME-Zarr, or the JSON of ``classify``."""
-Fault = Literal["input", "output", "engine", "other"]
-"""What a unit failed of."""
+Fault = Literal["input", "changed", "output", "engine", "other"]
+"""What a unit failed of; an input that changed under way is read by the next call."""
 
 _ENDING = ".rtfocus-batch"
 _KINDS = ("working", "done", "failed", "rows")
@@ -61,7 +62,11 @@ class Unit(msgspec.Struct, frozen=True):
     """One image."""
 
     key: str
-    """Of input, place and target: the name of its marks."""
+    """Of `image`, `content` and `facts`: the name of its marks."""
+    image: str
+    """Of input, place and target: which image it is, whatever its pixels are."""
+    content: str
+    """Digest of size and time of change of the files that its pixels lie in."""
     path: str
     """File or folder it is read from."""
     number: int
@@ -106,6 +111,40 @@ def facts_of(series: ImageSeries) -> str:
         if one.name != "read_plane"
     ]
     return digest(repr(known))
+
+
+def content_of(series: ImageSeries, known: dict[Path, str] | None = None) -> str:
+    """Return a digest of size and time of change of all files with an image's pixels.
+
+    Parameters
+    ----------
+    series
+        The image.
+    known
+        What is known of files and folders that other images share; filled.
+    """
+    known = {} if known is None else known
+    places = series.files if series.pixels is None else (series.pixels,)
+    states = []
+    for place in places or (series.path,):
+        if place not in known:
+            known[place] = repr(sorted(_states(place)))
+        states.append(known[place])
+    return digest(repr(states))
+
+
+def _states(place: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield name, size and time of change of a file, or of all below a folder."""
+    below = [place] if not place.is_dir() else _files_below(place)
+    for path in below:
+        with suppress(OSError):  # gone: reading says so
+            found = path.stat()
+            yield str(path), found.st_size, found.st_mtime_ns
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for inside, _, names in os.walk(folder):
+        yield from (Path(inside) / name for name in names)
 
 
 def digest(text: str) -> str:
@@ -179,7 +218,9 @@ class Ledger:
             prepare(self.store)
         with files.whole(self.folder / "key", overwrite=True) as part:
             part.write_text(plan.key)
-        self.extend(plan)
+        # A store of many images has more files than can be waited for one by one.
+        files.keep_everything()
+        self._write(plan)
 
     def holds(self, plan_key: str) -> bool:
         """Tell whether this plan is still everybody's: neither ended nor begun anew."""
@@ -188,10 +229,39 @@ class Ledger:
         except OSError:
             return False
 
-    def extend(self, plan: Plan) -> None:
-        """Keep a plan in place of that which began; what was done stays done."""
+    def extend(self, begun: Plan, plan: Plan) -> tuple[Unit, ...]:
+        """Keep a plan in place of that which began.
+
+        What was done stays done, unless the pixels it was made of have changed.
+
+        Returns
+        -------
+        tuple of Unit
+            Those that were done, and are to be done anew.
+        """
+        before = {unit.image: unit for unit in begun.units}
+        changed = []
+        for unit in plan.units:
+            old = before.get(unit.image, unit)
+            if old.key != unit.key:
+                if self.is_done(old):
+                    changed.append(unit)
+                self._unmark(old, *_KINDS)
+                self._take_away(old)
+        self._write(plan)
+        return tuple(changed)
+
+    def _write(self, plan: Plan) -> None:
         with files.whole(self.folder / "plan.json", overwrite=True) as part:
             part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1))
+            files.keep(part)
+        files.keep_names(self.folder)
+
+    def _take_away(self, unit: Unit) -> None:
+        """Remove the pixels that a unit has put into the OME-Zarr."""
+        if self.store.is_dir():
+            for array in arrays_of(self.store / unit.target):
+                files.remove(array / "c")
 
     def start(self, unit: Unit) -> None:
         """Mark a unit as under way here."""
@@ -287,10 +357,14 @@ class Ledger:
         part = target.with_name(f".{unit.key}-{platform.node()}-{os.getpid()}")
         try:
             part.write_bytes(msgspec.json.encode(content))
+            if kind == "done":
+                files.keep(part)
         except OSError as error:
             msg = f"'{target}' cannot be written: {error.strerror or error}"
             raise OutputError(msg) from error
         files.replace(part, target)
+        if kind == "done":
+            files.keep_names(target.parent)
 
     def _unmark(self, unit: Unit, *kinds: str) -> None:
         for kind in kinds:
@@ -307,6 +381,11 @@ def _read(path: Path, kind: type[_T], remedy: str = "run the batch again") -> _T
     except (OSError, msgspec.MsgspecError) as error:
         msg = f"'{path}' cannot be read as the state of a batch: {error}; {remedy}"
         raise OutputError(msg) from error
+
+
+def arrays_of(group: Path) -> list[Path]:
+    """Return the arrays of an image in an OME-Zarr."""
+    return [path for path in group.iterdir() if (path / "zarr.json").is_file()]
 
 
 def new_plan(
@@ -327,21 +406,7 @@ def new_plan(
     broken
         Others that cannot be opened, and why.
     """
-    met: dict[Path, int] = {}
-    units = []
-    for series, target, _ in images:
-        number = met.get(series.path, 0)
-        met[series.path] = number + 1
-        units.append(
-            Unit(
-                key=digest(f"{series.path}\n{number}\n{target}"),
-                path=str(series.path),
-                number=number,
-                facts=facts_of(series),
-                target=target,
-                planes=len(series),
-            )
-        )
+    units = units_of((series, target) for series, target, _ in images)
     shared = [__version__, form, msgspec.to_builtins(job)]
     # Files may come and go, each for itself; the images of one Zarr are set.
     made = (
@@ -349,12 +414,37 @@ def new_plan(
         if form == "zarr"
         else sorted({repr(sorted(how.items())) for *_, how in images})
     )
-    own = [unit.key for unit in units] if form == "zarr" else []
+    own = [unit.image + unit.facts for unit in units] if form == "zarr" else []
     return Plan(
         key=digest(repr([shared, made, own])),
         made_by=__version__,
         form=form,
         job=job,
-        units=tuple(units),
+        units=units,
         broken=broken,
     )
+
+
+def units_of(images: Iterable[tuple[ImageSeries, str]]) -> tuple[Unit, ...]:
+    """Return the units of some images, each given with its target."""
+    met: Counter[Path] = Counter()
+    known: dict[Path, str] = {}
+    units = []
+    for series, target in images:
+        number = met[series.path]
+        met[series.path] += 1
+        image = digest(f"{series.path}\n{number}\n{target}")
+        content, facts = content_of(series, known), facts_of(series)
+        units.append(
+            Unit(
+                key=digest(image + content + facts),
+                image=image,
+                content=content,
+                path=str(series.path),
+                number=number,
+                facts=facts,
+                target=target,
+                planes=len(series),
+            )
+        )
+    return tuple(units)

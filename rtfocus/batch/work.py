@@ -24,6 +24,8 @@ from rtfocus.batch.plan import (
     Ledger,
     Plan,
     Unit,
+    arrays_of,
+    content_of,
     facts_of,
 )
 from rtfocus.config import parse_config
@@ -130,7 +132,9 @@ class _Opened:
             ]
             with files.whole(ledger.rows(unit), overwrite=True) as part:
                 part.write_bytes(msgspec.json.encode(rows))
-                self._insist(ledger)
+                self._insist(ledger, unit, series)
+                files.keep(part)
+            files.keep_names(ledger.rows(unit).parent)
             return []
         image = outline_of(job, images, 0, series)
         planes = images.restored(0, lambda: None)
@@ -141,28 +145,35 @@ class _Opened:
             with ledger.part(unit) as part:
                 group = ledger.store / unit.target
                 _fill_apart(part, group, image)
-                self._insist(ledger)
+                files.keep(part)
+                self._insist(ledger, unit, series)
                 _put_in_place(part, group)
             return images.cut()
         guard = OutputGuard(companions([series]), overwrite=True)
         target = guard.claim(ledger.output / unit.target, named=not unit.target)
         with guard.whole(target) as part:
             write_tiff(part, [image])
-            self._insist(ledger)
+            files.keep(part)
+            self._insist(ledger, unit, series)
+        files.keep_names(*_folders(target, ledger.output))
         return images.cut()
 
     def close(self) -> None:
         """Free the engines."""
         self._images.close()
 
-    def _insist(self, ledger: Ledger) -> None:
+    def _insist(self, ledger: Ledger, unit: Unit, series: ImageSeries) -> None:
         """Refuse to put pixels into a batch that began anew, or is at its end.
 
         Raises
         ------
         OutputError
             If so: this process was given up, and nobody told it.
+        InputError
+            If the image changed while it was read.
         """
+        if content_of(series) != unit.content:
+            raise _changed(unit)
         if not ledger.holds(self.key):
             msg = (
                 f"the batch of '{ledger.output}' ended or began anew while this "
@@ -178,6 +189,9 @@ class _Opened:
         InputError
             If it is not there any more, or another one.
         """
+        if not Path(unit.path).exists():
+            msg = f"'{unit.path}' is not there any more"
+            raise InputError(msg)
         for place in (unit.path, self._plan.job.source):
             with suppress(InputError):
                 listed = [
@@ -186,12 +200,10 @@ class _Opened:
                 if unit.number < len(listed):
                     series = listed[unit.number]
                     if facts_of(series) == unit.facts:
+                        if content_of(series) != unit.content:
+                            break
                         return series
-        msg = (
-            f"'{unit.path}' is not what it was when the batch began; begin it anew "
-            "with --overwrite"
-        )
-        raise InputError(msg)
+        raise _changed(unit)
 
     def _list(self, place: str) -> list[ImageSeries]:
         if place not in self._sources:
@@ -200,6 +212,23 @@ class _Opened:
             self._sources[place] = find_images(Path(place)).series
         self._sources.move_to_end(place)
         return self._sources[place]
+
+
+class _ChangedError(InputError):
+    """An image is not the one that was planned."""
+
+
+def _changed(unit: Unit) -> _ChangedError:
+    return _ChangedError(
+        f"'{unit.path}' has changed since the batch was planned; the same command "
+        "does it again"
+    )
+
+
+def _folders(target: Path, output: Path) -> list[Path]:
+    """Return the folders from that of a file up to that of the output."""
+    around = [target.parent, *target.parent.parents]
+    return around[: around.index(output.parent) + 1]
 
 
 _kept: _Opened | None = None
@@ -259,7 +288,7 @@ def outline_of(
 
 def _fill_apart(part: Path, group: Path, image: OutputImage) -> None:
     """Write the pixels of an image elsewhere: who is killed leaves half of none."""
-    for array in _arrays(group):
+    for array in arrays_of(group):
         (part / array.name).mkdir(parents=True)
         shutil.copyfile(array / "zarr.json", part / array.name / "zarr.json")
     fill_image(part, "", image)
@@ -271,7 +300,7 @@ def _put_in_place(part: Path, group: Path) -> None:
     What stands there came so too, from a process that was killed before its mark or
     does the same unit: it is whole, and is never taken away.
     """
-    for array in _arrays(group):
+    for array in arrays_of(group):
         chunks, place = part / array.name / "c", array / "c"
         if place.exists() or not chunks.exists():  # zeros alone need no chunks
             continue
@@ -280,13 +309,12 @@ def _put_in_place(part: Path, group: Path) -> None:
         except OutputError:
             if not place.exists():
                 raise
-
-
-def _arrays(group: Path) -> list[Path]:
-    return [path for path in group.iterdir() if (path / "zarr.json").is_file()]
+        files.keep_names(array)
 
 
 def _fault_of(error: BaseException) -> Fault:
+    if isinstance(error, _ChangedError):
+        return "changed"
     if isinstance(error, InputError):
         return "input"
     if isinstance(error, EngineError):

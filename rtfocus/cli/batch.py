@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from filelock import FileLock, Timeout
 
-from rtfocus.batch.ends import Batch
+from rtfocus.batch.ends import Batch, Begun
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import run_here
@@ -98,12 +98,15 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
     with _alone(ledger):
         batch = Batch(job, overwrite=overwrite)
         if many.finish:
-            _finish(batch, _begun(ledger))
+            plan = _begun(ledger)
+            _refuse_changed(batch.changed(plan))
+            _finish(batch, plan)
             return
         for line in batch.notes():
             typer.echo(line, err=True)
-        plan, done = batch.plan()
-        _say_begun(ledger, plan, done)
+        begun = batch.plan()
+        plan, done = begun.plan, begun.done
+        _say_begun(ledger, begun)
         if many.init:
             return
         resources = _resources(many.resources)
@@ -184,8 +187,23 @@ def _begun(ledger: Ledger) -> Plan:
     return plan
 
 
-def _say_begun(ledger: Ledger, plan: Plan, done: int) -> None:
-    number = len(plan.units)
+def _refuse_changed(changed: list[Unit]) -> None:
+    if changed:
+        msg = (
+            f"{len(changed)} images have changed since the batch was planned: "
+            f"{_named(unit.path for unit in changed)}; --init and their parts do them "
+            "again"
+        )
+        raise IncompleteError(msg)
+
+
+def _say_begun(ledger: Ledger, begun: Begun) -> None:
+    if begun.changed:
+        names = _named(unit.path for unit in begun.changed)
+        typer.echo(
+            f"{len(begun.changed)} images have changed since and are done anew: {names}"
+        )
+    number, done = len(begun.plan.units), begun.done
     before = f", {done} of them done before" if done else ""
     typer.echo(f"{number} images{before}; state in {ledger.folder}")
     sys.stdout.flush()

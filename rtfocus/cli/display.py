@@ -225,7 +225,9 @@ def counting(
 
         def show(line: str | None) -> None:
             if line is not None:
-                progress.console.print(line, highlight=False, markup=False)
+                progress.console.print(
+                    line, highlight=False, markup=False, soft_wrap=True
+                )
             progress.advance(task)
 
         yield show

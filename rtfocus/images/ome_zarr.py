@@ -222,6 +222,7 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
             shape=(lengths["y"], lengths["x"]),
             dtype=native_dtype(array.dtype),
             read_plane=_PlaneReader(array, [axis.name for axis in axes], fixed),
+            pixels=path / array.path,
             notes=(note,) if several > 1 else (),
             **facts,
         )

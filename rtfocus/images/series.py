@@ -205,6 +205,8 @@ class ImageSeries:
     The other files of an OME-TIFF set or a Micro-Manager stack, the folder of an
     NDTiff set, the outermost Zarr group that holds the image.
     """
+    pixels: Path | None = None
+    """Folder of this image's own pixels, where `files` hold those of others too."""
     pixel_size_y_um: float | None = None
     pixel_size_x_um: float | None = None
     z_step_um: float | None = None

@@ -25,6 +25,7 @@ from rtfocus.batch.plan import Failure, Ledger
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import close_opened, run_unit
 from rtfocus.errors import ConfigError, ExitCode
+from rtfocus.images.series import ImageSeries
 
 distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
 
@@ -161,6 +162,93 @@ def test_a_job_array_needs_no_scheduler(plate: Path, tmp_path: Path) -> None:
     assert "4 planes of 4 images" in succeeded(command(*asked, "--finish"))
     assert files_of(one) == files_of(many)
     assert_nothing_left(many)
+
+
+def replace_pixels(image: Path) -> None:
+    """Put other pixels into a TIFF, or a field, of the same shape."""
+    before = {path: path.stat() for path in image.rglob("*")}
+    if image.is_file():
+        before = {image: image.stat()}
+        tifffile.imwrite(image, picture(99))
+    else:
+        zarr.open_array(image / "0", mode="r+")[:] = picture(99)
+    for path, stat in before.items():
+        if path.stat().st_mtime_ns == stat.st_mtime_ns and path.is_file():
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("form", ["tiff", "zarr"])
+def test_pixels_that_changed_are_never_taken_for_those_that_were_done(
+    folder: Path, plate: Path, tmp_path: Path, form: str
+) -> None:
+    source, out, one = folder, tmp_path / "out", tmp_path / "one"
+    first, second = folder / "f0.tif", folder / "f1.tif"
+    if form == "zarr":
+        source, out, one = plate, tmp_path / "out.zarr", tmp_path / "one.zarr"
+        first, second = plate / "A/3/0", plate / "A/3/1"
+    asked = ("restore", source, "-o", out, *WIENER)
+    succeeded(command(*asked, "--init"))
+    succeeded(command(*asked, "--unit", "1/2"))
+    # Done, and another image since.
+    replace_pixels(first)
+    said = succeeded(command(*asked, "--init"))
+    assert "1 images have changed since and are done anew" in said
+    # Planned, and another image since: nobody restores it as what was planned.
+    replace_pixels(second)
+    told = command(*asked, "--unit", "1/1")
+    assert told.code == ExitCode.INCOMPLETE
+    assert "has changed since the batch was planned; the same command" in told.err
+    said = failed(command(*asked, "--finish"), ExitCode.INCOMPLETE)
+    assert "1 images have changed since the batch was planned" in said
+    assert "changed since and" not in succeeded(command(*asked, "--init"))
+    succeeded(command(*asked, "--unit", "1/1"))
+    succeeded(command(*asked, "--finish"))
+    succeeded(command("restore", source, "-o", one, *WIENER))
+    assert files_of(one) == files_of(out)
+
+
+@pytest.mark.usefixtures("as_a_worker")
+def test_an_image_that_changes_while_it_is_read_is_not_half_of_two(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, image = tmp_path / "out", folder / "f0.tif"
+    asked = ("restore", image, "-o", out, *WIENER)
+    succeeded(command(*asked, "--init"))
+    plan = Ledger(out).plan()
+    assert plan is not None
+    read = ImageSeries.read
+
+    def read_while_it_changes(self: ImageSeries, **index: int) -> np.ndarray:
+        plane = read(self, **index)
+        replace_pixels(image)
+        return plane
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageSeries, "read", read_while_it_changes)
+        failure = run_unit(str(out), plan.key, plan.units[0].key)
+    assert failure is not None
+    assert failure.fault == "changed"
+    assert not (out / "f0.tif").exists()
+
+
+def test_classify_killed_once_its_file_was_there_ends_without_overwrite(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "found.json"
+    asked = ("classify", folder, *OPTICS, "--json", out)
+    succeeded(command(*asked, "--init"))
+    succeeded(command(*asked, "--unit", "1/1"))
+    plan = Ledger(out).plan()
+    assert plan is not None
+    Batch(plan.job)._collect(plan, set())
+    written = out.read_bytes()
+    # What somebody else has put there stays.
+    out.write_bytes(written.replace(b"f0.tif", b"g0.tif"))
+    assert "exists" in failed(command(*asked, "--finish"))
+    out.write_bytes(written)
+    succeeded(command(*asked, "--finish"))
+    assert out.read_bytes() == written
+    assert_nothing_left(out)
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_done(
@@ -396,13 +484,13 @@ def test_an_end_that_was_killed_takes_no_pixels_away(
     # A process killed before its plan had its name has left this.
     ledger.folder.mkdir()
     (ledger.folder / ".rtfocus-killed.part").write_bytes(b"half")
-    succeeded(command(*asked, "--init"))
     chunk = next(
         path
         for path in (plate / "A/3/0/0").rglob("*")
         if path.is_file() and not path.name.startswith((".", "zarr"))
     )
     chunk.write_bytes(b"broken")
+    succeeded(command(*asked, "--init"))
     failed(command(*asked, "--unit", "1/1"), ExitCode.INCOMPLETE)
     plan = ledger.plan()
     assert plan is not None
