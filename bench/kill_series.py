@@ -24,7 +24,7 @@ from bench import kill_check
 from bench.kill_processor import PATIENCE_S, BrokenOffError, Processor, wait_until
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import Config
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import ExitCode
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.transport.publisher import FramePublisher

@@ -81,7 +81,7 @@ def pixels(t: int, p: int, c: int, z: int) -> "np.ndarray[Any, Any]":
 def record(folder: Path, layout: Layout) -> Path:
     """Record a run of 2 time points, 2 channels, 2 slices."""
     from rtfocus.channel import Channel
-    from rtfocus.config.processor import StoreConfig
+    from rtfocus.config.sections import StoreConfig
     from rtfocus.frame import (
         FrameHeader,
         FrameResult,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.processor import CameraConfig, ProcessingConfig
+from rtfocus.config.sections import CameraConfig, ProcessingConfig
 from rtfocus.optics.blur import blur_depth_variant
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs

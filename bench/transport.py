@@ -23,7 +23,7 @@ import numpy as np
 import zmq
 
 from rtfocus.channel import Channel
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.frame import FrameHeader, Position, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages

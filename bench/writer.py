@@ -29,7 +29,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from rtfocus.channel import Channel
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.frame import (
     FrameHeader,
     FrameResult,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rtfocus.config import Config
-from rtfocus.config.processor import AlarmConfig, AlarmKind
+from rtfocus.config.sections import AlarmConfig, AlarmKind
 from rtfocus.errors import BusyError, TakenOverError
 from rtfocus.metrics import Outcome
 from rtfocus.monitor import Monitor, Sample

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rtfocus.channel import Channel
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.frame import Estimate, FrameHeader, Position, SeriesStart, Slot
 from rtfocus.metrics import Accounting
 from rtfocus.transport.publisher import FramePublisher

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transport_kit import make_estimate, make_header, make_series
 
-from rtfocus.config.processor import PreviewConfig
+from rtfocus.config.sections import PreviewConfig
 from rtfocus.frame import DefocusMap, FrameResult, TileGrid
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.preview_messages import Shown

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import Channel
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.frame import (
     DefocusMap,
     Estimate,

@@ -27,7 +27,7 @@ from rtfocus.cli.options import (
     SetOption,
     read_config,
 )
-from rtfocus.config.microscope import ReplayConfig
+from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import ConfigError, ExitCode, OutputError
 from rtfocus.files import whole
 from rtfocus.focusing import estimate_of, open_focuser

@@ -18,7 +18,7 @@ from rtfocus.cli.endings import interruptible
 from rtfocus.cli.options import QuietOption, SetOption, read_config
 from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
-from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.drawing.canvas import BLUE, FAINT, GREEN, ORANGE, Box, Canvas, PixelCanvas
 from rtfocus.drawing.charts import Axis, Chart, axis_of
 from rtfocus.drawing.panels import Panel, draw_panels, enlarge, figure_size

@@ -20,23 +20,21 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from rtfocus.channel import Channel, OpticalSystem
-from rtfocus.config.autofocus import AutofocusConfig
 from rtfocus.config.form import Section
-from rtfocus.config.microscope import (
+from rtfocus.config.sections import (
     AcquisitionConfig,
+    AlarmConfig,
+    AutofocusConfig,
+    CameraConfig,
     DemoCameraConfig,
     MicroManagerConfig,
     MicroscopeConfig,
-    ReplayConfig,
-    VirtualMicroscopeConfig,
-)
-from rtfocus.config.processor import (
-    AlarmConfig,
-    CameraConfig,
     ProcessingConfig,
+    ReplayConfig,
     RestorationConfig,
     StoreConfig,
     TransportConfig,
+    VirtualMicroscopeConfig,
 )
 from rtfocus.files import MOST_NAME_BYTES, is_reserved_name
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config import Config, parse_config
-from rtfocus.config.processor import RestorationConfig
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import TileGrid

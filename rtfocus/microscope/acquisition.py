@@ -11,7 +11,7 @@ from pymmcore_plus.experimental.unicore import UniMMCore
 from useq import MDASequence
 
 from rtfocus.config import Config
-from rtfocus.config.microscope import LiveConfig, ReplayConfig
+from rtfocus.config.sections import LiveConfig, ReplayConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FrameHeader, Role, SeriesStart
 from rtfocus.metrics import CANCELED, COMPLETED

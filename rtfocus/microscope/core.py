@@ -16,7 +16,7 @@ from pymmcore_plus import _discovery as discovery
 from pymmcore_plus.experimental.unicore import UniMMCore
 
 from rtfocus.config import Config
-from rtfocus.config.microscope import (
+from rtfocus.config.sections import (
     DemoCameraConfig,
     MicroManagerConfig,
     VirtualMicroscopeConfig,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from rtfocus.config import Config
-from rtfocus.config.microscope import ReplayConfig
+from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import InputError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.images.reading import find_images

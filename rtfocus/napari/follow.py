@@ -15,7 +15,7 @@ from qtpy.QtCore import QTimer
 from qtpy.QtGui import QCloseEvent
 from qtpy.QtWidgets import QFormLayout, QLabel, QLineEdit, QPushButton, QWidget
 
-from rtfocus.config.processor import PreviewConfig
+from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import ProtocolError, RtfocusError
 from rtfocus.frame import SeriesStart
 from rtfocus.napari.reader import SIGNED_MAP, UNSIGNED_MAP

@@ -7,7 +7,7 @@ flattened, so that a restored frame can be put back on the camera's own scale.
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.config.processor import CameraConfig
+from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import ConfigError, InputError
 
 Image = NDArray[np.float32]

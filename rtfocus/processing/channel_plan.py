@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
-from rtfocus.config.processor import ProcessingConfig, RestorationConfig
+from rtfocus.config.sections import ProcessingConfig, RestorationConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf

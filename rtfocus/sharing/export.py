@@ -21,7 +21,7 @@ import yaml
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from rtfocus.config.processor import ProcessingConfig
+from rtfocus.config.sections import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.files import whole
 from rtfocus.processing.classify import Conditions

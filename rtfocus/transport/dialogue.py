@@ -10,7 +10,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import PeerGoneError, PeerLostError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, SeriesStart
 from rtfocus.transport import messages as m

@@ -19,7 +19,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from rtfocus.config.processor import PreviewConfig, TransportConfig
+from rtfocus.config.sections import PreviewConfig, TransportConfig
 from rtfocus.errors import RtfocusError, TransportError
 from rtfocus.frame import (
     PROTOCOL_VERSION,

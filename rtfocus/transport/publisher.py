@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import TransportError
 from rtfocus.frame import Act, Estimate, SeriesStart, Slot, SlotPool
 from rtfocus.transport.io_thread import IoThread, Waker

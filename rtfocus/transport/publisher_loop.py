@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import zmq
 
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, Slot, SlotPool
 from rtfocus.transport import messages as m

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import TransportError
 from rtfocus.frame import Act, Estimate, SeriesEnd, SeriesStart, Slot, SlotPool
 from rtfocus.metrics import Accounting

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import zmq
 
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import Act, Estimate
 from rtfocus.metrics import Accounting

@@ -23,7 +23,7 @@ from pathlib import Path
 import zmq
 import zmq.auth
 
-from rtfocus.config.processor import TransportConfig
+from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import ConfigError, TransportError
 from rtfocus.frame import SlotPool
 

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.config.processor import CameraConfig
+from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import InputError, RtfocusError
 from rtfocus.focus_readings import FOCUS_LOG
 from rtfocus.frame import SeriesStart, TileGrid

@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.frame import FrameResult
 from rtfocus.writers.companion import write_companions

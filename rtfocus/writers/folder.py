@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from rtfocus.config.model import RunConfig
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import remove, replace
 from rtfocus.frame import SeriesStart

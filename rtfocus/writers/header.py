@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import replace
 from rtfocus.frame import SeriesStart, TileGrid

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import RunImages

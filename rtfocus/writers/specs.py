@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.frame import TileGrid
 from rtfocus.writers.header import RunHeader

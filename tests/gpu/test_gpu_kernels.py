@@ -7,7 +7,7 @@ import pytest
 from gpu_host_kit import HostTransforms, HostWork, view
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.config.processor import CameraConfig
+from rtfocus.config.sections import CameraConfig
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.blur import blur
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation

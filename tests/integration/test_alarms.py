@@ -20,7 +20,7 @@ from writer_kit import make_series
 from rtfocus.alarms import Rules, attended
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import Config, parse_config
-from rtfocus.config.processor import AlarmConfig
+from rtfocus.config.sections import AlarmConfig
 from rtfocus.errors import TakenOverError, WriterError
 from rtfocus.frame import Estimate, FrameHeader, SlotPool
 from rtfocus.monitor import Monitor

@@ -13,7 +13,7 @@ import tifffile
 import zarr
 
 import rtfocus
-from rtfocus.config.processor import PreviewConfig
+from rtfocus.config.sections import PreviewConfig
 from rtfocus.frame import Estimate
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.writers.check import check_run

@@ -8,7 +8,7 @@ from loop_kit import Run, assert_whole, needs_shipped_engine, run_loop, shipped
 from numpy.typing import NDArray
 
 from rtfocus.config import Config
-from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.evaluation.scores import pearson
 from rtfocus.frame import TileGrid
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen

@@ -17,7 +17,7 @@ from writer_kit import GRID, indices, make_series, numbered, recording
 
 import rtfocus
 from rtfocus.channel import Channel, OpticalSystem
-from rtfocus.config.processor import PreviewConfig
+from rtfocus.config.sections import PreviewConfig
 from rtfocus.frame import DefocusMap, FrameHeader, FrameResult, Position
 from rtfocus.transport.preview import PreviewPublisher, Shown
 

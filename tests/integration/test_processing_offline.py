@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
-from rtfocus.config.processor import ProcessingConfig
+from rtfocus.config.sections import ProcessingConfig
 from rtfocus.errors import EngineError, InputError
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.cpu.classifier import open_classifier

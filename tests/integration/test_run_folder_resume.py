@@ -12,7 +12,7 @@ from writer_kit import LIVE, Recording, make_series, numbered, recording
 
 from rtfocus import files
 from rtfocus.config.model import RunConfig
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.writers.check import check_run
 from rtfocus.writers.folder import run_folder

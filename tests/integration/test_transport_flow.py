@@ -26,7 +26,7 @@ from transport_kit import (
     until,
 )
 
-from rtfocus.config.processor import PreviewConfig
+from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import Estimate, Role
 from rtfocus.transport.preview import PreviewPublisher

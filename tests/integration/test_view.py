@@ -20,7 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from rtfocus import app
 from rtfocus.config import load_config
-from rtfocus.config.processor import PreviewConfig
+from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import InputError
 from rtfocus.files import resource_folder
 from rtfocus.focusing import MOST_REQUESTS, Focusing

@@ -11,7 +11,7 @@ from pymmcore_plus.experimental.unicore import SimpleCameraDevice
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import parse_config
-from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.microscope.acquisition import acquire_with
 from rtfocus.microscope.core import bare_core, open_core

@@ -9,7 +9,7 @@ import zarr
 from writer_kit import make_series, numbered, recording
 
 from rtfocus.config.model import RunConfig
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.writers.check import check_run
 from rtfocus.writers.folder import run_folder
 

@@ -16,7 +16,7 @@ from writer_kit import LIVE, Recording, make_series, recording
 
 from rtfocus.cli.commands import app
 from rtfocus.config.model import RunConfig
-from rtfocus.config.processor import StoreConfig
+from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import BusyError, ExitCode, WriterError
 from rtfocus.writers import lock
 from rtfocus.writers.check import check_run

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rtfocus.config.processor import ProcessingConfig
+from rtfocus.config.sections import ProcessingConfig
 from rtfocus.machine import CACHE_VARIABLE
 from rtfocus.processing.cpu import backends, precision
 from rtfocus.processing.cpu.backends import Backend, open_engine, runs_on, timed_shape

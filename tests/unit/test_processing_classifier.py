@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtfocus.config.processor import ProcessingConfig
+from rtfocus.config.sections import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
 from rtfocus.processing.channel_plan import ClassifierPlan

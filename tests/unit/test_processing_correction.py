@@ -6,7 +6,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtfocus.config.processor import CameraConfig
+from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.processing.camera import CameraCorrection, luminance, write_counts
 from rtfocus.processing.cpu.preparation import Correction

@@ -5,7 +5,7 @@ import pytest
 import tifffile
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.config.microscope import VirtualMicroscopeConfig
+from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.microscope.virtual.devices import Sensor
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.optics.blur import blur

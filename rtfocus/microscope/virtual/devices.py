@@ -21,7 +21,7 @@ from pymmcore_plus.experimental.unicore import (
 )
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.microscope import VirtualMicroscopeConfig, ZStageConfig
+from rtfocus.config.sections import VirtualMicroscopeConfig, ZStageConfig
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.optics.camera import CameraModel, Counts, NoisePool

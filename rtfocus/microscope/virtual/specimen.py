@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.microscope import (
+from rtfocus.config.sections import (
     SpecimenConfig,
     SurfaceConfig,
     VirtualMicroscopeConfig,

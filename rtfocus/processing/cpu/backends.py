@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from rtfocus.config.processor import ProcessingConfig
+from rtfocus.config.sections import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable
 from rtfocus.processing.cpu.engine import (

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.config.processor import RestorationConfig
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.classify import Conditions, invertible_normalisation

@@ -10,7 +10,7 @@ from math import ceil, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.config.processor import ProcessingConfig
+from rtfocus.config.sections import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.processing.cpu.backends import open_engine
 from rtfocus.processing.cpu.engine import Engine, Outputs

@@ -1,0 +1,428 @@
+"""Config sections: what a config says of each part, from the microscope to the alarms.
+
+First where frames come from and what is acquired, then what happens to a frame between
+receive and write, then when the stage may be moved, how far, and what happens then.
+"""
+
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.config.form import Section
+
+Px = Annotated[int, Field(gt=0)]
+
+
+class SpecimenConfig(Section):
+    """What the virtual microscope looks at."""
+
+    kind: Literal["nuclei", "filaments", "tissue", "beads", "image", "stack"] = "nuclei"
+    """Procedural specimen, any sharp ``image``, or a recorded z-``stack``."""
+    path: Path | None = None
+    """Image or stack file; required by kinds ``image`` and ``stack``."""
+    z_step_um: Annotated[float, Field(gt=0)] = 1.0
+    """Distance of the planes of a recorded stack."""
+    seed: int = 1
+    """Of the procedural specimen."""
+
+    @model_validator(mode="after")
+    def _path_given(self) -> "SpecimenConfig":
+        if self.kind in ("image", "stack") and self.path is None:
+            msg = f"kind '{self.kind}' needs 'path': the image file to show"
+            raise ValueError(msg)
+        return self
+
+
+class SurfaceConfig(Section):
+    """Height of the specimen's surface: where focus lies at each xy."""
+
+    z_um: float = 0.0
+    """Height in the middle of the field."""
+    tilt_x_um: float = 0.0
+    """Rise from the left to the right edge of the field."""
+    tilt_y_um: float = 0.0
+    """Rise from the upper to the lower edge of the field."""
+    bow_um: float = 0.0
+    """Height of the middle over the corners: a curved coverslip."""
+    drift_um_per_min: float = 0.0
+    """Speed at which the surface moves away from the objective."""
+    drift_from_s: Annotated[float, Field(ge=0)] = 0.0
+    """When the drift begins, after the first exposure."""
+
+
+class ZStageConfig(Section):
+    """Faults of the z-stage: what autofocus has to live with."""
+
+    backlash_um: Annotated[float, Field(ge=0)] = 0.0
+    """Way that is lost where the stage turns; arriving upwards is exact."""
+    reversed: bool = False
+    """The stage runs against what it tells Micro-Manager: up is away."""
+
+
+class VirtualMicroscopeConfig(Section):
+    """Camera, z-stage and xy-stage that image a specimen through a PSF."""
+
+    source: Literal["virtual"] = "virtual"
+    """Which microscope: this one."""
+    height_px: Px = 512
+    """Rows of a frame."""
+    width_px: Px = 512
+    """Columns of a frame."""
+    bit_depth: Literal[8, 12, 16] = 12
+    """Significant bits of a pixel."""
+    rgb: bool = False
+    """Colour camera: frames are (y, x, 3)."""
+    specimen: SpecimenConfig = SpecimenConfig()
+    surface: SurfaceConfig = SurfaceConfig()
+    z_stage: ZStageConfig = ZStageConfig()
+    optics: OpticalSystem | None = None
+    """True optics of this microscope; default: the channel's."""
+    photons: Annotated[float, Field(gt=0)] = 2000.0
+    """Expected photons per pixel and 10 ms where the specimen is brightest."""
+    background_photons: Annotated[float, Field(ge=0)] = 20.0
+    """Expected photons per pixel and 10 ms everywhere."""
+    gain_e_per_count: Annotated[float, Field(gt=0)] = 0.6
+    """Photo-electrons per count."""
+    offset_counts: Annotated[float, Field(ge=0)] = 100.0
+    """Camera offset in counts."""
+    read_noise_e: Annotated[float, Field(ge=0)] = 1.6
+    """Standard deviation of the read noise in electrons."""
+    noise: Literal["poisson", "pool", "none"] = "poisson"
+    """``poisson``: exact; ``pool``: pre-drawn, fast, for rate tests; ``none``."""
+    frames_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Highest frame rate; None: as fast as exposure and computing allow."""
+    seed: int = 1
+    """Of the noise."""
+
+
+class DemoCameraConfig(Section):
+    """Micro-Manager's own DemoCamera with its demo configuration."""
+
+    source: Literal["democamera"] = "democamera"
+    """Which microscope: this one."""
+    adapter_path: Path | None = None
+    """Folder of the device adapters; None: those of package mm-test-adapters."""
+    config_file: Path | None = None
+    """Micro-Manager ``.cfg``; None: the demo's, ``MMConfig_demo.cfg``."""
+    properties: dict[str, dict[str, str | int | float]] = {}
+    """Device properties to set after loading: {device: {property: value}}."""
+    pixel_size_um: Annotated[float, Field(gt=0)] | None = None
+    """Overrides the pixel size of the core, which is 0 when uncalibrated."""
+
+
+class MicroManagerConfig(Section):
+    """Your own microscope through its Micro-Manager configuration."""
+
+    source: Literal["micromanager"]
+    """Which microscope: this one."""
+    config_file: Path
+    """Your Micro-Manager ``.cfg``."""
+    adapter_paths: list[Path] = []
+    """Folders of the device adapters, usually the Micro-Manager folder."""
+    properties: dict[str, dict[str, str | int | float]] = {}
+    """Device properties to set after loading: {device: {property: value}}."""
+    pixel_size_um: Annotated[float, Field(gt=0)] | None = None
+    """Overrides the pixel size of the core, which is 0 when uncalibrated."""
+    sequence_buffer_mb: Annotated[int, Field(gt=0)] | None = None
+    """Size of Micro-Manager's circular buffer; None: leave as it is."""
+
+
+class ReplayConfig(Section):
+    """Recorded images, sent as if they were being acquired."""
+
+    source: Literal["replay"]
+    """Which microscope: this one."""
+    path: Path
+    """TIFF, OME-TIFF, PNG, OME-Zarr or a folder of images in name order."""
+    frames_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Rate; None: as fast as the processor takes them."""
+    repeats: Annotated[int, Field(gt=0)] = 1
+    """How often to play the recording."""
+    pixel_size_um: Annotated[float, Field(gt=0)] | None = None
+    """Overrides the pixel size stored with the images."""
+
+
+MicroscopeConfig = Annotated[
+    VirtualMicroscopeConfig | DemoCameraConfig | MicroManagerConfig | ReplayConfig,
+    Field(discriminator="source"),
+]
+
+
+class LiveConfig(Section):
+    """Free-running acquisition without a plan."""
+
+    frames: Annotated[int, Field(gt=0)] | None = None
+    """Stop after so many; None: until Ctrl-C."""
+    exposure_ms: Annotated[float, Field(gt=0)] | None = None
+    """None: as the camera is set."""
+
+
+class AcquisitionConfig(Section):
+    """What to acquire: a useq plan or live mode; replay needs neither."""
+
+    mda: dict[str, Any] | Path | None = None
+    """useq ``MDASequence``: written here, or the path of a useq YAML/JSON file."""
+    live: LiveConfig | None = None
+    """Free-running mode instead of a plan."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "AcquisitionConfig":
+        if self.mda is not None and self.live is not None:
+            msg = "both 'mda' and 'live' are given; keep one"
+            raise ValueError(msg)
+        return self
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class CameraConfig(Section):
+    """Turns counts into a signal proportional to light; applied first."""
+
+    offset_counts: Annotated[float, Field(ge=0)] = 0.0
+    """Counts in the dark; subtracted before anything else."""
+    gain_e_per_count: Annotated[float, Field(gt=0)] | None = None
+    """Photo-electrons per count: tells Wiener the photon noise; None: it reads the
+    noise from each frame alone."""
+    flat_field: Path | None = None
+    """Image of an even field; frames are divided by it (mean 1 after scaling)."""
+    saturation_counts: Annotated[float, Field(gt=0)] | None = None
+    """At or above it a pixel is saturated; None: full scale of the bit depth."""
+
+
+class RestorationConfig(Section):
+    """How a frame is restored."""
+
+    method: str = "wiener"
+    """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``,
+    ``richardson_lucy_tiles`` (patch by patch, as published),
+    ``richardson_lucy_blind`` (finds the kernel too), ``none``, or the name of a
+    restorer or joint engine in the engines folder."""
+    iterations: Annotated[int, Field(gt=0)] | None = None
+    """Richardson-Lucy only; None: 15, accelerated 4, rounds of the blind one 8."""
+    noise_to_signal: Annotated[float, Field(gt=0)] | None = None
+    """Wiener only: ratio of noise to signal power; None: estimated per frame."""
+    window: Literal["triangular", "rectangular"] = "triangular"
+    """Montage weights (He 2020); ``rectangular`` shows seams, for comparison."""
+    halo_px: Annotated[int, Field(ge=0)] | None = None
+    """Context per side; None: radius that holds 99 % of the PSF's energy, 13 for
+    ``richardson_lucy_tiles``."""
+
+
+class GpuConfig(Section):
+    """How a GPU is used, where `ProcessingConfig.device` takes one."""
+
+    index: Annotated[int, Field(ge=0)] = 0
+    """Which GPU, in the driver's list; one processor uses one."""
+    backend: Literal["auto", "tensorrt", "tensorrt_rtx", "torch-cuda"] = "auto"
+    """Runtime of networks; ``auto``: first available, in this order."""
+    precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    """Weights file that runs; ``auto``: fp16 where an engine has it, else fp32."""
+    tf32: bool = True
+    """False: fp32 networks keep all 23 bits, slower; for comparisons."""
+    frames_in_flight: Annotated[int, Field(ge=1)] = 4
+    """Frames in device memory at once: 3 or more overlap copies and compute."""
+    on_lack_of_memory: Literal["fewer_frames", "error"] = "fewer_frames"
+    """``fewer_frames``: start with fewer frames in flight and say so."""
+    cuda_graphs: bool = True
+    """Replay the steady state from a recording: less work for the CPU."""
+
+
+class ProcessingConfig(Section):
+    """Engines and how they run."""
+
+    classifier: str | None = "delpnet"
+    """Engine that estimates defocus; None: frames are only recorded. A joint engine
+    that is the restoration method too estimates and restores in one pass."""
+    restoration: RestorationConfig = RestorationConfig()
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """``gpu``: an error where there is none; ``auto``: the best there is."""
+    backend: Literal["auto", "openvino", "onnxruntime"] = "auto"
+    """CPU runtime of networks; ``auto``: first available, in this order."""
+    precision: Literal["auto", "f32", "bf16", "fp16", "int8"] = "auto"
+    """``f32``, ``bf16``: what the CPU computes in; ``fp16``, ``int8``: the weights
+    file of that name of every engine that has it; ``auto``: the fastest of f32, bf16
+    and int8 by measurement at the first start, int8 only where it is exact."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """Threads for networks and FFTs; None: one per core."""
+    engine_folders: list[Path] = []
+    """Further folders with engines, searched before the shipped ones."""
+    gpu: GpuConfig = GpuConfig()
+    ignore_optics: bool = False
+    """Run an engine outside the optics it was trained for."""
+    blind: bool = False
+    """Do not tell engines a channel's optics: neither aberrations nor, if they can do
+    without, the sampling. Depths in um are computed with them all the same."""
+
+
+class PreviewConfig(Section):
+    """Newest frames and metrics for viewers; never slows the recording."""
+
+    endpoint: str | None = "tcp://127.0.0.1:5573"
+    """Where the processor publishes; None: nowhere."""
+    max_side_px: Annotated[int, Field(gt=0)] = 1024
+    """Preview frames are reduced to at most this side."""
+    interval_s: Annotated[float, Field(gt=0)] = 0.2
+    """Shortest time between two preview frames of a channel."""
+    control: str | None = None
+    """Where viewers may ask for autofocus, holding focus and a stop; None: nowhere.
+    Whoever reaches the preview reaches it: it is nobody's until it is wanted."""
+
+
+class TransportConfig(Section):
+    """Sockets between the microscope side and the processor."""
+
+    frames: str = "tcp://127.0.0.1:5571"
+    """Frames: bound by the microscope side, connected to by the processor."""
+    control: str = "tcp://127.0.0.1:5572"
+    """Credit, receipts, estimates, requests: bound by the microscope side."""
+    pairing: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """Word both sides must share; None: it follows from the config file and the user
+    (beyond loopback: from ``run.name``). Guards against mix-ups, not attackers."""
+    preview: PreviewConfig = PreviewConfig()
+    slots: Annotated[int, Field(ge=2)] = 32
+    """Frames held per side; the microscope keeps each until it is durable."""
+    memory_mb: Annotated[float, Field(gt=0)] = 2048
+    """Most memory for the slots of one side; fewer slots if they are large."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """A stall longer than this follows `on_stall`."""
+    on_stall: Literal["wait", "raw_only", "abort"] = "wait"
+    """``wait``; ``raw_only``: keep writing raw, restore later; ``abort``."""
+    heartbeat_s: Annotated[float, Field(gt=0)] = 0.5
+    """Interval of heartbeats; a peer silent for 6 of them is lost."""
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long either side waits for the other at the start."""
+    max_frame_mb: Annotated[float, Field(gt=0)] = 256
+    """Larger messages are refused and disconnect their sender."""
+    curve_keys: Path | None = None
+    """Folder with CURVE certificates; required off loopback (slow: encrypts)."""
+    insecure: bool = False
+    """Allow to bind beyond loopback without CURVE."""
+
+
+class StoreConfig(Section):
+    """The run folder ``NAME.rtfocus``."""
+
+    raw: bool = True
+    """Write ``raw.ome.zarr``."""
+    restored: bool = True
+    """Write ``restored.ome.zarr``."""
+    restored_dtype: Literal["camera", "float32"] = "camera"
+    """``camera``: clipped and rounded to the camera's dtype."""
+    chunk_px: Annotated[int, Field(gt=0)] = 512
+    """Side of the inner chunks."""
+    shard_frames: Annotated[int, Field(gt=0)] = 1
+    """Frames (along t) per shard; durability advances per shard."""
+    codec: Literal["zstd", "blosc-zstd", "blosc-lz4", "none"] = "blosc-lz4"
+    """Compression of the chunks."""
+    codec_level: Annotated[int, Field(ge=0, le=22)] = 1
+    """Compression level."""
+    fsync: bool = False
+    """Flush every frame to the disk itself: survives a power loss, slower."""
+    outstanding: Annotated[int, Field(gt=0)] = 8
+    """Frames being written at once."""
+    min_free_mb: Annotated[float, Field(ge=0)] = 500
+    """The run ends cleanly when less than this is left on the disk."""
+    overwrite: bool = False
+    """Replace a finished run folder of the same name."""
+
+
+AlarmKind = Literal["focus", "disk", "frames", "end"]
+
+
+class AlarmConfig(Section):
+    """Who is told of lost focus, a disk that fills up, lost frames and the end.
+
+    A line says it in any case. What cannot be delivered is counted in the report and
+    never hurts the run.
+    """
+
+    on: list[AlarmKind] = ["focus", "disk", "frames", "end"]
+    """What is told."""
+    webhook: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """URL that gets a JSON message by POST, its ``text`` for people."""
+    command: Annotated[list[str], Field(min_length=1)] | None = None
+    """Program and arguments, run without a shell: the message as JSON on its standard
+    input, and as ``RTFOCUS_ALARM_TEXT``, ``..._KIND`` and ``..._RUN`` in its
+    environment."""
+    sound: bool = False
+    """Ring the terminal's bell."""
+    focus_lost_um: Annotated[float, Field(gt=0)] | None = None
+    """Distance beyond which focus counts as lost; None: three depths of field."""
+    focus_lost_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long every frame must lie beyond it."""
+    disk_full_min: Annotated[float, Field(ge=0)] = 10.0
+    """Told when the disk is full in less than this, and before the plan ends."""
+    interval_s: Annotated[float, Field(ge=0)] = 300.0
+    """Shortest time between two alarms of one kind."""
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """Longest time for one delivery."""
+
+
+Um = Annotated[float, Field(gt=0, lt=inf)]
+Place = Annotated[float, Field(gt=-inf, lt=inf)]
+
+
+def _off_of_yaml(value: object) -> object:
+    """Take the word ``off``, which YAML reads as a truth value, for itself."""
+    return "off" if value is False else value
+
+
+class AutofocusConfig(Section):
+    """Focus found and held by the images themselves."""
+
+    mode: Annotated[Literal["off", "hold"], BeforeValidator(_off_of_yaml)] = "off"
+    """``hold``: keep every position in focus while a plan runs. An
+    ``autofocus_plan`` of device ``rtfocus`` in the plan is answered in both."""
+    search: str = "rtfocus"
+    """What finds focus on demand: ``rtfocus``, or the name under which an installed
+    package brings another (entry point in group ``rtfocus.autofocus``)."""
+    low_um: Place | None = None
+    """Lowest stage z autofocus may ever go to; None: `reach_um` below the start."""
+    high_um: Place | None = None
+    """Highest stage z; None: `reach_um` above the start."""
+    reach_um: Um = 30.0
+    """Farthest from where the stage stood at the start, whatever the limits say."""
+    most_um: Um = 15.0
+    """Longest step of a search; the way back to the best z may be longer."""
+    deadband: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Smallest correction worth a move, in depths of field (n lambda / NA^2)."""
+    direction: Literal["auto", "toward", "away", "unknown"] = "auto"
+    """What larger z does to the plane of focus: ``toward`` the specimen or ``away``
+    from it; ``auto``: as Micro-Manager's hardware wizard was told."""
+    safe_side: Literal["auto", "down", "up"] = "auto"
+    """Where the objective cannot touch the specimen; ``auto``: away from it."""
+    approach: Literal["either", "up", "down"] = "either"
+    """Direction of every last move, against backlash; ``either``: up where the
+    calibration measured backlash."""
+    backlash_um: Annotated[float, Field(ge=0, lt=inf)] = 0.0
+    """How far to overshoot in order to arrive in the direction of `approach`; 0: half
+    as far again as the calibration measured."""
+    calibration: Path | None = None
+    """File of ``rtfocus calibrate``; None: answers are checked by one more image."""
+    focus_channel: str | None = None
+    """Channel whose images tell focus; None: on demand the present one, held: the
+    first of the plan."""
+    channel_offsets_um: dict[str, Place] = {}
+    """Focus of a channel minus that of the focus channel."""
+    region: tuple[int, int, int, int] | None = None
+    """x, y, width, height in pixels of what shall be in focus; None: the frame."""
+    most_images: Annotated[int, Field(ge=2)] = 10
+    """Images one search may take."""
+    timeout_s: Um = 60.0
+    """A search without progress for so long ends."""
+    request_timeout_s: Um = 10.0
+    """Longest wait for the estimate of one image."""
+    on_failure: Literal["continue", "skip"] = "continue"
+    """After a search that failed: acquire the position as it is, or skip its events."""
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> "AutofocusConfig":
+        low, high = self.low_um, self.high_um
+        if low is not None and high is not None and low >= high:
+            msg = f"low_um {low:g} is not below high_um {high:g}; swap them"
+            raise ValueError(msg)
+        return self
