@@ -1,20 +1,30 @@
-"""Preview viewer: receives what a processor shows, and asks it for something."""
+"""Preview messages: pictures, states and requests, as viewers get and send them.
+
+A picture is ``[header, pixels, plane, ...]``, a state ``[header]``; headers are msgpack
+maps. What a viewer asks for goes the other way, on a socket of its own, and only where
+the config has one. `PROTOCOL.md` has them in words.
+"""
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from rtfocus.errors import ProtocolError
-from rtfocus.transport.preview_messages import (
-    Answer,
-    Preview,
-    PreviewStatus,
-    Request,
-    unpack_answer,
-    unpack_preview,
+from rtfocus.frame import (
+    PROTOCOL_VERSION,
+    Act,
+    Estimate,
+    FrameHeader,
+    SeriesStart,
+    TileGrid,
 )
 from rtfocus.transport.sockets import (
     CLIENT,
@@ -23,6 +33,222 @@ from rtfocus.transport.sockets import (
     preview_client,
     request_client,
 )
+from rtfocus.transport.validation import DTYPES
+
+
+class PlaneHeader(msgspec.Struct, frozen=True):
+    """One further plane of a picture, beside its pixels."""
+
+    name: str
+    """``restored``, ``defocus`` (um per tile, NaN = background) or ``saturation``
+    (blocks of `block_px` pixels, 1 = at least one of them is saturated)."""
+    shape: tuple[int, ...]
+    dtype: str
+    block_px: int = 0
+
+
+class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
+    """What is known about the pixels beside it."""
+
+    version: int
+    shape: tuple[int, ...]
+    """Of the reduced frame: (y, x) or (y, x, 3)."""
+    dtype: str
+    reduced: int
+    """Every so many pixels of the frame, along y and x, one was taken."""
+    estimate: Estimate | None
+    metrics: dict[str, Any]
+    frame: FrameHeader | None = None
+    """Of a whole picture, sent when its result is there; without ``frame_meta``."""
+    planes: tuple[PlaneHeader, ...] = ()
+    """Of the parts after the pixels, in order."""
+    grid: TileGrid | None = None
+    """Where the tiles of the defocus map lie in the frame."""
+    saturated: int | None = None
+    """Saturated pixels of the whole frame; None: not known."""
+
+
+class Point(msgspec.Struct, frozen=True, array_like=True):
+    """One frame of the traces."""
+
+    sequence: int
+    role: str
+    index: dict[str, int]
+    captured_ns: int
+    z_um: float | None
+    defocus_um: float | None
+    signed: bool
+    confidence: float
+    refusal: str | None
+    """Why autofocus refused the frame; None: it did not, or was not asked."""
+
+
+class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
+    """How the processor is; sent several times a second while somebody looks."""
+
+    version: int
+    state: Literal["waiting", "running"]
+    series: SeriesStart | None = None
+    """Without plan and summary, and at most a thousand positions."""
+    folder: str = ""
+    """The run folder, on `host`."""
+    host: str = ""
+    saturation_counts: float | None = None
+    """Counts from which on a pixel is saturated; None: none is."""
+    metrics: dict[str, Any] = {}
+    points: list[Point] = []
+    """The newest frames, oldest first; overlaps with the status before."""
+    focus: list[tuple[int, dict[str, Any]]] = []
+    """The newest lines of ``focus.ndjson``, numbered."""
+    dropped: int = 0
+    """Pictures that were not shown: they came too soon, or gave way to later ones."""
+    control: str | None = None
+    """Where requests are taken; None: nowhere."""
+
+
+class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+    """A viewer asks for something."""
+
+    version: int
+    series_uid: str
+    what: Act
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer", tag_field="type"):
+    """What became of a request."""
+
+    done: bool
+    """It was passed on; a refusal has its reason."""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A series as viewers are told of it."""
+
+    series: SeriesStart
+    folder: Path
+    metrics: Callable[[], dict[str, Any]]
+    """Plain numbers, asked for in the preview's own thread."""
+    saturation_counts: float = np.inf
+    """Counts from which on a pixel is saturated."""
+    act: Callable[[Act], None] = lambda _: None
+    """Does what a viewer asked for; RtfocusError: why it cannot."""
+
+    def brief(self) -> SeriesStart:
+        """Return the series without what is long."""
+        return msgspec.structs.replace(
+            self.series,
+            mda_sequence=None,
+            summary={},
+            positions=self.series.positions[:_POSITIONS],
+        )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a viewer sees."""
+
+    header: PreviewHeader
+    pixels: NDArray[np.generic]
+    """Shape and dtype as in the header."""
+    skipped: int
+    """Older previews that were there too and gave way to this one."""
+    planes: dict[str, NDArray[np.generic]]
+    """Further planes by name."""
+
+
+_POSITIONS = 1000
+_decoder: msgspec.msgpack.Decoder[PreviewHeader | PreviewStatus] = (
+    msgspec.msgpack.Decoder(PreviewHeader | PreviewStatus)
+)
+_request = msgspec.msgpack.Decoder(Request)
+_answer = msgspec.msgpack.Decoder(Answer)
+
+
+def unpack_preview(parts: list[bytes], skipped: int) -> Preview | PreviewStatus:
+    """Decode what came from a preview socket.
+
+    Raises
+    ------
+    ProtocolError
+        If it cannot be understood.
+    """
+    try:
+        header = _decoder.decode(parts[0])
+        if isinstance(header, PreviewStatus):
+            return header
+        pixels = _array(parts[1], header.dtype, header.shape)
+        # More parts than are named: of a later version.
+        planes = {
+            plane.name: _array(part, plane.dtype, plane.shape)
+            for plane, part in zip(header.planes, parts[2:], strict=False)
+        }
+    except (msgspec.MsgspecError, ValueError, IndexError, RecursionError) as error:
+        msg = f"not a preview of protocol version {PROTOCOL_VERSION}: {error}"
+        raise ProtocolError(msg) from error
+    return Preview(header, pixels, skipped, planes)
+
+
+def unpack_request(data: bytes) -> Request:
+    """Decode a request; ProtocolError names the fault."""
+    try:
+        return _request.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        msg = f"not a request of protocol version {PROTOCOL_VERSION}: {error}"
+        raise ProtocolError(msg) from error
+
+
+def unpack_answer(data: bytes) -> Answer:
+    """Decode an answer; ProtocolError names the fault."""
+    try:
+        return _answer.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        msg = f"not an answer of protocol version {PROTOCOL_VERSION}: {error}"
+        raise ProtocolError(msg) from error
+
+
+def _array(part: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    if dtype not in DTYPES:
+        msg = f"preview of dtype {dtype!r}"
+        raise ProtocolError(msg)
+    return np.frombuffer(part, dtype).reshape(shape)
+
+
+def saturation_blocks(
+    pixels: NDArray[np.generic], level: float
+) -> tuple[int, NDArray[np.uint8] | None, int]:
+    """Count the saturated pixels of a frame, and say where they are.
+
+    Parameters
+    ----------
+    pixels
+        Shape (y, x) or (y, x, 3).
+    level
+        Counts from which on a pixel is saturated.
+
+    Returns
+    -------
+    tuple
+        Number of them; blocks of the frame, 1 where there is one, None: nowhere;
+        side of a block in pixels.
+    """
+    block_px = -(-max(pixels.shape[:2]) // 128)
+    # Most frames have none, and the largest count is found soonest.
+    if not float(pixels.max()) >= level:
+        return 0, None, block_px
+    # Whole numbers are compared with a whole number: no copy as floats.
+    limit = pixels.dtype.type(np.ceil(level)) if pixels.dtype.kind in "ui" else level
+    high: NDArray[np.bool_] = np.zeros(pixels.shape, bool)
+    np.greater_equal(pixels, limit, out=high)
+    if high.ndim == 3:
+        high = np.asarray(high.any(axis=2), bool)
+    number = int(np.count_nonzero(high))
+    rows, columns = (-(-side // block_px) for side in high.shape)
+    whole = np.zeros((rows * block_px, columns * block_px), bool)
+    whole[: high.shape[0], : high.shape[1]] = high
+    blocks = whole.reshape(rows, block_px, columns, block_px).any(axis=(1, 3))
+    return number, np.asarray(blocks, np.uint8), block_px
 
 
 class PreviewViewer:

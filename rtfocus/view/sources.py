@@ -10,8 +10,12 @@ import numpy as np
 
 from rtfocus.errors import ProtocolError, RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, Act
-from rtfocus.transport.preview_messages import Preview, PreviewStatus, Request
-from rtfocus.transport.preview_viewer import PreviewViewer
+from rtfocus.transport.preview_viewer import (
+    Preview,
+    PreviewStatus,
+    PreviewViewer,
+    Request,
+)
 from rtfocus.view.codec import Flag, Kind, Picture, Plane
 from rtfocus.view.scene import Scene
 from rtfocus.view.source_run import StoredRun, defocus_plane, report_of

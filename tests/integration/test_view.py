@@ -26,8 +26,12 @@ from rtfocus.files import resource_folder
 from rtfocus.focusing import MOST_REQUESTS, Focusing
 from rtfocus.frame import Act
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_messages import Answer, PreviewStatus, Request
-from rtfocus.transport.preview_viewer import PreviewViewer
+from rtfocus.transport.preview_viewer import (
+    Answer,
+    PreviewStatus,
+    PreviewViewer,
+    Request,
+)
 from rtfocus.transport.sockets import create_keys
 from rtfocus.view.codec import (
     HEADER,
