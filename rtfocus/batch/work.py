@@ -38,8 +38,7 @@ from rtfocus.errors import (
 from rtfocus.frame import FrameResult
 from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.outputs import OutputGuard, companions
-from rtfocus.images.pictures import stretch_histogram
-from rtfocus.images.reading import find_images
+from rtfocus.images.reading import find_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import OutputImage, write_tiff
 from rtfocus.images.zarr_writing import fill_image

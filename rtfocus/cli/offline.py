@@ -30,8 +30,12 @@ from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
 from rtfocus.images.outputs import STANDARD_OUTPUT, OutputGuard, companions
-from rtfocus.images.pictures import stretch_histogram
-from rtfocus.images.reading import BrokenImage, FoundImages, find_images
+from rtfocus.images.reading import (
+    BrokenImage,
+    FoundImages,
+    find_images,
+    stretch_histogram,
+)
 from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.processing.image_set import (
     ImageSet,

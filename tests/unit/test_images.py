@@ -9,8 +9,7 @@ import zarr
 from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
-from rtfocus.images.pictures import stretch_histogram
-from rtfocus.images.reading import open_images
+from rtfocus.images.reading import open_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import OutputImage, write_images
 
