@@ -40,9 +40,8 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import open_context
-from rtfocus.writers.header import RunHeader
+from rtfocus.writers.header import RunHeader, array_metadata, image_specs
 from rtfocus.writers.run import open_run
-from rtfocus.writers.specs import array_metadata, image_specs
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine

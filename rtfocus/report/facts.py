@@ -18,9 +18,17 @@ from rtfocus.errors import WriterError
 from rtfocus.focus_readings import FOCUS_LOG
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import FrameArray, open_context
-from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, read_header
+from rtfocus.writers.header import (
+    DEFOCUS,
+    JOURNAL_NAME,
+    RAW,
+    REPORT_NAME,
+    RESTORED,
+    RunHeader,
+    image_specs,
+    read_header,
+)
 from rtfocus.writers.layout import image_groups
-from rtfocus.writers.specs import DEFOCUS, RAW, RESTORED, image_specs
 
 MOST_FRAMES = 50_000
 """Frames read of a journal; of a longer one every n-th."""

@@ -17,7 +17,19 @@ from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.frame import FrameResult
 from rtfocus.writers.companion import write_companions
-from rtfocus.writers.header import RunHeader, is_document
+from rtfocus.writers.header import (
+    CONFIDENCE,
+    DEFOCUS,
+    RAW,
+    RESTORED,
+    ImageSpec,
+    RunHeader,
+    ShardFile,
+    array_metadata,
+    image_specs,
+    is_document,
+    list_shards,
+)
 from rtfocus.writers.layout import (
     Windows,
     finish_group,
@@ -25,17 +37,6 @@ from rtfocus.writers.layout import (
     write_groups,
 )
 from rtfocus.writers.places import Index
-from rtfocus.writers.specs import (
-    CONFIDENCE,
-    DEFOCUS,
-    RAW,
-    RESTORED,
-    ImageSpec,
-    ShardFile,
-    array_metadata,
-    image_specs,
-    list_shards,
-)
 
 _FIRST_GROWTH = 64
 _LARGEST_GROWTH = 4096

@@ -23,24 +23,22 @@ from rtfocus.writers.commit import Tally
 from rtfocus.writers.companion import COMPANION, companion_fault
 from rtfocus.writers.folder import ASIDE_NAME
 from rtfocus.writers.header import (
+    CONFIDENCE,
     JOURNAL_NAME,
     REPORT_NAME,
+    ImageSpec,
     RunHeader,
+    image_specs,
     is_finished,
+    list_shards,
     read_header,
+    shard_name,
 )
 from rtfocus.writers.journal import WRITTEN, Line, scan_journal
 from rtfocus.writers.layout import image_groups, store_path
 from rtfocus.writers.lock import Holder, holder_of
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.repair import Terms, read_report, repair_run
-from rtfocus.writers.specs import (
-    CONFIDENCE,
-    ImageSpec,
-    image_specs,
-    list_shards,
-    shard_name,
-)
 
 _MOST_PROBLEMS = 20
 """Problems of one kind told one by one."""

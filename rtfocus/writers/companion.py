@@ -11,9 +11,8 @@ import numpy as np
 from rtfocus.frame import Position
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml, write_ome_xml
 from rtfocus.images.series import ImageChannel, StagePosition
-from rtfocus.writers.header import RunHeader, write_file
+from rtfocus.writers.header import CONFIDENCE, ImageSpec, RunHeader, write_file
 from rtfocus.writers.layout import channels_of, is_plate, store_path
-from rtfocus.writers.specs import CONFIDENCE, ImageSpec
 
 COMPANION = "OME/METADATA.ome.xml"
 

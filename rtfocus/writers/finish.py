@@ -20,11 +20,18 @@ from rtfocus.files import remove, replace
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Tally
 from rtfocus.writers.folder import set_aside
-from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, write_json
+from rtfocus.writers.header import (
+    CONFIDENCE,
+    DEFOCUS,
+    JOURNAL_NAME,
+    REPORT_NAME,
+    ImageSpec,
+    RunHeader,
+    write_json,
+)
 from rtfocus.writers.journal import WRITTEN, Line, read_journal
 from rtfocus.writers.layout import Windows, write_group
 from rtfocus.writers.places import Index, complete
-from rtfocus.writers.specs import CONFIDENCE, DEFOCUS, ImageSpec
 
 FRAMES_NAME = "frames.zarr"
 _BLOCK = 8192

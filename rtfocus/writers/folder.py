@@ -18,6 +18,7 @@ from rtfocus.writers.header import (
     HEADER_NAME,
     JOURNAL_NAME,
     RunHeader,
+    image_specs,
     is_bare,
     is_finished,
     read_header,
@@ -26,7 +27,6 @@ from rtfocus.writers.header import (
 from rtfocus.writers.layout import group_documents
 from rtfocus.writers.lock import RunLock, holder_of
 from rtfocus.writers.places import Plan
-from rtfocus.writers.specs import image_specs
 
 SUFFIX = ".rtfocus"
 ASIDE_NAME = "set_aside"

@@ -18,8 +18,15 @@ from yaozarrs import v05
 from rtfocus.channel import Channel
 from rtfocus.errors import WriterError
 from rtfocus.frame import Position
-from rtfocus.writers.header import RunHeader, is_document, write_json
-from rtfocus.writers.specs import CONFIDENCE, DEFOCUS, RAW, ImageSpec
+from rtfocus.writers.header import (
+    CONFIDENCE,
+    DEFOCUS,
+    RAW,
+    ImageSpec,
+    RunHeader,
+    is_document,
+    write_json,
+)
 
 Windows = list[tuple[float, float] | None]
 """Values shown black and white, by channel of an image; None: as planned."""

@@ -22,7 +22,7 @@ from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import replace
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.folder import ASIDE_NAME, set_aside
-from rtfocus.writers.header import JOURNAL_NAME, RunHeader
+from rtfocus.writers.header import JOURNAL_NAME, RAW, RESTORED, RunHeader
 from rtfocus.writers.journal import (
     BLANK,
     MISSING,
@@ -32,7 +32,6 @@ from rtfocus.writers.journal import (
     scan_journal,
 )
 from rtfocus.writers.places import Index, Plan, TakenPlaces, complete
-from rtfocus.writers.specs import RAW, RESTORED
 
 LOST = "neither its line nor its pixels are on the disk"
 """Reason of a sequence that nothing is left of."""

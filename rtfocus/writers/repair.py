@@ -20,8 +20,11 @@ from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import ASIDE_NAME, refuse_links, set_aside
 from rtfocus.writers.header import (
     JOURNAL_NAME,
+    RAW,
     REPORT_NAME,
+    RESTORED,
     RunHeader,
+    image_specs,
     is_finished,
     read_header,
 )
@@ -30,7 +33,6 @@ from rtfocus.writers.layout import group_documents
 from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, complete
 from rtfocus.writers.recovery import mend_journal
-from rtfocus.writers.specs import RAW, RESTORED, image_specs
 
 INTERRUPTED = "interrupted"
 

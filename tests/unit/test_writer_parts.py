@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rtfocus.errors import WriterError
 from rtfocus.writers.folder import DiskWatch, check_space
+from rtfocus.writers.header import ImageSpec
 from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
-from rtfocus.writers.specs import ImageSpec
 
 
 def journal_of(path: Path, lines: int) -> None:
