@@ -31,8 +31,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.evaluation.contenders import contender
-from rtfocus.evaluation.samples import BBBC006, DataSet, Sample
-from rtfocus.evaluation.unseen_sets import GREEN, IN_FOCUS, shown, windows
+from rtfocus.evaluation.samples import (
+    BBBC006,
+    GREEN,
+    IN_FOCUS,
+    DataSet,
+    Sample,
+    shown,
+    windows,
+)
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.camera import luminance
@@ -49,7 +56,7 @@ _SIDE_PX = 288
 _LEAST_PX = 150
 # How much larger or smaller than they were taken sharp images are shown.
 _ZOOM = (0.6, 3.2)
-# The file of a kind that is left out, see `rtfocus.evaluation.unseen_sets`.
+# The file of a kind that is left out, see `rtfocus.evaluation.samples`.
 _LEFT_OUT = "cell_dna_mts_actin"
 _PAIRS = ("a0[2-9]*", "a1[0-8]*")
 _OPEN = 4

@@ -20,8 +20,14 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
-from rtfocus.evaluation.samples import BBBC006, DataSet, Sample, middle, plane_name
-from rtfocus.evaluation.unseen_sets import unseen
+from rtfocus.evaluation.samples import (
+    BBBC006,
+    DataSet,
+    Sample,
+    middle,
+    plane_name,
+    unseen,
+)
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.optics.blur import blur

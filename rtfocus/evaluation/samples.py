@@ -1,12 +1,27 @@
-"""Samples: frames with what is known about them, as every data set gives them."""
+"""Samples: frames with what is known about them, as every data set gives them.
+
+And the data set that no folder gives: kinds of images that no recipe trains on,
+blurred in ways nobody tells. What a laboratory meets that has described nothing: every
+sharp image comes blurred by defocus of optics drawn at random, by a Born-Wolf PSF and
+by a Gaussian, photographed by a camera drawn at random, and once more in focus, where
+nothing may change.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.images.reading import open_images
+from rtfocus.optics.blur import blur
+from rtfocus.optics.camera import CameraModel
+from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.camera import luminance
+from rtfocus.specimens import draw_stained
 
 Image = NDArray[np.float32]
 
@@ -72,3 +87,153 @@ def middle(length_px: int, most_px: int) -> slice:
     """
     side = min(length_px, most_px)
     return slice((length_px - side) // 2, (length_px + side) // 2)
+
+
+IN_FOCUS = "in focus"
+"""Ends the names of groups whose frames must come back unchanged."""
+
+_SIDE_PX = 288
+_SEED = 31
+_WINDOWS = 2
+# Of the camera: its gain makes the brightest pixel about as many counts.
+_COUNTS = {8: 200.0, 16: 12_000.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of image."""
+
+    name: str
+    pattern: str
+    """Of files below the folder of published images; empty: drawn."""
+    places: tuple[int, ...] = (0,)
+    """Which planes of a file, counted through all axes."""
+
+
+KINDS = (
+    Kind("cytoskeleton", "in_focus/neubias/xyc_16bit__cell_dna_mts_actin.tif", (1, 2)),
+    Kind("nuclei 40x", "sephace_brightfield_Set1/dapi_in_focus.tif"),
+    Kind("mitochondria", "dfnn_mitochondria/stack_zyx.tif", (8,)),
+    Kind("confocal nucleus", "neubias_confocal_widefield/zcyx.tif", (38,)),
+    Kind("unstained", "sephace_brightfield_Set1/fine_z1352.25um.tif"),
+    Kind("stained, drawn", ""),
+)
+"""What is shown; the drawn section is not of a kind left out of every recipe."""
+
+
+def unseen(folder: Path) -> DataSet:
+    """Kinds left out of training: random blur, random camera, and in focus."""
+
+    def samples() -> Iterator[Sample]:
+        for number, kind in enumerate(KINDS):
+            rng = np.random.default_rng([_SEED, number])
+            for name, light in _lights(kind, folder, rng):
+                yield from shown(kind.name, name, light, rng)
+
+    title = (
+        f"{len(KINDS)} kinds, each blurred by random pupils, Born-Wolf and Gaussian "
+        f"PSFs, and in focus; seed {_SEED}, range of the sharp image"
+    )
+    return DataSet("unseen", title, BBBC006, 0.0, samples)
+
+
+def _lights(
+    kind: Kind, folder: Path, rng: np.random.Generator
+) -> Iterator[tuple[str, Image]]:
+    """Yield windows of the images of a kind: darkest percentile 0, brightest 1."""
+    if not kind.pattern:
+        for number in range(_WINDOWS):
+            section = draw_stained((_SIDE_PX, _SIDE_PX), rng) @ GREEN
+            yield f"{kind.name} {number}", section.astype(np.float32)
+        return
+    for series in open_images(folder / kind.pattern):
+        planes = list(series.indices())
+        for place in kind.places:
+            plane = luminance(series.read(**planes[place]).astype(np.float32))
+            for number, window in enumerate(windows(plane)):
+                dark = np.percentile(window, 0.5)
+                light = np.clip((window - dark) / (window.max() - dark), 0, 1)
+                yield f"{series.name} {place} {number}", light.astype(np.float32)
+
+
+GREEN = np.array([0.0, 1.0, 0.0], np.float32)
+"""What a green filter lets through: H&E has its contrast there."""
+
+
+def windows(plane: Image) -> Iterator[Image]:
+    """Yield the middle of an image, and the liveliest quarter of what it leaves."""
+    rows, columns = (middle(side, _SIDE_PX) for side in plane.shape)
+    yield plane[rows, columns]
+    if min(plane.shape) < 2 * _SIDE_PX:
+        return
+    corners = [
+        plane[down, across]
+        for down in (slice(_SIDE_PX), slice(-_SIDE_PX, None))
+        for across in (slice(_SIDE_PX), slice(-_SIDE_PX, None))
+    ]
+    yield max(corners, key=lambda corner: float(corner.std()))
+
+
+def shown(
+    kind: str, name: str, light: Image, rng: np.random.Generator
+) -> Iterator[Sample]:
+    """Yield an image blurred in three ways and in focus, each by a camera of its own.
+
+    Parameters
+    ----------
+    kind
+        Group of the frames out of focus.
+    name
+        Begins the frames' names.
+    light
+        Axes (y, x), 0 to 1.
+    rng
+        Draws blurs, cameras and noise.
+    """
+    for way in ("pupil", "Born-Wolf", "Gaussian"):
+        camera, counts = _draw_camera(rng)
+        blurred = _blurred(light, way, rng)
+        pixels = camera.expose(np.clip(blurred, 0, 1), rng)
+        truth = camera.offset_counts + light * np.float32(counts)
+        yield Sample(f"{name} {way}", pixels, truth, None, kind, counts)
+    camera, counts = _draw_camera(rng)
+    pixels = camera.expose(light, rng)
+    group = f"{kind}, {IN_FOCUS}"
+    yield Sample(f"{name} {IN_FOCUS}", pixels, pixels, None, group, counts)
+
+
+def _draw_camera(rng: np.random.Generator) -> tuple[CameraModel, float]:
+    """Draw a camera and the counts it gives for the brightest light."""
+    bits = int(rng.choice([8, 16]))
+    photons = float(np.exp(rng.uniform(np.log(300), np.log(20_000))))
+    counts = _COUNTS[bits] * float(rng.uniform(0.5, 1.0))
+    offset = float(rng.choice([0.0, 0.04])) * counts
+    camera = CameraModel(
+        photons=photons,
+        gain_e_per_count=photons / counts,
+        offset_counts=offset,
+        read_noise_e=float(rng.uniform(0.0, 3.0)),
+        bit_depth=bits,
+    )
+    return camera, counts
+
+
+def _blurred(light: Image, way: str, rng: np.random.Generator) -> Image:
+    """Blur by a disc of 1.5 to 7 px radius or what is as wide."""
+    radius_px = float(rng.uniform(1.5, 7.0))
+    if way == "Gaussian":
+        return np.asarray(gaussian_filter(light, radius_px / 2, mode="reflect"))
+    aperture = float(rng.uniform(0.3, 0.9))
+    # Sampling pixel NA / lambda, from finer than Nyquist to coarse.
+    sampling = float(rng.uniform(0.22, 0.8))
+    pixel_um = sampling * 0.52 / aperture
+    spherical = float(rng.uniform(-0.5, 0.5)) if way == "pupil" else 0.0
+    optics = OpticalSystem(
+        aperture,
+        520.0,
+        pixel_um,
+        psf_model="pupil" if way == "pupil" else "born_wolf",
+        aberrations=Aberrations(spherical_waves=spherical),
+    )
+    side = float(rng.choice([-1.0, 1.0]))
+    return blur(light, compute_psf(optics, side * radius_px * pixel_um / aperture))
