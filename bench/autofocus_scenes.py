@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.optics.blur import BlurredPlanes
-from rtfocus.optics.camera import CameraModel
+from rtfocus.optics.formation import BlurredPlanes, CameraModel
 
 Image = NDArray[np.float32]
 DARK = 100.0

@@ -26,7 +26,7 @@ from skimage.restoration import richardson_lucy
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
-from rtfocus.optics.blur import blur, blur_depth_variant
+from rtfocus.optics.formation import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
 from rtfocus.processing.restore import METHODS

@@ -19,7 +19,7 @@ import numpy as np
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import CameraConfig, ProcessingConfig
-from rtfocus.optics.blur import blur_depth_variant
+from rtfocus.optics.formation import blur_depth_variant
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared

@@ -22,7 +22,7 @@ from rtfocus.calibration.report import (
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.charts import Axis
 from rtfocus.drawing.panels import Panel
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf, psf_radius_px
 
 Floats = NDArray[np.float64]

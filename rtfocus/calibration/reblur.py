@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.optics.blur import transfer_function
+from rtfocus.optics.formation import transfer_function
 from rtfocus.optics.psf import blur_radius_um, compute_psf
 
 Image = NDArray[np.float32]

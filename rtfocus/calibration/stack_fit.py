@@ -29,7 +29,7 @@ from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.panels import Panel
 from rtfocus.errors import InputError
-from rtfocus.optics.blur import transfer_function
+from rtfocus.optics.formation import transfer_function
 from rtfocus.optics.psf import blur_radius_um, compute_psf
 
 Image = NDArray[np.float32]

@@ -30,8 +30,7 @@ from rtfocus.evaluation.samples import (
 )
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.optics.blur import blur
-from rtfocus.optics.camera import CameraModel
+from rtfocus.optics.formation import CameraModel, blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import luminance
 

@@ -17,8 +17,7 @@ from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.images.reading import open_images
-from rtfocus.optics.blur import blur
-from rtfocus.optics.camera import CameraModel
+from rtfocus.optics.formation import CameraModel, blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import luminance
 from rtfocus.specimens import draw_stained

@@ -18,7 +18,7 @@ from rtfocus.frame import (
     SeriesStart,
     SlotPool,
 )
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.processor import DEVICES, FrameProcessor

@@ -9,7 +9,7 @@ from gpu_host_kit import HostTransforms, HostWork, view
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import CameraConfig
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection

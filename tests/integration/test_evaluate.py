@@ -16,7 +16,7 @@ from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.data_sets import LEVELS, find_data_set, synthetic
 from rtfocus.evaluation.evaluate import evaluate
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen
 

@@ -15,7 +15,7 @@ from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.samples import BBBC006, DataSet
 from rtfocus.files import resource_folder
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.gpu.channel import refuse_to_weigh

@@ -13,7 +13,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.cli.commands import app
 from rtfocus.config import load_config
 from rtfocus.errors import ConfigError, InputError
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen
 

@@ -12,8 +12,7 @@ from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.spectrum import amplitude_spectrum
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import Estimate, FocusReading
-from rtfocus.optics.blur import BlurredPlanes
-from rtfocus.optics.camera import CameraModel
+from rtfocus.optics.formation import BlurredPlanes, CameraModel
 from rtfocus.specimens import draw_specimen
 
 OPTICS = OpticalSystem(0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.4))

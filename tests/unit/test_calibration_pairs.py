@@ -7,7 +7,7 @@ import pytest
 
 from rtfocus.calibration.pair_search import calibrate_psf
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen
 

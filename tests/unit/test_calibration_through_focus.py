@@ -10,7 +10,7 @@ from rtfocus.calibration.reblur import measure_psf
 from rtfocus.calibration.stack_fit import StackPlanes
 from rtfocus.calibration.through_focus import fit_through_focus, match_planes
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen
 

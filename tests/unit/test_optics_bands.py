@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rtfocus.optics.bands import band_centres, band_weights, edge_taper
+from rtfocus.optics.formation import band_centres, band_weights, edge_taper
 
 
 @pytest.mark.parametrize("shape", [(192, 192), (96, 130), (7, 5)])

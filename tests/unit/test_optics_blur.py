@@ -5,7 +5,7 @@ import pytest
 from scipy.signal import convolve2d
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.optics.blur import BlurredPlanes, blur, blur_depth_variant, blur_stack
+from rtfocus.optics.formation import BlurredPlanes, blur, blur_depth_variant, blur_stack
 from rtfocus.optics.psf import compute_psf
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.45))

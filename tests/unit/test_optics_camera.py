@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rtfocus.optics.camera import CameraModel, NoisePool
+from rtfocus.optics.formation import CameraModel, NoisePool
 
 CAMERA = CameraModel(
     photons=400.0, gain_e_per_count=0.5, offset_counts=100.0, read_noise_e=3.0

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.blur import blur, blur_depth_variant
+from rtfocus.optics.formation import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.restore import WHOLE_FRAME, noise_variance

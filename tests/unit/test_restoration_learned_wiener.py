@@ -6,8 +6,7 @@ import pytest
 from rtfocus.channel import OpticalSystem
 from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.bands import band_weights, edge_taper
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import band_weights, blur, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.network_restorer import (

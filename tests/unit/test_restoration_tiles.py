@@ -6,7 +6,7 @@ from scipy.signal import fftconvolve
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
 from rtfocus.processing.tiles.montage import Montage

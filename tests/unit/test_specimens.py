@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import (
     SPECIMEN_KINDS,

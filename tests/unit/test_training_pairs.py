@@ -6,7 +6,7 @@ import tifffile
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.training.data.pair_scenes import (
     PairRecipe,
     PairScenes,

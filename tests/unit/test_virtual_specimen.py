@@ -8,7 +8,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.microscope.virtual.devices import Sensor
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 
 OPTICS = OpticalSystem(

@@ -24,7 +24,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import VirtualMicroscopeConfig, ZStageConfig
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.virtual.specimen import VirtualSpecimen
-from rtfocus.optics.camera import CameraModel, Counts, NoisePool
+from rtfocus.optics.formation import CameraModel, Counts, NoisePool
 
 
 class VirtualZStage(StageDevice):

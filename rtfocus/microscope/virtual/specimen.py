@@ -31,7 +31,7 @@ from rtfocus.config.sections import (
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.optics.blur import BlurredPlanes
+from rtfocus.optics.formation import BlurredPlanes
 from rtfocus.specimens import draw_specimen, draw_stained, normalise_sharp
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from rtfocus.optics.bands import band_weights, edge_taper
+from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
@@ -311,7 +311,7 @@ def filter_tiles(tiles: Image, transfer: Spectrum, log_snr: Image) -> Image:
         OTF over the half spectrum of a tile, real or complex.
     log_snr
         Natural logarithm of signal power over noise power, axes (tile, band), bands
-        as in `rtfocus.optics.bands`.
+        as in `rtfocus.optics.formation`.
 
     Returns
     -------

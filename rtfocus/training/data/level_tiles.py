@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.form import Section
-from rtfocus.optics.blur import blur_stack
+from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.data.pool import Pool

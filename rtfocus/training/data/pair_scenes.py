@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.form import Section
-from rtfocus.optics.blur import blur_stack
+from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.data.scenes import SceneSource, SharpField
 from rtfocus.training.recipe import Count, Fraction, Positive, RecipeBase

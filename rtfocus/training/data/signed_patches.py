@@ -16,7 +16,7 @@ from pydantic import Field
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.form import Section
-from rtfocus.optics.blur import blur_stack
+from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_stained

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.form import Section
-from rtfocus.optics.bands import band_weights, edge_taper
+from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.data.pair_scenes import PairRecipe, PairsRecipe
 from rtfocus.training.data.pairs import PairBatches
@@ -86,7 +86,7 @@ class LearnedWiener(nn.Module):
         -------
         Tensor
             Natural logarithm of signal power over noise power, (N, band), bands as
-            in `rtfocus.optics.bands`; within -12 and 12.
+            in `rtfocus.optics.formation`; within -12 and 12.
         """
         powers = []
         # A low-pass pyramid: each scale sees the half band below the one before.

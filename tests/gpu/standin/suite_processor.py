@@ -25,7 +25,7 @@ from rtfocus.frame import (
     SeriesStart,
     SlotPool,
 )
-from rtfocus.optics.blur import blur
+from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.gpu.cuda.driver import LostGpuError, current_context
