@@ -24,7 +24,7 @@ from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
 from rtfocus.sides import ProcessorProcess, on_free_ports, paired
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_viewer import PreviewViewer
+from rtfocus.transport.preview_messages import PreviewViewer
 from rtfocus.transport.publisher import FramePublisher
 
 _LOOK_S = 0.1

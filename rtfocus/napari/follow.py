@@ -19,7 +19,7 @@ from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import ProtocolError, RtfocusError
 from rtfocus.frame import SeriesStart
 from rtfocus.napari.reader import SIGNED_MAP, UNSIGNED_MAP
-from rtfocus.transport.preview_viewer import Preview, PreviewStatus, PreviewViewer
+from rtfocus.transport.preview_messages import Preview, PreviewStatus, PreviewViewer
 from rtfocus.workers import Newest
 
 _LOOK_S = 0.2

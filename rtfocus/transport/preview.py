@@ -1,7 +1,7 @@
 """Preview: newest frames and numbers for viewers; never slows the recording.
 
 A socket of its own that drops for whoever does not keep up, and copies nothing while
-nobody looks. Messages: `rtfocus.transport.preview_viewer`.
+nobody looks. Messages: `rtfocus.transport.preview_messages`.
 """
 
 import logging
@@ -28,7 +28,7 @@ from rtfocus.frame import (
     FrameResult,
 )
 from rtfocus.transport.io_thread import IoThread, Waker
-from rtfocus.transport.preview_viewer import (
+from rtfocus.transport.preview_messages import (
     Answer,
     PlaneHeader,
     Point,

@@ -22,7 +22,7 @@ from rtfocus.monitor import LATENCIES
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.runs import Kind as ImageName
 from rtfocus.runs import Run, open_run
-from rtfocus.transport.preview_viewer import saturation_blocks
+from rtfocus.transport.preview_messages import saturation_blocks
 from rtfocus.view.codec import Flag, Kind, Picture, Plane
 from rtfocus.view.traces import Traces, note_focus_line
 from rtfocus.writers.header import JOURNAL_NAME

@@ -10,7 +10,7 @@ import numpy as np
 
 from rtfocus.errors import ProtocolError, RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, Act
-from rtfocus.transport.preview_viewer import (
+from rtfocus.transport.preview_messages import (
     Preview,
     PreviewStatus,
     PreviewViewer,

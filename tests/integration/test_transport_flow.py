@@ -30,7 +30,7 @@ from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import Estimate, Role
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_viewer import PreviewViewer
+from rtfocus.transport.preview_messages import PreviewViewer
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import Gap
 

@@ -26,7 +26,7 @@ from rtfocus.files import resource_folder
 from rtfocus.focusing import MOST_REQUESTS, Focusing
 from rtfocus.frame import Act
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_viewer import (
+from rtfocus.transport.preview_messages import (
     Answer,
     PreviewStatus,
     PreviewViewer,

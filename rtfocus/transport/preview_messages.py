@@ -1,4 +1,4 @@
-"""Preview messages: pictures, states and requests, as viewers get and send them.
+"""Preview messages: pictures, states and requests, and the viewer that has them.
 
 A picture is ``[header, pixels, plane, ...]``, a state ``[header]``; headers are msgpack
 maps. What a viewer asks for goes the other way, on a socket of its own, and only where
