@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from rtfocus.alarms import Attendance, attended
 from rtfocus.config import Config
 from rtfocus.errors import (
@@ -434,7 +436,8 @@ class SeriesLoop:
     def _end(self, failure: RtfocusError | None) -> SeriesEnd:
         end = self._receiver.end
         if failure is None and end is not None:
-            return end
+            lost = self._processor.lost()
+            return replace(end, warnings=(*end.warnings, *lost)) if lost else end
         reason = str(failure) if failure is not None else STOPPED_HERE
         return SeriesEnd(
             version=self._series.version,

@@ -247,6 +247,8 @@ class FrameResult:
     """Kind of engine to ``name@hash`` of its weights."""
     stage_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds per stage: ``normalise``, ``classify``, ``restore`` ..."""
+    device: str = ""
+    """Where it was processed, e.g. ``GPU 0``."""
 
 
 class Slot:

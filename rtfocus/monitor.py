@@ -61,6 +61,8 @@ class Monitor:
     time_to_full_s: float | None = None
     backends: dict[str, str] = field(default_factory=dict)
     """What runs the engines, e.g. ``delpnet: openvino bf16``."""
+    devices: Counter[str] = field(default_factory=Counter)
+    """Frames that each device processed, e.g. ``GPU 0``."""
     restored: int = 0
     flagged: int = 0
     """Frames marked ``nan`` or ``saturated``."""
@@ -124,6 +126,7 @@ class Monitor:
         for stage, value_ms in result.stage_ms.items():
             self.times.add(stage, value_ms)
         self.times.add("arrival_to_result", _ms_since(slot.received_ns))
+        self.devices[result.device] += 1
         self.restored += result.restored is not None
         self.flagged += bool(result.flags)
 
@@ -171,6 +174,7 @@ class Monitor:
             "throughput": self.throughput(),
             "stages": self.times.summary(),
             "backends": self.backends,
+            "devices": dict(self.devices),
             "alarms": dict(self.alarms),
             "queues": {
                 queue.name: {"capacity": queue.capacity} for queue in self.queues

@@ -153,7 +153,10 @@ def print_report(folder: Path) -> Outcome:
             f"{1e3 * throughput['cpu_s_per_frame']:.0f} ms CPU time per frame"
         )
     for kind, backend in report.get("backends", {}).items():
-        console.print(f"{kind}: {backend}")
+        console.print(f"{kind}: {backend}", markup=False, highlight=False)
+    if len(devices := report.get("devices", {})) > 1:
+        shares = ", ".join(f"{name} {frames}" for name, frames in devices.items())
+        console.print(f"frames by device: {shares}", markup=False, highlight=False)
     console.print(_stage_table(report.get("stages", {})))
     if lines := read_focus_log(folder):
         console.print(focus_line(lines), markup=False, highlight=False)

@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.form import Section
@@ -212,11 +212,28 @@ class RestorationConfig(Section):
     ``richardson_lucy_tiles``."""
 
 
-class GpuConfig(Section):
-    """How a GPU is used, where `ProcessingConfig.device` takes one."""
+def _listed(value: object) -> object:
+    """Read one number as a list of one."""
+    return [value] if isinstance(value, int | str) else value
 
-    index: Annotated[int, Field(ge=0)] = 0
-    """Which GPU, in the driver's list; one processor uses one."""
+
+def _distinct(numbers: list[int]) -> list[int]:
+    if len(set(numbers)) < len(numbers):
+        msg = f"a GPU is named twice in {numbers}; name each once"
+        raise ValueError(msg)
+    return numbers
+
+
+class GpuConfig(Section):
+    """How GPUs are used, where `ProcessingConfig.device` takes them."""
+
+    index: Annotated[
+        list[Annotated[int, Field(ge=0)]],
+        BeforeValidator(_listed),
+        AfterValidator(_distinct),
+        Field(min_length=1),
+    ] = [0]
+    """Which GPU, in the driver's list; several, e.g. ``[0, 1]``, share the frames."""
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "torch-cuda"] = "auto"
     """Runtime of networks; ``auto``: first available, in this order."""
     precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
@@ -224,7 +241,7 @@ class GpuConfig(Section):
     tf32: bool = True
     """False: fp32 networks keep all 23 bits, slower; for comparisons."""
     frames_in_flight: Annotated[int, Field(ge=1)] = 4
-    """Frames in device memory at once: 3 or more overlap copies and compute."""
+    """Frames in a GPU's memory at once: 3 or more overlap copies and compute."""
     on_lack_of_memory: Literal["fewer_frames", "error"] = "fewer_frames"
     """``fewer_frames``: start with fewer frames in flight and say so."""
     cuda_graphs: bool = True

@@ -19,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError, RtfocusError
-from rtfocus.frame import DefocusMap, Estimate, FrameResult, SeriesStart, Slot, TileGrid
+from rtfocus.frame import (
+    DefocusMap,
+    Estimate,
+    FrameHeader,
+    FrameResult,
+    SeriesStart,
+    Slot,
+    TileGrid,
+)
 from rtfocus.processing.channel_plan import ChannelPlan
 
 Estimated = tuple[Estimate, DefocusMap]
@@ -158,6 +166,16 @@ class Device(Protocol):
         ...
 
 
+def frame_fault(header: FrameHeader, series: SeriesStart) -> EngineError | None:
+    """Return what is wrong with a frame that is not of its series; None: nothing."""
+    if tuple(header.shape) == tuple(series.shape) and header.dtype == series.dtype:
+        return None
+    return EngineError(
+        f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
+        f"is {series.shape} {series.dtype}; start a new series for it"
+    )
+
+
 def without_frames(error: BaseException) -> BaseException:
     """Return an error whose tracebacks, its causes' too, are gone.
 
@@ -174,7 +192,7 @@ def without_frames(error: BaseException) -> BaseException:
     return error
 
 
-def result_of(job: Job, restored: NDArray[Any] | None) -> FrameResult:
+def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResult:
     """Return everything about a frame that was not skipped by a failure."""
     estimate, defocus = job.estimated or (None, None)
     return FrameResult(
@@ -185,4 +203,5 @@ def result_of(job: Job, restored: NDArray[Any] | None) -> FrameResult:
         flags=job.flags,
         engines=dict(job.plan.engines),
         stage_ms=job.stage_ms,
+        device=device,
     )

@@ -10,7 +10,9 @@ them; all of them hold a frame at most once and so are bounded::
 Estimates have a thread of their own, so that the next one never waits for a
 restoration. A frame that fails takes its error to its ticket; the others go on.
 Seats are freed as frames leave, so a device with few of them slows `submit`.
-`open_processor` chooses the device from an ordered list with reasons.
+Several devices of one kind may share the frames of a series: each has this chain to
+itself, and a frame goes to the one that has least to do.
+`open_processor` chooses the devices from an ordered list with reasons.
 """
 
 import logging
@@ -19,10 +21,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
-from rtfocus.frame import FrameHeader, SeriesStart, Slot, TileGrid
+from rtfocus.frame import SeriesStart, Slot, TileGrid
 from rtfocus.machine import usable
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
 from rtfocus.processing.classify import estimate_frame
@@ -32,6 +35,7 @@ from rtfocus.processing.device import (
     LostDeviceError,
     Prepared,
     Ticket,
+    frame_fault,
     result_of,
     without_frames,
 )
@@ -53,15 +57,19 @@ class FrameProcessor:
     devices
         Tried in this order at the start of every series: one that cannot run it
         leaves it to the next, and says so. A failure during a series is not
-        answered by another device: its results would differ within one run.
+        answered by another of them: its results would differ within one run.
+        Those in a tuple are of one kind and share the frames of a series; they
+        stand in for each other.
     """
 
-    def __init__(self, config: Config, devices: Sequence[Device]) -> None:
+    def __init__(
+        self, config: Config, devices: Sequence[Device | tuple[Device, ...]]
+    ) -> None:
         self._config = config
-        self._devices = tuple(devices)
+        self._teams = [one if isinstance(one, tuple) else (one,) for one in devices]
         self._series: SeriesStart | None = None
         self._plans: list[ChannelPlan] = []
-        self._run: _Run | None = None
+        self._run: _SharedRun | None = None
 
     def start(self, series: SeriesStart, slots: int) -> TileGrid | None:
         """Prepare engines, PSFs and buffers for a series.
@@ -87,16 +95,14 @@ class FrameProcessor:
         """
         self.close()
         self._plans = [plan_channel(self._config, series, c) for c in series.channels]
-        for device, following in zip(
-            self._devices, (*self._devices[1:], None), strict=True
-        ):
+        for team, following in zip(self._teams, (*self.devices[1:], None), strict=True):
             try:
-                self._run = _Run(device, self._plans, series, slots)
+                self._run = _SharedRun(team, self._plans, series, slots)
             except EngineError as error:
                 if following is None:
                     raise
                 logger.warning(
-                    "this series is processed on the %s: %s", following.name, error
+                    "this series is processed on the %s: %s", following, error
                 )
             else:
                 break
@@ -116,7 +122,7 @@ class FrameProcessor:
         Raises
         ------
         LostDeviceError
-            If the device stopped answering at an earlier frame.
+            If every device of the series stopped answering at an earlier frame.
         ValueError
             Before `start`, after `close`, or for a slot of another pool.
         """
@@ -137,17 +143,98 @@ class FrameProcessor:
     @property
     def devices(self) -> tuple[str, ...]:
         """Names of the devices it may use, first choice first."""
-        return tuple(device.name for device in self._devices)
+        return tuple(" and ".join(one.name for one in team) for team in self._teams)
 
     def backends(self) -> dict[str, str]:
         """Tell what each engine of the series runs on."""
-        return {} if self._run is None else dict(self._run.prepared.backends)
+        return {} if self._run is None else self._run.backends()
+
+    def lost(self) -> tuple[str, ...]:
+        """Tell which devices of the series stopped answering, and why."""
+        return () if self._run is None else self._run.lost()
 
     def close(self) -> None:
         """Stop threads, fail what is in flight and free the device; twice is once."""
         if self._run is not None:
             self._run.close()
         self._run = self._series = None
+
+
+class _SharedRun:
+    """One series on one device, or on several that share its frames."""
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        plans: Sequence[ChannelPlan],
+        series: SeriesStart,
+        slots: int,
+    ) -> None:
+        self._slots = slots
+        self._jobs: dict[int, Job] = {}
+        """The newest of every slot."""
+        self._runs: list[_Run] = []
+        self._turns = count()
+        try:
+            # One after the other: what the first builds and keeps, the next finds.
+            for device in devices[:slots]:
+                self._runs.append(_Run(device, plans, series, slots, self._take_over))
+        except BaseException:
+            self.close()
+            raise
+        self.grid = self._runs[0].grid
+
+    def submit(self, job: Job) -> None:
+        index = job.slot.index
+        if not 0 <= index < self._slots:
+            msg = f"slot {index} is none of the {self._slots} of this series"
+            raise ValueError(msg)
+        run = self._idlest()
+        if run is None:
+            kind = type(self._runs[0].lost or LostDeviceError())
+            raise kind("; ".join(self.lost()))
+        self._jobs[index] = job
+        run.submit(job)
+
+    def backends(self) -> dict[str, str]:
+        """Return what each engine runs on, of every device that says another."""
+        said: dict[str, list[str]] = {}
+        for run in self._runs:
+            for name, runtime in run.prepared.backends.items():
+                said.setdefault(name, []).append(runtime)
+        return {name: "; ".join(dict.fromkeys(all_)) for name, all_ in said.items()}
+
+    def lost(self) -> tuple[str, ...]:
+        return tuple(str(run.lost) for run in self._runs if run.lost is not None)
+
+    def close(self) -> None:
+        """Stop the threads; whoever still waits for a frame is told."""
+        for run in self._runs:
+            run.abort()
+        for run in self._runs:
+            run.join()
+        for job in self._jobs.values():
+            if not job.ticket.result.done():
+                job.fail(EngineError("the processor was closed before the frame"))
+
+    def _idlest(self) -> "_Run | None":
+        """Return the device with least to do, of equal ones each in its turn."""
+        alive = [run for run in self._runs if run.lost is None]
+        turn = next(self._turns) % max(len(alive), 1)
+        return min(alive[turn:] + alive[:turn], key=lambda run: run.held, default=None)
+
+    def _take_over(self, job: Job) -> bool:
+        """Give a frame of a lost device to another one; False: all are lost.
+
+        Its pixels lie in its slot, untouched. What waits for it waits on.
+        """
+        run = self._idlest()
+        if run is None:
+            return False
+        again = Job(job.ticket, job.plan, job.channel, job.unrestored)
+        self._jobs[job.slot.index] = again
+        run.submit(again)
+        return True
 
 
 class _Run:
@@ -159,12 +246,13 @@ class _Run:
         plans: Sequence[ChannelPlan],
         series: SeriesStart,
         slots: int,
+        take_over: Callable[[Job], bool],
     ) -> None:
         self._device = device
         self._slots = slots
-        self._jobs: dict[int, Job] = {}
-        """The newest of every slot."""
-        self._lost: LostDeviceError | None = None
+        self._take_over = take_over
+        self.lost: LostDeviceError | None = None
+        """Why it stopped answering; None: it answers."""
         self._failure: BaseException | None = None
         self._opened = threading.Event()
         self._to_enqueue: BoundedQueue[Job] = BoundedQueue("enqueue", slots)
@@ -179,25 +267,25 @@ class _Run:
             self._owner.join()
             raise failure
 
+    @property
+    def held(self) -> int:
+        """Frames it was given and has not finished."""
+        waiting, free = len(self._to_enqueue), len(self._seats)
+        return waiting + self.prepared.in_flight - free
+
     def submit(self, job: Job) -> None:
-        if self._lost is not None:
-            raise self._lost
-        index = job.slot.index
-        if not 0 <= index < self._slots:
-            msg = f"slot {index} is none of the {self._slots} of this series"
-            raise ValueError(msg)
-        self._jobs[index] = job
+        # Never waits: the frames of all slots have room.
         self._to_enqueue.put(job)
 
-    def close(self) -> None:
-        """Stop the threads; whoever still waits for a frame is told."""
+    def abort(self) -> None:
+        """Wake the threads to their end."""
         for queue in (self._to_enqueue, self._to_estimate, self._to_restore):
             queue.abort()
         self._seats.abort()
+
+    def join(self) -> None:
+        """Wait until the threads have ended and the device is free."""
         self._owner.join()
-        for job in self._jobs.values():
-            if not job.ticket.result.done():
-                job.fail(EngineError("the processor was closed before the frame"))
 
     def _outcome(self) -> BaseException | None:
         """Return what the owner's thread failed with at the start."""
@@ -271,12 +359,15 @@ class _Run:
         defocus = self._device.estimate(job)
         if defocus is not None:
             job.estimated = estimate_frame(job.slot.frame(), defocus), defocus
-        job.ticket.estimate.set_result(job.estimated)
+        # Of a frame that was taken over it may have been told before.
+        if not job.ticket.estimate.done():
+            job.ticket.estimate.set_result(job.estimated)
         self._device.begin_restoring(job)
 
     def _restore(self, job: Job) -> None:
         restored = self._device.restore(job)
-        job.ticket.result.set_result(result_of(job, restored))
+        result = result_of(job, restored, self._device.name)
+        job.ticket.result.set_result(result)
 
     def _succeeds(self, step: Callable[[Job], None], job: Job) -> bool:
         """Apply a step to a frame; its failure goes to whoever waits for the frame."""
@@ -288,20 +379,15 @@ class _Run:
             failure = kind(f"frame {sequence} could not be processed: {error}")
             failure.__cause__ = without_frames(error)
             if isinstance(failure, LostDeviceError):
-                self._lost = self._lost or failure
+                first, self.lost = self.lost is None, self.lost or failure
+                if self._take_over(job):
+                    if first:
+                        logger.error("%s; the other devices do its frames", failure)
+                    job.failed = True
+                    return False
             job.fail(failure)
             return False
         return True
-
-
-def frame_fault(header: FrameHeader, series: SeriesStart) -> EngineError | None:
-    """Return what is wrong with a frame that is not of its series; None: nothing."""
-    if tuple(header.shape) == tuple(series.shape) and header.dtype == series.dtype:
-        return None
-    return EngineError(
-        f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
-        f"is {series.shape} {series.dtype}; start a new series for it"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +398,8 @@ class DeviceKind:
     """As in ``processing.device``."""
     why_unavailable: Callable[[], str | None]
     """Reason why not, with the remedy; None: available."""
-    open_device: Callable[[Config], Device]
+    open_devices: Callable[[Config], tuple[Device, ...]]
+    """Return those that share the frames of a series."""
 
 
 # GPU code is imported only where a GPU is looked for.
@@ -322,19 +409,20 @@ def _why_no_gpu() -> str | None:
     return why
 
 
-def _open_gpu(config: Config) -> Device:
-    device: Device = import_module("rtfocus.processing.gpu.device").GpuDevice(config)
-    return device
+def _open_gpus(config: Config) -> tuple[Device, ...]:
+    gpu = import_module("rtfocus.processing.gpu.device")
+    return tuple(
+        gpu.GpuDevice(config, index=index) for index in config.processing.gpu.index
+    )
 
 
-def _open_cpu(config: Config) -> Device:
-    device: Device = import_module("rtfocus.processing.cpu.device").CpuDevice(config)
-    return device
+def _open_cpu(config: Config) -> tuple[Device, ...]:
+    return (import_module("rtfocus.processing.cpu.device").CpuDevice(config),)
 
 
 # ORDER MATTERS for "auto": fastest first.
 DEVICES: tuple[DeviceKind, ...] = (
-    DeviceKind("gpu", _why_no_gpu, _open_gpu),
+    DeviceKind("gpu", _why_no_gpu, _open_gpus),
     DeviceKind("cpu", lambda: None, _open_cpu),
 )
 
@@ -356,4 +444,4 @@ def open_processor(config: Config) -> FrameProcessor:
         lambda kind: kind.why_unavailable(),
         "; or set processing.device to cpu or auto",
     )
-    return FrameProcessor(config, [kind.open_device(config) for kind in found])
+    return FrameProcessor(config, [kind.open_devices(config) for kind in found])

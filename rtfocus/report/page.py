@@ -370,6 +370,9 @@ def _engines(facts: RunFacts) -> str:
     text = _table(("channel", "engines (frames)"), rows)
     backends = [(name, where) for name, where in report.get("backends", {}).items()]
     text += _table(("engine", "runs on"), backends)
+    devices = [(name, str(n)) for name, n in report.get("devices", {}).items()]
+    if len(devices) > 1:
+        text += _table(("device", "frames"), devices, numbers=1)
     through = report.get("throughput", {})
     if through.get("frames_per_s"):
         text += in_html(

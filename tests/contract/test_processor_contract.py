@@ -21,6 +21,7 @@ from rtfocus.frame import (
 from rtfocus.optics.formation import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.gpu.cuda.driver import list_devices
 from rtfocus.processing.processor import DEVICES, FrameProcessor
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import restored_share
@@ -81,12 +82,27 @@ def header_for(sequence, pixels, channel=0):
     )
 
 
-@pytest.fixture(params=[kind.name for kind in DEVICES])
+SEVERAL = "gpus"
+"""Two that share the frames."""
+
+
+@pytest.fixture(params=[*(kind.name for kind in DEVICES), SEVERAL])
 def open_kind(request):
-    kind = next(k for k in DEVICES if k.name == request.param)
+    several = request.param == SEVERAL
+    kind = next(k for k in DEVICES if request.param.startswith(k.name))
     if (why := kind.why_unavailable()) is not None:
         pytest.skip(why)
-    return lambda config: FrameProcessor(config, [kind.open_device(config)])
+    if several and len(list_devices()) == 1:
+        pytest.skip("there is one GPU")
+
+    def open_for(config):
+        if several:
+            gpu = config.processing.gpu.model_copy(update={"index": [0, 1]})
+            processing = config.processing.model_copy(update={"gpu": gpu})
+            config = config.model_copy(update={"processing": processing})
+        return FrameProcessor(config, [kind.open_devices(config)])
+
+    return open_for
 
 
 @pytest.fixture
@@ -148,6 +164,7 @@ def test_estimate_and_result_of_a_frame_are_whole(processor, pool, frames):
     assert result.restored.shape == SHAPE
     assert result.restored.dtype == np.dtype("<u2")
     assert result.skipped is None
+    assert result.device in {"CPU", "GPU 0", "GPU 1"}
     assert set(result.engines) == {"classifier", "restorer"}
     assert result.engines["classifier"].startswith("sharpness@")
     assert {"classify", "restore"} <= set(result.stage_ms)

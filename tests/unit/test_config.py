@@ -41,6 +41,12 @@ def write(folder: Path, data: object) -> Path:
         ({"channels": [{"name": "a"}, {"name": "a"}]}, "listed twice"),
         ({"microscope": {"source": "virtual", "specimen": {"kind": "stack"}}}, "path"),
         ({"acquisition": {"mda": {}, "live": {}}}, "keep one"),
+        (
+            {"processing": {"gpu": {"index": [1, 0, 1]}}},
+            r"gpu\.index'.* twice in \[1, 0",
+        ),
+        ({"processing": {"gpu": {"index": []}}}, r"gpu\.index'.*at least 1"),
+        ({"processing": {"gpu": {"index": -1}}}, r"gpu\.index\.0'.*got -1"),
         ([1, 2], "mapping of sections"),
     ],
 )
@@ -67,8 +73,10 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
             "transport.slots=7",
             "channels.0.optics.numerical_aperture=0.75",
             "store.raw=false",
+            "processing.gpu.index=2",
         ],
     )
+    assert config.processing.gpu.index == [2]
     assert config.transport.slots == 7
     assert config.channels[0].optics is not None
     assert config.channels[0].optics.numerical_aperture == 0.75

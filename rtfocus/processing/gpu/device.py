@@ -351,6 +351,8 @@ class GpuDevice:
         Sections ``processing`` and ``store``.
     trace
         Told when every stage of a frame began and ended; None: nobody is.
+    index
+        Which GPU; None: the first of ``processing.gpu.index``.
 
     Raises
     ------
@@ -358,10 +360,14 @@ class GpuDevice:
         If there is no such GPU.
     """
 
-    def __init__(self, config: Config, trace: Trace | None = None) -> None:
+    def __init__(
+        self, config: Config, trace: Trace | None = None, *, index: int | None = None
+    ) -> None:
         self._config = config
         self._trace = trace
-        self._gpu: Gpu = find_device(config.processing.gpu.index)
+        self._gpu: Gpu = find_device(
+            config.processing.gpu.index[0] if index is None else index
+        )
         self._index = self._gpu.gpu_index
         self._session: Session | None = None
         self.name = f"GPU {self._index}"
@@ -384,7 +390,7 @@ class GpuDevice:
             in_flight=len(session.device_slots),
             restoring=1,
             backends={
-                name: runtime
+                name: f"{runtime} on {self.name} ({self._gpu.name})"
                 for channel in session.channels
                 for name, runtime in channel.backends.items()
             },

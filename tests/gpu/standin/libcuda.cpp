@@ -4,7 +4,10 @@
 //
 // RTFOCUS_STANDIN_KERNELS  library with the kernels as host functions
 // RTFOCUS_STANDIN_SEED     of the order
-// RTFOCUS_STANDIN_MEMORY   bytes of device memory
+// RTFOCUS_STANDIN_MEMORY   bytes of memory of every device
+// RTFOCUS_STANDIN_DEVICES  how many there are, 2 if it is not set
+//
+// What belongs to one device is refused by another: streams, kernels, memory, graphs.
 #include <dlfcn.h>
 #include <time.h>
 
@@ -26,12 +29,15 @@
 #define API extern "C" __attribute__((visibility("default")))
 
 enum {
-  OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, STUB = 34, INVALID_DEVICE = 101,
-  INVALID_CONTEXT = 201, ALREADY_REGISTERED = 712, NOT_FOUND = 500,
-  ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900
+  OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, STUB = 34, UNAVAILABLE = 46,
+  INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
+  ALREADY_REGISTERED = 712, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700,
+  CAPTURE_UNSUPPORTED = 900
 };
+enum { MOST_DEVICES = 8 };
 
 struct Event {
+  int device = 0;
   uint64_t recorded = 0, done = 0;
   double ms = 0;
 };
@@ -44,28 +50,54 @@ struct Op {
 };
 
 struct Stream {
-  int number = 0;
+  int number = 0, device = 0;
   std::deque<Op> queue;
   bool busy = false;
   std::vector<Op>* capture = nullptr;
 };
 
+struct Recording {
+  int device = 0;
+  std::vector<Op> ops;
+};
+
+struct Memory {
+  size_t size = 0;
+  int device = 0;
+};
+
+// A card, as the tests make it be.
+struct Device {
+  size_t used = 0, peak = 0;
+  long executed = 0, lose_after = -1;
+  int lost = 0;  // the status of every call; 0: it answers
+  int open_status = 0, lost_status = ILLEGAL_ADDRESS;
+};
+
 static std::mutex gate;
 static std::condition_variable changed;
 static std::set<Stream*> streams;
-static std::map<uint64_t, size_t> device_memory, pinned, registered;
-static size_t device_used = 0, peak_used = 0;
+static std::map<uint64_t, Memory> device_memory;
+static std::map<uint64_t, size_t> pinned, registered;
+static Device devices[MOST_DEVICES];
 static long live_objects = 0;
-static int next_stream = 0, lost = 0;
-static long executed = 0, lose_after = -1, refuse_in = -1;
+static int next_stream = 0;
+static long refuse_in = -1;
 static std::string executed_log;
 static std::mt19937 order;
 static thread_local std::vector<void*> contexts;
-static int primary;
+static int primary[MOST_DEVICES];
 
 static long long variable(const char* name, long long otherwise) {
   const char* text = getenv(name);
   return text ? atoll(text) : otherwise;
+}
+
+static int device_count() { return (int)variable("RTFOCUS_STANDIN_DEVICES", 2); }
+
+// The device whose context is current in this thread; -1: none is.
+static int current() {
+  return contexts.empty() ? -1 : (int)((int*)contexts.back() - primary);
 }
 
 static double now_ms() {
@@ -79,7 +111,7 @@ static double now_ms() {
 static bool step(std::unique_lock<std::mutex>& lock) {
   std::vector<Stream*> ready;
   for (Stream* stream : streams) {
-    if (stream->busy || stream->queue.empty()) continue;
+    if (stream->busy || stream->queue.empty() || devices[stream->device].lost) continue;
     Op& head = stream->queue.front();
     if (head.wait && head.wait->done < head.wait_for) continue;
     ready.push_back(stream);
@@ -94,15 +126,17 @@ static bool step(std::unique_lock<std::mutex>& lock) {
   stream->queue.pop_front();
   stream->busy = false;
   executed_log += op.name + "@" + std::to_string(stream->number) + "\n";
-  if (++executed == lose_after) lost = 1;
+  Device& device = devices[stream->device];
+  if (++device.executed == device.lose_after) device.lost = device.lost_status;
   changed.notify_all();
   return true;
 }
 
-static int work_until(const std::function<bool()>& reached) {
+static int work_until(int number, const std::function<bool()>& reached) {
   std::unique_lock<std::mutex> lock(gate);
+  Device& device = devices[number];
   while (!reached()) {
-    if (lost) return ILLEGAL_ADDRESS;
+    if (device.lost) return device.lost;
     if (step(lock)) continue;
     bool busy = false;
     for (Stream* stream : streams) busy |= stream->busy;
@@ -112,13 +146,14 @@ static int work_until(const std::function<bool()>& reached) {
     }
     changed.wait(lock);
   }
-  return lost ? ILLEGAL_ADDRESS : OK;
+  return device.lost;
 }
 
 static int enqueue(Stream* stream, Op op) {
   std::lock_guard<std::mutex> lock(gate);
-  if (lost) return ILLEGAL_ADDRESS;
   if (!stream || !streams.count(stream)) return INVALID_VALUE;
+  if (stream->device != current()) return INVALID_HANDLE;
+  if (int lost = devices[stream->device].lost) return lost;
   if (stream->capture) stream->capture->push_back(op);
   else stream->queue.push_back(op);
   return OK;
@@ -136,8 +171,8 @@ static bool is_pinned(const void* host, size_t size) {
 static bool on_device(uint64_t address, size_t size) {
   auto after = device_memory.upper_bound(address);
   if (after == device_memory.begin()) return false;
-  auto& [start, length] = *--after;
-  return address + size <= start + length;
+  auto& [start, memory] = *--after;
+  return memory.device == current() && address + size <= start + memory.size;
 }
 
 // What the tests ask of the stand-in itself.
@@ -153,12 +188,27 @@ API void standin_count(long more) {
 // The so-many-th reservation from now on and all after it are refused; negative: none.
 API void standin_refuse_memory(long number) { refuse_in = number; }
 API long standin_peak() {
-  long peak = (long)peak_used;
-  peak_used = device_used;
+  long peak = (long)devices[0].peak;
+  devices[0].peak = devices[0].used;
   return peak;
 }
-API void standin_recover() { lost = 0; lose_after = -1; }
-API void standin_lose_after(long ops) { lose_after = executed + ops; }
+API void standin_recover() {
+  for (Device& device : devices) {
+    device.lost = device.open_status = 0;
+    device.lose_after = -1;
+  }
+}
+// After so many more steps every call of a device fails with a status.
+API void standin_lose_after(int number, long ops, int status) {
+  Device& device = devices[number];
+  device.lose_after = device.executed + ops;
+  device.lost_status = status;
+}
+// What a device answers to whoever wants its context.
+API void standin_refuse_context(int number, int status) {
+  devices[number].open_status = status;
+}
+API long standin_executed(int number) { return devices[number].executed; }
 API const char* standin_log() {
   static std::string copy;
   std::lock_guard<std::mutex> lock(gate);
@@ -178,12 +228,13 @@ API int cuDriverGetVersion(int* v) { *v = 13000; return OK; }
 API int cuGetErrorString(int e, const char** p) {
   *p = e == OUT_OF_MEMORY ? "out of memory"
        : e == ILLEGAL_ADDRESS ? "an illegal memory access was encountered"
-                              : "stand-in libcuda error";
+       : e == UNAVAILABLE ? "CUDA-capable device(s) is/are busy or unavailable"
+                          : "stand-in libcuda error";
   return OK;
 }
 API int cuGetErrorName(int, const char** p) { *p = "CUDA_ERROR"; return OK; }
-API int cuDeviceGetCount(int* n) { *n = 2; return OK; }
-API int cuDeviceGet(int* d, int i) { *d = i; return i > 1 ? INVALID_DEVICE : OK; }
+API int cuDeviceGetCount(int* n) { *n = device_count(); return OK; }
+API int cuDeviceGet(int* d, int i) { *d = i; return i < device_count() ? OK : INVALID_DEVICE; }
 API int cuDeviceGetName(char* b, int n, int) { strncpy(b, "stand-in", n); return OK; }
 API int cuDeviceTotalMem_v2(size_t* n, int) {
   *n = (size_t)variable("RTFOCUS_STANDIN_MEMORY", 1ll << 32);
@@ -194,8 +245,9 @@ API int cuDeviceGetAttribute(int* v, int a, int) {
   return OK;
 }
 API int cuDeviceComputeCapability(int* a, int* b, int) { *a = 8; *b = 6; return OK; }
-API int cuDevicePrimaryCtxRetain(void** c, int) {
-  *c = &primary;
+API int cuDevicePrimaryCtxRetain(void** c, int device) {
+  *c = &primary[device];
+  if (devices[device].open_status) return devices[device].open_status;
   return variable("RTFOCUS_STANDIN_MEMORY", 1) ? OK : OUT_OF_MEMORY;
 }
 API int cuDevicePrimaryCtxRelease_v2(int) { return OK; }
@@ -213,10 +265,16 @@ API int cuCtxPopCurrent_v2(void** c) {
   contexts.pop_back();
   return OK;
 }
-API int cuCtxGetDevice(int* d) { *d = 0; return contexts.empty() ? INVALID_CONTEXT : OK; }
+API int cuCtxGetDevice(int* d) {
+  *d = current();
+  return contexts.empty() ? INVALID_CONTEXT : OK;
+}
 API int cuCtxSynchronize() {
-  return work_until([] {
-    for (Stream* s : streams) if (!s->queue.empty()) return false;
+  int device = current();
+  if (device < 0) return INVALID_CONTEXT;
+  return work_until(device, [=] {
+    for (Stream* s : streams)
+      if (s->device == device && !s->queue.empty()) return false;
     return true;
   });
 }
@@ -226,14 +284,16 @@ API int cuMemAlloc_v2(uint64_t* p, size_t n) {
   std::lock_guard<std::mutex> lock(gate);
   if (refuse_in == 1) return OUT_OF_MEMORY;  // PyCUDA tries again
   if (refuse_in > 1) --refuse_in;
-  if (device_used + n > (size_t)variable("RTFOCUS_STANDIN_MEMORY", 1ll << 32))
+  Device& device = devices[current()];
+  if (device.lost) return device.lost;
+  if (device.used + n > (size_t)variable("RTFOCUS_STANDIN_MEMORY", 1ll << 32))
     return OUT_OF_MEMORY;
   void* memory = aligned_alloc(512, (n + 511) / 512 * 512);
   memset(memory, 0xA5, n);
   *p = (uint64_t)memory;
-  device_memory[*p] = n;
-  device_used += n;
-  peak_used = std::max(peak_used, device_used);
+  device_memory[*p] = {n, current()};
+  device.used += n;
+  device.peak = std::max(device.peak, device.used);
   return OK;
 }
 API int cuMemFree_v2(uint64_t p) {
@@ -241,15 +301,16 @@ API int cuMemFree_v2(uint64_t p) {
   std::lock_guard<std::mutex> lock(gate);
   auto found = device_memory.find(p);
   if (found == device_memory.end()) return INVALID_VALUE;
-  memset((void*)p, 0x5A, found->second);
-  device_used -= found->second;
+  if (found->second.device != current()) return INVALID_VALUE;
+  memset((void*)p, 0x5A, found->second.size);
+  devices[current()].used -= found->second.size;
   device_memory.erase(found);
   free((void*)p);
   return OK;
 }
 API int cuMemGetInfo_v2(size_t* a, size_t* b) {
   *b = (size_t)variable("RTFOCUS_STANDIN_MEMORY", 1ll << 32);
-  *a = *b - device_used;
+  *a = *b - devices[std::max(current(), 0)].used;
   return OK;
 }
 API int cuMemHostAlloc(void** p, size_t n, unsigned) {
@@ -281,14 +342,14 @@ API int cuMemHostUnregister(void* p) {
 API int cuStreamCreate(Stream** s, unsigned) {
   if (contexts.empty()) return INVALID_CONTEXT;
   std::lock_guard<std::mutex> lock(gate);
-  *s = new Stream{next_stream++};
+  *s = new Stream{next_stream++, current()};
   streams.insert(*s);
   ++live_objects;
   return OK;
 }
 API int cuStreamDestroy_v2(Stream* s) {
   if (contexts.empty()) return INVALID_CONTEXT;
-  work_until([=] { return s->queue.empty() || lost; });
+  work_until(s->device, [=] { return s->queue.empty(); });
   std::lock_guard<std::mutex> lock(gate);
   streams.erase(s);
   delete s;
@@ -296,7 +357,8 @@ API int cuStreamDestroy_v2(Stream* s) {
   return OK;
 }
 API int cuStreamSynchronize(Stream* s) {
-  return work_until([=] { return s->queue.empty(); });
+  if (s->device != current()) return INVALID_HANDLE;
+  return work_until(s->device, [=] { return s->queue.empty(); });
 }
 API int cuStreamWaitEvent(Stream* s, Event* e, unsigned) {
   Op op{"wait", nullptr, e, e->recorded};
@@ -305,6 +367,7 @@ API int cuStreamWaitEvent(Stream* s, Event* e, unsigned) {
 API int cuEventCreate(Event** e, unsigned) {
   if (contexts.empty()) return INVALID_CONTEXT;
   *e = new Event;
+  (*e)->device = current();
   ++live_objects;
   return OK;
 }
@@ -330,7 +393,7 @@ API int cuEventRecord(Event* e, Stream* s) {
 API int cuEventQuery(Event* e) { return e->done >= e->recorded ? OK : 600; }
 API int cuEventSynchronize(Event* e) {
   uint64_t number = e->recorded;
-  return work_until([=] { return e->done >= number; });
+  return work_until(e->device, [=] { return e->done >= number; });
 }
 API int cuEventElapsedTime_v2(float* t, Event* a, Event* b) {
   *t = (float)(b->ms - a->ms);
@@ -375,8 +438,9 @@ typedef void (*Kernel)(const Launch*, const void*);
 struct Function {
   Kernel kernel;
   std::string name;
+  int device;
 };
-static std::map<std::string, Function*> functions;
+static std::map<std::pair<int, std::string>, Function*> functions;
 
 API int cuModuleLoadDataEx(void** m, const void*, unsigned, void*, void*) {
   *m = dlopen(getenv("RTFOCUS_STANDIN_KERNELS"), RTLD_NOW | RTLD_LOCAL);
@@ -389,8 +453,10 @@ API int cuModuleUnload(void*) { return OK; }
 API int cuModuleGetFunction(Function** f, void* m, const char* name) {
   Kernel kernel = (Kernel)dlsym(m, ("host_" + std::string(name)).c_str());
   if (!kernel) return NOT_FOUND;
-  Function*& known = functions[name];
-  if (!known) known = new Function{kernel, name};
+  if (contexts.empty()) return INVALID_CONTEXT;
+  std::lock_guard<std::mutex> lock(gate);
+  Function*& known = functions[{current(), name}];
+  if (!known) known = new Function{kernel, name, current()};
   *f = known;
   return OK;
 }
@@ -398,6 +464,7 @@ API int cuFuncSetBlockShape(void*, int, int, int) { return OK; }
 API int cuLaunchKernel(
     Function* f, unsigned gx, unsigned gy, unsigned, unsigned bx, unsigned, unsigned,
     unsigned, Stream* s, void**, void** extra) {
+  if (f->device != s->device) return INVALID_HANDLE;
   const char* data = nullptr;
   size_t size = 0;
   for (; extra && *extra; extra += 2) {
@@ -418,19 +485,23 @@ API int cuStreamBeginCapture_v2(Stream* s, int) {
   s->capture = new std::vector<Op>;
   return OK;
 }
-API int cuStreamEndCapture(Stream* s, std::vector<Op>** g) {
-  *g = s->capture;
+API int cuStreamEndCapture(Stream* s, Recording** g) {
+  if (!s->capture) return CAPTURE_UNSUPPORTED;
+  *g = new Recording{s->device, std::move(*s->capture)};
+  delete s->capture;
   s->capture = nullptr;
-  return *g ? OK : CAPTURE_UNSUPPORTED;
-}
-API int cuGraphInstantiateWithFlags(std::vector<Op>** e, std::vector<Op>* g, uint64_t) {
-  *e = new std::vector<Op>(*g);
   ++live_objects;
   return OK;
 }
-API int cuGraphDestroy(std::vector<Op>* g) { delete g; return OK; }
-API int cuGraphExecDestroy(std::vector<Op>* e) { delete e; --live_objects; return OK; }
-API int cuGraphLaunch(std::vector<Op>* e, Stream* s) {
-  auto ops = std::make_shared<std::vector<Op>>(*e);
+API int cuGraphInstantiateWithFlags(Recording** e, Recording* g, uint64_t) {
+  *e = new Recording(*g);
+  ++live_objects;
+  return OK;
+}
+API int cuGraphDestroy(Recording* g) { delete g; --live_objects; return OK; }
+API int cuGraphExecDestroy(Recording* e) { delete e; --live_objects; return OK; }
+API int cuGraphLaunch(Recording* e, Stream* s) {
+  if (e->device != s->device) return INVALID_HANDLE;
+  auto ops = std::make_shared<std::vector<Op>>(e->ops);
   return enqueue(s, {"graph", [=] { for (Op& op : *ops) op.run(); }});
 }

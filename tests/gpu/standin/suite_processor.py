@@ -101,6 +101,12 @@ def on_gpu(config):
     return FrameProcessor(config, [GpuDevice(config)])
 
 
+def on_gpus(config):
+    gpus = config.processing.gpu.index
+    together = tuple(GpuDevice(config, index=index) for index in gpus)
+    return FrameProcessor(config, [together])
+
+
 def on_cpu(config):
     return FrameProcessor(config, [CpuDevice(config)])
 
@@ -121,8 +127,11 @@ def submit(processor, pool, sequence, pixels):
     return processor.submit(slot)
 
 
-def results_of(processor, frames):
-    """Return level map and restored frame of every frame, six in flight."""
+def results_of(processor, frames, used=None):
+    """Return level map and restored frame of every frame, six in flight.
+
+    `used` gets the device of each.
+    """
     pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
     processor.start(SERIES, SLOTS)
     waiting, found = [], []
@@ -131,6 +140,8 @@ def results_of(processor, frames):
         ticket = waiting.pop(0)
         result = ticket.result.result(TIMEOUT_S)
         found.append((result.defocus.level, result.restored.copy()))
+        if used is not None:
+            used.append(result.device)
         pool.release(ticket.slot)
 
     for sequence, pixels in enumerate(frames):
@@ -409,7 +420,7 @@ def test_a_lost_gpu_fails_its_frames_and_refuses_more(driver, engine_folder, fra
     processor.start(SERIES, SLOTS)
     first = submit(processor, pool, 0, frames[0])
     assert first.result.result(TIMEOUT_S).restored is not None
-    driver.standin_lose_after(3)
+    lose(driver, 0, steps=3)
     later = [submit(processor, pool, 1, frames[1])]
     try:
         with pytest.raises(EngineError, match=r"frame 1 .*GPU 0 failed while"):
@@ -419,6 +430,94 @@ def test_a_lost_gpu_fails_its_frames_and_refuses_more(driver, engine_folder, fra
     finally:
         processor.close()
         driver.standin_recover()
+
+
+def lose(driver, device, *, steps):
+    """Let a device fail after some more steps."""
+    driver.standin_lose_after(device, ctypes.c_long(steps), 700)
+
+
+def sharing(networks, gpus):
+    """Return a config for GPUs that share the frames, without slow transforms."""
+    return config_for(
+        networks, classifier="joint", method="joint", index=gpus, frames_in_flight=2
+    )
+
+
+def test_a_lost_gpus_frames_are_done_by_the_others(driver, networks, frames, caplog):
+    config = sharing(networks, [1, 0])
+    wanted = results_of(on_gpus(config), frames)
+    processor = on_gpus(config)
+    pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+    processor.start(SERIES, SLOTS)
+    lose(driver, 1, steps=3)
+    tickets = [submit(processor, pool, n, frames[n]) for n in range(SLOTS)]
+    try:
+        found = [ticket.result.result(TIMEOUT_S) for ticket in tickets]
+        for ticket, result, (level, restored) in zip(
+            tickets, found, wanted, strict=False
+        ):
+            np.testing.assert_array_equal(ticket.estimate.result()[1].level, level)
+            np.testing.assert_array_equal(result.restored, restored)
+        assert {result.device for result in found} <= {"GPU 0", "GPU 1"}
+        assert found[-1].device == "GPU 0"
+        (told,) = processor.lost()
+        assert "GPU 1 failed while" in told
+        assert f"{told}; the other devices do its frames" in caplog.text
+        lose(driver, 0, steps=1)
+        pool.release(tickets[0].slot)
+        last = submit(processor, pool, SLOTS, frames[0])
+        with pytest.raises(EngineError, match=r"frame 6 .*GPU 0 failed while"):
+            last.result.result(TIMEOUT_S)
+        pool.release(last.slot)
+        with pytest.raises(LostGpuError, match=r"GPU 1 failed.*; .*GPU 0 failed"):
+            submit(processor, pool, 7, frames[0])
+    finally:
+        processor.close()
+        driver.standin_recover()
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_the_frames_of_a_series_are_spread_over_gpus(
+    networks, frames, monkeypatch, caplog, gpus
+):
+    monkeypatch.setenv("RTFOCUS_STANDIN_DEVICES", str(gpus))
+    one = results_of(on_gpus(sharing(networks, [0])), frames)
+    used = []
+    processor = on_gpus(sharing(networks, list(range(gpus))))
+    several = results_of(processor, frames, used)
+    assert set(used) == {f"GPU {index}" for index in range(gpus)}
+    # Slots are pinned once, for all GPUs.
+    assert "cannot be pinned" not in caplog.text
+    for (level, restored), (wanted_level, wanted) in zip(several, one, strict=True):
+        np.testing.assert_array_equal(level, wanted_level)
+        np.testing.assert_array_equal(restored, wanted)
+
+
+def test_gpus_that_cannot_all_be_had_are_refused_together(
+    driver, networks, monkeypatch
+):
+    monkeypatch.setenv("RTFOCUS_STANDIN_DEVICES", "3")
+    before = driver.standin_live()
+    both = sharing(networks, [0, 2])
+    driver.standin_refuse_context(2, 46)
+    processor = on_gpus(both)
+    try:
+        with pytest.raises(EngineError, match=r"GPU 2 gives no context.*busy.*-i 2 -c"):
+            processor.start(SERIES, SLOTS)
+    finally:
+        driver.standin_recover()
+    assert driver.standin_live() == before
+    processor.start(SERIES, SLOTS)
+    on_both = "host fp32 on GPU 0 (stand-in); host fp32 on GPU 2 (stand-in)"
+    assert processor.backends() == {"joint": on_both}
+    processor.close()
+    # One slot needs one GPU: the other stays as it is.
+    processor.start(SERIES, 1)
+    assert processor.backends() == {"joint": "host fp32 on GPU 0 (stand-in)"}
+    processor.close()
+    with pytest.raises(EngineError, match=r"no GPU 3; there are: 0 .*, 1 .*, 2 "):
+        open_processor(sharing(networks, [0, 3]))
 
 
 def test_two_gpus_work_side_by_side(engine_folder, frames, reference):

@@ -84,9 +84,20 @@ def current_context(gpu_index: int) -> Iterator[None]:
     EngineError
         If the driver gives none: the GPU is full, or in exclusive use.
     """
-    with translated(gpu_index, "opening a context"):
-        context = import_driver().Device(gpu_index).retain_primary_context()
+    cuda = import_driver()
+    try:
+        context = cuda.Device(gpu_index).retain_primary_context()
         context.push()
+    except cuda.MemoryError as error:
+        raise _out_of_memory(gpu_index, "opening a context", error) from error
+    except cuda.Error as error:
+        msg = (
+            f"GPU {gpu_index} gives no context ({error}); if another process has it "
+            f"for itself end that one, or share it (nvidia-smi -i {gpu_index} -c "
+            "DEFAULT), or name another in processing.gpu.index; else restart the "
+            "machine or update the driver"
+        )
+        raise EngineError(msg) from error
     try:
         yield
     finally:
@@ -115,8 +126,7 @@ def translated(gpu_index: int, doing: str) -> Iterator[None]:
     try:
         yield
     except cuda.MemoryError as error:
-        msg = f"GPU {gpu_index} has no memory left for {doing} ({error})"
-        raise OutOfGpuMemoryError(msg) from error
+        raise _out_of_memory(gpu_index, doing, error) from error
     except cuda.Error as error:
         msg = (
             f"GPU {gpu_index} failed while {doing} ({error}); start again, and if it "
@@ -124,6 +134,11 @@ def translated(gpu_index: int, doing: str) -> Iterator[None]:
             "processing.device: cpu"
         )
         raise LostGpuError(msg) from error
+
+
+def _out_of_memory(gpu_index: int, doing: str, error: Exception) -> OutOfGpuMemoryError:
+    msg = f"GPU {gpu_index} has no memory left for {doing} ({error})"
+    return OutOfGpuMemoryError(msg)
 
 
 def list_devices() -> list[Gpu]:

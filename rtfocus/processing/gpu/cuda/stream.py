@@ -5,6 +5,8 @@ And the memory they work on: device arrays of one series, pinned arrays of the h
 
 import ctypes
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -119,10 +121,9 @@ class PinnedMemory:
 
     def release(self) -> None:
         """Unpin everything; nothing is being copied."""
-        library = load_driver_library()
         for address, (_, registered) in self._owners.items():
             if registered:
-                library.cuMemHostUnregister(ctypes.c_void_p(address))
+                _unregister(address)
         self._owners.clear()
 
     def _pin(self, owner: NDArray[Any], address: int, size_bytes: int) -> bool:
@@ -134,10 +135,19 @@ class PinnedMemory:
         return known[1]
 
 
+_pinners: Counter[int] = Counter()
+"""Who has pinned memory, by its address: it is pinned once, for every GPU at once."""
+_pinning = threading.Lock()
+
+
 def _register(address: int, size_bytes: int) -> bool:
-    status = load_driver_library().cuMemHostRegister_v2(
-        ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), _PORTABLE
-    )
+    with _pinning:
+        status = 0
+        if not _pinners[address]:
+            status = load_driver_library().cuMemHostRegister_v2(
+                ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), _PORTABLE
+            )
+        _pinners[address] += not status
     if status:
         logger.warning(
             "%.0f MB of host memory cannot be pinned (CUDA error %d): copies wait for "
@@ -147,6 +157,14 @@ def _register(address: int, size_bytes: int) -> bool:
             status,
         )
     return not status
+
+
+def _unregister(address: int) -> None:
+    with _pinning:
+        _pinners[address] -= 1
+        if not _pinners[address]:
+            del _pinners[address]
+            load_driver_library().cuMemHostUnregister(ctypes.c_void_p(address))
 
 
 BLOCK = 256
@@ -272,15 +290,18 @@ class CudaGraph:
             self._library.cuStreamBeginCapture_v2(stream, _THREAD_LOCAL), "recording"
         )
         try:
-            enqueue()
+            try:
+                enqueue()
+            finally:
+                # Also after a failure: a stream left recording executes nothing more.
+                status = self._library.cuStreamEndCapture(stream, ctypes.byref(graph))
+            check_status(status, "recording")
+            status = self._library.cuGraphInstantiateWithFlags(
+                ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
+            )
         finally:
-            # Also after a failure: a stream left recording executes nothing more.
-            status = self._library.cuStreamEndCapture(stream, ctypes.byref(graph))
-        check_status(status, "recording")
-        status = self._library.cuGraphInstantiateWithFlags(
-            ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
-        )
-        self._library.cuGraphDestroy(graph)
+            if graph:
+                self._library.cuGraphDestroy(graph)
         check_status(status, "preparing a recording")
 
     def launch(self, work: Work) -> None:
