@@ -7,10 +7,12 @@ engine gets no more, and one that dies costs the unit it had.
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from rtfocus.batch.plan import Failure, Plan, Unit
@@ -19,10 +21,10 @@ from rtfocus.errors import ConfigError, IncompleteError
 from rtfocus.machine import usable_threads
 
 _CONNECT_S = 20.0
-_WORKERS_S = 60.0
-"""How long workers are waited for."""
-_LOOK_S = 0.5
+WORKERS_S = 300.0
+"""How long a batch without any worker waits for one."""
 _ASK_S = 2.0
+"""Between two questions who is there."""
 _AHEAD = 2
 """Units under way for each worker: the next is there when one is done."""
 _GONE = (OSError, TimeoutError)
@@ -66,6 +68,8 @@ def run_on(
     on_unit: OnUnit,
     *,
     resources: Mapping[str, float] | None = None,
+    wait_s: float = WORKERS_S,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Do units on the workers of a scheduler.
 
@@ -79,18 +83,23 @@ def run_on(
         Called with every unit that is done, or not: why.
     resources
         What every unit needs of a worker, such as ``{"GPU": 1}``.
+    wait_s
+        How long to wait where there is no worker, or none any more.
+    on_note
+        Called with a line when there is none, or one with another rtfocus.
 
     Raises
     ------
     ConfigError
         If dask.distributed is not installed, or there is no scheduler or worker.
     IncompleteError
-        If the scheduler is gone; the next call goes on from there.
+        If the scheduler, or the last worker, is gone; the next call goes on from there.
     """
     number = workers_of(scheduler)
     threads = None if number is None else max(1, usable_threads() // number)
     with _client(scheduler, number) as client:
-        _Run(client, plan, threads, dict(resources or {}), on_unit).do(deque(units))
+        workers = _Workers(client, scheduler, dict(resources or {}), wait_s, on_note)
+        _Run(client, plan, threads, workers, on_unit).do(deque(units))
 
 
 class _Run:
@@ -101,45 +110,61 @@ class _Run:
         client: Any,  # noqa: ANN401 distributed is not always installed
         plan: Plan,
         threads: int | None,
-        resources: dict[str, float],
+        workers: "_Workers",
         on_unit: OnUnit,
     ) -> None:
         self._client, self._plan, self._threads = client, plan, threads
-        self._resources, self._on_unit = resources, on_unit
-        self._workers: list[str] = []
+        self._workers, self._on_unit = workers, on_unit
         self._bad: dict[str, Failure] = {}
         """Workers that lack what the batch needs, and what that is."""
-        self._next_ask_s = 0.0
+        self._running: dict[Any, _Sent] = {}
+        self._ended: SimpleQueue[Any] = SimpleQueue()
 
     def do(self, waiting: deque[Unit]) -> None:
         """Do all units."""
-        from distributed import as_completed
-
-        running: dict[Any, Unit] = {}
-        came = as_completed(loop=self._client.loop)
         try:
-            while waiting or running:
-                self._look_for_workers()
-                while waiting and len(running) < _AHEAD * len(self._able()):
-                    future = self._submit(unit := waiting.popleft())
-                    running[future] = unit
-                    came.add(future)
-                future = next(came)
-                unit = running.pop(future)
-                if not self._take(future, unit):
-                    waiting.appendleft(unit)
-                future.release()
+            while waiting or self._running:
+                if self._workers.look():
+                    self._take_back(waiting)
+                while waiting and len(self._running) < _AHEAD * len(self._able()):
+                    self._submit(waiting.popleft())
+                self._await(waiting)
         except (*_GONE, _cancelled()) as error:
-            left = len(waiting) + len(running)
-            msg = (
-                f"the scheduler is gone, {left} images are not done; the same command "
-                "goes on from there"
-            )
+            msg = f"the scheduler is gone, {self._left(waiting)}"
             raise IncompleteError(msg) from error
+        except _NoWorkerError as error:
+            if self._workers.were_there:
+                msg = f"{error}; {self._left(waiting)}"
+                raise IncompleteError(msg) from error
+            raise ConfigError(str(error)) from error
 
-    def _submit(self, unit: Unit) -> Any:  # noqa: ANN401
+    def _left(self, waiting: deque[Unit]) -> str:
+        left = len(waiting) + len(self._running)
+        return f"{left} images are not done; the same command goes on from there"
+
+    def _await(self, waiting: deque[Unit]) -> None:
+        """Take a unit that came back, or none for a while."""
+        try:
+            future = self._ended.get(timeout=_ASK_S)
+        except Empty:
+            return
+        sent = self._running.pop(future, None)
+        if sent is not None and not self._take(future, sent.unit):
+            waiting.appendleft(sent.unit)
+        future.release()
+
+    def _take_back(self, waiting: deque[Unit]) -> None:
+        """Take back what waits for workers that are gone: dask gives it to no other."""
+        there = set(self._workers.suited)
+        for future, sent in [*self._running.items()]:
+            if there and not there & sent.to:
+                del self._running[future]
+                future.cancel()
+                waiting.appendleft(sent.unit)
+
+    def _submit(self, unit: Unit) -> None:
         able = self._able()
-        return self._client.submit(
+        future = self._client.submit(
             _on_worker,
             self._plan.job.output,
             self._plan.key,
@@ -147,9 +172,12 @@ class _Run:
             self._threads,
             key=f"rtfocus-{unit.key}-{time.monotonic_ns()}",
             pure=False,
-            workers=able if self._bad else None,
-            resources=self._resources or None,
+            # Never on one that joins later and was not asked what it is.
+            workers=able,
+            resources=self._workers.resources or None,
         )
+        self._running[future] = _Sent(unit, frozenset(able))
+        future.add_done_callback(self._ended.put)
 
     def _take(self, future: Any, unit: Unit) -> bool:  # noqa: ANN401
         """Tell of a unit that came back; False: another worker is to do it."""
@@ -160,48 +188,151 @@ class _Run:
         answer: Answer = future.result()
         failure = answer.failure
         if failure is not None and failure.fault == "engine":
+            suited = self._workers.suited
             self._bad[answer.worker] = failure
-            if self._able() != self._workers or answer.worker not in self._workers:
+            if self._able() != suited or answer.worker not in suited:
                 return False
         self._on_unit(unit, failure)
         return True
 
     def _able(self) -> list[str]:
         """Return the workers that get units: all, where none has what is needed."""
-        able = [worker for worker in self._workers if worker not in self._bad]
-        return able or self._workers
+        suited = self._workers.suited
+        return [worker for worker in suited if worker not in self._bad] or suited
 
-    def _look_for_workers(self) -> None:
-        if time.monotonic() < self._next_ask_s:
-            return
-        until_s = time.monotonic() + _WORKERS_S
-        while not (suited := self._suited()):
-            if time.monotonic() > until_s:
-                raise ConfigError(self._no_worker())
-            time.sleep(_LOOK_S)
-        self._workers = suited
-        self._next_ask_s = time.monotonic() + _ASK_S
 
-    def _suited(self) -> list[str]:
+class _Sent(NamedTuple):
+    """A unit under way."""
+
+    unit: Unit
+    to: frozenset[str]
+    """Workers that may do it."""
+
+
+class _NoWorkerError(Exception):
+    """Nobody has been there for so long."""
+
+
+class _Workers:
+    """Who is there to do units, asked every now and then.
+
+    Parameters
+    ----------
+    client
+        Of the scheduler.
+    scheduler
+        As the user gave it.
+    resources
+        What every unit needs of a worker.
+    wait_s
+        How long a batch without any worker waits for one.
+    on_note
+        Called with a line when there is none, or another one than wanted.
+    """
+
+    def __init__(
+        self,
+        client: Any,  # noqa: ANN401
+        scheduler: str,
+        resources: dict[str, float],
+        wait_s: float,
+        on_note: Callable[[str], None],
+    ) -> None:
+        self._client, self._scheduler = client, scheduler
+        self.resources, self._wait_s, self._on_note = resources, wait_s, on_note
+        self.suited: list[str] = []
+        """Addresses of those that get units."""
+        self.were_there = False
+        self._others: dict[str, str] = {}
+        """Workers that have another rtfocus, or none, and which."""
+        self._known: set[str] = set()
+        self._asked_s = -math.inf
+        self._absent_since_s: float | None = None
+
+    def look(self) -> bool:
+        """Ask who is there, if it was long ago; tell whether that has changed.
+
+        Raises
+        ------
+        _NoWorkerError
+            If nobody has been there for too long.
+        """
+        now_s = time.monotonic()
+        if now_s < self._asked_s + _ASK_S:
+            return False
+        before, self.suited = self.suited, self._find()
+        self._asked_s = now_s
+        if self.suited:
+            if self._absent_since_s is not None:
+                self._on_note("a worker is there; going on")
+            self.were_there, self._absent_since_s = True, None
+        elif self._absent_since_s is None:
+            self._absent_since_s = now_s
+            lack, remedy = self._lack()
+            self._on_note(f"{lack}; waiting up to {self._wait_s:g} s; {remedy}")
+        since_s = self._absent_since_s
+        if since_s is not None and now_s - since_s >= self._wait_s:
+            lack, remedy = self._lack()
+            msg = f"{lack} for {self._wait_s:g} s; {remedy}"
+            raise _NoWorkerError(msg)
+        return self.suited != before
+
+    def _find(self) -> list[str]:
         """Return the workers that offer what a unit needs; others would never begin."""
         workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        self._meet(workers.keys() - self._known)
         return sorted(
             address
             for address, worker in workers.items()
-            if all(
+            if address in self._known - self._others.keys()
+            # One whose memory is full begins nothing.
+            and worker.get("status", "running") == "running"
+            and all(
                 worker["resources"].get(name, 0) >= number
-                for name, number in self._resources.items()
+                for name, number in self.resources.items()
             )
         )
 
-    def _no_worker(self) -> str:
-        wanted = ",".join(f"{n}={x:g}" for n, x in self._resources.items())
-        if not wanted:
-            return f"the scheduler has had no worker for {_WORKERS_S:g} s; start one"
-        return (
-            f"no worker has offered {wanted} for {_WORKERS_S:g} s; start one with "
-            f'--resources "{wanted}", or leave --resources away'
-        )
+    def _meet(self, new: set[str]) -> None:
+        """Ask workers which rtfocus they have: another one's results would differ."""
+        if not new:
+            return
+        versions = self._client.get_versions(packages=["rtfocus"])
+        here = versions["client"]["packages"]
+        for address in sorted(new & versions["workers"].keys()):
+            self._known.add(address)
+            there = versions["workers"][address]["packages"]
+            if there["rtfocus"] != here["rtfocus"]:
+                found = f"rtfocus {there['rtfocus'] or 'not installed'}"
+                self._others[address] = found
+                self._on_note(
+                    f"worker {address} gets nothing: {found}, here {here['rtfocus']}; "
+                    "install the same there"
+                )
+            elif _minor(there["python"]) != _minor(here["python"]):
+                self._on_note(
+                    f"worker {address} has Python {_minor(there['python'])}, here "
+                    f"{_minor(here['python'])}: pixels are the same, the bytes of "
+                    "compressed files may differ"
+                )
+
+    def _lack(self) -> tuple[str, str]:
+        """Say what worker is not there, and what to do."""
+        wanted = ",".join(f"{n}={x:g}" for n, x in self.resources.items())
+        if self._scheduler.startswith("local"):
+            return "no worker process is left", "is there enough memory?"
+        start = f"start one: dask worker {self._scheduler} --nthreads 1"
+        if wanted:
+            start += f' --resources "{wanted}", or leave --resources away'
+            return f"no worker offers {wanted}", start
+        if self._others:
+            return "no worker has this rtfocus", start
+        return "no worker takes images", start
+
+
+def _minor(python: str) -> str:
+    """Return ``3.12`` of ``3.12.1.final.0``."""
+    return ".".join(python.split(".")[:2])
 
 
 def _on_worker(

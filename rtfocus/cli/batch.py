@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from rtfocus.batch.ends import Batch, Begun
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
-from rtfocus.batch.scheduler import run_on
+from rtfocus.batch.scheduler import WORKERS_S, run_on
 from rtfocus.batch.work import run_here
 from rtfocus.cli.display import counting
 from rtfocus.errors import BusyError, ConfigError, IncompleteError, InputError
@@ -34,6 +34,16 @@ ResourcesOption = Annotated[
         metavar="NAME=N",
         rich_help_panel="Many processes",
         help="What an image needs of a worker, as workers were started with: GPU=1.",
+    ),
+]
+WaitOption = Annotated[
+    float,
+    typer.Option(
+        "--wait-workers",
+        metavar="SECONDS",
+        min=0,
+        rich_help_panel="Many processes",
+        help="How long to wait for a worker where there is none, or none any more.",
     ),
 ]
 InitOption = Annotated[
@@ -69,6 +79,7 @@ class Many:
 
     scheduler: str | None = None
     resources: str | None = None
+    wait_s: float = WORKERS_S
     init: bool = False
     unit: str | None = None
     finish: bool = False
@@ -117,6 +128,8 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
                 ledger.left(plan.units),
                 lambda unit, failure: show(_say(unit, failure)),
                 resources=resources,
+                wait_s=many.wait_s,
+                on_note=_note,
             )
         _finish(batch, plan)
 
@@ -211,6 +224,11 @@ def _say_begun(ledger: Ledger, begun: Begun) -> None:
 
 def _say(unit: Unit, failure: Failure | None) -> str | None:
     return None if failure is None else f"failed: '{unit.path}': {failure.reason}"
+
+
+def _note(line: str) -> None:
+    # Of this moment: a bar may have taken its place.
+    print(line, file=sys.stderr, flush=True)
 
 
 def _named(paths: Iterable[str]) -> str:

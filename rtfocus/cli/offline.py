@@ -14,6 +14,7 @@ from rich.progress import Progress, TaskID
 
 from rtfocus.batch.ends import notes_of
 from rtfocus.batch.plan import Command, Job
+from rtfocus.batch.scheduler import WORKERS_S
 from rtfocus.batch.work import plane_row
 from rtfocus.cli.batch import (
     FinishOption,
@@ -22,6 +23,7 @@ from rtfocus.cli.batch import (
     ResourcesOption,
     SchedulerOption,
     UnitOption,
+    WaitOption,
     run_batch,
 )
 from rtfocus.cli.options import OverwriteOption, SetOption, read_config
@@ -123,6 +125,7 @@ def restore(
     overwrite: OverwriteOption = False,
     scheduler: SchedulerOption = None,
     resources: ResourcesOption = None,
+    wait_workers: WaitOption = WORKERS_S,
     init: InitOption = False,
     unit: UnitOption = None,
     finish: FinishOption = False,
@@ -143,7 +146,7 @@ def restore(
         _complete(path, settings)
         return
     free_choice = engine is None and config is None and not _is_run(path)
-    many = Many(scheduler, resources, init, unit, finish)
+    many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
         _refuse_with_many("--picture", picture)
         asked = _job("restore", path, output, settings, optics)
@@ -183,6 +186,7 @@ def classify(
     overwrite: OverwriteOption = False,
     scheduler: SchedulerOption = None,
     resources: ResourcesOption = None,
+    wait_workers: WaitOption = WORKERS_S,
     init: InitOption = False,
     unit: UnitOption = None,
     finish: FinishOption = False,
@@ -195,7 +199,7 @@ def classify(
     settings = with_engine(settings, "restoration", {"method": "none"})
     if engine is not None:
         settings = with_engine(settings, "classifier", engine)
-    many = Many(scheduler, resources, init, unit, finish)
+    many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
         _refuse_with_many("--picture", picture)
         target = _json_of_many(json_file)

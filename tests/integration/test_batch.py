@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from transport_kit import until
 
 import rtfocus.batch
 from rtfocus.batch.ends import Batch
-from rtfocus.batch.plan import Failure, Ledger
+from rtfocus.batch.plan import Failure, Ledger, Unit
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import close_opened, run_unit
-from rtfocus.errors import ConfigError, ExitCode
+from rtfocus.errors import ConfigError, ExitCode, IncompleteError
 from rtfocus.images.series import ImageSeries
 
 distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
@@ -88,6 +89,32 @@ def address() -> Iterator[str]:
         silence_logs=50,
     ) as cluster:
         yield cluster.scheduler_address
+
+
+def worker_of(address: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a worker, a process that nobody starts again."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "distributed.cli.dask_worker", address),
+            *("--no-nanny", "--no-dashboard", "--nthreads", "1", *more),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+
+
+@contextmanager
+def scheduler_without_workers() -> Iterator[str]:
+    with distributed.LocalCluster(
+        n_workers=0, dashboard_address="127.0.0.1:0", silence_logs=50
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+def wait_for_workers(address: str, number: int) -> None:
+    with distributed.Client(address) as client:
+        client.wait_for_workers(number, timeout=60)
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -391,18 +418,9 @@ def test_a_worker_without_the_engine_gives_its_images_to_others(
         "from pathlib import Path\nfrom rtfocus import files\n"
         f"files._PACKAGE = Path({str(tmp_path)!r}) / 'nothing' / 'here'\n"
     )
-    lacking = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "distributed.cli.dask_worker", address),
-            *("--no-nanny", "--no-dashboard", "--nthreads", "1"),
-            *("--preload", str(preload), "--name", "lacking"),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    lacking = worker_of(address, "--preload", str(preload))
     try:
-        with distributed.Client(address) as client:
-            client.wait_for_workers(3, timeout=60)
+        wait_for_workers(address, 3)
         asked = ("restore", folder, "-o", tmp_path / "out", *OPTICS)
         many = ("--engine", "rtfocus-1", "--scheduler", address)
         succeeded(command(*asked, *many))
@@ -412,16 +430,53 @@ def test_a_worker_without_the_engine_gives_its_images_to_others(
         lacking.wait()
 
 
-def test_without_a_worker_that_offers_what_is_asked_nothing_waits_for_ever(
-    folder: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+def test_where_no_worker_is_nothing_waits_for_ever(
+    folder: Path, tmp_path: Path
 ) -> None:
+    """None at the start, none that offers what is asked, none any more."""
     out = tmp_path / "out"
     succeeded(command("restore", folder, "-o", out, *WIENER, "--init"))
     plan = Ledger(out).plan()
     assert plan is not None
-    monkeypatch.setattr("rtfocus.batch.scheduler._WORKERS_S", 0.0)
-    with pytest.raises(ConfigError, match="no worker has offered GPU=1"):
-        run_on(address, plan, plan.units, lambda *_: None, resources={"GPU": 1})
+    notes: list[str] = []
+    done: list[Unit] = []
+    # Of another version, as its installation says.
+    other = tmp_path / "site" / "rtfocus-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Name: rtfocus\nVersion: 9.9\n")
+    path = os.pathsep.join((str(other.parent), *sys.path))
+    with scheduler_without_workers() as address:
+
+        def go(**more: Any) -> None:
+            ask = {"wait_s": 0.0, "on_note": notes.append, **more}
+            run_on(address, plan, plan.units, on_unit, **ask)
+
+        def on_unit(unit: Unit, failure: Failure | None) -> None:
+            assert failure is None
+            done.append(unit)
+            worker.kill()
+
+        with pytest.raises(ConfigError, match="no worker takes images for 0 s; start"):
+            go()
+        worker = worker_of(address, PYTHONPATH=path)
+        stranger = worker
+        try:
+            wait_for_workers(address, 1)
+            with pytest.raises(ConfigError, match="no worker has this rtfocus"):
+                go()
+            assert "gets nothing: rtfocus 9.9, here" in notes[-2]
+            worker = worker_of(address)
+            wait_for_workers(address, 2)
+            with pytest.raises(ConfigError, match="no worker offers GPU=1"):
+                go(resources={"GPU": 1})
+            said = r"no worker has this .*; 5 images are not done; the same command"
+            with pytest.raises(IncompleteError, match=said):
+                go()
+        finally:
+            for process in (stranger, worker):
+                process.kill()
+                process.wait()
+    assert done == [plan.units[0]]
 
 
 def test_a_fractal_task_restores_a_field_beside_its_input(
