@@ -19,7 +19,8 @@ from rtfocus.frame import SeriesStart
 from rtfocus.metrics import Outcome
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, read_header
 from rtfocus.writers.journal import Line, read_journal
-from rtfocus.writers.layout import position_paths, store_path
+from rtfocus.writers.layout import store_path
+from rtfocus.writers.places import position_paths
 
 Kind = Literal["raw", "restored", "defocus"]
 

@@ -18,8 +18,8 @@ from rtfocus.frame import Position
 from rtfocus.runs import Kind, Run, open_run
 from rtfocus.writers.header import HEADER_NAME, JOURNAL_NAME
 from rtfocus.writers.journal import WRITTEN, journal_lines
-from rtfocus.writers.layout import position_paths, store_path
-from rtfocus.writers.places import Plan
+from rtfocus.writers.layout import store_path
+from rtfocus.writers.places import Plan, position_paths
 
 LayerData = tuple[Array, dict[str, Any], str]
 """What napari makes a layer of: pixels, arguments, kind of layer."""

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import WriterError
 from rtfocus.frame import FrameResult
-from rtfocus.writers.companion import write_companions
 from rtfocus.writers.header import (
     CONFIDENCE,
     DEFOCUS,
@@ -34,6 +33,7 @@ from rtfocus.writers.layout import (
     Windows,
     finish_group,
     image_groups,
+    write_companions,
     write_groups,
 )
 from rtfocus.writers.places import Index

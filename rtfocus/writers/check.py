@@ -20,7 +20,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.metrics import Outcome
 from rtfocus.writers.commit import Tally
-from rtfocus.writers.companion import COMPANION, companion_fault
 from rtfocus.writers.folder import ASIDE_NAME
 from rtfocus.writers.header import (
     CONFIDENCE,
@@ -35,7 +34,7 @@ from rtfocus.writers.header import (
     shard_name,
 )
 from rtfocus.writers.journal import WRITTEN, Line, scan_journal
-from rtfocus.writers.layout import image_groups, store_path
+from rtfocus.writers.layout import COMPANION, companion_fault, image_groups, store_path
 from rtfocus.writers.lock import Holder, holder_of
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.repair import Terms, read_report, repair_run

@@ -2,6 +2,9 @@
 
 OME-Zarr 0.5 has no axis for colour, so an RGB frame is three planes along c, each
 an omero channel shown in red, green or blue: that is what readers overlay right.
+
+A collection of positions has OME-XML beside it, as bioformats2raw does: names, sizes
+and stage places, for readers that do not find them otherwise.
 """
 
 import math
@@ -12,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from pydantic import BaseModel, ValidationError
 from yaozarrs import v05
 
 from rtfocus.channel import Channel
 from rtfocus.errors import WriterError
 from rtfocus.frame import Position
+from rtfocus.images.ome_xml import OmeImage, read_ome_xml, write_ome_xml
+from rtfocus.images.series import ImageChannel, StagePosition
 from rtfocus.writers.header import (
     CONFIDENCE,
     DEFOCUS,
@@ -25,8 +31,10 @@ from rtfocus.writers.header import (
     ImageSpec,
     RunHeader,
     is_document,
+    write_file,
     write_json,
 )
+from rtfocus.writers.places import is_plate, position_paths
 
 Windows = list[tuple[float, float] | None]
 """Values shown black and white, by channel of an image; None: as planned."""
@@ -46,38 +54,6 @@ _BY_WAVELENGTH_NM = (
 def store_path(folder: Path, name: str) -> Path:
     """Return the OME-Zarr of image `name`; confidence lies inside defocus."""
     return folder / f"{DEFOCUS if name == CONFIDENCE else name}.ome.zarr"
-
-
-def is_plate(positions: list[Position]) -> bool:
-    """Tell whether all positions lie in wells."""
-    return all(p.plate_row and p.plate_column for p in positions)
-
-
-def position_paths(positions: list[Position]) -> list[str]:
-    """Return the path of each position's image inside its OME-Zarr.
-
-    One position is the OME-Zarr itself (``""``), several are numbered as in
-    bioformats2raw, positions in wells are ``ROW/COLUMN/FIELD``.
-
-    Raises
-    ------
-    WriterError
-        If two positions claim the same field of the same well.
-    """
-    if is_plate(positions):
-        paths = [f"{p.plate_row}/{p.plate_column}/{p.field}" for p in positions]
-    elif len(positions) == 1:
-        return [""]
-    else:
-        paths = [str(i) for i in range(len(positions))]
-    doubled = {path for path, number in Counter(paths).items() if number > 1}
-    if doubled:
-        msg = (
-            f"positions share the well fields {sorted(doubled)}; give each position "
-            "its own plate_row, plate_column and field"
-        )
-        raise WriterError(msg)
-    return paths
 
 
 def image_groups(folder: Path, header: RunHeader, spec: ImageSpec) -> list[Path]:
@@ -381,3 +357,88 @@ def _colour(channel: Channel, other: str) -> str:
 def _dump(document: BaseModel) -> dict[str, Any]:
     content: dict[str, Any] = document.model_dump(mode="json", exclude_none=True)
     return content
+
+
+COMPANION = "OME/METADATA.ome.xml"
+
+
+def write_companions(
+    folder: Path, header: RunHeader, specs: list[ImageSpec], frames: int
+) -> None:
+    """Write the OME-XML of every collection of positions, unless it says the same.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    header
+        Names, places, sizes.
+    specs
+        Of the images of the run.
+    frames
+        Time points there are, or are planned.
+    """
+    positions = header.series.positions
+    if is_plate(positions) or len(positions) == 1:
+        return
+    for spec in specs:
+        if spec.name == CONFIDENCE:
+            continue
+        kind = np.dtype(spec.dtype)
+        content = write_ome_xml(
+            [(_ome_image(header, spec, one, frames), kind) for one in positions]
+        )
+        path = store_path(folder, spec.name) / COMPANION
+        if not path.is_file() or path.read_bytes() != content:
+            write_file(path, content, fsync=header.store.fsync)
+
+
+def companion_fault(folder: Path, header: RunHeader, spec: ImageSpec) -> str | None:
+    """Return why a collection's OME-XML cannot be read; None: it can, or is not there.
+
+    Runs of before 0.3 have none.
+    """
+    path = store_path(folder, spec.name) / COMPANION
+    if not path.is_file():
+        return None
+    try:
+        found = len(read_ome_xml(path.read_bytes()).images)
+    except (OSError, ValueError) as error:
+        return str(error)
+    planned = len(header.series.positions)
+    return None if found == planned else f"it has {found} images, not {planned}"
+
+
+def _ome_image(
+    header: RunHeader, spec: ImageSpec, position: Position, frames: int
+) -> OmeImage:
+    series = header.series
+    height, width = spec.plane_shape
+    channels = channels_of(header, spec)
+    optics = [one.optics for one in series.channels for _ in range(spec.planes)]
+    return OmeImage(
+        name=position.name,
+        sizes={
+            "t": frames,
+            "c": len(channels),
+            "z": header.size("z") or 1,
+            "y": height,
+            "x": width,
+        },
+        facts={
+            "pixel_size_y_um": spec.spacing_um,
+            "pixel_size_x_um": spec.spacing_um,
+            "z_step_um": series.z_step_um,
+            "time_step_s": series.interval_s,
+            "position": position.name,
+            "stage": StagePosition(x_um=position.x_um, y_um=position.y_um),
+            "channels": tuple(
+                ImageChannel(
+                    name=name,
+                    color=color,
+                    emission_nm=None if known is None else known.wavelength_nm,
+                )
+                for (name, color), known in zip(channels, optics, strict=True)
+            ),
+        },
+    )

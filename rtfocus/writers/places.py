@@ -1,17 +1,18 @@
 """Places: where planned frames belong in the store, and where lost ones did.
 
 A lost frame says nothing about itself, so its place follows from its neighbours'
-ranks in the plan, not from the order of arrival.
+ranks in the plan, not from the order of arrival. Positions have a path each.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from rtfocus.frame import SeriesStart
+from rtfocus.errors import WriterError
+from rtfocus.frame import Position, SeriesStart
 
 if TYPE_CHECKING:
     import useq
@@ -341,3 +342,35 @@ class GapFinder:
 def _existing(order: Order, ranks: range, plan: Plan) -> list[Index]:
     places = (order(rank) for rank in ranks)
     return [place for place in places if place is not None and plan.contains(place)]
+
+
+def is_plate(positions: list[Position]) -> bool:
+    """Tell whether all positions lie in wells."""
+    return all(p.plate_row and p.plate_column for p in positions)
+
+
+def position_paths(positions: list[Position]) -> list[str]:
+    """Return the path of each position's image inside its OME-Zarr.
+
+    One position is the OME-Zarr itself (``""``), several are numbered as in
+    bioformats2raw, positions in wells are ``ROW/COLUMN/FIELD``.
+
+    Raises
+    ------
+    WriterError
+        If two positions claim the same field of the same well.
+    """
+    if is_plate(positions):
+        paths = [f"{p.plate_row}/{p.plate_column}/{p.field}" for p in positions]
+    elif len(positions) == 1:
+        return [""]
+    else:
+        paths = [str(i) for i in range(len(positions))]
+    doubled = {path for path, number in Counter(paths).items() if number > 1}
+    if doubled:
+        msg = (
+            f"positions share the well fields {sorted(doubled)}; give each position "
+            "its own plate_row, plate_column and field"
+        )
+        raise WriterError(msg)
+    return paths
