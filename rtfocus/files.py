@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import psutil
 
-from rtfocus.errors import OutputError
+from rtfocus.errors import OutputError, WriterError
 
 PATIENCE_S = 5.0
 """How long a file that another program holds open is tried again."""
@@ -389,3 +389,43 @@ def resource_folder(name: str) -> Path:
     looked = " and ".join(str(place) for place in places)
     msg = f"no folder '{name}' at {looked}; reinstall rtfocus"
     raise FileNotFoundError(msg)
+
+
+_MOUNT_POINT = 0xA0000003
+"""``stat.IO_REPARSE_TAG_MOUNT_POINT``, which only Windows has."""
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse to write a folder that leads elsewhere: nothing there is of this run.
+
+    Raises
+    ------
+    WriterError
+        If a file or folder in it is a link; names it.
+    """
+    folders = [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink() or _is_junction(entry):
+                        msg = (
+                            f"'{entry.path}' is a link; a run folder that leads "
+                            "elsewhere is only read: replace the link by what it "
+                            "leads to"
+                        )
+                        raise WriterError(msg)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+        except OSError as error:
+            msg = f"'{error.filename}' cannot be read: {error.strerror}"
+            raise WriterError(msg) from error
+
+
+def _is_junction(entry: "os.DirEntry[str]") -> bool:
+    """Tell a Windows junction, which is no symbolic link to Python."""
+    if os.name != "nt":
+        return False
+    found = entry.stat(follow_symlinks=False)
+    tag: int = getattr(found, "st_reparse_tag", 0)
+    return tag == _MOUNT_POINT

@@ -16,12 +16,13 @@ from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.errors import RtfocusError, WriterError
 from rtfocus.frame import SeriesStart
+from rtfocus.machine import check_space, free_bytes
 from rtfocus.microscope.acquisition import foresee
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.engines.card import verified_file
 from rtfocus.processing.engines.registry import FoundEngine, check_fit, find_engine
 from rtfocus.processing.processor import open_processor
-from rtfocus.writers.folder import check_space, free_bytes, planned_bytes, run_folder
+from rtfocus.writers.folder import planned_bytes, run_folder
 from rtfocus.writers.header import RunHeader
 
 

@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.metrics import Outcome
 from rtfocus.writers.commit import Tally
-from rtfocus.writers.folder import ASIDE_NAME
+from rtfocus.writers.folder import ASIDE_NAME, Holder, holder_of
 from rtfocus.writers.header import (
     CONFIDENCE,
     JOURNAL_NAME,
@@ -35,7 +35,6 @@ from rtfocus.writers.header import (
 )
 from rtfocus.writers.journal import WRITTEN, Line, scan_journal
 from rtfocus.writers.layout import COMPANION, companion_fault, image_groups, store_path
-from rtfocus.writers.lock import Holder, holder_of
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.repair import Terms, read_report, repair_run
 

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 from rtfocus.errors import BusyError, WriterError
 from rtfocus.frame import Slot
+from rtfocus.machine import free_bytes
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import Commit
-from rtfocus.writers.folder import free_bytes
+from rtfocus.writers.folder import RunLock
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, JournalFile, Line
-from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, Planned, TakenPlaces, complete
 
 MOST_LISTED = 10_000

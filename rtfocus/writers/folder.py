@@ -1,40 +1,209 @@
-"""Folder: which run folder a series goes to, whether it fits, who may change it how."""
+"""Folder: which run folder a series goes to, whether it fits, who may change it how.
+
+One process at a time writes a run folder, and everybody can see which. The operating
+system holds the lock, on Windows, Linux, macOS and on network disks that can lock, and
+lets it go with the process, also after ``kill -9``. A frozen process keeps it. Beside
+the lock lies who holds it. Some disks forget locks when they reconnect, so a writer
+looks at that file again before it changes anything it has not looked at for a second:
+whoever was replaced touches nothing.
+"""
 
 import os
-import shutil
+import platform
 import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+import msgspec
+from filelock import FileLock, Timeout
 
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
-from rtfocus.errors import OutputError, WriterError
-from rtfocus.files import remove, replace
+from rtfocus.errors import BusyError, OutputError, WriterError
+from rtfocus.files import refuse_links, remove, replace
 from rtfocus.frame import SeriesStart
+from rtfocus.machine import check_space
 from rtfocus.writers.header import (
     HEADER_NAME,
+    HOLDER_NAME,
     JOURNAL_NAME,
+    LOCK_NAME,
     RunHeader,
     image_specs,
     is_bare,
     is_finished,
     read_header,
     sizes_fault,
+    write_json,
 )
 from rtfocus.writers.layout import group_documents
-from rtfocus.writers.lock import RunLock, holder_of
 from rtfocus.writers.places import Plan
+
+PATIENCE_S = 5.0
+"""How long a lock is waited for: a recorder that was replaced is closing."""
+_LOOK_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who writes a run folder."""
+
+    doing: str
+    """``recording``, ``repairing`` ..."""
+    host: str
+    process: int
+    since_ns: int
+    """Unix time."""
+    token: str
+    """Of this one lock."""
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_ns / 1e9))
+        return f"process {self.process} on {self.host}, {self.doing} since {since}"
+
+
+class RunLock:
+    """The right to change a run folder; held from its making to `release`.
+
+    Parameters
+    ----------
+    folder
+        Must exist.
+    doing
+        What the holder does with the folder, for whoever is refused.
+    patience_s
+        How long to wait for another holder; None: `PATIENCE_S`.
+
+    Raises
+    ------
+    BusyError
+        If another process holds it; names that process.
+    WriterError
+        If the folder cannot be locked.
+    """
+
+    def __init__(
+        self, folder: Path, doing: str, *, patience_s: float | None = None
+    ) -> None:
+        self._folder = folder
+        self._lock = FileLock(folder / LOCK_NAME, thread_local=False)
+        try:
+            wait_s = PATIENCE_S if patience_s is None else patience_s
+            self._lock.acquire(timeout=wait_s, poll_interval=0.05)
+        except Timeout as error:
+            raise BusyError(_busy(folder)) from error
+        except (OSError, NotImplementedError) as error:
+            raise WriterError(_not_lockable(folder, error)) from error
+        self._holder = Holder(
+            doing=doing,
+            host=platform.node() or "this machine",
+            process=os.getpid(),
+            since_ns=time.time_ns(),
+            token=uuid4().hex,
+        )
+        self._looked_s = time.time()
+        try:
+            write_json(folder / HOLDER_NAME, asdict(self._holder))
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def assert_held(self, *, now: bool = False) -> None:
+        """Raise if another process has taken the folder over.
+
+        Looks at the disk once a second at most, unless `now` is given.
+
+        Raises
+        ------
+        BusyError
+            Then nothing in the folder may be touched any more.
+        """
+        # The wall clock goes on while a machine sleeps, the monotonic one may not.
+        if not now and abs(time.time() - self._looked_s) < _LOOK_AGAIN_S:
+            return
+        found = _read_holder(self._folder)
+        if found is None or found.token != self._holder.token:
+            by = "is gone" if found is None else f"was taken over by {found}"
+            msg = (
+                f"'{self._folder}' {by}: this process leaves it as it is; what is "
+                "durable is in it"
+            )
+            raise BusyError(msg)
+        self._looked_s = time.time()
+
+    def release(self) -> None:
+        """Let others write; called twice does nothing."""
+        if not self._lock.is_locked:
+            return
+        found = _read_holder(self._folder)
+        if found is not None and found.token == self._holder.token:
+            # Nobody is hindered by it: the lock decides.
+            try:
+                (self._folder / HOLDER_NAME).unlink(missing_ok=True)
+            except OSError:
+                pass
+        self._lock.release()
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Return who writes the folder now; None: nobody, as far as can be told.
+
+    Changes nothing: a folder that was never locked, or may only be read, stays as it
+    is.
+    """
+    lock = folder / LOCK_NAME
+    if not lock.is_file() or lock.is_symlink():
+        return None
+    try:
+        with FileLock(lock, timeout=0):
+            return None
+    except Timeout:
+        return _read_holder(folder) or Holder("writing", "a machine", 0, 0, "")
+    except (OSError, NotImplementedError):
+        return None
+
+
+def _read_holder(folder: Path) -> Holder | None:
+    try:
+        data = (folder / HOLDER_NAME).read_bytes()
+        return msgspec.json.decode(data, type=Holder)
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return None
+
+
+def _busy(folder: Path) -> str:
+    holder = _read_holder(folder)
+    return (
+        f"'{folder}' is being written by {holder or 'another process'}; let it finish, "
+        "or end that process, also if it hangs, and start again"
+    )
+
+
+def _not_lockable(folder: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    return (
+        f"'{folder}' cannot be locked against other writers: {reason}; a run needs a "
+        "folder that may be written on a disk that locks files"
+    )
+
 
 SUFFIX = ".rtfocus"
 ASIDE_NAME = "set_aside"
-_MOUNT_POINT = 0xA0000003
-"""``stat.IO_REPARSE_TAG_MOUNT_POINT``, which only Windows has."""
-_SAMPLE_S = 0.25
-_WINDOW = 40
-"""Ten seconds of samples: the rate of a run, not of one frame."""
 
 
 def take_folder(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:
@@ -258,126 +427,3 @@ def set_aside(folder: Path, files: list[Path]) -> Path | None:
     except OutputError as error:
         raise WriterError(str(error)) from error
     return target
-
-
-def refuse_links(folder: Path) -> None:
-    """Refuse to write a folder that leads elsewhere: nothing there is of this run.
-
-    Raises
-    ------
-    WriterError
-        If a file or folder in it is a link; names it.
-    """
-    folders = [folder]
-    while folders:
-        try:
-            with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    if entry.is_symlink() or _is_junction(entry):
-                        msg = (
-                            f"'{entry.path}' is a link; a run folder that leads "
-                            "elsewhere is only read: replace the link by what it "
-                            "leads to"
-                        )
-                        raise WriterError(msg)
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(Path(entry.path))
-        except OSError as error:
-            msg = f"'{error.filename}' cannot be read: {error.strerror}"
-            raise WriterError(msg) from error
-
-
-def _is_junction(entry: "os.DirEntry[str]") -> bool:
-    """Tell a Windows junction, which is no symbolic link to Python."""
-    if os.name != "nt":
-        return False
-    found = entry.stat(follow_symlinks=False)
-    tag: int = getattr(found, "st_reparse_tag", 0)
-    return tag == _MOUNT_POINT
-
-
-def free_bytes(folder: Path) -> int:
-    """Return what is free for this user on the disk of `folder`."""
-    return shutil.disk_usage(folder).free
-
-
-def check_space(folder: Path, planned: int | None, min_free: int) -> None:
-    """Refuse a run that does not fit.
-
-    Parameters
-    ----------
-    folder
-        An existing folder on the disk in question.
-    planned
-        Bytes of all planned pixels before compression; None: unbounded.
-    min_free
-        Bytes that must be left.
-
-    Raises
-    ------
-    WriterError
-        Names what is planned, what is free and the remedy.
-    """
-    free = free_bytes(folder)
-    if free < (planned or 0) + min_free:
-        needed = "an unbounded run" if planned is None else f"{_mb(planned)} planned"
-        msg = (
-            f"disk of '{folder}' has {_mb(free)} free, too little for {needed} and "
-            f"store.min_free_mb={min_free / 1e6:.0f}; free space, choose another "
-            "run.folder, record less or lower store.min_free_mb"
-        )
-        raise WriterError(msg)
-
-
-class DiskWatch:
-    """Watches the free space while a run goes on; asks the system 4 times a second."""
-
-    def __init__(
-        self,
-        folder: Path,
-        min_free: int,
-        *,
-        free: Callable[[Path], int] = free_bytes,
-        clock_s: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._folder = folder
-        self._min_free = min_free
-        self._free = free
-        self._clock_s = clock_s
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
-        self.sample()
-
-    def sample(self) -> int:
-        """Return the free bytes, measured now or a moment ago."""
-        now = self._clock_s()
-        if not self._samples or now - self._samples[-1][0] >= _SAMPLE_S:
-            self._samples.append((now, self._free(self._folder)))
-        return self._samples[-1][1]
-
-    def check(self) -> None:
-        """Raise WriterError when less than the minimum is left."""
-        free = self.sample()
-        if free < self._min_free:
-            msg = (
-                f"disk of '{self._folder}' has only {_mb(free)} free, less than "
-                f"store.min_free_mb={self._min_free / 1e6:.0f}: the run ends here; "
-                "free space before the next one"
-            )
-            raise WriterError(msg)
-
-    def time_to_full_s(self) -> float | None:
-        """Return seconds until the minimum is reached at the current rate.
-
-        None while the disk does not fill.
-        """
-        if len(self._samples) < 2:
-            return None
-        (began, free_then), (now, free_now) = self._samples[0], self._samples[-1]
-        used = free_then - free_now
-        if used <= 0:
-            return None
-        return max(free_now - self._min_free, 0) * (now - began) / used
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"

@@ -29,7 +29,7 @@ FORMAT = 1
 LOCK_NAME = "writer.lock"
 HOLDER_NAME = "writer.json"
 LOCK_NAMES = frozenset({LOCK_NAME, HOLDER_NAME, f".{HOLDER_NAME}.part"})
-"""Who writes the folder: see `rtfocus.writers.lock`."""
+"""Who writes the folder: see `rtfocus.writers.folder`."""
 
 MOST_PIXELS = 1 << 33
 """Of a frame; beyond every camera, and below what overflows anywhere."""

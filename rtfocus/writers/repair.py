@@ -11,13 +11,13 @@ import msgspec
 from numpy.typing import NDArray
 
 from rtfocus.errors import OutputError, WriterError
-from rtfocus.files import replace
+from rtfocus.files import refuse_links, replace
 from rtfocus.frame import FrameResult
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Tally
 from rtfocus.writers.finish import finish_run
-from rtfocus.writers.folder import ASIDE_NAME, refuse_links, set_aside
+from rtfocus.writers.folder import ASIDE_NAME, RunLock, set_aside
 from rtfocus.writers.header import (
     JOURNAL_NAME,
     RAW,
@@ -30,7 +30,6 @@ from rtfocus.writers.header import (
 )
 from rtfocus.writers.journal import Line, is_unrestored, journal_lines
 from rtfocus.writers.layout import group_documents
-from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, complete
 from rtfocus.writers.recovery import mend_journal
 

@@ -17,14 +17,14 @@ from typing import Any
 
 from rtfocus.config.sections import StoreConfig
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
+from rtfocus.machine import DiskWatch
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Ledger, Tally
 from rtfocus.writers.finish import finish_run
-from rtfocus.writers.folder import DiskWatch, begin_folder, leave_folder, take_folder
+from rtfocus.writers.folder import RunLock, begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
 from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
-from rtfocus.writers.lock import RunLock
 from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.recovery import is_damaged, mend_journal
 from rtfocus.writers.writes import Intake

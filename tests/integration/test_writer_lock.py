@@ -18,14 +18,13 @@ from rtfocus.cli.commands import app
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import BusyError, ExitCode, WriterError
-from rtfocus.writers import lock
 from rtfocus.writers.check import check_run
-from rtfocus.writers.folder import run_folder
+from rtfocus.writers.folder import RunLock, run_folder
 
 
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
+    monkeypatch.setattr("rtfocus.writers.folder.PATIENCE_S", 0.1)
 
 
 @contextmanager
@@ -160,7 +159,7 @@ def test_another_series_gets_another_folder_even_before_the_first_has_begun(
     run, store = RunConfig(name="day", folder=tmp_path), StoreConfig()
     first = run_folder(run, store, make_series())
     first.mkdir()
-    with lock.RunLock(first, "recording"):
+    with RunLock(first, "recording"):
         other = run_folder(run, store, make_series(series_uid="uid-2"))
         assert other == tmp_path / "day-2.rtfocus"
     assert run_folder(run, store, make_series()) == first
