@@ -24,7 +24,11 @@ from types import FrameType
 import rtfocus
 
 LOOP = Path(__file__).with_name("loop.yaml")
-SMALL = ("microscope.width_px=192", "microscope.height_px=192")
+SMALL = (
+    "microscope.width_px=192",
+    "microscope.height_px=192",
+    "transport.preview.endpoint=tcp://127.0.0.1:*",
+)
 ROOT = Path(rtfocus.__file__).parent
 Graph = dict[str, set[str]]
 """Module to the modules of rtfocus that it imports."""
