@@ -16,6 +16,7 @@ from rtfocus.channel import OpticalSystem as Optics
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import DefocusMap
+from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.image_set import BLIND_ENGINE, restoring_with, with_engine
 from rtfocus.processing.offline import ImageProcessor
@@ -89,7 +90,9 @@ def restore(
         settings = restoring_with(settings, engine, whole=config is None)
     if is_blind:
         _refuse_method_without_optics(settings)
-        _tell_blind(settings.processing.restoration.method)
+        processing = settings.processing
+        if restored_as_it_is(processing.restoration, processing) is None:
+            _tell_blind(processing.restoration.method)
     with ImageProcessor(settings, optics) as processor:
         return _plane_by_plane(image, lambda plane: processor.restore(plane).restored)
 

@@ -18,7 +18,7 @@ from rtfocus.errors import RtfocusError, WriterError
 from rtfocus.frame import SeriesStart
 from rtfocus.machine import check_space, free_bytes
 from rtfocus.microscope.acquisition import foresee
-from rtfocus.processing.channel_plan import plan_channel
+from rtfocus.processing.channel_plan import plan_channel, restored_as_it_is
 from rtfocus.processing.engines.card import verified_file
 from rtfocus.processing.engines.registry import FoundEngine, check_fit, find_engine
 from rtfocus.processing.processor import open_processor
@@ -97,7 +97,12 @@ def _engine_of(config: Config, channel: str) -> str:
     settings = config.channel(channel)
     name = settings.classifier or config.processing.classifier
     if settings.optics is None or name is None:
-        return "recorded, not restored"
+        wanted = settings.restoration or config.processing.restoration
+        as_it_is = restored_as_it_is(wanted, config.processing)
+        if as_it_is is None:
+            return "recorded, not restored"
+        _verify(as_it_is.engine)
+        return f"restored by {as_it_is.name}, defocus not estimated"
     found = find_engine(name, config.processing.engine_folders)
     check_fit(found.card, settings.optics, ignore=config.processing.ignore_optics)
     _verify(found)
@@ -107,10 +112,13 @@ def _engine_of(config: Config, channel: str) -> str:
 def _work_of(config: Config, series: SeriesStart, channel: Channel) -> str:
     """Say what happens to a channel's frames; the weights are compared."""
     plan = plan_channel(config, series, channel)
-    if plan.classifier is None:
+    if plan.classifier is not None:
+        _verify(plan.classifier.found)
+        text = f"defocus by {plan.classifier.found.name}"
+    elif plan.restoration is not None:
+        text = "defocus not estimated"
+    else:
         return f"recorded, not restored: {plan.skipped}"
-    _verify(plan.classifier.found)
-    text = f"defocus by {plan.classifier.found.name}"
     if plan.restoration is None:
         return f"{text}, not restored: {plan.skipped}"
     if plan.restoration.found is not None:

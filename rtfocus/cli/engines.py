@@ -27,6 +27,7 @@ from rtfocus.processing.engines.registry import (
     step_um,
     why_unfit,
 )
+from rtfocus.processing.engines.spec_steps import Values
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
 from rtfocus.processing.gpu.engine import Gpu, gpu_request
@@ -63,6 +64,8 @@ FolderOption = Annotated[
     list[Path] | None,
     typer.Option("--folder", help="Folder with further engines; repeatable."),
 ]
+
+
 NameOption = Annotated[
     str | None,
     typer.Option(help="Name that configs use; default: as the engine says."),
@@ -144,13 +147,22 @@ def add(
         ),
     ],
     name: NameOption = None,
+    values: Annotated[
+        Values | None,
+        typer.Option(
+            help="Which values a foreign model gives: those of its [bold]input[/], "
+            "those it is [bold]shown[/], or its [bold]own[/]; default: by its test."
+        ),
+    ] = None,
 ) -> None:
     """Copy an engine to your own engines, where every config finds it by name.
 
     [bold]Example:[/] rtfocus engines add checkpoints/my_objective/engine
     """
-    found = add_model(path, name=name)
+    found = add_model(path, name=name, values=values)
     typer.echo(f"added {found.kind} '{found.name}' in {found.folder}")
+    if (steps := found.card.steps) is not None:
+        typer.echo(f"its test tensors reproduce; its values: {_SAID[steps.values]}")
 
 
 @app.command("export")
@@ -188,6 +200,13 @@ def export_model(
     typer.echo(f"exported {found.kind} '{found.name}' to {written}")
 
 
+_SAID = {
+    Values.input: "as those of its input",
+    Values.shown: "as those it is shown, so the steps before it are undone",
+    Values.own: "on a scale of its own: only for store.restored_dtype: float32",
+}
+
+
 def _what(found: FoundEngine) -> Iterator[Row]:
     card = found.card
     yield "name", found.name
@@ -205,7 +224,13 @@ def _tensors(card: EngineCard) -> Iterator[Row]:
         halo = f" with a halo of {tiles.halo_px} px" if tiles.halo_px else ""
         every = "" if card.kind == "restorer" else f" every {tiles.stride_px:g} px"
         yield "sees", f"{colour} tiles of {tiles.tile_px} px{halo}{every}"
-        yield "normalisation", str(card.normalisation.get("name"))
+        if card.steps is None:
+            yield "normalisation", str(card.normalisation.get("name"))
+    if card.steps is not None:
+        around = {"before it": card.steps.before, "after it": card.steps.after}
+        for topic, steps in around.items():
+            yield topic, ", ".join(step.id for step in steps) or "nothing"
+        yield "its values", _SAID[card.steps.values]
     if card.condition is not None:
         yield "is told", ", ".join(card.condition.entries)
     given = []
@@ -268,6 +293,9 @@ def _runtimes(card: EngineCard) -> Iterator[Row]:
         return
     for cpu in BACKENDS:
         yield f"on {cpu.name}", cpu.why_unavailable() or "yes"
+    if card.sees_image_alone:
+        yield "on a GPU", "no: a model of bioimage.io"
+        return
     for gpu in GPU_BACKENDS:
         yield f"on {gpu.name}", gpu.why_unavailable(None) or "yes, given a GPU"
 
@@ -358,7 +386,11 @@ def build(
 def _chosen(name: str) -> list[FoundEngine]:
     if name != ALL:
         return [find_engine(name)]
-    return [found for found in list_engines() if "fp32" in found.card.files]
+    return [
+        found
+        for found in list_engines()
+        if "fp32" in found.card.files and not found.card.sees_image_alone
+    ]
 
 
 def _target(

@@ -22,7 +22,7 @@ from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.channel import make_restorer
-from rtfocus.processing.cpu.engine import import_openvino
+from rtfocus.processing.cpu.engine import AXES, arranged_shape, import_openvino
 from rtfocus.processing.engines.card import verified_file
 from rtfocus.processing.engines.registry import FoundEngine, find_engine
 from rtfocus.processing.restore import METHODS
@@ -65,7 +65,9 @@ def multiply_adds_per_pixel(found: FoundEngine) -> float | None:
         side = card.input.tile_px
         owned = side - 2 * card.input.halo_px
     model = openvino.Core().read_model(verified_file(found.folder, card))
-    shapes = {card.input.name: [1, card.input.channels, side, side]}
+    axes = AXES if card.steps is None else card.steps.input_axes
+    shape = arranged_shape((1, card.input.channels, side, side), axes)
+    shapes = {card.input.name: list(shape)}
     if card.condition is not None:
         shapes[card.condition.name] = [1, len(card.condition.entries)]
     model.reshape(shapes)

@@ -29,6 +29,7 @@ from rtfocus.processing.engines.registry import (
     parts,
     step_um,
 )
+from rtfocus.processing.engines.spec_steps import Values
 from rtfocus.processing.restore import BLIND, LEARNED_WIENER, METHODS, PATCH_BY_PATCH
 from rtfocus.processing.tiles.montage import Montage, Window
 from rtfocus.processing.tiles.windows import FrameFit, fit_frame
@@ -44,11 +45,12 @@ Way = Literal[
     "same_pass",
     "own_pass",
     "learned_wiener",
+    "whole_image",
 ]
 """How a frame is restored: deconvolved as a whole, level by level; patch by patch;
 as a whole with kernels found on the way; tile by tile with a network; by the joint
-engine in the pass that finds the defocus, or in a pass of its own; or with the learned
-Wiener filter."""
+engine in the pass that finds the defocus, or in a pass of its own; with the learned
+Wiener filter; or tile by tile, all of it, with a network that knows no defocus."""
 
 # A pixel size that differs more than this from the optics' is not rounding.
 _PIXEL_TOLERANCE = 0.02
@@ -199,6 +201,10 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
     )
     shape = tuple(series.shape)
     name = settings.classifier or config.processing.classifier
+    wanted = settings.restoration or config.processing.restoration
+    as_it_is = restored_as_it_is(wanted, config.processing)
+    if as_it_is is not None:
+        _refuse_cut_values(as_it_is, config, series)
     if optics is None or name is None:
         reason = (
             f"channel '{channel.name}' has no optics in the config"
@@ -206,7 +212,12 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
             else "no classifier is configured"
         )
         return ChannelPlan(
-            channel.name, shape, camera, config.processing, skipped=reason
+            channel.name,
+            shape,
+            camera,
+            config.processing,
+            restoration=as_it_is,
+            skipped=reason if as_it_is is None else None,
         )
     compare_pixel_size(channel.name, optics, series.pixel_size_um)
     found = find_engine(name, config.processing.engine_folders)
@@ -217,8 +228,7 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
         blind=config.processing.blind,
     )
     eye = _Eye(config.processing, optics, shape, camera.quantum)
-    wanted = settings.restoration or config.processing.restoration
-    restoration = eye.restoration(wanted, found)
+    restoration = as_it_is or eye.restoration(wanted, found)
     one_pass = restoration is not None and restoration.way == "same_pass"
     return ChannelPlan(
         channel.name,
@@ -231,6 +241,35 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
         restoration=restoration,
         skipped="restoration.method is none" if restoration is None else None,
     )
+
+
+def restored_as_it_is(
+    settings: RestorationConfig, processing: ProcessingConfig
+) -> RestorationPlan | None:
+    """Plan a restoration that needs neither levels nor optics; None: it needs them."""
+    if settings.method in (*METHODS, "none"):
+        return None
+    found = find_engine(settings.method, processing.engine_folders)
+    card = found.card
+    if not card.sees_image_alone:
+        return None
+    return RestorationPlan("whole_image", card.name, identity(card), settings, found)
+
+
+def _refuse_cut_values(
+    restoration: RestorationPlan, config: Config, series: SeriesStart
+) -> None:
+    """Refuse to store values as counts that are none: they would be rounded away."""
+    steps = restoration.engine.card.steps
+    whole_numbers = np.issubdtype(np.dtype(series.dtype), np.integer)
+    as_camera = config.store.restored_dtype == "camera"
+    if steps is not None and steps.values is Values.own and whole_numbers and as_camera:
+        msg = (
+            f"engine '{restoration.name}' gives values on a scale of its own, which "
+            f"{np.dtype(series.dtype).name} would round away; set "
+            "store.restored_dtype: float32"
+        )
+        raise EngineError(msg)
 
 
 @dataclass(frozen=True, slots=True)

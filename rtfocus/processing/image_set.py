@@ -136,12 +136,7 @@ class ImageSet:
                 {
                     "engine": _identity(restoration.method, self._find),
                     "classifier": _identity(classifier or "none", self._find),
-                    "optics": in_short(
-                        optics.system or _reference(settings, known, self._find)
-                    ),
-                    "optics from": optics.source
-                    if optics.system is not None
-                    else f"nobody ({optics.source}): assumed, engines ran blind",
+                    **_optics_facts(settings, known, optics, self._find),
                 }
             )
         if all(one == facts[0] for one in facts):
@@ -261,13 +256,15 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     """Return `settings` with one restoration for all channels.
 
     A joint engine also says what is out of focus, if `whole`: one pass less, and
-    nobody has named a classifier.
+    nobody has named a classifier. For one that knows no focus nobody looks for it.
     """
     method = settings.processing.restoration.model_copy(update={"method": engine})
     settings = with_engine(settings, "restoration", method.model_dump())
     if not whole or engine in (*METHODS, "none"):
         return settings
     found = find_engine(engine, settings.processing.engine_folders)
+    if found.card.sees_image_alone:
+        return with_engine(settings, "classifier", None)
     if found.kind != "joint":
         return settings
     return with_engine(settings, "classifier", engine)
@@ -328,6 +325,8 @@ def _check(
                 blind=settings.processing.blind,
             )
         return
+    if _needs_no_optics(settings, channel, find):
+        return
     restoration = channel.restoration or settings.processing.restoration
     needing = [restoration.method] if restoration.method in NEEDS_OPTICS else []
     needing += [f.name for f in engines if f.implementation.startswith("builtin:")]
@@ -343,6 +342,26 @@ def _check(
     refuse_other_reference(image, optics, name, _reference(settings, channel, find))
 
 
+def _optics_facts(
+    settings: Config, channel: ChannelConfig, optics: ImageOptics, find: Find
+) -> dict[str, str]:
+    """Say which optics counted, and where they come from."""
+    if optics.system is not None:
+        return {"optics": in_short(optics.system), "optics from": optics.source}
+    if _needs_no_optics(settings, channel, find):
+        return {"optics": "none", "optics from": "nobody: the engine needs none"}
+    return {
+        "optics": in_short(_reference(settings, channel, find)),
+        "optics from": f"nobody ({optics.source}): assumed, engines ran blind",
+    }
+
+
+def _needs_no_optics(settings: Config, channel: ChannelConfig, find: Find) -> bool:
+    """Whether a channel is restored by what knows no focus, and not classified."""
+    engines = _engines(settings, channel, find)
+    return bool(engines) and all(found.card.sees_image_alone for found in engines)
+
+
 def _reference(settings: Config, channel: ChannelConfig, find: Find) -> OpticalSystem:
     """Return the optics that blind engines take for granted."""
     name = channel.classifier or settings.processing.classifier
@@ -355,6 +374,9 @@ def _reference(settings: Config, channel: ChannelConfig, find: Find) -> OpticalS
 
 def _run_blind(settings: Config, name: str, optics: ImageOptics, find: Find) -> str:
     channel = settings.channel(name)
+    if _needs_no_optics(settings, channel, find):
+        engine = _engines(settings, channel, find)[0].name
+        return f"optics of channel '{name}' are unknown: engine '{engine}' needs none"
     restoration = channel.restoration or settings.processing.restoration
     engine = restoration.method
     if engine == "none":

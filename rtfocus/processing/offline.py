@@ -25,6 +25,7 @@ from rtfocus.frame import (
     SlotPool,
 )
 from rtfocus.images.series import native_dtype
+from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.networks import open_tile_network
 from rtfocus.processing.cpu.preparation import normalised
@@ -49,7 +50,8 @@ class ImageProcessor:
         As for the live loop.
     optics
         Of the images; None: those of the config's channel, or where that has none,
-        the optics the classifier was calibrated for.
+        the optics the classifier was calibrated for. A restorer that knows neither
+        levels nor optics, without a classifier, needs none.
     """
 
     def __init__(self, config: Config, optics: OpticalSystem | None = None) -> None:
@@ -162,20 +164,28 @@ class ImageProcessor:
             sizes={"t": None},
             channels=[Channel(channel, optics)],
             positions=[Position("image")],
-            pixel_size_um=optics.pixel_size_um,
+            # Nothing that needs no optics looks at it.
+            pixel_size_um=1.0 if optics is None else optics.pixel_size_um,
         )
         self._pool = SlotPool(1, pixels.nbytes)
         self._processor.start(series, 1)
         self._started = kind
 
-    def _optics_of(self, channel: str) -> OpticalSystem:
-        """Return the optics that are given, configured, or the engine's own."""
+    def _optics_of(self, channel: str) -> OpticalSystem | None:
+        """Return the optics that are given, configured, or the engine's own.
+
+        None: nothing needs any.
+        """
         settings = self._config.channel(channel)
         given = self._optics or settings.optics
         if given is not None:
             return given
         name = settings.classifier or self._config.processing.classifier
         if name is None:
+            processing = self._config.processing
+            wanted = settings.restoration or processing.restoration
+            if restored_as_it_is(wanted, processing) is not None:
+                return None
             msg = "no classifier is configured; set processing.classifier or --engine"
             raise EngineError(msg)
         found = find_engine(name, self._config.processing.engine_folders)

@@ -1,7 +1,8 @@
 """Admission: an engine from a folder, a model package or an address, whole or not.
 
-A package that rtfocus exported holds its card. Of a package only what its description
-names is taken, each file compared with its checksum, and no file that runs code.
+A package that rtfocus exported holds its card; any other is a foreign model. Of a
+package only what its description names is taken, each file compared with its checksum,
+and no file that runs code.
 """
 
 import hashlib
@@ -16,8 +17,13 @@ from rtfocus.config.form import decode, parse_yaml
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import CARD_NAME, EngineCard, parse_card
 from rtfocus.processing.engines.registry import FoundEngine, add_engine
+from rtfocus.processing.engines.spec_steps import Values
+from rtfocus.sharing.description import read_model
+from rtfocus.sharing.foreign import WEIGHTS_NAME, card_of, prove, read_test_tensor
+from rtfocus.sharing.onnx_file import read_onnx
 from rtfocus.sharing.package import (
     RDF_NAMES,
+    TENSOR_BYTES,
     TEXT_BYTES,
     WEIGHTS_BYTES,
     Package,
@@ -26,11 +32,15 @@ from rtfocus.sharing.package import (
 )
 
 _README = "README.md"
+_DESCRIPTION = "description.yaml"
+"""A foreign model's own, kept for its authors, licence and citations."""
 Files = dict[str, bytes]
 """What is written to the engine's folder, by name."""
 
 
-def add_model(source: Path, *, name: str | None = None) -> FoundEngine:
+def add_model(
+    source: Path, *, name: str | None = None, values: Values | None = None
+) -> FoundEngine:
     """Add an engine to the user's own, where configs find it by its name.
 
     Parameters
@@ -39,6 +49,9 @@ def add_model(source: Path, *, name: str | None = None) -> FoundEngine:
         Folder with a card, or a model package: a zip or the folder it was packed from.
     name
         Of the engine; None: as its card or description says.
+    values
+        Of a foreign model: which values it gives, see `Values`; None: what
+        its test tensors look like.
 
     Raises
     ------
@@ -54,12 +67,12 @@ def add_model(source: Path, *, name: str | None = None) -> FoundEngine:
     if name is None and (source / CARD_NAME).is_file():
         return add_engine(source)
     with open_package(source) as package, tempfile.TemporaryDirectory() as scratch:
-        for file, data in _taken(package, name).items():
+        for file, data in _taken(package, name, values).items():
             (Path(scratch) / file).write_bytes(data)
         return add_engine(Path(scratch))
 
 
-def _taken(package: Package, name: str | None) -> Files:
+def _taken(package: Package, name: str | None, values: Values | None) -> Files:
     """Return the files of the engine that a package holds."""
     found = [rdf for rdf in RDF_NAMES if rdf in package]
     if not found and CARD_NAME in package:
@@ -73,10 +86,15 @@ def _taken(package: Package, name: str | None) -> Files:
     rdf = _read_rdf(package, found[0])
     config = rdf.get("config")
     ours = config.get("rtfocus") if isinstance(config, dict) else None
-    if ours is None:
-        msg = f"'{package.origin}' was not exported by rtfocus"
-        raise EngineError(msg)
-    return _exported(package, rdf, ours, name)
+    if ours is not None:
+        return _exported(package, rdf, ours, name)
+    try:
+        return _admitted(package, rdf, found[0], name, values)
+    except EngineError as error:
+        # One line of what comes from below, and whose it is.
+        why = " ".join(str(error).split())
+        msg = why if str(package.origin) in why else f"'{package.origin}' {why}"
+        raise EngineError(msg) from error
 
 
 def _read_rdf(package: Package, rdf: str) -> dict[str, Any]:
@@ -89,6 +107,44 @@ def _read_rdf(package: Package, rdf: str) -> dict[str, Any]:
         msg = f"'{rdf}' in '{package.origin}' describes nothing: it is no mapping"
         raise EngineError(msg)
     return found
+
+
+def _admitted(
+    package: Package,
+    rdf: Mapping[str, Any],
+    rdf_name: str,
+    name: str | None,
+    values: Values | None,
+) -> Files:
+    """Return the engine that a foreign model becomes, once it has proved itself."""
+    model = read_model(rdf)
+    weights = verified(
+        package, model.weights.source, model.weights.sha256, WEIGHTS_BYTES
+    )
+    said = card_of(model, read_onnx(weights), hashlib.sha256(weights).hexdigest())
+    tensors = [
+        read_test_tensor(
+            verified(package, words.test.source, words.test.sha256, TENSOR_BYTES), words
+        )
+        for words in (model.input, model.output)
+    ]
+    said["name"] = name or model.name
+    card = parse_card(said, f"made of '{rdf_name}' in '{package.origin}'")
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / WEIGHTS_NAME).write_bytes(weights)
+        proof = prove(Path(scratch), card, model, *tensors)
+    said["steps"]["values"] = values or proof.values
+    said["figures"] = {"largest difference from its test tensor": proof.largest}
+    card = parse_card(said, f"made of '{rdf_name}' in '{package.origin}'")
+    files = {
+        CARD_NAME: dumped(card, card.name),
+        WEIGHTS_NAME: weights,
+        _DESCRIPTION: package.read(rdf_name, TEXT_BYTES),
+    }
+    words = (model.documentation or "").removeprefix("./")
+    if words.lower().endswith(".md") and words in package:
+        files[_README] = package.read(words, TEXT_BYTES)
+    return files
 
 
 def _exported(

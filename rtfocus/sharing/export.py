@@ -137,6 +137,8 @@ def _refuse_unspeakable(card: EngineCard) -> None:
         why = f"is {card.implementation}: a network alone is not what it does"
     elif card.kind == "classifier":
         why = "gives labels, no image"
+    elif card.steps is not None:
+        why = "came from such a package, which is the one to hand on"
     elif card.normalisation.get("name") != "percentile_range":
         why = f"needs '{card.normalisation.get('name')}', which the spec cannot say"
     if why is not None:

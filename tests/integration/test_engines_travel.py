@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from engine_kit import write_shift_restorer, write_smooth_restorer
+from foreign_kit import zipped
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.registry import find_engine
@@ -38,13 +39,6 @@ def exported(tmp_path_factory):
     target = export_bioimageio(found, folder / "smooth.zip", **SAID)
     with zipfile.ZipFile(target) as package:
         return {name: package.read(name) for name in package.namelist()}
-
-
-def zipped(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
-        for name, data in files.items():
-            package.writestr(name, data)
-    return path
 
 
 def refused(path: Path, mine: Path, said: str) -> None:

@@ -16,11 +16,14 @@ from rtfocus.config.sections import ProcessingConfig
 from rtfocus.errors import EngineError
 from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable
 from rtfocus.processing.cpu.engine import (
+    AXES,
     Engine,
     Inputs,
     OnnxRuntimeEngine,
     OpenVinoEngine,
+    ReorderedEngine,
     Shape,
+    arranged_shape,
     import_openvino,
     openvino_precisions,
 )
@@ -193,9 +196,21 @@ def open_engine(
     )
     if settings.precision == "auto" and shape is not None:
         request = _by_measurement(found, backend, request, shape)
-    engine = backend.open_engine(request)
+    engine = _opened(card, backend, request)
     engine.weights, engine.measured = request.weights, request.measured
     return engine
+
+
+def _opened(card: EngineCard, backend: Backend, request: Request) -> Engine:
+    """Open an engine; one with its axes in an order of its own takes ours too."""
+    steps, shape = card.steps, request.inputs.shape
+    if steps is None or steps.input_axes == steps.output_axes == AXES:
+        return backend.open_engine(request)
+    if shape is not None:
+        shape = arranged_shape(shape, steps.input_axes)
+    inputs = replace(request.inputs, shape=shape)
+    engine = backend.open_engine(replace(request, inputs=inputs))
+    return ReorderedEngine(engine, steps.input_axes, steps.output_axes)
 
 
 def _by_measurement(
@@ -238,7 +253,7 @@ def _time(
     with ExitStack() as opened:
         passes: dict[str, Callable[[], object]] = {}
         for one in options:
-            engine = backend.open_engine(_as_choice(found, request, one))
+            engine = _opened(found.card, backend, _as_choice(found, request, one))
             opened.callback(engine.close)
             passes[one.name] = partial(engine.infer, tiles, condition)
         return time_passes(passes)

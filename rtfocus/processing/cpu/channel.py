@@ -12,13 +12,19 @@ from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.backends import runs_on
-from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, open_classifier
+from rtfocus.processing.cpu.classifier import (
+    FrameClassifier,
+    Seen,
+    known,
+    open_classifier,
+)
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
 from rtfocus.processing.cpu.network_restorer import (
     JointRestorer,
     LearnedWienerRestorer,
     Level,
     TileNetworkRestorer,
+    WholeImageRestorer,
 )
 from rtfocus.processing.cpu.networks import TileNetwork, open_tile_network
 from rtfocus.processing.cpu.preparation import Correction
@@ -33,7 +39,9 @@ Image = NDArray[np.float32]
 class FrameRestorer(Protocol):
     """Restores the frames of one channel; safe to use from several threads."""
 
-    def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
+    def restore(
+        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
+    ) -> None:
         """Restore a frame.
 
         Parameters
@@ -41,10 +49,11 @@ class FrameRestorer(Protocol):
         signal
             Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
         seen
-            What the classifier saw in it.
+            What the classifier saw in it; None: there is none, and the restorer does
+            without.
         out
             Result, shape of `signal`, float32; in focus and background exactly as
-            in `signal`.
+            in `signal`, except of a restorer that knows no focus.
         quantum
             Step between the camera's values; 0 for float frames.
         """
@@ -87,9 +96,12 @@ class ByLevel:
         self._restorer = restorer
         self._network = network
 
-    def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
+    def restore(
+        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
+    ) -> None:
         """Restore a frame, see `FrameRestorer`."""
-        self._restorer.restore(signal, seen.defocus.level, out, quantum=quantum)
+        level = known(seen).defocus.level
+        self._restorer.restore(signal, level, out, quantum=quantum)
 
     def close(self) -> None:
         """Free the network."""
@@ -121,7 +133,7 @@ def make_restorer(
 
 
 def open_restorer(
-    plan: ChannelPlan, grid: TileGrid, threads: int
+    plan: ChannelPlan, grid: TileGrid | None, threads: int
 ) -> tuple[FrameRestorer, str | None]:
     """Open what restores the frames of a channel.
 
@@ -130,7 +142,7 @@ def open_restorer(
     plan
         Of a channel that is restored.
     grid
-        Of the labels.
+        Of the labels; None: there are none.
     threads
         Of a network.
 
@@ -149,6 +161,13 @@ def open_restorer(
     restoration = plan.restoration
     if restoration is None:
         msg = f"channel '{plan.name}' is not restored: {plan.skipped}"
+        raise ValueError(msg)
+    if restoration.way == "whole_image":
+        network = _open_tiles(plan, restoration, threads)
+        whole = WholeImageRestorer(restoration.engine.card, network, plan.size)
+        return whole, runs_on(network.engine)
+    if grid is None:
+        msg = f"channel '{plan.name}' has no levels to restore by"
         raise ValueError(msg)
     montage = plan.montage(grid)
     match restoration.way:
@@ -303,7 +322,11 @@ def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
     correction = Correction(plan.camera)
     seen, restoration = plan.classifier, plan.restoration
     if seen is None:
-        return OpenChannel(plan, correction)
+        if restoration is None:
+            return OpenChannel(plan, correction)
+        restorer, runs = open_restorer(plan, None, total_threads)
+        backends = {} if runs is None else {restoration.name: runs}
+        return OpenChannel(plan, correction, None, restorer, backends)
     threads = share_threads(total_threads, one_pass=seen.restores)
     classifier = open_classifier(seen, plan.processing, threads.classify)
     backends = {seen.found.name: classifier.runs_on}

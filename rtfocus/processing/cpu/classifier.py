@@ -50,6 +50,14 @@ class Seen:
     """Shape and unit of the signal; None: the network does not restore."""
 
 
+def known(seen: Seen | None) -> Seen:
+    """Return what the classifier saw; ValueError where there is none."""
+    if seen is None:
+        msg = "a frame without defocus was to be restored"
+        raise ValueError(msg)
+    return seen
+
+
 class FrameClassifier:
     """A classifier or joint engine applied to whole frames of one size.
 

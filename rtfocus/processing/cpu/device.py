@@ -122,8 +122,8 @@ class CpuDevice:
         restored, seen = buffers.restored, buffers.seen
         if job.skipped is not None or restorer is None:
             return None
-        if seen is None or restored is None:
-            msg = "a frame without defocus was to be restored"
+        if restored is None:
+            msg = "a frame was to be restored in a series that is not"
             raise ValueError(msg)
         with job.stage("restore"):
             scratch = self._scratch(buffers.signal)

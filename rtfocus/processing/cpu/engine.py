@@ -66,7 +66,8 @@ class Engine(Protocol):
         ...
 
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, ...]
+"""Of the pixels, (N, C, H, W) but inside `ReorderedEngine`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class Inputs:
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None
     ) -> None:
         """Refuse what the network was not opened for; EngineError names the tensor."""
-        if tiles.dtype != np.float32 or tiles.ndim != 4:
+        expected = 4 if self.shape is None else len(self.shape)
+        if tiles.dtype != np.float32 or tiles.ndim != expected:
             msg = (
                 f"engine '{self.engine}': input '{self.tiles}' must be float32 "
                 f"(N, C, H, W), got {tiles.dtype} {tiles.shape}"
@@ -124,6 +126,76 @@ class Inputs:
                 f"{wanted}, got {condition.dtype} {condition.shape}"
             )
             raise EngineError(msg)
+
+
+class ReorderedEngine:
+    """An engine whose network has its axes in another order, or fewer of them.
+
+    Parameters
+    ----------
+    engine
+        Opened for the network's own order.
+    input_axes, output_axes
+        That order, of ``bcyx``; what is missing has length 1.
+    """
+
+    def __init__(self, engine: Engine, input_axes: str, output_axes: str) -> None:
+        self._engine = engine
+        self._axes = input_axes, output_axes
+        self.name, self.backend = engine.name, engine.backend
+        self.precision = engine.precision
+        self.weights, self.measured = engine.weights, engine.measured
+
+    def infer(
+        self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
+    ) -> Outputs:
+        """Run the network, see `Engine.infer`; outputs come as (N, C, H, W)."""
+        given, gives = self._axes
+        arranged = np.ascontiguousarray(arrange(tiles, given))
+        outputs = self._engine.infer(arranged, condition)
+        return {
+            name: straighten(array, gives, self.name) for name, array in outputs.items()
+        }
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine.close()
+
+
+AXES = "bcyx"
+"""Batch or tile, channel, y, x: the order of all tensors but those of a network."""
+
+
+def arrange(array: NDArray[Any], axes: str) -> NDArray[Any]:
+    """Return an array of `AXES` in another order; what `axes` lacks has length 1."""
+    left_out = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
+    kept = [axis for axis in AXES if axis in axes]
+    return array.squeeze(left_out).transpose([kept.index(axis) for axis in axes])
+
+
+def arranged_shape(shape: Shape, axes: str) -> Shape:
+    """Return a shape of `AXES` in another order; those that `axes` lacks drop out."""
+    return tuple(shape[AXES.index(axis)] for axis in axes)
+
+
+def straighten(array: NDArray[Any], axes: str, engine: str) -> NDArray[Any]:
+    """Undo `arrange`.
+
+    Raises
+    ------
+    EngineError
+        If the array has not as many axes as its card says.
+    """
+    if array.ndim != len(axes):
+        msg = (
+            f"engine '{engine}': its output is {array.shape}, its card names the axes "
+            f"'{axes}'"
+        )
+        raise EngineError(msg)
+    kept = [axis for axis in AXES if axis in axes]
+    ordered = array.transpose([axes.index(axis) for axis in kept])
+    lacking = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
+    return np.expand_dims(ordered, lacking)
 
 
 class OpenVinoEngine:

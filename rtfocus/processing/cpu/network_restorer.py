@@ -2,7 +2,7 @@
 
 Both end alike: ``out = signal + share * (restored - signal)``, with the share of
 the montage. Where only tiles in focus and background reach it is 0, and pixels
-come back as they went in.
+come back as they went in. A network that knows no focus restores all of a frame.
 
 In the learned Wiener filter the network says of a tile, per radial frequency band, how
 much signal there is for one part of noise; the filter is ``conj(H) / (|H|^2 + 1 /
@@ -22,7 +22,7 @@ from scipy import fft
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, invertible_normalisation
-from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
+from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, known
 from rtfocus.processing.cpu.networks import TileNetwork, restored_tiles
 from rtfocus.processing.cpu.preparation import normalised
 from rtfocus.processing.engines.card import EngineCard, input_of
@@ -73,9 +73,12 @@ class TileNetworkRestorer:
         self._normalisation = invertible_normalisation(card)
         self._tiles = FrameTiles(self._input, montage.shape)
 
-    def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
+    def restore(
+        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
+    ) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`."""
         del quantum
+        seen = known(seen)
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
         places = self._tiles.needed(share)
@@ -97,6 +100,62 @@ class TileNetworkRestorer:
                 plane *= np.float32(scale)
                 plane += np.float32(offset)
         blend(signal, from_planes(restored, signal.shape), share, out)
+
+    def close(self) -> None:
+        """Free the network."""
+        self._network.close()
+
+
+class WholeImageRestorer:
+    """A restorer that knows no focus, on all tiles of a frame.
+
+    What its card's steps measure is measured on the whole frame, not tile by tile.
+    Safe to use from several threads, each with its own `out`.
+
+    Parameters
+    ----------
+    card
+        Of the engine; with steps.
+    network
+        Opened for its tiles; closed by `close`.
+    shape
+        Height and width of the frames.
+    """
+
+    def __init__(
+        self, card: EngineCard, network: TileNetwork, shape: tuple[int, int]
+    ) -> None:
+        if card.steps is None or card.output is None:
+            msg = f"engine '{card.name}' has no steps"
+            raise ValueError(msg)
+        self.card = card
+        self._network = network
+        self._steps = card.steps
+        self._output = card.output.name
+        self._channels = input_of(card).channels
+        self._tiles = FrameTiles(input_of(card), shape)
+
+    def restore(
+        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
+    ) -> None:
+        """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`.
+
+        Raises
+        ------
+        EngineError
+            If what the network gives is no image of its tiles' size, or no numbers.
+        """
+        del seen, quantum
+        images = to_planes(signal, self._channels)
+        restored = np.empty(images.shape, np.float32)
+        places = self._tiles.places
+        for image, into in zip(images, restored, strict=True):
+            shown = self._steps.show(image)
+            tiles = self._tiles.cut(shown.image, places)
+            outputs = self._network.run(tiles, None)
+            found = restored_tiles(self.card.name, outputs, self._output, tiles)
+            into[...] = self._steps.give(self._tiles.join(found, places), shown, image)
+        np.maximum(from_planes(restored, signal.shape), 0, out=out)
 
     def close(self) -> None:
         """Free the network."""
@@ -130,9 +189,12 @@ class JointRestorer:
         self._evidence = evidence
         self._turn = threading.Lock()
 
-    def restore(self, signal: Image, seen: Seen, out: Image, *, quantum: float) -> None:
+    def restore(
+        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
+    ) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`."""
         del quantum
+        seen = known(seen)
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
         if not share.any():

@@ -309,7 +309,9 @@ def open_tile_network(
         If it is no network or cannot be loaded.
     """
     tiles = input_of(found.card)
-    batch = max(1, _BATCH_PX // tiles.tile_px**2)
+    # Networks of other people may be made for one image at a time.
+    alone = found.card.sees_image_alone
+    batch = 1 if alone else max(1, _BATCH_PX // tiles.tile_px**2)
     engine = open_engine(
         found,
         settings,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.form import read_yaml
 from rtfocus.errors import EngineError
+from rtfocus.processing.engines.spec_steps import StepsCard
 
 BACKGROUND_LABEL = "bg"
 """Label of tiles without a specimen."""
@@ -230,6 +231,8 @@ class EngineCard(Section):
     background: dict[str, Any] = Field(default_factory=dict)
     """Rule for empty tiles, see `rtfocus.optics.normalisation`."""
     optics: OpticsCard | None = None
+    steps: StepsCard | None = None
+    """Of a model of bioimage.io; None: it is none."""
     evidence: EvidenceCard | None = None
     """What weighs the corrections where an engine runs blind; None: nothing does."""
     trained: dict[str, Any] = Field(default_factory=dict)
@@ -242,6 +245,11 @@ class EngineCard(Section):
         """Whether it may be told nothing at all, not even the sampling."""
         told = () if self.condition is None else self.condition.entries
         return "sampling_known" in told
+
+    @property
+    def sees_image_alone(self) -> bool:
+        """Whether it knows neither levels nor optics: it restores an image as it is."""
+        return self.steps is not None
 
     @property
     def is_network(self) -> bool:
@@ -264,20 +272,27 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "joint": ("input", "output", "restored", "levels", "normalisation", "optics"),
 }
 _FOREIGN: Mapping[str, tuple[str, ...]] = {
-    "classifier": ("restored", "kernel_output", "evidence"),
+    "classifier": ("restored", "kernel_output", "evidence", "steps"),
     "restorer": ("restored", "background", "evidence"),
-    "joint": ("kernel_output",),
+    "joint": ("kernel_output", "steps"),
 }
+_WITH_STEPS = ("levels", "normalisation", "optics", "condition", "kernel_output")
+"""What a restorer has either these for or its steps."""
 
 
 def _section_faults(card: EngineCard) -> Iterator[str]:
     """Say which sections are missing, or would be ignored."""
     if not card.is_network:
         return
-    missing = [part for part in _NEEDED[card.kind] if not getattr(card, part)]
+    needed, unknown = _NEEDED[card.kind], _FOREIGN[card.kind]
+    if card.kind == "restorer" and card.steps is not None:
+        needed, unknown = ("input", "output"), (*unknown, *_WITH_STEPS)
+        if card.implementation != "onnx":
+            yield f"{card.implementation} has no steps: they are of a network alone"
+    missing = [part for part in needed if not getattr(card, part)]
     if missing:
         yield f"a {card.kind} needs the sections {', '.join(missing)}"
-    foreign = [part for part in _FOREIGN[card.kind] if getattr(card, part)]
+    foreign = [part for part in unknown if getattr(card, part)]
     if foreign:
         yield f"a {card.kind} cannot have the sections {', '.join(foreign)}"
 

@@ -301,6 +301,8 @@ def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenCh
     correction = Correction(memory, plan.camera, plan.shape)
     seen, restoration = plan.classifier, plan.restoration
     if seen is None:
+        if restoration is not None:
+            raise _only_on_cpu(restoration)
         return OpenChannel(plan, correction)
     # What is opened when a later part fails is closed again.
     with ExitStack() as opened:

@@ -194,8 +194,14 @@ def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRa
     Raises
     ------
     EngineError
-        If the card describes no input.
+        If the card describes no input, or a model of bioimage.io.
     """
+    if card.sees_image_alone:
+        msg = (
+            f"engine '{card.name}' is a model of bioimage.io, whose steps only the CPU "
+            "does; set processing.device: cpu"
+        )
+        raise EngineError(msg)
     if card.input is None:
         msg = f"engine '{card.name}' ({card.implementation}) is no network to build"
         raise EngineError(msg)
