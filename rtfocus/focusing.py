@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.core._sequencing import SequencedEvent
 
-from rtfocus.autofocus.actions import ACTION, FocusActions, FocusEngine
+from rtfocus.autofocus.actions import FocusActions, FocusEngine
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Correction, Holder, Key
+from rtfocus.autofocus.plans import asking_for_focus
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
@@ -171,10 +172,7 @@ class FocusingEngine(FocusActions, RecordingEngine):
             self.holder = self.holder or self._set_aside
         elif what == "autofocus" and event.z_pos is not None:
             first = event.events[0] if isinstance(event, SequencedEvent) else event
-            _, slice_um = self.place_of(first)
-            z_um = event.z_pos - slice_um
-            action = useq.CustomAction(name=ACTION)
-            asked = first.model_copy(update={"z_pos": z_um, "action": action})
+            asked = asking_for_focus(first)
             super().setup_event(asked)
             tuple(self.exec_event(asked))
 

@@ -18,7 +18,7 @@ from pymmcore_plus.mda import MDAEngine
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
-from rtfocus.autofocus.focuser import CoreStage
+from rtfocus.autofocus.devices import CoreStage
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.focusing import Focusing, unread

@@ -2,19 +2,21 @@
 
 A stock useq plan with ``autofocus_plan=AxesBasedAF(axes=("p",),
 autofocus_device_name="rtfocus")`` gives such events, also after a way through JSON;
-so does ``CustomAction(name="rtfocus_autofocus")``. Corrections add up per position
-and grid tile and hold for hardware-sequenced z too, which pymmcore-plus leaves out.
+so does ``CustomAction(name="rtfocus_autofocus")``. A correction holds for the tile it
+was found at, else for its position, and for hardware-sequenced z too, which
+pymmcore-plus leaves out.
 """
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import useq
 from pymmcore_plus import CMMCorePlus
+from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import FrameMetaV1, SummaryMetaV1
@@ -22,17 +24,35 @@ from pymmcore_plus.metadata.schema import PropertyValue
 
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
+from rtfocus.autofocus.plans import (
+    Site,
+    autofocus_plan,
+    channel_offset_um,
+    focus_light,
+    focus_plans,
+    images_of,
+    is_autofocus,
+    key_of,
+    reference_um,
+    surface_at,
+)
 from rtfocus.autofocus.run import Verdict
-from rtfocus.errors import RtfocusError
+from rtfocus.errors import ConfigError, RtfocusError
 
 logger = logging.getLogger(__name__)
 
-DEVICE = "rtfocus"
-"""Name of an ``autofocus_device_name`` that this engine answers."""
+_CHOICES = (
+    "use_hardware_sequencing",
+    "force_set_xy_position",
+    "restore_initial_state",
+    "timeout_base",
+    "timeout_multiplier",
+    "timeout_first_frame",
+    "timeout_action",
+)
+"""What the stock engine lets a script choose."""
 _TRY_AGAIN = 10
 """Visits before a place where focus was not found is searched again."""
-ACTION = "rtfocus_autofocus"
-"""Name of a ``CustomAction`` that this engine answers."""
 
 
 class FocusActions(MDAEngine):
@@ -44,14 +64,28 @@ class FocusActions(MDAEngine):
     def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
         """Forget the corrections of the plan before."""
         self._corrections: dict[Key, float] = {}
+        self._beside_um: dict[Key, float] = {}
+        self._newest: dict[int | None, Key] = {}
+        self._newest_of_all: Key | None = None
         self._verdicts: dict[Key, dict[str, Any]] = {}
         self._unfocused: set[Key] = set()
-        self._sites: dict[Key, _Site] = {}
+        self._sites: dict[Key, Site] = {}
         self._begun: dict[Key, Hashable] = {}
         self._not_before: dict[Key, int] = {}
+        # What was known of the places of another plan is not known of these.
+        self.focuser.places.clear()
         core = self.mmcore
         self._found_at_um = core.getZPosition() if core.getFocusDevice() else None
-        self._light = _focus_light(sequence, self.focuser.config.focus_channel)
+        self._light = focus_light(sequence, self.focuser.config.focus_channel)
+        plans = focus_plans(sequence)
+        self._is_asked = bool(plans)
+        if self.holder is not None and any(p.autofocus_motor_offset for p in plans):
+            msg = (
+                "autofocus_plan.autofocus_motor_offset and autofocus.mode 'hold' "
+                "contradict each other: what is held is in focus; use "
+                "autofocus.channel_offsets_um, or mode: off"
+            )
+            raise ConfigError(msg)
         # Where planes are the outer loop, all time points of a place are one stack.
         order = "".join(sequence.axis_order)
         self._z_is_outer = "t" in order and -1 < order.find("z") < order.find("t")
@@ -63,16 +97,15 @@ class FocusActions(MDAEngine):
         In ``hold`` the first event of every stack takes in the drift.
         """
         if is_autofocus(event):
-            self._go_to_focus_image(event)
+            self._go_to_focus_image(self._focus_image(event))
             return
-        key = key_of(event)
-        if key in self._unfocused and self.focuser.config.on_failure == "skip":
-            number = len(event.events) if isinstance(event, SequencedEvent) else 1
-            raise SkipEvent(num_frames=number)
-        if self.holder is not None and event.z_pos is None:
-            # What is held needs a z to be held at: where the stage was found.
+        found_by = self._searched(event)
+        if found_by in self._unfocused and self.focuser.config.on_failure == "skip":
+            raise SkipEvent(num_frames=images_of(event))
+        if event.z_pos is None and (self.holder is not None or found_by is not None):
+            # What is corrected needs a z to begin with: where the stage was found.
             event = event.model_copy(update={"z_pos": self._found_at_um})
-        self._hold(event, key)
+        self._hold(event, key_of(event))
         super().setup_event(event)
 
     def exec_event(self, event: useq.MDAEvent) -> Iterable[Any]:
@@ -81,8 +114,15 @@ class FocusActions(MDAEngine):
             yield from super().exec_event(event)
             return
         key = key_of(event)
-        retries = max(1, int(getattr(event.action, "max_retries", 1) or 1))
-        verdict = self._focus(key, retries, event)
+        event = self._focus_image(event)
+        self._newest[key[0]] = self._newest_of_all = key
+        beside_um = getattr(event.action, "autofocus_motor_offset", None)
+        self._beside_um[key] = beside_um or 0.0
+        try:
+            verdict = self._focus(key, self._most_searches(event), event)
+        except KeyboardInterrupt:
+            self._end_interrupted()
+            return
         if verdict is None or not verdict.focused:
             self._unfocused.add(key)
         else:
@@ -90,11 +130,66 @@ class FocusActions(MDAEngine):
         if verdict is not None:
             self._take_over(verdict, event, key)
 
+    def _end_interrupted(self) -> None:
+        """Let the plan end in order, everything set back, before Ctrl-C is heard.
+
+        pymmcore-plus' runner would be left as if the plan ran on.
+        """
+        runner = self.mmcore.mda
+
+        def interrupt(*_: object) -> None:
+            runner.events.sequenceFinished.disconnect(interrupt)
+            raise KeyboardInterrupt
+
+        runner.events.sequenceFinished.connect(interrupt)
+        runner.cancel()
+
     def correction_um(self, event: useq.MDAEvent) -> float:
         """Return what is added to the planned z of an event."""
         offsets = self.focuser.config.channel_offsets_um
         channel = event.channel.config if event.channel is not None else ""
-        return self._corrections.get(key_of(event), 0.0) + offsets.get(channel, 0.0)
+        return self._found_um(event) + offsets.get(channel, 0.0)
+
+    def z_um(self, event: useq.MDAEvent) -> float | None:
+        """Return where the stage is sent for an event; None: nowhere."""
+        if event.z_pos is None:
+            return None
+        planned_um = event.z_pos + self._others_um(event)
+        return self.focuser.corrected(planned_um, self.correction_um(event))
+
+    def _others_um(self, event: useq.MDAEvent) -> float:
+        """Return the correction of another focus device, asked by the stock engine."""
+        return self._z_correction.get(event.index.get("p"), 0.0)
+
+    def _found_um(self, event: useq.MDAEvent) -> float:
+        """Return how far from its planned z an event's place was found to be."""
+        key = self._searched(event)
+        if key is None:
+            return self._corrections.get(key_of(event), 0.0)
+        beside_um = 0.0 if is_autofocus(event) else self._beside_um.get(key, 0.0)
+        return self._corrections.get(key, 0.0) + beside_um
+
+    def _searched(self, event: useq.MDAEvent) -> Key | None:
+        """Return the place whose search holds for an event; None: none does.
+
+        A plan that focuses once a position means all its tiles, and one that focuses
+        once a time point means all its positions.
+        """
+        key = key_of(event)
+        if key in self._verdicts or key in self._unfocused:
+            return key
+        if key[0] in self._newest:
+            return self._newest[key[0]]
+        plan = autofocus_plan(event)
+        is_for_all = plan is not None and not {"p", "g"} & set(plan.axes)
+        return self._newest_of_all if is_for_all else None
+
+    def _most_searches(self, event: useq.MDAEvent) -> int:
+        """Return how often a search that failed is tried in all."""
+        asked = self.focuser.config.max_retries
+        if asked is None:
+            asked = getattr(event.action, "max_retries", 1) or 1
+        return max(1, int(asked))
 
     def get_frame_metadata(
         self,
@@ -108,10 +203,9 @@ class FocusActions(MDAEngine):
         meta = super().get_frame_metadata(
             event, prop_values, runner_time_ms, include_position, camera_device
         )
-        key = key_of(event)
         note: dict[str, Any] = {"correction_um": self.correction_um(event)}
-        if key in self._verdicts:
-            note["autofocus"] = self._verdicts[key]
+        if (verdict := self._verdicts.get(self._searched(event))) is not None:
+            note["autofocus"] = verdict
         if lines := self.focuser.journal.drain():
             note["focus_log"] = lines
         extra: dict[str, Any] = {**meta.get("extra", {})}
@@ -119,32 +213,41 @@ class FocusActions(MDAEngine):
         meta["extra"] = extra
         return meta
 
+    def _focus_image(self, event: useq.MDAEvent) -> useq.MDAEvent:
+        """Return the event of the images that tell focus: their light and planned z."""
+        channel, exposure = event.channel, event.exposure
+        plan, wanted = autofocus_plan(event), self.focuser.config.focus_channel
+        for_each = wanted is None and plan is not None and "c" in plan.axes
+        if self._light is not None and not (for_each and channel is not None):
+            light = self._light
+            channel = useq.EventChannel(config=light.config, group=light.group)
+            exposure = light.exposure or exposure
+        z_um = reference_um(event)
+        if z_um is None:
+            z_um = self._found_at_um
+        else:
+            z_um += channel_offset_um(event, channel)
+        changes = {"channel": channel, "exposure": exposure, "z_pos": z_um}
+        return event.model_copy(update=changes)
+
     def _go_to_focus_image(self, event: useq.MDAEvent) -> None:
-        """Set up place, channel and exposure of the images that tell focus."""
+        """Set up what the images that tell focus need, as an image of the plan is."""
         # A place that nobody has seen is likely to lie on the plate's surface.
         key = key_of(event)
-        if key not in self._corrections and (known := self._heights(event)):
-            self._corrections[key] = surface_at(
-                [(site.x_um, site.y_um, site.off_um) for site in known],
-                event.x_pos,
-                event.y_pos,
+        if key not in self._corrections:
+            known = self._heights(event)
+            self._corrections[key] = (
+                surface_at(
+                    [(site.x_um, site.y_um, site.off_um) for site in known],
+                    event.x_pos,
+                    event.y_pos,
+                )
+                if known
+                else self._found_um(event)
             )
-        if self._light is not None:
-            channel = useq.EventChannel(
-                config=self._light.config, group=self._light.group
-            )
-            exposure = self._light.exposure or event.exposure
-            changes = {"channel": channel, "exposure": exposure}
-            event = event.model_copy(update=changes)
-        self._set_event_xy_position(event)
-        if event.z_pos is not None:
-            self._set_event_z(event)
-        self._set_event_channel(event)
-        if event.exposure is not None:
-            self.mmcore.setExposure(event.exposure)
-        self.mmcore.waitForSystem()
+        super().setup_event(event)
 
-    def _heights(self, event: useq.MDAEvent) -> "list[_Site]":
+    def _heights(self, event: useq.MDAEvent) -> list[Site]:
         """Return what other places are off their planned z by now."""
         if event.z_pos is None:
             return []
@@ -158,13 +261,12 @@ class FocusActions(MDAEngine):
         return found
 
     def _take_over(self, verdict: Verdict, event: useq.MDAEvent, key: Key) -> None:
-        """Add a search's way to the corrections of its place."""
-        before = self._corrections.get(key, 0.0)
-        self._corrections[key] = before + verdict.correction_um
+        """Take over what a search found; `event` is that of its images."""
+        self._correct_to(verdict.end_um, event, key)
         self._verdicts[key] = verdict.summary()
         if verdict.focused and event.z_pos is not None:
             place, _ = self.place(event)
-            self._sites[key] = _Site(
+            self._sites[key] = Site(
                 event.x_pos or 0.0, event.y_pos or 0.0, event.z_pos, 0.0, place
             )
             if self.holder is not None:
@@ -172,25 +274,57 @@ class FocusActions(MDAEngine):
                 looks = seen_by(verdict)
                 self.holder.begin(place, time.time(), verdict.end_um, looks, limits)
 
-    def _focus(self, key: Key, retries: int, event: useq.MDAEvent) -> Verdict | None:
-        """Search up to `retries` times; None: it could not even be tried."""
+    def _correct_to(self, z_um: float, event: useq.MDAEvent, key: Key) -> None:
+        """Let a place's correction lead to where the stage stands now."""
+        if event.z_pos is None:
+            return
+        known_um = self._corrections.get(key, 0.0)
+        sent_um = event.z_pos + self._others_um(event) + self.correction_um(event)
+        self._corrections[key] = known_um + z_um - sent_um
+
+    def _focus(self, key: Key, searches: int, event: useq.MDAEvent) -> Verdict | None:
+        """Search up to so many times; None: it could not even be tried."""
         verdict: Verdict | None = None
-        channel = None if self._light is None else self._light.config
-        for _ in range(retries):
+        around_um = event.z_pos
+        if around_um is not None:
+            around_um += self._others_um(event)
+        for _ in range(searches):
             try:
                 verdict = self.focuser.focus(
-                    key, channel=channel, around_um=event.z_pos
+                    key,
+                    channel=self._ready_channel(event),
+                    around_um=around_um,
+                    is_canceled=self._is_canceled,
                 )
             except RtfocusError as error:
-                logger.warning("autofocus failed: %s", error)
-                self.focuser.journal.write(
-                    "failure", p=key[0], g=key[1], reason=str(error)
-                )
-                self.focuser.tell(f"autofocus failed: {error}")
+                self._note_failure(error, key, event)
                 return verdict
-            if verdict.focused:
+            if verdict.focused or self._is_canceled():
                 break
         return verdict
+
+    def _note_failure(
+        self, error: RtfocusError, place: Key, event: useq.MDAEvent
+    ) -> None:
+        """Tell of a search that broke off; its place is where the stage was left."""
+        key, core = key_of(event), self.mmcore
+        logger.warning("autofocus failed: %s", error)
+        self.focuser.journal.write("failure", p=place[0], g=place[1], reason=str(error))
+        self.focuser.tell(f"autofocus failed: {error}")
+        self._verdicts[key] = {"focused": False, "reason": str(error)}
+        if core.getFocusDevice():
+            with suppress(RuntimeError):  # a stage that does not even answer
+                self._correct_to(core.getZPosition(), event, key)
+
+    def _ready_channel(self, event: useq.MDAEvent) -> str | None:
+        """Return the channel that is set up and tells focus; None: it is not."""
+        wanted = self.focuser.config.focus_channel
+        present = None if event.channel is None else event.channel.config
+        return present if wanted in (None, present) else None
+
+    def _is_canceled(self) -> bool:
+        """Tell whether somebody wants the end of the plan."""
+        return self.mmcore.mda.status.cancel_requested
 
     def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
         """Return what `holder` calls an event's place, and its slice in um."""
@@ -206,9 +340,9 @@ class FocusActions(MDAEngine):
             return
         self._begun[key] = stack
         first = event.events[0] if isinstance(event, SequencedEvent) else event
-        place, slice_um = self.place(first)
+        place, _ = self.place(first)
         if not holder.knows(place) or holder.lost(place):
-            self._find(first, key, place, slice_um)
+            self._find(first, key, place)
             return
         if self.focuser.is_held_by_hardware():
             return
@@ -216,17 +350,12 @@ class FocusActions(MDAEngine):
         if step_um:
             self._corrections[key] = self._corrections.get(key, 0.0) + step_um
 
-    def _find(
-        self, event: useq.MDAEvent, key: Key, place: Key, slice_um: float
-    ) -> None:
+    def _find(self, event: useq.MDAEvent, key: Key, place: Key) -> None:
         """Search a place that is held for the first time, or was lost."""
-        assert self.holder is not None
         visit = event.index.get("t", 0)
         if visit < self._not_before.get(place, 0):
             return
-        reference = event.model_copy(
-            update={"z_pos": cast("float", event.z_pos) - slice_um}
-        )
+        reference = self._focus_image(event)
         self._go_to_focus_image(reference)
         verdict = self._focus(place, 1, reference)
         if verdict is not None:
@@ -238,10 +367,15 @@ class FocusActions(MDAEngine):
         self, events: Iterable[useq.MDAEvent]
     ) -> Iterator[Iterable[useq.MDAEvent]]:
         """Part events where the stage may be corrected: none is sequenced across."""
-        if self.holder is None:
-            yield events
-            return
-        for _, stack in groupby(events, lambda e: (e.index.get("t"), *key_of(e))):
+        offsets = self.focuser.config.channel_offsets_um
+
+        def stack_of(event: useq.MDAEvent) -> Hashable:
+            name = "" if event.channel is None else event.channel.config
+            place = key_of(event) if self.holder is not None or self._is_asked else ()
+            time_point = event.index.get("t") if self.holder is not None else None
+            return time_point, place, offsets.get(name, 0.0)
+
+        for _, stack in groupby(events, stack_of):
             yield stack
 
     def _set_event_z(self, event: useq.MDAEvent) -> None:
@@ -249,77 +383,33 @@ class FocusActions(MDAEngine):
         if not core.getFocusDevice():
             super()._set_event_z(event)
             return
-        target_um = self._allowed(cast("float", event.z_pos), event)
-        for stop_um in self.focuser.way_to(target_um):
-            core.setZPosition(stop_um)
-            if stop_um != target_um:
-                core.waitForDevice(core.getFocusDevice())
+        target_um = cast("float", self.z_um(event))
+        try:
+            for stop_um in self.focuser.way_to(target_um):
+                core.setZPosition(stop_um)
+                if stop_um != target_um:
+                    core.waitForDevice(core.getFocusDevice())
+        except RuntimeError as error:
+            if target_um == event.z_pos:
+                raise
+            # The plan itself would have gone well: the others of its images do.
+            device, planned_um = core.getFocusDevice(), event.z_pos
+            core_logger.warning(
+                "Failed to set Z position: '%s' does not go to %g um, planned as %g um "
+                "and corrected by autofocus. %s",
+                device,
+                target_um,
+                planned_um,
+                error,
+            )
+            raise SkipEvent(num_frames=images_of(event)) from error
 
     def _load_sequenced_event(self, event: SequencedEvent) -> None:
-        """Load a hardware sequence with the correction in its z."""
+        """Load a hardware sequence with the corrections in its z."""
         if event.z_sequence:
-            moved = tuple(self._allowed(z, event) for z in event.z_sequence)
+            moved = tuple(self.z_um(one) for one in event.events)
             event = event.model_copy(update={"z_sequence": moved})
         super()._load_sequenced_event(event)
-
-    def _allowed(self, planned_um: float, event: useq.MDAEvent) -> float:
-        """Return the corrected z; a correction never leads beyond the limits."""
-        return self.focuser.corrected(planned_um, self.correction_um(event))
-
-
-class _Site(NamedTuple):
-    """A place that was focused: where it is, and how far from its planned z."""
-
-    x_um: float
-    y_um: float
-    planned_um: float
-    off_um: float
-    place: Key
-
-
-def surface_at(
-    known: Sequence[tuple[float, float, float]], x_um: float | None, y_um: float | None
-) -> float:
-    """Return the height of the plane through known places, at another one.
-
-    Parameters
-    ----------
-    known
-        x, y and height of one place or more, in um.
-    x_um, y_um
-        None: 0.
-
-    Examples
-    --------
-    >>> round(surface_at([(0, 0, 1.0), (100, 0, 2.0), (0, 100, 1.0)], 200, 50), 6)
-    3.0
-    """
-    x, y, height = np.array(known, dtype=np.float64).T
-    centre = np.array([x.mean(), y.mean()])
-    # Of places on one line the slope across is not known: 0, as lstsq answers.
-    places = np.column_stack([x, y]) - centre
-    slope = np.linalg.lstsq(places, height - height.mean(), rcond=1e-6)[0]
-    away = np.array([x_um or 0.0, y_um or 0.0]) - centre
-    return float(height.mean() + away @ slope)
-
-
-def _focus_light(sequence: useq.MDASequence, wanted: str | None) -> useq.Channel | None:
-    """Return the plan's channel whose images tell focus; None: not of the plan."""
-    named = [one for one in sequence.channels if wanted in (None, one.config)]
-    return named[0] if named else None
-
-
-def is_autofocus(event: useq.MDAEvent) -> bool:
-    """Tell events that ask rtfocus for focus from all others."""
-    action = event.action
-    if isinstance(action, useq.HardwareAutofocus):
-        return action.autofocus_device_name == DEVICE
-    return isinstance(action, useq.CustomAction) and action.name == ACTION
-
-
-def key_of(event: useq.MDAEvent) -> Key:
-    """Return the place of an event: position and grid tile."""
-    return event.index.get("p"), event.index.get("g")
 
 
 class FocusEngine(FocusActions):
@@ -341,7 +431,14 @@ class FocusEngine(FocusActions):
         focuser: Focuser,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(core)
+        before = core.mda.engine
+        # A script may have chosen how the stock engine works.
+        kept = (
+            {}
+            if type(before) is not MDAEngine
+            else {name: getattr(before, name) for name in _CHOICES}
+        )
+        super().__init__(core, **kept)
         self.focuser = focuser
         self._on_close = on_close
 

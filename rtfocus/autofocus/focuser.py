@@ -19,6 +19,7 @@ from pymmcore_plus import CMMCorePlus
 from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.calibration import load_calibration
+from rtfocus.autofocus.devices import CoreStage, FocusLight, stopped_live
 from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
@@ -48,37 +49,6 @@ logger = logging.getLogger(__name__)
 
 Read = Callable[[NDArray[np.generic], str, float], FocusReading]
 """Reads an image of a channel, exposed at a z."""
-
-
-class CoreStage:
-    """The focus stage of a core; see `rtfocus.autofocus.run.FocusStage`."""
-
-    def __init__(self, core: CMMCorePlus) -> None:
-        self._core = core
-        if not core.getFocusDevice():
-            msg = (
-                "the configuration has no focus stage; choose one in Micro-Manager's "
-                "hardware wizard (core property 'Focus')"
-            )
-            raise MicroscopeError(msg)
-
-    def position_um(self) -> float:
-        """Return where the stage says it is."""
-        try:
-            return float(self._core.getZPosition())
-        except RuntimeError as error:
-            msg = f"z-stage '{self._core.getFocusDevice()}' does not answer: {error}"
-            raise MicroscopeError(msg) from error
-
-    def go_to(self, z_um: float) -> None:
-        """Go there and wait for the end of the move."""
-        stage = self._core.getFocusDevice()
-        try:
-            self._core.setZPosition(z_um)
-            self._core.waitForDevice(stage)
-        except RuntimeError as error:
-            msg = f"z-stage '{stage}' does not go to {z_um:g} um: {error}"
-            raise MicroscopeError(msg) from error
 
 
 class FocusJournal:
@@ -146,6 +116,7 @@ class Focuser:
         *,
         channel: str | None = None,
         around_um: float | None = None,
+        is_canceled: Callable[[], bool] = lambda: False,
     ) -> Verdict:
         """Search focus from where the stage stands; it ends at the best z.
 
@@ -159,6 +130,8 @@ class Focuser:
         around_um
             A plan's z, around which the limits lie; None: around where the stage
             stood at the first search.
+        is_canceled
+            Asked after every image; then it ends at the best z that was seen.
 
         Raises
         ------
@@ -171,7 +144,7 @@ class Focuser:
         """
         self._refuse_hardware_focus()
         stage = CoreStage(self.core)
-        with _stopped_live(self.core), self._focus_channel(channel) as light:
+        with stopped_live(self.core), self._focus_channel(channel) as light:
             search = self._search(light, key, self.limits_around(around_um))
             for stop_um in search.moves.settling(stage.position_um()):
                 stage.go_to(stop_um)
@@ -181,6 +154,7 @@ class Focuser:
                 lambda z: self.read(self._expose(), light, z),
                 timeout_s=self.config.timeout_s,
                 on_step=lambda step: self._note(key, light, step),
+                is_canceled=is_canceled,
             )
         if verdict.focused:
             found = search.belief.best
@@ -370,50 +344,7 @@ class Focuser:
     def _focus_channel(self, ready: str | None) -> "AbstractContextManager[str]":
         if ready is not None:
             return nullcontext(ready)
-        return _Channel(self.core, self.config.focus_channel)
-
-
-class _Channel:
-    """The focus channel while a search lasts; afterwards the one before."""
-
-    def __init__(self, core: CMMCorePlus, wanted: str | None) -> None:
-        self._core, self._group = core, core.getChannelGroup()
-        self._before = core.getCurrentConfig(self._group) if self._group else ""
-        self._wanted = wanted or self._before or "default"
-
-    def __enter__(self) -> str:
-        if self._wanted != self._before and self._group:
-            presets = self._core.getAvailableConfigs(self._group)
-            if self._wanted not in presets:
-                msg = (
-                    f"autofocus.focus_channel '{self._wanted}' is no preset of group "
-                    f"'{self._group}'; presets: {', '.join(presets)}"
-                )
-                raise ConfigError(msg)
-            self._core.setConfig(self._group, self._wanted)
-            self._core.waitForSystem()
-        return self._wanted
-
-    def __exit__(self, *_: object) -> None:
-        if self._before and self._wanted != self._before:
-            self._core.setConfig(self._group, self._before)
-            self._core.waitForSystem()
-
-
-class _stopped_live:  # noqa: N801 reads as a statement
-    """Live mode stopped while a search takes single images, then started again."""
-
-    def __init__(self, core: CMMCorePlus) -> None:
-        self._core = core
-
-    def __enter__(self) -> None:
-        self._was_live = self._core.isSequenceRunning()
-        if self._was_live:
-            self._core.stopSequenceAcquisition()
-
-    def __exit__(self, *_: object) -> None:
-        if self._was_live:
-            self._core.startContinuousSequenceAcquisition()
+        return FocusLight(self.core, self.config.focus_channel)
 
 
 def _way_um(step: Step) -> float:

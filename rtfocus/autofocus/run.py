@@ -6,6 +6,7 @@ the limits allow.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from math import isfinite
@@ -263,6 +264,7 @@ def run_search(
     *,
     timeout_s: float = 60.0,
     on_step: Callable[[Step], None] = lambda _: None,
+    is_canceled: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Verdict:
     """Carry a search out.
@@ -279,15 +281,46 @@ def run_search(
         Since the last progress; then the search ends at the best z it has seen.
     on_step
         Told of every image as soon as it is decided on.
+    is_canceled
+        Asked after every image; then the search ends at the best z it has seen.
 
     Raises
     ------
     RtfocusError
-        What `look` or `stage` raise; the stage stays where it is.
+        What `look` or `stage` raise; the stage was sent to the best z that was seen.
     """
+    steps: list[Step] = []
+    try:
+        return _run(search, stage, look, steps, timeout_s, on_step, is_canceled, clock)
+    except BaseException:  # Ctrl-C too: nobody comes back to where a probe led
+        if steps:
+            with suppress(MicroscopeError):
+                _go_to_best(search, stage, steps[-1].z_um)
+        raise
+
+
+def _go_to_best(search: Search, stage: FocusStage, looked_at_um: float) -> None:
+    """Leave a search that broke off at the best z that was seen."""
+    best_um = looked_at_um + search.give_up("broken off").back_um
+    here_um = stage.position_um()
+    if search.moves.limits.holds(here_um):
+        for place in search.moves.path(here_um, best_um):
+            stage.go_to(place)
+
+
+def _run(
+    search: Search,
+    stage: FocusStage,
+    look: Callable[[float], FocusReading],
+    steps: list[Step],
+    timeout_s: float,
+    on_step: Callable[[Step], None],
+    is_canceled: Callable[[], bool],
+    clock: Callable[[], float],
+) -> Verdict:
     began = progress = clock()
     start = here = stage.position_um()
-    moves, steps, nearest = 0, list[Step](), float("inf")
+    moves, nearest = 0, float("inf")
     while True:
         reading = look(here)
         search.observe(here, reading)
@@ -298,6 +331,8 @@ def run_search(
         late = clock() - progress > timeout_s
         if late and isinstance(decision, Move | Probe):
             decision = search.give_up(f"no progress for {timeout_s:g} s")
+        elif is_canceled() and isinstance(decision, Move | Probe):
+            decision = search.give_up("canceled")
         step = Step(
             z_um=here,
             reading=reading,

@@ -15,7 +15,8 @@ from rtfocus.autofocus.calibration import (
     draw_calibration,
     save_calibration,
 )
-from rtfocus.autofocus.focuser import CoreStage, Focuser, FocusJournal
+from rtfocus.autofocus.devices import CoreStage
+from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Holder, seen_by
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.settings import against_unknown_backlash

@@ -100,13 +100,13 @@ class RecordingEngine(MDAEngine):
             return
         # Half of a preset may be set: the one before does not hold any more either.
         self.mmcore._last_config = ("", "")  # noqa: SLF001
-        number = len(event.events) if isinstance(event, SequencedEvent) else 1
+        images = event.events if isinstance(event, SequencedEvent) else (event,)
+        number = sum(map(takes_image, images))
         raise SkipEvent(num_frames=number)
 
-    def correction_um(self, event: useq.MDAEvent) -> float:
-        """Return what is added to the planned z of an event: here nothing."""
-        del event
-        return 0.0
+    def z_um(self, event: useq.MDAEvent) -> float | None:
+        """Return where the stage is sent for an event: here as planned."""
+        return event.z_pos
 
     def _update_grid_fov_sizes(
         self, px_size: float, sequence: useq.MDASequence

@@ -203,7 +203,7 @@ class PlannedAcquisition:
         standing = self._engine.standing_z_um
         if standing is not None or event.z_pos is None:
             return standing
-        return event.z_pos + self._engine.correction_um(event)
+        return self._engine.z_um(event)
 
     def _place_of(self, event: useq.MDAEvent) -> tuple[int, float]:
         """Return the index p of a planned image and its distance from the reference."""

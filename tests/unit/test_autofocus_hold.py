@@ -5,9 +5,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from rtfocus.autofocus.actions import surface_at
 from rtfocus.autofocus.appearance import Appearance, DefocusModels, Look
 from rtfocus.autofocus.hold import Correction, Holder, Seen
+from rtfocus.autofocus.plans import surface_at
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.spectrum import amplitude_spectrum
 from rtfocus.channel import Aberrations, OpticalSystem

@@ -1,0 +1,110 @@
+"""Devices: a core's focus stage, light and live mode, as a search uses them."""
+
+from pymmcore_plus import CMMCorePlus
+
+from rtfocus.errors import ConfigError, MicroscopeError
+
+
+class CoreStage:
+    """The focus stage of a core; see `rtfocus.autofocus.run.FocusStage`."""
+
+    def __init__(self, core: CMMCorePlus) -> None:
+        self._core = core
+        if not core.getFocusDevice():
+            msg = (
+                "the configuration has no focus stage; choose one in Micro-Manager's "
+                "hardware wizard (core property 'Focus')"
+            )
+            raise MicroscopeError(msg)
+
+    def position_um(self) -> float:
+        """Return where the stage says it is."""
+        try:
+            return float(self._core.getZPosition())
+        except RuntimeError as error:
+            msg = f"z-stage '{self._core.getFocusDevice()}' does not answer: {error}"
+            raise MicroscopeError(msg) from error
+
+    def go_to(self, z_um: float) -> None:
+        """Go there and wait for the end of the move."""
+        stage = self._core.getFocusDevice()
+        try:
+            self._core.setZPosition(z_um)
+            self._core.waitForDevice(stage)
+        except RuntimeError as error:
+            msg = f"z-stage '{stage}' does not go to {z_um:g} um: {error}"
+            raise MicroscopeError(msg) from error
+
+
+class FocusLight:
+    """The focus channel while a search lasts; afterwards what was set before.
+
+    Parameters
+    ----------
+    core
+        With its devices loaded.
+    wanted
+        Preset of the channel group; None: the present one.
+    """
+
+    def __init__(self, core: CMMCorePlus, wanted: str | None) -> None:
+        self._core, self._group = core, core.getChannelGroup()
+        self._before = core.getCurrentConfig(self._group) if self._group else ""
+        self._wanted = wanted or self._before or "default"
+        self._properties: list[tuple[str, str, str]] = []
+
+    def __enter__(self) -> str:
+        """Set the channel up and return its name."""
+        if self._wanted != self._before and self._group:
+            presets = self._core.getAvailableConfigs(self._group)
+            if self._wanted not in presets:
+                msg = (
+                    f"autofocus.focus_channel '{self._wanted}' is no preset of group "
+                    f"'{self._group}'; presets: {', '.join(presets)}"
+                )
+                raise ConfigError(msg)
+            # What stood before may be no preset, or more than one says.
+            self._properties = [
+                (device, name, self._core.getProperty(device, name))
+                for device, name, _ in self._core.getConfigData(
+                    self._group, self._wanted
+                )
+            ]
+            self._core.setConfig(self._group, self._wanted)
+            self._core.waitForSystem()
+        return self._wanted
+
+    def __exit__(self, *_: object) -> None:
+        """Set everything back that the channel has set."""
+        if not self._properties:
+            return
+        if self._before:
+            self._core.setConfig(self._group, self._before)
+        for device, name, value in self._properties:
+            if self._core.getProperty(device, name) != value:
+                self._core.setProperty(device, name, value)
+        self._core.waitForSystem()
+
+
+class stopped_live:  # noqa: N801 reads as a statement
+    """Live mode stopped while a search takes single images, then started again.
+
+    Parameters
+    ----------
+    core
+        With its devices loaded.
+    """
+
+    def __init__(self, core: CMMCorePlus) -> None:
+        self._core = core
+
+    def __enter__(self) -> None:
+        """Stop what runs."""
+        self._was_live = self._core.isSequenceRunning()
+        if self._was_live:
+            self._core.stopSequenceAcquisition()
+
+    def __exit__(self, *_: object) -> None:
+        """Go on as before."""
+        if self._was_live:
+            self._core.startContinuousSequenceAcquisition()

@@ -1,0 +1,163 @@
+"""Plans: what a useq plan asks of focus: where, in which light, for which images.
+
+And the surface through the places that were focused, on which others are likely to lie.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+import useq
+from pymmcore_plus.core._sequencing import SequencedEvent
+
+from rtfocus.autofocus.hold import Key
+
+DEVICE = "rtfocus"
+"""Name of an ``autofocus_device_name`` that rtfocus answers."""
+ACTION = "rtfocus_autofocus"
+"""Name of a ``CustomAction`` that rtfocus answers."""
+
+
+def focus_plans(sequence: useq.MDASequence) -> list[useq.AxesBasedAF]:
+    """Return what asks rtfocus for focus in a plan, or at a position of it."""
+    plans = (level.autofocus_plan for level in levels(sequence))
+    return [plan for plan in plans if plan and plan.autofocus_device_name == DEVICE]
+
+
+def levels(sequence: useq.MDASequence) -> Iterator[useq.MDASequence]:
+    """Yield a plan and the sub-sequences of its positions."""
+    yield sequence
+    for position in sequence.stage_positions:
+        if position.sequence is not None:
+            yield position.sequence
+
+
+def focus_light(sequence: useq.MDASequence, wanted: str | None) -> useq.Channel | None:
+    """Return the plan's channel whose images tell focus; None: not of the plan."""
+    if wanted is None:
+        return next(iter(sequence.channels), None)
+    channels = [one for level in levels(sequence) for one in level.channels]
+    return next((one for one in channels if one.config == wanted), None)
+
+
+def _sub_sequence(event: useq.MDAEvent) -> useq.MDASequence | None:
+    """Return the sub-sequence of an event's position, where it has one."""
+    number, sequence = event.index.get("p"), event.sequence
+    if sequence is None or number is None or number >= len(sequence.stage_positions):
+        return None
+    return sequence.stage_positions[number].sequence
+
+
+def autofocus_plan(event: useq.MDAEvent) -> useq.AxesBasedAF | None:
+    """Return the autofocus plan that holds for an event; None: it has none of ours."""
+    for level in (_sub_sequence(event), event.sequence):
+        if level is not None and (plan := level.autofocus_plan) is not None:
+            return plan if plan.autofocus_device_name == DEVICE else None
+    return None
+
+
+def _stack_level(event: useq.MDAEvent) -> useq.MDASequence | None:
+    """Return the plan, or sub-sequence, whose z-stack an event is part of."""
+    inner = _sub_sequence(event)
+    level = inner if inner is not None and inner.z_plan is not None else event.sequence
+    return None if level is None or level.z_plan is None else level
+
+
+def channel_offset_um(event: useq.MDAEvent, channel: useq.EventChannel | None) -> float:
+    """Return what useq adds to the z of a channel's images in an event's stack."""
+    level = _stack_level(event)
+    if level is None or channel is None:
+        return 0.0
+    offsets = (one.z_offset for one in level.channels if one.config == channel.config)
+    return next(offsets, None) or 0.0
+
+
+def reference_um(event: useq.MDAEvent) -> float | None:
+    """Return the planned z of the stack that an event is part of; None: no z.
+
+    Neither slice nor channel are in it. For an event that asks for focus, useq has
+    taken off the slice already, but of the outer plan only: with a z-stack of the
+    position's own it leaves the first slice.
+    """
+    z_um, level, number = event.z_pos, _stack_level(event), event.index.get("z")
+    if z_um is None or level is None or number is None:
+        return z_um
+    z_um += _taken_off_um(event) - channel_offset_um(event, event.channel)
+    plan = cast("useq.AnyZPlan", level.z_plan)
+    heights = list(plan)
+    middle_um = 0.0 if plan.is_relative else sum(heights) / len(heights)
+    return z_um - (heights[number] - middle_um)
+
+
+def _taken_off_um(event: useq.MDAEvent) -> float:
+    """Return what useq took off the z of an image where it asks for focus there."""
+    plan = None if event.sequence is None else event.sequence.z_plan
+    number = event.index.get("z")
+    if event.action is None or plan is None or not plan.is_relative or number is None:
+        return 0.0
+    return float(list(plan)[number])
+
+
+def asking_for_focus(event: useq.MDAEvent) -> useq.MDAEvent:
+    """Return the event that asks for focus where an image is taken, as useq asks."""
+    asked = event.model_copy(update={"action": useq.CustomAction(name=ACTION)})
+    if event.z_pos is None:
+        return asked
+    return asked.model_copy(update={"z_pos": event.z_pos - _taken_off_um(asked)})
+
+
+def is_autofocus(event: useq.MDAEvent) -> bool:
+    """Tell events that ask rtfocus for focus from all others."""
+    action = event.action
+    if isinstance(action, useq.HardwareAutofocus):
+        return action.autofocus_device_name == DEVICE
+    return isinstance(action, useq.CustomAction) and action.name == ACTION
+
+
+def key_of(event: useq.MDAEvent) -> Key:
+    """Return the place of an event: position and grid tile."""
+    return event.index.get("p"), event.index.get("g")
+
+
+def images_of(event: useq.MDAEvent) -> int:
+    """Return how many images an event takes, alone or as a hardware sequence."""
+    parts = event.events if isinstance(event, SequencedEvent) else (event,)
+    return sum(
+        e.action is None or isinstance(e.action, useq.AcquireImage) for e in parts
+    )
+
+
+class Site(NamedTuple):
+    """A place that was focused: where it is, and how far from its planned z."""
+
+    x_um: float
+    y_um: float
+    planned_um: float
+    off_um: float
+    place: Key
+
+
+def surface_at(
+    known: Sequence[tuple[float, float, float]], x_um: float | None, y_um: float | None
+) -> float:
+    """Return the height of the plane through known places, at another one.
+
+    Parameters
+    ----------
+    known
+        x, y and height of one place or more, in um.
+    x_um, y_um
+        None: 0.
+
+    Examples
+    --------
+    >>> round(surface_at([(0, 0, 1.0), (100, 0, 2.0), (0, 100, 1.0)], 200, 50), 6)
+    3.0
+    """
+    x, y, height = np.array(known, dtype=np.float64).T
+    centre = np.array([x.mean(), y.mean()])
+    # Of places on one line the slope across is not known: 0, as lstsq answers.
+    places = np.column_stack([x, y]) - centre
+    slope = np.linalg.lstsq(places, height - height.mean(), rcond=1e-6)[0]
+    away = np.array([x_um or 0.0, y_um or 0.0]) - centre
+    return float(height.mean() + away @ slope)
