@@ -3,14 +3,22 @@
 Stages alone by CUDA events; the pipeline at several sizes, slots and engines;
 overlap efficiency = slowest of {copy in, compute, copy out} / time per frame in the
 pipeline; a roofline whose ceilings are measured in the same run; latency at a
-camera's rate; a picture of the steady state. Says why and ends where there is no GPU.
+camera's rate; a picture of the steady state. Then the whole loop, as fast as it goes
+and at a camera's rates, and with `--series` the memory that starts leave behind.
+Says why and ends where there is no GPU; with `--smoke` it then takes the stand-in
+driver of the tests, whose figures mean nothing.
 
 Run: python -m bench.gpu [--sizes 512 1024 2048 3200] [--methods wiener ...]
+     [--minutes 20] [--series 100]
+     python -m bench.gpu --table FILE ...    results as Markdown
 """
 
 import argparse
+import ctypes
+import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -20,14 +28,16 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import gpu_ceilings
 import machine
-from gpu_ceilings import ceilings
+from gpu_ceilings import ceilings, network_multiply_adds
+from gpu_loop import RATES, used_mb, whole_loop
+from gpu_table import table_of
 from gpu_timeline import draw_timeline
 
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
-from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart, SlotPool
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.engines.registry import find_engine
@@ -60,8 +70,29 @@ class Case:
     cuda_graphs: bool = True
 
 
-def config_of(case: Case, engine: str, index: int) -> Any:
-    """Return the config of a case in the optics the engine was trained for."""
+class Clock:
+    """The time that the bench may take.
+
+    Parameters
+    ----------
+    minutes
+        None: as much as it needs.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def is_up(self) -> bool:
+        """Whether nothing more may be begun."""
+        return self._end is not None and time.monotonic() >= self._end
+
+
+ENDLESS = Clock(None)
+
+
+def settings_of(case: Case, engine: str, index: int) -> dict[str, Any]:
+    """Return the settings of a case in the optics the engine was trained for."""
     card = find_engine(engine).card
     reference = card.optics.reference
     optics = {
@@ -69,22 +100,20 @@ def config_of(case: Case, engine: str, index: int) -> Any:
         "wavelength_nm": reference.wavelength_nm,
         "pixel_size_um": reference.pixel_size_um,
     }
-    return parse_config(
-        {
-            "processing": {
-                "classifier": engine,
-                "device": "gpu",
-                "restoration": {"method": case.method},
-                "gpu": {
-                    "index": index,
-                    "frames_in_flight": case.frames_in_flight,
-                    "precision": case.precision,
-                    "cuda_graphs": case.cuda_graphs,
-                },
+    return {
+        "processing": {
+            "classifier": engine,
+            "device": "gpu",
+            "restoration": {"method": case.method},
+            "gpu": {
+                "index": index,
+                "frames_in_flight": case.frames_in_flight,
+                "precision": case.precision,
+                "cuda_graphs": case.cuda_graphs,
             },
-            "channels": [{"name": "bench", "optics": optics}],
-        }
-    )
+        },
+        "channels": [{"name": "default", "optics": optics}],
+    }
 
 
 def series_of(side: int, pixel_size_um: float) -> SeriesStart:
@@ -103,6 +132,13 @@ def series_of(side: int, pixel_size_um: float) -> SeriesStart:
     )
 
 
+def frame_of(side: int) -> np.ndarray:
+    """Return a square frame of nuclei, uint16."""
+    rng = np.random.default_rng(1)
+    sharp = np.maximum(draw_specimen("nuclei", (side, side), rng), 0)
+    return rng.poisson(sharp * 2500 + 100).astype(np.uint16)
+
+
 class Feed:
     """Frames handed to a processor, as many in flight as there are slots.
 
@@ -117,10 +153,7 @@ class Feed:
     """
 
     def __init__(self, processor: FrameProcessor, series: SeriesStart, slots: int):
-        side = series.shape[0]
-        rng = np.random.default_rng(1)
-        sharp = np.maximum(draw_specimen("nuclei", (side, side), rng), 0)
-        self.pixels = rng.poisson(sharp * 2500 + 100).astype(np.uint16)
+        self.pixels = frame_of(series.shape[0])
         self.pool = SlotPool(slots, self.pixels.nbytes)
         self.processor = processor
         self.series = series
@@ -145,8 +178,11 @@ class Feed:
         self.sequence += 1
         return self.processor.submit(slot)
 
-    def run(self, frames: int) -> float:
-        """Process frames as fast as they go; returns the seconds it took."""
+    def run(self, frames: int, clock: Clock = ENDLESS) -> float:
+        """Process frames as fast as they go; returns frames/s.
+
+        Fewer than asked for, but some, when the time is up.
+        """
         waiting: list[Ticket] = []
 
         def take() -> None:
@@ -154,14 +190,16 @@ class Feed:
             ticket.result.result()
             self.pool.release(ticket.slot)
 
-        begun = time.perf_counter()
+        begun, first = time.perf_counter(), self.sequence
         for _ in range(frames):
             if len(waiting) == self.pool.count:
                 take()
+                if clock.is_up:
+                    break
             waiting.append(self.submit())
         while waiting:
             take()
-        return time.perf_counter() - begun
+        return (self.sequence - first) / (time.perf_counter() - begun)
 
     def paced(self, frames: int, rate: float) -> dict[str, dict[str, float]]:
         """Process frames at a camera's rate; latency from host memory, in ms."""
@@ -201,9 +239,11 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def measure(case: Case, engine: str, index: int, frames: int) -> dict[str, Any]:
+def measure(
+    case: Case, engine: str, index: int, frames: int, clock: Clock = ENDLESS
+) -> dict[str, Any]:
     """Run one case: stages alone, pipeline, latency, memory."""
-    config = config_of(case, engine, index)
+    config = parse_config(settings_of(case, engine, index))
     series = series_of(case.side, config.channels[0].optics.pixel_size_um)
     spans: list[tuple[int, dict[str, tuple[float, float]]]] = []
     device = GpuDevice(config, trace=lambda *span: spans.append(span))
@@ -215,21 +255,23 @@ def measure(case: Case, engine: str, index: int, frames: int) -> dict[str, Any]:
         feed.run(WARM_UP)
         alone = stages_alone(feed, max(10, frames // 10))
         spans.clear()
-        seconds = feed.run(frames)
-        steady = spans[frames // 2 : frames // 2 + SHOWN]
-        per_frame_ms = seconds / frames * 1e3
+        rate = feed.run(frames, clock)
+        steady = spans[len(spans) // 2 : len(spans) // 2 + SHOWN]
+        per_frame_ms = 1e3 / rate
+        # Faster than it can go it would measure a queue.
+        paced = feed.paced(frames, min(CAMERA_FPS, 0.8 * rate))
         # Both streams of kernels share the card: their times add up.
         compute = alone["classify"] + alone["restore"]
         slowest = max(alone["copy in"], compute, alone["copy out"])
         return {
             "case": vars(case),
             "stages_alone_ms": alone,
-            "frames_per_s": frames / seconds,
-            "megapixels_per_s": frames / seconds * case.side**2 / 1e6,
+            "frames_per_s": rate,
+            "megapixels_per_s": rate * case.side**2 / 1e6,
             "ms_per_frame": per_frame_ms,
             "overlap_efficiency": slowest / per_frame_ms,
             "timeline_ms": steady,
-            "latency": feed.paced(frames, CAMERA_FPS),
+            "latency": paced | {"frames_per_s": min(CAMERA_FPS, 0.8 * rate)},
             "device_memory_mb": device.memory_bytes / 1e6,
             "backends": processor.backends(),
         }
@@ -258,6 +300,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
     usual = 2048 if 2048 in options.sizes else largest
     listed = [Case(side, m, 4) for side in options.sizes for m in options.methods]
     first = options.methods[0]
+    if options.smoke:
+        return [*listed, Case(usual, first, 4, cuda_graphs=False)]
     listed += [Case(usual, first, count) for count in (1, 2, 3, 6)]
     listed += [Case(usual, first, 4, precision="fp32")]
     listed += [Case(usual, first, 4, cuda_graphs=False)]
@@ -265,9 +309,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def roofline(
-    row: dict[str, Any], limits: dict[str, float], macs_per_px: float
-) -> dict[str, float]:
+    row: dict[str, Any], limits: dict[str, float], macs_per_px: float | None
+) -> dict[str, Any]:
     """Compare a pipeline with what the card's copies and matrix units allow."""
+    if macs_per_px is None:
+        return {"unknown": "multiply-adds: pip install openvino, or onnx"}
     pixels = row["case"]["side"] ** 2
     copies_s = 2 * pixels / (limits["copy_in_gb_s"] * 1e9)
     compute_s = 2 * macs_per_px * pixels / (limits["matrix_tflop_s"] * 1e12)
@@ -286,8 +332,8 @@ def why_not() -> str | None:
     return why_no_gpu() or why_not_loadable(NVRTC) or why_not_loadable(CUFFT)
 
 
-def main() -> None:
-    """Measure every case and write the JSON and the picture."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every case and write the JSON and the picture, or print results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 3200])
     parser.add_argument(
@@ -298,36 +344,81 @@ def main() -> None:
     parser.add_argument("--engine", default="delpnet")
     parser.add_argument("--gpu", type=int, default=0)
     parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many")
+    parser.add_argument("--series", type=int, default=0, help="starts and closes")
+    parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
+    parser.add_argument("--table", type=Path, nargs="+", help="results to print")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a few frames only")
-    options = parser.parse_args()
-    if (why := why_not()) is not None:
-        print(f"skipped: {why}")
-        print(machine.write("gpu", {"skipped": why}, options.out))
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table_of(options.table), end="")
         return
-    if options.smoke:
-        options.sizes, options.methods, options.frames = [512], ["wiener"], 20
-    figures = run(options)
-    print(machine.write("gpu", figures, options.out))
+    with tempfile.TemporaryDirectory() as folder:
+        why = why_not()
+        if options.smoke:
+            options.sizes, options.methods, options.frames = [512], ["wiener"], 20
+            options.series, options.rates = 3, [30.0]
+            if why is not None and (why := take_standin(Path(folder))) is None:
+                # Its transforms are slow, its networks are not.
+                options.engine, options.methods = "rtfocus-1", ["rtfocus-1"]
+                options.sizes, options.frames = [96], 4
+        if why is not None:
+            print(f"skipped: {why}")
+            print(machine.write("gpu", {"skipped": why}, options.out))
+            return
+        written = machine.write("gpu", run(options), options.out)
+    print(table_of([written]), written, sep="")
+
+
+def take_standin(folder: Path) -> str | None:
+    """Build the stand-in driver and make it this process's GPU; says why it cannot."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import gpu_standin_kit as kit
+
+    if (why := kit.why_impossible()) is not None:
+        return str(why)
+    built = kit.build_standin(folder)
+    os.environ["RTFOCUS_STANDIN_KERNELS"] = str(built["kernels"])
+    driver = ctypes.CDLL(str(built["driver"]), ctypes.RTLD_GLOBAL)
+    kit.pretend(driver, ctypes.CDLL(str(built["cufft"])), setattr)
+    gpu_ceilings.COPY_BYTES = 1 << 16
+    gpu_ceilings.compile_for = lambda *_: b"kernels"
+    return None
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure ceilings and every case."""
+    """Measure ceilings, every case, the whole loop and what starts leave behind."""
+    clock = Clock(options.minutes)
     device = find_device(options.gpu)
     print(f"{device.name}, compute capability {device.compute_capability}")
     limits = ceilings(device)
-    macs = multiply_adds_per_pixel(find_engine(options.engine))
-    rows = []
+    macs = network_multiply_adds(find_engine(options.engine))
+    rows, left_out = [], []
     for case in cases(options):
-        row = measure(case, options.engine, options.gpu, options.frames)
+        if clock.is_up:
+            left_out.append(str(case))
+            continue
+        row = measure(case, options.engine, options.gpu, options.frames, clock)
         if "refused" not in row:
-            row["roofline"] = roofline(row, limits, macs or 0.0)
+            row["roofline"] = roofline(row, limits, macs)
             print(case, f"{row['frames_per_s']:.0f} frames/s", flush=True)
         else:
             print(case, row["refused"], flush=True)
         rows.append(row)
+    more: dict[str, Any] = {}
+    for name, part in (("loop", loop), ("series", series)):
+        if clock.is_up:
+            left_out.append(name)
+        elif (found := part(options, rows, clock)) is not None:
+            more[name] = found
+    for what in left_out:
+        print(f"not measured, the time was up: {what}", flush=True)
     picture = (options.out or Path("bench/results/gpu.json")).with_suffix(".svg")
     return {
+        "engine": options.engine,
+        "left_out": left_out,
+        **more,
         "gpu": {
             "name": device.name,
             "compute_capability": list(device.compute_capability),
@@ -337,6 +428,55 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "timeline": draw_timeline(rows, picture),
     }
+
+
+def usual_case(options: argparse.Namespace) -> Case:
+    """Return what the loop and the starts are measured with."""
+    usual = 2048 if 2048 in options.sizes else max(options.sizes)
+    return Case(usual, options.methods[0], 4)
+
+
+def loop(
+    options: argparse.Namespace, rows: list[dict[str, Any]], clock: Clock
+) -> dict[str, Any]:
+    """Measure the whole loop, and compare it with the GPU alone.
+
+    Of the camera's rates those are left out for which there is no time.
+    """
+    case = usual_case(options)
+    settings = settings_of(case, options.engine, options.gpu)
+    rates = (rate for rate in options.rates if not clock.is_up)
+    found = whole_loop(settings, frame_of(case.side), options.frames, rates)
+    alone = [
+        r["frames_per_s"]
+        for r in rows
+        if r["case"] == vars(case) and "refused" not in r
+    ]
+    found["of_gpu_alone"] = found["frames_per_s"] / alone[0] if alone else None
+    print(f"the whole loop: {found['frames_per_s']:.0f} frames/s", flush=True)
+    return found
+
+
+def series(
+    options: argparse.Namespace, rows: list[dict[str, Any]], clock: Clock
+) -> dict[str, Any] | None:
+    """Start and close a processor again and again; None: not asked for."""
+    del rows
+    case, used = usual_case(options), []
+    config = parse_config(settings_of(case, options.engine, options.gpu))
+    begun = series_of(case.side, config.channels[0].optics.pixel_size_um)
+    for _ in range(options.series):
+        if clock.is_up:
+            break
+        processor = FrameProcessor(config, [GpuDevice(config)])
+        processor.start(begun, 4)
+        Feed(processor, begun, 4).run(WARM_UP)
+        processor.close()
+        used.append(used_mb(options.gpu))
+    if len(used) < 2:
+        return None
+    print(f"after {len(used)} series: {used[-1] - used[1]:+.1f} MB", flush=True)
+    return {"used_mb": used, "grown_mb": used[-1] - used[1]}
 
 
 if __name__ == "__main__":

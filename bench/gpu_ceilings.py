@@ -1,9 +1,15 @@
-"""GPU ceilings: what a card's copies and matrix units do at best, measured on it."""
+"""GPU ceilings: what a card's copies and matrix units do at best, and is asked for.
+
+The first is measured on the card, the second counted in the network's graph.
+"""
 
 from typing import Any
 
 import numpy as np
 
+from rtfocus.evaluation.contenders import multiply_adds_per_pixel
+from rtfocus.processing.engines.card import verified_file
+from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.gpu.cuda.compiler import compile_for
 from rtfocus.processing.gpu.cuda.driver import current_context, import_driver
 from rtfocus.processing.gpu.cuda.stream import PinnedMemory
@@ -117,4 +123,44 @@ def _median_ms(cuda: Any, stream: Any, work: Any) -> float:
         end.synchronize()
         if number >= 2:  # warm
             times.append(end.time_since(begin))
-    return float(np.median(times))
+    return max(float(np.median(times)), 1e-6)
+
+
+_PIXELS = 512
+"""Side of the frame that is counted on, about."""
+
+
+def network_multiply_adds(found: FoundEngine) -> float | None:
+    """Return the multiply-adds of a network per pixel of a frame.
+
+    None: it is no network, or neither OpenVINO nor torch and onnx are there to count.
+    """
+    counted = multiply_adds_per_pixel(found)
+    if counted is not None or found.card.input is None:
+        return counted
+    try:
+        return count_in_torch(found)
+    except ImportError:
+        return None
+
+
+def count_in_torch(found: FoundEngine) -> float:
+    """Count as `rtfocus.evaluation.contenders` does, by torch and without pixels."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from rtfocus.processing.gpu.torch_backend.engine import TorchNetwork
+
+    card, place = found.card, torch.device("meta")
+    assert card.input is not None
+    side = owned = round(_PIXELS / card.input.multiple_px) * card.input.multiple_px
+    if card.kind == "restorer":
+        side = card.input.tile_px
+        owned = side - 2 * card.input.halo_px
+    shapes = {card.input.name: (1, card.input.channels, side, side)}
+    if card.condition is not None:
+        shapes[card.condition.name] = (1, len(card.condition.entries))
+    network = TorchNetwork(found.name, verified_file(found.folder, card), place)
+    with FlopCounterMode(display=False) as counter:
+        network.run({n: torch.empty(s, device=place) for n, s in shapes.items()})
+    return float(counter.get_total_flops()) / 2 / owned**2

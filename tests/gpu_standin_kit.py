@@ -146,6 +146,17 @@ class HostEngine:
         self._session = None
 
 
+def pretend(driver, transforms, patch) -> None:
+    """Make rtfocus in this process see the stand-in, with a `setattr` that may undo."""
+    from rtfocus.processing.gpu import backends, deconvolution, device
+
+    patch(backends, "GPU_BACKENDS", (host_backend(driver),))
+    patch(deconvolution, "load_library", lambda library: transforms)
+    # The stand-in loads the kernels from a library of its own.
+    patch(device, "compiled_kernels", lambda capability: b"kernels")
+    patch(device, "why_driver_too_old", lambda release: None)
+
+
 def host_backend(driver) -> GpuBackend:
     """Return the backend of a machine without TensorRT, torch or a GPU."""
     return GpuBackend(

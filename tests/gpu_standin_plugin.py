@@ -28,17 +28,11 @@ def driver():
 @pytest.fixture(scope="session", autouse=True)
 def machine(driver):
     """Make rtfocus see the stand-in's transforms, kernels and networks."""
-    from gpu_standin_kit import host_backend
-
-    from rtfocus.processing.gpu import backends, deconvolution, device
+    from gpu_standin_kit import pretend
 
     transforms = ctypes.CDLL(os.environ["RTFOCUS_STANDIN_CUFFT"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "GPU_BACKENDS", (host_backend(driver),))
-        patch.setattr(deconvolution, "load_library", lambda library: transforms)
-        # The stand-in loads the kernels from a library of its own.
-        patch.setattr(device, "compiled_kernels", lambda capability: b"kernels")
-        patch.setattr(device, "why_driver_too_old", lambda release: None)
+        pretend(driver, transforms, patch.setattr)
         yield
 
 
