@@ -313,9 +313,9 @@ def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenCh
         if restoration is None:
             opened.pop_all()
             return OpenChannel(plan, correction, classifier, None, backends)
+        montage = plan.montage(classifier.grid)
         restorer, own = open_restorer(plan, classifier, device, memory)
         opened.pop_all()
     if own is not None:
         backends[restoration.name] = runs_on(own)
-    montage = plan.montage(classifier.grid)
     return OpenChannel(plan, correction, classifier, restorer, backends, montage)
