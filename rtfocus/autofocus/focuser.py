@@ -41,7 +41,7 @@ from rtfocus.autofocus.settings import (
     with_measured_backlash,
 )
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.sections import AutofocusConfig
+from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading
 

@@ -3,7 +3,7 @@
 from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
-from rtfocus.config.sections import AutofocusConfig
+from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError
 
 _SIDES = {"down": -1, "up": 1}

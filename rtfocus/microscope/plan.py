@@ -19,7 +19,7 @@ import useq
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from rtfocus.config.form import read_yaml
+from rtfocus.config.loading import read_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
 from rtfocus.microscope.plan_check import ineffective, unknown_keys

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rtfocus.config.form import decode, parse_yaml
+from rtfocus.config.loading import decode, parse_yaml
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import CARD_NAME, EngineCard, parse_card
 from rtfocus.processing.engines.registry import FoundEngine, add_engine

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -14,7 +14,7 @@ from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
-from rtfocus.config.sections import AutofocusConfig
+from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading
 from rtfocus.microscope.core import open_core

@@ -3,7 +3,7 @@
 import pytest
 
 from rtfocus.config import load_config
-from rtfocus.config.form import decode, parse_yaml
+from rtfocus.config.loading import decode, parse_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.plan import read_sequence
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.form import read_yaml
+from rtfocus.config.loading import read_yaml
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.spec_steps import StepsCard
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.errors import EngineError
 
 Image = NDArray[np.float32]

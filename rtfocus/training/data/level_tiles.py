@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf

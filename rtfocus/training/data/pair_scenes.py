@@ -13,7 +13,7 @@ from pydantic import Field
 from scipy import ndimage
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.data.scenes import SceneSource, SharpField

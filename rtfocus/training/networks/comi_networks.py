@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.training.data.pair_scenes import PairRecipe
 from rtfocus.training.recipe import Count, OptimiserRecipe
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.optics.normalisation import ContrastToNoise
 from rtfocus.training.data.level_tiles import (
     GEOMETRY,

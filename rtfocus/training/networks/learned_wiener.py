@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.data.pair_scenes import PairRecipe, PairsRecipe

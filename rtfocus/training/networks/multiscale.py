@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.training.data.pair_scenes import PairRecipe
 from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.layers import scales_loss

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
 from rtfocus.training.data.kernel_pairs import (
     KernelPairs,

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
 from rtfocus.training.data.pair_scenes import PairRecipe
 from rtfocus.training.data.pairs import TILE_PX, TILE_STRIDE_PX, PairBatches

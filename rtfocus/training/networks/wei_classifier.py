@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtfocus.config.form import Section
+from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
 from rtfocus.training.data.signed_patches import (
