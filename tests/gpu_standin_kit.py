@@ -148,10 +148,11 @@ class HostEngine:
 
 def pretend(driver, transforms, patch) -> None:
     """Make rtfocus in this process see the stand-in, with a `setattr` that may undo."""
-    from rtfocus.processing.gpu import backends, deconvolution, device
+    from rtfocus.processing.gpu import backends, device
+    from rtfocus.processing.gpu.cuda import driver as cuda_driver
 
     patch(backends, "GPU_BACKENDS", (host_backend(driver),))
-    patch(deconvolution, "load_library", lambda library: transforms)
+    patch(cuda_driver, "load_library", lambda library: transforms)
     # The stand-in loads the kernels from a library of its own.
     patch(device, "compiled_kernels", lambda capability: b"kernels")
     patch(device, "why_driver_too_old", lambda release: None)

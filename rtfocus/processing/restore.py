@@ -14,11 +14,14 @@ Wiener-Butterworth form, at the best parameters found, misses it by up to 1 dB a
 levels.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rtfocus.optics.psf import psf_radius_px
 
 WHOLE_FRAME = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
 """Deconvolutions of whole frames, level by level."""
@@ -45,6 +48,19 @@ Spectrum = NDArray[Any]
 
 # An OTF whose imaginary part stays below this is that of an even PSF.
 _EVEN = 1e-6
+
+
+def margin_px(psf: Image, halo_px: int | None) -> int:
+    """Return the context that a level is restored in, on every side.
+
+    Parameters
+    ----------
+    psf
+        Of the level.
+    halo_px
+        Of the config; None: half the side of the PSF, which holds 99 % of its energy.
+    """
+    return psf_radius_px(psf, 1.0) if halo_px is None else halo_px
 
 
 def padded_shape(shape: tuple[int, int], halo_px: int) -> tuple[int, int]:
@@ -80,6 +96,9 @@ def transfer_function(psf: Image, shape: tuple[int, int]) -> Spectrum:
 # Band in cycles per pixel in which the signal's power is read: above the slow
 # background, below where a strong blur leaves nothing but noise.
 BAND = (0.02, 0.1)
+# Its limits as f^3, narrowed so that frequencies that lie on a limit are outside
+# whatever a device's rounding.
+CUBED_BAND = (BAND[0] ** 3 * (1 + 1e-5), BAND[1] ** 3 * (1 - 1e-5))
 # The power in the band overrates that at high frequencies; chosen on the real
 # pairs and on blurred nuclei, see bench/deconvolution.py.
 CAUTION = 4.0
@@ -113,13 +132,11 @@ class WienerFilter:
         self._power = np.asarray(np.abs(transfer) ** 2, dtype=np.float32)
         self._given = noise_to_signal
         self._rise = _inverse_signal(shape)
-        frequency = np.cbrt(self._rise)
-        self._band = np.nonzero((frequency > BAND[0]) & (frequency < BAND[1]))
+        low, high = CUBED_BAND
+        self._band = np.nonzero((self._rise > low) & (self._rise < high))
         blurred = self._power[self._band] / self._rise[self._band]
-        self.band_bins = int(blurred.size)
-        """Frequencies in the band whose power tells the signal's."""
-        self.band_power = float(blurred.sum(dtype=np.float64))
-        """Power there of a signal whose power at one cycle per pixel is 1."""
+        # Power in the band of a signal whose power at one cycle per pixel is 1.
+        self._band_power = float(blurred.sum(dtype=np.float64))
 
     def apply(self, spectrum: NDArray[Any], variance: float, workers: int) -> Image:
         """Restore the image of a half spectrum; `variance` is that of its noise.
@@ -149,9 +166,9 @@ class WienerFilter:
         power = (found.real**2 + found.imag**2).sum(dtype=np.float64) / pixels
         # White noise has its variance in every bin; the rest is blurred signal.
         signal = max(float(power) - variance * found.size, 1e-3 * float(power))
-        if signal <= 0.0 or self.band_power <= 0.0:
+        if signal <= 0.0 or self._band_power <= 0.0:
             return 1.0
-        return CAUTION * variance * self.band_power / signal
+        return CAUTION * variance * self._band_power / signal
 
 
 def _limit(gain: NDArray[Any]) -> NDArray[Any]:
@@ -172,7 +189,7 @@ def _inverse_signal(shape: tuple[int, int]) -> Image:
 
 
 # Share of the finest details that are taken for edges and left out.
-_EDGES = 0.01
+EDGES = 0.01
 # Below this share of the brightest power nothing is noise but round-off.
 ROUND_OFF = 1e-9
 
@@ -206,7 +223,7 @@ def noise_variance(image: Image, quantum: float = 0.0) -> float:
     if min(image.shape) < 2:
         return floor
     power = np.square(diagonal_detail(image)).ravel()
-    kept = max(1, int((1.0 - _EDGES) * power.size))
+    kept = max(1, int((1.0 - EDGES) * power.size))
     return max(float(np.partition(power, kept - 1)[:kept].mean()), floor)
 
 
@@ -241,8 +258,27 @@ _MILD_PASSES = 0.012
 _SMALLEST = 1e-6
 
 
+def iteration_steps(psf: Image, method: str, iterations: int | None) -> list[float]:
+    """Return how many matched iterations each iteration of a method stands for.
+
+    Parameters
+    ----------
+    psf
+        Of the level.
+    method
+        ``richardson_lucy`` or ``richardson_lucy_accelerated``.
+    iterations
+        None: 15, accelerated 4.
+    """
+    if method != "richardson_lucy_accelerated":
+        return [1.0] * (iterations or DEFAULT_ITERATIONS)
+    # By Parseval the mean of |H|^2 over all frequencies, whatever the transform's size.
+    passes = float(np.square(psf, dtype=np.float64).sum())
+    return schedule(passes, iterations or ACCELERATED_ITERATIONS)
+
+
 def back_projectors(
-    transfer: NDArray[Any], iterations: int = ACCELERATED_ITERATIONS
+    transfer: NDArray[Any], steps: Sequence[float]
 ) -> list[NDArray[Any]]:
     """Build the back projector of every iteration for one transfer function.
 
@@ -250,8 +286,8 @@ def back_projectors(
     ----------
     transfer
         OTF over the half spectrum.
-    iterations
-        How many iterations the work of fifteen matched ones is spread over.
+    steps
+        Matched iterations that each iteration stands for, see `iteration_steps`.
 
     Returns
     -------
@@ -263,21 +299,14 @@ def back_projectors(
     .. [1] M. Guo et al., "Rapid image deconvolution and multiview fusion for
        optical microscopy", Nature Biotechnology 38, 2020.
     """
-    power = _power(transfer)
+    power = np.clip(np.abs(transfer) ** 2, _SMALLEST, 1.0)
     back = np.conj(transfer)
     return [
-        np.asarray(back * ((1.0 - (1.0 - power) ** steps) / power), transfer.dtype)
-        for steps in schedule(float(power.mean()), iterations)
+        back
+        if count == 1.0
+        else np.asarray(back * ((1.0 - (1.0 - power) ** count) / power), transfer.dtype)
+        for count in steps
     ]
-
-
-def mean_power(transfer: NDArray[Any]) -> float:
-    """Return the mean of |H|^2 over all frequencies, what `schedule` asks for."""
-    return float(_power(transfer).mean())
-
-
-def _power(transfer: NDArray[Any]) -> NDArray[Any]:
-    return np.asarray(np.clip(np.abs(transfer) ** 2, _SMALLEST, 1.0))
 
 
 def schedule(passes: float, iterations: int = ACCELERATED_ITERATIONS) -> list[float]:
@@ -297,3 +326,15 @@ def schedule(passes: float, iterations: int = ACCELERATED_ITERATIONS) -> list[fl
     done = np.concatenate([[0.0], np.cumsum(four)])
     times = np.linspace(0.0, 4.0, iterations + 1)
     return [float(steps) for steps in np.diff(np.interp(times, np.arange(5.0), done))]
+
+
+_LEAST_SIGMA_PX = 0.5
+
+
+def gaussian_like(psf: Image) -> Image:
+    """Return a Gaussian as wide as a PSF, in its window: where `BLIND` starts."""
+    rows, columns = (np.arange(side) - side // 2 for side in psf.shape)
+    squares = (rows**2)[:, None] + columns**2
+    variance = float((psf * squares).sum() / (2 * psf.sum()))
+    gaussian = np.exp(-0.5 * squares / max(variance, _LEAST_SIGMA_PX**2))
+    return np.asarray(gaussian / gaussian.sum(), dtype=np.float32)

@@ -15,6 +15,10 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.cpu.preparation import Correction
+from rtfocus.processing.gpu.classifier import InFlight
+from rtfocus.processing.gpu.deconvolution import (
+    BlindRichardsonLucyDeconvolution as GpuBlind,
+)
 from rtfocus.processing.gpu.deconvolution import (
     RichardsonLucyDeconvolution as GpuRichardsonLucy,
 )
@@ -22,14 +26,15 @@ from rtfocus.processing.gpu.deconvolution import WienerDeconvolution as GpuWiene
 from rtfocus.processing.gpu.depth_variant import (
     DepthVariantRestorer as GpuDepthVariantRestorer,
 )
-from rtfocus.processing.gpu.depth_variant import neighbours, transform_shape
+from rtfocus.processing.gpu.depth_variant import neighbours
 from rtfocus.processing.gpu.preparation import Background as GpuBackground
 from rtfocus.processing.gpu.preparation import CellStatistics
 from rtfocus.processing.gpu.preparation import Correction as GpuCorrection
 from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
 from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import FrameShape
-from rtfocus.processing.tiles.montage import Montage, Region, pad
+from rtfocus.processing.restore import margin_px, padded_shape
+from rtfocus.processing.tiles.montage import Montage, pad
 from rtfocus.specimens import draw_specimen
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451, pixel_size_um=0.65)
@@ -155,14 +160,6 @@ def test_background_is_that_of_the_cpu(work, memory, frame, quantum):
     np.testing.assert_array_equal(view(empty), wanted)
 
 
-class WholeFrame(Montage):
-    """Every level's region is the frame, as on the GPU."""
-
-    def region(self, labels, level):
-        del labels, level
-        return Region(slice(0, self.shape[0]), slice(0, self.shape[1]))
-
-
 NONE = BACKGROUND
 GRID = TileGrid(4, 5, 96, 48, 36, signed=False)
 LABELS = np.array(
@@ -173,23 +170,25 @@ LABELS = np.array(
 
 def restore_both(work, memory, signal, window, psfs, make, **reference):
     """Return what the GPU path and the CPU path make of a signal."""
-    frame = FrameShape.of(signal.shape)
-    montage = WholeFrame(GRID, SHAPE, window)
-    shape, halo_px = transform_shape(psfs, SHAPE, None)
+    montage = Montage(GRID, SHAPE, window)
+    transforms = HostTransforms()
+    margins = {level: margin_px(psf, None) for level, psf in psfs.items()}
+    whole = {level: padded_shape(SHAPE, px) for level, px in margins.items()}
     restorer = GpuDepthVariantRestorer(
         memory,
-        make(HostTransforms(shape)),
+        make(memory, transforms, psfs, whole),
+        transforms,
         montage,
-        frame=frame,
-        shape=shape,
-        halo_px=halo_px,
-        levels=tuple(psfs),
+        frame=FrameShape.of(signal.shape),
+        margins_px=margins,
     )
     out = memory.allocate(signal.shape, np.float32, "out")
-    given = memory.upload(signal, "signal"), memory.upload(LABELS, "labels")
-    for part in restorer.parts(montage.present(LABELS)):
-        restorer.enqueue(work, part, *given, out)
-    cpu = DepthVariantRestorer(montage, psfs, halo_px=halo_px, **reference)
+    maps = {"level": memory.upload(LABELS, "labels")}
+    given = InFlight(memory.upload(signal, "signal"), maps, None, out)
+    # What a frame leaves behind must not be seen in the next: whole frames first.
+    for part in (*restorer.parts(None), *restorer.parts(LABELS)):
+        restorer.enqueue(work, given, part)
+    cpu = DepthVariantRestorer(montage, psfs, **reference)
     return view(out), cpu.restore(signal, LABELS, np.empty_like(signal), quantum=1.0)
 
 
@@ -216,7 +215,7 @@ def test_wiener_is_that_of_the_cpu(work, memory, frame, psfs, window, options):
         signal,
         window,
         psfs,
-        lambda transforms: GpuWiener(memory, transforms, psfs, quantum=1.0, **given),
+        lambda *about: GpuWiener(*about, quantum=1.0, **given),
         method="wiener",
         **given,
     )
@@ -227,17 +226,30 @@ def test_wiener_is_that_of_the_cpu(work, memory, frame, psfs, window, options):
 @pytest.mark.parametrize("method", ["richardson_lucy", "richardson_lucy_accelerated"])
 def test_richardson_lucy_is_that_of_the_cpu(work, memory, frame, psfs, method):
     signal = np.stack([frame, frame[::-1] // 2, frame], -1).astype(np.float32) - 100
-    accelerated = method.endswith("accelerated")
     found, wanted = restore_both(
         work,
         memory,
         signal,
         "triangular",
         psfs,
-        lambda transforms: GpuRichardsonLucy(
-            memory, transforms, psfs, iterations=None, accelerated=accelerated
-        ),
+        lambda *about: GpuRichardsonLucy(*about, method=method, iterations=None),
         method=method,
+    )
+    assert relative(wanted, signal) > 0.01
+    assert relative(found, wanted) < 1e-4
+
+
+def test_blind_richardson_lucy_is_that_of_the_cpu(work, memory, frame, psfs):
+    signal = frame.astype(np.float32) - 100
+    found, wanted = restore_both(
+        work,
+        memory,
+        signal,
+        "triangular",
+        {1: psfs[1], 2: psfs[2], 3: psfs[3]},
+        lambda *about: GpuBlind(*about, iterations=4),
+        method="richardson_lucy_blind",
+        iterations=4,
     )
     assert relative(wanted, signal) > 0.01
     assert relative(found, wanted) < 1e-4

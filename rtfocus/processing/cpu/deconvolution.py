@@ -16,6 +16,7 @@ from rtfocus.processing.restore import (
     DEFAULT_ITERATIONS,
     WienerFilter,
     back_projectors,
+    gaussian_like,
     noise_variance,
     photon_variance,
     transfer_function,
@@ -163,15 +164,11 @@ class RichardsonLucyDeconvolution:
     """Richardson-Lucy as LB-DVD: starts from the blurred image (He 2020)."""
 
     def __init__(
-        self, psf: Image, shape: tuple[int, int], iterations: int, *, accelerated: bool
+        self, psf: Image, shape: tuple[int, int], steps: Sequence[float]
     ) -> None:
         self._shape = shape
         self._transfer = transfer_function(psf, shape)
-        self._back = (
-            back_projectors(self._transfer, iterations)
-            if accelerated
-            else [np.conj(self._transfer)] * iterations
-        )
+        self._back = back_projectors(self._transfer, steps)
 
     def restore(self, padded: Image, quantum: float, workers: int) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
@@ -185,9 +182,6 @@ class RichardsonLucyDeconvolution:
             start=signal,
             workers=workers,
         )
-
-
-_LEAST_SIGMA_PX = 0.5
 
 
 class BlindRichardsonLucyDeconvolution:
@@ -216,7 +210,7 @@ class BlindRichardsonLucyDeconvolution:
     def __init__(self, psf: Image, shape: tuple[int, int], rounds: int) -> None:
         self._shape = shape
         self._rounds = rounds
-        self._start = _gaussian_like(psf)
+        self._start = gaussian_like(psf)
 
     def restore(self, padded: Image, quantum: float, workers: int) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
@@ -262,12 +256,3 @@ class BlindRichardsonLucyDeconvolution:
         total = float(better.sum())
         # A black frame tells nothing of the kernel.
         return np.asarray(better / total, np.float32) if total > 0 else kernel
-
-
-def _gaussian_like(psf: Image) -> Image:
-    """Return a Gaussian in the window of a PSF, as wide as it is."""
-    rows, columns = (np.arange(side) - side // 2 for side in psf.shape)
-    squares = (rows**2)[:, None] + columns**2
-    variance = float((psf * squares).sum() / (2 * psf.sum()))
-    gaussian = np.exp(-0.5 * squares / max(variance, _LEAST_SIGMA_PX**2))
-    return np.asarray(gaussian / gaussian.sum(), dtype=np.float32)

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.optics.psf import psf_radius_px
 from rtfocus.processing.cpu.deconvolution import (
     BlindRichardsonLucyDeconvolution,
     RichardsonLucyDeconvolution,
@@ -26,12 +25,13 @@ from rtfocus.processing.cpu.deconvolution import (
     richardson_lucy,
 )
 from rtfocus.processing.restore import (
-    ACCELERATED_ITERATIONS,
     BLIND,
     BLIND_ITERATIONS,
     DEFAULT_ITERATIONS,
     PATCH_BY_PATCH,
     WHOLE_FRAME,
+    iteration_steps,
+    margin_px,
     padded_shape,
 )
 from rtfocus.processing.tiles.montage import (
@@ -106,8 +106,7 @@ class DepthVariantRestorer:
         self._noise_to_signal = noise_to_signal
         self._gain = gain_e_per_count
         self._halos = {
-            level: psf_radius_px(psf, 1.0) if halo_px is None else halo_px
-            for level, psf in self._psfs.items()
+            level: margin_px(psf, halo_px) for level, psf in self._psfs.items()
         }
         self._workers = workers
         self._lock = threading.Lock()
@@ -192,11 +191,8 @@ class DepthVariantRestorer:
         if self.method == BLIND:
             rounds = self._iterations or BLIND_ITERATIONS
             return BlindRichardsonLucyDeconvolution(psf, shape, rounds)
-        accelerated = self.method == "richardson_lucy_accelerated"
-        usual = ACCELERATED_ITERATIONS if accelerated else DEFAULT_ITERATIONS
-        return RichardsonLucyDeconvolution(
-            psf, shape, self._iterations or usual, accelerated=accelerated
-        )
+        steps = iteration_steps(psf, self.method, self._iterations)
+        return RichardsonLucyDeconvolution(psf, shape, steps)
 
 
 PAPER_HALO_PX = 13

@@ -1,9 +1,12 @@
 """Channel: what sees and restores the frames of a channel on a GPU, by its plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
@@ -11,8 +14,9 @@ from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.backends import open_for_plan, runs_on
 from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
+from rtfocus.processing.gpu.cuda.driver import CudaTransforms
 from rtfocus.processing.gpu.deconvolution import (
-    CudaTransforms,
+    BlindRichardsonLucyDeconvolution,
     RichardsonLucyDeconvolution,
     WienerDeconvolution,
 )
@@ -20,14 +24,13 @@ from rtfocus.processing.gpu.depth_variant import (
     Blending,
     Deconvolution,
     DepthVariantRestorer,
-    transform_shape,
 )
 from rtfocus.processing.gpu.engine import Gpu, GpuEngine
 from rtfocus.processing.gpu.network_restorer import JointRestorer, TileNetworkRestorer
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
 from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
-from rtfocus.processing.restore import WHOLE_FRAME
+from rtfocus.processing.restore import BLIND, WHOLE_FRAME, margin_px, padded_shape
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import FrameTiles
 
@@ -35,14 +38,19 @@ from rtfocus.processing.tiles.windows import FrameTiles
 class FrameRestorer(Protocol):
     """Restores the frames of one channel, one after the other on one stream."""
 
-    def parts(self, present: Sequence[int] | None) -> list[Part]:
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return what is enqueued for a frame, in order.
 
         Parameters
         ----------
-        present
-            Levels out of focus that its tiles have, at least one; None: any.
+        labels
+            Level per tile, axes (tile_y, tile_x), at least one out of focus; None:
+            everything that can be recorded.
         """
+        ...
+
+    def recurs(self, part: Part) -> bool:
+        """Return whether other frames will ask for a part: only then it is recorded."""
         ...
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
@@ -56,42 +64,6 @@ class FrameRestorer(Protocol):
     def close(self) -> None:
         """Free what is not memory."""
         ...
-
-
-class ClassicalFrames:
-    """Depth-variant deconvolution as a `FrameRestorer`.
-
-    Parameters
-    ----------
-    restorer
-        Does the work.
-    transforms
-        That it uses, closed with it.
-    """
-
-    def __init__(
-        self, restorer: DepthVariantRestorer, transforms: CudaTransforms
-    ) -> None:
-        self._restorer = restorer
-        self._transforms = transforms
-
-    def why_not_capturable(self, work: Work) -> str | None:
-        """Return None: kernels and transforms may be recorded."""
-        del work
-        return None
-
-    def parts(self, present: Sequence[int] | None) -> list[Part]:
-        """Return a part for every plane, and one for every level in it."""
-        return self._restorer.parts(present)
-
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
-        """Enqueue a part of the restoration of a frame."""
-        levels = frame.maps["level"]
-        self._restorer.enqueue(work, part, frame.signal, levels, frame.out)
-
-    def close(self) -> None:
-        """Free the transforms."""
-        self._transforms.close()
 
 
 def open_restorer(
@@ -130,7 +102,7 @@ def open_restorer(
         msg = f"channel '{plan.name}' is not restored: {plan.skipped}"
         raise ValueError(msg)
     match restoration.way:
-        case "by_level":
+        case "by_level" | "blind":
             return _by_level(plan, restoration, classifier, memory), None
         case "by_tile":
             return _by_tile(plan, restoration, classifier, device, memory)
@@ -147,39 +119,38 @@ def _by_level(
     memory: DeviceMemory,
 ) -> FrameRestorer:
     settings, psfs = restoration.settings, plan.psfs
-    shape, halo_px = transform_shape(psfs, plan.size, settings.halo_px)
+    margins = {level: margin_px(psf, settings.halo_px) for level, psf in psfs.items()}
+    whole = {level: padded_shape(plan.size, px) for level, px in margins.items()}
     with ExitStack() as opened:
-        transforms = CudaTransforms(shape)
+        transforms = CudaTransforms(set(whole.values()))
         opened.callback(transforms.close)
+        given = memory, transforms, psfs, whole
         deconvolution: Deconvolution
         if restoration.method == "wiener":
             deconvolution = WienerDeconvolution(
-                memory,
-                transforms,
-                psfs,
+                *given,
                 quantum=plan.camera.quantum,
                 noise_to_signal=settings.noise_to_signal,
                 gain_e_per_count=plan.gain_e_per_count,
             )
+        elif restoration.way == "blind":
+            deconvolution = BlindRichardsonLucyDeconvolution(
+                *given, iterations=settings.iterations
+            )
         else:
             deconvolution = RichardsonLucyDeconvolution(
-                memory,
-                transforms,
-                psfs,
-                iterations=settings.iterations,
-                accelerated=restoration.method == "richardson_lucy_accelerated",
+                *given, method=restoration.method, iterations=settings.iterations
             )
         restorer = DepthVariantRestorer(
             memory,
             deconvolution,
+            transforms,
             plan.montage(classifier.grid),
             frame=FrameShape.of(plan.shape),
-            shape=shape,
-            halo_px=halo_px,
-            levels=tuple(psfs),
+            margins_px=margins,
         )
         opened.pop_all()
-    return ClassicalFrames(restorer, transforms)
+    return restorer
 
 
 def _by_tile(
@@ -238,8 +209,8 @@ def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
         what = f"{what} ({card.kind}, {card.implementation})"
     return EngineError(
         f"restoration {what} does not run on a GPU; those that do: "
-        f"{', '.join(WHOLE_FRAME)}, restorers that are a network alone, and a joint "
-        "engine that is the classifier too; or set processing.device: cpu"
+        f"{', '.join((*WHOLE_FRAME, BLIND))}, restorers that are a network alone, and "
+        "a joint engine that is the classifier too; or set processing.device: cpu"
     )
 
 

@@ -1,11 +1,7 @@
-"""Deconvolution: Fourier transforms on a CUDA stream, and what restores with them.
+"""Deconvolution: of padded images by one PSF, as its like on the CPU.
 
-cuFFT, called through ctypes, is the named dependency of the classical restorations on
-a GPU (package ``nvidia-cufft``).
-
-**Wiener** restores every level from one forward transform. Its strength is read from
-the whole frame, where the CPU reads it from the rectangle around a level's tiles: the
-same where a level fills the frame.
+Images of any size are restored; what is kept for one size is the transfer function of
+every level over whole frames.
 
 **Richardson-Lucy** goes through Fourier transforms rather than low-rank separable
 convolutions: an iteration costs four transforms, some 220 operations per pixel whatever
@@ -15,14 +11,11 @@ per cent and 12 to one per mille, which two separable convolutions pay with 1,80
 the work space in the second-level cache of a large GPU.
 """
 
-import ctypes
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.cuda.driver import CUFFT, OutOfGpuMemoryError, load_library
 from rtfocus.processing.gpu.statistics import PARTS, Light, Noise
 from rtfocus.processing.gpu.work import (
     BLOCK,
@@ -33,126 +26,104 @@ from rtfocus.processing.gpu.work import (
     spectrum_shape,
 )
 from rtfocus.processing.restore import (
-    ACCELERATED_ITERATIONS,
-    BAND,
+    BLIND_ITERATIONS,
     CAUTION,
-    DEFAULT_ITERATIONS,
+    CUBED_BAND,
     HIGHEST_GAIN,
     ROUND_OFF,
-    WienerFilter,
-    mean_power,
-    schedule,
-    transfer_function,
+    gaussian_like,
+    iteration_steps,
 )
-
-_REAL_TO_COMPLEX = 0x2A
-_COMPLEX_TO_REAL = 0x2C
-_OUT_OF_MEMORY = 2
-_NAMES = {
-    1: "invalid plan",
-    2: "no memory",
-    3: "invalid type",
-    4: "invalid value",
-    5: "internal error",
-    6: "execution failed",
-    7: "set-up failed",
-    8: "invalid size",
-}
-
-
-class CudaTransforms:
-    """Implements `rtfocus.processing.gpu.work.Transforms` with cuFFT.
-
-    Parameters
-    ----------
-    shape
-        Height and width of the images.
-
-    Raises
-    ------
-    EngineError
-        If cuFFT is missing or cannot plan this shape.
-    """
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self._library = load_library(CUFFT)
-        self._plans: list[ctypes.c_int] = []
-        try:
-            for kind in (_REAL_TO_COMPLEX, _COMPLEX_TO_REAL):
-                self._plans.append(self._plan(kind))
-        except EngineError:
-            self.close()
-            raise
-
-    def forward(self, work: Work, image: DeviceArray, spectrum: DeviceArray) -> None:
-        """Enqueue image -> half spectrum."""
-        self._execute("cufftExecR2C", self._plans[0], work, image, spectrum)
-
-    def inverse(self, work: Work, spectrum: DeviceArray, image: DeviceArray) -> None:
-        """Enqueue half spectrum -> image, times height * width; spoils `spectrum`."""
-        self._execute("cufftExecC2R", self._plans[1], work, spectrum, image)
-
-    def close(self) -> None:
-        """Free plans and their work space."""
-        for plan in self._plans:
-            self._library.cufftDestroy(plan)
-        self._plans = []
-
-    def _plan(self, kind: int) -> ctypes.c_int:
-        plan = ctypes.c_int()
-        status = self._library.cufftPlan2d(ctypes.byref(plan), *self.shape, kind)
-        self._check(status, "planning")
-        return plan
-
-    def _execute(
-        self,
-        function: str,
-        plan: ctypes.c_int,
-        work: Work,
-        source: DeviceArray,
-        target: DeviceArray,
-    ) -> None:
-        self._check(
-            self._library.cufftSetStream(plan, ctypes.c_void_p(work.handle)), "set-up"
-        )
-        status = self._library[function](
-            plan, ctypes.c_void_p(source.address), ctypes.c_void_p(target.address)
-        )
-        self._check(status, function)
-
-    def _check(self, status: int, what: str) -> None:
-        if not status:
-            return
-        reason = _NAMES.get(status, f"error {status}")
-        height, width = self.shape
-        msg = f"cuFFT {what} for {height} x {width} px: {reason}"
-        if status == _OUT_OF_MEMORY:
-            msg += "; lower processing.gpu.frames_in_flight"
-            raise OutOfGpuMemoryError(msg)
-        raise EngineError(msg)
-
 
 Image = NDArray[np.float32]
 
 
-class WienerDeconvolution:
-    """Wiener filters of all levels for one transform size.
+class LevelTransfers:
+    """Transfer functions of the levels: of whole frames kept, of others made anew.
 
     Parameters
     ----------
     memory
-        Where transfer functions and work space lie.
+        Where they lie.
     transforms
-        Of the padded frame.
+        That make them.
+    psfs
+        Per level.
+    whole
+        Height and width, per level, of the transforms of a whole frame.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        transforms: Transforms,
+        psfs: Mapping[int, Image],
+        whole: Mapping[int, tuple[int, int]],
+    ) -> None:
+        self._transforms = transforms
+        self._psfs = {
+            level: memory.upload(psf, f"the PSF of level {level}")
+            for level, psf in psfs.items()
+        }
+        self._whole = {
+            level: memory.allocate(
+                spectrum_shape(shape), np.complex64, f"the PSF of level {level}"
+            )
+            for level, shape in whole.items()
+        }
+        self._made: set[int] = set()
+        largest = spectrum_shape(largest_shape(whole))
+        self._other = memory.allocate(largest, np.complex64, "spectra")
+
+    def enqueue(self, work: Work, level: int, image: DeviceArray) -> DeviceArray:
+        """Return the transfer function of a level; `image`, of its shape, is spoilt."""
+        shape = spectrum_shape(image.shape)
+        whole = self._whole[level]
+        if whole.shape != shape:
+            return self._make(work, level, image, self._other.shaped(shape))
+        if level not in self._made:
+            self._made.add(level)
+            self._make(work, level, image, whole)
+        return whole
+
+    def place(self, work: Work, level: int, image: DeviceArray) -> None:
+        """Enqueue writing the PSF of a level into an image, its centre the origin."""
+        psf = self._psfs[level]
+        work.launch("place_psf", image.count, psf, *psf.shape, *image.shape, image)
+
+    def _make(
+        self, work: Work, level: int, image: DeviceArray, transfer: DeviceArray
+    ) -> DeviceArray:
+        self.place(work, level, image)
+        self._transforms.forward(work, image, transfer)
+        return transfer
+
+
+def largest_shape(whole: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the sides that hold the transforms of every level."""
+    heights, widths = zip(*whole.values(), strict=True)
+    return max(heights), max(widths)
+
+
+class WienerDeconvolution:
+    """Wiener filters of all levels, strength read from each image.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    transforms
+        Of the padded images.
     psfs
         PSF per level.
+    whole
+        Height and width of the padded frame, per level.
     quantum
         Step between the camera's values; 0 for float frames.
     noise_to_signal
-        Constant ratio of noise to signal power; None: estimated per frame.
+        Constant ratio of noise to signal power; None: estimated per image.
     gain_e_per_count
-        Of the camera, for that estimate; None: from the frame alone.
+        Of the camera, for that estimate; None: from the image alone.
     """
 
     positive = False
@@ -163,59 +134,73 @@ class WienerDeconvolution:
         memory: DeviceMemory,
         transforms: Transforms,
         psfs: Mapping[int, Image],
+        whole: Mapping[int, tuple[int, int]],
         *,
         quantum: float,
         noise_to_signal: float | None,
         gain_e_per_count: float | None,
     ) -> None:
-        shape = transforms.shape
         self._transforms = transforms
+        self._transfers = LevelTransfers(memory, transforms, psfs, whole)
         self._given = noise_to_signal or 0.0
         self._quantum = quantum
         self._inverse_gain = 0.0 if gain_e_per_count is None else 1 / gain_e_per_count
-        self._transfers: dict[int, DeviceArray] = {}
-        powers = []
-        for level, psf in psfs.items():
-            transfer = transfer_function(psf, shape)
-            known = WienerFilter(transfer, shape)
-            powers.append(known.band_power)
-            self._band_bins = known.band_bins
-            self._transfers[level] = memory.upload(
-                np.asarray(transfer, np.complex64), f"the PSF of level {level}"
-            )
-        self._band_powers = memory.upload(np.array(powers), "Wiener filters")
-        self._ratios = memory.allocate((len(powers),), np.float32, "Wiener filters")
-        half = spectrum_shape(shape)
+        largest = largest_shape(whole)
+        half = spectrum_shape(largest)
         self._spectrum = memory.allocate(half, np.complex64, "spectra")
-        self._filtered = memory.allocate(half, np.complex64, "spectra")
-        self._band_sums = memory.allocate((PARTS,), np.float64, "Wiener filters")
+        self._ratio = memory.allocate((1,), np.float32, "Wiener filters")
+        self._band_sums = memory.allocate((3, PARTS), np.float64, "Wiener filters")
         self._light = Light(memory)
-        self._noise = Noise(memory, shape)
+        self._noise = Noise(memory, largest)
 
-    def begin(self, work: Work, padded: DeviceArray) -> None:
-        """Transform a padded plane and find how strong the noise is."""
-        self._transforms.forward(work, padded, self._spectrum)
-        if self._given:
-            return
-        height, width = self._transforms.shape
+    def restore(
+        self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
+    ) -> None:
+        """Restore with one forward and one inverse transform."""
+        transfer = self._transfers.enqueue(work, level, out)
+        spectrum = self._spectrum.shaped(transfer.shape)
+        self._transforms.forward(work, padded, spectrum)
+        if not self._given:
+            self._find_ratio(work, padded, spectrum, transfer)
+        work.launch(
+            "wiener_apply",
+            spectrum.count,
+            spectrum,
+            transfer,
+            *padded.shape,
+            self._ratio,
+            self._given,
+            float(HIGHEST_GAIN),
+            1 / padded.count,
+        )
+        self._transforms.inverse(work, spectrum, out)
+
+    def _find_ratio(
+        self,
+        work: Work,
+        padded: DeviceArray,
+        spectrum: DeviceArray,
+        transfer: DeviceArray,
+    ) -> None:
+        """Enqueue finding how strong the noise is."""
         self._light.enqueue(work, padded)
-        self._noise.enqueue(work, padded)
+        kept = self._noise.enqueue(work, padded)
         work.launch(
             "band_parts",
             PARTS * BLOCK,
-            self._spectrum,
-            height,
-            width,
-            *BAND,
+            spectrum,
+            transfer,
+            *padded.shape,
+            *CUBED_BAND,
             self._band_sums,
         )
         work.launch(
-            "wiener_ratios",
+            "wiener_ratio",
             BLOCK,
             self._noise.sums,
             self._noise.counts,
             PARTS,
-            self._noise.kept,
+            kept,
             self._noise.limit,
             self._quantum**2 / 12,
             ROUND_OFF,
@@ -223,51 +208,29 @@ class WienerDeconvolution:
             self._light.sum,
             self._inverse_gain,
             self._band_sums,
-            height * width,
-            self._band_bins,
+            padded.count,
             CAUTION,
-            self._ratios.count,
-            self._band_powers,
-            self._ratios,
+            self._ratio,
         )
-
-    def restore(
-        self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
-    ) -> None:
-        """Restore the plane given to `begin` with the PSF of a level."""
-        del padded
-        height, width = self._transforms.shape
-        work.launch(
-            "wiener_apply",
-            self._spectrum.count,
-            self._spectrum,
-            self._transfers[level],
-            height,
-            width,
-            self._ratios.from_element(list(self._transfers).index(level)),
-            self._given,
-            float(HIGHEST_GAIN),
-            1 / (height * width),
-            self._filtered,
-        )
-        self._transforms.inverse(work, self._filtered, out)
 
 
 class RichardsonLucyDeconvolution:
-    """Richardson-Lucy of all levels for one transform size.
+    """Richardson-Lucy of all levels.
 
     Parameters
     ----------
     memory
-        Where transfer functions and work space lie.
+        Where the work space lies.
     transforms
-        Of the padded frame.
+        Of the padded images.
     psfs
         PSF per level.
+    whole
+        Height and width of the padded frame, per level.
+    method
+        ``richardson_lucy`` or ``richardson_lucy_accelerated``.
     iterations
         None: 15, accelerated 4.
-    accelerated
-        Each iteration does the work of several.
     """
 
     positive = True
@@ -277,58 +240,143 @@ class RichardsonLucyDeconvolution:
         memory: DeviceMemory,
         transforms: Transforms,
         psfs: Mapping[int, Image],
+        whole: Mapping[int, tuple[int, int]],
         *,
+        method: str,
         iterations: int | None,
-        accelerated: bool,
     ) -> None:
-        shape = transforms.shape
         self._transforms = transforms
-        self._transfers: dict[int, DeviceArray] = {}
-        self._steps: dict[int, list[float]] = {}
-        for level, psf in psfs.items():
-            transfer = transfer_function(psf, shape)
-            self._steps[level] = [1.0] * (iterations or DEFAULT_ITERATIONS)
-            if accelerated:
-                count = iterations or ACCELERATED_ITERATIONS
-                self._steps[level] = schedule(mean_power(transfer), count)
-            self._transfers[level] = memory.upload(
-                np.asarray(transfer, np.complex64), f"the PSF of level {level}"
-            )
-        self._spectrum = memory.allocate(spectrum_shape(shape), np.complex64, "spectra")
-        self._blurred = memory.allocate(shape, np.float32, "spectra")
+        self._transfers = LevelTransfers(memory, transforms, psfs, whole)
+        self._steps = {
+            level: iteration_steps(psf, method, iterations)
+            for level, psf in psfs.items()
+        }
+        largest = largest_shape(whole)
+        half = spectrum_shape(largest)
+        self._spectrum = memory.allocate(half, np.complex64, "spectra")
+        self._blurred = memory.allocate(largest, np.float32, "spectra")
         self._light = Light(memory)
-
-    def begin(self, work: Work, padded: DeviceArray) -> None:
-        """Measure a padded plane."""
-        self._light.enqueue(work, padded)
 
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
     ) -> None:
-        """Restore the plane given to `begin` with the PSF of a level.
-
-        Starts from the blurred image (He 2020).
-        """
-        transfer = self._transfers[level]
-        spectrum, blurred = self._spectrum, self._blurred
-        scale = 1 / padded.count
-        bins = spectrum.count
+        """Iterate, starting from the blurred image (He 2020)."""
+        transfer = self._transfers.enqueue(work, level, out)
+        spectrum = self._spectrum.shaped(transfer.shape)
+        blurred = self._blurred.shaped(padded.shape)
+        scale, bins = 1 / padded.count, spectrum.count
+        self._light.enqueue(work, padded)
         work.copy(out, padded)
         for steps in self._steps[level]:
             self._transforms.forward(work, out, spectrum)
-            work.launch("project", bins, spectrum, transfer, bins, scale)
+            work.launch("project", bins, spectrum, transfer, bins, 1.0, scale)
             self._transforms.inverse(work, spectrum, blurred)
-            work.launch(
-                "richardson_lucy_ratio",
-                padded.count,
-                padded,
-                blurred,
-                padded.count,
-                self._light.highest,
-            )
+            _ratio(work, padded, blurred, self._light.highest)
             self._transforms.forward(work, blurred, spectrum)
             work.launch("back_project", bins, spectrum, transfer, bins, steps, scale)
             self._transforms.inverse(work, spectrum, blurred)
-            work.launch(
-                "richardson_lucy_update", padded.count, out, blurred, padded.count
+            _update(work, out, blurred)
+
+
+def _ratio(
+    work: Work, signal: DeviceArray, blurred: DeviceArray, highest: DeviceArray
+) -> None:
+    work.launch(
+        "richardson_lucy_ratio", signal.count, signal, blurred, signal.count, highest
+    )
+
+
+def _update(work: Work, estimate: DeviceArray, correction: DeviceArray) -> None:
+    count = estimate.count
+    work.launch("richardson_lucy_update", count, estimate, correction, count)
+
+
+class BlindRichardsonLucyDeconvolution:
+    """Richardson-Lucy that finds the kernel too, as its like on the CPU.
+
+    The kernel is an image of the padded size, 0 outside its window: multiplicative
+    steps leave it so.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    transforms
+        Of the padded images.
+    psfs
+        PSF per level; only its width and the size of its window are used.
+    whole
+        Height and width of the padded frame, per level.
+    iterations
+        Rounds of kernel and image; None: 8.
+    """
+
+    positive = True
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        transforms: Transforms,
+        psfs: Mapping[int, Image],
+        whole: Mapping[int, tuple[int, int]],
+        *,
+        iterations: int | None,
+    ) -> None:
+        self._transforms = transforms
+        starts = {level: gaussian_like(psf) for level, psf in psfs.items()}
+        self._transfers = LevelTransfers(memory, transforms, starts, whole)
+        self._rounds = iterations or BLIND_ITERATIONS
+        largest = largest_shape(whole)
+        half = spectrum_shape(largest)
+        self._spectra = [
+            memory.allocate(half, np.complex64, "spectra") for _ in range(3)
+        ]
+        self._blurred = memory.allocate(largest, np.float32, "spectra")
+        self._kernel = memory.allocate(largest, np.float32, "spectra")
+        self._light, self._kernel_light = Light(memory), Light(memory)
+
+    def restore(
+        self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
+    ) -> None:
+        """Improve the kernel with the image held, then the image, round by round."""
+        half = spectrum_shape(padded.shape)
+        seen, transfer, product = (array.shaped(half) for array in self._spectra)
+        kernel = self._kernel.shaped(padded.shape)
+        blurred = self._blurred.shaped(padded.shape)
+        self._light.enqueue(work, padded)
+        self._transfers.place(work, level, kernel)
+        self._transforms.forward(work, kernel, transfer)
+        work.copy(out, padded)
+        for _ in range(self._rounds):
+            self._transforms.forward(work, out, seen)
+            self._correct(work, padded, blurred, (seen, transfer, product), back=seen)
+            work.launch("kernel_update", kernel.count, kernel, blurred, kernel.count)
+            self._kernel_light.enqueue(work, blurred)
+            total = self._kernel_light.sum
+            count = kernel.count
+            work.launch("kernel_settle", count, kernel, blurred, count, total)
+            self._transforms.forward(work, kernel, transfer)
+            self._correct(
+                work, padded, blurred, (seen, transfer, product), back=transfer
             )
+            _update(work, out, blurred)
+
+    def _correct(
+        self,
+        work: Work,
+        padded: DeviceArray,
+        blurred: DeviceArray,
+        spectra: tuple[DeviceArray, DeviceArray, DeviceArray],
+        *,
+        back: DeviceArray,
+    ) -> None:
+        """Write to `blurred` what image or kernel is to be multiplied by."""
+        seen, transfer, product = spectra
+        bins, scale = product.count, 1 / padded.count
+        work.copy(product, seen)
+        work.launch("project", bins, product, transfer, bins, 1.0, scale)
+        self._transforms.inverse(work, product, blurred)
+        _ratio(work, padded, blurred, self._light.highest)
+        self._transforms.forward(work, blurred, product)
+        work.launch("project", bins, product, back, bins, -1.0, scale)
+        self._transforms.inverse(work, product, blurred)

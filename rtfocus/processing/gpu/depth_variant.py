@@ -1,23 +1,26 @@
 """Depth variant: a whole frame, each pixel by the PSFs of the tiles around it.
 
-As `rtfocus.processing.cpu.depth_variant` with the whole frame as every level's region.
-Along an axis a pixel lies between two tiles, so three numbers tell its weights.
+As `rtfocus.processing.cpu.depth_variant`. Along an axis a pixel lies between two tiles,
+so three numbers tell its weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.frame import BACKGROUND
-from rtfocus.optics.psf import psf_radius_px
-from rtfocus.processing.gpu.classifier import Part
-from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
+from rtfocus.processing.gpu.classifier import InFlight, Part
+from rtfocus.processing.gpu.work import (
+    DeviceArray,
+    DeviceMemory,
+    FrameShape,
+    Transforms,
+    Work,
+)
 from rtfocus.processing.restore import padded_shape
-from rtfocus.processing.tiles.montage import Montage, axis_mix
-
-Image = NDArray[np.float32]
+from rtfocus.processing.tiles.montage import Montage, Region
 
 
 class Blending:
@@ -72,8 +75,9 @@ class Blending:
         work: Work,
         *,
         frame: FrameShape,
-        channel: int,
+        plane: int,
         signal: DeviceArray,
+        rectangle: tuple[int, int, int, int],
         restored: DeviceArray,
         halo_px: int,
         levels: DeviceArray,
@@ -86,12 +90,14 @@ class Blending:
         ----------
         work
             Stream.
-        frame, channel
-            Shape of `signal` and `out`, and the plane that is meant.
+        frame, plane
+            Shape of `signal` and `out`, and the colour that is meant.
         signal, out
             Frames (y, x, channel).
+        rectangle
+            Top, left, height and width of what was restored.
         restored
-            Plane with a margin of `halo_px` before it, any margin behind.
+            It, with a margin of `halo_px` before it, any margin behind.
         halo_px
             Of `restored`.
         levels
@@ -101,10 +107,12 @@ class Blending:
         """
         work.launch(
             "blend_level",
-            frame.height * frame.width,
+            rectangle[2] * rectangle[3],
             signal,
-            *frame.sides,
-            channel,
+            frame.width,
+            frame.channels,
+            plane,
+            *rectangle,
             restored,
             halo_px,
             restored.shape[1],
@@ -138,195 +146,131 @@ def neighbours(
     )
 
 
-class Surround:
-    """Tables of `rtfocus.processing.tiles.montage.axis_mix` for both axes.
-
-    Parameters
-    ----------
-    memory
-        Where the tables lie.
-    frame
-        Shape of the signal.
-    shape
-        Height and width of the transforms.
-    halo_px
-        Margin before the frame.
-    """
-
-    def __init__(
-        self,
-        memory: DeviceMemory,
-        frame: FrameShape,
-        shape: tuple[int, int],
-        halo_px: int,
-    ) -> None:
-        self._frame = frame
-        self._shape = shape
-        self._tables = []
-        for count, length in zip((frame.height, frame.width), shape, strict=True):
-            first, second, share = axis_mix(count, length, halo_px)
-            for table in (first.astype(np.int32), second.astype(np.int32), share):
-                self._tables.append(memory.upload(table, "margins"))
-
-    def enqueue(
-        self,
-        work: Work,
-        signal: DeviceArray,
-        channel: int,
-        padded: DeviceArray,
-        *,
-        positive: bool,
-    ) -> None:
-        """Enqueue signal -> padded plane; `positive`: negative values become 0."""
-        work.launch(
-            "surround",
-            padded.count,
-            signal,
-            self._frame.width,
-            self._frame.channels,
-            channel,
-            *self._shape,
-            *self._tables,
-            int(positive),
-            padded,
-        )
-
-
 class Deconvolution(Protocol):
-    """Restores padded planes of one size, level by level."""
+    """Restores padded planes of any size, level by level."""
 
     positive: bool
     """Whether it is handed the signal without negative values."""
 
-    def begin(self, work: Work, padded: DeviceArray) -> None:
-        """Enqueue what all levels of a plane share."""
-        ...
-
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
     ) -> None:
-        """Enqueue the restoration of the plane with the PSF of one level."""
+        """Enqueue the restoration of a plane with the PSF of one level."""
         ...
 
 
-def transform_shape(
-    psfs: Mapping[int, Image], shape: tuple[int, int], halo_px: int | None
-) -> tuple[tuple[int, int], int]:
-    """Return the size of the transforms of a frame and its halo.
-
-    Parameters
-    ----------
-    psfs
-        PSF per level.
-    shape
-        Height and width of the frame.
-    halo_px
-        Context per side; None: half the side of the largest PSF.
-    """
-    if halo_px is None:
-        halo_px = max(psf_radius_px(psf, 1.0) for psf in psfs.values())
-    return padded_shape(shape, halo_px), halo_px
-
-
 class DepthVariantRestorer:
-    """Restores frames of one channel.
+    """Restores frames of one channel; implements `FrameRestorer`.
 
     Parameters
     ----------
     memory
         Where the work space lies.
     deconvolution
-        Of the padded frame.
+        Of padded planes.
+    transforms
+        That it uses; closed by `close`.
     montage
         Blending weights of the frame's tiles.
     frame
         Shape of the signal.
-    shape
-        Height and width of the transforms.
-    halo_px
-        Margin before the frame.
-    levels
-        That are restored.
+    margins_px
+        Context on every side, per level that is restored.
     """
 
     def __init__(
         self,
         memory: DeviceMemory,
         deconvolution: Deconvolution,
+        transforms: Transforms,
         montage: Montage,
         *,
         frame: FrameShape,
-        shape: tuple[int, int],
-        halo_px: int,
-        levels: Sequence[int],
+        margins_px: Mapping[int, int],
     ) -> None:
         self._deconvolution = deconvolution
+        self._transforms = transforms
+        self._montage = montage
         self._frame = frame
-        self._halo_px = halo_px
-        self._levels = tuple(levels)
+        self._margins = dict(margins_px)
         self._blending = Blending(memory, montage)
-        self._surround = Surround(memory, frame, shape, halo_px)
+        shape = padded_shape((frame.height, frame.width), max(self._margins.values()))
         self._padded = memory.allocate(shape, np.float32, "the padded frame")
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
 
-    def parts(self, present: Sequence[int] | None = None) -> list[Part]:
-        """Return (plane,) and every (plane, level) for the levels that are present.
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+        """Return (), the frame as it is, and (plane, level, *rectangle) for the rest.
 
-        As on the CPU, a level that no tile has is not restored; None: all are.
+        As on the CPU a level is restored over the smallest rectangle that holds its
+        tiles: (top, left, height, width), left out where it is the whole frame. None:
+        every level over whole frames.
         """
-        levels = [n for n in self._levels if present is None or n in present]
-        return [
-            part
-            for channel in range(self._frame.channels)
-            for part in ((channel,), *((channel, level) for level in levels))
-        ]
+        if labels is None:
+            found: list[Part] = [(level,) for level in self._margins]
+        else:
+            found = [
+                (level, *self._place(self._montage.region(labels, level)))
+                for level in self._montage.present(labels)
+            ]
+        planes = range(self._frame.channels)
+        return [(), *((plane, *part) for part in found for plane in planes)]
 
-    def enqueue(
-        self,
-        work: Work,
-        part: Part,
-        signal: DeviceArray,
-        levels: DeviceArray,
-        out: DeviceArray,
-    ) -> None:
-        """Enqueue a part of signal -> out, both float32 (y, x, channel).
+    def recurs(self, part: Part) -> bool:
+        """Return whether it is of a whole frame; other rectangles hardly come back."""
+        return len(part) < len(("plane", "level", "rectangle"))
 
-        Parameters
-        ----------
-        work
-            Stream.
-        part
-            Of `parts`; those of a frame come in that order.
-        signal
-            Camera offset removed, no NaN.
-        levels
-            Level per tile, int16.
-        out
-            Result; background and level 0 come back unchanged.
-        """
-        channel = part[0]
-        if len(part) == 1:
-            if channel == 0:
-                work.copy(out, signal)
-            self._surround.enqueue(
-                work,
-                signal,
-                channel,
-                self._padded,
-                positive=self._deconvolution.positive,
-            )
-            self._deconvolution.begin(work, self._padded)
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return None: kernels and transforms may be recorded."""
+        del work
+        return None
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+        """Enqueue a part of the restoration of a frame."""
+        if not part:
+            work.copy(frame.out, frame.signal)
             return
-        level = part[1]
-        self._deconvolution.restore(work, level, self._padded, self._restored)
+        plane, level, *place = part
+        top, left, height, width = place or (
+            0,
+            0,
+            self._frame.height,
+            self._frame.width,
+        )
+        halo_px = self._margins[level]
+        shape = padded_shape((height, width), halo_px)
+        padded, restored = self._padded.shaped(shape), self._restored.shaped(shape)
+        rectangle = top, left, height, width
+        work.launch(
+            "surround",
+            padded.count,
+            frame.signal,
+            *self._frame.sides,
+            plane,
+            *rectangle,
+            halo_px,
+            *shape,
+            int(self._deconvolution.positive),
+            padded,
+        )
+        self._deconvolution.restore(work, level, padded, restored)
         self._blending.enqueue(
             work,
             frame=self._frame,
-            channel=channel,
-            signal=signal,
-            restored=self._restored,
-            halo_px=self._halo_px,
-            levels=levels,
+            plane=plane,
+            signal=frame.signal,
+            rectangle=rectangle,
+            restored=restored,
+            halo_px=halo_px,
+            levels=frame.maps["level"],
             level=level,
-            out=out,
+            out=frame.out,
         )
+
+    def close(self) -> None:
+        """Free the transforms."""
+        self._transforms.close()
+
+    def _place(self, region: Region) -> Part:
+        if region.shape == (self._frame.height, self._frame.width):
+            return ()
+        return region.rows.start, region.columns.start, *region.shape

@@ -179,7 +179,8 @@ class Session:
         slot, host = self.device_slots[job.seat], self._host[job.slot.index]
         self._restore.wait(slot.classified)
         self._restore.record(slot.restore_begun)
-        slot.channels[job.channel].restore(self._restore, self._present(job))
+        labels = None if job.estimated is None else job.estimated[1].level
+        slot.channels[job.channel].restore(self._restore, labels)
         self._restore.record(slot.restored)
         self._copy_out.wait(slot.restored)
         self._copy_out.record(slot.copy_out_begun)
@@ -194,14 +195,6 @@ class Session:
         flags = {"nan": host.invalid is not None, "saturated": maps["saturated"][0]}
         job.flags = tuple(name for name, is_so in flags.items() if is_so)
         return None if grid is None else defocus_map(grid, maps)
-
-    def _present(self, job: Job) -> list[int]:
-        """Return the levels out of focus that a frame's tiles have."""
-        found = job.estimated
-        montage = self.channels[job.channel].montage
-        if found is None or montage is None:
-            return []
-        return montage.present(found[1].level)
 
     def wait_restored(self, job: Job) -> NDArray[Any] | None:
         """Wait until all of a frame is on the host; None: it is not restored."""

@@ -195,22 +195,26 @@ class ChannelSlot:
         if channel.classifier is not None and self._seen is not None:
             channel.classifier.enqueue(work, self._seen, slot.signal, slot.maps)
 
-    def restore(self, work: Work, present: Sequence[int] | None) -> None:
-        """Enqueue the restoration of the levels that are present; None: of all.
+    def restore(self, work: Work, labels: NDArray[np.int16] | None) -> None:
+        """Enqueue the restoration of the levels that tiles have; None: of all.
 
         Every part is recorded by itself, so that those a frame does not need are
         left out.
         """
-        slot, restorer = self._buffers, self.channel.restorer
-        if restorer is None or self._seen is None:
+        slot, channel = self._buffers, self.channel
+        restorer, montage = channel.restorer, channel.montage
+        if restorer is None or montage is None or self._seen is None:
             return
-        if present is not None and not present:
+        if labels is not None and not montage.present(labels):
             work.copy(slot.restored, slot.signal)
         else:
             frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
-            for part in restorer.parts(present):
-                self._part(restorer, frame, part)(work)
-        self.channel.correction.to_counts(work, slot.restored, slot.counts)
+            for part in restorer.parts(labels):
+                if restorer.recurs(part):
+                    self._part(restorer, frame, part)(work)
+                else:
+                    restorer.enqueue(work, frame, part)
+        channel.correction.to_counts(work, slot.restored, slot.counts)
 
     def _part(self, restorer: FrameRestorer, frame: InFlight, part: Part) -> Replayed:
         """Return a part of the restoration, recorded at its second run."""

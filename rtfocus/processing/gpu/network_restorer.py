@@ -4,10 +4,10 @@ As `rtfocus.processing.cpu.network_restorer.TileNetworkRestorer`, but for every 
 whatever its label: its batches are recorded once, for the whole frame.
 """
 
-from collections.abc import Sequence
 from math import ceil
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.engines.card import EngineCard, input_of
@@ -52,10 +52,15 @@ class JointRestorer:
         del work
         return None
 
-    def parts(self, present: Sequence[int] | None) -> list[Part]:
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return the one part there is: every tile in one go, whatever its label."""
-        del present
+        del labels
         return [()]
+
+    def recurs(self, part: Part) -> bool:
+        """Return True: it is the same for every frame."""
+        del part
+        return True
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the blending of what the network restored."""
@@ -144,10 +149,15 @@ class TileNetworkRestorer:
         }
         self._context: GpuContext = engine.open_context()
 
-    def parts(self, present: Sequence[int] | None) -> list[Part]:
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return the one part there is: every tile in one go, whatever its label."""
-        del present
+        del labels
         return [()]
+
+    def recurs(self, part: Part) -> bool:
+        """Return True: it is the same for every frame."""
+        del part
+        return True
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the restoration of a frame."""

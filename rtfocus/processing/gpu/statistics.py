@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rtfocus.processing.gpu.work import BLOCK, DeviceArray, DeviceMemory, Work
+from rtfocus.processing.restore import EDGES
 
 _BINS = 256
 _ROUNDS = 4
@@ -32,13 +33,14 @@ class RankSearch:
         self.found = memory.allocate((self._count,), np.float32, "ranks")
         """The values, in the order of `ranks`."""
 
-    def enqueue(self, work: Work, values: DeviceArray) -> None:
-        """Search in an array of float32 without NaN."""
+    def enqueue(self, work: Work, values: DeviceArray, beyond: int = 0) -> None:
+        """Search in an array of float32 without NaN; `beyond` is added to all ranks."""
         searches = self._count
         work.launch(
             "rank_begin",
             _BINS * searches,
             self._wanted,
+            beyond,
             searches,
             self._prefix,
             self._left,
@@ -123,17 +125,13 @@ class Noise:
     ----------
     memory
         Where the work space lies.
-    shape
-        Height and width of the images.
+    largest
+        Height and width of the largest image.
     """
 
-    def __init__(self, memory: DeviceMemory, shape: tuple[int, int]) -> None:
-        self._shape = shape
-        details = (shape[0] // 2) * (shape[1] // 2)
-        self.kept = max(1, int(0.99 * details)) if details else 0
-        """Details that count; the rest are edges."""
-        self._power = memory.allocate((max(details, 1),), np.float32, "noise")
-        self._search = RankSearch(memory, (max(self.kept - 1, 0),))
+    def __init__(self, memory: DeviceMemory, largest: tuple[int, int]) -> None:
+        self._power = memory.allocate((max(_details(largest), 1),), np.float32, "noise")
+        self._search = RankSearch(memory, (0,))
         self.sums = memory.allocate((PARTS,), np.float64, "noise")
         """Parts of the sum of all details below `limit`."""
         self.counts = memory.allocate((PARTS,), np.float64, "noise")
@@ -144,18 +142,27 @@ class Noise:
         """The greatest detail that counts."""
         return self._search.found
 
-    def enqueue(self, work: Work, image: DeviceArray) -> None:
-        """Measure an image."""
-        work.launch(
-            "diagonal_power", self._power.count, image, *self._shape, self._power
-        )
-        self._search.enqueue(work, self._power)
+    def enqueue(self, work: Work, image: DeviceArray) -> int:
+        """Measure an image; returns how many details count, the rest are edges."""
+        height, width = image.shape
+        details = _details((height, width))
+        if not details:
+            return 0
+        kept = max(1, int((1 - EDGES) * details))
+        power = self._power.shaped((details,))
+        work.launch("diagonal_power", details, image, height, width, power)
+        self._search.enqueue(work, power, kept - 1)
         work.launch(
             "below_parts",
             PARTS * BLOCK,
-            self._power,
-            self._power.count,
+            power,
+            details,
             self.limit,
             self.sums,
             self.counts,
         )
+        return kept
+
+
+def _details(shape: tuple[int, int]) -> int:
+    return (shape[0] // 2) * (shape[1] // 2)

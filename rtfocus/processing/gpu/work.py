@@ -53,6 +53,10 @@ class DeviceArray:
         """Bytes of all elements."""
         return self.count * self.dtype.itemsize
 
+    def shaped(self, shape: tuple[int, ...]) -> "DeviceArray":
+        """Return the first elements of the array in another shape."""
+        return DeviceArray(self.address, shape, self.dtype)
+
     def from_element(self, index: int) -> "DeviceArray":
         """Return the flat rest of the array behind the first `index` elements."""
         return DeviceArray(
@@ -126,10 +130,7 @@ class Work(Protocol):
 
 
 class Transforms(Protocol):
-    """Fourier transforms of real images of one shape."""
-
-    shape: tuple[int, int]
-    """Height and width of the images."""
+    """Fourier transforms of real images, axes (y, x) or (image, y, x)."""
 
     def forward(self, work: Work, image: DeviceArray, spectrum: DeviceArray) -> None:
         """Enqueue image -> half spectrum."""
@@ -139,7 +140,11 @@ class Transforms(Protocol):
         """Enqueue half spectrum -> image, times height * width; spoils `spectrum`."""
         ...
 
+    def close(self) -> None:
+        """Free them."""
+        ...
 
-def spectrum_shape(shape: tuple[int, int]) -> tuple[int, int]:
+
+def spectrum_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the half spectrum of images of a shape."""
-    return shape[0], shape[1] // 2 + 1
+    return *shape[:-1], shape[-1] // 2 + 1

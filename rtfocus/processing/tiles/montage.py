@@ -87,42 +87,6 @@ def read_region(
     return np.ascontiguousarray(across.T)
 
 
-def axis_mix(
-    count: int, length: int, halo_px: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Image]:
-    """Return which pixels of an axis each pixel of its surrounded form mixes.
-
-    What `read_region` does to a whole frame, one axis at a time, as tables.
-
-    Parameters
-    ----------
-    count
-        Pixels of the axis.
-    length
-        Pixels of the result.
-    halo_px
-        Pixels of the margin before the axis.
-
-    Returns
-    -------
-    tuple
-        First pixel, second pixel, share of the second; each of shape (length,).
-    """
-    margin = length - count
-    first = np.arange(length) - halo_px
-    second = first.copy()
-    share = np.zeros(length, dtype=np.float32)
-    if margin:
-        # In the result the margin begins behind the region and ends before it.
-        behind = (np.arange(length) - halo_px - count) % length
-        outside = behind < margin
-        steps = behind[outside]
-        first[outside] = _mirror(count + steps, count)
-        second[outside] = _mirror(steps - margin, count)
-        share[outside] = _fade(margin)[steps]
-    return first, second, share
-
-
 def _extend(plane: Image, span: slice, length: int, halo_px: int) -> Image:
     """Take rows ``span`` and surround them to `length` rows."""
     count = span.stop - span.start

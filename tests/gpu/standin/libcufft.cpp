@@ -2,6 +2,7 @@
 // streams of the stand-in libcuda.
 #include <cmath>
 #include <complex>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -85,10 +86,11 @@ static void inverse(float* spectrum, float* image, int height, int width) {
 }
 
 struct Plan {
-  int height, width;
+  int height, width, images;
   void* stream;
 };
-static std::vector<Plan> plans;
+static std::deque<Plan> plans;
+static std::mutex plans_gate;
 
 struct Call {
   Plan plan;
@@ -100,25 +102,35 @@ static void run(void* data) {
   // Not freed: a graph replays it.
   Call* call = (Call*)data;
   int height = call->plan.height, width = call->plan.width;
-  if (call->back) inverse(call->source, call->target, height, width);
-  else forward(call->source, call->target, height, width);
+  long pixels = (long)height * width, bins = 2L * height * (width / 2 + 1);
+  for (int n = 0; n < call->plan.images; ++n) {
+    if (call->back)
+      inverse(call->source + n * bins, call->target + n * pixels, height, width);
+    else forward(call->source + n * pixels, call->target + n * bins, height, width);
+  }
 }
 
-API int cufftPlan2d(int* plan, int height, int width, int) {
-  plans.push_back({height, width, nullptr});
+API int cufftPlanMany(
+    int* plan, int rank, int* sides, int*, int, int, int*, int, int, int, int images) {
+  if (rank != 2) return 4;
+  std::lock_guard<std::mutex> one_at_a_time(plans_gate);
+  plans.push_back({sides[0], sides[1], images, nullptr});
   *plan = (int)plans.size() - 1;
   standin_count(1);
   return 0;
 }
 API int cufftSetStream(int plan, void* stream) {
+  std::lock_guard<std::mutex> one_at_a_time(plans_gate);
   plans[plan].stream = stream;
   return 0;
 }
 API int cufftExecR2C(int plan, float* image, float* spectrum) {
+  std::lock_guard<std::mutex> one_at_a_time(plans_gate);
   Call* call = new Call{plans[plan], image, spectrum, false};
   return standin_enqueue(plans[plan].stream, run, call);
 }
 API int cufftExecC2R(int plan, float* spectrum, float* image) {
+  std::lock_guard<std::mutex> one_at_a_time(plans_gate);
   Call* call = new Call{plans[plan], spectrum, image, true};
   return standin_enqueue(plans[plan].stream, run, call);
 }

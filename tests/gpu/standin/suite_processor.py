@@ -168,9 +168,8 @@ def test_frames_in_flight_are_those_of_the_cpu(
     assert max(level.max() for level, _ in reference) > 2
     for (level, restored), (wanted_level, wanted) in zip(found, reference, strict=True):
         np.testing.assert_array_equal(level, wanted_level)
-        # Wiener reads the noise of the whole frame, the CPU that of each region.
-        change = np.abs(restored - wanted.astype(np.float64))
-        assert np.linalg.norm(change) < 0.02 * np.linalg.norm(wanted)
+        # Rounding to counts may fall to either side.
+        assert np.abs(restored.astype(int) - wanted).max() <= 1
 
 
 def test_copies_in_and_estimates_run_ahead_of_restorations(
@@ -250,23 +249,21 @@ def replay_what_cannot_be_recorded(times):
 
 
 @pytest.mark.parametrize("method", ["richardson_lucy", "richardson_lucy_accelerated"])
-def test_richardson_lucy_is_close_to_the_cpus(engine_folder, frames, method):
+def test_richardson_lucy_is_that_of_the_cpu(engine_folder, frames, method):
     config = config_for(engine_folder, method=method)
     found = results_of(on_gpu(config), frames[:2])
     reference = results_of(on_cpu(config), frames[:2])
     for (_, restored), (_, wanted) in zip(found, reference, strict=True):
-        change = np.abs(restored - wanted.astype(np.float64))
-        # The margins of the CPU's regions differ, those of the frame do not.
-        assert np.linalg.norm(change) < 0.02 * np.linalg.norm(wanted)
+        assert np.abs(restored.astype(int) - wanted).max() <= 1
 
 
 def test_levels_that_no_tile_has_are_not_restored(engine_folder, frames, monkeypatch):
     restored = []
     original = DepthVariantRestorer.enqueue
 
-    def spy(self, work, part, *arrays):
-        restored.extend(part[1:])
-        original(self, work, part, *arrays)
+    def spy(self, work, frame, part):
+        restored.extend(part[1:2])
+        original(self, work, frame, part)
 
     monkeypatch.setattr(DepthVariantRestorer, "enqueue", spy)
     config = config_for(engine_folder, cuda_graphs=False, frames_in_flight=1)

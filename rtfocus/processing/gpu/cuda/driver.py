@@ -2,10 +2,14 @@
 
 Nothing else imports PyCUDA. Objects of the driver are made and dropped in the one
 thread that owns the GPU; others enqueue on its streams or wait for its events.
+
+cuFFT, called through ctypes, is the named dependency of the classical restorations on
+a GPU (package ``nvidia-cufft``).
 """
 
 import ctypes
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from typing import Any
 from rtfocus.errors import EngineError
 from rtfocus.processing.device import LostDeviceError
 from rtfocus.processing.gpu.engine import Gpu
+from rtfocus.processing.gpu.work import DeviceArray, Work
 
 
 class OutOfGpuMemoryError(EngineError):
@@ -262,3 +267,116 @@ def _in_wheels(names: tuple[str, ...]) -> list[Path]:
         if folder.is_dir()
         for path in sorted(folder.rglob(name))
     ]
+
+
+_REAL_TO_COMPLEX = 0x2A
+_COMPLEX_TO_REAL = 0x2C
+_OUT_OF_MEMORY = 2
+_NAMES = {
+    1: "invalid plan",
+    2: "no memory",
+    3: "invalid type",
+    4: "invalid value",
+    5: "internal error",
+    6: "execution failed",
+    7: "set-up failed",
+    8: "invalid size",
+}
+# Plans kept beside those of whole frames: rectangles of changing size share good
+# transform sizes.
+_MOST_PLANS = 64
+
+Shape = tuple[int, ...]
+
+
+class CudaTransforms:
+    """Implements `rtfocus.processing.gpu.work.Transforms` with cuFFT.
+
+    Parameters
+    ----------
+    kept
+        Shapes whose plans stay until `close`, as recordings ask: planned at once.
+        Those of other shapes are made when first needed, the oldest forgotten.
+
+    Raises
+    ------
+    EngineError
+        If cuFFT is missing or cannot plan one of them.
+    """
+
+    def __init__(self, kept: set[Shape]) -> None:
+        self._library = load_library(CUFFT)
+        self._plans: OrderedDict[tuple[Shape, int], ctypes.c_int] = OrderedDict()
+        self._kept = frozenset(kept)
+        try:
+            for shape in sorted(kept):
+                for kind in (_REAL_TO_COMPLEX, _COMPLEX_TO_REAL):
+                    self._plan(shape, kind)
+        except EngineError:
+            self.close()
+            raise
+
+    def forward(self, work: Work, image: DeviceArray, spectrum: DeviceArray) -> None:
+        """Enqueue image -> half spectrum."""
+        plan = self._plan(image.shape, _REAL_TO_COMPLEX)
+        self._execute("cufftExecR2C", plan, work, image, spectrum, image.shape)
+
+    def inverse(self, work: Work, spectrum: DeviceArray, image: DeviceArray) -> None:
+        """Enqueue half spectrum -> image, times height * width; spoils `spectrum`."""
+        plan = self._plan(image.shape, _COMPLEX_TO_REAL)
+        self._execute("cufftExecC2R", plan, work, spectrum, image, image.shape)
+
+    def close(self) -> None:
+        """Free plans and their work space."""
+        for plan in self._plans.values():
+            self._library.cufftDestroy(plan)
+        self._plans.clear()
+
+    def _plan(self, shape: Shape, kind: int) -> ctypes.c_int:
+        """Return the plan of a shape, made now or before."""
+        key = shape, kind
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key]
+        self._forget_oldest()
+        plan = ctypes.c_int()
+        sides = (ctypes.c_int * 2)(*shape[-2:])
+        batch = shape[0] if len(shape) == 3 else 1
+        status = self._library.cufftPlanMany(
+            ctypes.byref(plan), 2, sides, None, 1, 0, None, 1, 0, kind, batch
+        )
+        self._check(status, "planning", shape)
+        self._plans[key] = plan
+        return plan
+
+    def _forget_oldest(self) -> None:
+        """Make room for a plan; cuFFT waits for the GPU before it frees one."""
+        free = [key for key in self._plans if key[0] not in self._kept]
+        if len(free) >= _MOST_PLANS:
+            self._library.cufftDestroy(self._plans.pop(free[0]))
+
+    def _execute(
+        self,
+        function: str,
+        plan: ctypes.c_int,
+        work: Work,
+        source: DeviceArray,
+        target: DeviceArray,
+        shape: Shape,
+    ) -> None:
+        stream = ctypes.c_void_p(work.handle)
+        self._check(self._library.cufftSetStream(plan, stream), "set-up", shape)
+        status = self._library[function](
+            plan, ctypes.c_void_p(source.address), ctypes.c_void_p(target.address)
+        )
+        self._check(status, function, shape)
+
+    def _check(self, status: int, what: str, shape: Shape) -> None:
+        if not status:
+            return
+        reason = _NAMES.get(status, f"error {status}")
+        msg = f"cuFFT {what} for {' x '.join(map(str, shape))} px: {reason}"
+        if status == _OUT_OF_MEMORY:
+            msg += "; lower processing.gpu.frames_in_flight"
+            raise OutOfGpuMemoryError(msg)
+        raise EngineError(msg)

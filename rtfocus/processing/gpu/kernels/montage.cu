@@ -23,13 +23,17 @@ __device__ static inline Corners corners(
        down * (1.0f - across), down * across}};
 }
 
-// One thread per pixel: out += weight of the level there * (restored - signal).
+// One thread per pixel of a rectangle of the frame: out += weight of the level there *
+// (restored - signal); `restored` has a margin of `halo_px` before the rectangle.
 extern "C" __global__ void blend_level(
     const float* signal,
-    int height,
     int width,
     int channels,
     int channel,
+    int top,
+    int left,
+    int rows,
+    int columns,
     const float* restored,
     int halo_px,
     int padded_width,
@@ -44,8 +48,8 @@ extern "C" __global__ void blend_level(
     const float* column_share,
     float* out) {
   int i = element();
-  if (i >= height * width) return;
-  int y = i / width, x = i % width;
+  if (i >= rows * columns) return;
+  int y = top + i / columns, x = left + i % columns;
   Corners around = corners(
       levels, tile_columns, y, x, row_tile, row_next, row_share, column_tile,
       column_next, column_share);
@@ -53,8 +57,8 @@ extern "C" __global__ void blend_level(
   for (int corner = 0; corner < 4; ++corner)
     if (around.level[corner] == level) weight += around.weight[corner];
   if (weight <= 0.0f) return;
-  long long at = (long long)i * channels + channel;
-  long long from = (long long)(y + halo_px) * padded_width + x + halo_px;
+  long long at = ((long long)y * width + x) * channels + channel;
+  long long from = (long long)(y - top + halo_px) * padded_width + x - left + halo_px;
   out[at] += weight * (fmaxf(restored[from], 0.0f) - signal[at]);
 }
 

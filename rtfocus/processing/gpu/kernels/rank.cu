@@ -13,16 +13,17 @@ __device__ static inline float unsortable(unsigned bits) {
 
 #define BINS 256
 
-// One thread per bin of every rank: forget the last search.
+// One thread per bin of every rank: forget the last search. `beyond` is added to every
+// wanted rank.
 extern "C" __global__ void rank_begin(
-    const int* wanted, int searches, unsigned* prefix, int* rank,
+    const int* wanted, int beyond, int searches, unsigned* prefix, int* rank,
     unsigned* histogram) {
   int i = element();
   if (i >= BINS * searches) return;
   histogram[i] = 0;
   if (i >= searches) return;
   prefix[i] = 0;
-  rank[i] = wanted[i];
+  rank[i] = wanted[i] + beyond;
 }
 
 // Blocks of threads, one row of blocks per rank: count the next byte of the

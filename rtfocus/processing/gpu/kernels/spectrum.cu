@@ -1,37 +1,72 @@
 // Spectrum: what lies between the Fourier transforms of depth-variant Wiener and
-// Richardson-Lucy (rtfocus.processing.{context,noise,wiener,richardson_lucy}).
+// Richardson-Lucy (rtfocus.processing.restore, rtfocus.processing.cpu.deconvolution).
 //
 // Spectra are half spectra (height, width / 2 + 1) of complex numbers, interleaved;
 // inverse transforms are not scaled, so their `scale` is 1 / (height * width).
 
-// One thread per pixel of the transform: the whole frame in a margin that leads
-// smoothly from its last rows to its first. Each axis mixes two rows: the tables
-// hold both and the share of the second.
+// Which two pixels of an axis a pixel of its surrounded form mixes, and the share of
+// the second. `count` pixels from `start` on are wanted, in a margin that leads from
+// what lies behind them to what lies before them.
+struct Mix {
+  int first, second;
+  float share;
+};
+
+__device__ static inline Mix mixed(
+    int place, int start, int count, int halo, int length, int frame_length) {
+  int at = place - halo;
+  if (at >= 0 && at < count) return {start + at, start + at, 0.0f};
+  // In the result the margin begins behind the rectangle and ends before it.
+  int margin = length - count;
+  int step = at < 0 ? at + margin : at - count;
+  float share = 0.5f - 0.5f * cosf(3.14159265f * (step + 0.5f) / margin);
+  return {
+      mirror(start + count + step, frame_length),
+      mirror(start - margin + step, frame_length), share};
+}
+
+// One thread per pixel of the transform: a rectangle of the frame in a margin without
+// a jump (rtfocus.processing.tiles.montage.read_region).
 extern "C" __global__ void surround(
     const float* signal,
+    int height,
     int width,
     int channels,
     int channel,
+    int top,
+    int left,
+    int rows,
+    int columns,
+    int halo,
     int padded_height,
     int padded_width,
-    const int* row_a,
-    const int* row_b,
-    const float* row_share,
-    const int* column_a,
-    const int* column_b,
-    const float* column_share,
     int positive,
     float* padded) {
   int i = element();
   if (i >= padded_height * padded_width) return;
-  int y = i / padded_width, x = i % padded_width;
-  const float* upper = signal + (long long)row_a[y] * width * channels + channel;
-  const float* lower = signal + (long long)row_b[y] * width * channels + channel;
-  int left = column_a[x] * channels, right = column_b[x] * channels;
-  float near = upper[left] + (lower[left] - upper[left]) * row_share[y];
-  float far = upper[right] + (lower[right] - upper[right]) * row_share[y];
-  float value = near + (far - near) * column_share[x];
+  Mix down = mixed(i / padded_width, top, rows, halo, padded_height, height);
+  Mix across = mixed(i % padded_width, left, columns, halo, padded_width, width);
+  const float* upper = signal + (long long)down.first * width * channels + channel;
+  const float* lower = signal + (long long)down.second * width * channels + channel;
+  int near_x = across.first * channels, far_x = across.second * channels;
+  float near = upper[near_x] + (lower[near_x] - upper[near_x]) * down.share;
+  float far = upper[far_x] + (lower[far_x] - upper[far_x]) * down.share;
+  float value = near + (far - near) * across.share;
   padded[i] = positive ? fmaxf(value, 0.0f) : value;
+}
+
+// One thread per pixel: a PSF with its centre at the origin. One larger than the
+// image wraps around, as periodic convolution does.
+extern "C" __global__ void place_psf(
+    const float* psf, int psf_height, int psf_width, int height, int width,
+    float* image) {
+  int i = element();
+  if (i >= height * width) return;
+  float sum = 0.0f;
+  for (int y = (i / width + psf_height / 2) % height; y < psf_height; y += height)
+    for (int x = (i % width + psf_width / 2) % width; x < psf_width; x += width)
+      sum += psf[y * psf_width + x];
+  image[i] = sum;
 }
 
 // Blocks of threads: sum of the light and brightest pixel, one part per block.
@@ -95,37 +130,52 @@ extern "C" __global__ void below_parts(
   }
 }
 
-// Blocks of threads: power of a spectrum in a band of frequencies (cycles per
-// pixel), one part per block.
+// f^3 of a bin of a half spectrum, f in cycles per pixel.
+__device__ static inline double cubed_frequency(int i, int height, int width) {
+  int columns = width / 2 + 1, row = i / columns;
+  double v = (double)(row <= (height - 1) / 2 ? row : row - height) / height;
+  double u = (double)(i % columns) / width;
+  double square = u * u + v * v;
+  return square * sqrt(square);
+}
+
+// Blocks of threads, for a band of frequencies (cubed): power of a spectrum, power of
+// a signal blurred by a transfer function whose power at one cycle per pixel is 1,
+// and the number of bins; of each one part per block.
 extern "C" __global__ void band_parts(
     const float* spectrum,
+    const float* transfer,
     int height,
     int width,
     float low,
     float high,
     double* sums) {
-  int columns = width / 2 + 1;
-  double sum = 0.0;
-  for (int i = element(); i < height * columns; i += (int)(gridDim.x * blockDim.x)) {
-    int row = i / columns;
-    double v = (double)(row <= (height - 1) / 2 ? row : row - height) / height;
-    double u = (double)(i % columns) / width;
-    double frequency = sqrt(u * u + v * v);
-    if (frequency <= low || frequency >= high) continue;
-    double real = spectrum[2 * i], imaginary = spectrum[2 * i + 1];
-    sum += real * real + imaginary * imaginary;
+  double seen = 0.0, blurred = 0.0, bins = 0.0;
+  int count = height * (width / 2 + 1);
+  for (int i = element(); i < count; i += (int)(gridDim.x * blockDim.x)) {
+    double rise = cubed_frequency(i, height, width);
+    if (rise <= low || rise >= high) continue;
+    double a = spectrum[2 * i], b = spectrum[2 * i + 1];
+    double real = transfer[2 * i], imaginary = transfer[2 * i + 1];
+    seen += a * a + b * b;
+    blurred += (real * real + imaginary * imaginary) / rise;
+    bins += 1.0;
   }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+  seen = block_sum(seen);
+  if (threadIdx.x == 0) sums[blockIdx.x] = seen;
+  blurred = block_sum(blurred);
+  if (threadIdx.x == 0) sums[gridDim.x + blockIdx.x] = blurred;
+  bins = block_sum(bins);
+  if (threadIdx.x == 0) sums[2 * gridDim.x + blockIdx.x] = bins;
 }
 
-// One block: noise power over the signal's power at one cycle per
-// pixel, for every level, from the parts of the kernels above.
+// One block: noise power over the signal's power at one cycle per pixel, from the
+// parts of the kernels above.
 //
 // The variance is the mean of the `kept` smallest powers of detail, whose greatest
 // is `limit`, but never less than rounding makes (`least`) nor, where the camera's
 // gain is known, than photons make (`inverse_gain` times the mean light).
-extern "C" __global__ void wiener_ratios(
+extern "C" __global__ void wiener_ratio(
     const double* below_sums,
     const double* below_counts,
     int parts,
@@ -138,14 +188,13 @@ extern "C" __global__ void wiener_ratios(
     float inverse_gain,
     const double* band_sums,
     int pixels,
-    int band_bins,
     float caution,
-    int levels,
-    const double* band_powers,
-    float* ratios) {
+    float* ratio) {
   double below = sum_of_parts(below_sums, parts);
   double number = sum_of_parts(below_counts, parts);
   double power = sum_of_parts(band_sums, parts) / pixels;
+  double blurred = sum_of_parts(band_sums + parts, parts);
+  double bins = sum_of_parts(band_sums + 2 * parts, parts);
   if (threadIdx.x != 0) return;
   double floor_variance = least + (double)round_off * highest[0] * highest[0];
   double variance = floor_variance;
@@ -153,38 +202,30 @@ extern "C" __global__ void wiener_ratios(
     variance = fmax((below + (kept - number) * limit[0]) / kept, floor_variance);
   variance = fmax(variance, light_sum[0] / pixels * inverse_gain);
   // White noise has its variance in every bin; the rest is blurred signal.
-  double signal = fmax(power - variance * band_bins, 1e-3 * power);
-  for (int level = 0; level < levels; ++level) {
-    bool blind = signal <= 0.0 || band_powers[level] <= 0.0;
-    ratios[level] =
-        blind ? 1.0f : (float)(caution * variance * band_powers[level] / signal);
-  }
+  double signal = fmax(power - variance * bins, 1e-3 * power);
+  bool blind = signal <= 0.0 || blurred <= 0.0;
+  ratio[0] = blind ? 1.0f : (float)(caution * variance * blurred / signal);
 }
 
-// One thread per bin: conj(H) / (|H|^2 + ratio f^3), its size limited. Where
-// `given` > 0 it is the ratio of noise to signal at every frequency.
+// One thread per bin: spectrum *= conj(H) / (|H|^2 + ratio f^3), its size limited.
+// Where `given` > 0 it is the ratio of noise to signal at every frequency.
 extern "C" __global__ void wiener_apply(
-    const float* spectrum,
+    float* spectrum,
     const float* transfer,
     int height,
     int width,
     const float* ratio,
     float given,
     float highest_gain,
-    float scale,
-    float* filtered) {
-  int i = element(), columns = width / 2 + 1;
-  if (i >= height * columns) return;
+    float scale) {
+  int i = element();
+  if (i >= height * (width / 2 + 1)) return;
   float real = transfer[2 * i], imaginary = -transfer[2 * i + 1];
   float power = real * real + imaginary * imaginary, factor;
   if (given > 0.0f) {
     factor = (1.0f + given) / (power + given);
   } else {
-    int row = i / columns;
-    double v = (double)(row <= (height - 1) / 2 ? row : row - height) / height;
-    double u = (double)(i % columns) / width;
-    double square = u * u + v * v;
-    factor = 1.0f / (power + ratio[0] * (float)(square * sqrt(square)));
+    factor = 1.0f / (power + ratio[0] * (float)cubed_frequency(i, height, width));
     float size = sqrtf(power) * factor;
     if (size > highest_gain) factor *= highest_gain / size;
   }
@@ -192,16 +233,17 @@ extern "C" __global__ void wiener_apply(
   real *= factor;
   imaginary *= factor;
   float a = spectrum[2 * i], b = spectrum[2 * i + 1];
-  filtered[2 * i] = a * real - b * imaginary;
-  filtered[2 * i + 1] = a * imaginary + b * real;
+  spectrum[2 * i] = a * real - b * imaginary;
+  spectrum[2 * i + 1] = a * imaginary + b * real;
 }
 
-// One thread per bin: spectrum *= transfer * scale.
+// One thread per bin: spectrum *= transfer * scale; `turn` -1 conjugates it.
 extern "C" __global__ void project(
-    float* spectrum, const float* transfer, int bins, float scale) {
+    float* spectrum, const float* transfer, int bins, float turn, float scale) {
   int i = element();
   if (i >= bins) return;
-  float real = transfer[2 * i] * scale, imaginary = transfer[2 * i + 1] * scale;
+  float real = transfer[2 * i] * scale;
+  float imaginary = transfer[2 * i + 1] * turn * scale;
   float a = spectrum[2 * i], b = spectrum[2 * i + 1];
   spectrum[2 * i] = a * real - b * imaginary;
   spectrum[2 * i + 1] = a * imaginary + b * real;
@@ -240,4 +282,18 @@ extern "C" __global__ void richardson_lucy_update(
     float* estimate, const float* correction, int count) {
   int i = element();
   if (i < count) estimate[i] = fmaxf(estimate[i] * correction[i], 0.0f);
+}
+
+// One thread per pixel: correction <- kernel * correction, negative values as 0.
+extern "C" __global__ void kernel_update(
+    const float* kernel, float* correction, int count) {
+  int i = element();
+  if (i < count) correction[i] = kernel[i] * fmaxf(correction[i], 0.0f);
+}
+
+// One thread per pixel: kernel <- better / sum. A black frame tells nothing of it.
+extern "C" __global__ void kernel_settle(
+    float* kernel, const float* better, int count, const double* sum) {
+  int i = element();
+  if (i < count && sum[0] > 0.0) kernel[i] = (float)(better[i] / sum[0]);
 }
