@@ -141,6 +141,9 @@ class AutofocusConfig(Section):
     """x, y, width, height in pixels of what shall be in focus; None: the frame."""
     most_images: Annotated[int, Field(ge=2)] = 10
     """Images one search may take."""
+    max_retries: Annotated[int, Field(ge=1)] | None = None
+    """Searches at one place before it counts as not found; None: as the event says,
+    3 in an ``autofocus_plan``."""
     timeout_s: Um = 60.0
     """A search without progress for so long ends."""
     request_timeout_s: Um = 10.0
