@@ -15,20 +15,16 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from rtfocus.cli.endings import interruptible
-from rtfocus.cli.options import OverwriteOption, read_config
+from rtfocus.cli.engine_facts import VALUES, facts
+from rtfocus.cli.options import OverwriteOption
 from rtfocus.errors import ConfigError, EngineError
-from rtfocus.evaluation.contenders import multiply_adds_per_pixel
-from rtfocus.processing.cpu.backends import BACKENDS
-from rtfocus.processing.engines.card import EngineCard, verified_file
 from rtfocus.processing.engines.registry import (
     FoundEngine,
     find_engine,
     list_engines,
-    step_um,
-    why_unfit,
+    remove_engine,
 )
 from rtfocus.processing.engines.spec_steps import Values
-from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
 from rtfocus.processing.gpu.engine import Gpu, gpu_request
 from rtfocus.processing.gpu.tensorrt.build import Progress
@@ -70,7 +66,6 @@ NameOption = Annotated[
     str | None,
     typer.Option(help="Name that configs use; default: as the engine says."),
 ]
-Row = tuple[str, str]
 
 
 @app.callback()
@@ -124,12 +119,7 @@ def info(
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    files, damaged = _files(found)
-    rows = [*_what(found), *_tensors(found.card), *files]
-    if not damaged:
-        rows += _cost(found)
-    rows += [*_optics(found.card, config), *_runtimes(found.card)]
-    rows += _history(found.card)
+    rows, damaged = facts(found, config)
     for topic, said in rows:
         table.add_row(topic, escape(said))
     Console().print(table)
@@ -139,10 +129,10 @@ def info(
 
 @app.command()
 def add(
-    path: Annotated[
-        Path,
+    source: Annotated[
+        str,
         typer.Argument(
-            metavar="FOLDER|ZIP",
+            metavar="FOLDER|ZIP|URL",
             help="Folder with an engine.yaml, or a model package of bioimage.io.",
         ),
     ],
@@ -159,10 +149,21 @@ def add(
 
     [bold]Example:[/] rtfocus engines add checkpoints/my_objective/engine
     """
-    found = add_model(path, name=name, values=values)
+    found = add_model(source, name=name, values=values, tell=typer.echo)
     typer.echo(f"added {found.kind} '{found.name}' in {found.folder}")
     if (steps := found.card.steps) is not None:
-        typer.echo(f"its test tensors reproduce; its values: {_SAID[steps.values]}")
+        typer.echo(f"its test tensors reproduce; its values: {VALUES[steps.values]}")
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="One of your own engines.")],
+) -> None:
+    """Remove an engine that [bold]engines add[/] brought; no other.
+
+    [bold]Example:[/] rtfocus engines remove my_objective
+    """
+    typer.echo(f"removed '{remove_engine(name)}'")
 
 
 @app.command("export")
@@ -198,112 +199,6 @@ def export_model(
         overwrite=overwrite,
     )
     typer.echo(f"exported {found.kind} '{found.name}' to {written}")
-
-
-_SAID = {
-    Values.input: "as those of its input",
-    Values.shown: "as those it is shown, so the steps before it are undone",
-    Values.own: "on a scale of its own: only for store.restored_dtype: float32",
-}
-
-
-def _what(found: FoundEngine) -> Iterator[Row]:
-    card = found.card
-    yield "name", found.name
-    yield "folder", str(found.folder)
-    yield "kind", card.kind
-    yield "implementation", card.implementation
-    if card.description:
-        yield "description", card.description
-
-
-def _tensors(card: EngineCard) -> Iterator[Row]:
-    if card.input is not None:
-        tiles = card.input
-        colour = "grey" if tiles.channels == 1 else "RGB"
-        halo = f" with a halo of {tiles.halo_px} px" if tiles.halo_px else ""
-        every = "" if card.kind == "restorer" else f" every {tiles.stride_px:g} px"
-        yield "sees", f"{colour} tiles of {tiles.tile_px} px{halo}{every}"
-        if card.steps is None:
-            yield "normalisation", str(card.normalisation.get("name"))
-    if card.steps is not None:
-        around = {"before it": card.steps.before, "after it": card.steps.after}
-        for topic, steps in around.items():
-            yield topic, ", ".join(step.id for step in steps) or "nothing"
-        yield "its values", _SAID[card.steps.values]
-    if card.condition is not None:
-        yield "is told", ", ".join(card.condition.entries)
-    given = []
-    if card.output is not None and card.output.labels:
-        given.append(f"{len(card.output.labels)} labels")
-    if card.kind != "classifier":
-        given.append("restored image")
-    if card.kernel_output is not None:
-        side = card.kernel_output.size_px
-        given.append(f"blur kernel of {side} x {side} px")
-    yield "gives", ", ".join(given)
-    if card.levels is not None:
-        signed = "both sides of focus" if card.levels.signed else "no direction"
-        yield (
-            "levels",
-            f"{card.levels.count} from focus on, {card.levels.step_um:g} um, {signed}",
-        )
-
-
-def _files(found: FoundEngine) -> tuple[list[Row], bool]:
-    """Describe every weights file; second: whether one is not in order."""
-    rows, damaged = [], False
-    for precision in found.card.files:
-        try:
-            path = verified_file(found.folder, found.card, precision)
-            size = path.stat().st_size / 1e6
-            said = f"{path.name}, {size:.2f} MB, sha256 as on the card"
-        except EngineError as error:
-            said, damaged = str(error), True
-        rows.append((f"weights {precision}", said))
-    return rows, damaged
-
-
-def _cost(found: FoundEngine) -> Iterator[Row]:
-    count = multiply_adds_per_pixel(found)
-    if count is not None:
-        yield "multiply-adds", f"{count:,.0f} per pixel"
-
-
-def _optics(card: EngineCard, config: str | None) -> Iterator[Row]:
-    if card.optics is None:
-        return
-    lowest, highest = card.optics.sampling_min, card.optics.sampling_max
-    yield "trained for", f"pixels of {lowest:g} to {highest:g} lambda/NA"
-    if config is None:
-        return
-    for channel in read_config(config, None).channels:
-        topic = f"fits '{channel.name}'"
-        if channel.optics is None:
-            yield topic, "unknown: the channel has no optics"
-            continue
-        why = why_unfit(card, channel.optics)
-        step = step_um(card, channel.optics)
-        yield topic, f"yes, levels of {step:.3g} um" if why is None else f"no: {why}"
-
-
-def _runtimes(card: EngineCard) -> Iterator[Row]:
-    if not card.is_network:
-        yield "runs on", "any CPU: no network"
-        return
-    for cpu in BACKENDS:
-        yield f"on {cpu.name}", cpu.why_unavailable() or "yes"
-    if card.sees_image_alone:
-        yield "on a GPU", "no: a model of bioimage.io"
-        return
-    for gpu in GPU_BACKENDS:
-        yield f"on {gpu.name}", gpu.why_unavailable(None) or "yes, given a GPU"
-
-
-def _history(card: EngineCard) -> Iterator[Row]:
-    for title, entries in (("trained", card.trained), ("figures", card.figures)):
-        for key, value in entries.items():
-            yield f"{title}: {key}", str(value)
 
 
 ALL = "all"

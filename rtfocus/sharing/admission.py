@@ -7,7 +7,7 @@ and no file that runs code.
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from rtfocus.sharing.package import (
     TEXT_BYTES,
     WEIGHTS_BYTES,
     Package,
+    fetched,
+    is_address,
     is_safe,
     open_package,
 )
@@ -39,34 +41,53 @@ Files = dict[str, bytes]
 
 
 def add_model(
-    source: Path, *, name: str | None = None, values: Values | None = None
+    source: str | Path,
+    *,
+    name: str | None = None,
+    values: Values | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> FoundEngine:
     """Add an engine to the user's own, where configs find it by its name.
 
     Parameters
     ----------
     source
-        Folder with a card, or a model package: a zip or the folder it was packed from.
+        Folder with a card, or a model package: a zip, the folder it was packed from,
+        or its address.
     name
         Of the engine; None: as its card or description says.
     values
         Of a foreign model: which values it gives, see `Values`; None: what
         its test tensors look like.
+    tell
+        Gets a line about what was fetched.
 
     Raises
     ------
     EngineError
         If anything is not in order; nothing is left of it then.
     """
-    if not source.exists():
+    if isinstance(source, str) and is_address(source):
+        with fetched(source, tell) as path:
+            return _add(path, source, name, values)
+    return _add(Path(source), str(source), name, values)
+
+
+def _add(
+    path: Path, origin: str, name: str | None, values: Values | None
+) -> FoundEngine:
+    if not path.exists():
         msg = (
-            f"'{source}' does not exist; give a folder with an {CARD_NAME}, or a model "
+            f"'{origin}' does not exist; give a folder with an {CARD_NAME}, or a model "
             "package: a .zip, its folder or its address"
         )
         raise EngineError(msg)
-    if name is None and (source / CARD_NAME).is_file():
-        return add_engine(source)
-    with open_package(source) as package, tempfile.TemporaryDirectory() as scratch:
+    if name is None and (path / CARD_NAME).is_file():
+        return add_engine(path)
+    with (
+        open_package(path, origin) as package,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         for file, data in _taken(package, name, values).items():
             (Path(scratch) / file).write_bytes(data)
         return add_engine(Path(scratch))
@@ -93,7 +114,7 @@ def _taken(package: Package, name: str | None, values: Values | None) -> Files:
     except EngineError as error:
         # One line of what comes from below, and whose it is.
         why = " ".join(str(error).split())
-        msg = why if str(package.origin) in why else f"'{package.origin}' {why}"
+        msg = why if package.origin in why else f"'{package.origin}' {why}"
         raise EngineError(msg) from error
 
 

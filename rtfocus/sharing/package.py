@@ -2,19 +2,27 @@
 
 Nothing is unpacked: a file is read by its name, into memory and within a limit, and
 whoever admits it writes it under a name of its own. No name in a package ever becomes
-a path.
+a path. From an address a package is fetched whole before it is looked at.
 """
 
+import hashlib
 import os
+import re
 import stat
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path, PurePosixPath
+from typing import IO
+from urllib.error import HTTPError
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.registry import refuse_link
@@ -23,6 +31,9 @@ MOST_FILES = 1000
 TEXT_BYTES = 1 << 20
 TENSOR_BYTES = 256 << 20
 WEIGHTS_BYTES = 1 << 30
+FETCHED_BYTES = 4 << 30
+PATIENCE_S = 30.0
+"""How long a server may say nothing."""
 
 RDF_NAMES = ("bioimageio.yaml", "rdf.yaml", "model.yaml")
 """What a model's description may be called, the name of today first."""
@@ -46,8 +57,8 @@ _CRUFT = ("__MACOSX", ".DS_Store")
 class Package:
     """The files of a package by their names in it, with ``/`` between folders."""
 
-    origin: Path
-    """The zip or folder."""
+    origin: str
+    """The zip, folder or address, as the user named it."""
     sizes: Mapping[str, int]
     """Bytes of every file."""
     fetch: Callable[[str], bytes]
@@ -83,8 +94,15 @@ class Package:
 
 
 @contextmanager
-def open_package(path: Path) -> Iterator[Package]:
+def open_package(path: Path, origin: str) -> Iterator[Package]:
     """Open a zip or a folder; a zipped folder is taken for what it holds.
+
+    Parameters
+    ----------
+    path
+        Where it lies.
+    origin
+        What the user knows it by.
 
     Raises
     ------
@@ -93,29 +111,29 @@ def open_package(path: Path) -> Iterator[Package]:
         out of it, a name twice, thousands of files.
     """
     if path.is_dir():
-        yield _folder(path)
+        yield _folder(path, origin)
         return
     try:
         archive = zipfile.ZipFile(path)
     except OSError as error:
-        msg = f"'{path}' cannot be read: {error.strerror or error}"
+        msg = f"'{origin}' cannot be read: {error.strerror or error}"
         raise EngineError(msg) from error
     except _DAMAGED as error:
-        msg = f"'{path}' is no zip, or a damaged one ({error}); get it again"
+        msg = f"'{origin}' is no zip, or a damaged one ({error}); get it again"
         raise EngineError(msg) from error
     with archive:
-        yield _zip(path, archive)
+        yield _zip(origin, archive)
 
 
-def _zip(path: Path, archive: zipfile.ZipFile) -> Package:
+def _zip(origin: str, archive: zipfile.ZipFile) -> Package:
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    _refuse_many(path, len(entries))
+    _refuse_many(origin, len(entries))
     for entry in entries:
-        _refuse_unsafe(path, entry)
+        _refuse_unsafe(origin, entry)
     counts = Counter(entry.filename for entry in entries)
     name, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
     if count > 1:
-        msg = f"'{path}' holds '{name}' {count} times; only one of them can be meant"
+        msg = f"'{origin}' holds '{name}' {count} times; only one of them can be meant"
         raise EngineError(msg)
     top = _top_folder([entry.filename for entry in entries])
     files = {entry.filename.removeprefix(top): entry for entry in entries}
@@ -125,13 +143,13 @@ def _zip(path: Path, archive: zipfile.ZipFile) -> Package:
             with archive.open(files[name]) as file:
                 return file.read(files[name].file_size + 1)
         except OSError as error:
-            msg = f"'{path}' cannot be read: {error.strerror or error}"
+            msg = f"'{origin}' cannot be read: {error.strerror or error}"
             raise EngineError(msg) from error
         except _DAMAGED as error:
-            msg = f"'{name}' in '{path}' is damaged ({error}); get it again"
+            msg = f"'{name}' in '{origin}' is damaged ({error}); get it again"
             raise EngineError(msg) from error
 
-    return Package(path, {n: entry.file_size for n, entry in files.items()}, fetch)
+    return Package(origin, {n: entry.file_size for n, entry in files.items()}, fetch)
 
 
 def _top_folder(names: list[str]) -> str:
@@ -142,16 +160,16 @@ def _top_folder(names: list[str]) -> str:
     return ""
 
 
-def _refuse_many(path: Path, count: int) -> None:
+def _refuse_many(origin: str, count: int) -> None:
     if count > MOST_FILES:
         msg = (
-            f"'{path}' holds more than {MOST_FILES} files; a model package has a few: "
-            "name the package itself"
+            f"'{origin}' holds more than {MOST_FILES} files; a model package has a "
+            "few: name the package itself"
         )
         raise EngineError(msg)
 
 
-def _refuse_unsafe(path: Path, entry: zipfile.ZipInfo) -> None:
+def _refuse_unsafe(origin: str, entry: zipfile.ZipInfo) -> None:
     name = entry.orig_filename
     why = None
     kind = stat.S_IFMT(entry.external_attr >> 16)
@@ -166,7 +184,7 @@ def _refuse_unsafe(path: Path, entry: zipfile.ZipInfo) -> None:
     ):
         why = f"would grow from {entry.compress_size} to {entry.file_size} bytes"
     if why is not None:
-        msg = f"'{path}': its file '{name}' {why}; nothing of it is unpacked"
+        msg = f"'{origin}': its file '{name}' {why}; nothing of it is unpacked"
         raise EngineError(msg)
 
 
@@ -181,7 +199,7 @@ def is_safe(name: str) -> bool:
     )
 
 
-def _folder(path: Path) -> Package:
+def _folder(path: Path, origin: str) -> Package:
     sizes: dict[str, int] = {}
     for place, folders, names in os.walk(path):
         for name in (*folders, *names):
@@ -189,7 +207,7 @@ def _folder(path: Path) -> Package:
             refuse_link(file)
             if file.is_file():
                 sizes[file.relative_to(path).as_posix()] = file.stat().st_size
-        _refuse_many(path, len(sizes))
+        _refuse_many(origin, len(sizes))
 
     def fetch(name: str) -> bytes:
         try:
@@ -198,4 +216,131 @@ def _folder(path: Path) -> Package:
             msg = f"'{path / name}' cannot be read: {error.strerror or error}"
             raise EngineError(msg) from error
 
-    return Package(path, sizes, fetch)
+    return Package(origin, sizes, fetch)
+
+
+def is_address(source: str) -> bool:
+    """Tell an address from a path; a drive's letter is none."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", source) is not None
+
+
+@contextmanager
+def fetched(address: str, tell: Callable[[str], None]) -> Iterator[Path]:
+    """Fetch what lies at an address, whole, into a file that is there for the block.
+
+    Parameters
+    ----------
+    address
+        ``https://``; ``http://`` of this machine alone; ``file://``.
+    tell
+        Gets a line with the length and SHA-256 of what came.
+
+    Raises
+    ------
+    EngineError
+        If it cannot be fetched, or not all of it.
+    """
+    parts = _parts(address)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            msg = f"'{address}' is on another machine; give a path to its drive"
+            raise EngineError(msg)
+        yield Path(url2pathname(parts.path))
+        return
+    if not _may_be_fetched(address):
+        msg = (
+            f"'{address}' is not fetched: by {parts.scheme} it may be changed on its "
+            "way; give an https:// address without a password, or a file"
+        )
+        raise EngineError(msg)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "package.zip"
+        try:
+            size, sha256 = _download(address, file)
+        except HTTPError as error:
+            error.close()
+            why = " ".join(str(error.reason).split())
+            msg = f"'{address}' answers {error.code} {why}; look it up again"
+            raise EngineError(msg) from error
+        except (OSError, HTTPException, ValueError) as error:
+            why = getattr(error, "reason", None) or error
+            msg = (
+                f"'{address}' cannot be fetched: {' '.join(str(why).split())}; try "
+                "again, or fetch it with a browser and add the file"
+            )
+            raise EngineError(msg) from error
+        tell(f"fetched {size} bytes, sha256 {sha256}")
+        yield file
+
+
+def _download(address: str, file: Path) -> tuple[int, str]:
+    """Write what an address answers to a file; return its length and SHA-256."""
+    opener = build_opener(_SafeRedirects)
+    opener.addheaders = [("User-Agent", "rtfocus")]
+    size, digest = 0, hashlib.sha256()
+    with opener.open(address, timeout=PATIENCE_S) as answer, file.open("wb") as into:
+        stated = answer.headers.get("Content-Length", "")
+        expected = int(stated) if stated.isdecimal() else None
+        _refuse_long(address, expected or 0)
+        while piece := answer.read(1 << 20):
+            size += len(piece)
+            _refuse_long(address, size)
+            digest.update(piece)
+            into.write(piece)
+        if expected is not None and size != expected:
+            msg = f"it ended after {size} of {expected} bytes"
+            raise HTTPException(msg)
+        if answer.headers.get_content_type() == "text/html":
+            msg = (
+                f"'{address}' is a page for people; give the address of the package "
+                "itself, which its download button has"
+            )
+            raise EngineError(msg)
+    return size, digest.hexdigest()
+
+
+def _refuse_long(address: str, size: int) -> None:
+    if size > FETCHED_BYTES:
+        msg = (
+            f"'{address}' has more than {FETCHED_BYTES} bytes, which no model package "
+            "needs; nothing is added"
+        )
+        raise EngineError(msg)
+
+
+class _SafeRedirects(HTTPRedirectHandler):
+    """Follows redirections to https alone; on this machine to itself, too."""
+
+    def redirect_request(
+        self,
+        req: Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> Request | None:
+        """Return the request that follows a redirection."""
+        to_https = _parts(newurl).scheme == "https"
+        from_here = _parts(req.full_url).scheme == "http"
+        if not _may_be_fetched(newurl) or not (to_https or from_here):
+            fp.close()
+            said = f"'{req.full_url}' sends on to '{newurl}', which is not https"
+            raise EngineError(said)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _may_be_fetched(address: str) -> bool:
+    parts = _parts(address)
+    if parts.username is not None or not parts.hostname:
+        return False
+    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    return parts.scheme == "https" or (parts.scheme == "http" and here)
+
+
+def _parts(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError as error:
+        msg = f"'{address}' is no address: {error}"
+        raise EngineError(msg) from error

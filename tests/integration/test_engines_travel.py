@@ -1,8 +1,12 @@
 """Engines from anywhere: packages back in, foreign models, and doors that stay shut."""
 
+import hashlib
 import io
+import shutil
 import stat
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,13 @@ import yaml
 from engine_kit import write_shift_restorer, write_smooth_restorer
 from foreign_kit import zipped
 
-from rtfocus.errors import EngineError
-from rtfocus.processing.engines.registry import find_engine
+from rtfocus.errors import EngineError, OutputError
+from rtfocus.processing.engines.registry import (
+    find_engine,
+    list_engines,
+    remove_engine,
+)
+from rtfocus.sharing import package as packages
 from rtfocus.sharing.admission import add_model
 from rtfocus.sharing.export import export_bioimageio
 from rtfocus.sharing.onnx_file import read_onnx
@@ -41,7 +50,7 @@ def exported(tmp_path_factory):
         return {name: package.read(name) for name in package.namelist()}
 
 
-def refused(path: Path, mine: Path, said: str) -> None:
+def refused(path: Path | str, mine: Path, said: str) -> None:
     """The error is one line, and nothing is left of what was refused."""
     with pytest.raises(EngineError, match=said) as caught:
         add_model(path)
@@ -201,3 +210,188 @@ def test_an_onnx_file_says_what_it_holds(exported):
     for damaged in (b"", b"\x08", b"\xff" * 30, exported["model.fp32.onnx"][:100]):
         with pytest.raises(EngineError, match="again"):
             read_onnx(io.BytesIO(damaged).getvalue())
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A server's answers by path; what is not there is not found."""
+
+    package = b""
+
+    def do_GET(self) -> None:
+        answer = getattr(self, f"answer_{self.path.strip('/')}", None)
+        if answer is None:
+            self.send_error(404)
+        else:
+            answer()
+
+    def answer_model(self) -> None:
+        self._send(self.package, len(self.package))
+
+    def answer_short(self) -> None:
+        self._send(self.package[:-10], len(self.package))
+
+    def answer_endless(self) -> None:
+        self._send(self.package, 5 << 30)
+
+    def answer_unstated(self) -> None:
+        self._send(self.package, None)
+
+    def answer_page(self) -> None:
+        self._send(b"<html>", 6, kind="text/html; charset=utf-8")
+
+    def answer_on(self) -> None:
+        self._send(b"", 0, to="/model")
+
+    def answer_out(self) -> None:
+        self._send(b"", 0, to="http://192.0.2.1/model")
+
+    def answer_local(self) -> None:
+        self._send(b"", 0, to="file:///etc/hostname")
+
+    def answer_round(self) -> None:
+        self._send(b"", 0, to="/round")
+
+    def answer_broken(self) -> None:
+        self.wfile.write(b"this is no HTTP")
+
+    def _send(
+        self, body: bytes, length: int | None, *, kind: str = "zip", to: str = ""
+    ) -> None:
+        self.send_response(302 if to else 200)
+        self.send_header("Content-Type", kind)
+        if to:
+            self.send_header("Location", to)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(exported, tmp_path, monkeypatch):
+    """Address of a server that has the exported package."""
+    monkeypatch.setenv("no_proxy", "*")
+    package = zipped(tmp_path / "served.zip", exported).read_bytes()
+    handler = type("Served", (Answers,), {"package": package})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("place", ["model", "on", "unstated"])
+def test_an_engine_comes_from_an_address(place, server, mine, exported, tmp_path):
+    said = []
+    found = add_model(f"{server}/{place}", tell=said.append)
+    assert found.folder == mine / "smooth"
+    data = (tmp_path / "served.zip").read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert said == [f"fetched {len(data)} bytes, sha256 {sha256}"]
+
+
+def test_what_does_not_come_whole_is_not_added(server, mine, monkeypatch):
+    for place, said in {
+        "gone": "answers 404 Not Found",
+        "short": r"it ended after \d+ of \d+ bytes",
+        "endless": "has more than 4294967296 bytes",
+        "page": "is a page for people",
+        "out": "sends on to 'http://192.0.2.1/model', which is not https",
+        "local": "'file:///etc/hostname' is not allowed",
+        "round": "answers 302",
+        "broken": "cannot be fetched",
+    }.items():
+        refused(f"{server}/{place}", mine, said)
+    monkeypatch.setattr(packages, "FETCHED_BYTES", 100)
+    refused(f"{server}/unstated", mine, "has more than 100 bytes")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://example.org/model.zip", "by http it may be changed on its way"),
+        ("ftp://example.org/model.zip", "is not fetched: by ftp"),
+        ("https://jane:secret@example.org/model.zip", "without a password"),
+        ("http://localhost.example.org/model.zip", "is not fetched"),
+        ("https://", "is not fetched"),
+        ("https://[half", "is no address"),
+        ("file://server/share/model.zip", "on another machine"),
+        ("file:///no/such/model.zip", "does not exist"),
+        ("http://127.0.0.1:1/model.zip", "cannot be fetched: .*; try again"),
+    ],
+)
+def test_what_cannot_be_fetched_says_why(address, said, mine, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    refused(address, mine, said)
+
+
+def test_a_file_has_an_address_too(exported, mine, tmp_path):
+    path = zipped(tmp_path / "a model.zip", exported)
+    assert add_model(path.as_uri()).folder == mine / "smooth"
+
+
+def test_an_unpacked_package_is_added_by_its_description(exported, mine, tmp_path):
+    folder = tmp_path / "unpacked"
+    folder.mkdir()
+    for name, data in exported.items():
+        (folder / name).write_bytes(data)
+    found = add_model(folder, name="renamed")
+    assert found.card.input == find_engine(str(folder)).card.input
+    (folder / "engine.yaml").unlink()
+    (folder / "test_tiles.npy").unlink()
+    (folder / "test_tiles.npy").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="is a link or no plain file"):
+        add_model(folder, name="linked")
+    assert [found.name for found in list_engines() if found.folder.parent == mine] == [
+        "renamed"
+    ]
+
+
+def test_one_of_my_engines_is_removed_and_no_other(mine, tmp_path):
+    kept = write_smooth_restorer(tmp_path / "kept")
+    for name in ("gone", "stays"):
+        add_model(kept, name=name)
+    assert remove_engine("gone") == mine / "gone"
+    assert [path.name for path in mine.iterdir()] == ["stays"]
+    with pytest.raises(EngineError, match=r"no engine 'gone' among .*there are: stays"):
+        remove_engine("gone")
+    with pytest.raises(EngineError, match=r"'rrdb' lies in .* goes with the package"):
+        remove_engine("rrdb")
+    for name in ("../kept", str(kept), "", ".", "stays/"):
+        with pytest.raises(EngineError, match="there is no engine"):
+            remove_engine(name)
+    assert kept.is_dir()
+    assert find_engine("stays")
+
+
+def test_a_killed_removal_leaves_no_engine_in_the_list(mine, tmp_path, monkeypatch):
+    add_model(write_smooth_restorer(tmp_path / "smooth"))
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_engine("smooth")
+    assert len(list(mine.iterdir())) == 1
+    assert not [found for found in list_engines() if found.folder.parent == mine]
+    monkeypatch.undo()
+    monkeypatch.setenv("RTFOCUS_ENGINES", str(mine))
+    assert add_model(tmp_path / "smooth").folder == mine / "smooth"
+
+
+def test_an_engine_that_cannot_lose_its_name_stays_whole(mine, tmp_path, monkeypatch):
+    add_model(write_smooth_restorer(tmp_path / "smooth"))
+
+    def read_only(path, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    with pytest.raises(OutputError, match="cannot be removed"):
+        remove_engine("smooth")
+    monkeypatch.undo()
+    assert find_engine(str(mine / "smooth"))

@@ -14,7 +14,7 @@ from platformdirs import user_data_path
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import EngineError, OutputError
-from rtfocus.files import is_reserved_name, resource_folder, whole
+from rtfocus.files import is_reserved_name, recover, remove, resource_folder, whole
 from rtfocus.processing.engines.card import (
     CARD_NAME,
     EngineCard,
@@ -127,11 +127,16 @@ def list_engines(folders: Sequence[Path] = ()) -> list[FoundEngine]:
     """
     found: dict[str, FoundEngine] = {}
     for place in engine_places(folders):
-        for path in sorted(place.glob(f"*/{CARD_NAME}")):
-            name = path.parent.name
-            if name not in found:
-                found[name] = FoundEngine(path.parent, read_card(path.parent))
+        for folder in _engines_in(place):
+            if folder.name not in found:
+                found[folder.name] = FoundEngine(folder, read_card(folder))
     return list(found.values())
+
+
+def _engines_in(place: Path) -> list[Path]:
+    """Return the engine folders of a place, without what is being added or removed."""
+    found = sorted(path.parent for path in place.glob(f"*/{CARD_NAME}"))
+    return [folder for folder in found if not folder.name.startswith(".")]
 
 
 def find_engine(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
@@ -147,9 +152,7 @@ def find_engine(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
     for folder in (*candidates, Path(name)):
         if (folder / CARD_NAME).is_file():
             return FoundEngine(folder, read_card(folder))
-    present = sorted(
-        {path.parent.name for place in places for path in place.glob(f"*/{CARD_NAME}")}
-    )
+    present = sorted({folder.name for p in places for folder in _engines_in(p)})
     looked = ", ".join(f"'{folder}'" for folder in candidates) or "nowhere"
     msg = (
         f"engine '{name}' not found; looked for {CARD_NAME} in {looked}; "
@@ -175,7 +178,7 @@ def add_engine(folder: Path) -> FoundEngine:
     card = read_card(folder)
     for precision in card.files:
         verified_file(folder, card, precision)
-    if not re.fullmatch(r"\w[\w.-]*", card.name) or is_reserved_name(card.name):
+    if not _is_name(card.name):
         msg = (
             f"engine name '{card.name}' is no folder name on every system; give it "
             "another: --name NAME"
@@ -196,6 +199,43 @@ def add_engine(folder: Path) -> FoundEngine:
         msg = f"engine '{card.name}' cannot be added: {error}"
         raise EngineError(msg) from error
     return FoundEngine(target, card)
+
+
+def remove_engine(name: str) -> Path:
+    """Remove one of the user's own engines; return where it lay.
+
+    It loses its name in one step, so it is there whole or gone, whoever interrupts.
+
+    Raises
+    ------
+    EngineError
+        If the user has no engine of that name; says where one lies that is not his.
+    OutputError
+        If it cannot be removed; then it is as it was.
+    """
+    own = user_engine_folder()
+    folder = own / name
+    if _is_name(name):
+        recover(folder)
+        if (folder / CARD_NAME).is_file():
+            remove(folder)
+            return folder
+    others = [place / name for place in engine_places(()) if place != own]
+    for other in others:
+        if _is_name(name) and (other / CARD_NAME).is_file():
+            msg = (
+                f"engine '{name}' lies in '{other.parent}', not among your own in "
+                f"'{own}': it goes with the package that brought it"
+            )
+            raise EngineError(msg)
+    yours = ", ".join(found.name for found in _engines_in(own)) or "none"
+    msg = f"there is no engine '{name}' among your own in '{own}'; there are: {yours}"
+    raise EngineError(msg)
+
+
+def _is_name(name: str) -> bool:
+    """Tell whether it can be the name of an engine's folder on every system."""
+    return re.fullmatch(r"\w[\w.-]*", name) is not None and not is_reserved_name(name)
 
 
 def refuse_link(path: Path) -> None:
