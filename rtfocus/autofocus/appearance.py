@@ -32,8 +32,8 @@ _FARTHEST, _STEP = 8.0, 0.05
 _LEAST_MODULATION = 0.05
 # How far log amplitudes are from the optics' curve, over how many depths of field,
 # and what no curve explains.
-_BENT, _BEND_LENGTH, _ROUGH = 0.15, 0.8, 0.03
-_PLACED = 0.08
+_BENT, _BEND_LENGTH, _ROUGH = 0.05, 0.8, 0.02
+_PLACED = 0.1
 _UNKNOWN = 25.0
 """Variance of the specimen's own log amplitude: nothing is known of it."""
 # Rings that err independently; neighbours lack the same things.
@@ -168,7 +168,18 @@ class Appearance:
         mean = self.models.at(defocus, self._likely)
         mean = mean + np.einsum("cn,mnr->mcr", toward, self._pull)
         known = np.einsum("cn,rnk,ck->cr", toward, self._inverse, toward)
-        return mean, _BENT**2 + _UNKNOWN - known
+        slope = self._slope_variance(defocus, self._likely)
+        return mean, _BENT**2 + _UNKNOWN - known + slope
+
+    def _slope_variance(self, defocus: Floats, models: NDArray[np.intp]) -> Floats:
+        """Return what an image's place, known to some hundredths, leaves open.
+
+        It matters where detail changes fast: at focus. Axes (model, defocus, ring).
+        """
+        ahead, behind = (
+            self.models.at(defocus + off, models) for off in (_PLACED, -_PLACED)
+        )
+        return np.asarray((ahead - behind) ** 2 / 4)
 
     def _learn(self) -> None:
         rings = self.models.rings
@@ -177,13 +188,9 @@ class Appearance:
             np.array(values)[:, rings]
             for values in zip(*(_log(look) for _, look in self.known), strict=True)
         )
-        # Where a known image truly was is known to some hundredths only, which matters
-        # where detail changes fast: at focus.
         every = np.arange(len(self.models.prices))
-        ahead, behind = (
-            self.models.at(self._places + off, every) for off in (_PLACED, -_PLACED)
-        )
-        own = noise + _ROUGH**2 + ((ahead - behind) ** 2).mean(axis=0) / 4
+        slope = self._slope_variance(self._places, every)
+        own = noise + _ROUGH**2 + slope.mean(axis=0)
         covariance = _kernel(self._places, self._places)[None] + np.einsum(
             "nr,nk->rnk", own, np.eye(len(own))
         )

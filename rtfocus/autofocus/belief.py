@@ -1,7 +1,8 @@
-"""Belief: where focus may be at one place, as a few Gaussians in stage z.
+"""Belief: where focus may be, at one place and at many that drift together.
 
-An estimate with a sign is one Gaussian, a distance two. What was known before
-usually settles which side; where it does not, two planes or a probe do.
+An estimate with a sign is one Gaussian in stage z, a distance two. What was known
+before usually settles which side; where it does not, two planes or a probe do. Places
+that drift together settle it for one another.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,20 @@ from numpy.typing import NDArray
 from rtfocus.frame import FocusReading
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
 _MOST_MODES = 6
 _LEAST_WEIGHT = 1e-3
 # An estimate may be an outlier with this probability: then nothing was learnt.
 OUTLIER = 0.03
+# Of `Drift`. Depths of field per square root of a second and of its cube: a drift that
+# wanders, and a place that wanders by itself.
+_WANDER, _RATE_WANDER, _OWN_WANDER = 0.02, 0.0003, 0.003
+_FIRST_RATE = 0.1
+# How likely a course is wrong, and by how much, in depths of field and those a second.
+_LOST, _LOST_SD, _LOST_RATE = 0.02, 0.7, 0.01
+_LEAST_SD, _ODD, _ODD_RANGE = 0.12, 0.05, 6.0
+_MOST_COURSES, _SURE, _SAME_COURSE = 12, 0.8, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +141,234 @@ def modes_of_reading(
     return [Mode(0.5, z_um + abs(away), sd), Mode(0.5, z_um - abs(away), sd)]
 
 
-def modes_of_weights(candidates_um: Floats, weights: Floats) -> list[Mode]:
-    """Turn probabilities over candidates into modes, one per separate peak."""
+def modes_of_weights(
+    candidates_um: Floats, weights: Floats, *, valley: float = 0.0
+) -> list[Mode]:
+    """Turn probabilities over candidates into modes, one per separate peak.
+
+    Parameters
+    ----------
+    candidates_um
+        Evenly spaced, shape (candidate,).
+    weights
+        Of each.
+    valley
+        Peaks that run into one another are told apart where the weight between them
+        falls below this share of the lower one; 0: they are one mode.
+    """
     floor = weights.max() * 1e-2
     inside = np.flatnonzero(weights > floor)
     step_um = float(candidates_um[1] - candidates_um[0])
     modes = []
-    for part in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1):
+    parts = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+    for part in (piece for whole in parts for piece in _split(whole, weights, valley)):
         share = weights[part]
         mean = float(np.average(candidates_um[part], weights=share))
         spread = np.average((candidates_um[part] - mean) ** 2, weights=share)
         modes.append(Mode(float(share.sum()), mean, max(sqrt(float(spread)), step_um)))
     return sorted(modes, key=lambda mode: -mode.weight)[:_MOST_MODES]
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """One course the drift may have taken: a Kalman filter.
+
+    Given drift and speed, what is not known of one place's height has nothing to do
+    with another's, so that many places cost little.
+    """
+
+    weight: float
+    state: Floats
+    """Drift and speed."""
+    covariance: Floats
+    heights: Floats
+    """Focus of every place without the drift, shape (place,)."""
+    ties: Floats
+    """Covariance of every height with the state, shape (place, 2)."""
+    variances: Floats
+    """Of the heights, shape (place,)."""
+
+    def ahead(self, step_s: float) -> "_Course":
+        """Return the course some seconds later."""
+        move = np.array([[1.0, step_s], [0.0, 1.0]])
+        across = _RATE_WANDER**2 * step_s**2 / 2
+        noise = np.array(
+            [
+                [_WANDER**2 * step_s + _RATE_WANDER**2 * step_s**3 / 3, across],
+                [across, _RATE_WANDER**2 * step_s],
+            ]
+        )
+        return replace(
+            self,
+            state=move @ self.state,
+            covariance=move @ self.covariance @ move.T + noise,
+            ties=self.ties @ move.T,
+        )
+
+    def lost(self) -> "_Course":
+        """Return the course as if it had been left, to be put right by one image."""
+        more = np.diag([_LOST_SD**2, _LOST_RATE**2])
+        covariance = self.covariance + more
+        return replace(self, weight=self.weight * _LOST, covariance=covariance)
+
+    def begun(self, place: int, focus: float, variance: float) -> "_Course":
+        """Return the course with a place whose focus was found."""
+        heights, ties, variances = (
+            np.concatenate([values, np.zeros_like(values[:1], shape=shape)])
+            if place == len(self.heights)
+            else values.copy()
+            for values, shape in (
+                (self.heights, (1,)),
+                (self.ties, (1, 2)),
+                (self.variances, (1,)),
+            )
+        )
+        heights[place] = focus - self.state[0]
+        ties[place] = -self.covariance[0]
+        variances[place] = self.covariance[0, 0] + variance
+        return replace(self, heights=heights, ties=ties, variances=variances)
+
+    def wandered(self, place: int, variance: float) -> "_Course":
+        """Return the course with a place that may have moved by itself."""
+        variances = self.variances.copy()
+        variances[place] += variance
+        return replace(self, variances=variances)
+
+    def seen(self, place: int, mode: Mode) -> "_Course":
+        """Return the course after one reading of a place's focus."""
+        tie = self.ties[place]
+        own = float(tie[0] + self.variances[place])
+        shared = self.covariance[:, 0] + tie
+        variance = float(shared[0]) + own + mode.sd_um**2
+        away = mode.mean_um - float(self.state[0] + self.heights[place])
+        likely = exp(-0.5 * away**2 / variance) / sqrt(2 * pi * variance)
+        # Of other places the state alone tells.
+        through = np.linalg.solve(self.covariance + 1e-9 * np.eye(2), shared)
+        of_places = self.ties @ through
+        of_places[place] = own
+        gain = of_places / variance
+        return _Course(
+            self.weight * mode.weight * likely,
+            self.state + shared / variance * away,
+            self.covariance - np.outer(shared, shared) / variance,
+            self.heights + gain * away,
+            self.ties - np.outer(gain, shared),
+            np.maximum(self.variances - gain**2 * variance, 1e-6),
+        )
+
+    def is_like(self, other: "_Course") -> bool:
+        """Tell whether two courses are one, by what is known of the likelier."""
+        away = self.state - other.state
+        if abs(away[0]) > _SAME_COURSE:
+            return False
+        floor = np.diag([0.05**2, 1e-8])
+        return float(away @ np.linalg.solve(self.covariance + floor, away)) < 4.0
+
+
+class Drift:
+    """One drift of all places and its speed, in depths of field.
+
+    An even PSF does not tell up from down, so several courses are followed at once;
+    the stage goes with the likeliest, and the next image shows whether it was right.
+
+    Examples
+    --------
+    >>> drift = Drift(0.0)
+    >>> drift.begin(0, 0.0, 5.0)
+    >>> for second in range(1, 60):
+    ...     drift.see(0, float(second), [Mode(1.0, 5.0 + 0.1 * second, 0.05)])
+    >>> round(drift.focus(0, 70.0), 1)
+    12.0
+    """
+
+    def __init__(self, time_s: float) -> None:
+        self._time_s = time_s
+        still = np.diag([0.0, _FIRST_RATE**2])
+        none = np.zeros(0)
+        self._courses = [_Course(1.0, np.zeros(2), still, none, np.zeros((0, 2)), none)]
+        self._seen_s: list[float] = []
+
+    def at(self, time_s: float) -> float:
+        """Return the likeliest drift at a time."""
+        return float(self._best.ahead(time_s - self._time_s).state[0])
+
+    def focus(self, place: int, time_s: float) -> float:
+        """Return where the focus of a place most likely is at a time."""
+        return self.at(time_s) + float(self._best.heights[place])
+
+    def is_sure(self) -> bool:
+        """Tell whether one course is far likelier than all others."""
+        return self._best.weight >= _SURE
+
+    def begin(self, place: int, time_s: float, focus: float, sd: float = 0.1) -> None:
+        """Take in a place whose focus was found.
+
+        Parameters
+        ----------
+        place
+            Its number: one of those known, found anew, or the next.
+        time_s
+            Of the search.
+        focus
+            In depths of field.
+        sd
+            How well it was found.
+        """
+        self._go_to(time_s)
+        self._courses = [one.begun(place, focus, sd**2) for one in self._courses]
+        self._seen_s[place : place + 1] = [self._time_s]
+
+    def see(self, place: int, time_s: float, modes: Sequence[Mode]) -> None:
+        """Take in what an image says of where a place's focus is, as modes."""
+        self._go_to(time_s)
+        own = _OWN_WANDER**2 * (self._time_s - self._seen_s[place])
+        self._seen_s[place] = self._time_s
+        before = [one.wandered(place, own) for one in self._courses]
+        odd = _ODD / _ODD_RANGE
+        after = [replace(one, weight=one.weight * odd) for one in before]
+        before += [one.lost() for one in before]
+        told = [replace(mode, sd_um=max(mode.sd_um, _LEAST_SD)) for mode in modes]
+        after += [one.seen(place, mode) for one in before for mode in told]
+        self._courses = _likeliest(after)
+
+    def _go_to(self, time_s: float) -> None:
+        # An image that comes late is taken as if it were of now.
+        step_s = max(time_s - self._time_s, 0.0)
+        self._time_s += step_s
+        self._courses = [one.ahead(step_s) for one in self._courses]
+
+    @property
+    def _best(self) -> _Course:
+        return self._courses[0]
+
+
+def _likeliest(courses: list[_Course]) -> list[_Course]:
+    """Join courses that are alike and keep the likeliest; weights sum to 1."""
+    kept: list[_Course] = []
+    for course in sorted(courses, key=lambda one: -one.weight):
+        for number, other in enumerate(kept):
+            if other.is_like(course):
+                kept[number] = replace(other, weight=other.weight + course.weight)
+                break
+        else:
+            kept.append(course)
+    kept = sorted(kept, key=lambda one: -one.weight)[:_MOST_COURSES]
+    total = sum(course.weight for course in kept)
+    return [replace(course, weight=course.weight / total) for course in kept]
+
+
+def _split(part: Indices, weights: Floats, valley: float) -> list[Indices]:
+    """Cut a run of candidates at the lowest place between two of its peaks."""
+    if valley <= 0.0 or len(part) < 3:
+        return [part]
+    share = weights[part]
+    left, right = np.maximum.accumulate(share), np.maximum.accumulate(share[::-1])[::-1]
+    depth = share / np.minimum(left, right)
+    lowest = int(np.argmin(depth))
+    if depth[lowest] >= valley:
+        return [part]
+    cut = [part[:lowest], part[lowest:]]
+    return [piece for half in cut for piece in _split(half, weights, valley)]
 
 
 def _product(mine: Mode, theirs: Mode) -> Mode:

@@ -7,14 +7,14 @@ corrected before its image shows that it must be.
 """
 
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
 
 from rtfocus.autofocus.appearance import Appearance, DefocusModels, Floats, Look
-from rtfocus.autofocus.belief import Mode, modes_of_weights
+from rtfocus.autofocus.belief import Drift, modes_of_weights
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict
 from rtfocus.frame import Estimate, FocusReading
@@ -22,15 +22,11 @@ from rtfocus.frame import Estimate, FocusReading
 Key = tuple[int | None, int | None]
 """Index of the position and of the grid tile."""
 
-# Depths of field per square root of a second and of its cube: a drift that wanders.
-_WANDER = 0.02
-_RATE_WANDER = 0.0003
-_FIRST_RATE = 0.1
 # Depths of field.
-_START_SD, _LEAST_SD, _REACH, _STEP = 0.1, 0.12, 3.0, 0.1
+_REACH, _STEP = 3.0, 0.1
 _CANDIDATES = np.arange(-_REACH, _REACH + _STEP / 2, _STEP)
-_OUTLIER, _OWN_WANDER = 0.05, 0.05
-_MOST_GUESSES, _SAME_COURSE, _SURE = 6, 0.1, 0.8
+_VALLEY = 0.8
+"""Of two peaks of one image, for them to be two."""
 _UNSURE = 0.5
 """Depths of field that are borne rather than moving to what may be the wrong side."""
 _ALIKE = 0.2
@@ -45,103 +41,6 @@ _MOST_SILENT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Guess:
-    """One course the drift may have taken: a Kalman filter of drift and speed."""
-
-    weight: float
-    state: Floats
-    covariance: Floats
-
-    def ahead(self, step_s: float) -> "_Guess":
-        """Return the guess some seconds later."""
-        move = np.array([[1.0, step_s], [0.0, 1.0]])
-        across = _RATE_WANDER**2 * step_s**2 / 2
-        noise = np.array(
-            [
-                [_WANDER**2 * step_s + _RATE_WANDER**2 * step_s**3 / 3, across],
-                [across, _RATE_WANDER**2 * step_s],
-            ]
-        )
-        covariance = move @ self.covariance @ move.T + noise
-        return _Guess(self.weight, move @ self.state, covariance)
-
-    def seen(self, mode: Mode) -> "_Guess":
-        """Return the guess after one reading of the drift."""
-        variance = self.covariance[0, 0] + mode.sd_um**2
-        away = mode.mean_um - self.state[0]
-        likely = float(
-            np.exp(-0.5 * away**2 / variance) / np.sqrt(2 * np.pi * variance)
-        )
-        gain = self.covariance[:, 0] / variance
-        return _Guess(
-            self.weight * mode.weight * likely,
-            self.state + gain * away,
-            self.covariance - np.outer(gain, self.covariance[0]),
-        )
-
-
-class Drift:
-    """One drift of all positions and its speed, in depths of field.
-
-    An even PSF does not tell up from down, so several courses are followed at once;
-    the stage goes with the likeliest, and the next image shows whether it was right.
-
-    Examples
-    --------
-    >>> drift = Drift(0.0)
-    >>> for second in range(1, 60):
-    ...     drift.see(float(second), [Mode(1.0, 0.1 * second, 0.05)])
-    >>> round(drift.at(70.0), 1)
-    7.0
-    """
-
-    def __init__(self, time_s: float) -> None:
-        self._time_s = time_s
-        still = np.diag([0.0, _FIRST_RATE**2])
-        self._guesses = [_Guess(1.0, np.zeros(2), still)]
-
-    def at(self, time_s: float) -> float:
-        """Return the likeliest drift at a time."""
-        return float(self._best.ahead(time_s - self._time_s).state[0])
-
-    def is_sure(self) -> bool:
-        """Tell whether one course is far likelier than all others."""
-        return self._best.weight >= _SURE
-
-    def see(self, time_s: float, modes: Sequence[Mode]) -> None:
-        """Take in what one position says of the drift, as modes."""
-        # An image that comes late is taken as if it were of now.
-        step_s = max(time_s - self._time_s, 0.0)
-        self._time_s += step_s
-        before = [guess.ahead(step_s) for guess in self._guesses]
-        after = [
-            replace(guess, weight=guess.weight * _OUTLIER / (2 * _REACH))
-            for guess in before
-        ]
-        after += [guess.seen(mode) for guess in before for mode in modes]
-        self._guesses = _likeliest(after)
-
-    @property
-    def _best(self) -> _Guess:
-        return self._guesses[0]
-
-
-def _likeliest(guesses: list[_Guess]) -> list[_Guess]:
-    """Join guesses that are alike and keep the likeliest; weights sum to 1."""
-    kept: list[_Guess] = []
-    for guess in sorted(guesses, key=lambda one: -one.weight):
-        for number, other in enumerate(kept):
-            if abs(guess.state[0] - other.state[0]) < _SAME_COURSE:
-                kept[number] = replace(other, weight=other.weight + guess.weight)
-                break
-        else:
-            kept.append(guess)
-    kept = sorted(kept, key=lambda one: -one.weight)[:_MOST_GUESSES]
-    total = sum(guess.weight for guess in kept)
-    return [replace(guess, weight=guess.weight / total) for guess in kept]
-
-
-@dataclass(frozen=True, slots=True)
 class Seen:
     """One image of a position, and the stage z it was exposed at."""
 
@@ -152,10 +51,10 @@ class Seen:
 
 @dataclass
 class Place:
-    """One position: its surface height and what it looks like out of focus."""
+    """One position, and what it looks like out of focus."""
 
-    height_um: float
-    """Focus in the drifting frame of reference."""
+    number: int
+    """Of the place in the drift."""
     reference_um: float
     """Where the stage stands for the reference plane, corrections included."""
     appearance: Appearance
@@ -172,18 +71,6 @@ class Place:
     """Corrections in a row that wanted to take the newest one back."""
     seen_s: float = -inf
     """When the newest image was exposed."""
-    sd: float = _START_SD
-    """Of the height, in depths of field."""
-
-    def settle(self, modes: Sequence[Mode], drift: float, unit_um: float) -> None:
-        """Take what the shared drift leaves for this position's own, by its share."""
-        own = np.array([mode.mean_um - drift for mode in modes])
-        variance = self.sd**2 + np.array([mode.sd_um for mode in modes]) ** 2
-        likely = np.exp(-0.5 * own**2 / variance) / np.sqrt(variance) + _OUTLIER
-        likely *= [mode.weight for mode in modes]
-        gain = likely / likely.sum() * self.sd**2 / variance
-        self.height_um += float(gain @ own) * unit_um
-        self.sd = float(np.hypot(self.sd * np.sqrt(1.0 - gain.sum()), _OWN_WANDER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +149,8 @@ class Holder:
     def focus_um(self, key: Key, time_s: float) -> float:
         """Return where the focus of a known position is believed to be at a time."""
         assert self._drift is not None
-        drift_um = self._drift.at(time_s) * self._models.unit_um
-        return self._places[key].height_um + drift_um
+        number = self._places[key].number
+        return self._drift.focus(number, time_s) * self._models.unit_um
 
     def begin(
         self,
@@ -295,8 +182,11 @@ class Holder:
             ((focus_um - seen.z_um) / unit, Look(seen.spectrum, seen.noise))
             for seen in _apart(looks, _ALIKE * unit)
         ]
+        known_as = self._places.get(key)
+        number = len(self._places) if known_as is None else known_as.number
+        self._drift.begin(number, time_s, focus_um / unit)
         self._places[key] = Place(
-            height_um=focus_um - self._drift.at(time_s) * unit,
+            number=number,
             reference_um=focus_um,
             appearance=Appearance(self._models, known),
             moves=self._moves
@@ -322,7 +212,7 @@ class Holder:
         if place is None or self._drift is None:
             return 0.0
         drift_um = self._drift.at(time_s) * self._models.unit_um
-        wanted = place.height_um + drift_um
+        wanted = self.focus_um(key, time_s)
         error = wanted - place.reference_um
         target, reason = self._target(place, wanted, sure=self._drift.is_sure())
         step = target - place.reference_um
@@ -389,9 +279,8 @@ class Holder:
         newest_ns = max(e.captured_ns for e in good)
         self._newest_ns = max(newest_ns, self._newest_ns)
         time_s = newest_ns / 1e9
-        expected = self._drift.at(time_s)
-        focus_um = place.height_um + expected * unit
-        looks = [_look(e, focus_um, unit) for e in good]
+        expected = self._drift.focus(place.number, time_s)
+        looks = [_look(e, expected * unit, unit) for e in good]
         weights, misfit = place.appearance.weights(looks, _CANDIDATES)
         if misfit > _MOST_MISFIT:
             place.misses += 1
@@ -401,16 +290,8 @@ class Holder:
         place.seen_s = time_s
         share = _LEAST_TEMPER + (_TEMPER - _LEAST_TEMPER) * apart
         weights = weights**share / (weights**share).sum()
-        modes = [
-            Mode(
-                mode.weight,
-                expected + mode.mean_um,
-                max(float(np.hypot(mode.sd_um, place.sd)), _LEAST_SD),
-            )
-            for mode in modes_of_weights(_CANDIDATES, weights)
-        ]
-        self._drift.see(time_s, modes)
-        place.settle(modes, self._drift.at(time_s), unit)
+        modes = modes_of_weights(expected + _CANDIDATES, weights, valley=_VALLEY)
+        self._drift.see(place.number, time_s, modes)
 
 
 def _apart(looks: list[Seen], least_um: float) -> list[Seen]:

@@ -24,7 +24,7 @@ _HIGHEST = 2.0
 _BLUR_MARGIN = 5.0
 # The PSFs of rtfocus turn an image in focus into a defocused one, so the image in
 # focus itself may be sharper than the PSF at zero; this far out the two meet.
-_FOCUS_WIDTH = 0.15
+_FOCUS_WIDTH = 0.125
 
 
 class Transfer:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rtfocus.autofocus.appearance import Appearance, DefocusModels, Look
+from rtfocus.autofocus.belief import Drift, Mode, modes_of_weights
 from rtfocus.autofocus.hold import Correction, Holder, Seen
 from rtfocus.autofocus.plans import surface_at
 from rtfocus.autofocus.policy import Limits, MoveRule
@@ -154,6 +155,37 @@ def test_no_correction_leads_beyond_the_limits(field: Field) -> None:
         held.visit()
         assert -1 <= held.z_um <= 1
     assert "limits" in held.made[-1].reason
+
+
+def test_places_settle_for_one_another_which_way_they_drift() -> None:
+    """Every image says how far, not which way."""
+    places, rate, rng = 12, -0.02, np.random.default_rng(4)
+    heights = rng.normal(0, 3, places)
+    drift, stage = Drift(0.0), np.zeros(places)
+    late = []
+    for visit in range(8 * places):
+        place, time_s = visit % places, float(visit)
+        focus = heights[place] + rate * time_s
+        if visit < places:
+            stage[place] = focus + rng.normal(0, 0.1)
+            drift.begin(place, time_s, stage[place])
+        elif drift.is_sure():
+            stage[place] = drift.focus(place, time_s)
+        away = abs(focus - stage[place]) + rng.normal(0, 0.05)
+        # A deviation of 0.15: what is near focus looks like focus.
+        modes = [Mode(0.5, stage[place] + side * away, 0.15) for side in (-1, 1)]
+        drift.see(place, time_s, modes)
+        late.append(abs(focus - drift.focus(place, time_s)))
+    assert np.mean(late[-3 * places :]) < 0.25
+    assert max(late[-3 * places :]) < 0.6
+
+
+def test_two_sides_of_focus_are_two_modes() -> None:
+    places = np.arange(-3, 3.05, 0.1)
+    two = sum(np.exp(-0.5 * ((places - side) / 0.3) ** 2) for side in (-0.6, 0.6))
+    assert len(modes_of_weights(places, two)) == 1
+    modes = modes_of_weights(places, two, valley=0.8)
+    assert sorted(mode.mean_um for mode in modes) == pytest.approx([-0.6, 0.6], abs=0.1)
 
 
 def test_three_images_of_nothing_lose_a_place(field: Field) -> None:
