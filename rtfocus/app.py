@@ -319,6 +319,7 @@ class SeriesLoop:
                 )
                 raise PeerLostError(msg) from failure
             end = self._end(failure)
+            self._focus_log.end(end)
             folder = writer.close(end, self._monitor.report())
         if failure is not None:
             raise failure

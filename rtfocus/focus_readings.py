@@ -9,7 +9,7 @@ import msgspec
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.config import Config
 from rtfocus.errors import WriterError
-from rtfocus.frame import DefocusMap, Estimate, Role, SeriesStart, Slot
+from rtfocus.frame import DefocusMap, Estimate, Role, SeriesEnd, SeriesStart, Slot
 from rtfocus.processing.engines.registry import find_engine, parts, step_um
 
 FOCUS_LOG = "focus.ndjson"
@@ -98,6 +98,16 @@ class FocusLog:
         lines = _focus_lines(slot.frame().frame_meta)
         if not lines:
             return None
+        self._write(lines)
+        told = [text for line in lines if (text := _told(line)) is not None]
+        return told[-1] if told else None
+
+    def end(self, end: SeriesEnd) -> None:
+        """Write down what the microscope side did after its last frame."""
+        if lines := list(end.focus_log[:_MOST_LINES]):
+            self._write(lines)
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
         self._also(lines)
         try:
             with self._path.open("ab") as file:
@@ -106,8 +116,6 @@ class FocusLog:
         except OSError as error:
             msg = f"'{self._path}' cannot be written: {error.strerror or error}"
             raise WriterError(msg) from error
-        told = [text for line in lines if (text := _told(line)) is not None]
-        return told[-1] if told else None
 
 
 def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -142,6 +142,8 @@ class SeriesEnd(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
     """Planned images whose turn never came."""
     warnings: tuple[str, ...] = ()
     """What the sender complained of without stopping."""
+    focus_log: tuple[dict[str, Any], ...] = ()
+    """Lines of ``focus.ndjson`` that no frame took along."""
 
 
 class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):

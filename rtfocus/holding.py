@@ -18,7 +18,7 @@ from pymmcore_plus.mda import MDAEngine
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
-from rtfocus.autofocus.devices import CoreStage
+from rtfocus.autofocus.devices import CoreStage, choices_of
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.focusing import Focusing, unread
@@ -167,12 +167,17 @@ class StreamEngine(FocusActions):
         focusing: Focusing,
         following: Callable[[], FollowedAcquisition],
     ) -> None:
-        super().__init__(core)
+        super().__init__(core, **choices_of(core.mda.engine))
         self._focusing = focusing
         self._following = following
         self.focuser = focusing.focuser(
             core, lambda *image: following().send_focus_image(*image)
         )
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether focus is to be held."""
+        return self._focusing.holds
 
     def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
         """Set the plan up; the drift of a plan before is forgotten."""
@@ -201,14 +206,21 @@ class StreamEngine(FocusActions):
 def holding_engine(engine: StreamEngine) -> Iterator[None]:
     """Let an engine run the plans of its core while the block lasts.
 
+    Where nothing is to be held, an engine of somebody else stays: it knows why.
+
     Raises
     ------
     ConfigError
-        If the core has an engine of its own kind, which would not run any more.
+        If focus is to be held, and the core has an engine of its own kind, which would
+        not run any more.
     """
     runner = engine.mmcore.mda
     before = runner.engine
-    if before is not None and type(before) not in (MDAEngine, FocusEngine):
+    stock = (MDAEngine, FocusEngine) if engine.holds else (MDAEngine,)
+    if before is not None and type(before) not in stock:
+        if not engine.holds:
+            yield
+            return
         msg = (
             f"the core runs plans by an engine of its own ({type(before).__name__}), "
             "which cannot hold focus; set autofocus.mode: off, or set pymmcore-plus' "

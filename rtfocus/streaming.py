@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from psygnal import EmitLoopError, Signal
 from pymmcore_plus import CMMCorePlus
 
+from rtfocus.autofocus.actions import FocusActions
+from rtfocus.autofocus.devices import end_abandoned
+from rtfocus.autofocus.plans import focus_plans
 from rtfocus.config import Config, load_config
-from rtfocus.errors import TransportError, WriterError
+from rtfocus.errors import ConfigError, TransportError, WriterError
 from rtfocus.focusing import Focusing
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
@@ -93,8 +96,9 @@ def stream(
     restored and recorded like one of ``rtfocus acquire``. ``core.mda.run`` returns
     when its frames are durable. Your engine, your handlers and your own files stay
     as they are; a frame waits for the processor where that is too slow, as
-    ``transport.on_stall`` says. With ``autofocus.mode: hold`` an engine of rtfocus runs
-    the plans while the block lasts, and holds focus; yours must be the stock one.
+    ``transport.on_stall`` says. In the place of pymmcore-plus' stock engine one of
+    rtfocus runs the plans while the block lasts: it answers ``rtfocus`` in an
+    autofocus_plan and holds focus with ``autofocus.mode: hold``.
 
     Parameters
     ----------
@@ -152,6 +156,8 @@ class LiveStream:
         self._config = config
         self._starts_processor = starts_processor
         self._following: FollowedAcquisition | None = None
+        self._thread: threading.Thread | None = None
+        """Runs the plan under way."""
         self._idle = threading.Event()
         self._idle.set()
         self._failure: Exception | None = None
@@ -188,9 +194,8 @@ class LiveStream:
             self._publisher = opened.enter_context(
                 FramePublisher(self._config.transport, on_estimate=heard)
             )
-            if focusing.holds:
-                engine = StreamEngine(self._core, focusing, self._followed)
-                opened.enter_context(holding_engine(engine))
+            engine = StreamEngine(self._core, focusing, self._followed)
+            opened.enter_context(holding_engine(engine))
             if self._starts_processor:
                 self._child = opened.enter_context(ProcessorProcess(self._config))
                 opened.enter_context(_watching(self._child, self._publisher))
@@ -215,6 +220,9 @@ class LiveStream:
             if error is not None:
                 self._publisher.stop()
                 self._core.mda.cancel()
+            if self._thread is threading.current_thread():
+                # Ctrl-C has left the plan's run, which says no end by itself any more.
+                end_abandoned(self._core.mda)
             while not self._idle.wait(_LOOK_S):
                 continue
         if error is None and self._failure is not None:
@@ -226,9 +234,21 @@ class LiveStream:
 
     def _begin(self, sequence: useq.MDASequence, summary: Mapping[str, Any]) -> None:
         self._idle.clear()
+        self._thread = threading.current_thread()
         self._following = FollowedAcquisition(
             self._config, self._core, sequence, self._publisher
         )
+        engine = self._core.mda.engine
+        if isinstance(engine, FocusActions):
+            self._following.focus_notes = engine.focus_notes
+        elif focus_plans(sequence):
+            msg = (
+                "the plan asks 'rtfocus' for focus, which the engine of this core "
+                f"({type(engine).__name__}) does not answer; set pymmcore-plus' "
+                "MDAEngine before rtfocus.stream, or leave autofocus_plan out"
+            )
+            self._following.give_up(ConfigError(msg))
+            return
         self._following.begin(summary)
 
     def _take(
@@ -238,7 +258,7 @@ class LiveStream:
             self._following.take(pixels, event, meta)
 
     def _finish(self, _sequence: useq.MDASequence) -> None:
-        following, self._following = self._following, None
+        following, self._following, self._thread = self._following, None, None
         try:
             if following is not None:
                 self.reports.append(following.finish())

@@ -22,11 +22,13 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import FrameMetaV1, SummaryMetaV1
 from pymmcore_plus.metadata.schema import PropertyValue
 
+from rtfocus.autofocus.devices import choices_of, interrupt_at_end
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import (
     Site,
     autofocus_plan,
+    begin_anew,
     channel_offset_um,
     focus_light,
     focus_plans,
@@ -35,22 +37,13 @@ from rtfocus.autofocus.plans import (
     key_of,
     reference_um,
     surface_at,
+    unfocused,
 )
 from rtfocus.autofocus.run import Verdict
 from rtfocus.errors import ConfigError, RtfocusError
 
 logger = logging.getLogger(__name__)
 
-_CHOICES = (
-    "use_hardware_sequencing",
-    "force_set_xy_position",
-    "restore_initial_state",
-    "timeout_base",
-    "timeout_multiplier",
-    "timeout_first_frame",
-    "timeout_action",
-)
-"""What the stock engine lets a script choose."""
 _TRY_AGAIN = 10
 """Visits before a place where focus was not found is searched again."""
 
@@ -77,9 +70,9 @@ class FocusActions(MDAEngine):
         core = self.mmcore
         self._found_at_um = core.getZPosition() if core.getFocusDevice() else None
         self._light = focus_light(sequence, self.focuser.config.focus_channel)
-        plans = focus_plans(sequence)
-        self._is_asked = bool(plans)
-        if self.holder is not None and any(p.autofocus_motor_offset for p in plans):
+        self._plans = focus_plans(sequence)
+        has_offset = any(plan.autofocus_motor_offset for plan in self._plans)
+        if self.holder is not None and has_offset:
             msg = (
                 "autofocus_plan.autofocus_motor_offset and autofocus.mode 'hold' "
                 "contradict each other: what is held is in focus; use "
@@ -100,7 +93,13 @@ class FocusActions(MDAEngine):
             self._go_to_focus_image(self._focus_image(event))
             return
         found_by = self._searched(event)
-        if found_by in self._unfocused and self.focuser.config.on_failure == "skip":
+        skips = self.focuser.config.on_failure == "skip"
+        if found_by is not None and skips and found_by in self._unfocused:
+            reason = self._verdicts.get(found_by, {}).get("reason", "canceled")
+            core_logger.warning(
+                "Failed to set focus, images are skipped (autofocus.on_failure): %s",
+                unfocused(found_by, reason),
+            )
             raise SkipEvent(num_frames=images_of(event))
         if event.z_pos is None and (self.holder is not None or found_by is not None):
             # What is corrected needs a z to begin with: where the stage was found.
@@ -121,7 +120,7 @@ class FocusActions(MDAEngine):
         try:
             verdict = self._focus(key, self._most_searches(event), event)
         except KeyboardInterrupt:
-            self._end_interrupted()
+            interrupt_at_end(self.mmcore.mda)
             return
         if verdict is None or not verdict.focused:
             self._unfocused.add(key)
@@ -129,20 +128,6 @@ class FocusActions(MDAEngine):
             self._unfocused.discard(key)
         if verdict is not None:
             self._take_over(verdict, event, key)
-
-    def _end_interrupted(self) -> None:
-        """Let the plan end in order, everything set back, before Ctrl-C is heard.
-
-        pymmcore-plus' runner would be left as if the plan ran on.
-        """
-        runner = self.mmcore.mda
-
-        def interrupt(*_: object) -> None:
-            runner.events.sequenceFinished.disconnect(interrupt)
-            raise KeyboardInterrupt
-
-        runner.events.sequenceFinished.connect(interrupt)
-        runner.cancel()
 
     def correction_um(self, event: useq.MDAEvent) -> float:
         """Return what is added to the planned z of an event."""
@@ -204,14 +189,19 @@ class FocusActions(MDAEngine):
             event, prop_values, runner_time_ms, include_position, camera_device
         )
         note: dict[str, Any] = {"correction_um": self.correction_um(event)}
-        if (verdict := self._verdicts.get(self._searched(event))) is not None:
-            note["autofocus"] = verdict
-        if lines := self.focuser.journal.drain():
+        found_by = self._searched(event)
+        if found_by is not None and found_by in self._verdicts:
+            note["autofocus"] = self._verdicts[found_by]
+        if lines := self.focus_notes():
             note["focus_log"] = lines
         extra: dict[str, Any] = {**meta.get("extra", {})}
         extra["rtfocus"] = {**extra.get("rtfocus", {}), **note}
         meta["extra"] = extra
         return meta
+
+    def focus_notes(self) -> list[dict[str, Any]]:
+        """Return the lines of the journal that nobody has had yet."""
+        return self.focuser.journal.drain()
 
     def _focus_image(self, event: useq.MDAEvent) -> useq.MDAEvent:
         """Return the event of the images that tell focus: their light and planned z."""
@@ -301,6 +291,8 @@ class FocusActions(MDAEngine):
                 return verdict
             if verdict.focused or self._is_canceled():
                 break
+        if verdict is not None and not verdict.focused:
+            core_logger.warning("%s", unfocused(key, verdict.reason))
         return verdict
 
     def _note_failure(
@@ -308,7 +300,7 @@ class FocusActions(MDAEngine):
     ) -> None:
         """Tell of a search that broke off; its place is where the stage was left."""
         key, core = key_of(event), self.mmcore
-        logger.warning("autofocus failed: %s", error)
+        core_logger.warning("%s", unfocused(place, str(error)))
         self.focuser.journal.write("failure", p=place[0], g=place[1], reason=str(error))
         self.focuser.tell(f"autofocus failed: {error}")
         self._verdicts[key] = {"focused": False, "reason": str(error)}
@@ -367,11 +359,13 @@ class FocusActions(MDAEngine):
         self, events: Iterable[useq.MDAEvent]
     ) -> Iterator[Iterable[useq.MDAEvent]]:
         """Part events where the stage may be corrected: none is sequenced across."""
+        for plan in self._plans:
+            begin_anew(plan)
         offsets = self.focuser.config.channel_offsets_um
 
         def stack_of(event: useq.MDAEvent) -> Hashable:
             name = "" if event.channel is None else event.channel.config
-            place = key_of(event) if self.holder is not None or self._is_asked else ()
+            place = key_of(event) if self.holder is not None or self._plans else ()
             time_point = event.index.get("t") if self.holder is not None else None
             return time_point, place, offsets.get(name, 0.0)
 
@@ -431,14 +425,7 @@ class FocusEngine(FocusActions):
         focuser: Focuser,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        before = core.mda.engine
-        # A script may have chosen how the stock engine works.
-        kept = (
-            {}
-            if type(before) is not MDAEngine
-            else {name: getattr(before, name) for name in _CHOICES}
-        )
-        super().__init__(core, **kept)
+        super().__init__(core, **choices_of(core.mda.engine))
         self.focuser = focuser
         self._on_close = on_close
 

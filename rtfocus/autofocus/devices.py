@@ -1,8 +1,23 @@
 """Devices: a core's focus stage, light and live mode, as a search uses them."""
 
+from typing import Any
+
+import useq
 from pymmcore_plus import CMMCorePlus
+from pymmcore_plus.mda import FinishReason, MDAEngine, MDARunner
 
 from rtfocus.errors import ConfigError, MicroscopeError
+
+_CHOICES = (
+    "use_hardware_sequencing",
+    "force_set_xy_position",
+    "restore_initial_state",
+    "timeout_base",
+    "timeout_multiplier",
+    "timeout_first_frame",
+    "timeout_action",
+)
+"""What the stock engine lets a script choose."""
 
 
 class CoreStage:
@@ -108,3 +123,32 @@ class stopped_live:  # noqa: N801 reads as a statement
         """Go on as before."""
         if self._was_live:
             self._core.startContinuousSequenceAcquisition()
+
+
+def interrupt_at_end(runner: MDARunner) -> None:
+    """Let a plan end in order, everything set back, before Ctrl-C is heard.
+
+    Left at once, pymmcore-plus' runner would be as if the plan ran on.
+    """
+
+    def interrupt(*_: object) -> None:
+        runner.events.sequenceFinished.disconnect(interrupt)
+        raise KeyboardInterrupt
+
+    runner.events.sequenceFinished.connect(interrupt)
+    runner.cancel()
+
+
+def end_abandoned(runner: MDARunner) -> None:
+    """End a plan whose run Ctrl-C has left: set everything back and say so."""
+    # pymmcore-plus does this after every exception but this one, and would call
+    # the plan running for ever.
+    runner._finish_reason = FinishReason.CANCELED  # noqa: SLF001
+    runner._finish_run(runner._sequence or useq.MDASequence())  # noqa: SLF001
+
+
+def choices_of(engine: object) -> dict[str, Any]:
+    """Return how a script wants the stock engine to work; of another one nothing."""
+    if type(engine) is not MDAEngine:
+        return {}
+    return {name: getattr(engine, name) for name in _CHOICES}

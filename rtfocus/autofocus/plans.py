@@ -24,6 +24,15 @@ def focus_plans(sequence: useq.MDASequence) -> list[useq.AxesBasedAF]:
     return [plan for plan in plans if plan and plan.autofocus_device_name == DEVICE]
 
 
+def begin_anew(plan: useq.AxesBasedAF) -> None:
+    """Let a plan ask for focus at its first event, whoever has gone through it before.
+
+    useq compares every event with the one before, that of an earlier round too: a
+    plan of one position asked for focus in the first round only.
+    """
+    plan._previous = {}  # noqa: SLF001 useq has no other way
+
+
 def levels(sequence: useq.MDASequence) -> Iterator[useq.MDASequence]:
     """Yield a plan and the sub-sequences of its positions."""
     yield sequence
@@ -125,6 +134,13 @@ def images_of(event: useq.MDAEvent) -> int:
     return sum(
         e.action is None or isinstance(e.action, useq.AcquireImage) for e in parts
     )
+
+
+def unfocused(key: Key, reason: str) -> str:
+    """Say in words that a place is not in focus."""
+    place = "" if key[0] is None else f" at position {key[0]}"
+    place += "" if key[1] is None else f" tile {key[1]}"
+    return f"autofocus{place}: not focused, {reason}"
 
 
 class Site(NamedTuple):

@@ -46,6 +46,7 @@ class FrameSink(Protocol):
         camera_lost: int = 0,
         not_acquired: int = 0,
         warnings: tuple[str, ...] = (),
+        focus_log: tuple[dict[str, Any], ...] = (),
     ) -> None:
         """End the series, once everything published is safe; see `SeriesEnd`."""
         ...
@@ -85,6 +86,8 @@ class AcquisitionReport:
     """Fewest images that still had room in it."""
     warnings: tuple[str, ...] = ()
     """What Micro-Manager complained of without stopping."""
+    focus_log: tuple[dict[str, Any], ...] = ()
+    """What autofocus did after the last frame was sent."""
 
     @property
     def outcome(self) -> Outcome:
@@ -152,6 +155,7 @@ def end_series(
             camera_lost=report.camera_lost,
             not_acquired=report.not_acquired,
             warnings=report.warnings,
+            focus_log=report.focus_log,
         )
     except Exception as error:
         if failure is None:

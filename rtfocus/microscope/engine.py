@@ -108,6 +108,10 @@ class RecordingEngine(MDAEngine):
         """Return where the stage is sent for an event: here as planned."""
         return event.z_pos
 
+    def focus_notes(self) -> list[dict[str, Any]]:
+        """Return what autofocus did since it was asked last: here nothing."""
+        return []
+
     def _update_grid_fov_sizes(
         self, px_size: float, sequence: useq.MDASequence
     ) -> None:

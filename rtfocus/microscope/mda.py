@@ -79,6 +79,8 @@ class PlannedAcquisition:
         self._engine.send_focus_image = self._send_focus_image
         self._engine.place_of = self._place_of
         self._engine.failed_settings = lambda: self._complaints.failed_settings
+        self.focus_notes: Callable[[], list[dict[str, Any]]] = self._engine.focus_notes
+        """Returns what autofocus did since it was asked last."""
         self._last_planned_s: float | None = None
         self._clock_offset_s = 0.0
         self._delivery: Delivery | None = None
@@ -229,6 +231,9 @@ class PlannedAcquisition:
             exposure_ms=self._core.getExposure(),
             z_um=z_um,
             role=Role.FOCUS,
+            frame_meta=frame_json(
+                {"extra": {"rtfocus": {"focus_log": self.focus_notes()}}}
+            ),
         )
         sequence = self._delivery.sent
         self._delivery.deliver(pixels, exposure)
@@ -281,6 +286,7 @@ class PlannedAcquisition:
             most_waiting=seen.most_waiting,
             least_free=seen.least_free,
             warnings=self._complaints.texts,
+            focus_log=tuple(self.focus_notes()),
         )
         end_series(self._sink, report, failure)
         if failure is not None:
@@ -369,7 +375,7 @@ class FollowedAcquisition(PlannedAcquisition):
             set_ups.begin(self._sequence)
             self._begin(self._sequence, summary)
         except Exception as error:  # raised by finish()
-            self._give_up(error)
+            self.give_up(error)
 
     def place_of(self, event: useq.MDAEvent) -> tuple[int, float]:
         """Return the index p of an event that comes, and its slice in um."""
@@ -390,7 +396,7 @@ class FollowedAcquisition(PlannedAcquisition):
         waiting = self._ordinals.get(_place(event))
         if not waiting:
             msg = f"a frame came of an event that the plan does not have: {event.index}"
-            self._give_up(MicroscopeError(msg))
+            self.give_up(MicroscopeError(msg))
             return
         numbered = {**event.metadata, EVENT_INDEX: waiting.popleft()}
         runner = self._core.mda
@@ -413,7 +419,8 @@ class FollowedAcquisition(PlannedAcquisition):
         """
         return self._finish(self._reason(self._core.mda), self._seconds)
 
-    def _give_up(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> None:
+        """Cancel the plan; `finish` raises what went wrong first."""
         self._fail(error)
         self._core.mda.cancel()
 

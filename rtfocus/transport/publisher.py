@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -201,6 +201,7 @@ class FramePublisher:
         camera_lost: int = 0,
         not_acquired: int = 0,
         warnings: tuple[str, ...] = (),
+        focus_log: tuple[dict[str, Any], ...] = (),
     ) -> None:
         """Say that no frame follows; wait until all of them are durable.
 
@@ -218,6 +219,7 @@ class FramePublisher:
             camera_lost=camera_lost,
             not_acquired=not_acquired,
             warnings=warnings,
+            focus_log=focus_log,
         )
         self._thread.wake()
         durable, since_s = outbox.durable_upto, time.monotonic()

@@ -9,6 +9,7 @@ import hmac
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, SeriesEnd, SeriesStart, Slot
@@ -141,6 +142,7 @@ class Outbox:
         camera_lost: int = 0,
         not_acquired: int = 0,
         warnings: tuple[str, ...] = (),
+        focus_log: tuple[dict[str, Any], ...] = (),
     ) -> None:
         """Say that no frame follows; see `SeriesEnd`."""
         with self.changed:
@@ -152,6 +154,7 @@ class Outbox:
                 camera_lost=camera_lost,
                 not_acquired=not_acquired,
                 warnings=warnings,
+                focus_log=focus_log,
             )
             self.ending = reason
 

@@ -181,6 +181,26 @@ def test_a_processor_that_does_not_answer_is_a_clear_failure() -> None:
         EstimateInbox().wait(7, timeout_s=0.01)
 
 
+def test_a_run_whose_only_position_is_skipped_says_why_and_keeps_the_log(
+    tmp_path: Path,
+) -> None:
+    config = settings(
+        run={"folder": str(tmp_path), "name": "skipped"},
+        acquisition={"mda": PLAN},
+        autofocus={"on_failure": "skip", "most_images": 2, "max_retries": 1},
+        store={"restored": False},
+    )
+    folder = app.run(config, stop=threading.Event(), abandon=threading.Event())
+    assert folder is not None
+    report = read_report(folder)
+    assert report["accounting"]["not_acquired"] == 1
+    assert report["accounting"]["focus"] == 2
+    assert "not focused, not found in 2 images" in report["reason"]
+    lines = (folder / "focus.ndjson").read_text("utf-8").splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds == ["look", "look", "verdict"]
+
+
 def test_the_loop_holds_focus_against_a_drift(tmp_path: Path) -> None:
     config = load_config(
         resource_folder("configs") / "demo.yaml",

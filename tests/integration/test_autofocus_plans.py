@@ -187,6 +187,18 @@ def test_a_motor_offset_lies_beside_focus_and_is_not_searched_again(
     assert bench.snapped[images][0] == pytest.approx(FOCUS_UM, abs=NEAR_UM)
 
 
+def test_a_plan_that_was_gone_through_before_asks_for_focus_all_the_same(
+    bench: Bench,
+) -> None:
+    plan = useq.MDASequence(stage_positions=[HERE], channels=[DAPI], autofocus_plan=AF)
+    bench.frames.clear()
+    list(plan)
+    bench.core.mda.run(plan)
+    bench.core.mda.run(plan)
+    heights = [meta["position"]["z"] for _, meta in bench.frames]
+    assert heights == pytest.approx(2 * [FOCUS_UM], abs=NEAR_UM)
+
+
 def test_places_of_the_plan_before_are_forgotten(bench: Bench) -> None:
     bench.run({"autofocus_plan": AF})
     far = {"stage_positions": [HERE | {"z": 30.0}], "autofocus_plan": AF}

@@ -6,8 +6,10 @@ import useq
 from microscope_kit import RecordingSink
 from mm_test_adapters import device_adapter_path
 from pymmcore_plus import CMMCorePlus
+from pymmcore_plus.mda import MDAEngine
 
 import rtfocus
+from rtfocus.autofocus.actions import FocusActions
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, RtfocusError
 from rtfocus.microscope.mda import FollowedAcquisition
@@ -156,3 +158,39 @@ def test_a_processor_that_cannot_start_says_why(core, tmp_path):
         core.mda.run(sequence)
     assert live.reports == []
     assert live.runs == []
+
+
+def waiting(core):
+    """A stream that waits for a processor, which nobody starts."""
+    transport = {
+        "frames": "tcp://127.0.0.1:*",
+        "control": "tcp://127.0.0.1:*",
+        "preview": {"endpoint": None},
+    }
+    config = parse_config({"transport": transport})
+    return rtfocus.stream(core, config, processor="configured")
+
+
+def test_a_stream_answers_for_the_stock_engine_and_gives_it_back(core):
+    stock = MDAEngine(core, use_hardware_sequencing=False, timeout_base=7.0)
+    core.mda.set_engine(stock)
+    with waiting(core):
+        assert isinstance(core.mda.engine, FocusActions)
+        assert not core.mda.engine.use_hardware_sequencing
+        assert core.mda.engine.timeout_base == 7.0
+    assert core.mda.engine is stock
+
+
+def test_an_engine_that_does_not_answer_for_focus_is_named_before_the_first_image(core):
+    class Theirs(MDAEngine):
+        pass
+
+    core.mda.set_engine(Theirs(core))
+    plan = useq.MDASequence(
+        stage_positions=[(0, 0, 0)],
+        autofocus_plan={"axes": ["p"], "autofocus_device_name": "rtfocus"},
+    )
+    with pytest.raises(ConfigError, match=r"engine of this core \(Theirs\)"):
+        with waiting(core):
+            core.mda.run(plan)
+    core.mda.set_engine(MDAEngine(core))
