@@ -6,8 +6,8 @@ before. *Overhead* is the time of a unit beyond reading, restoring and writing, 
 and tasks included, as a share; measured in one process, and with one worker.
 
 - ``--memory``: resident memory of a process over so many small units.
-- ``--kill``: so many batches, each killed (worker or command) at random and called
-  again until it is done, compared byte for byte with an undisturbed one.
+- ``--kill``: so many kills (worker, scheduler or command) at random in batches that
+  are called again until they are done, compared byte for byte with undisturbed ones.
 
 Run: python -m bench.batch [--fields 24] [--side 2048] [--memory 1000] [--kill 50]
 """
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ import tifffile
 from distributed import Client, LocalCluster
 
 from bench import machine
+from rtfocus import files
 from rtfocus.batch.ends import Batch
-from rtfocus.batch.plan import Failure, Job, Plan, Unit
+from rtfocus.batch.plan import ENDING, Failure, Job, Plan, Unit
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import run_here
 from rtfocus.config import Config
@@ -45,6 +47,8 @@ from rtfocus.processing.image_set import ImageSet, restoring_with
 OPTICS = "NA=0.75,wavelength=520,pixel=0.325"
 WORKERS = (1, 2, 4)
 FIELDS_OF_A_KILLED_BATCH = 30
+MOST_CALLS = 30
+KILLED_FORMS = ("killed.ome.zarr", "killed", "killed.json")
 
 
 def make_fields(folder: Path, number: int, side: int) -> Path:
@@ -214,63 +218,138 @@ def memory(folder: Path, units: int) -> dict[str, Any]:
     return {"units": units, "mb_after_10_50_100_percent": [sizes[n] for n in marks]}
 
 
+class KilledCluster:
+    """A scheduler and two workers, processes of which any may be killed.
+
+    Parameters
+    ----------
+    folder
+        Free for its files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.address = ""
+        self.scheduler: subprocess.Popen[bytes] | None = None
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def revive(self) -> None:
+        """Start what is not there; workers do not outlive their scheduler."""
+        if self.scheduler is None or self.scheduler.poll() is not None:
+            self.close()
+            said = self._folder / "scheduler.json"
+            said.unlink(missing_ok=True)
+            self.scheduler = _dask("scheduler", "--port", "0", "--scheduler-file", said)
+            while not said.exists():
+                time.sleep(0.05)
+            self.address = json.loads(said.read_text())["address"]
+        self.workers = [one for one in self.workers if one.poll() is None]
+        while len(self.workers) < 2:
+            alone = ("--no-nanny", "--nthreads", "1")
+            self.workers.append(_dask("worker", self.address, *alone))
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in (*self.workers, *filter(None, [self.scheduler])):
+            process.kill()
+            process.wait()
+        self.workers = []
+
+
+def _dask(kind: str, *arguments: str | Path) -> "subprocess.Popen[bytes]":
+    line = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--no-dashboard"]
+    line += map(str, arguments)
+    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def kills(folder: Path, number: int) -> dict[str, Any]:
-    """Kill batches at random, call them again, compare."""
+    """Kill batches at random, call them again, compare; forms of output in turns."""
     source = make_fields(folder / "fields", FIELDS_OF_A_KILLED_BATCH, 256)
     rng = random.Random(1)
-    wanted: dict[str, bytes] = {}
-    killed = {"worker": 0, "command": 0}
-    for turn in range(number + 1):
-        output = folder / "killed.ome.zarr"
-        shutil.rmtree(output, ignore_errors=True)
-        while (victim := _run_and_kill(source, output, rng, turn)) is not None:
-            killed[victim] += 1
-        found = {
-            str(path.relative_to(output)): path.read_bytes()
-            for path in output.rglob("*")
-            if path.is_file()
-        }
-        wanted = wanted or found
-        names = {
-            name for name in {*found, *wanted} if found.get(name) != wanted.get(name)
-        }
-        if names:
-            sys.exit(f"turn {turn} differs from an undisturbed batch: {sorted(names)}")
-    return {"batches": number, "kills": killed, "identical": True}
+    wanted: dict[str, dict[str, bytes]] = {}
+    killed: Counter[str] = Counter()
+    batches = 0
+    cluster = KilledCluster(folder)
+    try:
+        while killed.total() < number or len(wanted) < len(KILLED_FORMS):
+            name = KILLED_FORMS[batches % len(KILLED_FORMS)]
+            output = folder / name
+            files.remove(output)
+            undisturbed = name not in wanted
+            for _ in range(MOST_CALLS):
+                victim = _run_and_kill(cluster, source, output, rng, undisturbed)
+                killed.update(filter(None, [victim]))
+                if not output.with_name(output.name + ENDING).exists():
+                    break
+            else:
+                sys.exit(f"{name} is not done after {MOST_CALLS} calls")
+            batches += 1
+            found = _content(output)
+            wanted.setdefault(name, found)
+            differ = {
+                one
+                for one in {*found, *wanted[name]}
+                if found.get(one) != wanted[name].get(one)
+            }
+            if differ:
+                sys.exit(f"batch {batches}, {name}, differs: {sorted(differ)}")
+            print(
+                f"{time.strftime('%H:%M:%S')} {batches} batches, {dict(killed)}",
+                flush=True,
+            )
+    finally:
+        cluster.close()
+    return {"batches": batches, "kills": dict(killed), "identical": True}
+
+
+def _content(output: Path) -> dict[str, bytes]:
+    paths = [output] if output.is_file() else output.rglob("*")
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in paths
+        if path.is_file()
+    }
 
 
 def _run_and_kill(
-    source: Path, output: Path, rng: random.Random, turn: int
+    cluster: KilledCluster, source: Path, output: Path, rng: random.Random, spare: bool
 ) -> str | None:
-    """Run the command and kill something of it, in all but turn 0; None: it is done."""
-    command = [
-        *(sys.executable, "-m", "rtfocus", "restore", str(source), "-o", str(output)),
-        *("--optics", OPTICS, "--engine", "wiener", "--scheduler", "local:2"),
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    """Run the command and kill something, unless it is spared; None: nothing was."""
+    cluster.revive()
+    what = (
+        ["classify", str(source), "--json", str(output)]
+        if output.suffix == ".json"
+        else ["restore", str(source), "-o", str(output), "--engine", "wiener"]
     )
-    done = output.with_name(output.name + ".rtfocus-batch") / "done"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "rtfocus", *what, "--optics", OPTICS),
+            *("--scheduler", cluster.address),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    done = output.with_name(output.name + ENDING) / "done"
     before = len(os.listdir(done)) if done.is_dir() else 0
-    at = before + rng.randint(1, 12)
+    at = min(before + rng.randint(1, 12), FIELDS_OF_A_KILLED_BATCH)
+    late_s = rng.uniform(0, 0.1)
     victim = None
     while process.poll() is None:
         time.sleep(0.01)
         reached = done.is_dir() and len(os.listdir(done)) >= at
-        if turn and reached and victim is None:
-            victim = rng.choice(("worker", "command"))
-            target = psutil.Process(process.pid)
-            if victim == "worker":
-                workers = [
-                    child
-                    for child in target.children(recursive=True)
-                    if "spawn_main" in " ".join(child.cmdline())
-                ]
-                target = rng.choice(workers)
+        if reached and victim is None and not spare:
+            victim = rng.choice(("worker", "scheduler", "command"))
+            scheduler = cluster.scheduler
+            assert scheduler is not None
+            target = {
+                "worker": rng.choice(cluster.workers),
+                "scheduler": scheduler,
+                "command": process,
+            }[victim]
+            time.sleep(late_s)
             target.kill()
-    if victim == "command" or process.returncode != 0:
-        return "command"
-    return None
+            target.wait()
+    return victim
 
 
 def main() -> None:
@@ -296,8 +375,7 @@ def main() -> None:
             figures = bench(folder, given.fields, given.side, given.rounds, workers)
             figures["memory"] = memory(folder, given.memory)
     print(json.dumps(figures, indent=1))
-    if not given.kill:
-        machine.write("batch", figures, given.out)
+    machine.write("batch_kills" if given.kill else "batch", figures, given.out)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ Form = Literal["folder", "file", "zarr", "rows"]
 Fault = Literal["input", "changed", "output", "engine", "other"]
 """What a unit failed of; an input that changed under way is read by the next call."""
 
-_ENDING = ".rtfocus-batch"
+ENDING = ".rtfocus-batch"
+"""Of the folder beside an output."""
 _KINDS = ("working", "done", "failed", "rows")
 _T = TypeVar("_T")
 
@@ -178,7 +179,7 @@ class Ledger:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + _ENDING)
+        self.folder = output.with_name(output.name + ENDING)
         self.store = self.folder / "store.ome.zarr"
         """OME-Zarr that is being filled."""
 
