@@ -39,6 +39,7 @@ from rtfocus.batch.plan import ENDING, Failure, Job, Plan, Unit
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import run_here
 from rtfocus.config import Config
+from rtfocus.images.optics import stated_optics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.images.reading import find_images
 from rtfocus.images.writing import ImageOutput, OutputImage
@@ -70,7 +71,8 @@ def job_of(source: Path, output: Path) -> Job:
         given=str(source),
         output=str(output),
         settings=settings.model_dump(mode="json"),
-        optics=OPTICS,
+        optics=stated_optics(OPTICS),
+        optics_origin=OPTICS,
     )
 
 

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from rtfocus import files
+from rtfocus import __version__, files
 from rtfocus.batch.plan import (
     Failure,
     Form,
@@ -16,14 +18,17 @@ from rtfocus.batch.plan import (
     Ledger,
     Plan,
     Unit,
-    new_plan,
-    units_of,
+    content_of,
+    digest,
+    digest_of_making,
+    facts_of,
 )
 from rtfocus.batch.work import image_set_of, outline_of
 from rtfocus.errors import ConfigError, InputError, OutputError
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.provenance import json_mark
 from rtfocus.images.reading import FoundImages, find_images
+from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
 from rtfocus.processing.image_set import ImageSet
@@ -83,7 +88,7 @@ class Batch:
         guard = self._guard if begun is None else self._guard.fresh(overwrite=True)
         form, targets = self._targets(guard)
         images = [
-            (series, target, self._made(number))
+            (series, target, self.images.made(number))
             for number, (series, target) in enumerate(
                 zip(self.found.series, targets, strict=True)
             )
@@ -109,7 +114,7 @@ class Batch:
         """Return the units whose images are not those any more that were planned."""
         now = {
             (unit.path, unit.number): unit
-            for unit in units_of((series, "") for series in self.found.series)
+            for unit in units_of((series, "", {}) for series in self.found.series)
         }
         return [
             unit
@@ -148,11 +153,6 @@ class Batch:
             if self._overwrite:
                 return None
             raise
-
-    def _made(self, number: int) -> dict[str, str]:
-        if self.job.command == "classify":
-            return {"command": "classify"}
-        return {"command": "restore", **self.images.made(number)}
 
     def _targets(self, guard: OutputGuard) -> tuple[Form, list[str]]:
         """Return the form of the output, and of every image its place in it."""
@@ -255,6 +255,72 @@ class Batch:
     def _as_given(self, row: dict[str, Any]) -> dict[str, Any]:
         below = Path(row["path"]).relative_to(self.job.source)
         return {**row, "path": str(Path(self.job.given) / below)}
+
+
+def new_plan(
+    form: Form,
+    job: Job,
+    images: list[tuple[ImageSeries, str, dict[str, str]]],
+    broken: tuple[tuple[str, str], ...],
+) -> Plan:
+    """Make a plan.
+
+    Parameters
+    ----------
+    form, job
+        Of the output; what is asked for.
+    images
+        All of them, with their targets, and how each is made: engines with the hashes
+        of their weights, optics.
+    broken
+        Others that cannot be opened, and why.
+    """
+    units = units_of(images)
+    asked = msgspec.to_builtins(msgspec.structs.replace(job, given=""))
+    shared = [__version__, form, asked]
+    # Files may come and go, each for itself; the images of one Zarr are set.
+    made = (
+        [how for *_, how in images]
+        if form == "zarr"
+        else sorted({repr(sorted(how.items())) for *_, how in images})
+    )
+    own = [unit.image + unit.facts for unit in units] if form == "zarr" else []
+    return Plan(
+        key=digest(repr([shared, made, own])),
+        made_by=__version__,
+        form=form,
+        job=job,
+        units=units,
+        broken=broken,
+    )
+
+
+def units_of(
+    images: Iterable[tuple[ImageSeries, str, Mapping[str, str]]],
+) -> tuple[Unit, ...]:
+    """Return the units of some images, each given with its target and how."""
+    met: Counter[Path] = Counter()
+    known: dict[Path, str] = {}
+    units = []
+    for series, target, made in images:
+        number = met[series.path]
+        met[series.path] += 1
+        image = digest(f"{series.path}\n{number}\n{target}")
+        content, facts = content_of(series, known), facts_of(series)
+        units.append(
+            Unit(
+                key=digest(image + content + facts),
+                image=image,
+                content=content,
+                path=str(series.path),
+                number=number,
+                facts=facts,
+                made=digest_of_making(made),
+                target=target,
+                planes=len(series),
+            )
+        )
+    return tuple(units)
 
 
 def _link(source: str, target: str) -> None:

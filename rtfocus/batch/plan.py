@@ -13,8 +13,7 @@ Beside the output ``OUT`` lies, until the batch is done, the folder
 import os
 import platform
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from hashlib import sha256
@@ -23,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from rtfocus import __version__, files
+from rtfocus import files
 from rtfocus.errors import ConfigError, OutputError
 from rtfocus.images.series import ImageSeries
 
@@ -51,8 +50,10 @@ class Job(msgspec.Struct, frozen=True):
     """Absolute; of ``classify`` the JSON file."""
     settings: dict[str, Any]
     """The config, merged and checked."""
-    optics: str | None = None
-    """As the user states them."""
+    optics: dict[str, Any] | None = None
+    """What the user states of them, fields of `OpticalSystem`, not checked."""
+    optics_origin: str = ""
+    """Where they come from, as the user gave it."""
     free_choice: bool = False
     """Nobody named an engine."""
     stretch: bool = False
@@ -74,6 +75,8 @@ class Unit(msgspec.Struct, frozen=True):
     """Among the images of `path`."""
     facts: str
     """Digest of all that is known of it: another image is never taken for it."""
+    made: str
+    """Digest of how: engines with their weights, optics. Who has others is refused."""
     target: str
     """Below the output: a file, or the group of a Zarr."""
     planes: int
@@ -112,6 +115,11 @@ def facts_of(series: ImageSeries) -> str:
         if one.name != "read_plane"
     ]
     return digest(repr(known))
+
+
+def digest_of_making(made: Mapping[str, str]) -> str:
+    """Return a digest of engines with their weights, and optics."""
+    return digest(repr(sorted(made.items())))
 
 
 def content_of(series: ImageSeries, known: dict[Path, str] | None = None) -> str:
@@ -387,65 +395,3 @@ def _read(path: Path, kind: type[_T], remedy: str = "run the batch again") -> _T
 def arrays_of(group: Path) -> list[Path]:
     """Return the arrays of an image in an OME-Zarr."""
     return [path for path in group.iterdir() if (path / "zarr.json").is_file()]
-
-
-def new_plan(
-    form: Form,
-    job: Job,
-    images: list[tuple[ImageSeries, str, dict[str, str]]],
-    broken: tuple[tuple[str, str], ...],
-) -> Plan:
-    """Make a plan.
-
-    Parameters
-    ----------
-    form, job
-        Of the output; what is asked for.
-    images
-        All of them, with their targets, and how each is made: engines with the hashes
-        of their weights, optics.
-    broken
-        Others that cannot be opened, and why.
-    """
-    units = units_of((series, target) for series, target, _ in images)
-    shared = [__version__, form, msgspec.to_builtins(job)]
-    # Files may come and go, each for itself; the images of one Zarr are set.
-    made = (
-        [how for *_, how in images]
-        if form == "zarr"
-        else sorted({repr(sorted(how.items())) for *_, how in images})
-    )
-    own = [unit.image + unit.facts for unit in units] if form == "zarr" else []
-    return Plan(
-        key=digest(repr([shared, made, own])),
-        made_by=__version__,
-        form=form,
-        job=job,
-        units=units,
-        broken=broken,
-    )
-
-
-def units_of(images: Iterable[tuple[ImageSeries, str]]) -> tuple[Unit, ...]:
-    """Return the units of some images, each given with its target."""
-    met: Counter[Path] = Counter()
-    known: dict[Path, str] = {}
-    units = []
-    for series, target in images:
-        number = met[series.path]
-        met[series.path] += 1
-        image = digest(f"{series.path}\n{number}\n{target}")
-        content, facts = content_of(series, known), facts_of(series)
-        units.append(
-            Unit(
-                key=digest(image + content + facts),
-                image=image,
-                content=content,
-                path=str(series.path),
-                number=number,
-                facts=facts,
-                target=target,
-                planes=len(series),
-            )
-        )
-    return tuple(units)

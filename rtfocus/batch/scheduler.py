@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import time
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from rtfocus.batch.plan import Failure, Plan, Unit
 from rtfocus.batch.work import run_unit
 from rtfocus.errors import ConfigError, IncompleteError
+from rtfocus.images.series import one_line
 from rtfocus.machine import usable_threads
 
 _CONNECT_S = 20.0
@@ -361,6 +363,14 @@ def _cancelled() -> type[BaseException]:
     return cancelled
 
 
+def _no_scheduler(scheduler: str, error: BaseException) -> str:
+    reason = one_line(error).rstrip(".")
+    msg = f"no scheduler of dask answers at '{scheduler}' ({reason}); "
+    if scheduler.startswith("tls"):
+        return msg + "are certificates in DASK_DISTRIBUTED__COMM__TLS__…?"
+    return msg + "is it running there?"
+
+
 @contextmanager
 def _client(scheduler: str, number: int | None) -> Iterator[Any]:
     """Connect, or start workers of one's own, while the block runs."""
@@ -387,7 +397,7 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
             )
         try:
             client = stack.enter_context(Client(address, timeout=_CONNECT_S))
-        except (OSError, TimeoutError, ValueError) as error:
-            msg = f"no scheduler answers at '{scheduler}' ({error}); is it running?"
-            raise ConfigError(msg) from error
+        # What is no scheduler, or has no certificate, makes dask stumble anywhere.
+        except (Exception, CancelledError) as error:
+            raise ConfigError(_no_scheduler(scheduler, error)) from error
         yield client

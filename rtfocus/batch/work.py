@@ -26,6 +26,7 @@ from rtfocus.batch.plan import (
     Unit,
     arrays_of,
     content_of,
+    digest_of_making,
     facts_of,
 )
 from rtfocus.config import parse_config
@@ -36,7 +37,7 @@ from rtfocus.errors import (
     RtfocusError,
 )
 from rtfocus.frame import FrameResult
-from rtfocus.images.optics import StatedOptics, stated_optics
+from rtfocus.images.optics import StatedOptics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import find_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
@@ -124,6 +125,10 @@ class _Opened:
         job, images = self._plan.job, self._images
         series = self._series(unit)
         images.turn_to((series,))
+        if digest_of_making(made := images.made(0)) != unit.made:
+            here = ", ".join(f"{what} {how}" for what, how in made.items())
+            msg = f"engines or optics are not those of the plan; here: {here}"
+            raise EngineError(msg)
         if job.command == "classify":
             rows = [
                 plane_row(images, 0, index, result)
@@ -263,7 +268,7 @@ def image_set_of(
     """Return images with what a job says of them; `threads` as in `run_unit`."""
     stated = None
     if job.optics is not None:
-        stated = StatedOptics(stated_optics(job.optics), job.optics)
+        stated = StatedOptics(job.optics, job.optics_origin)
     settings = parse_config(job.settings)
     processing = settings.processing
     if processing.threads is None and threads is not None:

@@ -1,5 +1,6 @@
 """Batch options: ``restore`` and ``classify`` by many processes, or as a job array."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,8 @@ from typing import Annotated
 
 import typer
 from filelock import FileLock, Timeout
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from rtfocus.batch.ends import Batch, Begun
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
@@ -87,7 +90,7 @@ class Many:
     @property
     def is_asked_for(self) -> bool:
         """Tell whether there are to be any."""
-        return bool(self.scheduler or self.init or self.unit or self.finish)
+        return self != Many()
 
 
 def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
@@ -98,18 +101,22 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
     RtfocusError
         Says what is not done, after all else was.
     """
+    if many.scheduler is None and (many.resources or many.wait_s != WORKERS_S):
+        msg = "--resources and --wait-workers are for workers; give --scheduler"
+        raise ConfigError(msg)
     steps = (many.scheduler, many.init, many.unit, many.finish)
     if sum(map(bool, steps)) != 1:
         msg = "give one of --scheduler, --init, --unit and --finish"
         raise ConfigError(msg)
+    resources = _resources(many.resources)
     ledger = Ledger(Path(job.output))
     if many.unit is not None:
-        _do_part(ledger, many.unit)
+        _do_part(ledger, many.unit, job)
         return
     with _alone(ledger):
         batch = Batch(job, overwrite=overwrite)
         if many.finish:
-            plan = _begun(ledger)
+            plan = _begun(ledger, job)
             _refuse_changed(batch.changed(plan))
             _finish(batch, plan)
             return
@@ -120,7 +127,6 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
         _say_begun(ledger, begun)
         if many.init:
             return
-        resources = _resources(many.resources)
         with counting("images", len(plan.units), done) as show:
             run_on(
                 many.scheduler or "local",
@@ -134,9 +140,9 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
         _finish(batch, plan)
 
 
-def _do_part(ledger: Ledger, text: str) -> None:
+def _do_part(ledger: Ledger, text: str, job: Job) -> None:
     """Do one part of a batch that was planned."""
-    plan = _begun(ledger)
+    plan = _begun(ledger, job)
     part = plan.part(*part_of(text))
     left = ledger.left(part)
     failed: list[Unit] = []
@@ -192,10 +198,18 @@ def _finish(batch: Batch, plan: Plan) -> None:
         raise (IncompleteError if done else InputError)(msg)
 
 
-def _begun(ledger: Ledger) -> Plan:
+def _begun(ledger: Ledger, job: Job) -> Plan:
     plan = ledger.plan()
     if plan is None:
         msg = f"no batch was begun for '{ledger.output}'; begin it with --init"
+        raise ConfigError(msg)
+    begun, asked = (to_builtins(replace(one, given="")) for one in (plan.job, job))
+    if other := [name for name in asked if begun[name] != asked[name]]:
+        msg = (
+            f"the batch of '{ledger.output}' was begun with other "
+            f"{', '.join(other).replace('_', ' ')}; --unit and --finish take the "
+            "options of --init"
+        )
         raise ConfigError(msg)
     return plan
 
@@ -242,11 +256,11 @@ def _resources(text: str | None) -> dict[str, float]:
     if text is None:
         return {}
     name, _, number = text.partition("=")
-    try:
-        return {name: float(number)}
-    except ValueError as error:
-        msg = f"--resources '{text}' is not NAME=N, such as GPU=1"
-        raise ConfigError(msg) from error
+    with suppress(ValueError):
+        if name and 0 < float(number) < math.inf:
+            return {name: float(number)}
+    msg = f"--resources '{text}' is not NAME=N, such as GPU=1"
+    raise ConfigError(msg)
 
 
 @contextmanager

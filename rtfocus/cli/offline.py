@@ -244,13 +244,19 @@ def _job(
     command: Command, path: Path, output: Path, settings: Config, optics: str | None
 ) -> Job:
     source = path / "raw.ome.zarr" if _is_run(path) else path
+    # Workers stand in other folders, and files may change until they begin.
+    processing = settings.processing
+    folders = [Path(os.path.abspath(one)) for one in processing.engine_folders]
+    processing = processing.model_copy(update={"engine_folders": folders})
+    settings = settings.model_copy(update={"processing": processing})
     return Job(
         command=command,
         source=os.path.abspath(source),
         given=str(source),
         output=os.path.abspath(output),
         settings=settings.model_dump(mode="json"),
-        optics=optics,
+        optics=None if optics is None else stated_optics(optics),
+        optics_origin=optics or "",
     )
 
 

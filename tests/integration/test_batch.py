@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +29,7 @@ from rtfocus.batch.plan import Failure, Ledger, Unit
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import close_opened, run_unit
 from rtfocus.errors import ConfigError, ExitCode, IncompleteError
+from rtfocus.files import resource_folder
 from rtfocus.images.series import ImageSeries
 
 distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
@@ -185,6 +189,9 @@ def test_a_job_array_needs_no_scheduler(plate: Path, tmp_path: Path) -> None:
     assert "2 of them done before" in succeeded(command(*asked, "--init"))
     other = ("restore", plate, "-o", many, *OPTICS, "--engine", "richardson_lucy")
     assert "other settings" in failed(command(*other, "--init"))
+    for step in (("--unit", "2/2"), ("--finish",)):
+        said = failed(command(*other, *step))
+        assert "was begun with other settings; --unit and --finish take" in said
     assert "2 of 2" in succeeded(command(*asked, "--unit", "2/2"))
     assert "4 planes of 4 images" in succeeded(command(*asked, "--finish"))
     assert files_of(one) == files_of(many)
@@ -575,8 +582,41 @@ def test_no_scheduler_is_one_line(folder: Path, tmp_path: Path) -> None:
     asked = ("restore", folder, "-o", tmp_path / "out", *WIENER, "--scheduler")
     assert "is no address" in failed(command(*asked, "cluster"))
     assert "local:N" in failed(command(*asked, "local:0"))
-    resources = ("--resources", "GPU")
-    assert "NAME=N" in failed(command(*asked, "local:1", *resources))
+    for wrong in ("GPU", "=1", "GPU=nan", "GPU=-1"):
+        said = failed(command(*asked, "local:1", "--resources", wrong))
+        assert "NAME=N" in said
+    assert "give --scheduler" in failed(command(*asked[:-1], "--resources", "GPU=1"))
+    assert "certificates in DASK" in failed(command(*asked, "tls://127.0.0.1:9"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer_as_http, args=(server,)).start()
+        port = server.getsockname()[1]
+        said = failed(command(*asked, f"tcp://127.0.0.1:{port}"))
+    assert "no scheduler of dask answers" in said
+
+
+def answer_as_http(server: socket.socket) -> None:
+    """Answer one client as what it is not."""
+    client, _ = server.accept()
+    with client:
+        client.recv(1)
+        client.sendall(b"HTTP/1.1 400 Bad request\r\n\r\n" + bytes(64))
+
+
+@pytest.mark.usefixtures("as_a_worker")
+def test_a_worker_with_other_weights_or_optics_does_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Here the engine changes, of the same name, once the plan is there."""
+    engine, out = tmp_path / "mine", tmp_path / "out.json"
+    shutil.copytree(resource_folder("engines") / "delpnet", engine)
+    asked = ("classify", folder, *OPTICS, "--json", out, "--engine", str(engine))
+    succeeded(command(*asked, "--init"))
+    card = engine / "engine.yaml"
+    card.write_text(card.read_text("utf-8").replace("name: delpnet", "name: other"))
+    told = command(*asked, "--unit", "1/1")
+    assert told.code == ExitCode.INCOMPLETE
+    assert "engines or optics are not those of the plan" in told.err
+    assert "with other settings, weights" in failed(command(*asked, "--init"))
 
 
 def test_a_full_disk_fails_the_images_it_refuses(folder: Path, tmp_path: Path) -> None:
