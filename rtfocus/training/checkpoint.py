@@ -19,7 +19,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.half_network import float_weights
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.registry import validate_recipe
+from rtfocus.training.registry import make_task, validate_recipe
 from rtfocus.training.task import Task
 
 NEWEST = "last.pt"
@@ -155,17 +155,17 @@ def mean_state(first: Path, second: Path) -> tuple[RecipeBase, dict[str, Any]]:
 
     Weights of a run and of the run that started from them lie in one valley: half
     way between them a network keeps most of what either is good at (model soups,
-    Wortsman et al. 2022).
+    Wortsman et al. 2022). `first` may be the engine that a run started from.
 
     Raises
     ------
     ConfigError
         If a checkpoint cannot be read or the two are of different networks.
     """
-    (_, one), (recipe, other) = load_checkpoint(first), load_checkpoint(second)
+    recipe, other = load_checkpoint(second)
+    averages = [_average_of(first, recipe), other["average"]]
     shapes = [
-        {name: value.shape for name, value in state["average"].items()}
-        for state in (one, other)
+        {name: value.shape for name, value in average.items()} for average in averages
     ]
     if shapes[0] != shapes[1]:
         msg = (
@@ -174,9 +174,19 @@ def mean_state(first: Path, second: Path) -> tuple[RecipeBase, dict[str, Any]]:
         raise ConfigError(msg)
     mean = {
         # Whole numbers, such as the batches that BatchNorm has seen, have no mean.
-        name: torch.lerp(one["average"][name], value, 0.5)
+        name: torch.lerp(averages[0][name], value, 0.5)
         if value.is_floating_point()
         else value
-        for name, value in other["average"].items()
+        for name, value in averages[1].items()
     }
     return recipe, {**other, "average": mean}
+
+
+def _average_of(source: Path, recipe: RecipeBase) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, or of an engine of a recipe's network."""
+    if find_engine(source) is None:
+        average: dict[str, Tensor] = load_checkpoint(source)[1]["average"]
+        return average
+    task = make_task(recipe)
+    start_from(task, source)
+    return task.network.state_dict()

@@ -5,15 +5,20 @@ all lengths along the axis kept in units of the defocus that the optics resolve,
 the recipe's images give way to a folder of the user's.
 """
 
+from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
+from rtfocus.files import resource_folder
+from rtfocus.training.networks.rtfocus_2 import Rtfocus2Recipe
 from rtfocus.training.recipe import RecipeBase, SourceRecipe
-from rtfocus.training.registry import validate_recipe
+from rtfocus.training.registry import load_recipe, validate_recipe
 
 _SUFFIXES = (".tif", ".tiff", ".png")
 _HELD_OUT = 5
@@ -42,6 +47,86 @@ def own_recipe(
     ConfigError
         If the recipe has no optics or the folder no images.
     """
+    source = _own_source(images)
+    return _turned(recipe, optics, name, {"data_folder": images, "sources": [source]})
+
+
+REFINED = {"rtfocus-2": "train_rtfocus_2", "multiscale": "train_multiscale"}
+"""Shipped engines that are trained on with a laboratory's images, and their recipes."""
+
+
+def refining_recipe(
+    start: str,
+    optics: OpticalSystem,
+    folder: Path,
+    files: Sequence[str],
+    *,
+    name: str,
+    checkpoints: Path,
+    steps: int,
+) -> RecipeBase:
+    """Make the recipe that trains a shipped engine on with own images.
+
+    Parameters
+    ----------
+    start
+        Of `REFINED`.
+    optics
+        Of the images.
+    folder, files
+        Sharp planes to train on, as files below a folder.
+    name, checkpoints
+        Of the run, and where its state goes.
+    steps
+        Length of the run.
+    """
+    recipe = load_recipe(resource_folder("configs") / f"{REFINED[start]}.yaml")
+    source = SourceRecipe(
+        kind="own images",
+        files=[escape(file) for file in files],
+        zoom=(0.85, 1.15),
+        native_share=0.7,
+        softness_px=0.35,
+        share=4.0,
+    )
+    changed: dict[str, Any] = {
+        "data_folder": folder,
+        "sources": [source],
+        "checkpoints": checkpoints,
+        "start_from": Path("engines") / start,
+        "checkpoint_steps": 25,
+        "specimens": {**_plain(recipe.specimens), "share": 1.0},
+        "pool": {**_plain(recipe.pool), "entries": 48, "shards": 4},
+        "pairs": {"reference_share": 0.5, "near_share": 0.3, "sharp_share": 0.12},
+        "optimiser": {
+            **_plain(recipe.optimiser),
+            "steps": steps,
+            # Weights that are good already are spoilt by longer strides.
+            "rate": 1e-4,
+            "warmup_steps": max(steps // 10, 1),
+            "decay": "cosine",
+            "average_decay": 0.98,
+        },
+    }
+    if isinstance(recipe, Rtfocus2Recipe):
+        changed["rtfocus_2"] = {
+            **_plain(recipe.rtfocus_2),
+            "trained": "all",
+            "label_weight": 0.03,
+            "blind_share": 0.3,
+            "hidden_sampling_share": 0.3,
+        }
+    return _turned(recipe, optics, name, changed)
+
+
+def _plain(section: Section | None) -> dict[str, Any]:
+    return {} if section is None else section.model_dump(mode="json")
+
+
+def _turned(
+    recipe: RecipeBase, optics: OpticalSystem, name: str, changed: dict[str, Any]
+) -> RecipeBase:
+    """Return a recipe for other optics, with some of its values changed."""
     data = recipe.model_dump(mode="json")
     section = next((s for s in _SECTIONS if "reference" in (data.get(s) or {})), None)
     if section is None:
@@ -52,18 +137,16 @@ def own_recipe(
         raise ConfigError(msg)
     earlier: OpticalSystem = getattr(recipe, section).reference
     factor = optics.defocus_unit_um / earlier.defocus_unit_um
-    changed = {
+    scaled = {
         key: value * factor if key.endswith("_um") else value
         for key, value in data[section].items()
     }
-    changed["reference"] = TypeAdapter(OpticalSystem).dump_python(optics, mode="json")
-    if "real" in changed:
+    scaled["reference"] = TypeAdapter(OpticalSystem).dump_python(optics, mode="json")
+    if "real" in scaled:
         # Real pairs belong to the microscope they were taken with.
-        changed["real"] = []
-    data[section] = changed
-    data["name"] = name
-    data["data_folder"] = str(images.resolve())
-    data["sources"] = [_own_source(images).model_dump(mode="json")]
+        scaled["real"] = []
+    data |= {**changed, section: {**scaled, **changed.get(section, {})}, "name": name}
+    data["data_folder"] = str(Path(data["data_folder"]).resolve())
     return validate_recipe(data)
 
 

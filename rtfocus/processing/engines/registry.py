@@ -178,19 +178,7 @@ def add_engine(folder: Path) -> FoundEngine:
     card = read_card(folder)
     for precision in card.files:
         verified_file(folder, card, precision)
-    if not _is_name(card.name):
-        msg = (
-            f"engine name '{card.name}' is no folder name on every system; give it "
-            "another: --name NAME"
-        )
-        raise EngineError(msg)
-    for place in engine_places(()):
-        if (place / card.name / CARD_NAME).is_file():
-            msg = (
-                f"there is an engine '{card.name}' in '{place}'; give this one another "
-                "name: --name NAME"
-            )
-            raise EngineError(msg)
+    check_new_name(card.name)
     target = user_engine_folder() / card.name
     try:
         with whole(target) as part:
@@ -199,6 +187,29 @@ def add_engine(folder: Path) -> FoundEngine:
         msg = f"engine '{card.name}' cannot be added: {error}"
         raise EngineError(msg) from error
     return FoundEngine(target, card)
+
+
+def check_new_name(name: str) -> None:
+    """Refuse a name that no engine can be added under.
+
+    Raises
+    ------
+    EngineError
+        If it is no folder name on every system, or there is such an engine.
+    """
+    if not _is_name(name):
+        msg = (
+            f"engine name '{name}' is no folder name on every system; give it "
+            "another: --name NAME"
+        )
+        raise EngineError(msg)
+    for place in engine_places(()):
+        if (place / name / CARD_NAME).is_file():
+            msg = (
+                f"there is an engine '{name}' in '{place}'; give this one another "
+                "name: --name NAME"
+            )
+            raise EngineError(msg)
 
 
 def remove_engine(name: str) -> Path:

@@ -1,0 +1,356 @@
+"""Own: from a laboratory's images to a checked engine of its own, in one command.
+
+Fields are chosen and split (`rtfocus.evaluation.own_fields`). Of the shipped networks
+that can be trained on, the one that restores the validation fields best is; what it
+learned is taken in full or by half, as they say. Then the engine is compared with the
+shipped ones on the test fields, which nothing was chosen by. What has been done lies
+in ``NAME.training`` beside the engine, so that a killed call goes on where it was.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from rtfocus.channel import OpticalSystem
+from rtfocus.errors import ConfigError, EngineError
+from rtfocus.evaluation.contenders import Contender, contender
+from rtfocus.evaluation.evaluate import Outcome, evaluate
+from rtfocus.evaluation.own_fields import OwnField, OwnFields, Side, choose_fields
+from rtfocus.evaluation.own_verdict import (
+    Verdict,
+    describe,
+    judge,
+    own_set,
+    standing,
+)
+from rtfocus.evaluation.samples import DataSet
+from rtfocus.files import remove, whole
+from rtfocus.images.optics import StatedOptics, in_short, stated_optics
+from rtfocus.images.outputs import OutputGuard, companions
+from rtfocus.images.reading import FoundImages, find_images
+from rtfocus.processing.engines.card import CARD_NAME, read_card
+from rtfocus.processing.engines.registry import (
+    add_engine,
+    check_new_name,
+    user_engine_folder,
+)
+from rtfocus.training.export import export_engine
+from rtfocus.training.own_optics import REFINED, refining_recipe
+from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.trainer import Trainer, choose_device, train
+
+_log = logging.getLogger(__name__)
+
+SHIPPED = (
+    "rtfocus-2",
+    "rtfocus-1",
+    "multiscale",
+    "learned_wiener",
+    "wiener",
+    "richardson_lucy",
+)
+"""What an engine of one's own is compared with."""
+_CLASSIFIER = "delpnet"
+_PLAN = "plan.json"
+_FORMAT = 1
+_FIELDS = "fields"
+_LEAST_STEPS = 20
+_TIMED_STEPS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWish:
+    """What the user asks for."""
+
+    images: Path
+    """Folder, OME-Zarr or file of sharp fields or z-stacks."""
+    output: Path
+    """Folder of the engine; its name is the engine's."""
+    optics: str | None = None
+    """As `rtfocus.images.optics.read_optics` takes it; files complete it."""
+    channel: str | None = None
+    """Name or number; None: images have one channel."""
+    minutes: float = 20.0
+    """Of training, at the pace of its first steps."""
+    device: str = "auto"
+    workers: int = 0
+    resume: bool = True
+    """Go on with what a killed call left."""
+
+
+def train_own(
+    wish: OwnWish, *, say: Callable[[str], None] = lambda _: None
+) -> tuple[Path, Verdict]:
+    """Make an engine of a laboratory's images and compare it with the shipped ones.
+
+    Parameters
+    ----------
+    wish
+        What is asked for.
+    say
+        Takes a line about every step of the work.
+
+    Returns
+    -------
+    tuple
+        Folder of the engine, with its README and picture; and which one to use.
+
+    Raises
+    ------
+    ConfigError
+        If the images, their optics or the options cannot be used, or the state of a
+        killed call belongs to other ones.
+    EngineError
+        If there is an engine of that name, or the engine cannot be admitted.
+    InputError
+        If there are no images.
+    OutputError
+        If the output is refused.
+    """
+    found = find_images(wish.images)
+    work = wish.output.with_name(f"{wish.output.name}.training")
+    if (work / _PLAN).is_file() and (wish.output / CARD_NAME).is_file():
+        # Done but for the last word, or called once more.
+        _Plan(work, wish, found, say)
+        _admit(wish.output)
+        return wish.output, _verdict_of(wish.output)
+    _claim(wish, found, work)
+    plan = _Plan(work, wish, found, say)
+    fields = plan.fields()
+    shipped = [contender(one, classifier=_CLASSIFIER, blind=False) for one in SHIPPED]
+    start = plan.start(fields, shipped)
+    recipe = plan.recipe(fields, start)
+    checkpoint = train(recipe, device=wish.device, workers=wish.workers)
+    engine = _exported(checkpoint, work, wish.output.name, fields, start, say)
+    say(f"comparing on {len(fields.of('test'))} held-out fields")
+    own = contender(str(engine), classifier=_CLASSIFIER, blind=False)
+    data = _data(fields, fields.of("test"), work, "held-out fields")
+    outcomes = [_outcome(one, data) for one in (own, *shipped)]
+    standings = [standing(one) for one in outcomes]
+    verdict = judge(standings[0], standings[1:])
+    describe(engine, fields, outcomes, standings, verdict, start)
+    with whole(wish.output) as part:
+        shutil.copytree(engine, part)
+    _admit(wish.output)
+    return wish.output, verdict
+
+
+def _claim(wish: OwnWish, found: FoundImages, work: Path) -> None:
+    """Refuse what cannot end well before any work; make the folder of the state."""
+    check_new_name(wish.output.name)
+    if wish.minutes <= 0:
+        msg = f"--minutes {wish.minutes:g} trains nothing; give more than 0"
+        raise ConfigError(msg)
+    choose_device(wish.device)
+    guard = OutputGuard(companions(found.series))
+    guard.claim(wish.output)
+    guard.claim_folder(work)
+    if work.is_dir() and any(work.iterdir()) and not (work / _PLAN).is_file():
+        msg = f"'{work}' holds no training of rtfocus; choose another name"
+        raise ConfigError(msg)
+    if work.is_dir() and not wish.resume:
+        remove(work)
+    work.mkdir(parents=True, exist_ok=True)
+
+
+class _Plan:
+    """What was decided, on disk as soon as it is: later calls decide the same."""
+
+    def __init__(
+        self,
+        work: Path,
+        wish: OwnWish,
+        found: FoundImages,
+        say: Callable[[str], None],
+    ) -> None:
+        self._work, self._wish, self._found, self._say = work, wish, found, say
+        asked = {
+            "images": _digest(found),
+            "optics": wish.optics,
+            "channel": wish.channel,
+            "minutes": wish.minutes,
+        }
+        path = work / _PLAN
+        self._known: dict[str, Any] = {"format": _FORMAT, "asked": asked}
+        if not path.is_file():
+            self._keep()
+            return
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known.get("format") != _FORMAT or known["asked"] != asked:
+            other = [
+                key for key in asked if known.get("asked", {}).get(key) != asked[key]
+            ]
+            msg = (
+                f"'{work}' was begun with other {' and '.join(other) or 'software'}; "
+                "call with the same, or start over with --no-resume"
+            )
+            raise ConfigError(msg)
+        self._known = known
+
+    def fields(self) -> OwnFields:
+        """Choose the fields."""
+        if "fields" not in self._known:
+            folder = self._work / _FIELDS
+            with suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+            folder.mkdir()
+            text = self._wish.optics
+            stated = StatedOptics(stated_optics(text), text) if text else None
+            chosen = choose_fields(
+                self._found, folder, stated=stated, channel=self._wish.channel
+            )
+            self._known |= chosen.as_plain()
+            self._known["optics"] = asdict(chosen.optics)
+            self._keep()
+        fields = tuple(
+            TypeAdapter(OwnField).validate_python(one) for one in self._known["fields"]
+        )
+        optics = TypeAdapter(OpticalSystem).validate_python(self._known["optics"])
+        made = OwnFields(fields, optics, tuple(self._known["left_out"]))
+        for line in made.left_out:
+            self._say(f"left out: {line}")
+        sides = [f"{len(made.of(side))} {side}" for side in SIDES]
+        self._say(f"fields: {', '.join(sides)}; optics {in_short(optics)}")
+        return made
+
+    def start(self, fields: OwnFields, shipped: Sequence[Contender]) -> str:
+        """Choose which shipped engine is trained on, by the validation fields."""
+        if "start" not in self._known:
+            data = _data(fields, fields.of("validation"), self._work, "validation")
+            gains = {
+                one.name: standing(_outcome(one, data)).gain_db
+                for one in shipped
+                if one.name in REFINED
+            }
+            self._known |= {"start": max(gains, key=lambda name: gains[name])}
+            self._known["validation_gain_db"] = gains
+            self._keep()
+        gains = self._known["validation_gain_db"]
+        said = ", ".join(f"{name} {gain:+.2f} dB" for name, gain in gains.items())
+        start: str = self._known["start"]
+        self._say(f"training on from '{start}' (validation: {said})")
+        return start
+
+    def recipe(self, fields: OwnFields, start: str) -> RecipeBase:
+        """Decide how many steps the minutes allow."""
+
+        def recipe(steps: int) -> RecipeBase:
+            return refining_recipe(
+                start,
+                fields.optics,
+                self._work / _FIELDS,
+                [one.file for one in fields.of("training")],
+                name=self._wish.output.name,
+                checkpoints=self._work.resolve() / "checkpoints",
+                steps=steps,
+            )
+
+        if "steps" not in self._known:
+            seconds = _seconds_per_step(recipe(_TIMED_STEPS), self._wish)
+            steps = int(60 * self._wish.minutes / seconds)
+            self._known["steps"] = max(steps, _LEAST_STEPS)
+            self._keep()
+        steps = self._known["steps"]
+        self._say(f"{steps} steps, about {self._wish.minutes:g} minutes")
+        return recipe(steps)
+
+    def _keep(self) -> None:
+        with whole(self._work / _PLAN, overwrite=True) as part:
+            part.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
+
+
+SIDES: tuple[Side, ...] = ("training", "validation", "test")
+
+
+def _digest(found: FoundImages) -> str:
+    """Return what changes when the images do."""
+    lines = []
+    for one in found.series:
+        facts = one.path.stat()
+        size = (facts.st_size, facts.st_mtime_ns)
+        lines.append(f"{one.path.resolve()} {one.name} {one.sizes} {one.shape} {size}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _seconds_per_step(recipe: RecipeBase, wish: OwnWish) -> float:
+    """Time some steps; the first, which fill the pool of scenes, do not count."""
+    with Trainer(recipe, choose_device(wish.device), workers=wish.workers) as trainer:
+        shards = recipe.pool.shards
+        for _ in range(shards):
+            trainer.train_step()
+        begun = time.perf_counter()
+        for _ in range(_TIMED_STEPS - shards):
+            trainer.train_step()
+        return (time.perf_counter() - begun) / (_TIMED_STEPS - shards)
+
+
+def _exported(
+    checkpoint: Path,
+    work: Path,
+    name: str,
+    fields: OwnFields,
+    start: str,
+    say: Callable[[str], None],
+) -> Path:
+    """Export what was learned in full and by half; return what does validation best."""
+    data = _data(fields, fields.of("validation"), work, "validation")
+    candidates = {"in full": None, "by half": Path("engines") / start}
+    gains: dict[str, float] = {}
+    for how, mean_with in candidates.items():
+        folder = work / "exports" / how.replace(" ", "_")
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        export_engine(checkpoint, folder, name=name, mean_with=mean_with)
+        one = contender(str(folder), classifier=_CLASSIFIER, blind=False)
+        gains[how] = standing(_outcome(one, data)).gain_db
+    said = ", ".join(f"{how} {gain:+.2f} dB" for how, gain in gains.items())
+    best = max(gains, key=lambda how: gains[how])
+    say(f"what was learned is taken {best} (validation: {said})")
+    engine = work / name
+    with suppress(FileNotFoundError):
+        shutil.rmtree(engine)
+    (work / "exports" / best.replace(" ", "_")).rename(engine)
+    return engine
+
+
+def _data(
+    fields: OwnFields, chosen: Sequence[OwnField], work: Path, name: str
+) -> DataSet:
+    folder = work / _FIELDS
+    return own_set(
+        name,
+        [
+            (one.source, folder / one.file, [folder / other for other in one.blurred])
+            for one in chosen
+        ],
+        fields.optics,
+    )
+
+
+def _outcome(one: Contender, data: DataSet) -> Outcome:
+    return evaluate(one, data, one.config(data, threads=1))
+
+
+def _verdict_of(engine: Path) -> Verdict:
+    figures = read_card(engine).figures
+    return Verdict(str(figures.get("use")), str(figures.get("verdict")))
+
+
+def _admit(engine: Path) -> None:
+    """Add the engine to the user's; one that a killed call added stays."""
+    there = user_engine_folder() / engine.name
+    if (there / CARD_NAME).is_file():
+        if read_card(there).sha256 == read_card(engine).sha256:
+            return
+        msg = f"there is another engine '{engine.name}' in '{there}' now; rename it"
+        raise EngineError(msg)
+    add_engine(engine)
