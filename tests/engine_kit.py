@@ -25,8 +25,14 @@ SIGNED_LABELS: list[int | str] = [*range(-10, 11), "bg"]
 KERNEL_PX = 5
 
 
-def write_brightness_joint(folder: Path) -> Path:
+MEASURES = 25
+"""That `rtfocus.processing.evidence` takes of a correction."""
+
+
+def write_brightness_joint(folder: Path, *, share: float | None = None) -> Path:
     """Write a joint engine: the brighter a tile, the higher its level.
+
+    `share` of its corrections is taken where it runs blind, whatever the image says.
 
     ``logits`` peak at the level nearest to 20 mean - 10 over tiles of 96 px every
     48 px; ``restored`` is tiles + sampling / 10, a change that tells whether the
@@ -64,6 +70,11 @@ def write_brightness_joint(folder: Path) -> Path:
         "restored": {"name": "restored"},
         "background": {"name": "contrast_to_noise"},
     }
+    if share is not None:
+        odds = float(np.log(share / (1 - share)))
+        layer = {"weights": [[0.0] * MEASURES], "bias": [odds]}
+        measures = {"middle": [0.0] * MEASURES, "spread": [1.0] * MEASURES}
+        card["evidence"] = measures | {"layers": [layer]}
     return _write(folder, nodes, constants, outputs, card, entries=len(ENTRIES))
 
 

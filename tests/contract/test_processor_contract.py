@@ -426,13 +426,31 @@ def zoo(tmp_path_factory):
     """Engines whose results can be computed by hand, see `engine_kit`."""
     folder = tmp_path_factory.mktemp("zoo")
     write_brightness_joint(folder / "brightness")
+    write_brightness_joint(folder / "other")
+    write_brightness_joint(folder / "weighed", share=0.25)
     write_smooth_restorer(folder / "smooth")
     return folder
 
 
-@pytest.mark.parametrize("method", ["brightness", "smooth"])
-def test_networks_restore_what_is_out_of_focus_and_nothing_else(open_kind, zoo, method):
-    config = config_for(zoo, classifier="brightness", restoration={"method": method})
+@pytest.mark.parametrize(
+    ("classifier", "method", "colours"),
+    [
+        ("brightness", "smooth", 1),
+        ("brightness", "smooth", 3),
+        ("brightness", "brightness", 1),
+        ("brightness", "brightness", 3),
+        ("other", "brightness", 1),
+        ("other", "weighed", 3),
+        ("weighed", "weighed", 1),
+    ],
+)
+def test_networks_restore_what_is_out_of_focus_and_nothing_else(
+    open_kind, zoo, classifier, method, colours
+):
+    blind = method == "weighed"
+    config = config_for(
+        zoo, classifier=classifier, restoration={"method": method}, blind=blind
+    )
     store = config.store.model_copy(update={"restored_dtype": "float32"})
     processor = open_kind(config.model_copy(update={"store": store}))
     rng = np.random.default_rng(8)
@@ -440,23 +458,28 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(open_kind, zoo, 
     bright = np.maximum(np.arange(SHAPE[1]) - 150, 0) * 35.0 + 500
     pixels = (bright + rng.normal(0, 9, SHAPE)).astype("<u2")
     pixels[:, :150] = 500
-    pool = SlotPool(1, 2 * SHAPE[0] * SHAPE[1])
-    processor.start(series_for(), 1)
+    if colours == 3:
+        pixels = np.stack([pixels, pixels // 2, pixels // 3 + 100], axis=-1)
+    pool = SlotPool(1, pixels.nbytes)
+    processor.start(series_for(pixels.shape, channels=("DAPI",)), 1)
     ticket = submit(processor, pool, 0, pixels)
     result = ticket.result.result(TIMEOUT_S)
     assert len(np.unique(result.defocus.level)) > 2
-    frame = pixels.astype(np.float32)
     share = restored_share(Montage(result.defocus.grid, SHAPE), result.defocus.level)
-    _, scale = PercentileRange().fit(frame)
-    if method == "brightness":
-        restored = frame + scale * SAMPLING / 10
-    else:
-        restored = uniform_filter(frame, 3, mode="reflect")
-    expected = frame + share * (restored - frame)
-    # Half precision rounds the image itself to a thousandth of its range.
-    np.testing.assert_allclose(result.restored, expected, atol=2e-3 * scale)
     assert (share == 0).any()
-    np.testing.assert_array_equal(result.restored[share == 0], frame[share == 0])
+    assert (share == 1).any()
+    taken = 0.25 if blind else 1.0
+    planes = np.moveaxis(np.atleast_3d(pixels.astype(np.float32)), -1, 0)
+    found = np.moveaxis(np.atleast_3d(result.restored), -1, 0)
+    for frame, restored in zip(planes, found, strict=True):
+        _, scale = PercentileRange().fit(frame)
+        whole = frame + scale * SAMPLING / 10
+        if method == "smooth":
+            whole = uniform_filter(frame, 3, mode="reflect")
+        expected = frame + taken * share * (whole - frame)
+        # Half precision rounds the image itself to a thousandth of its range.
+        np.testing.assert_allclose(restored, expected, atol=2e-3 * scale)
+        np.testing.assert_array_equal(restored[share == 0], frame[share == 0])
     assert set(result.engines) == {"classifier", "restorer"}
     assert result.engines["restorer"].startswith(f"{method}@")
     processor.close()

@@ -3,14 +3,22 @@
 import numpy as np
 import pytest
 from gpu_host_kit import view
+from scipy.ndimage import uniform_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, LabelDecoder, turned
 from rtfocus.processing.cpu.network_restorer import blend
-from rtfocus.processing.engines.card import EngineCard, InputCard, OutputCard
+from rtfocus.processing.engines.card import (
+    EngineCard,
+    EvidenceCard,
+    InputCard,
+    OutputCard,
+)
+from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
+from rtfocus.processing.gpu.network_restorer import Weighing
 from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
 from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
 from rtfocus.processing.gpu.tiles import windowed_tiles
@@ -185,3 +193,45 @@ def test_conditions_of_tiles_are_those_of_the_cpu(
         work, {name: memory.upload(array, name) for name, array in maps.items()}, out
     )
     np.testing.assert_allclose(view(out), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("colours", [(), (3,)])
+def test_corrections_are_weighed_as_on_the_cpu(work, memory, rng, colours):
+    shape = (150, 203, *colours)
+    measures, hidden = 25, 7
+    card = EvidenceCard.model_validate(
+        {
+            "middle": rng.normal(0, 0.3, measures).tolist(),
+            "spread": rng.uniform(0.5, 2, measures).tolist(),
+            "layers": [
+                {
+                    "weights": rng.normal(0, 0.5, (hidden, measures)).tolist(),
+                    "bias": rng.normal(0, 0.5, hidden).tolist(),
+                },
+                {"weights": rng.normal(0, 1, (1, hidden)).tolist(), "bias": [-1.5]},
+            ],
+        }
+    )
+    signal = uniform_filter(rng.gamma(2, 300, shape), (5, 5, *(0 for _ in colours)))
+    signal = signal.astype(np.float32)
+    restored = signal + rng.normal(0, 40, shape).astype(np.float32)
+    restored[:60] = signal[:60]
+    empty = LEVELS == BACKGROUND
+    maps = {
+        "level": LEVELS,
+        "confidence": rng.uniform(0.2, 1, LEVELS.shape).astype(np.float32),
+        "defocus_um": np.where(empty, np.nan, LEVELS * 2.1).astype(np.float32),
+        "uncertainty_um": np.where(empty, np.nan, 1.3).astype(np.float32),
+    }
+    rule, step_um = PercentileRange(), 2.1
+    wanted = restored.copy()
+    Evidence(card, rule, step_um).weigh(signal, DefocusMap(GRID, **maps), wanted)
+    out = memory.upload(restored, "restored")
+    given = {name: memory.upload(array, name) for name, array in maps.items()}
+    frame = FrameShape.of(shape)
+    weighing = Weighing(memory, card, rule, step_um, frame=frame, grid=GRID)
+    weighing.enqueue(work, memory.upload(signal, "signal"), given, out)
+    taken = np.abs(wanted - signal).sum() / np.abs(restored - signal).sum()
+    assert 0.1 < taken < 0.9
+    np.testing.assert_allclose(view(out), wanted, atol=0.02)
+    np.testing.assert_array_equal(view(out)[:60], signal[:60])

@@ -9,16 +9,11 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 
-from rtfocus.channel import Channel
-from rtfocus.errors import EngineError
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.samples import BBBC006, DataSet
 from rtfocus.files import resource_folder
-from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.channel_plan import plan_channel
-from rtfocus.processing.gpu.channel import refuse_to_weigh
 from rtfocus.processing.offline import ImageProcessor
 from rtfocus.specimens import draw_specimen
 
@@ -74,26 +69,3 @@ def test_told_the_optics_all_of_a_correction_is_taken(
     restored: dict[tuple[str, bool], NDArray[np.float32]],
 ) -> None:
     assert np.array_equal(restored["shipped", False], restored["bare", False])
-
-
-@pytest.mark.parametrize("blind", [True, False])
-def test_a_gpu_leaves_weighed_corrections_to_the_cpu(*, blind: bool) -> None:
-    engine = contender(str(SHIPPED), classifier="none", blind=blind)
-    series = SeriesStart(
-        version=PROTOCOL_VERSION,
-        series_uid="weighed",
-        name="weighed",
-        started_ns=0,
-        shape=(192, 192),
-        dtype="<u2",
-        sizes={"t": None},
-        channels=[Channel("default", BBBC006)],
-        positions=[Position("image")],
-        pixel_size_um=BBBC006.pixel_size_um,
-    )
-    plan = plan_channel(engine.config(NO_DATA), series, series.channels[0])
-    if not blind:
-        refuse_to_weigh(plan)
-        return
-    with pytest.raises(EngineError, match=r"runs blind.*processing\.device: cpu"):
-        refuse_to_weigh(plan)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
+from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.backends import open_for_plan, runs_on
 from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
@@ -26,7 +27,12 @@ from rtfocus.processing.gpu.depth_variant import (
     DepthVariantRestorer,
 )
 from rtfocus.processing.gpu.engine import Gpu, GpuEngine
-from rtfocus.processing.gpu.network_restorer import JointRestorer, TileNetworkRestorer
+from rtfocus.processing.gpu.network_restorer import (
+    JointRestorer,
+    TileNetworkRestorer,
+    Weighing,
+    images_of,
+)
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
 from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
@@ -106,8 +112,8 @@ def open_restorer(
             return _by_level(plan, restoration, classifier, memory), None
         case "by_tile":
             return _by_tile(plan, restoration, classifier, device, memory)
-        case "same_pass":
-            return _same_pass(plan, restoration, classifier, memory), None
+        case "same_pass" | "own_pass":
+            return _joint(plan, restoration, classifier, device, memory)
         case _:
             raise _only_on_cpu(restoration)
 
@@ -162,7 +168,6 @@ def _by_tile(
 ) -> tuple[FrameRestorer, GpuEngine]:
     card = restoration.engine.card
     tiles = FrameTiles(input_of(card), plan.size)
-    _refuse_single_colours(plan, restoration)
     with ExitStack() as opened:
         engine, request = open_for_plan(plan, restoration.engine, device)
         opened.callback(engine.close)
@@ -185,21 +190,48 @@ def _by_tile(
     return restorer, engine
 
 
-def _same_pass(
+def _joint(
     plan: ChannelPlan,
     restoration: RestorationPlan,
     classifier: FrameClassifier,
+    device: Gpu,
     memory: DeviceMemory,
-) -> FrameRestorer:
-    restored = restoration.engine.card.restored
-    _refuse_single_colours(plan, restoration)
-    refuse_to_weigh(plan)
-    return JointRestorer(
-        classifier,
-        Blending(memory, plan.montage(classifier.grid)),
-        FrameShape.of(plan.shape),
-        "" if restored is None else restored.name,
+) -> tuple[FrameRestorer, GpuEngine | None]:
+    """Open a joint engine in the classifier's pass, or in one of its own."""
+    frame = FrameShape.of(plan.shape)
+    card = restoration.engine.card
+    output = "" if card.restored is None else card.restored.name
+    blending = Blending(memory, plan.montage(classifier.grid))
+    engine, seen = None, classifier
+    with ExitStack() as opened:
+        own, labels = None, None
+        if (
+            restoration.way == "own_pass"
+            or len(images_of(frame, classifier.planes)) > 1
+        ):
+            engine, _ = open_for_plan(plan, restoration.engine, device)
+            opened.callback(engine.close)
+            looks = restoration.own_pass or classifier.plan
+            seen = FrameClassifier(memory, engine, looks, frame)
+            own = seen.open_slot(memory)
+            opened.callback(own.network.close)
+        weighing = None
+        if (weighed := plan.weighed) is not None and weighed.card.evidence is not None:
+            weighing = Weighing(
+                memory,
+                weighed.card.evidence,
+                invertible_normalisation(weighed.card),
+                weighed.step_um,
+                frame=frame,
+                grid=seen.grid,
+            )
+            if restoration.way == "own_pass":
+                labels = seen.allocate_maps(memory)
+        opened.pop_all()
+    restorer = JointRestorer(
+        seen, blending, frame, output, own=own, labels=labels, weighing=weighing
     )
+    return restorer, engine
 
 
 def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
@@ -209,30 +241,9 @@ def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
         what = f"{what} ({card.kind}, {card.implementation})"
     return EngineError(
         f"restoration {what} does not run on a GPU; those that do: "
-        f"{', '.join((*WHOLE_FRAME, BLIND))}, restorers that are a network alone, and "
-        "a joint engine that is the classifier too; or set processing.device: cpu"
+        f"{', '.join((*WHOLE_FRAME, BLIND))}, joint engines, and restorers that are a "
+        "network alone; or set processing.device: cpu"
     )
-
-
-def refuse_to_weigh(plan: ChannelPlan) -> None:
-    """Refuse blind restoration whose corrections only the CPU weighs."""
-    if plan.weighed is not None:
-        msg = (
-            f"engine '{plan.weighed.card.name}' runs blind, and only the CPU weighs by "
-            "the image how much of its correction holds; set processing.device: cpu"
-        )
-        raise EngineError(msg)
-
-
-def _refuse_single_colours(plan: ChannelPlan, restoration: RestorationPlan) -> None:
-    """Refuse networks that would have to see one colour after the other."""
-    card = restoration.engine.card
-    if len(plan.shape) == 3 and input_of(card).channels == 1:
-        msg = (
-            f"engine '{card.name}' sees one colour at a time, which only the CPU does "
-            "with colour frames; set processing.device: cpu"
-        )
-        raise EngineError(msg)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from rtfocus.processing.gpu.tiles import Tiles, whole_frame_tile
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.tiles.windows import FrameFit, tile_grid
 
+_FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")
+
 
 class BoundNetwork:
     """One inference in flight: no other shares its buffers.
@@ -131,7 +133,7 @@ class FrameClassifier:
             raise EngineError(msg)
         self.engine = engine
         self.card = card
-        self._plan = plan
+        self.plan = plan
         self._frame = frame
         self._input = input_of(card)
         self._output = card.output
@@ -157,7 +159,7 @@ class FrameClassifier:
         """Set up normalisation and background rule."""
         rule = normalisation_of(self.card)
         background = background_of(self.card)
-        plan, frame = self._plan, self._frame
+        plan, frame = self.plan, self._frame
         self._cells: CellStatistics | None = None
         self._background: Background | None = None
         self._standardisation: Standardisation | None = None
@@ -169,13 +171,21 @@ class FrameClassifier:
                     memory, background, self._cells, self.grid, plan.quantum
                 )
         planes = self._input.channels
-        self.tile: Tiles = whole_frame_tile(memory, frame, planes, plan.fit.padded)
-        """The frame as the network's input, and back."""
+        # The frame as the network's input, and back.
+        self._tile: Tiles = whole_frame_tile(memory, frame, planes, plan.fit.padded)
         if isinstance(rule, LocalStandardisation):
             if self._cells is not None:
                 self._standardisation = Standardisation(memory, rule, self._cells)
         else:
             self._percentiles = Percentiles(memory, rule, frame, planes)
+
+    def allocate_maps(self, memory: DeviceMemory) -> dict[str, DeviceArray]:
+        """Reserve the maps of one frame, as `enqueue` fills them."""
+        kinds = {"level": np.int16} | dict.fromkeys(_FLOAT_MAPS, np.float32)
+        return {
+            name: memory.allocate((self._empty.count,), kind, "maps")
+            for name, kind in kinds.items()
+        }
 
     def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
         """Reserve what one more frame in flight needs."""
@@ -194,7 +204,6 @@ class FrameClassifier:
         maps: dict[str, DeviceArray],
     ) -> None:
         """Enqueue signal -> maps of `rtfocus.processing.gpu.device_slot`."""
-        tiles = slot.network.buffers[self._input.name]
         if self._cells is not None:
             self._cells.enqueue(work, signal)
         if self._background is None:
@@ -202,12 +211,43 @@ class FrameClassifier:
         else:
             self._background.enqueue(work, self._empty)
         if self._standardisation is not None:
+            tiles = slot.network.buffers[self._input.name]
             self._standardisation.enqueue(work, signal, tiles)
-        elif self._percentiles is not None:
-            self._percentiles.enqueue(work, signal, slot.ranges)
-            self.tile.cut(work, signal, slot.ranges, tiles, first=0, count=1)
-        slot.network.enqueue(work)
+            slot.network.enqueue(work)
+        else:
+            self.look(work, slot, signal)
         self._decode(work, slot, maps)
+
+    def look(
+        self, work: Work, slot: ClassifierSlot, signal: DeviceArray, colour: int = -1
+    ) -> None:
+        """Enqueue the network on a frame, or on one of its colours, by percentiles."""
+        if self._percentiles is None:
+            msg = f"engine '{self.card.name}' has no normalisation by percentiles"
+            raise ValueError(msg)
+        tiles = slot.network.buffers[self._input.name]
+        self._percentiles.enqueue(work, signal, slot.ranges, colour)
+        self._tile.cut(
+            work, signal, slot.ranges, tiles, first=0, count=1, colour=colour
+        )
+        slot.network.enqueue(work)
+
+    def join(
+        self,
+        work: Work,
+        slot: ClassifierSlot,
+        output: str,
+        out: DeviceArray,
+        colour: int = -1,
+    ) -> None:
+        """Enqueue what the network restored -> frame, or one of its colours."""
+        restored = slot.network.buffers[output]
+        self._tile.join(work, restored, slot.ranges, out, colour)
+
+    @property
+    def planes(self) -> int:
+        """Channels of the network."""
+        return self._input.channels
 
     def _decode(
         self, work: Work, slot: ClassifierSlot, maps: dict[str, DeviceArray]
@@ -223,7 +263,7 @@ class FrameClassifier:
             self._levels,
             BACKGROUND,
             self._turn,
-            self._plan.step_um,
+            self.plan.step_um,
             self._empty,
             maps["defocus_um"],
             maps["confidence"],
@@ -238,7 +278,7 @@ class FrameClassifier:
     def _shapes(self) -> dict[str, Shape]:
         """Return the shape of every input."""
         shapes: dict[str, Shape] = {
-            self._input.name: (1, self._input.channels, *self._plan.fit.padded)
+            self._input.name: (1, self._input.channels, *self.plan.fit.padded)
         }
         if self.card.condition is not None:
             shapes[self.card.condition.name] = (1, len(self.card.condition.entries))

@@ -9,9 +9,18 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.errors import EngineError
+from rtfocus.frame import BACKGROUND, TileGrid
+from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.engines.card import EngineCard, input_of
-from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
+from rtfocus.processing.engines.card import EngineCard, EvidenceCard, input_of
+from rtfocus.processing.evidence import CELL_PX, OCTAVES
+from rtfocus.processing.gpu.classifier import (
+    ClassifierSlot,
+    FrameClassifier,
+    InFlight,
+    Part,
+)
 from rtfocus.processing.gpu.depth_variant import Blending
 from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import Percentiles
@@ -19,38 +28,62 @@ from rtfocus.processing.gpu.tiles import TileConditions, windowed_tiles
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.tiles.windows import FrameTiles
 
+# As in kernels/evidence.cu.
+_SUMS = 5
+_WIDEST_LAYER = 64
+
+
+def images_of(frame: FrameShape, planes: int) -> tuple[int, ...]:
+    """Return the colours that a network sees one after the other; (-1,): the frame."""
+    return tuple(range(frame.channels)) if planes < frame.channels else (-1,)
+
 
 class JointRestorer:
-    """The restored frame of the joint engine that found the defocus.
+    """The restored frame of a joint engine, from whichever pass made it.
 
     Parameters
     ----------
-    classifier
+    seen
         The joint engine.
     blending
-        Montage weights of its tiles.
+        Montage weights of the tiles whose labels decide what is restored.
     frame
         Shape of the signal.
     output
         Tensor that holds the restored frame.
+    own
+        What `seen` needs for a pass of its own: it is not the classifier, or sees the
+        colours of a frame one after the other. None: the pass that found the defocus
+        has restored the frame too.
+    labels
+        Maps that an own pass fills where its labels are asked for; None: nobody does.
+    weighing
+        Weighs what the engine corrected; None: all of it is taken.
     """
 
     def __init__(
         self,
-        classifier: FrameClassifier,
+        seen: FrameClassifier,
         blending: Blending,
         frame: FrameShape,
         output: str,
+        *,
+        own: ClassifierSlot | None = None,
+        labels: dict[str, DeviceArray] | None = None,
+        weighing: "Weighing | None" = None,
     ) -> None:
-        self._classifier = classifier
+        self._seen = seen
         self._blending = blending
         self._frame = frame
         self._output = output
+        self._own = own
+        self._labels = labels
+        self._weighing = weighing
 
     def why_not_capturable(self, work: Work) -> str | None:
-        """Return None: kernels may be recorded."""
-        del work
-        return None
+        """Return why it may not be recorded in a CUDA graph; None: it may."""
+        own = self._own
+        return None if own is None else own.network.why_not_capturable(work)
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return the one part there is: every tile in one go, whatever its label."""
@@ -65,19 +98,142 @@ class JointRestorer:
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the blending of what the network restored."""
         del part
-        restored = frame.seen.network.buffers[self._output]
-        self._classifier.tile.join(work, restored, frame.seen.ranges, frame.out)
+        maps, out = frame.maps, frame.out
+        if self._own is None:
+            self._seen.join(work, frame.seen, self._output, out)
+        else:
+            if self._labels is not None:
+                maps = self._labels
+                self._seen.enqueue(work, self._own, frame.signal, maps)
+            for colour in images_of(self._frame, self._seen.planes):
+                self._seen.look(work, self._own, frame.signal, colour)
+                self._seen.join(work, self._own, self._output, out, colour)
         self._blending.enqueue_share(
             work,
             frame=self._frame,
             signal=frame.signal,
-            restored=frame.out,
+            restored=out,
             levels=frame.maps["level"],
-            out=frame.out,
+            out=out,
         )
+        if self._weighing is not None:
+            self._weighing.enqueue(work, frame.signal, maps, out)
 
     def close(self) -> None:
-        """Nothing is its own."""
+        """Free the own pass."""
+        if self._own is not None:
+            self._own.network.close()
+            self._seen.close()
+
+
+class Weighing:
+    """`rtfocus.processing.evidence.Evidence` on the device.
+
+    Parameters
+    ----------
+    memory
+        Where the function and the work space lie.
+    card
+        The fitted function.
+    normalisation
+        Finds a frame's dark and bright value.
+    step_um
+        Defocus between two levels of the engine.
+    frame
+        Shape of the signal.
+    grid
+        Of the engine's labels.
+
+    Raises
+    ------
+    EngineError
+        If a layer is wider than the kernel's.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        card: EvidenceCard,
+        normalisation: PercentileRange,
+        step_um: float,
+        *,
+        frame: FrameShape,
+        grid: TileGrid,
+    ) -> None:
+        self._frame = frame
+        self._grid = grid
+        self._step_um = step_um
+        self._sides = -(-frame.height // CELL_PX), -(-frame.width // CELL_PX)
+        widths = [len(card.middle), *(len(layer.bias) for layer in card.layers)]
+        if max(widths) > _WIDEST_LAYER:
+            msg = (
+                f"evidence with a layer of {max(widths)} does not run on a GPU, which "
+                f"takes up to {_WIDEST_LAYER}; set processing.device: cpu"
+            )
+            raise EngineError(msg)
+        numbers = [np.ravel(card.middle), np.ravel(card.spread)]
+        for layer in card.layers:
+            numbers += [np.ravel(layer.weights), np.ravel(layer.bias)]
+        self._layers = len(card.layers)
+        self._widths = memory.upload(np.array(widths, np.int32), "evidence")
+        flat = np.concatenate(numbers).astype(np.float32)
+        self._numbers = memory.upload(flat, "evidence")
+        cells = self._sides[0] * self._sides[1]
+        self._sums = memory.allocate((_SUMS * OCTAVES, cells), np.float32, "evidence")
+        self._shares = memory.allocate((cells,), np.float32, "evidence")
+        self._range = memory.allocate((1, 2), np.float32, "evidence")
+        self._percentiles = Percentiles(memory, normalisation, frame, 1)
+
+    def enqueue(
+        self,
+        work: Work,
+        signal: DeviceArray,
+        maps: dict[str, DeviceArray],
+        out: DeviceArray,
+    ) -> None:
+        """Enqueue taking back of a restored frame what nothing speaks for."""
+        cells = self._shares.count
+        grid = self._grid
+        self._percentiles.enqueue(work, signal, self._range)
+        work.launch(
+            "evidence_cells",
+            cells,
+            signal,
+            out,
+            *self._frame.sides,
+            *self._sides,
+            self._range,
+            self._sums,
+        )
+        work.launch(
+            "evidence_shares",
+            cells,
+            self._sums,
+            *self._sides,
+            maps["defocus_um"],
+            maps["confidence"],
+            maps["uncertainty_um"],
+            maps["level"],
+            BACKGROUND,
+            grid.rows,
+            grid.columns,
+            grid.origin_px,
+            grid.stride_px,
+            self._step_um,
+            self._widths,
+            self._layers,
+            self._numbers,
+            self._shares,
+        )
+        work.launch(
+            "evidence_apply",
+            self._frame.height * self._frame.width,
+            signal,
+            *self._frame.sides,
+            self._shares,
+            *self._sides,
+            out,
+        )
 
 
 class TileNetworkRestorer:
@@ -160,21 +316,10 @@ class TileNetworkRestorer:
         return True
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
-        """Enqueue the restoration of a frame."""
+        """Enqueue the restoration of a frame, colours one after the other."""
         del part
-        tiles = self._buffers[self._input.name]
-        self._percentiles.enqueue(work, frame.signal, self._ranges)
-        self._tiles.cut(
-            work, frame.signal, self._ranges, tiles, first=0, count=self._tiles.count
-        )
-        if self._conditions is not None and self._card.condition is not None:
-            condition = self._buffers[self._card.condition.name]
-            self._conditions.enqueue(work, frame.maps, condition)
-        for number in range(self._batches):
-            self._context.bind(self._addresses(number), self._shapes)
-            self._context.enqueue(work.handle)
-        restored = self._buffers[self._card.output.name if self._card.output else ""]
-        self._tiles.join(work, restored, self._ranges, frame.out)
+        for colour in images_of(self._frame, self._input.channels):
+            self._restore(work, frame, colour)
         self._blending.enqueue_share(
             work,
             frame=self._frame,
@@ -183,6 +328,23 @@ class TileNetworkRestorer:
             levels=frame.maps["level"],
             out=frame.out,
         )
+
+    def _restore(self, work: Work, frame: InFlight, colour: int) -> None:
+        """Enqueue signal -> restored frame, or one colour of it."""
+        tiles, signal = self._buffers[self._input.name], frame.signal
+        count = self._tiles.count
+        self._percentiles.enqueue(work, signal, self._ranges, colour)
+        self._tiles.cut(
+            work, signal, self._ranges, tiles, first=0, count=count, colour=colour
+        )
+        if self._conditions is not None and self._card.condition is not None:
+            condition = self._buffers[self._card.condition.name]
+            self._conditions.enqueue(work, frame.maps, condition)
+        for number in range(self._batches):
+            self._context.bind(self._addresses(number), self._shapes)
+            self._context.enqueue(work.handle)
+        restored = self._buffers[self._card.output.name if self._card.output else ""]
+        self._tiles.join(work, restored, self._ranges, frame.out, colour)
 
     def why_not_capturable(self, work: Work) -> str | None:
         """Return why it may not be recorded in a CUDA graph; None: it may."""

@@ -242,16 +242,22 @@ class Percentiles:
         self._search = RankSearch(memory, [r for found in around for r in found[:2]])
         self._parts = [found[2] for found in around]
 
-    def enqueue(self, work: Work, signal: DeviceArray, ranges: DeviceArray) -> None:
-        """Write offset and scale per plane to `ranges`, axes (plane, 2)."""
+    def enqueue(
+        self, work: Work, signal: DeviceArray, ranges: DeviceArray, colour: int = -1
+    ) -> None:
+        """Write offset and scale per plane to `ranges`, axes (plane, 2).
+
+        `colour` is the one that a network of one channel sees; -1: it sees the frame.
+        """
         for plane in range(self._planes):
+            alone = colour >= 0
             work.launch(
                 "sample",
                 self._values.count,
                 signal,
                 *self._frame.sides,
-                self._planes,
-                plane,
+                self._frame.channels if alone else self._planes,
+                colour if alone else plane,
                 self._step,
                 self._columns,
                 self._values.count,

@@ -71,14 +71,19 @@ class Tiles:
         *,
         first: int,
         count: int,
+        colour: int = -1,
     ) -> None:
-        """Enqueue signal -> `count` tiles from `first` on, axes (N, C, H, W)."""
+        """Enqueue signal -> `count` tiles from `first` on, axes (N, C, H, W).
+
+        `colour` is the one that a network of one channel sees; -1: it sees the frame.
+        """
         work.launch(
             "gather_tiles",
             count * self.tile_elements,
             signal,
             *self._frame.sides,
             self._planes,
+            colour,
             *self._starts,
             self._columns,
             *self._tile,
@@ -90,9 +95,14 @@ class Tiles:
         )
 
     def join(
-        self, work: Work, tiles: DeviceArray, ranges: DeviceArray, out: DeviceArray
+        self,
+        work: Work,
+        tiles: DeviceArray,
+        ranges: DeviceArray,
+        out: DeviceArray,
+        colour: int = -1,
     ) -> None:
-        """Enqueue all tiles -> frame in the unit of the signal."""
+        """Enqueue all tiles -> frame, or one of its colours, in the signal's unit."""
         work.launch(
             "blend_tiles",
             out.count,
@@ -100,6 +110,7 @@ class Tiles:
             kind_of(tiles.dtype),
             *self._frame.sides,
             self._planes,
+            colour,
             *self._starts,
             self._columns,
             *self._tile,

@@ -2,7 +2,8 @@
 //
 // A network has `planes` channels: as many as the frame has colours, or one, which
 // sees its brightness, or three, each of which sees the grey frame. `ranges` holds
-// offset and scale of every plane.
+// offset and scale of every plane. Where colours are seen one after the other, `colour`
+// is the one that is meant, and the network has one channel; -1 otherwise.
 
 // Value of a frame's pixel in one plane of a network; mirrored beyond the frame.
 __device__ static inline float plane_value(
@@ -50,6 +51,7 @@ extern "C" __global__ void gather_tiles(
     int width,
     int channels,
     int planes,
+    int colour,
     const int* tops,
     const int* lefts,
     int tile_columns,
@@ -66,9 +68,11 @@ extern "C" __global__ void gather_tiles(
   int y = rest % tile_height;
   rest /= tile_height;
   int plane = rest % planes, tile = first + rest / planes;
-  float value = plane_value(
-      signal, height, width, channels, planes, plane, tops[tile / tile_columns] + y,
-      lefts[tile % tile_columns] + x);
+  y += tops[tile / tile_columns];
+  x += lefts[tile % tile_columns];
+  float value = colour < 0
+      ? plane_value(signal, height, width, channels, planes, plane, y, x)
+      : plane_value(signal, height, width, channels, channels, colour, y, x);
   store(tiles, kind, i, (value - ranges[2 * plane]) / ranges[2 * plane + 1]);
 }
 
@@ -102,6 +106,7 @@ extern "C" __global__ void blend_tiles(
     int width,
     int channels,
     int planes,
+    int colour,
     const int* tops,
     const int* lefts,
     int tile_columns,
@@ -118,6 +123,7 @@ extern "C" __global__ void blend_tiles(
   int i = element();
   if (i >= height * width * channels) return;
   int channel = i % channels, pixel = i / channels;
+  if (colour >= 0 && channel != colour) return;
   int y = pixel / width, x = pixel % width;
   int from = planes == channels ? channel : 0;
   int to = planes == channels ? channel + 1 : planes;

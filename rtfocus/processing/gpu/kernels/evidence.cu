@@ -1,0 +1,222 @@
+// Evidence: how much of a correction the image itself supports
+// (rtfocus.processing.evidence, whose constants these are).
+
+#define EVIDENCE_PX 16
+#define OCTAVES 4
+#define NOISE_OCTAVES 3
+#define RATIOS 21
+#define MEASURES (RATIOS + 4)
+#define LEAST 1e-7f
+#define LEAST_SPREAD 0.1f
+#define FARTHEST 3.0f
+#define WIDEST_LAYER 64
+
+// Power of the frame's details, what it and the correction have in common, power of
+// the correction's details; power of the diagonal details before and after.
+#define SUMS 5
+
+// One octave of a cell of `side` pixels: halves both images, in place.
+__device__ static inline void split(
+    float* seen, float* raised, int side, float* sums) {
+  int half = side / 2;
+  for (int sum = 0; sum < SUMS; ++sum) sums[sum] = 0.0f;
+  for (int y = 0; y < half; ++y)
+    for (int x = 0; x < half; ++x) {
+      float details[2][3];
+      float* images[2] = {seen, raised};
+      for (int image = 0; image < 2; ++image) {
+        const float* upper = images[image] + 2 * y * side + 2 * x;
+        const float* lower = upper + side;
+        float top = upper[0] + upper[1], bottom = lower[0] + lower[1];
+        float left = upper[0] - upper[1], right = lower[0] - lower[1];
+        details[image][0] = (top - bottom) * 0.25f;
+        details[image][1] = (left + right) * 0.25f;
+        details[image][2] = (left - right) * 0.25f;
+        // What lies here was read before: the result is packed from the front.
+        images[image][y * half + x] = (top + bottom) * 0.25f;
+      }
+      for (int detail = 0; detail < 3; ++detail) {
+        float was = details[0][detail], change = details[1][detail];
+        sums[0] += was * was;
+        sums[1] += was * change;
+        sums[2] += change * change;
+      }
+      float was = details[0][2], after = was + details[1][2];
+      sums[3] += was * was;
+      sums[4] += after * after;
+    }
+  for (int sum = 0; sum < SUMS; ++sum) sums[sum] /= half * half;
+}
+
+// One thread per cell of 16 px: its means of products, axes (sum, octave, cell).
+extern "C" __global__ void evidence_cells(
+    const float* signal,
+    const float* restored,
+    int height,
+    int width,
+    int channels,
+    int rows,
+    int columns,
+    const float* range,
+    float* sums) {
+  int cell = element();
+  if (cell >= rows * columns) return;
+  float seen[EVIDENCE_PX * EVIDENCE_PX], raised[EVIDENCE_PX * EVIDENCE_PX];
+  int top = cell / columns * EVIDENCE_PX, left = cell % columns * EVIDENCE_PX;
+  for (int i = 0; i < EVIDENCE_PX * EVIDENCE_PX; ++i) {
+    int y = top + i / EVIDENCE_PX, x = left + i % EVIDENCE_PX;
+    float was = grey(signal, height, width, channels, y, x);
+    float is_now = grey(restored, height, width, channels, y, x);
+    seen[i] = (was - range[0]) / range[1];
+    raised[i] = (is_now - was) / range[1];
+  }
+  for (int octave = 0; octave < OCTAVES; ++octave) {
+    float found[SUMS];
+    split(seen, raised, EVIDENCE_PX >> octave, found);
+    for (int sum = 0; sum < SUMS; ++sum)
+      sums[(sum * OCTAVES + octave) * rows * columns + cell] = found[sum];
+  }
+}
+
+__device__ static inline float log_ratio(float above, float below) {
+  return logf((fmaxf(above, 0.0f) + LEAST) / (below + LEAST));
+}
+
+// Place between two of `count` points, `first` the lower one, cut at both ends.
+struct Between {
+  int first, second;
+  float share;
+};
+
+__device__ static inline Between between(float place, int count) {
+  place = fminf(fmaxf(place, 0.0f), count - 1.0f);
+  int first = min((int)place, count - 1);
+  return {first, min(first + 1, count - 1), place - first};
+}
+
+// What the labels say of themselves: confidence, deviation and distance in levels,
+// share of background.
+__device__ static inline void certainty(
+    const float* defocus_um, const float* confidence, const float* uncertainty_um,
+    const short* level, int background, float step_um, int tile, float weight,
+    float* told) {
+  bool empty = level[tile] == background;
+  float spread = empty ? 0.0f : uncertainty_um[tile] / step_um;
+  float distance = empty ? 0.0f : fabsf(defocus_um[tile]) / step_um;
+  told[0] += weight * confidence[tile];
+  told[1] += weight * logf(spread + LEAST_SPREAD) / 2.0f;
+  told[2] += weight * distance / 5.0f;
+  told[3] += weight * (empty ? 1.0f : 0.0f);
+}
+
+// One thread per cell: the share of the correction that is applied, 0 to 1. `widths`
+// holds the width of the measures and of every layer; `numbers` the middle and spread
+// of every measure, then weights and bias of every layer.
+extern "C" __global__ void evidence_shares(
+    const float* sums,
+    int rows,
+    int columns,
+    const float* defocus_um,
+    const float* confidence,
+    const float* uncertainty_um,
+    const short* level,
+    int background,
+    int tile_rows,
+    int tile_columns,
+    float origin_px,
+    float stride_px,
+    float step_um,
+    const int* widths,
+    int layers,
+    const float* numbers,
+    float* shares) {
+  int cell = element();
+  if (cell >= rows * columns) return;
+  int row = cell / columns, column = cell % columns;
+  float mean[SUMS][OCTAVES];
+  int top = max(row - 2, 0), bottom = min(row + 2, rows - 1);
+  int left = max(column - 2, 0), right = min(column + 2, columns - 1);
+  float near = (float)((bottom - top + 1) * (right - left + 1));
+  for (int sum = 0; sum < SUMS; ++sum)
+    for (int octave = 0; octave < OCTAVES; ++octave) {
+      const float* values = sums + (sum * OCTAVES + octave) * rows * columns;
+      float total = 0.0f;
+      for (int y = top; y <= bottom; ++y)
+        for (int x = left; x <= right; ++x) total += values[y * columns + x];
+      mean[sum][octave] = total / near;
+    }
+  const float *p = mean[0], *b = mean[1], *c = mean[2], *d = mean[3], *e = mean[4];
+  float total = p[0] + p[1] + p[2] + p[3];
+  float now[WIDEST_LAYER], next[WIDEST_LAYER];
+  for (int octave = 0; octave < OCTAVES; ++octave) {
+    now[octave] = log_ratio(p[octave], total);
+    now[4 + octave] = log_ratio(p[octave] + 2.0f * b[octave] + c[octave], p[octave]);
+    now[8 + octave] = log_ratio(c[octave], p[octave]);
+    now[12 + octave] = 4.0f * b[octave] / (sqrtf(p[octave] * c[octave]) + LEAST);
+  }
+  for (int octave = 0; octave < NOISE_OCTAVES; ++octave)
+    now[16 + octave] = log_ratio(d[octave], p[octave]);
+  now[19] = log_ratio(e[0], d[0]);
+  now[20] = logf(total + LEAST);
+  for (int ratio = 0; ratio < RATIOS; ++ratio) now[ratio] /= 4.0f;
+  Between y = between(
+      ((row + 0.5f) * EVIDENCE_PX - 0.5f - origin_px) / stride_px, tile_rows);
+  Between x = between(
+      ((column + 0.5f) * EVIDENCE_PX - 0.5f - origin_px) / stride_px, tile_columns);
+  for (int entry = RATIOS; entry < MEASURES; ++entry) now[entry] = 0.0f;
+  for (int corner = 0; corner < 4; ++corner) {
+    int tile_y = corner / 2 ? y.second : y.first;
+    int tile_x = corner % 2 ? x.second : x.first;
+    float weight = (corner / 2 ? y.share : 1.0f - y.share) *
+                   (corner % 2 ? x.share : 1.0f - x.share);
+    certainty(
+        defocus_um, confidence, uncertainty_um, level, background, step_um,
+        tile_y * tile_columns + tile_x, weight, now + RATIOS);
+  }
+  int width = widths[0];
+  for (int i = 0; i < width; ++i) {
+    float value = (now[i] - numbers[i]) / numbers[width + i];
+    now[i] = fminf(fmaxf(value, -FARTHEST), FARTHEST);
+  }
+  numbers += 2 * width;
+  for (int layer = 1; layer <= layers; ++layer) {
+    int outputs = widths[layer];
+    for (int to = 0; to < outputs; ++to) {
+      float value = numbers[outputs * width + to];
+      for (int from = 0; from < width; ++from)
+        value += numbers[to * width + from] *
+                 (layer > 1 ? fmaxf(now[from], 0.0f) : now[from]);
+      next[to] = value;
+    }
+    for (int to = 0; to < outputs; ++to) now[to] = next[to];
+    numbers += outputs * (width + 1);
+    width = outputs;
+  }
+  shares[cell] = 1.0f / (1.0f + expf(-now[0]));
+}
+
+// One thread per pixel: out = signal + share * (out - signal), the share linear
+// between the cells' centres.
+extern "C" __global__ void evidence_apply(
+    const float* signal,
+    int height,
+    int width,
+    int channels,
+    const float* shares,
+    int rows,
+    int columns,
+    float* out) {
+  int i = element();
+  if (i >= height * width) return;
+  Between y = between((i / width + 0.5f) / EVIDENCE_PX - 0.5f, rows);
+  Between x = between((i % width + 0.5f) / EVIDENCE_PX - 0.5f, columns);
+  const float* upper = shares + y.first * columns;
+  const float* lower = shares + y.second * columns;
+  float near = upper[x.first] + (upper[x.second] - upper[x.first]) * x.share;
+  float far = lower[x.first] + (lower[x.second] - lower[x.first]) * x.share;
+  float share = near + (far - near) * y.share;
+  for (int channel = 0; channel < channels; ++channel) {
+    long long at = (long long)i * channels + channel;
+    out[at] = signal[at] + share * (out[at] - signal[at]);
+  }
+}
