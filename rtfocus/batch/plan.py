@@ -369,6 +369,8 @@ class Ledger:
             if kind == "done":
                 files.keep(part)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink()
             msg = f"'{target}' cannot be written: {error.strerror or error}"
             raise OutputError(msg) from error
         files.replace(part, target)

@@ -27,6 +27,7 @@ WORKERS_S = 300.0
 """How long a batch without any worker waits for one."""
 _ASK_S = 2.0
 """Between two questions who is there."""
+_DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 _AHEAD = 2
 """Units under way for each worker: the next is there when one is done."""
 _GONE = (OSError, TimeoutError)
@@ -393,6 +394,8 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
                     memory_limit=None,
                     dashboard_address="127.0.0.1:0",
                     silence_logs=logging.CRITICAL,
+                    # Ctrl-C reaches all of a terminal; this process ends them.
+                    preload=_DEAF,
                 )
             )
         try:

@@ -127,7 +127,10 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
         _say_begun(ledger, begun)
         if many.init:
             return
-        with counting("images", len(plan.units), done) as show:
+        with (
+            _saying_what_is_left(ledger, plan.units),
+            counting("images", len(plan.units), done) as show,
+        ):
             run_on(
                 many.scheduler or "local",
                 plan,
@@ -152,7 +155,10 @@ def _do_part(ledger: Ledger, text: str, job: Job) -> None:
             failed.append(unit)
         return _say(unit, failure)
 
-    with counting("images", len(part), len(part) - len(left)) as show:
+    with (
+        _saying_what_is_left(ledger, part),
+        counting("images", len(part), len(part) - len(left)) as show,
+    ):
         run_here(plan, left, lambda unit, failure: show(told(unit, failure)))
     typer.echo(f"{len(part) - len(failed)} of {len(part)} images of part {text} done")
     if failed:
@@ -261,6 +267,17 @@ def _resources(text: str | None) -> dict[str, float]:
             return {name: float(number)}
     msg = f"--resources '{text}' is not NAME=N, such as GPU=1"
     raise ConfigError(msg)
+
+
+@contextmanager
+def _saying_what_is_left(ledger: Ledger, units: tuple[Unit, ...]) -> Iterator[None]:
+    """Say after Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = len(ledger.left(units))
+        _note(f"{left} images are not done; the same command goes on from there")
+        raise
 
 
 @contextmanager

@@ -242,6 +242,28 @@ def test_pixels_that_changed_are_never_taken_for_those_that_were_done(
 
 
 @pytest.mark.usefixtures("as_a_worker")
+def test_ctrl_c_says_how_to_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("restore", folder, "-o", tmp_path / "out", *WIENER)
+    succeeded(command(*asked, "--init"))
+    read, reads = ImageSeries.read, [0]
+
+    def read_with_ctrl_c(self: ImageSeries, **index: int) -> np.ndarray:
+        reads[0] += 1
+        if reads[0] == 3:
+            signal.raise_signal(signal.SIGINT)
+        return read(self, **index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageSeries, "read", read_with_ctrl_c)
+        told = command(*asked, "--unit", "1/1")
+    assert told.code == ExitCode.INTERRUPTED
+    assert "4 images are not done; the same command goes on from there" in told.err
+    assert "6 of 6" in succeeded(command(*asked, "--unit", "1/1"))
+
+
+@pytest.mark.usefixtures("as_a_worker")
 def test_an_image_that_changes_while_it_is_read_is_not_half_of_two(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
