@@ -20,9 +20,9 @@ Floats = NDArray[np.float64]
 
 # Candidates for focus lie this far apart, in depths of field.
 _CANDIDATE_STEP = 0.1
-_APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
+_APERTURES = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)
 _APERTURE_SD = 0.05
-_EXTRA_WAVES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
+_EXTRA_WAVES = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 _WAVES_SD = 0.12
 # Price of a stage that runs against what the core says, as a logarithm.
 _REVERSED = 6.0
