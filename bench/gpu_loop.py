@@ -44,7 +44,7 @@ def whole_loop(
     with _fast_folder() as folder:
         recording = folder / "played.tif"
         played = [np.roll(frame, 16 * shift, axis=0) for shift in range(_RECORDED)]
-        tifffile.imwrite(recording, np.stack(played))
+        tifffile.imwrite(recording, np.stack(played), photometric="minisblack")
         full = _run(settings, recording, frames, None)
         paced = {rate: _run(settings, recording, frames, rate) for rate in rates}
     throughput = full["throughput"]
