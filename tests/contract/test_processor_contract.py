@@ -237,6 +237,16 @@ def test_channel_without_optics_is_passed_on_with_the_reason(processor, pool, fr
     assert result.skipped == "channel 'dark' has no optics in the config"
 
 
+def test_a_channel_that_is_recorded_alone_is_marked_too(processor, pool):
+    processor.start(series_for(), SLOTS)
+    frame = np.full(SHAPE, 1000, "<u2")
+    frame[7, 9] = 65535
+    ticket = submit(processor, pool, 0, frame, channel=1)
+    assert ticket.result.result(TIMEOUT_S).flags == ("saturated",)
+    ticket = submit(processor, pool, 1, np.minimum(frame, 1000), channel=1)
+    assert ticket.result.result(TIMEOUT_S).flags == ()
+
+
 def test_series_without_any_classified_channel_has_no_grid(processor):
     assert processor.start(series_for(channels=("dark",)), SLOTS) is None
 

@@ -88,14 +88,17 @@ class CpuDevice:
 
     def enqueue(self, job: Job) -> None:
         """Correct a frame."""
-        buffers = self._slots[job.slot.index]
-        correction = self._channels[job.channel].correction
+        buffers, channel = self._slots[job.slot.index], self._channels[job.channel]
+        correction, pixels = channel.correction, job.slot.pixels
         with job.stage("correct"):
-            pixels = job.slot.pixels
-            buffers.pedestal = job.plan.camera.pedestal(pixels)
-            buffers.marks = correction.to_signal(pixels, buffers.signal)
-            if buffers.pedestal:
-                buffers.signal += np.float32(buffers.pedestal)
+            if channel.classifier is None and channel.restorer is None:
+                # It is recorded alone: nobody reads a signal.
+                buffers.marks = correction.mark(pixels)
+            else:
+                buffers.pedestal = job.plan.camera.pedestal(pixels)
+                buffers.marks = correction.to_signal(pixels, buffers.signal)
+                if buffers.pedestal:
+                    buffers.signal += np.float32(buffers.pedestal)
         job.flags = buffers.marks.flags
 
     def estimate(self, job: Job) -> DefocusMap | None:

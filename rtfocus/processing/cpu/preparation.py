@@ -122,23 +122,33 @@ class Correction:
         self._camera = camera
         self._offset = np.float32(camera.offset_counts)
 
+    def mark(self, pixels: NDArray[np.generic]) -> Marks:
+        """Say what is wrong with a frame."""
+        invalid = self._camera.find_invalid(pixels)
+        if invalid is None:
+            flags, highest = [], pixels.max()
+        else:
+            flags, highest = ["nan"], np.max(pixels, where=~invalid, initial=-np.inf)
+        # Rounded as the signal is.
+        if float(np.float32(highest)) >= self._camera.saturation_counts:
+            flags.append("saturated")
+        return Marks(tuple(flags), invalid)
+
     def to_signal(self, pixels: NDArray[np.generic], out: Image) -> Marks:
         """Write the corrected frame to `out` (float32) and say what is wrong with it.
 
         Pixels that are no number take the median of the others.
         """
-        invalid = self._camera.find_invalid(pixels)
-        flags = [] if invalid is None else ["nan"]
+        marks = self.mark(pixels)
+        invalid = marks.invalid
         np.copyto(out, pixels, casting="unsafe")
         if invalid is not None:
             out[invalid] = 0.0 if invalid.all() else np.median(out[~invalid])
-        if float(out.max()) >= self._camera.saturation_counts:
-            flags.append("saturated")
         if self._offset:
             out -= self._offset
         if self._camera.divisor is not None:
             out /= self._camera.divisor
-        return Marks(tuple(flags), invalid)
+        return marks
 
     def to_counts(
         self, signal: Image, out: NDArray[np.generic], invalid: NDArray[np.bool_] | None
