@@ -7,7 +7,6 @@ was found at, else for its position, and for hardware-sequenced z too, which
 pymmcore-plus leaves out.
 """
 
-import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
@@ -22,13 +21,14 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import FrameMetaV1, SummaryMetaV1
 from pymmcore_plus.metadata.schema import PropertyValue
 
-from rtfocus.autofocus.devices import choices_of, interrupt_at_end
+from rtfocus.autofocus.devices import choices_of, interrupt_at_end, set_back_light
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import (
     Site,
     autofocus_plan,
     begin_anew,
+    beside_held,
     channel_offset_um,
     focus_light,
     focus_plans,
@@ -40,9 +40,7 @@ from rtfocus.autofocus.plans import (
     unfocused,
 )
 from rtfocus.autofocus.run import Verdict
-from rtfocus.errors import ConfigError, RtfocusError
-
-logger = logging.getLogger(__name__)
+from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 
 _TRY_AGAIN = 10
 """Visits before a place where focus was not found is searched again."""
@@ -67,8 +65,9 @@ class FocusActions(MDAEngine):
         self._not_before: dict[Key, int] = {}
         # What was known of the places of another plan is not known of these.
         self.focuser.places.clear()
-        core = self.mmcore
-        self._found_at_um = core.getZPosition() if core.getFocusDevice() else None
+        core, self._found_at_um = self.mmcore, None
+        if self.focuser.moves_offset or core.getFocusDevice():
+            self._found_at_um = self.focuser.stage().position_um()
         self._light = focus_light(sequence, self.focuser.config.focus_channel)
         self._plans = focus_plans(sequence)
         has_offset = any(plan.autofocus_motor_offset for plan in self._plans)
@@ -83,6 +82,18 @@ class FocusActions(MDAEngine):
         order = "".join(sequence.axis_order)
         self._z_is_outer = "t" in order and -1 < order.find("z") < order.find("t")
         return super().setup_sequence(sequence)
+
+    def teardown_sequence(self, sequence: useq.MDASequence) -> None:
+        """Set everything back, the offset of a hardware focus device too."""
+        if self.focuser.moves_offset and self._found_at_um is not None:
+            # What the hardware holds, nobody moves at the end of the plan either.
+            found, self._initial_state = self._initial_state, {}
+            set_back_light(self.mmcore, found)
+            try:
+                self.focuser.stage().go_to(self._found_at_um)
+            except MicroscopeError as error:  # the plan's other ends are to be told
+                core_logger.warning("%s", error)
+        super().teardown_sequence(sequence)
 
     def setup_event(self, event: useq.MDAEvent) -> None:
         """Set up an event; raise SkipEvent where its position is not in focus.
@@ -101,7 +112,9 @@ class FocusActions(MDAEngine):
                 unfocused(found_by, reason),
             )
             raise SkipEvent(num_frames=images_of(event))
-        if event.z_pos is None and (self.holder is not None or found_by is not None):
+        if self.focuser.moves_offset:
+            event = beside_held(event, self._found_at_um)
+        elif event.z_pos is None and (self.holder is not None or found_by is not None):
             # What is corrected needs a z to begin with: where the stage was found.
             event = event.model_copy(update={"z_pos": self._found_at_um})
         self._hold(event, key_of(event))
@@ -212,7 +225,7 @@ class FocusActions(MDAEngine):
             light = self._light
             channel = useq.EventChannel(config=light.config, group=light.group)
             exposure = light.exposure or exposure
-        z_um = reference_um(event)
+        z_um = None if self.focuser.moves_offset else reference_um(event)
         if z_um is None:
             z_um = self._found_at_um
         else:
@@ -299,14 +312,13 @@ class FocusActions(MDAEngine):
         self, error: RtfocusError, place: Key, event: useq.MDAEvent
     ) -> None:
         """Tell of a search that broke off; its place is where the stage was left."""
-        key, core = key_of(event), self.mmcore
+        key = key_of(event)
         core_logger.warning("%s", unfocused(place, str(error)))
         self.focuser.journal.write("failure", p=place[0], g=place[1], reason=str(error))
         self.focuser.tell(f"autofocus failed: {error}")
         self._verdicts[key] = {"focused": False, "reason": str(error)}
-        if core.getFocusDevice():
-            with suppress(RuntimeError):  # a stage that does not even answer
-                self._correct_to(core.getZPosition(), event, key)
+        with suppress(MicroscopeError):  # a stage that does not even answer
+            self._correct_to(self.focuser.stage().position_um(), event, key)
 
     def _ready_channel(self, event: useq.MDAEvent) -> str | None:
         """Return the channel that is set up and tells focus; None: it is not."""
@@ -367,6 +379,8 @@ class FocusActions(MDAEngine):
             name = "" if event.channel is None else event.channel.config
             place = key_of(event) if self.holder is not None or self._plans else ()
             time_point = event.index.get("t") if self.holder is not None else None
+            if self.focuser.moves_offset:  # no hardware sequences it
+                place = (*place, event.z_pos)
             return time_point, place, offsets.get(name, 0.0)
 
         for _, stack in groupby(events, stack_of):
@@ -374,6 +388,11 @@ class FocusActions(MDAEngine):
 
     def _set_event_z(self, event: useq.MDAEvent) -> None:
         core = self.mmcore
+        if self.focuser.moves_offset:
+            target_um = cast("float", self.z_um(event))
+            for stop_um in self.focuser.way_to(target_um):
+                self.focuser.stage().go_to(stop_um)
+            return
         if not core.getFocusDevice():
             super()._set_event_z(event)
             return

@@ -1,13 +1,18 @@
-"""Devices: a core's focus stage, light and live mode, as a search uses them."""
+"""Devices: what of a core a search uses: stage or offset, light, live mode, runner."""
 
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import useq
-from pymmcore_plus import CMMCorePlus
+from pymmcore_plus import CMMCorePlus, DeviceType
 from pymmcore_plus.mda import FinishReason, MDAEngine, MDARunner
 
 from rtfocus.errors import ConfigError, MicroscopeError
 
+_LOCK_S = 10.0
+"""Longest wait for a hardware focus device to hold focus again."""
+_POLL_S = 0.02
 _CHOICES = (
     "use_hardware_sequencing",
     "force_set_xy_position",
@@ -48,6 +53,76 @@ class CoreStage:
             self._core.waitForDevice(stage)
         except RuntimeError as error:
             msg = f"z-stage '{stage}' does not go to {z_um:g} um: {error}"
+            raise MicroscopeError(msg) from error
+
+
+class OffsetStage:
+    """The offset of a hardware focus device, moved in place of the z-stage.
+
+    Parameters
+    ----------
+    core
+        With its devices loaded; the autofocus device holds focus.
+    device
+        Stage device that is the offset; None: the autofocus device's own.
+    um_per_unit
+        What one unit of the offset moves the plane of focus by.
+    """
+
+    def __init__(
+        self, core: CMMCorePlus, device: str | None, um_per_unit: float
+    ) -> None:
+        self._core, self._device, self._um_per_unit = core, device, um_per_unit
+        holder = core.getAutoFocusDevice()
+        if not holder:
+            msg = (
+                "autofocus.actuator 'offset' needs a hardware focus device, and there "
+                "is none (core property 'AutoFocus'); set actuator: stage"
+            )
+            raise MicroscopeError(msg)
+        self._holder = holder
+        if device is not None and device not in core.getLoadedDevices():
+            loaded = ", ".join(core.getLoadedDevicesOfType(DeviceType.Stage))
+            msg = (
+                f"autofocus.offset_device '{device}' is not loaded; stage devices: "
+                f"{loaded}"
+            )
+            raise ConfigError(msg)
+
+    def position_um(self) -> float:
+        """Return the offset in um of the plane of focus."""
+        try:
+            units = (
+                self._core.getAutoFocusOffset()
+                if self._device is None
+                else self._core.getPosition(self._device)
+            )
+        except RuntimeError as error:
+            msg = f"the offset of '{self._holder}' cannot be read: {error}"
+            raise MicroscopeError(msg) from error
+        return float(units) * self._um_per_unit
+
+    def go_to(self, z_um: float) -> None:
+        """Set the offset, and wait until focus is held there."""
+        units = z_um / self._um_per_unit
+        try:
+            if self._device is None:
+                self._core.setAutoFocusOffset(units)
+                self._core.waitForDevice(self._holder)
+            else:
+                self._core.setPosition(self._device, units)
+                self._core.waitForDevice(self._device)
+            until_s = time.monotonic() + _LOCK_S
+            while not self._core.isContinuousFocusLocked():
+                if time.monotonic() > until_s:
+                    msg = (
+                        f"'{self._holder}' does not hold focus {_LOCK_S:g} s after its "
+                        f"offset was set to {units:g}; bring it into range again"
+                    )
+                    raise MicroscopeError(msg)
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            msg = f"the offset of '{self._holder}' cannot be set to {units:g}: {error}"
             raise MicroscopeError(msg) from error
 
 
@@ -145,6 +220,25 @@ def end_abandoned(runner: MDARunner) -> None:
     # the plan running for ever.
     runner._finish_reason = FinishReason.CANCELED  # noqa: SLF001
     runner._finish_run(runner._sequence or useq.MDASequence())  # noqa: SLF001
+
+
+def set_back_light(core: CMMCorePlus, found: Mapping[str, Any]) -> None:
+    """Set back what a plan has changed of light and camera, and no stage.
+
+    Parameters
+    ----------
+    core
+        With its devices loaded.
+    found
+        What the stock engine noted before the plan; empty: it was not to.
+    """
+    for group, preset in found.get("config_groups", {}).items():
+        core.setConfig(group, preset)
+    if found:
+        core.setExposure(found["exposure"])
+        core.setAutoShutter(found["autoshutter"])
+        core.clearROI()
+        core.setROI(*found["roi"])
 
 
 def choices_of(engine: object) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from pymmcore_plus import CMMCorePlus
 from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.calibration import load_calibration
-from rtfocus.autofocus.devices import CoreStage, FocusLight, stopped_live
+from rtfocus.autofocus.devices import CoreStage, FocusLight, OffsetStage, stopped_live
 from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
 from rtfocus.autofocus.run import (
     OURS,
+    FocusStage,
     Search,
     SearchTask,
     Step,
@@ -143,7 +144,7 @@ class Focuser:
             What reading an image raises, a processor that does not answer too.
         """
         self._refuse_hardware_focus()
-        stage = CoreStage(self.core)
+        stage = self.stage()
         with stopped_live(self.core), self._focus_channel(channel) as light:
             search = self._search(light, key, self.limits_around(around_um))
             for stop_um in search.moves.settling(stage.position_um()):
@@ -231,7 +232,7 @@ class Focuser:
         if planned_um is not None:
             return limits_at(self.config, planned_um)
         if self.limits is None:
-            self.limits = limits_at(self.config, CoreStage(self.core).position_um())
+            self.limits = limits_at(self.config, self.stage().position_um())
         return self.limits
 
     def move_rule(self, unit_um: float, limits: Limits) -> MoveRule:
@@ -258,8 +259,29 @@ class Focuser:
         is_inside = (low is None or beyond_um >= low) and (
             high is None or beyond_um <= high
         )
-        from_wrong_side = side * (z_um - CoreStage(self.core).position_um()) < 0
+        from_wrong_side = side * (z_um - self.stage().position_um()) < 0
         return (beyond_um, z_um) if from_wrong_side and is_inside else (z_um,)
+
+    @property
+    def moves_offset(self) -> bool:
+        """Tell whether a hardware focus device's offset is moved, and no z-stage."""
+        return self.config.actuator == "offset"
+
+    def stage(self) -> FocusStage:
+        """Return what is moved, as configured.
+
+        Raises
+        ------
+        MicroscopeError
+            If the core does not have it.
+        """
+        if self.moves_offset:
+            device, um_per_unit = (
+                self.config.offset_device,
+                self.config.offset_um_per_unit,
+            )
+            return OffsetStage(self.core, device, um_per_unit)
+        return CoreStage(self.core)
 
     def is_held_by_hardware(self) -> bool:
         """Tell whether a focus device (PFS, CRISP) is in continuous mode."""
@@ -268,6 +290,8 @@ class Focuser:
 
     def direction(self) -> int:
         """Return what larger z does to the plane of focus: +1 towards, -1 away, 0."""
+        if self.moves_offset:  # nobody has told Micro-Manager
+            return direction_of(self.config, 0)
         device = self.core.getFocusDevice()
         return direction_of(self.config, int(self.core.getFocusDirection(device)))
 
@@ -333,11 +357,18 @@ class Focuser:
         )
 
     def _refuse_hardware_focus(self) -> None:
-        if self.is_held_by_hardware():
-            device = self.core.getAutoFocusDevice()
+        device, is_held = self.core.getAutoFocusDevice(), self.is_held_by_hardware()
+        if is_held and not self.moves_offset:
             msg = (
                 f"'{device}' holds the focus in hardware, and rtfocus does not fight "
-                "it: switch its continuous focus off, or leave rtfocus out of the plan"
+                "it: switch its continuous focus off, leave rtfocus out of the plan, "
+                "or let it move the offset (autofocus.actuator: offset)"
+            )
+            raise MicroscopeError(msg)
+        if device and self.moves_offset and not is_held:
+            msg = (
+                f"'{device}' does not hold the focus, so its offset moves nothing: "
+                "switch its continuous focus on, or set autofocus.actuator: stage"
             )
             raise MicroscopeError(msg)
 

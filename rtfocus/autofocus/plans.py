@@ -107,6 +107,15 @@ def _taken_off_um(event: useq.MDAEvent) -> float:
     return float(list(plan)[number])
 
 
+def beside_held(event: useq.MDAEvent, held_um: float | None) -> useq.MDAEvent:
+    """Return an event whose z is an offset: what the hardware holds, and its slice."""
+    reference = reference_um(event)
+    slice_um = 0.0
+    if event.z_pos is not None and reference is not None:
+        slice_um = event.z_pos - reference
+    return event.model_copy(update={"z_pos": (held_um or 0.0) + slice_um})
+
+
 def asking_for_focus(event: useq.MDAEvent) -> useq.MDAEvent:
     """Return the event that asks for focus where an image is taken, as useq asks."""
     asked = event.model_copy(update={"action": useq.CustomAction(name=ACTION)})

@@ -109,6 +109,13 @@ class AutofocusConfig(Section):
     search: str = "rtfocus"
     """What finds focus on demand: ``rtfocus``, or the name under which an installed
     package brings another (entry point in group ``rtfocus.autofocus``)."""
+    actuator: Literal["stage", "offset"] = "stage"
+    """``offset``: a hardware focus device (PFS, CRISP) holds focus, and its offset is
+    moved in place of the z-stage; all z below are then those of the offset."""
+    offset_device: str | None = None
+    """Stage device whose position is that offset; None: the core's autofocus offset."""
+    offset_um_per_unit: Annotated[float, Field(gt=-inf, lt=inf)] = 1.0
+    """What one unit of the offset moves the plane of focus by, in um."""
     low_um: Place | None = None
     """Lowest stage z autofocus may ever go to; None: `reach_um` below the start."""
     high_um: Place | None = None
@@ -150,6 +157,19 @@ class AutofocusConfig(Section):
     """Longest wait for the estimate of one image."""
     on_failure: Literal["continue", "skip"] = "continue"
     """After a search that failed: acquire the position as it is, or skip its events."""
+
+    @model_validator(mode="after")
+    def _one_holds(self) -> "AutofocusConfig":
+        if self.mode == "hold" and self.actuator == "offset":
+            msg = (
+                "mode 'hold' with actuator 'offset': the hardware holds focus already; "
+                "set mode: off and search by an autofocus_plan"
+            )
+            raise ValueError(msg)
+        if self.offset_um_per_unit == 0:
+            msg = "offset_um_per_unit 0 moves nothing; give um per unit of the offset"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> "AutofocusConfig":
