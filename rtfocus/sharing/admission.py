@@ -6,6 +6,7 @@ and no file that runs code.
 """
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from rtfocus.sharing.package import (
     open_package,
 )
 
+_MOST_VALUES = 100_000
 _README = "README.md"
 _DESCRIPTION = "description.yaml"
 """A foreign model's own, kept for its authors, licence and citations."""
@@ -119,11 +121,7 @@ def _taken(package: Package, name: str | None, values: Values | None) -> Files:
 
 
 def _read_rdf(package: Package, rdf: str) -> dict[str, Any]:
-    try:
-        found = parse_yaml(decode(package.read(rdf, TEXT_BYTES)))
-    except ValueError as error:
-        msg = f"'{rdf}' in '{package.origin}' {error}"
-        raise EngineError(msg) from error
+    found = _yaml(package, rdf)
     if not isinstance(found, dict):
         msg = f"'{rdf}' in '{package.origin}' describes nothing: it is no mapping"
         raise EngineError(msg)
@@ -194,12 +192,32 @@ def _exported(
 
 def _card_in(package: Package) -> EngineCard:
     where = f"'{CARD_NAME}' in '{package.origin}'"
+    return parse_card(_yaml(package, CARD_NAME), where)
+
+
+def _yaml(package: Package, name: str) -> Any:  # noqa: ANN401
+    """Read a YAML file; its anchors stand for no more than can be meant."""
     try:
-        given = parse_yaml(decode(package.read(CARD_NAME, TEXT_BYTES)))
+        found = parse_yaml(decode(package.read(name, TEXT_BYTES)))
+        if _values_in(found, {}) > _MOST_VALUES:
+            msg = f"stands for more than {_MOST_VALUES} values by its anchors"
+            raise ValueError(msg)
     except ValueError as error:
-        msg = f"engine card {where} {error}"
+        msg = f"'{name}' in '{package.origin}' {error}"
         raise EngineError(msg) from error
-    return parse_card(given, where)
+    return found
+
+
+def _values_in(part: object, known: dict[int, float]) -> float:
+    """Count values, those that anchors repeat as often as they do."""
+    if not isinstance(part, dict | list):
+        return 1
+    if id(part) not in known:
+        # One that holds itself has no end.
+        known[id(part)] = math.inf
+        values = [*part.values()] if isinstance(part, dict) else part
+        known[id(part)] = 1 + sum(_values_in(value, known) for value in values)
+    return known[id(part)]
 
 
 def _of_card(package: Package, card: EngineCard, name: str | None) -> Files:

@@ -176,7 +176,7 @@ class _Rdf(_Part):
     test_inputs: list[str | File] = []
     test_outputs: list[str | File] = []
     weights: dict[str, Any]
-    config: dict[str, Any] | None = None
+    config: dict[Any, Any] | None = None
 
 
 def read_model(given: Mapping[str, Any]) -> Model:
@@ -225,7 +225,7 @@ def _model(rdf: _Rdf) -> Model:
     shown, gives = read(rdf)
     return Model(
         name=_name_of(rdf),
-        description=rdf.description or rdf.name,
+        description=in_one_line(rdf.description or rdf.name),
         weights=File(source=weights.source, sha256=weights.sha256),
         input=shown,
         output=gives,
@@ -434,7 +434,8 @@ def _tolerance(rdf: _Rdf, output: str) -> Tolerance:
 
 
 def _origin(rdf: _Rdf) -> Iterator[tuple[str, Any]]:
-    yield "model", f"{rdf.name} (bioimage.io, spec {rdf.format_version})"
+    title = in_one_line(rdf.name)
+    yield "model", f"{title} (bioimage.io, spec {rdf.format_version})"
     people = [a.get("name", "") if isinstance(a, dict) else str(a) for a in rdf.authors]
     for key, value in (
         ("id", rdf.id),
@@ -444,7 +445,19 @@ def _origin(rdf: _Rdf) -> Iterator[tuple[str, Any]]:
         ("cite", "; ".join(_citation(entry) for entry in rdf.cite)),
     ):
         if value:
-            yield key, str(value)
+            yield key, in_one_line(str(value))
+
+
+def in_one_line(text: str) -> str:
+    """Return a text of others as a terminal may show it: one line, no controls.
+
+    Examples
+    --------
+    >>> in_one_line("a  model" + chr(27) + "[2J")
+    'a model [2J'
+    """
+    kept = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(kept.split())
 
 
 def _citation(entry: object) -> str:

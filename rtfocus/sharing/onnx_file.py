@@ -102,7 +102,8 @@ def opset_of(model: bytes) -> int:
 
 def _tensor(message: memoryview) -> OnnxTensor:
     """Read a ``ValueInfoProto``."""
-    dtype, shape = "unknown", ()
+    dtype = "unknown"
+    shape: tuple[int | None, ...] = ()
     for kind in _messages(message, 2):
         for tensor in _messages(kind, 1):
             number = dict(_fields(tensor)).get(1)

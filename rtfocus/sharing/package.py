@@ -29,7 +29,8 @@ from rtfocus.processing.engines.registry import refuse_link
 
 MOST_FILES = 1000
 TEXT_BYTES = 1 << 20
-TENSOR_BYTES = 256 << 20
+TENSOR_BYTES = 64 << 20
+"""A float32 image of 4096 x 4096."""
 WEIGHTS_BYTES = 1 << 30
 FETCHED_BYTES = 4 << 30
 PATIENCE_S = 30.0
@@ -263,10 +264,10 @@ def fetched(address: str, tell: Callable[[str], None]) -> Iterator[Path]:
             msg = f"'{address}' answers {error.code} {why}; look it up again"
             raise EngineError(msg) from error
         except (OSError, HTTPException, ValueError) as error:
-            why = getattr(error, "reason", None) or error
+            why = " ".join(str(getattr(error, "reason", None) or error).split())
             msg = (
-                f"'{address}' cannot be fetched: {' '.join(str(why).split())}; try "
-                "again, or fetch it with a browser and add the file"
+                f"'{address}' cannot be fetched: {why}; try again, or fetch it with a "
+                "browser and add the file"
             )
             raise EngineError(msg) from error
         tell(f"fetched {size} bytes, sha256 {sha256}")

@@ -50,6 +50,12 @@ def exported(tmp_path_factory):
         return {name: package.read(name) for name in package.namelist()}
 
 
+LAUGHS = b"a0: &a0 [1]\n" + b"".join(
+    b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 40)
+)
+"""A line more doubles what its last value stands for."""
+
+
 def refused(path: Path | str, mine: Path, said: str) -> None:
     """The error is one line, and nothing is left of what was refused."""
     with pytest.raises(EngineError, match=said) as caught:
@@ -102,6 +108,8 @@ def test_a_zipped_engine_folder_is_an_engine(mine, tmp_path):
         ("rdf.yaml", b"a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
         ("rdf.yaml", b"a: &a [1]\n" + b"b: [*a]\n" * 99, "'b' is given twice"),
         ("rdf.yaml", b"- a", "it is no mapping"),
+        ("rdf.yaml", LAUGHS, "more than 100000 values by its anchors"),
+        ("rdf.yaml", b"a: &a [*a]", "more than 100000 values"),
         ("rdf.yaml", b"#" * (2 << 20), "more than the 1048576"),
         ("rdf.yaml", b"\xff\xfe\x00", "is no"),
         ("rdf.yaml", None, r"no bioimageio.yaml or rdf.yaml.*neither"),

@@ -172,9 +172,9 @@ def add_engine(folder: Path) -> FoundEngine:
         is an engine of that name, or the folder holds a link: what it leads to may
         be anything. Nothing is left of an engine that could not be added.
     """
-    for place, folders, names in os.walk(folder):
+    for inside, folders, names in os.walk(folder):
         for name in (*folders, *names):
-            refuse_link(Path(place) / name)
+            refuse_link(Path(inside) / name)
     card = read_card(folder)
     for precision in card.files:
         verified_file(folder, card, precision)

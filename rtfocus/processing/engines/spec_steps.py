@@ -9,7 +9,6 @@ that is shown normalised images, and says of no step back, gives normalised ones
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -42,18 +41,16 @@ class Line:
 
     def apply(self, image: Image) -> Image:
         """Return a new image on the line."""
-        result = np.subtract(image, self.centre, dtype=np.float32)
         # Not in place: numbers for more channels than there are would not fit.
+        result = np.subtract(image, self.centre, dtype=np.float32)
         result = result * np.asarray(self.gain, np.float32)
-        result += np.asarray(self.shift, np.float32)
-        return result
+        return np.asarray(result + np.asarray(self.shift, np.float32))
 
     def undo(self, image: Image) -> Image:
         """Return the image that `apply` would take to this one."""
         result = np.subtract(image, self.shift, dtype=np.float32)
-        result /= np.asarray(self.gain, np.float32)
-        result += np.asarray(self.centre, np.float32)
-        return result
+        result = result / np.asarray(self.gain, np.float32)
+        return np.asarray(result + np.asarray(self.centre, np.float32))
 
 
 class _AlongChannels(Section):
@@ -106,8 +103,9 @@ class _OverAxes(Section):
 
     def mean_and_deviation(self, image: Image) -> tuple[Any, Any]:
         """Return mean and standard deviation of the image."""
-        of = partial(dict, axis=self.over(), keepdims=True, dtype=np.float64)
-        return np.mean(image, **of()), np.std(image, **of())
+        over, exact = self.over(), np.float64
+        mean = np.mean(image, axis=over, keepdims=True, dtype=exact)
+        return mean, np.std(image, axis=over, keepdims=True, dtype=exact)
 
 
 class ClipKwargs(_OverAxes):
@@ -145,7 +143,7 @@ class Clip(Section):
             low = given.percentile(image, given.min_percentile, "inverted_cdf")
         if given.max_percentile is not None:
             high = given.percentile(image, given.max_percentile, "inverted_cdf")
-        return np.clip(image, low, high).astype(np.float32, copy=False)
+        return np.asarray(np.clip(image, low, high), np.float32)
 
 
 class BinarizeKwargs(_AlongChannels):
@@ -163,7 +161,8 @@ class Binarize(Section):
     def apply(self, image: Image, raw: Image) -> Image:
         """Return a new image."""
         del raw
-        return (image > self.kwargs.along(self.kwargs.threshold)).astype(np.float32)
+        above = image > self.kwargs.along(self.kwargs.threshold)
+        return np.asarray(above, np.float32)
 
 
 class Sigmoid(Section):
@@ -203,7 +202,7 @@ class EnsureDtype(Section):
         if dtype.kind == "f":
             return image
         if dtype.kind == "b":
-            return (image != 0).astype(np.float32)
+            return np.asarray(image != 0, np.float32)
         bounds = np.iinfo(dtype)
         return np.clip(np.trunc(image), bounds.min, bounds.max).astype(np.float32)
 

@@ -238,7 +238,8 @@ def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
     what = restoration.method
     if restoration.found is not None:
         card = restoration.found.card
-        what = f"{what} ({card.kind}, {card.implementation})"
+        origin = "a model of bioimage.io, " if card.sees_image_alone else ""
+        what = f"{what} ({origin}{card.kind}, {card.implementation})"
     return EngineError(
         f"restoration {what} does not run on a GPU; those that do: "
         f"{', '.join((*WHOLE_FRAME, BLIND))}, joint engines, and restorers that are a "

@@ -5,6 +5,7 @@ Run by ``tests/gpu/test_gpu_standin.py``, which loads the stand-in first.
 
 import ctypes
 
+import foreign_kit
 import numpy as np
 import pytest
 from engine_kit import (
@@ -40,6 +41,7 @@ from rtfocus.processing.gpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.processing.restore import METHODS
+from rtfocus.sharing.admission import add_model
 from rtfocus.specimens import draw_specimen
 
 SHAPE = (144, 192)
@@ -547,6 +549,27 @@ def test_what_the_gpu_cannot_do_is_refused_or_left_to_the_cpu(
     demanded.close()
     automatic = open_processor(config_for(engine_folder, method=method, device="auto"))
     assert len(results_of(automatic, frames[:1])) == 1
+    assert "this series is processed on the CPU: restoration" in caplog.text
+
+
+@pytest.mark.parametrize("classifier", ["sharpness", None])
+def test_a_model_of_bioimage_io_is_refused_or_left_to_the_cpu(
+    classifier, engine_folder, caplog, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RTFOCUS_ENGINES", str(tmp_path / "mine"))
+    image = foreign_kit.counts()
+    files = foreign_kit.described_05(
+        image, foreign_kit.smoothed(image), foreign_kit.network()
+    )
+    method = add_model(foreign_kit.zipped(tmp_path / "model.zip", files)).name
+    options = {"method": method, "classifier": classifier}
+    demanded = open_processor(config_for(engine_folder, **options))
+    with pytest.raises(EngineError, match=r"model of bioimage\.io.*device: cpu"):
+        demanded.start(SERIES, 2)
+    demanded.close()
+    automatic = open_processor(config_for(engine_folder, device="auto", **options))
+    automatic.start(SERIES, 2)
+    automatic.close()
     assert "this series is processed on the CPU: restoration" in caplog.text
 
 
