@@ -132,7 +132,7 @@ class _Data(_Part):
 class _Tensor05(_Part):
     id: str = ""
     axes: Annotated[list[_Axis], Field(min_length=1)]
-    data: _Data | list[_Data] = _Data()
+    data: _Data | Annotated[list[_Data], Field(min_length=1)] = _Data()
     test_tensor: File | None = None
     preprocessing: list[dict[str, Any]] = []
     postprocessing: list[dict[str, Any]] = []

@@ -331,6 +331,15 @@ REFUSED = {
         _tensors("inputs", preprocessing=[{"id": "clip", "kwargs": {"least": 1}}]),
         r"steps\.before\.0\.clip\.kwargs",
     ),
+    "an axis named twice": (
+        _tensors(
+            "inputs",
+            preprocessing=[
+                {"id": "zero_mean_unit_variance", "kwargs": {"axes": ["x", "x"]}}
+            ],
+        ),
+        "name one twice",
+    ),
     "steps that are none": (
         _tensors("inputs", preprocessing=[{"id": "clip", "kwargs": [1]}]),
         "is not described as",

@@ -85,6 +85,9 @@ class _OverAxes(Section):
         if self.axes is not None and not set(self.axes) - {"batch"}:
             msg = f"axes {self.axes} leave nothing of an image to take a statistic of"
             raise ValueError(msg)
+        if self.axes is not None and len(set(self.axes)) < len(self.axes):
+            msg = f"axes {self.axes} name one twice"
+            raise ValueError(msg)
         return self
 
     def over(self) -> tuple[int, ...] | None:
@@ -420,17 +423,20 @@ def _after(
 ) -> tuple[Image, tuple[Line, ...]]:
     """Apply steps to an image; `raw` is the input as it came."""
     lines = []
-    for step in steps:
-        shape = image.shape
-        if isinstance(step, Bent):
-            image = step.apply(image, raw)
-        else:
-            line = step.line(image, raw)
-            lines.append(line)
-            image = line.apply(image)
-        if image.shape != shape:
-            msg = (
-                f"step '{step.id}' has numbers for {len(image)} channels of {shape[0]}"
-            )
-            raise EngineError(msg)
+    # What becomes too large is no number then, and is refused as such.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for step in steps:
+            shape = image.shape
+            if isinstance(step, Bent):
+                image = step.apply(image, raw)
+            else:
+                line = step.line(image, raw)
+                lines.append(line)
+                image = line.apply(image)
+            if image.shape != shape:
+                msg = (
+                    f"step '{step.id}' has numbers for {len(image)} channels of "
+                    f"{shape[0]}"
+                )
+                raise EngineError(msg)
     return image, tuple(lines)
