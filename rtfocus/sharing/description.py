@@ -14,14 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rtfocus.errors import EngineError
 from rtfocus.processing.engines.spec_steps import KNOWN_STEPS
 
-_AXIS_LETTERS = {
-    "batch": "b",
-    "channel": "c",
-    "b": "b",
-    "c": "c",
-    "y": "y",
-    "x": "x",
-}
+_AXIS_LETTERS = {"batch": "b", "channel": "c", **dict(zip("bcyx", "bcyx", strict=True))}
 _AXIS_NAMES = {"b": "batch", "c": "channel", "y": "y", "x": "x"}
 _CODE = {
     "pytorch_state_dict": "a state dict, which runs its architecture's code",
@@ -31,6 +24,7 @@ _CODE = {
     "keras_hdf5": "a Keras file, which may hold code",
     "keras_v3": "a Keras file, which may hold code",
 }
+_WITHOUT_AXES = ("scale_linear", "fixed_zero_mean_unit_variance")
 _LONGEST_NAME = 60
 
 
@@ -383,14 +377,11 @@ def _step_04(step: Mapping[str, Any]) -> Iterator[Any]:
     if any(isinstance(value, list) for value in kwargs.values()):
         # Over the pixels together, so one for every channel.
         kwargs["axis"] = "channel"
-    elif axes is not None and name not in ("scale_linear", *_FIXED):
+    elif axes is not None and name not in _WITHOUT_AXES:
         over = [_AXIS_NAMES.get(axis, axis) for axis in axes]
         kwargs["axes"] = [*(["batch"] if mode == "per_dataset" else []), *over]
     yield "id", name
     yield "kwargs", kwargs
-
-
-_FIXED = ("fixed_zero_mean_unit_variance",)
 
 
 def known_step(name: object) -> str:
