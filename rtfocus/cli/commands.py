@@ -81,7 +81,11 @@ COMMANDS = {
     "configs": Place(
         "configs", "List the configs that come with rtfocus; copy one to make your own."
     ),
-    "train": Place("train", "Train an engine from a recipe; resumable after a kill."),
+    "train": Place(
+        "train",
+        "Train an engine from a recipe, or from your own images; resumable after a "
+        "kill.",
+    ),
     "export": Place(
         "runs",
         "Export a run for other programs, or a checkpoint as an engine folder.",
