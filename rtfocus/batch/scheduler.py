@@ -343,8 +343,10 @@ def _on_worker(
 ) -> Answer:
     from distributed import get_worker
 
-    failure = run_unit(output, plan_key, unit_key, threads)
-    return Answer(get_worker().address, failure)
+    worker = get_worker()
+    # Of eight workers on a node with eight cores none is to take them all.
+    failure = run_unit(output, plan_key, unit_key, threads or worker.state.nthreads)
+    return Answer(worker.address, failure)
 
 
 def _of_dead(error: BaseException) -> str:
