@@ -17,8 +17,8 @@ itself, and a frame goes to the one that has least to do.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
@@ -205,7 +205,8 @@ class _SharedRun:
         return {name: "; ".join(dict.fromkeys(all_)) for name, all_ in said.items()}
 
     def lost(self) -> tuple[str, ...]:
-        return tuple(str(run.lost) for run in self._runs if run.lost is not None)
+        causes = [run.lost.__cause__ for run in self._runs if run.lost is not None]
+        return tuple(map(str, causes))
 
     def close(self) -> None:
         """Stop the threads; whoever still waits for a frame is told."""
@@ -336,7 +337,7 @@ class _Run:
 
     def _estimate_all(self) -> None:
         """Thread: every estimate as soon as it is known, in the order of the frames."""
-        with self._device.entered():
+        with self._entered():
             try:
                 for job in self._to_estimate:
                     self._succeeds(self._estimate, job)
@@ -346,7 +347,7 @@ class _Run:
 
     def _restore_all(self) -> None:
         """Thread: every result as soon as it is there."""
-        with self._device.entered():
+        with self._entered():
             try:
                 for job in self._to_restore:
                     if not job.failed:
@@ -354,6 +355,16 @@ class _Run:
                     self._seats.put(job.seat)
             except AbortedError:
                 return
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Enter the device if it can be: if not, its frames fail, nobody waits on."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._device.entered())
+            except EngineError as error:
+                logger.error("%s", without_frames(error))
+            yield
 
     def _estimate(self, job: Job) -> None:
         defocus = self._device.estimate(job)
@@ -382,7 +393,7 @@ class _Run:
                 first, self.lost = self.lost is None, self.lost or failure
                 if self._take_over(job):
                     if first:
-                        logger.error("%s; the other devices do its frames", failure)
+                        logger.error("%s; the other devices do its frames", error)
                     job.failed = True
                     return False
             job.fail(failure)

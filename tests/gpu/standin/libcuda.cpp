@@ -71,7 +71,7 @@ struct Device {
   size_t used = 0, peak = 0;
   long executed = 0, lose_after = -1;
   int lost = 0;  // the status of every call; 0: it answers
-  int open_status = 0, lost_status = ILLEGAL_ADDRESS;
+  int open_status = 0, opened_before = 0, lost_status = ILLEGAL_ADDRESS;
 };
 
 static std::mutex gate;
@@ -204,9 +204,10 @@ API void standin_lose_after(int number, long ops, int status) {
   device.lose_after = device.executed + ops;
   device.lost_status = status;
 }
-// What a device answers to whoever wants its context.
-API void standin_refuse_context(int number, int status) {
+// What a device answers to whoever wants its context, the next few left out.
+API void standin_refuse_context(int number, int status, int next) {
   devices[number].open_status = status;
+  devices[number].opened_before = next;
 }
 API long standin_executed(int number) { return devices[number].executed; }
 API const char* standin_log() {
@@ -247,7 +248,8 @@ API int cuDeviceGetAttribute(int* v, int a, int) {
 API int cuDeviceComputeCapability(int* a, int* b, int) { *a = 8; *b = 6; return OK; }
 API int cuDevicePrimaryCtxRetain(void** c, int device) {
   *c = &primary[device];
-  if (devices[device].open_status) return devices[device].open_status;
+  Device& wanted = devices[device];
+  if (wanted.open_status && --wanted.opened_before < 0) return wanted.open_status;
   return variable("RTFOCUS_STANDIN_MEMORY", 1) ? OK : OUT_OF_MEMORY;
 }
 API int cuDevicePrimaryCtxRelease_v2(int) { return OK; }

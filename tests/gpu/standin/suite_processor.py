@@ -4,10 +4,13 @@ Run by ``tests/gpu/test_gpu_standin.py``, which loads the stand-in first.
 """
 
 import ctypes
+import json
+import threading
 
 import foreign_kit
 import numpy as np
 import pytest
+import tifffile
 from engine_kit import (
     write_brightness_joint,
     write_shift_restorer,
@@ -15,6 +18,7 @@ from engine_kit import (
 )
 from gpu_standin_kit import HostContext
 
+from rtfocus.app import run
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
@@ -499,7 +503,7 @@ def test_gpus_that_cannot_all_be_had_are_refused_together(
     monkeypatch.setenv("RTFOCUS_STANDIN_DEVICES", "3")
     before = driver.standin_live()
     both = sharing(networks, [0, 2])
-    driver.standin_refuse_context(2, 46)
+    driver.standin_refuse_context(2, 46, 0)
     processor = on_gpus(both)
     try:
         with pytest.raises(EngineError, match=r"GPU 2 gives no context.*busy.*-i 2 -c"):
@@ -517,6 +521,55 @@ def test_gpus_that_cannot_all_be_had_are_refused_together(
     processor.close()
     with pytest.raises(EngineError, match=r"no GPU 3; there are: 0 .*, 1 .*, 2 "):
         open_processor(sharing(networks, [0, 3]))
+
+
+def test_a_gpu_that_some_thread_cannot_enter_keeps_nobody_waiting(
+    driver, networks, frames
+):
+    processor = on_gpus(sharing(networks, [0, 1]))
+    pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+    # The thread that owns it has its context, those that wait for frames get none.
+    driver.standin_refuse_context(1, 46, 1)
+    try:
+        processor.start(SERIES, SLOTS)
+        tickets = [submit(processor, pool, n, frames[n]) for n in range(4)]
+        found = [ticket.result.result(TIMEOUT_S) for ticket in tickets]
+        assert {result.device for result in found} == {"GPU 0"}
+    finally:
+        processor.close()
+        driver.standin_recover()
+
+
+def test_a_run_goes_on_without_a_lost_gpu_and_its_report_says_so(
+    driver, networks, frames, tmp_path
+):
+    config = sharing(networks, [0, 1])
+    before = driver.standin_executed(1)
+    processor = on_gpus(config)
+    processor.start(SERIES, config.transport.slots)
+    steps_of_a_start = driver.standin_executed(1) - before
+    processor.close()
+    images = np.stack(frames).astype("<u2")
+    tifffile.imwrite(tmp_path / "played.tif", images, photometric="minisblack")
+    source = {"source": "replay", "path": str(tmp_path / "played.tif")}
+    settings = config.model_dump(mode="json") | {
+        "microscope": source | {"pixel_size_um": 0.65, "repeats": 2},
+        "channels": [{"name": "default", "optics": OPTICS}],
+        "run": {"folder": str(tmp_path)},
+    }
+    lose(driver, 1, steps=steps_of_a_start + 2)
+    never = threading.Event()
+    try:
+        folder = run(parse_config(settings), stop=never, abandon=never)
+    finally:
+        driver.standin_recover()
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    assert report["devices"] == {"GPU 0": 16}
+    assert report["accounting"]["written"] == 16
+    assert report["accounting"]["in_error"] == {}
+    assert sum("GPU 1 failed while" in said for said in report["warnings"]) == 1
+    page = (folder / "report.html").read_text("utf-8")
+    assert "GPU 1 failed while" in page
 
 
 def test_two_gpus_work_side_by_side(engine_folder, frames, reference):
