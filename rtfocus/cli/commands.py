@@ -92,7 +92,7 @@ COMMANDS = {
     ),
     "psf": Place("psf", "The microscope's own PSF."),
     "evaluate": Place(
-        "evaluate",
+        "train",
         "Measure engines side by side: quality, levels, cost; tables and pictures.",
     ),
     "kernels": Place("psf", "Extract the blur kernel of every tile of an image."),

@@ -18,7 +18,6 @@ from rich.table import Table
 
 from rtfocus.cli.display import share_bar
 from rtfocus.cli.options import OverwriteOption
-from rtfocus.cli.train import need_torch
 from rtfocus.errors import ConfigError, ExitCode, WriterError
 from rtfocus.metrics import Outcome
 from rtfocus.writers.header import HEADER_NAME
@@ -317,6 +316,9 @@ def export(
         msg = f"'{source}' is no run folder (no {HEADER_NAME}) and no checkpoint file"
         raise ConfigError(msg)
     _refuse(of_run, f"'{source}' is no run folder")
+    # Of a run nothing is trained, and what trains takes long to import.
+    from rtfocus.cli.train import need_torch
+
     need_torch()
     from rtfocus.training.api import export_command
 

@@ -1,18 +1,46 @@
-"""Train command; torch is imported only when it runs."""
+"""Train and evaluate: engines made, and engines measured side by side.
 
+Torch is imported only when a training runs.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
-from rtfocus.config import find_config
+from rtfocus.channel import OpticalSystem
+from rtfocus.cli.options import OverwriteOption, read_config
+from rtfocus.config import Config, find_config
 from rtfocus.errors import ConfigError
+from rtfocus.evaluation.contenders import Contender, contender
+from rtfocus.evaluation.data_sets import find_data_set
+from rtfocus.evaluation.evaluate import Outcome
+from rtfocus.evaluation.evaluate import evaluate as evaluate_one
+from rtfocus.evaluation.samples import DataSet
+from rtfocus.evaluation.scorecard import (
+    JSON_NAME,
+    LEVEL_COLUMNS,
+    RESTORED_COLUMNS,
+    report_names,
+    tables,
+    write_report,
+)
+from rtfocus.images.outputs import OutputGuard
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(train)
+    app.command()(evaluate)
 
 
 def train(
@@ -125,3 +153,190 @@ def need_torch() -> None:
     if find_spec("torch") is None:
         msg = "training needs torch, which is not installed: pip install rtfocus[train]"
         raise ConfigError(msg)
+
+
+DATA_VARIABLE = "RTFOCUS_DATA"
+# Wide enough for every column where nobody's terminal says how wide it is.
+_PIPED_WIDTH = 160
+
+
+class Told(StrEnum):
+    """What engines are told of the optics."""
+
+    OPTICS = "optics"
+    NOTHING = "nothing"
+    BOTH = "both"
+
+
+def evaluate(
+    engines: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ENGINE...",
+            help="Engines by name or folder, wiener, richardson_lucy, "
+            "richardson_lucy_accelerated, richardson_lucy_blind, or METHOD:exact, told "
+            "the defocus.",
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET",
+            help="bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp, unseen, "
+            "synthetic, synthetic_textures, _signed, _dim, _even, _other, or a folder "
+            "with sharp/ and others beside it; repeatable.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for tables and pictures.")
+    ] = Path("evaluation"),
+    tell: Annotated[
+        Told, typer.Option(help="Tell engines the optics, nothing, or try both.")
+    ] = Told.OPTICS,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="The same as --tell nothing.")
+    ] = False,
+    optics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG", help="Config with optics and camera of a folder."
+        ),
+    ] = None,
+    channel: Annotated[str, typer.Option(help="Channel of that config.")] = "default",
+    classifier: Annotated[
+        str, typer.Option(help="Finds the defocus for restorers.")
+    ] = "delpnet",
+    data_folder: Annotated[
+        Path | None,
+        typer.Option(envvar=DATA_VARIABLE, help="Where the published images lie."),
+    ] = None,
+    engine_folder: Annotated[
+        list[Path] | None, typer.Option(help="Folder with further engines; repeatable.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of networks and Fourier transforms.")
+    ] = 1,
+    precision: Annotated[
+        str, typer.Option(help="auto, f32, bf16, fp16 or int8, as in a config.")
+    ] = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Measure engines side by side: quality, levels, cost; tables and pictures.
+
+    [bold]Example:[/] rtfocus evaluate delpnet wiener richardson_lucy
+    --data bbbc006_pairs --data-folder images -o evaluation
+    """
+    folders = engine_folder or []
+    given, offset_counts = _microscope(optics, channel)
+    sets = [
+        find_data_set(name, data_folder, given, offset_counts=offset_counts)
+        for name in data or ["bbbc006_pairs"]
+    ]
+    _refuse_equal_names(sets)
+    told = Told.NOTHING if blind else tell
+    contenders = [
+        contender(name, classifier=classifier, blind=way, folders=folders)
+        for name in engines
+        for way in _ways(told)
+    ]
+    rows = _rows(contenders)
+    names = report_names(rows, [one.name for one in sets])
+    guard = OutputGuard(overwrite=overwrite)
+    guard.claim_report(output, JSON_NAME, names)
+    outcomes = _run(
+        rows,
+        sets,
+        lambda one, data: one.config(
+            data, folders=folders, threads=threads, precision=precision
+        ),
+    )
+    _show(outcomes)
+    command = shlex.join(["rtfocus", *sys.argv[1:]])
+    with guard.report(output, JSON_NAME, names) as part:
+        written = [p.name for p in write_report(part, outcomes, command=command)]
+    for name in written:
+        typer.echo(str(output / name))
+
+
+def _run(
+    contenders: list[Contender],
+    sets: list[DataSet],
+    configure: Callable[[Contender, DataSet], Config],
+) -> list[Outcome]:
+    """Run every contender over every data set, with a bar on standard error."""
+    outcomes: list[Outcome] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for data in sets:
+            frames = sum(1 for _ in data.samples())
+            for one in contenders:
+                task = progress.add_task(f"{one.title} on {data.name}", total=frames)
+                advance = partial(progress.advance, task)
+                config = configure(one, data)
+                outcomes.append(evaluate_one(one, data, config, on_frame=advance))
+                progress.remove_task(task)
+    return outcomes
+
+
+def _ways(told: Told) -> tuple[bool, ...]:
+    """Whether engines run blind."""
+    return {
+        Told.OPTICS: (False,),
+        Told.NOTHING: (True,),
+        Told.BOTH: (False, True),
+    }[told]
+
+
+def _rows(contenders: list[Contender]) -> list[Contender]:
+    """Return each row once; one that is told nothing is the same either way."""
+    rows: dict[str, Contender] = {}
+    for one in contenders:
+        same = rows.setdefault(one.title, one)
+        folders = [c.engine and c.engine.folder.resolve() for c in (same, one)]
+        if folders[0] != folders[1]:
+            msg = (
+                f"'{folders[0]}' and '{folders[1]}' are both called '{one.name}' in a "
+                "table; rename one of the folders"
+            )
+            raise ConfigError(msg)
+    return list(rows.values())
+
+
+def _refuse_equal_names(sets: list[DataSet]) -> None:
+    for data in sets:
+        if sum(one.name == data.name for one in sets) > 1:
+            msg = (
+                f"two data sets are called '{data.name}' in a table; give each once, "
+                "or rename a folder"
+            )
+            raise ConfigError(msg)
+
+
+def _microscope(config: str | None, channel: str) -> tuple[OpticalSystem | None, float]:
+    """Return optics and camera offset of a config; without one nothing and 0."""
+    if config is None:
+        return None, 0.0
+    found = read_config(config, None)
+    optics = found.channel(channel).optics
+    if optics is None:
+        msg = f"config '{config}' states no optics for channel '{channel}'"
+        raise ConfigError(msg)
+    return optics, found.camera.offset_counts
+
+
+def _show(outcomes: list[Outcome]) -> None:
+    """Print one table per data set and kind of figure."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
+    for title, columns, rows in zip(
+        ("restored images", "defocus of tiles"),
+        (RESTORED_COLUMNS, LEVEL_COLUMNS),
+        tables(outcomes),
+        strict=True,
+    ):
+        for name in dict.fromkeys(row[0] for row in rows):
+            table = Table(*columns[1:], title=f"{name}: {title}")
+            for row in rows:
+                if row[0] == name:
+                    table.add_row(*row[1:])
+            console.print(table)
