@@ -165,7 +165,7 @@ def described_04(
                 "name": "raw",
                 "axes": "bcyx",
                 "data_type": "float32",
-                "shape": {"min": [1, 1, 16, 16], "step": [0, 0, 8, 8]},
+                "shape": {"min": [1, 1, 32, 32], "step": [0, 0, 8, 8]},
                 "preprocessing": before or [],
             }
         ],

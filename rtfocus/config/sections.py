@@ -268,8 +268,9 @@ class ProcessingConfig(Section):
     """Engines and how they run."""
 
     classifier: str | None = "delpnet"
-    """Engine that estimates defocus; None: frames are only recorded. A joint engine
-    that is the restoration method too estimates and restores in one pass."""
+    """Engine that estimates defocus; None: nobody does, and only a restorer that needs
+    none restores. A joint engine that is the restoration method too estimates and
+    restores in one pass."""
     restoration: RestorationConfig = RestorationConfig()
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """``gpu``: an error where there is none; ``auto``: the best there is."""
