@@ -83,6 +83,47 @@ class Stall:
         return None
 
 
+class LinkWatch:
+    """Tells a link that is too slow for the camera from a slow recorder.
+
+    While no slot is free, frames are either on their way or at the recorder, not yet
+    durable. Pure, times come in as parameters.
+
+    Parameters
+    ----------
+    frame_bytes
+        Of one frame.
+    """
+
+    def __init__(self, frame_bytes: int) -> None:
+        self._frame_bytes = frame_bytes
+        self._first: tuple[float, int] | None = None
+        self._last = (0.0, 0)
+        self.waited_s = 0.0
+        """How long the camera waited because frames were on their way."""
+
+    def waited(
+        self, since_s: float, until_s: float, *, sent: int, received: int, durable: int
+    ) -> None:
+        """Note that no slot was free, and how far the frames were by its end."""
+        if sent - received <= received - durable:
+            return  # most are at the recorder
+        self.waited_s += until_s - since_s
+        self._first = self._first or (since_s, received)
+        self._last = (until_s, received)
+
+    def warning(self, lasted_s: float) -> str | None:
+        """Return what to say of a series that lasted so long; None: nothing."""
+        if self._first is None or self.waited_s < max(1.0, lasted_s / 10):
+            return None
+        taken_s, frames = (b - a for a, b in zip(self._first, self._last, strict=True))
+        rate = frames * self._frame_bytes / taken_s / 1e6
+        return (
+            f"the link to the recorder limited the run: it carried {rate:.3g} MB/s, "
+            f"and the camera waited {self.waited_s:.1f} s of {lasted_s:.1f} s for it"
+        )
+
+
 _LOOK_S = 0.1
 """How often a waiting call looks for a stop or a stall; a slot wakes it at once."""
 
@@ -145,6 +186,8 @@ class FramePublisher:
         self._pool: SlotPool | None = None
         self._stall = Stall(config.on_stall, config.stall_timeout_s)
         self._stopped = False
+        self._link = LinkWatch(0)
+        self._begun_s: float | None = None
 
         def open_loop(context: Context, waker: Waker) -> PublisherLoop:
             self._loop = PublisherLoop(context, waker, config, on_estimate, on_ask)
@@ -166,6 +209,7 @@ class FramePublisher:
         frame_bytes = np.dtype(series.dtype).itemsize * int(np.prod(series.shape))
         pool, outbox = slot_pool(self._config, frame_bytes), Outbox(series)
         self._pool, self._outbox = pool, outbox
+        self._link, self._begun_s = LinkWatch(frame_bytes), None
         self._thread.call(lambda: self._loop.open_series(outbox, pool))
         self._wait_for_recorder(outbox)
 
@@ -185,6 +229,17 @@ class FramePublisher:
             left = outbox.published - outbox.durable_upto
             waiting_for = f"no free slot, {left} frames are not durable"
             self._watch_stall(waiting_for, time.monotonic() - since_s)
+        now_s, recorder = time.monotonic(), self._loop.registrar.recorder
+        if self._begun_s is None:
+            self._begun_s = now_s
+        elif recorder is not None:
+            self._link.waited(
+                since_s,
+                now_s,
+                sent=outbox.sent_upto,
+                received=recorder.received_upto,
+                durable=outbox.durable_upto,
+            )
         return slot
 
     def publish(self, slot: Slot) -> None:
@@ -214,6 +269,9 @@ class FramePublisher:
             As for `acquire`; names how many frames are not durable.
         """
         outbox, _ = self._series()
+        if self._begun_s is not None:
+            said = self._link.warning(time.monotonic() - self._begun_s)
+            warnings = (*warnings, *filter(None, [said]))
         outbox.finish(
             reason,
             camera_lost=camera_lost,

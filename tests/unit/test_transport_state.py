@@ -9,7 +9,7 @@ from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import SeriesEnd, Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.inflow import Arrivals, Gap
-from rtfocus.transport.publisher import Stall
+from rtfocus.transport.publisher import LinkWatch, Stall
 from rtfocus.transport.registrar import LOST_HEARTBEATS, Outbox, Registrar
 from rtfocus.transport.sockets import Context, control_server, frames_server, slot_pool
 from rtfocus.transport.validation import Rejections
@@ -124,6 +124,38 @@ class TestStall:
             stall.watch("no slot", 0.1, alive=False, stopped=True, left="disk full")
         with pytest.raises(TransportError, match="too slow"):
             stall.watch("no slot", 1.1, alive=True, stopped=True)
+
+
+class TestLinkWatch:
+    def test_a_link_that_carries_less_than_the_camera_gives_is_told(self) -> None:
+        link = LinkWatch(frame_bytes=2_000_000)
+        for second in range(10):
+            # Ten frames on their way, one at the recorder; one arrives a second.
+            arrived = second + 20
+            link.waited(
+                second,
+                second + 0.5,
+                sent=arrived + 10,
+                received=arrived,
+                durable=arrived - 1,
+            )
+        said = link.warning(lasted_s=12.0)
+        assert said is not None
+        # Nine frames of 2 MB in 9.5 s.
+        assert "carried 1.89 MB/s, and the camera waited 5.0 s of 12.0 s" in said
+
+    def test_a_slow_recorder_is_no_slow_link(self) -> None:
+        link = LinkWatch(frame_bytes=2_000_000)
+        link.waited(0.0, 9.0, sent=32, received=32, durable=0)
+        assert link.warning(lasted_s=10.0) is None
+
+    def test_a_short_wait_is_not_told(self) -> None:
+        link = LinkWatch(frame_bytes=2_000_000)
+        link.waited(0.0, 0.9, sent=32, received=2, durable=0)
+        assert link.warning(lasted_s=1.0) is None
+        link.waited(2.0, 3.0, sent=32, received=2, durable=0)
+        assert link.warning(lasted_s=100.0) is None
+        assert link.warning(lasted_s=10.0) is not None
 
 
 class TestArrivals:
