@@ -212,6 +212,10 @@ def _array(part: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generi
     if dtype not in DTYPES:
         msg = f"preview of dtype {dtype!r}"
         raise ProtocolError(msg)
+    # NumPy would take -1 for whatever fits.
+    if any(side < 0 for side in shape):
+        msg = f"preview of shape {shape}"
+        raise ProtocolError(msg)
     return np.frombuffer(part, dtype).reshape(shape)
 
 
