@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.sections import ZStageConfig
+from rtfocus.microscope.virtual.devices import ZDrive
 from rtfocus.optics.formation import BlurredPlanes, CameraModel
 
 Image = NDArray[np.float32]
@@ -66,7 +68,7 @@ class Stage:
     commands: list[float] | None = None
     _told: float = 0.0
     _waiting: float | None = None
-    _last_step: float = 0.0
+    _drive: ZDrive | None = None
 
     def __post_init__(self) -> None:
         """Begin where it stands."""
@@ -81,18 +83,19 @@ class Stage:
         """Move, more or less."""
         assert self.commands is not None
         self.commands.append(z_um)
-        step, self._told = z_um - self._told, z_um
+        self._told = z_um
         if self.fault == "stuck":
-            return
-        if self.fault == "reversed":
-            self.z_um = self._began - (z_um - self._began)
             return
         if self.fault == "late":
             self._waiting = z_um
             return
-        lost = self.backlash_um if step * self._last_step < 0 else 0.0
-        self.z_um = z_um - np.sign(step) * min(lost, abs(step))
-        self._last_step = step or self._last_step
+        if self._drive is None:
+            faults = ZStageConfig(
+                backlash_um=self.backlash_um, reversed=self.fault == "reversed"
+            )
+            self._drive = ZDrive(faults)
+        self._drive.go_to(z_um - self._began)
+        self.z_um = self._began + self._drive.objective_um
 
     def seen_um(self) -> float:
         """Return where it truly stands for the next image."""

@@ -123,12 +123,16 @@ class PlaneStage:
 
 
 def searches(
-    folder: Path, name: str, starts: list[int] | None = None
+    folder: Path,
+    name: str,
+    starts: list[int] | None = None,
+    *,
+    engine: str = "delpnet",
 ) -> Iterator[tuple[int, int, Verdict]]:
     """Yield start, end and verdict of a search from every plane."""
     stack = STACKS[name]
     planes, heights = read_planes(folder, stack)
-    reader = Reader("delpnet", stack.optics)
+    reader = Reader(engine, stack.optics)
     reader.settings = replace(reader.settings, dark_counts=0.0, saturation_counts=None)
     comparison = PlaneComparison(stack.optics, 0)
     unit = comparison.unit_um
@@ -158,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--stacks", default=",".join(STACKS))
+    parser.add_argument("--engine", default="delpnet")
     parser.add_argument("--every", type=int, default=1, help="start at each n-th plane")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -166,7 +171,11 @@ def main() -> None:
         reference = STACKS[name].reference
         landed, refused, wrong, images = 0, 0, [], []
         reasons: dict[str, int] = {}
-        for start, _, verdict in searches(given.data, name):
+        count = len(read_planes(given.data, STACKS[name])[0])
+        starts = list(range(0, count, given.every))
+        for start, _, verdict in searches(
+            given.data, name, starts, engine=given.engine
+        ):
             planes_off = min(
                 abs(_plane(name, given.data, verdict) - r) for r in reference
             )

@@ -27,8 +27,8 @@ from rtfocus.microscope.virtual.specimen import VirtualSpecimen
 from rtfocus.optics.formation import CameraModel, Counts, NoisePool
 
 
-class VirtualZStage(StageDevice):
-    """z-stage that carries the objective; up is towards the specimen.
+class ZDrive:
+    """A z-drive and what it carries, with its faults; both begin at 0.
 
     Parameters
     ----------
@@ -37,23 +37,45 @@ class VirtualZStage(StageDevice):
     """
 
     def __init__(self, config: ZStageConfig | None = None) -> None:
-        super().__init__()
         self._config = config or ZStageConfig()
-        self._told_um = 0.0
         self._carrier_um = 0.0
+
+    @property
+    def objective_um(self) -> float:
+        """Where the plane of focus lies."""
+        return -self._carrier_um if self._config.reversed else self._carrier_um
+
+    def go_to(self, told_um: float) -> None:
+        """Turn the drive to a place; what it carries may not quite come along."""
+        # It pushes the carrier up at once, and down after the play is used up.
+        highest_um = told_um + self._config.backlash_um
+        self._carrier_um = min(max(self._carrier_um, told_um), highest_um)
+
+
+class VirtualZStage(StageDevice):
+    """z-stage that carries the objective; up is towards the specimen.
+
+    Parameters
+    ----------
+    config
+        Its faults, see `ZDrive`.
+    """
+
+    def __init__(self, config: ZStageConfig | None = None) -> None:
+        super().__init__()
+        self._drive = ZDrive(config)
+        self._told_um = 0.0
         self._origin_um = 0.0
 
     @property
     def objective_um(self) -> float:
         """Where the plane of focus lies, whatever was called the origin."""
-        return -self._carrier_um if self._config.reversed else self._carrier_um
+        return self._drive.objective_um
 
     def set_position_um(self, val: float) -> None:
         """Move the objective; the move is over when this returns."""
         self._told_um = val + self._origin_um
-        # The drive pushes the carrier up at once, and down after the play is used up.
-        highest_um = self._told_um + self._config.backlash_um
-        self._carrier_um = min(max(self._carrier_um, self._told_um), highest_um)
+        self._drive.go_to(self._told_um)
         self.core.events.stagePositionChanged.emit(self.get_label(), val)
 
     def get_position_um(self) -> float:
