@@ -105,6 +105,12 @@ class RestorationPlan:
         return self.identity.partition("@")[0]
 
     @property
+    def gives_counts(self) -> bool:
+        """Whether its values are those of the camera, not on a scale of their own."""
+        steps = None if self.found is None else self.found.card.steps
+        return steps is None or steps.values is not Values.own
+
+    @property
     def engine(self) -> FoundEngine:
         """The engine; ValueError for a method that has none."""
         if self.found is None:
@@ -260,10 +266,9 @@ def _refuse_cut_values(
     restoration: RestorationPlan, config: Config, series: SeriesStart
 ) -> None:
     """Refuse to store values as counts that are none: they would be rounded away."""
-    steps = restoration.engine.card.steps
     whole_numbers = np.issubdtype(np.dtype(series.dtype), np.integer)
     as_camera = config.store.restored_dtype == "camera"
-    if steps is not None and steps.values is Values.own and whole_numbers and as_camera:
+    if not restoration.gives_counts and whole_numbers and as_camera:
         msg = (
             f"engine '{restoration.name}' gives values on a scale of its own, which "
             f"{np.dtype(series.dtype).name} would round away; set "

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.machine import usable_threads
+from rtfocus.processing.camera import write_counts
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.cpu.channel import OpenChannel, open_channel, share_threads
 from rtfocus.processing.cpu.classifier import Seen
@@ -133,10 +134,19 @@ class CpuDevice:
             restorer.restore(
                 buffers.signal, seen, scratch, quantum=job.plan.camera.quantum
             )
-            if buffers.pedestal:
-                scratch -= np.float32(buffers.pedestal)
-            channel.correction.to_counts(scratch, restored, buffers.marks.invalid)
+            self._store(job, scratch, restored)
         return restored
+
+    def _store(self, job: Job, scratch: Image, restored: NDArray[Any]) -> None:
+        """Put a restored signal on the camera's scale, unless it has one of its own."""
+        buffers = self._slots[job.slot.index]
+        invalid, restoration = buffers.marks.invalid, job.plan.restoration
+        if restoration is not None and not restoration.gives_counts:
+            write_counts(scratch, restored, invalid)
+            return
+        if buffers.pedestal:
+            scratch -= np.float32(buffers.pedestal)
+        self._channels[job.channel].correction.to_counts(scratch, restored, invalid)
 
     def close(self) -> None:
         """Free the engines; the buffers stay, somebody may still read a result."""

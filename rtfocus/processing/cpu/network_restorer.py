@@ -26,6 +26,7 @@ from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, known
 from rtfocus.processing.cpu.networks import TileNetwork, restored_tiles
 from rtfocus.processing.cpu.preparation import normalised
 from rtfocus.processing.engines.card import EngineCard, input_of
+from rtfocus.processing.engines.spec_steps import Values
 from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.restore import Spectrum, transfer_function
 from rtfocus.processing.tiles.montage import Montage, Region, axis_weights, pad
@@ -155,7 +156,9 @@ class WholeImageRestorer:
             outputs = self._network.run(tiles, None)
             found = restored_tiles(self.card.name, outputs, self._output, tiles)
             into[...] = self._steps.give(self._tiles.join(found, places), shown, image)
-        np.maximum(from_planes(restored, signal.shape), 0, out=out)
+        # No light is negative; what is on a scale of its own is no light.
+        least = -np.inf if self._steps.values is Values.own else 0
+        np.maximum(from_planes(restored, signal.shape), least, out=out)
 
     def close(self) -> None:
         """Free the network."""
