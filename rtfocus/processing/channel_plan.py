@@ -177,6 +177,25 @@ class ChannelPlan:
         """PSF of every level but 0, with 99 % of the light."""
         return self.psfs_of_size(None)
 
+    def band_levels(self) -> tuple[dict[int, Image], Image | None]:
+        """Return what the learned Wiener filter needs of every level.
+
+        Returns
+        -------
+        tuple
+            PSF per level, as wide as the halo of the engine's tiles allows; and what
+            the engine is told of tiles of each, axes (level, entry); None: nothing.
+        """
+        restoration = self.restoration
+        if restoration is None or restoration.conditions is None:
+            msg = f"channel '{self.name}' was planned without conditions"
+            raise ValueError(msg)
+        halo_px = input_of(restoration.engine.card).halo_px
+        psfs = self.psfs_of_size(2 * halo_px + 1)
+        step_um = 0.0 if self.classifier is None else self.classifier.step_um
+        defocus_um = np.array([level * step_um for level in psfs], np.float32)
+        return psfs, restoration.conditions.rows(defocus_um)
+
     def psfs_of_size(self, size_px: int | None) -> dict[int, Image]:
         """Compute the PSF of every level but 0; `size_px` is their side."""
         if self.classifier is None or self.optics is None:

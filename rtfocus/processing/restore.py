@@ -38,6 +38,12 @@ NEEDS_OPTICS = (*WHOLE_FRAME, PATCH_BY_PATCH)
 METHODS = (*NEEDS_OPTICS, BLIND)
 """Restorations built in; any other name but ``none`` is an engine's."""
 
+PAPER_HALO_PX = 13
+"""Patches of 84 px are padded to 110 (He 2020, section 2.3)."""
+
+TAPER_PX = 16
+"""Outer pixels of a learned Wiener tile that fade to its mean before the transform."""
+
 LEARNED_WIENER = "builtin:learned_wiener"
 """Implementation of engines that predict the strength of a Wiener filter."""
 
@@ -70,6 +76,20 @@ def padded_shape(shape: tuple[int, int], halo_px: int) -> tuple[int, int]:
 
     height, width = (
         int(fft.next_fast_len(side + 2 * halo_px, real=True)) for side in shape
+    )
+    return height, width
+
+
+def patch_shape(shape: tuple[int, int], psf_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the transform's size for a patch with zeros beyond its borders.
+
+    Half a PSF of zeros on one side is enough: what wraps around stays in it.
+    """
+    from scipy import fft
+
+    height, width = (
+        int(fft.next_fast_len(side + psf_side // 2, real=True))
+        for side, psf_side in zip(shape, psf_shape, strict=True)
     )
     return height, width
 

@@ -4,7 +4,11 @@ import threading
 
 import numpy as np
 import pytest
-from engine_kit import write_brightness_joint, write_smooth_restorer
+from engine_kit import (
+    write_brightness_joint,
+    write_constant_wiener,
+    write_smooth_restorer,
+)
 from scipy.ndimage import uniform_filter
 
 from rtfocus.channel import Channel
@@ -21,6 +25,9 @@ from rtfocus.frame import (
 from rtfocus.optics.formation import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.channel_plan import plan_channel
+from rtfocus.processing.cpu.depth_variant import TileRestorer
+from rtfocus.processing.cpu.network_restorer import LearnedWienerRestorer, Level
 from rtfocus.processing.gpu.cuda.driver import list_devices
 from rtfocus.processing.processor import DEVICES, FrameProcessor
 from rtfocus.processing.tiles.montage import Montage
@@ -32,6 +39,7 @@ SAMPLING = 0.65 * 0.5 / 0.451
 SHAPE = (200, 260)
 SLOTS = 4
 TIMEOUT_S = 60
+LOG_SNR = 4.0
 
 
 def config_for(engine_folder, **processing):
@@ -439,6 +447,7 @@ def zoo(tmp_path_factory):
     write_brightness_joint(folder / "other")
     write_brightness_joint(folder / "weighed", share=0.25)
     write_smooth_restorer(folder / "smooth")
+    write_constant_wiener(folder / "constant", LOG_SNR)
     return folder
 
 
@@ -493,6 +502,49 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(
     assert set(result.engines) == {"classifier", "restorer"}
     assert result.engines["restorer"].startswith(f"{method}@")
     processor.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "colours"), [("richardson_lucy_tiles", 3), ("constant", 1)]
+)
+def test_patches_are_those_of_the_reference(
+    open_kind, engine_folder, zoo, frames, method, colours
+):
+    config = config_for(
+        engine_folder,
+        engine_folders=[str(engine_folder), str(zoo)],
+        restoration={"method": method, "iterations": 2, "halo_px": 9},
+    )
+    store = config.store.model_copy(update={"restored_dtype": "float32"})
+    processor = open_kind(config.model_copy(update={"store": store}))
+    pixels = frames[6][:150]
+    if colours == 3:
+        pixels = np.stack([pixels, pixels // 2, pixels[::-1]], axis=-1)
+    pool = SlotPool(1, pixels.nbytes)
+    series = series_for(pixels.shape, channels=("DAPI",))
+    processor.start(series, 1)
+    result = submit(processor, pool, 0, pixels).result.result(TIMEOUT_S)
+    processor.close()
+    level, signal = result.defocus.level, pixels.astype(np.float32)
+    levels = set(np.unique(level).tolist()) - {0, BACKGROUND}
+    assert len(levels) > 1
+    plan = plan_channel(config, series, series.channels[0])
+    montage = plan.montage(result.defocus.grid)
+    if method == "constant":
+        psfs, _ = plan.band_levels()
+        reference = LearnedWienerRestorer(
+            montage,
+            {n: Level(psf, ()) for n, psf in psfs.items()},
+            lambda tiles, told: np.full((len(tiles), 12), LOG_SNR, np.float32),
+            tile_px=192,
+            halo_px=32,
+            normalisation=PercentileRange(),
+        )
+    else:
+        reference = TileRestorer(montage, plan.psfs, iterations=2, halo_px=9)
+    wanted = reference.restore(signal, level, np.empty_like(signal))
+    assert np.abs(wanted - signal).max() > 20
+    np.testing.assert_allclose(result.restored, wanted, atol=0.1)
 
 
 def test_missing_engine_says_what_was_looked_for_and_where(open_kind, engine_folder):

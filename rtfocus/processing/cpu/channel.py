@@ -222,10 +222,7 @@ def _learned_wiener(
     tiles = input_of(card)
     network = _open_tiles(plan, restoration, threads)
     output = "" if card.output is None else card.output.name
-    psfs = plan.psfs_of_size(2 * tiles.halo_px + 1)
-    step_um = 0.0 if plan.classifier is None else plan.classifier.step_um
-    defocus_um = np.array([level * step_um for level in psfs], np.float32)
-    told = _told(restoration).rows(defocus_um)
+    psfs, told = plan.band_levels()
     levels = {
         level: Level(psf, () if told is None else tuple(told[index]))
         for index, (level, psf) in enumerate(psfs.items())

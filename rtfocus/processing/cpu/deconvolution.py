@@ -18,6 +18,7 @@ from rtfocus.processing.restore import (
     back_projectors,
     gaussian_like,
     noise_variance,
+    patch_shape,
     photon_variance,
     transfer_function,
 )
@@ -94,9 +95,7 @@ def richardson_lucy(
     """
     dtype = np.float64 if image.dtype == np.float64 else np.float32
     signal = np.asarray(image, dtype=dtype)
-    # Half a PSF of zeros on one side is enough: what wraps around stays in it.
-    sides = zip(signal.shape[-2:], psf.shape, strict=True)
-    height, width = (fft.next_fast_len(n + p // 2, real=True) for n, p in sides)
+    height, width = patch_shape((signal.shape[-2], signal.shape[-1]), psf.shape)
     transfer = transfer_function(psf.astype(dtype), (height, width))
     estimate = signal if start == "image" else np.full_like(signal, _FLAT)
     return iterate(

@@ -28,6 +28,7 @@ from rtfocus.processing.restore import (
     BLIND,
     BLIND_ITERATIONS,
     DEFAULT_ITERATIONS,
+    PAPER_HALO_PX,
     PATCH_BY_PATCH,
     WHOLE_FRAME,
     iteration_steps,
@@ -193,10 +194,6 @@ class DepthVariantRestorer:
             return BlindRichardsonLucyDeconvolution(psf, shape, rounds)
         steps = iteration_steps(psf, self.method, self._iterations)
         return RichardsonLucyDeconvolution(psf, shape, steps)
-
-
-PAPER_HALO_PX = 13
-"""Patches of 84 px are padded to 110 (He 2020, section 2.3)."""
 
 
 class TileRestorer:

@@ -28,7 +28,7 @@ from rtfocus.processing.cpu.preparation import normalised
 from rtfocus.processing.engines.card import EngineCard, input_of
 from rtfocus.processing.engines.spec_steps import Values
 from rtfocus.processing.evidence import Evidence
-from rtfocus.processing.restore import Spectrum, transfer_function
+from rtfocus.processing.restore import TAPER_PX, Spectrum, transfer_function
 from rtfocus.processing.tiles.montage import Montage, Region, axis_weights, pad
 from rtfocus.processing.tiles.windows import (
     FrameTiles,
@@ -239,9 +239,6 @@ def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:
 
 Predict = Callable[[Image, Image], Image]
 """From tiles (N, 1, y, x) and conditions (N, entries) to log SNR (N, band)."""
-
-TAPER_PX = 16
-"""Outer pixels of a tile that fade to its mean before the transform."""
 
 _BATCH = 8
 

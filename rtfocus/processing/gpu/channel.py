@@ -33,10 +33,17 @@ from rtfocus.processing.gpu.network_restorer import (
     Weighing,
     images_of,
 )
+from rtfocus.processing.gpu.patches import LearnedWienerRestorer, PatchRestorer
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
 from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
-from rtfocus.processing.restore import BLIND, WHOLE_FRAME, margin_px, padded_shape
+from rtfocus.processing.restore import (
+    DEFAULT_ITERATIONS,
+    PAPER_HALO_PX,
+    margin_px,
+    padded_shape,
+    patch_shape,
+)
 from rtfocus.processing.tiles.montage import Montage
 from rtfocus.processing.tiles.windows import FrameTiles
 
@@ -101,7 +108,7 @@ def open_restorer(
     Raises
     ------
     EngineError
-        If an engine is damaged, or is one that only the CPU runs.
+        If an engine is damaged or cannot be loaded.
     """
     restoration = plan.restoration
     if restoration is None:
@@ -114,7 +121,11 @@ def open_restorer(
             return _by_tile(plan, restoration, classifier, device, memory)
         case "same_pass" | "own_pass":
             return _joint(plan, restoration, classifier, device, memory)
-        case _:
+        case "by_patch":
+            return _by_patch(plan, restoration, classifier, memory), None
+        case "learned_wiener":
+            return _learned_wiener(plan, restoration, classifier, device, memory)
+        case "whole_image":
             raise _only_on_cpu(restoration)
 
 
@@ -235,16 +246,70 @@ def _joint(
 
 
 def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
-    what = restoration.method
-    if restoration.found is not None:
-        card = restoration.found.card
-        origin = "a model of bioimage.io, " if card.sees_image_alone else ""
-        what = f"{what} ({origin}{card.kind}, {card.implementation})"
     return EngineError(
-        f"restoration {what} does not run on a GPU; those that do: "
-        f"{', '.join((*WHOLE_FRAME, BLIND))}, joint engines, and restorers that are a "
-        "network alone; or set processing.device: cpu"
+        f"restoration {restoration.method} is a model of bioimage.io, which does not "
+        "run on a GPU; set processing.device: cpu"
     )
+
+
+def _by_patch(
+    plan: ChannelPlan,
+    restoration: RestorationPlan,
+    classifier: FrameClassifier,
+    memory: DeviceMemory,
+) -> FrameRestorer:
+    settings, psfs = restoration.settings, plan.psfs
+    montage = plan.montage(classifier.grid)
+    halo_px = PAPER_HALO_PX if settings.halo_px is None else settings.halo_px
+    height, width = (
+        max(span.stop - span.start for span in spans) + 2 * halo_px
+        for spans in montage.spans()
+    )
+    widest = max((psf.shape for psf in psfs.values()), key=max)
+    with ExitStack() as opened:
+        transforms = CudaTransforms(set())
+        opened.callback(transforms.close)
+        restorer = PatchRestorer(
+            memory,
+            transforms,
+            psfs,
+            montage,
+            frame=FrameShape.of(plan.shape),
+            shape=patch_shape((height, width), widest),
+            halo_px=halo_px,
+            iterations=settings.iterations or DEFAULT_ITERATIONS,
+        )
+        opened.pop_all()
+    return restorer
+
+
+def _learned_wiener(
+    plan: ChannelPlan,
+    restoration: RestorationPlan,
+    classifier: FrameClassifier,
+    device: Gpu,
+    memory: DeviceMemory,
+) -> tuple[FrameRestorer, GpuEngine]:
+    card = restoration.engine.card
+    psfs, told = plan.band_levels()
+    with ExitStack() as opened:
+        engine, request = open_for_plan(plan, restoration.engine, device)
+        opened.callback(engine.close)
+        transforms = CudaTransforms(set())
+        opened.callback(transforms.close)
+        restorer = LearnedWienerRestorer(
+            memory,
+            transforms,
+            engine,
+            card,
+            psfs=psfs,
+            told=told,
+            montage=plan.montage(classifier.grid),
+            frame=FrameShape.of(plan.shape),
+            batch=request.inputs[input_of(card).name].largest[0],
+        )
+        opened.pop_all()
+    return restorer, engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +344,7 @@ def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenCh
     Raises
     ------
     EngineError
-        If an engine is damaged, or is one that only the CPU runs.
+        If an engine is damaged or cannot be loaded.
     """
     correction = Correction(memory, plan.camera, plan.shape)
     seen, restoration = plan.classifier, plan.restoration

@@ -271,22 +271,24 @@ class RichardsonLucyDeconvolution:
             self._transforms.forward(work, out, spectrum)
             work.launch("project", bins, spectrum, transfer, bins, 1.0, scale)
             self._transforms.inverse(work, spectrum, blurred)
-            _ratio(work, padded, blurred, self._light.highest)
+            positive_ratio(work, padded, blurred, self._light.highest)
             self._transforms.forward(work, blurred, spectrum)
             work.launch("back_project", bins, spectrum, transfer, bins, steps, scale)
             self._transforms.inverse(work, spectrum, blurred)
-            _update(work, out, blurred)
+            positive_update(work, out, blurred)
 
 
-def _ratio(
+def positive_ratio(
     work: Work, signal: DeviceArray, blurred: DeviceArray, highest: DeviceArray
 ) -> None:
+    """Enqueue ``blurred = signal / blurred``, nothing divided by round-off."""
     work.launch(
         "richardson_lucy_ratio", signal.count, signal, blurred, signal.count, highest
     )
 
 
-def _update(work: Work, estimate: DeviceArray, correction: DeviceArray) -> None:
+def positive_update(work: Work, estimate: DeviceArray, correction: DeviceArray) -> None:
+    """Enqueue ``estimate *= correction``, negative values as 0."""
     count = estimate.count
     work.launch("richardson_lucy_update", count, estimate, correction, count)
 
@@ -359,7 +361,7 @@ class BlindRichardsonLucyDeconvolution:
             self._correct(
                 work, padded, blurred, (seen, transfer, product), back=transfer
             )
-            _update(work, out, blurred)
+            positive_update(work, out, blurred)
 
     def _correct(
         self,
@@ -376,7 +378,7 @@ class BlindRichardsonLucyDeconvolution:
         work.copy(product, seen)
         work.launch("project", bins, product, transfer, bins, 1.0, scale)
         self._transforms.inverse(work, product, blurred)
-        _ratio(work, padded, blurred, self._light.highest)
+        positive_ratio(work, padded, blurred, self._light.highest)
         self._transforms.forward(work, blurred, product)
         work.launch("project", bins, product, back, bins, -1.0, scale)
         self._transforms.inverse(work, product, blurred)

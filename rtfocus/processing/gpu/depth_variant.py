@@ -36,11 +36,12 @@ class Blending:
 
     def __init__(self, memory: DeviceMemory, montage: Montage) -> None:
         self._tile_columns = montage.grid.columns
-        self._tables = [
+        self.tables = [
             memory.upload(table, "blending weights")
             for weights in montage.axes
             for table in neighbours(weights, montage.step)
         ]
+        """Both tiles of every row and the share of the second, then of every column."""
 
     def enqueue_share(
         self,
@@ -66,7 +67,7 @@ class Blending:
             levels,
             self._tile_columns,
             BACKGROUND,
-            *self._tables,
+            *self.tables,
             out,
         )
 
@@ -119,7 +120,7 @@ class Blending:
             levels,
             self._tile_columns,
             level,
-            *self._tables,
+            *self.tables,
             out,
         )
 

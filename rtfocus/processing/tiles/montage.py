@@ -224,6 +224,14 @@ class Montage:
         columns = mask @ self._columns[:, region.columns]
         return np.asarray(self._rows[:, region.rows].T @ columns)
 
+    def spans(self) -> tuple[list[slice], list[slice]]:
+        """Return what the tiles that take part cover, per row and per column."""
+        rows, columns = (
+            [_extent(weights[n : n + 1]) for n in range(len(weights))]
+            for weights in self.axes
+        )
+        return rows, columns
+
     def tile_region(self, row: int, column: int) -> Region:
         """Return the rectangle that the weight of one tile covers."""
         return Region(

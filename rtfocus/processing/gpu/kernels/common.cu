@@ -75,6 +75,18 @@ __device__ static inline float grey(
   return 0.2126f * colour[0] + 0.7152f * colour[1] + 0.0722f * colour[2];
 }
 
+// Place between two of `count` points, `first` the lower one, cut at both ends.
+struct Between {
+  int first, second;
+  float share;
+};
+
+__device__ static inline Between between(float place, int count) {
+  place = fminf(fmaxf(place, 0.0f), count - 1.0f);
+  int first = min((int)place, count - 1);
+  return {first, min(first + 1, count - 1), place - first};
+}
+
 // Reductions over a block of any power of two up to 256 threads; valid in thread 0.
 // Kernels that use them, or shared memory, work with any such number of threads.
 #define MOST_THREADS 256

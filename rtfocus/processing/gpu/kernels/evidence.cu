@@ -82,18 +82,6 @@ __device__ static inline float log_ratio(float above, float below) {
   return logf((fmaxf(above, 0.0f) + LEAST) / (below + LEAST));
 }
 
-// Place between two of `count` points, `first` the lower one, cut at both ends.
-struct Between {
-  int first, second;
-  float share;
-};
-
-__device__ static inline Between between(float place, int count) {
-  place = fminf(fmaxf(place, 0.0f), count - 1.0f);
-  int first = min((int)place, count - 1);
-  return {first, min(first + 1, count - 1), place - first};
-}
-
 // What the labels say of themselves: confidence, deviation and distance in levels,
 // share of background.
 __device__ static inline void certainty(

@@ -237,11 +237,13 @@ extern "C" __global__ void wiener_apply(
   spectrum[2 * i + 1] = a * imaginary + b * real;
 }
 
-// One thread per bin: spectrum *= transfer * scale; `turn` -1 conjugates it.
+// One thread per bin, a row of blocks per image: spectrum *= transfer * scale; `turn` -1
+// conjugates it.
 extern "C" __global__ void project(
     float* spectrum, const float* transfer, int bins, float turn, float scale) {
   int i = element();
   if (i >= bins) return;
+  spectrum += 2LL * bins * blockIdx.y;
   float real = transfer[2 * i] * scale;
   float imaginary = transfer[2 * i + 1] * turn * scale;
   float a = spectrum[2 * i], b = spectrum[2 * i + 1];
@@ -249,12 +251,13 @@ extern "C" __global__ void project(
   spectrum[2 * i + 1] = a * imaginary + b * real;
 }
 
-// One thread per bin: spectrum *= B * scale, B the back projector that does the work
-// of `steps` matched ones (rtfocus.processing.accelerated); 1: the matched one.
+// One thread per bin, a row of blocks per image: spectrum *= B * scale, B the back
+// projector that does the work of `steps` matched ones; 1: the matched one.
 extern "C" __global__ void back_project(
     float* spectrum, const float* transfer, int bins, float steps, float scale) {
   int i = element();
   if (i >= bins) return;
+  spectrum += 2LL * bins * blockIdx.y;
   float real = transfer[2 * i], imaginary = -transfer[2 * i + 1];
   if (steps != 1.0f) {
     float power = real * real + imaginary * imaginary;

@@ -1,0 +1,452 @@
+"""Patches: pieces of a frame that are restored one by one, in batches.
+
+Richardson-Lucy patch by patch as published (He 2020), and the learned Wiener filter, as
+`rtfocus.processing.cpu.depth_variant.TileRestorer` and
+`rtfocus.processing.cpu.network_restorer.LearnedWienerRestorer`. Which pieces there are
+depends on a frame's labels, so that nothing of it is recorded.
+"""
+
+from collections.abc import Mapping
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.optics.formation import band_weights, edge_taper
+from rtfocus.processing.classify import invertible_normalisation
+from rtfocus.processing.engines.card import EngineCard, input_of
+from rtfocus.processing.gpu.classifier import InFlight, Part
+from rtfocus.processing.gpu.deconvolution import (
+    LevelTransfers,
+    positive_ratio,
+    positive_update,
+)
+from rtfocus.processing.gpu.depth_variant import Blending
+from rtfocus.processing.gpu.engine import GpuContext, GpuEngine
+from rtfocus.processing.gpu.preparation import Percentiles
+from rtfocus.processing.gpu.statistics import Light
+from rtfocus.processing.gpu.work import (
+    BLOCK,
+    DeviceArray,
+    DeviceMemory,
+    FrameShape,
+    Transforms,
+    Work,
+    spectrum_shape,
+)
+from rtfocus.processing.restore import TAPER_PX
+from rtfocus.processing.tiles.montage import Montage
+
+Image = NDArray[np.float32]
+
+
+class _NeverRecorded:
+    """What is enqueued changes from frame to frame."""
+
+    def recurs(self, part: Part) -> bool:
+        """Return False: no part comes back."""
+        del part
+        return False
+
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return the reason, see `FrameRestorer`."""
+        del work
+        return "its tiles change from frame to frame"
+
+
+class PatchRestorer(_NeverRecorded):
+    """Richardson-Lucy on each tile by itself; implements `FrameRestorer`.
+
+    Parameters
+    ----------
+    memory
+        Where the work space lies.
+    transforms
+        That it uses; closed by `close`.
+    psfs
+        PSF per level.
+    montage
+        Blending weights of the tiles; a tile is what its weight covers.
+    frame
+        Shape of the signal.
+    shape
+        Height and width of the transforms, which hold the largest patch and PSF.
+    halo_px
+        Context per side: neighbouring pixels, 0 beyond the frame.
+    iterations
+        Of Richardson-Lucy.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        transforms: Transforms,
+        psfs: Mapping[int, Image],
+        montage: Montage,
+        *,
+        frame: FrameShape,
+        shape: tuple[int, int],
+        halo_px: int,
+        iterations: int,
+    ) -> None:
+        self._transforms = transforms
+        self._levels = tuple(psfs)
+        self._transfers = LevelTransfers(
+            memory, transforms, psfs, dict.fromkeys(psfs, shape)
+        )
+        self._montage = montage
+        self._frame = frame
+        self._shape = shape
+        self._halo_px = halo_px
+        self._iterations = iterations
+        self._blending = Blending(memory, montage)
+        tiles = montage.grid.rows * montage.grid.columns
+        # As many as a frame has pixels, so that memory stays that of a frame.
+        pixels = shape[0] * shape[1]
+        self._batch = max(1, min(tiles, frame.height * frame.width // pixels))
+        self._spans = [
+            memory.upload(table, "patches")
+            for spans in montage.spans()
+            for table in _on_grid(spans, montage.step)
+        ]
+        self._found = memory.allocate((1 + tiles,), np.int32, "patches")
+        self._rank = memory.allocate((tiles,), np.int32, "patches")
+        images = self._batch, *shape
+        self._patches = memory.allocate(images, np.float32, "patches")
+        self._estimate = memory.allocate(images, np.float32, "patches")
+        self._blurred = memory.allocate(images, np.float32, "patches")
+        half = spectrum_shape(images)
+        self._spectrum = memory.allocate(half, np.complex64, "patches")
+        self._light = Light(memory)
+
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+        """Return (), the frame as it is, then (plane, level, number of its tiles)."""
+        if labels is None:
+            found = [(level, 1) for level in self._levels[:1]]
+        else:
+            own = self._montage.tiles(labels)
+            present = self._montage.present(labels)
+            found = [(level, int((own == level).sum())) for level in present]
+        planes = range(self._frame.channels)
+        return [(), *((plane, *part) for part in found for plane in planes)]
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+        """Enqueue a part of the restoration of a frame."""
+        if not part:
+            work.copy(frame.out, frame.signal)
+            return
+        plane, level, count = part
+        grid = self._montage.grid
+        work.launch(
+            "tiles_of_level",
+            grid.rows * grid.columns,
+            frame.maps["level"],
+            grid.rows,
+            grid.columns,
+            self._montage.step,
+            level,
+            self._found,
+            self._rank,
+        )
+        for first in range(0, count, self._batch):
+            self._restore(work, frame, plane, level, first)
+
+    def close(self) -> None:
+        """Free the transforms."""
+        self._transforms.close()
+
+    def _restore(
+        self, work: Work, frame: InFlight, plane: int, level: int, first: int
+    ) -> None:
+        """Enqueue a batch of tiles of one level."""
+        tops, heights, lefts, widths = self._spans
+        pixels = self._shape[0] * self._shape[1]
+        columns = self._montage.grid.columns
+        one = DeviceArray(self._blurred.address, self._shape, self._blurred.dtype)
+        transfer = self._transfers.enqueue(work, level, one)
+        work.launch(
+            "cut_patches",
+            pixels,
+            frame.signal,
+            *self._frame.sides,
+            plane,
+            self._found,
+            first,
+            columns,
+            tops,
+            heights,
+            lefts,
+            widths,
+            self._halo_px,
+            *self._shape,
+            self._patches,
+            rows=self._batch,
+        )
+        self._light.enqueue(work, self._patches)
+        work.copy(self._estimate, self._patches)
+        for _ in range(self._iterations):
+            self._project(work, self._estimate, transfer, 1.0)
+            positive_ratio(work, self._patches, self._blurred, self._light.highest)
+            self._project(work, self._blurred, transfer, -1.0)
+            positive_update(work, self._estimate, self._blurred)
+        work.launch(
+            "join_patches",
+            self._frame.height * self._frame.width,
+            frame.signal,
+            *self._frame.sides,
+            plane,
+            self._estimate,
+            self._rank,
+            first,
+            self._batch,
+            tops,
+            lefts,
+            self._halo_px,
+            *self._shape,
+            frame.maps["level"],
+            columns,
+            *self._blending.tables,
+            frame.out,
+        )
+
+    def _project(
+        self, work: Work, images: DeviceArray, transfer: DeviceArray, turn: float
+    ) -> None:
+        """Enqueue images -> blurred by the transfer function or its conjugate."""
+        self._transforms.forward(work, images, self._spectrum)
+        scale, bins = 1 / (self._shape[0] * self._shape[1]), transfer.count
+        spectrum, rows = self._spectrum, self._batch
+        work.launch("project", bins, spectrum, transfer, bins, turn, scale, rows=rows)
+        self._transforms.inverse(work, spectrum, self._blurred)
+
+
+def _on_grid(
+    spans: list[slice], step: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return first pixel and length per row or column of tiles, 0 where left out."""
+    first = np.zeros(step * len(spans), np.int32)
+    length = np.zeros_like(first)
+    first[::step] = [span.start for span in spans]
+    length[::step] = [span.stop - span.start for span in spans]
+    return first, length
+
+
+class LearnedWienerRestorer(_NeverRecorded):
+    """The learned Wiener filter; implements `FrameRestorer`.
+
+    Parameters
+    ----------
+    memory
+        Where tables and work space lie.
+    transforms
+        That it uses; closed by `close`.
+    engine
+        Opened for batches of tiles; closed by `close`.
+    card
+        Of the engine.
+    psfs
+        PSF per level.
+    told
+        What the network is told of tiles of each level, axes (level, entry); None:
+        nothing.
+    montage
+        Blending weights of the classifier's tiles.
+    frame
+        Shape of the signal.
+    batch
+        Tiles per inference.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        transforms: Transforms,
+        engine: GpuEngine,
+        card: EngineCard,
+        *,
+        psfs: Mapping[int, Image],
+        told: Image | None,
+        montage: Montage,
+        frame: FrameShape,
+        batch: int,
+    ) -> None:
+        tiles = input_of(card)
+        self._transforms = transforms
+        self._engine = engine
+        self._card = card
+        self._montage = montage
+        self._frame = frame
+        self._batch = batch
+        self._side, self._halo_px = tiles.tile_px, tiles.halo_px
+        self._stride = (tiles.tile_px - 2 * tiles.halo_px) // 2
+        shape = tiles.tile_px, tiles.tile_px
+        self._transfers = LevelTransfers(
+            memory, transforms, psfs, dict.fromkeys(psfs, shape)
+        )
+        self._levels = tuple(psfs)
+        self._blending = Blending(memory, montage)
+        self._percentiles = Percentiles(
+            memory, invertible_normalisation(card), frame, 1
+        )
+        self._range = memory.allocate((1, 2), np.float32, "ranges")
+        self._inputs: dict[str, tuple[int, ...]] = {
+            tiles.name: (batch, tiles.channels, *shape)
+        }
+        self._told: dict[int, DeviceArray] = {}
+        if told is not None and card.condition is not None:
+            self._inputs[card.condition.name] = (batch, told.shape[1])
+            for level, row in zip(psfs, told, strict=True):
+                rows = np.repeat(row[None].astype(np.float32), batch, axis=0)
+                self._told[level] = memory.upload(rows, "conditions")
+        output = "" if card.output is None else card.output.name
+        self._log_snr = memory.allocate(
+            engine.output_shapes(self._inputs)[output], np.float32, "bands"
+        )
+        bands = self._log_snr.shape[1]
+        self._bands = memory.upload(band_weights(shape, bands), "bands")
+        self._taper = memory.upload(edge_taper(shape, TAPER_PX), "tiles")
+        self._seen = memory.allocate((batch, *shape), np.float32, "tiles")
+        self._tapered = memory.allocate((batch, *shape), np.float32, "tiles")
+        half = spectrum_shape(self._tapered.shape)
+        self._spectrum = memory.allocate(half, np.complex64, "tiles")
+        self._means = memory.allocate((batch,), np.float32, "tiles")
+        self._joined = memory.allocate(
+            (frame.height, frame.width), np.float32, "a rectangle"
+        )
+        self._context: GpuContext = engine.open_context()
+
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+        """Return (), the frame as it is, then (plane, level, *rectangle)."""
+        if labels is None:
+            whole = 0, 0, self._frame.height, self._frame.width
+            found: list[Part] = [(level, *whole) for level in self._levels[:1]]
+        else:
+            regions = {
+                level: self._montage.region(labels, level)
+                for level in self._montage.present(labels)
+            }
+            found = [
+                (level, region.rows.start, region.columns.start, *region.shape)
+                for level, region in regions.items()
+            ]
+        planes = range(self._frame.channels)
+        return [(), *((plane, *part) for part in found for plane in planes)]
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+        """Enqueue a part of the restoration of a frame."""
+        if not part:
+            work.copy(frame.out, frame.signal)
+            return
+        plane, level, top, left, height, width = part
+        colour = plane if self._frame.channels > 1 else -1
+        self._percentiles.enqueue(work, frame.signal, self._range, colour)
+        # A tile every half of what it keeps.
+        rows, columns = (
+            max(1, ceil(side / self._stride) - 1) for side in (height, width)
+        )
+        joined = self._joined.shaped((height, width))
+        work.zero(joined)
+        for first in range(0, rows * columns, self._batch):
+            self._restore(work, frame, part, (rows, columns), first)
+        self._blending.enqueue(
+            work,
+            frame=self._frame,
+            plane=plane,
+            signal=frame.signal,
+            rectangle=(top, left, height, width),
+            restored=joined,
+            halo_px=0,
+            levels=frame.maps["level"],
+            level=level,
+            out=frame.out,
+        )
+
+    def close(self) -> None:
+        """Free the context, the engine and the transforms."""
+        self._context.close()
+        self._engine.close()
+        self._transforms.close()
+
+    def _restore(
+        self,
+        work: Work,
+        frame: InFlight,
+        part: Part,
+        lattice: tuple[int, int],
+        first: int,
+    ) -> None:
+        """Enqueue a batch of the rows and columns of tiles -> what they join to."""
+        plane, level, top, left, *shape = part
+        side, batch, stride = self._side, self._batch, self._stride
+        pixels, tapered, spectrum = side**2, self._tapered, self._spectrum
+        one = DeviceArray(tapered.address, (side, side), tapered.dtype)
+        transfer = self._transfers.enqueue(work, level, one)
+        work.launch(
+            "cut_lattice",
+            pixels,
+            frame.signal,
+            *self._frame.sides,
+            plane,
+            top,
+            left,
+            stride,
+            self._halo_px,
+            first,
+            lattice[0] * lattice[1],
+            lattice[1],
+            side,
+            self._range,
+            self._seen,
+            rows=batch,
+        )
+        self._tell(work, level)
+        work.launch("tile_means", batch * BLOCK, self._seen, pixels, self._means)
+        work.launch(
+            "taper_tiles",
+            pixels,
+            self._seen,
+            pixels,
+            self._means,
+            self._taper,
+            tapered,
+            rows=batch,
+        )
+        self._transforms.forward(work, tapered, spectrum)
+        work.launch(
+            "wiener_bands",
+            transfer.count,
+            spectrum,
+            transfer,
+            transfer.count,
+            self._log_snr,
+            self._bands,
+            self._bands.shape[0],
+            1 / pixels,
+            rows=batch,
+        )
+        self._transforms.inverse(work, spectrum, tapered)
+        work.launch(
+            "join_lattice",
+            shape[0] * shape[1],
+            tapered,
+            self._means,
+            self._range,
+            *shape,
+            stride,
+            self._halo_px,
+            first,
+            batch,
+            *lattice,
+            side,
+            self._joined,
+        )
+
+    def _tell(self, work: Work, level: int) -> None:
+        """Enqueue the network: tiles -> signal over noise per band."""
+        addresses = {input_of(self._card).name: self._seen.address}
+        if self._card.condition is not None and self._told:
+            addresses[self._card.condition.name] = self._told[level].address
+        if self._card.output is not None:
+            addresses[self._card.output.name] = self._log_snr.address
+        self._context.bind(addresses, self._inputs)
+        self._context.enqueue(work.handle)
