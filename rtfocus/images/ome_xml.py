@@ -105,7 +105,8 @@ def _write_image(root: Element, number: int, image: OmeImage, kind: str) -> None
     element = SubElement(root, "Image", {"ID": f"Image:{number}", "Name": name})
     position, stage = facts.get("position"), facts.get("stage")
     if position is not None:
-        SubElement(element, "StageLabel", {"Name": position} | _places_um(stage, ""))
+        label = {"Name": writable_text(position)}
+        SubElement(element, "StageLabel", label | _places_um(stage, ""))
     told = {"ID": f"Pixels:{number}", "DimensionOrder": "XYZCT", "Type": kind}
     told |= {f"Size{axis.upper()}": str(image.sizes[axis]) for axis in "xyczt"}
     known = {
