@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tifffile
 import yaml
 from foreign_kit import (
     SIDE,
@@ -14,12 +15,13 @@ from foreign_kit import (
     smoothed,
     zipped,
 )
+from loop_kit import command, succeeded
 from onnx import TensorProto, helper
 
 import rtfocus
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
-from rtfocus.errors import EngineError
+from rtfocus.errors import EngineError, ExitCode
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.engines.spec_steps import Values
@@ -506,3 +508,27 @@ def test_a_series_without_optics_is_restored_and_not_classified(add):
     assert plan.skipped is None
     assert plan.restoration.way == "whole_image"
     assert plan.engines == {"restorer": plan.restoration.identity}
+
+
+def test_the_commands_say_what_was_added_and_what_it_gives(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTFOCUS_ENGINES", str(tmp_path / "mine"))
+    files = described_05(X, smoothed(NORMAL), network(), before=[TO_NORMAL])
+    package = zipped(tmp_path / "model.zip", files)
+    said = succeeded(command("engines", "add", package, "--name", "theirs"))
+    assert "added restorer 'theirs'" in said
+    assert "its test tensors reproduce; its values: as those it is shown" in said
+    said = " ".join(succeeded(command("engines", "info", "theirs")).split())
+    assert "before it zero_mean_unit_variance after it nothing" in said
+    assert "trained: licence MIT" in said
+    assert "on a GPU no" in said
+    image = counts((60, 70)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "image.tif", image)
+    restored = tmp_path / "restored.tif"
+    arguments = ("restore", tmp_path / "image.tif", "-o", restored)
+    succeeded(command(*arguments, "--engine", "theirs"))
+    change = tifffile.imread(restored) - smoothed(image.astype(np.float32))
+    assert np.abs(change)[9:-9, 9:-9].max() < 1
+    assert "removed" in succeeded(command("engines", "remove", "theirs"))
+    again = command("engines", "remove", "theirs")
+    assert again.code == ExitCode.ENGINE
+    assert "there is no engine 'theirs' among your own" in again.err

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from rtfocus.errors import EngineError
+from rtfocus.processing.cpu.engine import arrange, arranged_shape, straighten
 from rtfocus.processing.engines.spec_steps import StepsCard, Values
 
 IMAGE = np.random.default_rng(2).gamma(2, 300, (3, 12, 15)).astype(np.float32)
@@ -128,3 +129,16 @@ def test_what_is_no_number_is_refused():
 def test_steps_that_are_not_understood_are_refused(said):
     with pytest.raises(ValidationError):
         StepsCard.model_validate(said)
+
+
+@pytest.mark.parametrize("axes", ["bcyx", "byxc", "bxyc", "cyx", "yxb", "yx", "xy"])
+def test_tensors_are_put_in_a_network_s_order_and_back(axes):
+    tensor = np.arange(3 * 4 * 5).reshape(1, 3, 4, 5)
+    if "c" not in axes:
+        tensor = tensor[:, :1]
+    there = arrange(tensor, axes)
+    assert there.shape == arranged_shape(tensor.shape, axes)
+    assert there.shape[axes.index("x")] == 5
+    assert np.array_equal(straighten(there, axes, "theirs"), tensor)
+    with pytest.raises(EngineError, match="its card names the axes"):
+        straighten(there[..., None], axes, "theirs")
