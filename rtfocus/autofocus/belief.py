@@ -18,6 +18,8 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 _MOST_MODES = 6
+# Of a step between candidates, at least: the truth may lie between two.
+_GRID = 0.7
 _LEAST_WEIGHT = 1e-3
 # An estimate may be an outlier with this probability: then nothing was learnt.
 OUTLIER = 0.03
@@ -165,7 +167,7 @@ def modes_of_weights(
         share = weights[part]
         mean = float(np.average(candidates_um[part], weights=share))
         spread = np.average((candidates_um[part] - mean) ** 2, weights=share)
-        modes.append(Mode(float(share.sum()), mean, max(sqrt(float(spread)), step_um)))
+        modes.append(Mode(float(share.sum()), mean, max(sqrt(float(spread)), _GRID * step_um)))
     return sorted(modes, key=lambda mode: -mode.weight)[:_MOST_MODES]
 
 

@@ -27,14 +27,14 @@ _REACH, _STEP = 3.0, 0.1
 _CANDIDATES = np.arange(-_REACH, _REACH + _STEP / 2, _STEP)
 _VALLEY = 0.8
 """Of two peaks of one image, for them to be two."""
-_UNSURE = 0.5
+_UNSURE = 0.3
 """Depths of field that are borne rather than moving to what may be the wrong side."""
 _ALIKE = 0.2
 """Depths of field between the images of a search that are kept."""
 _TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
 """Images of a place at much the same z err alike: for how much of one each counts where
 they are a second or more apart, and where they follow one another at once."""
-_MOST_MISFIT, _MOST_MISSES = 4.5, 3
+_MOST_MISFIT, _MOST_MISSES = 5.5, 3
 _MOST_TURNS = 1
 _MOST_SILENT = 3
 """Corrections of a position by prediction alone."""
