@@ -167,7 +167,9 @@ def modes_of_weights(
         share = weights[part]
         mean = float(np.average(candidates_um[part], weights=share))
         spread = np.average((candidates_um[part] - mean) ** 2, weights=share)
-        modes.append(Mode(float(share.sum()), mean, max(sqrt(float(spread)), _GRID * step_um)))
+        modes.append(
+            Mode(float(share.sum()), mean, max(sqrt(float(spread)), _GRID * step_um))
+        )
     return sorted(modes, key=lambda mode: -mode.weight)[:_MOST_MODES]
 
 
