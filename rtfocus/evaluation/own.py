@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.errors import ConfigError, EngineError
+from rtfocus.errors import ConfigError, EngineError, RtfocusError
 from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.evaluate import Outcome, evaluate
 from rtfocus.evaluation.own_fields import OwnField, OwnFields, Side, choose_fields
@@ -205,9 +205,14 @@ class _Plan:
             folder.mkdir()
             text = self._wish.optics
             stated = StatedOptics(stated_optics(text), text) if text else None
-            chosen = choose_fields(
-                self._found, folder, stated=stated, channel=self._wish.channel
-            )
+            try:
+                chosen = choose_fields(
+                    self._found, folder, stated=stated, channel=self._wish.channel
+                )
+            except RtfocusError:
+                # Nothing is begun: the next call may bring other images or optics.
+                remove(self._work)
+                raise
             self._known |= chosen.as_plain()
             self._known["optics"] = asdict(chosen.optics)
             self._keep()
@@ -337,7 +342,7 @@ def _data(
 
 
 def _outcome(one: Contender, data: DataSet) -> Outcome:
-    return evaluate(one, data, one.config(data, threads=1))
+    return evaluate(one, data, one.config(data, threads=1, precision="f32"))
 
 
 def _verdict_of(engine: Path) -> Verdict:

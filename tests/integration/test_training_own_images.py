@@ -1,5 +1,9 @@
 """Own images: from ten fields to an engine that configs find, over a kill."""
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tifffile
@@ -11,6 +15,8 @@ from rtfocus.processing.engines.registry import find_engine
 from rtfocus.specimens import draw_specimen
 from rtfocus.training.own_optics import refining_recipe
 from rtfocus.training.recipe import PoolRecipe, RecipeBase
+
+LONG = "RTFOCUS_LONG"
 
 
 def small_recipe(*given, **options) -> RecipeBase:
@@ -40,22 +46,52 @@ def wish(tmp_path, monkeypatch) -> OwnWish:
     )
 
 
-def test_from_images_to_an_engine_over_a_kill(wish):
-    said: list[str] = []
+def killed_at(word: str) -> Callable[[str], None]:
+    """Return what ends the work when it says a word."""
 
-    def killed_before_training(line: str) -> None:
-        said.append(line)
-        if "steps, about" in line:
+    def say(line: str) -> None:
+        if word in line:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train_own(wish, say=killed_before_training)
-    assert not wish.output.exists()
-    begun = wish.output.with_name("mine.training")
-    cut = {p.name: p.stat().st_mtime_ns for p in (begun / "fields").iterdir()}
+    return say
 
-    engine, verdict = train_own(wish, say=said.append)
-    assert cut == {p.name: p.stat().st_mtime_ns for p in (begun / "fields").iterdir()}
+
+def state(wish: OwnWish) -> dict[str, int]:
+    """Return the fields that are cut, and when they were."""
+    folder = wish.output.with_name("mine.training") / "fields"
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_what_was_chosen_outlives_a_kill_and_what_is_refused_leaves_nothing(wish):
+    unknown = replace(wish, optics=None)
+    with pytest.raises(ConfigError, match=r"optics of .* are unknown"):
+        train_own(unknown)
+    assert [path.name for path in wish.output.parent.iterdir()] == ["images"]
+    cuts = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train_own(wish, say=killed_at("fields: 3 training, 1 validation, 1 test"))
+        cuts.append(state(wish))
+    cut = cuts[0]
+    assert len(cut) == 5
+    assert cuts[1] == cut
+    with pytest.raises(ConfigError, match="begun with other optics"):
+        train_own(replace(wish, optics="NA=0.4,wavelength=451,pixel=0.65"))
+    tifffile.imwrite(wish.images / "more.tif", np.eye(224, dtype=np.uint16))
+    with pytest.raises(ConfigError, match="begun with other images"):
+        train_own(wish)
+    assert state(wish) == cut
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(LONG not in os.environ, reason=f"a minute of a core; set {LONG}")
+def test_from_images_to_an_engine_over_a_kill(wish):
+    with pytest.raises(KeyboardInterrupt):
+        train_own(wish, say=killed_at("steps, about"))
+    assert not wish.output.exists()
+    cut = state(wish)
+    engine, verdict = train_own(wish)
+    assert state(wish) == cut
     found = find_engine("mine")
     assert found.card.optics.reference.numerical_aperture == 0.5
     assert found.card.trained["after"]["engine"].startswith("multiscale@")
@@ -68,8 +104,5 @@ def test_from_images_to_an_engine_over_a_kill(wish):
     assert (engine / "before_after.png").stat().st_size > 10_000
     assert (found.folder / "before_after.png").is_file()
 
-    # Called once more it says the same; with other options it does not go on.
+    # Called once more it says the same.
     assert train_own(wish) == (engine, verdict)
-    other = OwnWish(wish.images, wish.output, "NA=0.4,wavelength=451,pixel=0.65")
-    with pytest.raises(ConfigError, match="begun with other optics"):
-        train_own(other)
