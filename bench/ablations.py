@@ -34,7 +34,7 @@ from rtfocus.training.data.level_tiles import (
 from rtfocus.training.data.scenes import load_fields
 from rtfocus.training.data.signed_patches import SignedClassRecipe
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.registry import validate_recipe
+from rtfocus.training.task import validate_recipe
 from rtfocus.training.trainer import Trainer
 
 Row = dict[str, Any]

@@ -40,7 +40,7 @@ from rtfocus.training.networks.learned_wiener import (
     level_psf,
     with_psf,
 )
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 
 Image = NDArray[np.float32]
 

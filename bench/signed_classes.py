@@ -31,7 +31,7 @@ from rtfocus.training.data.signed_patches import (
     SignedClassRecipe,
     held_out_patches,
 )
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 
 _BINS = 10
 

@@ -31,7 +31,7 @@ from rtfocus.training.data.scenes import data_folder
 from rtfocus.training.export import trained
 from rtfocus.training.networks.wei_kernel import reblur
 from rtfocus.training.networks.wei_unet import WeiUNetRecipe, defocus_classes
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 
 Image = NDArray[np.float32]
 Run = Callable[[Image, Image], list[Image]]

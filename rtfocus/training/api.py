@@ -8,7 +8,7 @@ from rtfocus.images.optics import read_optics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.training.export import export_engine, parse_precisions
 from rtfocus.training.own_optics import own_recipe
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import train
 
 _log = logging.getLogger(__name__)

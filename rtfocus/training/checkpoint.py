@@ -19,8 +19,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.half_network import float_weights
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.registry import make_task, validate_recipe
-from rtfocus.training.task import Task
+from rtfocus.training.task import Task, make_task, validate_recipe
 
 NEWEST = "last.pt"
 _FORMAT = 2

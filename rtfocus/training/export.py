@@ -27,8 +27,7 @@ from rtfocus.training.checkpoint import (
 from rtfocus.training.half_network import halve_weights, write_half_network
 from rtfocus.training.quantise import Arrays, quantise
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.registry import make_task
-from rtfocus.training.task import Graph, Task
+from rtfocus.training.task import Graph, Task, make_task
 
 _OPSET = 18
 

@@ -17,8 +17,7 @@ import torch
 
 from rtfocus.errors import RtfocusError
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.registry import make_task
-from rtfocus.training.task import Arrays, Task
+from rtfocus.training.task import Arrays, Task, make_task
 
 _AHEAD = 2
 """Batches that each worker is asked for before they are needed."""

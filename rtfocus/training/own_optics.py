@@ -18,7 +18,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.networks.rtfocus_2 import Rtfocus2Recipe
 from rtfocus.training.recipe import RecipeBase, SourceRecipe
-from rtfocus.training.registry import load_recipe, validate_recipe
+from rtfocus.training.task import load_recipe, validate_recipe
 
 _SUFFIXES = (".tif", ".tiff", ".png")
 _HELD_OUT = 5

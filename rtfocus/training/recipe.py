@@ -106,7 +106,7 @@ class RecipeBase(Section):
     name: str
     """Name of the run and of the folder of its checkpoints."""
     network: str
-    """Which network is trained, see `rtfocus.training.registry`."""
+    """Which network is trained, see `rtfocus.training.task`."""
     seed: int = 1
     """Same seed, same machine: same weights."""
     data_folder: Path | None = None

@@ -34,8 +34,7 @@ from rtfocus.training.checkpoint import (
 )
 from rtfocus.training.feed import BatchFeed
 from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
-from rtfocus.training.registry import make_task
-from rtfocus.training.task import Arrays
+from rtfocus.training.task import Arrays, make_task
 
 CURVE_NAME = "curve.csv"
 

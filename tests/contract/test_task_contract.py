@@ -6,7 +6,7 @@ import torch
 from rtfocus.files import resource_folder
 from rtfocus.training.export import calibration_inputs
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.registry import (
+from rtfocus.training.task import (
     load_recipe,
     make_task,
     network_names,

@@ -27,7 +27,7 @@ from rtfocus.training.export import trained
 from rtfocus.training.layers import fold_batch_norm
 from rtfocus.training.networks.delpnet import DelpNetRecipe
 from rtfocus.training.recipe import PoolRecipe, SourceRecipe
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer, train
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65)

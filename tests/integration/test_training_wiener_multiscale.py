@@ -20,7 +20,7 @@ from rtfocus.training.networks.learned_wiener import (
 )
 from rtfocus.training.networks.multiscale import MultiScaleRecipe, MultiScaleSection
 from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer
 
 CONFIGS = resource_folder("configs")

@@ -16,7 +16,7 @@ from rtfocus.training.data.pool import Pool
 from rtfocus.training.feed import answer_requests
 from rtfocus.training.networks.delpnet import DelpNetRecipe
 from rtfocus.training.recipe import PoolRecipe, SourceRecipe
-from rtfocus.training.registry import make_task
+from rtfocus.training.task import make_task
 from rtfocus.training.trainer import Trainer
 
 

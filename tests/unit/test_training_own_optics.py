@@ -13,7 +13,7 @@ from rtfocus.training.api import train_command
 from rtfocus.training.data.scenes import load_fields
 from rtfocus.training.own_optics import own_recipe
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 
 OWN = "NA=0.75,wavelength=520,pixel=0.325,spherical=-0.2"
 

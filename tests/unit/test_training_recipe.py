@@ -8,7 +8,7 @@ from rtfocus.files import resource_folder
 from rtfocus.training.data.level_tiles import BACKGROUND, label_crop
 from rtfocus.training.data.scenes import draw_exposure
 from rtfocus.training.recipe import OptimiserRecipe
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import learning_rate
 
 SHIPPED = resource_folder("configs") / "train_delpnet.yaml"

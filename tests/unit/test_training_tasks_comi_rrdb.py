@@ -26,7 +26,7 @@ from rtfocus.training.networks.rrdb import (
     RrdbTask,
 )
 from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe, SourceRecipe
-from rtfocus.training.registry import load_recipe
+from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer
 
 CONFIGS = resource_folder("configs")
