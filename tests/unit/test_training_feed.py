@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.training.data.level_tiles import BlurRecipe, TileOptimiserRecipe
-from rtfocus.training.data.pool import Pool
+from rtfocus.training.data.scenes import Pool
 from rtfocus.training.feed import answer_requests
 from rtfocus.training.networks.delpnet import DelpNetRecipe
 from rtfocus.training.recipe import PoolRecipe, SourceRecipe

@@ -17,8 +17,7 @@ from rtfocus.config.sections import Section
 from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.data.pool import Pool
-from rtfocus.training.data.scenes import SceneSource, SharpField, draw_exposure
+from rtfocus.training.data.scenes import Pool, SceneSource, SharpField, draw_exposure
 from rtfocus.training.recipe import (
     Count,
     Fraction,

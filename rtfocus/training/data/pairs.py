@@ -20,8 +20,7 @@ from rtfocus.training.data.pair_scenes import (
     PairScenes,
     RealPairsRecipe,
 )
-from rtfocus.training.data.pool import Pool
-from rtfocus.training.data.scenes import data_folder, draw_exposure, load_fields
+from rtfocus.training.data.scenes import Pool, data_folder, draw_exposure, load_fields
 
 Image = NDArray[np.float32]
 Pair = tuple[Image, Image]

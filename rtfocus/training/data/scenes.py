@@ -6,9 +6,11 @@ at random, from very dim to bright, 8 to 16 bits.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from scipy import ndimage
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
 from rtfocus.specimens import draw_specimen, draw_stained
-from rtfocus.training.recipe import RecipeBase, SourceRecipe, SpecimenRecipe
+from rtfocus.training.recipe import PoolRecipe, RecipeBase, SourceRecipe, SpecimenRecipe
 
 Image = NDArray[np.float32]
 
@@ -268,3 +270,35 @@ def draw_exposure(
     full = float(2 ** rng.choice([8, 12, 16], p=[0.4, 0.35, 0.25]))
     fill = float(rng.uniform(0.3, 1.1) if full == 256 else rng.uniform(0.1, 1.1))
     return Exposure(light, glow, read_noise, fill * full / (light + glow), full)
+
+
+Entry = TypeVar("Entry")
+
+
+class Pool(Generic[Entry]):
+    """The newest scenes.
+
+    Parameters
+    ----------
+    recipe
+        How many there are, how soon the oldest is replaced, in how many shards.
+    make
+        Makes the scene of a number; called once for each that is needed.
+    """
+
+    def __init__(self, recipe: PoolRecipe, make: Callable[[int], Entry]) -> None:
+        self._recipe = recipe
+        self._make = make
+        self._held: dict[int, Entry] = {}
+
+    def at(self, step: int) -> list[Entry]:
+        """Return the scenes that a step may draw from, oldest first."""
+        first = step // self._recipe.refresh_steps
+        newest = range(first, first + self._recipe.entries)
+        shards = self._recipe.shards
+        numbers = [n for n in newest if n % shards == step % shards]
+        self._held = {n: one for n, one in self._held.items() if n in newest}
+        for number in numbers:
+            if number not in self._held:
+                self._held[number] = self._make(number)
+        return [self._held[number] for number in numbers]

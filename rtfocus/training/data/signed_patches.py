@@ -20,9 +20,9 @@ from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_stained
-from rtfocus.training.data.pool import Pool
 from rtfocus.training.data.scenes import (
     Exposure,
+    Pool,
     SceneSource,
     SharpField,
     draw_exposure,
