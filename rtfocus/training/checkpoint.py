@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.half_network import float_weights
+from rtfocus.training.onnx_forms import float_weights
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.task import Task, make_task, validate_recipe
 

@@ -24,8 +24,12 @@ from rtfocus.training.checkpoint import (
     load_checkpoint,
     mean_state,
 )
-from rtfocus.training.half_network import halve_weights, write_half_network
-from rtfocus.training.quantise import Arrays, quantise
+from rtfocus.training.onnx_forms import (
+    Arrays,
+    halve_weights,
+    quantise,
+    write_half_network,
+)
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.task import Graph, Task, make_task
 
@@ -194,7 +198,7 @@ def export_engine(
     mean_with
         Checkpoint of the same network: the mean of both goes into the engine.
     half_weights
-        Store weights in 16 bits, see `rtfocus.training.half_network`.
+        Store weights in 16 bits, see `rtfocus.training.onnx_forms`.
     precisions
         Files to write, see `rtfocus.training.export`.
 

@@ -27,7 +27,7 @@ from rtfocus.processing.gpu.torch_backend.engine import (
     TorchNetwork,
     why_unavailable,
 )
-from rtfocus.training.half_network import write_half_network
+from rtfocus.training.onnx_forms import write_half_network
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CPU = torch.device("cpu")

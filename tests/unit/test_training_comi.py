@@ -115,7 +115,7 @@ def test_classifier_features_are_what_its_engine_computes(tmp_path):
     import onnx
     import onnxruntime
 
-    from rtfocus.training.half_network import float_weights
+    from rtfocus.training.onnx_forms import float_weights
 
     features = classifier_features(DELPNET, 7)
     assert not any(p.requires_grad for p in features.parameters())

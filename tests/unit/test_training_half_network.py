@@ -10,7 +10,7 @@ from network_kit import CONDITION_ENTRIES, write_restorer
 from onnx import TensorProto, helper, numpy_helper
 
 from rtfocus.errors import EngineError
-from rtfocus.training.half_network import write_half_network
+from rtfocus.training.onnx_forms import write_half_network
 
 
 def run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:

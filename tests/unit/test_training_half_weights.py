@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rtfocus.training.export import write_onnx
-from rtfocus.training.half_network import halve_weights
 from rtfocus.training.networks.comi_networks import Generator
+from rtfocus.training.onnx_forms import halve_weights
 from rtfocus.training.task import restorer_graph
 
 

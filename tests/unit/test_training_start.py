@@ -17,7 +17,6 @@ from rtfocus.files import resource_folder
 from rtfocus.training.checkpoint import find_engine, read_weights, start_from
 from rtfocus.training.data.level_tiles import BlurRecipe, TileOptimiserRecipe
 from rtfocus.training.data.signed_patches import SignedRecipe
-from rtfocus.training.half_network import halve_weights
 from rtfocus.training.layers import (
     fold_batch_norm,
     recalibrate,
@@ -28,6 +27,7 @@ from rtfocus.training.networks.wei_classifier import (
     WeiClassifierRecipe,
     WeiClassifierTask,
 )
+from rtfocus.training.onnx_forms import halve_weights
 from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
 
 SHIPPED = Path("engines/delpnet")
