@@ -1,10 +1,17 @@
-"""Half network: the fp16 form of an ONNX file, and float32 files of half the size.
+"""ONNX forms: smaller numbers for a network: 16 bits, 16-bit weights, 8 bits.
 
 *Half network*: convolutions and products, all the cost, compute in 16 bits; what adds
 up many values or divides by small ones stays in 32, inputs and outputs too. GPUs run
 it several times faster, and cards of compute capability 7.5 multiply matrices in no
 other form. *Half weights*: large weights are stored in 16 bits and cast back to float32
 before they are used, which runtimes do once, while loading.
+
+*int8*: every convolution gets a quantise and a dequantise node before it (Q/DQ), ranges
+measured on training data, weights in one scale per output channel, features in one
+scale per tensor, zero in the middle: what TensorRT, OpenVINO and ONNX Runtime all read.
+The first convolution and the last before each output stay in float: there the image
+itself, or the evidence for a label, would be rounded to 256 steps. A network may ask
+for more at either end.
 """
 
 import logging

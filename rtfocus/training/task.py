@@ -1,4 +1,7 @@
-"""Task: what a network learns, from its batches to the card of its engine."""
+"""Task: what a network learns, from its batches to the card of its engine.
+
+Which task a recipe asks for, its key ``network`` says; that module alone is imported.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping

@@ -2,7 +2,8 @@
 
 The split is by field: no image, plane or channel of one file stands on both
 sides, so that nothing is learnt by heart and then called accuracy. Cameras are drawn
-at random, from very dim to bright, 8 to 16 bits.
+at random, from very dim to bright, 8 to 16 bits. Blurred scenes are held in a pool,
+renewed one by one while training goes on.
 """
 
 import os
