@@ -15,8 +15,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.spectrum import FREQUENCIES
-from rtfocus.autofocus.transfer import Transfer, modulation_table
+from rtfocus.autofocus.spectrum import FREQUENCIES, Transfer, modulation_table
 from rtfocus.channel import OpticalSystem
 
 Floats = NDArray[np.float64]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.transfer import FARTHEST, Transfer, modulation_table
+from rtfocus.autofocus.spectrum import FARTHEST, Transfer, modulation_table
 from rtfocus.channel import OpticalSystem
 
 Floats = NDArray[np.float64]

@@ -10,8 +10,13 @@ from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
-from rtfocus.autofocus.spectrum import FREQUENCIES, change, sharpness
-from rtfocus.autofocus.transfer import Transfer, modulation_table
+from rtfocus.autofocus.spectrum import (
+    FREQUENCIES,
+    Transfer,
+    change,
+    modulation_table,
+    sharpness,
+)
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import FocusReading
 
