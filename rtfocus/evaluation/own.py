@@ -43,8 +43,8 @@ from rtfocus.processing.engines.registry import (
     check_new_name,
     user_engine_folder,
 )
+from rtfocus.training.api import REFINED, refining_recipe
 from rtfocus.training.export import export_engine
-from rtfocus.training.own_optics import REFINED, refining_recipe
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.trainer import Trainer, choose_device, train
 

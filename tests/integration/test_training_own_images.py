@@ -13,7 +13,7 @@ from rtfocus.evaluation import own, own_verdict
 from rtfocus.evaluation.own import OwnWish, train_own
 from rtfocus.processing.engines.registry import find_engine
 from rtfocus.specimens import draw_specimen
-from rtfocus.training.own_optics import refining_recipe
+from rtfocus.training.api import refining_recipe
 from rtfocus.training.recipe import PoolRecipe, RecipeBase
 
 LONG = "RTFOCUS_LONG"

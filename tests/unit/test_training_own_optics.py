@@ -9,9 +9,8 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.images.optics import read_optics
-from rtfocus.training.api import train_command
+from rtfocus.training.api import own_recipe, train_command
 from rtfocus.training.data.scenes import load_fields
-from rtfocus.training.own_optics import own_recipe
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.task import load_recipe
 
