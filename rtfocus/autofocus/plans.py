@@ -102,7 +102,7 @@ def _taken_off_um(event: useq.MDAEvent) -> float:
     """Return what useq took off the z of an image where it asks for focus there."""
     plan = None if event.sequence is None else event.sequence.z_plan
     number = event.index.get("z")
-    if event.action is None or plan is None or not plan.is_relative or number is None:
+    if images_of(event) or plan is None or not plan.is_relative or number is None:
         return 0.0
     return float(list(plan)[number])
 

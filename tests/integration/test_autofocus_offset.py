@@ -110,6 +110,7 @@ def test_the_offset_is_moved_in_place_of_the_stage_and_set_back(held) -> None:
         core.mda.set_engine(MDAEngine(core))
     assert ours == []
     assert heights == pytest.approx([FOCUS_UM - 1, FOCUS_UM + 1], abs=0.3 * UNIT_UM)
+    assert heights[1] - heights[0] == pytest.approx(2)
     assert verdicts[0]["focused"]
     assert verdicts[0]["start_um"] == 0.0
     assert len(offset.sent) > 4
