@@ -31,7 +31,7 @@ from rtfocus.processing.gpu.preparation import Background as GpuBackground
 from rtfocus.processing.gpu.preparation import CellStatistics
 from rtfocus.processing.gpu.preparation import Correction as GpuCorrection
 from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
-from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
+from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import FrameShape
 from rtfocus.processing.restore import margin_px, padded_shape
 from rtfocus.processing.tiles.montage import Montage, pad

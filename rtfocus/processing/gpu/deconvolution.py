@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.processing.gpu.statistics import PARTS, Light, Noise
+from rtfocus.processing.gpu.tiles import PARTS, Light, Noise
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,

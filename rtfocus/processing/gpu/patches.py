@@ -24,7 +24,7 @@ from rtfocus.processing.gpu.deconvolution import (
 from rtfocus.processing.gpu.depth_variant import Blending
 from rtfocus.processing.gpu.engine import GpuContext, GpuEngine
 from rtfocus.processing.gpu.preparation import Percentiles
-from rtfocus.processing.gpu.statistics import Light
+from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,

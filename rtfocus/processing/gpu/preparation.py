@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
 from rtfocus.optics.normalisation import (
     CELL_PX,
@@ -19,13 +18,14 @@ from rtfocus.optics.normalisation import (
     PercentileRange,
 )
 from rtfocus.processing.camera import CameraCorrection
-from rtfocus.processing.gpu.statistics import RankSearch, ranks_around
+from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,
     DeviceMemory,
     FrameShape,
     Work,
+    kind_of,
 )
 
 
@@ -274,12 +274,6 @@ class Percentiles:
 
 
 # As in kernels/common.cu.
-KINDS: dict[np.dtype[Any], int] = {
-    np.dtype("|u1"): 0,
-    np.dtype("<u2"): 1,
-    np.dtype("<f4"): 2,
-    np.dtype("<f2"): 3,
-}
 
 
 class Correction:
@@ -355,22 +349,6 @@ class Correction:
             out,
             kind_of(out.dtype),
         )
-
-
-def kind_of(dtype: DTypeLike) -> int:
-    """Return the kernels' number of an element type.
-
-    Raises
-    ------
-    EngineError
-        If the kernels do not know it.
-    """
-    found = KINDS.get(np.dtype(dtype))
-    if found is None:
-        known = ", ".join(kind.str for kind in KINDS)
-        msg = f"tensors of {np.dtype(dtype)} are unknown to the kernels: {known}"
-        raise EngineError(msg)
-    return found
 
 
 def carried_as(dtype: DTypeLike) -> np.dtype[Any]:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from rtfocus.errors import EngineError
+
 BLOCK = 256
 """Threads of a block that works together."""
 
@@ -148,3 +150,27 @@ class Transforms(Protocol):
 def spectrum_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the half spectrum of images of a shape."""
     return *shape[:-1], shape[-1] // 2 + 1
+
+
+KINDS: dict[np.dtype[Any], int] = {
+    np.dtype("|u1"): 0,
+    np.dtype("<u2"): 1,
+    np.dtype("<f4"): 2,
+    np.dtype("<f2"): 3,
+}
+
+
+def kind_of(dtype: DTypeLike) -> int:
+    """Return the kernels' number of an element type.
+
+    Raises
+    ------
+    EngineError
+        If the kernels do not know it.
+    """
+    found = KINDS.get(np.dtype(dtype))
+    if found is None:
+        known = ", ".join(kind.str for kind in KINDS)
+        msg = f"tensors of {np.dtype(dtype)} are unknown to the kernels: {known}"
+        raise EngineError(msg)
+    return found
