@@ -136,7 +136,7 @@ class Restorer:
         if kind not in self._open:
             if len(self._open) >= _OPEN:
                 self._open.popitem(last=False)[1].close()
-            data = DataSet("evidence", "", BBBC006, 0.0, lambda: iter(()))
+            data = DataSet("evidence", "", BBBC006, 0.0, ())
             self._open[kind] = ImageProcessor(self._engine.config(data, threads=1))
         self._open.move_to_end(kind)
         return self._open[kind]

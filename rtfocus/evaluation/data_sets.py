@@ -12,6 +12,7 @@ defocus is known exactly and so is the PSF: what a method leaves is its own.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,13 @@ from rtfocus.errors import InputError
 from rtfocus.evaluation.samples import (
     BBBC006,
     DataSet,
+    Field,
     Sample,
     middle,
     plane_name,
     unseen,
 )
-from rtfocus.images.reading import open_images
+from rtfocus.images.reading import find_images, open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.optics.formation import CameraModel, blur
 from rtfocus.optics.psf import compute_psf
@@ -54,7 +56,8 @@ def folder_set(
     Raises
     ------
     InputError
-        If there is no such folder or no image has a partner.
+        If there is no such folder or no image has a partner. An image that cannot be
+        read is a field that says so.
     """
     sharp = folder / SHARP_FOLDER
     others = [
@@ -68,23 +71,28 @@ def folder_set(
             "beside it folders of blurred images with the same file names"
         )
         raise InputError(msg)
-    truth = {series.name: series for series in open_images(sharp)}
+    found = {place: find_images(place) for place in (sharp, *others)}
+    truth = {series.name: series for series in found[sharp].series}
     pairs = [
-        (place.name, series)
+        Field(
+            f"{place.name} {series.name}",
+            partial(_samples, place.name, series, truth[series.name]),
+        )
         for place in others
-        for series in open_images(place)
+        for series in found[place].series
         if series.name in truth
     ]
     if not pairs:
         msg = f"no image below '{folder}' has the name of one in '{sharp}'"
         raise InputError(msg)
 
-    def samples() -> Iterator[Sample]:
-        for group, series in pairs:
-            yield from _samples(group, series, truth[series.name])
-
     title = f"{folder.name}: {len(pairs)} pairs; range 255 or that of the sharp image"
-    return DataSet(folder.name, title, optics, offset_counts, samples)
+    pairs += [
+        Field.unread(f"{place.name} {one.path.stem}", one.reason)
+        for place, images in found.items()
+        for one in images.broken
+    ]
+    return DataSet(folder.name, title, optics, offset_counts, tuple(pairs))
 
 
 def _samples(group: str, blurred: ImageSeries, sharp: ImageSeries) -> Iterator[Sample]:
@@ -115,69 +123,84 @@ _EIGHT_BIT = 255.0
 def bbbc006_pairs(folder: Path) -> DataSet:
     """Nuclei, sharp and about 10 um defocused, 8 bit, validation rows."""
 
-    def samples() -> Iterator[Sample]:
-        for path in _matching(folder / "bbbc006_pairs" / "sharp", VALIDATION_ROWS):
-            sharp = _read(path)
-            blurred = _read(folder / "bbbc006_pairs" / "defocus10um" / path.name)
-            name = path.stem
-            yield Sample(name, blurred, sharp, _TEN_UM, "10 um", _EIGHT_BIT, sided=True)
-            yield Sample(f"{name} sharp", sharp, sharp, _SHARP_UM, "sharp", _EIGHT_BIT)
+    def samples(path: Path) -> Iterator[Sample]:
+        sharp = _read(path)
+        blurred = _read(folder / "bbbc006_pairs" / "defocus10um" / path.name)
+        name = path.stem
+        yield Sample(name, blurred, sharp, _TEN_UM, "10 um", _EIGHT_BIT, sided=True)
+        yield Sample(f"{name} sharp", sharp, sharp, _SHARP_UM, "sharp", _EIGHT_BIT)
 
     title = "BBBC006 nuclei, rows a19-a24, sharp and 10 um; range 255"
-    return DataSet("bbbc006_pairs", title, BBBC006, 0.0, samples)
+    paths = _matching(folder / "bbbc006_pairs" / "sharp", VALIDATION_ROWS)
+    fields = tuple(Field(path.stem, partial(samples, path)) for path in paths)
+    return DataSet("bbbc006_pairs", title, BBBC006, 0.0, fields)
 
 
 def bbbc006_factin(folder: Path) -> DataSet:
     """Actin, one field at 8 and 10 um, 8 bit."""
 
-    def samples() -> Iterator[Sample]:
-        place = folder / "bbbc006_factin"
-        sharp = _read(place / "A_sharp.tif")
-        for name, group, span in (
-            ("A_defocus08um", "8 um", _EIGHT_UM),
-            ("A_defocus10um", "10 um", _TEN_UM),
-            ("A_sharp", "sharp", _SHARP_UM),
-        ):
-            sided = group != "sharp"
-            pixels = _read(place / f"{name}.tif")
-            yield Sample(name, pixels, sharp, span, group, _EIGHT_BIT, sided=sided)
+    def samples(name: str, group: str, span: tuple[float, float]) -> Iterator[Sample]:
+        sharp, pixels = (
+            _read(folder / "bbbc006_factin" / f"{one}.tif") for one in ("A_sharp", name)
+        )
+        sided = group != "sharp"
+        yield Sample(name, pixels, sharp, span, group, _EIGHT_BIT, sided=sided)
 
     title = "BBBC006 actin, field A at 8 and 10 um; range 255"
-    return DataSet("bbbc006_factin", title, BBBC006, 0.0, samples)
+    planes = (
+        ("A_defocus08um", "8 um", _EIGHT_UM),
+        ("A_defocus10um", "10 um", _TEN_UM),
+        ("A_sharp", "sharp", _SHARP_UM),
+    )
+    fields = tuple(Field(plane[0], partial(samples, *plane)) for plane in planes)
+    return DataSet("bbbc006_factin", title, BBBC006, 0.0, fields)
 
 
 def bbbc006_16bit(folder: Path) -> DataSet:
     """Nuclei at full depth: planes in focus and at the far end of the stack."""
+    place = folder / "bbbc006_16bit"
+    sharp = {path.name: path for path in _matching(place / "in_focus")}
 
-    def samples() -> Iterator[Sample]:
-        place = folder / "bbbc006_16bit"
-        sharp = {path.name: _read(path) for path in _matching(place / "in_focus")}
-        for path in _matching(place / "z00_minus32um"):
-            pixels, truth = _read(path), sharp.get(path.name)
-            span = float(np.ptp(pixels if truth is None else truth))
-            yield Sample(path.stem, pixels, truth, _FAR_UM, "-32 um", span, sided=True)
-        for name, pixels in sharp.items():
-            if fnmatch(name, "a01*") or fnmatch(name, "a03*"):
-                span = float(np.ptp(pixels))
-                yield Sample(name, pixels, pixels, _SHARP_UM, "sharp", span)
+    def far(path: Path) -> Iterator[Sample]:
+        pixels, in_focus = _read(path), sharp.get(path.name)
+        truth = None if in_focus is None else _read(in_focus)
+        span = float(np.ptp(pixels if truth is None else truth))
+        yield Sample(path.stem, pixels, truth, _FAR_UM, "-32 um", span, sided=True)
+
+    def near(path: Path) -> Iterator[Sample]:
+        pixels = _read(path)
+        span = float(np.ptp(pixels))
+        yield Sample(path.name, pixels, pixels, _SHARP_UM, "sharp", span)
 
     title = "BBBC006 nuclei, 12-bit counts, sharp and -32 um; range of the sharp plane"
-    return DataSet("bbbc006_16bit", title, BBBC006, 0.0, samples)
+    fields = [
+        Field(path.stem, partial(far, path))
+        for path in _matching(place / "z00_minus32um")
+    ]
+    fields += [
+        Field(name, partial(near, path))
+        for name, path in sharp.items()
+        if fnmatch(name, "a01*") or fnmatch(name, "a03*")
+    ]
+    return DataSet("bbbc006_16bit", title, BBBC006, 0.0, tuple(fields))
 
 
 def sharp(folder: Path) -> DataSet:
     """Every kind of image in focus: what comes out should be what went in."""
 
-    def samples() -> Iterator[Sample]:
-        for pattern, group in _IN_FOCUS:
-            for path in sorted(folder.glob(pattern)):
-                for name, pixels in _planes(path):
-                    eight_bit = pixels.dtype == np.uint8
-                    span = _EIGHT_BIT if eight_bit else float(np.ptp(pixels))
-                    yield Sample(name, pixels, pixels, _SHARP_UM, group, span)
+    def samples(path: Path, group: str) -> Iterator[Sample]:
+        for name, pixels in _planes(path):
+            eight_bit = pixels.dtype == np.uint8
+            span = _EIGHT_BIT if eight_bit else float(np.ptp(pixels))
+            yield Sample(name, pixels, pixels, _SHARP_UM, group, span)
 
     title = "images in focus against themselves; range 255 or that of the image"
-    return DataSet("sharp", title, BBBC006, 0.0, samples)
+    fields = (
+        Field(path.stem, partial(samples, path, group))
+        for pattern, group in _IN_FOCUS
+        for path in sorted(folder.glob(pattern))
+    )
+    return DataSet("sharp", title, BBBC006, 0.0, tuple(fields))
 
 
 REAL_SETS: dict[str, Callable[[Path], DataSet]] = {
@@ -332,9 +355,8 @@ def synthetic(
     lowest = 1 - LEVELS if variant.signed else 0
     levels = range(lowest, LEVELS)
 
-    def samples() -> Iterator[Sample]:
-        lights = (one for path, size in paths for one in _lights(path, size))
-        for number, (field_name, light) in enumerate(lights):
+    def samples(path: Path, size: float, first: int) -> Iterator[Sample]:
+        for number, (field_name, light) in enumerate(_lights(path, size), first):
             truth = camera.offset_counts + light * np.float32(variant.photons)
             for level in levels:
                 z_um = level * STEP_UM * unit
@@ -357,7 +379,12 @@ def synthetic(
         f"{len(paths)} sharp images blurred with {variant.title}; "
         f"{variant.photons:g} photons at most, seed {_SEED}, range {variant.photons:g}"
     )
-    return DataSet(name, title, variant.optics, camera.offset_counts, samples)
+    found, planes = [], 0
+    for path, size in paths:
+        # The noise of a plane is drawn by its number among all.
+        found.append(Field(path.stem, partial(samples, path, size, planes)))
+        planes += sum(1 for one in open_images(path) for _ in one.indices())
+    return DataSet(name, title, variant.optics, camera.offset_counts, tuple(found))
 
 
 def _sharp_images(folder: Path, pattern: str) -> list[Path]:
@@ -385,6 +412,11 @@ def _lights(path: Path, size: float) -> Iterator[tuple[str, Image]]:
             yield plane_name(series.name, index), np.asarray(light, dtype=np.float32)
 
 
+_PUBLISHED = {**REAL_SETS, unseen.__name__: unseen}
+KNOWN = (*_PUBLISHED, *VARIANTS)
+"""Names of data sets; any other one is a folder."""
+
+
 def find_data_set(
     name: str,
     data_folder: Path | None,
@@ -410,11 +442,9 @@ def find_data_set(
     InputError
         If it is neither, or the published images are missing.
     """
-    published = {**REAL_SETS, unseen.__name__: unseen}
-    known = (*published, *VARIANTS)
-    if name not in known:
+    if name not in KNOWN:
         if not Path(name).is_dir():
-            msg = f"data set '{name}' is no folder and none of {', '.join(known)}"
+            msg = f"data set '{name}' is no folder and none of {', '.join(KNOWN)}"
             raise InputError(msg)
         return folder_set(Path(name), optics or BBBC006, offset_counts=offset_counts)
     if data_folder is None or not data_folder.is_dir():
@@ -423,6 +453,6 @@ def find_data_set(
             f"'{data_folder}'; say where they lie with --data-folder"
         )
         raise InputError(msg)
-    if name in published:
-        return published[name](data_folder)
+    if name in _PUBLISHED:
+        return _PUBLISHED[name](data_folder)
     return synthetic(name, data_folder)

@@ -1,22 +1,15 @@
-"""Evaluate: one contender over one data set, frame by frame through the loop's code.
-
-The live loop keeps the chosen label alone; to count how many labels an engine found
-likelier than the right one, it sees each frame once more here, prepared by the same
-code.
-"""
+"""Evaluate: one contender over one data set, frame by frame through the loop's code."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.channel import Channel
 from rtfocus.config import Config
-from rtfocus.evaluation.contenders import Contender, restore_exactly
+from rtfocus.evaluation.contenders import Contender, Ranking, restore_exactly
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.evaluation.scores import (
     LevelScore,
@@ -28,115 +21,13 @@ from rtfocus.evaluation.scores import (
 )
 from rtfocus.frame import (
     BACKGROUND,
-    PROTOCOL_VERSION,
     DefocusMap,
     FrameResult,
-    Position,
-    SeriesStart,
 )
 from rtfocus.processing.camera import luminance
-from rtfocus.processing.channel_plan import plan_channel
-from rtfocus.processing.classify import is_mirrored
-from rtfocus.processing.cpu.channel import OpenChannel, open_channel
 from rtfocus.processing.engines.card import BACKGROUND_LABEL, OutputCard
 from rtfocus.processing.engines.registry import parts, step_um
 from rtfocus.processing.offline import ImageProcessor
-
-_UID = "ranking"
-
-
-class Ranking:
-    """Ranks the labels of one engine on the frames of one data set.
-
-    A context manager: networks stay open for frames of one size in a row.
-    """
-
-    def __init__(self, config: Config, data: DataSet) -> None:
-        processing = config.processing.restoration.model_copy(update={"method": "none"})
-        self._config = config.model_copy(
-            update={
-                "processing": config.processing.model_copy(
-                    update={"restoration": processing}
-                )
-            }
-        )
-        self._data = data
-        self._channel: OpenChannel | None = None
-        self._kind: object = None
-
-    def ranks(
-        self, sample: Sample, right: tuple[int, int], wanted: NDArray[np.bool_]
-    ) -> NDArray[np.int64]:
-        """Return how many labels are likelier than the likeliest right one.
-
-        Parameters
-        ----------
-        sample
-            The frame.
-        right
-            Lowest and highest level that count as right.
-        wanted
-            Tiles that are asked for, axes (tile_y, tile_x).
-
-        Returns
-        -------
-        NDArray[np.int64]
-            One per wanted tile; 0: no label is likelier than a right one.
-        """
-        opened = self._open_for(sample)
-        classifier = opened.classifier
-        if classifier is None or classifier.card.output is None:
-            return np.zeros(0, dtype=np.int64)
-        signal = np.empty(sample.pixels.shape, np.float32)
-        opened.correction.to_signal(sample.pixels, signal)
-        likely = classifier.probabilities(classifier.prepare(signal))
-        levels = classifier.card.levels
-        turned = levels is not None and levels.signed and is_mirrored(self._data.optics)
-        lowest, highest = (-right[1], -right[0]) if turned else right
-        names = classifier.card.output.labels
-        rows = [
-            row
-            for row, name in enumerate(names)
-            if name != BACKGROUND_LABEL and lowest <= int(name) <= highest
-        ]
-        chosen = likely[rows].max(axis=0)
-        return np.asarray((likely > chosen).sum(axis=0)[wanted], dtype=np.int64)
-
-    def close(self) -> None:
-        """Free the networks; called twice does nothing."""
-        if self._channel is not None:
-            self._channel.close()
-        self._channel, self._kind = None, None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _open_for(self, sample: Sample) -> OpenChannel:
-        kind = (sample.pixels.shape, sample.pixels.dtype.str)
-        if self._channel is not None and kind == self._kind:
-            return self._channel
-        self.close()
-        channel = Channel("default", self._data.optics)
-        series = SeriesStart(
-            version=PROTOCOL_VERSION,
-            series_uid=_UID,
-            name=_UID,
-            started_ns=0,
-            shape=sample.pixels.shape,
-            dtype=sample.pixels.dtype.str,
-            sizes={"t": None},
-            channels=[channel],
-            positions=[Position("image")],
-            pixel_size_um=self._data.optics.pixel_size_um,
-        )
-        threads = self._config.processing.threads or 1
-        plan = plan_channel(self._config, series, channel)
-        self._channel, self._kind = open_channel(plan, threads), kind
-        return self._channel
-
 
 Image = NDArray[np.float32]
 
@@ -166,6 +57,41 @@ class Scored:
     after: Figures
 
 
+@dataclass(frozen=True, slots=True)
+class FoundTiles:
+    """What an engine found in the tiles of one frame that hold a specimen."""
+
+    labels: tuple[int, ...]
+    """Levels that it can name, ascending."""
+    true: tuple[float, float]
+    """Lowest and highest defocus in levels."""
+    level: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    ranks: NDArray[np.int64]
+    """As of `Ranking.ranks`."""
+    error_um: NDArray[np.float64]
+    """Found minus true; empty where the truth is a range."""
+    stated_um: NDArray[np.floating] | None
+    """Uncertainty of the defocus; None: the engine states none."""
+    sided: bool
+    """Whether the sign of the truth counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One frame through one contender: what its row is made of."""
+
+    name: str
+    group: str
+    scored: Scored | None = None
+    """None: not restored, or nobody knows its sharp image."""
+    image: Image | None = None
+    """Restored; None: it is not, or nobody is to see it."""
+    tiles: FoundTiles | None = None
+    ms_per_megapixel: tuple[float, float] | None = None
+    """By the clock and in processor time; None: the first of its size."""
+
+
 @dataclass
 class Outcome:
     """Everything about one contender on one data set."""
@@ -183,6 +109,43 @@ class Outcome:
     """The same in processor time of all threads: holds on a busy machine too."""
     images: dict[str, Image] = field(default_factory=dict)
     """Restored frames for the picture, by name."""
+    _times: list[tuple[float, float]] = field(default_factory=list)
+
+    def take(self, one: Measured) -> None:
+        """Add the next frame of the data set."""
+        if one.image is not None and len(self.images) < SHOWN:
+            self.images[one.name] = one.image
+        if one.scored is not None:
+            self.frames.append(one.scored)
+        if one.tiles is not None:
+            self._take_tiles(one.group, one.tiles)
+        if one.ms_per_megapixel is not None:
+            self._times.append(one.ms_per_megapixel)
+
+    def finish(self) -> Self:
+        """Find the medians once all frames are there."""
+        if self._times:
+            clock, process = (
+                float(np.median(ms)) for ms in zip(*self._times, strict=True)
+            )
+            self.ms_per_megapixel = round(clock, 1)
+            self.cpu_ms_per_megapixel = round(process, 1)
+        return self
+
+    def _take_tiles(self, group: str, tiles: FoundTiles) -> None:
+        if self.levels is None:
+            self.levels = LevelScore(tiles.labels)
+        of_group = self.levels_by_group.setdefault(group, LevelScore(tiles.labels))
+        for score in (self.levels, of_group):
+            score.add_ranks(tiles.ranks)
+            score.add(
+                tiles.true,
+                tiles.level,
+                tiles.confidence,
+                background=BACKGROUND,
+                sided=tiles.sided,
+            )
+            score.add_errors(tiles.error_um, tiles.stated_um)
 
     def groups(self) -> dict[str, dict[str, Any]]:
         """Return the mean figures by group.
@@ -227,57 +190,79 @@ def evaluate(
         If a frame cannot be read.
     """
     outcome = Outcome(one, data)
-    if one.is_told_the_defocus:
+    with Measuring(one, data, config) as measuring:
         for sample in data.samples():
-            _score_image(outcome, sample, restore_exactly(one.method, data, sample))
+            outcome.take(measuring.measure(sample))
             on_frame()
-        return outcome
-    times = _Times()
-    with ImageProcessor(config) as processor, Ranking(config, data) as ranking:
-        for sample in data.samples():
-            with times.of(sample):
-                result = (
-                    processor.restore(sample.pixels)
-                    if one.restores
-                    else processor.classify(sample.pixels)
-                )
-            if result.restored is not None:
-                _score_image(outcome, sample, result.restored)
-            if one.estimates:
-                _score_levels(outcome, sample, result, ranking)
-            on_frame()
-    outcome.ms_per_megapixel, outcome.cpu_ms_per_megapixel = times.medians()
-    return outcome
+    return outcome.finish()
 
 
-class _Times:
-    """Milliseconds per megapixel, by the clock and by what the process computed."""
+class Measuring:
+    """One contender, open for the frames of one data set; a context manager.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    one, data, config
+        As of `evaluate`.
+    """
+
+    def __init__(self, one: Contender, data: DataSet, config: Config) -> None:
+        self._one, self._data = one, data
+        self._processor: ImageProcessor | None = None
+        if not one.is_told_the_defocus:
+            self._processor = ImageProcessor(config)
+        self._ranking = Ranking(config, data)
         self._seen: set[object] = set()
-        self._clock: list[float] = []
-        self._process: list[float] = []
 
-    @contextmanager
-    def of(self, sample: Sample) -> Iterator[None]:
-        """Time one frame; the first of a size compiles the networks."""
+    def measure(self, sample: Sample) -> Measured:
+        """Send one frame through the contender.
+
+        Raises
+        ------
+        EngineError
+            If the engine cannot run.
+        """
+        one, processor = self._one, self._processor
+        if processor is None:
+            restored = restore_exactly(one.method, self._data, sample)
+            return _measured(sample, restored)
         begun = time.perf_counter(), time.process_time()
-        yield
+        result = (processor.restore if one.restores else processor.classify)(
+            sample.pixels
+        )
         taken = time.perf_counter() - begun[0], time.process_time() - begun[1]
-        kind = (sample.pixels.shape, sample.pixels.dtype)
-        if kind in self._seen:
-            rows, columns = sample.pixels.shape[:2]
-            scale = 1e3 / (rows * columns * 1e-6)
-            self._clock.append(scale * taken[0])
-            self._process.append(scale * taken[1])
-        self._seen.add(kind)
+        tiles = None
+        if one.estimates:
+            tiles = _found_tiles(one, self._data, sample, result, self._ranking)
+        return replace(
+            _measured(sample, result.restored),
+            tiles=tiles,
+            ms_per_megapixel=self._per_megapixel(sample, taken),
+        )
 
-    def medians(self) -> tuple[float | None, float | None]:
-        """Return both medians; None where no size came twice."""
-        if not self._clock:
-            return None, None
-        clock, process = map(np.median, (self._clock, self._process))
-        return round(float(clock), 1), round(float(process), 1)
+    def close(self) -> None:
+        """Free the networks; called twice does nothing."""
+        self._ranking.close()
+        if self._processor is not None:
+            self._processor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _per_megapixel(
+        self, sample: Sample, taken_s: tuple[float, float]
+    ) -> tuple[float, float] | None:
+        """Return milliseconds; the first frame of a size compiles the networks."""
+        kind = (sample.pixels.shape, sample.pixels.dtype)
+        if kind not in self._seen:
+            self._seen.add(kind)
+            return None
+        rows, columns = sample.pixels.shape[:2]
+        scale = 1e3 / (rows * columns * 1e-6)
+        return scale * taken_s[0], scale * taken_s[1]
 
 
 def mean_figures(frames: list[Scored]) -> dict[str, Any]:
@@ -301,20 +286,20 @@ def mean_figures(frames: list[Scored]) -> dict[str, Any]:
     return figures
 
 
-def _score_image(outcome: Outcome, sample: Sample, restored: NDArray[Any]) -> None:
+def _measured(sample: Sample, restored: NDArray[Any] | None) -> Measured:
+    if restored is None:
+        return Measured(sample.name, sample.group)
     restored = _within_full_scale(restored, sample.pixels.dtype)
-    if len(outcome.images) < SHOWN:
-        outcome.images[sample.name] = restored.astype(np.float32)
-    if sample.sharp is None:
-        return
-    outcome.frames.append(
-        Scored(
+    scored = None
+    if sample.sharp is not None:
+        scored = Scored(
             sample.name,
             sample.group,
             before=_figures(sample.sharp, sample.pixels, sample.data_range),
             after=_figures(sample.sharp, restored, sample.data_range),
         )
-    )
+    image = restored.astype(np.float32)
+    return Measured(sample.name, sample.group, scored, image)
 
 
 def _within_full_scale(restored: NDArray[Any], camera: np.dtype[Any]) -> NDArray[Any]:
@@ -338,23 +323,21 @@ def _figures(truth: NDArray[Any], image: NDArray[Any], span: float) -> Figures:
     )
 
 
-def _score_levels(
-    outcome: Outcome, sample: Sample, result: FrameResult, ranking: Ranking
-) -> None:
+def _found_tiles(
+    one: Contender,
+    data: DataSet,
+    sample: Sample,
+    result: FrameResult,
+    ranking: Ranking,
+) -> FoundTiles | None:
     """Compare the tiles that hold a specimen with the known defocus."""
-    engine, found = outcome.contender.engine, result.defocus
+    engine, found = one.engine, result.defocus
     if engine is None or found is None or sample.defocus_um is None:
-        return
+        return None
     levels, _ = parts(engine.card)
-    blind = outcome.contender.blind
-    step = step_um(engine.card, outcome.data.optics, blind=blind)
+    step = step_um(engine.card, data.optics, blind=one.blind)
     lowest, highest = _comparable(sample, signed=levels.signed)
     wanted = _wanted_tiles(sample, found)
-    if outcome.levels is None:
-        outcome.levels = LevelScore(_labels(engine.card.output))
-    group = outcome.levels_by_group.setdefault(
-        sample.group, LevelScore(outcome.levels.levels)
-    )
     error_um, stated_um = np.zeros(0), None
     if lowest == highest:
         defocus = found.defocus_um[wanted].astype(np.float64)
@@ -362,17 +345,17 @@ def _score_levels(
         if found.uncertainty_um is not None:
             stated_um = found.uncertainty_um[wanted]
     true = (lowest / step, highest / step)
-    ranks = ranking.ranks(sample, group.right_range(true), wanted)
-    for score in (outcome.levels, group):
-        score.add_ranks(ranks)
-        score.add(
-            true,
-            found.level[wanted].astype(np.int64),
-            found.confidence[wanted],
-            background=BACKGROUND,
-            sided=levels.signed and sample.sided,
-        )
-        score.add_errors(error_um, stated_um)
+    labels = _labels(engine.card.output)
+    return FoundTiles(
+        labels=labels,
+        true=true,
+        level=found.level[wanted].astype(np.int64),
+        confidence=found.confidence[wanted],
+        ranks=ranking.ranks(sample, LevelScore(labels).right_range(true), wanted),
+        error_um=error_um,
+        stated_um=stated_um,
+        sided=levels.signed and sample.sided,
+    )
 
 
 def _labels(output: OutputCard | None) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.evaluation.data_sets import LEVELS, STEP_UM
 from rtfocus.evaluation.evaluate import Outcome, Scored
 from rtfocus.evaluation.own_fields import OwnFields
-from rtfocus.evaluation.samples import BBBC006, DataSet, Sample, middle
+from rtfocus.evaluation.samples import BBBC006, DataSet, Field, Sample, middle
 from rtfocus.evaluation.scorecard import markdown, save_side_by_side
 from rtfocus.images.optics import in_short
 from rtfocus.images.provenance import TEXT_MARK
@@ -105,7 +105,7 @@ def own_set(
         f"{len(fields)} sharp fields blurred on both sides of focus, and as they are; "
         f"range {_OWN_PHOTONS:g}"
     )
-    return DataSet(name, title, optics, camera.offset_counts, samples)
+    return DataSet(name, title, optics, camera.offset_counts, (Field(name, samples),))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ by a Gaussian, photographed by a camera drawn at random, and once more in focus,
 nothing may change.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.errors import InputError
 from rtfocus.images.reading import open_images
 from rtfocus.optics.formation import CameraModel, blur
 from rtfocus.optics.psf import compute_psf
@@ -52,6 +55,24 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Field:
+    """Some frames of a data set that are read or made without the others."""
+
+    name: str
+    samples: Callable[[], Iterator[Sample]]
+    """Reads or makes them, the same ones every time; at least one."""
+
+    @classmethod
+    def unread(cls, name: str, reason: str) -> "Field":
+        """Return one that cannot be read: asked for its frames it says why."""
+
+        def samples() -> Iterator[Sample]:
+            raise InputError(reason)
+
+        return cls(name, samples)
+
+
+@dataclass(frozen=True, slots=True)
 class DataSet:
     """Frames with one camera and one set of optics."""
 
@@ -61,8 +82,24 @@ class DataSet:
     optics: OpticalSystem
     offset_counts: float
     """Of the camera."""
-    samples: Callable[[], Iterator[Sample]]
-    """Reads or makes the frames, the same ones every time."""
+    fields: tuple[Field, ...]
+
+    def samples(self) -> Iterator[Sample]:
+        """Read or make the frames of all fields, the same ones every time."""
+        for field in self.fields:
+            yield from field.samples()
+
+    def named(self, names: Collection[str]) -> Iterator[Sample]:
+        """Yield the frames of some names; a field that cannot be read has none."""
+        left = set(names)
+        for field in self.fields:
+            if not left:
+                return
+            with suppress(InputError):
+                for sample in field.samples():
+                    if sample.name in left:
+                        left.remove(sample.name)
+                        yield sample
 
 
 def plane_name(series: str, index: Mapping[str, int]) -> str:
@@ -123,17 +160,20 @@ KINDS = (
 def unseen(folder: Path) -> DataSet:
     """Kinds left out of training: random blur, random camera, and in focus."""
 
-    def samples() -> Iterator[Sample]:
-        for number, kind in enumerate(KINDS):
-            rng = np.random.default_rng([_SEED, number])
-            for name, light in _lights(kind, folder, rng):
-                yield from shown(kind.name, name, light, rng)
+    def samples(number: int, kind: Kind) -> Iterator[Sample]:
+        rng = np.random.default_rng([_SEED, number])
+        for name, light in _lights(kind, folder, rng):
+            yield from shown(kind.name, name, light, rng)
 
     title = (
         f"{len(KINDS)} kinds, each blurred by random pupils, Born-Wolf and Gaussian "
         f"PSFs, and in focus; seed {_SEED}, range of the sharp image"
     )
-    return DataSet("unseen", title, BBBC006, 0.0, samples)
+    fields = (
+        Field(kind.name, partial(samples, number, kind))
+        for number, kind in enumerate(KINDS)
+    )
+    return DataSet("unseen", title, BBBC006, 0.0, tuple(fields))
 
 
 def _lights(

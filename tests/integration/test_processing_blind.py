@@ -18,7 +18,7 @@ from rtfocus.processing.offline import ImageProcessor
 from rtfocus.specimens import draw_specimen
 
 SHIPPED = resource_folder("engines") / "rtfocus-2"
-NO_DATA = DataSet("none", "", BBBC006, 100.0, lambda: iter(()))
+NO_DATA = DataSet("none", "", BBBC006, 100.0, ())
 
 
 @pytest.fixture(scope="module")
