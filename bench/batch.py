@@ -37,7 +37,7 @@ from rtfocus import files
 from rtfocus.batch.ends import Batch
 from rtfocus.batch.plan import ENDING, Failure, Job, Plan, Unit
 from rtfocus.batch.scheduler import run_on
-from rtfocus.batch.work import run_here
+from rtfocus.batch.work import doing, run_here
 from rtfocus.config import Config
 from rtfocus.images.optics import stated_optics
 from rtfocus.images.outputs import OutputGuard
@@ -133,9 +133,9 @@ def cluster_s(address: str, workers: int, source: Path, output: Path) -> float:
     """Return the time per field on a cluster whose workers have their engines."""
     _, plan = planned(source, output)
     first, rest = plan.units[: 2 * workers], plan.units[2 * workers :]
-    run_on(address, plan, first, told)
+    run_on(address, doing(plan), first, told)
     begun_s = time.perf_counter()
-    run_on(address, plan, rest, told)
+    run_on(address, doing(plan), rest, told)
     return (time.perf_counter() - begun_s) / len(rest)
 
 

@@ -1,8 +1,9 @@
 """Scheduler: the units of a batch on the workers of dask.distributed.
 
-Futures alone, no dask arrays: a task is the name of a unit, and what it makes never
-travels. So many are under way that every worker has its next; a worker that lacks an
-engine gets no more, and one that dies costs the unit it had.
+Futures alone, no dask arrays: a task is a unit by its name, and what comes back is
+small: pixels are written where they are made. So many are under way that every worker
+has its next; a worker that lacks an engine gets no more, and one that dies costs the
+unit it had.
 """
 
 import contextlib
@@ -14,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from rtfocus.batch.plan import Failure, Plan, Unit
-from rtfocus.batch.work import run_unit
-from rtfocus.errors import ConfigError, IncompleteError
+from rtfocus.batch.plan import Failure
+from rtfocus.batch.work import failure_of
+from rtfocus.errors import ConfigError, IncompleteError, RtfocusError
 from rtfocus.images.series import one_line
 from rtfocus.machine import usable_threads
 
@@ -32,14 +33,28 @@ _AHEAD = 2
 """Units under way for each worker: the next is there when one is done."""
 _GONE = (OSError, TimeoutError)
 
-OnUnit = Callable[[Unit, Failure | None], None]
+GOES_ON = "images are not done; the same command goes on from there"
+
+
+class Keyed(Protocol):
+    """A unit of any kind of work."""
+
+    @property
+    def key(self) -> str:
+        """Name that no other unit of the call has."""
+        ...
+
+
+U = TypeVar("U", bound=Keyed)
+R = TypeVar("R")
 
 
 class Answer(NamedTuple):
     """What became of a unit on a worker."""
 
     worker: str
-    failure: Failure | None
+    result: Any
+    """What was found, or the `Failure`."""
 
 
 def workers_of(text: str) -> int | None:
@@ -66,13 +81,14 @@ def workers_of(text: str) -> int | None:
 
 def run_on(
     scheduler: str,
-    plan: Plan,
-    units: Iterable[Unit],
-    on_unit: OnUnit,
+    do: Callable[[U, int | None], R | Failure],
+    units: Iterable[U],
+    on_unit: Callable[[U, R | Failure], None],
     *,
     resources: Mapping[str, float] | None = None,
     wait_s: float = WORKERS_S,
     on_note: Callable[[str], None] = lambda _: None,
+    rest: str = GOES_ON,
 ) -> None:
     """Do units on the workers of a scheduler.
 
@@ -80,50 +96,57 @@ def run_on(
     ----------
     scheduler
         Address, or ``local[:N]``.
-    plan, units
-        Those to do, of this plan; all processes see the folder it lies in.
+    do
+        Called on a worker with a unit and the number of threads it may take; a function
+        of a module, or a `functools.partial` of one. An error of rtfocus or of the disk
+        fails the unit; one of an engine gives it to another worker first.
+    units
+        Those to do.
     on_unit
-        Called with every unit that is done, or not: why.
+        Called with every unit and what came of it, or why it failed.
     resources
         What every unit needs of a worker, such as ``{"GPU": 1}``.
     wait_s
         How long to wait where there is no worker, or none any more.
     on_note
         Called with a line when there is none, or one with another rtfocus.
+    rest
+        Ends the message of a call that could not go on, after a number.
 
     Raises
     ------
     ConfigError
         If dask.distributed is not installed, or there is no scheduler or worker.
     IncompleteError
-        If the scheduler, or the last worker, is gone; the next call goes on from there.
+        If the scheduler, or the last worker, is gone.
     """
     number = workers_of(scheduler)
     threads = None if number is None else max(1, usable_threads() // number)
     with _client(scheduler, number) as client:
         workers = _Workers(client, scheduler, dict(resources or {}), wait_s, on_note)
-        _Run(client, plan, threads, workers, on_unit).do(deque(units))
+        _Run(client, do, threads, workers, on_unit, rest).run(deque(units))
 
 
-class _Run:
+class _Run(Generic[U, R]):
     """The futures of one call."""
 
     def __init__(
         self,
         client: Any,  # noqa: ANN401 distributed is not always installed
-        plan: Plan,
+        do: Callable[[U, int | None], R | Failure],
         threads: int | None,
         workers: "_Workers",
-        on_unit: OnUnit,
+        on_unit: Callable[[U, R | Failure], None],
+        rest: str,
     ) -> None:
-        self._client, self._plan, self._threads = client, plan, threads
-        self._workers, self._on_unit = workers, on_unit
+        self._client, self._do, self._threads = client, do, threads
+        self._workers, self._on_unit, self._rest = workers, on_unit, rest
         self._bad: dict[str, Failure] = {}
         """Workers that lack what the batch needs, and what that is."""
-        self._running: dict[Any, _Sent] = {}
+        self._running: dict[Any, _Sent[U]] = {}
         self._ended: SimpleQueue[Any] = SimpleQueue()
 
-    def do(self, waiting: deque[Unit]) -> None:
+    def run(self, waiting: deque[U]) -> None:
         """Do all units."""
         try:
             while waiting or self._running:
@@ -141,11 +164,10 @@ class _Run:
                 raise IncompleteError(msg) from error
             raise ConfigError(str(error)) from error
 
-    def _left(self, waiting: deque[Unit]) -> str:
-        left = len(waiting) + len(self._running)
-        return f"{left} images are not done; the same command goes on from there"
+    def _left(self, waiting: deque[U]) -> str:
+        return f"{len(waiting) + len(self._running)} {self._rest}"
 
-    def _await(self, waiting: deque[Unit]) -> None:
+    def _await(self, waiting: deque[U]) -> None:
         """Take a unit that came back, or none for a while."""
         try:
             future = self._ended.get(timeout=_ASK_S)
@@ -156,7 +178,7 @@ class _Run:
             waiting.appendleft(sent.unit)
         future.release()
 
-    def _take_back(self, waiting: deque[Unit]) -> None:
+    def _take_back(self, waiting: deque[U]) -> None:
         """Take back what waits for workers that are gone: dask gives it to no other."""
         there = set(self._workers.suited)
         for future, sent in [*self._running.items()]:
@@ -165,13 +187,12 @@ class _Run:
                 future.cancel()
                 waiting.appendleft(sent.unit)
 
-    def _submit(self, unit: Unit) -> None:
+    def _submit(self, unit: U) -> None:
         able = self._able()
         future = self._client.submit(
             _on_worker,
-            self._plan.job.output,
-            self._plan.key,
-            unit.key,
+            self._do,
+            unit,
             self._threads,
             key=f"rtfocus-{unit.key}-{time.monotonic_ns()}",
             pure=False,
@@ -182,20 +203,20 @@ class _Run:
         self._running[future] = _Sent(unit, frozenset(able))
         future.add_done_callback(self._ended.put)
 
-    def _take(self, future: Any, unit: Unit) -> bool:  # noqa: ANN401
+    def _take(self, future: Any, unit: U) -> bool:  # noqa: ANN401
         """Tell of a unit that came back; False: another worker is to do it."""
         if future.status == "error":
             error = future.exception()
             self._on_unit(unit, Failure("other", _of_dead(error)))
             return True
         answer: Answer = future.result()
-        failure = answer.failure
-        if failure is not None and failure.fault == "engine":
+        result = answer.result
+        if isinstance(result, Failure) and result.fault == "engine":
             suited = self._workers.suited
-            self._bad[answer.worker] = failure
+            self._bad[answer.worker] = result
             if self._able() != suited or answer.worker not in suited:
                 return False
-        self._on_unit(unit, failure)
+        self._on_unit(unit, result)
         return True
 
     def _able(self) -> list[str]:
@@ -204,10 +225,10 @@ class _Run:
         return [worker for worker in suited if worker not in self._bad] or suited
 
 
-class _Sent(NamedTuple):
+class _Sent(NamedTuple, Generic[U]):
     """A unit under way."""
 
-    unit: Unit
+    unit: U
     to: frozenset[str]
     """Workers that may do it."""
 
@@ -339,14 +360,17 @@ def _minor(python: str) -> str:
 
 
 def _on_worker(
-    output: str, plan_key: str, unit_key: str, threads: int | None
+    do: Callable[[Any, int | None], Any], unit: Keyed, threads: int | None
 ) -> Answer:
     from distributed import get_worker
 
     worker = get_worker()
     # Of eight workers on a node with eight cores none is to take them all.
-    failure = run_unit(output, plan_key, unit_key, threads or worker.state.nthreads)
-    return Answer(worker.address, failure)
+    try:
+        result = do(unit, threads or worker.state.nthreads)
+    except (RtfocusError, OSError, MemoryError) as error:
+        result = failure_of(error)
+    return Answer(worker.address, result)
 
 
 def _of_dead(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def run_unit(
         try:
             opened, unit = _opened(ledger, plan_key, unit_key, threads)
         except RtfocusError as error:
-            return Failure(_fault_of(error), str(error))
+            return failure_of(error)
         if ledger.is_done(unit):
             return None
         try:
@@ -82,13 +83,25 @@ def run_unit(
             notes = opened.do(unit, ledger)
             ledger.done(unit, notes)
         except (RtfocusError, OSError, MemoryError) as error:
-            failure = Failure(_fault_of(error), str(error) or repr(error))
+            failure = failure_of(error)
             # Another batch may stand there by now: it has its own marks.
             if ledger.holds(plan_key):
                 with suppress(OutputError):  # as the disk, perhaps, is full
                     ledger.failed(unit, failure)
             return failure
         return None
+
+
+def run_planned(
+    output: str, plan_key: str, unit: Unit, threads: int | None = None
+) -> Failure | None:
+    """Do a unit of a plan as `run_unit` does."""
+    return run_unit(output, plan_key, unit.key, threads)
+
+
+def doing(plan: Plan) -> Callable[[Unit, int | None], Failure | None]:
+    """Return what does a unit of a plan in any process that sees its folder."""
+    return partial(run_planned, plan.job.output, plan.key)
 
 
 def run_here(
@@ -314,6 +327,11 @@ def _put_in_place(part: Path, group: Path) -> None:
             if not place.exists():
                 raise
         files.keep_names(array)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Say why a unit failed of an error."""
+    return Failure(_fault_of(error), str(error) or repr(error))
 
 
 def _fault_of(error: BaseException) -> Fault:

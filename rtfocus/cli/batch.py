@@ -1,8 +1,8 @@
-"""Batch options: ``restore`` and ``classify`` by many processes, or as a job array."""
+"""Batch options: commands by many processes, or as a job array."""
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from msgspec.structs import replace
 
 from rtfocus.batch.ends import Batch, Begun
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
-from rtfocus.batch.scheduler import WORKERS_S, run_on
-from rtfocus.batch.work import run_here
+from rtfocus.batch.scheduler import WORKERS_S, R, U, run_on
+from rtfocus.batch.work import doing, run_here
 from rtfocus.cli.display import counting
 from rtfocus.errors import BusyError, ConfigError, IncompleteError, InputError
 
@@ -101,9 +101,7 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
     RtfocusError
         Says what is not done, after all else was.
     """
-    if many.scheduler is None and (many.resources or many.wait_s != WORKERS_S):
-        msg = "--resources and --wait-workers are for workers; give --scheduler"
-        raise ConfigError(msg)
+    _refuse_without_scheduler(many)
     steps = (many.scheduler, many.init, many.unit, many.finish)
     if sum(map(bool, steps)) != 1:
         msg = "give one of --scheduler, --init, --unit and --finish"
@@ -133,7 +131,7 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
         ):
             run_on(
                 many.scheduler or "local",
-                plan,
+                doing(plan),
                 ledger.left(plan.units),
                 lambda unit, failure: show(_say(unit, failure)),
                 resources=resources,
@@ -141,6 +139,54 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
                 on_note=_note,
             )
         _finish(batch, plan)
+
+
+def do_on_workers(
+    many: Many,
+    do: Callable[[U, int | None], R | Failure],
+    units: Sequence[U],
+    on_unit: Callable[[U, R | Failure], str | None],
+    *,
+    what: str,
+    rest: str,
+) -> None:
+    """Do units of any kind on the workers that the options name, and show how many.
+
+    Parameters
+    ----------
+    many
+        With a scheduler.
+    do, units, rest
+        As of `run_on`.
+    on_unit
+        Called with every unit and what came of it; returns a line to show, or None.
+    what
+        Names units in the plural.
+
+    Raises
+    ------
+    RtfocusError
+        As `run_on`, and if the options do not go together.
+    """
+    _refuse_without_scheduler(many)
+    resources = _resources(many.resources)
+    with counting(what, len(units), 0) as show:
+        run_on(
+            many.scheduler or "local",
+            do,
+            units,
+            lambda unit, result: show(on_unit(unit, result)),
+            resources=resources,
+            wait_s=many.wait_s,
+            on_note=_note,
+            rest=rest,
+        )
+
+
+def _refuse_without_scheduler(many: Many) -> None:
+    if many.scheduler is None and (many.resources or many.wait_s != WORKERS_S):
+        msg = "--resources and --wait-workers are for workers; give --scheduler"
+        raise ConfigError(msg)
 
 
 def _do_part(ledger: Ledger, text: str, job: Job) -> None:
@@ -162,7 +208,7 @@ def _do_part(ledger: Ledger, text: str, job: Job) -> None:
         run_here(plan, left, lambda unit, failure: show(told(unit, failure)))
     typer.echo(f"{len(part) - len(failed)} of {len(part)} images of part {text} done")
     if failed:
-        names = _named(unit.path for unit in failed)
+        names = named(unit.path for unit in failed)
         msg = f"{len(failed)} images of part {text} failed: {names}"
         raise IncompleteError(msg)
 
@@ -190,7 +236,7 @@ def _finish(batch: Batch, plan: Plan) -> None:
     if waiting:
         msg = (
             f"{len(waiting)} of {len(plan.units)} images are not done: "
-            f"{_named(u.path for u in waiting)}; the same command goes on from there"
+            f"{named(u.path for u in waiting)}; the same command goes on from there"
         )
         raise IncompleteError(msg)
     lost = [unit.path for unit, _ in failures] + [path for path, _ in plan.broken]
@@ -200,7 +246,7 @@ def _finish(batch: Batch, plan: Plan) -> None:
             if delivered and plan.form != "folder"
             else "; the same command tries them again, and keeps what is done"
         )
-        msg = f"{len(lost)} images are not {word}: {_named(lost)}; {done} are{again}"
+        msg = f"{len(lost)} images are not {word}: {named(lost)}; {done} are{again}"
         raise (IncompleteError if done else InputError)(msg)
 
 
@@ -224,7 +270,7 @@ def _refuse_changed(changed: list[Unit]) -> None:
     if changed:
         msg = (
             f"{len(changed)} images have changed since the batch was planned: "
-            f"{_named(unit.path for unit in changed)}; --init and their parts do them "
+            f"{named(unit.path for unit in changed)}; --init and their parts do them "
             "again"
         )
         raise IncompleteError(msg)
@@ -232,7 +278,7 @@ def _refuse_changed(changed: list[Unit]) -> None:
 
 def _say_begun(ledger: Ledger, begun: Begun) -> None:
     if begun.changed:
-        names = _named(unit.path for unit in begun.changed)
+        names = named(unit.path for unit in begun.changed)
         typer.echo(
             f"{len(begun.changed)} images have changed since and are done anew: {names}"
         )
@@ -251,7 +297,8 @@ def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _named(paths: Iterable[str]) -> str:
+def named(paths: Iterable[str]) -> str:
+    """Return the first three of some names, each once, and how many more there are."""
     names = list(dict.fromkeys(f"'{path}'" for path in paths))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -5,7 +5,6 @@ Torch is imported only when a training runs.
 
 import shlex
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from importlib.util import find_spec
@@ -17,14 +16,24 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from rtfocus.batch.plan import Failure
+from rtfocus.batch.scheduler import WORKERS_S
 from rtfocus.channel import OpticalSystem
+from rtfocus.cli.batch import (
+    Many,
+    ResourcesOption,
+    SchedulerOption,
+    WaitOption,
+    do_on_workers,
+    named,
+)
 from rtfocus.cli.options import OverwriteOption, read_config
-from rtfocus.config import Config, find_config
-from rtfocus.errors import ConfigError
-from rtfocus.evaluation.contenders import Contender, contender
-from rtfocus.evaluation.data_sets import find_data_set
+from rtfocus.config import find_config
+from rtfocus.errors import ConfigError, IncompleteError, InputError
+from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.evaluate import evaluate as evaluate_one
+from rtfocus.evaluation.parts import Done, Gathering, Part, Wish, measure_part, parts_of
 from rtfocus.evaluation.samples import DataSet
 from rtfocus.evaluation.scorecard import (
     JSON_NAME,
@@ -220,49 +229,124 @@ def evaluate(
         str, typer.Option(help="auto, f32, bf16, fp16 or int8, as in a config.")
     ] = "auto",
     overwrite: OverwriteOption = False,
+    scheduler: SchedulerOption = None,
+    resources: ResourcesOption = None,
+    wait_workers: WaitOption = WORKERS_S,
 ) -> None:
     """Measure engines side by side: quality, levels, cost; tables and pictures.
 
     [bold]Example:[/] rtfocus evaluate delpnet wiener richardson_lucy
     --data bbbc006_pairs --data-folder images -o evaluation
     """
-    folders = engine_folder or []
     given, offset_counts = _microscope(optics, channel)
-    sets = [
-        find_data_set(name, data_folder, given, offset_counts=offset_counts)
-        for name in data or ["bbbc006_pairs"]
-    ]
+    wish = Wish(
+        sets=tuple(data or ["bbbc006_pairs"]),
+        data_folder=data_folder,
+        optics=given,
+        offset_counts=offset_counts,
+        classifier=classifier,
+        folders=tuple(engine_folder or []),
+        threads=threads,
+        precision=precision,
+    )
+    sets = wish.data_sets()
     _refuse_equal_names(sets)
     told = Told.NOTHING if blind else tell
     contenders = [
-        contender(name, classifier=classifier, blind=way, folders=folders)
-        for name in engines
-        for way in _ways(told)
+        wish.contender(name, blind=way) for name in engines for way in _ways(told)
     ]
     rows = _rows(contenders)
     names = report_names(rows, [one.name for one in sets])
     guard = OutputGuard(overwrite=overwrite)
     guard.claim_report(output, JSON_NAME, names)
-    outcomes = _run(
-        rows,
-        sets,
-        lambda one, data: one.config(
-            data, folders=folders, threads=threads, precision=precision
-        ),
-    )
+    many = Many(scheduler, resources, wait_workers)
+    failed = _Failed()
+    taken_on = None
+    if many.is_asked_for:
+        found = _run_on_workers(wish, rows, sets, many, failed)
+        if not found.done:
+            failed.refuse(output)
+        outcomes = found.outcomes()
+        taken_on = "workers on " + "; ".join(sorted(found.machines))
+    else:
+        outcomes = _run(wish, rows, sets)
     _show(outcomes)
     command = shlex.join(["rtfocus", *sys.argv[1:]])
     with guard.report(output, JSON_NAME, names) as part:
-        written = [p.name for p in write_report(part, outcomes, command=command)]
+        paths = write_report(
+            part, outcomes, command=command, lacking=failed.lines, taken_on=taken_on
+        )
+        written = [path.name for path in paths]
     for name in written:
         typer.echo(str(output / name))
+    failed.refuse(output)
 
 
-def _run(
+class _Failed:
+    """Fields that an engine did not measure, and why."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.lines: list[str] = []
+        self._names: list[str] = []
+
+    def add(self, row: Outcome, part: Part, reason: str) -> str:
+        """Add one and return the line that says so."""
+        where = f"{row.data.name}: {part.field}"
+        line = f"{row.contender.title} on {where}: {reason}"
+        self._names.append(where)
+        self.lines.append(line)
+        return f"failed: {line}"
+
+    def refuse(self, output: Path) -> None:
+        """Fail if there are any, after all else was done.
+
+        Raises
+        ------
+        IncompleteError
+            Names them.
+        InputError
+            If nothing else was done.
+        """
+        if not self.lines:
+            return
+        msg = f"{len(self.lines)} of {self.total} fields failed: {named(self._names)}"
+        if len(self.lines) == self.total:
+            raise InputError(msg)
+        msg += f"; the rest is in '{output}'; the same command begins anew"
+        raise IncompleteError(msg)
+
+
+def _run_on_workers(
+    wish: Wish,
     contenders: list[Contender],
     sets: list[DataSet],
-    configure: Callable[[Contender, DataSet], Config],
-) -> list[Outcome]:
+    many: Many,
+    failed: _Failed,
+) -> Gathering:
+    """Run every contender on every field, by the workers of a scheduler."""
+    parts = parts_of(wish, contenders, sets)
+    found, failed.total = Gathering(parts, contenders, sets), len(parts)
+
+    def take(part: Part, result: Done | Failure) -> str | None:
+        if isinstance(result, Failure):
+            found.take(part, None)
+            return failed.add(found.row(part), part, result.reason)
+        found.take(part, result)
+        return None
+
+    do_on_workers(
+        many,
+        partial(measure_part, wish.anywhere()),
+        parts,
+        take,
+        what="fields",
+        rest="fields are not evaluated; the same command begins anew",
+    )
+    return found
+
+
+def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[Outcome]:
     """Run every contender over every data set, with a bar on standard error."""
     outcomes: list[Outcome] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -271,7 +355,7 @@ def _run(
             for one in contenders:
                 task = progress.add_task(f"{one.title} on {data.name}", total=frames)
                 advance = partial(progress.advance, task)
-                config = configure(one, data)
+                config = wish.config(one, data)
                 outcomes.append(evaluate_one(one, data, config, on_frame=advance))
                 progress.remove_task(task)
     return outcomes

@@ -51,8 +51,12 @@ def save_side_by_side(path: Path, data: DataSet, outcomes: Sequence[Outcome]) ->
     shown = [one for one in outcomes if one.images]
     if not shown:
         return False
-    names, pixel_um = set(shown[0].images), data.optics.pixel_size_um
-    rows = [_row(one, shown, pixel_um) for one in data.samples() if one.name in names]
+    # A field may have failed for one of them.
+    names = set.intersection(*(set(one.images) for one in shown))
+    pixel_um = data.optics.pixel_size_um
+    rows = [_row(one, shown, pixel_um) for one in data.named(names)]
+    if not rows:
+        return False
     panels = [panel for row in rows for panel in row]
     save_panels(path, panels, columns=len(rows[0]))
     return True
@@ -244,7 +248,12 @@ MARKDOWN_NAME = "evaluation.md"
 
 
 def write_report(
-    folder: Path, outcomes: Sequence[Outcome], *, command: str
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    *,
+    command: str,
+    lacking: Sequence[str] = (),
+    taken_on: str | None = None,
 ) -> list[Path]:
     """Write a report and return the paths written.
 
@@ -256,6 +265,10 @@ def write_report(
         In the order of the tables.
     command
         That made them, for whoever reads them later.
+    lacking
+        What failed and is in no figure, and why; one line each.
+    taken_on
+        Machines that milliseconds hold for; None: this one.
 
     Raises
     ------
@@ -264,11 +277,14 @@ def write_report(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = as_json(outcomes, command=command)
+        content = as_json(outcomes, command=command, taken_on=taken_on)
+        if lacking:
+            content["failed"] = list(lacking)
+        said = markdown(outcomes, command=command, taken_on=taken_on, lacking=lacking)
         paths = [folder / JSON_NAME, folder / MARKDOWN_NAME]
         text = json.dumps(content, indent=1, allow_nan=False)
         paths[0].write_text(text, encoding="utf-8")
-        paths[1].write_text(markdown(outcomes, command=command), encoding="utf-8")
+        paths[1].write_text(said, encoding="utf-8")
         paths += _pictures(folder, outcomes)
     except OSError as error:
         msg = f"'{folder}' cannot be written: {error}"
@@ -276,24 +292,36 @@ def write_report(
     return paths
 
 
-def as_json(outcomes: Sequence[Outcome], *, command: str) -> dict[str, Any]:
+def as_json(
+    outcomes: Sequence[Outcome], *, command: str, taken_on: str | None = None
+) -> dict[str, Any]:
     """Return everything that was measured as plain values."""
     return {
         "command": command,
         "rtfocus": __version__,
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": taken_on or machine(),
         "data": {one.data.name: one.data.title for one in outcomes},
         "outcomes": [_outcome(one) for one in outcomes],
     }
 
 
-def markdown(outcomes: Sequence[Outcome], *, command: str) -> str:
+def markdown(
+    outcomes: Sequence[Outcome],
+    *,
+    command: str,
+    taken_on: str | None = None,
+    lacking: Sequence[str] = (),
+) -> str:
     """Return the tables in Markdown."""
     restored, levels = tables(outcomes)
-    lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {machine()}.", ""]
+    place = taken_on or machine()
+    lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {place}.", ""]
     titles = {one.data.name: one.data.title for one in outcomes}
     lines += [f"- **{name}**: {title}" for name, title in titles.items()]
+    if lacking:
+        lines += ["", "**Failed, and in no figure:**", ""]
+        lines += [f"- {line}" for line in lacking]
     for heading, columns, rows in (
         ("Restored images", RESTORED_COLUMNS, restored),
         ("Defocus of tiles", LEVEL_COLUMNS, levels),

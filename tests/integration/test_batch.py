@@ -21,13 +21,14 @@ import yaozarrs
 import zarr
 from image_file_kit import ngff_axes, write_ngff
 from loop_kit import command, failed, succeeded
+from scipy.ndimage import gaussian_filter
 from transport_kit import until
 
 import rtfocus.batch
 from rtfocus.batch.ends import Batch
 from rtfocus.batch.plan import Failure, Ledger, Unit
 from rtfocus.batch.scheduler import run_on
-from rtfocus.batch.work import close_opened, run_unit
+from rtfocus.batch.work import close_opened, doing, run_unit
 from rtfocus.errors import ConfigError, ExitCode, IncompleteError
 from rtfocus.files import resource_folder
 from rtfocus.images.series import ImageSeries
@@ -55,6 +56,20 @@ def folder(tmp_path: Path) -> Path:
         below = source / "day.1" if number > 3 else source
         tifffile.imwrite(below / f"f{number}.tif", picture(number))
     return source
+
+
+@pytest.fixture
+def pairs(folder: Path, tmp_path: Path) -> Path:
+    """Six fields sharp and blurred, with optics beside them."""
+    place = tmp_path / "mine"
+    (place / "blurred").mkdir(parents=True)
+    (place / "sharp").mkdir()
+    for number, path in enumerate(sorted(folder.rglob("*.tif"))):
+        pixels = tifffile.imread(path)
+        tifffile.imwrite(place / "sharp" / path.name, pixels)
+        soft = gaussian_filter(pixels.astype("f4"), 1 + number / 4)
+        tifffile.imwrite(place / "blurred" / path.name, soft.astype("<u2"))
+    return place
 
 
 @pytest.fixture
@@ -440,7 +455,7 @@ def test_who_comes_late_takes_nothing_away_and_brings_nothing(
 
 
 def test_a_worker_without_the_engine_gives_its_images_to_others(
-    folder: Path, tmp_path: Path, address: str
+    folder: Path, pairs: Path, tmp_path: Path, address: str
 ) -> None:
     preload = tmp_path / "lacks.py"
     preload.write_text(
@@ -454,6 +469,10 @@ def test_a_worker_without_the_engine_gives_its_images_to_others(
         many = ("--engine", "rtfocus-1", "--scheduler", address)
         succeeded(command(*asked, *many))
         assert len(list((tmp_path / "out").rglob("*.tif"))) == 6
+        asked = ("evaluate", "delpnet", "--data", pairs, "--scheduler", address)
+        said = succeeded(command(*asked, "-o", tmp_path / "evaluation"))
+        assert "evaluation.json" in said
+        assert "failed" not in said
     finally:
         lacking.kill()
         lacking.wait()
@@ -478,7 +497,7 @@ def test_where_no_worker_is_nothing_waits_for_ever(
 
         def go(**more: Any) -> None:
             ask = {"wait_s": 0.0, "on_note": notes.append, **more}
-            run_on(address, plan, plan.units, on_unit, **ask)
+            run_on(address, doing(plan), plan.units, on_unit, **ask)
 
         def on_unit(unit: Unit, failure: Failure | None) -> None:
             assert failure is None
@@ -667,3 +686,80 @@ def test_a_full_disk_fails_the_images_it_refuses(folder: Path, tmp_path: Path) -
         assert len(list(out.rglob("*.tif"))) == 6
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def evaluated(said: str, out: Path) -> dict[str, Any]:
+    """Return what a report says apart from time, place and milliseconds."""
+    found = json.loads((out / "evaluation.json").read_text("utf-8"))
+    for varies in ("command", "taken", "machine"):
+        assert found.pop(varies)
+    for one in found["outcomes"]:
+        for cost in ("ms_per_megapixel", "cpu_ms_per_megapixel"):
+            assert one.pop(cost) > 0
+    rows = [line.split("│")[:-3] for line in said.splitlines() if "│" in line]
+    assert rows
+    pictures = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    return {**found, "rows": rows, "pictures": pictures}
+
+
+def test_engines_are_evaluated_by_many_processes_as_by_one(
+    pairs: Path,
+    engine_folder: Path,
+    tmp_path: Path,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Workers stand elsewhere: what is relative is not to them.
+    monkeypatch.chdir(tmp_path)
+    published = tmp_path / "published" / "bbbc006_factin"
+    published.mkdir(parents=True)
+    for number, name in enumerate(("A_sharp", "A_defocus08um", "A_defocus10um")):
+        soft = gaussian_filter(picture(9).astype("f4"), 2.0 * number)
+        tifffile.imwrite(published / f"{name}.tif", (soft / 8).astype("u1"))
+    asked = ("evaluate", "sharpness", "wiener", "--classifier", "sharpness")
+    asked += ("--data", pairs.name, "--data", "bbbc006_factin")
+    asked += ("--data-folder", "published")
+    asked += ("--engine-folder", os.path.relpath(engine_folder, tmp_path))
+    many = ("--scheduler", address)
+    alone = evaluated(succeeded(command(*asked, "-o", "one")), tmp_path / "one")
+    said = succeeded(command(*asked, "-o", "out", *many))
+    assert evaluated(said, tmp_path / "out") == alone
+    assert sorted(alone["pictures"]) == [
+        "confusion_sharpness_bbbc006_factin.png",
+        "images_bbbc006_factin.png",
+        "images_mine.png",
+    ]
+    assert len(alone["outcomes"][1]["frames"]) == 6
+    assert alone["outcomes"][2]["levels"]["tiles"] > 0
+    assert "exists" in failed(command(*asked, "-o", "out", *many))
+    said = failed(command(*asked, "-o", "x", "--resources", "GPU=1"))
+    assert "give --scheduler" in said
+
+
+def test_an_evaluation_goes_without_what_fails(
+    pairs: Path, engine_folder: Path, tmp_path: Path, address: str
+) -> None:
+    blurred = pairs / "blurred"
+    (blurred / "f1.tif").write_bytes((blurred / "f1.tif").read_bytes()[:5000])
+    tifffile.imwrite(blurred / "f2.tif", picture(2)[:100])
+    asked = ("evaluate", "wiener", "--scheduler", address, "--data", pairs)
+    asked += ("--classifier", "sharpness", "--engine-folder", engine_folder)
+    told = command(*asked, "-o", tmp_path / "out")
+    assert told.code == ExitCode.INCOMPLETE
+    said = "2 of 6 fields failed: 'mine: blurred f2', 'mine: blurred f1'; the rest is"
+    assert said in told.err
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text("utf-8"))
+    size, broken = sorted(found["failed"], key=lambda line: "is cut off" in line)
+    assert size.startswith("wiener on mine: blurred f2: ")
+    assert broken.startswith("wiener on mine: blurred f1: ")
+    assert broken in (tmp_path / "out" / "evaluation.md").read_text("utf-8")
+    assert len(found["outcomes"][0]["frames"]) == 4
+    assert (tmp_path / "out" / "images_mine.png").exists()
+
+    # Where nothing is left, nothing is written.
+    for path in blurred.iterdir():
+        tifffile.imwrite(path, picture(2)[:100])
+    told = command(*asked, "-o", tmp_path / "none")
+    assert told.code == ExitCode.INPUT
+    assert "6 of 6 fields failed" in told.err
+    assert not (tmp_path / "none").exists()

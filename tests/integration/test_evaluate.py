@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,16 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.cli.commands import app
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import contender
-from rtfocus.evaluation.data_sets import LEVELS, find_data_set, synthetic
+from rtfocus.evaluation.data_sets import LEVELS, VARIANTS, find_data_set, synthetic
 from rtfocus.evaluation.evaluate import evaluate
+from rtfocus.evaluation.parts import (
+    Gathering,
+    Wish,
+    close_opened,
+    measure_part,
+    parts_of,
+)
+from rtfocus.evaluation.scores import LevelScore
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen
@@ -162,6 +172,57 @@ def test_synthetic_levels_are_scored_one_by_one(
     matched = found.levels.summary()["top_k"]
     assert matched == sorted(matched)
     assert matched[0] == pytest.approx(found.levels.summary()["accuracy"], abs=0.02)
+
+
+def test_parts_in_any_order_are_what_one_process_finds(
+    tmp_path: Path, field: np.ndarray, engine_folder: Path
+) -> None:
+    for number, pattern in enumerate(VARIANTS["synthetic"].fields):
+        path = tmp_path / pattern
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, field[: 96 + 8 * number, :96])
+    wish = Wish(
+        sets=("synthetic",),
+        data_folder=tmp_path,
+        optics=None,
+        offset_counts=0.0,
+        classifier="sharpness",
+        folders=(engine_folder,),
+        threads=1,
+        precision="f32",
+    )
+    (data,) = wish.data_sets()
+    one = wish.contender("sharpness", blind=False)
+    parts = parts_of(wish, [one], [data])
+    assert [part.field for part in parts] == [place.name for place in data.fields]
+    found = Gathering(parts, [one], [data])
+    everywhere = wish.anywhere()
+    try:
+        for part in reversed(parts):
+            done = measure_part(everywhere, part)
+            assert all(frame.image is None for frame in done.frames)
+            found.take(part, done)
+        for wrong in ({"identity": "other weights"}, {"engine": "not there"}):
+            with pytest.raises(EngineError):
+                measure_part(everywhere, replace(parts[0], **wrong))
+        with pytest.raises(InputError, match="is not there, or another one"):
+            measure_part(everywhere, replace(parts[0], field="another"))
+    finally:
+        close_opened()
+    (outcome,) = found.outcomes()
+    alone = evaluate(one, data, wish.config(one, data))
+    assert outcome.levels is not None
+    assert alone.levels is not None
+    assert outcome.levels.tiles > 0
+    for of in ("levels", "levels_by_group", "frames"):
+        assert in_plain(getattr(outcome, of)) == in_plain(getattr(alone, of))
+    assert outcome.ms_per_megapixel is not None
+
+
+def in_plain(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {name: in_plain(one) for name, one in found.items()}
+    return found.summary() if isinstance(found, LevelScore) else found
 
 
 def test_a_synthetic_set_is_the_same_every_time(
