@@ -18,6 +18,8 @@ from rtfocus.frame import FocusReading
 
 # In depths of field.
 _NEAR, _TOP, _SAME_PLACE, _RIVAL_APART = 3.5, 0.8, 0.05, 1.0
+# Images so close to the sharpest, at so many places, tell whether optics explain them.
+_CLOSE, _CLOSE_PLACES = 2.0, 4
 # Sharpness changes at least so much from focus to a depth of field beside it.
 _CHANGE = 1.08
 # Relative change of images below which nothing has changed.
@@ -155,8 +157,34 @@ class Evidence:
 
     def places(self) -> int:
         """Return the number of places, well apart, that were seen."""
+        return self._places_of(self.with_detail())
+
+    def unexplained_close(self) -> float | None:
+        """Return what the optics leave unexplained of images close to the sharpest.
+
+        None: there are too few. The thickness of a specimen, which the model lacks,
+        shows less there than in all images.
+        """
+        top = self.best_seen.z_um
+        reach = _CLOSE * self.unit_um
+        close = [look for look in self.with_detail() if abs(look.z_um - top) < reach]
+        if self._places_of(close) < _CLOSE_PLACES:
+            return None
+        return self._compared(close).unexplained
+
+    def _places_of(self, looks: list[Look]) -> int:
         step = 0.3 * self.unit_um
-        return len({round(look.z_um / step) for look in self.with_detail()})
+        return len({round(look.z_um / step) for look in looks})
+
+    def _compared(
+        self, looks: list[Look], courses: tuple[Course, ...] = ()
+    ) -> PlaneFit:
+        return self.comparison.fit(
+            np.array([look.z_um for look in looks]),
+            np.array([look.reading.spectrum for look in looks]),
+            np.array([look.reading.noise for look in looks]),
+            courses=courses,
+        )
 
     def has_seen(self, z_um: float, within_um: float) -> bool:
         """Tell whether there is an image from near a place."""
@@ -250,12 +278,8 @@ class Evidence:
         self.fit = None
         if len(planes) < 2:
             return belief
-        self.fit = self.comparison.fit(
-            np.array([look.z_um for look in planes]),
-            np.array([look.reading.spectrum for look in planes]),
-            np.array([look.reading.noise for look in planes]),
-            courses=_COURSES if self.calibrated and self.places() > 2 else (),
-        )
+        courses = _COURSES if self.calibrated and self.places() > 2 else ()
+        self.fit = self._compared(planes, courses)
         modes = modes_of_weights(self.fit.candidates_um, self.fit.weights)
         # The optics know better than the network, which had its say in the prior.
         return Belief.of(modes).seen(belief.modes, outlier=0.3)

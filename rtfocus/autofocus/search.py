@@ -310,6 +310,9 @@ class FocusSearch:
             return self._next_view()
         if self.rule.verify and (beyond := self._unbracketed(best)) is not None:
             return self._view(beyond)
+        if unexplained > self.rule.most_unexplained and self.rule.verify:
+            close = self.evidence.unexplained_close()
+            unexplained = unexplained if close is None else close
         if unexplained > self.rule.most_unexplained:
             return self.give_up(
                 "the images do not change with z as the optics say "
@@ -357,14 +360,17 @@ class FocusSearch:
     def _end_unsure(self) -> Decision:
         """End where nothing that was seen makes it surer."""
         evidence, best = self.evidence, self.evidence.best_seen
-        fit = evidence.fit
+        fit, beyond = evidence.fit, self._unbracketed(best)
+        if self.rule.verify and beyond is not None and evidence.saw_change():
+            # Images from afar on both sides tell little: those beside the sharpest do.
+            return self._view(beyond)
         agrees = (
             fit is not None
             and evidence.saw_change()
             and fit.unexplained <= self.rule.most_unexplained
             and not self.belief.is_empty
             and abs(best.z_um - self.belief.best.mean_um) < _BESIDE * evidence.unit_um
-            and self._unbracketed(best) is None
+            and beyond is None
         )
         if agrees:
             # A peak of sharpness where focus is believed to be, seen from both sides.
@@ -381,7 +387,8 @@ class FocusSearch:
                 "aberration as the channel's optics say? rtfocus psf fit finds it"
             )
         far = [look.reading for look in self.looks if look.reading.refusal in _FAR]
-        if len(far) > len(self.looks) / 2:
+        stands_far = self.evidence.best_seen.reading.refusal in _FAR
+        if stands_far and len(far) > len(self.looks) / 2:
             reason = f"focus is farther away than can be seen ({far[-1].detail})"
         return self.give_up(reason)
 
