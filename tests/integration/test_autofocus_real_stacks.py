@@ -9,7 +9,7 @@ from bench.autofocus_stacks import STACKS, searches
 
 @pytest.mark.parametrize(
     ("name", "starts"),
-    [("neubias widefield", [24, 32]), ("dfnn light-sheet", [2, 14])],
+    [("neubias widefield", [24, 32, 39]), ("dfnn light-sheet", [2, 14])],
 )
 def test_fluorescence_lands_within_one_plane(
     name: str, starts: list[int], shared_data: Path
