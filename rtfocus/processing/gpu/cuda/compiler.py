@@ -185,7 +185,7 @@ def signatures() -> dict[str, str]:
     Examples
     --------
     >>> signatures()["project"]
-    'PPif'
+    'PPiff'
     """
     return {
         name: "".join(_code(argument) for argument in arguments.split(","))
