@@ -73,7 +73,9 @@ class Outcome:
 class Reader:
     """Images to readings, by an engine of rtfocus in this process."""
 
-    def __init__(self, engine: str, optics: OpticalSystem) -> None:
+    def __init__(
+        self, engine: str, optics: OpticalSystem, *, fine: bool = False
+    ) -> None:
         settings = {
             "processing": {
                 "classifier": engine,
@@ -85,7 +87,7 @@ class Reader:
             "camera": {"offset_counts": DARK},
         }
         self._processor = ImageProcessor(parse_config(settings), optics)
-        self.comparison = PlaneComparison(optics)
+        self.comparison = PlaneComparison(optics, fine=fine)
         card = find_engine(engine, []).card
         levels, _ = parts(card)
         self.settings = EstimatorSettings(
@@ -207,7 +209,8 @@ def measure(
             if wanted and told != before:
                 if reader is not None:
                     reader.close()
-                reader, before = Reader(engine, told), told
+                fine = not given.uncalibrated
+                reader, before = Reader(engine, told, fine=fine), told
             for method in wanted:
                 assert reader is not None
                 yield _measured(given, reader, method, run, told)

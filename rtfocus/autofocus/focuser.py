@@ -202,7 +202,7 @@ class Focuser:
         direction = self.direction()
         if (channel, direction) not in self._comparisons:
             self._comparisons[channel, direction] = PlaneComparison(
-                self.optics_of(channel), direction
+                self.optics_of(channel), direction, fine=self._is_trusted()
             )
         return self._comparisons[channel, direction]
 

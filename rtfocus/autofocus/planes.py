@@ -20,9 +20,11 @@ Floats = NDArray[np.float64]
 
 # Candidates for focus lie this far apart, in depths of field.
 _CANDIDATE_STEP = 0.1
-_APERTURES = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)
+_APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
+_FINE_APERTURES = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)
 _APERTURE_SD = 0.05
-_EXTRA_WAVES = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+_EXTRA_WAVES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
+_FINE_WAVES = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 _WAVES_SD = 0.12
 # Price of a stage that runs against what the core says, as a logarithm.
 _REVERSED = 6.0
@@ -90,19 +92,27 @@ class PlaneComparison:
     direction
         +1: larger z brings the plane of focus towards the specimen; -1: away;
         0: not known.
+    fine
+        Try optics in finer steps. Right where they are known well; where they are
+        not, a specimen that drifts is explained by other optics.
     """
 
-    def __init__(self, optics: OpticalSystem, direction: int = 1) -> None:
+    def __init__(
+        self, optics: OpticalSystem, direction: int = 1, *, fine: bool = False
+    ) -> None:
         self.unit_um = optics.defocus_unit_um
         self._direction = direction
         self._models: list[Model] = []
-        for extra in _EXTRA_WAVES if optics.psf_model == "pupil" else (0.0,):
+        waves, apertures = (
+            (_FINE_WAVES, _FINE_APERTURES) if fine else (_EXTRA_WAVES, _APERTURES)
+        )
+        for extra in waves if optics.psf_model == "pupil" else (0.0,):
             table = modulation_table(optics, extra_waves=extra)
-            for aperture in _APERTURES:
+            for aperture in apertures:
                 price = 0.5 * (extra / _WAVES_SD) ** 2
                 price += 0.5 * ((aperture - 1.0) / _APERTURE_SD) ** 2
-                at_edge = aperture in (_APERTURES[0], _APERTURES[-1])
-                at_edge |= abs(extra) == _EXTRA_WAVES[-1]
+                at_edge = aperture in (apertures[0], apertures[-1])
+                at_edge |= abs(extra) == waves[-1]
                 transfer = Transfer(table, optics.sampling, aperture)
                 self._models.append((transfer, price, at_edge))
         self._plain = [model for model in self._models if model[1] == 0.0]
