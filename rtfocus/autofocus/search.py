@@ -34,7 +34,7 @@ _SATURATED = 1e-3
 class SearchRule:
     """What a search may do beside moving."""
 
-    most_images: int = 10
+    most_images: int = 12
     """Images in all, however well it goes."""
     patience: int = 4
     """Images without progress before it gives up."""

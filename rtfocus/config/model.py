@@ -146,7 +146,7 @@ class AutofocusConfig(Section):
     """Focus of a channel minus that of the focus channel."""
     region: tuple[int, int, int, int] | None = None
     """x, y, width, height in pixels of what shall be in focus; None: the frame."""
-    most_images: Annotated[int, Field(ge=2)] = 10
+    most_images: Annotated[int, Field(ge=2)] = 12
     """Images one search may take."""
     max_retries: Annotated[int, Field(ge=1)] | None = None
     """Searches at one place before it counts as not found; None: as the event says,
