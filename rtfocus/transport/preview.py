@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -51,6 +51,8 @@ from rtfocus.workers import Newest
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LOOP_SHARE = 0.01
 """Of the time of the loop's thread that pictures may take: after each it has its rest,
 so that large frames and slow computers get fewer pictures, and no slower loop."""
@@ -61,6 +63,9 @@ STATUS_S = 0.25
 """Interval of states while somebody looks."""
 _POINTS = 512
 _FOCUS_LINES = 128
+_ALL_EVERY = 8
+"""Of so many states one has all points and lines that are kept, for viewers that came
+late or lost a state; the others have what is new since the state before the last."""
 
 
 class PreviewPublisher:
@@ -91,9 +96,9 @@ class PreviewPublisher:
         self._failure_is_told = False
         self._shown: Shown | None = None
         self._lock = threading.Lock()
-        self._points: deque[Point] = deque(maxlen=_POINTS)
-        self._focus: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_FOCUS_LINES)
-        self._focus_count = 0
+        self._points: _Recent[Point] = _Recent(_POINTS)
+        self._focus: _Recent[tuple[int, dict[str, Any]]] = _Recent(_FOCUS_LINES)
+        self._states = 0
         self.watched = False
         """Whether somebody is connected."""
         self.endpoint: str | None = None
@@ -194,8 +199,7 @@ class PreviewPublisher:
         """Take what autofocus did into the traces; never blocks."""
         with self._lock:
             for line in lines:
-                self._focus.append((self._focus_count, line))
-                self._focus_count += 1
+                self._focus.append((self._focus.count, line))
 
     def show(
         self,
@@ -245,7 +249,10 @@ class PreviewPublisher:
             )
         full = shown.saturation_counts
         with self._lock:
-            points, focus = list(self._points), list(self._focus)
+            everything = self._states % _ALL_EVERY == 0
+            points = self._points.news(everything=everything)
+            focus = self._focus.news(everything=everything)
+            self._states += 1
         return PreviewStatus(
             PROTOCOL_VERSION,
             "running",
@@ -259,6 +266,11 @@ class PreviewPublisher:
             dropped=self.dropped,
             control=self.control,
         )
+
+    def welcome(self) -> None:
+        """Tell everything in the next state: somebody has begun to look."""
+        with self._lock:
+            self._states = 0
 
     def answer(self, data: bytes) -> Answer:
         """Do what a viewer asks for, or say why not."""
@@ -333,6 +345,29 @@ class PreviewPublisher:
             saturated=saturated,
         )
         return [header, reduced, *(array for _, array in planes)]
+
+
+class _Recent(Generic[T]):
+    """The last of what came, and which of it the next state tells; under a lock."""
+
+    def __init__(self, kept: int) -> None:
+        self._items: deque[T] = deque(maxlen=kept)
+        self.count = 0
+        """Of all that ever came."""
+        self._told = (0, 0)
+
+    def append(self, item: T) -> None:
+        self._items.append(item)
+        self.count += 1
+
+    def clear(self) -> None:
+        self._items.clear()
+
+    def news(self, *, everything: bool) -> list[T]:
+        """Return, oldest first, what came since the call before the last, or all."""
+        new = len(self._items) if everything else self.count - self._told[0]
+        self._told = (self._told[1], self.count)
+        return list(self._items)[-new:] if new else []
 
 
 def _reduced(
@@ -419,6 +454,7 @@ class _PreviewLoop:
         # The first subscription and the end of the last one are what XPUB tells.
         said = self._socket.recv()
         self._offers.watched = said[:1] == b"\1"
+        self._offers.welcome()
         self._next_status_s = 0.0
 
     def _answer(self, requests: Socket) -> None:

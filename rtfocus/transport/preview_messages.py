@@ -97,9 +97,10 @@ class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type")
     """Counts from which on a pixel is saturated; None: none is."""
     metrics: dict[str, Any] = {}
     points: list[Point] = []
-    """The newest frames, oldest first; overlaps with the status before."""
+    """The newest frames, oldest first; overlaps with the status before, and has now and
+    then all that are kept."""
     focus: list[tuple[int, dict[str, Any]]] = []
-    """The newest lines of ``focus.ndjson``, numbered."""
+    """The newest lines of ``focus.ndjson``, numbered; as `points`."""
     dropped: int = 0
     """Pictures that were not shown: they came too soon, or gave way to later ones."""
     control: str | None = None

@@ -61,6 +61,8 @@ class Scene:
     """Connections and messages refused, by reason."""
     skipped: int = 0
     """Pictures that came and gave way to newer ones before they were packed."""
+    stalled_s: float = 5.0
+    """A page that leaves its picture untaken for so long does not look: it sleeps."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()

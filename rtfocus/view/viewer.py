@@ -1,11 +1,13 @@
 """Viewer: one open page: what it looks at, what it may send, what it gets.
 
 It gets one picture at a time: the next one leaves when it says that the last one is
-there, and is then the newest. Whoever stops reading holds up nobody.
+there, and is then the newest. Whoever stops reading holds up nobody, and after a while
+counts as nobody looking until it reads on.
 """
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -87,7 +89,8 @@ class Viewer:
         self._select = Select(follow=True)
         self._detail: Detail | None = None
         self._number = 0
-        self._unacknowledged = False
+        self._taken = asyncio.Event()
+        self._taken.set()
         self._shown: tuple[Any, ...] | None = None
         self._generation = -1
         self._rows = self._marks = 0
@@ -103,18 +106,32 @@ class Viewer:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._changed.set)
 
-        end = self._scene.listen(wake)
+        looking = asyncio.create_task(self._look(wake))
         sending = asyncio.create_task(self._send())
         try:
             await self._receive()
         except (WebSocketDisconnect, RuntimeError):
             pass
         finally:
-            end()
-            for task in (sending, *self._working):
+            for task in (looking, sending, *self._working):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await sending
+            await asyncio.gather(looking, sending, return_exceptions=True)
+
+    async def _look(self, wake: Callable[[], None]) -> None:
+        """Count as somebody who looks, but not while a picture is left untaken."""
+        while True:
+            end = self._scene.listen(wake)
+            try:
+                await self._stalls()
+            finally:
+                end()
+            await self._taken.wait()
+
+    async def _stalls(self) -> None:
+        left: int | None = None
+        while self._taken.is_set() or left != self._number:
+            left = None if self._taken.is_set() else self._number
+            await asyncio.sleep(self._scene.stalled_s)
 
     async def _receive(self) -> None:
         while True:
@@ -138,7 +155,7 @@ class Viewer:
             return self._refuse("malformed", str(error))
         if isinstance(said, Ack):
             if said.number == self._number:
-                self._unacknowledged = False
+                self._taken.set()
         elif isinstance(said, Select):
             self._select, self._shown = said, None
         elif isinstance(said, Detail):
@@ -171,7 +188,7 @@ class Viewer:
         """Send what is new, then wait for something new; at least every state."""
         while True:
             await self._send_news()
-            if not self._unacknowledged:
+            if self._taken.is_set():
                 await self._send_picture()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _STATE_S)
@@ -206,7 +223,7 @@ class Viewer:
         if shown is None:
             return
         self._number = self._number % 0x7FFFFFFF + 1
-        self._unacknowledged = True
+        self._taken.clear()
         await self._socket.send_bytes(numbered(shown.packed, self._number))
 
     async def _next(self) -> Shown | None:

@@ -30,7 +30,7 @@ from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import Estimate, Role
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_messages import PreviewViewer
+from rtfocus.transport.preview_messages import PreviewViewer, Shown
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import Gap
 
@@ -429,6 +429,26 @@ class TestPreview:
             seen = viewer.newest(1.0)
             assert seen is not None
             assert seen.pixels.shape == (16, 16, 3)
+        preview.close()
+
+    def test_a_lost_state_loses_no_point_and_a_late_viewer_gets_those_kept(
+        self, tmp_path: Path
+    ) -> None:
+        preview = PreviewPublisher(self.CONFIG)
+        preview.begin(Shown(make_series(), tmp_path, dict))
+        states = []
+        for number in range(0, 100, 5):
+            for sequence in range(number, number + 5):
+                preview.note(make_header(sequence), None)
+                preview.note_focus([{"number": sequence}])
+            states.append(preview.status())
+        for lost in range(len(states) - 1):
+            told = [one for n, one in enumerate(states) if n != lost]
+            assert {p.sequence for one in told for p in one.points} == {*range(100)}
+            assert {n for one in told for n, _ in one.focus} == {*range(100)}
+        assert max(len(one.points) for one in states[17:]) == 10
+        preview.welcome()
+        assert [p.sequence for p in preview.status().points] == [*range(100)]
         preview.close()
 
     def test_within_the_interval_offers_are_dropped_and_counted(self) -> None:

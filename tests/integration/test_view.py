@@ -274,6 +274,19 @@ def test_one_picture_at_a_time_and_what_is_asked_for(scene: Scene) -> None:
         assert unpacked(picture_of(socket))[0][6] == 4
 
 
+def test_a_page_that_sleeps_does_not_count_as_looking(scene: Scene) -> None:
+    scene.stalled_s = 0.05
+    with PageServer(scene, Listening()) as server, page(server) as socket:
+        held = picture_of(socket, acknowledged=False)
+        until(lambda: not scene.watched.is_set(), "nobody looks")
+        socket.send(json.dumps({"type": "ack", "number": unpacked(held)[0][4]}))
+        until(scene.watched.is_set, "it looks again")
+        select = {"type": "select", "follow": False, "t": 2, "p": 0, "c": 0, "z": 0}
+        socket.send(json.dumps(select))
+        assert unpacked(picture_of(socket))[0][6] == 2
+    until(lambda: scene.viewers == 0, "nobody looks")
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
@@ -364,7 +377,7 @@ class Looking:
                 if isinstance(one, PreviewStatus) and one.series is not None:
                     self._uid = one.series.series_uid
                     self._lines.update(one.focus)
-                    self.newest = max((p.sequence for p in one.points), default=0)
+                    self.newest = max([self.newest, *(p.sequence for p in one.points)])
                     return is_so()
             return False
 
