@@ -18,10 +18,9 @@ import numpy as np
 
 from bench import machine
 from bench.autofocus_scenes import DARK, REFERENCE, Scene, camera
-from rtfocus.autofocus.appearance import DefocusModels
+from rtfocus.autofocus.appearance import DefocusModels, amplitude_spectrum
 from rtfocus.autofocus.hold import Correction, Holder, Seen
 from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.spectrum import amplitude_spectrum
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import Estimate, FocusReading
 from rtfocus.specimens import draw_specimen

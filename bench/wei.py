@@ -21,14 +21,14 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from rtfocus.drawing.panels import Panel, save_panels
+from rtfocus.drawing.figures import Panel, save_panels
 from rtfocus.evaluation.scores import match_intensity, psnr, ssim
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.training.checkpoint import load_checkpoint
 from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.data.scenes import data_folder
 from rtfocus.training.export import trained
+from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.networks.wei_kernel import reblur
 from rtfocus.training.networks.wei_unet import WeiUNetRecipe, defocus_classes
 from rtfocus.training.task import load_recipe

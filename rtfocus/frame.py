@@ -165,7 +165,7 @@ class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
     tiles: int = 0
     """Tiles that had a say."""
     spectrum: list[float] = []
-    """Ring amplitudes of the image, see `rtfocus.autofocus.spectrum`."""
+    """Ring amplitudes of the image, see `rtfocus.autofocus.appearance`."""
     noise: float = 0.0
     """Noise amplitude of a ring."""
     saturated: float = 0.0

@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from rtfocus.autofocus.appearance import sharpness
 from rtfocus.autofocus.planes import PlaneComparison, PlaneFit
-from rtfocus.autofocus.spectrum import sharpness
 from rtfocus.drawing.canvas import BLUE, FAINT, ORANGE, PixelCanvas
-from rtfocus.drawing.charts import Chart, axis_of
+from rtfocus.drawing.figures import Chart, axis_of
 from rtfocus.errors import ConfigError
 from rtfocus.frame import FocusReading
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.spectrum import amplitude_spectrum
+from rtfocus.autofocus.appearance import amplitude_spectrum
 from rtfocus.frame import DefocusMap, FocusReading, TileGrid
 
 Floats = NDArray[np.float64]

@@ -11,9 +11,9 @@ from math import isfinite
 
 import numpy as np
 
+from rtfocus.autofocus.appearance import change, sharpness
 from rtfocus.autofocus.belief import Belief, modes_of_reading, modes_of_weights
 from rtfocus.autofocus.planes import AS_TOLD, Course, PlaneComparison, PlaneFit
-from rtfocus.autofocus.spectrum import change, sharpness
 from rtfocus.frame import FocusReading
 
 # In depths of field.

@@ -22,6 +22,13 @@ from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.devices import CoreStage, FocusLight, OffsetStage, stopped_live
 from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.plans import (
+    direction_of,
+    limits_at,
+    move_rule,
+    search_rule,
+    with_measured_backlash,
+)
 from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
 from rtfocus.autofocus.run import (
     OURS,
@@ -34,13 +41,6 @@ from rtfocus.autofocus.run import (
     run_search,
 )
 from rtfocus.autofocus.search import FocusSearch
-from rtfocus.autofocus.settings import (
-    direction_of,
-    limits_at,
-    move_rule,
-    search_rule,
-    with_measured_backlash,
-)
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError, MicroscopeError

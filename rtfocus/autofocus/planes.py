@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.spectrum import FARTHEST, Transfer, modulation_table
+from rtfocus.autofocus.appearance import FARTHEST, Transfer, modulation_table
 from rtfocus.channel import OpticalSystem
 
 Floats = NDArray[np.float64]
@@ -133,7 +133,7 @@ class PlaneComparison:
         z_um
             Stage z of the planes, shape (plane,), two or more.
         spectra, noise
-            As `rtfocus.autofocus.spectrum.amplitude_spectrum` gives, axes (plane,
+            As `rtfocus.autofocus.appearance.amplitude_spectrum` gives, axes (plane,
             ring), and noise of shape (plane,).
         known
             Focus positions, in um, that are known of some planes already: at another

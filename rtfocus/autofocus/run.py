@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rtfocus.autofocus.appearance import sharpness
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.policy import (
     Decision,
@@ -25,7 +26,6 @@ from rtfocus.autofocus.policy import (
     Stay,
 )
 from rtfocus.autofocus.search import path_of
-from rtfocus.autofocus.spectrum import sharpness
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading

@@ -25,8 +25,8 @@ from rtfocus.batch.plan import (
 )
 from rtfocus.batch.work import image_set_of, outline_of
 from rtfocus.errors import ConfigError, InputError, OutputError
+from rtfocus.images.metadata import json_mark
 from rtfocus.images.outputs import OutputGuard, companions
-from rtfocus.images.provenance import json_mark
 from rtfocus.images.reading import FoundImages, find_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import ImageOutput, OutputImage

@@ -18,8 +18,8 @@ from pydantic import validate_call
 from rtfocus import files
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, InputError, OutputError, RtfocusError
+from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.optics import StatedOptics, stated_optics
-from rtfocus.images.provenance import written_by_rtfocus
 from rtfocus.images.reading import open_images
 from rtfocus.images.writing import OutputImage
 from rtfocus.images.zarr_writing import ZarrForm, write_zarr

@@ -27,7 +27,7 @@ from rtfocus.calibration.report import (
 )
 from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match_planes
 from rtfocus.channel import OpticalSystem
-from rtfocus.drawing.panels import Panel
+from rtfocus.drawing.figures import Panel
 from rtfocus.errors import InputError
 from rtfocus.optics.psf import compute_psf
 

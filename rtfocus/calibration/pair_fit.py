@@ -20,8 +20,7 @@ from rtfocus.calibration.report import (
     residual_panel,
 )
 from rtfocus.channel import OpticalSystem
-from rtfocus.drawing.charts import Axis
-from rtfocus.drawing.panels import Panel
+from rtfocus.drawing.figures import Axis, Panel
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf, psf_radius_px
 

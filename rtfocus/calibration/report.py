@@ -23,8 +23,8 @@ from rtfocus.calibration.through_focus import (
 )
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
-from rtfocus.drawing.charts import Axis
-from rtfocus.drawing.panels import Panel, enlarge, save_panels
+from rtfocus.drawing.canvas import enlarge
+from rtfocus.drawing.figures import Axis, Panel, save_panels
 from rtfocus.errors import InputError
 from rtfocus.optics.psf import psf_stack
 

@@ -19,7 +19,7 @@ from rtfocus.autofocus.devices import CoreStage
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Holder, seen_by
 from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.settings import against_unknown_backlash
+from rtfocus.autofocus.plans import against_unknown_backlash
 from rtfocus.cli.display import share_bar
 from rtfocus.cli.endings import interruptible
 from rtfocus.cli.options import (

@@ -19,9 +19,24 @@ from rtfocus.cli.options import QuietOption, SetOption, read_config
 from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
 from rtfocus.config.sections import VirtualMicroscopeConfig
-from rtfocus.drawing.canvas import BLUE, FAINT, GREEN, ORANGE, Box, Canvas, PixelCanvas
-from rtfocus.drawing.charts import Axis, Chart, axis_of
-from rtfocus.drawing.panels import Panel, draw_panels, enlarge, figure_size
+from rtfocus.drawing.canvas import (
+    BLUE,
+    FAINT,
+    GREEN,
+    ORANGE,
+    Box,
+    Canvas,
+    PixelCanvas,
+    enlarge,
+)
+from rtfocus.drawing.figures import (
+    Axis,
+    Chart,
+    Panel,
+    axis_of,
+    draw_panels,
+    figure_size,
+)
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.scores import match_intensity, pearson, psnr
 from rtfocus.frame import Role, TileGrid

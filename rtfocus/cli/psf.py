@@ -31,8 +31,8 @@ from rtfocus.cli.offline import ConfigOption, InputArgument
 from rtfocus.cli.options import OverwriteOption, SetOption, read_config
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError
+from rtfocus.images.metadata import SOFTWARE, png_mark
 from rtfocus.images.outputs import OutputGuard, companions
-from rtfocus.images.provenance import SOFTWARE, png_mark
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.processing.offline import KernelExtractor, Kernels, draw_kernels

@@ -73,7 +73,7 @@ class SideBySide:
         if self._path is None or not self._frames:
             return
         # Drawing takes long to import, and few want it.
-        from rtfocus.drawing.panels import save_panels
+        from rtfocus.drawing.figures import save_panels
         from rtfocus.report.pictures import farthest_um, frame_panels
 
         far_um = farthest_um([frame for frame, _, _ in self._frames])

@@ -1,4 +1,4 @@
-"""Canvas: lines, boxes, words and images, as a PNG or as SVG.
+"""Canvas: lines, boxes, words and images, as a PNG or as SVG; values as colours.
 
 What is drawn knows neither, so that a picture file and the same picture in a report
 look alike. Lengths are points: the PNG has two pixels to a point.
@@ -274,3 +274,51 @@ def _dashes(points: Sequence[Point], dash: int) -> Sequence[Sequence[Point]]:
             ends = [start / length, min(start + dash, length) / length]
             pieces.append([(x0 + s * (x1 - x0), y0 + s * (y1 - y0)) for s in ends])
     return pieces
+
+
+Colours = Literal["grey", "even", "around"]
+# Anchors of perceptually even scales: from dark blue over green to yellow (viridis),
+# and for signed values from blue over white to red, white at zero.
+_EVEN = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+_AROUND = (
+    (33, 102, 172),
+    (146, 197, 222),
+    (247, 247, 247),
+    (244, 165, 130),
+    (178, 24, 43),
+)
+_GREY = ((0, 0, 0), (255, 255, 255))
+_SCALES = {
+    name: np.array(anchors)
+    for name, anchors in (("grey", _GREY), ("even", _EVEN), ("around", _AROUND))
+}
+_NOTHING = np.array([110, 110, 110])
+"""Where there is no value: background, or no frame."""
+
+
+def coloured(
+    values: NDArray[np.generic], low: float, high: float, colours: Colours = "even"
+) -> NDArray[np.uint8]:
+    """Return colours (y, x, 3) of values; NaN is middle grey."""
+    numbers = values.astype(np.float32)
+    place = (numbers - low) * (255 / max(high - low, 1e-9)) + 0.5
+    known = ~np.isnan(place)
+    steps = np.where(known, np.clip(place, 0, 255), 256).astype(np.intp)
+    return _table(colours)[steps]
+
+
+@lru_cache
+def _table(colours: Colours) -> NDArray[np.uint8]:
+    """Return 256 colours from low to high, and the one of no value."""
+    anchors = _SCALES[colours]
+    places = np.linspace(0, 255, len(anchors))
+    ramp = [np.interp(np.arange(256), places, part) for part in anchors.T]
+    return np.vstack([np.stack(ramp, axis=1), _NOTHING]).astype(np.uint8)
+
+
+def enlarge(values: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """Repeat the pixels of a small map up to `shape` (y, x), nearest neighbour."""
+    rows = np.arange(shape[0]) * values.shape[0] // shape[0]
+    columns = np.arange(shape[1]) * values.shape[1] // shape[1]
+    repeated: NDArray[np.generic] = values[rows][:, columns]
+    return repeated

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from rtfocus.autofocus.spectrum import FREQUENCIES, amplitude_spectrum, sharpness
+from rtfocus.autofocus.appearance import FREQUENCIES, amplitude_spectrum, sharpness
 from rtfocus.calibration.inputs import structured_window
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError, InputError

@@ -18,8 +18,8 @@ from rtfocus.evaluation.evaluate import Outcome, Scored
 from rtfocus.evaluation.own_fields import OwnFields
 from rtfocus.evaluation.samples import BBBC006, DataSet, Field, Sample, middle
 from rtfocus.evaluation.scorecard import markdown, save_side_by_side
+from rtfocus.images.metadata import TEXT_MARK
 from rtfocus.images.optics import in_short
-from rtfocus.images.provenance import TEXT_MARK
 from rtfocus.images.reading import open_images
 from rtfocus.optics.formation import CameraModel, blur
 from rtfocus.optics.psf import compute_psf

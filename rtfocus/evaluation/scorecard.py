@@ -13,8 +13,7 @@ from scipy.ndimage import uniform_filter
 
 from rtfocus import __version__
 from rtfocus.drawing.canvas import PixelCanvas
-from rtfocus.drawing.charts import Axis
-from rtfocus.drawing.panels import Panel, draw_panels, figure_size, save_panels
+from rtfocus.drawing.figures import Axis, Panel, draw_panels, figure_size, save_panels
 from rtfocus.errors import InputError
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.evaluate import Outcome

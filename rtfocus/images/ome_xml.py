@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 import numpy as np
 
+from rtfocus.images.metadata import coordinate_um, finite, length_um, positive, time_s
 from rtfocus.images.series import (
     MOST_PLANES,
     Facts,
@@ -21,7 +22,6 @@ from rtfocus.images.series import (
     StagePosition,
     writable_text,
 )
-from rtfocus.images.units import coordinate_um, finite, length_um, positive, time_s
 
 _MAX_PLATE = 1000
 """Rows or columns of a plate; more come from a broken file."""

@@ -17,6 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
+from rtfocus.images.metadata import finite, length_um, positive, time_s
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml
 from rtfocus.images.series import (
     MOST_PLANES,
@@ -30,7 +31,6 @@ from rtfocus.images.series import (
     one_line,
     stem_of,
 )
-from rtfocus.images.units import finite, length_um, positive, time_s
 
 _MARKS = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 _DEEPEST = 6

@@ -18,7 +18,7 @@ from typing import Any
 
 from rtfocus import files
 from rtfocus.errors import OutputError
-from rtfocus.images.provenance import json_mark, written_by_rtfocus
+from rtfocus.images.metadata import json_mark, written_by_rtfocus
 from rtfocus.images.reading import RUN_ENDING
 from rtfocus.images.series import ImageSeries
 

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from rtfocus.errors import InputError
+from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.micro_manager import (
     is_ndtiff,
     ndtiff_files,
@@ -28,7 +29,6 @@ from rtfocus.images.micro_manager import (
     take_frames,
 )
 from rtfocus.images.ome_zarr import is_zarr, read_ome_zarr
-from rtfocus.images.provenance import written_by_rtfocus
 from rtfocus.images.series import (
     ImageSeries,
     IncompleteSetError,

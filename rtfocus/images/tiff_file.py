@@ -19,6 +19,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from rtfocus.images.metadata import finite, length_um, positive, time_s
 from rtfocus.images.ome_xml import OmeMetadata
 from rtfocus.images.series import (
     ContrastWindow,
@@ -26,7 +27,6 @@ from rtfocus.images.series import (
     ImageChannel,
     StagePosition,
 )
-from rtfocus.images.units import finite, length_um, positive, time_s
 
 MAX_OPEN_FILES = 64
 """Files kept open and parsed; macOS gives a process 256 handles."""

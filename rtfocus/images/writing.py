@@ -1,7 +1,7 @@
 """Writing: processed images as TIFF, OME-TIFF or OME-Zarr, by the output's ending.
 
 What the input says of its pixels, channels and wells is kept; what it does not say
-stays unknown. Every result says how it was made, see `rtfocus.images.provenance`.
+stays unknown. Every result says how it was made, see `rtfocus.images.metadata`.
 """
 
 import os
@@ -15,9 +15,9 @@ import tifffile
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError, OutputError
+from rtfocus.images.metadata import NAMESPACE, SOFTWARE, Provenance
 from rtfocus.images.ome_xml import signed_rgba
 from rtfocus.images.outputs import OutputGuard, companions, result_names
-from rtfocus.images.provenance import NAMESPACE, SOFTWARE, Provenance
 from rtfocus.images.reading import BrokenImage
 from rtfocus.images.series import ImageSeries, StagePosition, writable_text
 from rtfocus.images.zarr_writing import ZarrForm, write_zarr

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from yaozarrs import v05
 from yaozarrs.write.v05 import Bf2RawBuilder, PlateBuilder, prepare_image
 
+from rtfocus.images.metadata import zarr_attributes
 from rtfocus.images.ome_xml import OmeImage, write_ome_xml
-from rtfocus.images.provenance import zarr_attributes
 from rtfocus.images.series import ImageChannel, ImageSeries, PlatePlace
 
 if TYPE_CHECKING:

@@ -14,15 +14,17 @@ from rtfocus.drawing.canvas import (
     ORANGE,
     PINK,
     SKY,
+    Colours,
     SvgCanvas,
+    enlarge,
     in_html,
 )
-from rtfocus.drawing.charts import Axis, Chart, axis_of
-from rtfocus.drawing.panels import (
-    Colours,
+from rtfocus.drawing.figures import (
+    Axis,
+    Chart,
     Panel,
+    axis_of,
     draw_panels,
-    enlarge,
     figure_size,
 )
 from rtfocus.frame import TileGrid

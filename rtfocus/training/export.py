@@ -17,8 +17,8 @@ from torch import nn
 
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.files import resource_folder
-from rtfocus.images.provenance import TEXT_MARK
-from rtfocus.training.checkpoint import (
+from rtfocus.images.metadata import TEXT_MARK
+from rtfocus.training.feed import (
     find_engine,
     identity,
     load_checkpoint,

@@ -1,23 +1,35 @@
-"""Feed: batches in the order of their steps, made here or ahead by other processes.
+"""Feed: the batches of a training run, and its checkpoints, in the order of its steps.
 
 A batch depends on the recipe and its number alone, so that the same weights come out
 with any number of workers. Workers start as new interpreters, as they must on Windows,
 and hear of the end when their pipe closes.
+
+A checkpoint is written so that a kill cannot spoil it. First weights come from one, or
+from an engine whose checkpoint is long gone: ``start_from: engines/delpnet`` refines
+the shipped network.
 """
 
+import hashlib
 import multiprocessing
+import os
 import signal
 import time
 from collections import deque
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Self
 
+import onnx
 import torch
+import yaml
+from torch import Tensor
 
-from rtfocus.errors import RtfocusError
+from rtfocus.errors import ConfigError, RtfocusError
+from rtfocus.files import resource_folder
+from rtfocus.training.onnx_forms import float_weights
 from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.task import Arrays, Task, make_task
+from rtfocus.training.task import Arrays, Task, make_task, validate_recipe
 
 _AHEAD = 2
 """Batches that each worker is asked for before they are needed."""
@@ -155,3 +167,173 @@ def answer_requests(task: Task[Any], pipe: Connection) -> None:
             pipe.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+NEWEST = "last.pt"
+_FORMAT = 2
+
+
+def save_checkpoint(path: Path, recipe: RecipeBase, state: dict[str, Any]) -> None:
+    """Write recipe and state; the old file stays whole until the new one is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(
+        {"format": _FORMAT, "recipe": recipe.model_dump(mode="json"), **state}, partial
+    )
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
+    """Read a checkpoint; tensors land on the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, damaged or of another format.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        msg = f"no checkpoint at '{path}'; make one with: rtfocus train RECIPE"
+        raise ConfigError(msg) from error
+    except Exception as error:  # torch raises whatever the unpickler met
+        msg = f"checkpoint '{path}' cannot be read: {error}; train again"
+        raise ConfigError(msg) from error
+    if state.get("format") != _FORMAT:
+        msg = (
+            f"checkpoint '{path}' has format {state.get('format')}, this version reads "
+            f"{_FORMAT}; train again"
+        )
+        raise ConfigError(msg)
+    return validate_recipe(state.pop("recipe")), state
+
+
+_CARD_NAME = "engine.yaml"
+
+
+def start_from(task: Task[Any], source: Path) -> None:
+    """Give the network of a task its first weights.
+
+    Parameters
+    ----------
+    task
+        Its network takes the weights.
+    source
+        Checkpoint file, or engine folder; ``engines/NAME`` also finds a shipped one.
+
+    Raises
+    ------
+    ConfigError
+        If there is nothing at `source`, or weights of another network.
+    """
+    folder = find_engine(source)
+    if folder is None:
+        _, earlier = load_checkpoint(source)
+        weights = earlier["average"]
+    else:
+        weights = read_weights(folder)
+    try:
+        if folder is None:
+            task.take_state(weights)
+        else:
+            task.take_exported(weights)
+    except (KeyError, RuntimeError) as error:
+        msg = (
+            f"start_from '{source}' holds no weights of network "
+            f"'{task.recipe.network}': {error}; give one that was trained for it"
+        )
+        raise ConfigError(msg) from error
+
+
+def find_engine(source: Path) -> Path | None:
+    """Return the engine folder that `source` names; None: it is a file."""
+    if source.is_dir():
+        return source
+    if not source.exists() and len(source.parts) == 2 and source.parts[0] == "engines":
+        shipped = resource_folder("engines") / source.name
+        return shipped if shipped.is_dir() else None
+    return None
+
+
+def identity(folder: Path) -> str:
+    """Return ``name@hash`` of an engine, as its runs record it."""
+    card = _read_card(folder)
+    return f"{card['name']}@{card['sha256']['fp32'][:12]}"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the float32 weights of an engine by name.
+
+    Raises
+    ------
+    ConfigError
+        If card or weights are missing or do not belong together.
+    """
+    card = _read_card(folder)
+    path = folder / card["files"]["fp32"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        msg = f"weights '{path}' cannot be read: {error.strerror}; copy the engine"
+        raise ConfigError(msg) from error
+    if hashlib.sha256(content).hexdigest() != card["sha256"]["fp32"]:
+        msg = f"weights '{path}' are not those of their card; copy the engine again"
+        raise ConfigError(msg)
+    return float_weights(onnx.load_from_string(content).graph)
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    """Read what starting needs of a card: name, file and checksum of the weights."""
+    path = folder / _CARD_NAME
+    try:
+        card: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _ = card["name"], card["files"]["fp32"], card["sha256"]["fp32"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        msg = (
+            f"engine card '{path}' names no fp32 weights ({error}); "
+            "an engine is a folder with an engine.yaml"
+        )
+        raise ConfigError(msg) from error
+    return card
+
+
+def mean_state(first: Path, second: Path) -> tuple[RecipeBase, dict[str, Any]]:
+    """Return `second` with the mean of both averaged weights.
+
+    Weights of a run and of the run that started from them lie in one valley: half
+    way between them a network keeps most of what either is good at (model soups,
+    Wortsman et al. 2022). `first` may be the engine that a run started from.
+
+    Raises
+    ------
+    ConfigError
+        If a checkpoint cannot be read or the two are of different networks.
+    """
+    recipe, other = load_checkpoint(second)
+    averages = [_average_of(first, recipe), other["average"]]
+    shapes = [
+        {name: value.shape for name, value in average.items()} for average in averages
+    ]
+    if shapes[0] != shapes[1]:
+        msg = (
+            f"'{first}' and '{second}' hold different networks; give two of one recipe"
+        )
+        raise ConfigError(msg)
+    mean = {
+        # Whole numbers, such as the batches that BatchNorm has seen, have no mean.
+        name: torch.lerp(averages[0][name], value, 0.5)
+        if value.is_floating_point()
+        else value
+        for name, value in averages[1].items()
+    }
+    return recipe, {**other, "average": mean}
+
+
+def _average_of(source: Path, recipe: RecipeBase) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, or of an engine of a recipe's network."""
+    if find_engine(source) is None:
+        average: dict[str, Tensor] = load_checkpoint(source)[1]["average"]
+        return average
+    task = make_task(recipe)
+    start_from(task, source)
+    return task.network.state_dict()

@@ -26,13 +26,13 @@ from rich.progress import (
 from torch import Tensor
 
 from rtfocus.errors import ConfigError
-from rtfocus.training.checkpoint import (
+from rtfocus.training.feed import (
     NEWEST,
+    BatchFeed,
     load_checkpoint,
     save_checkpoint,
     start_from,
 )
-from rtfocus.training.feed import BatchFeed
 from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
 from rtfocus.training.task import Arrays, make_task
 

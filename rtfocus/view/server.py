@@ -26,8 +26,7 @@ from starlette.websockets import WebSocket
 
 from rtfocus.errors import ConfigError, InputError, RtfocusError, TransportError
 from rtfocus.transport.sockets import is_local
-from rtfocus.view.scene import Scene
-from rtfocus.view.snapshot import snapshot
+from rtfocus.view.scene import Scene, snapshot
 from rtfocus.view.source_run import Place, Region
 from rtfocus.view.viewer import Viewer
 

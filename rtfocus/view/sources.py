@@ -18,8 +18,13 @@ from rtfocus.transport.preview_messages import (
 )
 from rtfocus.view.codec import Flag, Kind, Picture, Plane
 from rtfocus.view.scene import Scene
-from rtfocus.view.source_run import StoredRun, defocus_plane, report_of
-from rtfocus.view.traces import Traces, note_focus_line
+from rtfocus.view.source_run import (
+    StoredRun,
+    Traces,
+    defocus_plane,
+    note_focus_line,
+    report_of,
+)
 
 _LOOK_S = 0.1
 _GONE_S = 2.0

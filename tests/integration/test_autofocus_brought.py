@@ -24,7 +24,7 @@ SEARCHES = '''
 import numpy as np
 
 from rtfocus.autofocus.policy import GiveUp, Move, Probe, Stay
-from rtfocus.autofocus.spectrum import sharpness
+from rtfocus.autofocus.appearance import sharpness
 
 tasks = []
 

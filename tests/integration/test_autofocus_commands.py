@@ -9,7 +9,7 @@ import yaml
 from loop_kit import OPTICS, command, failed, succeeded
 
 from rtfocus.autofocus.calibration import load_calibration
-from rtfocus.autofocus.settings import with_measured_backlash
+from rtfocus.autofocus.plans import with_measured_backlash
 from rtfocus.cli.options import read_config
 from rtfocus.errors import ExitCode
 

@@ -12,8 +12,8 @@ from writer_kit import indices, make_series, numbered, recording
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.frame import Position, SeriesStart
+from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.ome_zarr import read_ome_zarr
-from rtfocus.images.provenance import written_by_rtfocus
 
 CHANNELS = [
     Channel("DAPI", OpticalSystem(0.8, 460.0, 0.325)),

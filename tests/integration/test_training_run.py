@@ -14,7 +14,6 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.api import export_command, train_command
-from rtfocus.training.checkpoint import load_checkpoint, save_checkpoint
 from rtfocus.training.data.level_tiles import (
     LABELS,
     Batches,
@@ -24,6 +23,7 @@ from rtfocus.training.data.level_tiles import (
 )
 from rtfocus.training.data.scenes import load_fields
 from rtfocus.training.export import trained
+from rtfocus.training.feed import load_checkpoint, save_checkpoint
 from rtfocus.training.layers import fold_batch_norm
 from rtfocus.training.networks.delpnet import DelpNetRecipe
 from rtfocus.training.recipe import PoolRecipe, SourceRecipe

@@ -8,9 +8,9 @@ import torch
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.processing.engines.card import read_card, verified_file
-from rtfocus.training.checkpoint import load_checkpoint
 from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.export import export_engine, trained
+from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.networks.wei_unet import (
     WeiKernelSection,
     WeiStageSection,

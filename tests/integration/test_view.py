@@ -46,9 +46,8 @@ from rtfocus.view.codec import (
 )
 from rtfocus.view.scene import Scene
 from rtfocus.view.server import Listening, PageServer
-from rtfocus.view.source_run import Region, StoredRun
+from rtfocus.view.source_run import Region, StoredRun, Traces, note_focus_line
 from rtfocus.view.sources import LiveSource
-from rtfocus.view.traces import Traces, note_focus_line
 
 
 def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:

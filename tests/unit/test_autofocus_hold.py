@@ -5,12 +5,16 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from rtfocus.autofocus.appearance import Appearance, DefocusModels, Look
+from rtfocus.autofocus.appearance import (
+    Appearance,
+    DefocusModels,
+    Look,
+    amplitude_spectrum,
+)
 from rtfocus.autofocus.belief import Drift, Mode, modes_of_weights
 from rtfocus.autofocus.hold import Correction, Holder, Seen
 from rtfocus.autofocus.plans import surface_at
 from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.spectrum import amplitude_spectrum
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import Estimate, FocusReading
 from rtfocus.optics.formation import BlurredPlanes, CameraModel

@@ -6,17 +6,17 @@ Images are ring amplitudes computed by the optics; no network takes part.
 import numpy as np
 import pytest
 
-from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.run import Verdict, run_search
-from rtfocus.autofocus.search import FocusSearch, SearchRule
-from rtfocus.autofocus.spectrum import (
+from rtfocus.autofocus.appearance import (
     FREQUENCIES,
     Transfer,
     change,
     modulation_table,
     sharpness,
 )
+from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.run import Verdict, run_search
+from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.frame import FocusReading
 

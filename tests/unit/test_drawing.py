@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtfocus.drawing.canvas import BLUE, PixelCanvas, SvgCanvas
-from rtfocus.drawing.charts import Axis, Chart, axis_of
-from rtfocus.drawing.panels import Panel, coloured, save_panels
+from rtfocus.drawing.canvas import BLUE, PixelCanvas, SvgCanvas, coloured
+from rtfocus.drawing.figures import Axis, Chart, Panel, axis_of, save_panels
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import tifffile
 import yaozarrs
 import zarr
 
-from rtfocus.images.provenance import SOFTWARE, written_by_rtfocus
+from rtfocus.images.metadata import SOFTWARE, written_by_rtfocus
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ContrastWindow, ImageChannel, ImageSeries, PlatePlace
 from rtfocus.images.writing import OutputImage, write_images

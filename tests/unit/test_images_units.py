@@ -7,8 +7,8 @@ import tifffile
 from image_file_kit import flat, ome_pixels, ome_xml, write_pages
 
 from rtfocus.errors import InputError
+from rtfocus.images.metadata import coordinate_um, length_um, time_s
 from rtfocus.images.reading import open_images
-from rtfocus.images.units import coordinate_um, length_um, time_s
 
 
 @pytest.mark.parametrize(

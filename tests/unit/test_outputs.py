@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rtfocus.errors import InputError, OutputError, RtfocusError
+from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.outputs import OutputGuard, companions, result_names
-from rtfocus.images.provenance import written_by_rtfocus
 from rtfocus.images.reading import find_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import ImageOutput, OutputImage

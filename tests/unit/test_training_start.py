@@ -14,9 +14,9 @@ from torch import nn
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.checkpoint import find_engine, read_weights, start_from
 from rtfocus.training.data.level_tiles import BlurRecipe, TileOptimiserRecipe
 from rtfocus.training.data.signed_patches import SignedRecipe
+from rtfocus.training.feed import find_engine, read_weights, start_from
 from rtfocus.training.layers import (
     fold_batch_norm,
     recalibrate,

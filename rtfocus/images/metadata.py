@@ -1,0 +1,312 @@
+"""Metadata: lengths and times in um and s; who made a file, and how a result is known.
+
+Units are symbols of OME-XML, names of OME-Zarr (UDUNITS-2) and the spellings of ImageJ;
+what is unknown stays None.
+
+A TIFF says how it was made in its OME-XML (a map annotation) and the tag Software, an
+OME-Zarr in its attribute ``rtfocus``, a JSON file under ``written_by``. Only what bears
+such a mark may be replaced with ``--overwrite``, and it is no input of a folder that it
+lies in.
+"""
+
+import json
+import math
+import re
+import unicodedata
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tifffile
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from rtfocus import __version__
+
+_PREFIXES = {
+    "yotta": ("Y", 24),
+    "zetta": ("Z", 21),
+    "exa": ("E", 18),
+    "peta": ("P", 15),
+    "tera": ("T", 12),
+    "giga": ("G", 9),
+    "mega": ("M", 6),
+    "kilo": ("k", 3),
+    "hecto": ("h", 2),
+    "deca": ("da", 1),
+    "": ("", 0),
+    "deci": ("d", -1),
+    "centi": ("c", -2),
+    "milli": ("m", -3),
+    "micro": ("μ", -6),
+    "nano": ("n", -9),
+    "pico": ("p", -12),
+    "femto": ("f", -15),
+    "atto": ("a", -18),
+    "zepto": ("z", -21),
+    "yocto": ("y", -24),
+}
+_INCH_UM = 25400.0
+_OTHER_LENGTHS_UM = {
+    "um": 1.0,
+    "micron": 1.0,
+    "angstrom": 1e-4,
+    "ångström": 1e-4,
+    "Å": 1e-4,
+    "A": 1e-4,
+    "thou": _INCH_UM / 1000,
+    "li": _INCH_UM / 12,
+    "in": _INCH_UM,
+    '"': _INCH_UM,
+    "inch": _INCH_UM,
+    "inches": _INCH_UM,
+    "ft": 12 * _INCH_UM,
+    "foot": 12 * _INCH_UM,
+    "feet": 12 * _INCH_UM,
+    "yd": 36 * _INCH_UM,
+    "yard": 36 * _INCH_UM,
+    "mi": 63360 * _INCH_UM,
+    "mile": 63360 * _INCH_UM,
+    "pt": _INCH_UM / 72,
+    "ua": 149_597_870_700e6,
+    "ly": 9_460_730_472_580_800e6,
+    "pc": 3.0856775814913673e22,
+    "parsec": 3.0856775814913673e22,
+}
+_OTHER_TIMES_S = {
+    "us": 1e-6,
+    "sec": 1.0,
+    "msec": 1e-3,
+    "min": 60.0,
+    "minute": 60.0,
+    "h": 3600.0,
+    "hr": 3600.0,
+    "hour": 3600.0,
+    "d": 86400.0,
+    "day": 86400.0,
+}
+
+
+def _table(
+    symbol: str, names: tuple[str, ...], exponent: int, others: dict[str, float]
+) -> dict[str, float]:
+    """Return all units made of prefixes, in powers of ten from `exponent`."""
+    table = dict(others)
+    for prefix, (letter, power) in _PREFIXES.items():
+        table[letter + symbol] = 10.0 ** (power + exponent)
+        for name in names:
+            table[prefix + name] = 10.0 ** (power + exponent)
+    return table
+
+
+_UM = _table("m", ("meter", "metre"), 6, _OTHER_LENGTHS_UM)
+_S = _table("s", ("second",), 0, _OTHER_TIMES_S)
+
+
+def length_um(value: object, unit: str | None) -> float | None:
+    """Return a length in um; None if value or unit say nothing about it.
+
+    Examples
+    --------
+    >>> length_um(325, "nm"), length_um("0.5", "µm"), length_um(1, "pixel")
+    (0.325, 0.5, None)
+    """
+    return _scaled(value, unit, _UM)
+
+
+def time_s(value: object, unit: str | None) -> float | None:
+    """Return a time in s; None if value or unit say nothing about it."""
+    return _scaled(value, unit, _S)
+
+
+def coordinate_um(value: object, unit: str | None) -> float | None:
+    """Return a place in um, which other than a length may be 0 or negative."""
+    number = finite(value)
+    factor = _factor(unit, _UM)
+    return None if number is None or factor is None else _tidy(number * factor)
+
+
+def finite(value: object) -> float | None:
+    """Return a number of metadata, None if it is none or not finite."""
+    if not isinstance(value, int | float | str) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def positive(value: object) -> float | None:
+    """Return a number of metadata, None if it is none, not finite or not above 0."""
+    number = finite(value)
+    return number if number is not None and number > 0 else None
+
+
+def _scaled(value: object, unit: str | None, table: dict[str, float]) -> float | None:
+    number = positive(value)
+    factor = _factor(unit, table)
+    if number is None or factor is None:
+        return None
+    return positive(_tidy(number * factor))
+
+
+def _factor(unit: str | None, table: dict[str, float]) -> float | None:
+    if not isinstance(unit, str):
+        return None
+    text = unit.strip().replace("\\u00B5", "µ").replace("\\u00b5", "µ")
+    text = unicodedata.normalize("NFKC", _as_utf8(text))
+    for spelling in (text, text.lower(), text.lower().removesuffix("s")):
+        if spelling in table:
+            return table[spelling]
+    return None
+
+
+def _as_utf8(text: str) -> str:
+    """Undo UTF-8 that was read as Latin-1, as ImageJ's micro sign often is."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def _tidy(number: float) -> float:
+    """Drop the last digits, which are those of the conversion: 0.325, not 0.32499…."""
+    return float(f"{number:.12g}")
+
+
+SOFTWARE = f"rtfocus {__version__}"
+"""Who wrote a result."""
+NAMESPACE = "rtfocus/result"
+"""Of the map annotation in OME-XML."""
+WRITTEN_BY = "written_by"
+"""Key of JSON results."""
+
+_NAME = "rtfocus"
+TEXT_MARK = f"# written by {SOFTWARE}"
+"""First line of YAML results."""
+_ENGINE_CARD = "engine.yaml"
+_TIFF_ENDINGS = (".tif", ".tiff")
+_SOFTWARE_TAG = 305
+_PNG_KEY = "Software"
+
+Provenance = Mapping[str, str]
+"""Facts about one result in the order in which they are told: engine, optics, ..."""
+
+
+def written_by_rtfocus(path: Path) -> bool:
+    """Tell whether a file or folder is a whole result that rtfocus wrote.
+
+    The raw images of a run folder are none: nobody can compute them again. Nor is an
+    OME-Zarr that somebody has added something to.
+    """
+    try:
+        if (path / _ENGINE_CARD).is_file():
+            return _is_exported_engine(path)
+        if path.is_dir():
+            return _is_zarr_result(path)
+        if path.suffix.lower() in _TIFF_ENDINGS:
+            return _is_tiff_result(path)
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as picture:
+                return _is_ours(picture.info.get(_PNG_KEY))
+        if path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return f"{WRITTEN_BY}.npy" in archive.namelist()
+        return path.is_file() and _is_json_result(path)
+    # A damaged file makes the parsers raise whatever they stumble over.
+    except Exception:
+        return False
+
+
+def zarr_attributes(made: Provenance, nodes: list[str]) -> dict[str, Any]:
+    """Return the attributes of a result's root group.
+
+    Parameters
+    ----------
+    made
+        What is known about how it was made.
+    nodes
+        Paths of all groups and arrays of the store, the root being ``""``.
+    """
+    mark = {WRITTEN_BY: SOFTWARE, "result": dict(made), "nodes": sorted(nodes)}
+    return {_NAME: mark}
+
+
+def json_mark() -> dict[str, str]:
+    """Return the entry that every JSON result begins with."""
+    return {WRITTEN_BY: SOFTWARE}
+
+
+def png_mark() -> PngInfo:
+    """Return the text that a picture is saved with: ``save(..., pnginfo=...)``."""
+    mark = PngInfo()
+    mark.add_text(_PNG_KEY, SOFTWARE)
+    return mark
+
+
+def _is_exported_engine(folder: Path) -> bool:
+    text = (folder / _ENGINE_CARD).read_text("utf-8")
+    known = {_ENGINE_CARD, *yaml.safe_load(text)["files"].values()}
+    there = set(_files_below(folder))
+    return text.startswith(TEXT_MARK.rpartition(" ")[0]) and there <= known
+
+
+def _is_ours(software: object) -> bool:
+    return isinstance(software, str) and software.split(" ")[0] == _NAME
+
+
+def _is_tiff_result(path: Path) -> bool:
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages.first.tags.get(_SOFTWARE_TAG)
+        return tag is not None and _is_ours(tag.value)
+
+
+def _is_json_result(path: Path) -> bool:
+    # A result begins with its mark; a long file of somebody's is not read.
+    with path.open("rb") as file:
+        begins = file.read(200).lstrip()
+        if not begins.startswith(b"{") or WRITTEN_BY.encode() not in begins:
+            return False
+        file.seek(0)
+        return _is_ours(json.load(file).get(WRITTEN_BY))
+
+
+def _is_zarr_result(folder: Path) -> bool:
+    if (folder / ".zattrs").is_file():
+        mark = json.loads((folder / ".zattrs").read_text("utf-8"))[_NAME]
+    else:
+        document = json.loads((folder / "zarr.json").read_text("utf-8"))
+        mark = document["attributes"][_NAME]
+    if not _is_ours(mark[WRITTEN_BY]):
+        return False
+    nodes = set(mark["nodes"])
+    return all(_belongs(file, nodes) for file in _files_below(folder))
+
+
+def _files_below(folder: Path) -> list[str]:
+    return [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    ]
+
+
+_METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
+_COMPANION = "OME/METADATA.ome.xml"
+_CHUNK = re.compile(r"/(c/)?\d+(/\d+)*")
+
+
+def _belongs(file: str, nodes: set[str]) -> bool:
+    """Tell whether a file is a node's metadata or one of an array's chunks."""
+    parent, _, name = file.rpartition("/")
+    if name in _METADATA:
+        return parent in nodes
+    if file == _COMPANION:
+        return True
+    return any(
+        file[:at] in nodes and _CHUNK.fullmatch(file[at:]) is not None
+        for at in range(len(file))
+    )
