@@ -20,14 +20,14 @@ from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Holder, seen_by
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.plans import against_unknown_backlash
-from rtfocus.cli.display import share_bar
-from rtfocus.cli.endings import interruptible
-from rtfocus.cli.options import (
+from rtfocus.cli.commands import (
     ConfigArgument,
     OverwriteOption,
     SetOption,
     read_config,
 )
+from rtfocus.cli.display import share_bar
+from rtfocus.cli.endings import interruptible
 from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import ConfigError, ExitCode, OutputError
 from rtfocus.files import whole

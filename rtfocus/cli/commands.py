@@ -1,4 +1,4 @@
-"""Commands: which there are and where each is; a command is loaded when it is run.
+"""Commands: which there are, options that several share; loaded when they are run.
 
 To add a command, write a module with ``add_to(app)`` and give it a line in
 `COMMANDS`.
@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import sys
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -16,6 +16,9 @@ from typer.core import TyperCommand, TyperGroup
 from rtfocus import __version__
 from rtfocus.cli.endings import Interrupted
 from rtfocus.errors import ExitCode
+
+if TYPE_CHECKING:
+    from rtfocus.config import Config
 
 DEBUG_VARIABLE = "RTFOCUS_DEBUG"
 """Environment variable that shows tracebacks, as ``--debug`` does."""
@@ -194,3 +197,36 @@ def _options(
         handlers=[shown],
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+
+
+ConfigArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file, or the name of a shipped config: demo ..."
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key, e.g. [bold]store.codec=zstd[/]; repeatable.",
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an earlier result of rtfocus; never an input."
+    ),
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress display.")
+]
+
+
+def read_config(name: str, overrides: list[str] | None) -> "Config":
+    """Load a config given by path or name with its ``--set`` overrides."""
+    # Loaded where it is used: a list of commands is shown at once.
+    from rtfocus.config import load_config
+
+    return load_config(name, overrides or ())

@@ -13,9 +13,9 @@ from scipy.ndimage import map_coordinates
 
 from rtfocus import app as loop
 from rtfocus.channel import OpticalSystem
+from rtfocus.cli.commands import QuietOption, SetOption, read_config
 from rtfocus.cli.display import display_run
 from rtfocus.cli.endings import interruptible
-from rtfocus.cli.options import QuietOption, SetOption, read_config
 from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
 from rtfocus.config.sections import VirtualMicroscopeConfig

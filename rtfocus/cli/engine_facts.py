@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from rtfocus.cli.options import read_config
+from rtfocus.cli.commands import read_config
 from rtfocus.errors import EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.cpu.backends import BACKENDS

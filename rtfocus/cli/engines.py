@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from rtfocus.cli.commands import OverwriteOption
 from rtfocus.cli.endings import interruptible
 from rtfocus.cli.engine_facts import VALUES, facts
-from rtfocus.cli.options import OverwriteOption
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.engines.registry import (
     FoundEngine,

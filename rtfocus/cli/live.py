@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 import psutil
 import typer
 
+from rtfocus.cli.commands import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.display import Rows, defocus_text, display, display_run
 from rtfocus.cli.endings import interruptible, stop_at_end_of_input
-from rtfocus.cli.options import ConfigArgument, QuietOption, SetOption, read_config
 from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError, ExitCode, InputError, RtfocusError

@@ -26,8 +26,7 @@ from rtfocus.cli.batch import (
     WaitOption,
     run_batch,
 )
-from rtfocus.cli.options import OverwriteOption, SetOption, read_config
-from rtfocus.cli.side_by_side import SideBySide
+from rtfocus.cli.commands import OverwriteOption, SetOption, read_config
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
@@ -45,6 +44,7 @@ from rtfocus.processing.image_set import (
     with_engine,
 )
 from rtfocus.processing.offline import ImageProcessor
+from rtfocus.report.pictures import SideBySide
 from rtfocus.writers.folder import SUFFIX
 from rtfocus.writers.header import read_header
 from rtfocus.writers.repair import complete_restoration, count_unrestored
@@ -171,7 +171,7 @@ def restore(
         ]
         broken = place.write(outputs)
     _tell_bent(images)
-    shown.save()
+    _tell_picture(shown.save())
     _say_restored(place, found, broken)
 
 
@@ -223,7 +223,7 @@ def classify(
                     progress.advance(task)
             except InputError as error:
                 broken.append(BrokenImage(series.path, str(error)))
-    shown.save()
+    _tell_picture(shown.save())
     if json_file is not None:
         content: dict[str, Any] = {
             "engine": settings.processing.classifier,
@@ -300,6 +300,11 @@ def _guard(path: Path, found: FoundImages, overwrite: bool) -> OutputGuard:
 
 def _stated(optics: str | None) -> StatedOptics | None:
     return None if optics is None else StatedOptics(stated_optics(optics), optics)
+
+
+def _tell_picture(path: Path | None) -> None:
+    if path is not None:
+        typer.echo(f"picture: {path}", err=True)
 
 
 def _tell(found: FoundImages, images: ImageSet) -> None:

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from rtfocus.cli.commands import OverwriteOption
 from rtfocus.cli.display import share_bar
-from rtfocus.cli.options import OverwriteOption
 from rtfocus.errors import ConfigError, ExitCode, WriterError
 from rtfocus.metrics import Outcome
 from rtfocus.writers.header import HEADER_NAME

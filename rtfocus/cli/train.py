@@ -27,7 +27,7 @@ from rtfocus.cli.batch import (
     do_on_workers,
     named,
 )
-from rtfocus.cli.options import OverwriteOption, read_config
+from rtfocus.cli.commands import OverwriteOption, read_config
 from rtfocus.config import find_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.evaluation.contenders import Contender

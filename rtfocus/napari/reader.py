@@ -1,11 +1,13 @@
-"""Reader: a run folder as napari layers: raw, restored and defocus, at their places.
+"""Reader: a run as napari layers, stored or live; it needs no window.
 
-Axes are t, z, y, x, with channels as layers of their own. A few positions of which the
-stage's places are known are layers too, each at its place; others have an axis p.
-Pixels are read when they are looked at.
+Layers of a run folder are raw, restored and defocus, at their places. Axes are t, z, y,
+x, with channels as layers of their own. A few positions of which the stage's places are
+known are layers too, each at its place; others have an axis p. Pixels are read when
+they are looked at.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ import dask.array as da
 import numpy as np
 import zarr
 from dask.array import Array
+from numpy.typing import NDArray
 
-from rtfocus.frame import Position
+from rtfocus.errors import ProtocolError
+from rtfocus.frame import Position, SeriesStart
 from rtfocus.runs import Kind, Run, open_run
+from rtfocus.transport.preview_messages import Preview, PreviewStatus, PreviewViewer
+from rtfocus.workers import Newest
 from rtfocus.writers.header import HEADER_NAME, JOURNAL_NAME
 from rtfocus.writers.journal import WRITTEN, journal_lines
 from rtfocus.writers.layout import store_path
@@ -211,3 +217,85 @@ def _look(run: Run, kind: Kind, channel: dict[str, Any]) -> dict[str, object]:
         if all(isinstance(one, int | float) and np.isfinite(one) for one in limits):
             look["contrast_limits"] = limits
     return look
+
+
+_LOOK_S = 0.2
+
+
+class Receiver:
+    """Receives previews in a thread of its own until it is closed.
+
+    Parameters
+    ----------
+    endpoint
+        ``transport.preview.endpoint`` of the processor.
+
+    Raises
+    ------
+    TransportError
+        If the endpoint is none.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self._viewer = PreviewViewer(endpoint)
+        self._pictures: dict[int, Newest[Preview]] = {}
+        self._ending = threading.Event()
+        self.arrived = threading.Event()
+        """Set with every picture; whoever waits for one clears it."""
+        self.series: SeriesStart | None = None
+        self.metrics: Mapping[str, Any] = {}
+        self.fault: str | None = None
+        """What came last and could not be understood."""
+        self._thread = threading.Thread(target=self._run, name="napari follow")
+        self._thread.start()
+
+    def take(self) -> list[Preview]:
+        """Return the newest picture of every channel, each once; from any thread."""
+        taken = (slot.take() for slot in list(self._pictures.values()))
+        return [picture for picture in taken if picture is not None]
+
+    @property
+    def skipped(self) -> int:
+        """Pictures that gave way to newer ones here."""
+        return sum(slot.dropped for slot in list(self._pictures.values()))
+
+    def close(self) -> None:
+        """End the thread, and the socket with it."""
+        self._ending.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._viewer as viewer:
+            while not self._ending.is_set():
+                try:
+                    came = viewer.received(_LOOK_S)
+                except ProtocolError as error:
+                    self.fault = str(error)
+                    continue
+                for one in came:
+                    self._note(one)
+
+    def _note(self, one: Preview | PreviewStatus) -> None:
+        if isinstance(one, PreviewStatus):
+            self.series, self.metrics = one.series or self.series, one.metrics
+            return
+        frame = one.header.frame
+        # One without is for whoever wants estimates alone: nobody knows its channel.
+        if frame is not None:
+            channel = frame.index.get("c", 0)
+            self._pictures.setdefault(channel, Newest()).put(one)
+            self.arrived.set()
+
+
+def map_look(tiles: NDArray[Any], signed: bool) -> dict[str, Any]:
+    """Return colour and contrast of a map of defocus in um; NaN is unknown."""
+    known = tiles[np.isfinite(tiles)]
+    reach = float(np.abs(known).max()) if known.size else 1.0
+    reach = reach or 1.0
+    return {
+        "colormap": SIGNED_MAP if signed else UNSIGNED_MAP,
+        "contrast_limits": [-reach if signed else 0.0, reach],
+        "interpolation2d": "nearest",
+        "opacity": 0.6,
+        "visible": False,
+    }

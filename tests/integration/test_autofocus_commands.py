@@ -10,7 +10,7 @@ from loop_kit import OPTICS, command, failed, succeeded
 
 from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.plans import with_measured_backlash
-from rtfocus.cli.options import read_config
+from rtfocus.cli.commands import read_config
 from rtfocus.errors import ExitCode
 
 UNIT_UM = 0.451 / 0.36**2

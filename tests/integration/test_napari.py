@@ -161,7 +161,7 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
     series = make_series(channels=CHANNELS, sizes={"t": None, "c": 2})
     config = PreviewConfig(endpoint="tcp://127.0.0.1:*", interval_s=1e-6)
     preview = PreviewPublisher(config)
-    widget = import_module("rtfocus.napari.follow").FollowWidget(viewer)
+    widget = import_module("rtfocus.napari.widgets").FollowWidget(viewer)
     try:
         widget.endpoint.setText(preview.endpoint)
         widget.toggle()
@@ -202,7 +202,7 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
 
 
 def test_an_endpoint_that_is_none_is_told(viewer: Any) -> None:
-    widget = import_module("rtfocus.napari.follow").FollowWidget(viewer)
+    widget = import_module("rtfocus.napari.widgets").FollowWidget(viewer)
     widget.endpoint.setText("nonsense")
     widget.toggle()
     assert widget.receiver is None
@@ -250,7 +250,7 @@ def test_a_layer_is_restored_with_the_engine_that_is_chosen(
     folder = tmp_path / "run.rtfocus"
     series = record(folder, [Position("site")])
     layers = opened(viewer, folder)
-    widget = import_module("rtfocus.napari.restore").RestoreWidget(viewer)
+    widget = import_module("rtfocus.napari.widgets").RestoreWidget(viewer)
     try:
         widget.layer.setCurrentText("DAPI")
         assert widget.optics == OPTICS
