@@ -24,16 +24,16 @@ from torch import nn
 from bench.machine import describe
 from bench.signed_classes import PROTOCOLS, score_synthetic
 from rtfocus.files import resource_folder
-from rtfocus.training.data.level_tiles import (
+from rtfocus.training.level_tiles import (
     BACKGROUND,
     Batch,
     Batches,
     Blurring,
     LevelRecipe,
 )
-from rtfocus.training.data.scenes import load_fields
-from rtfocus.training.data.signed_patches import SignedClassRecipe
 from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.scenes import load_fields
+from rtfocus.training.signed_patches import SignedClassRecipe
 from rtfocus.training.task import validate_recipe
 from rtfocus.training.trainer import Trainer
 

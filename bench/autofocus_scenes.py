@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import ZStageConfig
-from rtfocus.microscope.virtual.devices import ZDrive
+from rtfocus.microscope.virtual_devices import ZDrive
 from rtfocus.optics.formation import BlurredPlanes, CameraModel
 
 Image = NDArray[np.float32]

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rtfocus.evaluation.scores import psnr
-from rtfocus.training.data.pairs import Pair, load_real_pairs
-from rtfocus.training.data.scenes import data_folder
 from rtfocus.training.export import trained
 from rtfocus.training.feed import load_checkpoint
+from rtfocus.training.pairs import Pair, load_real_pairs
+from rtfocus.training.scenes import data_folder
 
 _WINDOW_PX = 64
 _FAR, _NEAR = 6, 3

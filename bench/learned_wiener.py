@@ -30,8 +30,6 @@ from rtfocus.processing.cpu.network_restorer import (
 )
 from rtfocus.processing.restore import transfer_function
 from rtfocus.processing.tiles.montage import Montage
-from rtfocus.training.data.pairs import PairBatches
-from rtfocus.training.data.scenes import data_folder
 from rtfocus.training.networks.learned_wiener import (
     BANDS,
     HALO_PX,
@@ -40,6 +38,8 @@ from rtfocus.training.networks.learned_wiener import (
     level_psf,
     with_psf,
 )
+from rtfocus.training.pairs import PairBatches
+from rtfocus.training.scenes import data_folder
 from rtfocus.training.task import load_recipe
 
 Image = NDArray[np.float32]

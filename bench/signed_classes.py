@@ -23,8 +23,8 @@ from rich.table import Table
 
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
-from rtfocus.training.data.scenes import data_folder
-from rtfocus.training.data.signed_patches import (
+from rtfocus.training.scenes import data_folder
+from rtfocus.training.signed_patches import (
     LABELS,
     PATCH_PX,
     Protocol,

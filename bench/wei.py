@@ -25,12 +25,12 @@ from rtfocus.drawing.figures import Panel, save_panels
 from rtfocus.evaluation.scores import match_intensity, psnr, ssim
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.training.data.pairs import PairBatches
-from rtfocus.training.data.scenes import data_folder
 from rtfocus.training.export import trained
 from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.networks.wei_kernel import reblur
 from rtfocus.training.networks.wei_unet import WeiUNetRecipe, defocus_classes
+from rtfocus.training.pairs import PairBatches
+from rtfocus.training.scenes import data_folder
 from rtfocus.training.task import load_recipe
 
 Image = NDArray[np.float32]

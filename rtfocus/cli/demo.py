@@ -41,7 +41,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.evaluation.scores import match_intensity, pearson, psnr
 from rtfocus.frame import Role, TileGrid
 from rtfocus.images.reading import open_images
-from rtfocus.microscope.virtual.specimen import Truth, VirtualSpecimen
+from rtfocus.microscope.virtual_specimen import Truth, VirtualSpecimen
 from rtfocus.monitor import Monitor
 from rtfocus.writers.header import JOURNAL_NAME, read_header
 

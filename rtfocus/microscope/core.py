@@ -24,7 +24,7 @@ from rtfocus.config.sections import (
 from rtfocus.errors import MicroscopeError
 from rtfocus.machine import Finding
 from rtfocus.microscope.series import current_channel
-from rtfocus.microscope.virtual.devices import load_virtual_microscope
+from rtfocus.microscope.virtual_devices import load_virtual_microscope
 
 DEMO_CONFIG = "MMConfig_demo.cfg"
 TEST_ADAPTERS_REMEDY = "pip install mm-test-adapters"

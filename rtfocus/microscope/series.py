@@ -26,7 +26,7 @@ from rtfocus.config import Config
 from rtfocus.errors import MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.microscope.plan import AcquisitionPlan
-from rtfocus.microscope.virtual.devices import BIT_DEPTH
+from rtfocus.microscope.virtual_devices import BIT_DEPTH
 
 # A frame's metadata travels with every frame: a few hundred bytes, not devices'
 # whole state.

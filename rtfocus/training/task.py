@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from rtfocus.errors import ConfigError
 from rtfocus.machine import multiplies_bf16
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.training.data.pair_scenes import PairsRecipe
-from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.recipe import PairsRecipe, RecipeBase
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Tensors = Mapping[str, Tensor]

@@ -8,7 +8,7 @@ import tifffile
 from loop_kit import command, process_of, read_report, run_loop, sets, small, stored
 
 from rtfocus.errors import ExitCode
-from rtfocus.microscope.virtual.devices import VirtualCamera
+from rtfocus.microscope.virtual_devices import VirtualCamera
 
 FILM = {"mda": {"time_plan": {"interval": 0, "loops": 12}}, "live": None}
 

@@ -11,7 +11,7 @@ from rtfocus.config import Config
 from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.evaluation.scores import pearson
 from rtfocus.frame import TileGrid
-from rtfocus.microscope.virtual.specimen import VirtualSpecimen
+from rtfocus.microscope.virtual_specimen import VirtualSpecimen
 from rtfocus.processing.offline import ImageProcessor
 
 Z_UM = (-4.0, 0.0, 4.0)

@@ -8,7 +8,6 @@ import torch
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.processing.engines.card import read_card, verified_file
-from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.export import export_engine, trained
 from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.networks.rtfocus_1 import (
@@ -17,7 +16,7 @@ from rtfocus.training.networks.rtfocus_1 import (
     Rtfocus1Recipe,
     Rtfocus1Section,
 )
-from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe
+from rtfocus.training.recipe import OptimiserRecipe, PairsRecipe, PoolRecipe
 from rtfocus.training.trainer import Trainer, train
 
 REFERENCE = OpticalSystem(

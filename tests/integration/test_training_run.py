@@ -14,19 +14,19 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.api import export_command, train_command
-from rtfocus.training.data.level_tiles import (
+from rtfocus.training.export import trained
+from rtfocus.training.feed import load_checkpoint, save_checkpoint
+from rtfocus.training.layers import fold_batch_norm
+from rtfocus.training.level_tiles import (
     LABELS,
     Batches,
     BlurRecipe,
     Blurring,
     TileOptimiserRecipe,
 )
-from rtfocus.training.data.scenes import load_fields
-from rtfocus.training.export import trained
-from rtfocus.training.feed import load_checkpoint, save_checkpoint
-from rtfocus.training.layers import fold_batch_norm
 from rtfocus.training.networks.delpnet import DelpNetRecipe
 from rtfocus.training.recipe import PoolRecipe, SourceRecipe
+from rtfocus.training.scenes import load_fields
 from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer, train
 

@@ -7,8 +7,8 @@ import yaml
 
 from bench.signed_classes import engine_predictor, label_real
 from rtfocus.files import resource_folder
-from rtfocus.training.data.signed_patches import LABELS, PATCH_PX
 from rtfocus.training.networks.wei_classifier import WeiClassifier
+from rtfocus.training.signed_patches import LABELS, PATCH_PX
 
 FOLDER = resource_folder("engines") / "wei_classifier"
 

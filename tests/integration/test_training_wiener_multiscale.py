@@ -11,7 +11,6 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.files import resource_folder
 from rtfocus.processing.engines.card import read_card, verified_file
-from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.export import export_engine, trained
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
 from rtfocus.training.networks.learned_wiener import (
@@ -19,7 +18,7 @@ from rtfocus.training.networks.learned_wiener import (
     LearnedWienerSection,
 )
 from rtfocus.training.networks.multiscale import MultiScaleRecipe, MultiScaleSection
-from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe
+from rtfocus.training.recipe import OptimiserRecipe, PairsRecipe, PoolRecipe
 from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer
 

@@ -16,8 +16,8 @@ from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.microscope.acquisition import acquire_with
 from rtfocus.microscope.core import bare_core, open_core
 from rtfocus.microscope.engine import RecordingEngine
-from rtfocus.microscope.virtual.devices import Sensor, load_virtual_microscope
-from rtfocus.microscope.virtual.specimen import VirtualSpecimen
+from rtfocus.microscope.virtual_devices import Sensor, load_virtual_microscope
+from rtfocus.microscope.virtual_specimen import VirtualSpecimen
 
 PLAN = {
     "axis_order": "tpcz",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench.ablations import accuracy, within_one
-from rtfocus.training.data.level_tiles import BACKGROUND
+from rtfocus.training.level_tiles import BACKGROUND
 
 TRUE = np.array([0, 0, 1, 2, 9, 10, BACKGROUND, BACKGROUND])
 FOUND = np.array([0, 2, 2, 2, 9, BACKGROUND, BACKGROUND, 1])

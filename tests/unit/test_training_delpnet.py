@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rtfocus.training.data.level_tiles import GEOMETRY, LABELS
 from rtfocus.training.layers import recalibrate
+from rtfocus.training.level_tiles import GEOMETRY, LABELS
 from rtfocus.training.networks.delpnet import DelpNet
 
 

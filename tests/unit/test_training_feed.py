@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
-from rtfocus.training.data.level_tiles import BlurRecipe, TileOptimiserRecipe
-from rtfocus.training.data.scenes import Pool
 from rtfocus.training.feed import answer_requests
+from rtfocus.training.level_tiles import BlurRecipe, TileOptimiserRecipe
 from rtfocus.training.networks.delpnet import DelpNetRecipe
 from rtfocus.training.recipe import PoolRecipe, SourceRecipe
+from rtfocus.training.scenes import Pool
 from rtfocus.training.task import make_task
 from rtfocus.training.trainer import Trainer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, signal
 
-from rtfocus.training.data.kernel_pairs import (
+from rtfocus.training.kernel_pairs import (
     SIZES_PX,
     KernelEstimate,
     estimate_kernel,

@@ -7,7 +7,6 @@ import torch
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu import network_restorer as numpy_side
 from rtfocus.processing.restore import transfer_function
-from rtfocus.training.data.pair_scenes import PairsRecipe
 from rtfocus.training.networks.learned_wiener import (
     BANDS,
     CONDITION,
@@ -19,6 +18,7 @@ from rtfocus.training.networks.learned_wiener import (
     told_levels,
     wiener_filter,
 )
+from rtfocus.training.recipe import PairsRecipe
 
 REFERENCE = {
     "numerical_aperture": 0.36,

@@ -3,7 +3,7 @@
 import pytest
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.training.data.level_tiles import DefocusLevels
+from rtfocus.training.level_tiles import DefocusLevels
 
 
 def test_the_default_scale_is_he_2020():

@@ -7,15 +7,13 @@ import tifffile
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.optics.formation import blur
-from rtfocus.training.data.pair_scenes import (
-    PairRecipe,
+from rtfocus.training.pairs import (
+    PairBatches,
     PairScenes,
-    PairsRecipe,
-    RealPairsRecipe,
     draw_pair_optics,
+    load_real_pairs,
 )
-from rtfocus.training.data.pairs import PairBatches, load_real_pairs
-from rtfocus.training.recipe import PoolRecipe
+from rtfocus.training.recipe import PairRecipe, PairsRecipe, PoolRecipe, RealPairsRecipe
 
 REFERENCE = OpticalSystem(
     0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)

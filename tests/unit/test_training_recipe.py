@@ -5,9 +5,9 @@ import pytest
 
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.data.level_tiles import BACKGROUND, label_crop
-from rtfocus.training.data.scenes import draw_exposure
+from rtfocus.training.level_tiles import BACKGROUND, label_crop
 from rtfocus.training.recipe import OptimiserRecipe
+from rtfocus.training.scenes import draw_exposure
 from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import learning_rate
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.training.data.level_tiles import LABELS, BlurRecipe, TileOptimiserRecipe
+from rtfocus.training.level_tiles import LABELS, BlurRecipe, TileOptimiserRecipe
 from rtfocus.training.networks.delpnet import (
     DelpNetRecipe,
     DelpNetSection,

@@ -14,14 +14,13 @@ from torch import nn
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.data.level_tiles import BlurRecipe, TileOptimiserRecipe
-from rtfocus.training.data.signed_patches import SignedRecipe
 from rtfocus.training.feed import find_engine, read_weights, start_from
 from rtfocus.training.layers import (
     fold_batch_norm,
     recalibrate,
     unfold_batch_norm,
 )
+from rtfocus.training.level_tiles import BlurRecipe, TileOptimiserRecipe
 from rtfocus.training.networks.delpnet import DelpNetRecipe, DelpNetTask
 from rtfocus.training.networks.wei_classifier import (
     WeiClassifierRecipe,
@@ -29,6 +28,7 @@ from rtfocus.training.networks.wei_classifier import (
 )
 from rtfocus.training.onnx_forms import halve_weights
 from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
+from rtfocus.training.signed_patches import SignedRecipe
 
 SHIPPED = Path("engines/delpnet")
 OPTICS = OpticalSystem(

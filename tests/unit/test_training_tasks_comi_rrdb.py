@@ -13,10 +13,9 @@ from scipy import ndimage
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.data.kernel_pairs import KernelPairs, gaussian_kernels
-from rtfocus.training.data.pair_scenes import PairsRecipe, RealPairsRecipe
 from rtfocus.training.export import write_onnx
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
+from rtfocus.training.kernel_pairs import KernelPairs, gaussian_kernels
 from rtfocus.training.networks.comi import ComiTask
 from rtfocus.training.networks.comi_networks import ComiRecipe, ComiSection, LossSection
 from rtfocus.training.networks.rrdb import (
@@ -25,7 +24,13 @@ from rtfocus.training.networks.rrdb import (
     RrdbSection,
     RrdbTask,
 )
-from rtfocus.training.recipe import OptimiserRecipe, PoolRecipe, SourceRecipe
+from rtfocus.training.recipe import (
+    OptimiserRecipe,
+    PairsRecipe,
+    PoolRecipe,
+    RealPairsRecipe,
+    SourceRecipe,
+)
 from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer
 

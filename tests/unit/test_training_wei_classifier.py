@@ -9,18 +9,6 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.data.signed_patches import (
-    LABELS,
-    PATCH_PX,
-    PatchOptimiserRecipe,
-    SignedPatches,
-    SignedRecipe,
-    class_of,
-    held_out_patches,
-    plane_places_um,
-    shifted_optics,
-    stain_otherwise,
-)
 from rtfocus.training.export import write_onnx
 from rtfocus.training.layers import TiledClassifier
 from rtfocus.training.networks.wei_classifier import (
@@ -34,6 +22,18 @@ from rtfocus.training.networks.wei_classifier import (
     normalise_channels,
 )
 from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
+from rtfocus.training.signed_patches import (
+    LABELS,
+    PATCH_PX,
+    PatchOptimiserRecipe,
+    SignedPatches,
+    SignedRecipe,
+    class_of,
+    held_out_patches,
+    plane_places_um,
+    shifted_optics,
+    stain_otherwise,
+)
 from rtfocus.training.trainer import Trainer
 
 OPTICS = OpticalSystem(

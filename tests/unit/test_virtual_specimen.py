@@ -6,8 +6,8 @@ import tifffile
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import VirtualMicroscopeConfig
-from rtfocus.microscope.virtual.devices import Sensor
-from rtfocus.microscope.virtual.specimen import VirtualSpecimen
+from rtfocus.microscope.virtual_devices import Sensor
+from rtfocus.microscope.virtual_specimen import VirtualSpecimen
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 

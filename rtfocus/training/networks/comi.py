@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.networks.comi_networks import (
     ComiNetworks,
     ComiRecipe,
@@ -27,6 +26,7 @@ from rtfocus.training.networks.comi_networks import (
     descend,
 )
 from rtfocus.training.onnx_forms import float_weights
+from rtfocus.training.pairs import PairBatches
 from rtfocus.training.task import (
     Arrays,
     Graph,

@@ -16,8 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rtfocus.config.sections import Section
-from rtfocus.training.data.pair_scenes import PairRecipe
-from rtfocus.training.recipe import Count, OptimiserRecipe
+from rtfocus.training.recipe import Count, OptimiserRecipe, PairRecipe
 
 Upsampling = Literal["resize", "transposed"]
 Norm = Literal["none", "instance"]

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from rtfocus.config.sections import Section
 from rtfocus.optics.normalisation import ContrastToNoise
-from rtfocus.training.data.level_tiles import (
+from rtfocus.training.layers import (
+    fold_batch_norm,
+    recalibrate,
+    unfold_batch_norm,
+)
+from rtfocus.training.level_tiles import (
     GEOMETRY,
     LABELS,
     NORMALISATION,
@@ -26,13 +31,8 @@ from rtfocus.training.data.level_tiles import (
     Blurring,
     LevelRecipe,
 )
-from rtfocus.training.data.scenes import load_fields
-from rtfocus.training.layers import (
-    fold_batch_norm,
-    recalibrate,
-    unfold_batch_norm,
-)
 from rtfocus.training.recipe import Fraction
+from rtfocus.training.scenes import load_fields
 from rtfocus.training.task import Arrays, Graph, Task, Tensors
 
 WIDTHS = (16, 32, 48, 96, 160, 400, 424)

@@ -23,9 +23,8 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import Section
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.data.pair_scenes import PairRecipe, PairsRecipe
-from rtfocus.training.data.pairs import PairBatches
-from rtfocus.training.recipe import Count
+from rtfocus.training.pairs import PairBatches
+from rtfocus.training.recipe import Count, PairRecipe, PairsRecipe
 from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db, restorer_card
 
 CONDITION = ("sampling", "spherical_waves", "defocus_levels")

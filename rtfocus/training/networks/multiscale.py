@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
-from rtfocus.training.data.pair_scenes import PairRecipe
-from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.layers import scales_loss
-from rtfocus.training.recipe import Count, Positive
+from rtfocus.training.pairs import PairBatches
+from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.task import (
     Arrays,
     Graph,

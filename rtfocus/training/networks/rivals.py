@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtfocus.training.data.level_tiles import (
+from rtfocus.training.layers import TiledClassifier, fold_batch_norm, recalibrate
+from rtfocus.training.level_tiles import (
     GEOMETRY,
     LABELS,
     Batches,
@@ -19,9 +20,8 @@ from rtfocus.training.data.level_tiles import (
     LevelRecipe,
     TileOptimiserRecipe,
 )
-from rtfocus.training.data.scenes import load_fields
-from rtfocus.training.layers import TiledClassifier, fold_batch_norm, recalibrate
 from rtfocus.training.networks.delpnet import accuracies, level_card, loss_of
+from rtfocus.training.scenes import load_fields
 from rtfocus.training.task import Arrays, Graph, Task, Tensors
 
 # Expansion, width, blocks and first stride of every stage (Sandler 2018, table 2).

@@ -18,15 +18,14 @@ from torch.nn import functional
 
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
-from rtfocus.training.data.kernel_pairs import (
+from rtfocus.training.kernel_pairs import (
     KernelPairs,
     estimated_kernels,
     gaussian_kernels,
 )
-from rtfocus.training.data.pair_scenes import PairRecipe
-from rtfocus.training.data.pairs import PairBatches, load_real_pairs
-from rtfocus.training.data.scenes import data_folder
-from rtfocus.training.recipe import Count, Positive
+from rtfocus.training.pairs import PairBatches, load_real_pairs
+from rtfocus.training.recipe import Count, PairRecipe, Positive
+from rtfocus.training.scenes import data_folder
 from rtfocus.training.task import (
     Arrays,
     Graph,

@@ -28,10 +28,9 @@ from torch.nn import functional
 
 from rtfocus.config.sections import Section
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
-from rtfocus.training.data.pair_scenes import PairRecipe
-from rtfocus.training.data.pairs import TILE_PX, TILE_STRIDE_PX, PairBatches
 from rtfocus.training.layers import charbonnier, fold_batch_norm, recalibrate
-from rtfocus.training.recipe import Count, Fraction, Positive
+from rtfocus.training.pairs import TILE_PX, TILE_STRIDE_PX, PairBatches
+from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
 from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db
 
 CELL_PX = 16

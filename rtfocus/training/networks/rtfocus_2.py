@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtfocus.training.data.pair_scenes import PairRecipe
 from rtfocus.training.layers import fold_batch_norm
 from rtfocus.training.networks.rtfocus_1 import (
     ResidualBlock,
@@ -35,7 +34,7 @@ from rtfocus.training.networks.rtfocus_1 import (
     Rtfocus1Task,
     around,
 )
-from rtfocus.training.recipe import Fraction
+from rtfocus.training.recipe import Fraction, PairRecipe
 from rtfocus.training.task import Tensors
 
 CONDITION = (

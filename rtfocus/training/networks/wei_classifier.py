@@ -19,13 +19,13 @@ from torch.nn import functional
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
-from rtfocus.training.data.signed_patches import (
+from rtfocus.training.layers import TiledClassifier, fold_batch_norm, recalibrate
+from rtfocus.training.signed_patches import (
     LABELS,
     PATCH_PX,
     SignedClassRecipe,
     SignedPatches,
 )
-from rtfocus.training.layers import TiledClassifier, fold_batch_norm, recalibrate
 from rtfocus.training.task import Arrays, Graph, Task, Tensors
 
 WIDTHS = (16, 32, 64, 128)

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
-from rtfocus.training.data.pair_scenes import PairRecipe
-from rtfocus.training.data.pairs import PairBatches
 from rtfocus.training.networks.wei_kernel import (
     UNKNOWN_CLASS,
     WeiKernelNet,
     reblur_error,
 )
-from rtfocus.training.recipe import Count, Fraction, Positive
+from rtfocus.training.pairs import PairBatches
+from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
 from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db, restorer_card
 
 CONDITION = ("defocus_levels", "defocus_known")

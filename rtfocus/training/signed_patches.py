@@ -20,20 +20,20 @@ from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_stained
-from rtfocus.training.data.scenes import (
-    Exposure,
-    Pool,
-    SceneSource,
-    SharpField,
-    draw_exposure,
-    load_fields,
-)
 from rtfocus.training.recipe import (
     Count,
     Fraction,
     OptimiserRecipe,
     Positive,
     RecipeBase,
+)
+from rtfocus.training.scenes import (
+    Exposure,
+    Pool,
+    SceneSource,
+    SharpField,
+    draw_exposure,
+    load_fields,
 )
 
 

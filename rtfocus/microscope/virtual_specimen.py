@@ -1,4 +1,4 @@
-"""Specimen: what the objective makes of a scene from where the stages stand.
+"""Virtual specimen: what the objective makes of a scene from where the stages stand.
 
 Pure: arrays in, arrays out, no core and no clock. "Sharp" means as this
 microscope sees the scene in focus, so defocus 0 is the scene itself and the PSF

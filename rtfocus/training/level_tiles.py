@@ -17,7 +17,6 @@ from rtfocus.config.sections import Section
 from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import CELL_PX, ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.data.scenes import Pool, SceneSource, SharpField, draw_exposure
 from rtfocus.training.recipe import (
     Count,
     Fraction,
@@ -25,6 +24,7 @@ from rtfocus.training.recipe import (
     Positive,
     RecipeBase,
 )
+from rtfocus.training.scenes import Pool, SceneSource, SharpField, draw_exposure
 
 
 @dataclass(frozen=True, slots=True)

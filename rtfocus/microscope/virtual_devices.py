@@ -1,4 +1,4 @@
-"""Devices: camera and stages of the virtual microscope, in a Micro-Manager core.
+"""Devices of the virtual microscope: camera and stages, in a Micro-Manager core.
 
 The camera's light comes from virtual specimens; its sensor turns expected light into
 counts with the configured noise.
@@ -23,7 +23,7 @@ from pymmcore_plus.experimental.unicore import (
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import VirtualMicroscopeConfig, ZStageConfig
 from rtfocus.errors import ConfigError
-from rtfocus.microscope.virtual.specimen import VirtualSpecimen
+from rtfocus.microscope.virtual_specimen import VirtualSpecimen
 from rtfocus.optics.formation import CameraModel, Counts, NoisePool
 
 

@@ -1,28 +1,205 @@
 """Pairs: batches of blurred patches with their sharp targets, made on the fly.
 
-Batch number n is a pure function of (recipe, n). In focus the target is the input
-itself, noise and all: what is sharp must come back unchanged. Registered real images
-of one field, in focus and out of it, are mixed in.
+A scene is one sharp picture at several signed defoci, and the optics it has: a pure
+function of (recipe, side of the split, generation). Batch number n is one of (recipe,
+n). In focus the target is the input itself, noise and all: what is sharp must come back
+unchanged. Registered real images of one field, in focus and out of it, are mixed in.
 """
 
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
+from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
+from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
-from rtfocus.training.data.pair_scenes import (
-    PairRecipe,
-    PairScene,
-    PairScenes,
-    RealPairsRecipe,
+from rtfocus.optics.psf import compute_psf
+from rtfocus.training.recipe import PairRecipe, PairsRecipe, RealPairsRecipe
+from rtfocus.training.scenes import (
+    Pool,
+    SceneSource,
+    SharpField,
+    data_folder,
+    draw_exposure,
+    load_fields,
 )
-from rtfocus.training.data.scenes import Pool, data_folder, draw_exposure, load_fields
 
 Image = NDArray[np.float32]
+
+_NO_BLUR = np.ones((1, 1), dtype=np.float32)
+# Levels between the planes of an entry whose patches vary in depth.
+_DENSE_STEP = 0.7
+# Of the reference sampling: up to here optics count as near it.
+_NEAR = 1.15
+# The finest sampling, in that of the reference, that sees all of the defocus.
+_FINEST_IN_FULL = 0.5
+# Of spherical aberration, in waves: no wider than real objectives.
+_WIDEST_SPHERICAL = 0.65
+
+
+@dataclass(frozen=True, slots=True)
+class PairScene:
+    """One scene at several defoci."""
+
+    sharp: Image
+    """Axes (y, x)."""
+    planes: Image
+    """Blurred, axes (plane, y, x)."""
+    levels: NDArray[np.float32]
+    """Signed defocus of every plane in levels, ascending."""
+    psfs: tuple[Image, ...]
+    """PSF of every plane."""
+    sampling: float
+    """Pixel size in units of lambda / NA."""
+    spherical_waves: float
+    """Never positive: (z, W) and (-z, -W) make the same PSF."""
+    dense: bool
+    """True: planes so close that depths between them may be interpolated."""
+    is_defocus: bool
+    """False: blurred otherwise, its levels only say how far."""
+
+
+class PairScenes:
+    """Makes the scenes of the training set or of the validation set."""
+
+    def __init__(
+        self, recipe: PairRecipe, fields: list[SharpField], *, validation: bool
+    ) -> None:
+        self._recipe = recipe
+        self._side = 1 if validation else 0
+        self._scenes = SceneSource(recipe, fields, validation=validation)
+
+    def entry(self, generation: int) -> PairScene:
+        """Draw scene, optics and defoci number `generation` and blur."""
+        pairs = self._recipe.pairs
+        rng = np.random.default_rng([self._recipe.seed, 5, self._side, generation])
+        scene = self._scenes.draw(rng)
+        light = _modality(scene.light, pairs, rng)
+        optics = draw_pair_optics(pairs, rng)
+        dense = bool(rng.random() < pairs.varying_share)
+        levels = _draw_levels(pairs, optics, dense, rng)
+        gaussian = _draws(pairs.gaussian_share, rng) and is_wide(pairs, optics)
+        # What one level is in these optics: the same share of the defocus unit.
+        step_um = (
+            pairs.level_step_um
+            * optics.defocus_unit_um
+            / pairs.reference.defocus_unit_um
+        )
+        # A photograph has been through a microscope, a drawn scene has not.
+        keep_focus = not scene.ideal or bool(rng.random() < 0.5)
+        in_focus = _NO_BLUR if keep_focus else compute_psf(optics, 0.0)
+        make_psf = _gaussian_psf if gaussian else compute_psf
+        psfs = tuple(make_psf(optics, float(z)) for z in levels * step_um)
+        planes = np.clip(blur_stack(light, (in_focus, *psfs)), 0, 1)
+        return PairScene(
+            sharp=planes[0],
+            planes=planes[1:],
+            levels=levels,
+            psfs=psfs,
+            sampling=optics.sampling,
+            spherical_waves=(
+                optics.aberrations.spherical_waves
+                if optics.psf_model == "pupil"
+                else 0.0
+            ),
+            dense=dense,
+            is_defocus=not gaussian,
+        )
+
+
+def draw_pair_optics(pairs: PairsRecipe, rng: np.random.Generator) -> OpticalSystem:
+    """Draw optics: the reference, near it, or from a wide family; never W > 0."""
+    base = pairs.reference
+    chance = rng.random()
+    if chance < pairs.reference_share:
+        return base
+    if chance < pairs.reference_share + pairs.near_share:
+        spherical = base.aberrations.spherical_waves + rng.normal(0, 0.05)
+        return replace(
+            base,
+            numerical_aperture=base.numerical_aperture * rng.uniform(0.95, 1.05),
+            pixel_size_um=base.pixel_size_um * rng.uniform(0.94, 1.06),
+            aberrations=Aberrations(
+                spherical_waves=min(spherical, 0.0),
+                astigmatism_waves=rng.normal(0, 0.03),
+            ),
+        )
+    factor = float(np.exp(rng.uniform(*np.log(pairs.sampling_factors))))
+    wide = replace(base, pixel_size_um=base.pixel_size_um * factor)
+    if rng.random() < pairs.born_wolf_share:
+        return replace(wide, psf_model="born_wolf")
+    return replace(
+        wide,
+        numerical_aperture=base.numerical_aperture * rng.uniform(0.9, 1.1),
+        aberrations=Aberrations(
+            spherical_waves=-_WIDEST_SPHERICAL * rng.random(),
+            astigmatism_waves=rng.normal(0, 0.06),
+            coma_x_waves=rng.normal(0, 0.04),
+        ),
+        apodisation=float(rng.uniform(0, 0.5)),
+    )
+
+
+def _draws(share: float, rng: np.random.Generator) -> bool:
+    """Draw whether; a share of 0 draws nothing, as before there was one."""
+    return share > 0 and bool(rng.random() < share)
+
+
+def is_wide(pairs: PairsRecipe, optics: OpticalSystem) -> bool:
+    """Return whether optics are neither the reference nor near it."""
+    nearness = optics.sampling / pairs.reference.sampling
+    return not 1 / _NEAR < nearness < _NEAR
+
+
+def _gaussian_psf(optics: OpticalSystem, defocus_um: float) -> Image:
+    """Return a Gaussian of the width that the disc of a defocus has."""
+    # A disc of radius R has the deviation R / 2 along each axis.
+    radius_px = abs(defocus_um) * optics.numerical_aperture / optics.pixel_size_um
+    sigma = max(0.5 * radius_px / optics.refractive_index, 0.05)
+    place = np.arange(-ceil(3.5 * sigma), ceil(3.5 * sigma) + 1)
+    profile = np.exp(-0.5 * (place / sigma) ** 2)
+    psf = profile[:, None] * profile
+    return np.asarray(psf / psf.sum(), dtype=np.float32)
+
+
+def _draw_levels(
+    pairs: PairsRecipe, optics: OpticalSystem, dense: bool, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Draw the defocus of every plane, ascending."""
+    farthest, count = pairs.farthest_level, pairs.planes
+    finer = optics.sampling / (pairs.reference.sampling * _FINEST_IN_FULL)
+    if finer < 1:
+        farthest = max(farthest * finer, 1.01 * _DENSE_STEP * count / 2)
+    if dense:
+        reach = _DENSE_STEP * count
+        first = rng.uniform(-farthest, farthest - reach)
+        levels = first + _DENSE_STEP * np.arange(count)
+    else:
+        edges = np.linspace(-farthest, farthest, count + 1)
+        levels = rng.uniform(edges[:-1], edges[1:])
+    return levels.astype(np.float32)
+
+
+def _modality(light: Image, pairs: PairsRecipe, rng: np.random.Generator) -> Image:
+    """Show some scenes as brightfield does: absorbing, or as relief."""
+    chance = rng.random()
+    if chance < pairs.absorbing_share:
+        return np.asarray(1 - rng.uniform(0.3, 0.95) * light, dtype=np.float32)
+    if chance < pairs.absorbing_share + pairs.relief_share:
+        ground = ndimage.gaussian_filter(light, rng.uniform(1.0, 4.0))
+        edges = light - ground
+        contrast = rng.uniform(0.2, 0.5) / max(float(np.abs(edges).max()), 1e-6)
+        return np.asarray(np.clip(0.5 + contrast * edges, 0, 1), dtype=np.float32)
+    return light
+
+
 Pair = tuple[Image, Image]
 """Blurred and sharp image, both on the scale of the blurred one's percentiles."""
 

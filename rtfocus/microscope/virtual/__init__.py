@@ -1,1 +1,0 @@
-"""Virtual microscope: a specimen under real optics, and devices that show it."""

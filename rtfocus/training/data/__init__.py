@@ -1,1 +1,0 @@
-"""Data: sharp fields, drawn specimens and the blurred images made of them."""
