@@ -107,6 +107,40 @@ class Newest(Generic[T]):
         return item
 
 
+class Recent(Generic[T]):
+    """The last items of many, told piece by piece; whoever uses it holds a lock.
+
+    Parameters
+    ----------
+    kept
+        So many; older ones are gone.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self._items: deque[T] = deque(maxlen=kept)
+        self.count = 0
+        """Of all that ever came."""
+        self._told = (0, 0)
+
+    def append(self, item: T) -> None:
+        """Add the newest."""
+        self._items.append(item)
+        self.count += 1
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._items.clear()
+
+    def news(self, *, everything: bool) -> list[T]:
+        """Return, oldest first, what came since the call before the last, or all.
+
+        Each item is told twice, so that whoever misses one call misses nothing.
+        """
+        new = len(self._items) if everything else self.count - self._told[0]
+        self._told = (self._told[1], self.count)
+        return list(self._items)[-new:] if new else []
+
+
 class Worker:
     """A thread that applies one step to every item of a source.
 

@@ -8,11 +8,10 @@ import logging
 import platform
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -47,11 +46,9 @@ from rtfocus.transport.sockets import (
     preview_server,
     request_server,
 )
-from rtfocus.workers import Newest
+from rtfocus.workers import Newest, Recent
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 LOOP_SHARE = 0.01
 """Of the time of the loop's thread that pictures may take: after each it has its rest,
@@ -96,8 +93,8 @@ class PreviewPublisher:
         self._failure_is_told = False
         self._shown: Shown | None = None
         self._lock = threading.Lock()
-        self._points: _Recent[Point] = _Recent(_POINTS)
-        self._focus: _Recent[tuple[int, dict[str, Any]]] = _Recent(_FOCUS_LINES)
+        self._points: Recent[Point] = Recent(_POINTS)
+        self._focus: Recent[tuple[int, dict[str, Any]]] = Recent(_FOCUS_LINES)
         self._states = 0
         self.watched = False
         """Whether somebody is connected."""
@@ -345,29 +342,6 @@ class PreviewPublisher:
             saturated=saturated,
         )
         return [header, reduced, *(array for _, array in planes)]
-
-
-class _Recent(Generic[T]):
-    """The last of what came, and which of it the next state tells; under a lock."""
-
-    def __init__(self, kept: int) -> None:
-        self._items: deque[T] = deque(maxlen=kept)
-        self.count = 0
-        """Of all that ever came."""
-        self._told = (0, 0)
-
-    def append(self, item: T) -> None:
-        self._items.append(item)
-        self.count += 1
-
-    def clear(self) -> None:
-        self._items.clear()
-
-    def news(self, *, everything: bool) -> list[T]:
-        """Return, oldest first, what came since the call before the last, or all."""
-        new = len(self._items) if everything else self.count - self._told[0]
-        self._told = (self._told[1], self.count)
-        return list(self._items)[-new:] if new else []
 
 
 def _reduced(
