@@ -128,6 +128,11 @@ class Accounting:
             rest = 0 if planned is None else planned - sent - camera_lost
             self.not_acquired = max(not_acquired, rest)
 
+    def rejected_messages(self) -> dict[str, int]:
+        """Return the messages that were no frames, by reason."""
+        with self._lock:
+            return dict(self.rejected)
+
     @property
     def unaccounted(self) -> int:
         """Frames that no term explains; 0 in every finished run."""

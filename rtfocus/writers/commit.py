@@ -12,9 +12,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from rtfocus.errors import BusyError, WriterError
 from rtfocus.frame import Slot
@@ -22,6 +25,7 @@ from rtfocus.machine import free_bytes
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
+from rtfocus.writers.header import REJECTED_NAME, write_json
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, JournalFile, Line
 from rtfocus.writers.places import Plan, Planned, TakenPlaces, complete
 
@@ -305,6 +309,15 @@ def _failure(futures: list[Commit]) -> BaseException | None:
     return first
 
 
+def read_rejected(folder: Path) -> dict[str, int]:
+    """Return the messages that were no frames, by reason, of all processes so far."""
+    try:
+        data = (folder / REJECTED_NAME).read_bytes()
+        return msgspec.json.decode(data, type=dict[str, int])
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return {}
+
+
 class Ledger:
     """Journals, counts and reports entries; called from the commit thread.
 
@@ -345,6 +358,7 @@ class Ledger:
         self._on_free = on_free
         self.bytes_written = 0
         """Pixels committed, before compression."""
+        self._noted = read_rejected(folder)
 
     def committed(self, entry: Entry) -> None:
         """Journal an entry, count it and report it durable."""
@@ -364,6 +378,18 @@ class Ledger:
             self._on_durable(sequence)
         if entry.slot is not None:
             self._on_free(entry.slot)
+        self.note_rejected()
+
+    def note_rejected(self) -> None:
+        """Keep what was refused, so that a later process of this run tells it too."""
+        rejected = self._accounting.rejected_messages()
+        if rejected == self._noted:
+            return
+        self._noted = rejected
+        # No reason to fail a run whose frames can still be written.
+        with suppress(BusyError, WriterError):
+            self._lock.assert_held()
+            write_json(self._folder / REJECTED_NAME, rejected)
 
     def lost(self, entry: Entry) -> None:
         """Count a frame that could not be made durable."""

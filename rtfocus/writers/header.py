@@ -24,6 +24,7 @@ from rtfocus.frame import SeriesStart, TileGrid
 HEADER_NAME = "series.json"
 REPORT_NAME = "report.json"
 JOURNAL_NAME = "frames.ndjson"
+REJECTED_NAME = "rejected.json"
 FORMAT = 1
 
 LOCK_NAME = "writer.lock"

@@ -3,6 +3,7 @@
 A repair deletes no frame; a completion restores what was recorded raw only.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rtfocus.files import refuse_links, replace
 from rtfocus.frame import FrameResult
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import RunImages
-from rtfocus.writers.commit import Tally
+from rtfocus.writers.commit import Tally, read_rejected
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import ASIDE_NAME, RunLock, set_aside
 from rtfocus.writers.header import (
@@ -80,7 +81,7 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
     tally = Tally(Plan(header.series))
     for line in journal_lines(folder / JOURNAL_NAME, tally.plan):
         tally.add(line)
-    accounting = Accounting()
+    accounting = Accounting(rejected=Counter(_rejected(folder, report)))
     tally.restore(accounting)
     # A frame found again may have no sequence.
     sent = max(tally.next_sequence, sum(tally.terms.values()))
@@ -96,6 +97,15 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
         steps.append(f"set t from {before} to {images.frames}")
     steps.append(f"wrote totals, journal columns and report of {tally.lines} lines")
     return steps
+
+
+def _rejected(folder: Path, report: dict[str, Any] | None) -> dict[str, int]:
+    """Return the messages refused; a report knows of more than was noted on the way."""
+    told = {} if report is None else report["accounting"].get("rejected_messages")
+    try:
+        return msgspec.convert(told or read_rejected(folder), dict[str, int])
+    except msgspec.ValidationError:
+        return read_rejected(folder)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
 from rtfocus.machine import DiskWatch
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import RunImages
-from rtfocus.writers.commit import Ledger, Tally
+from rtfocus.writers.commit import Ledger, Tally, read_rejected
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import RunLock, begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
@@ -145,6 +145,8 @@ class RunWriter:
                 if line["status"] == WRITTEN:
                     taken.take(complete(line["index"]))
             self._tally.restore(accounting)
+            for reason, number in read_rejected(folder).items():
+                accounting.count("rejected", reason, number)
         self.next_sequence = self._tally.next_sequence
         """First sequence that is not durable: where a resumed run goes on."""
         self._journal = JournalFile(folder / JOURNAL_NAME, fsync=header.store.fsync)
@@ -260,6 +262,7 @@ class RunWriter:
     def abort(self) -> None:
         """Discard what is not durable; the folder can be resumed or repaired."""
         self._stop()
+        self._ledger.note_rejected()
         self._lock.release()
 
     def status(self) -> WriterStatus:

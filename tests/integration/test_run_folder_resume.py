@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,36 @@ def test_a_run_goes_on_after_its_last_durable_frame(tmp_path: Path) -> None:
     raw = zarr.open_array(folder / "raw.ome.zarr" / "0", mode="r")
     for t in range(6):
         np.testing.assert_array_equal(raw[t, 0, 0], numbered(t, run.series))
+
+
+def test_what_was_refused_is_told_over_all_processes_of_a_run(tmp_path: Path) -> None:
+    killed, folder = tmp_path / "killed.rtfocus", tmp_path / "run.rtfocus"
+    with recording(killed, make_series()) as run:
+        run.accounting.count("rejected", "malformed", 3)
+        run.send(0, {"t": 0})
+        run.writer.drain()
+        shutil.copytree(killed, folder)  # as it is after kill -9
+        run.accounting.count("rejected", "version")
+    in_time = {"malformed": 3}
+    assert json.loads((folder / "rejected.json").read_text()) == in_time
+    said = json.loads((killed / "rejected.json").read_text())
+    assert said == {"malformed": 3, "version": 1}
+    with recording(folder, make_series()) as run:
+        assert run.accounting.rejected == in_time
+        run.accounting.count("rejected", "malformed")
+        run.send(1, {"t": 1})
+        run.close(2)
+
+    def told(folder: Path) -> object:
+        terms = json.loads((folder / "report.json").read_text())["accounting"]
+        return terms["rejected_messages"]
+
+    assert told(folder) == {"malformed": 4}
+    for place in (folder, killed):
+        journal = place / "frames.ndjson"
+        journal.write_bytes(journal.read_bytes()[:-20])
+        assert check_run(place, repair=True).problems == []
+    assert [told(folder), told(killed)] == [{"malformed": 4}, said]
 
 
 def test_a_resumed_shard_keeps_its_earlier_frames(tmp_path: Path) -> None:
