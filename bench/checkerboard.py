@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rtfocus.evaluation.scores import psnr
-from rtfocus.training.export import trained
+from rtfocus.training.api import trained
 from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.pairs import Pair, load_real_pairs
 from rtfocus.training.scenes import data_folder

@@ -27,8 +27,9 @@ from rtfocus.config.sections import TransportConfig
 from rtfocus.frame import FrameHeader, Position, SeriesStart
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages
+from rtfocus.transport.inflow import Gap
 from rtfocus.transport.publisher import FramePublisher
-from rtfocus.transport.receiver import FrameReceiver, Gap
+from rtfocus.transport.receiver import FrameReceiver
 from rtfocus.transport.sockets import create_keys, secure_client, secure_server
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -43,9 +43,10 @@ from rtfocus.monitor import Monitor
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
+from rtfocus.transport.inflow import Gap
 from rtfocus.transport.preview import PreviewPublisher, open_preview
 from rtfocus.transport.publisher import FramePublisher
-from rtfocus.transport.receiver import FrameReceiver, Gap
+from rtfocus.transport.receiver import FrameReceiver
 from rtfocus.workers import BoundedQueue, Pipeline, Worker, acting_when
 from rtfocus.writers.folder import run_folder
 from rtfocus.writers.run import RunWriter, open_run

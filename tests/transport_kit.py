@@ -13,8 +13,9 @@ from rtfocus.channel import Channel
 from rtfocus.config.sections import TransportConfig
 from rtfocus.frame import Estimate, FrameHeader, Position, SeriesStart, Slot
 from rtfocus.metrics import Accounting
+from rtfocus.transport.inflow import Gap
 from rtfocus.transport.publisher import FramePublisher
-from rtfocus.transport.receiver import FrameReceiver, Gap
+from rtfocus.transport.receiver import FrameReceiver
 
 SHAPE = (24, 32)
 DEADLINE_S = 60.0

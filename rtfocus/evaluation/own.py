@@ -43,8 +43,7 @@ from rtfocus.processing.engines.registry import (
     check_new_name,
     user_engine_folder,
 )
-from rtfocus.training.api import REFINED, refining_recipe
-from rtfocus.training.export import export_engine
+from rtfocus.training.api import REFINED, export_engine, refining_recipe
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.trainer import Trainer, choose_device, train
 

@@ -1,30 +1,206 @@
 """Training commands: what `rtfocus train` and `rtfocus export` call.
 
-And a recipe turned to the user's objective and sharp images: engines are trained for
-the optics of their recipe. Here those are replaced, with all lengths along the axis
-kept in units of the defocus that the optics resolve, and the recipe's images give way
-to a folder of the user's.
+From a checkpoint to an engine folder that runs without torch. And a recipe turned to
+the user's objective and sharp images: engines are trained for the optics of their
+recipe. Here those are replaced, with all lengths along the axis kept in units of the
+defocus that the optics resolve, and the recipe's images give way to a folder of the
+user's.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter
+from torch import nn
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
+from rtfocus.images.metadata import TEXT_MARK
 from rtfocus.images.optics import read_optics
 from rtfocus.images.outputs import OutputGuard
-from rtfocus.training.export import export_engine, parse_precisions
+from rtfocus.training.feed import (
+    find_engine,
+    identity,
+    load_checkpoint,
+    mean_state,
+)
 from rtfocus.training.networks.rtfocus_2 import Rtfocus2Recipe
-from rtfocus.training.recipe import RecipeBase, SourceRecipe
-from rtfocus.training.task import load_recipe, validate_recipe
+from rtfocus.training.onnx_forms import (
+    calibration_inputs,
+    halve_weights,
+    quantise,
+    write_half_network,
+    write_onnx,
+)
+from rtfocus.training.recipe import (
+    Precision,
+    RecipeBase,
+    SourceRecipe,
+    file_name,
+    parse_precisions,
+)
+from rtfocus.training.task import Task, load_recipe, make_task, validate_recipe
 from rtfocus.training.trainer import train
+
+
+def write_precisions(
+    task: Task[Any],
+    network: nn.Module,
+    folder: Path,
+    precisions: Sequence[Precision] = ("fp32",),
+    *,
+    half_weights: bool = False,
+) -> dict[Precision, str]:
+    """Write a network in several precisions.
+
+    Parameters
+    ----------
+    task
+        Of the network; its training data sets the ranges of int8.
+    network
+        Trained weights, for inference.
+    folder
+        Where the files go.
+    precisions
+        ``fp32`` is written whether named or not: it is the reference. ``fp16``
+        computes in half precision, ``int8`` in 8 bits between Q/DQ nodes.
+    half_weights
+        Store the weights of the fp32 file in 16 bits.
+
+    Returns
+    -------
+    dict
+        File name by precision.
+
+    Raises
+    ------
+    ConfigError
+        If int8 is wanted and the training data are not there.
+    """
+    graph = task.graph(network)
+    reference = folder / file_name("fp32")
+    write_onnx(graph, reference)
+    files: dict[Precision, str] = {"fp32": reference.name}
+    if "fp16" in precisions:
+        files["fp16"] = file_name("fp16")
+        write_half_network(reference, folder / files["fp16"])
+    if "int8" in precisions:
+        files["int8"] = file_name("int8")
+        batches = calibration_inputs(task, tuple(graph.inputs))
+        quantise(
+            reference, folder / files["int8"], batches, float_ends=graph.float_ends
+        )
+    if half_weights:
+        halve_weights(reference)
+    return files
+
+
+CARD_NAME = "engine.yaml"
+
+
+def export_engine(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    name: str | None = None,
+    mean_with: Path | None = None,
+    half_weights: bool = False,
+    precisions: Sequence[Precision] = ("fp32",),
+) -> Path:
+    """Write weights and card of a checkpoint's averaged network; returns the card.
+
+    Parameters
+    ----------
+    checkpoint
+        Of any network.
+    folder
+        Of the engine; made where it is missing.
+    name
+        Of the engine; None: that of the folder.
+    mean_with
+        Checkpoint of the same network: the mean of both goes into the engine.
+    half_weights
+        Store weights in 16 bits, see `rtfocus.training.onnx_forms`.
+    precisions
+        Files to write, see `rtfocus.training.api`.
+
+    Raises
+    ------
+    ConfigError
+        If the checkpoint cannot be read, or int8 lacks the training data.
+    """
+    if mean_with is None:
+        recipe, state = load_checkpoint(checkpoint)
+    else:
+        recipe, state = mean_state(mean_with, checkpoint)
+    task, network = trained(recipe, state)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = write_precisions(
+        task, network, folder, precisions, half_weights=half_weights
+    )
+    card = {
+        "name": name or folder.resolve().name,
+        **task.card(),
+        "files": dict(files),
+        "sha256": {
+            precision: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for precision, name in files.items()
+        },
+        "trained": {
+            **_history(recipe, state),
+            **({} if mean_with is None else {"mean_with": _earlier(mean_with)}),
+            "data": [source.kind for source in recipe.sources],
+            "split": "by field",
+            "threads": recipe.threads,
+            "weights_bits": 16 if half_weights else 32,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+    }
+    path = folder / CARD_NAME
+    text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=88)
+    path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
+    return path
+
+
+def trained(recipe: RecipeBase, state: dict[str, Any]) -> tuple[Task[Any], nn.Module]:
+    """Return the task of a checkpoint and its averaged network, for inference."""
+    task = make_task(recipe)
+    task.network.load_state_dict(state["average"])
+    return task, task.network.eval()
+
+
+def _history(recipe: RecipeBase, state: dict[str, Any]) -> dict[str, Any]:
+    """Say how the weights came about, the runs they started from included."""
+    name = f"train_{recipe.name}"
+    shipped = (resource_folder("configs") / f"{name}.yaml").is_file()
+    history: dict[str, Any] = {
+        # A recipe of the user's own has a name that nobody else finds.
+        **({"command": f"rtfocus train {name}"} if shipped else {"run": recipe.name}),
+        "seed": recipe.seed,
+        "steps": state["step"],
+        "minutes": round(state["seconds"] / 60),
+    }
+    if recipe.start_from is not None:
+        history["after"] = _earlier(recipe.start_from)
+    return history
+
+
+def _earlier(source: Path) -> dict[str, Any] | str:
+    """Say where the first weights came from: a run, an engine, or a lost file."""
+    folder = find_engine(source)
+    if folder is not None:
+        return {"engine": identity(folder)}
+    if source.is_file():
+        return _history(*load_checkpoint(source))
+    return str(source)
+
 
 _SUFFIXES = (".tif", ".tiff", ".png")
 _HELD_OUT = 5

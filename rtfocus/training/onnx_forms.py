@@ -1,4 +1,6 @@
-"""ONNX forms: smaller numbers for a network: 16 bits, 16-bit weights, 8 bits.
+"""ONNX forms: a network as a file, and in smaller numbers: 16 bits, 8 bits.
+
+An ONNX file takes any number and size of frames and holds its weights itself.
 
 *Half network*: convolutions and products, all the cost, compute in 16 bits; what adds
 up many values or divides by small ones stays in 32, inputs and outputs too. GPUs run
@@ -15,8 +17,10 @@ for more at either end.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,6 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from rtfocus.errors import EngineError
+from rtfocus.training.task import Arrays, Graph, Task
 
 # Biases and shapes stay as they are: they are small, and a bias may be large.
 _LEAST_VALUES = 256
@@ -236,8 +241,6 @@ def _cast(source: str, target: str, *, half: bool) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=to)
 
 
-Arrays = Mapping[str, NDArray[np.float32]]
-
 _CONVOLUTION = "Conv"
 
 
@@ -359,3 +362,62 @@ class _Calibration:
         """Return the next batch, None after the last."""
         batch = next(self._batches, None)
         return None if batch is None else dict(batch)
+
+
+_OPSET = 18
+
+
+def write_onnx(graph: Graph, path: Path) -> None:
+    """Write a graph; EngineError where torch cannot trace it."""
+    dims = {
+        axis: torch.export.Dim(axis)
+        for axes in graph.dynamic.values()
+        for axis in axes.values()
+    }
+    shapes = tuple(
+        {place: dims[axis] for place, axis in graph.dynamic.get(name, {}).items()}
+        for name in graph.inputs
+    )
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # The exporter warns about its own libraries' deprecated calls.
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                graph.module.eval(),
+                tuple(graph.inputs.values()),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                opset_version=_OPSET,
+                verbose=False,
+            )
+    finally:
+        exporter.setLevel(level)
+    if program is None:
+        msg = (
+            f"torch wrote no ONNX program for '{path}'; use torch 2.13 (rtfocus[train])"
+        )
+        raise EngineError(msg)
+    model = program.model_proto
+    # Every node carries the exporter's stack trace, with the paths of this machine.
+    for part in (model.graph, model, *model.graph.node, *model.graph.value_info):
+        part.ClearField("metadata_props")
+    path.write_bytes(model.SerializeToString())
+
+
+_CALIBRATION_BATCHES = 8
+# What batches call the network's input `tiles`.
+_TILES = ("blurred", "crops", "patches")
+
+
+def calibration_inputs(task: Task[Any], names: tuple[str, ...]) -> Iterator[Arrays]:
+    """Make a graph's inputs by name from training batches, always the same ones."""
+    for draw in range(1, _CALIBRATION_BATCHES + 1):
+        batch = task.batch(0, draw)
+        (tiles,) = (entry for entry in _TILES if entry in batch)
+        inputs = {name: batch[tiles if name == "tiles" else name] for name in names}
+        yield {name: np.asarray(v, dtype=np.float32) for name, v in inputs.items()}

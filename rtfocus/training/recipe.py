@@ -5,12 +5,13 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import Section
+from rtfocus.errors import ConfigError
 from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -193,3 +194,33 @@ class PairRecipe(RecipeBase):
     """A training run on pairs."""
 
     pairs: PairsRecipe
+
+
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def file_name(precision: Precision) -> str:
+    """Return the name of a precision's file in an engine folder."""
+    return f"model.{precision}.onnx"
+
+
+def parse_precisions(text: str) -> tuple[Precision, ...]:
+    """Read a list such as ``fp32,fp16,int8``; fp32 is always part of it.
+
+    Raises
+    ------
+    ConfigError
+        Names the word that is no precision.
+
+    Examples
+    --------
+    >>> parse_precisions("int8")
+    ('fp32', 'int8')
+    """
+    words = {word.strip() for word in text.split(",")} | {"fp32"}
+    unknown = sorted(words - set(PRECISIONS))
+    if unknown:
+        msg = f"precision '{unknown[0]}' is unknown; choose of {', '.join(PRECISIONS)}"
+        raise ConfigError(msg)
+    return tuple(name for name in PRECISIONS if name in words)

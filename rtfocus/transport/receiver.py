@@ -1,26 +1,35 @@
-"""Receiver: the processor side's end of the transport.
+"""Receiver: the processor side's end of the transport, and its loop in the I/O thread.
 
 Free slots of its pool are the credit the publisher sends within, so whoever
 holds slots for long slows the acquisition down; nothing is lost by that.
 """
 
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Container, Iterator
 
 import numpy as np
+import zmq
 
 from rtfocus.config.sections import TransportConfig
-from rtfocus.errors import TransportError
+from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import Act, Estimate, SeriesEnd, SeriesStart, Slot, SlotPool
 from rtfocus.metrics import Accounting
+from rtfocus.transport import messages as m
 from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Gap, Inflow
-from rtfocus.transport.io_thread import IoThread, Waker
-from rtfocus.transport.receiver_loop import MOST_ASKS, ReceiverLoop
+from rtfocus.transport.io_thread import PAUSE_S, FramesIn, IoThread, Link, Waker
 from rtfocus.transport.registrar import LOST_HEARTBEATS
-from rtfocus.transport.sockets import Context, nobody_listens, slot_pool
-
-__all__ = ["FrameReceiver", "Gap"]
+from rtfocus.transport.sockets import (
+    Context,
+    control_client,
+    frames_client,
+    nobody_listens,
+    slot_pool,
+)
+from rtfocus.transport.validation import Rejections
+from rtfocus.workers import Newest
 
 _LOOK_S = 0.1
 """How often a waiting call looks for a stop or a deadline."""
@@ -249,3 +258,161 @@ class FrameReceiver:
         dialogue = self._dialogue
         if dialogue is not None and dialogue.inflow is not None:
             dialogue.inflow.lose(str(failure))
+
+
+MOST_ASKS = 8
+_MESSAGES_PER_TURN = 64
+"""Bounds how long control messages can hold up frames."""
+_FRAMES_PER_TURN = 4
+"""Bounds how long frames can hold up credit and durability reports."""
+
+
+class ReceiverLoop:
+    """Owns the sockets and runs one `Dialogue` after the other."""
+
+    def __init__(
+        self,
+        context: Context,
+        waker: Waker,
+        config: TransportConfig,
+        accounting: Accounting,
+    ) -> None:
+        self.dialogue: Dialogue | None = None
+        self.turned = threading.Condition()
+        """Notified after every turn until frames are wanted."""
+        self.estimates: Newest[Estimate] = Newest()
+        """To be sent; put them here from any thread, then wake the loop."""
+        self.asks: deque[Act] = deque()
+        """The same, for what viewers ask of the microscope side; `MOST_ASKS` wait."""
+        self._waker = waker
+        self._rejections = Rejections(
+            "frames", lambda reason: accounting.count("rejected", reason)
+        )
+        self._poller = zmq.Poller()
+        self._poller.register(waker.fileno(), zmq.POLLIN)
+        self._frames = FramesIn(
+            Link(
+                lambda: frames_client(context, config),
+                config.frames,
+                config.curve_keys,
+                self._poller,
+            )
+        )
+        self._control = Link(
+            lambda: control_client(context, config),
+            config.control,
+            config.curve_keys,
+            self._poller,
+        )
+
+    @property
+    def is_key_refused(self) -> bool:
+        """The publisher does not know our CURVE key."""
+        return self._control.is_key_refused or self._frames.link.is_key_refused
+
+    @property
+    def rejected(self) -> str | None:
+        """What was wrong with the newest message that could not be used."""
+        return self._rejections.last
+
+    def open_dialogue(self, dialogue: Dialogue) -> None:
+        """Leave the last series and look for another."""
+        self._leave("another series is wanted")
+        self._frames.subscribe(None)
+        self.dialogue = dialogue
+
+    def turn(self) -> None:
+        """Wait for something to do, and do it."""
+        dialogue = self.dialogue
+        wait_s = 1.0
+        if dialogue is not None:
+            wait_s = max(dialogue.next_turn_s - time.monotonic(), 0.0)
+        if self._control.is_broken or self._frames.link.is_broken:
+            wait_s = min(wait_s, PAUSE_S)
+        ready = dict(self._poller.poll(int(wait_s * 1000) + 1))
+        self._waker.clear()
+        self._look_after_links(ready)
+        # Frames first: control may say that no more will come.
+        if self._frames.link.socket in ready:
+            self._read_frames()
+        if self._control.socket in ready:
+            self._read_control()
+        if dialogue is not None:
+            now_s = time.monotonic()
+            self._frames.subscribe(dialogue.topic)
+            dialogue.watch(now_s)
+            for message in dialogue.say(now_s):
+                self._say(message)
+            self._send_estimate()
+            while self.asks and dialogue.series is not None:
+                series_uid = dialogue.series.series_uid
+                self._say(m.Ask(dialogue.uid, series_uid, self.asks.popleft()))
+        if dialogue is not None and dialogue.inflow is None:
+            with self.turned:
+                self.turned.notify_all()
+
+    def close(self) -> None:
+        """Report what is durable, say good-bye, close the sockets."""
+        if self.dialogue is not None and self.dialogue.inflow is not None:
+            self.dialogue.inflow.stop()
+        self._leave("receiver closed")
+        self._frames.link.close()
+        self._control.close()
+
+    def _read_frames(self) -> None:
+        for _ in range(_FRAMES_PER_TURN):
+            try:
+                message = self._frames.receive()
+                if message is None:
+                    return
+                if self.dialogue is not None and self.dialogue.inflow is not None:
+                    self.dialogue.heard_frame(time.monotonic())
+                    self.dialogue.inflow.take(*message)
+            except ProtocolError as error:
+                self._rejections.reject(error.reason, str(error))
+
+    def _read_control(self) -> None:
+        for _ in range(_MESSAGES_PER_TURN):
+            try:
+                parts = self._control.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = m.unpack_from_publisher(parts[0] if len(parts) == 1 else b"")
+            except ProtocolError as error:
+                self._rejections.reject(error.reason, f"control: {error}")
+                continue
+            if self.dialogue is not None:
+                self.dialogue.handle(message, time.monotonic())
+
+    def _look_after_links(self, ready: Container[object]) -> None:
+        now_s, dialogue, frames = time.monotonic(), self.dialogue, self._frames.link
+        if frames.monitor in ready and frames.look(now_s):
+            if dialogue is not None and dialogue.is_running:
+                # Frames that were lost with it show as a hole.
+                self._rejections.reject(
+                    "disconnected",
+                    "the frames connection broke: network, or a message of more "
+                    "than transport.max_frame_mb",
+                )
+        if self._control.monitor in ready:
+            self._control.look(now_s)
+        self._frames.mend(now_s)
+        self._control.mend(now_s)
+
+    def _leave(self, reason: str) -> None:
+        if self.dialogue is not None:
+            for message in self.dialogue.last_words(reason):
+                self._say(message)
+
+    def _say(self, message: m.FromRecorder) -> None:
+        try:
+            self._control.socket.send(m.pack(message), zmq.NOBLOCK)
+        except zmq.Again:
+            # No publisher reads this; what matters is said again at a heartbeat.
+            return
+
+    def _send_estimate(self) -> None:
+        estimate = self.estimates.take()
+        if estimate is not None:
+            self._say(estimate)

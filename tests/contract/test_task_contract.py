@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtfocus.files import resource_folder
-from rtfocus.training.export import calibration_inputs
+from rtfocus.training.onnx_forms import calibration_inputs
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.task import (
     load_recipe,

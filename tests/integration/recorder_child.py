@@ -8,7 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 from rtfocus.metrics import Accounting
-from rtfocus.transport.receiver import FrameReceiver, Gap
+from rtfocus.transport.inflow import Gap
+from rtfocus.transport.receiver import FrameReceiver
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from transport_kit import DEADLINE_S, make_config, number_of

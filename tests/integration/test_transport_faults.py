@@ -31,10 +31,10 @@ from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import FrameHeader
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
+from rtfocus.transport.inflow import Gap
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.preview_messages import PreviewViewer
 from rtfocus.transport.publisher import FramePublisher
-from rtfocus.transport.receiver import Gap
 from rtfocus.transport.sockets import create_keys
 
 

@@ -29,10 +29,10 @@ from transport_kit import (
 from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import Estimate, Role
+from rtfocus.transport.inflow import Gap
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.preview_messages import PreviewViewer, Shown
 from rtfocus.transport.publisher import FramePublisher
-from rtfocus.transport.receiver import Gap
 
 CHILD = Path(__file__).with_name("recorder_child.py")
 

@@ -7,9 +7,8 @@ import openvino
 import torch
 from torch import nn
 
-from rtfocus.training.export import write_onnx
 from rtfocus.training.networks.comi_networks import Generator
-from rtfocus.training.onnx_forms import halve_weights
+from rtfocus.training.onnx_forms import halve_weights, write_onnx
 from rtfocus.training.task import restorer_graph
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.machine import adds_int8_in_16_bits
-from rtfocus.training.export import parse_precisions, write_onnx
-from rtfocus.training.onnx_forms import inner_convolutions, quantise
+from rtfocus.training.onnx_forms import inner_convolutions, quantise, write_onnx
+from rtfocus.training.recipe import parse_precisions
 from rtfocus.training.task import Graph
 
 

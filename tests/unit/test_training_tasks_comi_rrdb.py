@@ -13,7 +13,6 @@ from scipy import ndimage
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.export import write_onnx
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
 from rtfocus.training.kernel_pairs import KernelPairs, gaussian_kernels
 from rtfocus.training.networks.comi import ComiTask
@@ -24,6 +23,7 @@ from rtfocus.training.networks.rrdb import (
     RrdbSection,
     RrdbTask,
 )
+from rtfocus.training.onnx_forms import write_onnx
 from rtfocus.training.recipe import (
     OptimiserRecipe,
     PairsRecipe,

@@ -9,7 +9,6 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.export import write_onnx
 from rtfocus.training.layers import TiledClassifier
 from rtfocus.training.networks.wei_classifier import (
     WIDTHS,
@@ -21,6 +20,7 @@ from rtfocus.training.networks.wei_classifier import (
     exchange_channels,
     normalise_channels,
 )
+from rtfocus.training.onnx_forms import write_onnx
 from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
 from rtfocus.training.signed_patches import (
     LABELS,
