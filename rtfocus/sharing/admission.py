@@ -7,9 +7,10 @@ and no file that runs code.
 
 import hashlib
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -19,9 +20,9 @@ from rtfocus.errors import EngineError
 from rtfocus.processing.engines.card import CARD_NAME, EngineCard, parse_card
 from rtfocus.processing.engines.registry import FoundEngine, add_engine
 from rtfocus.processing.engines.spec_steps import Values
-from rtfocus.sharing.description import read_model
+from rtfocus.sharing.description import Model, read_model
 from rtfocus.sharing.foreign import WEIGHTS_NAME, card_of, prove, read_test_tensor
-from rtfocus.sharing.onnx_file import read_onnx
+from rtfocus.sharing.onnx_file import read_onnx, with_weights_inside
 from rtfocus.sharing.package import (
     RDF_NAMES,
     TENSOR_BYTES,
@@ -38,6 +39,8 @@ _MOST_VALUES = 100_000
 _README = "README.md"
 _DESCRIPTION = "description.yaml"
 """A foreign model's own, kept for its authors, licence and citations."""
+_DOI = re.compile(r"10\.\d{4,9}/\S+")
+_NICKNAME = re.compile(r"(bioimage-io/)?[a-z]{3,}-[a-z]{3,}")
 Files = dict[str, bytes]
 """What is written to the engine's folder, by name."""
 
@@ -79,6 +82,13 @@ def _add(
     path: Path, origin: str, name: str | None, values: Values | None
 ) -> FoundEngine:
     if not path.exists():
+        if page := _page_of(origin):
+            msg = (
+                f"'{origin}' is the name of a model in the web, which is not looked "
+                f"up: open {page}, and give the address of its download, https://..., "
+                "or the zip"
+            )
+            raise EngineError(msg)
         msg = (
             f"'{origin}' does not exist; give a folder with an {CARD_NAME}, or a model "
             "package: a .zip, its folder or its address"
@@ -93,6 +103,16 @@ def _add(
         for file, data in _taken(package, name, values).items():
             (Path(scratch) / file).write_bytes(data)
         return add_engine(Path(scratch))
+
+
+def _page_of(name: str) -> str | None:
+    """Return the page of what looks like a DOI, or one of bioimage.io's nicknames."""
+    doi = _DOI.search(name)
+    if doi is not None:
+        return f"https://doi.org/{doi[0]}"
+    if _NICKNAME.fullmatch(name):
+        return f"https://bioimage.io/#/artifacts/{name.rpartition('/')[2]}"
+    return None
 
 
 def _taken(package: Package, name: str | None, values: Values | None) -> Files:
@@ -137,9 +157,7 @@ def _admitted(
 ) -> Files:
     """Return the engine that a foreign model becomes, once it has proved itself."""
     model = read_model(rdf)
-    weights = verified(
-        package, model.weights.source, model.weights.sha256, WEIGHTS_BYTES
-    )
+    weights = _weights(package, model)
     said = card_of(model, read_onnx(weights), hashlib.sha256(weights).hexdigest())
     tensors = [
         read_test_tensor(
@@ -164,6 +182,29 @@ def _admitted(
     if words.lower().endswith(".md") and words in package:
         files[_README] = package.read(words, TEXT_BYTES)
     return files
+
+
+def _weights(package: Package, model: Model) -> bytes:
+    """Return the ONNX file of a model, with the weights that lie beside it."""
+    source = model.weights.source
+    weights = verified(package, source, model.weights.sha256, WEIGHTS_BYTES)
+    beside = PurePosixPath(source.removeprefix("./")).parent
+    stated = {}
+    if (said := model.outside) is not None:
+        stated[PurePosixPath(said.source).as_posix()] = said.sha256
+
+    def read(location: str) -> bytes:
+        path = (beside / location).as_posix()
+        if not location or not is_safe(location) or path not in package:
+            msg = (
+                f"has an ONNX file whose weights lie in other files, '{location}', "
+                "which is not beside it in the package; get the whole package, or ask "
+                "its authors for one file with all of them"
+            )
+            raise EngineError(msg)
+        return verified(package, path, stated.get(path), WEIGHTS_BYTES)
+
+    return with_weights_inside(weights, read, WEIGHTS_BYTES)
 
 
 def _exported(

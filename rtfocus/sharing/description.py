@@ -85,6 +85,8 @@ class Model:
     """That a folder can have."""
     description: str
     weights: File
+    outside: File | None
+    """Weights that lie beside the ONNX file."""
     input: TensorWords
     output: TensorWords
     tolerance: Tolerance
@@ -150,7 +152,7 @@ class _Tensor04(_Part):
 
 class _Weights(File):
     dependencies: Any = None
-    external_data: Any = None
+    external_data: File | None = None
 
 
 class _Rdf(_Part):
@@ -221,6 +223,7 @@ def _model(rdf: _Rdf) -> Model:
         name=_name_of(rdf),
         description=in_one_line(rdf.description or rdf.name),
         weights=File(source=weights.source, sha256=weights.sha256),
+        outside=weights.external_data,
         input=shown,
         output=gives,
         tolerance=_tolerance(rdf, gives.name),
@@ -245,9 +248,6 @@ def _onnx_of(weights: Mapping[str, Any]) -> _Weights:
             "has ONNX weights with dependencies of their own, which would run code; "
             "ask its authors for weights without"
         )
-        raise EngineError(msg)
-    if onnx.external_data is not None:
-        msg = "keeps its ONNX weights in several files; ask for one with all of them"
         raise EngineError(msg)
     return onnx
 

@@ -100,11 +100,6 @@ def _cast(dtype: str) -> dict[str, Any]:
 
 
 def _faults_of_network(network: OnnxFile) -> Iterator[str]:
-    if not network.is_whole:
-        yield (
-            "has an ONNX file whose weights lie in other files, by a path that may "
-            "lead anywhere; ask its authors for one file with all of them"
-        )
     for what, tensors in (("input", network.inputs), ("output", network.outputs)):
         if len(tensors) != 1:
             names = [tensor.name for tensor in tensors]

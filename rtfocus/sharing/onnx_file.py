@@ -4,17 +4,31 @@ The ``onnx`` package is not needed to run an engine, nor to look at one. An ONNX
 is a protobuf message; the numbers below are those of its fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from rtfocus.errors import EngineError
 
-_MODEL_GRAPH, _MODEL_OPSETS, _MODEL_FUNCTIONS = 7, 8, 25
-_GRAPH_NODES, _GRAPH_WEIGHTS, _GRAPH_SPARSE = 1, 5, 15
-_GRAPH_INPUTS, _GRAPH_OUTPUTS = 11, 12
-_NODE_ATTRIBUTES, _FUNCTION_NODES = 5, 7
-_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 23)
-_TENSOR_NAME, _TENSOR_PLACE = 8, 14
+_MODEL, _GRAPH, _NODE, _FUNCTION = "model", "graph", "node", "function"
+_ATTRIBUTE, _SPARSE, _TENSOR = "attribute", "sparse", "tensor"
+_TRAINING = "training"
+_HOLDS = {
+    _MODEL: {7: _GRAPH, 20: _TRAINING, 25: _FUNCTION},
+    _TRAINING: {1: _GRAPH, 2: _GRAPH},
+    _FUNCTION: {7: _NODE, 11: _ATTRIBUTE},
+    _GRAPH: {1: _NODE, 5: _TENSOR, 15: _SPARSE},
+    _NODE: {5: _ATTRIBUTE},
+    _ATTRIBUTE: {
+        **{5: _TENSOR, 10: _TENSOR, 22: _SPARSE, 23: _SPARSE},
+        **{6: _GRAPH, 11: _GRAPH},
+    },
+    _SPARSE: {1: _TENSOR, 2: _TENSOR},
+}
+"""By kind of message: its fields in which tensors may lie, and what those are."""
+_MODEL_GRAPH, _MODEL_OPSETS = 7, 8
+_GRAPH_WEIGHTS, _GRAPH_INPUTS, _GRAPH_OUTPUTS = 5, 11, 12
+_TENSOR_NAME, _TENSOR_VALUES, _TENSOR_ENTRIES, _TENSOR_PLACE = 8, 9, 13, 14
 _ELSEWHERE = 1
 _MOST_NESTED = 50
 _TYPES = {
@@ -73,13 +87,11 @@ def read_onnx(model: bytes) -> OnnxFile:
     (graph,) = graphs
     given = {_text(weight, _TENSOR_NAME) for weight in _messages(graph, _GRAPH_WEIGHTS)}
     inputs = map(_tensor, _messages(graph, _GRAPH_INPUTS))
-    functions = _messages(message, _MODEL_FUNCTIONS)
     return OnnxFile(
         opset=opset_of(model),
         inputs=tuple(tensor for tensor in inputs if tensor.name not in given),
         outputs=tuple(map(_tensor, _messages(graph, _GRAPH_OUTPUTS))),
-        is_whole=_graph_is_whole(graph, 0)
-        and all(_nodes_are_whole(f, _FUNCTION_NODES, 0) for f in functions),
+        is_whole=all(map(_lies_here, _tensors(message, _MODEL))),
     )
 
 
@@ -122,49 +134,127 @@ def _length(dimension: memoryview) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _graph_is_whole(graph: memoryview, depth: int) -> bool:
-    sparse = [
-        tensor
-        for weight in _messages(graph, _GRAPH_SPARSE)
-        for tensor in _parts_of_sparse(weight)
-    ]
-    weights = [*_messages(graph, _GRAPH_WEIGHTS), *sparse]
-    return all(map(_lies_here, weights)) and _nodes_are_whole(
-        graph, _GRAPH_NODES, depth
-    )
+def _tensors(message: memoryview, kind: str, depth: int = 0) -> Iterator[memoryview]:
+    """Yield every tensor that a message holds, however deep."""
+    if kind == _TENSOR:
+        yield message
+        return
+    _refuse_depth(depth)
+    for number, value in _fields(message):
+        inner = _HOLDS[kind].get(number)
+        if inner is not None and isinstance(value, memoryview):
+            yield from _tensors(value, inner, depth + 1)
 
 
-def _nodes_are_whole(message: memoryview, field: int, depth: int) -> bool:
+def _refuse_depth(depth: int) -> None:
     if depth > _MOST_NESTED:
         msg = "the ONNX file is nested too deeply to be meant; export it again"
         raise EngineError(msg)
-    return all(
-        _attribute_is_whole(attribute, depth)
-        for node in _messages(message, field)
-        for attribute in _messages(node, _NODE_ATTRIBUTES)
-    )
-
-
-def _attribute_is_whole(attribute: memoryview, depth: int) -> bool:
-    sparse = [
-        tensor
-        for weight in _messages(attribute, *_ATTRIBUTE_SPARSE)
-        for tensor in _parts_of_sparse(weight)
-    ]
-    tensors = [*_messages(attribute, *_ATTRIBUTE_TENSORS), *sparse]
-    return all(map(_lies_here, tensors)) and all(
-        _graph_is_whole(graph, depth + 1)
-        for graph in _messages(attribute, *_ATTRIBUTE_GRAPHS)
-    )
-
-
-def _parts_of_sparse(message: memoryview) -> Iterator[memoryview]:
-    """Yield values and indices of a ``SparseTensorProto``."""
-    return _messages(message, 1, 2)
 
 
 def _lies_here(tensor: memoryview) -> bool:
     return (_TENSOR_PLACE, _ELSEWHERE) not in _fields(tensor)
+
+
+def with_weights_inside(
+    model: bytes, read: Callable[[str], bytes], most_bytes: int
+) -> bytes:
+    """Return an ONNX file that holds the weights which it keeps in other files.
+
+    Parameters
+    ----------
+    model
+        The file; one that is whole is returned as it is.
+    read
+        Gives what a file holds by the path that the ONNX file says, which may lead
+        anywhere: refusing is up to it.
+    most_bytes
+        What all weights from other files may have.
+
+    Raises
+    ------
+    EngineError
+        What goes on after the model's name, if they are not all there.
+    """
+    if read_onnx(model).is_whole:
+        return model
+    return _rewritten(memoryview(model), _MODEL, _Outside(read, most_bytes))
+
+
+class _Outside:
+    """Weights in other files."""
+
+    def __init__(self, read: Callable[[str], bytes], most_bytes: int) -> None:
+        self._read = cache(read)
+        self._left = most_bytes
+
+    def data(self, tensor: memoryview) -> memoryview:
+        """Return the values of a tensor that are not in the ONNX file."""
+        said = dict(map(_entry, _messages(tensor, _TENSOR_ENTRIES)))
+        name = _text(tensor, _TENSOR_NAME)
+        location = said.get("location", "")
+        whole = memoryview(self._read(location))
+        try:
+            start = int(said.get("offset", "0"))
+            length = int(said.get("length", str(len(whole) - start)))
+        except ValueError as error:
+            msg = f"has weights '{name}' at no place of '{location}': {error}"
+            raise EngineError(msg) from error
+        if min(start, length) < 0 or start + length > len(whole):
+            msg = (
+                f"has weights '{name}' at bytes {start} to {start + length} of "
+                f"'{location}', which has {len(whole)}; get the whole package again"
+            )
+            raise EngineError(msg)
+        self._left -= length
+        if self._left < 0:
+            msg = "has more weights in other files than can be meant; it is not read"
+            raise EngineError(msg)
+        return whole[start : start + length]
+
+
+def _entry(message: memoryview) -> tuple[str, str]:
+    return _text(message, 1), _text(message, 2)
+
+
+def _rewritten(
+    message: memoryview, kind: str, outside: _Outside, depth: int = 0
+) -> bytes:
+    """Return a message in which every tensor holds its values."""
+    _refuse_depth(depth)
+    if kind == _TENSOR:
+        return bytes(message) if _lies_here(message) else _filled(message, outside)
+    parts: list[bytes | memoryview] = []
+    for number, value, written in _written(message):
+        inner = _HOLDS[kind].get(number)
+        if inner is None or not isinstance(value, memoryview):
+            parts.append(written)
+        else:
+            new = _rewritten(value, inner, outside, depth + 1)
+            parts += _delimited(number, new)
+    return b"".join(parts)
+
+
+def _filled(tensor: memoryview, outside: _Outside) -> bytes:
+    """Return a tensor that holds its values itself."""
+    rest = [
+        written
+        for number, _, written in _written(tensor)
+        if number not in (_TENSOR_ENTRIES, _TENSOR_PLACE, _TENSOR_VALUES)
+    ]
+    return b"".join([*rest, *_delimited(_TENSOR_VALUES, outside.data(tensor))])
+
+
+def _delimited(number: int, value: bytes | memoryview) -> list[bytes | memoryview]:
+    return [_as_varint(number << 3 | 2), _as_varint(len(value)), value]
+
+
+def _as_varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
 
 
 def _messages(message: memoryview, *numbers: int) -> Iterator[memoryview]:
@@ -181,13 +271,22 @@ def _text(message: memoryview, number: int) -> str:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yield number and value of the fields of a protobuf message."""
+    for number, value, _ in _written(message):
+        yield number, value
+
+
+def _written(
+    message: memoryview,
+) -> Iterator[tuple[int, int | memoryview, memoryview]]:
+    """Yield number and value of the fields of a message, and how both are written."""
     place = 0
     while place < len(message):
+        begin = place
         key, place = _varint(message, place)
         kind = key & 7
         if kind == 0:
             value, place = _varint(message, place)
-            yield key >> 3, value
+            yield key >> 3, value, message[begin:place]
             continue
         if kind not in (1, 2, 5):
             msg = "the ONNX file is damaged: no protobuf message; export it again"
@@ -198,8 +297,9 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         if place + length > len(message):
             msg = "the ONNX file ends in the middle; get it again"
             raise EngineError(msg)
-        yield key >> 3, message[place : place + length]
+        value = message[place : place + length]
         place += length
+        yield key >> 3, value, message[begin:place]
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """Models of other people: admitted by what they do, and run as an engine is."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import tifffile
@@ -105,6 +107,7 @@ CASES = {
         ),
         "input",
     ),
+    "weights in a file beside": (lambda: beside(), "input"),
     "mask": (
         lambda: described_05(
             X,
@@ -284,6 +287,35 @@ def _elsewhere():
     return described_05(X, smoothed(X), model.SerializeToString())
 
 
+def beside(offset=4, length=None, sha256=None):
+    """Return a model whose weights, in a folder, have a file of their own."""
+    import onnx
+
+    model = onnx.load_from_string(network())
+    weights = model.graph.initializer[0]
+    values = weights.raw_data
+    assert values
+    weights.ClearField("raw_data")
+    weights.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "weights.onnx.data"), ("offset", offset)):
+        weights.external_data.add(key=key, value=str(value))
+    if length is not None:
+        weights.external_data.add(key="length", value=str(length))
+    files = described_05(X, smoothed(X), model.SerializeToString())
+    rdf = yaml.safe_load(files["rdf.yaml"])
+    data = b"\0" * 4 + values
+    rdf["weights"]["onnx"] = {
+        "source": "sub/weights.onnx",
+        "external_data": {
+            "source": "./sub/weights.onnx.data",
+            "sha256": sha256 or hashlib.sha256(data).hexdigest(),
+        },
+    }
+    files["sub/weights.onnx"] = files.pop("weights.onnx")
+    files["sub/weights.onnx.data"] = data
+    return files | {"rdf.yaml": yaml.safe_dump(rdf).encode()}
+
+
 OTHERS = {"pytorch_state_dict": {"source": "a.pt"}, "torchscript": {"source": "b.pt"}}
 ONNX = {"source": "weights.onnx"}
 REFUSED = {
@@ -318,9 +350,14 @@ REFUSED = {
         "which would run code",
     ),
     "weights elsewhere": (_elsewhere, "lie in other files"),
-    "weights in several files": (
-        _with(weights={"onnx": {**ONNX, "external_data": {"source": "x"}}}),
-        "in several files",
+    "weights elsewhere than said": (
+        lambda: beside(length=10_000),
+        r"at bytes 4 to 10004 of 'weights.onnx.data', which has \d+",
+    ),
+    "weights at no place": (lambda: beside(offset="x"), "at no place of"),
+    "other weights than described": (
+        lambda: beside(sha256="0" * 64),
+        "'sub/weights.onnx.data' .* damaged or was changed",
     ),
     "weights outside": (
         _with(weights={"onnx": {"source": "../weights.onnx"}}),

@@ -193,6 +193,13 @@ def test_damaged_zips_are_refused_in_one_line(exported, mine, tmp_path):
     path.write_bytes(encrypted)
     refused(path, mine, "is encrypted")
     refused(tmp_path / "gone.zip", mine, "does not exist")
+    for name, page in (
+        ("10.5281/zenodo.5869899", r"https://doi.org/10.5281/zenodo.5869899"),
+        ("doi:10.5281/zenodo.1", r"https://doi.org/10.5281/zenodo.1"),
+        ("affable-shark", "https://bioimage.io/#/artifacts/affable-shark"),
+    ):
+        with pytest.raises(EngineError, match=f"open {page}, and give the address"):
+            add_model(name)
 
 
 def test_an_onnx_file_says_what_it_holds(exported):
