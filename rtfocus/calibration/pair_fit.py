@@ -1,15 +1,34 @@
-"""Pair fit: optics from sharp and defocused images of the same fields."""
+"""Pair fit: optics from sharp and defocused images of the same fields.
+
+A sharp image and a defocused one of the same field are tied by
+``defocused = gain * (sharp * PSF(z, W, NA)) + offset``. The sharp image already
+went through the microscope, so what is fitted is the PSF that turns focus into
+defocus, which is the one that simulation and deconvolution need.
+
+Pairs cannot tell (z, W) from (-z, -W): they give the same PSF. The sign of z is
+therefore taken from the nominal defocus, and what the fit finds is the sign of
+the spherical aberration W against it. BBBC006, nominal +10 um: z +6.5 um and W
+-0.49 waves at NA 0.5 (46.5 dB over 22 fields); its far end, nominal -32 um: z -37
+um and W +0.3, so both lie on the same side of the aberration.
+"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from rtfocus.calibration.inputs import ImagePair
-from rtfocus.calibration.pair_search import PsfFit, calibrate_psf
-from rtfocus.calibration.reblur import Reblurring, Trial, measure_psf
+from rtfocus.calibration.reblur import (
+    DEFOCUS_RANGE,
+    Reblurring,
+    Trial,
+    measure_psf,
+    refine,
+    with_astigmatism,
+    with_parameters,
+)
 from rtfocus.calibration.report import (
     LARGEST_APERTURE,
     Calibration,
@@ -24,7 +43,170 @@ from rtfocus.drawing.figures import Axis, Panel
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf, psf_radius_px
 
+
+@dataclass(frozen=True, slots=True)
+class PsfFit:
+    """The best PSF, and how far others are from being as good."""
+
+    system: OpticalSystem
+    """The fitted optics; ``defocus_offset_um`` maps the nominal defocus to z."""
+    nominal_defocus_um: float
+    """The defocus the pairs were labelled with."""
+    best: Trial
+    """Parameters of the fit that was chosen."""
+    unblurred_psnr_db: float
+    """Sharp against defocused images without any PSF: where the fit started."""
+    local_optima: tuple[Trial, ...]
+    """One per NA and sign of W, best first."""
+    near: tuple[Trial, ...]
+    """All sets tried whose PSNR lies within `tolerance_db` of the best."""
+    tolerance_db: float
+    """What counts as equally good."""
+
+    @property
+    def sign_margin_db(self) -> float:
+        """PSNR that the best fit with the other sign of W loses."""
+        others = [
+            optimum.psnr_db
+            for optimum in self.local_optima
+            if optimum.spherical_waves * self.best.spherical_waves <= 0
+        ]
+        return self.local_optima[0].psnr_db - max(others)
+
+    def spread(self, name: str) -> tuple[float, float]:
+        """Return the smallest and largest value of a parameter among `near`."""
+        values = [getattr(optimum, name) for optimum in self.near]
+        return min(values), max(values)
+
+    def statement(self) -> str:
+        """Say in one paragraph what was found and what the pairs cannot tell."""
+        best = self.best
+        ranges = ", ".join(
+            "{} {:.3g} to {:.3g}".format(label, *self.spread(name))
+            for label, name in (
+                ("NA", "numerical_aperture"),
+                ("z", "defocus_um"),
+                ("W", "spherical_waves"),
+            )
+        )
+        return (
+            f"nominal {self.nominal_defocus_um:g} um: z {best.defocus_um:.2f} um, "
+            f"W {best.spherical_waves:.3f} waves at NA "
+            f"{best.numerical_aperture:.3g}; re-blur PSNR {best.psnr_db:.2f} dB "
+            f"(without PSF {self.unblurred_psnr_db:.2f} dB). Equally good within "
+            f"{self.tolerance_db:g} dB: {ranges}. The other sign of W is "
+            f"{self.sign_margin_db:.2f} dB worse."
+        )
+
+
+def calibrate_psf(
+    pairs: Sequence[tuple[ArrayLike, ArrayLike]],
+    start: OpticalSystem,
+    *,
+    nominal_defocus_um: float,
+    apertures: Sequence[float] | None = None,
+    fit_intensity: bool = True,
+    fit_astigmatism: bool = False,
+    data_range: float = 255.0,
+    tolerance_db: float = 0.1,
+) -> PsfFit:
+    """Fit defocus and spherical aberration, optionally NA and intensity, to pairs.
+
+    Parameters
+    ----------
+    pairs
+        (sharp, defocused) images of the same field, registered, axes (y, x); all
+        at the same defocus, any number type.
+    start
+        Pixel size, wavelength, index and the NA where `apertures` is None; its
+        spherical aberration and defocus offset are replaced.
+    nominal_defocus_um
+        The defocus the pairs are labelled with; its sign is kept, z is searched
+        between 0.1 and 1.6 times of it.
+    apertures
+        NAs to try, each with its own best z and W; that of `start` is kept where
+        it is as good as the best. None: that of `start`.
+    fit_intensity
+        Fit one gain and one offset for all pairs; else 1 and 0.
+    fit_astigmatism
+        Let both components of astigmatism free in the end: slower.
+    data_range
+        Of every PSNR.
+    tolerance_db
+        Sets that re-blur at most this much worse count as equally good.
+
+    Returns
+    -------
+    PsfFit
+        The fitted optics with what the pairs leave open.
+
+    Raises
+    ------
+    ValueError
+        If there is no pair, a pair's shapes differ, an image is flat or too small
+        for the widest PSF, or the nominal defocus is 0.
+    """
+    if nominal_defocus_um == 0.0 or not pairs:
+        msg = (
+            f"{len(pairs)} pairs at nominal_defocus_um={nominal_defocus_um}: a fit "
+            "needs at least one pair away from focus"
+        )
+        raise ValueError(msg)
+    base = replace(start, psf_model="pupil", defocus_offset_um=0.0)
+    reblurring = Reblurring(
+        base,
+        pairs,
+        widest_um=DEFOCUS_RANGE[1] * nominal_defocus_um,
+        largest_aperture=max(apertures or (start.numerical_aperture,)),
+        fit_intensity=fit_intensity,
+        data_range=data_range,
+    )
+    optima = [
+        refine(reblurring, aperture, sign, nominal_defocus_um)
+        for aperture in apertures or (start.numerical_aperture,)
+        for sign in (-1.0, 1.0)
+    ]
+    optima.sort(key=lambda trial: -trial.psnr_db)
+    best = _chosen(optima, start.numerical_aperture, tolerance_db)
+    if fit_astigmatism:
+        best = with_astigmatism(reblurring, best)
+    fitted = with_parameters(
+        base,
+        best.numerical_aperture,
+        best.spherical_waves,
+        (best.astigmatism_waves, best.astigmatism_oblique_waves),
+    )
+    return PsfFit(
+        system=replace(fitted, defocus_offset_um=best.defocus_um - nominal_defocus_um),
+        nominal_defocus_um=nominal_defocus_um,
+        best=best,
+        unblurred_psnr_db=reblurring.unblurred_psnr_db(),
+        local_optima=tuple(optima),
+        near=tuple(
+            trial
+            for trial in reblurring.trials
+            if trial.psnr_db >= best.psnr_db - tolerance_db
+        ),
+        tolerance_db=tolerance_db,
+    )
+
+
+def _chosen(optima: Sequence[Trial], nominal: float, tolerance_db: float) -> Trial:
+    """Take the best optimum, or one at the nominal NA that is as good."""
+    best = optima[0]
+    return next(
+        (
+            optimum
+            for optimum in optima
+            if optimum.numerical_aperture == nominal
+            and optimum.psnr_db >= best.psnr_db - tolerance_db
+        ),
+        best,
+    )
+
+
 Floats = NDArray[np.float64]
+Image = NDArray[np.float32]
 
 # NA tried, relative to the nominal one.
 _APERTURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)

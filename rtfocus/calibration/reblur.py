@@ -1,6 +1,7 @@
 """Re-blurring: how well a PSF turns sharp images into their defocused partners.
 
-Also the kernel between both, measured without a model.
+The PSF that does it best is searched for here, from coarse to fine. Also the kernel
+between both, measured without a model.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from math import ceil, log10
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import fft
+from scipy import fft, optimize
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.optics.formation import transfer_function
@@ -186,6 +187,116 @@ def with_parameters(
     return replace(
         system, numerical_aperture=numerical_aperture, aberrations=aberrations
     )
+
+
+# The coarse search, from which each sign of W is refined by itself.
+_DEFOCUS_FACTORS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
+_SPHERICAL_WAVES = (0.1, 0.3, 0.5, 0.8)
+# How far a refinement may go: z relative to the nominal defocus, W in waves.
+DEFOCUS_RANGE = (0.1, 1.6)
+_SPHERICAL_LIMIT = 1.0
+# Trials per valley on the first pair, and in the best valley on all pairs.
+_VALLEY_TRIALS = 24
+_TRIALS = 60
+# First step of both astigmatisms and of W beside them, in waves.
+_ASTIGMATISM_STEP = 0.06
+
+
+def refine(
+    reblurring: Reblurring, aperture: float, sign: float, nominal_um: float
+) -> Trial:
+    """Find the best z and W of one NA and one sign of W.
+
+    The error has several valleys (a weak aberration can stand in for a strong one
+    at another z), so every coarse W is followed down on the first pair, and the
+    best of these on all.
+    """
+    valleys = []
+    for waves in _SPHERICAL_WAVES:
+        coarse = [
+            reblurring.attempt(aperture, factor * nominal_um, sign * waves, count=1)
+            for factor in _DEFOCUS_FACTORS
+        ]
+        start = max(coarse, key=_quality)
+        valleys.append(
+            _descend(reblurring, start, sign, nominal_um, count=1, limit=_VALLEY_TRIALS)
+        )
+    start = max(valleys, key=_quality)
+    return _descend(reblurring, start, sign, nominal_um, count=None, limit=_TRIALS)
+
+
+def with_astigmatism(reblurring: Reblurring, start: Trial) -> Trial:
+    """Follow the error down from the best round PSF, both astigmatisms set free."""
+    trials: list[Trial] = []
+
+    def loss(point: NDArray[np.float64]) -> float:
+        vertical, oblique = np.clip(point[2:] * _ASTIGMATISM_STEP, -1.0, 1.0)
+        trials.append(
+            reblurring.attempt(
+                start.numerical_aperture,
+                start.defocus_um * float(point[0]),
+                start.spherical_waves + float(point[1]) * _ASTIGMATISM_STEP,
+                astigmatism=(float(vertical), float(oblique)),
+            )
+        )
+        return -trials[-1].psnr_db
+
+    origin = np.array([1.0, 0.0, 0.0, 0.0])
+    corners = np.diag([0.03, 1.0, 1.0, 1.0])
+    optimize.minimize(
+        loss,
+        origin,
+        method="Nelder-Mead",
+        options={
+            "initial_simplex": np.vstack([origin, origin + corners]),
+            "maxfev": _TRIALS,
+            "xatol": 0.02,
+            "fatol": 2e-3,
+        },
+    )
+    return max([start, *trials], key=_quality)
+
+
+def _quality(trial: Trial) -> float:
+    return trial.psnr_db
+
+
+def _descend(
+    reblurring: Reblurring,
+    start: Trial,
+    sign: float,
+    nominal_um: float,
+    *,
+    count: int | None,
+    limit: int,
+) -> Trial:
+    """Follow the error down from one trial, within the limits of z and W."""
+    trials: list[Trial] = []
+
+    def loss(point: NDArray[np.float64]) -> float:
+        factor = float(np.clip(point[0], *DEFOCUS_RANGE))
+        waves = sign * float(np.clip(point[1], 0.0, _SPHERICAL_LIMIT))
+        trials.append(
+            reblurring.attempt(
+                start.numerical_aperture, factor * nominal_um, waves, count=count
+            )
+        )
+        return -trials[-1].psnr_db
+
+    point = np.array([start.defocus_um / nominal_um, abs(start.spherical_waves)])
+    steps = np.array([[0.0, 0.0], [0.07, 0.0], [0.0, 0.08]])
+    optimize.minimize(
+        loss,
+        point,
+        method="Nelder-Mead",
+        options={
+            "initial_simplex": point + steps,
+            "maxfev": limit,
+            "xatol": 2e-3,
+            "fatol": 2e-3,
+        },
+    )
+    return max(trials, key=_quality)
 
 
 # Power of the sharp image below which a frequency says nothing, relative to the

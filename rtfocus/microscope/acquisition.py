@@ -27,14 +27,10 @@ from rtfocus.microscope.delivery import (
     end_series,
     overflow_error,
 )
-from rtfocus.microscope.engine import RecordingEngine
+from rtfocus.microscope.engine import RecordingEngine, SetUps
 from rtfocus.microscope.mda import PlannedAcquisition
-from rtfocus.microscope.plan import (
-    anchored,
-    lay_out,
-    read_sequence,
-    with_field_of_view,
-)
+from rtfocus.microscope.plan import lay_out, with_field_of_view
+from rtfocus.microscope.plan_reading import anchored, read_sequence
 from rtfocus.microscope.replay import Replay
 from rtfocus.microscope.series import (
     Complaints,
@@ -45,7 +41,6 @@ from rtfocus.microscope.series import (
     now_ns,
     received_ns,
 )
-from rtfocus.microscope.setups import SetUps
 
 # Micro-Manager's own word for "without end".
 _ENDLESS = 2**31 - 1

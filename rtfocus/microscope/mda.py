@@ -29,7 +29,7 @@ from rtfocus.microscope.delivery import (
     end_series,
     overflow_error,
 )
-from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine
+from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine, SetUps
 from rtfocus.microscope.plan import lay_out, takes_image
 from rtfocus.microscope.series import (
     Complaints,
@@ -40,7 +40,6 @@ from rtfocus.microscope.series import (
     now_ns,
     received_ns,
 )
-from rtfocus.microscope.setups import SetUps
 
 _POLL_S = 0.05
 

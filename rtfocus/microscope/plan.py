@@ -1,28 +1,20 @@
-"""Plan: a useq acquisition plan, read, checked and laid out event by event.
+"""Plan: a useq acquisition plan laid out event by event, checked.
 
 Stage positions, grid tiles and wells become one axis p.
 """
 
-import copy
-import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import useq
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from rtfocus.config.loading import read_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
-from rtfocus.microscope.plan_check import ineffective, unknown_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +101,7 @@ def _well_of(position: useq.Position) -> Well | None:
     return Well(letters, f"{column + 1:02d}")
 
 
-logger = logging.getLogger(__name__)
-
 AXES = ("t", "p", "c", "z")
-# A union of five kinds of plan complains five times of one value.
-_MOST_FAULTS = 3
 
 
 @dataclass(frozen=True)
@@ -144,59 +132,6 @@ class AcquisitionPlan:
 
     def __len__(self) -> int:
         return len(self.places)
-
-
-def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
-    """Read a useq plan, written in the config or in a file of its own.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, a value breaks useq's rules, or a key or setting
-        would be passed over in silence; see `plan_check`.
-    """
-    origin = "acquisition.mda" if isinstance(mda, dict) else f"plan '{mda}'"
-    given = mda if isinstance(mda, dict) else _load(mda)
-    if not isinstance(given, dict):
-        msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
-        raise ConfigError(msg)
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            # useq changes what it is given.
-            sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
-    except (ValidationError, ValueError, TypeError) as error:
-        # Most often a misspelt key is why a value is missing.
-        unknown = unknown_keys(given, useq.MDASequence, origin)
-        fault = unknown[0] if unknown else f"{origin} is no valid useq plan: "
-        raise ConfigError(fault + ("" if unknown else _one_line(error))) from error
-    faults = unknown_keys(given, sequence, origin) + ineffective(sequence, origin)
-    faults += [f"{origin}: {text}" for text in _not_followed(said)]
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return sequence
-
-
-def anchored(sequence: useq.MDASequence, z_um: float | None) -> useq.MDASequence:
-    """Give relative z-stacks a reference: where the z-stage is now.
-
-    useq and pymmcore-plus take 0 where a position has no z, which would drive the
-    objective to the stage's origin.
-    """
-    plan = sequence.z_plan
-    if plan is None or not plan.is_relative or z_um is None:
-        return sequence
-    positions = list(sequence.stage_positions)
-    if not positions:
-        return sequence.replace(stage_positions=[useq.Position(z=z_um)])
-    if all(position.z is not None for position in positions):
-        return sequence
-    return sequence.replace(
-        stage_positions=[
-            p if p.z is not None else p.model_copy(update={"z": z_um})
-            for p in positions
-        ]
-    )
 
 
 def with_field_of_view(
@@ -294,51 +229,6 @@ def takes_image(event: useq.MDAEvent) -> bool:
     return event.action is None or isinstance(event.action, useq.AcquireImage)
 
 
-def _load(path: Path) -> object:
-    try:
-        # JSON is YAML, so that one reader takes both.
-        return read_yaml(path)
-    except OSError as error:
-        msg = (
-            f"plan '{path}' cannot be read: {error.strerror}; give a useq YAML or "
-            "JSON file"
-        )
-        raise ConfigError(msg) from error
-    except ValueError as error:
-        msg = f"plan '{path}' {error}"
-        raise ConfigError(msg) from error
-
-
-def _not_followed(said: list[warnings.WarningMessage]) -> Iterator[str]:
-    """Yield what useq warns of and does not follow; log the rest of its warnings."""
-    for warning in said:
-        text = " ".join(str(warning.message).split())
-        if "ignored" in text or "override" in text:
-            yield text
-        else:
-            logger.warning("%s", text)
-
-
-def _one_line(error: Exception) -> str:
-    """Say what is wrong with a plan's values, where, and what was given."""
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
-    faults: dict[str, str] = {}
-    # Of the kinds of plan that were tried, the one meant lacks the least.
-    for detail in sorted(error.errors(), key=lambda fault: fault["type"] == "missing"):
-        # The name of the kind that was tried is no step of the path.
-        steps = [
-            f"[{step}]" if isinstance(step, int) else f".{step}"
-            for step in detail["loc"]
-            if isinstance(step, int) or str(step).islower()
-        ]
-        key = "".join(steps).lstrip(".") or "plan"
-        value = detail["input"]
-        shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
-        faults.setdefault(key, f"{key}: {detail['msg']}{shown}")
-    return "; ".join(list(faults.values())[:_MOST_FAULTS])
-
-
 class _Stacks:
     """Distances of slices from their stack's reference plane, by useq position."""
 
@@ -393,3 +283,28 @@ def _refuse_doubles(places: NDArray[np.int32]) -> None:
             "a position or channel of its own"
         )
         raise ConfigError(msg)
+
+
+def images_of(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
+    """Yield the events that take an image, one tile per grid: tiles set up nothing."""
+    return (event for event in _without_grids(sequence) if takes_image(event))
+
+
+def _without_grids(
+    sequence: useq.MDASequence, *, is_whole: bool = True
+) -> useq.MDASequence:
+    positions = sequence.stage_positions
+    if not isinstance(positions, useq.WellPlatePlan):
+        positions = tuple(
+            position
+            if position.sequence is None or position.sequence.grid_plan is None
+            else position.model_copy(
+                update={"sequence": _without_grids(position.sequence, is_whole=False)}
+            )
+            for position in positions
+        )
+        if sequence.grid_plan is not None and not positions and is_whole:
+            # A plan of nothing but a grid still takes an image.
+            positions = (useq.Position(x=0, y=0),)
+    # A copy would keep the id by which useq remembers the tiles.
+    return sequence.replace(grid_plan=None, stage_positions=positions)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from loop_kit import command, failed, needs_shipped_engine, sets, succeeded
 
-from rtfocus.cli.configs import _FOR_USERS
+from rtfocus.cli.commands import _FOR_USERS
 from rtfocus.config import load_config
 from rtfocus.errors import ExitCode
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from rtfocus.calibration.pair_search import PsfFit, calibrate_psf
+from rtfocus.calibration.pair_fit import PsfFit, calibrate_psf
 from rtfocus.calibration.reblur import Reblurring
 from rtfocus.channel import OpticalSystem
 

@@ -13,7 +13,7 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.tiles.montage import Montage
 
-# Fitted to training rows a02 to a18 of BBBC006 (see rtfocus.calibration.pair_search),
+# Fitted to training rows a02 to a18 of BBBC006 (see rtfocus.calibration.pair_fit),
 # and the aberration-free PSF of the nominal optics.
 FITTED = (
     OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.45)),

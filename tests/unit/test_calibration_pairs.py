@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rtfocus.calibration.pair_search import calibrate_psf
+from rtfocus.calibration.pair_fit import calibrate_psf
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf

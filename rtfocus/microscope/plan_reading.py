@@ -1,16 +1,25 @@
-"""Plan check: what of a useq plan would be passed over in silence.
+"""Plan reading: a useq plan read, and what of it would be passed over in silence.
 
 useq ignores keys it does not know and settings that have no effect in a plan, and so
 runs another experiment than the one written down. The keys are compared with useq's
 own models, whatever version is installed.
 """
 
+import copy
 import difflib
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import useq
-from pydantic import AliasChoices, BaseModel
+from pydantic import AliasChoices, BaseModel, ValidationError
+
+from rtfocus.config.loading import read_yaml
+from rtfocus.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Fields whose content is the user's own.
 _FREE = {"metadata"}
@@ -178,3 +187,105 @@ def _of_positions(
             yield f"{place} has only one of plate_row and plate_col; give both or none"
         if position.sequence is not None:
             yield from _ineffective(position.sequence, f"{place}.sequence", has_z=has_z)
+
+
+# A union of five kinds of plan complains five times of one value.
+_MOST_FAULTS = 3
+
+
+def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
+    """Read a useq plan, written in the config or in a file of its own.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a value breaks useq's rules, or a key or setting
+        would be passed over in silence; see `plan_check`.
+    """
+    origin = "acquisition.mda" if isinstance(mda, dict) else f"plan '{mda}'"
+    given = mda if isinstance(mda, dict) else _load(mda)
+    if not isinstance(given, dict):
+        msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
+        raise ConfigError(msg)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            # useq changes what it is given.
+            sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
+    except (ValidationError, ValueError, TypeError) as error:
+        # Most often a misspelt key is why a value is missing.
+        unknown = unknown_keys(given, useq.MDASequence, origin)
+        fault = unknown[0] if unknown else f"{origin} is no valid useq plan: "
+        raise ConfigError(fault + ("" if unknown else _one_line(error))) from error
+    faults = unknown_keys(given, sequence, origin) + ineffective(sequence, origin)
+    faults += [f"{origin}: {text}" for text in _not_followed(said)]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return sequence
+
+
+def anchored(sequence: useq.MDASequence, z_um: float | None) -> useq.MDASequence:
+    """Give relative z-stacks a reference: where the z-stage is now.
+
+    useq and pymmcore-plus take 0 where a position has no z, which would drive the
+    objective to the stage's origin.
+    """
+    plan = sequence.z_plan
+    if plan is None or not plan.is_relative or z_um is None:
+        return sequence
+    positions = list(sequence.stage_positions)
+    if not positions:
+        return sequence.replace(stage_positions=[useq.Position(z=z_um)])
+    if all(position.z is not None for position in positions):
+        return sequence
+    return sequence.replace(
+        stage_positions=[
+            p if p.z is not None else p.model_copy(update={"z": z_um})
+            for p in positions
+        ]
+    )
+
+
+def _load(path: Path) -> object:
+    try:
+        # JSON is YAML, so that one reader takes both.
+        return read_yaml(path)
+    except OSError as error:
+        msg = (
+            f"plan '{path}' cannot be read: {error.strerror}; give a useq YAML or "
+            "JSON file"
+        )
+        raise ConfigError(msg) from error
+    except ValueError as error:
+        msg = f"plan '{path}' {error}"
+        raise ConfigError(msg) from error
+
+
+def _not_followed(said: list[warnings.WarningMessage]) -> Iterator[str]:
+    """Yield what useq warns of and does not follow; log the rest of its warnings."""
+    for warning in said:
+        text = " ".join(str(warning.message).split())
+        if "ignored" in text or "override" in text:
+            yield text
+        else:
+            logger.warning("%s", text)
+
+
+def _one_line(error: Exception) -> str:
+    """Say what is wrong with a plan's values, where, and what was given."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    faults: dict[str, str] = {}
+    # Of the kinds of plan that were tried, the one meant lacks the least.
+    for detail in sorted(error.errors(), key=lambda fault: fault["type"] == "missing"):
+        # The name of the kind that was tried is no step of the path.
+        steps = [
+            f"[{step}]" if isinstance(step, int) else f".{step}"
+            for step in detail["loc"]
+            if isinstance(step, int) or str(step).islower()
+        ]
+        key = "".join(steps).lstrip(".") or "plan"
+        value = detail["input"]
+        shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
+        faults.setdefault(key, f"{key}: {detail['msg']}{shown}")
+    return "; ".join(list(faults.values())[:_MOST_FAULTS])
