@@ -1,7 +1,13 @@
 """Fixtures that every test may use."""
 
-import hashlib
 import os
+
+# Before numpy and torch are imported: small matrices on two threads took twice the
+# CPU, and a worker of pytest-xdist has a core, not a machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
