@@ -6,6 +6,7 @@ it is loaded when it is run. Those that need next to nothing are here: ``configs
 """
 
 import importlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from rtfocus import __version__
 from rtfocus.cli.endings import Interrupted
-from rtfocus.errors import ExitCode, OutputError
+from rtfocus.errors import ConfigError, ExitCode, OutputError
 from rtfocus.files import resource_folder
 
 if TYPE_CHECKING:
@@ -219,6 +220,21 @@ SetOption = Annotated[
         help="Override one key, e.g. [bold]store.codec=zstd[/]; repeatable.",
     ),
 ]
+InputArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="INPUT",
+        help="TIFF, OME-TIFF, PNG, JPEG, OME-Zarr, run folder, or a folder of images.",
+    ),
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="CONFIG",
+        help="Optics, camera and engines; default: the optics that the file states.",
+    ),
+]
 OverwriteOption = Annotated[
     bool,
     typer.Option(
@@ -228,6 +244,13 @@ OverwriteOption = Annotated[
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress display.")
 ]
+
+
+def need_torch() -> None:
+    """Say how to get torch where it is missing."""
+    if importlib.util.find_spec("torch") is None:
+        msg = "training needs torch, which is not installed: pip install rtfocus[train]"
+        raise ConfigError(msg)
 
 
 def read_config(name: str, overrides: list[str] | None) -> "Config":

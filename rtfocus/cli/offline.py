@@ -26,7 +26,13 @@ from rtfocus.cli.batch import (
     WaitOption,
     run_batch,
 )
-from rtfocus.cli.commands import OverwriteOption, SetOption, read_config
+from rtfocus.cli.commands import (
+    ConfigOption,
+    InputArgument,
+    OverwriteOption,
+    SetOption,
+    read_config,
+)
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
@@ -49,21 +55,6 @@ from rtfocus.writers.folder import SUFFIX
 from rtfocus.writers.header import read_header
 from rtfocus.writers.repair import complete_restoration, count_unrestored
 
-InputArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="INPUT",
-        help="TIFF, OME-TIFF, PNG, JPEG, OME-Zarr, run folder, or a folder of images.",
-    ),
-]
-ConfigOption = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="CONFIG",
-        help="Optics, camera and engines; default: the optics that the file states.",
-    ),
-]
 OpticsOption = Annotated[
     str | None,
     typer.Option(

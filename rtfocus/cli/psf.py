@@ -26,9 +26,14 @@ from rtfocus.calibration.report import (
 )
 from rtfocus.calibration.stack_fit import calibrate_from_stack
 from rtfocus.channel import OpticalSystem
-from rtfocus.cli.commands import OverwriteOption, SetOption, read_config
+from rtfocus.cli.commands import (
+    ConfigOption,
+    InputArgument,
+    OverwriteOption,
+    SetOption,
+    read_config,
+)
 from rtfocus.cli.display import passing_time
-from rtfocus.cli.offline import ConfigOption, InputArgument
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError
 from rtfocus.images.metadata import SOFTWARE, png_mark

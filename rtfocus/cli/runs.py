@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from rtfocus.cli.commands import OverwriteOption
+from rtfocus.cli.commands import OverwriteOption, need_torch
 from rtfocus.cli.display import share_bar
 from rtfocus.errors import ConfigError, ExitCode, WriterError
 from rtfocus.metrics import Outcome
@@ -317,8 +317,6 @@ def export(
         raise ConfigError(msg)
     _refuse(of_run, f"'{source}' is no run folder")
     # Of a run nothing is trained, and what trains takes long to import.
-    from rtfocus.cli.train import need_torch
-
     need_torch()
     from rtfocus.training.api import export_command
 

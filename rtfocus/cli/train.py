@@ -7,7 +7,6 @@ import shlex
 import sys
 from enum import StrEnum
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +26,7 @@ from rtfocus.cli.batch import (
     do_on_workers,
     named,
 )
-from rtfocus.cli.commands import OverwriteOption, read_config
+from rtfocus.cli.commands import OverwriteOption, need_torch, read_config
 from rtfocus.config import find_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.evaluation.contenders import Contender
@@ -154,13 +153,6 @@ def _refuse_mixture(
         raise ConfigError(msg)
     if own is None and "RECIPE" not in given:
         msg = "name a recipe, e.g. train_delpnet, or your images: --own FOLDER -o NAME"
-        raise ConfigError(msg)
-
-
-def need_torch() -> None:
-    """Say how to get torch where it is missing."""
-    if find_spec("torch") is None:
-        msg = "training needs torch, which is not installed: pip install rtfocus[train]"
         raise ConfigError(msg)
 
 
