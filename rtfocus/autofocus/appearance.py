@@ -159,9 +159,9 @@ def _rings(
 
 FARTHEST = 9.0
 """Defocus at the ends of the table, in depths of field."""
-_STEP = 0.125
+_TABLE_STEP = 0.125
 _RADII, _LIGHT, _PLACES = 320, 360, 101
-_HIGHEST = 2.0
+_TABLE_HIGHEST = 2.0
 _BLUR_MARGIN = 5.0
 # The PSFs of rtfocus turn an image in focus into a defocused one, so the image in
 # focus itself may be sharper than the PSF at zero; this far out the two meet.
@@ -183,10 +183,10 @@ class Transfer:
     """
 
     def __init__(self, table: Floats, sampling: float, aperture: float = 1.0) -> None:
-        columns = np.linspace(0.0, _HIGHEST, _PLACES)
+        columns = np.linspace(0.0, _TABLE_HIGHEST, _PLACES)
         wanted = FREQUENCIES / sampling / aperture
         self._rings = np.stack([np.interp(wanted, columns, line) for line in table])
-        self._rows_per_unit = aperture**2 / _STEP
+        self._rows_per_unit = aperture**2 / _TABLE_STEP
 
     def amplitudes(self, defocus: Floats, *, kept: bool = False) -> Floats:
         """Return the modulation of every ring.
@@ -234,8 +234,8 @@ def modulation_table(optics: OpticalSystem, *, extra_waves: float = 0.0) -> Floa
         aberrations=replace(given, spherical_waves=given.spherical_waves + extra_waves),
     )
     unit_um = system.defocus_unit_um
-    count = round(FARTHEST / _STEP)
-    defocus_um = np.arange(-count, count + 1) * _STEP * unit_um
+    count = round(FARTHEST / _TABLE_STEP)
+    defocus_um = np.arange(-count, count + 1) * _TABLE_STEP * unit_um
     radius = (np.arange(_RADII) + 0.5) / _RADII
     pupil = np.stack([round_pupil(system, float(z), radius) for z in defocus_um], 1)
     # Places in the image in lambda / NA, as far as the widest blur reaches.
@@ -243,7 +243,7 @@ def modulation_table(optics: OpticalSystem, *, extra_waves: float = 0.0) -> Floa
     place = (np.arange(_LIGHT) + 0.5) / _LIGHT * reach
     field = j0(2 * np.pi * np.outer(place, radius)) @ (pupil * radius[:, None])
     light = np.abs(field) ** 2 * place[:, None]
-    frequency = np.linspace(0.0, _HIGHEST, _PLACES)
+    frequency = np.linspace(0.0, _TABLE_HIGHEST, _PLACES)
     table = np.abs(j0(2 * np.pi * np.outer(frequency, place)) @ light).T
     table /= np.maximum(table[:, :1], 1e-30)
     return np.asarray(table)
