@@ -35,9 +35,9 @@ from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
+from rtfocus.engines.registry import find_engine, parts, step_um
 from rtfocus.frame import FocusReading
-from rtfocus.processing.engines.registry import find_engine, parts, step_um
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor
 from rtfocus.specimens import SpecimenKind, draw_specimen
 
 KINDS: tuple[SpecimenKind, ...] = ("nuclei", "filaments", "tissue", "beads")

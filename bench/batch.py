@@ -39,11 +39,11 @@ from rtfocus.batch.plan import ENDING, Failure, Job, Plan, Unit
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import doing, run_here
 from rtfocus.config import Config
+from rtfocus.image_set import ImageSet, restoring_with
 from rtfocus.images.optics import stated_optics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.images.reading import find_images
 from rtfocus.images.writing import ImageOutput, OutputImage
-from rtfocus.processing.image_set import ImageSet, restoring_with
 
 OPTICS = "NA=0.75,wavelength=520,pixel=0.325"
 WORKERS = (1, 2, 4)

@@ -29,8 +29,8 @@ from rtfocus.frame import TileGrid
 from rtfocus.optics.formation import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
-from rtfocus.processing.tiles.montage import Montage
 from rtfocus.specimens import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))

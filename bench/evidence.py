@@ -30,6 +30,8 @@ from scipy.ndimage import gaussian_filter, zoom
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rtfocus.engines.card import CARD_NAME
+from rtfocus.engines.registry import step_um
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.samples import (
     BBBC006,
@@ -41,12 +43,10 @@ from rtfocus.evaluation.samples import (
     windows,
 )
 from rtfocus.images.reading import open_images
+from rtfocus.offline import ImageProcessor
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.camera import luminance
-from rtfocus.processing.engines.card import CARD_NAME
-from rtfocus.processing.engines.registry import step_um
 from rtfocus.processing.evidence import CELL_PX, FARTHEST, measures
-from rtfocus.processing.offline import ImageProcessor
 from rtfocus.specimens import SPECIMEN_KINDS, draw_specimen, draw_stained
 
 Image = NDArray[np.float32]

@@ -37,10 +37,10 @@ from gpu_timeline import draw_timeline
 
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart, SlotPool
 from rtfocus.processing.device import Ticket
-from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.cuda.driver import (
     CUFFT,
     NVRTC,

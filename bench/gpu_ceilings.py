@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from rtfocus.engines.card import verified_file
+from rtfocus.engines.registry import FoundEngine
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
-from rtfocus.processing.engines.card import verified_file
-from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.gpu.cuda.compiler import compile_for
 from rtfocus.processing.gpu.cuda.driver import current_context, import_driver
 from rtfocus.processing.gpu.cuda.stream import PinnedMemory
@@ -149,7 +149,7 @@ def count_in_torch(found: FoundEngine) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rtfocus.processing.gpu.torch_backend.engine import TorchNetwork
+    from rtfocus.processing.gpu.torch_engine import TorchNetwork
 
     card, place = found.card, torch.device("meta")
     assert card.input is not None

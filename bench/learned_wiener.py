@@ -28,8 +28,8 @@ from rtfocus.processing.cpu.network_restorer import (
     Predict,
     filter_tiles,
 )
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import transfer_function
-from rtfocus.processing.tiles.montage import Montage
 from rtfocus.training.networks.learned_wiener import (
     BANDS,
     HALO_PX,

@@ -15,8 +15,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import machine
 
+from rtfocus.engines.registry import FoundEngine, list_engines
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.registry import FoundEngine, list_engines
 from rtfocus.processing.gpu.engine import gpu_request
 from rtfocus.processing.gpu.tensorrt.library import (
     TensorRt,

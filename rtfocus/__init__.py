@@ -20,7 +20,7 @@ _HOMES = {
     "DefocusMap": "rtfocus.frame",
     "EngineError": "rtfocus.errors",
     "Estimate": "rtfocus.frame",
-    "ImageProcessor": "rtfocus.processing.offline",
+    "ImageProcessor": "rtfocus.offline",
     "IncompleteError": "rtfocus.errors",
     "InputError": "rtfocus.errors",
     "MicroscopeError": "rtfocus.errors",

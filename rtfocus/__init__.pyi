@@ -19,7 +19,7 @@ from rtfocus.errors import WriterError as WriterError
 from rtfocus.focusing import focus as focus
 from rtfocus.frame import DefocusMap as DefocusMap
 from rtfocus.frame import Estimate as Estimate
-from rtfocus.processing.offline import ImageProcessor as ImageProcessor
+from rtfocus.offline import ImageProcessor as ImageProcessor
 from rtfocus.runs import Run as Run
 from rtfocus.runs import open_run as open_run
 from rtfocus.streaming import estimates as estimates

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem as Optics
 from rtfocus.config import Config, load_config
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import DefocusMap
+from rtfocus.image_set import BLIND_ENGINE, restoring_with, with_engine
+from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import restored_as_it_is
-from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.image_set import BLIND_ENGINE, restoring_with, with_engine
-from rtfocus.processing.offline import ImageProcessor
 from rtfocus.processing.restore import BLIND, METHODS
 from rtfocus.runs import Run, open_run
 

@@ -8,9 +8,9 @@ import msgspec
 
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.config import Config
+from rtfocus.engines.registry import find_engine, parts, step_um
 from rtfocus.errors import WriterError
 from rtfocus.frame import DefocusMap, Estimate, Role, SeriesEnd, SeriesStart, Slot
-from rtfocus.processing.engines.registry import find_engine, parts, step_um
 
 FOCUS_LOG = "focus.ndjson"
 """Every image, decision and correction of autofocus, in the run folder."""

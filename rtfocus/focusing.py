@@ -32,7 +32,7 @@ from rtfocus.errors import ConfigError, TransportError
 from rtfocus.focus_readings import estimator_settings
 from rtfocus.frame import Act, Estimate, FocusReading
 from rtfocus.microscope.engine import RecordingEngine
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor
 
 _NOTE_NS = 500_000_000
 MOST_REQUESTS = 8

@@ -14,13 +14,13 @@ from pathlib import Path
 from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.channel import Channel
 from rtfocus.config import Config
+from rtfocus.engines.card import verified_file
+from rtfocus.engines.registry import FoundEngine, check_fit, find_engine
 from rtfocus.errors import RtfocusError, WriterError
 from rtfocus.frame import SeriesStart
 from rtfocus.machine import check_space, free_bytes
 from rtfocus.microscope.acquisition import foresee
 from rtfocus.processing.channel_plan import plan_channel, restored_as_it_is
-from rtfocus.processing.engines.card import verified_file
-from rtfocus.processing.engines.registry import FoundEngine, check_fit, find_engine
 from rtfocus.processing.processor import open_processor
 from rtfocus.writers.folder import planned_bytes, run_folder
 from rtfocus.writers.header import RunHeader

@@ -18,12 +18,12 @@ from pydantic import validate_call
 from rtfocus import files
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, InputError, OutputError, RtfocusError
+from rtfocus.image_set import ImageSet, restoring_with
 from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.reading import open_images
 from rtfocus.images.writing import OutputImage
 from rtfocus.images.zarr_writing import ZarrForm, write_zarr
-from rtfocus.processing.image_set import ImageSet, restoring_with
 
 _log = logging.getLogger(__name__)
 

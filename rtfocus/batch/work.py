@@ -38,14 +38,14 @@ from rtfocus.errors import (
     RtfocusError,
 )
 from rtfocus.frame import FrameResult
+from rtfocus.image_set import ImageSet
 from rtfocus.images.optics import StatedOptics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import find_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.writing import OutputImage, write_tiff
 from rtfocus.images.zarr_writing import fill_image
-from rtfocus.processing.image_set import ImageSet
-from rtfocus.processing.offline import tile_rows
+from rtfocus.offline import tile_rows
 
 _MOST_SOURCES = 8
 """Files whose list of images a process keeps."""

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from rtfocus.cli.commands import read_config
+from rtfocus.engines.card import EngineCard, verified_file
+from rtfocus.engines.registry import FoundEngine, step_um, why_unfit
+from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.cpu.backends import BACKENDS
-from rtfocus.processing.engines.card import EngineCard, verified_file
-from rtfocus.processing.engines.registry import FoundEngine, step_um, why_unfit
-from rtfocus.processing.engines.spec_steps import Values
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
 
 Row = tuple[str, str]

@@ -17,14 +17,14 @@ from rich.table import Table
 from rtfocus.cli.commands import OverwriteOption
 from rtfocus.cli.endings import interruptible
 from rtfocus.cli.engine_facts import VALUES, facts
-from rtfocus.errors import ConfigError, EngineError
-from rtfocus.processing.engines.registry import (
+from rtfocus.engines.registry import (
     FoundEngine,
     find_engine,
     list_engines,
     remove_engine,
 )
-from rtfocus.processing.engines.spec_steps import Values
+from rtfocus.engines.spec_steps import Values
+from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
 from rtfocus.processing.gpu.engine import Gpu, gpu_request
 from rtfocus.processing.gpu.tensorrt.build import Progress

@@ -23,13 +23,13 @@ from rich.markup import escape
 from rtfocus import __version__
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import load_config, parse_config
+from rtfocus.engines.registry import list_engines, why_unfit
 from rtfocus.errors import ConfigError, EngineError, ExitCode, OutputError
 from rtfocus.machine import Finding, processor_name
 from rtfocus.microscope.core import Inventory, take_inventory
 from rtfocus.microscope.core import describe as describe_microscope
 from rtfocus.preflight import preflight
 from rtfocus.processing.cpu.backends import BACKENDS
-from rtfocus.processing.engines.registry import list_engines, why_unfit
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.cuda.driver import list_devices
 from rtfocus.processing.gpu.engine import Gpu

@@ -35,6 +35,11 @@ from rtfocus.cli.commands import (
 )
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
+from rtfocus.image_set import (
+    ImageSet,
+    restoring_with,
+    with_engine,
+)
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
 from rtfocus.images.outputs import STANDARD_OUTPUT, OutputGuard, companions
 from rtfocus.images.reading import (
@@ -44,12 +49,7 @@ from rtfocus.images.reading import (
     stretch_histogram,
 )
 from rtfocus.images.writing import ImageOutput, OutputImage
-from rtfocus.processing.image_set import (
-    ImageSet,
-    restoring_with,
-    with_engine,
-)
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor
 from rtfocus.report.pictures import SideBySide
 from rtfocus.writers.folder import SUFFIX
 from rtfocus.writers.header import read_header

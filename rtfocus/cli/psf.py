@@ -40,7 +40,7 @@ from rtfocus.images.metadata import SOFTWARE, png_mark
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.processing.offline import KernelExtractor, Kernels, draw_kernels
+from rtfocus.offline import KernelExtractor, Kernels, draw_kernels
 
 commands = typer.Typer(
     name="psf",

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel
 from rtfocus.config import Config, parse_config
 from rtfocus.config.sections import RestorationConfig
+from rtfocus.engines.card import BACKGROUND_LABEL, verified_file
+from rtfocus.engines.registry import FoundEngine, find_engine
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart, TileGrid
@@ -28,10 +30,8 @@ from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.classify import is_mirrored
 from rtfocus.processing.cpu.channel import OpenChannel, make_restorer, open_channel
 from rtfocus.processing.cpu.engine import AXES, arranged_shape, import_openvino
-from rtfocus.processing.engines.card import BACKGROUND_LABEL, verified_file
-from rtfocus.processing.engines.registry import FoundEngine, find_engine
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
-from rtfocus.processing.tiles.montage import Montage
 
 # Leading axes of an operator's weights that are no part of one product: group and
 # output channel. Transposed convolutions multiply per input, the others per output.

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config import Config
+from rtfocus.engines.card import BACKGROUND_LABEL, OutputCard
+from rtfocus.engines.registry import parts, step_um
 from rtfocus.evaluation.contenders import Contender, Ranking, restore_exactly
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.evaluation.scores import (
@@ -24,10 +26,8 @@ from rtfocus.frame import (
     DefocusMap,
     FrameResult,
 )
+from rtfocus.offline import ImageProcessor
 from rtfocus.processing.camera import luminance
-from rtfocus.processing.engines.card import BACKGROUND_LABEL, OutputCard
-from rtfocus.processing.engines.registry import parts, step_um
-from rtfocus.processing.offline import ImageProcessor
 
 Image = NDArray[np.float32]
 

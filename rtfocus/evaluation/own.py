@@ -21,6 +21,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.engines.card import CARD_NAME, read_card
+from rtfocus.engines.registry import (
+    add_engine,
+    check_new_name,
+    user_engine_folder,
+)
 from rtfocus.errors import ConfigError, EngineError, RtfocusError
 from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.evaluate import Outcome, evaluate
@@ -37,12 +43,6 @@ from rtfocus.files import remove, whole
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import FoundImages, find_images
-from rtfocus.processing.engines.card import CARD_NAME, read_card
-from rtfocus.processing.engines.registry import (
-    add_engine,
-    check_new_name,
-    user_engine_folder,
-)
 from rtfocus.training.api import REFINED, export_engine, refining_recipe
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.trainer import Trainer, choose_device, train

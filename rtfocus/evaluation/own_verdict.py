@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.engines.card import CARD_NAME
 from rtfocus.evaluation.data_sets import LEVELS, STEP_UM
 from rtfocus.evaluation.evaluate import Outcome, Scored
 from rtfocus.evaluation.own_fields import OwnFields
@@ -23,7 +24,6 @@ from rtfocus.images.optics import in_short
 from rtfocus.images.reading import open_images
 from rtfocus.optics.formation import CameraModel, blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.engines.card import CARD_NAME
 
 Image = NDArray[np.float32]
 

@@ -16,17 +16,17 @@ from uuid import uuid4
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config
+from rtfocus.engines.registry import (
+    FoundEngine,
+    engine_places,
+    find_engine,
+)
 from rtfocus.errors import EngineError, InputError
 from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.data_sets import KNOWN, find_data_set
 from rtfocus.evaluation.evaluate import SHOWN, Measured, Measuring, Outcome
 from rtfocus.evaluation.samples import DataSet
 from rtfocus.machine import processor_name, usable_threads
-from rtfocus.processing.engines.registry import (
-    FoundEngine,
-    engine_places,
-    find_engine,
-)
 from rtfocus.processing.restore import METHODS
 
 

@@ -27,10 +27,10 @@ from qtpy.QtWidgets import (
 from rtfocus.api import restore
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import PreviewConfig
+from rtfocus.engines.registry import list_engines
 from rtfocus.errors import RtfocusError
 from rtfocus.frame import SeriesStart
 from rtfocus.napari.reader import Receiver, map_look
-from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.restore import METHODS
 from rtfocus.transport.preview_messages import Preview
 

@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.config.sections import ProcessingConfig, RestorationConfig
-from rtfocus.errors import EngineError
-from rtfocus.frame import SeriesStart, TileGrid
-from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.camera import CameraCorrection
-from rtfocus.processing.classify import Conditions, is_mirrored
-from rtfocus.processing.engines.card import EngineCard, identity, input_of
-from rtfocus.processing.engines.registry import (
+from rtfocus.engines.card import EngineCard, identity, input_of
+from rtfocus.engines.registry import (
     FoundEngine,
     check_fit,
     find_engine,
     parts,
     step_um,
 )
-from rtfocus.processing.engines.spec_steps import Values
+from rtfocus.engines.spec_steps import Values
+from rtfocus.errors import EngineError
+from rtfocus.frame import SeriesStart, TileGrid
+from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.camera import CameraCorrection
+from rtfocus.processing.classify import Conditions, is_mirrored
+from rtfocus.processing.montage import Montage, Window
 from rtfocus.processing.restore import BLIND, LEARNED_WIENER, METHODS, PATCH_BY_PATCH
-from rtfocus.processing.tiles.montage import Montage, Window
-from rtfocus.processing.tiles.windows import FrameFit, fit_frame
+from rtfocus.processing.windows import FrameFit, fit_frame
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.engines.card import BACKGROUND_LABEL, EngineCard, OutputCard
+from rtfocus.engines.registry import parts, step_um
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader
 from rtfocus.optics.normalisation import (
@@ -28,8 +30,6 @@ from rtfocus.optics.normalisation import (
     LocalStandardisation,
     PercentileRange,
 )
-from rtfocus.processing.engines.card import BACKGROUND_LABEL, EngineCard, OutputCard
-from rtfocus.processing.engines.registry import parts, step_um
 
 Image = NDArray[np.float32]
 

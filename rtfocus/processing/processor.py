@@ -39,7 +39,7 @@ from rtfocus.processing.device import (
     result_of,
     without_frames,
 )
-from rtfocus.processing.tiles.windows import common_grid
+from rtfocus.processing.windows import common_grid
 from rtfocus.workers import AbortedError, BoundedQueue
 
 logger = logging.getLogger(__name__)

@@ -32,8 +32,8 @@ from rtfocus.drawing.figures import (
 )
 from rtfocus.errors import OutputError
 from rtfocus.frame import DefocusMap, FrameResult, TileGrid
+from rtfocus.image_set import ImageSet
 from rtfocus.images.outputs import OutputGuard
-from rtfocus.processing.image_set import ImageSet
 from rtfocus.report.facts import RunFacts, ShownFrame
 
 _WIDTH, _LEFT, _RIGHT = 860.0, 92.0, 16.0

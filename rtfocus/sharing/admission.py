@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from rtfocus.config.loading import decode, parse_yaml
+from rtfocus.engines.card import CARD_NAME, EngineCard, parse_card
+from rtfocus.engines.registry import FoundEngine, add_engine
+from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import CARD_NAME, EngineCard, parse_card
-from rtfocus.processing.engines.registry import FoundEngine, add_engine
-from rtfocus.processing.engines.spec_steps import Values
 from rtfocus.sharing.description import Model, read_model
 from rtfocus.sharing.foreign import WEIGHTS_NAME, card_of, prove, read_test_tensor
 from rtfocus.sharing.onnx_file import read_onnx, with_weights_inside

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rtfocus.engines.spec_steps import KNOWN_STEPS
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.spec_steps import KNOWN_STEPS
 
 _AXIS_LETTERS = {"batch": "b", "channel": "c", **dict(zip("bcyx", "bcyx", strict=True))}
 _AXIS_NAMES = {"b": "batch", "c": "channel", "y": "y", "x": "x"}

@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from rtfocus.config.sections import ProcessingConfig
-from rtfocus.errors import EngineError
-from rtfocus.files import whole
-from rtfocus.processing.classify import Conditions
-from rtfocus.processing.cpu.backends import open_engine
-from rtfocus.processing.engines.card import (
+from rtfocus.engines.card import (
     CARD_NAME,
     EngineCard,
     InputCard,
     input_of,
     verified_file,
 )
-from rtfocus.processing.engines.registry import FoundEngine, parts
+from rtfocus.engines.registry import FoundEngine, parts
+from rtfocus.errors import EngineError
+from rtfocus.files import whole
+from rtfocus.processing.classify import Conditions
+from rtfocus.processing.cpu.backends import open_engine
 from rtfocus.sharing.onnx_file import opset_of
 
 FORMAT_VERSION = "0.5.3"

@@ -2,7 +2,7 @@
 
 It is run on its own test tensors, with the steps around its network, and admitted only
 if what it is said to give comes out. Then it restores images as they are, as a
-`rtfocus.processing.engines.spec_steps.StepsCard` says.
+`rtfocus.engines.spec_steps.StepsCard` says.
 """
 
 import io
@@ -17,14 +17,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import ProcessingConfig
-from rtfocus.errors import EngineError
-from rtfocus.machine import usable_threads
-from rtfocus.processing.cpu.backends import open_engine
-from rtfocus.processing.cpu.engine import straighten
-from rtfocus.processing.cpu.networks import open_tile_network, restored_tiles
-from rtfocus.processing.engines.card import EngineCard, input_of
-from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.engines.spec_steps import (
+from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.registry import FoundEngine
+from rtfocus.engines.spec_steps import (
     Binarize,
     Image,
     ScaleMeanVariance,
@@ -34,6 +29,11 @@ from rtfocus.processing.engines.spec_steps import (
     StepsCard,
     Values,
 )
+from rtfocus.errors import EngineError
+from rtfocus.machine import usable_threads
+from rtfocus.processing.cpu.backends import open_engine
+from rtfocus.processing.cpu.engine import straighten
+from rtfocus.processing.cpu.networks import open_tile_network, restored_tiles
 from rtfocus.sharing.description import Model, Side, TensorWords, Tolerance
 from rtfocus.sharing.onnx_file import OnnxFile
 

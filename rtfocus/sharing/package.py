@@ -24,8 +24,8 @@ from urllib.error import HTTPError
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener, url2pathname
 
+from rtfocus.engines.registry import refuse_link
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.registry import refuse_link
 
 MOST_FILES = 1000
 TEXT_BYTES = 1 << 20

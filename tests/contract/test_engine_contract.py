@@ -8,11 +8,11 @@ import pytest
 from engine_kit import ENTRIES, SIGNED_LABELS, write_brightness_joint
 from network_kit import quantise, write_restorer
 
+from rtfocus.engines.card import read_card, verified_file
 from rtfocus.errors import EngineError
 from rtfocus.machine import adds_int8_in_16_bits
 from rtfocus.processing.cpu.backends import BACKENDS, Request, choose_backend
 from rtfocus.processing.cpu.engine import Inputs
-from rtfocus.processing.engines.card import read_card, verified_file
 
 SHAPE = (1, 1, 240, 288)
 

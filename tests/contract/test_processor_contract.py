@@ -29,9 +29,9 @@ from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.cpu.depth_variant import TileRestorer
 from rtfocus.processing.cpu.network_restorer import LearnedWienerRestorer, Level
 from rtfocus.processing.gpu.cuda.driver import list_devices
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.processor import DEVICES, FrameProcessor
-from rtfocus.processing.tiles.montage import Montage
-from rtfocus.processing.tiles.windows import restored_share
+from rtfocus.processing.windows import restored_share
 from rtfocus.specimens import draw_specimen
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}

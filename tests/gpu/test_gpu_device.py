@@ -9,12 +9,12 @@ import pytest
 
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart, SlotPool
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
-from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.cuda.driver import (
     CUFFT,

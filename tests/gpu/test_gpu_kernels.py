@@ -33,8 +33,8 @@ from rtfocus.processing.gpu.preparation import Correction as GpuCorrection
 from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
 from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import FrameShape
+from rtfocus.processing.montage import Montage, pad
 from rtfocus.processing.restore import margin_px, padded_shape
-from rtfocus.processing.tiles.montage import Montage, pad
 from rtfocus.specimens import draw_specimen
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451, pixel_size_um=0.65)

@@ -6,16 +6,16 @@ from gpu_host_kit import view
 from scipy.ndimage import uniform_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.classify import Conditions, LabelDecoder, turned
-from rtfocus.processing.cpu.network_restorer import blend
-from rtfocus.processing.engines.card import (
+from rtfocus.engines.card import (
     EngineCard,
     EvidenceCard,
     InputCard,
     OutputCard,
 )
+from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
+from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.processing.classify import Conditions, LabelDecoder, turned
+from rtfocus.processing.cpu.network_restorer import blend
 from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
 from rtfocus.processing.gpu.network_restorer import Weighing
@@ -23,8 +23,8 @@ from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
 from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
 from rtfocus.processing.gpu.tiles import windowed_tiles
 from rtfocus.processing.gpu.work import FrameShape
-from rtfocus.processing.tiles.montage import Montage
-from rtfocus.processing.tiles.windows import (
+from rtfocus.processing.montage import Montage
+from rtfocus.processing.windows import (
     FrameTiles,
     from_planes,
     restored_share,

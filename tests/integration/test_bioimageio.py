@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import EngineError, OutputError
-from rtfocus.processing.engines.registry import find_engine
 from rtfocus.sharing.export import export_bioimageio
 
 SAID = {

@@ -23,11 +23,11 @@ from onnx import TensorProto, helper
 import rtfocus
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
+from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError, ExitCode
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
+from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import plan_channel
-from rtfocus.processing.engines.spec_steps import Values
-from rtfocus.processing.offline import ImageProcessor
 from rtfocus.sharing.admission import add_model
 
 X = counts()

@@ -14,12 +14,12 @@ import yaml
 from engine_kit import write_shift_restorer, write_smooth_restorer
 from foreign_kit import zipped
 
-from rtfocus.errors import EngineError, OutputError
-from rtfocus.processing.engines.registry import (
+from rtfocus.engines.registry import (
     find_engine,
     list_engines,
     remove_engine,
 )
+from rtfocus.errors import EngineError, OutputError
 from rtfocus.sharing import package as packages
 from rtfocus.sharing.admission import add_model
 from rtfocus.sharing.export import export_bioimageio

@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 
+from rtfocus.engines.card import Precision
+from rtfocus.engines.registry import FoundEngine, find_engine, list_engines
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import Precision
-from rtfocus.processing.engines.registry import FoundEngine, find_engine, list_engines
 from rtfocus.processing.gpu.engine import GpuRequest, gpu_request
 from rtfocus.processing.gpu.tensorrt.build import build_plan
 from rtfocus.processing.gpu.tensorrt.library import (

@@ -14,9 +14,9 @@ from engine_kit import (
 from loop_kit import command, failed, succeeded
 from PIL import Image
 
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ExitCode
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.engines.registry import find_engine
 
 
 @pytest.fixture

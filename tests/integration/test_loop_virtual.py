@@ -12,7 +12,7 @@ from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.evaluation.scores import pearson
 from rtfocus.frame import TileGrid
 from rtfocus.microscope.virtual_specimen import VirtualSpecimen
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor
 
 Z_UM = (-4.0, 0.0, 4.0)
 REDUCED = (

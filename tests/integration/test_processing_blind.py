@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.samples import BBBC006, DataSet
 from rtfocus.files import resource_folder
+from rtfocus.offline import ImageProcessor
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.offline import ImageProcessor
 from rtfocus.specimens import draw_specimen
 
 SHIPPED = resource_folder("engines") / "rtfocus-2"

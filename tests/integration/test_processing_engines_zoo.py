@@ -16,10 +16,10 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND
+from rtfocus.offline import ImageProcessor
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.offline import ImageProcessor
-from rtfocus.processing.tiles.montage import Montage
-from rtfocus.processing.tiles.windows import restored_share
+from rtfocus.processing.montage import Montage
+from rtfocus.processing.windows import restored_share
 
 SHAPE = (192, 336)
 SAMPLING = 0.65 * 0.5 / 0.451

@@ -10,12 +10,12 @@ from scipy.ndimage import gaussian_filter
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.sections import ProcessingConfig
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import EngineError, InputError
+from rtfocus.offline import ImageProcessor, tile_rows
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.cpu.classifier import open_classifier
-from rtfocus.processing.engines.registry import find_engine
-from rtfocus.processing.offline import ImageProcessor, tile_rows
-from rtfocus.processing.tiles.windows import fit_frame
+from rtfocus.processing.windows import fit_frame
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.montage import Montage
 
 # Fitted to training rows a02 to a18 of BBBC006 (see rtfocus.calibration.pair_fit),
 # and the aberration-free PSF of the nominal optics.

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tifffile
 
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation import own, own_verdict
 from rtfocus.evaluation.own import OwnWish, train_own
-from rtfocus.processing.engines.registry import find_engine
 from rtfocus.specimens import draw_specimen
 from rtfocus.training.api import refining_recipe
 from rtfocus.training.recipe import PoolRecipe, RecipeBase

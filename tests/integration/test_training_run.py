@@ -204,7 +204,7 @@ def test_torch_onnx_runtime_and_openvino_agree(exported, shape):
 
 
 def test_an_exported_engine_can_be_loaded_by_the_processor(exported):
-    from rtfocus.processing.engines.card import read_card, verified_file
+    from rtfocus.engines.card import read_card, verified_file
 
     _, folder = exported
     card = read_card(folder)

@@ -15,7 +15,7 @@ from rtfocus.evaluation.scores import LevelScore
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND
 from rtfocus.images.reading import open_images
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor
 from rtfocus.training.level_tiles import GEOMETRY, LABELS
 from rtfocus.training.networks.delpnet import DelpNet
 

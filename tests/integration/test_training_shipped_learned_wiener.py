@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from rtfocus.engines.card import read_card, verified_file
 from rtfocus.evaluation.scores import psnr
 from rtfocus.files import resource_folder
 from rtfocus.frame import TileGrid
@@ -11,8 +12,7 @@ from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.network_restorer import LearnedWienerRestorer, Level
-from rtfocus.processing.engines.card import read_card, verified_file
-from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.montage import Montage
 from rtfocus.training.networks.learned_wiener import BANDS
 
 FOLDER = resource_folder("engines") / "learned_wiener"

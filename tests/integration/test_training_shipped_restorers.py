@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from rtfocus.config import parse_config
+from rtfocus.engines.registry import list_engines
 from rtfocus.evaluation.samples import BBBC006
 from rtfocus.evaluation.scores import psnr
 from rtfocus.images.reading import open_images
-from rtfocus.processing.engines.registry import list_engines
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor
 
 # Gain in dB that the field must have; about 2 dB less than it was measured with.
 LEAST_DB = {

@@ -4,11 +4,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from rtfocus.engines.card import read_card, verified_file
 from rtfocus.evaluation.scores import match_intensity, psnr, ssim
 from rtfocus.files import resource_folder
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.engines.card import read_card, verified_file
 
 FOLDER = resource_folder("engines") / "wei_unet"
 HALF = 16

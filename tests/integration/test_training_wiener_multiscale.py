@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.engines.card import read_card, verified_file
 from rtfocus.files import resource_folder
-from rtfocus.processing.engines.card import read_card, verified_file
 from rtfocus.training.api import export_engine, trained
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
 from rtfocus.training.networks.learned_wiener import (

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench import gpu, gpu_ceilings, gpu_table
-from rtfocus.processing.engines.registry import find_engine
+from rtfocus.engines.registry import find_engine
 from rtfocus.processing.gpu.engine import Gpu
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from rtfocus.config.sections import ProcessingConfig
+from rtfocus.engines.card import Int8Card, read_card
+from rtfocus.engines.registry import FoundEngine
 from rtfocus.machine import CACHE_VARIABLE
 from rtfocus.processing.cpu import backends, precision
 from rtfocus.processing.cpu.backends import Backend, open_engine, runs_on, timed_shape
@@ -17,8 +19,6 @@ from rtfocus.processing.cpu.precision import (
     fastest,
     time_passes,
 )
-from rtfocus.processing.engines.card import Int8Card, read_card
-from rtfocus.processing.engines.registry import FoundEngine
 
 KEY = Key("delpnet", ("ab",), "EPYC", "openvino 2026.4", 1, (1, 1, 96, 96), ("logits",))
 SLOW_BF16 = {"f32": 20.0, "bf16": 30.0}

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from rtfocus.engines.spec_steps import StepsCard, Values
 from rtfocus.errors import EngineError
 from rtfocus.processing.cpu.engine import arrange, arranged_shape, straighten
-from rtfocus.processing.engines.spec_steps import StepsCard, Values
 
 IMAGE = np.random.default_rng(2).gamma(2, 300, (3, 12, 15)).astype(np.float32)
 RAW = (IMAGE * 3 + 50).astype(np.float32)

@@ -5,8 +5,8 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from rtfocus.engines.card import read_card, verified_file
 from rtfocus.files import resource_folder
-from rtfocus.processing.engines.card import read_card, verified_file
 
 FOLDERS = sorted(p.parent for p in resource_folder("engines").glob("*/engine.yaml"))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from rtfocus.engines.registry import FoundEngine, find_engine
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.evaluation.evaluate import (
     EQUAL_DB,
@@ -17,7 +18,6 @@ from rtfocus.evaluation.evaluate import (
 )
 from rtfocus.evaluation.scores import LevelScore, specimen_tiles
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.processing.engines.registry import FoundEngine, find_engine
 
 
 def add(score, true, found, confidence=None, **more):

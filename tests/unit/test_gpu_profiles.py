@@ -4,16 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rtfocus.engines.card import EngineCard
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import EngineCard
-from rtfocus.processing.engines.registry import find_engine
 from rtfocus.processing.gpu.engine import (
     TILES_PER_BATCH,
     balanced_batch,
     count_tiles,
     engine_inputs,
 )
-from rtfocus.processing.tiles.windows import fit_frame
+from rtfocus.processing.windows import fit_frame
 
 CLASSIFIER = find_engine("delpnet").card
 

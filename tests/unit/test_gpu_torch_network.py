@@ -18,10 +18,10 @@ from network_kit import (
 )
 from onnx import TensorProto, helper, numpy_helper
 
+from rtfocus.engines.registry import list_engines
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.registry import list_engines
 from rtfocus.processing.gpu.engine import Gpu, GpuRequest, ShapeRange
-from rtfocus.processing.gpu.torch_backend.engine import (
+from rtfocus.processing.gpu.torch_engine import (
     OPERATORS,
     TorchEngine,
     TorchNetwork,

@@ -10,7 +10,7 @@ HOUSE = count()
 
 def test_the_house_does_not_splinter() -> None:
     most = Counts(
-        modules=231, by_one=49, depth=12, processing_lines=15_088, longest_lines=460
+        modules=231, by_one=49, depth=12, processing_lines=13_054, longest_lines=460
     )
     grown = {
         name: (is_now, limit)

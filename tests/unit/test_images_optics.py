@@ -9,9 +9,9 @@ import pytest
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, InputError
+from rtfocus.image_set import BLIND_ENGINE, ImageSet, restoring_with
 from rtfocus.images.optics import StatedOptics, find_optics, in_short, stated_optics
 from rtfocus.images.series import ImageChannel, ImageSeries
-from rtfocus.processing.image_set import BLIND_ENGINE, ImageSet, restoring_with
 
 MINE = OpticalSystem(0.75, 520, 0.325)
 

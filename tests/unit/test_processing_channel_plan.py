@@ -5,10 +5,10 @@ import pytest
 
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.processing.channel_plan import plan_channel
-from rtfocus.processing.engines.registry import find_engine
 
 SHAPE = (200, 260)
 

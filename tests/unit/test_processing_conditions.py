@@ -7,11 +7,11 @@ import pytest
 from engine_kit import ENTRIES, write_shift_restorer
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.engines.card import read_card
+from rtfocus.engines.registry import check_fit, step_um
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND
 from rtfocus.processing.classify import Conditions, is_mirrored, turned
-from rtfocus.processing.engines.card import read_card
-from rtfocus.processing.engines.registry import check_fit, step_um
 
 # Half the reference's aperture: a level of 2 um there is 8 um here.
 NA = 0.25

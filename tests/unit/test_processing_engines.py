@@ -7,14 +7,14 @@ import yaml
 from engine_kit import write_brightness_joint, write_shift_restorer
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import identity, read_card, verified_file
-from rtfocus.processing.engines.registry import (
+from rtfocus.engines.card import identity, read_card, verified_file
+from rtfocus.engines.registry import (
     check_fit,
     find_engine,
     list_engines,
     step_um,
 )
+from rtfocus.errors import EngineError
 
 REFERENCE = OpticalSystem(0.5, 451.0, 0.65)
 

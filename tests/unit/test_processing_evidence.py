@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 
+from rtfocus.engines.card import EngineCard, EvidenceCard, read_card
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.engines.card import EngineCard, EvidenceCard, read_card
 from rtfocus.processing.evidence import Evidence, measures
 from rtfocus.specimens import draw_specimen
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from rtfocus.engines.card import OutputCard
 from rtfocus.frame import BACKGROUND
 from rtfocus.processing.classify import LabelDecoder
-from rtfocus.processing.engines.card import OutputCard
 
 LABELS = [-2, -1, 0, 1, 2, "bg"]
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtfocus.engines.card import InputCard
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.processing.engines.card import InputCard
-from rtfocus.processing.tiles.montage import Montage
-from rtfocus.processing.tiles.windows import (
+from rtfocus.processing.montage import Montage
+from rtfocus.processing.windows import (
     FrameTiles,
     fewest_windows,
     restored_share,

@@ -15,8 +15,8 @@ from rtfocus.processing.cpu.network_restorer import (
     Level,
     filter_tiles,
 )
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import WienerFilter, transfer_function
-from rtfocus.processing.tiles.montage import Montage
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65)
 BANDS = 12

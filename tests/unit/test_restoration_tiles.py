@@ -9,7 +9,7 @@ from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
-from rtfocus.processing.tiles.montage import Montage
+from rtfocus.processing.montage import Montage
 from rtfocus.specimens import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.processing.tiles.montage import Montage, Region, axis_weights
+from rtfocus.processing.montage import Montage, Region, axis_weights
 
 
 def grid(rows: int, columns: int, *, stride: float = 42.0) -> TileGrid:

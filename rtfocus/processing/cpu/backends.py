@@ -13,6 +13,13 @@ from typing import Literal
 import numpy as np
 
 from rtfocus.config.sections import ProcessingConfig
+from rtfocus.engines.card import (
+    EngineCard,
+    Precision,
+    input_of,
+    verified_file,
+)
+from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable
 from rtfocus.processing.cpu.engine import (
@@ -35,13 +42,6 @@ from rtfocus.processing.cpu.precision import (
     choices,
     time_passes,
 )
-from rtfocus.processing.engines.card import (
-    EngineCard,
-    Precision,
-    input_of,
-    verified_file,
-)
-from rtfocus.processing.engines.registry import FoundEngine
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import RestorationConfig
+from rtfocus.engines.card import input_of
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.classify import Conditions, invertible_normalisation
@@ -28,10 +29,9 @@ from rtfocus.processing.cpu.network_restorer import (
 )
 from rtfocus.processing.cpu.networks import TileNetwork, open_tile_network
 from rtfocus.processing.cpu.preparation import Correction
-from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.evidence import Evidence
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import PATCH_BY_PATCH
-from rtfocus.processing.tiles.montage import Montage
 
 Image = NDArray[np.float32]
 

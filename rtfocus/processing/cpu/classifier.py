@@ -21,8 +21,8 @@ from rtfocus.processing.cpu.networks import (
     open_frame_network,
 )
 from rtfocus.processing.cpu.preparation import Preparation
-from rtfocus.processing.tiles.montage import pad
-from rtfocus.processing.tiles.windows import from_planes, tile_grid, to_planes
+from rtfocus.processing.montage import pad
+from rtfocus.processing.windows import from_planes, tile_grid, to_planes
 
 Image = NDArray[np.float32]
 

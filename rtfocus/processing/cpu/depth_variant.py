@@ -24,6 +24,13 @@ from rtfocus.processing.cpu.deconvolution import (
     WienerDeconvolution,
     richardson_lucy,
 )
+from rtfocus.processing.montage import (
+    Montage,
+    Region,
+    crop,
+    defocused,
+    read_region,
+)
 from rtfocus.processing.restore import (
     BLIND,
     BLIND_ITERATIONS,
@@ -35,14 +42,7 @@ from rtfocus.processing.restore import (
     margin_px,
     padded_shape,
 )
-from rtfocus.processing.tiles.montage import (
-    Montage,
-    Region,
-    crop,
-    defocused,
-    read_region,
-)
-from rtfocus.processing.tiles.windows import paired_planes
+from rtfocus.processing.windows import paired_planes
 
 Image = NDArray[np.float32]
 

@@ -19,18 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
+from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.spec_steps import Values
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, known
 from rtfocus.processing.cpu.networks import TileNetwork, restored_tiles
 from rtfocus.processing.cpu.preparation import normalised
-from rtfocus.processing.engines.card import EngineCard, input_of
-from rtfocus.processing.engines.spec_steps import Values
 from rtfocus.processing.evidence import Evidence
+from rtfocus.processing.montage import Montage, Region, axis_weights, pad
 from rtfocus.processing.restore import TAPER_PX, Spectrum, transfer_function
-from rtfocus.processing.tiles.montage import Montage, Region, axis_weights, pad
-from rtfocus.processing.tiles.windows import (
+from rtfocus.processing.windows import (
     FrameTiles,
     from_planes,
     paired_planes,

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import ProcessingConfig
+from rtfocus.engines.card import InputCard, OutputCard, input_of
+from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.processing.cpu.backends import open_engine
 from rtfocus.processing.cpu.engine import Engine, Outputs
-from rtfocus.processing.engines.card import InputCard, OutputCard, input_of
-from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.tiles.windows import AxisWindows, fewest_windows
+from rtfocus.processing.windows import AxisWindows, fewest_windows
 
 Image = NDArray[np.float32]
 

@@ -17,8 +17,8 @@ from typing import Literal
 
 import msgspec
 
+from rtfocus.engines.card import EngineCard, Precision
 from rtfocus.machine import adds_int8_exactly, cache_folder, write_atomically
-from rtfocus.processing.engines.card import EngineCard, Precision
 
 logger = logging.getLogger(__name__)
 

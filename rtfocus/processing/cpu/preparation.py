@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.engines.card import EngineCard
 from rtfocus.frame import TileGrid
 from rtfocus.optics.normalisation import CELL_PX, PercentileRange
 from rtfocus.processing.camera import CameraCorrection, write_counts
 from rtfocus.processing.classify import background_of, normalisation_of
-from rtfocus.processing.engines.card import EngineCard
 
 Image = NDArray[np.float32]
 

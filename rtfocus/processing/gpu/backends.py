@@ -4,10 +4,10 @@ import logging
 from functools import partial
 from importlib import import_module
 
+from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.machine import usable
 from rtfocus.processing.channel_plan import ChannelPlan
-from rtfocus.processing.engines.registry import FoundEngine
 from rtfocus.processing.gpu.engine import (
     Gpu,
     GpuBackend,
@@ -19,7 +19,7 @@ from rtfocus.processing.gpu.tensorrt import engine as tensorrt_engine
 
 logger = logging.getLogger(__name__)
 
-_TORCH = "rtfocus.processing.gpu.torch_backend.engine"
+_TORCH = "rtfocus.processing.gpu.torch_engine"
 
 
 def _why_no_torch(device: Gpu | None) -> str | None:

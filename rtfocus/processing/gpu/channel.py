@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.engines.card import input_of
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.backends import open_for_plan, runs_on
 from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
 from rtfocus.processing.gpu.cuda.driver import CudaTransforms
@@ -37,6 +37,7 @@ from rtfocus.processing.gpu.patches import LearnedWienerRestorer, PatchRestorer
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
 from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import (
     DEFAULT_ITERATIONS,
     PAPER_HALO_PX,
@@ -44,8 +45,7 @@ from rtfocus.processing.restore import (
     padded_shape,
     patch_shape,
 )
-from rtfocus.processing.tiles.montage import Montage
-from rtfocus.processing.tiles.windows import FrameTiles
+from rtfocus.processing.windows import FrameTiles
 
 
 class FrameRestorer(Protocol):

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rtfocus.engines.card import input_of
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import LabelDecoder, background_of, normalisation_of
-from rtfocus.processing.engines.card import input_of
 from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import (
     Background,
@@ -20,7 +20,7 @@ from rtfocus.processing.gpu.preparation import (
 )
 from rtfocus.processing.gpu.tiles import Tiles, whole_frame_tile
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.tiles.windows import FrameFit, tile_grid
+from rtfocus.processing.windows import FrameFit, tile_grid
 
 _FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")
 

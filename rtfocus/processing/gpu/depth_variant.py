@@ -19,8 +19,8 @@ from rtfocus.processing.gpu.work import (
     Transforms,
     Work,
 )
+from rtfocus.processing.montage import Montage, Region
 from rtfocus.processing.restore import padded_shape
-from rtfocus.processing.tiles.montage import Montage, Region
 
 
 class Blending:

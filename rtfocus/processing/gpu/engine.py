@@ -15,15 +15,15 @@ from typing import Protocol
 
 import numpy as np
 
-from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import (
+from rtfocus.engines.card import (
     EngineCard,
     InputCard,
     Precision,
     verified_file,
 )
-from rtfocus.processing.engines.registry import FoundEngine
-from rtfocus.processing.tiles.windows import fit_frame
+from rtfocus.engines.registry import FoundEngine
+from rtfocus.errors import EngineError
+from rtfocus.processing.windows import fit_frame
 
 Shape = tuple[int, ...]
 """Extents of a tensor, e.g. (N, C, H, W)."""

@@ -9,11 +9,11 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.engines.card import EngineCard, EvidenceCard, input_of
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.engines.card import EngineCard, EvidenceCard, input_of
 from rtfocus.processing.evidence import CELL_PX, OCTAVES
 from rtfocus.processing.gpu.classifier import (
     ClassifierSlot,
@@ -26,7 +26,7 @@ from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import TileConditions, windowed_tiles
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.tiles.windows import FrameTiles
+from rtfocus.processing.windows import FrameTiles
 
 # As in kernels/evidence.cu.
 _SUMS = 5

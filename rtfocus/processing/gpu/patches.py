@@ -12,9 +12,9 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.engines.card import EngineCard, input_of
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.engines.card import EngineCard, input_of
 from rtfocus.processing.gpu.classifier import InFlight, Part
 from rtfocus.processing.gpu.deconvolution import (
     LevelTransfers,
@@ -34,8 +34,8 @@ from rtfocus.processing.gpu.work import (
     Work,
     spectrum_shape,
 )
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import TAPER_PX
-from rtfocus.processing.tiles.montage import Montage
 
 Image = NDArray[np.float32]
 

@@ -19,7 +19,7 @@ from rtfocus.processing.gpu.work import (
     kind_of,
 )
 from rtfocus.processing.restore import EDGES
-from rtfocus.processing.tiles.windows import AxisWindows, FrameTiles
+from rtfocus.processing.windows import AxisWindows, FrameTiles
 
 Image = NDArray[np.float32]
 
@@ -153,7 +153,7 @@ def windowed_tiles(
     planes: int,
     windows: tuple[AxisWindows, AxisWindows],
 ) -> Tiles:
-    """Return the tiles of `rtfocus.processing.tiles.windows.FrameTiles`."""
+    """Return the tiles of `rtfocus.processing.windows.FrameTiles`."""
     down, across = windows
     return Tiles(
         memory,

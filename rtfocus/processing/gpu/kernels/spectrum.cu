@@ -26,7 +26,7 @@ __device__ static inline Mix mixed(
 }
 
 // One thread per pixel of the transform: a rectangle of the frame in a margin without
-// a jump (rtfocus.processing.tiles.montage.read_region).
+// a jump (rtfocus.processing.montage.read_region).
 extern "C" __global__ void surround(
     const float* signal,
     int height,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from rtfocus.engines.card import Precision
 from rtfocus.errors import EngineError
 from rtfocus.machine import write_atomically
-from rtfocus.processing.engines.card import Precision
 from rtfocus.processing.gpu.engine import (
     Gpu,
     GpuRequest,

@@ -13,9 +13,7 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.errors import EngineError, OutputError
-from rtfocus.files import is_reserved_name, recover, remove, resource_folder, whole
-from rtfocus.processing.engines.card import (
+from rtfocus.engines.card import (
     CARD_NAME,
     EngineCard,
     LevelsCard,
@@ -23,6 +21,8 @@ from rtfocus.processing.engines.card import (
     read_card,
     verified_file,
 )
+from rtfocus.errors import EngineError, OutputError
+from rtfocus.files import is_reserved_name, recover, remove, resource_folder, whole
 
 ENGINES_VARIABLE = "RTFOCUS_ENGINES"
 """Environment variable that names another folder for the user's engines."""

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
+from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.registry import find_engine, list_engines, parts
 from rtfocus.errors import EngineError, InputError
 from rtfocus.frame import (
     BACKGROUND,
@@ -30,10 +32,8 @@ from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.networks import open_tile_network
 from rtfocus.processing.cpu.preparation import normalised
 from rtfocus.processing.device import Ticket
-from rtfocus.processing.engines.card import EngineCard, input_of
-from rtfocus.processing.engines.registry import find_engine, list_engines, parts
 from rtfocus.processing.processor import FrameProcessor, open_processor
-from rtfocus.processing.tiles.windows import FrameTiles, to_planes
+from rtfocus.processing.windows import FrameTiles, to_planes
 
 _UID = "offline"
 

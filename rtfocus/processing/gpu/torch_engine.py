@@ -1,7 +1,9 @@
-"""Engine: a network run by torch on CUDA streams and buffers of others.
+"""Torch engine: a network run node by node by torch, on streams of others.
 
-Beside it the operators of ONNX with windows: convolutions, pooling, resizing,
-normalisation.
+For machines that TensorRT does not serve, and a second opinion on its numbers. This
+file and the operators beside it are all outside `rtfocus.training` that knows torch.
+Operators of ONNX with windows (convolutions, pooling, resizing, normalisation) stand
+here as well.
 """
 
 from collections.abc import Mapping
@@ -15,10 +17,10 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
+from rtfocus.engines.card import Precision
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.card import Precision
 from rtfocus.processing.gpu.engine import Gpu, GpuRequest, IoTensor, Shape
-from rtfocus.processing.gpu.torch_backend.operators import (
+from rtfocus.processing.gpu.torch_operators import (
     ARITHMETIC,
     SHAPING,
     Inputs,

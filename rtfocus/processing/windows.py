@@ -12,10 +12,10 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.engines.card import InputCard
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, TileGrid
-from rtfocus.processing.engines.card import InputCard
-from rtfocus.processing.tiles.montage import Montage, Region, defocused, pad
+from rtfocus.processing.montage import Montage, Region, defocused, pad
 
 Image = NDArray[np.float32]
 

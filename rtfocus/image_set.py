@@ -17,6 +17,13 @@ from numpy.typing import NDArray
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, parse_config
 from rtfocus.config.model import ChannelConfig
+from rtfocus.engines.card import identity
+from rtfocus.engines.registry import (
+    FoundEngine,
+    check_fit,
+    find_engine,
+    parts,
+)
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.frame import FrameResult
 from rtfocus.images.optics import (
@@ -28,14 +35,7 @@ from rtfocus.images.optics import (
     refuse_other_reference,
 )
 from rtfocus.images.series import ImageSeries
-from rtfocus.processing.engines.card import identity
-from rtfocus.processing.engines.registry import (
-    FoundEngine,
-    check_fit,
-    find_engine,
-    parts,
-)
-from rtfocus.processing.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 
 BLIND_ENGINE = "rtfocus-2"

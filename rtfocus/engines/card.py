@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import read_yaml
+from rtfocus.engines.spec_steps import StepsCard
 from rtfocus.errors import EngineError
-from rtfocus.processing.engines.spec_steps import StepsCard
 
 BACKGROUND_LABEL = "bg"
 """Label of tiles without a specimen."""

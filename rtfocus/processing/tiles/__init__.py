@@ -1,1 +1,0 @@
-"""Tiles: how frames are cut, mirrored, shown to networks and joined again."""
