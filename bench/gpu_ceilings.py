@@ -13,7 +13,7 @@ from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.gpu.cuda.compiler import compile_for
 from rtfocus.processing.gpu.cuda.driver import current_context, import_driver
 from rtfocus.processing.gpu.cuda.stream import PinnedMemory
-from rtfocus.processing.gpu.engine import Gpu
+from rtfocus.runtimes.gpu import Gpu
 
 COPY_BYTES = 1 << 28
 ROUNDS = 10
@@ -149,7 +149,7 @@ def count_in_torch(found: FoundEngine) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rtfocus.processing.gpu.torch_engine import TorchNetwork
+    from rtfocus.runtimes.torch_engine import TorchNetwork
 
     card, place = found.card, torch.device("meta")
     assert card.input is not None

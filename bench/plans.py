@@ -17,13 +17,13 @@ import machine
 
 from rtfocus.engines.registry import FoundEngine, list_engines
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.engine import gpu_request
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.gpu import gpu_request
+from rtfocus.runtimes.tensorrt.library import (
     TensorRt,
     import_tensorrt,
     why_not_importable,
 )
-from rtfocus.processing.gpu.tensorrt.plans import (
+from rtfocus.runtimes.tensorrt.plans import (
     ANY_CARD,
     PlanCache,
     PlanTarget,

@@ -20,18 +20,17 @@ import numpy as np
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import CameraConfig, ProcessingConfig
 from rtfocus.engines.card import EngineCard, verified_file
-from rtfocus.engines.registry import FoundEngine, find_engine, parts
+from rtfocus.engines.registry import FoundEngine, find_engine, fit_frame, parts
 from rtfocus.optics.formation import blur_depth_variant
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
 from rtfocus.processing.cpu.classifier import open_classifier as open_plan
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.engine import import_openvino
 from rtfocus.processing.cpu.preparation import Correction
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import WHOLE_FRAME
-from rtfocus.processing.windows import fit_frame
+from rtfocus.runtimes.cpu_engine import import_openvino
 from rtfocus.specimens import draw_specimen
 
 sys.path.insert(0, str(Path(__file__).parent))

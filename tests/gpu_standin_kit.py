@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime
 from gpu_host_kit import STANDIN, build, compiler, kernel_library, view
 
-from rtfocus.processing.gpu.engine import GpuBackend, IoTensor
 from rtfocus.processing.gpu.work import DeviceArray
+from rtfocus.runtimes.gpu import GpuBackend, IoTensor
 
 NETWORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -148,10 +148,11 @@ class HostEngine:
 
 def pretend(driver, transforms, patch) -> None:
     """Make rtfocus in this process see the stand-in, with a `setattr` that may undo."""
-    from rtfocus.processing.gpu import backends, device
+    from rtfocus.processing.gpu import device
     from rtfocus.processing.gpu.cuda import driver as cuda_driver
+    from rtfocus.runtimes import gpu
 
-    patch(backends, "GPU_BACKENDS", (host_backend(driver),))
+    patch(gpu, "GPU_BACKENDS", (host_backend(driver),))
     patch(cuda_driver, "load_library", lambda library: transforms)
     # The stand-in loads the kernels from a library of its own.
     patch(device, "compiled_kernels", lambda capability: b"kernels")

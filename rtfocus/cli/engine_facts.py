@@ -8,8 +8,8 @@ from rtfocus.engines.registry import FoundEngine, step_um, why_unfit
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
-from rtfocus.processing.cpu.backends import BACKENDS
-from rtfocus.processing.gpu.backends import GPU_BACKENDS
+from rtfocus.runtimes.cpu_backends import BACKENDS
+from rtfocus.runtimes.gpu import GPU_BACKENDS
 
 Row = tuple[str, str]
 """Topic and what is said of it."""

@@ -26,15 +26,15 @@ from rtfocus.engines.registry import (
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
-from rtfocus.processing.gpu.engine import Gpu, gpu_request
-from rtfocus.processing.gpu.tensorrt.build import Progress
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.gpu import Gpu, gpu_request
+from rtfocus.runtimes.tensorrt.build import Progress
+from rtfocus.runtimes.tensorrt.library import (
     LIBRARIES,
     TensorRt,
     import_tensorrt,
     why_not_importable,
 )
-from rtfocus.processing.gpu.tensorrt.plans import (
+from rtfocus.runtimes.tensorrt.plans import (
     ANY_CARD,
     PlanTarget,
     ready_plan,

@@ -29,10 +29,9 @@ from rtfocus.machine import Finding, processor_name
 from rtfocus.microscope.core import Inventory, take_inventory
 from rtfocus.microscope.core import describe as describe_microscope
 from rtfocus.preflight import preflight
-from rtfocus.processing.cpu.backends import BACKENDS
-from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.cuda.driver import list_devices
-from rtfocus.processing.gpu.engine import Gpu
+from rtfocus.runtimes.cpu_backends import BACKENDS
+from rtfocus.runtimes.gpu import GPU_BACKENDS, Gpu
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""Registry: finds an engine by its name, and says whether it fits the optics."""
+"""Registry: finds an engine by its name, and fits it to optics and frames."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -16,6 +17,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.engines.card import (
     CARD_NAME,
     EngineCard,
+    InputCard,
     LevelsCard,
     OpticsCard,
     read_card,
@@ -299,6 +301,34 @@ def check_fit(
             "--images FOLDER) or run it anyway with processing.ignore_optics: true"
         )
         raise EngineError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFit:
+    """How frames of one size are brought to a size the network takes."""
+
+    shape: tuple[int, int]
+    """Height and width of the frame."""
+    padded: tuple[int, int]
+    """Height and width handed to the network, mirrored behind each axis."""
+
+
+def fit_frame(card: InputCard, shape: tuple[int, int]) -> FrameFit:
+    """Compute the input size for frames of a shape (height, width).
+
+    A frame is extended to a whole tile more where more than half a stride would
+    lie behind the last tile, and to the multiple the network asks for.
+    """
+    padded = tuple(_padded_side(card, side) for side in shape)
+    return FrameFit(shape, (padded[0], padded[1]))
+
+
+def _padded_side(card: InputCard, side: int) -> int:
+    first = card.origin_px - (card.tile_px - 1) / 2
+    behind = side - first - card.tile_px
+    tiles = max(0, ceil(behind / card.stride_px - 0.5))
+    needed = max(side, ceil(first + card.tile_px + tiles * card.stride_px))
+    return ceil(needed / card.multiple_px) * card.multiple_px
 
 
 def step_um(card: EngineCard, optics: OpticalSystem, *, blind: bool = False) -> float:

@@ -29,9 +29,9 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.classify import is_mirrored
 from rtfocus.processing.cpu.channel import OpenChannel, make_restorer, open_channel
-from rtfocus.processing.cpu.engine import AXES, arranged_shape, import_openvino
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
+from rtfocus.runtimes.cpu_engine import AXES, arranged_shape, import_openvino
 
 # Leading axes of an operator's weights that are no part of one product: group and
 # output channel. Transposed convolutions multiply per input, the others per output.

@@ -19,8 +19,10 @@ from rtfocus.config.sections import ProcessingConfig, RestorationConfig
 from rtfocus.engines.card import EngineCard, identity, input_of
 from rtfocus.engines.registry import (
     FoundEngine,
+    FrameFit,
     check_fit,
     find_engine,
+    fit_frame,
     parts,
     step_um,
 )
@@ -32,7 +34,6 @@ from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.classify import Conditions, is_mirrored
 from rtfocus.processing.montage import Montage, Window
 from rtfocus.processing.restore import BLIND, LEARNED_WIENER, METHODS, PATCH_BY_PATCH
-from rtfocus.processing.windows import FrameFit, fit_frame
 
 logger = logging.getLogger(__name__)
 

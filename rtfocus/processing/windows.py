@@ -13,39 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.engines.card import InputCard
+from rtfocus.engines.registry import FrameFit
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, TileGrid
 from rtfocus.processing.montage import Montage, Region, defocused, pad
 
 Image = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class FrameFit:
-    """How frames of one size are brought to a size the network takes."""
-
-    shape: tuple[int, int]
-    """Height and width of the frame."""
-    padded: tuple[int, int]
-    """Height and width handed to the network, mirrored behind each axis."""
-
-
-def fit_frame(card: InputCard, shape: tuple[int, int]) -> FrameFit:
-    """Compute the input size for frames of a shape (height, width).
-
-    A frame is extended to a whole tile more where more than half a stride would
-    lie behind the last tile, and to the multiple the network asks for.
-    """
-    padded = tuple(_padded_side(card, side) for side in shape)
-    return FrameFit(shape, (padded[0], padded[1]))
-
-
-def _padded_side(card: InputCard, side: int) -> int:
-    first = card.origin_px - (card.tile_px - 1) / 2
-    behind = side - first - card.tile_px
-    tiles = max(0, ceil(behind / card.stride_px - 0.5))
-    needed = max(side, ceil(first + card.tile_px + tiles * card.stride_px))
-    return ceil(needed / card.multiple_px) * card.multiple_px
 
 
 def tile_grid(

@@ -33,7 +33,7 @@ from rtfocus.engines.registry import FoundEngine, parts
 from rtfocus.errors import EngineError
 from rtfocus.files import whole
 from rtfocus.processing.classify import Conditions
-from rtfocus.processing.cpu.backends import open_engine
+from rtfocus.runtimes.cpu_backends import open_engine
 from rtfocus.sharing.onnx_file import opset_of
 
 FORMAT_VERSION = "0.5.3"

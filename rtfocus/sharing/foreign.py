@@ -31,9 +31,9 @@ from rtfocus.engines.spec_steps import (
 )
 from rtfocus.errors import EngineError
 from rtfocus.machine import usable_threads
-from rtfocus.processing.cpu.backends import open_engine
-from rtfocus.processing.cpu.engine import straighten
 from rtfocus.processing.cpu.networks import open_tile_network, restored_tiles
+from rtfocus.runtimes.cpu_backends import open_engine
+from rtfocus.runtimes.cpu_engine import straighten
 from rtfocus.sharing.description import Model, Side, TensorWords, Tolerance
 from rtfocus.sharing.onnx_file import OnnxFile
 

@@ -11,8 +11,8 @@ from network_kit import quantise, write_restorer
 from rtfocus.engines.card import read_card, verified_file
 from rtfocus.errors import EngineError
 from rtfocus.machine import adds_int8_in_16_bits
-from rtfocus.processing.cpu.backends import BACKENDS, Request, choose_backend
-from rtfocus.processing.cpu.engine import Inputs
+from rtfocus.runtimes.cpu_backends import BACKENDS, Request, choose_backend
+from rtfocus.runtimes.cpu_engine import Inputs
 
 SHAPE = (1, 1, 240, 288)
 
@@ -241,7 +241,7 @@ def test_openvino_reports_nothing_to_its_maker():
     # In a process of its own: another test may have imported openvino before.
     code = (
         "import sys, threading\n"
-        "from rtfocus.processing.cpu.engine import import_openvino\n"
+        "from rtfocus.runtimes.cpu_engine import import_openvino\n"
         "import_openvino()\n"
         "assert not sys.modules.get('openvino_telemetry')\n"
         "print([t.name for t in threading.enumerate()])\n"

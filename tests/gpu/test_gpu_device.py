@@ -15,7 +15,6 @@ from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart, 
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import CpuDevice
-from rtfocus.processing.gpu.backends import GPU_BACKENDS
 from rtfocus.processing.gpu.cuda.driver import (
     CUFFT,
     NVRTC,
@@ -25,6 +24,7 @@ from rtfocus.processing.gpu.cuda.driver import (
 )
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
+from rtfocus.runtimes.gpu import GPU_BACKENDS
 from rtfocus.specimens import draw_specimen
 
 pytestmark = pytest.mark.gpu

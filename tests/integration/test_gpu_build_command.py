@@ -10,7 +10,7 @@ from rtfocus.cli.engines import app
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.machine import CACHE_VARIABLE
 from rtfocus.processing.gpu.cuda.driver import find_device, why_no_gpu
-from rtfocus.processing.gpu.tensorrt.library import why_not_importable
+from rtfocus.runtimes.tensorrt.library import why_not_importable
 
 SMALL = ["delpnet", "--precision", "fp32", "--frame", "200x300"]
 

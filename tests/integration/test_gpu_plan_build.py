@@ -10,19 +10,19 @@ import pytest
 from network_kit import CONDITION_ENTRIES, quantise, write_restorer, write_with_operator
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.engine import GpuRequest, ShapeRange, batched
-from rtfocus.processing.gpu.tensorrt.build import (
+from rtfocus.runtimes.gpu import GpuRequest, ShapeRange, batched
+from rtfocus.runtimes.tensorrt.build import (
     UnusablePlanError,
     build_plan,
     load_error,
 )
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.tensorrt.library import (
     TensorRt,
     import_tensorrt,
     listed_capabilities,
     why_not_importable,
 )
-from rtfocus.processing.gpu.tensorrt.plans import (
+from rtfocus.runtimes.tensorrt.plans import (
     ANY_CARD,
     PlanCache,
     ready_plan,

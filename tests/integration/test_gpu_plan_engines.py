@@ -7,9 +7,9 @@ import pytest
 from rtfocus.engines.card import Precision
 from rtfocus.engines.registry import FoundEngine, find_engine, list_engines
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.engine import GpuRequest, gpu_request
-from rtfocus.processing.gpu.tensorrt.build import build_plan
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.gpu import GpuRequest, gpu_request
+from rtfocus.runtimes.tensorrt.build import build_plan
+from rtfocus.runtimes.tensorrt.library import (
     Capability,
     TensorRt,
     import_tensorrt,

@@ -10,12 +10,11 @@ from scipy.ndimage import gaussian_filter
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.sections import ProcessingConfig
-from rtfocus.engines.registry import find_engine
+from rtfocus.engines.registry import find_engine, fit_frame
 from rtfocus.errors import EngineError, InputError
 from rtfocus.offline import ImageProcessor, tile_rows
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.cpu.classifier import open_classifier
-from rtfocus.processing.windows import fit_frame
 
 
 @pytest.fixture

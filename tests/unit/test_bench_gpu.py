@@ -7,7 +7,7 @@ import pytest
 
 from bench import gpu, gpu_ceilings, gpu_table
 from rtfocus.engines.registry import find_engine
-from rtfocus.processing.gpu.engine import Gpu
+from rtfocus.runtimes.gpu import Gpu
 
 
 def test_a_run_counts_the_shipped_network_and_says_what_bounds_it(

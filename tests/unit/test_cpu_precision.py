@@ -9,10 +9,10 @@ from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.card import Int8Card, read_card
 from rtfocus.engines.registry import FoundEngine
 from rtfocus.machine import CACHE_VARIABLE
-from rtfocus.processing.cpu import backends, precision
-from rtfocus.processing.cpu.backends import Backend, open_engine, runs_on, timed_shape
-from rtfocus.processing.cpu.engine import OnnxRuntimeEngine
-from rtfocus.processing.cpu.precision import (
+from rtfocus.runtimes import cpu_backends, precision
+from rtfocus.runtimes.cpu_backends import Backend, open_engine, runs_on, timed_shape
+from rtfocus.runtimes.cpu_engine import OnnxRuntimeEngine
+from rtfocus.runtimes.precision import (
     Decisions,
     Key,
     choices,
@@ -155,8 +155,8 @@ def test_auto_runs_what_was_kept_and_says_the_times(
         return OnnxRuntimeEngine(request.model, request.inputs, request.outputs)
 
     two = Backend("onnxruntime", lambda: None, open_counting, lambda: ("f32", "bf16"))
-    monkeypatch.setattr(backends, "BACKENDS", (two,))
-    monkeypatch.setattr(backends, "DECISIONS", Decisions(tmp_path))
+    monkeypatch.setattr(cpu_backends, "BACKENDS", (two,))
+    monkeypatch.setattr(cpu_backends, "DECISIONS", Decisions(tmp_path))
     folder = engine_folder / "sharpness"
     found = FoundEngine(folder, read_card(folder))
     shape = (1, 1, 1152, 240)
@@ -180,7 +180,7 @@ def test_auto_runs_what_was_kept_and_says_the_times(
     kept.write_text(
         json.dumps(json.loads(kept.read_text("utf-8")) | {"taken": other}), "utf-8"
     )
-    monkeypatch.setattr(backends, "DECISIONS", Decisions(tmp_path))
+    monkeypatch.setattr(cpu_backends, "DECISIONS", Decisions(tmp_path))
     opened("auto")
     assert asked == [(other, shape)]
     assert opened("f32") == "onnxruntime f32"

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from rtfocus.engines.spec_steps import StepsCard, Values
 from rtfocus.errors import EngineError
-from rtfocus.processing.cpu.engine import arrange, arranged_shape, straighten
+from rtfocus.runtimes.cpu_engine import arrange, arranged_shape, straighten
 
 IMAGE = np.random.default_rng(2).gamma(2, 300, (3, 12, 15)).astype(np.float32)
 RAW = (IMAGE * 3 + 50).astype(np.float32)

@@ -9,27 +9,25 @@ from pathlib import Path
 import pytest
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu import backends
-from rtfocus.processing.gpu.backends import (
+from rtfocus.runtimes import gpu
+from rtfocus.runtimes.gpu import (
     GPU_BACKENDS,
-    open_network,
-)
-from rtfocus.processing.gpu.engine import (
     Gpu,
     GpuBackend,
     GpuEngine,
     GpuRequest,
     ShapeRange,
+    open_network,
 )
-from rtfocus.processing.gpu.tensorrt.engine import why_unavailable
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.tensorrt.engine import why_unavailable
+from rtfocus.runtimes.tensorrt.library import (
     LIBRARIES,
     TensorRt,
     import_tensorrt,
     listed_capabilities,
     why_not_importable,
 )
-from rtfocus.processing.gpu.tensorrt.plans import ANY_CARD, rtx_target, target_of
+from rtfocus.runtimes.tensorrt.plans import ANY_CARD, rtx_target, target_of
 
 CARD = Gpu(0, "NVIDIA RTX A4000", (8, 6), 16 << 30)
 SHAPES = ShapeRange((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 64, 64))
@@ -52,7 +50,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace the list of backends."""
 
     def replace(*given: GpuBackend) -> None:
-        monkeypatch.setattr(backends, "GPU_BACKENDS", given)
+        monkeypatch.setattr(gpu, "GPU_BACKENDS", given)
 
     return replace
 

@@ -5,15 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.engines.card import EngineCard
-from rtfocus.engines.registry import find_engine
+from rtfocus.engines.registry import find_engine, fit_frame
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.engine import (
+from rtfocus.runtimes.gpu import (
     TILES_PER_BATCH,
     balanced_batch,
     count_tiles,
     engine_inputs,
 )
-from rtfocus.processing.windows import fit_frame
 
 CLASSIFIER = find_engine("delpnet").card
 

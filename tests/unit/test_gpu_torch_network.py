@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rtfocus.engines.registry import list_engines
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.engine import Gpu, GpuRequest, ShapeRange
-from rtfocus.processing.gpu.torch_engine import (
+from rtfocus.runtimes.gpu import Gpu, GpuRequest, ShapeRange
+from rtfocus.runtimes.torch_engine import (
     OPERATORS,
     TorchEngine,
     TorchNetwork,

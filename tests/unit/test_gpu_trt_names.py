@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rtfocus.processing.gpu.tensorrt import build, engine, library
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.tensorrt import build, engine, library
+from rtfocus.runtimes.tensorrt.library import (
     LIBRARIES,
     LibraryName,
     import_tensorrt,

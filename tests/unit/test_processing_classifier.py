@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 
 from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.card import InputCard, read_card
-from rtfocus.engines.registry import FoundEngine
+from rtfocus.engines.registry import FoundEngine, fit_frame
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import estimate_frame
 from rtfocus.processing.cpu import classifier as network_classifier
-from rtfocus.processing.windows import fit_frame
 
 REFERENCE = ProcessingConfig(backend="onnxruntime", precision="f32")
 

@@ -12,7 +12,6 @@ from rtfocus.engines.card import input_of
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.classify import Conditions, invertible_normalisation
-from rtfocus.processing.cpu.backends import runs_on
 from rtfocus.processing.cpu.classifier import (
     FrameClassifier,
     Seen,
@@ -32,6 +31,7 @@ from rtfocus.processing.cpu.preparation import Correction
 from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import PATCH_BY_PATCH
+from rtfocus.runtimes.cpu_backends import runs_on
 
 Image = NDArray[np.float32]
 

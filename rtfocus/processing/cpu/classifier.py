@@ -14,7 +14,6 @@ from rtfocus.frame import BACKGROUND, DefocusMap
 from rtfocus.processing.camera import luminance
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import LabelDecoder, turned
-from rtfocus.processing.cpu.backends import runs_on
 from rtfocus.processing.cpu.networks import (
     FrameNetwork,
     labels_of,
@@ -23,6 +22,7 @@ from rtfocus.processing.cpu.networks import (
 from rtfocus.processing.cpu.preparation import Preparation
 from rtfocus.processing.montage import pad
 from rtfocus.processing.windows import from_planes, tile_grid, to_planes
+from rtfocus.runtimes.cpu_backends import runs_on
 
 Image = NDArray[np.float32]
 

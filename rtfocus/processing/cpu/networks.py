@@ -14,9 +14,9 @@ from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.card import InputCard, OutputCard, input_of
 from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
-from rtfocus.processing.cpu.backends import open_engine
-from rtfocus.processing.cpu.engine import Engine, Outputs
 from rtfocus.processing.windows import AxisWindows, fewest_windows
+from rtfocus.runtimes.cpu_backends import open_engine
+from rtfocus.runtimes.cpu_engine import Engine, Outputs
 
 Image = NDArray[np.float32]
 

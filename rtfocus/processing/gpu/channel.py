@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.engines.card import input_of
+from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.gpu.backends import open_for_plan, runs_on
 from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
 from rtfocus.processing.gpu.cuda.driver import CudaTransforms
 from rtfocus.processing.gpu.deconvolution import (
@@ -26,7 +26,6 @@ from rtfocus.processing.gpu.depth_variant import (
     Deconvolution,
     DepthVariantRestorer,
 )
-from rtfocus.processing.gpu.engine import Gpu, GpuEngine
 from rtfocus.processing.gpu.network_restorer import (
     JointRestorer,
     TileNetworkRestorer,
@@ -46,6 +45,14 @@ from rtfocus.processing.restore import (
     patch_shape,
 )
 from rtfocus.processing.windows import FrameTiles
+from rtfocus.runtimes.gpu import (
+    Gpu,
+    GpuEngine,
+    GpuRequest,
+    gpu_request,
+    open_network,
+    runs_on,
+)
 
 
 class FrameRestorer(Protocol):
@@ -77,6 +84,27 @@ class FrameRestorer(Protocol):
     def close(self) -> None:
         """Free what is not memory."""
         ...
+
+
+def open_for_plan(
+    plan: ChannelPlan, found: FoundEngine, device: Gpu
+) -> tuple[GpuEngine, GpuRequest]:
+    """Load the network of an engine of a channel, and what was asked for.
+
+    Raises
+    ------
+    EngineError
+        If it has no network, or no backend runs it here.
+    """
+    settings = plan.processing.gpu
+    request = gpu_request(
+        found,
+        plan.size,
+        None if settings.precision == "auto" else settings.precision,
+        tf32=settings.tf32,
+        cuda_graphs=settings.cuda_graphs,
+    )
+    return open_network(settings.backend, request, device), request
 
 
 def open_restorer(

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rtfocus.engines.card import input_of
+from rtfocus.engines.registry import FrameFit
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import LabelDecoder, background_of, normalisation_of
-from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import (
     Background,
     CellStatistics,
@@ -20,7 +20,8 @@ from rtfocus.processing.gpu.preparation import (
 )
 from rtfocus.processing.gpu.tiles import Tiles, whole_frame_tile
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.windows import FrameFit, tile_grid
+from rtfocus.processing.windows import tile_grid
+from rtfocus.runtimes.gpu import GpuContext, GpuEngine, Shape
 
 _FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")
 

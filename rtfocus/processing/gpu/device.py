@@ -49,8 +49,8 @@ from rtfocus.processing.gpu.cuda.stream import (
     new_event,
 )
 from rtfocus.processing.gpu.device_slot import DeviceSlot, MapLayout, defocus_map
-from rtfocus.processing.gpu.engine import Gpu
 from rtfocus.processing.gpu.preparation import carried_as
+from rtfocus.runtimes.gpu import Gpu
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from rtfocus.processing.gpu.classifier import (
     Part,
 )
 from rtfocus.processing.gpu.depth_variant import Blending
-from rtfocus.processing.gpu.engine import GpuContext, GpuEngine, Shape
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import TileConditions, windowed_tiles
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.windows import FrameTiles
+from rtfocus.runtimes.gpu import GpuContext, GpuEngine, Shape
 
 # As in kernels/evidence.cu.
 _SUMS = 5

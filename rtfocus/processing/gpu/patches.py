@@ -22,7 +22,6 @@ from rtfocus.processing.gpu.deconvolution import (
     positive_update,
 )
 from rtfocus.processing.gpu.depth_variant import Blending
-from rtfocus.processing.gpu.engine import GpuContext, GpuEngine
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import (
@@ -36,6 +35,7 @@ from rtfocus.processing.gpu.work import (
 )
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import TAPER_PX
+from rtfocus.runtimes.gpu import GpuContext, GpuEngine
 
 Image = NDArray[np.float32]
 
@@ -321,9 +321,13 @@ class LearnedWienerRestorer(_NeverRecorded):
             whole = 0, 0, self._frame.height, self._frame.width
             found: list[Part] = [(level, *whole) for level in self._levels[:1]]
         else:
+            regions = {
+                level: self._montage.region(labels, level)
+                for level in self._montage.present(labels)
+            }
             found = [
                 (level, region.rows.start, region.columns.start, *region.shape)
-                for level, region in self._montage.regions(labels).items()
+                for level, region in regions.items()
             ]
         planes = range(self._frame.channels)
         return [(), *((plane, *part) for part in found for plane in planes)]
@@ -351,6 +355,7 @@ class LearnedWienerRestorer(_NeverRecorded):
             signal=frame.signal,
             rectangle=(top, left, height, width),
             restored=joined,
+            halo_px=0,
             levels=frame.maps["level"],
             level=level,
             out=frame.out,

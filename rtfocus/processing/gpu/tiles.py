@@ -405,20 +405,16 @@ class Noise:
         """The greatest detail that counts."""
         return self._search.found
 
-    def kept(self, shape: tuple[int, ...]) -> int:
-        """Return how many details of an image count, the rest are edges."""
-        details = _details(shape)
-        return max(1, int((1 - EDGES) * details)) if details else 0
-
-    def enqueue(self, work: Work, image: DeviceArray) -> None:
-        """Measure an image."""
+    def enqueue(self, work: Work, image: DeviceArray) -> int:
+        """Measure an image; returns how many details count, the rest are edges."""
         height, width = image.shape
-        details = _details(image.shape)
+        details = _details((height, width))
         if not details:
-            return
+            return 0
+        kept = max(1, int((1 - EDGES) * details))
         power = self._power.shaped((details,))
         work.launch("diagonal_power", details, image, height, width, power)
-        self._search.enqueue(work, power, self.kept(image.shape) - 1)
+        self._search.enqueue(work, power, kept - 1)
         work.launch(
             "below_parts",
             PARTS * BLOCK,
@@ -428,7 +424,8 @@ class Noise:
             self.sums,
             self.counts,
         )
+        return kept
 
 
-def _details(shape: tuple[int, ...]) -> int:
+def _details(shape: tuple[int, int]) -> int:
     return (shape[0] // 2) * (shape[1] // 2)

@@ -20,8 +20,8 @@ from typing import Any
 
 from rtfocus.errors import EngineError
 from rtfocus.processing.device import LostDeviceError
-from rtfocus.processing.gpu.engine import Gpu
 from rtfocus.processing.gpu.work import DeviceArray, Work
+from rtfocus.runtimes.gpu import Gpu
 
 
 class OutOfGpuMemoryError(EngineError):

@@ -1,4 +1,4 @@
-"""Engine: what the GPU asks of a network runtime, and what is asked to be built.
+"""GPU: what the device asks of a runtime, and those there are, in order of preference.
 
 The processor owns device buffers, CUDA streams and CUDA events; a backend only
 turns addresses of inputs into addresses of outputs. No call waits for the GPU
@@ -7,8 +7,11 @@ has the device's primary context current, those of one execution context never f
 two at once.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from math import ceil
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +24,9 @@ from rtfocus.engines.card import (
     Precision,
     verified_file,
 )
-from rtfocus.engines.registry import FoundEngine
+from rtfocus.engines.registry import FoundEngine, fit_frame
 from rtfocus.errors import EngineError
-from rtfocus.processing.windows import fit_frame
+from rtfocus.machine import usable
 
 Shape = tuple[int, ...]
 """Extents of a tensor, e.g. (N, C, H, W)."""
@@ -307,3 +310,83 @@ def gpu_request(
         workspace_bytes=workspace_bytes,
         cuda_graphs=cuda_graphs,
     )
+
+
+logger = logging.getLogger(__name__)
+
+_TENSORRT = "rtfocus.runtimes.tensorrt.engine"
+_TORCH = "rtfocus.runtimes.torch_engine"
+
+
+def _why_no_tensorrt(name: str, device: Gpu | None) -> str | None:
+    why: str | None = import_module(_TENSORRT).why_unavailable(name, device)
+    return why
+
+
+def _open_tensorrt(name: str, request: GpuRequest, device: Gpu) -> GpuEngine:
+    engine: GpuEngine = import_module(_TENSORRT).open_engine(name, request, device)
+    return engine
+
+
+def _why_no_torch(device: Gpu | None) -> str | None:
+    try:
+        module = import_module(_TORCH)
+    except ImportError as error:
+        return f"torch-cuda cannot be imported ({error}); pip install torch onnx"
+    why: str | None = module.why_unavailable(device)
+    return why
+
+
+def _open_torch(request: GpuRequest, device: Gpu) -> GpuEngine:
+    engine: GpuEngine = import_module(_TORCH).open_engine(request, device)
+    return engine
+
+
+# ORDER MATTERS for "auto": tuned on the card first, the second opinion last.
+GPU_BACKENDS: tuple[GpuBackend, ...] = (
+    GpuBackend(
+        "tensorrt",
+        partial(_why_no_tensorrt, "tensorrt"),
+        partial(_open_tensorrt, "tensorrt"),
+    ),
+    GpuBackend(
+        "tensorrt_rtx",
+        partial(_why_no_tensorrt, "tensorrt_rtx"),
+        partial(_open_tensorrt, "tensorrt_rtx"),
+    ),
+    GpuBackend("torch-cuda", _why_no_torch, _open_torch),
+)
+
+
+def open_network(wanted: str, request: GpuRequest, device: Gpu) -> GpuEngine:
+    """Load a network with the backend of a name, or the first that can.
+
+    With ``auto`` a backend that cannot build or load this network is told about and
+    passed over.
+
+    Raises
+    ------
+    EngineError
+        If none can; gives each reason.
+    """
+    failures: list[EngineError] = []
+    for backend in usable(
+        "GPU backend", wanted, GPU_BACKENDS, lambda known: known.why_unavailable(device)
+    ):
+        try:
+            engine = backend.open(request, device)
+        except EngineError as error:
+            logger.warning("GPU backend %s passed over: %s", backend.name, error)
+            failures.append(error)
+        else:
+            logger.info("engine '%s' runs on %s", request.name, engine.backend)
+            return engine
+    if len(failures) == 1:
+        raise failures[0]
+    msg = "; ".join(str(error) for error in failures)
+    raise EngineError(msg) from failures[-1]
+
+
+def runs_on(engine: GpuEngine) -> str:
+    """Say what a network runs on, e.g. ``tensorrt 10.13.3 fp16``."""
+    return f"{engine.backend} {engine.precision}"

@@ -11,14 +11,14 @@ import numpy as np
 from rtfocus.engines.card import Precision
 from rtfocus.errors import EngineError
 from rtfocus.machine import write_atomically
-from rtfocus.processing.gpu.engine import (
+from rtfocus.runtimes.gpu import (
     Gpu,
     GpuRequest,
     IoTensor,
     Shape,
 )
-from rtfocus.processing.gpu.tensorrt.build import UnusablePlanError, load_error
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.tensorrt.build import UnusablePlanError, load_error
+from rtfocus.runtimes.tensorrt.library import (
     LibraryName,
     TensorRt,
     compile_ahead,
@@ -27,7 +27,7 @@ from rtfocus.processing.gpu.tensorrt.library import (
     why_not_importable,
     why_unsupported,
 )
-from rtfocus.processing.gpu.tensorrt.plans import (
+from rtfocus.runtimes.tensorrt.plans import (
     PlanCache,
     ReadyPlan,
     built_ahead,
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRtContext:
-    """An execution context; implements `rtfocus.processing.gpu.engine.GpuContext`.
+    """An execution context; implements `rtfocus.runtimes.gpu.GpuContext`.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def _not_served(error: EngineError, library: TensorRt, device: Gpu) -> EngineErr
 
 
 class TensorRtEngine:
-    """A plan on a GPU; implements `rtfocus.processing.gpu.engine.GpuEngine`.
+    """A plan on a GPU; implements `rtfocus.runtimes.gpu.GpuEngine`.
 
     Parameters
     ----------

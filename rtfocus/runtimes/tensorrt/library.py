@@ -3,7 +3,7 @@
 ``tensorrt`` (10.8 to 11) tunes a plan on the GPU at hand; ``tensorrt_rtx`` (TensorRT
 for RTX, 1.4 to 1.7) builds it without one and compiles its kernels on the card at the
 first start. What only the latter has is asked for here, and its kernels are kept by
-`rtfocus.processing.gpu.tensorrt.engine.KernelCache`.
+`rtfocus.runtimes.tensorrt.engine.KernelCache`.
 """
 
 import logging

@@ -253,7 +253,7 @@ class OpenVinoEngine:
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
     ) -> Outputs:
-        """Run the network, see `rtfocus.processing.cpu.engine.Engine.infer`."""
+        """Run the network, see `rtfocus.runtimes.cpu_engine.Engine.infer`."""
         self._inputs.check(tiles, condition)
         if self._request is None:
             msg = f"engine '{self.name}' is closed"
@@ -418,7 +418,7 @@ class OnnxRuntimeEngine:
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
     ) -> Outputs:
-        """Run the network, see `rtfocus.processing.cpu.engine.Engine.infer`."""
+        """Run the network, see `rtfocus.runtimes.cpu_engine.Engine.infer`."""
         self._inputs.check(tiles, condition)
         if self._session is None:
             msg = f"engine '{self.name}' is closed"

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from rtfocus.engines.card import Precision
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.engine import Gpu, GpuRequest, IoTensor, Shape
-from rtfocus.processing.gpu.torch_operators import (
+from rtfocus.runtimes.gpu import Gpu, GpuRequest, IoTensor, Shape
+from rtfocus.runtimes.torch_operators import (
     ARITHMETIC,
     SHAPING,
     Inputs,
@@ -311,7 +311,7 @@ def open_engine(request: GpuRequest, device: Gpu) -> "TorchEngine":
 
 
 class TorchEngine:
-    """A network on a device; implements `rtfocus.processing.gpu.engine.GpuEngine`.
+    """A network on a device; implements `rtfocus.runtimes.gpu.GpuEngine`.
 
     TensorFloat-32 is a switch of the whole process in torch: one engine that asks
     for exact products turns it off for all.
@@ -373,7 +373,7 @@ class TorchEngine:
 
 
 class TorchContext:
-    """Implements `rtfocus.processing.gpu.engine.GpuContext`.
+    """Implements `rtfocus.runtimes.gpu.GpuContext`.
 
     The weights are the engine's alone: a context that somebody still holds keeps none.
     """

@@ -11,9 +11,9 @@ from typing import Any
 
 from rtfocus.errors import EngineError
 from rtfocus.machine import cache_folder, write_atomically
-from rtfocus.processing.gpu.engine import Gpu, GpuRequest, ShapeRange
-from rtfocus.processing.gpu.tensorrt.build import Progress, build_plan
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.gpu import Gpu, GpuRequest, ShapeRange
+from rtfocus.runtimes.tensorrt.build import Progress, build_plan
+from rtfocus.runtimes.tensorrt.library import (
     Capability,
     TensorRt,
     listed_capabilities,

@@ -22,7 +22,7 @@ from rtfocus.engines.card import (
 from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable
-from rtfocus.processing.cpu.engine import (
+from rtfocus.runtimes.cpu_engine import (
     AXES,
     Engine,
     Inputs,
@@ -34,7 +34,7 @@ from rtfocus.processing.cpu.engine import (
     import_openvino,
     openvino_precisions,
 )
-from rtfocus.processing.cpu.precision import (
+from rtfocus.runtimes.precision import (
     DECISIONS,
     Choice,
     Decision,

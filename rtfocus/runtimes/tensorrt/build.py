@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rtfocus.errors import EngineError
-from rtfocus.processing.gpu.engine import GpuRequest
-from rtfocus.processing.gpu.tensorrt.library import (
+from rtfocus.runtimes.gpu import GpuRequest
+from rtfocus.runtimes.tensorrt.library import (
     Capability,
     TensorRt,
     name_capabilities,
