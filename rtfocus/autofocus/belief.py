@@ -41,11 +41,6 @@ class Mode:
     mean_um: float
     sd_um: float
 
-    def density(self, z_um: float) -> float:
-        """Return its share of the density at a z."""
-        away = (z_um - self.mean_um) / self.sd_um
-        return self.weight * exp(-0.5 * away**2) / (self.sd_um * sqrt(2 * pi))
-
 
 @dataclass(frozen=True, slots=True)
 class Belief:

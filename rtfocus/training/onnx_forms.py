@@ -18,7 +18,7 @@ for more at either end.
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from rtfocus.errors import EngineError
-from rtfocus.training.task import Arrays, Graph, Task
+from rtfocus.training.task import Graph, Task
+
+Inputs = Mapping[str, NDArray[np.float32]]
+"""A network's inputs by name."""
 
 # Biases and shapes stay as they are: they are small, and a bias may be large.
 _LEAST_VALUES = 256
@@ -247,7 +250,7 @@ _CONVOLUTION = "Conv"
 def quantise(
     source: Path,
     target: Path,
-    batches: Iterable[Arrays],
+    batches: Iterable[Inputs],
     *,
     float_ends: tuple[int, int] = (1, 1),
 ) -> Path:
@@ -355,7 +358,7 @@ def inner_convolutions(path: Path, float_ends: tuple[int, int] = (1, 1)) -> list
 class _Calibration:
     """Hands out batches one by one, as ONNX Runtime's calibration asks for them."""
 
-    def __init__(self, batches: Iterator[Arrays]) -> None:
+    def __init__(self, batches: Iterator[Inputs]) -> None:
         self._batches = batches
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
@@ -414,7 +417,7 @@ _CALIBRATION_BATCHES = 8
 _TILES = ("blurred", "crops", "patches")
 
 
-def calibration_inputs(task: Task[Any], names: tuple[str, ...]) -> Iterator[Arrays]:
+def calibration_inputs(task: Task[Any], names: tuple[str, ...]) -> Iterator[Inputs]:
     """Make a graph's inputs by name from training batches, always the same ones."""
     for draw in range(1, _CALIBRATION_BATCHES + 1):
         batch = task.batch(0, draw)

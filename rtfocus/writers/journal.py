@@ -245,21 +245,6 @@ def intact_bytes(path: Path) -> int:
     return 0
 
 
-def torn_bytes(path: Path) -> int:
-    """Return the length of the journal's torn last line; 0: it is whole.
-
-    Raises
-    ------
-    WriterError
-        If there is no journal.
-    """
-    try:
-        return path.stat().st_size - intact_bytes(path)
-    except OSError as error:
-        msg = f"journal '{path}' cannot be read: {error.strerror}"
-        raise WriterError(msg) from error
-
-
 def read_journal(path: Path) -> Iterator[Line]:
     """Yield the lines in order; a torn last line is left out.
 
