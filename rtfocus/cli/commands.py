@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -114,6 +115,23 @@ COMMANDS = {
 }
 
 
+def _as_meant(word: str) -> str:
+    """Return a word of a command line with the home folder that no shell filled in.
+
+    An empty one would be the folder one works in: it is refused.
+    """
+    option, is_joined, value = word.rpartition("=")
+    if word == "" or (value == "" and re.fullmatch(r"--[a-z][a-z-]*", option)):
+        msg = (
+            f"'{word}' is empty, as of a variable without a value; give a value, or "
+            "leave it out"
+        )
+        raise typer.BadParameter(msg)
+    if value.startswith("~/") and (not is_joined or option.startswith("--")):
+        return f"{option}{is_joined}{os.path.expanduser(value)}"
+    return word
+
+
 class LazyGroup(TyperGroup):
     """Knows every command by name and summary, and imports the one that is run."""
 
@@ -130,7 +148,7 @@ class LazyGroup(TyperGroup):
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             ctx.exit(ExitCode.USAGE)
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, [_as_meant(word) for word in args])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
         """Find the command that is called and load it."""

@@ -47,7 +47,20 @@ class RunConfig(Section):
     """The run folder is ``NAME.rtfocus``. A name that every system takes: at most
     200 bytes, not ``con`` or its like, no dot or space at the end."""
     folder: Path = Path("runs")
-    """Where run folders are made."""
+    """Where run folders are made; ``~`` is the home folder."""
+
+    @field_validator("folder")
+    @classmethod
+    def _in_full(cls, folder: Path) -> Path:
+        for part in folder.parts:
+            if re.fullmatch(r"\$\{?\w+\}?|%\w+%", part) and not folder.exists():
+                msg = f"'{part}' is not filled in here; write the whole path"
+                raise ValueError(msg)
+        try:
+            return folder.expanduser()
+        except RuntimeError as error:
+            msg = "this user has no home folder; write the whole path"
+            raise ValueError(msg) from error
 
     @field_validator("name")
     @classmethod

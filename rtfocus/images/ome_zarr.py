@@ -189,24 +189,23 @@ class _Axis:
 def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]:
     """Yield an image, once for each index of axes that are not t, c, z."""
     ome = _ome(group)
+    whose = f"'{path}': image '{name}'" if name else f"'{path}'"
     try:
-        scales = ome["multiscales"][0]
-        level = scales["datasets"][0]
-        array = group[level["path"]]
-        axes = _axes(scales, level, getattr(array, "shape", ()))
+        array, axes = _full_resolution(ome, group)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        msg = f"'{path}': image '{name}' has broken multiscales metadata: {error!r}"
+        why = one_line(error)
+        msg = f"{whose} has broken multiscales metadata: {why}; export it again"
         raise InputError(msg) from error
     lengths = {axis.name: axis.length for axis in axes}
     if not isinstance(array, zarr.Array) or not {"y", "x"} <= set(lengths):
-        msg = f"'{path}': image '{name}' has axes {[*lengths]}; it needs y and x"
+        msg = f"{whose} has axes {[*lengths]}; it needs y and x"
         raise InputError(msg)
     own = [axis for axis in axes if axis.name not in "tczyx"]
     if np.prod([axis.length for axis in own], dtype=np.int64) > _MOST_IMAGES:
-        msg = f"'{path}': image '{name}' has more than {_MOST_IMAGES} images"
+        msg = f"{whose} has more than {_MOST_IMAGES} images"
         raise InputError(msg)
     if np.prod([lengths.get(a, 1) for a in "tcz"], dtype=np.float64) > MOST_PLANES:
-        msg = f"'{path}': image '{name}' has more than {MOST_PLANES} planes"
+        msg = f"{whose} has more than {MOST_PLANES} planes"
         raise InputError(msg)
     facts = _facts(ome, axes, lengths.get("c", 1))
     stem = stem_of(path)
@@ -228,6 +227,26 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
         )
 
 
+def _full_resolution(ome: dict[str, Any], group: zarr.Group) -> tuple[Any, list[_Axis]]:
+    """Return the largest array of the first multiscales and its axes."""
+    if not ome["multiscales"]:
+        msg = "it lists no image"
+        raise ValueError(msg)
+    scales = ome["multiscales"][0]
+    if "coordinateSystems" in scales:
+        msg = "its version is newer than 0.5, which is the last that is read"
+        raise ValueError(msg)
+    if not scales["datasets"]:
+        msg = "it names no array"
+        raise ValueError(msg)
+    level = scales["datasets"][0]
+    if level["path"] not in group:
+        msg = f"it names the array '{level['path']}', which is not there"
+        raise ValueError(msg)
+    array = group[level["path"]]
+    return array, _axes(scales, level, getattr(array, "shape", ()))
+
+
 def _axes(
     scales: dict[str, Any], level: dict[str, Any], shape: tuple[int, ...]
 ) -> list[_Axis]:
@@ -237,6 +256,9 @@ def _axes(
     named = [one if isinstance(one, dict) else {"name": one} for one in listed]
     steps = _scale_of(level, len(shape))
     factors = _scale_of(scales, len(shape))
+    if len(named) != len(shape):
+        msg = f"it names {len(named)} axes of an array that has {len(shape)}"
+        raise ValueError(msg)
     axes = []
     for axis, length, step, factor in zip(named, shape, steps, factors, strict=True):
         known = [number for number in (step, factor) if number is not None]

@@ -57,7 +57,7 @@ def read_optics(text: str) -> OpticalSystem:
 
 
 def stated_optics(text: str) -> dict[str, Any]:
-    """Return what a user states of the optics, which need not be all, not checked.
+    """Return what a user states of the optics, which need not be all.
 
     Parameters
     ----------
@@ -72,14 +72,18 @@ def stated_optics(text: str) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If it is no file and no values, or a name is unknown.
+        If it is no file and no values, a name is unknown, or no optics have one of
+        the values.
 
     Examples
     --------
     >>> stated_optics("NA=0.75,wavelength=520")
     {'numerical_aperture': '0.75', 'wavelength_nm': '520'}
     """
-    return dict(_read_values(text) if "=" in text else _read_file(Path(text)))
+    stated = dict(_read_values(text) if "=" in text else _read_file(Path(text)))
+    given = {name: value for name, value in stated.items() if value is not None}
+    make_optics({**_ANY, **given}, text)
+    return stated
 
 
 def make_optics(stated: Mapping[str, Any], origin: str) -> OpticalSystem:
@@ -149,6 +153,13 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     return data
 
 
+_ANY = {
+    "numerical_aperture": 0.1,
+    "wavelength_nm": 500,
+    "pixel_size_um": 1,
+    "refractive_index": 5,
+}
+"""Stand for what is not stated where the rest is checked: they fit to anything."""
 _NEEDED = {
     "numerical_aperture": "NA",
     "wavelength_nm": "emission wavelength",

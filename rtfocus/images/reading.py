@@ -95,11 +95,16 @@ def _form(path: Path) -> _Form:
         Image.MAX_IMAGE_PIXELS = None
         with Image.open(path) as picture:
             height, width, mode = picture.height, picture.width, picture.mode
+            others = getattr(picture, "n_frames", 1) - 1
+            is_phone = picture.format == "MPO"
     except InputError:
         raise
     # A damaged file makes the parser raise whatever it stumbles over.
     except Exception as error:
         raise _unreadable(path, error) from error
+    if others > 0 and not is_phone:
+        msg = f"'{path}' holds {others + 1} pictures, one can be read; save it as TIFF"
+        raise InputError(msg)
     if deep is not None:
         colours = (3,) if deep >= 3 else ()
         note = "its alpha channel is left out" if deep in (2, 4) else ""
@@ -113,6 +118,9 @@ def _form(path: Path) -> _Form:
     dtype = dtypes.get(kept, "<u2")
     if path.suffix.lower() == ".png" and kept == "I":
         dtype = "<u2"  # older Pillows give 16-bit grey as 32 bits
+    if others > 0:
+        # Phones put previews and brightness maps behind the photograph.
+        note = f"{others} more pictures in the file are left out"
     return _Form((height, width, *colours), dtype, note)
 
 

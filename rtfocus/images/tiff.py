@@ -361,7 +361,10 @@ def _canonical_axes(axes: str, shape: tuple[int, ...]) -> tuple[str, list[str]]:
         free.remove("C")
     for place in unnamed:
         if not free:
-            msg = f"axes '{axes}' of {shape} have more than three without a name"
+            msg = (
+                f"axes '{axes}' of {shape} have more than three without a name; save "
+                "it as OME-TIFF, which names them"
+            )
             raise ValueError(msg)
         given[place] = free.pop(0)
     for place, axis in given.items():
@@ -388,7 +391,10 @@ def _samples(
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         notes.append("0 is white in the file; values are kept as they are")
     extra = [kind for kind in page.extrasamples if kind in _ALPHA]
-    if samples > 1 and extra and len(page.extrasamples) == 1:
+    # An alpha channel lies between colours. Programs that take a stack of four images
+    # for colours write planes, and call the fourth alpha: it is an image.
+    is_apart = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
+    if samples > 1 and extra and len(page.extrasamples) == 1 and not is_apart:
         samples -= 1
         notes.append("its alpha channel is left out")
     return samples, page.photometric in _COLOURS and samples == 3, notes

@@ -297,9 +297,9 @@ def _written(
         if place + length > len(message):
             msg = "the ONNX file ends in the middle; get it again"
             raise EngineError(msg)
-        value = message[place : place + length]
+        content = message[place : place + length]
         place += length
-        yield key >> 3, value, message[begin:place]
+        yield key >> 3, content, message[begin:place]
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:

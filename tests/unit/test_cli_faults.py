@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rtfocus.cli import main
 from rtfocus.cli.endings import tell
 from rtfocus.errors import ConfigError, EngineError, ExitCode, WorkerError
 
@@ -85,3 +86,26 @@ def test_debug_shows_the_traceback_as_well(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "Traceback" in said
     assert said.splitlines()[-1] == "error: run.name is odd"
+
+
+@pytest.mark.parametrize(
+    "words", [["check", ""], ["restore", "", "-o", "a"], ["restore", "a", "--output="]]
+)
+def test_an_empty_word_is_not_the_folder_one_works_in(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rtfocus", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ExitCode.USAGE
+    assert "is empty, as of a variable" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_where_no_shell_names_it(
+    monkeypatch, capsys, tmp_path
+):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for words in (["check", "~/gone"], ["report", "~/gone"]):
+        monkeypatch.setattr("sys.argv", ["rtfocus", *words])
+        with pytest.raises(SystemExit):
+            main()
+        assert f"{tmp_path}/gone" in capsys.readouterr().err.replace("\n", "")

@@ -170,6 +170,16 @@ def test_run_names_are_refused_that_some_system_does_not_take(name: str) -> None
         parse_config({"run": {"name": name}})
 
 
+def test_a_run_folder_is_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(Path("home").absolute()))
+    folder = parse_config({"run": {"folder": "~/data"}}).run.folder
+    assert folder == Path("home").absolute() / "data"
+    for folder in ("$HOME/data", "${DATA}", "%USERPROFILE%/data"):
+        with pytest.raises(ConfigError, match=r"run\.folder.* not filled in here"):
+            parse_config({"run": {"folder": folder}})
+
+
 @pytest.mark.parametrize("name", ["console", "a" * 200, "\u00fc\u03bc 1.2+3-4", "a.b"])
 def test_run_names_are_taken_that_every_system_takes(name: str) -> None:
     assert parse_config({"run": {"name": name}}).run.name == name

@@ -112,6 +112,17 @@ def test_unnamed_tiff_axes_are_time_and_a_short_inner_one_is_channel(
     np.testing.assert_array_equal(series.read(t=sizes["t"] - 1, c=sizes["c"] - 1), last)
 
 
+def test_a_picture_file_of_several_is_not_read_in_part(tmp_path: Path) -> None:
+    pictures = [Image.fromarray(np.full((6, 8), n, np.uint8)) for n in (7, 8, 9)]
+    first, *more = pictures
+    first.save(tmp_path / "moving.png", save_all=True, append_images=more)
+    with pytest.raises(InputError, match=r"holds 3 pictures, one can be read; save"):
+        open_images(tmp_path / "moving.png")
+    first.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=more)
+    (series,) = open_images(tmp_path / "phone.jpg")
+    assert series.notes == ("2 more pictures in the file are left out",)
+
+
 def test_png_of_8_and_16_bit_and_alpha(tmp_path: Path) -> None:
     deep = (np.arange(48).reshape(6, 8) * 1000).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")

@@ -119,3 +119,18 @@ def test_channels_find_their_optics_by_name_else_in_order():
         for n in range(2)
     ]
     assert waves == [[500, 451], [451, 500]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("NA=0.75;wavelength=520", "'numerical_aperture'.*valid number"),
+        ("pixel=0", "'pixel_size_um'"),
+        ("wavelength=x", "'wavelength_nm'"),
+        ("n=1,NA=1.4", "not below"),
+    ],
+)
+def test_a_part_that_a_user_states_is_checked_though_others_lack(text, said):
+    with pytest.raises(ConfigError, match=said):
+        stated_optics(text)
+    assert stated_optics("NA=1.4") == {"numerical_aperture": "1.4"}

@@ -158,6 +158,18 @@ def test_rgb_with_a_fourth_sample_that_is_no_alpha_keeps_it(tmp_path) -> None:
     assert means(series) == [50, 100, 150, 200]
 
 
+def test_a_stack_of_four_that_was_taken_for_colours_loses_no_image(tmp_path) -> None:
+    stack = np.stack([flat(value) for value in (50, 100, 150, 200)])
+    tifffile.imwrite(
+        tmp_path / "a.tif", stack, photometric="rgb", planarconfig="separate"
+    )
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert len(file.pages) == 1
+        assert file.pages.first.extrasamples  # an alpha channel, it says
+    (series,) = open_images(tmp_path / "a.tif")
+    assert means(series) == [50, 100, 150, 200]
+
+
 def test_signed_values_are_kept(tmp_path) -> None:
     signed = np.arange(-36, 36, dtype="i2").reshape(8, 9)
     for dtype in ("i1", "i2", "i4", "i8", "f2", "f4", "f8"):

@@ -113,8 +113,36 @@ def test_what_is_no_image_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match="no 'multiscales'"):
         open_images(tmp_path / "empty.zarr")
     write_ngff(tmp_path / "bad.zarr", flat(1), ngff_axes("zyx"))
-    with pytest.raises(InputError, match=r"bad\.zarr.*broken multiscales"):
+    with pytest.raises(
+        InputError, match=r"bad\.zarr' has broken multiscales .* 3 axes .* has 2; exp"
+    ):
         open_images(tmp_path / "bad.zarr")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda scales: scales.clear(), "lists no image; export it again"),
+        (lambda scales: scales[0].update(datasets=[]), "names no array"),
+        (
+            lambda scales: scales[0]["datasets"][0].update(path="9"),
+            "names the array '9', which is not there",
+        ),
+        (lambda scales: scales[0].update(coordinateSystems=[]), "newer than 0.5"),
+        (
+            lambda scales: scales[0]["datasets"][0].update(path="../b.zarr/0"),
+            r"invalid|not there",
+        ),
+    ],
+)
+def test_metadata_that_lead_nowhere_are_told_in_words(tmp_path, change, said) -> None:
+    path = write_ngff(tmp_path / "a.zarr", flat(1), ngff_axes("yx"))
+    attributes = json.loads((path / ".zattrs").read_text())
+    change(attributes["multiscales"])
+    (path / ".zattrs").write_text(json.dumps(attributes))
+    with pytest.raises(InputError, match=f"a.zarr' has broken .*{said}") as raised:
+        open_images(path)
+    assert "Error(" not in str(raised.value)
 
 
 def write_plate(path: Path) -> None:
