@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import psutil
 from platformdirs import user_cache_path
 
 from rtfocus.errors import EngineError, WriterError
@@ -263,3 +264,12 @@ class DiskWatch:
 
 def _mb(size: int) -> str:
     return f"{size / 1e6:.0f} MB"
+
+
+def with_load() -> str:
+    """Return processor, usable threads and load: milliseconds depend on them."""
+    load = psutil.getloadavg()[0]
+    return (
+        f"{processor_name()}, {usable_threads()} usable threads, load {load:.1f} at "
+        "the end"
+    )

@@ -4,17 +4,15 @@ A spectrum is the amplitude of an image's Fourier transform, averaged over rings
 what the specimen has times what the optics let through at its defocus. Two images of
 one specimen at two z have the same first factor, so their ratio tells of the optics
 alone (Pentland's depth from defocus). Amplitudes do not change when the specimen
-shifts sideways between the images, and a ring average is small enough to travel
-with an estimate. What the optics let through is counted in units that all objectives
-share: defocus in depths of field (n lambda / NA^2), spatial frequency in NA / lambda.
-So one table serves all apertures near the nominal one.
+shifts sideways, and a ring average is small enough to travel with an estimate. All is
+counted in units that objectives share: defocus in depths of field (n lambda / NA^2),
+spatial frequency in NA / lambda, so one table serves all apertures near the nominal.
 
 The optics say how every ring changes with defocus, roughly: aperture and aberration
 are known to some per cent, the specimen is tilted and thick. Images of the position
 at known defocus say what it is, at a few places. Between them the optics' curve is
-bent through the images (a Gaussian process whose mean is the optics), and how far it
-may be off is part of the answer. So a new image tells distance and side within a depth
-of field, where optics alone take one side for the other.
+bent through the images (a Gaussian process whose mean is the optics), with how far it
+may be off. So a new image tells distance and side, which optics alone cannot.
 """
 
 from dataclasses import dataclass, field, replace

@@ -63,7 +63,7 @@ def train(
         int,
         typer.Option(
             min=0,
-            help="Processes that make batches ahead; the weights are the same.",
+            help="Cores that work beside each other; the weights are the same.",
         ),
     ] = 0,
     optics: Annotated[

@@ -26,8 +26,10 @@ from rtfocus.evaluation.samples import (
     DataSet,
     Field,
     Sample,
+    matching_tiffs,
     middle,
     plane_name,
+    read_plane,
     unseen,
 )
 from rtfocus.images.reading import find_images, open_images
@@ -124,14 +126,14 @@ def bbbc006_pairs(folder: Path) -> DataSet:
     """Nuclei, sharp and about 10 um defocused, 8 bit, validation rows."""
 
     def samples(path: Path) -> Iterator[Sample]:
-        sharp = _read(path)
-        blurred = _read(folder / "bbbc006_pairs" / "defocus10um" / path.name)
+        sharp = read_plane(path)
+        blurred = read_plane(folder / "bbbc006_pairs" / "defocus10um" / path.name)
         name = path.stem
         yield Sample(name, blurred, sharp, _TEN_UM, "10 um", _EIGHT_BIT, sided=True)
         yield Sample(f"{name} sharp", sharp, sharp, _SHARP_UM, "sharp", _EIGHT_BIT)
 
     title = "BBBC006 nuclei, rows a19-a24, sharp and 10 um; range 255"
-    paths = _matching(folder / "bbbc006_pairs" / "sharp", VALIDATION_ROWS)
+    paths = matching_tiffs(folder / "bbbc006_pairs" / "sharp", VALIDATION_ROWS)
     fields = tuple(Field(path.stem, partial(samples, path)) for path in paths)
     return DataSet("bbbc006_pairs", title, BBBC006, 0.0, fields)
 
@@ -141,7 +143,8 @@ def bbbc006_factin(folder: Path) -> DataSet:
 
     def samples(name: str, group: str, span: tuple[float, float]) -> Iterator[Sample]:
         sharp, pixels = (
-            _read(folder / "bbbc006_factin" / f"{one}.tif") for one in ("A_sharp", name)
+            read_plane(folder / "bbbc006_factin" / f"{one}.tif")
+            for one in ("A_sharp", name)
         )
         sided = group != "sharp"
         yield Sample(name, pixels, sharp, span, group, _EIGHT_BIT, sided=sided)
@@ -159,23 +162,23 @@ def bbbc006_factin(folder: Path) -> DataSet:
 def bbbc006_16bit(folder: Path) -> DataSet:
     """Nuclei at full depth: planes in focus and at the far end of the stack."""
     place = folder / "bbbc006_16bit"
-    sharp = {path.name: path for path in _matching(place / "in_focus")}
+    sharp = {path.name: path for path in matching_tiffs(place / "in_focus")}
 
     def far(path: Path) -> Iterator[Sample]:
-        pixels, in_focus = _read(path), sharp.get(path.name)
-        truth = None if in_focus is None else _read(in_focus)
+        pixels, in_focus = read_plane(path), sharp.get(path.name)
+        truth = None if in_focus is None else read_plane(in_focus)
         span = float(np.ptp(pixels if truth is None else truth))
         yield Sample(path.stem, pixels, truth, _FAR_UM, "-32 um", span, sided=True)
 
     def near(path: Path) -> Iterator[Sample]:
-        pixels = _read(path)
+        pixels = read_plane(path)
         span = float(np.ptp(pixels))
         yield Sample(path.name, pixels, pixels, _SHARP_UM, "sharp", span)
 
     title = "BBBC006 nuclei, 12-bit counts, sharp and -32 um; range of the sharp plane"
     fields = [
         Field(path.stem, partial(far, path))
-        for path in _matching(place / "z00_minus32um")
+        for path in matching_tiffs(place / "z00_minus32um")
     ]
     fields += [
         Field(name, partial(near, path))
@@ -230,32 +233,6 @@ def _planes(path: Path) -> Iterator[tuple[str, NDArray[np.generic]]]:
             rows, columns = (middle(side, _MOST_SIDE_PX) for side in series.shape[:2])
             name = plane_name(series.name, index)
             yield name, series.read(**index)[rows, columns]
-
-
-def _matching(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
-    """Return the TIFFs of a folder whose names match.
-
-    Raises
-    ------
-    InputError
-        If there are none.
-    """
-    found = [
-        path
-        for path in sorted(folder.glob("*.tif"))
-        if any(fnmatch(path.name, pattern) for pattern in patterns)
-    ]
-    if not found:
-        msg = (
-            f"'{folder}' holds no {' or '.join(patterns)}; say where the published "
-            "images lie with --data-folder"
-        )
-        raise InputError(msg)
-    return found
-
-
-def _read(path: Path) -> NDArray[np.generic]:
-    return open_images(path)[0].read()
 
 
 Image = NDArray[np.float32]

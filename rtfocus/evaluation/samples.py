@@ -10,6 +10,7 @@ nothing may change.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -276,3 +277,30 @@ def _blurred(light: Image, way: str, rng: np.random.Generator) -> Image:
     )
     side = float(rng.choice([-1.0, 1.0]))
     return blur(light, compute_psf(optics, side * radius_px * pixel_um / aperture))
+
+
+def matching_tiffs(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
+    """Return the TIFFs of a folder whose names match.
+
+    Raises
+    ------
+    InputError
+        If there are none.
+    """
+    found = [
+        path
+        for path in sorted(folder.glob("*.tif"))
+        if any(fnmatch(path.name, pattern) for pattern in patterns)
+    ]
+    if not found:
+        msg = (
+            f"'{folder}' holds no {' or '.join(patterns)}; say where the published "
+            "images lie with --data-folder"
+        )
+        raise InputError(msg)
+    return found
+
+
+def read_plane(path: Path) -> NDArray[np.generic]:
+    """Read the one plane of a file, as stored."""
+    return open_images(path)[0].read()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 
@@ -20,7 +19,7 @@ from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.evaluation.scores import LevelScore
 from rtfocus.files import portable_name
-from rtfocus.machine import processor_name, usable_threads
+from rtfocus.machine import with_load
 from rtfocus.processing.camera import luminance
 
 _SHOWN_PX = 320
@@ -299,7 +298,7 @@ def as_json(
         "command": command,
         "rtfocus": __version__,
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": taken_on or machine(),
+        "machine": taken_on or with_load(),
         "data": {one.data.name: one.data.title for one in outcomes},
         "outcomes": [_outcome(one) for one in outcomes],
     }
@@ -314,7 +313,7 @@ def markdown(
 ) -> str:
     """Return the tables in Markdown."""
     restored, levels = tables(outcomes)
-    place = taken_on or machine()
+    place = taken_on or with_load()
     lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {place}.", ""]
     titles = {one.data.name: one.data.title for one in outcomes}
     lines += [f"- **{name}**: {title}" for name, title in titles.items()]
@@ -331,15 +330,6 @@ def markdown(
     if by_group:
         lines += ["", "## By group", "", *by_group]
     return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    """Return processor, usable threads and load: milliseconds depend on them."""
-    load = psutil.getloadavg()[0]
-    return (
-        f"{processor_name()}, {usable_threads()} usable threads, load {load:.1f} at "
-        "the end"
-    )
 
 
 def _outcome(one: Outcome) -> dict[str, Any]:

@@ -10,6 +10,7 @@ leads smoothly from what lies behind the rectangle to what lies before it. Where
 do not meet, the jump rings through all of it once a filter amplifies it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -66,32 +67,29 @@ class Region:
         )
 
 
-def read_region(
-    plane: Image, region: Region, shape: tuple[int, int], halo_px: int
-) -> Image:
-    """Cut a rectangle out of a frame, in a margin without a jump.
+def read_region(plane: Image, region: Region, shape: tuple[int, int]) -> Image:
+    """Cut a rectangle out of a frame, before a margin without a jump.
 
     Parameters
     ----------
     plane
         Axes (y, x).
     region
-        What is wanted; lies at (halo_px, halo_px) in the result.
+        What is wanted; lies at the origin of the result.
     shape
-        Height and width of the result.
-    halo_px
-        Pixels of the margin before the region; the rest is behind it.
+        Height and width of the result, which is periodic: its margin leads from what
+        lies behind the region to what lies before it.
     """
-    down = _extend(plane, region.rows, shape[0], halo_px)
-    across = _extend(down.T, region.columns, shape[1], halo_px)
+    down = _extend(plane, region.rows, shape[0])
+    across = _extend(down.T, region.columns, shape[1])
     return np.ascontiguousarray(across.T)
 
 
-def _extend(plane: Image, span: slice, length: int, halo_px: int) -> Image:
-    """Take rows ``span`` and surround them to `length` rows."""
+def _extend(plane: Image, span: slice, length: int) -> Image:
+    """Take rows ``span`` and add a margin up to `length` rows."""
     count = span.stop - span.start
     result = np.empty((length, plane.shape[1]), dtype=np.float32)
-    result[halo_px : halo_px + count] = plane[span]
+    result[:count] = plane[span]
     margin = length - count
     if margin == 0:
         return result
@@ -99,11 +97,31 @@ def _extend(plane: Image, span: slice, length: int, halo_px: int) -> Image:
     behind = plane[_mirror(span.stop + steps, plane.shape[0])]
     before = plane[_mirror(span.start - margin + steps, plane.shape[0])]
     behind += (before - behind) * _fade(margin)[:, None]
-    # In the result the margin begins behind the region and ends before it.
-    tail = margin - halo_px
-    result[halo_px + count :] = behind[:tail]
-    result[:halo_px] = behind[tail:]
+    result[count:] = behind
     return result
+
+
+def together(
+    regions: Mapping[int, Region], shapes: Mapping[int, tuple[int, int]]
+) -> list[tuple[Region, tuple[int, int], list[int]]]:
+    """Return what is looked at once: a region, its transform's size, and levels.
+
+    Of the margin of a level only the size of its transform is left: levels whose
+    regions and sizes are the same see the same pixels.
+
+    Parameters
+    ----------
+    regions
+        Per level.
+    shapes
+        Height and width of the transforms, per level.
+    """
+    found: dict[tuple[int, ...], tuple[Region, tuple[int, int], list[int]]] = {}
+    for level, region in regions.items():
+        shape = shapes[level]
+        key = (region.rows.start, region.columns.start, *region.shape, *shape)
+        found.setdefault(key, (region, shape, []))[2].append(level)
+    return list(found.values())
 
 
 def _mirror(index: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -217,6 +235,10 @@ class Montage:
             rows=_extent(self._rows[mask.any(axis=1)]),
             columns=_extent(self._columns[mask.any(axis=0)]),
         )
+
+    def regions(self, labels: NDArray[np.int16]) -> dict[int, Region]:
+        """Return the region of every level out of focus that any tile has."""
+        return {level: self.region(labels, level) for level in self.present(labels)}
 
     def weights(self, labels: NDArray[np.int16], level: int, region: Region) -> Image:
         """Return the weight of a level in every pixel of a region, axes (y, x)."""

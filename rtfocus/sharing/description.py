@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rtfocus.engines.spec_steps import KNOWN_STEPS
 from rtfocus.errors import EngineError
+from rtfocus.sharing.package import in_one_line
 
 _AXIS_LETTERS = {"batch": "b", "channel": "c", **dict(zip("bcyx", "bcyx", strict=True))}
 _AXIS_NAMES = {"b": "batch", "c": "channel", "y": "y", "x": "x"}
@@ -437,18 +438,6 @@ def _origin(rdf: _Rdf) -> Iterator[tuple[str, Any]]:
     ):
         if value:
             yield key, in_one_line(str(value))
-
-
-def in_one_line(text: str) -> str:
-    """Return a text of others as a terminal may show it: one line, no controls.
-
-    Examples
-    --------
-    >>> in_one_line("a  model" + chr(27) + "[2J")
-    'a model [2J'
-    """
-    kept = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(kept.split())
 
 
 def _citation(entry: object) -> str:

@@ -345,3 +345,15 @@ def _parts(address: str) -> SplitResult:
     except ValueError as error:
         msg = f"'{address}' is no address: {error}"
         raise EngineError(msg) from error
+
+
+def in_one_line(text: str) -> str:
+    """Return a text of others as a terminal may show it: one line, no controls.
+
+    Examples
+    --------
+    >>> in_one_line("a  model" + chr(27) + "[2J")
+    'a model [2J'
+    """
+    kept = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(kept.split())

@@ -379,7 +379,7 @@ def train_command(
     device
         ``cpu``, ``cuda`` or ``auto``.
     workers
-        Processes that make batches ahead, see `rtfocus.training.feed`.
+        Cores to use, see `rtfocus.training.trainer.Trainer`.
     optics, images
         The user's own, see `own_recipe`; both or none.
     name

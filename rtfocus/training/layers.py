@@ -2,12 +2,42 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+_CHANCE: ContextVar[torch.Generator | None] = ContextVar("chance", default=None)
+
+
+@contextmanager
+def chance_from(seed: int) -> Iterator[None]:
+    """Let what networks draw in training, in this thread, begin from a seed."""
+    mark = _CHANCE.set(torch.Generator().manual_seed(seed))
+    try:
+        yield
+    finally:
+        _CHANCE.reset(mark)
+
+
+def chance() -> torch.Generator | None:
+    """Return where networks draw from; None: torch's own source, of all threads."""
+    return _CHANCE.get()
+
+
+class DropMaps(nn.Dropout2d):
+    """Dropout of whole maps whose draws belong to the thread, see `chance_from`."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return maps (N, C, H, W), some of them 0 and the others larger."""
+        if not self.training or self.p == 0:
+            return maps
+        kept = torch.empty(maps.shape[:2]).bernoulli_(1 - self.p, generator=chance())
+        return maps * (kept / (1 - self.p)).to(maps)[:, :, None, None]
 
 
 @torch.no_grad()

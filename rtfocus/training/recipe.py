@@ -122,7 +122,12 @@ class RecipeBase(Section):
     checkpoint_steps: Count = 500
     """Steps between two checkpoints."""
     threads: Count = 1
-    """CPU threads of the network."""
+    """CPU threads of each part of a step."""
+    parts: Count = 2
+    """Parts of a batch whose gradients are taken each on its own, by one worker each
+    where there are several; their mean is the step's. The weights depend on it, not on
+    the number of workers: BatchNorm sees a part at a time. On a GPU a batch is whole,
+    and so it is for networks with several losses."""
     sources: tuple[SourceRecipe, ...] = ()
     """Sharp images; none: only specimens are drawn."""
     specimens: SpecimenRecipe | None = SpecimenRecipe()

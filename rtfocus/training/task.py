@@ -54,6 +54,8 @@ class Task(ABC, Generic[R]):
 
     network: nn.Module
     """What is trained, averaged and exported."""
+    in_parts: bool = True
+    """Whether a step is the mean of what the parts of a batch ask for."""
 
     def __init__(self, recipe: R) -> None:
         self.recipe = recipe
@@ -129,21 +131,58 @@ class Task(ABC, Generic[R]):
     ) -> dict[str, float]:
         """Take one step with every optimiser; their rates are already set.
 
-        Tasks with several losses, such as adversarial ones, override it.
+        Tasks with several losses, such as adversarial ones, override it, and say in
+        `in_parts` that they want a batch whole.
+        """
+        gradients, shown = self.gradients(tensors)
+        self.descend(gradients, optimisers)
+        return shown
+
+    def gradients(
+        self, tensors: Tensors, share: float = 1.0
+    ) -> tuple[list[Tensor | None], dict[str, float]]:
+        """Return what a batch, or a part of one, says of `network`.
+
+        Parameters
+        ----------
+        tensors
+            The part.
+        share
+            Of the batch; gradients and measured values are multiplied by it, so that
+            those of all parts add up.
+
+        Returns
+        -------
+        tuple
+            Gradient per parameter that learns, None where it has none, in the order
+            of `learning`; and what the part measured, the loss first.
         """
         device = next(self.network.parameters()).device.type
         mixed = device != "cpu" or multiplies_bf16()
         with torch.autocast(device, torch.bfloat16, enabled=mixed):
             loss, shown = self.loss(tensors)
-        optimiser = optimisers["network"]
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        learning = self.learning()
+        found = torch.autograd.grad(share * loss, learning, allow_unused=True)
+        measured = {"loss": loss, **shown}
+        return (
+            list(map(_laid_out_as, found, learning)),
+            {name: share * float(value.detach()) for name, value in measured.items()},
+        )
+
+    def learning(self) -> list[nn.Parameter]:
+        """Return the parameters of `network` that are trained."""
+        return [one for one in self.network.parameters() if one.requires_grad]
+
+    def descend(
+        self,
+        gradients: Iterable[Tensor | None],
+        optimisers: Mapping[str, torch.optim.Optimizer],
+    ) -> None:
+        """Take the step that the gradients of a whole batch ask for."""
+        for parameter, gradient in zip(self.learning(), gradients, strict=True):
+            parameter.grad = gradient
         nn.utils.clip_grad_norm_(self.network.parameters(), _LARGEST_GRADIENT)
-        optimiser.step()
-        return {
-            "loss": float(loss.detach()),
-            **{name: float(value.detach()) for name, value in shown.items()},
-        }
+        optimisers["network"].step()
 
     def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
         """Make averaged weights ready for use; BatchNorm needs statistics of its own.
@@ -152,6 +191,13 @@ class Task(ABC, Generic[R]):
         """
         del batches
         average.eval()
+
+
+def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Return a gradient in the memory layout of its parameter, as optimisers want."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 # Optics drawn in training lie within these factors of the reference sampling.

@@ -10,7 +10,8 @@ import csv
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtfocus.errors import ConfigError
 from rtfocus.training.feed import (
@@ -33,8 +34,9 @@ from rtfocus.training.feed import (
     save_checkpoint,
     start_from,
 )
+from rtfocus.training.layers import chance_from
 from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
-from rtfocus.training.task import Arrays, make_task
+from rtfocus.training.task import Arrays, Task, Tensors, make_task
 
 CURVE_NAME = "curve.csv"
 
@@ -70,6 +72,99 @@ def add_to_curve(
     return " ".join(f"{name} {value:.4f}" for name, value in means.items())
 
 
+Gradients = list[Tensor | None]
+
+
+class StepParts:
+    """What the parts of a batch ask for, side by side or one after the other.
+
+    Every part has a network with the weights of all and BatchNorm statistics of its
+    own, a source of chance of its own, and one thread: how many are at work at a time
+    changes nothing about the sum.
+
+    Parameters
+    ----------
+    task
+        What is trained; the first part is its own network's.
+    workers
+        Threads; 0 or 1: the parts follow each other.
+    """
+
+    def __init__(self, task: Task[Any], workers: int) -> None:
+        self._seed = task.recipe.seed
+        self._tasks = [task]
+        for _ in range(1, task.recipe.parts):
+            twin = copy.copy(task)
+            twin.network = _twin(task.network)
+            self._tasks.append(twin)
+        self._threads: ThreadPoolExecutor | None = None
+        if workers > 1:
+            self._threads = ThreadPoolExecutor(
+                min(workers, len(self._tasks)),
+                "part of a step",
+                # A count that holds for the thread that sets it.
+                torch.set_num_threads,
+                (task.recipe.threads,),
+            )
+
+    def gradients(
+        self, step: int, tensors: Tensors
+    ) -> tuple[Gradients, dict[str, float]]:
+        """Return the mean of the parts' gradients and of what they measured.
+
+        Parameters
+        ----------
+        step
+            Number of the step, which with that of the part decides the chance.
+        tensors
+            The whole batch; the first axis of each counts the samples.
+        """
+        samples = len(next(iter(tensors.values())))
+        ends = [samples * n // len(self._tasks) for n in range(len(self._tasks) + 1)]
+        jobs = [
+            (step, number, {k: v[a:b] for k, v in tensors.items()}, (b - a) / samples)
+            for number, (a, b) in enumerate(pairwise(ends))
+            if a < b
+        ]
+        work = map if self._threads is None else self._threads.map
+        total, shown = [], {}
+        for gradients, measured in work(self._of_part, jobs):
+            if not total:
+                total, shown = gradients, measured
+                continue
+            total = [
+                _sum(one, other) for one, other in zip(total, gradients, strict=True)
+            ]
+            shown = {name: value + measured[name] for name, value in shown.items()}
+        return total, shown
+
+    def close(self) -> None:
+        """End the threads; called twice does nothing."""
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def _of_part(
+        self, job: tuple[int, int, Tensors, float]
+    ) -> tuple[Gradients, dict[str, float]]:
+        step, number, tensors, share = job
+        task = self._tasks[number]
+        task.network.train()
+        with chance_from((self._seed * 1_000_003 + step) * 1_009 + number):
+            return task.gradients(tensors, share)
+
+
+def _twin(network: nn.Module) -> nn.Module:
+    """Return the same network, with the same weights, but buffers of its own."""
+    same = {id(parameter): parameter for parameter in network.parameters()}
+    return copy.deepcopy(network, same)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
+
+
 _REPORT_STEPS = 25
 
 
@@ -83,7 +178,10 @@ class Trainer:
     device
         ``cpu`` or ``cuda``.
     workers
-        Processes that make batches ahead, see `BatchFeed`; 0: none.
+        Cores to use beside each other: as many parts of a step at a time, and half as
+        many processes that make batches ahead, see `BatchFeed`, as a step costs two
+        to twenty times its batch; on a GPU, or where a step has no parts, as many
+        processes. 0: one thing after the other.
     """
 
     def __init__(
@@ -103,11 +201,17 @@ class Trainer:
             module.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.task.network)
         self._optimisers = self.task.make_optimisers()
+        self._parts: StepParts | None = None
+        if self.task.in_parts and recipe.parts > 1 and self._device.type == "cpu":
+            self._parts = StepParts(self.task, workers)
+            workers = (workers + 1) // 2
         self.feed = BatchFeed(self.task, workers)
 
     def close(self) -> None:
         """End the workers; called twice does nothing."""
         self.feed.close()
+        if self._parts is not None:
+            self._parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -129,8 +233,13 @@ class Trainer:
         for optimiser in self._optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = rate
-        self.task.network.train()
-        measured = self.task.train_step(self._to_tensors(batch), self._optimisers)
+        tensors = self._to_tensors(batch)
+        if self._parts is None:
+            self.task.network.train()
+            measured = self.task.train_step(tensors, self._optimisers)
+        else:
+            gradients, measured = self._parts.gradients(self.step, tensors)
+            self.task.descend(gradients, self._optimisers)
         self._average_weights()
         self.step += 1
         return measured
@@ -223,7 +332,7 @@ def train(
     device
         ``cpu``, ``cuda`` or ``auto``.
     workers
-        Processes that make batches ahead; any number makes the same weights.
+        Cores to use, see `Trainer`; any number makes the same weights.
     show_progress
         Draw a progress bar with the time left, the time of a step and how much of it
         went by waiting for its batch.

@@ -183,10 +183,10 @@ def test_uneven_psfs_are_undone_not_doubled(sharp):
 def test_context_leads_from_what_is_behind_to_what_is_before():
     plane = np.arange(100, dtype=np.float32)[:, None].repeat(40, axis=1)
     region = Region(slice(30, 60), slice(0, 40))
-    padded = read_region(plane, region, (50, 60), 10)
-    np.testing.assert_array_equal(padded[10:40, 10:50], plane[30:60])
+    padded = read_region(plane, region, (50, 60))
+    np.testing.assert_array_equal(padded[:30, :40], plane[30:60])
     # Read around the end: from row 59 on, and up to row 30, without a jump.
-    margin = np.concatenate([padded[40:], padded[:10]])[:, 20]
+    margin = padded[30:, 10]
     assert margin[0] == pytest.approx(60, abs=0.5)
     assert margin[-1] == pytest.approx(29, abs=0.5)
     assert np.abs(np.diff(margin)).max() < 5
@@ -196,15 +196,12 @@ def test_context_leads_from_what_is_behind_to_what_is_before():
     height=st.integers(1, 40),
     width=st.integers(1, 40),
     more=st.integers(0, 90),
-    halo=st.integers(0, 45),
 )
-def test_context_exists_for_regions_of_any_size(height, width, more, halo):
+def test_context_exists_for_regions_of_any_size(height, width, more):
     plane = np.random.default_rng(0).random((height, width)).astype(np.float32)
     region = Region(slice(0, height), slice(0, width))
-    halo = min(halo, more)
-    padded = read_region(plane, region, (height + more, width + more), halo)
-    inner = padded[halo : halo + height, halo : halo + width]
-    np.testing.assert_array_equal(inner, plane)
+    padded = read_region(plane, region, (height + more, width + more))
+    np.testing.assert_array_equal(padded[:height, :width], plane)
     assert plane.min() <= padded.min()
     assert padded.max() <= plane.max()
 

@@ -10,6 +10,7 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.deconvolution import (
     BlindRichardsonLucyDeconvolution,
     RichardsonLucyDeconvolution,
+    Surrounded,
     iterate,
     richardson_lucy,
 )
@@ -145,12 +146,14 @@ def test_the_blind_form_restores_without_knowing_the_kernel(image):
         return float(np.mean((cut(restored) - image) ** 2))
 
     blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, 8)
-    restored, kernel = blind.find(blurred, 0.0, 1)
+    restored, kernel = blind.find(Surrounded(blurred))
     known = RichardsonLucyDeconvolution(psf, padded.shape, [1.0] * 8)
-    assert lost(known.restore(blurred, 0.0, 1)) < lost(restored) < 0.7 * lost(blurred)
+    assert (
+        lost(known.restore(Surrounded(blurred))) < lost(restored) < 0.7 * lost(blurred)
+    )
     # It began as a Gaussian, as far from the truth as the width alone can be.
     start = BlindRichardsonLucyDeconvolution(psf, padded.shape, 0).find(
-        blurred, 0.0, 1
+        Surrounded(blurred)
     )[1]
     assert kernel.sum() == pytest.approx(1, abs=1e-5)
     assert kernel.min() >= 0
@@ -161,5 +164,7 @@ def test_the_blind_form_keeps_light_and_black_frames(image):
     psf = compute_psf(ROUND, 6.0)
     padded, _ = mirrored(image, psf)
     blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, 8)
-    assert blind.restore(padded, 0.0, 1).sum() == pytest.approx(padded.sum(), rel=0.01)
-    assert not blind.restore(np.zeros_like(padded), 0.0, 1).any()
+    assert blind.restore(Surrounded(padded)).sum() == pytest.approx(
+        padded.sum(), rel=0.01
+    )
+    assert not blind.restore(Surrounded(np.zeros_like(padded))).any()

@@ -1,5 +1,6 @@
 """Feed: workers change when batches are made, never what is in them."""
 
+from contextlib import closing
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
@@ -11,34 +12,43 @@ from pydantic import ValidationError
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
+from rtfocus.files import resource_folder
 from rtfocus.training.feed import answer_requests
-from rtfocus.training.level_tiles import BlurRecipe, TileOptimiserRecipe
-from rtfocus.training.networks.delpnet import DelpNetRecipe
-from rtfocus.training.recipe import PoolRecipe, SourceRecipe
+from rtfocus.training.networks.delpnet import DelpNet
+from rtfocus.training.networks.rtfocus_1 import Rtfocus1Recipe, Rtfocus1Section
+from rtfocus.training.recipe import (
+    OptimiserRecipe,
+    PairsRecipe,
+    PoolRecipe,
+    SourceRecipe,
+)
 from rtfocus.training.scenes import Pool
-from rtfocus.training.task import make_task
-from rtfocus.training.trainer import Trainer
+from rtfocus.training.task import load_recipe, make_task
+from rtfocus.training.trainer import StepParts, Trainer
 
 
-def small_recipe(folder: Path) -> DelpNetRecipe:
-    """Specimens drawn, nothing read: runs anywhere."""
-    return DelpNetRecipe(
+def small_recipe(folder: Path) -> Rtfocus1Recipe:
+    """Specimens drawn, nothing read, few maps: runs anywhere."""
+    return Rtfocus1Recipe(
         name="small",
         checkpoints=folder,
         checkpoint_steps=2,
-        blur=BlurRecipe(
+        pairs=PairsRecipe(
             reference=OpticalSystem(0.5, 451.0, 0.65),
+            patch_px=96,
+            batch_patches=3,
+            planes=2,
             reference_share=1.0,
-            near_share=0.0,
         ),
-        pool=PoolRecipe(entries=4, side_px=220, refresh_steps=4, shards=2),
-        optimiser=TileOptimiserRecipe(batch_tiles=8, warmup_steps=2, steps=4),
+        pool=PoolRecipe(entries=2, side_px=220, refresh_steps=4, shards=2),
+        optimiser=OptimiserRecipe(warmup_steps=2, steps=4),
+        rtfocus_1=Rtfocus1Section(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1)),
     )
 
 
 def test_weights_are_the_same_to_the_bit_with_workers(tmp_path):
     states = []
-    for workers in (0, 2):
+    for workers in (0, 4):
         with Trainer(small_recipe(tmp_path), workers=workers) as trainer:
             for _ in range(2):
                 trainer.train_step()
@@ -46,10 +56,54 @@ def test_weights_are_the_same_to_the_bit_with_workers(tmp_path):
             with torch.no_grad():
                 trainer.finish_average()
             trainer.train_step()
+            # Statistics of BatchNorm are among them.
             states.append(trainer.state()["modules"]["network"])
             assert trainer.feed.waited_s > 0
     alone, with_workers = states
     assert all(torch.equal(alone[name], with_workers[name]) for name in alone)
+
+
+def test_chance_belongs_to_a_part_however_many_run_at_a_time():
+    recipe = load_recipe(resource_folder("configs") / "train_delpnet.yaml")
+    torch.manual_seed(0)
+    task = make_task(recipe.model_copy(update={"parts": 4}))
+    task.network = DelpNet(dropout=0.4)
+    crops = torch.rand(1, 1, 96, 96).expand(4, -1, -1, -1)
+    tensors = {"crops": crops, "labels": torch.full((4, 1, 1), 3)}
+    found = []
+    for workers in (0, 2, 2):
+        with closing(StepParts(task, workers)) as parts:
+            found.append(parts.gradients(5, tensors))
+            *_, other = (parts.gradients(step, tensors) for step in (5, 6))
+    one, *others = found
+    for two in others:
+        assert two[1] == one[1]
+        assert all(map(torch.equal, one[0], two[0]))
+    assert other[1] != one[1]
+
+
+def test_parts_of_a_step_add_up_to_what_the_whole_batch_asks_for():
+    torch.manual_seed(0)
+    task = make_task(load_recipe(resource_folder("configs") / "train_rtfocus_2.yaml"))
+    task.network.requires_grad_(True)
+    torch.nn.init.normal_(task.network.correction.weight, std=0.1)
+    tensors = {
+        "blurred": torch.rand(3, 1, 96, 96),
+        "sharp": torch.rand(3, 1, 96, 96),
+        "levels": torch.zeros(3, 1, 1),
+        "empty": torch.zeros(3, 1, 1, dtype=torch.bool),
+        "condition": torch.zeros(3, 6),
+    }
+    whole, shown = task.gradients(tensors)
+    with closing(StepParts(task, workers=2)) as parts:
+        summed, measured = parts.gradients(0, tensors)
+    learned = [(a, b) for a, b in zip(whole, summed, strict=True) if a is not None]
+    assert len(learned) > 50
+    for one, other in learned:
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert measured["loss"] == pytest.approx(shown["loss"], rel=1e-4)
+    for parameter, gradient in zip(task.learning(), summed, strict=True):
+        assert gradient is None or gradient.stride() == parameter.stride()
 
 
 def test_a_worker_tells_what_keeps_it_from_making_batches(tmp_path):

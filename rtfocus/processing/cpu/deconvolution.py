@@ -6,6 +6,7 @@ ones (the caller has then padded the image by mirroring).
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,40 @@ from rtfocus.processing.restore import (
 Image = NDArray[np.float32]
 
 
+class Surrounded:
+    """A plane in its margin, and what is found of it once, whatever the levels.
+
+    Parameters
+    ----------
+    image
+        Axes (y, x), periodic, as of `read_region`.
+    quantum
+        Step between the camera's values; 0 for float frames.
+    workers
+        Threads of the Fourier transforms.
+    """
+
+    def __init__(self, image: Image, quantum: float = 0.0, workers: int = 1) -> None:
+        self.image = image
+        self.workers = workers
+        self._quantum = quantum
+
+    @cached_property
+    def signal(self) -> Image:
+        """The image without negative values."""
+        return np.maximum(self.image, 0)
+
+    @cached_property
+    def variance(self) -> float:
+        """Mean variance of the noise, from the image alone."""
+        return noise_variance(self.image, self._quantum)
+
+    @cached_property
+    def spectrum(self) -> NDArray[Any]:
+        """Half spectrum of the image."""
+        return np.asarray(fft.rfft2(self.image, workers=self.workers))
+
+
 class WienerDeconvolution:
     """The linear filter, strength read from each image."""
 
@@ -40,15 +75,15 @@ class WienerDeconvolution:
         transfer = transfer_function(psf, shape)
         self._filter = WienerFilter(transfer, shape, noise_to_signal)
         self._gain = gain_e_per_count
+        self._given = noise_to_signal is not None
 
-    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
-        """Restore with one forward and one inverse transform."""
-        variance = noise_variance(padded, quantum)
-        if self._gain is not None:
+    def restore(self, seen: Surrounded) -> Image:
+        """Restore with one inverse transform, and the plane's forward one."""
+        variance = 0.0 if self._given else seen.variance
+        if self._gain is not None and not self._given:
             # A camera that smooths or compresses hides its noise from the frame.
-            variance = max(variance, photon_variance(padded, self._gain))
-        spectrum = fft.rfft2(padded, workers=workers)
-        return self._filter.apply(spectrum, variance, workers)
+            variance = max(variance, photon_variance(seen.image, self._gain))
+        return self._filter.apply(seen.spectrum, variance, seen.workers)
 
 
 Start = Literal["image", "flat"]
@@ -169,17 +204,15 @@ class RichardsonLucyDeconvolution:
         self._transfer = transfer_function(psf, shape)
         self._back = back_projectors(self._transfer, steps)
 
-    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+    def restore(self, seen: Surrounded) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
-        del quantum
-        signal = np.maximum(padded, 0)
         return iterate(
-            signal,
+            seen.signal,
             self._transfer,
             self._back,
             shape=self._shape,
-            start=signal,
-            workers=workers,
+            start=seen.signal,
+            workers=seen.workers,
         )
 
 
@@ -211,14 +244,13 @@ class BlindRichardsonLucyDeconvolution:
         self._rounds = rounds
         self._start = gaussian_like(psf)
 
-    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
+    def restore(self, seen: Surrounded) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
-        return self.find(padded, quantum, workers)[0]
+        return self.find(seen)[0]
 
-    def find(self, padded: Image, quantum: float, workers: int) -> tuple[Image, Image]:
+    def find(self, seen: Surrounded) -> tuple[Image, Image]:
         """Return the restored image and the kernel, whose centre is its origin."""
-        del quantum
-        signal = np.maximum(padded, 0)
+        signal, workers = seen.signal, seen.workers
         image, kernel = signal, self._start
         for _ in range(self._rounds):
             kernel = self._better_kernel(kernel, signal, image, workers)

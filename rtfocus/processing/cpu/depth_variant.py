@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rtfocus.processing.cpu.deconvolution import (
     BlindRichardsonLucyDeconvolution,
     RichardsonLucyDeconvolution,
+    Surrounded,
     WienerDeconvolution,
     richardson_lucy,
 )
@@ -30,6 +31,7 @@ from rtfocus.processing.montage import (
     crop,
     defocused,
     read_region,
+    together,
 )
 from rtfocus.processing.restore import (
     BLIND,
@@ -54,8 +56,8 @@ _CACHED_ELEMENTS = 1 << 24
 class Deconvolution(Protocol):
     """One PSF and one transform size, ready to restore images of that size."""
 
-    def restore(self, padded: Image, quantum: float, workers: int) -> Image:
-        """Restore an image padded by mirroring; a new array of the same shape."""
+    def restore(self, seen: Surrounded) -> Image:
+        """Restore a plane in its margin; a new array of the same shape."""
         ...
 
 
@@ -140,27 +142,27 @@ class DepthVariantRestorer:
             `out`.
         """
         np.copyto(out, signal)
-        for level in self._montage.present(labels):
-            region = self._montage.region(labels, level)
-            weights = self._montage.weights(labels, level, region)
+        regions = self._montage.regions(labels)
+        shapes = {
+            level: padded_shape(region.shape, self._halos[level])
+            for level, region in regions.items()
+        }
+        for region, shape, levels in together(regions, shapes):
+            place = region.rows, region.columns
+            weights = {
+                level: self._montage.weights(labels, level, region) for level in levels
+            }
             for plane, into in paired_planes(signal, out):
-                restored = self._restore_region(plane, level, region, quantum)
-                np.maximum(restored, 0, out=restored)
-                restored -= plane[region.rows, region.columns]
-                restored *= weights
-                into[region.rows, region.columns] += restored
+                padded = read_region(plane, region, shape)
+                seen = Surrounded(padded, quantum, self._workers)
+                for level in levels:
+                    restored = self._filter(level, shape).restore(seen)
+                    change = crop(restored, region.shape, 0)
+                    np.maximum(change, 0, out=change)
+                    change -= plane[place]
+                    change *= weights[level]
+                    into[place] += change
         return out
-
-    def _restore_region(
-        self, plane: Image, level: int, region: Region, quantum: float
-    ) -> Image:
-        """Deconvolve one rectangle with true neighbours around it."""
-        halo_px = self._halos[level]
-        shape = padded_shape(region.shape, halo_px)
-        padded = read_region(plane, region, shape, halo_px)
-        deconvolution = self._filter(level, shape)
-        restored = deconvolution.restore(padded, quantum, self._workers)
-        return np.asarray(crop(restored, region.shape, halo_px))
 
     def _filter(self, level: int, shape: tuple[int, int]) -> Deconvolution:
         """Build a filter or take it from the cache, oldest out first."""

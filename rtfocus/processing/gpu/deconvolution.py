@@ -148,18 +148,27 @@ class WienerDeconvolution:
         largest = largest_shape(whole)
         half = spectrum_shape(largest)
         self._spectrum = memory.allocate(half, np.complex64, "spectra")
+        self._filtered = memory.allocate(half, np.complex64, "spectra")
         self._ratio = memory.allocate((1,), np.float32, "Wiener filters")
         self._band_sums = memory.allocate((3, PARTS), np.float64, "Wiener filters")
         self._light = Light(memory)
         self._noise = Noise(memory, largest)
 
+    def look(self, work: Work, padded: DeviceArray) -> None:
+        """Transform an image, and find how strong its noise is."""
+        spectrum = self._spectrum.shaped(spectrum_shape(padded.shape))
+        self._transforms.forward(work, padded, spectrum)
+        if not self._given:
+            self._light.enqueue(work, padded)
+            self._noise.enqueue(work, padded)
+
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
     ) -> None:
-        """Restore with one forward and one inverse transform."""
+        """Restore with one inverse transform."""
         transfer = self._transfers.enqueue(work, level, out)
         spectrum = self._spectrum.shaped(transfer.shape)
-        self._transforms.forward(work, padded, spectrum)
+        filtered = self._filtered.shaped(transfer.shape)
         if not self._given:
             self._find_ratio(work, padded, spectrum, transfer)
         work.launch(
@@ -172,8 +181,9 @@ class WienerDeconvolution:
             self._given,
             float(HIGHEST_GAIN),
             1 / padded.count,
+            filtered,
         )
-        self._transforms.inverse(work, spectrum, out)
+        self._transforms.inverse(work, filtered, out)
 
     def _find_ratio(
         self,
@@ -182,9 +192,7 @@ class WienerDeconvolution:
         spectrum: DeviceArray,
         transfer: DeviceArray,
     ) -> None:
-        """Enqueue finding how strong the noise is."""
-        self._light.enqueue(work, padded)
-        kept = self._noise.enqueue(work, padded)
+        """Enqueue weighing the noise against what a level leaves of the signal."""
         work.launch(
             "band_parts",
             PARTS * BLOCK,
@@ -200,7 +208,7 @@ class WienerDeconvolution:
             self._noise.sums,
             self._noise.counts,
             PARTS,
-            kept,
+            self._noise.kept(padded.shape),
             self._noise.limit,
             self._quantum**2 / 12,
             ROUND_OFF,
@@ -257,6 +265,10 @@ class RichardsonLucyDeconvolution:
         self._blurred = memory.allocate(largest, np.float32, "spectra")
         self._light = Light(memory)
 
+    def look(self, work: Work, padded: DeviceArray) -> None:
+        """Find the brightest pixel of an image."""
+        self._light.enqueue(work, padded)
+
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
     ) -> None:
@@ -265,7 +277,6 @@ class RichardsonLucyDeconvolution:
         spectrum = self._spectrum.shaped(transfer.shape)
         blurred = self._blurred.shaped(padded.shape)
         scale, bins = 1 / padded.count, spectrum.count
-        self._light.enqueue(work, padded)
         work.copy(out, padded)
         for steps in self._steps[level]:
             self._transforms.forward(work, out, spectrum)
@@ -337,6 +348,10 @@ class BlindRichardsonLucyDeconvolution:
         self._kernel = memory.allocate(largest, np.float32, "spectra")
         self._light, self._kernel_light = Light(memory), Light(memory)
 
+    def look(self, work: Work, padded: DeviceArray) -> None:
+        """Find the brightest pixel of an image."""
+        self._light.enqueue(work, padded)
+
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
     ) -> None:
@@ -345,7 +360,6 @@ class BlindRichardsonLucyDeconvolution:
         seen, transfer, product = (array.shaped(half) for array in self._spectra)
         kernel = self._kernel.shaped(padded.shape)
         blurred = self._blurred.shaped(padded.shape)
-        self._light.enqueue(work, padded)
         self._transfers.place(work, level, kernel)
         self._transforms.forward(work, kernel, transfer)
         work.copy(out, padded)

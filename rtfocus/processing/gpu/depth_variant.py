@@ -4,7 +4,7 @@ As `rtfocus.processing.cpu.depth_variant`. Along an axis a pixel lies between tw
 so three numbers tell its weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,8 +19,11 @@ from rtfocus.processing.gpu.work import (
     Transforms,
     Work,
 )
-from rtfocus.processing.montage import Montage, Region
+from rtfocus.processing.montage import Montage, Region, together
 from rtfocus.processing.restore import padded_shape
+
+_LOOK = len(("plane", "height", "width"))
+_RECTANGLE = len(("top", "left", "rows", "columns"))
 
 
 class Blending:
@@ -80,7 +83,6 @@ class Blending:
         signal: DeviceArray,
         rectangle: tuple[int, int, int, int],
         restored: DeviceArray,
-        halo_px: int,
         levels: DeviceArray,
         level: int,
         out: DeviceArray,
@@ -98,9 +100,7 @@ class Blending:
         rectangle
             Top, left, height and width of what was restored.
         restored
-            It, with a margin of `halo_px` before it, any margin behind.
-        halo_px
-            Of `restored`.
+            It, with any margin behind.
         levels
             Level per tile, int16.
         level
@@ -115,7 +115,6 @@ class Blending:
             plane,
             *rectangle,
             restored,
-            halo_px,
             restored.shape[1],
             levels,
             self._tile_columns,
@@ -153,10 +152,14 @@ class Deconvolution(Protocol):
     positive: bool
     """Whether it is handed the signal without negative values."""
 
+    def look(self, work: Work, padded: DeviceArray) -> None:
+        """Enqueue what is found of a plane once, whatever the levels."""
+        ...
+
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
     ) -> None:
-        """Enqueue the restoration of a plane with the PSF of one level."""
+        """Enqueue the restoration of the plane looked at last, by one level's PSF."""
         ...
 
 
@@ -200,25 +203,35 @@ class DepthVariantRestorer:
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return (), the frame as it is, and (plane, level, *rectangle) for the rest.
+        """Return (), the frame as it is, and two kinds of parts for the rest.
 
-        As on the CPU a level is restored over the smallest rectangle that holds its
-        tiles: (top, left, height, width), left out where it is the whole frame. None:
-        every level over whole frames.
+        (plane, height, width, *rectangle) surrounds a rectangle for a transform of that
+        size; (plane, level, *rectangle) restores it then. As on the CPU a level is
+        restored over the smallest rectangle that holds its tiles: (top, left, rows,
+        columns), left out where it is the whole frame. None: every level over whole
+        frames.
         """
+        height, width = self._frame.height, self._frame.width
         if labels is None:
-            found: list[Part] = [(level,) for level in self._margins]
+            whole = Region(slice(0, height), slice(0, width))
+            regions = dict.fromkeys(self._margins, whole)
         else:
-            found = [
-                (level, *self._place(self._montage.region(labels, level)))
-                for level in self._montage.present(labels)
-            ]
-        planes = range(self._frame.channels)
-        return [(), *((plane, *part) for part in found for plane in planes)]
+            regions = self._montage.regions(labels)
+        shapes = {
+            level: padded_shape(region.shape, self._margins[level])
+            for level, region in regions.items()
+        }
+        found: list[Part] = [()]
+        for plane in range(self._frame.channels):
+            for region, shape, levels in together(regions, shapes):
+                place = self._place(region)
+                found.append((plane, *shape, *place))
+                found += [(plane, level, *place) for level in levels]
+        return found
 
     def recurs(self, part: Part) -> bool:
         """Return whether it is of a whole frame; other rectangles hardly come back."""
-        return len(part) < len(("plane", "level", "rectangle"))
+        return len(part) <= _LOOK
 
     def why_not_capturable(self, work: Work) -> str | None:
         """Return None: kernels and transforms may be recorded."""
@@ -230,29 +243,13 @@ class DepthVariantRestorer:
         if not part:
             work.copy(frame.out, frame.signal)
             return
+        if len(part) in (_LOOK, _LOOK + _RECTANGLE):
+            self._look(work, frame, part)
+            return
         plane, level, *place = part
-        top, left, height, width = place or (
-            0,
-            0,
-            self._frame.height,
-            self._frame.width,
-        )
-        halo_px = self._margins[level]
-        shape = padded_shape((height, width), halo_px)
+        rectangle = self._rectangle(place)
+        shape = padded_shape(rectangle[2:], self._margins[level])
         padded, restored = self._padded.shaped(shape), self._restored.shaped(shape)
-        rectangle = top, left, height, width
-        work.launch(
-            "surround",
-            padded.count,
-            frame.signal,
-            *self._frame.sides,
-            plane,
-            *rectangle,
-            halo_px,
-            *shape,
-            int(self._deconvolution.positive),
-            padded,
-        )
         self._deconvolution.restore(work, level, padded, restored)
         self._blending.enqueue(
             work,
@@ -261,11 +258,26 @@ class DepthVariantRestorer:
             signal=frame.signal,
             rectangle=rectangle,
             restored=restored,
-            halo_px=halo_px,
             levels=frame.maps["level"],
             level=level,
             out=frame.out,
         )
+
+    def _look(self, work: Work, frame: InFlight, part: Part) -> None:
+        plane, *numbers = part
+        padded = self._padded.shaped((numbers[0], numbers[1]))
+        work.launch(
+            "surround",
+            padded.count,
+            frame.signal,
+            *self._frame.sides,
+            plane,
+            *self._rectangle(numbers[2:]),
+            *padded.shape,
+            int(self._deconvolution.positive),
+            padded,
+        )
+        self._deconvolution.look(work, padded)
 
     def close(self) -> None:
         """Free the transforms."""
@@ -275,3 +287,10 @@ class DepthVariantRestorer:
         if region.shape == (self._frame.height, self._frame.width):
             return ()
         return region.rows.start, region.columns.start, *region.shape
+
+    def _rectangle(self, place: Sequence[int]) -> tuple[int, int, int, int]:
+        """Return top, left, height and width of a part's place."""
+        if not place:
+            return 0, 0, self._frame.height, self._frame.width
+        top, left, height, width = place
+        return top, left, height, width

@@ -321,13 +321,9 @@ class LearnedWienerRestorer(_NeverRecorded):
             whole = 0, 0, self._frame.height, self._frame.width
             found: list[Part] = [(level, *whole) for level in self._levels[:1]]
         else:
-            regions = {
-                level: self._montage.region(labels, level)
-                for level in self._montage.present(labels)
-            }
             found = [
                 (level, region.rows.start, region.columns.start, *region.shape)
-                for level, region in regions.items()
+                for level, region in self._montage.regions(labels).items()
             ]
         planes = range(self._frame.channels)
         return [(), *((plane, *part) for part in found for plane in planes)]
@@ -355,7 +351,6 @@ class LearnedWienerRestorer(_NeverRecorded):
             signal=frame.signal,
             rectangle=(top, left, height, width),
             restored=joined,
-            halo_px=0,
             levels=frame.maps["level"],
             level=level,
             out=frame.out,

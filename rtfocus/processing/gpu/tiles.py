@@ -405,16 +405,20 @@ class Noise:
         """The greatest detail that counts."""
         return self._search.found
 
-    def enqueue(self, work: Work, image: DeviceArray) -> int:
-        """Measure an image; returns how many details count, the rest are edges."""
+    def kept(self, shape: tuple[int, ...]) -> int:
+        """Return how many details of an image count, the rest are edges."""
+        details = _details(shape)
+        return max(1, int((1 - EDGES) * details)) if details else 0
+
+    def enqueue(self, work: Work, image: DeviceArray) -> None:
+        """Measure an image."""
         height, width = image.shape
-        details = _details((height, width))
+        details = _details(image.shape)
         if not details:
-            return 0
-        kept = max(1, int((1 - EDGES) * details))
+            return
         power = self._power.shaped((details,))
         work.launch("diagonal_power", details, image, height, width, power)
-        self._search.enqueue(work, power, kept - 1)
+        self._search.enqueue(work, power, self.kept(image.shape) - 1)
         work.launch(
             "below_parts",
             PARTS * BLOCK,
@@ -424,8 +428,7 @@ class Noise:
             self.sums,
             self.counts,
         )
-        return kept
 
 
-def _details(shape: tuple[int, int]) -> int:
+def _details(shape: tuple[int, ...]) -> int:
     return (shape[0] // 2) * (shape[1] // 2)

@@ -328,6 +328,8 @@ class ComiTask(Task[ComiRecipe]):
     The exported network is G_s, from defocused to sharp.
     """
 
+    in_parts = False
+
     def __init__(self, recipe: ComiRecipe) -> None:
         super().__init__(recipe)
         self._networks = ComiNetworks.made(recipe.comi)

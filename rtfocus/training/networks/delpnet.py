@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rtfocus.config.sections import Section
 from rtfocus.optics.normalisation import ContrastToNoise
 from rtfocus.training.layers import (
+    DropMaps,
     fold_batch_norm,
     recalibrate,
     unfold_batch_norm,
@@ -86,7 +87,7 @@ class DelpNet(nn.Module):
             ]
             # The first layer has too few maps to lose one of them.
             if place > 0:
-                layers.append(nn.Dropout2d(dropout))
+                layers.append(DropMaps(dropout))
             channels = width
         self.features = nn.Sequential(*layers)
         self.dense = nn.Conv2d(channels, labels, 1)

@@ -19,7 +19,12 @@ from torch.nn import functional
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
-from rtfocus.training.layers import TiledClassifier, fold_batch_norm, recalibrate
+from rtfocus.training.layers import (
+    TiledClassifier,
+    chance,
+    fold_batch_norm,
+    recalibrate,
+)
 from rtfocus.training.signed_patches import (
     LABELS,
     PATCH_PX,
@@ -299,7 +304,8 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
 def _random_orders(patches: Tensor) -> Tensor:
     """Draw a permutation of the channels per patch."""
     number, channels = patches.shape[:2]
-    return torch.rand(number, channels, device=patches.device).argsort(dim=1)
+    drawn = torch.rand(number, channels, generator=chance())
+    return drawn.argsort(dim=1).to(patches.device)
 
 
 RECIPE = WeiClassifierRecipe

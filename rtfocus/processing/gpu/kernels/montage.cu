@@ -24,7 +24,7 @@ __device__ static inline Corners corners(
 }
 
 // One thread per pixel of a rectangle of the frame: out += weight of the level there *
-// (restored - signal); `restored` has a margin of `halo_px` before the rectangle.
+// (restored - signal); `restored` begins with the rectangle, a margin lies behind.
 extern "C" __global__ void blend_level(
     const float* signal,
     int width,
@@ -35,7 +35,6 @@ extern "C" __global__ void blend_level(
     int rows,
     int columns,
     const float* restored,
-    int halo_px,
     int padded_width,
     const short* levels,
     int tile_columns,
@@ -58,7 +57,7 @@ extern "C" __global__ void blend_level(
     if (around.level[corner] == level) weight += around.weight[corner];
   if (weight <= 0.0f) return;
   long long at = ((long long)y * width + x) * channels + channel;
-  long long from = (long long)(y - top + halo_px) * padded_width + x - left + halo_px;
+  long long from = (long long)(y - top) * padded_width + x - left;
   out[at] += weight * (fmaxf(restored[from], 0.0f) - signal[at]);
 }
 

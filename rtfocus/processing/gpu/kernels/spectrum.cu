@@ -5,7 +5,7 @@
 // inverse transforms are not scaled, so their `scale` is 1 / (height * width).
 
 // Which two pixels of an axis a pixel of its surrounded form mixes, and the share of
-// the second. `count` pixels from `start` on are wanted, in a margin that leads from
+// the second. `count` pixels from `start` on come first, then a margin that leads from
 // what lies behind them to what lies before them.
 struct Mix {
   int first, second;
@@ -13,12 +13,9 @@ struct Mix {
 };
 
 __device__ static inline Mix mixed(
-    int place, int start, int count, int halo, int length, int frame_length) {
-  int at = place - halo;
-  if (at >= 0 && at < count) return {start + at, start + at, 0.0f};
-  // In the result the margin begins behind the rectangle and ends before it.
-  int margin = length - count;
-  int step = at < 0 ? at + margin : at - count;
+    int place, int start, int count, int length, int frame_length) {
+  if (place < count) return {start + place, start + place, 0.0f};
+  int margin = length - count, step = place - count;
   float share = 0.5f - 0.5f * cosf(3.14159265f * (step + 0.5f) / margin);
   return {
       mirror(start + count + step, frame_length),
@@ -37,15 +34,14 @@ extern "C" __global__ void surround(
     int left,
     int rows,
     int columns,
-    int halo,
     int padded_height,
     int padded_width,
     int positive,
     float* padded) {
   int i = element();
   if (i >= padded_height * padded_width) return;
-  Mix down = mixed(i / padded_width, top, rows, halo, padded_height, height);
-  Mix across = mixed(i % padded_width, left, columns, halo, padded_width, width);
+  Mix down = mixed(i / padded_width, top, rows, padded_height, height);
+  Mix across = mixed(i % padded_width, left, columns, padded_width, width);
   const float* upper = signal + (long long)down.first * width * channels + channel;
   const float* lower = signal + (long long)down.second * width * channels + channel;
   int near_x = across.first * channels, far_x = across.second * channels;
@@ -210,14 +206,15 @@ extern "C" __global__ void wiener_ratio(
 // One thread per bin: spectrum *= conj(H) / (|H|^2 + ratio f^3), its size limited.
 // Where `given` > 0 it is the ratio of noise to signal at every frequency.
 extern "C" __global__ void wiener_apply(
-    float* spectrum,
+    const float* spectrum,
     const float* transfer,
     int height,
     int width,
     const float* ratio,
     float given,
     float highest_gain,
-    float scale) {
+    float scale,
+    float* filtered) {
   int i = element();
   if (i >= height * (width / 2 + 1)) return;
   float real = transfer[2 * i], imaginary = -transfer[2 * i + 1];
@@ -233,8 +230,8 @@ extern "C" __global__ void wiener_apply(
   real *= factor;
   imaginary *= factor;
   float a = spectrum[2 * i], b = spectrum[2 * i + 1];
-  spectrum[2 * i] = a * real - b * imaginary;
-  spectrum[2 * i + 1] = a * imaginary + b * real;
+  filtered[2 * i] = a * real - b * imaginary;
+  filtered[2 * i + 1] = a * imaginary + b * real;
 }
 
 // One thread per bin, a row of blocks per image: spectrum *= transfer * scale; `turn` -1

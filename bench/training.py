@@ -1,0 +1,128 @@
+"""Training bench: steps per minute of the shipped recipes, with workers and without.
+
+Two trainings of one recipe take turns on the same machine: *one core*, the batch whole
+and one thing after the other, and *workers*, its parts side by side while batches are
+made ahead. Load from outside hits both; the ratio says what ``--workers`` brings. A
+busy machine blurs it all the same, so the load is written beside it.
+
+Run: ``python -m bench.training [RECIPE ...] [--data-folder images] [--workers 2]``
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench import machine
+from rtfocus.files import resource_folder
+from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.task import load_recipe
+from rtfocus.training.trainer import Trainer
+
+RECIPES = (
+    "train_delpnet",
+    "train_rtfocus_2",
+    "train_rtfocus_1",
+    "train_learned_wiener",
+)
+# Steps that fill the pool of scenes and the queues.
+_WARM_UP = 4
+_ENTRIES = 8
+
+
+def short(path: Path, data_folder: Path | None, folder: Path) -> RecipeBase:
+    """Return a recipe that starts from nothing and holds few scenes.
+
+    As many are made per step as otherwise; only the first filling is shorter.
+    """
+    recipe = load_recipe(path)
+    return recipe.model_copy(
+        update={
+            "start_from": None,
+            "checkpoints": folder,
+            "data_folder": data_folder,
+            "pool": recipe.pool.model_copy(update={"entries": _ENTRIES}),
+        }
+    )
+
+
+def turn(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Take steps; return seconds of one, and the share that waits for its batch."""
+    for _ in range(_WARM_UP):
+        trainer.train_step()
+    waited, started = trainer.feed.waited_s, time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step()
+    seconds = time.perf_counter() - started
+    return {
+        "step_s": seconds / steps,
+        "waiting": (trainer.feed.waited_s - waited) / seconds,
+    }
+
+
+def compare(
+    recipe: RecipeBase, workers: int, rounds: int, steps: int
+) -> dict[str, Any]:
+    """Let both trainings take turns; return medians and the ratio of their paces."""
+    ways = {
+        "one core": (recipe.model_copy(update={"parts": 1}), 0),
+        "workers": (recipe, workers),
+    }
+    trainers = {name: Trainer(one, workers=n) for name, (one, n) in ways.items()}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    try:
+        for _ in range(rounds):
+            for name, trainer in trainers.items():
+                found[name].append(turn(trainer, steps))
+    finally:
+        for trainer in trainers.values():
+            trainer.close()
+    ratios = [
+        one["step_s"] / other["step_s"]
+        for one, other in zip(found["one core"], found["workers"], strict=True)
+    ]
+    return {
+        **{
+            name: {key: statistics.median(t[key] for t in turns) for key in turns[0]}
+            for name, turns in found.items()
+        },
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "load": psutil.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    """Compare, print, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--data-folder", type=Path, default=None)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.recipes:
+            path = resource_folder("configs") / f"{name}.yaml"
+            recipe = short(path, options.data_folder, Path(folder))
+            one = compare(recipe, options.workers, options.rounds, options.steps)
+            print(
+                f"{name}: {60 / one['one core']['step_s']:.0f} steps a minute on one "
+                f"core, {60 / one['workers']['step_s']:.0f} with {options.workers} "
+                f"workers: {one['ratio']:.2f} times; load {one['load']:.1f}",
+                flush=True,
+            )
+            result[name] = one
+    machine.write(
+        "training", {"workers": options.workers, "recipes": result}, options.out
+    )
+
+
+if __name__ == "__main__":
+    main()
