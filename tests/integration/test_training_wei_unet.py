@@ -25,7 +25,9 @@ REFERENCE = OpticalSystem(
 SIZE_PX = 17
 
 
-def small_recipe(folder, stage, start_from=None, **optimiser) -> WeiUNetRecipe:
+def small_recipe(
+    folder, stage, start_from=None, widths=(16, 16, 16), **optimiser
+) -> WeiUNetRecipe:
     """Specimens drawn, nothing read: runs anywhere."""
     return WeiUNetRecipe(
         name=f"wei_{stage}",
@@ -46,7 +48,7 @@ def small_recipe(folder, stage, start_from=None, **optimiser) -> WeiUNetRecipe:
             size_px=SIZE_PX, width=8, correlated=3, rebuilt=8, phases=2
         ),
         wei_unet=WeiUNetSection(
-            widths=(16, 16, 16), hidden=8, phases=2, residual_output=True
+            widths=widths, hidden=8, phases=2, residual_output=True
         ),
         stage=WeiStageSection(train=stage),
         optimiser=OptimiserRecipe(**{"warmup_steps": 2, "weight_decay": 0} | optimiser),
@@ -55,11 +57,15 @@ def small_recipe(folder, stage, start_from=None, **optimiser) -> WeiUNetRecipe:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Checkpoints of the three stages of three steps each, in the paper's order."""
+    """Checkpoints of the three stages of three steps each, in the paper's order.
+
+    Of two scales, each step between scales once: an export takes as long as the
+    network has layers.
+    """
     folder = tmp_path_factory.mktemp("run")
     found, newest = {}, None
     for stage in ("kernel", "unet", "end_to_end"):
-        recipe = small_recipe(folder, stage, newest, steps=3, rate=1e-2)
+        recipe = small_recipe(folder, stage, newest, (16, 16), steps=3, rate=1e-2)
         found[stage] = newest = train(recipe, device="cpu", show_progress=False)
     return found
 

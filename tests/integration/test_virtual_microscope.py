@@ -233,25 +233,40 @@ def test_exposures_that_fail_are_counted_and_told():
 
 
 class SlowCamera(CountingCamera):
-    """Exposes for longer than `UniMMCore` waits for a camera, and cannot be hurried."""
+    """Exposes for longer than `UniMMCore` waits for a camera, until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.exposed_enough = threading.Event()
 
     def get_exposure(self):
         return 2100.0
 
     def snap(self, buffer):
-        time.sleep(2.1)
+        assert self.exposed_enough.wait(60)
         return super().snap(buffer)
 
 
 def test_a_camera_that_is_said_to_have_stopped_exposes_no_more():
     with open_core(virtual({})) as core:
-        core.loadPyDevice("Slow", SlowCamera())
+        core.loadPyDevice("Slow", camera := SlowCamera())
         core.initializeDevice("Slow")
         core.setCameraDevice("Slow")
         core.startContinuousSequenceAcquisition()
         exposing = core._acquisition_thread
+        join = exposing.join
+
+        def let_go(timeout=None):
+            # Whoever waits for as long as it exposes sees the end of it.
+            if timeout is None or timeout > camera.get_exposure() / 1e3:
+                camera.exposed_enough.set()
+            join(timeout)
+
+        exposing.join = let_go
         core.stopSequenceAcquisition()
-        assert not exposing.is_alive()
+        still_exposes = exposing.is_alive()
+        camera.exposed_enough.set()
+        assert not still_exposes
 
 
 def test_optics_are_required():

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import openvino
+import pytest
 import torch
 from torch import nn
 
@@ -12,12 +13,20 @@ from rtfocus.training.onnx_forms import halve_weights, write_onnx
 from rtfocus.training.task import restorer_graph
 
 
-def test_stored_weights_are_halved_and_the_result_stays(tmp_path):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Bytes of a network's file; torch takes seconds to export one."""
     torch.manual_seed(0)
     network = Generator(width=8, residual_blocks=2)
     nn.init.normal_(network.output.weight, std=0.02)
-    path = tmp_path / "model.onnx"
+    path = tmp_path_factory.mktemp("export") / "model.onnx"
     write_onnx(restorer_graph(network, 4), path)
+    return path.read_bytes()
+
+
+def test_stored_weights_are_halved_and_the_result_stays(exported, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(exported)
     tiles = np.random.default_rng(0).random((2, 1, 48, 64)).astype(np.float32)
     before = onnxruntime.InferenceSession(str(path)).run(None, {"tiles": tiles})[0]
     whole = path.stat().st_size
@@ -33,9 +42,9 @@ def test_stored_weights_are_halved_and_the_result_stays(tmp_path):
     np.testing.assert_allclose(compiled({"tiles": tiles})["restored"], after, atol=1e-4)
 
 
-def test_halving_twice_changes_nothing(tmp_path):
+def test_halving_twice_changes_nothing(exported, tmp_path):
     path = tmp_path / "model.onnx"
-    write_onnx(restorer_graph(Generator(width=8, residual_blocks=1), 4), path)
+    path.write_bytes(exported)
     halve_weights(path)
     once = path.read_bytes()
     halve_weights(path)
