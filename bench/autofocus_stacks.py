@@ -128,10 +128,12 @@ def searches(
     starts: list[int] | None = None,
     *,
     engine: str = "delpnet",
+    region: tuple[slice, slice] = (slice(None), slice(None)),
 ) -> Iterator[tuple[int, int, Verdict]]:
-    """Yield start, end and verdict of a search from every plane."""
+    """Yield start, end and verdict of a search from every plane; `region`: y, x."""
     stack = STACKS[name]
     planes, heights = read_planes(folder, stack)
+    planes = planes[:, *region]
     reader = Reader(engine, stack.optics)
     reader.settings = replace(reader.settings, dark_counts=0.0, saturation_counts=None)
     comparison = PlaneComparison(stack.optics, 0)

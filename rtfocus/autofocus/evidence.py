@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus.autofocus.appearance import change, sharpness
 from rtfocus.autofocus.belief import Belief, modes_of_reading, modes_of_weights
 from rtfocus.autofocus.planes import AS_TOLD, Course, PlaneComparison, PlaneFit
 from rtfocus.frame import FocusReading
+
+Floats = NDArray[np.float64]
 
 # In depths of field.
 _NEAR, _TOP, _SAME_PLACE, _RIVAL_APART = 3.5, 0.8, 0.05, 1.0
@@ -24,6 +27,9 @@ _CLOSE, _CLOSE_PLACES = 2.0, 4
 _CHANGE = 1.08
 # Relative change of images below which nothing has changed.
 _SAME = 0.1
+# Rings that are averaged to tell a change from noise, and how often its variance a
+# change must have: noise alone has 5 at most, the faintest cell that landed 24.
+_BAND, _CLEAR_CHANGE = 6, 10.0
 SHARPER = 1.10
 """An image is sharper than another by noise, below this ratio."""
 # Rings that stand out of the noise, or nothing shows.
@@ -205,6 +211,19 @@ class Evidence:
             return True
         return any(look.change_from(looks[0]) > _SAME for look in looks[1:])
 
+    def is_change_clear(self) -> bool:
+        """Tell whether what changed with z is of the optics' kind, and not noise.
+
+        A nearly empty field, a speck on the chip or shading give numbers too, and the
+        optics explain any three of them at some z.
+        """
+        looks = self.with_detail()
+        if len(looks) < 2:
+            return False
+        spectra = np.array([look.reading.spectrum for look in looks])
+        noise = np.array([look.reading.noise for look in looks])
+        return _change_over_noise(spectra, noise) > _CLEAR_CHANGE
+
     def unchanged(self) -> list[Look]:
         """Return the images, the newest among them, that look like the newest."""
         now = self.looks[-1]
@@ -296,3 +315,31 @@ class Evidence:
         reach = _NEAR * self.unit_um
         near = [look for look in planes if abs(look.z_um - sharpest) < reach]
         return near if len(near) > 2 else planes
+
+
+def _change_over_noise(spectra: Floats, noise: Floats) -> float:
+    """Return the variance of relative changes between images in units of noise's.
+
+    Defocus changes neighbouring rings alike, noise does not: bands of rings hold the
+    change, second differences of neighbours the noise. About 1 where nothing changes.
+
+    Parameters
+    ----------
+    spectra, noise
+        Of several images, axes (image, ring), and noise of shape (image,).
+    """
+    typical = spectra.mean(axis=0)
+    floor = float((noise**2).mean())
+    # The lowest rings are left over: they have the fewest amplitudes.
+    seen = np.flatnonzero(typical**2 > floor)[::-1]
+    seen = seen[: len(seen) // _BAND * _BAND]
+    if seen.size == 0:
+        return 0.0
+    mean = typical[seen]
+    weight = (mean**2 / (mean**2 + floor)).reshape(-1, _BAND)
+    away = (spectra[:, seen] / mean - 1.0).reshape(len(spectra), -1, _BAND)
+    bands = (away * weight).sum(axis=2) / weight.sum(axis=1)
+    jumps = np.diff(away, n=2, axis=2)
+    # A second difference has six times the variance of a ring.
+    of_ring = float((jumps**2).mean()) / 6.0
+    return _BAND * float((bands**2).mean()) / max(of_ring, 1e-12)

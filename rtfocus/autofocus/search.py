@@ -26,6 +26,10 @@ _MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
 # Refusals of images from far away; steps grow so much while they get sharper.
 _FAR, _GROWTH = ("edge", "blank"), 1.6
 _LEAST_PLACES, _ENOUGH = 3, 5
+_IN_NOISE = (
+    "the images change with z no more than by noise: there is too little to see here; "
+    "a longer exposure or another region tells more"
+)
 # Share of saturated pixels that is worth a word.
 _SATURATED = 1e-3
 
@@ -263,7 +267,7 @@ class FocusSearch:
             # It was sharper elsewhere, so the optics are wrong about these images.
             return self._view(gap)
         at = f"{wanted:.1f} um"
-        return self.give_up(f"focus seems to lie beyond the limits, at {at}")
+        return self._give_up_seeing(f"focus seems to lie beyond the limits, at {at}")
 
     def _gap_beside(self, z_um: float) -> float | None:
         """Return the middle of the wider stretch nobody saw beside a place, if any."""
@@ -290,7 +294,7 @@ class FocusSearch:
             target = self.moves.limits.clip(now + side * length)
             if not self.evidence.has_seen(target, 0.3 * self.evidence.unit_um):
                 return Probe(target - now)
-        return self.give_up("there is no room to probe within the limits")
+        return self._give_up_seeing("there is no room to probe within the limits")
 
     def _arrived(self) -> Decision:
         now, best, fit = self.looks[-1], self.evidence.best_seen, self.evidence.fit
@@ -305,6 +309,8 @@ class FocusSearch:
             )
         if not self.evidence.saw_change():
             return self.give_up("the images hardly change with z; does the stage move?")
+        if not self.evidence.is_change_clear():
+            return self.give_up(_IN_NOISE)
         # Two places agree with too much.
         if not self.rule.verify and self.evidence.places() < _LEAST_PLACES:
             return self._next_view()
@@ -367,6 +373,7 @@ class FocusSearch:
         agrees = (
             fit is not None
             and evidence.saw_change()
+            and evidence.is_change_clear()
             and fit.unexplained <= self.rule.most_unexplained
             and not self.belief.is_empty
             and abs(best.z_um - self.belief.best.mean_um) < _BESIDE * evidence.unit_um
@@ -390,7 +397,12 @@ class FocusSearch:
         stands_far = self.evidence.best_seen.reading.refusal in _FAR
         if stands_far and len(far) > len(self.looks) / 2:
             reason = f"focus is farther away than can be seen ({far[-1].detail})"
-        return self.give_up(reason)
+        return self._give_up_seeing(reason)
+
+    def _give_up_seeing(self, reason: str) -> GiveUp:
+        """Give up for a reason that holds if there is anything to see."""
+        sees = len(self.looks) < 2 or self.evidence.is_change_clear()
+        return self.give_up(reason if sees else _IN_NOISE)
 
     def _doubt_the_stage(self) -> Decision | None:
         """Say what to do where images do not change with the stage; None: they do.

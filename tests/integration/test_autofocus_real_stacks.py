@@ -24,3 +24,14 @@ def test_bright_field_that_optics_do_not_explain_is_refused(shared_data: Path) -
     for start, end, verdict in searches(shared_data, name, [2, 20]):
         right = min(abs(end - plane) for plane in STACKS[name].reference) <= 1
         assert right or not verdict.focused, start
+
+
+@pytest.mark.parametrize(("top", "left", "start"), [(0, 0, 1), (64, 128, 9)])
+def test_a_nearly_empty_corner_is_never_in_focus(
+    top: int, left: int, start: int, shared_data: Path
+) -> None:
+    corner = slice(top, top + 128), slice(left, left + 128)
+    name = "dfnn light-sheet"
+    ((_, _, verdict),) = searches(shared_data, name, [start], region=corner)
+    assert not verdict.focused
+    assert "no more than by noise" in verdict.reason

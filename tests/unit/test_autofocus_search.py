@@ -13,6 +13,7 @@ from rtfocus.autofocus.appearance import (
     modulation_table,
     sharpness,
 )
+from rtfocus.autofocus.evidence import Evidence, Look
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict, run_search
@@ -38,9 +39,11 @@ def transfer() -> Transfer:
 class World:
     """A field in focus at z = 0 and a stage with a fault."""
 
-    def __init__(self, transfer: Transfer, start: float, fault: str = "none") -> None:
+    def __init__(
+        self, transfer: Transfer, start: float, fault: str = "none", seed: int = 1
+    ) -> None:
         self._transfer, self._fault = transfer, fault
-        self._rng = np.random.default_rng(1)
+        self._rng = np.random.default_rng(seed)
         self._said = self._began = start * UNIT
         self._waits: float | None = None
         self.z_um = self._said
@@ -67,6 +70,9 @@ class World:
         spectrum = np.abs(spectrum + self._rng.normal(0, 0.05 * NOISE, 48))
         if self._fault == "dark":
             spectrum = np.zeros(48)
+        if self._fault == "empty":
+            # A few sensor rows and a speck: the same at every z but for the noise.
+            spectrum = 3 * NOISE * (0.1 / FREQUENCIES) * self._rng.normal(1, 0.1, 48)
         return FocusReading(
             abs(away) * UNIT,
             1.5 * UNIT,
@@ -134,6 +140,29 @@ def test_nothing_to_see_ends_where_it_began(
     verdict = searched(comparison, world)
     assert (verdict.focused, verdict.reason[:5]) == (False, "blank")
     assert not world.commands
+
+
+def test_a_field_with_too_little_to_see_is_refused_by_that_reason(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    verdict = searched(comparison, World(transfer, 1.0, "empty"))
+    assert not verdict.focused
+    assert "no more than by noise" in verdict.reason
+
+
+@pytest.mark.parametrize("images", [2, 3, 6, 12])
+def test_noise_is_told_from_what_defocus_changes(
+    comparison: PlaneComparison, transfer: Transfer, images: int
+) -> None:
+    places = np.linspace(-1.0, 1.3, images) * UNIT
+    for seed in range(100):
+        for fault, clear in (("none", True), ("empty", False)):
+            world = World(transfer, 0.0, fault, seed)
+            looks = []
+            for world.z_um in places:
+                looks.append(Look.of(world.z_um, world.look(world.z_um)))
+            evidence = Evidence(comparison, looks=looks)
+            assert evidence.is_change_clear() is clear, (fault, seed)
 
 
 def test_optics_that_nobody_checked_ask_for_blur_on_both_sides(
