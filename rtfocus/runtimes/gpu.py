@@ -178,10 +178,14 @@ class GpuBackend:
 
 
 TILES_PER_BATCH = 32
-"""Most tiles per batch: beyond it a GPU is busy and memory only grows."""
+"""Most large tiles per batch: beyond it a GPU is busy and memory only grows."""
+PIXELS_PER_BATCH = 2**20
+"""Small tiles come in as many as make up these: 32 of 64 px leave a GPU idle."""
 
 
-def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRange]:
+def engine_inputs(
+    card: EngineCard, frame: tuple[int, int], tiles_per_batch: int | None = None
+) -> dict[str, ShapeRange]:
     """Return the shapes of every input of an engine for a camera.
 
     Classifiers and joint engines take whole frames, one at a time; restorers take
@@ -193,6 +197,8 @@ def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRa
         Of a network.
     frame
         Height and width of the camera's frame in pixels.
+    tiles_per_batch
+        Most tiles of a restorer; None: `most_tiles`.
 
     Raises
     ------
@@ -209,7 +215,9 @@ def engine_inputs(card: EngineCard, frame: tuple[int, int]) -> dict[str, ShapeRa
         msg = f"engine '{card.name}' ({card.implementation}) is no network to build"
         raise EngineError(msg)
     if card.kind == "restorer":
-        batch = balanced_batch(count_tiles(card.input, frame))
+        tiles = count_tiles(card.input, frame)
+        most = tiles_per_batch or most_tiles(card.input.tile_px)
+        batch = balanced_batch(tiles, most)
         sides = (card.input.tile_px, card.input.tile_px)
     else:
         batch, sides = 1, fit_frame(card.input, frame).padded
@@ -225,12 +233,23 @@ def count_tiles(card: InputCard, frame: tuple[int, int]) -> int:
     return ceil(frame[0] / own_px) * ceil(frame[1] / own_px)
 
 
-def balanced_batch(tiles: int, most: int = TILES_PER_BATCH) -> int:
+def most_tiles(tile_px: int) -> int:
+    """Return how many tiles of a side a batch may have.
+
+    Examples
+    --------
+    >>> most_tiles(256), most_tiles(64)
+    (32, 256)
+    """
+    return max(TILES_PER_BATCH, PIXELS_PER_BATCH // tile_px**2)
+
+
+def balanced_batch(tiles: int, most: int) -> int:
     """Return the batch that cuts a frame's tiles into the fewest, nearly equal parts.
 
     Examples
     --------
-    >>> balanced_batch(121), balanced_batch(9)
+    >>> balanced_batch(121, 32), balanced_batch(9, 32)
     (31, 9)
     """
     return ceil(tiles / ceil(tiles / most))
@@ -275,6 +294,7 @@ def gpu_request(
     tf32: bool = True,
     workspace_bytes: int | None = None,
     cuda_graphs: bool = True,
+    tiles_per_batch: int | None = None,
 ) -> GpuRequest:
     """Return the request for an engine and a camera.
 
@@ -292,6 +312,8 @@ def gpu_request(
         Most memory one layer may take; None: no limit.
     cuda_graphs
         Whether a backend may record its kernels.
+    tiles_per_batch
+        Most tiles of a restorer; None: `most_tiles`.
 
     Raises
     ------
@@ -305,7 +327,7 @@ def gpu_request(
         model=model,
         weights_sha256=found.card.sha256[chosen],
         precision=chosen,
-        inputs=engine_inputs(found.card, frame),
+        inputs=engine_inputs(found.card, frame, tiles_per_batch),
         tf32=tf32,
         workspace_bytes=workspace_bytes,
         cuda_graphs=cuda_graphs,

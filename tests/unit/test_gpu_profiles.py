@@ -8,21 +8,30 @@ from rtfocus.engines.card import EngineCard
 from rtfocus.engines.registry import find_engine, fit_frame
 from rtfocus.errors import EngineError
 from rtfocus.runtimes.gpu import (
+    PIXELS_PER_BATCH,
     TILES_PER_BATCH,
     balanced_batch,
     count_tiles,
     engine_inputs,
+    most_tiles,
 )
 
 CLASSIFIER = find_engine("delpnet").card
 
 
-def restorer(condition: list[str] | None = None) -> EngineCard:
+def restorer(
+    condition: list[str] | None = None, tile_px: int = 256, halo_px: int = 32
+) -> EngineCard:
     """Return the card of a restorer with tiles of 256 px and a halo of 32 px."""
     card = CLASSIFIER.model_dump(exclude_unset=True)
     card.update(
         kind="restorer",
-        input={"name": "tiles", "tile_px": 256, "halo_px": 32, "multiple_px": 16},
+        input={
+            "name": "tiles",
+            "tile_px": tile_px,
+            "halo_px": halo_px,
+            "multiple_px": 16,
+        },
         output={"name": "restored"},
     )
     card.pop("background", None)
@@ -48,16 +57,28 @@ def test_a_restorer_sees_tiles_in_batches_with_their_conditions() -> None:
     assert all(shapes.usual == shapes.largest for shapes in inputs.values())
 
 
+def test_small_tiles_come_in_as_many_as_keep_a_gpu_busy() -> None:
+    shapes = engine_inputs(restorer(tile_px=64, halo_px=16), (2048, 2048))["tiles"]
+    # 64 x 64 tiles that own 32 px each: 16 batches rather than 128.
+    assert shapes.largest == (256, 1, 64, 64)
+    few = engine_inputs(restorer(tile_px=64, halo_px=16), (128, 96))["tiles"]
+    assert few.largest[0] == 12
+    told = engine_inputs(restorer(["optics_known"]), (2048, 2048), tiles_per_batch=9)
+    assert {shapes.largest[0] for shapes in told.values()} == {9}
+
+
 def test_a_frame_of_one_tile_is_a_batch_of_one() -> None:
     assert engine_inputs(restorer(), (100, 192))["tiles"].largest[0] == 1
 
 
-@given(st.integers(1, 5000))
-def test_batches_are_few_and_nearly_equal(tiles: int) -> None:
-    batch = balanced_batch(tiles)
-    assert 1 <= batch <= TILES_PER_BATCH
+@given(st.integers(1, 5000), st.sampled_from([64, 144, 256, 512]))
+def test_batches_are_few_and_nearly_equal(tiles: int, side_px: int) -> None:
+    most = most_tiles(side_px)
+    assert most == TILES_PER_BATCH or most * side_px**2 <= PIXELS_PER_BATCH
+    batch = balanced_batch(tiles, most)
+    assert 1 <= batch <= most
     batches = -(-tiles // batch)
-    assert batches == -(-tiles // TILES_PER_BATCH)
+    assert batches == -(-tiles // most)
     # The last batch lacks at most one tile per batch.
     assert batches * batch - tiles < batches
 

@@ -103,6 +103,7 @@ def open_for_plan(
         None if settings.precision == "auto" else settings.precision,
         tf32=settings.tf32,
         cuda_graphs=settings.cuda_graphs,
+        tiles_per_batch=settings.tiles_per_batch,
     )
     return open_network(settings.backend, request, device), request
 

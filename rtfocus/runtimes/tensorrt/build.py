@@ -68,7 +68,9 @@ def make_monitor(api: Any, progress: Progress) -> Any:
 
 
 _ELSEWHERE = "or run it with processing.backend torch-cuda or on the CPU"
-_TOO_BIG = "lower the tiles per batch, use --precision fp16, or raise the workspace"
+_TOO_BIG = (
+    "lower processing.gpu.tiles_per_batch, use --precision fp16, or raise the workspace"
+)
 _WRONG_SIDES = (
     "the sides of the tiles do not suit the network: correct input.multiple_px in "
     "the engine's card"
@@ -95,8 +97,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("workspace limit", _TOO_BIG),
     (
         "out of memory",
-        "lower the tiles per batch, use --precision fp16, or close other programs "
-        "that use the GPU",
+        "lower processing.gpu.tiles_per_batch, use --precision fp16, or close other "
+        "programs that use the GPU",
     ),
     (
         "driver version is insufficient",

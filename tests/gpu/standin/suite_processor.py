@@ -328,7 +328,10 @@ def networks(engine_folder):
     ids="-".join,
 )
 def test_networks_restore_as_on_the_cpu(networks, frames, names):
-    config = config_for(networks, classifier=names[0], method=names[1])
+    # Several batches, the last of which is not full.
+    config = config_for(
+        networks, classifier=names[0], method=names[1], tiles_per_batch=5
+    )
     found = results_of(on_gpu(config), frames[:3])
     reference = results_of(on_cpu(config), frames[:3])
     for (level, restored), (wanted_level, wanted) in zip(found, reference, strict=True):
