@@ -18,7 +18,7 @@ from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import DefocusMap
 from rtfocus.image_set import BLIND_ENGINE, restoring_with, with_engine
-from rtfocus.offline import ImageProcessor
+from rtfocus.offline import ImageProcessor, pixels_of
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.restore import BLIND, METHODS
 from rtfocus.runs import Run, open_run
@@ -132,7 +132,7 @@ def classify(
     if not _optics_known(settings, optics):
         _tell_blind(settings.processing.classifier)
     with ImageProcessor(settings, optics) as processor:
-        found = processor.classify(np.asarray(image)).defocus
+        found = processor.classify(image).defocus
     if found is None:
         msg = "the config has no classifier; give one with engine"
         raise EngineError(msg)
@@ -297,7 +297,16 @@ def fit_psf(
 def _settings(config: AnyConfig | None) -> Config:
     if config is None:
         return Config()
-    return config if isinstance(config, Config) else load_config(config)
+    if isinstance(config, Config):
+        return config
+    given: object = config
+    if not isinstance(given, str | Path):
+        msg = (
+            f"config is of type {type(given).__name__}; give a path, the name of a shipped "
+            "config, or what rtfocus.load_config returns"
+        )
+        raise ConfigError(msg)
+    return load_config(given)
 
 
 def _optics_known(settings: Config, optics: Optics | None) -> bool:
@@ -331,7 +340,7 @@ def _tell_blind(engine: str | None) -> None:
 
 def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> Image:
     """Restore the planes of a stack and put them together again."""
-    image = np.asarray(image)
+    image = pixels_of(image)
     is_colour = image.ndim > 2 and image.shape[-1] == 3
     plane_axes = 3 if is_colour else 2
     if image.ndim < plane_axes or 0 in image.shape:

@@ -15,7 +15,7 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.engines.card import EngineCard, input_of
 from rtfocus.engines.registry import find_engine, list_engines, parts
-from rtfocus.errors import EngineError, InputError
+from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import (
     BACKGROUND,
     PROTOCOL_VERSION,
@@ -26,7 +26,7 @@ from rtfocus.frame import (
     SeriesStart,
     SlotPool,
 )
-from rtfocus.images.series import native_dtype
+from rtfocus.images.series import loss_of, native_dtype, one_line
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.networks import open_tile_network
@@ -55,6 +55,13 @@ class ImageProcessor:
     """
 
     def __init__(self, config: Config, optics: OpticalSystem | None = None) -> None:
+        given: object = optics
+        if given is not None and not isinstance(given, OpticalSystem):
+            msg = (
+                f"optics are a {type(given).__name__}; give "
+                "rtfocus.Optics(numerical_aperture, wavelength_nm, pixel_size_um)"
+            )
+            raise ConfigError(msg)
         self._config = config
         self._optics = optics
         self._processor: FrameProcessor = open_processor(_as_known(config, optics))
@@ -241,13 +248,42 @@ def _result_of(ticket: Ticket) -> FrameResult:
         raise
 
 
-def _as_image(image: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Return the array in a type that frames have, checked for shape."""
+def pixels_of(image: object) -> NDArray[np.generic]:
+    """Return what a user gives for an image as an array.
+
+    Raises
+    ------
+    InputError
+        If it is none, or pixels of it are masked: no result says which.
+    """
+    if np.ma.is_masked(image):
+        msg = (
+            "the image has masked pixels, which would count like the others; fill "
+            "them, e.g. image.filled(0)"
+        )
+        raise InputError(msg)
+    try:
+        pixels = np.asarray(image)
+        # Mixed lists and Python's own large numbers.
+        return pixels.astype(np.float64) if pixels.dtype.kind == "O" else pixels
+    # Arrays of other libraries raise whatever they like.
+    except Exception as error:
+        kind, why = type(image).__name__, one_line(error)
+        msg = f"an image is an array of numbers, this {kind} gives none: {why}"
+        raise InputError(msg) from error
+
+
+def _as_image(given: object) -> NDArray[np.generic]:
+    """Return the array in a type that frames have, checked for shape and values."""
+    image = pixels_of(given)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         msg = f"an image has axes (y, x) or (y, x, 3), this array is {image.shape}"
         raise InputError(msg)
     if 0 in image.shape:
         msg = f"the image of shape {image.shape} has no pixels"
+        raise InputError(msg)
+    if (loss := loss_of(image)) is not None:
+        msg = f"the image {loss}"
         raise InputError(msg)
     return np.ascontiguousarray(image, dtype=native_dtype(image.dtype))
 

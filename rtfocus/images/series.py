@@ -284,7 +284,7 @@ class ImageSeries:
         if plane.shape != self.shape:
             msg = f"{place} has shape {plane.shape}, the others {self.shape}"
             raise InputError(msg)
-        loss = _loss(plane)
+        loss = loss_of(plane)
         if loss:
             msg = f"{place} {loss}"
             raise InputError(msg)
@@ -301,14 +301,16 @@ class ImageSeries:
         return self.sizes["t"] * self.sizes["c"] * self.sizes["z"]
 
 
-def _loss(plane: NDArray[np.generic]) -> str | None:
-    """Say what of a plane float32 would lose; NaN and infinity stay.
+def loss_of(plane: NDArray[np.generic]) -> str | None:
+    """Say what float32 would lose of an image; NaN and infinity stay.
 
     Rounding to the 24 bits of float32 is no loss for measured real numbers; whole
     numbers are counts or labels, which must stay what they are.
     """
     if plane.dtype.kind == "c":
         return "is complex; save its magnitude or its parts as real images"
+    if plane.dtype.kind not in "biuf":
+        return f"is of type {plane.dtype}, which is no number; save it as float32"
     if plane.dtype.itemsize <= 2 or plane.size == 0:
         return None
     if plane.dtype.kind in "iu":

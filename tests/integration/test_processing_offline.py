@@ -138,6 +138,15 @@ def test_negative_values_and_a_flat_field_exclude_each_other(config, images, tmp
         (np.zeros((4, 5, 6)), r"\(4, 5, 6\)"),
         (np.zeros(7), r"\(7,\)"),
         (np.zeros((0, 3)), "has no pixels"),
+        (np.ones((4, 5), np.complex64), "the image is complex; save its magnitude"),
+        (np.ones((4, 5), "M8[s]"), "type datetime64.*, which is no number"),
+        (np.ones((4, 5), "u1,u2"), "which is no number"),
+        (np.full((4, 5), 1e300), "beyond the range of float32"),
+        (np.full((4, 5), 2**60 + 1), "float32 is not exact"),
+        (np.ma.masked_less(np.arange(20).reshape(4, 5), 3), "masked pixels.*filled"),
+        ([[1, 2], [3]], "this list gives none: setting an array element"),
+        ([["a", "b"]], "which is no number"),
+        (None, "array of numbers, this NoneType gives none|array is "),
     ],
 )
 def test_arrays_that_are_no_images_are_refused(config, array, message):

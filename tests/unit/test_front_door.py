@@ -151,3 +151,19 @@ def test_a_calibration_says_what_it_lacks(arguments, said):
 
 def test_optics_are_those_of_the_configs():
     assert rtfocus.Optics is OpticalSystem
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optics": "NA=0.5"}, r"optics are a str; give rtfocus\.Optics\("),
+        ({"optics": {"numerical_aperture": 0.5}}, "optics are a dict"),
+        ({"config": {"run": {}}}, "config is of type dict; give a path"),
+        ({"config": 3}, "config is of type int"),
+    ],
+)
+def test_what_is_no_optics_and_no_config_is_told(given, said):
+    with pytest.raises(rtfocus.ConfigError, match=said):
+        rtfocus.restore(np.ones((9, 9), np.uint16), **given)
+    with pytest.raises(rtfocus.ConfigError, match=said):
+        rtfocus.classify(np.ones((9, 9), np.uint16), **given)
