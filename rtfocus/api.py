@@ -302,8 +302,8 @@ def _settings(config: AnyConfig | None) -> Config:
     given: object = config
     if not isinstance(given, str | Path):
         msg = (
-            f"config is of type {type(given).__name__}; give a path, the name of a shipped "
-            "config, or what rtfocus.load_config returns"
+            f"config is of type {type(given).__name__}; give a path, the name of a "
+            "shipped config, or what rtfocus.load_config returns"
         )
         raise ConfigError(msg)
     return load_config(given)
