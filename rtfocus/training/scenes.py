@@ -52,7 +52,7 @@ def data_folder(recipe: RecipeBase) -> Path:
     ConfigError
         If there is no such folder; names the places and the remedy.
     """
-    beside = Path(__file__).resolve().parents[4] / "shared" / "data"
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     named = os.environ.get(DATA_VARIABLE)
     folder = recipe.data_folder or (Path(named) if named else beside)
     if not folder.is_dir():
