@@ -230,6 +230,9 @@ class DefocusMap:
     uncertainty_um: NDArray[np.float32] | None = None
     """Standard deviation of `defocus_um` by the engine's probabilities, NaN =
     background; None: the engine gives none."""
+    stated_um: NDArray[np.float32] | None = None
+    """How far off `defocus_um` may be, as measured where the truth is known; None:
+    nobody asked for it, or the engine gives no `uncertainty_um`."""
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.engines.card import EngineCard, input_of
-from rtfocus.engines.registry import find_engine, list_engines, parts
+from rtfocus.engines.fitted import DeviationCard, stated_um
+from rtfocus.engines.registry import find_engine, list_engines, parts, step_um
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import (
     BACKGROUND,
@@ -64,7 +65,10 @@ class ImageProcessor:
             raise ConfigError(msg)
         self._config = config
         self._optics = optics
-        self._processor: FrameProcessor = open_processor(_as_known(config, optics))
+        as_known = _as_known(config, optics)
+        self._blind = as_known.processing.blind
+        self._processor: FrameProcessor = open_processor(as_known)
+        self._scale: tuple[float, DeviationCard | None] | None = None
         self._started: tuple[object, ...] | None = None
         self._pool = SlotPool(1, 1)
         self._sequence = 0
@@ -150,9 +154,17 @@ class ImageProcessor:
             result = _result_of(ticket)
             # The slot's buffers are used again by the next image.
             restored = None if result.restored is None else result.restored.copy()
-            yield replace(result, restored=restored)
+            defocus = result.defocus and self._stated(result.defocus)
+            yield replace(result, restored=restored, defocus=defocus)
         finally:
             self._pool.release(slot)
+
+    def _stated(self, found: DefocusMap) -> DefocusMap:
+        """Say beside each tile's defocus how far off it may be."""
+        if self._scale is None:
+            return found
+        step, fit = self._scale
+        return replace(found, stated_um=stated_um(found, fit, step))
 
     def _start_for(self, pixels: NDArray[np.generic], channel: str) -> None:
         """Start the processor for this kind of image unless it already runs."""
@@ -161,6 +173,7 @@ class ImageProcessor:
             return
         self._started = None
         optics = self._optics_of(channel)
+        self._scale = self._scale_of(channel, optics)
         series = SeriesStart(
             version=PROTOCOL_VERSION,
             series_uid=_UID,
@@ -177,6 +190,18 @@ class ImageProcessor:
         self._pool = SlotPool(1, pixels.nbytes)
         self._processor.start(series, 1)
         self._started = kind
+
+    def _scale_of(
+        self, channel: str, optics: OpticalSystem | None
+    ) -> tuple[float, DeviationCard | None] | None:
+        """Return what a level is in um, and how deviations follow; None: no levels."""
+        processing = self._config.processing
+        name = self._config.channel(channel).classifier or processing.classifier
+        if optics is None or name is None:
+            return None
+        card = find_engine(name, processing.engine_folders).card
+        fit = card.deviation.get("blind" if self._blind else "told")
+        return step_um(card, optics, blind=self._blind), fit
 
     def _optics_of(self, channel: str) -> OpticalSystem | None:
         """Return the optics that are given, configured, or the engine's own.
@@ -233,8 +258,8 @@ def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None
             "probability": float(found.confidence[row, column]),
             "defocus_um": None if empty else float(found.defocus_um[row, column]),
             "uncertainty_um": None
-            if empty or found.uncertainty_um is None
-            else float(found.uncertainty_um[row, column]),
+            if empty or found.stated_um is None
+            else float(found.stated_um[row, column]),
         }
 
 

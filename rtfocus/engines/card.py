@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import read_yaml
+from rtfocus.engines.fitted import DeviationCard, EvidenceCard, Section
 from rtfocus.engines.spec_steps import StepsCard
 from rtfocus.errors import EngineError
 
@@ -32,12 +33,6 @@ ConditionEntry = Literal[
     "level",
 ]
 """What processing can tell a network about a tile, see `ConditionCard`."""
-
-
-class Section(BaseModel):
-    """A frozen part of the card; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class InputCard(Section):
@@ -103,7 +98,7 @@ class OutputCard(Section):
 
     name: str
     """Tensor name."""
-    labels: list[int | str] = []
+    labels: list[int | str] = Field(default_factory=list)
     """Defocus level or ``bg`` by channel of the output; restorers have none."""
 
 
@@ -152,42 +147,6 @@ class OpticsCard(Section):
     """Optics in which `LevelsCard.step_um` holds, calibrated aberrations included."""
 
 
-class LayerCard(Section):
-    """One layer of a small fitted function; between layers negative values are 0."""
-
-    weights: list[list[float]]
-    """One row per output."""
-    bias: list[float]
-    """One per output."""
-
-
-class EvidenceCard(Section):
-    """How far corrections of a joint engine are trusted where nobody told the optics.
-
-    See `rtfocus.processing.evidence`.
-    """
-
-    middle: list[float]
-    """Mean of every measure where the function was fitted."""
-    spread: list[Annotated[float, Field(gt=0)]]
-    """Its deviation there."""
-    layers: Annotated[list[LayerCard], Field(min_length=1)]
-    """From the measures to one number, the log-odds of the share applied."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "EvidenceCard":
-        width = len(self.middle)
-        sound = len(self.spread) == width
-        for layer in self.layers:
-            sound &= all(len(row) == width for row in layer.weights)
-            width = len(layer.weights)
-            sound &= len(layer.bias) == width
-        if not sound or width != 1:
-            msg = "its layers do not lead from the measures to one number"
-            raise ValueError(msg)
-        return self
-
-
 CARD_NAME = "engine.yaml"
 
 
@@ -233,6 +192,10 @@ class EngineCard(Section):
     optics: OpticsCard | None = None
     steps: StepsCard | None = None
     """Of a model of bioimage.io; None: it is none."""
+    deviation: dict[Literal["told", "blind"], DeviationCard] = Field(
+        default_factory=dict
+    )
+    """How far off its defocus is, optics told or not; empty: the labels' spread."""
     evidence: EvidenceCard | None = None
     """What weighs the corrections where an engine runs blind; None: nothing does."""
     trained: dict[str, Any] = Field(default_factory=dict)

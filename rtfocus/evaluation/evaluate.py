@@ -342,8 +342,8 @@ def _found_tiles(
     if lowest == highest:
         defocus = found.defocus_um[wanted].astype(np.float64)
         error_um = defocus - lowest
-        if found.uncertainty_um is not None:
-            stated_um = found.uncertainty_um[wanted]
+        if found.stated_um is not None:
+            stated_um = found.stated_um[wanted]
     true = (lowest / step, highest / step)
     labels = _labels(engine.card.output)
     return FoundTiles(

@@ -17,7 +17,7 @@ The function from measures to share was fitted to corrections whose sharp image 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.engines.card import EvidenceCard
+from rtfocus.engines.fitted import EvidenceCard
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.camera import luminance

@@ -8,10 +8,10 @@ from scipy.ndimage import uniform_filter
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.engines.card import (
     EngineCard,
-    EvidenceCard,
     InputCard,
     OutputCard,
 )
+from rtfocus.engines.fitted import EvidenceCard
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, LabelDecoder, turned

@@ -10,7 +10,8 @@ from scipy.ndimage import gaussian_filter
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.sections import ProcessingConfig
-from rtfocus.engines.registry import find_engine, fit_frame
+from rtfocus.engines.fitted import stated_um
+from rtfocus.engines.registry import find_engine, fit_frame, step_um
 from rtfocus.errors import EngineError, InputError
 from rtfocus.offline import ImageProcessor, tile_rows
 from rtfocus.processing.channel_plan import ClassifierPlan
@@ -97,6 +98,25 @@ def test_tiles_are_listed_as_plain_values(config, images):
     for row in rows:
         assert (row["level"] is None) == (row["label"] == "bg")
         assert (row["defocus_um"] is None) == (row["level"] is None)
+
+
+def test_the_deviation_stated_of_tiles_is_the_one_that_the_card_holds(images):
+    optics = find_engine("rtfocus-2").card.optics.reference
+    said = []
+    for given in (optics, None):
+        with ImageProcessor(
+            parse_config({"processing": {"classifier": "rtfocus-2", "device": "cpu"}}),
+            given,
+        ) as processor:
+            result = processor.classify(images[0])
+        card = find_engine("rtfocus-2").card
+        step = step_um(card, optics, blind=given is None)
+        fit = card.deviation["told" if given else "blind"]
+        rows = [row["uncertainty_um"] for row in tile_rows(result)]
+        wanted = stated_um(result.defocus, fit, step).ravel()
+        np.testing.assert_allclose(np.array(rows, float), wanted)
+        said.append(wanted)
+    assert not np.allclose(*said, equal_nan=True)
 
 
 @pytest.mark.parametrize("offset_counts", [0.0, 100.0])

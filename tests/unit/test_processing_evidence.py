@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 
-from rtfocus.engines.card import EngineCard, EvidenceCard, read_card
+from rtfocus.engines.card import EngineCard, read_card
+from rtfocus.engines.fitted import EvidenceCard
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange

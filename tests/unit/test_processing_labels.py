@@ -1,10 +1,15 @@
 """Labels: level, sub-level defocus and uncertainty from logits, by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from rtfocus.engines.card import OutputCard
-from rtfocus.frame import BACKGROUND
+from rtfocus.engines.card import OutputCard, parse_card, read_card
+from rtfocus.engines.fitted import DeviationCard, stated_um
+from rtfocus.errors import EngineError
+from rtfocus.files import resource_folder
+from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.processing.classify import LabelDecoder
 
 LABELS = [-2, -1, 0, 1, 2, "bg"]
@@ -54,3 +59,55 @@ def test_levels_that_share_their_probability_outvote_focus():
 def test_focus_and_background_together_outvote_a_level():
     found = decode([0.0, 0.0, 0.3, 0.4, 0.0, 0.3 + 1e-3])
     assert found.level[0, 0] == BACKGROUND
+
+
+FIT = DeviationCard(spread=0.5, floor=0.2, distance=0.01)
+
+
+def told(levels: list[float], spread: list[float], step_um: float) -> DefocusMap:
+    """Return tiles of an engine whose levels are `step_um` apart."""
+    count = len(levels)
+    return DefocusMap(
+        TileGrid(1, count, 96, 48.0, 47.5, signed=True),
+        np.array([levels], np.float32) * np.float32(step_um),
+        np.ones((1, count), np.float32),
+        np.zeros((1, count), np.int16),
+        np.array([spread], np.float32) * np.float32(step_um),
+    )
+
+
+@pytest.mark.parametrize("step_um", [1.0, 2.5])
+def test_what_is_stated_is_the_spread_beyond_a_place_between_levels(step_um):
+    found = told([2.0, 2.5, -2.5, -10.0, np.nan], [1.0, 1.0, 0.5, 0.0, np.nan], step_um)
+    variance = [
+        0.5 * 1.0 + 0.2 + 0.01 * 4,
+        0.5 * 0.75 + 0.2 + 0.01 * 6.25,
+        0.2 + 0.01 * 6.25,  # as wide as two equal neighbours are: known to the point
+        0.2 + 0.01 * 100,
+        np.nan,
+    ]
+    stated = stated_um(found, FIT, step_um)
+    np.testing.assert_allclose(stated[0], np.sqrt(variance) * step_um, rtol=1e-5)
+    assert stated.dtype == np.float32
+
+
+def test_without_a_fit_the_spread_is_stated_and_without_a_spread_nothing():
+    found = told([2.0], [1.0], 2.0)
+    assert stated_um(found, None, 2.0) is found.uncertainty_um
+    assert stated_um(replace(found, uncertainty_um=None), FIT, 2.0) is None
+
+
+def test_the_card_of_rtfocus_2_says_more_where_nobody_told_the_optics():
+    fits = read_card(resource_folder("engines") / "rtfocus-2").deviation
+    found = told([0.0, 5.0], [0.6, 1.5], 1.0)
+    assert (
+        stated_um(found, fits["blind"], 1.0) > stated_um(found, fits["told"], 1.0)
+    ).all()
+
+
+def test_a_deviation_below_nothing_is_refused():
+    folder = resource_folder("engines") / "rtfocus-2"
+    said = read_card(folder).model_dump()
+    said["deviation"]["told"]["floor"] = -0.1
+    with pytest.raises(EngineError, match=r"deviation.told.floor"):
+        parse_card(said, "here")

@@ -9,7 +9,8 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.engines.card import EngineCard, EvidenceCard, input_of
+from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.fitted import EvidenceCard
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
