@@ -16,14 +16,14 @@ import unicodedata
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tifffile
 import yaml
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from rtfocus import __version__
+
+if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
 
 _PREFIXES = {
     "yotta": ("Y", 24),
@@ -210,6 +210,8 @@ def written_by_rtfocus(path: Path) -> bool:
         if path.suffix.lower() in _TIFF_ENDINGS:
             return _is_tiff_result(path)
         if path.suffix.lower() == ".png":
+            from PIL import Image
+
             with Image.open(path) as picture:
                 return _is_ours(picture.info.get(_PNG_KEY))
         if path.suffix.lower() == ".npz":
@@ -240,8 +242,10 @@ def json_mark() -> dict[str, str]:
     return {WRITTEN_BY: SOFTWARE}
 
 
-def png_mark() -> PngInfo:
+def png_mark() -> "PngInfo":
     """Return the text that a picture is saved with: ``save(..., pnginfo=...)``."""
+    from PIL.PngImagePlugin import PngInfo
+
     mark = PngInfo()
     mark.add_text(_PNG_KEY, SOFTWARE)
     return mark
@@ -259,6 +263,9 @@ def _is_ours(software: object) -> bool:
 
 
 def _is_tiff_result(path: Path) -> bool:
+    # Here, as the stores of a run need the units above and no reader of images.
+    import tifffile
+
     with tifffile.TiffFile(path) as file:
         tag = file.pages.first.tags.get(_SOFTWARE_TAG)
         return tag is not None and _is_ours(tag.value)
