@@ -9,18 +9,20 @@ Says why and ends where there is no GPU; with `--smoke` it then takes the stand-
 driver of the tests, whose figures mean nothing.
 
 Run: python -m bench.gpu [--sizes 512 1024 2048 3200] [--methods wiener ...]
-     [--minutes 20] [--series 100]
+     [--minutes 20] [--series 100] [--out FILE.json [--resume]]
      python -m bench.gpu --table FILE ...    results as Markdown
 """
 
 import argparse
 import ctypes
+import json
 import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ from rtfocus.processing.gpu.cuda.driver import (
 )
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
+from rtfocus.runtimes.gpu import Gpu
 from rtfocus.specimens import draw_specimen
 
 STAGES = ("copy in", "classify", "restore", "copy out")
@@ -295,10 +298,13 @@ def stages_alone(feed: Feed, frames: int) -> dict[str, float]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """Return sizes times methods, then slots, precisions and graphs at one size."""
-    largest = max(options.sizes)
-    usual = 2048 if 2048 in options.sizes else largest
-    listed = [Case(side, m, 4) for side in options.sizes for m in options.methods]
+    """Return sizes times methods, then slots, precisions and graphs at one size.
+
+    The usual size comes first: time may be up before the last.
+    """
+    usual = usual_side(options)
+    sides = sorted(options.sizes, key=lambda side: bool(side != usual))
+    listed = [Case(side, m, 4) for side in sides for m in options.methods]
     first = options.methods[0]
     if options.smoke:
         return [*listed, Case(usual, first, 4, cuda_graphs=False)]
@@ -348,7 +354,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--series", type=int, default=0, help="starts and closes")
     parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
     parser.add_argument("--table", type=Path, nargs="+", help="results to print")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a .json file, written as it grows")
+    parser.add_argument("--resume", action="store_true", help="only what --out lacks")
     parser.add_argument("--smoke", action="store_true", help="a few frames only")
     options = parser.parse_args(arguments)
     if options.table:
@@ -367,7 +374,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"skipped: {why}")
             print(machine.write("gpu", {"skipped": why}, options.out))
             return
-        written = machine.write("gpu", run(options), options.out)
+        found = run(options, lambda part: machine.write("gpu", part, options.out))
+        written = machine.write("gpu", found, options.out)
     print(table_of([written]), written, sep="")
 
 
@@ -387,53 +395,91 @@ def take_standin(folder: Path) -> str | None:
     return None
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure ceilings, every case, the whole loop and what starts leave behind."""
+def run(
+    options: argparse.Namespace, keep: Callable[[dict[str, Any]], object] | None = None
+) -> dict[str, Any]:
+    """Measure ceilings, every case, the whole loop and what starts leave behind.
+
+    `keep` is called with all there is so far whenever something more was measured:
+    a card that is taken away leaves a file.
+    """
     clock = Clock(options.minutes)
     device = find_device(options.gpu)
     print(f"{device.name}, compute capability {device.compute_capability}")
-    limits = ceilings(device)
-    macs = network_multiply_adds(find_engine(options.engine))
-    rows, left_out = [], []
-    for case in cases(options):
-        if clock.is_up:
-            left_out.append(str(case))
-            continue
-        row = measure(case, options.engine, options.gpu, options.frames, clock)
-        if "refused" not in row:
-            row["roofline"] = roofline(row, limits, macs)
-            print(case, f"{row['frames_per_s']:.0f} frames/s", flush=True)
-        else:
-            print(case, row["refused"], flush=True)
-        rows.append(row)
-    more: dict[str, Any] = {}
-    for name, part in (("loop", loop), ("series", series)):
-        if clock.is_up:
-            left_out.append(name)
-        elif (found := part(options, rows, clock)) is not None:
-            more[name] = found
-    for what in left_out:
-        print(f"not measured, the time was up: {what}", flush=True)
-    picture = (options.out or Path("bench/results/gpu.json")).with_suffix(".svg")
-    return {
+    before = measured_before(options, device)
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
         "engine": options.engine,
-        "left_out": left_out,
-        **more,
+        "left_out": [],
         "gpu": {
             "name": device.name,
             "compute_capability": list(device.compute_capability),
             "memory_gb": device.memory_bytes / 1e9,
         },
-        "ceilings": limits,
+        "ceilings": before.get("ceilings") or ceilings(device),
         "rows": rows,
-        "timeline": draw_timeline(rows, picture),
     }
+    say = keep or (lambda _: None)
+    known = {str(row["case"]): row for row in before.get("rows", [])}
+    macs = network_multiply_adds(find_engine(options.engine))
+    for case in cases(options):
+        if (row := known.get(str(vars(case)))) is not None:
+            rows.append(row)
+        elif clock.is_up:
+            found["left_out"].append(str(case))
+        else:
+            row = measure(case, options.engine, options.gpu, options.frames, clock)
+            said = row.get("refused")
+            if said is None:
+                row["roofline"] = roofline(row, found["ceilings"], macs)
+                said = f"{row['frames_per_s']:.0f} frames/s"
+            print(case, said, flush=True)
+            rows.append(row)
+            say(found)
+    for name, part in (("loop", loop), ("series", series)):
+        if name in before:
+            found[name] = before[name]
+        elif clock.is_up:
+            found["left_out"].append(name)
+        elif (measured := part(options, rows, clock)) is not None:
+            found[name] = measured
+            say(found)
+    for what in found["left_out"]:
+        print(f"not measured, the time was up: {what}", flush=True)
+    found["timeline"] = draw_timeline(rows, results_file(options).with_suffix(".svg"))
+    return found
+
+
+def results_file(options: argparse.Namespace) -> Path:
+    """Return where the results lie."""
+    target: Path = options.out or Path(__file__).parent / "results"
+    return target if target.suffix == ".json" else target / "gpu.json"
+
+
+def measured_before(options: argparse.Namespace, device: Gpu) -> dict[str, Any]:
+    """Return what `--resume` need not measure again: of this GPU and this engine."""
+    path = results_file(options)
+    if not options.resume or not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    was = found.get("gpu", {}).get("name"), found.get("engine")
+    if was != (device.name, options.engine):
+        raise SystemExit(
+            f"{path} is of {was[0]} and engine {was[1]}, here are {device.name} and "
+            f"{options.engine}: name another --out"
+        )
+    return found
 
 
 def usual_case(options: argparse.Namespace) -> Case:
     """Return what the loop and the starts are measured with."""
-    usual = 2048 if 2048 in options.sizes else max(options.sizes)
-    return Case(usual, options.methods[0], 4)
+    return Case(usual_side(options), options.methods[0], 4)
+
+
+def usual_side(options: argparse.Namespace) -> int:
+    """Return the side of the frames that most is measured with."""
+    sizes: list[int] = options.sizes
+    return 2048 if 2048 in sizes else max(sizes)
 
 
 def loop(

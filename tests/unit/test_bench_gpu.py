@@ -20,7 +20,7 @@ def test_a_run_counts_the_shipped_network_and_says_what_bounds_it(
     monkeypatch.setattr(gpu, "ceilings", lambda device: limits)
     monkeypatch.setattr(gpu, "measure", lambda *case: dict(row))
     monkeypatch.setattr(gpu, "cases", lambda options: [gpu.Case(1000, "wiener", 4)])
-    monkeypatch.setattr(gpu, "loop", lambda *_: None)
+    monkeypatch.setattr(gpu, "loop", lambda *_: {"frames_per_s": 400.0})
     options = argparse.Namespace(
         gpu=0,
         engine="delpnet",
@@ -30,8 +30,14 @@ def test_a_run_counts_the_shipped_network_and_says_what_bounds_it(
         series=0,
         sizes=[1000],
         methods=["wiener"],
+        resume=False,
     )
-    (found,) = gpu.run(options)["rows"]
+    kept = []
+    monkeypatch.setattr(gpu, "measure", lambda case, *_: row | {"case": vars(case)})
+    (found,) = gpu.run(options, lambda part: kept.append(json.dumps(part)))["rows"]
+    # A card that is taken away leaves what was measured so far.
+    assert [sorted(json.loads(part))[-1] for part in kept] == ["rows", "rows"]
+    assert ["loop" in json.loads(part) for part in kept] == [False, True]
     line = found["roofline"]
     assert line["network_multiply_adds_per_px"] == pytest.approx(5432, rel=0.01)
     # 2 MB in and out at 20 GB/s take 0.1 ms; 10.9 GFLOP at 100 TFLOP/s 0.109 ms.
@@ -46,6 +52,15 @@ def test_a_run_counts_the_shipped_network_and_says_what_bounds_it(
         "loop",
         "series",
     ]
+    options.out.write_text(kept[-1], encoding="utf-8")
+    options.resume = True
+    resumed = gpu.run(options)
+    assert resumed["rows"] == [found]
+    assert resumed["loop"] == {"frames_per_s": 400.0}
+    assert resumed["left_out"] == ["series"]
+    monkeypatch.setattr(gpu, "find_device", lambda _: Gpu(0, "other", (8, 6), 1 << 34))
+    with pytest.raises(SystemExit, match=r"is of card.*here are other"):
+        gpu.run(options)
 
 
 def test_torch_counts_what_openvino_counts(monkeypatch) -> None:
