@@ -372,15 +372,9 @@ _OPSET = 18
 
 def write_onnx(graph: Graph, path: Path) -> None:
     """Write a graph; EngineError where torch cannot trace it."""
-    dims = {
-        axis: torch.export.Dim(axis)
-        for axes in graph.dynamic.values()
-        for axis in axes.values()
-    }
-    shapes = tuple(
-        {place: dims[axis] for place, axis in graph.dynamic.get(name, {}).items()}
-        for name in graph.inputs
-    )
+    # Names, not `torch.export.Dim`s: torch would trace a network twice whose sides are
+    # multiples of a number, which it finds out by itself.
+    shapes = tuple(dict(graph.dynamic.get(name, {})) for name in graph.inputs)
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)
