@@ -127,7 +127,8 @@ class StepParts:
             if a < b
         ]
         work = map if self._threads is None else self._threads.map
-        total, shown = [], {}
+        total: Gradients = []
+        shown: dict[str, float] = {}
         for gradients, measured in work(self._of_part, jobs):
             if not total:
                 total, shown = gradients, measured
