@@ -53,6 +53,8 @@ class Sample:
     """Of PSNR and SSIM."""
     sided: bool = False
     """The sign of the defocus is known too."""
+    psf: Image | None = None
+    """That blurred it, axes (y, x); None: unknown, or nothing did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +234,10 @@ def shown(
     """
     for way in ("pupil", "Born-Wolf", "Gaussian"):
         camera, counts = _draw_camera(rng)
-        blurred = _blurred(light, way, rng)
+        blurred, psf = _blurred(light, way, rng)
         pixels = camera.expose(np.clip(blurred, 0, 1), rng)
         truth = camera.offset_counts + light * np.float32(counts)
-        yield Sample(f"{name} {way}", pixels, truth, None, kind, counts)
+        yield Sample(f"{name} {way}", pixels, truth, None, kind, counts, psf=psf)
     camera, counts = _draw_camera(rng)
     pixels = camera.expose(light, rng)
     group = f"{kind}, {IN_FOCUS}"
@@ -258,11 +260,12 @@ def _draw_camera(rng: np.random.Generator) -> tuple[CameraModel, float]:
     return camera, counts
 
 
-def _blurred(light: Image, way: str, rng: np.random.Generator) -> Image:
-    """Blur by a disc of 1.5 to 7 px radius or what is as wide."""
+def _blurred(light: Image, way: str, rng: np.random.Generator) -> tuple[Image, Image]:
+    """Blur by a disc of 1.5 to 7 px radius or what is as wide; return the PSF too."""
     radius_px = float(rng.uniform(1.5, 7.0))
     if way == "Gaussian":
-        return np.asarray(gaussian_filter(light, radius_px / 2, mode="reflect"))
+        blurred = np.asarray(gaussian_filter(light, radius_px / 2, mode="reflect"))
+        return blurred, _gaussian(radius_px / 2)
     aperture = float(rng.uniform(0.3, 0.9))
     # Sampling pixel NA / lambda, from finer than Nyquist to coarse.
     sampling = float(rng.uniform(0.22, 0.8))
@@ -276,7 +279,15 @@ def _blurred(light: Image, way: str, rng: np.random.Generator) -> Image:
         aberrations=Aberrations(spherical_waves=spherical),
     )
     side = float(rng.choice([-1.0, 1.0]))
-    return blur(light, compute_psf(optics, side * radius_px * pixel_um / aperture))
+    psf = compute_psf(optics, side * radius_px * pixel_um / aperture)
+    return blur(light, psf), psf
+
+
+def _gaussian(sigma_px: float) -> Image:
+    half = int(4 * sigma_px + 0.5)
+    point = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
+    point[half, half] = 1
+    return np.asarray(gaussian_filter(point, sigma_px, mode="constant"))
 
 
 def matching_tiffs(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Path]:
