@@ -75,14 +75,14 @@ def test_a_specimen_that_drifts_meanwhile_is_found(config: Path) -> None:
 def test_hold_follows_a_drift(config: Path) -> None:
     said = succeeded(
         command(
-            *("autofocus", config, "--hold", "--images", "60", "--interval", "0.2"),
-            *("--set", "microscope.surface.drift_um_per_min=24"),
+            *("autofocus", config, "--hold", "--images", "40", "--interval", "0.2"),
+            *("--set", "microscope.surface.drift_um_per_min=44"),
             # The search before is not what is tested.
             *("--set", "microscope.surface.drift_from_s=3"),
         )
     )
     held = re.findall(r"held: ([+-][\d.]+) um", said)
-    # 3.6 um in 9 s and more; half a depth of field, 1.7 um, is borne.
+    # 3.6 um in 5 s and more; half a depth of field, 1.7 um, is borne.
     assert sum(float(step) for step in held) > 1.8
 
 
