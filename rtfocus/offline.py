@@ -424,38 +424,6 @@ class KernelExtractor:
         return Conditions(self._card, optics, blind=blind, signed=signed)
 
 
-def draw_kernels(image: NDArray[np.generic], found: Kernels) -> NDArray[np.uint8]:
-    """Draw every kernel, brightest point white, over the middle of its tile.
-
-    Returns
-    -------
-    NDArray[np.uint8]
-        Axes (y, x, colour): the image in grey at twice its size, kernels in green.
-    """
-    grey = np.asarray(image, np.float32)
-    grey = grey.mean(axis=2) if grey.ndim == 3 else grey
-    low, high = np.percentile(grey, (0.5, 99.8))
-    shade = np.clip((grey - low) / max(high - low, 1e-9), 0, 1) * 160
-    shade = np.kron(shade, np.ones((_ENLARGED, _ENLARGED)))
-    picture = np.repeat(shade[..., None], 3, axis=2).astype(np.uint8)
-    own = found.own_px * _ENLARGED
-    side = found.kernels.shape[-1]
-    factor = max(1, own * 2 // 3 // side)
-    for row, column in np.ndindex(found.kernels.shape[:2]):
-        kernel = found.kernels[row, column]
-        drawn = np.kron(kernel / max(kernel.max(), 1e-9), np.ones((factor, factor)))
-        top, left = (
-            int((index + 0.5) * own - drawn.shape[0] / 2) for index in (row, column)
-        )
-        into = picture[max(top, 0) : top + len(drawn), max(left, 0) : left + len(drawn)]
-        part = drawn[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
-        into[...] = np.maximum(part, 0)[..., None] * (160, 255, 160)
-    return picture
-
-
-_ENLARGED = 2
-
-
 def _reference(card: EngineCard) -> OpticalSystem:
     _, optics = parts(card)
     return optics.reference

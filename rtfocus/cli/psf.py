@@ -12,6 +12,7 @@ from typing import Annotated
 import numpy as np
 import tifffile
 import typer
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
@@ -40,7 +41,7 @@ from rtfocus.images.metadata import SOFTWARE, png_mark
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.offline import KernelExtractor, Kernels, draw_kernels
+from rtfocus.offline import KernelExtractor, Kernels
 
 commands = typer.Typer(
     name="psf",
@@ -340,3 +341,36 @@ def _write(output: Path, found: Kernels, *, as_tiff: bool) -> None:
             own_px=found.own_px,
             written_by=np.array(SOFTWARE),
         )
+
+
+_ENLARGED = 2
+"""Times that a picture of kernels is larger than its image."""
+
+
+def draw_kernels(image: NDArray[np.generic], found: Kernels) -> NDArray[np.uint8]:
+    """Draw every kernel, brightest point white, over the middle of its tile.
+
+    Returns
+    -------
+    NDArray[np.uint8]
+        Axes (y, x, colour): the image in grey at twice its size, kernels in green.
+    """
+    grey = np.asarray(image, np.float32)
+    grey = grey.mean(axis=2) if grey.ndim == 3 else grey
+    low, high = np.percentile(grey, (0.5, 99.8))
+    shade = np.clip((grey - low) / max(high - low, 1e-9), 0, 1) * 160
+    shade = np.kron(shade, np.ones((_ENLARGED, _ENLARGED)))
+    picture = np.repeat(shade[..., None], 3, axis=2).astype(np.uint8)
+    own = found.own_px * _ENLARGED
+    side = found.kernels.shape[-1]
+    factor = max(1, own * 2 // 3 // side)
+    for row, column in np.ndindex(found.kernels.shape[:2]):
+        kernel = found.kernels[row, column]
+        drawn = np.kron(kernel / max(kernel.max(), 1e-9), np.ones((factor, factor)))
+        top, left = (
+            int((index + 0.5) * own - drawn.shape[0] / 2) for index in (row, column)
+        )
+        into = picture[max(top, 0) : top + len(drawn), max(left, 0) : left + len(drawn)]
+        part = drawn[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
+        into[...] = np.maximum(part, 0)[..., None] * (160, 255, 160)
+    return picture

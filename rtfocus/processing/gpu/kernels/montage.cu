@@ -1,5 +1,5 @@
 // Montage: what was restored, laid over the signal by the tiles it belongs to
-// (rtfocus.processing.tiling, rtfocus.processing.gpu.blending).
+// (rtfocus.processing.montage, rtfocus.processing.gpu.depth_variant).
 
 // The four tiles that a pixel lies between, and what each weighs; together 1.
 struct Corners {
