@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from rtfocus.batch.ends import Batch, Begun
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
-from rtfocus.batch.scheduler import WORKERS_S, R, U, run_on
+from rtfocus.batch.scheduler import WORKERS_S, R, U, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
 from rtfocus.cli.display import counting
 from rtfocus.errors import BusyError, ConfigError, IncompleteError, InputError
@@ -187,6 +187,8 @@ def _refuse_without_scheduler(many: Many) -> None:
     if many.scheduler is None and (many.resources or many.wait_s != WORKERS_S):
         msg = "--resources and --wait-workers are for workers; give --scheduler"
         raise ConfigError(msg)
+    if many.scheduler is not None:
+        workers_of(many.scheduler)  # refused before anything is begun
 
 
 def _do_part(ledger: Ledger, text: str, job: Job) -> None:

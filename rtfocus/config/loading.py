@@ -267,6 +267,8 @@ def _explain(detail: ErrorDetails) -> str:
         part
         for i, part in enumerate(detail["loc"])
         if not (i == 1 and detail["loc"][0] == "microscope" and len(detail["loc"]) > 2)
+        # So does a value of several types, in pydantic's words.
+        and "[" not in str(part)
     )
     key = ".".join(str(part) for part in location)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -279,6 +281,7 @@ def _explain(detail: ErrorDetails) -> str:
     value = detail["input"]
     shown = "" if isinstance(value, dict | list) else f" (got {_short(value)})"
     rule = detail["msg"].removeprefix("Value error, ")
+    rule = rule.removesuffix(" for <class 'pathlib.Path'>")
     return f"'{key}': {rule}{shown}" if key else rule
 
 

@@ -425,9 +425,10 @@ def find_data_set(
             raise InputError(msg)
         return folder_set(Path(name), optics or BBBC006, offset_counts=offset_counts)
     if data_folder is None or not data_folder.is_dir():
+        lacks = "" if data_folder is None else f", but there is no '{data_folder}'"
         msg = (
-            f"data set '{name}' needs the published images, but there is no folder "
-            f"'{data_folder}'; say where they lie with --data-folder"
+            f"data set '{name}' needs the folder of the published images{lacks}; say "
+            "where they lie with --data-folder"
         )
         raise InputError(msg)
     if name in _PUBLISHED:

@@ -249,6 +249,9 @@ def fetched(address: str, tell: Callable[[str], None]) -> Iterator[Path]:
         yield Path(url2pathname(parts.path))
         return
     if not _may_be_fetched(address):
+        if parts.scheme == "https" and not parts.hostname:
+            msg = f"'{address}' is not fetched: it names no server; give all of it"
+            raise EngineError(msg)
         msg = (
             f"'{address}' is not fetched: by {parts.scheme} it may be changed on its "
             "way; give an https:// address without a password, or a file"

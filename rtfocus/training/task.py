@@ -13,11 +13,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from rtfocus.config.loading import read_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.machine import multiplies_bf16
 from rtfocus.optics.normalisation import PercentileRange
@@ -339,12 +339,12 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
     `above` are the recipes that it is a base of.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         msg = f"recipe '{path}' cannot be read: {error.strerror}; give a YAML file"
         raise ConfigError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"recipe '{path}' is not valid YAML: {error}"
+    except ValueError as error:
+        msg = f"recipe '{path}' {error}"
         raise ConfigError(msg) from error
     if not isinstance(data, dict) or "base" not in data:
         return data

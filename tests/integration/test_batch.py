@@ -623,6 +623,7 @@ def test_no_scheduler_is_one_line(folder: Path, tmp_path: Path) -> None:
     asked = ("restore", folder, "-o", tmp_path / "out", *WIENER, "--scheduler")
     assert "is no address" in failed(command(*asked, "cluster"))
     assert "local:N" in failed(command(*asked, "local:0"))
+    assert_nothing_left(tmp_path / "out")
     for wrong in ("GPU", "=1", "GPU=nan", "GPU=-1"):
         said = failed(command(*asked, "local:1", "--resources", wrong))
         assert "NAME=N" in said

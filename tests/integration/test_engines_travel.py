@@ -332,7 +332,7 @@ def test_what_does_not_come_whole_is_not_added(server, mine, monkeypatch):
         ("ftp://example.org/model.zip", "is not fetched: by ftp"),
         ("https://jane:secret@example.org/model.zip", "without a password"),
         ("http://localhost.example.org/model.zip", "is not fetched"),
-        ("https://", "is not fetched"),
+        ("https://", "it names no server"),
         ("https://[half", "is no address"),
         ("file://server/share/model.zip", "on another machine"),
         ("file:///no/such/model.zip", "does not exist"),

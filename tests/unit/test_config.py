@@ -89,6 +89,10 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ("transport.slots", "section.key=value"),
         ("channels.3.name=x", "no index below 1"),
         ("run.name.x=1", "below a value|is a value"),
+        (
+            "acquisition.mda=5",
+            r"'acquisition\.mda': [^\[]*; 'acquisition\.mda': .* valid path \(got 5\)$",
+        ),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:

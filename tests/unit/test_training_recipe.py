@@ -33,6 +33,22 @@ def test_a_missing_recipe_is_named(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"name: \xb5m", "is no UTF-8 text"),
+        (b"\x00\x01", "is no text but a binary file"),
+        (b"a: [", "is not valid YAML: line 1"),
+        (b"a: 1\na: 2", "'a' is given twice"),
+    ],
+)
+def test_a_recipe_that_is_no_text_is_told_as_a_config_is(tmp_path, data, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"recipe '.*recipe\.yaml' .*{said}"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize("bases", [{"a": "a"}, {"a": "b", "b": "a"}])
 def test_a_recipe_that_is_its_own_base_is_refused(tmp_path, bases):
     for name, base in bases.items():
