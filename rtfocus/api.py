@@ -18,7 +18,8 @@ from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import DefocusMap
 from rtfocus.image_set import BLIND_ENGINE, restoring_with, with_engine
-from rtfocus.offline import ImageProcessor, pixels_of
+from rtfocus.images.series import pixels_of
+from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.restore import BLIND, METHODS
 from rtfocus.runs import Run, open_run

@@ -27,7 +27,7 @@ from rtfocus.frame import (
     SeriesStart,
     SlotPool,
 )
-from rtfocus.images.series import loss_of, native_dtype, one_line
+from rtfocus.images.series import loss_of, native_dtype, pixels_of
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.networks import open_tile_network
@@ -271,31 +271,6 @@ def _result_of(ticket: Ticket) -> FrameResult:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         raise
-
-
-def pixels_of(image: object) -> NDArray[np.generic]:
-    """Return what a user gives for an image as an array.
-
-    Raises
-    ------
-    InputError
-        If it is none, or pixels of it are masked: no result says which.
-    """
-    if np.ma.is_masked(image):
-        msg = (
-            "the image has masked pixels, which would count like the others; fill "
-            "them, e.g. image.filled(0)"
-        )
-        raise InputError(msg)
-    try:
-        pixels = np.asarray(image)
-        # Mixed lists and Python's own large numbers.
-        return pixels.astype(np.float64) if pixels.dtype.kind == "O" else pixels
-    # Arrays of other libraries raise whatever they like.
-    except Exception as error:
-        kind, why = type(image).__name__, one_line(error)
-        msg = f"an image is an array of numbers, this {kind} gives none: {why}"
-        raise InputError(msg) from error
 
 
 def _as_image(given: object) -> NDArray[np.generic]:

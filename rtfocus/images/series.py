@@ -301,6 +301,31 @@ class ImageSeries:
         return self.sizes["t"] * self.sizes["c"] * self.sizes["z"]
 
 
+def pixels_of(image: object) -> NDArray[np.generic]:
+    """Return what a user gives for an image as an array.
+
+    Raises
+    ------
+    InputError
+        If it is none, or pixels of it are masked: no result says which.
+    """
+    if np.ma.is_masked(image):
+        msg = (
+            "the image has masked pixels, which would count like the others; fill "
+            "them, e.g. image.filled(0)"
+        )
+        raise InputError(msg)
+    try:
+        pixels = np.asarray(image)
+        # Mixed lists and Python's own large numbers.
+        return pixels.astype(np.float64) if pixels.dtype.kind == "O" else pixels
+    # Arrays of other libraries raise whatever they like.
+    except Exception as error:
+        kind, why = type(image).__name__, one_line(error)
+        msg = f"an image is an array of numbers, this {kind} gives none: {why}"
+        raise InputError(msg) from error
+
+
 def loss_of(plane: NDArray[np.generic]) -> str | None:
     """Say what float32 would lose of an image; NaN and infinity stay.
 
