@@ -2,8 +2,10 @@
 
 Two trainings of one recipe take turns on the same machine: *one core*, the batch whole
 and one thing after the other, and *workers*, its parts side by side while batches are
-made ahead. Load from outside hits both; the ratio says what ``--workers`` brings. A
-busy machine blurs it all the same, so the load is written beside it.
+made ahead. Load from outside hits both; the ratio says what ``--workers`` brings. On a
+busy machine there is no second core to gain: so processor time is counted, too, and
+*free cores* is the ratio that it allows on as many cores as there are workers, were
+they free: shared out evenly, but no sooner than what follows one after the other.
 
 Run: ``python -m bench.training [RECIPE ...] [--data-folder images] [--workers 2]``
 """
@@ -54,14 +56,29 @@ def turn(trainer: Trainer, steps: int) -> dict[str, float]:
     """Take steps; return seconds of one, and the share that waits for its batch."""
     for _ in range(_WARM_UP):
         trainer.train_step()
-    waited, started = trainer.feed.waited_s, time.perf_counter()
+    waited, started, spent = trainer.feed.waited_s, time.perf_counter(), _spent_s()
     for _ in range(steps):
         trainer.train_step()
     seconds = time.perf_counter() - started
+    serial, own, all_of_it = (
+        (after - before) / steps
+        for after, before in zip(_spent_s(), spent, strict=True)
+    )
     return {
         "step_s": seconds / steps,
         "waiting": (trainer.feed.waited_s - waited) / seconds,
+        "cpu_s": all_of_it,
+        "cpu_batches_s": all_of_it - own,
+        "cpu_serial_s": serial,
     }
+
+
+def _spent_s() -> tuple[float, float, float]:
+    """Return processor time of this thread, of this process, and with its workers."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    times = [one.cpu_times() for one in processes]
+    spent = [one.user + one.system for one in times]
+    return time.thread_time(), spent[0], sum(spent)
 
 
 def compare(
@@ -81,17 +98,21 @@ def compare(
     finally:
         for trainer in trainers.values():
             trainer.close()
-    ratios = [
-        one["step_s"] / other["step_s"]
-        for one, other in zip(found["one core"], found["workers"], strict=True)
-    ]
+    pairs = list(zip(found["one core"], found["workers"], strict=True))
+    middle = {
+        name: {key: statistics.median(t[key] for t in turns) for key in turns[0]}
+        for name, turns in found.items()
+    }
+    one, other = middle["one core"], middle["workers"]
+    beside = other["cpu_s"] - other["cpu_batches_s"] - other["cpu_serial_s"]
+    soonest_s = max(
+        other["cpu_s"] / workers,
+        other["cpu_serial_s"] + beside / min(workers, recipe.parts),
+    )
     return {
-        **{
-            name: {key: statistics.median(t[key] for t in turns) for key in turns[0]}
-            for name, turns in found.items()
-        },
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        **middle,
+        "ratio": statistics.median(a["step_s"] / b["step_s"] for a, b in pairs),
+        "free_cores": one["cpu_s"] / soonest_s,
         "load": psutil.getloadavg()[0],
     }
 
@@ -115,13 +136,14 @@ def main() -> None:
             print(
                 f"{name}: {60 / one['one core']['step_s']:.0f} steps a minute on one "
                 f"core, {60 / one['workers']['step_s']:.0f} with {options.workers} "
-                f"workers: {one['ratio']:.2f} times; load {one['load']:.1f}",
+                f"workers: {one['ratio']:.2f} times at load {one['load']:.1f}, "
+                f"{one['free_cores']:.2f} by processor time",
                 flush=True,
             )
             result[name] = one
-    machine.write(
-        "training", {"workers": options.workers, "recipes": result}, options.out
-    )
+            # After each: a busy machine may leave no time for the last.
+            payload = {"workers": options.workers, "recipes": result}
+            machine.write("training", payload, options.out)
 
 
 if __name__ == "__main__":

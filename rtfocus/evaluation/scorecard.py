@@ -161,6 +161,7 @@ LEVEL_COLUMNS = (
     "called empty",
     "calibration error",
     "within 1 sigma",
+    "within 2 sigma",
     "mean error um",
     "mult-adds/px",
     "ms/Mpx",
@@ -221,6 +222,7 @@ def _levels(one: Outcome) -> list[str]:
         *map(_share, shares),
         _share(found.get("calibration_error")),
         _share(found.get("within_one_sigma")),
+        _share(found.get("within_two_sigma")),
         "" if found.get("mean_error_um") is None else f"{found['mean_error_um']:.2f}",
         *_cost(one),
     ]
