@@ -7,14 +7,15 @@ or ask.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from rtfocus.channel import OpticalSystem
+from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.images.series import ImageSeries
 
@@ -105,11 +106,19 @@ def make_optics(stated: Mapping[str, Any], origin: str) -> OpticalSystem:
         return TypeAdapter(OpticalSystem).validate_python(dict(stated))
     except ValidationError as error:
         faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
+            f"'{'.'.join(str(part) for part in fault['loc'])}': {_said(fault)}"
             for fault in error.errors()
         )
         msg = f"optics '{origin}': {faults}; e.g. {EXAMPLE}"
         raise ConfigError(msg) from error
+
+
+def _said(fault: ErrorDetails) -> str:
+    if fault["type"] != "unexpected_keyword_argument":
+        return fault["msg"]
+    inner = len(fault["loc"]) > 1
+    known = fields(Aberrations if inner else OpticalSystem)
+    return f"unknown; known are {', '.join(field.name for field in known)}"
 
 
 def _read_values(text: str) -> Mapping[str, Any]:

@@ -229,7 +229,8 @@ def test_the_loop_holds_focus_against_a_drift(tmp_path: Path) -> None:
     ]
     kinds = {line["kind"] for line in lines}
     assert {"look", "verdict", "hold"} <= kinds
-    assert next(line for line in lines if line["kind"] == "verdict")["focused"]
+    verdict = next(line for line in lines if line["kind"] == "verdict")
+    assert verdict["focused"], verdict["reason"]
     planned = [line for line in read_journal(folder) if line.get("role") != "focus"]
     assert len(planned) >= 24
     terms = read_report(folder)["accounting"]
