@@ -236,7 +236,7 @@ def test_too_small_a_workspace_is_told_with_the_remedy(
     request = dataclasses.replace(
         request_of(networks["fp32"], side_px=512), workspace_bytes=1 << 10
     )
-    with pytest.raises(EngineError, match=r"workspace.*tiles per batch"):
+    with pytest.raises(EngineError, match=r"workspace.*lower processing.*tiles_per"):
         build_plan(rtx, request)
 
 
