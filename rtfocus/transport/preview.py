@@ -50,7 +50,7 @@ from rtfocus.workers import Newest, Recent
 
 logger = logging.getLogger(__name__)
 
-LOOP_SHARE = 0.01
+LOOP_SHARE = 0.005
 """Of the time of the loop's thread that pictures may take: after each it has its rest,
 so that large frames and slow computers get fewer pictures, and no slower loop."""
 _LONGEST_REST_S = 2.0
