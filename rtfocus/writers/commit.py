@@ -309,6 +309,9 @@ def _failure(futures: list[Commit]) -> BaseException | None:
     return first
 
 
+_NOTE_EVERY_S = 1.0
+
+
 def read_rejected(folder: Path) -> dict[str, int]:
     """Return the messages that were no frames, by reason, of all processes so far."""
     try:
@@ -359,6 +362,7 @@ class Ledger:
         self.bytes_written = 0
         """Pixels committed, before compression."""
         self._noted = read_rejected(folder)
+        self._next_note_s = 0.0
 
     def committed(self, entry: Entry) -> None:
         """Journal an entry, count it and report it durable."""
@@ -380,12 +384,18 @@ class Ledger:
             self._on_free(entry.slot)
         self.note_rejected()
 
-    def note_rejected(self) -> None:
-        """Keep what was refused, so that a later process of this run tells it too."""
+    def note_rejected(self, *, at_once: bool = False) -> None:
+        """Keep what was refused, so that a later process of this run tells it too.
+
+        At most once a second unless `at_once`: a flood must not cost a file per frame.
+        """
+        now_s = time.monotonic()
+        if not at_once and now_s < self._next_note_s:
+            return
         rejected = self._accounting.rejected_messages()
         if rejected == self._noted:
             return
-        self._noted = rejected
+        self._noted, self._next_note_s = rejected, now_s + _NOTE_EVERY_S
         # No reason to fail a run whose frames can still be written.
         with suppress(BusyError, WriterError):
             self._lock.assert_held()

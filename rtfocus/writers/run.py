@@ -262,7 +262,7 @@ class RunWriter:
     def abort(self) -> None:
         """Discard what is not durable; the folder can be resumed or repaired."""
         self._stop()
-        self._ledger.note_rejected()
+        self._ledger.note_rejected(at_once=True)
         self._lock.release()
 
     def status(self) -> WriterStatus:
