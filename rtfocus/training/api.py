@@ -159,6 +159,7 @@ def export_engine(
             "data": [source.kind for source in recipe.sources],
             "split": "by field",
             "threads": recipe.threads,
+            "parts": recipe.parts if task.in_parts else 1,
             "weights_bits": 16 if half_weights else 32,
             "parameters": sum(p.numel() for p in network.parameters()),
         },
