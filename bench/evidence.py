@@ -9,10 +9,12 @@ count, decibels lost count several times, and frames in focus are to stay as the
 Real pairs of BBBC006 (rows a02 to a18) weigh more, being few.
 
 ``python -m bench.evidence engines/rtfocus-2 --data-folder images`` writes the card;
-``rtfocus evaluate rtfocus-2 --blind --data unseen`` shows what it does.
+``rtfocus evaluate rtfocus-2 --blind --data unseen`` shows what it does. Every round of
+photographs is kept (``--keep``): the same command goes on where a killed one was.
 """
 
 import argparse
+import os
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -42,6 +44,8 @@ from rtfocus.evaluation.samples import (
     shown,
     windows,
 )
+from rtfocus.evaluation.scores import specimen_tiles
+from rtfocus.frame import BACKGROUND, DefocusMap
 from rtfocus.images.reading import open_images
 from rtfocus.offline import ImageProcessor
 from rtfocus.optics.normalisation import PercentileRange
@@ -77,6 +81,40 @@ class Restored:
     """Square of the correction."""
     measured: Image
     """See `measures`; axes (measure, row, column)."""
+    unit: float
+    """Turns the sums into squares of the frame's own range, summed over pixels."""
+    tiles: NDArray[np.float64]
+    """Of tiles that hold a specimen, in levels: defocus found, its deviation by the
+    labels, and found minus true; axes (value, tile). None where nobody knows it."""
+
+
+def keep(path: Path, frames: Sequence[Restored]) -> None:
+    """Write frames to a file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    arrays = {
+        f"{number} {name}": np.asarray(getattr(one, name))
+        for number, one in enumerate(frames)
+        for name in Restored.__slots__
+    }
+    with partial.open("wb") as file:
+        np.savez(file, count=np.asarray(len(frames)), **arrays)
+    os.replace(partial, path)
+
+
+def kept(path: Path) -> list[Restored]:
+    """Read the frames of a file that `keep` wrote."""
+    with np.load(path) as held:
+        return [
+            Restored(
+                **{
+                    name: array if array.ndim else array.item()
+                    for name in Restored.__slots__
+                    for array in (held[f"{number} {name}"],)
+                }
+            )
+            for number in range(int(held["count"]))
+        ]
 
 
 class Restorer:
@@ -121,7 +159,21 @@ class Restorer:
             _sums(error * change) / unit,
             _sums(change * change) / unit,
             measured[:, ::_STRIDE, ::_STRIDE],
+            unit / float(scale) ** 2,
+            self._tiles(sample, result.defocus),
         )
+
+    def _tiles(self, sample: Sample, found: DefocusMap) -> NDArray[np.float64]:
+        if sample.defocus_um is None or found.uncertainty_um is None:
+            return np.zeros((3, 0))
+        wanted = specimen_tiles(
+            luminance(sample.pixels.astype(np.float32)), found.grid, quantum=1.0
+        )
+        wanted &= found.level != BACKGROUND
+        defocus, spread = found.defocus_um[wanted], found.uncertainty_um[wanted]
+        true_um = sum(sample.defocus_um) / 2
+        error = abs(defocus) - abs(true_um) if sample.even else defocus - true_um
+        return np.stack([defocus, spread, error], dtype=np.float64) / self._step_um
 
     def __enter__(self) -> Self:
         return self
@@ -310,6 +362,12 @@ def main() -> None:
     parser.add_argument("--data-folder", type=Path, default=Path("data"))
     parser.add_argument("--rounds", type=int, default=6, help="of all photographs")
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path("evidence_rounds"),
+        help="finished rounds; start an empty one where images or blurs are others",
+    )
     options = parser.parse_args()
     card_path = options.engine / CARD_NAME
     card = yaml.safe_load(card_path.read_text(encoding="utf-8"))
@@ -320,21 +378,28 @@ def main() -> None:
         bare = Path(folder) / card["name"]
         shutil.copytree(options.engine, bare)
         (bare / CARD_NAME).write_text(yaml.safe_dump(card), encoding="utf-8")
+        weights = f"{card['name']}-{card['sha256']['fp32'][:12]}"
         with Restorer(bare) as restorer:
-            frames += (
-                restorer.restored(_PAIR_KIND, sample)
-                for sample in real_pairs(options.data_folder)
-            )
-            for turn in range(options.rounds):
-                rng = np.random.default_rng(_SEED + turn)
-                frames += (
-                    restorer.restored(kind, sample)
-                    for kind, light in lights(options.data_folder, rng)
-                    for sample in shown(kind, kind, light, rng)
-                )
-                print(f"{len(frames)} frames")
+            for number in range(options.rounds + 1):
+                path = options.keep / weights / f"round_{number}.npz"
+                if not path.is_file():
+                    keep(path, _round(restorer, number, options.data_folder))
+                frames += kept(path)
+                print(f"{len(frames)} frames", flush=True)
     card["evidence"] = fit(frames, options.steps).card()
     write_card(card_path, card)
+
+
+def _round(restorer: Restorer, number: int, folder: Path) -> list[Restored]:
+    """Restore all real pairs (round 0), or all photographs, drawn anew each round."""
+    if not number:
+        return [restorer.restored(_PAIR_KIND, one) for one in real_pairs(folder)]
+    rng = np.random.default_rng(_SEED + number - 1)
+    return [
+        restorer.restored(kind, sample)
+        for kind, light in lights(folder, rng)
+        for sample in shown(kind, kind, light, rng)
+    ]
 
 
 def write_card(path: Path, card: dict[str, Any]) -> None:

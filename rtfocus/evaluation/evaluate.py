@@ -336,22 +336,27 @@ def _found_tiles(
         return None
     levels, _ = parts(engine.card)
     step = step_um(engine.card, data.optics, blind=one.blind)
-    lowest, highest = _comparable(sample, signed=levels.signed)
+    lowest, highest = _comparable(sample, signed=levels.signed and not sample.even)
     wanted = _wanted_tiles(sample, found)
     error_um, stated_um = np.zeros(0), None
+    level, defocus = found.level[wanted], found.defocus_um[wanted].astype(np.float64)
+    if sample.even:
+        level, defocus = np.where(level == BACKGROUND, level, abs(level)), abs(defocus)
     if lowest == highest:
-        defocus = found.defocus_um[wanted].astype(np.float64)
         error_um = defocus - lowest
         if found.stated_um is not None:
             stated_um = found.stated_um[wanted]
     true = (lowest / step, highest / step)
     labels = _labels(engine.card.output)
+    right = {LevelScore(labels).right_range(true)}
+    if sample.even and levels.signed:
+        right.add(LevelScore(labels).right_range((-true[1], -true[0])))
     return FoundTiles(
         labels=labels,
         true=true,
-        level=found.level[wanted].astype(np.int64),
+        level=level.astype(np.int64),
         confidence=found.confidence[wanted],
-        ranks=ranking.ranks(sample, LevelScore(labels).right_range(true), wanted),
+        ranks=np.min([ranking.ranks(sample, one, wanted) for one in right], axis=0),
         error_um=error_um,
         stated_um=stated_um,
         sided=levels.signed and sample.sided,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,8 @@ class Sample:
     """The sign of the defocus is known too."""
     psf: Image | None = None
     """That blurred it, axes (y, x); None: unknown, or nothing did."""
+    even: bool = False
+    """Both sides of focus look alike: what counts is the distance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,9 @@ def shown(
 ) -> Iterator[Sample]:
     """Yield an image blurred in three ways and in focus, each by a camera of its own.
 
+    Their defocus is that of `BBBC006` which spreads a point over as many pixels: what
+    an engine can say that is told nothing. Of a Gaussian nobody knows it.
+
     Parameters
     ----------
     kind
@@ -234,14 +240,23 @@ def shown(
     """
     for way in ("pupil", "Born-Wolf", "Gaussian"):
         camera, counts = _draw_camera(rng)
-        blurred, psf = _blurred(light, way, rng)
-        pixels = camera.expose(np.clip(blurred, 0, 1), rng)
-        truth = camera.offset_counts + light * np.float32(counts)
-        yield Sample(f"{name} {way}", pixels, truth, None, kind, counts, psf=psf)
+        drawn = _blurred(light, way, rng)
+        defocus_um = drawn.defocus_um
+        yield Sample(
+            f"{name} {way}",
+            camera.expose(np.clip(drawn.image, 0, 1), rng),
+            camera.offset_counts + light * np.float32(counts),
+            None if defocus_um is None else (defocus_um, defocus_um),
+            kind,
+            counts,
+            sided=way == "pupil",
+            psf=drawn.psf,
+            even=way == "Born-Wolf",
+        )
     camera, counts = _draw_camera(rng)
     pixels = camera.expose(light, rng)
     group = f"{kind}, {IN_FOCUS}"
-    yield Sample(f"{name} {IN_FOCUS}", pixels, pixels, None, group, counts)
+    yield Sample(f"{name} {IN_FOCUS}", pixels, pixels, (0.0, 0.0), group, counts)
 
 
 def _draw_camera(rng: np.random.Generator) -> tuple[CameraModel, float]:
@@ -260,12 +275,19 @@ def _draw_camera(rng: np.random.Generator) -> tuple[CameraModel, float]:
     return camera, counts
 
 
-def _blurred(light: Image, way: str, rng: np.random.Generator) -> tuple[Image, Image]:
-    """Blur by a disc of 1.5 to 7 px radius or what is as wide; return the PSF too."""
+class _Blurred(NamedTuple):
+    image: Image
+    psf: Image
+    defocus_um: float | None
+    """In `BBBC006`, see `shown`."""
+
+
+def _blurred(light: Image, way: str, rng: np.random.Generator) -> _Blurred:
+    """Blur by a disc of 1.5 to 7 px radius or what is as wide."""
     radius_px = float(rng.uniform(1.5, 7.0))
     if way == "Gaussian":
         blurred = np.asarray(gaussian_filter(light, radius_px / 2, mode="reflect"))
-        return blurred, _gaussian(radius_px / 2)
+        return _Blurred(blurred, _gaussian(radius_px / 2), None)
     aperture = float(rng.uniform(0.3, 0.9))
     # Sampling pixel NA / lambda, from finer than Nyquist to coarse.
     sampling = float(rng.uniform(0.22, 0.8))
@@ -280,7 +302,12 @@ def _blurred(light: Image, way: str, rng: np.random.Generator) -> tuple[Image, I
     )
     side = float(rng.choice([-1.0, 1.0]))
     psf = compute_psf(optics, side * radius_px * pixel_um / aperture)
-    return blur(light, psf), psf
+    # A PSF is the same with defocus and aberration both turned round.
+    turned = spherical * BBBC006.aberrations.spherical_waves < 0
+    defocus_um = radius_px * BBBC006.pixel_size_um / BBBC006.numerical_aperture
+    return _Blurred(
+        blur(light, psf), psf, -side * defocus_um if turned else side * defocus_um
+    )
 
 
 def _gaussian(sigma_px: float) -> Image:

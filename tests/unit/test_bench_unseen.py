@@ -1,11 +1,15 @@
 """Ceilings and rankings of images that no engine was made for."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from bench.evidence import Restored, keep, kept
 from bench.unseen import mean_wavelength, ranking, told_the_blur, told_the_gains
-from rtfocus.evaluation.samples import IN_FOCUS, Sample, shown
+from rtfocus.evaluation.samples import BBBC006, IN_FOCUS, Sample, shown
 from rtfocus.optics.formation import blur
+from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen
 
 
@@ -30,6 +34,46 @@ def test_a_sample_carries_the_blur_it_was_made_with(frames: list[Sample]) -> Non
         )
         again = blur(sample.sharp, sample.psf)
         assert np.square(again - blurred).mean() < np.square(sharp - blurred).mean() / 2
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_what_blurred_it_resembles_the_stated_defocus_and_not_its_opposite(
+    seed: int,
+) -> None:
+    light = np.zeros((64, 64), np.float32)
+    light[20:40, 20:40] = 1
+    sample, even, gaussian, sharp = shown(
+        "box", "box", light, np.random.default_rng(seed)
+    )
+    assert sample.defocus_um is not None
+    assert sample.psf is not None
+    there, opposite = (
+        blur(light, compute_psf(BBBC006, sign * sample.defocus_um[0]))
+        for sign in (1.0, -1.0)
+    )
+    seen = blur(light, sample.psf)
+    assert np.square(seen - there).sum() < np.square(seen - opposite).sum()
+    assert (sample.sided, sample.even) == (True, False)
+    assert (even.sided, even.even) == (False, True)
+    assert gaussian.defocus_um is None
+    assert sharp.defocus_um == (0.0, 0.0)
+
+
+def test_rounds_of_evidence_come_back_from_their_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    blocks = rng.random((3, 2, 4), np.float32)
+    frames = [
+        Restored(
+            "nuclei", in_focus, *blocks, rng.random((25, 2, 4)), 7.5, rng.random((3, 6))
+        )
+        for in_focus in (False, True)
+    ]
+    keep(tmp_path / "rounds" / "round_1.npz", frames)
+    assert [one.name for one in (tmp_path / "rounds").iterdir()] == ["round_1.npz"]
+    for one, again in zip(frames, kept(tmp_path / "rounds/round_1.npz"), strict=True):
+        for name in Restored.__slots__:
+            np.testing.assert_array_equal(getattr(again, name), getattr(one, name))
+        assert type(again.in_focus) is bool
 
 
 def test_filters_that_are_told_gain(frames: list[Sample]) -> None:
