@@ -25,6 +25,7 @@ from rtfocus.errors import ConfigError, ExitCode, OutputError
 from rtfocus.files import resource_folder
 
 if TYPE_CHECKING:
+    from rtfocus.channel import OpticalSystem
     from rtfocus.config import Config
 
 DEBUG_VARIABLE = "RTFOCUS_DEBUG"
@@ -267,7 +268,9 @@ QuietOption = Annotated[
 def need_torch() -> None:
     """Say how to get torch where it is missing."""
     if importlib.util.find_spec("torch") is None:
-        msg = "training needs torch, which is not installed: pip install rtfocus[train]"
+        msg = (
+            'training needs torch, which is not installed: pip install "rtfocus[train]"'
+        )
         raise ConfigError(msg)
 
 
@@ -277,6 +280,45 @@ def read_config(name: str, overrides: list[str] | None) -> "Config":
     from rtfocus.config import load_config
 
     return load_config(name, overrides or ())
+
+
+def configured_optics(
+    name: str, config: "Config", channel: str | None
+) -> tuple[str, "OpticalSystem"]:
+    """Return a channel of a config and its optics.
+
+    Parameters
+    ----------
+    name
+        Of the config, for messages.
+    config
+        The config itself.
+    channel
+        Its channel; None: ``default`` where there is one, else the only one.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such channel, several to choose from, or no optics for it.
+    """
+    there = [one.name for one in config.channels]
+    known = f"config '{name}' has {', '.join(there) or 'no channels'}"
+    if channel is None:
+        channel = there[0] if len(there) == 1 else "default"
+        if channel not in there:
+            msg = f"which channel is meant? {known}; choose one with --channel"
+            raise ConfigError(msg)
+    if channel not in there and "default" not in there:
+        msg = f"no channel '{channel}': {known}; give one of them as --channel"
+        raise ConfigError(msg)
+    optics = config.channel(channel).optics
+    if optics is None:
+        msg = (
+            f"config '{name}' states no optics for channel '{channel}'; give it "
+            "numerical_aperture, wavelength_nm and pixel_size_um under 'optics'"
+        )
+        raise ConfigError(msg)
+    return channel, optics
 
 
 _FOR_USERS = (

@@ -4,12 +4,14 @@ Both ask the same: the Micro-Manager core, the runtimes and the engines that are
 """
 
 import json
+import math
 import os
 import platform
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +26,7 @@ from rtfocus import __version__
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import load_config, parse_config
 from rtfocus.engines.registry import list_engines, why_unfit
-from rtfocus.errors import ConfigError, EngineError, ExitCode, OutputError
+from rtfocus.errors import EngineError, ExitCode, OutputError
 from rtfocus.machine import Finding, processor_name
 from rtfocus.microscope.core import Inventory, take_inventory
 from rtfocus.microscope.core import describe as describe_microscope
@@ -59,11 +61,11 @@ def doctor() -> None:
         # A path that is broken in two cannot be copied: words are kept whole.
         text = f"{mark}  [bold]{escape(finding.topic)}[/]: {escape(finding.found)}"
         console.print(text, soft_wrap=True, highlight=False)
-        if finding.remedy not in (None, "see there"):
-            remedy = f"          {finding.remedy}"
-            console.print(escape(remedy), soft_wrap=True, highlight=False)
-    if missing:
-        raise typer.Exit(1)
+        if finding.remedy and finding.remedy != "see there":
+            console.print(
+                f"{'':10}{escape(finding.remedy)}", soft_wrap=True, highlight=False
+            )
+    raise typer.Exit(int(missing))
 
 
 def _findings() -> Iterator[Finding]:
@@ -81,8 +83,7 @@ def _findings() -> Iterator[Finding]:
 
 def _cpu_features() -> str:
     """Name the instruction sets that decide about bf16, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
+    text = info.read_text() if (info := Path("/proc/cpuinfo")).is_file() else ""
     found = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in text]
     return f" ({', '.join(found)})" if found else ""
 
@@ -114,7 +115,7 @@ def _gpu() -> Iterator[Finding]:
             f"{device.name}, compute capability {major}.{minor}, "
             f"{device.memory_bytes / 1e9:.0f} GB",
         )
-    first = devices[0] if devices else None
+    first = next(iter(devices), None)
     for backend in GPU_BACKENDS:
         why_not = backend.why_unavailable(first)
         if why_not is not None:
@@ -272,37 +273,52 @@ def _ask(found: Inventory, answers: Answers) -> None:
         chosen = typer.prompt(f"camera ({', '.join(found.cameras)})", found.camera)
         answers.camera = None if chosen == found.camera else chosen
     if found.presets:
-        listed = typer.prompt(
-            "channels, with commas between", ", ".join(answers.presets)
-        )
-        answers.presets = [name.strip() for name in listed.split(",") if name.strip()]
-        unknown = [name for name in answers.presets if name not in found.presets]
-        if unknown:
-            msg = f"no channel '{unknown[0]}'; there are {', '.join(found.presets)}"
-            raise ConfigError(msg)
-    answers.exposure_ms = typer.prompt("exposure (ms)", answers.exposure_ms, type=float)
-    answers.time_points = typer.prompt("time points", answers.time_points, type=int)
-    answers.interval_s = typer.prompt("interval (s)", answers.interval_s, type=float)
-    pixel_um = typer.prompt(
-        "pixel size in the specimen (um), 0: not known",
-        found.pixel_size_um,
-        type=float,
+        asked, usual = "channels, with commas between", ", ".join(answers.presets)
+        listed = partial(_listed, found.presets)
+        answers.presets = typer.prompt(asked, usual, value_proc=listed)
+    answers.exposure_ms = _number("exposure (ms)", answers.exposure_ms, (0, 1e7))
+    answers.time_points = int(_number("time points", answers.time_points, (1, 1e9)))
+    answers.interval_s = _number("interval (s)", answers.interval_s, (0, 1e7))
+    pixel_um = _number(
+        "pixel size in the specimen (um), 0: not known", found.pixel_size_um, (0, 1e3)
     )
     answers.pixel_size_um = None if pixel_um == found.pixel_size_um else pixel_um
-    aperture = typer.prompt(
-        "NA of the objective, 0: do not restore", answers.aperture or 0.0, type=float
-    )
-    answers.aperture = aperture or None
+    asked = "NA of the objective, 0: do not restore"
+    answers.aperture = _number(asked, answers.aperture or 0.0, (0, 2)) or None
     if answers.aperture is None:
         return
-    air = 1.518 if aperture >= 1.0 else 1.0
-    answers.index = typer.prompt(
-        "immersion: 1 air, 1.33 water, 1.518 oil", air, type=float
-    )
+    medium = 1.518 if answers.aperture >= 1.0 else 1.0
+    answers.index = _number("immersion: 1 air, 1.33 water, 1.518 oil", medium, (1, 2))
     for preset in answers.presets or ["default"]:
-        answers.wavelengths_nm[preset] = typer.prompt(
-            f"wavelength of {preset} (nm)", emission_nm(preset), type=float
+        answers.wavelengths_nm[preset] = _number(
+            f"wavelength of {preset} (nm)", emission_nm(preset), (200, 3000)
         )
+
+
+def _number(asked: str, default: float, limits: tuple[float, float]) -> float:
+    """Ask for a number, again until it lies within the limits."""
+
+    def understood(answer: object) -> float:
+        try:
+            value = float(str(answer).replace(",", "."))
+        except ValueError:
+            value = math.nan
+        if not limits[0] <= value <= limits[1]:
+            msg = f"'{answer}' is no number from {limits[0]:g} to {limits[1]:g}"
+            raise typer.BadParameter(msg)
+        return value
+
+    answer: float = typer.prompt(asked, default, value_proc=understood)
+    return answer
+
+
+def _listed(presets: Sequence[str], answer: str) -> list[str]:
+    """Read the names of channels, each one of the presets."""
+    names = [name.strip() for name in answer.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in presets]:
+        msg = f"no channel '{unknown[0]}'; there are {', '.join(presets)}"
+        raise typer.BadParameter(msg)
+    return names
 
 
 def emission_nm(preset: str) -> float:

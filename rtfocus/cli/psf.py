@@ -32,6 +32,7 @@ from rtfocus.cli.commands import (
     InputArgument,
     OverwriteOption,
     SetOption,
+    configured_optics,
     read_config,
 )
 from rtfocus.cli.display import passing_time
@@ -66,13 +67,12 @@ class _Nominal:
     wavelength_nm: float | None
     pixel_size_um: float | None
     refractive_index: float
-    config: str | None
-    channel: str
+    configured: OpticalSystem | None
 
     def optics(self, pixel_size_um: float | None = None) -> OpticalSystem:
         """Return the optics to start from; the pixel size may come from a file."""
-        if self.config is not None:
-            return self._configured(self.config)
+        if self.configured is not None:
+            return self.configured
         pixel_um = self.pixel_size_um or pixel_size_um
         aperture, wavelength = self.numerical_aperture, self.wavelength_nm
         if not aperture or not wavelength or not pixel_um:
@@ -87,13 +87,6 @@ class _Nominal:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-    def _configured(self, config: str) -> OpticalSystem:
-        optics = read_config(config, None).channel(self.channel).optics
-        if optics is None:
-            msg = f"config '{config}' states no optics for channel '{self.channel}'"
-            raise ConfigError(msg)
-        return optics
 
 
 def add_to(app: typer.Typer) -> None:
@@ -141,8 +134,11 @@ def fit(
         typer.Option(metavar="CONFIG", help="Nominal optics from a config instead."),
     ] = None,
     channel: Annotated[
-        str, typer.Option(help="Name of the channel, in both configs.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            help="Name of the channel, in both configs; default: the only one."
+        ),
+    ] = None,
     defocus_um: Annotated[
         float | None,
         typer.Option(help="Pairs: nominal defocus; positive = too far."),
@@ -195,9 +191,10 @@ def fit(
         raise ConfigError(msg)
     guard = OutputGuard([*(pairs or ()), stack, beads], overwrite=overwrite)
     guard.claim_report(output, FIGURES_NAME, REPORT_NAMES)
-    nominal = _Nominal(
-        na, wavelength_nm, pixel_size_um, refractive_index, config, channel
-    )
+    stated = None
+    if config is not None:
+        channel, stated = configured_optics(config, read_config(config, None), channel)
+    nominal = _Nominal(na, wavelength_nm, pixel_size_um, refractive_index, stated)
     free = {"fit_aperture": not fixed_na, "fit_astigmatism": astigmatism}
     if pairs is not None:
         if not defocus_um:
@@ -231,7 +228,9 @@ def fit(
                 )
             )
     with guard.report(output, FIGURES_NAME, REPORT_NAMES) as part:
-        names = [p.name for p in write_calibration(part, found, channel=channel)]
+        names = [
+            p.name for p in write_calibration(part, found, channel=channel or "default")
+        ]
     _tell(found, [output / name for name in names])
 
 

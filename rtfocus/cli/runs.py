@@ -23,8 +23,7 @@ from rtfocus.metrics import Outcome
 from rtfocus.writers.header import HEADER_NAME
 
 PICTURE = "focus.png"
-_WIDTH, _HEIGHT, _MARGIN = 760, 300, 48
-_HELD, _ALONE, _MOVE = "#1f4e9c", "#c0502d", "#777777"
+_WIDTH_PT, _HEIGHT_PT = 760.0, 300.0
 
 Line = dict[str, Any]
 
@@ -54,41 +53,28 @@ def draw_focus(folder: Path, lines: list[Line]) -> Path | None:
     holds = [line for line in lines if line.get("kind") == "hold"]
     if not holds:
         return None
-    mine = [line for line in holds if line["p"] == holds[0]["p"]]
-    time_s = [(line["time_ns"] - mine[0]["time_ns"]) / 1e9 for line in mine]
-    held = [line["error_um"] - line["step_um"] for line in mine]
-    moved, total = [], 0.0
-    for line in mine:
-        total += line["step_um"]
-        moved.append(total)
-    alone = [error + way for error, way in zip(held, moved, strict=True)]
-    top = max(max(map(abs, held + alone)), 0.1)
     # Loaded when there is something to draw: a processor side starts without it.
-    from PIL import Image, ImageDraw
+    import numpy as np
 
-    canvas = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    draw = ImageDraw.Draw(canvas)
+    from rtfocus.drawing.canvas import BLUE, GREEN, ORANGE, PixelCanvas
+    from rtfocus.drawing.figures import Axis, Chart, axis_of
 
-    def at(seconds: float, um: float) -> tuple[float, float]:
-        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * seconds / max(time_s[-1], 1e-9)
-        return across, _HEIGHT / 2 - (_HEIGHT / 2 - _MARGIN) * um / top
-
-    draw.line([at(0, 0), at(time_s[-1], 0)], fill="#bbbbbb")
-    for seconds, line in zip(time_s, mine, strict=True):
-        if line["step_um"]:
-            draw.line([at(seconds, -top), at(seconds, -0.95 * top)], fill=_MOVE)
-    for values, colour in ((alone, _ALONE), (held, _HELD)):
-        points = [at(s, um) for s, um in zip(time_s, values, strict=True)]
-        if len(points) > 1:
-            draw.line(points, fill=colour, width=2)
-    draw.text(
-        (_MARGIN, 8),
-        "defocus in um: held (blue), had the stage stood still (red); ticks: moves",
-        "black",
+    mine = [line for line in holds if line["p"] == holds[0]["p"]]
+    time_s = np.array([(line["time_ns"] - mine[0]["time_ns"]) / 1e9 for line in mine])
+    steps_um = np.array([line["step_um"] for line in mine])
+    held = np.array([line["error_um"] for line in mine]) - steps_um
+    alone = held + np.cumsum(steps_um)
+    canvas = PixelCanvas(_WIDTH_PT, _HEIGHT_PT)
+    chart = Chart(
+        canvas,
+        (70.0, 34.0, _WIDTH_PT - 20.0, _HEIGHT_PT - 44.0),
+        Axis("time since the first image held (s)", 0.0, max(float(time_s[-1]), 1e-9)),
+        axis_of(f"defocus found, position {mine[0]['p']} (um)", held, alone, zero=True),
     )
-    draw.text((4, _MARGIN - 6), f"{top:+.1f}", "black")
-    draw.text((4, _HEIGHT - _MARGIN - 6), f"{-top:+.1f}", "black")
-    draw.text((_WIDTH - 2 * _MARGIN, _HEIGHT - 22), f"{time_s[-1]:.0f} s", "black")
+    chart.level(0.0, dash=0)
+    chart.curve(time_s, alone, ORANGE, "had the stage stood still")
+    chart.curve(time_s, held, BLUE, "held by rtfocus")
+    chart.dots(time_s[steps_um != 0], held[steps_um != 0], GREEN, "moves")
     canvas.save(folder / PICTURE)
     return folder / PICTURE
 

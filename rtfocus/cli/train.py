@@ -26,7 +26,12 @@ from rtfocus.cli.batch import (
     do_on_workers,
     named,
 )
-from rtfocus.cli.commands import OverwriteOption, need_torch, read_config
+from rtfocus.cli.commands import (
+    OverwriteOption,
+    configured_optics,
+    need_torch,
+    read_config,
+)
 from rtfocus.config import find_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.evaluation.contenders import Contender
@@ -203,7 +208,9 @@ def evaluate(
             metavar="CONFIG", help="Config with optics and camera of a folder."
         ),
     ] = None,
-    channel: Annotated[str, typer.Option(help="Channel of that config.")] = "default",
+    channel: Annotated[
+        str | None, typer.Option(help="Channel of that config; default: the only one.")
+    ] = None,
     classifier: Annotated[
         str, typer.Option(help="Finds the defocus for restorers.")
     ] = "delpnet",
@@ -387,15 +394,14 @@ def _refuse_equal_names(sets: list[DataSet]) -> None:
             raise ConfigError(msg)
 
 
-def _microscope(config: str | None, channel: str) -> tuple[OpticalSystem | None, float]:
+def _microscope(
+    config: str | None, channel: str | None
+) -> tuple[OpticalSystem | None, float]:
     """Return optics and camera offset of a config; without one nothing and 0."""
     if config is None:
         return None, 0.0
     found = read_config(config, None)
-    optics = found.channel(channel).optics
-    if optics is None:
-        msg = f"config '{config}' states no optics for channel '{channel}'"
-        raise ConfigError(msg)
+    _, optics = configured_optics(config, found, channel)
     return optics, found.camera.offset_counts
 
 

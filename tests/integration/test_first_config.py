@@ -57,10 +57,14 @@ def test_init_asks_for_what_no_core_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixel_um: str, engine: str | None
 ) -> None:
     needs_shipped_engine()
-    answers = ["day 1", "DAPI, FITC", "20", "5", "", pixel_um, "0.75", "", "", ""]
+    # What cannot be is asked again: a channel, an NA, an index that is a wavelength.
+    answers = ["day 1", "DAPI, GFP", "DAPI, FITC", "20", "5", "", pixel_um]
+    answers += ["461", "0,75", "461", "", "", ""]
     monkeypatch.setattr(sys, "stdin", StringIO("\n".join(answers) + "\n"))
     mine = tmp_path / "no.yaml"
-    succeeded(command("init", mine))
+    said = succeeded(command("init", mine))
+    assert "no channel 'GFP'; there are Cy5, DAPI" in said
+    assert said.count("'461' is no number from") == 2
     config = load_config(mine)
     assert config.run.name == "day 1"
     assert [channel.name for channel in config.channels] == ["DAPI", "FITC"]

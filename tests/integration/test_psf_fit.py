@@ -140,9 +140,18 @@ def test_beads_with_a_step(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = run(
         *("--beads", tmp_path / "beads.tif", "--step-um", "1", "--fixed-na"),
-        *("--config", config, "--channel", "red", "-o", out),
+        *("--config", config, "-o", out),
     )
     assert "The 2 beads" in said
+    assert [one.name for one in load_config(out / "optics.yaml").channels] == ["red"]
+    stack = ("--beads", tmp_path / "beads.tif", "--step-um", "1", "--config", config)
+    with pytest.raises(ConfigError, match=r"no channel 'rde'.*has red.*--channel"):
+        run(*stack, "--channel", "rde", "-o", tmp_path / "none")
+    config.write_text("channels: [{name: red}, {name: blue}]", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"which channel.*red, blue.*--channel"):
+        run(*stack, "-o", tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"no optics for channel 'red'; give it num"):
+        run(*stack, "--channel", "red", "-o", tmp_path / "none")
     figures = json.loads((out / "fit.json").read_text(encoding="utf-8"))
     assert figures["best"]["spherical_waves"] == pytest.approx(-0.35, abs=0.05)
     assert figures["best"]["focus_um"] == pytest.approx(5.0, abs=0.3)
