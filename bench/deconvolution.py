@@ -28,7 +28,8 @@ from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.formation import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
+from rtfocus.processing.cpu.patches import TileRestorer
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
 from rtfocus.specimens import draw_specimen

@@ -25,9 +25,7 @@ from rtfocus.optics.formation import blur_depth_variant
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
-from rtfocus.processing.cpu.classifier import open_classifier as open_plan
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.preparation import Correction
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import WHOLE_FRAME
 from rtfocus.runtimes.cpu_engine import import_openvino
@@ -63,7 +61,7 @@ def open_classifier(
     settings = ProcessingConfig(backend=backend, precision=precision)
     step_um = found.card.levels.step_um
     plan = ClassifierPlan(found, fit, step_um=step_um, quantum=1.0)
-    return open_plan(plan, settings, threads)
+    return FrameClassifier(plan, settings, threads)
 
 
 def bare_openvino(
@@ -156,7 +154,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     levels, optics = parts(found.card)
     frame = tilted_frame(options.size, optics.reference, levels.step_um)
     camera = CameraConfig(offset_counts=OFFSET)
-    correction = Correction(CameraCorrection(camera, frame.shape, frame.dtype))
+    correction = CameraCorrection(camera, frame.shape, frame.dtype)
     signal = np.empty(frame.shape, np.float32)
     correction.to_signal(frame, signal)
     counts = np.empty_like(frame)

@@ -28,13 +28,14 @@ from rtfocus.frame import (
     SlotPool,
 )
 from rtfocus.images.series import loss_of, native_dtype, pixels_of
+from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.classify import Conditions, invertible_normalisation
-from rtfocus.processing.cpu.networks import open_tile_network
-from rtfocus.processing.cpu.preparation import normalised
+from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.processing.device import Ticket
+from rtfocus.processing.montage import to_planes
 from rtfocus.processing.processor import FrameProcessor, open_processor
-from rtfocus.processing.windows import FrameTiles, to_planes
+from rtfocus.processing.windows import FrameTiles
 
 _UID = "offline"
 
@@ -336,10 +337,10 @@ class KernelExtractor:
         self._normalisation = invertible_normalisation(card)
         self._config = config
         self._images = ImageProcessor(_only_classified(config))
-        self._network = open_tile_network(
+        self._network = TileNetwork(
             found,
             config.processing,
-            outputs=(card.kernel_output.name,),
+            output=card.kernel_output.name,
             threads=config.processing.threads or 1,
         )
 
@@ -366,7 +367,7 @@ class KernelExtractor:
             signed = found.grid.signed
         condition = self._conditions(channel, signed=signed).rows(defocus_um)
         cut = tiles.cut(np.stack(scaled), places)
-        kernels = self._network.run(cut, condition)[self._output.name]
+        kernels = self._network.run(cut, condition)
         side = self._output.size_px
         if kernels.shape[1:] != (side, side):
             msg = (

@@ -419,3 +419,11 @@ def input_of(card: EngineCard) -> InputCard:
         )
         raise EngineError(msg)
     return card.input
+
+
+def output_of(card: EngineCard) -> OutputCard:
+    """Return the output every network has; EngineError for classical methods."""
+    if card.output is None:
+        msg = f"engine '{card.name}' is {card.implementation}: it has no output"
+        raise EngineError(msg)
+    return card.output

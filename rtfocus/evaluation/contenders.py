@@ -295,7 +295,7 @@ class Ranking:
         if classifier is None or classifier.card.output is None:
             return np.zeros(0, dtype=np.int64)
         signal = np.empty(sample.pixels.shape, np.float32)
-        opened.correction.to_signal(sample.pixels, signal)
+        opened.plan.camera.to_signal(sample.pixels, signal)
         likely = classifier.probabilities(classifier.prepare(signal))
         levels = classifier.card.levels
         turned = levels is not None and levels.signed and is_mirrored(self._data.optics)

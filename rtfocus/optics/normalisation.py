@@ -257,3 +257,10 @@ class PercentileRange:
         """Normalise a frame by its own percentiles; a new array."""
         offset, scale = self.fit(frame)
         return (frame - np.float32(offset)) / np.float32(scale)
+
+
+def normalised(frame: Image, offset: float, scale: float) -> Image:
+    """Return ``(frame - offset) / scale``, a new float32 array."""
+    result = np.subtract(frame, np.float32(offset), dtype=np.float32)
+    result *= np.float32(1.0 / scale)
+    return result

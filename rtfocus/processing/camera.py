@@ -4,6 +4,8 @@ The signal keeps the unit of counts: the offset is removed and the even field
 flattened, so that a restored frame can be put back on the camera's own scale.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +20,20 @@ _LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 _DARKEST_FLAT = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What is wrong with the pixels of one frame."""
+
+    flags: tuple[str, ...] = ()
+    """``nan``, ``saturated``."""
+    invalid: NDArray[np.bool_] | None = None
+    """Pixels that are NaN or infinite, shape of the frame; None: none."""
+
+
 class CameraCorrection:
-    """How frames of one shape and dtype are corrected, whatever does it.
+    """How frames of one shape and dtype are corrected; here on a CPU.
+
+    A GPU does the same by the same numbers.
 
     Parameters
     ----------
@@ -95,6 +109,42 @@ class CameraCorrection:
             return None
         finite = np.isfinite(pixels)
         return None if finite.all() else ~finite
+
+    def mark(self, pixels: NDArray[np.generic]) -> Marks:
+        """Say what is wrong with a frame."""
+        invalid = self.find_invalid(pixels)
+        if invalid is None:
+            flags, highest = [], pixels.max()
+        else:
+            flags, highest = ["nan"], np.max(pixels, where=~invalid, initial=-np.inf)
+        # Rounded as the signal is.
+        if float(np.float32(highest)) >= self.saturation_counts:
+            flags.append("saturated")
+        return Marks(tuple(flags), invalid)
+
+    def to_signal(self, pixels: NDArray[np.generic], out: Image) -> Marks:
+        """Write the corrected frame to `out` (float32) and say what is wrong with it.
+
+        Pixels that are no number take the median of the others.
+        """
+        marks = self.mark(pixels)
+        invalid = marks.invalid
+        np.copyto(out, pixels, casting="unsafe")
+        if invalid is not None:
+            out[invalid] = 0.0 if invalid.all() else np.median(out[~invalid])
+        if self.offset_counts:
+            out -= np.float32(self.offset_counts)
+        if self.divisor is not None:
+            out /= self.divisor
+        return marks
+
+    def to_counts(
+        self, signal: Image, out: NDArray[np.generic], invalid: NDArray[np.bool_] | None
+    ) -> None:
+        """Write a restored signal on the camera's scale, see `write_counts`."""
+        if self.offset_counts:
+            signal += np.float32(self.offset_counts)
+        write_counts(signal, out, invalid)
 
 
 def luminance(signal: Image) -> Image:

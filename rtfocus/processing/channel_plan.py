@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from rtfocus.processing.restore import BLIND, LEARNED_WIENER, METHODS, PATCH_BY_
 logger = logging.getLogger(__name__)
 
 Image = NDArray[np.float32]
+T = TypeVar("T")
 Way = Literal[
     "by_level",
     "by_patch",
@@ -83,7 +84,7 @@ class ClassifierPlan:
         return self.found.card
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RestorationPlan:
     """What restores the frames of one channel."""
 
@@ -105,7 +106,7 @@ class RestorationPlan:
         """Of the engine or method."""
         return self.identity.partition("@")[0]
 
-    @property
+    @cached_property
     def gives_counts(self) -> bool:
         """Whether its values are those of the camera, not on a scale of their own."""
         steps = None if self.found is None else self.found.card.steps
@@ -114,10 +115,23 @@ class RestorationPlan:
     @property
     def engine(self) -> FoundEngine:
         """The engine; ValueError for a method that has none."""
-        if self.found is None:
-            msg = f"restoration '{self.method}' has no engine"
+        return self._planned(self.found, "an engine")
+
+    @property
+    def told(self) -> Conditions:
+        """What the engine is told; ValueError for one that is told nothing."""
+        return self._planned(self.conditions, "conditions")
+
+    @property
+    def passed(self) -> ClassifierPlan:
+        """The pass of its own; ValueError where there is none."""
+        return self._planned(self.own_pass, "a pass of its own")
+
+    def _planned(self, part: T | None, what: str) -> T:
+        if part is None:
+            msg = f"restoration '{self.name}' was planned without {what}"
             raise ValueError(msg)
-        return self.found
+        return part
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,7 @@ class ChannelPlan:
         """Height and width of the frames."""
         return self.shape[0], self.shape[1]
 
-    @property
+    @cached_property
     def engines(self) -> Mapping[str, str]:
         """Kind of engine to ``name@hash``, as in `FrameResult.engines`."""
         found = {}
@@ -188,14 +202,14 @@ class ChannelPlan:
             the engine is told of tiles of each, axes (level, entry); None: nothing.
         """
         restoration = self.restoration
-        if restoration is None or restoration.conditions is None:
-            msg = f"channel '{self.name}' was planned without conditions"
+        if restoration is None:
+            msg = f"channel '{self.name}' is not restored: {self.skipped}"
             raise ValueError(msg)
         halo_px = input_of(restoration.engine.card).halo_px
         psfs = self.psfs_of_size(2 * halo_px + 1)
         step_um = 0.0 if self.classifier is None else self.classifier.step_um
         defocus_um = np.array([level * step_um for level in psfs], np.float32)
-        return psfs, restoration.conditions.rows(defocus_um)
+        return psfs, restoration.told.rows(defocus_um)
 
     def psfs_of_size(self, size_px: int | None) -> dict[int, Image]:
         """Compute the PSF of every level but 0; `size_px` is their side."""

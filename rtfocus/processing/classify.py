@@ -251,8 +251,7 @@ class LabelDecoder:
         chosen level and its two neighbours by their probabilities: finer than a
         level, blind to a far second opinion, which the uncertainty counts in full.
         """
-        shifted = np.exp(logits - logits.max(axis=0))
-        probability = shifted / shifted.sum(axis=0)
+        probability = probabilities(logits)
         idle = np.where(self._is_idle, probability, 0).sum(axis=0) >= 0.5
         chosen = np.where(self._is_idle == idle, probability, -1).argmax(axis=0)
         level = self.levels[chosen]
@@ -263,6 +262,12 @@ class LabelDecoder:
         of_levels = np.where(self._is_level, probability, 0)
         variance = _mean(np.square(self._values - defocus), of_levels)
         return Decoded(level, confidence, defocus, np.sqrt(variance))
+
+
+def probabilities(logits: Image) -> Image:
+    """Return how likely every label is; axes as the logits', the label first."""
+    shifted = np.exp(logits - logits.max(axis=0))
+    return np.asarray(shifted / shifted.sum(axis=0), dtype=np.float32)
 
 
 def _mean(values: Image, weights: Image) -> Image:

@@ -31,7 +31,7 @@ from rtfocus.engines.spec_steps import (
 )
 from rtfocus.errors import EngineError
 from rtfocus.machine import usable_threads
-from rtfocus.processing.cpu.networks import open_tile_network, restored_tiles
+from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.runtimes.cpu_backends import open_engine
 from rtfocus.runtimes.cpu_engine import straighten
 from rtfocus.sharing.description import Model, Side, TensorWords, Tolerance
@@ -328,14 +328,11 @@ def _compare(given: Image, expected: Image, allowed: Tolerance) -> float:
 def _try_tile(found: FoundEngine) -> None:
     """Run the network on a tile as images are cut for it."""
     tiles = input_of(found.card)
-    name = found.card.output.name if found.card.output else ""
     empty = np.zeros((1, tiles.channels, tiles.tile_px, tiles.tile_px), np.float32)
     try:
-        network = open_tile_network(
-            found, ProcessingConfig(precision="f32"), outputs=(name,)
-        )
+        network = TileNetwork(found, ProcessingConfig(precision="f32"))
         try:
-            restored_tiles(found.name, network.run(empty, None), name, empty)
+            network.restored(empty, None)
         finally:
             network.close()
     except EngineError as error:

@@ -26,8 +26,11 @@ from rtfocus.optics.formation import blur
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
-from rtfocus.processing.cpu.depth_variant import TileRestorer
-from rtfocus.processing.cpu.network_restorer import LearnedWienerRestorer, Level
+from rtfocus.processing.cpu.patches import (
+    LearnedWienerRestorer,
+    Level,
+    TileRestorer,
+)
 from rtfocus.processing.gpu.cuda.driver import list_devices
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.processor import DEVICES, FrameProcessor

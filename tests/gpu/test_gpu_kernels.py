@@ -14,7 +14,6 @@ from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.preparation import Correction
 from rtfocus.processing.gpu.classifier import InFlight
 from rtfocus.processing.gpu.deconvolution import (
     BlindRichardsonLucyDeconvolution as GpuBlind,
@@ -70,9 +69,8 @@ def test_correction_is_that_of_the_cpu(work, memory, tmp_path, dtype, colours):
     pixels = rng.integers(0, 256, (20, 30, *colours)).astype(dtype)
     camera = CameraConfig(offset_counts=7, flat_field=flat, saturation_counts=254)
     known = CameraCorrection(camera, pixels.shape, pixels.dtype)
-    reference = Correction(known)
     wanted = np.empty(pixels.shape, np.float32)
-    marks = reference.to_signal(pixels, wanted)
+    marks = known.to_signal(pixels, wanted)
     ours = GpuCorrection(memory, known, pixels.shape)
     signal = memory.allocate(pixels.shape, np.float32, "signal")
     saturated = memory.allocate((1,), np.int32, "flag")
@@ -83,7 +81,7 @@ def test_correction_is_that_of_the_cpu(work, memory, tmp_path, dtype, colours):
     moved = wanted * np.float32(1.7) - 40
     ours.to_counts(work, memory.upload(moved, "restored"), out)
     counts = np.empty_like(pixels)
-    reference.to_counts(moved.copy(), counts, None)
+    known.to_counts(moved.copy(), counts, None)
     np.testing.assert_array_equal(view(out), counts)
 
 

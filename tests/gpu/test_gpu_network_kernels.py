@@ -23,13 +23,8 @@ from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
 from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
 from rtfocus.processing.gpu.tiles import windowed_tiles
 from rtfocus.processing.gpu.work import FrameShape
-from rtfocus.processing.montage import Montage
-from rtfocus.processing.windows import (
-    FrameTiles,
-    from_planes,
-    restored_share,
-    to_planes,
-)
+from rtfocus.processing.montage import Montage, from_planes, to_planes
+from rtfocus.processing.windows import FrameTiles, restored_share
 
 SHAPE = (150, 210)
 GRID = TileGrid(3, 4, 96, 48, 30, signed=True)

@@ -195,8 +195,8 @@ def test_large_frames_are_seen_through_windows_with_the_same_result(
     large = np.tile(frame, (2, 2))
     with processor(zoo, method="brightness") as images:
         whole = images.restore(large)
-    monkeypatch.setattr("rtfocus.processing.cpu.networks.LARGEST_PX", 240)
-    monkeypatch.setattr("rtfocus.processing.cpu.networks.HALO_PX", 48)
+    monkeypatch.setattr("rtfocus.processing.cpu.classifier.LARGEST_PX", 240)
+    monkeypatch.setattr("rtfocus.processing.cpu.classifier.HALO_PX", 48)
     with processor(zoo, method="brightness") as images:
         pieces = images.restore(large)
     np.testing.assert_array_equal(whole.defocus.level, pieces.defocus.level)

@@ -15,7 +15,7 @@ from rtfocus.engines.registry import find_engine, fit_frame, step_um
 from rtfocus.errors import EngineError, InputError
 from rtfocus.offline import ImageProcessor, tile_rows
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.cpu.classifier import open_classifier
+from rtfocus.processing.cpu.classifier import FrameClassifier
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def shipped(shape, backend, precision):
     fit = fit_frame(found.card.input, shape)
     settings = ProcessingConfig(backend=backend, precision=precision)
     plan = ClassifierPlan(found, fit, step_um=2.0, quantum=1.0)
-    return open_classifier(plan, settings)
+    return FrameClassifier(plan, settings)
 
 
 @pytest.mark.parametrize("precision", ["f32", "auto"])

@@ -12,7 +12,7 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import estimate_frame
-from rtfocus.processing.cpu import classifier as network_classifier
+from rtfocus.processing.cpu.classifier import FrameClassifier
 
 REFERENCE = ProcessingConfig(backend="onnxruntime", precision="f32")
 
@@ -21,7 +21,7 @@ def open_classifier(folder, shape, *, card=None, quantum=1.0):
     found = FoundEngine(folder, card or read_card(folder))
     fit = fit_frame(found.card.input, shape)
     plan = ClassifierPlan(found, fit, step_um=1.5, quantum=quantum)
-    return network_classifier.open_classifier(plan, REFERENCE)
+    return FrameClassifier(plan, REFERENCE)
 
 
 @given(

@@ -9,14 +9,11 @@ from hypothesis import strategies as st
 from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.processing.camera import CameraCorrection, luminance, write_counts
-from rtfocus.processing.cpu.preparation import Correction
 
 
 def correct(pixels, camera=None, bit_depth=None):
-    correction = Correction(
-        CameraCorrection(
-            camera or CameraConfig(), pixels.shape, pixels.dtype, bit_depth
-        )
+    correction = CameraCorrection(
+        camera or CameraConfig(), pixels.shape, pixels.dtype, bit_depth
     )
     signal = np.empty(pixels.shape, np.float32)
     return correction, signal, correction.to_signal(pixels, signal)

@@ -9,7 +9,7 @@ from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import band_weights, blur, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.network_restorer import (
+from rtfocus.processing.cpu.patches import (
     TAPER_PX,
     LearnedWienerRestorer,
     Level,

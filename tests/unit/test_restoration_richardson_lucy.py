@@ -7,13 +7,13 @@ from skimage.restoration import richardson_lucy as reference
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.deconvolution import (
+from rtfocus.processing.cpu.depth_variant import (
     BlindRichardsonLucyDeconvolution,
     RichardsonLucyDeconvolution,
     Surrounded,
     iterate,
-    richardson_lucy,
 )
+from rtfocus.processing.cpu.patches import richardson_lucy
 from rtfocus.processing.restore import back_projectors, schedule, transfer_function
 from rtfocus.specimens import draw_specimen
 

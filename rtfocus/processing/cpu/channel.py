@@ -1,7 +1,7 @@
 """Channel: what sees and restores the frames of a channel on the CPU, by its plan."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,27 +11,19 @@ from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
-from rtfocus.processing.classify import Conditions, invertible_normalisation
-from rtfocus.processing.cpu.classifier import (
-    FrameClassifier,
-    Seen,
-    known,
-    open_classifier,
-)
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, TileRestorer
+from rtfocus.processing.classify import invertible_normalisation
+from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
 from rtfocus.processing.cpu.network_restorer import (
     JointRestorer,
-    LearnedWienerRestorer,
-    Level,
+    TileNetwork,
     TileNetworkRestorer,
     WholeImageRestorer,
 )
-from rtfocus.processing.cpu.networks import TileNetwork, open_tile_network
-from rtfocus.processing.cpu.preparation import Correction
+from rtfocus.processing.cpu.patches import LearnedWienerRestorer, Level, TileRestorer
 from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import PATCH_BY_PATCH
-from rtfocus.runtimes.cpu_backends import runs_on
 
 Image = NDArray[np.float32]
 
@@ -39,7 +31,12 @@ Image = NDArray[np.float32]
 class FrameRestorer(Protocol):
     """Restores the frames of one channel; safe to use from several threads."""
 
-    def restore(
+    @property
+    def runs_on(self) -> str | None:
+        """Runtime and precision of its own network; None: it has none."""
+        ...
+
+    def restore_frame(
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
         """Restore a frame.
@@ -62,51 +59,6 @@ class FrameRestorer(Protocol):
     def close(self) -> None:
         """Free networks; called twice does nothing."""
         ...
-
-
-class LevelRestorer(Protocol):
-    """Restores by the level of every tile alone; safe to use from several threads."""
-
-    def restore(
-        self,
-        signal: Image,
-        labels: NDArray[np.int16],
-        out: Image,
-        *,
-        quantum: float = 0.0,
-    ) -> Image:
-        """Write the restored `signal` to `out`; see `DepthVariantRestorer`."""
-        ...
-
-
-class ByLevel:
-    """A `FrameRestorer` that needs nothing but levels.
-
-    Parameters
-    ----------
-    restorer
-        Does the work.
-    network
-        What it runs, to be closed with it; None: it needs none.
-    """
-
-    def __init__(
-        self, restorer: LevelRestorer, network: TileNetwork | None = None
-    ) -> None:
-        self._restorer = restorer
-        self._network = network
-
-    def restore(
-        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
-    ) -> None:
-        """Restore a frame, see `FrameRestorer`."""
-        level = known(seen).defocus.level
-        self._restorer.restore(signal, level, out, quantum=quantum)
-
-    def close(self) -> None:
-        """Free the network."""
-        if self._network is not None:
-            self._network.close()
 
 
 def make_restorer(
@@ -134,24 +86,17 @@ def make_restorer(
 
 def open_restorer(
     plan: ChannelPlan, grid: TileGrid | None, threads: int
-) -> tuple[FrameRestorer, str | None]:
-    """Open what restores the frames of a channel.
+) -> FrameRestorer | None:
+    """Open what restores the frames of a channel; None: they are not restored.
 
     Parameters
     ----------
     plan
-        Of a channel that is restored.
+        Of the channel.
     grid
         Of the labels; None: there are none.
     threads
         Of a network.
-
-    Returns
-    -------
-    FrameRestorer
-        Ready.
-    str or None
-        Runtime and precision of its own network; None: it has none.
 
     Raises
     ------
@@ -160,50 +105,34 @@ def open_restorer(
     """
     restoration = plan.restoration
     if restoration is None:
-        msg = f"channel '{plan.name}' is not restored: {plan.skipped}"
-        raise ValueError(msg)
+        return None
     if restoration.way == "whole_image":
-        network = _open_tiles(plan, restoration, threads)
-        whole = WholeImageRestorer(restoration.engine.card, network, plan.size)
-        return whole, runs_on(network.engine)
+        network = TileNetwork(restoration.engine, plan.processing, threads=threads)
+        return WholeImageRestorer(restoration.engine.card, network, plan.size)
     if grid is None:
         msg = f"channel '{plan.name}' has no levels to restore by"
         raise ValueError(msg)
     montage = plan.montage(grid)
     match restoration.way:
         case "by_level" | "by_patch" | "blind":
-            classical = make_restorer(
+            return make_restorer(
                 restoration.method,
                 restoration.settings,
                 montage,
                 plan.psfs,
                 plan.gain_e_per_count,
             )
-            return ByLevel(classical), None
         case "same_pass":
-            return JointRestorer(montage, None, _evidence(plan)), None
+            return JointRestorer(montage, None, _evidence(plan))
         case "own_pass":
-            return _own_pass(plan, restoration, montage, threads)
+            own_pass = FrameClassifier(restoration.passed, plan.processing, threads)
+            return JointRestorer(montage, own_pass, _evidence(plan))
         case "learned_wiener":
             return _learned_wiener(plan, restoration, montage, threads)
         case "by_tile":
+            network = TileNetwork(restoration.engine, plan.processing, threads=threads)
             card = restoration.engine.card
-            network = _open_tiles(plan, restoration, threads)
-            told = _told(restoration)
-            tiles = TileNetworkRestorer(card, network, told, montage)
-            return tiles, runs_on(network.engine)
-
-
-def _own_pass(
-    plan: ChannelPlan, restoration: RestorationPlan, montage: Montage, threads: int
-) -> tuple[FrameRestorer, str]:
-    """Open a joint engine beside another classifier, for a pass of its own."""
-    if restoration.own_pass is None:
-        msg = f"'{restoration.name}' was planned without its pass"
-        raise ValueError(msg)
-    engine = open_classifier(restoration.own_pass, plan.processing, threads)
-    restorer = JointRestorer(montage, engine, _evidence(plan))
-    return restorer, engine.runs_on
+            return TileNetworkRestorer(card, network, restoration.told, montage)
 
 
 def _evidence(plan: ChannelPlan) -> Evidence | None:
@@ -217,11 +146,9 @@ def _evidence(plan: ChannelPlan) -> Evidence | None:
 
 def _learned_wiener(
     plan: ChannelPlan, restoration: RestorationPlan, montage: Montage, threads: int
-) -> tuple[FrameRestorer, str]:
+) -> FrameRestorer:
     card = restoration.engine.card
-    tiles = input_of(card)
-    network = _open_tiles(plan, restoration, threads)
-    output = "" if card.output is None else card.output.name
+    network = TileNetwork(restoration.engine, plan.processing, threads=threads)
     psfs, told = plan.band_levels()
     levels = {
         level: Level(psf, () if told is None else tuple(told[index]))
@@ -229,35 +156,16 @@ def _learned_wiener(
     }
 
     def predict(batch: Image, condition: Image) -> Image:
-        return network.run(batch, None if told is None else condition)[output]
+        return network.run(batch, None if told is None else condition)
 
-    restorer = LearnedWienerRestorer(
+    return LearnedWienerRestorer(
         montage,
         levels,
         predict,
-        tile_px=tiles.tile_px,
-        halo_px=tiles.halo_px,
+        tile_px=input_of(card).tile_px,
+        halo_px=input_of(card).halo_px,
         normalisation=invertible_normalisation(card),
-    )
-    return ByLevel(restorer, network), runs_on(network.engine)
-
-
-def _told(restoration: RestorationPlan) -> Conditions:
-    if restoration.conditions is None:
-        msg = f"'{restoration.name}' was planned without conditions"
-        raise ValueError(msg)
-    return restoration.conditions
-
-
-def _open_tiles(
-    plan: ChannelPlan, restoration: RestorationPlan, threads: int
-) -> TileNetwork:
-    output = restoration.engine.card.output
-    return open_tile_network(
-        restoration.engine,
-        plan.processing,
-        outputs=() if output is None else (output.name,),
-        threads=threads,
+        network=network,
     )
 
 
@@ -289,23 +197,30 @@ class OpenChannel:
     """What does the work that a plan names."""
 
     plan: ChannelPlan
-    correction: Correction
     classifier: FrameClassifier | None = None
     restorer: FrameRestorer | None = None
-    backends: Mapping[str, str] = field(default_factory=dict)
-    """Name of each network to its runtime and precision."""
 
     @property
     def grid(self) -> TileGrid | None:
         """Tiles of the defocus maps; None: there are no maps."""
         return None if self.classifier is None else self.classifier.grid
 
+    @property
+    def backends(self) -> Mapping[str, str]:
+        """Name of each network to its runtime and precision."""
+        plan, found = self.plan, {}
+        if plan.classifier is not None and self.classifier is not None:
+            found[plan.classifier.found.name] = self.classifier.runs_on
+        own = None if self.restorer is None else self.restorer.runs_on
+        if plan.restoration is not None and own is not None:
+            found[plan.restoration.name] = own
+        return found
+
     def close(self) -> None:
         """Free the engines."""
-        if self.classifier is not None:
-            self.classifier.close()
-        if self.restorer is not None:
-            self.restorer.close()
+        for opened in (self.classifier, self.restorer):
+            if opened is not None:
+                opened.close()
 
 
 def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
@@ -316,24 +231,13 @@ def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
     EngineError
         If an engine is damaged or cannot be loaded.
     """
-    correction = Correction(plan.camera)
-    seen, restoration = plan.classifier, plan.restoration
-    if seen is None:
-        if restoration is None:
-            return OpenChannel(plan, correction)
-        restorer, runs = open_restorer(plan, None, total_threads)
-        backends = {} if runs is None else {restoration.name: runs}
-        return OpenChannel(plan, correction, None, restorer, backends)
-    threads = share_threads(total_threads, one_pass=seen.restores)
-    classifier = open_classifier(seen, plan.processing, threads.classify)
-    backends = {seen.found.name: classifier.runs_on}
-    if restoration is None:
-        return OpenChannel(plan, correction, classifier, None, backends)
+    if plan.classifier is None:
+        return OpenChannel(plan, None, open_restorer(plan, None, total_threads))
+    threads = share_threads(total_threads, one_pass=plan.classifier.restores)
+    classifier = FrameClassifier(plan.classifier, plan.processing, threads.classify)
     try:
-        restorer, runs_on = open_restorer(plan, classifier.grid, threads.restore)
+        restorer = open_restorer(plan, classifier.grid, threads.restore)
     except BaseException:
         classifier.close()
         raise
-    if runs_on is not None:
-        backends[restoration.name] = runs_on
-    return OpenChannel(plan, correction, classifier, restorer, backends)
+    return OpenChannel(plan, classifier, restorer)

@@ -1,30 +1,47 @@
 """Classifier: the defocus of every tile of a frame, in one pass of a network.
 
-A joint engine gives the restored frame in the same pass.
+A joint engine gives the restored frame in the same pass. Frames too large for one pass
+are seen through a few large windows, whose labels and pixels are put together as if
+there had been one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil, lcm
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import ProcessingConfig
+from rtfocus.engines.card import input_of, output_of
+from rtfocus.engines.registry import parts
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap
+from rtfocus.optics.normalisation import CELL_PX, PercentileRange, normalised
 from rtfocus.processing.camera import luminance
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.classify import LabelDecoder, turned
-from rtfocus.processing.cpu.networks import (
-    FrameNetwork,
-    labels_of,
-    open_frame_network,
+from rtfocus.processing.classify import (
+    LabelDecoder,
+    background_of,
+    normalisation_of,
+    probabilities,
+    turned,
 )
-from rtfocus.processing.cpu.preparation import Preparation
-from rtfocus.processing.montage import pad
-from rtfocus.processing.windows import from_planes, tile_grid, to_planes
-from rtfocus.runtimes.cpu_backends import runs_on
+from rtfocus.processing.montage import from_planes, pad, to_planes
+from rtfocus.processing.windows import AxisWindows, fewest_windows, tile_grid
+from rtfocus.runtimes.cpu_backends import open_engine, runs_on
 
 Image = NDArray[np.float32]
+Ranges = tuple[tuple[float, float], ...]
+"""Offset and scale that normalised each plane; empty: there is no way back."""
+
+LARGEST_PX = 2304
+"""Longest side of one pass of a joint engine: memory for its features stays below
+a gigabyte."""
+HALO_PX = 144
+"""Context of a window towards its neighbours."""
+
+# Share of a float frame's range that is taken for one step.
+_INVISIBLE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +52,7 @@ class Prepared:
     """Normalised, axes (image, channel, y, x)."""
     empty: NDArray[np.bool_]
     """Tiles without a specimen, axes (tile_y, tile_x)."""
-    ranges: tuple[tuple[float, float], ...]
-    """Offset and scale that normalised each plane; empty: there is no way back."""
+    ranges: Ranges
     shape: tuple[int, ...]
     """Of the frame."""
 
@@ -58,147 +74,134 @@ def known(seen: Seen | None) -> Seen:
     return seen
 
 
-class FrameClassifier:
-    """A classifier or joint engine applied to whole frames of one size.
+class FrameNetwork:
+    """The network of a plan, opened for padded frames of one size.
 
     Parameters
     ----------
-    plan
-        Engine and frames.
-    network
-        Opened for at least `FrameFit.padded`; closed by `close`.
+    plan, settings, threads
+        As of `FrameClassifier`.
     """
 
-    def __init__(self, plan: ClassifierPlan, network: FrameNetwork) -> None:
+    def __init__(
+        self, plan: ClassifierPlan, settings: ProcessingConfig, threads: int
+    ) -> None:
         card = plan.card
-        if card.kind == "restorer" or not (card.input and card.output and card.levels):
-            msg = f"engine '{card.name}' is a {card.kind}, not a classifier"
-            raise EngineError(msg)
-        self.card = card
-        self.step_um = plan.step_um
-        self._network = network
-        self._fit = plan.fit
-        self._channels = card.input.channels
-        self._restores = network.restores
-        self._mirrored = plan.mirrored and card.levels.signed
-        self._conditions = plan.conditions
-        self._preparation = Preparation(card, plan.quantum)
-        self._labels = LabelDecoder(card.output)
-        # The first inference compiles and shows how many tiles there are.
-        blank = np.zeros(network.input_shape, dtype=np.float32)
-        logits, _ = network.run(blank, self._condition(len(blank)))
-        rows, columns = labels_of(logits).shape[-2:]
-        self.grid = tile_grid(
-            card.input, plan.fit, rows, columns, signed=card.levels.signed
+        self._input, self._output = input_of(card), output_of(card)
+        self._restored = card.restored.name if plan.restores and card.restored else None
+        # A classifier's features are small, and its windows would meet in tiles.
+        padded = plan.fit.padded
+        largest = LARGEST_PX if card.kind == "joint" else max(padded)
+        multiple = lcm(self._input.multiple_px, ceil(self._input.stride_px))
+        self._down, self._across = (
+            fewest_windows(side, largest, HALO_PX, multiple) for side in padded
+        )
+        self._weights = self._down.weights(), self._across.weights()
+        self.shape = self._down.length_px, self._across.length_px
+        """Height and width of the padded frames it takes."""
+        images = plan.images, self._input.channels
+        self.input_shape = (*images, *self.shape)
+        """Images, channels, height and width of what it takes."""
+        self.engine = open_engine(
+            plan.found,
+            settings,
+            shape=(*images, self._down.size_px, self._across.size_px),
+            outputs=tuple(filter(None, (self._output.name, self._restored))),
+            threads=threads,
         )
 
-    def prepare(self, signal: Image) -> Prepared:
-        """Normalise a frame (y, x) or (y, x, 3) and find its empty tiles."""
-        grey = luminance(signal)
-        padded = self._pad(grey)
-        empty = self._preparation.background(padded, self.grid)
-        images = self._images(signal, grey)
-        if len(images) == 1 and self._channels == 1:
-            tiles, found = self._preparation.normalise(padded, of=grey)
-            return Prepared(tiles[None, None], empty, found, signal.shape)
-        tiles = np.empty((*images.shape[:2], *padded.shape), np.float32)
-        ranges: list[tuple[float, float]] = []
-        for place in np.ndindex(images.shape[:2]):
-            plane = images[place]
-            tiles[place], found = self._preparation.normalise(
-                self._pad(plane), of=plane
-            )
-            ranges += found
-        return Prepared(tiles, empty, tuple(ranges), signal.shape)
+    def run(self, planes: Image, condition: Image | None) -> tuple[Image, Image | None]:
+        """Run the network on the planes of a frame.
 
-    def classify(self, prepared: Prepared) -> DefocusMap:
-        """Run the network on a prepared frame; new arrays, axes (tile_y, tile_x)."""
-        return self.see(prepared).defocus
+        Parameters
+        ----------
+        planes
+            Axes (image, channel, y, x), normalised, of `input_shape`.
+        condition
+            Axes (image, entry).
 
-    def see(self, prepared: Prepared) -> Seen:
-        """Run the network on a prepared frame for all that it tells of it."""
-        tiles = prepared.tiles
-        logits, restored = self._network.run(tiles, self._condition(len(tiles)))
-        defocus = self._map(labels_of(logits)[0], prepared.empty)
-        if restored is None:
-            return Seen(defocus, None)
-        return Seen(defocus, self._to_signal(restored, prepared))
+        Returns
+        -------
+        logits
+            Axes (image, label, tile_y, tile_x).
+        restored
+            Shape of `planes`; None: not wanted.
 
-    @property
-    def precision(self) -> str:
-        """Numbers the network computes in: ``f32``, ``bf16`` ..."""
-        return self._network.engine.precision
-
-    def probabilities(self, prepared: Prepared) -> Image:
-        """Return how likely every label of the card is, in its order.
-
-        For evaluations that look beyond the chosen label. Axes (label, tile_y,
-        tile_x); labels as the engine sees them, mirrored where it is.
+        Raises
+        ------
+        EngineError
+            If the outputs are not what the card says.
         """
-        tiles = prepared.tiles
-        logits, _ = self._network.run(tiles, self._condition(len(tiles)))
-        shown = labels_of(logits)[0][:, : self.grid.rows, : self.grid.columns]
-        shifted = np.exp(shown - shown.max(axis=0))
-        return np.asarray(shifted / shifted.sum(axis=0), dtype=np.float32)
+        if self._down.count == self._across.count == 1:
+            return self._pass(planes, condition)
+        logits: Image | None = None
+        restored = None if self._restored is None else np.zeros_like(planes)
+        down, across = self._weights
+        for row, column in np.ndindex(self._down.count, self._across.count):
+            place = self._down.span(row), self._across.span(column)
+            found, image = self._pass(planes[..., *place], condition)
+            if logits is None:
+                logits = self._empty_labels(found)
+            self._keep_labels(logits, found, row, column)
+            if image is not None and restored is not None:
+                restored[..., *place] += down[row][:, None] * across[column] * image
+        assert logits is not None
+        return logits, restored
 
-    @property
-    def runs_on(self) -> str:
-        """Runtime and precision, e.g. ``openvino bf16``."""
-        return runs_on(self._network.engine)
+    def _pass(
+        self, planes: Image, condition: Image | None
+    ) -> tuple[Image, Image | None]:
+        name, labels = self.engine.name, len(self._output.labels)
+        outputs = self.engine.infer(planes, condition)
+        logits = np.asarray(outputs[self._output.name], np.float32)
+        if logits.ndim != 4 or logits.shape[1] != labels:
+            msg = (
+                f"engine '{name}': its output is {logits.shape}, but the card lists "
+                f"{labels} labels; expected (N, {labels}, rows, columns)"
+            )
+            raise EngineError(msg)
+        if self._restored is None:
+            return logits, None
+        restored = np.asarray(outputs[self._restored], np.float32)
+        if restored.shape != planes.shape:
+            msg = (
+                f"engine '{name}': its output '{self._restored}' is {restored.shape} "
+                f"for an input of {planes.shape}; they must be alike"
+            )
+            raise EngineError(msg)
+        return logits, restored
 
-    def close(self) -> None:
-        """Free the engine."""
-        self._network.close()
+    def _empty_labels(self, found: Image) -> Image:
+        """Return room for the labels of all windows, of which one is given."""
+        counts = [
+            (axis.count - 1) * round(axis.own_px / self._input.stride_px) + tiles
+            for axis, tiles in zip(
+                (self._down, self._across), found.shape[2:], strict=True
+            )
+        ]
+        return np.empty((*found.shape[:2], *counts), np.float32)
 
-    def _images(self, signal: Image, grey: Image) -> Image:
-        """Return what the network sees: the grey frame first, then its colours."""
-        if self._channels == 3:
-            return to_planes(signal, 3)
-        planes = to_planes(grey, 1)
-        if self._restores and signal.ndim == 3:
-            planes = np.concatenate([planes, to_planes(signal, 1)])
-        return planes
+    def _keep_labels(self, logits: Image, found: Image, row: int, column: int) -> None:
+        """Copy the tiles whose centre belongs to a window."""
+        down, from_row = self._own_tiles(self._down, row, logits.shape[2])
+        across, from_column = self._own_tiles(self._across, column, logits.shape[3])
+        logits[..., down, across] = found[..., from_row, from_column]
 
-    def _pad(self, plane: Image) -> Image:
-        return pad(plane, self._network.shape, 0, "symmetric")
-
-    def _condition(self, number: int) -> Image | None:
-        return None if self._conditions is None else self._conditions.unknown(number)
-
-    def _map(self, logits: Image, empty: NDArray[np.bool_]) -> DefocusMap:
-        found = self._labels.decode(logits[:, : self.grid.rows, : self.grid.columns])
-        level, defocus = found.level, found.defocus
-        if self._mirrored:
-            level, defocus = turned(level, defocus)
-        level[empty] = BACKGROUND
-        background = level == BACKGROUND
-        defocus_um = defocus * np.float32(self.step_um)
-        uncertainty_um = found.uncertainty * np.float32(self.step_um)
-        defocus_um[background] = uncertainty_um[background] = np.nan
-        return DefocusMap(
-            self.grid, defocus_um, found.confidence, level, uncertainty_um
-        )
-
-    def _to_signal(self, restored: Image, prepared: Prepared) -> Image:
-        """Cut the network's image to the frame and bring it back to its unit."""
-        height, width = self._fit.shape
-        ranges = prepared.ranges
-        if len(prepared.shape) == 3 and self._channels == 1:
-            # The first image was the grey one, for the labels.
-            restored, ranges = restored[1:], ranges[1:]
-        cut = restored[..., :height, :width]
-        for place, (offset, scale) in zip(
-            np.ndindex(cut.shape[:2]), ranges, strict=True
-        ):
-            cut[place] *= np.float32(scale)
-            cut[place] += np.float32(offset)
-        return from_planes(cut, prepared.shape)
+    def _own_tiles(
+        self, axis: AxisWindows, index: int, count: int
+    ) -> tuple[slice, slice]:
+        """Return the tiles of a window, counted in the frame and in the window."""
+        stride = self._input.stride_px
+        centres = self._input.origin_px + stride * np.arange(count)
+        owner = np.clip((centres - axis.halo_px) // axis.own_px, 0, axis.count - 1)
+        own = np.flatnonzero(owner == index)
+        first = round(index * axis.own_px / stride)
+        start, stop = int(own[0]), int(own[-1]) + 1
+        return slice(start, stop), slice(start - first, stop - first)
 
 
-def open_classifier(
-    plan: ClassifierPlan, settings: ProcessingConfig, threads: int = 1
-) -> FrameClassifier:
-    """Open a classifier or joint engine on whole frames.
+class FrameClassifier:
+    """A classifier or joint engine applied to whole frames of one size.
 
     Parameters
     ----------
@@ -208,13 +211,150 @@ def open_classifier(
         Backend and precision.
     threads
         Of the network.
+
+    Raises
+    ------
+    EngineError
+        If the engine cannot be opened, or its card names a rule that does not exist.
     """
-    network = open_frame_network(
-        plan.found,
-        settings,
-        plan.fit.padded,
-        images=plan.images,
-        restored=plan.restores,
-        threads=threads,
-    )
-    return FrameClassifier(plan, network)
+
+    def __init__(
+        self, plan: ClassifierPlan, settings: ProcessingConfig, threads: int = 1
+    ) -> None:
+        self.card = card = plan.card
+        levels, _ = parts(card)
+        self._network = FrameNetwork(plan, settings, threads)
+        self._plan = plan
+        self._channels = input_of(card).channels
+        self._mirrored = plan.mirrored and levels.signed
+        self._normalisation = normalisation_of(card)
+        self._background = background_of(card)
+        self._labels = LabelDecoder(output_of(card))
+        self.precision = self._network.engine.precision
+        """Numbers the network computes in: ``f32``, ``bf16`` ..."""
+        self.runs_on = runs_on(self._network.engine)
+        """Runtime and precision, e.g. ``openvino bf16``."""
+        # The first inference compiles and shows how many tiles there are.
+        logits, _ = self._run(np.zeros(self._network.input_shape, np.float32))
+        rows, columns = logits.shape[-2:]
+        self.grid = tile_grid(
+            input_of(card), plan.fit, rows, columns, signed=levels.signed
+        )
+
+    def prepare(self, signal: Image) -> Prepared:
+        """Normalise a frame (y, x) or (y, x, 3) and find its empty tiles."""
+        grey = luminance(signal)
+        padded = self._pad(grey)
+        empty = self._empty(padded)
+        if self._channels == 1 and not self._has_colours(signal.shape):
+            tiles, ranges = self._normalise(padded, grey)
+            return Prepared(tiles[None, None], empty, ranges, signal.shape)
+        images = to_planes(signal if self._channels == 3 else grey, self._channels)
+        if self._has_colours(signal.shape):
+            # The grey frame first, for the labels.
+            images = np.concatenate([images, to_planes(signal, 1)])
+        tiles = np.empty((*images.shape[:2], *padded.shape), np.float32)
+        ranges = ()
+        for place in np.ndindex(images.shape[:2]):
+            plane = images[place]
+            tiles[place], found = self._normalise(self._pad(plane), plane)
+            ranges += found
+        return Prepared(tiles, empty, ranges, signal.shape)
+
+    def classify(self, prepared: Prepared) -> DefocusMap:
+        """Run the network on a prepared frame; new arrays, axes (tile_y, tile_x)."""
+        return self.see(prepared).defocus
+
+    def see(self, prepared: Prepared) -> Seen:
+        """Run the network on a prepared frame for all that it tells of it."""
+        logits, restored = self._run(prepared.tiles)
+        defocus = self._map(logits[0], prepared.empty)
+        if restored is None:
+            return Seen(defocus, None)
+        return Seen(defocus, self._to_signal(restored, prepared))
+
+    def probabilities(self, prepared: Prepared) -> Image:
+        """Return how likely every label of the card is, in its order.
+
+        For evaluations that look beyond the chosen label. Axes (label, tile_y,
+        tile_x); labels as the engine sees them, mirrored where it is.
+        """
+        logits, _ = self._run(prepared.tiles)
+        return probabilities(logits[0][:, : self.grid.rows, : self.grid.columns])
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._network.engine.close()
+
+    def _run(self, tiles: Image) -> tuple[Image, Image | None]:
+        told = self._plan.conditions
+        condition = None if told is None else told.unknown(len(tiles))
+        return self._network.run(tiles, condition)
+
+    def _has_colours(self, shape: tuple[int, ...]) -> bool:
+        """Whether the colours of a frame are restored one by one."""
+        return self._plan.restores and len(shape) == 3 and self._channels == 1
+
+    def _pad(self, plane: Image) -> Image:
+        return pad(plane, self._network.shape, 0, "symmetric")
+
+    def _normalise(self, padded: Image, plane: Image) -> tuple[Image, Ranges]:
+        """Return the network's view of a padded plane, and the way back.
+
+        A range is read from the `plane` itself: its mirror images have no say.
+        """
+        rule = self._normalisation
+        if not isinstance(rule, PercentileRange):
+            return rule.apply(padded), ()
+        offset, scale = rule.fit(plane)
+        return normalised(padded, offset, scale), ((offset, scale),)
+
+    def _empty(self, padded: Image) -> NDArray[np.bool_]:
+        """Return True for tiles of a padded frame in which nothing stands out."""
+        grid = self.grid
+        empty = np.zeros((grid.rows, grid.columns), dtype=np.bool_)
+        if self._background is None:
+            return empty
+        # Float frames have no smallest step: what cannot be seen counts as none.
+        span = float(padded.max()) - float(padded.min())
+        least = max(_INVISIBLE * span, float(np.finfo(np.float32).tiny))
+        start_px = grid.origin_px - (grid.tile_px - 1) / 2
+        tile_px, stride_px, start_px = (
+            round(length / CELL_PX) * CELL_PX
+            for length in (grid.tile_px, grid.stride_px, start_px)
+        )
+        rule = replace(self._background, quantum=self._plan.quantum or least)
+        found = rule.tiles(
+            padded, tile_px=tile_px, stride_px=stride_px, start_px=start_px
+        )[: grid.rows, : grid.columns]
+        empty[: found.shape[0], : found.shape[1]] = found
+        return empty
+
+    def _map(self, logits: Image, empty: NDArray[np.bool_]) -> DefocusMap:
+        found = self._labels.decode(logits[:, : self.grid.rows, : self.grid.columns])
+        level, defocus = found.level, found.defocus
+        if self._mirrored:
+            level, defocus = turned(level, defocus)
+        level[empty] = BACKGROUND
+        background = level == BACKGROUND
+        defocus_um = defocus * np.float32(self._plan.step_um)
+        uncertainty_um = found.uncertainty * np.float32(self._plan.step_um)
+        defocus_um[background] = uncertainty_um[background] = np.nan
+        return DefocusMap(
+            self.grid, defocus_um, found.confidence, level, uncertainty_um
+        )
+
+    def _to_signal(self, restored: Image, prepared: Prepared) -> Image:
+        """Cut the network's image to the frame and bring it back to its unit."""
+        height, width = self._plan.fit.shape
+        ranges = prepared.ranges
+        if self._has_colours(prepared.shape):
+            # The first image was the grey one, for the labels.
+            restored, ranges = restored[1:], ranges[1:]
+        cut = restored[..., :height, :width]
+        for place, (offset, scale) in zip(
+            np.ndindex(cut.shape[:2]), ranges, strict=True
+        ):
+            cut[place] *= np.float32(scale)
+            cut[place] += np.float32(offset)
+        return from_planes(cut, prepared.shape)

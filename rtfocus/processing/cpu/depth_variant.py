@@ -5,52 +5,138 @@ deconvolution per level that is present, over the smallest rectangle its tiles
 touch, blended with the montage weights. Background and level 0 have no term, so
 their pixels come back exactly as they went in.
 
-`TileRestorer` is LB-DVD as published, patch by patch in batches: slower, the same away
-from the borders of patches, and kept as the reproduction of He 2020 that the other is
-measured against.
+Deconvolutions, Wiener's or Richardson-Lucy's, run on half spectra of real images. A
+transform larger than the image gives zero borders, one of equal size periodic ones
+(the image is then padded by its margin).
 """
 
 import threading
-from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import fft
 
-from rtfocus.processing.cpu.deconvolution import (
-    BlindRichardsonLucyDeconvolution,
-    RichardsonLucyDeconvolution,
-    Surrounded,
-    WienerDeconvolution,
-    richardson_lucy,
-)
+from rtfocus.processing.cpu.classifier import Seen, known
 from rtfocus.processing.montage import (
     Montage,
-    Region,
     crop,
-    defocused,
+    paired_planes,
     read_region,
     together,
 )
 from rtfocus.processing.restore import (
     BLIND,
     BLIND_ITERATIONS,
-    DEFAULT_ITERATIONS,
-    PAPER_HALO_PX,
-    PATCH_BY_PATCH,
     WHOLE_FRAME,
+    WienerFilter,
+    back_projectors,
+    gaussian_like,
     iteration_steps,
     margin_px,
+    noise_variance,
     padded_shape,
+    photon_variance,
+    transfer_function,
 )
-from rtfocus.processing.windows import paired_planes
 
 Image = NDArray[np.float32]
 
-# Filters kept, in elements of their half spectra: 200 MB for Wiener. Regions of
-# changing size share good transform sizes; one per level always fits.
-_CACHED_ELEMENTS = 1 << 24
+
+Planes = Sequence[tuple[Image, Image]]
+"""Planes (y, x) of a frame, and where each one's result goes."""
+
+
+class LevelRestorer(ABC):
+    """A `FrameRestorer` that needs nothing but the level of every tile.
+
+    Safe to use from several threads, each with its own `out`.
+    """
+
+    runs_on: str | None = None
+
+    def restore_frame(
+        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
+    ) -> None:
+        """Restore a frame by what the classifier saw, see `FrameRestorer`."""
+        self.restore(signal, known(seen).defocus.level, out, quantum=quantum)
+
+    def restore(
+        self,
+        signal: Image,
+        labels: NDArray[np.int16],
+        out: Image,
+        *,
+        quantum: float = 0.0,
+    ) -> Image:
+        """Restore a frame.
+
+        Parameters
+        ----------
+        signal
+            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
+        labels
+            Level per tile, axes (tile_y, tile_x), as `DefocusMap.level`.
+        out
+            Result, shape of `signal`, float32; non-negative where restored.
+        quantum
+            Step between the camera's values; 0 for float frames.
+
+        Returns
+        -------
+        Image
+            `out`.
+        """
+        np.copyto(out, signal)
+        self._restore_planes(paired_planes(signal, out), labels, quantum)
+        return out
+
+    @abstractmethod
+    def _restore_planes(
+        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
+    ) -> None:
+        """Restore planes (y, x), each into a copy of it."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to free
+        """Free what it runs; called twice does nothing."""
+
+
+class Surrounded:
+    """A plane in its margin, and what is found of it once, whatever the levels.
+
+    Parameters
+    ----------
+    image
+        Axes (y, x), periodic, as of `read_region`.
+    quantum
+        Step between the camera's values; 0 for float frames.
+    workers
+        Threads of the Fourier transforms.
+    """
+
+    def __init__(self, image: Image, quantum: float = 0.0, workers: int = 1) -> None:
+        self.image = image
+        self.workers = workers
+        self._quantum = quantum
+
+    @cached_property
+    def signal(self) -> Image:
+        """The image without negative values."""
+        return np.maximum(self.image, 0)
+
+    @cached_property
+    def variance(self) -> float:
+        """Mean variance of the noise, from the image alone."""
+        return noise_variance(self.image, self._quantum)
+
+    @cached_property
+    def spectrum(self) -> NDArray[Any]:
+        """Half spectrum of the image."""
+        return np.asarray(fft.rfft2(self.image, workers=self.workers))
 
 
 class Deconvolution(Protocol):
@@ -61,10 +147,189 @@ class Deconvolution(Protocol):
         ...
 
 
-class DepthVariantRestorer:
-    """Restores frames of one channel; filters are computed once and kept.
+class WienerDeconvolution:
+    """The linear filter, strength read from each image."""
 
-    Safe to use from several threads, each with its own `out`.
+    def __init__(
+        self,
+        psf: Image,
+        shape: tuple[int, int],
+        *,
+        noise_to_signal: float | None,
+        gain_e_per_count: float | None,
+    ) -> None:
+        transfer = transfer_function(psf, shape)
+        self._filter = WienerFilter(transfer, shape, noise_to_signal)
+        self._gain = gain_e_per_count
+        self._given = noise_to_signal is not None
+
+    def restore(self, seen: Surrounded) -> Image:
+        """Restore with one inverse transform, and the plane's forward one."""
+        variance = 0.0 if self._given else seen.variance
+        if self._gain is not None and not self._given:
+            # A camera that smooths or compresses hides its noise from the frame.
+            variance = max(variance, photon_variance(seen.image, self._gain))
+        return self._filter.apply(seen.spectrum, variance, seen.workers)
+
+
+# Blurred estimates below this share of the brightest pixel are round-off of the
+# transforms, and nothing may be divided by them.
+_FLOOR = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
+
+
+def iterate(
+    signal: NDArray[Any],
+    transfer: NDArray[Any],
+    back: Sequence[NDArray[Any]],
+    *,
+    shape: tuple[int, int],
+    start: NDArray[Any],
+    workers: int = 1,
+) -> NDArray[Any]:
+    """Run the Richardson-Lucy iteration with any back projectors.
+
+    Parameters
+    ----------
+    signal
+        Blurred images, axes (..., y, x), float, non-negative.
+    transfer
+        Forward projector: OTF over the half spectrum of `shape`.
+    back
+        Back projector of every iteration; the matched one is ``conj(transfer)``.
+    shape
+        Height and width of the transforms, at least those of `signal`.
+    start
+        First estimate, left as it is.
+    workers
+        Threads of the transforms.
+    """
+    floor = _FLOOR[signal.dtype] * float(np.max(signal, initial=0.0))
+    floor = max(floor, float(np.finfo(signal.dtype).tiny))
+    estimate = start.copy()
+    # The matched update keeps the estimate non-negative up to round-off; an
+    # unmatched back projector has negative lobes.
+    for projector in back:
+        blurred = _project(estimate, transfer, shape, workers)
+        np.maximum(blurred, floor, out=blurred)
+        np.divide(signal, blurred, out=blurred)
+        estimate *= _project(blurred, projector, shape, workers)
+        np.maximum(estimate, 0, out=estimate)
+    return estimate
+
+
+def _project(
+    image: NDArray[Any], transfer: NDArray[Any], shape: tuple[int, int], workers: int
+) -> NDArray[Any]:
+    """Convolve by one multiplication of the spectrum; cut to the image's size."""
+    spectrum = fft.rfft2(image, s=shape, workers=workers)
+    spectrum *= transfer
+    result = fft.irfft2(spectrum, s=shape, workers=workers, overwrite_x=True)
+    height, width = image.shape[-2:]
+    return np.asarray(result[..., :height, :width])
+
+
+class RichardsonLucyDeconvolution:
+    """Richardson-Lucy as LB-DVD: starts from the blurred image (He 2020)."""
+
+    def __init__(
+        self, psf: Image, shape: tuple[int, int], steps: Sequence[float]
+    ) -> None:
+        self._shape = shape
+        self._transfer = transfer_function(psf, shape)
+        self._back = back_projectors(self._transfer, steps)
+
+    def restore(self, seen: Surrounded) -> Image:
+        """Iterate; negative counts (below the camera's offset) become 0."""
+        return iterate(
+            seen.signal,
+            self._transfer,
+            self._back,
+            shape=self._shape,
+            start=seen.signal,
+            workers=seen.workers,
+        )
+
+
+class BlindRichardsonLucyDeconvolution:
+    """Richardson-Lucy that finds the kernel too (Fish et al. 1995).
+
+    Each round improves the kernel with the image held, then the image with the kernel
+    held, both by the same multiplicative step. Without knowledge the kernel drifts
+    towards a point or towards the image itself; what holds it is where it starts, a
+    Gaussian as wide as the PSF of the level, and the window it stays in.
+
+    Parameters
+    ----------
+    psf
+        Of the level; only its width and the size of its window are used.
+    shape
+        Height and width of the transforms, those of the images.
+    rounds
+        Of kernel and image.
+
+    References
+    ----------
+    .. [1] D. A. Fish, A. M. Brinicombe, E. R. Pike, J. G. Walker, "Blind deconvolution
+       by means of the Richardson-Lucy algorithm", J. Opt. Soc. Am. A 12, 1995.
+    """
+
+    def __init__(self, psf: Image, shape: tuple[int, int], rounds: int) -> None:
+        self._shape = shape
+        self._rounds = rounds
+        self._start = gaussian_like(psf)
+
+    def restore(self, seen: Surrounded) -> Image:
+        """Iterate; negative counts (below the camera's offset) become 0."""
+        return self.find(seen)[0]
+
+    def find(self, seen: Surrounded) -> tuple[Image, Image]:
+        """Return the restored image and the kernel, whose centre is its origin."""
+        signal, workers = seen.signal, seen.workers
+        image, kernel = signal, self._start
+        for _ in range(self._rounds):
+            kernel = self._better_kernel(kernel, signal, image, workers)
+            transfer = transfer_function(kernel, self._shape)
+            image = iterate(
+                signal,
+                transfer,
+                [np.conj(transfer)],
+                shape=self._shape,
+                start=image,
+                workers=workers,
+            )
+        return image, kernel
+
+    def _better_kernel(
+        self, kernel: Image, signal: Image, image: Image, workers: int
+    ) -> Image:
+        """Take one step with the roles of image and kernel exchanged."""
+        spectrum = fft.rfft2(image, workers=workers)
+        product = spectrum * transfer_function(kernel, self._shape)
+        blurred = fft.irfft2(product, s=self._shape, workers=workers)
+        floor = max(
+            _FLOOR[signal.dtype] * float(signal.max(initial=0.0)),
+            float(np.finfo(signal.dtype).tiny),
+        )
+        ratio = signal / np.maximum(blurred, floor)
+        spectrum = np.conj(spectrum) * fft.rfft2(ratio, workers=workers)
+        factor = fft.irfft2(spectrum, s=self._shape, workers=workers)
+        rows, columns = (
+            np.arange(-(side // 2), side // 2 + 1) % length
+            for side, length in zip(kernel.shape, self._shape, strict=True)
+        )
+        better = kernel * np.maximum(factor[np.ix_(rows, columns)], 0)
+        total = float(better.sum())
+        # A black frame tells nothing of the kernel.
+        return np.asarray(better / total, np.float32) if total > 0 else kernel
+
+
+# Filters kept, in elements of their half spectra: 200 MB for Wiener. Regions of
+# changing size share good transform sizes; one per level always fits.
+_CACHED_ELEMENTS = 1 << 24
+
+
+class DepthVariantRestorer(LevelRestorer):
+    """Restores frames of one channel; filters are computed once and kept.
 
     Parameters
     ----------
@@ -115,33 +380,9 @@ class DepthVariantRestorer:
         self._lock = threading.Lock()
         self._filters: OrderedDict[Any, Deconvolution] = OrderedDict()
 
-    def restore(
-        self,
-        signal: Image,
-        labels: NDArray[np.int16],
-        out: Image,
-        *,
-        quantum: float = 0.0,
-    ) -> Image:
-        """Restore a frame.
-
-        Parameters
-        ----------
-        signal
-            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
-        labels
-            Level per tile, axes (tile_y, tile_x), as `DefocusMap.level`.
-        out
-            Result, shape of `signal`, float32; non-negative where restored.
-        quantum
-            Step between the camera's values; 0 for float frames.
-
-        Returns
-        -------
-        Image
-            `out`.
-        """
-        np.copyto(out, signal)
+    def _restore_planes(
+        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
+    ) -> None:
         regions = self._montage.regions(labels)
         shapes = {
             level: padded_shape(region.shape, self._halos[level])
@@ -152,7 +393,7 @@ class DepthVariantRestorer:
             weights = {
                 level: self._montage.weights(labels, level, region) for level in levels
             }
-            for plane, into in paired_planes(signal, out):
+            for plane, into in pairs:
                 padded = read_region(plane, region, shape)
                 seen = Surrounded(padded, quantum, self._workers)
                 for level in levels:
@@ -162,7 +403,6 @@ class DepthVariantRestorer:
                     change -= plane[place]
                     change *= weights[level]
                     into[place] += change
-        return out
 
     def _filter(self, level: int, shape: tuple[int, int]) -> Deconvolution:
         """Build a filter or take it from the cache, oldest out first."""
@@ -196,88 +436,3 @@ class DepthVariantRestorer:
             return BlindRichardsonLucyDeconvolution(psf, shape, rounds)
         steps = iteration_steps(psf, self.method, self._iterations)
         return RichardsonLucyDeconvolution(psf, shape, steps)
-
-
-class TileRestorer:
-    """Richardson-Lucy on each tile by itself, blended by the montage weights.
-
-    Parameters
-    ----------
-    montage
-        Blending weights of the frame's tiles; a tile is what its weight covers.
-    psfs
-        PSF per level, for every level but 0.
-    iterations
-        Of Richardson-Lucy.
-    halo_px
-        Context per side: neighbouring pixels, 0 beyond the frame.
-    workers
-        Threads of the Fourier transforms.
-    """
-
-    method = PATCH_BY_PATCH
-
-    def __init__(
-        self,
-        montage: Montage,
-        psfs: Mapping[int, Image],
-        *,
-        iterations: int | None = None,
-        halo_px: int | None = None,
-        workers: int = 1,
-    ) -> None:
-        self._montage = montage
-        self._psfs = dict(psfs)
-        self._iterations = iterations or DEFAULT_ITERATIONS
-        self._halo_px = PAPER_HALO_PX if halo_px is None else halo_px
-        self._workers = workers
-
-    def restore(
-        self,
-        signal: Image,
-        labels: NDArray[np.int16],
-        out: Image,
-        *,
-        quantum: float = 0.0,
-    ) -> Image:
-        """Restore a frame; see `DepthVariantRestorer.restore`."""
-        del quantum
-        np.copyto(out, signal)
-        for plane, into in paired_planes(signal, out):
-            self._restore_plane(plane, labels, into)
-        return out
-
-    def _restore_plane(
-        self, plane: Image, labels: NDArray[np.int16], into: Image
-    ) -> None:
-        halo = self._halo_px
-        padded = np.pad(np.maximum(plane, 0), halo)
-        for (level, shape), tiles in self._batches(labels).items():
-            regions = [self._montage.tile_region(*tile) for tile in tiles]
-            patches = np.stack([_with_halo(padded, r, halo) for r in regions])
-            restored = richardson_lucy(
-                patches, self._psfs[level], self._iterations, workers=self._workers
-            )
-            inner = restored[:, halo : halo + shape[0], halo : halo + shape[1]]
-            for tile, region, image in zip(tiles, regions, inner, strict=True):
-                place = region.rows, region.columns
-                weights = self._montage.tile_weights(*tile, region)
-                into[place] += weights * (image - plane[place])
-
-    def _batches(
-        self, labels: NDArray[np.int16]
-    ) -> dict[tuple[int, tuple[int, int]], list[tuple[int, int]]]:
-        """Group the tiles to restore by level and size."""
-        batches = defaultdict(list)
-        present = self._montage.tiles(labels)
-        for row, column in np.argwhere(defocused(present)):
-            shape = self._montage.tile_region(row, column).shape
-            batches[int(present[row, column]), shape].append((row, column))
-        return batches
-
-
-def _with_halo(padded: Image, region: Region, halo_px: int) -> Image:
-    """Cut a region and its halo out of a frame that is padded by the halo."""
-    rows = slice(region.rows.start, region.rows.stop + 2 * halo_px)
-    columns = slice(region.columns.start, region.columns.stop + 2 * halo_px)
-    return padded[rows, columns]

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.frame import DefocusMap, SeriesStart
 from rtfocus.machine import usable_threads
-from rtfocus.processing.camera import write_counts
+from rtfocus.processing.camera import Marks, write_counts
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.cpu.channel import OpenChannel, open_channel, share_threads
 from rtfocus.processing.cpu.classifier import Seen
-from rtfocus.processing.cpu.preparation import Marks
 from rtfocus.processing.device import Job, Prepared
 
 Image = NDArray[np.float32]
@@ -30,7 +29,7 @@ class _SlotBuffers:
     """Corrected frame."""
     restored: NDArray[Any] | None
     """Result on the camera's scale; None where no channel is restored."""
-    marks: Marks = field(default_factory=lambda: Marks((), None))
+    marks: Marks = field(default_factory=Marks)
     pedestal: float = 0.0
     """What a frame with negative values was lifted by."""
     seen: Seen | None = None
@@ -90,14 +89,14 @@ class CpuDevice:
     def enqueue(self, job: Job) -> None:
         """Correct a frame."""
         buffers, channel = self._slots[job.slot.index], self._channels[job.channel]
-        correction, pixels = channel.correction, job.slot.pixels
+        camera, pixels = job.plan.camera, job.slot.pixels
         with job.stage("correct"):
             if channel.classifier is None and channel.restorer is None:
                 # It is recorded alone: nobody reads a signal.
-                buffers.marks = correction.mark(pixels)
+                buffers.marks = camera.mark(pixels)
             else:
-                buffers.pedestal = job.plan.camera.pedestal(pixels)
-                buffers.marks = correction.to_signal(pixels, buffers.signal)
+                buffers.pedestal = camera.pedestal(pixels)
+                buffers.marks = camera.to_signal(pixels, buffers.signal)
                 if buffers.pedestal:
                     buffers.signal += np.float32(buffers.pedestal)
         job.flags = buffers.marks.flags
@@ -131,7 +130,7 @@ class CpuDevice:
             raise ValueError(msg)
         with job.stage("restore"):
             scratch = self._scratch(buffers.signal)
-            restorer.restore(
+            restorer.restore_frame(
                 buffers.signal, seen, scratch, quantum=job.plan.camera.quantum
             )
             self._store(job, scratch, restored)
@@ -146,7 +145,7 @@ class CpuDevice:
             return
         if buffers.pedestal:
             scratch -= np.float32(buffers.pedestal)
-        self._channels[job.channel].correction.to_counts(scratch, restored, invalid)
+        job.plan.camera.to_counts(scratch, restored, invalid)
 
     def close(self) -> None:
         """Free the engines; the buffers stay, somebody may still read a result."""

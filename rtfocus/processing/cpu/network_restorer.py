@@ -3,42 +3,121 @@
 Both end alike: ``out = signal + share * (restored - signal)``, with the share of
 the montage. Where only tiles in focus and background reach it is 0, and pixels
 come back as they went in. A network that knows no focus restores all of a frame.
-
-In the learned Wiener filter the network says of a tile, per radial frequency band, how
-much signal there is for one part of noise; the filter is ``conj(H) / (|H|^2 + 1 /
-SNR)`` with H that of the tile's level (Pronina et al. 2020 for the idea). Neighbouring
-tiles overlap by half of what they keep and are blended linearly.
 """
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
 
-from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.config.sections import ProcessingConfig
+from rtfocus.engines.card import EngineCard, input_of, output_of
+from rtfocus.engines.registry import FoundEngine
 from rtfocus.engines.spec_steps import Values
-from rtfocus.optics.formation import band_weights, edge_taper
-from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.errors import EngineError
+from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, known
-from rtfocus.processing.cpu.networks import TileNetwork, restored_tiles
-from rtfocus.processing.cpu.preparation import normalised
 from rtfocus.processing.evidence import Evidence
-from rtfocus.processing.montage import Montage, Region, axis_weights, pad
-from rtfocus.processing.restore import TAPER_PX, Spectrum, transfer_function
-from rtfocus.processing.windows import (
-    FrameTiles,
-    from_planes,
-    paired_planes,
-    restored_share,
-    to_planes,
-)
+from rtfocus.processing.montage import Montage, from_planes, to_planes
+from rtfocus.processing.windows import FrameTiles, restored_share
+from rtfocus.runtimes.cpu_backends import open_engine, runs_on
 
 Image = NDArray[np.float32]
+
+# Pixels that keep a core busy at once; more only takes memory.
+_BATCH_PX = 256 * 256
+
+
+class TileNetwork:
+    """A restorer's network, opened for batches of its tiles.
+
+    Any number of tiles goes through. Safe to use from several threads, which take
+    turns.
+
+    Parameters
+    ----------
+    found
+        Engine with its card.
+    settings
+        Backend and precision.
+    output
+        Tensor that is wanted; None: the card's first.
+    threads
+        Of the network.
+
+    Raises
+    ------
+    EngineError
+        If it is no network or cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        found: FoundEngine,
+        settings: ProcessingConfig,
+        *,
+        output: str | None = None,
+        threads: int = 1,
+    ) -> None:
+        tiles = input_of(found.card)
+        self._output = output_of(found.card).name if output is None else output
+        # Networks of other people may be made for one image at a time.
+        alone = found.card.sees_image_alone
+        self.batch = 1 if alone else max(1, _BATCH_PX // tiles.tile_px**2)
+        """Tiles per inference."""
+        self._engine = open_engine(
+            found,
+            settings,
+            shape=(self.batch, tiles.channels, tiles.tile_px, tiles.tile_px),
+            outputs=(self._output,),
+            threads=threads,
+        )
+        self.runs_on = runs_on(self._engine)
+        """Runtime and precision, e.g. ``openvino bf16``."""
+        self._turn = threading.Lock()
+
+    def run(self, tiles: Image, condition: Image | None) -> Image:
+        """Return the output for tiles (N, C, y, x) with conditions (N, entries)."""
+        found = []
+        for first in range(0, len(tiles), self.batch):
+            span = slice(first, first + self.batch)
+            number = len(tiles[span])
+            # What is fixed is faster than what may vary: a shorter last batch is
+            # filled up, and the rest is thrown away.
+            full, told = (
+                None if part is None else _filled(part[span], self.batch)
+                for part in (tiles, condition)
+            )
+            assert full is not None
+            with self._turn:
+                outputs = self._engine.infer(full, told)
+            found.append(outputs[self._output][:number])
+        return np.concatenate(found)
+
+    def restored(self, tiles: Image, condition: Image | None) -> Image:
+        """Return the restored tiles; EngineError if they have another shape."""
+        restored = np.asarray(self.run(tiles, condition), np.float32)
+        if restored.shape != tiles.shape:
+            msg = (
+                f"engine '{self._engine.name}': its output '{self._output}' is "
+                f"{restored.shape} for tiles of {tiles.shape}; a restorer returns "
+                "tiles of the size it is given"
+            )
+            raise EngineError(msg)
+        return restored
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine.close()
+
+
+def _filled(part: Image, batch: int) -> Image:
+    """Repeat the last of a batch until it is full."""
+    missing = batch - len(part)
+    if not missing:
+        return part
+    return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
 
 
 class TileNetworkRestorer:
@@ -65,16 +144,15 @@ class TileNetworkRestorer:
         conditions: Conditions,
         montage: Montage,
     ) -> None:
-        self.card = card
         self._network = network
+        self.runs_on = network.runs_on
         self._conditions = conditions
         self._montage = montage
         self._input = input_of(card)
-        self._output = "" if card.output is None else card.output.name
         self._normalisation = invertible_normalisation(card)
         self._tiles = FrameTiles(self._input, montage.shape)
 
-    def restore(
+    def restore_frame(
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`."""
@@ -93,9 +171,7 @@ class TileNetworkRestorer:
             into[...] = np.stack(
                 [normalised(p, *found) for p, found in zip(image, ranges, strict=True)]
             )
-            tiles = self._tiles.cut(into, places)
-            outputs = self._network.run(tiles, condition)
-            found = restored_tiles(self.card.name, outputs, self._output, tiles)
+            found = self._network.restored(self._tiles.cut(into, places), condition)
             into[...] = self._tiles.join(found, places)
             for plane, (offset, scale) in zip(into, ranges, strict=True):
                 plane *= np.float32(scale)
@@ -126,17 +202,16 @@ class WholeImageRestorer:
     def __init__(
         self, card: EngineCard, network: TileNetwork, shape: tuple[int, int]
     ) -> None:
-        if card.steps is None or card.output is None:
+        if card.steps is None:
             msg = f"engine '{card.name}' has no steps"
             raise ValueError(msg)
-        self.card = card
         self._network = network
+        self.runs_on = network.runs_on
         self._steps = card.steps
-        self._output = card.output.name
         self._channels = input_of(card).channels
         self._tiles = FrameTiles(input_of(card), shape)
 
-    def restore(
+    def restore_frame(
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`.
@@ -153,8 +228,7 @@ class WholeImageRestorer:
         for image, into in zip(images, restored, strict=True):
             shown = self._steps.show(image)
             tiles = self._tiles.cut(shown.image, places)
-            outputs = self._network.run(tiles, None)
-            found = restored_tiles(self.card.name, outputs, self._output, tiles)
+            found = self._network.restored(tiles, None)
             into[...] = self._steps.give(self._tiles.join(found, places), shown, image)
         # No light is negative; what is on a scale of its own is no light.
         least = -np.inf if self._steps.values is Values.own else 0
@@ -189,10 +263,11 @@ class JointRestorer:
     ) -> None:
         self._montage = montage
         self._own_pass = own_pass
+        self.runs_on = None if own_pass is None else own_pass.runs_on
         self._evidence = evidence
         self._turn = threading.Lock()
 
-    def restore(
+    def restore_frame(
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`."""
@@ -235,166 +310,3 @@ def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:
     change -= signal
     change *= share if signal.ndim == 2 else share[..., None]
     out += change
-
-
-Predict = Callable[[Image, Image], Image]
-"""From tiles (N, 1, y, x) and conditions (N, entries) to log SNR (N, band)."""
-
-_BATCH = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """What the filter of a level needs."""
-
-    psf: Image
-    """Axes (y, x), odd sides."""
-    condition: tuple[float, ...]
-    """What the network is told of tiles of this level."""
-
-
-class LearnedWienerRestorer:
-    """Restores frames of one channel, tile by tile; thread-safe if `predict` is.
-
-    Parameters
-    ----------
-    montage
-        Blending weights of the classifier's tiles.
-    levels
-        Per level that is restored.
-    predict
-        The network.
-    tile_px
-        Side of the tiles that the network sees, halo included.
-    halo_px
-        Pixels per side that a tile reads beyond what it keeps.
-    normalisation
-        What the network expects of a frame's values.
-    """
-
-    method = "learned_wiener"
-
-    def __init__(
-        self,
-        montage: Montage,
-        levels: Mapping[int, Level],
-        predict: Predict,
-        *,
-        tile_px: int,
-        halo_px: int,
-        normalisation: PercentileRange,
-    ) -> None:
-        self._montage = montage
-        self._levels = dict(levels)
-        self._predict = predict
-        self._tile_px = tile_px
-        self._halo_px = halo_px
-        self._normalisation = normalisation
-        self._transfers = {
-            number: transfer_function(level.psf, (tile_px, tile_px))
-            for number, level in self._levels.items()
-        }
-
-    def restore(
-        self,
-        signal: Image,
-        labels: NDArray[np.int16],
-        out: Image,
-        *,
-        quantum: float = 0.0,
-    ) -> Image:
-        """Restore a frame; see `DepthVariantRestorer.restore`."""
-        del quantum
-        np.copyto(out, signal)
-        for plane, into in paired_planes(signal, out):
-            self._restore_plane(plane, labels, into)
-        return out
-
-    def _restore_plane(
-        self, plane: Image, labels: NDArray[np.int16], into: Image
-    ) -> None:
-        offset, scale = (np.float32(v) for v in self._normalisation.fit(plane))
-        # Room for the halo and for a last tile that begins at the frame's edge.
-        height, width = (side + 2 * self._tile_px for side in plane.shape)
-        normalised = (plane - offset) / scale
-        padded = pad(normalised, (height, width), self._halo_px, "symmetric")
-        for number in self._montage.present(labels):
-            region = self._montage.region(labels, number)
-            weights = self._montage.weights(labels, number, region)
-            restored = self._restore_region(padded, region, number)
-            restored = np.maximum(restored * scale + offset, 0)
-            place = region.rows, region.columns
-            into[place] += weights * (restored - plane[place])
-
-    def _restore_region(self, padded: Image, region: Region, number: int) -> Image:
-        """Filter a rectangle with the PSF of one level; `padded` is the frame."""
-        own = self._tile_px - 2 * self._halo_px
-        rows, columns = (_tile_weights(side, own) for side in region.shape)
-        grid = list(np.ndindex(len(rows), len(columns)))
-        result = np.zeros(region.shape, np.float32)
-        for first in range(0, len(grid), _BATCH):
-            batch = grid[first : first + _BATCH]
-            restored = self._restore_tiles(padded, region, batch, number)
-            for (row, column), image in zip(batch, restored, strict=True):
-                top, left = row * own // 2, column * own // 2
-                into = result[top : top + own, left : left + own]
-                kept = image[: into.shape[0], : into.shape[1]]
-                down = rows[row, top : top + own]
-                across = columns[column, left : left + own]
-                into += down[:, None] * across * kept
-        return result
-
-    def _restore_tiles(
-        self, padded: Image, region: Region, batch: list[Any], number: int
-    ) -> Image:
-        """Restore some tiles of a region; returns them without halo."""
-        side, halo = self._tile_px, self._halo_px
-        stride = (side - 2 * halo) // 2
-        tiles = []
-        for row, column in batch:
-            top = region.rows.start + row * stride
-            left = region.columns.start + column * stride
-            tiles.append(padded[top : top + side, left : left + side])
-        stack = np.stack(tiles)
-        condition = np.array([self._levels[number].condition] * len(batch), np.float32)
-        log_snr = self._predict(stack[:, None], condition)
-        restored = filter_tiles(stack, self._transfers[number], log_snr)
-        return restored[:, halo : side - halo, halo : side - halo]
-
-
-def filter_tiles(tiles: Image, transfer: Spectrum, log_snr: Image) -> Image:
-    """Apply the Wiener filter of one OTF, each tile with its own SNR.
-
-    Parameters
-    ----------
-    tiles
-        Axes (tile, y, x).
-    transfer
-        OTF over the half spectrum of a tile, real or complex.
-    log_snr
-        Natural logarithm of signal power over noise power, axes (tile, band), bands
-        as in `rtfocus.optics.formation`.
-
-    Returns
-    -------
-    Image
-        Shape of `tiles`; brightness kept. The outer `TAPER_PX` and what the PSF
-        carries in from there are of no use.
-    """
-    shape = tiles.shape[1], tiles.shape[2]
-    bands = band_weights(shape, log_snr.shape[1])
-    noise = np.exp(np.tensordot(-log_snr, bands, axes=1))
-    gain = np.conj(transfer) / (np.abs(transfer) ** 2 + noise)
-    gain[:, 0, 0] = 1
-    mean = tiles.mean(axis=(1, 2), keepdims=True)
-    spectrum = fft.rfft2((tiles - mean) * edge_taper(shape, TAPER_PX))
-    restored = fft.irfft2(spectrum * gain, s=shape) + mean
-    return np.asarray(restored, dtype=np.float32)
-
-
-def _tile_weights(length: int, own_px: int) -> Image:
-    """Blending weights along one axis; axes (tile, pixel), a tile every half own."""
-    stride = own_px // 2
-    count = max(1, -(-length // stride) - 1)
-    centres = (own_px - 1) / 2 + stride * np.arange(count, dtype=np.float64)
-    return axis_weights(length, centres)

@@ -1,9 +1,8 @@
 """Patches: pieces of a frame that are restored one by one, in batches.
 
 Richardson-Lucy patch by patch as published (He 2020), and the learned Wiener filter, as
-`rtfocus.processing.cpu.depth_variant.TileRestorer` and
-`rtfocus.processing.cpu.network_restorer.LearnedWienerRestorer`. Which pieces there are
-depends on a frame's labels, so that nothing of it is recorded.
+`rtfocus.processing.cpu.patches`. Which pieces there are depends on a frame's labels, so
+that nothing of it is recorded.
 """
 
 from collections.abc import Mapping

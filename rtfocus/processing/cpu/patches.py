@@ -1,0 +1,330 @@
+"""Patches: pieces of a frame that are restored one by one.
+
+`TileRestorer` is LB-DVD as published, patch by patch in batches: slower than
+`rtfocus.processing.cpu.depth_variant`, the same away from the borders of patches, and
+kept as the reproduction of He 2020 that the other is measured against.
+
+In the learned Wiener filter a network says of a tile, per radial frequency band, how
+much signal there is for one part of noise; the filter is ``conj(H) / (|H|^2 + 1 /
+SNR)`` with H that of the tile's level (Pronina et al. 2020 for the idea). Neighbouring
+tiles overlap by half of what they keep and are blended linearly.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from rtfocus.optics.formation import band_weights, edge_taper
+from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.processing.cpu.depth_variant import LevelRestorer, Planes, iterate
+from rtfocus.processing.cpu.network_restorer import TileNetwork
+from rtfocus.processing.montage import Montage, Region, axis_weights, defocused, pad
+from rtfocus.processing.restore import (
+    DEFAULT_ITERATIONS,
+    PAPER_HALO_PX,
+    PATCH_BY_PATCH,
+    TAPER_PX,
+    Spectrum,
+    patch_shape,
+    transfer_function,
+)
+
+Image = NDArray[np.float32]
+
+Start = Literal["image", "flat"]
+
+_FLAT = 0.5
+"""The constant scikit-image starts from, for images scaled to [0, 1]."""
+
+
+def richardson_lucy(
+    image: NDArray[Any],
+    psf: NDArray[Any],
+    iterations: int = DEFAULT_ITERATIONS,
+    *,
+    start: Start = "image",
+    workers: int = 1,
+) -> NDArray[Any]:
+    """Deconvolve an image with zeros beyond its borders.
+
+    Parameters
+    ----------
+    image
+        Axes (..., y, x), non-negative; float64 is kept, all else becomes float32.
+    psf
+        Axes (y, x), odd sides, sums to 1.
+    iterations
+        Each costs four Fourier transforms.
+    start
+        ``image``: the blurred image (He 2020, LB-DVD). ``flat``: 0.5 everywhere,
+        as ``skimage.restoration.richardson_lucy``, for images in [0, 1].
+    workers
+        Threads of the transforms.
+
+    Returns
+    -------
+    NDArray
+        Shape of `image`; not clipped.
+
+    References
+    ----------
+    .. [1] L. He et al., 2020, eq. 3.
+    """
+    dtype = np.float64 if image.dtype == np.float64 else np.float32
+    signal = np.asarray(image, dtype=dtype)
+    height, width = patch_shape((signal.shape[-2], signal.shape[-1]), psf.shape)
+    transfer = transfer_function(psf.astype(dtype), (height, width))
+    estimate = signal if start == "image" else np.full_like(signal, _FLAT)
+    return iterate(
+        signal,
+        transfer,
+        [np.conj(transfer)] * iterations,
+        shape=(height, width),
+        start=estimate,
+        workers=workers,
+    )
+
+
+class TileRestorer(LevelRestorer):
+    """Richardson-Lucy on each tile by itself, blended by the montage weights.
+
+    Parameters
+    ----------
+    montage
+        Blending weights of the frame's tiles; a tile is what its weight covers.
+    psfs
+        PSF per level, for every level but 0.
+    iterations
+        Of Richardson-Lucy.
+    halo_px
+        Context per side: neighbouring pixels, 0 beyond the frame.
+    workers
+        Threads of the Fourier transforms.
+    """
+
+    method = PATCH_BY_PATCH
+
+    def __init__(
+        self,
+        montage: Montage,
+        psfs: Mapping[int, Image],
+        *,
+        iterations: int | None = None,
+        halo_px: int | None = None,
+        workers: int = 1,
+    ) -> None:
+        self._montage = montage
+        self._psfs = dict(psfs)
+        self._iterations = iterations or DEFAULT_ITERATIONS
+        self._halo_px = PAPER_HALO_PX if halo_px is None else halo_px
+        self._workers = workers
+
+    def _restore_planes(
+        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
+    ) -> None:
+        del quantum
+        for plane, into in pairs:
+            self._restore_plane(plane, labels, into)
+
+    def _restore_plane(
+        self, plane: Image, labels: NDArray[np.int16], into: Image
+    ) -> None:
+        halo = self._halo_px
+        padded = np.pad(np.maximum(plane, 0), halo)
+        for (level, shape), tiles in self._batches(labels).items():
+            regions = [self._montage.tile_region(*tile) for tile in tiles]
+            patches = np.stack([_with_halo(padded, r, halo) for r in regions])
+            restored = richardson_lucy(
+                patches, self._psfs[level], self._iterations, workers=self._workers
+            )
+            inner = restored[:, halo : halo + shape[0], halo : halo + shape[1]]
+            for tile, region, image in zip(tiles, regions, inner, strict=True):
+                place = region.rows, region.columns
+                weights = self._montage.tile_weights(*tile, region)
+                into[place] += weights * (image - plane[place])
+
+    def _batches(
+        self, labels: NDArray[np.int16]
+    ) -> dict[tuple[int, tuple[int, int]], list[tuple[int, int]]]:
+        """Group the tiles to restore by level and size."""
+        batches = defaultdict(list)
+        present = self._montage.tiles(labels)
+        for row, column in np.argwhere(defocused(present)):
+            shape = self._montage.tile_region(row, column).shape
+            batches[int(present[row, column]), shape].append((row, column))
+        return batches
+
+
+def _with_halo(padded: Image, region: Region, halo_px: int) -> Image:
+    """Cut a region and its halo out of a frame that is padded by the halo."""
+    rows = slice(region.rows.start, region.rows.stop + 2 * halo_px)
+    columns = slice(region.columns.start, region.columns.stop + 2 * halo_px)
+    return padded[rows, columns]
+
+
+Predict = Callable[[Image, Image], Image]
+"""From tiles (N, 1, y, x) and conditions (N, entries) to log SNR (N, band)."""
+
+_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What the filter of a level needs."""
+
+    psf: Image
+    """Axes (y, x), odd sides."""
+    condition: tuple[float, ...]
+    """What the network is told of tiles of this level."""
+
+
+class LearnedWienerRestorer(LevelRestorer):
+    """Restores frames of one channel, tile by tile; thread-safe if `predict` is.
+
+    Parameters
+    ----------
+    montage
+        Blending weights of the classifier's tiles.
+    levels
+        Per level that is restored.
+    predict
+        The network.
+    tile_px
+        Side of the tiles that the network sees, halo included.
+    halo_px
+        Pixels per side that a tile reads beyond what it keeps.
+    normalisation
+        What the network expects of a frame's values.
+    network
+        What `predict` runs, closed by `close`; None: somebody else closes it.
+    """
+
+    def __init__(
+        self,
+        montage: Montage,
+        levels: Mapping[int, Level],
+        predict: Predict,
+        *,
+        tile_px: int,
+        halo_px: int,
+        normalisation: PercentileRange,
+        network: TileNetwork | None = None,
+    ) -> None:
+        self._network = network
+        self.runs_on = None if network is None else network.runs_on
+        self._montage = montage
+        self._levels = dict(levels)
+        self._predict = predict
+        self._tile_px = tile_px
+        self._halo_px = halo_px
+        self._normalisation = normalisation
+        self._transfers = {
+            number: transfer_function(level.psf, (tile_px, tile_px))
+            for number, level in self._levels.items()
+        }
+
+    def close(self) -> None:
+        """Free the network."""
+        if self._network is not None:
+            self._network.close()
+
+    def _restore_planes(
+        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
+    ) -> None:
+        del quantum
+        for plane, into in pairs:
+            self._restore_plane(plane, labels, into)
+
+    def _restore_plane(
+        self, plane: Image, labels: NDArray[np.int16], into: Image
+    ) -> None:
+        offset, scale = (np.float32(v) for v in self._normalisation.fit(plane))
+        # Room for the halo and for a last tile that begins at the frame's edge.
+        height, width = (side + 2 * self._tile_px for side in plane.shape)
+        normalised = (plane - offset) / scale
+        padded = pad(normalised, (height, width), self._halo_px, "symmetric")
+        for number in self._montage.present(labels):
+            region = self._montage.region(labels, number)
+            weights = self._montage.weights(labels, number, region)
+            restored = self._restore_region(padded, region, number)
+            restored = np.maximum(restored * scale + offset, 0)
+            place = region.rows, region.columns
+            into[place] += weights * (restored - plane[place])
+
+    def _restore_region(self, padded: Image, region: Region, number: int) -> Image:
+        """Filter a rectangle with the PSF of one level; `padded` is the frame."""
+        own = self._tile_px - 2 * self._halo_px
+        rows, columns = (_tile_weights(side, own) for side in region.shape)
+        grid = list(np.ndindex(len(rows), len(columns)))
+        result = np.zeros(region.shape, np.float32)
+        for first in range(0, len(grid), _BATCH):
+            batch = grid[first : first + _BATCH]
+            restored = self._restore_tiles(padded, region, batch, number)
+            for (row, column), image in zip(batch, restored, strict=True):
+                top, left = row * own // 2, column * own // 2
+                into = result[top : top + own, left : left + own]
+                kept = image[: into.shape[0], : into.shape[1]]
+                down = rows[row, top : top + own]
+                across = columns[column, left : left + own]
+                into += down[:, None] * across * kept
+        return result
+
+    def _restore_tiles(
+        self, padded: Image, region: Region, batch: list[Any], number: int
+    ) -> Image:
+        """Restore some tiles of a region; returns them without halo."""
+        side, halo = self._tile_px, self._halo_px
+        stride = (side - 2 * halo) // 2
+        tiles = []
+        for row, column in batch:
+            top = region.rows.start + row * stride
+            left = region.columns.start + column * stride
+            tiles.append(padded[top : top + side, left : left + side])
+        stack = np.stack(tiles)
+        condition = np.array([self._levels[number].condition] * len(batch), np.float32)
+        log_snr = self._predict(stack[:, None], condition)
+        restored = filter_tiles(stack, self._transfers[number], log_snr)
+        return restored[:, halo : side - halo, halo : side - halo]
+
+
+def filter_tiles(tiles: Image, transfer: Spectrum, log_snr: Image) -> Image:
+    """Apply the Wiener filter of one OTF, each tile with its own SNR.
+
+    Parameters
+    ----------
+    tiles
+        Axes (tile, y, x).
+    transfer
+        OTF over the half spectrum of a tile, real or complex.
+    log_snr
+        Natural logarithm of signal power over noise power, axes (tile, band), bands
+        as in `rtfocus.optics.formation`.
+
+    Returns
+    -------
+    Image
+        Shape of `tiles`; brightness kept. The outer `TAPER_PX` and what the PSF
+        carries in from there are of no use.
+    """
+    shape = tiles.shape[1], tiles.shape[2]
+    bands = band_weights(shape, log_snr.shape[1])
+    noise = np.exp(np.tensordot(-log_snr, bands, axes=1))
+    gain = np.conj(transfer) / (np.abs(transfer) ** 2 + noise)
+    gain[:, 0, 0] = 1
+    mean = tiles.mean(axis=(1, 2), keepdims=True)
+    spectrum = fft.rfft2((tiles - mean) * edge_taper(shape, TAPER_PX))
+    restored = fft.irfft2(spectrum * gain, s=shape) + mean
+    return np.asarray(restored, dtype=np.float32)
+
+
+def _tile_weights(length: int, own_px: int) -> Image:
+    """Blending weights along one axis; axes (tile, pixel), a tile every half own."""
+    stride = own_px // 2
+    count = max(1, -(-length // stride) - 1)
+    centres = (own_px - 1) / 2 + stride * np.arange(count, dtype=np.float64)
+    return axis_weights(length, centres)
