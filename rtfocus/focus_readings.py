@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
+from rtfocus.autofocus.policy import EstimatorSettings, read_focus
 from rtfocus.config import Config
 from rtfocus.engines.registry import find_engine, parts, step_um
 from rtfocus.errors import WriterError

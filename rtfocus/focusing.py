@@ -21,11 +21,10 @@ from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
-from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Correction, Holder, Key
 from rtfocus.autofocus.plans import asking_for_focus
-from rtfocus.autofocus.policy import Limits
+from rtfocus.autofocus.policy import EstimatorSettings, Limits, read_focus
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError

@@ -8,8 +8,8 @@ import pytest
 from loop_kit import OPTICS
 from pydantic import TypeAdapter
 
+from rtfocus.autofocus.appearance import amplitude_spectrum
 from rtfocus.autofocus.calibration import Calibration, save_calibration
-from rtfocus.autofocus.estimator import amplitude_spectrum
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem

@@ -13,7 +13,7 @@ from rtfocus.autofocus.belief import (
     modes_of_reading,
     modes_of_weights,
 )
-from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
+from rtfocus.autofocus.policy import EstimatorSettings, read_focus
 from rtfocus.frame import DefocusMap, FocusReading, TileGrid
 
 RULE = EstimatorSettings(unit_um=2.0, range_um=20.0, base_sd=0.2, relative_sd=0.0)
