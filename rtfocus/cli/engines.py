@@ -3,10 +3,9 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from enum import StrEnum
 from pathlib import Path
 from threading import Event
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,19 +13,23 @@ from rich.markup import escape
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from rtfocus.cli.commands import OverwriteOption
+from rtfocus.cli.commands import OverwriteOption, read_config
 from rtfocus.cli.endings import interruptible
-from rtfocus.cli.engine_facts import VALUES, facts
+from rtfocus.engines.card import EngineCard, verified_file
 from rtfocus.engines.registry import (
     FoundEngine,
     find_engine,
     list_engines,
     remove_engine,
+    step_um,
+    why_unfit,
 )
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import ConfigError, EngineError
+from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
-from rtfocus.runtimes.gpu import Gpu, gpu_request
+from rtfocus.runtimes.cpu_backends import BACKENDS
+from rtfocus.runtimes.gpu import GPU_BACKENDS, Gpu, gpu_request
 from rtfocus.runtimes.tensorrt.build import Progress
 from rtfocus.runtimes.tensorrt.library import (
     LIBRARIES,
@@ -44,11 +47,105 @@ from rtfocus.runtimes.tensorrt.plans import (
 from rtfocus.sharing.admission import add_model
 from rtfocus.sharing.export import export_bioimageio
 
-app = typer.Typer(
-    name="engines",
-    invoke_without_command=True,
-    rich_markup_mode="rich",
-)
+Row = tuple[str, str]
+"""Topic and what is said of it."""
+
+VALUES = {
+    Values.input: "as those of its input",
+    Values.shown: "as those it is shown, so the steps before it are undone",
+    Values.own: "on a scale of its own: only for store.restored_dtype: float32",
+}
+
+
+def _tensors(card: EngineCard) -> Iterator[Row]:
+    if card.input is not None:
+        tiles = card.input
+        colour = "grey" if tiles.channels == 1 else "RGB"
+        halo = f" with a halo of {tiles.halo_px} px" if tiles.halo_px else ""
+        every = "" if card.kind == "restorer" else f" every {tiles.stride_px:g} px"
+        yield "sees", f"{colour} tiles of {tiles.tile_px} px{halo}{every}"
+        if card.steps is None:
+            yield "normalisation", str(card.normalisation.get("name"))
+    if card.steps is not None:
+        around = {"before it": card.steps.before, "after it": card.steps.after}
+        for topic, steps in around.items():
+            yield topic, ", ".join(step.id for step in steps) or "nothing"
+        yield "its values", VALUES[card.steps.values]
+    if card.condition is not None:
+        yield "is told", ", ".join(card.condition.entries)
+    given = []
+    if card.output is not None and card.output.labels:
+        given.append(f"{len(card.output.labels)} labels")
+    if card.kind != "classifier":
+        given.append("restored image")
+    if card.kernel_output is not None:
+        side = card.kernel_output.size_px
+        given.append(f"blur kernel of {side} x {side} px")
+    yield "gives", ", ".join(given)
+    if card.levels is not None:
+        signed = "both sides of focus" if card.levels.signed else "no direction"
+        range_um = f"{card.levels.count} from focus on, {card.levels.step_um:g} um"
+        yield "levels", f"{range_um}, {signed}"
+
+
+def _files(found: FoundEngine) -> tuple[list[Row], bool]:
+    """Describe every weights file; second: whether one is not in order."""
+    rows: list[Row] = []
+    damaged = False
+    for precision in found.card.files:
+        try:
+            path = verified_file(found.folder, found.card, precision)
+            size = path.stat().st_size / 1e6
+            said = f"{path.name}, {size:.2f} MB, sha256 as on the card"
+        except EngineError as error:
+            said, damaged = str(error), True
+        rows.append((f"weights {precision}", said))
+    return rows, damaged
+
+
+def _cost(found: FoundEngine) -> Iterator[Row]:
+    count = multiply_adds_per_pixel(found)
+    if count is not None:
+        yield "multiply-adds", f"{count:,.0f} per pixel"
+
+
+def _optics(card: EngineCard, config: str | None) -> Iterator[Row]:
+    if card.optics is None:
+        return
+    lowest, highest = card.optics.sampling_min, card.optics.sampling_max
+    yield "trained for", f"pixels of {lowest:g} to {highest:g} lambda/NA"
+    if config is None:
+        return
+    for channel in read_config(config, None).channels:
+        topic = f"fits '{channel.name}'"
+        if channel.optics is None:
+            yield topic, "unknown: the channel has no optics"
+            continue
+        why = why_unfit(card, channel.optics)
+        step = step_um(card, channel.optics)
+        yield topic, f"yes, levels of {step:.3g} um" if why is None else f"no: {why}"
+
+
+def _runtimes(card: EngineCard) -> Iterator[Row]:
+    if not card.is_network:
+        yield "runs on", "any CPU: no network"
+        return
+    for cpu in BACKENDS:
+        yield f"on {cpu.name}", cpu.why_unavailable() or "yes"
+    if card.sees_image_alone:
+        yield "on a GPU", "no: a model of bioimage.io"
+        return
+    for gpu in GPU_BACKENDS:
+        yield f"on {gpu.name}", gpu.why_unavailable(None) or "yes, given a GPU"
+
+
+def _history(card: EngineCard) -> Iterator[Row]:
+    for title, entries in (("trained", card.trained), ("figures", card.figures)):
+        for key, value in entries.items():
+            yield f"{title}: {key}", str(value)
+
+
+app = typer.Typer(name="engines", invoke_without_command=True, rich_markup_mode="rich")
 
 
 def add_to(commands: typer.Typer) -> None:
@@ -116,10 +213,24 @@ def info(
     [bold]Example:[/] rtfocus engines info delpnet --config demo
     """
     found = find_engine(name, folder or ())
+    card = found.card
+    files, damaged = _files(found)
+    rows = [
+        ("name", found.name),
+        ("folder", str(found.folder)),
+        ("kind", card.kind),
+        ("implementation", card.implementation),
+        *([("description", card.description)] if card.description else ()),
+        *_tensors(card),
+        *files,
+        *(() if damaged else _cost(found)),
+        *_optics(card, config),
+        *_runtimes(card),
+        *_history(card),
+    ]
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    rows, damaged = facts(found, config)
     for topic, said in rows:
         table.add_row(topic, escape(said))
     Console().print(table)
@@ -191,33 +302,13 @@ def export_model(
     """
     found = find_engine(name, folder or ())
     written = export_bioimageio(
-        found,
-        output,
-        authors=author,
-        cite=cite,
-        licence=licence,
-        overwrite=overwrite,
+        found, output, authors=author, cite=cite, licence=licence, overwrite=overwrite
     )
     typer.echo(f"exported {found.kind} '{found.name}' to {written}")
 
 
-ALL = "all"
-
-
-class BackendChoice(StrEnum):
-    """Libraries that need a plan."""
-
-    auto = "auto"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt_rtx"
-
-
-class PrecisionChoice(StrEnum):
-    """Weights files an engine may have."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
+Backend = Literal["auto", "tensorrt", "tensorrt_rtx"]
+"""Libraries that need a plan."""
 
 
 @app.command()
@@ -226,10 +317,10 @@ def build(
         str, typer.Argument(help="Engine to build, or [bold]all[/] there are.")
     ],
     backend: Annotated[
-        BackendChoice, typer.Option(help="auto: tensorrt, then tensorrt_rtx.")
-    ] = BackendChoice.auto,
+        Backend, typer.Option(help="auto: tensorrt, then tensorrt_rtx.")
+    ] = "auto",
     precision: Annotated[
-        PrecisionChoice | None,
+        Literal["fp32", "fp16", "int8"] | None,
         typer.Option(help="Default: fp16 where the engine has it, else fp32."),
     ] = None,
     gpu: Annotated[
@@ -260,12 +351,7 @@ def build(
     shape = _shape(frame)
     library, device, target = _target(backend, gpu, capability)
     for found in _chosen(name):
-        request = gpu_request(
-            found,
-            shape,
-            None if precision is None else precision.value,
-            tf32=tf32,
-        )
+        request = gpu_request(found, shape, precision, tf32=tf32)
         context = nullcontext() if device is None else current_context(device.gpu_index)
         with context, interruptible() as (stop, _), _bar(found.name, stop) as progress:
             plan = ready_plan(
@@ -279,7 +365,7 @@ def build(
 
 
 def _chosen(name: str) -> list[FoundEngine]:
-    if name != ALL:
+    if name != "all":
         return [find_engine(name)]
     return [
         found
@@ -289,7 +375,7 @@ def _chosen(name: str) -> list[FoundEngine]:
 
 
 def _target(
-    backend: BackendChoice, gpu: int | None, capability: str | None
+    backend: Backend, gpu: int | None, capability: str | None
 ) -> tuple[TensorRt, Gpu | None, PlanTarget]:
     """Return the library, the GPU if one is at hand, and what the plan is for."""
     library = _library(backend)
@@ -306,10 +392,10 @@ def _target(
     return library, None, ANY_CARD
 
 
-def _library(backend: BackendChoice) -> TensorRt:
+def _library(backend: Backend) -> TensorRt:
     reasons = []
     for name in LIBRARIES:
-        if backend in (BackendChoice.auto, name):
+        if backend in ("auto", name):
             why = why_not_importable(name)
             if why is None:
                 return import_tensorrt(name)

@@ -5,9 +5,8 @@ what a network saw, tile by tile, as numbers and a picture.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tifffile
@@ -50,13 +49,6 @@ commands = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-
-
-class Direction(StrEnum):
-    """Where the specimen goes when the z of a stack increases."""
-
-    AWAY = "away"
-    NEARER = "nearer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +154,9 @@ def fit(
         Path | None, typer.Option(help="Stacks: file with one z in um per plane.")
     ] = None,
     z_increases: Annotated[
-        Direction,
+        Literal["away", "nearer"],
         typer.Option(help="Stacks: where the specimen goes, seen from the objective."),
-    ] = Direction.AWAY,
+    ] = "away",
     channel_index: Annotated[
         int, typer.Option(min=0, help="Stacks: which channel of the file.")
     ] = 0,
@@ -216,7 +208,7 @@ def fit(
             z_csv=z_csv,
             step_um=step_um,
             channel=channel_index,
-            descending=z_increases is Direction.NEARER,
+            descending=z_increases == "nearer",
         )
         start = nominal.optics(planes.pixel_size_um)
         with passing_time("fitting the optics to the stack"):

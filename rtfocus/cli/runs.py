@@ -6,7 +6,6 @@ images told it: held, and as it would have become had the stage stood still.
 """
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -218,19 +217,7 @@ def check(
         raise typer.Exit(report.outcome.exit_code)
 
 
-class ImageChoice(StrEnum):
-    """Images of a run."""
-
-    raw = "raw"
-    restored = "restored"
-    defocus = "defocus"
-
-
-class VersionChoice(StrEnum):
-    """Versions of OME-Zarr."""
-
-    v05 = "0.5"
-    v04 = "0.4"
+ImageChoice = Literal["raw", "restored", "defocus"]
 
 
 def export(
@@ -255,8 +242,8 @@ def export(
         typer.Option(help="Run: what to export; repeatable. Default: all it has."),
     ] = None,
     zarr_version: Annotated[
-        VersionChoice, typer.Option(help="Run: version of an OME-Zarr.")
-    ] = VersionChoice.v05,
+        Literal["0.5", "0.4"], typer.Option(help="Run: version of an OME-Zarr.")
+    ] = "0.5",
     mean_with: Annotated[
         Path | None,
         typer.Option(
@@ -288,7 +275,7 @@ def export(
 
     rtfocus export checkpoints/delpnet/last.pt -o engines/delpnet
     """
-    of_run = {"--image": image, "--zarr-version": zarr_version != VersionChoice.v05}
+    of_run = {"--image": image, "--zarr-version": zarr_version != "0.5"}
     of_engine = {
         "--mean-with": mean_with,
         "--half-weights": half_weights,
@@ -296,7 +283,7 @@ def export(
     }
     if (source / HEADER_NAME).is_file():
         _refuse(of_engine, f"'{source}' is a run")
-        _export_run(source, output, image or [], zarr_version.value, overwrite)
+        _export_run(source, output, image or [], zarr_version, overwrite)
         return
     if source.is_dir():
         msg = f"'{source}' is no run folder (no {HEADER_NAME}) and no checkpoint file"
@@ -337,7 +324,7 @@ def _export_run(
     export = RunExport(
         open_run(folder),
         output,
-        kinds=[image.value for image in images],
+        kinds=images,
         zarr_version=zarr_version,
         overwrite=overwrite,
     )

@@ -5,10 +5,9 @@ Torch is imported only when a training runs.
 
 import shlex
 import sys
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -166,12 +165,13 @@ DATA_VARIABLE = "RTFOCUS_DATA"
 _PIPED_WIDTH = 160
 
 
-class Told(StrEnum):
-    """What engines are told of the optics."""
-
-    OPTICS = "optics"
-    NOTHING = "nothing"
-    BOTH = "both"
+Told = Literal["optics", "nothing", "both"]
+"""What engines are told of the optics."""
+_BLIND: dict[Told, tuple[bool, ...]] = {
+    "optics": (False,),
+    "nothing": (True,),
+    "both": (False, True),
+}
 
 
 def evaluate(
@@ -198,7 +198,7 @@ def evaluate(
     ] = Path("evaluation"),
     tell: Annotated[
         Told, typer.Option(help="Tell engines the optics, nothing, or try both.")
-    ] = Told.OPTICS,
+    ] = "optics",
     blind: Annotated[
         bool, typer.Option("--blind", help="The same as --tell nothing.")
     ] = False,
@@ -250,9 +250,9 @@ def evaluate(
     )
     sets = wish.data_sets()
     _refuse_equal_names(sets)
-    told = Told.NOTHING if blind else tell
+    told: Told = "nothing" if blind else tell
     contenders = [
-        wish.contender(name, blind=way) for name in engines for way in _ways(told)
+        wish.contender(name, blind=way) for name in engines for way in _BLIND[told]
     ]
     rows = _rows(contenders)
     names = report_names(rows, [one.name for one in sets])
@@ -358,15 +358,6 @@ def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[O
                 outcomes.append(evaluate_one(one, data, config, on_frame=advance))
                 progress.remove_task(task)
     return outcomes
-
-
-def _ways(told: Told) -> tuple[bool, ...]:
-    """Whether engines run blind."""
-    return {
-        Told.OPTICS: (False,),
-        Told.NOTHING: (True,),
-        Told.BOTH: (False, True),
-    }[told]
 
 
 def _rows(contenders: list[Contender]) -> list[Contender]:

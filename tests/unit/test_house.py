@@ -12,7 +12,7 @@ HOUSE = count()
 
 def test_the_house_does_not_splinter() -> None:
     most = Counts(
-        modules=212, by_one=38, depth=11, processing_lines=9_478, longest_lines=458
+        modules=211, by_one=37, depth=11, processing_lines=9_478, longest_lines=458
     )
     grown = {
         name: (is_now, limit)
