@@ -258,7 +258,8 @@ def test_blind_richardson_lucy_is_that_of_the_cpu(work, memory, frame, psfs):
 def test_two_tiles_per_axis_tell_all_weights(window, rows):
     montage = Montage(TileGrid(rows, 5, 96, 48, 36, signed=False), SHAPE, window)
     weights, _ = montage.axes
-    first, second, share = neighbours(weights, montage.step)
+    table = neighbours(weights, montage.step)
+    first, second, share = (table[name] for name in ("first", "second", "share"))
     rebuilt = np.zeros((rows, SHAPE[0]), np.float32)
     pixels = np.arange(SHAPE[0])
     np.add.at(rebuilt, (first, pixels), 1 - share)

@@ -11,6 +11,7 @@ per cent and 12 to one per mille, which two separable convolutions pay with 1,80
 the work space in the second-level cache of a large GPU.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -105,19 +106,66 @@ def largest_shape(whole: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
     return max(heights), max(widths)
 
 
-class WienerDeconvolution:
-    """Wiener filters of all levels, strength read from each image.
+class Deconvolution(ABC):
+    """Restores padded planes of any size, level by level.
 
     Parameters
     ----------
     memory
         Where the work space lies.
     transforms
-        Of the padded images.
+        Of the padded planes.
     psfs
         PSF per level.
     whole
         Height and width of the padded frame, per level.
+    spectra, images
+        How many of each it works on beside what it is handed.
+    """
+
+    positive = True
+    """Whether it is handed the signal without negative values."""
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        transforms: Transforms,
+        psfs: Mapping[int, Image],
+        whole: Mapping[int, tuple[int, int]],
+        *,
+        spectra: int = 1,
+        images: int = 1,
+    ) -> None:
+        self._transforms = transforms
+        self._transfers = LevelTransfers(memory, transforms, psfs, whole)
+        self._light = Light(memory)
+        largest = largest_shape(whole)
+        half = spectrum_shape(largest)
+        self._spectra = [
+            memory.allocate(half, np.complex64, "spectra") for _ in range(spectra)
+        ]
+        self._images = [
+            memory.allocate(largest, np.float32, "spectra") for _ in range(images)
+        ]
+
+    def look(self, work: Work, padded: DeviceArray) -> None:
+        """Enqueue what is found of a plane once, whatever the levels: the light."""
+        self._light.enqueue(work, padded)
+
+    @abstractmethod
+    def restore(
+        self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
+    ) -> None:
+        """Enqueue the restoration of the plane looked at last, by one level's PSF."""
+
+
+class WienerDeconvolution(Deconvolution):
+    """Wiener filters of all levels, strength read from each image.
+
+    Parameters
+    ----------
+    memory, transforms, psfs, whole
+        As of `Deconvolution`.
     quantum
         Step between the camera's values; 0 for float frames.
     noise_to_signal
@@ -127,7 +175,6 @@ class WienerDeconvolution:
     """
 
     positive = False
-    """Whether it is handed the signal without negative values."""
 
     def __init__(
         self,
@@ -140,26 +187,20 @@ class WienerDeconvolution:
         noise_to_signal: float | None,
         gain_e_per_count: float | None,
     ) -> None:
-        self._transforms = transforms
-        self._transfers = LevelTransfers(memory, transforms, psfs, whole)
+        super().__init__(memory, transforms, psfs, whole, spectra=2, images=0)
         self._given = noise_to_signal or 0.0
         self._quantum = quantum
         self._inverse_gain = 0.0 if gain_e_per_count is None else 1 / gain_e_per_count
-        largest = largest_shape(whole)
-        half = spectrum_shape(largest)
-        self._spectrum = memory.allocate(half, np.complex64, "spectra")
-        self._filtered = memory.allocate(half, np.complex64, "spectra")
         self._ratio = memory.allocate((1,), np.float32, "Wiener filters")
         self._band_sums = memory.allocate((3, PARTS), np.float64, "Wiener filters")
-        self._light = Light(memory)
-        self._noise = Noise(memory, largest)
+        self._noise = Noise(memory, largest_shape(whole))
 
     def look(self, work: Work, padded: DeviceArray) -> None:
         """Transform an image, and find how strong its noise is."""
-        spectrum = self._spectrum.shaped(spectrum_shape(padded.shape))
+        spectrum = self._spectra[0].shaped(spectrum_shape(padded.shape))
         self._transforms.forward(work, padded, spectrum)
         if not self._given:
-            self._light.enqueue(work, padded)
+            super().look(work, padded)
             self._noise.enqueue(work, padded)
 
     def restore(
@@ -167,8 +208,7 @@ class WienerDeconvolution:
     ) -> None:
         """Restore with one inverse transform."""
         transfer = self._transfers.enqueue(work, level, out)
-        spectrum = self._spectrum.shaped(transfer.shape)
-        filtered = self._filtered.shaped(transfer.shape)
+        spectrum, filtered = (half.shaped(transfer.shape) for half in self._spectra)
         if not self._given:
             self._find_ratio(work, padded, spectrum, transfer)
         work.launch(
@@ -222,26 +262,18 @@ class WienerDeconvolution:
         )
 
 
-class RichardsonLucyDeconvolution:
+class RichardsonLucyDeconvolution(Deconvolution):
     """Richardson-Lucy of all levels.
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
-    transforms
-        Of the padded images.
-    psfs
-        PSF per level.
-    whole
-        Height and width of the padded frame, per level.
+    memory, transforms, psfs, whole
+        As of `Deconvolution`.
     method
         ``richardson_lucy`` or ``richardson_lucy_accelerated``.
     iterations
         None: 15, accelerated 4.
     """
-
-    positive = True
 
     def __init__(
         self,
@@ -253,29 +285,19 @@ class RichardsonLucyDeconvolution:
         method: str,
         iterations: int | None,
     ) -> None:
-        self._transforms = transforms
-        self._transfers = LevelTransfers(memory, transforms, psfs, whole)
+        super().__init__(memory, transforms, psfs, whole)
         self._steps = {
             level: iteration_steps(psf, method, iterations)
             for level, psf in psfs.items()
         }
-        largest = largest_shape(whole)
-        half = spectrum_shape(largest)
-        self._spectrum = memory.allocate(half, np.complex64, "spectra")
-        self._blurred = memory.allocate(largest, np.float32, "spectra")
-        self._light = Light(memory)
-
-    def look(self, work: Work, padded: DeviceArray) -> None:
-        """Find the brightest pixel of an image."""
-        self._light.enqueue(work, padded)
 
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
     ) -> None:
         """Iterate, starting from the blurred image (He 2020)."""
         transfer = self._transfers.enqueue(work, level, out)
-        spectrum = self._spectrum.shaped(transfer.shape)
-        blurred = self._blurred.shaped(padded.shape)
+        spectrum = self._spectra[0].shaped(transfer.shape)
+        blurred = self._images[0].shaped(padded.shape)
         scale, bins = 1 / padded.count, spectrum.count
         work.copy(out, padded)
         for steps in self._steps[level]:
@@ -304,7 +326,7 @@ def positive_update(work: Work, estimate: DeviceArray, correction: DeviceArray) 
     work.launch("richardson_lucy_update", count, estimate, correction, count)
 
 
-class BlindRichardsonLucyDeconvolution:
+class BlindRichardsonLucyDeconvolution(Deconvolution):
     """Richardson-Lucy that finds the kernel too, as its like on the CPU.
 
     The kernel is an image of the padded size, 0 outside its window: multiplicative
@@ -312,19 +334,11 @@ class BlindRichardsonLucyDeconvolution:
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
-    transforms
-        Of the padded images.
-    psfs
-        PSF per level; only its width and the size of its window are used.
-    whole
-        Height and width of the padded frame, per level.
+    memory, transforms, psfs, whole
+        As of `Deconvolution`; of the PSFs only the width and the window's size count.
     iterations
         Rounds of kernel and image; None: 8.
     """
-
-    positive = True
 
     def __init__(
         self,
@@ -335,22 +349,10 @@ class BlindRichardsonLucyDeconvolution:
         *,
         iterations: int | None,
     ) -> None:
-        self._transforms = transforms
         starts = {level: gaussian_like(psf) for level, psf in psfs.items()}
-        self._transfers = LevelTransfers(memory, transforms, starts, whole)
+        super().__init__(memory, transforms, starts, whole, spectra=3, images=2)
         self._rounds = iterations or BLIND_ITERATIONS
-        largest = largest_shape(whole)
-        half = spectrum_shape(largest)
-        self._spectra = [
-            memory.allocate(half, np.complex64, "spectra") for _ in range(3)
-        ]
-        self._blurred = memory.allocate(largest, np.float32, "spectra")
-        self._kernel = memory.allocate(largest, np.float32, "spectra")
-        self._light, self._kernel_light = Light(memory), Light(memory)
-
-    def look(self, work: Work, padded: DeviceArray) -> None:
-        """Find the brightest pixel of an image."""
-        self._light.enqueue(work, padded)
+        self._kernel_light = Light(memory)
 
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
@@ -358,8 +360,7 @@ class BlindRichardsonLucyDeconvolution:
         """Improve the kernel with the image held, then the image, round by round."""
         half = spectrum_shape(padded.shape)
         seen, transfer, product = (array.shaped(half) for array in self._spectra)
-        kernel = self._kernel.shaped(padded.shape)
-        blurred = self._blurred.shaped(padded.shape)
+        kernel, blurred = (image.shaped(padded.shape) for image in self._images)
         self._transfers.place(work, level, kernel)
         self._transforms.forward(work, kernel, transfer)
         work.copy(out, padded)

@@ -5,14 +5,15 @@ so three numbers tell its weights.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.frame import BACKGROUND
 from rtfocus.processing.gpu.classifier import InFlight, Part
+from rtfocus.processing.gpu.deconvolution import Deconvolution
 from rtfocus.processing.gpu.work import (
+    BETWEEN,
     DeviceArray,
     DeviceMemory,
     FrameShape,
@@ -40,11 +41,10 @@ class Blending:
     def __init__(self, memory: DeviceMemory, montage: Montage) -> None:
         self._tile_columns = montage.grid.columns
         self.tables = [
-            memory.upload(table, "blending weights")
+            memory.upload(neighbours(weights, montage.step), "blending weights")
             for weights in montage.axes
-            for table in neighbours(weights, montage.step)
         ]
-        """Both tiles of every row and the share of the second, then of every column."""
+        """`neighbours` of every row and of every column of pixels."""
 
     def enqueue_share(
         self,
@@ -124,10 +124,8 @@ class Blending:
         )
 
 
-def neighbours(
-    weights: NDArray[np.float32], step: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """Return the two tiles of every pixel and the share of the second.
+def neighbours(weights: NDArray[np.float32], step: int) -> NDArray[np.void]:
+    """Return the two tiles of every pixel and the share of the second, `BETWEEN`.
 
     Parameters
     ----------
@@ -137,30 +135,11 @@ def neighbours(
         Every how many tiles of the grid take part.
     """
     first = weights.astype(bool).argmax(axis=0)
-    second = np.minimum(first + 1, len(weights) - 1)
-    share = 1 - np.take_along_axis(weights, first[None], axis=0)[0]
-    return (
-        (first * step).astype(np.int32),
-        (second * step).astype(np.int32),
-        np.asarray(share, np.float32),
-    )
-
-
-class Deconvolution(Protocol):
-    """Restores padded planes of any size, level by level."""
-
-    positive: bool
-    """Whether it is handed the signal without negative values."""
-
-    def look(self, work: Work, padded: DeviceArray) -> None:
-        """Enqueue what is found of a plane once, whatever the levels."""
-        ...
-
-    def restore(
-        self, work: Work, level: int, padded: DeviceArray, out: DeviceArray
-    ) -> None:
-        """Enqueue the restoration of the plane looked at last, by one level's PSF."""
-        ...
+    found = np.empty(len(first), BETWEEN)
+    found["first"] = first * step
+    found["second"] = np.minimum(first + 1, len(weights) - 1) * step
+    found["share"] = 1 - np.take_along_axis(weights, first[None], axis=0)[0]
+    return found
 
 
 class DepthVariantRestorer:

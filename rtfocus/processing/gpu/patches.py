@@ -25,6 +25,7 @@ from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import (
     BLOCK,
+    SPAN,
     DeviceArray,
     DeviceMemory,
     FrameShape,
@@ -104,9 +105,8 @@ class PatchRestorer(_NeverRecorded):
         pixels = shape[0] * shape[1]
         self._batch = max(1, min(tiles, frame.height * frame.width // pixels))
         self._spans = [
-            memory.upload(table, "patches")
-            for spans in montage.spans()
-            for table in _on_grid(spans, montage.step)
+            memory.upload(_on_grid(axis, montage.step), "patches")
+            for axis in montage.spans()
         ]
         self._found = memory.allocate((1 + tiles,), np.int32, "patches")
         self._rank = memory.allocate((tiles,), np.int32, "patches")
@@ -158,7 +158,6 @@ class PatchRestorer(_NeverRecorded):
         self, work: Work, frame: InFlight, plane: int, level: int, first: int
     ) -> None:
         """Enqueue a batch of tiles of one level."""
-        tops, heights, lefts, widths = self._spans
         pixels = self._shape[0] * self._shape[1]
         columns = self._montage.grid.columns
         one = DeviceArray(self._blurred.address, self._shape, self._blurred.dtype)
@@ -172,10 +171,7 @@ class PatchRestorer(_NeverRecorded):
             self._found,
             first,
             columns,
-            tops,
-            heights,
-            lefts,
-            widths,
+            *self._spans,
             self._halo_px,
             *self._shape,
             self._patches,
@@ -198,11 +194,9 @@ class PatchRestorer(_NeverRecorded):
             self._rank,
             first,
             self._batch,
-            tops,
-            lefts,
+            *self._spans,
             self._halo_px,
             *self._shape,
-            frame.maps["level"],
             columns,
             *self._blending.tables,
             frame.out,
@@ -219,15 +213,12 @@ class PatchRestorer(_NeverRecorded):
         self._transforms.inverse(work, spectrum, self._blurred)
 
 
-def _on_grid(
-    spans: list[slice], step: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return first pixel and length per row or column of tiles, 0 where left out."""
-    first = np.zeros(step * len(spans), np.int32)
-    length = np.zeros_like(first)
-    first[::step] = [span.start for span in spans]
-    length[::step] = [span.stop - span.start for span in spans]
-    return first, length
+def _on_grid(axis: list[slice], step: int) -> NDArray[np.void]:
+    """Return the pixels of every row or column of tiles, of which some are left out."""
+    found = np.zeros(step * len(axis), SPAN)
+    found["first"][::step] = [span.start for span in axis]
+    found["last"][::step] = [span.stop - 1 for span in axis]
+    return found
 
 
 class LearnedWienerRestorer(_NeverRecorded):

@@ -17,6 +17,7 @@ from rtfocus.processing.gpu.work import (
     FrameShape,
     Work,
     kind_of,
+    spans,
 )
 from rtfocus.processing.restore import EDGES
 from rtfocus.processing.windows import AxisWindows, FrameTiles
@@ -69,7 +70,7 @@ class Tiles:
         self._weights = [
             memory.upload(table, "weights of tiles")
             for axis in weights
-            for table in (*_reach(axis), np.asarray(axis, np.float32))
+            for table in (spans(axis > 0), np.asarray(axis, np.float32))
         ]
 
     def cut(
@@ -184,13 +185,6 @@ def frame_weights(axis: AxisWindows, length: int) -> Image:
     return result
 
 
-def _reach(weights: Image) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return the first and last tile with a weight in every pixel."""
-    touched = weights > 0
-    last = len(weights) - 1 - touched[::-1].argmax(axis=0)
-    return touched.argmax(axis=0).astype(np.int32), last.astype(np.int32)
-
-
 # As in kernels/labels.cu; entries that are not named are fixed.
 _KINDS = {"level": 1, "defocus_levels": 2, "defocus_known": 3}
 
@@ -224,9 +218,8 @@ class TileConditions:
         self._tiles = down.count * across.count
         self._tile_columns = across.count
         self._spans = [
-            memory.upload(table, "conditions")
-            for axis in tiles.near(grid)
-            for table in _spans(axis)
+            memory.upload(spans(np.stack(near, axis=1)), "conditions")
+            for near in tiles.near(grid)
         ]
         kinds = [_KINDS.get(entry, 0) for entry in terms.entries]
         fixed = [terms.fixed.get(entry, 0.0) for entry in terms.entries]
@@ -258,16 +251,6 @@ class TileConditions:
             int(terms.hides_defocus),
             condition,
         )
-
-
-def _spans(
-    near: list[NDArray[np.bool_]],
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return the first and the last label near each tile; first > last: none."""
-    found = [np.flatnonzero(labels) for labels in near]
-    first = [int(labels[0]) if labels.size else 1 for labels in found]
-    last = [int(labels[-1]) if labels.size else 0 for labels in found]
-    return np.array(first, np.int32), np.array(last, np.int32)
 
 
 _BINS = 256

@@ -147,6 +147,21 @@ class Transforms(Protocol):
         ...
 
 
+SPAN = np.dtype([("first", "<i4"), ("last", "<i4")])
+"""From the first to the last of a row, ``Span`` of the kernels; first > last: none."""
+BETWEEN = np.dtype([("first", "<i4"), ("second", "<i4"), ("share", "<f4")])
+"""Between two of a row, and the share of the second, ``Between`` of the kernels."""
+
+
+def spans(belongs: NDArray[np.bool_]) -> NDArray[np.void]:
+    """Return the `SPAN` of the rows that belong to each column; axes (row, column)."""
+    found = np.empty(belongs.shape[1], SPAN)
+    found["first"] = np.where(belongs.any(axis=0), belongs.argmax(axis=0), 1)
+    found["last"] = len(belongs) - 1 - belongs[::-1].argmax(axis=0)
+    found["last"][~belongs.any(axis=0)] = 0
+    return found
+
+
 def spectrum_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the half spectrum of images of a shape."""
     return *shape[:-1], shape[-1] // 2 + 1

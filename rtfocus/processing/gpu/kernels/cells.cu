@@ -95,6 +95,13 @@ extern "C" __global__ void cell_inverse_deviation(
   inverse[cell] = (float)(1.0 / fmax(sqrt(total / weights), least));
 }
 
+// Which two cells a pixel lies between.
+__device__ static inline Between cells_around(int pixel, int count) {
+  int from = pixel + CELL_PX / 2, next = from / CELL_PX;
+  return {
+      max(next - 1, 0), min(next, count - 1), (from % CELL_PX + 0.5f) / CELL_PX};
+}
+
 // One thread per padded pixel: the network's view, interpolated between cells.
 extern "C" __global__ void standardise(
     const float* signal,
@@ -111,17 +118,9 @@ extern "C" __global__ void standardise(
   int padded_width = columns * CELL_PX;
   if (i >= rows * CELL_PX * padded_width) return;
   int y = i / padded_width, x = i % padded_width;
-  // Counted in cells from the centre of the one before: 0 at a centre.
-  int below = (y + CELL_PX / 2) / CELL_PX, right = (x + CELL_PX / 2) / CELL_PX;
-  float down = ((y + CELL_PX / 2) % CELL_PX + 0.5f) / CELL_PX;
-  float across = ((x + CELL_PX / 2) % CELL_PX + 0.5f) / CELL_PX;
-  int y0 = max(below - 1, 0), y1 = min(below, rows - 1);
-  int x0 = max(right - 1, 0), x1 = min(right, columns - 1);
-  float a = inverse[y0 * columns + x0], b = inverse[y1 * columns + x0];
-  float c = inverse[y0 * columns + x1], d = inverse[y1 * columns + x1];
-  float near = a + (b - a) * down, far = c + (d - c) * down;
   float value = grey(signal, height, width, channels, y, x) - middle[0];
-  store(out, kind, i, value * (near + (far - near) * across));
+  Between down = cells_around(y, rows), across = cells_around(x, columns);
+  store(out, kind, i, value * linear(inverse, columns, 1, down, across));
 }
 
 // Standard deviation of the noise in the quietest tenth of the cells, one thread.

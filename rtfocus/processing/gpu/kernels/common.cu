@@ -75,16 +75,66 @@ __device__ static inline float grey(
   return 0.2126f * colour[0] + 0.7152f * colour[1] + 0.0722f * colour[2];
 }
 
-// Place between two of `count` points, `first` the lower one, cut at both ends.
+// Value of a frame's pixel in one plane of a network, which has as many as the frame has
+// colours or sees its brightness; mirrored beyond the frame.
+__device__ static inline float plane_value(
+    const float* signal, int height, int width, int channels, int planes, int plane,
+    int y, int x) {
+  if (planes != channels) return grey(signal, height, width, channels, y, x);
+  long long pixel = (long long)mirror(y, height) * width + mirror(x, width);
+  return signal[pixel * channels + plane];
+}
+
+// From the first to the last of a row; first > last: none.
+struct Span {
+  int first, last;
+};
+
+// Between two of a row, and the share of the second.
 struct Between {
   int first, second;
   float share;
 };
 
+// Place between two of `count` points, cut at both ends.
+
 __device__ static inline Between between(float place, int count) {
   place = fminf(fmaxf(place, 0.0f), count - 1.0f);
   int first = min((int)place, count - 1);
   return {first, min(first + 1, count - 1), place - first};
+}
+
+// One of the four points around a place, and what it weighs; together they weigh 1.
+struct Corner {
+  int row, column;
+  float weight;
+};
+
+__device__ static inline Corner corner_of(Between down, Between across, int corner) {
+  bool lower = corner / 2, right = corner % 2;
+  return {
+      lower ? down.second : down.first, right ? across.second : across.first,
+      (lower ? down.share : 1.0f - down.share) *
+          (right ? across.share : 1.0f - across.share)};
+}
+
+// Value between four points of a table with `columns` columns, `step` elements apart.
+__device__ static inline float linear(
+    const float* values, int columns, int step, Between down, Between across) {
+  const float* upper = values + (long long)down.first * columns * step;
+  const float* lower = values + (long long)down.second * columns * step;
+  int left = across.first * step, right = across.second * step;
+  float near = upper[left] + (lower[left] - upper[left]) * down.share;
+  float far = upper[right] + (lower[right] - upper[right]) * down.share;
+  return near + (far - near) * across.share;
+}
+
+// out[i] = spectrum[i] * (real + i imaginary), complex numbers.
+__device__ static inline void multiply(
+    const float* spectrum, int i, float real, float imaginary, float* out) {
+  float a = spectrum[2 * i], b = spectrum[2 * i + 1];
+  out[2 * i] = a * real - b * imaginary;
+  out[2 * i + 1] = a * imaginary + b * real;
 }
 
 // Reductions over a block of any power of two up to 256 threads; valid in thread 0.

@@ -153,13 +153,10 @@ extern "C" __global__ void evidence_shares(
       ((column + 0.5f) * EVIDENCE_PX - 0.5f - origin_px) / stride_px, tile_columns);
   for (int entry = RATIOS; entry < MEASURES; ++entry) now[entry] = 0.0f;
   for (int corner = 0; corner < 4; ++corner) {
-    int tile_y = corner / 2 ? y.second : y.first;
-    int tile_x = corner % 2 ? x.second : x.first;
-    float weight = (corner / 2 ? y.share : 1.0f - y.share) *
-                   (corner % 2 ? x.share : 1.0f - x.share);
+    Corner near = corner_of(y, x, corner);
     certainty(
         defocus_um, confidence, uncertainty_um, level, background, step_um,
-        tile_y * tile_columns + tile_x, weight, now + RATIOS);
+        near.row * tile_columns + near.column, near.weight, now + RATIOS);
   }
   int width = widths[0];
   for (int i = 0; i < width; ++i) {
@@ -198,11 +195,7 @@ extern "C" __global__ void evidence_apply(
   if (i >= height * width) return;
   Between y = between((i / width + 0.5f) / EVIDENCE_PX - 0.5f, rows);
   Between x = between((i % width + 0.5f) / EVIDENCE_PX - 0.5f, columns);
-  const float* upper = shares + y.first * columns;
-  const float* lower = shares + y.second * columns;
-  float near = upper[x.first] + (upper[x.second] - upper[x.first]) * x.share;
-  float far = lower[x.first] + (lower[x.second] - lower[x.first]) * x.share;
-  float share = near + (far - near) * y.share;
+  float share = linear(shares, columns, 1, y, x);
   for (int channel = 0; channel < channels; ++channel) {
     long long at = (long long)i * channels + channel;
     out[at] = signal[at] + share * (out[at] - signal[at]);

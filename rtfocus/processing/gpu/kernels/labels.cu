@@ -74,18 +74,16 @@ extern "C" __global__ void decode_labels(
 
 // One thread per tile of a restorer: its condition (tile, entry), from the mean
 // defocus of the labels around it, those out of focus by their confidence
-// (rtfocus.processing.conditions). The tables hold the first and last row and column
-// of labels for every row and column of tiles.
+// (rtfocus.processing.conditions). The tables hold the labels near every row and
+// column of tiles.
 extern "C" __global__ void tile_conditions(
     const short* level,
     const float* confidence,
     const float* defocus_um,
     int label_columns,
     int background,
-    const int* first_row,
-    const int* last_row,
-    const int* first_column,
-    const int* last_column,
+    const Span* rows,
+    const Span* columns,
     int tiles,
     int tile_columns,
     const int* kinds,
@@ -100,8 +98,8 @@ extern "C" __global__ void tile_conditions(
   if (tile >= tiles) return;
   int row = tile / tile_columns, column = tile % tile_columns;
   float total = 0.0f, weighted = 0.0f;
-  for (int y = first_row[row]; y <= last_row[row]; ++y)
-    for (int x = first_column[column]; x <= last_column[column]; ++x) {
+  for (int y = rows[row].first; y <= rows[row].last; ++y)
+    for (int x = columns[column].first; x <= columns[column].last; ++x) {
       int label = y * label_columns + x;
       if (level[label] == 0 || level[label] == background) continue;
       total += confidence[label];

@@ -1,27 +1,6 @@
 // Montage: what was restored, laid over the signal by the tiles it belongs to
-// (rtfocus.processing.montage, rtfocus.processing.gpu.depth_variant).
-
-// The four tiles that a pixel lies between, and what each weighs; together 1.
-struct Corners {
-  short level[4];
-  float weight[4];
-};
-
-// Each axis mixes two neighbouring tiles: the tables hold both and the share of the
-// second.
-__device__ static inline Corners corners(
-    const short* levels, int tile_columns, int y, int x, const int* row_tile,
-    const int* row_next, const float* row_share, const int* column_tile,
-    const int* column_next, const float* column_share) {
-  const short* upper = levels + row_tile[y] * tile_columns;
-  const short* lower = levels + row_next[y] * tile_columns;
-  int left = column_tile[x], right = column_next[x];
-  float down = row_share[y], across = column_share[x];
-  return {
-      {upper[left], upper[right], lower[left], lower[right]},
-      {(1.0f - down) * (1.0f - across), (1.0f - down) * across,
-       down * (1.0f - across), down * across}};
-}
+// (rtfocus.processing.montage, rtfocus.processing.gpu.depth_variant). The tables say for
+// every row and column of pixels which two tiles it lies between.
 
 // One thread per pixel of a rectangle of the frame: out += weight of the level there *
 // (restored - signal); `restored` begins with the rectangle, a margin lies behind.
@@ -39,22 +18,17 @@ extern "C" __global__ void blend_level(
     const short* levels,
     int tile_columns,
     int level,
-    const int* row_tile,
-    const int* row_next,
-    const float* row_share,
-    const int* column_tile,
-    const int* column_next,
-    const float* column_share,
+    const Between* rows_around,
+    const Between* columns_around,
     float* out) {
   int i = element();
   if (i >= rows * columns) return;
   int y = top + i / columns, x = left + i % columns;
-  Corners around = corners(
-      levels, tile_columns, y, x, row_tile, row_next, row_share, column_tile,
-      column_next, column_share);
   float weight = 0.0f;
-  for (int corner = 0; corner < 4; ++corner)
-    if (around.level[corner] == level) weight += around.weight[corner];
+  for (int corner = 0; corner < 4; ++corner) {
+    Corner near = corner_of(rows_around[y], columns_around[x], corner);
+    if (levels[near.row * tile_columns + near.column] == level) weight += near.weight;
+  }
   if (weight <= 0.0f) return;
   long long at = ((long long)y * width + x) * channels + channel;
   long long from = (long long)(y - top) * padded_width + x - left;
@@ -72,23 +46,17 @@ extern "C" __global__ void blend_share(
     const short* levels,
     int tile_columns,
     int background,
-    const int* row_tile,
-    const int* row_next,
-    const float* row_share,
-    const int* column_tile,
-    const int* column_next,
-    const float* column_share,
+    const Between* rows_around,
+    const Between* columns_around,
     float* out) {
   int i = element();
   if (i >= height * width) return;
-  int y = i / width, x = i % width;
-  Corners around = corners(
-      levels, tile_columns, y, x, row_tile, row_next, row_share, column_tile,
-      column_next, column_share);
   float share = 0.0f;
-  for (int corner = 0; corner < 4; ++corner)
-    if (around.level[corner] != 0 && around.level[corner] != background)
-      share += around.weight[corner];
+  for (int corner = 0; corner < 4; ++corner) {
+    Corner near = corner_of(rows_around[i / width], columns_around[i % width], corner);
+    short level = levels[near.row * tile_columns + near.column];
+    if (level != 0 && level != background) share += near.weight;
+  }
   for (int channel = 0; channel < channels; ++channel) {
     long long at = (long long)i * channels + channel;
     out[at] = signal[at] + share * (fmaxf(restored[at], 0.0f) - signal[at]);

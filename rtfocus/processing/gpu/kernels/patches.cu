@@ -27,8 +27,8 @@ extern "C" __global__ void tiles_of_level(
 }
 
 // One thread per pixel, a row of blocks per patch: the light of the found tiles from
-// `first` on with `halo` around, 0 beyond patch and frame. The tables hold first pixel
-// and length of every row and column of tiles.
+// `first` on with `halo` around, 0 beyond patch and frame. The tables hold the pixels
+// of every row and column of tiles.
 extern "C" __global__ void cut_patches(
     const float* signal,
     int height,
@@ -38,10 +38,8 @@ extern "C" __global__ void cut_patches(
     const int* found,
     int first,
     int tile_columns,
-    const int* tops,
-    const int* heights,
-    const int* lefts,
-    const int* widths,
+    const Span* rows,
+    const Span* columns,
     int halo,
     int patch_height,
     int patch_width,
@@ -51,13 +49,11 @@ extern "C" __global__ void cut_patches(
   int number = first + (int)blockIdx.y;
   float value = 0.0f;
   if (number < found[0]) {
-    int row = found[1 + number] / tile_columns, column = found[1 + number] % tile_columns;
-    int y = i / patch_width, x = i % patch_width;
-    bool inside = y < heights[row] + 2 * halo && x < widths[column] + 2 * halo;
-    y += tops[row] - halo;
-    x += lefts[column] - halo;
-    inside = inside && y >= 0 && y < height && x >= 0 && x < width;
-    if (inside)
+    int tile = found[1 + number];
+    Span down = rows[tile / tile_columns], across = columns[tile % tile_columns];
+    int y = i / patch_width + down.first - halo, x = i % patch_width + across.first - halo;
+    bool inside = y >= 0 && y < height && x >= 0 && x < width;
+    if (inside && y <= down.last + halo && x <= across.last + halo)
       value = fmaxf(signal[((long long)y * width + x) * channels + channel], 0.0f);
   }
   patches[(long long)blockIdx.y * patch_height * patch_width + i] = value;
@@ -75,37 +71,27 @@ extern "C" __global__ void join_patches(
     const int* rank,
     int first,
     int count,
-    const int* tops,
-    const int* lefts,
+    const Span* rows,
+    const Span* columns,
     int halo,
     int patch_height,
     int patch_width,
-    const short* levels,
     int tile_columns,
-    const int* row_tile,
-    const int* row_next,
-    const float* row_share,
-    const int* column_tile,
-    const int* column_next,
-    const float* column_share,
+    const Between* rows_around,
+    const Between* columns_around,
     float* out) {
   int i = element();
   if (i >= height * width) return;
   int y = i / width, x = i % width;
-  Corners around = corners(
-      levels, tile_columns, y, x, row_tile, row_next, row_share, column_tile,
-      column_next, column_share);
   long long at = (long long)i * channels + channel;
   float change = 0.0f;
   for (int corner = 0; corner < 4; ++corner) {
-    if (around.weight[corner] <= 0.0f) continue;
-    int row = corner / 2 ? row_next[y] : row_tile[y];
-    int column = corner % 2 ? column_next[x] : column_tile[x];
-    int patch = rank[row * tile_columns + column] - first;
-    if (patch < 0 || patch >= count) continue;
-    long long line = (long long)patch * patch_height + y - tops[row] + halo;
-    float value = patches[line * patch_width + x - lefts[column] + halo];
-    change += around.weight[corner] * (value - signal[at]);
+    Corner near = corner_of(rows_around[y], columns_around[x], corner);
+    int patch = rank[near.row * tile_columns + near.column] - first;
+    if (near.weight <= 0.0f || patch < 0 || patch >= count) continue;
+    long long line = (long long)patch * patch_height + y - rows[near.row].first + halo;
+    float value = patches[line * patch_width + x - columns[near.column].first + halo];
+    change += near.weight * (value - signal[at]);
   }
   if (change != 0.0f) out[at] += change;
 }
@@ -132,9 +118,9 @@ extern "C" __global__ void cut_lattice(
   int i = element();
   if (i >= side * side) return;
   int number = min(first + (int)blockIdx.y, count - 1);
-  int y = mirror(top + number / columns * stride - halo + i / side, height);
-  int x = mirror(left + number % columns * stride - halo + i % side, width);
-  float value = signal[((long long)y * width + x) * channels + channel];
+  int y = top + number / columns * stride - halo + i / side;
+  int x = left + number % columns * stride - halo + i % side;
+  float value = plane_value(signal, height, width, channels, channels, channel, y, x);
   tiles[(long long)blockIdx.y * side * side + i] = (value - range[0]) / range[1];
 }
 
@@ -176,11 +162,9 @@ extern "C" __global__ void wiener_bands(
     told += log_snr[band] * band_weights[(long long)band * bins + i];
   float real = transfer[2 * i], imaginary = -transfer[2 * i + 1];
   float factor = 1.0f / (real * real + imaginary * imaginary + expf(-told));
-  real = i ? real * factor : 1.0f;
-  imaginary = i ? imaginary * factor : 0.0f;
-  float a = spectrum[2 * i] * scale, b = spectrum[2 * i + 1] * scale;
-  spectrum[2 * i] = a * real - b * imaginary;
-  spectrum[2 * i + 1] = a * imaginary + b * real;
+  factor *= scale;
+  multiply(
+      spectrum, i, i ? real * factor : scale, i ? imaginary * factor : 0.0f, spectrum);
 }
 
 // One thread per pixel of a rectangle: joined += what the tiles from `first` on say of
@@ -207,15 +191,12 @@ extern "C" __global__ void join_lattice(
   Between across = between((x - centre) / stride, columns);
   float total = 0.0f;
   for (int corner = 0; corner < 4; ++corner) {
-    int row = corner / 2 ? down.second : down.first;
-    int column = corner % 2 ? across.second : across.first;
-    float weight = (corner / 2 ? down.share : 1.0f - down.share) *
-                   (corner % 2 ? across.share : 1.0f - across.share);
-    int tile = row * columns + column - first;
-    if (weight <= 0.0f || tile < 0 || tile >= batch) continue;
-    long long line = (long long)tile * side + y - row * stride + halo;
-    float value = tiles[line * side + x - column * stride + halo] + means[tile];
-    total += weight * (value * range[1] + range[0]);
+    Corner near = corner_of(down, across, corner);
+    int tile = near.row * columns + near.column - first;
+    if (near.weight <= 0.0f || tile < 0 || tile >= batch) continue;
+    long long line = (long long)tile * side + y - near.row * stride + halo;
+    float value = tiles[line * side + x - near.column * stride + halo] + means[tile];
+    total += near.weight * (value * range[1] + range[0]);
   }
   joined[i] += total;
 }

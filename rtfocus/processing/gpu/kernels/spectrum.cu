@@ -7,12 +7,7 @@
 // Which two pixels of an axis a pixel of its surrounded form mixes, and the share of
 // the second. `count` pixels from `start` on come first, then a margin that leads from
 // what lies behind them to what lies before them.
-struct Mix {
-  int first, second;
-  float share;
-};
-
-__device__ static inline Mix mixed(
+__device__ static inline Between mixed(
     int place, int start, int count, int length, int frame_length) {
   if (place < count) return {start + place, start + place, 0.0f};
   int margin = length - count, step = place - count;
@@ -40,14 +35,9 @@ extern "C" __global__ void surround(
     float* padded) {
   int i = element();
   if (i >= padded_height * padded_width) return;
-  Mix down = mixed(i / padded_width, top, rows, padded_height, height);
-  Mix across = mixed(i % padded_width, left, columns, padded_width, width);
-  const float* upper = signal + (long long)down.first * width * channels + channel;
-  const float* lower = signal + (long long)down.second * width * channels + channel;
-  int near_x = across.first * channels, far_x = across.second * channels;
-  float near = upper[near_x] + (lower[near_x] - upper[near_x]) * down.share;
-  float far = upper[far_x] + (lower[far_x] - upper[far_x]) * down.share;
-  float value = near + (far - near) * across.share;
+  Between down = mixed(i / padded_width, top, rows, padded_height, height);
+  Between across = mixed(i % padded_width, left, columns, padded_width, width);
+  float value = linear(signal + channel, width, channels, down, across);
   padded[i] = positive ? fmaxf(value, 0.0f) : value;
 }
 
@@ -227,11 +217,7 @@ extern "C" __global__ void wiener_apply(
     if (size > highest_gain) factor *= highest_gain / size;
   }
   factor *= scale;
-  real *= factor;
-  imaginary *= factor;
-  float a = spectrum[2 * i], b = spectrum[2 * i + 1];
-  filtered[2 * i] = a * real - b * imaginary;
-  filtered[2 * i + 1] = a * imaginary + b * real;
+  multiply(spectrum, i, real * factor, imaginary * factor, filtered);
 }
 
 // One thread per bin, a row of blocks per image: spectrum *= transfer * scale; `turn` -1
@@ -241,11 +227,8 @@ extern "C" __global__ void project(
   int i = element();
   if (i >= bins) return;
   spectrum += 2LL * bins * blockIdx.y;
-  float real = transfer[2 * i] * scale;
-  float imaginary = transfer[2 * i + 1] * turn * scale;
-  float a = spectrum[2 * i], b = spectrum[2 * i + 1];
-  spectrum[2 * i] = a * real - b * imaginary;
-  spectrum[2 * i + 1] = a * imaginary + b * real;
+  float real = transfer[2 * i] * scale, imaginary = transfer[2 * i + 1] * scale;
+  multiply(spectrum, i, real, imaginary * turn, spectrum);
 }
 
 // One thread per bin, a row of blocks per image: spectrum *= B * scale, B the back
@@ -261,11 +244,7 @@ extern "C" __global__ void back_project(
     power = fminf(fmaxf(power, 1e-6f), 1.0f);
     scale *= -expm1f(steps * log1pf(-power)) / power;
   }
-  real *= scale;
-  imaginary *= scale;
-  float a = spectrum[2 * i], b = spectrum[2 * i + 1];
-  spectrum[2 * i] = a * real - b * imaginary;
-  spectrum[2 * i + 1] = a * imaginary + b * real;
+  multiply(spectrum, i, real * scale, imaginary * scale, spectrum);
 }
 
 // blurred <- signal / blurred. Below a share of the brightest pixel a blurred

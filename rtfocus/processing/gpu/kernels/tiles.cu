@@ -5,15 +5,6 @@
 // offset and scale of every plane. Where colours are seen one after the other, `colour`
 // is the one that is meant, and the network has one channel; -1 otherwise.
 
-// Value of a frame's pixel in one plane of a network; mirrored beyond the frame.
-__device__ static inline float plane_value(
-    const float* signal, int height, int width, int channels, int planes, int plane,
-    int y, int x) {
-  if (planes != channels) return grey(signal, height, width, channels, y, x);
-  long long pixel = (long long)mirror(y, height) * width + mirror(x, width);
-  return signal[pixel * channels + plane];
-}
-
 // One thread per pixel of the sample: every `step`-th pixel of one plane.
 extern "C" __global__ void sample(
     const float* signal,
@@ -76,29 +67,9 @@ extern "C" __global__ void gather_tiles(
   store(tiles, kind, i, (value - ranges[2 * plane]) / ranges[2 * plane + 1]);
 }
 
-// Weighted sum of all tiles that cover a pixel, in one plane of the network.
-__device__ static inline float joined(
-    const void* tiles, int kind, int planes, int plane, int y, int x, int height,
-    int width, const int* tops, const int* lefts, int tile_columns, int tile_height,
-    int tile_width, const int* first_row, const int* last_row,
-    const float* row_weights, const int* first_column, const int* last_column,
-    const float* column_weights) {
-  float total = 0.0f;
-  for (int row = first_row[y]; row <= last_row[y]; ++row) {
-    float down = row_weights[row * height + y];
-    for (int column = first_column[x]; column <= last_column[x]; ++column) {
-      float weight = down * column_weights[column * width + x];
-      long long tile = (long long)row * tile_columns + column;
-      long long line = (tile * planes + plane) * tile_height + y - tops[row];
-      total += weight * load(tiles, kind, line * tile_width + x - lefts[column]);
-    }
-  }
-  return total;
-}
-
 // One thread per element of the frame (y, x, channel). Weights per axis have axes
-// (tile, pixel of the frame), each pixel's add up to 1; the tiles with a weight are
-// `first` to `last`. A grey frame is the mean of what its planes became.
+// (tile, pixel of the frame), each pixel's add up to 1; `rows` and `columns` say which tiles
+// have a weight there. A grey frame is the mean of what its planes became.
 extern "C" __global__ void blend_tiles(
     const void* tiles,
     int kind,
@@ -112,11 +83,9 @@ extern "C" __global__ void blend_tiles(
     int tile_columns,
     int tile_height,
     int tile_width,
-    const int* first_row,
-    const int* last_row,
+    const Span* rows,
     const float* row_weights,
-    const int* first_column,
-    const int* last_column,
+    const Span* columns,
     const float* column_weights,
     const float* ranges,
     float* out) {
@@ -128,11 +97,16 @@ extern "C" __global__ void blend_tiles(
   int from = planes == channels ? channel : 0;
   int to = planes == channels ? channel + 1 : planes;
   float total = 0.0f;
-  for (int plane = from; plane < to; ++plane)
-    total += ranges[2 * plane] +
-             ranges[2 * plane + 1] *
-                 joined(tiles, kind, planes, plane, y, x, height, width, tops, lefts,
-                        tile_columns, tile_height, tile_width, first_row, last_row,
-                        row_weights, first_column, last_column, column_weights);
+  for (int plane = from; plane < to; ++plane) {
+    float joined = 0.0f;
+    for (int row = rows[y].first; row <= rows[y].last; ++row)
+      for (int column = columns[x].first; column <= columns[x].last; ++column) {
+        float weight = row_weights[row * height + y] * column_weights[column * width + x];
+        long long tile = (long long)row * tile_columns + column;
+        long long line = (tile * planes + plane) * tile_height + y - tops[row];
+        joined += weight * load(tiles, kind, line * tile_width + x - lefts[column]);
+      }
+    total += ranges[2 * plane] + ranges[2 * plane + 1] * joined;
+  }
   out[i] = total / (float)(to - from);
 }
