@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from math import lcm
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -20,15 +18,14 @@ from rtfocus.engines.card import (
     verified_file,
 )
 from rtfocus.engines.registry import FoundEngine
-from rtfocus.errors import EngineError
 from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable
 from rtfocus.runtimes.cpu_engine import (
-    AXES,
+    CpuPrecision,
     Engine,
     Inputs,
     OnnxRuntimeEngine,
     OpenVinoEngine,
-    ReorderedEngine,
+    Request,
     Shape,
     arranged_shape,
     import_openvino,
@@ -46,32 +43,8 @@ from rtfocus.runtimes.precision import (
 logger = logging.getLogger(__name__)
 
 
-CpuPrecision = Literal["auto", "f32", "bf16"]
-"""What the CPU is to compute in; ``auto``: bf16 where it can.
-
-Before it comes to that, `open_engine` times what ``processing.precision: auto`` may
-take."""
-
 TIMED_SIDE_PX = 576
 """Longest side of a frame that is timed; larger ones take as long per pixel."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Everything a backend needs to make an engine ready."""
-
-    model: Path
-    """ONNX file, already verified."""
-    inputs: Inputs
-    """Its input tensors; a fixed shape is faster than any."""
-    outputs: tuple[str, ...]
-    """Output tensors that are wanted."""
-    precision: CpuPrecision = "auto"
-    threads: int = 1
-    weights: Precision = "fp32"
-    """What `model` holds."""
-    measured: str = ""
-    """Times that led to the precision; empty: it was asked for, or the only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,50 +60,28 @@ class Backend:
 
 
 def _why_no_openvino() -> str | None:
-    return _why_not_importable("openvino", import_openvino)
+    return _why_not_importable("openvino", "openvino", import_openvino)
 
 
 def _why_no_onnxruntime() -> str | None:
-    return _why_not_importable("onnxruntime", lambda: import_module("onnxruntime"))
+    name = "onnxruntime"
+    return _why_not_importable(name, f"'rtfocus[{name}]'", partial(import_module, name))
 
 
-_WHERE = {"openvino": "openvino", "onnxruntime": "'rtfocus[onnxruntime]'"}
-
-
-def _why_not_importable(module: str, load: Callable[[], object]) -> str | None:
+def _why_not_importable(
+    name: str, wheel: str, load: Callable[[], object]
+) -> str | None:
     try:
         load()
     except ImportError as error:
-        return f"{module} cannot be imported ({error}); pip install {_WHERE[module]}"
+        return f"{name} cannot be imported ({error}); pip install {wheel}"
     return None
-
-
-def _open_openvino(request: Request) -> Engine:
-    return OpenVinoEngine(
-        request.model,
-        request.inputs,
-        request.outputs,
-        precision=request.precision,
-        threads=request.threads,
-    )
-
-
-def _open_onnxruntime(request: Request) -> Engine:
-    if request.precision == "bf16":
-        msg = (
-            f"engine '{request.inputs.engine}': ONNX Runtime computes in f32 on a CPU; "
-            "set processing.precision to f32 or auto, or processing.backend to openvino"
-        )
-        raise EngineError(msg)
-    return OnnxRuntimeEngine(
-        request.model, request.inputs, request.outputs, threads=request.threads
-    )
 
 
 # ORDER MATTERS for "auto": fastest first, the reference last.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("openvino", _why_no_openvino, _open_openvino, openvino_precisions),
-    Backend("onnxruntime", _why_no_onnxruntime, _open_onnxruntime, lambda: ("f32",)),
+    Backend("openvino", _why_no_openvino, OpenVinoEngine, openvino_precisions),
+    Backend("onnxruntime", _why_no_onnxruntime, OnnxRuntimeEngine, lambda: ("f32",)),
 )
 
 
@@ -196,21 +147,17 @@ def open_engine(
     )
     if settings.precision == "auto" and shape is not None:
         request = _by_measurement(found, backend, request, shape)
-    engine = _opened(card, backend, request)
-    engine.weights, engine.measured = request.weights, request.measured
-    return engine
+    return backend.open_engine(_arranged(card, request))
 
 
-def _opened(card: EngineCard, backend: Backend, request: Request) -> Engine:
-    """Open an engine; one with its axes in an order of its own takes ours too."""
-    steps, shape = card.steps, request.inputs.shape
-    if steps is None or steps.input_axes == steps.output_axes == AXES:
-        return backend.open_engine(request)
+def _arranged(card: EngineCard, request: Request) -> Request:
+    """Return the request of a network with its axes in an order of its own."""
+    if card.steps is None:
+        return request
+    axes, shape = (card.steps.input_axes, card.steps.output_axes), request.inputs.shape
     if shape is not None:
-        shape = arranged_shape(shape, steps.input_axes)
-    inputs = replace(request.inputs, shape=shape)
-    engine = backend.open_engine(replace(request, inputs=inputs))
-    return ReorderedEngine(engine, steps.input_axes, steps.output_axes)
+        shape = arranged_shape(shape, axes[0])
+    return replace(request, inputs=replace(request.inputs, shape=shape), axes=axes)
 
 
 def _by_measurement(
@@ -253,7 +200,8 @@ def _time(
     with ExitStack() as opened:
         passes: dict[str, Callable[[], object]] = {}
         for one in options:
-            engine = _opened(found.card, backend, _as_choice(found, request, one))
+            wanted = _arranged(found.card, _as_choice(found, request, one))
+            engine = backend.open_engine(wanted)
             opened.callback(engine.close)
             passes[one.name] = partial(engine.infer, tiles, condition)
         return time_passes(passes)

@@ -5,69 +5,61 @@ in f32 and the fallback.
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.engines.card import Precision
 from rtfocus.errors import EngineError
 
 Outputs = Mapping[str, NDArray[np.float32]]
 """Output tensors of a network by name."""
-
-
-class Engine(Protocol):
-    """A network ready to run on batches of tiles, CPU side.
-
-    Not for use from several threads at once.
-    """
-
-    name: str
-    """Folder name in ``engines/``."""
-    backend: str
-    """Runtime, e.g. ``openvino``."""
-    precision: str
-    """Numbers it computes in: ``f32`` or ``bf16``."""
-    weights: str
-    """File that runs: ``fp32``, ``fp16`` or ``int8``."""
-    measured: str
-    """Times that led to its precision; empty: it was asked for, or the only one."""
-
-    def infer(
-        self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
-    ) -> Outputs:
-        """Run the network.
-
-        Parameters
-        ----------
-        tiles
-            Axes (N, C, H, W), in the units the engine's card asks for.
-        condition
-            Axes (N, entries); None: the engine has no such input.
-
-        Returns
-        -------
-        Outputs
-            New arrays, by the names the engine was opened with.
-
-        Raises
-        ------
-        EngineError
-            If a tensor is not what the engine was opened for; names it.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free the runtime; called twice does nothing."""
-        ...
-
-
 Shape = tuple[int, ...]
-"""Of the pixels, (N, C, H, W) but inside `ReorderedEngine`."""
+"""Of the pixels: (N, C, H, W), or in the order of the network's own axes."""
+CpuPrecision = Literal["auto", "f32", "bf16"]
+"""What the CPU is to compute in; ``auto``: bf16 where it can."""
+
+
+AXES = "bcyx"
+"""Batch or tile, channel, y, x: the order of all tensors but those of a network."""
+
+
+def arrange(array: NDArray[Any], axes: str) -> NDArray[Any]:
+    """Return an array of `AXES` in another order; what `axes` lacks has length 1."""
+    left_out = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
+    kept = [axis for axis in AXES if axis in axes]
+    return array.squeeze(left_out).transpose([kept.index(axis) for axis in axes])
+
+
+def arranged_shape(shape: Shape, axes: str) -> Shape:
+    """Return a shape of `AXES` in another order; those that `axes` lacks drop out."""
+    return tuple(shape[AXES.index(axis)] for axis in axes)
+
+
+def straighten(array: NDArray[Any], axes: str, engine: str) -> NDArray[Any]:
+    """Undo `arrange`.
+
+    Raises
+    ------
+    EngineError
+        If the array has not as many axes as its card says.
+    """
+    if array.ndim != len(axes):
+        msg = (
+            f"engine '{engine}': its output is {array.shape}, its card names the axes "
+            f"'{axes}'"
+        )
+        raise EngineError(msg)
+    kept = [axis for axis in AXES if axis in axes]
+    ordered = array.transpose([axes.index(axis) for axis in kept])
+    lacking = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
+    return np.expand_dims(ordered, lacking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,115 +120,129 @@ class Inputs:
             raise EngineError(msg)
 
 
-class ReorderedEngine:
-    """An engine whose network has its axes in another order, or fewer of them.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything that makes an engine ready."""
 
-    Parameters
-    ----------
-    engine
-        Opened for the network's own order.
-    input_axes, output_axes
-        That order, of ``bcyx``; what is missing has length 1.
+    model: Path
+    """ONNX file, already verified."""
+    inputs: Inputs
+    """Its input tensors; a fixed shape is faster than any."""
+    outputs: tuple[str, ...]
+    """Output tensors that are wanted."""
+    precision: CpuPrecision = "auto"
+    threads: int = 1
+    weights: Precision = "fp32"
+    """What `model` holds."""
+    measured: str = ""
+    """Times that led to the precision; empty: it was asked for, or the only one."""
+    axes: tuple[str, str] = (AXES, AXES)
+    """Order of the network's input and output; what is missing has length 1."""
+
+
+class Engine(ABC):
+    """A network ready to run on batches of tiles.
+
+    Not for use from several threads at once.
     """
 
-    def __init__(self, engine: Engine, input_axes: str, output_axes: str) -> None:
-        self._engine = engine
-        self._axes = input_axes, output_axes
-        self.name, self.backend = engine.name, engine.backend
-        self.precision = engine.precision
-        self.weights, self.measured = engine.weights, engine.measured
+    backend: str
+    """Runtime, e.g. ``openvino``."""
+    precision: str
+    """Numbers it computes in: ``f32`` or ``bf16``."""
+
+    def __init__(self, request: Request) -> None:
+        self.name = request.inputs.engine
+        """Folder name in ``engines/``."""
+        self.weights = request.weights
+        """File that runs: ``fp32``, ``fp16`` or ``int8``."""
+        self.measured = request.measured
+        """Times that led to its precision; empty: it was asked for, or the only one."""
+        self._asked = request
+        self._is_open = True
 
     def infer(
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
     ) -> Outputs:
-        """Run the network, see `Engine.infer`; outputs come as (N, C, H, W)."""
-        given, gives = self._axes
-        arranged = np.ascontiguousarray(arrange(tiles, given))
-        outputs = self._engine.infer(arranged, condition)
-        return {
-            name: straighten(array, gives, self.name) for name, array in outputs.items()
-        }
+        """Run the network.
+
+        Parameters
+        ----------
+        tiles
+            Axes (N, C, H, W), in the units the engine's card asks for.
+        condition
+            Axes (N, entries); None: the engine has no such input.
+
+        Returns
+        -------
+        Outputs
+            New arrays, by the names the engine was opened with.
+
+        Raises
+        ------
+        EngineError
+            If a tensor is not what the engine was opened for; names it.
+        """
+        inputs, (given, gives) = self._asked.inputs, self._asked.axes
+        in_order = given == gives == AXES
+        if not in_order:
+            tiles = arrange(tiles, given)
+        inputs.check(tiles, condition)
+        if not self._is_open:
+            msg = f"engine '{self.name}' is closed"
+            raise EngineError(msg)
+        tensors = {inputs.tiles: np.ascontiguousarray(tiles)}
+        if condition is not None:
+            tensors[str(inputs.condition)] = np.ascontiguousarray(condition)
+        try:
+            outputs = self._run(tensors)
+        except Exception as error:  # runtimes' errors share no other base class
+            msg = f"engine '{self.name}' failed on '{inputs.tiles}': {error}"
+            raise EngineError(msg) from error
+        if in_order:
+            return outputs
+        return {n: straighten(array, gives, self.name) for n, array in outputs.items()}
+
+    @abstractmethod
+    def _run(self, tensors: Outputs) -> Outputs:
+        """Run the network on contiguous inputs by name."""
 
     def close(self) -> None:
-        """Free the engine."""
-        self._engine.close()
+        """Free the runtime; called twice does nothing."""
+        self._is_open = False
 
 
-AXES = "bcyx"
-"""Batch or tile, channel, y, x: the order of all tensors but those of a network."""
-
-
-def arrange(array: NDArray[Any], axes: str) -> NDArray[Any]:
-    """Return an array of `AXES` in another order; what `axes` lacks has length 1."""
-    left_out = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
-    kept = [axis for axis in AXES if axis in axes]
-    return array.squeeze(left_out).transpose([kept.index(axis) for axis in axes])
-
-
-def arranged_shape(shape: Shape, axes: str) -> Shape:
-    """Return a shape of `AXES` in another order; those that `axes` lacks drop out."""
-    return tuple(shape[AXES.index(axis)] for axis in axes)
-
-
-def straighten(array: NDArray[Any], axes: str, engine: str) -> NDArray[Any]:
-    """Undo `arrange`.
-
-    Raises
-    ------
-    EngineError
-        If the array has not as many axes as its card says.
-    """
-    if array.ndim != len(axes):
-        msg = (
-            f"engine '{engine}': its output is {array.shape}, its card names the axes "
-            f"'{axes}'"
-        )
-        raise EngineError(msg)
-    kept = [axis for axis in AXES if axis in axes]
-    ordered = array.transpose([axes.index(axis) for axis in kept])
-    lacking = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
-    return np.expand_dims(ordered, lacking)
-
-
-class OpenVinoEngine:
+class OpenVinoEngine(Engine):
     """A network compiled by OpenVINO for the CPU.
 
-    Not for use from several threads at once: it holds one infer request, whose
-    input tensors are the caller's arrays (no copy) and whose outputs are copied out.
+    It holds one infer request, whose input tensors are the caller's arrays (no copy)
+    and whose outputs are copied out.
     """
 
     backend = "openvino"
-    weights = "fp32"
-    measured = ""
 
-    def __init__(
-        self,
-        model: Path,
-        inputs: Inputs,
-        outputs: tuple[str, ...],
-        *,
-        precision: Literal["auto", "f32", "bf16"] = "auto",
-        threads: int = 1,
-    ) -> None:
-        self.name = inputs.engine
-        self._inputs = inputs
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        inputs = request.inputs
         self._openvino: Any = import_openvino()
         try:
             core = self._openvino.Core()
             capable = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-            self.precision = _resolve(list(capable), self.name, precision)
-            network = core.read_model(model)
+            self.precision = _resolve(list(capable), self.name, request.precision)
+            network = core.read_model(request.model)
             use_unsigned_features(self._openvino, network)
             if inputs.shape is not None:
                 network.reshape(_shapes(inputs, inputs.shape))
-            compiled = core.compile_model(network, "CPU", self._options(threads))
+            compiled = core.compile_model(
+                network, "CPU", self._options(request.threads)
+            )
             self._request = compiled.create_infer_request()
-            self._outputs = {name: compiled.output(name) for name in outputs}
+            self._outputs = {name: compiled.output(name) for name in request.outputs}
         except RuntimeError as error:
-            names = ", ".join(f"'{name}'" for name in outputs)
+            names = ", ".join(f"'{name}'" for name in request.outputs)
             msg = (
-                f"engine '{self.name}': OpenVINO cannot load '{model}' with input "
-                f"'{inputs.tiles}' {inputs.shape} and output {names}: {error}"
+                f"engine '{self.name}': OpenVINO cannot load '{request.model}' with "
+                f"input '{inputs.tiles}' {inputs.shape} and output {names}: {error}"
             )
             raise EngineError(msg) from error
 
@@ -250,32 +256,20 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
         }
 
-    def infer(
-        self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
-    ) -> Outputs:
-        """Run the network, see `rtfocus.runtimes.cpu_engine.Engine.infer`."""
-        self._inputs.check(tiles, condition)
-        if self._request is None:
-            msg = f"engine '{self.name}' is closed"
-            raise EngineError(msg)
-        tensors = {self._inputs.tiles: self._tensor(tiles)}
-        if condition is not None:
-            tensors[str(self._inputs.condition)] = self._tensor(condition)
-        try:
-            self._request.infer(tensors, share_inputs=True)
-        except RuntimeError as error:
-            msg = f"engine '{self.name}' failed on '{self._inputs.tiles}': {error}"
-            raise EngineError(msg) from error
+    def _run(self, tensors: Outputs) -> Outputs:
+        shared = {
+            name: self._openvino.Tensor(array, shared_memory=True)
+            for name, array in tensors.items()
+        }
+        self._request.infer(shared, share_inputs=True)
         return {
             name: np.array(self._request.get_tensor(output).data)
             for name, output in self._outputs.items()
         }
 
-    def _tensor(self, array: NDArray[np.float32]) -> Any:  # noqa: ANN401
-        return self._openvino.Tensor(np.ascontiguousarray(array), shared_memory=True)
-
     def close(self) -> None:
         """Free the compiled network."""
+        super().close()
         self._request = None
         self._outputs = {}
 
@@ -366,32 +360,28 @@ def _converts(node: Any, to: Any) -> bool:  # noqa: ANN401
     return bool(node.get_type_name() == "Convert" and node.get_element_type() == to)
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """A network run by ONNX Runtime on the CPU, always in f32."""
 
     backend = "onnxruntime"
     precision = "f32"
-    weights = "fp32"
-    measured = ""
 
-    def __init__(
-        self,
-        model: Path,
-        inputs: Inputs,
-        outputs: tuple[str, ...],
-        *,
-        threads: int = 1,
-    ) -> None:
-        self.name = inputs.engine
-        self._inputs = inputs
-        self._outputs = outputs
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        if request.precision == "bf16":
+            msg = (
+                f"engine '{self.name}': ONNX Runtime computes in f32 on a CPU; set "
+                "processing.precision to f32 or auto, or processing.backend to openvino"
+            )
+            raise EngineError(msg)
         runtime: Any = import_module("onnxruntime")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = request.threads
         options.inter_op_num_threads = 1
         # Spinning threads would take the cores restoration needs between frames.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        model = request.model
         try:
             self._session: Any = runtime.InferenceSession(
                 str(model), options, providers=["CPUExecutionProvider"]
@@ -399,43 +389,30 @@ class OnnxRuntimeEngine:
         except Exception as error:  # its errors share no base class but Exception
             msg = f"engine '{self.name}': ONNX Runtime cannot load '{model}': {error}"
             raise EngineError(msg) from error
-        self._check_names(model)
+        self._check_names(request)
 
-    def _check_names(self, model: Path) -> None:
+    def _check_names(self, request: Request) -> None:
         """Compare the card's tensor names with the file's."""
         inputs = [tensor.name for tensor in self._session.get_inputs()]
         outputs = [tensor.name for tensor in self._session.get_outputs()]
-        wanted = {self._inputs.tiles, self._inputs.condition} - {None}
-        if set(inputs) != wanted or not set(self._outputs) <= set(outputs):
+        wanted = {request.inputs.tiles, request.inputs.condition} - {None}
+        if set(inputs) != wanted or not set(request.outputs) <= set(outputs):
             ours = " and ".join(f"'{name}'" for name in sorted(map(str, wanted)))
-            names = ", ".join(f"'{name}'" for name in self._outputs)
+            names = ", ".join(f"'{name}'" for name in request.outputs)
             msg = (
                 f"engine '{self.name}': the card says input {ours} and output {names}, "
-                f"'{model}' has {inputs} and {outputs}"
+                f"'{request.model}' has {inputs} and {outputs}"
             )
             raise EngineError(msg)
 
-    def infer(
-        self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None = None
-    ) -> Outputs:
-        """Run the network, see `rtfocus.runtimes.cpu_engine.Engine.infer`."""
-        self._inputs.check(tiles, condition)
-        if self._session is None:
-            msg = f"engine '{self.name}' is closed"
-            raise EngineError(msg)
-        tensors = {self._inputs.tiles: tiles}
-        if condition is not None:
-            tensors[str(self._inputs.condition)] = condition
-        try:
-            found = self._session.run(list(self._outputs), tensors)
-        except Exception as error:  # its errors share no base class but Exception
-            msg = f"engine '{self.name}' failed on '{self._inputs.tiles}': {error}"
-            raise EngineError(msg) from error
+    def _run(self, tensors: Outputs) -> Outputs:
+        names = self._asked.outputs
+        found = self._session.run(list(names), tensors)
         return {
-            name: np.asarray(array)
-            for name, array in zip(self._outputs, found, strict=True)
+            name: np.asarray(array) for name, array in zip(names, found, strict=True)
         }
 
     def close(self) -> None:
         """Free the session."""
+        super().close()
         self._session = None

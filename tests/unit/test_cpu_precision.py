@@ -1,6 +1,7 @@
 """Precision auto: the fastest by measurement, and the same one ever after."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def test_auto_runs_what_was_kept_and_says_the_times(
 
     def open_counting(request):
         asked.append((request.precision, request.inputs.shape))
-        return OnnxRuntimeEngine(request.model, request.inputs, request.outputs)
+        return OnnxRuntimeEngine(replace(request, precision="f32"))
 
     two = Backend("onnxruntime", lambda: None, open_counting, lambda: ("f32", "bf16"))
     monkeypatch.setattr(cpu_backends, "BACKENDS", (two,))
