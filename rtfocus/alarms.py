@@ -24,7 +24,7 @@ from rtfocus.config import Config
 from rtfocus.config.sections import AlarmConfig, AlarmKind
 from rtfocus.errors import BusyError, TakenOverError
 from rtfocus.metrics import Outcome
-from rtfocus.monitor import Monitor, Sample
+from rtfocus.monitor import Monitor
 from rtfocus.writers.header import REPORT_NAME
 
 _LOG = logging.getLogger(__name__)
@@ -85,13 +85,19 @@ class Rules:
         return True
 
     def _focus(self, monitor: Monitor) -> Alarm | None:
-        number, samples = monitor.samples_since(self._seen)
-        self._seen = number
+        self._seen, samples = monitor.samples_since(self._seen)
+        channels = () if monitor.series is None else monitor.series.channels
+        optics = [channel.optics for channel in channels]
+        units_um = [None if one is None else one.defocus_unit_um for one in optics]
         for sample in samples:
-            limit = self._limit_um(monitor, sample)
-            if limit is None or sample.defocus_um is None:
+            unit_um = units_um[sample.c] if sample.c < len(units_um) else None
+            if unit_um is None or sample.defocus_um is None:
                 continue
-            if abs(sample.defocus_um) <= limit:
+            # Planes of a stack lie out of focus by plan.
+            if abs(sample.z_offset_um) > unit_um / 2:
+                continue
+            limit_um = self._config.focus_lost_um or _FAR_UNITS * unit_um
+            if abs(sample.defocus_um) <= limit_um:
                 self._far_since_s = None
                 continue
             self._newest_um, self._newest_s = sample.defocus_um, sample.time_s
@@ -104,21 +110,6 @@ class Rules:
             return None
         text = f"focus is lost for {lost_s:.0f} s, {self._newest_um:+.1f} um by now"
         return Alarm("focus", text)
-
-    def _limit_um(self, monitor: Monitor, sample: Sample) -> float | None:
-        """Return how far is too far; None: this frame says nothing of it.
-
-        Planes of a stack lie out of focus by plan.
-        """
-        if monitor.series is None or sample.c >= len(monitor.series.channels):
-            return None
-        optics = monitor.series.channels[sample.c].optics
-        if optics is None:
-            return None
-        unit = optics.defocus_unit_um
-        if abs(sample.z_offset_um) > unit / 2:
-            return None
-        return self._config.focus_lost_um or _FAR_UNITS * unit
 
     def _disk(self, monitor: Monitor) -> Alarm | None:
         left_s = monitor.time_to_full_s
