@@ -320,7 +320,7 @@ def _refuse_method_without_optics(settings: Config) -> None:
     if method == BLIND:
         return
     if method not in METHODS:
-        found = find_engine(method, settings.processing.engine_folders)
+        found = find_engine(method, settings.processing.engine_folders, METHODS)
         if not found.implementation.startswith("builtin:"):
             return
     msg = (

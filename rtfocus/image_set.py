@@ -262,7 +262,7 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     settings = with_engine(settings, "restoration", method.model_dump())
     if not whole or engine in (*METHODS, "none"):
         return settings
-    found = find_engine(engine, settings.processing.engine_folders)
+    found = find_engine(engine, settings.processing.engine_folders, METHODS)
     if found.card.sees_image_alone:
         return with_engine(settings, "classifier", None)
     if found.kind != "joint":

@@ -404,7 +404,7 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
     try:
         from distributed import Client, LocalCluster
     except ImportError as error:
-        msg = "--scheduler needs dask.distributed: pip install 'rtfocus[batch]'"
+        msg = '--scheduler needs dask.distributed: pip install "rtfocus[batch]"'
         raise ConfigError(msg) from error
     # Each has a level and an output of its own.
     for name in ("distributed", "distributed.client"):

@@ -164,7 +164,7 @@ def view_process(endpoint: str, keys: Path | None) -> Iterator[None]:
 def _assert_installed() -> None:
     for name in ("starlette", "uvicorn", "websockets"):
         if find_spec(name) is None:
-            msg = f"the view needs {name}; run: pip install 'rtfocus[view]'"
+            msg = f'the view needs {name}; run: pip install "rtfocus[view]"'
             raise ConfigError(msg)
 
 

@@ -224,7 +224,8 @@ def classify(
             content["broken"] = [one.reason for one in broken]
         guard.write_json(json_file, content)
         to_output = str(json_file) in STANDARD_OUTPUT
-        typer.echo(f"classified {len(described)} planes to {json_file}", err=to_output)
+        done = f"classified {_number_of(len(described), 'plane')} to {json_file}"
+        typer.echo(done, err=to_output)
     else:
         for image in described:
             typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
@@ -318,9 +319,9 @@ def _say_restored(
     planes = sum(map(len, whole))
     where = str(place.path)
     if place.is_folder:
-        where = f"{len(written)} files in {place.path}"
+        where = f"{_number_of(len(written), 'file')} in {place.path}"
     if written:
-        typer.echo(f"restored {planes} planes to {where}")
+        typer.echo(f"restored {_number_of(planes, 'plane')} to {where}")
     everything = [*found.broken, *broken]
     _refuse_broken(everything, done=len(written), what="files written")
     if len(written) < len(place.targets):
@@ -400,6 +401,10 @@ def _classified(
         yield plane_row(images, number, index, result)
 
 
+def _number_of(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _place(image: dict[str, Any]) -> str:
     index = " ".join(f"{axis}{n}" for axis, n in image["index"].items())
     return f"{image['path']} ({image['name']} {index})"
@@ -410,9 +415,7 @@ def _in_words(estimate: dict[str, Any] | None) -> str:
         return "no estimate"
     if estimate["level"] is None:
         return "background"
-    sign = "" if estimate["signed"] else "+-"
-    confidence = 100 * estimate["confidence"]
-    return (
-        f"level {estimate['level']}, {sign}{estimate['defocus_um']:.1f} um "
-        f"({confidence:.0f} %)"
-    )
+    found = f"{estimate['defocus_um']:+.1f} um"
+    if not estimate["signed"]:
+        found = f"{estimate['defocus_um']:.1f} um from focus"
+    return f"level {estimate['level']}, {found} ({estimate['confidence']:.0%} sure)"

@@ -147,8 +147,14 @@ def find_config(name: str) -> Path:
     shipped = folder / f"{name}.yaml"
     if shipped.is_file():
         return shipped
-    names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-    msg = f"config '{name}' is no file and no shipped config; shipped: {names}"
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    meant = f"did you mean '{near[0]}'? " if near else ""
+    listed = ", ".join(one for one in names if not one.startswith("train_"))
+    msg = (
+        f"config '{name}' is no file and no shipped config; {meant}shipped: {listed}, "
+        "and recipes of engines: rtfocus configs"
+    )
     raise ConfigError(msg)
 
 

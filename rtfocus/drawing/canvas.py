@@ -234,7 +234,7 @@ class SvgCanvas:
 
 def in_html(words: str) -> str:
     """Escape words for a page, with the micro sign that a PNG's font lacks."""
-    return html.escape(re.sub(r"(?<=[ (\d])um\b", "µm", words))
+    return html.escape(re.sub(r"(?:^|(?<=[ (\d]))um\b", "µm", words))
 
 
 def text_width(words: str, size: float = TEXT_PT) -> float:

@@ -1,5 +1,6 @@
 """Registry: finds an engine by its name, and fits it to optics and frames."""
 
+import difflib
 import logging
 import os
 import re
@@ -141,8 +142,12 @@ def _engines_in(place: Path) -> list[Path]:
     return [folder for folder in found if not folder.name.startswith(".")]
 
 
-def find_engine(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
+def find_engine(
+    name: str, folders: Sequence[Path] = (), methods: Sequence[str] = ()
+) -> FoundEngine:
     """Return the engine of a name; a path to an engine folder works too.
+
+    `methods` are what else `name` might have been meant for: the error suggests them.
 
     Raises
     ------
@@ -156,8 +161,10 @@ def find_engine(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
             return FoundEngine(folder, read_card(folder))
     present = sorted({folder.name for p in places for folder in _engines_in(p)})
     looked = ", ".join(f"'{folder}'" for folder in candidates) or "nowhere"
+    near = difflib.get_close_matches(name, [*methods, *present], n=1)
+    meant = f", did you mean '{near[0]}'?" if near else ";"
     msg = (
-        f"engine '{name}' not found; looked for {CARD_NAME} in {looked}; "
+        f"engine '{name}' not found{meant} looked for {CARD_NAME} in {looked}; "
         f"engines there: {', '.join(present) or 'none'}; add its parent folder to "
         "processing.engine_folders, or train one: rtfocus train RECIPE"
     )

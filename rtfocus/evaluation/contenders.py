@@ -238,7 +238,7 @@ def contender(
         return Contender(name, None, method, None, blind=False)
     if name in METHODS:
         return Contender(name, classifier, name, None, blind=False)
-    found = find_engine(name, folders)
+    found = find_engine(name, folders, METHODS)
     finds = found.kind != "restorer"
     return Contender(
         name=found.name,

@@ -143,7 +143,7 @@ def import_imagecodecs(path: Path, why: str) -> Any:  # noqa: ANN401 no type stu
     try:
         return import_module("imagecodecs")
     except ImportError as error:
-        msg = f"'{path}' {why}: pip install 'rtfocus[codecs]', or save it without"
+        msg = f"'{path}' {why}: pip install \"rtfocus[codecs]\", or save it without"
         raise InputError(msg) from error
 
 

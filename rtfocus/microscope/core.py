@@ -179,7 +179,7 @@ def _test_adapters() -> Finding:
     found = f"mm-test-adapters {release}, device interface {folder.interface_version}"
     if folder.interface_version == required_interface():
         return Finding(topic, found)
-    remedy = f"pip install 'mm-test-adapters=={required_interface()}.*'"
+    remedy = f'pip install "mm-test-adapters=={required_interface()}.*"'
     return Finding(topic, found, remedy=remedy, needed=False)
 
 

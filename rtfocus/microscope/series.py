@@ -23,7 +23,7 @@ from pymmcore_plus.metadata.serialize import to_builtins
 
 from rtfocus.channel import Channel
 from rtfocus.config import Config
-from rtfocus.errors import MicroscopeError
+from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.microscope.plan import AcquisitionPlan
 from rtfocus.microscope.virtual_devices import BIT_DEPTH
@@ -305,7 +305,7 @@ def find_pixel_size_um(
 
     Raises
     ------
-    MicroscopeError
+    ConfigError
         If nobody knows it (the core of an uncalibrated objective says 0), or it
         contradicts the optics that PSFs are computed from.
     """
@@ -320,7 +320,7 @@ def find_pixel_size_um(
             "microscope.pixel_size_um, or calibrate the objective in Micro-Manager "
             "(Devices > Pixel Size Calibration)"
         )
-        raise MicroscopeError(msg)
+        raise ConfigError(msg)
     for channel in known:
         assert channel.optics is not None
         optics_um = channel.optics.pixel_size_um
@@ -330,7 +330,7 @@ def find_pixel_size_um(
                 f"the camera's pixels are {size_um:g} um (binning included); correct "
                 "the optics or set microscope.pixel_size_um"
             )
-            raise MicroscopeError(msg)
+            raise ConfigError(msg)
     return float(size_um)
 
 

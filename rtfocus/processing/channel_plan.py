@@ -289,7 +289,7 @@ def restored_as_it_is(
     """Plan a restoration that needs neither levels nor optics; None: it needs them."""
     if settings.method in (*METHODS, "none"):
         return None
-    found = find_engine(settings.method, processing.engine_folders)
+    found = find_engine(settings.method, processing.engine_folders, METHODS)
     card = found.card
     if not card.sees_image_alone:
         return None
@@ -351,7 +351,7 @@ class _Eye:
             return None
         if name in METHODS:
             return _classical(name, settings)
-        found = find_engine(name, self.processing.engine_folders)
+        found = find_engine(name, self.processing.engine_folders, METHODS)
         card = found.card
         if card.implementation.removeprefix("builtin:") in METHODS:
             return _classical(card.implementation.removeprefix("builtin:"), settings)

@@ -149,9 +149,10 @@ def frame_panels(
     if frame.defocus is not None and grid is not None:
         low, colours = (-far_um, _AROUND) if grid.signed else (0.0, _EVEN)
         tile_um = grid.stride_px * pixel_um if pixel_um else None
+        unseen = "; grey: background" if np.isnan(frame.defocus).any() else ""
         panels.append(
             Panel(
-                "defocus, tile by tile",
+                f"defocus by tile{unseen}",
                 frame.defocus,
                 low,
                 far_um,

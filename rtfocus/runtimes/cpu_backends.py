@@ -65,7 +65,7 @@ def _why_no_openvino() -> str | None:
 
 def _why_no_onnxruntime() -> str | None:
     name = "onnxruntime"
-    return _why_not_importable(name, f"'rtfocus[{name}]'", partial(import_module, name))
+    return _why_not_importable(name, f'"rtfocus[{name}]"', partial(import_module, name))
 
 
 def _why_not_importable(

@@ -99,7 +99,12 @@ def read_header(folder: Path) -> RunHeader:
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else _short(error)
-        msg = f"'{folder}' is no run folder: '{HEADER_NAME}' cannot be read ({reason})"
+        near = folder.with_name(f"{folder.name}.rtfocus")
+        hint = f"did you mean '{near}'?" if near.is_dir() else "give a NAME.rtfocus"
+        msg = (
+            f"'{folder}' is no run folder: '{HEADER_NAME}' cannot be read ({reason}); "
+            f"{hint}"
+        )
         raise WriterError(msg) from error
     if (fault := _fault(header)) is not None:
         msg = f"'{path}' is damaged: {fault}; the images can be read by other programs"

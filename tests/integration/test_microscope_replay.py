@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from microscope_kit import OPTICS, RecordingSink, record
 
-from rtfocus.errors import InputError, MicroscopeError
+from rtfocus.errors import ConfigError, InputError
 from rtfocus.images.reading import open_images
 from rtfocus.images.writing import OutputImage, write_images
 
@@ -239,5 +239,5 @@ def test_nothing_to_replay_is_named(tmp_path):
 
 def test_images_without_a_pixel_size_need_one(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((9, 7), "u1"))
-    with pytest.raises(MicroscopeError, match="pixel size is unknown"):
+    with pytest.raises(ConfigError, match="pixel size is unknown"):
         record(replay(tmp_path / "a.tif", channels=[{"name": "default"}]))

@@ -1,13 +1,18 @@
 """Exit codes: one table, one code per meaning."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rtfocus import errors
 from rtfocus.cli.commands import COMMANDS
+from rtfocus.config.loading import find_config
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ExitCode, RtfocusError
+from rtfocus.processing.restore import METHODS
+from rtfocus.runs import open_run
 
 
 def _all_errors() -> list[type[RtfocusError]]:
@@ -21,6 +26,31 @@ def _all_errors() -> list[type[RtfocusError]]:
 @pytest.mark.parametrize("error", _all_errors())
 def test_no_error_ends_as_done_or_as_a_fault(error: type[RtfocusError]) -> None:
     assert error.exit_code not in (ExitCode.DONE, ExitCode.FAULT, ExitCode.INTERRUPTED)
+
+
+@pytest.mark.parametrize(
+    ("typed", "look_for"),
+    [
+        ("dmeo", find_config),
+        ("weiner", lambda name: find_engine(name, (), METHODS)),
+        ("deplnet", find_engine),
+        ("demo", lambda name: open_run(Path(name))),
+    ],
+)
+def test_what_was_meant_is_said(
+    typed: str,
+    look_for: Callable[[str], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the nearest name there is, in the same line."""
+    meant = {"dmeo": "demo", "weiner": "wiener", "deplnet": "delpnet"}
+    (tmp_path / "demo.rtfocus").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RtfocusError) as refusal:
+        look_for(typed)
+    assert f"did you mean '{meant.get(typed, 'demo.rtfocus')}'?" in str(refusal.value)
+    assert "train_" not in str(refusal.value)
 
 
 def test_what_scripts_rely_on() -> None:

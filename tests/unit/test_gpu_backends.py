@@ -108,7 +108,7 @@ def test_a_missing_library_is_told_with_its_remedy(name: str) -> None:
     if why is None:
         pytest.skip(f"{name} is installed")
     assert f"{name} cannot be imported" in why
-    assert "pip install rtfocus[" in why
+    assert 'pip install "rtfocus[' in why
 
 
 def test_bindings_without_their_library_are_told(

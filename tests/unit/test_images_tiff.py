@@ -370,7 +370,7 @@ def test_what_needs_imagecodecs_names_the_extra(tmp_path, monkeypatch) -> None:
     )
     for name, why in (("lzw.tif", "compressed by LZW"), ("deep.png", "of 16 bits")):
         with pytest.raises(
-            InputError, match=rf"{why}: pip install 'rtfocus\[codecs\]'"
+            InputError, match=rf'{why}: pip install "rtfocus\[codecs\]"'
         ):
             open_images(tmp_path / name)
     for name in ("zip.tif", "grey.png"):

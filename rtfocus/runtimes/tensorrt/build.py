@@ -86,7 +86,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (
         # What releases before 1.7 say of a convolution of int8 numbers.
         "dtype == myelinTypeFP8E4M3",
-        "int8 needs tensorrt_rtx 1.7 or later: pip install -U 'tensorrt_rtx>=1.7', or "
+        'int8 needs tensorrt_rtx 1.7 or later: pip install -U "tensorrt_rtx>=1.7", or '
         "use --precision fp16",
     ),
     (

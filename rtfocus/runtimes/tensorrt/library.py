@@ -22,10 +22,10 @@ LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 
 _REMEDIES: dict[LibraryName, str] = {
     "tensorrt": (
-        "pip install rtfocus[gpu]; its libraries come from NVIDIA: "
+        'pip install "rtfocus[gpu]"; its libraries come from NVIDIA: '
         "https://docs.nvidia.com/deeplearning/tensorrt"
     ),
-    "tensorrt_rtx": "pip install rtfocus[rtx]",
+    "tensorrt_rtx": 'pip install "rtfocus[rtx]"',
 }
 Capability = tuple[int, int]
 """Major and minor, e.g. (8, 6)."""

@@ -243,7 +243,7 @@ def load_library(library: NativeLibrary) -> ctypes.CDLL:
             reasons.append(str(error))
     msg = (
         f"{library.name} cannot be loaded ({'; '.join(reasons)}); "
-        f"pip install {library.package}, or rtfocus[gpu]"
+        f'pip install {library.package}, or "rtfocus[gpu]"'
     )
     raise EngineError(msg)
 
