@@ -6,6 +6,7 @@ images told it: held, and as it would have become had the stage stood still.
 """
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -217,7 +218,12 @@ def check(
         raise typer.Exit(report.outcome.exit_code)
 
 
-ImageChoice = Literal["raw", "restored", "defocus"]
+class ImageChoice(StrEnum):
+    """Images of a run; Typer takes no list of literals."""
+
+    raw = "raw"
+    restored = "restored"
+    defocus = "defocus"
 
 
 def export(
@@ -324,7 +330,7 @@ def _export_run(
     export = RunExport(
         open_run(folder),
         output,
-        kinds=images,
+        kinds=[image.value for image in images],
         zarr_version=zarr_version,
         overwrite=overwrite,
     )
