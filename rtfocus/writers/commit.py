@@ -15,9 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from rtfocus.errors import BusyError, WriterError
 from rtfocus.frame import Slot
@@ -27,7 +28,7 @@ from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import REJECTED_NAME, write_json
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, JournalFile, Line
-from rtfocus.writers.places import Plan, Planned, TakenPlaces, complete
+from rtfocus.writers.places import Index, Plan, Planned, TakenPlaces, complete
 
 MOST_LISTED = 10_000
 """Missing places named one by one in the images' metadata; the journal has all."""
@@ -152,23 +153,10 @@ class Entry:
     """Commits to wait for."""
     sealed: bool = False
     """False: still in an open shard or a gap without its place."""
-    size_bytes: int = 0
-
-
-class CommitSink(Protocol):
-    """What the commit thread tells the run about each entry."""
-
-    def committed(self, entry: Entry) -> None:
-        """Pixels are committed: journal the lines and report them durable."""
-        ...
-
-    def lost(self, entry: Entry) -> None:
-        """Count an entry that could not be written, as after any failed write."""
-        ...
-
-    def explain(self, error: BaseException) -> WriterError:
-        """Say what a failed write means to the user."""
-        ...
+    index: Index = field(default_factory=dict)
+    """Place of a frame that is stored."""
+    pixels: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """By image name; the arrays stay in the slot."""
 
 
 class CommitQueue:
@@ -178,18 +166,18 @@ class CommitQueue:
     ----------
     capacity
         Entries under way; `put` waits beyond it.
-    sink
-        Called from the commit thread only.
+    ledger
+        Told about every entry that is committed or lost, by the commit thread only.
     seal
         Called from either thread when an entry has been held back for too long,
         or for as long as there is room: must seal all entries.
     """
 
     def __init__(
-        self, capacity: int, sink: CommitSink, seal: Callable[[], None]
+        self, capacity: int, ledger: "Ledger", seal: Callable[[], None]
     ) -> None:
         self._capacity = capacity
-        self._sink = sink
+        self._ledger = ledger
         self._seal = seal
         self._entries: deque[Entry] = deque()
         self._changed = threading.Condition()
@@ -280,7 +268,7 @@ class CommitQueue:
 
     def _fail(self, error: BaseException) -> None:
         if self._error is None:
-            self._error = self._sink.explain(error)
+            self._error = self._ledger.explain(error)
             if self._error is not error:
                 self._error.__cause__ = error
 
@@ -289,13 +277,13 @@ class CommitQueue:
         failed = _failure(entry.futures)
         if failed is None and self._error is None and entry.sealed:
             try:
-                self._sink.committed(entry)
+                self._ledger.committed(entry)
                 return
             except BaseException as error:  # kept: raised by the next append or close
                 failed = error
         if failed is not None:
             self._fail(failed)
-        self._sink.lost(entry)
+        self._ledger.lost(entry)
 
 
 def _failure(futures: list[Commit]) -> BaseException | None:
@@ -321,47 +309,27 @@ def read_rejected(folder: Path) -> dict[str, int]:
         return {}
 
 
+@dataclass
 class Ledger:
-    """Journals, counts and reports entries; called from the commit thread.
+    """Journals, counts and reports entries; called from the commit thread."""
 
-    Parameters
-    ----------
-    folder
-        Named in errors.
-    lock
-        The right to write the folder, looked at before each change.
-    journal
-        Receives the lines.
-    tally
-        Counts them.
-    accounting
-        The run's loss identity.
-    on_durable
-        Called for every sequence in order, once pixels and line are committed.
-    on_free
-        Called when a slot's pixels are no longer referenced.
-    """
+    folder: Path
+    """Named in errors."""
+    lock: RunLock
+    """The right to write the folder, looked at before each change."""
+    journal: JournalFile
+    tally: Tally
+    accounting: Accounting
+    """The run's loss identity."""
+    on_durable: Callable[[int], None]
+    """Called for every sequence in order, once pixels and line are committed."""
+    on_free: Callable[[Slot], None]
+    """Called when a slot's pixels are no longer referenced."""
+    bytes_written: int = 0
+    """Pixels committed, before compression."""
 
-    def __init__(
-        self,
-        folder: Path,
-        lock: RunLock,
-        journal: JournalFile,
-        tally: Tally,
-        accounting: Accounting,
-        on_durable: Callable[[int], None],
-        on_free: Callable[[Slot], None],
-    ) -> None:
-        self._folder = folder
-        self._lock = lock
-        self._journal = journal
-        self._tally = tally
-        self._accounting = accounting
-        self._on_durable = on_durable
-        self._on_free = on_free
-        self.bytes_written = 0
-        """Pixels committed, before compression."""
-        self._noted = read_rejected(folder)
+    def __post_init__(self) -> None:
+        self._noted = read_rejected(self.folder)
         self._next_note_s = 0.0
 
     def committed(self, entry: Entry) -> None:
@@ -369,19 +337,19 @@ class Ledger:
         now_ns = time.time_ns()
         for line in entry.lines:
             line["durable_ns"] = now_ns
-        self._lock.assert_held()
-        self._journal.append(entry.lines)
+        self.lock.assert_held()
+        self.journal.append(entry.lines)
         for line in entry.lines:
-            self._tally.add(line)
+            self.tally.add(line)
             term = term_of(line)
             # The receiver counted a gap when it met it.
             if term is not None and term[0] != "dropped":
-                self._accounting.count(*term)
-        self.bytes_written += entry.size_bytes
+                self.accounting.count(*term)
+        self.bytes_written += sum(array.nbytes for array in entry.pixels.values())
         for sequence in entry.sequences:
-            self._on_durable(sequence)
+            self.on_durable(sequence)
         if entry.slot is not None:
-            self._on_free(entry.slot)
+            self.on_free(entry.slot)
         self.note_rejected()
 
     def note_rejected(self, *, at_once: bool = False) -> None:
@@ -392,20 +360,20 @@ class Ledger:
         now_s = time.monotonic()
         if not at_once and now_s < self._next_note_s:
             return
-        rejected = self._accounting.rejected_messages()
+        rejected = self.accounting.rejected_messages()
         if rejected == self._noted:
             return
         self._noted, self._next_note_s = rejected, now_s + _NOTE_EVERY_S
         # No reason to fail a run whose frames can still be written.
         with suppress(BusyError, WriterError):
-            self._lock.assert_held()
-            write_json(self._folder / REJECTED_NAME, rejected)
+            self.lock.assert_held()
+            write_json(self.folder / REJECTED_NAME, rejected)
 
     def lost(self, entry: Entry) -> None:
         """Count a frame that could not be made durable."""
         if entry.slot is not None:
-            self._accounting.count("in_error", "write")
-            self._on_free(entry.slot)
+            self.accounting.count("in_error", "write")
+            self.on_free(entry.slot)
 
     def explain(self, error: BaseException) -> WriterError:
         """Name the place, the cause and the remedy of a failed write."""
@@ -416,11 +384,27 @@ class Ledger:
             getattr(error.__cause__ or error, "errno", None) == errno.ENOSPC
         )
         if full or any(hint in said.lower() for hint in _FULL):
-            free = free_bytes(self._folder)
+            free = free_bytes(self.folder)
             msg = (
-                f"disk full: '{self._folder}' has {free / 1e6:.1f} MB free; what is "
+                f"disk full: '{self.folder}' has {free / 1e6:.1f} MB free; what is "
                 "durable stays; free space, then run: "
-                f"rtfocus check {self._folder} --repair ({said})"
+                f"rtfocus check {self.folder} --repair ({said})"
             )
             return WriterError(msg)
-        return WriterError(f"write to '{self._folder}' failed: {said}")
+        return WriterError(f"write to '{self.folder}' failed: {said}")
+
+
+@dataclass(frozen=True, slots=True)
+class WriterStatus:
+    """The writer at one moment."""
+
+    durable_upto: int
+    """All sequences below it are durable."""
+    outstanding: int
+    """Frames and gaps under way."""
+    bytes_written: int
+    """Pixels committed by this process, before compression."""
+    free_bytes: int
+    """On the disk of the run folder."""
+    time_to_full_s: float | None
+    """At the present rate; None while the disk does not fill."""

@@ -7,43 +7,52 @@
 
 A frame's pixels stay in its slot until they are committed; nothing else holds
 frames, so `outstanding` bounds the memory and a slow disk makes `append` wait.
+Frames that share a shard are held and written together: tensorstore rewrites a shard
+at every write. One frame per shard is written at once.
 """
 
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rtfocus.config.sections import StoreConfig
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
 from rtfocus.machine import DiskWatch
 from rtfocus.metrics import Accounting
-from rtfocus.writers.arrays import RunImages
-from rtfocus.writers.commit import Ledger, Tally, read_rejected
+from rtfocus.writers.arrays import Commit, RunImages
+from rtfocus.writers.commit import (
+    CommitQueue,
+    Entry,
+    Ledger,
+    Tally,
+    WriterStatus,
+    read_rejected,
+)
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import RunLock, begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
-from rtfocus.writers.journal import FOCUS, WRITTEN, JournalFile, journal_lines
-from rtfocus.writers.places import Plan, TakenPlaces, complete
+from rtfocus.writers.journal import (
+    FOCUS,
+    IN_ERROR,
+    WRITTEN,
+    JournalFile,
+    frame_line,
+    journal_lines,
+    missing_line,
+)
+from rtfocus.writers.places import (
+    GapFinder,
+    Index,
+    Missing,
+    Plan,
+    Planned,
+    TakenPlaces,
+    complete,
+)
 from rtfocus.writers.recovery import is_damaged, mend_journal
-from rtfocus.writers.writes import Intake
-
-
-@dataclass(frozen=True, slots=True)
-class WriterStatus:
-    """The writer at one moment."""
-
-    durable_upto: int
-    """All sequences below it are durable."""
-    outstanding: int
-    """Frames and gaps under way."""
-    bytes_written: int
-    """Pixels committed by this process, before compression."""
-    free_bytes: int
-    """On the disk of the run folder."""
-    time_to_full_s: float | None
-    """At the present rate; None while the disk does not fill."""
 
 
 def open_run(
@@ -132,7 +141,7 @@ class RunWriter:
         self._lock = lock
         self._accounting = accounting
         self._tally = Tally(Plan(header.series))
-        taken = TakenPlaces(self._tally.plan)
+        self._taken = TakenPlaces(self._tally.plan)
         if not resumes:
             begin_folder(folder, header)
         # A process killed before its first frame may have left some of them.
@@ -143,7 +152,7 @@ class RunWriter:
             for line in journal_lines(folder / JOURNAL_NAME, self._tally.plan):
                 self._tally.add(line)
                 if line["status"] == WRITTEN:
-                    taken.take(complete(line["index"]))
+                    self._taken.take(complete(line["index"]))
             self._tally.restore(accounting)
             for reason, number in read_rejected(folder).items():
                 accounting.count("rejected", reason, number)
@@ -154,14 +163,17 @@ class RunWriter:
         self._ledger = Ledger(
             folder, lock, self._journal, self._tally, accounting, on_durable, on_free
         )
-        self._intake = Intake(
-            self._images,
-            self._tally.plan,
-            taken,
-            self._tally.before,
-            self._ledger,
-            outstanding=header.store.outstanding,
-            shard_frames=header.store.shard_frames,
+        self._gaps = GapFinder(self._tally.plan, self._tally.before)
+        self._unplaced: list[Entry] = []
+        """Gaps that wait for their places."""
+        # The commit thread may start what is held back: see `_start_held`.
+        self._order = threading.RLock()
+        self._commits = CommitQueue(
+            header.store.outstanding, self._ledger, self._start_held
+        )
+        """What is under way; whoever takes a frame in waits for room there."""
+        self._shards = _OpenShards(
+            self._images, header.store.shard_frames, self._commits.seal
         )
         self._failure_raised = False
 
@@ -173,31 +185,39 @@ class RunWriter:
         Raises
         ------
         WriterError
-            If an earlier write failed or the disk is nearly full.
+            If an earlier write failed, the disk is nearly full, or the pixels are not
+            what their image holds.
         """
         self._wait_room()
-        self._intake.store(slot, result, error=None)
+        self._store(slot, result, error=None)
 
     def record_error(self, slot: Slot, reason: str) -> None:
         """Store the raw pixels of a frame whose processing failed."""
         self._wait_room()
-        self._intake.store(slot, None, error=reason)
+        self._store(slot, None, error=reason)
 
     def record_focus(self, slot: Slot, result: FrameResult) -> None:
         """Journal an autofocus probe; it is not stored."""
         self._wait_room()
-        self._intake.note(slot, FOCUS, result)
+        self._note(slot, FOCUS, result)
 
     def mark_missing(self, first: int, count: int, reason: str) -> None:
         """Mark frames that never arrived, at their own places."""
         self._wait_room()
-        self._intake.lose(first, count, reason)
+        entry = Entry(sequences=range(first, first + count))
+        with self._order:
+            self._gaps.lose(first, count, reason)
+            self._unplaced.append(entry)
+            self._commits.put(entry)
 
     # -- end ------------------------------------------------------------------
 
     def settle(self) -> None:
         """Wait until everything appended is durable or lost, and counted."""
-        self._intake.settle()
+        with self._order:
+            self._shards.flush()
+            self._place(self._gaps.end())
+        self._commits.drain()
 
     def drain(self) -> None:
         """Wait until everything appended is durable; raises a failed write."""
@@ -205,7 +225,7 @@ class RunWriter:
         self._raise_failure()
 
     def close(self, end: SeriesEnd, report: dict[str, Any]) -> Path:
-        """Finish the run folder: lengths, totals, journal arrays, report.
+        """Finish the run folder: lengths, totals, journal arrays, report; return it.
 
         After a failed write it finishes what is durable.
 
@@ -215,11 +235,6 @@ class RunWriter:
             How the series ended.
         report
             Goes into ``report.json``; its accounting is brought up to date.
-
-        Returns
-        -------
-        Path
-            The run folder.
 
         Raises
         ------
@@ -243,7 +258,7 @@ class RunWriter:
             "reason": end.reason,
             "warnings": end.warnings,
         }
-        failed = self._intake.commits.error
+        failed = self._commits.error
         if failed is not None:
             report["write_error"] = str(failed)
         finish_run(
@@ -269,7 +284,7 @@ class RunWriter:
         """Return numbers for the live display; cheap, from any thread."""
         return WriterStatus(
             durable_upto=self._tally.next_sequence,
-            outstanding=len(self._intake.commits),
+            outstanding=len(self._commits),
             bytes_written=self._ledger.bytes_written,
             free_bytes=self._disk.sample(),
             time_to_full_s=self._disk.time_to_full_s(),
@@ -278,30 +293,157 @@ class RunWriter:
     def __enter__(self) -> "RunWriter":
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
     # -- inside ---------------------------------------------------------------
+
+    def _store(self, slot: Slot, result: FrameResult | None, error: str | None) -> None:
+        """Start the writes of a frame, or journal why it has no place."""
+        header = slot.frame()
+        index = complete(header.index)
+        with self._order:
+            if not self._tally.plan.contains(index):
+                self._note(slot, IN_ERROR, result, place="index", error=error)
+                return
+            if index in self._taken:
+                # The first frame of a place stays: silence would overwrite it.
+                self._note(slot, IN_ERROR, result, place="duplicate", error=error)
+                return
+            self._place(self._gaps.arrive(Planned(header.event_index, index)))
+            pixels = self._images.pixels(slot.pixels, result)
+            if not pixels:
+                self._note(slot, IN_ERROR, result, place="restore", error=error)
+                return
+            self._taken.take(index)
+            received_ns, stored = _unix_ns(slot), tuple(pixels)
+            line = frame_line(
+                header, WRITTEN, received_ns, result, stored=stored, error=error
+            )
+            entry = Entry(
+                _only(header.sequence), [line], slot, index=index, pixels=pixels
+            )
+            self._commits.put(entry)
+            self._shards.add(entry)
+
+    def _note(
+        self,
+        slot: Slot,
+        status: str,
+        result: FrameResult | None,
+        *,
+        place: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Journal a frame without storing it."""
+        header = slot.frame()
+        line = frame_line(
+            header, status, _unix_ns(slot), result, place=place, error=error
+        )
+        self._commits.put(Entry(_only(header.sequence), [line], slot, sealed=True))
+
+    def _start_held(self) -> None:
+        """Start all that is held back, because somebody waits; from any thread."""
+        with self._order:
+            self._shards.flush()
+            self._place(self._gaps.postpone())
+
+    def _place(self, found: list[Missing]) -> None:
+        """Journal lost frames, now that their places are known as well as can be."""
+        unplaced, self._unplaced = self._unplaced, []
+        for entry in unplaced:
+            entry.lines += [
+                missing_line(missing)
+                for missing in found
+                if missing.sequence is not None and missing.sequence in entry.sequences
+            ]
+            self._commits.seal(entry, [])
+        lines = [missing_line(missing) for missing in found if missing.sequence is None]
+        if lines:
+            self._commits.put(Entry(range(0), lines, sealed=True))
 
     def _wait_room(self) -> None:
         """Wait for room, unless the run has failed or the disk is nearly full."""
         self._raise_failure()
         self._disk.check()
-        self._intake.commits.wait_room()
+        self._commits.wait_room()
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        error = self._intake.commits.error
+        error = self._commits.error
         if error is not None:
             self._failure_raised = True
             raise error
 
     def _stop(self) -> None:
         """End the commit thread and close the journal."""
-        self._intake.commits.close()
+        self._commits.close()
         self._journal.close()
+
+
+def _only(sequence: int) -> range:
+    return range(sequence, sequence + 1)
+
+
+def _unix_ns(slot: Slot) -> int:
+    """Return the frame's arrival as Unix time; the slot has the monotonic clock."""
+    return time.time_ns() - (time.monotonic_ns() - slot.received_ns)
+
+
+class _OpenShards:
+    """At most one open shard per column (p, c, z): frames that differ only in t.
+
+    `on_started` is told of an entry and its futures once its writes are started.
+    """
+
+    def __init__(
+        self,
+        images: RunImages,
+        shard_frames: int,
+        on_started: Callable[[Entry, list[Commit]], None],
+    ) -> None:
+        self._images = images
+        self._shard_frames = shard_frames
+        self._on_started = on_started
+        self._held: dict[tuple[int, ...], list[Entry]] = {}
+
+    def add(self, entry: Entry) -> None:
+        """Take a frame; its shard is written when its last frame is there."""
+        index = entry.index
+        column = (index["p"], index["c"], index["z"])
+        waiting = self._held.get(column, [])
+        if waiting and self._shard(waiting[0].index) != self._shard(index):
+            self._flush(column)
+        self._held.setdefault(column, []).append(entry)
+        if (index["t"] + 1) % self._shard_frames == 0:
+            self._flush(column)
+
+    def flush(self) -> None:
+        """Write all open shards as they are; they are rewritten if more comes."""
+        for column in list(self._held):
+            self._flush(column)
+
+    def _shard(self, index: Index) -> int:
+        return index["t"] // self._shard_frames
+
+    def _flush(self, column: tuple[int, ...]) -> None:
+        for run in _consecutive(self._held.pop(column)):
+            futures = [
+                self._images.write(name, part[0].index, [e.pixels[name] for e in part])
+                for name in self._images.names
+                for part in _consecutive([one for one in run if name in one.pixels])
+            ]
+            for entry in run:
+                self._on_started(entry, futures)
+
+
+def _consecutive(frames: list[Entry]) -> list[list[Entry]]:
+    """Split into runs of neighbours along t."""
+    frames = sorted(frames, key=lambda frame: frame.index["t"])
+    runs = [frames[:1]] if frames else []
+    for before, frame in pairwise(frames):
+        if frame.index["t"] == before.index["t"] + 1:
+            runs[-1].append(frame)
+        else:
+            runs.append([frame])
+    return runs
