@@ -7,12 +7,12 @@ page 1252 may be another letter of another one. It is refused, and the line is n
 
 import codecs
 import difflib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rtfocus.config.model import Config
@@ -27,6 +27,10 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _MOST_OF_LINE = 60
+# Fields whose content is the user's own.
+_FREE = {"metadata"}
+_NEAR = 0.6
+Kind = type[BaseModel]
 
 
 def read_yaml(path: Path) -> Any:
@@ -188,12 +192,10 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     except ValueError as error:
         msg = f"config '{path}' {error}"
         raise ConfigError(msg) from error
-    if data is None:
-        data = {}
+    data = {} if data is None else data
     if not isinstance(data, dict):
-        msg = (
-            f"config '{path}' must be a mapping of sections, got {type(data).__name__}"
-        )
+        kind = type(data).__name__
+        msg = f"config '{path}' must be a mapping of sections, got {kind}"
         raise ConfigError(msg)
     for override in overrides:
         _apply_override(data, override)
@@ -279,9 +281,7 @@ def _explain(detail: ErrorDetails) -> str:
     key = ".".join(str(part) for part in location)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = _valid_keys(detail["loc"][:-1])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid)}"
-        return f"unknown key '{key}'; {hint}"
+        return f"unknown key '{key}'; {_hint(str(detail['loc'][-1]), valid, 0.4)}"
     if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
         return f"'{key}': a number is no key; decimals have a point, not a comma"
     value = detail["input"]
@@ -289,6 +289,15 @@ def _explain(detail: ErrorDetails) -> str:
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule.removesuffix(" for <class 'pathlib.Path'>")
     return f"'{key}': {rule}{shown}" if key else rule
+
+
+def _hint(key: str, valid: list[str], likeness: float) -> str:
+    near = _near(key, valid, likeness)
+    return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid)}"
+
+
+def _near(key: str, valid: list[str], likeness: float) -> list[str]:
+    return difflib.get_close_matches(key, valid, n=1, cutoff=likeness)
 
 
 def _short(value: object) -> str:
@@ -353,3 +362,95 @@ def _resolve(path: Path, folder: Path) -> Path:
         msg = f"'{path}': this user has no home folder; write the whole path"
         raise ConfigError(msg) from error
     return path if path.is_absolute() else (folder / path).resolve()
+
+
+def unknown_keys(
+    given: object, taken: BaseModel | type[BaseModel], path: str
+) -> list[str]:
+    """Say which keys a model would pass over in silence, with the nearest it has.
+
+    useq, of which plans are, ignores keys it does not know, and so runs another
+    experiment than the one written down.
+
+    Parameters
+    ----------
+    given
+        As written: mappings, sequences and values.
+    taken
+        What was made of it; its class where nothing could be made of it.
+    path
+        What the keys' paths begin with.
+    """
+    kind, model = (taken, None) if isinstance(taken, type) else (type(taken), taken)
+    found = list(_unknown(given, [kind], model, path))
+    # A misspelt key may be why something else altogether is read.
+    return [fault for fault in found if fault.startswith("unknown")] or found
+
+
+def _unknown(
+    given: object, kinds: list[Kind], taken: object, path: str
+) -> Iterator[str]:
+    if isinstance(given, list | tuple):
+        items = _items(taken, len(given)) or [None] * len(given)
+        for number, (value, found) in enumerate(zip(given, items, strict=True)):
+            yield from _unknown(value, kinds, found, f"{path}[{number}]")
+        return
+    if not isinstance(given, dict) or not kinds:
+        return
+    kind = _meant(given, kinds, type(taken))
+    if isinstance(taken, BaseModel) and given.keys() <= _keys(type(taken)).keys():
+        kind = type(taken)
+    valid = _keys(kind)
+    for key, value in given.items():
+        if key not in valid:
+            hint = _hint(str(key).lower(), [*valid], _NEAR)
+            yield f"unknown key '{path}.{key}'; {hint}"
+            continue
+        if isinstance(taken, BaseModel) and key not in _keys(type(taken)):
+            yield f"'{path}.{key}' is ignored: useq reads a {type(taken).__name__} here"
+            continue
+        name = valid[key]
+        if name is None or name in _FREE:
+            continue
+        below = _models(kind.model_fields[name].annotation)
+        yield from _unknown(value, below, getattr(taken, name, None), f"{path}.{key}")
+
+
+def _meant(given: dict[object, object], kinds: list[Kind], taken: type) -> Kind:
+    """Return the model that knows most of the keys, spelt rightly or nearly."""
+
+    def strangers(kind: Kind) -> tuple[int, int, bool, int]:
+        keys = _keys(kind)
+        wrong = [str(key) for key in given if key not in keys]
+        far = [key for key in wrong if not _near(key.lower(), [*keys], _NEAR)]
+        return len(far), len(wrong), kind is not taken, len(keys)
+
+    return min(kinds, key=strangers)
+
+
+def _items(taken: object, length: int) -> Sequence[object] | None:
+    """Return what a list became: a sequence, or a model around one."""
+    if isinstance(taken, BaseModel):
+        inner = [getattr(taken, name) for name in type(taken).model_fields]
+        lists = [v for v in inner if isinstance(v, list | tuple) and len(v) == length]
+        return lists[0] if lists else None
+    if isinstance(taken, list | tuple) and len(taken) == length:
+        return taken
+    return None
+
+
+def _keys(kind: Kind) -> dict[str, str | None]:
+    """Return every key that a model takes, and the field behind it."""
+    keys: dict[str, str | None] = {}
+    for name, field in kind.model_fields.items():
+        alias = field.validation_alias
+        choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+        for key in (name, field.alias, *choices):
+            if isinstance(key, str):
+                keys[key] = name
+    # Older names that a model still takes are properties that can be set.
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, property) and value.fset and base is not BaseModel:
+                keys.setdefault(name, None)
+    return keys

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from pymmcore_plus.experimental.unicore import UniMMCore
-from useq import MDASequence
+from useq import MDASequence, Position
 
 from rtfocus.config import Config
 from rtfocus.config.sections import LiveConfig, ReplayConfig
@@ -29,8 +29,7 @@ from rtfocus.microscope.delivery import (
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
 from rtfocus.microscope.mda import PlannedAcquisition
-from rtfocus.microscope.plan import lay_out, with_field_of_view
-from rtfocus.microscope.plan_reading import anchored, read_sequence
+from rtfocus.microscope.plan import lay_out, read_sequence, with_field_of_view
 from rtfocus.microscope.replay import Replay
 from rtfocus.microscope.series import (
     Complaints,
@@ -376,6 +375,28 @@ def _planned(core: UniMMCore, config: Config) -> MDASequence:
     _check_presets(core, sequence)
     z_um = core.getPosition() if core.getFocusDevice() else None
     return anchored(sequence, z_um)
+
+
+def anchored(sequence: MDASequence, z_um: float | None) -> MDASequence:
+    """Give relative z-stacks a reference: where the z-stage is now.
+
+    useq and pymmcore-plus take 0 where a position has no z, which would drive the
+    objective to the stage's origin.
+    """
+    plan = sequence.z_plan
+    if plan is None or not plan.is_relative or z_um is None:
+        return sequence
+    positions = list(sequence.stage_positions)
+    if not positions:
+        return sequence.replace(stage_positions=[Position(z=z_um)])
+    if all(position.z is not None for position in positions):
+        return sequence
+    return sequence.replace(
+        stage_positions=[
+            p if p.z is not None else p.model_copy(update={"z": z_um})
+            for p in positions
+        ]
+    )
 
 
 def _check_presets(core: UniMMCore, sequence: MDASequence) -> None:

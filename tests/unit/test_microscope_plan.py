@@ -7,8 +7,8 @@ import useq
 import yaml
 
 from rtfocus.errors import ConfigError
-from rtfocus.microscope.plan import lay_out
-from rtfocus.microscope.plan_reading import anchored, read_sequence
+from rtfocus.microscope.acquisition import anchored
+from rtfocus.microscope.plan import lay_out, read_sequence
 
 STACK = {"range": 2.0, "step": 1.0}
 
