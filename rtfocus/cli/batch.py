@@ -26,8 +26,7 @@ SchedulerOption = Annotated[
         "--scheduler",
         metavar="ADDRESS|local[:N]",
         rich_help_panel="Many processes",
-        help="dask.distributed: a scheduler, or N processes here. The same command "
-        "goes on where a killed one was.",
+        help="dask.distributed: a scheduler, or N processes here.",
     ),
 ]
 ResourcesOption = Annotated[
@@ -116,7 +115,7 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
         if many.finish:
             plan = _begun(ledger, job)
             _refuse_changed(batch.changed(plan))
-            _finish(batch, plan)
+            _finish(batch, plan, "do their parts again: --unit K/N")
             return
         for line in batch.notes():
             typer.echo(line, err=True)
@@ -138,7 +137,7 @@ def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
                 wait_s=many.wait_s,
                 on_note=_note,
             )
-        _finish(batch, plan)
+        _finish(batch, plan, "the same command goes on from there")
 
 
 def do_on_workers(
@@ -215,7 +214,7 @@ def _do_part(ledger: Ledger, text: str, job: Job) -> None:
         raise IncompleteError(msg)
 
 
-def _finish(batch: Batch, plan: Plan) -> None:
+def _finish(batch: Batch, plan: Plan, remedy: str) -> None:
     """Put the output in its place; say what is there, and fail if not all is."""
     job, ledger = batch.job, batch.ledger
     notes = ledger.notes(plan)
@@ -238,7 +237,7 @@ def _finish(batch: Batch, plan: Plan) -> None:
     if waiting:
         msg = (
             f"{len(waiting)} of {len(plan.units)} images are not done: "
-            f"{named(u.path for u in waiting)}; the same command goes on from there"
+            f"{named(u.path for u in waiting)}; {remedy}"
         )
         raise IncompleteError(msg)
     lost = [unit.path for unit, _ in failures] + [path for path, _ in plan.broken]

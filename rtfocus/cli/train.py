@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -34,6 +35,7 @@ from rtfocus.cli.commands import (
 from rtfocus.config import find_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.evaluation.contenders import Contender
+from rtfocus.evaluation.data_sets import KNOWN
 from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.evaluate import evaluate as evaluate_one
 from rtfocus.evaluation.parts import Done, Gathering, Part, Wish, measure_part, parts_of
@@ -250,6 +252,9 @@ def evaluate(
     )
     sets = wish.data_sets()
     _refuse_equal_names(sets)
+    for one in sets:
+        if given is None and one.name not in KNOWN:
+            typer.echo(one.title, err=True)
     told: Told = "nothing" if blind else tell
     contenders = [
         wish.contender(name, blind=way) for name in engines for way in _BLIND[told]
@@ -413,3 +418,6 @@ def _show(outcomes: list[Outcome]) -> None:
                 if row[0] == name:
                     table.add_row(*row[1:])
             console.print(table)
+    for one in outcomes:
+        if why := one.nothing_found():
+            console.print(escape(why), highlight=False, soft_wrap=True)

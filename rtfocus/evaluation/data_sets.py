@@ -10,7 +10,7 @@ defocus is known exactly and so is the PSF: what a method leaves is its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from rtfocus.evaluation.samples import (
     read_plane,
     unseen,
 )
+from rtfocus.images.optics import in_short
 from rtfocus.images.reading import find_images, open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.optics.formation import CameraModel, blur
@@ -410,7 +411,7 @@ def find_data_set(
     data_folder
         Where the published images lie; only sets by name need it.
     optics
-        Of a user's folder; None: those fitted to BBBC006.
+        Of a user's folder; None: those fitted to BBBC006, and the title says so.
     offset_counts
         Of the camera that took the images of a user's folder.
 
@@ -423,7 +424,10 @@ def find_data_set(
         if not Path(name).is_dir():
             msg = f"data set '{name}' is no folder and none of {', '.join(KNOWN)}"
             raise InputError(msg)
-        return folder_set(Path(name), optics or BBBC006, offset_counts=offset_counts)
+        found = folder_set(Path(name), optics or BBBC006, offset_counts=offset_counts)
+        known = "stated" if optics else "assumed: nobody stated them (--optics CONFIG)"
+        title = f"{found.title}; optics {in_short(found.optics)}, {known}"
+        return replace(found, title=title)
     if data_folder is None or not data_folder.is_dir():
         lacks = "" if data_folder is None else f", but there is no '{data_folder}'"
         msg = (

@@ -109,10 +109,13 @@ class Outcome:
     """The same in processor time of all threads: holds on a busy machine too."""
     images: dict[str, Image] = field(default_factory=dict)
     """Restored frames for the picture, by name."""
+    measured: int = 0
+    """Frames that it was given."""
     _times: list[tuple[float, float]] = field(default_factory=list)
 
     def take(self, one: Measured) -> None:
         """Add the next frame of the data set."""
+        self.measured += 1
         if one.image is not None and len(self.images) < SHOWN:
             self.images[one.name] = one.image
         if one.scored is not None:
@@ -131,6 +134,16 @@ class Outcome:
             self.ms_per_megapixel = round(clock, 1)
             self.cpu_ms_per_megapixel = round(process, 1)
         return self
+
+    def nothing_found(self) -> str | None:
+        """Say why it stands in no table; None: it stands in one."""
+        if self.frames or self.levels is not None or not self.measured:
+            return None
+        wanted = "the defocus" if self.contender.method == "none" else "the sharp image"
+        return (
+            f"{self.contender.title} is in no table of {self.data.name}: {wanted} of "
+            "its images is not known, so there is nothing to compare"
+        )
 
     def _take_tiles(self, group: str, tiles: FoundTiles) -> None:
         if self.levels is None:

@@ -319,6 +319,7 @@ def markdown(
     lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {place}.", ""]
     titles = {one.data.name: one.data.title for one in outcomes}
     lines += [f"- **{name}**: {title}" for name, title in titles.items()]
+    lines += [f"- {why}" for one in outcomes if (why := one.nothing_found())]
     if lacking:
         lines += ["", "**Failed, and in no figure:**", ""]
         lines += [f"- {line}" for line in lacking]

@@ -87,6 +87,10 @@ def test_a_folder_of_pairs_gives_tables_and_pictures(
     assert report["outcomes"][0]["multiply_adds_per_pixel"] > 0
     text = (out / "evaluation.md").read_text(encoding="utf-8")
     assert "| mine | wiener |" in text
+    assert "optics NA=0.5,wavelength=451,pixel=0.65,spherical=-0.3, stated" in text
+    # It names levels; those of the images are not known, and that is said.
+    assert "sharpness is in no table of mine: the defocus of" in text
+    assert "sharpness is in no table of mine" in said
     with Image.open(out / "images_mine.png") as picture:
         # blurred | wiener | sharp
         assert picture.size[0] > 3 * 240
@@ -118,6 +122,8 @@ def test_every_plane_of_a_stack_is_a_frame_of_its_own(
     for place in pairs.iterdir():
         stack = np.stack([field + 20 * plane for plane in range(5)])
         tifffile.imwrite(place / "one.tif", stack.astype("u1"))
+    assumed = find_data_set(str(pairs), None, None)
+    assert assumed.title.endswith("assumed: nobody stated them (--optics CONFIG)")
     data = find_data_set(str(pairs), None, OPTICS)
     names = [sample.name for sample in data.samples()]
     assert len(names) == len(set(names)) == 5
