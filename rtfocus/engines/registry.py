@@ -5,9 +5,11 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -88,7 +90,7 @@ def package_folders() -> list[Path]:
     is not there is left out with a warning.
     """
     places: list[Path] = []
-    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
+    for entry in _entry_points(_search_path()):
         try:
             spec = find_spec(entry.value)
         except (ImportError, ValueError) as error:
@@ -107,6 +109,19 @@ def package_folders() -> list[Path]:
             continue
         places += map(Path, folders)
     return places
+
+
+def _search_path() -> tuple[tuple[str, int], ...]:
+    """Return where packages lie, and when each place last changed."""
+    places = (Path(place or ".") for place in sys.path)
+    return tuple((str(p), p.stat().st_mtime_ns) for p in places if p.is_dir())
+
+
+@lru_cache(maxsize=1)
+def _entry_points(search_path: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
+    # Reading all that is installed takes tens of milliseconds: not at each engine.
+    del search_path
+    return sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name)
 
 
 def _is_closed(folder: Path) -> bool:
