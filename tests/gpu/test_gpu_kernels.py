@@ -169,13 +169,11 @@ LABELS = np.array(
 def restore_both(work, memory, signal, window, psfs, make, **reference):
     """Return what the GPU path and the CPU path make of a signal."""
     montage = Montage(GRID, SHAPE, window)
-    transforms = HostTransforms()
     margins = {level: margin_px(psf, None) for level, psf in psfs.items()}
     whole = {level: padded_shape(SHAPE, px) for level, px in margins.items()}
     restorer = GpuDepthVariantRestorer(
         memory,
-        make(memory, transforms, psfs, whole),
-        transforms,
+        make(memory, HostTransforms(), psfs, whole),
         montage,
         frame=FrameShape.of(signal.shape),
         margins_px=margins,

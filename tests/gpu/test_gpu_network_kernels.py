@@ -17,6 +17,7 @@ from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, LabelDecoder, turned
 from rtfocus.processing.cpu.network_restorer import blend
 from rtfocus.processing.evidence import Evidence
+from rtfocus.processing.gpu.classifier import InFlight
 from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
 from rtfocus.processing.gpu.network_restorer import Weighing
 from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
@@ -125,15 +126,11 @@ def test_only_tiles_out_of_focus_are_replaced(work, memory, rng, colours, window
     montage = Montage(GRID, SHAPE, window)
     wanted = signal.copy()
     blend(signal, restored, restored_share(montage, LEVELS), wanted)
-    out = memory.allocate(signal.shape, np.float32, "out")
-    GpuBlending(memory, montage).enqueue_share(
-        work,
-        frame=FrameShape.of(signal.shape),
-        signal=memory.upload(signal, "signal"),
-        restored=memory.upload(restored, "restored"),
-        levels=memory.upload(LEVELS, "levels"),
-        out=out,
-    )
+    out = memory.upload(restored, "restored")
+    maps = {"level": memory.upload(LEVELS, "levels")}
+    frame = InFlight(memory.upload(signal, "signal"), maps, None, out)
+    shape = FrameShape.of(signal.shape)
+    GpuBlending(memory, montage, shape).defocused(work, frame)
     np.testing.assert_allclose(view(out), wanted, rtol=1e-4, atol=1e-4)
     unchanged = np.isclose(wanted, signal).mean()
     assert 0.05 < unchanged < 0.9

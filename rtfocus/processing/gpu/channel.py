@@ -3,28 +3,30 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
 from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
-from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
+from rtfocus.processing.channel_plan import (
+    ChannelPlan,
+    ClassifierPlan,
+    RestorationPlan,
+)
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.gpu.classifier import FrameClassifier, InFlight, Part
+from rtfocus.processing.gpu.classifier import FrameClassifier
 from rtfocus.processing.gpu.cuda.driver import CudaTransforms
 from rtfocus.processing.gpu.deconvolution import (
     BlindRichardsonLucyDeconvolution,
+    Deconvolution,
     RichardsonLucyDeconvolution,
     WienerDeconvolution,
 )
 from rtfocus.processing.gpu.depth_variant import (
     Blending,
-    Deconvolution,
     DepthVariantRestorer,
+    FrameRestorer,
 )
 from rtfocus.processing.gpu.network_restorer import (
     JointRestorer,
@@ -35,7 +37,7 @@ from rtfocus.processing.gpu.network_restorer import (
 from rtfocus.processing.gpu.patches import LearnedWienerRestorer, PatchRestorer
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
-from rtfocus.processing.gpu.work import DeviceMemory, FrameShape, Work
+from rtfocus.processing.gpu.work import DeviceMemory, FrameShape
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import (
     DEFAULT_ITERATIONS,
@@ -48,136 +50,88 @@ from rtfocus.processing.windows import FrameTiles
 from rtfocus.runtimes.gpu import (
     Gpu,
     GpuEngine,
-    GpuRequest,
     gpu_request,
     open_network,
     runs_on,
 )
 
 
-class FrameRestorer(Protocol):
-    """Restores the frames of one channel, one after the other on one stream."""
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """A channel while its parts are opened."""
 
-    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return what is enqueued for a frame, in order.
+    plan: ChannelPlan
+    device: Gpu
+    memory: DeviceMemory
+    opened: ExitStack
+    """Closes them, those that others use last."""
+    backends: dict[str, str]
 
-        Parameters
-        ----------
-        labels
-            Level per tile, axes (tile_y, tile_x), at least one out of focus; None:
-            everything that can be recorded.
-        """
-        ...
+    @property
+    def frame(self) -> FrameShape:
+        """Shape of the signal."""
+        return FrameShape.of(self.plan.shape)
 
-    def recurs(self, part: Part) -> bool:
-        """Return whether other frames will ask for a part: only then it is recorded."""
-        ...
+    def network(self, found: FoundEngine) -> tuple[GpuEngine, int]:
+        """Load the network of an engine, and return its batch too."""
+        settings = self.plan.processing.gpu
+        request = gpu_request(
+            found,
+            self.plan.size,
+            None if settings.precision == "auto" else settings.precision,
+            tf32=settings.tf32,
+            cuda_graphs=settings.cuda_graphs,
+            tiles_per_batch=settings.tiles_per_batch,
+        )
+        engine = open_network(settings.backend, request, self.device)
+        self.opened.callback(engine.close)
+        self.backends[found.name] = runs_on(engine)
+        return engine, request.inputs[input_of(found.card).name].largest[0]
 
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
-        """Enqueue a part of the restoration of a frame."""
-        ...
+    def classifier(self, seen: ClassifierPlan) -> FrameClassifier:
+        """Open a classifier or joint engine."""
+        engine, _ = self.network(seen.found)
+        return FrameClassifier(self.memory, engine, seen, self.frame)
 
-    def why_not_capturable(self, work: Work) -> str | None:
-        """Return why it may not be recorded in a CUDA graph; None: it may."""
-        ...
+    def transforms(self, kept: set[tuple[int, ...]]) -> CudaTransforms:
+        """Plan transforms of the shapes that recordings ask for."""
+        transforms = CudaTransforms(kept)
+        self.opened.callback(transforms.close)
+        return transforms
 
-    def close(self) -> None:
-        """Free what is not memory."""
-        ...
+    def restorer(
+        self, restoration: RestorationPlan, classifier: FrameClassifier
+    ) -> FrameRestorer:
+        """Open what restores, by the labels of a classifier."""
+        montage = self.plan.montage(classifier.grid)
+        match restoration.way:
+            case "by_level" | "blind":
+                return self._by_level(restoration, montage)
+            case "by_tile":
+                return self._by_tile(restoration, montage)
+            case "same_pass" | "own_pass":
+                return self._joint(restoration, classifier, montage)
+            case "by_patch":
+                return self._by_patch(restoration.settings, montage)
+            case "learned_wiener":
+                return self._learned_wiener(restoration.engine, montage)
+            case "whole_image":
+                raise _only_on_cpu(restoration)
 
-
-def open_for_plan(
-    plan: ChannelPlan, found: FoundEngine, device: Gpu
-) -> tuple[GpuEngine, GpuRequest]:
-    """Load the network of an engine of a channel, and what was asked for.
-
-    Raises
-    ------
-    EngineError
-        If it has no network, or no backend runs it here.
-    """
-    settings = plan.processing.gpu
-    request = gpu_request(
-        found,
-        plan.size,
-        None if settings.precision == "auto" else settings.precision,
-        tf32=settings.tf32,
-        cuda_graphs=settings.cuda_graphs,
-        tiles_per_batch=settings.tiles_per_batch,
-    )
-    return open_network(settings.backend, request, device), request
-
-
-def open_restorer(
-    plan: ChannelPlan,
-    classifier: FrameClassifier,
-    device: Gpu,
-    memory: DeviceMemory,
-) -> tuple[FrameRestorer, GpuEngine | None]:
-    """Open what restores the frames of a channel.
-
-    Parameters
-    ----------
-    plan
-        Of a channel that is restored.
-    classifier
-        Whose labels say what is restored.
-    device
-        The GPU.
-    memory
-        Where filters and work space lie.
-
-    Returns
-    -------
-    FrameRestorer
-        Ready.
-    GpuEngine or None
-        Its own network; None: it has none.
-
-    Raises
-    ------
-    EngineError
-        If an engine is damaged or cannot be loaded.
-    """
-    restoration = plan.restoration
-    if restoration is None:
-        msg = f"channel '{plan.name}' is not restored: {plan.skipped}"
-        raise ValueError(msg)
-    match restoration.way:
-        case "by_level" | "blind":
-            return _by_level(plan, restoration, classifier, memory), None
-        case "by_tile":
-            return _by_tile(plan, restoration, classifier, device, memory)
-        case "same_pass" | "own_pass":
-            return _joint(plan, restoration, classifier, device, memory)
-        case "by_patch":
-            return _by_patch(plan, restoration, classifier, memory), None
-        case "learned_wiener":
-            return _learned_wiener(plan, restoration, classifier, device, memory)
-        case "whole_image":
-            raise _only_on_cpu(restoration)
-
-
-def _by_level(
-    plan: ChannelPlan,
-    restoration: RestorationPlan,
-    classifier: FrameClassifier,
-    memory: DeviceMemory,
-) -> FrameRestorer:
-    settings, psfs = restoration.settings, plan.psfs
-    margins = {level: margin_px(psf, settings.halo_px) for level, psf in psfs.items()}
-    whole = {level: padded_shape(plan.size, px) for level, px in margins.items()}
-    with ExitStack() as opened:
-        transforms = CudaTransforms(set(whole.values()))
-        opened.callback(transforms.close)
-        given = memory, transforms, psfs, whole
+    def _by_level(
+        self, restoration: RestorationPlan, montage: Montage
+    ) -> FrameRestorer:
+        settings, psfs, size = restoration.settings, self.plan.psfs, self.plan.size
+        margins = {n: margin_px(psf, settings.halo_px) for n, psf in psfs.items()}
+        whole = {level: padded_shape(size, px) for level, px in margins.items()}
+        given = self.memory, self.transforms(set(whole.values())), psfs, whole
         deconvolution: Deconvolution
         if restoration.method == "wiener":
             deconvolution = WienerDeconvolution(
                 *given,
-                quantum=plan.camera.quantum,
+                quantum=self.plan.camera.quantum,
                 noise_to_signal=settings.noise_to_signal,
-                gain_e_per_count=plan.gain_e_per_count,
+                gain_e_per_count=self.plan.gain_e_per_count,
             )
         elif restoration.way == "blind":
             deconvolution = BlindRichardsonLucyDeconvolution(
@@ -187,76 +141,48 @@ def _by_level(
             deconvolution = RichardsonLucyDeconvolution(
                 *given, method=restoration.method, iterations=settings.iterations
             )
-        restorer = DepthVariantRestorer(
-            memory,
-            deconvolution,
-            transforms,
-            plan.montage(classifier.grid),
-            frame=FrameShape.of(plan.shape),
-            margins_px=margins,
+        return DepthVariantRestorer(
+            self.memory, deconvolution, montage, frame=self.frame, margins_px=margins
         )
-        opened.pop_all()
-    return restorer
 
-
-def _by_tile(
-    plan: ChannelPlan,
-    restoration: RestorationPlan,
-    classifier: FrameClassifier,
-    device: Gpu,
-    memory: DeviceMemory,
-) -> tuple[FrameRestorer, GpuEngine]:
-    card = restoration.engine.card
-    tiles = FrameTiles(input_of(card), plan.size)
-    with ExitStack() as opened:
-        engine, request = open_for_plan(plan, restoration.engine, device)
-        opened.callback(engine.close)
+    def _by_tile(self, restoration: RestorationPlan, montage: Montage) -> FrameRestorer:
+        card, memory = restoration.engine.card, self.memory
+        tiles = FrameTiles(input_of(card), self.plan.size)
+        engine, batch = self.network(restoration.engine)
         conditions = None
         if card.condition is not None and restoration.conditions is not None:
             conditions = TileConditions(
-                memory, restoration.conditions, tiles, classifier.grid
+                memory, restoration.conditions, tiles, montage.grid
             )
         restorer = TileNetworkRestorer(
             memory,
             engine,
             card,
-            batch=request.inputs[input_of(card).name].largest[0],
+            batch=batch,
             tiles=tiles,
-            frame=FrameShape.of(plan.shape),
-            blending=Blending(memory, plan.montage(classifier.grid)),
+            frame=self.frame,
+            blending=Blending(memory, montage, self.frame),
             conditions=conditions,
         )
-        opened.pop_all()
-    return restorer, engine
+        self.opened.callback(restorer.network.close)
+        return restorer
 
-
-def _joint(
-    plan: ChannelPlan,
-    restoration: RestorationPlan,
-    classifier: FrameClassifier,
-    device: Gpu,
-    memory: DeviceMemory,
-) -> tuple[FrameRestorer, GpuEngine | None]:
-    """Open a joint engine in the classifier's pass, or in one of its own."""
-    frame = FrameShape.of(plan.shape)
-    card = restoration.engine.card
-    output = "" if card.restored is None else card.restored.name
-    blending = Blending(memory, plan.montage(classifier.grid))
-    engine, seen = None, classifier
-    with ExitStack() as opened:
-        own, labels = None, None
-        if (
-            restoration.way == "own_pass"
-            or len(images_of(frame, classifier.planes)) > 1
-        ):
-            engine, _ = open_for_plan(plan, restoration.engine, device)
-            opened.callback(engine.close)
-            looks = restoration.own_pass or classifier.plan
-            seen = FrameClassifier(memory, engine, looks, frame)
+    def _joint(
+        self,
+        restoration: RestorationPlan,
+        classifier: FrameClassifier,
+        montage: Montage,
+    ) -> FrameRestorer:
+        """Open a joint engine in the classifier's pass, or in one of its own."""
+        card, memory, frame = restoration.engine.card, self.memory, self.frame
+        colours = images_of(frame, classifier.planes)
+        apart, seen, own = restoration.way == "own_pass", classifier, None
+        if apart or len(colours) > 1:
+            seen = self.classifier(restoration.own_pass or classifier.plan)
             own = seen.open_slot(memory)
-            opened.callback(own.network.close)
-        weighing = None
-        if (weighed := plan.weighed) is not None and weighed.card.evidence is not None:
+            self.opened.callback(own.network.close)
+        weighing, weighed = None, self.plan.weighed
+        if weighed is not None and weighed.card.evidence is not None:
             weighing = Weighing(
                 memory,
                 weighed.card.evidence,
@@ -265,13 +191,51 @@ def _joint(
                 frame=frame,
                 grid=seen.grid,
             )
-            if restoration.way == "own_pass":
-                labels = seen.allocate_maps(memory)
-        opened.pop_all()
-    restorer = JointRestorer(
-        seen, blending, frame, output, own=own, labels=labels, weighing=weighing
-    )
-    return restorer, engine
+        return JointRestorer(
+            seen,
+            Blending(memory, montage, frame),
+            images_of(frame, seen.planes),
+            "" if card.restored is None else card.restored.name,
+            own=own,
+            labels=seen.allocate_maps(memory) if apart and weighing else None,
+            weighing=weighing,
+        )
+
+    def _by_patch(self, settings: RestorationConfig, montage: Montage) -> FrameRestorer:
+        psfs = self.plan.psfs
+        halo_px = PAPER_HALO_PX if settings.halo_px is None else settings.halo_px
+        height, width = (
+            max(span.stop - span.start for span in spans) + 2 * halo_px
+            for spans in montage.spans()
+        )
+        widest = max((psf.shape for psf in psfs.values()), key=max)
+        return PatchRestorer(
+            self.memory,
+            self.transforms(set()),
+            psfs,
+            montage,
+            frame=self.frame,
+            shape=patch_shape((height, width), widest),
+            halo_px=halo_px,
+            iterations=settings.iterations or DEFAULT_ITERATIONS,
+        )
+
+    def _learned_wiener(self, found: FoundEngine, montage: Montage) -> FrameRestorer:
+        psfs, told = self.plan.band_levels()
+        engine, batch = self.network(found)
+        restorer = LearnedWienerRestorer(
+            self.memory,
+            self.transforms(set()),
+            engine,
+            found.card,
+            psfs=psfs,
+            told=told,
+            montage=montage,
+            frame=self.frame,
+            batch=batch,
+        )
+        self.opened.callback(restorer.network.close)
+        return restorer
 
 
 def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
@@ -279,66 +243,6 @@ def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
         f"restoration {restoration.method} is a model of bioimage.io, which does not "
         "run on a GPU; set processing.device: cpu"
     )
-
-
-def _by_patch(
-    plan: ChannelPlan,
-    restoration: RestorationPlan,
-    classifier: FrameClassifier,
-    memory: DeviceMemory,
-) -> FrameRestorer:
-    settings, psfs = restoration.settings, plan.psfs
-    montage = plan.montage(classifier.grid)
-    halo_px = PAPER_HALO_PX if settings.halo_px is None else settings.halo_px
-    height, width = (
-        max(span.stop - span.start for span in spans) + 2 * halo_px
-        for spans in montage.spans()
-    )
-    widest = max((psf.shape for psf in psfs.values()), key=max)
-    with ExitStack() as opened:
-        transforms = CudaTransforms(set())
-        opened.callback(transforms.close)
-        restorer = PatchRestorer(
-            memory,
-            transforms,
-            psfs,
-            montage,
-            frame=FrameShape.of(plan.shape),
-            shape=patch_shape((height, width), widest),
-            halo_px=halo_px,
-            iterations=settings.iterations or DEFAULT_ITERATIONS,
-        )
-        opened.pop_all()
-    return restorer
-
-
-def _learned_wiener(
-    plan: ChannelPlan,
-    restoration: RestorationPlan,
-    classifier: FrameClassifier,
-    device: Gpu,
-    memory: DeviceMemory,
-) -> tuple[FrameRestorer, GpuEngine]:
-    card = restoration.engine.card
-    psfs, told = plan.band_levels()
-    with ExitStack() as opened:
-        engine, request = open_for_plan(plan, restoration.engine, device)
-        opened.callback(engine.close)
-        transforms = CudaTransforms(set())
-        opened.callback(transforms.close)
-        restorer = LearnedWienerRestorer(
-            memory,
-            transforms,
-            engine,
-            card,
-            psfs=psfs,
-            told=told,
-            montage=plan.montage(classifier.grid),
-            frame=FrameShape.of(plan.shape),
-            batch=request.inputs[input_of(card).name].largest[0],
-        )
-        opened.pop_all()
-    return restorer, engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +257,7 @@ class OpenChannel:
     """Name of each network to its runtime and precision."""
     montage: Montage | None = None
     """Tells which levels are restored; None: there are none."""
+    opened: ExitStack = field(default_factory=ExitStack)
 
     @property
     def grid(self) -> TileGrid | None:
@@ -361,10 +266,7 @@ class OpenChannel:
 
     def close(self) -> None:
         """Free engines and transforms, after all that is in flight."""
-        if self.restorer is not None:
-            self.restorer.close()
-        if self.classifier is not None:
-            self.classifier.close()
+        self.opened.close()
 
 
 def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenChannel:
@@ -383,16 +285,17 @@ def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenCh
         return OpenChannel(plan, correction)
     # What is opened when a later part fails is closed again.
     with ExitStack() as opened:
-        engine, _ = open_for_plan(plan, seen.found, device)
-        opened.callback(engine.close)
-        backends = {seen.found.name: runs_on(engine)}
-        classifier = FrameClassifier(memory, engine, seen, FrameShape.of(plan.shape))
-        if restoration is None:
-            opened.pop_all()
-            return OpenChannel(plan, correction, classifier, None, backends)
-        montage = plan.montage(classifier.grid)
-        restorer, own = open_restorer(plan, classifier, device, memory)
-        opened.pop_all()
-    if own is not None:
-        backends[restoration.name] = runs_on(own)
-    return OpenChannel(plan, correction, classifier, restorer, backends, montage)
+        opening = _Opening(plan, device, memory, opened, {})
+        classifier, restorer, montage = opening.classifier(seen), None, None
+        if restoration is not None:
+            montage = plan.montage(classifier.grid)
+            restorer = opening.restorer(restoration, classifier)
+        return OpenChannel(
+            plan,
+            correction,
+            classifier,
+            restorer,
+            opening.backends,
+            montage,
+            opened.pop_all(),
+        )

@@ -27,7 +27,7 @@ _FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")
 
 
 class BoundNetwork:
-    """One inference in flight: no other shares its buffers.
+    """An inference, or one batch after the other, and the buffers it alone has.
 
     Parameters
     ----------
@@ -39,6 +39,8 @@ class BoundNetwork:
         Of every input.
     given
         Buffers the caller has already, by tensor.
+    batches
+        Inferences one after the other; their buffers lie behind each other.
     """
 
     def __init__(
@@ -47,27 +49,39 @@ class BoundNetwork:
         engine: GpuEngine,
         shapes: Mapping[str, Shape],
         given: Mapping[str, DeviceArray] | None = None,
+        batches: int = 1,
     ) -> None:
+        self._shapes = shapes
         every = {**shapes, **engine.output_shapes(shapes)}
         known = given or {}
         self.buffers: dict[str, DeviceArray] = {
             name: known.get(name)
-            or memory.allocate(
-                shape, engine.tensors[name].dtype, f"tensor '{name}' of {engine.name}"
+            or memory.upload(
+                # Zeros: the last batch may be longer than what it is given.
+                np.zeros((batches * shape[0], *shape[1:]), engine.tensors[name].dtype),
+                f"tensor '{name}' of {engine.name}",
             )
             for name, shape in every.items()
         }
         """By tensor, inputs and outputs."""
+        self._addresses = [
+            {
+                name: buffer.from_element(number * buffer.count // batches).address
+                for name, buffer in self.buffers.items()
+            }
+            for number in range(batches)
+        ]
         self._context: GpuContext = engine.open_context()
-        # A slot may fail to be made after this one is open.
+        # What is made after this one may fail while it is open.
         memory.at_free(self._context.close)
-        self._context.bind(
-            {name: buffer.address for name, buffer in self.buffers.items()}, shapes
-        )
+        self._context.bind(self._addresses[0], shapes)
 
     def enqueue(self, work: Work) -> None:
-        """Enqueue the inference."""
-        self._context.enqueue(work.handle)
+        """Enqueue the inference of every batch."""
+        for addresses in self._addresses:
+            if len(self._addresses) > 1:
+                self._context.bind(addresses, self._shapes)
+            self._context.enqueue(work.handle)
 
     def why_not_capturable(self, work: Work) -> str | None:
         """Return why it may not be recorded in a CUDA graph; None: it may."""
@@ -114,7 +128,7 @@ class FrameClassifier:
     memory
         Where the work space lies.
     engine
-        Opened for `FrameFit.padded`; closed by `close`.
+        Opened for `FrameFit.padded`.
     plan
         Engine and frames.
     frame
@@ -271,10 +285,6 @@ class FrameClassifier:
             maps["uncertainty_um"],
             maps["level"],
         )
-
-    def close(self) -> None:
-        """Free the engine, after all slots."""
-        self.engine.close()
 
     def _shapes(self) -> dict[str, Shape]:
         """Return the shape of every input."""

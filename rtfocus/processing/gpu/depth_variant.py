@@ -4,6 +4,7 @@ As `rtfocus.processing.cpu.depth_variant`. Along an axis a pixel lies between tw
 so three numbers tell its weights.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,6 @@ from rtfocus.processing.gpu.work import (
     DeviceArray,
     DeviceMemory,
     FrameShape,
-    Transforms,
     Work,
 )
 from rtfocus.processing.montage import Montage, Region, together
@@ -27,8 +27,42 @@ _LOOK = len(("plane", "height", "width"))
 _RECTANGLE = len(("top", "left", "rows", "columns"))
 
 
+class FrameRestorer(ABC):
+    """Restores the frames of one channel, one after the other on one stream.
+
+    Unless it says otherwise: all of a frame in one part, which is recorded. Networks
+    and transforms that it uses are closed by who opened them.
+    """
+
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+        """Return what is enqueued for a frame, in order.
+
+        Parameters
+        ----------
+        labels
+            Level per tile, axes (tile_y, tile_x), at least one out of focus; None:
+            everything that can be recorded.
+        """
+        del labels
+        return [()]
+
+    def recurs(self, part: Part) -> bool:
+        """Return whether other frames will ask for a part: only then it is recorded."""
+        del part
+        return True
+
+    def why_not_capturable(self, work: Work) -> str | None:
+        """Return why it may not be recorded in a CUDA graph; None: it may."""
+        del work
+        return None
+
+    @abstractmethod
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+        """Enqueue a part of the restoration of a frame."""
+
+
 class Blending:
-    """Adds what is restored at one level where the tiles have this level.
+    """Lays what was restored over a frame, where its tiles are to be.
 
     Parameters
     ----------
@@ -36,9 +70,14 @@ class Blending:
         Where the tables lie.
     montage
         Weights of the frame's tiles.
+    shape
+        Of the frames.
     """
 
-    def __init__(self, memory: DeviceMemory, montage: Montage) -> None:
+    def __init__(
+        self, memory: DeviceMemory, montage: Montage, shape: FrameShape
+    ) -> None:
+        self._shape = shape
         self._tile_columns = montage.grid.columns
         self.tables = [
             memory.upload(neighbours(weights, montage.step), "blending weights")
@@ -46,81 +85,60 @@ class Blending:
         ]
         """`neighbours` of every row and of every column of pixels."""
 
-    def enqueue_share(
-        self,
-        work: Work,
-        *,
-        frame: FrameShape,
-        signal: DeviceArray,
-        restored: DeviceArray,
-        levels: DeviceArray,
-        out: DeviceArray,
-    ) -> None:
-        """Enqueue ``out = signal + share * (restored - signal)``.
-
-        The share is that of the tiles out of focus; arguments as of `enqueue`, but
-        `restored` has the shape of `signal`.
-        """
+    def defocused(self, work: Work, frame: InFlight) -> None:
+        """Enqueue ``out = signal + share * (out - signal)``, of tiles out of focus."""
         work.launch(
             "blend_share",
-            frame.height * frame.width,
-            signal,
-            *frame.sides,
-            restored,
-            levels,
+            self._shape.height * self._shape.width,
+            frame.signal,
+            *self._shape.sides,
+            frame.maps["level"],
             self._tile_columns,
             BACKGROUND,
             *self.tables,
-            out,
+            frame.out,
         )
 
-    def enqueue(
+    def level(
         self,
         work: Work,
-        *,
-        frame: FrameShape,
-        plane: int,
-        signal: DeviceArray,
-        rectangle: tuple[int, int, int, int],
-        restored: DeviceArray,
-        levels: DeviceArray,
+        frame: InFlight,
         level: int,
-        out: DeviceArray,
+        *,
+        plane: int,
+        rectangle: Sequence[int],
+        restored: DeviceArray,
     ) -> None:
         """Enqueue ``out += weight * (restored - signal)``, negative values as 0.
 
         Parameters
         ----------
-        work
-            Stream.
-        frame, plane
-            Shape of `signal` and `out`, and the colour that is meant.
-        signal, out
-            Frames (y, x, channel).
+        work, frame
+            Stream, and what lies on it.
+        level
+            Whose tiles are meant.
+        plane
+            Colour that was restored.
         rectangle
             Top, left, height and width of what was restored.
         restored
             It, with any margin behind.
-        levels
-            Level per tile, int16.
-        level
-            That was restored.
         """
         work.launch(
             "blend_level",
             rectangle[2] * rectangle[3],
-            signal,
-            frame.width,
-            frame.channels,
+            frame.signal,
+            self._shape.width,
+            self._shape.channels,
             plane,
             *rectangle,
             restored,
             restored.shape[1],
-            levels,
+            frame.maps["level"],
             self._tile_columns,
             level,
             *self.tables,
-            out,
+            frame.out,
         )
 
 
@@ -142,8 +160,8 @@ def neighbours(weights: NDArray[np.float32], step: int) -> NDArray[np.void]:
     return found
 
 
-class DepthVariantRestorer:
-    """Restores frames of one channel; implements `FrameRestorer`.
+class DepthVariantRestorer(FrameRestorer):
+    """Restores frames by the PSF of each level.
 
     Parameters
     ----------
@@ -151,8 +169,6 @@ class DepthVariantRestorer:
         Where the work space lies.
     deconvolution
         Of padded planes.
-    transforms
-        That it uses; closed by `close`.
     montage
         Blending weights of the frame's tiles.
     frame
@@ -165,18 +181,16 @@ class DepthVariantRestorer:
         self,
         memory: DeviceMemory,
         deconvolution: Deconvolution,
-        transforms: Transforms,
         montage: Montage,
         *,
         frame: FrameShape,
         margins_px: Mapping[int, int],
     ) -> None:
         self._deconvolution = deconvolution
-        self._transforms = transforms
         self._montage = montage
         self._frame = frame
         self._margins = dict(margins_px)
-        self._blending = Blending(memory, montage)
+        self._blending = Blending(memory, montage, frame)
         shape = padded_shape((frame.height, frame.width), max(self._margins.values()))
         self._padded = memory.allocate(shape, np.float32, "the padded frame")
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
@@ -212,11 +226,6 @@ class DepthVariantRestorer:
         """Return whether it is of a whole frame; other rectangles hardly come back."""
         return len(part) <= _LOOK
 
-    def why_not_capturable(self, work: Work) -> str | None:
-        """Return None: kernels and transforms may be recorded."""
-        del work
-        return None
-
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
         if not part:
@@ -230,16 +239,8 @@ class DepthVariantRestorer:
         shape = padded_shape(rectangle[2:], self._margins[level])
         padded, restored = self._padded.shaped(shape), self._restored.shaped(shape)
         self._deconvolution.restore(work, level, padded, restored)
-        self._blending.enqueue(
-            work,
-            frame=self._frame,
-            plane=plane,
-            signal=frame.signal,
-            rectangle=rectangle,
-            restored=restored,
-            levels=frame.maps["level"],
-            level=level,
-            out=frame.out,
+        self._blending.level(
+            work, frame, level, plane=plane, rectangle=rectangle, restored=restored
         )
 
     def _look(self, work: Work, frame: InFlight, part: Part) -> None:
@@ -257,10 +258,6 @@ class DepthVariantRestorer:
             padded,
         )
         self._deconvolution.look(work, padded)
-
-    def close(self) -> None:
-        """Free the transforms."""
-        self._transforms.close()
 
     def _place(self, region: Region) -> Part:
         if region.shape == (self._frame.height, self._frame.width):

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.frame import DefocusMap, TileGrid
-from rtfocus.processing.gpu.channel import FrameRestorer, OpenChannel
+from rtfocus.processing.gpu.channel import OpenChannel
 from rtfocus.processing.gpu.classifier import ClassifierSlot, InFlight, Part
 from rtfocus.processing.gpu.cuda.stream import Replayed, new_event
+from rtfocus.processing.gpu.depth_variant import FrameRestorer
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, Work
 
 _FLOATS = ("defocus_um", "confidence", "uncertainty_um")

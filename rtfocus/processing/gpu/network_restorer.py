@@ -7,7 +7,6 @@ whatever its label: its batches are recorded once, for the whole frame.
 from math import ceil
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rtfocus.engines.card import EngineCard, input_of
 from rtfocus.engines.fitted import EvidenceCard
@@ -17,17 +16,18 @@ from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.evidence import CELL_PX, OCTAVES
 from rtfocus.processing.gpu.classifier import (
+    BoundNetwork,
     ClassifierSlot,
     FrameClassifier,
     InFlight,
     Part,
 )
-from rtfocus.processing.gpu.depth_variant import Blending
+from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import TileConditions, windowed_tiles
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.windows import FrameTiles
-from rtfocus.runtimes.gpu import GpuContext, GpuEngine, Shape
+from rtfocus.runtimes.gpu import GpuEngine, Shape
 
 # As in kernels/evidence.cu.
 _SUMS = 5
@@ -39,7 +39,7 @@ def images_of(frame: FrameShape, planes: int) -> tuple[int, ...]:
     return tuple(range(frame.channels)) if planes < frame.channels else (-1,)
 
 
-class JointRestorer:
+class JointRestorer(FrameRestorer):
     """The restored frame of a joint engine, from whichever pass made it.
 
     Parameters
@@ -48,8 +48,8 @@ class JointRestorer:
         The joint engine.
     blending
         Montage weights of the tiles whose labels decide what is restored.
-    frame
-        Shape of the signal.
+    colours
+        `images_of` the frame.
     output
         Tensor that holds the restored frame.
     own
@@ -66,7 +66,7 @@ class JointRestorer:
         self,
         seen: FrameClassifier,
         blending: Blending,
-        frame: FrameShape,
+        colours: tuple[int, ...],
         output: str,
         *,
         own: ClassifierSlot | None = None,
@@ -75,7 +75,7 @@ class JointRestorer:
     ) -> None:
         self._seen = seen
         self._blending = blending
-        self._frame = frame
+        self._colours = colours
         self._output = output
         self._own = own
         self._labels = labels
@@ -85,16 +85,6 @@ class JointRestorer:
         """Return why it may not be recorded in a CUDA graph; None: it may."""
         own = self._own
         return None if own is None else own.network.why_not_capturable(work)
-
-    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return the one part there is: every tile in one go, whatever its label."""
-        del labels
-        return [()]
-
-    def recurs(self, part: Part) -> bool:
-        """Return True: it is the same for every frame."""
-        del part
-        return True
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the blending of what the network restored."""
@@ -106,25 +96,12 @@ class JointRestorer:
             if self._labels is not None:
                 maps = self._labels
                 self._seen.enqueue(work, self._own, frame.signal, maps)
-            for colour in images_of(self._frame, self._seen.planes):
+            for colour in self._colours:
                 self._seen.look(work, self._own, frame.signal, colour)
                 self._seen.join(work, self._own, self._output, out, colour)
-        self._blending.enqueue_share(
-            work,
-            frame=self._frame,
-            signal=frame.signal,
-            restored=out,
-            levels=frame.maps["level"],
-            out=out,
-        )
+        self._blending.defocused(work, frame)
         if self._weighing is not None:
             self._weighing.enqueue(work, frame.signal, maps, out)
-
-    def close(self) -> None:
-        """Free the own pass."""
-        if self._own is not None:
-            self._own.network.close()
-            self._seen.close()
 
 
 class Weighing:
@@ -237,8 +214,8 @@ class Weighing:
         )
 
 
-class TileNetworkRestorer:
-    """A restorer engine; implements `FrameRestorer`.
+class TileNetworkRestorer(FrameRestorer):
+    """A restorer engine.
 
     Buffers and context are shared by all frames in flight: their restoration is on
     one stream.
@@ -248,7 +225,7 @@ class TileNetworkRestorer:
     memory
         Where the tiles lie.
     engine
-        Opened for batches of tiles; closed by `close`.
+        Opened for batches of tiles.
     card
         Of the engine.
     batch
@@ -275,90 +252,60 @@ class TileNetworkRestorer:
         blending: Blending,
         conditions: TileConditions | None,
     ) -> None:
-        self._engine = engine
         self._card = card
-        self._input = input_of(card)
-        self._frame = frame
         self._blending = blending
         self._conditions = conditions
-        self._batch = batch
-        planes = self._input.channels
+        planes = input_of(card).channels
+        self._colours = images_of(frame, planes)
         self._tiles = windowed_tiles(memory, frame, planes, tiles.windows)
         rule = invertible_normalisation(card)
         self._percentiles = Percentiles(memory, rule, frame, planes)
         self._ranges = memory.allocate((planes, 2), np.float32, "ranges")
-        self._batches = ceil(self._tiles.count / batch)
-        self._shapes: dict[str, Shape] = {
-            self._input.name: (batch, planes, *(2 * (self._input.tile_px,)))
-        }
-        if card.condition is not None:
-            self._shapes[card.condition.name] = (batch, len(card.condition.entries))
-        every = {**self._shapes, **engine.output_shapes(self._shapes)}
-        # All batches behind each other; the last one may be longer than the frame.
-        self._buffers: dict[str, DeviceArray] = {
-            name: memory.upload(
-                np.zeros(
-                    (self._batches * batch, *shape[1:]), engine.tensors[name].dtype
-                ),
-                f"tensor '{name}' of {engine.name}",
-            )
-            for name, shape in every.items()
-        }
-        self._context: GpuContext = engine.open_context()
-
-    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return the one part there is: every tile in one go, whatever its label."""
-        del labels
-        return [()]
-
-    def recurs(self, part: Part) -> bool:
-        """Return True: it is the same for every frame."""
-        del part
-        return True
+        self.network = BoundNetwork(
+            memory,
+            engine,
+            batch_shapes(card, batch),
+            batches=ceil(self._tiles.count / batch),
+        )
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the restoration of a frame, colours one after the other."""
         del part
-        for colour in images_of(self._frame, self._input.channels):
+        for colour in self._colours:
             self._restore(work, frame, colour)
-        self._blending.enqueue_share(
-            work,
-            frame=self._frame,
-            signal=frame.signal,
-            restored=frame.out,
-            levels=frame.maps["level"],
-            out=frame.out,
-        )
+        self._blending.defocused(work, frame)
 
     def _restore(self, work: Work, frame: InFlight, colour: int) -> None:
         """Enqueue signal -> restored frame, or one colour of it."""
-        tiles, signal = self._buffers[self._input.name], frame.signal
-        count = self._tiles.count
+        buffers, signal, count = self.network.buffers, frame.signal, self._tiles.count
+        tiles = buffers[input_of(self._card).name]
         self._percentiles.enqueue(work, signal, self._ranges, colour)
         self._tiles.cut(
             work, signal, self._ranges, tiles, first=0, count=count, colour=colour
         )
         if self._conditions is not None and self._card.condition is not None:
-            condition = self._buffers[self._card.condition.name]
+            condition = buffers[self._card.condition.name]
             self._conditions.enqueue(work, frame.maps, condition)
-        for number in range(self._batches):
-            self._context.bind(self._addresses(number), self._shapes)
-            self._context.enqueue(work.handle)
-        restored = self._buffers[self._card.output.name if self._card.output else ""]
+        self.network.enqueue(work)
+        restored = buffers[output_of(self._card)]
         self._tiles.join(work, restored, self._ranges, frame.out, colour)
 
     def why_not_capturable(self, work: Work) -> str | None:
         """Return why it may not be recorded in a CUDA graph; None: it may."""
-        return self._context.why_not_capturable(work.handle)
+        return self.network.why_not_capturable(work)
 
-    def close(self) -> None:
-        """Free the context and the engine."""
-        self._context.close()
-        self._engine.close()
 
-    def _addresses(self, number: int) -> dict[str, int]:
-        """Return where the tensors of a batch lie."""
-        return {
-            name: buffer.from_element(number * buffer.count // self._batches).address
-            for name, buffer in self._buffers.items()
-        }
+def batch_shapes(card: EngineCard, batch: int) -> dict[str, Shape]:
+    """Return the shape of every input of a network for a batch of tiles."""
+    tiles = input_of(card)
+    shapes: dict[str, Shape] = {
+        tiles.name: (batch, tiles.channels, tiles.tile_px, tiles.tile_px)
+    }
+    if card.condition is not None:
+        shapes[card.condition.name] = (batch, len(card.condition.entries))
+    return shapes
+
+
+def output_of(card: EngineCard) -> str:
+    """Return the tensor that a restorer's result lies in."""
+    return "" if card.output is None else card.output.name

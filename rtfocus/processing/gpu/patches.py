@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from rtfocus.engines.card import EngineCard, input_of
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.gpu.classifier import InFlight, Part
+from rtfocus.processing.gpu.classifier import BoundNetwork, InFlight, Part
 from rtfocus.processing.gpu.deconvolution import (
     LevelTransfers,
     positive_ratio,
     positive_update,
 )
-from rtfocus.processing.gpu.depth_variant import Blending
+from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
+from rtfocus.processing.gpu.network_restorer import batch_shapes, output_of
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import (
@@ -35,34 +36,29 @@ from rtfocus.processing.gpu.work import (
 )
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import TAPER_PX
-from rtfocus.runtimes.gpu import GpuContext, GpuEngine
+from rtfocus.runtimes.gpu import GpuEngine
 
 Image = NDArray[np.float32]
 
 
-class _NeverRecorded:
-    """What is enqueued changes from frame to frame."""
+class _Patches(FrameRestorer):
+    """What is enqueued changes from frame to frame: no part comes back."""
 
     def recurs(self, part: Part) -> bool:
-        """Return False: no part comes back."""
+        """Return False."""
         del part
         return False
 
-    def why_not_capturable(self, work: Work) -> str | None:
-        """Return the reason, see `FrameRestorer`."""
-        del work
-        return "its tiles change from frame to frame"
 
-
-class PatchRestorer(_NeverRecorded):
-    """Richardson-Lucy on each tile by itself; implements `FrameRestorer`.
+class PatchRestorer(_Patches):
+    """Richardson-Lucy on each tile by itself.
 
     Parameters
     ----------
     memory
         Where the work space lies.
     transforms
-        That it uses; closed by `close`.
+        That it uses.
     psfs
         PSF per level.
     montage
@@ -99,7 +95,7 @@ class PatchRestorer(_NeverRecorded):
         self._shape = shape
         self._halo_px = halo_px
         self._iterations = iterations
-        self._blending = Blending(memory, montage)
+        self._blending = Blending(memory, montage, frame)
         tiles = montage.grid.rows * montage.grid.columns
         # As many as a frame has pixels, so that memory stays that of a frame.
         pixels = shape[0] * shape[1]
@@ -149,10 +145,6 @@ class PatchRestorer(_NeverRecorded):
         )
         for first in range(0, count, self._batch):
             self._restore(work, frame, plane, level, first)
-
-    def close(self) -> None:
-        """Free the transforms."""
-        self._transforms.close()
 
     def _restore(
         self, work: Work, frame: InFlight, plane: int, level: int, first: int
@@ -221,17 +213,17 @@ def _on_grid(axis: list[slice], step: int) -> NDArray[np.void]:
     return found
 
 
-class LearnedWienerRestorer(_NeverRecorded):
-    """The learned Wiener filter; implements `FrameRestorer`.
+class LearnedWienerRestorer(_Patches):
+    """The learned Wiener filter.
 
     Parameters
     ----------
     memory
         Where tables and work space lie.
     transforms
-        That it uses; closed by `close`.
+        That it uses.
     engine
-        Opened for batches of tiles; closed by `close`.
+        Opened for batches of tiles.
     card
         Of the engine.
     psfs
@@ -262,8 +254,6 @@ class LearnedWienerRestorer(_NeverRecorded):
     ) -> None:
         tiles = input_of(card)
         self._transforms = transforms
-        self._engine = engine
-        self._card = card
         self._montage = montage
         self._frame = frame
         self._batch = batch
@@ -274,28 +264,25 @@ class LearnedWienerRestorer(_NeverRecorded):
             memory, transforms, psfs, dict.fromkeys(psfs, shape)
         )
         self._levels = tuple(psfs)
-        self._blending = Blending(memory, montage)
+        self._blending = Blending(memory, montage, frame)
         self._percentiles = Percentiles(
             memory, invertible_normalisation(card), frame, 1
         )
         self._range = memory.allocate((1, 2), np.float32, "ranges")
-        self._inputs: dict[str, tuple[int, ...]] = {
-            tiles.name: (batch, tiles.channels, *shape)
-        }
         self._told: dict[int, DeviceArray] = {}
         if told is not None and card.condition is not None:
-            self._inputs[card.condition.name] = (batch, told.shape[1])
             for level, row in zip(psfs, told, strict=True):
                 rows = np.repeat(row[None].astype(np.float32), batch, axis=0)
                 self._told[level] = memory.upload(rows, "conditions")
-        output = "" if card.output is None else card.output.name
-        self._log_snr = memory.allocate(
-            engine.output_shapes(self._inputs)[output], np.float32, "bands"
-        )
+        self.network = BoundNetwork(memory, engine, batch_shapes(card, batch))
+        buffers = self.network.buffers
+        self._seen, self._log_snr = buffers[tiles.name], buffers[output_of(card)]
+        self._condition = None
+        if self._told and card.condition is not None:
+            self._condition = buffers[card.condition.name]
         bands = self._log_snr.shape[1]
         self._bands = memory.upload(band_weights(shape, bands), "bands")
         self._taper = memory.upload(edge_taper(shape, TAPER_PX), "tiles")
-        self._seen = memory.allocate((batch, *shape), np.float32, "tiles")
         self._tapered = memory.allocate((batch, *shape), np.float32, "tiles")
         half = spectrum_shape(self._tapered.shape)
         self._spectrum = memory.allocate(half, np.complex64, "tiles")
@@ -303,7 +290,6 @@ class LearnedWienerRestorer(_NeverRecorded):
         self._joined = memory.allocate(
             (frame.height, frame.width), np.float32, "a rectangle"
         )
-        self._context: GpuContext = engine.open_context()
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return (), the frame as it is, then (plane, level, *rectangle)."""
@@ -334,23 +320,10 @@ class LearnedWienerRestorer(_NeverRecorded):
         work.zero(joined)
         for first in range(0, rows * columns, self._batch):
             self._restore(work, frame, part, (rows, columns), first)
-        self._blending.enqueue(
-            work,
-            frame=self._frame,
-            plane=plane,
-            signal=frame.signal,
-            rectangle=(top, left, height, width),
-            restored=joined,
-            levels=frame.maps["level"],
-            level=level,
-            out=frame.out,
+        rectangle = top, left, height, width
+        self._blending.level(
+            work, frame, level, plane=plane, rectangle=rectangle, restored=joined
         )
-
-    def close(self) -> None:
-        """Free the context, the engine and the transforms."""
-        self._context.close()
-        self._engine.close()
-        self._transforms.close()
 
     def _restore(
         self,
@@ -384,7 +357,9 @@ class LearnedWienerRestorer(_NeverRecorded):
             self._seen,
             rows=batch,
         )
-        self._tell(work, level)
+        if self._condition is not None:
+            work.copy(self._condition, self._told[level])
+        self.network.enqueue(work)
         work.launch("tile_means", batch * BLOCK, self._seen, pixels, self._means)
         work.launch(
             "taper_tiles",
@@ -425,13 +400,3 @@ class LearnedWienerRestorer(_NeverRecorded):
             side,
             self._joined,
         )
-
-    def _tell(self, work: Work, level: int) -> None:
-        """Enqueue the network: tiles -> signal over noise per band."""
-        addresses = {input_of(self._card).name: self._seen.address}
-        if self._card.condition is not None and self._told:
-            addresses[self._card.condition.name] = self._told[level].address
-        if self._card.output is not None:
-            addresses[self._card.output.name] = self._log_snr.address
-        self._context.bind(addresses, self._inputs)
-        self._context.enqueue(work.handle)

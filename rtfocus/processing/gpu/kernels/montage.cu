@@ -35,14 +35,13 @@ extern "C" __global__ void blend_level(
   out[at] += weight * (fmaxf(restored[from], 0.0f) - signal[at]);
 }
 
-// One thread per pixel: out = signal + share * (restored - signal), the share that
-// of the tiles out of focus.
+// One thread per pixel: out = signal + share * (out - signal), the share that of
+// the tiles out of focus.
 extern "C" __global__ void blend_share(
     const float* signal,
     int height,
     int width,
     int channels,
-    const float* restored,
     const short* levels,
     int tile_columns,
     int background,
@@ -59,6 +58,6 @@ extern "C" __global__ void blend_share(
   }
   for (int channel = 0; channel < channels; ++channel) {
     long long at = (long long)i * channels + channel;
-    out[at] = signal[at] + share * (fmaxf(restored[at], 0.0f) - signal[at]);
+    out[at] = signal[at] + share * (fmaxf(out[at], 0.0f) - signal[at]);
   }
 }
