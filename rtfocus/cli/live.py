@@ -68,9 +68,8 @@ def view(
     [bold]Example:[/] rtfocus view runs/demo.rtfocus
     """
     _assert_installed()
-    from rtfocus.view.scene import Scene
+    from rtfocus.view.scene import LiveSource, RunSource, Scene
     from rtfocus.view.server import Listening, usual_or_free
-    from rtfocus.view.sources import LiveSource, RunSource
 
     with suppress(psutil.Error, OSError):
         # Where the computer has too much to do, the recording comes first.

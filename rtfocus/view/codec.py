@@ -21,6 +21,9 @@ import numpy as np
 from numcodecs import lz4
 from numpy.typing import NDArray
 
+from rtfocus.frame import TileGrid
+from rtfocus.transport.preview_messages import Preview
+
 MAGIC = b"RTFP"
 VERSION = 1
 HEADER = struct.Struct("<4sBBBxIiiiiiddIfIIdfB3x")
@@ -93,6 +96,54 @@ class Picture:
     confidence: float = 0.0
     signed: bool = False
     flags: Flag = Flag.NOTHING
+
+
+def defocus_plane(values: NDArray[np.generic], grid: TileGrid) -> Plane:
+    """Return a defocus map where its tiles lie in the frame."""
+    corner = grid.origin_px + 0.5 - grid.stride_px / 2
+    return Plane(Kind.DEFOCUS, values, corner, corner, grid.stride_px, grid.signed)
+
+
+def live_picture(preview: Preview, started_ns: int) -> Picture:
+    """Return what the preview socket sent of a frame as a picture.
+
+    Parameters
+    ----------
+    preview
+        With its frame's header.
+    started_ns
+        Of the series.
+    """
+    header = preview.header
+    frame = header.frame
+    assert frame is not None
+    planes = [Plane(Kind.RAW, preview.pixels, step=header.reduced)]
+    for plane in header.planes:
+        pixels = preview.planes.get(plane.name)
+        if pixels is None:
+            continue
+        if plane.name == "restored":
+            planes.append(Plane(Kind.RESTORED, pixels, step=header.reduced))
+        elif plane.name == "saturation":
+            planes.append(Plane(Kind.SATURATION, pixels, step=plane.block_px))
+        elif plane.name == "defocus" and header.grid is not None:
+            planes.append(defocus_plane(pixels, header.grid))
+    estimate = header.estimate
+    height, width = frame.shape[:2]
+    return Picture(
+        planes=tuple(planes),
+        shape=(height, width),
+        index=frame.index,
+        sequence=frame.sequence,
+        z_um=frame.z_um,
+        captured_s=(frame.captured_ns - started_ns) / 1e9,
+        exposure_ms=frame.exposure_ms,
+        saturated=header.saturated,
+        defocus_um=None if estimate is None else estimate.defocus_um,
+        confidence=0.0 if estimate is None else estimate.confidence,
+        signed=estimate is not None and estimate.signed,
+        flags=Flag.LIVE,
+    )
 
 
 def pack(picture: Picture) -> bytes:

@@ -1,28 +1,37 @@
-"""Scene: what all viewers are shown: the newest pictures, the traces, the numbers.
+"""Scene: what all viewers are shown, and the sources that fill it.
 
-Sources fill it from their threads, viewers read it from the server's loop; whoever
-is slow misses what came between. `snapshot` makes of it one plane as a 16-bit OME-TIFF
-that says what it is.
+Sources fill it from their threads, out of a processor or a run folder; viewers read it
+from the server's loop; whoever is slow misses what came between.
 """
 
-import io
+import contextlib
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tifffile
-from numpy.typing import NDArray
 
-from rtfocus.errors import InputError, RtfocusError
-from rtfocus.frame import Act, SeriesStart
-from rtfocus.images.metadata import NAMESPACE, SOFTWARE
-from rtfocus.images.series import writable_text
-from rtfocus.view.codec import Kind, Picture, pack
-from rtfocus.view.source_run import Place, Region, StoredRun, Traces
+from rtfocus.errors import ProtocolError, RtfocusError
+from rtfocus.frame import PROTOCOL_VERSION, Act, SeriesStart
+from rtfocus.transport.preview_messages import (
+    Preview,
+    PreviewStatus,
+    PreviewViewer,
+    Request,
+)
+from rtfocus.view.codec import Picture, live_picture, pack
+from rtfocus.view.source_run import (
+    Place,
+    Region,
+    StoredRun,
+    Traces,
+    note_focus_line,
+    report_of,
+)
 
 State = Literal["gone", "waiting", "running", "recording", "finished"]
 """``gone``: no processor answers; ``recording``: a folder that is not finished."""
@@ -216,113 +225,224 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-_KINDS = {"raw": Kind.RAW, "restored": Kind.RESTORED}
+_LOOK_S = 0.1
+_GONE_S = 2.0
+"""A processor that says nothing for so long is gone: it speaks four times a second."""
+_IDLE_S = 10.0
+"""Nobody looks for so long: the processor is left alone until somebody does."""
+_READ_S = 0.3
 
 
-def snapshot(
-    scene: Scene, kind: str, place: Place, region: Region | None = None
-) -> bytes:
-    """Return a plane as a TIFF: what is stored, or what the newest picture has.
+class Source(threading.Thread):
+    """Fills a scene until it is closed. A context manager."""
+
+    def __init__(self, scene: Scene, name: str) -> None:
+        super().__init__(name=name)
+        self.scene = scene
+        self.closing = threading.Event()
+
+    def __enter__(self) -> "Source":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.scene.watched.set()
+        self.join()
+
+
+class RunSource(Source):
+    """A run folder, also one that is being written."""
+
+    def __init__(self, scene: Scene, folder: Path) -> None:
+        super().__init__(scene, "view run")
+        traces = Traces()
+        stored = StoredRun.open(folder, traces)
+        scene.begin(stored.series, stored, traces, stored.saturation_counts)
+        scene.state = "recording"
+        self._stored = stored
+
+    def run(self) -> None:
+        """Read the journal on while somebody looks."""
+        scene, stored = self.scene, self._stored
+        while not self.closing.is_set():
+            scene.watched.wait()
+            more = stored.read_on()
+            if not more and scene.state != "finished" and stored.is_finished:
+                scene.state = "finished"
+                with contextlib.suppress(RtfocusError):
+                    scene.numbers = report_of(stored.run)
+            elif not more:
+                self.closing.wait(_READ_S)
+            else:
+                scene.numbers = {
+                    "written": stored.written,
+                    "dropped": dict(stored.lost),
+                }
+            if more or scene.state == "finished":
+                scene.changed()
+            if scene.state == "finished":
+                self.closing.wait()
+
+
+class LiveSource(Source):
+    """A processor, through its preview socket, and its run folder if it lies here.
 
     Parameters
     ----------
     scene
-        What is shown.
-    kind
-        ``raw`` or ``restored``.
-    place
-        t, p, c, z.
-    region
-        In pixels of the frame; None: all of it.
-
-    Raises
-    ------
-    InputError
-        If there is no such plane.
+        Filled.
+    endpoint
+        ``transport.preview.endpoint`` of the processor.
+    curve_keys
+        Folder of keys, where the processor has them.
     """
-    if kind not in _KINDS:
-        msg = f"no plane '{kind}'; choose raw or restored"
-        raise InputError(msg)
-    stored = scene.stored
-    line = None if stored is None else stored.line(place)
-    if stored is not None and line is not None and kind in (line.get("stored") or ()):
-        pixels, step = stored.plane("raw" if kind == "raw" else "restored", place), 1
-    else:
-        pixels, step = _newest(scene, kind, place)
-    if region is not None:
-        pixels = pixels[
-            region.y0 // step : -(-region.y1 // step),
-            region.x0 // step : -(-region.x1 // step),
-        ]
-    if not pixels.size:
-        msg = f"the region {region} is not in the frame"
-        raise InputError(msg)
-    return _tiff(pixels, _facts(scene, kind, place, step, region))
+
+    def __init__(self, scene: Scene, endpoint: str, curve_keys: Path | None) -> None:
+        super().__init__(scene, "view live")
+        self._endpoint, self._curve_keys = endpoint, curve_keys
+        self._open().close()
+        self._asked: list[_Question] = []
+        self._last_s = 0.0
+        self._points = self._focus = -1
+        scene.act = self._ask
+
+    def run(self) -> None:
+        """Receive while somebody looks."""
+        while not self.closing.is_set():
+            self.scene.watched.wait()
+            if not self.closing.is_set():
+                with self._open() as viewer:
+                    self._receive(viewer)
+
+    def _open(self) -> PreviewViewer:
+        return PreviewViewer(self._endpoint, self._curve_keys)
+
+    def _receive(self, viewer: PreviewViewer) -> None:
+        scene, idle_since_s = self.scene, time.monotonic()
+        next_read_s = 0.0
+        while not self.closing.is_set() and time.monotonic() - idle_since_s < _IDLE_S:
+            if scene.watched.is_set():
+                idle_since_s = time.monotonic()
+            self._answer(viewer)
+            try:
+                came = viewer.received(_LOOK_S)
+            except ProtocolError:
+                scene.refused["preview"] += 1
+                continue
+            self._take(came)
+            now_s = time.monotonic()
+            stored = scene.stored
+            if stored is not None and now_s > next_read_s:
+                next_read_s = now_s + _READ_S
+                if stored.read_on():
+                    scene.changed()
+            if scene.state != "gone" and now_s - self._last_s > _GONE_S:
+                finished = stored is not None and stored.is_finished
+                scene.state = "finished" if finished else "gone"
+                scene.changed()
+
+    def _take(self, came: list[Preview | PreviewStatus]) -> None:
+        newest: dict[int, Preview] = {}
+        for one in came:
+            self._last_s = time.monotonic()
+            if isinstance(one, PreviewStatus):
+                self._take_status(one)
+            elif one.header.frame is not None:
+                channel = one.header.frame.index.get("c", 0)
+                self.scene.skipped += channel in newest
+                newest[channel] = one
+        for preview in newest.values():
+            self._show(preview)
+
+    def _take_status(self, status: PreviewStatus) -> None:
+        scene = self.scene
+        scene.may_ask = status.control is not None
+        self._control = status.control
+        if status.series is None:
+            stored = scene.stored
+            done = stored is not None and stored.is_finished
+            scene.state = "finished" if done else "waiting"
+            scene.changed()
+            return
+        shown = scene.series
+        if shown is None or shown.series_uid != status.series.series_uid:
+            self._begin(status)
+        scene.state = "running"
+        scene.numbers = {**status.metrics, "preview_dropped": status.dropped}
+        traces, started_ns = scene.traces, status.series.started_ns
+        for point in status.points:
+            traces.add(
+                point.sequence,
+                seconds=(point.captured_ns - started_ns) / 1e9,
+                place=_place(point.index),
+                role=point.role,
+                z_um=point.z_um,
+                defocus_um=point.defocus_um,
+                confidence=point.confidence,
+            )
+        for number, line in status.focus:
+            # The folder's own log has them too, where it lies here.
+            if number > self._focus and scene.stored is None:
+                self._focus = number
+                note_focus_line(traces, line, started_ns)
+        scene.changed()
+
+    def _begin(self, status: PreviewStatus) -> None:
+        series, scene = status.series, self.scene
+        assert series is not None
+        self._focus = -1
+        traces = Traces()
+        stored: StoredRun | None = None
+        with contextlib.suppress(RtfocusError, OSError):
+            stored = StoredRun.open(Path(status.folder), traces)
+            if stored.series.series_uid != series.series_uid:
+                stored = None
+        scene.folder, scene.host = status.folder, status.host
+        full = status.saturation_counts
+        scene.begin(series, stored, traces, np.inf if full is None else full)
+
+    def _show(self, preview: Preview) -> None:
+        frame, series = preview.header.frame, self.scene.series
+        assert frame is not None
+        if series is not None and frame.series_uid == series.series_uid:
+            picture = live_picture(preview, series.started_ns)
+            self.scene.show(_place(frame.index), picture)
+
+    def _ask(self, what: Act) -> str:
+        """Pass a request on, from a thread of the server; wait for the answer."""
+        question = _Question(what)
+        self._asked.append(question)
+        if not question.answered.wait(10):
+            return "the processor does not answer"
+        return question.why
+
+    def _answer(self, viewer: PreviewViewer) -> None:
+        while self._asked:
+            question = self._asked.pop(0)
+            series = self.scene.series
+            if self._control is None or series is None:
+                question.why = (
+                    "the config of this run allows no requests "
+                    "(transport.preview.control)"
+                )
+            else:
+                request = Request(PROTOCOL_VERSION, series.series_uid, question.what)
+                question.why = viewer.ask(self._control, request).why
+            question.answered.set()
+
+    _control: str | None = None
 
 
-def _newest(scene: Scene, kind: str, place: Place) -> tuple[NDArray[np.generic], int]:
-    shown = scene.newest(place[1], place[2], place[3])
-    if shown is not None and shown.place == place:
-        for plane in shown.picture.planes:
-            if plane.kind is _KINDS[kind]:
-                return plane.pixels, int(plane.step)
-    msg = f"there is no {kind} plane at t, p, c, z = {place}"
-    raise InputError(msg)
+@dataclass
+class _Question:
+    what: Act
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        self.answered = threading.Event()
 
 
-def _facts(
-    scene: Scene, kind: str, place: Place, step: int, region: Region | None
-) -> dict[str, Any]:
-    series = scene.series
-    assert series is not None
-    pixel_um = series.pixel_size_um * step
-    t, p, c, z = place
-    told = {
-        "rtfocus": SOFTWARE,
-        "run": scene.folder,
-        "series": series.series_uid,
-        "image": kind,
-        **{axis: str(i) for axis, i in zip("tpcz", place, strict=True)},
-        "position": series.positions[p].name,
-        "every pixel": str(step),
-    }
-    if region is not None:
-        told["region y0 x0 y1 x1"] = f"{region.y0} {region.x0} {region.y1} {region.x1}"
-    line = None if scene.stored is None else scene.stored.line(place)
-    plane: dict[str, Any] = {}
-    if line is not None:
-        told["sequence"] = str(line["sequence"])
-        told["captured_ns"] = str(line.get("captured_ns"))
-        estimate = line.get("estimate") or {}
-        told["defocus_um"] = str(estimate.get("defocus_um"))
-        if line.get("exposure_ms") is not None:
-            plane |= {"ExposureTime": [line["exposure_ms"]], "ExposureTimeUnit": ["ms"]}
-        if line.get("z_um") is not None:
-            plane |= {"PositionZ": [line["z_um"]], "PositionZUnit": ["µm"]}
-    return {
-        "Name": writable_text(f"{series.name} {kind} t{t} p{p} c{c} z{z}"),
-        "PhysicalSizeX": pixel_um,
-        "PhysicalSizeXUnit": "µm",
-        "PhysicalSizeY": pixel_um,
-        "PhysicalSizeYUnit": "µm",
-        "Channel": {"Name": [writable_text(series.channels[c].name)]},
-        **({"Plane": plane} if plane else {}),
-        "MapAnnotation": {
-            "Namespace": NAMESPACE,
-            "Value": {key: writable_text(text) for key, text in told.items()},
-        },
-    }
-
-
-def _tiff(pixels: NDArray[np.generic], facts: dict[str, Any]) -> bytes:
-    is_colour = pixels.ndim == 3
-    memory = io.BytesIO()
-    with tifffile.TiffWriter(memory, ome=True) as file:
-        file.write(
-            np.ascontiguousarray(pixels),
-            photometric="rgb" if is_colour else "minisblack",
-            compression="zlib",
-            software=SOFTWARE,
-            metadata={"axes": "YXS" if is_colour else "YX", **facts},
-        )
-    return memory.getvalue()
+def _place(index: dict[str, int]) -> tuple[int, int, int, int]:
+    t, p, c, z = (index.get(axis, 0) for axis in "tpcz")
+    return t, p, c, z

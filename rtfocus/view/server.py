@@ -26,9 +26,9 @@ from starlette.websockets import WebSocket
 
 from rtfocus.errors import ConfigError, InputError, RtfocusError, TransportError
 from rtfocus.transport.sockets import is_local
-from rtfocus.view.scene import Scene, snapshot
+from rtfocus.view.scene import Scene
 from rtfocus.view.source_run import Place, Region
-from rtfocus.view.viewer import Viewer
+from rtfocus.view.viewer import Viewer, snapshot
 
 COOKIE = "rtfocus_token"
 MOST_VIEWERS = 32

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import InputError, RtfocusError
 from rtfocus.focus_readings import FOCUS_LOG
-from rtfocus.frame import Role, SeriesStart, TileGrid
+from rtfocus.frame import Role, SeriesStart
 from rtfocus.monitor import LATENCIES
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.runs import Kind as ImageName
 from rtfocus.runs import Run, open_run
 from rtfocus.transport.preview_messages import saturation_blocks
-from rtfocus.view.codec import Flag, Kind, Picture, Plane
+from rtfocus.view.codec import Flag, Kind, Picture, Plane, defocus_plane
 from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import IN_ERROR, MISSING, WRITTEN, Line
 
@@ -389,12 +389,6 @@ class StoredRun:
             return self.plane(name, place)
         except InputError:
             return None
-
-
-def defocus_plane(values: NDArray[np.generic], grid: TileGrid) -> Plane:
-    """Return a defocus map where its tiles lie in the frame."""
-    corner = grid.origin_px + 0.5 - grid.stride_px / 2
-    return Plane(Kind.DEFOCUS, values, corner, corner, grid.stride_px, grid.signed)
 
 
 def report_of(run: Run) -> dict[str, Any]:

@@ -44,10 +44,9 @@ from rtfocus.view.codec import (
     numbered,
     pack,
 )
-from rtfocus.view.scene import Scene
+from rtfocus.view.scene import LiveSource, Scene
 from rtfocus.view.server import Listening, PageServer
 from rtfocus.view.source_run import Region, StoredRun, Traces, note_focus_line
-from rtfocus.view.sources import LiveSource
 
 
 def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:

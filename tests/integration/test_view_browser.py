@@ -20,9 +20,8 @@ from transport_kit import until
 from view_kit import GRID, SATURATION, frame_of, result_of
 from writer_kit import make_series, numbered, recording
 
-from rtfocus.view.scene import Scene
+from rtfocus.view.scene import LiveSource, RunSource, Scene
 from rtfocus.view.server import Listening, PageServer
-from rtfocus.view.sources import LiveSource, RunSource
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = (
