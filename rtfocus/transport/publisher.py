@@ -8,7 +8,6 @@ publishers in other languages.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -322,12 +321,7 @@ class FramePublisher:
     def __enter__(self) -> "FramePublisher":
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _series(self) -> tuple[Outbox, SlotPool]:
