@@ -51,9 +51,9 @@ from rtfocus.images.reading import (
 from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.offline import ImageProcessor
 from rtfocus.report.pictures import SideBySide
+from rtfocus.writers.finish import complete_restoration, count_unrestored
 from rtfocus.writers.folder import SUFFIX
 from rtfocus.writers.header import read_header
-from rtfocus.writers.repair import complete_restoration, count_unrestored
 
 OpticsOption = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""Check: whether a run folder is whole, as a third-party reader sees it.
+"""Check and repair: whether a run folder is whole, as a third-party reader sees it.
 
 Validates every OME-Zarr with yaozarrs, reads every frame the journal calls
 written with zarr-python, not with the library that wrote it, and verifies the
@@ -6,6 +6,7 @@ loss identity. Changes nothing unless it is asked to repair, and then deletes no
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,13 @@ import zarr
 from fsspec import register_implementation
 from fsspec.implementations.local import LocalFileSystem
 
-from rtfocus.metrics import Outcome
-from rtfocus.writers.commit import Tally
-from rtfocus.writers.folder import ASIDE_NAME, Holder, holder_of
+from rtfocus.errors import WriterError
+from rtfocus.files import refuse_links
+from rtfocus.metrics import Accounting, Outcome
+from rtfocus.writers.arrays import RunImages
+from rtfocus.writers.commit import Tally, Terms, read_rejected, read_report
+from rtfocus.writers.finish import COUNTED, finish_run
+from rtfocus.writers.folder import ASIDE_NAME, Holder, RunLock, holder_of, set_aside
 from rtfocus.writers.header import (
     CONFIDENCE,
     JOURNAL_NAME,
@@ -33,10 +38,16 @@ from rtfocus.writers.header import (
     read_header,
     shard_name,
 )
-from rtfocus.writers.journal import WRITTEN, Line, scan_journal
-from rtfocus.writers.layout import COMPANION, companion_fault, image_groups, store_path
+from rtfocus.writers.journal import WRITTEN, Line, journal_lines, scan_journal
+from rtfocus.writers.layout import (
+    COMPANION,
+    companion_fault,
+    group_documents,
+    image_groups,
+    store_path,
+)
 from rtfocus.writers.places import Plan, TakenPlaces, complete
-from rtfocus.writers.repair import Terms, read_report, repair_run
+from rtfocus.writers.recovery import mend_journal
 
 _MOST_PROBLEMS = 20
 """Problems of one kind told one by one."""
@@ -221,9 +232,7 @@ class _ImageReader:
         ):
             frames = (array.shards or array.chunks)[0]
             for shard in list_shards(folder, frames):
-                place = {"p": position, "c": shard.c, "z": shard.z}
-                places = [{"t": t, **place} for t in shard.times]
-                inside = [one for one in places if self._plan.contains(one)]
+                inside = list(filter(self._plan.contains, shard.places(position)))
                 strays += bool(inside) and not any(one in taken for one in inside)
         return strays
 
@@ -275,7 +284,7 @@ def _check_stores(folder: Path, header: RunHeader, report: CheckReport) -> None:
         )
         for root in roots:
             try:
-                _validate(root)
+                yaozarrs.validate_zarr_store(_PlainFiles.url(root))
             except Exception as error:  # whatever the validator says is the finding
                 report.problems.append(f"'{root}' is no valid OME-Zarr: {_said(error)}")
 
@@ -304,11 +313,6 @@ class _PlainFiles(LocalFileSystem):  # type: ignore[misc] # fsspec has no type h
 
 
 register_implementation(_PlainFiles.protocol, _PlainFiles)
-
-
-def _validate(root: Path) -> None:
-    """Validate an OME-Zarr; its path is no URL and no pattern to the libraries."""
-    yaozarrs.validate_zarr_store(_PlainFiles.url(root))
 
 
 def _said(error: Exception) -> str:
@@ -342,3 +346,94 @@ def _tell(report: CheckReport, problem: str) -> None:
     """Add a problem, up to a number at which the rest is more of the same."""
     if len(report.problems) < _MOST_PROBLEMS:
         report.problems.append(problem)
+
+
+def repair_run(folder: Path, header: RunHeader) -> list[str]:
+    """Finish a cut-off run, and mend the journal of any; what is durable stays.
+
+    Frames whose line is lost are journalled anew, what is not whole is set aside. A
+    run that is finished and whole is left alone.
+
+    Returns
+    -------
+    list of str
+        What was done, for people; empty: nothing.
+
+    Raises
+    ------
+    BusyError
+        If the run is being written.
+    WriterError
+        If the folder leads elsewhere by links or cannot be written.
+    """
+    # Of a folder from anywhere nothing may lead out of it.
+    refuse_links(folder)
+    group_documents(folder, header, image_specs(header))
+    with RunLock(folder, "repairing"):
+        return _repair(folder, header)
+
+
+def _repair(folder: Path, header: RunHeader) -> list[str]:
+    report = read_report(folder)
+    steps = _set_aside_report(folder, report)
+    steps += _remove_leftovers(folder)
+    images = RunImages(folder, header, create=True)
+    before = images.frames
+    sequences = None if report is None else report["accounting"]["acquired"]
+    steps += mend_journal(folder, header, images, sequences=sequences)
+    if report is not None and not steps:
+        return []
+    tally = Tally(Plan(header.series))
+    for line in journal_lines(folder / JOURNAL_NAME, tally.plan):
+        tally.add(line)
+    accounting = Accounting(rejected=Counter(_rejected(folder, report)))
+    tally.restore(accounting)
+    # A frame found again may have no sequence.
+    sent = max(tally.next_sequence, sum(tally.terms.values()))
+    found: dict[str, Any] = {"reason": "interrupted"}
+    camera_lost = 0
+    if report is not None:
+        counted = (*COUNTED, "set_aside")
+        found = {key: value for key, value in report.items() if key not in counted}
+        camera_lost = report["accounting"]["camera_lost"]
+    accounting.end(sent, planned=tally.plan.images, camera_lost=camera_lost)
+    found |= {"accounting": accounting.summary(), "repaired": steps}
+    finish_run(folder, header, images, tally, found)
+    if images.frames != before:
+        steps.append(f"set t from {before} to {images.frames}")
+    steps.append(f"wrote totals, journal columns and report of {tally.lines} lines")
+    return steps
+
+
+def _rejected(folder: Path, report: dict[str, Any] | None) -> dict[str, int]:
+    """Return the messages refused; a report knows of more than was noted on the way."""
+    told = {} if report is None else report["accounting"].get("rejected_messages")
+    try:
+        return msgspec.convert(told or read_rejected(folder), dict[str, int])
+    except msgspec.ValidationError:
+        return read_rejected(folder)
+
+
+def _set_aside_report(folder: Path, report: dict[str, Any] | None) -> list[str]:
+    """Move a report that says nothing out of the way of a new one."""
+    path = folder / REPORT_NAME
+    if report is not None or not path.exists():
+        return []
+    return [f"moved the damaged report to '{set_aside(folder, [path])}'"]
+
+
+def _remove_leftovers(folder: Path) -> list[str]:
+    """Remove files that were never given their final name."""
+    left = [
+        path
+        for path in (*folder.rglob("*.__lock"), *folder.rglob(".*.part"))
+        if ASIDE_NAME not in path.relative_to(folder).parts
+    ]
+    try:
+        for path in left:
+            if path.is_file():
+                path.unlink()
+    except OSError as error:
+        msg = f"cannot remove '{error.filename}': {error.strerror}"
+        raise WriterError(msg) from error
+    return [f"removed {len(left)} unfinished files"] if left else []

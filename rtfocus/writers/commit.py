@@ -26,7 +26,7 @@ from rtfocus.machine import free_bytes
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
-from rtfocus.writers.header import REJECTED_NAME, write_json
+from rtfocus.writers.header import REJECTED_NAME, REPORT_NAME, write_json
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, JournalFile, Line
 from rtfocus.writers.places import Index, Plan, Planned, TakenPlaces, complete
 
@@ -131,6 +131,36 @@ def term_of(line: Line) -> tuple[str, str | None] | None:
     if line["status"] == MISSING:
         return None if line["sequence"] is None else ("dropped", GAP)
     return line["status"], line.get("place")
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """Return ``report.json`` of a finished run; None: there is none to be used."""
+    try:
+        report = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=dict)
+        terms = msgspec.convert(report["accounting"], Terms)
+        msgspec.convert(report.get("reason", ""), str)
+    except (OSError, msgspec.MsgspecError, ValueError, KeyError, RecursionError):
+        return None
+    return report | {"accounting": report["accounting"] | msgspec.to_builtins(terms)}
+
+
+class Terms(msgspec.Struct):
+    """The terms of the loss identity as a report has them."""
+
+    acquired: int
+    written: int
+    focus: int
+    dropped: dict[str, int]
+    in_error: dict[str, int]
+    planned: int | None = None
+    camera_lost: int = 0
+    not_acquired: int = 0
+
+    @property
+    def known(self) -> int:
+        """Frames that a term explains."""
+        lost = sum(self.dropped.values()) + sum(self.in_error.values())
+        return self.written + self.focus + lost
 
 
 LONGEST_HOLD_S = 0.5

@@ -1,8 +1,8 @@
 """Finish: what turns a recorded run folder into a finished one.
 
-Closing a run and repairing a cut-off one are the same steps: lengths, totals, the
-journal as columns in ``frames.zarr``, what a viewer shows black and white, and the
-report. It is written last, so that its presence means that all the others are done.
+Closing a run, repairing a cut-off one and completing one are the same steps: lengths,
+totals, the journal as columns in ``frames.zarr``, what a viewer shows black and white,
+and the report. It is written last: its presence means that all the others are done.
 """
 
 from collections import defaultdict
@@ -16,24 +16,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import OutputError, WriterError
-from rtfocus.files import remove, replace
+from rtfocus.files import refuse_links, remove, replace
+from rtfocus.frame import FrameResult
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Tally
-from rtfocus.writers.folder import set_aside
+from rtfocus.writers.folder import RunLock, set_aside
 from rtfocus.writers.header import (
     CONFIDENCE,
     DEFOCUS,
     JOURNAL_NAME,
+    RAW,
     REPORT_NAME,
+    RESTORED,
     ImageSpec,
     RunHeader,
+    is_finished,
+    read_header,
     write_json,
 )
-from rtfocus.writers.journal import WRITTEN, Line, read_journal
+from rtfocus.writers.journal import (
+    WRITTEN,
+    Line,
+    is_unrestored,
+    journal_lines,
+    read_journal,
+    write_journal,
+)
 from rtfocus.writers.layout import Windows, write_group
-from rtfocus.writers.places import Index, complete
+from rtfocus.writers.places import FrameSample, Index, Plan, complete
 
 FRAMES_NAME = "frames.zarr"
+COUNTED = ("totals", "missing", "time_points", "planned_frames")
+"""Parts of a report that follow from the journal."""
+Restore = Callable[[NDArray[Any], str], FrameResult]
+"""Raw pixels and the channel's name to a result with a restored frame."""
 _BLOCK = 8192
 """Rows read, converted and written at once: memory stays flat in long runs."""
 _UNKNOWN = -1
@@ -44,8 +60,6 @@ _WORDS: dict[str, Callable[[Line], str]] = {
     "flags": lambda line: " ".join(line.get("flags") or ()),
     "engines": lambda line: " ".join(sorted((line.get("engines") or {}).values())),
 }
-_MOST_FRAMES = 8
-"""Looked at per channel; a frame of 2048 x 2048 is read in some 10 ms."""
 _MOST_PIXELS = 1 << 16
 """Looked at per plane, evenly spread."""
 _PERCENTILES = (0.1, 99.9)
@@ -97,7 +111,12 @@ def finish_run(
             missing[complete(line["index"])["p"]].append(told)
     images.describe_collections()
     sample = FrameSample()
-    write_columns(folder, tally.lines, sample.note)
+
+    def note(line: Line) -> None:
+        if line["status"] == WRITTEN:
+            sample.note(line["stored"], complete(line["index"]))
+
+    write_columns(folder, tally.lines, note)
     windows = contrast(images, sample)
     for position in range(images.positions):
         found = {"finished": True, "missing": missing[position], "totals": totals}
@@ -122,20 +141,104 @@ def _unnamed(images: RunImages, tally: Tally) -> list[Path]:
     """Return the shards that hold none of the places which journal lines name."""
     found = []
     for _, position, shard in images.shards():
-        fixed = {"p": position, "c": shard.c, "z": shard.z}
-        places = [{"t": t, **fixed} for t in shard.times]
-        planned = [place for place in places if tally.plan.contains(place)]
+        planned = list(filter(tally.plan.contains, shard.places(position)))
         if planned and not any(place in tally.named for place in planned):
             found.append(shard.path)
     return found
 
 
-def _integer(key: str) -> Callable[[Line], Any]:
-    return lambda line: _or(line.get(key), _UNKNOWN)
+def count_unrestored(folder: Path) -> int:
+    """Return how many stored frames of a run have no restored image."""
+    plan = Plan(read_header(folder).series)
+    return sum(map(is_unrestored, journal_lines(folder / JOURNAL_NAME, plan)))
 
 
-def _number(key: str) -> Callable[[Line], Any]:
-    return lambda line: _or(line.get(key), np.nan)
+def complete_restoration(
+    folder: Path, restore: Restore, *, on_frame: Callable[[], None] = lambda: None
+) -> int:
+    """Restore the frames of a finished run that were skipped; return their number.
+
+    The journal is replaced as a whole once all pixels are committed, so that a
+    kill on the way leaves the run as it was.
+
+    Raises
+    ------
+    WriterError
+        If the run is unfinished, keeps no raw frames or cannot be written.
+    """
+    header = read_header(folder)
+    refuse_links(folder)
+    with RunLock(folder, "completing"):
+        return _complete(folder, header, restore, on_frame)
+
+
+def _complete(
+    folder: Path, header: RunHeader, restore: Restore, on_frame: Callable[[], None]
+) -> int:
+    if not is_finished(folder):
+        msg = f"'{folder}' is not finished; first: rtfocus check {folder} --repair"
+        raise WriterError(msg)
+    plan = Plan(header.series)
+    images = RunImages(folder, header, create=False)
+    if not {RAW, RESTORED} <= set(images.names):
+        msg = f"'{folder}' holds {images.names}; completing needs raw and restored"
+        raise WriterError(msg)
+    done: dict[int, FrameResult] = {}
+    for line in journal_lines(folder / JOURNAL_NAME, plan):
+        if not is_unrestored(line):
+            continue
+        index = complete(line["index"])
+        channel = header.series.channels[index["c"]].name
+        result = restore(images.read(RAW, index), channel)
+        if result.restored is None:
+            msg = f"frame {line['sequence']} was not restored: {result.skipped}"
+            raise WriterError(msg)
+        try:
+            images.write(RESTORED, index, [result.restored]).result()
+        except (OSError, ValueError) as error:
+            msg = f"frame {line['sequence']} cannot be written to '{folder}': {error}"
+            raise WriterError(msg) from error
+        # Only what the journal keeps: the pixels are on the disk.
+        result.restored = result.defocus = None
+        done[line["sequence"]] = result
+        on_frame()
+    lines = [
+        _restored_line(line, done.get(line["sequence"]))
+        for line in journal_lines(folder / JOURNAL_NAME, plan)
+    ]
+    write_journal(folder / JOURNAL_NAME, map(msgspec.json.encode, lines))
+    tally = Tally(plan)
+    for line in lines:
+        tally.add(line)
+    finish_run(folder, header, images, tally, _old_report(folder, len(done)))
+    return len(done)
+
+
+def _restored_line(line: Line, result: FrameResult | None) -> Line:
+    if result is None:
+        return line
+    return line | {
+        "stored": [*line["stored"], RESTORED],
+        "skipped": None,
+        "engines": result.engines,
+        "completed": True,
+    }
+
+
+def _old_report(folder: Path, restored: int) -> dict[str, Any]:
+    """Return the report as it was, less what is counted anew."""
+    path = folder / REPORT_NAME
+    try:
+        report: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict)
+    except (OSError, msgspec.DecodeError) as error:
+        msg = f"'{path}' cannot be read: {error}"
+        raise WriterError(msg) from error
+    kept = {key: value for key, value in report.items() if key not in COUNTED}
+    return kept | {"restored": kept.get("restored", 0) + restored}
+
+
+def _value(key: str, absent: float = np.nan) -> Callable[[Line], Any]:
+    return lambda line: _or(line.get(key), absent)
 
 
 def _axis(axis: str) -> Callable[[Line], Any]:
@@ -151,21 +254,21 @@ def _estimate(key: str, absent: float) -> Callable[[Line], Any]:
 
 
 _COLUMNS: dict[str, tuple[str, Callable[[Line], Any]]] = {
-    "sequence": ("int64", _integer("sequence")),
-    "event_index": ("int64", _integer("event_index")),
+    "sequence": ("int64", _value("sequence", _UNKNOWN)),
+    "event_index": ("int64", _value("event_index", _UNKNOWN)),
     "t": ("int64", _axis("t")),
     "p": ("int32", _axis("p")),
     "c": ("int32", _axis("c")),
     "z": ("int32", _axis("z")),
-    "captured_ns": ("int64", _integer("captured_ns")),
-    "received_ns": ("int64", _integer("received_ns")),
-    "durable_ns": ("int64", _integer("durable_ns")),
-    "exposure_ms": ("float64", _number("exposure_ms")),
-    "z_um": ("float64", _number("z_um")),
-    "z_offset_um": ("float64", _number("z_offset_um")),
-    "planned_s": ("float64", _number("planned_s")),
-    "actual_s": ("float64", _number("actual_s")),
-    "camera_image_number": ("int64", _integer("camera_image_number")),
+    "captured_ns": ("int64", _value("captured_ns", _UNKNOWN)),
+    "received_ns": ("int64", _value("received_ns", _UNKNOWN)),
+    "durable_ns": ("int64", _value("durable_ns", _UNKNOWN)),
+    "exposure_ms": ("float64", _value("exposure_ms")),
+    "z_um": ("float64", _value("z_um")),
+    "z_offset_um": ("float64", _value("z_offset_um")),
+    "planned_s": ("float64", _value("planned_s")),
+    "actual_s": ("float64", _value("actual_s")),
+    "camera_image_number": ("int64", _value("camera_image_number", _UNKNOWN)),
     "level": ("int16", _estimate("level", _UNKNOWN)),
     "defocus_um": ("float32", _estimate("defocus_um", np.nan)),
     "confidence": ("float32", _estimate("confidence", np.nan)),
@@ -257,9 +360,8 @@ class _Columns:
         self, name: str, dtype: str, number: int, values: list[Any]
     ) -> None:
         self._dtypes[name] = dtype
-        column = np.full(
-            self._chunk, _fill(dtype), dtype=np.dtype(dtype).newbyteorder("<")
-        )
+        little = np.dtype(dtype).newbyteorder("<")
+        column = np.full(self._chunk, _fill(dtype), dtype=little)
         column[: len(values)] = values
         folder = self._group / name
         folder.mkdir(exist_ok=True)
@@ -296,37 +398,6 @@ def _fill(dtype: str) -> float:
 
 def _or(value: float | None, absent: float) -> float:
     return absent if value is None else value
-
-
-class FrameSample:
-    """Places of stored frames, evenly spread, however many there are."""
-
-    def __init__(self) -> None:
-        self._places: dict[tuple[str, int], list[Index]] = {}
-        self._strides: dict[tuple[str, int], tuple[int, int]] = {}
-
-    def note(self, line: Line) -> None:
-        """Look at one line of the journal."""
-        if line["status"] != WRITTEN:
-            return
-        index = complete(line["index"])
-        for name in line["stored"]:
-            self._keep((name, index["c"]), index)
-
-    def places(self, image: str, channel: int) -> list[Index]:
-        """Return where to look."""
-        return self._places.get((image, channel), [])
-
-    def _keep(self, key: tuple[str, int], index: Index) -> None:
-        """Keep every n-th; n doubles when there are too many."""
-        stride, count = self._strides.get(key, (1, 0))
-        kept = self._places.setdefault(key, [])
-        if count % stride == 0:
-            kept.append(index)
-        if len(kept) > _MOST_FRAMES:
-            del kept[1::2]
-            stride *= 2
-        self._strides[key] = stride, count + 1
 
 
 def contrast(images: RunImages, sample: FrameSample) -> dict[str, Windows]:

@@ -341,6 +341,10 @@ class ShardFile:
     """Channel, not plane."""
     z: int
 
+    def places(self, position: int) -> list[dict[str, int]]:
+        """Return the places that it may hold frames of."""
+        return [{"t": t, "p": position, "c": self.c, "z": self.z} for t in self.times]
+
 
 def list_shards(array: Path, shard_frames: int) -> Iterator[ShardFile]:
     """Yield the shards in the folder of an array, `shard_frames` along t each.

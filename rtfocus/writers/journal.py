@@ -6,14 +6,15 @@ never counted; any other broken line is damage, as a power cut leaves it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rtfocus.errors import BusyError, WriterError
+from rtfocus.errors import BusyError, OutputError, WriterError
+from rtfocus.files import replace
 from rtfocus.frame import FrameHeader, FrameResult
 from rtfocus.writers.places import Missing, Plan, complete
 
@@ -262,6 +263,28 @@ def read_journal(path: Path) -> Iterator[Line]:
     except OSError as error:
         msg = f"journal '{path}' cannot be read: {error.strerror}"
         raise WriterError(msg) from error
+
+
+def write_journal(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a journal anew, whole or not at all; lines come without their ends.
+
+    Raises
+    ------
+    WriterError
+        If it cannot be written; the old one is there then.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.writelines(line + b"\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(part, path)
+    except OSError as error:
+        msg = f"cannot write journal '{path}': {error.strerror}"
+        raise WriterError(msg) from error
+    except OutputError as error:
+        raise WriterError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)

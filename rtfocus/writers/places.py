@@ -5,7 +5,7 @@ ranks in the plan, not from the order of arrival. Positions have a path each.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -29,6 +29,8 @@ MOST_HOLES = 2**20
 """Most planned frames in a row, never sent, whose places are told one by one."""
 MOST_EVENTS = 100_000
 """Longest plan of a series without an end that is expanded to find lost frames."""
+MOST_SAMPLED = 8
+"""Frames looked at per channel; one of 2048 x 2048 is read in some 10 ms."""
 _BLOCK_BITS = 1 << 15
 """Places per block: a damaged journal may name places far away."""
 
@@ -235,6 +237,34 @@ class TakenPlaces:
         """Mark a place as holding a frame."""
         block, bit = divmod(self._plan.flat(index), _BLOCK_BITS)
         self._blocks[block][bit // 8] |= 1 << bit % 8
+
+
+class FrameSample:
+    """Places of stored frames, evenly spread, however many there are."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[str, int], list[Index]] = {}
+        self._strides: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def note(self, images: Iterable[str], index: Index) -> None:
+        """Take in a frame that is stored in these images."""
+        for name in images:
+            self._keep((name, index["c"]), index)
+
+    def places(self, image: str, channel: int) -> list[Index]:
+        """Return where to look."""
+        return self._places.get((image, channel), [])
+
+    def _keep(self, key: tuple[str, int], index: Index) -> None:
+        """Keep every n-th; n doubles when there are too many."""
+        stride, count = self._strides.get(key, (1, 0))
+        kept = self._places.setdefault(key, [])
+        if count % stride == 0:
+            kept.append(index)
+        if len(kept) > MOST_SAMPLED:
+            del kept[1::2]
+            stride *= 2
+        self._strides[key] = stride, count + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ its place is lost. A sequence that nothing is left of is journalled as missing. 
 that are not whole, and the damaged journal itself, are set aside, never deleted.
 """
 
-import os
 import shutil
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import count
@@ -18,8 +18,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from rtfocus.errors import OutputError, WriterError
-from rtfocus.files import replace
+from rtfocus.errors import WriterError
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.folder import ASIDE_NAME, set_aside
 from rtfocus.writers.header import JOURNAL_NAME, RAW, RESTORED, RunHeader
@@ -30,6 +29,7 @@ from rtfocus.writers.journal import (
     Line,
     Record,
     scan_journal,
+    write_journal,
 )
 from rtfocus.writers.places import Index, Plan, TakenPlaces, complete
 
@@ -111,7 +111,7 @@ def mend_journal(
         steps.append("ended the last line of the journal")
     if salvage.torn:
         steps.append(f"cut {salvage.torn} bytes of a torn line from the journal")
-    _write(path, rows)
+    write_journal(path, _texts(path, rows))
     if strays.frames:
         steps.append(f"journalled {len(strays.frames)} frames that no line named")
     lost = sum(row.is_new and row.status == MISSING for row in rows)
@@ -222,9 +222,7 @@ class _Strays:
         found: dict[int, tuple[Index, set[str]]] = {}
         alone: list[tuple[list[int], Path]] = []
         for name, position, shard in shards:
-            places = [
-                {"t": t, "p": position, "c": shard.c, "z": shard.z} for t in shard.times
-            ]
+            places = shard.places(position)
             free = [place for place in places if self._is_free(place)]
             for place in free:
                 found.setdefault(self._plan.flat(place), (place, set()))[1].add(name)
@@ -374,25 +372,11 @@ def _keep_copy(folder: Path, path: Path) -> str:
     return str(kept)
 
 
-def _write(path: Path, rows: list[_Row]) -> None:
-    """Write the journal anew, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file, _opened(path) as old:
-            for row in rows:
-                file.write(_text(row, old) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        replace(part, path)
-    except OSError as error:
-        msg = f"cannot write journal '{path}': {error.strerror}"
-        raise WriterError(msg) from error
-    except OutputError as error:
-        raise WriterError(str(error)) from error
-
-
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb") if path.exists() else BytesIO()
+def _texts(path: Path, rows: list[_Row]) -> Iterator[bytes]:
+    """Yield the lines of the mended journal; the old one is closed at the end."""
+    with path.open("rb") if path.exists() else BytesIO() as old:
+        for row in rows:
+            yield _text(row, old)
 
 
 def _text(row: _Row, old: BinaryIO) -> bytes:
