@@ -16,8 +16,10 @@ from rtfocus.channel import OpticalSystem as Optics
 from rtfocus.config import Config, load_config
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
+from rtfocus.files import path_given
 from rtfocus.frame import DefocusMap
 from rtfocus.image_set import BLIND_ENGINE, restoring_with, with_engine
+from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import pixels_of
 from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import restored_as_it_is
@@ -266,6 +268,10 @@ def fit_psf(
     ConfigError
         If what `kind` needs is not given.
     """
+    if kind not in ("beads", "stack", "pairs"):
+        msg = f"kind {kind!r} is none; choose 'beads', 'stack' or 'pairs'"
+        raise ConfigError(msg)
+    optics = checked_optics(optics)
     free = {"fit_aperture": fit_aperture, "fit_astigmatism": fit_astigmatism}
     from rtfocus.calibration.inputs import read_pairs, read_stack
 
@@ -275,7 +281,10 @@ def fit_psf(
         if not isinstance(images, tuple) or not defocus_um:
             msg = "kind 'pairs' needs images=(sharp, defocused) and defocus_um, not 0"
             raise ConfigError(msg)
-        sharp, defocused = map(Path, images)
+        if len(images) != 2:
+            msg = f"images are {len(images)}; kind 'pairs' needs (sharp, defocused)"
+            raise ConfigError(msg)
+        sharp, defocused = (path_given(one, "images") for one in images)
         pairs = read_pairs(sharp, defocused, most=6)
         return calibrate_from_pairs(
             pairs, optics, nominal_defocus_um=defocus_um, **free
@@ -283,7 +292,7 @@ def fit_psf(
     if isinstance(images, tuple):
         msg = f"kind '{kind}' needs one file or folder, not a pair"
         raise ConfigError(msg)
-    planes = read_stack(Path(images), step_um=step_um)
+    planes = read_stack(path_given(images, "images"), step_um=step_um)
     if kind == "beads":
         from rtfocus.calibration.bead_fit import calibrate_from_beads
 
@@ -346,6 +355,14 @@ def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> 
     plane_axes = 3 if is_colour else 2
     if image.ndim < plane_axes or 0 in image.shape:
         msg = f"an image has axes (y, x) or (y, x, 3), this array is {image.shape}"
+        raise InputError(msg)
+    if image.ndim > 2 and not is_colour and image.shape[-1] < 5 <= image.shape[-2]:
+        # A stack of planes so thin is a picture whose last axis is something else.
+        msg = (
+            f"the last axis of this array of {image.shape} is neither x nor 3 colours; "
+            "give image[..., :3] of one with alpha, image[..., 0] of one with a "
+            "single channel"
+        )
         raise InputError(msg)
     before = image.shape[: image.ndim - plane_axes]
     planes = image.reshape(-1, *image.shape[len(before) :])

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import psutil
 
-from rtfocus.errors import OutputError, WriterError
+from rtfocus.errors import InputError, OutputError, WriterError
 
 PATIENCE_S = 5.0
 """How long a file that another program holds open is tried again."""
@@ -235,6 +235,20 @@ def recover(target: Path) -> None:
                 left.rename(target)
             else:
                 _clear(left, _PATIENCE)
+
+
+def path_given(given: object, what: str) -> Path:
+    """Return what a script gives for a path, `what` for the message, as one.
+
+    Raises
+    ------
+    InputError
+        If it is none.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        msg = f"{what} is of type {type(given).__name__}; give a path"
+        raise InputError(msg)
+    return Path(given)
 
 
 def is_reserved_name(text: str) -> bool:

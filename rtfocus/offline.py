@@ -3,6 +3,7 @@
 And the blur kernels that a network with such an output saw in every tile of one.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from rtfocus.frame import (
     SeriesStart,
     SlotPool,
 )
+from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import loss_of, native_dtype, pixels_of
 from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.channel_plan import restored_as_it_is
@@ -44,7 +46,7 @@ class ImageProcessor:
     """Classifies and restores single images; a context manager.
 
     Images of equal shape and type in a row, such as the planes of a stack, share
-    one start of the processor.
+    one start of the processor. Threads may share it; they take turns.
 
     Parameters
     ----------
@@ -57,13 +59,15 @@ class ImageProcessor:
     """
 
     def __init__(self, config: Config, optics: OpticalSystem | None = None) -> None:
-        given: object = optics
-        if given is not None and not isinstance(given, OpticalSystem):
+        given: object = config
+        if not isinstance(given, Config):
             msg = (
-                f"optics are a {type(given).__name__}; give "
-                "rtfocus.Optics(numerical_aperture, wavelength_nm, pixel_size_um)"
+                f"config is of type {type(given).__name__}; give what "
+                "rtfocus.load_config returns"
             )
             raise ConfigError(msg)
+        if optics is not None:
+            optics = checked_optics(optics)
         self._config = config
         self._optics = optics
         as_known = _as_known(config, optics)
@@ -73,6 +77,7 @@ class ImageProcessor:
         self._started: tuple[object, ...] | None = None
         self._pool = SlotPool(1, 1)
         self._sequence = 0
+        self._one_at_a_time = threading.Lock()
 
     def classify(
         self, image: NDArray[np.generic], *, channel: str = "default"
@@ -112,8 +117,9 @@ class ImageProcessor:
 
     def close(self) -> None:
         """Stop the processor; called twice does nothing."""
-        self._processor.close()
-        self._started = None
+        with self._one_at_a_time:
+            self._processor.close()
+            self._started = None
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +131,12 @@ class ImageProcessor:
         self, image: NDArray[np.generic], channel: str, *, restore: bool
     ) -> FrameResult:
         pixels = _as_image(image)
+        with self._one_at_a_time:
+            return self._process_one(pixels, channel, restore=restore)
+
+    def _process_one(
+        self, pixels: NDArray[np.generic], channel: str, *, restore: bool
+    ) -> FrameResult:
         self._start_for(pixels, channel)
         header = FrameHeader(
             version=PROTOCOL_VERSION,
@@ -146,9 +158,7 @@ class ImageProcessor:
         self, header: FrameHeader, pixels: NDArray[np.generic], unrestored: str | None
     ) -> Iterator[FrameResult]:
         slot = self._pool.acquire(timeout_s=0)
-        if slot is None:
-            msg = "an ImageProcessor takes one image at a time"
-            raise EngineError(msg)
+        assert slot is not None, "one image at a time, and its slot is given back"
         try:
             slot.prepare(header)[...] = pixels
             ticket = self._processor.submit(slot, unrestored=unrestored)

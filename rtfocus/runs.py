@@ -15,6 +15,7 @@ import zarr
 from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.errors import InputError, WriterError
+from rtfocus.files import path_given
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import Outcome
 from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, read_header
@@ -58,6 +59,8 @@ def open_run(path: Path | str) -> "Run":
     ------
     WriterError
         If it is no run folder.
+    InputError
+        If it is no path.
 
     Examples
     --------
@@ -67,7 +70,7 @@ def open_run(path: Path | str) -> "Run":
         plane = run.raw[0, 0, 0]  # t, c, z
         sharpest = run.frames[np.nanargmin(abs(run.frames["defocus_um"]))]
     """
-    folder = Path(path)
+    folder = path_given(path, "run")
     return Run(folder, read_header(folder))
 
 
@@ -112,7 +115,17 @@ class RunImage:
         return self.scale["y"], self.scale["x"]
 
     def __getitem__(self, key: Any) -> NDArray[Any]:  # noqa: ANN401 (as NumPy's)
-        return np.asarray(self.array[key])
+        try:
+            return np.asarray(self.array[key])
+        except IndexError:
+            raise
+        # What damaged shards raise differs from codec to codec.
+        except (ValueError, RuntimeError, OSError) as error:
+            msg = (
+                f"the image of position '{self.position}' cannot be read at "
+                f"{key!r:.80}: {error}; run rtfocus check, which names what is damaged"
+            )
+            raise InputError(msg) from error
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -122,7 +135,7 @@ class RunImage:
         dtype: DTypeLike | None = None,
         copy: bool | None = None,
     ) -> NDArray[Any]:
-        return np.asarray(self.array[...], dtype=dtype)
+        return np.asarray(self[...], dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,10 @@ class Run:
         except (OSError, KeyError, LookupError, ValueError) as error:
             there = [k for k in ("raw", "restored", "defocus") if self._has(k)]
             msg = (
-                f"'{self.folder}' has no image '{kind}' that can be read; "
+                f"'{place}' cannot be read; the files say more: rtfocus check "
+                f"{self.folder}"
+                if kind in there
+                else f"'{self.folder}' has no image '{kind}' that can be read; "
                 f"it has {_few(there)}"
             )
             raise InputError(msg) from error
@@ -260,17 +276,24 @@ class Run:
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError) as error:
-            msg = (
-                f"'{path}' cannot be read ({error}); run: rtfocus check {self.folder} "
-                "--repair"
-            )
-            raise WriterError(msg) from error
+            raise self._unreadable_report(error) from error
 
     @property
     def outcome(self) -> Outcome | None:
         """Whether everything planned is there; None: not finished."""
         report = self.report
-        return None if report is None else Outcome.of_report(report)
+        try:
+            return None if report is None else Outcome.of_report(report)
+        except (LookupError, TypeError, AttributeError) as error:
+            why = f"no {error}"
+            raise self._unreadable_report(why) from error
+
+    def _unreadable_report(self, why: object) -> WriterError:
+        msg = (
+            f"'{self.folder / REPORT_NAME}' cannot be read ({why}); run: "
+            f"rtfocus check {self.folder} --repair"
+        )
+        return WriterError(msg)
 
     def _has(self, kind: str) -> bool:
         return store_path(self.folder, kind).is_dir()

@@ -19,6 +19,7 @@ from rtfocus.autofocus.devices import end_abandoned
 from rtfocus.autofocus.plans import focus_plans
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError, WriterError
+from rtfocus.files import path_given
 from rtfocus.focusing import Focusing
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
@@ -41,7 +42,7 @@ def estimates(
     *,
     timeout_s: float | None = None,
     stop: threading.Event | None = None,
-    curve_keys: Path | None = None,
+    curve_keys: Path | str | None = None,
 ) -> Iterator[Estimate]:
     """Yield focus estimates of a running processor, newest wins.
 
@@ -61,8 +62,8 @@ def estimates(
 
     Raises
     ------
-    TransportError
-        If the endpoint is none.
+    ConfigError
+        If the endpoint or the keys are none.
     ProtocolError
         If what comes there is not of this version of rtfocus.
 
@@ -73,7 +74,8 @@ def estimates(
         for estimate in rtfocus.estimates(timeout_s=60):
             print(estimate.sequence, estimate.defocus_um, estimate.confidence)
     """
-    with PreviewViewer(endpoint, curve_keys) as viewer:
+    keys = None if curve_keys is None else path_given(curve_keys, "curve_keys")
+    with PreviewViewer(endpoint, keys) as viewer:
         since_s = time.monotonic()
         while stop is None or not stop.is_set():
             preview = viewer.newest(_LOOK_S)

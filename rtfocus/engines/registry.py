@@ -176,12 +176,13 @@ def find_engine(
             return FoundEngine(folder, read_card(folder))
     present = sorted({folder.name for p in places for folder in _engines_in(p)})
     looked = ", ".join(f"'{folder}'" for folder in candidates) or "nowhere"
-    near = difflib.get_close_matches(name, [*methods, *present], n=1)
+    near = difflib.get_close_matches(name.lower(), [*methods, *present], n=1)
     meant = f", did you mean '{near[0]}'?" if near else ";"
+    built_in = f"; built in: {', '.join(methods)}" if methods else ""
     msg = (
         f"engine '{name}' not found{meant} looked for {CARD_NAME} in {looked}; "
-        f"engines there: {', '.join(present) or 'none'}; add its parent folder to "
-        "processing.engine_folders, or train one: rtfocus train RECIPE"
+        f"engines there: {', '.join(present) or 'none'}{built_in}; add its parent "
+        "folder to processing.engine_folders, or train one: rtfocus train RECIPE"
     )
     raise EngineError(msg)
 

@@ -210,7 +210,9 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
     facts = _facts(ome, axes, lengths.get("c", 1))
     stem = stem_of(path)
     several = len(ome["multiscales"])
-    note = f"the first of {several} multiscales is read; the others are left out"
+    notes = _unread_transformations(ome["multiscales"][0])
+    if several > 1:
+        notes += (f"the first of {several} multiscales is read, the others left out",)
     for place in itertools.product(*(range(axis.length) for axis in own)):
         fixed = {axis.name: n for axis, n in zip(own, place, strict=True)}
         parts = [stem, name, *(f"{axis}{n}" for axis, n in fixed.items())]
@@ -222,7 +224,7 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
             dtype=native_dtype(array.dtype),
             read_plane=_PlaneReader(array, [axis.name for axis in axes], fixed),
             pixels=path / array.path,
-            notes=(note,) if several > 1 else (),
+            notes=notes,
             **facts,
         )
 
@@ -286,6 +288,21 @@ def _scale_of(holder: dict[str, Any], ndim: int) -> list[float | None]:
                 raise ValueError(msg)
             return scale
     return [None] * ndim
+
+
+def _unread_transformations(scales: dict[str, Any]) -> tuple[str, ...]:
+    """Tell of what places or scales an image in a way that is not understood."""
+    notes = []
+    for holder in (scales["datasets"][0], scales):
+        for transform in holder.get("coordinateTransformations") or []:
+            kind = transform.get("type")
+            if kind not in ("scale", "translation", "identity"):
+                notes.append(f"its transformation of type '{kind}' is not read")
+            elif kind == "scale" and None in map(positive, transform.get("scale", ())):
+                numbers = one_line(ValueError(transform["scale"]))
+                notes.append(f"its scale {numbers} is not positive along every axis")
+    remedy = "; sizes that it would give are unknown: state those that count"
+    return tuple(note + remedy for note in notes)
 
 
 def _facts(ome: dict[str, Any], axes: list[_Axis], channels: int) -> Facts:

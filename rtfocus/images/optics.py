@@ -7,7 +7,7 @@ or ask.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +103,46 @@ def make_optics(stated: Mapping[str, Any], origin: str) -> OpticalSystem:
         If something is missing or no optics have such values.
     """
     try:
+        return _checked(stated)
+    except ConfigError as error:
+        msg = f"optics '{origin}': {error}; e.g. {EXAMPLE}"
+        raise ConfigError(msg) from error
+
+
+def checked_optics(given: object) -> OpticalSystem:
+    """Check optics that a script made, which nobody has checked when it made them.
+
+    Returns
+    -------
+    OpticalSystem
+        The same, as plain numbers.
+
+    Raises
+    ------
+    ConfigError
+        If it is none, or no microscope has such values.
+    """
+    like = "rtfocus.Optics(numerical_aperture, wavelength_nm, pixel_size_um)"
+    if not isinstance(given, OpticalSystem):
+        msg = f"optics are a {type(given).__name__}; give {like}"
+        raise ConfigError(msg)
+    try:
+        return _checked(asdict(given))
+    except ConfigError as error:
+        msg = f"optics: {error}; give {like}"
+        raise ConfigError(msg) from error
+
+
+def _checked(stated: Mapping[str, Any]) -> OpticalSystem:
+    try:
         return TypeAdapter(OpticalSystem).validate_python(dict(stated))
     except ValidationError as error:
         faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {_said(fault)}"
+            f"'{'.'.join(str(part) for part in fault['loc'])}': {_said(fault)} "
+            f"(got {fault['input']!r:.60})"
             for fault in error.errors()
         )
-        msg = f"optics '{origin}': {faults}; e.g. {EXAMPLE}"
-        raise ConfigError(msg) from error
+        raise ConfigError(faults) from error
 
 
 def _said(fault: ErrorDetails) -> str:

@@ -105,6 +105,7 @@ class OutputGuard:
         OutputError
             Says what stands in the way and what to do.
         """
+        _refuse_reserved(target)
         self._refuse_inputs(target)
         self._refuse_twice(target)
         files.recover(target)
@@ -127,6 +128,7 @@ class OutputGuard:
         The targets in it are claimed one by one.
         """
         _refuse_no_folder(folder)
+        _refuse_reserved(folder)
         self._refuse_inputs(folder)
         _try_writing(folder / "result")
         return folder
@@ -182,6 +184,7 @@ class OutputGuard:
         """Refuse a report's folder before the work, see `report`."""
         self._refuse_inputs(folder, holding=False)
         _refuse_no_folder(folder)
+        _refuse_reserved(folder)
         _try_writing(folder / mark)
         earlier = _files_of_report(folder / mark) if self.overwrite else ()
         for name in dict.fromkeys((mark, *names)):
@@ -353,6 +356,20 @@ def _refuse_no_folder(folder: Path) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         msg = f"'{folder}' exists and is no folder; choose another output"
         raise OutputError(msg)
+
+
+def _refuse_reserved(target: Path) -> None:
+    """Refuse to make what Windows cannot hold: results travel between systems."""
+    for place in (target, *target.parents):
+        if os.path.lexists(place):
+            return
+        if files.is_reserved_name(place.name):
+            msg = (
+                f"'{target}' cannot be an output: Windows reserves the name "
+                f"'{place.name}' (con, nul, com1 ...; a dot or space at the end); "
+                "choose another output"
+            )
+            raise OutputError(msg)
 
 
 def _try_writing(target: Path) -> None:

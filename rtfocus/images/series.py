@@ -309,6 +309,12 @@ def pixels_of(image: object) -> NDArray[np.generic]:
     InputError
         If it is none, or pixels of it are masked: no result says which.
     """
+    if isinstance(image, (str, bytes, Path)):
+        msg = (
+            f"an image is an array of numbers, this is a {type(image).__name__}; read "
+            "a file first, e.g. tifffile.imread(path)"
+        )
+        raise InputError(msg)
     if np.ma.is_masked(image):
         msg = (
             "the image has masked pixels, which would count like the others; fill "

@@ -73,11 +73,6 @@ class FrameReceiver:
         """How the series ended; None while it runs."""
         return self._arrivals.end
 
-    @property
-    def estimates_dropped(self) -> int:
-        """Estimates that gave way to a newer one before they were sent."""
-        return self._loop.estimates.dropped
-
     def wait_series(
         self,
         timeout_s: float | None = None,

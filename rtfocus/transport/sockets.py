@@ -158,6 +158,7 @@ _CONTROL_BYTES = 64 << 20
 _SUBSCRIPTION_BYTES = 4096
 HEADER_BYTES = 4 << 20
 """What a frames message may hold beside its pixels."""
+_MOST_PORT = 65535
 _PROBE_S = 4.0
 """Windows takes two seconds to say that a port is closed."""
 FINAL_WORDS_MS = 500
@@ -361,9 +362,12 @@ def _bind(
 
 
 def _tcp_host(endpoint: str) -> str:
-    match = re.fullmatch(r"tcp://(\[[^]]+\]|[^:]+):(\d+|\*)", endpoint)
+    match = re.fullmatch(r"tcp://(\[[^]]+\]|[^:]+):(\d+|\*)", str(endpoint))
     if match is None:
         msg = f"endpoint '{endpoint}' is not of the form tcp://HOST:PORT"
+        raise ConfigError(msg)
+    if match[2].isdigit() and int(match[2]) > _MOST_PORT:
+        msg = f"endpoint '{endpoint}' has a port beyond {_MOST_PORT}; choose another"
         raise ConfigError(msg)
     return match[1].strip("[]")
 

@@ -13,7 +13,8 @@ import pytest
 import zarr
 from writer_kit import Recording, make_series, numbered, recording
 
-from rtfocus.errors import WriterError
+import rtfocus
+from rtfocus.errors import InputError, WriterError
 from rtfocus.writers.check import check_run
 
 DISK_MB = 48
@@ -201,3 +202,21 @@ def test_a_report_that_does_not_add_up_is_found(tmp_path: Path) -> None:
         folder = run.close(run.send_all() + 2)
     (problem,) = check_run(folder).problems
     assert problem == "8 frames acquired but 6 accounted for"
+
+
+def test_a_damaged_run_is_told_by_what_reads_it(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as recorded:
+        folder = recorded.close(recorded.send_all())
+    (folder / "report.json").write_text("{}")
+    run = rtfocus.open_run(folder)
+    with pytest.raises(WriterError, match=r"report\.json.*accounting.*--repair"):
+        _ = run.outcome
+    for shard in (folder / "raw.ome.zarr").rglob("c.*"):
+        shard.write_bytes(b"x")
+    with pytest.raises(InputError, match="rtfocus check"):
+        _ = run.raw[0]
+    with pytest.raises(IndexError):
+        _ = run.raw[10**6]
+    (folder / "restored.ome.zarr" / "zarr.json").write_text("{}")
+    with pytest.raises(InputError, match=r"restored\.ome\.zarr.*cannot be read"):
+        _ = run.restored

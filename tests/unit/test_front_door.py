@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,68 @@ def test_what_is_no_optics_and_no_config_is_told(given, said):
         rtfocus.restore(np.ones((9, 9), np.uint16), **given)
     with pytest.raises(rtfocus.ConfigError, match=said):
         rtfocus.classify(np.ones((9, 9), np.uint16), **given)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((0, 520, 0.65), r"numerical_aperture.*greater than 0 \(got 0\)"),
+        ((float("nan"), 520, 0.65), "numerical_aperture.*finite"),
+        ((0.5, None, 0.65), r"wavelength_nm.*\(got None\)"),
+        ((0.5, 520, 0), "pixel_size_um"),
+    ],
+)
+def test_optics_that_nobody_has_are_told_with_name_and_value(values, said):
+    optics = rtfocus.Optics(*values)
+    image = np.ones((9, 9), np.uint16)
+    with pytest.raises(rtfocus.ConfigError, match=said):
+        rtfocus.restore(image, optics=optics)
+    with pytest.raises(rtfocus.ConfigError, match=said):
+        rtfocus.fit_psf("beads.tif", kind="beads", optics=optics)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ("cells.tif", "read a file first"),
+        (Path("cells.tif"), "read a file first"),
+        (np.ones((64, 64, 4), np.uint8), r"image\[\.\.\., :3\]"),
+        (np.ones((64, 64, 1), np.uint8), r"image\[\.\.\., 0\]"),
+    ],
+)
+def test_what_is_almost_an_image_is_told_what_to_give(image, said):
+    with pytest.raises(rtfocus.InputError, match=said):
+        rtfocus.restore(image, optics=OPTICS, engine="wiener")
+
+
+def test_what_is_no_path_or_kind_is_told():
+    for given in (5, None, b""):
+        with pytest.raises(rtfocus.InputError, match=r"run is of type"):
+            rtfocus.open_run(given)
+        with pytest.raises(rtfocus.InputError, match="images is of type"):
+            rtfocus.fit_psf(given, kind="beads", optics=OPTICS)
+    with pytest.raises(rtfocus.ConfigError, match="kind 'bead' is none"):
+        rtfocus.fit_psf("beads.tif", kind="bead", optics=OPTICS)
+    with pytest.raises(rtfocus.ConfigError, match="config is of type str"):
+        rtfocus.ImageProcessor("demo")
+    for endpoint in (5, None, "tcp://127.0.0.1:99999"):
+        with pytest.raises(rtfocus.ConfigError, match="endpoint"):
+            list(rtfocus.estimates(endpoint, timeout_s=0))
+
+
+def test_an_unknown_restoration_lists_the_built_in_methods():
+    with pytest.raises(rtfocus.EngineError, match=r"built in: .*richardson_lucy"):
+        rtfocus.restore(np.ones((9, 9), np.uint16), optics=OPTICS, engine="WIENER")
+
+
+def test_threads_that_share_a_processor_get_their_own_image():
+    levels = np.arange(1, 7) * 100
+    with rtfocus.ImageProcessor(rtfocus.load_config("demo"), OPTICS) as processor:
+
+        def mean_of(level):
+            image = np.full((96, 96), level, np.uint16)
+            return processor.restore(image).restored.mean()
+
+        with ThreadPoolExecutor(6) as pool:
+            means = list(pool.map(mean_of, levels))
+    assert np.allclose(means, levels, rtol=0.01)

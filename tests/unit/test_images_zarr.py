@@ -219,3 +219,18 @@ def test_a_bioformats2raw_collection_takes_names_from_its_ome_xml(tmp_path) -> N
     assert [one.name for one in series] == [f"set_site {n}" for n in range(11)]
     assert [means(one)[0] for one in series] == list(range(11))
     assert series[10].channel_names == ("GFP",)
+
+
+def test_a_scale_that_is_not_understood_is_told_and_not_guessed(tmp_path) -> None:
+    path = write_ngff(
+        tmp_path / "a.zarr", flat(1), ngff_axes("yx", "micrometer"), [-0.5, -0.5]
+    )
+    (series,) = open_images(path)
+    assert series.pixel_size_um is None
+    assert "scale [-0.5, -0.5] is not positive" in series.notes[0]
+    attributes = json.loads((path / ".zattrs").read_text())
+    affine = [{"type": "affine", "affine": [[1, 0, 0], [0, 1, 0]]}]
+    attributes["multiscales"][0]["datasets"][0]["coordinateTransformations"] = affine
+    (path / ".zattrs").write_text(json.dumps(attributes))
+    (series,) = open_images(path)
+    assert "'affine' is not read" in series.notes[0]

@@ -406,3 +406,12 @@ def grow(root: Path, tree: dict[str, str]) -> None:
             process(first, path)
         else:
             image(path, number)
+
+
+@pytest.mark.parametrize("name", ["CON.tif", "nul", "com1.ome.zarr", "a.", "aux/b.tif"])
+def test_names_that_windows_reserves_are_refused_everywhere(tmp_path, name) -> None:
+    with pytest.raises(OutputError, match="Windows reserves"):
+        OutputGuard().claim(tmp_path / name)
+    with pytest.raises(OutputError, match="Windows reserves"):
+        OutputGuard().claim_folder(tmp_path / name)
+    assert OutputGuard().claim_folder(tmp_path / "." / "..")
