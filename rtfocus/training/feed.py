@@ -65,16 +65,13 @@ class BatchFeed:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def batch(self, step: int, draw: int = 0, *, last: int | None = None) -> Arrays:
+    def batch(self, step: int, draw: int = 0) -> Arrays:
         """Return one batch.
 
         Parameters
         ----------
         step, draw
             See `Task.batch`.
-        last
-            Where the run goes on: the last step whose batch may be made ahead; None:
-            no other one is.
 
         Raises
         ------
@@ -86,13 +83,24 @@ class BatchFeed:
             if not self._pipes:
                 return self._task.batch(step, draw)
             self._ask(step, draw)
-            ahead = range(step + 1, step + _AHEAD * len(self._pipes))
-            for later in ahead if last is not None else ():
-                if later <= (last or 0):
-                    self._ask(later, 0)
             return self._receive(step, draw)
         finally:
             self.waited_s += time.perf_counter() - started
+
+    def ask_ahead(self, step: int, last: int) -> None:
+        """Let the workers make the batches that follow that of `step`, up to `last`.
+
+        Best called when the step leaves a core free: a batch that is made beside the
+        parts of a step takes its time from one of them, and the others wait for it.
+
+        Raises
+        ------
+        RtfocusError
+            If a worker has ended.
+        """
+        ahead = _AHEAD * len(self._pipes)
+        for later in range(step + 1, min(step + ahead, last) + 1):
+            self._ask(later, 0)
 
     def close(self) -> None:
         """End the workers; called twice does nothing."""

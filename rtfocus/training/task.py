@@ -164,10 +164,9 @@ class Task(ABC, Generic[R]):
         learning = self.learning()
         found = torch.autograd.grad(share * loss, learning, allow_unused=True)
         measured = {"loss": loss, **shown}
-        return (
-            list(map(_laid_out_as, found, learning)),
-            {name: share * float(value.detach()) for name, value in measured.items()},
-        )
+        return list(found), {
+            name: share * float(value.detach()) for name, value in measured.items()
+        }
 
     def learning(self) -> list[nn.Parameter]:
         """Return the parameters of `network` that are trained."""
@@ -180,7 +179,7 @@ class Task(ABC, Generic[R]):
     ) -> None:
         """Take the step that the gradients of a whole batch ask for."""
         for parameter, gradient in zip(self.learning(), gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _laid_out_as(gradient, parameter)
         nn.utils.clip_grad_norm_(self.network.parameters(), _LARGEST_GRADIENT)
         optimisers["network"].step()
 

@@ -227,7 +227,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Take one step of the optimiser; returns what it measured."""
-        batch = self.feed.batch(self.step, last=self._last_of_stretch())
+        batch = self.feed.batch(self.step)
         # Dropout draws from torch's own source: tie it to the step.
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.step)
         rate = learning_rate(self.recipe.optimiser, self.step)
@@ -236,10 +236,12 @@ class Trainer:
                 group["lr"] = rate
         tensors = self._to_tensors(batch)
         if self._parts is None:
+            self.feed.ask_ahead(self.step, self._last_of_stretch())
             self.task.network.train()
             measured = self.task.train_step(tensors, self._optimisers)
         else:
             gradients, measured = self._parts.gradients(self.step, tensors)
+            self.feed.ask_ahead(self.step, self._last_of_stretch())
             self.task.descend(gradients, self._optimisers)
         self._average_weights()
         self.step += 1
