@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rtfocus.cli.commands import OverwriteOption, read_config
 from rtfocus.cli.endings import interruptible
-from rtfocus.engines.card import EngineCard, verified_file
+from rtfocus.engines.card import EngineCard, input_of, verified_file
 from rtfocus.engines.registry import (
     FoundEngine,
     find_engine,
@@ -335,6 +335,10 @@ def build(
     frame: Annotated[
         str, typer.Option(metavar="HxW", help="The camera's frame in pixels.")
     ] = "2048x2048",
+    tiles_per_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="As processing.gpu.tiles_per_batch of the run."),
+    ] = None,
     tf32: Annotated[
         bool, typer.Option(help="Let fp32 products round to 10 bits, which is faster.")
     ] = True,
@@ -351,16 +355,20 @@ def build(
     shape = _shape(frame)
     library, device, target = _target(backend, gpu, capability)
     for found in _chosen(name):
-        request = gpu_request(found, shape, precision, tf32=tf32)
+        request = gpu_request(
+            found, shape, precision, tf32=tf32, tiles_per_batch=tiles_per_batch
+        )
         context = nullcontext() if device is None else current_context(device.gpu_index)
         with context, interruptible() as (stop, _), _bar(found.name, stop) as progress:
             plan = ready_plan(
                 library, request, target, progress=progress, rebuild=rebuild
             )
         how = "was there" if plan.build_s is None else f"built in {plan.build_s:.1f} s"
+        tiles = request.inputs[input_of(found.card).name].largest[0]
+        batch = f"{tiles} tiles at once, " if found.kind == "restorer" else ""
         typer.echo(
             f"{found.name} {request.precision}: {library.name} {library.release} plan "
-            f"for {target.gpu}, {len(plan.data) / 1e6:.1f} MB, {how}"
+            f"for {target.gpu}, {batch}{len(plan.data) / 1e6:.1f} MB, {how}"
         )
 
 

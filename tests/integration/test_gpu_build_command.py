@@ -4,13 +4,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from engine_kit import write_smooth_restorer
 from typer.testing import CliRunner
 
 from rtfocus.cli.engines import app
+from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.machine import CACHE_VARIABLE
 from rtfocus.processing.gpu.cuda.driver import find_device, why_no_gpu
-from rtfocus.runtimes.tensorrt.library import why_not_importable
+from rtfocus.runtimes.gpu import gpu_request
+from rtfocus.runtimes.tensorrt.library import import_tensorrt, why_not_importable
+from rtfocus.runtimes.tensorrt.plans import ANY_CARD, ready_plan
 
 SMALL = ["delpnet", "--precision", "fp32", "--frame", "200x300"]
 
@@ -54,6 +58,24 @@ def test_it_builds_once_for_any_card(cache: Path) -> None:
     assert len(list(cache.glob("delpnet-fp32-tensorrt_rtx-*.plan"))) == 1
     assert "was there" in run(*SMALL)
     assert "built in" in run(*SMALL, "--rebuild")
+
+
+@pytest.mark.usefixtures("rtx", "no_gpu")
+@pytest.mark.parametrize(("told", "batch"), [(3, 3), (None, 35)])
+def test_a_plan_has_the_batch_of_the_run_it_is_for(
+    cache: Path, tmp_path: Path, told: int | None, batch: int
+) -> None:
+    write_smooth_restorer(tmp_path / "smooth")
+    options = [] if told is None else ["--tiles-per-batch", str(told)]
+    place = str(tmp_path / "smooth")
+    output = run(place, "--precision", "fp32", "--frame", "200x300", *options)
+    assert f"{batch} tiles at once" in output
+    library = import_tensorrt("tensorrt_rtx")
+    found = find_engine(place)
+    # As the channel of a run asks.
+    request = gpu_request(found, (200, 300), "fp32", tiles_per_batch=told)
+    assert ready_plan(library, request, ANY_CARD).build_s is None
+    assert len(list(cache.glob("*.plan"))) == 1
 
 
 @pytest.mark.usefixtures("rtx")

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import threading
+from collections import Counter
 
 import foreign_kit
 import numpy as np
@@ -134,13 +135,15 @@ def submit(processor, pool, sequence, pixels):
     return processor.submit(slot)
 
 
-def results_of(processor, frames, used=None):
+def results_of(processor, frames, used=None, started=None):
     """Return level map and restored frame of every frame, six in flight.
 
-    `used` gets the device of each.
+    `used` gets the device of each, `started` is called before the first.
     """
     pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
     processor.start(SERIES, SLOTS)
+    if started is not None:
+        started()
     waiting, found = [], []
 
     def take():
@@ -328,12 +331,22 @@ def networks(engine_folder):
     ],
     ids="-".join,
 )
-def test_networks_restore_as_on_the_cpu(networks, frames, names):
+def test_networks_restore_as_on_the_cpu(driver, networks, frames, names):
     # Several batches, the last of which is not full.
     config = config_for(
         networks, classifier=names[0], method=names[1], tiles_per_batch=5
     )
-    found = results_of(on_gpu(config), frames[:3])
+    found = results_of(on_gpu(config), frames[:3], started=driver.standin_log)
+    launched = Counter(
+        line.partition("@")[0] for line in driver.standin_log().decode().split()
+    )
+    # Of a frame: classification and restoration are a recording each, whatever the
+    # batches; beside them only the way back to counts.
+    assert launched["graph"] == 2 * 3
+    assert launched["to_counts"] == 3
+    assert launched["H2D"] == 3
+    assert launched["D2H"] == 2 * 3
+    assert not set(launched) - {"graph", "to_counts", "H2D", "D2H", "record", "wait"}
     reference = results_of(on_cpu(config), frames[:3])
     for (level, restored), (wanted_level, wanted) in zip(found, reference, strict=True):
         np.testing.assert_array_equal(level, wanted_level)
