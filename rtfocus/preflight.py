@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rtfocus.autofocus.calibration import load_calibration
+from rtfocus.autofocus.planes import load_calibration
 from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.engines.card import verified_file

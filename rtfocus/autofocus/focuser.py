@@ -18,10 +18,9 @@ from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
-from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.devices import CoreStage, FocusLight, OffsetStage, stopped_live
 from rtfocus.autofocus.hold import Key
-from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.planes import PlaneComparison, load_calibration
 from rtfocus.autofocus.plans import (
     direction_of,
     limits_at,

@@ -5,16 +5,25 @@ of focus also where the PSF is even. It does need the optics; aperture, spherica
 aberration and the stage's direction may differ from what was said, at a price. How
 badly the best answer explains the images is part of the answer: images that do not
 change as optics say (bright field, a stage that stands still) show.
+
+A stack through focus, taken once per objective (``rtfocus calibrate``), tells whether
+all of this, the engine's levels and the stage agree, and the backlash. Only where they
+do may a search end without a check from both sides.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.appearance import FARTHEST, Transfer, modulation_table
+from rtfocus.autofocus.appearance import FARTHEST, Transfer, modulation_table, sharpness
 from rtfocus.channel import OpticalSystem
+from rtfocus.errors import ConfigError
+from rtfocus.frame import FocusReading
 
 Floats = NDArray[np.float64]
 
@@ -103,9 +112,8 @@ class PlaneComparison:
         self.unit_um = optics.defocus_unit_um
         self._direction = direction
         self._models: list[Model] = []
-        waves, apertures = (
-            (_FINE_WAVES, _FINE_APERTURES) if fine else (_EXTRA_WAVES, _APERTURES)
-        )
+        waves = _FINE_WAVES if fine else _EXTRA_WAVES
+        apertures = _FINE_APERTURES if fine else _APERTURES
         for extra in waves if optics.psf_model == "pupil" else (0.0,):
             table = modulation_table(optics, extra_waves=extra)
             for aperture in apertures:
@@ -146,19 +154,20 @@ class PlaneComparison:
         candidates = self._candidates(z_um, known, reach_um)
         focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
         if known is not None:
-            focus = np.where(np.isnan(known)[None, :], focus, known[None, :])
+            focus = np.where(np.isnan(known), focus, known)
         tried = _Tried(_Scores(spectra, noise))
-        away = (focus - z_um[None, :]) / self.unit_um
-        for turn in (self._direction,) if self._direction else (1, -1):
+        away = (focus - z_um) / self.unit_um
+        turns = (self._direction,) if self._direction else (1, -1)
+        for turn in turns:
             tried.add(AS_TOLD, turn, turn * away, self._models, 0.0)
         if self._direction and tried.least > _EXPLAINED:
             turn = -self._direction
             tried.add(REVERSED, turn, turn * away, self._models, _REVERSED)
         for course in courses if tried.least > _EXPLAINED else ():
             # The optics as they were told: an odd stage and odd optics are too much.
-            away = course.gain * (focus - z_um[None, :]) / self.unit_um
-            for turn in (self._direction,) if self._direction else (1, -1):
-                tried.add(course.name, turn, turn * away, self._plain, course.price)
+            for turn in turns:
+                way = turn * course.gain * away
+                tried.add(course.name, turn, way, self._plain, course.price)
         return tried.fit(candidates)
 
     def _candidates(
@@ -205,8 +214,7 @@ class _Tried:
     def fit(self, candidates: Floats) -> PlaneFit:
         """Weigh them: every model counts with its probability."""
         cost, price = np.array(self._costs), np.array(self._prices)[:, None]
-        spread = max(float(cost.min()), _FLOOR)
-        loss = 0.5 * _INDEPENDENT * cost / spread + price
+        loss = 0.5 * _INDEPENDENT * cost / max(float(cost.min()), _FLOOR) + price
         best = np.unravel_index(int(np.argmin(loss)), loss.shape)
         likely = np.exp(float(loss.min()) - loss)
         by_model = likely.sum(axis=1) / likely.sum()
@@ -242,3 +250,201 @@ class _Scores:
         projected = np.einsum("cpr,pr->cr", model, self._spectra)
         left = self._energy - projected**2 / strength
         return np.asarray(np.clip(left, 0.0, None) @ self._weight)
+
+
+# Of the spectra's energy, and in depths of field.
+_MOST_UNEXPLAINED, _MOST_APART = 0.02, 0.35
+# The better direction must explain so much more to be the told one.
+_CLEAR = 1.5
+_FEWEST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One image of a calibration stack."""
+
+    z_um: float
+    reading: FocusReading
+
+    @property
+    def sharpness(self) -> float:
+        """How sharp it is, as `appearance.sharpness` says."""
+        return sharpness(np.asarray(self.reading.spectrum))
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was found; lengths in um of stage z."""
+
+    channel: str
+    focus_um: float
+    """Where the optics put focus."""
+    sharpest_um: float
+    """Where the image is sharpest."""
+    unexplained: float
+    """Share of the images' change with z that the optics leave unexplained."""
+    direction: int
+    """By the images: +1 larger z brings the plane of focus to the specimen, -1, or 0
+    where they do not tell (an even PSF)."""
+    direction_of_core: int
+    """As Micro-Manager was told."""
+    backlash_um: float
+    """Focus from above minus focus from below."""
+    level_offset_um: float
+    """Reading of the engine in focus."""
+    level_scale: float
+    """Reading of the engine per true distance."""
+    level_range_um: float
+    """Distance up to which the reading grows."""
+    unit_um: float
+    """Depth of field n lambda / NA^2."""
+    problems: list[str]
+    """Why answers are still to be checked; empty: the optics can be trusted."""
+
+    @property
+    def trusted(self) -> bool:
+        """Tell whether a search may end without a check from both sides."""
+        return not self.problems
+
+
+def calibrate(
+    comparison: PlaneComparison,
+    up: Sequence[Plane],
+    down: Sequence[Plane],
+    *,
+    channel: str,
+    direction_of_core: int,
+    not_found: str | None = None,
+) -> Calibration:
+    """Evaluate a stack taken on the way up and again on the way down.
+
+    Parameters
+    ----------
+    comparison
+        Of the channel's optics, made for direction 0.
+    up, down
+        The same planes, five or more.
+    channel
+        Its name.
+    direction_of_core
+        `core.getFocusDirection` of the focus stage.
+    not_found
+        Why the search before the stack failed; None: it found focus.
+
+    Raises
+    ------
+    ConfigError
+        If there are too few planes.
+    """
+    if (fewer := min(len(up), len(down))) < _FEWEST:
+        msg = f"{fewer} planes are too few; take {_FEWEST} or more"
+        raise ConfigError(msg)
+    fits = [_fitted(comparison, planes) for planes in (up, down)]
+    focus, sharp = fits[0].best_um, _sharpest_um(up)
+    told = _told_direction(fits[0].by_direction)
+    offset, scale, reach = _levels(up, focus)
+    unexplained = max(fit.unexplained for fit in fits)
+    searched = f"the search before the stack did not find focus: {not_found}"
+    problems = [] if not_found is None else [searched]
+    if unexplained > _MOST_UNEXPLAINED:
+        problems.append(
+            f"the optics leave {100 * unexplained:.0f} % of the change with z "
+            "unexplained; rtfocus psf fit finds better ones"
+        )
+    if any(fit.at_the_edge for fit in fits):
+        problems.append(
+            "NA or spherical aberration seem to differ by more than 10 % or 0.3 waves "
+            "from the channel's optics; rtfocus psf fit finds them"
+        )
+    if abs(focus - sharp) > _MOST_APART * comparison.unit_um:
+        problems.append(
+            f"the image is sharpest {abs(focus - sharp):.2f} um from where the optics "
+            "put focus"
+        )
+    if told and direction_of_core and told != direction_of_core:
+        problems.append(
+            "the stage runs against what Micro-Manager was told (focus direction in "
+            "its hardware wizard), or the spherical aberration has the wrong sign"
+        )
+    return Calibration(
+        channel=channel,
+        focus_um=focus,
+        sharpest_um=sharp,
+        unexplained=unexplained,
+        direction=told,
+        direction_of_core=direction_of_core,
+        backlash_um=fits[1].best_um - focus,
+        level_offset_um=offset,
+        level_scale=scale,
+        level_range_um=reach,
+        unit_um=comparison.unit_um,
+        problems=problems,
+    )
+
+
+def save_calibration(path: Path, found: Calibration) -> None:
+    """Write a calibration as YAML."""
+    values = {
+        key: round(value, 5) if isinstance(value, float) else value
+        for key, value in asdict(found).items()
+    }
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a calibration.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or is none.
+    """
+    try:
+        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Calibration(**values)
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        msg = (
+            f"autofocus.calibration '{path}' cannot be used: {error}; make it with: "
+            "rtfocus calibrate CONFIG"
+        )
+        raise ConfigError(msg) from error
+
+
+def _fitted(comparison: PlaneComparison, planes: Sequence[Plane]) -> PlaneFit:
+    # Far planes say little and show the specimen's thickness.
+    sharpest = _sharpest_um(planes)
+    near = [p for p in planes if abs(p.z_um - sharpest) < 3 * comparison.unit_um]
+    told = ((p.z_um, p.reading.spectrum, p.reading.noise) for p in near)
+    z_um, spectra, noise = map(np.array, zip(*told, strict=True))
+    return comparison.fit(z_um, spectra, noise)
+
+
+def _told_direction(by_direction: dict[int, float]) -> int:
+    if len(by_direction) < 2:
+        return next(iter(by_direction), 0)
+    better, worse = sorted(by_direction, key=by_direction.__getitem__)
+    clear = by_direction[worse] > _CLEAR * max(by_direction[better], 1e-4)
+    return better if clear else 0
+
+
+def _sharpest_um(planes: Sequence[Plane]) -> float:
+    """Return the top of the parabola through the sharpest plane's neighbours."""
+    ordered = sorted(planes, key=lambda plane: plane.z_um)
+    values = np.array([plane.sharpness for plane in ordered])
+    top = int(values.argmax())
+    if top in (0, len(ordered) - 1):
+        return ordered[top].z_um
+    z = np.array([plane.z_um for plane in ordered[top - 1 : top + 2]])
+    curve = np.polyfit(z - z[1], values[top - 1 : top + 2], 2)
+    return float(z[1] - curve[1] / (2 * curve[0])) if curve[0] < 0 else float(z[1])
+
+
+def _levels(planes: Sequence[Plane], focus_um: float) -> tuple[float, float, float]:
+    """Return offset, scale and range of the engine's reading."""
+    readings = ((plane.z_um, plane.reading.defocus_um) for plane in planes)
+    pairs = [(abs(z - focus_um), abs(um)) for z, um in readings if um is not None]
+    if len(pairs) < _FEWEST:
+        return 0.0, 0.0, 0.0
+    true, read = np.array(pairs).T
+    scale, offset = np.polyfit(true, read, 1)
+    return float(offset), float(scale), float(true.max())

@@ -10,8 +10,8 @@ import numpy as np
 import useq
 from pymmcore_plus.core._sequencing import SequencedEvent
 
-from rtfocus.autofocus.calibration import load_calibration
 from rtfocus.autofocus.hold import Key
+from rtfocus.autofocus.planes import load_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
 from rtfocus.config.model import AutofocusConfig

@@ -1,7 +1,7 @@
 """Autofocus commands: focus once, hold it, check it against a stack through focus."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,16 +9,16 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.calibration import (
-    Plane,
-    calibrate,
-    draw_calibration,
-    save_calibration,
-)
 from rtfocus.autofocus.devices import CoreStage
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Holder, seen_by
-from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.planes import (
+    Calibration,
+    Plane,
+    PlaneComparison,
+    calibrate,
+    save_calibration,
+)
 from rtfocus.autofocus.plans import against_unknown_backlash
 from rtfocus.cli.commands import (
     ConfigArgument,
@@ -29,6 +29,8 @@ from rtfocus.cli.commands import (
 from rtfocus.cli.display import share_bar
 from rtfocus.cli.endings import interruptible
 from rtfocus.config.sections import ReplayConfig
+from rtfocus.drawing.canvas import BLUE, FAINT, ORANGE, PixelCanvas
+from rtfocus.drawing.figures import Chart, axis_of
 from rtfocus.errors import ConfigError, ExitCode, OutputError
 from rtfocus.files import whole
 from rtfocus.focusing import estimate_of, open_focuser
@@ -167,7 +169,7 @@ def calibrate_microscope(
     with whole(path, overwrite=overwrite) as part:
         save_calibration(part, found)
     with whole(picture, overwrite=overwrite) as part:
-        draw_calibration(part, found, up)
+        _draw_calibration(part, found, up)
     typer.echo(
         f"focus at z {found.focus_um:.2f} um, sharpest at {found.sharpest_um:.2f}; "
         f"{100 * found.unexplained:.1f} % unexplained; backlash "
@@ -199,3 +201,34 @@ def _planes(
         planes.append(Plane(z_um, focuser.look(channel, z_um)))
         show(len(planes) / len(heights))
     return planes
+
+
+_WIDTH, _HEIGHT, _LEFT = 560.0, 260.0, 72.0
+
+
+def _draw_calibration(path: Path, found: Calibration, planes: Sequence[Plane]) -> None:
+    """Draw sharpness and the engine's reading over z as a PNG."""
+    z = np.array([plane.z_um for plane in planes]) - found.focus_um
+    sharp = np.array([plane.sharpness for plane in planes])
+    reading = np.array(
+        [
+            np.nan if plane.reading.defocus_um is None else plane.reading.defocus_um
+            for plane in planes
+        ]
+    )
+    canvas = PixelCanvas(_WIDTH, 2 * _HEIGHT)
+    x = axis_of("stage z from focus (um)", z)
+    upper = (_LEFT, 30.0, _WIDTH - 16, _HEIGHT - 50.0)
+    share = sharp / max(float(sharp.max()), 1e-12)
+    above = Chart(canvas, upper, x, axis_of("sharpness, of its best", share, zero=True))
+    above.curve(z, share, BLUE, "sharpness")
+    above.dots(z, share, BLUE)
+    lower = (_LEFT, 30.0 + _HEIGHT, _WIDTH - 16, 2 * _HEIGHT - 50.0)
+    y = axis_of("distance from focus (um)", np.abs(reading), np.abs(z), zero=True)
+    below = Chart(canvas, lower, x, y)
+    below.curve(z, np.abs(z), FAINT, "true", dash=4)
+    below.curve(z, np.abs(reading), ORANGE, "read by the engine")
+    below.dots(z[np.isfinite(reading)], np.abs(reading[np.isfinite(reading)]), ORANGE)
+    for chart in (above, below):
+        chart.upright(0.0)
+    canvas.save(path)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from loop_kit import OPTICS, command, failed, succeeded
 
-from rtfocus.autofocus.calibration import load_calibration
+from rtfocus.autofocus.planes import load_calibration
 from rtfocus.autofocus.plans import with_measured_backlash
 from rtfocus.cli.commands import read_config
 from rtfocus.errors import ExitCode
