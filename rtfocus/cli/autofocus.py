@@ -100,6 +100,8 @@ def autofocus(
             holder.take(estimate_of(focuser.look(channel, z_um), taken, z_um))
 
 
+_WAYS = {1: "towards the specimen", -1: "away from it", 0: "nobody knows where"}
+"""What larger z does; an even PSF does not tell."""
 _HERE = (0, None)
 
 
@@ -174,8 +176,8 @@ def calibrate_microscope(
         f"focus at z {found.focus_um:.2f} um, sharpest at {found.sharpest_um:.2f}; "
         f"{100 * found.unexplained:.1f} % unexplained; backlash "
         f"{found.backlash_um:+.2f} um; levels read {found.level_offset_um:+.2f} um + "
-        f"{found.level_scale:.2f} x distance; direction by images "
-        f"{found.direction:+d}, by Micro-Manager {found.direction_of_core:+d}"
+        f"{found.level_scale:.2f} x distance; larger z leads {_WAYS[found.direction]} "
+        f"by the images, {_WAYS[found.direction_of_core]} by Micro-Manager"
     )
     for problem in found.problems:
         typer.echo(f"problem: {problem}")

@@ -7,6 +7,7 @@ it is loaded when it is run. Those that need next to nothing are here: ``configs
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -25,7 +26,6 @@ from rtfocus.errors import ConfigError, ExitCode, OutputError
 from rtfocus.files import resource_folder
 
 if TYPE_CHECKING:
-    from rtfocus.channel import OpticalSystem
     from rtfocus.config import Config
 
 DEBUG_VARIABLE = "RTFOCUS_DEBUG"
@@ -169,7 +169,19 @@ def load(name: str) -> Any:  # noqa: ANN401 (as above)
     module = importlib.import_module(f"rtfocus.cli.{COMMANDS[name].module}")
     loaded = typer.Typer(rich_markup_mode="rich")
     module.add_to(loaded)
-    return typer.main.get_group(loaded).commands[name]
+    command = typer.main.get_group(loaded).commands[name]
+    for one in (command, *getattr(command, "commands", {}).values()):
+        one.help = _flowing(one.help or "")
+        for argument in one.params:
+            # An option's is its type; an argument's would be its name in small letters.
+            if argument.param_type_name == "argument":
+                argument.metavar = argument.metavar or argument.name.upper()
+    return command
+
+
+def _flowing(text: str) -> str:
+    """Join the lines of a help that its source broke; a command line begins its own."""
+    return re.sub(r"(?<!\n)\n(?!\n|rtfocus |\[bold\])", " ", inspect.cleandoc(text))
 
 
 app = typer.Typer(
@@ -280,45 +292,6 @@ def read_config(name: str, overrides: list[str] | None) -> "Config":
     from rtfocus.config import load_config
 
     return load_config(name, overrides or ())
-
-
-def configured_optics(
-    name: str, config: "Config", channel: str | None
-) -> tuple[str, "OpticalSystem"]:
-    """Return a channel of a config and its optics.
-
-    Parameters
-    ----------
-    name
-        Of the config, for messages.
-    config
-        The config itself.
-    channel
-        Its channel; None: ``default`` where there is one, else the only one.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such channel, several to choose from, or no optics for it.
-    """
-    there = [one.name for one in config.channels]
-    known = f"config '{name}' has {', '.join(there) or 'no channels'}"
-    if channel is None:
-        channel = there[0] if len(there) == 1 else "default"
-        if channel not in there:
-            msg = f"which channel is meant? {known}; choose one with --channel"
-            raise ConfigError(msg)
-    if channel not in there and "default" not in there:
-        msg = f"no channel '{channel}': {known}; give one of them as --channel"
-        raise ConfigError(msg)
-    optics = config.channel(channel).optics
-    if optics is None:
-        msg = (
-            f"config '{name}' states no optics for channel '{channel}'; give it "
-            "numerical_aperture, wavelength_nm and pixel_size_um under 'optics'"
-        )
-        raise ConfigError(msg)
-    return channel, optics
 
 
 _FOR_USERS = (

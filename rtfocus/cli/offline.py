@@ -69,7 +69,7 @@ PictureOption = Annotated[
     typer.Option(
         "--picture",
         metavar="FILE.png",
-        help="Show the first plane of up to four images, before and after, as a PNG.",
+        help="Show the first plane of up to four images, and what was found, as a PNG.",
     ),
 ]
 JsonOption = Annotated[

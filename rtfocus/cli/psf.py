@@ -31,7 +31,6 @@ from rtfocus.cli.commands import (
     InputArgument,
     OverwriteOption,
     SetOption,
-    configured_optics,
     read_config,
 )
 from rtfocus.cli.display import passing_time
@@ -185,7 +184,7 @@ def fit(
     guard.claim_report(output, FIGURES_NAME, REPORT_NAMES)
     stated = None
     if config is not None:
-        channel, stated = configured_optics(config, read_config(config, None), channel)
+        channel, stated = read_config(config, None).optics_of(channel)
     nominal = _Nominal(na, wavelength_nm, pixel_size_um, refractive_index, stated)
     free = {"fit_aperture": not fixed_na, "fit_astigmatism": astigmatism}
     if pairs is not None:

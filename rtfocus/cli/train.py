@@ -28,7 +28,6 @@ from rtfocus.cli.batch import (
 )
 from rtfocus.cli.commands import (
     OverwriteOption,
-    configured_optics,
     need_torch,
     read_config,
 )
@@ -76,7 +75,7 @@ def train(
         str | None,
         typer.Option(
             help="Your optics: a file of [bold]rtfocus psf fit[/], or "
-            "NA=0.75,wavelength=520,pixel=0.325; needs --images."
+            "NA=0.75,wavelength=520,pixel=0.325; with --own or --images."
         ),
     ] = None,
     images: Annotated[
@@ -397,7 +396,7 @@ def _microscope(
     if config is None:
         return None, 0.0
     found = read_config(config, None)
-    _, optics = configured_optics(config, found, channel)
+    _, optics = found.optics_of(channel)
     return optics, found.camera.offset_counts
 
 

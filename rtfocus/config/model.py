@@ -37,6 +37,7 @@ from rtfocus.config.sections import (
     TransportConfig,
     VirtualMicroscopeConfig,
 )
+from rtfocus.errors import ConfigError
 from rtfocus.files import MOST_NAME_BYTES, is_reserved_name
 
 
@@ -232,6 +233,39 @@ class Config(Section):
         by_name = {channel.name: channel for channel in self.channels}
         found = by_name.get(name) or by_name.get("default") or ChannelConfig()
         return found.model_copy(update={"name": name})
+
+    def optics_of(self, channel: str | None) -> tuple[str, OpticalSystem]:
+        """Return a channel by its name, and its optics.
+
+        Parameters
+        ----------
+        channel
+            None: ``default`` where there is one, else the only one.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such channel, several to choose from, or no optics for it.
+        """
+        there = [one.name for one in self.channels]
+        where = "the config" if self.file is None else f"'{self.file}'"
+        known = f"{where} has {', '.join(there) or 'no channels'}"
+        if channel is None:
+            channel = there[0] if len(there) == 1 else "default"
+            if channel not in there:
+                msg = f"which channel is meant? {known}; choose one with --channel"
+                raise ConfigError(msg)
+        if channel not in there and "default" not in there:
+            msg = f"no channel '{channel}': {known}; give one of them as --channel"
+            raise ConfigError(msg)
+        optics = self.channel(channel).optics
+        if optics is None:
+            msg = (
+                f"{where} states no optics for channel '{channel}'; give it "
+                "numerical_aperture, wavelength_nm and pixel_size_um under 'optics'"
+            )
+            raise ConfigError(msg)
+        return channel, optics
 
     def kept_with_data(self) -> dict[str, Any]:
         """Return it as it is kept with the data: without pairing and receivers.

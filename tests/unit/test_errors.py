@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rtfocus import errors
-from rtfocus.cli.commands import COMMANDS
+from rtfocus.cli.commands import COMMANDS, load
 from rtfocus.config.loading import find_config
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ExitCode, RtfocusError
@@ -77,3 +77,28 @@ def test_the_written_tables_are_those_of_the_code() -> None:
     assert rows == [(str(int(code)), code.name) for code in ExitCode]
     missing = [name for name in COMMANDS if f"`{name}`" not in text]
     assert missing == []
+
+
+def test_every_option_stands_in_the_page_and_no_other() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "commands.md"
+    rows = re.findall(r"^\| `([a-z ]+)` \| (`--.*) \|$", page.read_text("utf-8"), re.M)
+    written = {command: re.findall(r"`(--[a-z0-9-]+)`", cell) for command, cell in rows}
+    there = {}
+    for name in COMMANDS:
+        command = load(name)
+        for below, one in [("", command), *getattr(command, "commands", {}).items()]:
+            there[f"{name} {below}".strip()] = [
+                option
+                for given in one.params
+                if given.param_type_name == "option" and not given.hidden
+                for option in given.opts
+                if option.startswith("--") and option != "--help"
+            ]
+    assert written == {name: options for name, options in there.items() if options}
+
+
+def test_a_help_flows_and_names_its_arguments_as_it_is_called() -> None:
+    repair = load("check")
+    assert "there are fewer frames than planned, with 7" in repair.help
+    assert "\n\n[bold]Example:[/] rtfocus check" in repair.help
+    assert [one.metavar for one in repair.params if one.name == "run"] == ["RUN"]
