@@ -7,6 +7,7 @@ page 1252 may be another letter of another one. It is refused, and the line is n
 
 import codecs
 import difflib
+import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -143,14 +144,11 @@ def find_config(name: str) -> Path:
     ConfigError
         If it is neither; lists the shipped names.
     """
-    path = Path(name)
-    # A run folder or a data folder may well be called like a shipped config.
-    if path.is_file():
-        return path
     folder = resource_folder("configs")
-    shipped = folder / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
+    # A run folder or a data folder may well be called like a shipped config.
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if os.path.isfile(path):
+            return path
     names = sorted(p.stem for p in folder.glob("*.yaml"))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     meant = f"did you mean '{near[0]}'? " if near else ""
@@ -278,16 +276,18 @@ def _explain(detail: ErrorDetails) -> str:
         # So does a value of several types, in pydantic's words.
         and "[" not in str(part)
     )
-    key = ".".join(str(part) for part in location)
+    cause: Any = detail.get("ctx", {}).get("error")
+    key = ".".join(map(str, (*location, *getattr(cause, "keys", ()))))
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = _valid_keys(detail["loc"][:-1])
         return f"unknown key '{key}'; {_hint(str(detail['loc'][-1]), valid, 0.4)}"
     if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
         return f"'{key}': a number is no key; decimals have a point, not a comma"
-    value = detail["input"]
+    value = getattr(cause, "value", detail["input"])
     shown = "" if isinstance(value, dict | list) else f" (got {_short(value)})"
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule.removesuffix(" for <class 'pathlib.Path'>")
+    rule = "".join(filter(str.isprintable, rule))[: 6 * _MOST_SHOWN]
     return f"'{key}': {rule}{shown}" if key else rule
 
 

@@ -5,7 +5,7 @@ write.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from rtfocus.channel import OpticalSystem
 
@@ -28,8 +29,56 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plausible(cls, given: Any) -> Any:
+        """Refuse what no key can mean, whatever else its own rule allows."""
+        for name in given if isinstance(given, dict) else ():
+            key = cls.model_fields.get(name)
+            if key is not None and (why := _implausible(name, given[name], key)):
+                raise ImplausibleError(name, given[name], why)
+        return given
 
-Px = Annotated[int, Field(gt=0)]
+
+class ImplausibleError(ValueError):
+    """A value that no key can have; says of itself which key and value."""
+
+    def __init__(self, key: str, value: object, why: str) -> None:
+        super().__init__(why)
+        self.keys = (key,)
+        self.value = value
+
+
+_MOST = 1e12
+"""Beyond any size, count or distance of a microscope."""
+_MOST_S = 1e6
+"""Eleven days; a Windows timer holds 24."""
+_UNPRINTABLE = frozenset(map(chr, [*range(9), *range(11, 32), 127]))
+
+Px = Annotated[int, Field(gt=0, le=1 << 14)]
+
+
+def _types(annotation: Any) -> set[object]:
+    """Return every type within an annotation."""
+    inner = get_args(annotation)
+    return {annotation}.union(*map(_types, inner)) if inner else {annotation}
+
+
+def _implausible(name: str, value: object, key: FieldInfo) -> str | None:
+    types = _types(key.annotation)
+    if isinstance(value, bool):
+        if bool not in types and types & {int, float}:
+            return "a number is needed; YAML reads yes, no, on and off as none"
+    elif isinstance(value, int | float) and name != "seed":
+        most = _MOST_S if name.endswith("_s") else _MOST
+        if abs(value) > most:
+            return f"no more than {most:g} can be"
+    elif isinstance(value, str):
+        if not value and key.default != value:
+            return "give a value, or leave the key out"
+        if _UNPRINTABLE & set(value):
+            return "no name or path has such characters; type it anew"
+    return None
 
 
 class SpecimenConfig(Section):
@@ -41,7 +90,7 @@ class SpecimenConfig(Section):
     """Image or stack file; required by kinds ``image`` and ``stack``."""
     z_step_um: Annotated[float, Field(gt=0)] = 1.0
     """Distance of the planes of a recorded stack."""
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0)] = 1
     """Of the procedural specimen."""
 
     @model_validator(mode="after")
@@ -110,7 +159,7 @@ class VirtualMicroscopeConfig(Section):
     """``poisson``: exact; ``pool``: pre-drawn, fast, for rate tests; ``none``."""
     frames_per_s: Annotated[float, Field(gt=0)] | None = None
     """Highest frame rate; None: as fast as exposure and computing allow."""
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0)] = 1
     """Of the noise."""
 
 
@@ -283,7 +332,7 @@ class ProcessingConfig(Section):
     """``f32``, ``bf16``: what the CPU computes in; ``fp16``, ``int8``: the weights
     file of that name of every engine that has it; ``auto``: the fastest of f32, bf16
     and int8 by measurement at the first start, int8 only where it is exact."""
-    threads: Annotated[int, Field(gt=0)] | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Threads for networks and FFTs; None: one per core."""
     engine_folders: list[Path] = []
     """Further folders with engines, searched before the shipped ones."""

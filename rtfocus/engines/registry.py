@@ -172,7 +172,8 @@ def find_engine(
     places = engine_places(folders)
     candidates = [place / name for place in places]
     for folder in (*candidates, Path(name)):
-        if (folder / CARD_NAME).is_file():
+        # A name may be too long for a path, at which is_file raises.
+        if os.path.isfile(folder / CARD_NAME):
             return FoundEngine(folder, read_card(folder))
     present = sorted({folder.name for p in places for folder in _engines_in(p)})
     looked = ", ".join(f"'{folder}'" for folder in candidates) or "nowhere"

@@ -9,6 +9,7 @@ PNG, JPEG and BMP are read here, through Pillow; colours of 16 bits through
 imagecodecs, as Pillow cuts those to 8, and grey of 16 bits with an alpha channel too.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -230,7 +231,7 @@ def find_images(path: Path) -> FoundImages:
         If there is nothing at the path, nothing in it that looks like an image, or
         nothing that can be read.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         msg = f"'{path}' does not exist; give an image file, an OME-Zarr or a folder"
         raise InputError(msg)
     if not path.is_dir():

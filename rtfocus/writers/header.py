@@ -100,7 +100,11 @@ def read_header(folder: Path) -> RunHeader:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else _short(error)
         near = folder.with_name(f"{folder.name}.rtfocus")
-        hint = f"did you mean '{near}'?" if near.is_dir() else "give a NAME.rtfocus"
+        hint = (
+            f"did you mean '{near}'?"
+            if os.path.lexists(near)
+            else "give a NAME.rtfocus"
+        )
         msg = (
             f"'{folder}' is no run folder: '{HEADER_NAME}' cannot be read ({reason}); "
             f"{hint}"

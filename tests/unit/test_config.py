@@ -7,9 +7,12 @@ import pytest
 import yaml
 
 from rtfocus.config import Config, load_config, parse_config
-from rtfocus.errors import ConfigError
+from rtfocus.engines.registry import find_engine
+from rtfocus.errors import ConfigError, EngineError, InputError, WriterError
 from rtfocus.files import resource_folder
 from rtfocus.frame import Position, SeriesStart
+from rtfocus.images.reading import find_images
+from rtfocus.writers.header import read_header
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
 
@@ -187,3 +190,41 @@ def test_a_run_folder_is_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["console", "a" * 200, "\u00fc\u03bc 1.2+3-4", "a.b"])
 def test_run_names_are_taken_that_every_system_takes(name: str) -> None:
     assert parse_config({"run": {"name": name}}).run.name == name
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("processing", "threads", True, "a number is needed"),
+        ("processing", "classifier", "", "leave the key out"),
+        ("run", "folder", "", "leave the key out"),
+        ("run", "folder", "a\0b", "such characters"),
+        ("transport", "heartbeat_s", 1e7, r"no more than 1e\+06"),
+        ("store", "min_free_mb", 1e308, r"no more than 1e\+12"),
+        ("microscope", "height_px", 10**9, "16384"),
+        ("microscope", "seed", -1, "greater than or equal to 0"),
+        ("microscope", "source", "\x1b[31m" + "x" * 5000, "Input tag"),
+    ],
+)
+def test_what_no_key_can_mean_is_refused_with_key_and_value(section, key, value, said):
+    data = {section: {key: value}}
+    if section == "microscope":
+        data[section] = {"source": "virtual", **data[section]}
+    with pytest.raises(ConfigError, match=said) as told:
+        parse_config(data)
+    assert section in str(told.value)
+    assert key in str(told.value)
+    assert str(told.value).isprintable()
+    assert len(str(told.value)) < 600
+
+
+def test_names_too_long_for_a_path_are_not_found_like_others():
+    name = "x" * 5000
+    with pytest.raises(ConfigError, match="no shipped config"):
+        load_config(name)
+    with pytest.raises(EngineError, match="not found"):
+        find_engine(name)
+    with pytest.raises(WriterError, match="no run folder"):
+        read_header(Path(name))
+    with pytest.raises(InputError, match="does not exist"):
+        find_images(Path(name))
