@@ -14,7 +14,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.frame import Act, Estimate, FrameResult, SeriesStart, Slot
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
-from rtfocus.transport.preview_messages import Shown
+from rtfocus.transport.messages import Shown
 from rtfocus.workers import BoundedQueue
 
 RATE_WINDOW_S = 5.0

@@ -27,8 +27,8 @@ from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
 from rtfocus.sides import ProcessorProcess, on_free_ports, paired
+from rtfocus.transport.io_thread import PreviewViewer
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_messages import PreviewViewer
 from rtfocus.transport.publisher import FramePublisher
 
 _LOOK_S = 0.1

@@ -1,12 +1,19 @@
-"""Messages: the control part of wire protocol version 1, typed.
+"""Messages: wire protocol version 1, typed: control, previews, what viewers ask for.
 
 `PROTOCOL.md` says when each one is sent. All are msgpack maps whose ``type`` is
 the tag below; unknown keys are ignored, so that later versions may add some.
+A picture is ``[header, pixels, plane, ...]``, a state ``[header]``. What a viewer asks
+for goes the other way, on a socket of its own, and only where the config has one.
 """
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import (
@@ -16,9 +23,14 @@ from rtfocus.frame import (
     FrameHeader,
     SeriesEnd,
     SeriesStart,
+    TileGrid,
 )
 
 T = TypeVar("T")
+DTYPES = ("|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4", "<f8")
+"""Pixel types of version 1: little-endian numbers."""
+# What msgspec raises for bad msgpack, wrong types and invalid text.
+_FAULTS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="type"):
@@ -215,14 +227,12 @@ def unpack_in_stream(data: bytes) -> InStream:
 
 def _unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
     try:
-        message = decoder.decode(data)
-    # msgspec raises these for bad msgpack, wrong types and invalid text.
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        message = _understood(decoder, data, "a message")
+    except ProtocolError as error:
         version = _version(data)
-        if version not in (None, PROTOCOL_VERSION):
-            raise _wrong_version(version) from error
-        msg = f"not a message of protocol version {PROTOCOL_VERSION}: {error}"
-        raise ProtocolError(msg, "malformed") from error
+        if version in (None, PROTOCOL_VERSION):
+            raise
+        raise _wrong_version(version) from error
     version = getattr(message, "version", PROTOCOL_VERSION)
     if version != PROTOCOL_VERSION:
         raise _wrong_version(version)
@@ -232,7 +242,7 @@ def _unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
 def _version(data: bytes) -> object:
     try:
         return msgspec.msgpack.decode(data, type=_Probe).version
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except _FAULTS:
         return None
 
 
@@ -242,3 +252,187 @@ def _wrong_version(version: object) -> ProtocolError:
         "install the same rtfocus on both sides"
     )
     return ProtocolError(msg, "version")
+
+
+class PlaneHeader(msgspec.Struct, frozen=True):
+    """One further plane of a picture, beside its pixels."""
+
+    name: str
+    """``restored``, ``defocus`` (um per tile, NaN = background) or ``saturation``
+    (blocks of `block_px` pixels, 1 = at least one of them is saturated)."""
+    shape: tuple[int, ...]
+    dtype: str
+    block_px: int = 0
+
+
+class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
+    """What is known about the pixels beside it."""
+
+    version: int
+    shape: tuple[int, ...]
+    """Of the reduced frame: (y, x) or (y, x, 3)."""
+    dtype: str
+    reduced: int
+    """Every so many pixels of the frame, along y and x, one was taken."""
+    estimate: Estimate | None
+    metrics: dict[str, Any]
+    frame: FrameHeader | None = None
+    """Of a whole picture, sent when its result is there; without ``frame_meta``."""
+    planes: tuple[PlaneHeader, ...] = ()
+    """Of the parts after the pixels, in order."""
+    grid: TileGrid | None = None
+    """Where the tiles of the defocus map lie in the frame."""
+    saturated: int | None = None
+    """Saturated pixels of the whole frame; None: not known."""
+
+
+class Point(msgspec.Struct, frozen=True, array_like=True):
+    """One frame of the traces."""
+
+    sequence: int
+    role: str
+    index: dict[str, int]
+    captured_ns: int
+    z_um: float | None
+    defocus_um: float | None
+    signed: bool
+    confidence: float
+    refusal: str | None
+    """Why autofocus refused the frame; None: it did not, or was not asked."""
+
+
+class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
+    """How the processor is; sent several times a second while somebody looks."""
+
+    version: int
+    state: Literal["waiting", "running"]
+    series: SeriesStart | None = None
+    """Without plan and summary, and at most a thousand positions."""
+    folder: str = ""
+    """The run folder, on `host`."""
+    host: str = ""
+    saturation_counts: float | None = None
+    """Counts from which on a pixel is saturated; None: none is."""
+    metrics: dict[str, Any] = {}
+    points: list[Point] = []
+    """The newest frames, oldest first; overlaps with the status before, and has now and
+    then all that are kept."""
+    focus: list[tuple[int, dict[str, Any]]] = []
+    """The newest lines of ``focus.ndjson``, numbered; as `points`."""
+    dropped: int = 0
+    """Pictures that were not shown: they came too soon, or gave way to later ones."""
+    control: str | None = None
+    """Where requests are taken; None: nowhere."""
+
+
+class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+    """A viewer asks for something."""
+
+    version: int
+    series_uid: str
+    what: Act
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer", tag_field="type"):
+    """What became of a request."""
+
+    done: bool
+    """It was passed on; a refusal has its reason."""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A series as viewers are told of it."""
+
+    series: SeriesStart
+    folder: Path
+    metrics: Callable[[], dict[str, Any]]
+    """Plain numbers, asked for in the preview's own thread."""
+    saturation_counts: float = np.inf
+    """Counts from which on a pixel is saturated."""
+    act: Callable[[Act], None] = lambda _: None
+    """Does what a viewer asked for; RtfocusError: why it cannot."""
+
+    def brief(self) -> SeriesStart:
+        """Return the series without what is long."""
+        return msgspec.structs.replace(
+            self.series,
+            mda_sequence=None,
+            summary={},
+            positions=self.series.positions[:_POSITIONS],
+        )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a viewer sees."""
+
+    header: PreviewHeader
+    pixels: NDArray[np.generic]
+    """Shape and dtype as in the header."""
+    skipped: int
+    """Older previews that were there too and gave way to this one."""
+    planes: dict[str, NDArray[np.generic]]
+    """Further planes by name."""
+
+
+_POSITIONS = 1000
+_preview: msgspec.msgpack.Decoder[PreviewHeader | PreviewStatus] = (
+    msgspec.msgpack.Decoder(PreviewHeader | PreviewStatus)
+)
+_request = msgspec.msgpack.Decoder(Request)
+_answer = msgspec.msgpack.Decoder(Answer)
+
+
+def unpack_preview(parts: list[bytes], skipped: int) -> Preview | PreviewStatus:
+    """Decode what came from a preview socket.
+
+    Raises
+    ------
+    ProtocolError
+        If it cannot be understood.
+    """
+    try:
+        header = _preview.decode(parts[0])
+        if isinstance(header, PreviewStatus):
+            return header
+        pixels = _array(parts[1], header.dtype, header.shape)
+        # More parts than are named: of a later version.
+        planes = {
+            plane.name: _array(part, plane.dtype, plane.shape)
+            for plane, part in zip(header.planes, parts[2:], strict=False)
+        }
+    except (*_FAULTS, IndexError) as error:
+        msg = f"not a preview of protocol version {PROTOCOL_VERSION}: {error}"
+        raise ProtocolError(msg) from error
+    return Preview(header, pixels, skipped, planes)
+
+
+def unpack_request(data: bytes) -> Request:
+    """Decode a request; ProtocolError names the fault."""
+    return _understood(_request, data, "a request")
+
+
+def unpack_answer(data: bytes) -> Answer:
+    """Decode an answer; ProtocolError names the fault."""
+    return _understood(_answer, data, "an answer")
+
+
+def _understood(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+    try:
+        return decoder.decode(data)
+    except _FAULTS as error:
+        msg = f"not {what} of protocol version {PROTOCOL_VERSION}: {error}"
+        raise ProtocolError(msg, "malformed") from error
+
+
+def _array(part: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    if dtype not in DTYPES:
+        msg = f"preview of dtype {dtype!r}"
+        raise ProtocolError(msg)
+    # NumPy would take -1 for whatever fits.
+    if any(side < 0 for side in shape):
+        msg = f"preview of shape {shape}"
+        raise ProtocolError(msg)
+    return np.frombuffer(part, dtype).reshape(shape)

@@ -1,7 +1,7 @@
 """Preview: newest frames and numbers for viewers; never slows the recording.
 
 A socket of its own that drops for whoever does not keep up, and copies nothing while
-nobody looks. Messages: `rtfocus.transport.preview_messages`.
+nobody looks. Messages: `rtfocus.transport.messages`.
 """
 
 import logging
@@ -26,15 +26,15 @@ from rtfocus.frame import (
     FrameHeader,
     FrameResult,
 )
+from rtfocus.images.series import saturation_blocks
 from rtfocus.transport.io_thread import IoThread, Waker
-from rtfocus.transport.preview_messages import (
+from rtfocus.transport.messages import (
     Answer,
     PlaneHeader,
     Point,
     PreviewHeader,
     PreviewStatus,
     Shown,
-    saturation_blocks,
     unpack_request,
 )
 from rtfocus.transport.sockets import (

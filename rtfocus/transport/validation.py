@@ -17,10 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from rtfocus.channel import Channel
 from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import Estimate, FrameHeader, SeriesEnd, SeriesStart
-from rtfocus.transport.messages import printable
+from rtfocus.transport.messages import DTYPES, printable
 
-DTYPES = ("|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4", "<f8")
-"""Pixel types of version 1: little-endian numbers."""
 MOST_CHANNELS = 256
 MOST_POSITIONS = 100_000
 MOST_PLACES = 2**40

@@ -17,10 +17,10 @@ import numpy as np
 
 from rtfocus.errors import ProtocolError, RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, Act, SeriesStart
-from rtfocus.transport.preview_messages import (
+from rtfocus.transport.io_thread import PreviewViewer
+from rtfocus.transport.messages import (
     Preview,
     PreviewStatus,
-    PreviewViewer,
     Request,
 )
 from rtfocus.view.codec import Picture, live_picture, pack

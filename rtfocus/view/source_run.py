@@ -19,11 +19,11 @@ from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import InputError, RtfocusError
 from rtfocus.focus_readings import FOCUS_LOG
 from rtfocus.frame import Role, SeriesStart
+from rtfocus.images.series import saturation_blocks
 from rtfocus.monitor import LATENCIES
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.runs import Kind as ImageName
 from rtfocus.runs import Run, open_run
-from rtfocus.transport.preview_messages import saturation_blocks
 from rtfocus.view.codec import Flag, Kind, Picture, Plane, defocus_plane
 from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import IN_ERROR, MISSING, WRITTEN, Line

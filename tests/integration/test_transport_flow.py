@@ -30,8 +30,9 @@ from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import ConfigError, ProtocolError, TransportError
 from rtfocus.frame import Estimate, Role
 from rtfocus.transport.inflow import Gap
+from rtfocus.transport.io_thread import PreviewViewer
+from rtfocus.transport.messages import Shown
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_messages import PreviewViewer, Shown
 from rtfocus.transport.publisher import FramePublisher
 
 CHILD = Path(__file__).with_name("recorder_child.py")

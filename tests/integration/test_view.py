@@ -25,13 +25,13 @@ from rtfocus.errors import InputError
 from rtfocus.files import resource_folder
 from rtfocus.focusing import MOST_REQUESTS, Focusing
 from rtfocus.frame import Act
-from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.preview_messages import (
+from rtfocus.transport.io_thread import PreviewViewer
+from rtfocus.transport.messages import (
     Answer,
     PreviewStatus,
-    PreviewViewer,
     Request,
 )
+from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.sockets import create_keys
 from rtfocus.view.codec import (
     HEADER,

@@ -11,14 +11,14 @@ from hypothesis.extra import numpy as arrays
 
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import PROTOCOL_VERSION
-from rtfocus.transport.preview_messages import (
+from rtfocus.images.series import saturation_blocks
+from rtfocus.transport.messages import (
     Answer,
     PlaneHeader,
     Preview,
     PreviewHeader,
     PreviewStatus,
     Request,
-    saturation_blocks,
     unpack_answer,
     unpack_preview,
     unpack_request,
