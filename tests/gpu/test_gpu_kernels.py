@@ -18,6 +18,7 @@ from rtfocus.processing.gpu.classifier import InFlight
 from rtfocus.processing.gpu.deconvolution import (
     BlindRichardsonLucyDeconvolution as GpuBlind,
 )
+from rtfocus.processing.gpu.deconvolution import LevelTransfers
 from rtfocus.processing.gpu.deconvolution import (
     RichardsonLucyDeconvolution as GpuRichardsonLucy,
 )
@@ -25,15 +26,14 @@ from rtfocus.processing.gpu.deconvolution import WienerDeconvolution as GpuWiene
 from rtfocus.processing.gpu.depth_variant import (
     DepthVariantRestorer as GpuDepthVariantRestorer,
 )
-from rtfocus.processing.gpu.depth_variant import neighbours
 from rtfocus.processing.gpu.preparation import Background as GpuBackground
 from rtfocus.processing.gpu.preparation import CellStatistics
 from rtfocus.processing.gpu.preparation import Correction as GpuCorrection
 from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
 from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
-from rtfocus.processing.gpu.work import FrameShape
+from rtfocus.processing.gpu.work import FrameShape, neighbours
 from rtfocus.processing.montage import Montage, pad
-from rtfocus.processing.restore import margin_px, padded_shape
+from rtfocus.processing.restore import gaussian_like, margin_px, padded_shape
 from rtfocus.specimens import draw_specimen
 
 OPTICS = OpticalSystem(numerical_aperture=0.5, wavelength_nm=451, pixel_size_um=0.65)
@@ -166,14 +166,14 @@ LABELS = np.array(
 )
 
 
-def restore_both(work, memory, signal, window, psfs, make, **reference):
+def restore_both(work, memory, signal, window, psfs, make, starts=None, **reference):
     """Return what the GPU path and the CPU path make of a signal."""
     montage = Montage(GRID, SHAPE, window)
     margins = {level: margin_px(psf, None) for level, psf in psfs.items()}
     whole = {level: padded_shape(SHAPE, px) for level, px in margins.items()}
     restorer = GpuDepthVariantRestorer(
         memory,
-        make(memory, HostTransforms(), psfs, whole),
+        make(LevelTransfers(memory, HostTransforms(), starts or psfs, whole)),
         montage,
         frame=FrameShape.of(signal.shape),
         margins_px=margins,
@@ -211,7 +211,7 @@ def test_wiener_is_that_of_the_cpu(work, memory, frame, psfs, window, options):
         signal,
         window,
         psfs,
-        lambda *about: GpuWiener(*about, quantum=1.0, **given),
+        lambda transfers: GpuWiener(transfers, quantum=1.0, **given),
         method="wiener",
         **given,
     )
@@ -228,7 +228,7 @@ def test_richardson_lucy_is_that_of_the_cpu(work, memory, frame, psfs, method):
         signal,
         "triangular",
         psfs,
-        lambda *about: GpuRichardsonLucy(*about, method=method, iterations=None),
+        lambda transfers: GpuRichardsonLucy(transfers, method=method, iterations=None),
         method=method,
     )
     assert relative(wanted, signal) > 0.01
@@ -242,8 +242,9 @@ def test_blind_richardson_lucy_is_that_of_the_cpu(work, memory, frame, psfs):
         memory,
         signal,
         "triangular",
-        {1: psfs[1], 2: psfs[2], 3: psfs[3]},
-        lambda *about: GpuBlind(*about, iterations=4),
+        psfs,
+        lambda transfers: GpuBlind(transfers, iterations=4),
+        starts={level: gaussian_like(psf) for level, psf in psfs.items()},
         method="richardson_lucy_blind",
         iterations=4,
     )

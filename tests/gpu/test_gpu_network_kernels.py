@@ -22,7 +22,7 @@ from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
 from rtfocus.processing.gpu.network_restorer import Weighing
 from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
 from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
-from rtfocus.processing.gpu.tiles import windowed_tiles
+from rtfocus.processing.gpu.tiles import Tiles
 from rtfocus.processing.gpu.work import FrameShape
 from rtfocus.processing.montage import Montage, from_planes, to_planes
 from rtfocus.processing.windows import FrameTiles, restored_share
@@ -97,14 +97,12 @@ def test_tiles_are_cut_and_joined_as_on_the_cpu(
     offset, scale = ranges.astype(np.float32).T[:, :, None, None]
     places = list(np.ndindex(*(axis.count for axis in tiles.windows)))
     wanted = tiles.cut((image - offset) / scale, places)
-    ours = windowed_tiles(memory, FrameShape.of(signal.shape), planes, tiles.windows)
+    ours = Tiles(memory, FrameShape.of(signal.shape), planes, tiles.windows)
     assert ours.count == len(places)
     device = memory.allocate(wanted.shape, dtype, "tiles")
     given = memory.upload(ranges.astype(np.float32), "ranges")
     pixels = memory.upload(signal, "signal")
-    ours.cut(work, pixels, given, device, first=0, count=2)
-    rest = device.from_element(2 * ours.tile_elements)
-    ours.cut(work, pixels, given, rest, first=2, count=ours.count - 2)
+    ours.cut(work, pixels, given, device)
     tolerance = 1e-6 if dtype == "<f4" else 2e-3
     np.testing.assert_allclose(view(device), wanted, rtol=tolerance, atol=tolerance)
     changed = view(device)

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
 from rtfocus.engines.registry import FoundEngine
@@ -20,6 +23,7 @@ from rtfocus.processing.gpu.cuda.driver import CudaTransforms
 from rtfocus.processing.gpu.deconvolution import (
     BlindRichardsonLucyDeconvolution,
     Deconvolution,
+    LevelTransfers,
     RichardsonLucyDeconvolution,
     WienerDeconvolution,
 )
@@ -42,6 +46,7 @@ from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import (
     DEFAULT_ITERATIONS,
     PAPER_HALO_PX,
+    gaussian_like,
     margin_px,
     padded_shape,
     patch_shape,
@@ -93,11 +98,18 @@ class _Opening:
         engine, _ = self.network(seen.found)
         return FrameClassifier(self.memory, engine, seen, self.frame)
 
-    def transforms(self, kept: set[tuple[int, ...]]) -> CudaTransforms:
-        """Plan transforms of the shapes that recordings ask for."""
-        transforms = CudaTransforms(kept)
+    def transfers(
+        self,
+        psfs: Mapping[int, NDArray[np.float32]],
+        whole: Mapping[int, tuple[int, int]],
+        *,
+        recorded: bool,
+        kept: bool = True,
+    ) -> LevelTransfers:
+        """Plan transforms, at once where recordings ask, and transfer functions."""
+        transforms = CudaTransforms(set(whole.values()) if recorded else set())
         self.opened.callback(transforms.close)
-        return transforms
+        return LevelTransfers(self.memory, transforms, psfs, whole, kept=kept)
 
     def restorer(
         self, restoration: RestorationPlan, classifier: FrameClassifier
@@ -124,22 +136,25 @@ class _Opening:
         settings, psfs, size = restoration.settings, self.plan.psfs, self.plan.size
         margins = {n: margin_px(psf, settings.halo_px) for n, psf in psfs.items()}
         whole = {level: padded_shape(size, px) for level, px in margins.items()}
-        given = self.memory, self.transforms(set(whole.values())), psfs, whole
+        blind = restoration.way == "blind"
+        if blind:
+            psfs = {level: gaussian_like(psf) for level, psf in psfs.items()}
+        transfers = self.transfers(psfs, whole, recorded=True, kept=not blind)
         deconvolution: Deconvolution
         if restoration.method == "wiener":
             deconvolution = WienerDeconvolution(
-                *given,
+                transfers,
                 quantum=self.plan.camera.quantum,
                 noise_to_signal=settings.noise_to_signal,
                 gain_e_per_count=self.plan.gain_e_per_count,
             )
-        elif restoration.way == "blind":
+        elif blind:
             deconvolution = BlindRichardsonLucyDeconvolution(
-                *given, iterations=settings.iterations
+                transfers, iterations=settings.iterations
             )
         else:
             deconvolution = RichardsonLucyDeconvolution(
-                *given, method=restoration.method, iterations=settings.iterations
+                transfers, method=restoration.method, iterations=settings.iterations
             )
         return DepthVariantRestorer(
             self.memory, deconvolution, montage, frame=self.frame, margins_px=margins
@@ -209,13 +224,11 @@ class _Opening:
             for spans in montage.spans()
         )
         widest = max((psf.shape for psf in psfs.values()), key=max)
+        whole = dict.fromkeys(psfs, patch_shape((height, width), widest))
         return PatchRestorer(
-            self.memory,
-            self.transforms(set()),
-            psfs,
+            self.transfers(psfs, whole, recorded=False),
             montage,
             frame=self.frame,
-            shape=patch_shape((height, width), widest),
             halo_px=halo_px,
             iterations=settings.iterations or DEFAULT_ITERATIONS,
         )
@@ -223,12 +236,11 @@ class _Opening:
     def _learned_wiener(self, found: FoundEngine, montage: Montage) -> FrameRestorer:
         psfs, told = self.plan.band_levels()
         engine, batch = self.network(found)
+        side = input_of(found.card).tile_px
         restorer = LearnedWienerRestorer(
-            self.memory,
-            self.transforms(set()),
+            self.transfers(psfs, dict.fromkeys(psfs, (side, side)), recorded=False),
             engine,
             found.card,
-            psfs=psfs,
             told=told,
             montage=montage,
             frame=self.frame,

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus.engines.card import input_of
 from rtfocus.engines.registry import FrameFit
@@ -23,7 +25,44 @@ from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, W
 from rtfocus.processing.windows import tile_grid
 from rtfocus.runtimes.gpu import GpuContext, GpuEngine, Shape
 
-_FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")
+FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")
+
+
+@dataclass(frozen=True, slots=True)
+class MapLayout:
+    """Where the maps of a frame lie within their memory: wide elements first."""
+
+    tiles: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all maps of a frame."""
+        return 4 * (3 * self.tiles + 1) + 2 * self.tiles
+
+    def device_arrays(self, memory: DeviceArray) -> dict[str, DeviceArray]:
+        """Return the maps by name, ``saturated`` and ``level`` included."""
+        return {
+            name: DeviceArray(memory.address + start, (count,), np.dtype(dtype))
+            for name, (start, count, dtype) in self._places().items()
+        }
+
+    def host_arrays(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Return views of a host copy by name."""
+        return {
+            name: memory[start : start + count * np.dtype(dtype).itemsize].view(dtype)
+            for name, (start, count, dtype) in self._places().items()
+        }
+
+    def _places(self) -> dict[str, tuple[int, int, str]]:
+        """First byte, elements and type of every map."""
+        places: dict[str, tuple[int, int, str]] = {}
+        start = 0
+        for name in FLOAT_MAPS:
+            places[name] = (start, self.tiles, "<f4")
+            start += 4 * self.tiles
+        places["saturated"] = (start, 1, "<i4")
+        places["level"] = (start + 4, self.tiles, "<i2")
+        return places
 
 
 class BoundNetwork:
@@ -107,7 +146,7 @@ class InFlight:
 
     signal: DeviceArray
     maps: dict[str, DeviceArray]
-    """Of `rtfocus.processing.gpu.device_slot`."""
+    """Of `MapLayout`."""
     seen: ClassifierSlot
     """Buffers of the network that saw the frame."""
     out: DeviceArray
@@ -187,7 +226,7 @@ class FrameClassifier:
                 )
         planes = self._input.channels
         # The frame as the network's input, and back.
-        self._tile: Tiles = whole_frame_tile(memory, frame, planes, plan.fit.padded)
+        self._tile = Tiles(memory, frame, planes, whole_frame_tile(plan.fit.padded))
         if isinstance(rule, LocalStandardisation):
             if self._cells is not None:
                 self._standardisation = Standardisation(memory, rule, self._cells)
@@ -196,11 +235,9 @@ class FrameClassifier:
 
     def allocate_maps(self, memory: DeviceMemory) -> dict[str, DeviceArray]:
         """Reserve the maps of one frame, as `enqueue` fills them."""
-        kinds = {"level": np.int16} | dict.fromkeys(_FLOAT_MAPS, np.float32)
-        return {
-            name: memory.allocate((self._empty.count,), kind, "maps")
-            for name, kind in kinds.items()
-        }
+        layout = MapLayout(self._empty.count)
+        packed = memory.allocate((layout.size_bytes,), np.uint8, "maps")
+        return layout.device_arrays(packed)
 
     def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
         """Reserve what one more frame in flight needs."""
@@ -218,7 +255,7 @@ class FrameClassifier:
         signal: DeviceArray,
         maps: dict[str, DeviceArray],
     ) -> None:
-        """Enqueue signal -> maps of `rtfocus.processing.gpu.device_slot`."""
+        """Enqueue signal -> maps of `MapLayout`."""
         if self._cells is not None:
             self._cells.enqueue(work, signal)
         if self._background is None:
@@ -242,9 +279,7 @@ class FrameClassifier:
             raise ValueError(msg)
         tiles = slot.network.buffers[self._input.name]
         self._percentiles.enqueue(work, signal, slot.ranges, colour)
-        self._tile.cut(
-            work, signal, slot.ranges, tiles, first=0, count=1, colour=colour
-        )
+        self._tile.cut(work, signal, slot.ranges, tiles, colour)
         slot.network.enqueue(work)
 
     def join(

@@ -32,7 +32,6 @@ from rtfocus.processing.restore import (
     CUBED_BAND,
     HIGHEST_GAIN,
     ROUND_OFF,
-    gaussian_like,
     iteration_steps,
 )
 
@@ -45,13 +44,15 @@ class LevelTransfers:
     Parameters
     ----------
     memory
-        Where they lie.
+        Where they lie, and the work space of who uses them.
     transforms
         That make them.
     psfs
         Per level.
     whole
         Height and width, per level, of the transforms of a whole frame.
+    kept
+        False: they are placed only, and no room is kept for them.
     """
 
     def __init__(
@@ -60,8 +61,15 @@ class LevelTransfers:
         transforms: Transforms,
         psfs: Mapping[int, Image],
         whole: Mapping[int, tuple[int, int]],
+        *,
+        kept: bool = True,
     ) -> None:
-        self._transforms = transforms
+        self.memory = memory
+        self.transforms = transforms
+        self.psfs = psfs
+        heights, widths = zip(*whole.values(), strict=True)
+        self.largest = max(heights), max(widths)
+        """Sides that hold the transforms of every level."""
         self._psfs = {
             level: memory.upload(psf, f"the PSF of level {level}")
             for level, psf in psfs.items()
@@ -70,11 +78,14 @@ class LevelTransfers:
             level: memory.allocate(
                 spectrum_shape(shape), np.complex64, f"the PSF of level {level}"
             )
-            for level, shape in whole.items()
+            for level, shape in (whole if kept else {}).items()
         }
         self._made: set[int] = set()
-        largest = spectrum_shape(largest_shape(whole))
-        self._other = memory.allocate(largest, np.complex64, "spectra")
+        self._other = self.spectrum(self.largest)
+
+    def spectrum(self, shape: tuple[int, ...]) -> DeviceArray:
+        """Reserve the half spectrum of images of a shape."""
+        return self.memory.allocate(spectrum_shape(shape), np.complex64, "spectra")
 
     def enqueue(self, work: Work, level: int, image: DeviceArray) -> DeviceArray:
         """Return the transfer function of a level; `image`, of its shape, is spoilt."""
@@ -96,14 +107,8 @@ class LevelTransfers:
         self, work: Work, level: int, image: DeviceArray, transfer: DeviceArray
     ) -> DeviceArray:
         self.place(work, level, image)
-        self._transforms.forward(work, image, transfer)
+        self.transforms.forward(work, image, transfer)
         return transfer
-
-
-def largest_shape(whole: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the sides that hold the transforms of every level."""
-    heights, widths = zip(*whole.values(), strict=True)
-    return max(heights), max(widths)
 
 
 class Deconvolution(ABC):
@@ -111,14 +116,8 @@ class Deconvolution(ABC):
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
-    transforms
-        Of the padded planes.
-    psfs
-        PSF per level.
-    whole
-        Height and width of the padded frame, per level.
+    transfers
+        Of the PSF of each level.
     spectra, images
         How many of each it works on beside what it is handed.
     """
@@ -128,22 +127,16 @@ class Deconvolution(ABC):
 
     def __init__(
         self,
-        memory: DeviceMemory,
-        transforms: Transforms,
-        psfs: Mapping[int, Image],
-        whole: Mapping[int, tuple[int, int]],
+        transfers: LevelTransfers,
         *,
         spectra: int = 1,
         images: int = 1,
     ) -> None:
-        self._transforms = transforms
-        self._transfers = LevelTransfers(memory, transforms, psfs, whole)
+        memory, largest = transfers.memory, transfers.largest
+        self._transforms = transfers.transforms
+        self._transfers = transfers
         self._light = Light(memory)
-        largest = largest_shape(whole)
-        half = spectrum_shape(largest)
-        self._spectra = [
-            memory.allocate(half, np.complex64, "spectra") for _ in range(spectra)
-        ]
+        self._spectra = [transfers.spectrum(largest) for _ in range(spectra)]
         self._images = [
             memory.allocate(largest, np.float32, "spectra") for _ in range(images)
         ]
@@ -164,8 +157,8 @@ class WienerDeconvolution(Deconvolution):
 
     Parameters
     ----------
-    memory, transforms, psfs, whole
-        As of `Deconvolution`.
+    transfers
+        Of the PSF of each level.
     quantum
         Step between the camera's values; 0 for float frames.
     noise_to_signal
@@ -178,22 +171,20 @@ class WienerDeconvolution(Deconvolution):
 
     def __init__(
         self,
-        memory: DeviceMemory,
-        transforms: Transforms,
-        psfs: Mapping[int, Image],
-        whole: Mapping[int, tuple[int, int]],
+        transfers: LevelTransfers,
         *,
         quantum: float,
         noise_to_signal: float | None,
         gain_e_per_count: float | None,
     ) -> None:
-        super().__init__(memory, transforms, psfs, whole, spectra=2, images=0)
+        super().__init__(transfers, spectra=2, images=0)
+        memory = transfers.memory
         self._given = noise_to_signal or 0.0
         self._quantum = quantum
         self._inverse_gain = 0.0 if gain_e_per_count is None else 1 / gain_e_per_count
         self._ratio = memory.allocate((1,), np.float32, "Wiener filters")
         self._band_sums = memory.allocate((3, PARTS), np.float64, "Wiener filters")
-        self._noise = Noise(memory, largest_shape(whole))
+        self._noise = Noise(memory, transfers.largest)
 
     def look(self, work: Work, padded: DeviceArray) -> None:
         """Transform an image, and find how strong its noise is."""
@@ -267,8 +258,8 @@ class RichardsonLucyDeconvolution(Deconvolution):
 
     Parameters
     ----------
-    memory, transforms, psfs, whole
-        As of `Deconvolution`.
+    transfers
+        Of the PSF of each level.
     method
         ``richardson_lucy`` or ``richardson_lucy_accelerated``.
     iterations
@@ -277,18 +268,15 @@ class RichardsonLucyDeconvolution(Deconvolution):
 
     def __init__(
         self,
-        memory: DeviceMemory,
-        transforms: Transforms,
-        psfs: Mapping[int, Image],
-        whole: Mapping[int, tuple[int, int]],
+        transfers: LevelTransfers,
         *,
         method: str,
         iterations: int | None,
     ) -> None:
-        super().__init__(memory, transforms, psfs, whole)
+        super().__init__(transfers)
         self._steps = {
             level: iteration_steps(psf, method, iterations)
-            for level, psf in psfs.items()
+            for level, psf in transfers.psfs.items()
         }
 
     def restore(
@@ -334,25 +322,21 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
 
     Parameters
     ----------
-    memory, transforms, psfs, whole
-        As of `Deconvolution`; of the PSFs only the width and the window's size count.
+    transfers
+        Only placed: of the kernels it begins with.
     iterations
         Rounds of kernel and image; None: 8.
     """
 
     def __init__(
         self,
-        memory: DeviceMemory,
-        transforms: Transforms,
-        psfs: Mapping[int, Image],
-        whole: Mapping[int, tuple[int, int]],
+        transfers: LevelTransfers,
         *,
         iterations: int | None,
     ) -> None:
-        starts = {level: gaussian_like(psf) for level, psf in psfs.items()}
-        super().__init__(memory, transforms, starts, whole, spectra=3, images=2)
+        super().__init__(transfers, spectra=3, images=2)
         self._rounds = iterations or BLIND_ITERATIONS
-        self._kernel_light = Light(memory)
+        self._kernel_light = Light(transfers.memory)
 
     def restore(
         self, work: Work, level: int, padded: DeviceArray, out: DeviceArray

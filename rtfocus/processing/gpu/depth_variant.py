@@ -14,11 +14,11 @@ from rtfocus.frame import BACKGROUND
 from rtfocus.processing.gpu.classifier import InFlight, Part
 from rtfocus.processing.gpu.deconvolution import Deconvolution
 from rtfocus.processing.gpu.work import (
-    BETWEEN,
     DeviceArray,
     DeviceMemory,
     FrameShape,
     Work,
+    neighbours,
 )
 from rtfocus.processing.montage import Montage, Region, together
 from rtfocus.processing.restore import padded_shape
@@ -140,24 +140,6 @@ class Blending:
             *self.tables,
             frame.out,
         )
-
-
-def neighbours(weights: NDArray[np.float32], step: int) -> NDArray[np.void]:
-    """Return the two tiles of every pixel and the share of the second, `BETWEEN`.
-
-    Parameters
-    ----------
-    weights
-        Axes (tile that takes part, pixel); at most two neighbours per pixel.
-    step
-        Every how many tiles of the grid take part.
-    """
-    first = weights.astype(bool).argmax(axis=0)
-    found = np.empty(len(first), BETWEEN)
-    found["first"] = first * step
-    found["second"] = np.minimum(first + 1, len(weights) - 1) * step
-    found["share"] = 1 - np.take_along_axis(weights, first[None], axis=0)[0]
-    return found
 
 
 class DepthVariantRestorer(FrameRestorer):

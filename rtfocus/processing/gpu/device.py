@@ -33,6 +33,7 @@ from rtfocus.processing.camera import write_counts
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job, Prepared
 from rtfocus.processing.gpu.channel import OpenChannel, open_channel
+from rtfocus.processing.gpu.classifier import MapLayout
 from rtfocus.processing.gpu.cuda.compiler import compiled_kernels, why_driver_too_old
 from rtfocus.processing.gpu.cuda.driver import (
     LostGpuError,
@@ -48,7 +49,7 @@ from rtfocus.processing.gpu.cuda.stream import (
     PinnedMemory,
     new_event,
 )
-from rtfocus.processing.gpu.device_slot import DeviceSlot, MapLayout, defocus_map
+from rtfocus.processing.gpu.device_slot import DeviceSlot, defocus_map
 from rtfocus.processing.gpu.preparation import carried_as
 from rtfocus.runtimes.gpu import Gpu
 

@@ -24,7 +24,7 @@ from rtfocus.processing.gpu.classifier import (
 )
 from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
 from rtfocus.processing.gpu.preparation import Percentiles
-from rtfocus.processing.gpu.tiles import TileConditions, windowed_tiles
+from rtfocus.processing.gpu.tiles import TileConditions, Tiles
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.windows import FrameTiles
 from rtfocus.runtimes.gpu import GpuEngine, Shape
@@ -257,7 +257,7 @@ class TileNetworkRestorer(FrameRestorer):
         self._conditions = conditions
         planes = input_of(card).channels
         self._colours = images_of(frame, planes)
-        self._tiles = windowed_tiles(memory, frame, planes, tiles.windows)
+        self._tiles = Tiles(memory, frame, planes, tiles.windows)
         rule = invertible_normalisation(card)
         self._percentiles = Percentiles(memory, rule, frame, planes)
         self._ranges = memory.allocate((planes, 2), np.float32, "ranges")
@@ -277,12 +277,10 @@ class TileNetworkRestorer(FrameRestorer):
 
     def _restore(self, work: Work, frame: InFlight, colour: int) -> None:
         """Enqueue signal -> restored frame, or one colour of it."""
-        buffers, signal, count = self.network.buffers, frame.signal, self._tiles.count
+        buffers, signal = self.network.buffers, frame.signal
         tiles = buffers[input_of(self._card).name]
         self._percentiles.enqueue(work, signal, self._ranges, colour)
-        self._tiles.cut(
-            work, signal, self._ranges, tiles, first=0, count=count, colour=colour
-        )
+        self._tiles.cut(work, signal, self._ranges, tiles, colour)
         if self._conditions is not None and self._card.condition is not None:
             condition = buffers[self._card.condition.name]
             self._conditions.enqueue(work, frame.maps, condition)

@@ -5,7 +5,6 @@ Richardson-Lucy patch by patch as published (He 2020), and the learned Wiener fi
 that nothing of it is recorded.
 """
 
-from collections.abc import Mapping
 from math import ceil
 
 import numpy as np
@@ -28,11 +27,8 @@ from rtfocus.processing.gpu.work import (
     BLOCK,
     SPAN,
     DeviceArray,
-    DeviceMemory,
     FrameShape,
-    Transforms,
     Work,
-    spectrum_shape,
 )
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import TAPER_PX
@@ -55,18 +51,12 @@ class PatchRestorer(_Patches):
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
-    transforms
-        That it uses.
-    psfs
-        PSF per level.
+    transfers
+        Of transforms that hold the largest patch and PSF.
     montage
         Blending weights of the tiles; a tile is what its weight covers.
     frame
         Shape of the signal.
-    shape
-        Height and width of the transforms, which hold the largest patch and PSF.
     halo_px
         Context per side: neighbouring pixels, 0 beyond the frame.
     iterations
@@ -75,21 +65,15 @@ class PatchRestorer(_Patches):
 
     def __init__(
         self,
-        memory: DeviceMemory,
-        transforms: Transforms,
-        psfs: Mapping[int, Image],
+        transfers: LevelTransfers,
         montage: Montage,
         *,
         frame: FrameShape,
-        shape: tuple[int, int],
         halo_px: int,
         iterations: int,
     ) -> None:
-        self._transforms = transforms
-        self._levels = tuple(psfs)
-        self._transfers = LevelTransfers(
-            memory, transforms, psfs, dict.fromkeys(psfs, shape)
-        )
+        memory, shape = transfers.memory, transfers.largest
+        self._transfers = transfers
         self._montage = montage
         self._frame = frame
         self._shape = shape
@@ -110,14 +94,13 @@ class PatchRestorer(_Patches):
         self._patches = memory.allocate(images, np.float32, "patches")
         self._estimate = memory.allocate(images, np.float32, "patches")
         self._blurred = memory.allocate(images, np.float32, "patches")
-        half = spectrum_shape(images)
-        self._spectrum = memory.allocate(half, np.complex64, "patches")
+        self._spectrum = transfers.spectrum(images)
         self._light = Light(memory)
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return (), the frame as it is, then (plane, level, number of its tiles)."""
         if labels is None:
-            found = [(level, 1) for level in self._levels[:1]]
+            found = [(level, 1) for level in list(self._transfers.psfs)[:1]]
         else:
             own = self._montage.tiles(labels)
             present = self._montage.present(labels)
@@ -198,11 +181,11 @@ class PatchRestorer(_Patches):
         self, work: Work, images: DeviceArray, transfer: DeviceArray, turn: float
     ) -> None:
         """Enqueue images -> blurred by the transfer function or its conjugate."""
-        self._transforms.forward(work, images, self._spectrum)
+        self._transfers.transforms.forward(work, images, self._spectrum)
         scale, bins = 1 / (self._shape[0] * self._shape[1]), transfer.count
         spectrum, rows = self._spectrum, self._batch
         work.launch("project", bins, spectrum, transfer, bins, turn, scale, rows=rows)
-        self._transforms.inverse(work, spectrum, self._blurred)
+        self._transfers.transforms.inverse(work, spectrum, self._blurred)
 
 
 def _on_grid(axis: list[slice], step: int) -> NDArray[np.void]:
@@ -218,16 +201,12 @@ class LearnedWienerRestorer(_Patches):
 
     Parameters
     ----------
-    memory
-        Where tables and work space lie.
-    transforms
-        That it uses.
+    transfers
+        Of transforms that hold a tile.
     engine
         Opened for batches of tiles.
     card
         Of the engine.
-    psfs
-        PSF per level.
     told
         What the network is told of tiles of each level, axes (level, entry); None:
         nothing.
@@ -241,29 +220,23 @@ class LearnedWienerRestorer(_Patches):
 
     def __init__(
         self,
-        memory: DeviceMemory,
-        transforms: Transforms,
+        transfers: LevelTransfers,
         engine: GpuEngine,
         card: EngineCard,
         *,
-        psfs: Mapping[int, Image],
         told: Image | None,
         montage: Montage,
         frame: FrameShape,
         batch: int,
     ) -> None:
-        tiles = input_of(card)
-        self._transforms = transforms
+        tiles, memory = input_of(card), transfers.memory
+        self._transfers = transfers
         self._montage = montage
         self._frame = frame
         self._batch = batch
         self._side, self._halo_px = tiles.tile_px, tiles.halo_px
         self._stride = (tiles.tile_px - 2 * tiles.halo_px) // 2
         shape = tiles.tile_px, tiles.tile_px
-        self._transfers = LevelTransfers(
-            memory, transforms, psfs, dict.fromkeys(psfs, shape)
-        )
-        self._levels = tuple(psfs)
         self._blending = Blending(memory, montage, frame)
         self._percentiles = Percentiles(
             memory, invertible_normalisation(card), frame, 1
@@ -271,7 +244,7 @@ class LearnedWienerRestorer(_Patches):
         self._range = memory.allocate((1, 2), np.float32, "ranges")
         self._told: dict[int, DeviceArray] = {}
         if told is not None and card.condition is not None:
-            for level, row in zip(psfs, told, strict=True):
+            for level, row in zip(transfers.psfs, told, strict=True):
                 rows = np.repeat(row[None].astype(np.float32), batch, axis=0)
                 self._told[level] = memory.upload(rows, "conditions")
         self.network = BoundNetwork(memory, engine, batch_shapes(card, batch))
@@ -284,8 +257,7 @@ class LearnedWienerRestorer(_Patches):
         self._bands = memory.upload(band_weights(shape, bands), "bands")
         self._taper = memory.upload(edge_taper(shape, TAPER_PX), "tiles")
         self._tapered = memory.allocate((batch, *shape), np.float32, "tiles")
-        half = spectrum_shape(self._tapered.shape)
-        self._spectrum = memory.allocate(half, np.complex64, "tiles")
+        self._spectrum = transfers.spectrum(self._tapered.shape)
         self._means = memory.allocate((batch,), np.float32, "tiles")
         self._joined = memory.allocate(
             (frame.height, frame.width), np.float32, "a rectangle"
@@ -295,7 +267,8 @@ class LearnedWienerRestorer(_Patches):
         """Return (), the frame as it is, then (plane, level, *rectangle)."""
         if labels is None:
             whole = 0, 0, self._frame.height, self._frame.width
-            found: list[Part] = [(level, *whole) for level in self._levels[:1]]
+            levels = list(self._transfers.psfs)[:1]
+            found: list[Part] = [(level, *whole) for level in levels]
         else:
             found = [
                 (level, region.rows.start, region.columns.start, *region.shape)
@@ -371,7 +344,7 @@ class LearnedWienerRestorer(_Patches):
             tapered,
             rows=batch,
         )
-        self._transforms.forward(work, tapered, spectrum)
+        self._transfers.transforms.forward(work, tapered, spectrum)
         work.launch(
             "wiener_bands",
             transfer.count,
@@ -384,7 +357,7 @@ class LearnedWienerRestorer(_Patches):
             1 / pixels,
             rows=batch,
         )
-        self._transforms.inverse(work, spectrum, tapered)
+        self._transfers.transforms.inverse(work, spectrum, tapered)
         work.launch(
             "join_lattice",
             shape[0] * shape[1],

@@ -17,6 +17,7 @@ from rtfocus.processing.gpu.work import (
     FrameShape,
     Work,
     kind_of,
+    neighbours,
     spans,
 )
 from rtfocus.processing.restore import EDGES
@@ -36,13 +37,8 @@ class Tiles:
         Shape of the signal.
     planes
         Channels of the network.
-    starts
-        First pixel of every tile along y and x; may lie outside the frame.
-    tile
-        Height and width of the tiles.
-    weights
-        How much every tile counts along y and x, axes (tile, pixel of the frame);
-        each pixel's add up to 1.
+    windows
+        Where they lie along y and x; what of them lies outside the frame is mirrored.
     """
 
     def __init__(
@@ -50,27 +46,18 @@ class Tiles:
         memory: DeviceMemory,
         frame: FrameShape,
         planes: int,
-        *,
-        starts: tuple[Sequence[int], Sequence[int]],
-        tile: tuple[int, int],
-        weights: tuple[Image, Image],
+        windows: tuple[AxisWindows, AxisWindows],
     ) -> None:
-        self.count = len(starts[0]) * len(starts[1])
+        down, across = windows
+        self.count = down.count * across.count
         """Tiles of a frame, row by row."""
-        self.tile_elements = planes * tile[0] * tile[1]
-        """Elements of one tile."""
         self._frame = frame
         self._planes = planes
-        self._columns = len(starts[1])
-        self._tile = tile
-        self._starts = [
-            memory.upload(np.array(first, np.int32), "places of tiles")
-            for first in starts
-        ]
+        self._places = across.count, down.size_px, across.size_px, down.halo_px
+        self._elements = self.count * planes * down.size_px * across.size_px
         self._weights = [
-            memory.upload(table, "weights of tiles")
-            for axis in weights
-            for table in (spans(axis > 0), np.asarray(axis, np.float32))
+            memory.upload(neighbours(frame_weights(axis, length)), "weights of tiles")
+            for axis, length in zip(windows, frame.sides[:2], strict=True)
         ]
 
     def cut(
@@ -79,27 +66,21 @@ class Tiles:
         signal: DeviceArray,
         ranges: DeviceArray,
         tiles: DeviceArray,
-        *,
-        first: int,
-        count: int,
         colour: int = -1,
     ) -> None:
-        """Enqueue signal -> `count` tiles from `first` on, axes (N, C, H, W).
+        """Enqueue signal -> all tiles, axes (N, C, H, W).
 
         `colour` is the one that a network of one channel sees; -1: it sees the frame.
         """
         work.launch(
             "gather_tiles",
-            count * self.tile_elements,
+            self._elements,
             signal,
             *self._frame.sides,
             self._planes,
             colour,
-            *self._starts,
-            self._columns,
-            *self._tile,
-            first,
-            count * self.tile_elements,
+            *self._places,
+            self._elements,
             ranges,
             tiles,
             kind_of(tiles.dtype),
@@ -122,64 +103,24 @@ class Tiles:
             *self._frame.sides,
             self._planes,
             colour,
-            *self._starts,
-            self._columns,
-            *self._tile,
+            *self._places,
             *self._weights,
             ranges,
             out,
         )
 
 
-def whole_frame_tile(
-    memory: DeviceMemory, frame: FrameShape, planes: int, padded: tuple[int, int]
-) -> Tiles:
+def whole_frame_tile(padded: tuple[int, int]) -> tuple[AxisWindows, AxisWindows]:
     """Return the one tile that holds a frame, mirrored behind it to `padded`."""
-    return Tiles(
-        memory,
-        frame,
-        planes,
-        starts=([0], [0]),
-        tile=padded,
-        weights=(
-            np.ones((1, frame.height), np.float32),
-            np.ones((1, frame.width), np.float32),
-        ),
-    )
-
-
-def windowed_tiles(
-    memory: DeviceMemory,
-    frame: FrameShape,
-    planes: int,
-    windows: tuple[AxisWindows, AxisWindows],
-) -> Tiles:
-    """Return the tiles of `rtfocus.processing.windows.FrameTiles`."""
-    down, across = windows
-    return Tiles(
-        memory,
-        frame,
-        planes,
-        starts=(window_starts(down), window_starts(across)),
-        tile=(down.size_px, across.size_px),
-        weights=(
-            frame_weights(down, frame.height),
-            frame_weights(across, frame.width),
-        ),
-    )
-
-
-def window_starts(axis: AxisWindows) -> list[int]:
-    """Return where windows begin in the frame, before which they have a halo."""
-    return [index * axis.own_px - axis.halo_px for index in range(axis.count)]
+    height, width = padded
+    return AxisWindows(1, height, 0), AxisWindows(1, width, 0)
 
 
 def frame_weights(axis: AxisWindows, length: int) -> Image:
     """Return the weights of windows, axes (window, pixel of the frame)."""
     result = np.zeros((axis.count, length), np.float32)
-    for start, weights, row in zip(
-        window_starts(axis), axis.weights(), result, strict=True
-    ):
+    for index, (weights, row) in enumerate(zip(axis.weights(), result, strict=True)):
+        start = index * axis.own_px - axis.halo_px
         first, last = max(start, 0), min(start + axis.size_px, length)
         row[first:last] = weights[first - start : last - start]
     return result

@@ -162,6 +162,24 @@ def spans(belongs: NDArray[np.bool_]) -> NDArray[np.void]:
     return found
 
 
+def neighbours(weights: NDArray[np.float32], step: int = 1) -> NDArray[np.void]:
+    """Return the two tiles of every pixel and the share of the second, `BETWEEN`.
+
+    Parameters
+    ----------
+    weights
+        Axes (tile that takes part, pixel); at most two neighbours per pixel.
+    step
+        Every how many tiles of the grid take part.
+    """
+    first = weights.astype(bool).argmax(axis=0)
+    found = np.empty(len(first), BETWEEN)
+    found["first"] = first * step
+    found["second"] = np.minimum(first + 1, len(weights) - 1) * step
+    found["share"] = 1 - np.take_along_axis(weights, first[None], axis=0)[0]
+    return found
+
+
 def spectrum_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the half spectrum of images of a shape."""
     return *shape[:-1], shape[-1] // 2 + 1

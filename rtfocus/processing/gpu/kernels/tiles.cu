@@ -35,7 +35,8 @@ extern "C" __global__ void percentile_range(
   range[1] = high > low ? high - low : 1.0f;
 }
 
-// One thread per element of the tiles (tile, plane, y, x), from tile `first` on.
+// One thread per element of the tiles (tile, plane, y, x). Each owns what its halo
+// surrounds; `tile_columns` lie in a row.
 extern "C" __global__ void gather_tiles(
     const float* signal,
     int height,
@@ -43,12 +44,10 @@ extern "C" __global__ void gather_tiles(
     int channels,
     int planes,
     int colour,
-    const int* tops,
-    const int* lefts,
     int tile_columns,
     int tile_height,
     int tile_width,
-    int first,
+    int halo,
     int elements,
     const float* ranges,
     void* tiles,
@@ -58,18 +57,18 @@ extern "C" __global__ void gather_tiles(
   int x = i % tile_width, rest = i / tile_width;
   int y = rest % tile_height;
   rest /= tile_height;
-  int plane = rest % planes, tile = first + rest / planes;
-  y += tops[tile / tile_columns];
-  x += lefts[tile % tile_columns];
+  int plane = rest % planes, tile = rest / planes;
+  y += tile / tile_columns * (tile_height - 2 * halo) - halo;
+  x += tile % tile_columns * (tile_width - 2 * halo) - halo;
   float value = colour < 0
       ? plane_value(signal, height, width, channels, planes, plane, y, x)
       : plane_value(signal, height, width, channels, channels, colour, y, x);
   store(tiles, kind, i, (value - ranges[2 * plane]) / ranges[2 * plane + 1]);
 }
 
-// One thread per element of the frame (y, x, channel). Weights per axis have axes
-// (tile, pixel of the frame), each pixel's add up to 1; `rows` and `columns` say which tiles
-// have a weight there. A grey frame is the mean of what its planes became.
+// One thread per element of the frame (y, x, channel). The tables say for every row and
+// column of pixels which two tiles it lies between. A grey frame is the mean of what its
+// planes became.
 extern "C" __global__ void blend_tiles(
     const void* tiles,
     int kind,
@@ -78,15 +77,12 @@ extern "C" __global__ void blend_tiles(
     int channels,
     int planes,
     int colour,
-    const int* tops,
-    const int* lefts,
     int tile_columns,
     int tile_height,
     int tile_width,
-    const Span* rows,
-    const float* row_weights,
-    const Span* columns,
-    const float* column_weights,
+    int halo,
+    const Between* rows_around,
+    const Between* columns_around,
     const float* ranges,
     float* out) {
   int i = element();
@@ -99,13 +95,15 @@ extern "C" __global__ void blend_tiles(
   float total = 0.0f;
   for (int plane = from; plane < to; ++plane) {
     float joined = 0.0f;
-    for (int row = rows[y].first; row <= rows[y].last; ++row)
-      for (int column = columns[x].first; column <= columns[x].last; ++column) {
-        float weight = row_weights[row * height + y] * column_weights[column * width + x];
-        long long tile = (long long)row * tile_columns + column;
-        long long line = (tile * planes + plane) * tile_height + y - tops[row];
-        joined += weight * load(tiles, kind, line * tile_width + x - lefts[column]);
-      }
+    for (int corner = 0; corner < 4; ++corner) {
+      Corner near = corner_of(rows_around[y], columns_around[x], corner);
+      if (near.weight <= 0.0f) continue;  // it need not reach this far
+      int down = y + halo - near.row * (tile_height - 2 * halo);
+      int across = x + halo - near.column * (tile_width - 2 * halo);
+      long long tile = (long long)near.row * tile_columns + near.column;
+      long long line = (tile * planes + plane) * tile_height + down;
+      joined += near.weight * load(tiles, kind, line * tile_width + across);
+    }
     total += ranges[2 * plane] + ranges[2 * plane + 1] * joined;
   }
   out[i] = total / (float)(to - from);
