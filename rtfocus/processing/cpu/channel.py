@@ -20,7 +20,6 @@ from rtfocus.processing.cpu.network_restorer import (
     TileNetworkRestorer,
     WholeImageRestorer,
 )
-from rtfocus.processing.cpu.patches import LearnedWienerRestorer, Level, TileRestorer
 from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import PATCH_BY_PATCH
@@ -70,6 +69,9 @@ def make_restorer(
 ) -> LevelRestorer:
     """Make one of `METHODS` with the parameters of the config."""
     if method == PATCH_BY_PATCH:
+        # Here, because it loads SciPy, which takes long, and few runs need it.
+        from rtfocus.processing.cpu.patches import TileRestorer
+
         return TileRestorer(
             montage, psfs, iterations=settings.iterations, halo_px=settings.halo_px
         )
@@ -147,6 +149,8 @@ def _evidence(plan: ChannelPlan) -> Evidence | None:
 def _learned_wiener(
     plan: ChannelPlan, restoration: RestorationPlan, montage: Montage, threads: int
 ) -> FrameRestorer:
+    from rtfocus.processing.cpu.patches import LearnedWienerRestorer, Level
+
     card = restoration.engine.card
     network = TileNetwork(restoration.engine, plan.processing, threads=threads)
     psfs, told = plan.band_levels()

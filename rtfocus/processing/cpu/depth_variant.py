@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
 
 from rtfocus.processing.cpu.classifier import Seen, known
 from rtfocus.processing.montage import (
@@ -136,6 +135,9 @@ class Surrounded:
     @cached_property
     def spectrum(self) -> NDArray[Any]:
         """Half spectrum of the image."""
+        # Where it is used: a processor takes frames before SciPy is loaded.
+        from scipy import fft
+
         return np.asarray(fft.rfft2(self.image, workers=self.workers))
 
 
@@ -221,6 +223,8 @@ def _project(
     image: NDArray[Any], transfer: NDArray[Any], shape: tuple[int, int], workers: int
 ) -> NDArray[Any]:
     """Convolve by one multiplication of the spectrum; cut to the image's size."""
+    from scipy import fft
+
     spectrum = fft.rfft2(image, s=shape, workers=workers)
     spectrum *= transfer
     result = fft.irfft2(spectrum, s=shape, workers=workers, overwrite_x=True)
@@ -303,6 +307,8 @@ class BlindRichardsonLucyDeconvolution:
         self, kernel: Image, signal: Image, image: Image, workers: int
     ) -> Image:
         """Take one step with the roles of image and kernel exchanged."""
+        from scipy import fft
+
         spectrum = fft.rfft2(image, workers=workers)
         product = spectrum * transfer_function(kernel, self._shape)
         blurred = fft.irfft2(product, s=self._shape, workers=workers)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,9 @@ class CpuDevice:
         self, plans: Sequence[ChannelPlan], series: SeriesStart, slots: int
     ) -> Prepared:
         """Open engines and reserve buffers for a series."""
+        # While networks are compiled; the first frame waits for the rest of it.
+        loading = threading.Thread(target=import_module, args=("scipy.fft",))
+        loading.start()
         threads = self._config.processing.threads or usable_threads()
         for plan in plans:
             self._channels.append(open_channel(plan, threads))
