@@ -1,7 +1,8 @@
 """Start-up bench: how long until a command answers, and a processor takes frames.
 
 Commands are started in turns with a bare ``python -c pass``, so that load from
-outside hits all of them; the ratio to it says what rtfocus adds. The processor is
+outside hits all of them; the ratio to it says what rtfocus adds. Bytecode is kept, as
+where rtfocus is installed. The processor is
 ``rtfocus process`` with the demo's engines (DelpNet on OpenVINO, Wiener) and a
 publisher in this process that has 512 x 512 frames for it:
 
@@ -45,19 +46,29 @@ COMMANDS = {
 SIDE_PX = 512
 
 
-def command_s(arguments: tuple[str, ...]) -> float:
+def with_bytecode(folder: Path) -> dict[str, str]:
+    """Return the environment of a user, whose Python compiles a module once.
+
+    Where ``PYTHONDONTWRITEBYTECODE`` is set it would compile all of them each time.
+    """
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPYCACHEPREFIX": str(folder)}
+
+
+def command_s(arguments: tuple[str, ...], environment: dict[str, str]) -> float:
     """Return how long a command of this Python takes."""
     start_s = time.perf_counter()
     subprocess.run(
         [sys.executable, *arguments],
         check=True,
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
     return time.perf_counter() - start_s
 
 
-def processor_s(folder: Path) -> dict[str, float]:
+def processor_s(folder: Path, environment: dict[str, str]) -> dict[str, float]:
     """Start a processor; return how long until it listens, and takes frames."""
     config = on_free_ports(
         load_config("demo", [f"run.folder={folder}", "transport.preview.endpoint=null"])
@@ -78,6 +89,7 @@ def processor_s(folder: Path) -> dict[str, float]:
         process = subprocess.Popen(
             [sys.executable, "-m", "rtfocus", "process", str(path), "--once", "-q"],
             stdout=subprocess.DEVNULL,
+            env=environment,
         )
         publisher.start(series_start(config))
         ready_s = time.perf_counter()
@@ -117,15 +129,17 @@ def measure(rounds: int) -> dict[str, Any]:
     """Start everything in turns, `rounds` times after one to warm the disk."""
     commands: dict[str, list[float]] = {name: [] for name in COMMANDS}
     processor: dict[str, list[float]] = {"listening": [], "ready": []}
-    for number in range(rounds + 1):
-        for name, arguments in COMMANDS.items():
-            took_s = command_s(arguments)
-            if number:
-                commands[name].append(took_s)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, took_s in processor_s(Path(folder)).items():
+    with tempfile.TemporaryDirectory() as bytecode:
+        environment = with_bytecode(Path(bytecode))
+        for number in range(rounds + 1):
+            for name, arguments in COMMANDS.items():
+                took_s = command_s(arguments, environment)
                 if number:
-                    processor[name].append(took_s)
+                    commands[name].append(took_s)
+            with tempfile.TemporaryDirectory() as folder:
+                for name, took_s in processor_s(Path(folder), environment).items():
+                    if number:
+                        processor[name].append(took_s)
     bare_s = statistics.median(commands["python"])
     return {
         "commands": {
