@@ -187,14 +187,10 @@ def saturation_counts(
     camera: CameraConfig, dtype: np.dtype[np.generic], bit_depth: int | None
 ) -> float:
     """Return the counts from which on a pixel is saturated; infinite: none is."""
-    level = camera.saturation_counts or _full_scale(dtype, bit_depth)
-    return float("inf") if level is None else float(level)
-
-
-def _full_scale(dtype: np.dtype[np.generic], bit_depth: int | None) -> float | None:
-    """Largest count of an integer camera; None for floats, which have none."""
+    if camera.saturation_counts:
+        return float(camera.saturation_counts)
     if not np.issubdtype(dtype, np.integer):
-        return None
+        return float("inf")
     if bit_depth is not None:
         return float(2**bit_depth - 1)
     return float(np.iinfo(dtype).max)  # type: ignore[type-var]

@@ -98,23 +98,6 @@ def is_mirrored(optics: OpticalSystem) -> bool:
     return optics.aberrations.spherical_waves > 0
 
 
-@dataclass(frozen=True, slots=True)
-class ConditionTerms:
-    """How `Conditions` fills its columns, for who computes them elsewhere."""
-
-    entries: tuple[str, ...]
-    """What each column holds."""
-    fixed: Mapping[str, float]
-    """Entries that are the same for all tiles."""
-    levels_per_um: float
-    """Negative where the sign of the defocus is turned."""
-    farthest: int
-    """Highest level."""
-    signed_levels: bool
-    hides_defocus: bool
-    """Whether the defocus is kept back because its direction is not known."""
-
-
 class Conditions:
     """Fills the condition tensor of one engine in the optics of one channel.
 
@@ -135,35 +118,27 @@ class Conditions:
         self, card: EngineCard, optics: OpticalSystem, *, blind: bool, signed: bool
     ) -> None:
         levels, _ = parts(card)
-        self._entries = () if card.condition is None else tuple(card.condition.entries)
-        self._step_um = step_um(card, optics, blind=blind)
-        self._farthest = levels.count - 1
-        self._signed_levels = levels.signed
-        self._turn = -1.0 if is_mirrored(optics) else 1.0
         spherical = optics.aberrations.spherical_waves
+        self.entries = () if card.condition is None else tuple(card.condition.entries)
+        """What each column holds."""
+        turn = -1.0 if is_mirrored(optics) else 1.0
+        self.levels_per_um = turn / step_um(card, optics, blind=blind)
+        """Negative where the sign of the defocus is turned."""
+        self.farthest = levels.count - 1
+        """Highest level."""
+        self.signed_levels = levels.signed
         # Without aberration both directions look alike: a distance says it all.
-        self._direction_known = signed or spherical == 0
+        one_sided = not signed and spherical != 0
+        self.hides_defocus = "defocus_known" in self.entries and one_sided
+        """Whether the defocus is kept back because its direction is not known."""
         hidden = blind and card.needs_no_optics
-        self._fixed = {
+        self.fixed: Mapping[str, float] = {
             "sampling": 0.0 if hidden else optics.sampling,
             "sampling_known": 0.0 if hidden else 1.0,
             "spherical_waves": 0.0 if blind else -abs(spherical),
             "optics_known": 0.0 if blind else 1.0,
         }
-
-    @property
-    def terms(self) -> ConditionTerms:
-        """Everything that `rows` computes with."""
-        return ConditionTerms(
-            entries=self._entries,
-            fixed=self._fixed,
-            levels_per_um=self._turn / self._step_um,
-            farthest=self._farthest,
-            signed_levels=self._signed_levels,
-            hides_defocus=(
-                "defocus_known" in self._entries and not self._direction_known
-            ),
-        )
+        """Entries that are the same for all tiles."""
 
     def unknown(self, number: int) -> Image | None:
         """Return the condition of tiles whose defocus nobody knows yet.
@@ -188,20 +163,20 @@ class Conditions:
         Image or None
             Axes (tile, entry); None: the engine takes no condition.
         """
-        if not self._entries:
+        if not self.entries:
             return None
-        columns = [self._column(entry, defocus_um) for entry in self._entries]
+        columns = [self._column(entry, defocus_um) for entry in self.entries]
         return np.stack(columns, axis=1).astype(np.float32)
 
     def _column(self, entry: str, defocus_um: Image) -> Image:
-        if entry in self._fixed:
-            return np.full(defocus_um.shape, self._fixed[entry], np.float32)
+        if entry in self.fixed:
+            return np.full(defocus_um.shape, self.fixed[entry], np.float32)
         known = ~np.isnan(defocus_um)
-        levels = np.where(known, defocus_um, 0) * np.float32(self._turn / self._step_um)
+        levels = np.where(known, defocus_um, 0) * np.float32(self.levels_per_um)
         if entry == "level":
-            whole = np.clip(np.rint(levels), -self._farthest, self._farthest)
-            return np.asarray(whole if self._signed_levels else np.abs(whole))
-        if self.terms.hides_defocus:
+            whole = np.clip(np.rint(levels), -self.farthest, self.farthest)
+            return np.asarray(whole if self.signed_levels else np.abs(whole))
+        if self.hides_defocus:
             # The engine can do without; a distance would be taken for a direction.
             known, levels = np.zeros_like(known), np.zeros_like(levels)
         return np.asarray(known if entry == "defocus_known" else levels)

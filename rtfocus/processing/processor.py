@@ -254,7 +254,7 @@ class _Run:
         self._take_over = take_over
         self.lost: LostDeviceError | None = None
         """Why it stopped answering; None: it answers."""
-        self._failure: BaseException | None = None
+        self._failure: list[BaseException] = []
         self._opened = threading.Event()
         self._to_enqueue: BoundedQueue[Job] = BoundedQueue("enqueue", slots)
         self._to_estimate: BoundedQueue[Job] = BoundedQueue("estimates", slots)
@@ -264,9 +264,9 @@ class _Run:
         )
         self._owner.start()
         self._opened.wait()
-        if (failure := self._outcome()) is not None:
+        if self._failure:
             self._owner.join()
-            raise failure
+            raise self._failure[0]
 
     @property
     def held(self) -> int:
@@ -288,10 +288,6 @@ class _Run:
         """Wait until the threads have ended and the device is free."""
         self._owner.join()
 
-    def _outcome(self) -> BaseException | None:
-        """Return what the owner's thread failed with at the start."""
-        return self._failure
-
     def _own(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
         """Thread: makes, uses and frees everything of the device."""
         with ExitStack() as stack:
@@ -300,7 +296,7 @@ class _Run:
                 stack.callback(self._device.close)
                 self._open(plans, series)
             except BaseException as error:
-                self._failure = without_frames(error)
+                self._failure.append(without_frames(error))
                 return
             finally:
                 self._opened.set()

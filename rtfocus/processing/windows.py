@@ -218,11 +218,9 @@ class FrameTiles:
         weights = weights.astype(np.float32)
         values = np.nan_to_num(found.defocus_um)
         result = np.full(len(places), np.nan, np.float32)
+        down, across = self.near(grid)
         for index, (row, column) in enumerate(places):
-            near = np.ix_(
-                self._near(self._down, row, grid, grid.rows),
-                self._near(self._across, column, grid, grid.columns),
-            )
+            near = np.ix_(down[row], across[column])
             total = weights[near].sum()
             if total > 0:
                 result[index] = (weights[near] * values[near]).sum() / total
@@ -236,15 +234,10 @@ class FrameTiles:
         tuple
             For every row of tiles the rows of labels, for every column the columns.
         """
-        return (
-            [
-                self._near(self._down, i, grid, grid.rows)
-                for i in range(self._down.count)
-            ],
-            [
-                self._near(self._across, i, grid, grid.columns)
-                for i in range(self._across.count)
-            ],
+        axes = (self._down, grid.rows), (self._across, grid.columns)
+        return tuple(
+            [_near(axis, index, grid, count) for index in range(axis.count)]
+            for axis, count in axes
         )
 
     @property
@@ -252,14 +245,15 @@ class FrameTiles:
         """Tiles along y and x."""
         return self._down, self._across
 
-    def _near(
-        self, axis: AxisWindows, index: int, grid: TileGrid, count: int
-    ) -> NDArray[np.bool_]:
-        """Return which of the classifier's tiles reach the own pixels of a tile."""
-        centres = grid.origin_px + grid.stride_px * np.arange(count)
-        middle = (index + 0.5) * axis.own_px
-        reach = axis.own_px / 2 + max(axis.halo_px / 2, grid.stride_px)
-        return np.asarray(np.abs(centres - middle) <= reach)
-
     def _spans(self, place: Place) -> tuple[slice, slice]:
         return self._down.span(place[0]), self._across.span(place[1])
+
+
+def _near(
+    axis: AxisWindows, index: int, grid: TileGrid, count: int
+) -> NDArray[np.bool_]:
+    """Return which of the classifier's tiles reach the own pixels of a tile."""
+    centres = grid.origin_px + grid.stride_px * np.arange(count)
+    middle = (index + 0.5) * axis.own_px
+    reach = axis.own_px / 2 + max(axis.halo_px / 2, grid.stride_px)
+    return np.asarray(np.abs(centres - middle) <= reach)

@@ -127,11 +127,8 @@ class CpuDevice:
         channel = self._channels[job.channel]
         restorer = channel.restorer
         restored, seen = buffers.restored, buffers.seen
-        if job.skipped is not None or restorer is None:
+        if job.skipped is not None or restorer is None or restored is None:
             return None
-        if restored is None:
-            msg = "a frame was to be restored in a series that is not"
-            raise ValueError(msg)
         with job.stage("restore"):
             scratch = self._scratch(buffers.signal)
             restorer.restore_frame(

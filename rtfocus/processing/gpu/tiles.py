@@ -152,8 +152,7 @@ class TileConditions:
         tiles: FrameTiles,
         grid: TileGrid,
     ) -> None:
-        terms = conditions.terms
-        self._terms = terms
+        self._terms = terms = conditions
         self._grid = grid
         down, across = tiles.windows
         self._tiles = down.count * across.count
