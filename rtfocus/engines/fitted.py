@@ -7,7 +7,7 @@ focus, or seen by unknown optics, errs by more than the labels say. The weighing
 corrections and autofocus have calibrations of their own and take the spread as it is.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,9 +92,25 @@ def stated_um(
     """
     if fit is None or found.uncertainty_um is None:
         return found.uncertainty_um
-    level = found.defocus_um / np.float32(step_um)
-    between = level - np.floor(level)
-    variance = np.square(found.uncertainty_um / np.float32(step_um))
-    beyond = np.maximum(variance - between * (1 - between), 0)
-    stated = fit.spread * beyond + fit.floor + fit.distance * np.square(level)
+    step = np.float32(step_um)
+    stated = stated_variance(fit, found.defocus_um / step, found.uncertainty_um / step)
     return np.asarray(np.sqrt(stated) * step_um, dtype=np.float32)
+
+
+def stated_variance(
+    fit: DeviationCard, level: NDArray[Any], spread: NDArray[Any]
+) -> NDArray[Any]:
+    """Return the variance to state, in squared levels.
+
+    Parameters
+    ----------
+    fit
+        Of the engine's card.
+    level
+        Defocus found, in levels; any shape.
+    spread
+        Standard deviation of its labels, in levels; same shape.
+    """
+    between = level - np.floor(level)
+    beyond = np.maximum(np.square(spread) - between * (1 - between), 0)
+    return np.asarray(fit.spread * beyond + fit.floor + fit.distance * np.square(level))

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from bench.evidence import Restored, keep, kept
+from bench.evidence import Restored, keep, kept, widened
 from bench.unseen import mean_wavelength, ranking, told_the_blur, told_the_gains
+from rtfocus.engines.fitted import DeviationCard
 from rtfocus.evaluation.samples import BBBC006, IN_FOCUS, Sample, shown
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
@@ -59,15 +61,17 @@ def test_what_blurred_it_resembles_the_stated_defocus_and_not_its_opposite(
     assert sharp.defocus_um == (0.0, 0.0)
 
 
-def test_rounds_of_evidence_come_back_from_their_file(tmp_path: Path) -> None:
+def framed(
+    kind: str, tiles: NDArray[np.float64], *, in_focus: bool = False
+) -> Restored:
     rng = np.random.default_rng(1)
     blocks = rng.random((3, 2, 4), np.float32)
-    frames = [
-        Restored(
-            "nuclei", in_focus, *blocks, rng.random((25, 2, 4)), 7.5, rng.random((3, 6))
-        )
-        for in_focus in (False, True)
-    ]
+    return Restored(kind, in_focus, *blocks, rng.random((25, 2, 4)), 7.5, tiles)
+
+
+def test_rounds_of_evidence_come_back_from_their_file(tmp_path: Path) -> None:
+    tiles = np.random.default_rng(1).random((3, 6))
+    frames = [framed("nuclei", tiles), framed("empty", tiles[:, :0], in_focus=True)]
     keep(tmp_path / "rounds" / "round_1.npz", frames)
     assert [one.name for one in (tmp_path / "rounds").iterdir()] == ["round_1.npz"]
     for one, again in zip(frames, kept(tmp_path / "rounds/round_1.npz"), strict=True):
@@ -97,3 +101,20 @@ def test_a_distance_that_grows_both_ways_ranks_all_planes() -> None:
 
 def test_blur_makes_the_wavelength_longer(frames: list[Sample]) -> None:
     assert mean_wavelength(frames[2].pixels) > mean_wavelength(frames[3].pixels)
+
+
+def test_twice_the_widened_deviation_covers_what_it_should_of_every_kind_alike() -> (
+    None
+):
+    rng = np.random.default_rng(3)
+    fit = DeviationCard(spread=1.0, floor=0.25, distance=0.0)
+    # Labels that are sure: what is stated is the floor, half a level.
+    frames = [
+        framed(kind, np.stack([np.ones(n), np.zeros(n), rng.normal(0, deviation, n)]))
+        for kind, n, deviation in (("well known", 8000, 0.5), ("new", 400, 2.0))
+    ]
+    wide = widened(fit, frames)
+    assert wide.spread / fit.spread == pytest.approx(wide.floor / fit.floor, rel=1e-3)
+    covered = [np.mean(abs(one.tiles[2]) <= 2 * np.sqrt(wide.floor)) for one in frames]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.005)
+    assert widened(wide, frames).floor == pytest.approx(wide.floor, rel=1e-3)
