@@ -24,7 +24,6 @@ from rtfocus.microscope.delivery import (
     Observations,
     SeriesChangedError,
     camera_lost_images,
-    end_series,
     overflow_error,
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
@@ -87,7 +86,6 @@ class LiveAcquisition:
         self._live = live
         self._hold = hold
         self._core = core
-        self._sink = sink
         self._observations = Observations()
         self._complaints = Complaints()
         if live.exposure_ms is not None:
@@ -133,23 +131,15 @@ class LiveAcquisition:
         seconds = time.perf_counter() - self._started
         seen, planned = self._observations, self._live.frames
         rest = 0 if planned is None else planned - self._delivery.recorded
-        report = AcquisitionReport(
-            series_uid=self._delivery.series.series_uid,
-            frames=self._delivery.recorded,
+        return self._delivery.end(
+            seen,
             planned=planned,
-            camera_lost=seen.camera_lost,
             not_acquired=max(rest - seen.camera_lost, 0),
             reason=reason,
             seconds=seconds,
-            lateness=None,
-            most_waiting=seen.most_waiting,
-            least_free=seen.least_free,
+            failure=failure,
             warnings=self._complaints.texts,
         )
-        end_series(self._sink, report, failure)
-        if failure is not None:
-            raise failure
-        return report
 
     def _record(self, stop: threading.Event) -> str:
         core = self._core

@@ -145,25 +145,6 @@ class Observations:
         return Lateness(p50, p99, self.late.max_ms)
 
 
-def end_series(
-    sink: FrameSink, report: AcquisitionReport, failure: Exception | None
-) -> None:
-    """Tell the sink the end; its own failure counts unless there was one before."""
-    try:
-        sink.end(
-            report.reason,
-            camera_lost=report.camera_lost,
-            not_acquired=report.not_acquired,
-            warnings=report.warnings,
-            focus_log=report.focus_log,
-        )
-    except Exception as error:
-        if failure is None:
-            raise
-        # Most often the same cause: the recorder is gone.
-        failure.add_note(f"ending the series failed too: {error}")
-
-
 def overflow_error(core: "UniMMCore") -> MicroscopeError:
     """Say that Micro-Manager's buffer ran over, and what helps."""
     size_mb = core.getCircularBufferMemoryFootprint()
@@ -186,7 +167,7 @@ class SeriesChangedError(Exception):
     """The frames do not fit this series any more; never reaches the user."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Exposure:
     """What is known about one frame before it is sent; see `FrameHeader`."""
 
@@ -258,17 +239,7 @@ class Delivery:
             sequence=self.sent,
             shape=self.series.shape,
             dtype=self.series.dtype,
-            captured_ns=exposure.captured_ns,
-            exposure_ms=exposure.exposure_ms,
-            index=exposure.index,
-            role=exposure.role,
-            z_um=exposure.z_um,
-            z_offset_um=exposure.z_offset_um,
-            event_index=exposure.event_index,
-            camera_image_number=exposure.camera_image_number,
-            planned_s=exposure.planned_s,
-            actual_s=exposure.actual_s,
-            frame_meta=exposure.frame_meta,
+            **vars(exposure),
         )
         slot = self._sink.acquire()
         slot.prepare(header)[...] = pixels
@@ -276,3 +247,49 @@ class Delivery:
         self.sent += 1
         self.recorded += exposure.role is Role.RECORD
         self._on_frame(header)
+
+    def end(
+        self,
+        seen: Observations,
+        *,
+        planned: int | None,
+        not_acquired: int,
+        reason: str,
+        seconds: float,
+        failure: Exception | None,
+        warnings: tuple[str, ...],
+        focus_log: tuple[dict[str, Any], ...] = (),
+    ) -> AcquisitionReport:
+        """Tell the sink the end; its own failure counts unless there was one before.
+
+        Raises
+        ------
+        Exception
+            `failure`, if there is one, or what the sink raises.
+        """
+        told: dict[str, Any] = {
+            "camera_lost": seen.camera_lost,
+            "not_acquired": not_acquired,
+            "warnings": warnings,
+            "focus_log": focus_log,
+        }
+        try:
+            self._sink.end(reason, **told)
+        except Exception as error:
+            if failure is None:
+                raise
+            # Most often the same cause: the recorder is gone.
+            failure.add_note(f"ending the series failed too: {error}")
+        if failure is not None:
+            raise failure
+        return AcquisitionReport(
+            series_uid=self.series.series_uid,
+            frames=self.recorded,
+            planned=planned,
+            reason=reason,
+            seconds=seconds,
+            lateness=seen.lateness(),
+            most_waiting=seen.most_waiting,
+            least_free=seen.least_free,
+            **told,
+        )

@@ -26,7 +26,6 @@ from rtfocus.microscope.delivery import (
     Observations,
     SeriesChangedError,
     camera_lost_images,
-    end_series,
     overflow_error,
 )
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine, SetUps
@@ -272,25 +271,16 @@ class PlannedAcquisition:
         if delivery is None:
             assert failure is not None
             raise failure
-        seen = self._observations
-        report = AcquisitionReport(
-            series_uid=delivery.series.series_uid,
-            frames=delivery.recorded,
+        return delivery.end(
+            self._observations,
             planned=len(self._plan),
-            camera_lost=seen.camera_lost,
             not_acquired=self._not_acquired,
             reason=reason,
             seconds=seconds,
-            lateness=seen.lateness(),
-            most_waiting=seen.most_waiting,
-            least_free=seen.least_free,
+            failure=failure,
             warnings=self._complaints.texts,
             focus_log=tuple(self.focus_notes()),
         )
-        end_series(self._sink, report, failure)
-        if failure is not None:
-            raise failure
-        return report
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from rtfocus.microscope.delivery import (
     Exposure,
     FrameSink,
     Observations,
-    end_series,
 )
 from rtfocus.microscope.series import find_pixel_size_um, now_ns
 
@@ -266,23 +265,15 @@ class Replay:
         except Exception as error:  # raised below, once the sink knows
             failure, reason = error, str(error)
         seconds = time.monotonic() - started
-        report = AcquisitionReport(
-            series_uid=self.series.series_uid,
-            frames=self._delivery.sent,
+        return self._delivery.end(
+            self._observations,
             planned=self._planned,
-            camera_lost=0,
             not_acquired=self._planned - self._delivery.sent,
             reason=reason,
             seconds=seconds,
-            lateness=self._observations.lateness(),
-            most_waiting=None,
-            least_free=None,
+            failure=failure,
             warnings=self._warnings(),
         )
-        end_series(sink, report, failure)
-        if failure is not None:
-            raise failure
-        return report
 
     def _play(self, stop: threading.Event, started: float) -> str:
         rate = self._replay.frames_per_s
