@@ -316,7 +316,7 @@ def test_an_unknown_pixel_size_is_an_error_with_its_remedy():
     with open_core(config) as core:
         for name in core.getAvailablePixelSizeConfigs():
             core.deletePixelSizeConfig(name)
-        with pytest.raises(MicroscopeError, match=r"microscope\.pixel_size_um"):
+        with pytest.raises(ConfigError, match=r"microscope\.pixel_size_um"):
             acquire_with(core, config, RecordingSink(), stop=threading.Event())
 
 
@@ -331,7 +331,7 @@ def test_optics_of_another_pixel_size_are_refused():
     config = democamera({"live": {"frames": 1}}, properties=SMALL)
     optics = {"numerical_aperture": 0.5, "wavelength_nm": 500, "pixel_size_um": 0.5}
     given = {**config.model_dump(), "channels": [{"name": "default", "optics": optics}]}
-    with pytest.raises(MicroscopeError, match=r"pixel_size_um=0\.5.*1 um"):
+    with pytest.raises(ConfigError, match=r"pixel_size_um=0\.5.*1 um"):
         record(given)
 
 
