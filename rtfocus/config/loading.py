@@ -276,18 +276,20 @@ def _explain(detail: ErrorDetails) -> str:
         # So does a value of several types, in pydantic's words.
         and "[" not in str(part)
     )
-    cause: Any = detail.get("ctx", {}).get("error")
+    context = detail.get("ctx", {})
+    cause: Any = context.get("error")
     key = ".".join(map(str, (*location, *getattr(cause, "keys", ()))))
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = _valid_keys(detail["loc"][:-1])
         return f"unknown key '{key}'; {_hint(str(detail['loc'][-1]), valid, 0.4)}"
     if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
         return f"'{key}': a number is no key; decimals have a point, not a comma"
+    if (tag := context.get("tag")) is not None:
+        return f"'{key}.source': choose {context['expected_tags']} (got {_short(tag)})"
     value = getattr(cause, "value", detail["input"])
     shown = "" if isinstance(value, dict | list) else f" (got {_short(value)})"
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule.removesuffix(" for <class 'pathlib.Path'>")
-    rule = "".join(filter(str.isprintable, rule))[: 6 * _MOST_SHOWN]
     return f"'{key}': {rule}{shown}" if key else rule
 
 

@@ -203,7 +203,7 @@ def test_run_names_are_taken_that_every_system_takes(name: str) -> None:
         ("store", "min_free_mb", 1e308, r"no more than 1e\+12"),
         ("microscope", "height_px", 10**9, "16384"),
         ("microscope", "seed", -1, "greater than or equal to 0"),
-        ("microscope", "source", "\x1b[31m" + "x" * 5000, "Input tag"),
+        ("microscope", "source", "\x1b[31m" + "x" * 5000, "choose 'virtual'"),
     ],
 )
 def test_what_no_key_can_mean_is_refused_with_key_and_value(section, key, value, said):
