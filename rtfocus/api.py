@@ -268,8 +268,9 @@ def fit_psf(
     ConfigError
         If what `kind` needs is not given.
     """
-    if kind not in ("beads", "stack", "pairs"):
-        msg = f"kind {kind!r} is none; choose 'beads', 'stack' or 'pairs'"
+    named: object = kind
+    if named not in ("beads", "stack", "pairs"):
+        msg = f"kind {named!r} is none; choose 'beads', 'stack' or 'pairs'"
         raise ConfigError(msg)
     optics = checked_optics(optics)
     free = {"fit_aperture": fit_aperture, "fit_astigmatism": fit_astigmatism}

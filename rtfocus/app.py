@@ -133,6 +133,7 @@ def run(
         open_preview(config.transport, any_port=True) as preview,
     ):
         on_preview(preview)
+        monitor.broken_by = microscope.failure
         folder = _process(config, preview, monitor, stop=over, patient=True)
     if (failure := microscope.failure()) is not None:
         if folder is not None:
@@ -437,6 +438,9 @@ class SeriesLoop:
 
     def _end(self, failure: RtfocusError | None) -> SeriesEnd:
         end = self._receiver.end
+        if end is not None and end.reason == STOPPED_HERE:
+            # Nobody announced that end: perhaps the other side is gone.
+            failure = failure or self._monitor.broken_by()
         if failure is None and end is not None:
             lost = self._processor.lost()
             return replace(end, warnings=(*end.warnings, *lost)) if lost else end

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rtfocus.config import Config
-from rtfocus.errors import ConfigError
+from rtfocus.errors import ConfigError, RtfocusError
 from rtfocus.frame import Act, Estimate, FrameResult, SeriesStart, Slot
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
@@ -68,6 +68,8 @@ class Monitor:
     """Frames marked ``nan`` or ``saturated``."""
     alarms: Counter[str] = field(default_factory=Counter)
     """Raised, delivered by each way, and failed."""
+    broken_by: Callable[[], RtfocusError | None] = lambda: None
+    """Asked at an end that nobody announced: what failed, or None: somebody stopped."""
     _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_MOST_SAMPLES))
     _sampled: int = 0
     """How many there were in all."""

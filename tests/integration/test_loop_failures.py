@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from loop_kit import (
@@ -26,6 +27,7 @@ from loop_kit import (
     write_config,
 )
 
+import rtfocus
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.sides import on_free_ports
@@ -223,3 +225,23 @@ def test_a_killed_processor_aborts_the_acquisition_when_asked_to(
     report = check_run(folder, repair=True)
     assert report.problems == [], str(report)
     assert report.frames >= 5
+
+
+def test_a_microscope_side_that_was_killed_is_not_a_stop_by_the_user(tmp_path):
+    config = small(tmp_path, None, acquisition=ENDLESS)
+    path = write_config(tmp_path / "config.yaml", config)
+    folder = tmp_path / "small.rtfocus"
+    with started("run", path, "--quiet", cwd=tmp_path) as both:
+        wait_for(
+            lambda: lines_written(folder) >= 5 or both.poll() is not None, "five frames"
+        )
+        (microscope,) = psutil.Process(both.pid).children()
+        microscope.kill()
+        _, errors = both.communicate(timeout=DEADLINE_S)
+    assert both.returncode == 1, errors
+    report = check_run(folder)
+    assert report.problems == [], str(report)
+    outcome = rtfocus.open_run(folder).outcome
+    assert not outcome.was_stopped
+    assert not outcome.is_complete
+    assert outcome.reason.startswith("microscope side failed"), outcome.reason
