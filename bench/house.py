@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -137,6 +138,9 @@ def calls_of_series(frames: int) -> Counter[tuple[str, str, int]]:
     from rtfocus.config import load_config
     from rtfocus.sides import on_free_ports
 
+    # Before calls are counted: counted imports outlast the patience of the sides.
+    for module in ("focusing", "holding", "microscope.acquisition", "report.page"):
+        import_module(f"rtfocus.{module}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         loops = f"acquisition.mda.time_plan.loops={frames}"
         config = on_free_ports(
@@ -153,11 +157,12 @@ def calls_of_series(frames: int) -> Counter[tuple[str, str, int]]:
     return calls.counted
 
 
-def walk(few: int = 6, more: int = 12) -> list[str]:
+def walk(few: int = 12, more: int = 24) -> list[str]:
     """Return the files that a frame passes: a function there is called for each.
 
     What is called at least once more for every frame more is on the way; what a
-    series calls at its start or its end, or now and then, is not.
+    series calls at its start or its end, or now and then, is not: a picture of more
+    frames has a few more ticks.
     """
     before, after = calls_of_series(few), calls_of_series(more)
     more_often = (
