@@ -26,15 +26,14 @@ from bench.signed_classes import PROTOCOLS, score_synthetic
 from rtfocus.files import resource_folder
 from rtfocus.training.level_tiles import (
     BACKGROUND,
-    Batch,
     Batches,
     Blurring,
     LevelRecipe,
 )
-from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.recipe import RecipeBase, validate_recipe
 from rtfocus.training.scenes import load_fields
 from rtfocus.training.signed_patches import SignedClassRecipe
-from rtfocus.training.task import validate_recipe
+from rtfocus.training.task import Arrays
 from rtfocus.training.trainer import Trainer
 
 Row = dict[str, Any]
@@ -91,14 +90,14 @@ def he_row(recipe: RecipeBase, scenes: int) -> Row:
         ("running_", trainer.task.network, held_out),
         ("seen_", trainer.average, seen),
     ):
-        true = np.concatenate([one.labels[:, 0, 0] for one in tiles])
-        found = np.concatenate([_labels(network, one.crops) for one in tiles])
+        true = np.concatenate([one["labels"][:, 0, 0] for one in tiles])
+        found = np.concatenate([_labels(network, one["crops"]) for one in tiles])
         row[f"{name}accuracy"] = round(accuracy(true, found), 4)
         row[f"{name}within_one"] = round(within_one(true, found), 4)
     return row
 
 
-def _level_tiles(recipe: LevelRecipe, scenes: int, *, validation: bool) -> list[Batch]:
+def _level_tiles(recipe: LevelRecipe, scenes: int, *, validation: bool) -> list[Arrays]:
     """Return tiles with their labels from scenes of one side of the split."""
     switches = getattr(recipe, "delpnet", None)
     pool = recipe.pool.model_copy(update={"entries": scenes})

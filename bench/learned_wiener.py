@@ -39,8 +39,8 @@ from rtfocus.training.networks.learned_wiener import (
     with_psf,
 )
 from rtfocus.training.pairs import PairBatches
+from rtfocus.training.recipe import load_recipe
 from rtfocus.training.scenes import data_folder
-from rtfocus.training.task import load_recipe
 
 Image = NDArray[np.float32]
 

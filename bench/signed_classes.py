@@ -23,6 +23,7 @@ from rich.table import Table
 
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
+from rtfocus.training.recipe import load_recipe
 from rtfocus.training.scenes import data_folder
 from rtfocus.training.signed_patches import (
     LABELS,
@@ -31,7 +32,6 @@ from rtfocus.training.signed_patches import (
     SignedClassRecipe,
     held_out_patches,
 )
-from rtfocus.training.task import load_recipe
 
 _BINS = 10
 

@@ -21,8 +21,7 @@ import psutil
 
 from bench import machine
 from rtfocus.files import resource_folder
-from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.task import load_recipe
+from rtfocus.training.recipe import RecipeBase, load_recipe
 from rtfocus.training.trainer import Trainer
 
 RECIPES = (

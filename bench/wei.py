@@ -30,8 +30,8 @@ from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.networks.wei_kernel import reblur
 from rtfocus.training.networks.wei_unet import WeiUNetRecipe, defocus_classes
 from rtfocus.training.pairs import PairBatches
+from rtfocus.training.recipe import load_recipe
 from rtfocus.training.scenes import data_folder
-from rtfocus.training.task import load_recipe
 
 Image = NDArray[np.float32]
 Run = Callable[[Image, Image], list[Image]]

@@ -44,9 +44,11 @@ from rtfocus.training.recipe import (
     RecipeBase,
     SourceRecipe,
     file_name,
+    load_recipe,
     parse_precisions,
+    validate_recipe,
 )
-from rtfocus.training.task import Task, load_recipe, make_task, validate_recipe
+from rtfocus.training.task import Task, make_task
 from rtfocus.training.trainer import train
 
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from rtfocus.errors import ConfigError, RtfocusError
 from rtfocus.files import resource_folder
 from rtfocus.training.onnx_forms import float_weights
-from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.task import Arrays, Task, make_task, validate_recipe
+from rtfocus.training.recipe import RecipeBase, validate_recipe
+from rtfocus.training.task import Arrays, Task, make_task
 
 _AHEAD = 2
 """Batches that each worker is asked for before they are needed."""

@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import Section
@@ -226,6 +229,8 @@ Crop = NDArray[np.uint16]
 LABELS: tuple[int | str, ...] = (*range(11), "bg")
 """Label of every output: defocus levels 0 to 10, then background."""
 
+LEVEL_COUNT = 11
+"""Labels that are levels; a further one is background."""
 BACKGROUND = LABELS.index("bg")
 NORMALISATION = LocalStandardisation()
 
@@ -272,18 +277,11 @@ class TileGeometry:
 GEOMETRY = TileGeometry(cell_px=24, tile_cells=4, stride_cells=2)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Crops of one size, as the network sees them."""
-
-    crops: Image
-    """Normalised, shape (N, 1, H, W)."""
-    labels: NDArray[np.int64]
-    """Index into `LABELS` per tile, shape (N, row, column)."""
-
-
 class Batches:
     """Training batches by number.
+
+    A batch is a dict of arrays: ``crops`` (N, 1, H, W), normalised, of one size; and
+    ``labels`` (N, row, column), the index into `LABELS` of every tile.
 
     Parameters
     ----------
@@ -303,7 +301,7 @@ class Batches:
         self._background = background
         self._pool = Pool(recipe.pool, blurring.entry)
 
-    def batch(self, step: int, draw: int = 0) -> Batch:
+    def batch(self, step: int, draw: int = 0) -> dict[str, NDArray[np.generic]]:
         """Make batch number `step`; other draws are other crops of the same pool."""
         rng = np.random.default_rng([self._recipe.seed, 3, step, draw])
         entries = self._pool.at(step)
@@ -312,10 +310,10 @@ class Batches:
         tiles = GEOMETRY.count(side) ** 2
         number = max(self._recipe.optimiser.batch_tiles // tiles, 2)
         pairs = [self._crop(entries, side, rng) for _ in range(number)]
-        return Batch(
-            np.stack([crop for crop, _ in pairs])[:, None],
-            np.stack([labels for _, labels in pairs]),
-        )
+        return {
+            "crops": np.stack([crop for crop, _ in pairs])[:, None],
+            "labels": np.stack([labels for _, labels in pairs]),
+        }
 
     def _crop(
         self, entries: list[Entry], side: int, rng: np.random.Generator
@@ -365,3 +363,39 @@ def label_crop(
     )
     labels = np.where(empty, BACKGROUND, level).astype(np.int64)
     return NORMALISATION.apply(counts), labels
+
+
+def loss_of(logits: Tensor, labels: Tensor, ordinal_weight: float) -> Tensor:
+    """Return cross-entropy, plus a weight times the error of the mean level.
+
+    Parameters
+    ----------
+    logits
+        Shape (N, label, row, column), eleven levels, then background if there is one.
+    labels
+        Shape (N, row, column).
+    ordinal_weight
+        Weight of the smooth absolute error between the true level and the mean of
+        the levels by their probabilities, over tiles with specimen. Cross-entropy
+        alone (He 2020) does not know that level 4 is nearer to 5 than 9 is; 0
+        leaves it at that.
+    """
+    entropy = functional.cross_entropy(logits, labels)
+    specimen = labels < LEVEL_COUNT
+    if ordinal_weight == 0 or not specimen.any():
+        return entropy
+    levels = torch.arange(LEVEL_COUNT, dtype=logits.dtype, device=logits.device)
+    shares = logits[:, :LEVEL_COUNT].softmax(dim=1)
+    mean = torch.einsum("nlyx,l->nyx", shares, levels)
+    error = functional.smooth_l1_loss(mean[specimen], labels[specimen].to(mean.dtype))
+    return entropy + ordinal_weight * error
+
+
+@torch.no_grad()
+def accuracies(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the share of right labels, and of levels at most one off."""
+    found = logits.argmax(dim=1)
+    specimen = labels < LEVEL_COUNT
+    close = ((found - labels).abs() <= 1) & (found < LEVEL_COUNT)
+    within = close[specimen].float().mean() if specimen.any() else torch.tensor(1.0)
+    return {"accuracy": (found == labels).float().mean(), "within_one": within}

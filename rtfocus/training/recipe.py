@@ -1,15 +1,18 @@
 """Recipe: everything a training run depends on.
 
 `RecipeBase` is what all networks share; each network adds its own sections
-(`rtfocus.training.networks`), chosen by the key ``network``.
+(`rtfocus.training.networks`), chosen by the key ``network``: that module alone is
+imported.
 """
 
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.config.loading import read_yaml
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
 from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
@@ -108,7 +111,7 @@ class RecipeBase(Section):
     name: str
     """Name of the run and of the folder of its checkpoints."""
     network: str
-    """Which network is trained, see `rtfocus.training.task`."""
+    """Which network is trained, see `network_names`."""
     seed: int = 1
     """Same seed, same machine: same weights."""
     data_folder: Path | None = None
@@ -229,3 +232,102 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
         msg = f"precision '{unknown[0]}' is unknown; choose of {', '.join(PRECISIONS)}"
         raise ConfigError(msg)
     return tuple(name for name in PRECISIONS if name in words)
+
+
+# Name of a network: module in `rtfocus.training.networks` whose `NETWORKS` hold its
+# recipe and its task.
+_MODULES = {
+    "comi": "comi",
+    "delpnet": "delpnet",
+    "learned_wiener": "learned_wiener",
+    "multiscale": "multiscale",
+    "mobilenet_v2": "delpnet",
+    "resnet18": "delpnet",
+    "rrdb": "rrdb",
+    "rtfocus_1": "rtfocus_1",
+    "rtfocus_2": "rtfocus_2",
+    "wei_classifier": "wei_classifier",
+    "wei_unet": "wei_unet",
+}
+
+
+def network_names() -> tuple[str, ...]:
+    """Return the names a recipe may give."""
+    return tuple(_MODULES)
+
+
+def network_classes(network: str) -> tuple[type[RecipeBase], type[Any]]:
+    """Return recipe and task of a network; ConfigError for an unknown name."""
+    if network not in _MODULES:
+        msg = f"network '{network}' is unknown; choose one of {', '.join(_MODULES)}"
+        raise ConfigError(msg)
+    module = import_module(f"rtfocus.training.networks.{_MODULES[network]}")
+    found: tuple[type[RecipeBase], type[Any]] = module.NETWORKS[network]
+    return found
+
+
+def load_recipe(path: Path) -> RecipeBase:
+    """Read a recipe; its class is that of its network.
+
+    The key ``base`` names another recipe beside this one, of which this one changes
+    some values.
+
+    Raises
+    ------
+    ConfigError
+        Names the file and every key that does not fit, with the rule.
+    """
+    data = _read(path)
+    try:
+        return validate_recipe(data)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
+            for fault in error.errors()
+        )
+        msg = f"recipe '{path}': {faults}; see configs/train_delpnet.yaml"
+        raise ConfigError(msg) from error
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
+    """Read the plain values of a recipe, those of its base included.
+
+    `above` are the recipes that it is a base of.
+    """
+    try:
+        data = read_yaml(path)
+    except OSError as error:
+        msg = f"recipe '{path}' cannot be read: {error.strerror}; give a YAML file"
+        raise ConfigError(msg) from error
+    except ValueError as error:
+        msg = f"recipe '{path}' {error}"
+        raise ConfigError(msg) from error
+    if not isinstance(data, dict) or "base" not in data:
+        return data
+    base = path.parent / str(data.pop("base"))
+    if base in (path, *above):
+        msg = f"recipe '{base}' is its own base; name another one"
+        raise ConfigError(msg)
+    return _merge(_read(base, (path, *above)), data)
+
+
+def _merge(base: object, changes: object) -> object:
+    """Return `base` with the values that `changes` names, section by section."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    merged = {key: _merge(base.get(key), value) for key, value in changes.items()}
+    return {**base, **merged}
+
+
+def validate_recipe(data: object) -> RecipeBase:
+    """Make a recipe of plain values, of the class its network asks for.
+
+    Raises
+    ------
+    ConfigError
+        If the network is unknown.
+    pydantic.ValidationError
+        If a key or value does not fit.
+    """
+    name = data.get("network") if isinstance(data, dict) else None
+    return network_classes(str(name))[0].model_validate(data)

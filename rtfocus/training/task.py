@@ -1,31 +1,33 @@
-"""Task: what a network learns, from its batches to the card of its engine.
-
-Which task a recipe asks for, its key ``network`` says; that module alone is imported.
-"""
+"""Task: what a network learns, from its batches to the card of its engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rtfocus.config.loading import read_yaml
-from rtfocus.errors import ConfigError
+from rtfocus.channel import OpticalSystem
 from rtfocus.machine import multiplies_bf16
-from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.training.recipe import PairsRecipe, RecipeBase
+from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
+from rtfocus.training.layers import recalibrate
+from rtfocus.training.pairs import PairBatches
+from rtfocus.training.recipe import (
+    PairRecipe,
+    PairsRecipe,
+    RecipeBase,
+    network_classes,
+)
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Tensors = Mapping[str, Tensor]
 R = TypeVar("R", bound=RecipeBase)
+P = TypeVar("P", bound=PairRecipe)
 
 _LARGEST_GRADIENT = 1.0
 
@@ -45,6 +47,13 @@ class Graph:
     """How many of the first and the last convolutions int8 leaves in float."""
 
 
+class Source(Protocol):
+    """Makes batches by number."""
+
+    def batch(self, step: int, draw: int = 0) -> Arrays:
+        """Make batch number `step`; other draws are other samples of the same time."""
+
+
 class Task(ABC, Generic[R]):
     """A network, its batches, its losses and what its engine's card says.
 
@@ -56,13 +65,26 @@ class Task(ABC, Generic[R]):
     """What is trained, averaged and exported."""
     in_parts: bool = True
     """Whether a step is the mean of what the parts of a batch ask for."""
+    statistics_of: tuple[str, ...] = ()
+    """Entries of a batch that the network takes, in its order: over them BatchNorm is
+    measured anew for averaged weights; none: it has no BatchNorm."""
+    statistics_batches: int = 40
 
     def __init__(self, recipe: R) -> None:
         self.recipe = recipe
 
+    @cached_property
+    def source(self) -> Source:
+        """What makes batches; made when first needed, for an export needs no images."""
+        return self.make_source()
+
     @abstractmethod
+    def make_source(self) -> Source:
+        """Read the images that batches are made of."""
+
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make batch number `step`; other draws are other samples of the same time."""
+        return self.source.batch(step, draw)
 
     @abstractmethod
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
@@ -184,12 +206,15 @@ class Task(ABC, Generic[R]):
         optimisers["network"].step()
 
     def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
-        """Make averaged weights ready for use; BatchNorm needs statistics of its own.
+        """Make averaged weights ready for use: give BatchNorm statistics of their own.
 
         `batches` is endless and made on demand.
         """
-        del batches
         average.eval()
+        if self.statistics_of:
+            some = islice(batches, self.statistics_batches)
+            names = self.statistics_of
+            recalibrate(average, (tuple(b[n] for n in names) for b in some))
 
 
 def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -199,18 +224,60 @@ def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     return torch.empty_like(parameter).copy_(gradient)
 
 
-# Optics drawn in training lie within these factors of the reference sampling.
-_SAMPLING_RANGE = (0.6, 1.6)
+class PairTask(Task[P]):
+    """A task on blurred and sharp patches."""
+
+    def make_source(self) -> Source:
+        """Read the sharp images and the real pairs of the recipe."""
+        return PairBatches(self.recipe)
+
+    def batch(self, step: int, draw: int = 0) -> Arrays:
+        """Make blurred and sharp patches."""
+        made = super().batch(step, draw)
+        return {"blurred": made["blurred"], "sharp": made["sharp"]}
+
+
+def frames_graph(
+    network: nn.Module,
+    sides_px: tuple[int, int],
+    outputs: tuple[str, ...],
+    *,
+    channels: int = 1,
+    entries: int = 0,
+    float_ends: tuple[int, int] = (1, 1),
+) -> Graph:
+    """Return the graph of a network that takes `tiles`, any number of any size.
+
+    Parameters
+    ----------
+    network
+        Takes tiles (N, channels, y, x), and the condition where it has one.
+    sides_px
+        Two unequal sides (y, x) of an example.
+    outputs
+        Names of what it returns.
+    channels
+        Of the tiles.
+    entries
+        Of the input `condition`, shape (N, entry); 0: there is none.
+    float_ends
+        See `Graph`.
+    """
+    inputs = {"tiles": torch.zeros(2, channels, *sides_px)}
+    dynamic = {"tiles": {0: "number", 2: "height", 3: "width"}}
+    if entries:
+        inputs["condition"] = torch.zeros(2, entries)
+        dynamic["condition"] = {0: "number"}
+    return Graph(network, inputs, outputs, dynamic, float_ends)
 
 
 def restorer_graph(network: nn.Module, multiple_px: int) -> Graph:
     """Return the graph of a network from `tiles` to `restored`, nothing else given."""
-    return Graph(
-        network,
-        {"tiles": torch.zeros(2, 1, 16 * multiple_px, 24 * multiple_px)},
-        ("restored",),
-        {"tiles": {0: "number", 2: "height", 3: "width"}},
-    )
+    return frames_graph(network, (16 * multiple_px, 24 * multiple_px), ("restored",))
+
+
+# Optics drawn as pairs lie within these factors of the reference sampling.
+_PAIR_SAMPLING = (0.6, 1.6)
 
 
 def restorer_card(
@@ -236,9 +303,6 @@ def restorer_card(
     multiple_px
         Sides of tiles must be multiples of it.
     """
-    low, high = (factor * pairs.reference.sampling for factor in _SAMPLING_RANGE)
-    normalisation = asdict(PercentileRange())
-    del normalisation["sample_px"]
     return {
         "kind": "restorer",
         "implementation": "onnx",
@@ -252,13 +316,55 @@ def restorer_card(
         },
         "output": {"name": "restored"},
         "levels": {"step_um": pairs.level_step_um, "count": 11, "signed": True},
-        "normalisation": {"name": "percentile_range", **normalisation},
-        "optics": {
-            "sampling_min": round(low, 3),
-            "sampling_max": round(high, 3),
-            "reference": asdict(pairs.reference),
-        },
+        "normalisation": pair_normalisation(),
+        "optics": pair_optics(pairs),
     }
+
+
+def pair_normalisation() -> dict[str, Any]:
+    """Return how frames are scaled for networks that learned from pairs."""
+    rule = asdict(PercentileRange())
+    del rule["sample_px"]
+    return {"name": "percentile_range", **rule}
+
+
+def pair_optics(pairs: PairsRecipe) -> dict[str, Any]:
+    """Return the optics on the card of a network that learned from pairs."""
+    return optics_range(pairs.reference, _PAIR_SAMPLING)
+
+
+def optics_range(
+    reference: OpticalSystem, factors: tuple[float, float]
+) -> dict[str, Any]:
+    """Return the optics on a card; `factors` bound the sampling, in the reference's."""
+    low, high = (round(factor * reference.sampling, 3) for factor in factors)
+    return {
+        "sampling_min": low,
+        "sampling_max": high,
+        "reference": asdict(reference),
+    }
+
+
+def grid_input(
+    tile_px: int, stride_px: int, origin_px: float, *, channels: int = 1
+) -> dict[str, Any]:
+    """Return the input on the card of a network that labels a grid of tiles."""
+    return {
+        "name": "tiles",
+        "channels": channels,
+        "tile_px": tile_px,
+        "stride_px": stride_px,
+        "origin_px": origin_px,
+        "multiple_px": stride_px,
+    }
+
+
+def background_rule() -> dict[str, Any]:
+    """Return the rule for empty tiles on a card."""
+    rule = asdict(ContrastToNoise())
+    # The step between values belongs to the camera, not to the engine.
+    del rule["quantum"]
+    return {"name": "contrast_to_noise", **rule}
 
 
 def gain_db(blurred: Tensor, restored: Tensor, sharp: Tensor) -> Tensor:
@@ -268,109 +374,7 @@ def gain_db(blurred: Tensor, restored: Tensor, sharp: Tensor) -> Tensor:
     return 10 * torch.log10((before + 1e-9) / (after + 1e-9))
 
 
-# Name of the network: module in `rtfocus.training.networks` that holds its
-# `RECIPE` class and its `TASK` class.
-_MODULES = {
-    "comi": "comi",
-    "delpnet": "delpnet",
-    "learned_wiener": "learned_wiener",
-    "multiscale": "multiscale",
-    "mobilenet_v2": "rivals",
-    "resnet18": "rivals",
-    "rrdb": "rrdb",
-    "rtfocus_1": "rtfocus_1",
-    "rtfocus_2": "rtfocus_2",
-    "wei_classifier": "wei_classifier",
-    "wei_unet": "wei_unet",
-}
-
-
-def network_names() -> tuple[str, ...]:
-    """Return the names a recipe may give."""
-    return tuple(_MODULES)
-
-
-def recipe_class(network: str) -> type[RecipeBase]:
-    """Return the recipe class of a network; ConfigError for an unknown name."""
-    found: type[RecipeBase] = _module(network).RECIPE
-    return found
-
-
 def make_task(recipe: RecipeBase) -> Task[Any]:
     """Make the task of a recipe, its network freshly initialised."""
-    made: Task[Any] = _module(recipe.network).TASK(recipe)
+    made: Task[Any] = network_classes(recipe.network)[1](recipe)
     return made
-
-
-def _module(network: str) -> ModuleType:
-    if network not in _MODULES:
-        msg = f"network '{network}' is unknown; choose one of {', '.join(_MODULES)}"
-        raise ConfigError(msg)
-    return import_module(f"rtfocus.training.networks.{_MODULES[network]}")
-
-
-def load_recipe(path: Path) -> RecipeBase:
-    """Read a recipe; its class is that of its network.
-
-    The key ``base`` names another recipe beside this one, of which this one changes
-    some values.
-
-    Raises
-    ------
-    ConfigError
-        Names the file and every key that does not fit, with the rule.
-    """
-    data = _read(path)
-    try:
-        return validate_recipe(data)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
-            for fault in error.errors()
-        )
-        msg = f"recipe '{path}': {faults}; see configs/train_delpnet.yaml"
-        raise ConfigError(msg) from error
-
-
-def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
-    """Read the plain values of a recipe, those of its base included.
-
-    `above` are the recipes that it is a base of.
-    """
-    try:
-        data = read_yaml(path)
-    except OSError as error:
-        msg = f"recipe '{path}' cannot be read: {error.strerror}; give a YAML file"
-        raise ConfigError(msg) from error
-    except ValueError as error:
-        msg = f"recipe '{path}' {error}"
-        raise ConfigError(msg) from error
-    if not isinstance(data, dict) or "base" not in data:
-        return data
-    base = path.parent / str(data.pop("base"))
-    if base in (path, *above):
-        msg = f"recipe '{base}' is its own base; name another one"
-        raise ConfigError(msg)
-    return _merge(_read(base, (path, *above)), data)
-
-
-def _merge(base: object, changes: object) -> object:
-    """Return `base` with the values that `changes` names, section by section."""
-    if not isinstance(base, dict) or not isinstance(changes, dict):
-        return changes
-    merged = {key: _merge(base.get(key), value) for key, value in changes.items()}
-    return {**base, **merged}
-
-
-def validate_recipe(data: object) -> RecipeBase:
-    """Make a recipe of plain values, of the class its network asks for.
-
-    Raises
-    ------
-    ConfigError
-        If the network is unknown.
-    pydantic.ValidationError
-        If a key or value does not fit.
-    """
-    name = data.get("network") if isinstance(data, dict) else None
-    return recipe_class(str(name)).model_validate(data)

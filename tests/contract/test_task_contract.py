@@ -5,13 +5,13 @@ import torch
 
 from rtfocus.files import resource_folder
 from rtfocus.training.onnx_forms import calibration_inputs
-from rtfocus.training.recipe import RecipeBase
-from rtfocus.training.task import (
+from rtfocus.training.recipe import (
+    RecipeBase,
     load_recipe,
-    make_task,
     network_names,
     validate_recipe,
 )
+from rtfocus.training.task import make_task
 from rtfocus.training.trainer import Trainer
 
 # A shipped recipe of each network; the rivals have none of their own.

@@ -24,9 +24,8 @@ from rtfocus.training.level_tiles import (
     TileOptimiserRecipe,
 )
 from rtfocus.training.networks.delpnet import DelpNetRecipe
-from rtfocus.training.recipe import PoolRecipe, SourceRecipe
+from rtfocus.training.recipe import PoolRecipe, SourceRecipe, load_recipe
 from rtfocus.training.scenes import load_fields
-from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer, train
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65)
@@ -68,12 +67,12 @@ def test_batches_depend_on_seed_and_number_alone(tmp_path):
     jumping = Batches(recipe, Blurring(recipe, [], validation=False))
     for step in (9, 2, 5):
         again = jumping.batch(step)
-        np.testing.assert_array_equal(again.crops, batches[step].crops)
-        np.testing.assert_array_equal(again.labels, batches[step].labels)
+        np.testing.assert_array_equal(again["crops"], batches[step]["crops"])
+        np.testing.assert_array_equal(again["labels"], batches[step]["labels"])
     other = recipe.model_copy(update={"seed": 2})
     changed = Batches(other, Blurring(other, [], validation=False)).batch(2)
-    assert changed.crops.shape != batches[2].crops.shape or not np.array_equal(
-        changed.crops, batches[2].crops
+    assert changed["crops"].shape != batches[2]["crops"].shape or not np.array_equal(
+        changed["crops"], batches[2]["crops"]
     )
 
 

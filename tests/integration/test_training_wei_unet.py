@@ -113,7 +113,7 @@ def test_unknown_defocus_is_not_told(tmp_path):
     varying = recipe.pairs.model_copy(update={"varying_share": 1.0, "planes": 8})
     task = Trainer(recipe.model_copy(update={"pairs": varying})).task
     batch = task.batch(0)
-    steep = np.ptp(task._batches.batch(0)["levels"], axis=(1, 2)) > 0.5
+    steep = np.ptp(task.source.batch(0)["levels"], axis=(1, 2)) > 0.5
     assert steep.any()
     assert not batch["condition"][steep].any()
     assert not batch["shown"][steep].any()

@@ -18,8 +18,12 @@ from rtfocus.training.networks.learned_wiener import (
     LearnedWienerSection,
 )
 from rtfocus.training.networks.multiscale import MultiScaleRecipe, MultiScaleSection
-from rtfocus.training.recipe import OptimiserRecipe, PairsRecipe, PoolRecipe
-from rtfocus.training.task import load_recipe
+from rtfocus.training.recipe import (
+    OptimiserRecipe,
+    PairsRecipe,
+    PoolRecipe,
+    load_recipe,
+)
 from rtfocus.training.trainer import Trainer
 
 CONFIGS = resource_folder("configs")

@@ -21,9 +21,10 @@ from rtfocus.training.recipe import (
     PairsRecipe,
     PoolRecipe,
     SourceRecipe,
+    load_recipe,
 )
 from rtfocus.training.scenes import Pool
-from rtfocus.training.task import load_recipe, make_task
+from rtfocus.training.task import make_task
 from rtfocus.training.trainer import StepParts, Trainer
 
 

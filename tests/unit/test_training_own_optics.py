@@ -10,9 +10,8 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.images.optics import read_optics
 from rtfocus.training.api import own_recipe, train_command
-from rtfocus.training.recipe import RecipeBase
+from rtfocus.training.recipe import RecipeBase, load_recipe
 from rtfocus.training.scenes import load_fields
-from rtfocus.training.task import load_recipe
 
 OWN = "NA=0.75,wavelength=520,pixel=0.325,spherical=-0.2"
 

@@ -6,9 +6,8 @@ import pytest
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.level_tiles import BACKGROUND, label_crop
-from rtfocus.training.recipe import OptimiserRecipe
+from rtfocus.training.recipe import OptimiserRecipe, load_recipe
 from rtfocus.training.scenes import draw_exposure
-from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import learning_rate
 
 SHIPPED = resource_folder("configs") / "train_delpnet.yaml"

@@ -10,9 +10,6 @@ from rtfocus.training.networks.delpnet import (
     DelpNetRecipe,
     DelpNetSection,
     DelpNetTask,
-    labels_of,
-)
-from rtfocus.training.networks.rivals import (
     MobileNetV2,
     ResNet18,
     RivalOptimiserRecipe,
@@ -83,7 +80,7 @@ def test_without_background_every_tile_has_the_level_of_its_crop(tmp_path):
     empty = with_label == LABELS.index("bg")
     assert without.max() < LABELS.index("bg")
     np.testing.assert_array_equal(with_label[~empty], without[~empty])
-    assert labels_of(blind.recipe) == LABELS[:-1]
+    assert blind.labels == LABELS[:-1]
     crops = torch.randn(2, 1, 96, 96)
     assert known.network(crops).shape == (2, 12, 1, 1)
     assert blind.network(crops).shape == (2, 11, 1, 1)

@@ -7,7 +7,7 @@ import torch
 from rtfocus.files import resource_folder
 from rtfocus.training.networks.rtfocus_1 import Rtfocus1
 from rtfocus.training.networks.rtfocus_2 import Rtfocus2Task
-from rtfocus.training.task import load_recipe
+from rtfocus.training.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

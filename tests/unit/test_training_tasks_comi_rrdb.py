@@ -30,8 +30,8 @@ from rtfocus.training.recipe import (
     PoolRecipe,
     RealPairsRecipe,
     SourceRecipe,
+    load_recipe,
 )
-from rtfocus.training.task import load_recipe
 from rtfocus.training.trainer import Trainer
 
 CONFIGS = resource_folder("configs")

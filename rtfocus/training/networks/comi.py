@@ -26,11 +26,10 @@ from rtfocus.training.networks.comi_networks import (
     descend,
 )
 from rtfocus.training.onnx_forms import float_weights
-from rtfocus.training.pairs import PairBatches
 from rtfocus.training.task import (
     Arrays,
     Graph,
-    Task,
+    PairTask,
     Tensors,
     gain_db,
     restorer_card,
@@ -322,7 +321,7 @@ _COLUMNS = (
 )
 
 
-class ComiTask(Task[ComiRecipe]):
+class ComiTask(PairTask[ComiRecipe]):
     """Adversarial, content and cycle losses; four networks, three optimisers.
 
     The exported network is G_s, from defocused to sharp.
@@ -335,19 +334,14 @@ class ComiTask(Task[ComiRecipe]):
         self._networks = ComiNetworks.made(recipe.comi)
         self.network = self._networks.restoring
         self._losses = ComiLosses(recipe.comi, self._networks)
-        self._batches: PairBatches | None = None
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make defocused and sharp patches, and tell the step they are for."""
-        if self._batches is None:
-            # Made when first needed: an export needs no images.
-            self._batches = PairBatches(self.recipe)
-        made = self._batches.batch(step, draw)
-        sharp = made["sharp"]
+        made = {**super().batch(step, draw), "step": np.array(step)}
         if not self.recipe.comi.paired:
             # Each defocused patch meets the sharp one of its neighbour.
-            sharp = np.roll(sharp, 1, axis=0)
-        return {"blurred": made["blurred"], "sharp": sharp, "step": np.array(step)}
+            made["sharp"] = np.roll(made["sharp"], 1, axis=0)
+        return made
 
     def modules(self) -> dict[str, nn.Module]:
         """Return both generators and both discriminators."""
@@ -409,5 +403,4 @@ def _columns(shown: Mapping[str, float]) -> dict[str, float]:
     return {name: shown.get(name, 0.0) for name in _COLUMNS}
 
 
-RECIPE = ComiRecipe
-TASK = ComiTask
+NETWORKS = {"comi": (ComiRecipe, ComiTask)}

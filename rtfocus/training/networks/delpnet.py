@@ -1,4 +1,4 @@
-"""DelpNet: seven convolutions that tell the defocus level of a patch.
+"""DelpNet, seven convolutions that tell the defocus level of a patch; its rivals.
 
 He et al. 2020 fix the layers' order, the number of labels and the parameter
 count, not the widths and strides. Those here put the resolution into few early
@@ -6,35 +6,50 @@ channels and the parameters into the deep layers, so that a whole frame costs
 5.7 k multiply-adds per pixel. The network is fully convolutional: global max
 pooling becomes a max pool over one patch's cells, the dense layer a 1 x 1
 convolution, and a frame gives one label per tile in a single pass.
+
+The rivals are those of He's table 2: known networks on the same patches and labels.
+They judge a patch as a whole and pool its average, where DelpNet pools its maximum.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rtfocus.config.sections import Section
-from rtfocus.optics.normalisation import ContrastToNoise
 from rtfocus.training.layers import (
     DropMaps,
+    TiledClassifier,
     fold_batch_norm,
-    recalibrate,
     unfold_batch_norm,
 )
 from rtfocus.training.level_tiles import (
     GEOMETRY,
     LABELS,
+    LEVEL_COUNT,
     NORMALISATION,
     Batches,
     Blurring,
     LevelRecipe,
+    TileOptimiserRecipe,
+    accuracies,
+    loss_of,
 )
 from rtfocus.training.recipe import Fraction
 from rtfocus.training.scenes import load_fields
-from rtfocus.training.task import Arrays, Graph, Task, Tensors
+from rtfocus.training.task import (
+    Graph,
+    Source,
+    Task,
+    Tensors,
+    background_rule,
+    frames_graph,
+    grid_input,
+    optics_range,
+)
 
 WIDTHS = (16, 32, 48, 96, 160, 400, 424)
 _KERNELS = (5, 3, 3, 3, 3, 3, 3)
@@ -109,52 +124,194 @@ class DelpNet(nn.Module):
         return logits
 
 
-LEVEL_COUNT = 11
-"""Labels that are levels; a further one is background."""
+# Expansion, width, blocks and first stride of every stage (Sandler 2018, table 2).
+_INVERTED_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+_FIRST = 32
+_LAST = 1280
 
 
-def loss_of(logits: Tensor, labels: Tensor, ordinal_weight: float) -> Tensor:
-    """Return cross-entropy, plus a weight times the error of the mean level.
+class InvertedResidual(nn.Module):
+    """Widen, convolve every map alone, narrow without activation."""
 
-    Parameters
+    def __init__(self, inputs: int, width: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers += _convolution(inputs, inner, 1, 1, 1)
+        layers += _convolution(inner, inner, 3, stride, inner)
+        layers += [nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)]
+        self.body = nn.Sequential(*layers)
+        self.adds = stride == 1 and inputs == width
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return (N, width, H / stride, W / stride)."""
+        result: Tensor = self.body(maps)
+        return maps + result if self.adds else result
+
+
+class PatchNetwork(nn.Module):
+    """A network that pools the average of its features; any number of labels."""
+
+    features: nn.Sequential
+    dense: nn.Linear
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return logits (N, labels) of patches (N, 1, H, W)."""
+        logits: Tensor = self.dense(self.features(patches).mean(dim=(2, 3)))
+        return logits
+
+
+class MobileNetV2(PatchNetwork):
+    """MobileNet v2 of width 1; one input channel.
+
+    References
     ----------
-    logits
-        Shape (N, label, row, column), eleven levels, then background if there is one.
-    labels
-        Shape (N, row, column).
-    ordinal_weight
-        Weight of the smooth absolute error between the true level and the mean of
-        the levels by their probabilities, over tiles with specimen. Cross-entropy
-        alone (He 2020) does not know that level 4 is nearer to 5 than 9 is; 0
-        leaves it at that.
+    .. [1] M. Sandler et al., "MobileNetV2: inverted residuals and linear
+       bottlenecks", CVPR 2018.
     """
-    entropy = nn.functional.cross_entropy(logits, labels)
-    specimen = labels < LEVEL_COUNT
-    if ordinal_weight == 0 or not specimen.any():
-        return entropy
-    levels = torch.arange(LEVEL_COUNT, dtype=logits.dtype, device=logits.device)
-    shares = logits[:, :LEVEL_COUNT].softmax(dim=1)
-    mean = torch.einsum("nlyx,l->nyx", shares, levels)
-    error = nn.functional.smooth_l1_loss(
-        mean[specimen], labels[specimen].to(mean.dtype)
-    )
-    return entropy + ordinal_weight * error
+
+    def __init__(self, *, labels: int) -> None:
+        super().__init__()
+        layers = _convolution(1, _FIRST, 3, 2, 1)
+        inputs = _FIRST
+        for expansion, width, blocks, first_stride in _INVERTED_STAGES:
+            for block in range(blocks):
+                stride = first_stride if block == 0 else 1
+                layers.append(InvertedResidual(inputs, width, stride, expansion))
+                inputs = width
+        layers += _convolution(inputs, _LAST, 1, 1, 1)
+        self.features = nn.Sequential(*layers)
+        self.dense = nn.Linear(_LAST, labels)
 
 
-@torch.no_grad()
-def accuracies(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return the share of right labels, and of levels at most one off."""
-    found = logits.argmax(dim=1)
-    specimen = labels < LEVEL_COUNT
-    close = ((found - labels).abs() <= 1) & (found < LEVEL_COUNT)
-    within = close[specimen].float().mean() if specimen.any() else torch.tensor(1.0)
-    return {"accuracy": (found == labels).float().mean(), "within_one": within}
+def _convolution(
+    inputs: int, width: int, kernel: int, stride: int, groups: int
+) -> list[nn.Module]:
+    return [
+        nn.Conv2d(
+            inputs,
+            width,
+            kernel,
+            stride,
+            padding=kernel // 2,
+            groups=groups,
+            bias=False,
+        ),
+        nn.BatchNorm2d(width),
+        nn.ReLU6(inplace=True),
+    ]
+
+
+_RESIDUAL_STAGES = (64, 128, 256, 512)
+_BLOCKS = 2
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a short cut."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.short_cut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != width:
+            self.short_cut = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return (N, width, H / stride, W / stride)."""
+        return functional.relu(self.body(maps) + self.short_cut(maps))
+
+
+class ResNet18(PatchNetwork):
+    """The 18-layer residual network; one input channel.
+
+    References
+    ----------
+    .. [1] K. He et al., "Deep residual learning for image recognition", CVPR 2016.
+    """
+
+    def __init__(self, *, labels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(1, _RESIDUAL_STAGES[0], 7, 2, padding=3, bias=False),
+            nn.BatchNorm2d(_RESIDUAL_STAGES[0]),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, padding=1),
+        ]
+        inputs = _RESIDUAL_STAGES[0]
+        for place, width in enumerate(_RESIDUAL_STAGES):
+            for block in range(_BLOCKS):
+                stride = 2 if place > 0 and block == 0 else 1
+                layers.append(BasicBlock(inputs, width, stride))
+                inputs = width
+        self.features = nn.Sequential(*layers)
+        self.dense = nn.Linear(inputs, labels)
 
 
 # Optics drawn in training lie within these factors of the reference sampling.
 _SAMPLING_RANGE = (0.7, 1.5)
-_CALIBRATION_BATCHES = 40
 _UNFOLDING_BATCHES = 12
+L = TypeVar("L", bound=LevelRecipe)
+
+
+class LevelTask(Task[L]):
+    """Cross-entropy over the labels of tiles, plus an ordinal term."""
+
+    statistics_of = ("crops",)
+    labels: tuple[int | str, ...] = LABELS
+    """Of the network's outputs, background last where it has one."""
+
+    def make_source(self) -> Source:
+        """Read the sharp images of the recipe."""
+        fields = load_fields(self.recipe)
+        blurring = Blurring(self.recipe, fields, validation=False)
+        return Batches(self.recipe, blurring, background=self.labels == LABELS)
+
+    def logits(self, crops: Tensor) -> Tensor:
+        """Return logits (N, label, row, column) of every tile that has a label."""
+        found: Tensor = self.network(crops)[:, :, None, None]
+        return found
+
+    def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `loss_of` over the tiles."""
+        logits, labels = self.logits(tensors["crops"]).float(), tensors["labels"]
+        loss = loss_of(logits, labels, self.recipe.optimiser.ordinal_weight)
+        return loss, accuracies(logits, labels)
+
+    def level_card(self, description: str, grid: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the card of a network that looks at tiles on a grid."""
+        blur = self.recipe.blur
+        return {
+            "kind": "classifier",
+            "implementation": "onnx",
+            "description": description,
+            "input": dict(grid),
+            "output": {"name": "logits", "labels": list(self.labels)},
+            "levels": {
+                "step_um": blur.level_step_um,
+                "count": LEVEL_COUNT,
+                "signed": False,
+            },
+            "normalisation": {"name": "local_standardisation", **asdict(NORMALISATION)},
+            "background": background_rule(),
+            "optics": optics_range(blur.reference, _SAMPLING_RANGE),
+        }
 
 
 class DelpNetSection(Section):
@@ -176,43 +333,25 @@ class DelpNetRecipe(LevelRecipe):
     delpnet: DelpNetSection = DelpNetSection()
 
 
-class DelpNetTask(Task[DelpNetRecipe]):
-    """Cross-entropy over the labels of tiles, plus an ordinal term."""
+class DelpNetTask(LevelTask[DelpNetRecipe]):
+    """The loss over tiles at every cell, more than inference looks at."""
 
     network: DelpNet
 
     def __init__(self, recipe: DelpNetRecipe) -> None:
         super().__init__(recipe)
         switches = recipe.delpnet
+        self.labels = LABELS if switches.background else LABELS[:LEVEL_COUNT]
         self.network = DelpNet(
             dropout=switches.dropout,
             batch_norm_momentum=switches.batch_norm_momentum,
-            labels=len(labels_of(recipe)),
+            labels=len(self.labels),
         )
-        self._batches: Batches | None = None
 
-    def batch(self, step: int, draw: int = 0) -> Arrays:
-        """Make crops of one size with a label per tile."""
-        if self._batches is None:
-            # Made when first needed: an export needs no images.
-            fields = load_fields(self.recipe)
-            blurring = Blurring(self.recipe, fields, validation=False)
-            background = self.recipe.delpnet.background
-            self._batches = Batches(self.recipe, blurring, background=background)
-        made = self._batches.batch(step, draw)
-        return {"crops": made.crops, "labels": made.labels}
-
-    def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return `loss_of` over tiles at every cell, more than inference looks at."""
-        logits = self.network(tensors["crops"], stride_cells=1).float()
-        labels = tensors["labels"]
-        loss = loss_of(logits, labels, self.recipe.optimiser.ordinal_weight)
-        return loss, accuracies(logits, labels)
-
-    def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
-        """Give the averaged weights exact batch statistics of their own."""
-        crops = (batch["crops"] for batch in islice(batches, _CALIBRATION_BATCHES))
-        recalibrate(average, crops)
+    def logits(self, crops: Tensor) -> Tensor:
+        """Return logits (N, label, row, column), one tile at every cell."""
+        found: Tensor = self.network(crops, stride_cells=1)
+        return found
 
     def take_exported(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of an engine, whose convolutions hold their BatchNorm.
@@ -242,59 +381,61 @@ class DelpNetTask(Task[DelpNetRecipe]):
 
     def graph(self, network: nn.Module) -> Graph:
         """Return the network with its BatchNorm folded into the convolutions."""
-        return Graph(
-            fold_batch_norm(network),
-            {"tiles": torch.zeros(2, 1, 144, 192)},
-            ("logits",),
-            {"tiles": {0: "number", 2: "height", 3: "width"}},
-        )
+        return frames_graph(fold_batch_norm(network), (144, 192), ("logits",))
 
     def card(self) -> dict[str, Any]:
         """Return the card of a DelpNet engine."""
-        return {
-            "description": "Defocus level of patches, He et al. 2020 (DelpNet).",
-            "input": {
-                "name": "tiles",
-                "channels": 1,
-                "tile_px": GEOMETRY.tile_px,
-                "stride_px": GEOMETRY.stride_px,
-                "origin_px": GEOMETRY.centre_px,
-                "multiple_px": GEOMETRY.stride_px,
-            },
-            "output": {"name": "logits", "labels": list(labels_of(self.recipe))},
-            **level_card(self.recipe),
-        }
+        return self.level_card(
+            "Defocus level of patches, He et al. 2020 (DelpNet).",
+            grid_input(GEOMETRY.tile_px, GEOMETRY.stride_px, GEOMETRY.centre_px),
+        )
 
 
-def level_card(recipe: LevelRecipe) -> dict[str, Any]:
-    """Return what the cards of all networks for unsigned levels have in common."""
-    blur = recipe.blur
-    low, high = (f * blur.reference.sampling for f in _SAMPLING_RANGE)
-    rule = asdict(ContrastToNoise())
-    # The step between values belongs to the camera, not to the engine.
-    del rule["quantum"]
-    return {
-        "kind": "classifier",
-        "implementation": "onnx",
-        "levels": {
-            "step_um": blur.level_step_um,
-            "count": LEVEL_COUNT,
-            "signed": False,
-        },
-        "normalisation": {"name": "local_standardisation", **asdict(NORMALISATION)},
-        "background": {"name": "contrast_to_noise", **rule},
-        "optics": {
-            "sampling_min": round(low, 3),
-            "sampling_max": round(high, 3),
-            "reference": asdict(blur.reference),
-        },
-    }
+_RIVALS: dict[str, type[PatchNetwork]] = {
+    "resnet18": ResNet18,
+    "mobilenet_v2": MobileNetV2,
+}
 
 
-def labels_of(recipe: DelpNetRecipe) -> tuple[int | str, ...]:
-    """Return the labels of a recipe's network, background last where it has one."""
-    return LABELS if recipe.delpnet.background else LABELS[:LEVEL_COUNT]
+class RivalOptimiserRecipe(TileOptimiserRecipe):
+    """Optimiser of a network that sees single tiles."""
+
+    crop_sides_px: tuple[Literal[96]] = (96,)
 
 
-RECIPE = DelpNetRecipe
-TASK = DelpNetTask
+class RivalRecipe(LevelRecipe):
+    """A training run of a rival."""
+
+    name: str = "rival"
+    network: Literal["resnet18", "mobilenet_v2"]
+    optimiser: RivalOptimiserRecipe = RivalOptimiserRecipe()
+
+
+class RivalTask(LevelTask[RivalRecipe]):
+    """DelpNet's loss on single tiles."""
+
+    statistics_batches = 20
+
+    def __init__(self, recipe: RivalRecipe) -> None:
+        super().__init__(recipe)
+        self.network = _RIVALS[recipe.network](labels=len(LABELS))
+
+    def graph(self, network: nn.Module) -> Graph:
+        """Return the network over whole frames, one label per tile."""
+        side = GEOMETRY.tile_px
+        whole = TiledClassifier(fold_batch_norm(network), side)
+        return frames_graph(whole, (2 * side, 3 * side), ("logits",))
+
+    def card(self) -> dict[str, Any]:
+        """Return the card: DelpNet's, with tiles side by side."""
+        side = GEOMETRY.tile_px
+        return self.level_card(
+            f"Defocus level of patches, {self.recipe.network}.",
+            grid_input(side, side, side // 2),
+        )
+
+
+NETWORKS = {
+    "delpnet": (DelpNetRecipe, DelpNetTask),
+    **dict.fromkeys(_RIVALS, (RivalRecipe, RivalTask)),
+}

@@ -23,9 +23,15 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import Section
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.pairs import PairBatches
 from rtfocus.training.recipe import Count, PairRecipe, PairsRecipe
-from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db, restorer_card
+from rtfocus.training.task import (
+    Arrays,
+    Graph,
+    PairTask,
+    Tensors,
+    gain_db,
+    restorer_card,
+)
 
 CONDITION = ("sampling", "spherical_waves", "defocus_levels")
 """Entries of the condition vector, see the engine card."""
@@ -162,7 +168,7 @@ class LearnedWienerRecipe(PairRecipe):
     learned_wiener: LearnedWienerSection = LearnedWienerSection()
 
 
-class LearnedWienerTask(Task[LearnedWienerRecipe]):
+class LearnedWienerTask(PairTask[LearnedWienerRecipe]):
     """Negative PSNR of each tile's inner part; the filter is part of the loss."""
 
     network: LearnedWiener
@@ -170,15 +176,11 @@ class LearnedWienerTask(Task[LearnedWienerRecipe]):
     def __init__(self, recipe: LearnedWienerRecipe) -> None:
         super().__init__(recipe)
         self.network = LearnedWiener(recipe.learned_wiener.filters)
-        self._batches: PairBatches | None = None
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, each with the PSF of the level it would be called."""
-        if self._batches is None:
-            # Made when first needed: an export needs no images.
-            self._batches = PairBatches(self.recipe)
         rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
-        return with_psf(self._batches.batch(step, draw), self.recipe, rng)
+        return with_psf(self.source.batch(step, draw), self.recipe, rng)
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return minus the mean PSNR, in tens of dB, of what a tile would keep."""
@@ -297,5 +299,4 @@ def level_psf(
     return compute_psf(optics, defocus_um, size_px=2 * HALO_PX + 1)
 
 
-RECIPE = LearnedWienerRecipe
-TASK = LearnedWienerTask
+NETWORKS = {"learned_wiener": (LearnedWienerRecipe, LearnedWienerTask)}

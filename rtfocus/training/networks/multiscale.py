@@ -21,12 +21,10 @@ from torch.nn import functional
 
 from rtfocus.config.sections import Section
 from rtfocus.training.layers import scales_loss
-from rtfocus.training.pairs import PairBatches
 from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.task import (
-    Arrays,
     Graph,
-    Task,
+    PairTask,
     Tensors,
     gain_db,
     restorer_card,
@@ -184,7 +182,7 @@ class MultiScaleRecipe(PairRecipe):
     multiscale: MultiScaleSection = MultiScaleSection()
 
 
-class MultiScaleTask(Task[MultiScaleRecipe]):
+class MultiScaleTask(PairTask[MultiScaleRecipe]):
     """Restoration, compared with the sharp image on all scales."""
 
     network: MultiScale
@@ -193,15 +191,6 @@ class MultiScaleTask(Task[MultiScaleRecipe]):
         super().__init__(recipe)
         settings = recipe.multiscale
         self.network = MultiScale(settings.fine, settings.coarse, settings.blocks)
-        self._batches: PairBatches | None = None
-
-    def batch(self, step: int, draw: int = 0) -> Arrays:
-        """Make blurred and sharp patches."""
-        if self._batches is None:
-            # Made when first needed: an export needs no images.
-            self._batches = PairBatches(self.recipe)
-        made = self._batches.batch(step, draw)
-        return {"blurred": made["blurred"], "sharp": made["sharp"]}
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean Charbonnier loss of the scales."""
@@ -225,5 +214,4 @@ class MultiScaleTask(Task[MultiScaleRecipe]):
         )
 
 
-RECIPE = MultiScaleRecipe
-TASK = MultiScaleTask
+NETWORKS = {"multiscale": (MultiScaleRecipe, MultiScaleTask)}

@@ -23,13 +23,13 @@ from rtfocus.training.kernel_pairs import (
     estimated_kernels,
     gaussian_kernels,
 )
-from rtfocus.training.pairs import PairBatches, load_real_pairs
+from rtfocus.training.pairs import load_real_pairs
 from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.scenes import data_folder
 from rtfocus.training.task import (
-    Arrays,
     Graph,
-    Task,
+    PairTask,
+    Source,
     Tensors,
     gain_db,
     restorer_card,
@@ -188,7 +188,7 @@ class RrdbRecipe(PairRecipe):
     kernels: KernelsSection = KernelsSection()
 
 
-class RrdbTask(Task[RrdbRecipe]):
+class RrdbTask(PairTask[RrdbRecipe]):
     """Mean squared error between restored and sharp patches."""
 
     network: RrdbNet
@@ -203,15 +203,30 @@ class RrdbTask(Task[RrdbRecipe]):
             residual_scale=settings.residual_scale,
             residual_output=settings.residual_output,
         )
-        self._batches: PairBatches | KernelPairs | None = None
 
-    def batch(self, step: int, draw: int = 0) -> Arrays:
-        """Make blurred and sharp patches."""
-        if self._batches is None:
-            # Made when first needed: an export needs no images.
-            self._batches = _make_batches(self.recipe)
-        made = self._batches.batch(step, draw)
-        return {"blurred": made["blurred"], "sharp": made["sharp"]}
+    def make_source(self) -> Source:
+        """Read the sharp images, and make or estimate the kernels that blur them."""
+        recipe, settings = self.recipe, self.recipe.kernels
+        if settings.family == "pupil":
+            return super().make_source()
+        if settings.family == "gaussian":
+            kernels = gaussian_kernels(settings.sigma_px, settings.gaussians)
+            return KernelPairs(recipe, kernels)
+        folder = data_folder(recipe)
+        pairs = [
+            pair
+            for wanted in recipe.pairs.real
+            for pair in load_real_pairs(wanted, folder, validation=False)
+        ]
+        kernels = estimated_kernels(pairs[: settings.estimated_pairs])
+        if not kernels:
+            msg = (
+                f"kernels.family is estimated, but {len(pairs)} real pairs give no "
+                "kernel of 11 px or more; name blurred ones in pairs.real, or choose "
+                "pupil"
+            )
+            raise ConfigError(msg)
+        return KernelPairs(recipe, kernels)
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error."""
@@ -235,28 +250,4 @@ class RrdbTask(Task[RrdbRecipe]):
         )
 
 
-def _make_batches(recipe: RrdbRecipe) -> PairBatches | KernelPairs:
-    settings = recipe.kernels
-    if settings.family == "pupil":
-        return PairBatches(recipe)
-    if settings.family == "gaussian":
-        kernels = gaussian_kernels(settings.sigma_px, settings.gaussians)
-        return KernelPairs(recipe, kernels)
-    folder = data_folder(recipe)
-    pairs = [
-        pair
-        for wanted in recipe.pairs.real
-        for pair in load_real_pairs(wanted, folder, validation=False)
-    ]
-    kernels = estimated_kernels(pairs[: settings.estimated_pairs])
-    if not kernels:
-        msg = (
-            f"kernels.family is estimated, but {len(pairs)} real pairs give no kernel "
-            "of 11 px or more; name blurred ones in pairs.real, or choose pupil"
-        )
-        raise ConfigError(msg)
-    return KernelPairs(recipe, kernels)
-
-
-RECIPE = RrdbRecipe
-TASK = RrdbTask
+NETWORKS = {"rrdb": (RrdbRecipe, RrdbTask)}

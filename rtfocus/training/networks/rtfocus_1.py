@@ -14,9 +14,7 @@ for many objectives and safe on what is sharp already:
 Resize and convolution, no transposed convolution: no checkerboard.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -27,11 +25,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
-from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
-from rtfocus.training.layers import charbonnier, fold_batch_norm, recalibrate
-from rtfocus.training.pairs import TILE_PX, TILE_STRIDE_PX, PairBatches
+from rtfocus.training.layers import charbonnier, fold_batch_norm
+from rtfocus.training.pairs import TILE_PX, TILE_STRIDE_PX
 from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
-from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db
+from rtfocus.training.task import (
+    Arrays,
+    Graph,
+    PairTask,
+    Tensors,
+    background_rule,
+    frames_graph,
+    gain_db,
+    grid_input,
+    pair_normalisation,
+    pair_optics,
+)
 
 CELL_PX = 16
 """Pixels per cell of the deepest features."""
@@ -230,11 +238,6 @@ def _something_to_correct(logits: Tensor) -> Tensor:
     return (1 - idle)[:, None].to(logits.dtype)
 
 
-# Optics drawn in training lie within these factors of the reference sampling.
-_SAMPLING_RANGE = (0.6, 1.6)
-_CALIBRATION_BATCHES = 40
-
-
 class Rtfocus1Section(Section):
     """Size of the network and what its losses weigh."""
 
@@ -260,24 +263,21 @@ class Rtfocus1Recipe(PairRecipe):
     rtfocus_1: Rtfocus1Section = Rtfocus1Section()
 
 
-class Rtfocus1Task(Task[Rtfocus1Recipe]):
+class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
     """Charbonnier loss of the image plus cross-entropy of the tiles' labels."""
 
     network: Rtfocus1
     network_class: type[Rtfocus1] = Rtfocus1
+    statistics_of: tuple[str, ...] = ("blurred", "condition")
 
     def __init__(self, recipe: Rtfocus1Recipe) -> None:
         super().__init__(recipe)
         settings = recipe.rtfocus_1
         self.network = self.network_class(settings.widths, settings.depths)
-        self._batches: PairBatches | None = None
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, with labels per tile and a condition that hides at random."""
-        if self._batches is None:
-            # Made when first needed: an export needs no images.
-            self._batches = PairBatches(self.recipe)
-        made = self._batches.batch(step, draw)
+        made = self.source.batch(step, draw)
         rng = np.random.default_rng([self.recipe.seed, 7, step, draw])
         condition, levels = self.told(made["optics"], tile_levels(made["levels"]), rng)
         return {
@@ -307,22 +307,13 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
         """Return what errors of shape (N, 1, y, x) cost."""
         return charbonnier(error, self.recipe.rtfocus_1.charbonnier)
 
-    def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
-        """Give the averaged weights exact batch statistics of their own."""
-        shown = islice(batches, _CALIBRATION_BATCHES)
-        recalibrate(average, ((b["blurred"], b["condition"]) for b in shown))
-
     def graph(self, network: nn.Module) -> Graph:
         """Return the network with its BatchNorm folded into the convolutions."""
-        frame = {0: "number", 2: "height", 3: "width"}
-        return Graph(
+        return frames_graph(
             fold_batch_norm(network),
-            {
-                "tiles": torch.zeros(2, 1, 144, 192),
-                "condition": torch.zeros(2, len(self.network.condition)),
-            },
+            (144, 192),
             ("logits", "restored"),
-            {"tiles": frame, "condition": {0: "number"}},
+            entries=len(self.network.condition),
             # Both blocks on the finest features: in int8 they cost 0.3 dB.
             float_ends=(3, 4),
         )
@@ -330,24 +321,11 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
     def card(self) -> dict[str, Any]:
         """Return the card of an rtfocus-1 engine."""
         pairs = self.recipe.pairs
-        low, high = (f * pairs.reference.sampling for f in _SAMPLING_RANGE)
-        rule = asdict(ContrastToNoise())
-        # The step between values belongs to the camera, not to the engine.
-        del rule["quantum"]
-        normalisation = asdict(PercentileRange())
-        del normalisation["sample_px"]
         return {
             "kind": "joint",
             "implementation": "onnx",
             "description": "Signed defocus per tile and the restored frame, one pass.",
-            "input": {
-                "name": "tiles",
-                "channels": 1,
-                "tile_px": TILE_PX,
-                "stride_px": TILE_STRIDE_PX,
-                "origin_px": (TILE_PX - 1) / 2,
-                "multiple_px": TILE_STRIDE_PX,
-            },
+            "input": grid_input(TILE_PX, TILE_STRIDE_PX, (TILE_PX - 1) / 2),
             "condition": {"name": "condition", "entries": list(self.network.condition)},
             "output": {"name": "logits", "labels": list(LABELS)},
             "restored": {"name": "restored"},
@@ -356,13 +334,9 @@ class Rtfocus1Task(Task[Rtfocus1Recipe]):
                 "count": FARTHEST + 1,
                 "signed": True,
             },
-            "normalisation": {"name": "percentile_range", **normalisation},
-            "background": {"name": "contrast_to_noise", **rule},
-            "optics": {
-                "sampling_min": round(low, 3),
-                "sampling_max": round(high, 3),
-                "reference": asdict(pairs.reference),
-            },
+            "normalisation": pair_normalisation(),
+            "background": background_rule(),
+            "optics": pair_optics(pairs),
         }
 
     def told(
@@ -437,5 +411,4 @@ def label_loss(logits: Tensor, levels: Tensor, empty: Tensor) -> Tensor:
     return -(wanted * found).sum(dim=1).mean()
 
 
-RECIPE = Rtfocus1Recipe
-TASK = Rtfocus1Task
+NETWORKS = {"rtfocus_1": (Rtfocus1Recipe, Rtfocus1Task)}

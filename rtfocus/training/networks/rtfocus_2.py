@@ -16,7 +16,7 @@ The loss counts decibels beside absolute error: what is sharp must stay sharp to
 thousandth, and dim images weigh as much as bright ones.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -35,7 +35,6 @@ from rtfocus.training.networks.rtfocus_1 import (
     around,
 )
 from rtfocus.training.recipe import Fraction, PairRecipe
-from rtfocus.training.task import Tensors
 
 CONDITION = (
     "sampling",
@@ -120,6 +119,7 @@ class Rtfocus2Task(Rtfocus1Task):
 
     network: Rtfocus2
     network_class = Rtfocus2
+    statistics_of = ()
 
     def __init__(self, recipe: Rtfocus2Recipe) -> None:
         # What the first asks of its recipe, this one has too.
@@ -137,11 +137,6 @@ class Rtfocus2Task(Rtfocus1Task):
         decibels = torch.log(power / _ENOUGH + 1).mean()
         weight = self._settings.decibel_weight
         return super().image_loss(error) + weight * decibels
-
-    def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
-        """Leave the averaged weights as they are: there is no BatchNorm."""
-        del batches
-        average.eval()
 
     def told(
         self,
@@ -191,5 +186,4 @@ class Rtfocus2Task(Rtfocus1Task):
             parameter.copy_(weights[name])
 
 
-RECIPE = Rtfocus2Recipe
-TASK = Rtfocus2Task
+NETWORKS = {"rtfocus_2": (Rtfocus2Recipe, Rtfocus2Task)}

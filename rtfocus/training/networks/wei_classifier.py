@@ -7,9 +7,7 @@ other preparations are here too: channel normalisation, part of the network so t
 an exported engine does what training did, and the exchange of colour channels.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -18,12 +16,11 @@ from torch.nn import functional
 
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
-from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
+from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.training.layers import (
     TiledClassifier,
     chance,
     fold_batch_norm,
-    recalibrate,
 )
 from rtfocus.training.signed_patches import (
     LABELS,
@@ -31,7 +28,16 @@ from rtfocus.training.signed_patches import (
     SignedClassRecipe,
     SignedPatches,
 )
-from rtfocus.training.task import Arrays, Graph, Task, Tensors
+from rtfocus.training.task import (
+    Graph,
+    Source,
+    Task,
+    Tensors,
+    background_rule,
+    frames_graph,
+    grid_input,
+    optics_range,
+)
 
 WIDTHS = (16, 32, 64, 128)
 
@@ -180,7 +186,6 @@ def exchange_channels(patches: Tensor, orders: Tensor) -> Tensor:
 _SAMPLING_RANGE = (0.85, 1.15)
 # A class speaks for its middle; the inner ones for what is nearest to it.
 _STEP_OF_INNER = 0.75
-_CALIBRATION_BATCHES = 20
 
 
 class WeiSection(Section):
@@ -208,6 +213,8 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
     """Cross-entropy over five classes."""
 
     network: WeiClassifier
+    statistics_of = ("patches",)
+    statistics_batches = 20
 
     def __init__(self, recipe: WeiClassifierRecipe) -> None:
         super().__init__(recipe)
@@ -218,14 +225,10 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
             attention=recipe.wei.attention,
             batch_norm=recipe.wei.batch_norm,
         )
-        self._patches: SignedPatches | None = None
 
-    def batch(self, step: int, draw: int = 0) -> Arrays:
-        """Make patches and their classes."""
-        if self._patches is None:
-            # Made when first needed: an export needs no images.
-            self._patches = SignedPatches(self.recipe)
-        return self._patches.batch(step, draw)
+    def make_source(self) -> Source:
+        """Read the sharp images of the recipe."""
+        return SignedPatches(self.recipe)
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy and the share of right classes."""
@@ -236,11 +239,6 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
         loss = nn.functional.cross_entropy(logits, labels)
         right = (logits.detach().argmax(dim=1) == labels).float().mean()
         return loss, {"accuracy": right}
-
-    def finish_average(self, average: nn.Module, batches: Iterable[Tensors]) -> None:
-        """Give the averaged weights exact batch statistics of their own."""
-        patches = (b["patches"] for b in islice(batches, _CALIBRATION_BATCHES))
-        recalibrate(average, patches)
 
     def graph(self, network: nn.Module) -> Graph:
         """Return the network over whole frames, one label per patch.
@@ -257,34 +255,23 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
                 "camera's scale and is for comparisons only; train with it to export"
             )
             raise ConfigError(msg)
-        example = torch.zeros(2, self._channels, 2 * PATCH_PX, 3 * PATCH_PX)
-        return Graph(
+        return frames_graph(
             TiledClassifier(fold_batch_norm(network), PATCH_PX),
-            {"tiles": example},
+            (2 * PATCH_PX, 3 * PATCH_PX),
             ("logits",),
-            {"tiles": {0: "number", 2: "height", 3: "width"}},
+            channels=self._channels,
         )
 
     def card(self) -> dict[str, Any]:
         """Return the card of a Wei engine."""
         signed = self.recipe.signed
-        low, high = (f * signed.reference.sampling for f in _SAMPLING_RANGE)
-        rule = asdict(ContrastToNoise())
-        # The step between values belongs to the camera, not to the engine.
-        del rule["quantum"]
-        background = {} if signed.colour else {"name": "contrast_to_noise", **rule}
         return {
             "kind": "classifier",
             "implementation": "onnx",
             "description": "Signed defocus class of patches, Wei et al. 2024.",
-            "input": {
-                "name": "tiles",
-                "channels": self._channels,
-                "tile_px": PATCH_PX,
-                "stride_px": PATCH_PX,
-                "origin_px": (PATCH_PX - 1) / 2,
-                "multiple_px": PATCH_PX,
-            },
+            "input": grid_input(
+                PATCH_PX, PATCH_PX, (PATCH_PX - 1) / 2, channels=self._channels
+            ),
             "output": {"name": "logits", "labels": list(LABELS)},
             "levels": {
                 "step_um": _STEP_OF_INNER * signed.inner_um,
@@ -292,12 +279,8 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
                 "signed": True,
             },
             "normalisation": {"name": "percentile_range", **asdict(PercentileRange())},
-            "background": background,
-            "optics": {
-                "sampling_min": round(low, 3),
-                "sampling_max": round(high, 3),
-                "reference": asdict(signed.reference),
-            },
+            "background": {} if signed.colour else background_rule(),
+            "optics": optics_range(signed.reference, _SAMPLING_RANGE),
         }
 
 
@@ -308,5 +291,4 @@ def _random_orders(patches: Tensor) -> Tensor:
     return drawn.argsort(dim=1).to(patches.device)
 
 
-RECIPE = WeiClassifierRecipe
-TASK = WeiClassifierTask
+NETWORKS = {"wei_classifier": (WeiClassifierRecipe, WeiClassifierTask)}

@@ -24,7 +24,16 @@ from rtfocus.training.networks.wei_kernel import (
 )
 from rtfocus.training.pairs import PairBatches
 from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
-from rtfocus.training.task import Arrays, Graph, Task, Tensors, gain_db, restorer_card
+from rtfocus.training.task import (
+    Arrays,
+    Graph,
+    PairTask,
+    Source,
+    Tensors,
+    frames_graph,
+    gain_db,
+    restorer_card,
+)
 
 CONDITION = ("defocus_levels", "defocus_known")
 """Entries of the condition vector, see the engine card."""
@@ -293,7 +302,7 @@ class WeiUNetRecipe(PairRecipe):
     stage: WeiStageSection = WeiStageSection()
 
 
-class WeiUNetTask(Task[WeiUNetRecipe]):
+class WeiUNetTask(PairTask[WeiUNetRecipe]):
     """Re-blur loss or image loss, as the stage asks for."""
 
     network: WeiRestorer
@@ -321,16 +330,16 @@ class WeiUNetTask(Task[WeiUNetRecipe]):
         stage = recipe.stage.train
         self.network.kernel_net.requires_grad_(stage != "unet")
         self.network.unet.requires_grad_(stage != "kernel")
-        self._batches: PairBatches | None = None
+
+    def make_source(self) -> Source:
+        """Read the images of the recipe; pairs come with their PSFs."""
+        size_px = self.recipe.wei_kernel.size_px
+        pairs = self.recipe.pairs.model_copy(update={"psf_px": size_px})
+        return PairBatches(self.recipe.model_copy(update={"pairs": pairs}))
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, what is told of their class, and whose true PSF is shown."""
-        if self._batches is None:
-            # Made when first needed: an export needs no images.
-            size_px = self.recipe.wei_kernel.size_px
-            pairs = self.recipe.pairs.model_copy(update={"psf_px": size_px})
-            self._batches = PairBatches(self.recipe.model_copy(update={"pairs": pairs}))
-        made = self._batches.batch(step, draw)
+        made = self.source.batch(step, draw)
         rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
         middle, flat = _defocus(made["levels"])
         stage = self.recipe.stage
@@ -355,16 +364,9 @@ class WeiUNetTask(Task[WeiUNetRecipe]):
     def graph(self, network: nn.Module) -> Graph:
         """Return both networks as one graph, whichever stage was trained last."""
         multiple = self._multiple_px()
-        frame = {0: "number", 2: "height", 3: "width"}
-        return Graph(
-            network,
-            {
-                "tiles": torch.zeros(2, 1, 6 * multiple, 8 * multiple),
-                "condition": torch.zeros(2, len(CONDITION)),
-            },
-            ("restored", "kernel"),
-            {"tiles": frame, "condition": {0: "number"}},
-        )
+        sides_px = (6 * multiple, 8 * multiple)
+        outputs = ("restored", "kernel")
+        return frames_graph(network, sides_px, outputs, entries=len(CONDITION))
 
     def card(self) -> dict[str, Any]:
         """Return the card of a wei_unet engine."""
@@ -432,5 +434,4 @@ def _defocus(
     return middle.astype(np.float32), flat
 
 
-RECIPE = WeiUNetRecipe
-TASK = WeiUNetTask
+NETWORKS = {"wei_unet": (WeiUNetRecipe, WeiUNetTask)}
