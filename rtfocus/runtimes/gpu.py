@@ -10,11 +10,10 @@ two at once.
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from math import ceil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -340,43 +339,34 @@ _TENSORRT = "rtfocus.runtimes.tensorrt.engine"
 _TORCH = "rtfocus.runtimes.torch_engine"
 
 
-def _why_no_tensorrt(name: str, device: Gpu | None) -> str | None:
-    why: str | None = import_module(_TENSORRT).why_unavailable(name, device)
-    return why
+def _late(module: str, function: str, *first: str) -> Callable[..., Any]:
+    """Return a function of a runtime, which is imported when it is called."""
 
+    def call(*arguments: object) -> object:
+        return getattr(import_module(module), function)(*first, *arguments)
 
-def _open_tensorrt(name: str, request: GpuRequest, device: Gpu) -> GpuEngine:
-    engine: GpuEngine = import_module(_TENSORRT).open_engine(name, request, device)
-    return engine
+    return call
 
 
 def _why_no_torch(device: Gpu | None) -> str | None:
     try:
-        module = import_module(_TORCH)
+        why: str | None = _late(_TORCH, "why_unavailable")(device)
     except ImportError as error:
         return f"torch-cuda cannot be imported ({error}); pip install torch onnx"
-    why: str | None = module.why_unavailable(device)
     return why
-
-
-def _open_torch(request: GpuRequest, device: Gpu) -> GpuEngine:
-    engine: GpuEngine = import_module(_TORCH).open_engine(request, device)
-    return engine
 
 
 # ORDER MATTERS for "auto": tuned on the card first, the second opinion last.
 GPU_BACKENDS: tuple[GpuBackend, ...] = (
-    GpuBackend(
-        "tensorrt",
-        partial(_why_no_tensorrt, "tensorrt"),
-        partial(_open_tensorrt, "tensorrt"),
+    *(
+        GpuBackend(
+            name,
+            _late(_TENSORRT, "why_unavailable", name),
+            _late(_TENSORRT, "open_engine", name),
+        )
+        for name in ("tensorrt", "tensorrt_rtx")
     ),
-    GpuBackend(
-        "tensorrt_rtx",
-        partial(_why_no_tensorrt, "tensorrt_rtx"),
-        partial(_open_tensorrt, "tensorrt_rtx"),
-    ),
-    GpuBackend("torch-cuda", _why_no_torch, _open_torch),
+    GpuBackend("torch-cuda", _why_no_torch, _late(_TORCH, "open_engine")),
 )
 
 

@@ -12,7 +12,7 @@ the work space in the second-level cache of a large GPU.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,63 @@ class LevelTransfers:
         """Enqueue writing the PSF of a level into an image, its centre the origin."""
         psf = self._psfs[level]
         work.launch("place_psf", image.count, psf, *psf.shape, *image.shape, image)
+
+    def iterate(
+        self,
+        work: Work,
+        transfer: DeviceArray,
+        steps: Sequence[float],
+        *,
+        seen: DeviceArray,
+        estimate: DeviceArray,
+        blurred: DeviceArray,
+        spectrum: DeviceArray,
+        highest: DeviceArray,
+    ) -> None:
+        """Enqueue Richardson-Lucy of an image, or of several at once.
+
+        Parameters
+        ----------
+        work
+            Stream.
+        transfer
+            That all of them were blurred by.
+        steps
+            How many matched iterations each iteration stands for.
+        seen, estimate
+            The images, and the result.
+        blurred, spectrum
+            Work space for the images and their half spectra.
+        highest
+            The brightest pixel.
+        """
+        work.copy(estimate, seen)
+        for step in steps:
+            self.project(work, transfer, estimate, spectrum, blurred)
+            positive_ratio(work, seen, blurred, highest)
+            self.project(work, transfer, blurred, spectrum, blurred, step)
+            positive_update(work, estimate, blurred)
+
+    def project(
+        self,
+        work: Work,
+        transfer: DeviceArray,
+        images: DeviceArray | None,
+        spectrum: DeviceArray,
+        out: DeviceArray,
+        steps: float = 0.0,
+    ) -> None:
+        """Enqueue images -> blurred, or projected back by so many matched steps.
+
+        `images` None: `spectrum` is theirs already.
+        """
+        if images is not None:
+            self.transforms.forward(work, images, spectrum)
+        bins = transfer.count
+        rows = spectrum.count // bins
+        scale = rows / out.count
+        work.launch("project", bins, spectrum, transfer, bins, steps, scale, rows=rows)
+        self.transforms.inverse(work, spectrum, out)
 
     def _make(
         self, work: Work, level: int, image: DeviceArray, transfer: DeviceArray
@@ -286,17 +343,16 @@ class RichardsonLucyDeconvolution(Deconvolution):
         transfer = self._transfers.enqueue(work, level, out)
         spectrum = self._spectra[0].shaped(transfer.shape)
         blurred = self._images[0].shaped(padded.shape)
-        scale, bins = 1 / padded.count, spectrum.count
-        work.copy(out, padded)
-        for steps in self._steps[level]:
-            self._transforms.forward(work, out, spectrum)
-            work.launch("project", bins, spectrum, transfer, bins, 1.0, scale)
-            self._transforms.inverse(work, spectrum, blurred)
-            positive_ratio(work, padded, blurred, self._light.highest)
-            self._transforms.forward(work, blurred, spectrum)
-            work.launch("back_project", bins, spectrum, transfer, bins, steps, scale)
-            self._transforms.inverse(work, spectrum, blurred)
-            positive_update(work, out, blurred)
+        self._transfers.iterate(
+            work,
+            transfer,
+            self._steps[level],
+            seen=padded,
+            estimate=out,
+            blurred=blurred,
+            spectrum=spectrum,
+            highest=self._light.highest,
+        )
 
 
 def positive_ratio(
@@ -373,11 +429,7 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
     ) -> None:
         """Write to `blurred` what image or kernel is to be multiplied by."""
         seen, transfer, product = spectra
-        bins, scale = product.count, 1 / padded.count
         work.copy(product, seen)
-        work.launch("project", bins, product, transfer, bins, 1.0, scale)
-        self._transforms.inverse(work, product, blurred)
+        self._transfers.project(work, transfer, None, product, blurred)
         positive_ratio(work, padded, blurred, self._light.highest)
-        self._transforms.forward(work, blurred, product)
-        work.launch("project", bins, product, back, bins, -1.0, scale)
-        self._transforms.inverse(work, product, blurred)
+        self._transfers.project(work, back, blurred, product, blurred, 1.0)

@@ -14,11 +14,7 @@ from rtfocus.engines.card import EngineCard, input_of
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.gpu.classifier import BoundNetwork, InFlight, Part
-from rtfocus.processing.gpu.deconvolution import (
-    LevelTransfers,
-    positive_ratio,
-    positive_update,
-)
+from rtfocus.processing.gpu.deconvolution import LevelTransfers
 from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
 from rtfocus.processing.gpu.network_restorer import batch_shapes, output_of
 from rtfocus.processing.gpu.preparation import Percentiles
@@ -153,12 +149,16 @@ class PatchRestorer(_Patches):
             rows=self._batch,
         )
         self._light.enqueue(work, self._patches)
-        work.copy(self._estimate, self._patches)
-        for _ in range(self._iterations):
-            self._project(work, self._estimate, transfer, 1.0)
-            positive_ratio(work, self._patches, self._blurred, self._light.highest)
-            self._project(work, self._blurred, transfer, -1.0)
-            positive_update(work, self._estimate, self._blurred)
+        self._transfers.iterate(
+            work,
+            transfer,
+            [1.0] * self._iterations,
+            seen=self._patches,
+            estimate=self._estimate,
+            blurred=self._blurred,
+            spectrum=self._spectrum,
+            highest=self._light.highest,
+        )
         work.launch(
             "join_patches",
             self._frame.height * self._frame.width,
@@ -176,16 +176,6 @@ class PatchRestorer(_Patches):
             *self._blending.tables,
             frame.out,
         )
-
-    def _project(
-        self, work: Work, images: DeviceArray, transfer: DeviceArray, turn: float
-    ) -> None:
-        """Enqueue images -> blurred by the transfer function or its conjugate."""
-        self._transfers.transforms.forward(work, images, self._spectrum)
-        scale, bins = 1 / (self._shape[0] * self._shape[1]), transfer.count
-        spectrum, rows = self._spectrum, self._batch
-        work.launch("project", bins, spectrum, transfer, bins, turn, scale, rows=rows)
-        self._transfers.transforms.inverse(work, spectrum, self._blurred)
 
 
 def _on_grid(axis: list[slice], step: int) -> NDArray[np.void]:

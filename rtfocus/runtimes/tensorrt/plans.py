@@ -54,15 +54,13 @@ class PlanKey:
     workspace_bytes: int | None
 
     @classmethod
-    def of(
-        cls, request: GpuRequest, *, library: str, release: str, gpu: str
-    ) -> "PlanKey":
+    def of(cls, library: TensorRt, request: GpuRequest, gpu: str) -> "PlanKey":
         """Return the key of a request's plan, built by a library for a GPU."""
         return cls(
             engine=request.name,
             precision=request.precision,
-            library=library,
-            release=release,
+            library=library.name,
+            release=library.release,
             gpu=gpu,
             weights_sha256=request.weights_sha256,
             inputs=dict(request.inputs),
@@ -243,7 +241,8 @@ def built_ahead(
     """Return the plan of TensorRT for RTX that was built for this card by name."""
     if not library.is_rtx:
         return None
-    key = _key(library, request, PlanTarget.named(device.compute_capability))
+    target = PlanTarget.named(device.compute_capability)
+    key = PlanKey.of(library, request, target.gpu)
     found = cache.find(key)
     return None if found is None else ReadyPlan(found, key, None)
 
@@ -292,7 +291,7 @@ def ready_plan(
         If it cannot be built.
     """
     cache = cache or PlanCache()
-    key = _key(library, request, target)
+    key = PlanKey.of(library, request, target.gpu)
     found = None if rebuild else cache.find(key)
     if found is not None:
         return ReadyPlan(found, key, None)
@@ -311,12 +310,6 @@ def ready_plan(
     plan = build_plan(library, request, target.capabilities, progress)
     cache.keep(key, plan)
     return ReadyPlan(plan, key, time.monotonic() - start)
-
-
-def _key(library: TensorRt, request: GpuRequest, target: PlanTarget) -> PlanKey:
-    return PlanKey.of(
-        request, library=library.name, release=library.release, gpu=target.gpu
-    )
 
 
 def _text(capability: Sequence[int]) -> str:

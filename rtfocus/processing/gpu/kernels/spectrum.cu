@@ -220,26 +220,16 @@ extern "C" __global__ void wiener_apply(
   multiply(spectrum, i, real * factor, imaginary * factor, filtered);
 }
 
-// One thread per bin, a row of blocks per image: spectrum *= transfer * scale; `turn` -1
-// conjugates it.
+// One thread per bin, a row of blocks per image: spectrum *= transfer * scale; of `steps`
+// above 0 the back projector instead, which does the work of so many matched ones.
 extern "C" __global__ void project(
-    float* spectrum, const float* transfer, int bins, float turn, float scale) {
-  int i = element();
-  if (i >= bins) return;
-  spectrum += 2LL * bins * blockIdx.y;
-  float real = transfer[2 * i] * scale, imaginary = transfer[2 * i + 1] * scale;
-  multiply(spectrum, i, real, imaginary * turn, spectrum);
-}
-
-// One thread per bin, a row of blocks per image: spectrum *= B * scale, B the back
-// projector that does the work of `steps` matched ones; 1: the matched one.
-extern "C" __global__ void back_project(
     float* spectrum, const float* transfer, int bins, float steps, float scale) {
   int i = element();
   if (i >= bins) return;
   spectrum += 2LL * bins * blockIdx.y;
-  float real = transfer[2 * i], imaginary = -transfer[2 * i + 1];
-  if (steps != 1.0f) {
+  float real = transfer[2 * i], imaginary = transfer[2 * i + 1];
+  if (steps > 0.0f) imaginary = -imaginary;
+  if (steps > 0.0f && steps != 1.0f) {
     float power = real * real + imaginary * imaginary;
     power = fminf(fmaxf(power, 1e-6f), 1.0f);
     scale *= -expm1f(steps * log1pf(-power)) / power;
