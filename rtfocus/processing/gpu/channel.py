@@ -12,11 +12,7 @@ from rtfocus.engines.card import input_of
 from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
-from rtfocus.processing.channel_plan import (
-    ChannelPlan,
-    ClassifierPlan,
-    RestorationPlan,
-)
+from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan, RestorationPlan
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.gpu.classifier import FrameClassifier
 from rtfocus.processing.gpu.cuda.driver import CudaTransforms
@@ -52,13 +48,7 @@ from rtfocus.processing.restore import (
     patch_shape,
 )
 from rtfocus.processing.windows import FrameTiles
-from rtfocus.runtimes.gpu import (
-    Gpu,
-    GpuEngine,
-    gpu_request,
-    open_network,
-    runs_on,
-)
+from rtfocus.runtimes.gpu import Gpu, GpuEngine, gpu_request, open_network, runs_on
 
 
 @dataclass(frozen=True, slots=True)

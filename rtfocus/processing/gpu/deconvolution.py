@@ -115,22 +115,10 @@ class LevelTransfers:
         spectrum: DeviceArray,
         highest: DeviceArray,
     ) -> None:
-        """Enqueue Richardson-Lucy of an image, or of several at once.
+        """Enqueue Richardson-Lucy: what is `seen`, one image or several -> `estimate`.
 
-        Parameters
-        ----------
-        work
-            Stream.
-        transfer
-            That all of them were blurred by.
-        steps
-            How many matched iterations each iteration stands for.
-        seen, estimate
-            The images, and the result.
-        blurred, spectrum
-            Work space for the images and their half spectra.
-        highest
-            The brightest pixel.
+        Each iteration stands for so many matched `steps`; `blurred` and `spectrum` are
+        work space, `highest` the brightest pixel.
         """
         work.copy(estimate, seen)
         for step in steps:
@@ -183,11 +171,7 @@ class Deconvolution(ABC):
     """Whether it is handed the signal without negative values."""
 
     def __init__(
-        self,
-        transfers: LevelTransfers,
-        *,
-        spectra: int = 1,
-        images: int = 1,
+        self, transfers: LevelTransfers, *, spectra: int = 1, images: int = 1
     ) -> None:
         memory, largest = transfers.memory, transfers.largest
         self._transforms = transfers.transforms
@@ -324,11 +308,7 @@ class RichardsonLucyDeconvolution(Deconvolution):
     """
 
     def __init__(
-        self,
-        transfers: LevelTransfers,
-        *,
-        method: str,
-        iterations: int | None,
+        self, transfers: LevelTransfers, *, method: str, iterations: int | None
     ) -> None:
         super().__init__(transfers)
         self._steps = {
@@ -384,12 +364,7 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
         Rounds of kernel and image; None: 8.
     """
 
-    def __init__(
-        self,
-        transfers: LevelTransfers,
-        *,
-        iterations: int | None,
-    ) -> None:
+    def __init__(self, transfers: LevelTransfers, *, iterations: int | None) -> None:
         super().__init__(transfers, spectra=3, images=2)
         self._rounds = iterations or BLIND_ITERATIONS
         self._kernel_light = Light(transfers.memory)

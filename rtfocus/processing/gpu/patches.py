@@ -19,13 +19,7 @@ from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
 from rtfocus.processing.gpu.network_restorer import batch_shapes, output_of
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import Light
-from rtfocus.processing.gpu.work import (
-    BLOCK,
-    SPAN,
-    DeviceArray,
-    FrameShape,
-    Work,
-)
+from rtfocus.processing.gpu.work import BLOCK, SPAN, DeviceArray, FrameShape, Work
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import TAPER_PX
 from rtfocus.runtimes.gpu import GpuEngine

@@ -273,9 +273,6 @@ class Percentiles:
             )
 
 
-# As in kernels/common.cu.
-
-
 class Correction:
     """Corrects frames of one shape, as its like on the CPU.
 

@@ -290,12 +290,7 @@ class Light:
     def enqueue(self, work: Work, image: DeviceArray) -> None:
         """Measure an image."""
         work.launch(
-            "light_parts",
-            PARTS * BLOCK,
-            image,
-            image.count,
-            self._sums,
-            self._maxima,
+            "light_parts", PARTS * BLOCK, image, image.count, self._sums, self._maxima
         )
         work.launch(
             "light", BLOCK, self._sums, self._maxima, PARTS, self.sum, self.highest

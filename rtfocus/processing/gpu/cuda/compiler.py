@@ -159,13 +159,7 @@ _FIRST = "common.cu"
 
 _KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
 # Codes of `struct`; the layout of a launch's arguments is that of a C struct.
-_CODES = {
-    "int": "i",
-    "unsigned": "I",
-    "float": "f",
-    "double": "d",
-    "long long": "q",
-}
+_CODES = {"int": "i", "unsigned": "I", "float": "f", "double": "d", "long long": "q"}
 
 
 @cache

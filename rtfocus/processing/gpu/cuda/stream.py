@@ -23,7 +23,7 @@ from rtfocus.processing.gpu.cuda.driver import (
     load_driver_library,
     translated,
 )
-from rtfocus.processing.gpu.work import Argument, DeviceArray, Work
+from rtfocus.processing.gpu.work import BLOCK, Argument, DeviceArray, Work
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,6 @@ def _unregister(address: int) -> None:
             load_driver_library().cuMemHostUnregister(ctypes.c_void_p(address))
 
 
-BLOCK = 256
 _NON_BLOCKING = 1
 
 
