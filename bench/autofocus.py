@@ -117,9 +117,11 @@ def ours(
 ) -> Verdict:
     """Run our search."""
     unit = reader.comparison.unit_um
+    # As `rtfocus.autofocus.plans.move_rule`: without a calibration there may be play.
+    approach, overshoot_um = (0, 0.0) if calibrated else (1, unit)
     search = FocusSearch(
         reader.comparison,
-        MoveRule(limits, deadband_um=0.1 * unit, most_um=12 * unit),
+        MoveRule(limits, 0.1 * unit, 12 * unit, approach, overshoot_um),
         SearchRule(verify=not calibrated),
     )
     return run_search(
@@ -174,8 +176,15 @@ CASES = (
 )
 
 
-def spoil(case: str, scene: Scene, stage: Stage, told: OpticalSystem) -> None:
-    """Make a run one of `CASES`."""
+def spoil(
+    case: str,
+    scene: Scene,
+    stage: Stage,
+    told: OpticalSystem,
+    *,
+    backlash: float = 0.3,
+) -> None:
+    """Make a run one of `CASES`; `backlash` in depths of field."""
     if case == "blank":
         scene.sharp = np.full_like(scene.sharp, 0.02)
     elif case == "saturated":
@@ -189,7 +198,7 @@ def spoil(case: str, scene: Scene, stage: Stage, told: OpticalSystem) -> None:
     elif case in ("stuck", "reversed", "late"):
         stage.fault = case
     elif case == "backlash":
-        stage.backlash_um = 0.3 * told.defocus_unit_um
+        stage.backlash_um = backlash * told.defocus_unit_um
     elif case == "beyond":
         side = np.sign(scene.focus_um - stage.z_um)
         scene.focus_um += float(side) * 15 * told.defocus_unit_um
@@ -227,7 +236,7 @@ def _measured(
 ) -> Outcome:
     scene, stage, limits, kind = make(run, given.seed, told)
     unit = told.defocus_unit_um
-    spoil(given.case, scene, stage, told)
+    spoil(given.case, scene, stage, told, backlash=given.backlash)
     begun = (scene.focus_um - stage.z_um) / unit
     found = Outcome(method, begun, 0.0, False, "", 0, 0, False, kind, run)
     verdict: Verdict | RivalVerdict
@@ -343,6 +352,7 @@ def main() -> None:
     parser.add_argument(
         "--uncalibrated", action="store_true", help="check every answer on both sides"
     )
+    parser.add_argument("--backlash", type=float, default=0.3, help="depths of field")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--resume", type=Path, help="file of runs: go on where it ends")
     parser.add_argument("--list", action="store_true", help="print runs that missed")

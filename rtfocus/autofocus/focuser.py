@@ -23,6 +23,7 @@ from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import PlaneComparison, load_calibration
 from rtfocus.autofocus.plans import (
     direction_of,
+    is_calibrated,
     limits_at,
     move_rule,
     search_rule,
@@ -201,7 +202,7 @@ class Focuser:
         direction = self.direction()
         if (channel, direction) not in self._comparisons:
             self._comparisons[channel, direction] = PlaneComparison(
-                self.optics_of(channel), direction, fine=self._is_trusted()
+                self.optics_of(channel), direction, fine=is_calibrated(self.config)
             )
         return self._comparisons[channel, direction]
 
@@ -309,16 +310,10 @@ class Focuser:
         return FocusSearch(
             comparison,
             self.move_rule(comparison.unit_um, limits),
-            search_rule(self.config, direction, trusted=self._is_trusted()),
+            search_rule(self.config, direction, trusted=is_calibrated(self.config)),
             direction=direction,
             prior=self._prior(key, comparison.unit_um),
         )
-
-    def _is_trusted(self) -> bool:
-        """Tell whether a calibration says that the optics can be relied on."""
-        if self.config.calibration is None:
-            return False
-        return load_calibration(self.config.calibration).trusted
 
     def _prior(self, key: Key, unit_um: float) -> Belief:
         """Return where focus was at this place before, loosely; empty: not known."""

@@ -66,6 +66,19 @@ def with_measured_backlash(config: AutofocusConfig) -> AutofocusConfig:
     return config.model_copy(update={"approach": approach, "backlash_um": overshoot_um})
 
 
+def is_calibrated(config: AutofocusConfig) -> bool:
+    """Tell whether a calibration says that the optics can be relied on.
+
+    Raises
+    ------
+    ConfigError
+        If the calibration cannot be read.
+    """
+    if config.calibration is None:
+        return False
+    return load_calibration(config.calibration).trusted
+
+
 def against_unknown_backlash(
     config: AutofocusConfig, unit_um: float
 ) -> AutofocusConfig:
@@ -81,7 +94,13 @@ def against_unknown_backlash(
 
 
 def move_rule(config: AutofocusConfig, limits: Limits, unit_um: float) -> MoveRule:
-    """Return how the stage may be moved; `unit_um` is the depth of field."""
+    """Return how the stage may be moved; `unit_um` is the depth of field.
+
+    Where neither the user nor a calibration says anything of backlash, there may be.
+    """
+    told = "backlash_um" in config.model_fields_set
+    if not told and not is_calibrated(config):
+        config = against_unknown_backlash(config, unit_um)
     return MoveRule(
         limits=limits,
         deadband_um=config.deadband * unit_um,

@@ -146,11 +146,12 @@ class AutofocusConfig(Section):
     safe_side: Literal["auto", "down", "up"] = "auto"
     """Where the objective cannot touch the specimen; ``auto``: away from it."""
     approach: Literal["either", "up", "down"] = "either"
-    """Direction of every last move, against backlash; ``either``: up where the
-    calibration measured backlash."""
+    """Direction of every last move, against backlash; ``either``: up where a
+    calibration measured backlash, or nothing is known of it."""
     backlash_um: Annotated[float, Field(ge=0, lt=inf)] = 0.0
     """How far to overshoot in order to arrive in the direction of `approach`; 0: half
-    as far again as the calibration measured."""
+    as far again as the calibration measured. Not given, and no calibration that can be
+    trusted: a depth of field."""
     calibration: Path | None = None
     """File of ``rtfocus calibrate``; None: answers are checked by one more image."""
     focus_channel: str | None = None

@@ -3,6 +3,8 @@
 Images are ring amplitudes computed by the optics; no network takes part.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,12 +15,15 @@ from rtfocus.autofocus.appearance import (
     modulation_table,
     sharpness,
 )
+from rtfocus.autofocus.calibration import Calibration, save_calibration
 from rtfocus.autofocus.evidence import Evidence, Look
 from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.plans import move_rule
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.model import AutofocusConfig
 from rtfocus.frame import FocusReading
 
 OPTICS = OpticalSystem(0.45, 520.0, 0.6, aberrations=Aberrations(spherical_waves=-0.3))
@@ -59,7 +64,11 @@ class World:
             self._waits = z_um
         else:
             gain = {"stuck": 0.0, "reversed": -1.0, "half": 0.5}.get(self._fault, 1.0)
-            self.z_um = self._began + gain * way
+            if self._fault == "play":
+                # As screws do: it moves once the play is used up.
+                self.z_um = min(max(self.z_um, z_um), z_um + 0.6 * UNIT)
+            else:
+                self.z_um = self._began + gain * way
 
     def look(self, _: float) -> FocusReading:
         away = -self.z_um / UNIT
@@ -173,6 +182,31 @@ def test_optics_that_nobody_checked_ask_for_blur_on_both_sides(
     seen = [(step.z_um - verdict.end_um) / UNIT for step in verdict.steps]
     assert min(seen) < -0.2
     assert max(seen) > 0.2
+
+
+def test_play_that_nobody_measured_does_not_move_focus(
+    comparison: PlaneComparison, transfer: Transfer, tmp_path: Path
+) -> None:
+    limits = Limits(-100, 100)
+    rule = move_rule(AutofocusConfig(), limits, UNIT)
+    for start in (2.3, 0.8):
+        world = World(transfer, start, "play")
+        search = FocusSearch(comparison, rule, SearchRule(verify=True))
+        verdict = run_search(search, world, world.look)
+        assert verdict.focused, verdict.reason
+        assert abs(world.z_um) < 0.3 * UNIT
+        # It stands where the stage says, so the next plan that goes there finds it.
+        assert world.z_um == pytest.approx(verdict.end_um, abs=0.01)
+    told = AutofocusConfig(backlash_um=0.0)
+    assert move_rule(told, limits, UNIT).overshoot_um == 0.0
+    calibration = tmp_path / "focus.yaml"
+    for problems, past_um in (([], 0.0), (["not these optics"], UNIT)):
+        found = Calibration(
+            *("DAPI", 0.0, 0.0, 0.01, 1, 1, 0.0, 0.0, 1.0, 20.0, UNIT), problems
+        )
+        save_calibration(calibration, found)
+        given = AutofocusConfig(calibration=calibration)
+        assert move_rule(given, limits, UNIT).overshoot_um == past_um
 
 
 def test_noise_is_no_sharpness_and_no_change() -> None:
