@@ -115,6 +115,10 @@ class Evidence:
             self._drop_lagging()
             self.belief = self._posterior()
 
+    def forget_older(self) -> None:
+        """Let only the newest image count, of what may have moved since the others."""
+        del self.looks[:-1]
+
     def faults(self) -> list[str]:
         """Return what the stage seems to do wrong, in words."""
         found = ["the stage arrives late"] if self.is_late else []

@@ -10,6 +10,7 @@ an absolute position inside the limits, and so is every stop on the way there: b
 two positions inside an interval a stage passes only positions inside it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -137,6 +138,19 @@ class MoveRule:
             return (target,)
         beyond = self.limits.clip(target - self.approach * self.overshoot_um)
         return (target,) if beyond == target else (beyond, target)
+
+
+def path_of(decision: Decision, z_um: float, moves: MoveRule) -> Sequence[float]:
+    """Return the positions to send the stage to for a decision; empty: none."""
+    if isinstance(decision, Move | Probe):
+        way = decision.dz_um
+    elif isinstance(decision, GiveUp):
+        way = decision.back_um
+    else:
+        way = 0.0
+    if way == 0.0 or not moves.limits.holds(z_um):
+        return ()
+    return moves.path(z_um, z_um + way)
 
 
 Floats = NDArray[np.float64]

@@ -24,8 +24,8 @@ from rtfocus.autofocus.policy import (
     MoveRule,
     Probe,
     Stay,
+    path_of,
 )
-from rtfocus.autofocus.search import path_of
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading

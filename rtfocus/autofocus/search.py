@@ -6,7 +6,6 @@ closely, an image from beyond focus does. The image at focus confirms it. Whatev
 comes otherwise ends at the best z that is known, with the reason.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -25,7 +24,7 @@ _BESIDE, _STUCK, _BRACKET = 0.7, 2.0, 0.5
 _MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
 # Refusals of images from far away; steps grow so much while they get sharper.
 _FAR, _GROWTH = ("edge", "blank"), 1.6
-_LEAST_PLACES, _ENOUGH = 3, 5
+_LEAST_PLACES, _ENOUGH, _MOST_RETURNS = 3, 5, 1
 _IN_NOISE = (
     "the images change with z no more than by noise: there is too little to see here; "
     "a longer exposure or another region tells more"
@@ -83,6 +82,8 @@ class FocusSearch:
     _least_way: float = float("inf")
     _back_at: float | None = None
     """The sharpest place, when the search has decided to end there."""
+    _follows: bool = False
+    """What was sharp there no longer is: only images from then on count."""
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
@@ -145,6 +146,8 @@ class FocusSearch:
             return doubt
         if self._back_at is not None:
             return self._returned()
+        if self._follows:
+            return self._top_of_now()
         is_there = not self.belief.is_empty and self._way_um() <= self._near_um()
         if self._is_sure(is_there=is_there):
             return self._arrived() if is_there else self._approach()
@@ -325,16 +328,11 @@ class FocusSearch:
                 f"({100 * unexplained:.0f} % unexplained); check the channel's optics, "
                 "or rtfocus calibrate"
             )
-        if not self.rule.verify:
-            # Near focus, yet not the sharpest place there.
-            back = is_sharper and beside <= _BESIDE * unit
-            top = best.z_um if back else now.z_um
-        else:
-            top = self.evidence.peak_um()
-        if abs(top - now.z_um) > self.moves.deadband_um:
-            self._back_at = top
-            return Move(top - now.z_um)
-        return Stay()
+        if self.rule.verify:
+            return self._end_at(self.evidence.peak_um())
+        # Near focus, yet not the sharpest place there.
+        is_beside = is_sharper and beside <= _BESIDE * unit
+        return self._end_at(best.z_um) if is_beside else Stay()
 
     def _returned(self) -> Decision:
         """Check the image at the place where the search wants to end."""
@@ -345,10 +343,30 @@ class FocusSearch:
         noise = SHARPER**2 if at_best else SHARPER
         if now.sharpness * noise >= best.sharpness:
             return Stay()
-        self._returns += 1
-        if self._returns > 1:
-            return self.give_up("the image did not get as sharp as it was")
-        return Move(best.z_um - now.z_um)
+        if not at_best:
+            self._returns += 1
+            if self._returns <= _MOST_RETURNS:
+                return Move(best.z_um - now.z_um)
+        if self._follows:
+            return self.give_up(
+                "the image did not get as sharp as it was; does the specimen drift?"
+            )
+        # A specimen that drifts has left where it was sharp, the further the longer an
+        # image takes: sharpness is compared among images from now on.
+        self._follows, self._back_at = True, None
+        self.evidence.forget_older()
+        return self._top_of_now()
+
+    def _top_of_now(self) -> Decision:
+        """Look at both sides of the sharpest image since the older were forgotten."""
+        if (beyond := self._unbracketed(self.evidence.best_seen)) is not None:
+            return self._view(beyond)
+        return self._end_at(self.evidence.peak_um())
+
+    def _end_at(self, top_um: float) -> Decision:
+        """Go to a place to end there, if the image is as sharp as was seen."""
+        self._back_at, way = top_um, top_um - self.looks[-1].z_um
+        return Move(way) if abs(way) > self.moves.deadband_um else self._returned()
 
     def _unbracketed(self, best: Look) -> float | None:
         """Return where to look beyond the sharpest image; None: both sides are known.
@@ -381,9 +399,7 @@ class FocusSearch:
         )
         if agrees:
             # A peak of sharpness where focus is believed to be, seen from both sides.
-            self._back_at = best.z_um
-            way = best.z_um - self.looks[-1].z_um
-            return Move(way) if way else Stay()
+            return self._end_at(best.z_um)
         return self._give_up_unsure("no progress")
 
     def _give_up_unsure(self, reason: str) -> GiveUp:
@@ -439,16 +455,3 @@ class FocusSearch:
         self._least_way = min(self._least_way, way)
         self._idle = 0 if closer else self._idle + 1
         return self._idle < self.rule.patience
-
-
-def path_of(decision: Decision, z_um: float, moves: MoveRule) -> Sequence[float]:
-    """Return the positions to send the stage to for a decision; empty: none."""
-    if isinstance(decision, Move | Probe):
-        way = decision.dz_um
-    elif isinstance(decision, GiveUp):
-        way = decision.back_um
-    else:
-        way = 0.0
-    if way == 0.0 or not moves.limits.holds(z_um):
-        return ()
-    return moves.path(z_um, z_um + way)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from rtfocus.autofocus.planes import load_calibration
 from rtfocus.autofocus.plans import with_measured_backlash
 from rtfocus.cli.commands import read_config
 from rtfocus.errors import ExitCode
+from rtfocus.microscope import virtual_devices
 
 UNIT_UM = 0.451 / 0.36**2
 
@@ -62,14 +64,27 @@ def test_focus_out_of_reach_ends_with_its_reason_within_the_limits(
     assert -6 <= float(end[1]) <= 6
 
 
-def test_a_specimen_that_drifts_meanwhile_is_found(config: Path) -> None:
-    drifts = ("--set", "microscope.surface.drift_um_per_min=12")
-    found = re.search(
-        r"focused, z 0\.00 -> ([\d.]+) um",
-        succeeded(command("autofocus", config, *drifts)),
+def test_a_specimen_that_drifts_meanwhile_is_found(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The specimen drifts by the camera's clock: here by images, however long they take.
+    waits: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
+    monkeypatch.setattr(virtual_devices, "time", clock)
+    said = succeeded(
+        command(
+            *("autofocus", config),
+            *("--set", "microscope.surface.drift_um_per_min=12"),
+            # A flat drawing is sharper in focus than optics allow, within 0.5 um of z.
+            *("--set", "microscope.surface.tilt_y_um=2"),
+            *("--set", "microscope.frames_per_s=1"),
+        )
     )
+    found = re.search(r"focused, z 0\.00 -> ([\d.]+) um, (\d+) images", said)
     assert found
-    assert float(found[1]) == pytest.approx(4.0, abs=0.5 * UNIT_UM)
+    seconds = int(found[2]) - 1
+    drifted_um = 12.0 / 60 * seconds
+    assert float(found[1]) == pytest.approx(4.0 + drifted_um, abs=0.5 * UNIT_UM)
 
 
 def test_hold_follows_a_drift(config: Path) -> None:

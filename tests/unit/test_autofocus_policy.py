@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe, Stay
+from rtfocus.autofocus.policy import (
+    GiveUp,
+    Limits,
+    Move,
+    MoveRule,
+    Probe,
+    Stay,
+    path_of,
+)
 from rtfocus.autofocus.run import run_search
-from rtfocus.autofocus.search import FocusSearch, SearchRule, path_of
+from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import FocusReading
 

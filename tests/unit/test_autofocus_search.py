@@ -53,6 +53,10 @@ class World:
         self._waits: float | None = None
         self.z_um = self._said
         self.commands: list[float] = []
+        self.focus_um = 0.0
+        self.jumps: dict[int, float] = {}
+        """By number of image: where focus is from then on, in depths of field."""
+        self._images = 0
 
     def position_um(self) -> float:
         return self._said
@@ -71,7 +75,9 @@ class World:
                 self.z_um = self._began + gain * way
 
     def look(self, _: float) -> FocusReading:
-        away = -self.z_um / UNIT
+        self.focus_um = self.jumps.get(self._images, self.focus_um / UNIT) * UNIT
+        self._images += 1
+        away = (self.focus_um - self.z_um) / UNIT
         if self._waits is not None:
             self.z_um, self._waits = self._waits, None
         # Edges: amplitudes fall with the frequency; specimens have no rings of zero.
@@ -207,6 +213,19 @@ def test_play_that_nobody_measured_does_not_move_focus(
         save_calibration(calibration, found)
         given = AutofocusConfig(calibration=calibration)
         assert move_rule(given, limits, UNIT).overshoot_um == past_um
+
+
+@pytest.mark.parametrize(("image", "jump"), [(3, -0.8), (3, -1.5), (4, -0.8)])
+def test_focus_that_has_moved_since_it_was_seen_is_followed(
+    comparison: PlaneComparison, transfer: Transfer, image: int, jump: float
+) -> None:
+    rule = move_rule(AutofocusConfig(), Limits(-100, 100), UNIT)
+    world = World(transfer, 2.3)
+    world.jumps[image] = jump
+    search = FocusSearch(comparison, rule, SearchRule(verify=True))
+    verdict = run_search(search, world, world.look)
+    assert verdict.focused, verdict.reason
+    assert abs(world.z_um - jump * UNIT) < 0.5 * UNIT
 
 
 def test_noise_is_no_sharpness_and_no_change() -> None:
