@@ -20,7 +20,7 @@ from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.devices import CoreStage, FocusLight, OffsetStage, stopped_live
 from rtfocus.autofocus.hold import Key
-from rtfocus.autofocus.planes import PlaneComparison, load_calibration
+from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.plans import (
     direction_of,
     is_calibrated,

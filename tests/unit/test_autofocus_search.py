@@ -15,9 +15,8 @@ from rtfocus.autofocus.appearance import (
     modulation_table,
     sharpness,
 )
-from rtfocus.autofocus.calibration import Calibration, save_calibration
 from rtfocus.autofocus.evidence import Evidence, Look
-from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.planes import Calibration, PlaneComparison, save_calibration
 from rtfocus.autofocus.plans import move_rule
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict, run_search
