@@ -268,9 +268,8 @@ def fit_psf(
     ConfigError
         If what `kind` needs is not given.
     """
-    named: object = kind
-    if named not in ("beads", "stack", "pairs"):
-        msg = f"kind {named!r} is none; choose 'beads', 'stack' or 'pairs'"
+    if kind not in ("beads", "stack", "pairs"):
+        msg = f"kind {kind!r} is none; choose 'beads', 'stack' or 'pairs'"
         raise ConfigError(msg)
     optics = checked_optics(optics)
     free = {"fit_aperture": fit_aperture, "fit_astigmatism": fit_astigmatism}
@@ -282,10 +281,11 @@ def fit_psf(
         if not isinstance(images, tuple) or not defocus_um:
             msg = "kind 'pairs' needs images=(sharp, defocused) and defocus_um, not 0"
             raise ConfigError(msg)
-        if len(images) != 2:
-            msg = f"images are {len(images)}; kind 'pairs' needs (sharp, defocused)"
-            raise ConfigError(msg)
-        sharp, defocused = (path_given(one, "images") for one in images)
+        try:
+            sharp, defocused = (path_given(one, "images") for one in images)
+        except ValueError as error:
+            msg = f"images are {images!r}; kind 'pairs' needs (sharp, defocused)"
+            raise ConfigError(msg) from error
         pairs = read_pairs(sharp, defocused, most=6)
         return calibrate_from_pairs(
             pairs, optics, nominal_defocus_um=defocus_um, **free

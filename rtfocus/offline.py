@@ -159,6 +159,7 @@ class ImageProcessor:
     ) -> Iterator[FrameResult]:
         slot = self._pool.acquire(timeout_s=0)
         assert slot is not None, "one image at a time, and its slot is given back"
+        ticket: Ticket | None = None
         try:
             slot.prepare(header)[...] = pixels
             ticket = self._processor.submit(slot, unrestored=unrestored)
@@ -168,7 +169,12 @@ class ImageProcessor:
             defocus = result.defocus and self._stated(result.defocus)
             yield replace(result, restored=restored, defocus=defocus)
         finally:
-            self._pool.release(slot)
+            if ticket is None or ticket.result.done():
+                self._pool.release(slot)
+            else:
+                # Interrupted: the processor has the slot still, another image gets
+                # a new one.
+                self._started = None
 
     def _stated(self, found: DefocusMap) -> DefocusMap:
         """Say beside each tile's defocus how far off it may be."""

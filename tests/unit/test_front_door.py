@@ -13,6 +13,7 @@ import pytest
 import rtfocus
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config
+from rtfocus.frame import SlotPool
 
 STUB = Path(rtfocus.__file__).with_suffix(".pyi")
 OPTICS = rtfocus.Optics(0.5, wavelength_nm=520, pixel_size_um=0.65)
@@ -233,3 +234,26 @@ def test_threads_that_share_a_processor_get_their_own_image():
         with ThreadPoolExecutor(6) as pool:
             means = list(pool.map(mean_of, levels))
     assert np.allclose(means, levels, rtol=0.01)
+
+
+def test_an_interrupted_image_keeps_its_slot_until_it_is_done(monkeypatch):
+    image = np.random.default_rng(5).integers(0, 4000, (256, 256)).astype("u2")
+    release, tickets, released = SlotPool.release, [], []
+
+    def interrupted(ticket):
+        tickets.append(ticket)
+        raise KeyboardInterrupt
+
+    def noted(pool, slot):
+        released.append(not tickets or tickets[-1].result.done())
+        release(pool, slot)
+
+    with rtfocus.ImageProcessor(rtfocus.load_config("demo"), OPTICS) as processor:
+        expected = processor.restore(image).restored
+        with monkeypatch.context() as patch:
+            patch.setattr("rtfocus.offline._result_of", interrupted)
+            patch.setattr(SlotPool, "release", noted)
+            with pytest.raises(KeyboardInterrupt):
+                processor.restore(image)
+        assert all(released)
+        assert np.array_equal(processor.restore(image).restored, expected)
