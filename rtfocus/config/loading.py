@@ -101,6 +101,8 @@ class _UniqueKeys(yaml.SafeLoader):
     ) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
+            # `on` is a word here: YAML 1.1 reads a key of that name as true.
+            key.tag = key.tag.replace("2002:bool", "2002:str")
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name in seen and name != "<<":
                 problem = f"'{name}' is given twice; keep one"
@@ -163,7 +165,7 @@ def find_config(name: str) -> Path:
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML config and apply ``section.key=value`` overrides.
 
-    Relative paths inside the file are resolved against the file's folder.
+    Relative paths begin at the file's folder; those of overrides where one works.
 
     Parameters
     ----------
@@ -195,16 +197,13 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         kind = type(data).__name__
         msg = f"config '{path}' must be a mapping of sections, got {kind}"
         raise ConfigError(msg)
-    for override in overrides:
-        _apply_override(data, override)
-    config = parse_config(data, origin=str(path), folder=path.parent)
-    return config.read_from(path)
+    typed = [_apply_override(data, override) for override in overrides]
+    config = parse_config(data, origin=str(path))
+    return _resolve_paths(config, path.parent, typed).read_from(path)
 
 
-def parse_config(
-    data: Mapping[str, Any], *, origin: str = "config", folder: Path | None = None
-) -> Config:
-    """Validate a mapping; `folder` is what relative paths are resolved against.
+def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
+    """Validate a mapping; relative paths stay as they are.
 
     Raises
     ------
@@ -212,16 +211,15 @@ def parse_config(
         As `load_config`.
     """
     try:
-        config = Config.model_validate(data)
+        return Config.model_validate(data)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         msg = f"{origin}: " + "; ".join(lines)
         raise ConfigError(msg) from error
-    return config if folder is None else _resolve_paths(config, folder)
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one ``a.b.c=value``; the value is read as YAML."""
+def _apply_override(data: dict[str, Any], override: str) -> list[str]:
+    """Set one ``a.b.c=value`` and return the key; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals:
         msg = f"--set '{override}' is not of the form section.key=value"
@@ -245,6 +243,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     else:
         msg = f"--set '{override}': '{'.'.join(parents)}' is a value, not a section"
         raise ConfigError(msg)
+    return [*parents, last]
 
 
 def _child(node: Any, name: str, override: str) -> Any:
@@ -340,21 +339,22 @@ def _models(annotation: Any) -> list[Any]:
     return [model for part in inner for model in _models(part)]
 
 
-def _resolve_paths(section: Any, folder: Path) -> Any:
+def _resolve_paths(
+    section: Any, folder: Path, typed: Sequence[list[str]] = (), *at: str
+) -> Any:
     """Make input paths absolute; `run.folder` stays relative to where one works."""
-    updates: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel) and name != "run":
-            updates[name] = _resolve_paths(value, folder)
-        elif isinstance(value, Path) and name != "folder":
-            updates[name] = _resolve(value, folder)
-        elif isinstance(value, list):
-            updates[name] = [
-                _resolve(item, folder) if isinstance(item, Path) else item
-                for item in value
-            ]
-    return section.model_copy(update=updates)
+    if isinstance(section, Path):
+        is_typed = any(list(at[: len(key)]) == key for key in typed)
+        return _resolve(section, Path.cwd() if is_typed else folder)
+    if isinstance(section, list):
+        numbered = enumerate(section)
+        return [_resolve_paths(one, folder, typed, *at, str(n)) for n, one in numbered]
+    if not isinstance(section, BaseModel):
+        return section
+    names = type(section).model_fields.keys() - {"run", "folder"}
+    found = {n: getattr(section, n) for n in names}
+    resolved = {n: _resolve_paths(v, folder, typed, *at, n) for n, v in found.items()}
+    return section.model_copy(update=resolved)
 
 
 def _resolve(path: Path, folder: Path) -> Path:

@@ -120,6 +120,18 @@ def test_input_paths_are_relative_to_the_file_and_run_folder_is_not(
     assert config.microscope.source == "replay"
     assert config.microscope.path == (tmp_path / "stack.tif").resolve()
     assert config.camera.flat_field == (tmp_path / "flat.tif").resolve()
+    # What is typed is meant from where one works, as every other path of a command.
+    typed = load_config(path, ["microscope.path=other.tif"])
+    assert typed.microscope.source == "replay"
+    assert typed.microscope.path == Path("other.tif").resolve()
+    assert typed.camera.flat_field == config.camera.flat_field
+
+
+def test_the_key_on_is_a_word_and_no_truth_value(tmp_path: Path) -> None:
+    path = tmp_path / "alarm.yaml"
+    path.write_text("alarm: {on: [disk, end], sound: on}", "utf-8")
+    alarm = load_config(path).alarm
+    assert (list(alarm.on), alarm.sound) == (["disk", "end"], True)
 
 
 def test_channels_fall_back_to_default() -> None:
