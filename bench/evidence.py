@@ -94,7 +94,7 @@ def keep(path: Path, frames: Sequence[Restored]) -> None:
     """Write frames to a file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{number} {name}": np.asarray(getattr(one, name))
         for number, one in enumerate(frames)
         for name in Restored.__slots__

@@ -65,8 +65,11 @@ def framed(
     kind: str, tiles: NDArray[np.float64], *, in_focus: bool = False
 ) -> Restored:
     rng = np.random.default_rng(1)
-    blocks = rng.random((3, 2, 4), np.float32)
-    return Restored(kind, in_focus, *blocks, rng.random((25, 2, 4)), 7.5, tiles)
+    before, common, correction = rng.random((3, 2, 4), np.float32)
+    measured = rng.random((25, 2, 4), np.float32)
+    return Restored(
+        kind, in_focus, before, common, correction, measured, 7.5, tiles=tiles
+    )
 
 
 def test_rounds_of_evidence_come_back_from_their_file(tmp_path: Path) -> None:
