@@ -13,11 +13,14 @@ from rtfocus.engines.card import read_card, verified_file
 from rtfocus.files import resource_folder
 from rtfocus.training.api import export_engine, trained
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
+from rtfocus.training.networks.blind_restorers import (
+    MultiScaleRecipe,
+    MultiScaleSection,
+)
 from rtfocus.training.networks.learned_wiener import (
     LearnedWienerRecipe,
     LearnedWienerSection,
 )
-from rtfocus.training.networks.multiscale import MultiScaleRecipe, MultiScaleSection
 from rtfocus.training.recipe import (
     OptimiserRecipe,
     PairsRecipe,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from rtfocus.training.layers import charbonnier, scales_loss
-from rtfocus.training.networks.multiscale import (
+from rtfocus.training.networks.blind_restorers import (
     MULTIPLE_PX,
     MultiScale,
     image_pyramid,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rtfocus.training.networks.rrdb import (
+from rtfocus.training.networks.blind_restorers import (
     ResidualDenseBlock,
     ResidualInResidualBlock,
     RrdbNet,

@@ -15,14 +15,14 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
 from rtfocus.training.kernel_pairs import KernelPairs, gaussian_kernels
-from rtfocus.training.networks.comi import ComiTask
-from rtfocus.training.networks.comi_networks import ComiRecipe, ComiSection, LossSection
-from rtfocus.training.networks.rrdb import (
+from rtfocus.training.networks.blind_restorers import (
     KernelsSection,
     RrdbRecipe,
     RrdbSection,
     RrdbTask,
 )
+from rtfocus.training.networks.comi import ComiTask
+from rtfocus.training.networks.comi_networks import ComiRecipe, ComiSection, LossSection
 from rtfocus.training.onnx_forms import write_onnx
 from rtfocus.training.recipe import (
     OptimiserRecipe,

@@ -6,7 +6,7 @@ import torch
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.training.feed import mean_state, save_checkpoint
-from rtfocus.training.networks.rrdb import RrdbRecipe
+from rtfocus.training.networks.blind_restorers import RrdbRecipe
 from rtfocus.training.recipe import PairsRecipe
 
 RECIPE = RrdbRecipe(pairs=PairsRecipe(reference=OpticalSystem(0.36, 451.0, 0.65)))
