@@ -238,16 +238,11 @@ class FocusActions(MDAEngine):
         # A place that nobody has seen is likely to lie on the plate's surface.
         key = key_of(event)
         if key not in self._corrections:
-            known = self._heights(event)
-            self._corrections[key] = (
-                surface_at(
-                    [(site.x_um, site.y_um, site.off_um) for site in known],
-                    event.x_pos,
-                    event.y_pos,
-                )
-                if known
-                else self._found_um(event)
-            )
+            known = [(s.x_um, s.y_um, s.off_um) for s in self._heights(event)]
+            if known:
+                self._corrections[key] = surface_at(known, event.x_pos, event.y_pos)
+            else:
+                self._corrections[key] = self._found_um(event)
         super().setup_event(event)
 
     def _heights(self, event: useq.MDAEvent) -> list[Site]:
@@ -406,14 +401,10 @@ class FocusActions(MDAEngine):
             if target_um == event.z_pos:
                 raise
             # The plan itself would have gone well: the others of its images do.
-            device, planned_um = core.getFocusDevice(), event.z_pos
             core_logger.warning(
                 "Failed to set Z position: '%s' does not go to %g um, planned as %g um "
                 "and corrected by autofocus. %s",
-                device,
-                target_um,
-                planned_um,
-                error,
+                *(core.getFocusDevice(), target_um, event.z_pos, error),
             )
             raise SkipEvent(num_frames=images_of(event)) from error
 

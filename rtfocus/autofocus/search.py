@@ -87,13 +87,8 @@ class FocusSearch:
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
-        self.evidence = Evidence(
-            self.comparison,
-            self.direction,
-            self.rule.trust_sign,
-            self.prior,
-            calibrated=not self.rule.verify,
-        )
+        told = self.comparison, self.direction, self.rule.trust_sign, self.prior
+        self.evidence = Evidence(*told, calibrated=not self.rule.verify)
 
     def observe(self, z_um: float, reading: FocusReading) -> None:
         """Take in one image."""

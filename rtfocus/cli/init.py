@@ -49,8 +49,7 @@ def doctor() -> None:
 
     [bold]Example:[/] rtfocus doctor
     """
-    console = Console()
-    missing = False
+    console, missing = Console(), False
     for finding in _findings():
         if finding.remedy is None:
             mark = "[green]ok[/]      "
@@ -62,9 +61,8 @@ def doctor() -> None:
         text = f"{mark}  [bold]{escape(finding.topic)}[/]: {escape(finding.found)}"
         console.print(text, soft_wrap=True, highlight=False)
         if finding.remedy and finding.remedy != "see there":
-            console.print(
-                f"{'':10}{escape(finding.remedy)}", soft_wrap=True, highlight=False
-            )
+            remedy = f"{'':10}{escape(finding.remedy)}"
+            console.print(remedy, soft_wrap=True, highlight=False)
     raise typer.Exit(int(missing))
 
 
@@ -109,12 +107,10 @@ def _gpu() -> Iterator[Finding]:
     except EngineError as error:
         yield Finding("gpu", str(error), "see there", needed=False)
     for device in devices:
-        major, minor = device.compute_capability
-        yield Finding(
-            f"gpu {device.gpu_index}",
-            f"{device.name}, compute capability {major}.{minor}, "
-            f"{device.memory_bytes / 1e9:.0f} GB",
-        )
+        capability = ".".join(map(str, device.compute_capability))
+        said = f"{device.name}, compute capability {capability}, "
+        said += f"{device.memory_bytes / 1e9:.0f} GB"
+        yield Finding(f"gpu {device.gpu_index}", said)
     first = next(iter(devices), None)
     for backend in GPU_BACKENDS:
         why_not = backend.why_unavailable(first)
@@ -128,11 +124,11 @@ def _gpu() -> Iterator[Finding]:
 
 def _shipped_engines() -> Iterator[Finding]:
     try:
-        names = [f"{card.name} ({card.kind})" for card in list_engines([])]
+        names = ", ".join(f"{card.name} ({card.kind})" for card in list_engines([]))
     except EngineError as error:
         yield Finding("engines", str(error), "reinstall rtfocus")
-        return
-    yield Finding("engines", ", ".join(names))
+    else:
+        yield Finding("engines", names)
 
 
 _CLASSIFIERS = ("delpnet", "rtfocus-1")
@@ -224,10 +220,7 @@ def init(
 
 
 def config_text(
-    found: Inventory,
-    answers: Answers,
-    mm_config: Path | None,
-    adapters: Sequence[Path],
+    found: Inventory, answers: Answers, mm_config: Path | None, adapters: Sequence[Path]
 ) -> str:
     """Return the config as commented YAML."""
     lines = [
