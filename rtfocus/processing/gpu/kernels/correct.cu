@@ -1,5 +1,5 @@
 // Correct: camera counts to a signal proportional to light, and back
-// (rtfocus.processing.correction).
+// (rtfocus.processing.camera).
 
 // signal = (counts - offset) / divisor; flags[0] becomes 1 where any pixel is
 // saturated. `divisor` (flat field, mean 1) has one value per pixel, or one per

@@ -1,5 +1,5 @@
 // Labels: logits of a classifier to level, confidence and defocus per tile
-// (rtfocus.processing.classifier).
+// (rtfocus.processing.classify).
 
 // One thread per tile of the grid; the network may give more rows and columns.
 // Background has the level `background`. First it is decided whether there is
@@ -74,7 +74,7 @@ extern "C" __global__ void decode_labels(
 
 // One thread per tile of a restorer: its condition (tile, entry), from the mean
 // defocus of the labels around it, those out of focus by their confidence
-// (rtfocus.processing.conditions). The tables hold the labels near every row and
+// (rtfocus.processing.classify). The tables hold the labels near every row and
 // column of tiles.
 extern "C" __global__ void tile_conditions(
     const short* level,
