@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Iterator
@@ -386,3 +387,24 @@ def _row(key: str, default: str, meaning: str) -> str:
 
 def _first_line(model: type) -> str:
     return (model.__doc__ or "").strip().splitlines()[0]
+
+
+def refuse_impossible(plan: object, key: str) -> None:
+    """Refuse numbers of a plan that useq takes and no microscope can follow.
+
+    Raises
+    ------
+    ConfigError
+        Names `key`, of the first that is not finite, or of a step or interval that
+        goes backwards or nowhere.
+    """
+    if isinstance(plan, dict | list | tuple):
+        for name, part in plan.items() if isinstance(plan, dict) else enumerate(plan):
+            if name != "metadata":
+                refuse_impossible(part, f"{key}.{name}")
+    elif isinstance(plan, int | float):
+        lowest = {"step": 1e-6, "interval": 0.0}.get(key.rpartition(".")[2], -math.inf)
+        if not math.isfinite(plan) or plan < lowest:
+            rule = "a finite number" if lowest == -math.inf else f"at least {lowest:g}"
+            msg = f"'{key}': {rule} is needed (got {plan})"
+            raise ConfigError(msg)

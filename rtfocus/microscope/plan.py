@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from rtfocus.config.loading import read_yaml, unknown_keys
+from rtfocus.config.model import refuse_impossible
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
 
@@ -385,6 +386,7 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
     if not isinstance(given, dict):
         msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
         raise ConfigError(msg)
+    refuse_impossible(given, origin)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

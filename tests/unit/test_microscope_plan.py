@@ -296,3 +296,18 @@ def test_thousands_of_sites_are_laid_out_at_once():
     positions = [{"x": x, "name": f"site{x}"} for x in range(5000)]
     plan = lay_out(read_sequence({"stage_positions": positions}))
     assert [p.name for p in plan.positions] == [p["name"] for p in positions]
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"z_plan": {"range": 4, "step": -1}}, r"z_plan\.step.*got -1"),
+        ({"z_plan": {"range": 4, "step": 0}}, r"z_plan\.step"),
+        ({"z_plan": {"relative": [0, float("nan")]}}, r"relative\.1.*finite"),
+        ({"stage_positions": [[float("inf"), 0, 0]]}, r"stage_positions\.0\.0"),
+        ({"time_plan": {"interval": -1, "loops": 3}}, r"interval.*at least 0"),
+    ],
+)
+def test_numbers_that_no_microscope_can_follow_are_refused(plan, said):
+    with pytest.raises(ConfigError, match=said):
+        read_sequence(plan)
