@@ -184,10 +184,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         path = find_config(path) if isinstance(path, str) else path
         data = read_yaml(path)
     except OSError as error:
-        msg = (
-            f"config '{path}' cannot be read: {error.strerror}; "
-            "'rtfocus configs' lists those that come with rtfocus"
-        )
+        remedy = "'rtfocus configs' lists those that come with rtfocus"
+        msg = f"config '{path}' cannot be read: {error.strerror}; {remedy}"
         raise ConfigError(msg) from error
     except ValueError as error:
         msg = f"config '{path}' {error}"
@@ -199,7 +197,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(msg)
     typed = [_apply_override(data, override) for override in overrides]
     config = parse_config(data, origin=str(path))
-    return _resolve_paths(config, path.parent, typed).read_from(path)
+    config = _resolve_paths(config, path.parent, typed)
+    return config.read_from(path)
 
 
 def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
@@ -213,8 +212,7 @@ def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        msg = f"{origin}: " + "; ".join(lines)
+        msg = f"{origin}: " + "; ".join(map(_explain, error.errors()))
         raise ConfigError(msg) from error
 
 
@@ -309,14 +307,9 @@ def _short(value: object) -> str:
 def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the section at `location`, walking the models' annotations."""
     candidates: list[Any] = [Config]
-    for part in location:
-        if isinstance(part, int):
-            continue
-        below: list[Any] = []
-        for candidate in candidates:
-            fields = _fields(candidate)
-            if part in fields:
-                below.extend(_models(fields[part]))
+    for part in (one for one in location if not isinstance(one, int)):
+        fields = map(_fields, candidates)
+        below = [one for known in fields for one in _models(known.get(part))]
         # A discriminated union adds its tag to the location: not a field, no step.
         candidates = below or candidates
     return sorted({name for model in candidates for name in _fields(model)})
