@@ -197,8 +197,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(msg)
     typed = [_apply_override(data, override) for override in overrides]
     config = parse_config(data, origin=str(path))
-    config = _resolve_paths(config, path.parent, typed)
-    return config.read_from(path)
+    found: Config = _resolve_paths(config, path.parent, typed)
+    return found.read_from(path)
 
 
 def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
