@@ -202,12 +202,7 @@ def serve(
             on_monitor(monitor)
             try:
                 folder = _process(
-                    config,
-                    preview,
-                    monitor,
-                    stop=stop,
-                    patient=True,
-                    unwanted=unwanted,
+                    config, preview, monitor, stop=stop, patient=True, unwanted=unwanted
                 )
             except SeriesError as failed:
                 on_failure(failed.reason)

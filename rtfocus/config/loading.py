@@ -28,6 +28,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _MOST_OF_LINE = 60
+_MOST_SHOWN = 80  # characters of a refused value that an error repeats
 # Fields whose content is the user's own.
 _FREE = {"metadata"}
 _NEAR = 0.6
@@ -132,10 +133,6 @@ def _explain_yaml(error: yaml.YAMLError, text: str) -> str:
 def _line_shown(line: str) -> str:
     line = line.strip()
     return f"'{line if len(line) <= _MOST_OF_LINE else line[:_MOST_OF_LINE] + '...'}'"
-
-
-_MOST_SHOWN = 80
-"""Characters of a refused value that an error repeats."""
 
 
 def find_config(name: str) -> Path:

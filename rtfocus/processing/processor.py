@@ -271,8 +271,7 @@ class _Run:
     @property
     def held(self) -> int:
         """Frames it was given and has not finished."""
-        waiting, free = len(self._to_enqueue), len(self._seats)
-        return waiting + self.prepared.in_flight - free
+        return len(self._to_enqueue) + self.prepared.in_flight - len(self._seats)
 
     def submit(self, job: Job) -> None:
         # Never waits: the frames of all slots have room.
@@ -373,8 +372,7 @@ class _Run:
 
     def _restore(self, job: Job) -> None:
         restored = self._device.restore(job)
-        result = result_of(job, restored, self._device.name)
-        job.ticket.result.set_result(result)
+        job.ticket.result.set_result(result_of(job, restored, self._device.name))
 
     def _succeeds(self, step: Callable[[Job], None], job: Job) -> bool:
         """Apply a step to a frame; its failure goes to whoever waits for the frame."""
@@ -418,9 +416,7 @@ def _why_no_gpu() -> str | None:
 
 def _open_gpus(config: Config) -> tuple[Device, ...]:
     gpu = import_module("rtfocus.processing.gpu.device")
-    return tuple(
-        gpu.GpuDevice(config, index=index) for index in config.processing.gpu.index
-    )
+    return tuple(gpu.GpuDevice(config, index=i) for i in config.processing.gpu.index)
 
 
 def _open_cpu(config: Config) -> tuple[Device, ...]:
