@@ -11,6 +11,7 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── OutputError        a place that cannot, or must not, be written to
     ├── TransportError     sockets, peers, protocol, stalls
     │   ├── ProtocolError  one message that breaks the wire protocol
+    │   ├── StoppedError   somebody ended it before anything was sent
     │   ├── TakenOverError another recorder has the series now
     │   ├── PeerGoneError  a peer is silent, and its port is closed
     │   └── PeerLostError  a peer is silent, and may still come back
@@ -102,6 +103,12 @@ class ProtocolError(TransportError):
     def __init__(self, message: str, reason: str = "malformed") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class StoppedError(TransportError):
+    """Somebody ended the series before a frame of it was sent."""
+
+    exit_code = ExitCode.INTERRUPTED
 
 
 class TakenOverError(TransportError):

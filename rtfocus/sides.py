@@ -23,11 +23,12 @@ from rtfocus.errors import (
     InputError,
     MicroscopeError,
     RtfocusError,
+    StoppedError,
 )
 from rtfocus.transport.sockets import is_local
 
 _KINDS: dict[int, type[RtfocusError]] = {
-    kind.exit_code: kind for kind in (ConfigError, InputError)
+    kind.exit_code: kind for kind in (ConfigError, InputError, StoppedError)
 }
 """Errors that the microscope side tells by its exit code."""
 

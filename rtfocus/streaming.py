@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from rtfocus.sides import ProcessorProcess, on_free_ports, paired
 from rtfocus.transport.io_thread import PreviewViewer
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
+from rtfocus.workers import Patience
 
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
@@ -76,13 +76,13 @@ def estimates(
     """
     keys = None if curve_keys is None else path_given(curve_keys, "curve_keys")
     with PreviewViewer(endpoint, keys) as viewer:
-        since_s = time.monotonic()
+        patience = Patience()
         while stop is None or not stop.is_set():
             preview = viewer.newest(_LOOK_S)
             if preview is not None and preview.header.estimate is not None:
                 yield preview.header.estimate
-                since_s = time.monotonic()
-            elif timeout_s is not None and time.monotonic() - since_s > timeout_s:
+                patience.restart()
+            elif timeout_s is not None and patience.look() > timeout_s:
                 return
 
 

@@ -4,6 +4,7 @@ End of stream travels by closing queues. ``abort`` wakes everybody and discards.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,32 @@ T = TypeVar("T")
 
 class AbortedError(Exception):
     """The run is being discarded; never reaches the user."""
+
+
+class Patience:
+    """Seconds of a wait, as its waiter lived through them.
+
+    A process that was frozen, or whose machine slept, finds the clock far ahead, and
+    what it waits for had no turn either, or waits to be read. So no time between two
+    looks counts more than a look takes on a busy machine.
+    """
+
+    MOST_S = 1.0
+    """Counted at most from one look to the next."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new wait: what was waited for came."""
+        self._waited_s, self._looked_s = 0.0, time.monotonic()
+
+    def look(self) -> float:
+        """Return how long the wait has lasted; called about every tenth second."""
+        now_s = time.monotonic()
+        self._waited_s += min(now_s - self._looked_s, self.MOST_S)
+        self._looked_s = now_s
+        return self._waited_s
 
 
 class BoundedQueue(Generic[T]):

@@ -224,8 +224,9 @@ def run(
                 on_monitor=monitors.append,
                 on_preview=show,
             )
-    if folder is not None:
-        raise typer.Exit(print_report(folder).exit_code)
+    if folder is None:
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    raise typer.Exit(print_report(folder).exit_code)
 
 
 def _dry_run(config: Config) -> ExitCode:

@@ -25,6 +25,7 @@ from pymmcore_plus.metadata import SummaryMetaV1
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.microscope.plan import images_of, takes_image, with_field_of_view
 from rtfocus.microscope.series import Geometry, camera_geometry, image_number
+from rtfocus.workers import Patience
 
 EVENT_INDEX = "rtfocus_event_index"
 """Key of an MDA event's metadata: its ordinal among the images of the plan."""
@@ -179,7 +180,7 @@ class RecordingEngine(MDAEngine):
         """
         core, count = self.mmcore, 0
         timeout_s = self._initial_timeout(event)
-        waited_from_s = time.monotonic()
+        patience = Patience()
         while True:
             running = core.isSequenceRunning()
             if waiting := core.getRemainingImageCount():
@@ -196,7 +197,7 @@ class RecordingEngine(MDAEngine):
                 count += 1
                 # Only now: until here it was the consumer that took its time.
                 timeout_s = self._frame_timeout(event)
-                waited_from_s = time.monotonic()
+                patience.restart()
                 if signal == "cancel":
                     core.stopSequenceAcquisition()
                     return
@@ -205,7 +206,7 @@ class RecordingEngine(MDAEngine):
             elif self._is_stopped():
                 core.stopSequenceAcquisition()
                 return
-            elif time.monotonic() - waited_from_s > timeout_s:
+            elif patience.look() > timeout_s:
                 core.stopSequenceAcquisition()
                 msg = (
                     f"camera '{core.getCameraDevice()}' gave no image for "

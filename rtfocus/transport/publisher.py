@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 
 from rtfocus.config.sections import TransportConfig
-from rtfocus.errors import TransportError
+from rtfocus.errors import StoppedError, TransportError
 from rtfocus.frame import Act, Estimate, SeriesStart, Slot, SlotPool
 from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.publisher_loop import PublisherLoop
 from rtfocus.transport.registrar import Outbox
 from rtfocus.transport.sockets import Context, slot_pool
+from rtfocus.workers import Patience
 
 
 class Stall:
@@ -202,7 +203,7 @@ class FramePublisher:
         Raises
         ------
         TransportError
-            If no recorder comes within `connect_timeout_s`, or on `stop`.
+            If no recorder comes within `connect_timeout_s`; StoppedError on `stop`.
         """
         self._thread.check()
         frame_bytes = np.dtype(series.dtype).itemsize * int(np.prod(series.shape))
@@ -222,12 +223,12 @@ class FramePublisher:
             lost or stalled, or when the I/O thread failed.
         """
         outbox, pool = self._series()
-        since_s = time.monotonic()
+        since_s, patience = time.monotonic(), Patience()
         while (slot := pool.acquire(timeout_s=_LOOK_S)) is None:
             self._thread.check()
             left = outbox.published - outbox.durable_upto
             waiting_for = f"no free slot, {left} frames are not durable"
-            self._watch_stall(waiting_for, time.monotonic() - since_s)
+            self._watch_stall(waiting_for, patience.look())
         now_s, recorder = time.monotonic(), self._loop.registrar.recorder
         if self._begun_s is None:
             self._begun_s = now_s
@@ -279,13 +280,14 @@ class FramePublisher:
             focus_log=focus_log,
         )
         self._thread.wake()
-        durable, since_s = outbox.durable_upto, time.monotonic()
+        durable, patience = outbox.durable_upto, Patience()
         while not self._wait(outbox, lambda: outbox.is_complete):
             if outbox.durable_upto != durable:
-                durable, since_s = outbox.durable_upto, time.monotonic()
+                durable = outbox.durable_upto
+                patience.restart()
             left = outbox.published - durable
             waiting_for = f"{left} frames are not durable" if left else "no receipt"
-            self._watch_stall(waiting_for, time.monotonic() - since_s)
+            self._watch_stall(waiting_for, patience.look())
 
     def stop(self) -> None:
         """Lose patience: from now on no wait outlasts a lost or stalled recorder.
@@ -332,15 +334,14 @@ class FramePublisher:
 
     def _wait_for_recorder(self, outbox: Outbox) -> None:
         """Wait for one to come, then, as long as it lives, for it to be ready."""
-        deadline_s = time.monotonic() + self._config.connect_timeout_s
+        patience = Patience()
         while not self._wait(outbox, self._is_recorder_ready):
-            now_s = time.monotonic()
             if self._stopped:
-                msg = "stopped before a recorder was ready"
-                raise TransportError(msg)
-            if self._loop.registrar.is_alive(now_s):
-                deadline_s = now_s + self._config.connect_timeout_s
-            elif now_s > deadline_s:
+                msg = "stopped before a recorder was ready; nothing was acquired"
+                raise StoppedError(msg)
+            if self._loop.registrar.is_alive(time.monotonic()):
+                patience.restart()
+            elif patience.look() > self._config.connect_timeout_s:
                 raise TransportError(self._nobody_came())
 
     def _nobody_came(self) -> str:

@@ -144,6 +144,7 @@ class PublisherLoop:
             wait_ms = min(wait_ms, _RETRY_MS)
         ready = dict(self._poller.poll(wait_ms))
         self._waker.clear()
+        self.registrar.watch(time.monotonic())
         self._retry = False
         if self._clients is not None and self._clients.socket in ready:
             self._clients.answer()

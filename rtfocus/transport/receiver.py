@@ -29,7 +29,7 @@ from rtfocus.transport.sockets import (
     slot_pool,
 )
 from rtfocus.transport.validation import Rejections
-from rtfocus.workers import Newest
+from rtfocus.workers import Newest, Patience
 
 _LOOK_S = 0.1
 """How often a waiting call looks for a stop or a deadline."""
@@ -107,21 +107,24 @@ class FrameReceiver:
         self._thread.check()
         if self._stopped:
             return None
-        since_s = time.monotonic()
         dialogue = Dialogue(
             self._config,
-            since_s,
+            time.monotonic(),
             patient=patient,
             is_gone=lambda: nobody_listens(self._config.control),
             unwanted=unwanted,
         )
         self._dialogue = dialogue
         self._thread.call(lambda: self._loop.open_dialogue(dialogue))
+        patience, silence, heard_s = Patience(), Patience(), dialogue.heard_s
         while dialogue.series is None and not self._stopped:
-            now_s = time.monotonic()
+            waited_s = patience.look()
+            if dialogue.heard_s != heard_s:
+                heard_s = dialogue.heard_s
+                silence.restart()
             if not patient:
-                self._check_answer(dialogue, since_s, now_s)
-            if timeout_s is not None and now_s - since_s > timeout_s:
+                self._check_answer(dialogue, waited_s, silence.look())
+            if timeout_s is not None and waited_s > timeout_s:
                 return None
             with self._loop.turned:
                 self._loop.turned.wait(_LOOK_S)
@@ -222,7 +225,9 @@ class FrameReceiver:
         if self._pool is not None:
             self._pool.close()
 
-    def _check_answer(self, dialogue: Dialogue, since_s: float, now_s: float) -> None:
+    def _check_answer(
+        self, dialogue: Dialogue, waited_s: float, silent_s: float
+    ) -> None:
         """Raise if no series can be hoped for."""
         if dialogue.broken is not None:
             raise dialogue.broken
@@ -232,13 +237,11 @@ class FrameReceiver:
                 "into clients/ of its key folder and restart it"
             )
             raise TransportError(msg)
-        waited_s = now_s - since_s
         # A recorder that died just now still counts as alive for a while.
         grace_s = (LOST_HEARTBEATS + 2) * self._config.heartbeat_s
         if dialogue.refused is not None and waited_s > grace_s:
             raise TransportError(dialogue.refused)
-        heard_s = dialogue.heard_s if dialogue.heard_s is not None else since_s
-        if now_s - heard_s > self._config.connect_timeout_s:
+        if silent_s > self._config.connect_timeout_s:
             msg = (
                 f"no publisher answers at {self._config.control} for "
                 f"{self._config.connect_timeout_s:g} s; start `rtfocus acquire`, and "

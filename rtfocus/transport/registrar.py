@@ -6,6 +6,7 @@ unless another one took its place meanwhile.
 """
 
 import hmac
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -236,6 +237,8 @@ class Registrar:
     """Who was refused last for another pairing."""
     settled: list[Slot] = field(default_factory=list)
     """Slots of durable frames, until somebody takes them."""
+    _watched_s: float = math.inf
+    """When the I/O thread had its last turn; infinite before the first."""
 
     def open(self, outbox: Outbox) -> None:
         """Start a series without a recorder."""
@@ -245,8 +248,24 @@ class Registrar:
 
     def is_alive(self, now_s: float) -> bool:
         """Tell whether the recorder was heard of lately."""
-        silence_s = LOST_HEARTBEATS * self.heartbeat_s
-        return self.recorder is not None and now_s - self.recorder.heard_s < silence_s
+        if self.recorder is None:
+            return False
+        slept = now_s - self._watched_s > self._lost_s
+        return slept or now_s - self.recorder.heard_s < self._lost_s
+
+    def watch(self, now_s: float) -> None:
+        """Note a turn, before what came is read: a sleeper hears nobody.
+
+        What the recorder said while this process was frozen, or its machine slept,
+        is not read yet; its silence begins now.
+        """
+        if now_s - self._watched_s > self._lost_s and self.recorder is not None:
+            self.recorder.heard_s = now_s
+        self._watched_s = now_s
+
+    @property
+    def _lost_s(self) -> float:
+        return LOST_HEARTBEATS * self.heartbeat_s
 
     def handle(
         self, identity: bytes, message: m.FromRecorder, now_s: float

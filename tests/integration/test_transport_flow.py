@@ -27,7 +27,13 @@ from transport_kit import (
 )
 
 from rtfocus.config.sections import PreviewConfig
-from rtfocus.errors import ConfigError, ProtocolError, TransportError
+from rtfocus.errors import (
+    ConfigError,
+    ExitCode,
+    ProtocolError,
+    StoppedError,
+    TransportError,
+)
 from rtfocus.frame import Estimate, Role
 from rtfocus.transport.inflow import Gap
 from rtfocus.transport.io_thread import PreviewViewer
@@ -266,6 +272,13 @@ class TestStalls:
             pytest.raises(TransportError, match="start `rtfocus process`"),
         ):
             publisher.start(make_series())
+
+    def test_stopped_before_a_recorder_came_is_an_interruption(self) -> None:
+        with FramePublisher(make_config(connect_timeout_s=30)) as publisher:
+            publisher.stop()
+            with pytest.raises(StoppedError, match="nothing was acquired") as e:
+                publisher.start(make_series())
+        assert e.value.exit_code is ExitCode.INTERRUPTED
 
     def test_abort_ends_the_wait_for_a_slot_and_says_why(self) -> None:
         config = make_config(on_stall="abort", stall_timeout_s=1.0, slots=4)

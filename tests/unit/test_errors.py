@@ -25,7 +25,9 @@ def _all_errors() -> list[type[RtfocusError]]:
 
 @pytest.mark.parametrize("error", _all_errors())
 def test_no_error_ends_as_done_or_as_a_fault(error: type[RtfocusError]) -> None:
-    assert error.exit_code not in (ExitCode.DONE, ExitCode.FAULT, ExitCode.INTERRUPTED)
+    assert error.exit_code not in (ExitCode.DONE, ExitCode.FAULT)
+    was_stopped = error.exit_code is ExitCode.INTERRUPTED
+    assert was_stopped == (error is errors.StoppedError)
 
 
 @pytest.mark.parametrize(

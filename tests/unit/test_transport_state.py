@@ -232,6 +232,21 @@ class TestRegistrar:
         assert registrar.handle(b"a", self.progress(0, 0), 100.0) == []
         assert registrar.is_alive(100.0)
 
+    def test_a_publisher_that_slept_does_not_give_its_recorder_away(self) -> None:
+        registrar = self.opened()
+        registrar.watch(0.0)
+        registrar.handle(b"a", self.hello(), 0.0)
+        registrar.watch(1.0)
+        # Frozen for a minute; asked by another thread before the first turn, too.
+        assert registrar.is_alive(60.0)
+        registrar.watch(60.0)
+        (answer,) = registrar.handle(b"b", self.hello("v"), 60.0)
+        assert isinstance(answer, m.Refused)
+        assert answer.code == "occupied"
+        for turn in range(LOST_HEARTBEATS + 1):
+            registrar.watch(60.0 + turn)
+        assert not registrar.is_alive(60.0 + LOST_HEARTBEATS)
+
     def test_a_role_that_does_not_exist_is_refused(self) -> None:
         hello = m.Hello(version=1, role="viewer", uid="u")
         (answer,) = self.opened().handle(b"a", hello, 0.0)
@@ -344,7 +359,7 @@ def test_an_open_endpoint_needs_encryption_or_consent(endpoint: str) -> None:
 def test_an_endpoint_that_is_not_tcp_is_refused(endpoint: str) -> None:
     context: Context = Context()
     with pytest.raises(ConfigError, match=re.escape("tcp://HOST:PORT")):
-        control_server(context, make_config(control=endpoint))
+        control_server(context, make_config().model_copy(update={"control": endpoint}))
     context.term()
 
 

@@ -1,11 +1,19 @@
 """Workers: bounded queues, endings and failures."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from rtfocus.errors import WorkerError
-from rtfocus.workers import AbortedError, BoundedQueue, Newest, Pipeline, Worker
+from rtfocus.workers import (
+    AbortedError,
+    BoundedQueue,
+    Newest,
+    Patience,
+    Pipeline,
+    Worker,
+)
 
 
 def test_everything_passes_in_order_through_small_queues() -> None:
@@ -81,3 +89,20 @@ def test_a_blocked_producer_is_woken_by_abort() -> None:
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert len(seen) == 1
+
+
+def test_a_wait_counts_what_it_lived_through_not_what_it_slept(monkeypatch) -> None:
+    clock = SimpleNamespace(s=100.0)
+    monkeypatch.setattr(
+        "rtfocus.workers.time", SimpleNamespace(monotonic=lambda: clock.s)
+    )
+    patience = Patience()
+    for _ in range(20):
+        clock.s += 0.25
+        waited_s = patience.look()
+    assert waited_s == 5.0
+    clock.s += 3600  # the lid was closed
+    assert patience.look() == 5.0 + Patience.MOST_S
+    patience.restart()
+    clock.s += 0.25
+    assert patience.look() == 0.25
