@@ -278,14 +278,19 @@ def _dashes(points: Sequence[Point], dash: int) -> Sequence[Sequence[Point]]:
 
 Colours = Literal["grey", "even", "around"]
 # Anchors of perceptually even scales: from dark blue over green to yellow (viridis),
-# and for signed values from blue over white to red, white at zero.
+# and for signed values from blue over white to orange, white at zero: told apart
+# with any colour vision, and the hues of napari's map and of the page of `view`.
 _EVEN = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _AROUND = (
-    (33, 102, 172),
-    (146, 197, 222),
-    (247, 247, 247),
-    (244, 165, 130),
-    (178, 24, 43),
+    (10, 58, 120),
+    (31, 109, 181),
+    (86, 165, 220),
+    (169, 211, 238),
+    (244, 244, 244),
+    (247, 207, 155),
+    (235, 154, 61),
+    (192, 101, 15),
+    (122, 58, 0),
 )
 _GREY = ((0, 0, 0), (255, 255, 255))
 _SCALES = {

@@ -36,7 +36,11 @@ SIGNED_MAP = {
     "name": "defocus",
     "colors": [[0.25, 0.6, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0], [1.0, 0.65, 0.1, 1.0]],
 }
-"""Blue: too near the objective, orange: too far, black: in focus."""
+"""Blue: too near the objective, orange: too far, black: in focus.
+
+The hues of the report and of `view`; black, not white, in the middle, because napari
+lays the map over the image.
+"""
 UNSIGNED_MAP = {
     "name": "distance",
     "colors": [[0.0, 0.0, 0.0, 1.0], [1.0, 0.65, 0.1, 1.0]],

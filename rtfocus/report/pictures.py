@@ -183,20 +183,29 @@ def _traces(facts: RunFacts, chart: Chart, values: NDArray[np.float64]) -> None:
 
 
 def _moves(facts: RunFacts, chart: Chart) -> None:
-    """Mark what autofocus did: corrections, and searches that failed."""
-    kinds = (("hold", GREEN, "autofocus moved"), ("failure", ORANGE, "search failed"))
-    for kind, colour, name in kinds:
+    """Mark what autofocus did: moves to hold or find focus, and failed searches."""
+    kinds = ((_moved, GREEN, "autofocus moved"), (_failed, ORANGE, "search failed"))
+    for is_one, colour, name in kinds:
         times = [
             (line["time_ns"] - facts.first_ns) / 1e9
             for line in facts.focus_log
-            if line.get("kind") == kind
-            and isinstance(line.get("time_ns"), int)
-            and (kind != "hold" or line.get("step_um"))
+            if is_one(line) and isinstance(line.get("time_ns"), int)
         ]
         shown = times[:: max(1, len(times) // 200)]
         for seconds in shown:
             chart.upright(seconds, colour, dash=2)
         chart.name(f"{name} ({len(times)})" if times else "", colour)
+
+
+def _moved(line: dict[str, Any]) -> bool:
+    """Tell whether a line is a correction of hold, or a step of a search."""
+    kind = line.get("kind")
+    way_um = line.get("step_um") if kind == "hold" else line.get("way_um")
+    return kind in ("hold", "look") and bool(way_um)
+
+
+def _failed(line: dict[str, Any]) -> bool:
+    return line.get("kind") == "failure"
 
 
 def _heading(facts: RunFacts, frame: ShownFrame) -> str:

@@ -255,11 +255,14 @@ def test_focus_moves_are_marked_in_the_trace(tmp_path: Path) -> None:
     moves = [
         {"kind": "hold", "time_ns": now + 10**6, "step_um": 0.5},
         {"kind": "hold", "time_ns": now + 10**6, "step_um": 0.0},
+        {"kind": "look", "time_ns": now, "decision": "Probe", "way_um": 2.0},
+        {"kind": "look", "time_ns": now, "decision": "Probe", "way_um": 0.0},
+        {"kind": "look", "time_ns": now, "decision": "GiveUp", "way_um": -2.0},
         {"kind": "failure", "time_ns": now, "reason": "no specimen"},
     ]
     text = b"".join(msgspec.json.encode(line) + b"\n" for line in moves)
     (folder / "focus.ndjson").write_bytes(text)
     page = read_page(write_page(folder).parent)
-    assert "autofocus moved (1)" in page.text
+    assert "autofocus moved (3)" in page.text
     assert "search failed (1)" in page.text
     assert "1 searches for focus failed, the last: no specimen" in page.text

@@ -1,6 +1,8 @@
 """Charts and panels: ticks, places, colours, and that PNG and SVG show the same."""
 
+import re
 import xml.etree.ElementTree as ElementTree
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,16 @@ def test_colours_run_from_end_to_end_and_nothing_is_grey() -> None:
     assert shown[0, 5].tolist() == [110, 110, 110]
     middle = coloured(np.array([[0.0]]), -3, 3, "around")[0, 0]
     assert middle.min() > 240, "zero is white"
+
+
+def test_signed_colours_are_those_of_the_page() -> None:
+    page = resources.files("rtfocus.view") / "page" / "maps.js"
+    line = re.search(r"DIVERGING = \[(.*?)\]", page.read_text(encoding="utf-8"))
+    assert line is not None
+    theirs = [tuple(bytes.fromhex(one)) for one in re.findall(r'"(\w+)"', line[1])]
+    low, high = len(theirs) // 2, -(len(theirs) // 2)
+    ours = coloured(np.arange(high, low + 1)[None], high, low, "around")[0]
+    assert np.abs(ours.astype(int) - np.array(theirs)).max() <= 2  # 256 steps
 
 
 def test_panel_has_its_scale_bar_of_a_round_length(tmp_path: Path) -> None:
