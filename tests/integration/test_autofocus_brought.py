@@ -1,5 +1,6 @@
 """A search that an installed package brings, on the virtual microscope's core."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = site / "their_stage-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-lab\n")
+    page = (Path(__file__).parents[2] / "docs/reference/python.md").read_text("utf-8")
+    (shown,) = re.findall(r"```python\n(# my_lab/focus.py.*?)```", page, re.DOTALL)
+    (site / "their_stage" / "focus.py").write_text(shown)
     names = ("climber", "far", "odd", "broken")
     lines = (f"{name} = their_stage.searches:{name}" for name in names)
     (info / "entry_points.txt").write_text(
         "\n".join(["[rtfocus.autofocus]", *lines, "gone = their_stage.gone:gone"])
-        + "\n"
+        + "\nmy_search = their_stage.focus:begin\n"
     )
     monkeypatch.syspath_prepend(str(site))
 
@@ -96,7 +100,7 @@ def core() -> Iterator[Any]:
         yield opened
 
 
-def focuser(core: Any, name: str) -> Focuser:
+def focuser(core: Any, name: str, most_images: int = 6) -> Focuser:
     """A focuser whose images tell their spectrum; no network is needed."""
 
     def read(pixels: Any, channel: str, z_um: float) -> FocusReading:
@@ -106,7 +110,9 @@ def focuser(core: Any, name: str) -> Focuser:
 
     core.setZPosition(0.0)
     core.waitForSystem()
-    settings = AutofocusConfig(search=name, low_um=-20, high_um=20, most_images=6)
+    settings = AutofocusConfig(
+        search=name, low_um=-20, high_um=20, most_images=most_images
+    )
     return Focuser(core, settings, {"default": OpticalSystem(**OPTICS)}, read)
 
 
@@ -121,6 +127,15 @@ def test_it_is_asked_after_every_image_and_its_decisions_are_carried_out(core) -
     from their_stage.searches import tasks  # type: ignore[import-not-found]
 
     assert tasks[0].limits == Limits(-20, 20)
+
+
+@pytest.mark.usefixtures("package")
+def test_the_search_that_the_page_shows_ends_at_the_sharpest_z(core) -> None:
+    verdict = focuser(core, "my_search", most_images=12).focus(channel="DAPI")
+    assert verdict.focused
+    unit_um = OpticalSystem(**OPTICS).defocus_unit_um
+    assert abs(core.getZPosition() - FOCUS_UM) <= unit_um
+    assert verdict.images == 8  # seven of the sweep, and one to confirm
 
 
 @pytest.mark.usefixtures("package")
