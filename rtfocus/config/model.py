@@ -399,8 +399,11 @@ def refuse_impossible(plan: object, key: str) -> None:
         goes backwards or nowhere.
     """
     if isinstance(plan, dict | list | tuple):
-        for name, part in plan.items() if isinstance(plan, dict) else enumerate(plan):
-            if name != "metadata":
+        given = plan if isinstance(plan, dict) else dict(enumerate(plan))
+        for name, part in given.items():
+            # A stack of one plane needs no step.
+            is_idle = name == "step" and given.get("range") == part == 0
+            if name != "metadata" and not is_idle:
                 refuse_impossible(part, f"{key}.{name}")
     elif isinstance(plan, int | float):
         lowest = {"step": 1e-6, "interval": 0.0}.get(key.rpartition(".")[2], -math.inf)
