@@ -77,10 +77,14 @@ def estimates(
     keys = None if curve_keys is None else path_given(curve_keys, "curve_keys")
     with PreviewViewer(endpoint, keys) as viewer:
         patience = Patience()
+        last: Estimate | None = None
         while stop is None or not stop.is_set():
             preview = viewer.newest(_LOOK_S)
-            if preview is not None and preview.header.estimate is not None:
-                yield preview.header.estimate
+            found = None if preview is None else preview.header.estimate
+            # One frame's comes by itself, and again with the frame's picture.
+            if found is not None and found != last:
+                yield found
+                last = found
                 patience.restart()
             elif timeout_s is not None and patience.look() > timeout_s:
                 return

@@ -120,7 +120,8 @@ def offering(done: threading.Event):
         # A viewer that has just come misses what was sent before.
         number = 0
         while not done.wait(0.01):
-            publisher.offer(pixels, estimate(number), {})
+            # Each twice, as a frame's comes with its picture again.
+            publisher.offer(pixels, estimate(number // 2), {})
             number += 1
 
     thread = threading.Thread(target=offer)
