@@ -62,6 +62,8 @@ class Outcome:
     """A command left the limits."""
     kind: str = ""
     run: int = 0
+    sharpest: float = 0.0
+    """True defocus at which the true image is sharpest."""
     notes: list[str] = field(default_factory=list)
     network: list[tuple[float, float, float]] = field(default_factory=list)
     """Of every image: true defocus, reading and its deviation in depths of field."""
@@ -236,6 +238,7 @@ def _measured(
 ) -> Outcome:
     scene, stage, limits, kind = make(run, given.seed, told)
     unit = told.defocus_unit_um
+    scene.keep_focus = given.spike
     spoil(given.case, scene, stage, told, backlash=given.backlash)
     begun = (scene.focus_um - stage.z_um) / unit
     found = Outcome(method, begun, 0.0, False, "", 0, 0, False, kind, run)
@@ -246,6 +249,8 @@ def _measured(
     else:
         verdict = RIVALS[method](scene, stage, unit, limits)
     found.end = (scene.focus_um - stage.z_um) / unit
+    if not given.spike and given.case != "blank":
+        found.sharpest = scene.sharpest() / unit
     found.focused, found.reason = verdict.focused, verdict.reason
     found.images, found.moves = scene.images, verdict.moves
     found.outside = any(not limits.holds(z) for z in stage.commands or ())
@@ -353,6 +358,9 @@ def main() -> None:
         "--uncalibrated", action="store_true", help="check every answer on both sides"
     )
     parser.add_argument("--backlash", type=float, default=0.3, help="depths of field")
+    parser.add_argument(
+        "--spike", action="store_true", help="unblurred in focus, as the figures say"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--resume", type=Path, help="file of runs: go on where it ends")
     parser.add_argument("--list", action="store_true", help="print runs that missed")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.autofocus.appearance import amplitude_spectrum, sharpness
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import ZStageConfig
 from rtfocus.microscope.virtual_devices import ZDrive
@@ -34,22 +35,38 @@ class Scene:
     """Share of the light that is left after each image."""
     dust: Image | None = None
     """Sharp at every z; shadows on the chip."""
+    keep_focus: bool = False
+    """In focus the drawing itself is seen, unblurred: a spike no microscope has."""
     images: int = 0
     _planes: BlurredPlanes | None = None
 
-    def expose(self, z_um: float) -> NDArray[np.generic]:
-        """Photograph the field from a stage z."""
-        defocus = self.direction * (self.focus_um - z_um)
+    def sharpest(self) -> float:
+        """Return the defocus, in um, at which the true image is sharpest, noise-free.
+
+        With spherical aberration it lies beside the paraxial focus, differently so by
+        specimen: fine detail and coarse detail have planes of their own.
+        """
+        unit = self.optics.defocus_unit_um
+        defocus = np.arange(-12, 13) * unit / 8
+        spectra = [amplitude_spectrum(self.planes().at(float(z)))[0] for z in defocus]
+        return float(defocus[int(np.argmax([sharpness(one) for one in spectra]))])
+
+    def planes(self) -> BlurredPlanes:
+        """Return the field at every defocus, without noise."""
         if self._planes is None:
-            # As the virtual microscope does: the scene is what is seen in focus.
             self._planes = BlurredPlanes(
                 self.sharp,
                 self.optics,
                 step_um=self.optics.defocus_unit_um / 8,
-                keep_focus=True,
+                keep_focus=self.keep_focus,
                 capacity=16,
             )
-        light = self._planes.at(np.full(self.sharp.shape, defocus, np.float32))
+        return self._planes
+
+    def expose(self, z_um: float) -> NDArray[np.generic]:
+        """Photograph the field from a stage z."""
+        defocus = self.direction * (self.focus_um - z_um)
+        light = self.planes().at(np.full(self.sharp.shape, defocus, np.float32))
         light = light * np.float32(self.bleach**self.images)
         if self.dust is not None:
             light = light * self.dust

@@ -7,6 +7,7 @@ moves say, tell of the stage instead.
 """
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import isfinite
 
 import numpy as np
@@ -229,9 +230,14 @@ class Evidence:
         return _change_over_noise(spectra, noise) > _CLEAR_CHANGE
 
     def unchanged(self) -> list[Look]:
-        """Return the images, the newest among them, that look like the newest."""
+        """Return the newest images in a row that look like the newest.
+
+        An older one that looks so too tells nothing of the stage when it has left in
+        between: in and about focus images of many z look alike.
+        """
         now = self.looks[-1]
-        return [look for look in self.looks if look.change_from(now) < _SAME]
+        alike = takewhile(lambda look: look.change_from(now) < _SAME, self.looks[::-1])
+        return list(alike)[::-1]
 
     def is_again(self) -> bool:
         """Tell whether the newest image is the second one at its place."""
