@@ -22,6 +22,8 @@ Floats = NDArray[np.float64]
 
 # In depths of field.
 _NEAR, _TOP, _SAME_PLACE, _RIVAL_APART = 3.5, 0.8, 0.05, 1.0
+# Images look alike over so much about focus, which is known within a margin.
+_FLAT_TOP, _MARGIN, _BEYOND_TOP = 1.5, 0.3, 2.0
 # Images so close to the sharpest, at so many places, tell whether optics explain them.
 _CLOSE, _CLOSE_PLACES = 2.0, 4
 # Sharpness changes at least so much from focus to a depth of field beside it.
@@ -239,6 +241,25 @@ class Evidence:
         alike = takewhile(lambda look: look.change_from(now) < _SAME, self.looks[::-1])
         return list(alike)[::-1]
 
+    def is_flat_top(self, places_um: list[float]) -> bool:
+        """Tell whether places are so close about focus that images look alike there."""
+        if self.belief.is_empty:
+            return False
+        low, high, focus = min(places_um), max(places_um), self.belief.best.mean_um
+        margin = _MARGIN * self.unit_um
+        is_narrow = high - low <= _FLAT_TOP * self.unit_um
+        return is_narrow and low - margin < focus < high + margin
+
+    def beyond_top_um(self, sides: tuple[int, int]) -> list[float]:
+        """Return where images must differ from those about focus; empty: it was seen.
+
+        About focus they hardly change with z, though the stage does move.
+        """
+        focus = self.belief.best.mean_um
+        if any(self.seen_beside(focus, s, 0.8 * _BEYOND_TOP, 4.0) for s in sides):
+            return []
+        return [focus + side * _BEYOND_TOP * self.unit_um for side in sides]
+
     def is_again(self) -> bool:
         """Tell whether the newest image is the second one at its place."""
         if self._seen_again:
@@ -248,34 +269,43 @@ class Evidence:
         way = self.looks[-1].z_um - self.looks[-2].z_um
         return abs(way) < _SAME_PLACE * self.unit_um
 
+    def gap_beside(self, z_um: float, low_um: float, high_um: float) -> float | None:
+        """Return the middle of the wider stretch nobody saw beside a place, if any."""
+        places = [look.z_um for look in self.looks]
+        low = max((z for z in places if z < z_um), default=low_um)
+        high = min((z for z in places if z > z_um), default=high_um)
+        end = low if z_um - low > high - z_um else high
+        return (z_um + end) / 2 if abs(end - z_um) > 2 * self.unit_um else None
+
     def seen_beside(self, z_um: float, side: int, near: float, far: float) -> bool:
         """Tell whether a side of a place was seen, between two distances in units."""
         ways = [(look.z_um - z_um) * side / self.unit_um for look in self.with_detail()]
         return any(near < way < far for way in ways)
 
     def peak_um(self) -> float:
-        """Return the top of the parabola through the sharpest image and its sides."""
+        """Return the top of the parabola through the images about the sharpest.
+
+        Through all of them: about focus sharpness differs less than by noise, so the
+        sharpest of several is so by chance.
+        """
         best = self.best_seen
-        below = [look for look in self.with_detail() if look.z_um < best.z_um - 1e-6]
-        above = [look for look in self.with_detail() if look.z_um > best.z_um + 1e-6]
-        if not (below and above):
+        ways = np.array([look.z_um - best.z_um for look in self.with_detail()])
+        values = np.array([look.sharpness for look in self.with_detail()])
+        below, above = ways[ways < -1e-6], ways[ways > 1e-6]
+        if not (below.size and above.size):
             return best.z_um
-        left = max(below, key=lambda look: look.z_um)
-        right = min(above, key=lambda look: look.z_um)
+        left, right = float(below.max()), float(above.min())
         # A parabola holds near the top alone.
-        width = max(best.z_um - left.z_um, right.z_um - best.z_um)
-        if width > _TOP * self.unit_um:
+        reach = _TOP * self.unit_um
+        if max(-left, right) > reach:
             return best.z_um
-        three = (left, best, right)
-        curve = np.polyfit(
-            [look.z_um - best.z_um for look in three],
-            [look.sharpness / best.sharpness for look in three],
-            2,
-        )
+        near = np.abs(ways) <= reach
+        curve = np.polyfit(ways[near], values[near] / best.sharpness, 2)
         if curve[0] >= 0:
             return best.z_um
-        top = best.z_um - curve[1] / (2 * curve[0])
-        return float(min(max(top, left.z_um), right.z_um))
+        top = -curve[1] / (2 * curve[0])
+        lowest, highest = ways[near].min(), ways[near].max()
+        return best.z_um + float(min(max(top, lowest), highest))
 
     def _drop_lagging(self) -> None:
         """Forget an image that was taken before the stage had arrived.

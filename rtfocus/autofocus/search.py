@@ -18,7 +18,7 @@ from rtfocus.frame import FocusReading
 # In depths of field.
 _ARRIVED, _SURE, _HARDLY_SURE, _ROUGH = 0.3, 0.25, 0.35, 1.5
 _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
-_BESIDE, _STUCK, _BRACKET, _FLAT_TOP = 0.7, 2.0, 0.5, 1.5
+_BESIDE, _STUCK, _BRACKET = 0.7, 2.0, 0.5
 # Of the spectra's energy: the optics do not explain the images, or explain them so
 # well that they may contradict sharpness, which aberrations move away from focus.
 _MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
@@ -260,21 +260,12 @@ class FocusSearch:
         if not (abs(limits.clip(wanted) - wanted) > unit and at_limit):
             return None
         best = self.evidence.best_seen
-        gap = self._gap_beside(best.z_um)
+        gap = self.evidence.gap_beside(best.z_um, limits.low_um, limits.high_um)
         if self.looks[-1].sharpness * SHARPER < best.sharpness and gap is not None:
             # It was sharper elsewhere, so the optics are wrong about these images.
             return self._view(gap)
         at = f"{wanted:.1f} um"
         return self._give_up_seeing(f"focus seems to lie beyond the limits, at {at}")
-
-    def _gap_beside(self, z_um: float) -> float | None:
-        """Return the middle of the wider stretch nobody saw beside a place, if any."""
-        limits, unit = self.moves.limits, self.evidence.unit_um
-        places = [look.z_um for look in self.looks]
-        low = max((z for z in places if z < z_um), default=limits.low_um)
-        high = min((z for z in places if z > z_um), default=limits.high_um)
-        end = low if z_um - low > high - z_um else high
-        return (z_um + end) / 2 if abs(end - z_um) > 2 * unit else None
 
     def _first_step_um(self) -> float:
         """Return a step that crosses focus, if it is on that side."""
@@ -306,7 +297,9 @@ class FocusSearch:
                 f"sharpness peaks {beside:.1f} um from where focus should be"
             )
         if not self.evidence.saw_change():
-            if (beyond := self._beyond_the_top()) is not None:
+            sides = (self.rule.safe_side, -self.rule.safe_side)
+            inside = filter(self.moves.limits.holds, self.evidence.beyond_top_um(sides))
+            if (beyond := next(inside, None)) is not None:
                 return self._view(beyond)
             return self.give_up("the images hardly change with z; does the stage move?")
         if not self.evidence.is_change_clear():
@@ -330,16 +323,6 @@ class FocusSearch:
         # Near focus, yet not the sharpest place there.
         is_beside = is_sharper and beside <= _BESIDE * unit
         return self._end_at(best.z_um) if is_beside else Stay()
-
-    def _beyond_the_top(self) -> float | None:
-        """Return where images differ from those about focus; None: it was seen."""
-        place = self.belief.best.mean_um
-        for side in (self.rule.safe_side, -self.rule.safe_side):
-            if self.evidence.seen_beside(place, side, 0.8 * _BEYOND, 4.0):
-                return None
-        ways = (side * _BEYOND * self.evidence.unit_um for side in (self.rule.safe_side, -self.rule.safe_side))
-        inside = [place + way for way in ways if self.moves.limits.holds(place + way)]
-        return inside[0] if inside else None
 
     def _returned(self) -> Decision:
         """Check the image at the place where the search wants to end."""
@@ -441,7 +424,7 @@ class FocusSearch:
             return None
         others = [look.z_um for look in self.looks if look not in same]
         around = any(min(places) < z_um < max(places) for z_um in others)
-        if around or (others and self._are_at_the_top(places)):
+        if around or (others and self.evidence.is_flat_top(places)):
             # Alike on both sides of a place that is not, or about focus: it does move.
             return None
         if not any(abs(z - now.z_um) < 0.1 * unit for z in self._looked_again_at):
@@ -452,14 +435,6 @@ class FocusSearch:
         if spread > _STUCK * unit:
             return self.give_up("the stage does not answer: images stay the same")
         return self._probe(_STUCK * unit)
-
-    def _are_at_the_top(self, places: list[float]) -> bool:
-        """Tell whether places lie so close about focus that images look alike there."""
-        if self.belief.is_empty or max(places) - min(places) > _FLAT_TOP * self.evidence.unit_um:
-            return False
-        margin = _ARRIVED * self.evidence.unit_um
-        focus = self.belief.best.mean_um
-        return min(places) - margin < focus < max(places) + margin
 
     def _makes_progress(self) -> bool:
         if self.belief.is_empty:

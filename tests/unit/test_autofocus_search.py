@@ -28,6 +28,8 @@ from rtfocus.frame import FocusReading
 OPTICS = OpticalSystem(0.45, 520.0, 0.6, aberrations=Aberrations(spherical_waves=-0.3))
 UNIT = OPTICS.defocus_unit_um
 NOISE = 2e-4
+# Little detail: over more than a depth of field images look alike.
+COARSE = 0.01 / FREQUENCIES * np.exp(-((FREQUENCIES / 0.1) ** 2))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,8 @@ class World:
         if self._waits is not None:
             self.z_um, self._waits = self._waits, None
         # Edges: amplitudes fall with the frequency; specimens have no rings of zero.
-        spectrum = 0.01 / FREQUENCIES * self._transfer.amplitudes(np.array(away))
+        detail = COARSE if self._fault == "coarse" else 0.01 / FREQUENCIES
+        spectrum = detail * self._transfer.amplitudes(np.array(away))
         spectrum = np.abs(spectrum + self._rng.normal(0, 0.05 * NOISE, 48))
         if self._fault == "dark":
             spectrum = np.zeros(48)
@@ -212,6 +215,21 @@ def test_play_that_nobody_measured_does_not_move_focus(
         save_calibration(calibration, found)
         given = AutofocusConfig(calibration=calibration)
         assert move_rule(given, limits, UNIT).overshoot_um == past_um
+
+
+@pytest.mark.parametrize("start", [-0.6, -0.5, 3.1])
+def test_images_that_look_alike_about_focus_are_no_stage_that_stands_still(
+    comparison: PlaneComparison, transfer: Transfer, start: float
+) -> None:
+    # The aberration puts the sharpest plane beside z = 0.
+    planes = np.arange(-1.5, 1.5, 0.05)
+    seen = [sharpness(COARSE * line) for line in transfer.amplitudes(-planes)]
+    sharpest_um = planes[int(np.argmax(seen))] * UNIT
+    world = World(transfer, start, "coarse")
+    verdict = searched(comparison, world, verify=True)
+    assert verdict.focused, verdict.reason
+    assert abs(world.z_um - sharpest_um) < 0.5 * UNIT, sharpest_um / UNIT
+    assert verdict.images <= 9
 
 
 @pytest.mark.parametrize(("image", "jump"), [(3, -0.8), (3, -1.5), (4, -0.8)])
