@@ -32,7 +32,9 @@ def small_recipe(folder, **optimiser) -> Rtfocus1Recipe:
             reference=REFERENCE, patch_px=96, batch_patches=4, planes=3, sharp_share=0
         ),
         pool=PoolRecipe(entries=2, side_px=216, refresh_steps=2),
-        rtfocus_1=Rtfocus1Section(widths=(8, 16, 16, 16), label_weight=0.02),
+        rtfocus_1=Rtfocus1Section(
+            widths=(8, 16, 16, 16), depths=(1, 1, 1, 1), label_weight=0.02
+        ),
         optimiser=OptimiserRecipe(**{"warmup_steps": 2, **optimiser}),
     )
 
