@@ -28,7 +28,7 @@ from rtfocus.microscope.delivery import (
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
 from rtfocus.microscope.mda import PlannedAcquisition
-from rtfocus.microscope.plan import lay_out, read_sequence, with_field_of_view
+from rtfocus.microscope.plan import lay_out, read_sequence
 from rtfocus.microscope.replay import Replay
 from rtfocus.microscope.series import (
     Complaints,
@@ -38,6 +38,7 @@ from rtfocus.microscope.series import (
     image_number,
     now_ns,
     received_ns,
+    with_field_of_view,
 )
 
 # Micro-Manager's own word for "without end".

@@ -11,6 +11,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from rtfocus.config.loading import read_yaml, unknown_keys
-from rtfocus.config.model import refuse_impossible
+from rtfocus.config.model import refuse_impossible, refuse_too_many
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
 
@@ -143,45 +145,10 @@ class AcquisitionPlan:
         return len(self.places)
 
 
-def with_field_of_view(
-    sequence: useq.MDASequence, width_um: float, height_um: float
-) -> useq.MDASequence:
-    """Give grids that name no field of view this one.
-
-    useq takes 1 um for one that is not given. Sizes that the plan names are kept:
-    somebody may want tiles that overlap.
-    """
-
-    def filled(part: useq.MDASequence) -> useq.MDASequence | None:
-        grid = part.grid_plan
-        if (
-            grid is None
-            or not {"fov_width", "fov_height"} <= type(grid).model_fields.keys()
-        ):
-            return None
-        missing = {
-            name: size
-            for name, size in (("fov_width", width_um), ("fov_height", height_um))
-            if getattr(grid, name) is None
-        }
-        return part.replace(grid_plan=grid.replace(**missing)) if missing else None
-
-    positions = sequence.stage_positions
-    if not isinstance(positions, useq.WellPlatePlan):
-        inner = [None if p.sequence is None else filled(p.sequence) for p in positions]
-        if any(part is not None for part in inner):
-            positions = tuple(
-                p if part is None else p.model_copy(update={"sequence": part})
-                for p, part in zip(positions, inner, strict=True)
-            )
-            sequence = sequence.replace(stage_positions=positions)
-    return filled(sequence) or sequence
-
-
 def lay_out(
     sequence: useq.MDASequence, *, sites: Sites | None = None
 ) -> AcquisitionPlan:
-    """Walk through a plan once and note the place of every image.
+    """Walk through a plan once, or one of equal time points; note every image's place.
 
     Parameters
     ----------
@@ -200,7 +167,8 @@ def lay_out(
     places: list[tuple[int, int, int, int]] = []
     z_offsets: list[float] = []
     stacks = _Stacks(sequence)
-    for event in sequence:
+    one, repeats = _time_point(sequence)
+    for event in one:
         if not takes_image(event):
             continue
         if event.channel is None:
@@ -217,6 +185,8 @@ def lay_out(
         raise ConfigError(msg)
     table = np.array(places, dtype=np.int32)
     _refuse_doubles(table)
+    number, table = len(table), np.tile(table, (repeats, 1))
+    table[:, 0] += np.arange(len(table), dtype=np.int32) // number
     order = "".join(axis for axis in sequence.axis_order if axis in AXES)
     order = "".join(axis for axis in AXES if axis not in order) + order
     lengths = table.max(axis=0) + 1
@@ -227,10 +197,33 @@ def lay_out(
         positions=sites.positions(),
         channel_names=channel_names,
         places=table,
-        z_offsets_um=np.array(z_offsets, dtype=np.float32),
+        z_offsets_um=np.tile(np.array(z_offsets, dtype=np.float32), repeats),
         z_step_um=_z_step_um(sequence),
         interval_s=_interval_s(sequence),
     )
+
+
+def _time_point(
+    sequence: useq.MDASequence, kept: int = 1
+) -> tuple[useq.MDASequence, int]:
+    """Return a plan of the first time points, and how often it makes the whole.
+
+    The plan as it is, once, where a time point, or a copy, may differ from another.
+    """
+    plan, positions = sequence.time_plan, sequence.stage_positions
+    if (
+        plan is None
+        or sequence.axis_order[0] != "t"
+        or isinstance(positions, useq.WellPlatePlan)
+        or any(position.sequence is not None for position in positions)
+        or any(channel.acquire_every != 1 for channel in sequence.channels)
+        or isinstance(sequence.grid_plan, useq.RandomPoints)
+        or isinstance(plan, useq.MultiPhaseTimePlan)
+        or plan.num_timepoints() <= kept
+    ):
+        return sequence, 1
+    first = useq.TIntervalLoops(interval=timedelta(0), loops=kept)
+    return sequence.replace(time_plan=first), plan.num_timepoints() // kept
 
 
 def takes_image(event: useq.MDAEvent) -> bool:
@@ -258,6 +251,9 @@ def _slice_offsets_um(sequence: useq.MDASequence, p: int) -> list[float]:
     if plan is None:
         return []
     heights = list(plan)
+    if not heights:
+        msg = "the useq plan's z_plan names no height; give it one, or leave it out"
+        raise ConfigError(msg)
     # An absolute stack names no reference; its middle is one.
     reference = 0.0 if plan.is_relative else sum(heights) / len(heights)
     return [height - reference for height in heights]
@@ -279,7 +275,7 @@ def _z_step_um(sequence: useq.MDASequence) -> float | None:
 
 
 def _interval_s(sequence: useq.MDASequence) -> float | None:
-    times = [] if sequence.time_plan is None else list(sequence.time_plan)[:2]
+    times = list(islice(sequence.time_plan or (), 2))
     return (times[1] - times[0] or None) if len(times) > 1 else None
 
 
@@ -295,8 +291,12 @@ def _refuse_doubles(places: NDArray[np.int32]) -> None:
 
 
 def images_of(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
-    """Yield the events that take an image, one tile per grid: tiles set up nothing."""
-    return (event for event in _without_grids(sequence) if takes_image(event))
+    """Yield the events that take an image, each set-up after each that it follows.
+
+    One tile per grid: tiles set up nothing. Two of time points that are all alike.
+    """
+    some = _without_grids(_time_point(sequence, kept=2)[0])
+    return (event for event in some if takes_image(event))
 
 
 def _without_grids(
@@ -392,7 +392,11 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
             warnings.simplefilter("always")
             # useq changes what it is given.
             sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
-    except (ValidationError, ValueError, TypeError) as error:
+            refuse_too_many(sequence, origin)
+    except ZeroDivisionError as error:
+        msg = f"{origin}.time_plan: a duration needs an interval of more than 0"
+        raise ConfigError(msg) from error
+    except (ValidationError, ValueError, TypeError, OverflowError) as error:
         # Most often a misspelt key is why a value is missing.
         unknown = unknown_keys(given, useq.MDASequence, origin)
         fault = unknown[0] if unknown else f"{origin} is no valid useq plan: "
@@ -409,10 +413,7 @@ def _load(path: Path) -> object:
         # JSON is YAML, so that one reader takes both.
         return read_yaml(path)
     except OSError as error:
-        msg = (
-            f"plan '{path}' cannot be read: {error.strerror}; give a useq YAML or "
-            "JSON file"
-        )
+        msg = f"plan '{path}' cannot be read: {error.strerror}; give YAML or JSON"
         raise ConfigError(msg) from error
     except ValueError as error:
         msg = f"plan '{path}' {error}"

@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import useq
 from pymmcore_plus.experimental.unicore import UniMMCore
 from pymmcore_plus.metadata.serialize import to_builtins
 
@@ -352,3 +353,38 @@ def _bit_depth(core: UniMMCore) -> int:
     if _is_python(core, camera) and core.hasProperty(camera, BIT_DEPTH):
         return int(core.getProperty(camera, BIT_DEPTH))
     return core.getImageBitDepth()
+
+
+def with_field_of_view(
+    sequence: useq.MDASequence, width_um: float, height_um: float
+) -> useq.MDASequence:
+    """Give grids that name no field of view this one.
+
+    useq takes 1 um for one that is not given. Sizes that the plan names are kept:
+    somebody may want tiles that overlap.
+    """
+
+    def filled(part: useq.MDASequence) -> useq.MDASequence | None:
+        grid = part.grid_plan
+        if (
+            grid is None
+            or not {"fov_width", "fov_height"} <= type(grid).model_fields.keys()
+        ):
+            return None
+        missing = {
+            name: size
+            for name, size in (("fov_width", width_um), ("fov_height", height_um))
+            if getattr(grid, name) is None
+        }
+        return part.replace(grid_plan=grid.replace(**missing)) if missing else None
+
+    positions = sequence.stage_positions
+    if not isinstance(positions, useq.WellPlatePlan):
+        inner = [None if p.sequence is None else filled(p.sequence) for p in positions]
+        if any(part is not None for part in inner):
+            positions = tuple(
+                p if part is None else p.model_copy(update={"sequence": part})
+                for p, part in zip(positions, inner, strict=True)
+            )
+            sequence = sequence.replace(stage_positions=positions)
+    return filled(sequence) or sequence

@@ -1,6 +1,7 @@
 """Plans: every image of a useq plan has one place, whatever the plan looks like."""
 
 import json
+from typing import Any
 
 import pytest
 import useq
@@ -8,9 +9,14 @@ import yaml
 
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.acquisition import anchored
-from rtfocus.microscope.plan import lay_out, read_sequence
+from rtfocus.microscope.plan import images_of, lay_out, read_sequence
 
 STACK = {"range": 2.0, "step": 1.0}
+EVERY = {"acquire_every": 2}
+ONE, MANY = {"interval": 1, "loops": 1}, {"interval": 0, "loops": 10**9}
+DEEP: dict[str, Any] = {}
+for _ in range(600):
+    DEEP = {"deeper": DEEP}
 
 
 def test_regular_plan_is_numbered_in_acquisition_order():
@@ -133,6 +139,31 @@ def test_autofocus_events_are_no_images():
     assert len(lay_out(sequence)) == 4
 
 
+@pytest.mark.parametrize("channels", [["A", "B"], ["A", {"config": "B", **EVERY}]])
+@pytest.mark.parametrize("order", ["tpgcz", "ptgzc"])
+def test_the_time_points_of_a_plan_are_laid_out_like_each_event(channels, order):
+    sequence = read_sequence(
+        {
+            "time_plan": {"interval": 0.5, "loops": 5},
+            "stage_positions": [{"x": 0, "z": 1}, {"x": 1, "z": 1}],
+            "channels": channels,
+            "z_plan": STACK,
+            "axis_order": order,
+        }
+    )
+    plan, events = lay_out(sequence), list(sequence)
+    axes = [[event.index[axis] for axis in "tpcz"] for event in events]
+    assert plan.places.tolist() == axes
+    assert plan.z_offsets_um.tolist() == [event.z_pos - 1 for event in events]
+    assert plan.interval_s == 0.5
+
+
+def test_a_million_images_are_laid_out_without_a_walk_through_them():
+    sequence = read_sequence({"time_plan": {"interval": 1, "loops": 10**6}})
+    assert lay_out(sequence).sizes["t"] == 10**6
+    assert len(list(images_of(sequence))) == 2
+
+
 @pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
 def test_plans_are_read_from_files(tmp_path, dump):
     path = tmp_path / "plan.txt"
@@ -149,6 +180,14 @@ def test_plans_are_read_from_files(tmp_path, dump):
             "'acquisition.mda.time_plan.lops'",
         ),
         ({"z_plan": {"range": "wide", "step": 1}}, "z_plan"),
+        ({"time_plan": {"duration": 5, "interval": 0}}, "interval of more than 0"),
+        ({"time_plan": {"loops": 10**30, "interval": 0}}, "more than 10,000,000"),
+        ({"z_plan": {"range": 1e9, "step": 1e-6}}, "more than 10,000,000"),
+        (
+            {"stage_positions": [{"sequence": {"time_plan": [ONE, MANY]}}]},
+            "more than 10,000,000",
+        ),
+        ({"metadata": DEEP, "channels": ["A"]}, "nested more than 64 deep"),
     ],
 )
 def test_faults_of_a_plan_are_named(given, said):
@@ -159,6 +198,13 @@ def test_faults_of_a_plan_are_named(given, said):
 def test_a_missing_plan_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         read_sequence(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_a_stack_without_a_plane_is_refused(kind):
+    plan = read_sequence({"z_plan": {kind: []}, "channels": ["A"]})
+    with pytest.raises(ConfigError, match="names no height"):
+        lay_out(plan)
 
 
 def test_a_plan_without_images_is_refused():
