@@ -374,7 +374,13 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
     -------
     FocusEngine
         Registered with the core already; ``engine.focuser.focus()`` searches focus
-        at once.
+        at once. Close it at the end.
+
+    Raises
+    ------
+    ConfigError
+        If the config cannot be used. A channel without optics or classifier is
+        refused when it is searched.
 
     Examples
     --------

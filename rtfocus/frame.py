@@ -150,8 +150,8 @@ class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one frame says of focus, for autofocus; see `rtfocus.autofocus`."""
 
     defocus_um: float | None
-    """In the middle of the region looked at, tilt removed; without a sign where
-    `signed` is False; None: refused."""
+    """In the middle of the region looked at, tilt removed; positive = specimen too far
+    from the objective, only the distance where `signed` is False; None: refused."""
     sd_um: float | None
     """Its standard deviation; None: refused."""
     signed: bool
@@ -165,7 +165,8 @@ class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
     tiles: int = 0
     """Tiles that had a say."""
     spectrum: list[float] = []
-    """Ring amplitudes of the image, see `rtfocus.autofocus.appearance`."""
+    """Ring amplitudes of the image, 48 numbers, or none where there is no image to
+    read; see `rtfocus.autofocus.appearance`."""
     noise: float = 0.0
     """Noise amplitude of a ring."""
     saturated: float = 0.0
@@ -180,7 +181,8 @@ class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):
     level: int | None
     """Most confident level over the tiles; None: background only."""
     defocus_um: float | None
-    """Confidence-weighted over the tiles; None: background only."""
+    """Confidence-weighted over the tiles, positive = specimen too far from the
+    objective; None: background only."""
     signed: bool
     """False: only the distance is known."""
     confidence: float
@@ -222,7 +224,8 @@ class DefocusMap:
     grid: TileGrid
 
     defocus_um: NDArray[np.float32]
-    """NaN = background."""
+    """Positive = specimen too far from the objective; only the distance where
+    `TileGrid.signed` is False; NaN = background."""
     confidence: NDArray[np.float32]
     """Probability of the chosen label, 0 to 1."""
     level: NDArray[np.int16]

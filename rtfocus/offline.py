@@ -82,7 +82,21 @@ class ImageProcessor:
     def classify(
         self, image: NDArray[np.generic], *, channel: str = "default"
     ) -> FrameResult:
-        """Estimate the defocus of an image (y, x) or (y, x, 3), tile by tile.
+        """Estimate the defocus of an image, tile by tile.
+
+        Parameters
+        ----------
+        image
+            Axes (y, x) or (y, x, 3); uint8 and uint16 are counts, everything else is
+            computed as float32.
+        channel
+            Whose entry in the config's ``channels`` is used; without one its entry
+            ``default``, else the defaults.
+
+        Returns
+        -------
+        FrameResult
+            ``estimate`` and ``defocus``; ``restored`` is None.
 
         Raises
         ------
@@ -96,7 +110,12 @@ class ImageProcessor:
     def restore(
         self, image: NDArray[np.generic], *, channel: str = "default"
     ) -> FrameResult:
-        """Restore an image (y, x) or (y, x, 3); `FrameResult.restored` is new memory.
+        """Restore an image; `FrameResult.restored` is new memory of the same shape.
+
+        Parameters
+        ----------
+        image, channel
+            As for `classify`.
 
         Raises
         ------

@@ -55,12 +55,17 @@ def open_run(path: Path | str) -> "Run":
         The folder; a finished run, one that was cut off, or one that is still
         being recorded.
 
+    Returns
+    -------
+    Run
+        Its images and tables are read when they are asked for.
+
     Raises
     ------
     WriterError
-        If it is no run folder.
+        If it is not a run folder.
     InputError
-        If it is no path.
+        If `path` is not a path.
 
     Examples
     --------

@@ -60,9 +60,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """In focus within the deadband."""
+    """End the search here, in focus."""
 
     reason: str = "in focus"
+    """For the verdict and the journal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Move:
     """Go to where focus is believed to be, then look again."""
 
     dz_um: float
+    """Step from the current z, positive = larger z; finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Probe:
     """Go a little to learn on which side focus is, or look again (0)."""
 
     dz_um: float
+    """Step from the current z, positive = larger z; finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class GiveUp:
     """Go to the best known z and end, with the reason."""
 
     reason: str
+    """Why focus was not found; for the verdict and the journal."""
     back_um: float = 0.0
     """Way from here to the best known z; 0: it is here, or nothing is known."""
 

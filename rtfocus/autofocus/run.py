@@ -37,9 +37,13 @@ OURS = "rtfocus"
 
 
 class Search(Protocol):
-    """What decides, image by image, where the stage goes next."""
+    """What decides, image by image, where the stage goes next.
+
+    `run_search` calls `observe` and then `decide` after every image, in one thread.
+    """
 
     moves: MoveRule
+    """Limits and steps; every target of the stage is cut to them."""
 
     @property
     def notes(self) -> list[str]:
@@ -52,34 +56,45 @@ class Search(Protocol):
         ...
 
     def observe(self, z_um: float, reading: FocusReading) -> None:
-        """Take in one image."""
+        """Take in one image, exposed where the stage says `z_um`."""
         ...
 
     def decide(self) -> Decision:
-        """Say what to do after the newest image."""
+        """Say what to do after the newest image.
+
+        Raises
+        ------
+        RtfocusError
+            If it cannot decide; the stage then goes to the best z that was seen.
+        """
         ...
 
     def give_up(self, reason: str) -> GiveUp:
-        """End at the best z that was seen."""
+        """Return the end of the search at the best z that was seen so far."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SearchTask:
-    """What a search of another package is told before its first image."""
+    """What a search of another package is given before its first image."""
 
     optics: OpticalSystem
-    """Of the channel that tells focus; ``optics.defocus_unit_um``: depth of field."""
+    """Of the channel that is imaged; ``optics.defocus_unit_um``: depth of field."""
     limits: Limits
-    """Where the stage may go; steps beyond are cut."""
+    """Lowest and highest z in um; steps beyond are cut."""
     direction: int
-    """+1: larger z brings the plane of focus towards the specimen; -1; 0: unknown."""
+    """+1: larger z brings the plane of focus towards the specimen; -1: smaller z does;
+    0: unknown. A signed defocus is removed by a step of ``direction * defocus_um``."""
     safe_side: int
     """Sign of the z on whose side the objective cannot touch the specimen."""
 
 
 Strategy = Callable[[float, FocusReading], Decision]
-"""Told the stage's z and what the image there says, answers what to do next."""
+"""Gets the stage's z in um and the reading of the image there; returns what to do next.
+
+Called after every image of one search, in one thread. An exception that it raises ends
+the search as a `MicroscopeError` that names it.
+"""
 
 
 class BroughtSearch:
@@ -173,6 +188,15 @@ def brought_search(
     Its entry point, group ``rtfocus.autofocus``, is a function that is given a
     `SearchTask` and returns a `Strategy`, once for every search.
 
+    Parameters
+    ----------
+    name
+        Of the entry point.
+    task
+        Handed to the function.
+    moves, most_images
+        As for `BroughtSearch`.
+
     Raises
     ------
     ConfigError
@@ -201,11 +225,23 @@ class FocusStage(Protocol):
     """The z-stage, as autofocus needs it; positions in um."""
 
     def position_um(self) -> float:
-        """Return where the stage says it is."""
+        """Return where the stage says it is.
+
+        Raises
+        ------
+        MicroscopeError
+            If it does not answer.
+        """
         ...
 
     def go_to(self, z_um: float) -> None:
-        """Go there and wait for the end of the move."""
+        """Go there and wait for the end of the move.
+
+        Raises
+        ------
+        MicroscopeError
+            If it does not get there.
+        """
         ...
 
 
@@ -214,11 +250,13 @@ class Step:
     """One image of a search and what was decided on it; a line of the journal."""
 
     z_um: float
+    """Where the stage said it was."""
     reading: FocusReading
     decision: Decision
     belief_um: float | None
-    """Where focus was believed to be."""
+    """z where focus was believed to be; None: nothing was known."""
     belief_sd_um: float | None
+    """Its standard deviation; None: nothing was known."""
     seconds: float
     """Since the search began."""
 
@@ -229,14 +267,19 @@ class Verdict:
 
     focused: bool
     reason: str
+    """``in focus``, or why not."""
     start_um: float
+    """Where the stage said it was at the start."""
     end_um: float
     """Where the stage was sent last; where it stands unless it lied."""
     images: int
     moves: int
+    """Decisions that moved the stage."""
     seconds: float
     notes: tuple[str, ...] = ()
+    """What was noticed about stage and images."""
     steps: tuple[Step, ...] = ()
+    """Every image, in order."""
 
     @property
     def correction_um(self) -> float:
@@ -283,11 +326,19 @@ def run_search(
         Told of every image as soon as it is decided on.
     is_canceled
         Asked after every image; then the search ends at the best z it has seen.
+    clock
+        Seconds that only increase.
+
+    Returns
+    -------
+    Verdict
+        Also where focus was not found: ``focused`` is False, ``reason`` says why.
 
     Raises
     ------
     RtfocusError
-        What `look` or `stage` raise; the stage was sent to the best z that was seen.
+        What `search`, `look` or `stage` raise; the stage was sent to the best z that
+        was seen.
     """
     steps: list[Step] = []
     try:

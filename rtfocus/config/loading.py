@@ -160,7 +160,7 @@ def find_config(name: str) -> Path:
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML config and apply ``section.key=value`` overrides.
+    """Return a YAML config, validated, with ``section.key=value`` overrides.
 
     Relative paths begin at the file's folder; those of overrides where one works.
 

@@ -120,20 +120,24 @@ class Device(Protocol):
 
     `prepare`, `enqueue` and `close` come from one thread, `estimate` and
     `begin_restoring` from a second, `restore` from as many as `Prepared.restoring`
-    says; all of them within `entered`.
+    says; all of them within `entered`. What `enqueue`, `estimate`, `begin_restoring`
+    and `restore` raise fails that frame alone; a `LostDeviceError` ends the device.
     """
 
     name: str
     """For messages, e.g. ``GPU 0``."""
 
     def entered(self) -> AbstractContextManager[None]:
-        """Return what a thread holds while it calls the device."""
+        """Return what a thread holds while it calls the device; enter it once."""
         ...
 
     def prepare(
         self, plans: Sequence[ChannelPlan], series: SeriesStart, slots: int
     ) -> Prepared:
         """Open engines and reserve buffers for a series.
+
+        `plans` are in the order of the series' channels; frames come in slots with
+        the indices 0 to ``slots - 1``.
 
         Raises
         ------
@@ -147,7 +151,7 @@ class Device(Protocol):
         ...
 
     def estimate(self, job: Job) -> DefocusMap | None:
-        """Return the defocus of a frame when it is known, and set its flags."""
+        """Wait for the defocus of a frame, and set its flags; None: no classifier."""
         ...
 
     def begin_restoring(self, job: Job) -> None:
@@ -155,9 +159,9 @@ class Device(Protocol):
         ...
 
     def restore(self, job: Job) -> NDArray[np.generic] | None:
-        """Return the restored frame when it is there; None where `Job.skipped`.
+        """Wait for the restored frame; None where `Job.skipped`.
 
-        It lies in memory that belongs to the job's slot.
+        Shape of the frame, camera's type or float32; memory of the job's slot.
         """
         ...
 
