@@ -29,7 +29,7 @@ from rtfocus.sides import ProcessorProcess, on_free_ports, paired
 from rtfocus.transport.io_thread import PreviewViewer
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
-from rtfocus.workers import Patience
+from rtfocus.workers import Wait
 
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
@@ -76,7 +76,7 @@ def estimates(
     """
     keys = None if curve_keys is None else path_given(curve_keys, "curve_keys")
     with PreviewViewer(endpoint, keys) as viewer:
-        patience = Patience()
+        wait = Wait()
         last: Estimate | None = None
         while stop is None or not stop.is_set():
             preview = viewer.newest(_LOOK_S)
@@ -85,8 +85,8 @@ def estimates(
             if found is not None and found != last:
                 yield found
                 last = found
-                patience.restart()
-            elif timeout_s is not None and patience.look() > timeout_s:
+                wait.restart()
+            elif timeout_s is not None and wait.look() > timeout_s:
                 return
 
 

@@ -19,7 +19,7 @@ class AbortedError(Exception):
     """The run is being discarded; never reaches the user."""
 
 
-class Patience:
+class Wait:
     """Seconds of a wait, as its waiter lived through them.
 
     A process that was frozen, or whose machine slept, finds the clock far ahead, and

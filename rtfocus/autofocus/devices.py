@@ -9,7 +9,7 @@ from pymmcore_plus import CMMCorePlus, DeviceType
 from pymmcore_plus.mda import FinishReason, MDAEngine, MDARunner
 
 from rtfocus.errors import ConfigError, MicroscopeError
-from rtfocus.workers import Patience
+from rtfocus.workers import Wait
 
 _LOCK_S = 10.0
 """Longest wait for a hardware focus device to hold focus again."""
@@ -113,9 +113,9 @@ class OffsetStage:
             else:
                 self._core.setPosition(self._device, units)
                 self._core.waitForDevice(self._device)
-            patience = Patience()
+            wait = Wait()
             while not self._core.isContinuousFocusLocked():
-                if patience.look() > _LOCK_S:
+                if wait.look() > _LOCK_S:
                     msg = (
                         f"'{self._holder}' does not hold focus {_LOCK_S:g} s after its "
                         f"offset was set to {units:g}; bring it into range again"

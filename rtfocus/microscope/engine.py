@@ -30,7 +30,7 @@ from rtfocus.microscope.series import (
     image_number,
     with_field_of_view,
 )
-from rtfocus.workers import Patience
+from rtfocus.workers import Wait
 
 EVENT_INDEX = "rtfocus_event_index"
 """Key of an MDA event's metadata: its ordinal among the images of the plan."""
@@ -185,7 +185,7 @@ class RecordingEngine(MDAEngine):
         """
         core, count = self.mmcore, 0
         timeout_s = self._initial_timeout(event)
-        patience = Patience()
+        wait = Wait()
         while True:
             running = core.isSequenceRunning()
             if waiting := core.getRemainingImageCount():
@@ -202,7 +202,7 @@ class RecordingEngine(MDAEngine):
                 count += 1
                 # Only now: until here it was the consumer that took its time.
                 timeout_s = self._frame_timeout(event)
-                patience.restart()
+                wait.restart()
                 if signal == "cancel":
                     core.stopSequenceAcquisition()
                     return
@@ -211,7 +211,7 @@ class RecordingEngine(MDAEngine):
             elif self._is_stopped():
                 core.stopSequenceAcquisition()
                 return
-            elif patience.look() > timeout_s:
+            elif wait.look() > timeout_s:
                 core.stopSequenceAcquisition()
                 msg = (
                     f"camera '{core.getCameraDevice()}' gave no image for "

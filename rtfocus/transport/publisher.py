@@ -19,7 +19,7 @@ from rtfocus.transport.io_thread import IoThread, Waker
 from rtfocus.transport.publisher_loop import PublisherLoop
 from rtfocus.transport.registrar import Outbox
 from rtfocus.transport.sockets import Context, slot_pool
-from rtfocus.workers import Patience
+from rtfocus.workers import Wait
 
 
 class Stall:
@@ -223,12 +223,12 @@ class FramePublisher:
             lost or stalled, or when the I/O thread failed.
         """
         outbox, pool = self._series()
-        since_s, patience = time.monotonic(), Patience()
+        since_s, wait = time.monotonic(), Wait()
         while (slot := pool.acquire(timeout_s=_LOOK_S)) is None:
             self._thread.check()
             left = outbox.published - outbox.durable_upto
             waiting_for = f"no free slot, {left} frames are not durable"
-            self._watch_stall(waiting_for, patience.look())
+            self._watch_stall(waiting_for, wait.look())
         now_s, recorder = time.monotonic(), self._loop.registrar.recorder
         if self._begun_s is None:
             self._begun_s = now_s
@@ -280,14 +280,14 @@ class FramePublisher:
             focus_log=focus_log,
         )
         self._thread.wake()
-        durable, patience = outbox.durable_upto, Patience()
+        durable, wait = outbox.durable_upto, Wait()
         while not self._wait(outbox, lambda: outbox.is_complete):
             if outbox.durable_upto != durable:
                 durable = outbox.durable_upto
-                patience.restart()
+                wait.restart()
             left = outbox.published - durable
             waiting_for = f"{left} frames are not durable" if left else "no receipt"
-            self._watch_stall(waiting_for, patience.look())
+            self._watch_stall(waiting_for, wait.look())
 
     def stop(self) -> None:
         """Lose patience: from now on no wait outlasts a lost or stalled recorder.
@@ -334,14 +334,14 @@ class FramePublisher:
 
     def _wait_for_recorder(self, outbox: Outbox) -> None:
         """Wait for one to come, then, as long as it lives, for it to be ready."""
-        patience = Patience()
+        wait = Wait()
         while not self._wait(outbox, self._is_recorder_ready):
             if self._stopped:
                 msg = "stopped before a recorder was ready; nothing was acquired"
                 raise StoppedError(msg)
             if self._loop.registrar.is_alive(time.monotonic()):
-                patience.restart()
-            elif patience.look() > self._config.connect_timeout_s:
+                wait.restart()
+            elif wait.look() > self._config.connect_timeout_s:
                 raise TransportError(self._nobody_came())
 
     def _nobody_came(self) -> str:

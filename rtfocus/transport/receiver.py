@@ -29,7 +29,7 @@ from rtfocus.transport.sockets import (
     slot_pool,
 )
 from rtfocus.transport.validation import Rejections
-from rtfocus.workers import Newest, Patience
+from rtfocus.workers import Newest, Wait
 
 _LOOK_S = 0.1
 """How often a waiting call looks for a stop or a deadline."""
@@ -116,9 +116,9 @@ class FrameReceiver:
         )
         self._dialogue = dialogue
         self._thread.call(lambda: self._loop.open_dialogue(dialogue))
-        patience, silence, heard_s = Patience(), Patience(), dialogue.heard_s
+        wait, silence, heard_s = Wait(), Wait(), dialogue.heard_s
         while dialogue.series is None and not self._stopped:
-            waited_s = patience.look()
+            waited_s = wait.look()
             if dialogue.heard_s != heard_s:
                 heard_s = dialogue.heard_s
                 silence.restart()

@@ -10,8 +10,8 @@ from rtfocus.workers import (
     AbortedError,
     BoundedQueue,
     Newest,
-    Patience,
     Pipeline,
+    Wait,
     Worker,
 )
 
@@ -96,13 +96,13 @@ def test_a_wait_counts_what_it_lived_through_not_what_it_slept(monkeypatch) -> N
     monkeypatch.setattr(
         "rtfocus.workers.time", SimpleNamespace(monotonic=lambda: clock.s)
     )
-    patience = Patience()
+    wait = Wait()
     for _ in range(20):
         clock.s += 0.25
-        waited_s = patience.look()
+        waited_s = wait.look()
     assert waited_s == 5.0
     clock.s += 3600  # the lid was closed
-    assert patience.look() == 5.0 + Patience.MOST_S
-    patience.restart()
+    assert wait.look() == 5.0 + Wait.MOST_S
+    wait.restart()
     clock.s += 0.25
-    assert patience.look() == 0.25
+    assert wait.look() == 0.25
