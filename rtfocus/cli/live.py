@@ -21,6 +21,7 @@ from rtfocus.cli.display import Rows, defocus_text, display, display_run
 from rtfocus.cli.endings import interruptible, stop_at_end_of_input
 from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
+from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import ConfigError, ExitCode, InputError, RtfocusError
 from rtfocus.transport.sockets import is_local
 
@@ -203,6 +204,7 @@ def run(
         raise typer.Exit(_dry_run(settings))
     if view:
         settings = with_preview(settings)
+    _refuse_mistyped(settings)
     from rtfocus import app as loop
 
     monitors: list[Monitor] = []
@@ -227,6 +229,26 @@ def run(
     if folder is None:
         raise typer.Exit(ExitCode.INTERRUPTED)
     raise typer.Exit(print_report(folder).exit_code)
+
+
+def _refuse_mistyped(config: Config) -> None:
+    """Refuse a plan or an engine that is none before both sides start: that takes long.
+
+    Only what this run is sure to ask for: engines of the channels that its plan names.
+    """
+    if config.acquisition.mda is None or isinstance(config.microscope, ReplayConfig):
+        return
+    from rtfocus.engines.registry import find_engine
+    from rtfocus.microscope.plan import read_sequence
+    from rtfocus.processing.channel_plan import restored_as_it_is
+
+    processing = config.processing
+    for planned in read_sequence(config.acquisition.mda).channels:
+        channel = config.channel(planned.config)
+        restored_as_it_is(channel.restoration or processing.restoration, processing)
+        name = channel.classifier or processing.classifier
+        if channel.optics is not None and name is not None:
+            find_engine(name, processing.engine_folders)
 
 
 def _dry_run(config: Config) -> ExitCode:

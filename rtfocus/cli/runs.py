@@ -6,6 +6,8 @@ images told it: held, and as it would have become had the stage stood still.
 """
 
 import json
+import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -111,6 +113,16 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
+class ReportConsole(Console):
+    """Goes on where nobody reads any more, as in ``| head``: the work is done."""
+
+    def on_broken_pipe(self) -> None:
+        """Write to nothing; the exit code stays that of the run."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+
+
 def print_report(folder: Path) -> Outcome:
     """Print loss accounting, throughput and stage times of a finished run.
 
@@ -124,7 +136,7 @@ def print_report(folder: Path) -> Outcome:
 
     report = read_report(folder)
     outcome = Outcome.of_report(report)
-    console = Console()
+    console = ReportConsole()
     done = "completed" if outcome.is_plain else outcome
     console.print(f"[bold]{escape(str(folder))}[/]  ({escape(str(done))})")
     if report["accounting"].get("planned") is not None:

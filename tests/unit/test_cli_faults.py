@@ -8,6 +8,7 @@ import pytest
 
 from rtfocus.cli import main
 from rtfocus.cli.endings import tell
+from rtfocus.cli.runs import ReportConsole
 from rtfocus.errors import ConfigError, EngineError, ExitCode, WorkerError
 
 
@@ -109,3 +110,35 @@ def test_the_home_folder_is_found_where_no_shell_names_it(
         with pytest.raises(SystemExit):
             main()
         assert f"{tmp_path}/gone" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "code", "said"),
+    [
+        ("processing.classifier=deplnet", ExitCode.ENGINE, "'delpnet'?"),
+        ("processing.restoration.method=weiner", ExitCode.ENGINE, "'wiener'?"),
+        ("acquisition.mda.tme_plan=3", ExitCode.CONFIG, "'time_plan'?"),
+    ],
+)
+def test_what_is_mistyped_is_told_before_a_side_starts(
+    mistyped, code, said, tmp_path, monkeypatch, capsys
+):
+    folder = f"run.folder={tmp_path}"
+    words = ["rtfocus", "run", "demo", "--set", folder, "--set", mistyped]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("subprocess.Popen", None)  # no process can be started
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_nobody_reads_to_its_end_is_no_failure(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        console = ReportConsole()
+        console.print("a.rtfocus (completed)")
+        console.print("300 acquired = 300 written")
