@@ -63,7 +63,7 @@ class Outcome:
     kind: str = ""
     run: int = 0
     sharpest: float = 0.0
-    """True defocus at which the true image is sharpest."""
+    """True defocus at which the true image is sharpest; 0 with a spike there."""
     notes: list[str] = field(default_factory=list)
     network: list[tuple[float, float, float]] = field(default_factory=list)
     """Of every image: true defocus, reading and its deviation in depths of field."""
@@ -301,6 +301,10 @@ def summarise(outcomes: list[Outcome]) -> dict[str, object]:
         "runs": number,
         "within half a depth of field": hits / number,
         "wilson": wilson(hits, number),
+        "within half a depth of field of the sharpest plane": sum(
+            abs(one.end - one.sharpest) <= 0.5 for one in outcomes
+        )
+        / number,
         "said focused and was not": sum(
             one.focused and abs(one.end) > 0.5 for one in outcomes
         ),
@@ -359,7 +363,7 @@ def main() -> None:
     )
     parser.add_argument("--backlash", type=float, default=0.3, help="depths of field")
     parser.add_argument(
-        "--spike", action="store_true", help="unblurred in focus, as the figures say"
+        "--spike", action="store_true", help="show the drawing unblurred in focus"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--resume", type=Path, help="file of runs: go on where it ends")

@@ -45,7 +45,7 @@ def plate(positions: int, optics: OpticalSystem, seed: int) -> list[Scene]:
     for number in range(positions):
         own = np.random.default_rng([seed, number])
         sharp = draw_specimen(KINDS[number % 3], (SIDE_PX, SIDE_PX), own)
-        scene = Scene(sharp, optics, camera(), own)
+        scene = Scene(sharp, optics, camera(), own, keep_focus=True)
         scene.focus_um = float(rng.normal(0, 3 * optics.defocus_unit_um))
         scenes.append(scene)
     return scenes
