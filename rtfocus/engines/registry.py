@@ -113,8 +113,9 @@ def package_folders() -> list[Path]:
 
 def _search_path() -> tuple[tuple[str, int], ...]:
     """Return where packages lie, and when each place last changed."""
-    places = (Path(place or ".") for place in sys.path)
-    return tuple((str(p), p.stat().st_mtime_ns) for p in places if p.is_dir())
+    places = (place or os.curdir for place in sys.path)
+    # One that may not be looked into is none: Path.is_dir would raise.
+    return tuple((p, os.stat(p).st_mtime_ns) for p in places if os.path.isdir(p))
 
 
 @lru_cache(maxsize=1)

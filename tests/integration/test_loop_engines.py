@@ -95,6 +95,9 @@ def test_engines_of_an_installed_package_are_found_by_name(
     said = succeeded(command("engines", "list"))
     assert "theirs" in said
     assert find_engine("theirs").folder == package / "theirs"
+    # Python passes over what is no place to look into; so does the search.
+    monkeypatch.syspath_prepend("no" * 3000)
+    assert find_engine("theirs").folder == package / "theirs"
 
 
 @pytest.mark.parametrize("kind", ["above", "absolute", "backslash", "linked", "name"])
