@@ -7,7 +7,7 @@ import pytest
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
 from rtfocus.processing import processor
-from rtfocus.processing.cpu.channel import share_threads
+from rtfocus.processing.cpu.device import share_threads
 from rtfocus.processing.processor import open_processor
 
 

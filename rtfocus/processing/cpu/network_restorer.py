@@ -155,7 +155,7 @@ class TileNetworkRestorer:
     def restore_frame(
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
-        """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`."""
+        """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
         del quantum
         seen = known(seen)
         np.copyto(out, signal)
@@ -214,7 +214,7 @@ class WholeImageRestorer:
     def restore_frame(
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
-        """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`.
+        """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`.
 
         Raises
         ------
@@ -270,7 +270,7 @@ class JointRestorer:
     def restore_frame(
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
-        """Restore a frame, see `rtfocus.processing.cpu.channel.FrameRestorer`."""
+        """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
         del quantum
         seen = known(seen)
         np.copyto(out, signal)
