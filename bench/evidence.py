@@ -3,7 +3,7 @@
 Sharp images that recipes train on, shown smaller and larger than they were taken, and
 drawn specimens, bright, absorbing and as relief, are blurred and photographed at random
 (as the set ``unseen``, whose kinds are left out here) and restored by the loop's code,
-the optics untold. A small function from `rtfocus.processing.evidence.measures` to the
+the optics untold. A small function from `rtfocus.engines.fitted.measures` to the
 share of the correction is fitted to what that share does to the error: decibels gained
 count, decibels lost count several times, and frames in focus are to stay as they are.
 Real pairs of BBBC006 (rows a02 to a18) weigh more, being few. The deviation that is
@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.engines.card import CARD_NAME
-from rtfocus.engines.fitted import DeviationCard, stated_variance
+from rtfocus.engines.fitted import (
+    CELL_PX,
+    FARTHEST,
+    DeviationCard,
+    measures,
+    stated_variance,
+)
 from rtfocus.engines.registry import step_um
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.samples import (
@@ -50,9 +56,7 @@ from rtfocus.evaluation.scores import specimen_tiles
 from rtfocus.frame import BACKGROUND, DefocusMap
 from rtfocus.images.reading import open_images
 from rtfocus.offline import ImageProcessor
-from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.camera import luminance
-from rtfocus.processing.evidence import CELL_PX, FARTHEST, measures
+from rtfocus.optics.normalisation import PercentileRange, luminance
 from rtfocus.specimens import SPECIMEN_KINDS, draw_specimen, draw_stained
 
 Image = NDArray[np.float32]

@@ -26,7 +26,7 @@ KERNEL_PX = 5
 
 
 MEASURES = 25
-"""That `rtfocus.processing.evidence` takes of a correction."""
+"""That `rtfocus.engines.fitted` takes of a correction."""
 
 
 def write_brightness_joint(folder: Path, *, share: float | None = None) -> Path:

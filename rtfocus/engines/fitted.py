@@ -1,10 +1,23 @@
 """Fitted: what a card says of its engine by small functions, fitted to known truth.
 
-*Evidence*: how far corrections are trusted. *Deviation*: how far off a defocus may be,
-as it is stated to people. The spread of a network's label probabilities is not that: a
-defocus between two levels has a spread though it is known well, and what is far out of
-focus, or seen by unknown optics, errs by more than the labels say. The weighing of
-corrections and autofocus have calibrations of their own and take the spread as it is.
+*Deviation*: how far off a defocus may be, as it is stated to people. The spread of a
+network's label probabilities is not that: a defocus between two levels has a spread
+though it is known well, and what is far out of focus, or seen by unknown optics, errs
+by more than the labels say. The weighing of corrections and autofocus have calibrations
+of their own and take the spread as it is.
+
+*Evidence*: how much of a correction the image itself supports. A network that restores
+images of a microscope nobody described cannot know what it has not seen: smooth
+objects, finely sampled, look to it like blurred ones. What it made of them can be
+looked at afterwards. Frame and correction are split into octaves (Haar details of 2, 4,
+8 and 16 px) and compared around every cell of 16 px: where the frame's own power lies,
+how much of it is noise (the diagonal details have next to no signal), by how much each
+octave was raised, and whether the correction follows what is there or invents. Beside
+these ratios, which know neither counts nor contrast nor kind of specimen, stands what
+the labels say of themselves: on kinds never seen they scatter. From both follows the
+share of the correction that is applied, between none and all.
+
+The functions are fitted by ``python -m bench.evidence``.
 """
 
 from typing import Annotated, Any
@@ -13,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rtfocus.frame import DefocusMap
+from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
+from rtfocus.optics.normalisation import PercentileRange, luminance
 
 Share = Annotated[float, Field(ge=0)]
 
@@ -34,10 +48,7 @@ class LayerCard(Section):
 
 
 class EvidenceCard(Section):
-    """How far corrections of a joint engine are trusted where nobody told the optics.
-
-    See `rtfocus.processing.evidence`.
-    """
+    """How far corrections of a joint engine are trusted, its optics untold."""
 
     middle: list[float]
     """Mean of every measure where the function was fitted."""
@@ -114,3 +125,228 @@ def stated_variance(
     between = level - np.floor(level)
     beyond = np.maximum(np.square(spread) - between * (1 - between), 0)
     return np.asarray(fit.spread * beyond + fit.floor + fit.distance * np.square(level))
+
+
+Image = NDArray[np.float32]
+
+CELL_PX = 16
+OCTAVES = 4
+_AROUND = 5
+"""Cells that are looked at together, per side: 80 px."""
+# Least power, in squares of the frame's range: below it nothing is measured.
+_LEAST = 1e-7
+_NOISE_OCTAVES = 3
+_LEAST_SPREAD = 0.1
+FARTHEST = 3.0
+"""In units of a measure's spread at fitting: what lies farther out counts as this."""
+
+
+class Evidence:
+    """Weighs the corrections of one engine; thread-safe.
+
+    Parameters
+    ----------
+    card
+        The fitted function.
+    normalisation
+        Finds a frame's dark and bright value.
+    step_um
+        Defocus between two levels of the engine.
+    """
+
+    def __init__(
+        self, card: EvidenceCard, normalisation: PercentileRange, step_um: float
+    ) -> None:
+        self._normalisation = normalisation
+        self._step_um = step_um
+        self._middle = np.array(card.middle, np.float32)
+        self._spread = np.array(card.spread, np.float32)
+        self._layers = [
+            (np.array(layer.weights, np.float32), np.array(layer.bias, np.float32))
+            for layer in card.layers
+        ]
+
+    def weigh(self, signal: Image, found: DefocusMap, out: Image) -> None:
+        """Take back of a restored frame what nothing speaks for.
+
+        Parameters
+        ----------
+        signal
+            Axes (y, x) or (y, x, colour).
+        found
+            Defocus by the engine that restored it.
+        out
+            Restored frame, changed in place: nearer to `signal`, never farther. Pixels
+            that equal the signal's stay so.
+        """
+        grey = luminance(signal)
+        dark, scale = self._normalisation.fit(grey)
+        change = (luminance(out) - grey) / np.float32(scale)
+        if not change.any():
+            return
+        normalised = (grey - np.float32(dark)) / np.float32(scale)
+        share = self.shares(measures(normalised, change, found, self._step_um))
+        rows, columns = (_to_pixels(side) for side in grey.shape)
+        weight = rows @ share @ columns.T
+        out -= signal
+        out *= weight if signal.ndim == 2 else weight[..., None]
+        out += signal
+
+    def shares(self, measured: Image) -> Image:
+        """Return the share of the correction per cell, 0 to 1, from its `measures`."""
+        value = (np.moveaxis(measured, 0, -1) - self._middle) / self._spread
+        value = np.clip(value, -FARTHEST, FARTHEST)
+        for number, (weights, bias) in enumerate(self._layers):
+            value = (np.maximum(value, 0) if number else value) @ weights.T + bias
+        return np.asarray(1 / (1 + np.exp(-value[..., 0])), dtype=np.float32)
+
+
+def measures(
+    frame: Image, correction: Image, found: DefocusMap, step_um: float
+) -> Image:
+    """Return `ratios` and `certainty` together, axes (measure, row, column)."""
+    shape = frame.shape[0], frame.shape[1]
+    return np.concatenate([ratios(frame, correction), certainty(found, step_um, shape)])
+
+
+def ratios(frame: Image, correction: Image) -> Image:
+    """Measure a correction against the frame it was made from.
+
+    Parameters
+    ----------
+    frame
+        Axes (y, x), normalised: 0 and 1 at its dark and bright percentile.
+    correction
+        What is to be added to it, same shape and unit.
+
+    Returns
+    -------
+    Image
+        Axes (ratio, row, column), a cell for every 16 px begun; 21 logarithms.
+    """
+    seen, raised = (_whole_cells(image) for image in (frame, correction))
+    power, common, added, noise, noise_after = [], [], [], [], []
+    for octave in range(OCTAVES):
+        cells = CELL_PX >> (octave + 1)
+        (seen, details), (raised, changes) = _split(seen), _split(raised)
+        power.append(_mean_product(details, details, cells))
+        common.append(_mean_product(details, changes, cells))
+        added.append(_mean_product(changes, changes, cells))
+        noise.append(_mean_product(details[2:], details[2:], cells))
+        after = details[2:] + changes[2:]
+        noise_after.append(_mean_product(after, after, cells))
+    p, b, c, d, e = (
+        around(np.stack(one)) for one in (power, common, added, noise, noise_after)
+    )
+    total = p.sum(axis=0)
+    found = [
+        *_log_ratio(p, total[None]),
+        *_log_ratio(p + 2 * b + c, p),
+        *_log_ratio(c, p),
+        *(4 * b / (np.sqrt(p * c) + _LEAST)),
+        *_log_ratio(d[:_NOISE_OCTAVES], p[:_NOISE_OCTAVES]),
+        *_log_ratio(e[:1], d[:1]),
+        np.log(total + _LEAST),
+    ]
+    return np.asarray(np.stack(found) / 4, dtype=np.float32)
+
+
+def certainty(found: DefocusMap, step_um: float, shape: tuple[int, int]) -> Image:
+    """Spread what the labels say of themselves over the cells of a frame.
+
+    Parameters
+    ----------
+    found
+        Of the engine that made the correction.
+    step_um
+        Defocus between two of its levels.
+    shape
+        Height and width of the frame.
+
+    Returns
+    -------
+    Image
+        Confidence, deviation in levels (logarithm), distance in levels and share of
+        background; axes (4, row, column).
+    """
+    empty = found.level == BACKGROUND
+    spread_um = np.zeros_like(found.defocus_um)
+    if found.uncertainty_um is not None:
+        spread_um = np.where(empty, 0, found.uncertainty_um)
+    levels = np.abs(np.where(empty, 0, found.defocus_um)) / step_um
+    told = np.stack(
+        [
+            found.confidence,
+            np.log(spread_um / step_um + _LEAST_SPREAD) / 2,
+            levels / 5,
+            empty.astype(np.float32),
+        ]
+    )
+    grid, (height, width) = found.grid, shape
+    rows = _between(grid, grid.rows, height)
+    columns = _between(grid, grid.columns, width)
+    return np.asarray(rows @ told @ columns.T, dtype=np.float32)
+
+
+def _between(grid: TileGrid, tiles: int, side_px: int) -> Image:
+    """Weights of the tiles for every cell along one axis, linear between centres."""
+    centres = grid.origin_px + grid.stride_px * np.arange(tiles)
+    return _linear(_cell_centres(side_px), centres)
+
+
+def _to_pixels(side_px: int) -> Image:
+    """Weights of the cells for every pixel along one axis, linear between centres."""
+    return _linear(np.arange(side_px), _cell_centres(side_px))
+
+
+def _cell_centres(side_px: int) -> NDArray[np.float64]:
+    return (np.arange(-(-side_px // CELL_PX)) + 0.5) * CELL_PX - 0.5
+
+
+def _linear(places: NDArray[Any], centres: NDArray[np.float64]) -> Image:
+    weights = [np.interp(places, centres, one) for one in np.eye(len(centres))]
+    return np.stack(weights, axis=1).astype(np.float32)
+
+
+def around(cells: Image) -> Image:
+    """Return the mean over the 5 x 5 cells around each, cut at the frame's edge.
+
+    Axes (..., row, column).
+    """
+    summed = cells
+    for axis in (-2, -1):
+        weights = _neighbours(cells.shape[axis])
+        summed = np.moveaxis(np.moveaxis(summed, axis, -1) @ weights, -1, axis)
+    return np.asarray(summed, dtype=np.float32)
+
+
+def _neighbours(count: int) -> Image:
+    places = np.arange(count)
+    near = np.abs(places[:, None] - places) <= _AROUND // 2
+    return np.asarray(near / near.sum(axis=0), dtype=np.float32)
+
+
+def _whole_cells(image: Image) -> Image:
+    sides = [(0, -side % CELL_PX) for side in image.shape]
+    return np.pad(image, sides, mode="symmetric") if any(map(sum, sides)) else image
+
+
+def _split(image: Image) -> tuple[Image, Image]:
+    """Return means of 2 x 2 pixels, and Haar details: down, across and diagonal."""
+    a, b = image[::2, ::2], image[::2, 1::2]
+    c, d = image[1::2, ::2], image[1::2, 1::2]
+    top, bottom, left, right = a + b, c + d, a - b, c - d
+    details = np.stack([top - bottom, left + right, left - right])
+    details *= np.float32(0.25)
+    return (top + bottom) * np.float32(0.25), details
+
+
+def _mean_product(one: Image, other: Image, cells: int) -> Image:
+    product = np.einsum("kyx,kyx->yx", one, other)
+    rows, columns = (side // cells for side in product.shape)
+    return np.asarray(product.reshape(rows, cells, columns, cells).mean(axis=(1, 3)))
+
+
+def _log_ratio(above: Image, below: Image) -> Image:
+    top = np.maximum(above, 0) + np.float32(_LEAST)
+    return np.asarray(np.log(top / (below + np.float32(_LEAST))))

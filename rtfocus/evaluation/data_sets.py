@@ -36,8 +36,8 @@ from rtfocus.images.optics import in_short
 from rtfocus.images.reading import find_images, open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.optics.formation import CameraModel, blur
+from rtfocus.optics.normalisation import luminance
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.camera import luminance
 
 SHARP_FOLDER = "sharp"
 

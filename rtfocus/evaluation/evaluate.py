@@ -27,7 +27,7 @@ from rtfocus.frame import (
     FrameResult,
 )
 from rtfocus.offline import ImageProcessor
-from rtfocus.processing.camera import luminance
+from rtfocus.optics.normalisation import luminance
 
 Image = NDArray[np.float32]
 

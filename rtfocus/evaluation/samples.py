@@ -23,8 +23,8 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.images.reading import open_images
 from rtfocus.optics.formation import CameraModel, blur
+from rtfocus.optics.normalisation import luminance
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.camera import luminance
 from rtfocus.specimens import draw_stained
 
 Image = NDArray[np.float32]

@@ -20,7 +20,7 @@ from rtfocus.evaluation.samples import DataSet, Sample
 from rtfocus.evaluation.scores import LevelScore
 from rtfocus.files import portable_name
 from rtfocus.machine import with_load
-from rtfocus.processing.camera import luminance
+from rtfocus.optics.normalisation import luminance
 
 _SHOWN_PX = 320
 # Scale on which the brightest part of a frame is looked for.

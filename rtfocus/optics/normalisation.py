@@ -15,6 +15,13 @@ Image = NDArray[np.float32]
 
 CELL_PX = 12
 """Side of a cell; sides of a frame must be multiples of it (`pad_frame`)."""
+# Luminance of linear RGB (ITU-R BT.709).
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
+
+
+def luminance(signal: Image) -> Image:
+    """Return the grey image (y, x) of a frame; grey frames as they are."""
+    return signal if signal.ndim == 2 else np.asarray(signal @ _LUMINANCE)
 
 
 def pad_frame(frame: ArrayLike, multiple_px: int, least_px: int = 0) -> Image:

@@ -14,8 +14,6 @@ from rtfocus.errors import ConfigError, InputError
 
 Image = NDArray[np.float32]
 
-# Luminance of linear RGB (ITU-R BT.709).
-_LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 # Below this share of its mean a flat field is dust or a shadow: not divided by.
 _DARKEST_FLAT = 0.05
 
@@ -145,11 +143,6 @@ class CameraCorrection:
         if self.offset_counts:
             signal += np.float32(self.offset_counts)
         write_counts(signal, out, invalid)
-
-
-def luminance(signal: Image) -> Image:
-    """Return the grey image (y, x) of a frame; grey frames as they are."""
-    return signal if signal.ndim == 2 else np.asarray(signal @ _LUMINANCE)
 
 
 def write_counts(

@@ -169,7 +169,7 @@ class ChannelPlan:
 
     @property
     def weighed(self) -> ClassifierPlan | None:
-        """The pass whose corrections are weighed, see `rtfocus.processing.evidence`.
+        """The pass whose corrections are weighed, see `rtfocus.engines.fitted`.
 
         None: the optics were told, or nothing restores that can be weighed.
         """

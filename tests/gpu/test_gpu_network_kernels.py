@@ -11,12 +11,11 @@ from rtfocus.engines.card import (
     InputCard,
     OutputCard,
 )
-from rtfocus.engines.fitted import EvidenceCard
+from rtfocus.engines.fitted import Evidence, EvidenceCard
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, LabelDecoder, turned
 from rtfocus.processing.cpu.network_restorer import blend
-from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.gpu.classifier import InFlight
 from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
 from rtfocus.processing.gpu.network_restorer import Weighing

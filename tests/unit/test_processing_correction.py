@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import ConfigError, InputError
-from rtfocus.processing.camera import CameraCorrection, luminance, write_counts
+from rtfocus.optics.normalisation import luminance
+from rtfocus.processing.camera import CameraCorrection, write_counts
 
 
 def correct(pixels, camera=None, bit_depth=None):

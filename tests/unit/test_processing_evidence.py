@@ -11,11 +11,10 @@ from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.engines.card import EngineCard, read_card
-from rtfocus.engines.fitted import EvidenceCard
+from rtfocus.engines.fitted import Evidence, EvidenceCard, measures
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.processing.evidence import Evidence, measures
 from rtfocus.specimens import draw_specimen
 
 Image = NDArray[np.float32]

@@ -16,8 +16,7 @@ from rtfocus.engines.card import input_of, output_of
 from rtfocus.engines.registry import parts
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap
-from rtfocus.optics.normalisation import CELL_PX, PercentileRange, normalised
-from rtfocus.processing.camera import luminance
+from rtfocus.optics.normalisation import CELL_PX, PercentileRange, luminance, normalised
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import (
     LabelDecoder,

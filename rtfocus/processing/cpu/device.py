@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
+from rtfocus.engines.fitted import Evidence
 from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.machine import usable_threads
 from rtfocus.processing.camera import Marks, write_counts
@@ -27,7 +28,6 @@ from rtfocus.processing.cpu.network_restorer import (
     WholeImageRestorer,
 )
 from rtfocus.processing.device import Job, Prepared
-from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import PATCH_BY_PATCH
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.card import EngineCard, input_of, output_of
+from rtfocus.engines.fitted import Evidence
 from rtfocus.engines.registry import FoundEngine
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
 from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, known
-from rtfocus.processing.evidence import Evidence
 from rtfocus.processing.montage import Montage, from_planes, to_planes
 from rtfocus.processing.windows import FrameTiles, restored_share
 from rtfocus.runtimes.cpu_backends import open_engine, runs_on

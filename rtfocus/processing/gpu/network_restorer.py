@@ -9,12 +9,11 @@ from math import ceil
 import numpy as np
 
 from rtfocus.engines.card import EngineCard, input_of
-from rtfocus.engines.fitted import EvidenceCard
+from rtfocus.engines.fitted import CELL_PX, OCTAVES, EvidenceCard
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.evidence import CELL_PX, OCTAVES
 from rtfocus.processing.gpu.classifier import (
     BoundNetwork,
     ClassifierSlot,
@@ -105,7 +104,7 @@ class JointRestorer(FrameRestorer):
 
 
 class Weighing:
-    """`rtfocus.processing.evidence.Evidence` on the device.
+    """`rtfocus.engines.fitted.Evidence` on the device.
 
     Parameters
     ----------

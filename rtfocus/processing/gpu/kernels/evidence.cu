@@ -1,5 +1,5 @@
 // Evidence: how much of a correction the image itself supports
-// (rtfocus.processing.evidence, whose constants these are).
+// (rtfocus.engines.fitted, whose constants these are).
 
 #define EVIDENCE_PX 16
 #define OCTAVES 4
