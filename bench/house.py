@@ -136,7 +136,7 @@ def calls_of_series(frames: int) -> Counter[tuple[str, str, int]]:
     """Send a series through both sides, in this process, and count the calls."""
     from rtfocus.app import acquire, process
     from rtfocus.config import load_config
-    from rtfocus.sides import on_free_ports
+    from rtfocus.launch import on_free_ports
 
     # Before calls are counted: counted imports outlast the patience of the sides.
     for module in ("focusing", "holding", "microscope.acquisition", "report.page"):

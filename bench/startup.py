@@ -28,7 +28,7 @@ import yaml
 from rtfocus.channel import Channel
 from rtfocus.config import Config, load_config
 from rtfocus.frame import Position, SeriesStart
-from rtfocus.sides import on_free_ports
+from rtfocus.launch import on_free_ports
 from rtfocus.transport.publisher import FramePublisher
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -34,8 +34,8 @@ from rtfocus.channel import Channel
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
+from rtfocus.launch import on_free_ports
 from rtfocus.monitor import Monitor
-from rtfocus.sides import on_free_ports
 from rtfocus.transport.preview import PreviewPublisher, open_preview
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.view.codec import HEADER

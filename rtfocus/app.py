@@ -35,14 +35,13 @@ from rtfocus.errors import (
     WriterError,
     replacement,
 )
-from rtfocus.focus_readings import FocusLog, SeriesReader
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart, Slot
+from rtfocus.launch import MicroscopeProcess, on_free_ports, paired
 from rtfocus.metrics import STOPPED_HERE
 from rtfocus.microscope.delivery import AcquisitionReport
-from rtfocus.monitor import Monitor
+from rtfocus.monitor import FocusLog, Monitor, SeriesReader
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor, open_processor
-from rtfocus.sides import MicroscopeProcess, on_free_ports, paired
 from rtfocus.transport.inflow import Gap
 from rtfocus.transport.preview import PreviewPublisher, open_preview
 from rtfocus.transport.publisher import FramePublisher

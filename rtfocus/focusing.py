@@ -28,9 +28,9 @@ from rtfocus.autofocus.policy import EstimatorSettings, Limits, read_focus
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError
-from rtfocus.focus_readings import estimator_settings
 from rtfocus.frame import Act, Estimate, FocusReading
 from rtfocus.microscope.engine import RecordingEngine
+from rtfocus.monitor import estimator_settings
 from rtfocus.offline import ImageProcessor
 
 _NOTE_NS = 500_000_000

@@ -22,10 +22,10 @@ from rtfocus.files import path_given
 from rtfocus.focusing import Focusing
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
+from rtfocus.launch import ProcessorProcess, on_free_ports, paired
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
-from rtfocus.sides import ProcessorProcess, on_free_ports, paired
 from rtfocus.transport.io_thread import PreviewViewer
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher

@@ -254,7 +254,7 @@ def _refuse_mistyped(config: Config) -> None:
 def _dry_run(config: Config) -> ExitCode:
     """Print what was looked at; errors go to standard error as those of a run."""
     # The microscope side is loaded for this alone.
-    from rtfocus.preflight import preflight
+    from rtfocus.launch import preflight
 
     code = ExitCode.DONE
     for check in preflight(config):

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError
-from rtfocus.focus_readings import FOCUS_LOG
 from rtfocus.metrics import Accounting, Outcome
+from rtfocus.monitor import FOCUS_LOG
 from rtfocus.writers.arrays import FrameArray, open_context
 from rtfocus.writers.header import (
     DEFOCUS,

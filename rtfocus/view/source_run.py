@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import InputError, RtfocusError
-from rtfocus.focus_readings import FOCUS_LOG
 from rtfocus.frame import Role, SeriesStart
 from rtfocus.images.series import saturation_blocks
-from rtfocus.monitor import LATENCIES
+from rtfocus.monitor import FOCUS_LOG, LATENCIES
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.runs import Kind as ImageName
 from rtfocus.runs import Run, open_run

@@ -30,7 +30,7 @@ from loop_kit import (
 import rtfocus
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError
-from rtfocus.sides import on_free_ports
+from rtfocus.launch import on_free_ports
 from rtfocus.writers.check import check_run
 
 ENDLESS = {"live": {"frames": None, "exposure_ms": 1}}

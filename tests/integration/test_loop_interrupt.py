@@ -20,7 +20,7 @@ from loop_kit import (
 )
 
 from rtfocus.errors import ExitCode
-from rtfocus.sides import on_free_ports
+from rtfocus.launch import on_free_ports
 
 ENDLESS = {"live": {"frames": None, "exposure_ms": 1}}
 RATE = {"frames_per_s": 30}

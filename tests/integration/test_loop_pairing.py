@@ -20,7 +20,7 @@ from loop_kit import (
 )
 
 from rtfocus.config import Config, load_config, parse_config
-from rtfocus.sides import on_free_ports, paired
+from rtfocus.launch import on_free_ports, paired
 from rtfocus.transport.preview import open_preview
 from rtfocus.transport.publisher import FramePublisher
 

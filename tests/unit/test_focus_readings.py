@@ -5,8 +5,8 @@ import json
 import pytest
 
 from rtfocus.errors import WriterError
-from rtfocus.focus_readings import FOCUS_LOG, FocusLog
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SlotPool
+from rtfocus.monitor import FOCUS_LOG, FocusLog
 
 HELD = {"kind": "hold", "p": 2, "step_um": 0.5, "reason": "drift"}
 

@@ -1,0 +1,344 @@
+"""Launch: what a run would be refused for, how its two sides meet, one as a child.
+
+The preflight asks those who decide in a run too, before the first exposure: the
+microscope's core, the plan, the engines' cards and weights, the device, the disk.
+Nothing is exposed, moved or left on the disk.
+
+`rtfocus run` starts the microscope side as a child process. The child is told to
+stop by closing its standard input: that works on every system, and a parent that
+dies stops its child too.
+"""
+
+import getpass
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import yaml
+
+from rtfocus.channel import Channel
+from rtfocus.config import Config
+from rtfocus.engines.card import verified_file
+from rtfocus.engines.registry import FoundEngine, check_fit, find_engine
+from rtfocus.errors import (
+    ConfigError,
+    ExitCode,
+    InputError,
+    MicroscopeError,
+    RtfocusError,
+    StoppedError,
+    WriterError,
+)
+from rtfocus.frame import SeriesStart
+from rtfocus.machine import check_space, free_bytes
+from rtfocus.processing.channel_plan import plan_channel, restored_as_it_is
+from rtfocus.transport.sockets import is_local
+from rtfocus.writers.folder import planned_bytes, run_folder
+from rtfocus.writers.header import RunHeader
+
+_KINDS: dict[int, type[RtfocusError]] = {
+    kind.exit_code: kind for kind in (ConfigError, InputError, StoppedError)
+}
+"""Errors that the microscope side tells by its exit code."""
+
+
+def paired(config: Config) -> Config:
+    """Return `config` with a pairing: its own, or one that tells whose run it is.
+
+    The fixed default ports would pair any two sides of a machine. On one machine
+    both sides know the user and the config file; between two machines these
+    differ, and the name of the run stands for them.
+    """
+    transport = config.transport
+    if transport.pairing is not None:
+        return config
+    if not is_local(transport.control):
+        pairing = f"run {config.run.name}"
+    elif config.file is None:
+        pairing = f"run {config.run.name} of {_user()}"
+    else:
+        pairing = f"config {config.file} of {_user()}"
+    return _with_transport(config, pairing=pairing)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        # A container's user may have no name.
+        return "nobody known"
+
+
+def on_free_ports(config: Config) -> Config:
+    """Return `config` with free ports of this machine and a pairing of its own.
+
+    So that two runs on one machine do not meet.
+    """
+    # Both sockets are open at once, so that the ports differ.
+    sockets = [socket.socket() for _ in range(2)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        frames, control = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets)
+    finally:
+        for one in sockets:
+            one.close()
+    pairing = secrets.token_hex(16)
+    return _with_transport(config, frames=frames, control=control, pairing=pairing)
+
+
+def _with_transport(config: Config, **changes: str) -> Config:
+    transport = config.transport.model_copy(update=changes)
+    return config.model_copy(update={"transport": transport})
+
+
+class _SideProcess:
+    """A side as a child process; leaving it stops the child and waits for its end."""
+
+    side: str
+    """Whose fault it is, in a message."""
+
+    def __init__(self, config: Config, *command: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="rtfocus-")
+        path = Path(self._folder.name) / "config.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
+        self._errors = Path(self._folder.name) / "errors.txt"
+        self._said = ""
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "rtfocus", *command, str(path)),
+                    *("--quiet", "--stop-on-end-of-input"),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                # Out of the reach of Ctrl-C, which would kill it while it starts.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+
+    def stop(self) -> None:
+        """Ask the side to end its series; returns at once."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def ended(self) -> bool:
+        """Tell whether the process is gone, for whatever reason."""
+        return self._process.poll() is not None
+
+    def failed(self) -> bool:
+        """Tell whether the process ended with an error.
+
+        A series with fewer frames than planned is none: the processor side has all
+        that came, and says what is missing.
+        """
+        return self._process.poll() not in (None, ExitCode.DONE, ExitCode.INCOMPLETE)
+
+    def failure(self) -> RtfocusError | None:
+        """Return what the side said when it failed; None if it did not.
+
+        A plan or recording that cannot be used keeps its exit code.
+        """
+        if not self.failed():
+            return None
+        if not self._said and self._errors.is_file():
+            self._said = self._errors.read_text("utf-8", errors="replace").strip()
+        said = self._said or f"exit code {self._process.returncode}"
+        last = said.splitlines()[-1]
+        msg = f"{self.side} failed: {last.removeprefix('error: ')}"
+        return _KINDS.get(self._process.returncode, MicroscopeError)(msg)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said = self._errors.read_text("utf-8", errors="replace").strip()
+        self._folder.cleanup()
+
+
+class MicroscopeProcess(_SideProcess):
+    """`rtfocus acquire` in a process of its own."""
+
+    side = "microscope side"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "acquire")
+
+
+class ProcessorProcess(_SideProcess):
+    """`rtfocus process` in a process of its own: one series after the other."""
+
+    side = "processor side"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "process")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    topic: str
+    said: str
+    """What was found; where it fails, nothing."""
+    error: RtfocusError | None = None
+    """Why a run would end here; None: it would not."""
+
+
+def preflight(config: Config) -> Iterator[Check]:
+    """Check plan, channels, optics, engines, device, autofocus and disk.
+
+    Yields
+    ------
+    Check
+        One after the other; a fault in one does not keep the others from being looked
+        at.
+    """
+    # Loaded here: a processor side has no use for it.
+    from rtfocus.microscope.acquisition import foresee
+
+    series: SeriesStart | None = None
+    try:
+        series = foresee(config)
+    except RtfocusError as error:
+        yield Check("plan", "", error)
+    else:
+        yield Check("plan", _describe(series))
+    yield from _channels(config, series)
+    yield _asked("device", partial(_device, config))
+    if config.autofocus.calibration is not None:
+        yield _asked("autofocus", partial(_calibration, config.autofocus.calibration))
+    yield _asked("disk", partial(_disk, config, series))
+
+
+def _asked(topic: str, ask: Callable[[], str]) -> Check:
+    try:
+        return Check(topic, ask())
+    except RtfocusError as error:
+        return Check(topic, "", error)
+
+
+def _describe(series: SeriesStart) -> str:
+    words = {"t": "time points", "p": "positions", "c": "channels", "z": "slices"}
+    sizes = [
+        f"{'endless' if size is None else size} {words[axis]}"
+        for axis, size in series.sizes.items()
+        if size != 1
+    ]
+    images = "until it is stopped" if series.planned is None else series.planned
+    shape = " x ".join(map(str, series.shape))
+    text = f"{images} images of {shape} pixels, {series.pixel_size_um:g} um each"
+    return ": ".join([text, ", ".join(sizes)]) if sizes else text
+
+
+def _channels(config: Config, series: SeriesStart | None) -> Iterator[Check]:
+    if series is None:
+        # Which channels come is not known: those of the config are looked at.
+        for settings in config.channels:
+            ask = partial(_engine_of, config, settings.name)
+            yield _asked(f"channel {settings.name}", ask)
+        return
+    for channel in series.channels:
+        yield _asked(
+            f"channel {channel.name}", partial(_work_of, config, series, channel)
+        )
+
+
+def _engine_of(config: Config, channel: str) -> str:
+    settings = config.channel(channel)
+    name = settings.classifier or config.processing.classifier
+    if settings.optics is None or name is None:
+        wanted = settings.restoration or config.processing.restoration
+        as_it_is = restored_as_it_is(wanted, config.processing)
+        if as_it_is is None:
+            return "recorded, not restored"
+        _verify(as_it_is.engine)
+        return f"restored by {as_it_is.name}, defocus not estimated"
+    found = find_engine(name, config.processing.engine_folders)
+    check_fit(found.card, settings.optics, ignore=config.processing.ignore_optics)
+    _verify(found)
+    return f"{name} fits its optics"
+
+
+def _work_of(config: Config, series: SeriesStart, channel: Channel) -> str:
+    """Say what happens to a channel's frames; the weights are compared."""
+    plan = plan_channel(config, series, channel)
+    if plan.classifier is not None:
+        _verify(plan.classifier.found)
+        text = f"defocus by {plan.classifier.found.name}"
+    elif plan.restoration is not None:
+        text = "defocus not estimated"
+    else:
+        return f"recorded, not restored: {plan.skipped}"
+    if plan.restoration is None:
+        return f"{text}, not restored: {plan.skipped}"
+    if plan.restoration.found is not None:
+        _verify(plan.restoration.found)
+    return f"{text}, restored by {plan.restoration.name}"
+
+
+def _verify(found: FoundEngine) -> None:
+    if "fp32" in found.card.files:
+        verified_file(found.folder, found.card, "fp32")
+
+
+def _device(config: Config) -> str:
+    from rtfocus.processing.processor import open_processor
+
+    processor = open_processor(config)
+    try:
+        return ", or ".join(processor.devices)
+    finally:
+        processor.close()
+
+
+def _calibration(path: Path) -> str:
+    from rtfocus.autofocus.planes import load_calibration
+
+    found = load_calibration(path)
+    return "calibrated" if found.trusted else f"checked: {'; '.join(found.problems)}"
+
+
+def _disk(config: Config, series: SeriesStart | None) -> str:
+    if series is None:
+        parent, planned = config.run.folder, None
+        text = str(parent)
+    else:
+        folder = run_folder(config.run, config.store, series)
+        parent, text = folder.parent, str(folder)
+        header = RunHeader(series, config.store, None, config.store.restored, {})
+        planned = planned_bytes(header)
+    places = (parent.absolute(), *parent.absolute().parents)
+    existing = next(place for place in places if place.exists())
+    check_space(existing, planned or 0, int(config.store.min_free_mb * 1e6))
+    _write_into(existing)
+    free = f"{free_bytes(existing) / 1e9:.0f} GB free"
+    size = "" if planned is None else f", {planned / 1e9:.2g} GB before compression"
+    return f"{text}: {free}{size}"
+
+
+def _write_into(folder: Path) -> None:
+    """Try it: rights alone do not tell on every system."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        msg = (
+            f"run.folder: nothing can be written in '{folder}' ({error.strerror}); "
+            "choose another run.folder"
+        )
+        raise WriterError(msg) from error
