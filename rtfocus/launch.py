@@ -37,7 +37,7 @@ from rtfocus.errors import (
     WriterError,
 )
 from rtfocus.frame import SeriesStart
-from rtfocus.machine import check_space, free_bytes
+from rtfocus.metrics import check_space, free_bytes
 from rtfocus.processing.channel_plan import plan_channel, restored_as_it_is
 from rtfocus.transport.sockets import is_local
 from rtfocus.writers.folder import planned_bytes, run_folder

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import BusyError, WriterError
 from rtfocus.frame import Slot
-from rtfocus.machine import free_bytes
-from rtfocus.metrics import Accounting
+from rtfocus.metrics import Accounting, free_bytes
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import REJECTED_NAME, REPORT_NAME, write_json

@@ -25,7 +25,7 @@ from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import BusyError, OutputError, WriterError
 from rtfocus.files import refuse_links, remove, replace
 from rtfocus.frame import SeriesStart
-from rtfocus.machine import check_space
+from rtfocus.metrics import check_space
 from rtfocus.writers.header import (
     HEADER_NAME,
     HOLDER_NAME,

@@ -20,8 +20,7 @@ from typing import Any
 
 from rtfocus.config.sections import StoreConfig
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
-from rtfocus.machine import DiskWatch
-from rtfocus.metrics import Accounting
+from rtfocus.metrics import Accounting, DiskWatch
 from rtfocus.writers.arrays import Commit, RunImages
 from rtfocus.writers.commit import (
     CommitQueue,

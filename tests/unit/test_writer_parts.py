@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.errors import WriterError
-from rtfocus.machine import DiskWatch, check_space
+from rtfocus.metrics import DiskWatch, check_space
 from rtfocus.writers.header import ImageSpec
 from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
 
