@@ -24,7 +24,10 @@ from rtfocus.microscope.delivery import (
     Observations,
     SeriesChangedError,
     camera_lost_images,
+    frame_json,
+    image_number,
     overflow_error,
+    received_ns,
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
 from rtfocus.microscope.mda import PlannedAcquisition
@@ -34,10 +37,6 @@ from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,
     describe_series,
-    frame_json,
-    image_number,
-    now_ns,
-    received_ns,
     with_field_of_view,
 )
 
@@ -186,7 +185,7 @@ class LiveAcquisition:
             number = self._expected
         self._observations.camera_lost += max(0, number - self._expected)
         self._expected = number + 1
-        now = now_ns()
+        now = time.time_ns()
         captured_ns = received_ns(camera, now) or now
         age_s = (now - captured_ns) / 1e9
         end_s = time.perf_counter() - self._started - age_s
@@ -225,7 +224,7 @@ class LiveAcquisition:
         sequence = self._delivery.sent
         exposure = Exposure(
             index={"t": 0, "p": 0, "c": 0, "z": 0},
-            captured_ns=now_ns(),
+            captured_ns=time.time_ns(),
             exposure_ms=self._exposure_ms,
             z_um=z_um,
             role=Role.FOCUS,

@@ -1,18 +1,27 @@
 """Delivery: frames copied into the sink's slots, numbered and counted to the end.
 
+What Micro-Manager says of a frame travels with it in small JSON form.
+
 How an acquisition went is counted where it happens; a series ends in one place when
 things went well, and in the same one when they did not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import MicroscopeError
-from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Role, SeriesStart, Slot
+from rtfocus.frame import (
+    PROTOCOL_VERSION,
+    FrameHeader,
+    Role,
+    SeriesStart,
+    Slot,
+)
 from rtfocus.metrics import Histogram, Outcome
 
 if TYPE_CHECKING:
@@ -293,3 +302,59 @@ class Delivery:
             least_free=seen.least_free,
             **told,
         )
+
+
+# A frame's metadata travels with every frame: a few hundred bytes, not devices'
+# whole state.
+_MOST_ENTRIES = 24
+_MOST_CHARACTERS = 64
+
+# A time stamp of the core counts as the end of exposure if it is no older: a wrong
+# one (clock set, summer time ending) would be worse than none.
+_OLDEST_S = 1800.0
+
+
+def frame_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``FrameMetaV1`` as JSON, long values cut, the MDA event left out."""
+    # Here: the reports above are read on machines without Micro-Manager.
+    from pymmcore_plus.metadata.serialize import to_builtins
+
+    kept = {key: value for key, value in meta.items() if key != "mda_event"}
+    kept["property_values"] = [
+        {"dev": entry["dev"], "prop": entry["prop"], "val": _short(entry["val"])}
+        for entry in list(meta.get("property_values", ()))[:_MOST_ENTRIES]
+    ]
+    if "camera_metadata" in meta:
+        entries = list(meta["camera_metadata"].items())[:_MOST_ENTRIES]
+        kept["camera_metadata"] = {str(key): _short(value) for key, value in entries}
+    return dict(to_builtins(kept))
+
+
+def received_ns(camera_metadata: Mapping[str, Any], now_ns: int) -> int | None:
+    """Return when the core received an image, Unix time; None where it cannot tell.
+
+    The tag is the core's local time, microseconds, taken when the camera hands
+    the image over: the end of its exposure plus readout.
+    """
+    stamp = camera_metadata.get("TimeReceivedByCore")
+    if stamp is None:
+        return None
+    try:
+        received = int(datetime.fromisoformat(str(stamp)).timestamp() * 1e9)
+    except ValueError:
+        return None
+    age_s = (now_ns - received) / 1e9
+    return received if -1.0 < age_s < _OLDEST_S else None
+
+
+def image_number(camera_metadata: Mapping[str, Any]) -> int | None:
+    """Return the core's count of an image within its sequence, from 0."""
+    number = camera_metadata.get("ImageNumber")
+    return None if number is None else int(number)
+
+
+def _short(value: object) -> str | bool | int | float | None:
+    if isinstance(value, bool | int | float) or value is None:
+        return value
+    text = str(value)
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"

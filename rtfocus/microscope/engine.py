@@ -23,13 +23,9 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import ConfigError, MicroscopeError
+from rtfocus.microscope.delivery import image_number
 from rtfocus.microscope.plan import images_of, takes_image
-from rtfocus.microscope.series import (
-    Geometry,
-    camera_geometry,
-    image_number,
-    with_field_of_view,
-)
+from rtfocus.microscope.series import Geometry, camera_geometry, with_field_of_view
 from rtfocus.workers import Wait
 
 EVENT_INDEX = "rtfocus_event_index"

@@ -26,19 +26,14 @@ from rtfocus.microscope.delivery import (
     Observations,
     SeriesChangedError,
     camera_lost_images,
+    frame_json,
+    image_number,
     overflow_error,
+    received_ns,
 )
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine, SetUps
 from rtfocus.microscope.plan import lay_out, takes_image
-from rtfocus.microscope.series import (
-    Complaints,
-    camera_geometry,
-    describe_series,
-    frame_json,
-    image_number,
-    now_ns,
-    received_ns,
-)
+from rtfocus.microscope.series import Complaints, camera_geometry, describe_series
 
 _POLL_S = 0.05
 
@@ -179,7 +174,7 @@ class PlannedAcquisition:
         if meta.get("hardware_triggered", False):
             waiting = int(meta.get("images_remaining_in_buffer", 0))
             self._observations.note_buffer(waiting, self._core.getBufferFreeCapacity())
-        now = now_ns()
+        now = time.time_ns()
         age_s = max(0.0, runner.seconds_elapsed() - end_s)
         index = self._plan.index(ordinal)
         return Exposure(
@@ -225,7 +220,7 @@ class PlannedAcquisition:
             raise ConfigError(msg)
         exposure = Exposure(
             index={"t": 0, "p": 0, "c": names.index(channel), "z": 0},
-            captured_ns=now_ns(),
+            captured_ns=time.time_ns(),
             exposure_ms=self._core.getExposure(),
             z_um=z_um,
             role=Role.FOCUS,

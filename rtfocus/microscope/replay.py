@@ -26,7 +26,7 @@ from rtfocus.microscope.delivery import (
     FrameSink,
     Observations,
 )
-from rtfocus.microscope.series import find_pixel_size_um, now_ns
+from rtfocus.microscope.series import find_pixel_size_um
 
 # Files may state one size with different numbers of digits.
 _SIZE_DIGITS = 3
@@ -293,7 +293,7 @@ class Replay:
             z_um = plane.source["z"] * self._z_step_um
             exposure = Exposure(
                 index=plane.index,
-                captured_ns=now_ns(),
+                captured_ns=time.time_ns(),
                 exposure_ms=0.0,
                 z_um=z_um if self._z_step_um else None,
                 z_offset_um=z_um,
@@ -332,7 +332,7 @@ class Replay:
             version=PROTOCOL_VERSION,
             series_uid=uuid4().hex,
             name=config.run.name,
-            started_ns=now_ns(),
+            started_ns=time.time_ns(),
             shape=first.shape,
             dtype=first.dtype.str,
             sizes=self._recording.sizes,

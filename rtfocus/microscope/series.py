@@ -1,9 +1,9 @@
-"""Series: what is told about a series before its first frame, and of each frame.
+"""Series: what is told about a series before its first frame.
 
-What pymmcore-plus says of a run and its frames travels in small JSON form. What it only
-logs although a frame may be wrong counts too: a stage or channel that cannot be set is
-a log line there and the run goes on. The lines are collected for the report, so that
-nobody has to read a log to learn it.
+What pymmcore-plus says of a run travels in small JSON form. What it only logs although
+a frame may be wrong counts too: a stage or channel that cannot be set is a log line
+there and the run goes on. The lines are collected for the report, so that nobody has to
+read a log to learn it.
 """
 
 import logging
@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
@@ -29,68 +28,11 @@ from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.microscope.plan import AcquisitionPlan
 from rtfocus.microscope.virtual_devices import BIT_DEPTH
 
-# A frame's metadata travels with every frame: a few hundred bytes, not devices'
-# whole state.
-_MOST_ENTRIES = 24
-_MOST_CHARACTERS = 64
-
-# A time stamp of the core counts as the end of exposure if it is no older: a wrong
-# one (clock set, summer time ending) would be worse than none.
-_OLDEST_S = 1800.0
-
 
 def summary_json(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a ``SummaryMetaV1`` as JSON, without the plan: it has its own field."""
     kept = {k: v for k, v in (summary or {}).items() if k != "mda_sequence"}
     return dict(to_builtins(kept))
-
-
-def frame_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``FrameMetaV1`` as JSON, long values cut, the MDA event left out."""
-    kept = {key: value for key, value in meta.items() if key != "mda_event"}
-    kept["property_values"] = [
-        {"dev": entry["dev"], "prop": entry["prop"], "val": _short(entry["val"])}
-        for entry in list(meta.get("property_values", ()))[:_MOST_ENTRIES]
-    ]
-    if "camera_metadata" in meta:
-        entries = list(meta["camera_metadata"].items())[:_MOST_ENTRIES]
-        kept["camera_metadata"] = {str(key): _short(value) for key, value in entries}
-    return dict(to_builtins(kept))
-
-
-def received_ns(camera_metadata: Mapping[str, Any], now_ns: int) -> int | None:
-    """Return when the core received an image, Unix time; None where it cannot tell.
-
-    The tag is the core's local time, microseconds, taken when the camera hands
-    the image over: the end of its exposure plus readout.
-    """
-    stamp = camera_metadata.get("TimeReceivedByCore")
-    if stamp is None:
-        return None
-    try:
-        received = int(datetime.fromisoformat(str(stamp)).timestamp() * 1e9)
-    except ValueError:
-        return None
-    age_s = (now_ns - received) / 1e9
-    return received if -1.0 < age_s < _OLDEST_S else None
-
-
-def image_number(camera_metadata: Mapping[str, Any]) -> int | None:
-    """Return the core's count of an image within its sequence, from 0."""
-    number = camera_metadata.get("ImageNumber")
-    return None if number is None else int(number)
-
-
-def now_ns() -> int:
-    """Return the Unix time; the sender's clock of all frames."""
-    return time.time_ns()
-
-
-def _short(value: object) -> str | bool | int | float | None:
-    if isinstance(value, bool | int | float) or value is None:
-        return value
-    text = str(value)
-    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
 
 
 LOGGER = "pymmcore-plus"
@@ -281,7 +223,7 @@ def describe_series(
         version=PROTOCOL_VERSION,
         series_uid=uuid4().hex,
         name=config.run.name,
-        started_ns=now_ns(),
+        started_ns=time.time_ns(),
         shape=geometry.shape,
         dtype=geometry.dtype,
         sizes=dict(plan.sizes) if plan else sizes,

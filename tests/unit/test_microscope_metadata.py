@@ -7,15 +7,14 @@ from datetime import datetime
 import pytest
 import useq
 
-from rtfocus.microscope.delivery import AcquisitionReport, Observations
-from rtfocus.microscope.series import (
-    LOGGER,
-    Complaints,
+from rtfocus.microscope.delivery import (
+    AcquisitionReport,
+    Observations,
     frame_json,
     image_number,
     received_ns,
-    summary_json,
 )
+from rtfocus.microscope.series import LOGGER, Complaints, summary_json
 
 NOW_NS = 1_795_235_976_500_000_000
 
