@@ -29,7 +29,7 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
-from rtfocus.transport.messages import Shown
+from rtfocus.transport.viewer import Shown
 from rtfocus.workers import BoundedQueue
 
 RATE_WINDOW_S = 5.0

@@ -26,9 +26,9 @@ from rtfocus.launch import ProcessorProcess, on_free_ports, paired
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
-from rtfocus.transport.io_thread import PreviewViewer
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
+from rtfocus.transport.viewer import PreviewViewer
 from rtfocus.workers import Wait
 
 _LOOK_S = 0.1

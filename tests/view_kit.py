@@ -13,8 +13,8 @@ from transport_kit import make_estimate, make_header, make_series
 
 from rtfocus.config.sections import PreviewConfig
 from rtfocus.frame import DefocusMap, FrameResult, TileGrid
-from rtfocus.transport.messages import Shown
 from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.transport.viewer import Shown
 
 HEIGHT, WIDTH = 96, 128
 SATURATION = 4095

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import Position, SeriesStart
 from rtfocus.runs import Kind, Run, open_run
-from rtfocus.transport.io_thread import PreviewViewer
-from rtfocus.transport.messages import Preview, PreviewStatus
+from rtfocus.transport.viewer import Preview, PreviewStatus, PreviewViewer
 from rtfocus.workers import Newest
 from rtfocus.writers.header import HEADER_NAME, JOURNAL_NAME
 from rtfocus.writers.journal import WRITTEN, journal_lines

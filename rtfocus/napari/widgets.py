@@ -32,7 +32,7 @@ from rtfocus.errors import RtfocusError
 from rtfocus.frame import SeriesStart
 from rtfocus.napari.reader import Receiver, map_look
 from rtfocus.processing.restore import METHODS
-from rtfocus.transport.messages import Preview
+from rtfocus.transport.viewer import Preview
 
 _SHOW_MS = 40
 """25 pictures a second are a film."""

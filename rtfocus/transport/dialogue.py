@@ -1,23 +1,31 @@
 """Dialogue: one recorder's talk with the publisher, from hello to the end.
 
-Holds no socket: gets messages and the time, says what is to be sent.
+Holds no socket: gets messages and the time, says what is to be sent. The series that
+a publisher announces is checked here.
 """
 
 import getpass
 import logging
+import math
 import os
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 
+import msgspec
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from rtfocus.channel import Channel
 from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import PeerGoneError, PeerLostError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, SeriesStart
 from rtfocus.transport import messages as m
 from rtfocus.transport.inflow import Inflow
+from rtfocus.transport.messages import DTYPES, MOST_COUNT, MOST_PLACES, not_finite
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sockets import max_frame_bytes
-from rtfocus.transport.validation import check_welcome
 
 _DELAY_S = 0.005
 """How long news of less than a batch of frames may wait for more."""
@@ -336,3 +344,104 @@ def introduce(uid: str, pairing: str | None) -> m.Hello:
         pid=os.getpid(),
         user=user,
     )
+
+
+_channel = TypeAdapter(Channel)
+MOST_CHANNELS = 256
+
+
+MOST_POSITIONS = 100_000
+
+
+def check_welcome(topic: str, start: SeriesStart, max_frame_bytes: int) -> None:
+    """Check what a publisher welcomes a recorder with.
+
+    Raises
+    ------
+    TransportError
+        If frames like this cannot be received; names the value and the rule.
+    """
+    fault = _form_fault(start, max_frame_bytes) or _sizes_fault(start)
+    fault = fault or _numbers_fault(start) or _channels_fault(start)
+    fault = fault if topic else "its topic is empty"
+    if fault is not None:
+        msg = f"the publisher announces a series that cannot be received: {fault}"
+        raise TransportError(msg)
+
+
+def _form_fault(start: SeriesStart, max_frame_bytes: int) -> str | None:
+    grey, rgb = len(start.shape) == 2, len(start.shape) == 3 and start.shape[2] == 3
+    if not start.series_uid:
+        return "series_uid is empty"
+    if not (grey or rgb) or min(start.shape) < 1:
+        return f"shape={start.shape} is not (y, x) or (y, x, 3)"
+    if start.dtype not in DTYPES:
+        return f"dtype={start.dtype!r} is none of {', '.join(DTYPES)}"
+    frame_bytes = math.prod(start.shape) * np.dtype(start.dtype).itemsize
+    if frame_bytes > max_frame_bytes:
+        return (
+            f"shape={start.shape} {start.dtype} is {frame_bytes / 1e6:.0f} MB a frame, "
+            f"more than transport.max_frame_mb={max_frame_bytes / 1e6:g}"
+        )
+    return None
+
+
+def _sizes_fault(start: SeriesStart) -> str | None:
+    sizes = start.sizes
+    if not set(sizes) <= set("tpcz"):
+        return f"sizes={sizes} has an axis that is not t, p, c or z"
+    endless = [axis for axis, size in sizes.items() if size is None and axis != "t"]
+    if endless:
+        return f"sizes={sizes}: only t may be without an end, not {endless[0]}"
+    if any(size is not None and size < 1 for size in sizes.values()):
+        return f"sizes={sizes}: every length must be >= 1"
+    if math.prod(size or 1 for size in sizes.values()) > MOST_PLACES:
+        return f"sizes={sizes} are more than {MOST_PLACES} places"
+    for axis, name, number, most in (
+        ("c", "channels", len(start.channels), MOST_CHANNELS),
+        ("p", "positions", len(start.positions), MOST_POSITIONS),
+    ):
+        if not 1 <= number <= most:
+            return f"{name} has {number} entries, must have 1 to {most}"
+        if sizes.get(axis, 1) != number:
+            return f"sizes={sizes}, but {name} has {number} entries"
+    return None
+
+
+def _numbers_fault(start: SeriesStart) -> str | None:
+    if not 1e-3 <= start.pixel_size_um <= 1e3:
+        return f"pixel_size_um={start.pixel_size_um} is not from 0.001 to 1000"
+    if start.z_step_um is not None and not 0 < start.z_step_um < math.inf:
+        return f"z_step_um={start.z_step_um} is not > 0"
+    if start.interval_s is not None and not 0 <= start.interval_s < math.inf:
+        return f"interval_s={start.interval_s} is not >= 0"
+    bits = 8 * np.dtype(start.dtype).itemsize
+    if start.bit_depth is not None and not 1 <= start.bit_depth <= bits:
+        return f"bit_depth={start.bit_depth} is not from 1 to {bits}, as {start.dtype}"
+    if start.planned is not None and not 0 <= start.planned <= MOST_PLACES:
+        return f"planned={start.planned} is not from 0 to {MOST_PLACES}"
+    if not 0 <= start.started_ns < MOST_COUNT:
+        return f"started_ns={start.started_ns} is not from 0 to 2^63 - 1"
+    for number, position in enumerate(start.positions):
+        place = {"x_um": position.x_um, "y_um": position.y_um}
+        if (name := not_finite(place)) is not None:
+            return f"positions[{number}].{name} is not finite"
+        if not 0 <= position.field < MOST_COUNT:
+            return f"positions[{number}].field={position.field} is not >= 0"
+    return None
+
+
+def _channels_fault(start: SeriesStart) -> str | None:
+    """Hold the channels to the rules of the config."""
+    names = Counter(channel.name for channel in start.channels)
+    if (doubled := names.most_common(1)[0])[1] > 1:
+        return f"channels: '{doubled[0]}' is there twice; names must be unique"
+    for number, channel in enumerate(start.channels):
+        try:
+            _channel.validate_python(msgspec.to_builtins(channel))
+        except ValidationError as error:
+            detail = error.errors()[0]
+            key = ".".join(str(part) for part in detail["loc"])
+            rule = f"{detail['msg']} (got {detail['input']!r})"
+            return f"channels[{number}].{key}: {rule}"
+    return None

@@ -15,12 +15,7 @@ from enum import Enum
 
 import numpy as np
 
-from rtfocus.errors import (
-    PeerLostError,
-    ProtocolError,
-    TakenOverError,
-    TransportError,
-)
+from rtfocus.errors import PeerLostError, ProtocolError, TakenOverError, TransportError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
     FrameHeader,
@@ -30,14 +25,16 @@ from rtfocus.frame import (
     SlotPool,
 )
 from rtfocus.metrics import Accounting
-from rtfocus.transport.messages import Ping, Rewind, unpack_in_stream
-from rtfocus.transport.validation import (
+from rtfocus.transport.messages import (
+    Ping,
+    Rewind,
     check_header,
     end_fault,
     is_alike,
     most_lost,
     pixel_bytes,
     readable_end,
+    unpack_in_stream,
 )
 
 

@@ -1,37 +1,23 @@
 """I/O thread: one thread that opens, uses and closes all sockets of a side.
 
-And the sockets of those that receive: of a recorder, opened anew where a link broke,
-and of a viewer.
+And the sockets of a recorder, opened anew where a link broke, and the count of what was
+rejected.
 """
 
+import logging
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import zmq
 
 from rtfocus.errors import ProtocolError, RtfocusError, TransportError
-from rtfocus.transport.messages import (
-    Answer,
-    Preview,
-    PreviewStatus,
-    Request,
-    unpack_answer,
-    unpack_preview,
-)
-from rtfocus.transport.sockets import (
-    CLIENT,
-    Context,
-    Socket,
-    connect,
-    preview_client,
-    request_client,
-)
+from rtfocus.transport.sockets import Context, Socket, connect
+
+logger = logging.getLogger(__name__)
 
 
 class Waker:
@@ -340,100 +326,35 @@ class FramesIn:
         return parts[1].bytes, parts[2].buffer if len(parts) == 3 else None
 
 
-class PreviewViewer:
-    """Receives previews; for use in one thread. A context manager.
+class Rejections:
+    """Counts by reason; logs the 1st, 10th, 100th ... of each.
 
     Parameters
     ----------
-    endpoint
-        Where the processor publishes, e.g. ``tcp://127.0.0.1:5573``.
-    curve_keys
-        Folder of keys, where the processor has them: its ``client.key``, and a
-        ``client.key_secret`` of which the processor admits the public half.
+    source
+        Appears in the log, e.g. ``frames``.
+    on_count
+        Called with the reason of every rejected message.
     """
 
-    def __init__(self, endpoint: str, curve_keys: Path | None = None) -> None:
-        self._context: Context = zmq.Context()
-        self._curve_keys = curve_keys
-        try:
-            self._socket = connect(
-                preview_client(self._context), endpoint, curve_keys, CLIENT
+    def __init__(
+        self, source: str, on_count: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._source = source
+        self._on_count = on_count
+        self.counts: dict[str, int] = {}
+        self.last: str | None = None
+        """What was wrong with the newest."""
+
+    def reject(self, reason: str, detail: str) -> None:
+        """Count one message that cannot be used."""
+        number = self.counts.get(reason, 0) + 1
+        self.counts[reason] = number
+        self._on_count(reason)
+        self.last = detail
+        # A flood of bad messages must not become a flood of log lines.
+        if str(number).strip("0") == "1":
+            logger.warning(
+                "%s: rejected message, %s (number %d of these): %s",
+                *(self._source, reason, number, detail),
             )
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-
-    def newest(self, timeout_s: float | None = None) -> Preview | None:
-        """Return the newest preview, waiting for one; None on time-out.
-
-        Raises
-        ------
-        ProtocolError
-            If it cannot be understood.
-        """
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        newest: Preview | None = None
-        while newest is None:
-            left_s = None if until_s is None else max(until_s - time.monotonic(), 0.0)
-            came = self.received(left_s)
-            if not came:
-                return None
-            pictures = [one for one in came if isinstance(one, Preview)]
-            if pictures:
-                last = pictures[-1]
-                newest = Preview(
-                    last.header, last.pixels, len(pictures) - 1, last.planes
-                )
-        return newest
-
-    def received(self, timeout_s: float | None = None) -> list[Preview | PreviewStatus]:
-        """Return all that has come, oldest first, waiting for one; empty on time-out.
-
-        Raises
-        ------
-        ProtocolError
-            If something cannot be understood; the rest is gone too.
-        """
-        timeout_ms = None if timeout_s is None else int(timeout_s * 1000)
-        if not self._socket.poll(timeout_ms):
-            return []
-        messages = [self._socket.recv_multipart()]
-        while True:
-            try:
-                messages.append(self._socket.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                return [unpack_preview(parts, 0) for parts in messages]
-
-    def ask(self, control: str, request: Request, timeout_s: float = 5.0) -> Answer:
-        """Ask the processor for something, and wait for its answer.
-
-        Parameters
-        ----------
-        control
-            As its status says.
-        request
-            What is asked for.
-        timeout_s
-            How long to wait.
-        """
-        socket = request_client(self._context)
-        try:
-            connect(socket, control, self._curve_keys, CLIENT)
-            socket.send(msgspec.msgpack.encode(request))
-            if not socket.poll(int(timeout_s * 1000)):
-                return Answer(done=False, why="the processor does not answer")
-            return unpack_answer(socket.recv())
-        except ProtocolError as error:
-            return Answer(done=False, why=str(error))
-        finally:
-            socket.close()
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._context.destroy(linger=0)
-
-    def __enter__(self) -> "PreviewViewer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -1,19 +1,18 @@
-"""Messages: wire protocol version 1, typed: control, previews, what viewers ask for.
+"""Messages: wire protocol version 1, typed, and held to the protocol as they come in.
 
 `PROTOCOL.md` says when each one is sent. All are msgpack maps whose ``type`` is
 the tag below; unknown keys are ignored, so that later versions may add some.
-A picture is ``[header, pixels, plane, ...]``, a state ``[header]``. What a viewer asks
-for goes the other way, on a socket of its own, and only where the config has one.
+
+Numbers above all are checked: NaN and infinity are no measurements, and an integer of
+a peer decides how long a loop runs and how much memory a list takes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import (
@@ -23,14 +22,13 @@ from rtfocus.frame import (
     FrameHeader,
     SeriesEnd,
     SeriesStart,
-    TileGrid,
 )
 
 T = TypeVar("T")
 DTYPES = ("|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4", "<f8")
 """Pixel types of version 1: little-endian numbers."""
-# What msgspec raises for bad msgpack, wrong types and invalid text.
-_FAULTS = (msgspec.MsgspecError, ValueError, RecursionError)
+FAULTS = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What msgspec raises for bad msgpack, wrong types and invalid text."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="type"):
@@ -227,7 +225,7 @@ def unpack_in_stream(data: bytes) -> InStream:
 
 def _unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
     try:
-        message = _understood(decoder, data, "a message")
+        message = understood(decoder, data, "a message")
     except ProtocolError as error:
         version = _version(data)
         if version in (None, PROTOCOL_VERSION):
@@ -242,7 +240,7 @@ def _unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
 def _version(data: bytes) -> object:
     try:
         return msgspec.msgpack.decode(data, type=_Probe).version
-    except _FAULTS:
+    except FAULTS:
         return None
 
 
@@ -254,185 +252,176 @@ def _wrong_version(version: object) -> ProtocolError:
     return ProtocolError(msg, "version")
 
 
-class PlaneHeader(msgspec.Struct, frozen=True):
-    """One further plane of a picture, beside its pixels."""
-
-    name: str
-    """``restored``, ``defocus`` (um per tile, NaN = background) or ``saturation``
-    (blocks of `block_px` pixels, 1 = at least one of them is saturated)."""
-    shape: tuple[int, ...]
-    dtype: str
-    block_px: int = 0
-
-
-class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
-    """What is known about the pixels beside it."""
-
-    version: int
-    shape: tuple[int, ...]
-    """Of the reduced frame: (y, x) or (y, x, 3)."""
-    dtype: str
-    reduced: int
-    """Every so many pixels of the frame, along y and x, one was taken."""
-    estimate: Estimate | None
-    metrics: dict[str, Any]
-    frame: FrameHeader | None = None
-    """Of a whole picture, sent when its result is there; without ``frame_meta``."""
-    planes: tuple[PlaneHeader, ...] = ()
-    """Of the parts after the pixels, in order."""
-    grid: TileGrid | None = None
-    """Where the tiles of the defocus map lie in the frame."""
-    saturated: int | None = None
-    """Saturated pixels of the whole frame; None: not known."""
-
-
-class Point(msgspec.Struct, frozen=True, array_like=True):
-    """One frame of the traces."""
-
-    sequence: int
-    role: str
-    index: dict[str, int]
-    captured_ns: int
-    z_um: float | None
-    defocus_um: float | None
-    signed: bool
-    confidence: float
-    refusal: str | None
-    """Why autofocus refused the frame; None: it did not, or was not asked."""
-
-
-class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
-    """How the processor is; sent several times a second while somebody looks."""
-
-    version: int
-    state: Literal["waiting", "running"]
-    series: SeriesStart | None = None
-    """Without plan and summary, and at most a thousand positions."""
-    folder: str = ""
-    """The run folder, on `host`."""
-    host: str = ""
-    saturation_counts: float | None = None
-    """Counts from which on a pixel is saturated; None: none is."""
-    metrics: dict[str, Any] = {}
-    points: list[Point] = []
-    """The newest frames, oldest first; overlaps with the status before, and has now and
-    then all that are kept."""
-    focus: list[tuple[int, dict[str, Any]]] = []
-    """The newest lines of ``focus.ndjson``, numbered; as `points`."""
-    dropped: int = 0
-    """Pictures that were not shown: they came too soon, or gave way to later ones."""
-    control: str | None = None
-    """Where requests are taken; None: nowhere."""
-
-
-class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
-    """A viewer asks for something."""
-
-    version: int
-    series_uid: str
-    what: Act
-
-
-class Answer(msgspec.Struct, frozen=True, tag="answer", tag_field="type"):
-    """What became of a request."""
-
-    done: bool
-    """It was passed on; a refusal has its reason."""
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A series as viewers are told of it."""
-
-    series: SeriesStart
-    folder: Path
-    metrics: Callable[[], dict[str, Any]]
-    """Plain numbers, asked for in the preview's own thread."""
-    saturation_counts: float = np.inf
-    """Counts from which on a pixel is saturated."""
-    act: Callable[[Act], None] = lambda _: None
-    """Does what a viewer asked for; RtfocusError: why it cannot."""
-
-    def brief(self) -> SeriesStart:
-        """Return the series without what is long."""
-        return msgspec.structs.replace(
-            self.series,
-            mda_sequence=None,
-            summary={},
-            positions=self.series.positions[:_POSITIONS],
-        )
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a viewer sees."""
-
-    header: PreviewHeader
-    pixels: NDArray[np.generic]
-    """Shape and dtype as in the header."""
-    skipped: int
-    """Older previews that were there too and gave way to this one."""
-    planes: dict[str, NDArray[np.generic]]
-    """Further planes by name."""
-
-
-_POSITIONS = 1000
-_preview: msgspec.msgpack.Decoder[PreviewHeader | PreviewStatus] = (
-    msgspec.msgpack.Decoder(PreviewHeader | PreviewStatus)
-)
-_request = msgspec.msgpack.Decoder(Request)
-_answer = msgspec.msgpack.Decoder(Answer)
-
-
-def unpack_preview(parts: list[bytes], skipped: int) -> Preview | PreviewStatus:
-    """Decode what came from a preview socket.
-
-    Raises
-    ------
-    ProtocolError
-        If it cannot be understood.
-    """
-    try:
-        header = _preview.decode(parts[0])
-        if isinstance(header, PreviewStatus):
-            return header
-        pixels = _array(parts[1], header.dtype, header.shape)
-        # More parts than are named: of a later version.
-        planes = {
-            plane.name: _array(part, plane.dtype, plane.shape)
-            for plane, part in zip(header.planes, parts[2:], strict=False)
-        }
-    except (*_FAULTS, IndexError) as error:
-        msg = f"not a preview of protocol version {PROTOCOL_VERSION}: {error}"
-        raise ProtocolError(msg) from error
-    return Preview(header, pixels, skipped, planes)
-
-
-def unpack_request(data: bytes) -> Request:
-    """Decode a request; ProtocolError names the fault."""
-    return _understood(_request, data, "a request")
-
-
-def unpack_answer(data: bytes) -> Answer:
-    """Decode an answer; ProtocolError names the fault."""
-    return _understood(_answer, data, "an answer")
-
-
-def _understood(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+def understood(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+    """Decode `data`; ProtocolError says that it is not `what`."""
     try:
         return decoder.decode(data)
-    except _FAULTS as error:
+    except FAULTS as error:
         msg = f"not {what} of protocol version {PROTOCOL_VERSION}: {error}"
         raise ProtocolError(msg, "malformed") from error
 
 
-def _array(part: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
-    if dtype not in DTYPES:
-        msg = f"preview of dtype {dtype!r}"
+MOST_PLACES = 2**40
+"""Of all planned frames together; disks end long before."""
+MOST_LOST = 2**20
+"""Longest hole in a series without an end."""
+MOST_SKIPPED = 100_000
+"""Most time points or events, beyond two per frame, that a frame may lie ahead."""
+MOST_WARNINGS = 100
+"""Warnings kept of what a publisher says at the end; the rest is counted."""
+MOST_COUNT = 2**63
+"""Counters of a store end below."""
+
+
+def most_lost(series: SeriesStart) -> int:
+    """Return how many frames may be missing in a row: more is no loss but a mistake."""
+    places = _places(series)
+    # Probes of an autofocus count in the sequence, but not among the places.
+    return MOST_LOST if places is None else min(2 * places + 4096, MOST_LOST + places)
+
+
+def check_header(header: FrameHeader, series: SeriesStart) -> None:
+    """Check that a header belongs to the series.
+
+    Raises
+    ------
+    ProtocolError
+        If it does not; its shape and dtype are not looked at here.
+    """
+    if header.series_uid != series.series_uid:
+        msg = f"frame of series '{header.series_uid}', not '{series.series_uid}'"
+        raise ProtocolError(msg, "series")
+    if header.sequence < 0 or (header.event_index or 0) < 0:
+        msg = f"sequence={header.sequence} or event_index={header.event_index} < 0"
         raise ProtocolError(msg)
-    # NumPy would take -1 for whatever fits.
-    if any(side < 0 for side in shape):
-        msg = f"preview of shape {shape}"
+    for axis, place in header.index.items():
+        size = series.sizes.get(axis, 1)
+        # size is None where an axis has no end.
+        if axis not in "tpcz" or place < 0 or (size is not None and place >= size):
+            msg = f"frame {header.sequence}: no {axis}={place} in sizes {series.sizes}"
+            raise ProtocolError(msg, "index")
+    _check_numbers(header, series)
+
+
+def check_estimate(estimate: Estimate) -> None:
+    """Check an estimate before anything is focused by it; ProtocolError names it."""
+    counters = {
+        "sequence": estimate.sequence,
+        "captured_ns": estimate.captured_ns,
+        "estimated_ns": estimate.estimated_ns,
+    }
+    numbers = {
+        "defocus_um": estimate.defocus_um,
+        "z_um": estimate.z_um,
+        "z_offset_um": estimate.z_offset_um,
+        "confidence": estimate.confidence,
+        "foreground": estimate.foreground,
+    }
+    fault = not_finite(numbers)
+    fault = f"{fault} is not finite" if fault is not None else _not_counter(counters)
+    for name in ("confidence", "foreground"):
+        # Sums of float32 may exceed 1 a little.
+        if fault is None and not 0 <= (numbers[name] or 0) <= 1.001:
+            fault = f"{name}={numbers[name]} is not from 0 to 1"
+    if fault is not None:
+        msg = f"estimate of frame {estimate.sequence}: {fault}"
+        raise ProtocolError(msg, "range")
+
+
+def end_fault(end: SeriesEnd) -> str | None:
+    """Return what of the numbers at the end of a series cannot be, as a name."""
+    numbers = {"camera_lost": end.camera_lost, "not_acquired": end.not_acquired}
+    for name, number in numbers.items():
+        if not 0 <= number <= MOST_PLACES:
+            return f"{name}={number}"
+    return None
+
+
+def readable_end(end: SeriesEnd) -> SeriesEnd:
+    """Return the end of a series with words fit for a terminal and a report.
+
+    They are cut, not refused: whatever a publisher complains of, all its frames
+    came.
+    """
+    kept = tuple(map(printable, end.warnings[:MOST_WARNINGS]))
+    if (more := len(end.warnings) - len(kept)) > 0:
+        kept = (*kept, f"{more} further warnings")
+    return msgspec.structs.replace(end, reason=printable(end.reason), warnings=kept)
+
+
+def is_alike(header: FrameHeader, series: SeriesStart) -> bool:
+    """Tell whether a frame has the series' shape and dtype."""
+    return header.shape == series.shape and header.dtype == series.dtype
+
+
+def pixel_bytes(header: FrameHeader) -> int:
+    """Return how many bytes the pixels of this frame must have.
+
+    Raises
+    ------
+    ProtocolError
+        If its shape or dtype is none.
+    """
+    if header.dtype not in DTYPES or not header.shape or min(header.shape) < 1:
+        msg = f"frame {header.sequence}: shape={header.shape} dtype={header.dtype!r}"
         raise ProtocolError(msg)
-    return np.frombuffer(part, dtype).reshape(shape)
+    return math.prod(header.shape) * np.dtype(header.dtype).itemsize
+
+
+def _check_numbers(header: FrameHeader, series: SeriesStart) -> None:
+    """Check that the numbers of a header can be true; ProtocolError names the first."""
+    counters = {
+        "sequence": header.sequence,
+        "captured_ns": header.captured_ns,
+        "event_index": header.event_index or 0,
+        "camera_image_number": header.camera_image_number or 0,
+    }
+    numbers = {
+        "exposure_ms": header.exposure_ms,
+        "z_um": header.z_um,
+        "z_offset_um": header.z_offset_um,
+        "planned_s": header.planned_s,
+        "actual_s": header.actual_s,
+    }
+    fault = not_finite(numbers)
+    fault = f"{fault} is not finite" if fault is not None else None
+    if header.exposure_ms < 0:
+        fault = f"exposure_ms={header.exposure_ms} is negative"
+    fault = fault or _not_counter(counters) or _far_ahead(header, series)
+    if fault is not None:
+        msg = f"frame {header.sequence}: {fault}"
+        raise ProtocolError(msg, "range")
+
+
+def _far_ahead(header: FrameHeader, series: SeriesStart) -> str | None:
+    """Return what in a header is further on in the plan than its frame can be."""
+    places = _places(series)
+    ahead = 2 * header.sequence + MOST_SKIPPED
+    # An event that takes no image, such as an autofocus, may stand before each.
+    most = ahead if places is None else 2 * places + 4096
+    if (header.event_index or 0) > most:
+        return f"event_index={header.event_index} is beyond {most}"
+    if series.sizes.get("t", 1) is None and header.index.get("t", 0) > ahead:
+        return f"t={header.index['t']} is beyond {ahead}"
+    return None
+
+
+def _places(series: SeriesStart) -> int | None:
+    sizes = series.sizes.values()
+    return None if None in sizes else math.prod(size or 1 for size in sizes)
+
+
+def _not_counter(counters: Mapping[str, int]) -> str | None:
+    """Return the first that is negative or does not fit a store's column."""
+    for name, counter in counters.items():
+        if not 0 <= counter < MOST_COUNT:
+            return f"{name}={counter} is not from 0 to 2^63 - 1"
+    return None
+
+
+def not_finite(numbers: Mapping[str, float | None]) -> str | None:
+    """Return the name of the first number that is NaN or infinite."""
+    for name, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            return name
+    return None

@@ -20,23 +20,9 @@ from numpy.typing import NDArray
 
 from rtfocus.config.sections import PreviewConfig, TransportConfig
 from rtfocus.errors import RtfocusError, TransportError
-from rtfocus.frame import (
-    PROTOCOL_VERSION,
-    Estimate,
-    FrameHeader,
-    FrameResult,
-)
+from rtfocus.frame import PROTOCOL_VERSION, Estimate, FrameHeader, FrameResult
 from rtfocus.images.series import saturation_blocks
 from rtfocus.transport.io_thread import IoThread, Waker
-from rtfocus.transport.messages import (
-    Answer,
-    PlaneHeader,
-    Point,
-    PreviewHeader,
-    PreviewStatus,
-    Shown,
-    unpack_request,
-)
 from rtfocus.transport.sockets import (
     CLIENT,
     ClientList,
@@ -45,6 +31,15 @@ from rtfocus.transport.sockets import (
     bound_to,
     preview_server,
     request_server,
+)
+from rtfocus.transport.viewer import (
+    Answer,
+    PlaneHeader,
+    Point,
+    PreviewHeader,
+    PreviewStatus,
+    Shown,
+    unpack_request,
 )
 from rtfocus.workers import Newest, Recent
 

@@ -10,7 +10,7 @@ from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, Slot, SlotPool
 from rtfocus.transport import messages as m
-from rtfocus.transport.io_thread import Waker
+from rtfocus.transport.io_thread import Rejections, Waker
 from rtfocus.transport.registrar import Outbox, Recorder, Registrar, Reply
 from rtfocus.transport.sockets import (
     ClientList,
@@ -20,7 +20,6 @@ from rtfocus.transport.sockets import (
     control_server,
     frames_server,
 )
-from rtfocus.transport.validation import Rejections
 
 
 class FramesOut:

@@ -19,7 +19,14 @@ from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
 from rtfocus.transport.dialogue import Dialogue
 from rtfocus.transport.inflow import Arrivals, Gap, Inflow
-from rtfocus.transport.io_thread import PAUSE_S, FramesIn, IoThread, Link, Waker
+from rtfocus.transport.io_thread import (
+    PAUSE_S,
+    FramesIn,
+    IoThread,
+    Link,
+    Rejections,
+    Waker,
+)
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sockets import (
     Context,
@@ -28,7 +35,6 @@ from rtfocus.transport.sockets import (
     nobody_listens,
     slot_pool,
 )
-from rtfocus.transport.validation import Rejections
 from rtfocus.workers import Newest, Wait
 
 _LOOK_S = 0.1

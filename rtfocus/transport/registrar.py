@@ -15,7 +15,7 @@ from typing import Any
 from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, SeriesEnd, SeriesStart, Slot
 from rtfocus.transport import messages as m
-from rtfocus.transport.validation import check_estimate
+from rtfocus.transport.messages import check_estimate
 from rtfocus.workers import Newest
 
 

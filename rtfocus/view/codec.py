@@ -22,7 +22,7 @@ from numcodecs import lz4
 from numpy.typing import NDArray
 
 from rtfocus.frame import TileGrid
-from rtfocus.transport.messages import Preview
+from rtfocus.transport.viewer import Preview
 
 MAGIC = b"RTFP"
 VERSION = 1

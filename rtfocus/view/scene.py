@@ -17,12 +17,7 @@ import numpy as np
 
 from rtfocus.errors import ProtocolError, RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, Act, SeriesStart
-from rtfocus.transport.io_thread import PreviewViewer
-from rtfocus.transport.messages import (
-    Preview,
-    PreviewStatus,
-    Request,
-)
+from rtfocus.transport.viewer import Preview, PreviewStatus, PreviewViewer, Request
 from rtfocus.view.codec import Picture, live_picture, pack
 from rtfocus.view.source_run import (
     Place,

@@ -32,10 +32,10 @@ from rtfocus.frame import FrameHeader
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
 from rtfocus.transport.inflow import Gap
-from rtfocus.transport.io_thread import PreviewViewer
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.sockets import create_keys
+from rtfocus.transport.viewer import PreviewViewer
 
 
 def recorded(

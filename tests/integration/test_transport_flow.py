@@ -36,10 +36,9 @@ from rtfocus.errors import (
 )
 from rtfocus.frame import Estimate, Role
 from rtfocus.transport.inflow import Gap
-from rtfocus.transport.io_thread import PreviewViewer
-from rtfocus.transport.messages import Shown
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
+from rtfocus.transport.viewer import PreviewViewer, Shown
 
 CHILD = Path(__file__).with_name("recorder_child.py")
 

@@ -25,14 +25,9 @@ from rtfocus.errors import InputError
 from rtfocus.files import resource_folder
 from rtfocus.focusing import MOST_REQUESTS, Focusing
 from rtfocus.frame import Act
-from rtfocus.transport.io_thread import PreviewViewer
-from rtfocus.transport.messages import (
-    Answer,
-    PreviewStatus,
-    Request,
-)
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.sockets import create_keys
+from rtfocus.transport.viewer import Answer, PreviewStatus, PreviewViewer, Request
 from rtfocus.view.codec import (
     HEADER,
     MAGIC,

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as arrays
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import PROTOCOL_VERSION
 from rtfocus.images.series import saturation_blocks
-from rtfocus.transport.messages import (
+from rtfocus.transport.messages import DTYPES
+from rtfocus.transport.viewer import (
     Answer,
     PlaneHeader,
     Preview,
@@ -23,7 +24,6 @@ from rtfocus.transport.messages import (
     unpack_preview,
     unpack_request,
 )
-from rtfocus.transport.validation import DTYPES
 
 SHAPES = arrays.array_shapes(min_dims=2, max_dims=3, min_side=0, max_side=5)
 IMAGES = st.sampled_from(DTYPES).flatmap(lambda dtype: arrays.arrays(dtype, SHAPES))

@@ -9,11 +9,11 @@ from rtfocus.channel import Aberrations, Channel, OpticalSystem
 from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import Position, Role, SeriesEnd
 from rtfocus.transport import messages as m
-from rtfocus.transport.validation import (
+from rtfocus.transport.dialogue import check_welcome
+from rtfocus.transport.messages import (
     DTYPES,
     check_estimate,
     check_header,
-    check_welcome,
     most_lost,
     pixel_bytes,
 )

@@ -1,0 +1,315 @@
+"""Viewer: what those who look at a run are sent and may ask for, and their socket.
+
+A picture is ``[header, pixels, plane, ...]``, a state ``[header]``. What a viewer asks
+for goes the other way, on a socket of its own, and only where the config has one.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from rtfocus.errors import ProtocolError
+from rtfocus.frame import (
+    PROTOCOL_VERSION,
+    Act,
+    Estimate,
+    FrameHeader,
+    SeriesStart,
+    TileGrid,
+)
+from rtfocus.transport.messages import DTYPES, FAULTS, understood
+from rtfocus.transport.sockets import (
+    CLIENT,
+    Context,
+    connect,
+    preview_client,
+    request_client,
+)
+
+
+class PlaneHeader(msgspec.Struct, frozen=True):
+    """One further plane of a picture, beside its pixels."""
+
+    name: str
+    """``restored``, ``defocus`` (um per tile, NaN = background) or ``saturation``
+    (blocks of `block_px` pixels, 1 = at least one of them is saturated)."""
+    shape: tuple[int, ...]
+    dtype: str
+    block_px: int = 0
+
+
+class PreviewHeader(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
+    """What is known about the pixels beside it."""
+
+    version: int
+    shape: tuple[int, ...]
+    """Of the reduced frame: (y, x) or (y, x, 3)."""
+    dtype: str
+    reduced: int
+    """Every so many pixels of the frame, along y and x, one was taken."""
+    estimate: Estimate | None
+    metrics: dict[str, Any]
+    frame: FrameHeader | None = None
+    """Of a whole picture, sent when its result is there; without ``frame_meta``."""
+    planes: tuple[PlaneHeader, ...] = ()
+    """Of the parts after the pixels, in order."""
+    grid: TileGrid | None = None
+    """Where the tiles of the defocus map lie in the frame."""
+    saturated: int | None = None
+    """Saturated pixels of the whole frame; None: not known."""
+
+
+class Point(msgspec.Struct, frozen=True, array_like=True):
+    """One frame of the traces."""
+
+    sequence: int
+    role: str
+    index: dict[str, int]
+    captured_ns: int
+    z_um: float | None
+    defocus_um: float | None
+    signed: bool
+    confidence: float
+    refusal: str | None
+    """Why autofocus refused the frame; None: it did not, or was not asked."""
+
+
+class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
+    """How the processor is; sent several times a second while somebody looks."""
+
+    version: int
+    state: Literal["waiting", "running"]
+    series: SeriesStart | None = None
+    """Without plan and summary, and at most a thousand positions."""
+    folder: str = ""
+    """The run folder, on `host`."""
+    host: str = ""
+    saturation_counts: float | None = None
+    """Counts from which on a pixel is saturated; None: none is."""
+    metrics: dict[str, Any] = {}
+    points: list[Point] = []
+    """The newest frames, oldest first; overlaps with the status before, and has now and
+    then all that are kept."""
+    focus: list[tuple[int, dict[str, Any]]] = []
+    """The newest lines of ``focus.ndjson``, numbered; as `points`."""
+    dropped: int = 0
+    """Pictures that were not shown: they came too soon, or gave way to later ones."""
+    control: str | None = None
+    """Where requests are taken; None: nowhere."""
+
+
+class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
+    """A viewer asks for something."""
+
+    version: int
+    series_uid: str
+    what: Act
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer", tag_field="type"):
+    """What became of a request."""
+
+    done: bool
+    """It was passed on; a refusal has its reason."""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A series as viewers are told of it."""
+
+    series: SeriesStart
+    folder: Path
+    metrics: Callable[[], dict[str, Any]]
+    """Plain numbers, asked for in the preview's own thread."""
+    saturation_counts: float = np.inf
+    """Counts from which on a pixel is saturated."""
+    act: Callable[[Act], None] = lambda _: None
+    """Does what a viewer asked for; RtfocusError: why it cannot."""
+
+    def brief(self) -> SeriesStart:
+        """Return the series without what is long."""
+        return msgspec.structs.replace(
+            self.series,
+            mda_sequence=None,
+            summary={},
+            positions=self.series.positions[:_POSITIONS],
+        )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a viewer sees."""
+
+    header: PreviewHeader
+    pixels: NDArray[np.generic]
+    """Shape and dtype as in the header."""
+    skipped: int
+    """Older previews that were there too and gave way to this one."""
+    planes: dict[str, NDArray[np.generic]]
+    """Further planes by name."""
+
+
+_POSITIONS = 1000
+
+
+_preview: msgspec.msgpack.Decoder[PreviewHeader | PreviewStatus] = (
+    msgspec.msgpack.Decoder(PreviewHeader | PreviewStatus)
+)
+
+
+_request = msgspec.msgpack.Decoder(Request)
+
+
+_answer = msgspec.msgpack.Decoder(Answer)
+
+
+def unpack_preview(parts: list[bytes], skipped: int) -> Preview | PreviewStatus:
+    """Decode what came from a preview socket.
+
+    Raises
+    ------
+    ProtocolError
+        If it cannot be understood.
+    """
+    try:
+        header = _preview.decode(parts[0])
+        if isinstance(header, PreviewStatus):
+            return header
+        pixels = _array(parts[1], header.dtype, header.shape)
+        # More parts than are named: of a later version.
+        planes = {
+            plane.name: _array(part, plane.dtype, plane.shape)
+            for plane, part in zip(header.planes, parts[2:], strict=False)
+        }
+    except (*FAULTS, IndexError) as error:
+        msg = f"not a preview of protocol version {PROTOCOL_VERSION}: {error}"
+        raise ProtocolError(msg) from error
+    return Preview(header, pixels, skipped, planes)
+
+
+def unpack_request(data: bytes) -> Request:
+    """Decode a request; ProtocolError names the fault."""
+    return understood(_request, data, "a request")
+
+
+def unpack_answer(data: bytes) -> Answer:
+    """Decode an answer; ProtocolError names the fault."""
+    return understood(_answer, data, "an answer")
+
+
+def _array(part: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    if dtype not in DTYPES:
+        msg = f"preview of dtype {dtype!r}"
+        raise ProtocolError(msg)
+    # NumPy would take -1 for whatever fits.
+    if any(side < 0 for side in shape):
+        msg = f"preview of shape {shape}"
+        raise ProtocolError(msg)
+    return np.frombuffer(part, dtype).reshape(shape)
+
+
+class PreviewViewer:
+    """Receives previews; for use in one thread. A context manager.
+
+    Parameters
+    ----------
+    endpoint
+        Where the processor publishes, e.g. ``tcp://127.0.0.1:5573``.
+    curve_keys
+        Folder of keys, where the processor has them: its ``client.key``, and a
+        ``client.key_secret`` of which the processor admits the public half.
+    """
+
+    def __init__(self, endpoint: str, curve_keys: Path | None = None) -> None:
+        self._context: Context = zmq.Context()
+        self._curve_keys = curve_keys
+        try:
+            self._socket = connect(
+                preview_client(self._context), endpoint, curve_keys, CLIENT
+            )
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+
+    def newest(self, timeout_s: float | None = None) -> Preview | None:
+        """Return the newest preview, waiting for one; None on time-out.
+
+        Raises
+        ------
+        ProtocolError
+            If it cannot be understood.
+        """
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        newest: Preview | None = None
+        while newest is None:
+            left_s = None if until_s is None else max(until_s - time.monotonic(), 0.0)
+            came = self.received(left_s)
+            if not came:
+                return None
+            pictures = [one for one in came if isinstance(one, Preview)]
+            if pictures:
+                last = pictures[-1]
+                newest = Preview(
+                    last.header, last.pixels, len(pictures) - 1, last.planes
+                )
+        return newest
+
+    def received(self, timeout_s: float | None = None) -> list[Preview | PreviewStatus]:
+        """Return all that has come, oldest first, waiting for one; empty on time-out.
+
+        Raises
+        ------
+        ProtocolError
+            If something cannot be understood; the rest is gone too.
+        """
+        timeout_ms = None if timeout_s is None else int(timeout_s * 1000)
+        if not self._socket.poll(timeout_ms):
+            return []
+        messages = [self._socket.recv_multipart()]
+        while True:
+            try:
+                messages.append(self._socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return [unpack_preview(parts, 0) for parts in messages]
+
+    def ask(self, control: str, request: Request, timeout_s: float = 5.0) -> Answer:
+        """Ask the processor for something, and wait for its answer.
+
+        Parameters
+        ----------
+        control
+            As its status says.
+        request
+            What is asked for.
+        timeout_s
+            How long to wait.
+        """
+        socket = request_client(self._context)
+        try:
+            connect(socket, control, self._curve_keys, CLIENT)
+            socket.send(msgspec.msgpack.encode(request))
+            if not socket.poll(int(timeout_s * 1000)):
+                return Answer(done=False, why="the processor does not answer")
+            return unpack_answer(socket.recv())
+        except ProtocolError as error:
+            return Answer(done=False, why=str(error))
+        finally:
+            socket.close()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> "PreviewViewer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
