@@ -365,6 +365,20 @@ def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> 
             "single channel"
         )
         raise InputError(msg)
-    before = image.shape[: image.ndim - plane_axes]
-    planes = image.reshape(-1, *image.shape[len(before) :])
-    return np.stack([np.asarray(restored(p)) for p in planes]).reshape(image.shape)
+    # Into its place at once: a list of planes would need the memory twice.
+    made: Image | None = None
+    for place in np.ndindex(image.shape[: image.ndim - plane_axes]):
+        plane = np.asarray(restored(image[place]))
+        if made is None:
+            made = _room_for(image.shape, plane.dtype)
+        made[place] = plane
+    assert made is not None, "an array without pixels is refused above"
+    return made
+
+
+def _room_for(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Image:
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError as error:
+        msg = f"the memory does not suffice for a stack of {shape}; give fewer planes"
+        raise InputError(msg) from error

@@ -8,10 +8,14 @@ Sign convention, stated once for the whole project: **positive** ``defocus_um``
 = the specimen plane is too far from the objective, negative = too near.
 """
 
-from dataclasses import dataclass, field
+import operator
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
+
+from rtfocus.errors import OpticsError
 
 # Bounds are wide: they keep out what no microscope has and no computer can compute.
 Waves = Annotated[float, Field(ge=-100, le=100)]
@@ -20,6 +24,8 @@ Micrometres = Annotated[float, Field(ge=-1e5, le=1e5)]
 PIXEL_SIZE_TOLERANCE = 0.01
 """Relative difference of two pixel sizes that is rounding and no contradiction:
 optics, core and files may state one size with different numbers of digits."""
+
+_SAID = {"gt": "above", "ge": "at least", "le": "at most"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +45,20 @@ class Aberrations:
     coma_y_waves: Waves = 0.0
     """Coma along y, (3 r^3 - 2 r) sin(t)."""
 
+    def __post_init__(self) -> None:
+        """Refuse coefficients that no pupil has."""
+        _refuse_impossible(self)
+
 
 @dataclass(frozen=True, slots=True)
 class OpticalSystem:
-    """Objective, emission light and sampling of one channel."""
+    """Objective, emission light and sampling of one channel.
+
+    Raises
+    ------
+    OpticsError
+        If a value is no number, or none that a microscope has.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -64,14 +80,22 @@ class OpticalSystem:
     """Added to every nominal defocus before a PSF is computed (calibration)."""
 
     def __post_init__(self) -> None:
-        """Refuse an aperture that no medium can carry."""
+        """Refuse values that no microscope has, each and together."""
+        _refuse_impossible(self)
+        if self.psf_model not in (models := ("pupil", "born_wolf")):
+            msg = f"psf_model={self.psf_model!r:.60} is none of {', '.join(models)}"
+            raise OpticsError(msg)
+        if not isinstance(self.aberrations, Aberrations):
+            kind = type(self.aberrations).__name__
+            msg = f"aberrations are of type {kind}; give rtfocus.channel.Aberrations"
+            raise OpticsError(msg)
         if self.numerical_aperture >= self.refractive_index:
             msg = (
                 f"numerical_aperture={self.numerical_aperture} is not below "
                 f"refractive_index={self.refractive_index}; set the refractive "
                 "index of the immersion medium (water 1.33, oil 1.518)"
             )
-            raise ValueError(msg)
+            raise OpticsError(msg)
 
     @property
     def defocus_unit_um(self) -> float:
@@ -105,3 +129,21 @@ class Channel:
     """Preset name, e.g. ``DAPI``; ``default`` where there is only one."""
     optics: OpticalSystem | None = None
     """None: unknown; frames are recorded but not restored."""
+
+
+def _refuse_impossible(given: Aberrations | OpticalSystem) -> None:
+    """Hold the bounds that the annotations state; keep plain numbers."""
+    for part in fields(given):
+        if (stated := getattr(part.type, "__metadata__", None)) is None:
+            continue
+        value = getattr(given, part.name)
+        if not isinstance(value, Real) or isinstance(value, bool):
+            kind = type(value).__name__
+            msg = f"{part.name}={value!r:.60} is of type {kind}; give a number"
+            raise OpticsError(msg)
+        for bound in stated[0].metadata:
+            ((word, limit),) = asdict(bound).items()
+            if not getattr(operator, word)(value, limit):
+                msg = f"{part.name}={value} must be {_SAID[word]} {limit:g}"
+                raise OpticsError(msg)
+        object.__setattr__(given, part.name, float(value))

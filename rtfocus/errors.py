@@ -7,6 +7,7 @@ programmer errors stay ``ValueError`` and ``TypeError``.
 
     RtfocusError
     ├── ConfigError        a config file or option that cannot be used
+    │   └── OpticsError    values that no microscope has; a ValueError too
     ├── InputError         a file or folder that cannot be read as images
     ├── OutputError        a place that cannot, or must not, be written to
     ├── TransportError     sockets, peers, protocol, stalls
@@ -71,6 +72,14 @@ class ConfigError(RtfocusError):
     """A config file or option cannot be used."""
 
     exit_code = ExitCode.CONFIG
+
+
+class OpticsError(ConfigError, ValueError):
+    """Optics that no microscope has, told where they are made.
+
+    Also a ``ValueError``: pydantic and msgspec then name the place in a config or
+    message.
+    """
 
 
 class InputError(RtfocusError):

@@ -29,7 +29,7 @@ from rtfocus.frame import (
     SlotPool,
 )
 from rtfocus.images.optics import checked_optics
-from rtfocus.images.series import loss_of, native_dtype, pixels_of
+from rtfocus.images.series import checked_image
 from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.classify import Conditions, invertible_normalisation
@@ -149,9 +149,14 @@ class ImageProcessor:
     def _process(
         self, image: NDArray[np.generic], channel: str, *, restore: bool
     ) -> FrameResult:
-        pixels = _as_image(image)
-        with self._one_at_a_time:
-            return self._process_one(pixels, channel, restore=restore)
+        try:
+            pixels = checked_image(image)
+            with self._one_at_a_time:
+                return self._process_one(pixels, channel, restore=restore)
+        except MemoryError as error:
+            shape = np.shape(image)
+            msg = f"the memory does not suffice for an image of {shape}; give a part"
+            raise InputError(msg) from error
 
     def _process_one(
         self, pixels: NDArray[np.generic], channel: str, *, restore: bool
@@ -307,21 +312,6 @@ def _result_of(ticket: Ticket) -> FrameResult:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         raise
-
-
-def _as_image(given: object) -> NDArray[np.generic]:
-    """Return the array in a type that frames have, checked for shape and values."""
-    image = pixels_of(given)
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        msg = f"an image has axes (y, x) or (y, x, 3), this array is {image.shape}"
-        raise InputError(msg)
-    if 0 in image.shape:
-        msg = f"the image of shape {image.shape} has no pixels"
-        raise InputError(msg)
-    if (loss := loss_of(image)) is not None:
-        msg = f"the image {loss}"
-        raise InputError(msg)
-    return np.ascontiguousarray(image, dtype=native_dtype(image.dtype))
 
 
 Image = NDArray[np.float32]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
@@ -307,7 +308,8 @@ def pixels_of(image: object) -> NDArray[np.generic]:
     Raises
     ------
     InputError
-        If it is none, or pixels of it are masked: no result says which.
+        If it is none, pixels of it are masked (no result says which), or it is more
+        than the memory of this machine: its result would be too.
     """
     if isinstance(image, (str, bytes, Path)):
         msg = (
@@ -324,12 +326,41 @@ def pixels_of(image: object) -> NDArray[np.generic]:
     try:
         pixels = np.asarray(image)
         # Mixed lists and Python's own large numbers.
-        return pixels.astype(np.float64) if pixels.dtype.kind == "O" else pixels
+        pixels = pixels.astype(np.float64) if pixels.dtype.kind == "O" else pixels
     # Arrays of other libraries raise whatever they like.
     except Exception as error:
         kind, why = type(image).__name__, one_line(error)
         msg = f"an image is an array of numbers, this {kind} gives none: {why}"
         raise InputError(msg) from error
+    # A broadcast array of any size takes no memory, and what is made of it does.
+    if pixels.nbytes > (memory := psutil.virtual_memory().total):
+        msg = (
+            f"an array of {pixels.shape} has {pixels.nbytes / 1e9:.0f} GB, this "
+            f"machine {memory / 1e9:.0f} GB of memory; give planes one by one, or parts"
+        )
+        raise InputError(msg)
+    return pixels
+
+
+def checked_image(given: object) -> NDArray[np.generic]:
+    """Return one image in a type that frames have.
+
+    Raises
+    ------
+    InputError
+        If it has no shape of an image, or loses values in these types.
+    """
+    image = pixels_of(given)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        msg = f"an image has axes (y, x) or (y, x, 3), this array is {image.shape}"
+        raise InputError(msg)
+    if 0 in image.shape:
+        msg = f"the image of shape {image.shape} has no pixels"
+        raise InputError(msg)
+    if (loss := loss_of(image)) is not None:
+        msg = f"the image {loss}"
+        raise InputError(msg)
+    return np.ascontiguousarray(image, dtype=native_dtype(image.dtype))
 
 
 def loss_of(plane: NDArray[np.generic]) -> str | None:

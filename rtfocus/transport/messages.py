@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from rtfocus.errors import ProtocolError
+from rtfocus.errors import OpticsError, ProtocolError, TransportError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
     Act,
@@ -214,8 +214,25 @@ def unpack_from_recorder(data: bytes) -> FromRecorder:
 
 
 def unpack_from_publisher(data: bytes) -> FromPublisher:
-    """Decode what a publisher sent; ProtocolError names the fault."""
-    return _unpack(_from_publisher, data)
+    """Decode what a publisher sent.
+
+    Raises
+    ------
+    ProtocolError
+        If it is no message of this protocol.
+    TransportError
+        If it is one, and announces optics that no microscope has.
+    """
+    try:
+        return _unpack(_from_publisher, data)
+    except ProtocolError as error:
+        if (why := error.__cause__) is None or not isinstance(
+            why.__cause__, OpticsError
+        ):
+            raise
+        # Well-formed: it would be said again and again, and never be true.
+        msg = f"the publisher announces a series that cannot be received: {why}"
+        raise TransportError(msg) from error
 
 
 def unpack_in_stream(data: bytes) -> InStream:

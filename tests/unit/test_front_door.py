@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,19 +175,32 @@ def test_what_is_no_optics_and_no_config_is_told(given, said):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ((0, 520, 0.65), r"numerical_aperture.*greater than 0 \(got 0\)"),
-        ((float("nan"), 520, 0.65), "numerical_aperture.*finite"),
-        ((0.5, None, 0.65), r"wavelength_nm.*\(got None\)"),
-        ((0.5, 520, 0), "pixel_size_um"),
+        ((0, 520, 0.65), "numerical_aperture=0 must be above 0"),
+        ((3, 520, 0.65, 4), "numerical_aperture=3 must be at most 2"),
+        ((1.2, 520, 0.65), "numerical_aperture=1.2 is not below refractive_index=1"),
+        ((float("nan"), 520, 0.65), "numerical_aperture=nan must be"),
+        (("0.5", 520, 0.65), "numerical_aperture='0.5' is of type str; give a number"),
+        ((0.5j, 520, 0.65), "numerical_aperture=0.5j is of type complex"),
+        ((True, 520, 0.65), "numerical_aperture=True is of type bool"),
+        ((0.5, None, 0.65), "wavelength_nm=None is of type NoneType"),
+        ((0.5, 0.52, 0.65), "wavelength_nm=0.52 must be at least 10"),
+        ((0.5, 10**400, 0.65), "wavelength_nm=.* must be at most"),
+        ((0.5, 520, 0), "pixel_size_um=0 must be at least 0.001"),
+        ((0.5, 520, 0.65, 1.0, "gauss"), "psf_model='gauss' is none of pupil"),
+        ((0.5, 520, 0.65, 1.0, "pupil", -0.3), "aberrations are of type float"),
     ],
 )
-def test_optics_that_nobody_has_are_told_with_name_and_value(values, said):
-    optics = rtfocus.Optics(*values)
-    image = np.ones((9, 9), np.uint16)
-    with pytest.raises(rtfocus.ConfigError, match=said):
-        rtfocus.restore(image, optics=optics)
-    with pytest.raises(rtfocus.ConfigError, match=said):
-        rtfocus.fit_psf("beads.tif", kind="beads", optics=optics)
+def test_optics_that_nobody_has_are_told_where_they_are_made(values, said):
+    with pytest.raises(rtfocus.ConfigError, match=said) as told:
+        rtfocus.Optics(*values)
+    assert isinstance(told.value, ValueError)
+
+
+def test_numbers_of_any_kind_make_the_same_optics():
+    assert OPTICS == replace(OPTICS, wavelength_nm=np.float64(OPTICS.wavelength_nm))
+    made = rtfocus.Optics(np.float32(0.5), np.int64(520), 0.65)
+    assert made == rtfocus.Optics(0.5, 520, 0.65)
+    assert type(made.numerical_aperture) is type(made.wavelength_nm) is float
 
 
 @pytest.mark.parametrize(
@@ -196,6 +210,8 @@ def test_optics_that_nobody_has_are_told_with_name_and_value(values, said):
         (Path("cells.tif"), "read a file first"),
         (np.ones((64, 64, 4), np.uint8), r"image\[\.\.\., :3\]"),
         (np.ones((64, 64, 1), np.uint8), r"image\[\.\.\., 0\]"),
+        (np.broadcast_to(np.uint16(5), (10**6, 10**6)), "2000 GB.*GB of memory"),
+        (np.broadcast_to(np.uint16(5), (10**8, 99, 99)), "GB of memory.*one by one"),
     ],
 )
 def test_what_is_almost_an_image_is_told_what_to_give(image, said):

@@ -22,16 +22,6 @@ MOST_BYTES = 256_000_000
 NAN, INF = float("nan"), float("inf")
 
 
-def optics(**changes: object) -> dict[str, object]:
-    """Return the change that gives a series one channel with these optics."""
-    good = {"numerical_aperture": 0.5, "wavelength_nm": 451.0, "pixel_size_um": 0.5}
-    # Made as the wire makes it: without the checks of a config.
-    found = msgspec.convert(good, OpticalSystem)
-    for name, value in changes.items():
-        object.__setattr__(found, name, value)
-    return {"channels": [Channel("DAPI", found)]}
-
-
 FROM_RECORDER = [
     m.Hello(version=1, role="recorder", uid="u"),
     m.Progress(uid="u", series_uid="s", credit_upto=9, received_upto=3, durable_upto=1),
@@ -174,20 +164,36 @@ def test_damaged_messages_are_refused_or_still_messages() -> None:
         ({"started_ns": 2**64 - 1}, "started_ns"),
         ({"positions": [Position("here", NAN)]}, r"positions\[0\].x_um"),
         ({"positions": [Position("here", field=-7)]}, r"positions\[0\].field"),
-        (optics(numerical_aperture=0.0), r"channels\[0\].*numerical_aperture"),
-        (optics(numerical_aperture=NAN), r"channels\[0\].*numerical_aperture"),
-        (optics(wavelength_nm=-451.0), r"channels\[0\].*wavelength_nm"),
-        (optics(wavelength_nm=INF), r"channels\[0\].*wavelength_nm"),
-        (optics(wavelength_nm=1e30), r"channels\[0\].*wavelength_nm"),
-        (optics(pixel_size_um=1e-9), r"channels\[0\].*pixel_size_um"),
-        (optics(aberrations=Aberrations(1e30)), r"channels\[0\].*spherical"),
-        (optics(aberrations=Aberrations(NAN)), r"channels\[0\].*spherical"),
     ],
 )
 def test_a_series_that_cannot_be_received_names_the_field(fault, named) -> None:
     check_welcome("topic", make_series(), MOST_BYTES)
     with pytest.raises(TransportError, match=named):
         check_welcome("topic", make_series(**fault), MOST_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ({"numerical_aperture": 0.0}, "numerical_aperture"),
+        ({"numerical_aperture": 1.2}, "not below refractive_index"),
+        ({"numerical_aperture": NAN}, "numerical_aperture"),
+        ({"wavelength_nm": -451.0}, "wavelength_nm"),
+        ({"wavelength_nm": INF}, "wavelength_nm"),
+        ({"wavelength_nm": 1e30}, "wavelength_nm"),
+        ({"pixel_size_um": 1e-9}, "pixel_size_um"),
+        ({"aberrations": {"spherical_waves": 1e30}}, "spherical"),
+        ({"aberrations": {"spherical_waves": NAN}}, "spherical"),
+    ],
+)
+def test_optics_that_no_microscope_has_end_the_series_by_name(fault, named) -> None:
+    good = {"numerical_aperture": 0.5, "wavelength_nm": 451.0, "pixel_size_um": 0.5}
+    welcome = msgspec.to_builtins(m.Welcome(1, "mine", "topic", make_series()))
+    welcome["start"]["channels"] = [{"name": "DAPI", "optics": good}]
+    m.unpack_from_publisher(msgspec.msgpack.encode(welcome))
+    welcome["start"]["channels"][0]["optics"] = good | fault
+    with pytest.raises(TransportError, match=f"cannot be received.*{named}"):
+        m.unpack_from_publisher(msgspec.msgpack.encode(welcome))
 
 
 @pytest.mark.parametrize(
