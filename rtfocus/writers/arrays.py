@@ -5,7 +5,9 @@ the commit signal that the journal waits for.
 """
 
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +23,12 @@ from rtfocus.writers.header import (
     DEFOCUS,
     RAW,
     RESTORED,
+    SEPARATOR,
     ImageSpec,
     RunHeader,
-    ShardFile,
     array_metadata,
     image_specs,
     is_document,
-    list_shards,
 )
 from rtfocus.writers.layout import (
     Windows,
@@ -40,6 +41,8 @@ from rtfocus.writers.places import Index
 
 _FIRST_GROWTH = 64
 _LARGEST_GROWTH = 4096
+_SHARD_PREFIX = f"c{SEPARATOR}"
+_SHARD_NAME = re.compile(r"c\.(\d{1,12})\.(\d{1,9})\.(\d{1,9})\.0\.0")
 _MOST_THREADS = 8
 """More than this many copies at once do not make a disk faster."""
 
@@ -74,6 +77,51 @@ class FailedWrite:
     def result(self) -> None:
         """Raise what went wrong."""
         raise self._error
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One shard on the disk."""
+
+    path: Path
+    times: range
+    """Time points that it may hold."""
+    c: int
+    """Channel, not plane."""
+    z: int
+
+    def places(self, position: int) -> list[dict[str, int]]:
+        """Return the places that it may hold frames of."""
+        return [{"t": t, "p": position, "c": self.c, "z": self.z} for t in self.times]
+
+
+def list_shards(array: Path, shard_frames: int) -> Iterator[ShardFile]:
+    """Yield the shards in the folder of an array, `shard_frames` along t each.
+
+    Raises
+    ------
+    WriterError
+        If the folder cannot be read.
+    """
+    try:
+        names = os.listdir(array)
+    except OSError as error:
+        msg = f"'{array}' cannot be read: {error.strerror}"
+        raise WriterError(msg) from error
+    for name in names:
+        if (found := _SHARD_NAME.fullmatch(name)) is not None:
+            number, c, z = map(int, found.groups())
+            times = range(number * shard_frames, (number + 1) * shard_frames)
+            yield ShardFile(array / name, times, c, z)
+
+
+def shard_name(*numbers: int) -> str:
+    """Return the file name of a shard by its numbers along t, c, z, y, x.
+
+    >>> shard_name(12, 0, 3, 0, 0)
+    'c.12.0.3.0.0'
+    """
+    return _SHARD_PREFIX + SEPARATOR.join(map(str, numbers))
 
 
 class FrameArray:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rtfocus.errors import WriterError
 from rtfocus.files import refuse_links
 from rtfocus.metrics import Accounting, Outcome
-from rtfocus.writers.arrays import RunImages
+from rtfocus.writers.arrays import RunImages, list_shards, shard_name
 from rtfocus.writers.commit import Tally, Terms, read_rejected, read_report
 from rtfocus.writers.finish import COUNTED, finish_run
 from rtfocus.writers.folder import ASIDE_NAME, Holder, RunLock, holder_of, set_aside
@@ -34,9 +34,7 @@ from rtfocus.writers.header import (
     RunHeader,
     image_specs,
     is_finished,
-    list_shards,
     read_header,
-    shard_name,
 )
 from rtfocus.writers.journal import WRITTEN, Line, journal_lines, scan_journal
 from rtfocus.writers.layout import (

@@ -2,12 +2,11 @@
 
 It is what a restarted processor or a repair needs to go on with a cut-off run. A
 folder may come from anywhere: what it says is checked before it is used. From it
-follows what each array of the run is like: shape, type, scale, codecs, shard files.
+follows what each array of the run is like: shape, type, scale, codecs.
 """
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -229,11 +228,9 @@ RESTORED = "restored"
 DEFOCUS = "defocus"
 CONFIDENCE = "confidence"
 
-_SEPARATOR = "."
 # With the separator "/" every frame makes four folders per image, which costs more
 # than its file: 0.5 ms against 0.15 ms on ext4. OME-Zarr 0.5 allows both.
-_SHARD_PREFIX = f"c{_SEPARATOR}"
-_SHARD_NAME = re.compile(r"c\.(\d{1,12})\.(\d{1,9})\.(\d{1,9})\.0\.0")
+SEPARATOR = "."
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,51 +331,6 @@ def _depth_um(header: RunHeader) -> float:
     return 11 * max(units) if units else 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class ShardFile:
-    """One shard on the disk."""
-
-    path: Path
-    times: range
-    """Time points that it may hold."""
-    c: int
-    """Channel, not plane."""
-    z: int
-
-    def places(self, position: int) -> list[dict[str, int]]:
-        """Return the places that it may hold frames of."""
-        return [{"t": t, "p": position, "c": self.c, "z": self.z} for t in self.times]
-
-
-def list_shards(array: Path, shard_frames: int) -> Iterator[ShardFile]:
-    """Yield the shards in the folder of an array, `shard_frames` along t each.
-
-    Raises
-    ------
-    WriterError
-        If the folder cannot be read.
-    """
-    try:
-        names = os.listdir(array)
-    except OSError as error:
-        msg = f"'{array}' cannot be read: {error.strerror}"
-        raise WriterError(msg) from error
-    for name in names:
-        if (found := _SHARD_NAME.fullmatch(name)) is not None:
-            number, c, z = map(int, found.groups())
-            times = range(number * shard_frames, (number + 1) * shard_frames)
-            yield ShardFile(array / name, times, c, z)
-
-
-def shard_name(*numbers: int) -> str:
-    """Return the file name of a shard by its numbers along t, c, z, y, x.
-
-    >>> shard_name(12, 0, 3, 0, 0)
-    'c.12.0.3.0.0'
-    """
-    return _SHARD_PREFIX + _SEPARATOR.join(map(str, numbers))
-
-
 def array_metadata(
     spec: ImageSpec, shape: list[int], store: StoreConfig
 ) -> dict[str, Any]:
@@ -401,7 +353,7 @@ def array_metadata(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
         "chunk_key_encoding": {
             "name": "default",
-            "configuration": {"separator": _SEPARATOR},
+            "configuration": {"separator": SEPARATOR},
         },
         "codecs": [
             {
