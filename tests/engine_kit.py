@@ -105,7 +105,9 @@ def write_shift_restorer(folder: Path, *, entries: tuple[str, ...] = ENTRIES) ->
     return _write(folder, nodes, constants, outputs, card, entries=len(entries))
 
 
-def write_smooth_restorer(folder: Path, *, channels: int = 1) -> Path:
+def write_smooth_restorer(
+    folder: Path, *, channels: int = 1, any_size: bool = False
+) -> Path:
     """Write a restorer without a condition: the mean of 3 x 3 pixels, per channel."""
     nodes = [
         _node("Conv", ["tiles", "box"], "restored", pads=[1, 1, 1, 1], group=channels)
@@ -119,6 +121,7 @@ def write_smooth_restorer(folder: Path, *, channels: int = 1) -> Path:
             "tile_px": 64,
             "halo_px": 8,
             "multiple_px": 4,
+            "any_size": any_size,
         },
         "output": {"name": "restored"},
     }

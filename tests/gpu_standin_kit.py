@@ -118,6 +118,7 @@ class HostEngine:
     def __init__(self, request, driver) -> None:
         self.name = request.name
         self.precision = request.precision
+        self.inputs = request.inputs
         self._driver = driver
         driver.standin_count(ctypes.c_long(1))
         self._session = onnxruntime.InferenceSession(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -29,7 +29,7 @@ from rtfocus.errors import ConfigError, EngineError
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
 from rtfocus.runtimes.cpu_backends import BACKENDS
-from rtfocus.runtimes.gpu import GPU_BACKENDS, Gpu, gpu_request
+from rtfocus.runtimes.gpu import GPU_BACKENDS, Gpu, gpu_request, pixels_at_once
 from rtfocus.runtimes.tensorrt.build import Progress
 from rtfocus.runtimes.tensorrt.library import (
     LIBRARIES,
@@ -354,10 +354,10 @@ def build(
     """
     shape = _shape(frame)
     library, device, target = _target(backend, gpu, capability)
+    pixels = pixels_at_once(device)
     for found in _chosen(name):
-        request = gpu_request(
-            found, shape, precision, tf32=tf32, tiles_per_batch=tiles_per_batch
-        )
+        most: dict[str, Any] = {"tiles_per_batch": tiles_per_batch, "pixels": pixels}
+        request = gpu_request(found, shape, precision, tf32=tf32, **most)
         context = nullcontext() if device is None else current_context(device.gpu_index)
         with context, interruptible() as (stop, _), _bar(found.name, stop) as progress:
             plan = ready_plan(

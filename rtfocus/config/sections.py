@@ -310,8 +310,8 @@ class GpuConfig(Section):
     on_lack_of_memory: Literal["fewer_frames", "error"] = "fewer_frames"
     """``fewer_frames``: start with fewer frames in flight and say so."""
     tiles_per_batch: Annotated[int, Field(ge=1)] | None = None
-    """Most tiles that a restorer's network sees at once; None: 32, of small tiles as
-    many as make up 1024 x 1024 px. Fewer take less memory."""
+    """Most tiles that a restorer's network sees at once; None: as many as the card's
+    memory allows, or the frame as one tile. Fewer take less memory."""
     cuda_graphs: bool = True
     """Replay the steady state from a recording: less work for the CPU."""
 

@@ -59,6 +59,9 @@ class InputCard(Section):
     multiple_px: Px = 1
     """Sides of frames or tiles must be multiples of it; shorter frames are padded
     by mirroring."""
+    any_size: bool = False
+    """Whether a restorer gives a pixel the same in a tile of any size, so that a GPU
+    may take a frame as one: nothing beyond the halo counts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -315,6 +318,8 @@ def _tile_faults(card: EngineCard) -> Iterator[str]:
     tiles = card.input
     if tiles is None or card.kind != "restorer":
         return
+    if tiles.any_size and (card.condition is not None or card.sees_image_alone):
+        yield "input.any_size is for networks that are told nothing of their tile"
     if 2 * tiles.halo_px >= tiles.tile_px:
         yield (
             f"input.halo_px={tiles.halo_px} on both sides leaves nothing of "

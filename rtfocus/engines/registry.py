@@ -356,6 +356,42 @@ def _padded_side(card: InputCard, side: int) -> int:
     return ceil(needed / card.multiple_px) * card.multiple_px
 
 
+def count_tiles(card: InputCard, frame: tuple[int, int]) -> int:
+    """Return how many tiles a frame is cut into, each owning all but its halo."""
+    own_px = card.tile_px - 2 * card.halo_px
+    return ceil(frame[0] / own_px) * ceil(frame[1] / own_px)
+
+
+def fit_tiles(
+    card: InputCard, frame: tuple[int, int], tiles_per_batch: int | None, pixels: int
+) -> tuple[int, tuple[int, int]]:
+    """Return how many tiles of a frame a restorer sees at once, and their sides.
+
+    So many `tiles_per_batch` at most, or as many as make up `pixels`; the frame as one
+    tile, halo and padding included, where these hold it and the card allows it.
+    """
+    height, width = (
+        ceil((side + 2 * card.halo_px) / card.multiple_px) * card.multiple_px
+        for side in frame
+    )
+    if card.any_size and tiles_per_batch is None and height * width <= pixels:
+        return 1, (height, width)
+    most = tiles_per_batch or max(1, pixels // card.tile_px**2)
+    batch = balanced_batch(count_tiles(card, frame), most)
+    return batch, (card.tile_px, card.tile_px)
+
+
+def balanced_batch(tiles: int, most: int) -> int:
+    """Return the batch that cuts a frame's tiles into the fewest, nearly equal parts.
+
+    Examples
+    --------
+    >>> balanced_batch(121, 32), balanced_batch(9, 32)
+    (31, 9)
+    """
+    return ceil(tiles / ceil(tiles / most))
+
+
 def step_um(card: EngineCard, optics: OpticalSystem, *, blind: bool = False) -> float:
     """Return the defocus between two levels in the configured optics.
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from math import ceil
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +19,10 @@ import numpy as np
 
 from rtfocus.engines.card import (
     EngineCard,
-    InputCard,
     Precision,
     verified_file,
 )
-from rtfocus.engines.registry import FoundEngine, fit_frame
+from rtfocus.engines.registry import FoundEngine, fit_frame, fit_tiles
 from rtfocus.errors import EngineError
 from rtfocus.machine import usable
 
@@ -176,19 +175,54 @@ class GpuBackend:
     """Load the network, building and caching its plan first where it needs one."""
 
 
-TILES_PER_BATCH = 32
-"""Most large tiles per batch: beyond it a GPU is busy and memory only grows."""
-PIXELS_PER_BATCH = 2**20
-"""Small tiles come in as many as make up these: 32 of 64 px leave a GPU idle."""
+PIXELS_PER_BATCH = 2**21
+"""What a restorer sees at once on a card that nobody knows: 32 tiles of 256 px."""
+_SHARE = 4
+"""A restorer takes up to this part of a card, whose other parts are for frames in
+flight, classifiers, and what runs beside."""
+_BYTES_PER_PX = 1024
+"""What a network holds at once for a pixel of its input: 125 to 670 of ours, fp32."""
+
+
+def pixels_at_once(device: Gpu | None, free_bytes: int | None = None) -> int:
+    """Return how many pixels a restorer's network may see at once on a card.
+
+    By the whole of its memory, so that a series finds the plan of the last one, and
+    cards of one model give the same bytes; fewer only where half of what is free does
+    not hold them.
+
+    Parameters
+    ----------
+    device
+        None: it is not known.
+    free_bytes
+        Of its memory; None: all of it.
+
+    Examples
+    --------
+    >>> card = Gpu(0, "of 8 GB", (8, 6), 8 * 2**30)
+    >>> pixels_at_once(card), pixels_at_once(card, 2**30)
+    (2097152, 524288)
+    """
+    if device is None:
+        return PIXELS_PER_BATCH
+    pixels = device.memory_bytes // (_SHARE * _BYTES_PER_PX)
+    free = device.memory_bytes if free_bytes is None else free_bytes
+    while pixels > 1 and pixels * _BYTES_PER_PX > free // 2:
+        pixels //= 2
+    return pixels
 
 
 def engine_inputs(
-    card: EngineCard, frame: tuple[int, int], tiles_per_batch: int | None = None
+    card: EngineCard,
+    frame: tuple[int, int],
+    tiles_per_batch: int | None = None,
+    pixels: int = PIXELS_PER_BATCH,
 ) -> dict[str, ShapeRange]:
     """Return the shapes of every input of an engine for a camera.
 
     Classifiers and joint engines take whole frames, one at a time; restorers take
-    the frame's tiles in batches.
+    the frame's tiles in batches, or the frame as one tile where their card allows it.
 
     Parameters
     ----------
@@ -197,7 +231,10 @@ def engine_inputs(
     frame
         Height and width of the camera's frame in pixels.
     tiles_per_batch
-        Most tiles of a restorer; None: `most_tiles`.
+        Most tiles of a restorer, which then never sees a frame as one; None: by
+        `pixels`.
+    pixels
+        That a restorer may see at once, see `pixels_at_once`.
 
     Raises
     ------
@@ -214,44 +251,13 @@ def engine_inputs(
         msg = f"engine '{card.name}' ({card.implementation}) is no network to build"
         raise EngineError(msg)
     if card.kind == "restorer":
-        tiles = count_tiles(card.input, frame)
-        most = tiles_per_batch or most_tiles(card.input.tile_px)
-        batch = balanced_batch(tiles, most)
-        sides = (card.input.tile_px, card.input.tile_px)
+        batch, sides = fit_tiles(card.input, frame, tiles_per_batch, pixels)
     else:
         batch, sides = 1, fit_frame(card.input, frame).padded
     inputs = {card.input.name: batched((batch, card.input.channels, *sides))}
     if card.condition is not None:
         inputs[card.condition.name] = batched((batch, len(card.condition.entries)))
     return inputs
-
-
-def count_tiles(card: InputCard, frame: tuple[int, int]) -> int:
-    """Return how many tiles a frame is cut into, each owning all but its halo."""
-    own_px = card.tile_px - 2 * card.halo_px
-    return ceil(frame[0] / own_px) * ceil(frame[1] / own_px)
-
-
-def most_tiles(tile_px: int) -> int:
-    """Return how many tiles of a side a batch may have.
-
-    Examples
-    --------
-    >>> most_tiles(256), most_tiles(64)
-    (32, 256)
-    """
-    return max(TILES_PER_BATCH, PIXELS_PER_BATCH // tile_px**2)
-
-
-def balanced_batch(tiles: int, most: int) -> int:
-    """Return the batch that cuts a frame's tiles into the fewest, nearly equal parts.
-
-    Examples
-    --------
-    >>> balanced_batch(121, 32), balanced_batch(9, 32)
-    (31, 9)
-    """
-    return ceil(tiles / ceil(tiles / most))
 
 
 def batched(largest: Shape) -> ShapeRange:
@@ -294,6 +300,7 @@ def gpu_request(
     workspace_bytes: int | None = None,
     cuda_graphs: bool = True,
     tiles_per_batch: int | None = None,
+    pixels: int = PIXELS_PER_BATCH,
 ) -> GpuRequest:
     """Return the request for an engine and a camera.
 
@@ -311,8 +318,8 @@ def gpu_request(
         Most memory one layer may take; None: no limit.
     cuda_graphs
         Whether a backend may record its kernels.
-    tiles_per_batch
-        Most tiles of a restorer; None: `most_tiles`.
+    tiles_per_batch, pixels
+        Of `engine_inputs`.
 
     Raises
     ------
@@ -326,7 +333,7 @@ def gpu_request(
         model=model,
         weights_sha256=found.card.sha256[chosen],
         precision=chosen,
-        inputs=engine_inputs(found.card, frame, tiles_per_batch),
+        inputs=engine_inputs(found.card, frame, tiles_per_batch, pixels),
         tf32=tf32,
         workspace_bytes=workspace_bytes,
         cuda_graphs=cuda_graphs,
@@ -397,6 +404,36 @@ def open_network(wanted: str, request: GpuRequest, device: Gpu) -> GpuEngine:
         raise failures[0]
     msg = "; ".join(str(error) for error in failures)
     raise EngineError(msg) from failures[-1]
+
+
+def open_fitting(
+    wanted: str,
+    ask: Callable[..., GpuRequest],
+    device: Gpu,
+    free_bytes: int,
+    most_px: int = 0,
+) -> tuple[GpuEngine, GpuRequest]:
+    """Load a network for as many pixels at once as the card's memory allows.
+
+    Of `most_px` at most, if given; of half as many where its runtime wants more than
+    half of `free_bytes`. `ask` is `gpu_request` but for its ``pixels``.
+    """
+    pixels = pixels_at_once(device, free_bytes)
+    request = ask(pixels=min(pixels, most_px or pixels))
+    engine = open_network(wanted, request, device)
+    while engine.context_bytes > free_bytes // 2:
+        shapes = [of_input.largest for of_input in request.inputs.values()]
+        # Axes (tile, channel, y, x); conditions, with (tile, entry), are smaller.
+        fewer = ask(pixels=max(prod(shape) // shape[1] for shape in shapes) // 2)
+        if fewer.inputs == request.inputs:
+            break
+        text = "GPU %d: engine '%s' wants %.0f MB of %.0f that are free: it sees less"
+        megabytes = engine.context_bytes / 1e6, free_bytes / 1e6
+        logger.warning(text, device.gpu_index, engine.name, *megabytes)
+        engine.close()
+        request = fewer
+        engine = open_network(wanted, request, device)
+    return engine, request
 
 
 def runs_on(engine: GpuEngine) -> str:

@@ -287,6 +287,7 @@ def restorer_card(
     tile_px: int,
     halo_px: int,
     multiple_px: int,
+    any_size: bool = False,
 ) -> dict[str, Any]:
     """Return the card of a restorer that is told nothing but its tile.
 
@@ -302,6 +303,8 @@ def restorer_card(
         Border on each side that neighbouring tiles share.
     multiple_px
         Sides of tiles must be multiples of it.
+    any_size
+        Whether nothing beyond the halo counts, so that tiles may be larger.
     """
     return {
         "kind": "restorer",
@@ -313,6 +316,7 @@ def restorer_card(
             "tile_px": tile_px,
             "halo_px": halo_px,
             "multiple_px": multiple_px,
+            **({"any_size": True} if any_size else {}),
         },
         "output": {"name": "restored"},
         "levels": {"step_um": pairs.level_step_um, "count": 11, "signed": True},

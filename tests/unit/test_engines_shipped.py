@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 
-from rtfocus.engines.card import read_card, verified_file
+from rtfocus.engines.card import input_of, read_card, verified_file
+from rtfocus.engines.registry import fit_tiles
 from rtfocus.files import resource_folder
+from rtfocus.optics.formation import blur
+from rtfocus.processing.windows import FrameTiles
+from rtfocus.specimens import draw_specimen
 
 FOLDERS = sorted(p.parent for p in resource_folder("engines").glob("*/engine.yaml"))
 
@@ -25,3 +30,39 @@ def test_card_and_files_agree(folder: Path) -> None:
         assert {tensor.name for tensor in session.get_inputs()} == inputs
         assert outputs <= {tensor.name for tensor in session.get_outputs()}
         assert b"stack_trace" not in path.read_bytes()
+
+
+ANY_SIZE = [folder for folder in FOLDERS if input_of(read_card(folder)).any_size]
+
+
+@pytest.mark.parametrize("folder", ANY_SIZE, ids=lambda folder: folder.name)
+def test_a_frame_as_one_tile_is_restored_as_by_tiles(folder: Path) -> None:
+    card = read_card(folder)
+    own_px = input_of(card).tile_px - 2 * input_of(card).halo_px
+    frame = own_px + 30, 36
+    tiles = FrameTiles(input_of(card), frame)
+    one, sides = fit_tiles(input_of(card), frame, None, 10**6)
+    assert one == 1
+    whole = FrameTiles(input_of(card).model_copy(update={"tile_px": sides[0]}), frame)
+    assert len(tiles.places) > len(whole.places) == 1
+    sharp = draw_specimen("nuclei", frame, np.random.default_rng(5))
+    box = np.full((7, 7), 1 / 49, np.float32)
+    image = blur(sharp, box)[None].astype(np.float32)
+    path = verified_file(folder, card, "fp32")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def restored(windows: FrameTiles) -> np.ndarray:
+        pieces = windows.cut(image, windows.places)
+        found = session.run(None, {input_of(card).name: pieces})[0]
+        return windows.join(found, windows.places)
+
+    by_tiles, at_once = restored(tiles), restored(whole)
+    assert at_once.shape == (1, *frame)
+    # The halo is all that counts, but for what tiles see of their own edges.
+    error = np.linalg.norm(at_once - by_tiles) / np.linalg.norm(by_tiles)
+    assert error < 2e-3
+    assert np.linalg.norm(by_tiles - image) / np.linalg.norm(image) > 10 * error
+
+
+def test_the_engines_that_take_a_frame_as_one_tile() -> None:
+    assert {folder.name for folder in ANY_SIZE} == {"comi", "rrdb"}

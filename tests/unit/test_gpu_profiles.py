@@ -5,15 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.engines.card import EngineCard
-from rtfocus.engines.registry import find_engine, fit_frame
-from rtfocus.errors import EngineError
-from rtfocus.runtimes.gpu import (
-    PIXELS_PER_BATCH,
-    TILES_PER_BATCH,
+from rtfocus.engines.registry import (
     balanced_batch,
     count_tiles,
+    find_engine,
+    fit_frame,
+)
+from rtfocus.errors import EngineError
+from rtfocus.runtimes.gpu import (
+    Gpu,
     engine_inputs,
-    most_tiles,
+    pixels_at_once,
 )
 
 CLASSIFIER = find_engine("delpnet").card
@@ -59,8 +61,8 @@ def test_a_restorer_sees_tiles_in_batches_with_their_conditions() -> None:
 
 def test_small_tiles_come_in_as_many_as_keep_a_gpu_busy() -> None:
     shapes = engine_inputs(restorer(tile_px=64, halo_px=16), (2048, 2048))["tiles"]
-    # 64 x 64 tiles that own 32 px each: 16 batches rather than 128.
-    assert shapes.largest == (256, 1, 64, 64)
+    # 64 x 64 tiles that own 32 px each: 8 batches rather than 128.
+    assert shapes.largest == (512, 1, 64, 64)
     few = engine_inputs(restorer(tile_px=64, halo_px=16), (128, 96))["tiles"]
     assert few.largest[0] == 12
     told = engine_inputs(restorer(["optics_known"]), (2048, 2048), tiles_per_batch=9)
@@ -71,10 +73,55 @@ def test_a_frame_of_one_tile_is_a_batch_of_one() -> None:
     assert engine_inputs(restorer(), (100, 192))["tiles"].largest[0] == 1
 
 
-@given(st.integers(1, 5000), st.sampled_from([64, 144, 256, 512]))
-def test_batches_are_few_and_nearly_equal(tiles: int, side_px: int) -> None:
-    most = most_tiles(side_px)
-    assert most == TILES_PER_BATCH or most * side_px**2 <= PIXELS_PER_BATCH
+def gpu(memory_gb: float) -> Gpu:
+    """Return a card of so much memory."""
+    return Gpu(0, "a card", (8, 6), int(memory_gb * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "batch"), [(4, 16), (8, 31), (24, 61), (48, 121), (0.0001, 1)]
+)
+def test_a_larger_card_sees_more_tiles_at_once(memory_gb: float, batch: int) -> None:
+    inputs = engine_inputs(
+        restorer(["optics_known"]), (2048, 2048), pixels=pixels_at_once(gpu(memory_gb))
+    )
+    assert inputs["tiles"].largest[0] == inputs["known"].largest[0] == batch
+
+
+def test_a_card_that_others_fill_sees_fewer_and_else_always_the_same() -> None:
+    card = gpu(16)
+    assert pixels_at_once(card, 8 * 2**30) == pixels_at_once(card)
+    assert pixels_at_once(card, 7 * 2**30) == pixels_at_once(card) // 2
+    assert pixels_at_once(card, 0) == 1
+
+
+def anywhere() -> EngineCard:
+    """Return the card of a restorer whose tiles may have any size."""
+    card = restorer(tile_px=64, halo_px=10).model_dump(exclude_unset=True)
+    card["input"]["any_size"] = True
+    return EngineCard.model_validate(card)
+
+
+def test_a_frame_is_one_tile_where_card_and_memory_allow_it() -> None:
+    def shape(memory_gb: float, told: int | None = None) -> tuple[int, ...]:
+        pixels = pixels_at_once(gpu(memory_gb))
+        return engine_inputs(anywhere(), (2048, 2040), told, pixels)["tiles"].largest
+
+    # Behind and before it a halo, padded to multiples of 16 px.
+    assert shape(24) == (1, 1, 2080, 2064)
+    assert shape(8)[2:] == shape(24, 9)[2:] == (64, 64)
+    assert shape(24, 9)[0] == 9
+
+
+def test_a_network_that_is_told_of_its_tile_takes_no_frame_as_one() -> None:
+    card = restorer(["optics_known"]).model_dump(exclude_unset=True)
+    card["input"]["any_size"] = True
+    with pytest.raises(ValueError, match=r"input\.any_size"):
+        EngineCard.model_validate(card)
+
+
+@given(st.integers(1, 5000), st.integers(1, 600))
+def test_batches_are_few_and_nearly_equal(tiles: int, most: int) -> None:
     batch = balanced_batch(tiles, most)
     assert 1 <= batch <= most
     batches = -(-tiles // batch)

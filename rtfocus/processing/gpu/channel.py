@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan, RestorationPlan
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.gpu.classifier import FrameClassifier
-from rtfocus.processing.gpu.cuda.driver import CudaTransforms
+from rtfocus.processing.gpu.cuda.driver import CudaTransforms, import_driver
 from rtfocus.processing.gpu.deconvolution import (
     BlindRichardsonLucyDeconvolution,
     Deconvolution,
@@ -48,7 +49,17 @@ from rtfocus.processing.restore import (
     patch_shape,
 )
 from rtfocus.processing.windows import FrameTiles
-from rtfocus.runtimes.gpu import Gpu, GpuEngine, gpu_request, open_network, runs_on
+from rtfocus.runtimes.gpu import (
+    Gpu,
+    GpuEngine,
+    Shape,
+    gpu_request,
+    open_fitting,
+    runs_on,
+)
+
+_LATTICE_PX = 2**20
+"""That the learned Wiener filter sees at once: its rectangles may be small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +78,13 @@ class _Opening:
         """Shape of the signal."""
         return FrameShape.of(self.plan.shape)
 
-    def network(self, found: FoundEngine) -> tuple[GpuEngine, int]:
-        """Load the network of an engine, and return its batch too."""
+    def network(
+        self, found: FoundEngine, most_px: int = 0
+    ) -> tuple[GpuEngine, dict[str, Shape]]:
+        """Load the network of an engine, and return the shapes of its inputs too."""
         settings = self.plan.processing.gpu
-        request = gpu_request(
+        ask = partial(
+            gpu_request,
             found,
             self.plan.size,
             None if settings.precision == "auto" else settings.precision,
@@ -78,15 +92,17 @@ class _Opening:
             cuda_graphs=settings.cuda_graphs,
             tiles_per_batch=settings.tiles_per_batch,
         )
-        engine = open_network(settings.backend, request, self.device)
+        free_bytes, _ = import_driver().mem_get_info()
+        engine, request = open_fitting(
+            settings.backend, ask, self.device, free_bytes, most_px
+        )
         self.opened.callback(engine.close)
         self.backends[found.name] = runs_on(engine)
-        return engine, request.inputs[input_of(found.card).name].largest[0]
+        return engine, {name: of.largest for name, of in request.inputs.items()}
 
     def classifier(self, seen: ClassifierPlan) -> FrameClassifier:
         """Open a classifier or joint engine."""
-        engine, _ = self.network(seen.found)
-        return FrameClassifier(self.memory, engine, seen, self.frame)
+        return FrameClassifier(self.memory, *self.network(seen.found), seen, self.frame)
 
     def transfers(
         self,
@@ -153,7 +169,7 @@ class _Opening:
     def _by_tile(self, restoration: RestorationPlan, montage: Montage) -> FrameRestorer:
         card, memory = restoration.engine.card, self.memory
         tiles = FrameTiles(input_of(card), self.plan.size)
-        engine, batch = self.network(restoration.engine)
+        engine, shapes = self.network(restoration.engine)
         conditions = None
         if card.condition is not None and restoration.conditions is not None:
             conditions = TileConditions(
@@ -163,8 +179,7 @@ class _Opening:
             memory,
             engine,
             card,
-            batch=batch,
-            tiles=tiles,
+            shapes=shapes,
             frame=self.frame,
             blending=Blending(memory, montage, self.frame),
             conditions=conditions,
@@ -225,7 +240,7 @@ class _Opening:
 
     def _learned_wiener(self, found: FoundEngine, montage: Montage) -> FrameRestorer:
         psfs, told = self.plan.band_levels()
-        engine, batch = self.network(found)
+        engine, shapes = self.network(found, _LATTICE_PX)
         side = input_of(found.card).tile_px
         restorer = LearnedWienerRestorer(
             self.transfers(psfs, dict.fromkeys(psfs, (side, side)), recorded=False),
@@ -234,7 +249,7 @@ class _Opening:
             told=told,
             montage=montage,
             frame=self.frame,
-            batch=batch,
+            shapes=shapes,
         )
         self.opened.callback(restorer.network.close)
         return restorer

@@ -168,6 +168,8 @@ class FrameClassifier:
         Where the work space lies.
     engine
         Opened for `FrameFit.padded`.
+    shapes
+        Of all that it is given.
     plan
         Engine and frames.
     frame
@@ -178,6 +180,7 @@ class FrameClassifier:
         self,
         memory: DeviceMemory,
         engine: GpuEngine,
+        shapes: Mapping[str, Shape],
         plan: ClassifierPlan,
         frame: FrameShape,
     ) -> None:
@@ -189,10 +192,11 @@ class FrameClassifier:
         self.card = card
         self.plan = plan
         self._frame = frame
+        self._shapes = shapes
         self._input = input_of(card)
         self._output = card.output
         self._turn = -1 if plan.mirrored and card.levels.signed else 1
-        logits = engine.output_shapes(self._shapes())[card.output.name]
+        logits = engine.output_shapes(shapes)[card.output.name]
         _check_labels(card.name, logits, len(card.output.labels))
         self._network_tiles = (logits[2], logits[3])
         self.grid: TileGrid = tile_grid(
@@ -244,7 +248,7 @@ class FrameClassifier:
         given = {}
         if self._condition is not None and self.card.condition is not None:
             given = {self.card.condition.name: self._condition}
-        network = BoundNetwork(memory, self.engine, self._shapes(), given)
+        network = BoundNetwork(memory, self.engine, self._shapes, given)
         ranges = memory.allocate((self._input.channels, 2), np.float32, "ranges")
         return ClassifierSlot(network, ranges)
 
@@ -320,15 +324,6 @@ class FrameClassifier:
             maps["uncertainty_um"],
             maps["level"],
         )
-
-    def _shapes(self) -> dict[str, Shape]:
-        """Return the shape of every input."""
-        shapes: dict[str, Shape] = {
-            self._input.name: (1, self._input.channels, *self.plan.fit.padded)
-        }
-        if self.card.condition is not None:
-            shapes[self.card.condition.name] = (1, len(self.card.condition.entries))
-        return shapes
 
 
 def _whole_cells(fit: FrameFit) -> tuple[int, int]:

@@ -34,6 +34,8 @@ class FrameRestorer(ABC):
     and transforms that it uses are closed by who opened them.
     """
 
+    recorded = True
+
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return what is enqueued for a frame, in order.
 
@@ -49,7 +51,7 @@ class FrameRestorer(ABC):
     def recurs(self, part: Part) -> bool:
         """Return whether other frames will ask for a part: only then it is recorded."""
         del part
-        return True
+        return self.recorded
 
     def why_not_capturable(self, work: Work) -> str | None:
         """Return why it may not be recorded in a CUDA graph; None: it may."""

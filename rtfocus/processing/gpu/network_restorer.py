@@ -1,14 +1,16 @@
 """Network restorer: all tiles of a frame, or the pass that found the defocus.
 
 As `rtfocus.processing.cpu.network_restorer.TileNetworkRestorer`, but for every tile,
-whatever its label: its batches are recorded once, for the whole frame.
+whatever its label: its batches are recorded once, for the whole frame, which is one
+tile where the network allows it and the card's memory holds it.
 """
 
+from collections.abc import Mapping
 from math import ceil
 
 import numpy as np
 
-from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.card import EngineCard, input_of, output_of
 from rtfocus.engines.fitted import CELL_PX, OCTAVES, EvidenceCard
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
@@ -25,7 +27,7 @@ from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import TileConditions, Tiles
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.windows import FrameTiles
+from rtfocus.processing.windows import windows_of_size
 from rtfocus.runtimes.gpu import GpuEngine, Shape
 
 # As in kernels/evidence.cu.
@@ -227,10 +229,8 @@ class TileNetworkRestorer(FrameRestorer):
         Opened for batches of tiles.
     card
         Of the engine.
-    batch
-        Tiles per inference.
-    tiles
-        Where they lie in a frame.
+    shapes
+        Of all that it is given at once.
     frame
         Shape of the signal.
     blending
@@ -245,8 +245,7 @@ class TileNetworkRestorer(FrameRestorer):
         engine: GpuEngine,
         card: EngineCard,
         *,
-        batch: int,
-        tiles: FrameTiles,
+        shapes: Mapping[str, Shape],
         frame: FrameShape,
         blending: Blending,
         conditions: TileConditions | None,
@@ -256,14 +255,19 @@ class TileNetworkRestorer(FrameRestorer):
         self._conditions = conditions
         planes = input_of(card).channels
         self._colours = images_of(frame, planes)
-        self._tiles = Tiles(memory, frame, planes, tiles.windows)
+        batch, _, *sides = shapes[input_of(card).name]
+        down, across = (
+            windows_of_size(length, side, input_of(card).halo_px)
+            for length, side in zip(frame.sides, sides, strict=False)
+        )
+        self._tiles = Tiles(memory, frame, planes, (down, across))
         rule = invertible_normalisation(card)
         self._percentiles = Percentiles(memory, rule, frame, planes)
         self._ranges = memory.allocate((planes, 2), np.float32, "ranges")
         self.network = BoundNetwork(
             memory,
             engine,
-            batch_shapes(card, batch),
+            shapes,
             batches=ceil(self._tiles.count / batch),
         )
 
@@ -284,25 +288,9 @@ class TileNetworkRestorer(FrameRestorer):
             condition = buffers[self._card.condition.name]
             self._conditions.enqueue(work, frame.maps, condition)
         self.network.enqueue(work)
-        restored = buffers[output_of(self._card)]
+        restored = buffers[output_of(self._card).name]
         self._tiles.join(work, restored, self._ranges, frame.out, colour)
 
     def why_not_capturable(self, work: Work) -> str | None:
         """Return why it may not be recorded in a CUDA graph; None: it may."""
         return self.network.why_not_capturable(work)
-
-
-def batch_shapes(card: EngineCard, batch: int) -> dict[str, Shape]:
-    """Return the shape of every input of a network for a batch of tiles."""
-    tiles = input_of(card)
-    shapes: dict[str, Shape] = {
-        tiles.name: (batch, tiles.channels, tiles.tile_px, tiles.tile_px)
-    }
-    if card.condition is not None:
-        shapes[card.condition.name] = (batch, len(card.condition.entries))
-    return shapes
-
-
-def output_of(card: EngineCard) -> str:
-    """Return the tensor that a restorer's result lies in."""
-    return "" if card.output is None else card.output.name

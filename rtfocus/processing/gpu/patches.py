@@ -5,38 +5,34 @@ Richardson-Lucy patch by patch as published (He 2020), and the learned Wiener fi
 that nothing of it is recorded.
 """
 
+from collections.abc import Mapping
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.card import EngineCard, input_of, output_of
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.gpu.classifier import BoundNetwork, InFlight, Part
+from rtfocus.processing.gpu.classifier import (
+    BoundNetwork,
+    InFlight,
+    Part,
+)
 from rtfocus.processing.gpu.deconvolution import LevelTransfers
 from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
-from rtfocus.processing.gpu.network_restorer import batch_shapes, output_of
+from rtfocus.processing.gpu.network_restorer import images_of
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import BLOCK, SPAN, DeviceArray, FrameShape, Work
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import TAPER_PX
-from rtfocus.runtimes.gpu import GpuEngine
+from rtfocus.runtimes.gpu import GpuEngine, Shape
 
 Image = NDArray[np.float32]
 
 
-class _Patches(FrameRestorer):
-    """What is enqueued changes from frame to frame: no part comes back."""
-
-    def recurs(self, part: Part) -> bool:
-        """Return False."""
-        del part
-        return False
-
-
-class PatchRestorer(_Patches):
+class PatchRestorer(FrameRestorer):
     """Richardson-Lucy on each tile by itself.
 
     Parameters
@@ -52,6 +48,8 @@ class PatchRestorer(_Patches):
     iterations
         Of Richardson-Lucy.
     """
+
+    recorded = False
 
     def __init__(
         self,
@@ -180,7 +178,7 @@ def _on_grid(axis: list[slice], step: int) -> NDArray[np.void]:
     return found
 
 
-class LearnedWienerRestorer(_Patches):
+class LearnedWienerRestorer(FrameRestorer):
     """The learned Wiener filter.
 
     Parameters
@@ -198,9 +196,11 @@ class LearnedWienerRestorer(_Patches):
         Blending weights of the classifier's tiles.
     frame
         Shape of the signal.
-    batch
-        Tiles per inference.
+    shapes
+        Of all that the engine is given at once.
     """
+
+    recorded = False
 
     def __init__(
         self,
@@ -211,13 +211,13 @@ class LearnedWienerRestorer(_Patches):
         told: Image | None,
         montage: Montage,
         frame: FrameShape,
-        batch: int,
+        shapes: Mapping[str, Shape],
     ) -> None:
         tiles, memory = input_of(card), transfers.memory
         self._transfers = transfers
         self._montage = montage
         self._frame = frame
-        self._batch = batch
+        self._batch = batch = shapes[tiles.name][0]
         self._side, self._halo_px = tiles.tile_px, tiles.halo_px
         self._stride = (tiles.tile_px - 2 * tiles.halo_px) // 2
         shape = tiles.tile_px, tiles.tile_px
@@ -231,9 +231,9 @@ class LearnedWienerRestorer(_Patches):
             for level, row in zip(transfers.psfs, told, strict=True):
                 rows = np.repeat(row[None].astype(np.float32), batch, axis=0)
                 self._told[level] = memory.upload(rows, "conditions")
-        self.network = BoundNetwork(memory, engine, batch_shapes(card, batch))
+        self.network = BoundNetwork(memory, engine, shapes)
         buffers = self.network.buffers
-        self._seen, self._log_snr = buffers[tiles.name], buffers[output_of(card)]
+        self._seen, self._log_snr = buffers[tiles.name], buffers[output_of(card).name]
         self._condition = None
         if self._told and card.condition is not None:
             self._condition = buffers[card.condition.name]
@@ -267,7 +267,7 @@ class LearnedWienerRestorer(_Patches):
             work.copy(frame.out, frame.signal)
             return
         plane, level, top, left, height, width = part
-        colour = plane if self._frame.channels > 1 else -1
+        colour = images_of(self._frame, 1)[plane]
         self._percentiles.enqueue(work, frame.signal, self._range, colour)
         # A tile every half of what it keeps.
         rows, columns = (

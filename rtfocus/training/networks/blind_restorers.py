@@ -3,10 +3,9 @@
 *RRDB*, a chain of residual-in-residual dense blocks as the EPFL cornea report uses it:
 one first convolution, the chain, upsampling by two, a convolution, a 2 x 2 max pool
 back to the size of the input, one output convolution. The report's network did not
-improve its input; three switches that it lacks let this one train: residuals are
-scaled, the network adds to its input instead of drawing it anew (the output convolution
-starts at zero, so that it starts as the identity), and it may work on the phases of the
-image (`phases`), which makes every layer see twice as far at a quarter of the cost.
+improve its input; three switches that it lacks let this one train: scaled residuals,
+adding to the input (the output convolution starts at zero) instead of drawing it anew,
+and `phases`: layers on the image's phases see twice as far at a quarter of the cost.
 
 *Multiscale*, one encoder-decoder used again on every scale of the image, after the
 scale-recurrent network (Tao et al. 2018) and the review's map (Makarkin et al.,
@@ -254,6 +253,7 @@ class RrdbTask(PairTask[RrdbRecipe]):
             tile_px=_TILE_PX,
             halo_px=_HALO_PX,
             multiple_px=self.recipe.rrdb.phases,
+            any_size=True,
         )
 
 

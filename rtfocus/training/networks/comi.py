@@ -395,6 +395,7 @@ class ComiTask(PairTask[ComiRecipe]):
             tile_px=_TILE_PX,
             halo_px=_HALO_PX,
             multiple_px=_MULTIPLE_PX,
+            any_size=True,
         )
 
 

@@ -18,7 +18,7 @@ from engine_kit import (
     write_shift_restorer,
     write_smooth_restorer,
 )
-from gpu_standin_kit import HostContext
+from gpu_standin_kit import HostContext, HostEngine
 
 from rtfocus.app import run
 from rtfocus.channel import Channel, OpticalSystem
@@ -314,6 +314,7 @@ def test_levels_that_no_tile_has_cost_no_transform(
 def networks(engine_folder):
     """The session's engine folder with restorers and a joint engine in it."""
     write_smooth_restorer(engine_folder / "smooth")
+    write_smooth_restorer(engine_folder / "anywhere", any_size=True)
     write_brightness_joint(engine_folder / "joint")
     for last in ("level", "defocus_levels"):
         entries = ("defocus_known", last)
@@ -356,6 +357,61 @@ def test_networks_restore_as_on_the_cpu(driver, networks, frames, names):
         np.any(wanted != frame)
         for (_, wanted), frame in zip(reference, frames, strict=False)
     )
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Shapes of the tiles that networks are bound to."""
+    shapes = set()
+    original = HostContext.bind
+
+    def spy(self, buffers, input_shapes, **options):
+        shapes.add(input_shapes["tiles"])
+        original(self, buffers, input_shapes, **options)
+
+    monkeypatch.setattr(HostContext, "bind", spy)
+    return shapes
+
+
+WHOLE = (1, 1, SHAPE[0] + 16, SHAPE[1] + 16)
+
+
+@pytest.mark.parametrize("memory_mb", [None, 40], ids=["roomy", "small"])
+def test_a_frame_is_restored_as_one_tile_where_the_memory_holds_it(
+    networks, frames, seen, monkeypatch, memory_mb
+):
+    config = config_for(networks, method="anywhere")
+    if memory_mb is not None:
+        monkeypatch.setenv("RTFOCUS_STANDIN_MEMORY", str(memory_mb * 10**6))
+    found = results_of(on_gpu(config), frames[:2])
+    # Of a small card two tiles of 64 x 64 px at once.
+    assert {shape for shape in seen if shape[2:] != SHAPE} == (
+        {WHOLE} if memory_mb is None else {(2, 1, 64, 64)}
+    )
+    reference = results_of(on_cpu(config), frames[:2])
+    for (_, restored), (_, wanted) in zip(found, reference, strict=True):
+        assert np.abs(restored.astype(int) - wanted).max() <= 1
+
+
+def test_a_network_that_wants_more_memory_than_is_free_sees_less(
+    networks, frames, seen, monkeypatch, caplog
+):
+    # It wants what is not free for as much as the memory of the card suggests.
+    monkeypatch.setattr(HostEngine, "context_bytes", property(wanted_bytes))
+    config = config_for(networks, method="by_level")
+    found = results_of(on_gpu(config), frames[:2])
+    assert "engine 'by_level' wants" in caplog.text
+    assert {shape[0] for shape in seen if shape[2:] == (64, 64)} == {3}
+    monkeypatch.undo()
+    for (_, restored), (_, wanted) in zip(
+        found, results_of(on_cpu(config), frames[:2]), strict=True
+    ):
+        assert np.abs(restored.astype(int) - wanted).max() <= 1
+
+
+def wanted_bytes(engine):
+    """Return 400 MB for each of a frame's 12 tiles: a quarter fits in 2 of 4 GB."""
+    return 4 * 10**8 * engine.inputs["tiles"].largest[0]
 
 
 def test_a_restorer_given_as_a_folder_is_reported_by_its_name(networks):
