@@ -21,7 +21,7 @@ from rtfocus.batch.plan import Failure
 from rtfocus.batch.work import failure_of
 from rtfocus.errors import ConfigError, IncompleteError, RtfocusError
 from rtfocus.images.series import one_line
-from rtfocus.machine import usable_threads
+from rtfocus.runtimes.machine import usable_threads
 
 _CONNECT_S = 20.0
 WORKERS_S = 300.0

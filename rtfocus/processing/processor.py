@@ -26,7 +26,6 @@ from itertools import count
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, Slot, TileGrid
-from rtfocus.machine import usable
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
 from rtfocus.processing.classify import estimate_frame
 from rtfocus.processing.device import (
@@ -40,6 +39,7 @@ from rtfocus.processing.device import (
     without_frames,
 )
 from rtfocus.processing.windows import common_grid
+from rtfocus.runtimes.machine import usable
 from rtfocus.workers import AbortedError, BoundedQueue
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from rtfocus.engines.card import (
     verified_file,
 )
 from rtfocus.engines.registry import FoundEngine
-from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable
 from rtfocus.runtimes.cpu_engine import (
     CpuPrecision,
     Engine,
@@ -31,13 +30,16 @@ from rtfocus.runtimes.cpu_engine import (
     import_openvino,
     openvino_precisions,
 )
-from rtfocus.runtimes.precision import (
+from rtfocus.runtimes.machine import (
     DECISIONS,
     Choice,
     Decision,
     Key,
+    adds_int8_in_16_bits,
     choices,
+    processor_name,
     time_passes,
+    usable,
 )
 
 logger = logging.getLogger(__name__)

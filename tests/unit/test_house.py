@@ -12,7 +12,7 @@ HOUSE = count()
 
 def test_the_house_does_not_splinter() -> None:
     most = Counts(
-        modules=199, by_one=34, depth=12, processing_lines=8_871, longest_lines=450
+        modules=198, by_one=33, depth=12, processing_lines=8_871, longest_lines=450
     )
     grown = {
         name: (is_now, limit)

@@ -5,7 +5,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rtfocus.machine import adds_int8_in_16_bits, processor_name, usable_threads
+from rtfocus.runtimes.machine import (
+    adds_int8_in_16_bits,
+    processor_name,
+    usable_threads,
+)
 
 
 def test_the_processor_has_a_name_of_one_line() -> None:
