@@ -17,11 +17,18 @@ from rtfocus.autofocus.actions import FocusActions
 from rtfocus.autofocus.devices import end_abandoned
 from rtfocus.autofocus.plans import focus_plans
 from rtfocus.config import Config, load_config
-from rtfocus.errors import ConfigError, TransportError, WriterError
+from rtfocus.errors import (
+    ConfigError,
+    MicroscopeError,
+    RtfocusError,
+    TransportError,
+    WriterError,
+)
 from rtfocus.files import path_given
 from rtfocus.focusing import Focusing
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
+from rtfocus.images.series import one_line
 from rtfocus.launch import ProcessorProcess, on_free_ports, paired
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition
@@ -126,7 +133,7 @@ def stream(
     Raises
     ------
     ConfigError
-        If the config cannot be used.
+        If the config cannot be used, or `core` or `processor` are none.
 
     Examples
     --------
@@ -137,6 +144,13 @@ def stream(
             core.mda.run(sequence)
         print(live.runs[0].outcome)
     """
+    if not isinstance(core, CMMCorePlus):
+        kind = type(core).__name__
+        msg = f"core is of type {kind}; give a pymmcore_plus.CMMCorePlus"
+        raise ConfigError(msg)
+    if processor not in ("here", "configured"):
+        msg = f"processor {processor!r} is none; choose 'here' or 'configured'"
+        raise ConfigError(msg)
     settings = config if isinstance(config, Config) else load_config(config)
     if processor == "here":
         settings = _with_free_preview(on_free_ports(settings))
@@ -149,7 +163,8 @@ class LiveStream:
     """A script's own acquisitions on their way into a processor; see `stream`.
 
     May stand among the outputs of ``core.mda.run(sequence, output=[live, "x.zarr"])``,
-    which changes nothing: it has the frames already, in the thread that acquires.
+    which changes nothing: within the block it has the frames already, in the thread
+    that acquires. Outside it has none, and says so.
     """
 
     estimateReady = Signal(Estimate)  # noqa: N815 (named as pymmcore-plus' signals)
@@ -169,6 +184,7 @@ class LiveStream:
         self._failure: Exception | None = None
         self._child: ProcessorProcess | None = None
         self._opened = ExitStack()
+        self._is_open = False
         self.reports: list[AcquisitionReport] = []
         """How each plan went, in order."""
 
@@ -180,7 +196,15 @@ class LiveStream:
         return [found[uid] for uid in wanted if uid in found]
 
     def sequenceStarted(self, *_: object) -> None:  # noqa: N802 (pymmcore-plus' name)
-        """Do nothing: the stream is connected to the core already."""
+        """Cancel a plan whose frames would be lost: outside of the stream's block."""
+        if self._is_open:
+            return
+        _log.error(
+            "the plan is canceled: rtfocus.stream is an output of it and records "
+            "nothing outside of its block; write `with rtfocus.stream(...) as live:` "
+            "and run the plan within"
+        )
+        self._core.mda.cancel()
 
     def frameReady(self, *_: object) -> None:  # noqa: N802 (pymmcore-plus' name)
         """Do nothing: the frame was taken in the thread that acquires."""
@@ -189,7 +213,10 @@ class LiveStream:
         """Do nothing: the stream is connected to the core already."""
 
     def __enter__(self) -> Self:
+        self._refuse_twice()
+        self._failure = None
         with ExitStack() as opened:
+            opened.callback(setattr, self, "_is_open", False)
             teller = opened.enter_context(_telling(self.estimateReady.emit))
             focusing = Focusing(self._config, _log.info)
 
@@ -213,8 +240,14 @@ class LiveStream:
             ):
                 signal.connect(slot)
                 opened.callback(signal.disconnect, slot)
+            self._is_open = True
             self._opened = opened.pop_all()
         return self
+
+    def _refuse_twice(self) -> None:
+        if self._is_open:
+            msg = "this stream is in use; end its block before another, or make another"
+            raise ConfigError(msg)
 
     def __exit__(
         self,
@@ -272,7 +305,7 @@ class LiveStream:
             # A processor that ended says best why nobody takes the frames.
             of_child = self._child.failure() if self._child is not None else None
             _log.error("the stream failed: %s", of_child or error)
-            self._failure = self._failure or of_child or error
+            self._failure = self._failure or of_child or _told(error)
         finally:
             self._idle.set()
 
@@ -282,6 +315,15 @@ class LiveStream:
                 yield open_run(folder)
             except WriterError:
                 continue
+
+
+def _told(error: Exception) -> Exception:
+    """Return what a plan ended with as an error of rtfocus; its cause is kept."""
+    if isinstance(error, RtfocusError):
+        return error
+    told = MicroscopeError(f"the plan failed: {one_line(error)}")
+    told.__cause__ = error
+    return told
 
 
 def _with_free_preview(config: Config) -> Config:

@@ -1,5 +1,8 @@
 """A plan that somebody else's script runs on a plain core, followed frame by frame."""
 
+import contextlib
+import threading
+
 import numpy as np
 import pytest
 import useq
@@ -11,7 +14,7 @@ from pymmcore_plus.mda import MDAEngine
 import rtfocus
 from rtfocus.autofocus.actions import FocusActions
 from rtfocus.config import parse_config
-from rtfocus.errors import ConfigError, RtfocusError
+from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.microscope.plan import lay_out
 
@@ -194,3 +197,42 @@ def test_an_engine_that_does_not_answer_for_focus_is_named_before_the_first_imag
         with waiting(core):
             core.mda.run(plan)
     core.mda.set_engine(MDAEngine(core))
+
+
+def test_what_is_no_core_or_no_processor_is_told():
+    with pytest.raises(ConfigError, match="core is of type str; give a pymmcore_plus"):
+        rtfocus.stream("core", parse_config({}))
+    with pytest.raises(ConfigError, match="processor 'there' is none; choose 'here'"):
+        rtfocus.stream(CMMCorePlus(), parse_config({}), processor="there")
+
+
+def test_a_stream_is_used_once_at_a_time_and_again(core):
+    live = waiting(core)
+    for _ in range(2):
+        with live, pytest.raises(ConfigError, match="this stream is in use"), live:
+            pytest.fail("entered")
+
+
+def test_a_plan_that_a_stream_would_not_record_is_canceled_and_told(core, caplog):
+    live = waiting(core)
+    plan = useq.MDASequence(time_plan={"interval": 5, "loops": 2})
+    ended = []
+    core.mda.events.sequenceCanceled.connect(ended.append)
+    core.mda.run(plan, output=[live])
+    assert "records nothing outside of its block" in caplog.text
+    assert ended == [plan]
+
+
+def test_what_the_core_raised_in_a_thread_ends_the_block_as_its_error(core):
+    plan = useq.MDASequence(channels=["Nowhere"], time_plan={"interval": 0, "loops": 1})
+
+    def run():
+        with contextlib.suppress(ValueError):  # the same, where nobody hears it
+            core.mda.run(plan)
+
+    theirs = threading.Thread(target=run)
+    told = pytest.raises(MicroscopeError, match='"Nowhere" does not exist')
+    with told as caught, waiting(core):
+        theirs.start()
+        theirs.join()
+    assert isinstance(caught.value.__cause__, ValueError)
