@@ -184,6 +184,9 @@ NAMESPACE = "rtfocus/result"
 WRITTEN_BY = "written_by"
 """Key of JSON results."""
 
+RUN_ENDING = ".rtfocus"
+"""Of the folder of a recorded run."""
+
 _NAME = "rtfocus"
 TEXT_MARK = f"# written by {SOFTWARE}"
 """First line of YAML results."""
@@ -191,9 +194,15 @@ _ENGINE_CARD = "engine.yaml"
 _TIFF_ENDINGS = (".tif", ".tiff")
 _SOFTWARE_TAG = 305
 _PNG_KEY = "Software"
+_ZARR_MARKS = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 
 Provenance = Mapping[str, str]
 """Facts about one result in the order in which they are told: engine, optics, ..."""
+
+
+def is_zarr(folder: Path) -> bool:
+    """Tell whether a folder is a Zarr group or array."""
+    return any((folder / mark).is_file() for mark in _ZARR_MARKS)
 
 
 def written_by_rtfocus(path: Path) -> bool:

@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
-from rtfocus.images.metadata import finite, length_um, positive, time_s
+from rtfocus.images.metadata import finite, is_zarr, length_um, positive, time_s
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml
 from rtfocus.images.series import (
     MOST_PLANES,
@@ -32,15 +32,9 @@ from rtfocus.images.series import (
     stem_of,
 )
 
-_MARKS = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 _DEEPEST = 6
 """Groups within groups: plate, row, well, field are four."""
 _MOST_IMAGES = 100_000
-
-
-def is_zarr(folder: Path) -> bool:
-    """Tell whether a folder is a Zarr group or array."""
-    return any((folder / mark).is_file() for mark in _MARKS)
 
 
 def outermost_zarr(path: Path) -> Path:

@@ -18,8 +18,12 @@ from typing import Any
 
 from rtfocus import files
 from rtfocus.errors import OutputError
-from rtfocus.images.metadata import json_mark, written_by_rtfocus
-from rtfocus.images.reading import RUN_ENDING
+from rtfocus.images.metadata import (
+    RUN_ENDING,
+    is_zarr,
+    json_mark,
+    written_by_rtfocus,
+)
 from rtfocus.images.series import ImageSeries
 
 _TIFF_ENDINGS = (".tif", ".tiff")
@@ -303,12 +307,6 @@ def _folder_of(one: ImageSeries, root: Path) -> PurePosixPath:
         rows, columns = one.place.rows, one.place.columns
         parts = (*parts, rows[one.place.row] + columns[one.place.column])
     return PurePosixPath(*map(files.portable_name, parts))
-
-
-def is_zarr(folder: Path) -> bool:
-    """Tell whether a folder is a node of a Zarr hierarchy, of version 2 or 3."""
-    marks = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
-    return any((folder / mark).is_file() for mark in marks)
 
 
 def _stem(name: str) -> str:

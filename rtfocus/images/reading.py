@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from rtfocus.errors import InputError
-from rtfocus.images.metadata import written_by_rtfocus
+from rtfocus.images.metadata import RUN_ENDING, is_zarr, written_by_rtfocus
 from rtfocus.images.micro_manager import (
     is_ndtiff,
     ndtiff_files,
@@ -29,7 +29,6 @@ from rtfocus.images.micro_manager import (
     read_ndtiff,
     take_frames,
 )
-from rtfocus.images.ome_zarr import is_zarr, read_ome_zarr
 from rtfocus.images.series import (
     ImageSeries,
     IncompleteSetError,
@@ -184,7 +183,6 @@ _FOREIGN = frozenset(
 )
 """Formats of images that are not read; leaving them out of a folder is told."""
 
-RUN_ENDING = ".rtfocus"
 _RAW = "raw.ome.zarr"
 
 
@@ -237,7 +235,7 @@ def find_images(path: Path) -> FoundImages:
     if not path.is_dir():
         found = _read_all([_Candidate(path, partial(_open_file, path))])
     elif is_zarr(path):
-        found = _read_all([_Candidate(path, partial(read_ome_zarr, path))])
+        found = _read_all([_Candidate(path, partial(_read_ome_zarr, path))])
     else:
         found = _read_all(list(_search(path, set())))
     if found.series:
@@ -246,6 +244,13 @@ def find_images(path: Path) -> FoundImages:
         raise InputError(_in_words(found.broken))
     msg = f"'{path}' holds no image; looked for {', '.join(_READERS)}, OME-Zarr, NDTiff"
     raise InputError(msg)
+
+
+def _read_ome_zarr(path: Path) -> list[ImageSeries]:
+    # Where one is read: zarr takes longer to load than all that a side needs.
+    from rtfocus.images.ome_zarr import read_ome_zarr
+
+    return read_ome_zarr(path)
 
 
 def open_images(path: Path) -> list[ImageSeries]:
@@ -342,12 +347,12 @@ def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
 
 def _search_folder(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
     if folder.suffix == RUN_ENDING and (folder / _RAW).is_dir():
-        yield _Candidate(folder, partial(read_ome_zarr, folder / _RAW), is_result=True)
+        yield _Candidate(folder, partial(_read_ome_zarr, folder / _RAW), is_result=True)
     elif is_zarr(folder):
         if folder.resolve() not in visited:
             visited.add(folder.resolve())
             yield _Candidate(
-                folder, partial(read_ome_zarr, folder), written_by_rtfocus(folder)
+                folder, partial(_read_ome_zarr, folder), written_by_rtfocus(folder)
             )
     else:
         yield from _search(folder, visited)
