@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 import numpy as np
 from pydantic import BaseModel, ValidationError
-from yaozarrs import v05
 
 from rtfocus.channel import Channel
 from rtfocus.errors import WriterError
@@ -39,6 +38,7 @@ from rtfocus.writers.places import is_plate, position_paths
 Windows = list[tuple[float, float] | None]
 """Values shown black and white, by channel of an image; None: as planned."""
 
+_VERSION = "0.5"
 _RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 _COLOURS = ("00FFFF", "FF00FF", "FFFF00", "FF0000", "00FF00", "0000FF")
 _MAP_COLOURS = {DEFOCUS: "FFB000", CONFIDENCE: "FFFFFF"}
@@ -261,30 +261,33 @@ def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, A
     """Return the ``ome`` attribute of an image group, wherever it is placed."""
     series = header.series
     plane = [spec.spacing_um] * 2
-    scale = v05.ScaleTransformation(
-        scale=[series.interval_s or 1.0, 1.0, series.z_step_um or 1.0, *plane]
-    )
-    multiscale = v05.Multiscale(
-        name=name,
-        axes=[
-            v05.TimeAxis(name="t", unit="second"),
-            v05.ChannelAxis(name="c"),
-            *(v05.SpaceAxis(name=axis, unit="micrometer") for axis in "zyx"),
-        ],
-        datasets=[v05.Dataset(path="0", coordinateTransformations=[scale])],
-    )
-    omero = v05.Omero(channels=_omero_channels(header, spec))
-    return _dump(v05.Image(multiscales=[multiscale], omero=omero))
+    scale = [series.interval_s or 1.0, 1.0, series.z_step_um or 1.0, *plane]
+    axes = [
+        {"name": "t", "type": "time", "unit": "second"},
+        {"name": "c", "type": "channel"},
+        *({"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"),
+    ]
+    transformation = {"type": "scale", "scale": [float(step) for step in scale]}
+    level = {"path": "0", "coordinateTransformations": [transformation]}
+    return {
+        "version": _VERSION,
+        "multiscales": [{"name": name, "axes": axes, "datasets": [level]}],
+        "omero": {"channels": _omero_channels(header, spec)},
+    }
 
 
 def series_documents(paths: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the ``ome`` attributes of a bioformats2raw root and its OME group."""
-    root = v05.Bf2Raw.model_validate({"bioformats2raw.layout": 3})
-    return _dump(root), _dump(v05.Series(series=paths))
+    root = {"version": _VERSION, "bioformats2raw.layout": 3}
+    return root, {"version": _VERSION, "series": paths}
 
 
 def plate_document(name: str, positions: list[Position]) -> dict[str, Any]:
-    """Return the ``ome`` attribute of a plate."""
+    """Return the ``ome`` attribute of a plate; its models know what names may be."""
+    # What every run says is written plainly: these models take as long to load as
+    # all networks take to compile.
+    from yaozarrs import v05
+
     wells = sorted({well_of(position) for position in positions})
     rows = {row: i for i, row in enumerate(sorted({row for row, _ in wells}))}
     columns = {name: i for i, name in enumerate(sorted({name for _, name in wells}))}
@@ -308,6 +311,8 @@ def plate_document(name: str, positions: list[Position]) -> dict[str, Any]:
 
 def well_document(fields: list[str]) -> dict[str, Any]:
     """Return the ``ome`` attribute of one well with these field paths."""
+    from yaozarrs import v05
+
     images = [v05.FieldOfView(path=path) for path in fields]
     return _dump(v05.Well(well=v05.WellDef(images=images)))
 
@@ -317,10 +322,10 @@ def well_of(position: Position) -> tuple[str, str]:
     return position.plate_row or "", position.plate_column or ""
 
 
-def _omero_channels(header: RunHeader, spec: ImageSpec) -> list[v05.OmeroChannel]:
-    window = v05.OmeroWindow(**_window(spec, spec.window))
+def _omero_channels(header: RunHeader, spec: ImageSpec) -> list[dict[str, Any]]:
+    window = {key: float(v) for key, v in _window(spec, spec.window).items()}
     return [
-        v05.OmeroChannel(label=label, color=code, active=True, window=window)
+        {"window": window, "label": label, "color": code, "active": True}
         for label, code in channels_of(header, spec)
     ]
 
