@@ -70,7 +70,8 @@ class Patience:
                 return
 
 
-_PATIENCE = Patience()
+PATIENCE = Patience()
+"""Of everything that names no other."""
 
 
 def _refusal(failure: str, error: OSError, held: bool) -> str:
@@ -79,7 +80,7 @@ def _refusal(failure: str, error: OSError, held: bool) -> str:
     return f"{failure}: {reason}{remedy}"
 
 
-def replace(part: Path, target: Path, patience: Patience = _PATIENCE) -> None:
+def replace(part: Path, target: Path, patience: Patience = PATIENCE) -> None:
     """Move `part`, a file or folder, to `target` in place of what stands there.
 
     What stands there is kept until `part` has its place, and put back if that fails.
@@ -114,7 +115,7 @@ def replace(part: Path, target: Path, patience: Patience = _PATIENCE) -> None:
     _clear(old, patience)
 
 
-def remove(path: Path, patience: Patience = _PATIENCE) -> None:
+def remove(path: Path, patience: Patience = PATIENCE) -> None:
     """Remove a file, a link (not what it leads to) or a whole folder, if it exists.
 
     A folder first loses its name in one step, so it is there whole or gone.
@@ -177,7 +178,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def whole(
-    target: Path, *, overwrite: bool = False, patience: Patience = _PATIENCE
+    target: Path, *, overwrite: bool = False, patience: Patience = PATIENCE
 ) -> Iterator[Path]:
     """Yield a free path beside `target`; what is written there is moved there whole.
 
@@ -234,7 +235,7 @@ def recover(target: Path) -> None:
             if kind.endswith(".old") and not os.path.lexists(target):
                 left.rename(target)
             else:
-                _clear(left, _PATIENCE)
+                _clear(left, PATIENCE)
 
 
 def path_given(given: object, what: str) -> Path:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import BusyError, OutputError, WriterError
-from rtfocus.files import refuse_links, remove, replace
+from rtfocus.files import PATIENCE, refuse_links, remove, replace
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import check_space
 from rtfocus.writers.header import (
@@ -120,12 +120,22 @@ class RunLock:
         ------
         BusyError
             Then nothing in the folder may be touched any more.
+        WriterError
+            If it cannot be told, for longer than a virus scanner or a network disk
+            takes: then nothing may be touched either.
         """
         # The wall clock goes on while a machine sleeps, the monotonic one may not.
         if not now and abs(time.time() - self._looked_s) < _LOOK_AGAIN_S:
             return
-        found = _read_holder(self._folder)
-        if found is None or found.token != self._holder.token:
+        seen: list[Holder | None] = []
+        try:
+            PATIENCE.insist(
+                lambda: seen.append(_holder_in(self._folder)),
+                f"'{self._folder}' cannot be read any more",
+            )
+        except OutputError as error:
+            raise WriterError(str(error)) from error
+        if (found := seen[0]) is None or found.token != self._holder.token:
             by = "is gone" if found is None else f"was taken over by {found}"
             msg = (
                 f"'{self._folder}' {by}: this process leaves it as it is; what is "
@@ -173,10 +183,17 @@ def holder_of(folder: Path) -> Holder | None:
 
 
 def _read_holder(folder: Path) -> Holder | None:
+    with suppress(OSError):
+        return _holder_in(folder)
+    return None
+
+
+def _holder_in(folder: Path) -> Holder | None:
+    """Return who is named in the folder; OSError: it cannot be told now."""
     try:
         data = (folder / HOLDER_NAME).read_bytes()
         return msgspec.json.decode(data, type=Holder)
-    except (OSError, msgspec.MsgspecError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError, ValueError):
         return None
 
 

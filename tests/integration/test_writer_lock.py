@@ -1,5 +1,6 @@
 """One process writes a run folder; whoever else comes is refused and told who it is."""
 
+import errno
 import os
 import shutil
 import signal
@@ -121,6 +122,44 @@ def test_who_lost_the_folder_touches_nothing(tmp_path: Path) -> None:
                 run.close(written)
             assert content(folder) == before
         assert content(folder) == before
+
+
+def test_a_holder_that_a_scanner_has_open_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a virus scanner or a network disk does it for a moment."""
+    refusals = [errno.EACCES, errno.EBUSY]
+    read = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == "writer.json" and refusals:
+            raise OSError(refusals[0], os.strerror(refusals.pop()), str(path))
+        return read(path)
+
+    folder = tmp_path / "run.rtfocus"
+    with recording(folder, make_series()) as run:
+        for t in range(4):
+            run.send(t, {"t": t})
+        run.writer.drain()
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        run.close(4)
+    assert refusals == []
+    assert check_run(folder).problems == []
+
+
+def test_a_folder_that_cannot_be_looked_into_is_left_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run.rtfocus"
+    with recording(folder, make_series()) as run:
+        run.send(0, {"t": 0})
+        run.writer.drain()
+        (folder / "writer.json").unlink()
+        (folder / "writer.json").mkdir()
+        with pytest.raises(WriterError, match="cannot be read any more"):
+            run.close(1)
+        (folder / "writer.json").rmdir()
+    assert check_run(folder, repair=True).problems == []
 
 
 def test_nobody_writes_behind_the_lines_of_another(tmp_path: Path) -> None:
