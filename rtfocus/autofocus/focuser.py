@@ -20,7 +20,7 @@ from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.devices import CoreStage, FocusLight, OffsetStage, stopped_live
 from rtfocus.autofocus.hold import Key
-from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.planes import Plane, PlaneComparison
 from rtfocus.autofocus.plans import (
     direction_of,
     is_calibrated,
@@ -365,6 +365,34 @@ class Focuser:
                 "switch its continuous focus on, or set autofocus.actuator: stage"
             )
             raise MicroscopeError(msg)
+
+    def planes(
+        self,
+        way_um: NDArray[np.float64],
+        run_up_um: float,
+        show: Callable[[float], None],
+    ) -> list[Plane]:
+        """Take a stack one way, from where backlash is used up before its first plane.
+
+        Parameters
+        ----------
+        way_um
+            Stage z of the planes in their order; those beyond the limits are left out.
+        run_up_um
+            How far before the first one the way begins, with the way's sign.
+        show
+            Called with the share done after every plane.
+        """
+        channel, stage = self.channel(), CoreStage(self.core)
+        limits = self.limits_around(None)
+        heights = [float(z_um) for z_um in way_um if limits.holds(float(z_um))]
+        stage.go_to(limits.clip(float(way_um[0]) - run_up_um))
+        planes: list[Plane] = []
+        for z_um in heights:
+            stage.go_to(z_um)
+            planes.append(Plane(z_um, self.look(channel, z_um)))
+            show(len(planes) / len(heights))
+        return planes
 
     def _focus_channel(self, ready: str | None) -> "AbstractContextManager[str]":
         if ready is not None:

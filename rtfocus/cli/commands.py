@@ -64,11 +64,11 @@ COMMANDS = {
         "live", "Show a run in the browser: live, while it is written, or afterwards."
     ),
     "autofocus": Place(
-        "autofocus",
+        "live",
         "Find focus by the images of the microscope itself, or hold it.",
     ),
     "calibrate": Place(
-        "autofocus",
+        "psf",
         "Check autofocus against a z-stack through focus, up and down again.",
     ),
     "keys": Place(

@@ -1,4 +1,4 @@
-"""Live commands: ``run``, ``acquire`` and ``process``, and ``view``, which shows a run.
+"""Live commands: run, acquire, process and autofocus, and view, which shows a run.
 
 The main loop is imported once a command runs and its config is read: ``--help`` and a
 mistake in a config are answered without it.
@@ -6,6 +6,7 @@ mistake in a config are answered without it.
 
 import subprocess
 import sys
+import time
 import webbrowser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +35,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(acquire)
     app.command()(process)
+    app.command()(autofocus)
 
 
 def view(
@@ -377,3 +379,70 @@ def _publisher_rows(publishers: list["FramePublisher"]) -> Rows:
         ("resent", str(status.resent)),
         ("stalls", str(status.stalls)),
     ]
+
+
+_HERE = (0, None)
+"""The one place that is held without a plan."""
+
+
+def autofocus(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    hold: Annotated[
+        bool,
+        typer.Option("--hold/--once", help="Hold focus until Ctrl-C, or find it once."),
+    ] = False,
+    interval_s: Annotated[
+        float, typer.Option("--interval", min=0.0, help="Seconds between images.")
+    ] = 1.0,
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Hold: end after so many.")
+    ] = None,
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="Append every decision: NDJSON.")
+    ] = None,
+) -> None:
+    """Find focus by the images of the microscope itself, or hold it.
+
+    The stage never leaves autofocus.low_um to high_um. Exits with 1 where focus was not
+    found; the stage then stands at the sharpest z that was seen.
+
+    [bold]Example:[/] rtfocus autofocus my.yaml --set autofocus.high_um=4200
+    """
+    from rtfocus.autofocus.devices import CoreStage
+    from rtfocus.autofocus.focuser import FocusJournal
+    from rtfocus.autofocus.hold import Holder, seen_by
+    from rtfocus.focusing import estimate_of, open_focuser
+    from rtfocus.microscope.core import open_core
+
+    settings = read_config(config, overrides)
+    if isinstance(settings.microscope, ReplayConfig):
+        msg = "recorded images cannot be focused; give a microscope with a z-stage"
+        raise ConfigError(msg)
+    with (
+        interruptible() as (stop, _),
+        open_core(settings) as core,
+        open_focuser(
+            core, settings, journal=FocusJournal(journal), tell=typer.echo
+        ) as focuser,
+    ):
+        verdict = focuser.focus()
+        if not verdict.focused:
+            raise typer.Exit(ExitCode.FAILED)
+        if not hold:
+            return
+        channel = focuser.channel()
+        models = focuser.models(channel)
+        limits = focuser.limits_around(None)
+        holder = Holder(models, focuser.move_rule(models.unit_um, limits))
+        holder.begin(_HERE, time.time(), verdict.end_um, seen_by(verdict))
+        stage, taken = CoreStage(core), 0
+        while not stop.wait(interval_s) and (images is None or taken < images):
+            step_um = holder.correction_um(_HERE, time.time(), time.time_ns())
+            if step_um:
+                for stop_um in focuser.way_to(stage.position_um() + step_um):
+                    stage.go_to(stop_um)
+                typer.echo(f"held: {step_um:+.2f} um to z {stage.position_um():.2f} um")
+            taken += 1
+            z_um = stage.position_um()
+            holder.take(estimate_of(focuser.look(channel, z_um), taken, z_um))

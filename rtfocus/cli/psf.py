@@ -1,9 +1,11 @@
-"""PSF and kernels: the blur of a microscope, fitted, and that of an image, as seen.
+"""PSF, kernels and focus: the blur of a microscope, of an image, and over z.
 
 ``psf fit`` calibrates the optics by images of the microscope itself; ``kernels`` shows
-what a network saw, tile by tile, as numbers and a picture.
+what a network saw, tile by tile, as numbers and a picture; ``calibrate`` checks
+autofocus against a z-stack through focus.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,10 +13,16 @@ from typing import Annotated, Literal
 import numpy as np
 import tifffile
 import typer
-from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from rtfocus.autofocus.planes import Calibration as FocusCalibration
+from rtfocus.autofocus.planes import (
+    Plane,
+    PlaneComparison,
+    save_calibration,
+)
+from rtfocus.autofocus.planes import calibrate as calibrate_focus
 from rtfocus.calibration.bead_fit import calibrate_from_beads
 from rtfocus.calibration.inputs import read_pairs, read_stack
 from rtfocus.calibration.pair_fit import calibrate_from_pairs
@@ -27,20 +35,25 @@ from rtfocus.calibration.report import (
 from rtfocus.calibration.stack_fit import calibrate_from_stack
 from rtfocus.channel import OpticalSystem
 from rtfocus.cli.commands import (
+    ConfigArgument,
     ConfigOption,
     InputArgument,
     OverwriteOption,
     SetOption,
     read_config,
 )
-from rtfocus.cli.display import passing_time
+from rtfocus.cli.display import passing_time, share_bar
+from rtfocus.cli.endings import interruptible
 from rtfocus.config import Config, parse_config
-from rtfocus.errors import ConfigError
+from rtfocus.drawing.figures import draw_through_focus
+from rtfocus.errors import ConfigError, ExitCode, OutputError
+from rtfocus.files import whole
 from rtfocus.images.metadata import SOFTWARE, png_mark
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.offline import KernelExtractor, Kernels
+from rtfocus.report.pictures import draw_kernels
 
 commands = typer.Typer(
     name="psf",
@@ -84,6 +97,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.add_typer(commands)
     app.command()(kernels)
+    app.command()(calibrate)
 
 
 @commands.callback()
@@ -333,34 +347,101 @@ def _write(output: Path, found: Kernels, *, as_tiff: bool) -> None:
         )
 
 
-_ENLARGED = 2
-"""Times that a picture of kernels is larger than its image."""
+_WAYS = {1: "towards the specimen", -1: "away from it", 0: "nobody knows where"}
+"""What larger z does; an even PSF does not tell."""
 
 
-def draw_kernels(image: NDArray[np.generic], found: Kernels) -> NDArray[np.uint8]:
-    """Draw every kernel, brightest point white, over the middle of its tile.
+def calibrate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File; default: autofocus.calibration of the config."
+        ),
+    ] = None,
+    reach: Annotated[
+        float, typer.Option(min=1.0, max=8.0, help="Depths of field on either side.")
+    ] = 4.0,
+    overwrite: OverwriteOption = False,
+    step: Annotated[
+        float, typer.Option(min=0.1, max=1.0, help="Depths of field between planes.")
+    ] = 0.5,
+) -> None:
+    """Check autofocus against a z-stack through focus, up and down again.
 
-    Returns
-    -------
-    NDArray[np.uint8]
-        Axes (y, x, colour): the image in grey at twice its size, kernels in green.
+    Writes a file for autofocus.calibration and a plot beside it. Exits with 1 where
+    the optics cannot be trusted; searches then check every answer on both sides.
+
+    [bold]Example:[/] rtfocus calibrate my.yaml -o focus_20x.yaml
     """
-    grey = np.asarray(image, np.float32)
-    grey = grey.mean(axis=2) if grey.ndim == 3 else grey
-    low, high = np.percentile(grey, (0.5, 99.8))
-    shade = np.clip((grey - low) / max(high - low, 1e-9), 0, 1) * 160
-    shade = np.kron(shade, np.ones((_ENLARGED, _ENLARGED)))
-    picture = np.repeat(shade[..., None], 3, axis=2).astype(np.uint8)
-    own = found.own_px * _ENLARGED
-    side = found.kernels.shape[-1]
-    factor = max(1, own * 2 // 3 // side)
-    for row, column in np.ndindex(found.kernels.shape[:2]):
-        kernel = found.kernels[row, column]
-        drawn = np.kron(kernel / max(kernel.max(), 1e-9), np.ones((factor, factor)))
-        top, left = (
-            int((index + 0.5) * own - drawn.shape[0] / 2) for index in (row, column)
+    # The microscope is loaded for this command alone.
+    from rtfocus.autofocus.devices import CoreStage
+    from rtfocus.autofocus.plans import against_unknown_backlash
+    from rtfocus.focusing import open_focuser
+    from rtfocus.microscope.core import open_core
+
+    settings = read_config(config, overrides)
+    path = output or settings.autofocus.calibration
+    if path is None:
+        msg = "where to? give --output FILE, or autofocus.calibration in the config"
+        raise ConfigError(msg)
+    picture = path.with_suffix(".png")
+    for target in (path, picture):
+        if target.exists() and not overwrite:
+            msg = f"'{target}' exists; give --overwrite to replace it"
+            raise OutputError(msg)
+    # The one that is being made is not asked how far it can be trusted.
+    plain = settings.autofocus.model_copy(update={"calibration": None})
+    settings = settings.model_copy(update={"autofocus": plain})
+    with (
+        interruptible(),
+        open_core(settings) as core,
+        open_focuser(core, settings, tell=typer.echo) as focuser,
+    ):
+        channel, stage = focuser.channel(), CoreStage(core)
+        comparison = PlaneComparison(focuser.optics_of(channel), 0)
+        unit = comparison.unit_um
+        # Nobody knows the backlash yet.
+        focuser.config = against_unknown_backlash(focuser.config, unit)
+        verdict = focuser.focus()
+        wanted = verdict.end_um + np.arange(-reach, reach + step / 2, step) * unit
+        with share_bar("planes") as show:
+            up = focuser.planes(wanted, unit, lambda share: show(share / 2))
+            down = focuser.planes(
+                wanted[::-1], -unit, lambda share: show((1 + share) / 2)
+            )
+        found = calibrate_focus(
+            comparison,
+            up,
+            down,
+            channel=channel,
+            direction_of_core=focuser.direction(),
+            not_found=None if verdict.focused else verdict.reason,
         )
-        into = picture[max(top, 0) : top + len(drawn), max(left, 0) : left + len(drawn)]
-        part = drawn[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
-        into[...] = np.maximum(part, 0)[..., None] * (160, 255, 160)
-    return picture
+        stage.go_to(focuser.limits_around(None).clip(found.focus_um))
+    with whole(path, overwrite=overwrite) as part:
+        save_calibration(part, found)
+    with whole(picture, overwrite=overwrite) as part:
+        _draw(part, found, up)
+    typer.echo(
+        f"focus at z {found.focus_um:.2f} um, sharpest at {found.sharpest_um:.2f}; "
+        f"{100 * found.unexplained:.1f} % unexplained; backlash "
+        f"{found.backlash_um:+.2f} um; levels read {found.level_offset_um:+.2f} um + "
+        f"{found.level_scale:.2f} x distance; larger z leads {_WAYS[found.direction]} "
+        f"by the images, {_WAYS[found.direction_of_core]} by Micro-Manager"
+    )
+    for problem in found.problems:
+        typer.echo(f"problem: {problem}")
+    typer.echo(f"{path} (autofocus.calibration), {picture}")
+    if not found.trusted:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _draw(path: Path, found: FocusCalibration, planes: Sequence[Plane]) -> None:
+    """Draw sharpness and the engine's reading over z."""
+    z_um = np.array([plane.z_um for plane in planes]) - found.focus_um
+    sharp = np.array([plane.sharpness for plane in planes])
+    read_um = [plane.reading.defocus_um for plane in planes]
+    distance_um = np.abs(np.array(read_um, dtype=float))
+    draw_through_focus(path, z_um, sharp / max(float(sharp.max()), 1e-12), distance_um)

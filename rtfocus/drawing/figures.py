@@ -11,6 +11,7 @@ from rtfocus.drawing.canvas import (
     BLUE,
     FAINT,
     INK,
+    ORANGE,
     TEXT_PT,
     Box,
     Canvas,
@@ -401,3 +402,38 @@ def _colour_bar(canvas: Canvas, panel: Panel, box: Box) -> None:
         height = bottom - float(axis.share(value)) * (bottom - top - _UNIT_PT)
         canvas.line([(left + _BAR_PT, height), (left + _BAR_PT + 3, height)], INK, 1.0)
         canvas.text((left + _BAR_PT + 5, height), words, size=_SMALL_PT)
+
+
+def draw_through_focus(
+    path: Path, z_um: Floats, share: Floats, read_um: Floats
+) -> None:
+    """Draw sharpness and the engine's reading over z as a PNG.
+
+    Parameters
+    ----------
+    path
+        The PNG.
+    z_um
+        Of the stage from focus, by plane.
+    share
+        Sharpness of its best, 0 to 1.
+    read_um
+        Distance from focus that the engine read; NaN: none.
+    """
+    width, height, left = 560.0, 260.0, 72.0
+    canvas = PixelCanvas(width, 2 * height)
+    x = axis_of("stage z from focus (um)", z_um)
+    upper = (left, 30.0, width - 16, height - 50.0)
+    above = Chart(canvas, upper, x, axis_of("sharpness, of its best", share, zero=True))
+    above.curve(z_um, share, BLUE, "sharpness")
+    above.dots(z_um, share, BLUE)
+    lower = (left, 30.0 + height, width - 16, 2 * height - 50.0)
+    true_um, known = np.abs(z_um), np.isfinite(read_um)
+    y = axis_of("distance from focus (um)", read_um, true_um, zero=True)
+    below = Chart(canvas, lower, x, y)
+    below.curve(z_um, true_um, FAINT, "true", dash=4)
+    below.curve(z_um, read_um, ORANGE, "read by the engine")
+    below.dots(z_um[known], read_um[known], ORANGE)
+    for chart in (above, below):
+        chart.upright(0.0)
+    canvas.save(path)

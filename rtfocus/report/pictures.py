@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ from rtfocus.frame import DefocusMap, FrameResult, TileGrid
 from rtfocus.image_set import ImageSet
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.report.facts import RunFacts, ShownFrame
+
+if TYPE_CHECKING:
+    from rtfocus.offline import Kernels
 
 _WIDTH, _LEFT, _RIGHT = 860.0, 92.0, 16.0
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY)
@@ -374,3 +377,36 @@ class SideBySide:
         frame = ShownFrame(series.name, index, None, raw, restored, values)
         grid = None if found is None else found.grid
         self._frames.append((frame, pixel_um, grid))
+
+
+_KERNELS_ENLARGED = 2
+"""Times that a picture of kernels is larger than its image."""
+
+
+def draw_kernels(image: NDArray[np.generic], found: "Kernels") -> NDArray[np.uint8]:
+    """Draw every kernel, brightest point white, over the middle of its tile.
+
+    Returns
+    -------
+    NDArray[np.uint8]
+        Axes (y, x, colour): the image in grey at twice its size, kernels in green.
+    """
+    grey = np.asarray(image, np.float32)
+    grey = grey.mean(axis=2) if grey.ndim == 3 else grey
+    low, high = np.percentile(grey, (0.5, 99.8))
+    shade = np.clip((grey - low) / max(high - low, 1e-9), 0, 1) * 160
+    shade = np.kron(shade, np.ones((_KERNELS_ENLARGED, _KERNELS_ENLARGED)))
+    picture = np.repeat(shade[..., None], 3, axis=2).astype(np.uint8)
+    own = found.own_px * _KERNELS_ENLARGED
+    side = found.kernels.shape[-1]
+    factor = max(1, own * 2 // 3 // side)
+    for row, column in np.ndindex(found.kernels.shape[:2]):
+        kernel = found.kernels[row, column]
+        drawn = np.kron(kernel / max(kernel.max(), 1e-9), np.ones((factor, factor)))
+        top, left = (
+            int((index + 0.5) * own - drawn.shape[0] / 2) for index in (row, column)
+        )
+        into = picture[max(top, 0) : top + len(drawn), max(left, 0) : left + len(drawn)]
+        part = drawn[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
+        into[...] = np.maximum(part, 0)[..., None] * (160, 255, 160)
+    return picture
