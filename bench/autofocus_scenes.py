@@ -47,7 +47,7 @@ class Scene:
         specimen: fine detail and coarse detail have planes of their own.
         """
         unit = self.optics.defocus_unit_um
-        defocus = np.arange(-12, 13) * unit / 8
+        defocus = np.arange(-24, 25) * unit / 8
         spectra = [amplitude_spectrum(self.planes().at(float(z)))[0] for z in defocus]
         return float(defocus[int(np.argmax([sharpness(one) for one in spectra]))])
 

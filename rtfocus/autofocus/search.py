@@ -143,6 +143,7 @@ class FocusSearch:
             return self._returned()
         if self._follows:
             return self._top_of_now()
+        self.evidence.forget_moved()
         is_there = not self.belief.is_empty and self._way_um() <= self._near_um()
         if self._is_sure(is_there=is_there):
             return self._arrived() if is_there else self._approach()
