@@ -47,6 +47,23 @@ def interruptible() -> Iterator[tuple[threading.Event, threading.Event]]:
         yield stop, abandon
 
 
+def heeding(
+    stop: threading.Event, show: Callable[[float], None]
+) -> Callable[[float], None]:
+    """Return `show`, which raises `KeyboardInterrupt` from the first Ctrl-C on.
+
+    For work that shows its share between steps that must not be cut off themselves,
+    such as moves of a stage.
+    """
+
+    def shown(share: float) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        show(share)
+
+    return shown
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Let every request to end raise `KeyboardInterrupt`, as Ctrl-C does."""

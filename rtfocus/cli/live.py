@@ -426,9 +426,9 @@ def autofocus(
             core, settings, journal=FocusJournal(journal), tell=typer.echo
         ) as focuser,
     ):
-        verdict = focuser.focus()
+        verdict = focuser.focus(is_canceled=stop.is_set)
         if not verdict.focused:
-            raise typer.Exit(ExitCode.FAILED)
+            raise typer.Exit(ExitCode.INTERRUPTED if stop.is_set() else ExitCode.FAILED)
         if not hold:
             return
         channel = focuser.channel()

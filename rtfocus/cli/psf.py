@@ -43,7 +43,7 @@ from rtfocus.cli.commands import (
     read_config,
 )
 from rtfocus.cli.display import passing_time, share_bar
-from rtfocus.cli.endings import interruptible
+from rtfocus.cli.endings import heeding, interruptible
 from rtfocus.config import Config, parse_config
 from rtfocus.drawing.figures import draw_through_focus
 from rtfocus.errors import ConfigError, ExitCode, OutputError
@@ -395,7 +395,7 @@ def calibrate(
     plain = settings.autofocus.model_copy(update={"calibration": None})
     settings = settings.model_copy(update={"autofocus": plain})
     with (
-        interruptible(),
+        interruptible() as (stop, _),
         open_core(settings) as core,
         open_focuser(core, settings, tell=typer.echo) as focuser,
     ):
@@ -404,9 +404,11 @@ def calibrate(
         unit = comparison.unit_um
         # Nobody knows the backlash yet.
         focuser.config = against_unknown_backlash(focuser.config, unit)
-        verdict = focuser.focus()
+        verdict = focuser.focus(is_canceled=stop.is_set)
         wanted = verdict.end_um + np.arange(-reach, reach + step / 2, step) * unit
-        with share_bar("planes") as show:
+        with share_bar("planes") as bar:
+            show = heeding(stop, bar)
+            show(0.0)
             up = focuser.planes(wanted, unit, lambda share: show(share / 2))
             down = focuser.planes(
                 wanted[::-1], -unit, lambda share: show((1 + share) / 2)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from loop_kit import OPTICS, command, failed, succeeded
 
+from rtfocus.autofocus.devices import CoreStage
 from rtfocus.autofocus.planes import load_calibration
 from rtfocus.autofocus.plans import with_measured_backlash
 from rtfocus.cli.commands import read_config
@@ -99,6 +101,30 @@ def test_hold_follows_a_drift(config: Path) -> None:
     held = re.findall(r"held: ([+-][\d.]+) um", said)
     # 3.6 um in 5 s and more; half a depth of field, 1.7 um, is borne.
     assert sum(float(step) for step in held) > 1.8
+
+
+@pytest.mark.parametrize(
+    ("asked", "move"),
+    # In a search; in the planes after it.
+    [(("autofocus",), 2), (("calibrate", "-o", "focus.yaml"), 14)],
+)
+def test_ctrl_c_stops_the_stage(
+    asked: tuple[str, ...], move: int, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(config.parent)
+    go_to, moves = CoreStage.go_to, [0]
+
+    def go_to_with_ctrl_c(stage: CoreStage, z_um: float) -> None:
+        moves[0] += 1
+        if moves[0] == move:
+            signal.raise_signal(signal.SIGINT)
+        go_to(stage, z_um)
+
+    monkeypatch.setattr(CoreStage, "go_to", go_to_with_ctrl_c)
+    told = command(asked[0], config, *asked[1:])
+    assert told.code == ExitCode.INTERRUPTED
+    assert move <= moves[0] <= move + 3
+    assert not config.with_name("focus.yaml").exists()
 
 
 def test_a_calibrated_microscope_needs_fewer_images(config: Path) -> None:
