@@ -221,21 +221,25 @@ def whole(
                 folder.rmdir()
 
 
-def recover(target: Path) -> None:
-    """Clear away what killed processes left beside `target`.
+def recover(*targets: Path) -> None:
+    """Clear away what killed processes left beside `targets`.
 
     Something that one of them was just replacing comes back to its place.
     """
+    wanted = {(target.parent, _tag(target)): target for target in targets}
     with suppress(OSError):
-        for left in sorted(target.parent.glob(f".rtfocus-{_tag(target)}-*")):
-            host, _, rest = left.name.split("-", 2)[2].partition("-")
-            process, _, kind = rest.partition("-")
-            if host != _host() or not process.isdigit() or _is_alive(int(process)):
-                continue
-            if kind.endswith(".old") and not os.path.lexists(target):
-                left.rename(target)
-            else:
-                _clear(left, PATIENCE)
+        for folder in {target.parent for target in targets}:
+            for left in sorted(folder.glob(".rtfocus-*-*-*-*")):
+                _, tag, host, process, kind = left.name.split("-", 4)
+                target = wanted.get((folder, tag))
+                if target is None or host != _host() or not process.isdigit():
+                    continue
+                if _is_alive(int(process)):
+                    continue
+                if kind.endswith(".old") and not os.path.lexists(target):
+                    left.rename(target)
+                else:
+                    _clear(left, PATIENCE)
 
 
 def path_given(given: object, what: str) -> Path:

@@ -19,6 +19,7 @@ from rtfocus.batch.scheduler import WORKERS_S, R, U, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
 from rtfocus.cli.display import counting
 from rtfocus.errors import BusyError, ConfigError, IncompleteError, InputError
+from rtfocus.files import recover
 
 SchedulerOption = Annotated[
     str | None,
@@ -319,12 +320,13 @@ def _resources(text: str | None) -> dict[str, float]:
 
 @contextmanager
 def _saying_what_is_left(ledger: Ledger, units: tuple[Unit, ...]) -> Iterator[None]:
-    """Say after Ctrl-C how to go on."""
+    """Say after Ctrl-C how to go on; what ended workers left half-done goes."""
     try:
         yield
     except KeyboardInterrupt:
-        left = len(ledger.left(units))
-        _note(f"{left} images are not done; the same command goes on from there")
+        left = ledger.left(units)
+        recover(*(ledger.output / unit.target for unit in left))
+        _note(f"{len(left)} images are not done; the same command goes on from there")
         raise
 
 

@@ -30,7 +30,7 @@ from rtfocus.batch.plan import Failure, Ledger, Unit
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import close_opened, doing, run_unit
 from rtfocus.errors import ConfigError, ExitCode, IncompleteError
-from rtfocus.files import resource_folder
+from rtfocus.files import resource_folder, whole
 from rtfocus.images.series import ImageSeries
 
 distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
@@ -263,6 +263,18 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     asked = ("restore", folder, "-o", tmp_path / "out", *WIENER)
     succeeded(command(*asked, "--init"))
+    # A worker that was ended in the middle of an image.
+    with whole(tmp_path / "out" / "f3.tif") as part:
+        part.touch()
+        ended = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getpid())"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        killed = part.with_name(part.name.replace(f"-{os.getpid()}-", f"-{ended}-"))
+        killed.touch()
+    (tmp_path / "out" / "f3.tif").unlink()
     read, reads = ImageSeries.read, [0]
 
     def read_with_ctrl_c(self: ImageSeries, **index: int) -> np.ndarray:
@@ -276,6 +288,7 @@ def test_ctrl_c_says_how_to_go_on(
         told = command(*asked, "--unit", "1/1")
     assert told.code == ExitCode.INTERRUPTED
     assert "4 images are not done; the same command goes on from there" in told.err
+    assert not killed.exists()
     assert "6 of 6" in succeeded(command(*asked, "--unit", "1/1"))
 
 
