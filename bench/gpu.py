@@ -52,6 +52,7 @@ from rtfocus.processing.gpu.cuda.driver import (
 )
 from rtfocus.processing.gpu.device import GpuDevice
 from rtfocus.processing.processor import FrameProcessor
+from rtfocus.processing.restore import METHODS
 from rtfocus.runtimes.gpu import Gpu
 from rtfocus.specimens import draw_specimen
 
@@ -60,6 +61,8 @@ WARM_UP = 10
 SHOWN = 12
 """Frames in the picture."""
 CAMERA_FPS = 100.0
+CASE_S = 20.0
+"""That each part of a case may take: slow restorers get fewer frames."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +258,8 @@ def measure(
     try:
         processor.start(series, slots)
         feed = Feed(processor, series, slots)
-        feed.run(WARM_UP)
-        alone = stages_alone(feed, max(10, frames // 10))
+        frames = fewer(frames, feed.run(WARM_UP, clock))
+        alone = stages_alone(feed, min(frames, max(10, frames // 10)))
         spans.clear()
         rate = feed.run(frames, clock)
         steady = spans[len(spans) // 2 : len(spans) // 2 + SHOWN]
@@ -282,6 +285,11 @@ def measure(
         return {"case": vars(case), "refused": str(error)}
     finally:
         processor.close()
+
+
+def fewer(frames: int, rate: float) -> int:
+    """Return how many frames to measure where so many are done in a second."""
+    return max(2, min(frames, int(CASE_S * rate)))
 
 
 def stages_alone(feed: Feed, frames: int) -> dict[str, float]:
@@ -331,6 +339,16 @@ def roofline(
         "bound_by": "copies" if copies_s >= compute_s else "matrix units",
         "fraction_reached": row["frames_per_s"] * bound_s,
     }
+
+
+def multiply_adds_of(case: Case, engine: str) -> float | None:
+    """Return the multiply-adds per pixel of all networks of a case; None: unknown.
+
+    Of restorers that take a frame as one tile without what tiles spend on halos.
+    """
+    networks = {engine, case.method} - set(METHODS)
+    found = [network_multiply_adds(find_engine(name)) for name in networks]
+    return None if None in found else sum(macs for macs in found if macs)
 
 
 def why_not() -> str | None:
@@ -421,7 +439,6 @@ def run(
     }
     say = keep or (lambda _: None)
     known = {str(row["case"]): row for row in before.get("rows", [])}
-    macs = network_multiply_adds(find_engine(options.engine))
     for case in cases(options):
         if (row := known.get(str(vars(case)))) is not None:
             rows.append(row)
@@ -431,6 +448,7 @@ def run(
             row = measure(case, options.engine, options.gpu, options.frames, clock)
             said = row.get("refused")
             if said is None:
+                macs = multiply_adds_of(case, options.engine)
                 row["roofline"] = roofline(row, found["ceilings"], macs)
                 said = f"{row['frames_per_s']:.0f} frames/s"
             print(case, said, flush=True)
@@ -491,13 +509,14 @@ def loop(
     """
     case = usual_case(options)
     settings = settings_of(case, options.engine, options.gpu)
-    rates = (rate for rate in options.rates if not clock.is_up)
-    found = whole_loop(settings, frame_of(case.side), options.frames, rates)
     alone = [
         r["frames_per_s"]
         for r in rows
         if r["case"] == vars(case) and "refused" not in r
     ]
+    rates = (rate for rate in options.rates if not clock.is_up)
+    frames = fewer(options.frames, alone[0] if alone else 1 / CASE_S)
+    found = whole_loop(settings, frame_of(case.side), frames, rates)
     found["of_gpu_alone"] = found["frames_per_s"] / alone[0] if alone else None
     print(f"the whole loop: {found['frames_per_s']:.0f} frames/s", flush=True)
     return found

@@ -135,13 +135,16 @@ def network_multiply_adds(found: FoundEngine) -> float | None:
 
     None: it is no network, or neither OpenVINO nor torch and onnx are there to count.
     """
-    counted = multiply_adds_per_pixel(found)
-    if counted is not None or found.card.input is None:
+    tiles, counted = found.card.input, multiply_adds_per_pixel(found)
+    if tiles is None:
         return counted
-    try:
-        return count_in_torch(found)
-    except ImportError:
-        return None
+    if counted is None:
+        try:
+            counted = count_in_torch(found)
+        except ImportError:
+            return None
+    # A frame as one tile spends nothing on halos.
+    return counted * (1 - 2 * tiles.halo_px / tiles.tile_px * tiles.any_size) ** 2
 
 
 def count_in_torch(found: FoundEngine) -> float:

@@ -25,8 +25,8 @@ def standin(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"order {seed}")
 def test_streams_slots_and_failures(standin, seed):
-    # What is left does not depend on the order, and is many starts: looked for once.
-    once = "leave_nothing or leaves_ or goes_on"
+    # What is left or launched does not depend on the order: looked for once.
+    once = "leave_nothing or leaves_ or goes_on or launches or one_tile or sees_less"
     options = () if seed == SEEDS[0] else ("-k", f"not ({once})")
     run_suite(standin, HERE / "standin" / "suite_processor.py", seed, *options)
 

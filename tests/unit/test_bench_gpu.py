@@ -63,6 +63,20 @@ def test_a_run_counts_the_shipped_network_and_says_what_bounds_it(
         gpu.run(options)
 
 
+def test_restorers_count_too_and_a_frame_as_one_tile_has_no_halos() -> None:
+    alone = gpu.multiply_adds_of(gpu.Case(2048, "wiener", 4), "delpnet")
+    both = gpu.multiply_adds_of(gpu.Case(2048, "rrdb", 4), "delpnet")
+    by_tiles = gpu_ceilings.multiply_adds_per_pixel(find_engine("rrdb"))
+    # Tiles of 64 x 64 px own 32 x 32.
+    assert both - alone == pytest.approx(by_tiles / 4)
+    joint = gpu.multiply_adds_of(gpu.Case(2048, "rtfocus-1", 4), "rtfocus-1")
+    assert joint == gpu_ceilings.network_multiply_adds(find_engine("rtfocus-1"))
+
+
+def test_slow_work_is_measured_on_fewer_frames() -> None:
+    assert [gpu.fewer(300, rate) for rate in (600.0, 2.0, 0.01)] == [300, 40, 2]
+
+
 def test_torch_counts_what_openvino_counts(monkeypatch) -> None:
     pytest.importorskip("torch")
     found = find_engine("rtfocus-1")

@@ -120,12 +120,13 @@ class LevelTransfers:
         Each iteration stands for so many matched `steps`; `blurred` and `spectrum` are
         work space, `highest` the brightest pixel.
         """
-        work.copy(estimate, seen)
+        before = seen
         for step in steps:
-            self.project(work, transfer, estimate, spectrum, blurred)
+            self.project(work, transfer, before, spectrum, blurred)
             positive_ratio(work, seen, blurred, highest)
             self.project(work, transfer, blurred, spectrum, blurred, step)
-            positive_update(work, estimate, blurred)
+            positive_update(work, before, blurred, estimate)
+            before = estimate
 
     def project(
         self,
@@ -344,10 +345,12 @@ def positive_ratio(
     )
 
 
-def positive_update(work: Work, estimate: DeviceArray, correction: DeviceArray) -> None:
-    """Enqueue ``estimate *= correction``, negative values as 0."""
-    count = estimate.count
-    work.launch("richardson_lucy_update", count, estimate, correction, count)
+def positive_update(
+    work: Work, before: DeviceArray, correction: DeviceArray, out: DeviceArray
+) -> None:
+    """Enqueue ``out = before * correction``, negative values as 0."""
+    count = out.count
+    work.launch("richardson_lucy_update", count, before, correction, count, out)
 
 
 class BlindRichardsonLucyDeconvolution(Deconvolution):
@@ -378,11 +381,11 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
         kernel, blurred = (image.shaped(padded.shape) for image in self._images)
         self._transfers.place(work, level, kernel)
         self._transforms.forward(work, kernel, transfer)
-        work.copy(out, padded)
+        before = padded
         for _ in range(self._rounds):
-            self._transforms.forward(work, out, seen)
+            self._transforms.forward(work, before, seen)
             self._correct(work, padded, blurred, (seen, transfer, product), back=seen)
-            work.launch("kernel_update", kernel.count, kernel, blurred, kernel.count)
+            positive_update(work, kernel, blurred, blurred)
             self._kernel_light.enqueue(work, blurred)
             total = self._kernel_light.sum
             count = kernel.count
@@ -391,7 +394,8 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
             self._correct(
                 work, padded, blurred, (seen, transfer, product), back=transfer
             )
-            positive_update(work, out, blurred)
+            positive_update(work, before, blurred, out)
+            before = out
 
     def _correct(
         self,

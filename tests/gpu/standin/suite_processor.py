@@ -8,6 +8,7 @@ import gc
 import json
 import threading
 from collections import Counter
+from contextlib import closing
 
 import foreign_kit
 import numpy as np
@@ -267,9 +268,9 @@ def test_richardson_lucy_is_that_of_the_cpu(engine_folder, frames, method):
         assert np.abs(restored.astype(int) - wanted).max() <= 1
 
 
-def test_levels_that_no_tile_has_cost_no_transform(
-    driver, engine_folder, frames, monkeypatch
-):
+@pytest.fixture
+def enqueued(monkeypatch):
+    """Parts of restorations by levels: looked at, restored, and of odd rectangles."""
     looks, restored, odd = [], [], []
     original = DepthVariantRestorer.enqueue
 
@@ -281,6 +282,73 @@ def test_levels_that_no_tile_has_cost_no_transform(
         original(self, work, frame, part)
 
     monkeypatch.setattr(DepthVariantRestorer, "enqueue", spy)
+    return looks, restored, odd
+
+
+LOOK = ("surround", "light_parts", "light")
+NOISE = ("diagonal_power", "rank_begin", *4 * ("rank_count", "rank_narrow"))
+LAUNCHES = {
+    # Method: of a rectangle, and of each of its levels, with two iterations.
+    "wiener": (
+        (*LOOK, *NOISE, "below_parts", "library"),
+        ("band_parts", "wiener_ratio", "wiener_apply", "library", "blend_level"),
+    ),
+    "richardson_lucy_accelerated": (
+        LOOK,
+        (
+            *4 * ("project", "library", "library"),
+            *2 * ("richardson_lucy_ratio", "richardson_lucy_update"),
+            "blend_level",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", LAUNCHES)
+def test_a_frame_costs_the_launches_of_its_levels(
+    driver, engine_folder, frames, enqueued, method
+):
+    config = config_for(
+        engine_folder, method=method, cuda_graphs=False, frames_in_flight=1
+    )
+    pool = SlotPool(SLOTS, 2 * SHAPE[0] * SHAPE[1])
+
+    def launches(sequence, pixels):
+        for found in enqueued:
+            found.clear()
+        driver.standin_log()
+        submit(processor, pool, sequence, pixels).result.result(TIMEOUT_S)
+        done = driver.standin_log().decode().split()
+        return Counter(line.partition("@")[0] for line in done)
+
+    both = np.where(np.arange(SHAPE[1]) < SHAPE[1] // 2, frames[0], frames[-1])
+    levels = 0
+    with closing(on_gpu(config)) as processor:
+        processor.start(SERIES, SLOTS)
+        empty = launches(0, np.full(SHAPE, 50))
+        for sequence, pixels in enumerate((frames[0], both, frames[-1]), 1):
+            every = launches(sequence, pixels)
+            assert every - empty == wanted_launches(method, *enqueued)
+            assert not empty - every
+            levels = max(levels, len(enqueued[1]))
+    assert levels > 1
+
+
+def wanted_launches(method, looks, restored, odd):
+    """Return the launches of so many parts; odd ones transform their PSF too."""
+    of_look, of_level = LAUNCHES[method]
+    counts = (looks, of_look), (restored, of_level), (odd, ("place_psf", "library"))
+    wanted = Counter()
+    for parts, names in counts:
+        for name in names:
+            wanted[name] += len(parts)
+    return wanted
+
+
+def test_levels_that_no_tile_has_cost_no_transform(
+    driver, engine_folder, frames, enqueued
+):
+    looks, restored, odd = enqueued
     config = config_for(engine_folder, cuda_graphs=False, frames_in_flight=1)
     processor = on_gpu(config)
     driver.standin_log()

@@ -248,16 +248,9 @@ extern "C" __global__ void richardson_lucy_ratio(
 }
 
 extern "C" __global__ void richardson_lucy_update(
-    float* estimate, const float* correction, int count) {
+    const float* before, const float* correction, int count, float* out) {
   int i = element();
-  if (i < count) estimate[i] = fmaxf(estimate[i] * correction[i], 0.0f);
-}
-
-// One thread per pixel: correction <- kernel * correction, negative values as 0.
-extern "C" __global__ void kernel_update(
-    const float* kernel, float* correction, int count) {
-  int i = element();
-  if (i < count) correction[i] = kernel[i] * fmaxf(correction[i], 0.0f);
+  if (i < count) out[i] = fmaxf(before[i] * correction[i], 0.0f);
 }
 
 // One thread per pixel: kernel <- better / sum. A black frame tells nothing of it.
