@@ -346,11 +346,10 @@ def positive_ratio(
 
 
 def positive_update(
-    work: Work, before: DeviceArray, correction: DeviceArray, out: DeviceArray
+    work: Work, before: DeviceArray, factor: DeviceArray, out: DeviceArray
 ) -> None:
-    """Enqueue ``out = before * correction``, negative values as 0."""
-    count = out.count
-    work.launch("richardson_lucy_update", count, before, correction, count, out)
+    """Enqueue ``out = before * factor``, negative values as 0."""
+    work.launch("richardson_lucy_update", out.count, before, factor, out.count, out)
 
 
 class BlindRichardsonLucyDeconvolution(Deconvolution):
@@ -377,23 +376,20 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
     ) -> None:
         """Improve the kernel with the image held, then the image, round by round."""
         half = spectrum_shape(padded.shape)
-        seen, transfer, product = (array.shaped(half) for array in self._spectra)
+        spectra = seen, transfer, _ = [array.shaped(half) for array in self._spectra]
         kernel, blurred = (image.shaped(padded.shape) for image in self._images)
         self._transfers.place(work, level, kernel)
         self._transforms.forward(work, kernel, transfer)
         before = padded
         for _ in range(self._rounds):
             self._transforms.forward(work, before, seen)
-            self._correct(work, padded, blurred, (seen, transfer, product), back=seen)
+            self._correct(work, padded, blurred, spectra, back=seen)
             positive_update(work, kernel, blurred, blurred)
             self._kernel_light.enqueue(work, blurred)
-            total = self._kernel_light.sum
-            count = kernel.count
+            count, total = kernel.count, self._kernel_light.sum
             work.launch("kernel_settle", count, kernel, blurred, count, total)
             self._transforms.forward(work, kernel, transfer)
-            self._correct(
-                work, padded, blurred, (seen, transfer, product), back=transfer
-            )
+            self._correct(work, padded, blurred, spectra, back=transfer)
             positive_update(work, before, blurred, out)
             before = out
 
@@ -402,7 +398,7 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
         work: Work,
         padded: DeviceArray,
         blurred: DeviceArray,
-        spectra: tuple[DeviceArray, DeviceArray, DeviceArray],
+        spectra: Sequence[DeviceArray],
         *,
         back: DeviceArray,
     ) -> None:
