@@ -40,10 +40,10 @@ from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import doing, run_here
 from rtfocus.config import Config
 from rtfocus.image_set import ImageSet, restoring_with
+from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import stated_optics
-from rtfocus.images.outputs import OutputGuard
+from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.reading import find_images
-from rtfocus.images.writing import ImageOutput, OutputImage
 
 OPTICS = "NA=0.75,wavelength=520,pixel=0.325"
 WORKERS = (1, 2, 4)

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
+from rtfocus.images.metadata import OutputImage, PlaneFacts
 from rtfocus.images.ome_zarr import read_ome_zarr
-from rtfocus.images.outputs import OutputGuard
+from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.series import ImageSeries, StagePosition
-from rtfocus.images.writing import ImageOutput, OutputImage, PlaneFacts
 from rtfocus.images.zarr_writing import ZarrForm
 from rtfocus.runs import Kind, Run
 from rtfocus.writers.header import JOURNAL_NAME, is_finished

@@ -2,11 +2,17 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tifffile
 import zarr
+
+from rtfocus.errors import InputError
+from rtfocus.images.metadata import OutputImage
+from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
+from rtfocus.images.series import ImageSeries
 
 OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 
@@ -171,3 +177,25 @@ def write_ngff(
 def means(series) -> list[float]:
     """Mean of every plane in the order of `indices`."""
     return [float(series.read(**index).mean()) for index in series.indices()]
+
+
+def write_images(output: Path, images: Sequence[OutputImage]) -> list[Path]:
+    """Write images to an output that does not exist yet; return the paths written."""
+    series = [image.like for image in images]
+    guard = OutputGuard(companions(series))
+    place = ImageOutput(output, series, guard, common_folder(series))
+    broken = place.write(images)
+    if broken:
+        raise InputError(broken[0].reason)
+    return place.written()
+
+
+def common_folder(series: Sequence[ImageSeries]) -> Path:
+    """Return the folder that holds all files of some images."""
+    parents = [one.path.absolute().parent for one in series]
+    first = parents[0]
+    return next(
+        folder
+        for folder in (first, *first.parents)
+        if all(parent.is_relative_to(folder) for parent in parents)
+    )

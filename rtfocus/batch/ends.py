@@ -26,11 +26,10 @@ from rtfocus.batch.plan import (
 from rtfocus.batch.work import image_set_of, outline_of
 from rtfocus.errors import ConfigError, InputError, OutputError
 from rtfocus.image_set import ImageSet
-from rtfocus.images.metadata import json_mark
-from rtfocus.images.outputs import OutputGuard, companions
+from rtfocus.images.metadata import OutputImage, json_mark
+from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
 from rtfocus.images.reading import FoundImages, find_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
 
 

@@ -19,10 +19,9 @@ from rtfocus import files
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, InputError, OutputError, RtfocusError
 from rtfocus.image_set import ImageSet, restoring_with
-from rtfocus.images.metadata import written_by_rtfocus
+from rtfocus.images.metadata import OutputImage, written_by_rtfocus
 from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.reading import open_images
-from rtfocus.images.writing import OutputImage
 from rtfocus.images.zarr_writing import ZarrForm, write_zarr
 
 _log = logging.getLogger(__name__)

@@ -31,19 +31,15 @@ from rtfocus.batch.plan import (
     facts_of,
 )
 from rtfocus.config import parse_config
-from rtfocus.errors import (
-    EngineError,
-    InputError,
-    OutputError,
-    RtfocusError,
-)
+from rtfocus.errors import EngineError, InputError, OutputError, RtfocusError
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet
+from rtfocus.images.metadata import OutputImage
+from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.optics import StatedOptics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import find_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
-from rtfocus.images.writing import OutputImage, write_tiff
 from rtfocus.images.zarr_writing import fill_image
 from rtfocus.offline import tile_rows
 

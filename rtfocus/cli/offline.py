@@ -35,20 +35,16 @@ from rtfocus.cli.commands import (
 )
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
-from rtfocus.image_set import (
-    ImageSet,
-    restoring_with,
-    with_engine,
-)
+from rtfocus.image_set import ImageSet, restoring_with, with_engine
+from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
-from rtfocus.images.outputs import STANDARD_OUTPUT, OutputGuard, companions
+from rtfocus.images.outputs import STANDARD_OUTPUT, ImageOutput, OutputGuard, companions
 from rtfocus.images.reading import (
     BrokenImage,
     FoundImages,
     find_images,
     stretch_histogram,
 )
-from rtfocus.images.writing import ImageOutput, OutputImage
 from rtfocus.offline import ImageProcessor
 from rtfocus.report.pictures import SideBySide
 from rtfocus.writers.finish import complete_restoration, count_unrestored

@@ -1,4 +1,4 @@
-"""Metadata: lengths and times in um and s; who made a file, and how a result is known.
+"""Metadata: lengths and times in um and s; how a result is named, made and known.
 
 Units are symbols of OME-XML, names of OME-Zarr (UDUNITS-2) and the spellings of ImageJ;
 what is unknown stays None.
@@ -14,13 +14,18 @@ import math
 import re
 import unicodedata
 import zipfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from rtfocus import __version__
+from rtfocus import __version__, files
+from rtfocus.images.series import ImageSeries
 
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
@@ -192,6 +197,17 @@ TEXT_MARK = f"# written by {SOFTWARE}"
 """First line of YAML results."""
 _ENGINE_CARD = "engine.yaml"
 _TIFF_ENDINGS = (".tif", ".tiff")
+_ENDINGS = (
+    ".ome.tiff",
+    ".ome.tif",
+    ".ome.zarr",
+    *_TIFF_ENDINGS,
+    ".zarr",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+)
 _SOFTWARE_TAG = 305
 _PNG_KEY = "Software"
 _ZARR_MARKS = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
@@ -326,3 +342,98 @@ def _belongs(file: str, nodes: set[str]) -> bool:
         file[:at] in nodes and _CHUNK.fullmatch(file[at:]) is not None
         for at in range(len(file))
     )
+
+
+def result_names(series: Sequence[ImageSeries], root: Path) -> list[PurePosixPath]:
+    """Name one TIFF for each image, all different on every file system.
+
+    Parameters
+    ----------
+    series
+        Images of one input.
+    root
+        The input; of a folder, the layout below it is kept.
+
+    Returns
+    -------
+    list of PurePosixPath
+        Relative to the output folder. A file's name keeps all but its last known
+        ending; where that makes two equal, the ending too. Images of a plate lie in a
+        folder of their well.
+    """
+    number = Counter(one.path for one in series)
+    folders = [_folder_of(one, root) for one in series]
+    stems = [
+        files.portable_name(_stem(one.path.name) if number[one.path] == 1 else one.name)
+        for one in series
+    ]
+    equal = Counter(map(same_name, map(str, map(PurePosixPath, folders, stems))))
+    paths = []
+    for one, folder, stem in zip(series, folders, stems, strict=True):
+        ending = one.path.suffix.lower()
+        clashes = equal[same_name(str(folder / stem))] > 1
+        if clashes and number[one.path] == 1 and ending not in _TIFF_ENDINGS:
+            stem += ending
+        paths.append(folder / stem)
+    taken = {same_name(str(parent)) for path in paths for parent in path.parents}
+    return [_free(path, taken) for path in paths]
+
+
+def same_name(text: str) -> str:
+    """Return what is equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+def _folder_of(one: ImageSeries, root: Path) -> PurePosixPath:
+    """Return where below the output folder an image lies."""
+    parts = (
+        one.path.parent.relative_to(root).parts
+        if root != one.path and one.path.is_relative_to(root)
+        else ()
+    )
+    if one.place is not None:
+        rows, columns = one.place.rows, one.place.columns
+        parts = (*parts, rows[one.place.row] + columns[one.place.column])
+    return PurePosixPath(*map(files.portable_name, parts))
+
+
+def _stem(name: str) -> str:
+    ending = next((e for e in _ENDINGS if name.lower().endswith(e)), "")
+    return name[: len(name) - len(ending)] or name
+
+
+def _free(path: PurePosixPath, taken: set[str]) -> PurePosixPath:
+    """Return `path` as a TIFF, numbered if that name is taken; it is then."""
+    number, name = 1, f"{path.name}.tif"
+    while same_name(str(path.with_name(name))) in taken:
+        number += 1
+        name = f"{path.name}_{number}.tif"
+    taken.add(same_name(str(path.with_name(name))))
+    return path.with_name(name)
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneFacts:
+    """When and where one plane was taken; None: unknown."""
+
+    delta_s: float | None = None
+    """End of its exposure since the series began."""
+    exposure_ms: float | None = None
+    z_um: float | None = None
+
+
+@dataclass(frozen=True)
+class OutputImage:
+    """One image to write: the form of `like`, other pixels."""
+
+    like: ImageSeries
+    """Gives name, sizes, shape, pixel sizes, channels, well."""
+    dtype: np.dtype[np.generic]
+    planes: Iterator[NDArray[np.generic]]
+    """In the order of ``like.indices()``; consumed once, one plane at a time."""
+    made: Provenance = field(default_factory=dict)
+    """How: engine, optics, where they come from."""
+    keeps_counts: bool = True
+    """Whether the planes' grey values mean what those of `like` mean."""
+    taken: Sequence[PlaneFacts] = ()
+    """Of every plane, in their order; empty: unknown."""

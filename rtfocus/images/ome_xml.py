@@ -3,23 +3,39 @@
 Read with the standard library: ome-types validates against the schema and refuses
 files of Micro-Manager, ImageJ and others whose pixels are readable, and takes
 seconds for the ten thousand TiffData of a long series. Written with it too, for the
-collections of OME-Zarr: readers look there for the names and places of the images.
+collections of OME-Zarr: readers look there for the names and places of the images; that
+of an OME-TIFF is written by tifffile.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import NAMESPACE_OID, uuid5
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 import numpy as np
 
-from rtfocus.images.metadata import coordinate_um, finite, length_um, positive, time_s
+from rtfocus.images.metadata import (
+    NAMESPACE,
+    SOFTWARE,
+    OutputImage,
+    PlaneFacts,
+    coordinate_um,
+    finite,
+    length_um,
+    positive,
+    time_s,
+)
 from rtfocus.images.series import (
     MOST_PLANES,
     Facts,
     ImageChannel,
+    ImageSeries,
     PlatePlace,
     StagePosition,
+    signed_rgba,
     writable_text,
 )
 
@@ -157,16 +173,6 @@ def _measures(values: Mapping[str, float | None], unit: str) -> dict[str, str]:
         if value is not None and np.isfinite(value):
             known |= {key: repr(float(value)), f"{key}Unit": unit}
     return known
-
-
-def signed_rgba(color: str) -> int:
-    """Return RRGGBB, opaque, as the signed 32-bit RRGGBBAA of OME.
-
-    >>> signed_rgba("FF0000"), signed_rgba("00FF00")
-    (-16776961, 16711935)
-    """
-    rgba = (int(color, 16) << 8) | 0xFF
-    return rgba - (1 << 32) if rgba >= 1 << 31 else rgba
 
 
 def _read_image(
@@ -325,3 +331,119 @@ def _children(element: Element, tag: str) -> Iterator[Element]:
 
 def _child(element: Element, tag: str) -> Element | None:
     return next(_children(element, tag), None)
+
+
+def write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
+    """Write images as the series of one OME-TIFF, plane by plane."""
+    # Here, as the stores of a run need the documents above and write no TIFF.
+    import tifffile
+
+    planes = ((len(i.like), i.like.shape, i.dtype.itemsize) for i in images)
+    size = sum(count * math.prod(shape) * each for count, shape, each in planes)
+    # A classic TIFF ends at 4 GiB.
+    with tifffile.TiffWriter(path, ome=True, bigtiff=size > 3 * 2**30) as file:
+        for image in images:
+            like = image.like
+            rgb = len(like.shape) == 3
+            sizes = tuple(like.sizes[axis] for axis in "tcz")
+            file.write(
+                image.planes,
+                shape=(*sizes, *like.shape),
+                dtype=image.dtype,
+                photometric="rgb" if rgb else "minisblack",
+                compression="zlib",
+                software=SOFTWARE,
+                metadata={
+                    "axes": "TCZYXS" if rgb else "TCZYX",
+                    "UUID": _uuid(images),
+                    "Name": like.name,
+                    **_ome_sizes(like),
+                    **_ome_channels(like),
+                    **_ome_planes(image),
+                    "MapAnnotation": _ome_map(image),
+                },
+            )
+
+
+def _uuid(images: Sequence[OutputImage]) -> str:
+    """Return the same for the same images made in the same way, so equal files.
+
+    A UUID of another kind would hold the time and this computer's address.
+    """
+    made = [(i.like.name, i.like.path.name, i.like.sizes, dict(i.made)) for i in images]
+    return f"urn:uuid:{uuid5(NAMESPACE_OID, repr(made))}"
+
+
+def _ome_sizes(like: ImageSeries) -> dict[str, object]:
+    """Return what is known of the distances between pixels, slices and times."""
+    return _measured(
+        ("PhysicalSizeX", like.pixel_size_x_um, "µm"),
+        ("PhysicalSizeY", like.pixel_size_y_um, "µm"),
+        ("PhysicalSizeZ", like.z_step_um, "µm"),
+        ("TimeIncrement", like.time_step_s, "s"),
+    )
+
+
+def _ome_channels(like: ImageSeries) -> dict[str, object]:
+    """Return names, colours and wavelengths, a list each; what no channel has: none."""
+    found: dict[str, list[object]] = {
+        "Name": [channel.name for channel in like.channels],
+        "Color": [
+            None if channel.color is None else signed_rgba(channel.color)
+            for channel in like.channels
+        ],
+        "EmissionWavelength": [channel.emission_nm for channel in like.channels],
+        "ExcitationWavelength": [channel.excitation_nm for channel in like.channels],
+    }
+    known: dict[str, object] = {}
+    for key, values in found.items():
+        if any(value is not None for value in values):
+            known[key] = values
+            if key.endswith("Wavelength"):
+                known[f"{key}Unit"] = ["nm"] * len(values)
+    return {"Channel": known} if known else {}
+
+
+def _ome_planes(image: OutputImage) -> dict[str, object]:
+    """Return where and when the planes were taken, as far as it is known."""
+    like = image.like
+    taken = image.taken or [PlaneFacts()] * len(like)
+    stage = like.stage or StagePosition()
+    known = [
+        _measured(
+            ("PositionX", stage.x_um, "µm"),
+            ("PositionY", stage.y_um, "µm"),
+            ("PositionZ", stage.z_um if one.z_um is None else one.z_um, "µm"),
+            ("DeltaT", one.delta_s, "s"),
+            ("ExposureTime", one.exposure_ms, "ms"),
+        )
+        for one in taken
+    ]
+    return {"Plane": known} if any(known) else {}
+
+
+def _measured(*facts: tuple[str, float | None, str]) -> dict[str, object]:
+    known: dict[str, object] = {}
+    for key, value, unit in facts:
+        if value is not None:
+            known |= {key: value, f"{key}Unit": unit}
+    return known
+
+
+def _ome_map(image: OutputImage) -> dict[str, object]:
+    """Return how an image was made, and what OME-XML has no place for."""
+    like = image.like
+    told = dict(image.made)
+    if like.position is not None:
+        told["position"] = like.position
+    if like.place is not None:
+        row, column = like.place.rows[like.place.row], like.place.columns
+        told["plate"] = like.place.plate
+        told["well"] = f"{row}{column[like.place.column]}"
+        told["field"] = str(like.place.field)
+    for number, channel in enumerate(like.channels):
+        window = channel.window
+        if window is not None and image.keeps_counts:
+            told[f"contrast window c{number}"] = f"{window.start:g} to {window.end:g}"
+    value = {key: writable_text(text) for key, text in told.items()}
+    return {"Namespace": NAMESPACE, "Value": {"rtfocus": SOFTWARE, **value}}

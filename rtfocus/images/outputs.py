@@ -3,41 +3,37 @@
 One guard for every command that writes where a user says. It knows the command's
 inputs with their companions, is asked about every target before the first pixel is
 computed, and writes each target beside its place, to be moved there whole.
+
+Images become TIFF, OME-TIFF or OME-Zarr by the output's ending. What the input says of
+its pixels, channels and wells is kept; what it does not say stays unknown.
 """
 
 import json
 import os
 import stat
 import tempfile
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from rtfocus import files
-from rtfocus.errors import OutputError
+from rtfocus.errors import InputError, OutputError
 from rtfocus.images.metadata import (
     RUN_ENDING,
+    OutputImage,
     is_zarr,
     json_mark,
+    result_names,
+    same_name,
     written_by_rtfocus,
 )
+from rtfocus.images.ome_xml import write_tiff
+from rtfocus.images.reading import BrokenImage
 from rtfocus.images.series import ImageSeries
+from rtfocus.images.zarr_writing import ZarrForm, write_zarr
 
 _TIFF_ENDINGS = (".tif", ".tiff")
-_ENDINGS = (
-    ".ome.tiff",
-    ".ome.tif",
-    ".ome.zarr",
-    *_TIFF_ENDINGS,
-    ".zarr",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".bmp",
-)
 _IMAGE_ENDINGS = (*_TIFF_ENDINGS, ".zarr", ".png", ".jpg", ".jpeg", ".bmp")
 
 STANDARD_OUTPUT = ("-", "/dev/stdout")
@@ -256,74 +252,6 @@ def companions(series: Iterable[ImageSeries]) -> list[Path]:
     return list(found)
 
 
-def result_names(series: Sequence[ImageSeries], root: Path) -> list[PurePosixPath]:
-    """Name one TIFF for each image, all different on every file system.
-
-    Parameters
-    ----------
-    series
-        Images of one input.
-    root
-        The input; of a folder, the layout below it is kept.
-
-    Returns
-    -------
-    list of PurePosixPath
-        Relative to the output folder. A file's name keeps all but its last known
-        ending; where that makes two equal, the ending too. Images of a plate lie in a
-        folder of their well.
-    """
-    number = Counter(one.path for one in series)
-    folders = [_folder_of(one, root) for one in series]
-    stems = [
-        files.portable_name(_stem(one.path.name) if number[one.path] == 1 else one.name)
-        for one in series
-    ]
-    equal = Counter(map(same_name, map(str, map(PurePosixPath, folders, stems))))
-    paths = []
-    for one, folder, stem in zip(series, folders, stems, strict=True):
-        ending = one.path.suffix.lower()
-        clashes = equal[same_name(str(folder / stem))] > 1
-        if clashes and number[one.path] == 1 and ending not in _TIFF_ENDINGS:
-            stem += ending
-        paths.append(folder / stem)
-    taken = {same_name(str(parent)) for path in paths for parent in path.parents}
-    return [_free(path, taken) for path in paths]
-
-
-def same_name(text: str) -> str:
-    """Return what is equal for names that some file system takes for one."""
-    return unicodedata.normalize("NFC", text).casefold()
-
-
-def _folder_of(one: ImageSeries, root: Path) -> PurePosixPath:
-    """Return where below the output folder an image lies."""
-    parts = (
-        one.path.parent.relative_to(root).parts
-        if root != one.path and one.path.is_relative_to(root)
-        else ()
-    )
-    if one.place is not None:
-        rows, columns = one.place.rows, one.place.columns
-        parts = (*parts, rows[one.place.row] + columns[one.place.column])
-    return PurePosixPath(*map(files.portable_name, parts))
-
-
-def _stem(name: str) -> str:
-    ending = next((e for e in _ENDINGS if name.lower().endswith(e)), "")
-    return name[: len(name) - len(ending)] or name
-
-
-def _free(path: PurePosixPath, taken: set[str]) -> PurePosixPath:
-    """Return `path` as a TIFF, numbered if that name is taken; it is then."""
-    number, name = 1, f"{path.name}.tif"
-    while same_name(str(path.with_name(name))) in taken:
-        number += 1
-        name = f"{path.name}_{number}.tif"
-    taken.add(same_name(str(path.with_name(name))))
-    return path.with_name(name)
-
-
 def _identity(path: Path) -> Identity | None:
     """Return what all names of a file share; None where there is no file."""
     try:
@@ -391,3 +319,99 @@ def _files_of_report(mark: Path) -> list[str]:
         return []
     listed = json.loads(mark.read_text("utf-8")).get("files")
     return list(listed) if isinstance(listed, list) else []
+
+
+class ImageOutput:
+    """Where images will be written, checked before any of them is computed.
+
+    Parameters
+    ----------
+    output
+        ``.tif`` or ``.tiff``: one file (OME-TIFF; several images = several
+        series); ``.zarr``: OME-Zarr 0.5, images of one plate as a plate; no ending,
+        or a folder that exists: a folder with one TIFF per image, in the layout of
+        the input.
+    series
+        At least one.
+    guard
+        Knows the inputs.
+    root
+        The input that the images were found in; None: that of the first.
+
+    Raises
+    ------
+    OutputError
+        If the ending is unknown, something must not be replaced, or the place takes
+        no files.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        series: Sequence[ImageSeries],
+        guard: OutputGuard,
+        root: Path | None = None,
+    ) -> None:
+        self.path = output
+        self._guard = guard
+        self.ending = output.suffix.lower()
+        self.is_folder = self.ending == "" or (
+            os.path.isdir(output) and self.ending not in (".tif", ".tiff", ".zarr")
+        )
+        if self.is_folder:
+            guard.claim_folder(output)
+            names = result_names(series, root or series[0].path)
+            self.targets = [guard.claim(output / name) for name in names]
+        elif self.ending in (".tif", ".tiff", ".zarr"):
+            self.targets = [guard.claim(output, named=self.ending != ".zarr")]
+        else:
+            msg = (
+                f"'{output}': unknown ending '{self.ending}'; use .tif, .ome.zarr, or "
+                "a folder's name without ending"
+            )
+            raise OutputError(msg)
+
+    def write(
+        self, images: Sequence[OutputImage], form: ZarrForm | None = None
+    ) -> list[BrokenImage]:
+        """Write images plane by plane, each target whole.
+
+        Parameters
+        ----------
+        images
+            One for each series, in the same order.
+        form
+            Of an OME-Zarr; None: of version 0.5, in full size alone.
+
+        Returns
+        -------
+        list of BrokenImage
+            Inputs whose planes cannot be read: nothing is written of them. In one
+            file for all there is none, it is all or nothing.
+
+        Raises
+        ------
+        InputError
+            If a plane cannot be read and all images go into one file.
+        OutputError
+            If the disk refuses it.
+        """
+        if not self.is_folder:
+            with self._guard.whole(self.path) as part:
+                if self.ending == ".zarr":
+                    write_zarr(part, images, form or ZarrForm())
+                else:
+                    write_tiff(part, images)
+            return []
+        broken = []
+        for image, target in zip(images, self.targets, strict=True):
+            try:
+                with self._guard.whole(target) as part:
+                    write_tiff(part, [image])
+            except InputError as error:
+                broken.append(BrokenImage(image.like.path, str(error)))
+        return broken
+
+    def written(self) -> list[Path]:
+        """Return the targets that are on disk now."""
+        return [target for target in self.targets if target.exists()]

@@ -437,3 +437,13 @@ def saturation_blocks(
     whole[: high.shape[0], : high.shape[1]] = high
     blocks = whole.reshape(rows, block_px, columns, block_px).any(axis=(1, 3))
     return number, np.asarray(blocks, np.uint8), block_px
+
+
+def signed_rgba(color: str) -> int:
+    """Return RRGGBB, opaque, as the signed 32-bit RRGGBBAA of OME.
+
+    >>> signed_rgba("FF0000"), signed_rgba("00FF00")
+    (-16776961, 16711935)
+    """
+    rgba = (int(color, 16) << 8) | 0xFF
+    return rgba - (1 << 32) if rgba >= 1 << 31 else rgba

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numcodecs
 import numpy as np
@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 from yaozarrs import v05
 from yaozarrs.write.v05 import Bf2RawBuilder, PlateBuilder, prepare_image
 
-from rtfocus.images.metadata import zarr_attributes
+from rtfocus.images.metadata import OutputImage, zarr_attributes
 from rtfocus.images.ome_xml import OmeImage, write_ome_xml
 from rtfocus.images.series import ImageChannel, ImageSeries, PlatePlace
-
-if TYPE_CHECKING:
-    from rtfocus.images.writing import OutputImage
 
 _COMPRESSION: Literal["blosc-lz4"] = "blosc-lz4"
 _COLOURS = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
@@ -61,7 +58,7 @@ _PLAIN = ZarrForm()
 
 
 def write_zarr(
-    path: Path, images: "Sequence[OutputImage]", form: ZarrForm = _PLAIN
+    path: Path, images: Sequence[OutputImage], form: ZarrForm = _PLAIN
 ) -> None:
     """Write images as one OME-Zarr at a path that is free.
 
@@ -75,7 +72,7 @@ def write_zarr(
 
 
 def prepare_zarr(
-    path: Path, images: "Sequence[OutputImage]", form: ZarrForm = _PLAIN
+    path: Path, images: Sequence[OutputImage], form: ZarrForm = _PLAIN
 ) -> list[str]:
     """Make all of an OME-Zarr but its pixels; no plane of `images` is taken.
 
@@ -94,7 +91,7 @@ def prepare_zarr(
     return places_in_zarr(images)
 
 
-def places_in_zarr(images: "Sequence[OutputImage]") -> list[str]:
+def places_in_zarr(images: Sequence[OutputImage]) -> list[str]:
     """Return of each image the path of its group in an OME-Zarr of all of them.
 
     The root is the empty text.
@@ -112,7 +109,7 @@ def places_in_zarr(images: "Sequence[OutputImage]") -> list[str]:
 
 
 def fill_image(
-    path: Path, place: str, image: "OutputImage", form: ZarrForm = _PLAIN
+    path: Path, place: str, image: OutputImage, form: ZarrForm = _PLAIN
 ) -> None:
     """Write all planes of an image to its place in a Zarr that was prepared.
 
@@ -131,7 +128,7 @@ def fill_image(
                 array[t, c * colours + colour, z] = smaller
 
 
-def _prepare_image(path: Path, image: "OutputImage", form: ZarrForm) -> None:
+def _prepare_image(path: Path, image: OutputImage, form: ZarrForm) -> None:
     ome, datasets = _declared(image, form)
     prepare_image(
         path,
@@ -143,7 +140,7 @@ def _prepare_image(path: Path, image: "OutputImage", form: ZarrForm) -> None:
 
 
 def _prepare_collection(
-    path: Path, images: "Sequence[OutputImage]", form: ZarrForm
+    path: Path, images: Sequence[OutputImage], form: ZarrForm
 ) -> None:
     named = dict(zip(places_in_zarr(images), images, strict=True))
     nodes = ["", "OME", *named]
@@ -161,7 +158,7 @@ def _prepare_collection(
     (path / "OME" / "METADATA.ome.xml").write_bytes(write_ome_xml(described))
 
 
-def _prepare_plate(path: Path, images: "Sequence[OutputImage]", form: ZarrForm) -> None:
+def _prepare_plate(path: Path, images: Sequence[OutputImage], form: ZarrForm) -> None:
     wells: dict[tuple[int, int], dict[str, OutputImage]] = {}
     for image in images:
         place = image.like.place
@@ -186,7 +183,7 @@ def _prepare_plate(path: Path, images: "Sequence[OutputImage]", form: ZarrForm) 
     builder.prepare()
 
 
-def _creation(image: "OutputImage", form: ZarrForm) -> dict[str, Any]:
+def _creation(image: OutputImage, form: ZarrForm) -> dict[str, Any]:
     """Return how the builders create arrays."""
     return {
         "chunks": form.chunks(image.like.shape),
@@ -270,7 +267,7 @@ def _plate_nodes(
     return sorted(set(nodes))
 
 
-def _shared(images: "Sequence[OutputImage]") -> dict[str, str]:
+def _shared(images: Sequence[OutputImage]) -> dict[str, str]:
     """Return how images were made: once where equal, else by image."""
     first = dict(images[0].made)
     if all(dict(image.made) == first for image in images):
@@ -282,12 +279,12 @@ def _shared(images: "Sequence[OutputImage]") -> dict[str, str]:
     }
 
 
-def _level_names(image: "OutputImage", form: ZarrForm) -> list[str]:
+def _level_names(image: OutputImage, form: ZarrForm) -> list[str]:
     return [str(level) for level in range(len(form.shapes(image.like.shape)))]
 
 
 def _declared(
-    image: "OutputImage", form: ZarrForm
+    image: OutputImage, form: ZarrForm
 ) -> tuple[v05.Image, list[tuple[tuple[int, ...], np.dtype[np.generic]]]]:
     """Return the metadata of an image, and shape and type of its levels."""
     like = image.like
@@ -314,7 +311,7 @@ def _halved(plane: NDArray[Any]) -> Iterator[NDArray[Any]]:
         plane = mean.astype(plane.dtype)
 
 
-def _ome(image: "OutputImage", levels: int) -> v05.Image:
+def _ome(image: OutputImage, levels: int) -> v05.Image:
     like = image.like
     steps = (
         like.time_step_s,
@@ -391,7 +388,7 @@ def _ome_image(like: ImageSeries) -> OmeImage:
     )
 
 
-def _omero(image: "OutputImage") -> v05.Omero | None:
+def _omero(image: OutputImage) -> v05.Omero | None:
     """Return names, colours and contrast; None where nothing is known of them."""
     like = image.like
     known = any(channel != ImageChannel() for channel in like.channels)
@@ -405,7 +402,7 @@ def _omero(image: "OutputImage") -> v05.Omero | None:
     return v05.Omero(channels=channels) if channels else None
 
 
-def _omero_channel(channel: ImageChannel, image: "OutputImage") -> v05.OmeroChannel:
+def _omero_channel(channel: ImageChannel, image: OutputImage) -> v05.OmeroChannel:
     """Describe a channel; white and the whole range where the input says nothing."""
     kind = image.dtype
     top = float(2 ** (8 * kind.itemsize) - 1) if kind.kind == "u" else 1.0

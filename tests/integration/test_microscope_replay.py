@@ -5,11 +5,12 @@ import threading
 import numpy as np
 import pytest
 import tifffile
+from image_file_kit import write_images
 from microscope_kit import OPTICS, RecordingSink, record
 
 from rtfocus.errors import ConfigError, InputError
+from rtfocus.images.metadata import OutputImage
 from rtfocus.images.reading import open_images
-from rtfocus.images.writing import OutputImage, write_images
 
 
 def replay(path, **settings):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from image_file_kit import write_images
 from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
+from rtfocus.images.metadata import OutputImage
 from rtfocus.images.reading import open_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
-from rtfocus.images.writing import OutputImage, write_images
 
 
 def numbered(sizes: dict[str, int], shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from image_file_kit import flat, means, ngff_axes, write_ngff
+from image_file_kit import flat, means, ngff_axes, write_images, write_ngff
 from PIL import Image
 
 from rtfocus.errors import InputError
+from rtfocus.images.metadata import OutputImage
 from rtfocus.images.reading import find_images, open_images
-from rtfocus.images.writing import OutputImage, write_images
 
 
 def fill(folder: Path, names: list[str]) -> Path:

@@ -9,11 +9,11 @@ import pytest
 import tifffile
 import yaozarrs
 import zarr
+from image_file_kit import write_images
 
-from rtfocus.images.metadata import SOFTWARE, written_by_rtfocus
+from rtfocus.images.metadata import SOFTWARE, OutputImage, written_by_rtfocus
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ContrastWindow, ImageChannel, ImageSeries, PlatePlace
-from rtfocus.images.writing import OutputImage, write_images
 
 MADE = {"engine": "rtfocus-1@abc", "optics": "NA=0.75", "optics from": "the file"}
 CHANNELS = (

@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rtfocus.errors import InputError, OutputError, RtfocusError
-from rtfocus.images.metadata import written_by_rtfocus
-from rtfocus.images.outputs import OutputGuard, companions, result_names
+from rtfocus.images.metadata import OutputImage, result_names, written_by_rtfocus
+from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
 from rtfocus.images.reading import find_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.images.writing import ImageOutput, OutputImage
 
 PIXELS = np.arange(20, dtype=np.uint16).reshape(4, 5)
 
