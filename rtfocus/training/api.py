@@ -31,7 +31,7 @@ from rtfocus.training.feed import (
     load_checkpoint,
     mean_state,
 )
-from rtfocus.training.networks.rtfocus_2 import Rtfocus2Recipe
+from rtfocus.training.networks.rtfocus import Rtfocus2Recipe
 from rtfocus.training.onnx_forms import (
     calibration_inputs,
     halve_weights,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+# Of the variance that tiles are divided by.
+_LEAST_POWER = 1e-4
 _CHANCE: ContextVar[torch.Generator | None] = ContextVar("chance", default=None)
 
 
@@ -131,6 +133,66 @@ def unfold_batch_norm(
         maps = [layer(m) for m in maps]
 
 
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a short cut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features of the same shape."""
+        result: Tensor = features + self.layers(features)
+        return result
+
+
+class Modulation(nn.Module):
+    """Scale and shift of features by the condition (FiLM); begins as the identity."""
+
+    def __init__(self, hidden: int, channels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden, 2 * channels)
+        nn.init.zeros_(self.dense.weight)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, features: Tensor, hidden: Tensor) -> Tensor:
+        """Return ``features * (1 + scale) + shift``, per channel."""
+        scale, shift = self.dense(hidden)[:, :, None, None].chunk(2, dim=1)
+        result: Tensor = features * (1 + scale) + shift
+        return result
+
+
+def around(cells: Tensor) -> Tensor:
+    """Return the mean over the 80 px around each cell, cut at the frame's edge."""
+    return functional.avg_pool2d(cells, 5, stride=1, padding=2, count_include_pad=False)
+
+
+def double(features: Tensor) -> Tensor:
+    """Return maps of twice the size, each pixel four times."""
+    return functional.interpolate(features, scale_factor=2.0, mode="nearest")
+
+
+def local_contrast(tiles: Tensor, cell_px: int) -> Tensor:
+    """Divide tiles by the deviation around: dim objects tell as much as bright.
+
+    The deviation from the mean over 5 x 5 cells, blended over cells.
+    """
+    cells = functional.avg_pool2d(torch.cat([tiles, tiles.square()], 1), cell_px)
+    mean, square = around(cells).chunk(2, dim=1)
+    deviation = ((square - mean.square()).clamp(min=0) + _LEAST_POWER).sqrt()
+    both = torch.cat([mean, 1 / deviation], dim=1)
+    mean, scale = functional.interpolate(
+        both, scale_factor=cell_px, mode="bilinear"
+    ).chunk(2, dim=1)
+    return (tiles - mean) * scale
+
+
 class TiledClassifier(nn.Module):
     """A patch classifier over whole frames: one label per patch, side by side.
 
@@ -190,3 +252,34 @@ def scales_loss(restored: Sequence[Tensor], sharp: Tensor, bend: float) -> Tenso
         wanted = functional.avg_pool2d(wanted, 2)
         total = total + charbonnier(found.float() - wanted, bend)
     return total / len(restored)
+
+
+def label_loss(logits: Tensor, levels: Tensor, empty: Tensor) -> Tensor:
+    """Return the cross-entropy of tiles against their level.
+
+    A defocus between two levels asks for both, each by its nearness.
+
+    Parameters
+    ----------
+    logits
+        Shape (N, label, row, column): levels from -n to n, then background.
+    levels
+        Signed defocus in levels, shape (N, row, column); NaN: not counted.
+    empty
+        Background tiles, same shape.
+    """
+    known = ~levels.isnan()
+    if not known.any():
+        return logits.sum() * 0
+    count = logits.shape[1]
+    highest = count - 2
+    place = (levels[known] + highest / 2).clamp(0, highest)
+    lower = place.floor().clamp(max=highest - 1)
+    share = place - lower
+    wanted = functional.one_hot(lower.long(), count) * (1 - share)[:, None]
+    wanted = wanted + functional.one_hot(lower.long() + 1, count) * share[:, None]
+    background = torch.zeros_like(wanted)
+    background[:, -1] = 1
+    wanted = torch.where(empty[known][:, None], background, wanted)
+    found = logits.permute(0, 2, 3, 1)[known].log_softmax(dim=1)
+    return -(wanted * found).sum(dim=1).mean()

@@ -244,8 +244,8 @@ _MODULES = {
     "mobilenet_v2": "delpnet",
     "resnet18": "delpnet",
     "rrdb": "blind_restorers",
-    "rtfocus_1": "rtfocus_1",
-    "rtfocus_2": "rtfocus_2",
+    "rtfocus_1": "rtfocus",
+    "rtfocus_2": "rtfocus",
     "wei_classifier": "wei_classifier",
     "wei_unet": "wei_unet",
 }

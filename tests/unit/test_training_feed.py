@@ -15,7 +15,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.feed import answer_requests
 from rtfocus.training.networks.delpnet import DelpNet
-from rtfocus.training.networks.rtfocus_1 import Rtfocus1Recipe, Rtfocus1Section
+from rtfocus.training.networks.rtfocus import Rtfocus1Recipe, Rtfocus1Section
 from rtfocus.training.recipe import (
     OptimiserRecipe,
     PairsRecipe,

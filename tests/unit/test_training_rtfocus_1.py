@@ -7,15 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from rtfocus.training.layers import charbonnier
-from rtfocus.training.networks.rtfocus_1 import (
-    CONDITION,
-    LABELS,
-    Modulation,
-    Rtfocus1,
-    label_loss,
-    tile_levels,
-)
+from rtfocus.training.layers import Modulation, charbonnier, label_loss
+from rtfocus.training.networks.rtfocus import CONDITION, LABELS, Rtfocus1, tile_levels
 
 FOCUS = LABELS.index(0)
 

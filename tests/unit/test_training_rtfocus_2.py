@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from rtfocus.files import resource_folder
-from rtfocus.training.networks.rtfocus_1 import Rtfocus1
-from rtfocus.training.networks.rtfocus_2 import Rtfocus2Task
+from rtfocus.training.networks.rtfocus import Rtfocus1, Rtfocus2Task
 from rtfocus.training.recipe import load_recipe
 
 

@@ -28,7 +28,7 @@ from rtfocus.training.kernel_pairs import (
     estimated_kernels,
     gaussian_kernels,
 )
-from rtfocus.training.layers import scales_loss
+from rtfocus.training.layers import double, scales_loss
 from rtfocus.training.pairs import load_real_pairs
 from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.scenes import data_folder
@@ -325,8 +325,8 @@ class ScaleNetwork(nn.Module):
         seen = torch.cat([blurred, carried], dim=1)
         fine = self.encoder(self.stem(functional.pixel_unshuffle(seen, 2)))
         coarse = self.middle(self.down(fine))
-        fine = self.decoder(fine + _double(self.up(coarse)))
-        detail = functional.leaky_relu(self.head(_double(fine)), _SLOPE)
+        fine = self.decoder(fine + double(self.up(coarse)))
+        detail = functional.leaky_relu(self.head(double(fine)), _SLOPE)
         result: Tensor = carried + self.correction(torch.cat([detail, seen], dim=1))
         return result
 
@@ -381,10 +381,6 @@ def image_pyramid(images: Tensor) -> list[Tensor]:
     for _ in range(_SCALES - 1):
         sizes.append(functional.avg_pool2d(sizes[-1], 2))
     return sizes[::-1]
-
-
-def _double(features: Tensor) -> Tensor:
-    return functional.interpolate(features, scale_factor=2.0, mode="nearest")
 
 
 _SCALES_TILE_PX = 256

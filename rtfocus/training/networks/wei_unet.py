@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
+from rtfocus.training.layers import double
 from rtfocus.training.networks.wei_kernel import (
     UNKNOWN_CLASS,
     WeiKernelNet,
@@ -162,11 +163,11 @@ class WeiUNet(nn.Module):
                 features = layer(features, flat)
             skips.append(features)
         for place in reversed(range(len(self.enlarge))):
-            features = self.enlarge[place](_double(features), flat)
+            features = self.enlarge[place](double(features), flat)
             features = torch.cat([features, skips[place]], dim=1)
             features = self.decoder[place](features, flat)
         if self.head is not None:
-            features = self.head(_double(features), flat)
+            features = self.head(double(features), flat)
         result: Tensor = self.output(features)
         return tiles + result if self.residual_output else result
 
@@ -230,10 +231,6 @@ def defocus_classes(
     ) + torch.zeros_like(levels, dtype=torch.long)
     unknown = torch.full_like(classes, UNKNOWN_CLASS)
     return torch.where(known > 0, classes, unknown)
-
-
-def _double(features: Tensor) -> Tensor:
-    return functional.interpolate(features, scale_factor=2.0, mode="nearest")
 
 
 _TILE_PX = 256

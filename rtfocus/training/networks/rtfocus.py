@@ -1,4 +1,4 @@
-"""rtfocus-1: defocus per tile and the restored image in one pass.
+"""rtfocus-1 and rtfocus-2: defocus per tile and the restored image in one pass.
 
 A residual U-Net on four scales below half resolution. What makes it one network
 for many objectives and safe on what is sharp already:
@@ -11,11 +11,23 @@ for many objectives and safe on what is sharp already:
 - *gate*: the correction is multiplied by the probability that there is anything to
   correct, so focus and background pass through.
 
+rtfocus-2, for microscopes nobody has described, goes on from weights of the first:
+
+- *sampling may be hidden*: a flag says whether it is told. Where it is not, levels are
+  those of the reference optics that blur over as many pixels: all that an image tells.
+- *doubt*: how much of the correction is applied is learned from the restoration itself,
+  beside the labels, which can be overruled on what was never seen.
+- *no BatchNorm*: it is folded into the convolutions. Batches of very unlike kinds would
+  spoil its statistics, and steps are cheaper without.
+- *decibels* beside absolute error: what is sharp must stay sharp to a thousandth, and
+  dim images weigh as much as bright ones.
+
 Resize and convolution, no transposed convolution: no checkerboard.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,7 +37,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
-from rtfocus.training.layers import charbonnier, fold_batch_norm
+from rtfocus.training.layers import (
+    Modulation,
+    ResidualBlock,
+    around,
+    charbonnier,
+    double,
+    fold_batch_norm,
+    label_loss,
+    local_contrast,
+)
 from rtfocus.training.pairs import TILE_PX, TILE_STRIDE_PX
 from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
 from rtfocus.training.task import (
@@ -41,10 +62,11 @@ from rtfocus.training.task import (
     pair_optics,
 )
 
+Floats = NDArray[np.float32]
+
 CELL_PX = 16
 """Pixels per cell of the deepest features."""
-TILE_CELLS = 6
-STRIDE_CELLS = 3
+TILE_CELLS, STRIDE_CELLS = 6, 3
 CONDITION = (
     "sampling",
     "spherical_waves",
@@ -60,45 +82,8 @@ LABELS: tuple[int | str, ...] = (*range(-FARTHEST, FARTHEST + 1), "bg")
 """Label of every output: signed defocus levels, then background."""
 
 _FOCUS = LABELS.index(0)
-_BACKGROUND = len(LABELS) - 1
 _HIDDEN = 64
 _HEAD = 12
-_LEAST_POWER = 1e-4
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a short cut."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return features of the same shape."""
-        result: Tensor = features + self.layers(features)
-        return result
-
-
-class Modulation(nn.Module):
-    """Scale and shift of features by the condition (FiLM); begins as the identity."""
-
-    def __init__(self, hidden: int, channels: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(hidden, 2 * channels)
-        nn.init.zeros_(self.dense.weight)
-        nn.init.zeros_(self.dense.bias)
-
-    def forward(self, features: Tensor, hidden: Tensor) -> Tensor:
-        """Return ``features * (1 + scale) + shift``, per channel."""
-        scale, shift = self.dense(hidden)[:, :, None, None].chunk(2, dim=1)
-        result: Tensor = features * (1 + scale) + shift
-        return result
 
 
 class Rtfocus1(nn.Module):
@@ -161,7 +146,7 @@ class Rtfocus1(nn.Module):
             restored tiles, shape of `tiles`.
         """
         hidden = self.embedding(condition)
-        seen = torch.cat([tiles, _local_contrast(tiles)], dim=1)
+        seen = torch.cat([tiles, local_contrast(tiles, CELL_PX)], dim=1)
         features = functional.relu(self.stem(functional.pixel_unshuffle(seen, 2)))
         skips: list[Tensor] = []
         for place, blocks in enumerate(self.encoder):
@@ -170,15 +155,14 @@ class Rtfocus1(nn.Module):
             features = blocks(self.modulate_down[place](features, hidden))
             skips.append(features)
         evidence = functional.relu(self.evidence(features))
-        logits = self.label(
-            functional.avg_pool2d(evidence, TILE_CELLS, stride=STRIDE_CELLS)
-        )
+        tiled = functional.avg_pool2d(evidence, TILE_CELLS, stride=STRIDE_CELLS)
+        logits = self.label(tiled)
         gate = self.gate(features, evidence)
         for place in reversed(range(len(self.up))):
-            features = _double(self.up[place](features)) + skips[place]
+            features = double(self.up[place](features)) + skips[place]
             features = self.modulate_up[place](features, hidden)
             features = self.decoder[place](features)
-        fine = functional.relu(self.head(_double(features)))
+        fine = functional.relu(self.head(double(features)))
         correction = self.correction(torch.cat([fine, tiles], dim=1))
         wide = functional.interpolate(gate, scale_factor=CELL_PX, mode="bilinear")
         return logits, tiles + wide * correction
@@ -196,46 +180,18 @@ class Rtfocus1(nn.Module):
         Returns
         -------
         Tensor
-            Shape (N, 1, row, column), between 0 and 1: here the probability, around
-            each cell, of neither focus nor background.
+            Shape (N, 1, row, column), 0 to 1: here the probability around each cell
+            of neither focus nor background.
         """
         del features
-        return _something_to_correct(self.label(around(evidence)))
-
-
-def around(cells: Tensor) -> Tensor:
-    """Return the mean over the 80 px around each cell, cut at the frame's edge."""
-    return functional.avg_pool2d(cells, 5, stride=1, padding=2, count_include_pad=False)
+        logits = self.label(around(evidence))
+        shares = logits.float().softmax(dim=1)
+        idle = shares[:, _FOCUS] + shares[:, -1]
+        return (1 - idle)[:, None].to(logits.dtype)
 
 
 def _blocks(channels: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*(ResidualBlock(channels) for _ in range(depth)))
-
-
-def _double(features: Tensor) -> Tensor:
-    return functional.interpolate(features, scale_factor=2.0, mode="nearest")
-
-
-def _local_contrast(tiles: Tensor) -> Tensor:
-    """Divide by the deviation of the surroundings: dim objects tell as much as bright.
-
-    The deviation from the mean over 80 px, blended over cells of 16 px.
-    """
-    cells = functional.avg_pool2d(torch.cat([tiles, tiles.square()], 1), CELL_PX)
-    mean, square = around(cells).chunk(2, dim=1)
-    deviation = ((square - mean.square()).clamp(min=0) + _LEAST_POWER).sqrt()
-    both = torch.cat([mean, 1 / deviation], dim=1)
-    mean, scale = functional.interpolate(
-        both, scale_factor=CELL_PX, mode="bilinear"
-    ).chunk(2, dim=1)
-    return (tiles - mean) * scale
-
-
-def _something_to_correct(logits: Tensor) -> Tensor:
-    """Return the probability, per cell, of neither focus nor background."""
-    shares = logits.float().softmax(dim=1)
-    idle = shares[:, _FOCUS] + shares[:, _BACKGROUND]
-    return (1 - idle)[:, None].to(logits.dtype)
 
 
 class Rtfocus1Section(Section):
@@ -280,28 +236,21 @@ class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
         made = self.source.batch(step, draw)
         rng = np.random.default_rng([self.recipe.seed, 7, step, draw])
         condition, levels = self.told(made["optics"], tile_levels(made["levels"]), rng)
-        return {
-            "blurred": made["blurred"],
-            "sharp": made["sharp"],
-            "levels": levels,
-            "empty": made["empty"],
-            "condition": condition,
-        }
+        kept = {name: made[name] for name in ("blurred", "sharp", "empty")}
+        return {**kept, "levels": levels, "condition": condition}
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Charbonnier of the image plus weighted soft cross-entropy."""
-        settings = self.recipe.rtfocus_1
         blurred, sharp = tensors["blurred"], tensors["sharp"]
         logits, restored = self.network(blurred, tensors["condition"])
-        error = restored.float() - sharp
-        image = self.image_loss(error)
+        image = self.image_loss(restored.float() - sharp)
         labels = label_loss(logits.float(), tensors["levels"], tensors["empty"])
         shown = {
             "image": image,
             "labels": labels,
             "gain_db": gain_db(blurred, restored.float(), sharp),
         }
-        return image + settings.label_weight * labels, shown
+        return image + self.recipe.rtfocus_1.label_weight * labels, shown
 
     def image_loss(self, error: Tensor) -> Tensor:
         """Return what errors of shape (N, 1, y, x) cost."""
@@ -321,6 +270,7 @@ class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
     def card(self) -> dict[str, Any]:
         """Return the card of an rtfocus-1 engine."""
         pairs = self.recipe.pairs
+        step_um = pairs.level_step_um
         return {
             "kind": "joint",
             "implementation": "onnx",
@@ -329,22 +279,15 @@ class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
             "condition": {"name": "condition", "entries": list(self.network.condition)},
             "output": {"name": "logits", "labels": list(LABELS)},
             "restored": {"name": "restored"},
-            "levels": {
-                "step_um": pairs.level_step_um,
-                "count": FARTHEST + 1,
-                "signed": True,
-            },
+            "levels": {"step_um": step_um, "count": FARTHEST + 1, "signed": True},
             "normalisation": pair_normalisation(),
             "background": background_rule(),
             "optics": pair_optics(pairs),
         }
 
     def told(
-        self,
-        optics: NDArray[np.generic],
-        levels: NDArray[np.float32],
-        rng: np.random.Generator,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self, optics: NDArray[np.generic], levels: Floats, rng: np.random.Generator
+    ) -> tuple[Floats, Floats]:
         """Choose what the network is told of patches, and what it is to answer.
 
         Parameters
@@ -374,41 +317,134 @@ class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
         return np.stack(columns, axis=1).astype(np.float32), levels
 
 
-def tile_levels(cells: NDArray[np.generic]) -> NDArray[np.float32]:
+def tile_levels(cells: NDArray[np.generic]) -> Floats:
     """Return the mean defocus of every tile from that of its cells."""
-    size = TILE_CELLS
-    windows = np.lib.stride_tricks.sliding_window_view(cells, (size, size), (1, 2))
+    size = (TILE_CELLS, TILE_CELLS)
+    windows = np.lib.stride_tricks.sliding_window_view(cells, size, (1, 2))
     tiles = windows[:, ::STRIDE_CELLS, ::STRIDE_CELLS].mean(axis=(3, 4))
     return np.asarray(tiles, dtype=np.float32)
 
 
-def label_loss(logits: Tensor, levels: Tensor, empty: Tensor) -> Tensor:
-    """Return the cross-entropy of tiles against their level.
-
-    A defocus between two levels asks for both, each by its nearness.
-
-    Parameters
-    ----------
-    logits
-        Shape (N, label, row, column), background last.
-    levels
-        Signed defocus in levels, shape (N, row, column); NaN: not counted.
-    empty
-        Background tiles, same shape.
-    """
-    known = ~levels.isnan()
-    if not known.any():
-        return logits.sum() * 0
-    place = (levels[known] + FARTHEST).clamp(0, 2 * FARTHEST)
-    lower = place.floor().clamp(max=2 * FARTHEST - 1)
-    share = place - lower
-    wanted = functional.one_hot(lower.long(), len(LABELS)) * (1 - share)[:, None]
-    wanted = wanted + functional.one_hot(lower.long() + 1, len(LABELS)) * share[:, None]
-    background = torch.zeros_like(wanted)
-    background[:, -1] = 1
-    wanted = torch.where(empty[known][:, None], background, wanted)
-    found = logits.permute(0, 2, 3, 1)[known].log_softmax(dim=1)
-    return -(wanted * found).sum(dim=1).mean()
+_LOOK, _DOUBT = 64, 32
+# Least probability that a label leaves to its opposite before doubt is heard.
+_LEAST_SHARE = 1e-3
+# Squared error, as a share of the range, below which decibels do not count: 50 dB.
+_ENOUGH = 1e-5
 
 
-NETWORKS = {"rtfocus_1": (Rtfocus1Recipe, Rtfocus1Task)}
+class Rtfocus2(Rtfocus1):
+    """Defocus and restoration in one pass, see `Rtfocus1` for the parameters."""
+
+    condition = (*CONDITION, "sampling_known")
+
+    def __init__(self, *sizes: tuple[int, ...]) -> None:
+        super().__init__(*sizes)
+        for block in self.modules():
+            if isinstance(block, ResidualBlock):
+                (folded,) = fold_batch_norm(nn.Sequential(block.layers)).children()
+                block.layers = cast("nn.Sequential", folded.train())
+        self.trust = nn.Parameter(torch.ones(1))
+        self.look = nn.Conv2d(self.evidence.in_channels, _LOOK, 1)
+        last = nn.Conv2d(_DOUBT, 1, 1)
+        self.doubt = nn.Sequential(nn.Conv2d(_LOOK, _DOUBT, 1), nn.ReLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    def gate(self, features: Tensor, evidence: Tensor) -> Tensor:
+        """Return the share of the correction per cell: the labels' odds, and doubt."""
+        busy = super().gate(features, evidence).clamp(_LEAST_SHARE, 1 - _LEAST_SHARE)
+        seen = around(functional.relu(self.look(features)))
+        odds = torch.log(busy / (1 - busy))
+        return torch.sigmoid(self.trust * odds + self.doubt(seen))
+
+
+class Rtfocus2Section(Rtfocus1Section):
+    """Size of the network, what its losses weigh and what is hidden from it."""
+
+    hidden_sampling_share: Fraction = 0.5
+    """Share of patches whose sampling, and so everything, the network is not told."""
+    trained: Literal["all", "gate"] = "all"
+    """``gate``: all else stays as it is, and a step costs a third."""
+    decibel_weight: Annotated[float, Field(ge=0)] = 0.02
+    """Weight of the logarithm of each patch's squared error."""
+
+
+class Rtfocus2Recipe(PairRecipe):
+    """A training run of the flagship for unknown optics."""
+
+    name: str = "rtfocus_2"
+    network: Literal["rtfocus_2"] = "rtfocus_2"
+    rtfocus_2: Rtfocus2Section = Rtfocus2Section()
+
+    @property
+    def rtfocus_1(self) -> Rtfocus1Section:
+        """What it shares with the first."""
+        return self.rtfocus_2
+
+
+class Rtfocus2Task(Rtfocus1Task):
+    """The losses of rtfocus-1, and decibels; sampling hidden at random."""
+
+    network: Rtfocus2
+    network_class = Rtfocus2
+    statistics_of = ()
+
+    def __init__(self, recipe: Rtfocus2Recipe) -> None:
+        # What the first asks of its recipe, this one has too.
+        super().__init__(cast("Any", recipe))
+        self._settings = recipe.rtfocus_2
+        if recipe.rtfocus_2.trained == "gate":
+            self.network.requires_grad_(False)
+            for part in (self.network.look, self.network.doubt, self.network.trust):
+                part.requires_grad_(True)
+
+    def image_loss(self, error: Tensor) -> Tensor:
+        """Return Charbonnier plus the mean logarithm of each patch's squared error."""
+        decibels = torch.log(error.square().mean(dim=(1, 2, 3)) / _ENOUGH + 1).mean()
+        return super().image_loss(error) + self._settings.decibel_weight * decibels
+
+    def told(
+        self, optics: NDArray[np.generic], levels: Floats, rng: np.random.Generator
+    ) -> tuple[Floats, Floats]:
+        """Choose what is told; levels of hidden optics are those of the reference."""
+        condition, levels = super().told(optics, levels, rng)
+        hidden = rng.random(len(optics)) < self._settings.hidden_sampling_share
+        flagged = np.column_stack([condition, np.ones(len(optics), np.float32)])
+        flagged[hidden] = 0
+        sampling = self.recipe.pairs.reference.sampling
+        wider = np.where(hidden, sampling / np.asarray(optics[:, 0], np.float64), 1.0)
+        return flagged, np.asarray(levels * wider[:, None, None], dtype=np.float32)
+
+    @torch.no_grad()
+    def take_state(self, weights: Mapping[str, Tensor]) -> None:
+        """Load weights of rtfocus-2, or of rtfocus-1 so that they do the same.
+
+        Hidden sampling is taken for that of the reference then, and nothing doubted.
+        """
+        if "trust" in weights:
+            self.network.load_state_dict(weights)
+            return
+        earlier = Rtfocus1(self._settings.widths, self._settings.depths)
+        earlier.load_state_dict(weights)
+        weights = fold_batch_norm(earlier).state_dict()
+        first, bias = (weights[f"embedding.0.{part}"] for part in ("weight", "bias"))
+        flag = first[:, :1] * self.recipe.pairs.reference.sampling
+        widened = {
+            **self.network.state_dict(),
+            **weights,
+            "embedding.0.weight": torch.cat([first, -flag], dim=1),
+            "embedding.0.bias": bias + flag[:, 0],
+        }
+        self.network.load_state_dict(widened)
+
+    @torch.no_grad()
+    def take_exported(self, weights: Mapping[str, Tensor]) -> None:
+        """Load the weights of an engine: there is no BatchNorm that was folded."""
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(weights[name])
+
+
+NETWORKS = {
+    "rtfocus_1": (Rtfocus1Recipe, Rtfocus1Task),
+    "rtfocus_2": (Rtfocus2Recipe, Rtfocus2Task),
+}
