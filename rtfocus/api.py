@@ -122,7 +122,9 @@ def classify(
     -------
     DefocusMap
         ``defocus_um``, ``confidence`` and ``level``, each with axes (tile_y, tile_x);
-        NaN where there is no specimen. ``grid`` says where the tiles lie.
+        NaN where there is no specimen. ``grid`` says where the tiles lie. With unknown
+        optics a blur beyond the engine's levels is measured in the image of half the
+        size, and so on: ``defocus_um`` goes on, ``level`` stays the last one.
 
     Raises
     ------

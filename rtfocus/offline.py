@@ -15,11 +15,16 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.engines.card import EngineCard, input_of
-from rtfocus.engines.fitted import DeviationCard, stated_um
+from rtfocus.engines.fitted import (
+    DeviationCard,
+    distances,
+    is_far,
+    stated_um,
+    with_coarser,
+)
 from rtfocus.engines.registry import find_engine, list_engines, parts, step_um
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import (
-    BACKGROUND,
     PROTOCOL_VERSION,
     DefocusMap,
     FrameHeader,
@@ -30,9 +35,13 @@ from rtfocus.frame import (
 )
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import checked_image
-from rtfocus.optics.normalisation import normalised
+from rtfocus.optics.normalisation import halved, normalised
 from rtfocus.processing.channel_plan import restored_as_it_is
-from rtfocus.processing.classify import Conditions, invertible_normalisation
+from rtfocus.processing.classify import (
+    Conditions,
+    estimate_frame,
+    invertible_normalisation,
+)
 from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.montage import to_planes
@@ -40,6 +49,8 @@ from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.processing.windows import FrameTiles
 
 _UID = "offline"
+_LEAST_PX = 48
+"""Least side of an image that is looked at once more at half the size of another."""
 
 
 class ImageProcessor:
@@ -73,11 +84,12 @@ class ImageProcessor:
         as_known = _as_known(config, optics)
         self._blind = as_known.processing.blind
         self._processor: FrameProcessor = open_processor(as_known)
-        self._scale: tuple[float, DeviationCard | None] | None = None
+        self._scale: tuple[float, int, DeviationCard | None] | None = None
         self._started: tuple[object, ...] | None = None
         self._pool = SlotPool(1, 1)
         self._sequence = 0
         self._one_at_a_time = threading.Lock()
+        self._coarser: ImageProcessor | None = None
 
     def classify(
         self, image: NDArray[np.generic], *, channel: str = "default"
@@ -96,7 +108,8 @@ class ImageProcessor:
         Returns
         -------
         FrameResult
-            ``estimate`` and ``defocus``; ``restored`` is None.
+            ``estimate``, with unknown optics a distance, and ``defocus``; ``restored``
+            is None.
 
         Raises
         ------
@@ -139,6 +152,8 @@ class ImageProcessor:
         with self._one_at_a_time:
             self._processor.close()
             self._started = None
+            if self._coarser is not None:
+                self._coarser.close()
 
     def __enter__(self) -> Self:
         return self
@@ -175,7 +190,29 @@ class ImageProcessor:
         self._sequence += 1
         unrestored = None if restore else "classified only"
         with self._slot(header, pixels, unrestored) as result:
-            return result if restore else replace(result, skipped=None)
+            pass
+        if restore:
+            return result
+        if self._blind and result.defocus is not None:
+            found = self._looked_coarser(pixels, channel, result.defocus)
+            estimate = estimate_frame(header, distances(found))
+            result = replace(result, defocus=found, estimate=estimate)
+        return replace(result, skipped=None)
+
+    def _looked_coarser(
+        self, pixels: NDArray[np.generic], channel: str, found: DefocusMap
+    ) -> DefocusMap:
+        """Look at what is far once more in the image of half the size, and so on."""
+        if self._scale is None or min(pixels.shape[:2]) < 2 * _LEAST_PX:
+            return found
+        step, farthest, _ = self._scale
+        if not is_far(found, farthest * step).any():
+            return found
+        if self._coarser is None:
+            self._coarser = ImageProcessor(self._config, self._optics)
+        coarser = self._coarser.classify(halved(pixels), channel=channel).defocus
+        assert coarser is not None, "the same engine as for the whole image"
+        return with_coarser(found, coarser, step_um=step, farthest=farthest)
 
     @contextmanager
     def _slot(
@@ -204,7 +241,7 @@ class ImageProcessor:
         """Say beside each tile's defocus how far off it may be."""
         if self._scale is None:
             return found
-        step, fit = self._scale
+        step, _, fit = self._scale
         return replace(found, stated_um=stated_um(found, fit, step))
 
     def _start_for(self, pixels: NDArray[np.generic], channel: str) -> None:
@@ -234,15 +271,16 @@ class ImageProcessor:
 
     def _scale_of(
         self, channel: str, optics: OpticalSystem | None
-    ) -> tuple[float, DeviationCard | None] | None:
-        """Return what a level is in um, and how deviations follow; None: no levels."""
+    ) -> tuple[float, int, DeviationCard | None] | None:
+        """Return a level in um, the highest, and how deviations follow; None: none."""
         processing = self._config.processing
         name = self._config.channel(channel).classifier or processing.classifier
         if optics is None or name is None:
             return None
         card = find_engine(name, processing.engine_folders).card
         fit = card.deviation.get("blind" if self._blind else "told")
-        return step_um(card, optics, blind=self._blind), fit
+        levels, _ = parts(card)
+        return step_um(card, optics, blind=self._blind), levels.count - 1, fit
 
     def _optics_of(self, channel: str) -> OpticalSystem | None:
         """Return the optics that are given, configured, or the engine's own.
@@ -272,36 +310,6 @@ def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
         return config
     processing = config.processing.model_copy(update={"blind": True})
     return config.model_copy(update={"processing": processing})
-
-
-def tile_rows(result: FrameResult) -> list[dict[str, float | int | str | None]]:
-    """List the tiles of a result as plain values, row by row.
-
-    ``y`` and ``x`` are the upper left corner of the tile in frame pixels, cut at
-    the frame's edge; ``level`` and ``defocus_um`` are None for background.
-    """
-    if result.defocus is None:
-        return []
-    return list(_tile_rows(result.defocus))
-
-
-def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None]]:
-    grid = found.grid
-    first = grid.origin_px - (grid.tile_px - 1) / 2
-    for row, column in np.ndindex(found.level.shape):
-        level = int(found.level[row, column])
-        empty = level == BACKGROUND
-        yield {
-            "y": max(0, round(first + row * grid.stride_px)),
-            "x": max(0, round(first + column * grid.stride_px)),
-            "level": None if empty else level,
-            "label": "bg" if empty else str(level),
-            "probability": float(found.confidence[row, column]),
-            "defocus_um": None if empty else float(found.defocus_um[row, column]),
-            "uncertainty_um": None
-            if empty or found.stated_um is None
-            else float(found.stated_um[row, column]),
-        }
 
 
 def _result_of(ticket: Ticket) -> FrameResult:

@@ -7,7 +7,7 @@ unit to the next.
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from rtfocus.batch.plan import (
 )
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError, InputError, OutputError, RtfocusError
-from rtfocus.frame import FrameResult
+from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.ome_xml import write_tiff
@@ -41,7 +41,6 @@ from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import find_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.zarr_writing import fill_image
-from rtfocus.offline import tile_rows
 
 _MOST_SOURCES = 8
 """Files whose list of images a process keeps."""
@@ -362,3 +361,33 @@ def plane_row(
         "tiles": tile_rows(result),
         "optics": images.optics(number, index["c"]).describe(),
     }
+
+
+def tile_rows(result: FrameResult) -> list[dict[str, float | int | str | None]]:
+    """List the tiles of a result as plain values, row by row.
+
+    ``y`` and ``x`` are the upper left corner of the tile in frame pixels, cut at
+    the frame's edge; ``level`` and ``defocus_um`` are None for background.
+    """
+    if result.defocus is None:
+        return []
+    return list(_tile_rows(result.defocus))
+
+
+def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None]]:
+    grid = found.grid
+    first = grid.origin_px - (grid.tile_px - 1) / 2
+    for row, column in np.ndindex(found.level.shape):
+        level = int(found.level[row, column])
+        empty = level == BACKGROUND
+        yield {
+            "y": max(0, round(first + row * grid.stride_px)),
+            "x": max(0, round(first + column * grid.stride_px)),
+            "level": None if empty else level,
+            "label": "bg" if empty else str(level),
+            "probability": float(found.confidence[row, column]),
+            "defocus_um": None if empty else float(found.defocus_um[row, column]),
+            "uncertainty_um": None
+            if empty or found.stated_um is None
+            else float(found.stated_um[row, column]),
+        }

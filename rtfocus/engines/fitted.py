@@ -17,9 +17,13 @@ these ratios, which know neither counts nor contrast nor kind of specimen, stand
 the labels say of themselves: on kinds never seen they scatter. From both follows the
 share of the correction that is applied, between none and all.
 
+*Scales*: a blur beyond the labels is among them in the frame of half the size, where a
+defocus found stands for twice as much.
+
 The functions are fitted by ``python -m bench.evidence``.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -350,3 +354,92 @@ def _mean_product(one: Image, other: Image, cells: int) -> Image:
 def _log_ratio(above: Image, below: Image) -> Image:
     top = np.maximum(above, 0) + np.float32(_LEAST)
     return np.asarray(np.log(top / (below + np.float32(_LEAST))))
+
+
+_FAR = 0.8
+"""Share of the range from which on a defocus may lie beyond it."""
+
+
+def is_far(found: DefocusMap, range_um: float) -> NDArray[np.bool_]:
+    """Tell for every tile whether its blur may be beyond the levels.
+
+    Parameters
+    ----------
+    found
+        Of a frame.
+    range_um
+        Defocus of the highest level.
+    """
+    return np.asarray(np.abs(found.defocus_um) > _FAR * range_um)
+
+
+def with_coarser(
+    found: DefocusMap, coarser: DefocusMap, *, step_um: float, farthest: int
+) -> DefocusMap:
+    """Return a map with what is far as the frame of half the size shows it.
+
+    Parameters
+    ----------
+    found
+        Of the frame.
+    coarser
+        Of the frame `halved`.
+    step_um
+        Defocus between two levels.
+    farthest
+        Highest level: the label of every defocus beyond it.
+
+    Returns
+    -------
+    DefocusMap
+        New arrays.
+    """
+    places = np.ix_(
+        *(
+            _nearest(fine, coarse, found.grid, coarser.grid)
+            for fine, coarse in zip(found.level.shape, coarser.level.shape, strict=True)
+        )
+    )
+    defocus_um = 2 * coarser.defocus_um[places]
+    taken = is_far(found, farthest * step_um)
+    taken &= np.abs(defocus_um) > np.abs(found.defocus_um)
+
+    def doubled(fine: Image | None, coarse: Image | None) -> Image | None:
+        if fine is None or coarse is None:
+            return fine
+        return np.where(taken, 2 * coarse[places], fine)
+
+    known_um = np.where(taken, defocus_um, 0)
+    level = np.clip(np.rint(known_um / step_um), -farthest, farthest)
+    return DefocusMap(
+        found.grid,
+        np.where(taken, defocus_um, found.defocus_um),
+        np.where(taken, coarser.confidence[places], found.confidence),
+        np.where(taken, level, found.level).astype(np.int16),
+        doubled(found.uncertainty_um, coarser.uncertainty_um),
+        doubled(found.stated_um, coarser.stated_um),
+    )
+
+
+def _nearest(
+    fine: int, coarse: int, grid: TileGrid, halved_grid: TileGrid
+) -> NDArray[np.intp]:
+    """Return for each tile of an axis the nearest one of the frame of half the size."""
+    centres = (grid.origin_px + grid.stride_px * np.arange(fine) - 0.5) / 2
+    places = np.rint((centres - halved_grid.origin_px) / halved_grid.stride_px)
+    return np.clip(places, 0, coarse - 1).astype(np.intp)
+
+
+def distances(found: DefocusMap) -> DefocusMap:
+    """Return a map without the sides of focus, which nobody knows.
+
+    They show by aberrations. Where those are unknown the sides of equal tiles are
+    guessed differently, and signed defocus would cancel in the mean of a frame.
+    """
+    level = np.where(found.level == BACKGROUND, BACKGROUND, np.abs(found.level))
+    return replace(
+        found,
+        grid=replace(found.grid, signed=False),
+        defocus_um=np.abs(found.defocus_um),
+        level=level.astype(np.int16),
+    )

@@ -271,3 +271,17 @@ def normalised(frame: Image, offset: float, scale: float) -> Image:
     result = np.subtract(frame, np.float32(offset), dtype=np.float32)
     result *= np.float32(1.0 / scale)
     return result
+
+
+def halved(image: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return an image (y, x) or (y, x, 3) of half the size, by means of 2 x 2 pixels.
+
+    Eight bits become sums, in 16 bits: no step between two counts is lost.
+    """
+    height, width = (side // 2 for side in image.shape[:2])
+    cut = image[: 2 * height, : 2 * width]
+    blocks = cut.reshape(height, 2, width, 2, *image.shape[2:])
+    if image.dtype == np.uint8:
+        return np.asarray(blocks.sum(axis=(1, 3), dtype=np.uint16))
+    means = blocks.mean(axis=(1, 3), dtype=np.float32)
+    return means if image.dtype.kind == "f" else np.rint(means).astype(image.dtype)

@@ -7,15 +7,17 @@ import pytest
 import tifffile
 from scipy.ndimage import gaussian_filter
 
+from rtfocus.batch.work import tile_rows
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.fitted import stated_um
 from rtfocus.engines.registry import find_engine, fit_frame, step_um
 from rtfocus.errors import EngineError, InputError
-from rtfocus.offline import ImageProcessor, tile_rows
+from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.cpu.classifier import FrameClassifier
+from rtfocus.specimens import draw_specimen
 
 
 @pytest.fixture
@@ -117,6 +119,25 @@ def test_the_deviation_stated_of_tiles_is_the_one_that_the_card_holds(images):
         np.testing.assert_allclose(np.array(rows, float), wanted)
         said.append(wanted)
     assert not np.allclose(*said, equal_nan=True)
+
+
+def test_a_blur_beyond_the_levels_is_told_from_smaller_images_by_blind_engines():
+    card = find_engine("delpnet").card
+    sharp = draw_specimen("nuclei", (256, 256), np.random.default_rng(5))
+    frames = [gaussian_filter(sharp / sharp.max(), s) for s in (1, 9, 18, 36)]
+    said = {}
+    for optics in (None, card.optics.reference):
+        settings = {"classifier": "delpnet", "device": "cpu", "threads": 1}
+        config = parse_config({"processing": settings})
+        with ImageProcessor(config, optics) as processor:
+            results = [processor.classify((one * 4e4).astype("u2")) for one in frames]
+        said[optics] = [one.estimate.defocus_um for one in results]
+        assert all(one.defocus.level.max() <= 10 for one in results)
+    range_um = 10 * card.levels.step_um
+    blind, told = said.values()
+    assert max(told) <= range_um
+    assert blind[0] == told[0]
+    assert range_um < blind[1] < blind[2] < blind[3]
 
 
 @pytest.mark.parametrize("offset_counts", [0.0, 100.0])

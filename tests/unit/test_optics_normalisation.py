@@ -11,6 +11,7 @@ from rtfocus.optics.normalisation import (
     ContrastToNoise,
     LocalStandardisation,
     PercentileRange,
+    halved,
     pad_frame,
 )
 from rtfocus.specimens import draw_specimen
@@ -156,3 +157,13 @@ def test_percentile_range_maps_the_percentiles_to_0_and_1():
 def test_percentile_range_leaves_a_constant_frame_flat():
     flat = PercentileRange().apply(np.full((40, 50), 130.0, np.float32))
     assert not flat.any()
+
+
+def test_half_the_size_loses_no_step_of_eight_bits_and_keeps_other_types():
+    counts = np.array([[1, 2, 9], [3, 5, 9], [9, 9, 9]], np.uint8)
+    np.testing.assert_array_equal(halved(counts), np.array([[11]], np.uint16))
+    deep = halved(counts.astype(np.uint16) * 10000)
+    assert (deep.dtype, deep.item()) == (np.uint16, 27500)
+    colour = halved(np.stack([counts.astype(np.float32)] * 3, axis=-1))
+    assert colour.dtype == np.float32
+    assert colour.tolist() == [[[2.75] * 3]]

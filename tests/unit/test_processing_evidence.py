@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.engines.card import EngineCard, read_card
-from rtfocus.engines.fitted import Evidence, EvidenceCard, measures
+from rtfocus.engines.fitted import (
+    Evidence,
+    EvidenceCard,
+    distances,
+    measures,
+    with_coarser,
+)
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
@@ -143,3 +149,42 @@ def test_a_function_that_does_not_fit_together_is_refused(
     spoil(content["evidence"])
     with pytest.raises(ValidationError, match="lead from the measures to one number"):
         EngineCard.model_validate(content)
+
+
+def test_only_what_is_far_is_taken_from_the_frame_of_half_the_size():
+    """Tile by tile, at its own place, doubled; the last level stays the last."""
+    fine = found((480, 480), level=10)
+    coarse = found((240, 240), level=6)
+    fine.level[0, 0], fine.defocus_um[0, 0] = 2, 2 * STEP_UM
+    fine.level[0, 1], fine.defocus_um[0, 1] = BACKGROUND, np.nan
+    fine.level[4, 4], fine.defocus_um[4, 4] = -9, -9 * STEP_UM
+    coarse.defocus_um[0, 0] = np.nan
+    coarse.defocus_um[3, 3] = -8 * STEP_UM
+    coarse.defocus_um[3, 0] = 4 * STEP_UM
+    merged = with_coarser(fine, coarse, step_um=STEP_UM, farthest=10)
+    levels = merged.defocus_um / STEP_UM
+    assert levels[0, 0] == 2
+    assert merged.level[0, 1] == BACKGROUND
+    assert np.isnan(levels[0, 1])
+    assert levels[1, 1] == pytest.approx(10), "nothing is seen there at half the size"
+    assert levels[4, 4] == pytest.approx(12)
+    assert merged.level[4, 4] == 10
+    assert levels[8, 8] == pytest.approx(-16)
+    assert merged.level[8, 8] == -10
+    assert levels[8, 0] == pytest.approx(10), "less far than at full size"
+    np.testing.assert_allclose(
+        merged.uncertainty_um[4, 4], 2 * coarse.uncertainty_um[1, 1]
+    )
+    np.testing.assert_array_equal(
+        merged.uncertainty_um[0, 0], fine.uncertainty_um[0, 0]
+    )
+
+
+def test_without_known_sides_defocus_is_a_distance():
+    both = found((144, 192), level=3)
+    both.level[0, 0], both.defocus_um[0, 0] = -3, -3 * STEP_UM
+    both.level[0, 1], both.defocus_um[0, 1] = BACKGROUND, np.nan
+    one_sided = distances(both)
+    assert not one_sided.grid.signed
+    assert np.nanmean(one_sided.defocus_um) == pytest.approx(3 * STEP_UM)
+    assert one_sided.level[0].tolist() == [3, BACKGROUND, 3]
