@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from loop_kit import command, failed, process_of, succeeded
+from loop_kit import command, failed, succeeded
 from typer.main import get_command
 
 from rtfocus.cli.commands import COMMANDS as PLACES
@@ -53,12 +53,6 @@ def test_configs_are_listed_with_what_they_are_for():
         assert re.search(rf"^{name} +\w", said, re.MULTILINE)
 
 
-def test_doctor_tells_what_this_machine_has(tmp_path):
-    said = succeeded(process_of("doctor", cwd=tmp_path))
-    for topic in ("cpu", "openvino", "onnxruntime", "DemoCamera", "tensorrt"):
-        assert topic.lower() in said.lower()
-
-
 def test_engines_are_listed():
     said = succeeded(command("engines"))
     assert "implementation" in said
@@ -66,7 +60,10 @@ def test_engines_are_listed():
 
 @pytest.mark.parametrize("place", ["home", "nowhere"])
 def test_an_unwritable_home_keeps_no_command_from_working(place, tmp_path):
-    """A user without a home, or with one on a read-only disk: a file stands there."""
+    """A user without a home, or with one on a read-only disk: a file stands there.
+
+    The doctor tells what the machine has all the same.
+    """
     home = tmp_path / "home"
     home.write_text("no folder")
     environment = {
@@ -76,6 +73,7 @@ def test_an_unwritable_home_keeps_no_command_from_working(place, tmp_path):
     }
     for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "PYMM_LOG_FILE"):
         environment.pop(name, None)
+    told = {"doctor": ("cpu", "openvino", "onnxruntime", "democamera", "tensorrt")}
     for arguments in (["doctor"], ["configs"], ["acquire", "nothing.yaml"]):
         done = subprocess.run(
             [sys.executable, "-m", "rtfocus", *arguments],
@@ -90,6 +88,8 @@ def test_an_unwritable_home_keeps_no_command_from_working(place, tmp_path):
         assert "DEBUG" not in done.stderr
         assert done.returncode == (0 if len(arguments) == 1 else ExitCode.CONFIG)
         assert [path.name for path in tmp_path.iterdir()] == ["home"]
+        for topic in told.get(arguments[0], ()):
+            assert topic in done.stdout.lower()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode there")
