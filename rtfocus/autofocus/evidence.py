@@ -170,6 +170,17 @@ class Evidence:
             return best.z_um
         return first.z_um
 
+    def parted_um(self, least: float, within_um: float) -> float | None:
+        """Return where the optics put focus, if aberration parts it from the sharpest.
+
+        None: it is at most `least` depths of field away, or was seen that closely.
+        """
+        if self.fit is None or self.belief.is_empty:
+            return None
+        place, sharpest = self.fit.best_um, self.belief.best.mean_um
+        is_near = abs(place - sharpest) <= least * self.unit_um
+        return None if is_near or self.has_seen(place, within_um) else place
+
     def is_sure(self, most_sd: float, most_rival: float = 0.1) -> bool:
         """Tell whether belief is one narrow peak; the deviation in depths of field."""
         if self.belief.is_empty or self.belief.best.sd_um > most_sd * self.unit_um:
