@@ -30,9 +30,8 @@ from rtfocus.training.level_tiles import (
     Blurring,
     LevelRecipe,
 )
-from rtfocus.training.recipe import RecipeBase, validate_recipe
+from rtfocus.training.recipe import RecipeBase, SignedClassRecipe, validate_recipe
 from rtfocus.training.scenes import load_fields
-from rtfocus.training.signed_patches import SignedClassRecipe
 from rtfocus.training.task import Arrays
 from rtfocus.training.trainer import Trainer
 

@@ -13,6 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Of the variance that tiles are divided by.
 _LEAST_POWER = 1e-4
+# Of counts: a channel without contrast is not blown up to noise of deviation 1.
+_LEAST_DEVIATION = 1e-4
 _CHANCE: ContextVar[torch.Generator | None] = ContextVar("chance", default=None)
 
 
@@ -191,6 +193,56 @@ def local_contrast(tiles: Tensor, cell_px: int) -> Tensor:
         both, scale_factor=cell_px, mode="bilinear"
     ).chunk(2, dim=1)
     return (tiles - mean) * scale
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze and excitation: weigh channels by what the whole patch shows.
+
+    ``U * sigmoid(W2 relu(W1 mean(U)))`` with the mean over the patch (Wei 2024,
+    figure 6). The paper does not give the inner width; here an eighth.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(channels // 8, 4)
+        self.squeeze = nn.Linear(channels, inner)
+        self.excite = nn.Linear(inner, channels)
+        # Begins nearly open: four times one half would leave a sixteenth.
+        nn.init.constant_(self.excite.bias, 2.0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features of the same shape (N, C, H, W)."""
+        mean = features.mean(dim=(2, 3))
+        weights = self.excite(functional.relu(self.squeeze(mean))).sigmoid()
+        weighed: Tensor = features * weights[:, :, None, None]
+        return weighed
+
+
+def normalise_channels(patches: Tensor) -> Tensor:
+    """Bring every channel of every patch to mean 0 and deviation 1.
+
+    In float32 whatever surrounds it: bfloat16 would round counts before their
+    mean is gone. A channel without contrast becomes 0.
+    """
+    with torch.autocast(patches.device.type, enabled=False):
+        patches = patches.float()
+        patches = patches - patches.mean(dim=(2, 3), keepdim=True)
+        power = patches.square().mean(dim=(2, 3), keepdim=True)
+        return patches / power.sqrt().clamp_min(_LEAST_DEVIATION)
+
+
+def exchange_channels(patches: Tensor, orders: Tensor) -> Tensor:
+    """Reorder the colours of every patch: the colour changes, the blur does not.
+
+    Parameters
+    ----------
+    patches
+        Shape (N, C, H, W).
+    orders
+        A permutation of the channels per patch, shape (N, C).
+    """
+    places = orders[:, :, None, None].expand_as(patches)
+    return patches.gather(1, places)
 
 
 class TiledClassifier(nn.Module):

@@ -7,8 +7,7 @@ import yaml
 
 from bench.signed_classes import engine_predictor, label_real
 from rtfocus.files import resource_folder
-from rtfocus.training.networks.wei_classifier import WeiClassifier
-from rtfocus.training.signed_patches import LABELS, PATCH_PX
+from rtfocus.training.networks.wei_classifier import LABELS, PATCH_PX, WeiClassifier
 
 FOLDER = resource_folder("engines") / "wei_classifier"
 

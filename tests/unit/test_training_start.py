@@ -27,8 +27,7 @@ from rtfocus.training.networks.wei_classifier import (
     WeiClassifierTask,
 )
 from rtfocus.training.onnx_forms import halve_weights
-from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
-from rtfocus.training.signed_patches import SignedRecipe
+from rtfocus.training.recipe import PoolRecipe, SignedRecipe, SpecimenRecipe
 
 SHIPPED = Path("engines/delpnet")
 OPTICS = OpticalSystem(

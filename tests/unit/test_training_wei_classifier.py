@@ -6,33 +6,34 @@ import openvino
 import pytest
 import torch
 
+from bench.signed_classes import held_out_patches, shifted_optics, stain_otherwise
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.layers import TiledClassifier
-from rtfocus.training.networks.wei_classifier import (
-    WIDTHS,
+from rtfocus.training.layers import (
     ChannelAttention,
+    TiledClassifier,
+    exchange_channels,
+    normalise_channels,
+)
+from rtfocus.training.networks.wei_classifier import (
+    LABELS,
+    PATCH_PX,
+    WIDTHS,
+    SignedPatches,
     WeiClassifier,
     WeiClassifierRecipe,
     WeiClassifierTask,
     WeiSection,
-    exchange_channels,
-    normalise_channels,
+    class_of,
+    plane_places_um,
 )
 from rtfocus.training.onnx_forms import write_onnx
-from rtfocus.training.recipe import PoolRecipe, SpecimenRecipe
-from rtfocus.training.signed_patches import (
-    LABELS,
-    PATCH_PX,
+from rtfocus.training.recipe import (
     PatchOptimiserRecipe,
-    SignedPatches,
+    PoolRecipe,
     SignedRecipe,
-    class_of,
-    held_out_patches,
-    plane_places_um,
-    shifted_optics,
-    stain_otherwise,
+    SpecimenRecipe,
 )
 from rtfocus.training.trainer import Trainer
 

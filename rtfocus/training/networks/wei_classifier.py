@@ -5,28 +5,45 @@ attention and pooling, and 7 x 7 x 128 features behind them; four halvings alone
 would leave 14 x 14, so the first convolution has a stride of two here. Its two
 other preparations are here too: channel normalisation, part of the network so that
 an exported engine does what training did, and the exchange of colour channels.
+
+It learns from photographed patches on either side of focus. Batch number n is a pure
+function of (recipe, n).
 """
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
+from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.optics.psf import compute_psf
+from rtfocus.specimens import draw_stained
 from rtfocus.training.layers import (
+    ChannelAttention,
     TiledClassifier,
     chance,
+    exchange_channels,
     fold_batch_norm,
+    normalise_channels,
 )
-from rtfocus.training.signed_patches import (
-    LABELS,
-    PATCH_PX,
-    SignedClassRecipe,
-    SignedPatches,
+from rtfocus.training.recipe import SignedClassRecipe, SignedRecipe
+from rtfocus.training.scenes import (
+    Exposure,
+    Pool,
+    SceneSource,
+    SharpField,
+    draw_exposure,
+    load_fields,
 )
 from rtfocus.training.task import (
     Graph,
@@ -39,39 +56,209 @@ from rtfocus.training.task import (
     optics_range,
 )
 
+Image = NDArray[np.float32]
+
+LABELS: tuple[int, ...] = (-2, -1, 0, 1, 2)
+"""Class of every output: near focus is negative, far focus positive."""
+PATCH_PX = 224
+
+_NO_BLUR = np.ones((1, 1), dtype=np.float32)
+_STAINED_SCALE = (1.1, 1.9)
+_LEAST_SPHERICAL = -0.1
+
+
+@dataclass(frozen=True, slots=True)
+class SignedScene:
+    """One scene at several signed defoci."""
+
+    planes: Image
+    """Axes (plane, colour, y, x)."""
+    defocus_um: tuple[float, ...]
+    """Nominal defocus of every plane in the optics of reference."""
+
+
+class SignedScenes:
+    """Makes the scenes of one side of the split."""
+
+    side = 0
+    """Another one draws other scenes from the same seed."""
+
+    def __init__(
+        self, recipe: SignedClassRecipe, fields: list[SharpField], *, validation: bool
+    ) -> None:
+        self._recipe = recipe
+        self._exact = validation
+        self.signed = recipe.signed
+        self._fields = SceneSource(recipe, fields, validation=validation)
+
+    def entry(self, generation: int) -> SignedScene:
+        """Draw scene and optics number `generation` and blur it.
+
+        Training draws two planes per class and one in focus; validation takes every
+        plane.
+        """
+        signed, seed = self.signed, self._recipe.seed
+        rng = np.random.default_rng([seed, 7, int(self._exact), self.side, generation])
+        light, ideal = self.draw_scene(rng)
+        light = _at_least(light, PATCH_PX)
+        optics = self.draw_optics(rng)
+        nominal = plane_places_um(signed) if self._exact else _draw_places(signed, rng)
+        unit = optics.defocus_unit_um / signed.reference.defocus_unit_um
+        psfs = []
+        for place in nominal:
+            jitter = 0.0 if self._exact else rng.uniform(-1, 1) * signed.jitter_um
+            sharp = place == 0 and not ideal
+            psfs.append(_NO_BLUR if sharp else _psf(optics, (place + jitter) * unit))
+        blurred = np.clip(blur_stack(light, psfs), 0, 1)
+        planes = blurred[:, None] if blurred.ndim == 3 else np.moveaxis(blurred, 3, 1)
+        return SignedScene(np.ascontiguousarray(planes), tuple(nominal))
+
+    def draw_scene(self, rng: np.random.Generator) -> tuple[Image, bool]:
+        """Return light, (y, x) or (y, x, colour), and whether it is ideally sharp."""
+        if not self.signed.colour:
+            scene = self._fields.draw(rng)
+            # A drawn scene passes for a photograph half of the time.
+            return scene.light, scene.ideal and bool(rng.random() < 0.5)
+        side = self._recipe.pool.side_px
+        scale = float(rng.uniform(*_STAINED_SCALE))
+        return draw_stained((side, side), rng, scale=scale), True
+
+    def draw_optics(self, rng: np.random.Generator) -> OpticalSystem:
+        """Return the optics that a scene is seen through."""
+        base = self.signed.reference
+        if self._exact or rng.random() < self.signed.reference_share:
+            return base
+        spherical = base.aberrations.spherical_waves + rng.normal(0, 0.05)
+        return replace(
+            base,
+            numerical_aperture=base.numerical_aperture * rng.uniform(0.95, 1.05),
+            pixel_size_um=base.pixel_size_um * rng.uniform(0.95, 1.05),
+            aberrations=Aberrations(
+                spherical_waves=min(spherical, _LEAST_SPHERICAL),
+                astigmatism_waves=rng.normal(0, 0.03),
+            ),
+        )
+
+
+def class_of(defocus_um: float, signed: SignedRecipe) -> int:
+    """Return the index into `LABELS` of a defocus in the optics of reference.
+
+    Examples
+    --------
+    >>> signed = SignedRecipe(reference=OpticalSystem(0.75, 550.0, 0.1725))
+    >>> [LABELS[class_of(z, signed)] for z in (-11, -5.6, -5.5, -0.3, 0.2, 5.5, 6)]
+    [-2, -2, -1, -1, 0, 1, 2]
+    """
+    distance = abs(defocus_um)
+    if distance < signed.step_um / 2:
+        return LABELS.index(0)
+    # The tolerance forgives the rounding of multiples of a step.
+    far = distance > signed.inner_um + 1e-6 * signed.step_um
+    return LABELS.index(int(np.sign(defocus_um)) * (2 if far else 1))
+
+
+def plane_places_um(signed: SignedRecipe) -> list[float]:
+    """Return the planes of a stack through focus, ascending."""
+    count = round(signed.farthest_um / signed.step_um)
+    return [place * signed.step_um for place in range(-count, count + 1)]
+
+
+def _at_least(light: Image, side_px: int) -> Image:
+    """Mirror a picture behind its edges where a side is too short."""
+    short = [max(side_px - side, 0) for side in light.shape[:2]]
+    pads = [(0, pixels) for pixels in short] + [(0, 0)] * (light.ndim - 2)
+    return np.pad(light, pads, mode="symmetric") if any(short) else light
+
+
+def _draw_places(signed: SignedRecipe, rng: np.random.Generator) -> list[float]:
+    """Draw one plane in focus, two of every other class, and those beyond."""
+    places = plane_places_um(signed)
+    chosen = [0.0]
+    for label in range(len(LABELS)):
+        if label != LABELS.index(0):
+            own = [z for z in places if class_of(z, signed) == label]
+            chosen += _choose(own, 2, rng)
+    if signed.beyond_um > signed.farthest_um:
+        side = float(rng.choice([-1, 1]))
+        chosen.append(side * float(rng.uniform(signed.farthest_um, signed.beyond_um)))
+    return chosen
+
+
+def _choose(
+    places: Sequence[float], number: int, rng: np.random.Generator
+) -> list[float]:
+    picked = rng.choice(len(places), size=min(number, len(places)), replace=False)
+    return [places[int(k)] for k in np.sort(picked)]
+
+
+@lru_cache(maxsize=128)
+def _psf(optics: OpticalSystem, defocus_um: float) -> Image:
+    """Compute a PSF once per place: most scenes share optics and planes."""
+    return compute_psf(optics, defocus_um)
+
+
+_VISIBLE = 0.1
+_DRAWS = 6
+# Light of the three colours, relative to the brightest: as balanced by hand.
+_BALANCE = (0.92, 1.0)
+
+
+class SignedPatches:
+    """Training batches by number."""
+
+    def __init__(self, recipe: SignedClassRecipe) -> None:
+        self._recipe = recipe
+        scenes = SignedScenes(recipe, load_fields(recipe), validation=False)
+        self._pool = Pool(recipe.pool, scenes.entry)
+
+    def batch(self, step: int, draw: int = 0) -> dict[str, NDArray[np.generic]]:
+        """Make ``patches`` (N, channels, 224, 224) and their ``labels`` (N,)."""
+        rng = np.random.default_rng([self._recipe.seed, 8, step, draw])
+        scenes = self._pool.at(step)
+        patches, labels = [], []
+        for _ in range(self._recipe.optimiser.batch_patches):
+            scene = scenes[int(rng.integers(len(scenes)))]
+            place = int(rng.integers(len(scene.defocus_um)))
+            window = cut_patch(scene.planes[place], rng)
+            turned = np.rot90(window, int(rng.integers(4)), axes=(1, 2))
+            if rng.random() < 0.5:
+                turned = turned[:, ::-1]
+            exposure = draw_exposure(rng, self._recipe.signed.photons)
+            patches.append(photograph(turned, exposure, rng))
+            labels.append(class_of(scene.defocus_um[place], self._recipe.signed))
+        return {"patches": np.stack(patches), "labels": np.array(labels)}
+
+
+def cut_patch(plane: Image, rng: np.random.Generator) -> Image:
+    """Cut a patch at random; empty ones teach little and are mostly drawn again."""
+    for _ in range(_DRAWS):
+        top, left = (int(rng.integers(n - PATCH_PX + 1)) for n in plane.shape[1:])
+        window = plane[:, top : top + PATCH_PX, left : left + PATCH_PX]
+        seen = window[:, ::4, ::4]
+        if float(seen.max() - seen.min()) > _VISIBLE:
+            break
+    return window
+
+
+def photograph(
+    light: Image,
+    exposure: Exposure,
+    rng: np.random.Generator,
+    balance: tuple[float, float] = _BALANCE,
+) -> Image:
+    """Take a picture, in shares of the camera's full scale."""
+    if len(light) > 1:
+        factors = rng.uniform(*balance, (len(light), 1, 1))
+        light = light * factors.astype(np.float32)
+    return exposure.take(light, rng) / np.float32(exposure.full)
+
+
 WIDTHS = (16, 32, 64, 128)
 
-_KERNEL = 5
-_REDUCTION = 8
+_KERNEL, _PADDING = 5, 2
 _FUSED = 32
 _HIDDEN = 128
 _CELLS = PATCH_PX // 2 ** (len(WIDTHS) + 1)
-# Of counts: a channel without contrast is not blown up to noise of deviation 1.
-_LEAST_DEVIATION = 1e-4
-_OPEN = 2.0
-
-
-class ChannelAttention(nn.Module):
-    """Squeeze and excitation: weigh channels by what the whole patch shows.
-
-    ``U * sigmoid(W2 relu(W1 mean(U)))`` with the mean over the patch (Wei 2024,
-    figure 6). The paper does not give the inner width; here an eighth.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        inner = max(channels // _REDUCTION, 4)
-        self.squeeze = nn.Linear(channels, inner)
-        self.excite = nn.Linear(inner, channels)
-        # Begins nearly open: four times one half would leave a sixteenth.
-        nn.init.constant_(self.excite.bias, _OPEN)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return features of the same shape (N, C, H, W)."""
-        mean = features.mean(dim=(2, 3))
-        weights = self.excite(functional.relu(self.squeeze(mean))).sigmoid()
-        weighed: Tensor = features * weights[:, :, None, None]
-        return weighed
 
 
 class WeiClassifier(nn.Module):
@@ -111,14 +298,7 @@ class WeiClassifier(nn.Module):
         for place, width in enumerate(WIDTHS):
             stride = 2 if place == 0 else 1
             layers.append(
-                nn.Conv2d(
-                    inputs,
-                    width,
-                    _KERNEL,
-                    stride,
-                    padding=_KERNEL // 2,
-                    bias=not batch_norm,
-                )
+                nn.Conv2d(inputs, width, _KERNEL, stride, _PADDING, bias=not batch_norm)
             )
             if batch_norm:
                 layers.append(nn.BatchNorm2d(width))
@@ -153,33 +333,6 @@ class WeiClassifier(nn.Module):
                 nn.init.kaiming_normal_(place.weight, nonlinearity="relu")
                 if place.bias is not None:
                     nn.init.zeros_(place.bias)
-
-
-def normalise_channels(patches: Tensor) -> Tensor:
-    """Bring every channel of every patch to mean 0 and deviation 1.
-
-    In float32 whatever surrounds it: bfloat16 would round counts before their
-    mean is gone. A channel without contrast becomes 0.
-    """
-    with torch.autocast(patches.device.type, enabled=False):
-        patches = patches.float()
-        patches = patches - patches.mean(dim=(2, 3), keepdim=True)
-        power = patches.square().mean(dim=(2, 3), keepdim=True)
-        return patches / power.sqrt().clamp_min(_LEAST_DEVIATION)
-
-
-def exchange_channels(patches: Tensor, orders: Tensor) -> Tensor:
-    """Reorder the colours of every patch: the colour changes, the blur does not.
-
-    Parameters
-    ----------
-    patches
-        Shape (N, C, H, W).
-    orders
-        A permutation of the channels per patch, shape (N, C).
-    """
-    places = orders[:, :, None, None].expand_as(patches)
-    return patches.gather(1, places)
 
 
 # Optics for which the classes hold: training draws near the reference only.
