@@ -155,13 +155,16 @@ def stacks() -> dict[str, RecordedStack]:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, or one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    folder = parser.parse_args().data
-    print("| kind | told the blur | told the gains |\n|---|---|---|")
-    for kind, (blur, gains) in ceilings(folder).items():
-        print(f"| {kind} | {blur:+.2f} | {gains:+.2f} |")
+    parser.add_argument("--stacks", action="store_true", help="the second table alone")
+    options = parser.parse_args()
+    folder = options.data
+    if not options.stacks:
+        print("| kind | told the blur | told the gains |\n|---|---|---|")
+        for kind, (blur, gains) in ceilings(folder).items():
+            print(f"| {kind} | {blur:+.2f} | {gains:+.2f} |")
     planes = {name: read_planes(folder, one) for name, one in stacks().items()}
     print(f"\n| | {' | '.join(planes)} |\n|---{'|---' * len(planes)}|")
     _print_row("mean wavelength", mean_wavelength, planes)
