@@ -430,13 +430,15 @@ def refuse_too_many(sequence: Any, key: str) -> None:
 
 
 def _images(sequence: Any, outer: dict[str, int]) -> int:
-    """Count by axes, at most; a grid whose tiles the camera makes counts as one."""
+    """Count by axes, at most; a grid whose edges the camera divides counts as one."""
     grid, times, heights = sequence.grid_plan, sequence.time_plan, sequence.z_plan
     own = {
         "t": 0 if times is None else times.num_timepoints(),
         "c": len(sequence.channels),
         "z": 0 if heights is None else heights.num_positions(),
-        "g": grid.num_positions() if getattr(grid, "fov_width", None) else 0,
+        "g": grid.num_positions()
+        if getattr(grid, "fov_width", None) or hasattr(grid, "rows")
+        else getattr(grid, "num_points", 0),
     }
     lengths = outer | {axis: length for axis, length in own.items() if length}
     number, positions = math.prod(lengths.values()), sequence.stage_positions

@@ -406,3 +406,6 @@ def _check_presets(core: UniMMCore, sequence: MDASequence) -> None:
                 f"group '{channel.group}': {', '.join(presets) or 'none'}"
             )
             raise ConfigError(msg)
+    for position in sequence.stage_positions:
+        if position.sequence is not None:
+            _check_presets(core, position.sequence)

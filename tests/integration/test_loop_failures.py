@@ -150,6 +150,9 @@ def test_an_unknown_channel_is_told_with_those_there_are():
     grouped = plan.format("DAPI, group: Light")
     said = failed(command("acquire", "demo", *sets(grouped)))
     assert "no channel group 'Light'" in said
+    inner = '{"stage_positions": [{"sequence": {"channels": ["GFP"]}}]}'
+    said = failed(command("acquire", "demo", *sets(f"acquisition.mda={inner}")))
+    assert "no channel 'GFP'" in said
 
 
 def test_nothing_to_acquire_is_told(tmp_path):

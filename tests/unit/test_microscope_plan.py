@@ -183,6 +183,11 @@ def test_plans_are_read_from_files(tmp_path, dump):
         ({"time_plan": {"duration": 5, "interval": 0}}, "interval of more than 0"),
         ({"time_plan": {"loops": 10**30, "interval": 0}}, "more than 10,000,000"),
         ({"z_plan": {"range": 1e9, "step": 1e-6}}, "more than 10,000,000"),
+        ({"grid_plan": {"rows": 10**5, "columns": 10**5}}, "more than 10,000,000"),
+        (
+            {"grid_plan": {"num_points": 10**8, "max_width": 9, "max_height": 9}},
+            "more than 10,000,000",
+        ),
         (
             {"stage_positions": [{"sequence": {"time_plan": [ONE, MANY]}}]},
             "more than 10,000,000",
