@@ -23,10 +23,10 @@ from rtfocus.autofocus.hold import Correction, Holder, Seen
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import Estimate, FocusReading
-from rtfocus.specimens import draw_specimen
+from rtfocus.specimens import SpecimenKind, draw_specimen
 
 SIDE_PX = 256
-KINDS = ("nuclei", "filaments", "tissue")
+KINDS: tuple[SpecimenKind, ...] = ("nuclei", "filaments", "tissue")
 BAD = 0.01
 
 
@@ -56,7 +56,7 @@ def drift_um(frame: int, frames: int, whole_um: float, shape: str) -> float:
     share = frame / frames
     if shape == "line":
         return whole_um * share
-    return whole_um * (1 - np.exp(-3 * share)) / (1 - np.exp(-3))
+    return float(whole_um * (1 - np.exp(-3 * share)) / (1 - np.exp(-3)))
 
 
 def visits(

@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 # Candidates for focus lie this far apart, in depths of field; the sharpest plane is
 # looked for so far from where the optics put focus.
 _CANDIDATE_STEP = 0.1
-_DEFOCUS = np.arange(-30, 31) * _CANDIDATE_STEP
+_DEFOCUS: Floats = np.arange(-30.0, 31.0) * _CANDIDATE_STEP
 # What the optics let through so little of says nothing of the specimen.
 _LEAST_SEEN = 0.01
 _APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
@@ -232,7 +232,7 @@ class _Tried:
         """Return the sum over models, each answer moved to its sharpest plane."""
         last = likely.shape[1] - 1
         place = np.clip(np.arange(last + 1) + np.array(self._steps), 0, last)
-        return np.bincount(place.ravel(), likely.ravel(), minlength=last + 1)
+        return np.bincount(place.ravel(), likely.ravel(), last + 1).astype(np.float64)
 
 
 class _Scores:

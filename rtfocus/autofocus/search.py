@@ -293,9 +293,9 @@ class FocusSearch:
             return self.give_up(apart)
         if not self.evidence.saw_change():
             sides = (self.rule.safe_side, -self.rule.safe_side)
-            for beyond in self.evidence.beyond_top_um(sides):
-                if self.moves.limits.holds(beyond):
-                    return self._view(beyond)
+            for outer in self.evidence.beyond_top_um(sides):
+                if self.moves.limits.holds(outer):
+                    return self._view(outer)
             return self.give_up("the images hardly change with z; does the stage move?")
         if not self.evidence.is_change_clear():
             return self.give_up(_IN_NOISE)
@@ -319,11 +319,11 @@ class FocusSearch:
         """End there, unless the image where the optics put focus is sharper."""
         if self.rule.verify:
             end_um = self.evidence.peak_um()
-        optics = self.evidence.parted_um(_PARTED, 0.5 * self._near_um())
-        if optics is None or not self.moves.limits.holds(optics):
+        place = self.evidence.parted_um(_PARTED, 0.5 * self._near_um())
+        if place is None or not self.moves.limits.holds(place):
             return self._end_at(end_um)
         self._meant_um = end_um
-        return Probe(optics - self.looks[-1].z_um)
+        return Probe(place - self.looks[-1].z_um)
 
     def _returned(self) -> Decision:
         """Check the image at the place where the search wants to end."""
