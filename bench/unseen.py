@@ -1,8 +1,12 @@
 """Unseen: what images of other microscopes allow, and how far what ships falls short.
 
-Two tables. *Ceilings*: the set ``unseen`` restored by filters that are told what nobody
-can know: the true PSF and the best noise level (Wiener), or the sharp image (the best
-gain of each of eight bands). An engine that finds out for itself can hardly gain more.
+Three tables. *Ceilings*: the set ``unseen`` restored by filters that are told what
+nobody can know: the true PSF and the best noise level (Wiener), the best Gaussian with
+its noise level, or the sharp image (the best gain of each of eight bands). An engine
+that finds out for itself can hardly gain more.
+*Parts*: the network of rtfocus-2 by itself, its corrections not weighed: told nothing,
+the best share of that correction for each frame, told how wide the true blur is (the
+level, nothing else), and told it with the wrong side of focus. Which part loses?
 *Stacks*: recorded z-stacks classified plane by plane, blind: how well the defocus found
 ranks the planes (Spearman), and by how many planes the one called sharpest misses the
 true one. Beside the engines stands the mean wavelength of a plane's detail, which is no
@@ -15,20 +19,26 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from bench.autofocus_stacks import STACKS, RecordedStack, read_planes
 from rtfocus.autofocus.appearance import FREQUENCIES, amplitude_spectrum
+from rtfocus.engines.card import input_of, verified_file
+from rtfocus.engines.registry import find_engine
 from rtfocus.evaluation.contenders import contender
+from rtfocus.evaluation.data_sets import STEP_UM
 from rtfocus.evaluation.samples import BBBC006, IN_FOCUS, DataSet, Sample, unseen
 from rtfocus.evaluation.scores import psnr
 from rtfocus.offline import ImageProcessor
+from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.restore import transfer_function
 
 Image = NDArray[np.float32]
@@ -38,6 +48,10 @@ _PAD_PX = 32
 _NOISE = np.geomspace(1e-5, 30, 14)
 _SIGMAS_PX = (0.7, 1.0, 1.41, 2.0, 2.83, 4.0, 5.66, 8.0)
 _RIDGE = 1e-6
+_WIDTHS_PX = (0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
+_GAUSSIAN_NOISE = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+_SHARES = np.linspace(0, 1.5, 16)
+_CONTEXT_PX = 24
 ENGINES = ("delpnet", "rtfocus-1", "rtfocus-2")
 
 
@@ -83,21 +97,116 @@ def told_the_gains(sample: Sample) -> float:
     return _quality(sample, restored) - _quality(sample, frame)
 
 
+def told_a_gaussian(sample: Sample) -> float:
+    """Return the gain of the best Wiener filter of a Gaussian, in dB."""
+    frame = sample.pixels.astype(np.float32)
+    padded = np.pad(frame, _PAD_PX, mode="symmetric")
+    shape = padded.shape[0], padded.shape[1]
+    spectrum = fft.rfft2(padded)
+    rows, columns = fft.fftfreq(shape[0])[:, None], fft.rfftfreq(shape[1])[None]
+    square = rows**2 + columns**2
+    inside = slice(_PAD_PX, -_PAD_PX)
+    after = []
+    for sigma_px, noise in product(_WIDTHS_PX, _GAUSSIAN_NOISE):
+        transfer = np.exp(-2 * (np.pi * sigma_px) ** 2 * square)
+        gain = transfer / (transfer**2 + noise * 4 * square)
+        restored = fft.irfft2(spectrum * gain, s=shape)[inside, inside]
+        after.append(_quality(sample, restored))
+    return max(after) - _quality(sample, frame)
+
+
+class BareNetwork:
+    """The network of a joint engine that may be told nothing, and what tells it.
+
+    Parameters
+    ----------
+    name
+        Of the engine.
+    """
+
+    def __init__(self, name: str) -> None:
+        found = find_engine(name)
+        self._card = found.card
+        self._session = InferenceSession(
+            verified_file(found.folder, found.card), providers=["CPUExecutionProvider"]
+        )
+        options = {k: v for k, v in found.card.normalisation.items() if k != "name"}
+        self._range = PercentileRange(**options)
+
+    def restored(self, frame: Image, level: float | None) -> Image:
+        """Restore a grey frame, told its level or nothing."""
+        card = self._card
+        assert card.condition is not None
+        assert card.restored is not None
+        told = {} if level is None else {"defocus_levels": level, "defocus_known": 1.0}
+        condition = [[told.get(entry, 0.0) for entry in card.condition.entries]]
+        multiple = input_of(card).multiple_px
+        sides = [
+            (_CONTEXT_PX, _CONTEXT_PX + -(side + 2 * _CONTEXT_PX) % multiple)
+            for side in frame.shape
+        ]
+        offset, scale = (np.float32(value) for value in self._range.fit(frame))
+        tiles = (np.pad(frame, sides, mode="symmetric") - offset) / scale
+        (found,) = self._session.run(
+            [card.restored.name],
+            {
+                input_of(card).name: tiles[None, None].astype(np.float32),
+                card.condition.name: np.array(condition, np.float32),
+            },
+        )
+        rows, columns = (slice(_CONTEXT_PX, _CONTEXT_PX + n) for n in frame.shape)
+        return np.asarray(found[0, 0, rows, columns] * scale + offset, np.float32)
+
+    def gains(self, sample: Sample) -> tuple[float, float, float, float]:
+        """Return what a frame gains in dB: untold, best share, told, told wrongly."""
+        frame = sample.pixels.astype(np.float32)
+        before = _quality(sample, frame)
+        untold = self.restored(frame, None)
+        shares = [frame + share * (untold - frame) for share in _SHARES]
+        told = [
+            _quality(sample, self.restored(frame, side * level_of(sample))) - before
+            for side in (1, -1)
+        ]
+        best = max(_quality(sample, one) for one in shares)
+        return _quality(sample, untold) - before, best - before, told[0], told[1]
+
+
+def level_of(sample: Sample) -> float:
+    """Return the level of a frame blurred on purpose; of a Gaussian, of equal width."""
+    if sample.defocus_um is not None:
+        return sample.defocus_um[0] / STEP_UM
+    assert sample.psf is not None
+    place = np.arange(len(sample.psf)) - len(sample.psf) // 2
+    # A disc of radius R has the deviation R / 2 along each axis.
+    radius_px = 2 * float(np.sqrt(sample.psf.sum(axis=0) @ place**2))
+    return radius_px * BBBC006.pixel_size_um / BBBC006.numerical_aperture / STEP_UM
+
+
 def _quality(sample: Sample, image: NDArray[np.floating]) -> float:
     full = np.iinfo(sample.pixels.dtype).max  # type: ignore[type-var]
     assert sample.sharp is not None
     return psnr(sample.sharp, np.clip(image, 0, full), data_range=sample.data_range)
 
 
-def ceilings(folder: Path) -> dict[str, tuple[float, float]]:
-    """Return the mean gains per kind, told the blur and told the gains, in dB."""
+def by_kind(
+    folder: Path, measure: Callable[[Sample], tuple[float, ...]]
+) -> dict[str, list[float]]:
+    """Return the mean of what is measured on the blurred frames of each kind.
+
+    Frames blurred by a Gaussian, which is no defocus, are a kind of their own.
+    """
     found = defaultdict(list)
     for sample in unseen(folder).samples():
         if IN_FOCUS not in sample.name:
-            gains = told_the_blur(sample), told_the_gains(sample)
-            found[sample.group].append(gains)
+            kind = "Gaussian blur" if sample.defocus_um is None else sample.group
+            found[kind].append(measure(sample))
     found["all"] = [one for gains in found.values() for one in gains]
-    return {kind: tuple(np.mean(gains, axis=0)) for kind, gains in found.items()}
+    return {kind: [*np.mean(gains, axis=0)] for kind, gains in found.items()}
+
+
+def ceilings(sample: Sample) -> tuple[float, float, float]:
+    """Return the gains of a frame told the blur, a Gaussian and the gains, in dB."""
+    return told_the_blur(sample), told_a_gaussian(sample), told_the_gains(sample)
 
 
 def ranking(
@@ -155,16 +264,20 @@ def stacks() -> dict[str, RecordedStack]:
 
 
 def main() -> None:
-    """Print both tables, or one."""
+    """Print the three tables, or the last alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--stacks", action="store_true", help="the second table alone")
+    parser.add_argument("--stacks", action="store_true", help="the third table alone")
     options = parser.parse_args()
     folder = options.data
     if not options.stacks:
-        print("| kind | told the blur | told the gains |\n|---|---|---|")
-        for kind, (blur, gains) in ceilings(folder).items():
-            print(f"| {kind} | {blur:+.2f} | {gains:+.2f} |")
+        for head, measure in (
+            ("told the blur | best Gaussian | told the gains", ceilings),
+            ("untold | best share | told | wrong side", BareNetwork("rtfocus-2").gains),
+        ):
+            print(f"\n| kind | {head} |\n|---{'|---' * (head.count('|') + 1)}|")
+            for kind, gains in by_kind(folder, measure).items():
+                print(f"| {kind} | {' | '.join(f'{gain:+.2f}' for gain in gains)} |")
     planes = {name: read_planes(folder, one) for name, one in stacks().items()}
     print(f"\n| | {' | '.join(planes)} |\n|---{'|---' * len(planes)}|")
     _print_row("mean wavelength", mean_wavelength, planes)

@@ -7,8 +7,17 @@ import pytest
 from numpy.typing import NDArray
 
 from bench.evidence import Restored, keep, kept, widened
-from bench.unseen import mean_wavelength, ranking, told_the_blur, told_the_gains
+from bench.unseen import (
+    BareNetwork,
+    level_of,
+    mean_wavelength,
+    ranking,
+    told_a_gaussian,
+    told_the_blur,
+    told_the_gains,
+)
 from rtfocus.engines.fitted import DeviationCard
+from rtfocus.evaluation.data_sets import STEP_UM
 from rtfocus.evaluation.samples import BBBC006, IN_FOCUS, Sample, shown
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
@@ -121,3 +130,32 @@ def test_twice_the_widened_deviation_covers_what_it_should_of_every_kind_alike()
     covered = [np.mean(abs(one.tiles[2]) <= 2 * np.sqrt(wide.floor)) for one in frames]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.005)
     assert widened(wide, frames).floor == pytest.approx(wide.floor, rel=1e-3)
+
+
+def test_a_gaussian_told_undoes_a_gaussian_as_well_as_the_true_blur(
+    frames: list[Sample],
+) -> None:
+    (gaussian,) = (one for one in frames if one.name.endswith("Gaussian"))
+    assert told_a_gaussian(gaussian) == pytest.approx(told_the_blur(gaussian), abs=0.5)
+
+
+def test_a_network_told_the_level_restores_another_image_than_told_nothing(
+    frames: list[Sample],
+) -> None:
+    network = BareNetwork("rtfocus-2")
+    pupil, _, gaussian, _ = frames
+    untold, best, told, wrong = network.gains(pupil)
+    assert best >= untold
+    assert told > wrong
+    assert best > 0
+    assert network.gains(gaussian)[2] > 0
+
+
+def test_a_gaussian_has_the_level_of_a_disc_as_wide() -> None:
+    place = np.arange(-20, 21)
+    profile = np.exp(-(place**2) / (2 * 2.5**2))
+    psf = (profile[:, None] * profile).astype(np.float32)
+    sample = Sample("one", psf, psf, None, "", 1.0, psf=psf / psf.sum())
+    # A disc with the deviation 2.5 px has a radius of 5 px.
+    expected = 5 * BBBC006.pixel_size_um / BBBC006.numerical_aperture / STEP_UM
+    assert level_of(sample) == pytest.approx(expected, rel=0.01)
