@@ -303,11 +303,11 @@ def _to_pixels(side_px: int) -> Image:
     return _linear(np.arange(side_px), _cell_centres(side_px))
 
 
-def _cell_centres(side_px: int) -> NDArray[np.float64]:
+def _cell_centres(side_px: int) -> NDArray[Any]:
     return (np.arange(-(-side_px // CELL_PX)) + 0.5) * CELL_PX - 0.5
 
 
-def _linear(places: NDArray[Any], centres: NDArray[np.float64]) -> Image:
+def _linear(places: NDArray[Any], centres: NDArray[Any]) -> Image:
     weights = [np.interp(places, centres, one) for one in np.eye(len(centres))]
     return np.stack(weights, axis=1).astype(np.float32)
 

@@ -185,7 +185,7 @@ class Rtfocus1(nn.Module):
         """
         del features
         logits = self.label(around(evidence))
-        shares = logits.float().softmax(dim=1)
+        shares: Tensor = logits.float().softmax(dim=1)
         idle = shares[:, _FOCUS] + shares[:, -1]
         return (1 - idle)[:, None].to(logits.dtype)
 
