@@ -284,4 +284,6 @@ def halved(image: NDArray[np.generic]) -> NDArray[np.generic]:
     if image.dtype == np.uint8:
         return np.asarray(blocks.sum(axis=(1, 3), dtype=np.uint16))
     means = blocks.mean(axis=(1, 3), dtype=np.float32)
-    return means if image.dtype.kind == "f" else np.rint(means).astype(image.dtype)
+    if image.dtype.kind == "f":
+        return np.asarray(means)
+    return np.asarray(np.rint(means).astype(image.dtype))
