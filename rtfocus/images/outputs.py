@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rtfocus import files
 from rtfocus.errors import InputError, OutputError
@@ -31,7 +31,9 @@ from rtfocus.images.metadata import (
 from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.reading import BrokenImage
 from rtfocus.images.series import ImageSeries
-from rtfocus.images.zarr_writing import ZarrForm, write_zarr
+
+if TYPE_CHECKING:
+    from rtfocus.images.zarr_writing import ZarrForm
 
 _TIFF_ENDINGS = (".tif", ".tiff")
 _IMAGE_ENDINGS = (*_TIFF_ENDINGS, ".zarr", ".png", ".jpg", ".jpeg", ".bmp")
@@ -372,7 +374,7 @@ class ImageOutput:
             raise OutputError(msg)
 
     def write(
-        self, images: Sequence[OutputImage], form: ZarrForm | None = None
+        self, images: Sequence[OutputImage], form: "ZarrForm | None" = None
     ) -> list[BrokenImage]:
         """Write images plane by plane, each target whole.
 
@@ -399,6 +401,9 @@ class ImageOutput:
         if not self.is_folder:
             with self._guard.whole(self.path) as part:
                 if self.ending == ".zarr":
+                    # A report writes none, and zarr takes long to load.
+                    from rtfocus.images.zarr_writing import ZarrForm, write_zarr
+
                     write_zarr(part, images, form or ZarrForm())
                 else:
                     write_tiff(part, images)
