@@ -85,8 +85,9 @@ class OpticalSystem:
         if self.psf_model not in (models := ("pupil", "born_wolf")):
             msg = f"psf_model={self.psf_model!r:.60} is none of {', '.join(models)}"
             raise OpticsError(msg)
-        if not isinstance(self.aberrations, Aberrations):
-            kind = type(self.aberrations).__name__
+        given: object = self.aberrations
+        if not isinstance(given, Aberrations):
+            kind = type(given).__name__
             msg = f"aberrations are of type {kind}; give rtfocus.channel.Aberrations"
             raise OpticsError(msg)
         if self.numerical_aperture >= self.refractive_index:
@@ -137,7 +138,7 @@ def _refuse_impossible(given: Aberrations | OpticalSystem) -> None:
         if (stated := getattr(part.type, "__metadata__", None)) is None:
             continue
         value = getattr(given, part.name)
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, Real):
             kind = type(value).__name__
             msg = f"{part.name}={value!r:.60} is of type {kind}; give a number"
             raise OpticsError(msg)
