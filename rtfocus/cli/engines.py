@@ -30,9 +30,9 @@ from rtfocus.evaluation.contenders import multiply_adds_per_pixel
 from rtfocus.processing.gpu.cuda.driver import current_context, find_device, why_no_gpu
 from rtfocus.runtimes.cpu_backends import BACKENDS
 from rtfocus.runtimes.gpu import GPU_BACKENDS, Gpu, gpu_request, pixels_at_once
-from rtfocus.runtimes.tensorrt.build import Progress
 from rtfocus.runtimes.tensorrt.library import (
     LIBRARIES,
+    Progress,
     TensorRt,
     import_tensorrt,
     why_not_importable,

@@ -11,20 +11,18 @@ from network_kit import CONDITION_ENTRIES, quantise, write_restorer, write_with_
 
 from rtfocus.errors import EngineError
 from rtfocus.runtimes.gpu import GpuRequest, ShapeRange, batched
-from rtfocus.runtimes.tensorrt.build import (
-    UnusablePlanError,
-    build_plan,
-    load_error,
-)
 from rtfocus.runtimes.tensorrt.library import (
     TensorRt,
+    UnusablePlanError,
     import_tensorrt,
     listed_capabilities,
+    load_error,
     why_not_importable,
 )
 from rtfocus.runtimes.tensorrt.plans import (
     ANY_CARD,
     PlanCache,
+    build_plan,
     ready_plan,
     rtx_target,
 )

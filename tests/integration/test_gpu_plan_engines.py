@@ -8,7 +8,6 @@ from rtfocus.engines.card import Precision
 from rtfocus.engines.registry import FoundEngine, find_engine, list_engines
 from rtfocus.errors import EngineError
 from rtfocus.runtimes.gpu import GpuRequest, gpu_request
-from rtfocus.runtimes.tensorrt.build import build_plan
 from rtfocus.runtimes.tensorrt.library import (
     Capability,
     TensorRt,
@@ -16,6 +15,7 @@ from rtfocus.runtimes.tensorrt.library import (
     listed_capabilities,
     why_not_importable,
 )
+from rtfocus.runtimes.tensorrt.plans import build_plan
 
 CAMERA = (2048, 2048)
 CAMERAS = [(512, 512), (1024, 1024), (1080, 1440), CAMERA, (3200, 3200)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rtfocus.runtimes.tensorrt import build, engine, library
+from rtfocus.runtimes.tensorrt import engine, library, plans
 from rtfocus.runtimes.tensorrt.library import (
     LIBRARIES,
     LibraryName,
@@ -18,7 +18,7 @@ from rtfocus.runtimes.tensorrt.library import (
     why_not_importable,
 )
 
-MODULES = (build, engine, library)
+MODULES = (engine, library, plans)
 CLASSES = {
     "builder": "Builder",
     "context": "IExecutionContext",

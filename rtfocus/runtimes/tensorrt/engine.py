@@ -17,12 +17,13 @@ from rtfocus.runtimes.gpu import (
     Shape,
 )
 from rtfocus.runtimes.machine import write_atomically
-from rtfocus.runtimes.tensorrt.build import UnusablePlanError, load_error
 from rtfocus.runtimes.tensorrt.library import (
     LibraryName,
     TensorRt,
+    UnusablePlanError,
     compile_ahead,
     import_tensorrt,
+    load_error,
     why_not_capturable,
     why_not_importable,
     why_unsupported,

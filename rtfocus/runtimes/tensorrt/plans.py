@@ -1,4 +1,9 @@
-"""Plans: from the cache, or built once, which the user is told."""
+"""Plans: from the cache, or built once from the ONNX file, which the user is told.
+
+They are built through the API that all releases share. Networks are strongly typed,
+so the weights file alone decides the arithmetic; int8 comes as Q/DQ nodes. No timing
+cache is set: with it TensorRT for RTX would need a GPU to build.
+"""
 
 import hashlib
 import json
@@ -12,11 +17,15 @@ from typing import Any
 from rtfocus.errors import EngineError
 from rtfocus.runtimes.gpu import Gpu, GpuRequest, ShapeRange
 from rtfocus.runtimes.machine import cache_folder, write_atomically
-from rtfocus.runtimes.tensorrt.build import Progress, build_plan
 from rtfocus.runtimes.tensorrt.library import (
     Capability,
+    Progress,
     TensorRt,
+    build_error,
     listed_capabilities,
+    make_monitor,
+    name_capabilities,
+    parse_error,
     why_unsupported,
 )
 
@@ -102,7 +111,7 @@ class PlanCache:
         except OSError as error:
             logger.warning("plan '%s' cannot be read: %s", path, error.strerror)
             return None
-        header = _parse(head)
+        header = _header(head)
         if header is None or header.get("sha256") != hashlib.sha256(plan).hexdigest():
             logger.warning("plan '%s' is damaged and will be built again", path)
             return None
@@ -158,14 +167,14 @@ class PlanCache:
         for path in self.folder.glob(pattern):
             try:
                 with path.open("rb") as file:
-                    header = _parse(file.readline())
+                    header = _header(file.readline())
             except OSError:
                 continue
             if header is not None:
                 yield header["key"]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _header(line: bytes) -> dict[str, Any] | None:
     """Return the header of a plan file; None if the line is none."""
     try:
         header = json.loads(line)
@@ -310,6 +319,110 @@ def ready_plan(
     plan = build_plan(library, request, target.capabilities, progress)
     cache.keep(key, plan)
     return ReadyPlan(plan, key, time.monotonic() - start)
+
+
+def build_plan(
+    library: TensorRt,
+    request: GpuRequest,
+    capabilities: Sequence[Capability] = (),
+    progress: Progress | None = None,
+) -> bytes:
+    """Build the plan of a network.
+
+    Parameters
+    ----------
+    library
+        TensorRT, which tunes on the current GPU, or TensorRT for RTX.
+    request
+        Names the weights, the shapes and the options.
+    capabilities
+        TensorRT for RTX only: compute capabilities the plan is for; none: every
+        card from 8.0 on.
+    progress
+        Told of every step; what it returns says whether to go on.
+
+    Raises
+    ------
+    EngineError
+        Names the node or the tensor, and the remedy; also after a cancellation.
+    """
+    library.logger.errors.clear()
+    builder = library.api.Builder(library.logger)
+    # The network refers to weights that the parser owns: both must live until built.
+    network, parser = _parsed(library, builder, request)
+    _check_inputs(request, network)
+    config = _configure(library, builder, request, capabilities)
+    monitor = make_monitor(library.api, progress) if progress else None
+    if monitor is not None:
+        config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    del parser
+    if monitor is not None:
+        monitor.raise_failure()
+        if monitor.cancelled:
+            msg = f"engine '{request.name}': building its plan was cancelled"
+            raise EngineError(msg)
+    if plan is None:
+        raise build_error(library, request)
+    return bytes(plan)
+
+
+def _parsed(library: TensorRt, builder: Any, request: GpuRequest) -> tuple[Any, Any]:
+    api = library.api
+    flags = getattr(api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    # Releases without the flag know nothing but strongly typed networks.
+    network = builder.create_network(0 if flags is None else 1 << int(flags))
+    parser = api.OnnxParser(network, library.logger)
+    try:
+        model = request.model.read_bytes()
+    except OSError as error:
+        msg = f"weights '{request.model}' cannot be read: {error.strerror}"
+        raise EngineError(msg) from error
+    if not parser.parse(model):
+        faults = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise parse_error(library, request, faults)
+    if network.num_outputs == 0:
+        # An empty file and some other files pass for a network without nodes.
+        msg = (
+            f"engine '{request.name}': '{request.model}' holds no network; "
+            "copy the engine again or export it from its checkpoint"
+        )
+        raise EngineError(msg)
+    return network, parser
+
+
+def _check_inputs(request: GpuRequest, network: Any) -> None:
+    """Compare names: TensorRT ignores a shape for an input that is not there."""
+    there = {network.get_input(index).name for index in range(network.num_inputs)}
+    if there != set(request.inputs):
+        msg = (
+            f"engine '{request.name}': the card names the inputs "
+            f"{sorted(request.inputs)}, '{request.model}' has {sorted(there)}; "
+            "correct the card or export the engine again"
+        )
+        raise EngineError(msg)
+
+
+def _configure(
+    library: TensorRt,
+    builder: Any,
+    request: GpuRequest,
+    capabilities: Sequence[Capability],
+) -> Any:
+    api = library.api
+    config = builder.create_builder_config()
+    if not request.tf32:
+        config.clear_flag(api.BuilderFlag.TF32)
+    if request.workspace_bytes is not None:
+        pool = api.MemoryPoolType.WORKSPACE
+        config.set_memory_pool_limit(pool, request.workspace_bytes)
+    name_capabilities(library, config, capabilities)
+    profile = builder.create_optimization_profile()
+    for name, shapes in request.inputs.items():
+        profile.set_shape(name, shapes.smallest, shapes.usual, shapes.largest)
+    if config.add_optimization_profile(profile) < 0:
+        raise build_error(library, request)
+    return config
 
 
 def _text(capability: Sequence[int]) -> str:
