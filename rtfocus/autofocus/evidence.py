@@ -7,7 +7,7 @@ moves say, tell of the stage instead.
 """
 
 from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from math import isfinite
 
 import numpy as np
@@ -33,9 +33,6 @@ _SAME = 0.1
 # Rings that are averaged to tell a change from noise, and how often its variance a
 # change must have: noise alone has 5 at most, the faintest cell that landed 24.
 _BAND, _CLEAR_CHANGE = 6, 10.0
-# Of the spectra's energy: left by images of a specimen that moved, of which so many of
-# the newest fit each other so many times better.
-_MOVED_LEAVES, _MOVED_BETTER, _NEWEST = 0.01, 8.0, 3
 SHARPER = 1.10
 """An image is sharper than another by noise, below this ratio."""
 # Rings that stand out of the noise, or nothing shows.
@@ -121,25 +118,9 @@ class Evidence:
             self._drop_lagging()
             self.belief = self._posterior()
 
-    def forget_older(self, kept: int = 1) -> None:
-        """Let only the newest images count, of what may have moved since the others."""
-        del self.looks[:-kept]
-        self.belief = self._posterior()
-
-    def forget_moved(self) -> None:
-        """Let only the newest images count, if the older ones do not fit them.
-
-        The specimen has moved in between, or the stage did not go where it said.
-        """
-        newest, fit = self.with_detail()[-_NEWEST:], self.fit
-        if fit is None or len(self.with_detail()) <= _NEWEST:
-            return
-        if self._places_of(newest) < _NEWEST or fit.unexplained < _MOVED_LEAVES:
-            return
-        differ = all(two.change_from(one) > _SAME for one, two in pairwise(newest))
-        left = self._compared(newest).unexplained
-        if differ and _MOVED_BETTER * left < fit.unexplained:
-            self.forget_older(_NEWEST)
+    def forget_older(self) -> None:
+        """Let only the newest image count, of what may have moved since the others."""
+        del self.looks[:-1]
 
     def faults(self) -> list[str]:
         """Return what the stage seems to do wrong, in words."""
@@ -169,17 +150,6 @@ class Evidence:
         if best.sharpness > SHARPER * first.sharpness or not isfinite(first.z_um):
             return best.z_um
         return first.z_um
-
-    def parted_um(self, least: float, within_um: float) -> float | None:
-        """Return where the optics put focus, if aberration parts it from the sharpest.
-
-        None: it is at most `least` depths of field away, or was seen that closely.
-        """
-        if self.fit is None or self.belief.is_empty:
-            return None
-        place, sharpest = self.fit.best_um, self.belief.best.mean_um
-        is_near = abs(place - sharpest) <= least * self.unit_um
-        return None if is_near or self.has_seen(place, within_um) else place
 
     def is_sure(self, most_sd: float, most_rival: float = 0.1) -> bool:
         """Tell whether belief is one narrow peak; the deviation in depths of field."""

@@ -12,30 +12,23 @@ do may a search end without a check from both sides.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.appearance import (
-    FARTHEST,
-    FREQUENCIES,
-    Transfer,
-    modulation_table,
-    sharpness,
-)
+from rtfocus.autofocus.appearance import FARTHEST, Transfer, modulation_table, sharpness
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.frame import FocusReading
 
 Floats = NDArray[np.float64]
 
-# Candidates for focus lie this far apart, in depths of field; the sharpest plane is
-# looked for so far from where the optics put focus.
+# Candidates for focus lie this far apart, in depths of field.
 _CANDIDATE_STEP = 0.1
-_DEFOCUS: Floats = np.arange(-30.0, 31.0) * _CANDIDATE_STEP
-# What the optics let through so little of says nothing of the specimen.
-_LEAST_SEEN = 0.01
 _APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
 _FINE_APERTURES = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)
 _APERTURE_SD = 0.05
@@ -73,10 +66,7 @@ class PlaneFit:
     candidates_um: Floats
     """Focus positions that were tried, in stage z."""
     weights: Floats
-    """Probability by the images alone that the image is sharpest there; sums to 1."""
-    optics_weights: Floats
-    """Probability that the optics put focus there. Spherical aberration draws the two
-    apart, by how fine the specimen's detail is."""
+    """Probability of each by the images alone; sums to 1."""
     unexplained: float
     """Share of the spectra's energy that the best leaves; 0 is a perfect fit."""
     answers: dict[str, float]
@@ -88,8 +78,8 @@ class PlaneFit:
 
     @property
     def best_um(self) -> float:
-        """The likeliest place where the optics put focus."""
-        return float(self.candidates_um[int(np.argmax(self.optics_weights))])
+        """The likeliest candidate."""
+        return float(self.candidates_um[int(np.argmax(self.weights))])
 
     @property
     def course(self) -> str:
@@ -140,6 +130,8 @@ class PlaneComparison:
         z_um: Floats,
         spectra: Floats,
         noise: Floats,
+        known: Floats | None = None,
+        reach_um: float | None = None,
         courses: Sequence[Course] = (),
     ) -> PlaneFit:
         """Find the focus position that explains several planes.
@@ -151,13 +143,20 @@ class PlaneComparison:
         spectra, noise
             As `rtfocus.autofocus.appearance.amplitude_spectrum` gives, axes (plane,
             ring), and noise of shape (plane,).
+        known
+            Focus positions, in um, that are known of some planes already: at another
+            time they were elsewhere. NaN: to be found. None: of all to be found.
+        reach_um
+            How far from the planes focus is looked for; None: as far as one can see.
         courses
             Other accounts of the stage, tried where it does not seem to do as told.
         """
-        step, margin = _CANDIDATE_STEP * self.unit_um, (FARTHEST - 0.5) * self.unit_um
-        candidates = np.arange(z_um.min() - margin, z_um.max() + margin + step, step)
+        candidates = self._candidates(z_um, known, reach_um)
+        focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
+        if known is not None:
+            focus = np.where(np.isnan(known), focus, known)
         tried = _Tried(_Scores(spectra, noise))
-        away = (candidates[:, None] - z_um) / self.unit_um
+        away = (focus - z_um) / self.unit_um
         turns = (self._direction,) if self._direction else (1, -1)
         for turn in turns:
             tried.add(AS_TOLD, turn, turn * away, self._models, 0.0)
@@ -171,6 +170,16 @@ class PlaneComparison:
                 tried.add(course.name, turn, way, self._plain, course.price)
         return tried.fit(candidates)
 
+    def _candidates(
+        self, z_um: Floats, known: Floats | None, reach_um: float | None
+    ) -> Floats:
+        margin = (FARTHEST - 0.5) * self.unit_um
+        if reach_um is not None:
+            margin = min(margin, reach_um)
+        step = _CANDIDATE_STEP * self.unit_um
+        open_um = z_um if known is None else z_um[np.isnan(known)]
+        return np.arange(open_um.min() - margin, open_um.max() + margin + step, step)
+
 
 class _Tried:
     """The models that were tried on some planes, and how badly each explains them."""
@@ -178,7 +187,6 @@ class _Tried:
     def __init__(self, scores: "_Scores") -> None:
         self._scores = scores
         self._costs: list[Floats] = []
-        self._steps: list[NDArray[np.int64]] = []
         self._prices: list[float] = []
         self._names: list[str] = []
         self._edges: list[bool] = []
@@ -194,14 +202,9 @@ class _Tried:
     ) -> None:
         """Try models on planes that lie `away` from focus, axes (candidate, plane)."""
         for transfer, own_price, at_edge in models:
-            planes = transfer.amplitudes(_DEFOCUS)
             for kept in (False, True):
-                seen = transfer.amplitudes(away, kept=kept)
-                cost, detail = self._scores.explain(seen)
+                cost = self._scores.unexplained(transfer.amplitudes(away, kept=kept))
                 self._costs.append(cost)
-                # A positive defocus is removed by a step to larger z, times the turn.
-                top = self._scores.sharpest(detail, planes) - len(planes) // 2
-                self._steps.append(-turn * top)
                 self._prices.append(own_price + price)
                 self._names.append(name)
                 self._edges.append(at_edge)
@@ -220,19 +223,12 @@ class _Tried:
             answers[name] = answers.get(name, 0.0) + float(share)
         return PlaneFit(
             candidates_um=candidates,
-            weights=self._moved(likely) / likely.sum(),
-            optics_weights=likely.sum(axis=0) / likely.sum(),
+            weights=likely.sum(axis=0) / likely.sum(),
             unexplained=float(cost[best]),
             answers=answers,
             at_the_edge=self._edges[int(best[0])],
             by_direction=self._by_direction,
         )
-
-    def _moved(self, likely: Floats) -> Floats:
-        """Return the sum over models, each answer moved to its sharpest plane."""
-        last = likely.shape[1] - 1
-        place = np.clip(np.arange(last + 1) + np.array(self._steps), 0, last)
-        return np.bincount(place.ravel(), likely.ravel(), last + 1).astype(np.float64)
 
 
 class _Scores:
@@ -243,37 +239,17 @@ class _Scores:
         certain = energy / (energy + float((noise**2).sum()) + 1e-12)
         self._spectra = spectra
         self._energy = energy
-        self._noise = float((noise**2).mean())
         self._weight = certain / np.maximum(energy * certain.sum(), 1e-12)
 
-    def explain(self, model: Floats) -> tuple[Floats, Floats]:
-        """Return the unexplained share by candidate, and the detail that remains.
+    def unexplained(self, model: Floats) -> Floats:
+        """Return the share by candidate; `model` has axes (candidate, plane, ring).
 
         In every ring the specimen's own amplitude is free: the best one is taken.
-
-        Parameters
-        ----------
-        model
-            Axes (candidate, plane, ring).
-
-        The share has shape (candidate,); the detail, power of the specimen's own rings
-        as far as it stands out of the noise, axes (candidate, ring).
         """
         strength = np.maximum((model**2).sum(axis=1), 1e-6)
         projected = np.einsum("cpr,pr->cr", model, self._spectra)
-        explained = projected**2 / strength
-        left = np.clip(self._energy - explained, 0.0, None)
-        detail = explained / (strength + _LEAST_SEEN)
-        detail *= explained / (explained + self._noise + 1e-12)
-        return left @ self._weight, detail
-
-    def sharpest(self, detail: Floats, planes: Floats) -> NDArray[np.int64]:
-        """Return the row of the plane at which detail looks sharpest, by candidate.
-
-        `detail` is as `explain` gives, the modulation of `planes` by (plane, ring).
-        """
-        energy = (detail * FREQUENCIES**4) @ (planes**2).T
-        return np.asarray(energy.argmax(axis=1))
+        left = self._energy - projected**2 / strength
+        return np.asarray(np.clip(left, 0.0, None) @ self._weight)
 
 
 # Of the spectra's energy, and in depths of field.
@@ -404,6 +380,34 @@ def calibrate(
         unit_um=comparison.unit_um,
         problems=problems,
     )
+
+
+def save_calibration(path: Path, found: Calibration) -> None:
+    """Write a calibration as YAML."""
+    values = {
+        key: round(value, 5) if isinstance(value, float) else value
+        for key, value in asdict(found).items()
+    }
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a calibration.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or is none.
+    """
+    try:
+        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Calibration(**values)
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        msg = (
+            f"autofocus.calibration '{path}' cannot be used: {error}; make it with: "
+            "rtfocus calibrate CONFIG"
+        )
+        raise ConfigError(msg) from error
 
 
 def _fitted(comparison: PlaneComparison, planes: Sequence[Plane]) -> PlaneFit:

@@ -4,17 +4,14 @@ And the surface through the places that were focused, on which others are likely
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import useq
-import yaml
 from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.hold import Key
-from rtfocus.autofocus.planes import Calibration
+from rtfocus.autofocus.planes import load_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
 from rtfocus.config.model import AutofocusConfig
@@ -25,34 +22,6 @@ _SIDES = {"down": -1, "up": 1}
 # depths of field.
 _PAST_BACKLASH, _LEAST_BACKLASH = 1.5, 0.2
 _DIRECTIONS = {"toward": 1, "away": -1, "unknown": 0}
-
-
-def save_calibration(path: Path, found: Calibration) -> None:
-    """Write a calibration as YAML."""
-    values = {
-        key: round(value, 5) if isinstance(value, float) else value
-        for key, value in asdict(found).items()
-    }
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-
-
-def load_calibration(path: Path) -> Calibration:
-    """Read a calibration.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read or is none.
-    """
-    try:
-        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Calibration(**values)
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        msg = (
-            f"autofocus.calibration '{path}' cannot be used: {error}; make it with: "
-            "rtfocus calibrate CONFIG"
-        )
-        raise ConfigError(msg) from error
 
 
 def limits_at(config: AutofocusConfig, start_um: float) -> Limits:

@@ -3,7 +3,7 @@
 The first image tells the distance by the network, roughly. A step to the safe side
 and a second image tell side and distance by the optics; where they do not tell
 closely, an image from beyond focus does. The image at focus confirms it. Whatever
-else comes ends at the best z that is known, with the reason.
+comes otherwise ends at the best z that is known, with the reason.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from rtfocus.frame import FocusReading
 # In depths of field.
 _ARRIVED, _SURE, _HARDLY_SURE, _ROUGH = 0.3, 0.25, 0.35, 1.5
 _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
-_BESIDE, _STUCK, _BRACKET, _PARTED = 0.7, 2.0, 0.5, 0.35
+_BESIDE, _STUCK, _BRACKET = 0.7, 2.0, 0.5
 # Of the spectra's energy: the optics do not explain the images, or explain them so
 # well that they may contradict sharpness, which aberrations move away from focus.
 _MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
@@ -38,7 +38,7 @@ class SearchRule:
     """What a search may do beside moving."""
 
     most_images: int = 12
-    """In all, however well it goes."""
+    """Images in all, however well it goes."""
     patience: int = 4
     """Images without progress before it gives up."""
     safe_side: int = -1
@@ -59,8 +59,10 @@ class FocusSearch:
     ----------
     comparison
         Of the channel's optics.
-    moves, rule
-        Limits and steps; patience and sides.
+    moves
+        Limits and steps.
+    rule
+        Patience and sides.
     direction
         +1: larger z brings the plane of focus towards the specimen; -1; 0: unknown.
     prior
@@ -82,8 +84,6 @@ class FocusSearch:
     """The sharpest place, when the search has decided to end there."""
     _follows: bool = False
     """What was sharp there no longer is: only images from then on count."""
-    _meant_um: float | None = None
-    """Where the search would have ended, but for a look where the optics put focus."""
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
@@ -114,9 +114,9 @@ class FocusSearch:
         """Say what to do after the newest image."""
         decision = self._wish()
         wants_more = isinstance(decision, Move | Probe)
-        if not wants_more or self._images < self.rule.most_images:
-            return decision
-        return self._give_up_unsure(f"not found in {self._images} images")
+        if wants_more and self._images >= self.rule.most_images:
+            return self._give_up_unsure(f"not found in {self._images} images")
+        return decision
 
     def give_up(self, reason: str) -> GiveUp:
         """End at the best z that is known."""
@@ -134,15 +134,15 @@ class FocusSearch:
         if (end := self._end_of_sight()) is not None:
             return end
         if self.evidence.is_late and len(self.looks) > 1:
-            if not self.evidence.is_again():  # only second images count
+            # Every image counts only when it is taken a second time.
+            if not self.evidence.is_again():
                 return Probe(0.0)
         elif (doubt := self._doubt_the_stage()) is not None:
             return doubt
         if self._back_at is not None:
             return self._returned()
-        if self._follows or self._meant_um is not None:
+        if self._follows:
             return self._top_of_now()
-        self.evidence.forget_moved()
         is_there = not self.belief.is_empty and self._way_um() <= self._near_um()
         if self._is_sure(is_there=is_there):
             return self._arrived() if is_there else self._approach()
@@ -155,16 +155,18 @@ class FocusSearch:
     def _approach(self) -> Decision:
         """Go to focus, or, having been there, first to the side still unseen."""
         been_there = self.evidence.has_seen(self.belief.best.mean_um, self._near_um())
-        beyond = self._unbracketed(self.evidence.best_seen)
-        if self.rule.verify and been_there and beyond is not None:
-            return self._view(beyond)
+        if self.rule.verify and been_there:
+            beyond = self._unbracketed(self.evidence.best_seen)
+            if beyond is not None:
+                return self._view(beyond)
         return self._move()
 
     def _way_um(self) -> float:
         return abs(self.belief.best.mean_um - self.looks[-1].z_um)
 
     def _is_sure(self, *, is_there: bool) -> bool:
-        # The image at focus makes it surer; after both sides nothing does.
+        # The image at focus makes it surer; after both sides nothing does. Optics that
+        # are not calibrated are checked from both sides anyhow.
         checked = self.rule.verify or not is_there or self._saw_both_sides()
         most_sd = _HARDLY_SURE if checked else _SURE
         return len(self.looks) > 1 and self.evidence.is_sure(most_sd)
@@ -181,7 +183,8 @@ class FocusSearch:
     def _end_of_sight(self) -> Decision | None:
         """Say what to do about an image that tells nothing; None: it tells."""
         now = self.looks[-1]
-        if not self.moves.limits.holds(now.z_um):  # no way from there stays inside
+        if not self.moves.limits.holds(now.z_um):
+            # No way is known from there that stays inside.
             return GiveUp(f"the stage says {now.z_um:g} um, outside its limits")
         refusal = f"{now.reading.refusal}: {now.reading.detail}"
         if now.reading.refusal == "saturated":
@@ -259,9 +262,10 @@ class FocusSearch:
         best = self.evidence.best_seen
         gap = self.evidence.gap_beside(best.z_um, limits.low_um, limits.high_um)
         if self.looks[-1].sharpness * SHARPER < best.sharpness and gap is not None:
-            return self._view(gap)  # sharper elsewhere: the optics are wrong here
-        reason = f"focus seems to lie beyond the limits, at {wanted:.1f} um"
-        return self._give_up_seeing(reason)
+            # It was sharper elsewhere, so the optics are wrong about these images.
+            return self._view(gap)
+        at = f"{wanted:.1f} um"
+        return self._give_up_seeing(f"focus seems to lie beyond the limits, at {at}")
 
     def _first_step_um(self) -> float:
         """Return a step that crosses focus, if it is on that side."""
@@ -289,18 +293,20 @@ class FocusSearch:
         beside = abs(best.z_um - sure)
         trusted = not self.rule.verify and unexplained <= _WELL_EXPLAINED
         if is_sharper and beside > _BESIDE * unit and not trusted:
-            apart = f"sharpness peaks {beside:.1f} um from where focus should be"
-            return self.give_up(apart)
+            return self.give_up(
+                f"sharpness peaks {beside:.1f} um from where focus should be"
+            )
         if not self.evidence.saw_change():
             sides = (self.rule.safe_side, -self.rule.safe_side)
-            for outer in self.evidence.beyond_top_um(sides):
-                if self.moves.limits.holds(outer):
-                    return self._view(outer)
+            inside = filter(self.moves.limits.holds, self.evidence.beyond_top_um(sides))
+            if (beyond := next(inside, None)) is not None:
+                return self._view(beyond)
             return self.give_up("the images hardly change with z; does the stage move?")
         if not self.evidence.is_change_clear():
             return self.give_up(_IN_NOISE)
+        # Two places agree with too much.
         if not self.rule.verify and self.evidence.places() < _LEAST_PLACES:
-            return self._next_view()  # two places agree with too much
+            return self._next_view()
         if self.rule.verify and (beyond := self._unbracketed(best)) is not None:
             return self._view(beyond)
         if unexplained > self.rule.most_unexplained and self.rule.verify:
@@ -312,18 +318,11 @@ class FocusSearch:
                 f"({100 * unexplained:.0f} % unexplained); check the channel's optics, "
                 "or rtfocus calibrate"
             )
-        is_beside = is_sharper and beside <= _BESIDE * unit
-        return self._end_by_image(best.z_um if is_beside else now.z_um)
-
-    def _end_by_image(self, end_um: float) -> Decision:
-        """End there, unless the image where the optics put focus is sharper."""
         if self.rule.verify:
-            end_um = self.evidence.peak_um()
-        place = self.evidence.parted_um(_PARTED, 0.5 * self._near_um())
-        if place is None or not self.moves.limits.holds(place):
-            return self._end_at(end_um)
-        self._meant_um = end_um
-        return Probe(place - self.looks[-1].z_um)
+            return self._end_at(self.evidence.peak_um())
+        # Near focus, yet not the sharpest place there.
+        is_beside = is_sharper and beside <= _BESIDE * unit
+        return self._end_at(best.z_um) if is_beside else Stay()
 
     def _returned(self) -> Decision:
         """Check the image at the place where the search wants to end."""
@@ -339,10 +338,9 @@ class FocusSearch:
             if self._returns <= _MOST_RETURNS:
                 return Move(best.z_um - now.z_um)
         if self._follows:
-            drifts = (
+            return self.give_up(
                 "the image did not get as sharp as it was; does the specimen drift?"
             )
-            return self.give_up(drifts)
         # A specimen that drifts has left where it was sharp, the further the longer an
         # image takes: sharpness is compared among images from now on.
         self._follows, self._back_at = True, None
@@ -351,9 +349,6 @@ class FocusSearch:
 
     def _top_of_now(self) -> Decision:
         """Look at both sides of the sharpest image since the older were forgotten."""
-        if self._meant_um is not None and not self._follows:
-            is_best = self.looks[-1] is self.evidence.best_seen
-            return self._end_at(self.looks[-1].z_um if is_best else self._meant_um)
         if (beyond := self._unbracketed(self.evidence.best_seen)) is not None:
             return self._view(beyond)
         return self._end_at(self.evidence.peak_um())
@@ -381,7 +376,8 @@ class FocusSearch:
         evidence, best = self.evidence, self.evidence.best_seen
         fit, beyond = evidence.fit, self._unbracketed(best)
         if self.rule.verify and beyond is not None and evidence.saw_change():
-            return self._view(beyond)  # images from afar on both sides tell little
+            # Images from afar on both sides tell little: those beside the sharpest do.
+            return self._view(beyond)
         agrees = (
             fit is not None
             and evidence.saw_change()
@@ -391,7 +387,8 @@ class FocusSearch:
             and abs(best.z_um - self.belief.best.mean_um) < _BESIDE * evidence.unit_um
             and beyond is None
         )
-        if agrees:  # sharpness peaks where focus is believed to be, by both sides
+        if agrees:
+            # A peak of sharpness where focus is believed to be, seen from both sides.
             return self._end_at(best.z_um)
         return self._give_up_unsure("no progress")
 
@@ -428,7 +425,8 @@ class FocusSearch:
         others = [look.z_um for look in self.looks if look not in same]
         around = any(min(places) < z_um < max(places) for z_um in others)
         if around or (others and self.evidence.is_flat_top(places)):
-            return None  # alike on both sides of another place, or about focus
+            # Alike on both sides of a place that is not, or about focus: it does move.
+            return None
         if not any(abs(z - now.z_um) < 0.1 * unit for z in self._looked_again_at):
             self._looked_again_at.append(now.z_um)
             return Probe(0.0)

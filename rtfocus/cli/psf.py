@@ -20,9 +20,9 @@ from rtfocus.autofocus.planes import Calibration as FocusCalibration
 from rtfocus.autofocus.planes import (
     Plane,
     PlaneComparison,
+    save_calibration,
 )
 from rtfocus.autofocus.planes import calibrate as calibrate_focus
-from rtfocus.autofocus.plans import save_calibration
 from rtfocus.calibration.bead_fit import calibrate_from_beads
 from rtfocus.calibration.inputs import read_pairs, read_stack
 from rtfocus.calibration.pair_fit import calibrate_from_pairs

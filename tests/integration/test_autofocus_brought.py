@@ -11,16 +11,18 @@ from pydantic import TypeAdapter
 
 from rtfocus.autofocus.appearance import amplitude_spectrum
 from rtfocus.autofocus.focuser import Focuser
-from rtfocus.autofocus.planes import Calibration
-from rtfocus.autofocus.plans import save_calibration
+from rtfocus.autofocus.planes import Calibration, save_calibration
 from rtfocus.autofocus.policy import Limits
-from rtfocus.channel import OpticalSystem
+from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading
 from rtfocus.microscope.core import open_core
 
+SYSTEM = OpticalSystem(
+    **{**OPTICS, "aberrations": Aberrations(**OPTICS["aberrations"])}
+)
 FOCUS_UM = 4.0
 SEARCHES = '''
 import numpy as np
@@ -114,7 +116,7 @@ def focuser(core: Any, name: str, most_images: int = 6) -> Focuser:
     settings = AutofocusConfig(
         search=name, low_um=-20, high_um=20, most_images=most_images
     )
-    return Focuser(core, settings, {"default": OpticalSystem(**OPTICS)}, read)
+    return Focuser(core, settings, {"default": SYSTEM}, read)
 
 
 @pytest.mark.usefixtures("package")
@@ -123,7 +125,7 @@ def test_it_is_asked_after_every_image_and_its_decisions_are_carried_out(core) -
     assert verdict.focused
     assert verdict.notes == ("searched by 'climber'",)
     assert 2 < verdict.images <= 6
-    unit_um = OpticalSystem(**OPTICS).defocus_unit_um
+    unit_um = SYSTEM.defocus_unit_um
     assert abs(core.getZPosition() - FOCUS_UM) <= unit_um
     from their_stage.searches import tasks  # type: ignore[import-not-found]
 
@@ -134,7 +136,7 @@ def test_it_is_asked_after_every_image_and_its_decisions_are_carried_out(core) -
 def test_the_search_that_the_page_shows_ends_at_the_sharpest_z(core) -> None:
     verdict = focuser(core, "my_search", most_images=12).focus(channel="DAPI")
     assert verdict.focused
-    unit_um = OpticalSystem(**OPTICS).defocus_unit_um
+    unit_um = SYSTEM.defocus_unit_um
     assert abs(core.getZPosition() - FOCUS_UM) <= unit_um
     assert verdict.images == 8  # seven of the sweep, and one to confirm
 
