@@ -275,10 +275,9 @@ def fit_psf(
         raise ConfigError(msg)
     optics = checked_optics(optics)
     free = {"fit_aperture": fit_aperture, "fit_astigmatism": fit_astigmatism}
-    from rtfocus.calibration.inputs import read_pairs, read_stack
-
     if kind == "pairs":
         from rtfocus.calibration.pair_fit import calibrate_from_pairs
+        from rtfocus.calibration.pairs import read_pairs
 
         if not isinstance(images, tuple) or not defocus_um:
             msg = "kind 'pairs' needs images=(sharp, defocused) and defocus_um, not 0"
@@ -295,6 +294,8 @@ def fit_psf(
     if isinstance(images, tuple):
         msg = f"kind '{kind}' needs one file or folder, not a pair"
         raise ConfigError(msg)
+    from rtfocus.calibration.stack_fit import calibrate_from_stack, read_stack
+
     planes = read_stack(path_given(images, "images"), step_um=step_um)
     if kind == "beads":
         from rtfocus.calibration.bead_fit import calibrate_from_beads
@@ -302,8 +303,6 @@ def fit_psf(
         return calibrate_from_beads(
             planes, optics, bead_diameter_um=bead_diameter_um, **free
         )
-    from rtfocus.calibration.stack_fit import calibrate_from_stack
-
     return calibrate_from_stack(planes, optics, **free)
 
 

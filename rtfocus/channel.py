@@ -9,7 +9,7 @@ Sign convention, stated once for the whole project: **positive** ``defocus_um``
 """
 
 import operator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import Annotated, Literal
 
@@ -106,6 +106,23 @@ class OpticalSystem:
             * self.wavelength_nm
             * 1e-3
             / self.numerical_aperture**2
+        )
+
+    def with_pupil(
+        self,
+        numerical_aperture: float,
+        spherical_waves: float,
+        astigmatism: tuple[float, float] = (0.0, 0.0),
+    ) -> "OpticalSystem":
+        """Return the same optics with another NA and other aberrations, in waves."""
+        aberrations = replace(
+            self.aberrations,
+            spherical_waves=spherical_waves,
+            astigmatism_waves=astigmatism[0],
+            astigmatism_oblique_waves=astigmatism[1],
+        )
+        return replace(
+            self, numerical_aperture=numerical_aperture, aberrations=aberrations
         )
 
     def has_pixels_of(self, size_um: float) -> bool:

@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter, maximum_filter
 
-from rtfocus.calibration.inputs import ZStack
 from rtfocus.calibration.report import (
     Calibration,
     focus_figures,
@@ -25,6 +24,7 @@ from rtfocus.calibration.report import (
     section_panel,
     valley_panel,
 )
+from rtfocus.calibration.stack_fit import ZStack
 from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match_planes
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.figures import Panel

@@ -1,4 +1,4 @@
-"""Stack fit: optics from a z-stack of any flat specimen.
+"""Stack fit: z-stacks read, and optics from one of any flat specimen.
 
 The planes are predicted from the sharpest one. All show the same unknown object,
 each through its own transfer function H. The ratio of two of them turns the sharpest
@@ -6,15 +6,16 @@ plane into any other one, with the sharpest plane's own blur accounted for.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_laplace
 
-from rtfocus.calibration.inputs import ZStack, structured_window
+from rtfocus.calibration.pairs import grey_plane, structured_window
 from rtfocus.calibration.report import (
     Calibration,
     focus_figures,
@@ -29,6 +30,8 @@ from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.figures import Panel
 from rtfocus.errors import InputError
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ImageSeries
 from rtfocus.optics.formation import transfer_function
 from rtfocus.optics.psf import blur_radius_um, compute_psf
 
@@ -41,6 +44,105 @@ _REGULARISATION = 3e-3
 _FEWEST = 4
 # Scale of the detail that tells the sharpest plane: above the noise of one pixel.
 _DETAIL_PX = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class ZStack:
+    """One stack with the z of its planes."""
+
+    name: str
+    planes: Image
+    """Axes (z, y, x)."""
+    z_um: Floats
+    pixel_size_um: float | None
+    """What the file says; None: nothing."""
+
+
+def read_stack(
+    path: Path,
+    *,
+    z_csv: Path | None = None,
+    step_um: float | None = None,
+    channel: int = 0,
+    descending: bool = False,
+) -> ZStack:
+    """Read a z-stack: one image with a z axis, or a folder of planes in name order.
+
+    Parameters
+    ----------
+    path
+        File or folder; the only stack axis counts as z whatever it is called.
+    z_csv
+        One z in um per line and plane; text lines are skipped.
+    step_um
+        Distance of the planes where there is no CSV; None: what the file says.
+    channel
+        Which channel.
+    descending
+        A larger z is nearer to the objective: every z changes its sign.
+
+    Raises
+    ------
+    InputError
+        If this is no stack or nothing tells its z.
+    """
+    series = open_images(path)
+    stacked = _planes(path, series, channel)
+    if z_csv is not None:
+        z_um = _read_z(z_csv, len(stacked))
+    else:
+        step = step_um or series[0].z_step_um
+        if not step:
+            msg = (
+                f"'{path}' does not say how far its planes lie apart; give --step-um "
+                "or --z-csv"
+            )
+            raise InputError(msg)
+        z_um = np.arange(len(stacked), dtype=np.float64) * step
+    if descending:
+        z_um = -z_um
+    return ZStack(path.name, stacked, z_um, series[0].pixel_size_um)
+
+
+def _planes(path: Path, series: Sequence[ImageSeries], channel: int) -> Image:
+    """Stack the planes of one image, or the single planes of several."""
+    first = series[0]
+    if channel >= first.sizes["c"]:
+        msg = f"'{path}' has {first.sizes['c']} channels; channel {channel} is none"
+        raise InputError(msg)
+    if len(series) > 1:
+        shapes = {one.shape for one in series}
+        if len(shapes) > 1 or any(len(one) != one.sizes["c"] for one in series):
+            msg = f"'{path}' holds several images that are no planes of one stack"
+            raise InputError(msg)
+        return np.stack([grey_plane(one.read(c=channel)) for one in series])
+    # Writers that know no z axis call it time.
+    axis = "z" if first.sizes["z"] > 1 else "t"
+    if first.sizes[axis] < 2:
+        msg = f"'{path}' is a single plane; a stack through focus is needed"
+        raise InputError(msg)
+    indices = range(first.sizes[axis])
+    return np.stack([grey_plane(first.read(c=channel, **{axis: i})) for i in indices])
+
+
+def _read_z(path: Path, count: int) -> Floats:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"'{path}' cannot be read: {error}"
+        raise InputError(msg) from error
+    values = [value for value in map(_number, lines) if value is not None]
+    if len(values) != count:
+        msg = f"'{path}' lists {len(values)} z positions for {count} planes"
+        raise InputError(msg)
+    return np.array(values)
+
+
+def _number(line: str) -> float | None:
+    try:
+        return float(line.split(",")[-1])
+    except ValueError:
+        return None
 
 
 class StackPlanes:

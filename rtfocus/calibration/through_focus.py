@@ -43,19 +43,11 @@ class FocusTrial:
 
     def optics(self, start: OpticalSystem) -> OpticalSystem:
         """Return `start` with the parameters of this trial."""
-        aberrations = replace(
-            start.aberrations,
-            spherical_waves=self.spherical_waves,
-            astigmatism_waves=self.astigmatism_waves,
-            astigmatism_oblique_waves=self.astigmatism_oblique_waves,
+        astigmatism = (self.astigmatism_waves, self.astigmatism_oblique_waves)
+        tried = start.with_pupil(
+            self.numerical_aperture, self.spherical_waves, astigmatism
         )
-        return replace(
-            start,
-            numerical_aperture=self.numerical_aperture,
-            aberrations=aberrations,
-            psf_model="pupil",
-            defocus_offset_um=0.0,
-        )
+        return replace(tried, psf_model="pupil", defocus_offset_um=0.0)
 
 
 @dataclass(frozen=True, slots=True)

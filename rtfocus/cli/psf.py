@@ -24,15 +24,15 @@ from rtfocus.autofocus.planes import (
 )
 from rtfocus.autofocus.planes import calibrate as calibrate_focus
 from rtfocus.calibration.bead_fit import calibrate_from_beads
-from rtfocus.calibration.inputs import read_pairs, read_stack
 from rtfocus.calibration.pair_fit import calibrate_from_pairs
+from rtfocus.calibration.pairs import read_pairs
 from rtfocus.calibration.report import (
     FIGURES_NAME,
     REPORT_NAMES,
     Calibration,
     write_calibration,
 )
-from rtfocus.calibration.stack_fit import calibrate_from_stack
+from rtfocus.calibration.stack_fit import calibrate_from_stack, read_stack
 from rtfocus.channel import OpticalSystem
 from rtfocus.cli.commands import (
     ConfigArgument,

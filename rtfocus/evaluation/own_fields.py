@@ -18,7 +18,7 @@ from scipy import fft
 from scipy.ndimage import gaussian_filter, uniform_filter
 
 from rtfocus.autofocus.appearance import FREQUENCIES, amplitude_spectrum, sharpness
-from rtfocus.calibration.inputs import structured_window
+from rtfocus.calibration.pairs import structured_window
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.evaluation.samples import plane_name

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from rtfocus.calibration.pair_fit import PsfFit, calibrate_psf
-from rtfocus.calibration.reblur import Reblurring
+from rtfocus.calibration.pairs import Reblurring
 from rtfocus.channel import OpticalSystem
 
 START = OpticalSystem(0.5, 451.0, 0.65)

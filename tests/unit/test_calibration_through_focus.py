@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rtfocus.calibration.bead_fit import BeadPlanes, find_beads
-from rtfocus.calibration.reblur import measure_psf
+from rtfocus.calibration.pair_fit import measure_psf
 from rtfocus.calibration.stack_fit import StackPlanes
 from rtfocus.calibration.through_focus import fit_through_focus, match_planes
 from rtfocus.channel import Aberrations, OpticalSystem

@@ -1,22 +1,186 @@
-"""Re-blurring: how well a PSF turns sharp images into their defocused partners.
+"""Pairs: sharp and defocused images of a field, read and checked, and re-blurred.
 
-The PSF that does it best is searched for here, from coarse to fine. Also the kernel
-between both, measured without a model.
+What cannot be fitted is refused here, with the file's name and the remedy, before
+minutes are spent on it. The PSF that best turns the sharp images into their partners
+is searched for here too, from coarse to fine.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from math import ceil, log10
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import fft, optimize
+from scipy.ndimage import fourier_shift, uniform_filter
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.errors import InputError
+from rtfocus.images.reading import open_images
+from rtfocus.images.series import ImageSeries
 from rtfocus.optics.formation import transfer_function
 from rtfocus.optics.psf import blur_radius_um, compute_psf
 
 Image = NDArray[np.float32]
+
+
+MOST_SIDE_PX = 640
+"""Larger images are cut to the part of this side with most structure."""
+
+# Smaller shifts are undone: the border that this spoils is not compared anyway.
+_LARGEST_SHIFT_PX = 4.0
+_LOWEST_CORRELATION = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePair:
+    """One field, sharp and defocused."""
+
+    name: str
+    sharp: Image
+    defocused: Image
+    full_scale: float
+    """Range of its counts: 255 for 8 bit, else what the sharp image spans."""
+    shift_px: tuple[float, float]
+    """How far (y, x) the defocused image lay from the sharp one; undone."""
+
+
+def read_pairs(
+    sharp: Path, defocused: Path, *, most: int, only: Sequence[str] = ("*",)
+) -> list[ImagePair]:
+    """Read pairs from two files or from two folders with equal file names.
+
+    Parameters
+    ----------
+    sharp, defocused
+        Files, or folders whose images are matched by name.
+    most
+        Of a folder's pairs as many, evenly spread over the names.
+    only
+        Patterns of the names that may be taken.
+
+    Raises
+    ------
+    InputError
+        If names do not match, or a pair is not one registered field.
+    """
+    first = {series.name: series for series in open_images(sharp)}
+    second = {series.name: series for series in open_images(defocused)}
+    if sharp.is_file() and defocused.is_file():
+        second = dict(zip(first, second.values(), strict=False))
+    names = [
+        name
+        for name in sorted(first.keys() & second.keys())
+        if any(fnmatch(name, pattern) for pattern in only)
+    ]
+    if not names:
+        msg = (
+            f"no image '{' or '.join(only)}' of '{sharp}' has a partner of the same "
+            f"name in '{defocused}'; "
+            "give two files, or two folders with equal file names"
+        )
+        raise InputError(msg)
+    places = np.linspace(0, len(names) - 1, min(most, len(names)))
+    return [
+        _read_pair(name, first[name], second[name])
+        for name in (names[round(place)] for place in places)
+    ]
+
+
+def structured_window(image: Image, side_px: int) -> tuple[slice, slice]:
+    """Return the window of at most `side_px` with the most variance."""
+    sides = [min(side_px, length) for length in image.shape]
+    mean = uniform_filter(image, sides, mode="nearest")
+    variance = uniform_filter(image * image, sides, mode="nearest") - mean**2
+    starts = [side // 2 for side in sides]
+    inner = tuple(
+        slice(start, start + length - side + 1)
+        for start, length, side in zip(starts, image.shape, sides, strict=True)
+    )
+    row, column = np.unravel_index(np.argmax(variance[inner]), variance[inner].shape)
+    return (
+        slice(int(row), int(row) + sides[0]),
+        slice(int(column), int(column) + sides[1]),
+    )
+
+
+def registration_shift(first: Image, second: Image) -> tuple[float, float]:
+    """Return how far `second` lies from `first` in pixels (y, x), to a tenth.
+
+    The peak of the cross-correlation; a symmetric blur does not move it.
+    """
+    spectra = [fft.rfft2(_tapered(image)) for image in (first, second)]
+    product = np.conj(spectra[0]) * spectra[1]
+    correlation = fft.irfft2(product, first.shape)
+    peak = np.unravel_index(np.argmax(correlation), first.shape)
+    return (
+        _vertex(correlation[:, peak[1]], int(peak[0])),
+        _vertex(correlation[peak[0], :], int(peak[1])),
+    )
+
+
+def _read_pair(name: str, first: ImageSeries, second: ImageSeries) -> ImagePair:
+    sharp, defocused = grey_plane(first.read()), grey_plane(second.read())
+    where = f"pair '{name}' ('{first.path}', '{second.path}')"
+    if sharp.shape != defocused.shape:
+        msg = f"{where}: shapes {sharp.shape} and {defocused.shape} differ"
+        raise InputError(msg)
+    for image, path in ((sharp, first.path), (defocused, second.path)):
+        if float(np.ptp(image)) == 0.0:
+            msg = f"'{path}' is flat, every pixel is {image.flat[0]:g}; choose another"
+            raise InputError(msg)
+    window = structured_window(sharp, MOST_SIDE_PX)
+    sharp, defocused = sharp[window], defocused[window]
+    shift = registration_shift(sharp, defocused)
+    _check_registered(where, sharp, defocused, shift)
+    spectrum = fourier_shift(fft.rfft2(defocused), np.negative(shift), sharp.shape[1])
+    defocused = np.asarray(fft.irfft2(spectrum, sharp.shape), dtype=np.float32)
+    scale = 255.0 if first.dtype.str == "|u1" else float(np.ptp(sharp))
+    return ImagePair(name, sharp, defocused, scale, shift)
+
+
+def _check_registered(
+    where: str, sharp: Image, defocused: Image, shift: tuple[float, float]
+) -> None:
+    """Refuse a pair that is shifted far or does not show one field."""
+    down, across = shift
+    if np.hypot(down, across) > _LARGEST_SHIFT_PX:
+        msg = (
+            f"{where}: the defocused image seems to lie {down:+.1f} px in y and "
+            f"{across:+.1f} px in x from the sharp one: other fields, or not "
+            f"registered to within {_LARGEST_SHIFT_PX:g} px (smaller shifts are found)"
+        )
+        raise InputError(msg)
+    correlation = float(np.corrcoef(sharp.ravel(), defocused.ravel())[0, 1])
+    if correlation < _LOWEST_CORRELATION:
+        msg = (
+            f"{where}: correlation {correlation:.2f}; these do not seem to be the same "
+            "field, or the defocus is too strong for a fit"
+        )
+        raise InputError(msg)
+
+
+def grey_plane(pixels: NDArray[np.generic]) -> Image:
+    """Return pixels as they are, or the mean of their colours, axes (y, x)."""
+    image = pixels.astype(np.float32)
+    return image if image.ndim == 2 else np.asarray(image.mean(axis=2))
+
+
+def _tapered(image: Image) -> Image:
+    """Without its mean, fading out to the borders."""
+    window = np.outer(*(np.hanning(length) for length in image.shape))
+    return np.asarray((image - image.mean()) * window, dtype=np.float32)
+
+
+def _vertex(values: Image, peak: int) -> float:
+    """Place of the top of the parabola through a peak, counted from 0 both ways."""
+    size = len(values)
+    before, top, after = (float(values[(peak + step) % size]) for step in (-1, 0, 1))
+    bend = before - 2.0 * top + after
+    offset = 0.5 * (before - after) / bend if bend else 0.0
+    return (peak + offset + size / 2) % size - size / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +240,7 @@ class Reblurring:
         self._data_range = data_range
         # One window for all trials, or those with smaller ones would be judged
         # on other pixels: the geometric blur and two rings of diffraction.
-        widest = with_parameters(base, largest_aperture, 0.5)
+        widest = base.with_pupil(largest_aperture, 0.5)
         unit_um = widest.wavelength_nm * 1e-3 / widest.numerical_aperture
         radius_um = blur_radius_um(widest, widest_um) + 2.0 * unit_um
         self._half = ceil(radius_um / widest.pixel_size_um)
@@ -92,9 +256,7 @@ class Reblurring:
         count: int | None = None,
     ) -> Trial:
         """Re-blur with one PSF; `count` restricts to the first pairs."""
-        system = with_parameters(
-            self._base, numerical_aperture, spherical_waves, astigmatism
-        )
+        system = self._base.with_pupil(numerical_aperture, spherical_waves, astigmatism)
         psf = compute_psf(system, defocus_um, size_px=2 * self._half + 1)
         pairs = self._pairs[:count]
         gain, offset, psnr_db = self._compare(
@@ -169,24 +331,6 @@ class Reblurring:
         error = values * np.float32(gain) + np.float32(offset) - wanted
         mse = float(np.mean(np.square(error), dtype=np.float64))
         return gain, offset, 10.0 * log10(self._data_range**2 / max(mse, 1e-12))
-
-
-def with_parameters(
-    system: OpticalSystem,
-    numerical_aperture: float,
-    spherical_waves: float,
-    astigmatism: tuple[float, float] = (0.0, 0.0),
-) -> OpticalSystem:
-    """Return the same optics with another NA and other aberrations, in waves."""
-    aberrations = replace(
-        system.aberrations,
-        spherical_waves=spherical_waves,
-        astigmatism_waves=astigmatism[0],
-        astigmatism_oblique_waves=astigmatism[1],
-    )
-    return replace(
-        system, numerical_aperture=numerical_aperture, aberrations=aberrations
-    )
 
 
 # The coarse search, from which each sign of W is refined by itself.
@@ -297,41 +441,3 @@ def _descend(
         },
     )
     return max(trials, key=_quality)
-
-
-# Power of the sharp image below which a frequency says nothing, relative to the
-# mean power over all frequencies but the constant one.
-_REGULARISATION = 1e-2
-
-
-def measure_psf(pairs: Sequence[tuple[ArrayLike, ArrayLike]], *, half_px: int) -> Image:
-    """Return the least-squares kernel that turns sharp images into defocused ones.
-
-    For the eye, beside a fitted PSF: noise and borders make it rough, so negative
-    values may occur.
-
-    Parameters
-    ----------
-    pairs
-        (sharp, defocused), registered, axes (y, x), all of one shape.
-    half_px
-        Half side of the kernel; sides of 2 * half_px + 1.
-
-    Returns
-    -------
-    Image
-        Axes (y, x), sums to 1.
-    """
-    shape = np.shape(pairs[0][0])
-    window = np.outer(*(np.hanning(length) for length in shape))
-    shared = np.zeros((shape[0], shape[1] // 2 + 1), dtype=np.complex128)
-    power = np.zeros(shared.shape)
-    for pair in pairs:
-        images = (np.asarray(image, dtype=np.float64) for image in pair)
-        sharp, defocused = (fft.rfft2((i - i.mean()) * window) for i in images)
-        shared += np.conj(sharp) * defocused
-        power += np.abs(sharp) ** 2
-    kernel = fft.irfft2(shared / (power + _REGULARISATION * power.mean()), shape)
-    rolled = np.roll(kernel, (half_px, half_px), axis=(0, 1))
-    cut = rolled[: 2 * half_px + 1, : 2 * half_px + 1]
-    return np.asarray(cut / cut.sum(), dtype=np.float32)
