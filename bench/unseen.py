@@ -34,8 +34,14 @@ from rtfocus.autofocus.appearance import FREQUENCIES, amplitude_spectrum
 from rtfocus.engines.card import input_of, verified_file
 from rtfocus.engines.registry import find_engine
 from rtfocus.evaluation.contenders import contender
-from rtfocus.evaluation.data_sets import STEP_UM
-from rtfocus.evaluation.samples import BBBC006, IN_FOCUS, DataSet, Sample, unseen
+from rtfocus.evaluation.samples import (
+    BBBC006,
+    IN_FOCUS,
+    STEP_UM,
+    DataSet,
+    Sample,
+    unseen,
+)
 from rtfocus.evaluation.scores import psnr
 from rtfocus.offline import ImageProcessor
 from rtfocus.optics.normalisation import PercentileRange

@@ -23,6 +23,8 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.evaluation.samples import (
     BBBC006,
+    LEVELS,
+    STEP_UM,
     DataSet,
     Field,
     Sample,
@@ -237,10 +239,6 @@ def _planes(path: Path) -> Iterator[tuple[str, NDArray[np.generic]]]:
 
 
 Image = NDArray[np.float32]
-
-STEP_UM = 2.2
-"""Between levels, in the optics fitted to BBBC006; scaled for others."""
-LEVELS = 11
 
 # Never trained on: three fields of nuclei, one of actin.
 _FIELDS = {

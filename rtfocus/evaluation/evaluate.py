@@ -1,7 +1,7 @@
 """Evaluate: one contender over one data set, frame by frame through the loop's code."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -12,9 +12,10 @@ from rtfocus.config import Config
 from rtfocus.engines.card import BACKGROUND_LABEL, OutputCard
 from rtfocus.engines.registry import parts, step_um
 from rtfocus.evaluation.contenders import Contender, Ranking, restore_exactly
-from rtfocus.evaluation.samples import DataSet, Sample
+from rtfocus.evaluation.samples import OWN_PLANES, SHARP_GROUP, DataSet, Sample
 from rtfocus.evaluation.scores import (
     LevelScore,
+    Standing,
     mse,
     pearson,
     psnr,
@@ -395,3 +396,25 @@ def _wanted_tiles(sample: Sample, found: DefocusMap) -> NDArray[np.bool_]:
     grey = luminance(sample.pixels.astype(np.float32))
     quantum = 1.0 if np.issubdtype(sample.pixels.dtype, np.integer) else 0.0
     return specimen_tiles(grey, found.grid, quantum)
+
+
+def standing(outcome: Outcome) -> Standing:
+    """Sum up how a contender did."""
+
+    def gains(frames: Sequence[Scored]) -> list[float]:
+        return [one.after.psnr_db - one.before.psnr_db for one in frames]
+
+    by_group: dict[str, list[Scored]] = {}
+    for frame in outcome.frames:
+        group = frame.group if frame.group in (SHARP_GROUP, OWN_PLANES) else ""
+        by_group.setdefault(group, []).append(frame)
+    blurred = gains(by_group[""])
+    own_planes = gains(by_group.get(OWN_PLANES, []))
+    in_focus = [one.after.psnr_db for one in by_group[SHARP_GROUP]]
+    return Standing(
+        outcome.contender.name,
+        round(float(np.mean(blurred)), 2),
+        round(float(min(blurred)), 2),
+        round(float(np.mean(in_focus)), 1),
+        round(float(np.mean(own_planes)), 2) if own_planes else None,
+    )

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter
 
 from rtfocus.channel import OpticalSystem
@@ -29,17 +30,13 @@ from rtfocus.engines.registry import (
 )
 from rtfocus.errors import ConfigError, EngineError, RtfocusError
 from rtfocus.evaluation.contenders import Contender, contender
-from rtfocus.evaluation.evaluate import Outcome, evaluate
+from rtfocus.evaluation.evaluate import Outcome, evaluate, standing
 from rtfocus.evaluation.own_fields import OwnField, OwnFields, Side, choose_fields
-from rtfocus.evaluation.own_verdict import (
-    Verdict,
-    describe,
-    judge,
-    own_set,
-    standing,
-)
-from rtfocus.evaluation.samples import DataSet
+from rtfocus.evaluation.samples import DataSet, own_set
+from rtfocus.evaluation.scorecard import markdown, save_side_by_side
+from rtfocus.evaluation.scores import Standing, Verdict, judge
 from rtfocus.files import remove, whole
+from rtfocus.images.metadata import TEXT_MARK
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import FoundImages, find_images
@@ -59,6 +56,8 @@ SHIPPED = (
 )
 """What an engine of one's own is compared with."""
 _CLASSIFIER = "delpnet"
+_PICTURE_NAME = "before_after.png"
+_README_NAME = "README.md"
 _PLAN = "plan.json"
 _FORMAT = 1
 _FIELDS = "fields"
@@ -136,7 +135,7 @@ def train_own(
     outcomes = [_outcome(one, data) for one in (own, *shipped)]
     standings = [standing(one) for one in outcomes]
     verdict = judge(standings[0], standings[1:])
-    describe(engine, fields, outcomes, standings, verdict, start)
+    _describe(engine, fields, outcomes, standings, verdict, start)
     with whole(wish.output) as part:
         shutil.copytree(engine, part)
     _admit(wish.output)
@@ -342,6 +341,81 @@ def _data(
 
 def _outcome(one: Contender, data: DataSet) -> Outcome:
     return evaluate(one, data, one.config(data, threads=1, precision="f32"))
+
+
+def _describe(
+    engine: Path,
+    fields: OwnFields,
+    outcomes: Sequence[Outcome],
+    standings: Sequence[Standing],
+    verdict: Verdict,
+    start: str,
+) -> None:
+    """Write picture and README of an engine, and the figures into its card.
+
+    Parameters
+    ----------
+    engine
+        Folder of the engine.
+    fields
+        What it was made of.
+    outcomes, standings
+        Of the engine first, then of the shipped ones.
+    verdict
+        Which to use.
+    start
+        The engine that it was trained on from.
+    """
+    best = max(range(1, len(standings)), key=lambda n: standings[n].gain_db)
+    shown = [outcomes[0], outcomes[best]]
+    save_side_by_side(engine / _PICTURE_NAME, outcomes[0].data, shown)
+    path = engine / CARD_NAME
+    card = yaml.safe_load(path.read_text(encoding="utf-8"))
+    card["figures"] = {
+        "use": verdict.use,
+        "verdict": verdict.text,
+        "held_out": [asdict(one) for one in standings],
+    }
+    text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=88)
+    path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
+    lines = [
+        f"# {engine.name}",
+        "",
+        f"Verdict: {verdict.text}.",
+        "",
+        f"Trained on from '{start}' for {in_short(fields.optics)}.",
+        "",
+        f"![Held-out fields: blurred, restored, sharp]({_PICTURE_NAME})",
+        "",
+        *_standings_table(standings),
+        "",
+        "Gains are of PSNR on held-out fields blurred with these optics; 'in focus' is "
+        "what comes out against what went in; 'own planes' are planes of the held-out "
+        "stacks out of focus, against their sharpest (thick specimens have more in "
+        "them than any one plane).",
+        "",
+        *(f"- {one.side}: {one.source}" for one in fields.fields),
+        *(f"- left out: {line}" for line in fields.left_out),
+        "",
+    ]
+    command = f"rtfocus train --own FOLDER -o {engine.name}"
+    details = markdown(outcomes, command=command).replace("# ", "## ", 1)
+    text = "\n".join(lines) + "\n" + details
+    (engine / _README_NAME).write_text(text, encoding="utf-8")
+
+
+def _standings_table(standings: Sequence[Standing]) -> list[str]:
+    rows = [
+        "| engine | gain dB | worst frame dB | in focus dB | own planes dB |",
+        "|---|---|---|---|---|",
+    ]
+    for one in standings:
+        planes = "" if one.own_planes_db is None else f"{one.own_planes_db:+.2f}"
+        rows.append(
+            f"| {one.name} | {one.gain_db:+.2f} | {one.worst_db:+.2f} | "
+            f"{one.in_focus_db:.1f} | {planes} |"
+        )
+    return rows
 
 
 def _verdict_of(engine: Path) -> Verdict:

@@ -1,13 +1,15 @@
 """Samples: frames with what is known about them, as every data set gives them.
 
-And the data set that no folder gives: kinds of images that no recipe trains on,
-blurred in ways nobody tells. What a laboratory meets that has described nothing: every
-sharp image comes blurred by defocus of optics drawn at random, by a Born-Wolf PSF and
-by a Gaussian, photographed by a camera drawn at random, and once more in focus, where
-nothing may change.
+Also two data sets that no published folder gives. A laboratory's own sharp fields
+(`own_set`), blurred on purpose on both sides of focus, as they are, and, where they are
+of stacks, in their own planes out of focus. And (`unseen`) kinds of images that no
+recipe trains on, blurred in ways nobody tells. What a laboratory meets that has
+described nothing: every sharp image comes blurred by defocus of optics drawn at random,
+by a Born-Wolf PSF and by a Gaussian, photographed by a camera drawn at random, and once
+more in focus, where nothing may change.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -34,6 +36,9 @@ BBBC006 = OpticalSystem(
 )
 """Optics fitted to the training rows of the BBBC006 pairs, their planes called 10 um
 taken as 10 um; `rtfocus psf fit --exact-defocus` finds them again."""
+STEP_UM = 2.2
+"""Between levels, in the optics fitted to BBBC006; scaled for others."""
+LEVELS = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,3 +347,75 @@ def matching_tiffs(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Pat
 def read_plane(path: Path) -> NDArray[np.generic]:
     """Read the one plane of a file, as stored."""
     return open_images(path)[0].read()
+
+
+SHARP_GROUP = "sharp"
+"""Group of frames in focus, which must come back unchanged."""
+OWN_PLANES = "own planes"
+"""Group of planes of a stack out of focus, against its sharpest one."""
+# Of fields of one's own: levels they are shown at, the first ones in the picture too.
+LEVELS_SHOWN = (4, -4, 2, -7)
+_OWN_PHOTONS = 3000.0
+_OWN_SEED = 20
+_OWN_SIDE_PX = 512
+
+
+def own_set(
+    name: str,
+    fields: Sequence[tuple[str, Path, Sequence[Path]]],
+    optics: OpticalSystem,
+) -> DataSet:
+    """Return sharp fields of one's own, blurred on purpose, and as they are.
+
+    Parameters
+    ----------
+    name
+        Of the set.
+    fields
+        Name, sharp plane, and other planes of the same stack out of focus.
+    optics
+        Of the images.
+    """
+    camera = CameraModel(photons=_OWN_PHOTONS, gain_e_per_count=1.0, bit_depth=16)
+    step_um = STEP_UM * optics.defocus_unit_um / BBBC006.defocus_unit_um
+
+    def read(path: Path, sharp: Path) -> Image:
+        """Read a plane on the scale on which the sharp one goes from 0 to 1."""
+        like = read_plane(sharp).astype(np.float32)
+        rows, columns = (middle(side, _OWN_SIDE_PX) for side in like.shape)
+        dark = np.percentile(like, 0.5)
+        pixels = read_plane(path)[rows, columns].astype(np.float32)
+        return np.asarray((pixels - dark) / (like.max() - dark), dtype=np.float32)
+
+    def counts(light: Image) -> NDArray[np.uint16]:
+        values = camera.offset_counts + light * np.float32(_OWN_PHOTONS)
+        whole = np.clip(np.rint(values), 0, camera.full_scale_counts)
+        return np.asarray(whole, dtype=np.uint16)
+
+    def samples() -> Iterator[Sample]:
+        for level in LEVELS_SHOWN:
+            psf = compute_psf(optics, level * step_um)
+            for number, (title, path, _) in enumerate(fields):
+                light = np.clip(read(path, path), 0, 1)
+                rng = np.random.default_rng([_OWN_SEED, number, level + LEVELS])
+                yield Sample(
+                    name=f"{title} {level * step_um:+.3g} um",
+                    pixels=camera.expose(blur(light, psf), rng),
+                    sharp=camera.offset_counts + light * np.float32(_OWN_PHOTONS),
+                    defocus_um=(level * step_um,) * 2,
+                    group=f"{level * step_um:+.3g} um",
+                    data_range=_OWN_PHOTONS,
+                )
+        for title, path, blurred in fields:
+            sharp = counts(read(path, path))
+            shown = [(SHARP_GROUP, sharp)]
+            shown += [(OWN_PLANES, counts(read(one, path))) for one in blurred]
+            for n, (group, pixels) in enumerate(shown):
+                said = f"{title} {group} {n or ''}".strip()
+                yield Sample(said, pixels, sharp, None, group, _OWN_PHOTONS)
+
+    title = (
+        f"{len(fields)} sharp fields blurred on both sides of focus, and as they are; "
+        f"range {_OWN_PHOTONS:g}"
+    )
+    return DataSet(name, title, optics, camera.offset_counts, (Field(name, samples),))

@@ -1,4 +1,4 @@
-"""Scores: how close an image is to the truth, and how often labels are right.
+"""Scores: how close an image is to the truth, how often labels are right, who wins.
 
 One implementation for all figures. PSNR and SSIM depend on the data range, which
 therefore is never guessed. Which tiles of a frame hold something to find the defocus of
@@ -6,6 +6,7 @@ is one rule for all engines, whatever their own: else an engine that calls diffi
 tiles background would look better than one that dares.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -330,3 +331,71 @@ def _floats(image: ArrayLike) -> Floats:
 
 def _window_mean(image: Floats) -> Floats:
     return np.asarray(gaussian_filter(image, _SIGMA_PX, truncate=_TRUNCATE))
+
+
+# Another engine must be better by this to be worth a change.
+_WORTH_DB = 0.1
+# In focus an engine is sharp enough from here on, whatever others do.
+_SHARP_DB = 42.0
+_SHARP_LOSS_DB = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one contender did on fields that nothing was learned from."""
+
+    name: str
+    gain_db: float
+    """Mean over fields blurred on purpose, of PSNR."""
+    worst_db: float
+    """Of one frame."""
+    in_focus_db: float
+    """PSNR of frames in focus against what went in."""
+    own_planes_db: float | None
+    """Mean gain on the stacks' own planes out of focus; None: there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which engine to use."""
+
+    use: str
+    text: str
+    """In one line, with the reason."""
+
+
+def judge(own: Standing, shipped: Sequence[Standing]) -> Verdict:
+    """Say which engine to use: one's own only where it is better and spoils nothing.
+
+    Parameters
+    ----------
+    own
+        The engine that was trained.
+    shipped
+        The others, at least one.
+    """
+    best = max(shipped, key=lambda one: one.gain_db)
+    against = []
+    if own.gain_db < best.gain_db + _WORTH_DB:
+        against.append(f"'{own.name}' gains {own.gain_db:+.2f} dB")
+    if own.in_focus_db < min(best.in_focus_db - _SHARP_LOSS_DB, _SHARP_DB):
+        against.append(
+            f"'{own.name}' changes what is in focus ({own.in_focus_db:.1f} dB against "
+            f"{best.in_focus_db:.1f})"
+        )
+    if (
+        own.own_planes_db is not None
+        and best.own_planes_db is not None
+        and own.own_planes_db < best.own_planes_db - _WORTH_DB
+    ):
+        against.append(
+            f"on the stacks' own planes '{own.name}' gains {own.own_planes_db:+.2f} dB "
+            f"against {best.own_planes_db:+.2f}"
+        )
+    if against:
+        said = f"use the shipped '{best.name}': {best.gain_db:+.2f} dB; "
+        return Verdict(best.name, said + ", ".join(against))
+    said = (
+        f"use '{own.name}': {own.gain_db:+.2f} dB on held-out fields, the best shipped"
+    )
+    return Verdict(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")

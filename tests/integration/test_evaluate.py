@@ -16,7 +16,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.cli.commands import app
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import contender
-from rtfocus.evaluation.data_sets import LEVELS, VARIANTS, find_data_set, synthetic
+from rtfocus.evaluation.data_sets import VARIANTS, find_data_set, synthetic
 from rtfocus.evaluation.evaluate import evaluate
 from rtfocus.evaluation.parts import (
     Gathering,
@@ -25,6 +25,7 @@ from rtfocus.evaluation.parts import (
     measure_part,
     parts_of,
 )
+from rtfocus.evaluation.samples import LEVELS
 from rtfocus.evaluation.scores import LevelScore
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf

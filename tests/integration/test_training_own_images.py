@@ -10,7 +10,7 @@ import tifffile
 
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError
-from rtfocus.evaluation import own, own_verdict
+from rtfocus.evaluation import own, samples
 from rtfocus.evaluation.own import OwnWish, train_own
 from rtfocus.specimens import draw_specimen
 from rtfocus.training.api import refining_recipe
@@ -33,7 +33,7 @@ def wish(tmp_path, monkeypatch) -> OwnWish:
     monkeypatch.setattr(own, "_LEAST_STEPS", 1)
     monkeypatch.setattr(own, "_seconds_per_step", lambda *_: 1e9)
     monkeypatch.setattr(own, "refining_recipe", small_recipe)
-    monkeypatch.setattr(own_verdict, "LEVELS_SHOWN", (4,))
+    monkeypatch.setattr(samples, "LEVELS_SHOWN", (4,))
     images = tmp_path / "images"
     images.mkdir()
     for number in range(5):

@@ -17,8 +17,7 @@ from bench.unseen import (
     told_the_gains,
 )
 from rtfocus.engines.fitted import DeviationCard
-from rtfocus.evaluation.data_sets import STEP_UM
-from rtfocus.evaluation.samples import BBBC006, IN_FOCUS, Sample, shown
+from rtfocus.evaluation.samples import BBBC006, IN_FOCUS, STEP_UM, Sample, shown
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen

@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter
 
 from rtfocus.errors import ConfigError
 from rtfocus.evaluation.own_fields import choose_fields
-from rtfocus.evaluation.own_verdict import Standing, judge
+from rtfocus.evaluation.scores import Standing, judge
 from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.reading import find_images
 from rtfocus.specimens import draw_specimen
