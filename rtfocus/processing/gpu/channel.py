@@ -1,4 +1,7 @@
-"""Channel: what sees and restores the frames of a channel on a GPU, by its plan."""
+"""Channel: what sees and restores the frames of a channel on a GPU, by its plan.
+
+And the buffers and recordings that each of its frames in flight has for itself.
+"""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,8 +18,14 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan, RestorationPlan
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.gpu.classifier import FrameClassifier
+from rtfocus.processing.gpu.classifier import (
+    ClassifierSlot,
+    FrameClassifier,
+    InFlight,
+    Part,
+)
 from rtfocus.processing.gpu.cuda.driver import CudaTransforms, import_driver
+from rtfocus.processing.gpu.cuda.stream import Replayed
 from rtfocus.processing.gpu.deconvolution import (
     BlindRichardsonLucyDeconvolution,
     Deconvolution,
@@ -38,7 +47,7 @@ from rtfocus.processing.gpu.network_restorer import (
 from rtfocus.processing.gpu.patches import LearnedWienerRestorer, PatchRestorer
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
-from rtfocus.processing.gpu.work import DeviceMemory, FrameShape
+from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import (
     DEFAULT_ITERATIONS,
@@ -315,4 +324,109 @@ def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenCh
             opening.backends,
             montage,
             opened.pop_all(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBuffers:
+    """Device memory of one frame in flight."""
+
+    frame: DeviceArray
+    """Counts of the camera."""
+    signal: DeviceArray
+    restored: DeviceArray
+    """Float32, unit of the signal."""
+    counts: DeviceArray
+    """Restored, on the camera's scale."""
+    packed_maps: DeviceArray
+    maps: dict[str, DeviceArray]
+    """Parts of `packed_maps`."""
+
+
+class ChannelSlot:
+    """The work on one frame of one channel, recorded where it can be.
+
+    Parameters
+    ----------
+    buffers
+        That it reads and writes.
+    memory
+        Where the networks' buffers lie.
+    channel
+        What is done.
+    graphs
+        Whether it is recorded.
+    """
+
+    def __init__(
+        self,
+        buffers: SlotBuffers,
+        memory: DeviceMemory,
+        channel: OpenChannel,
+        *,
+        graphs: bool,
+    ) -> None:
+        self.channel = channel
+        self._buffers = buffers
+        self._seen: ClassifierSlot | None = None
+        if channel.classifier is not None:
+            self._seen = channel.classifier.open_slot(memory)
+        self._off = None if graphs else "processing.gpu.cuda_graphs is off"
+        self.classify = Replayed(
+            f"classification of channel '{channel.plan.name}'",
+            self._classify,
+            lambda work: self._off or self._why_not_classify(work),
+        )
+        self._parts: dict[Part, Replayed] = {}
+
+    def close(self) -> None:
+        """Free contexts and recordings."""
+        for replayed in (self.classify, *self._parts.values()):
+            replayed.close()
+        if self._seen is not None:
+            self._seen.network.close()
+
+    def _classify(self, work: Work) -> None:
+        slot, channel = self._buffers, self.channel
+        channel.correction.to_signal(
+            work, slot.frame, slot.signal, slot.maps["saturated"]
+        )
+        if channel.classifier is not None and self._seen is not None:
+            channel.classifier.enqueue(work, self._seen, slot.signal, slot.maps)
+
+    def restore(self, work: Work, labels: NDArray[np.int16] | None) -> None:
+        """Enqueue the restoration of the levels that tiles have; None: of all.
+
+        Every part is recorded by itself, so that those a frame does not need are
+        left out.
+        """
+        slot, channel = self._buffers, self.channel
+        restorer, montage = channel.restorer, channel.montage
+        if restorer is None or montage is None or self._seen is None:
+            return
+        if labels is not None and not montage.present(labels):
+            work.copy(slot.restored, slot.signal)
+        else:
+            frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
+            for part in restorer.parts(labels):
+                if restorer.recurs(part):
+                    self._part(restorer, frame, part)(work)
+                else:
+                    restorer.enqueue(work, frame, part)
+        channel.correction.to_counts(work, slot.restored, slot.counts)
+
+    def _part(self, restorer: FrameRestorer, frame: InFlight, part: Part) -> Replayed:
+        """Return a part of the restoration, recorded at its second run."""
+        found = self._parts.get(part)
+        if found is None:
+            found = self._parts[part] = Replayed(
+                f"restoration of channel '{self.channel.plan.name}' {part}",
+                lambda work: restorer.enqueue(work, frame, part),
+                lambda work: self._off or restorer.why_not_capturable(work),
+            )
+        return found
+
+    def _why_not_classify(self, work: Work) -> str | None:
+        return (
+            None if self._seen is None else self._seen.network.why_not_capturable(work)
         )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rtfocus.engines.card import input_of
 from rtfocus.engines.registry import FrameFit
 from rtfocus.errors import EngineError
-from rtfocus.frame import BACKGROUND, TileGrid
+from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import LabelDecoder, background_of, normalisation_of
@@ -63,6 +63,15 @@ class MapLayout:
         places["saturated"] = (start, 1, "<i4")
         places["level"] = (start + 4, self.tiles, "<i2")
         return places
+
+
+def defocus_map(grid: TileGrid, found: dict[str, NDArray[Any]]) -> DefocusMap:
+    """Make new arrays, axes (tile_y, tile_x), of a frame's maps on the host."""
+    shaped = {
+        name: found[name].reshape(grid.rows, grid.columns).copy()
+        for name in (*FLOAT_MAPS, "level")
+    }
+    return DefocusMap(grid=grid, **shaped)
 
 
 class BoundNetwork:

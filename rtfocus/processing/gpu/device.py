@@ -20,20 +20,23 @@ and hand out what has arrived.
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, SeriesStart
-from rtfocus.processing.camera import write_counts
 from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.device import Job, Prepared
-from rtfocus.processing.gpu.channel import OpenChannel, open_channel
-from rtfocus.processing.gpu.classifier import MapLayout
+from rtfocus.processing.gpu.channel import (
+    ChannelSlot,
+    OpenChannel,
+    SlotBuffers,
+    open_channel,
+)
+from rtfocus.processing.gpu.classifier import MapLayout, defocus_map
 from rtfocus.processing.gpu.cuda.compiler import compiled_kernels, why_driver_too_old
 from rtfocus.processing.gpu.cuda.driver import (
     LostGpuError,
@@ -49,8 +52,8 @@ from rtfocus.processing.gpu.cuda.stream import (
     PinnedMemory,
     new_event,
 )
-from rtfocus.processing.gpu.device_slot import DeviceSlot, defocus_map
-from rtfocus.processing.gpu.preparation import carried_as
+from rtfocus.processing.gpu.preparation import HostBuffers, carried_as
+from rtfocus.processing.gpu.work import DeviceMemory
 from rtfocus.runtimes.gpu import Gpu
 
 logger = logging.getLogger(__name__)
@@ -59,20 +62,68 @@ logger = logging.getLogger(__name__)
 _WARM_UPS = 2
 
 
-@dataclass
-class HostBuffers:
-    """Pinned host memory that belongs to one of the caller's slots."""
+class DeviceSlot:
+    """One frame in flight; nothing of it is shared with another.
 
-    packed_maps: NDArray[np.uint8]
-    """Copy of the maps, see `rtfocus.processing.gpu.device_slot`."""
-    counts: NDArray[Any]
-    """Copy of the restored frame, as the device gives it."""
-    restored: NDArray[Any]
-    """The same in the type of the series."""
-    invalid: NDArray[np.bool_] | None = None
-    """Pixels that are NaN or infinite; None: none."""
-    pedestal: float = 0.0
-    """What a frame with negative values was lifted by."""
+    Parameters
+    ----------
+    memory
+        Where the buffers lie.
+    channels
+        Of the series; a slot serves every one of them.
+    shape, dtype
+        Of the frames.
+    restored_dtype
+        Of the restored frames.
+    layout
+        Of the maps.
+    graphs
+        Whether work is recorded.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        channels: Sequence[OpenChannel],
+        *,
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        restored_dtype: DTypeLike,
+        layout: MapLayout,
+        graphs: bool,
+    ) -> None:
+        packed = memory.allocate((layout.size_bytes,), np.uint8, "maps")
+        self.buffers = SlotBuffers(
+            frame=memory.allocate(shape, dtype, "a frame"),
+            signal=memory.allocate(shape, np.float32, "a corrected frame"),
+            restored=memory.allocate(shape, np.float32, "a restored frame"),
+            counts=memory.allocate(shape, restored_dtype, "a restored frame"),
+            packed_maps=packed,
+            maps=layout.device_arrays(packed),
+        )
+        # In the order in which they happen; each also tells the time.
+        self.begun: Any = new_event()
+        self.copied_in: Any = new_event()
+        self.classify_begun: Any = new_event()
+        self.classified: Any = new_event()
+        self.estimated: Any = new_event()
+        self.restore_begun: Any = new_event()
+        self.restored: Any = new_event()
+        self.copy_out_begun: Any = new_event()
+        self.copied_out: Any = new_event()
+        self.channels: list[ChannelSlot] = []
+        try:
+            for channel in channels:
+                slot = ChannelSlot(self.buffers, memory, channel, graphs=graphs)
+                self.channels.append(slot)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free contexts and recordings; nothing of it is in flight."""
+        for channel in self.channels:
+            channel.close()
 
 
 class Session:
@@ -111,7 +162,6 @@ class Session:
         self._memory = CudaMemory(device.gpu_index)
         self._slot_memories: list[CudaMemory] = []
         self._pinned = PinnedMemory()
-        self._staging: dict[int, NDArray[Any]] = {}
         self.channels: list[OpenChannel] = []
         self.device_slots: list[DeviceSlot] = []
         as_float = config.store.restored_dtype == "float32"
@@ -142,7 +192,9 @@ class Session:
             self._reserve(min(self._settings.frames_in_flight, slots))
         with translated(index, "warming up"):
             self._warm_up()
-        self._host = [self._reserve_host() for _ in range(slots)]
+        size = self.layout.size_bytes
+        of = (self._pinned, tuple(self._series.shape), self._restored_dtype)
+        self._host = [HostBuffers(*of, size) for _ in range(slots)]
         self.origin: Any = new_event()
         """When the series began."""
         with translated(index, "starting"):
@@ -158,7 +210,7 @@ class Session:
         """Enqueue a frame up to its maps; returns before any of it is done."""
         slot, host = self.device_slots[job.seat], self._host[job.slot.index]
         channel = slot.channels[job.channel]
-        pixels = self._stage(job, host)
+        pixels = host.take(job.slot.pixels, job.plan.camera)
         self._copy_in.record(slot.begun)
         self._copy_in.copy_in(slot.buffers.frame, pixels)
         self._copy_in.record(slot.copied_in)
@@ -204,11 +256,7 @@ class Session:
             slot.estimated.synchronize()
             return None
         slot.copied_out.synchronize()
-        if host.counts.dtype == np.float32:
-            if host.pedestal:
-                host.counts -= np.float32(host.pedestal)
-            write_counts(host.counts, host.restored, host.invalid)
-        return host.restored
+        return host.give()
 
     def spans(self, job: Job) -> dict[str, tuple[float, float]]:
         """Return when each stage of a frame that has arrived began and ended, in ms."""
@@ -239,7 +287,6 @@ class Session:
         for memory in (self._memory, *self._slot_memories):
             memory.free()
         self.device_slots, self.channels, self._slot_memories = [], [], []
-        self._staging = {}
 
     def _finish(self) -> None:
         """Wait until nothing runs, unless the GPU is lost."""
@@ -296,38 +343,6 @@ class Session:
                     self._classify.synchronise()
                     channel.restore(self._restore, None)
             self._restore.synchronise()
-
-    def _reserve_host(self) -> HostBuffers:
-        shape = tuple(self._series.shape)
-        counts = self._pinned.empty(shape, carried_as(self._restored_dtype))
-        same = counts.dtype == self._restored_dtype
-        return HostBuffers(
-            packed_maps=self._pinned.empty((self.layout.size_bytes,), np.uint8),
-            counts=counts,
-            restored=counts if same else np.empty(shape, self._restored_dtype),
-        )
-
-    def _stage(self, job: Job, host: HostBuffers) -> NDArray[Any]:
-        """Return pinned pixels without NaN and from 0 on: its slot, or a copy of it."""
-        slot = job.slot
-        pixels = slot.pixels
-        found = job.plan.camera.find_invalid(pixels)
-        host.invalid = found
-        host.pedestal = job.plan.camera.pedestal(pixels)
-        dtype = carried_as(pixels.dtype)
-        plain = found is None and not host.pedestal and pixels.dtype == dtype
-        if plain and self._pinned.is_pinned(pixels):
-            return pixels
-        staged = self._staging.get(slot.index)
-        if staged is None:
-            staged = self._pinned.empty(pixels.shape, dtype)
-            self._staging[slot.index] = staged
-        np.copyto(staged, pixels, casting="unsafe")
-        if found is not None:
-            staged[found] = 0.0 if found.all() else np.median(staged[~found])
-        if host.pedestal:
-            staged += np.float32(host.pedestal)
-        return staged
 
 
 Spans = dict[str, tuple[float, float]]

@@ -1,14 +1,14 @@
 """Preparation: counts to signal, signal to what a network sees, on the device.
 
-As `rtfocus.optics.normalisation` and `rtfocus.processing.classify`, from the
-same statistics of cells of 12 px.
+As `rtfocus.optics.normalisation` and `rtfocus.processing.classify`, from the same
+statistics of cells of 12 px. What no kernel is to meet is taken out on the host before.
 """
 
 from math import ceil, sqrt
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.frame import TileGrid
 from rtfocus.optics.normalisation import (
@@ -17,7 +17,8 @@ from rtfocus.optics.normalisation import (
     LocalStandardisation,
     PercentileRange,
 )
-from rtfocus.processing.camera import CameraCorrection
+from rtfocus.processing.camera import CameraCorrection, write_counts
+from rtfocus.processing.gpu.cuda.stream import PinnedMemory
 from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import (
     BLOCK,
@@ -356,3 +357,64 @@ def carried_as(dtype: DTypeLike) -> np.dtype[Any]:
     """
     kind = np.dtype(dtype)
     return kind if kind.str in ("|u1", "<u2") else np.dtype(np.float32)
+
+
+class HostBuffers:
+    """Pinned host memory that belongs to one of the caller's slots.
+
+    Parameters
+    ----------
+    pinned
+        Where it lies.
+    shape
+        Of the frames.
+    restored_dtype
+        Of the restored frames of the series.
+    maps_bytes
+        Of all maps of a frame.
+    """
+
+    def __init__(
+        self,
+        pinned: PinnedMemory,
+        shape: tuple[int, ...],
+        restored_dtype: np.dtype[Any],
+        maps_bytes: int,
+    ) -> None:
+        self._pinned = pinned
+        self.packed_maps: NDArray[np.uint8] = pinned.empty((maps_bytes,), np.uint8)
+        """Copy of the maps, see `rtfocus.processing.gpu.classifier.MapLayout`."""
+        self.counts: NDArray[Any] = pinned.empty(shape, carried_as(restored_dtype))
+        """Copy of the restored frame, as the device gives it."""
+        same = self.counts.dtype == restored_dtype
+        self._restored = self.counts if same else np.empty(shape, restored_dtype)
+        self._staged: NDArray[Any] | None = None
+        self.invalid: NDArray[np.bool_] | None = None
+        """Pixels that are NaN or infinite; None: none."""
+        self._pedestal = 0.0
+        """What a frame with negative values was lifted by."""
+
+    def take(self, pixels: NDArray[Any], camera: CameraCorrection) -> NDArray[Any]:
+        """Return pinned pixels without NaN and from 0 on: the same, or a copy."""
+        self.invalid = found = camera.find_invalid(pixels)
+        self._pedestal = camera.pedestal(pixels)
+        dtype = carried_as(pixels.dtype)
+        plain = found is None and not self._pedestal and pixels.dtype == dtype
+        if plain and self._pinned.is_pinned(pixels):
+            return pixels
+        if (staged := self._staged) is None:
+            staged = self._staged = self._pinned.empty(pixels.shape, dtype)
+        np.copyto(staged, pixels, casting="unsafe")
+        if found is not None:
+            staged[found] = 0.0 if found.all() else np.median(staged[~found])
+        if self._pedestal:
+            staged += np.float32(self._pedestal)
+        return staged
+
+    def give(self) -> NDArray[Any]:
+        """Return the restored frame that has arrived, in the type of the series."""
+        if self.counts.dtype == np.float32:
+            if self._pedestal:
+                self.counts -= np.float32(self._pedestal)
+            write_counts(self.counts, self._restored, self.invalid)
+        return self._restored
