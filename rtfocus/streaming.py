@@ -144,8 +144,9 @@ def stream(
             core.mda.run(sequence)
         print(live.runs[0].outcome)
     """
-    if not isinstance(core, CMMCorePlus):
-        kind = type(core).__name__
+    given: object = core
+    if not isinstance(given, CMMCorePlus):
+        kind = type(given).__name__
         msg = f"core is of type {kind}; give a pymmcore_plus.CMMCorePlus"
         raise ConfigError(msg)
     if processor not in ("here", "configured"):
