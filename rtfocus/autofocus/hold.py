@@ -7,7 +7,7 @@ corrected before its image shows that it must be.
 """
 
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -312,7 +312,7 @@ def seen_by(verdict: Verdict) -> list[Seen]:
     ]
 
 
-def key_of_index(index: dict[str, int]) -> Key:
+def key_of_index(index: Mapping[str, int]) -> Key:
     """Return the place of an image by its index."""
     return index.get("p"), index.get("g")
 

@@ -10,7 +10,7 @@ import numpy as np
 import useq
 from pymmcore_plus.core._sequencing import SequencedEvent
 
-from rtfocus.autofocus.hold import Key
+from rtfocus.autofocus.hold import Key, key_of_index
 from rtfocus.autofocus.planes import load_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
@@ -268,7 +268,7 @@ def is_autofocus(event: useq.MDAEvent) -> bool:
 
 def key_of(event: useq.MDAEvent) -> Key:
     """Return the place of an event: position and grid tile."""
-    return event.index.get("p"), event.index.get("g")
+    return key_of_index(event.index)
 
 
 def images_of(event: useq.MDAEvent) -> int:
