@@ -147,7 +147,8 @@ class ContrastToNoise:
         Parameters
         ----------
         frame
-            Axes (y, x), sides multiples of 12 px, not normalised.
+            Axes (y, x), not normalised; mirrored up to whole cells of 12 px, which the
+            tiles of a network need not be.
         tile_px, stride_px, start_px
             The tiles' side, distance and first edge, in multiples of 12 px; parts
             of a tile that lie outside the frame are not looked at.
@@ -157,8 +158,9 @@ class ContrastToNoise:
         Raises
         ------
         ValueError
-            If a side or a length is no multiple of 12 px.
+            If a length is no multiple of 12 px.
         """
+        frame = pad_frame(frame, CELL_PX)
         rows, columns = _cell_counts(frame)
         if any(length % CELL_PX for length in (tile_px, stride_px, start_px)):
             msg = (

@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+import rtfocus
 from rtfocus.engines.card import input_of, read_card, verified_file
 from rtfocus.engines.registry import fit_tiles
 from rtfocus.files import resource_folder
@@ -66,3 +67,13 @@ def test_a_frame_as_one_tile_is_restored_as_by_tiles(folder: Path) -> None:
 
 def test_the_engines_that_take_a_frame_as_one_tile() -> None:
     assert {folder.name for folder in ANY_SIZE} == {"comi", "rrdb"}
+
+
+CLASSIFIERS = [f for f in FOLDERS if read_card(f).kind in ("classifier", "joint")]
+
+
+@pytest.mark.parametrize("folder", CLASSIFIERS, ids=lambda folder: folder.name)
+def test_frames_need_not_be_whole_cells_or_tiles(folder: Path) -> None:
+    image = 300 + 2000 * draw_specimen("nuclei", (101, 230), np.random.default_rng(1))
+    found = rtfocus.classify(image.astype(np.uint16), engine=folder.name)
+    assert np.isfinite(found.defocus_um).any()
