@@ -14,6 +14,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import prod
 from typing import Any, Literal
 
 import msgspec
@@ -290,7 +291,7 @@ class Slot:
             If the frame is larger than the slot.
         """
         dtype = np.dtype(header.dtype)
-        size_bytes = dtype.itemsize * int(np.prod(header.shape))
+        size_bytes = dtype.itemsize * prod(header.shape)
         if size_bytes > self._buffer.size:
             msg = f"frame of {size_bytes} bytes in a slot of {self._buffer.size}"
             raise ValueError(msg)

@@ -83,12 +83,19 @@ class FailedWrite:
 class ShardFile:
     """One shard on the disk."""
 
-    path: Path
+    array: Path
+    """Folder that it lies in."""
+    name: str
     times: range
     """Time points that it may hold."""
     c: int
     """Channel, not plane."""
     z: int
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.array / self.name
 
     def places(self, position: int) -> list[dict[str, int]]:
         """Return the places that it may hold frames of."""
@@ -112,7 +119,7 @@ def list_shards(array: Path, shard_frames: int) -> Iterator[ShardFile]:
         if (found := _SHARD_NAME.fullmatch(name)) is not None:
             number, c, z = map(int, found.groups())
             times = range(number * shard_frames, (number + 1) * shard_frames)
-            yield ShardFile(array / name, times, c, z)
+            yield ShardFile(array, name, times, c, z)
 
 
 def shard_name(*numbers: int) -> str:
@@ -432,7 +439,7 @@ class RunImages:
 def _checked(spec: ImageSpec, array: NDArray[Any]) -> NDArray[Any]:
     """Return `array` if it is what the image holds."""
     shape = spec.plane_shape if spec.planes == 1 else (*spec.plane_shape, spec.planes)
-    if array.shape != shape or array.dtype.name != spec.dtype:
+    if array.shape != shape or array.dtype.str[1:] != np.dtype(spec.dtype).str[1:]:
         msg = (
             f"{spec.name} frame is {array.dtype.name} {array.shape}, its image holds "
             f"{spec.dtype} {shape}; a new shape or dtype needs a new series"

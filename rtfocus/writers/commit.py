@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from numpy.typing import NDArray
 
 from rtfocus.errors import BusyError, WriterError
 from rtfocus.frame import Slot
@@ -27,7 +26,15 @@ from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import REJECTED_NAME, REPORT_NAME, write_json
 from rtfocus.writers.journal import FOCUS, IN_ERROR, MISSING, WRITTEN, JournalFile, Line
-from rtfocus.writers.places import Index, Plan, Planned, TakenPlaces, complete
+from rtfocus.writers.places import (
+    FrameSample,
+    Index,
+    Pixels,
+    Plan,
+    Planned,
+    TakenPlaces,
+    complete,
+)
 
 MOST_LISTED = 10_000
 """Missing places named one by one in the images' metadata; the journal has all."""
@@ -60,13 +67,15 @@ class Tally:
     missing_count: int = 0
     before: Planned | None = None
     """The last place that a frame had or should have had."""
+    sample: FrameSample = field(default_factory=FrameSample)
+    """Of the stored frames."""
 
     def __post_init__(self) -> None:
         self.named = TakenPlaces(self.plan)
         """Places that hold a frame, or of which it is journalled that it is lost."""
 
-    def add(self, line: Line) -> None:
-        """Count one line."""
+    def add(self, line: Line, pixels: Pixels | None = None) -> None:
+        """Count one line; `pixels` are those of its frame, where they are at hand."""
         self.lines += 1
         if line["sequence"] is not None:
             self.next_sequence = max(self.next_sequence, line["sequence"] + 1)
@@ -76,7 +85,7 @@ class Tally:
         if line["status"] == MISSING:
             self._add_missing(line)
         else:
-            self._add_frame(line)
+            self._add_frame(line, pixels or {})
 
     def restore(self, accounting: Accounting) -> None:
         """Bring the accounting of a new process to what is already durable."""
@@ -111,7 +120,7 @@ class Tally:
         if len(self.missing) < MOST_LISTED:
             self.missing.append(line)
 
-    def _add_frame(self, line: Line) -> None:
+    def _add_frame(self, line: Line, pixels: Pixels) -> None:
         self.errors += "error" in line
         self.flags.update(line.get("flags") or ())
         self.engines.update((line.get("engines") or {}).values())
@@ -123,6 +132,7 @@ class Tally:
                 self.skipped[line["skipped"]] += 1
             self.before = Planned(line["event_index"], index)
             self.named.take(index)
+            self.sample.note(line["stored"], index, pixels)
 
 
 def term_of(line: Line) -> tuple[str, str | None] | None:
@@ -184,7 +194,7 @@ class Entry:
     """False: still in an open shard or a gap without its place."""
     index: Index = field(default_factory=dict)
     """Place of a frame that is stored."""
-    pixels: dict[str, NDArray[Any]] = field(default_factory=dict)
+    pixels: Pixels = field(default_factory=dict)
     """By image name; the arrays stay in the slot."""
 
 
@@ -231,7 +241,8 @@ class CommitQueue:
         """Append an entry; the caller has waited for room."""
         with self._changed:
             self._entries.append(entry)
-            self._changed.notify_all()
+            if entry.sealed:  # else nobody can go on
+                self._changed.notify_all()
 
     def seal(self, entry: Entry, futures: list[Commit]) -> None:
         """Say that all writes of an entry have been started."""
@@ -369,7 +380,7 @@ class Ledger:
         self.lock.assert_held()
         self.journal.append(entry.lines)
         for line in entry.lines:
-            self.tally.add(line)
+            self.tally.add(line, entry.pixels)
             term = term_of(line)
             # The receiver counted a gap when it met it.
             if term is not None and term[0] != "dropped":

@@ -35,7 +35,6 @@ from rtfocus.writers.header import (
     write_json,
 )
 from rtfocus.writers.journal import (
-    WRITTEN,
     Line,
     is_unrestored,
     journal_lines,
@@ -43,7 +42,7 @@ from rtfocus.writers.journal import (
     write_journal,
 )
 from rtfocus.writers.layout import Windows, write_group
-from rtfocus.writers.places import FrameSample, Index, Plan, complete
+from rtfocus.writers.places import FrameSample, Index, Plan, complete, thinned
 
 FRAMES_NAME = "frames.zarr"
 COUNTED = ("totals", "missing", "time_points", "planned_frames")
@@ -60,8 +59,6 @@ _WORDS: dict[str, Callable[[Line], str]] = {
     "flags": lambda line: " ".join(line.get("flags") or ()),
     "engines": lambda line: " ".join(sorted((line.get("engines") or {}).values())),
 }
-_MOST_PIXELS = 1 << 14
-"""Looked at per plane, evenly spread; 16 of them beyond each percentile."""
 _PERCENTILES = (0.1, 99.9)
 _MAP_PERCENTILES = (2.0, 98.0)
 """Of defocus: single tiles are far off, and would be all that is seen."""
@@ -110,14 +107,8 @@ def finish_run(
             told = {key: line[key] for key in ("sequence", "index", "reason")}
             missing[complete(line["index"])["p"]].append(told)
     images.describe_collections()
-    sample = FrameSample()
-
-    def note(line: Line) -> None:
-        if line["status"] == WRITTEN:
-            sample.note(line["stored"], complete(line["index"]))
-
-    write_columns(folder, tally.lines, note)
-    windows = contrast(images, sample)
+    write_columns(folder, tally.lines)
+    windows = contrast(images, tally.sample)
     for position in range(images.positions):
         found = {"finished": True, "missing": missing[position], "totals": totals}
         images.describe(position, found, windows)
@@ -237,23 +228,35 @@ def _old_report(folder: Path, restored: int) -> dict[str, Any]:
     return kept | {"restored": kept.get("restored", 0) + restored}
 
 
-def _value(key: str, absent: float = np.nan) -> Callable[[Line], Any]:
-    return lambda line: _or(line.get(key), absent)
+_Read = Callable[[list[Line]], list[Any]]
+"""Lines to a column's values: by the block, a call per value would cost more."""
 
 
-def _axis(axis: str) -> Callable[[Line], Any]:
-    def read(line: Line) -> int:
-        index = line.get("index")
-        return _UNKNOWN if index is None else int(index.get(axis, 0))
-
-    return read
+def _value(key: str, absent: float = np.nan) -> _Read:
+    return lambda block: _filled([line.get(key) for line in block], absent)
 
 
-def _estimate(key: str, absent: float) -> Callable[[Line], Any]:
-    return lambda line: _or((line.get("estimate") or {}).get(key), absent)
+def _axis(axis: str) -> _Read:
+    return lambda block: _filled(
+        [
+            None if (i := line.get("index")) is None else i.get(axis, 0)
+            for line in block
+        ],
+        _UNKNOWN,
+    )
 
 
-_COLUMNS: dict[str, tuple[str, Callable[[Line], Any]]] = {
+def _estimate(key: str, absent: float) -> _Read:
+    return lambda block: _filled(
+        [(line.get("estimate") or {}).get(key) for line in block], absent
+    )
+
+
+def _filled(values: list[Any], absent: float) -> list[Any]:
+    return [absent if value is None else value for value in values]
+
+
+_COLUMNS: dict[str, tuple[str, _Read]] = {
     "sequence": ("int64", _value("sequence", _UNKNOWN)),
     "event_index": ("int64", _value("event_index", _UNKNOWN)),
     "t": ("int64", _axis("t")),
@@ -274,20 +277,16 @@ _COLUMNS: dict[str, tuple[str, Callable[[Line], Any]]] = {
     "confidence": ("float32", _estimate("confidence", np.nan)),
     "foreground": ("float32", _estimate("foreground", np.nan)),
 }
-"""Name to dtype and how a line gives the value; -1 or NaN: unknown."""
+"""Name to dtype and how lines give the values; -1 or NaN: unknown."""
 
 
-def write_columns(
-    folder: Path, rows: int, on_line: Callable[[Line], None] = lambda _: None
-) -> Path:
+def write_columns(folder: Path, rows: int) -> Path:
     """Write the journal's columns; an older ``frames.zarr`` is replaced.
 
     Parameters
     ----------
     folder
         The run folder; its journal has `rows` lines.
-    on_line
-        Called with every line.
 
     Raises
     ------
@@ -301,12 +300,9 @@ def write_columns(
         write_group(part, {}, fsync=False)
         columns = _Columns(part, rows)
         lines = read_journal(folder / JOURNAL_NAME)
-        number = 0
-        while block := list(islice(lines, _BLOCK)):
+        blocks = iter(lambda: list(islice(lines, _BLOCK)), [])
+        for number, block in enumerate(blocks):
             columns.write(number, block)
-            for line in block:
-                on_line(line)
-            number += 1
         columns.close()
         replace(part, group)
     except OSError as error:
@@ -335,14 +331,14 @@ class _Columns:
     def write(self, number: int, block: list[Line]) -> None:
         """Write chunk `number` of every column."""
         for name, (dtype, read) in _COLUMNS.items():
-            self._write_chunk(name, dtype, number, [read(line) for line in block])
+            self._write_chunk(name, dtype, number, read(block))
         for name, word in _WORDS.items():
             codes = self._codes[name]
             found = [codes.setdefault(word(line), len(codes)) for line in block]
             self._write_chunk(name, "int32", number, found)
         times = [line.get("stage_ms") or {} for line in block]
         for stage in sorted({stage for of_frame in times for stage in of_frame}):
-            values = [_or(of_frame.get(stage), np.nan) for of_frame in times]
+            values = _filled([of_frame.get(stage) for of_frame in times], np.nan)
             self._write_chunk(f"{stage}_ms", "float32", number, values)
 
     def close(self) -> None:
@@ -397,10 +393,6 @@ def _fill(dtype: str) -> float:
     return np.nan if np.dtype(dtype).kind == "f" else _UNKNOWN
 
 
-def _or(value: float | None, absent: float) -> float:
-    return absent if value is None else value
-
-
 def contrast(images: RunImages, sample: FrameSample) -> dict[str, Windows]:
     """Return the windows of all images, by name; one per index of axis c.
 
@@ -414,37 +406,45 @@ def contrast(images: RunImages, sample: FrameSample) -> dict[str, Windows]:
         found[spec.name] = [
             window
             for channel in range(channels)
-            for window in [_window(images, spec, sample.places(spec.name, channel))]
-            * spec.planes
+            for window in [_window(images, spec, sample, channel)] * spec.planes
         ]
     return found
 
 
 def _window(
-    images: RunImages, spec: ImageSpec, places: list[Index]
+    images: RunImages, spec: ImageSpec, sample: FrameSample, channel: int
 ) -> tuple[float, float] | None:
-    values = [_values(images, spec.name, place) for place in places]
+    values = [
+        _values(images, spec.name, place) if known is None else known
+        for place, known in sample.frames(spec.name, channel)
+    ]
     seen = np.concatenate(values) if values else np.empty(0)
     if seen.size == 0:
         return None
     if spec.name == DEFOCUS:
-        low, high = np.percentile(seen, _MAP_PERCENTILES)
+        low, high = percentiles(seen, _MAP_PERCENTILES)
         # Where both signs occur grey is focus.
         reach = max(abs(low), abs(high))
         low, high = (-reach, reach) if low < 0 else (0.0, high)
     else:
-        low, high = np.percentile(seen, _PERCENTILES)
+        low, high = percentiles(seen, _PERCENTILES)
     if np.dtype(spec.dtype).kind != "f":
         low, high = np.floor(low), max(np.ceil(high), np.floor(low) + 1)
     return (float(low), float(high)) if high > low else None
 
 
+def percentiles(seen: NDArray[Any], percents: tuple[float, float]) -> NDArray[Any]:
+    """Return what `numpy.percentile` does, in a tenth of its time: values sort fast."""
+    places = np.multiply(percents, (seen.size - 1) / 100)
+    whole = places.astype(int)
+    low, high = np.sort(seen)[[whole, np.ceil(places).astype(int)]].astype(float)
+    found: NDArray[Any] = low + (high - low) * (places - whole)
+    return found
+
+
 def _values(images: RunImages, name: str, place: Index) -> NDArray[np.generic]:
     try:
-        plane = images.read(name, place)
+        return thinned(images.read(name, place))
     except WriterError:
         # A damaged frame is told by the check, and does not keep a run from its end.
         return np.empty(0)
-    step = max(1, int(np.sqrt(plane.size / _MOST_PIXELS)))
-    seen = plane[::step, ::step].ravel()
-    return seen[np.isfinite(seen)] if seen.dtype.kind == "f" else seen

@@ -190,6 +190,7 @@ class JournalFile:
             If it cannot be written.
         """
         data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+        end = self._end + len(data)
         try:
             self._assert_alone()
             while data:
@@ -197,7 +198,7 @@ class JournalFile:
                 data = data[written:]
             if self._fsync:
                 os.fsync(self._file.fileno())
-            self._end = self._file.tell()
+            self._end = end
         except OSError as error:
             self._cut()
             raise self._failure(error) from error

@@ -5,11 +5,14 @@ ranks in the plan, not from the order of arrival. Positions have a path each.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError
 from rtfocus.frame import Position, SeriesStart
@@ -24,6 +27,10 @@ NOT_SENT = "not sent"
 
 Index = dict[str, int]
 """Complete index: every one of `AXES`."""
+Pixels = Mapping[str, NDArray[Any]]
+"""Arrays of one frame by image name."""
+Sampled = tuple[Index, NDArray[Any] | None]
+"""Place of a frame and values of it; None: they are not known."""
 
 MOST_HOLES = 2**20
 """Most planned frames in a row, never sent, whose places are told one by one."""
@@ -31,6 +38,8 @@ MOST_EVENTS = 100_000
 """Longest plan of a series without an end that is expanded to find lost frames."""
 MOST_SAMPLED = 8
 """Frames looked at per channel; one of 2048 x 2048 is read in some 10 ms."""
+_MOST_PIXELS = 1 << 14
+"""Looked at per plane, evenly spread; 16 of them beyond each percentile."""
 _BLOCK_BITS = 1 << 15
 """Places per block: a damaged journal may name places far away."""
 
@@ -239,28 +248,41 @@ class TakenPlaces:
         self._blocks[block][bit // 8] |= 1 << bit % 8
 
 
+def thinned(plane: NDArray[Any]) -> NDArray[Any]:
+    """Return some of a plane's finite values, evenly spread, as an array of its own."""
+    step = max(1, int(np.sqrt(plane.size / _MOST_PIXELS)))
+    seen = plane[::step, ::step].flatten()
+    return seen[np.isfinite(seen)] if seen.dtype.kind == "f" else seen
+
+
 class FrameSample:
-    """Places of stored frames, evenly spread, however many there are."""
+    """Stored frames, evenly spread, however many there are: what contrast is from.
+
+    Of frames that are noted with their pixels the values are kept: reading them back
+    when a run ends would take longer than all the rest of its end.
+    """
 
     def __init__(self) -> None:
-        self._places: dict[tuple[str, int], list[Index]] = {}
+        self._kept: dict[tuple[str, int], list[Sampled]] = {}
         self._strides: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def note(self, images: Iterable[str], index: Index) -> None:
-        """Take in a frame that is stored in these images."""
+    def note(self, images: Iterable[str], index: Index, pixels: Pixels) -> None:
+        """Take in a frame that is stored in these images; `pixels` may lack some."""
         for name in images:
-            self._keep((name, index["c"]), index)
+            self._keep((name, index["c"]), index, pixels.get(name))
 
-    def places(self, image: str, channel: int) -> list[Index]:
-        """Return where to look."""
-        return self._places.get((image, channel), [])
+    def frames(self, image: str, channel: int) -> list[Sampled]:
+        """Return the places to look at, with the values where they are known."""
+        return self._kept.get((image, channel), [])
 
-    def _keep(self, key: tuple[str, int], index: Index) -> None:
+    def _keep(
+        self, key: tuple[str, int], index: Index, plane: NDArray[Any] | None
+    ) -> None:
         """Keep every n-th; n doubles when there are too many."""
         stride, count = self._strides.get(key, (1, 0))
-        kept = self._places.setdefault(key, [])
+        kept = self._kept.setdefault(key, [])
         if count % stride == 0:
-            kept.append(index)
+            kept.append((index, None if plane is None else thinned(plane)))
         if len(kept) > MOST_SAMPLED:
             del kept[1::2]
             stride *= 2

@@ -138,6 +138,7 @@ class RunWriter:
         self.folder = folder
         self._header = header
         self._lock = lock
+        self._resumes = resumes
         self._accounting = accounting
         self._tally = Tally(Plan(header.series))
         self._taken = TakenPlaces(self._tally.plan)
@@ -266,7 +267,8 @@ class RunWriter:
             self._images,
             self._tally,
             report,
-            unnamed_too=failed is None,
+            # What this process began alone, it has told all of.
+            unnamed_too=failed is None and self._resumes,
         )
         self._lock.release()
         if not self._failure_raised:

@@ -19,7 +19,13 @@ from rtfocus.frame import FrameResult, Position, Role, SeriesStart
 from rtfocus.images.ome_xml import read_ome_xml
 from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.series import StagePosition
+from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.check import check_run
+from rtfocus.writers.commit import Tally
+from rtfocus.writers.finish import contrast
+from rtfocus.writers.header import JOURNAL_NAME, read_header
+from rtfocus.writers.journal import journal_lines
+from rtfocus.writers.places import Plan
 
 IMAGES = ("raw", "restored", "defocus")
 COLOURS = [
@@ -200,6 +206,14 @@ def test_a_run_shows_what_is_in_it(tmp_path: Path) -> None:
     assert 2.5 < shown["end"] <= 3
     assert shown["start"] == -shown["end"]
     assert check_run(folder).problems == []
+    # Those values were kept while frames were written; a repair reads the frames.
+    tally = Tally(Plan(series))
+    for line in journal_lines(folder / JOURNAL_NAME, tally.plan):
+        tally.add(line)
+    images = RunImages(folder, read_header(folder), create=False)
+    read = contrast(images, tally.sample)
+    assert read["raw"] == [(600, 679), (700, 779)]
+    assert read["defocus"][0] == (shown["start"], shown["end"])
 
 
 def test_damaged_ome_xml_is_told_and_mended(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.errors import WriterError
 from rtfocus.metrics import DiskWatch, check_space
+from rtfocus.writers.finish import percentiles
 from rtfocus.writers.header import ImageSpec
 from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
 
@@ -114,3 +116,16 @@ def test_a_shard_holds_the_plane_in_whole_chunks(
     for length, outer, side in zip((height, width), shard, inner, strict=True):
         assert outer % side == 0
         assert length <= outer < length + side
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", "<f4"])
+@given(
+    values=st.lists(st.integers(0, 255), min_size=1, max_size=300),
+    percents=st.tuples(st.floats(0, 100), st.floats(0, 100)),
+)
+def test_percentiles_are_those_of_numpy(
+    dtype: str, values: list[int], percents: tuple[float, float]
+) -> None:
+    seen = np.array(values, dtype)
+    wanted = np.percentile(seen.astype(float), percents)
+    np.testing.assert_allclose(percentiles(seen, percents), wanted, atol=1e-9)

@@ -3,6 +3,7 @@
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import useq
 from hypothesis import given
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 from rtfocus.channel import Channel
 from rtfocus.frame import Position, SeriesStart
 from rtfocus.writers.places import (
+    MOST_SAMPLED,
+    FrameSample,
     GapFinder,
     Missing,
     Plan,
     Planned,
     TakenPlaces,
     complete,
+    thinned,
 )
 
 
@@ -203,3 +207,26 @@ def test_a_frame_that_names_a_place_absurdly_far_on_costs_no_time() -> None:
     after = Planned(40 * 10**9, complete({"t": 10**9}))
     assert finder.arrive(after) == [Missing(1, None, "gap"), Missing(2, None, "gap")]
     assert finder.arrive(Planned(40 * 10**9 + 1, complete({"t": 10**9, "z": 1}))) == []
+
+
+@pytest.mark.parametrize("frames", [1, 8, 9, 150, 1000])
+def test_a_sample_is_spread_over_all_frames_and_keeps_values_of_its_own(
+    frames: int,
+) -> None:
+    known, unknown = FrameSample(), FrameSample()
+    plane = np.empty((300, 200), np.float32)
+    for t in range(frames):
+        plane[...] = t  # as a slot that is used again
+        plane[0, 0] = np.nan
+        for sample, pixels in ((known, {"raw": plane}), (unknown, {})):
+            sample.note(["raw", "restored"], complete({"t": t}), pixels)
+    times = [index["t"] for index, _ in known.frames("raw", 0)]
+    assert min(frames, MOST_SAMPLED // 2) <= len(times) <= MOST_SAMPLED
+    assert len(set(np.diff(times))) <= 1, "not evenly spread"
+    assert frames - 1 - times[-1] < max(frames / (len(times) - 0.5), 1)
+    for index, values in known.frames("raw", 0):
+        assert values is not None
+        assert set(values.tolist()) == {index["t"]}
+        assert values.size == thinned(plane).size
+    for image, sample in (("restored", known), ("raw", unknown)):
+        assert sample.frames(image, 0) == [(complete({"t": t}), None) for t in times]
