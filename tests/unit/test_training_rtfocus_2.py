@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from rtfocus.files import resource_folder
-from rtfocus.training.networks.rtfocus import Rtfocus1, Rtfocus2Task
+from rtfocus.training.networks.rtfocus import (
+    LABELS,
+    Rtfocus1,
+    Rtfocus2,
+    Rtfocus2Task,
+)
 from rtfocus.training.recipe import load_recipe
 
 
@@ -53,3 +58,21 @@ def test_only_the_gate_learns(task):
         n.split(".")[0] for n, p in task.network.named_parameters() if p.requires_grad
     }
     assert learns == {"trust", "look", "doubt"}
+
+
+def test_sure_labels_leave_finite_gradients_in_bfloat16(task):
+    torch.manual_seed(2)
+    network = Rtfocus2()
+    torch.nn.init.normal_(network.correction.weight, std=0.1)
+    with torch.no_grad():
+        network.label.bias[LABELS.index(5)] = 30.0
+    with torch.autocast("cpu", torch.bfloat16):
+        _, restored = network(torch.rand(1, 1, 96, 96), torch.zeros(1, 6))
+        loss = task.image_loss(restored.float())
+    loss.backward()
+    assert all(
+        bool(parameter.grad.isfinite().all())
+        for parameter in network.parameters()
+        if parameter.grad is not None
+    )
+    assert network.trust.grad.abs() > 0

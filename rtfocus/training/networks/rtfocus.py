@@ -352,10 +352,10 @@ class Rtfocus2(Rtfocus1):
 
     def gate(self, features: Tensor, evidence: Tensor) -> Tensor:
         """Return the share of the correction per cell: the labels' odds, and doubt."""
-        busy = super().gate(features, evidence).clamp(_LEAST_SHARE, 1 - _LEAST_SHARE)
-        seen = around(functional.relu(self.look(features)))
-        odds = torch.log(busy / (1 - busy))
-        return torch.sigmoid(self.trust * odds + self.doubt(seen))
+        busy = super().gate(features, evidence).float()  # bfloat16 has no 0.999
+        busy = busy.clamp(_LEAST_SHARE, 1 - _LEAST_SHARE)
+        doubt = self.doubt(around(functional.relu(self.look(features))))
+        return torch.sigmoid(self.trust * torch.log(busy / (1 - busy)) + doubt)
 
 
 class Rtfocus2Section(Rtfocus1Section):
