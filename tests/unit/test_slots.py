@@ -1,5 +1,8 @@
 """Slots: fixed memory, one holder at a time, waiting as backpressure."""
 
+import platform
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -70,3 +73,33 @@ def test_close_wakes_waiters_with_none_and_double_release_is_an_error() -> None:
     pool.release(slot)
     with pytest.raises(ValueError, match="released twice"):
         pool.release(slot)
+
+
+_ALLOCATING = """
+import resource
+from rtfocus.transport.receiver import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        held = [b"x" * (8 << 20) for _ in range(4)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+given_back = faults()
+assert keep_freed_memory(64 << 20)
+faults()
+print(given_back, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_memory_of_frames_that_are_gone_is_used_again() -> None:
+    """Else every message of a frame costs the clearing of its pages."""
+    said = subprocess.run(
+        [sys.executable, "-c", _ALLOCATING], capture_output=True, text=True, check=True
+    )
+    given_back, kept = map(int, said.stdout.split())
+    assert given_back > 3 * 4 * (8 << 20) // 65536, "glibc keeps it by itself now"
+    assert kept < given_back / 50
