@@ -17,10 +17,12 @@ from rtfocus.errors import TransportError
 from rtfocus.focusing import focus
 from rtfocus.microscope.core import open_core
 
-FOCUS_UM, RISE_UM = 4.0, 1.5
-NEAR_UM = 0.2 * 0.451 / 0.36**2
-APART_UM = 166.4
-"""Two fields beside each other; the plate rises by `RISE_UM` from one to the next."""
+FOCUS_UM, TILT_UM = 4.0, 1.5
+NEAR_UM = 0.5 * 0.451 / 0.36**2
+"""Half a depth of field, which a search promises; every other plane is farther off."""
+APART_UM, RISE_UM = 3 * 166.4, 3 * TILT_UM
+"""Two fields, the plate rises from one to the other; two more lie between them."""
+OFFSET_UM = 4.0
 AF = {"axes": ["p"], "autofocus_device_name": "rtfocus"}
 HERE, BESIDE = {"x": 0, "y": 0, "z": 1}, {"x": APART_UM, "y": 0, "z": 1}
 DAPI, FITC = ({"config": name, "exposure": 5} for name in ("DAPI", "FITC"))
@@ -97,7 +99,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
                 "height_px": 256,
                 "width_px": 256,
                 "specimen": {"kind": "nuclei", "seed": 3},
-                "surface": {"z_um": FOCUS_UM, "tilt_x_um": RISE_UM},
+                "surface": {"z_um": FOCUS_UM, "tilt_x_um": TILT_UM},
             },
             "camera": {"offset_counts": 100},
             "channels": [{"name": name, "optics": OPTICS} for name in ("DAPI", "FITC")],
@@ -133,9 +135,9 @@ def test_a_position_with_a_stack_of_its_own_is_focused_in_the_stack_s_middle(
 ) -> None:
     own = {"z_plan": {"range": 4, "step": 2}, "autofocus_plan": AF}
     heights = bench.run({"stage_positions": [HERE | {"sequence": own}, BESIDE]})
-    assert heights[:3] == pytest.approx(
-        [FOCUS_UM - 2, FOCUS_UM, FOCUS_UM + 2], abs=NEAR_UM
-    )
+    middle = heights[1]
+    assert middle == pytest.approx(FOCUS_UM, abs=NEAR_UM)
+    assert heights[:3] == pytest.approx([middle - 2, middle, middle + 2])
     # Nobody asked for focus at the other position.
     assert heights[3] == 1
 
@@ -143,7 +145,7 @@ def test_a_position_with_a_stack_of_its_own_is_focused_in_the_stack_s_middle(
 def test_focus_once_a_position_holds_for_all_its_tiles(bench: Bench) -> None:
     tiles = {"rows": 1, "columns": 2, "fov_width": 50, "fov_height": 50}
     left, right = bench.run({"grid_plan": tiles, "autofocus_plan": AF})
-    assert left == right == pytest.approx(FOCUS_UM, abs=2 * NEAR_UM)
+    assert left == right == pytest.approx(FOCUS_UM, abs=NEAR_UM)
 
 
 def test_focus_once_a_time_point_holds_for_all_positions(bench: Bench) -> None:
@@ -176,15 +178,16 @@ def test_each_position_has_a_correction_of_its_own_also_without_a_z(
 
 def test_a_channel_s_own_plane_stays_beside_focus(bench: Bench) -> None:
     plan = {
-        "channels": [FITC | {"z_offset": 1.5}, DAPI],
+        "channels": [FITC | {"z_offset": OFFSET_UM}, DAPI],
         "z_plan": {"range": 2, "step": 2},
         "autofocus_plan": AF,
     }
     heights = bench.run(plan, focus_channel="DAPI")
     assert {channel for _, channel in bench.snapped} == {"DAPI"}
     planes = [FOCUS_UM - 1, FOCUS_UM + 1]
-    beside = [z + 1.5 for z in planes]
+    beside = [z + OFFSET_UM for z in planes]
     assert heights == pytest.approx([*beside, *planes], abs=NEAR_UM)
+    assert heights[:2] == pytest.approx([z + OFFSET_UM for z in heights[2:]])
 
 
 def test_focus_at_every_channel_is_that_of_the_channel(bench: Bench) -> None:
@@ -199,10 +202,10 @@ def test_a_motor_offset_lies_beside_focus_and_is_not_searched_again(
     heights = bench.run(
         {
             "time_plan": {"interval": 0, "loops": 2},
-            "autofocus_plan": AF | {"axes": ["t"], "autofocus_motor_offset": 1.5},
+            "autofocus_plan": AF | {"axes": ["t"], "autofocus_motor_offset": OFFSET_UM},
         }
     )
-    assert heights == pytest.approx(2 * [FOCUS_UM + 1.5], abs=NEAR_UM)
+    assert heights == pytest.approx(2 * [FOCUS_UM + OFFSET_UM], abs=NEAR_UM)
     images = bench.frames[0][1]["extra"]["rtfocus"]["autofocus"]["images"]
     # The second search begins in focus.
     assert bench.snapped[images][0] == pytest.approx(FOCUS_UM, abs=NEAR_UM)

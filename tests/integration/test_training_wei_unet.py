@@ -98,7 +98,7 @@ def test_each_stage_trains_its_part_and_goes_on_from_the_one_before(chain):
 
 @pytest.mark.parametrize("stage", ["kernel", "unet", "end_to_end"])
 def test_each_stage_learns_a_batch_by_heart(tmp_path, stage):
-    trainer = Trainer(small_recipe(tmp_path, stage, steps=500, rate=5e-3))
+    trainer = Trainer(small_recipe(tmp_path, stage, steps=500, rate=1e-3))
     batch = trainer.task.batch(0)
     trainer.task.batch = lambda step, draw=0: batch
     first = trainer.train_step()
