@@ -12,7 +12,7 @@ per frame. A full pool is the backpressure of rtfocus: whoever wants a slot wait
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import prod
 from typing import Any, Literal
@@ -237,6 +237,79 @@ class DefocusMap:
     stated_um: NDArray[np.float32] | None = None
     """How far off `defocus_um` may be, as measured where the truth is known; None:
     nobody asked for it, or the engine gives no `uncertainty_um`."""
+
+    def distances(self) -> "DefocusMap":
+        """Return a map without the sides of focus, which nobody knows.
+
+        They show by aberrations. Where those are unknown the sides of equal tiles are
+        guessed differently, and signed defocus would cancel in the mean of a frame.
+        """
+        level = np.where(self.level == BACKGROUND, BACKGROUND, np.abs(self.level))
+        return replace(
+            self,
+            grid=replace(self.grid, signed=False),
+            defocus_um=np.abs(self.defocus_um),
+            level=level.astype(np.int16),
+        )
+
+    def with_coarser(
+        self,
+        coarser: "DefocusMap",
+        asked: NDArray[np.bool_],
+        *,
+        step_um: float,
+        farthest: int,
+    ) -> "DefocusMap":
+        """Return a map with what is farther in the frame of half the size as it is.
+
+        Parameters
+        ----------
+        coarser
+            Of the frame of half the size.
+        asked
+            Tiles of which that may say more, axes (tile_y, tile_x).
+        step_um
+            Defocus between two levels.
+        farthest
+            Highest level: the label of every defocus beyond it.
+
+        Returns
+        -------
+        DefocusMap
+            New arrays.
+        """
+        axes = zip(self.level.shape, coarser.level.shape, strict=True)
+        nearest = [_nearest(*tiles, self.grid, coarser.grid) for tiles in axes]
+        places = np.ix_(*nearest)
+        defocus_um = 2 * coarser.defocus_um[places]
+        taken = asked & (np.abs(defocus_um) > np.abs(self.defocus_um))
+
+        def doubled(
+            fine: NDArray[np.float32] | None, coarse: NDArray[np.float32] | None
+        ) -> NDArray[np.float32] | None:
+            if fine is None or coarse is None:
+                return fine
+            return np.where(taken, 2 * coarse[places], fine)
+
+        known_um = np.where(taken, defocus_um, 0)
+        level = np.clip(np.rint(known_um / step_um), -farthest, farthest)
+        return DefocusMap(
+            self.grid,
+            np.where(taken, defocus_um, self.defocus_um),
+            np.where(taken, coarser.confidence[places], self.confidence),
+            np.where(taken, level, self.level).astype(np.int16),
+            doubled(self.uncertainty_um, coarser.uncertainty_um),
+            doubled(self.stated_um, coarser.stated_um),
+        )
+
+
+def _nearest(
+    fine: int, coarse: int, grid: TileGrid, halved_grid: TileGrid
+) -> NDArray[np.intp]:
+    """Return for each tile of an axis the nearest one of the frame of half the size."""
+    centres = (grid.origin_px + grid.stride_px * np.arange(fine) - 0.5) / 2
+    places = np.rint((centres - halved_grid.origin_px) / halved_grid.stride_px)
+    return np.clip(places, 0, coarse - 1).astype(np.intp)
 
 
 @dataclass(slots=True)

@@ -17,10 +17,8 @@ from rtfocus.config.model import Config
 from rtfocus.engines.card import EngineCard, input_of
 from rtfocus.engines.fitted import (
     DeviationCard,
-    distances,
-    is_far,
+    is_unsettled,
     stated_um,
-    with_coarser,
 )
 from rtfocus.engines.registry import find_engine, list_engines, parts, step_um
 from rtfocus.errors import ConfigError, EngineError, InputError
@@ -195,24 +193,25 @@ class ImageProcessor:
             return result
         if self._blind and result.defocus is not None:
             found = self._looked_coarser(pixels, channel, result.defocus)
-            estimate = estimate_frame(header, distances(found))
+            estimate = estimate_frame(header, found.distances())
             result = replace(result, defocus=found, estimate=estimate)
         return replace(result, skipped=None)
 
     def _looked_coarser(
         self, pixels: NDArray[np.generic], channel: str, found: DefocusMap
     ) -> DefocusMap:
-        """Look at what is far once more in the image of half the size, and so on."""
+        """Look at what is unsettled in the image of half the size too, and so on."""
         if self._scale is None or min(pixels.shape[:2]) < 2 * _LEAST_PX:
             return found
         step, farthest, _ = self._scale
-        if not is_far(found, farthest * step).any():
+        asked = is_unsettled(found, pixels, farthest * step)
+        if not asked.any():
             return found
         if self._coarser is None:
             self._coarser = ImageProcessor(self._config, self._optics)
         coarser = self._coarser.classify(halved(pixels), channel=channel).defocus
         assert coarser is not None, "the same engine as for the whole image"
-        return with_coarser(found, coarser, step_um=step, farthest=farthest)
+        return found.with_coarser(coarser, asked, step_um=step, farthest=farthest)
 
     @contextmanager
     def _slot(

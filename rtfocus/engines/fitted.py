@@ -18,12 +18,12 @@ the labels say of themselves: on kinds never seen they scatter. From both follow
 share of the correction that is applied, between none and all.
 
 *Scales*: a blur beyond the labels is among them in the frame of half the size, where a
-defocus found stands for twice as much.
+defocus found stands for twice as much. And noise, which passes for the finest detail of
+a dim image, is weaker there.
 
 The functions are fitted by ``python -m bench.evidence``.
 """
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -358,88 +358,46 @@ def _log_ratio(above: Image, below: Image) -> Image:
 
 _FAR = 0.8
 """Share of the range from which on a defocus may lie beyond it."""
+_DROWNED = 0.6
+"""Share of the finest detail that may be noise; in sharp images a third looks so."""
 
 
-def is_far(found: DefocusMap, range_um: float) -> NDArray[np.bool_]:
-    """Tell for every tile whether its blur may be beyond the levels.
+def is_unsettled(
+    found: DefocusMap, pixels: NDArray[Any], range_um: float
+) -> NDArray[np.bool_]:
+    """Tell for every tile whether the frame of half the size is to be asked.
+
+    Its blur may be beyond the levels, or its finest detail is noise.
 
     Parameters
     ----------
     found
         Of a frame.
+    pixels
+        The frame, axes (y, x) or (y, x, colour).
     range_um
         Defocus of the highest level.
     """
-    return np.asarray(np.abs(found.defocus_um) > _FAR * range_um)
+    far = np.abs(found.defocus_um) > _FAR * range_um
+    return np.asarray(far | (_noise_share(pixels, found.grid) > _DROWNED))
 
 
-def with_coarser(
-    found: DefocusMap, coarser: DefocusMap, *, step_um: float, farthest: int
-) -> DefocusMap:
-    """Return a map with what is far as the frame of half the size shows it.
+def _noise_share(pixels: NDArray[Any], grid: TileGrid) -> Image:
+    """Return for every tile how much of its finest detail is noise, about 0 to 1.
 
-    Parameters
-    ----------
-    found
-        Of the frame.
-    coarser
-        Of the frame `halved`.
-    step_um
-        Defocus between two levels.
-    farthest
-        Highest level: the label of every defocus beyond it.
-
-    Returns
-    -------
-    DefocusMap
-        New arrays.
+    White noise is equal in all directions; detail has next to nothing in diagonals.
     """
-    places = np.ix_(
-        *(
-            _nearest(fine, coarse, found.grid, coarser.grid)
-            for fine, coarse in zip(found.level.shape, coarser.level.shape, strict=True)
-        )
+    _, details = _split(_whole_cells(luminance(pixels.astype(np.float32))))
+    power, noise = (
+        around(_mean_product(one, one, CELL_PX // 2)) for one in (details, details[2:])
     )
-    defocus_um = 2 * coarser.defocus_um[places]
-    taken = is_far(found, farthest * step_um)
-    taken &= np.abs(defocus_um) > np.abs(found.defocus_um)
-
-    def doubled(fine: Image | None, coarse: Image | None) -> Image | None:
-        if fine is None or coarse is None:
-            return fine
-        return np.where(taken, 2 * coarse[places], fine)
-
-    known_um = np.where(taken, defocus_um, 0)
-    level = np.clip(np.rint(known_um / step_um), -farthest, farthest)
-    return DefocusMap(
-        found.grid,
-        np.where(taken, defocus_um, found.defocus_um),
-        np.where(taken, coarser.confidence[places], found.confidence),
-        np.where(taken, level, found.level).astype(np.int16),
-        doubled(found.uncertainty_um, coarser.uncertainty_um),
-        doubled(found.stated_um, coarser.stated_um),
+    share = 3 * noise / np.maximum(power, np.finfo(np.float32).tiny)
+    rows, columns = (
+        _cell_at(grid.origin_px + grid.stride_px * np.arange(tiles), cells)
+        for tiles, cells in zip((grid.rows, grid.columns), share.shape, strict=True)
     )
+    return np.asarray(share[np.ix_(rows, columns)])
 
 
-def _nearest(
-    fine: int, coarse: int, grid: TileGrid, halved_grid: TileGrid
-) -> NDArray[np.intp]:
-    """Return for each tile of an axis the nearest one of the frame of half the size."""
-    centres = (grid.origin_px + grid.stride_px * np.arange(fine) - 0.5) / 2
-    places = np.rint((centres - halved_grid.origin_px) / halved_grid.stride_px)
-    return np.clip(places, 0, coarse - 1).astype(np.intp)
-
-
-def distances(found: DefocusMap) -> DefocusMap:
-    """Return a map without the sides of focus, which nobody knows.
-
-    They show by aberrations. Where those are unknown the sides of equal tiles are
-    guessed differently, and signed defocus would cancel in the mean of a frame.
-    """
-    level = np.where(found.level == BACKGROUND, BACKGROUND, np.abs(found.level))
-    return replace(
-        found,
-        grid=replace(found.grid, signed=False),
-        defocus_um=np.abs(found.defocus_um),
-        level=level.astype(np.int16),
-    )
+def _cell_at(centres: NDArray[Any], cells: int) -> NDArray[np.intp]:
+    return np.clip(centres // CELL_PX, 0, cells - 1).astype(np.intp)

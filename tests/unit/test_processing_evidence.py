@@ -14,9 +14,8 @@ from rtfocus.engines.card import EngineCard, read_card
 from rtfocus.engines.fitted import (
     Evidence,
     EvidenceCard,
-    distances,
+    is_unsettled,
     measures,
-    with_coarser,
 )
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
@@ -161,7 +160,10 @@ def test_only_what_is_far_is_taken_from_the_frame_of_half_the_size():
     coarse.defocus_um[0, 0] = np.nan
     coarse.defocus_um[3, 3] = -8 * STEP_UM
     coarse.defocus_um[3, 0] = 4 * STEP_UM
-    merged = with_coarser(fine, coarse, step_um=STEP_UM, farthest=10)
+    smooth = np.zeros((480, 480), np.uint16)
+    asked = is_unsettled(fine, smooth, 10 * STEP_UM)
+    assert asked.sum() == asked.size - 2
+    merged = fine.with_coarser(coarse, asked, step_um=STEP_UM, farthest=10)
     levels = merged.defocus_um / STEP_UM
     assert levels[0, 0] == 2
     assert merged.level[0, 1] == BACKGROUND
@@ -180,11 +182,33 @@ def test_only_what_is_far_is_taken_from_the_frame_of_half_the_size():
     )
 
 
+def test_noise_that_passes_for_detail_asks_for_half_the_size_and_detail_does_not():
+    """At any brightness, in any unit; where only some tiles are noise, those ask."""
+    rng = np.random.default_rng(4)
+    sharp = 2000 * draw_specimen("nuclei", (192, 240), rng)
+    noise = rng.normal(0, 1, sharp.shape)
+    calm = found(sharp.shape, level=0)
+    for gain, offset in ((1.0, 0.0), (0.01, 300.0)):
+        clear, dim = (
+            offset + gain * light
+            for light in (sharp + noise, 0.01 * gaussian_filter(sharp, 3) + 20 * noise)
+        )
+        assert not is_unsettled(calm, clear, 10 * STEP_UM).any()
+        assert is_unsettled(calm, dim, 10 * STEP_UM).all()
+        dim[:, :80] = clear[:, :80]
+        asked = is_unsettled(calm, dim, 10 * STEP_UM)
+        assert not asked[:, 0].any()
+        assert asked[:, -1].all()
+    colour = np.stack([sharp + noise] * 3, axis=2)
+    assert not is_unsettled(calm, colour, 10 * STEP_UM).any()
+    assert not is_unsettled(calm, np.zeros((192, 240), np.uint8), 10 * STEP_UM).any()
+
+
 def test_without_known_sides_defocus_is_a_distance():
     both = found((144, 192), level=3)
     both.level[0, 0], both.defocus_um[0, 0] = -3, -3 * STEP_UM
     both.level[0, 1], both.defocus_um[0, 1] = BACKGROUND, np.nan
-    one_sided = distances(both)
+    one_sided = both.distances()
     assert not one_sided.grid.signed
     assert np.nanmean(one_sided.defocus_um) == pytest.approx(3 * STEP_UM)
     assert one_sided.level[0].tolist() == [3, BACKGROUND, 3]
