@@ -166,20 +166,8 @@ class Restorer:
             _sums(change * change) / unit,
             measured[:, ::_STRIDE, ::_STRIDE],
             unit / float(scale) ** 2,
-            self._tiles(sample, result.defocus),
+            defocus_errors(sample, result.defocus, self._step_um),
         )
-
-    def _tiles(self, sample: Sample, found: DefocusMap) -> NDArray[np.float64]:
-        if sample.defocus_um is None or found.uncertainty_um is None:
-            return np.zeros((3, 0))
-        wanted = specimen_tiles(
-            luminance(sample.pixels.astype(np.float32)), found.grid, quantum=1.0
-        )
-        wanted &= found.level != BACKGROUND
-        defocus, spread = found.defocus_um[wanted], found.uncertainty_um[wanted]
-        true_um = sum(sample.defocus_um) / 2
-        error = abs(defocus) - abs(true_um) if sample.even else defocus - true_um
-        return np.stack([defocus, spread, error], dtype=np.float64) / self._step_um
 
     def __enter__(self) -> Self:
         return self
@@ -198,6 +186,33 @@ class Restorer:
             self._open[kind] = ImageProcessor(self._engine.config(data, threads=1))
         self._open.move_to_end(kind)
         return self._open[kind]
+
+
+def defocus_errors(
+    sample: Sample, found: DefocusMap, step_um: float
+) -> NDArray[np.float64]:
+    """Return defocus, its deviation by the labels and its error, see `Restored.tiles`.
+
+    Parameters
+    ----------
+    sample
+        A frame.
+    found
+        In it.
+    step_um
+        Defocus between two levels.
+    """
+    if sample.defocus_um is None or found.uncertainty_um is None:
+        return np.zeros((3, 0))
+    wanted = specimen_tiles(
+        luminance(sample.pixels.astype(np.float32)), found.grid, quantum=1.0
+    )
+    wanted &= found.level != BACKGROUND
+    defocus, spread = found.defocus_um[wanted], found.uncertainty_um[wanted]
+    true_um = sum(sample.defocus_um) / 2
+    one_sided = sample.even or not found.grid.signed
+    error = abs(defocus) - abs(true_um) if one_sided else defocus - true_um
+    return np.stack([defocus, spread, error], dtype=np.float64) / step_um
 
 
 def _sums(image: Image) -> Image:

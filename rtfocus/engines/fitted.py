@@ -400,4 +400,5 @@ def _noise_share(pixels: NDArray[Any], grid: TileGrid) -> Image:
 
 
 def _cell_at(centres: NDArray[Any], cells: int) -> NDArray[np.intp]:
-    return np.clip(centres // CELL_PX, 0, cells - 1).astype(np.intp)
+    places = np.clip(centres // CELL_PX, 0, cells - 1)
+    return np.asarray(places, dtype=np.intp)

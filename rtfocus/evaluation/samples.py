@@ -244,7 +244,7 @@ def shown(
         Draws blurs, cameras and noise.
     """
     for way in ("pupil", "Born-Wolf", "Gaussian"):
-        camera, counts = _draw_camera(rng)
+        camera, counts = draw_camera(rng)
         drawn = _blurred(light, way, rng)
         defocus_um = drawn.defocus_um
         yield Sample(
@@ -258,13 +258,13 @@ def shown(
             psf=drawn.psf,
             even=way == "Born-Wolf",
         )
-    camera, counts = _draw_camera(rng)
+    camera, counts = draw_camera(rng)
     pixels = camera.expose(light, rng)
     group = f"{kind}, {IN_FOCUS}"
     yield Sample(f"{name} {IN_FOCUS}", pixels, pixels, (0.0, 0.0), group, counts)
 
 
-def _draw_camera(rng: np.random.Generator) -> tuple[CameraModel, float]:
+def draw_camera(rng: np.random.Generator) -> tuple[CameraModel, float]:
     """Draw a camera and the counts it gives for the brightest light."""
     bits = int(rng.choice([8, 16]))
     photons = float(np.exp(rng.uniform(np.log(300), np.log(20_000))))
