@@ -10,7 +10,11 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import CameraConfig
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import blur
-from rtfocus.optics.normalisation import ContrastToNoise, LocalStandardisation
+from rtfocus.optics.normalisation import (
+    ContrastToNoise,
+    LocalStandardisation,
+    pad_frame,
+)
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
@@ -141,21 +145,25 @@ def test_constant_frames_become_zero(work, memory):
     np.testing.assert_array_equal(view(out), 0)
 
 
+@pytest.mark.parametrize("padded_to", [PADDED, (224, 280), (202, 261)])
 @pytest.mark.parametrize("quantum", [1.0, 0.0])
-def test_background_is_that_of_the_cpu(work, memory, frame, quantum):
+def test_background_is_that_of_the_cpu(work, memory, frame, quantum, padded_to):
     signal = frame.astype(np.float32)
     signal[:, :110] = 100 + np.random.default_rng(0).normal(0, 10, (200, 110))
-    padded = pad(signal, PADDED, 0, "symmetric")
+    padded = pad(signal, padded_to, 0, "symmetric")
     span = float(padded.max() - padded.min())
     rule = ContrastToNoise(quantum=quantum or 1e-4 * span)
     wanted = rule.tiles(padded, tile_px=96, stride_px=48)
     grid = TileGrid(*wanted.shape, 96, 48, 47.5, signed=False)
-    cells = CellStatistics(memory, FrameShape.of(SHAPE), PADDED)
+    cells = CellStatistics(memory, FrameShape.of(SHAPE), padded_to)
     empty = memory.allocate(wanted.shape, np.uint8, "empty tiles")
     cells.enqueue(work, memory.upload(signal, "signal"))
     GpuBackground(memory, rule, cells, grid, quantum).enqueue(work, empty)
     assert 0 < wanted.sum() < wanted.size
     np.testing.assert_array_equal(view(empty), wanted)
+    by_cell = pad_frame(padded, 12).reshape(cells.rows, 12, cells.columns, 12)
+    means = by_cell.mean(axis=(1, 3), dtype=np.float64).ravel()
+    np.testing.assert_allclose(view(cells.mean), means, rtol=1e-6)
 
 
 NONE = BACKGROUND

@@ -232,7 +232,7 @@ class FrameClassifier:
         self._standardisation: Standardisation | None = None
         self._percentiles: Percentiles | None = None
         if background is not None or isinstance(rule, LocalStandardisation):
-            self._cells = CellStatistics(memory, frame, _whole_cells(plan.fit))
+            self._cells = CellStatistics(memory, frame, plan.fit.padded)
             if background is not None:
                 self._background = Background(
                     memory, background, self._cells, self.grid, plan.quantum
@@ -241,6 +241,7 @@ class FrameClassifier:
         # The frame as the network's input, and back.
         self._tile = Tiles(memory, frame, planes, whole_frame_tile(plan.fit.padded))
         if isinstance(rule, LocalStandardisation):
+            _require_whole_cells(plan.fit)
             if self._cells is not None:
                 self._standardisation = Standardisation(memory, rule, self._cells)
         else:
@@ -335,16 +336,14 @@ class FrameClassifier:
         )
 
 
-def _whole_cells(fit: FrameFit) -> tuple[int, int]:
-    """Return the padded size; its statistics are of cells, which must be whole."""
+def _require_whole_cells(fit: FrameFit) -> None:
+    """Refuse to standardise what is no whole cells."""
     if any(side % CELL_PX for side in fit.padded):
         msg = (
             f"frames of {fit.shape} are padded to {fit.padded}, which is no multiple "
             f"of {CELL_PX} px; export the engine with input.multiple_px that is one"
         )
         raise EngineError(msg)
-    height, width = fit.padded
-    return height, width
 
 
 def _check_labels(name: str, logits: Shape, labels: int) -> None:

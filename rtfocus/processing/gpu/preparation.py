@@ -40,14 +40,14 @@ class CellStatistics:
     frame
         Shape of the signal.
     padded
-        Height and width of the padded frame, multiples of 12 px.
+        Height and width of the padded frame, itself mirrored up to whole cells.
     """
 
     def __init__(
         self, memory: DeviceMemory, frame: FrameShape, padded: tuple[int, int]
     ) -> None:
-        self.frame = frame
-        self.rows, self.columns = (side // CELL_PX for side in padded)
+        self.frame, self._padded = frame, padded
+        self.rows, self.columns = (ceil(side / CELL_PX) for side in padded)
         self.count = self.rows * self.columns
         single = [memory.allocate((self.count,), np.float32, "cells") for _ in range(4)]
         self.mean, self.lowest, self.peak, self.steps = single
@@ -61,6 +61,7 @@ class CellStatistics:
             self.count,
             signal,
             *self.frame.sides,
+            *self._padded,
             self.rows,
             self.columns,
             self.mean,

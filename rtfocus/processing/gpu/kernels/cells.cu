@@ -2,12 +2,15 @@
 // and the local standardisation (rtfocus.optics.normalisation).
 
 // One thread per cell. `steps`: squared differences between horizontal neighbours,
-// summed; behind the last column of the frame there is none.
+// summed; behind the last column of cells there is none. A padded frame that is no
+// whole cells is itself mirrored up to them.
 extern "C" __global__ void cell_statistics(
     const float* signal,
     int height,
     int width,
     int channels,
+    int padded_height,
+    int padded_width,
     int rows,
     int columns,
     float* mean,
@@ -21,11 +24,14 @@ extern "C" __global__ void cell_statistics(
   int top = cell / columns * CELL_PX, left = cell % columns * CELL_PX;
   double total = 0.0, power = 0.0;
   float low = 3.4e38f, high = -3.4e38f, differences = 0.0f;
-  for (int y = top; y < top + CELL_PX; ++y) {
-    float value = grey(signal, height, width, channels, y, left);
+  for (int row = top; row < top + CELL_PX; ++row) {
+    int y = mirror(row, padded_height);
+    float value =
+        grey(signal, height, width, channels, y, mirror(left, padded_width));
     for (int x = left; x < left + CELL_PX; ++x) {
+      int right = mirror(x + 1, padded_width);
       float next = x + 1 < columns * CELL_PX
-                       ? grey(signal, height, width, channels, y, x + 1)
+                       ? grey(signal, height, width, channels, y, right)
                        : value;
       total += value;
       power += (double)value * value;
