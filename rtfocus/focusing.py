@@ -22,7 +22,7 @@ from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
-from rtfocus.autofocus.hold import Correction, Holder, Key
+from rtfocus.autofocus.hold import NOT_KEPT_UP, Correction, Holder, Key
 from rtfocus.autofocus.plans import asking_for_focus
 from rtfocus.autofocus.policy import EstimatorSettings, Limits, read_focus
 from rtfocus.channel import OpticalSystem
@@ -190,6 +190,7 @@ class Focusing:
         self._config = config
         self._tell = tell
         self.inbox = EstimateInbox()
+        self._is_late = False
         self._noted: dict[Key, tuple[int, str]] = {}
         self.requests: deque[Act] = deque()
         """What somebody who looks at the run has asked for, from any thread."""
@@ -309,8 +310,14 @@ class Focusing:
             reason=correction.reason,
             age_ms=round((now_ns - newest_ns) / 1e6, 1) if newest_ns else None,
         )
+        place = correction.key[0]
+        if correction.reason.endswith(NOT_KEPT_UP) and not self._is_late:
+            self._is_late = True
+            self._tell(
+                f"focus at position {place} follows late: {correction.reason}; longer "
+                "intervals or a faster classifier (processing.classifier) help"
+            )
         if correction.step_um:
-            place = correction.key[0]
             self._tell(
                 f"focus held at position {place}: {correction.step_um:+.2f} um to z "
                 f"{correction.z_um:.2f} um ({correction.reason})"

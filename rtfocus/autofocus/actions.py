@@ -3,8 +3,7 @@
 A stock useq plan with ``autofocus_plan=AxesBasedAF(axes=("p",),
 autofocus_device_name="rtfocus")`` gives such events, also after a way through JSON;
 so does ``CustomAction(name="rtfocus_autofocus")``. A correction holds for the tile it
-was found at, else for its position, and for hardware-sequenced z too, which
-pymmcore-plus leaves out.
+was found at, else for its position, and for hardware-sequenced z too.
 """
 
 import time
@@ -135,11 +134,10 @@ class FocusActions(MDAEngine):
         except KeyboardInterrupt:
             interrupt_at_end(self.mmcore.mda)
             return
-        if verdict is None or not verdict.focused:
-            self._unfocused.add(key)
-        else:
-            self._unfocused.discard(key)
+        self._unfocused.add(key)
         if verdict is not None:
+            if verdict.focused:
+                self._unfocused.discard(key)
             self._take_over(verdict, event, key)
 
     def correction_um(self, event: useq.MDAEvent) -> float:
@@ -283,9 +281,8 @@ class FocusActions(MDAEngine):
     def _focus(self, key: Key, searches: int, event: useq.MDAEvent) -> Verdict | None:
         """Search up to so many times; None: it could not even be tried."""
         verdict: Verdict | None = None
-        around_um = event.z_pos
-        if around_um is not None:
-            around_um += self._others_um(event)
+        z_um = event.z_pos
+        around_um = None if z_um is None else z_um + self._others_um(event)
         for _ in range(searches):
             try:
                 verdict = self.focuser.focus(
@@ -300,15 +297,19 @@ class FocusActions(MDAEngine):
             if verdict.focused or self._is_canceled():
                 break
         if verdict is not None and not verdict.focused:
-            core_logger.warning("%s", unfocused(key, verdict.reason))
+            self._warn(key, verdict.reason)
         return verdict
+
+    def _warn(self, key: Key, reason: str) -> None:
+        if self.focuser.config.on_failure != "skip":  # what is skipped tells it
+            core_logger.warning("%s", unfocused(key, reason))
 
     def _note_failure(
         self, error: RtfocusError, place: Key, event: useq.MDAEvent
     ) -> None:
         """Tell of a search that broke off; its place is where the stage was left."""
         key = key_of(event)
-        core_logger.warning("%s", unfocused(place, str(error)))
+        self._warn(place, str(error))
         self.focuser.journal.write("failure", p=place[0], g=place[1], reason=str(error))
         self.focuser.tell(f"autofocus failed: {error}")
         self._verdicts[key] = {"focused": False, "reason": str(error)}

@@ -8,7 +8,7 @@ corrected before its image shows that it must be.
 
 from collections import deque
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import numpy as np
@@ -19,6 +19,8 @@ from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict
 from rtfocus.frame import Estimate, FocusReading
 
+NOT_KEPT_UP = "the processor does not keep up"
+"""Ends the reason of a correction that goes by what is old."""
 Key = tuple[int | None, int | None]
 """Index of the position and of the grid tile."""
 
@@ -29,6 +31,9 @@ _VALLEY = 0.8
 """Of two peaks of one image, for them to be two."""
 _UNSURE = 0.3
 """Depths of field that are borne rather than moving to what may be the wrong side."""
+_MANY, _UNSURE_OF_MANY, _SHORT = 3, 0.4, 0.2
+"""Where so many images of a place were read since the stage last moved, they come
+faster than the drift: more is borne, and then a short step tells the side."""
 _ALIKE = 0.2
 """Depths of field between the images of a search that are kept."""
 _TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
@@ -36,6 +41,8 @@ _TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
 they are a second or more apart, and where they follow one another at once."""
 _MOST_MISFIT, _MOST_MISSES = 5.5, 3
 _MOST_TURNS = 1
+_MOST_LATE = 5
+"""Corrections of a position since its newest image was exposed, or it is read late."""
 _MOST_SILENT = 3
 """Corrections of a position by prediction alone."""
 
@@ -71,6 +78,20 @@ class Place:
     """Corrections in a row that wanted to take the newest one back."""
     seen_s: float = -inf
     """When the newest image was exposed."""
+    asked_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    """When the newest corrections were asked for."""
+    stands: int = 0
+    """Images since the newest move."""
+    is_asked: bool = False
+    """The newest move was a short one, to see which way."""
+    read_s: float = inf
+    """When the newest image that was read was exposed."""
+
+    @property
+    def is_late(self) -> bool:
+        """Tell whether images are read, but too long after they were exposed."""
+        since = sum(asked_s > self.read_s for asked_s in self.asked_s)
+        return since > _MOST_LATE and self.silent < _MOST_SILENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +241,13 @@ class Holder:
             place.last_step_um = step
             place.reference_um = target
             place.moved_ns = now_ns
+            # From elsewhere an image errs anew.
+            place.seen_s, place.stands = -inf, 0
+        elif place.is_late:
+            late_s = time_s - place.read_s
+            reason = f"its images are read {late_s:.0f} s late: {NOT_KEPT_UP}"
         place.silent += 1
+        place.asked_s.append(time_s)
         self._on_correction(
             Correction(
                 key, time_s, step, error, target, drift_um, reason, self._newest_ns
@@ -235,19 +262,26 @@ class Holder:
         stays = place.reference_um
         if place.silent >= _MOST_SILENT:
             return stays, "no image of this position was read since"
-        borne_um = _UNSURE * self._models.unit_um
+        has_many = place.stands >= _MANY
+        borne_um = (_UNSURE_OF_MANY if has_many else _UNSURE) * self._models.unit_um
         if not sure and abs(wanted_um - stays) < borne_um:
             return stays, "it is not sure yet which way"
+        is_answer = sure and place.is_asked
+        if asks := has_many and not sure:
+            most_um = max(_SHORT * self._models.unit_um, place.moves.deadband_um)
+            wanted_um = min(max(wanted_um, stays - most_um), stays + most_um)
         target = place.moves.target(stays, wanted_um)
         if target is None:
             inside = abs(wanted_um - stays) < place.moves.deadband_um
             return stays, "within the deadband" if inside else "at the limits"
-        if (target - stays) * place.last_step_um < 0:
+        if (target - stays) * place.last_step_um < 0 and not is_answer:
             # A drift seldom turns; what seems to is more often the wrong side.
             place.turns += 1
             if place.turns <= _MOST_TURNS:
                 return stays, "back again only if the next image says so too"
-        place.turns = 0
+        place.turns, place.is_asked = 0, asks
+        if asks:
+            return target, "a short step, to see which way"
         is_cut = abs(target - wanted_um) > place.moves.deadband_um
         return target, "drift, cut by the limits" if is_cut else "drift"
 
@@ -278,7 +312,7 @@ class Holder:
         unit = self._models.unit_um
         newest_ns = max(e.captured_ns for e in good)
         self._newest_ns = max(newest_ns, self._newest_ns)
-        time_s = newest_ns / 1e9
+        time_s = place.read_s = newest_ns / 1e9
         expected = self._drift.focus(place.number, time_s)
         looks = [_look(e, expected * unit, unit) for e in good]
         weights, misfit = place.appearance.weights(looks, _CANDIDATES)
@@ -292,6 +326,7 @@ class Holder:
         weights = weights**share / (weights**share).sum()
         modes = modes_of_weights(expected + _CANDIDATES, weights, valley=_VALLEY)
         self._drift.see(place.number, time_s, modes)
+        place.stands += 1
 
 
 def _apart(looks: list[Seen], least_um: float) -> list[Seen]:

@@ -16,6 +16,7 @@ from rtfocus.config import parse_config
 from rtfocus.errors import TransportError
 from rtfocus.focusing import focus
 from rtfocus.microscope.core import open_core
+from rtfocus.microscope.series import Complaints
 
 FOCUS_UM, TILT_UM = 4.0, 1.5
 NEAR_UM = 0.5 * 0.451 / 0.36**2
@@ -250,8 +251,12 @@ def test_a_processor_that_is_gone_amid_a_search_leaves_the_best_z_that_was_seen(
 
     bench.searching(gone)
     start = {"stage_positions": [HERE | {"z": 12}], "autofocus_plan": AF}
-    heights = bench.run(start, on_failure=on_failure, calibration=None)
+    complaints = Complaints()
+    with complaints.heard():
+        heights = bench.run(start, on_failure=on_failure, calibration=None)
     assert len(bench.snapped) == 4
+    assert len(complaints.texts) == 1
+    assert complaints.texts[0].endswith("the processor gave no estimate")
     if on_failure == "skip":
         assert heights == []
         lines = bench.engine.focuser.journal.drain()

@@ -1,5 +1,6 @@
 """Hold: what one position's images tell, and what the stage is sent to."""
 
+from collections import deque
 from functools import lru_cache
 
 import numpy as np
@@ -88,8 +89,19 @@ def test_an_image_of_nothing_fits_no_defocus(field: Field) -> None:
 class Held:
     """One position under a holder, in a room that warms up."""
 
-    def __init__(self, field: Field, limits: Limits, um_per_s: float = 0.0) -> None:
-        self.field, self.um_per_s = field, um_per_s
+    def __init__(
+        self,
+        field: Field,
+        limits: Limits,
+        um_per_s: float = 0.0,
+        *,
+        interval_s: float = 1.0,
+        late: int = 0,
+    ) -> None:
+        self.unread: deque[Estimate] = deque()
+        self.late = late
+        self.field, self.um_per_s, self.interval_s = field, um_per_s, interval_s
+        self.drift_um = 0.0
         self.made: list[Correction] = []
         rule = MoveRule(limits, 0.15 * UNIT_UM, 15.0)
         self.holder = Holder(models(), rule, on_correction=self.made.append)
@@ -104,9 +116,11 @@ class Held:
     def visit(self, image: str = "good") -> float:
         """Correct, expose, and return how far from focus, in depths of field."""
         self.frame += 1
-        now_ns = self.frame * 10**9
-        self.z_um += self.holder.correction_um(HERE, float(self.frame), now_ns)
-        away = (self.um_per_s * self.frame - self.z_um) / UNIT_UM
+        time_s = self.frame * self.interval_s
+        now_ns = round(time_s * 1e9)
+        self.z_um += self.holder.correction_um(HERE, time_s, now_ns)
+        self.drift_um += self.um_per_s * self.interval_s
+        away = (self.drift_um - self.z_um) / UNIT_UM
         look = self.field.look(away)
         reading = FocusReading(
             None,
@@ -119,7 +133,7 @@ class Held:
         z_um = None if image == "moving" else self.z_um
         index = {"t": self.frame, "p": 0, "c": 0, "z": 0}
         if image != "none":
-            self.holder.take(
+            self.unread.append(
                 Estimate(
                     *("test", self.frame, None, None, False, 0.0, 1.0, z_um, 0.0),
                     index,
@@ -128,6 +142,8 @@ class Held:
                     reading,
                 )
             )
+        while len(self.unread) > self.late:
+            self.holder.take(self.unread.popleft())
         return away
 
 
@@ -142,6 +158,19 @@ def test_a_drift_is_followed_past_bad_frames(field: Field) -> None:
     assert all(abs(made.step_um) < UNIT_UM for made in held.made)
 
 
+@pytest.mark.parametrize("um_per_s", [0.3, -0.3])
+def test_a_short_step_tells_the_side_where_images_come_fast(um_per_s: float) -> None:
+    """A drift that sets in is on a side that few images tell near focus."""
+    held = Held(Field(), Limits(-50, 50), interval_s=0.3)
+    away = [abs(held.visit()) for _ in range(10)]
+    held.um_per_s = um_per_s
+    away += [abs(held.visit()) for _ in range(40)]
+    steps = [made.step_um / UNIT_UM for made in held.made if made.step_um]
+    assert abs(steps[0]) < 0.21
+    assert max(away) < 0.6
+    assert np.mean(away) < 0.3
+
+
 def test_without_images_the_stage_is_not_sent_on(field: Field) -> None:
     held = Held(field, Limits(-50, 50), um_per_s=0.3)
     for _ in range(10):
@@ -151,6 +180,19 @@ def test_without_images_the_stage_is_not_sent_on(field: Field) -> None:
         held.visit("none")
     assert abs(held.z_um - before_um) < 2 * UNIT_UM
     assert "no image" in held.made[-1].reason
+
+
+def test_a_reader_that_does_not_keep_up_is_told(field: Field) -> None:
+    """A slow classifier: every image is read ten visits after it was exposed."""
+    held = Held(field, Limits(-50, 50), late=10)
+    for _ in range(30):
+        held.visit()
+        assert abs(held.z_um) < 0.5 * UNIT_UM
+    assert held.made[-1].reason.startswith("its images are read 11 s late")
+    prompt = Held(field, Limits(-50, 50), late=2)
+    for _ in range(30):
+        prompt.visit()
+    assert not any("late" in made.reason for made in prompt.made)
 
 
 def test_no_correction_leads_beyond_the_limits(field: Field) -> None:
