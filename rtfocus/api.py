@@ -311,14 +311,7 @@ def _settings(config: AnyConfig | None) -> Config:
         return Config()
     if isinstance(config, Config):
         return config
-    given: object = config
-    if not isinstance(given, str | Path):
-        msg = (
-            f"config is of type {type(given).__name__}; give a path, the name of a "
-            "shipped config, or what rtfocus.load_config returns"
-        )
-        raise ConfigError(msg)
-    return load_config(given)
+    return load_config(config)
 
 
 def _optics_known(settings: Config, optics: Optics | None) -> bool:
@@ -355,7 +348,10 @@ def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> 
     image = pixels_of(image)
     is_colour = image.ndim > 2 and image.shape[-1] == 3
     plane_axes = 3 if is_colour else 2
-    if image.ndim < plane_axes or 0 in image.shape:
+    if 0 in image.shape:
+        msg = f"an array of {image.shape} has no pixels; give some along all its axes"
+        raise InputError(msg)
+    if image.ndim < plane_axes:
         msg = f"an image has axes (y, x) or (y, x, 3), this array is {image.shape}"
         raise InputError(msg)
     if image.ndim > 2 and not is_colour and image.shape[-1] < 5 <= image.shape[-2]:

@@ -374,8 +374,8 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
     core
         With its devices loaded, e.g. of napari-micromanager or pymmcore-gui.
     config
-        Or the path of its file; sections ``autofocus``, ``channels``, ``processing``
-        and ``camera`` are read.
+        Or the path of its file, or the name of a shipped one; sections ``autofocus``,
+        ``channels``, ``processing`` and ``camera`` are read.
 
     Returns
     -------
@@ -398,7 +398,7 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
         engine = rtfocus.focus(core, "my_microscope.yaml")
         core.run_mda(plan)  # with autofocus_plan of device "rtfocus"
     """
-    settings = config if isinstance(config, Config) else load_config(Path(config))
+    settings = config if isinstance(config, Config) else load_config(config)
     reader = LocalReader(settings)
     focuser = Focuser(core, settings.autofocus, optics_of(settings), reader.read)
     engine = FocusEngine(core, focuser, on_close=reader.close)

@@ -3,6 +3,7 @@
 And the blur kernels that a network with such an output saw in every tile of one.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,7 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.engines.card import EngineCard, input_of
-from rtfocus.engines.fitted import (
-    DeviationCard,
-    is_unsettled,
-    stated_um,
-)
+from rtfocus.engines.fitted import DeviationCard, is_unsettled, stated_um
 from rtfocus.engines.registry import find_engine, list_engines, parts, step_um
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import (
@@ -55,7 +52,7 @@ class ImageProcessor:
     """Classifies and restores single images; a context manager.
 
     Images of equal shape and type in a row, such as the planes of a stack, share
-    one start of the processor. Threads may share it; they take turns.
+    one start of the processor. Threads may share it, in turns; forks may not.
 
     Parameters
     ----------
@@ -88,6 +85,7 @@ class ImageProcessor:
         self._sequence = 0
         self._one_at_a_time = threading.Lock()
         self._coarser: ImageProcessor | None = None
+        self._open_in: int | None = os.getpid()
 
     def classify(
         self, image: NDArray[np.generic], *, channel: str = "default"
@@ -149,7 +147,7 @@ class ImageProcessor:
         """Stop the processor; called twice does nothing."""
         with self._one_at_a_time:
             self._processor.close()
-            self._started = None
+            self._open_in = None
             if self._coarser is not None:
                 self._coarser.close()
 
@@ -165,6 +163,11 @@ class ImageProcessor:
         try:
             pixels = checked_image(image)
             with self._one_at_a_time:
+                if self._open_in != os.getpid():
+                    # Threads do not cross a fork: what is asked there stays unanswered.
+                    why = "of the process that forked" if self._open_in else "closed"
+                    msg = f"the ImageProcessor is {why}; open a new one here"
+                    raise EngineError(msg)
                 return self._process_one(pixels, channel, restore=restore)
         except MemoryError as error:
             shape = np.shape(image)

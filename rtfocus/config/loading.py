@@ -28,6 +28,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _MOST_OF_LINE = 60
+_MOST_MB = 64  # plans that list every event have some; images have more
 _MOST_SHOWN = 80  # characters of a refused value that an error repeats
 # Fields whose content is the user's own.
 _FREE = {"metadata"}
@@ -46,24 +47,21 @@ def read_yaml(path: Path) -> Any:
         If it is no text, or no YAML. The message goes on where the name of the
         file ends: it is one line, names what stands where, and the remedy.
     """
+    if (size_mb := path.stat().st_size / 1e6) > _MOST_MB:
+        msg = f"is {size_mb:.0f} MB long, {_MOST_MB} MB are the most; give another file"
+        raise ValueError(msg)
     return parse_yaml(decode(path.read_bytes()))
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file.
-
-    Raises
-    ------
-    ValueError
-        As `read_yaml`.
-    """
+    """Return the text of a file; ValueError as in `read_yaml`."""
+    binary = "is no text but a binary file"
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         if b"\0" in data:
-            msg = "is no text but a binary file"
-            raise ValueError(msg) from error
+            raise ValueError(binary) from error
         number = data.count(b"\n", 0, error.start) + 1
         line = data.splitlines()[number - 1].decode(encoding, errors="replace")
         msg = (
@@ -72,19 +70,12 @@ def decode(data: bytes) -> str:
         )
         raise ValueError(msg) from error
     if "\0" in text:
-        msg = "is no text but a binary file"
-        raise ValueError(msg)
+        raise ValueError(binary)
     return text
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML; an empty text is None.
-
-    Raises
-    ------
-    ValueError
-        As `read_yaml`.
-    """
+    """Parse YAML; an empty text is None; ValueError as in `read_yaml`."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
@@ -96,6 +87,15 @@ def parse_yaml(text: str) -> Any:
 
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that is given twice; YAML would take the last one in silence."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        # What the values of a date, a number or a tag raise when they are none.
+        except (ValueError, LookupError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{_short(node.value)} is no {kind}; if a text is meant, quote it"
+            raise yaml.MarkedYAMLError(None, None, problem, node.start_mark) from error
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
@@ -135,7 +135,7 @@ def _line_shown(line: str) -> str:
     return f"'{line if len(line) <= _MOST_OF_LINE else line[:_MOST_OF_LINE] + '...'}'"
 
 
-def find_config(name: str) -> Path:
+def find_config(name: Path | str) -> Path:
     """Return the path of a config given by path or by the name of a shipped one.
 
     Raises
@@ -143,6 +143,14 @@ def find_config(name: str) -> Path:
     ConfigError
         If it is neither; lists the shipped names.
     """
+    given: object = name
+    if isinstance(given, Path):
+        return given
+    if not isinstance(given, str):
+        kind = type(given).__name__
+        msg = f"config is of type {kind}; give a path, a shipped name, or a Config"
+        raise ConfigError(msg)
+    name = given
     folder = resource_folder("configs")
     # A run folder or a data folder may well be called like a shipped config.
     for path in (Path(name), folder / f"{name}.yaml"):
@@ -178,7 +186,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         the nearest valid one.
     """
     try:
-        path = find_config(path) if isinstance(path, str) else path
+        path = find_config(path)
         data = read_yaml(path)
     except OSError as error:
         remedy = "'rtfocus configs' lists those that come with rtfocus"
@@ -199,13 +207,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
-    """Validate a mapping; relative paths stay as they are.
-
-    Raises
-    ------
-    ConfigError
-        As `load_config`.
-    """
+    """Validate a mapping; paths stay relative; ConfigError as in `load_config`."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:

@@ -175,7 +175,7 @@ class Terms(msgspec.Struct):
 LONGEST_HOLD_S = 0.5
 """A frame in an open shard is written after this long even if no other comes: the
 sender may be waiting for it, and a slow time-lapse must be safe soon."""
-_FULL = ("no space left", "disk full", "not enough space", "file too large", "quota")
+_FULL = ("no space left", "disk full", "not enough space", "quota")
 
 
 @dataclass(slots=True)
@@ -419,19 +419,18 @@ class Ledger:
         """Name the place, the cause and the remedy of a failed write."""
         if isinstance(error, BusyError):
             return error
-        said = str(error)
-        full = isinstance(error.__cause__ or error, OSError) and (
-            getattr(error.__cause__ or error, "errno", None) == errno.ENOSPC
-        )
-        if full or any(hint in said.lower() for hint in _FULL):
+        said, number = str(error), getattr(error.__cause__ or error, "errno", None)
+        if number == errno.EFBIG or "file too large" in said.lower():
+            what = f"a file of '{self.folder}' is as long as this system lets it be"
+            remedy = "raise the limit (ulimit -f; FAT32 has 4 GB)"
+        elif number == errno.ENOSPC or any(hint in said.lower() for hint in _FULL):
             free = free_bytes(self.folder)
-            msg = (
-                f"disk full: '{self.folder}' has {free / 1e6:.1f} MB free; what is "
-                "durable stays; free space, then run: "
-                f"rtfocus check {self.folder} --repair ({said})"
-            )
-            return WriterError(msg)
-        return WriterError(f"write to '{self.folder}' failed: {said}")
+            what = f"disk full: '{self.folder}' has {free / 1e6:.1f} MB free"
+            remedy = "free space"
+        else:
+            return WriterError(f"write to '{self.folder}' failed: {said}")
+        repair = f"then run: rtfocus check {self.folder} --repair ({said})"
+        return WriterError(f"{what}; what is durable stays; {remedy}, {repair}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,24 @@ def test_a_failed_write_surfaces_and_every_frame_is_accounted_for(
     assert_durable_frames_are_there(folder, run.durable)
 
 
+def test_a_limit_of_the_size_of_files_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="no such limits")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with recording(tmp_path / "run.rtfocus", ENDLESS, store={"codec": "none"}) as run:
+        run.send(0, {"t": 0})
+        run.writer.drain()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            tried, said = send_until_error(run, first=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        run.close(tried, "writer failed")
+        folder = run.writer.folder
+    assert re.search(r"as long as this system lets it be; .*ulimit -f", said), said
+    assert "disk full" not in said
+    assert_durable_frames_are_there(folder, run.durable)
+
+
 def test_close_raises_a_failure_that_nobody_has_seen(tmp_path: Path) -> None:
     with recording(tmp_path / "run.rtfocus", ENDLESS) as run:
         in_the_way = run.writer.folder / "raw.ome.zarr/0" / SHARD.format(0)

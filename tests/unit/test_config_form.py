@@ -84,3 +84,32 @@ def test_optics_are_finite(value, tmp_path):
     path.write_text(f"channels: [{{optics: {optics}}}]\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="wavelength_nm"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: !!bool maybe", "line 1, column 7: 'maybe' is no bool"),
+        ("a: 1\nname: 2020-99-99", "line 2, column 7: '2020-99-99' is no timestamp"),
+        (
+            "name: !!timestamp now",
+            "'now' is no timestamp; if a text is meant, quote",
+        ),
+        ("name: !!int x", "'x' is no int"),
+        ("name: !!float x", "'x' is no float"),
+        ("seed: " + "9" * 5000, r"'9{40,}\.\.\. is no int"),
+    ],
+)
+def test_a_value_that_yaml_cannot_make_is_told_with_its_place(tmp_path, text, said):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=f"is not valid YAML: .*{said}"):
+        load_config(path)
+
+
+def test_a_file_that_is_no_config_for_its_length_is_refused_unread(tmp_path):
+    path = tmp_path / "stack.yaml"
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+    with pytest.raises(ConfigError, match="is 100 MB long, 64 MB are the most"):
+        load_config(path)

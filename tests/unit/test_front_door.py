@@ -1,15 +1,18 @@
 """`import rtfocus`: instant, complete, documented; arrays in, arrays out."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pymmcore_plus import CMMCorePlus
 
 import rtfocus
 from rtfocus.channel import OpticalSystem
@@ -237,6 +240,55 @@ def test_what_is_no_path_or_kind_is_told():
 def test_an_unknown_restoration_lists_the_built_in_methods():
     with pytest.raises(rtfocus.EngineError, match=r"built in: .*richardson_lucy"):
         rtfocus.restore(np.ones((9, 9), np.uint16), optics=OPTICS, engine="WIENER")
+
+
+def test_a_config_of_another_type_is_told_by_all_that_read_one():
+    for given in ([], {}, b"demo", 5, None):
+        with pytest.raises(rtfocus.ConfigError, match="config is of type"):
+            rtfocus.load_config(given)
+        with pytest.raises(rtfocus.ConfigError, match="config is of type"):
+            rtfocus.focus(object(), given)
+
+
+def test_a_focus_engine_takes_the_name_of_a_shipped_config():
+    core = CMMCorePlus()
+    with closing(rtfocus.focus(core, "demo")) as engine:
+        assert core.mda.engine is engine
+
+
+def test_an_image_without_pixels_is_told_as_that():
+    with pytest.raises(rtfocus.InputError, match=r"of \(0, 9\) has no pixels"):
+        rtfocus.restore(np.empty((0, 9)), optics=OPTICS)
+
+
+def test_a_closed_processor_refuses_and_says_what_to_do():
+    processor = rtfocus.ImageProcessor(rtfocus.load_config("demo"), OPTICS)
+    processor.close()
+    with pytest.raises(rtfocus.EngineError, match="closed; open a new one"):
+        processor.restore(np.ones((96, 96), np.uint16))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_fork_refuses_its_parents_processor_instead_of_waiting_for_ever():
+    # Of its own: the test runner's threads are no part of it.
+    code = """
+import os, numpy as np, rtfocus
+image = np.ones((96, 96), np.uint16)
+with rtfocus.ImageProcessor(rtfocus.load_config("demo")) as processor:
+    processor.classify(image)
+    child = os.fork()
+    try:
+        processor.classify(image)
+    except rtfocus.EngineError as error:
+        print(error, flush=True)
+if child == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said = "the ImageProcessor is of the process that forked; open a new one here\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
 def test_threads_that_share_a_processor_get_their_own_image():
