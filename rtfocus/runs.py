@@ -225,7 +225,10 @@ class Run:
             array = group[first["path"]]
             if not isinstance(array, zarr.Array):
                 raise KeyError(first["path"])
-        except (OSError, KeyError, LookupError, ValueError) as error:
+            axes = tuple(axis["name"] for axis in scales["axes"])
+            steps = map(float, first["coordinateTransformations"][0]["scale"])
+            scale = dict(zip(axes, steps, strict=True))
+        except (OSError, LookupError, TypeError, ValueError) as error:
             there = [k for k in ("raw", "restored", "defocus") if self._has(k)]
             msg = (
                 f"'{place}' cannot be read; the files say more: rtfocus check "
@@ -235,12 +238,10 @@ class Run:
                 f"it has {_few(there)}"
             )
             raise InputError(msg) from error
-        axes = tuple(axis["name"] for axis in scales["axes"])
-        steps = first["coordinateTransformations"][0]["scale"]
         return RunImage(
             array=array,
             axes=axes,
-            scale=dict(zip(axes, map(float, steps), strict=True)),
+            scale=scale,
             channels=self.channels,
             position=names[position],
         )
@@ -262,9 +263,18 @@ class Run:
         WriterError
             If the journal cannot be read.
         """
-        rows = [_row(line) for line in read_journal(self.folder / JOURNAL_NAME)]
         types = [(name, dtype) for name, dtype, _ in _NUMBERS]
-        return np.array(rows, dtype=[*types, *((name, object) for name in _TEXTS)])
+        texts = [(name, object) for name in _TEXTS]
+        path = self.folder / JOURNAL_NAME
+        try:
+            rows = [_row(line) for line in read_journal(path)]
+            return np.array(rows, dtype=[*types, *texts])
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            msg = (
+                f"journal '{path}' has a line that is of no frame ({error}); run: "
+                f"rtfocus check {self.folder} --repair"
+            )
+            raise WriterError(msg) from error
 
     @property
     def report(self) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ BACKGROUND_LABEL = "bg"
 """Label of tiles without a specimen."""
 
 Px = Annotated[int, Field(gt=0)]
+_SAYS_ALL = ("missing", "value_error", "extra_forbidden")  # faults told with the value
 Precision = Literal["fp32", "fp16", "int8"]
 """Weights files there may be; the file decides what a network computes in."""
 ConditionEntry = Literal[
@@ -48,10 +49,10 @@ class InputCard(Section):
     """1: the grey frame or one colour at a time; 3: RGB, grey frames three times."""
     tile_px: Px = 84
     """Side of the patch one label speaks for; of a restorer's tile, halo included."""
-    stride_px: Annotated[float, Field(gt=0)] = 42
+    stride_px: Annotated[float, Field(gt=0, le=1e6)] = 42
     """Distance between neighbouring patches; restorers have none: their tiles join
     where their halos end."""
-    origin_px: float
+    origin_px: Annotated[float, Field(ge=-1e6, le=1e6)]
     """Coordinate of the centre of patch (0, 0), both axes, as `TileGrid.origin_px`;
     not given: the patch starts at the frame's corner, (tile_px - 1) / 2."""
     halo_px: Annotated[int, Field(ge=0)] = 0
@@ -131,7 +132,7 @@ class KernelOutputCard(Section):
 class LevelsCard(Section):
     """What a level means in the optics of reference."""
 
-    step_um: Annotated[float, Field(gt=0)]
+    step_um: Annotated[float, Field(gt=0, le=1e5)]
     """Defocus between neighbouring levels."""
     count: Px
     """Number of levels, in-focus included."""
@@ -370,6 +371,7 @@ def parse_card(given: object, where: str) -> EngineCard:
     except ValidationError as error:
         faults = "; ".join(
             f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
+            + ("" if fault["type"] in _SAYS_ALL else f" (got {fault['input']!r:.80})")
             for fault in error.errors()
         )
         msg = f"engine card {where}: {faults}; correct the card or export it again"

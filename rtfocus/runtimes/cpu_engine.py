@@ -242,7 +242,8 @@ class OpenVinoEngine(Engine):
             names = ", ".join(f"'{name}'" for name in request.outputs)
             msg = (
                 f"engine '{self.name}': OpenVINO cannot load '{request.model}' with "
-                f"input '{inputs.tiles}' {inputs.shape} and output {names}: {error}"
+                f"input '{inputs.tiles}' {inputs.shape} and output {names}; export or "
+                f"add the engine again: {' '.join(str(error).split())}"
             )
             raise EngineError(msg) from error
 

@@ -82,7 +82,7 @@ def read_header(folder: Path) -> RunHeader:
     """
     path = folder / HEADER_NAME
     try:
-        content = msgspec.json.decode(path.read_bytes())
+        content = msgspec.json.decode(path.read_bytes(), type=dict)
         if content["format"] != FORMAT:
             msg = (
                 f"'{path}' has format {content['format']}, this rtfocus reads "

@@ -262,8 +262,7 @@ def read_journal(path: Path) -> Iterator[Line]:
                     return
                 yield _decode(path, number, text)
     except OSError as error:
-        msg = f"journal '{path}' cannot be read: {error.strerror}"
-        raise WriterError(msg) from error
+        raise _unreadable(path, error) from error
 
 
 def write_journal(path: Path, lines: Iterable[bytes]) -> None:
@@ -342,8 +341,7 @@ def scan_journal(path: Path, plan: Plan, stop: int | None = None) -> Iterator[Re
                 yield Record(number, start, text, line, fault)
                 start += len(text)
     except OSError as error:
-        msg = f"journal '{path}' cannot be read: {error.strerror}"
-        raise WriterError(msg) from error
+        raise _unreadable(path, error) from error
 
 
 def journal_lines(path: Path, plan: Plan) -> Iterator[Line]:
@@ -398,6 +396,16 @@ def _decode(path: Path, number: int, text: bytes) -> Line:
     try:
         line: Line = msgspec.json.decode(text, type=dict)
     except msgspec.DecodeError as error:
-        msg = f"journal '{path}' is damaged in line {number}: {error}"
+        msg = (
+            f"journal '{path}' is damaged in line {number}: {error}; run: "
+            f"rtfocus check {path.parent} --repair"
+        )
         raise WriterError(msg) from error
     return line
+
+
+def _unreadable(path: Path, error: OSError) -> WriterError:
+    remedy = "allow reading it, or move away what stands there"
+    if isinstance(error, FileNotFoundError):
+        remedy = f"run: rtfocus check {path.parent} --repair"
+    return WriterError(f"journal '{path}' cannot be read: {error.strerror}; {remedy}")

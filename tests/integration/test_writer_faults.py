@@ -238,3 +238,35 @@ def test_a_damaged_run_is_told_by_what_reads_it(tmp_path: Path) -> None:
     (folder / "restored.ome.zarr" / "zarr.json").write_text("{}")
     with pytest.raises(InputError, match=r"restored\.ome\.zarr.*cannot be read"):
         _ = run.restored
+    whole = {"axes": [{"name": "t"}], "datasets": [{"path": "0"}]}
+    steps = {"coordinateTransformations": [{"scale": ["x"]}]}
+    for ome in (
+        5,
+        {"multiscales": [{"datasets": whole["datasets"]}]},
+        {"multiscales": [whole | {"datasets": [{"path": "0"} | steps]}]},
+    ):
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome}}
+        (folder / "defocus.ome.zarr" / "zarr.json").write_text(json.dumps(group))
+        with pytest.raises(InputError, match=r"defocus\.ome\.zarr.*cannot be read"):
+            _ = rtfocus.open_run(folder).defocus
+
+
+def test_a_damaged_journal_is_told_with_what_mends_it(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as recorded:
+        folder = recorded.close(recorded.send_all())
+    run, path = rtfocus.open_run(folder), folder / "frames.ndjson"
+    whole = path.read_bytes()
+    for broken in (b'"x"', b"[1]", b"9" * 30):
+        path.write_bytes(whole.replace(b'"sequence":1', b'"sequence":' + broken, 1))
+        with pytest.raises(WriterError, match=r"of no frame.*check .* --repair"):
+            _ = run.frames
+    for broken in (b"{}\n", b"[]\n", b"\0\n"):
+        path.write_bytes(broken + whole)
+        with pytest.raises(WriterError, match=r"journal .*check .* --repair"):
+            _ = run.frames
+    path.unlink()
+    with pytest.raises(WriterError, match=r"cannot be read: .*check .* --repair"):
+        _ = run.frames
+    path.mkdir()
+    with pytest.raises(WriterError, match="move away what stands there"):
+        _ = run.frames

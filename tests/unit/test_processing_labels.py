@@ -111,3 +111,22 @@ def test_a_deviation_below_nothing_is_refused():
     said["deviation"]["told"]["floor"] = -0.1
     with pytest.raises(EngineError, match=r"deviation.told.floor"):
         parse_card(said, "here")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("input", "origin_px", 1e30, r"origin_px': .*1000000 \(got 1e\+30\)"),
+        ("input", "origin_px", float("nan"), r"origin_px': .* \(got nan\)"),
+        ("input", "stride_px", 1e30, r"stride_px': .* \(got 1e\+30\)"),
+        ("levels", "step_um", 1e30, r"step_um': .*100000 \(got 1e\+30\)"),
+        ("levels", "count", "many", r"count': .*integer.* \(got 'many'\)"),
+    ],
+)
+def test_numbers_that_no_engine_has_are_refused_with_the_value(
+    section, key, value, said
+):
+    card = read_card(resource_folder("engines") / "delpnet").model_dump()
+    card[section][key] = value
+    with pytest.raises(EngineError, match=said):
+        parse_card(card, "here")
