@@ -255,7 +255,7 @@ class DefocusMap:
     def with_coarser(
         self,
         coarser: "DefocusMap",
-        asked: NDArray[np.bool_],
+        least_um: NDArray[np.float32],
         *,
         step_um: float,
         farthest: int,
@@ -266,8 +266,8 @@ class DefocusMap:
         ----------
         coarser
             Of the frame of half the size.
-        asked
-            Tiles of which that may say more, axes (tile_y, tile_x).
+        least_um
+            Distance that it must exceed to count, axes (tile_y, tile_x).
         step_um
             Defocus between two levels.
         farthest
@@ -282,7 +282,7 @@ class DefocusMap:
         nearest = [_nearest(*tiles, self.grid, coarser.grid) for tiles in axes]
         places = np.ix_(*nearest)
         defocus_um = 2 * coarser.defocus_um[places]
-        taken = asked & (np.abs(defocus_um) > np.abs(self.defocus_um))
+        taken = np.abs(defocus_um) > least_um
 
         def doubled(
             fine: NDArray[np.float32] | None, coarse: NDArray[np.float32] | None

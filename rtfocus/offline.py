@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.engines.card import EngineCard, input_of
-from rtfocus.engines.fitted import DeviationCard, is_unsettled, stated_um
+from rtfocus.engines.fitted import DeviationCard, stated_um, unsettled_um
 from rtfocus.engines.registry import find_engine, list_engines, parts, step_um
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import (
@@ -207,14 +207,14 @@ class ImageProcessor:
         if self._scale is None or min(pixels.shape[:2]) < 2 * _LEAST_PX:
             return found
         step, farthest, _ = self._scale
-        asked = is_unsettled(found, pixels, farthest * step)
-        if not asked.any():
+        least_um = unsettled_um(found, pixels, step_um=step, farthest=farthest)
+        if not np.isfinite(least_um).any():
             return found
         if self._coarser is None:
             self._coarser = ImageProcessor(self._config, self._optics)
         coarser = self._coarser.classify(halved(pixels), channel=channel).defocus
         assert coarser is not None, "the same engine as for the whole image"
-        return found.with_coarser(coarser, asked, step_um=step, farthest=farthest)
+        return found.with_coarser(coarser, least_um, step_um=step, farthest=farthest)
 
     @contextmanager
     def _slot(

@@ -362,12 +362,13 @@ _DROWNED = 0.6
 """Share of the finest detail that may be noise; in sharp images a third looks so."""
 
 
-def is_unsettled(
-    found: DefocusMap, pixels: NDArray[Any], range_um: float
-) -> NDArray[np.bool_]:
-    """Tell for every tile whether the frame of half the size is to be asked.
+def unsettled_um(
+    found: DefocusMap, pixels: NDArray[Any], *, step_um: float, farthest: int
+) -> Image:
+    """Tell for every tile what the frame of half the size must exceed to be believed.
 
-    Its blur may be beyond the levels, or its finest detail is noise.
+    Where the blur may be beyond the levels, that is the distance found. Where the
+    finest detail is noise it is a level of that frame more, which is two of this one.
 
     Parameters
     ----------
@@ -375,11 +376,22 @@ def is_unsettled(
         Of a frame.
     pixels
         The frame, axes (y, x) or (y, x, colour).
-    range_um
-        Defocus of the highest level.
+    step_um
+        Defocus between two levels.
+    farthest
+        Highest level.
+
+    Returns
+    -------
+    Image
+        Distance from focus in um, axes (tile_y, tile_x); infinite where that frame need
+        not be asked, NaN = background.
     """
-    far = np.abs(found.defocus_um) > _FAR * range_um
-    return np.asarray(far | (_noise_share(pixels, found.grid) > _DROWNED))
+    distance = np.abs(found.defocus_um)
+    noisy = _noise_share(pixels, found.grid) > _DROWNED
+    least = np.where(noisy, distance + 2 * step_um, np.inf)
+    far = distance > _FAR * farthest * step_um
+    return np.where(far, distance, least).astype(np.float32)
 
 
 def _noise_share(pixels: NDArray[Any], grid: TileGrid) -> Image:

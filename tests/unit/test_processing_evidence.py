@@ -14,8 +14,8 @@ from rtfocus.engines.card import EngineCard, read_card
 from rtfocus.engines.fitted import (
     Evidence,
     EvidenceCard,
-    is_unsettled,
     measures,
+    unsettled_um,
 )
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
@@ -161,9 +161,9 @@ def test_only_what_is_far_is_taken_from_the_frame_of_half_the_size():
     coarse.defocus_um[3, 3] = -8 * STEP_UM
     coarse.defocus_um[3, 0] = 4 * STEP_UM
     smooth = np.zeros((480, 480), np.uint16)
-    asked = is_unsettled(fine, smooth, 10 * STEP_UM)
-    assert asked.sum() == asked.size - 2
-    merged = fine.with_coarser(coarse, asked, step_um=STEP_UM, farthest=10)
+    least_um = unsettled_um(fine, smooth, step_um=STEP_UM, farthest=10)
+    assert np.isfinite(least_um).sum() == least_um.size - 2
+    merged = fine.with_coarser(coarse, least_um, step_um=STEP_UM, farthest=10)
     levels = merged.defocus_um / STEP_UM
     assert levels[0, 0] == 2
     assert merged.level[0, 1] == BACKGROUND
@@ -187,21 +187,26 @@ def test_noise_that_passes_for_detail_asks_for_half_the_size_and_detail_does_not
     rng = np.random.default_rng(4)
     sharp = 2000 * draw_specimen("nuclei", (192, 240), rng)
     noise = rng.normal(0, 1, sharp.shape)
-    calm = found(sharp.shape, level=0)
+    calm = found(sharp.shape, level=1)
+
+    def asked(pixels: NDArray[np.generic]) -> NDArray[np.bool_]:
+        least_um = unsettled_um(calm, pixels, step_um=STEP_UM, farthest=10)
+        noisy = np.isfinite(least_um)
+        assert least_um[noisy] == pytest.approx(3 * STEP_UM)
+        return noisy
+
     for gain, offset in ((1.0, 0.0), (0.01, 300.0)):
         clear, dim = (
             offset + gain * light
             for light in (sharp + noise, 0.01 * gaussian_filter(sharp, 3) + 20 * noise)
         )
-        assert not is_unsettled(calm, clear, 10 * STEP_UM).any()
-        assert is_unsettled(calm, dim, 10 * STEP_UM).all()
+        assert not asked(clear).any()
+        assert asked(dim).all()
         dim[:, :80] = clear[:, :80]
-        asked = is_unsettled(calm, dim, 10 * STEP_UM)
-        assert not asked[:, 0].any()
-        assert asked[:, -1].all()
-    colour = np.stack([sharp + noise] * 3, axis=2)
-    assert not is_unsettled(calm, colour, 10 * STEP_UM).any()
-    assert not is_unsettled(calm, np.zeros((192, 240), np.uint8), 10 * STEP_UM).any()
+        assert not asked(dim)[:, 0].any()
+        assert asked(dim)[:, -1].all()
+    assert not asked(np.stack([sharp + noise] * 3, axis=2)).any()
+    assert not asked(np.zeros((192, 240), np.uint8)).any()
 
 
 def test_without_known_sides_defocus_is_a_distance():
