@@ -213,7 +213,9 @@ def with_deviation(text: str, fits: dict[str, DeviationCard]) -> str:
     """Return a card's text with another section ``deviation``, nothing else changed."""
     section = ["deviation:"]
     for name, fit in fits.items():
-        values = yaml.safe_dump(fit.model_dump(), default_flow_style=True, width=88)
+        values = yaml.safe_dump(
+            fit.model_dump(), default_flow_style=True, sort_keys=False, width=88
+        )
         section.append(f"  {name}: {values.strip()}")
     kept, inside = [], False
     for line in text.splitlines():
