@@ -41,8 +41,9 @@ _TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
 they are a second or more apart, and where they follow one another at once."""
 _MOST_MISFIT, _MOST_MISSES = 5.5, 3
 _MOST_TURNS = 1
-_MOST_LATE = 5
-"""Corrections of a position since its newest image was exposed, or it is read late."""
+_MOST_LATE, _LATE_S = 5, 2.0
+"""Corrections of a position since its newest image was exposed, and seconds, beyond
+which it is read late; the first frames of a plan may come in a burst."""
 _MOST_SILENT = 3
 """Corrections of a position by prediction alone."""
 
@@ -87,11 +88,11 @@ class Place:
     read_s: float = inf
     """When the newest image that was read was exposed."""
 
-    @property
-    def is_late(self) -> bool:
+    def is_late(self, time_s: float) -> bool:
         """Tell whether images are read, but too long after they were exposed."""
-        since = sum(asked_s > self.read_s for asked_s in self.asked_s)
-        return since > _MOST_LATE and self.silent < _MOST_SILENT
+        if time_s - self.read_s < _LATE_S or self.silent >= _MOST_SILENT:
+            return False
+        return sum(asked_s > self.read_s for asked_s in self.asked_s) > _MOST_LATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +244,7 @@ class Holder:
             place.moved_ns = now_ns
             # From elsewhere an image errs anew.
             place.seen_s, place.stands = -inf, 0
-        elif place.is_late:
+        elif place.is_late(time_s):
             late_s = time_s - place.read_s
             reason = f"its images are read {late_s:.0f} s late: {NOT_KEPT_UP}"
         place.silent += 1
