@@ -80,7 +80,7 @@ def _build(card: EngineCard, section: str, rules: Mapping[str, Any]) -> Any:  # 
     """Make the rule that a section of the card names."""
     given = dict(getattr(card, section))
     name = given.pop("name", None)
-    if name not in rules:
+    if not isinstance(name, str) or name not in rules:
         msg = (
             f"engine '{card.name}': {section}.name is '{name}', known are "
             f"{', '.join(rules)}; use a newer rtfocus or export the engine again"

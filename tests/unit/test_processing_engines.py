@@ -15,6 +15,7 @@ from rtfocus.engines.registry import (
     step_um,
 )
 from rtfocus.errors import EngineError
+from rtfocus.processing.classify import normalisation_of
 
 REFERENCE = OpticalSystem(0.5, 451.0, 0.65)
 
@@ -42,6 +43,13 @@ def test_card_is_read_whole(folder):
     assert card.optics.reference == REFERENCE
     assert identity(card) == f"sharpness@{card.sha256['fp32'][:12]}"
     assert verified_file(folder, card).name == "model.fp32.onnx"
+
+
+@pytest.mark.parametrize("name", [[], {"a": 1}, 5, "sharpest"])
+def test_a_normalisation_that_is_none_is_named(folder, name):
+    change(folder, normalisation={"name": name})
+    with pytest.raises(EngineError, match=r"normalisation\.name is .*known are"):
+        normalisation_of(read_card(folder))
 
 
 def test_changed_weights_are_refused(folder):
