@@ -416,7 +416,7 @@ def keys(
     typer.echo(
         f"keys in '{made}'; set transport.curve_keys to this folder on both sides.\n"
         "microscope side:  server.key_secret, clients/client.key\n"
-        "processor:        client.key_secret, server.key, clients/client.key\n"
+        "processor:        client.key_secret, server.key\n"
         "viewers:          client.key_secret, client.key\n"
         "Copy each side its files only, and keep every key_secret to yourself."
     )
