@@ -5,6 +5,7 @@ And the blur kernels that a network with such an output saw in every tile of one
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,6 +80,8 @@ class ImageProcessor:
         as_known = _as_known(config, optics)
         self._blind = as_known.processing.blind
         self._processor: FrameProcessor = open_processor(as_known)
+        # Whoever forgets to close it has no program that never ends.
+        weakref.finalize(self, self._processor.close)
         self._scale: tuple[float, int, DeviationCard | None] | None = None
         self._started: tuple[object, ...] | None = None
         self._pool = SlotPool(1, 1)
@@ -302,8 +305,7 @@ class ImageProcessor:
             msg = "no classifier is configured; set processing.classifier or --engine"
             raise EngineError(msg)
         found = find_engine(name, self._config.processing.engine_folders)
-        _, optics = parts(found.card)
-        return optics.reference
+        return _reference(found.card)
 
 
 def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
@@ -444,7 +446,5 @@ def _only_classified(config: Config) -> Config:
     """Return the config without restoration, for all channels."""
     none = config.processing.restoration.model_copy(update={"method": "none"})
     processing = config.processing.model_copy(update={"restoration": none})
-    channels = [
-        channel.model_copy(update={"restoration": None}) for channel in config.channels
-    ]
+    channels = [c.model_copy(update={"restoration": None}) for c in config.channels]
     return config.model_copy(update={"processing": processing, "channels": channels})

@@ -260,7 +260,7 @@ class _Run:
         self._to_estimate: BoundedQueue[Job] = BoundedQueue("estimates", slots)
         self._to_restore: BoundedQueue[Job] = BoundedQueue("results", slots)
         self._owner = threading.Thread(
-            target=self._own, args=(plans, series), name="rtfocus-device"
+            target=self._own, args=(plans, series), name="rtfocus-device", daemon=True
         )
         self._owner.start()
         self._opened.wait()

@@ -1,5 +1,9 @@
 """Single images through the live loop's processor, and the shipped engine."""
 
+import gc
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +265,28 @@ def test_a_classifier_cannot_restore(config, images):
         pytest.raises(EngineError, match=r"'sharpness' is a classifier.*built in are"),
     ):
         processor.restore(images[0])
+
+
+def test_a_processor_that_nobody_closed_ends_with_whoever_had_it(config, images):
+    before = threading.active_count()
+    forgotten = ImageProcessor(config)
+    forgotten.classify(images[0])
+    assert threading.active_count() > before
+    del forgotten
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_a_script_that_closes_nothing_ends():
+    script = """
+import numpy as np
+import rtfocus
+
+config = rtfocus.Config.model_validate({"processing": {"classifier": "delpnet"}})
+forgotten = rtfocus.ImageProcessor(config)
+forgotten.classify(np.random.default_rng(1).poisson(200, (96, 96)).astype(np.uint16))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], timeout=60, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
