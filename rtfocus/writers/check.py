@@ -171,7 +171,7 @@ def _check_journal(
     report.frames = tally.terms[WRITTEN, None]
     report.missing = tally.missing
     if report.finished:
-        _check_strays(readers, taken, report)
+        _check_strays(readers, taken, max(tally.extent, 1), report)
     return tally
 
 
@@ -201,9 +201,18 @@ def _check_line(
 
 
 def _check_strays(
-    readers: dict[str, "_ImageReader"], taken: TakenPlaces, report: CheckReport
+    readers: dict[str, "_ImageReader"],
+    taken: TakenPlaces,
+    extent: int,
+    report: CheckReport,
 ) -> None:
-    """Count the shards of a finished run that no journal line names."""
+    """Tell what a finished run has that no journal line names: time points, shards."""
+    for name, reader in readers.items():
+        if reader.frames != extent:
+            _tell(
+                report,
+                f"{name} has {reader.frames} time points, not {extent}; use --repair",
+            )
     strays = sum(reader.count_strays(taken) for reader in readers.values())
     if strays:
         _tell(report, f"the journal names no frame of {strays} shards; use --repair")
@@ -221,6 +230,7 @@ class _ImageReader:
             if array.ndim != 5 or array.dtype.name != spec.dtype:
                 msg = f"array is {array.dtype.name} with {array.ndim} axes"
                 raise ValueError(msg)
+        self.frames = max(array.shape[0] for array in self._arrays)
 
     def count_strays(self, taken: TakenPlaces) -> int:
         """Return how many shards hold no frame that is `taken`."""
@@ -379,11 +389,13 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
     before = images.frames
     sequences = None if report is None else report["accounting"]["acquired"]
     steps += mend_journal(folder, header, images, sequences=sequences)
-    if report is not None and not steps:
-        return []
     tally = Tally(Plan(header.series))
     for line in journal_lines(folder / JOURNAL_NAME, tally.plan):
         tally.add(line)
+    if report is not None and not steps and before == max(tally.extent, 1):
+        # Looking for frames behind the last one made the arrays longer.
+        images.trim(before)
+        return []
     accounting = Accounting(rejected=Counter(_rejected(folder, report)))
     tally.restore(accounting)
     # A frame found again may have no sequence.

@@ -356,3 +356,23 @@ def test_a_check_of_strange_paths_does_not_cry_wolf(
             assert check_run(path).problems == [], str(path)
         (folder / "raw.ome.zarr" / "zarr.json").write_text("{}")
         assert any("raw.ome.zarr" in text for text in check_run(folder).problems)
+
+
+@pytest.mark.parametrize("name", ["raw", "defocus"])
+def test_a_finished_run_ends_with_its_last_frame_also_after_a_look_behind_it(
+    tmp_path: Path, name: str
+) -> None:
+    # The last shard has room for a frame more, which a plan without end allows.
+    live, store = make_series(sizes={"t": None}), {"shard_frames": 2}
+    folder = tmp_path / "run.rtfocus"
+    with recording(folder, live, store=store) as run:
+        for t in range(5):
+            run.send(t, {"t": t})
+        run.close(5)
+    assert check_run(folder, repair=True).repaired == []
+    array = zarr.open_array(folder / f"{name}.ome.zarr/0", mode="r+")
+    assert array.shape[0] == 5
+    array.resize((9, *array.shape[1:]))
+    (problem,) = check_run(folder).problems
+    assert problem.startswith(f"{name} has 9 time points, not 5")
+    assert check_run(folder, repair=True).problems == []
