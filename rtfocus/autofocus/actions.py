@@ -140,30 +140,30 @@ class FocusActions(MDAEngine):
                 self._unfocused.discard(key)
             self._take_over(verdict, event, key)
 
-    def correction_um(self, event: useq.MDAEvent) -> float:
-        """Return what is added to the planned z of an event."""
+    def _added_um(self, event: useq.MDAEvent, found_by: Key | None) -> float:
+        """Return what is added to the planned z of an event, see `_searched`."""
         offsets = self.focuser.config.channel_offsets_um
         channel = event.channel.config if event.channel is not None else ""
-        return self._found_um(event) + offsets.get(channel, 0.0)
+        return self._found_um(event, found_by) + offsets.get(channel, 0.0)
 
     def z_um(self, event: useq.MDAEvent) -> float | None:
         """Return where the stage is sent for an event; None: nowhere."""
         if event.z_pos is None:
             return None
         planned_um = event.z_pos + self._others_um(event)
-        return self.focuser.corrected(planned_um, self.correction_um(event))
+        added_um = self._added_um(event, self._searched(event))
+        return self.focuser.corrected(planned_um, added_um)
 
     def _others_um(self, event: useq.MDAEvent) -> float:
         """Return the correction of another focus device, asked by the stock engine."""
         return self._z_correction.get(event.index.get("p"), 0.0)
 
-    def _found_um(self, event: useq.MDAEvent) -> float:
+    def _found_um(self, event: useq.MDAEvent, found_by: Key | None) -> float:
         """Return how far from its planned z an event's place was found to be."""
-        key = self._searched(event)
-        if key is None:
+        if found_by is None:
             return self._corrections.get(key_of(event), 0.0)
-        beside_um = 0.0 if is_autofocus(event) else self._beside_um.get(key, 0.0)
-        return self._corrections.get(key, 0.0) + beside_um
+        beside_um = 0.0 if is_autofocus(event) else self._beside_um.get(found_by, 0.0)
+        return self._corrections.get(found_by, 0.0) + beside_um
 
     def _searched(self, event: useq.MDAEvent) -> Key | None:
         """Return the place whose search holds for an event; None: none does.
@@ -199,8 +199,8 @@ class FocusActions(MDAEngine):
         meta = super().get_frame_metadata(
             event, prop_values, runner_time_ms, include_position, camera_device
         )
-        note: dict[str, Any] = {"correction_um": self.correction_um(event)}
         found_by = self._searched(event)
+        note: dict[str, Any] = {"correction_um": self._added_um(event, found_by)}
         if found_by is not None and found_by in self._verdicts:
             note["autofocus"] = self._verdicts[found_by]
         if lines := self.focus_notes():
@@ -240,7 +240,7 @@ class FocusActions(MDAEngine):
             if known:
                 self._corrections[key] = surface_at(known, event.x_pos, event.y_pos)
             else:
-                self._corrections[key] = self._found_um(event)
+                self._corrections[key] = self._found_um(event, self._searched(event))
         super().setup_event(event)
 
     def _heights(self, event: useq.MDAEvent) -> list[Site]:
@@ -274,9 +274,9 @@ class FocusActions(MDAEngine):
         """Let a place's correction lead to where the stage stands now."""
         if event.z_pos is None:
             return
-        known_um = self._corrections.get(key, 0.0)
-        sent_um = event.z_pos + self._others_um(event) + self.correction_um(event)
-        self._corrections[key] = known_um + z_um - sent_um
+        added_um = self._added_um(event, self._searched(event))
+        sent_um = event.z_pos + self._others_um(event) + added_um
+        self._corrections[key] = self._corrections.get(key, 0.0) + z_um - sent_um
 
     def _focus(self, key: Key, searches: int, event: useq.MDAEvent) -> Verdict | None:
         """Search up to so many times; None: it could not even be tried."""
