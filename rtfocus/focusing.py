@@ -22,7 +22,7 @@ from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
-from rtfocus.autofocus.hold import NOT_KEPT_UP, Correction, Holder, Key
+from rtfocus.autofocus.hold import Correction, Holder, Key
 from rtfocus.autofocus.plans import asking_for_focus
 from rtfocus.autofocus.policy import EstimatorSettings, Limits, read_focus
 from rtfocus.channel import OpticalSystem
@@ -311,7 +311,7 @@ class Focusing:
             age_ms=round((now_ns - newest_ns) / 1e6, 1) if newest_ns else None,
         )
         place = correction.key[0]
-        if correction.reason.endswith(NOT_KEPT_UP) and not self._is_late:
+        if correction.is_late and not self._is_late:
             self._is_late = True
             self._tell(
                 f"focus at position {place} follows late: {correction.reason}; longer "

@@ -19,8 +19,6 @@ from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict
 from rtfocus.frame import Estimate, FocusReading
 
-NOT_KEPT_UP = "the processor does not keep up"
-"""Ends the reason of a correction that goes by what is old."""
 Key = tuple[int | None, int | None]
 """Index of the position and of the grid tile."""
 
@@ -110,6 +108,8 @@ class Correction:
     reason: str
     captured_ns: int
     """End of the newest exposure that was taken into account; 0: none."""
+    is_late: bool = False
+    """The stage stays, and goes by images that are read late."""
 
 
 class Holder:
@@ -238,20 +238,25 @@ class Holder:
         error = wanted - place.reference_um
         target, reason = self._target(place, wanted, sure=self._drift.is_sure())
         step = target - place.reference_um
+        is_late = not step and place.is_late(time_s)
         if step:
             place.last_step_um = step
             place.reference_um = target
             place.moved_ns = now_ns
             # From elsewhere an image errs anew.
             place.seen_s, place.stands = -inf, 0
-        elif place.is_late(time_s):
-            late_s = time_s - place.read_s
-            reason = f"its images are read {late_s:.0f} s late: {NOT_KEPT_UP}"
+        elif is_late:
+            reason = (
+                f"its images are read {time_s - place.read_s:.0f} s late: the "
+                "processor does not keep up"
+            )
         place.silent += 1
         place.asked_s.append(time_s)
         self._on_correction(
             Correction(
-                key, time_s, step, error, target, drift_um, reason, self._newest_ns
+                *(key, time_s, step, error, target, drift_um, reason),
+                captured_ns=self._newest_ns,
+                is_late=is_late,
             )
         )
         return step

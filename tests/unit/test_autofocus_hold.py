@@ -189,10 +189,11 @@ def test_a_reader_that_does_not_keep_up_is_told(field: Field) -> None:
         held.visit()
         assert abs(held.z_um) < 0.5 * UNIT_UM
     assert held.made[-1].reason.startswith("its images are read 11 s late")
+    assert held.made[-1].is_late
     prompt = Held(field, Limits(-50, 50), late=2)
     for _ in range(30):
         prompt.visit()
-    assert not any("late" in made.reason for made in prompt.made)
+    assert not any(made.is_late or "late" in made.reason for made in prompt.made)
 
 
 def test_no_correction_leads_beyond_the_limits(field: Field) -> None:
