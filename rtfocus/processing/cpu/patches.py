@@ -128,25 +128,20 @@ class TileRestorer(LevelRestorer):
         self, pairs: Planes, labels: NDArray[np.int16], quantum: float
     ) -> None:
         del quantum
-        for plane, into in pairs:
-            self._restore_plane(plane, labels, into)
-
-    def _restore_plane(
-        self, plane: Image, labels: NDArray[np.int16], into: Image
-    ) -> None:
         halo = self._halo_px
-        padded = np.pad(np.maximum(plane, 0), halo)
-        for (level, shape), tiles in self._batches(labels).items():
-            regions = [self._montage.tile_region(*tile) for tile in tiles]
-            patches = np.stack([_with_halo(padded, r, halo) for r in regions])
-            restored = richardson_lucy(
-                patches, self._psfs[level], self._iterations, workers=self._workers
-            )
-            inner = restored[:, halo : halo + shape[0], halo : halo + shape[1]]
-            for tile, region, image in zip(tiles, regions, inner, strict=True):
-                place = region.rows, region.columns
-                weights = self._montage.tile_weights(*tile, region)
-                into[place] += weights * (image - plane[place])
+        for plane, into in pairs:
+            padded = np.pad(np.maximum(plane, 0), halo)
+            for (level, shape), tiles in self._batches(labels).items():
+                regions = [self._montage.tile_region(*tile) for tile in tiles]
+                patches = np.stack([_with_halo(padded, r, halo) for r in regions])
+                restored = richardson_lucy(
+                    patches, self._psfs[level], self._iterations, workers=self._workers
+                )
+                inner = restored[:, halo : halo + shape[0], halo : halo + shape[1]]
+                for tile, region, image in zip(tiles, regions, inner, strict=True):
+                    place = region.rows, region.columns
+                    weights = self._montage.tile_weights(*tile, region)
+                    into[place] += weights * (image - plane[place])
 
     def _batches(
         self, labels: NDArray[np.int16]
@@ -238,23 +233,18 @@ class LearnedWienerRestorer(LevelRestorer):
     ) -> None:
         del quantum
         for plane, into in pairs:
-            self._restore_plane(plane, labels, into)
-
-    def _restore_plane(
-        self, plane: Image, labels: NDArray[np.int16], into: Image
-    ) -> None:
-        offset, scale = (np.float32(v) for v in self._normalisation.fit(plane))
-        # Room for the halo and for a last tile that begins at the frame's edge.
-        height, width = (side + 2 * self._tile_px for side in plane.shape)
-        normalised = (plane - offset) / scale
-        padded = pad(normalised, (height, width), self._halo_px, "symmetric")
-        for number in self._montage.present(labels):
-            region = self._montage.region(labels, number)
-            weights = self._montage.weights(labels, number, region)
-            restored = self._restore_region(padded, region, number)
-            restored = np.maximum(restored * scale + offset, 0)
-            place = region.rows, region.columns
-            into[place] += weights * (restored - plane[place])
+            offset, scale = (np.float32(v) for v in self._normalisation.fit(plane))
+            # Room for the halo and for a last tile that begins at the frame's edge.
+            height, width = (side + 2 * self._tile_px for side in plane.shape)
+            normalised = (plane - offset) / scale
+            padded = pad(normalised, (height, width), self._halo_px, "symmetric")
+            for number in self._montage.present(labels):
+                region = self._montage.region(labels, number)
+                weights = self._montage.weights(labels, number, region)
+                restored = self._restore_region(padded, region, number)
+                restored = np.maximum(restored * scale + offset, 0)
+                place = region.rows, region.columns
+                into[place] += weights * (restored - plane[place])
 
     def _restore_region(self, padded: Image, region: Region, number: int) -> Image:
         """Filter a rectangle with the PSF of one level; `padded` is the frame."""
