@@ -362,14 +362,14 @@ def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> 
             "single channel"
         )
         raise InputError(msg)
+    places = np.ndindex(image.shape[: image.ndim - plane_axes])
+    place = next(places)
+    plane = np.asarray(restored(image[place]))
     # Into its place at once: a list of planes would need the memory twice.
-    made: Image | None = None
-    for place in np.ndindex(image.shape[: image.ndim - plane_axes]):
-        plane = np.asarray(restored(image[place]))
-        if made is None:
-            made = _room_for(image.shape, plane.dtype)
-        made[place] = plane
-    assert made is not None, "an array without pixels is refused above"
+    made = _room_for(image.shape, plane.dtype)
+    made[place] = plane
+    for place in places:
+        made[place] = restored(image[place])
     return made
 
 
