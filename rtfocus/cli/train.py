@@ -250,27 +250,19 @@ def evaluate(
         precision=precision,
     )
     sets = wish.data_sets()
-    _refuse_equal_names(sets)
     for one in sets:
         if given is None and one.name not in KNOWN:
             typer.echo(one.title, err=True)
     told: Told = "nothing" if blind else tell
-    contenders = [
-        wish.contender(name, blind=way) for name in engines for way in _BLIND[told]
-    ]
-    rows = _rows(contenders)
+    rows = wish.contenders(engines, _BLIND[told])
     names = report_names(rows, [one.name for one in sets])
     guard = OutputGuard(overwrite=overwrite)
     guard.claim_report(output, JSON_NAME, names)
     many = Many(scheduler, resources, wait_workers)
-    failed = _Failed()
-    taken_on = None
+    failed = _Failed(output)
+    taken_on: str | None = None
     if many.is_asked_for:
-        found = _run_on_workers(wish, rows, sets, many, failed)
-        if not found.done:
-            failed.refuse(output)
-        outcomes = found.outcomes()
-        taken_on = "workers on " + "; ".join(sorted(found.machines))
+        outcomes, taken_on = _run_on_workers(wish, rows, sets, many, failed)
     else:
         outcomes = _run(wish, rows, sets)
     _show(outcomes)
@@ -282,13 +274,14 @@ def evaluate(
         written = [path.name for path in paths]
     for name in written:
         typer.echo(str(output / name))
-    failed.refuse(output)
+    failed.refuse()
 
 
 class _Failed:
     """Fields that an engine did not measure, and why."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: Path) -> None:
+        self._output = output
         self.total = 0
         self.lines: list[str] = []
         self._names: list[str] = []
@@ -301,7 +294,7 @@ class _Failed:
         self.lines.append(line)
         return f"failed: {line}"
 
-    def refuse(self, output: Path) -> None:
+    def refuse(self) -> None:
         """Fail if there are any, after all else was done.
 
         Raises
@@ -316,7 +309,7 @@ class _Failed:
         msg = f"{len(self.lines)} of {self.total} fields failed: {named(self._names)}"
         if len(self.lines) == self.total:
             raise InputError(msg)
-        msg += f"; the rest is in '{output}'; the same command begins anew"
+        msg += f"; the rest is in '{self._output}'; the same command begins anew"
         raise IncompleteError(msg)
 
 
@@ -326,8 +319,8 @@ def _run_on_workers(
     sets: list[DataSet],
     many: Many,
     failed: _Failed,
-) -> Gathering:
-    """Run every contender on every field, by the workers of a scheduler."""
+) -> tuple[list[Outcome], str]:
+    """Run every contender on every field by workers; return where they were too."""
     parts = parts_of(wish, contenders, sets)
     found, failed.total = Gathering(parts, contenders, sets), len(parts)
 
@@ -346,7 +339,9 @@ def _run_on_workers(
         what="fields",
         rest="fields are not evaluated; the same command begins anew",
     )
-    return found
+    if not found.done:
+        failed.refuse()
+    return found.outcomes(), "workers on " + "; ".join(sorted(found.machines))
 
 
 def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[Outcome]:
@@ -362,31 +357,6 @@ def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[O
                 outcomes.append(evaluate_one(one, data, config, on_frame=advance))
                 progress.remove_task(task)
     return outcomes
-
-
-def _rows(contenders: list[Contender]) -> list[Contender]:
-    """Return each row once; one that is told nothing is the same either way."""
-    rows: dict[str, Contender] = {}
-    for one in contenders:
-        same = rows.setdefault(one.title, one)
-        folders = [c.engine and c.engine.folder.resolve() for c in (same, one)]
-        if folders[0] != folders[1]:
-            msg = (
-                f"'{folders[0]}' and '{folders[1]}' are both called '{one.name}' in a "
-                "table; rename one of the folders"
-            )
-            raise ConfigError(msg)
-    return list(rows.values())
-
-
-def _refuse_equal_names(sets: list[DataSet]) -> None:
-    for data in sets:
-        if sum(one.name == data.name for one in sets) > 1:
-            msg = (
-                f"two data sets are called '{data.name}' in a table; give each once, "
-                "or rename a folder"
-            )
-            raise ConfigError(msg)
 
 
 def _microscope(

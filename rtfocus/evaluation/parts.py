@@ -21,7 +21,7 @@ from rtfocus.engines.registry import (
     engine_places,
     find_engine,
 )
-from rtfocus.errors import EngineError, InputError
+from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.data_sets import KNOWN, find_data_set
 from rtfocus.evaluation.evaluate import SHOWN, Measured, Measuring, Outcome
@@ -57,8 +57,18 @@ class Wish:
         ------
         InputError
             If one is not there.
+        ConfigError
+            If two have one name: a table could not tell them apart.
         """
-        return [self.data_set(number) for number in range(len(self.sets))]
+        sets = [self.data_set(number) for number in range(len(self.sets))]
+        for data in sets:
+            if sum(one.name == data.name for one in sets) > 1:
+                msg = (
+                    f"two data sets are called '{data.name}' in a table; give each "
+                    "once, or rename a folder"
+                )
+                raise ConfigError(msg)
+        return sets
 
     def data_set(self, number: int) -> DataSet:
         """Find one of the data sets; raises as `data_sets`."""
@@ -74,6 +84,36 @@ class Wish:
         return contender(
             name, classifier=self.classifier, blind=blind, folders=self.folders
         )
+
+    def contenders(
+        self, names: Sequence[str], blind: Sequence[bool]
+    ) -> list[Contender]:
+        """Find every contender once; one that is told nothing is the same either way.
+
+        Parameters
+        ----------
+        names
+            As for `contender`.
+        blind
+            Whether the optics are kept from it, for each way it is to run.
+
+        Raises
+        ------
+        ConfigError
+            If two engines have one name.
+        """
+        found = [self.contender(name, blind=way) for name in names for way in blind]
+        rows: dict[str, Contender] = {}
+        for one in found:
+            same = rows.setdefault(one.title, one)
+            folders = [c.engine and c.engine.folder.resolve() for c in (same, one)]
+            if folders[0] != folders[1]:
+                msg = (
+                    f"'{folders[0]}' and '{folders[1]}' are both called '{one.name}' "
+                    "in a table; rename one of the folders"
+                )
+                raise ConfigError(msg)
+        return list(rows.values())
 
     def config(self, one: Contender, data: DataSet) -> Config:
         """Return the live loop's config of a contender for a data set."""
