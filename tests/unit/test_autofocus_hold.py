@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.appearance import (
     Appearance,
@@ -17,6 +18,8 @@ from rtfocus.autofocus.hold import Correction, Holder, Seen
 from rtfocus.autofocus.plans import surface_at
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config import parse_config
+from rtfocus.focusing import Focusing
 from rtfocus.frame import Estimate, FocusReading
 from rtfocus.optics.formation import BlurredPlanes, CameraModel
 from rtfocus.specimens import draw_specimen
@@ -97,6 +100,7 @@ class Held:
         *,
         interval_s: float = 1.0,
         late: int = 0,
+        holder: Holder | None = None,
     ) -> None:
         self.unread: deque[Estimate] = deque()
         self.late = late
@@ -104,9 +108,10 @@ class Held:
         self.drift_um = 0.0
         self.made: list[Correction] = []
         rule = MoveRule(limits, 0.15 * UNIT_UM, 15.0)
-        self.holder = Holder(models(), rule, on_correction=self.made.append)
+        ours = Holder(models(), rule, on_correction=self.made.append)
+        self.holder = holder or ours
         looks = [self.seen(away) for away in (1.3, -0.9, 0.0)]
-        self.holder.begin(HERE, 0.0, 0.0, looks)
+        self.holder.begin(HERE, 0.0, 0.0, looks, limits)
         self.z_um, self.frame = 0.0, 0
 
     def seen(self, away: float) -> Seen:
@@ -194,6 +199,32 @@ def test_a_reader_that_does_not_keep_up_is_told(field: Field) -> None:
     for _ in range(30):
         prompt.visit()
     assert not any(made.is_late or "late" in made.reason for made in prompt.made)
+
+
+def test_that_images_are_late_is_told_once_in_a_run() -> None:
+    pytest.importorskip("mm_test_adapters", reason="the DemoCamera is not installed")
+    told: list[str] = []
+    optics = {"numerical_aperture": 0.36, "wavelength_nm": 451, "pixel_size_um": 0.65}
+    config = {
+        "autofocus": {"mode": "hold"},
+        "channels": [{"name": "DAPI", "optics": optics}],
+    }
+    focusing = Focusing(parse_config(config), told.append)
+    core = CMMCorePlus()
+    core.loadDevice("Z", "DemoCamera", "DStage")
+    core.initializeDevice("Z")
+    core.setFocusDevice("Z")
+    focuser = focusing.focuser(core, lambda *_: 0)
+    for behind in (10, 12):
+        holder = focusing.holder(focuser, ["DAPI"])
+        held = Held(Field(), Limits(-50, 50), late=behind, holder=holder)
+        for _ in range(30):
+            held.visit()
+    reasons = {line["reason"] for line in focuser.journal.drain()}
+    late = {reason for reason in reasons if "s late" in reason}
+    assert len(late) > 1
+    (line,) = [line for line in told if "follows late" in line]
+    assert any(reason in line for reason in late)
 
 
 def test_no_correction_leads_beyond_the_limits(field: Field) -> None:
