@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -70,7 +71,7 @@ def estimates(
     Raises
     ------
     ConfigError
-        If the endpoint or the keys are none.
+        If the endpoint, the keys or the timeout are none.
     ProtocolError
         If what comes there is not of this version of rtfocus.
 
@@ -82,6 +83,10 @@ def estimates(
             print(estimate.sequence, estimate.defocus_um, estimate.confidence)
     """
     keys = None if curve_keys is None else path_given(curve_keys, "curve_keys")
+    given: object = timeout_s
+    if given is not None and not (isinstance(given, Real) and float(given) >= 0):
+        msg = f"timeout_s is {timeout_s!r}; give seconds from 0, or None to wait on"
+        raise ConfigError(msg)
     with PreviewViewer(endpoint, keys) as viewer:
         wait = Wait()
         last: Estimate | None = None

@@ -1,6 +1,7 @@
 """`import rtfocus`: instant, complete, documented; arrays in, arrays out."""
 
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -235,6 +236,12 @@ def test_what_is_no_path_or_kind_is_told():
     for endpoint in (5, None, "tcp://127.0.0.1:99999"):
         with pytest.raises(rtfocus.ConfigError, match="endpoint"):
             list(rtfocus.estimates(endpoint, timeout_s=0))
+
+
+@pytest.mark.parametrize("timeout_s", [math.nan, -1, "5"])
+def test_a_time_to_wait_for_estimates_that_is_none_is_refused(timeout_s):
+    with pytest.raises(rtfocus.ConfigError, match="seconds from 0"):
+        next(rtfocus.estimates(timeout_s=timeout_s))
 
 
 def test_an_unknown_restoration_lists_the_built_in_methods():
