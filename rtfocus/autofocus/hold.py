@@ -29,9 +29,6 @@ _VALLEY = 0.8
 """Of two peaks of one image, for them to be two."""
 _UNSURE = 0.3
 """Depths of field that are borne rather than moving to what may be the wrong side."""
-_MANY, _UNSURE_OF_MANY, _SHORT = 3, 0.4, 0.2
-"""Where so many images of a place were read since the stage last moved, they come
-faster than the drift: more is borne, and then a short step tells the side."""
 _ALIKE = 0.2
 """Depths of field between the images of a search that are kept."""
 _TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
@@ -79,10 +76,6 @@ class Place:
     """When the newest image was exposed."""
     asked_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """When the newest corrections were asked for."""
-    stands: int = 0
-    """Images since the newest move."""
-    is_asked: bool = False
-    """The newest move was a short one, to see which way."""
     read_s: float = inf
     """When the newest image that was read was exposed."""
 
@@ -243,8 +236,6 @@ class Holder:
             place.last_step_um = step
             place.reference_um = target
             place.moved_ns = now_ns
-            # From elsewhere an image errs anew.
-            place.seen_s, place.stands = -inf, 0
         elif is_late:
             reason = (
                 f"its images are read {time_s - place.read_s:.0f} s late: the "
@@ -268,26 +259,19 @@ class Holder:
         stays = place.reference_um
         if place.silent >= _MOST_SILENT:
             return stays, "no image of this position was read since"
-        has_many = place.stands >= _MANY
-        borne_um = (_UNSURE_OF_MANY if has_many else _UNSURE) * self._models.unit_um
+        borne_um = _UNSURE * self._models.unit_um
         if not sure and abs(wanted_um - stays) < borne_um:
             return stays, "it is not sure yet which way"
-        is_answer = sure and place.is_asked
-        if asks := has_many and not sure:
-            most_um = max(_SHORT * self._models.unit_um, place.moves.deadband_um)
-            wanted_um = min(max(wanted_um, stays - most_um), stays + most_um)
         target = place.moves.target(stays, wanted_um)
         if target is None:
             inside = abs(wanted_um - stays) < place.moves.deadband_um
             return stays, "within the deadband" if inside else "at the limits"
-        if (target - stays) * place.last_step_um < 0 and not is_answer:
+        if (target - stays) * place.last_step_um < 0:
             # A drift seldom turns; what seems to is more often the wrong side.
             place.turns += 1
             if place.turns <= _MOST_TURNS:
                 return stays, "back again only if the next image says so too"
-        place.turns, place.is_asked = 0, asks
-        if asks:
-            return target, "a short step, to see which way"
+        place.turns = 0
         is_cut = abs(target - wanted_um) > place.moves.deadband_um
         return target, "drift, cut by the limits" if is_cut else "drift"
 
@@ -332,7 +316,6 @@ class Holder:
         weights = weights**share / (weights**share).sum()
         modes = modes_of_weights(expected + _CANDIDATES, weights, valley=_VALLEY)
         self._drift.see(place.number, time_s, modes)
-        place.stands += 1
 
 
 def _apart(looks: list[Seen], least_um: float) -> list[Seen]:
