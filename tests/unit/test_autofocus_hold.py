@@ -163,6 +163,17 @@ def test_a_drift_is_followed_past_bad_frames(field: Field) -> None:
     assert all(abs(made.step_um) < UNIT_UM for made in held.made)
 
 
+def test_without_images_the_stage_is_not_sent_on(field: Field) -> None:
+    held = Held(field, Limits(-50, 50), um_per_s=0.3)
+    for _ in range(10):
+        held.visit()
+    before_um = held.z_um
+    for _ in range(20):
+        held.visit("none")
+    assert abs(held.z_um - before_um) < 2 * UNIT_UM
+    assert "no image" in held.made[-1].reason
+
+
 def test_a_reader_that_does_not_keep_up_is_told(field: Field) -> None:
     """A slow classifier: every image is read ten visits after it was exposed."""
     held = Held(field, Limits(-50, 50), late=10)
