@@ -4,32 +4,21 @@
 - *imported by one*: those that a single other module imports,
 - *depth*: the longest chain of imports that ``import rtfocus.app`` runs through,
 - *lines*: of ``processing/``, and of the files that are longest,
-- *a frame's way* (``--walk``): every file that is entered while frames flow.
+- *a frame's way* (``--walk``): see `bench.walk`.
 
 Run: python -m bench.house [--names] [--walk]
 """
 
 import argparse
 import ast
-import sys
-import tempfile
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import FrameType
 
 import rtfocus
 
-LOOP = Path(__file__).with_name("loop.yaml")
-SMALL = (
-    "microscope.width_px=192",
-    "microscope.height_px=192",
-    "transport.preview.endpoint=tcp://127.0.0.1:*",
-)
 ROOT = Path(rtfocus.__file__).parent
 Graph = dict[str, set[str]]
 """Module to the modules of rtfocus that it imports."""
@@ -105,72 +94,6 @@ def lines(path: Path) -> int:
     return len(path.read_text("utf-8").splitlines())
 
 
-class Calls:
-    """Counts how often each function of rtfocus is called, in every thread."""
-
-    def __init__(self) -> None:
-        self.counted: Counter[tuple[str, str, int]] = Counter()
-        """By file below the package, name and line."""
-
-    def note(self, frame: FrameType, event: str, _: object) -> None:
-        """Be told of a call, as `sys.setprofile` does."""
-        if event != "call":
-            return
-        code = frame.f_code
-        path = Path(code.co_filename)
-        if path.is_relative_to(ROOT):
-            place = (str(path.relative_to(ROOT)), code.co_name, code.co_firstlineno)
-            self.counted[place] += 1
-
-    def __enter__(self) -> "Calls":
-        threading.setprofile(self.note)
-        sys.setprofile(self.note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-        threading.setprofile(None)
-
-
-def calls_of_series(frames: int) -> Counter[tuple[str, str, int]]:
-    """Send a series through both sides, in this process, and count the calls."""
-    from rtfocus.app import acquire, process
-    from rtfocus.config import load_config
-    from rtfocus.launch import on_free_ports
-
-    # Before calls are counted: counted imports outlast the patience of the sides.
-    for module in ("focusing", "holding", "microscope.acquisition", "report.page"):
-        import_module(f"rtfocus.{module}")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        loops = f"acquisition.mda.time_plan.loops={frames}"
-        config = on_free_ports(
-            load_config(LOOP, [loops, f"run.folder={folder}", *SMALL])
-        )
-        stop = threading.Event()
-        with Calls() as calls:
-            side = threading.Thread(
-                target=process, args=(config,), kwargs={"stop": stop}
-            )
-            side.start()
-            acquire(config, stop=stop)
-            side.join()
-    return calls.counted
-
-
-def walk(few: int = 12, more: int = 24) -> list[str]:
-    """Return the files that a frame passes: a function there is called for each.
-
-    What is called at least once more for every frame more is on the way; what a
-    series calls at its start or its end, or now and then, is not: a picture of more
-    frames has a few more ticks.
-    """
-    before, after = calls_of_series(few), calls_of_series(more)
-    more_often = (
-        place for place in after if after[place] - before[place] >= more - few
-    )
-    return sorted({file for file, _, _ in more_often})
-
-
 @dataclass(frozen=True)
 class Counts:
     """The house in numbers."""
@@ -203,7 +126,7 @@ def main() -> None:
     """Print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--names", action="store_true", help="which modules they are")
-    parser.add_argument("--walk", action="store_true", help="run a series, list files")
+    parser.add_argument("--walk", action="store_true", help="follow a frame")
     arguments = parser.parse_args()
     print(count())
     files = modules()
@@ -217,8 +140,14 @@ def main() -> None:
         chain = longest_chain(imports(at_once=True), "rtfocus.app")
         print("  " + " > ".join(chain))
     if arguments.walk:
-        passed = walk()
-        print(f"a frame passes {len(passed)} files: {', '.join(passed)}")
+        # Here, because it imports both sides.
+        from bench.walk import walk
+
+        followed = walk()
+        for thread, passed in followed.table().items():
+            print(f"  {thread}: {passed}")
+        held = "; ".join(" > ".join(rooms) for rooms in followed.rooms())
+        print(f"rooms: {held}; {len(followed.carrying())} files carry it")
 
 
 if __name__ == "__main__":
