@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from bench import machine
 from bench.autofocus_rivals import RIVALS, RivalVerdict
 from bench.autofocus_scenes import (
+    CASES,
     DARK,
     Scene,
     Stage,
     camera,
     drawn_optics,
+    spoiled,
     true_optics,
 )
 from rtfocus.autofocus.planes import PlaneComparison
@@ -116,14 +118,15 @@ def ours(
     limits: Limits,
     *,
     calibrated: bool,
+    approach: bool = False,
 ) -> Verdict:
-    """Run our search."""
+    """Run our search; `approach`: it knows of backlash."""
     unit = reader.comparison.unit_um
     # As `rtfocus.autofocus.plans.move_rule`: without a calibration there may be play.
-    approach, overshoot_um = (0, 0.0) if calibrated else (1, unit)
+    side, overshoot_um = (0, 0.0) if calibrated and not approach else (1, unit)
     search = FocusSearch(
         reader.comparison,
-        MoveRule(limits, 0.1 * unit, 12 * unit, approach, overshoot_um),
+        MoveRule(limits, 0.1 * unit, 12 * unit, side, overshoot_um),
         SearchRule(verify=not calibrated),
     )
     return run_search(
@@ -164,48 +167,6 @@ def _specimen(kind: SpecimenKind, seed: int, number: int) -> NDArray[np.float32]
     return draw_specimen(kind, (SIDE_PX, SIDE_PX), rng, scale=rng.uniform(0.7, 1.6))
 
 
-CASES = (
-    "none",
-    "blank",
-    "saturated",
-    "bleaching",
-    "dust",
-    "stuck",
-    "reversed",
-    "late",
-    "backlash",
-    "beyond",
-)
-
-
-def spoil(
-    case: str,
-    scene: Scene,
-    stage: Stage,
-    told: OpticalSystem,
-    *,
-    backlash: float = 0.3,
-) -> None:
-    """Make a run one of `CASES`; `backlash` in depths of field."""
-    if case == "blank":
-        scene.sharp = np.full_like(scene.sharp, 0.02)
-    elif case == "saturated":
-        scene.camera = camera(6e5)
-    elif case == "bleaching":
-        scene.bleach = 0.85
-    elif case == "dust":
-        rng = np.random.default_rng(3)
-        shadow = draw_specimen("beads", scene.sharp.shape, rng)
-        scene.dust = 1.0 - 0.5 * shadow / max(float(shadow.max()), 1e-6)
-    elif case in ("stuck", "reversed", "late"):
-        stage.fault = case
-    elif case == "backlash":
-        stage.backlash_um = backlash * told.defocus_unit_um
-    elif case == "beyond":
-        side = np.sign(scene.focus_um - stage.z_um)
-        scene.focus_um += float(side) * 15 * told.defocus_unit_um
-
-
 def measure(
     given: argparse.Namespace, methods: list[str], known: list[Outcome]
 ) -> Iterator[Outcome]:
@@ -239,21 +200,28 @@ def _measured(
     scene, stage, limits, kind = make(run, given.seed, told)
     unit = told.defocus_unit_um
     scene.keep_focus = given.spike
-    spoil(given.case, scene, stage, told, backlash=given.backlash)
+    stage = spoiled(given.case, scene, stage, unit, given.amount)
     begun = (scene.focus_um - stage.z_um) / unit
     found = Outcome(method, begun, 0.0, False, "", 0, 0, False, kind, run)
     verdict: Verdict | RivalVerdict
     if method == "rtfocus":
-        verdict = ours(reader, scene, stage, limits, calibrated=not given.uncalibrated)
+        verdict = ours(
+            reader,
+            scene,
+            stage,
+            limits,
+            calibrated=not given.uncalibrated,
+            approach=given.approach,
+        )
         _note(found, verdict, scene, unit)
     else:
         verdict = RIVALS[method](scene, stage, unit, limits)
-    found.end = (scene.focus_um - stage.z_um) / unit
+    found.end = (scene.focus_um - stage.rests_um) / unit
     if not given.spike and given.case != "blank":
         found.sharpest = scene.sharpest() / unit
     found.focused, found.reason = verdict.focused, verdict.reason
     found.images, found.moves = scene.images, verdict.moves
-    found.outside = any(not limits.holds(z) for z in stage.commands or ())
+    found.outside = any(not limits.holds(z) for z in stage.commands)
     return found
 
 
@@ -361,7 +329,10 @@ def main() -> None:
     parser.add_argument(
         "--uncalibrated", action="store_true", help="check every answer on both sides"
     )
-    parser.add_argument("--backlash", type=float, default=0.3, help="depths of field")
+    parser.add_argument("--amount", type=float, help="of the case, see CASES")
+    parser.add_argument(
+        "--approach", action="store_true", help="reach every z upwards past backlash"
+    )
     parser.add_argument(
         "--spike", action="store_true", help="show the drawing unblurred in focus"
     )

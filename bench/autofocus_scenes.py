@@ -6,7 +6,7 @@ and a stage that may misbehave.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,11 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import ZStageConfig
 from rtfocus.microscope.virtual_devices import ZDrive
 from rtfocus.optics.formation import BlurredPlanes, CameraModel
+from rtfocus.specimens import draw_specimen
 
 Image = NDArray[np.float32]
-DARK = 100.0
+DARK, GAIN_E = 100.0, 0.6
+FULL_WELL_E = (65_535 - DARK) * GAIN_E
 
 
 @dataclass
@@ -37,6 +39,12 @@ class Scene:
     """Sharp at every z; shadows on the chip."""
     keep_focus: bool = False
     """In focus the drawing itself is seen, unblurred: a spike no microscope has."""
+    drift_um: float = 0.0
+    """How far focus has gone from one image to the next."""
+    flicker: float = 0.0
+    """Light of an image is off by up to this share."""
+    glides_px: int = 0
+    """How far the specimen has gone sideways from one image to the next."""
     images: int = 0
     _planes: BlurredPlanes | None = None
 
@@ -65,9 +73,16 @@ class Scene:
 
     def expose(self, z_um: float) -> NDArray[np.generic]:
         """Photograph the field from a stage z."""
+        if self.images:
+            self.focus_um += self.drift_um
         defocus = self.direction * (self.focus_um - z_um)
         light = self.planes().at(np.full(self.sharp.shape, defocus, np.float32))
+        if self.glides_px:
+            # Half of a field that is twice as wide is seen.
+            light = np.roll(light, -self.glides_px * self.images, axis=1)
+            light = light[:, : light.shape[1] // 2]
         light = light * np.float32(self.bleach**self.images)
+        light = light * np.float32(1 + self.rng.uniform(-1, 1) * self.flicker)
         if self.dust is not None:
             light = light * self.dust
         self.images += 1
@@ -80,54 +95,138 @@ class Stage:
 
     z_um: float
     fault: str = "none"
-    """``none``, ``stuck``, ``reversed`` or ``late``: arrives at the next command."""
-    backlash_um: float = 0.0
-    commands: list[float] | None = None
-    _told: float = 0.0
-    _waiting: float | None = None
-    _drive: ZDrive | None = None
+    """``none``, or one of `STAGE_FAULTS`."""
+    amount: float = 0.0
+    """Of the fault, see `STAGE_FAULTS`."""
+    rng: np.random.Generator | None = None
+    commands: list[float] = field(default_factory=list)
+    rests_um: float = field(init=False)
+    """Where it truly comes to stand when nothing moves it any more."""
 
     def __post_init__(self) -> None:
         """Begin where it stands."""
-        self._told = self._began = self.z_um
-        self.commands = []
+        self._told = self._began = self.rests_um = self.z_um
+        play_um = self.amount if self.fault == "backlash" else 0.0
+        faults = ZStageConfig(backlash_um=play_um, reversed=self.fault == "reversed")
+        self._drive = ZDrive(faults)
 
     def position_um(self) -> float:
         """Return what the stage says."""
         return self._told
 
     def go_to(self, z_um: float) -> None:
-        """Move, more or less."""
-        assert self.commands is not None
+        """Move, more or less; one that arrived late before is there by now."""
         self.commands.append(z_um)
+        before = self.z_um = self.rests_um
         self._told = z_um
-        if self.fault == "stuck":
-            return
-        if self.fault == "late":
-            self._waiting = z_um
-            return
-        if self._drive is None:
-            faults = ZStageConfig(
-                backlash_um=self.backlash_um, reversed=self.fault == "reversed"
-            )
-            self._drive = ZDrive(faults)
         self._drive.go_to(z_um - self._began)
-        self.z_um = self._began + self._drive.objective_um
+        self.rests_um = self._began + self._drive.objective_um
+        if self.fault == "stuck" or (
+            self.fault == "sticks" and len(self.commands) > self.amount
+        ):
+            self.rests_um = before
+        elif self.fault == "noisy":
+            assert self.rng is not None
+            self.rests_um += float(self.rng.normal(0, self.amount))
+        self.z_um = self.rests_um
+        way = self.rests_um - before
+        if self.fault == "late":
+            self.z_um = before
+        elif self.fault == "slow":
+            self.z_um = before + (1 - self.amount) * way
+        elif self.fault == "creeps":
+            self.rests_um -= min(max(way, -self.amount), self.amount)
 
     def seen_um(self) -> float:
-        """Return where it truly stands for the next image."""
-        found = self.z_um
-        if self._waiting is not None:
-            # The image is taken on the way; afterwards it has arrived.
-            self.z_um, self._waiting = self._waiting, None
+        """Return where it truly stands for the next image; then it comes to rest."""
+        found, self.z_um = self.z_um, self.rests_um
         return found
+
+
+STAGE_FAULTS = {
+    "stuck": 0.0,
+    "sticks": 2.0,
+    "reversed": 0.0,
+    "late": 0.0,
+    "slow": 0.3,
+    "creeps": 0.3,
+    "noisy": 0.2,
+    "backlash": 0.3,
+}
+"""What a stage may do wrong, and how much unless said otherwise.
+
+Stands still from the first move on, or from the one after so many; runs the other way;
+arrives when the next image is taken, or has this share of the way to go; creeps back so
+far after the image, in depths of field as the two others: misses by this deviation;
+has so much play.
+"""
+SCENE_FAULTS = {
+    "blank": 0.0,
+    "saturated": 6e5,
+    "half_saturated": 0.01,
+    "bleaching": 0.85,
+    "dust": 0.5,
+    "drift": 0.1,
+    "flicker": 0.3,
+    "glides": 16.0,
+    "beyond": 15.0,
+}
+"""What images may lack, and how much unless said otherwise.
+
+Detail; light below saturation, by photons or by the share of pixels that saturate in
+focus; the light that is left after each image; a clean chip, by the shadows' share;
+rest: depths of field from one image to the next, the share that the lamp is off, pixels
+sideways; nearness: depths of field.
+"""
+CASES = ("none", *STAGE_FAULTS, *SCENE_FAULTS)
+
+
+def spoiled(
+    case: str, scene: Scene, stage: Stage, unit_um: float, amount: float | None
+) -> Stage:
+    """Make a run one of `CASES`: spoil its scene, or return another stage.
+
+    `amount` as told there; None: the usual one.
+    """
+    much = (STAGE_FAULTS | SCENE_FAULTS).get(case, 0.0) if amount is None else amount
+    if case in STAGE_FAULTS:
+        if case in ("creeps", "noisy", "backlash"):
+            much *= unit_um
+        return Stage(stage.z_um, case, much, scene.rng.spawn(1)[0])
+    _spoil_light(case, scene, much)
+    if case == "drift":
+        scene.drift_um = much * unit_um * float(scene.rng.choice([-1, 1]))
+    elif case == "glides":
+        scene.sharp = np.concatenate([scene.sharp, scene.sharp[:, ::-1]], axis=1)
+        scene.glides_px = round(much)
+    elif case == "beyond":
+        side = np.sign(scene.focus_um - stage.z_um)
+        scene.focus_um += float(side) * much * unit_um
+    return stage
+
+
+def _spoil_light(case: str, scene: Scene, much: float) -> None:
+    if case == "blank":
+        scene.sharp = np.full_like(scene.sharp, 0.02)
+    elif case == "saturated":
+        scene.camera = camera(much)
+    elif case == "half_saturated":
+        light = float(np.quantile(scene.planes().at(0.0), 1 - much))
+        scene.camera = camera(FULL_WELL_E / light)
+    elif case == "bleaching":
+        scene.bleach = much
+    elif case == "dust":
+        shadow = draw_specimen("beads", scene.sharp.shape, np.random.default_rng(3))
+        scene.dust = 1.0 - much * shadow / max(float(shadow.max()), 1e-6)
+    elif case == "flicker":
+        scene.flicker = much
 
 
 def camera(photons: float = 2000.0) -> CameraModel:
     """Return an sCMOS camera of 16 bits."""
     return CameraModel(
         photons=photons,
-        gain_e_per_count=0.6,
+        gain_e_per_count=GAIN_E,
         offset_counts=DARK,
         read_noise_e=1.6,
         bit_depth=16,

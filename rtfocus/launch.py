@@ -307,7 +307,7 @@ def _device(config: Config) -> str:
 
 
 def _calibration(path: Path) -> str:
-    from rtfocus.autofocus.planes import load_calibration
+    from rtfocus.autofocus.plans import load_calibration
 
     found = load_calibration(path)
     return "calibrated" if found.trusted else f"checked: {'; '.join(found.problems)}"

@@ -163,7 +163,7 @@ _TABLE_HIGHEST = 2.0
 _BLUR_MARGIN = 5.0
 # The PSFs of rtfocus turn an image in focus into a defocused one, so the image in
 # focus itself may be sharper than the PSF at zero; this far out the two meet.
-_FOCUS_WIDTH = 0.125
+FOCUS_WIDTH = 0.125
 
 
 class Transfer:
@@ -207,7 +207,7 @@ class Transfer:
         share = (row - low)[..., None]
         found = self._rings[low] * (1 - share) + self._rings[low + 1] * share
         if kept:
-            near = np.clip(1.0 - np.abs(defocus) / _FOCUS_WIDTH, 0.0, 1.0)[..., None]
+            near = np.clip(1.0 - np.abs(defocus) / FOCUS_WIDTH, 0.0, 1.0)[..., None]
             found = found * (1 - near) + near
         return np.asarray(found)
 

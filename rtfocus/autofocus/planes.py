@@ -12,15 +12,18 @@ do may a search end without a check from both sides.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.appearance import FARTHEST, Transfer, modulation_table, sharpness
+from rtfocus.autofocus.appearance import (
+    FARTHEST,
+    FOCUS_WIDTH,
+    Transfer,
+    modulation_table,
+    sharpness,
+)
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.frame import FocusReading
@@ -201,9 +204,14 @@ class _Tried:
         self, name: str, turn: int, away: Floats, models: list[Model], price: float
     ) -> None:
         """Try models on planes that lie `away` from focus, axes (candidate, plane)."""
+        near = (np.abs(away) < FOCUS_WIDTH).any(axis=1)
         for transfer, own_price, at_edge in models:
-            for kept in (False, True):
-                cost = self._scores.unexplained(transfer.amplitudes(away, kept=kept))
+            blurred = self._scores.unexplained(transfer.amplitudes(away))
+            kept = blurred.copy()
+            kept[near] = self._scores.unexplained(
+                transfer.amplitudes(away[near], kept=True)
+            )
+            for cost in (blurred, kept):
                 self._costs.append(cost)
                 self._prices.append(own_price + price)
                 self._names.append(name)
@@ -380,34 +388,6 @@ def calibrate(
         unit_um=comparison.unit_um,
         problems=problems,
     )
-
-
-def save_calibration(path: Path, found: Calibration) -> None:
-    """Write a calibration as YAML."""
-    values = {
-        key: round(value, 5) if isinstance(value, float) else value
-        for key, value in asdict(found).items()
-    }
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-
-
-def load_calibration(path: Path) -> Calibration:
-    """Read a calibration.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read or is none.
-    """
-    try:
-        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Calibration(**values)
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        msg = (
-            f"autofocus.calibration '{path}' cannot be used: {error}; make it with: "
-            "rtfocus calibrate CONFIG"
-        )
-        raise ConfigError(msg) from error
 
 
 def _fitted(comparison: PlaneComparison, planes: Sequence[Plane]) -> PlaneFit:

@@ -4,14 +4,17 @@ And the surface through the places that were focused, on which others are likely
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import useq
+import yaml
 from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.hold import Key, key_of_index
-from rtfocus.autofocus.planes import load_calibration
+from rtfocus.autofocus.planes import Calibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
 from rtfocus.config.model import AutofocusConfig
@@ -41,6 +44,34 @@ def limits_at(config: AutofocusConfig, start_um: float) -> Limits:
         )
         raise ConfigError(msg)
     return Limits(low, high).within(start_um, config.reach_um)
+
+
+def save_calibration(path: Path, found: Calibration) -> None:
+    """Write a calibration as YAML."""
+    values = {
+        key: round(value, 5) if isinstance(value, float) else value
+        for key, value in asdict(found).items()
+    }
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a calibration.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or is none.
+    """
+    try:
+        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Calibration(**values)
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        msg = (
+            f"autofocus.calibration '{path}' cannot be used: {error}; make it with: "
+            "rtfocus calibrate CONFIG"
+        )
+        raise ConfigError(msg) from error
 
 
 def with_measured_backlash(config: AutofocusConfig) -> AutofocusConfig:

@@ -17,12 +17,9 @@ from PIL import Image
 from rich.console import Console
 
 from rtfocus.autofocus.planes import Calibration as FocusCalibration
-from rtfocus.autofocus.planes import (
-    Plane,
-    PlaneComparison,
-    save_calibration,
-)
+from rtfocus.autofocus.planes import Plane, PlaneComparison
 from rtfocus.autofocus.planes import calibrate as calibrate_focus
+from rtfocus.autofocus.plans import save_calibration
 from rtfocus.calibration.bead_fit import calibrate_from_beads
 from rtfocus.calibration.pair_fit import calibrate_from_pairs
 from rtfocus.calibration.pairs import read_pairs

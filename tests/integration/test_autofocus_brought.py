@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 
 from rtfocus.autofocus.appearance import amplitude_spectrum
 from rtfocus.autofocus.focuser import Focuser
-from rtfocus.autofocus.planes import Calibration, save_calibration
+from rtfocus.autofocus.planes import Calibration
+from rtfocus.autofocus.plans import save_calibration
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import parse_config

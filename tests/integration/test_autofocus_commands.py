@@ -11,8 +11,7 @@ import yaml
 from loop_kit import OPTICS, command, failed, succeeded
 
 from rtfocus.autofocus.devices import CoreStage
-from rtfocus.autofocus.planes import load_calibration
-from rtfocus.autofocus.plans import with_measured_backlash
+from rtfocus.autofocus.plans import load_calibration, with_measured_backlash
 from rtfocus.cli.commands import read_config
 from rtfocus.errors import ExitCode
 from rtfocus.microscope import virtual_devices

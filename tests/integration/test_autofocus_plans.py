@@ -11,7 +11,8 @@ from loop_kit import OPTICS
 from pymmcore_plus.mda import MDAEngine
 
 from rtfocus.autofocus.actions import FocusEngine
-from rtfocus.autofocus.planes import Calibration, save_calibration
+from rtfocus.autofocus.planes import Calibration
+from rtfocus.autofocus.plans import save_calibration
 from rtfocus.config import parse_config
 from rtfocus.errors import TransportError
 from rtfocus.focusing import focus

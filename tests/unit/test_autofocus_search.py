@@ -16,8 +16,8 @@ from rtfocus.autofocus.appearance import (
     sharpness,
 )
 from rtfocus.autofocus.evidence import Evidence, Look
-from rtfocus.autofocus.planes import Calibration, PlaneComparison, save_calibration
-from rtfocus.autofocus.plans import move_rule
+from rtfocus.autofocus.planes import Calibration, PlaneComparison
+from rtfocus.autofocus.plans import move_rule, save_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
