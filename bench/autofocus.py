@@ -118,17 +118,19 @@ def ours(
     limits: Limits,
     *,
     calibrated: bool,
-    approach: bool = False,
+    approach: bool = True,
 ) -> Verdict:
-    """Run our search; `approach`: it knows of backlash."""
+    """Run our search; not `approach`: the user says that there is no backlash."""
     unit = reader.comparison.unit_um
-    # As `rtfocus.autofocus.plans.move_rule`: without a calibration there may be play.
-    side, overshoot_um = (0, 0.0) if calibrated and not approach else (1, unit)
+    # As `rtfocus.autofocus.plans.move_rule` and `rtfocus.autofocus.focuser.Focuser`.
+    side, overshoot_um = (1, unit) if approach else (0, 0.0)
     search = FocusSearch(
         reader.comparison,
         MoveRule(limits, 0.1 * unit, 12 * unit, side, overshoot_um),
         SearchRule(verify=not calibrated),
     )
+    for stop_um in search.moves.settling(stage.position_um()):
+        stage.go_to(stop_um)
     return run_search(
         search, stage, lambda _: reader.read(scene.expose(stage.seen_um()))
     )
@@ -211,7 +213,7 @@ def _measured(
             stage,
             limits,
             calibrated=not given.uncalibrated,
-            approach=given.approach,
+            approach=not given.no_approach,
         )
         _note(found, verdict, scene, unit)
     else:
@@ -331,7 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--amount", type=float, help="of the case, see CASES")
     parser.add_argument(
-        "--approach", action="store_true", help="reach every z upwards past backlash"
+        "--no-approach", action="store_true", help="the user says: no backlash"
     )
     parser.add_argument(
         "--spike", action="store_true", help="show the drawing unblurred in focus"

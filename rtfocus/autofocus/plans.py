@@ -127,10 +127,10 @@ def against_unknown_backlash(
 def move_rule(config: AutofocusConfig, limits: Limits, unit_um: float) -> MoveRule:
     """Return how the stage may be moved; `unit_um` is the depth of field.
 
-    Where neither the user nor a calibration says anything of backlash, there may be.
+    Unless the user, or a calibration that measured some, tells of backlash there may
+    be: screws wear, and images do not tell it from other optics where it is small.
     """
-    told = "backlash_um" in config.model_fields_set
-    if not told and not is_calibrated(config):
+    if "backlash_um" not in config.model_fields_set:
         config = against_unknown_backlash(config, unit_um)
     return MoveRule(
         limits=limits,

@@ -147,8 +147,8 @@ class AutofocusConfig(Section):
     safe_side: Literal["auto", "down", "up"] = "auto"
     """Where the objective cannot touch the specimen; ``auto``: away from it."""
     approach: Literal["either", "up", "down"] = "either"
-    """Direction of every last move, against backlash; ``either``: up where a
-    calibration measured backlash, or nothing is known of it."""
+    """Direction of every last move of a search, against backlash; ``either``: up,
+    unless `backlash_um` says that there is none."""
     backlash_um: Annotated[float, Field(ge=0, lt=inf)] = 0.0
     """How far to overshoot in order to arrive in the direction of `approach`; 0: half
     as far again as the calibration measured. Not given, and no calibration that can be
