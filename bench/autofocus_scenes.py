@@ -145,7 +145,7 @@ class Stage:
 
 STAGE_FAULTS = {
     "stuck": 0.0,
-    "sticks": 2.0,
+    "sticks": 5.0,
     "reversed": 0.0,
     "late": 0.0,
     "slow": 0.3,

@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 from rtfocus.autofocus.appearance import change, sharpness
 from rtfocus.autofocus.belief import Belief, modes_of_reading, modes_of_weights
 from rtfocus.autofocus.planes import AS_TOLD, Course, PlaneComparison, PlaneFit
+from rtfocus.autofocus.policy import Limits
 from rtfocus.frame import FocusReading
 
 Floats = NDArray[np.float64]
 
 # In depths of field.
-_NEAR, _TOP, _SAME_PLACE, _RIVAL_APART = 3.5, 0.8, 0.05, 1.0
+_NEAR, _TOP, _SAME_PLACE, _RIVAL_APART, _BRACKET = 3.5, 0.8, 0.05, 1.0, 0.5
 # Images look alike over so much about focus, which is known within a margin.
 _FLAT_TOP, _MARGIN, _BEYOND_TOP = 1.5, 0.3, 2.0
+# Images so far apart differ, elsewhere than about focus.
+_APART = 0.9
 # Images so close to the sharpest, at so many places, tell whether optics explain them.
 _CLOSE, _CLOSE_PLACES = 2.0, 4
 # Sharpness changes at least so much from focus to a depth of field beside it.
@@ -231,19 +234,36 @@ class Evidence:
         noise = np.array([look.reading.noise for look in looks])
         return _change_over_noise(spectra, noise) > _CLEAR_CHANGE
 
-    def unchanged(self) -> list[Look]:
-        """Return the newest images in a row that look like the newest.
+    def alike_um(self) -> list[float]:
+        """Return the places of the newest images, if they look alike and are far apart.
 
         An older one that looks so too tells nothing of the stage when it has left in
-        between: in and about focus images of many z look alike.
+        between: in and about focus images of many z look alike. Alike on either side of
+        a place that was not, the stage does move: empty.
         """
-        now = self.looks[-1]
+        now, apart = self.looks[-1], _APART * self.unit_um
         alike = takewhile(lambda look: look.change_from(now) < _SAME, self.looks[::-1])
-        return list(alike)[::-1]
+        places = [look.z_um for look in alike]
+        for other in self.looks[: -len(places)]:
+            below = [z for z in places if z < other.z_um - _MARGIN * self.unit_um]
+            above = [z for z in places if z > other.z_um + _MARGIN * self.unit_um]
+            is_around = bool(below and above) and len(below + above) == len(places)
+            if is_around and max(np.ptp(below), np.ptp(above)) < apart:
+                return []
+        return places if np.ptp(places) >= apart else []
+
+    def is_contradicted(self, places_um: list[float]) -> bool:
+        """Tell whether the newest image's place has shown another image before."""
+        now = self.looks[-1].z_um
+        before = self.looks[: -len(places_um)]
+        return any(abs(look.z_um - now) < _MARGIN * self.unit_um for look in before)
 
     def is_flat_top(self, places_um: list[float]) -> bool:
-        """Tell whether places are so close about focus that images look alike there."""
-        if self.belief.is_empty:
+        """Tell whether places are so close about focus that images look alike there.
+
+        Only where another image was different before.
+        """
+        if self.belief.is_empty or len(places_um) == len(self.looks):
             return False
         low, high, focus = min(places_um), max(places_um), self.belief.best.mean_um
         margin = _MARGIN * self.unit_um
@@ -281,6 +301,19 @@ class Evidence:
         """Tell whether a side of a place was seen, between two distances in units."""
         ways = [(look.z_um - z_um) * side / self.unit_um for look in self.with_detail()]
         return any(near < way < far for way in ways)
+
+    def unbracketed_um(self, sides: tuple[int, int], limits: Limits) -> float | None:
+        """Return where to look beyond the sharpest image; None: both sides are known.
+
+        A side that the limits cut off counts as known.
+        """
+        top, step = self.best_seen.z_um, _BRACKET * self.unit_um
+        for side in sides:
+            beyond = limits.clip(top + side * step)
+            seen = self.seen_beside(top, side, 0.5 * _BRACKET, 1.5)
+            if not seen and abs(beyond - top) > 0.5 * step:
+                return beyond
+        return None
 
     def peak_um(self) -> float:
         """Return the top of the parabola through the images about the sharpest.

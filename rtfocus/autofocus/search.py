@@ -18,7 +18,7 @@ from rtfocus.frame import FocusReading
 # In depths of field.
 _ARRIVED, _SURE, _HARDLY_SURE, _ROUGH = 0.3, 0.25, 0.35, 1.5
 _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
-_BESIDE, _STUCK, _BRACKET = 0.7, 2.0, 0.5
+_BESIDE, _STUCK = 0.7, 2.0
 # Of the spectra's energy: the optics do not explain the images, or explain them so
 # well that they may contradict sharpness, which aberrations move away from focus.
 _MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
@@ -48,7 +48,6 @@ class SearchRule:
     verify: bool = True
     """End only with a blurrier image on both sides: for optics that are not
     calibrated; costs images."""
-    most_unexplained: float = _MOST_UNEXPLAINED
 
 
 @dataclass
@@ -113,6 +112,8 @@ class FocusSearch:
     def decide(self) -> Decision:
         """Say what to do after the newest image."""
         decision = self._wish()
+        if isinstance(decision, Stay):
+            decision = self._proved(decision)
         wants_more = isinstance(decision, Move | Probe)
         if wants_more and self._images >= self.rule.most_images:
             return self._give_up_unsure(f"not found in {self._images} images")
@@ -156,7 +157,7 @@ class FocusSearch:
         """Go to focus, or, having been there, first to the side still unseen."""
         been_there = self.evidence.has_seen(self.belief.best.mean_um, self._near_um())
         if self.rule.verify and been_there:
-            beyond = self._unbracketed(self.evidence.best_seen)
+            beyond = self._unbracketed()
             if beyond is not None:
                 return self._view(beyond)
         return self._move()
@@ -307,12 +308,12 @@ class FocusSearch:
         # Two places agree with too much.
         if not self.rule.verify and self.evidence.places() < _LEAST_PLACES:
             return self._next_view()
-        if self.rule.verify and (beyond := self._unbracketed(best)) is not None:
+        if self.rule.verify and (beyond := self._unbracketed()) is not None:
             return self._view(beyond)
-        if unexplained > self.rule.most_unexplained and self.rule.verify:
+        if unexplained > _MOST_UNEXPLAINED and self.rule.verify:
             close = self.evidence.unexplained_close()
             unexplained = unexplained if close is None else close
-        if unexplained > self.rule.most_unexplained:
+        if unexplained > _MOST_UNEXPLAINED:
             return self.give_up(
                 "the images do not change with z as the optics say "
                 f"({100 * unexplained:.0f} % unexplained); check the channel's optics, "
@@ -349,7 +350,7 @@ class FocusSearch:
 
     def _top_of_now(self) -> Decision:
         """Look at both sides of the sharpest image since the older were forgotten."""
-        if (beyond := self._unbracketed(self.evidence.best_seen)) is not None:
+        if (beyond := self._unbracketed()) is not None:
             return self._view(beyond)
         return self._end_at(self.evidence.peak_um())
 
@@ -358,23 +359,14 @@ class FocusSearch:
         self._back_at, way = top_um, top_um - self.looks[-1].z_um
         return Move(way) if abs(way) > self.moves.deadband_um else self._returned()
 
-    def _unbracketed(self, best: Look) -> float | None:
-        """Return where to look beyond the sharpest image; None: both sides are known.
-
-        A side that the limits cut off counts as known.
-        """
-        step = _BRACKET * self.evidence.unit_um
-        for side in (self.rule.safe_side, -self.rule.safe_side):
-            beyond = self.moves.limits.clip(best.z_um + side * step)
-            seen = self.evidence.seen_beside(best.z_um, side, 0.5 * _BRACKET, 1.5)
-            if not seen and abs(beyond - best.z_um) > 0.5 * step:
-                return beyond
-        return None
+    def _unbracketed(self) -> float | None:
+        sides = (self.rule.safe_side, -self.rule.safe_side)
+        return self.evidence.unbracketed_um(sides, self.moves.limits)
 
     def _end_unsure(self) -> Decision:
         """End where nothing that was seen makes it surer."""
         evidence, best = self.evidence, self.evidence.best_seen
-        fit, beyond = evidence.fit, self._unbracketed(best)
+        fit, beyond = evidence.fit, self._unbracketed()
         if self.rule.verify and beyond is not None and evidence.saw_change():
             # Images from afar on both sides tell little: those beside the sharpest do.
             return self._view(beyond)
@@ -382,7 +374,7 @@ class FocusSearch:
             fit is not None
             and evidence.saw_change()
             and evidence.is_change_clear()
-            and fit.unexplained <= self.rule.most_unexplained
+            and fit.unexplained <= _MOST_UNEXPLAINED
             and not self.belief.is_empty
             and abs(best.z_um - self.belief.best.mean_um) < _BESIDE * evidence.unit_um
             and beyond is None
@@ -416,33 +408,39 @@ class FocusSearch:
         Two may look the same on both sides of focus, or the stage may be late: look
         again. Three at places far apart do not.
         """
-        now, unit = self.looks[-1], self.evidence.unit_um
-        same = self.evidence.unchanged()
-        places = [look.z_um for look in same]
-        spread = max(places, default=0.0) - min(places, default=0.0)
-        if spread < 0.9 * unit:
+        now, unit = self.looks[-1].z_um, self.evidence.unit_um
+        places = self.evidence.alike_um()
+        if not places or self.evidence.is_flat_top(places):
             return None
-        others = [look.z_um for look in self.looks if look not in same]
-        around = any(min(places) < z_um < max(places) for z_um in others)
-        if around or (others and self.evidence.is_flat_top(places)):
-            # Alike on both sides of a place that is not, or about focus: it does move.
-            return None
-        if not any(abs(z - now.z_um) < 0.1 * unit for z in self._looked_again_at):
-            self._looked_again_at.append(now.z_um)
+        if not any(abs(z - now) < 0.1 * unit for z in self._looked_again_at):
+            self._looked_again_at.append(now)
             return Probe(0.0)
-        if len({round(place / (0.3 * unit)) for place in places}) < 3:
+        is_few = len({round(place / (0.3 * unit)) for place in places}) < 3
+        if is_few and not self.evidence.is_contradicted(places):
             return None
-        if spread > _STUCK * unit:
+        if max(places) - min(places) > _STUCK * unit:
             return self.give_up("the stage does not answer: images stay the same")
         return self._probe(_STUCK * unit)
+
+    def _proved(self, end: Stay) -> Decision:
+        """Before the end look where images must differ, if the newest look alike.
+
+        About focus they do; those of a stage that sticks, too.
+        """
+        if not self.evidence.alike_um():
+            return end
+        self._returns = 0
+        focus, way_um = self.belief.best.mean_um, _BEYOND * self.evidence.unit_um
+        sides = (self.rule.safe_side, -self.rule.safe_side)
+        inside = filter(self.moves.limits.holds, (focus + s * way_um for s in sides))
+        return next((self._view(beyond) for beyond in inside), end)
 
     def _makes_progress(self) -> bool:
         if self.belief.is_empty:
             return len(self.looks) <= self.rule.patience
-        best = self.belief.best
-        way = abs(self.looks[-1].z_um - best.mean_um)
-        closer = best.sd_um < 0.8 * self._least_sd or way < 0.8 * self._least_way
-        self._least_sd = min(self._least_sd, best.sd_um)
+        sd, way = self.belief.best.sd_um, self._way_um()
+        closer = sd < 0.8 * self._least_sd or way < 0.8 * self._least_way
+        self._least_sd = min(self._least_sd, sd)
         self._least_way = min(self._least_way, way)
         self._idle = 0 if closer else self._idle + 1
         return self._idle < self.rule.patience

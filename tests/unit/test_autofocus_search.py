@@ -57,6 +57,8 @@ class World:
         self.focus_um = 0.0
         self.jumps: dict[int, float] = {}
         """By number of image: where focus is from then on, in depths of field."""
+        self.moves_left = 1_000
+        """Then it stands still and goes on to say that it moves."""
         self._images = 0
 
     def position_um(self) -> float:
@@ -65,6 +67,9 @@ class World:
     def go_to(self, z_um: float) -> None:
         self.commands.append(z_um)
         self._said, way = z_um, z_um - self._began
+        if self.moves_left == 0:
+            return
+        self.moves_left -= 1
         if self._fault == "late":
             self._waits = z_um
         else:
@@ -148,6 +153,34 @@ def test_a_stage_that_does_not_move_is_refused_by_name(
     verdict = searched(comparison, World(transfer, 2.0, "stuck"))
     assert not verdict.focused
     assert "does not answer" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("moves", "start", "verify"),
+    [(1, 0.8, False), (1, 4.0, False), (2, 2.4, False), (1, 1.6, True)],
+)
+def test_a_stage_that_sticks_amid_a_search_is_refused_by_name(
+    comparison: PlaneComparison,
+    transfer: Transfer,
+    moves: int,
+    start: float,
+    *,
+    verify: bool,
+) -> None:
+    world = World(transfer, start)
+    world.moves_left = moves
+    verdict = searched(comparison, world, verify=verify)
+    assert not verdict.focused
+    assert "does not answer" in verdict.reason
+
+
+def test_a_stage_that_sticks_at_focus_is_not_in_focus_beside_it(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    world = World(transfer, -3.2)
+    world.moves_left = 3
+    verdict = searched(comparison, world, verify=True)
+    assert not verdict.focused or abs(world.z_um) < 0.5 * UNIT
 
 
 def test_nothing_to_see_ends_where_it_began(
