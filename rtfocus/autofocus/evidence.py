@@ -25,8 +25,8 @@ Floats = NDArray[np.float64]
 _NEAR, _TOP, _SAME_PLACE, _RIVAL_APART, _BRACKET = 3.5, 0.8, 0.05, 1.0, 0.5
 # Images look alike over so much about focus, which is known within a margin.
 _FLAT_TOP, _MARGIN, _BEYOND_TOP = 1.5, 0.3, 2.0
-# Images so far apart differ, elsewhere than about focus.
-_APART = 0.9
+# Images so far apart differ, elsewhere than about focus; so close they do not much.
+_APART, _CLOSE_BY = 0.9, 0.5
 # Images so close to the sharpest, at so many places, tell whether optics explain them.
 _CLOSE, _CLOSE_PLACES = 2.0, 4
 # Sharpness changes at least so much from focus to a depth of field beside it.
@@ -245,8 +245,8 @@ class Evidence:
         alike = takewhile(lambda look: look.change_from(now) < _SAME, self.looks[::-1])
         places = [look.z_um for look in alike]
         for other in self.looks[: -len(places)]:
-            below = [z for z in places if z < other.z_um - _MARGIN * self.unit_um]
-            above = [z for z in places if z > other.z_um + _MARGIN * self.unit_um]
+            below = [z for z in places if z < other.z_um - _CLOSE_BY * self.unit_um]
+            above = [z for z in places if z > other.z_um + _CLOSE_BY * self.unit_um]
             is_around = bool(below and above) and len(below + above) == len(places)
             if is_around and max(np.ptp(below), np.ptp(above)) < apart:
                 return []
@@ -256,7 +256,7 @@ class Evidence:
         """Tell whether the newest image's place has shown another image before."""
         now = self.looks[-1].z_um
         before = self.looks[: -len(places_um)]
-        return any(abs(look.z_um - now) < _MARGIN * self.unit_um for look in before)
+        return any(abs(look.z_um - now) < _CLOSE_BY * self.unit_um for look in before)
 
     def is_flat_top(self, places_um: list[float]) -> bool:
         """Tell whether places are so close about focus that images look alike there.

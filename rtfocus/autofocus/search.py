@@ -19,9 +19,10 @@ from rtfocus.frame import FocusReading
 _ARRIVED, _SURE, _HARDLY_SURE, _ROUGH = 0.3, 0.25, 0.35, 1.5
 _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
 _BESIDE, _STUCK = 0.7, 2.0
-# Of the spectra's energy: the optics do not explain the images, or explain them so
-# well that they may contradict sharpness, which aberrations move away from focus.
-_MOST_UNEXPLAINED, _WELL_EXPLAINED = 0.06, 0.01
+# Of the spectra's energy: the optics do not explain the images, nor do calibrated ones,
+# or they explain them so well that they may contradict sharpness, which aberrations
+# move away from focus.
+_MOST_UNEXPLAINED, _MOST_CALIBRATED, _WELL_EXPLAINED = 0.06, 0.02, 0.01
 # Refusals of images from far away; steps grow so much while they get sharper.
 _FAR, _GROWTH = ("edge", "blank"), 1.6
 _LEAST_PLACES, _ENOUGH, _MOST_RETURNS = 3, 5, 1
@@ -310,10 +311,11 @@ class FocusSearch:
             return self._next_view()
         if self.rule.verify and (beyond := self._unbracketed()) is not None:
             return self._view(beyond)
-        if unexplained > _MOST_UNEXPLAINED and self.rule.verify:
+        most = _MOST_UNEXPLAINED if self.rule.verify else _MOST_CALIBRATED
+        if unexplained > most and self.rule.verify:
             close = self.evidence.unexplained_close()
             unexplained = unexplained if close is None else close
-        if unexplained > _MOST_UNEXPLAINED:
+        if unexplained > most:
             return self.give_up(
                 "the images do not change with z as the optics say "
                 f"({100 * unexplained:.0f} % unexplained); check the channel's optics, "
