@@ -8,8 +8,10 @@ The stage picks the nearest real plane. Optics that nobody stated are assumed, s
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,25 +124,110 @@ class PlaneStage:
         self.plane = int(np.argmin(np.abs(self._heights - z_um)))
 
 
-def searches(
-    folder: Path,
-    name: str,
-    starts: list[int] | None = None,
-    *,
-    engine: str = "delpnet",
-    region: tuple[slice, slice] = (slice(None), slice(None)),
-) -> Iterator[tuple[int, int, Verdict]]:
-    """Yield start, end and verdict of a search from every plane; `region`: y, x."""
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A stack as somebody may have taken it."""
+
+    planes: NDArray[np.generic]
+    """Axes (z, y, x)."""
+    heights: list[float]
+    """Stage z of every plane in um, rising."""
+    optics: OpticalSystem
+    reference: tuple[int, ...]
+    """Planes in focus."""
+
+
+def _quarter(taken: Taken, top: int, left: int) -> Taken:
+    height, width = (side // 2 for side in taken.planes.shape[1:])
+    planes = taken.planes[:, top * height :, left * width :]
+    return replace(taken, planes=planes[:, :height, :width])
+
+
+def _binned_twice(taken: Taken) -> Taken:
+    planes = np.stack([_binned(plane, 2) for plane in taken.planes])
+    pixel_um = 2 * taken.optics.pixel_size_um
+    return replace(
+        taken, planes=planes, optics=replace(taken.optics, pixel_size_um=pixel_um)
+    )
+
+
+def _of_8_bits(taken: Taken) -> Taken:
+    low, high = float(taken.planes.min()), float(taken.planes.max())
+    planes = np.rint((taken.planes - low) / (high - low) * 255).astype(np.uint8)
+    return replace(taken, planes=planes)
+
+
+def _inverted(taken: Taken) -> Taken:
+    low, high = taken.planes.min(), taken.planes.max()
+    return replace(taken, planes=(high - (taken.planes - low)).astype(high.dtype))
+
+
+def _noisy(taken: Taken) -> Taken:
+    low, high = np.quantile(taken.planes, [0.01, 0.99])
+    noise = np.random.default_rng(5).normal(0, 0.05 * (high - low), taken.planes.shape)
+    kind = taken.planes.dtype
+    planes = np.clip(taken.planes + noise, 0, np.iinfo(kind).max).astype(kind)
+    return replace(taken, planes=planes)
+
+
+def _reversed(taken: Taken) -> Taken:
+    last = len(taken.planes) - 1
+    heights = [taken.heights[-1] - z_um for z_um in taken.heights[::-1]]
+    reference = tuple(last - plane for plane in taken.reference)
+    return replace(
+        taken, planes=taken.planes[::-1], heights=heights, reference=reference
+    )
+
+
+def _every_second(taken: Taken) -> Taken:
+    # A plane in focus that is left out has two neighbours that are left.
+    halves = {
+        half for plane in taken.reference for half in (plane // 2, -(-plane // 2))
+    }
+    kept = range((len(taken.planes) + 1) // 2)
+    return replace(
+        taken,
+        planes=taken.planes[::2],
+        heights=taken.heights[::2],
+        reference=tuple(half for half in sorted(halves) if half in kept),
+    )
+
+
+VARIANTS: dict[str, Callable[[Taken], Taken]] = {
+    "recorded": lambda taken: taken,
+    "binned": _binned_twice,
+    "top-left": partial(_quarter, top=0, left=0),
+    "top-right": partial(_quarter, top=0, left=1),
+    "bottom-left": partial(_quarter, top=1, left=0),
+    "bottom-right": partial(_quarter, top=1, left=1),
+    "8-bit": _of_8_bits,
+    "inverted": _inverted,
+    "noisy": _noisy,
+    "reversed": _reversed,
+    "every-second": _every_second,
+}
+"""Quarters of the field; noise of 5 % of the contrast; the stage's direction turned."""
+
+
+def take(folder: Path, name: str, variant: str = "recorded") -> Taken:
+    """Return one of `STACKS` as one of `VARIANTS`."""
     stack = STACKS[name]
     planes, heights = read_planes(folder, stack)
-    planes = planes[:, *region]
-    reader = Reader(engine, stack.optics)
+    return VARIANTS[variant](Taken(planes, heights, stack.optics, stack.reference))
+
+
+def searches(
+    taken: Taken, starts: Iterable[int] | None = None, *, engine: str = "delpnet"
+) -> Iterator[tuple[int, int, Verdict]]:
+    """Yield start, end and verdict of a search from planes; None: from every plane."""
+    heights = taken.heights
+    reader = Reader(engine, taken.optics)
     reader.settings = replace(reader.settings, dark_counts=0.0, saturation_counts=None)
-    comparison = PlaneComparison(stack.optics, 0)
+    comparison = PlaneComparison(taken.optics, 0)
     unit = comparison.unit_um
-    readings = {}
+    readings: dict[int, FocusReading] = {}
     try:
-        for start in range(len(planes)) if starts is None else starts:
+        for start in range(len(heights)) if starts is None else starts:
             stage = PlaneStage(heights, start)
             search = FocusSearch(
                 comparison,
@@ -150,7 +237,7 @@ def searches(
 
             def look(_: float, stage: PlaneStage = stage) -> FocusReading:
                 if stage.plane not in readings:
-                    readings[stage.plane] = reader.read(planes[stage.plane])
+                    readings[stage.plane] = reader.read(taken.planes[stage.plane])
                 return readings[stage.plane]
 
             verdict = run_search(search, stage, look)
@@ -159,57 +246,65 @@ def searches(
         reader.close()
 
 
+def planes_off(taken: Taken, plane: int) -> int:
+    """Return how many planes one is from the nearest in focus."""
+    return min(abs(plane - reference) for reference in taken.reference)
+
+
+def summarise(taken: Taken, every: int, engine: str) -> dict[str, object]:
+    """Search from each n-th plane and count how it ended."""
+    landed, refused, farther, wrong, images = 0, 0, 0, [], []
+    reasons: Counter[str] = Counter()
+    starts = range(0, len(taken.planes), every)
+    for start, end, verdict in searches(taken, starts, engine=engine):
+        off = planes_off(taken, end)
+        images.append(verdict.images)
+        farther += off > planes_off(taken, start) + 1
+        if not verdict.focused:
+            refused += 1
+            reasons[verdict.reason.split("(")[0].strip()] += 1
+        elif off <= 1:
+            landed += 1
+        else:
+            wrong.append((start, off))
+    return {
+        "landed within 1 plane": landed,
+        "refused": refused,
+        "wrong in silence": wrong,
+        "farther than it began": farther,
+        "median images": float(np.median(images)),
+        "reasons": dict(reasons),
+    }
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--stacks", default=",".join(STACKS))
+    parser.add_argument(
+        "--variants", default="recorded", help=f"all, or some of {', '.join(VARIANTS)}"
+    )
     parser.add_argument("--engine", default="delpnet")
     parser.add_argument("--every", type=int, default=1, help="start at each n-th plane")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    wanted = list(VARIANTS) if given.variants == "all" else given.variants.split(",")
     table: dict[str, dict[str, object]] = {}
     for name in given.stacks.split(","):
-        reference = STACKS[name].reference
-        landed, refused, wrong, images = 0, 0, [], []
-        reasons: dict[str, int] = {}
-        count = len(read_planes(given.data, STACKS[name])[0])
-        starts = list(range(0, count, given.every))
-        for start, _, verdict in searches(
-            given.data, name, starts, engine=given.engine
-        ):
-            planes_off = min(
-                abs(_plane(name, given.data, verdict) - r) for r in reference
+        if not list(given.data.glob(STACKS[name].pattern)):
+            parser.error(
+                f"'{given.data}' holds no {STACKS[name].pattern}: name the folder of "
+                "the recorded stacks by --data, or others by --stacks"
             )
-            images.append(verdict.images)
-            if not verdict.focused:
-                refused += 1
-                key = verdict.reason.split("(")[0].strip()
-                reasons[key] = reasons.get(key, 0) + 1
-            elif planes_off <= 1:
-                landed += 1
-            else:
-                wrong.append((start, planes_off))
-        table[name] = {
-            "landed within 1 plane": landed,
-            "refused": refused,
-            "wrong in silence": wrong,
-            "median images": float(np.median(images)),
-            "reasons": reasons,
-        }
-        print(name, table[name], flush=True)
+        for variant in wanted:
+            taken = take(given.data, name, variant)
+            row = f"{name}, {variant}"
+            table[row] = summarise(taken, given.every, given.engine)
+            print(row, table[row], flush=True)
     if given.json:
         found = {"machine": machine.describe(), "table": table}
         given.json.write_text(json.dumps(found, indent=1), "utf-8")
-
-
-_HEIGHTS: dict[str, list[float]] = {}
-
-
-def _plane(name: str, folder: Path, verdict: Verdict) -> int:
-    if name not in _HEIGHTS:
-        _HEIGHTS[name] = read_planes(folder, STACKS[name])[1]
-    return int(np.argmin(np.abs(np.array(_HEIGHTS[name]) - verdict.end_um)))
 
 
 if __name__ == "__main__":
