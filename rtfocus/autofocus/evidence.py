@@ -244,13 +244,15 @@ class Evidence:
         now, apart = self.looks[-1], _APART * self.unit_um
         alike = takewhile(lambda look: look.change_from(now) < _SAME, self.looks[::-1])
         places = [look.z_um for look in alike]
+        if not places or np.ptp(places) < apart:
+            return []
         for other in self.looks[: -len(places)]:
             below = [z for z in places if z < other.z_um - _CLOSE_BY * self.unit_um]
             above = [z for z in places if z > other.z_um + _CLOSE_BY * self.unit_um]
             is_around = bool(below and above) and len(below + above) == len(places)
             if is_around and max(np.ptp(below), np.ptp(above)) < apart:
                 return []
-        return places if np.ptp(places) >= apart else []
+        return places
 
     def is_contradicted(self, places_um: list[float]) -> bool:
         """Tell whether the newest image's place has shown another image before."""

@@ -432,9 +432,9 @@ class FocusSearch:
         if not self.evidence.alike_um():
             return end
         self._returns = 0
-        focus, way_um = self.belief.best.mean_um, _BEYOND * self.evidence.unit_um
+        now, way_um = self.looks[-1].z_um, _BEYOND * self.evidence.unit_um
         sides = (self.rule.safe_side, -self.rule.safe_side)
-        inside = filter(self.moves.limits.holds, (focus + s * way_um for s in sides))
+        inside = filter(self.moves.limits.holds, (now + s * way_um for s in sides))
         return next((self._view(beyond) for beyond in inside), end)
 
     def _makes_progress(self) -> bool:
