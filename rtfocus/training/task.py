@@ -181,7 +181,9 @@ class Task(ABC, Generic[R]):
         """
         device = next(self.network.parameters()).device.type
         mixed = device != "cpu" or multiplies_bf16()
-        with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        # The cache of rounded weights is one for all threads, and the part that ends
+        # first empties it: a weight that serves twice was then rounded once or twice.
+        with torch.autocast(device, torch.bfloat16, mixed, cache_enabled=False):
             loss, shown = self.loss(tensors)
         learning = self.learning()
         found = torch.autograd.grad(share * loss, learning, allow_unused=True)

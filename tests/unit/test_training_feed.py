@@ -109,6 +109,37 @@ def test_parts_of_a_step_add_up_to_what_the_whole_batch_asks_for(monkeypatch):
         assert gradient is None or gradient.stride() == parameter.stride()
 
 
+def test_a_part_is_not_rounded_otherwise_when_another_ends_meanwhile(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rtfocus.training.task.multiplies_bf16", lambda: True)
+    torch.manual_seed(0)
+    task = make_task(small_recipe(tmp_path))
+    torch.nn.init.normal_(task.network.correction.weight, std=0.1)
+    tensors = {
+        "blurred": torch.rand(2, 1, 96, 96),
+        "sharp": torch.rand(2, 1, 96, 96),
+        "levels": torch.zeros(2, 1, 1),
+        "empty": torch.zeros(2, 1, 1, dtype=torch.bool),
+        "condition": torch.zeros(2, 5),
+    }
+    alone, _ = task.gradients(tensors)
+
+    def another_ends(*_: object) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            pass
+
+    def run_another(*_: object) -> None:
+        thread = Thread(target=another_ends)
+        thread.start()
+        thread.join()
+
+    # Its weights serve twice: for the labels and for the gate.
+    task.network.label.register_forward_hook(run_another)
+    beside, _ = task.gradients(tensors)
+    assert all(map(torch.equal, alone, beside))
+
+
 def test_a_worker_tells_what_keeps_it_from_making_batches(tmp_path):
     source = SourceRecipe(kind="none", files=["no-such-*.tif"])
     recipe = small_recipe(tmp_path).model_copy(
