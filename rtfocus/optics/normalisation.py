@@ -125,7 +125,8 @@ class ContrastToNoise:
     def noise(self, frame: Image) -> float:
         """Return the standard deviation of the noise in the frame's dark parts."""
         rows, columns = _cell_counts(frame)
-        steps = np.diff(frame, axis=1, append=frame[:, -1:])
+        steps = np.zeros_like(frame, order="C")
+        np.subtract(frame[:, 1:], frame[:, :-1], out=steps[:, :-1])
         by_row = steps.reshape(rows, CELL_PX, columns * CELL_PX)
         squares = np.einsum("rpx,rpx->rx", by_row, by_row)
         power = squares.reshape(rows, columns, CELL_PX).sum(axis=2)
@@ -171,7 +172,9 @@ class ContrastToNoise:
         sigma = self.noise(frame) if noise is None else noise
         blocks = frame.reshape(rows, CELL_PX, columns, CELL_PX)
         means = blocks.mean(axis=(1, 3))
-        peaks = blocks.max(axis=(1, 3))
+        # Rows first: along whole rows of pixels a maximum is six times as fast.
+        peaks = frame.reshape(rows, CELL_PX, -1).max(axis=1)
+        peaks = peaks.reshape(rows, columns, CELL_PX).max(axis=2)
         size, step, first = (n // CELL_PX for n in (tile_px, stride_px, start_px))
         row_spans = _spans(rows, size, step, first)
         column_spans = _spans(columns, size, step, first)

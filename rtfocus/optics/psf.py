@@ -337,7 +337,7 @@ def _general_psf(
     samples = max(128, 4 * ceil(reach + _TAIL_UNITS))
     pitch = 2.0 / samples
     axis = (np.arange(samples) + 0.5) * pitch - 1.0
-    wave = _edge_weight(axis, pitch) * _inside(system, total_um, axis)
+    wave = _edge_weight(samples) * _inside(system, total_um, axis)
     kernel = np.exp(2j * np.pi * np.outer(centre, axis))
     field = kernel @ wave @ kernel.T * pitch**2
     energy = np.sum(np.abs(wave) ** 2) * pitch**2
@@ -353,8 +353,11 @@ def _inside(
     return full_pupil(system, total_um, x * shrink, y * shrink)
 
 
-def _edge_weight(axis: Floats, pitch: float) -> Floats:
+@lru_cache(maxsize=32)
+def _edge_weight(samples: int) -> Floats:
     """Share of each pupil cell inside the aperture; 5 x 5 points per cell."""
+    pitch = 2.0 / samples
+    axis = (np.arange(samples) + 0.5) * pitch - 1.0
     fine = (axis[:, None] + (np.arange(5) - 2.0) / 5.0 * pitch).ravel()
     inside = (fine[:, None] ** 2 + fine[None, :] ** 2 <= 1.0).astype(np.float64)
     return _bin(inside, 5) / 25.0

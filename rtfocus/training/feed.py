@@ -12,9 +12,11 @@ the shipped network.
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,8 +33,9 @@ from rtfocus.training.onnx_forms import float_weights
 from rtfocus.training.recipe import RecipeBase, validate_recipe
 from rtfocus.training.task import Arrays, Task, make_task
 
-_AHEAD = 2
-"""Batches that each worker is asked for before they are needed."""
+_AHEAD = 4
+"""Batches that each worker is asked for before they are needed: one in which a scene
+is made anew takes as long as some of the others together."""
 
 
 class BatchFeed:
@@ -92,6 +95,7 @@ class BatchFeed:
 
         Best called when the step leaves a core free: a batch that is made beside the
         parts of a step takes its time from one of them, and the others wait for it.
+        One that is not taken yet does not keep a worker from making the next.
 
         Raises
         ------
@@ -158,6 +162,9 @@ def _work(recipe: RecipeBase, pipe: Connection) -> None:
 def answer_requests(task: Task[Any], pipe: Connection) -> None:
     """Make the batches that are asked for until the pipe closes.
 
+    A pipe holds less than a batch: sending one lasts until the trainer takes it, and
+    the next is made meanwhile.
+
     Parameters
     ----------
     task
@@ -165,16 +172,18 @@ def answer_requests(task: Task[Any], pipe: Connection) -> None:
     pipe
         Brings (step, draw), takes batches, or the error that kept one from being made.
     """
-    try:
+    with ThreadPoolExecutor(1, "sending batches") as sender:
         while True:
-            step, draw = pipe.recv()
+            try:
+                step, draw = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                return
             try:
                 answer: Arrays | Exception = task.batch(step, draw)
             except RtfocusError as error:
                 answer = error
-            pipe.send(answer)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+            # Packed here, so that only a closed pipe can keep it from being sent.
+            sender.submit(pipe.send_bytes, pickle.dumps(answer))
 
 
 NEWEST = "last.pt"

@@ -97,6 +97,8 @@ class StepParts:
             twin = copy.copy(task)
             twin.network = _twin(task.network)
             self._tasks.append(twin)
+        # Kept: the system clears new memory of this size anew at every step.
+        self._sums = [torch.empty_like(parameter) for parameter in task.learning()]
         self._threads: ThreadPoolExecutor | None = None
         if workers > 1:
             self._threads = ThreadPoolExecutor(
@@ -111,6 +113,8 @@ class StepParts:
         self, step: int, tensors: Tensors
     ) -> tuple[Gradients, dict[str, float]]:
         """Return the mean of the parts' gradients and of what they measured.
+
+        Gradients hold until the next call.
 
         Parameters
         ----------
@@ -133,9 +137,7 @@ class StepParts:
             if not total:
                 total, shown = gradients, measured
                 continue
-            total = [
-                _sum(one, other) for one, other in zip(total, gradients, strict=True)
-            ]
+            total = list(map(_sum, total, gradients, self._sums))
             shown = {name: value + measured[name] for name, value in shown.items()}
         return total, shown
 
@@ -160,10 +162,10 @@ def _twin(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, same)
 
 
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _sum(one: Tensor | None, other: Tensor | None, into: Tensor) -> Tensor | None:
     if one is None or other is None:
         return one if other is None else other
-    return one + other
+    return torch.add(one, other, out=into)
 
 
 _REPORT_STEPS = 25

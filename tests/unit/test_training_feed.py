@@ -3,7 +3,7 @@
 from contextlib import closing
 from multiprocessing import Pipe
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -74,7 +74,8 @@ def test_chance_belongs_to_a_part_however_many_run_at_a_time():
     found = []
     for workers in (0, 2, 2):
         with closing(StepParts(task, workers)) as parts:
-            found.append(parts.gradients(5, tensors))
+            gradients, measured = parts.gradients(5, tensors)
+            found.append(([one.clone() for one in gradients], measured))
             *_, other = (parts.gradients(step, tensors) for step in (5, 6))
     one, *others = found
     for two in others:
@@ -154,6 +155,35 @@ def test_a_worker_tells_what_keeps_it_from_making_batches(tmp_path):
     worker.join()
     assert isinstance(answer, ConfigError)
     assert "no file matches" in str(answer)
+
+
+def test_a_worker_makes_the_next_batch_before_the_last_is_taken(tmp_path, monkeypatch):
+    recipe = small_recipe(tmp_path)
+    pairs = recipe.pairs.model_copy(update={"batch_patches": 16})
+    task = make_task(recipe.model_copy(update={"pairs": pairs}))
+    made, both = [], Event()
+    make = task.batch
+
+    def batch(step: int, draw: int) -> dict[str, np.ndarray]:
+        made.append(make(step, draw))
+        if len(made) == 2:
+            both.set()
+        return made[-1]
+
+    monkeypatch.setattr(task, "batch", batch)
+    ours, theirs = Pipe()
+    worker = Thread(target=answer_requests, args=(task, theirs))
+    worker.start()
+    for draw in (0, 1):
+        ours.send((0, draw))
+    assert both.wait(60)
+    for one in made:
+        # No pipe holds so much unread.
+        assert one["blurred"].nbytes > 500_000
+        taken = ours.recv()
+        assert all(np.array_equal(taken[name], one[name]) for name in one)
+    ours.close()
+    worker.join()
 
 
 def test_scenes_of_a_step_depend_on_its_number_alone():
