@@ -44,8 +44,6 @@ from rtfocus.runtimes.tensorrt.plans import (
     rtx_target,
     target_of,
 )
-from rtfocus.sharing.admission import add_model
-from rtfocus.sharing.export import export_bioimageio
 
 Row = tuple[str, str]
 """Topic and what is said of it."""
@@ -260,6 +258,8 @@ def add(
 
     [bold]Example:[/] rtfocus engines add checkpoints/my_objective/engine
     """
+    from rtfocus.sharing.admission import add_model
+
     found = add_model(source, name=name, values=values, tell=typer.echo)
     typer.echo(f"added {found.kind} '{found.name}' in {found.folder}")
     if (steps := found.card.steps) is not None:
@@ -300,6 +300,8 @@ def export_model(
     [bold]Example:[/] rtfocus engines export multiscale -o multiscale.zip
     --author "Jane Doe" --cite https://example.org/paper
     """
+    from rtfocus.sharing.export import export_bioimageio
+
     found = find_engine(name, folder or ())
     written = export_bioimageio(
         found, output, authors=author, cite=cite, licence=licence, overwrite=overwrite

@@ -10,10 +10,13 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import onnx
 import yaml
+from google.protobuf.message import DecodeError, Message
 
 from rtfocus.config.loading import decode, parse_yaml
 from rtfocus.engines.card import CARD_NAME, EngineCard, parse_card
@@ -22,7 +25,6 @@ from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
 from rtfocus.sharing.description import Model, read_model
 from rtfocus.sharing.foreign import WEIGHTS_NAME, card_of, prove, read_test_tensor
-from rtfocus.sharing.onnx_file import read_onnx, with_weights_inside
 from rtfocus.sharing.package import (
     RDF_NAMES,
     TENSOR_BYTES,
@@ -158,7 +160,7 @@ def _admitted(
     """Return the engine that a foreign model becomes, once it has proved itself."""
     model = read_model(rdf)
     weights = _weights(package, model)
-    said = card_of(model, read_onnx(weights), hashlib.sha256(weights).hexdigest())
+    said = card_of(model, read_network(weights), hashlib.sha256(weights).hexdigest())
     tensors = [
         read_test_tensor(
             verified(package, words.test.source, words.test.sha256, TENSOR_BYTES), words
@@ -205,6 +207,95 @@ def _weights(package: Package, model: Model) -> bytes:
         return verified(package, path, stated.get(path), WEIGHTS_BYTES)
 
     return with_weights_inside(weights, read, WEIGHTS_BYTES)
+
+
+def read_network(weights: bytes) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises
+    ------
+    EngineError
+        What goes on after the model's name, if it is none, or is damaged.
+    """
+    try:
+        network = onnx.load_model_from_string(weights)
+    except DecodeError as error:
+        msg = f"has an ONNX file that is damaged ({error}); get it again"
+        raise EngineError(msg) from error
+    if not network.HasField("graph"):
+        msg = "has an ONNX file that holds no network; export it again"
+        raise EngineError(msg)
+    return network
+
+
+def with_weights_inside(
+    weights: bytes, read: Callable[[str], bytes], most_bytes: int
+) -> bytes:
+    """Return an ONNX file that holds the weights which it keeps in other files.
+
+    Parameters
+    ----------
+    weights
+        The file; one that is whole is returned as it is.
+    read
+        Gives what a file holds by the path that the ONNX file says, which may lead
+        anywhere: refusing is up to it.
+    most_bytes
+        What all weights together may have.
+
+    Raises
+    ------
+    EngineError
+        What goes on after the model's name, if they are not all there.
+    """
+    network, read = read_network(weights), cache(read)
+    elsewhere = [
+        tensor
+        for tensor in _tensors(network)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    left = most_bytes - len(weights)
+    for tensor in elsewhere:
+        values = _values_of(tensor, read)
+        left -= len(values)
+        if left < 0:
+            msg = "has more weights in other files than can be meant; it is not read"
+            raise EngineError(msg)
+        tensor.raw_data = bytes(values)
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+    return network.SerializeToString() if elsewhere else weights
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that a message holds, however deep."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _tensors(part)
+
+
+def _values_of(tensor: onnx.TensorProto, read: Callable[[str], bytes]) -> memoryview:
+    """Return the values of a tensor that lie in another file."""
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    location = said.get("location", "")
+    whole = memoryview(read(location))
+    try:
+        start = int(said.get("offset", "0"))
+        length = int(said.get("length", len(whole) - start))
+    except ValueError as error:
+        msg = f"has weights '{tensor.name}' at no place of '{location}': {error}"
+        raise EngineError(msg) from error
+    if min(start, length) < 0 or start + length > len(whole):
+        msg = (
+            f"has weights '{tensor.name}' at bytes {start} to {start + length} of "
+            f"'{location}', which has {len(whole)}; get the whole package again"
+        )
+        raise EngineError(msg)
+    return whole[start : start + length]
 
 
 def _exported(

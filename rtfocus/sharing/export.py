@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import yaml
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -34,7 +35,6 @@ from rtfocus.errors import EngineError
 from rtfocus.files import whole
 from rtfocus.processing.classify import Conditions
 from rtfocus.runtimes.cpu_backends import open_engine
-from rtfocus.sharing.onnx_file import opset_of
 
 FORMAT_VERSION = "0.5.3"
 _README = "README.md"
@@ -113,7 +113,7 @@ def export_bioimageio(
         "weights": {
             "onnx": {
                 **_checked(model.name, files),
-                "opset_version": opset_of(files[model.name]),
+                "opset_version": _opset(files[model.name]),
             }
         },
         "config": {"rtfocus": card.model_dump(mode="json", exclude_none=True)},
@@ -156,6 +156,12 @@ def _beside(card: EngineCard) -> list[str]:
 
 def _checked(name: str, files: dict[str, bytes]) -> Section:
     return {"source": name, "sha256": hashlib.sha256(files[name]).hexdigest()}
+
+
+def _opset(weights: bytes) -> int:
+    """Return the version of the standard operators that an ONNX file uses."""
+    named = onnx.load_model_from_string(weights).opset_import
+    return int(next(one.version for one in named if one.domain in ("", "ai.onnx")))
 
 
 def _citation(card: EngineCard, cite: str) -> Section:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -35,7 +36,6 @@ from rtfocus.runtimes.cpu_backends import open_engine
 from rtfocus.runtimes.cpu_engine import straighten
 from rtfocus.runtimes.machine import usable_threads
 from rtfocus.sharing.description import Model, Side, TensorWords, Tolerance
-from rtfocus.sharing.onnx_file import OnnxFile
 
 WEIGHTS_NAME = "model.fp32.onnx"
 
@@ -58,7 +58,7 @@ class Tile:
     halo_px: int
 
 
-def card_of(model: Model, network: OnnxFile, sha256: str) -> dict[str, Any]:
+def card_of(model: Model, network: onnx.ModelProto, sha256: str) -> dict[str, Any]:
     """Return the card of a model, its name and what it was tested for left out.
 
     Raises
@@ -68,8 +68,9 @@ def card_of(model: Model, network: OnnxFile, sha256: str) -> dict[str, Any]:
     """
     for said in (*_faults_of_network(network), *_faults_of_words(model)):
         raise EngineError(said)
-    (given,), (gives,) = network.inputs, network.outputs
-    tile = _tile(model, given.shape)
+    (given,), (gives,) = _given_by_caller(network), network.graph.output
+    lengths = given.type.tensor_type.shape.dim
+    tile = _tile(model, tuple(one.dim_value or None for one in lengths))
     final = model.output.dtype
     as_stated = [] if final in ("float32", "float64") else [_cast(final)]
     return {
@@ -99,16 +100,25 @@ def _cast(dtype: str) -> dict[str, Any]:
     return {"id": "ensure_dtype", "kwargs": {"dtype": dtype}}
 
 
-def _faults_of_network(network: OnnxFile) -> Iterator[str]:
-    for what, tensors in (("input", network.inputs), ("output", network.outputs)):
+def _given_by_caller(network: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs of a network without those that the file gives a value."""
+    inside = {tensor.name for tensor in network.graph.initializer}
+    return [one for one in network.graph.input if one.name not in inside]
+
+
+def _faults_of_network(network: onnx.ModelProto) -> Iterator[str]:
+    given, gives = _given_by_caller(network), network.graph.output
+    for what, tensors in (("input", given), ("output", gives)):
         if len(tensors) != 1:
             names = [tensor.name for tensor in tensors]
             yield f"has a network with the {what}s {names}; one can be served"
             return
-        if tensors[0].dtype != "float32":
+        dtype = tensors[0].type.tensor_type.elem_type
+        if dtype != onnx.TensorProto.FLOAT:
+            words = {number: word for word, number in onnx.TensorProto.DataType.items()}
             yield (
-                f"has a network whose {what} is {tensors[0].dtype}; float32 can be "
-                "served: ask its authors for it"
+                f"has a network whose {what} is {words.get(dtype, 'unknown').lower()}; "
+                "float32 can be served: ask its authors for it"
             )
 
 

@@ -1,7 +1,6 @@
 """Engines from anywhere: packages back in, foreign models, and doors that stay shut."""
 
 import hashlib
-import io
 import shutil
 import stat
 import threading
@@ -9,6 +8,7 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import onnx
 import pytest
 import yaml
 from engine_kit import write_shift_restorer, write_smooth_restorer
@@ -21,9 +21,8 @@ from rtfocus.engines.registry import (
 )
 from rtfocus.errors import EngineError, OutputError
 from rtfocus.sharing import package as packages
-from rtfocus.sharing.admission import add_model
+from rtfocus.sharing.admission import add_model, read_network, with_weights_inside
 from rtfocus.sharing.export import export_bioimageio
-from rtfocus.sharing.onnx_file import read_onnx
 
 SAID = {
     "authors": ["Jane Doe"],
@@ -202,29 +201,35 @@ def test_damaged_zips_are_refused_in_one_line(exported, mine, tmp_path):
             add_model(name)
 
 
-def test_an_onnx_file_says_what_it_holds(exported):
-    onnx = pytest.importorskip("onnx")
-    found = read_onnx(exported["model.fp32.onnx"])
-    assert [(t.name, t.dtype, t.shape) for t in found.inputs] == [
-        ("tiles", "float32", (None, 1, None, None))
-    ]
-    assert [t.name for t in found.outputs] == ["restored"]
-    assert (found.opset, found.is_whole) == (17, True)
-    model = onnx.load_from_string(exported["model.fp32.onnx"])
+def test_weights_in_other_files_are_found_however_deep_they_lie(exported):
+    whole = exported["model.fp32.onnx"]
+    asked = []
+
+    def inside(weights):
+        return with_weights_inside(weights, lambda path: asked.append(path) or b"", 99)
+
+    assert inside(whole) is whole
+    model = onnx.load_from_string(whole)
     weights = model.graph.initializer[0]
     weights.data_location = onnx.TensorProto.EXTERNAL
     weights.external_data.add(key="location", value="../../secret")
-    assert not read_onnx(model.SerializeToString()).is_whole
+    weights.external_data.add(key="length", value="1")
+    with pytest.raises(EngineError, match=r"at bytes 0 to 1 of '../../secret'"):
+        inside(model.SerializeToString())
     constant = onnx.helper.make_node("Constant", [], ["c"], value=weights)
     branch = onnx.helper.make_graph([constant], "branch", [], [])
     del model.graph.initializer[0]
     model.graph.node.append(
         onnx.helper.make_node("If", ["b"], ["d"], then_branch=branch)
     )
-    assert not read_onnx(model.SerializeToString()).is_whole
-    for damaged in (b"", b"\x08", b"\xff" * 30, exported["model.fp32.onnx"][:100]):
+    with pytest.raises(EngineError, match=r"at bytes 0 to 1 of '../../secret'"):
+        inside(model.SerializeToString())
+    assert asked == ["../../secret"] * 2
+    with pytest.raises(EngineError, match="more weights in other files than"):
+        with_weights_inside(model.SerializeToString(), lambda _: b"0", len(whole))
+    for damaged in (b"", b"\x08", b"\xff" * 30, whole[:100]):
         with pytest.raises(EngineError, match="again"):
-            read_onnx(io.BytesIO(damaged).getvalue())
+            read_network(damaged)
 
 
 class Answers(BaseHTTPRequestHandler):
