@@ -241,7 +241,7 @@ def _refuse_mistyped(config: Config) -> None:
     if config.acquisition.mda is None or isinstance(config.microscope, ReplayConfig):
         return
     from rtfocus.engines.registry import find_engine
-    from rtfocus.microscope.plan import read_sequence
+    from rtfocus.microscope.sequence import read_sequence
     from rtfocus.processing.channel_plan import restored_as_it_is
 
     processing = config.processing

@@ -8,12 +8,12 @@ page 1252 may be another letter of another one. It is refused, and the line is n
 import codecs
 import difflib
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rtfocus.config.model import Config
@@ -30,10 +30,6 @@ _MARKS = (
 _MOST_OF_LINE = 60
 _MOST_MB = 64  # plans that list every event have some; images have more
 _MOST_SHOWN = 80  # characters of a refused value that an error repeats
-# Fields whose content is the user's own.
-_FREE = {"metadata"}
-_NEAR = 0.6
-Kind = type[BaseModel]
 
 
 def read_yaml(path: Path) -> Any:
@@ -157,8 +153,8 @@ def find_config(name: Path | str) -> Path:
         if os.path.isfile(path):
             return path
     names = sorted(p.stem for p in folder.glob("*.yaml"))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    meant = f"did you mean '{near[0]}'? " if near else ""
+    like = near(name, names, 0.7)
+    meant = f"did you mean '{like[0]}'? " if like else ""
     listed = ", ".join(one for one in names if not one.startswith("train_"))
     msg = (
         f"config '{name}' is no file and no shipped config; {meant}shipped: {listed}, "
@@ -277,7 +273,7 @@ def _explain(detail: ErrorDetails) -> str:
     key = ".".join(map(str, (*location, *getattr(cause, "keys", ()))))
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = _valid_keys(detail["loc"][:-1])
-        return f"unknown key '{key}'; {_hint(str(detail['loc'][-1]), valid, 0.4)}"
+        return f"unknown key '{key}'; {hint(str(detail['loc'][-1]), valid, 0.4)}"
     if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
         return f"'{key}': a number is no key; decimals have a point, not a comma"
     if (tag := context.get("tag")) is not None:
@@ -289,12 +285,14 @@ def _explain(detail: ErrorDetails) -> str:
     return f"'{key}': {rule}{shown}" if key else rule
 
 
-def _hint(key: str, valid: list[str], likeness: float) -> str:
-    near = _near(key, valid, likeness)
-    return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(valid)}"
+def hint(key: str, valid: list[str], likeness: float) -> str:
+    """Return what a key that is not known may mean; `likeness` from 0 to 1."""
+    found = near(key, valid, likeness)
+    return f"did you mean '{found[0]}'?" if found else f"valid: {', '.join(valid)}"
 
 
-def _near(key: str, valid: list[str], likeness: float) -> list[str]:
+def near(key: str, valid: list[str], likeness: float) -> list[str]:
+    """Return the valid key most like one, alone; empty: none is like it."""
     return difflib.get_close_matches(key, valid, n=1, cutoff=likeness)
 
 
@@ -308,7 +306,7 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     candidates: list[Any] = [Config]
     for part in (one for one in location if not isinstance(one, int)):
         fields = map(_fields, candidates)
-        below = [one for known in fields for one in _models(known.get(part))]
+        below = [one for known in fields for one in models_in(known.get(part))]
         # A discriminated union adds its tag to the location: not a field, no step.
         candidates = below or candidates
     return sorted({name for model in candidates for name in _fields(model)})
@@ -320,7 +318,7 @@ def _fields(model: Any) -> dict[str, Any]:
     return dict(getattr(model, "__annotations__", {}))
 
 
-def _models(annotation: Any) -> list[Any]:
+def models_in(annotation: Any) -> list[Any]:
     """All section classes inside an annotation such as ``list[A] | B | None``."""
     inner = get_args(annotation)
     if not inner:
@@ -328,7 +326,7 @@ def _models(annotation: Any) -> list[Any]:
             isinstance(annotation, type) and issubclass(annotation, BaseModel)
         )
         return [annotation] if is_section else []
-    return [model for part in inner for model in _models(part)]
+    return [model for part in inner for model in models_in(part)]
 
 
 def _resolve_paths(
@@ -356,95 +354,3 @@ def _resolve(path: Path, folder: Path) -> Path:
         msg = f"'{path}': this user has no home folder; write the whole path"
         raise ConfigError(msg) from error
     return path if path.is_absolute() else (folder / path).resolve()
-
-
-def unknown_keys(
-    given: object, taken: BaseModel | type[BaseModel], path: str
-) -> list[str]:
-    """Say which keys a model would pass over in silence, with the nearest it has.
-
-    useq, of which plans are, ignores keys it does not know, and so runs another
-    experiment than the one written down.
-
-    Parameters
-    ----------
-    given
-        As written: mappings, sequences and values.
-    taken
-        What was made of it; its class where nothing could be made of it.
-    path
-        What the keys' paths begin with.
-    """
-    kind, model = (taken, None) if isinstance(taken, type) else (type(taken), taken)
-    found = list(_unknown(given, [kind], model, path))
-    # A misspelt key may be why something else altogether is read.
-    return [fault for fault in found if fault.startswith("unknown")] or found
-
-
-def _unknown(
-    given: object, kinds: list[Kind], taken: object, path: str
-) -> Iterator[str]:
-    if isinstance(given, list | tuple):
-        items = _items(taken, len(given)) or [None] * len(given)
-        for number, (value, found) in enumerate(zip(given, items, strict=True)):
-            yield from _unknown(value, kinds, found, f"{path}[{number}]")
-        return
-    if not isinstance(given, dict) or not kinds:
-        return
-    kind = _meant(given, kinds, type(taken))
-    if isinstance(taken, BaseModel) and given.keys() <= _keys(type(taken)).keys():
-        kind = type(taken)
-    valid = _keys(kind)
-    for key, value in given.items():
-        if key not in valid:
-            hint = _hint(str(key).lower(), [*valid], _NEAR)
-            yield f"unknown key '{path}.{key}'; {hint}"
-            continue
-        if isinstance(taken, BaseModel) and key not in _keys(type(taken)):
-            yield f"'{path}.{key}' is ignored: useq reads a {type(taken).__name__} here"
-            continue
-        name = valid[key]
-        if name is None or name in _FREE:
-            continue
-        below = _models(kind.model_fields[name].annotation)
-        yield from _unknown(value, below, getattr(taken, name, None), f"{path}.{key}")
-
-
-def _meant(given: dict[object, object], kinds: list[Kind], taken: type) -> Kind:
-    """Return the model that knows most of the keys, spelt rightly or nearly."""
-
-    def strangers(kind: Kind) -> tuple[int, int, bool, int]:
-        keys = _keys(kind)
-        wrong = [str(key) for key in given if key not in keys]
-        far = [key for key in wrong if not _near(key.lower(), [*keys], _NEAR)]
-        return len(far), len(wrong), kind is not taken, len(keys)
-
-    return min(kinds, key=strangers)
-
-
-def _items(taken: object, length: int) -> Sequence[object] | None:
-    """Return what a list became: a sequence, or a model around one."""
-    if isinstance(taken, BaseModel):
-        inner = [getattr(taken, name) for name in type(taken).model_fields]
-        lists = [v for v in inner if isinstance(v, list | tuple) and len(v) == length]
-        return lists[0] if lists else None
-    if isinstance(taken, list | tuple) and len(taken) == length:
-        return taken
-    return None
-
-
-def _keys(kind: Kind) -> dict[str, str | None]:
-    """Return every key that a model takes, and the field behind it."""
-    keys: dict[str, str | None] = {}
-    for name, field in kind.model_fields.items():
-        alias = field.validation_alias
-        choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
-        for key in (name, field.alias, *choices):
-            if isinstance(key, str):
-                keys[key] = name
-    # Older names that a model still takes are properties that can be set.
-    for base in kind.__mro__:
-        for name, value in vars(base).items():
-            if isinstance(value, property) and value.fset and base is not BaseModel:
-                keys.setdefault(name, None)
-    return keys

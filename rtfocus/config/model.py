@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import math
 import re
 import textwrap
 from collections.abc import Iterator
@@ -387,62 +386,3 @@ def _row(key: str, default: str, meaning: str) -> str:
 
 def _first_line(model: type) -> str:
     return (model.__doc__ or "").strip().splitlines()[0]
-
-
-DEEPEST = 64
-
-
-def refuse_impossible(plan: object, key: str, depth: int = 0) -> None:
-    """Refuse what a plan may hold for useq and no microscope can follow.
-
-    Raises
-    ------
-    ConfigError
-        Names `key`, of the first number that is not finite, of a step or interval that
-        goes backwards or nowhere, or of what is nested more than `DEEPEST` deep.
-    """
-    if depth > DEEPEST:
-        msg = f"'{key[:99]}…' is nested more than {DEEPEST} deep"
-        raise ConfigError(msg)
-    if isinstance(plan, dict | list | tuple):
-        given = plan if isinstance(plan, dict) else dict(enumerate(plan))
-        for name, part in given.items():
-            # A stack of one plane needs no step.
-            if not (name == "step" and given.get("range") == part == 0):
-                refuse_impossible(part, f"{key}.{name}", depth + 1)
-    elif isinstance(plan, int | float) and ".metadata." not in key:
-        lowest = {"step": 1e-6, "interval": 0.0}.get(key.rpartition(".")[2], -math.inf)
-        if not math.isfinite(plan) or plan < lowest:
-            rule = "a finite number" if lowest == -math.inf else f"at least {lowest:g}"
-            msg = f"'{key}': {rule} is needed (got {plan})"
-            raise ConfigError(msg)
-
-
-MOST_IMAGES = 10_000_000
-"""Of a plan: the place of each is held in memory."""
-
-
-def refuse_too_many(sequence: Any, key: str) -> None:
-    """Raise ConfigError for a plan of more than `MOST_IMAGES`; walks through none."""
-    if _images(sequence, {}) > MOST_IMAGES:
-        msg = f"{key} takes more than {MOST_IMAGES:,} images; split it into runs"
-        raise ConfigError(msg)
-
-
-def _images(sequence: Any, outer: dict[str, int]) -> int:
-    """Count by axes, at most; a grid whose edges the camera divides counts as one."""
-    grid, times, heights = sequence.grid_plan, sequence.time_plan, sequence.z_plan
-    own = {
-        "t": 0 if times is None else times.num_timepoints(),
-        "c": len(sequence.channels),
-        "z": 0 if heights is None else heights.num_positions(),
-        "g": grid.num_positions()
-        if getattr(grid, "fov_width", None) or hasattr(grid, "rows")
-        else getattr(grid, "num_points", 0),
-    }
-    lengths = outer | {axis: length for axis, length in own.items() if length}
-    number, positions = math.prod(lengths.values()), sequence.stage_positions
-    return number * (not positions) + sum(
-        number if one.sequence is None else _images(one.sequence, lengths)
-        for one in positions
-    )

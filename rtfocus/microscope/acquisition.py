@@ -31,8 +31,9 @@ from rtfocus.microscope.delivery import (
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
 from rtfocus.microscope.mda import PlannedAcquisition
-from rtfocus.microscope.plan import lay_out, read_sequence
+from rtfocus.microscope.plan import lay_out
 from rtfocus.microscope.replay import Replay
+from rtfocus.microscope.sequence import read_sequence
 from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,

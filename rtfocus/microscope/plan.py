@@ -1,29 +1,20 @@
-"""Plan: a useq acquisition plan read, and laid out event by event, checked.
+"""Plan: a useq acquisition plan laid out event by event.
 
-Stage positions, grid tiles and wells become one axis p. Settings that useq or
-Micro-Manager would pass over in silence are refused.
+Stage positions, grid tiles and wells become one axis p.
 """
 
-import copy
-import logging
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import useq
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from rtfocus.config.loading import read_yaml, unknown_keys
-from rtfocus.config.model import refuse_impossible, refuse_too_many
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
 
@@ -317,134 +308,3 @@ def _without_grids(
             positions = (useq.Position(x=0, y=0),)
     # A copy would keep the id by which useq remembers the tiles.
     return sequence.replace(grid_plan=None, stage_positions=positions)
-
-
-logger = logging.getLogger(__name__)
-
-
-def _ineffective(
-    sequence: useq.MDASequence, path: str, *, has_z: bool = False
-) -> Iterator[str]:
-    """Say which settings of a valid plan useq or Micro-Manager would not follow."""
-    plans = ("time_plan", "stage_positions", "grid_plan", "channels", "z_plan")
-    order = "".join(sequence.axis_order)
-    for axis, name in zip("tpgcz", plans, strict=True):
-        if getattr(sequence, name) and axis not in order:
-            yield (
-                f"{path}.{name} is ignored because '{axis}' is not in axis_order "
-                f"'{order}'; add it there, or remove {name}"
-            )
-    has_z = has_z or sequence.z_plan is not None
-    for number, channel in enumerate(sequence.channels):
-        place = f"{path}.channels[{number}]"
-        if channel.z_offset and not has_z:
-            yield (
-                f"{place}.z_offset={channel.z_offset:g} is ignored without a z_plan; "
-                "for one plane add z_plan: {relative: [0]}"
-            )
-        if channel.camera is not None:
-            yield (
-                f"{place}.camera='{channel.camera}' is ignored by Micro-Manager's "
-                "engine; choose the camera in the channel's preset (Core-Camera)"
-            )
-    if not isinstance(sequence.stage_positions, useq.WellPlatePlan):
-        yield from _of_positions(sequence.stage_positions, path, has_z=has_z)
-
-
-def _of_positions(
-    positions: Sequence[useq.Position], path: str, *, has_z: bool
-) -> Iterator[str]:
-    in_wells = [position.plate_row is not None for position in positions]
-    if any(in_wells) and not all(in_wells):
-        yield (
-            f"{path}.stage_positions[{in_wells.index(False)}] names no well and others "
-            "do; give plate_row and plate_col to all of them or to none"
-        )
-    for number, position in enumerate(positions):
-        place = f"{path}.stage_positions[{number}]"
-        if (position.plate_row is None) != (position.plate_col is None):
-            yield f"{place} has only one of plate_row and plate_col; give both or none"
-        if position.sequence is not None:
-            yield from _ineffective(position.sequence, f"{place}.sequence", has_z=has_z)
-
-
-# A union of five kinds of plan complains five times of one value.
-_MOST_FAULTS = 3
-
-
-def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
-    """Read a useq plan, written in the config or in a file of its own.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, a value breaks useq's rules, or a key or setting
-        would be passed over in silence.
-    """
-    origin = "acquisition.mda" if isinstance(mda, dict) else f"plan '{mda}'"
-    given = mda if isinstance(mda, dict) else _load(mda)
-    if not isinstance(given, dict):
-        msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
-        raise ConfigError(msg)
-    refuse_impossible(given, origin)
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            # useq changes what it is given.
-            sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
-            refuse_too_many(sequence, origin)
-    except ZeroDivisionError as error:
-        msg = f"{origin}.time_plan: a duration needs an interval of more than 0"
-        raise ConfigError(msg) from error
-    except (ValidationError, ValueError, TypeError, OverflowError) as error:
-        # Most often a misspelt key is why a value is missing.
-        unknown = unknown_keys(given, useq.MDASequence, origin)
-        fault = unknown[0] if unknown else f"{origin} is no valid useq plan: "
-        raise ConfigError(fault + ("" if unknown else _one_line(error))) from error
-    faults = [*unknown_keys(given, sequence, origin), *_ineffective(sequence, origin)]
-    faults += [f"{origin}: {text}" for text in _not_followed(said)]
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return sequence
-
-
-def _load(path: Path) -> object:
-    try:
-        # JSON is YAML, so that one reader takes both.
-        return read_yaml(path)
-    except OSError as error:
-        msg = f"plan '{path}' cannot be read: {error.strerror}; give YAML or JSON"
-        raise ConfigError(msg) from error
-    except ValueError as error:
-        msg = f"plan '{path}' {error}"
-        raise ConfigError(msg) from error
-
-
-def _not_followed(said: list[warnings.WarningMessage]) -> Iterator[str]:
-    """Yield what useq warns of and does not follow; log the rest of its warnings."""
-    for warning in said:
-        text = " ".join(str(warning.message).split())
-        if "ignored" in text or "override" in text:
-            yield text
-        else:
-            logger.warning("%s", text)
-
-
-def _one_line(error: Exception) -> str:
-    """Say what is wrong with a plan's values, where, and what was given."""
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
-    faults: dict[str, str] = {}
-    # Of the kinds of plan that were tried, the one meant lacks the least.
-    for detail in sorted(error.errors(), key=lambda fault: fault["type"] == "missing"):
-        # The name of the kind that was tried is no step of the path.
-        steps = [
-            f"[{step}]" if isinstance(step, int) else f".{step}"
-            for step in detail["loc"]
-            if isinstance(step, int) or str(step).islower()
-        ]
-        key = "".join(steps).lstrip(".") or "plan"
-        value = detail["input"]
-        shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
-        faults.setdefault(key, f"{key}: {detail['msg']}{shown}")
-    return "; ".join(list(faults.values())[:_MOST_FAULTS])

@@ -5,7 +5,7 @@ import pytest
 from rtfocus.config import load_config
 from rtfocus.config.loading import decode, parse_yaml
 from rtfocus.errors import ConfigError
-from rtfocus.microscope.plan import read_sequence
+from rtfocus.microscope.sequence import read_sequence
 
 MICRO = "# pixel size in \u00b5m\nrun: {name: \u00fcber}\n"
 

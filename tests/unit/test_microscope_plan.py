@@ -9,7 +9,8 @@ import yaml
 
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.acquisition import anchored
-from rtfocus.microscope.plan import images_of, lay_out, read_sequence
+from rtfocus.microscope.plan import images_of, lay_out
+from rtfocus.microscope.sequence import read_sequence
 
 STACK = {"range": 2.0, "step": 1.0}
 EVERY = {"acquire_every": 2}

@@ -1,0 +1,300 @@
+"""Sequence: a useq plan read from a config or a file of its own, and checked.
+
+Settings that useq or Micro-Manager would pass over in silence are refused, and so is
+what no microscope can follow.
+"""
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import useq
+from pydantic import AliasChoices, BaseModel, ValidationError
+
+from rtfocus.config.loading import hint, models_in, near, read_yaml
+from rtfocus.errors import ConfigError
+
+DEEPEST = 64
+MOST_IMAGES = 10_000_000
+"""Of a plan: the place of each is held in memory."""
+# A union of five kinds of plan complains five times of one value.
+_MOST_FAULTS = 3
+# Fields whose content is the user's own.
+_FREE = {"metadata"}
+_NEAR = 0.6
+Kind = type[BaseModel]
+
+logger = logging.getLogger(__name__)
+
+
+def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
+    """Read a useq plan, written in the config or in a file of its own.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a value breaks useq's rules, or a key or setting
+        would be passed over in silence.
+    """
+    origin = "acquisition.mda" if isinstance(mda, dict) else f"plan '{mda}'"
+    given = mda if isinstance(mda, dict) else _load(mda)
+    if not isinstance(given, dict):
+        msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
+        raise ConfigError(msg)
+    _refuse_impossible(given, origin)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            # useq changes what it is given.
+            sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
+            _refuse_too_many(sequence, origin)
+    except ZeroDivisionError as error:
+        msg = f"{origin}.time_plan: a duration needs an interval of more than 0"
+        raise ConfigError(msg) from error
+    except (ValidationError, ValueError, TypeError, OverflowError) as error:
+        # Most often a misspelt key is why a value is missing.
+        unknown = _unknown_keys(given, useq.MDASequence, origin)
+        fault = unknown[0] if unknown else f"{origin} is no valid useq plan: "
+        raise ConfigError(fault + ("" if unknown else _one_line(error))) from error
+    faults = [*_unknown_keys(given, sequence, origin), *_ineffective(sequence, origin)]
+    faults += [f"{origin}: {text}" for text in _not_followed(said)]
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return sequence
+
+
+def _load(path: Path) -> object:
+    try:
+        # JSON is YAML, so that one reader takes both.
+        return read_yaml(path)
+    except OSError as error:
+        msg = f"plan '{path}' cannot be read: {error.strerror}; give YAML or JSON"
+        raise ConfigError(msg) from error
+    except ValueError as error:
+        msg = f"plan '{path}' {error}"
+        raise ConfigError(msg) from error
+
+
+def _not_followed(said: list[warnings.WarningMessage]) -> Iterator[str]:
+    """Yield what useq warns of and does not follow; log the rest of its warnings."""
+    for warning in said:
+        text = " ".join(str(warning.message).split())
+        if "ignored" in text or "override" in text:
+            yield text
+        else:
+            logger.warning("%s", text)
+
+
+def _one_line(error: Exception) -> str:
+    """Say what is wrong with a plan's values, where, and what was given."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    faults: dict[str, str] = {}
+    # Of the kinds of plan that were tried, the one meant lacks the least.
+    for detail in sorted(error.errors(), key=lambda fault: fault["type"] == "missing"):
+        # The name of the kind that was tried is no step of the path.
+        steps = [
+            f"[{step}]" if isinstance(step, int) else f".{step}"
+            for step in detail["loc"]
+            if isinstance(step, int) or str(step).islower()
+        ]
+        key = "".join(steps).lstrip(".") or "plan"
+        value = detail["input"]
+        shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
+        faults.setdefault(key, f"{key}: {detail['msg']}{shown}")
+    return "; ".join(list(faults.values())[:_MOST_FAULTS])
+
+
+def _refuse_impossible(plan: object, key: str, depth: int = 0) -> None:
+    """Refuse what a plan may hold for useq and no microscope can follow.
+
+    Raises
+    ------
+    ConfigError
+        Names `key`, of the first number that is not finite, of a step or interval that
+        goes backwards or nowhere, or of what is nested more than `DEEPEST` deep.
+    """
+    if depth > DEEPEST:
+        msg = f"'{key[:99]}…' is nested more than {DEEPEST} deep"
+        raise ConfigError(msg)
+    if isinstance(plan, dict | list | tuple):
+        given = plan if isinstance(plan, dict) else dict(enumerate(plan))
+        for name, part in given.items():
+            # A stack of one plane needs no step.
+            if not (name == "step" and given.get("range") == part == 0):
+                _refuse_impossible(part, f"{key}.{name}", depth + 1)
+    elif isinstance(plan, int | float) and ".metadata." not in key:
+        lowest = {"step": 1e-6, "interval": 0.0}.get(key.rpartition(".")[2], -math.inf)
+        if not math.isfinite(plan) or plan < lowest:
+            rule = "a finite number" if lowest == -math.inf else f"at least {lowest:g}"
+            msg = f"'{key}': {rule} is needed (got {plan})"
+            raise ConfigError(msg)
+
+
+def _refuse_too_many(sequence: useq.MDASequence, key: str) -> None:
+    """Raise ConfigError for a plan of more than `MOST_IMAGES`; walks through none."""
+    if _images(sequence, {}) > MOST_IMAGES:
+        msg = f"{key} takes more than {MOST_IMAGES:,} images; split it into runs"
+        raise ConfigError(msg)
+
+
+def _images(sequence: useq.MDASequence, outer: dict[str, int]) -> int:
+    """Count by axes, at most; a grid whose edges the camera divides counts as one."""
+    grid: Any = sequence.grid_plan
+    times, heights = sequence.time_plan, sequence.z_plan
+    own = {
+        "t": 0 if times is None else times.num_timepoints(),
+        "c": len(sequence.channels),
+        "z": 0 if heights is None else heights.num_positions(),
+        "g": grid.num_positions()
+        if getattr(grid, "fov_width", None) or hasattr(grid, "rows")
+        else getattr(grid, "num_points", 0),
+    }
+    lengths = outer | {axis: length for axis, length in own.items() if length}
+    number, positions = math.prod(lengths.values()), sequence.stage_positions
+    return number * (not positions) + sum(
+        number if one.sequence is None else _images(one.sequence, lengths)
+        for one in positions
+    )
+
+
+def _unknown_keys(
+    given: object, taken: BaseModel | type[BaseModel], path: str
+) -> list[str]:
+    """Say which keys a model would pass over in silence, with the nearest it has.
+
+    useq, of which plans are, ignores keys it does not know, and so runs another
+    experiment than the one written down.
+
+    Parameters
+    ----------
+    given
+        As written: mappings, sequences and values.
+    taken
+        What was made of it; its class where nothing could be made of it.
+    path
+        What the keys' paths begin with.
+    """
+    kind, model = (taken, None) if isinstance(taken, type) else (type(taken), taken)
+    found = list(_unknown(given, [kind], model, path))
+    # A misspelt key may be why something else altogether is read.
+    return [fault for fault in found if fault.startswith("unknown")] or found
+
+
+def _unknown(
+    given: object, kinds: list[Kind], taken: object, path: str
+) -> Iterator[str]:
+    if isinstance(given, list | tuple):
+        items = _items(taken, len(given)) or [None] * len(given)
+        for number, (value, found) in enumerate(zip(given, items, strict=True)):
+            yield from _unknown(value, kinds, found, f"{path}[{number}]")
+        return
+    if not isinstance(given, dict) or not kinds:
+        return
+    kind = _meant(given, kinds, type(taken))
+    if isinstance(taken, BaseModel) and given.keys() <= _keys(type(taken)).keys():
+        kind = type(taken)
+    valid = _keys(kind)
+    for key, value in given.items():
+        if key not in valid:
+            meant = hint(str(key).lower(), [*valid], _NEAR)
+            yield f"unknown key '{path}.{key}'; {meant}"
+            continue
+        if isinstance(taken, BaseModel) and key not in _keys(type(taken)):
+            yield f"'{path}.{key}' is ignored: useq reads a {type(taken).__name__} here"
+            continue
+        name = valid[key]
+        if name is None or name in _FREE:
+            continue
+        below = models_in(kind.model_fields[name].annotation)
+        yield from _unknown(value, below, getattr(taken, name, None), f"{path}.{key}")
+
+
+def _meant(given: dict[object, object], kinds: list[Kind], taken: type) -> Kind:
+    """Return the model that knows most of the keys, spelt rightly or nearly."""
+
+    def strangers(kind: Kind) -> tuple[int, int, bool, int]:
+        keys = _keys(kind)
+        wrong = [str(key) for key in given if key not in keys]
+        far = [key for key in wrong if not near(key.lower(), [*keys], _NEAR)]
+        return len(far), len(wrong), kind is not taken, len(keys)
+
+    return min(kinds, key=strangers)
+
+
+def _items(taken: object, length: int) -> Sequence[object] | None:
+    """Return what a list became: a sequence, or a model around one."""
+    if isinstance(taken, BaseModel):
+        inner = [getattr(taken, name) for name in type(taken).model_fields]
+        lists = [v for v in inner if isinstance(v, list | tuple) and len(v) == length]
+        return lists[0] if lists else None
+    if isinstance(taken, list | tuple) and len(taken) == length:
+        return taken
+    return None
+
+
+def _keys(kind: Kind) -> dict[str, str | None]:
+    """Return every key that a model takes, and the field behind it."""
+    keys: dict[str, str | None] = {}
+    for name, field in kind.model_fields.items():
+        alias = field.validation_alias
+        choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+        for key in (name, field.alias, *choices):
+            if isinstance(key, str):
+                keys[key] = name
+    # Older names that a model still takes are properties that can be set.
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, property) and value.fset and base is not BaseModel:
+                keys.setdefault(name, None)
+    return keys
+
+
+def _ineffective(
+    sequence: useq.MDASequence, path: str, *, has_z: bool = False
+) -> Iterator[str]:
+    """Say which settings of a valid plan useq or Micro-Manager would not follow."""
+    plans = ("time_plan", "stage_positions", "grid_plan", "channels", "z_plan")
+    order = "".join(sequence.axis_order)
+    for axis, name in zip("tpgcz", plans, strict=True):
+        if getattr(sequence, name) and axis not in order:
+            yield (
+                f"{path}.{name} is ignored because '{axis}' is not in axis_order "
+                f"'{order}'; add it there, or remove {name}"
+            )
+    has_z = has_z or sequence.z_plan is not None
+    for number, channel in enumerate(sequence.channels):
+        place = f"{path}.channels[{number}]"
+        if channel.z_offset and not has_z:
+            yield (
+                f"{place}.z_offset={channel.z_offset:g} is ignored without a z_plan; "
+                "for one plane add z_plan: {relative: [0]}"
+            )
+        if channel.camera is not None:
+            yield (
+                f"{place}.camera='{channel.camera}' is ignored by Micro-Manager's "
+                "engine; choose the camera in the channel's preset (Core-Camera)"
+            )
+    if not isinstance(sequence.stage_positions, useq.WellPlatePlan):
+        yield from _of_positions(sequence.stage_positions, path, has_z=has_z)
+
+
+def _of_positions(
+    positions: Sequence[useq.Position], path: str, *, has_z: bool
+) -> Iterator[str]:
+    in_wells = [position.plate_row is not None for position in positions]
+    if any(in_wells) and not all(in_wells):
+        yield (
+            f"{path}.stage_positions[{in_wells.index(False)}] names no well and others "
+            "do; give plate_row and plate_col to all of them or to none"
+        )
+    for number, position in enumerate(positions):
+        place = f"{path}.stage_positions[{number}]"
+        if (position.plate_row is None) != (position.plate_col is None):
+            yield f"{place} has only one of plate_row and plate_col; give both or none"
+        if position.sequence is not None:
+            yield from _ineffective(position.sequence, f"{place}.sequence", has_z=has_z)
