@@ -12,6 +12,7 @@ stated of a defocus is widened by one factor until it covers the errors made the
 ``python -m bench.evidence engines/rtfocus-2 --data-folder images`` writes the card;
 ``rtfocus evaluate rtfocus-2 --blind --data unseen`` shows what it does. Every round of
 photographs is kept (``--keep``): the same command goes on where a killed one was.
+Networks run in float32, so that the card does not depend on the CPU it was made on.
 """
 
 import argparse
@@ -183,7 +184,8 @@ class Restorer:
             if len(self._open) >= _OPEN:
                 self._open.popitem(last=False)[1].close()
             data = DataSet("evidence", "", BBBC006, 0.0, ())
-            self._open[kind] = ImageProcessor(self._engine.config(data, threads=1))
+            config = self._engine.config(data, threads=1, precision="f32")
+            self._open[kind] = ImageProcessor(config)
         self._open.move_to_end(kind)
         return self._open[kind]
 

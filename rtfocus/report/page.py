@@ -22,6 +22,7 @@ from rtfocus.errors import OutputError, RtfocusError, WriterError
 from rtfocus.files import replace
 from rtfocus.report.facts import RunFacts, read_facts, shown_frames
 from rtfocus.report.pictures import (
+    STEPS,
     frame_pictures,
     histogram_chart,
     latency_chart,
@@ -269,7 +270,7 @@ def page(facts: RunFacts) -> str:
         ("Before and after", frame_pictures(facts, frames)),
         ("Focus over time", trace_charts(facts)),
         ("Defocus found", histogram_chart(facts)),
-        ("Time of every stage", _stages(facts)),
+        ("Time of every step", _stages(facts)),
         ("Config", _config(facts)),
     ]
     body = "".join(f"<h2>{title}</h2>{text}" for title, text in sections if text)
@@ -386,10 +387,20 @@ def _stages(facts: RunFacts) -> str:
     report = facts.report or {}
     keys = ("count", "p50_ms", "p95_ms", "p99_ms", "max_ms")
     rows = [
-        (name, *("-" if times.get(k) is None else _number(times[k]) for k in keys))
+        (
+            STEPS.get(name, name),
+            *("-" if times.get(k) is None else _number(times[k]) for k in keys),
+        )
         for name, times in report.get("stages", {}).items()
     ]
-    heads = ("stage", "frames", "p50 ms", "p95 ms", "p99 ms", "max ms")
+    heads = (
+        "step",
+        "frames",
+        "median (ms)",
+        "95 % within (ms)",
+        "99 % within (ms)",
+        "longest (ms)",
+    )
     return latency_chart(report) + _table(heads, rows, numbers=5)
 
 

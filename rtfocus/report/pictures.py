@@ -48,17 +48,30 @@ _EVEN: Colours = "even"
 _AROUND: Colours = "around"
 
 
+STEPS = {
+    "correct": "camera correction",
+    "normalise": "preparing for the network",
+    "classify": "estimating defocus",
+    "restore": "restoring",
+    "arrival_to_estimate": "arrival to defocus known",
+    "capture_to_estimate": "exposure to defocus known",
+    "arrival_to_result": "arrival to restored",
+    "arrival_to_durable": "arrival to saved on disk",
+}
+"""What ``report.json`` measures, by the names that it has there."""
+
+
 def latency_chart(report: dict[str, Any]) -> str:
-    """Draw p50, p95, p99 and the longest time of every stage, as SVG."""
+    """Draw the median, 95 %, 99 % and longest time of every step, as SVG."""
     stages = [(n, s) for n, s in report.get("stages", {}).items() if s.get("p50_ms")]
     if not stages:
         return ""
     times = [s[key] for _, s in stages for key in ("p50_ms", "max_ms")]
     low, high = min(times) / 1.5, max(times) * 1.5
     power = 10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high))
-    names = tuple(name for name, _ in reversed(stages))
+    names = tuple(STEPS.get(name, name) for name, _ in reversed(stages))
     height = 26.0 * len(stages)
-    canvas = SvgCanvas(_WIDTH, height + 84, "Time of every stage, in ms")
+    canvas = SvgCanvas(_WIDTH, height + 84, "Time of every step, in ms")
     box = (170.0, 28.0, _WIDTH - _RIGHT, 28.0 + height)
     x = Axis("time (ms), logarithmic", float(power[0]), float(power[1]), log=True)
     chart = Chart(canvas, box, x, Axis("", -0.5, len(stages) - 0.5, names=names))
@@ -66,10 +79,15 @@ def latency_chart(report: dict[str, Any]) -> str:
         chart.upright(tick)
     for row, (_, stage) in enumerate(reversed(stages)):
         chart.curve([stage["p50_ms"], stage["max_ms"]], [row, row], FAINT)
-    keys = (("p50_ms", BLUE), ("p95_ms", GREEN), ("p99_ms", ORANGE), ("max_ms", INK))
-    for key, colour in keys:
+    marks = (
+        ("p50_ms", "median", BLUE),
+        ("p95_ms", "95 % within", GREEN),
+        ("p99_ms", "99 % within", ORANGE),
+        ("max_ms", "longest", INK),
+    )
+    for key, name, colour in marks:
         values = [stage[key] for _, stage in reversed(stages)]
-        chart.dots(values, range(len(stages)), colour, key.removesuffix("_ms"))
+        chart.dots(values, range(len(stages)), colour, name)
     return canvas.element()
 
 
@@ -82,12 +100,12 @@ def trace_charts(facts: RunFacts) -> str:
     if np.isfinite(facts.z_um).any():
         rows.append(("stage z (um)", facts.z_um, False))
     if np.isfinite(facts.durable_ms).any():
-        rows.append(("durable after (ms)", facts.durable_ms, True))
+        rows.append(("saved on disk after (ms)", facts.durable_ms, True))
     if not rows or len(facts.seconds) < 2:
         return ""
     label = "time since the first frame (s)"
     x = Axis(label, 0.0, max(float(facts.seconds.max()), 1e-3))
-    canvas = SvgCanvas(_WIDTH, 202.0 * len(rows) + 16, "Focus, z and latency over time")
+    canvas = SvgCanvas(_WIDTH, 202.0 * len(rows) + 16, "Focus, z and time until saved")
     for number, (name, values, zero) in enumerate(rows):
         top = 28.0 + 202.0 * number
         box = (_LEFT, top, _WIDTH - _RIGHT, top + 128.0)

@@ -87,7 +87,11 @@ def test_complete_run_shows_everything_in_one_file(tmp_path: Path) -> None:
     # Numbered frames are 0 to 5 um out of focus.
     for title in ("Best frame: 0.00", "Median frame: 2.00", "Worst frame: 5.00"):
         assert title in page.text
-    for label in ("distance from focus (µm)", "stage z (µm)", "durable after (ms)"):
+    for label in (
+        "distance from focus (µm)",
+        "stage z (µm)",
+        "saved on disk after (ms)",
+    ):
         assert label in page.text
     assert page.tags.count("image") == 3 * 10, "five panels a frame, each with its bar"
 

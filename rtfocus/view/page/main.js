@@ -11,6 +11,7 @@ const $ = (id) => document.getElementById(id);
 const NAMES = { [RAW]: "raw", [RESTORED]: "restored" };
 const AXES = ["t", "p", "c", "z"];
 const WORDS = { gone: "no processor", waiting: "waiting for a series", running: "live", recording: "recording", finished: "finished" };
+const STEPS = { capture_to_estimate: "defocus known after", arrival_to_result: "restored after", arrival_to_durable: "saved after" };
 const MOST_DETAIL = 4096 * 2048;
 
 const state = { series: null, picture: null, told: null, follow: true, place: { t: 0, p: null, c: null, z: null }, windows: new Map(), pictures: 0, connected: false, answer: "" };
@@ -259,7 +260,7 @@ function showState() {
   if (!told) return;
   $("control-card").hidden = !told.control;
   const n = told.numbers, lost = { ...n.dropped, ...n.in_error }, number = Object.values(lost).reduce((a, b) => a + b, 0);
-  const latency = Object.entries(n.latency_ms ?? {}).filter(([, [half]]) => half !== null).map(([stage, [half, most]]) => [stage.replaceAll("_", " "), `p50 ${short(half)}, p99 ${short(most)} ms`]);
+  const latency = Object.entries(n.latency_ms ?? {}).filter(([, [half]]) => half !== null).map(([step, [half, most]]) => [STEPS[step] ?? step, `median ${short(half)} ms, 99 % within ${short(most)} ms`]);
   list($("loop-facts"), [
     ["frames", `${n.written ?? told.written ?? "–"} written${n.acquired ? ` of ${n.acquired} acquired` : ""}${n.planned ? `, ${n.planned} planned` : ""}`],
     n.focus ? ["probes", `${n.focus} images of autofocus`] : null,
@@ -269,7 +270,7 @@ function showState() {
     n.queues ? ["queues", Object.entries(n.queues).map(([name, [held, most]]) => `${name} ${held}/${most}`).join(", ")] : null,
     ["lost", number ? `${number}: ${Object.entries(lost).map(([place, count]) => `${place} ${count}`).join(", ")}` : "0", number > 0],
     n.camera_lost ? ["by camera", String(n.camera_lost), true] : null,
-    n.flagged ? ["flagged", `${n.flagged} frames saturated or NaN`] : null,
+    n.flagged ? ["flagged", `${n.flagged} frames with saturated pixels, or pixels that are no number`] : null,
     n.time_to_full_s === undefined ? null : ["disk full in", duration(n.time_to_full_s)],
     n.backends && Object.keys(n.backends).length ? ["engines", Object.entries(n.backends).map(([name, what]) => `${name}: ${what}`).join("; ")] : null,
     ["viewers", `${told.viewers}; pictures passed over: ${(n.preview_dropped ?? 0) + told.skipped}`],

@@ -89,9 +89,9 @@ export class Traces {
       [axis("time (s)", 2), axis("z (µm)", 3)], {});
     this.loopPlot ??= this.plot("loop", [
       { label: "frames/s", stroke: BLUE, width: 1.5, points: { show: false } },
-      { label: "p50", stroke: ORANGE, width: 1, scale: "ms", points: { show: false } },
-      { label: "p99", stroke: ORANGE, width: 1, dash: [4, 3], scale: "ms", points: { show: false } },
-    ], [axis("time (s)", 2), axis("frames/s", 3), { ...axis("latency (ms)", 1), scale: "ms", grid: { show: false } }], { y: { range: (u, low, high) => [0, (high || 1) * 1.1] }, ms: { range: (u, low, high) => [0, (high || 1) * 1.1] } });
+      { label: "median", stroke: ORANGE, width: 1, scale: "ms", points: { show: false } },
+      { label: "99 %", stroke: ORANGE, width: 1, dash: [4, 3], scale: "ms", points: { show: false } },
+    ], [axis("time (s)", 2), axis("frames/s", 3), { ...axis("delay (ms)", 1), scale: "ms", grid: { show: false } }], { y: { range: (u, low, high) => [0, (high || 1) * 1.1] }, ms: { range: (u, low, high) => [0, (high || 1) * 1.1] } });
     const mine = this.rows.filter((row) => row[4] || row[7] === this.channel);
     const seconds = mine.map((row) => row[0]);
     this.focusPlot.setData([seconds, mine.map((row) => (row[4] ? null : row[2])), mine.map((row) => (row[4] ? row[2] : null))]);
