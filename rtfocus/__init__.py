@@ -58,4 +58,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    # Tab completion: what is offered, and not the modules that are imported here.
+    return sorted({*(name for name in globals() if name[0] == "_"), *__all__})

@@ -42,6 +42,7 @@ def restore(
     optics: Optics | None = None,
     engine: str | None = None,
     config: AnyConfig | None = None,
+    channel: str | None = None,
 ) -> Image:
     """Restore an image, or every plane of a stack of them.
 
@@ -62,6 +63,8 @@ def restore(
         or where the optics are unknown an engine that runs blind.
     config
         Camera, optics and engines; None: the defaults.
+    channel
+        Of `config`; None: its only one, or its ``default``.
 
     Returns
     -------
@@ -75,7 +78,8 @@ def restore(
     EngineError
         If an engine is not found, does not fit the optics, or fails.
     ConfigError
-        If `config` cannot be used, or the engine computes with unknown optics.
+        If `config` cannot be used or states no optics for `channel`, or the engine
+        computes with unknown optics.
 
     Examples
     --------
@@ -97,7 +101,9 @@ def restore(
         if restored_as_it_is(processing.restoration, processing) is None:
             _tell_blind(processing.restoration.method)
     with ImageProcessor(settings, optics) as processor:
-        return _plane_by_plane(image, lambda plane: processor.restore(plane).restored)
+        return _plane_by_plane(
+            image, lambda plane: processor.restore(plane, channel=channel).restored
+        )
 
 
 def classify(
@@ -106,6 +112,7 @@ def classify(
     optics: Optics | None = None,
     engine: str | None = None,
     config: AnyConfig | None = None,
+    channel: str | None = None,
 ) -> DefocusMap:
     """Estimate the defocus of an image, tile by tile.
 
@@ -113,7 +120,7 @@ def classify(
     ----------
     image
         Axes (y, x) or (y, x, 3).
-    optics, config
+    optics, config, channel
         As for `restore`.
     engine
         Classifier or joint engine by name; None: as `config` says, else DelpNet.
@@ -137,7 +144,7 @@ def classify(
     if not _optics_known(settings, optics):
         _tell_blind(settings.processing.classifier)
     with ImageProcessor(settings, optics) as processor:
-        found = processor.classify(image).defocus
+        found = processor.classify(image, channel=channel).defocus
     if found is None:
         msg = "the config has no classifier; give one with engine"
         raise EngineError(msg)

@@ -386,8 +386,8 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
     Raises
     ------
     ConfigError
-        If the config cannot be used. A channel without optics or classifier is
-        refused when it is searched.
+        If the core is none or the config cannot be used. A channel without optics or
+        classifier is refused when it is searched.
 
     Examples
     --------
@@ -399,11 +399,20 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
         core.run_mda(plan)  # with autofocus_plan of device "rtfocus"
     """
     settings = config if isinstance(config, Config) else load_config(config)
+    checked_core(core)
     reader = LocalReader(settings)
     focuser = Focuser(core, settings.autofocus, optics_of(settings), reader.read)
     engine = FocusEngine(core, focuser, on_close=reader.close)
     core.mda.set_engine(engine)
     return engine
+
+
+def checked_core(core: object) -> None:
+    """Refuse with a ConfigError what is not a core."""
+    if not isinstance(core, CMMCorePlus):
+        kind = type(core).__name__
+        msg = f"core is of type {kind}; give a pymmcore_plus.CMMCorePlus"
+        raise ConfigError(msg)
 
 
 def optics_of(config: Config) -> Mapping[str, OpticalSystem]:

@@ -91,7 +91,7 @@ class ImageProcessor:
         self._open_in: int | None = os.getpid()
 
     def classify(
-        self, image: NDArray[np.generic], *, channel: str = "default"
+        self, image: NDArray[np.generic], *, channel: str | None = None
     ) -> FrameResult:
         """Estimate the defocus of an image, tile by tile.
 
@@ -101,8 +101,7 @@ class ImageProcessor:
             Axes (y, x) or (y, x, 3); uint8 and uint16 are counts, everything else is
             computed as float32.
         channel
-            Whose entry in the config's ``channels`` is used; without one its entry
-            ``default``, else the defaults.
+            Of the config's ``channels``; None: the only one, or its ``default``.
 
         Returns
         -------
@@ -120,7 +119,7 @@ class ImageProcessor:
         return self._process(image, channel, restore=False)
 
     def restore(
-        self, image: NDArray[np.generic], *, channel: str = "default"
+        self, image: NDArray[np.generic], *, channel: str | None = None
     ) -> FrameResult:
         """Restore an image; `FrameResult.restored` is new memory of the same shape.
 
@@ -161,7 +160,7 @@ class ImageProcessor:
         self.close()
 
     def _process(
-        self, image: NDArray[np.generic], channel: str, *, restore: bool
+        self, image: NDArray[np.generic], channel: str | None, *, restore: bool
     ) -> FrameResult:
         try:
             pixels = checked_image(image)
@@ -171,7 +170,8 @@ class ImageProcessor:
                     why = "of the process that forked" if self._open_in else "closed"
                     msg = f"the ImageProcessor is {why}; open a new one here"
                     raise EngineError(msg)
-                return self._process_one(pixels, channel, restore=restore)
+                name = self._config.channel(channel).name
+                return self._process_one(pixels, name, restore=restore)
         except MemoryError as error:
             shape = np.shape(image)
             msg = f"the memory does not suffice for an image of {shape}; give a part"
@@ -232,7 +232,10 @@ class ImageProcessor:
             result = _result_of(ticket)
             # The slot's buffers are used again by the next image.
             restored = None if result.restored is None else result.restored.copy()
-            defocus = result.defocus and self._stated(result.defocus)
+            defocus = result.defocus
+            if defocus is not None and self._scale is not None:
+                step, _, fit = self._scale
+                defocus = replace(defocus, stated_um=stated_um(defocus, fit, step))
             yield replace(result, restored=restored, defocus=defocus)
         finally:
             if ticket is None or ticket.result.done():
@@ -241,13 +244,6 @@ class ImageProcessor:
                 # Interrupted: the processor has the slot still, another image gets
                 # a new one.
                 self._started = None
-
-    def _stated(self, found: DefocusMap) -> DefocusMap:
-        """Say beside each tile's defocus how far off it may be."""
-        if self._scale is None:
-            return found
-        step, _, fit = self._scale
-        return replace(found, stated_um=stated_um(found, fit, step))
 
     def _start_for(self, pixels: NDArray[np.generic], channel: str) -> None:
         """Start the processor for this kind of image unless it already runs."""
@@ -304,6 +300,9 @@ class ImageProcessor:
                 return None
             msg = "no classifier is configured; set processing.classifier or --engine"
             raise EngineError(msg)
+        if not self._blind:
+            # Where others are stated the engine's would be a guess: refused.
+            self._config.optics_of(channel)
         found = find_engine(name, self._config.processing.engine_folders)
         return _reference(found.card)
 
@@ -382,7 +381,7 @@ class KernelExtractor:
         )
 
     def extract(
-        self, image: NDArray[np.generic], *, channel: str = "default"
+        self, image: NDArray[np.generic], *, channel: str | None = None
     ) -> Kernels:
         """Extract the kernel of every tile of an image (y, x) or (y, x, 3).
 

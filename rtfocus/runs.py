@@ -151,6 +151,13 @@ class Run:
     header: RunHeader
     """What was known before the first frame."""
 
+    def __repr__(self) -> str:
+        # Of a dataclass it would be the whole header: screens of devices and plan.
+        return (
+            f"Run('{self.folder}', channels={_few(self.channels)}, "
+            f"positions={_few(self.positions)}, sizes={self.series.sizes})"
+        )
+
     @property
     def series(self) -> SeriesStart:
         """The series as the microscope side announced it."""

@@ -26,7 +26,7 @@ from rtfocus.errors import (
     WriterError,
 )
 from rtfocus.files import path_given
-from rtfocus.focusing import Focusing
+from rtfocus.focusing import Focusing, checked_core
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
 from rtfocus.images.series import one_line
@@ -149,11 +149,7 @@ def stream(
             core.mda.run(sequence)
         print(live.runs[0].outcome)
     """
-    given: object = core
-    if not isinstance(given, CMMCorePlus):
-        kind = type(given).__name__
-        msg = f"core is of type {kind}; give a pymmcore_plus.CMMCorePlus"
-        raise ConfigError(msg)
+    checked_core(core)
     if processor not in ("here", "configured"):
         msg = f"processor {processor!r} is none; choose 'here' or 'configured'"
         raise ConfigError(msg)

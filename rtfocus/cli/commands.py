@@ -172,10 +172,13 @@ def load(name: str) -> Any:  # noqa: ANN401 (as above)
     command = typer.main.get_group(loaded).commands[name]
     for one in (command, *getattr(command, "commands", {}).values()):
         one.help = _flowing(one.help or "")
-        for argument in one.params:
+        for param in one.params:
             # An option's is its type; an argument's would be its name in small letters.
-            if argument.param_type_name == "argument":
-                argument.metavar = argument.metavar or argument.name.upper()
+            if param.param_type_name == "argument":
+                param.metavar = param.metavar or param.name.upper()
+            elif param.is_flag:
+                # Its type reads as if a value followed.
+                param.metavar = ""
     return command
 
 

@@ -153,7 +153,7 @@ def add_to(commands: typer.Typer) -> None:
 
 FolderOption = Annotated[
     list[Path] | None,
-    typer.Option("--folder", help="Folder with further engines; repeatable."),
+    typer.Option("--folder", metavar="FOLDER", help="Of more engines; repeatable."),
 ]
 
 
@@ -284,7 +284,7 @@ def export_model(
         Path, typer.Option("--output", "-o", help="Model package to write, a .zip.")
     ],
     author: Annotated[
-        list[str], typer.Option(help="Who made the weights; repeatable.")
+        list[str], typer.Option(metavar="NAME", help="Of the weights; repeatable.")
     ],
     cite: Annotated[
         str, typer.Option(help="DOI (10....) or address (https://...) to cite.")

@@ -177,7 +177,7 @@ def init(
     ] = None,
     adapters: Annotated[
         list[Path] | None,
-        typer.Option("--adapters", help="Micro-Manager folder; repeatable."),
+        typer.Option(metavar="FOLDER", help="Of Micro-Manager; repeatable."),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing: take what the core says.")

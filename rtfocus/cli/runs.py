@@ -257,7 +257,10 @@ def export(
     ],
     image: Annotated[
         list[ImageChoice] | None,
-        typer.Option(help="Run: what to export; repeatable. Default: all it has."),
+        typer.Option(
+            metavar="raw|restored|defocus",
+            help="Run: what to export; repeatable. Default: all it has.",
+        ),
     ] = None,
     zarr_version: Annotated[
         Literal["0.5", "0.4"], typer.Option(help="Run: version of an OME-Zarr.")

@@ -220,7 +220,8 @@ def evaluate(
         typer.Option(envvar=DATA_VARIABLE, help="Where the published images lie."),
     ] = None,
     engine_folder: Annotated[
-        list[Path] | None, typer.Option(help="Folder with further engines; repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Of more engines; repeatable."),
     ] = None,
     threads: Annotated[
         int, typer.Option(min=1, help="Of networks and Fourier transforms.")

@@ -173,7 +173,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     path
         The file; a string may also be the name of a shipped config, e.g. ``demo``.
     overrides
-        E.g. ``["run.name=day1", "channels.0.optics.numerical_aperture=0.75"]``.
+        E.g. ``["run.name=day1", "camera.gain_e_per_count=0.6"]``; a string is one.
 
     Raises
     ------
@@ -196,10 +196,10 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         kind = type(data).__name__
         msg = f"config '{path}' must be a mapping of sections, got {kind}"
         raise ConfigError(msg)
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     typed = [_apply_override(data, override) for override in overrides]
     config = parse_config(data, origin=str(path))
-    found: Config = _resolve_paths(config, path.parent, typed)
-    return found.read_from(path)
+    return Config.read_from(_resolve_paths(config, path.parent, typed), path)
 
 
 def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:

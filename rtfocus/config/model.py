@@ -229,9 +229,11 @@ class Config(Section):
             raise ValueError(msg)
         return self
 
-    def channel(self, name: str) -> ChannelConfig:
-        """Return the entry of a channel, or ``default``, or an empty one."""
+    def channel(self, name: str | None) -> ChannelConfig:
+        """Return the entry of a channel, of None the only; or ``default``; or none."""
         by_name = {channel.name: channel for channel in self.channels}
+        if name is None:
+            name = next(iter(by_name)) if len(by_name) == 1 else "default"
         found = by_name.get(name) or by_name.get("default") or ChannelConfig()
         return found.model_copy(update={"name": name})
 
@@ -252,12 +254,12 @@ class Config(Section):
         where = "the config" if self.file is None else f"'{self.file}'"
         known = f"{where} has {', '.join(there) or 'no channels'}"
         if channel is None:
-            channel = there[0] if len(there) == 1 else "default"
+            channel = self.channel(None).name
             if channel not in there:
-                msg = f"which channel is meant? {known}; choose one with --channel"
+                msg = f"which channel is meant? {known}; choose one (--channel)"
                 raise ConfigError(msg)
         if channel not in there and "default" not in there:
-            msg = f"no channel '{channel}': {known}; give one of them as --channel"
+            msg = f"no channel '{channel}': {known}; give one of them (--channel)"
             raise ConfigError(msg)
         optics = self.channel(channel).optics
         if optics is None:

@@ -353,6 +353,7 @@ def checked_image(given: object) -> NDArray[np.generic]:
     image = pixels_of(given)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         msg = f"an image has axes (y, x) or (y, x, 3), this array is {image.shape}"
+        msg += "; give the planes of a stack one by one" if image.ndim > 2 else ""
         raise InputError(msg)
     if 0 in image.shape:
         msg = f"the image of shape {image.shape} has no pixels"

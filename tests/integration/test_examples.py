@@ -53,6 +53,7 @@ def test_a_run_is_complete_and_reported(recorded):
     assert recorded.positions == ("p0",)
     assert recorded.channels == ("DAPI",)
     assert recorded.pixel_size_um == 0.65
+    assert len(repr(recorded)) < 200
     assert recorded.config["run"]["name"] == "example"
 
 

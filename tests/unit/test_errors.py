@@ -104,3 +104,16 @@ def test_a_help_flows_and_names_its_arguments_as_it_is_called() -> None:
     assert "there are fewer frames than planned, with 7" in repair.help
     assert "\n\n[bold]Example:[/] rtfocus check" in repair.help
     assert [one.metavar for one in repair.params if one.name == "run"] == ["RUN"]
+
+
+def test_no_option_is_explained_in_words_of_python() -> None:
+    shown = {}
+    for name in COMMANDS:
+        command = load(name)
+        for one in (command, *getattr(command, "commands", {}).values()):
+            context = one.context_class(one)
+            for param in one.params:
+                if param.param_type_name == "option":
+                    shown[name, param.name] = param.display_type_rich(context)
+    assert len(shown) > 50
+    assert not [at for at, kind in shown.items() if "bool" in kind or "list" in kind]

@@ -64,7 +64,8 @@ def test_names_with_types_are_the_names_that_are_offered():
     typed = set(re.findall(r" as (\w+)$", STUB.read_text("utf-8"), re.MULTILINE))
     assert typed | {"__version__"} == set(rtfocus.__all__)
     assert STUB.with_name("py.typed").is_file()
-    assert set(rtfocus.__all__) <= set(dir(rtfocus))
+    offered = {name for name in dir(rtfocus) if not name.startswith("_")}
+    assert offered == set(rtfocus.__all__) - {"__version__"}
 
 
 @pytest.mark.parametrize("name", sorted(set(rtfocus.__all__) - {"__version__"}))
@@ -139,8 +140,42 @@ def test_configs_are_given_as_they_are_by_path_or_by_name(tmp_path):
     assert rtfocus.load_config(path).run.name == "mine"
     assert rtfocus.load_config(str(path)).run.name == "mine"
     assert isinstance(rtfocus.load_config("demo"), Config)
+    assert rtfocus.load_config("demo", "run.name=mine").run.name == "mine"
     with pytest.raises(rtfocus.ConfigError, match="demo"):
         rtfocus.load_config("dmeo")
+
+
+OTHER_OPTICS = replace(OPTICS, numerical_aperture=0.75, pixel_size_um=0.325)
+
+
+def with_channels(*names):
+    """Return a config whose channels have other optics than engines were made for."""
+    stated = {
+        key: getattr(OTHER_OPTICS, key)
+        for key in ("numerical_aperture", "wavelength_nm", "pixel_size_um")
+    }
+    return Config.model_validate(
+        {"channels": [{"name": name, "optics": stated} for name in names]}
+    )
+
+
+@pytest.mark.parametrize("names", [("GFP",), ("default",), ("GFP", "default")])
+def test_the_optics_of_a_config_are_used_whatever_the_channel_is_called(names):
+    image = np.random.default_rng(4).poisson(500, (96, 96)).astype("u2")
+    by_config = rtfocus.classify(image, config=with_channels(*names))
+    by_optics = rtfocus.classify(image, optics=OTHER_OPTICS)
+    assert np.array_equal(by_config.defocus_um, by_optics.defocus_um, equal_nan=True)
+
+
+def test_a_channel_that_is_not_the_configs_is_refused_where_its_optics_are_needed():
+    image = np.ones((96, 96), np.uint16)
+    two = with_channels("GFP", "DAPI")
+    for call in (rtfocus.restore, rtfocus.classify):
+        with pytest.raises(rtfocus.ConfigError, match=r"channel 'default'.*GFP, DAPI"):
+            call(image, config=two)
+        with pytest.raises(rtfocus.ConfigError, match=r"no channel 'Dapi'"):
+            call(image, config=two, channel="Dapi")
+    assert rtfocus.restore(image, config=two, channel="DAPI").shape == image.shape
 
 
 @pytest.mark.parametrize(
@@ -255,6 +290,17 @@ def test_a_config_of_another_type_is_told_by_all_that_read_one():
             rtfocus.load_config(given)
         with pytest.raises(rtfocus.ConfigError, match="config is of type"):
             rtfocus.focus(object(), given)
+
+
+def test_what_is_no_core_is_told():
+    for call in (rtfocus.focus, rtfocus.stream):
+        with pytest.raises(rtfocus.ConfigError, match="core is of type NoneType; give"):
+            call(None, "demo")
+
+
+def test_a_stack_is_told_to_be_classified_plane_by_plane():
+    with pytest.raises(rtfocus.InputError, match="planes of a stack one by one"):
+        rtfocus.classify(np.ones((3, 96, 96), np.uint16), optics=OPTICS)
 
 
 def test_a_focus_engine_takes_the_name_of_a_shipped_config():
