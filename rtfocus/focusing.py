@@ -372,7 +372,7 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
     Parameters
     ----------
     core
-        With its devices loaded, e.g. of napari-micromanager or pymmcore-gui.
+        With its devices loaded, e.g. of napari-micromanager.
     config
         Or the path of its file, or the name of a shipped one; sections ``autofocus``,
         ``channels``, ``processing`` and ``camera`` are read.

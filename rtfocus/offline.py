@@ -429,7 +429,7 @@ class KernelExtractor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _conditions(self, channel: str, *, signed: bool) -> Conditions:
+    def _conditions(self, channel: str | None, *, signed: bool) -> Conditions:
         given = self._config.channel(channel).optics
         optics = given or _reference(self._card)
         blind = given is None or self._config.processing.blind

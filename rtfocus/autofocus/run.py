@@ -7,7 +7,7 @@ the limits allow.
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from math import isfinite
 from typing import Any, Protocol
@@ -278,7 +278,7 @@ class Verdict:
     seconds: float
     notes: tuple[str, ...] = ()
     """What was noticed about stage and images."""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = field(default=(), repr=False)
     """Every image, in order."""
 
     @property

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from pymmcore_plus import CMMCorePlus
 
 import rtfocus
+from rtfocus.autofocus.run import Verdict
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config
 from rtfocus.frame import SlotPool
@@ -296,6 +298,14 @@ def test_what_is_no_core_is_told():
     for call in (rtfocus.focus, rtfocus.stream):
         with pytest.raises(rtfocus.ConfigError, match="core is of type NoneType; give"):
             call(None, "demo")
+
+
+def test_a_verdict_is_shown_without_the_spectra_of_its_images():
+    verdict = Verdict(
+        True, "in focus", 0.0, 1.5, 3, 2, 0.1, steps=(SimpleNamespace(z_um=7.25),)
+    )
+    assert "in focus" in repr(verdict)
+    assert "7.25" not in repr(verdict)
 
 
 def test_a_stack_is_told_to_be_classified_plane_by_plane():
