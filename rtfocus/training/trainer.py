@@ -97,8 +97,6 @@ class StepParts:
             twin = copy.copy(task)
             twin.network = _twin(task.network)
             self._tasks.append(twin)
-        # Kept: the system clears new memory of this size anew at every step.
-        self._sums = [torch.empty_like(parameter) for parameter in task.learning()]
         self._threads: ThreadPoolExecutor | None = None
         if workers > 1:
             self._threads = ThreadPoolExecutor(
@@ -113,8 +111,6 @@ class StepParts:
         self, step: int, tensors: Tensors
     ) -> tuple[Gradients, dict[str, float]]:
         """Return the mean of the parts' gradients and of what they measured.
-
-        Gradients hold until the next call.
 
         Parameters
         ----------
@@ -137,7 +133,9 @@ class StepParts:
             if not total:
                 total, shown = gradients, measured
                 continue
-            total = list(map(_sum, total, gradients, self._sums))
+            total = [
+                _sum(one, other) for one, other in zip(total, gradients, strict=True)
+            ]
             shown = {name: value + measured[name] for name, value in shown.items()}
         return total, shown
 
@@ -162,10 +160,10 @@ def _twin(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, same)
 
 
-def _sum(one: Tensor | None, other: Tensor | None, into: Tensor) -> Tensor | None:
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return one if other is None else other
-    return torch.add(one, other, out=into)
+    return one + other
 
 
 _REPORT_STEPS = 25
