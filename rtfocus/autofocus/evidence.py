@@ -146,13 +146,16 @@ class Evidence:
         was clearly sharper.
         """
         best, first = self.best_seen, self.looks[0]
+        if not isfinite(first.z_um):
+            return best.z_um
+        if len(self.with_detail()) > 1 and not self.is_change_clear():
+            # The sharpest of images that differ by noise alone is so by chance.
+            return first.z_um
         if self.fit is not None and self.fit.unexplained <= most_unexplained:
             place = 0.0 if self.belief.is_empty else self.belief.best.mean_um
             if self.is_sure(0.8, 0.3) and self.covers(place):
                 return place
-        if best.sharpness > SHARPER * first.sharpness or not isfinite(first.z_um):
-            return best.z_um
-        return first.z_um
+        return best.z_um if best.sharpness > SHARPER * first.sharpness else first.z_um
 
     def is_sure(self, most_sd: float, most_rival: float = 0.1) -> bool:
         """Tell whether belief is one narrow peak; the deviation in depths of field."""

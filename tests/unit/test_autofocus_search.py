@@ -195,9 +195,12 @@ def test_nothing_to_see_ends_where_it_began(
 def test_a_field_with_too_little_to_see_is_refused_by_that_reason(
     comparison: PlaneComparison, transfer: Transfer
 ) -> None:
-    verdict = searched(comparison, World(transfer, 1.0, "empty"))
-    assert not verdict.focused
-    assert "no more than by noise" in verdict.reason
+    for seed in range(3):
+        world = World(transfer, 1.0, "empty", seed)
+        verdict = searched(comparison, world)
+        assert not verdict.focused
+        assert "no more than by noise" in verdict.reason
+        assert world.z_um == pytest.approx(verdict.start_um)
 
 
 @pytest.mark.parametrize("images", [2, 3, 6, 12])
