@@ -13,6 +13,7 @@ Run: python -m bench.checkerboard CHECKPOINT [CHECKPOINT ...]
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     for place, path in enumerate(options.checkpoints):
+        recipe: Any  # of a restorer: it names pairs
         recipe, state = load_checkpoint(path)
         _, network = trained(recipe, state)
         pairs = [

@@ -7,15 +7,15 @@ PSF, on drawn nuclei and, where the real images are, on sharp real fields; the
 accelerated form is compared with 15 matched iterations. Real pairs: fields of
 BBBC006 rows a19 to a24, PSF fitted to other rows.
 
-Run: python bench/deconvolution.py [--size 512] [--rounds 5] [--data FOLDER]
+Run: python -m bench.deconvolution [--size 512] [--rounds 5] [--data FOLDER]
 """
 
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import tifffile
 from skimage.restoration import richardson_lucy
 
+from bench import machine
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
@@ -33,9 +34,6 @@ from rtfocus.processing.cpu.patches import TileRestorer
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
 from rtfocus.specimens import draw_specimen
-
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
 
 NOMINAL = OpticalSystem(0.5, 451.0, 0.65, psf_model="born_wolf")
 FITTED = OpticalSystem(0.36, 451.0, 0.65, aberrations=Aberrations(-0.38))
@@ -111,7 +109,7 @@ def speed(side: int, rounds: int) -> dict[str, Any]:
     }
     for method in METHODS:
         run = restorer_of(method, side, psfs)
-        steps[method] = lambda r=run: r(frame, labels)
+        steps[method] = partial(run, frame, labels)
     inner = slice(STRIDE, side - STRIDE)
     rows_of: dict[str, Any] = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}

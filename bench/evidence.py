@@ -366,7 +366,7 @@ def fit(frames: Sequence[Restored], steps: int) -> Shares:
         focus = 10 * torch.log10(after / _ENOUGH_IN_FOCUS + 1)
         loss = (weights * torch.where(in_focus, _IN_FOCUS * focus, blurred)).mean()
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         course.step()
     return shares

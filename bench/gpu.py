@@ -29,17 +29,14 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-import gpu_ceilings
-import machine
-from gpu_ceilings import ceilings, network_multiply_adds
-from gpu_loop import RATES, used_mb, whole_loop
-from gpu_table import table_of
-from gpu_timeline import draw_timeline
-
+from bench import gpu_ceilings, machine
+from bench.gpu_ceilings import ceilings, network_multiply_adds
+from bench.gpu_loop import RATES, used_mb, whole_loop
+from bench.gpu_table import table_of
+from bench.gpu_timeline import draw_timeline
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
-from rtfocus.engines.registry import find_engine
+from rtfocus.engines.registry import find_engine, parts
 from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart, SlotPool
 from rtfocus.processing.device import Ticket
@@ -100,7 +97,8 @@ ENDLESS = Clock(None)
 def settings_of(case: Case, engine: str, index: int) -> dict[str, Any]:
     """Return the settings of a case in the optics the engine was trained for."""
     card = find_engine(engine).card
-    reference = card.optics.reference
+    _, trained = parts(card)
+    reference = trained.reference
     optics = {
         "numerical_aperture": reference.numerical_aperture,
         "wavelength_nm": reference.wavelength_nm,
@@ -168,6 +166,7 @@ class Feed:
     def submit(self) -> Ticket:
         """Hand over one more frame; pixels are in the slot already but at first."""
         slot = self.pool.acquire()
+        assert slot is not None
         header = FrameHeader(
             version=PROTOCOL_VERSION,
             series_uid="bench",
@@ -250,7 +249,7 @@ def measure(
 ) -> dict[str, Any]:
     """Run one case: stages alone, pipeline, latency, memory."""
     config = parse_config(settings_of(case, engine, index))
-    series = series_of(case.side, config.channels[0].optics.pixel_size_um)
+    series = series_of(case.side, config.optics_of("default")[1].pixel_size_um)
     spans: list[tuple[int, dict[str, tuple[float, float]]]] = []
     device = GpuDevice(config, trace=lambda *span: spans.append(span))
     processor = FrameProcessor(config, [device])
@@ -409,7 +408,7 @@ def take_standin(folder: Path) -> str | None:
     driver = ctypes.CDLL(str(built["driver"]), ctypes.RTLD_GLOBAL)
     kit.pretend(driver, ctypes.CDLL(str(built["cufft"])), setattr)
     gpu_ceilings.COPY_BYTES = 1 << 16
-    gpu_ceilings.compile_for = lambda *_: b"kernels"
+    vars(gpu_ceilings)["compile_for"] = lambda *_: b"kernels"
     return None
 
 
@@ -529,7 +528,7 @@ def series(
     del rows
     case, used = usual_case(options), []
     config = parse_config(settings_of(case, options.engine, options.gpu))
-    begun = series_of(case.side, config.channels[0].optics.pixel_size_um)
+    begun = series_of(case.side, config.optics_of("default")[1].pixel_size_um)
     for _ in range(options.series):
         if clock.is_up:
             break

@@ -160,7 +160,9 @@ def count_in_torch(found: FoundEngine) -> float:
     if card.kind == "restorer":
         side = card.input.tile_px
         owned = side - 2 * card.input.halo_px
-    shapes = {card.input.name: (1, card.input.channels, side, side)}
+    shapes: dict[str, tuple[int, ...]] = {
+        card.input.name: (1, card.input.channels, side, side)
+    }
     if card.condition is not None:
         shapes[card.condition.name] = (1, len(card.condition.entries))
     network = TorchNetwork(found.name, verified_file(found.folder, card), place)

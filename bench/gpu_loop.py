@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,10 +85,10 @@ class ThreadTimes:
 
     def seconds(self) -> dict[str, float]:
         """Return CPU seconds by thread, the most expensive first."""
-        total: Counter[str] = Counter()
+        total: dict[str, float] = defaultdict(float)
         for number, spent_s in self._seen.items():
             total[self._names.get(number, "libraries")] += spent_s
-        return dict(total.most_common())
+        return dict(sorted(total.items(), key=lambda one: -one[1]))
 
     def _watch(self) -> None:
         process = psutil.Process()

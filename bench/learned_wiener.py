@@ -5,7 +5,7 @@ Automatic: `WienerFilter`, which reads its ratio from the frame. Drawn and blurr
 tiles of held-out fields get the PSF of a level near the true one, as in a live loop;
 the real pairs of BBBC006, rows a19 to a24, that of level 5.
 
-Run: python bench/learned_wiener.py engines/learned_wiener [--tiles 256]
+Run: python -m bench.learned_wiener engines/learned_wiener [--tiles 256]
 """
 
 import argparse

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -207,7 +208,7 @@ def measure_writer(
     return cost
 
 
-def run_loop(settings: list[str], folder: Path) -> dict[str, object]:
+def run_loop(settings: list[str], folder: Path) -> dict[str, Any]:
     """Run `rtfocus run` and return its report with the memory it took over time."""
     command = [sys.executable, "-m", "rtfocus", "run", str(CONFIG), "--quiet"]
     for setting in [*settings, f"run.folder={folder}"]:

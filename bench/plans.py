@@ -6,15 +6,13 @@ Run: python -m bench.plans [--frame 2048x2048] [--capability 8.6]
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
-
+from bench import machine
+from rtfocus.engines.card import Precision
 from rtfocus.engines.registry import FoundEngine, list_engines
 from rtfocus.errors import EngineError
 from rtfocus.runtimes.gpu import gpu_request
@@ -49,7 +47,7 @@ def build(
     library: TensorRt,
     target: PlanTarget,
     found: FoundEngine,
-    precision: str,
+    precision: Precision | None,
     frame: tuple[int, int],
 ) -> dict[str, Any]:
     """Build one plan in a cache of its own, then find it again."""

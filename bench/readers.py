@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -149,7 +149,8 @@ def stores(folder: Path, layout: Layout) -> dict[str, Path]:
 
     run = record(folder / f"{layout.name}.rtfocus", layout)
     found = {FORMS[0]: run / "raw.ome.zarr"}
-    for form, number in zip(FORMS[1:], ("0.5", "0.4"), strict=True):
+    numbers: tuple[Literal["0.5", "0.4"], ...] = ("0.5", "0.4")
+    for form, number in zip(FORMS[1:], numbers, strict=True):
         output = folder / f"{layout.name}-{number}.ome.zarr"
         RunExport(open_run(run), output, zarr_version=number).write()
         found[form] = output
@@ -164,7 +165,7 @@ def with_zarr(store: Path, layout: Layout) -> tuple[Planes, str]:
     import zarr
 
     root = zarr.open_group(store, mode="r")
-    arrays = [root[f"{path}/0".lstrip("/")] for path in layout.paths]
+    arrays: list[Any] = [root[f"{path}/0".lstrip("/")] for path in layout.paths]
     return {p: np.asarray(a[PLACE]) for p, a in enumerate(arrays)}, "all"
 
 
@@ -198,7 +199,7 @@ def with_yaozarrs(store: Path, layout: Layout) -> tuple[Planes, str]:
     group = yaozarrs.open_group(str(store))
     planes = {}
     for p, path in enumerate(layout.paths):
-        array = group[f"{path}/0".lstrip("/")].to_zarr_python()
+        array: Any = group[f"{path}/0".lstrip("/")].to_zarr_python()
         planes[p] = np.asarray(array[PLACE])
     return planes, "valid; all"
 
@@ -218,7 +219,7 @@ def with_ome_zarr_models(store: Path, layout: Layout) -> tuple[Planes, str]:
         open_ome_zarr(root)
     planes = {}
     for p, path in enumerate(layout.paths):
-        image = root[path] if path else root
+        image: Any = root[path] if path else root
         open_ome_zarr(image)
         planes[p] = np.asarray(image["0"][PLACE])
     how = "valid, named as `BioFormats2Raw`; all" if is_collection else "valid; all"

@@ -4,11 +4,10 @@ Writes time-lapses of small planes as ImageJ, OME-TIFF (one description, pages b
 one another) and OME-TIFF as Micro-Manager writes it (an entry per plane), and reads
 every plane in order through `rtfocus.images`, parsing included.
 
-Run: python bench/reading.py [--planes 100 1000 10000] [--size 64]
+Run: python -m bench.reading [--planes 100 1000 10000] [--size 64]
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,10 +17,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from bench import machine
 from rtfocus.images.reading import open_images
-
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
 
 NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 

@@ -4,22 +4,23 @@ The frame is a tilted surface, six defocus levels at once. Classification is
 compared with a bare OpenVINO loop on the same tensors, both taking turns, so that
 load from outside hits both; labels are compared with ONNX Runtime in f32.
 
-Run: python bench/stages.py [--engine delpnet] [--rounds 60] [--size 512]
+Run: python -m bench.stages [--engine delpnet] [--rounds 60] [--size 512]
 """
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import machine
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import CameraConfig, ProcessingConfig
-from rtfocus.engines.card import EngineCard, verified_file
+from rtfocus.engines.card import EngineCard, input_of, verified_file
 from rtfocus.engines.registry import FoundEngine, find_engine, fit_frame, parts
 from rtfocus.optics.formation import blur_depth_variant
 from rtfocus.processing.camera import CameraCorrection
@@ -30,9 +31,6 @@ from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import WHOLE_FRAME
 from rtfocus.runtimes.cpu_engine import import_openvino
 from rtfocus.specimens import draw_specimen
-
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
 
 OFFSET = 100
 PATCH_PX = 84
@@ -57,10 +55,12 @@ def open_classifier(
     threads: int,
 ) -> FrameClassifier:
     """Open an engine for frames of a shape."""
-    fit = fit_frame(found.card.input, shape)
-    settings = ProcessingConfig(backend=backend, precision=precision)
-    step_um = found.card.levels.step_um
-    plan = ClassifierPlan(found, fit, step_um=step_um, quantum=1.0)
+    fit = fit_frame(input_of(found.card), shape)
+    settings = ProcessingConfig.model_validate(
+        {"backend": backend, "precision": precision}
+    )
+    levels, _ = parts(found.card)
+    plan = ClassifierPlan(found, fit, step_um=levels.step_um, quantum=1.0)
     return FrameClassifier(plan, settings, threads)
 
 
@@ -71,7 +71,7 @@ def bare_openvino(
     openvino = import_openvino()
     core = openvino.Core()
     network = core.read_model(verified_file(found.folder, found.card))
-    network.reshape({found.card.input.name: list(prepared.tiles.shape)})
+    network.reshape({input_of(found.card).name: list(prepared.tiles.shape)})
     options = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": threads,
@@ -107,7 +107,9 @@ def take_turns(
     }
 
 
-def agreement(found: FoundEngine, frame: np.ndarray, precisions: list[str]) -> dict:
+def agreement(
+    found: FoundEngine, frame: np.ndarray, precisions: list[str]
+) -> dict[str, float]:
     """Share of labels equal to ONNX Runtime f32, over shifted views of the frame."""
     shape = (frame.shape[0] - 64, frame.shape[1] - 64)
     views = [
@@ -137,12 +139,12 @@ def restorations(
     labels = np.repeat(rows[:, None], grid.columns, axis=1)
     signal = frame.astype(np.float32) - OFFSET
     montage = Montage(grid, frame.shape)
-    steps = {}
+    steps: dict[str, Callable[[], Any]] = {}
     for method in WHOLE_FRAME:
         restorer = DepthVariantRestorer(montage, psfs, method=method)
         out = np.empty_like(signal)
-        steps[f"restore {method}"] = lambda r=restorer, o=out: r.restore(
-            signal, labels, o, quantum=1.0
+        steps[f"restore {method}"] = partial(
+            restorer.restore, signal, labels, out, quantum=1.0
         )
     return steps
 
@@ -170,7 +172,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ours = open_classifier(
             found, frame.shape, "openvino", precision, options.threads
         )
-        steps[f"classify {precision}"] = lambda c=ours: c.classify(prepared)
+        steps[f"classify {precision}"] = partial(ours.classify, prepared)
         steps[f"bare openvino {precision}"] = bare_openvino(
             found, prepared, precision, options.threads
         )

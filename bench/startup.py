@@ -9,7 +9,7 @@ publisher in this process that has 512 x 512 frames for it:
 - *listening*: until its first word arrives at the microscope side,
 - *ready*: until it has compiled its network, made its run folder and takes frames.
 
-Run: python bench/startup.py [--rounds 9] [--cores 2]
+Run: python -m bench.startup [--rounds 9] [--cores 2]
 """
 
 import argparse
@@ -25,14 +25,12 @@ from typing import Any
 
 import yaml
 
+from bench import machine
 from rtfocus.channel import Channel
 from rtfocus.config import Config, load_config
 from rtfocus.frame import Position, SeriesStart
 from rtfocus.launch import on_free_ports
 from rtfocus.transport.publisher import FramePublisher
-
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
 
 COMMANDS = {
     "python": ("-c", "pass"),

@@ -6,13 +6,12 @@ bare loop is PUSH/PULL with a header part, sends without a copy and copies each
 frame into one of a ring of preallocated arrays: what a careful person writes by
 hand, without credit, resend, accounting or durability.
 
-Run: python bench/transport.py [--rounds 7] [--frames 150] [--size 2048]
+Run: python -m bench.transport [--rounds 7] [--frames 150] [--size 2048]
 """
 
 import argparse
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import zmq
 
+from bench import machine
 from rtfocus.channel import Channel
 from rtfocus.config.sections import TransportConfig
 from rtfocus.frame import FrameHeader, Position, SeriesStart
@@ -31,9 +31,6 @@ from rtfocus.transport.inflow import Gap
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver
 from rtfocus.transport.sockets import create_keys, secure_client, secure_server
-
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
 
 RING = 32
 """Slots, and the bare loop's arrays and high-water mark."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from websockets import Origin
 from websockets.sync.client import ClientConnection, connect
 
 from bench import machine
@@ -72,10 +73,16 @@ def config_of(work: str, folder: Path) -> Config:
     )
 
 
+def _set_at_end(over: threading.Event) -> None:
+    """Set an event when standard input ends."""
+    sys.stdin.read()
+    over.set()
+
+
 def publish(config: Config, side: int) -> None:
     """Send noise as fast as it is taken, until standard input ends."""
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    threading.Thread(target=_set_at_end, args=(over,), daemon=True).start()
     rng = np.random.default_rng(1)
     pixels = rng.poisson(400, (side, side)).astype("<u2")
     series = SeriesStart(
@@ -174,7 +181,7 @@ def open_page(port: int) -> ClientConnection:
     """Open the socket of a page."""
     return connect(
         HERE.format(port),
-        origin=f"http://127.0.0.1:{port}",  # type: ignore[arg-type]
+        origin=Origin(f"http://127.0.0.1:{port}"),
         max_size=None,
         proxy=None,
         compression=None,
@@ -184,7 +191,7 @@ def open_page(port: int) -> ClientConnection:
 def look(port: int) -> None:
     """Take pictures and acknowledge each, until standard input ends."""
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    threading.Thread(target=_set_at_end, args=(over,), daemon=True).start()
     taken = 0
     begun_s = time.perf_counter()
     with open_page(port) as page:

@@ -6,7 +6,7 @@ range of percentiles; in focus the target is the input itself, which counts as 6
 The re-blur leaves out half a kernel at the border; it is compared with the recorded
 patch, noise and all, and with what the true PSF makes of the sharp one.
 
-Run: python bench/wei.py engines/wei_unet [--patches 400] [--picture failures.png]
+Run: python -m bench.wei engines/wei_unet [--patches 400] [--picture failures.png]
 A checkpoint, such as that of a single stage, may stand for the engine.
 """
 
@@ -118,7 +118,9 @@ def score_fields(recipe: WeiUNetRecipe, restore: Restore) -> None:
             for p in (path, folder / wanted.blurred / path.name)
         )
         offset, scale = PercentileRange().fit(blurred)
-        restored, kernel = restore(np.float32((blurred - offset) / scale), None)
+        restored, kernel = restore(
+            np.asarray((blurred - offset) / scale, np.float32), None
+        )
         image = restored * scale + offset
         again, recorded = blur_with(sharp, kernel), inner(blurred, kernel)
         rows.append(
@@ -151,7 +153,7 @@ def score_classes(
     # Every batch is drawn from ten scenes, two of them new.
     pool = recipe.pool.model_copy(update={"entries": 10, "refresh_steps": 1})
     drawn = recipe.model_copy(update={"pairs": pairs, "pool": pool})
-    batches = PairBatches(cast("WeiUNetRecipe", drawn), validation=True)
+    batches = PairBatches(drawn, validation=True)
     found: dict[int, list[tuple[float, ...]]] = {place: [] for place in range(5)}
     examples = []
     for step in range(patches // 10):

@@ -8,14 +8,13 @@ for the last: no OME metadata, no journal, no accounting. acquire-zarr and
 ome-writers run where they are installed; neither says when a frame is committed,
 and neither has the per-chunk checksum of the first two.
 
-Run: python bench/writer.py [--rounds 7] [--frames 200] [--size 1024 2048]
+Run: python -m bench.writer [--rounds 7] [--frames 200] [--size 1024 2048]
 """
 
 import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections import deque
@@ -28,6 +27,7 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from bench import machine
 from rtfocus.channel import Channel
 from rtfocus.config.sections import StoreConfig
 from rtfocus.frame import (
@@ -36,15 +36,13 @@ from rtfocus.frame import (
     Position,
     SeriesEnd,
     SeriesStart,
+    Slot,
     SlotPool,
 )
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import open_context
 from rtfocus.writers.header import RunHeader, array_metadata, image_specs
 from rtfocus.writers.run import open_run
-
-sys.path.insert(0, str(Path(__file__).parent))
-import machine
 
 DISTINCT = 16
 """Different frames, so that no writer profits from repetition."""
@@ -100,13 +98,20 @@ def header(sequence: int, size: int) -> FrameHeader:
     )
 
 
+def taken(pool: SlotPool) -> Slot:
+    """Take a slot, however long it takes; the pool is open."""
+    slot = pool.acquire()
+    assert slot is not None
+    return slot
+
+
 def run_rtfocus(
     folder: Path, pixels: list[NDArray[np.uint16]], frames: int, store: StoreConfig
 ) -> tuple[float, float]:
     """Write through the run folder of the product; the slots are filled before."""
     size = pixels[0].shape[0]
     pool = SlotPool(len(pixels), pixels[0].nbytes)
-    slots = [pool.acquire() for _ in pixels]
+    slots = [taken(pool) for _ in pixels]
     for slot, frame in zip(slots, pixels, strict=True):
         slot.prepare(header(0, size))[...] = frame
         pool.release(slot)
@@ -124,7 +129,7 @@ def run_rtfocus(
     ) as writer:
         watch = Stopwatch()
         for sequence in range(frames):
-            slot = pool.acquire()
+            slot = taken(pool)
             # Only the header is new: the pixels of the slot are a frame already.
             slot.prepare(header(sequence, size))
             slot.received_ns = time.monotonic_ns()
@@ -177,7 +182,7 @@ def run_ome_writers(
     shard = size // chunk
     settings = ome_writers.AcquisitionSettings(
         root_path=str(folder / "ome-writers"),
-        dimensions=[
+        dimensions=(
             ome_writers.Dimension(name="t", count=frames, chunk_size=1, type="time"),
             *(
                 ome_writers.Dimension(
@@ -189,7 +194,7 @@ def run_ome_writers(
                 )
                 for axis in "yx"
             ),
-        ],
+        ),
         dtype="uint16",
         format=ome_writers.OmeZarrFormat(backend="tensorstore"),
         compression=None if store.codec == "none" else store.codec,
