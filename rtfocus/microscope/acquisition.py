@@ -364,6 +364,7 @@ def _planned(core: UniMMCore, config: Config) -> MDASequence:
         raise ConfigError(msg)
     sequence = read_sequence(acquisition.mda)
     _check_presets(core, sequence)
+    _check_autofocus(core, sequence)
     z_um = core.getPosition() if core.getFocusDevice() else None
     return anchored(sequence, z_um)
 
@@ -388,6 +389,24 @@ def anchored(sequence: MDASequence, z_um: float | None) -> MDASequence:
             for p in positions
         ]
     )
+
+
+def _check_autofocus(core: UniMMCore, sequence: MDASequence) -> None:
+    """Refuse a plan that asks for focus where nobody answers.
+
+    Plans of pymmcore-widgets name no device, which means the core's.
+    """
+    below = [one.sequence for one in sequence.stage_positions if one.sequence]
+    plans = [level.autofocus_plan for level in (sequence, *below)]
+    wanted = {plan.autofocus_device_name for plan in plans if plan is not None}
+    if wanted <= {"rtfocus"} or core.getAutoFocusDevice():
+        return
+    msg = (
+        "acquisition.mda: its autofocus_plan does not name 'rtfocus', and "
+        "Micro-Manager has no autofocus device: nobody would focus; give it "
+        "autofocus_device_name: rtfocus, or leave it out"
+    )
+    raise ConfigError(msg)
 
 
 def _check_presets(core: UniMMCore, sequence: MDASequence) -> None:

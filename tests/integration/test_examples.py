@@ -1,7 +1,12 @@
-"""The scripts in ``examples`` do what they say; what they leave is read back."""
+"""The scripts in ``examples`` do what they say; what they leave is read back.
+
+So does the Python that the pages show.
+"""
 
 import io
+import re
 import runpy
+import shutil
 import sys
 import threading
 from contextlib import contextmanager, redirect_stdout
@@ -18,7 +23,8 @@ from rtfocus.frame import Estimate
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.writers.check import check_run
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def example(name: str, *arguments: object) -> dict[str, object]:
@@ -85,6 +91,30 @@ def test_frames_are_a_table(recorded):
     # The estimate is of the tiles that the map holds.
     tiles = recorded.defocus[0, 0, 0]
     assert np.nanmin(tiles) <= frames["defocus_um"][0] <= np.nanmax(tiles)
+
+
+@pytest.mark.parametrize(
+    ("page", "number", "made"),
+    [
+        ("README.md", 0, {"restored", "found", "run", "plane", "table"}),
+        ("docs/reference/python.md", 0, {"restored", "found"}),
+        ("docs/reference/python.md", 1, {"sharp"}),
+        ("docs/reference/python.md", 2, {"run", "plane", "table"}),
+        ("docs/reference/images.md", 0, {"found", "plane"}),
+    ],
+)
+def test_what_a_page_shows_runs(page, number, made, recorded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = np.random.default_rng(1).poisson(500, (96, 96)).astype(np.uint16)
+    shutil.copytree(recorded.folder, "runs/demo.rtfocus")
+    Path("experiment").mkdir()
+    tifffile.imwrite("experiment/cells.tif", image)
+    stated = "numerical_aperture: 0.5, wavelength_nm: 520, pixel_size_um: 0.65"
+    Path("my.yaml").write_text(f"channels: [{{name: DAPI, optics: {{{stated}}}}}]")
+    text = (ROOT / page).read_text("utf-8")
+    names = {"rtfocus": rtfocus, "image": image, "images": [image]}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number], names)
+    assert made <= set(names)
 
 
 def test_a_script_of_your_own_is_recorded_beside_your_own_file(tmp_path, capsys):

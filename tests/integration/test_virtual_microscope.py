@@ -326,3 +326,15 @@ def test_stop_does_not_wait_for_a_camera_that_waits_for_its_trigger():
     )
     assert (report.frames, report.reason, report.not_acquired) == (1, "canceled", 7)
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("device", [None, "PFS"])
+@pytest.mark.parametrize("at_a_position", [False, True])
+def test_a_plan_that_asks_for_focus_where_nobody_answers_is_refused(
+    device, at_a_position
+):
+    focus = {"autofocus_plan": {"axes": ["p"], "autofocus_device_name": device}}
+    here = {"x": 0, "y": 0, "z": 0, **({"sequence": focus} if at_a_position else {})}
+    plan = {"stage_positions": [here], **({} if at_a_position else focus)}
+    with pytest.raises(ConfigError, match="autofocus_device_name: rtfocus"):
+        record(virtual({"mda": plan}))
