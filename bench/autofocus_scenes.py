@@ -45,6 +45,8 @@ class Scene:
     """Light of an image is off by up to this share."""
     glides_px: int = 0
     """How far the specimen has gone sideways from one image to the next."""
+    tilt_um: float = 0.0
+    """Rise of the field from its left to its right edge; its middle stays."""
     images: int = 0
     _planes: BlurredPlanes | None = None
 
@@ -76,7 +78,10 @@ class Scene:
         if self.images:
             self.focus_um += self.drift_um
         defocus = self.direction * (self.focus_um - z_um)
-        light = self.planes().at(np.full(self.sharp.shape, defocus, np.float32))
+        rise = np.linspace(-self.tilt_um / 2, self.tilt_um / 2, self.sharp.shape[1])
+        light = self.planes().at(
+            np.broadcast_to(np.float32(defocus) + rise, self.sharp.shape)
+        )
         if self.glides_px:
             # Half of a field that is twice as wide is seen.
             light = np.roll(light, -self.glides_px * self.images, axis=1)
@@ -234,7 +239,7 @@ def camera(photons: float = 2000.0) -> CameraModel:
 
 
 REFERENCE = OpticalSystem(
-    0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
+    0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.2)
 )
 
 

@@ -369,7 +369,10 @@ class SeriesLoop:
         unrestored = None if reason is None else f"raw_only: {reason}"
         if arrived.frame().role is Role.FOCUS:
             unrestored = "focus image"
-        return self._processor.submit(arrived, unrestored=unrestored)
+        ticket = self._processor.submit(arrived, unrestored=unrestored)
+        if not ticket.result.done() and (look := self._focus.look(arrived)):
+            self._receiver.send_estimate(look)
+        return ticket
 
     def _publish(self, arrived: Arrival) -> Arrival:
         """Send the focus estimate to the microscope side as soon as it is there."""

@@ -95,16 +95,24 @@ class EstimateInbox:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._newest: Estimate | None = None
+        self._looked = ("", -1)
+        """Series and sequence of the newest early reading."""
         self.also: Callable[[Estimate], None] = lambda _: None
-        """Called with every estimate too."""
+        """Called with the first reading of every frame."""
         self.searched: set[int] = set()
         """Sequences of the images that searches asked for."""
 
     def take(self, estimate: Estimate) -> None:
         """Keep the newest; returns at once, from any thread."""
-        with self._changed:
-            self._newest = estimate
-            self._changed.notify_all()
+        series_uid, looked = self._looked
+        if is_early(estimate):
+            self._looked = estimate.series_uid, estimate.sequence
+        else:
+            with self._changed:
+                self._newest = estimate
+                self._changed.notify_all()
+            if estimate.series_uid == series_uid and estimate.sequence <= looked:
+                return
         self.also(estimate)
 
     def wait(self, sequence: int, timeout_s: float) -> Estimate:
@@ -345,6 +353,11 @@ def open_focuser(
         )
     finally:
         reader.close()
+
+
+def is_early(estimate: Estimate) -> bool:
+    """Tell whether an estimate is for hold alone; the classifier's follows."""
+    return estimate.focus is not None and estimate.focus.early
 
 
 def estimate_of(reading: FocusReading, sequence: int, z_um: float) -> Estimate:

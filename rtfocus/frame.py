@@ -172,6 +172,9 @@ class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
     """Noise amplitude of a ring."""
     saturated: float = 0.0
     """Share of the pixels that are saturated."""
+    early: bool = False
+    """Read before the classifier was done: spectrum and saturation alone. The whole
+    reading follows."""
 
 
 class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from rtfocus.autofocus.policy import EstimatorSettings, read_focus
+from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
 from rtfocus.config import Config
 from rtfocus.engines.registry import find_engine, parts, step_um
 from rtfocus.errors import ConfigError, RtfocusError, WriterError
@@ -21,6 +21,7 @@ from rtfocus.frame import (
     Act,
     DefocusMap,
     Estimate,
+    FocusReading,
     FrameResult,
     Role,
     SeriesEnd,
@@ -296,7 +297,8 @@ def estimator_settings(
 class SeriesReader:
     """Processor side: adds to an estimate what autofocus must know of a frame.
 
-    Focus probes are always read, planned frames where autofocus holds focus.
+    Focus probes are always read, planned frames where autofocus holds focus: those as
+    soon as they have arrived, and again with their classifier's estimate.
     """
 
     def __init__(self, config: Config, series: SeriesStart) -> None:
@@ -305,6 +307,37 @@ class SeriesReader:
             estimator_settings(config, channel.name, bit_depth=series.bit_depth)
             for channel in series.channels
         ]
+        self._looks: dict[int, FocusReading] = {}
+        """By the slot of the frame."""
+
+    def look(self, slot: Slot) -> Estimate | None:
+        """Return what hold goes by in a frame, without waiting for its classifier.
+
+        None: focus is not held by this frame. A classifier that takes longer than the
+        frames' interval would let hold fall behind.
+        """
+        # A frame that failed in this slot before left its own.
+        self._looks.pop(slot.index, None)
+        frame = slot.frame()
+        settings = self._settings[frame.index.get("c", 0)]
+        if settings is None or not self._holds or frame.role is Role.FOCUS:
+            return None
+        look = self._looks[slot.index] = look_at(slot.pixels, settings)
+        return Estimate(
+            series_uid=frame.series_uid,
+            sequence=frame.sequence,
+            level=None,
+            defocus_um=None,
+            signed=False,
+            confidence=0.0,
+            foreground=0.0,
+            z_um=frame.z_um,
+            z_offset_um=frame.z_offset_um,
+            index=frame.index,
+            captured_ns=frame.captured_ns,
+            estimated_ns=time.time_ns(),
+            focus=look,
+        )
 
     def read(self, slot: Slot, estimate: Estimate, found: DefocusMap) -> Estimate:
         """Return the estimate with its focus reading, or as it is."""
@@ -313,7 +346,8 @@ class SeriesReader:
         wanted = self._holds or frame.role is Role.FOCUS
         if settings is None or not wanted:
             return estimate
-        reading = read_focus(found, slot.pixels, settings)
+        look = self._looks.pop(slot.index, None)
+        reading = read_focus(found, slot.pixels, settings, look)
         return msgspec.structs.replace(estimate, focus=reading)
 
 

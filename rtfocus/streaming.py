@@ -26,7 +26,7 @@ from rtfocus.errors import (
     WriterError,
 )
 from rtfocus.files import path_given
-from rtfocus.focusing import Focusing, checked_core
+from rtfocus.focusing import Focusing, checked_core, is_early
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
 from rtfocus.images.series import one_line
@@ -223,7 +223,8 @@ class LiveStream:
             focusing = Focusing(self._config, _log.info)
 
             def heard(estimate: Estimate) -> None:
-                teller.put(estimate)
+                if not is_early(estimate):
+                    teller.put(estimate)
                 focusing.inbox.take(estimate)
 
             self._publisher = opened.enter_context(

@@ -290,9 +290,9 @@ class DefocusModels:
         curves, prices = [], []
         for extra in _EXTRA_WAVES if optics.psf_model == "pupil" else (0.0,):
             table = modulation_table(optics, extra_waves=extra)
-            for aperture, kept in product(_APERTURES, (False, True)):
+            for aperture in _APERTURES:
                 transfer = Transfer(table, optics.sampling, aperture)
-                power = transfer.amplitudes(defocus, kept=kept)[:, self.rings] ** 2
+                power = transfer.amplitudes(defocus)[:, self.rings] ** 2
                 price = 0.5 * (extra / _WAVES_SD) ** 2
                 price += 0.5 * ((aperture - 1.0) / _APERTURE_SD) ** 2
                 for spread, (turn, turned) in product(_SPREADS, turns):

@@ -31,9 +31,6 @@ _UNSURE = 0.3
 """Depths of field that are borne rather than moving to what may be the wrong side."""
 _ALIKE = 0.2
 """Depths of field between the images of a search that are kept."""
-_TEMPER, _LEAST_TEMPER, _APART_S = 0.6, 0.15, 1.0
-"""Images of a place at much the same z err alike: for how much of one each counts where
-they are a second or more apart, and where they follow one another at once."""
 _MOST_MISFIT, _MOST_MISSES = 5.5, 3
 _MOST_TURNS = 1
 _MOST_LATE, _LATE_S = 5, 2.0
@@ -72,8 +69,6 @@ class Place:
     """The newest correction that moved the stage."""
     turns: int = 0
     """Corrections in a row that wanted to take the newest one back."""
-    seen_s: float = -inf
-    """When the newest image was exposed."""
     asked_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """When the newest corrections were asked for."""
     read_s: float = inf
@@ -310,10 +305,6 @@ class Holder:
             place.misses += 1
             return
         place.misses = 0
-        apart = min(max(time_s - place.seen_s, 0.0) / _APART_S, 1.0)
-        place.seen_s = time_s
-        share = _LEAST_TEMPER + (_TEMPER - _LEAST_TEMPER) * apart
-        weights = weights**share / (weights**share).sum()
         modes = modes_of_weights(expected + _CANDIDATES, weights, valley=_VALLEY)
         self._drift.see(place.number, time_s, modes)
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -194,8 +195,49 @@ class EstimatorSettings:
     """x, y, width, height in pixels; None: the whole frame."""
 
 
+def look_at(pixels: NDArray[np.generic], settings: EstimatorSettings) -> FocusReading:
+    """Read what a frame shows of focus by itself, before a classifier has seen it.
+
+    Parameters
+    ----------
+    pixels
+        The frame, axes (y, x) or (y, x, rgb), counts.
+    settings
+        Region, dark and saturated counts.
+
+    Returns
+    -------
+    FocusReading
+        Early: with a spectrum, without an estimate.
+    """
+    spectrum, noise = amplitude_spectrum(
+        pixels, settings.region, dark_counts=settings.dark_counts
+    )
+    level, wanted = settings.saturation_counts, _region(pixels, settings.region)
+    saturated = 0.0
+    if level is not None:
+        saturated = float(np.mean(np.asarray(pixels[wanted], np.float32) >= level))
+    is_saturated = saturated > _MOST_SATURATED
+    return FocusReading(
+        defocus_um=None,
+        sd_um=None,
+        signed=False,
+        refusal="saturated" if is_saturated else None,
+        detail=f"{100 * saturated:.1f} % of the pixels are saturated"
+        if is_saturated
+        else "",
+        spectrum=[round(float(value), 7) for value in spectrum],
+        noise=noise,
+        saturated=round(saturated, 4),
+        early=True,
+    )
+
+
 def read_focus(
-    found: DefocusMap, pixels: NDArray[np.generic], settings: EstimatorSettings
+    found: DefocusMap,
+    pixels: NDArray[np.generic],
+    settings: EstimatorSettings,
+    look: FocusReading | None = None,
 ) -> FocusReading:
     """Estimate the defocus of a frame.
 
@@ -207,25 +249,21 @@ def read_focus(
         The frame, axes (y, x) or (y, x, rgb), counts.
     settings
         Unit, range and region.
+    look
+        What `look_at` found in this frame; None: it is done here.
 
     Returns
     -------
     FocusReading
         With an estimate or with a refusal; the spectrum is there in both cases.
     """
-    spectrum, noise = amplitude_spectrum(
-        pixels, settings.region, dark_counts=settings.dark_counts
-    )
-    level, wanted = settings.saturation_counts, _region(pixels, settings.region)
-    saturated = 0.0
-    if level is not None:
-        saturated = float(np.mean(np.asarray(pixels[wanted], np.float32) >= level))
+    look = look or look_at(pixels, settings)
     tiles = _tiles(found, pixels, settings)
     estimate, refusal, detail = _judge(tiles, found.grid, settings)
-    if saturated > _MOST_SATURATED:
-        refusal = "saturated"
-        detail = f"{100 * saturated:.1f} % of the pixels are saturated"
-    return FocusReading(
+    if look.refusal:
+        refusal, detail = look.refusal, look.detail
+    return msgspec.structs.replace(
+        look,
         defocus_um=None if refusal else estimate.value_um,
         sd_um=None if refusal else estimate.sd_um,
         signed=found.grid.signed,
@@ -233,9 +271,7 @@ def read_focus(
         detail=detail,
         tilt_um=estimate.tilt_um,
         tiles=len(tiles.value_um),
-        spectrum=[round(float(value), 7) for value in spectrum],
-        noise=noise,
-        saturated=round(saturated, 4),
+        early=False,
     )
 
 

@@ -1,8 +1,11 @@
 """Virtual specimen: what the objective makes of a scene from where the stages stand.
 
-Pure: arrays in, arrays out, no core and no clock. "Sharp" means as this
-microscope sees the scene in focus, so defocus 0 is the scene itself and the PSF
-turns focus into defocus (He 2020: level 0 is not convolved).
+Pure: arrays in, arrays out, no core and no clock. The scene is the light of the
+specimen; what the camera sees of it has passed the objective, in focus too, so no
+image is as sharp as the scene. Defocus 0 is where the optics have their largest Strehl
+ratio: their aberrations are Zernike's, which are balanced about that plane. Up to a
+spherical aberration of 0.3 waves images are sharpest there, within a quarter of a depth
+of field; beyond it each specimen is sharpest elsewhere.
 
 Heights of the surface are counted like the z-stage: along the optical axis, away from
 the objective. The z-stage carries the objective; moving it up by 1 um moves the plane
@@ -190,10 +193,11 @@ _VIEWS_KEPT = 12
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What a frame would show in perfect focus, and how far it is from it."""
+    """The scene that a frame shows, and how far it is from focus."""
 
     sharp: Image
-    """Axes (y, x) or (y, x, rgb), 1.0 = brightest part of the scene."""
+    """The scene itself, sharper than any objective shows it; axes (y, x) or
+    (y, x, rgb), 1.0 = its brightest part."""
     defocus_um: Image
     """Axes (y, x); positive = specimen too far from the objective."""
 
@@ -290,7 +294,7 @@ class VirtualSpecimen:
     def truth(
         self, z_um: float, *, x_um: float = 0.0, y_um: float = 0.0, time_s: float = 0.0
     ) -> Truth:
-        """Return the sharp scene and the defocus map; see `defocus_um`.
+        """Return the scene and the defocus map; see `defocus_um`.
 
         Raises
         ------
@@ -317,7 +321,6 @@ class VirtualSpecimen:
             self._view_of(self._scene, place),
             self._optics,
             step_um=_PLANE_STEP_UM,
-            keep_focus=True,
             capacity=_PLANES_KEPT,
         )
         _keep(self._sites, place, planes, _SITES_KEPT)

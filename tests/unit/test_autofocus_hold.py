@@ -24,7 +24,7 @@ from rtfocus.frame import Estimate, FocusReading
 from rtfocus.optics.formation import BlurredPlanes, CameraModel
 from rtfocus.specimens import draw_specimen
 
-OPTICS = OpticalSystem(0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.4))
+OPTICS = OpticalSystem(0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.2))
 UNIT_UM = OPTICS.defocus_unit_um
 DARK = 100.0
 SIDE_PX = 160
@@ -37,9 +37,7 @@ class Field:
     def __init__(self) -> None:
         self.rng = np.random.default_rng(5)
         sharp = draw_specimen("nuclei", (SIDE_PX, SIDE_PX), self.rng)
-        self.planes = BlurredPlanes(
-            sharp, OPTICS, step_um=UNIT_UM / 4, keep_focus=True, capacity=64
-        )
+        self.planes = BlurredPlanes(sharp, OPTICS, step_um=UNIT_UM / 8, capacity=64)
         self.tilt_um = np.linspace(-0.25, 0.25, SIDE_PX, dtype=np.float32) * UNIT_UM
         self.camera = CameraModel(
             photons=2000.0,
