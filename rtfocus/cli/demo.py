@@ -161,15 +161,20 @@ class Trace:
     def draw(self, canvas: Canvas, box: Box, half_um: float) -> None:
         """Draw both over time, with the band of half a depth of field."""
         x = Axis("time since the first exposure (s)", 0.0, float(self.seconds[-1]))
-        values = (self.held_um, self.alone_um, [-half_um, half_um])
-        chart = Chart(canvas, box, x, axis_of("defocus (um)", *values, zero=True))
+        # Between two frames the specimen drifts on, then the stage steps.
+        moved = np.searchsorted(self.seconds, self.moves)
+        steps_um = self.z_um[moved] - self.z_um[moved - 1]
+        seconds = np.insert(self.seconds, moved, self.moves)
+        held_um = np.insert(self.held_um, moved, self.held_um[moved] + steps_um)
+        values = (held_um, self.alone_um, [-half_um, half_um])
+        name = "defocus where held (um)"
+        chart = Chart(canvas, box, x, axis_of(name, *values, zero=True))
         chart.level(0.0, dash=0)
         for edge in (-half_um, half_um):
             chart.level(edge)
         chart.curve(self.seconds, self.alone_um, ORANGE, "had the stage stood still")
-        chart.curve(self.seconds, self.held_um, BLUE, "held by rtfocus")
-        at_moves = np.interp(self.moves, self.seconds, self.held_um)
-        chart.dots(self.moves, at_moves, GREEN, "moves")
+        chart.curve(seconds, held_um, BLUE, "held by rtfocus")
+        chart.dots(self.moves, self.held_um[moved], GREEN, "moves")
         chart.name("half a depth of field", FAINT)
 
     def in_words(self, optics: OpticalSystem) -> str:
@@ -202,8 +207,11 @@ def _save_picture(
     far = float(
         np.nanmax([found.max(initial=0, where=~np.isnan(found)), distance.max()])
     )
-    images = [("raw", raw), ("restored", restored), ("truth", sharp)]
-    maps = [("distance from focus, found", found), ("true", distance)]
+    images = [("raw", raw), ("restored", restored), ("the specimen itself", sharp)]
+    maps = [
+        ("distance from focus, found", found),
+        ("distance from focus, true", distance),
+    ]
     panels = [
         *(Panel(name, image, low, high, pixel_um=pixel_um) for name, image in images),
         *(Panel(name, um, 0.0, far, "um", "even", pixel_um) for name, um in maps),

@@ -145,7 +145,8 @@ class VirtualMicroscopeConfig(Section):
     surface: SurfaceConfig = SurfaceConfig()
     z_stage: ZStageConfig = ZStageConfig()
     optics: OpticalSystem | None = None
-    """True optics of this microscope; default: the channel's."""
+    """True optics of this microscope; default: the channel's. Surfaces count from where
+    their Strehl ratio is largest."""
     photons: Annotated[float, Field(gt=0)] = 2000.0
     """Expected photons per pixel and 10 ms where the specimen is brightest."""
     background_photons: Annotated[float, Field(ge=0)] = 20.0

@@ -39,7 +39,7 @@ class Slice:
     nearest: tuple[NDArray[np.intp], NDArray[np.intp]]
     """Row and column of the tile whose centre is nearest, per pixel row, column."""
     sharp: NDArray[np.float64]
-    """The frame in perfect focus and without noise, in counts."""
+    """The specimen itself, without noise, in counts."""
     distance_um: NDArray[np.float32]
 
     @property
@@ -119,8 +119,8 @@ def test_the_defocus_map_follows_the_surface(tilted):
         true.append(mean.reshape(one.map_um.shape)[there])
     found_um, true_um = np.concatenate(found), np.concatenate(true)
     assert len(found_um) > 100
-    # The network reads drawn nuclei, sharper than any real ones, too low, but in the
-    # right order (engines/delpnet/README.md); one that guesses has correlation 0.
+    # The network reads drawn nuclei too low, but in the right order
+    # (engines/delpnet/README.md); one that guesses has correlation 0.
     error_um = float(np.mean(np.abs(found_um - true_um)))
     assert pearson(true_um, found_um) > 0.7
     assert error_um < 3.0
