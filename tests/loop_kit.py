@@ -37,7 +37,7 @@ OPTICS = {
     "numerical_aperture": 0.36,
     "wavelength_nm": 451,
     "pixel_size_um": 0.65,
-    "aberrations": {"spherical_waves": -0.38},
+    "aberrations": {"spherical_waves": -0.2},
 }
 LOCAL = (
     "transport.frames=tcp://127.0.0.1:*",
