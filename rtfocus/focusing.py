@@ -95,8 +95,7 @@ class EstimateInbox:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._newest: Estimate | None = None
-        self._looked = ("", -1)
-        """Series and sequence of the newest early reading."""
+        self._newest_early = ("", -1)
         self.also: Callable[[Estimate], None] = lambda _: None
         """Called with the first reading of every frame."""
         self.searched: set[int] = set()
@@ -104,9 +103,9 @@ class EstimateInbox:
 
     def take(self, estimate: Estimate) -> None:
         """Keep the newest; returns at once, from any thread."""
-        series_uid, looked = self._looked
-        if is_early(estimate):
-            self._looked = estimate.series_uid, estimate.sequence
+        series_uid, looked = self._newest_early
+        if estimate.is_early:
+            self._newest_early = estimate.series_uid, estimate.sequence
         else:
             with self._changed:
                 self._newest = estimate
@@ -353,11 +352,6 @@ def open_focuser(
         )
     finally:
         reader.close()
-
-
-def is_early(estimate: Estimate) -> bool:
-    """Tell whether an estimate is for hold alone; the classifier's follows."""
-    return estimate.focus is not None and estimate.focus.early
 
 
 def estimate_of(reading: FocusReading, sequence: int, z_um: float) -> Estimate:

@@ -204,6 +204,11 @@ class Estimate(msgspec.Struct, frozen=True, tag="estimate", tag_field="type"):
     focus: FocusReading | None = None
     """For autofocus; None: the processor was not asked for it."""
 
+    @property
+    def is_early(self) -> bool:
+        """Whether this is for hold alone; the classifier's own estimate follows."""
+        return self.focus is not None and self.focus.early
+
 
 @dataclass(frozen=True, slots=True)
 class TileGrid:

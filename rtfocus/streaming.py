@@ -26,7 +26,7 @@ from rtfocus.errors import (
     WriterError,
 )
 from rtfocus.files import path_given
-from rtfocus.focusing import Focusing, checked_core, is_early
+from rtfocus.focusing import Focusing, checked_core
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
 from rtfocus.images.series import one_line
@@ -223,7 +223,7 @@ class LiveStream:
             focusing = Focusing(self._config, _log.info)
 
             def heard(estimate: Estimate) -> None:
-                if not is_early(estimate):
+                if not estimate.is_early:
                     teller.put(estimate)
                 focusing.inbox.take(estimate)
 
