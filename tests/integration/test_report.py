@@ -10,6 +10,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from loop_kit import command, failed, succeeded
 from writer_kit import make_series, recording
 
@@ -20,6 +22,7 @@ from rtfocus.report import facts as facts_of_run
 from rtfocus.report.facts import read_facts, shown_frames
 from rtfocus.report.page import PAGE_NAME, leave_page, write_page
 from rtfocus.writers.check import check_run
+from rtfocus.writers.header import JOURNAL_NAME
 
 _ALONE = ("meta", "br")
 
@@ -270,3 +273,37 @@ def test_focus_moves_are_marked_in_the_trace(tmp_path: Path) -> None:
     assert "autofocus moved (3)" in page.text
     assert "search failed (1)" in page.text
     assert "1 searches for focus failed, the last: no specimen" in page.text
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder without a report."""
+    folder = tmp_path_factory.mktemp("run") / "a.rtfocus"
+    record(folder)
+    (folder / "report.json").unlink()
+    return folder
+
+
+STATUSES = ("written", "focus", "missing", "in_error")
+
+
+@given(st.lists(st.sampled_from([*STATUSES, None]), max_size=30))
+def test_every_line_of_a_journal_counts_once_or_is_told_as_damaged(
+    unfinished: Path, statuses: list[str | None]
+) -> None:
+    lines = [
+        '{"status": "writ'
+        if status is None
+        else msgspec.json.encode({"status": status, "sequence": number}).decode()
+        for number, status in enumerate(statuses)
+    ]
+    (unfinished / JOURNAL_NAME).write_text("".join(f"{line}\n" for line in lines))
+    facts = read_facts(unfinished)
+    terms = facts.accounting
+    assert facts.damaged_lines == statuses.count(None)
+    assert terms["written"] == statuses.count("written")
+    assert terms["focus"] == statuses.count("focus")
+    assert sum(terms["dropped"].values()) == statuses.count("missing")
+    assert sum(terms["in_error"].values()) == statuses.count("in_error")
+    assert terms["acquired"] == len(statuses) - statuses.count(None)
+    assert terms["unaccounted"] == 0
