@@ -398,18 +398,12 @@ class SlotPool:
         )
         self._changed = threading.Condition()
         self._closed = False
-        self._lowest_free = count
 
     @property
     def free(self) -> int:
         """Slots nobody holds."""
         with self._changed:
             return len(self._free)
-
-    @property
-    def lowest_free(self) -> int:
-        """Fewest free slots seen so far: 0 means somebody had to wait."""
-        return self._lowest_free
 
     def acquire(self, timeout_s: float | None = None) -> Slot | None:
         """Take a free slot, waiting for one; None on time-out or after `close`."""
@@ -423,7 +417,6 @@ class SlotPool:
             if self._closed:
                 return None
             slot = self._free.popleft()
-            self._lowest_free = min(self._lowest_free, len(self._free))
             return slot
 
     def release(self, slot: Slot) -> None:
