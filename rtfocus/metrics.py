@@ -27,6 +27,18 @@ _LOWEST_MS = 1e-3
 _RATIO = 1.02
 _BINS = 1050
 
+STEPS = {
+    "correct": "camera correction",
+    "normalise": "preparing for the network",
+    "classify": "estimating defocus",
+    "restore": "restoring",
+    "arrival_to_estimate": "arrival to defocus known",
+    "capture_to_estimate": "exposure to defocus known",
+    "arrival_to_result": "arrival to restored",
+    "arrival_to_durable": "arrival to saved on disk",
+}
+"""What ``report.json`` measures, by the names that it has there."""
+
 
 class Histogram:
     """Distribution of a time in milliseconds; percentiles good to 1 %."""

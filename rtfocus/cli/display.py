@@ -268,8 +268,8 @@ def processor_rows(monitor: "Monitor | None") -> Rows:
         ("frames/s", f"{monitor.frames_per_s:.1f}"),
         ("defocus", defocus_text(monitor.estimate)),
         *([("autofocus", monitor.focus)] if monitor.focus else []),
-        ("estimate", _percentiles(monitor, "arrival_to_estimate")),
-        ("durable", _percentiles(monitor, "arrival_to_durable")),
+        ("defocus known", _percentiles(monitor, "arrival_to_estimate")),
+        ("saved", _percentiles(monitor, "arrival_to_durable")),
         ("free slots", f"{monitor.free_slots}/{monitor.slots}"),
         (
             "queues",
@@ -296,7 +296,9 @@ def defocus_text(estimate: Estimate | None) -> str:
 def _percentiles(monitor: "Monitor", stage: str) -> str:
     histogram = monitor.times[stage]
     half, most = histogram.percentile(50), histogram.percentile(99)
-    return "-" if half is None or most is None else f"p50 {half:.0f} p99 {most:.0f} ms"
+    if half is None or most is None:
+        return "-"
+    return f"after {half:.0f} ms, 99 % within {most:.0f} ms"
 
 
 def _duration(seconds: float | None) -> str:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rtfocus.cli.commands import OverwriteOption, need_torch
 from rtfocus.cli.display import share_bar
 from rtfocus.errors import ConfigError, ExitCode, WriterError
-from rtfocus.metrics import Outcome
+from rtfocus.metrics import STEPS, Outcome
 from rtfocus.writers.header import HEADER_NAME
 
 PICTURE = "focus.png"
@@ -194,12 +194,13 @@ def _accounting_line(terms: dict[str, Any]) -> str:
 
 def _stage_table(stages: dict[str, dict[str, float | int | None]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("stage")
-    for column in ("p50 ms", "p95 ms", "p99 ms", "max ms"):
+    table.add_column("step (ms)")
+    for column in ("median", "95 % within", "99 % within", "longest"):
         table.add_column(column, justify="right")
     for name, times in stages.items():
         values = [times[key] for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
-        table.add_row(name, *("-" if v is None else f"{v:.1f}" for v in values))
+        shown = ("-" if v is None else f"{v:.1f}" for v in values)
+        table.add_row(STEPS.get(name, name), *shown)
     return table
 
 

@@ -20,9 +20,9 @@ from rtfocus import __version__
 from rtfocus.drawing.canvas import in_html
 from rtfocus.errors import OutputError, RtfocusError, WriterError
 from rtfocus.files import replace
+from rtfocus.metrics import STEPS
 from rtfocus.report.facts import RunFacts, read_facts, shown_frames
 from rtfocus.report.pictures import (
-    STEPS,
     frame_pictures,
     histogram_chart,
     latency_chart,

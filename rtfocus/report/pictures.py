@@ -34,6 +34,7 @@ from rtfocus.errors import OutputError
 from rtfocus.frame import DefocusMap, FrameResult, TileGrid
 from rtfocus.image_set import ImageSet
 from rtfocus.images.outputs import OutputGuard
+from rtfocus.metrics import STEPS
 from rtfocus.report.facts import RunFacts, ShownFrame
 
 if TYPE_CHECKING:
@@ -46,19 +47,6 @@ _WINDOW_PX = 512
 _BINS = 40
 _EVEN: Colours = "even"
 _AROUND: Colours = "around"
-
-
-STEPS = {
-    "correct": "camera correction",
-    "normalise": "preparing for the network",
-    "classify": "estimating defocus",
-    "restore": "restoring",
-    "arrival_to_estimate": "arrival to defocus known",
-    "capture_to_estimate": "exposure to defocus known",
-    "arrival_to_result": "arrival to restored",
-    "arrival_to_durable": "arrival to saved on disk",
-}
-"""What ``report.json`` measures, by the names that it has there."""
 
 
 def latency_chart(report: dict[str, Any]) -> str:
