@@ -393,10 +393,11 @@ def autofocus(
         typer.Option("--hold/--once", help="Hold focus until Ctrl-C, or find it once."),
     ] = False,
     interval_s: Annotated[
-        float, typer.Option("--interval", min=0.0, help="Seconds between images.")
+        float,
+        typer.Option("--interval", min=0.0, help="--hold: seconds between images."),
     ] = 1.0,
     images: Annotated[
-        int | None, typer.Option("--images", min=1, help="Hold: end after so many.")
+        int | None, typer.Option("--images", min=1, help="--hold: end after so many.")
     ] = None,
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Append every decision: NDJSON.")
