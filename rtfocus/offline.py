@@ -405,10 +405,10 @@ class KernelExtractor:
         cut = tiles.cut(np.stack(scaled), places)
         kernels = self._network.run(cut, condition)
         side = self._output.size_px
-        if kernels.shape[1:] != (side, side):
+        if kernels.shape[1:] != (side, side) or not np.isfinite(kernels).all():
             msg = (
                 f"engine '{self._card.name}': its output '{self._output.name}' is "
-                f"{kernels.shape}, the card says (N, {side}, {side})"
+                f"{kernels.shape}, the card says (N, {side}, {side}) numbers"
             )
             raise EngineError(msg)
         grid = places[-1][0] + 1, places[-1][1] + 1

@@ -29,10 +29,13 @@ MEASURES = 25
 """That `rtfocus.engines.fitted` takes of a correction."""
 
 
-def write_brightness_joint(folder: Path, *, share: float | None = None) -> Path:
+def write_brightness_joint(
+    folder: Path, *, share: float | None = None, damaged: bool = False
+) -> Path:
     """Write a joint engine: the brighter a tile, the higher its level.
 
     `share` of its corrections is taken where it runs blind, whatever the image says.
+    Of a `damaged` one a weight is NaN.
 
     ``logits`` peak at the level nearest to 20 mean - 10 over tiles of 96 px every
     48 px; ``restored`` is tiles + sampling / 10, a change that tells whether the
@@ -41,7 +44,7 @@ def write_brightness_joint(folder: Path, *, share: float | None = None) -> Path:
     centres = np.arange(-10, 11)
     # -(x - c)^2 without x^2, which all labels share, and never "bg".
     weight = np.append(2 * 20 * centres, 0.0)
-    bias = np.append(-(centres**2) - 20 * centres, -1e4)
+    bias = np.append(-(centres**2) - 20 * centres, np.nan if damaged else -1e4)
     nodes = [
         _node(
             "AveragePool", ["tiles"], "mean", kernel_shape=[96, 96], strides=[48, 48]
@@ -127,6 +130,21 @@ def write_smooth_restorer(
     }
     outputs = {"restored": ["n", channels, "height", "width"]}
     return _write(folder, nodes, constants, outputs, card, channels=channels)
+
+
+def write_overflowing_restorer(folder: Path) -> Path:
+    """Write a restorer that makes infinities of the bright half of an image."""
+    nodes = [
+        _node("Mul", ["tiles", "much"], "more"),
+        _node("Exp", ["more"], "restored"),
+    ]
+    constants = {"much": np.array(200, np.float32)}
+    card = {
+        "kind": "restorer",
+        "input": {"name": "tiles", "tile_px": 64, "halo_px": 8, "multiple_px": 4},
+        "output": {"name": "restored"},
+    }
+    return _write(folder, nodes, constants, {"restored": _IMAGE}, card)
 
 
 def write_constant_wiener(folder: Path, log_snr: float) -> Path:

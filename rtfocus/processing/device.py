@@ -72,6 +72,8 @@ class Job:
     flags: tuple[str, ...] = ()
     """What is wrong with its pixels: ``nan``, ``saturated``; set by the device."""
     estimated: Estimated | None = None
+    strange: bool = False
+    """Whether a restored pixel is NaN or infinite; set by the device."""
     failed: bool = False
     stage_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds per stage; set by the device."""
@@ -178,6 +180,23 @@ def frame_fault(header: FrameHeader, series: SeriesStart) -> EngineError | None:
         f"frame {header.sequence} is {header.shape} {header.dtype}, the series "
         f"is {series.shape} {series.dtype}; start a new series for it"
     )
+
+
+def refuse_no_numbers(job: Job) -> None:
+    """Refuse what a network made of a frame where it is NaN or infinite.
+
+    Devices hand networks sound images: what is no number in a frame is replaced.
+    """
+    kind, restoration = "classifier", job.plan.restoration
+    if job.estimated is None or not np.isnan(job.estimated[1].confidence).any():
+        if not job.strange or restoration is None or restoration.found is None:
+            return
+        kind = "restorer"
+    msg = (
+        f"engine '{job.plan.engines[kind]}' made NaN or infinite values of a sound "
+        "image: its weights are damaged or overflow; export or add the engine again"
+    )
+    raise EngineError(msg)
 
 
 def without_frames(error: BaseException) -> BaseException:

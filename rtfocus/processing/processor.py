@@ -35,6 +35,7 @@ from rtfocus.processing.device import (
     Prepared,
     Ticket,
     frame_fault,
+    refuse_no_numbers,
     result_of,
     without_frames,
 )
@@ -365,6 +366,7 @@ class _Run:
         defocus = self._device.estimate(job)
         if defocus is not None:
             job.estimated = estimate_frame(job.slot.frame(), defocus), defocus
+        refuse_no_numbers(job)
         # Of a frame that was taken over it may have been told before.
         if not job.ticket.estimate.done():
             job.ticket.estimate.set_result(job.estimated)
@@ -372,6 +374,7 @@ class _Run:
 
     def _restore(self, job: Job) -> None:
         restored = self._device.restore(job)
+        refuse_no_numbers(job)
         job.ticket.result.set_result(result_of(job, restored, self._device.name))
 
     def _succeeds(self, step: Callable[[Job], None], job: Job) -> bool:

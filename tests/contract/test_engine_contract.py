@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import numpy as np
-import onnx
 import pytest
 from engine_kit import ENTRIES, SIGNED_LABELS, write_brightness_joint
 from network_kit import quantise, write_restorer
@@ -189,22 +188,6 @@ def test_any_shape_works_when_none_was_fixed(backend, sharpness, tiles):
     engine = backend.open_engine(request_for(sharpness, shape=None))
     assert engine.infer(tiles)["logits"].shape == (1, 12, 4, 5)
     assert engine.infer(tiles[..., :96, :96])["logits"].shape == (1, 12, 1, 1)
-    engine.close()
-
-
-def test_weights_that_make_nan_of_an_image_are_no_result(
-    backend, tmp_path, sharpness, tiles
-):
-    network = onnx.load(sharpness / "model.fp32.onnx")
-    for tensor in network.graph.initializer:
-        weights = onnx.numpy_helper.to_array(tensor)
-        if weights.dtype == np.float32 and weights.ndim == 4:
-            spoilt = np.full_like(weights, np.nan)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(spoilt, tensor.name))
-    onnx.save(network, tmp_path / "spoilt.onnx")
-    engine = backend.open_engine(request_for(sharpness, model=tmp_path / "spoilt.onnx"))
-    with pytest.raises(EngineError, match=r"made NaN in 'logits'.*add the"):
-        engine.infer(tiles)
     engine.close()
 
 

@@ -7,6 +7,7 @@ import pytest
 from engine_kit import (
     write_brightness_joint,
     write_constant_wiener,
+    write_overflowing_restorer,
     write_smooth_restorer,
 )
 from scipy.ndimage import uniform_filter
@@ -450,6 +451,8 @@ def zoo(tmp_path_factory):
     write_brightness_joint(folder / "other")
     write_brightness_joint(folder / "weighed", share=0.25)
     write_smooth_restorer(folder / "smooth")
+    write_brightness_joint(folder / "damaged", damaged=True)
+    write_overflowing_restorer(folder / "overflowing")
     write_constant_wiener(folder / "constant", LOG_SNR)
     return folder
 
@@ -504,6 +507,29 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(
         np.testing.assert_array_equal(restored[share == 0], frame[share == 0])
     assert set(result.engines) == {"classifier", "restorer"}
     assert result.engines["restorer"].startswith(f"{method}@")
+    processor.close()
+
+
+@pytest.mark.parametrize(
+    ("classifier", "method", "faulty"),
+    [
+        ("damaged", "none", "damaged"),
+        ("damaged", "damaged", "damaged"),
+        ("brightness", "overflowing", "overflowing"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["<u2", "<f4"])
+def test_what_a_network_makes_that_is_no_number_is_refused(
+    open_kind, zoo, frames, classifier, method, faulty, dtype
+):
+    config = config_for(zoo, classifier=classifier, restoration={"method": method})
+    processor = open_kind(config)
+    pixels = frames[0].astype(dtype)
+    pool = SlotPool(1, pixels.nbytes)
+    processor.start(series_for(dtype=dtype, channels=("DAPI",)), 1)
+    ticket = submit(processor, pool, 0, pixels)
+    with pytest.raises(EngineError, match=rf"frame 0 .*'{faulty}@.* NaN or inf.*again"):
+        ticket.result.result(TIMEOUT_S)
     processor.close()
 
 

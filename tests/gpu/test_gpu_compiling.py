@@ -86,5 +86,5 @@ def test_a_missing_library_names_its_files_and_package():
 
 def test_signatures_are_those_of_the_text():
     found = signatures()
-    assert found["to_counts"] == "PifPi"
+    assert found["to_counts"] == "PifPiP"
     assert len(found) == read_source().count('extern "C" __global__ void')

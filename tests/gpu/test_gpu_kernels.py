@@ -77,16 +77,22 @@ def test_correction_is_that_of_the_cpu(work, memory, tmp_path, dtype, colours):
     marks = known.to_signal(pixels, wanted)
     ours = GpuCorrection(memory, known, pixels.shape)
     signal = memory.allocate(pixels.shape, np.float32, "signal")
-    saturated = memory.allocate((1,), np.int32, "flag")
-    ours.to_signal(work, memory.upload(pixels, "frame"), signal, saturated)
+    flags = memory.allocate((2,), np.int32, "flags")
+    ours.to_signal(work, memory.upload(pixels, "frame"), signal, flags)
     np.testing.assert_allclose(view(signal), wanted, rtol=3e-7)
-    assert marks.flags == (("saturated",) if view(saturated)[0] else ())
+    assert marks.flags == (("saturated",) if view(flags)[0] else ())
     out = memory.allocate(pixels.shape, dtype, "counts")
     moved = wanted * np.float32(1.7) - 40
-    ours.to_counts(work, memory.upload(moved, "restored"), out)
+    ours.to_counts(work, memory.upload(moved, "restored"), out, flags)
     counts = np.empty_like(pixels)
     known.to_counts(moved.copy(), counts, None)
     np.testing.assert_array_equal(view(out), counts)
+    assert not view(flags)[1]
+    for strange in (np.nan, np.inf, -np.inf):
+        moved.flat[5] = strange
+        ours.to_signal(work, memory.upload(pixels, "frame"), signal, flags)
+        ours.to_counts(work, memory.upload(moved, "restored"), out, flags)
+        assert view(flags)[1] == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 255, 5000])

@@ -388,9 +388,7 @@ class ChannelSlot:
 
     def _classify(self, work: Work) -> None:
         slot, channel = self._buffers, self.channel
-        channel.correction.to_signal(
-            work, slot.frame, slot.signal, slot.maps["saturated"]
-        )
+        channel.correction.to_signal(work, slot.frame, slot.signal, slot.maps["flags"])
         if channel.classifier is not None and self._seen is not None:
             channel.classifier.enqueue(work, self._seen, slot.signal, slot.maps)
 
@@ -413,7 +411,8 @@ class ChannelSlot:
                     self._part(restorer, frame, part)(work)
                 else:
                     restorer.enqueue(work, frame, part)
-        channel.correction.to_counts(work, slot.restored, slot.counts)
+        flags = slot.maps["flags"]
+        channel.correction.to_counts(work, slot.restored, slot.counts, flags)
 
     def _part(self, restorer: FrameRestorer, frame: InFlight, part: Part) -> Replayed:
         """Return a part of the restoration, recorded at its second run."""

@@ -37,10 +37,10 @@ class MapLayout:
     @property
     def size_bytes(self) -> int:
         """Bytes of all maps of a frame."""
-        return 4 * (3 * self.tiles + 1) + 2 * self.tiles
+        return 4 * (3 * self.tiles + 2) + 2 * self.tiles
 
     def device_arrays(self, memory: DeviceArray) -> dict[str, DeviceArray]:
-        """Return the maps by name, ``saturated`` and ``level`` included."""
+        """Return the maps by name, ``flags`` and ``level`` included."""
         return {
             name: DeviceArray(memory.address + start, (count,), np.dtype(dtype))
             for name, (start, count, dtype) in self._places().items()
@@ -60,8 +60,9 @@ class MapLayout:
         for name in FLOAT_MAPS:
             places[name] = (start, self.tiles, "<f4")
             start += 4 * self.tiles
-        places["saturated"] = (start, 1, "<i4")
-        places["level"] = (start + 4, self.tiles, "<i2")
+        # Whether a pixel is saturated; whether a restored one is no number.
+        places["flags"] = (start, 2, "<i4")
+        places["level"] = (start + 8, self.tiles, "<i2")
         return places
 
 

@@ -238,6 +238,8 @@ class Session:
         self._copy_out.wait(slot.restored)
         self._copy_out.record(slot.copy_out_begun)
         self._copy_out.copy_out(host.counts, slot.buffers.counts)
+        flags = self.layout.host_arrays(host.packed_maps)["flags"]
+        self._copy_out.copy_out(flags, slot.buffers.maps["flags"])
         self._copy_out.record(slot.copied_out)
 
     def wait_maps(self, job: Job) -> DefocusMap | None:
@@ -245,7 +247,7 @@ class Session:
         self.device_slots[job.seat].estimated.synchronize()
         host, grid = self._host[job.slot.index], self.channels[job.channel].grid
         maps = self.layout.host_arrays(host.packed_maps)
-        flags = {"nan": host.invalid is not None, "saturated": maps["saturated"][0]}
+        flags = {"nan": host.invalid is not None, "saturated": maps["flags"][0]}
         job.flags = tuple(name for name, is_so in flags.items() if is_so)
         return None if grid is None else defocus_map(grid, maps)
 
@@ -256,6 +258,7 @@ class Session:
             slot.estimated.synchronize()
             return None
         slot.copied_out.synchronize()
+        job.strange = bool(self.layout.host_arrays(host.packed_maps)["flags"][1])
         return host.give()
 
     def spans(self, job: Job) -> dict[str, tuple[float, float]]:

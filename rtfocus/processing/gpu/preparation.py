@@ -306,7 +306,7 @@ class Correction:
         work: Work,
         frame: DeviceArray,
         signal: DeviceArray,
-        saturated: DeviceArray,
+        flags: DeviceArray,
     ) -> None:
         """Enqueue the correction of a frame without NaN.
 
@@ -318,10 +318,10 @@ class Correction:
             Counts of the camera.
         signal
             Result, float32.
-        saturated
-            One int32: 1 where any pixel is saturated.
+        flags
+            Two int32, see `MapLayout`: both are cleared, the first is set.
         """
-        work.zero(saturated)
+        work.zero(flags)
         work.launch(
             "to_signal",
             frame.count,
@@ -334,11 +334,16 @@ class Correction:
             self._divisor,
             self._divisor_channels,
             signal,
-            saturated,
+            flags,
         )
 
-    def to_counts(self, work: Work, signal: DeviceArray, out: DeviceArray) -> None:
-        """Enqueue the way back to the camera's scale, rounded and clipped."""
+    def to_counts(
+        self, work: Work, signal: DeviceArray, out: DeviceArray, flags: DeviceArray
+    ) -> None:
+        """Enqueue the way back to the camera's scale, rounded and clipped.
+
+        The second of `flags` is set where a value is no number.
+        """
         work.launch(
             "to_counts",
             out.count,
@@ -347,6 +352,7 @@ class Correction:
             self._offset,
             out,
             kind_of(out.dtype),
+            flags,
         )
 
 

@@ -25,8 +25,17 @@ extern "C" __global__ void to_signal(
   signal[i] = value;
 }
 
+// frame = signal + offset; flags[1] becomes 1 where any value is NaN or infinite.
 extern "C" __global__ void to_counts(
-    const float* signal, int elements, float offset, void* frame, int kind) {
+    const float* signal,
+    int elements,
+    float offset,
+    void* frame,
+    int kind,
+    int* flags) {
   int i = element();
-  if (i < elements) store(frame, kind, i, signal[i] + offset);
+  if (i >= elements) return;
+  float value = signal[i];
+  if (!(fabsf(value) <= 3.402823466e38f)) flags[1] = 1;
+  store(frame, kind, i, value + offset);
 }
