@@ -361,7 +361,8 @@ class CpuDevice:
         restored, seen = buffers.restored, buffers.seen
         if job.skipped is not None or restorer is None or restored is None:
             return None
-        with job.stage("restore"):
+        # What a network makes that is no number is told in `_store`.
+        with job.stage("restore"), np.errstate(over="ignore", invalid="ignore"):
             scratch = self._scratch(buffers.signal)
             restorer.restore_frame(
                 buffers.signal, seen, scratch, quantum=job.plan.camera.quantum
