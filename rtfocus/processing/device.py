@@ -9,15 +9,17 @@ its own: those are the processor's, which calls it from three kinds of threads::
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.config.model import Config
 from rtfocus.errors import EngineError, RtfocusError
 from rtfocus.frame import (
     DefocusMap,
@@ -228,3 +230,38 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
         stage_ms=job.stage_ms,
         device=device,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """A kind of device: whether this machine can use it, and how it is opened."""
+
+    name: str
+    """As in ``processing.device``."""
+    why_unavailable: Callable[[], str | None]
+    """Reason why not, with the remedy; None: available."""
+    open_devices: Callable[[Config], tuple[Device, ...]]
+    """Return those that share the frames of a series."""
+
+
+# GPU code is imported only where a GPU is looked for.
+def _why_no_gpu() -> str | None:
+    driver = import_module("rtfocus.processing.gpu.cuda.driver")
+    why: str | None = driver.why_no_gpu() or driver.why_not_loadable(driver.NVRTC)
+    return why
+
+
+def _open_gpus(config: Config) -> tuple[Device, ...]:
+    gpu = import_module("rtfocus.processing.gpu.device")
+    return tuple(gpu.GpuDevice(config, index=i) for i in config.processing.gpu.index)
+
+
+def _open_cpu(config: Config) -> tuple[Device, ...]:
+    return (import_module("rtfocus.processing.cpu.device").CpuDevice(config),)
+
+
+# ORDER MATTERS for "auto": fastest first.
+DEVICES: tuple[DeviceKind, ...] = (
+    DeviceKind("gpu", _why_no_gpu, _open_gpus),
+    DeviceKind("cpu", lambda: None, _open_cpu),
+)

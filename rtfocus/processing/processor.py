@@ -19,8 +19,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib import import_module
 from itertools import count
 
 from rtfocus.config.model import Config
@@ -29,6 +27,7 @@ from rtfocus.frame import SeriesStart, Slot, TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
 from rtfocus.processing.classify import estimate_frame
 from rtfocus.processing.device import (
+    DEVICES,
     Device,
     Job,
     LostDeviceError,
@@ -396,41 +395,6 @@ class _Run:
             job.fail(failure)
             return False
         return True
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceKind:
-    """A kind of device: whether this machine can use it, and how it is opened."""
-
-    name: str
-    """As in ``processing.device``."""
-    why_unavailable: Callable[[], str | None]
-    """Reason why not, with the remedy; None: available."""
-    open_devices: Callable[[Config], tuple[Device, ...]]
-    """Return those that share the frames of a series."""
-
-
-# GPU code is imported only where a GPU is looked for.
-def _why_no_gpu() -> str | None:
-    driver = import_module("rtfocus.processing.gpu.cuda.driver")
-    why: str | None = driver.why_no_gpu() or driver.why_not_loadable(driver.NVRTC)
-    return why
-
-
-def _open_gpus(config: Config) -> tuple[Device, ...]:
-    gpu = import_module("rtfocus.processing.gpu.device")
-    return tuple(gpu.GpuDevice(config, index=i) for i in config.processing.gpu.index)
-
-
-def _open_cpu(config: Config) -> tuple[Device, ...]:
-    return (import_module("rtfocus.processing.cpu.device").CpuDevice(config),)
-
-
-# ORDER MATTERS for "auto": fastest first.
-DEVICES: tuple[DeviceKind, ...] = (
-    DeviceKind("gpu", _why_no_gpu, _open_gpus),
-    DeviceKind("cpu", lambda: None, _open_cpu),
-)
 
 
 def open_processor(config: Config) -> FrameProcessor:

@@ -158,7 +158,7 @@ class WienerFilter:
         # Power in the band of a signal whose power at one cycle per pixel is 1.
         self._band_power = float(blurred.sum(dtype=np.float64))
 
-    def apply(self, spectrum: NDArray[Any], variance: float, workers: int) -> Image:
+    def apply(self, spectrum: NDArray[Any], variance: float) -> Image:
         """Restore the image of a half spectrum; `variance` is that of its noise.
 
         Returns
@@ -174,9 +174,7 @@ class WienerFilter:
         else:
             ratio = np.float32(self.noise_ratio(spectrum, variance))
             gain = _limit(self._back / (self._power + ratio * self._rise))
-        restored = fft.irfft2(
-            spectrum * gain, s=self._shape, workers=workers, overwrite_x=True
-        )
+        restored = fft.irfft2(spectrum * gain, s=self._shape, overwrite_x=True)
         return np.asarray(restored, dtype=np.float32)
 
     def noise_ratio(self, spectrum: NDArray[Any], variance: float) -> float:

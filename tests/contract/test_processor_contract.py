@@ -32,9 +32,10 @@ from rtfocus.processing.cpu.patches import (
     Level,
     TileRestorer,
 )
+from rtfocus.processing.device import DEVICES
 from rtfocus.processing.gpu.cuda.driver import list_devices
 from rtfocus.processing.montage import Montage
-from rtfocus.processing.processor import DEVICES, FrameProcessor
+from rtfocus.processing.processor import FrameProcessor
 from rtfocus.processing.windows import restored_share
 from rtfocus.specimens import draw_specimen
 

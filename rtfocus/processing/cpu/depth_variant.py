@@ -113,13 +113,10 @@ class Surrounded:
         Axes (y, x), periodic, as of `read_region`.
     quantum
         Step between the camera's values; 0 for float frames.
-    workers
-        Threads of the Fourier transforms.
     """
 
-    def __init__(self, image: Image, quantum: float = 0.0, workers: int = 1) -> None:
+    def __init__(self, image: Image, quantum: float = 0.0) -> None:
         self.image = image
-        self.workers = workers
         self._quantum = quantum
 
     @cached_property
@@ -138,7 +135,7 @@ class Surrounded:
         # Where it is used: a processor takes frames before SciPy is loaded.
         from scipy import fft
 
-        return np.asarray(fft.rfft2(self.image, workers=self.workers))
+        return np.asarray(fft.rfft2(self.image))
 
 
 class Deconvolution(Protocol):
@@ -171,7 +168,7 @@ class WienerDeconvolution:
         if self._gain is not None and not self._given:
             # A camera that smooths or compresses hides its noise from the frame.
             variance = max(variance, photon_variance(seen.image, self._gain))
-        return self._filter.apply(seen.spectrum, variance, seen.workers)
+        return self._filter.apply(seen.spectrum, variance)
 
 
 # Blurred estimates below this share of the brightest pixel are round-off of the
@@ -186,7 +183,6 @@ def iterate(
     *,
     shape: tuple[int, int],
     start: NDArray[Any],
-    workers: int = 1,
 ) -> NDArray[Any]:
     """Run the Richardson-Lucy iteration with any back projectors.
 
@@ -202,32 +198,35 @@ def iterate(
         Height and width of the transforms, at least those of `signal`.
     start
         First estimate, left as it is.
-    workers
-        Threads of the transforms.
     """
-    floor = _FLOOR[signal.dtype] * float(np.max(signal, initial=0.0))
-    floor = max(floor, float(np.finfo(signal.dtype).tiny))
+    floor = _floor(signal)
     estimate = start.copy()
     # The matched update keeps the estimate non-negative up to round-off; an
     # unmatched back projector has negative lobes.
     for projector in back:
-        blurred = _project(estimate, transfer, shape, workers)
+        blurred = _project(estimate, transfer, shape)
         np.maximum(blurred, floor, out=blurred)
         np.divide(signal, blurred, out=blurred)
-        estimate *= _project(blurred, projector, shape, workers)
+        estimate *= _project(blurred, projector, shape)
         np.maximum(estimate, 0, out=estimate)
     return estimate
 
 
+def _floor(signal: NDArray[Any]) -> float:
+    """Return the least that is divided by."""
+    floor = _FLOOR[signal.dtype] * float(np.max(signal, initial=0.0))
+    return max(floor, float(np.finfo(signal.dtype).tiny))
+
+
 def _project(
-    image: NDArray[Any], transfer: NDArray[Any], shape: tuple[int, int], workers: int
+    image: NDArray[Any], transfer: NDArray[Any], shape: tuple[int, int]
 ) -> NDArray[Any]:
     """Convolve by one multiplication of the spectrum; cut to the image's size."""
     from scipy import fft
 
-    spectrum = fft.rfft2(image, s=shape, workers=workers)
+    spectrum = fft.rfft2(image, s=shape)
     spectrum *= transfer
-    result = fft.irfft2(spectrum, s=shape, workers=workers, overwrite_x=True)
+    result = fft.irfft2(spectrum, s=shape, overwrite_x=True)
     height, width = image.shape[-2:]
     return np.asarray(result[..., :height, :width])
 
@@ -250,7 +249,6 @@ class RichardsonLucyDeconvolution:
             self._back,
             shape=self._shape,
             start=seen.signal,
-            workers=seen.workers,
         )
 
 
@@ -288,10 +286,10 @@ class BlindRichardsonLucyDeconvolution:
 
     def find(self, seen: Surrounded) -> tuple[Image, Image]:
         """Return the restored image and the kernel, whose centre is its origin."""
-        signal, workers = seen.signal, seen.workers
-        image, kernel = signal, self._start
+        signal = image = seen.signal
+        kernel = self._start
         for _ in range(self._rounds):
-            kernel = self._better_kernel(kernel, signal, image, workers)
+            kernel = self._better_kernel(kernel, signal, image)
             transfer = transfer_function(kernel, self._shape)
             image = iterate(
                 signal,
@@ -299,26 +297,19 @@ class BlindRichardsonLucyDeconvolution:
                 [np.conj(transfer)],
                 shape=self._shape,
                 start=image,
-                workers=workers,
             )
         return image, kernel
 
-    def _better_kernel(
-        self, kernel: Image, signal: Image, image: Image, workers: int
-    ) -> Image:
+    def _better_kernel(self, kernel: Image, signal: Image, image: Image) -> Image:
         """Take one step with the roles of image and kernel exchanged."""
         from scipy import fft
 
-        spectrum = fft.rfft2(image, workers=workers)
+        spectrum = fft.rfft2(image)
         product = spectrum * transfer_function(kernel, self._shape)
-        blurred = fft.irfft2(product, s=self._shape, workers=workers)
-        floor = max(
-            _FLOOR[signal.dtype] * float(signal.max(initial=0.0)),
-            float(np.finfo(signal.dtype).tiny),
-        )
-        ratio = signal / np.maximum(blurred, floor)
-        spectrum = np.conj(spectrum) * fft.rfft2(ratio, workers=workers)
-        factor = fft.irfft2(spectrum, s=self._shape, workers=workers)
+        blurred = fft.irfft2(product, s=self._shape)
+        ratio = signal / np.maximum(blurred, _floor(signal))
+        spectrum = np.conj(spectrum) * fft.rfft2(ratio)
+        factor = fft.irfft2(spectrum, s=self._shape)
         rows, columns = (
             np.arange(-(side // 2), side // 2 + 1) % length
             for side, length in zip(kernel.shape, self._shape, strict=True)
@@ -354,8 +345,6 @@ class DepthVariantRestorer(LevelRestorer):
     halo_px
         Context around a region; None: half the side of the PSF, which holds 99 %
         of its energy.
-    workers
-        Threads of the Fourier transforms.
     """
 
     def __init__(
@@ -368,7 +357,6 @@ class DepthVariantRestorer(LevelRestorer):
         noise_to_signal: float | None = None,
         gain_e_per_count: float | None = None,
         halo_px: int | None = None,
-        workers: int = 1,
     ) -> None:
         if method not in (*WHOLE_FRAME, BLIND):
             msg = f"method '{method}' is not one of {', '.join((*WHOLE_FRAME, BLIND))}"
@@ -382,7 +370,6 @@ class DepthVariantRestorer(LevelRestorer):
         self._halos = {
             level: margin_px(psf, halo_px) for level, psf in self._psfs.items()
         }
-        self._workers = workers
         self._lock = threading.Lock()
         self._filters: OrderedDict[Any, Deconvolution] = OrderedDict()
 
@@ -401,7 +388,7 @@ class DepthVariantRestorer(LevelRestorer):
             }
             for plane, into in pairs:
                 padded = read_region(plane, region, shape)
-                seen = Surrounded(padded, quantum, self._workers)
+                seen = Surrounded(padded, quantum)
                 for level in levels:
                     restored = self._filter(level, shape).restore(seen)
                     change = crop(restored, region.shape, 0)

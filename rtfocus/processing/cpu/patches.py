@@ -48,7 +48,6 @@ def richardson_lucy(
     iterations: int = DEFAULT_ITERATIONS,
     *,
     start: Start = "image",
-    workers: int = 1,
 ) -> NDArray[Any]:
     """Deconvolve an image with zeros beyond its borders.
 
@@ -63,8 +62,6 @@ def richardson_lucy(
     start
         ``image``: the blurred image (He 2020, LB-DVD). ``flat``: 0.5 everywhere,
         as ``skimage.restoration.richardson_lucy``, for images in [0, 1].
-    workers
-        Threads of the transforms.
 
     Returns
     -------
@@ -86,7 +83,6 @@ def richardson_lucy(
         [np.conj(transfer)] * iterations,
         shape=(height, width),
         start=estimate,
-        workers=workers,
     )
 
 
@@ -103,8 +99,6 @@ class TileRestorer(LevelRestorer):
         Of Richardson-Lucy.
     halo_px
         Context per side: neighbouring pixels, 0 beyond the frame.
-    workers
-        Threads of the Fourier transforms.
     """
 
     method = PATCH_BY_PATCH
@@ -116,13 +110,11 @@ class TileRestorer(LevelRestorer):
         *,
         iterations: int | None = None,
         halo_px: int | None = None,
-        workers: int = 1,
     ) -> None:
         self._montage = montage
         self._psfs = dict(psfs)
         self._iterations = iterations or DEFAULT_ITERATIONS
         self._halo_px = PAPER_HALO_PX if halo_px is None else halo_px
-        self._workers = workers
 
     def _restore_planes(
         self, pairs: Planes, labels: NDArray[np.int16], quantum: float
@@ -134,9 +126,7 @@ class TileRestorer(LevelRestorer):
             for (level, shape), tiles in self._batches(labels).items():
                 regions = [self._montage.tile_region(*tile) for tile in tiles]
                 patches = np.stack([_with_halo(padded, r, halo) for r in regions])
-                restored = richardson_lucy(
-                    patches, self._psfs[level], self._iterations, workers=self._workers
-                )
+                restored = richardson_lucy(patches, self._psfs[level], self._iterations)
                 inner = restored[:, halo : halo + shape[0], halo : halo + shape[1]]
                 for tile, region, image in zip(tiles, regions, inner, strict=True):
                     place = region.rows, region.columns
