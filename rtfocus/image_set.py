@@ -7,7 +7,8 @@ pixels run blind and say so; methods that compute PSFs are refused.
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from types import TracebackType
 from typing import Self
 
@@ -43,11 +44,114 @@ BLIND_ENGINE = "rtfocus-2"
 
 _MOST_PROCESSORS = 4
 
-Setting = tuple[Config, ImageOptics]
-"""How one channel of one image is processed."""
-
-
 Find = Callable[[str], FoundEngine]
+
+
+@dataclass(frozen=True)
+class _Channel:
+    """How one channel of one image is processed."""
+
+    settings: Config
+    known: ChannelConfig
+    """The config's entry, by the name in the file."""
+    optics: ImageOptics
+    find: Find
+
+    @property
+    def classifier(self) -> str | None:
+        """Name of the engine that finds the defocus; None: nobody looks for it."""
+        return self.settings.engines_of(self.known.name)[0]
+
+    @property
+    def method(self) -> str:
+        """What restores: a method, an engine's name or ``none``."""
+        return self.settings.engines_of(self.known.name)[1].method
+
+    @cached_property
+    def engines(self) -> list[FoundEngine]:
+        """Classifier and restorer, as far as they are engines."""
+        names = dict.fromkeys((self.classifier, self.method))
+        return [
+            self.find(name)
+            for name in names
+            if name is not None and name not in (*METHODS, "none")
+        ]
+
+    @property
+    def needs_no_optics(self) -> bool:
+        """Whether it is restored by what knows no focus, and not classified."""
+        return bool(self.engines) and all(e.card.sees_image_alone for e in self.engines)
+
+    @property
+    def reference(self) -> OpticalSystem:
+        """The optics that blind engines take for granted."""
+        if self.classifier is None:
+            msg = "no classifier is configured; set processing.classifier or --engine"
+            raise EngineError(msg)
+        return parts(self.find(self.classifier).card)[1].reference
+
+    def check(self, image: ImageSeries) -> None:
+        """Refuse engines that do not fit the optics, or cannot do without."""
+        processing = self.settings.processing
+        if self.optics.system is not None:
+            for found in self.engines:
+                check_fit(
+                    found.card,
+                    self.optics.system,
+                    ignore=processing.ignore_optics,
+                    blind=processing.blind,
+                )
+            return
+        if self.needs_no_optics:
+            return
+        needing = [self.method] if self.method in NEEDS_OPTICS else []
+        needing += [
+            e.name for e in self.engines if e.implementation.startswith("builtin:")
+        ]
+        if needing:
+            msg = (
+                f"the optics of '{image.path}' are unknown ({self.optics.source}) and "
+                f"'{needing[0]}' computes with them: give --optics {EXAMPLE}, or a "
+                f"--config with the optics of channel '{self.known.name}', or choose "
+                f"an engine that runs blind: --engine {BLIND_ENGINE}"
+            )
+            raise ConfigError(msg)
+        name = self.method if self.method != "none" else self.engines[0].name
+        refuse_other_reference(image, self.optics, name, self.reference)
+
+    def assumed(self) -> str:
+        """Say in a line which optics count, unless they come from the config."""
+        where = f"optics of channel '{self.known.name}'"
+        if self.optics.system is not None:
+            return f"{where}: {self.optics.describe()}"
+        if self.needs_no_optics:
+            return f"{where} are unknown: engine '{self.engines[0].name}' needs none"
+        engine = self.method if self.method != "none" else self.classifier
+        return (
+            f"{where} are unknown ({self.optics.source}): engine '{engine}' runs "
+            f"blind, as if {in_short(self.reference)}; micrometres of defocus hold "
+            "for those only"
+        )
+
+    def made(self) -> dict[str, str]:
+        """Say which engines with which weights restore it, and which optics count."""
+        if self.optics.system is not None:
+            optics, source = in_short(self.optics.system), self.optics.source
+        elif self.needs_no_optics:
+            optics, source = "none", "nobody: the engine needs none"
+        else:
+            optics = in_short(self.reference)
+            source = f"nobody ({self.optics.source}): assumed, engines ran blind"
+        return {
+            "engine": self._identity(self.method),
+            "classifier": self._identity(self.classifier or "none"),
+            "optics": optics,
+            "optics from": source,
+        }
+
+    def _identity(self, name: str) -> str:
+        """Return ``name@hash`` of an engine, the bare name of a method."""
+        return name if name in (*METHODS, "none") else identity(self.find(name).card)
 
 
 class ImageSet:
@@ -105,20 +209,16 @@ class ImageSet:
 
     def optics(self, number: int, channel: int) -> ImageOptics:
         """Return the optics of a channel of an image, by their numbers."""
-        return self._plans[number][channel][1]
+        return self._plans[number][channel].optics
 
     def assumptions(self) -> list[str]:
         """Say, a line each, which optics do not come from the config."""
-        lines = []
-        for image, plan in zip(self.series, self._plans, strict=True):
-            for channel, (settings, optics) in enumerate(plan):
-                if optics.source == "the config":
-                    continue
-                name = _names(settings, image)[channel].name
-                if optics.system is not None:
-                    lines.append(f"optics of channel '{name}': {optics.describe()}")
-                else:
-                    lines.append(_run_blind(settings, name, optics, self._find))
+        lines = [
+            channel.assumed()
+            for plan in self._plans
+            for channel in plan
+            if channel.optics.source != "the config"
+        ]
         return list(dict.fromkeys(lines))
 
     def made(self, number: int) -> dict[str, str]:
@@ -126,19 +226,7 @@ class ImageSet:
 
         With equal optics in all channels these are told once.
         """
-        image, plan = self.series[number], self._plans[number]
-        facts = []
-        for channel, (settings, optics) in enumerate(plan):
-            known = _names(settings, image)[channel]
-            restoration = known.restoration or settings.processing.restoration
-            classifier = known.classifier or settings.processing.classifier
-            facts.append(
-                {
-                    "engine": _identity(restoration.method, self._find),
-                    "classifier": _identity(classifier or "none", self._find),
-                    **_optics_facts(settings, known, optics, self._find),
-                }
-            )
+        facts = [channel.made() for channel in self._plans[number]]
         if all(one == facts[0] for one in facts):
             return facts[0]
         return {
@@ -209,20 +297,21 @@ class ImageSet:
         while self._processors:
             self._processors.popitem()[1].close()
 
-    def _plan(self, image: ImageSeries) -> list[Setting]:
+    def _plan(self, image: ImageSeries) -> list[_Channel]:
         """Settle optics and engines of every channel of an image."""
         plan = []
         for channel in range(image.sizes["c"]):
-            known = _names(self._settings, image)[channel]
+            settings = self._settings
+            known = _names(settings, image)[channel]
             optics = find_optics(
                 image, channel, configured=known.optics, stated=self._stated
             )
-            settings = self._settings
             if optics.system is None and self._blind is not None:
                 settings = self._blind
                 known = _names(settings, image)[channel]
-            _check(settings, known, image, optics, self._find)
-            plan.append((settings, optics))
+            planned = _Channel(settings, known, optics, self._find)
+            planned.check(image)
+            plan.append(planned)
         return plan
 
     def _processor(self, number: int, channel: int) -> tuple[ImageProcessor, str]:
@@ -230,17 +319,16 @@ class ImageSet:
 
         The one unused for longest makes room.
         """
-        settings, optics = self._plans[number][channel]
-        name = _names(settings, self.series[number])[channel].name
-        key = (id(settings), optics.system)
+        plan = self._plans[number][channel]
+        key = (id(plan.settings), plan.optics.system)
         if key not in self._processors:
             if len(self._processors) >= _MOST_PROCESSORS:
                 self._processors.popitem(last=False)[1].close()
             self._processors[key] = ImageProcessor(
-                _without_optics(settings), optics.system
+                _without_optics(plan.settings), plan.optics.system
             )
         self._processors.move_to_end(key)
-        return self._processors[key], name
+        return self._processors[key], plan.known.name
 
     def _count_cut(
         self, number: int, before: NDArray[np.generic], after: NDArray[np.generic]
@@ -293,103 +381,3 @@ def _without_optics(settings: Config) -> Config:
     """Leave the optics to the processor, which gets those of each image."""
     channels = [c.model_copy(update={"optics": None}) for c in settings.channels]
     return settings.model_copy(update={"channels": channels})
-
-
-def _engines(settings: Config, channel: ChannelConfig, find: Find) -> list[FoundEngine]:
-    """Return classifier and restorer of a channel, as far as they are engines."""
-    restoration = channel.restoration or settings.processing.restoration
-    names = [channel.classifier or settings.processing.classifier, restoration.method]
-    return [
-        find(name)
-        for name in dict.fromkeys(names)
-        if name is not None and name not in (*METHODS, "none")
-    ]
-
-
-def _check(
-    settings: Config,
-    channel: ChannelConfig,
-    image: ImageSeries,
-    optics: ImageOptics,
-    find: Find,
-) -> None:
-    """Refuse engines that do not fit the optics, or cannot do without."""
-    engines = _engines(settings, channel, find)
-    if optics.system is not None:
-        for found in engines:
-            ignored = settings.processing.ignore_optics
-            check_fit(
-                found.card,
-                optics.system,
-                ignore=ignored,
-                blind=settings.processing.blind,
-            )
-        return
-    if _needs_no_optics(settings, channel, find):
-        return
-    restoration = channel.restoration or settings.processing.restoration
-    needing = [restoration.method] if restoration.method in NEEDS_OPTICS else []
-    needing += [f.name for f in engines if f.implementation.startswith("builtin:")]
-    if needing:
-        msg = (
-            f"the optics of '{image.path}' are unknown ({optics.source}) and "
-            f"'{needing[0]}' computes with them: give --optics {EXAMPLE}, or a "
-            f"--config with the optics of channel '{channel.name}', or choose an "
-            f"engine that runs blind: --engine {BLIND_ENGINE}"
-        )
-        raise ConfigError(msg)
-    name = restoration.method if restoration.method != "none" else engines[0].name
-    refuse_other_reference(image, optics, name, _reference(settings, channel, find))
-
-
-def _optics_facts(
-    settings: Config, channel: ChannelConfig, optics: ImageOptics, find: Find
-) -> dict[str, str]:
-    """Say which optics counted, and where they come from."""
-    if optics.system is not None:
-        return {"optics": in_short(optics.system), "optics from": optics.source}
-    if _needs_no_optics(settings, channel, find):
-        return {"optics": "none", "optics from": "nobody: the engine needs none"}
-    return {
-        "optics": in_short(_reference(settings, channel, find)),
-        "optics from": f"nobody ({optics.source}): assumed, engines ran blind",
-    }
-
-
-def _needs_no_optics(settings: Config, channel: ChannelConfig, find: Find) -> bool:
-    """Whether a channel is restored by what knows no focus, and not classified."""
-    engines = _engines(settings, channel, find)
-    return bool(engines) and all(found.card.sees_image_alone for found in engines)
-
-
-def _reference(settings: Config, channel: ChannelConfig, find: Find) -> OpticalSystem:
-    """Return the optics that blind engines take for granted."""
-    name = channel.classifier or settings.processing.classifier
-    if name is None:
-        msg = "no classifier is configured; set processing.classifier or --engine"
-        raise EngineError(msg)
-    _, optics = parts(find(name).card)
-    return optics.reference
-
-
-def _run_blind(settings: Config, name: str, optics: ImageOptics, find: Find) -> str:
-    channel = settings.channel(name)
-    if _needs_no_optics(settings, channel, find):
-        engine = _engines(settings, channel, find)[0].name
-        return f"optics of channel '{name}' are unknown: engine '{engine}' needs none"
-    restoration = channel.restoration or settings.processing.restoration
-    engine = restoration.method
-    if engine == "none":
-        engine = channel.classifier or settings.processing.classifier or engine
-    assumed = in_short(_reference(settings, channel, find))
-    return (
-        f"optics of channel '{name}' are unknown ({optics.source}): engine '{engine}' "
-        f"runs blind, as if {assumed}; micrometres of defocus hold for those only"
-    )
-
-
-def _identity(name: str, find: Find) -> str:
-    """Return ``name@hash`` of an engine, the bare name of a method."""
-    if name in (*METHODS, "none"):
-        return name
-    return identity(find(name).card)

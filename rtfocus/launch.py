@@ -260,9 +260,8 @@ def _channels(config: Config, series: SeriesStart | None) -> Iterator[Check]:
 
 def _engine_of(config: Config, channel: str) -> str:
     settings = config.channel(channel)
-    name = settings.classifier or config.processing.classifier
+    name, wanted = config.engines_of(channel)
     if settings.optics is None or name is None:
-        wanted = settings.restoration or config.processing.restoration
         as_it_is = restored_as_it_is(wanted, config.processing)
         if as_it_is is None:
             return "recorded, not restored"

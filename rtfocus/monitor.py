@@ -274,9 +274,8 @@ def estimator_settings(
 
     A channel without optics or classifier cannot.
     """
-    settings = config.channel(channel)
-    name = settings.classifier or config.processing.classifier
-    optics = settings.optics
+    name, _ = config.engines_of(channel)
+    optics = config.channel(channel).optics
     if optics is None or name is None:
         return None
     card = find_engine(name, config.processing.engine_folders).card

@@ -6,8 +6,6 @@ And the blur kernels that a network with such an output saw in every tile of one
 import os
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -27,7 +25,7 @@ from rtfocus.frame import (
     FrameResult,
     Position,
     SeriesStart,
-    SlotPool,
+    Slot,
 )
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import checked_image
@@ -84,7 +82,6 @@ class ImageProcessor:
         weakref.finalize(self, self._processor.close)
         self._scale: tuple[float, int, DeviationCard | None] | None = None
         self._started: tuple[object, ...] | None = None
-        self._pool = SlotPool(1, 1)
         self._sequence = 0
         self._one_at_a_time = threading.Lock()
         self._coarser: ImageProcessor | None = None
@@ -193,8 +190,7 @@ class ImageProcessor:
         )
         self._sequence += 1
         unrestored = None if restore else "classified only"
-        with self._slot(header, pixels, unrestored) as result:
-            pass
+        result = self._through(header, pixels, unrestored)
         if restore:
             return result
         if self._blind and result.defocus is not None:
@@ -216,34 +212,30 @@ class ImageProcessor:
         if self._coarser is None:
             self._coarser = ImageProcessor(self._config, self._optics)
         coarser = self._coarser.classify(halved(pixels), channel=channel).defocus
-        assert coarser is not None, "the same engine as for the whole image"
+        if coarser is None:
+            return found
         return found.with_coarser(coarser, least_um, step_um=step, farthest=farthest)
 
-    @contextmanager
-    def _slot(
+    def _through(
         self, header: FrameHeader, pixels: NDArray[np.generic], unrestored: str | None
-    ) -> Iterator[FrameResult]:
-        slot = self._pool.acquire(timeout_s=0)
-        assert slot is not None, "one image at a time, and its slot is given back"
-        ticket: Ticket | None = None
+    ) -> FrameResult:
+        """Send an image through the processor; the result is new memory."""
+        self._slot.prepare(header)[...] = pixels
+        ticket = self._processor.submit(self._slot, unrestored=unrestored)
         try:
-            slot.prepare(header)[...] = pixels
-            ticket = self._processor.submit(slot, unrestored=unrestored)
             result = _result_of(ticket)
-            # The slot's buffers are used again by the next image.
-            restored = None if result.restored is None else result.restored.copy()
-            defocus = result.defocus
-            if defocus is not None and self._scale is not None:
-                step, _, fit = self._scale
-                defocus = replace(defocus, stated_um=stated_um(defocus, fit, step))
-            yield replace(result, restored=restored, defocus=defocus)
         finally:
-            if ticket is None or ticket.result.done():
-                self._pool.release(slot)
-            else:
-                # Interrupted: the processor has the slot still, another image gets
+            if not ticket.result.done():
+                # Interrupted: the processor has the slot still, the next image gets
                 # a new one.
                 self._started = None
+        # The slot's buffers are used again by the next image.
+        restored = None if result.restored is None else result.restored.copy()
+        defocus = result.defocus
+        if defocus is not None and self._scale is not None:
+            step, _, fit = self._scale
+            defocus = replace(defocus, stated_um=stated_um(defocus, fit, step))
+        return replace(result, restored=restored, defocus=defocus)
 
     def _start_for(self, pixels: NDArray[np.generic], channel: str) -> None:
         """Start the processor for this kind of image unless it already runs."""
@@ -266,7 +258,7 @@ class ImageProcessor:
             # Nothing that needs no optics looks at it.
             pixel_size_um=1.0 if optics is None else optics.pixel_size_um,
         )
-        self._pool = SlotPool(1, pixels.nbytes)
+        self._slot = Slot(0, np.empty(pixels.nbytes, np.uint8))
         self._processor.start(series, 1)
         self._started = kind
 
@@ -274,11 +266,10 @@ class ImageProcessor:
         self, channel: str, optics: OpticalSystem | None
     ) -> tuple[float, int, DeviationCard | None] | None:
         """Return a level in um, the highest, and how deviations follow; None: none."""
-        processing = self._config.processing
-        name = self._config.channel(channel).classifier or processing.classifier
+        name, _ = self._config.engines_of(channel)
         if optics is None or name is None:
             return None
-        card = find_engine(name, processing.engine_folders).card
+        card = find_engine(name, self._config.processing.engine_folders).card
         fit = card.deviation.get("blind" if self._blind else "told")
         levels, _ = parts(card)
         return step_um(card, optics, blind=self._blind), levels.count - 1, fit
@@ -288,23 +279,20 @@ class ImageProcessor:
 
         None: nothing needs any.
         """
-        settings = self._config.channel(channel)
-        given = self._optics or settings.optics
+        given = self._optics or self._config.channel(channel).optics
         if given is not None:
             return given
-        name = settings.classifier or self._config.processing.classifier
-        if name is None:
-            processing = self._config.processing
-            wanted = settings.restoration or processing.restoration
-            if restored_as_it_is(wanted, processing) is not None:
-                return None
-            msg = "no classifier is configured; set processing.classifier or --engine"
-            raise EngineError(msg)
-        if not self._blind:
-            # Where others are stated the engine's would be a guess: refused.
-            self._config.optics_of(channel)
-        found = find_engine(name, self._config.processing.engine_folders)
-        return _reference(found.card)
+        name, wanted = self._config.engines_of(channel)
+        processing = self._config.processing
+        if name is not None:
+            if not self._blind:
+                # Where others are stated the engine's would be a guess: refused.
+                self._config.optics_of(channel)
+            return _reference(find_engine(name, processing.engine_folders).card)
+        if restored_as_it_is(wanted, processing) is not None:
+            return None
+        msg = "no classifier is configured; set processing.classifier or --engine"
+        raise EngineError(msg)
 
 
 def _as_known(config: Config, optics: OpticalSystem | None) -> Config:

@@ -246,10 +246,9 @@ def _refuse_mistyped(config: Config) -> None:
 
     processing = config.processing
     for planned in read_sequence(config.acquisition.mda).channels:
-        channel = config.channel(planned.config)
-        restored_as_it_is(channel.restoration or processing.restoration, processing)
-        name = channel.classifier or processing.classifier
-        if channel.optics is not None and name is not None:
+        name, wanted = config.engines_of(planned.config)
+        restored_as_it_is(wanted, processing)
+        if config.channel(planned.config).optics is not None and name is not None:
             find_engine(name, processing.engine_folders)
 
 

@@ -237,6 +237,11 @@ class Config(Section):
         found = by_name.get(name) or by_name.get("default") or ChannelConfig()
         return found.model_copy(update={"name": name})
 
+    def engines_of(self, channel: str) -> tuple[str | None, RestorationConfig]:
+        """Return classifier and restoration of a channel: its own, or those of all."""
+        own, every = self.channel(channel), self.processing
+        return own.classifier or every.classifier, own.restoration or every.restoration
+
     def optics_of(self, channel: str | None) -> tuple[str, OpticalSystem]:
         """Return a channel by its name, and its optics.
 
@@ -279,12 +284,7 @@ class Config(Section):
         return self.model_dump(mode="json", exclude=secret)
 
 
-_SOURCES = (
-    VirtualMicroscopeConfig,
-    DemoCameraConfig,
-    MicroManagerConfig,
-    ReplayConfig,
-)
+_SOURCES = (VirtualMicroscopeConfig, DemoCameraConfig, MicroManagerConfig, ReplayConfig)
 
 
 def reference() -> str:

@@ -240,8 +240,7 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
         config.camera, series.shape, np.dtype(series.dtype), series.bit_depth
     )
     shape = tuple(series.shape)
-    name = settings.classifier or config.processing.classifier
-    wanted = settings.restoration or config.processing.restoration
+    name, wanted = config.engines_of(channel.name)
     as_it_is = restored_as_it_is(wanted, config.processing)
     if as_it_is is not None:
         _refuse_cut_values(as_it_is, config, series)
