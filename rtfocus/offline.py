@@ -47,6 +47,10 @@ _LEAST_PX = 48
 """Least side of an image that is looked at once more at half the size of another."""
 
 
+Scale = tuple[float, int, DeviationCard | None]
+"""A level in um, the highest, and how deviations follow from what is found."""
+
+
 class ImageProcessor:
     """Classifies and restores single images; a context manager.
 
@@ -80,7 +84,7 @@ class ImageProcessor:
         self._processor: FrameProcessor = open_processor(as_known)
         # Whoever forgets to close it has no program that never ends.
         weakref.finalize(self, self._processor.close)
-        self._scale: tuple[float, int, DeviationCard | None] | None = None
+        self._scale: Scale | None = None
         self._started: tuple[object, ...] | None = None
         self._sequence = 0
         self._one_at_a_time = threading.Lock()
@@ -243,8 +247,7 @@ class ImageProcessor:
         if kind == self._started:
             return
         self._started = None
-        optics = self._optics_of(channel)
-        self._scale = self._scale_of(channel, optics)
+        optics, self._scale = self._settled(channel)
         series = SeriesStart(
             version=PROTOCOL_VERSION,
             series_uid=_UID,
@@ -262,37 +265,30 @@ class ImageProcessor:
         self._processor.start(series, 1)
         self._started = kind
 
-    def _scale_of(
-        self, channel: str, optics: OpticalSystem | None
-    ) -> tuple[float, int, DeviationCard | None] | None:
-        """Return a level in um, the highest, and how deviations follow; None: none."""
-        name, _ = self._config.engines_of(channel)
-        if optics is None or name is None:
-            return None
-        card = find_engine(name, self._config.processing.engine_folders).card
-        fit = card.deviation.get("blind" if self._blind else "told")
-        levels, _ = parts(card)
-        return step_um(card, optics, blind=self._blind), levels.count - 1, fit
+    def _settled(self, channel: str) -> tuple[OpticalSystem | None, Scale | None]:
+        """Return the optics that are given, configured, or the engine's own, and scale.
 
-    def _optics_of(self, channel: str) -> OpticalSystem | None:
-        """Return the optics that are given, configured, or the engine's own.
-
-        None: nothing needs any.
+        None: nothing needs any; nobody looks for levels.
         """
-        given = self._optics or self._config.channel(channel).optics
-        if given is not None:
-            return given
         name, wanted = self._config.engines_of(channel)
         processing = self._config.processing
-        if name is not None:
-            if not self._blind:
-                # Where others are stated the engine's would be a guess: refused.
-                self._config.optics_of(channel)
-            return _reference(find_engine(name, processing.engine_folders).card)
-        if restored_as_it_is(wanted, processing) is not None:
-            return None
-        msg = "no classifier is configured; set processing.classifier or --engine"
-        raise EngineError(msg)
+        optics = self._optics or self._config.channel(channel).optics
+        if name is None:
+            if optics is None and restored_as_it_is(wanted, processing) is None:
+                msg = (
+                    "no classifier is configured; set processing.classifier or --engine"
+                )
+                raise EngineError(msg)
+            return optics, None
+        if optics is None and not self._blind:
+            # Where others are stated the engine's would be a guess: refused.
+            self._config.optics_of(channel)
+        card = find_engine(name, processing.engine_folders).card
+        levels, of_card = parts(card)
+        optics = optics or of_card.reference
+        step = step_um(card, optics, blind=self._blind)
+        fit = card.deviation.get("blind" if self._blind else "told")
+        return optics, (step, levels.count - 1, fit)
 
 
 def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
@@ -419,14 +415,9 @@ class KernelExtractor:
 
     def _conditions(self, channel: str | None, *, signed: bool) -> Conditions:
         given = self._config.channel(channel).optics
-        optics = given or _reference(self._card)
+        optics = given or parts(self._card)[1].reference
         blind = given is None or self._config.processing.blind
         return Conditions(self._card, optics, blind=blind, signed=signed)
-
-
-def _reference(card: EngineCard) -> OpticalSystem:
-    _, optics = parts(card)
-    return optics.reference
 
 
 def _only_classified(config: Config) -> Config:
