@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
-from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.card import input_of
 from rtfocus.engines.fitted import DeviationCard, stated_um, unsettled_um
 from rtfocus.engines.registry import find_engine, list_engines, parts, step_um
 from rtfocus.errors import ConfigError, EngineError, InputError

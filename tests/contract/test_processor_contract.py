@@ -29,7 +29,6 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.cpu.patches import (
     LearnedWienerRestorer,
-    Level,
     TileRestorer,
 )
 from rtfocus.processing.device import DEVICES
@@ -564,7 +563,8 @@ def test_patches_are_those_of_the_reference(
         psfs, _ = plan.band_levels()
         reference = LearnedWienerRestorer(
             montage,
-            {n: Level(psf, ()) for n, psf in psfs.items()},
+            psfs,
+            None,
             lambda tiles, told: np.full((len(tiles), 12), LOG_SNR, np.float32),
             tile_px=192,
             halo_px=32,

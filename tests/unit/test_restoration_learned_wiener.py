@@ -12,7 +12,6 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.patches import (
     TAPER_PX,
     LearnedWienerRestorer,
-    Level,
     filter_tiles,
 )
 from rtfocus.processing.montage import Montage
@@ -38,10 +37,8 @@ def make_restorer(shape, predict, levels=(4,)):
     montage = Montage(TileGrid(2, 2, 96, 80, 47.5, signed=False), shape)
     return LearnedWienerRestorer(
         montage,
-        {
-            level: Level(compute_psf(OPTICS, 2.0 * level, size_px=33), (0.5, level))
-            for level in levels
-        },
+        {level: compute_psf(OPTICS, 2.0 * level, size_px=33) for level in levels},
+        np.array([(0.5, level) for level in levels], np.float32),
         predict,
         tile_px=TILE_PX,
         halo_px=HALO_PX,
@@ -65,7 +62,7 @@ def test_equal_ratio_in_all_bands_is_the_plain_wiener_filter():
     mean = tile.mean()
     tapered = (tile - mean) * edge_taper(tile.shape, TAPER_PX)
     spectrum = np.fft.rfft2(tapered)
-    plain = WienerFilter(transfer, tile.shape, ratio).apply(spectrum, 0.0, 1)
+    plain = WienerFilter(transfer, tile.shape, ratio).apply(spectrum, 0.0)
     expected = (plain - tapered.mean()) / (1 + ratio) + tapered.mean() + mean
     np.testing.assert_allclose(found, expected, atol=0.05)
 
@@ -134,7 +131,8 @@ def test_restoring_is_seamless_where_all_tiles_agree():
     montage = Montage(TileGrid(2, 2, 96, 80, 47.5, signed=False), shape)
     whole = LearnedWienerRestorer(
         montage,
-        {4: Level(compute_psf(OPTICS, 8.0, size_px=33), (0.5, 4))},
+        {4: compute_psf(OPTICS, 8.0, size_px=33)},
+        np.array([(0.5, 4)], np.float32),
         constant(5.0),
         tile_px=600,
         halo_px=40,

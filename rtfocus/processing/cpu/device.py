@@ -156,23 +156,16 @@ def _evidence(plan: ChannelPlan) -> Evidence | None:
 def _learned_wiener(
     plan: ChannelPlan, restoration: RestorationPlan, montage: Montage, threads: int
 ) -> FrameRestorer:
-    from rtfocus.processing.cpu.patches import LearnedWienerRestorer, Level
+    from rtfocus.processing.cpu.patches import LearnedWienerRestorer
 
     card = restoration.engine.card
     network = TileNetwork(restoration.engine, plan.processing, threads=threads)
     psfs, told = plan.band_levels()
-    levels = {
-        level: Level(psf, () if told is None else tuple(told[index]))
-        for index, (level, psf) in enumerate(psfs.items())
-    }
-
-    def predict(batch: Image, condition: Image) -> Image:
-        return network.run(batch, None if told is None else condition)
-
     return LearnedWienerRestorer(
         montage,
-        levels,
-        predict,
+        psfs,
+        told,
+        network.run,
         tile_px=input_of(card).tile_px,
         halo_px=input_of(card).halo_px,
         normalisation=invertible_normalisation(card),

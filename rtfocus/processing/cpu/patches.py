@@ -12,7 +12,6 @@ tiles overlap by half of what they keep and are blended linearly.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -152,20 +151,10 @@ def _with_halo(padded: Image, region: Region, halo_px: int) -> Image:
     return padded[rows, columns]
 
 
-Predict = Callable[[Image, Image], Image]
+Predict = Callable[[Image, Image | None], Image]
 """From tiles (N, 1, y, x) and conditions (N, entries) to log SNR (N, band)."""
 
 _BATCH = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """What the filter of a level needs."""
-
-    psf: Image
-    """Axes (y, x), odd sides."""
-    condition: tuple[float, ...]
-    """What the network is told of tiles of this level."""
 
 
 class LearnedWienerRestorer(LevelRestorer):
@@ -175,8 +164,10 @@ class LearnedWienerRestorer(LevelRestorer):
     ----------
     montage
         Blending weights of the classifier's tiles.
-    levels
-        Per level that is restored.
+    psfs
+        PSF per level that is restored.
+    told
+        What the network is told of tiles of each, axes (level, entry); None: nothing.
     predict
         The network.
     tile_px
@@ -192,7 +183,8 @@ class LearnedWienerRestorer(LevelRestorer):
     def __init__(
         self,
         montage: Montage,
-        levels: Mapping[int, Level],
+        psfs: Mapping[int, Image],
+        told: Image | None,
         predict: Predict,
         *,
         tile_px: int,
@@ -203,14 +195,14 @@ class LearnedWienerRestorer(LevelRestorer):
         self._network = network
         self.runs_on = None if network is None else network.runs_on
         self._montage = montage
-        self._levels = dict(levels)
+        self._told = {} if told is None else dict(zip(psfs, told, strict=True))
         self._predict = predict
         self._tile_px = tile_px
         self._halo_px = halo_px
         self._normalisation = normalisation
         self._transfers = {
-            number: transfer_function(level.psf, (tile_px, tile_px))
-            for number, level in self._levels.items()
+            level: transfer_function(psf, (tile_px, tile_px))
+            for level, psf in psfs.items()
         }
 
     def close(self) -> None:
@@ -266,7 +258,9 @@ class LearnedWienerRestorer(LevelRestorer):
             left = region.columns.start + column * stride
             tiles.append(padded[top : top + side, left : left + side])
         stack = np.stack(tiles)
-        condition = np.array([self._levels[number].condition] * len(batch), np.float32)
+        condition = None
+        if self._told:
+            condition = np.repeat(self._told[number][None], len(batch), axis=0)
         log_snr = self._predict(stack[:, None], condition)
         restored = filter_tiles(stack, self._transfers[number], log_snr)
         return restored[:, halo : side - halo, halo : side - halo]
