@@ -237,7 +237,7 @@ class Config(Section):
         found = by_name.get(name) or by_name.get("default") or ChannelConfig()
         return found.model_copy(update={"name": name})
 
-    def engines_of(self, channel: str) -> tuple[str | None, RestorationConfig]:
+    def engines_of(self, channel: str | None) -> tuple[str | None, RestorationConfig]:
         """Return classifier and restoration of a channel: its own, or those of all."""
         own, every = self.channel(channel), self.processing
         return own.classifier or every.classifier, own.restoration or every.restoration
