@@ -24,7 +24,6 @@ from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.cpu.patches import (
     LearnedWienerRestorer,
-    Level,
     Predict,
     filter_tiles,
 )
@@ -61,7 +60,7 @@ def predict_with(folder: Path) -> Predict:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(folder / "model.fp32.onnx", options)
 
-    def predict(tiles: Image, condition: Image) -> Image:
+    def predict(tiles: Image, condition: Image | None) -> Image:
         given = {"tiles": tiles, "condition": condition}
         return np.asarray(session.run(["log_snr"], given)[0])
 
@@ -154,7 +153,8 @@ def frame_restorer(
             if predict is None
             else LearnedWienerRestorer(
                 montage,
-                {REAL_LEVEL: Level(psf, (*optics, REAL_LEVEL))},
+                {REAL_LEVEL: psf},
+                np.array([(*optics, REAL_LEVEL)], np.float32),
                 predict,
                 tile_px=TILE_PX,
                 halo_px=HALO_PX,
