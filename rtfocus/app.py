@@ -33,6 +33,7 @@ from rtfocus.errors import (
     TransportError,
     WorkerError,
     WriterError,
+    beside,
     replacement,
 )
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart, Slot
@@ -316,7 +317,8 @@ class SeriesLoop:
                 raise PeerLostError(msg) from failure
             end = self._end(failure)
             self._focus_log.end(end)
-            folder = writer.close(end, self._monitor.report())
+            with beside(failure, "finishing the run folder"):
+                folder = writer.close(end, self._monitor.report())
         if failure is not None:
             raise failure
         return folder

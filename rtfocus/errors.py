@@ -26,6 +26,8 @@ programmer errors stay ``ValueError`` and ``TypeError``.
 Every class carries the exit code that a command ends with when it raises it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum, unique
 from typing import ClassVar
 
@@ -54,7 +56,8 @@ class ExitCode(IntEnum):
     ENGINE = 6
     """An engine is missing, damaged, or does not fit."""
     BUSY = 7
-    """Another process writes the run folder; nothing was changed."""
+    """Another process writes the run folder, or has moved or removed it amid the run;
+    nothing was changed."""
     FAULT = 70
     """A fault of rtfocus itself; one line says where the traceback was written."""
     INTERRUPTED = 130
@@ -171,3 +174,18 @@ def replacement(failure: RtfocusError | None) -> RtfocusError | None:
     """Return the error that says that somebody else has the series or the folder."""
     causes = () if failure is None else (failure, failure.__cause__)
     return next((e for e in causes if isinstance(e, (TakenOverError, BusyError))), None)
+
+
+@contextmanager
+def beside(first: RtfocusError | None, doing: str) -> Iterator[None]:
+    """Let what fails in the block be told beside `first`, where there is one.
+
+    Cleaning up after a failure mostly fails of the same cause: raised, it would hide
+    what went wrong first.
+    """
+    try:
+        yield
+    except RtfocusError as error:
+        if first is None:
+            raise
+        first.add_note(f"{doing} failed too: {error}")

@@ -210,7 +210,8 @@ def _is_ours(error: BaseException) -> bool:
 
 def _said(error: BaseException) -> str:
     if isinstance(error, RtfocusError):
-        return _in_one_line(str(error))
+        # A note says what failed after it, as closing does on a full disk.
+        return _in_one_line("; ".join([str(error), *getattr(error, "__notes__", ())]))
     if isinstance(error, MemoryError):
         return "not enough memory for this; close programs, or take less at once"
     if isinstance(error, OSError) and error.strerror is not None:

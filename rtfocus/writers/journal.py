@@ -7,6 +7,7 @@ never counted; any other broken line is damage, as a power cut leaves it.
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -200,15 +201,23 @@ class JournalFile:
                 os.fsync(self._file.fileno())
             self._end = end
         except OSError as error:
-            self._cut()
-            raise self._failure(error) from error
+            failure = self._failure(error)
+            try:
+                self._cut()
+            except OSError as second:
+                failure.add_note(f"what was written of it stays: {second.strerror}")
+            raise failure from error
 
     def close(self) -> None:
         """Close the file; called twice does nothing."""
         self._file.close()
 
     def _assert_alone(self) -> None:
-        """Refuse to write behind what another process has written or removed."""
+        """Refuse to write behind what another process has written, removed or moved.
+
+        The pixels are at this path by now: where the journal has left it, they are
+        not with it.
+        """
         found = os.fstat(self._file.fileno())
         if found.st_size != self._end or found.st_nlink == 0:
             what = "was removed" if found.st_nlink == 0 else "was changed"
@@ -217,6 +226,19 @@ class JournalFile:
                 "records; it is left as it is"
             )
             raise BusyError(msg)
+        if not self._path.exists():
+            raise BusyError(self._moved())
+
+    def _moved(self) -> str:
+        """Say that the run folder has another name, and which, where that is known."""
+        folder, now = self._path.parent, "NEW_FOLDER"
+        with suppress(OSError):  # Linux alone tells
+            now = str(Path(os.readlink(f"/proc/self/fd/{self._file.fileno()}")).parent)
+        return (
+            f"run folder '{folder}' was moved while it was recorded; what is durable "
+            f"went with it, finish it there: rtfocus check {now} --repair; "
+            f"what is in '{folder}' now was never acknowledged"
+        )
 
     def _cut(self) -> None:
         """Drop what follows the last whole line."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rtfocus.config.sections import StoreConfig
+from rtfocus.errors import beside
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
 from rtfocus.metrics import Accounting, DiskWatch
 from rtfocus.writers.arrays import Commit, RunImages
@@ -261,15 +262,17 @@ class RunWriter:
         failed = self._commits.error
         if failed is not None:
             report["write_error"] = str(failed)
-        finish_run(
-            self.folder,
-            self._header,
-            self._images,
-            self._tally,
-            report,
-            # What this process began alone, it has told all of.
-            unnamed_too=failed is None and self._resumes,
-        )
+        untold = None if self._failure_raised else failed
+        with beside(untold, "finishing the run folder"):
+            finish_run(
+                self.folder,
+                self._header,
+                self._images,
+                self._tally,
+                report,
+                # What this process began alone, it has told all of.
+                unnamed_too=failed is None and self._resumes,
+            )
         self._lock.release()
         if not self._failure_raised:
             self._raise_failure()
@@ -321,9 +324,8 @@ class RunWriter:
             line = frame_line(
                 header, WRITTEN, received_ns, result, stored=stored, error=error
             )
-            entry = Entry(
-                _only(header.sequence), [line], slot, index=index, pixels=pixels
-            )
+            numbers = range(header.sequence, header.sequence + 1)
+            entry = Entry(numbers, [line], slot, index=index, pixels=pixels)
             self._commits.put(entry)
             self._shards.add(entry)
 
@@ -341,7 +343,8 @@ class RunWriter:
         line = frame_line(
             header, status, _unix_ns(slot), result, place=place, error=error
         )
-        self._commits.put(Entry(_only(header.sequence), [line], slot, sealed=True))
+        numbers = range(header.sequence, header.sequence + 1)
+        self._commits.put(Entry(numbers, [line], slot, sealed=True))
 
     def _start_held(self) -> None:
         """Start all that is held back, because somebody waits; from any thread."""
@@ -380,10 +383,6 @@ class RunWriter:
         """End the commit thread and close the journal."""
         self._commits.close()
         self._journal.close()
-
-
-def _only(sequence: int) -> range:
-    return range(sequence, sequence + 1)
 
 
 def _unix_ns(slot: Slot) -> int:

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from writer_kit import Recording, make_series, numbered, recording
 import rtfocus
 from rtfocus.errors import InputError, WriterError
 from rtfocus.writers.check import check_run
+from rtfocus.writers.journal import JournalFile
 
 DISK_MB = 48
 SHARD = "c.{}.0.0.0.0"
@@ -193,6 +194,39 @@ def test_close_raises_a_failure_that_nobody_has_seen(tmp_path: Path) -> None:
             run.close(1)
     assert run.durable == []
     assert run.accounting.summary()["in_error"] == {"write": 1}
+
+
+def test_the_first_failure_is_told_and_the_one_of_the_end_beside_it(
+    tmp_path: Path,
+) -> None:
+    with recording(tmp_path / "run.rtfocus", ENDLESS) as run:
+        first = run.writer.folder / "raw.ome.zarr/0" / SHARD.format(0)
+        first.mkdir()
+        run.send(0, {"t": 0})
+        run.writer.settle()
+        (run.writer.folder / "restored.ome.zarr/zarr.json").unlink()
+        with pytest.raises(WriterError, match=r"write to .* failed") as told:
+            run.close(1)
+        (note,) = told.value.__notes__
+        assert re.search("finishing the run folder failed too: .*restored.ome", note)
+
+
+def test_a_journal_that_cannot_be_mended_tells_what_broke_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no file that is always full")
+    with (
+        closing(JournalFile(tmp_path / "frames.ndjson", fsync=False)) as journal,
+        full.open("r+b", buffering=0) as file,
+        monkeypatch.context() as patch,
+    ):
+        # It takes no byte, and cannot be cut either.
+        patch.setattr(journal, "_file", file)
+        with pytest.raises(WriterError, match="No space left on device") as told:
+            journal.append([{"sequence": 0}])
+    assert told.value.__notes__ == ["what was written of it stays: Invalid argument"]
 
 
 def test_a_damaged_chunk_is_found(tmp_path: Path) -> None:

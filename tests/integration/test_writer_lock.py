@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import writer_kit
 from typer.testing import CliRunner
-from writer_kit import LIVE, Recording, make_series, recording
+from writer_kit import LIVE, Recording, indices, make_series, recording
 
 from rtfocus.cli.commands import app
 from rtfocus.config.model import RunConfig
@@ -190,6 +190,29 @@ def test_a_removed_folder_ends_the_run_instead_of_taking_frames(tmp_path: Path) 
         with pytest.raises(BusyError, match="removed by another process"):
             run.writer.drain()
         assert run.durable == [0]
+
+
+@pytest.mark.parametrize("shard_frames", [1, 4])
+def test_a_moved_folder_ends_the_run_before_a_frame_is_acknowledged_without_it(
+    tmp_path: Path, shard_frames: int
+) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows moves no open file")
+    folder, now = tmp_path / "day" / "run.rtfocus", tmp_path / "kept" / "run.rtfocus"
+    with recording(folder, LIVE, store={"shard_frames": shard_frames}) as run:
+        for sequence, index in enumerate(indices(LIVE, time_points=6)):
+            if sequence == 8:
+                run.writer.drain()
+                folder.parent.rename(now.parent)
+            run.send(sequence, index)
+        with pytest.raises(BusyError, match="was moved while it was recorded") as told:
+            run.writer.drain()
+        if sys.platform == "linux":
+            assert f"rtfocus check {now} --repair" in str(told.value)
+        assert run.durable == list(range(8))
+    report = check_run(now, repair=True)
+    assert report.problems == [], str(report)
+    assert report.frames == 8
 
 
 def test_another_series_gets_another_folder_even_before_the_first_has_begun(
