@@ -209,12 +209,12 @@ def _time_point(
         or any(position.sequence is not None for position in positions)
         or any(channel.acquire_every != 1 for channel in sequence.channels)
         or isinstance(sequence.grid_plan, useq.RandomPoints)
-        or isinstance(plan, useq.MultiPhaseTimePlan)
-        or plan.num_timepoints() <= kept
+        # Phases share a time point where they meet, and useq counts it twice.
+        or (number := sum(1 for _ in plan)) <= kept
     ):
         return sequence, 1
     first = useq.TIntervalLoops(interval=timedelta(0), loops=kept)
-    return sequence.replace(time_plan=first), plan.num_timepoints() // kept
+    return sequence.replace(time_plan=first), number // kept
 
 
 def takes_image(event: useq.MDAEvent) -> bool:

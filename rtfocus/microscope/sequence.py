@@ -19,8 +19,8 @@ from rtfocus.config.loading import hint, models_in, near, read_yaml
 from rtfocus.errors import ConfigError
 
 DEEPEST = 64
-MOST_IMAGES = 10_000_000
-"""Of a plan: the place of each is held in memory."""
+_MOST = {"tcgz": (10_000_000, "images"), "g": (100_000, "positions, tiles and points")}
+"""Of a plan, by axes: each image's place is held in memory, each position a folder."""
 # A union of five kinds of plan complains five times of one value.
 _MOST_FAULTS = 3
 # Fields whose content is the user's own.
@@ -51,7 +51,7 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
             warnings.simplefilter("always")
             # useq changes what it is given.
             sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
-            _refuse_too_many(sequence, origin)
+            refuse_too_many(sequence, origin)
     except ZeroDivisionError as error:
         msg = f"{origin}.time_plan: a duration needs an interval of more than 0"
         raise ConfigError(msg) from error
@@ -135,17 +135,17 @@ def _refuse_impossible(plan: object, key: str, depth: int = 0) -> None:
             raise ConfigError(msg)
 
 
-def _refuse_too_many(sequence: useq.MDASequence, key: str) -> None:
-    """Raise ConfigError for a plan of more than `MOST_IMAGES`; walks through none."""
-    if _images(sequence, {}) > MOST_IMAGES:
-        msg = f"{key} takes more than {MOST_IMAGES:,} images; split it into runs"
-        raise ConfigError(msg)
+def refuse_too_many(sequence: useq.MDASequence, key: str) -> None:
+    """Raise ConfigError for a plan that is too large; walks through none."""
+    for axes, (most, things) in _MOST.items():
+        if (number := _number(sequence, {}, axes)) > most:
+            msg = f"{key} has {number:,} {things}, more than {most:,}; split it"
+            raise ConfigError(msg)
 
 
-def _images(sequence: useq.MDASequence, outer: dict[str, int]) -> int:
+def _number(sequence: useq.MDASequence, outer: dict[str, int], axes: str) -> int:
     """Count by axes, at most; a grid whose edges the camera divides counts as one."""
-    grid: Any = sequence.grid_plan
-    times, heights = sequence.time_plan, sequence.z_plan
+    grid, times, heights = sequence.grid_plan, sequence.time_plan, sequence.z_plan
     own = {
         "t": 0 if times is None else times.num_timepoints(),
         "c": len(sequence.channels),
@@ -154,10 +154,10 @@ def _images(sequence: useq.MDASequence, outer: dict[str, int]) -> int:
         if getattr(grid, "fov_width", None) or hasattr(grid, "rows")
         else getattr(grid, "num_points", 0),
     }
-    lengths = outer | {axis: length for axis, length in own.items() if length}
+    lengths = outer | {axis: own[axis] for axis in axes if own[axis]}
     number, positions = math.prod(lengths.values()), sequence.stage_positions
     return number * (not positions) + sum(
-        number if one.sequence is None else _images(one.sequence, lengths)
+        number if one.sequence is None else _number(one.sequence, lengths, axes)
         for one in positions
     )
 

@@ -26,6 +26,7 @@ from rtfocus.config import Config
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.microscope.plan import AcquisitionPlan
+from rtfocus.microscope.sequence import refuse_too_many
 from rtfocus.microscope.virtual_devices import BIT_DEPTH
 
 
@@ -304,6 +305,11 @@ def with_field_of_view(
 
     useq takes 1 um for one that is not given. Sizes that the plan names are kept:
     somebody may want tiles that overlap.
+
+    Raises
+    ------
+    ConfigError
+        If these are more tiles than a run can have.
     """
 
     def filled(part: useq.MDASequence) -> useq.MDASequence | None:
@@ -329,4 +335,6 @@ def with_field_of_view(
                 for p, part in zip(positions, inner, strict=True)
             )
             sequence = sequence.replace(stage_positions=positions)
-    return filled(sequence) or sequence
+    sequence = filled(sequence) or sequence
+    refuse_too_many(sequence, "acquisition.mda")
+    return sequence

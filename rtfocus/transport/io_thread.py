@@ -161,7 +161,8 @@ class IoThread:
                     self._acted.set()
                 loop.turn()
         except Exception as error:  # told to every caller from here on
-            failure = TransportError(f"transport thread failed: {error!r}")
+            said = error if isinstance(error, RtfocusError) else repr(error)
+            failure = TransportError(f"transport thread failed: {said}")
             failure.__cause__ = error
             self.failure = failure
             self._on_failure(failure)

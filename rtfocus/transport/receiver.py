@@ -5,6 +5,7 @@ holds slots for long slows the acquisition down; nothing is lost by that.
 """
 
 import ctypes
+import os
 import sys
 import threading
 import time
@@ -271,6 +272,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's ``malloc.h``."""
 _MOST_FROM_HEAP = 32 << 20
 """glibc's own limit: a heap of a thread has 64 MB."""
+_USERS_WORD = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
 
 
 def keep_freed_memory(most_bytes: int) -> bool:
@@ -278,9 +280,10 @@ def keep_freed_memory(most_bytes: int) -> bool:
 
     ZeroMQ and tensorstore allocate every frame anew. What glibc gives back to the
     system comes again as pages that the system clears: a quarter of what a received
-    frame of 2048 x 2048 costs. Returns whether it was done.
+    frame of 2048 x 2048 costs. Returns whether it was done: the
+    environment's word stands.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or _USERS_WORD & os.environ.keys():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(

@@ -11,6 +11,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.microscope.acquisition import anchored
 from rtfocus.microscope.plan import images_of, lay_out
 from rtfocus.microscope.sequence import read_sequence
+from rtfocus.microscope.series import with_field_of_view
 
 STACK = {"range": 2.0, "step": 1.0}
 EVERY = {"acquire_every": 2}
@@ -159,10 +160,19 @@ def test_the_time_points_of_a_plan_are_laid_out_like_each_event(channels, order)
     assert plan.interval_s == 0.5
 
 
-def test_a_million_images_are_laid_out_without_a_walk_through_them():
-    sequence = read_sequence({"time_plan": {"interval": 1, "loops": 10**6}})
+@pytest.mark.parametrize("phases", [[10**6], [3, 10**6 - 3, 2]])
+def test_a_million_images_are_laid_out_without_a_walk_through_them(phases):
+    # Phases share the time points where they meet.
+    plan = [{"interval": 1 + loops % 2, "loops": loops} for loops in phases]
+    sequence = read_sequence({"time_plan": plan if len(plan) > 1 else plan[0]})
     assert lay_out(sequence).sizes["t"] == 10**6
     assert len(list(images_of(sequence))) == 2
+
+
+def test_tiles_that_the_camera_divides_are_counted_once_it_is_known():
+    sequence = read_sequence({"grid_plan": {"width": 1e6, "height": 1e6}})
+    with pytest.raises(ConfigError, match="10,000,000,000 images"):
+        with_field_of_view(sequence, 10, 10)
 
 
 @pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
@@ -192,6 +202,10 @@ def test_plans_are_read_from_files(tmp_path, dump):
         (
             {"stage_positions": [{"sequence": {"time_plan": [ONE, MANY]}}]},
             "more than 10,000,000",
+        ),
+        (
+            {"grid_plan": {"rows": 10**3, "columns": 10**3}},
+            "1,000,000 positions, tiles",
         ),
         ({"metadata": DEEP, "channels": ["A"]}, "nested more than 64 deep"),
     ],

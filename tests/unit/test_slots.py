@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SlotPool
+from rtfocus.transport.receiver import keep_freed_memory
 
 
 def header(shape: tuple[int, ...], dtype: str) -> FrameHeader:
@@ -103,3 +104,19 @@ def test_memory_of_frames_that_are_gone_is_used_again() -> None:
     if given_back < 3 * 4 * (8 << 20) // 65536:
         pytest.skip(f"{given_back} faults: huge pages, or glibc keeps memory by itself")
     assert kept < given_back / 50
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("MALLOC_MMAP_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072"),
+    ],
+)
+def test_what_the_user_tells_glibc_stands(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert not keep_freed_memory(64 << 20)
