@@ -111,6 +111,8 @@ class BatchFeed:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
+            # It writes nothing, and may be starting, or amid a batch nobody takes.
+            process.terminate()
             process.join()
         self._pipes, self._processes = [], []
 

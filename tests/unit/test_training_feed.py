@@ -1,5 +1,6 @@
 """Feed: workers change when batches are made, never what is in them."""
 
+import signal
 from contextlib import closing
 from multiprocessing import Pipe
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.feed import answer_requests
+from rtfocus.training.feed import BatchFeed, answer_requests
 from rtfocus.training.networks.delpnet import DelpNet
 from rtfocus.training.networks.rtfocus import Rtfocus1Recipe, Rtfocus1Section
 from rtfocus.training.recipe import (
@@ -154,6 +155,13 @@ def test_a_worker_tells_what_keeps_it_from_making_batches(tmp_path):
     worker.join()
     assert isinstance(answer, ConfigError)
     assert "no file matches" in str(answer)
+
+
+def test_workers_that_are_still_starting_do_not_hold_up_the_end(tmp_path):
+    """They take many seconds to start, and Ctrl-C would wait for them."""
+    with BatchFeed(make_task(small_recipe(tmp_path)), workers=1) as feed:
+        (worker,) = feed._processes
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_a_worker_makes_the_next_batch_before_the_last_is_taken(tmp_path, monkeypatch):
