@@ -145,7 +145,8 @@ def refuse_too_many(sequence: useq.MDASequence, key: str) -> None:
 
 def _number(sequence: useq.MDASequence, outer: dict[str, int], axes: str) -> int:
     """Count by axes, at most; a grid whose edges the camera divides counts as one."""
-    grid, times, heights = sequence.grid_plan, sequence.time_plan, sequence.z_plan
+    grid: Any = sequence.grid_plan
+    times, heights = sequence.time_plan, sequence.z_plan
     own = {
         "t": 0 if times is None else times.num_timepoints(),
         "c": len(sequence.channels),
