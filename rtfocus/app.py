@@ -310,9 +310,8 @@ class SeriesLoop:
                 raise replaced
             if isinstance(failure, PeerLostError):
                 msg = (
-                    f"{failure}; what came is in '{folder}': start the same "
-                    "command again to go on with the series, or finish it with "
-                    f"rtfocus check {folder} --repair"
+                    f"{failure}; what came is in '{folder}': to go on, start the same "
+                    f"command again; or finish it: rtfocus check {folder} --repair"
                 )
                 raise PeerLostError(msg) from failure
             end = self._end(failure)
@@ -441,8 +440,7 @@ class SeriesLoop:
             # Nobody announced that end: perhaps the other side is gone.
             failure = failure or self._monitor.broken_by()
         if failure is None and end is not None:
-            lost = self._processor.lost()
-            return replace(end, warnings=(*end.warnings, *lost)) if lost else end
+            return replace(end, warnings=(*end.warnings, *self._processor.lost()))
         reason = str(failure) if failure is not None else STOPPED_HERE
         return SeriesEnd(
             version=self._series.version,
