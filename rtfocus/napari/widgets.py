@@ -192,6 +192,8 @@ def _in_words(picture: Preview, channel: str, receiver: Receiver) -> str:
 
 
 _LOOK_MS = 50
+_PLACE = ("scale", "translate", "units")
+"""What a layer says of each of its axes."""
 _SHOWN_PERCENT = (0.1, 99.9)
 
 
@@ -372,14 +374,15 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
     def _selected(self, layer: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
         """Return the pixels to restore, and where they lie."""
         pixels = layer.data[0] if layer.multiscale else layer.data
-        scale, moved = list(layer.scale), list(layer.translate)
-        if self.all_planes.isChecked() or len(scale) == 2:
-            return pixels, {"scale": scale, "translate": moved}
-        outer = len(scale) - 2
-        shown = self._viewer.dims.current_step[-len(scale) :][:outer]
+        # Of layers with different units napari ignores those of all.
+        lies = {name: list(getattr(layer, name)) for name in _PLACE}
+        axes = len(lies["scale"])
+        if self.all_planes.isChecked() or axes == 2:
+            return pixels, lies
+        shown = self._viewer.dims.current_step[-axes:][:-2]
         inside = zip(shown, pixels.shape, strict=False)
         place = tuple(min(step, length - 1) for step, length in inside)
-        return pixels[place], {"scale": scale[outer:], "translate": moved[outer:]}
+        return pixels[place], {name: values[-2:] for name, values in lies.items()}
 
 
 def _number(least: float, most: float, digits: int) -> QDoubleSpinBox:

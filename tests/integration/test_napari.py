@@ -266,6 +266,7 @@ def test_a_layer_is_restored_with_the_engine_that_is_chosen(
         )
         np.testing.assert_array_equal(result.data, expected)
         assert result.scale.tolist() == layers["DAPI"].scale[2:].tolist()
+        assert result.units == layers["DAPI"].units[2:]
         # Every engine that restores can be chosen; the layer made just now, too.
         names = [widget.engine.itemText(n) for n in range(widget.engine.count())]
         assert {"wiener", "richardson_lucy", "rtfocus-1"} <= set(names)
