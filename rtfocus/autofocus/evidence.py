@@ -237,14 +237,14 @@ class Evidence:
         noise = np.array([look.reading.noise for look in looks])
         return _change_over_noise(spectra, noise) > _CLEAR_CHANGE
 
-    def alike_um(self) -> list[float]:
+    def alike_um(self, apart_units: float = _APART) -> list[float]:
         """Return the places of the newest images, if they look alike and are far apart.
 
         An older one that looks so too tells nothing of the stage when it has left in
         between: in and about focus images of many z look alike. Alike on either side of
         a place that was not, the stage does move: empty.
         """
-        now, apart = self.looks[-1], _APART * self.unit_um
+        now, apart = self.looks[-1], apart_units * self.unit_um
         alike = takewhile(lambda look: look.change_from(now) < _SAME, self.looks[::-1])
         places = [look.z_um for look in alike]
         if not places or np.ptp(places) < apart:

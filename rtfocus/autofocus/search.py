@@ -18,7 +18,7 @@ from rtfocus.frame import FocusReading
 # In depths of field.
 _ARRIVED, _SURE, _HARDLY_SURE, _ROUGH = 0.3, 0.25, 0.35, 1.5
 _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
-_BESIDE, _STUCK = 0.7, 2.0
+_BESIDE, _STUCK, _ALIKE, _ALIKE_AT_END = 0.7, 2.0, 0.9, 0.5
 # Of the spectra's energy: the optics do not explain the images, nor do calibrated ones,
 # or they explain them so well that they may contradict sharpness, which aberrations
 # move away from focus.
@@ -429,7 +429,8 @@ class FocusSearch:
 
         About focus they do; those of a stage that sticks, too.
         """
-        if not self.evidence.alike_um():
+        # Where no image from both sides is asked for, the last move must show.
+        if not self.evidence.alike_um(_ALIKE if self.rule.verify else _ALIKE_AT_END):
             return end
         self._returns = 0
         now, way_um = self.looks[-1].z_um, _BEYOND * self.evidence.unit_um
