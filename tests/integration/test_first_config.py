@@ -94,7 +94,7 @@ def test_dry_run_tells_what_will_be_and_leaves_nothing(tmp_path: Path) -> None:
     options = sets(f"run.folder={tmp_path}", "store.overwrite=false")
     said = succeeded(command("run", "demo", "--dry-run", *options))
     assert "40 images of 512 x 512 pixels, 0.65 um each: 40 time points" in said
-    assert "channel DAPI: defocus by delpnet, restored by wiener" in said
+    assert "channel DAPI: defocus by rtfocus-2, restored by wiener" in said
     assert f"{tmp_path / 'demo.rtfocus'}: " in said
     assert not any(tmp_path.iterdir())
 
