@@ -11,7 +11,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.patches import LearnedWienerRestorer, Level
+from rtfocus.processing.cpu.patches import LearnedWienerRestorer
 from rtfocus.processing.montage import Montage
 from rtfocus.training.networks.learned_wiener import BANDS
 
@@ -59,11 +59,14 @@ def test_real_fields_come_back_sharp(session, shared_data, field):
 
     halo = card.input.halo_px
     psf = compute_psf(optics, LEVEL * card.levels.step_um, size_px=2 * halo + 1)
-    told = (optics.sampling, optics.aberrations.spherical_waves, LEVEL)
+    told = np.array(
+        [[optics.sampling, optics.aberrations.spherical_waves, LEVEL]], np.float32
+    )
     grid = TileGrid(1, 1, 96, 48, 47.5, signed=True)
     restorer = LearnedWienerRestorer(
         Montage(grid, blurred.shape),
-        {LEVEL: Level(psf, told)},
+        {LEVEL: psf},
+        told,
         predict,
         tile_px=card.input.tile_px,
         halo_px=halo,
