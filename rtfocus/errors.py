@@ -56,8 +56,8 @@ class ExitCode(IntEnum):
     ENGINE = 6
     """An engine is missing, damaged, or does not fit."""
     BUSY = 7
-    """Another process writes the run folder, or has moved or removed it amid the run;
-    nothing was changed."""
+    """Another process writes the run folder (nothing was changed), or has moved or
+    removed it amid the run."""
     FAULT = 70
     """A fault of rtfocus itself; one line says where the traceback was written."""
     INTERRUPTED = 130

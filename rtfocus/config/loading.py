@@ -199,7 +199,8 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     overrides = [overrides] if isinstance(overrides, str) else overrides
     typed = [_apply_override(data, override) for override in overrides]
     config = parse_config(data, origin=str(path))
-    return Config.read_from(_resolve_paths(config, path.parent, typed), path)
+    resolved: Config = _resolve_paths(config, path.parent, typed)
+    return resolved.read_from(path)
 
 
 def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
