@@ -34,6 +34,7 @@ from rtfocus.writers.layout import (
     Windows,
     finish_group,
     image_groups,
+    store_path,
     write_companions,
     write_groups,
 )
@@ -306,6 +307,7 @@ class RunImages:
     def __init__(self, folder: Path, header: RunHeader, *, create: bool) -> None:
         self.specs = image_specs(header)
         self.names = [spec.name for spec in self.specs]
+        self.stores = {store_path(folder, name) for name in self.names}
         self._needs_pixels = bool({RAW, RESTORED} & set(self.names))
         self._fsync = header.store.fsync
         self._groups = {

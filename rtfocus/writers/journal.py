@@ -166,10 +166,14 @@ class _LineShape(msgspec.Struct):
 
 
 class JournalFile:
-    """The journal opened for appending; a torn last line is cut off first."""
+    """The journal opened for appending; a torn last line is cut off first.
 
-    def __init__(self, path: Path, *, fsync: bool) -> None:
+    `stores` are the OME-Zarrs that hold the pixels of its lines.
+    """
+
+    def __init__(self, path: Path, stores: Iterable[Path], *, fsync: bool) -> None:
         self._path = path
+        self._stores = list(stores)
         self._fsync = fsync
         try:
             path.touch()
@@ -228,6 +232,15 @@ class JournalFile:
             raise BusyError(msg)
         if not self._path.exists():
             raise BusyError(self._moved())
+        for store in self._stores:
+            # Not the folder: the next pixels make it again.
+            if not (store / "zarr.json").exists():
+                msg = (
+                    f"'{store}' was removed or moved while it was recorded; put it "
+                    f"back, then run: rtfocus check {self._path.parent} --repair; "
+                    f"what is in '{store}' now was never acknowledged"
+                )
+                raise BusyError(msg)
 
     def _moved(self) -> str:
         """Say that the run folder has another name, and which, where that is known."""

@@ -159,7 +159,9 @@ class RunWriter:
                 accounting.count("rejected", reason, number)
         self.next_sequence = self._tally.next_sequence
         """First sequence that is not durable: where a resumed run goes on."""
-        self._journal = JournalFile(folder / JOURNAL_NAME, fsync=header.store.fsync)
+        self._journal = JournalFile(
+            folder / JOURNAL_NAME, self._images.stores, fsync=header.store.fsync
+        )
         self._disk = DiskWatch(folder, int(header.store.min_free_mb * 1e6))
         self._ledger = Ledger(
             folder, lock, self._journal, self._tally, accounting, on_durable, on_free
@@ -374,8 +376,7 @@ class RunWriter:
         self._raise_failure()
 
     def _raise_failure(self) -> None:
-        error = self._commits.error
-        if error is not None:
+        if (error := self._commits.error) is not None:
             self._failure_raised = True
             raise error
 

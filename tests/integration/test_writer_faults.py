@@ -218,7 +218,7 @@ def test_a_journal_that_cannot_be_mended_tells_what_broke_it(
     if not full.exists():
         pytest.skip("this system has no file that is always full")
     with (
-        closing(JournalFile(tmp_path / "frames.ndjson", fsync=False)) as journal,
+        closing(JournalFile(tmp_path / "frames.ndjson", [], fsync=False)) as journal,
         full.open("r+b", buffering=0) as file,
         monkeypatch.context() as patch,
     ):

@@ -215,6 +215,30 @@ def test_a_moved_folder_ends_the_run_before_a_frame_is_acknowledged_without_it(
     assert report.frames == 8
 
 
+@pytest.mark.parametrize("shard_frames", [1, 4])
+def test_an_image_moved_out_of_its_run_ends_it_before_a_frame_is_acknowledged(
+    tmp_path: Path, shard_frames: int
+) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows moves no open file")
+    folder, aside = tmp_path / "run.rtfocus", tmp_path / "aside.ome.zarr"
+    raw = folder / "raw.ome.zarr"
+    with recording(folder, LIVE, store={"shard_frames": shard_frames}) as run:
+        for sequence, index in enumerate(indices(LIVE, time_points=4)):
+            run.send(sequence, index)
+        run.writer.drain()
+        raw.rename(aside)
+        run.send(8, {"t": 4})
+        with pytest.raises(BusyError, match=r"raw.ome.zarr' was removed or moved"):
+            run.writer.drain()
+        assert run.durable == list(range(8))
+    shutil.rmtree(raw)
+    aside.rename(raw)
+    report = check_run(folder, repair=True)
+    assert report.problems == [], str(report)
+    assert report.frames == 8
+
+
 def test_another_series_gets_another_folder_even_before_the_first_has_begun(
     tmp_path: Path,
 ) -> None:

@@ -16,7 +16,7 @@ from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
 
 
 def journal_of(path: Path, lines: int) -> None:
-    journal = JournalFile(path, fsync=False)
+    journal = JournalFile(path, [], fsync=False)
     for number in range(lines):
         journal.append([{"sequence": number, "value": math.nan}])
     journal.close()
@@ -33,7 +33,7 @@ def test_a_journal_cut_anywhere_keeps_its_whole_lines(
     lines = whole[:cut].count(b"\n")
     assert intact_bytes(path) == whole[:cut].rfind(b"\n") + 1
     assert [line["sequence"] for line in read_journal(path)] == list(range(lines))
-    journal = JournalFile(path, fsync=True)
+    journal = JournalFile(path, [], fsync=True)
     journal.append([{"sequence": 99}])
     journal.close()
     assert [line["sequence"] for line in read_journal(path)] == [*range(lines), 99]
