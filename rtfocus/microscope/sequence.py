@@ -116,13 +116,16 @@ def _refuse_impossible(plan: object, key: str, depth: int = 0) -> None:
     ------
     ConfigError
         Names `key`, of the first number that is not finite, of a step or interval that
-        goes backwards or nowhere, or of what is nested more than `DEEPEST` deep.
+        goes backwards or nowhere, of what is nested more than `DEEPEST` deep, or of a
+        plate with too many points.
     """
     if depth > DEEPEST:
         msg = f"'{key[:99]}…' is nested more than {DEEPEST} deep"
         raise ConfigError(msg)
     if isinstance(plan, dict | list | tuple):
         given = plan if isinstance(plan, dict) else dict(enumerate(plan))
+        if "plate" in given:
+            _refuse_large_plate(given, key)
         for name, part in given.items():
             # A stack of one plane needs no step.
             if not (name == "step" and given.get("range") == part == 0):
@@ -133,6 +136,17 @@ def _refuse_impossible(plan: object, key: str, depth: int = 0) -> None:
             rule = "a finite number" if lowest == -math.inf else f"at least {lowest:g}"
             msg = f"'{key}': {rule} is needed (got {plan})"
             raise ConfigError(msg)
+
+
+def _refuse_large_plate(given: dict[Any, Any], key: str) -> None:
+    """Raise ConfigError for a plate of too many points: useq makes them all at once."""
+    try:
+        number = len(useq.WellPlatePlan.model_validate(copy.deepcopy(given)))
+    except (ValueError, TypeError):  # told with the rest of the plan
+        return
+    if number > (most := _MOST["g"][0]):
+        msg = f"{key} has {number:,} points in wells, more than {most:,}; split it"
+        raise ConfigError(msg)
 
 
 def refuse_too_many(sequence: useq.MDASequence, key: str) -> None:

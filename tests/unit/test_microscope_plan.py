@@ -207,6 +207,17 @@ def test_plans_are_read_from_files(tmp_path, dump):
             {"grid_plan": {"rows": 10**3, "columns": 10**3}},
             "1,000,000 positions, tiles",
         ),
+        (
+            {
+                "stage_positions": {
+                    "plate": "96-well",
+                    "a1_center_xy": [0, 0],
+                    "selected_wells": [[0, 1], [0, 0]],
+                    "well_points_plan": {"rows": 10**4, "columns": 10**4},
+                }
+            },
+            "stage_positions has 200,000,000 points in wells",
+        ),
         ({"metadata": DEEP, "channels": ["A"]}, "nested more than 64 deep"),
     ],
 )
