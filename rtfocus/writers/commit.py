@@ -428,7 +428,8 @@ class Ledger:
             what = f"disk full: '{self.folder}' has {free / 1e6:.1f} MB free"
             remedy = "free space"
         else:
-            return WriterError(f"write to '{self.folder}' failed: {said}")
+            what = f"write to '{self.folder}' failed"
+            remedy = "see to its disk"
         repair = f"then run: rtfocus check {self.folder} --repair ({said})"
         return WriterError(f"{what}; what is durable stays; {remedy}, {repair}")
 

@@ -5,6 +5,7 @@ folder may come from anywhere: what it says is checked before it is used. From i
 follows what each array of the run is like: shape, type, scale, codecs.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -97,6 +98,9 @@ def read_header(folder: Path) -> RunHeader:
             provenance=dict(content["provenance"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO):
+            msg = f"'{path}' cannot be read: {error}; allow it, or see to its disk"
+            raise WriterError(msg) from error
         reason = error.strerror if isinstance(error, OSError) else _short(error)
         near = folder.with_name(f"{folder.name}.rtfocus")
         hint = (

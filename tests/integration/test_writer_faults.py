@@ -16,6 +16,7 @@ from writer_kit import Recording, make_series, numbered, recording
 import rtfocus
 from rtfocus.errors import InputError, WriterError
 from rtfocus.writers.check import check_run
+from rtfocus.writers.header import read_header
 from rtfocus.writers.journal import JournalFile
 
 DISK_MB = 48
@@ -91,6 +92,26 @@ def test_a_full_disk_surfaces_and_keeps_what_was_durable(small_disk: Path) -> No
     assert len(run.durable) <= report.frames < tried
     assert_durable_frames_are_there(folder, run.durable)
     assert_journalled_frames_are_there(folder)
+
+
+def test_what_is_to_be_done_is_said_of_any_failed_write(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", ENDLESS) as run:
+        run.send(0, {"t": 0})
+        run.writer.drain()
+        folder = run.writer.folder
+        (folder / "raw.ome.zarr" / "0" / SHARD.format(1)).mkdir()
+        run.send(1, {"t": 1})
+        with pytest.raises(WriterError) as found:
+            run.writer.drain()
+    said = f"write to '{folder}' failed; what is durable stays; see to its disk, then"
+    assert str(found.value).startswith(f"{said} run: rtfocus check {folder} --repair (")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that fails")
+def test_a_header_on_a_failing_disk_is_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "series.json").symlink_to("/proc/self/mem")
+    with pytest.raises(WriterError, match=r"series.json' cannot be read: .*its disk$"):
+        read_header(tmp_path)
 
 
 def test_a_disk_that_is_full_at_the_end_is_told_with_its_place(
