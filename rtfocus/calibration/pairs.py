@@ -122,7 +122,7 @@ def registration_shift(first: Image, second: Image) -> tuple[float, float]:
 
 
 def _read_pair(name: str, first: ImageSeries, second: ImageSeries) -> ImagePair:
-    sharp, defocused = grey_plane(first.read()), grey_plane(second.read())
+    sharp, defocused = grey_plane(first), grey_plane(second)
     where = f"pair '{name}' ('{first.path}', '{second.path}')"
     if sharp.shape != defocused.shape:
         msg = f"{where}: shapes {sharp.shape} and {defocused.shape} differ"
@@ -162,9 +162,12 @@ def _check_registered(
         raise InputError(msg)
 
 
-def grey_plane(pixels: NDArray[np.generic]) -> Image:
-    """Return pixels as they are, or the mean of their colours, axes (y, x)."""
-    image = pixels.astype(np.float32)
+def grey_plane(series: ImageSeries, **place: int) -> Image:
+    """Read one plane or the mean of its colours, (y, x); InputError: not finite."""
+    image = series.read(**place).astype(np.float32)
+    if not np.isfinite(image).all():
+        msg = f"'{series.path}' has NaN or infinite pixels; cut them off or fill them"
+        raise InputError(msg)
     return image if image.ndim == 2 else np.asarray(image.mean(axis=2))
 
 

@@ -177,8 +177,9 @@ _FOCUS_UNITS = np.linspace(-1.5, 1.5, 13)
 _SECTION_PX = 61
 _SECTION_PLANES = 41
 # Less than this share of the variance predicted: the specimen is not flat, or the
-# optics are far off.
+# optics are far off; even less: no optics are told.
 _LEAST_EXPLAINED = 0.9
+_NOTHING_EXPLAINED = 0.1
 
 
 def focus_figures(fit: FocusFit) -> dict[str, Any]:
@@ -199,7 +200,15 @@ def focus_figures(fit: FocusFit) -> dict[str, Any]:
 def focus_warnings(
     fit: FocusFit, model: PlaneModel, start: OpticalSystem
 ) -> tuple[str, ...]:
-    """Say what makes the fit doubtful."""
+    """Say what makes the fit doubtful; InputError: it says nothing of the optics."""
+    if fit.explained < _NOTHING_EXPLAINED:
+        msg = (
+            f"no optics predict more than {100 * fit.explained:.1f} % of how these "
+            f"planes differ ({100 * _NOTHING_EXPLAINED:.0f} are needed): noise, or no "
+            "stack through focus of one still specimen; give brighter images, or the "
+            "right z steps and pixel size"
+        )
+        raise InputError(msg)
     warnings = []
     if fit.explained < _LEAST_EXPLAINED:
         warnings.append(

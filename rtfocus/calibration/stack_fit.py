@@ -115,14 +115,20 @@ def _planes(path: Path, series: Sequence[ImageSeries], channel: int) -> Image:
         if len(shapes) > 1 or any(len(one) != one.sizes["c"] for one in series):
             msg = f"'{path}' holds several images that are no planes of one stack"
             raise InputError(msg)
-        return np.stack([grey_plane(one.read(c=channel)) for one in series])
+        return np.stack([grey_plane(one, c=channel) for one in series])
     # Writers that know no z axis call it time.
     axis = "z" if first.sizes["z"] > 1 else "t"
     if first.sizes[axis] < 2:
         msg = f"'{path}' is a single plane; a stack through focus is needed"
         raise InputError(msg)
+    if axis == "z" and first.sizes["t"] > 1:
+        msg = (
+            f"'{path}' has {first.sizes['t']} time points of {first.sizes['z']} planes "
+            "each; save the stack of one of them, and give that"
+        )
+        raise InputError(msg)
     indices = range(first.sizes[axis])
-    return np.stack([grey_plane(first.read(c=channel, **{axis: i})) for i in indices])
+    return np.stack([grey_plane(first, c=channel, **{axis: i}) for i in indices])
 
 
 def _read_z(path: Path, count: int) -> Floats:

@@ -200,6 +200,22 @@ def test_a_stack_without_distances_is_refused(tmp_path: Path) -> None:
         run("--beads", stack, "--step-um", "1", *OPTICS)
 
 
+def test_a_stack_that_tells_no_optics_is_refused(tmp_path: Path) -> None:
+    stack = tmp_path / "stack.ome.tif"
+    noise = np.random.default_rng(4).poisson(100, (7, 64, 64)).astype("f4")
+    arguments = ("--stack", stack, "--step-um", "1", "--fixed-na", *OPTICS)
+    tifffile.imwrite(stack, noise, metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match=r"no optics predict more than \d\.\d % of"):
+        run(*arguments)
+    tifffile.imwrite(stack, np.stack([noise, noise]), metadata={"axes": "TZYX"})
+    with pytest.raises(InputError, match="2 time points of 7 planes each"):
+        run(*arguments)
+    noise[3, 5, 5] = np.nan
+    tifffile.imwrite(stack, noise, metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match=r"stack\.ome\.tif' has NaN or infinite pix"):
+        run(*arguments)
+
+
 def test_real_stack_and_bead(shared_data: Path, tmp_path: Path) -> None:
     """Figures measured once; here only that they are found again, NA kept."""
     bead = shared_data / "bead_lightsheet" / "psf_zyx.tif"
