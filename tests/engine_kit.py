@@ -30,12 +30,16 @@ MEASURES = 25
 
 
 def write_brightness_joint(
-    folder: Path, *, share: float | None = None, damaged: bool = False
+    folder: Path,
+    *,
+    share: float | None = None,
+    damaged: bool = False,
+    more: float = 0.0,
 ) -> Path:
     """Write a joint engine: the brighter a tile, the higher its level.
 
     `share` of its corrections is taken where it runs blind, whatever the image says.
-    Of a `damaged` one a weight is NaN.
+    Of a `damaged` one a weight is NaN. Every restored pixel has `more` added.
 
     ``logits`` peak at the level nearest to 20 mean - 10 over tiles of 96 px every
     48 px; ``restored`` is tiles + sampling / 10, a change that tells whether the
@@ -50,9 +54,11 @@ def write_brightness_joint(
             "AveragePool", ["tiles"], "mean", kernel_shape=[96, 96], strides=[48, 48]
         ),
         _node("Conv", ["mean", "weight", "bias"], "logits"),
-        *_plus_condition("tiles", 0, 0.1, "restored"),
+        *_plus_condition("tiles", 0, 0.1, "brighter"),
+        _node("Add", ["brighter", "more"], "restored"),
     ]
     constants = {
+        "more": np.array(more, np.float32),
         "weight": weight.astype(np.float32)[:, None, None, None],
         "bias": bias.astype(np.float32),
     }

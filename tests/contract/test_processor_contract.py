@@ -453,6 +453,8 @@ def zoo(tmp_path_factory):
     write_smooth_restorer(folder / "smooth")
     write_brightness_joint(folder / "damaged", damaged=True)
     write_overflowing_restorer(folder / "overflowing")
+    write_brightness_joint(folder / "dark", more=-np.inf)
+    write_brightness_joint(folder / "nothing", more=np.nan)
     write_constant_wiener(folder / "constant", LOG_SNR)
     return folder
 
@@ -516,6 +518,8 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(
         ("damaged", "none", "damaged"),
         ("damaged", "damaged", "damaged"),
         ("brightness", "overflowing", "overflowing"),
+        ("dark", "dark", "dark"),
+        ("brightness", "nothing", "nothing"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["<u2", "<f4"])

@@ -367,8 +367,8 @@ class CpuDevice:
         """Put a restored signal on the camera's scale, unless it has one of its own."""
         buffers = self._slots[job.slot.index]
         invalid, restoration = buffers.marks.invalid, job.plan.restoration
-        ends = scratch.min(initial=0), scratch.max(initial=0)  # NaN where one value is
-        job.strange = not np.isfinite(ends).all()
+        # The maximum is NaN where one value is.
+        job.strange = not np.isfinite(scratch.max(initial=0))
         if restoration is not None and not restoration.gives_counts:
             write_counts(scratch, restored, invalid)
             return

@@ -300,13 +300,14 @@ def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:
     Parameters
     ----------
     signal, restored
-        Axes (y, x) or (y, x, colour); negative light becomes 0.
+        Axes (y, x) or (y, x, colour); negative light becomes 0, infinite NaN.
     share
         0 to 1, axes (y, x).
     out
         Shape of `signal`.
     """
-    change = np.maximum(restored, 0)
+    # Of minus infinity 0 would hide that the network is damaged; 0 times it is NaN.
+    change = np.maximum(restored, 0 * restored)
     change -= signal
     change *= share if signal.ndim == 2 else share[..., None]
     out += change

@@ -2,6 +2,12 @@
 // (rtfocus.processing.montage, rtfocus.processing.gpu.depth_variant). The tables say for
 // every row and column of pixels which two tiles it lies between.
 
+// No light is negative. fmaxf would make 0 of NaN and of minus infinity, and hide that a
+// network is damaged: 0 times either is NaN.
+__device__ static inline float light(float value) {
+  return value > 0.0f ? value : 0.0f * value;
+}
+
 // One thread per pixel of a rectangle of the frame: out += weight of the level there *
 // (restored - signal); `restored` begins with the rectangle, a margin lies behind.
 extern "C" __global__ void blend_level(
@@ -32,7 +38,7 @@ extern "C" __global__ void blend_level(
   if (weight <= 0.0f) return;
   long long at = ((long long)y * width + x) * channels + channel;
   long long from = (long long)(y - top) * padded_width + x - left;
-  out[at] += weight * (fmaxf(restored[from], 0.0f) - signal[at]);
+  out[at] += weight * (light(restored[from]) - signal[at]);
 }
 
 // One thread per pixel: out = signal + share * (out - signal), the share that of
@@ -58,6 +64,6 @@ extern "C" __global__ void blend_share(
   }
   for (int channel = 0; channel < channels; ++channel) {
     long long at = (long long)i * channels + channel;
-    out[at] = signal[at] + share * (fmaxf(out[at], 0.0f) - signal[at]);
+    out[at] = signal[at] + share * (light(out[at]) - signal[at]);
   }
 }
