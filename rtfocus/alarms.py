@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,21 @@ class Delivery:
             "host": socket.gethostname(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        ways = (("webhook", self._config.webhook), ("command", self._config.command))
-        for way, target in ways:
-            if target is None:
-                continue
+        ways: dict[str, Callable[[dict[str, str]], None]] = {}
+        if self._config.webhook is not None:
+            ways["webhook"] = partial(self._post, self._config.webhook)
+        if self._config.command is not None:
+            ways["command"] = partial(self._run_command, self._config.command)
+        for way, tell in ways.items():
             try:
-                getattr(self, f"_{way}")(target, message)
+                tell(message)
             # Whatever it is: the run does not depend on it.
             except Exception as error:
                 self._fail(way, error)
             else:
                 self._counts[way] += 1
 
-    def _webhook(self, url: str, message: dict[str, str]) -> None:
+    def _post(self, url: str, message: dict[str, str]) -> None:
         """Post the message as JSON; its ``text`` is what Slack and others show."""
         # Takes long to import, and few runs need it.
         from urllib.request import Request, urlopen
@@ -181,7 +184,7 @@ class Delivery:
         with urlopen(request, timeout=self._config.timeout_s):
             pass
 
-    def _command(self, command: list[str], message: dict[str, str]) -> None:
+    def _run_command(self, command: list[str], message: dict[str, str]) -> None:
         """Run a program without a shell: JSON on its input, text in its environment."""
         environment = {
             **os.environ,

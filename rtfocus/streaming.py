@@ -37,7 +37,7 @@ from rtfocus.runs import Run, open_run
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.viewer import PreviewViewer
-from rtfocus.workers import Wait
+from rtfocus.workers import Wait, acting_when
 
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
@@ -234,7 +234,10 @@ class LiveStream:
             opened.enter_context(holding_engine(engine))
             if self._starts_processor:
                 self._child = opened.enter_context(ProcessorProcess(self._config))
-                opened.enter_context(_watching(self._child, self._publisher))
+                # Nobody waits for a processor that has ended with an error.
+                opened.enter_context(
+                    acting_when(self._child.failed, self._publisher.stop)
+                )
             events = self._core.mda.events
             for signal, slot in (
                 (events.sequenceStarted, self._begin),
@@ -371,26 +374,6 @@ class _Teller:
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-
-
-@contextmanager
-def _watching(child: ProcessorProcess, publisher: FramePublisher) -> Iterator[None]:
-    """Let nobody wait for a processor that has ended with an error."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_LOOK_S):
-            if child.failed():
-                publisher.stop()
-                return
-
-    thread = threading.Thread(target=watch, name="watch")
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextmanager

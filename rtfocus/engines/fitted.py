@@ -161,8 +161,9 @@ class Evidence:
     def __init__(
         self, card: EvidenceCard, normalisation: PercentileRange, step_um: float
     ) -> None:
-        self._normalisation = normalisation
-        self._step_um = step_um
+        self.card = card
+        self.normalisation = normalisation
+        self.step_um = step_um
         self._middle = np.array(card.middle, np.float32)
         self._spread = np.array(card.spread, np.float32)
         self._layers = [
@@ -184,12 +185,12 @@ class Evidence:
             that equal the signal's stay so.
         """
         grey = luminance(signal)
-        dark, scale = self._normalisation.fit(grey)
+        dark, scale = self.normalisation.fit(grey)
         change = (luminance(out) - grey) / np.float32(scale)
         if not change.any():
             return
         normalised = (grey - np.float32(dark)) / np.float32(scale)
-        share = self.shares(measures(normalised, change, found, self._step_um))
+        share = self.shares(measures(normalised, change, found, self.step_um))
         rows, columns = (_to_pixels(side) for side in grey.shape)
         weight = rows @ share @ columns.T
         out -= signal

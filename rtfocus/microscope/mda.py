@@ -313,12 +313,6 @@ class FollowedAcquisition(PlannedAcquisition):
     ----------
     config
         As for `acquire`; its microscope and plan are not used.
-    core
-        Runs the plan.
-    sequence
-        The plan.
-    sink
-        Takes the frames.
     on_frame
         Called after each frame with its header.
     """

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.config.sections import ProcessingConfig, RestorationConfig
 from rtfocus.engines.card import EngineCard, identity, input_of
+from rtfocus.engines.fitted import Evidence
 from rtfocus.engines.registry import (
     FoundEngine,
     FrameFit,
@@ -31,14 +32,17 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
-from rtfocus.processing.classify import Conditions, is_mirrored
+from rtfocus.processing.classify import (
+    Conditions,
+    invertible_normalisation,
+    is_mirrored,
+)
 from rtfocus.processing.montage import Montage, Window
 from rtfocus.processing.restore import BLIND, LEARNED_WIENER, METHODS, PATCH_BY_PATCH
 
 logger = logging.getLogger(__name__)
 
 Image = NDArray[np.float32]
-T = TypeVar("T")
 Way = Literal[
     "by_level",
     "by_patch",
@@ -114,24 +118,9 @@ class RestorationPlan:
 
     @property
     def engine(self) -> FoundEngine:
-        """The engine; ValueError for a method that has none."""
-        return self._planned(self.found, "an engine")
-
-    @property
-    def told(self) -> Conditions:
-        """What the engine is told; ValueError for one that is told nothing."""
-        return self._planned(self.conditions, "conditions")
-
-    @property
-    def passed(self) -> ClassifierPlan:
-        """The pass of its own; ValueError where there is none."""
-        return self._planned(self.own_pass, "a pass of its own")
-
-    def _planned(self, part: T | None, what: str) -> T:
-        if part is None:
-            msg = f"restoration '{self.name}' was planned without {what}"
-            raise ValueError(msg)
-        return part
+        """The engine; only for ways that have one."""
+        assert self.found is not None
+        return self.found
 
 
 @dataclass(frozen=True)
@@ -167,9 +156,9 @@ class ChannelPlan:
             found["restorer"] = self.restoration.identity
         return found
 
-    @property
-    def weighed(self) -> ClassifierPlan | None:
-        """The pass whose corrections are weighed, see `rtfocus.engines.fitted`.
+    @cached_property
+    def evidence(self) -> Evidence | None:
+        """What weighs the corrections, see `rtfocus.engines.fitted`.
 
         None: the optics were told, or nothing restores that can be weighed.
         """
@@ -178,7 +167,9 @@ class ChannelPlan:
             return None
         passes = {"same_pass": self.classifier, "own_pass": restoration.own_pass}
         found = passes.get(restoration.way)
-        return found if found is not None and found.card.evidence else None
+        if found is None or (card := found.card.evidence) is None:
+            return None
+        return Evidence(card, invertible_normalisation(found.card), found.step_um)
 
     def montage(self, grid: TileGrid) -> Montage:
         """Return the blending weights of the classifier's tiles."""
@@ -201,21 +192,19 @@ class ChannelPlan:
             PSF per level, as wide as the halo of the engine's tiles allows; and what
             the engine is told of tiles of each, axes (level, entry); None: nothing.
         """
-        restoration = self.restoration
-        if restoration is None:
-            msg = f"channel '{self.name}' is not restored: {self.skipped}"
-            raise ValueError(msg)
+        restoration, classifier = self.restoration, self.classifier
+        assert restoration is not None
+        assert restoration.conditions is not None
+        assert classifier is not None
         halo_px = input_of(restoration.engine.card).halo_px
         psfs = self.psfs_of_size(2 * halo_px + 1)
-        step_um = 0.0 if self.classifier is None else self.classifier.step_um
-        defocus_um = np.array([level * step_um for level in psfs], np.float32)
-        return psfs, restoration.told.rows(defocus_um)
+        defocus_um = np.array([n * classifier.step_um for n in psfs], np.float32)
+        return psfs, restoration.conditions.rows(defocus_um)
 
     def psfs_of_size(self, size_px: int | None) -> dict[int, Image]:
         """Compute the PSF of every level but 0; `size_px` is their side."""
-        if self.classifier is None or self.optics is None:
-            msg = f"channel '{self.name}' has no levels"
-            raise ValueError(msg)
+        assert self.classifier is not None
+        assert self.optics is not None
         return level_psfs(
             self.classifier.card,
             self.optics,
@@ -245,11 +234,9 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
     if as_it_is is not None:
         _refuse_cut_values(as_it_is, config, series)
     if optics is None or name is None:
-        reason = (
-            f"channel '{channel.name}' has no optics in the config"
-            if optics is None
-            else "no classifier is configured"
-        )
+        reason = "no classifier is configured"
+        if optics is None:
+            reason = f"channel '{channel.name}' has no optics in the config"
         return ChannelPlan(
             channel.name,
             shape,

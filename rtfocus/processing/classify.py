@@ -103,10 +103,6 @@ class Conditions:
 
     Parameters
     ----------
-    card
-        Of the engine.
-    optics
-        Of the channel.
     blind
         The optics are not known, or are not to be told: the aberrations, and the
         sampling to engines that can do without.

@@ -69,7 +69,12 @@ class FrameProcessor:
         self._teams = [one if isinstance(one, tuple) else (one,) for one in devices]
         self._series: SeriesStart | None = None
         self._plans: list[ChannelPlan] = []
-        self._run: _SharedRun | None = None
+        self._slots = 0
+        self._jobs: dict[int, Job] = {}
+        """The newest of every slot."""
+        self._runs: list[_Run] = []
+        """The devices that share the frames of the series."""
+        self._turns = count()
 
     def start(self, series: SeriesStart, slots: int) -> TileGrid | None:
         """Prepare engines, PSFs and buffers for a series.
@@ -94,12 +99,17 @@ class FrameProcessor:
             If the flat field does not fit.
         """
         self.close()
+        self._slots = slots
         self._plans = [plan_channel(self._config, series, c) for c in series.channels]
         for team, following in zip(self._teams, (*self.devices[1:], None), strict=True):
             try:
-                self._run = _SharedRun(team, self._plans, series, slots)
-            except EngineError as error:
-                if following is None:
+                # One after the other: what the first builds and keeps, the next finds.
+                for device in team[:slots]:
+                    run = _Run(device, self._plans, series, slots, self._take_over)
+                    self._runs.append(run)
+            except BaseException as error:
+                self.close()
+                if following is None or not isinstance(error, EngineError):
                     raise
                 logger.warning(
                     "this series is processed on the %s: %s", following, error
@@ -107,7 +117,7 @@ class FrameProcessor:
             else:
                 break
         self._series = series
-        return None if self._run is None else self._run.grid
+        return self._runs[0].grid if self._runs else None
 
     def submit(self, slot: Slot, *, unrestored: str | None = None) -> Ticket:
         """Begin work on a frame; waits while the processor is full.
@@ -126,18 +136,22 @@ class FrameProcessor:
         ValueError
             Before `start`, after `close`, or for a slot of another pool.
         """
-        header = slot.frame()
-        run, series = self._run, self._series
-        if run is None or series is None:
+        header, series = slot.frame(), self._series
+        if series is None:
             msg = "a frame was submitted before start or after close"
             raise ValueError(msg)
         channel = header.index.get("c", 0)
         job = Job(Ticket(slot), self._plans[channel], channel, unrestored)
         fault = frame_fault(header, series)
-        if fault is None:
-            run.submit(job)
-        else:
+        if fault is not None:
             job.fail(fault)
+            return job.ticket
+        if not 0 <= slot.index < self._slots:
+            msg = f"slot {slot.index} is none of the {self._slots} of this series"
+            raise ValueError(msg)
+        if not self._hand_on(job):
+            kind = type(self._runs[0].lost or LostDeviceError())
+            raise kind("; ".join(self.lost()))
         return job.ticket
 
     @property
@@ -146,58 +160,7 @@ class FrameProcessor:
         return tuple(" and ".join(one.name for one in team) for team in self._teams)
 
     def backends(self) -> dict[str, str]:
-        """Tell what each engine of the series runs on."""
-        return {} if self._run is None else self._run.backends()
-
-    def lost(self) -> tuple[str, ...]:
-        """Tell which devices of the series stopped answering, and why."""
-        return () if self._run is None else self._run.lost()
-
-    def close(self) -> None:
-        """Stop threads, fail what is in flight and free the device; twice is once."""
-        if self._run is not None:
-            self._run.close()
-        self._run = self._series = None
-
-
-class _SharedRun:
-    """One series on one device, or on several that share its frames."""
-
-    def __init__(
-        self,
-        devices: Sequence[Device],
-        plans: Sequence[ChannelPlan],
-        series: SeriesStart,
-        slots: int,
-    ) -> None:
-        self._slots = slots
-        self._jobs: dict[int, Job] = {}
-        """The newest of every slot."""
-        self._runs: list[_Run] = []
-        self._turns = count()
-        try:
-            # One after the other: what the first builds and keeps, the next finds.
-            for device in devices[:slots]:
-                self._runs.append(_Run(device, plans, series, slots, self._take_over))
-        except BaseException:
-            self.close()
-            raise
-        self.grid = self._runs[0].grid
-
-    def submit(self, job: Job) -> None:
-        index = job.slot.index
-        if not 0 <= index < self._slots:
-            msg = f"slot {index} is none of the {self._slots} of this series"
-            raise ValueError(msg)
-        run = self._idlest()
-        if run is None:
-            kind = type(self._runs[0].lost or LostDeviceError())
-            raise kind("; ".join(self.lost()))
-        self._jobs[index] = job
-        run.submit(job)
-
-    def backends(self) -> dict[str, str]:
-        """Return what each engine runs on, of every device that says another."""
+        """Tell what each engine runs on, of every device that says another."""
         said: dict[str, list[str]] = {}
         for run in self._runs:
             for name, runtime in run.prepared.backends.items():
@@ -205,11 +168,12 @@ class _SharedRun:
         return {name: "; ".join(dict.fromkeys(all_)) for name, all_ in said.items()}
 
     def lost(self) -> tuple[str, ...]:
+        """Tell which devices of the series stopped answering, and why."""
         causes = [run.lost.__cause__ for run in self._runs if run.lost is not None]
         return tuple(map(str, causes))
 
     def close(self) -> None:
-        """Stop the threads; whoever still waits for a frame is told."""
+        """Stop threads, fail what is in flight and free the device; twice is once."""
         for run in self._runs:
             run.abort()
         for run in self._runs:
@@ -217,25 +181,26 @@ class _SharedRun:
         for job in self._jobs.values():
             if not job.ticket.result.done():
                 job.fail(EngineError("the processor was closed before the frame"))
+        self._runs, self._jobs, self._series = [], {}, None
 
-    def _idlest(self) -> "_Run | None":
-        """Return the device with least to do, of equal ones each in its turn."""
+    def _hand_on(self, job: Job) -> bool:
+        """Give a frame to the device with least to do; False: all are lost."""
         alive = [run for run in self._runs if run.lost is None]
-        turn = next(self._turns) % max(len(alive), 1)
-        return min(alive[turn:] + alive[:turn], key=lambda run: run.held, default=None)
+        if not alive:
+            return False
+        # Of equal ones each in its turn.
+        turn = next(self._turns) % len(alive)
+        run = min(alive[turn:] + alive[:turn], key=lambda run: run.held)
+        self._jobs[job.slot.index] = job
+        run.submit(job)
+        return True
 
     def _take_over(self, job: Job) -> bool:
         """Give a frame of a lost device to another one; False: all are lost.
 
         Its pixels lie in its slot, untouched. What waits for it waits on.
         """
-        run = self._idlest()
-        if run is None:
-            return False
-        again = Job(job.ticket, job.plan, job.channel, job.unrestored)
-        self._jobs[job.slot.index] = again
-        run.submit(again)
-        return True
+        return self._hand_on(Job(job.ticket, job.plan, job.channel, job.unrestored))
 
 
 class _Run:

@@ -157,8 +157,6 @@ class FrameTiles:
 
     Parameters
     ----------
-    card
-        Input of the restorer.
     shape
         Height and width of the frame.
     """

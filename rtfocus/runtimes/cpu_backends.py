@@ -112,16 +112,10 @@ def open_engine(
 
     Parameters
     ----------
-    found
-        Engine with its card.
     settings
         ``backend`` and ``precision`` count here.
     shape
         (N, C, H, W) of the tiles; None: any, slower.
-    outputs
-        Output tensors that are wanted.
-    threads
-        Of the network.
 
     Raises
     ------

@@ -35,8 +35,10 @@ def cache_folder() -> Path:
     return Path(named) if named else user_cache_path("rtfocus", appauthor=False)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, first: bool = False) -> bool:
     """Write a file so that a reader, or a kill, never meets half of it.
+
+    `first`: only where there is none yet; returns False where there is one.
 
     Raises
     ------
@@ -49,10 +51,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        unfinished.replace(path)
-    except BaseException:
+        if first:
+            try:
+                os.link(unfinished, path)
+            except FileExistsError:
+                return False
+            except OSError:
+                # A file system without links.
+                if path.exists():
+                    return False
+                unfinished.replace(path)
+        else:
+            unfinished.replace(path)
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
+    return True
 
 
 def processor_name() -> str:
@@ -379,7 +392,7 @@ class Decisions:
         path = self.path(decision.key)
         text = json.dumps(msgspec.to_builtins(decision), indent=1).encode()
         try:
-            if _write_first(path, text):
+            if write_atomically(path, text, first=True):
                 return decision
             earlier = self._find(decision.key)
             if earlier is not None:
@@ -393,26 +406,6 @@ class Decisions:
                 error.strerror,
             )
         return decision
-
-
-def _write_first(path: Path, data: bytes) -> bool:
-    """Write a file whole; False where there is one already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.link(name, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        # A file system without links.
-        if path.exists():
-            return False
-        write_atomically(path, data)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return True
 
 
 DECISIONS = Decisions()

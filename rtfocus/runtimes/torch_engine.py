@@ -169,10 +169,6 @@ class TorchNetwork:
 
     Parameters
     ----------
-    name
-        Of the engine, for messages.
-    model
-        ONNX file.
     device
         Where weights lie and nodes run; ``meta`` computes shapes alone.
 
@@ -315,13 +311,6 @@ class TorchEngine:
 
     TensorFloat-32 is a switch of the whole process in torch: one engine that asks
     for exact products turns it off for all.
-
-    Parameters
-    ----------
-    request
-        Weights, shapes and options.
-    place
-        Where it runs.
     """
 
     def __init__(self, request: GpuRequest, place: torch.device) -> None:

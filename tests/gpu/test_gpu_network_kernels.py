@@ -212,13 +212,13 @@ def test_corrections_are_weighed_as_on_the_cpu(work, memory, rng, colours):
         "defocus_um": np.where(empty, np.nan, LEVELS * 2.1).astype(np.float32),
         "uncertainty_um": np.where(empty, np.nan, 1.3).astype(np.float32),
     }
-    rule, step_um = PercentileRange(), 2.1
+    evidence = Evidence(card, PercentileRange(), 2.1)
     wanted = restored.copy()
-    Evidence(card, rule, step_um).weigh(signal, DefocusMap(GRID, **maps), wanted)
+    evidence.weigh(signal, DefocusMap(GRID, **maps), wanted)
     out = memory.upload(restored, "restored")
     given = {name: memory.upload(array, name) for name, array in maps.items()}
     frame = FrameShape.of(shape)
-    weighing = Weighing(memory, card, rule, step_um, frame=frame, grid=GRID)
+    weighing = Weighing(memory, evidence, frame=frame, grid=GRID)
     weighing.enqueue(work, memory.upload(signal, "signal"), given, out)
     taken = np.abs(wanted - signal).sum() / np.abs(restored - signal).sum()
     assert 0.1 < taken < 0.9

@@ -65,22 +65,8 @@ class Seen:
     """Shape and unit of the signal; None: the network does not restore."""
 
 
-def known(seen: Seen | None) -> Seen:
-    """Return what the classifier saw; ValueError where there is none."""
-    if seen is None:
-        msg = "a frame without defocus was to be restored"
-        raise ValueError(msg)
-    return seen
-
-
 class FrameNetwork:
-    """The network of a plan, opened for padded frames of one size.
-
-    Parameters
-    ----------
-    plan, settings, threads
-        As of `FrameClassifier`.
-    """
+    """The network of a plan, opened for padded frames of one size."""
 
     def __init__(
         self, plan: ClassifierPlan, settings: ProcessingConfig, threads: int
@@ -201,15 +187,6 @@ class FrameNetwork:
 
 class FrameClassifier:
     """A classifier or joint engine applied to whole frames of one size.
-
-    Parameters
-    ----------
-    plan
-        Engine and frames.
-    settings
-        Backend and precision.
-    threads
-        Of the network.
 
     Raises
     ------

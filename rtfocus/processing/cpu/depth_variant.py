@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.processing.cpu.classifier import Seen, known
+from rtfocus.processing.cpu.classifier import Seen
 from rtfocus.processing.montage import (
     Montage,
     crop,
@@ -62,7 +62,8 @@ class LevelRestorer(ABC):
         self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
     ) -> None:
         """Restore a frame by what the classifier saw, see `FrameRestorer`."""
-        self.restore(signal, known(seen).defocus.level, out, quantum=quantum)
+        assert seen is not None
+        self.restore(signal, seen.defocus.level, out, quantum=quantum)
 
     def restore(
         self,
@@ -330,8 +331,6 @@ class DepthVariantRestorer(LevelRestorer):
 
     Parameters
     ----------
-    montage
-        Blending weights of the frame's tiles.
     psfs
         PSF per level, for every level but 0; negative levels where they are signed.
     method

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from rtfocus.config.model import Config
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
-from rtfocus.engines.fitted import Evidence
 from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.processing.camera import Marks, write_counts
 from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
@@ -100,12 +99,8 @@ def open_restorer(
 
     Parameters
     ----------
-    plan
-        Of the channel.
     grid
         Of the labels; None: there are none.
-    threads
-        Of a network.
 
     Raises
     ------
@@ -118,9 +113,7 @@ def open_restorer(
     if restoration.way == "whole_image":
         network = TileNetwork(restoration.engine, plan.processing, threads=threads)
         return WholeImageRestorer(restoration.engine.card, network, plan.size)
-    if grid is None:
-        msg = f"channel '{plan.name}' has no levels to restore by"
-        raise ValueError(msg)
+    assert grid is not None
     montage = plan.montage(grid)
     match restoration.way:
         case "by_level" | "by_patch" | "blind":
@@ -132,25 +125,18 @@ def open_restorer(
                 plan.gain_e_per_count,
             )
         case "same_pass":
-            return JointRestorer(montage, None, _evidence(plan))
+            return JointRestorer(montage, None, plan.evidence)
         case "own_pass":
-            own_pass = FrameClassifier(restoration.passed, plan.processing, threads)
-            return JointRestorer(montage, own_pass, _evidence(plan))
+            assert restoration.own_pass is not None
+            own_pass = FrameClassifier(restoration.own_pass, plan.processing, threads)
+            return JointRestorer(montage, own_pass, plan.evidence)
         case "learned_wiener":
             return _learned_wiener(plan, restoration, montage, threads)
         case "by_tile":
+            assert restoration.conditions is not None
             network = TileNetwork(restoration.engine, plan.processing, threads=threads)
             card = restoration.engine.card
-            return TileNetworkRestorer(card, network, restoration.told, montage)
-
-
-def _evidence(plan: ChannelPlan) -> Evidence | None:
-    weighed = plan.weighed
-    if weighed is None or weighed.card.evidence is None:
-        return None
-    return Evidence(
-        weighed.card.evidence, invertible_normalisation(weighed.card), weighed.step_um
-    )
+            return TileNetworkRestorer(card, network, restoration.conditions, montage)
 
 
 def _learned_wiener(

@@ -18,7 +18,7 @@ from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
 from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.classify import Conditions, invertible_normalisation
-from rtfocus.processing.cpu.classifier import FrameClassifier, Seen, known
+from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
 from rtfocus.processing.montage import Montage, from_planes, to_planes
 from rtfocus.processing.windows import FrameTiles, restored_share
 from rtfocus.runtimes.cpu_backends import open_engine, runs_on
@@ -37,14 +37,8 @@ class TileNetwork:
 
     Parameters
     ----------
-    found
-        Engine with its card.
-    settings
-        Backend and precision.
     output
         Tensor that is wanted; None: the card's first.
-    threads
-        Of the network.
 
     Raises
     ------
@@ -127,14 +121,10 @@ class TileNetworkRestorer:
 
     Parameters
     ----------
-    card
-        Of the engine.
     network
         Opened for its tiles; closed by `close`.
     conditions
         What it is told.
-    montage
-        Blending weights of the classifier's tiles.
     """
 
     def __init__(
@@ -157,7 +147,7 @@ class TileNetworkRestorer:
     ) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
         del quantum
-        seen = known(seen)
+        assert seen is not None
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
         places = self._tiles.needed(share)
@@ -202,9 +192,7 @@ class WholeImageRestorer:
     def __init__(
         self, card: EngineCard, network: TileNetwork, shape: tuple[int, int]
     ) -> None:
-        if card.steps is None:
-            msg = f"engine '{card.name}' has no steps"
-            raise ValueError(msg)
+        assert card.steps is not None
         self._network = network
         self.runs_on = network.runs_on
         self._steps = card.steps
@@ -272,7 +260,7 @@ class JointRestorer:
     ) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
         del quantum
-        seen = known(seen)
+        assert seen is not None
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
         if not share.any():
@@ -281,9 +269,7 @@ class JointRestorer:
             prepared = self._own_pass.prepare(signal)
             with self._turn:
                 seen = self._own_pass.see(prepared)
-        if seen.restored is None:
-            msg = "a joint engine was opened without its restored frame"
-            raise ValueError(msg)
+        assert seen.restored is not None
         blend(signal, seen.restored, share, out)
         if self._evidence is not None:
             self._evidence.weigh(signal, seen.defocus, out)

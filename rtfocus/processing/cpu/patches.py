@@ -94,8 +94,6 @@ class TileRestorer(LevelRestorer):
         Blending weights of the frame's tiles; a tile is what its weight covers.
     psfs
         PSF per level, for every level but 0.
-    iterations
-        Of Richardson-Lucy.
     halo_px
         Context per side: neighbouring pixels, 0 beyond the frame.
     """
@@ -162,14 +160,10 @@ class LearnedWienerRestorer(LevelRestorer):
 
     Parameters
     ----------
-    montage
-        Blending weights of the classifier's tiles.
     psfs
         PSF per level that is restored.
     told
         What the network is told of tiles of each, axes (level, entry); None: nothing.
-    predict
-        The network.
     tile_px
         Side of the tiles that the network sees, halo included.
     halo_px

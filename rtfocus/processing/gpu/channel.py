@@ -17,7 +17,6 @@ from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan, RestorationPlan
-from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.gpu.classifier import (
     ClassifierSlot,
     FrameClassifier,
@@ -179,11 +178,9 @@ class _Opening:
         card, memory = restoration.engine.card, self.memory
         tiles = FrameTiles(input_of(card), self.plan.size)
         engine, shapes = self.network(restoration.engine)
-        conditions = None
-        if card.condition is not None and restoration.conditions is not None:
-            conditions = TileConditions(
-                memory, restoration.conditions, tiles, montage.grid
-            )
+        conditions, told = None, restoration.conditions
+        if card.condition is not None and told is not None:
+            conditions = TileConditions(memory, told, tiles, montage.grid)
         restorer = TileNetworkRestorer(
             memory,
             engine,
@@ -210,16 +207,9 @@ class _Opening:
             seen = self.classifier(restoration.own_pass or classifier.plan)
             own = seen.open_slot(memory)
             self.opened.callback(own.network.close)
-        weighing, weighed = None, self.plan.weighed
-        if weighed is not None and weighed.card.evidence is not None:
-            weighing = Weighing(
-                memory,
-                weighed.card.evidence,
-                invertible_normalisation(weighed.card),
-                weighed.step_um,
-                frame=frame,
-                grid=seen.grid,
-            )
+        evidence, weighing = self.plan.evidence, None
+        if evidence is not None:
+            weighing = Weighing(memory, evidence, frame=frame, grid=seen.grid)
         return JointRestorer(
             seen,
             Blending(memory, montage, frame),
@@ -348,12 +338,6 @@ class ChannelSlot:
 
     Parameters
     ----------
-    buffers
-        That it reads and writes.
-    memory
-        Where the networks' buffers lie.
-    channel
-        What is done.
     graphs
         Whether it is recorded.
     """

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.engines.card import input_of
-from rtfocus.engines.registry import FrameFit
+from rtfocus.engines.card import input_of, output_of
+from rtfocus.engines.registry import FrameFit, parts
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
@@ -80,12 +80,8 @@ class BoundNetwork:
 
     Parameters
     ----------
-    memory
-        Where buffers lie that are not given.
     engine
         That the context is of.
-    shapes
-        Of every input.
     given
         Buffers the caller has already, by tensor.
     batches
@@ -174,16 +170,8 @@ class FrameClassifier:
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
     engine
         Opened for `FrameFit.padded`.
-    shapes
-        Of all that it is given.
-    plan
-        Engine and frames.
-    frame
-        Shape of the signal.
     """
 
     def __init__(
@@ -195,24 +183,22 @@ class FrameClassifier:
         frame: FrameShape,
     ) -> None:
         card = plan.card
-        if card.output is None or card.levels is None:
-            msg = f"engine '{card.name}' is a {card.kind}, not a classifier"
-            raise EngineError(msg)
+        levels, _ = parts(card)
         self.engine = engine
         self.card = card
         self.plan = plan
         self._frame = frame
         self._shapes = shapes
         self._input = input_of(card)
-        self._output = card.output
-        self._turn = -1 if plan.mirrored and card.levels.signed else 1
-        logits = engine.output_shapes(shapes)[card.output.name]
-        _check_labels(card.name, logits, len(card.output.labels))
+        self._output = output_of(card)
+        self._turn = -1 if plan.mirrored and levels.signed else 1
+        logits = engine.output_shapes(shapes)[self._output.name]
+        _check_labels(card.name, logits, len(self._output.labels))
         self._network_tiles = (logits[2], logits[3])
         self.grid: TileGrid = tile_grid(
-            self._input, plan.fit, *self._network_tiles, signed=card.levels.signed
+            self._input, plan.fit, *self._network_tiles, signed=levels.signed
         )
-        self._levels = memory.upload(LabelDecoder(card.output).levels, "labels")
+        self._levels = memory.upload(LabelDecoder(self._output).levels, "labels")
         self._empty = memory.allocate(
             (self.grid.rows * self.grid.columns,), np.uint8, "the background rule"
         )
@@ -289,9 +275,7 @@ class FrameClassifier:
         self, work: Work, slot: ClassifierSlot, signal: DeviceArray, colour: int = -1
     ) -> None:
         """Enqueue the network on a frame, or on one of its colours, by percentiles."""
-        if self._percentiles is None:
-            msg = f"engine '{self.card.name}' has no normalisation by percentiles"
-            raise ValueError(msg)
+        assert self._percentiles is not None
         tiles = slot.network.buffers[self._input.name]
         self._percentiles.enqueue(work, signal, slot.ranges, colour)
         self._tile.cut(work, signal, slot.ranges, tiles, colour)

@@ -43,10 +43,6 @@ class LevelTransfers:
 
     Parameters
     ----------
-    memory
-        Where they lie, and the work space of who uses them.
-    transforms
-        That make them.
     psfs
         Per level.
     whole
@@ -162,8 +158,6 @@ class Deconvolution(ABC):
 
     Parameters
     ----------
-    transfers
-        Of the PSF of each level.
     spectra, images
         How many of each it works on beside what it is handed.
     """
@@ -199,8 +193,6 @@ class WienerDeconvolution(Deconvolution):
 
     Parameters
     ----------
-    transfers
-        Of the PSF of each level.
     quantum
         Step between the camera's values; 0 for float frames.
     noise_to_signal
@@ -300,8 +292,6 @@ class RichardsonLucyDeconvolution(Deconvolution):
 
     Parameters
     ----------
-    transfers
-        Of the PSF of each level.
     method
         ``richardson_lucy`` or ``richardson_lucy_accelerated``.
     iterations

@@ -64,17 +64,7 @@ class FrameRestorer(ABC):
 
 
 class Blending:
-    """Lays what was restored over a frame, where its tiles are to be.
-
-    Parameters
-    ----------
-    memory
-        Where the tables lie.
-    montage
-        Weights of the frame's tiles.
-    shape
-        Of the frames.
-    """
+    """Lays what was restored over a frame, where its tiles are to be."""
 
     def __init__(
         self, memory: DeviceMemory, montage: Montage, shape: FrameShape
@@ -115,8 +105,6 @@ class Blending:
 
         Parameters
         ----------
-        work, frame
-            Stream, and what lies on it.
         level
             Whose tiles are meant.
         plane
@@ -149,14 +137,8 @@ class DepthVariantRestorer(FrameRestorer):
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
     deconvolution
         Of padded planes.
-    montage
-        Blending weights of the frame's tiles.
-    frame
-        Shape of the signal.
     margins_px
         Context on every side, per level that is restored.
     """

@@ -67,16 +67,8 @@ class DeviceSlot:
 
     Parameters
     ----------
-    memory
-        Where the buffers lie.
     channels
         Of the series; a slot serves every one of them.
-    shape, dtype
-        Of the frames.
-    restored_dtype
-        Of the restored frames.
-    layout
-        Of the maps.
     graphs
         Whether work is recorded.
     """
@@ -133,8 +125,6 @@ class Session:
     ----------
     config
         Sections ``processing.gpu`` and ``store``.
-    plans
-        Of the channels.
     series
         Shape, dtype and channels of the frames.
     slots

@@ -11,10 +11,9 @@ from math import ceil
 import numpy as np
 
 from rtfocus.engines.card import EngineCard, input_of, output_of
-from rtfocus.engines.fitted import CELL_PX, OCTAVES, EvidenceCard
+from rtfocus.engines.fitted import CELL_PX, OCTAVES, Evidence
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.gpu.classifier import (
     BoundNetwork,
@@ -45,8 +44,6 @@ class JointRestorer(FrameRestorer):
 
     Parameters
     ----------
-    seen
-        The joint engine.
     blending
         Montage weights of the tiles whose labels decide what is restored.
     colours
@@ -110,18 +107,8 @@ class Weighing:
 
     Parameters
     ----------
-    memory
-        Where the function and the work space lie.
-    card
-        The fitted function.
-    normalisation
-        Finds a frame's dark and bright value.
-    step_um
-        Defocus between two levels of the engine.
-    frame
-        Shape of the signal.
-    grid
-        Of the engine's labels.
+    evidence
+        The same on the CPU.
 
     Raises
     ------
@@ -132,16 +119,15 @@ class Weighing:
     def __init__(
         self,
         memory: DeviceMemory,
-        card: EvidenceCard,
-        normalisation: PercentileRange,
-        step_um: float,
+        evidence: Evidence,
         *,
         frame: FrameShape,
         grid: TileGrid,
     ) -> None:
+        card = evidence.card
         self._frame = frame
         self._grid = grid
-        self._step_um = step_um
+        self._step_um = evidence.step_um
         self._sides = -(-frame.height // CELL_PX), -(-frame.width // CELL_PX)
         widths = [len(card.middle), *(len(layer.bias) for layer in card.layers)]
         if max(widths) > _WIDEST_LAYER:
@@ -161,7 +147,7 @@ class Weighing:
         self._sums = memory.allocate((_SUMS * OCTAVES, cells), np.float32, "evidence")
         self._shares = memory.allocate((cells,), np.float32, "evidence")
         self._range = memory.allocate((1, 2), np.float32, "evidence")
-        self._percentiles = Percentiles(memory, normalisation, frame, 1)
+        self._percentiles = Percentiles(memory, evidence.normalisation, frame, 1)
 
     def enqueue(
         self,
@@ -223,18 +209,10 @@ class TileNetworkRestorer(FrameRestorer):
 
     Parameters
     ----------
-    memory
-        Where the tiles lie.
     engine
         Opened for batches of tiles.
-    card
-        Of the engine.
     shapes
         Of all that it is given at once.
-    frame
-        Shape of the signal.
-    blending
-        Montage weights of the labels.
     conditions
         What the engine is told; None: nothing.
     """

@@ -41,12 +41,8 @@ class PatchRestorer(FrameRestorer):
         Of transforms that hold the largest patch and PSF.
     montage
         Blending weights of the tiles; a tile is what its weight covers.
-    frame
-        Shape of the signal.
     halo_px
         Context per side: neighbouring pixels, 0 beyond the frame.
-    iterations
-        Of Richardson-Lucy.
     """
 
     recorded = False
@@ -187,15 +183,9 @@ class LearnedWienerRestorer(FrameRestorer):
         Of transforms that hold a tile.
     engine
         Opened for batches of tiles.
-    card
-        Of the engine.
     told
         What the network is told of tiles of each level, axes (level, entry); None:
         nothing.
-    montage
-        Blending weights of the classifier's tiles.
-    frame
-        Shape of the signal.
     shapes
         Of all that the engine is given at once.
     """

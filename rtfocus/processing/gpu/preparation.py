@@ -35,10 +35,6 @@ class CellStatistics:
 
     Parameters
     ----------
-    memory
-        Where they lie.
-    frame
-        Shape of the signal.
     padded
         Height and width of the padded frame, itself mirrored up to whole cells.
     """
@@ -78,10 +74,6 @@ class Standardisation:
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
-    rule
-        Window and floor.
     cells
         Measured before, on the same stream.
     """
@@ -143,14 +135,8 @@ class Background:
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
-    rule
-        Thresholds.
     cells
         Measured before, on the same stream.
-    grid
-        Tiles that are judged.
     quantum
         Step between the camera's values; 0 for float frames.
     """
@@ -209,19 +195,7 @@ class Background:
 
 
 class Percentiles:
-    """Finds offset and scale of every plane that a network sees.
-
-    Parameters
-    ----------
-    memory
-        Where the work space lies.
-    rule
-        Percentiles.
-    frame
-        Shape of the signal.
-    planes
-        Channels of the network.
-    """
+    """Finds offset and scale of every plane that a network sees."""
 
     def __init__(
         self,
@@ -276,17 +250,7 @@ class Percentiles:
 
 
 class Correction:
-    """Corrects frames of one shape, as its like on the CPU.
-
-    Parameters
-    ----------
-    memory
-        Where the flat field lies.
-    correction
-        What the camera's config says.
-    shape
-        (y, x) or (y, x, colour).
-    """
+    """Corrects frames of one shape, as its like on the CPU."""
 
     def __init__(
         self, memory: DeviceMemory, correction: CameraCorrection, shape: tuple[int, ...]
@@ -312,8 +276,6 @@ class Correction:
 
         Parameters
         ----------
-        work
-            Stream.
         frame
             Counts of the camera.
         signal
@@ -371,14 +333,8 @@ class HostBuffers:
 
     Parameters
     ----------
-    pinned
-        Where it lies.
-    shape
-        Of the frames.
     restored_dtype
         Of the restored frames of the series.
-    maps_bytes
-        Of all maps of a frame.
     """
 
     def __init__(

@@ -31,12 +31,6 @@ class Tiles:
 
     Parameters
     ----------
-    memory
-        Where the tables lie.
-    frame
-        Shape of the signal.
-    planes
-        Channels of the network.
     windows
         Where they lie along y and x; what of them lies outside the frame is mirrored.
     """
@@ -135,14 +129,8 @@ class TileConditions:
 
     Parameters
     ----------
-    memory
-        Where the tables lie.
     conditions
         Of the engine in the optics of the channel.
-    tiles
-        Of the restorer.
-    grid
-        Of the labels.
     """
 
     def __init__(
@@ -204,8 +192,6 @@ class RankSearch:
 
     Parameters
     ----------
-    memory
-        Where the result and the work space lie.
     ranks
         0 is the smallest value.
     """
@@ -273,13 +259,7 @@ PARTS = 128
 
 
 class Light:
-    """Sum of the positive values and the highest value of an image.
-
-    Parameters
-    ----------
-    memory
-        Where both lie.
-    """
+    """Sum of the positive values and the highest value of an image."""
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._sums = memory.allocate((PARTS,), np.float64, "sums")
@@ -304,8 +284,6 @@ class Noise:
 
     Parameters
     ----------
-    memory
-        Where the work space lies.
     largest
         Height and width of the largest image.
     """

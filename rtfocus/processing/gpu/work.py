@@ -1,7 +1,10 @@
 """Work: what the GPU's algorithms need of a device, and nothing of its driver.
 
 The algorithms allocate when they are made and afterwards only enqueue: nothing in
-them waits for the GPU.
+them waits for the GPU. What they are given has one meaning throughout: in `memory` lie
+their tables and work space, `frame` is the shape of the signal, `planes` are the
+channels of a network, `shapes` those of all that it is given at once, `montage` has the
+blending weights of the classifier's tiles, `transfers` the PSF of each level.
 """
 
 from collections.abc import Callable

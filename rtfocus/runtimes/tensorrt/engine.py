@@ -40,17 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRtContext:
-    """An execution context; implements `rtfocus.runtimes.gpu.GpuContext`.
-
-    Parameters
-    ----------
-    name
-        Of the engine, for messages.
-    library
-        That made `context`.
-    context
-        ``IExecutionContext``.
-    """
+    """An execution context; implements `rtfocus.runtimes.gpu.GpuContext`."""
 
     def __init__(self, name: str, library: TensorRt, context: Any) -> None:
         self._name = name
@@ -217,12 +207,6 @@ class TensorRtEngine:
 
     Parameters
     ----------
-    library
-        That built `plan`.
-    request
-        What `plan` was built for.
-    plan
-        Serialised.
     kernels
         Where TensorRT for RTX keeps the kernels it compiles.
 

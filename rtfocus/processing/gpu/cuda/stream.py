@@ -192,13 +192,7 @@ class Kernels:
 
 
 class CudaStream:
-    """Implements `rtfocus.processing.gpu.work.Work` with a stream of PyCUDA.
-
-    Parameters
-    ----------
-    kernels
-        That it can launch.
-    """
+    """Implements `rtfocus.processing.gpu.work.Work` with a stream of PyCUDA."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._cuda = import_driver()
