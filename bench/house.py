@@ -128,26 +128,30 @@ def main() -> None:
     parser.add_argument("--names", action="store_true", help="which modules they are")
     parser.add_argument("--walk", action="store_true", help="follow a frame")
     arguments = parser.parse_args()
-    print(count())
+    said = [str(count())]
     files = modules()
     rooms = Counter(".".join(m.split(".")[1:2]) or "." for m in files)
-    print("rooms:", ", ".join(f"{r} {n}" for r, n in rooms.most_common() if n > 1))
+    held = ", ".join(f"{room} {n}" for room, n in rooms.most_common() if n > 1)
+    said.append(f"rooms: {held}")
     longest = sorted(files.values(), key=lines)[-5:]
-    print("longest:", ", ".join(f"{p.name} {lines(p)}" for p in reversed(longest)))
+    names = ", ".join(f"{path.name} {lines(path)}" for path in reversed(longest))
+    said.append(f"longest: {names}")
     if arguments.names:
         for module, by in imported_by_one(imports(at_once=False)):
-            print(f"  {module} <- {by}")
+            said.append(f"  {module} <- {by}")
         chain = longest_chain(imports(at_once=True), "rtfocus.app")
-        print("  " + " > ".join(chain))
+        said.append("  " + " > ".join(chain))
     if arguments.walk:
         # Here, because it imports both sides.
         from bench.walk import walk
 
         followed = walk()
         for thread, passed in followed.table().items():
-            print(f"  {thread}: {passed}")
+            said.append(f"  {thread}: {passed}")
         held = "; ".join(" > ".join(rooms) for rooms in followed.rooms())
-        print(f"rooms: {held}; {len(followed.carrying())} files carry it")
+        said.append(f"rooms: {held}; {len(followed.carrying())} files carry it")
+    # At once: `head` may be gone before a second line.
+    print("\n".join(said))
 
 
 if __name__ == "__main__":

@@ -246,6 +246,16 @@ class DefocusMap:
     """How far off `defocus_um` may be, as measured where the truth is known; None:
     nobody asked for it, or the engine gives no `uncertainty_um`."""
 
+    def __repr__(self) -> str:
+        # Of a dataclass it would be all its arrays.
+        rows, columns = self.defocus_um.shape
+        known = self.defocus_um[np.isfinite(self.defocus_um)]
+        said = f"{rows} x {columns} tiles, {known.size} with specimen"
+        if known.size:
+            what = "defocus" if self.grid.signed else "distance from focus"
+            said += f", {what} {known.min():.2f} to {known.max():.2f} um"
+        return f"DefocusMap({said})"
+
     def distances(self) -> "DefocusMap":
         """Return a map without the sides of focus, which nobody knows.
 

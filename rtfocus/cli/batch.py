@@ -299,7 +299,7 @@ def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def named(paths: Iterable[str]) -> str:
+def named(paths: Iterable[Path | str]) -> str:
     """Return the first three of some names, each once, and how many more there are."""
     names = list(dict.fromkeys(f"'{path}'" for path in paths))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

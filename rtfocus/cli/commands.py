@@ -289,6 +289,14 @@ def need_torch() -> None:
         raise ConfigError(msg)
 
 
+def refuse_options(options: dict[str, Any], because: str) -> None:
+    """Refuse options that mean nothing here; those that are None are not given."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        msg = f"{', '.join(given)} cannot be used: {because}"
+        raise ConfigError(msg)
+
+
 def read_config(name: str, overrides: list[str] | None) -> "Config":
     """Load a config given by path or name with its ``--set`` overrides."""
     # Loaded where it is used: a list of commands is shown at once.

@@ -42,7 +42,6 @@ from rtfocus.evaluation.scores import match_intensity, pearson, psnr
 from rtfocus.frame import Role, TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.microscope.virtual_specimen import Truth, VirtualSpecimen
-from rtfocus.monitor import Monitor
 from rtfocus.writers.header import JOURNAL_NAME, read_header
 
 PICTURE_NAME = "picture.png"
@@ -70,12 +69,11 @@ def demo(
     [bold]Example:[/] rtfocus demo --folder runs
     """
     settings = read_config("demo", [f"run.folder={folder}", *(overrides or ())])
-    monitors: list[Monitor] = []
     with (
         interruptible() as (stop, abandon),
-        display_run(lambda: monitors[-1] if monitors else None, quiet=quiet),
+        display_run(quiet=quiet) as on_monitor,
     ):
-        run = loop.run(settings, stop=stop, abandon=abandon, on_monitor=monitors.append)
+        run = loop.run(settings, stop=stop, abandon=abandon, on_monitor=on_monitor)
     if run is None:
         return
     outcome = print_report(run)

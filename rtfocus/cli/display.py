@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -69,11 +69,16 @@ def display(
         thread.join()
 
 
-def display_run(
-    monitor: "Callable[[], Monitor | None]", *, quiet: bool
-) -> AbstractContextManager[None]:
-    """Show a run until the block ends; see `display`."""
-    return display(lambda: processor_rows(monitor()), quiet=quiet, monitor=monitor)
+@contextmanager
+def display_run(*, quiet: bool) -> "Iterator[Callable[[Monitor], None]]":
+    """Show a run until the block ends; yields what takes its newest monitor."""
+    monitors: list[Monitor] = []
+
+    def newest() -> "Monitor | None":
+        return monitors[-1] if monitors else None
+
+    with display(lambda: processor_rows(newest()), quiet=quiet, monitor=newest):
+        yield monitors.append
 
 
 def _show_screen(
@@ -195,15 +200,13 @@ def share_bar(what: str) -> Iterator[Callable[[float], None]]:
 
 
 @contextmanager
-def counting(
-    what: str, total: int, done: int
-) -> Iterator[Callable[[str | None], None]]:
+def counting(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Show a bar with the time left on a terminal; yields what takes one more.
 
     A line that comes with it is written to standard error.
     """
     if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda line: None if line is None else print(line, file=sys.stderr)
+        yield lambda line=None: None if line is None else print(line, file=sys.stderr)
         return
     from rich.console import Console
     from rich.progress import (
@@ -223,7 +226,7 @@ def counting(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total, completed=done)
 
-        def show(line: str | None) -> None:
+        def show(line: str | None = None) -> None:
             if line is not None:
                 progress.console.print(
                     line, highlight=False, markup=False, soft_wrap=True

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Annotated
 import psutil
 import typer
 
-from rtfocus.cli.commands import ConfigArgument, QuietOption, SetOption, read_config
+from rtfocus.cli.commands import (
+    ConfigArgument,
+    QuietOption,
+    SetOption,
+    read_config,
+    refuse_options,
+)
 from rtfocus.cli.display import Rows, defocus_text, display, display_run
 from rtfocus.cli.endings import interruptible, stop_at_end_of_input
 from rtfocus.cli.runs import print_report
@@ -26,7 +32,13 @@ from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import ConfigError, ExitCode, InputError, RtfocusError
 from rtfocus.transport.sockets import is_local
 
+if TYPE_CHECKING:
+    from rtfocus.transport.preview import PreviewPublisher
+    from rtfocus.transport.publisher import FramePublisher, PublisherStatus
+
 PORT = 8573
+
+StopOnEndOfInput = Annotated[bool, typer.Option("--stop-on-end-of-input", hidden=True)]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -60,9 +72,7 @@ def view(
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.")
     ] = False,
-    stop_on_end_of_input: Annotated[
-        bool, typer.Option("--stop-on-end-of-input", hidden=True)
-    ] = False,
+    stop_on_end_of_input: StopOnEndOfInput = False,
 ) -> None:
     """Show a run in the browser: live, while it is written, or afterwards.
 
@@ -170,14 +180,6 @@ def _assert_installed() -> None:
             raise ConfigError(msg)
 
 
-if TYPE_CHECKING:
-    from rtfocus.monitor import Monitor
-    from rtfocus.transport.preview import PreviewPublisher
-    from rtfocus.transport.publisher import FramePublisher, PublisherStatus
-
-StopOnEndOfInput = Annotated[bool, typer.Option("--stop-on-end-of-input", hidden=True)]
-
-
 def run(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -209,7 +211,6 @@ def run(
     _refuse_mistyped(settings)
     from rtfocus import app as loop
 
-    monitors: list[Monitor] = []
     with ExitStack() as viewing:
 
         def show(preview: "PreviewPublisher") -> None:
@@ -219,13 +220,13 @@ def run(
 
         with (
             interruptible() as (stop, abandon),
-            display_run(lambda: _last(monitors), quiet=quiet),
+            display_run(quiet=quiet) as on_monitor,
         ):
             folder = loop.run(
                 settings,
                 stop=stop,
                 abandon=abandon,
-                on_monitor=monitors.append,
+                on_monitor=on_monitor,
                 on_preview=show,
             )
     if folder is None:
@@ -292,7 +293,6 @@ def process(
     settings = read_config(config, overrides)
     from rtfocus import app as loop
 
-    monitors: list[Monitor] = []
     codes = [ExitCode.DONE]
 
     def told(error: RtfocusError) -> None:
@@ -301,18 +301,18 @@ def process(
 
     with (
         interruptible() as (stop, _),
-        display_run(lambda: _last(monitors), quiet=quiet),
+        display_run(quiet=quiet) as on_monitor,
     ):
         if stop_on_end_of_input:
             stop_at_end_of_input(stop)
         if once:
-            folder = loop.process(settings, stop=stop, on_monitor=monitors.append)
+            folder = loop.process(settings, stop=stop, on_monitor=on_monitor)
         else:
             folder = None
             loop.serve(
                 settings,
                 stop=stop,
-                on_monitor=monitors.append,
+                on_monitor=on_monitor,
                 on_finished=lambda path: codes.append(print_report(path).exit_code),
                 on_failure=told,
             )
@@ -360,10 +360,6 @@ def _recorder(status: "PublisherStatus") -> str:
     return f"lost: {status.recorder}" if status.recorder else "waiting for one"
 
 
-def _last(monitors: list["Monitor"]) -> "Monitor | None":
-    return monitors[-1] if monitors else None
-
-
 def _publisher_rows(publishers: list["FramePublisher"]) -> Rows:
     if not publishers:
         return [("state", "starting")]
@@ -392,9 +388,11 @@ def autofocus(
         typer.Option("--hold/--once", help="Hold focus until Ctrl-C, or find it once."),
     ] = False,
     interval_s: Annotated[
-        float,
-        typer.Option("--interval", min=0.0, help="--hold: seconds between images."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--interval", min=0.0, help="--hold: seconds between images; default: 1."
+        ),
+    ] = None,
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="--hold: end after so many.")
     ] = None,
@@ -415,6 +413,9 @@ def autofocus(
     from rtfocus.focusing import estimate_of, open_focuser
     from rtfocus.microscope.core import open_core
 
+    if not hold:
+        of_hold = {"--interval": interval_s, "--images": images}
+        refuse_options(of_hold, "focus is found once; give --hold too")
     settings = read_config(config, overrides)
     if isinstance(settings.microscope, ReplayConfig):
         msg = "recorded images cannot be focused; give a microscope with a z-stage"
@@ -437,7 +438,8 @@ def autofocus(
         holder = Holder(models, focuser.move_rule(models.unit_um, limits))
         holder.begin(_HERE, time.time(), verdict.end_um, seen_by(verdict))
         stage, taken = CoreStage(core), 0
-        while not stop.wait(interval_s) and (images is None or taken < images):
+        pause_s = 1.0 if interval_s is None else interval_s
+        while not stop.wait(pause_s) and (images is None or taken < images):
             step_um = holder.correction_um(_HERE, time.time(), time.time_ns())
             if step_um:
                 for stop_um in focuser.way_to(stage.position_um() + step_um):

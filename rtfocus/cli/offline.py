@@ -2,15 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from msgspec.structs import replace
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from rtfocus.batch.ends import notes_of
 from rtfocus.batch.plan import Command, Job
@@ -24,6 +21,7 @@ from rtfocus.cli.batch import (
     SchedulerOption,
     UnitOption,
     WaitOption,
+    named,
     run_batch,
 )
 from rtfocus.cli.commands import (
@@ -33,6 +31,7 @@ from rtfocus.cli.commands import (
     SetOption,
     read_config,
 )
+from rtfocus.cli.display import counting
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.image_set import ImageSet, restoring_with, with_engine
@@ -151,9 +150,9 @@ def restore(
         free_choice=free_choice,
     )
     _tell(found, images)
-    with _progress(found) as (progress, task), images:
+    with counting("planes", sum(map(len, found.series))) as on_plane, images:
         outputs = [
-            _output(images, number, stretch, shown, lambda: progress.advance(task))
+            _output(images, number, stretch, shown, on_plane)
             for number in range(len(found.series))
         ]
         broken = place.write(outputs)
@@ -202,12 +201,12 @@ def classify(
     _tell(found, images)
     described: list[dict[str, Any]] = []
     broken = list(found.broken)
-    with _progress(found) as (progress, task), images:
+    with counting("planes", sum(map(len, found.series))) as on_plane, images:
         for number, series in enumerate(found.series):
             try:
                 for row in _classified(images, number, shown):
                     described.append(row)
-                    progress.advance(task)
+                    on_plane()
             except InputError as error:
                 broken.append(BrokenImage(series.path, str(error)))
     _tell_picture(shown.save())
@@ -331,9 +330,8 @@ def _refuse_broken(broken: list[BrokenImage], *, done: int, what: str) -> None:
         return
     for one in broken:
         typer.echo(f"broken: {one.reason}", err=True)
-    names = ", ".join(f"'{one.path}'" for one in broken[:3])
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    msg = f"{len(broken)} images cannot be read: {names}{more}; {done} {what}"
+    names = named(one.path for one in broken)
+    msg = f"{len(broken)} images cannot be read: {names}; {done} {what}"
     raise (IncompleteError if done else InputError)(msg)
 
 
@@ -343,13 +341,13 @@ def _complete(run: Path, settings: Config) -> None:
         msg = f"'{run}' is no run folder; say where to write with --output"
         raise ConfigError(msg)
     with (
-        _bar(count_unrestored(run)) as (progress, task),
+        counting("planes", count_unrestored(run)) as on_frame,
         ImageProcessor(settings) as processor,
     ):
         number = complete_restoration(
             run,
             lambda pixels, channel: processor.restore(pixels, channel=channel),
-            on_frame=lambda: progress.advance(task),
+            on_frame=on_frame,
         )
     typer.echo(f"restored {number} frames of {run} that were recorded raw only")
 
@@ -374,19 +372,6 @@ def _find(path: Path) -> FoundImages:
 
 def _is_run(path: Path) -> bool:
     return path.suffix == SUFFIX and path.is_dir()
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[tuple[Progress, TaskID]]:
-    """Show a bar over all planes, on standard error."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        yield progress, progress.add_task("planes", total=total)
-
-
-def _progress(
-    found: FoundImages,
-) -> AbstractContextManager[tuple[Progress, TaskID]]:
-    return _bar(sum(map(len, found.series)))
 
 
 def _classified(

@@ -15,11 +15,10 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from rtfocus.cli.commands import OverwriteOption, need_torch
-from rtfocus.cli.display import share_bar
+from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
+from rtfocus.cli.display import counting, share_bar
 from rtfocus.errors import ConfigError, ExitCode, WriterError
 from rtfocus.metrics import STEPS, Outcome
 from rtfocus.writers.header import HEADER_NAME
@@ -297,20 +296,20 @@ def export(
 
     rtfocus export checkpoints/delpnet/last.pt -o engines/delpnet
     """
-    of_run = {"--image": image, "--zarr-version": zarr_version != "0.5"}
+    of_run = {"--image": image, "--zarr-version": zarr_version != "0.5" or None}
     of_engine = {
         "--mean-with": mean_with,
-        "--half-weights": half_weights,
+        "--half-weights": half_weights or None,
         "--precision": precision,
     }
     if (source / HEADER_NAME).is_file():
-        _refuse(of_engine, f"'{source}' is a run")
+        refuse_options(of_engine, f"'{source}' is a run")
         _export_run(source, output, image or [], zarr_version, overwrite)
         return
     if source.is_dir():
         msg = f"'{source}' is no run folder (no {HEADER_NAME}) and no checkpoint file"
         raise ConfigError(msg)
-    _refuse(of_run, f"'{source}' is no run folder")
+    refuse_options(of_run, f"'{source}' is no run folder")
     # Of a run nothing is trained, and what trains takes long to import.
     need_torch()
     from rtfocus.training.api import export_command
@@ -323,14 +322,6 @@ def export(
         precision=precision or "fp32",
         overwrite=overwrite,
     )
-
-
-def _refuse(options: dict[str, Any], because: str) -> None:
-    """Refuse options that mean nothing here."""
-    given = [name for name, value in options.items() if value]
-    if given:
-        msg = f"{', '.join(given)} cannot be used: {because}"
-        raise ConfigError(msg)
 
 
 def _export_run(
@@ -350,9 +341,8 @@ def _export_run(
         zarr_version=zarr_version,
         overwrite=overwrite,
     )
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{len(export.images)} images", total=export.planes)
-        done = export.write(lambda: bar.advance(task))
+    with counting("planes", export.planes) as on_plane:
+        done = export.write(on_plane)
     for name, number in done.absent.items():
         typer.echo(f"image '{name}': {number} planes without a frame", err=True)
     typer.echo(

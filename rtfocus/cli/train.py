@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
 from rtfocus.batch.plan import Failure
@@ -31,6 +30,7 @@ from rtfocus.cli.commands import (
     need_torch,
     read_config,
 )
+from rtfocus.cli.display import counting
 from rtfocus.config import find_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.evaluation.contenders import Contender
@@ -348,15 +348,12 @@ def _run_on_workers(
 def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[Outcome]:
     """Run every contender over every data set, with a bar on standard error."""
     outcomes: list[Outcome] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for data in sets:
-            frames = sum(1 for _ in data.samples())
-            for one in contenders:
-                task = progress.add_task(f"{one.title} on {data.name}", total=frames)
-                advance = partial(progress.advance, task)
-                config = wish.config(one, data)
-                outcomes.append(evaluate_one(one, data, config, on_frame=advance))
-                progress.remove_task(task)
+    for data in sets:
+        frames = sum(1 for _ in data.samples())
+        for one in contenders:
+            config = wish.config(one, data)
+            with counting(f"{one.title} on {data.name}", frames) as on_frame:
+                outcomes.append(evaluate_one(one, data, config, on_frame=on_frame))
     return outcomes
 
 

@@ -210,6 +210,13 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     _file: Path | None = PrivateAttr(default=None)
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        # All sections would be pages.
+        yield None, None if self.file is None else str(self.file)
+        known = type(self).model_fields.items()
+        own = [name for name, key in known if getattr(self, name) != key.default]
+        yield "not_default", own
+
     @property
     def file(self) -> Path | None:
         """Where it was read from, absolute; None: it was made by a program."""

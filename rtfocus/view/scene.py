@@ -100,6 +100,16 @@ class Scene:
             self.generation += 1
         self.changed()
 
+    def is_finished(self) -> bool:
+        """Tell whether the run folder is finished; if so, show what its report says."""
+        if self.stored is None or not self.stored.is_finished:
+            return False
+        if self.state != "finished":
+            self.state = "finished"
+            with contextlib.suppress(RtfocusError):
+                self.numbers = report_of(self.stored.run)
+        return True
+
     def show(self, place: Place, picture: Picture) -> None:
         """Make a picture the newest of its channel."""
         shown = Shown(place, picture, pack(picture))
@@ -263,21 +273,17 @@ class RunSource(Source):
         while not self.closing.is_set():
             scene.watched.wait()
             more = stored.read_on()
-            if not more and scene.state != "finished" and stored.is_finished:
-                scene.state = "finished"
-                with contextlib.suppress(RtfocusError):
-                    scene.numbers = report_of(stored.run)
-            elif not more:
-                self.closing.wait(_READ_S)
-            else:
+            if more:
                 scene.numbers = {
                     "written": stored.written,
                     "dropped": dict(stored.lost),
                 }
-            if more or scene.state == "finished":
                 scene.changed()
-            if scene.state == "finished":
+            elif scene.is_finished():
+                scene.changed()
                 self.closing.wait()
+            else:
+                self.closing.wait(_READ_S)
 
 
 class LiveSource(Source):
@@ -333,8 +339,8 @@ class LiveSource(Source):
                 if stored.read_on():
                     scene.changed()
             if scene.state != "gone" and now_s - self._last_s > _GONE_S:
-                finished = stored is not None and stored.is_finished
-                scene.state = "finished" if finished else "gone"
+                if not scene.is_finished():
+                    scene.state = "gone"
                 scene.changed()
 
     def _take(self, came: list[Preview | PreviewStatus]) -> None:
@@ -355,9 +361,8 @@ class LiveSource(Source):
         scene.may_ask = status.control is not None
         self._control = status.control
         if status.series is None:
-            stored = scene.stored
-            done = stored is not None and stored.is_finished
-            scene.state = "finished" if done else "waiting"
+            if not scene.is_finished():
+                scene.state = "waiting"
             scene.changed()
             return
         shown = scene.series

@@ -5,7 +5,6 @@ it was, and only what is durable is shown. `Traces` holds the frames of any run,
 or live, as columns that only grow.
 """
 
-import json
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -395,11 +394,12 @@ def report_of(run: Run) -> dict[str, Any]:
     report = run.report
     if report is None:
         return {}
-    through = report.get("throughput", {})
+    rate = report.get("throughput", {}).get("frames_per_s")
     stages = report.get("stages", {})
     return {
         **report.get("accounting", {}),
-        "frames_per_s": through.get("frames_per_s"),
+        # Of one frame there is no rate.
+        **({"frames_per_s": rate} if rate is not None else {}),
         "latency_ms": {
             name: [stages[name].get("p50_ms"), stages[name].get("p99_ms")]
             for name in LATENCIES
@@ -407,6 +407,6 @@ def report_of(run: Run) -> dict[str, Any]:
         },
         "restored": report.get("restored"),
         "flagged": report.get("flagged"),
-        "backends": json.loads(json.dumps(report.get("backends", {}))),
+        "backends": report.get("backends", {}),
         "slots": report.get("slots"),
     }

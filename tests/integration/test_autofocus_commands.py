@@ -51,6 +51,13 @@ def test_once_finds_focus_and_says_so_in_one_line(config: Path) -> None:
     assert kinds.count("look") >= 3
 
 
+@pytest.mark.parametrize("option", ["--images", "--interval"])
+def test_options_of_hold_are_refused_without_it(config: Path, option: str) -> None:
+    said = command("autofocus", config, option, "3")
+    assert said.code == ExitCode.CONFIG
+    assert f"{option} cannot be used: focus is found once; give --hold" in said.err
+
+
 def test_focus_out_of_reach_ends_with_its_reason_within_the_limits(
     config: Path,
 ) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imagecodecs
@@ -41,7 +42,13 @@ from rtfocus.view.codec import (
 )
 from rtfocus.view.scene import LiveSource, Scene
 from rtfocus.view.server import Listening, PageServer
-from rtfocus.view.source_run import Region, StoredRun, Traces, note_focus_line
+from rtfocus.view.source_run import (
+    Region,
+    StoredRun,
+    Traces,
+    note_focus_line,
+    report_of,
+)
 
 
 def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:
@@ -123,6 +130,14 @@ def scene(run_folder: Path) -> Scene:
     stored.read_on()
     scene.begin(stored.series, stored, traces, stored.saturation_counts)
     return scene
+
+
+def test_a_finished_run_has_the_numbers_of_its_report(scene: Scene) -> None:
+    assert scene.is_finished()
+    assert (scene.state, scene.numbers["written"]) == ("finished", 8)
+    assert scene.numbers["frames_per_s"] > 0
+    unknown = SimpleNamespace(report={"throughput": {"frames_per_s": None}})
+    assert "frames_per_s" not in report_of(unknown)
 
 
 def test_a_run_is_read_place_by_place(scene: Scene, run_folder: Path) -> None:

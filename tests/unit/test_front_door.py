@@ -20,7 +20,7 @@ import rtfocus
 from rtfocus.autofocus.run import Verdict
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config
-from rtfocus.frame import SlotPool
+from rtfocus.frame import BACKGROUND, DefocusMap, SlotPool, TileGrid
 
 STUB = Path(rtfocus.__file__).with_suffix(".pyi")
 OPTICS = rtfocus.Optics(0.5, wavelength_nm=520, pixel_size_um=0.65)
@@ -306,6 +306,25 @@ def test_a_verdict_is_shown_without_the_spectra_of_its_images():
     )
     assert "in focus" in repr(verdict)
     assert "7.25" not in repr(verdict)
+
+
+def test_a_map_and_a_config_are_shown_in_a_few_words(tmp_path):
+    grid = TileGrid(2, 3, 96, 48, 47.5, signed=True)
+    um = np.full((2, 3), np.nan, np.float32)
+    empty = DefocusMap(grid, um.copy(), um, np.full((2, 3), BACKGROUND, np.int16))
+    assert repr(empty) == "DefocusMap(2 x 3 tiles, 0 with specimen)"
+    um[0] = -1.5, 0.25, 3
+    found = repr(replace(empty, defocus_um=um))
+    said = "2 x 3 tiles, 3 with specimen, defocus -1.50 to 3.00 um"
+    assert found == f"DefocusMap({said})"
+    assert "distance from focus" in repr(
+        replace(empty, defocus_um=um, grid=replace(grid, signed=False))
+    )
+    assert repr(rtfocus.Config()) == "Config(None, not_default=[])"
+    path = tmp_path / "my.yaml"
+    path.write_text("run: {name: day1}\nstore: {restored: false}\n", "utf-8")
+    shown = f"Config({str(path)!r}, not_default=['run', 'store'])"
+    assert repr(rtfocus.load_config(path)) == shown
 
 
 def test_a_stack_is_told_to_be_classified_plane_by_plane():
