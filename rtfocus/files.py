@@ -317,15 +317,16 @@ def distinct_names(names: Iterable[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         number, unique = 1, name
-        while _same_case(unique) in taken:
+        while same_name(unique) in taken:
             number += 1
             unique = f"{name}_{number}"
-        taken.add(_same_case(unique))
+        taken.add(same_name(unique))
         found.append(unique)
     return found
 
 
-def _same_case(name: str) -> str:
+def same_name(name: str) -> str:
+    """Return what is equal for names that some file system takes for one."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

@@ -25,6 +25,7 @@ import yaml
 from numpy.typing import NDArray
 
 from rtfocus import __version__, files
+from rtfocus.files import same_name
 from rtfocus.images.series import ImageSeries
 
 if TYPE_CHECKING:
@@ -196,12 +197,12 @@ _NAME = "rtfocus"
 TEXT_MARK = f"# written by {SOFTWARE}"
 """First line of YAML results."""
 _ENGINE_CARD = "engine.yaml"
-_TIFF_ENDINGS = (".tif", ".tiff")
+TIFF_ENDINGS = (".tif", ".tiff")
 _ENDINGS = (
     ".ome.tiff",
     ".ome.tif",
     ".ome.zarr",
-    *_TIFF_ENDINGS,
+    *TIFF_ENDINGS,
     ".zarr",
     ".png",
     ".jpg",
@@ -232,7 +233,7 @@ def written_by_rtfocus(path: Path) -> bool:
             return _is_exported_engine(path)
         if path.is_dir():
             return _is_zarr_result(path)
-        if path.suffix.lower() in _TIFF_ENDINGS:
+        if path.suffix.lower() in TIFF_ENDINGS:
             return _is_tiff_result(path)
         if path.suffix.lower() == ".png":
             from PIL import Image
@@ -256,10 +257,10 @@ def zarr_attributes(made: Provenance, nodes: list[str]) -> dict[str, Any]:
     made
         What is known about how it was made.
     nodes
-        Paths of all groups and arrays of the store, the root being ``""``.
+        Paths of all groups and arrays of the store, the root being ``.``.
     """
-    mark = {WRITTEN_BY: SOFTWARE, "result": dict(made), "nodes": sorted(nodes)}
-    return {_NAME: mark}
+    known = sorted(node.removeprefix(".") for node in nodes)
+    return {_NAME: {WRITTEN_BY: SOFTWARE, "result": dict(made), "nodes": known}}
 
 
 def json_mark() -> dict[str, str]:
@@ -326,7 +327,6 @@ def _files_below(folder: Path) -> list[str]:
     ]
 
 
-_METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 _COMPANION = "OME/METADATA.ome.xml"
 _CHUNK = re.compile(r"/(c/)?\d+(/\d+)*")
 
@@ -334,7 +334,7 @@ _CHUNK = re.compile(r"/(c/)?\d+(/\d+)*")
 def _belongs(file: str, nodes: set[str]) -> bool:
     """Tell whether a file is a node's metadata or one of an array's chunks."""
     parent, _, name = file.rpartition("/")
-    if name in _METADATA:
+    if name in _ZARR_MARKS:
         return parent in nodes
     if file == _COMPANION:
         return True
@@ -372,16 +372,11 @@ def result_names(series: Sequence[ImageSeries], root: Path) -> list[PurePosixPat
     for one, folder, stem in zip(series, folders, stems, strict=True):
         ending = one.path.suffix.lower()
         clashes = equal[same_name(str(folder / stem))] > 1
-        if clashes and number[one.path] == 1 and ending not in _TIFF_ENDINGS:
+        if clashes and number[one.path] == 1 and ending not in TIFF_ENDINGS:
             stem += ending
         paths.append(folder / stem)
     taken = {same_name(str(parent)) for path in paths for parent in path.parents}
     return [_free(path, taken) for path in paths]
-
-
-def same_name(text: str) -> str:
-    """Return what is equal for names that some file system takes for one."""
-    return unicodedata.normalize("NFC", text).casefold()
 
 
 def _folder_of(one: ImageSeries, root: Path) -> PurePosixPath:

@@ -8,9 +8,10 @@ of an OME-TIFF is written by tifffile.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 from uuid import NAMESPACE_OID, uuid5
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
@@ -44,6 +45,13 @@ _MAX_PLATE = 1000
 _NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _PIXEL_TYPES = {"float32": "float", "float64": "double"}
 """OME names of NumPy types; those of whole numbers are the same."""
+_STEPS = (
+    ("PhysicalSizeX", "pixel_size_x_um", "µm"),
+    ("PhysicalSizeY", "pixel_size_y_um", "µm"),
+    ("PhysicalSizeZ", "z_step_um", "µm"),
+    ("TimeIncrement", "time_step_s", "s"),
+)
+"""Distances between pixels, slices and times: attribute, field of an image, unit."""
 
 
 @dataclass(frozen=True)
@@ -119,26 +127,19 @@ def _write_image(root: Element, number: int, image: OmeImage, kind: str) -> None
     facts = image.facts
     name = writable_text(image.name)
     element = SubElement(root, "Image", {"ID": f"Image:{number}", "Name": name})
-    position, stage = facts.get("position"), facts.get("stage")
+    position, stage = facts.get("position"), facts.get("stage") or StagePosition()
     if position is not None:
         label = {"Name": writable_text(position)}
         SubElement(element, "StageLabel", label | _places_um(stage, ""))
     told = {"ID": f"Pixels:{number}", "DimensionOrder": "XYZCT", "Type": kind}
     told |= {f"Size{axis.upper()}": str(image.sizes[axis]) for axis in "xyczt"}
-    known = {
-        "PhysicalSizeX": facts.get("pixel_size_x_um"),
-        "PhysicalSizeY": facts.get("pixel_size_y_um"),
-        "PhysicalSizeZ": facts.get("z_step_um"),
-    }
-    told |= _measures(known, "µm")
-    told |= _measures({"TimeIncrement": facts.get("time_step_s")}, "s")
+    told |= _measures((name, facts.get(key), unit) for name, key, unit in _STEPS)
     pixels = SubElement(element, "Pixels", told)
     for c, channel in enumerate(facts.get("channels", ())):
         _write_channel(pixels, f"Channel:{number}:{c}", channel)
     SubElement(pixels, "MetadataOnly")
-    if stage is not None:
-        first = {"TheZ": "0", "TheC": "0", "TheT": "0"}
-        SubElement(pixels, "Plane", first | _places_um(stage, "Position"))
+    if place := _places_um(stage, "Position"):
+        SubElement(pixels, "Plane", {"TheZ": "0", "TheC": "0", "TheT": "0"} | place)
 
 
 def _write_channel(pixels: Element, identity: str, channel: ImageChannel) -> None:
@@ -147,29 +148,24 @@ def _write_channel(pixels: Element, identity: str, channel: ImageChannel) -> Non
         told["Name"] = channel.name
     if channel.color is not None:
         told["Color"] = str(signed_rgba(channel.color))
-    waves = {
-        "EmissionWavelength": channel.emission_nm,
-        "ExcitationWavelength": channel.excitation_nm,
-    }
-    told |= _measures(waves, "nm")
+    told |= _measures(
+        [
+            ("EmissionWavelength", channel.emission_nm, "nm"),
+            ("ExcitationWavelength", channel.excitation_nm, "nm"),
+        ]
+    )
     SubElement(pixels, "Channel", told)
 
 
-def _places_um(stage: StagePosition | None, prefix: str) -> dict[str, str]:
-    if stage is None:
-        return {}
-    places = {
-        f"{prefix}X": stage.x_um,
-        f"{prefix}Y": stage.y_um,
-        f"{prefix}Z": stage.z_um,
-    }
-    return _measures(places, "µm")
+def _places_um(stage: StagePosition, prefix: str) -> dict[str, str]:
+    places = zip("XYZ", (stage.x_um, stage.y_um, stage.z_um), strict=True)
+    return _measures((f"{prefix}{axis}", um, "µm") for axis, um in places)
 
 
-def _measures(values: Mapping[str, float | None], unit: str) -> dict[str, str]:
+def _measures(facts: Iterable[tuple[str, Any, str]]) -> dict[str, str]:
     """Return the attributes of values that are known, each with its unit."""
     known: dict[str, str] = {}
-    for key, value in values.items():
+    for key, value, unit in facts:
         if value is not None and np.isfinite(value):
             known |= {key: repr(float(value)), f"{key}Unit": unit}
     return known
@@ -333,7 +329,7 @@ def _child(element: Element, tag: str) -> Element | None:
     return next(_children(element, tag), None)
 
 
-def write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
+def write_tiff(path: Path | BinaryIO, images: Sequence[OutputImage]) -> None:
     """Write images as the series of one OME-TIFF, plane by plane."""
     # Here, as the stores of a run need the documents above and write no TIFF.
     import tifffile
@@ -357,7 +353,7 @@ def write_tiff(path: Path, images: Sequence[OutputImage]) -> None:
                     "axes": "TCZYXS" if rgb else "TCZYX",
                     "UUID": _uuid(images),
                     "Name": like.name,
-                    **_ome_sizes(like),
+                    **_measures((n, getattr(like, k), unit) for n, k, unit in _STEPS),
                     **_ome_channels(like),
                     **_ome_planes(image),
                     "MapAnnotation": _ome_map(image),
@@ -372,16 +368,6 @@ def _uuid(images: Sequence[OutputImage]) -> str:
     """
     made = [(i.like.name, i.like.path.name, i.like.sizes, dict(i.made)) for i in images]
     return f"urn:uuid:{uuid5(NAMESPACE_OID, repr(made))}"
-
-
-def _ome_sizes(like: ImageSeries) -> dict[str, object]:
-    """Return what is known of the distances between pixels, slices and times."""
-    return _measured(
-        ("PhysicalSizeX", like.pixel_size_x_um, "µm"),
-        ("PhysicalSizeY", like.pixel_size_y_um, "µm"),
-        ("PhysicalSizeZ", like.z_step_um, "µm"),
-        ("TimeIncrement", like.time_step_s, "s"),
-    )
 
 
 def _ome_channels(like: ImageSeries) -> dict[str, object]:
@@ -409,25 +395,12 @@ def _ome_planes(image: OutputImage) -> dict[str, object]:
     like = image.like
     taken = image.taken or [PlaneFacts()] * len(like)
     stage = like.stage or StagePosition()
-    known = [
-        _measured(
-            ("PositionX", stage.x_um, "µm"),
-            ("PositionY", stage.y_um, "µm"),
-            ("PositionZ", stage.z_um if one.z_um is None else one.z_um, "µm"),
-            ("DeltaT", one.delta_s, "s"),
-            ("ExposureTime", one.exposure_ms, "ms"),
-        )
-        for one in taken
-    ]
+    known = []
+    for one in taken:
+        at = stage if one.z_um is None else replace(stage, z_um=one.z_um)
+        times = ("DeltaT", one.delta_s, "s"), ("ExposureTime", one.exposure_ms, "ms")
+        known.append(_places_um(at, "Position") | _measures(times))
     return {"Plane": known} if any(known) else {}
-
-
-def _measured(*facts: tuple[str, float | None, str]) -> dict[str, object]:
-    known: dict[str, object] = {}
-    for key, value, unit in facts:
-        if value is not None:
-            known |= {key: value, f"{key}Unit": unit}
-    return known
 
 
 def _ome_map(image: OutputImage) -> dict[str, object]:

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from rtfocus import files
 from rtfocus.errors import InputError, OutputError
+from rtfocus.files import same_name
 from rtfocus.images.metadata import (
     RUN_ENDING,
+    TIFF_ENDINGS,
     OutputImage,
     is_zarr,
     json_mark,
     result_names,
-    same_name,
     written_by_rtfocus,
 )
 from rtfocus.images.ome_xml import write_tiff
@@ -35,8 +36,7 @@ from rtfocus.images.series import ImageSeries
 if TYPE_CHECKING:
     from rtfocus.images.zarr_writing import ZarrForm
 
-_TIFF_ENDINGS = (".tif", ".tiff")
-_IMAGE_ENDINGS = (*_TIFF_ENDINGS, ".zarr", ".png", ".jpg", ".jpeg", ".bmp")
+_IMAGE_ENDINGS = (*TIFF_ENDINGS, ".zarr", ".png", ".jpg", ".jpeg", ".bmp")
 
 STANDARD_OUTPUT = ("-", "/dev/stdout")
 """What ``--json`` takes for the output of the command."""
@@ -236,7 +236,7 @@ class OutputGuard:
         replaceable = written_by_rtfocus(target) or (
             named
             and stat.S_ISREG(found.st_mode)
-            and target.suffix.lower() in _TIFF_ENDINGS
+            and target.suffix.lower() in TIFF_ENDINGS
         )
         if not replaceable:
             raise _refusal(target, "exists and was not written by rtfocus")
@@ -357,14 +357,13 @@ class ImageOutput:
         self.path = output
         self._guard = guard
         self.ending = output.suffix.lower()
-        self.is_folder = self.ending == "" or (
-            os.path.isdir(output) and self.ending not in (".tif", ".tiff", ".zarr")
-        )
+        is_file = self.ending in (*TIFF_ENDINGS, ".zarr")
+        self.is_folder = not is_file and (self.ending == "" or os.path.isdir(output))
         if self.is_folder:
             guard.claim_folder(output)
             names = result_names(series, root or series[0].path)
             self.targets = [guard.claim(output / name) for name in names]
-        elif self.ending in (".tif", ".tiff", ".zarr"):
+        elif is_file:
             self.targets = [guard.claim(output, named=self.ending != ".zarr")]
         else:
             msg = (

@@ -16,6 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
+from rtfocus.images.metadata import TIFF_ENDINGS
 from rtfocus.images.ome_xml import OmeImage, OmeMetadata, read_ome_xml
 from rtfocus.images.series import (
     MOST_PLANES,
@@ -110,7 +111,7 @@ def _read_through_master(path: Path, master: str) -> list[ImageSeries]:
     if not beside.is_file():
         msg = f"'{path}' needs '{beside}', which is missing; put it beside"
         raise InputError(msg)
-    if beside.suffix.lower() in (".tif", ".tiff"):
+    if beside.suffix.lower() in TIFF_ENDINGS:
         return _read_tiff(beside)
     return [
         replace(image, files=(*image.files, beside))

@@ -81,14 +81,15 @@ def prepare_zarr(
     list of str
         As `places_in_zarr`.
     """
-    places = [image.like.place for image in images]
-    if len(images) == 1 and places[0] is None:
-        _prepare_image(path, images[0], form)
-    elif is_plate(places):
+    places = places_in_zarr(images)
+    if places == [""]:
+        prepare_image(path, *_declared(images[0], form), **_creation(images[0], form))
+    elif is_plate([image.like.place for image in images]):
         _prepare_plate(path, images, form)
     else:
-        _prepare_collection(path, images, form)
-    return places_in_zarr(images)
+        _prepare_collection(path, dict(zip(places, images, strict=True)), form)
+    _mark(path, _shared(images))
+    return places
 
 
 def places_in_zarr(images: Sequence[OutputImage]) -> list[str]:
@@ -128,33 +129,14 @@ def fill_image(
                 array[t, c * colours + colour, z] = smaller
 
 
-def _prepare_image(path: Path, image: OutputImage, form: ZarrForm) -> None:
-    ome, datasets = _declared(image, form)
-    prepare_image(
-        path,
-        ome,
-        datasets,
-        extra_attributes=zarr_attributes(image.made, ["", *_level_names(image, form)]),
-        **_creation(image, form),
-    )
-
-
 def _prepare_collection(
-    path: Path, images: Sequence[OutputImage], form: ZarrForm
+    path: Path, images: dict[str, OutputImage], form: ZarrForm
 ) -> None:
-    named = dict(zip(places_in_zarr(images), images, strict=True))
-    nodes = ["", "OME", *named]
-    for name, image in named.items():
-        nodes += [f"{name}/{level}" for level in _level_names(image, form)]
-    builder = Bf2RawBuilder(
-        path,
-        extra_attributes=zarr_attributes(_shared(images), nodes),
-        **_creation(images[0], form),
-    )
-    for name, image in named.items():
+    builder = Bf2RawBuilder(path, **_creation(images["0"], form))
+    for name, image in images.items():
         builder.add_series(name, *_declared(image, form))
     builder.prepare()
-    described = [(_ome_image(image.like), image.dtype) for image in images]
+    described = [(_ome_image(image.like), image.dtype) for image in images.values()]
     (path / "OME" / "METADATA.ome.xml").write_bytes(write_ome_xml(described))
 
 
@@ -167,13 +149,7 @@ def _prepare_plate(path: Path, images: Sequence[OutputImage], form: ZarrForm) ->
     first = images[0].like.place
     assert first is not None
     plate = _plate(first, list(wells))
-    nodes = _plate_nodes(first, wells, form)
-    builder = PlateBuilder(
-        path,
-        plate=plate,
-        extra_attributes=zarr_attributes(_shared(images), nodes),
-        **_creation(images[0], form),
-    )
+    builder = PlateBuilder(path, plate=plate, **_creation(images[0], form))
     for (row, column), fields in wells.items():
         builder.add_well(
             row=first.rows[row],
@@ -252,19 +228,14 @@ def _plate(layout: PlatePlace, wells: Sequence[tuple[int, int]]) -> v05.Plate:
     )
 
 
-def _plate_nodes(
-    layout: PlatePlace,
-    wells: "dict[tuple[int, int], dict[str, OutputImage]]",
-    form: ZarrForm,
-) -> list[str]:
-    nodes = [""]
-    for (row, column), fields in wells.items():
-        well = f"{layout.rows[row]}/{layout.columns[column]}"
-        nodes += [layout.rows[row], well]
-        for name, image in fields.items():
-            nodes.append(f"{well}/{name}")
-            nodes += [f"{well}/{name}/{level}" for level in _level_names(image, form)]
-    return sorted(set(nodes))
+def _mark(path: Path, made: dict[str, str]) -> None:
+    """Say in the root how all was made, and which groups and arrays there are."""
+    documents = [*path.rglob("zarr.json"), *path.rglob(".zarray")]
+    nodes = [one.parent.relative_to(path).as_posix() for one in documents]
+    root = path / "zarr.json"
+    content = json.loads(root.read_text("utf-8"))
+    content["attributes"] |= zarr_attributes(made, nodes)
+    root.write_text(json.dumps(content, indent=2), "utf-8")
 
 
 def _shared(images: Sequence[OutputImage]) -> dict[str, str]:

@@ -10,19 +10,20 @@ import asyncio
 import contextlib
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from rtfocus.errors import InputError, RtfocusError
 from rtfocus.frame import Act
-from rtfocus.images.metadata import NAMESPACE, SOFTWARE
-from rtfocus.images.series import writable_text
+from rtfocus.images.metadata import OutputImage, PlaneFacts
+from rtfocus.images.ome_xml import write_tiff
+from rtfocus.images.series import ImageChannel, ImageSeries
 from rtfocus.view.codec import Kind, numbered
 from rtfocus.view.scene import Scene, Shown
 from rtfocus.view.source_run import Place, Region
@@ -37,15 +38,17 @@ _Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 _Pixel = Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
 
 
-class Ack(msgspec.Struct, tag="ack", tag_field="type", forbid_unknown_fields=True):
+class _Message(msgspec.Struct, tag_field="type", forbid_unknown_fields=True):
+    """What a page may send."""
+
+
+class Ack(_Message, tag="ack"):
     """A picture is there; the next one may come."""
 
     number: _Index
 
 
-class Select(
-    msgspec.Struct, tag="select", tag_field="type", forbid_unknown_fields=True
-):
+class Select(_Message, tag="select"):
     """What the page looks at; None: any."""
 
     follow: bool
@@ -55,9 +58,7 @@ class Select(
     z: _Index | None = None
 
 
-class Detail(
-    msgspec.Struct, tag="detail", tag_field="type", forbid_unknown_fields=True
-):
+class Detail(_Message, tag="detail"):
     """All pixels of a region of what is shown."""
 
     y0: _Pixel
@@ -70,7 +71,7 @@ class Detail(
     z: _Index = 0
 
 
-class Ask(msgspec.Struct, tag="ask", tag_field="type", forbid_unknown_fields=True):
+class Ask(_Message, tag="ask"):
     """Something for the microscope to do."""
 
     what: Act
@@ -317,7 +318,9 @@ def snapshot(
     if not pixels.size:
         msg = f"the region {region} is not in the frame"
         raise InputError(msg)
-    return _tiff(pixels, _facts(scene, kind, place, step, region))
+    memory = io.BytesIO()
+    write_tiff(memory, [_described(scene, kind, place, step, region, pixels)])
+    return memory.getvalue()
 
 
 def _newest(scene: Scene, kind: str, place: Place) -> tuple[NDArray[np.generic], int]:
@@ -330,59 +333,48 @@ def _newest(scene: Scene, kind: str, place: Place) -> tuple[NDArray[np.generic],
     raise InputError(msg)
 
 
-def _facts(
-    scene: Scene, kind: str, place: Place, step: int, region: Region | None
-) -> dict[str, Any]:
+def _described(
+    scene: Scene,
+    kind: str,
+    place: Place,
+    step: int,
+    region: Region | None,
+    pixels: NDArray[np.generic],
+) -> OutputImage:
+    """Return a plane with what is known of it, as an image to write."""
     series = scene.series
     assert series is not None
-    pixel_um = series.pixel_size_um * step
     t, p, c, z = place
     told = {
-        "rtfocus": SOFTWARE,
         "run": scene.folder,
         "series": series.series_uid,
         "image": kind,
         **{axis: str(i) for axis, i in zip("tpcz", place, strict=True)},
-        "position": series.positions[p].name,
         "every pixel": str(step),
     }
     if region is not None:
         told["region y0 x0 y1 x1"] = f"{region.y0} {region.x0} {region.y1} {region.x1}"
     line = None if scene.stored is None else scene.stored.line(place)
-    plane: dict[str, Any] = {}
     if line is not None:
         told["sequence"] = str(line["sequence"])
         told["captured_ns"] = str(line.get("captured_ns"))
-        estimate = line.get("estimate") or {}
-        told["defocus_um"] = str(estimate.get("defocus_um"))
-        if line.get("exposure_ms") is not None:
-            plane |= {"ExposureTime": [line["exposure_ms"]], "ExposureTimeUnit": ["ms"]}
-        if line.get("z_um") is not None:
-            plane |= {"PositionZ": [line["z_um"]], "PositionZUnit": ["µm"]}
-    return {
-        "Name": writable_text(f"{series.name} {kind} t{t} p{p} c{c} z{z}"),
-        "PhysicalSizeX": pixel_um,
-        "PhysicalSizeXUnit": "µm",
-        "PhysicalSizeY": pixel_um,
-        "PhysicalSizeYUnit": "µm",
-        "Channel": {"Name": [writable_text(series.channels[c].name)]},
-        **({"Plane": plane} if plane else {}),
-        "MapAnnotation": {
-            "Namespace": NAMESPACE,
-            "Value": {key: writable_text(text) for key, text in told.items()},
-        },
-    }
-
-
-def _tiff(pixels: NDArray[np.generic], facts: dict[str, Any]) -> bytes:
-    is_colour = pixels.ndim == 3
-    memory = io.BytesIO()
-    with tifffile.TiffWriter(memory, ome=True) as file:
-        file.write(
-            np.ascontiguousarray(pixels),
-            photometric="rgb" if is_colour else "minisblack",
-            compression="zlib",
-            software=SOFTWARE,
-            metadata={"axes": "YXS" if is_colour else "YX", **facts},
-        )
-    return memory.getvalue()
+        told["defocus_um"] = str((line.get("estimate") or {}).get("defocus_um"))
+    line = line or {}
+    return OutputImage(
+        like=ImageSeries(
+            name=f"{series.name} {kind} t{t} p{p} c{c} z{z}",
+            path=Path(scene.folder),
+            sizes={"t": 1, "c": 1, "z": 1},
+            shape=pixels.shape,
+            dtype=pixels.dtype,
+            read_plane=lambda _t, _c, _z: pixels,
+            pixel_size_y_um=series.pixel_size_um * step,
+            pixel_size_x_um=series.pixel_size_um * step,
+            channels=(ImageChannel(name=series.channels[c].name),),
+            position=series.positions[p].name,
+        ),
+        dtype=pixels.dtype,
+        planes=iter([np.ascontiguousarray(pixels)]),
+        made=told,
+        taken=[PlaneFacts(exposure_ms=line.get("exposure_ms"), z_um=line.get("z_um"))],
+    )

@@ -270,5 +270,5 @@ def test_ordinary_names_stay_and_long_ones_stay_different():
 @given(st.lists(st.sampled_from(["a", "A", "a_2", "A_2", "ä", "Ä", "a\u0308", "b"])))
 def test_distinct_names_differ_on_every_file_system(names):
     found = distinct_names(names)
-    assert len({files._same_case(name) for name in found}) == len(names)
+    assert len({files.same_name(name) for name in found}) == len(names)
     assert all(new.startswith(old) for new, old in zip(found, names, strict=True))
