@@ -215,7 +215,7 @@ class LiveStream:
         """Do nothing: the stream is connected to the core already."""
 
     def __enter__(self) -> Self:
-        self._refuse_twice()
+        self._refuse_in_use()
         self._failure = None
         with ExitStack() as opened:
             opened.callback(setattr, self, "_is_open", False)
@@ -250,10 +250,13 @@ class LiveStream:
             self._opened = opened.pop_all()
         return self
 
-    def _refuse_twice(self) -> None:
+    def _refuse_in_use(self) -> None:
         if self._is_open:
             msg = "this stream is in use; end its block before another, or make another"
             raise ConfigError(msg)
+        if self._core.mda.is_running():
+            msg = "a plan runs on this core already; begin the stream before it"
+            raise MicroscopeError(msg)
 
     def __exit__(
         self,

@@ -155,9 +155,12 @@ def camera_geometry(core: UniMMCore) -> Geometry:
     Raises
     ------
     MicroscopeError
-        If several cameras are joined, or the pixels are neither grey nor RGB of 8
-        or 16 bits.
+        If there is no camera, several are joined, or the pixels are neither grey nor
+        RGB of 8 or 16 bits.
     """
+    if not core.getCameraDevice():
+        msg = "the core has no camera; choose one (property Camera of device Core)"
+        raise MicroscopeError(msg)
     if (cameras := core.getNumberOfCameraChannels()) > 1:
         msg = (
             f"camera '{core.getCameraDevice()}' joins {cameras} cameras; choose one of "

@@ -213,6 +213,23 @@ def test_a_stream_is_used_once_at_a_time_and_again(core):
             pytest.fail("entered")
 
 
+def test_a_plan_that_runs_already_or_has_no_camera_is_refused_in_one_line(core):
+    plan = useq.MDASequence(time_plan={"interval": 0, "loops": 2})
+
+    def enter(*_):
+        with pytest.raises(MicroscopeError, match="a plan runs on this core already"):
+            with waiting(core):
+                pytest.fail("entered")
+        core.setCameraDevice("")
+        core.mda.cancel()
+
+    core.mda.events.sequenceStarted.connect(enter)
+    core.mda.run(plan)
+    core.mda.events.sequenceStarted.disconnect(enter)
+    with pytest.raises(MicroscopeError, match="the core has no camera; choose one"):
+        follow(core, plan, RecordingSink())[0].finish()
+
+
 def test_a_plan_that_a_stream_would_not_record_is_canceled_and_told(core, caplog):
     live = waiting(core)
     plan = useq.MDASequence(time_plan={"interval": 5, "loops": 2})
