@@ -11,6 +11,7 @@ lies in.
 
 import json
 import math
+import os
 import re
 import unicodedata
 import zipfile
@@ -219,7 +220,7 @@ Provenance = Mapping[str, str]
 
 def is_zarr(folder: Path) -> bool:
     """Tell whether a folder is a Zarr group or array."""
-    return any((folder / mark).is_file() for mark in _ZARR_MARKS)
+    return any(os.path.isfile(folder / mark) for mark in _ZARR_MARKS)
 
 
 def written_by_rtfocus(path: Path) -> bool:

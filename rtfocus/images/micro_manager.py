@@ -6,6 +6,7 @@ brings dask. Each combination of axes beyond time, channel and z is an image.
 """
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ class Frame:
 
 def is_ndtiff(folder: Path) -> bool:
     """Tell whether a folder is an NDTiff data set."""
-    return (folder / INDEX).is_file()
+    return os.path.isfile(folder / INDEX)
 
 
 def ndtiff_files(folder: Path) -> set[str]:

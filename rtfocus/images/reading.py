@@ -289,6 +289,9 @@ def _open_file(path: Path) -> list[ImageSeries]:
         raise InputError(msg)
     if is_ndtiff(path.parent) and path.name in ndtiff_files(path.parent):
         return read_ndtiff(path.parent)
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        msg = f"'{path}' is empty, 0 bytes; copy or save it again"
+        raise InputError(msg)
     return reader(path)
 
 
@@ -334,19 +337,21 @@ def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
         yield _Candidate(folder, partial(read_ndtiff, folder))
         own = ndtiff_files(folder)
         entries = [entry for entry in entries if entry.name not in own]
-    frames = take_frames([entry for entry in entries if entry.is_file()])
+    # By os.path: what may not be looked at is no reason to stop.
+    frames = take_frames([entry for entry in entries if os.path.isfile(entry)])
     others = set(entries) - set(frames)
     for entry in entries:
         if frames and entry == frames[0]:
             yield _Candidate(entry, partial(read_frames, folder, frames))
-        elif entry in others and entry.is_dir():
+        elif entry in others and os.path.isdir(entry):
             yield from _search_folder(entry, visited)
-        elif entry in others and entry.is_file():
+        elif entry in others and (os.path.isfile(entry) or not os.path.exists(entry)):
+            # A link to nowhere is an image that is missing.
             yield from _search_file(entry)
 
 
 def _search_folder(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
-    if folder.suffix == RUN_ENDING and (folder / _RAW).is_dir():
+    if folder.suffix == RUN_ENDING and os.path.isdir(folder / _RAW):
         yield _Candidate(folder, partial(_read_ome_zarr, folder / _RAW), is_result=True)
     elif is_zarr(folder):
         if folder.resolve() not in visited:

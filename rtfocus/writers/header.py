@@ -98,10 +98,10 @@ def read_header(folder: Path) -> RunHeader:
             provenance=dict(content["provenance"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO):
-            msg = f"'{path}' cannot be read: {error}; allow it, or see to its disk"
-            raise WriterError(msg) from error
         reason = error.strerror if isinstance(error, OSError) else _short(error)
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO):
+            msg = f"'{path}' cannot be read: {reason}; allow it, or see to its disk"
+            raise WriterError(msg) from error
         near = folder.with_name(f"{folder.name}.rtfocus")
         hint = (
             f"did you mean '{near}'?"

@@ -1,5 +1,6 @@
 """Folders as they are found: order, hidden files, broken files, results, links."""
 
+import errno
 import os
 import shutil
 import struct
@@ -59,6 +60,36 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path) -> None:
         assert "\n" not in one.reason
     with pytest.raises(InputError, match=r"1\.tif.*\(and 2 more\)"):
         open_images(tmp_path)
+
+
+def test_what_may_not_be_looked_into_does_not_stop_the_others(
+    tmp_path, monkeypatch
+) -> None:
+    fill(tmp_path, ["0.tif"])
+    fill(tmp_path / "shut", ["1.tif"])
+    (tmp_path / "2.tif").touch()
+    (tmp_path / "3.tif").symlink_to(tmp_path / "nowhere.tif")
+    shut = tmp_path / "shut"
+
+    def refusing(real, begins):
+        def call(path=".", *args, **options):
+            if str(path).startswith(begins):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    # Not by its mode: to an administrator nothing is shut.
+    monkeypatch.setattr(os, "stat", refusing(os.stat, f"{shut}{os.sep}"))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir, str(shut)))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir, str(shut)))
+    found = find_images(tmp_path)
+    monkeypatch.undo()
+    assert [one.name for one in found.series] == ["0"]
+    assert [one.path.name for one in found.broken] == ["2.tif", "3.tif", "shut"]
+    assert "is empty, 0 bytes" in found.broken[0].reason
+    assert "No such file" in found.broken[1].reason
+    assert "Permission denied" in found.broken[2].reason
 
 
 def restored(series) -> OutputImage:
