@@ -288,8 +288,7 @@ def portable_name(text: str, most_bytes: int = MOST_NAME_BYTES) -> str:
     >>> portable_name("Pos/0: A?"), portable_name("con"), portable_name("..")
     ('Pos_0_ A_', 'con_', '_')
     """
-    name = _FOREIGN.sub("_", unicodedata.normalize("NFC", text)).strip()
-    name = name.rstrip(". ")
+    name = _FOREIGN.sub("_", unicodedata.normalize("NFC", text)).strip().rstrip(". ")
     if name.startswith("."):
         name = f"_{name[1:]}"
     if is_reserved_name(name):
