@@ -59,11 +59,9 @@ def restorer_of(
     made = (
         TileRestorer(montage, psfs)
         if method == TileRestorer.method
-        else DepthVariantRestorer(montage, psfs, method=method)
+        else DepthVariantRestorer(montage, psfs, method=method, quantum=1.0)
     )
-    return lambda frame, labels: made.restore(
-        frame, labels, np.empty_like(frame), quantum=1.0
-    )
+    return lambda frame, labels: made.restore(frame, labels, np.empty_like(frame))
 
 
 def scikit_image_loop(frame: Image, labels: Image, psfs: dict[int, Image]) -> Image:

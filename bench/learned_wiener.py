@@ -149,7 +149,7 @@ def frame_restorer(
         shape = blurred.shape[0], blurred.shape[1]
         montage = Montage(TileGrid(1, 1, 96, 48, 47.5, signed=True), shape)
         made = (
-            DepthVariantRestorer(montage, {REAL_LEVEL: psf})
+            DepthVariantRestorer(montage, {REAL_LEVEL: psf}, quantum=1.0)
             if predict is None
             else LearnedWienerRestorer(
                 montage,
@@ -161,7 +161,7 @@ def frame_restorer(
                 normalisation=PercentileRange(),
             )
         )
-        return made.restore(blurred, labels, np.empty_like(blurred), quantum=1.0)
+        return made.restore(blurred, labels, np.empty_like(blurred))
 
     return restore
 

@@ -141,11 +141,9 @@ def restorations(
     montage = Montage(grid, frame.shape)
     steps: dict[str, Callable[[], Any]] = {}
     for method in WHOLE_FRAME:
-        restorer = DepthVariantRestorer(montage, psfs, method=method)
+        restorer = DepthVariantRestorer(montage, psfs, method=method, quantum=1.0)
         out = np.empty_like(signal)
-        steps[f"restore {method}"] = partial(
-            restorer.restore, signal, labels, out, quantum=1.0
-        )
+        steps[f"restore {method}"] = partial(restorer.restore, signal, labels, out)
     return steps
 
 

@@ -127,11 +127,13 @@ def restore_exactly(method: str, data: DataSet, sample: Sample) -> Image:
         return pixels
     psf = compute_psf(data.optics, (span[0] + span[1]) / 2)
     montage = Montage(_GRID, (pixels.shape[0], pixels.shape[1]))
-    restorer = make_restorer(method, RestorationConfig(), montage, {_LEVEL: psf})
-    signal = pixels - np.float32(data.offset_counts)
     quantum = 1.0 if np.issubdtype(sample.pixels.dtype, np.integer) else 0.0
+    restorer = make_restorer(
+        method, RestorationConfig(), montage, {_LEVEL: psf}, quantum
+    )
+    signal = pixels - np.float32(data.offset_counts)
     labels = np.full((1, 1), _LEVEL, np.int16)
-    restored = restorer.restore(signal, labels, np.empty_like(signal), quantum=quantum)
+    restored = restorer.restore(signal, labels, np.empty_like(signal))
     return restored + np.float32(data.offset_counts)
 
 

@@ -236,9 +236,6 @@ class LiveAcquisition:
     def _z_um_at(self, captured_ns: int) -> float | None:
         if self._hold is not None:
             return self._hold.z_um(captured_ns, self._exposure_ms)
-        return self._read_z_um()
-
-    def _read_z_um(self) -> float | None:
         if not self._core.getFocusDevice():
             return None
         now_s = time.perf_counter()
@@ -346,10 +343,8 @@ def foresee(config: Config) -> SeriesStart:
         planned = _planned(core, config)
         found = SetUps(core).require_one_geometry(planned)
         geometry = camera_geometry(core) if found is None else found
-        size_um = core.getPixelSizeUm()
-        if size_um:
-            height, width = geometry.shape[:2]
-            planned = with_field_of_view(planned, width * size_um, height * size_um)
+        height, width = geometry.shape[:2]
+        planned = with_field_of_view(planned, width, height, core.getPixelSizeUm())
         return describe_series(config, core, geometry, plan=lay_out(planned))
 
 

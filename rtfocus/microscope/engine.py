@@ -95,7 +95,9 @@ class RecordingEngine(MDAEngine):
         set_ups = SetUps(cast("UniMMCore", self.mmcore))
         set_ups.require_one_geometry(sequence)
         set_ups.begin(sequence)
-        self._planned = self._with_field_of_view(sequence)
+        *_, width, height = self.mmcore.getROI()
+        size_um = self.mmcore.getPixelSizeUm()
+        self._planned = with_field_of_view(sequence, width, height, size_um)
         summary = self.get_summary_metadata(mda_sequence=self._planned)
         self._on_start(self._planned, summary)
         return summary
@@ -127,14 +129,6 @@ class RecordingEngine(MDAEngine):
         self, px_size: float, sequence: useq.MDASequence
     ) -> None:
         """Leave the plan as it is: that of pymmcore-plus replaces the user's sizes."""
-
-    def _with_field_of_view(self, sequence: useq.MDASequence) -> useq.MDASequence:
-        """Give grids that name no field of view the camera's."""
-        size_um = self.mmcore.getPixelSizeUm()
-        *_, width_px, height_px = self.mmcore.getROI()
-        if not size_um:
-            return sequence
-        return with_field_of_view(sequence, width_px * size_um, height_px * size_um)
 
     def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[Any]:
         """Give every image its ordinal, then combine events where possible."""

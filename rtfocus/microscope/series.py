@@ -302,9 +302,9 @@ def _bit_depth(core: UniMMCore) -> int:
 
 
 def with_field_of_view(
-    sequence: useq.MDASequence, width_um: float, height_um: float
+    sequence: useq.MDASequence, width_px: int, height_px: int, pixel_size_um: float
 ) -> useq.MDASequence:
-    """Give grids that name no field of view this one.
+    """Give grids that name no field of view this one; of a known pixel size, not 0.
 
     useq takes 1 um for one that is not given. Sizes that the plan names are kept:
     somebody may want tiles that overlap.
@@ -314,6 +314,9 @@ def with_field_of_view(
     ConfigError
         If these are more tiles than a run can have.
     """
+    if not pixel_size_um:
+        return sequence
+    width_um, height_um = width_px * pixel_size_um, height_px * pixel_size_um
 
     def filled(part: useq.MDASequence) -> useq.MDASequence | None:
         grid = part.grid_plan

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.engines.card import BACKGROUND_LABEL, EngineCard, OutputCard
+from rtfocus.engines.card import BACKGROUND_LABEL, EngineCard, OutputCard, output_of
 from rtfocus.engines.registry import parts, step_um
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader
@@ -233,6 +233,17 @@ class LabelDecoder:
         of_levels = np.where(self._is_level, probability, 0)
         variance = _mean(np.square(self._values - defocus), of_levels)
         return Decoded(level, confidence, defocus, np.sqrt(variance))
+
+
+def check_labels(card: EngineCard, logits: tuple[int, ...]) -> None:
+    """Refuse logits whose shape is not what the card says."""
+    labels = len(output_of(card).labels)
+    if len(logits) != 4 or logits[1] != labels:
+        msg = (
+            f"engine '{card.name}': its output is {logits}, but the card lists "
+            f"{labels} labels; expected (N, {labels}, rows, columns)"
+        )
+        raise EngineError(msg)
 
 
 def probabilities(logits: Image) -> Image:

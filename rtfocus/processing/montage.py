@@ -235,31 +235,25 @@ class Montage:
     ) -> None:
         self.grid = grid
         self.shape = shape
-        step = 1
+        self.step = 1
+        """Every how many tiles take part: 1, or 2 for rectangular windows."""
         if window == "rectangular":
-            step = max(1, round(grid.tile_px / grid.stride_px))
-        self._step = step
-        self._rows = self._axis(shape[0], grid.rows, window)
-        self._columns = self._axis(shape[1], grid.columns, window)
+            self.step = max(1, round(grid.tile_px / grid.stride_px))
+        self.axes = (
+            self._axis(shape[0], grid.rows, window),
+            self._axis(shape[1], grid.columns, window),
+        )
+        """Weights along rows and columns, axes (tile that takes part, pixel)."""
+        self._rows, self._columns = self.axes
 
     def _axis(self, length: int, count: int, window: Window) -> Image:
-        tiles = np.arange(count)[:: self._step]
+        tiles = np.arange(count)[:: self.step]
         centres = self.grid.origin_px + self.grid.stride_px * tiles
         return axis_weights(length, centres.astype(np.float64), window)
 
-    @property
-    def step(self) -> int:
-        """Every how many tiles take part: 1, or 2 for rectangular windows."""
-        return self._step
-
-    @property
-    def axes(self) -> tuple[Image, Image]:
-        """Weights along rows and columns, axes (tile that takes part, pixel)."""
-        return self._rows, self._columns
-
     def tiles(self, labels: NDArray[np.int16]) -> NDArray[np.int16]:
         """Return the labels that take part: all, or every second one."""
-        return labels[:: self._step, :: self._step]
+        return labels[:: self.step, :: self.step]
 
     def present(self, labels: NDArray[np.int16]) -> list[int]:
         """Return the levels out of focus that any tile has, ascending."""

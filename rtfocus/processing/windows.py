@@ -166,6 +166,8 @@ class FrameTiles:
         self._halo_px = card.halo_px
         self._down = windows_of_size(shape[0], card.tile_px, card.halo_px)
         self._across = windows_of_size(shape[1], card.tile_px, card.halo_px)
+        self.windows = self._down, self._across
+        """Tiles along y and x."""
         self._row_weights = self._down.weights()
         self._column_weights = self._across.weights()
 
@@ -237,11 +239,6 @@ class FrameTiles:
             [_near(axis, index, grid, count) for index in range(axis.count)]
             for axis, count in axes
         )
-
-    @property
-    def windows(self) -> tuple[AxisWindows, AxisWindows]:
-        """Tiles along y and x."""
-        return self._down, self._across
 
     def _spans(self, place: Place) -> tuple[slice, slice]:
         return self._down.span(place[0]), self._across.span(place[1])

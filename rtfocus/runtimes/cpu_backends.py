@@ -33,7 +33,6 @@ from rtfocus.runtimes.cpu_engine import (
 from rtfocus.runtimes.machine import (
     DECISIONS,
     Choice,
-    Decision,
     Key,
     adds_int8_in_16_bits,
     choices,
@@ -104,7 +103,7 @@ def open_engine(
     found: FoundEngine,
     settings: ProcessingConfig,
     *,
-    shape: Shape | None,
+    shape: Shape,
     outputs: tuple[str, ...],
     threads: int = 1,
 ) -> Engine:
@@ -115,7 +114,7 @@ def open_engine(
     settings
         ``backend`` and ``precision`` count here.
     shape
-        (N, C, H, W) of the tiles; None: any, slower.
+        (N, C, H, W) of the tiles.
 
     Raises
     ------
@@ -141,8 +140,8 @@ def open_engine(
         threads=threads,
         weights=weights,
     )
-    if settings.precision == "auto" and shape is not None:
-        request = _by_measurement(found, backend, request, shape)
+    if settings.precision == "auto":
+        request = _by_measurement(found, backend, request)
     return backend.open_engine(_arranged(card, request))
 
 
@@ -150,28 +149,17 @@ def _arranged(card: EngineCard, request: Request) -> Request:
     """Return the request of a network with its axes in an order of its own."""
     if card.steps is None:
         return request
-    axes, shape = (card.steps.input_axes, card.steps.output_axes), request.inputs.shape
-    if shape is not None:
-        shape = arranged_shape(shape, axes[0])
+    axes = card.steps.input_axes, card.steps.output_axes
+    shape = arranged_shape(request.inputs.shape, axes[0])
     return replace(request, inputs=replace(request.inputs, shape=shape), axes=axes)
 
 
-def _by_measurement(
-    found: FoundEngine, backend: Backend, request: Request, shape: Shape
-) -> Request:
+def _by_measurement(found: FoundEngine, backend: Backend, request: Request) -> Request:
     """Return the request in what is fastest here, timed now or at an earlier start."""
     options = choices(found.card, backend.computes())
     if len(options) == 1:
         return replace(request, precision=options[0].computes)
-    decision = _decision(found, backend, request, timed_shape(found.card, shape))
-    taken = next(one for one in options if one.name == decision.taken)
-    return replace(_as_choice(found, request, taken), measured=str(decision))
-
-
-def _decision(
-    found: FoundEngine, backend: Backend, request: Request, shape: Shape
-) -> Decision:
-    options = choices(found.card, backend.computes())
+    shape = timed_shape(found.card, request.inputs.shape)
     key = Key(
         engine=found.name,
         weights_sha256=tuple(found.card.sha256[one.weights] for one in options),
@@ -182,14 +170,16 @@ def _decision(
         outputs=request.outputs,
     )
     small = replace(request, inputs=replace(request.inputs, shape=shape))
-    return DECISIONS.decide(key, partial(_time, found, backend, small, options))
+    decision = DECISIONS.decide(key, partial(_time, found, backend, small, options))
+    taken = next(one for one in options if one.name == decision.taken)
+    return replace(_as_choice(found, request, taken), measured=str(decision))
 
 
 def _time(
     found: FoundEngine, backend: Backend, request: Request, options: list[Choice]
 ) -> dict[str, float]:
     """Return the ms of a pass of every option."""
-    shape, entries = request.inputs.shape or (), request.inputs.entries
+    shape, entries = request.inputs.shape, request.inputs.entries
     noise = np.random.default_rng(0)
     tiles = noise.standard_normal(shape).astype(np.float32)
     condition = np.zeros((len(tiles), entries), np.float32) if entries else None

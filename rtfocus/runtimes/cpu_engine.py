@@ -70,8 +70,8 @@ class Inputs:
     """Name of the engine, for messages."""
     tiles: str
     """Tensor of the pixels."""
-    shape: Shape | None
-    """(N, C, H, W); None: any."""
+    shape: Shape
+    """(N, C, H, W)."""
     condition: str | None = None
     """Tensor of what is known beside the pixels; None: there is none."""
     entries: int = 0
@@ -81,14 +81,13 @@ class Inputs:
         self, tiles: NDArray[np.float32], condition: NDArray[np.float32] | None
     ) -> None:
         """Refuse what the network was not opened for; EngineError names the tensor."""
-        expected = 4 if self.shape is None else len(self.shape)
-        if tiles.dtype != np.float32 or tiles.ndim != expected:
+        if tiles.dtype != np.float32 or tiles.ndim != len(self.shape):
             msg = (
                 f"engine '{self.engine}': input '{self.tiles}' must be float32 "
                 f"(N, C, H, W), got {tiles.dtype} {tiles.shape}"
             )
             raise EngineError(msg)
-        if self.shape is not None and tiles.shape != self.shape:
+        if tiles.shape != self.shape:
             msg = (
                 f"engine '{self.engine}': input '{self.tiles}' has shape "
                 f"{tiles.shape}, but the engine was opened for {self.shape}; open it "
@@ -127,7 +126,7 @@ class Request:
     model: Path
     """ONNX file, already verified."""
     inputs: Inputs
-    """Its input tensors; a fixed shape is faster than any."""
+    """Its input tensors."""
     outputs: tuple[str, ...]
     """Output tensors that are wanted."""
     precision: CpuPrecision = "auto"
@@ -231,8 +230,7 @@ class OpenVinoEngine(Engine):
             self.precision = _resolve(list(capable), self.name, request.precision)
             network = core.read_model(request.model)
             use_unsigned_features(self._openvino, network)
-            if inputs.shape is not None:
-                network.reshape(_shapes(inputs, inputs.shape))
+            network.reshape(_shapes(inputs))
             compiled = core.compile_model(
                 network, "CPU", self._options(request.threads)
             )
@@ -275,11 +273,11 @@ class OpenVinoEngine(Engine):
         self._outputs = {}
 
 
-def _shapes(inputs: Inputs, tiles: Shape) -> dict[str, list[int]]:
+def _shapes(inputs: Inputs) -> dict[str, list[int]]:
     """Return the shape of every input."""
-    shapes = {inputs.tiles: list(tiles)}
+    shapes = {inputs.tiles: list(inputs.shape)}
     if inputs.condition is not None:
-        shapes[inputs.condition] = [tiles[0], inputs.entries]
+        shapes[inputs.condition] = [inputs.shape[0], inputs.entries]
     return shapes
 
 

@@ -184,13 +184,6 @@ def test_close_twice_does_nothing_and_ends_inference(engine, tiles):
         engine.infer(tiles)
 
 
-def test_any_shape_works_when_none_was_fixed(backend, sharpness, tiles):
-    engine = backend.open_engine(request_for(sharpness, shape=None))
-    assert engine.infer(tiles)["logits"].shape == (1, 12, 4, 5)
-    assert engine.infer(tiles[..., :96, :96])["logits"].shape == (1, 12, 1, 1)
-    engine.close()
-
-
 def test_a_file_that_is_no_network_names_the_file(backend, tmp_path, sharpness):
     broken = tmp_path / "model.fp32.onnx"
     broken.write_bytes(b"not an onnx file")

@@ -196,10 +196,12 @@ def restore_both(work, memory, signal, window, psfs, make, starts=None, **refere
     maps = {"level": memory.upload(LABELS, "labels")}
     given = InFlight(memory.upload(signal, "signal"), maps, None, out)
     # What a frame leaves behind must not be seen in the next: whole frames first.
-    for part in (*restorer.parts(None), *restorer.parts(LABELS)):
-        restorer.enqueue(work, given, part)
-    cpu = DepthVariantRestorer(montage, psfs, **reference)
-    return view(out), cpu.restore(signal, LABELS, np.empty_like(signal), quantum=1.0)
+    for labels in (None, LABELS):
+        work.copy(given.out, given.signal)
+        for part in restorer.parts(labels):
+            restorer.enqueue(work, given, part)
+    cpu = DepthVariantRestorer(montage, psfs, quantum=1.0, **reference)
+    return view(out), cpu.restore(signal, LABELS, np.empty_like(signal))
 
 
 @pytest.fixture(scope="module")

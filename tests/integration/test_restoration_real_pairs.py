@@ -45,13 +45,13 @@ def figures(fields, optics, method):
     shape = fields[0][0].shape
     montage = Montage(TileGrid(1, 1, 96, 48, 47.5, signed=False), shape)
     restorer = DepthVariantRestorer(
-        montage, {5: compute_psf(system, defocus_um)}, method=method
+        montage, {5: compute_psf(system, defocus_um)}, method=method, quantum=1.0
     )
     labels = np.full((1, 1), 5, np.int16)
     scores = []
     for sharp, blurred in fields:
         signal = blurred.astype(np.float32)
-        restored = restorer.restore(signal, labels, np.empty_like(signal), quantum=1.0)
+        restored = restorer.restore(signal, labels, np.empty_like(signal))
         scores.append(
             (
                 psnr(sharp, restored, data_range=RANGE),

@@ -73,6 +73,6 @@ def test_real_fields_come_back_sharp(session, shared_data, field):
         normalisation=PercentileRange(),
     )
     labels = np.full((1, 1), LEVEL, np.int16)
-    restored = restorer.restore(blurred, labels, np.empty_like(blurred), quantum=1.0)
+    restored = restorer.restore(blurred, labels, np.empty_like(blurred))
     before = psnr(sharp, blurred, data_range=255)
     assert psnr(sharp, restored, data_range=255) - before > 5

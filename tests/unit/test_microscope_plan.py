@@ -172,7 +172,7 @@ def test_a_million_images_are_laid_out_without_a_walk_through_them(phases):
 def test_tiles_that_the_camera_divides_are_counted_once_it_is_known():
     sequence = read_sequence({"grid_plan": {"width": 1e6, "height": 1e6}})
     with pytest.raises(ConfigError, match="10,000,000,000 images"):
-        with_field_of_view(sequence, 10, 10)
+        with_field_of_view(sequence, 10, 10, 1.0)
 
 
 @pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])

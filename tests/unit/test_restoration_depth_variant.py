@@ -47,8 +47,8 @@ def exposed(sharp, psfs):
 
 
 def restore(frame, labels, psfs, **options):
-    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, **options)
-    return restorer.restore(frame, labels, np.empty_like(frame), quantum=1.0)
+    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, quantum=1.0, **options)
+    return restorer.restore(frame, labels, np.empty_like(frame))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -146,7 +146,7 @@ def test_restoring_twice_gives_the_same_bits(exposed, psfs):
 
 
 def test_one_restorer_serves_several_threads(exposed, psfs):
-    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs)
+    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, quantum=1.0)
     rng = np.random.default_rng(1)
     jobs = [rng.integers(0, 11, (5, 5)).astype(np.int16) for _ in range(12)]
     alone = [restore(exposed[5], labels, psfs) for labels in jobs]
@@ -154,7 +154,7 @@ def test_one_restorer_serves_several_threads(exposed, psfs):
 
     def work(first):
         for i in range(first, len(jobs), 3):
-            restorer.restore(exposed[5], jobs[i], results[i], quantum=1.0)
+            restorer.restore(exposed[5], jobs[i], results[i])
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
     for thread in threads:
@@ -231,12 +231,12 @@ def test_a_known_gain_is_believed_where_the_frame_hides_its_noise(exposed, psfs)
 
 def test_filters_are_kept_within_a_bound(exposed, psfs, monkeypatch):
     monkeypatch.setattr("rtfocus.processing.cpu.depth_variant._CACHED_ELEMENTS", 60_000)
-    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs)
+    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, quantum=1.0)
     rng = np.random.default_rng(1)
     for _ in range(20):
         labels = rng.integers(0, 11, (5, 5)).astype(np.int16)
         out = np.empty(SHAPE, np.float32)
-        restorer.restore(exposed[5], labels, out, quantum=1.0)
+        restorer.restore(exposed[5], labels, out)
         expected = restore(exposed[5], labels, psfs)
         np.testing.assert_array_equal(out, expected)
     sizes = [h * (w // 2 + 1) for _, (h, w) in restorer._filters]

@@ -21,6 +21,7 @@ from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import (
     LabelDecoder,
     background_of,
+    check_labels,
     normalisation_of,
     probabilities,
     turned,
@@ -71,7 +72,7 @@ class FrameNetwork:
     def __init__(
         self, plan: ClassifierPlan, settings: ProcessingConfig, threads: int
     ) -> None:
-        card = plan.card
+        self._card = card = plan.card
         self._input, self._output = input_of(card), output_of(card)
         self._restored = card.restored.name if plan.restores and card.restored else None
         # A classifier's features are small, and its windows would meet in tiles.
@@ -136,22 +137,16 @@ class FrameNetwork:
     def _pass(
         self, planes: Image, condition: Image | None
     ) -> tuple[Image, Image | None]:
-        name, labels = self.engine.name, len(self._output.labels)
         outputs = self.engine.infer(planes, condition)
         logits = np.asarray(outputs[self._output.name], np.float32)
-        if logits.ndim != 4 or logits.shape[1] != labels:
-            msg = (
-                f"engine '{name}': its output is {logits.shape}, but the card lists "
-                f"{labels} labels; expected (N, {labels}, rows, columns)"
-            )
-            raise EngineError(msg)
+        check_labels(self._card, logits.shape)
         if self._restored is None:
             return logits, None
         restored = np.asarray(outputs[self._restored], np.float32)
         if restored.shape != planes.shape:
             msg = (
-                f"engine '{name}': its output '{self._restored}' is {restored.shape} "
-                f"for an input of {planes.shape}; they must be alike"
+                f"engine '{self.engine.name}': its output '{self._restored}' is "
+                f"{restored.shape} for an input of {planes.shape}; they must be alike"
             )
             raise EngineError(msg)
         return logits, restored

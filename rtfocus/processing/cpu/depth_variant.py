@@ -58,20 +58,16 @@ class LevelRestorer(ABC):
 
     runs_on: str | None = None
 
-    def restore_frame(
-        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
-    ) -> None:
+    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
         """Restore a frame by what the classifier saw, see `FrameRestorer`."""
         assert seen is not None
-        self.restore(signal, seen.defocus.level, out, quantum=quantum)
+        self.restore(signal, seen.defocus.level, out)
 
     def restore(
         self,
         signal: Image,
         labels: NDArray[np.int16],
         out: Image,
-        *,
-        quantum: float = 0.0,
     ) -> Image:
         """Restore a frame.
 
@@ -83,8 +79,6 @@ class LevelRestorer(ABC):
             Level per tile, axes (tile_y, tile_x), as `DefocusMap.level`.
         out
             Result, shape of `signal`, float32; non-negative where restored.
-        quantum
-            Step between the camera's values; 0 for float frames.
 
         Returns
         -------
@@ -92,13 +86,11 @@ class LevelRestorer(ABC):
             `out`.
         """
         np.copyto(out, signal)
-        self._restore_planes(paired_planes(signal, out), labels, quantum)
+        self._restore_planes(paired_planes(signal, out), labels)
         return out
 
     @abstractmethod
-    def _restore_planes(
-        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
-    ) -> None:
+    def _restore_planes(self, pairs: Planes, labels: NDArray[np.int16]) -> None:
         """Restore planes (y, x), each into a copy of it."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to free
@@ -339,6 +331,8 @@ class DepthVariantRestorer(LevelRestorer):
         Of Richardson-Lucy; None: 15, accelerated 4, rounds of the blind one 8.
     noise_to_signal
         Of Wiener; None: estimated per frame and level.
+    quantum
+        Step between the camera's values; 0 for float frames.
     gain_e_per_count
         Of the camera, for that estimate; None: from the frame alone.
     halo_px
@@ -354,6 +348,7 @@ class DepthVariantRestorer(LevelRestorer):
         method: str = "wiener",
         iterations: int | None = None,
         noise_to_signal: float | None = None,
+        quantum: float = 0.0,
         gain_e_per_count: float | None = None,
         halo_px: int | None = None,
     ) -> None:
@@ -365,6 +360,7 @@ class DepthVariantRestorer(LevelRestorer):
         self._psfs = dict(psfs)
         self._iterations = iterations
         self._noise_to_signal = noise_to_signal
+        self._quantum = quantum
         self._gain = gain_e_per_count
         self._halos = {
             level: margin_px(psf, halo_px) for level, psf in self._psfs.items()
@@ -372,9 +368,7 @@ class DepthVariantRestorer(LevelRestorer):
         self._lock = threading.Lock()
         self._filters: OrderedDict[Any, Deconvolution] = OrderedDict()
 
-    def _restore_planes(
-        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
-    ) -> None:
+    def _restore_planes(self, pairs: Planes, labels: NDArray[np.int16]) -> None:
         regions = self._montage.regions(labels)
         shapes = {
             level: padded_shape(region.shape, self._halos[level])
@@ -387,7 +381,7 @@ class DepthVariantRestorer(LevelRestorer):
             }
             for plane, into in pairs:
                 padded = read_region(plane, region, shape)
-                seen = Surrounded(padded, quantum)
+                seen = Surrounded(padded, self._quantum)
                 for level in levels:
                     restored = self._filter(level, shape).restore(seen)
                     change = crop(restored, region.shape, 0)

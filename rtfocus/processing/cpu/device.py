@@ -41,9 +41,7 @@ class FrameRestorer(Protocol):
         """Runtime and precision of its own network; None: it has none."""
         ...
 
-    def restore_frame(
-        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
-    ) -> None:
+    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
         """Restore a frame.
 
         Parameters
@@ -56,8 +54,6 @@ class FrameRestorer(Protocol):
         out
             Result, shape of `signal`, float32; in focus and background exactly as
             in `signal`, except of a restorer that knows no focus.
-        quantum
-            Step between the camera's values; 0 for float frames.
         """
         ...
 
@@ -71,6 +67,7 @@ def make_restorer(
     settings: RestorationConfig,
     montage: Montage,
     psfs: Mapping[int, Image],
+    quantum: float,
     gain_e_per_count: float | None = None,
 ) -> LevelRestorer:
     """Make one of `METHODS` with the parameters of the config."""
@@ -87,6 +84,7 @@ def make_restorer(
         method=method,
         iterations=settings.iterations,
         noise_to_signal=settings.noise_to_signal,
+        quantum=quantum,
         gain_e_per_count=gain_e_per_count,
         halo_px=settings.halo_px,
     )
@@ -122,6 +120,7 @@ def open_restorer(
                 restoration.settings,
                 montage,
                 plan.psfs,
+                plan.camera.quantum,
                 plan.gain_e_per_count,
             )
         case "same_pass":
@@ -343,9 +342,7 @@ class CpuDevice:
         # What a network makes that is no number is told in `_store`.
         with job.stage("restore"), np.errstate(over="ignore", invalid="ignore"):
             scratch = self._scratch(buffers.signal)
-            restorer.restore_frame(
-                buffers.signal, seen, scratch, quantum=job.plan.camera.quantum
-            )
+            restorer.restore_frame(buffers.signal, seen, scratch)
             self._store(job, scratch, restored)
         return restored
 

@@ -142,11 +142,8 @@ class TileNetworkRestorer:
         self._normalisation = invertible_normalisation(card)
         self._tiles = FrameTiles(self._input, montage.shape)
 
-    def restore_frame(
-        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
-    ) -> None:
+    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
-        del quantum
         assert seen is not None
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
@@ -199,9 +196,7 @@ class WholeImageRestorer:
         self._channels = input_of(card).channels
         self._tiles = FrameTiles(input_of(card), shape)
 
-    def restore_frame(
-        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
-    ) -> None:
+    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`.
 
         Raises
@@ -209,7 +204,7 @@ class WholeImageRestorer:
         EngineError
             If what the network gives is no image of its tiles' size, or no numbers.
         """
-        del seen, quantum
+        del seen
         images = to_planes(signal, self._channels)
         restored = np.empty(images.shape, np.float32)
         places = self._tiles.places
@@ -255,11 +250,8 @@ class JointRestorer:
         self._evidence = evidence
         self._turn = threading.Lock()
 
-    def restore_frame(
-        self, signal: Image, seen: Seen | None, out: Image, *, quantum: float
-    ) -> None:
+    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
         """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
-        del quantum
         assert seen is not None
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)

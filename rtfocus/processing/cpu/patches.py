@@ -113,10 +113,7 @@ class TileRestorer(LevelRestorer):
         self._iterations = iterations or DEFAULT_ITERATIONS
         self._halo_px = PAPER_HALO_PX if halo_px is None else halo_px
 
-    def _restore_planes(
-        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
-    ) -> None:
-        del quantum
+    def _restore_planes(self, pairs: Planes, labels: NDArray[np.int16]) -> None:
         halo = self._halo_px
         for plane, into in pairs:
             padded = np.pad(np.maximum(plane, 0), halo)
@@ -204,10 +201,7 @@ class LearnedWienerRestorer(LevelRestorer):
         if self._network is not None:
             self._network.close()
 
-    def _restore_planes(
-        self, pairs: Planes, labels: NDArray[np.int16], quantum: float
-    ) -> None:
-        del quantum
+    def _restore_planes(self, pairs: Planes, labels: NDArray[np.int16]) -> None:
         for plane, into in pairs:
             offset, scale = (np.float32(v) for v in self._normalisation.fit(plane))
             # Room for the halo and for a last tile that begins at the frame's edge.

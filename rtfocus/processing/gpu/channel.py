@@ -386,9 +386,10 @@ class ChannelSlot:
         restorer, montage = channel.restorer, channel.montage
         if restorer is None or montage is None or self._seen is None:
             return
-        if labels is not None and not montage.present(labels):
+        in_focus = labels is not None and not montage.present(labels)
+        if in_focus or restorer.adds:
             work.copy(slot.restored, slot.signal)
-        else:
+        if not in_focus:
             frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
             for part in restorer.parts(labels):
                 if restorer.recurs(part):

@@ -13,7 +13,12 @@ from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
 from rtfocus.processing.channel_plan import ClassifierPlan
-from rtfocus.processing.classify import LabelDecoder, background_of, normalisation_of
+from rtfocus.processing.classify import (
+    LabelDecoder,
+    background_of,
+    check_labels,
+    normalisation_of,
+)
 from rtfocus.processing.gpu.preparation import (
     Background,
     CellStatistics,
@@ -193,7 +198,7 @@ class FrameClassifier:
         self._output = output_of(card)
         self._turn = -1 if plan.mirrored and levels.signed else 1
         logits = engine.output_shapes(shapes)[self._output.name]
-        _check_labels(card.name, logits, len(self._output.labels))
+        check_labels(card, logits)
         self._network_tiles = (logits[2], logits[3])
         self.grid: TileGrid = tile_grid(
             self._input, plan.fit, *self._network_tiles, signed=levels.signed
@@ -327,14 +332,5 @@ def _require_whole_cells(fit: FrameFit) -> None:
         msg = (
             f"frames of {fit.shape} are padded to {fit.padded}, which is no multiple "
             f"of {CELL_PX} px; export the engine with input.multiple_px that is one"
-        )
-        raise EngineError(msg)
-
-
-def _check_labels(name: str, logits: Shape, labels: int) -> None:
-    if len(logits) != 4 or logits[1] != labels:
-        msg = (
-            f"engine '{name}': its output is {logits}, but the card lists {labels} "
-            f"labels; expected (N, {labels}, rows, columns)"
         )
         raise EngineError(msg)

@@ -35,6 +35,8 @@ class FrameRestorer(ABC):
     """
 
     recorded = True
+    adds = False
+    """Whether it adds to a copy of the signal; else it writes all of the frame."""
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
         """Return what is enqueued for a frame, in order.
@@ -143,6 +145,8 @@ class DepthVariantRestorer(FrameRestorer):
         Context on every side, per level that is restored.
     """
 
+    adds = True
+
     def __init__(
         self,
         memory: DeviceMemory,
@@ -162,7 +166,7 @@ class DepthVariantRestorer(FrameRestorer):
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return (), the frame as it is, and two kinds of parts for the rest.
+        """Return parts of two kinds.
 
         (plane, height, width, *rectangle) surrounds a rectangle for a transform of that
         size; (plane, level, *rectangle) restores it then. As on the CPU a level is
@@ -180,7 +184,7 @@ class DepthVariantRestorer(FrameRestorer):
             level: padded_shape(region.shape, self._margins[level])
             for level, region in regions.items()
         }
-        found: list[Part] = [()]
+        found: list[Part] = []
         for plane in range(self._frame.channels):
             for region, shape, levels in together(regions, shapes):
                 place = self._place(region)
@@ -194,9 +198,6 @@ class DepthVariantRestorer(FrameRestorer):
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
-        if not part:
-            work.copy(frame.out, frame.signal)
-            return
         if len(part) in (_LOOK, _LOOK + _RECTANGLE):
             self._look(work, frame, part)
             return

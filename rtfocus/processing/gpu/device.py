@@ -53,13 +53,14 @@ from rtfocus.processing.gpu.cuda.stream import (
     new_event,
 )
 from rtfocus.processing.gpu.preparation import HostBuffers, carried_as
-from rtfocus.processing.gpu.work import DeviceMemory
 from rtfocus.runtimes.gpu import Gpu
 
 logger = logging.getLogger(__name__)
 
 # Once as it is, once to record it, see `rtfocus.processing.gpu.cuda.stream`.
 _WARM_UPS = 2
+_STAGES = ("copy in", "classify", "restore", "copy out")
+"""In the order in which they happen; a frame that is not restored has two."""
 
 
 class DeviceSlot:
@@ -75,7 +76,7 @@ class DeviceSlot:
 
     def __init__(
         self,
-        memory: DeviceMemory,
+        gpu_index: int,
         channels: Sequence[OpenChannel],
         *,
         shape: tuple[int, ...],
@@ -84,27 +85,22 @@ class DeviceSlot:
         layout: MapLayout,
         graphs: bool,
     ) -> None:
-        packed = memory.allocate((layout.size_bytes,), np.uint8, "maps")
-        self.buffers = SlotBuffers(
-            frame=memory.allocate(shape, dtype, "a frame"),
-            signal=memory.allocate(shape, np.float32, "a corrected frame"),
-            restored=memory.allocate(shape, np.float32, "a restored frame"),
-            counts=memory.allocate(shape, restored_dtype, "a restored frame"),
-            packed_maps=packed,
-            maps=layout.device_arrays(packed),
-        )
-        # In the order in which they happen; each also tells the time.
-        self.begun: Any = new_event()
-        self.copied_in: Any = new_event()
-        self.classify_begun: Any = new_event()
-        self.classified: Any = new_event()
-        self.estimated: Any = new_event()
-        self.restore_begun: Any = new_event()
-        self.restored: Any = new_event()
-        self.copy_out_begun: Any = new_event()
-        self.copied_out: Any = new_event()
+        self._memory = memory = CudaMemory(gpu_index)
         self.channels: list[ChannelSlot] = []
         try:
+            packed = memory.allocate((layout.size_bytes,), np.uint8, "maps")
+            self.buffers = SlotBuffers(
+                frame=memory.allocate(shape, dtype, "a frame"),
+                signal=memory.allocate(shape, np.float32, "a corrected frame"),
+                restored=memory.allocate(shape, np.float32, "a restored frame"),
+                counts=memory.allocate(shape, restored_dtype, "a restored frame"),
+                packed_maps=packed,
+                maps=layout.device_arrays(packed),
+            )
+            self.begun: dict[str, Any] = {stage: new_event() for stage in _STAGES}
+            self.ended: dict[str, Any] = {stage: new_event() for stage in _STAGES}
+            """By stage; each also tells the time."""
+            self.estimated: Any = new_event()
             for channel in channels:
                 slot = ChannelSlot(self.buffers, memory, channel, graphs=graphs)
                 self.channels.append(slot)
@@ -113,24 +109,14 @@ class DeviceSlot:
             raise
 
     def close(self) -> None:
-        """Free contexts and recordings; nothing of it is in flight."""
+        """Free contexts, recordings and memory; nothing of it is in flight."""
         for channel in self.channels:
             channel.close()
+        self._memory.free()
 
 
 class Session:
-    """The device side of one series.
-
-    Parameters
-    ----------
-    config
-        Sections ``processing.gpu`` and ``store``.
-    series
-        Shape, dtype and channels of the frames.
-    slots
-        Frames the caller holds at once.
-    device
-        Whose primary context is current in this thread.
+    """The device side of one series; made where the GPU's context is current.
 
     Raises
     ------
@@ -150,7 +136,6 @@ class Session:
         self._settings = config.processing.gpu
         self._series = series
         self._memory = CudaMemory(device.gpu_index)
-        self._slot_memories: list[CudaMemory] = []
         self._pinned = PinnedMemory()
         self.channels: list[OpenChannel] = []
         self.device_slots: list[DeviceSlot] = []
@@ -201,13 +186,13 @@ class Session:
         slot, host = self.device_slots[job.seat], self._host[job.slot.index]
         channel = slot.channels[job.channel]
         pixels = host.take(job.slot.pixels, job.plan.camera)
-        self._copy_in.record(slot.begun)
+        self._copy_in.record(slot.begun["copy in"])
         self._copy_in.copy_in(slot.buffers.frame, pixels)
-        self._copy_in.record(slot.copied_in)
-        self._classify.wait(slot.copied_in)
-        self._classify.record(slot.classify_begun)
+        self._copy_in.record(slot.ended["copy in"])
+        self._classify.wait(slot.ended["copy in"])
+        self._classify.record(slot.begun["classify"])
         channel.classify(self._classify)
-        self._classify.record(slot.classified)
+        self._classify.record(slot.ended["classify"])
         self._classify.copy_out(host.packed_maps, slot.buffers.packed_maps)
         self._classify.record(slot.estimated)
 
@@ -220,17 +205,17 @@ class Session:
         if job.skipped is not None:
             return
         slot, host = self.device_slots[job.seat], self._host[job.slot.index]
-        self._restore.wait(slot.classified)
-        self._restore.record(slot.restore_begun)
+        self._restore.wait(slot.ended["classify"])
+        self._restore.record(slot.begun["restore"])
         labels = None if job.estimated is None else job.estimated[1].level
         slot.channels[job.channel].restore(self._restore, labels)
-        self._restore.record(slot.restored)
-        self._copy_out.wait(slot.restored)
-        self._copy_out.record(slot.copy_out_begun)
+        self._restore.record(slot.ended["restore"])
+        self._copy_out.wait(slot.ended["restore"])
+        self._copy_out.record(slot.begun["copy out"])
         self._copy_out.copy_out(host.counts, slot.buffers.counts)
         flags = self.layout.host_arrays(host.packed_maps)["flags"]
         self._copy_out.copy_out(flags, slot.buffers.maps["flags"])
-        self._copy_out.record(slot.copied_out)
+        self._copy_out.record(slot.ended["copy out"])
 
     def wait_maps(self, job: Job) -> DefocusMap | None:
         """Wait until a frame's maps are on the host; None: it is not classified."""
@@ -247,26 +232,20 @@ class Session:
         if job.skipped is not None:
             slot.estimated.synchronize()
             return None
-        slot.copied_out.synchronize()
+        slot.ended["copy out"].synchronize()
         job.strange = bool(self.layout.host_arrays(host.packed_maps)["flags"][1])
         return host.give()
 
     def spans(self, job: Job) -> dict[str, tuple[float, float]]:
         """Return when each stage of a frame that has arrived began and ended, in ms."""
         slot = self.device_slots[job.seat]
-        marks = {
-            "copy in": (slot.begun, slot.copied_in),
-            "classify": (slot.classify_begun, slot.classified),
-        }
-        if job.skipped is None:
-            marks["restore"] = (slot.restore_begun, slot.restored)
-            marks["copy out"] = (slot.copy_out_begun, slot.copied_out)
+        stages = _STAGES if job.skipped is None else _STAGES[:2]
         return {
             stage: (
-                float(begin.time_since(self.origin)),
-                float(end.time_since(self.origin)),
+                float(slot.begun[stage].time_since(self.origin)),
+                float(slot.ended[stage].time_since(self.origin)),
             )
-            for stage, (begin, end) in marks.items()
+            for stage in stages
         }
 
     def close(self) -> None:
@@ -277,9 +256,8 @@ class Session:
         for channel in self.channels:
             channel.close()
         self._pinned.release()
-        for memory in (self._memory, *self._slot_memories):
-            memory.free()
-        self.device_slots, self.channels, self._slot_memories = [], [], []
+        self._memory.free()
+        self.device_slots, self.channels = [], []
 
     def _finish(self) -> None:
         """Wait until nothing runs, unless the GPU is lost."""
@@ -298,10 +276,9 @@ class Session:
     def _reserve(self, wanted: int) -> None:
         """Make the device slots, fewer than wanted where memory ends."""
         for number in range(wanted):
-            memory = CudaMemory(self.device.gpu_index)
             try:
                 slot = DeviceSlot(
-                    memory,
+                    self.device.gpu_index,
                     self.channels,
                     shape=tuple(self._series.shape),
                     dtype=carried_as(self._series.dtype),
@@ -310,7 +287,6 @@ class Session:
                     graphs=self._settings.cuda_graphs,
                 )
             except EngineError as error:
-                memory.free()
                 may = self._settings.on_lack_of_memory == "fewer_frames"
                 if number == 0 or not may or isinstance(error, LostGpuError):
                     raise
@@ -320,7 +296,6 @@ class Session:
                     "%d frames in flight instead of %d: %s", number, wanted, reason
                 )
                 return
-            self._slot_memories.append(memory)
             self.device_slots.append(slot)
 
     def _warm_up(self) -> None:
@@ -431,7 +406,5 @@ class GpuDevice:
         self._session = None
 
     def _open_session(self) -> Session:
-        if self._session is None:
-            msg = "a frame came before the GPU was prepared"
-            raise ValueError(msg)
+        assert self._session is not None
         return self._session

@@ -45,7 +45,7 @@ class PatchRestorer(FrameRestorer):
         Context per side: neighbouring pixels, 0 beyond the frame.
     """
 
-    recorded = False
+    recorded, adds = False, True
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class PatchRestorer(FrameRestorer):
         self._light = Light(memory)
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return (), the frame as it is, then (plane, level, number of its tiles)."""
+        """Return (plane, level, number of its tiles)."""
         if labels is None:
             found = [(level, 1) for level in list(self._transfers.psfs)[:1]]
         else:
@@ -90,13 +90,10 @@ class PatchRestorer(FrameRestorer):
             present = self._montage.present(labels)
             found = [(level, int((own == level).sum())) for level in present]
         planes = range(self._frame.channels)
-        return [(), *((plane, *part) for part in found for plane in planes)]
+        return [(plane, *part) for part in found for plane in planes]
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
-        if not part:
-            work.copy(frame.out, frame.signal)
-            return
         plane, level, count = part
         grid = self._montage.grid
         work.launch(
@@ -190,7 +187,7 @@ class LearnedWienerRestorer(FrameRestorer):
         Of all that the engine is given at once.
     """
 
-    recorded = False
+    recorded, adds = False, True
 
     def __init__(
         self,
@@ -238,7 +235,7 @@ class LearnedWienerRestorer(FrameRestorer):
         )
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return (), the frame as it is, then (plane, level, *rectangle)."""
+        """Return (plane, level, *rectangle)."""
         if labels is None:
             whole = 0, 0, self._frame.height, self._frame.width
             levels = list(self._transfers.psfs)[:1]
@@ -249,13 +246,10 @@ class LearnedWienerRestorer(FrameRestorer):
                 for level, region in self._montage.regions(labels).items()
             ]
         planes = range(self._frame.channels)
-        return [(), *((plane, *part) for part in found for plane in planes)]
+        return [(plane, *part) for part in found for plane in planes]
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
-        if not part:
-            work.copy(frame.out, frame.signal)
-            return
         plane, level, top, left, height, width = part
         colour = images_of(self._frame, 1)[plane]
         self._percentiles.enqueue(work, frame.signal, self._range, colour)
