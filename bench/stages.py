@@ -131,8 +131,8 @@ def restorations(
     card: EngineCard, frame: np.ndarray, classifier: FrameClassifier
 ) -> dict[str, Callable[[], Any]]:
     """Return a step per method, with the labels that the tilt really has."""
-    _, optics = parts(card)
-    psfs = level_psfs(card, optics.reference)
+    levels, optics = parts(card)
+    psfs = level_psfs(card, optics.reference, levels.step_um)
     grid = classifier.grid
     centres = grid.origin_px + grid.stride_px * np.arange(grid.rows)
     rows = np.rint(5 * np.clip(centres / frame.shape[0], 0, 1)).astype(np.int16)

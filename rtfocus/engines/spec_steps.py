@@ -135,9 +135,8 @@ class Clip(Section):
     id: Literal["clip"]
     kwargs: ClipKwargs
 
-    def apply(self, image: Image, raw: Image) -> Image:
+    def apply(self, image: Image) -> Image:
         """Return a new image."""
-        del raw
         given = self.kwargs
         low: Any = -np.inf if given.min is None else given.min
         high: Any = np.inf if given.max is None else given.max
@@ -161,9 +160,8 @@ class Binarize(Section):
     id: Literal["binarize"]
     kwargs: BinarizeKwargs
 
-    def apply(self, image: Image, raw: Image) -> Image:
+    def apply(self, image: Image) -> Image:
         """Return a new image."""
-        del raw
         above = image > self.kwargs.along(self.kwargs.threshold)
         return np.asarray(above, np.float32)
 
@@ -174,9 +172,8 @@ class Sigmoid(Section):
     id: Literal["sigmoid"]
     kwargs: dict[str, Any] = Field(default={}, max_length=0)
 
-    def apply(self, image: Image, raw: Image) -> Image:
+    def apply(self, image: Image) -> Image:
         """Return a new image."""
-        del raw
         return np.asarray(0.5 + 0.5 * np.tanh(0.5 * image), np.float32)
 
 
@@ -198,9 +195,8 @@ class EnsureDtype(Section):
     id: Literal["ensure_dtype"]
     kwargs: EnsureDtypeKwargs
 
-    def apply(self, image: Image, raw: Image) -> Image:
+    def apply(self, image: Image) -> Image:
         """Return a new image."""
-        del raw
         dtype = np.dtype(self.kwargs.dtype)
         if dtype.kind == "f":
             return image
@@ -428,7 +424,7 @@ def _after(
         for step in steps:
             shape = image.shape
             if isinstance(step, Bent):
-                image = step.apply(image, raw)
+                image = step.apply(image)
             else:
                 line = step.line(image, raw)
                 lines.append(line)

@@ -205,12 +205,8 @@ class ChannelPlan:
         """Compute the PSF of every level but 0; `size_px` is their side."""
         assert self.classifier is not None
         assert self.optics is not None
-        return level_psfs(
-            self.classifier.card,
-            self.optics,
-            size_px=size_px,
-            level_step_um=self.classifier.step_um,
-        )
+        seen = self.classifier
+        return level_psfs(seen.card, self.optics, seen.step_um, size_px)
 
 
 def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> ChannelPlan:
@@ -389,9 +385,8 @@ def _way_of(card: EngineCard, *, same: bool) -> Way:
 def level_psfs(
     card: EngineCard,
     optics: OpticalSystem,
-    *,
+    level_step_um: float,
     size_px: int | None = None,
-    level_step_um: float | None = None,
 ) -> dict[int, Image]:
     """Compute the PSF of every level but 0, in the configured optics.
 
@@ -401,17 +396,16 @@ def level_psfs(
         Of the classifier; levels with a sign have a PSF on either side.
     optics
         Of the channel.
+    level_step_um
+        Defocus between two levels in them.
     size_px
         Side; None: what 99 % of the light need.
-    level_step_um
-        Between levels; None: that of an engine which is told the optics.
     """
     levels, _ = parts(card)
-    step = step_um(card, optics) if level_step_um is None else level_step_um
     distances = range(1, levels.count)
     wanted = [*(-level for level in distances), *distances]
     return {
-        level: compute_psf(optics, level * step, size_px=size_px)
+        level: compute_psf(optics, level * level_step_um, size_px=size_px)
         for level in wanted
         if levels.signed or level > 0
     }

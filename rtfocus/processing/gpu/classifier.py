@@ -33,42 +33,28 @@ from rtfocus.runtimes.gpu import GpuContext, GpuEngine, Shape
 FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")
 
 
-@dataclass(frozen=True, slots=True)
 class MapLayout:
     """Where the maps of a frame lie within their memory: wide elements first."""
 
-    tiles: int
-
-    @property
-    def size_bytes(self) -> int:
+    def __init__(self, tiles: int) -> None:
+        floats = [(name, "<f4", (tiles,)) for name in FLOAT_MAPS]
+        # Whether a pixel is saturated; whether a restored one is no number.
+        whole = [*floats, ("flags", "<i4", (2,)), ("level", "<i2", (tiles,))]
+        self._whole = np.dtype(whole)
+        self.size_bytes = self._whole.itemsize
         """Bytes of all maps of a frame."""
-        return 4 * (3 * self.tiles + 2) + 2 * self.tiles
 
     def device_arrays(self, memory: DeviceArray) -> dict[str, DeviceArray]:
         """Return the maps by name, ``flags`` and ``level`` included."""
         return {
-            name: DeviceArray(memory.address + start, (count,), np.dtype(dtype))
-            for name, (start, count, dtype) in self._places().items()
+            name: DeviceArray(memory.address + start, kind.shape, kind.base)
+            for name, (kind, start, *_) in (self._whole.fields or {}).items()
         }
 
     def host_arrays(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Return views of a host copy by name."""
-        return {
-            name: memory[start : start + count * np.dtype(dtype).itemsize].view(dtype)
-            for name, (start, count, dtype) in self._places().items()
-        }
-
-    def _places(self) -> dict[str, tuple[int, int, str]]:
-        """First byte, elements and type of every map."""
-        places: dict[str, tuple[int, int, str]] = {}
-        start = 0
-        for name in FLOAT_MAPS:
-            places[name] = (start, self.tiles, "<f4")
-            start += 4 * self.tiles
-        # Whether a pixel is saturated; whether a restored one is no number.
-        places["flags"] = (start, 2, "<i4")
-        places["level"] = (start + 8, self.tiles, "<i2")
-        return places
+        (whole,) = memory.view(self._whole)
+        return {name: whole[name] for name in self._whole.names or ()}
 
 
 def defocus_map(grid: TileGrid, found: dict[str, NDArray[Any]]) -> DefocusMap:
