@@ -43,17 +43,8 @@ class LocalReader:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        processing = config.processing.model_copy(
-            update={
-                "restoration": config.processing.restoration.model_copy(
-                    update={"method": "none"}
-                )
-            }
-        )
         self._settings: dict[str, EstimatorSettings] = {}
-        self._processor = ImageProcessor(
-            config.model_copy(update={"processing": processing})
-        )
+        self._processor = ImageProcessor(config.without_restoration())
 
     def read(
         self, pixels: NDArray[np.generic], channel: str, z_um: float

@@ -9,7 +9,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -27,6 +26,7 @@ from rtfocus.engines.registry import (
 )
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.frame import FrameResult
+from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import (
     EXAMPLE,
     ImageOptics,
@@ -241,6 +241,16 @@ class ImageSet:
             return np.dtype("<f4")
         return self.series[number].dtype
 
+    def outline(self, number: int, *, stretch: bool = False) -> OutputImage:
+        """Return a restored image without its planes; `stretch`: 8 bits for viewing."""
+        return OutputImage(
+            like=self.series[number],
+            dtype=np.dtype("u1") if stretch else self.restored_dtype(number),
+            planes=iter(()),
+            made={"command": "restore", **self.made(number)},
+            keeps_counts=not stretch,
+        )
+
     def restored(
         self, number: int, on_plane: Callable[[], None]
     ) -> Iterator[NDArray[np.generic]]:
@@ -284,12 +294,7 @@ class ImageSet:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -277,6 +277,15 @@ _WINDOW = 40
 """Ten seconds of samples: the rate of a run, not of one frame."""
 
 
+def plan_in_words(terms: dict[str, Any]) -> str:
+    """Spell out what became of the plan, before the frames came here."""
+    return (
+        f"{terms['planned']} planned = {terms['acquired'] - terms['focus']} acquired "
+        f"+ {terms['camera_lost']} lost by the camera "
+        f"+ {terms['not_acquired']} not acquired"
+    )
+
+
 def free_bytes(folder: Path) -> int:
     """Return what is free for this user on the disk of `folder`."""
     return shutil.disk_usage(folder).free

@@ -295,8 +295,7 @@ def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
     """Tell engines no aberrations where nobody has said what the optics are."""
     if optics is not None or any(channel.optics for channel in config.channels):
         return config
-    processing = config.processing.model_copy(update={"blind": True})
-    return config.model_copy(update={"processing": processing})
+    return config.with_processing(blind=True)
 
 
 def _result_of(ticket: Ticket) -> FrameResult:
@@ -356,7 +355,7 @@ class KernelExtractor:
         self._output = card.kernel_output
         self._normalisation = invertible_normalisation(card)
         self._config = config
-        self._images = ImageProcessor(_only_classified(config))
+        self._images = ImageProcessor(config.without_restoration())
         self._network = TileNetwork(
             found,
             config.processing,
@@ -418,11 +417,3 @@ class KernelExtractor:
         optics = given or parts(self._card)[1].reference
         blind = given is None or self._config.processing.blind
         return Conditions(self._card, optics, blind=blind, signed=signed)
-
-
-def _only_classified(config: Config) -> Config:
-    """Return the config without restoration, for all channels."""
-    none = config.processing.restoration.model_copy(update={"method": "none"})
-    processing = config.processing.model_copy(update={"restoration": none})
-    channels = [c.model_copy(update={"restoration": None}) for c in config.channels]
-    return config.model_copy(update={"processing": processing, "channels": channels})

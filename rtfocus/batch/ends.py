@@ -23,7 +23,7 @@ from rtfocus.batch.plan import (
     digest_of_making,
     facts_of,
 )
-from rtfocus.batch.work import image_set_of, outline_of
+from rtfocus.batch.work import image_set_of
 from rtfocus.errors import ConfigError, InputError, OutputError
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage, json_mark
@@ -177,8 +177,8 @@ class Batch:
     def _outlines(self, left_out: frozenset[int] = frozenset()) -> list[OutputImage]:
         """Return the images without their planes, as an OME-Zarr is laid out."""
         return [
-            outline_of(self.job, self.images, number, series)
-            for number, series in enumerate(self.found.series)
+            self.images.outline(number, stretch=self.job.stretch)
+            for number in range(len(self.found.series))
             if number not in left_out
         ]
 

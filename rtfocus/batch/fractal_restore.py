@@ -19,7 +19,7 @@ from rtfocus import files
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, InputError, OutputError, RtfocusError
 from rtfocus.image_set import ImageSet, restoring_with
-from rtfocus.images.metadata import OutputImage, written_by_rtfocus
+from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.reading import open_images
 from rtfocus.images.zarr_writing import ZarrForm, write_zarr
@@ -66,16 +66,13 @@ def fractal_restore(
     stated = None if optics is None else StatedOptics(stated_optics(optics), optics)
     is_old = not (source / "zarr.json").is_file()
     form = ZarrForm(version="0.4" if is_old else "0.5", pyramid=pyramid)
+    # A group of its own, not a plate.
+    found = [replace(found[0], place=None)]
     with ImageSet(settings, found, stated=stated, free_choice=engine is None) as images:
         for line in images.assumptions():
             _log.warning("%s", line)
-        image = OutputImage(
-            # A group of its own, not a plate.
-            like=replace(found[0], place=None),
-            dtype=images.restored_dtype(0),
-            planes=images.restored(0, lambda: None),
-            made={"command": "restore", **images.made(0)},
-        )
+        planes = images.restored(0, lambda: None)
+        image = replace(images.outline(0), planes=planes)
         with files.whole(target, overwrite=overwrite) as part:
             write_zarr(part, [image], form)
     _note_in_well(source, target)

@@ -47,7 +47,7 @@ _MOST_SOURCES = 8
 
 
 def run_unit(
-    output: str, plan_key: str, unit_key: str, threads: int | None = None
+    output: str, plan_key: str, unit: Unit, threads: int | None = None
 ) -> Failure | None:
     """Do a unit unless it is done, and mark it.
 
@@ -55,8 +55,8 @@ def run_unit(
     ----------
     output
         Of the batch: beside it lies the plan.
-    plan_key, unit_key
-        Of the plan that it is to be, and of the unit.
+    plan_key, unit
+        The plan that it is to be, and its unit.
     threads
         Of the engines, where the config leaves them open; None: as without a batch.
 
@@ -68,7 +68,7 @@ def run_unit(
     ledger = Ledger(Path(output))
     with _ONE_AT_A_TIME:
         try:
-            opened, unit = _opened(ledger, plan_key, unit_key, threads)
+            opened = _opened(ledger, plan_key, unit, threads)
         except RtfocusError as error:
             return failure_of(error)
         if ledger.is_done(unit):
@@ -87,16 +87,9 @@ def run_unit(
         return None
 
 
-def run_planned(
-    output: str, plan_key: str, unit: Unit, threads: int | None = None
-) -> Failure | None:
-    """Do a unit of a plan as `run_unit` does."""
-    return run_unit(output, plan_key, unit.key, threads)
-
-
 def doing(plan: Plan) -> Callable[[Unit, int | None], Failure | None]:
     """Return what does a unit of a plan in any process that sees its folder."""
-    return partial(run_planned, plan.job.output, plan.key)
+    return partial(run_unit, plan.job.output, plan.key)
 
 
 def run_here(
@@ -105,7 +98,7 @@ def run_here(
     """Do units one after the other in this process."""
     try:
         for unit in units:
-            on_unit(unit, run_unit(plan.job.output, plan.key, unit.key))
+            on_unit(unit, run_unit(plan.job.output, plan.key, unit))
     finally:
         close_opened()
 
@@ -148,7 +141,7 @@ class _Opened:
                 files.keep(part)
             files.keep_names(ledger.rows(unit).parent)
             return []
-        image = outline_of(job, images, 0, series)
+        image = images.outline(0, stretch=job.stretch)
         planes = images.restored(0, lambda: None)
         if job.stretch:
             planes = map(stretch_histogram, planes)
@@ -248,13 +241,11 @@ _ONE_AT_A_TIME = threading.Lock()
 """A process does one unit at a time, however many threads a worker has."""
 
 
-def _opened(
-    ledger: Ledger, plan_key: str, unit_key: str, threads: int | None
-) -> tuple[_Opened, Unit]:
+def _opened(ledger: Ledger, plan_key: str, unit: Unit, threads: int | None) -> _Opened:
     """Return what this process needs for a unit, kept from the one before."""
     global _kept
     # A later call of the same batch may have found more images.
-    if _kept is None or _kept.key != plan_key or unit_key not in _kept.units:
+    if _kept is None or _kept.key != plan_key or unit.key not in _kept.units:
         close_opened()
         plan = ledger.plan()
         if plan is None or plan.key != plan_key:
@@ -267,7 +258,7 @@ def _opened(
             )
             raise EngineError(msg)
         _kept = _Opened(plan, threads)
-    return _kept, _kept.units[unit_key]
+    return _kept
 
 
 def image_set_of(
@@ -278,24 +269,9 @@ def image_set_of(
     if job.optics is not None:
         stated = StatedOptics(job.optics, job.optics_origin)
     settings = parse_config(job.settings)
-    processing = settings.processing
-    if processing.threads is None and threads is not None:
-        processing = processing.model_copy(update={"threads": threads})
-        settings = settings.model_copy(update={"processing": processing})
+    if settings.processing.threads is None and threads is not None:
+        settings = settings.with_processing(threads=threads)
     return ImageSet(settings, tuple(series), stated=stated, free_choice=job.free_choice)
-
-
-def outline_of(
-    job: Job, images: ImageSet, number: int, series: ImageSeries
-) -> OutputImage:
-    """Return an image of the output without its planes."""
-    return OutputImage(
-        like=series,
-        dtype=np.dtype("u1") if job.stretch else images.restored_dtype(number),
-        planes=iter(()),
-        made={"command": "restore", **images.made(number)},
-        keeps_counts=not job.stretch,
-    )
 
 
 def _fill_apart(part: Path, group: Path, image: OutputImage) -> None:

@@ -3,7 +3,6 @@
 Both ask the same: the Micro-Manager core, the runtimes and the engines that are here.
 """
 
-import json
 import math
 import os
 import platform
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import psutil
 import typer
@@ -433,18 +432,7 @@ def engine_for(optics: OpticalSystem) -> str | None:
     return next(fits, None)
 
 
-def _yaml(value: Any) -> str:  # noqa: ANN401 (as the YAML it becomes)
-    """Write a text or list so that YAML reads the same again: JSON is YAML."""
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w./-]*", value)
-    reserved = str(value).lower() in (
-        "y",
-        "n",
-        "yes",
-        "no",
-        "on",
-        "off",
-        "true",
-        "false",
-        "null",
-    )
-    return str(value) if plain and not reserved else json.dumps(value)
+def _yaml(value: str | list[str]) -> str:
+    """Write a text or list so that YAML reads the same again, in a list too."""
+    inside = yaml.safe_dump([value], default_flow_style=True, width=math.inf)
+    return inside.strip()[1:-1]

@@ -1,13 +1,13 @@
 """Offline commands: ``restore`` and ``classify`` files as the live loop would."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
+import msgspec
 import typer
-from msgspec.structs import replace
 
 from rtfocus.batch.ends import notes_of
 from rtfocus.batch.plan import Command, Job
@@ -136,7 +136,7 @@ def restore(
     if many.is_asked_for:
         _refuse_with_many("--picture", picture)
         asked = _job("restore", path, output, settings, optics)
-        asked = replace(asked, free_choice=free_choice, stretch=stretch)
+        asked = msgspec.structs.replace(asked, free_choice=free_choice, stretch=stretch)
         run_batch(asked, many, overwrite=overwrite)
         return
     found = _find(path)
@@ -149,14 +149,14 @@ def restore(
         stated=_stated(optics),
         free_choice=free_choice,
     )
-    _tell(found, images)
+    _tell(notes_of(found, images))
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
         outputs = [
             _output(images, number, stretch, shown, on_plane)
             for number in range(len(found.series))
         ]
         broken = place.write(outputs)
-    _tell_bent(images)
+    _tell(images.cut())
     _tell_picture(shown.save())
     _say_restored(place, found, broken)
 
@@ -182,7 +182,7 @@ def classify(
     [bold]Example:[/] rtfocus classify stack.tif --json defocus.json
     """
     settings = _settings(path, config, overrides)
-    settings = with_engine(settings, "restoration", {"method": "none"})
+    settings = settings.without_restoration()
     if engine is not None:
         settings = with_engine(settings, "classifier", engine)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
@@ -198,7 +198,7 @@ def classify(
         guard.claim_json(json_file)
     shown = SideBySide(guard, picture)
     images = ImageSet(settings, found.series, stated=_stated(optics))
-    _tell(found, images)
+    _tell(notes_of(found, images))
     described: list[dict[str, Any]] = []
     broken = list(found.broken)
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
@@ -232,10 +232,8 @@ def _job(
 ) -> Job:
     source = path / "raw.ome.zarr" if _is_run(path) else path
     # Workers stand in other folders, and files may change until they begin.
-    processing = settings.processing
-    folders = [Path(os.path.abspath(one)) for one in processing.engine_folders]
-    processing = processing.model_copy(update={"engine_folders": folders})
-    settings = settings.model_copy(update={"processing": processing})
+    folders = map(os.path.abspath, settings.processing.engine_folders)
+    settings = settings.with_processing(engine_folders=[*map(Path, folders)])
     return Job(
         command=command,
         source=os.path.abspath(source),
@@ -267,14 +265,10 @@ def _output(
     shown: SideBySide,
     on_plane: Callable[[], None],
 ) -> OutputImage:
-    series = images.series[number]
     planes = shown.restored(images, number, images.restored(number, on_plane))
-    return OutputImage(
-        like=series,
-        dtype=np.dtype("u1") if stretch else images.restored_dtype(number),
+    return replace(
+        images.outline(number, stretch=stretch),
         planes=map(stretch_histogram, planes) if stretch else planes,
-        made={"command": "restore", **images.made(number)},
-        keeps_counts=not stretch,
     )
 
 
@@ -294,13 +288,8 @@ def _tell_picture(path: Path | None) -> None:
         typer.echo(f"picture: {path}", err=True)
 
 
-def _tell(found: FoundImages, images: ImageSet) -> None:
-    for line in notes_of(found, images):
-        typer.echo(line, err=True)
-
-
-def _tell_bent(images: ImageSet) -> None:
-    for line in images.cut():
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
         typer.echo(line, err=True)
 
 
@@ -328,8 +317,7 @@ def _refuse_broken(broken: list[BrokenImage], *, done: int, what: str) -> None:
     """Name what could not be read, after everything else was done."""
     if not broken:
         return
-    for one in broken:
-        typer.echo(f"broken: {one.reason}", err=True)
+    _tell(f"broken: {one.reason}" for one in broken)
     names = named(one.path for one in broken)
     msg = f"{len(broken)} images cannot be read: {names}; {done} {what}"
     raise (IncompleteError if done else InputError)(msg)

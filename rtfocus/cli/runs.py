@@ -20,7 +20,7 @@ from rich.table import Table
 from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
 from rtfocus.cli.display import counting, share_bar
 from rtfocus.errors import ConfigError, ExitCode, WriterError
-from rtfocus.metrics import STEPS, Outcome
+from rtfocus.metrics import STEPS, Outcome, plan_in_words
 from rtfocus.writers.header import HEADER_NAME
 
 PICTURE = "focus.png"
@@ -139,7 +139,7 @@ def print_report(folder: Path) -> Outcome:
     done = "completed" if outcome.is_plain else outcome
     console.print(f"[bold]{escape(str(folder))}[/]  ({escape(str(done))})")
     if report["accounting"].get("planned") is not None:
-        console.print(_plan_line(report["accounting"]))
+        console.print(plan_in_words(report["accounting"]))
     console.print(_accounting_line(report["accounting"]))
     throughput = report.get("throughput", {})
     if throughput.get("frames_per_s"):
@@ -163,15 +163,6 @@ def print_report(folder: Path) -> Outcome:
     for warning in report.get("warnings", ()):
         console.print(f"warning: {warning}", markup=False, highlight=False)
     return outcome
-
-
-def _plan_line(terms: dict[str, Any]) -> str:
-    """Spell out what became of the plan, before the frames came here."""
-    return (
-        f"{terms['planned']} planned = {terms['acquired'] - terms['focus']} acquired "
-        f"+ {terms['camera_lost']} lost by the camera "
-        f"+ {terms['not_acquired']} not acquired"
-    )
 
 
 def _accounting_line(terms: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,6 +14,8 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
+    PositiveFloat,
     PrivateAttr,
     field_validator,
     model_validator,
@@ -103,12 +104,6 @@ class ChannelConfig(Section):
         return Channel(name=self.name, optics=self.optics)
 
 
-Um = Annotated[float, Field(gt=0, lt=inf)]
-
-
-Place = Annotated[float, Field(gt=-inf, lt=inf)]
-
-
 def _off_of_yaml(value: object) -> object:
     """Take the word ``off``, which YAML reads as a truth value, for itself."""
     return "off" if value is False else value
@@ -128,15 +123,15 @@ class AutofocusConfig(Section):
     moved in place of the z-stage; all z below are then those of the offset."""
     offset_device: str | None = None
     """Stage device whose position is that offset; None: the core's autofocus offset."""
-    offset_um_per_unit: Annotated[float, Field(gt=-inf, lt=inf)] = 1.0
+    offset_um_per_unit: float = 1.0
     """What one unit of the offset moves the plane of focus by, in um."""
-    low_um: Place | None = None
+    low_um: float | None = None
     """Lowest stage z autofocus may ever go to; None: `reach_um` below the start."""
-    high_um: Place | None = None
+    high_um: float | None = None
     """Highest stage z; None: `reach_um` above the start."""
-    reach_um: Um = 30.0
+    reach_um: PositiveFloat = 30.0
     """Farthest from where the stage stood at the start, whatever the limits say."""
-    most_um: Um = 15.0
+    most_um: PositiveFloat = 15.0
     """Longest step of a search; the way back to the best z may be longer."""
     deadband: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Smallest correction worth a move, in depths of field (n lambda / NA^2)."""
@@ -148,7 +143,7 @@ class AutofocusConfig(Section):
     approach: Literal["either", "up", "down"] = "either"
     """Direction of every last move of a search, against backlash; ``either``: up,
     unless `backlash_um` says that there is none."""
-    backlash_um: Annotated[float, Field(ge=0, lt=inf)] = 0.0
+    backlash_um: NonNegativeFloat = 0.0
     """How far to overshoot in order to arrive in the direction of `approach`; 0: half
     as far again as the calibration measured. Not given, and no calibration that can be
     trusted: a depth of field."""
@@ -157,7 +152,7 @@ class AutofocusConfig(Section):
     focus_channel: str | None = None
     """Channel whose images tell focus; None: on demand the present one, held: the
     first of the plan."""
-    channel_offsets_um: dict[str, Place] = {}
+    channel_offsets_um: dict[str, float] = {}
     """Focus of a channel minus that of the focus channel."""
     region: tuple[int, int, int, int] | None = None
     """x, y, width, height in pixels of what shall be in focus; None: the frame."""
@@ -166,9 +161,9 @@ class AutofocusConfig(Section):
     max_retries: Annotated[int, Field(ge=1)] | None = None
     """Searches at one place before it counts as not found; None: as the event says,
     3 in an ``autofocus_plan``."""
-    timeout_s: Um = 60.0
+    timeout_s: PositiveFloat = 60.0
     """A search without progress for so long ends."""
-    request_timeout_s: Um = 10.0
+    request_timeout_s: PositiveFloat = 10.0
     """Longest wait for the estimate of one image."""
     on_failure: Literal["continue", "skip"] = "continue"
     """After a search that failed: acquire the position as it is, or skip its events."""
@@ -243,6 +238,18 @@ class Config(Section):
             name = next(iter(by_name)) if len(by_name) == 1 else "default"
         found = by_name.get(name) or by_name.get("default") or ChannelConfig()
         return found.model_copy(update={"name": name})
+
+    def with_processing(self, **changes: Any) -> "Config":
+        """Return it with other values in its section ``processing``."""
+        processing = self.processing.model_copy(update=changes)
+        return self.model_copy(update={"processing": processing})
+
+    def without_restoration(self) -> "Config":
+        """Return it with nothing restored, of no channel."""
+        none = self.processing.restoration.model_copy(update={"method": "none"})
+        channels = [c.model_copy(update={"restoration": None}) for c in self.channels]
+        config = self.with_processing(restoration=none)
+        return config.model_copy(update={"channels": channels})
 
     def engines_of(self, channel: str | None) -> tuple[str | None, RestorationConfig]:
         """Return classifier and restoration of a channel: its own, or those of all."""

@@ -13,6 +13,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -89,9 +93,9 @@ class SpecimenConfig(Section):
     """Procedural specimen, any sharp ``image``, or a recorded z-``stack``."""
     path: Path | None = None
     """Image or stack file; required by kinds ``image`` and ``stack``."""
-    z_step_um: Annotated[float, Field(gt=0)] = 1.0
+    z_step_um: PositiveFloat = 1.0
     """Distance of the planes of a recorded stack."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: NonNegativeInt = 1
     """Of the procedural specimen."""
 
     @model_validator(mode="after")
@@ -115,14 +119,14 @@ class SurfaceConfig(Section):
     """Height of the middle over the corners: a curved coverslip."""
     drift_um_per_min: float = 0.0
     """Speed at which the surface moves away from the objective."""
-    drift_from_s: Annotated[float, Field(ge=0)] = 0.0
+    drift_from_s: NonNegativeFloat = 0.0
     """When the drift begins, after the first exposure."""
 
 
 class ZStageConfig(Section):
     """Faults of the z-stage: what autofocus has to live with."""
 
-    backlash_um: Annotated[float, Field(ge=0)] = 0.0
+    backlash_um: NonNegativeFloat = 0.0
     """Way that is lost where the stage turns; arriving upwards is exact."""
     reversed: bool = False
     """The stage runs against what it tells Micro-Manager: up is away."""
@@ -147,21 +151,21 @@ class VirtualMicroscopeConfig(Section):
     optics: OpticalSystem | None = None
     """True optics of this microscope; default: the channel's. Surfaces count from where
     their Strehl ratio is largest."""
-    photons: Annotated[float, Field(gt=0)] = 2000.0
+    photons: PositiveFloat = 2000.0
     """Expected photons per pixel and 10 ms where the specimen is brightest."""
-    background_photons: Annotated[float, Field(ge=0)] = 20.0
+    background_photons: NonNegativeFloat = 20.0
     """Expected photons per pixel and 10 ms everywhere."""
-    gain_e_per_count: Annotated[float, Field(gt=0)] = 0.6
+    gain_e_per_count: PositiveFloat = 0.6
     """Photo-electrons per count."""
-    offset_counts: Annotated[float, Field(ge=0)] = 100.0
+    offset_counts: NonNegativeFloat = 100.0
     """Camera offset in counts."""
-    read_noise_e: Annotated[float, Field(ge=0)] = 1.6
+    read_noise_e: NonNegativeFloat = 1.6
     """Standard deviation of the read noise in electrons."""
     noise: Literal["poisson", "pool", "none"] = "poisson"
     """``poisson``: exact; ``pool``: pre-drawn, fast, for rate tests; ``none``."""
-    frames_per_s: Annotated[float, Field(gt=0)] | None = None
+    frames_per_s: PositiveFloat | None = None
     """Highest frame rate; None: as fast as exposure and computing allow."""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: NonNegativeInt = 1
     """Of the noise."""
 
 
@@ -176,7 +180,7 @@ class DemoCameraConfig(Section):
     """Micro-Manager ``.cfg``; None: the demo's, ``MMConfig_demo.cfg``."""
     properties: dict[str, dict[str, str | int | float]] = {}
     """Device properties to set after loading: {device: {property: value}}."""
-    pixel_size_um: Annotated[float, Field(gt=0)] | None = None
+    pixel_size_um: PositiveFloat | None = None
     """Overrides the pixel size of the core, which is 0 when uncalibrated."""
 
 
@@ -191,9 +195,9 @@ class MicroManagerConfig(Section):
     """Folders of the device adapters, usually the Micro-Manager folder."""
     properties: dict[str, dict[str, str | int | float]] = {}
     """Device properties to set after loading: {device: {property: value}}."""
-    pixel_size_um: Annotated[float, Field(gt=0)] | None = None
+    pixel_size_um: PositiveFloat | None = None
     """Overrides the pixel size of the core, which is 0 when uncalibrated."""
-    sequence_buffer_mb: Annotated[int, Field(gt=0)] | None = None
+    sequence_buffer_mb: PositiveInt | None = None
     """Size of Micro-Manager's circular buffer; None: leave as it is."""
 
 
@@ -204,11 +208,11 @@ class ReplayConfig(Section):
     """Which microscope: this one."""
     path: Path
     """TIFF, OME-TIFF, PNG, OME-Zarr or a folder of images in name order."""
-    frames_per_s: Annotated[float, Field(gt=0)] | None = None
+    frames_per_s: PositiveFloat | None = None
     """Rate; None: as fast as the processor takes them."""
-    repeats: Annotated[int, Field(gt=0)] = 1
+    repeats: PositiveInt = 1
     """How often to play the recording."""
-    pixel_size_um: Annotated[float, Field(gt=0)] | None = None
+    pixel_size_um: PositiveFloat | None = None
     """Overrides the pixel size stored with the images."""
 
 
@@ -221,9 +225,9 @@ MicroscopeConfig = Annotated[
 class LiveConfig(Section):
     """Free-running acquisition without a plan."""
 
-    frames: Annotated[int, Field(gt=0)] | None = None
+    frames: PositiveInt | None = None
     """Stop after so many; None: until Ctrl-C."""
-    exposure_ms: Annotated[float, Field(gt=0)] | None = None
+    exposure_ms: PositiveFloat | None = None
     """None: as the camera is set."""
 
 
@@ -249,14 +253,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class CameraConfig(Section):
     """Turns counts into a signal proportional to light; applied first."""
 
-    offset_counts: Annotated[float, Field(ge=0)] = 0.0
+    offset_counts: NonNegativeFloat = 0.0
     """Counts in the dark; subtracted before anything else."""
-    gain_e_per_count: Annotated[float, Field(gt=0)] | None = None
+    gain_e_per_count: PositiveFloat | None = None
     """Photo-electrons per count: tells Wiener the photon noise; None: it reads the
     noise from each frame alone."""
     flat_field: Path | None = None
     """Image of an even field; frames are divided by it (mean 1 after scaling)."""
-    saturation_counts: Annotated[float, Field(gt=0)] | None = None
+    saturation_counts: PositiveFloat | None = None
     """At or above it a pixel is saturated; None: full scale of the bit depth."""
 
 
@@ -268,13 +272,13 @@ class RestorationConfig(Section):
     ``richardson_lucy_tiles`` (patch by patch, as published),
     ``richardson_lucy_blind`` (finds the kernel too), ``none``, or the name of a
     restorer or joint engine in the engines folder."""
-    iterations: Annotated[int, Field(gt=0)] | None = None
+    iterations: PositiveInt | None = None
     """Richardson-Lucy only; None: 15, accelerated 4, rounds of the blind one 8."""
-    noise_to_signal: Annotated[float, Field(gt=0)] | None = None
+    noise_to_signal: PositiveFloat | None = None
     """Wiener only: ratio of noise to signal power; None: estimated per frame."""
     window: Literal["triangular", "rectangular"] = "triangular"
     """Montage weights (He 2020); ``rectangular`` shows seams, for comparison."""
-    halo_px: Annotated[int, Field(ge=0)] | None = None
+    halo_px: NonNegativeInt | None = None
     """Context per side; None: radius that holds 99 % of the PSF's energy, 13 for
     ``richardson_lucy_tiles``."""
 
@@ -295,7 +299,7 @@ class GpuConfig(Section):
     """How GPUs are used, where `ProcessingConfig.device` takes them."""
 
     index: Annotated[
-        list[Annotated[int, Field(ge=0)]],
+        list[NonNegativeInt],
         BeforeValidator(_listed),
         AfterValidator(_distinct),
         Field(min_length=1),
@@ -351,9 +355,9 @@ class PreviewConfig(Section):
 
     endpoint: str | None = "tcp://127.0.0.1:5573"
     """Where the processor publishes; None: nowhere."""
-    max_side_px: Annotated[int, Field(gt=0)] = 1024
+    max_side_px: PositiveInt = 1024
     """Preview frames are reduced to at most this side."""
-    interval_s: Annotated[float, Field(gt=0)] = 0.2
+    interval_s: PositiveFloat = 0.2
     """Shortest time between two preview frames of a channel."""
     control: str | None = None
     """Where viewers may ask for autofocus, holding focus and a stop; None: nowhere.
@@ -373,17 +377,17 @@ class TransportConfig(Section):
     preview: PreviewConfig = PreviewConfig()
     slots: Annotated[int, Field(ge=2)] = 32
     """Frames held per side; the microscope keeps each until it is durable."""
-    memory_mb: Annotated[float, Field(gt=0)] = 2048
+    memory_mb: PositiveFloat = 2048
     """Most memory for the slots of one side; fewer slots if they are large."""
-    stall_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    stall_timeout_s: PositiveFloat = 10.0
     """A stall longer than this follows `on_stall`."""
     on_stall: Literal["wait", "raw_only", "abort"] = "wait"
     """``wait``; ``raw_only``: keep writing raw, restore later; ``abort``."""
-    heartbeat_s: Annotated[float, Field(gt=0)] = 0.5
+    heartbeat_s: PositiveFloat = 0.5
     """Interval of heartbeats; a peer silent for 6 of them is lost."""
-    connect_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    connect_timeout_s: PositiveFloat = 30.0
     """How long either side waits for the other at the start."""
-    max_frame_mb: Annotated[float, Field(gt=0)] = 256
+    max_frame_mb: PositiveFloat = 256
     """Larger messages are refused and disconnect their sender."""
     curve_keys: Path | None = None
     """Folder with CURVE certificates; required off loopback (slow: encrypts)."""
@@ -400,9 +404,9 @@ class StoreConfig(Section):
     """Write ``restored.ome.zarr``."""
     restored_dtype: Literal["camera", "float32"] = "camera"
     """``camera``: clipped and rounded to the camera's dtype."""
-    chunk_px: Annotated[int, Field(gt=0)] = 512
+    chunk_px: PositiveInt = 512
     """Side of the inner chunks."""
-    shard_frames: Annotated[int, Field(gt=0)] = 1
+    shard_frames: PositiveInt = 1
     """Frames (along t) per shard; durability advances per shard."""
     codec: Literal["zstd", "blosc-zstd", "blosc-lz4", "none"] = "blosc-lz4"
     """Compression of the chunks."""
@@ -410,9 +414,9 @@ class StoreConfig(Section):
     """Compression level."""
     fsync: bool = False
     """Flush every frame to the disk itself: survives a power loss, slower."""
-    outstanding: Annotated[int, Field(gt=0)] = 8
+    outstanding: PositiveInt = 8
     """Frames being written at once."""
-    min_free_mb: Annotated[float, Field(ge=0)] = 500
+    min_free_mb: NonNegativeFloat = 500
     """The run ends cleanly when less than this is left on the disk."""
     overwrite: bool = False
     """Replace a finished run folder of the same name."""
@@ -438,13 +442,13 @@ class AlarmConfig(Section):
     environment."""
     sound: bool = False
     """Ring the terminal's bell."""
-    focus_lost_um: Annotated[float, Field(gt=0)] | None = None
+    focus_lost_um: PositiveFloat | None = None
     """Distance beyond which focus counts as lost; None: three depths of field."""
-    focus_lost_s: Annotated[float, Field(ge=0)] = 10.0
+    focus_lost_s: NonNegativeFloat = 10.0
     """How long every frame must lie beyond it."""
-    disk_full_min: Annotated[float, Field(ge=0)] = 10.0
+    disk_full_min: NonNegativeFloat = 10.0
     """Told when the disk is full in less than this, and before the plan ends."""
-    interval_s: Annotated[float, Field(ge=0)] = 300.0
+    interval_s: NonNegativeFloat = 300.0
     """Shortest time between two alarms of one kind."""
     timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
     """Longest time for one delivery."""

@@ -261,14 +261,7 @@ class Ranking:
     """
 
     def __init__(self, config: Config, data: DataSet) -> None:
-        processing = config.processing.restoration.model_copy(update={"method": "none"})
-        self._config = config.model_copy(
-            update={
-                "processing": config.processing.model_copy(
-                    update={"restoration": processing}
-                )
-            }
-        )
+        self._config = config.without_restoration()
         self._data = data
         self._channel: OpenChannel | None = None
         self._kind: object = None

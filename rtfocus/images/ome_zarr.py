@@ -7,7 +7,7 @@ axes in another order, whose pixels are readable.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
             sizes={axis: lengths.get(axis, 1) for axis in "tcz"},
             shape=(lengths["y"], lengths["x"]),
             dtype=native_dtype(array.dtype),
-            read_plane=_PlaneReader(array, [axis.name for axis in axes], fixed),
+            read_plane=_plane_reader(array, [axis.name for axis in axes], fixed),
             pixels=path / array.path,
             notes=notes,
             **facts,
@@ -369,18 +369,15 @@ def _filled(image: ImageSeries, one: OmeImage) -> ImageSeries:
     )
 
 
-class _PlaneReader:
-    """Reads one plane of an array whose axes are in any order."""
+def _plane_reader(
+    array: "zarr.Array[Any]", axes: list[str], fixed: dict[str, int]
+) -> Callable[[int, int, int], NDArray[np.generic]]:
+    """Return what reads a plane of an array whose axes are in any order."""
+    is_upright = axes.index("y") < axes.index("x")
 
-    def __init__(
-        self, array: "zarr.Array[Any]", axes: list[str], fixed: dict[str, int]
-    ) -> None:
-        self._array = array
-        self._axes = axes
-        self._fixed = fixed
+    def read(t: int, c: int, z: int) -> NDArray[np.generic]:
+        place = {"t": t, "c": c, "z": z, **fixed}
+        plane = np.asarray(array[tuple(place.get(axis, slice(None)) for axis in axes)])
+        return plane if is_upright else plane.T
 
-    def __call__(self, t: int, c: int, z: int) -> NDArray[np.generic]:
-        place = {"t": t, "c": c, "z": z, **self._fixed}
-        window = tuple(place.get(axis, slice(None)) for axis in self._axes)
-        plane = np.asarray(self._array[window])
-        return plane if self._axes.index("y") < self._axes.index("x") else plane.T
+    return read

@@ -44,6 +44,8 @@ UNSIGNED_MAP = {
     "name": "distance",
     "colors": [[0.0, 0.0, 0.0, 1.0], [1.0, 0.65, 0.1, 1.0]],
 }
+_TILES = {"interpolation2d": "nearest", "opacity": 0.6}
+"""Of a map: a tile is a measured value, nothing is between two of them."""
 _MOST_PLACED = 8
 """Positions shown as layers; each has one for every channel and image."""
 
@@ -210,10 +212,7 @@ def _look(run: Run, kind: Kind, channel: dict[str, Any]) -> dict[str, object]:
     if kind == "defocus":
         grid = run.header.grid
         signed = grid is not None and grid.signed
-        look = {"colormap": SIGNED_MAP if signed else UNSIGNED_MAP}
-        # A tile is a measured value, nothing is between two of them.
-        look["interpolation2d"] = "nearest"
-        look["opacity"] = 0.6
+        look = {"colormap": SIGNED_MAP if signed else UNSIGNED_MAP, **_TILES}
     window = channel.get("window")
     # Before its end a run does not say what is in it: napari looks by itself.
     if run.report is not None and isinstance(window, dict):
@@ -299,7 +298,6 @@ def map_look(tiles: NDArray[Any], signed: bool) -> dict[str, Any]:
     return {
         "colormap": SIGNED_MAP if signed else UNSIGNED_MAP,
         "contrast_limits": [-reach if signed else 0.0, reach],
-        "interpolation2d": "nearest",
-        "opacity": 0.6,
         "visible": False,
+        **_TILES,
     }

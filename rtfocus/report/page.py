@@ -20,7 +20,7 @@ from rtfocus import __version__
 from rtfocus.drawing.canvas import in_html
 from rtfocus.errors import OutputError, RtfocusError, WriterError
 from rtfocus.files import replace
-from rtfocus.metrics import STEPS
+from rtfocus.metrics import STEPS, plan_in_words
 from rtfocus.report.facts import RunFacts, read_facts, shown_frames
 from rtfocus.report.pictures import (
     frame_pictures,
@@ -341,12 +341,7 @@ def _losses(facts: RunFacts) -> str:
         sum_line += f" and {terms['unaccounted']} unaccounted for"
     plan = ""
     if terms.get("planned") is not None and facts.report is not None:
-        plan = (
-            f"{terms['planned']} planned = "
-            f"{terms['acquired'] - terms['focus']} acquired + "
-            f" {terms['camera_lost']} lost by the camera "
-            f"+ {terms['not_acquired']} not acquired<br>"
-        )
+        plan = f"{plan_in_words(terms)}<br>"
     sampled = ""
     if facts.every > 1:
         sampled = (

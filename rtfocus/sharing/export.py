@@ -108,7 +108,7 @@ def export_bioimageio(
         "documentation": _README,
         "tags": ["fluorescence-light-microscopy", "restoration", "defocus", "2d"],
         "attachments": [_checked(name, files) for name in _beside(card)],
-        "inputs": list(_inputs(card, tensors, files)),
+        "inputs": list(_inputs(card, files)),
         "outputs": list(_outputs(card, tensors, files)),
         "weights": {
             "onnx": {
@@ -242,9 +242,7 @@ def _npy(tensor: Image) -> bytes:
     return into.getvalue()
 
 
-def _inputs(
-    card: EngineCard, tensors: dict[str, Image], files: dict[str, bytes]
-) -> Iterator[Section]:
+def _inputs(card: EngineCard, files: dict[str, bytes]) -> Iterator[Section]:
     tiles = input_of(card)
     low, high = _percentiles(card)
     size = {"min": _least_px(tiles), "step": tiles.multiple_px}

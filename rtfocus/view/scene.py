@@ -25,6 +25,7 @@ from rtfocus.view.source_run import (
     StoredRun,
     Traces,
     note_focus_line,
+    place_of,
     report_of,
 )
 
@@ -375,7 +376,7 @@ class LiveSource(Source):
             traces.add(
                 point.sequence,
                 seconds=(point.captured_ns - started_ns) / 1e9,
-                place=_place(point.index),
+                place=place_of(point.index),
                 role=point.role,
                 z_um=point.z_um,
                 defocus_um=point.defocus_um,
@@ -407,7 +408,7 @@ class LiveSource(Source):
         assert frame is not None
         if series is not None and frame.series_uid == series.series_uid:
             picture = live_picture(preview, series.started_ns)
-            self.scene.show(_place(frame.index), picture)
+            self.scene.show(place_of(frame.index), picture)
 
     def _ask(self, what: Act) -> str:
         """Pass a request on, from a thread of the server; wait for the answer."""
@@ -441,8 +442,3 @@ class _Question:
 
     def __post_init__(self) -> None:
         self.answered = threading.Event()
-
-
-def _place(index: dict[str, int]) -> tuple[int, int, int, int]:
-    t, p, c, z = (index.get(axis, 0) for axis in "tpcz")
-    return t, p, c, z

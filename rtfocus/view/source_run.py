@@ -6,6 +6,7 @@ or live, as columns that only grow.
 """
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ def _mark_of(line: dict[str, Any]) -> tuple[str, str, float | None] | None:
 
 Place = tuple[int, int, int, int]
 """t, p, c, z."""
+
+
+def place_of(index: Mapping[str, int]) -> Place:
+    """Return the place that an index says."""
+    t, p, c, z = (int(index.get(axis, 0)) for axis in "tpcz")
+    return t, p, c, z
+
 
 SIDE_PX = 1024
 """Pictures are reduced to at most this side; a region is then asked for by itself."""
@@ -231,8 +239,7 @@ class StoredRun:
 
     def _take(self, line: Line, started_ns: int) -> None:
         status, index = line["status"], line.get("index") or {}
-        place = tuple(int(index.get(axis, 0)) for axis in "tpcz")
-        assert len(place) == 4
+        place = place_of(index)
         if status in (MISSING, IN_ERROR):
             why = str(line.get("place") or line.get("reason") or status)
             self.lost[why] = self.lost.get(why, 0) + 1

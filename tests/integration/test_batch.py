@@ -310,7 +310,7 @@ def test_an_image_that_changes_while_it_is_read_is_not_half_of_two(
 
     with monkeypatch.context() as patched:
         patched.setattr(ImageSeries, "read", read_while_it_changes)
-        failure = run_unit(str(out), plan.key, plan.units[0].key)
+        failure = run_unit(str(out), plan.key, plan.units[0])
     assert failure is not None
     assert failure.fault == "changed"
     assert not (out / "f0.tif").exists()
@@ -445,19 +445,19 @@ def test_who_comes_late_takes_nothing_away_and_brings_nothing(
     first = ledger.plan()
     assert first is not None
     done, again = first.units[:2]
-    assert run_unit(str(out), first.key, done.key) is None
+    assert run_unit(str(out), first.key, done) is None
     chunks = ledger.store / done.target / "0" / "c"
     was = chunks.stat().st_ino
     # Another one does it too: it was not marked yet when that one began.
     (ledger.folder / "done" / done.key).unlink()
-    assert run_unit(str(out), first.key, done.key) is None
+    assert run_unit(str(out), first.key, done) is None
     assert chunks.stat().st_ino == was
     ledger.failed(done, Failure("output", "came too late"))
     assert ledger.failures(first) == []
     # The batch begins anew with other settings; this process has the ones before.
     other = (*OPTICS, "--engine", "wiener", "--stretch", "--overwrite")
     succeeded(command(*asked, *other, "--init"))
-    late = run_unit(str(out), first.key, again.key)
+    late = run_unit(str(out), first.key, again)
     assert late is not None
     assert "began anew" in late.reason
     second = ledger.plan()
