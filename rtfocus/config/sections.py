@@ -28,10 +28,7 @@ class Section(BaseModel):
     """A frozen part of the config; its docstrings are the reference."""
 
     model_config = ConfigDict(
-        frozen=True,
-        defer_build=True,
-        extra="forbid",
-        allow_inf_nan=False,
+        frozen=True, defer_build=True, extra="forbid", allow_inf_nan=False
     )
 
     @model_validator(mode="before")
@@ -245,9 +242,6 @@ class AcquisitionConfig(Section):
             msg = "both 'mda' and 'live' are given; keep one"
             raise ValueError(msg)
         return self
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class CameraConfig(Section):
