@@ -35,11 +35,13 @@ def write_brightness_joint(
     share: float | None = None,
     damaged: bool = False,
     more: float = 0.0,
+    second_look: bool = False,
 ) -> Path:
     """Write a joint engine: the brighter a tile, the higher its level.
 
     `share` of its corrections is taken where it runs blind, whatever the image says.
-    Of a `damaged` one a weight is NaN. Every restored pixel has `more` added.
+    Of a `damaged` one a weight is NaN. Every restored pixel has `more` added, and a
+    tenth of the level that it is told if it takes a `second_look`.
 
     ``logits`` peak at the level nearest to 20 mean - 10 over tiles of 96 px every
     48 px; ``restored`` is tiles + sampling / 10, a change that tells whether the
@@ -55,8 +57,11 @@ def write_brightness_joint(
         ),
         _node("Conv", ["mean", "weight", "bias"], "logits"),
         *_plus_condition("tiles", 0, 0.1, "brighter"),
-        _node("Add", ["brighter", "more"], "restored"),
+        _node("Add", ["brighter", "more"], "enough" if second_look else "restored"),
     ]
+    if second_look:
+        entry = ENTRIES.index("defocus_levels")
+        nodes += _plus_condition("enough", entry, 0.1, "restored")
     constants = {
         "more": np.array(more, np.float32),
         "weight": weight.astype(np.float32)[:, None, None, None],
@@ -79,6 +84,8 @@ def write_brightness_joint(
         "restored": {"name": "restored"},
         "background": {"name": "contrast_to_noise"},
     }
+    if second_look:
+        card["second_look"] = True
     if share is not None:
         odds = float(np.log(share / (1 - share)))
         layer = {"weights": [[0.0] * MEASURES], "bias": [odds]}
@@ -183,14 +190,16 @@ def _plus_condition(image: str, entry: int, factor: float, result: str) -> list[
     index = numpy_helper.from_array(np.array([entry], np.int64), "entry_value")
     scale = numpy_helper.from_array(np.array(factor, np.float32), "factor_value")
     axes = numpy_helper.from_array(np.array([2, 3], np.int64), "pixel_axes_value")
+    names = ("entry", "factor", "pixel_axes", "told", "everywhere", "change")
+    which, by, over, told, everywhere, change = (f"{result}_{one}" for one in names)
     return [
-        helper.make_node("Constant", [], ["entry"], value=index),
-        helper.make_node("Constant", [], ["factor"], value=scale),
-        helper.make_node("Constant", [], ["pixel_axes"], value=axes),
-        _node("Gather", ["condition", "entry"], "told", axis=1),
-        _node("Unsqueeze", ["told", "pixel_axes"], "everywhere"),
-        _node("Mul", ["everywhere", "factor"], "change"),
-        _node("Add", [image, "change"], result),
+        helper.make_node("Constant", [], [which], value=index),
+        helper.make_node("Constant", [], [by], value=scale),
+        helper.make_node("Constant", [], [over], value=axes),
+        _node("Gather", ["condition", which], told, axis=1),
+        _node("Unsqueeze", [told, over], everywhere),
+        _node("Mul", [everywhere, by], change),
+        _node("Add", [image, change], result),
     ]
 
 

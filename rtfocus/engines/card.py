@@ -202,6 +202,9 @@ class EngineCard(Section):
     """How far off its defocus is, optics told or not; empty: the labels' spread."""
     evidence: EvidenceCard | None = None
     """What weighs the corrections where an engine runs blind; None: nothing does."""
+    second_look: bool = False
+    """Whether an engine that runs blind restores in a second pass, told the defocus
+    that it found in the first."""
     trained: dict[str, Any] = Field(default_factory=dict)
     """Origin: data, split, command, seed; for people."""
     figures: dict[str, Any] = Field(default_factory=dict)
@@ -239,8 +242,8 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "joint": ("input", "output", "restored", "levels", "normalisation", "optics"),
 }
 _FOREIGN: Mapping[str, tuple[str, ...]] = {
-    "classifier": ("restored", "kernel_output", "evidence", "steps"),
-    "restorer": ("restored", "background", "evidence"),
+    "classifier": ("restored", "kernel_output", "evidence", "second_look", "steps"),
+    "restorer": ("restored", "background", "evidence", "second_look"),
     "joint": ("kernel_output", "steps"),
 }
 _WITH_STEPS = ("levels", "normalisation", "optics", "condition", "kernel_output")
@@ -300,6 +303,12 @@ def _label_faults(card: EngineCard) -> Iterator[str]:
         yield f"output.labels {labels} name a level twice"
     farthest = card.levels.count - 1
     lowest = -farthest if card.levels.signed else 0
+    told = () if card.condition is None else card.condition.entries
+    if card.second_look and not {"defocus_levels", "defocus_known"} <= {*told}:
+        yield (
+            f"second_look is for engines told defocus_levels and defocus_known; "
+            f"condition.entries are {[*told]}"
+        )
     odd = [label for label in labels if not _is_label(label, lowest, farthest)]
     if odd:
         yield (

@@ -81,6 +81,8 @@ class ClassifierPlan:
     colours where they are restored one by one."""
     restores: bool = False
     """Whether the restored frame of a joint engine is wanted."""
+    looks_twice: bool = False
+    """Whether it is restored in a second pass, told what the first has found."""
 
     @property
     def card(self) -> EngineCard:
@@ -322,6 +324,7 @@ class _Eye:
             mirrored=is_mirrored(self.optics),
             images=1 + self.shape[2] if colours else 1,
             restores=restores,
+            looks_twice=restores and card.second_look and self.processing.blind,
         )
 
     def restoration(

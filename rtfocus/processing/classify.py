@@ -164,6 +164,27 @@ class Conditions:
         columns = [self._column(entry, defocus_um) for entry in self.entries]
         return np.stack(columns, axis=1).astype(np.float32)
 
+    def told(self, level: float, number: int) -> Image | None:
+        """Return the condition of tiles in which the engine itself found a level.
+
+        Parameters
+        ----------
+        level
+            As the engine counts, see `LabelDecoder.level_of_frame`; NaN: none.
+        number
+            Of tiles.
+
+        Returns
+        -------
+        Image or None
+            Axes (tile, entry); None: the engine takes no condition.
+        """
+        rows = self.unknown(number)
+        if rows is not None and not np.isnan(level):
+            rows[:, self.entries.index("defocus_levels")] = level
+            rows[:, self.entries.index("defocus_known")] = 1
+        return rows
+
     def _column(self, entry: str, defocus_um: Image) -> Image:
         if entry in self.fixed:
             return np.full(defocus_um.shape, self.fixed[entry], np.float32)
@@ -233,6 +254,32 @@ class LabelDecoder:
         of_levels = np.where(self._is_level, probability, 0)
         variance = _mean(np.square(self._values - defocus), of_levels)
         return Decoded(level, confidence, defocus, np.sqrt(variance))
+
+    def level_of_frame(self, logits: Image) -> float:
+        """Return one signed level for a frame, from its tiles that show something.
+
+        The mean distance from focus by the labels' probabilities, on the side that
+        they lean to: where the direction is open, a distance remains.
+
+        Parameters
+        ----------
+        logits
+            Axes (label, tile_y, tile_x).
+
+        Returns
+        -------
+        float
+            NaN: every tile is likelier background.
+        """
+        probability = probabilities(logits)
+        of_levels = self.levels != BACKGROUND
+        shares = probability[of_levels].reshape(of_levels.sum(), -1)
+        shares = shares[:, shares.sum(axis=0) > 0.5].sum(axis=1)
+        if not shares.any():
+            return float("nan")
+        levels = self.levels[of_levels].astype(np.float32)
+        distance = float(shares @ np.abs(levels) / shares.sum())
+        return distance if shares @ levels >= 0 else -distance
 
 
 def check_labels(card: EngineCard, logits: tuple[int, ...]) -> None:

@@ -184,6 +184,33 @@ def test_conditions_of_tiles_are_those_of_the_cpu(
     np.testing.assert_allclose(view(out), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("lean", [0.0, 3.0, -3.0])
+@pytest.mark.parametrize("background", [-5.0, 2.0, 50.0])
+def test_a_frame_is_told_the_level_that_the_cpu_tells(
+    work, memory, rng, lean, background
+):
+    decoder = LabelDecoder(OutputCard(name="logits", labels=[*range(-3, 4), "bg"]))
+    logits = rng.normal(0, 2, (8, 17, 23)).astype(np.float32)
+    logits[: 7] += lean * np.arange(-3, 4, dtype=np.float32)[:, None, None] / 3
+    logits[7] += background
+    wanted = decoder.level_of_frame(logits)
+    untold = np.array([[0.5, 0.0, 0.0, 1.0]], np.float32)
+    condition = memory.upload(untold, "condition")
+    work.launch(
+        "tell_level",
+        256,
+        memory.upload(logits, "logits"),
+        *(8, 17 * 23),
+        memory.upload(decoder.levels, "levels"),
+        BACKGROUND,
+        *(1, 2),
+        condition,
+    )
+    assert np.isnan(wanted) == (background == 50)
+    told = untold if np.isnan(wanted) else [[0.5, wanted, 1.0, 1.0]]
+    np.testing.assert_allclose(view(condition), told, rtol=1e-5)
+
+
 @pytest.mark.parametrize("colours", [(), (3,)])
 def test_corrections_are_weighed_as_on_the_cpu(work, memory, rng, colours):
     shape = (150, 203, *colours)

@@ -242,6 +242,12 @@ class FrameClassifier:
         defocus = self._map(logits[0], prepared.empty)
         if restored is None:
             return Seen(defocus, None)
+        told = self._plan.conditions
+        if self._plan.looks_twice and told is not None:
+            level = self._labels.level_of_frame(logits[0])
+            again = told.told(level, len(prepared.tiles))
+            _, restored = self._network.run(prepared.tiles, again)
+            assert restored is not None
         return Seen(defocus, self._to_signal(restored, prepared))
 
     def probabilities(self, prepared: Prepared) -> Image:

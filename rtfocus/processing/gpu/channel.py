@@ -208,6 +208,7 @@ class _Opening:
             own = seen.open_slot(memory)
             self.opened.callback(own.network.close)
         evidence, weighing = self.plan.evidence, None
+        asked = seen.plan.looks_twice or (apart and evidence is not None)
         if evidence is not None:
             weighing = Weighing(memory, evidence, frame=frame, grid=seen.grid)
         return JointRestorer(
@@ -216,7 +217,7 @@ class _Opening:
             images_of(frame, seen.planes),
             "" if card.restored is None else card.restored.name,
             own=own,
-            labels=seen.allocate_maps(memory) if apart and weighing else None,
+            labels=seen.allocate_maps(memory) if own and asked else None,
             weighing=weighing,
         )
 

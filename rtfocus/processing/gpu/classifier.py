@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,13 @@ from rtfocus.processing.gpu.preparation import (
     Standardisation,
 )
 from rtfocus.processing.gpu.tiles import Tiles, whole_frame_tile
-from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
+from rtfocus.processing.gpu.work import (
+    BLOCK,
+    DeviceArray,
+    DeviceMemory,
+    FrameShape,
+    Work,
+)
 from rtfocus.processing.windows import tile_grid
 from rtfocus.runtimes.gpu import GpuContext, GpuEngine, Shape
 
@@ -193,6 +200,7 @@ class FrameClassifier:
         self._empty = memory.allocate(
             (self.grid.rows * self.grid.columns,), np.uint8, "the background rule"
         )
+        self._told = "" if card.condition is None else card.condition.name
         told = plan.conditions
         condition = None if told is None else told.unknown(1)
         self._condition = (
@@ -234,8 +242,9 @@ class FrameClassifier:
     def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
         """Reserve what one more frame in flight needs."""
         given = {}
-        if self._condition is not None and self.card.condition is not None:
-            given = {self.card.condition.name: self._condition}
+        # What a frame is told in a second pass is its own.
+        if self._condition is not None and not self.plan.looks_twice:
+            given = {self._told: self._condition}
         network = BoundNetwork(memory, self.engine, self._shapes, given)
         ranges = memory.allocate((self._input.channels, 2), np.float32, "ranges")
         return ClassifierSlot(network, ranges)
@@ -247,7 +256,9 @@ class FrameClassifier:
         signal: DeviceArray,
         maps: dict[str, DeviceArray],
     ) -> None:
-        """Enqueue signal -> maps of `MapLayout`."""
+        """Enqueue signal -> maps of `MapLayout`, and what a second pass is told."""
+        if self.plan.looks_twice and self._condition is not None:
+            work.copy(slot.network.buffers[self._told], self._condition)
         if self._cells is not None:
             self._cells.enqueue(work, signal)
         if self._background is None:
@@ -261,6 +272,8 @@ class FrameClassifier:
         else:
             self.look(work, slot, signal)
         self._decode(work, slot, maps)
+        if self.plan.looks_twice:
+            self._tell(work, slot)
 
     def look(
         self, work: Work, slot: ClassifierSlot, signal: DeviceArray, colour: int = -1
@@ -271,6 +284,22 @@ class FrameClassifier:
         self._percentiles.enqueue(work, signal, slot.ranges, colour)
         self._tile.cut(work, signal, slot.ranges, tiles, colour)
         slot.network.enqueue(work)
+
+    def _tell(self, work: Work, slot: ClassifierSlot) -> None:
+        """Enqueue the level that the network found -> what it is told."""
+        assert self.card.condition is not None
+        work.launch(
+            "tell_level",
+            BLOCK,
+            slot.network.buffers[self._output.name],
+            self._levels.count,
+            prod(self._network_tiles),
+            self._levels,
+            BACKGROUND,
+            self.card.condition.entries.index("defocus_levels"),
+            self.card.condition.entries.index("defocus_known"),
+            slot.network.buffers[self._told],
+        )
 
     def join(
         self,

@@ -89,6 +89,8 @@ class JointRestorer(FrameRestorer):
         del part
         maps, out = frame.maps, frame.out
         if self._own is None:
+            if self._seen.plan.looks_twice:
+                frame.seen.network.enqueue(work)
             self._seen.join(work, frame.seen, self._output, out)
         else:
             if self._labels is not None:

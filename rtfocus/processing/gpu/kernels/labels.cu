@@ -66,6 +66,44 @@ extern "C" __global__ void decode_labels(
   uncertainty_um[tile] = nothing ? unknown : sqrtf(variance) * step_um;
 }
 
+// One block: what the labels found in a frame, as the two entries of its condition
+// (rtfocus.processing.classify, level_of_frame). Tiles likelier background have no say.
+extern "C" __global__ void tell_level(
+    const float* logits,
+    int labels,
+    int tiles,
+    const short* levels,
+    int background,
+    int defocus_levels,
+    int defocus_known,
+    float* condition) {
+  double all = 0.0, distance = 0.0, lean = 0.0;
+  for (int tile = (int)threadIdx.x; tile < tiles; tile += (int)blockDim.x) {
+    const float* found = logits + tile;
+    float highest = found[0], total = 0.0f, seen = 0.0f, far = 0.0f, side = 0.0f;
+    for (int label = 1; label < labels; ++label)
+      highest = fmaxf(highest, found[(long long)label * tiles]);
+    for (int label = 0; label < labels; ++label) {
+      float share = expf(found[(long long)label * tiles] - highest);
+      total += share;
+      if (levels[label] == background) continue;
+      seen += share;
+      far += share * abs(levels[label]);
+      side += share * levels[label];
+    }
+    if (!(seen > 0.5f * total)) continue;
+    all += seen / total;
+    distance += far / total;
+    lean += side / total;
+  }
+  all = block_sum(all);
+  distance = block_sum(distance);
+  lean = block_sum(lean);
+  if (threadIdx.x != 0 || all == 0.0) return;
+  condition[defocus_levels] = (float)((lean < 0.0 ? -distance : distance) / all);
+  condition[defocus_known] = 1.0f;
+}
+
 // What a column of the condition holds.
 #define ENTRY_FIXED 0
 #define ENTRY_LEVEL 1
