@@ -191,7 +191,7 @@ def test_a_frame_is_told_the_level_that_the_cpu_tells(
 ):
     decoder = LabelDecoder(OutputCard(name="logits", labels=[*range(-3, 4), "bg"]))
     logits = rng.normal(0, 2, (8, 17, 23)).astype(np.float32)
-    logits[: 7] += lean * np.arange(-3, 4, dtype=np.float32)[:, None, None] / 3
+    logits[:7] += lean * np.arange(-3, 4, dtype=np.float32)[:, None, None] / 3
     logits[7] += background
     wanted = decoder.level_of_frame(logits)
     untold = np.array([[0.5, 0.0, 0.0, 1.0]], np.float32)

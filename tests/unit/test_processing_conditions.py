@@ -95,11 +95,23 @@ def test_levels_end_where_the_engine_ends(card):
     assert rows(unsigned, -0.4, [-3 * STEP_UM])[0]["level"] == 3
 
 
+def test_an_engine_is_told_the_level_that_it_found_itself(card):
+    # Its own direction is known, and counted as it counts: nothing is turned.
+    conditions = Conditions(card, optics(0.4), blind=True, signed=False)
+    told, untold = conditions.told(-2.5, 2), conditions.told(np.nan, 2)
+    known = [ENTRIES.index(name) for name in ("defocus_levels", "defocus_known")]
+    np.testing.assert_array_equal(told[:, known], [[-2.5, 1]] * 2)
+    np.testing.assert_array_equal(untold, conditions.unknown(2))
+    told[:, known] = 0
+    np.testing.assert_array_equal(told, untold)
+
+
 def test_engines_without_a_condition_are_told_nothing(card):
     silent = card.model_copy(update={"condition": None})
     conditions = Conditions(silent, optics(0), blind=False, signed=True)
     assert conditions.rows(np.zeros(3, np.float32)) is None
     assert conditions.unknown(3) is None
+    assert conditions.told(2.0, 3) is None
 
 
 def test_an_engine_that_needs_no_optics_is_told_none_when_blind(tmp_path):

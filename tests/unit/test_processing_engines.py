@@ -78,6 +78,7 @@ def test_weights_of_a_precision_the_card_does_not_list_are_refused(folder):
         ({"levels": None}, "a classifier needs the sections levels"),
         ({"files": {}}, "needs files.fp32"),
         ({"implementation": "abacus"}, "'implementation'"),
+        ({"second_look": True}, "a classifier cannot have the sections second_look"),
     ],
 )
 def test_faulty_cards_name_the_key_and_the_rule(folder, sections, message):
@@ -139,6 +140,14 @@ def test_labels_must_be_levels_of_the_scale(tmp_path, labels, message):
     with pytest.raises(EngineError) as caught:
         read_card(folder)
     assert message in str(caught.value)
+
+
+def test_only_an_engine_that_can_be_told_its_defocus_looks_twice(tmp_path):
+    folder = write_brightness_joint(tmp_path / "brightness", second_look=True)
+    assert read_card(folder).second_look
+    change(folder, condition={"name": "condition", "entries": ["defocus_levels"]})
+    with pytest.raises(EngineError, match="second_look is for engines told defocus_"):
+        read_card(folder)
 
 
 def test_patches_begin_at_the_corner_unless_the_card_says_otherwise(tmp_path):

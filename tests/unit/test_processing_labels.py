@@ -76,6 +76,29 @@ def told(levels: list[float], spread: list[float], step_um: float) -> DefocusMap
     )
 
 
+def frame_level(*tiles):
+    decoder = LabelDecoder(OutputCard(name="l", labels=LABELS))
+    logits = np.log(np.maximum(np.array(tiles, np.float32).T, 1e-20))
+    return decoder.level_of_frame(logits[:, None])
+
+
+def test_a_frame_has_the_mean_distance_of_its_tiles_on_the_side_they_lean_to():
+    near, far = [0.0, 0.0, 0.5, 0.5, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0, 0.8, 0.0]
+    assert frame_level(near, far) == pytest.approx((0.5 + 2) / 2)
+    mirrored = [[*tile[-2::-1], tile[-1]] for tile in (near, far)]
+    assert frame_level(*mirrored) == pytest.approx(-(0.5 + 2) / 2)
+
+
+def test_a_frame_of_open_direction_has_its_distance_still():
+    assert frame_level([0.5, 0.0, 0.0, 0.0, 0.5, 0.0]) == pytest.approx(2)
+
+
+def test_tiles_likelier_background_have_no_say_in_the_level_of_a_frame():
+    empty = [0.4, 0.0, 0.0, 0.0, 0.0, 0.6]
+    assert frame_level(empty, [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]) == pytest.approx(1)
+    assert np.isnan(frame_level(empty, empty))
+
+
 @pytest.mark.parametrize("step_um", [1.0, 2.5])
 def test_what_is_stated_is_the_spread_beyond_a_place_between_levels(step_um):
     found = told([2.0, 2.5, -2.5, -10.0, np.nan], [1.0, 1.0, 0.5, 0.0, np.nan], step_um)
