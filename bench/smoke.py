@@ -16,6 +16,7 @@ BENCHES = (
     "deconvolution",
     "kill",
     "loop",
+    "recorded",
     "plans",
     "reading",
     "gpu",
