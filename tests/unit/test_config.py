@@ -1,12 +1,20 @@
 """Config: defaults, overrides, and errors that help."""
 
+import json
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from rtfocus.config import Config, load_config, parse_config
+from rtfocus.config.sections import _types
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError, WriterError
 from rtfocus.files import resource_folder
@@ -15,6 +23,12 @@ from rtfocus.images.reading import find_images
 from rtfocus.writers.header import read_header
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config that says nothing."""
+    return write(tmp_path_factory.mktemp("configs"), {})
 
 
 def write(folder: Path, data: object) -> Path:
@@ -160,6 +174,55 @@ def test_a_config_survives_its_own_dump() -> None:
     config = Config.model_validate({"channels": [{"optics": OPTICS}]})
     dumped = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
     assert Config.model_validate(dumped) == config
+
+
+def leaves(section: BaseModel, *at: str) -> Iterator[tuple[str, st.SearchStrategy]]:
+    """Yield the keys of a section that hold one plain value, and what they may hold."""
+    for name, info in type(section).model_fields.items():
+        value, kinds = getattr(section, name), _types(info.annotation)
+        words = [word for word in kinds if isinstance(word, str)]
+        key = ".".join((*at, name))
+        if isinstance(value, BaseModel):
+            yield from leaves(value, *at, name)
+        elif words:
+            yield key, st.sampled_from(sorted(words))
+        elif isinstance(value, bool):
+            yield key, st.booleans()
+        elif isinstance(value, int):
+            yield key, st.integers(2, 20)
+        elif float in kinds and (value is None or isinstance(value, float)):
+            unset = st.none() if value is None else st.nothing()
+            yield key, unset | st.floats(0.1, 1.0)
+
+
+SET = st.lists(
+    st.sampled_from(sorted(leaves(Config()), key=lambda leaf: leaf[0])).flatmap(
+        lambda leaf: st.tuples(st.just(leaf[0]), leaf[1])
+    ),
+    max_size=6,
+    unique_by=lambda one: one[0],
+)
+
+
+@settings(max_examples=25)
+@given(SET)
+def test_a_config_is_the_same_by_option_by_file_and_by_its_own_dump(empty, keys):
+    options = [f"{key}={json.dumps(value)}" for key, value in keys]
+    try:
+        config = load_config(empty, options)
+    except ConfigError:
+        assume(False)  # two keys that exclude one another
+    dumped = config.model_dump(mode="json")
+    assert parse_config(yaml.safe_load(yaml.safe_dump(dumped))).model_dump() == (
+        config.model_dump()
+    )
+    nested: dict[str, Any] = {}
+    for key, value in keys:
+        *parents, last = key.split(".")
+        reduce(lambda node, name: node.setdefault(name, {}), parents, nested)[last] = (
+            value
+        )
+    assert parse_config(nested).model_dump() == config.model_dump()
 
 
 def test_optics_travel_on_the_wire_unchanged() -> None:

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rtfocus.channel import OpticalSystem
+from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.image_set import BLIND_ENGINE, ImageSet, restoring_with
-from rtfocus.images.optics import StatedOptics, find_optics, in_short, stated_optics
+from rtfocus.images.optics import (
+    StatedOptics,
+    find_optics,
+    in_short,
+    read_optics,
+    stated_optics,
+)
 from rtfocus.images.series import ImageChannel, ImageSeries
 
 MINE = OpticalSystem(0.75, 520, 0.325)
@@ -34,6 +42,24 @@ def pixels(size_um: float, **facts: object) -> ImageSeries:
 
 def stated(text: str) -> StatedOptics:
     return StatedOptics(stated_optics(text), text)
+
+
+@given(
+    st.floats(0.05, 0.99),
+    st.floats(200, 2000),
+    st.floats(0.01, 20),
+    st.floats(1, 2),
+    st.floats(-5, 5),
+)
+def test_what_is_said_in_short_is_read_again(aperture, nm, um, index, waves):
+    pupil = Aberrations(spherical_waves=waves)
+    optics = OpticalSystem(aperture, nm, um, index, aberrations=pupil)
+    read = read_optics(in_short(optics))
+    assert in_short(read) == in_short(optics)
+    numbers = (read.numerical_aperture, read.wavelength_nm, read.pixel_size_um)
+    assert numbers == pytest.approx((aperture, nm, um), rel=1e-5)
+    assert read.refractive_index == pytest.approx(index, rel=1e-5)
+    assert read.aberrations.spherical_waves == pytest.approx(waves, rel=1e-5)
 
 
 def test_the_option_is_completed_by_the_file():
