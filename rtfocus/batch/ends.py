@@ -23,7 +23,7 @@ from rtfocus.batch.plan import (
     digest_of_making,
     facts_of,
 )
-from rtfocus.batch.work import image_set_of
+from rtfocus.batch.work import classified, image_set_of
 from rtfocus.errors import ConfigError, InputError, OutputError
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage, json_mark
@@ -235,9 +235,7 @@ class Batch:
         broken = [reason for _, reason in plan.broken]
         broken += [f.reason for _, f in self.ledger.failures(plan)]
         engine = self.job.settings["processing"]["classifier"]
-        content: dict[str, Any] = {"engine": engine, "images": rows}
-        if broken:
-            content["broken"] = broken
+        content = classified(engine, rows, broken)
         if not self._is_written(content):
             self._guard.write_json(self.ledger.output, content)
             files.keep(self.ledger.output)

@@ -315,6 +315,14 @@ def _fault_of(error: BaseException) -> Fault:
     return "output" if isinstance(error, (OutputError, OSError)) else "other"
 
 
+def classified(
+    engine: str | None, rows: list[dict[str, Any]], broken: list[str]
+) -> dict[str, Any]:
+    """Return what ``classify`` writes: its engine, planes, and what cannot be read."""
+    content: dict[str, Any] = {"engine": engine, "images": rows}
+    return {**content, "broken": broken} if broken else content
+
+
 def plane_row(
     images: ImageSet, number: int, index: dict[str, int], result: FrameResult
 ) -> dict[str, Any]:

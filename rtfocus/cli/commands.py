@@ -386,16 +386,21 @@ def copy(
     path = target or Path(f"{source.stem}.yaml")
     if path.is_dir():
         path = path / f"{source.stem}.yaml"
+    write_new(path, source.read_text("utf-8"))
+    typer.echo(path)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file; one that is there is kept, and that is an error."""
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(source.read_text("utf-8"))
+            file.write(text)
     except FileExistsError as error:
         msg = f"'{path}' is there already; give another name"
         raise OutputError(msg) from error
     except OSError as error:
         msg = f"'{path}' cannot be written: {error.strerror}"
         raise OutputError(msg) from error
-    typer.echo(path)
 
 
 def _about(path: Path) -> str:

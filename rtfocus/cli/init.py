@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from rtfocus import __version__
 from rtfocus.channel import OpticalSystem
+from rtfocus.cli.commands import write_new
 from rtfocus.config import load_config, parse_config
 from rtfocus.engines.registry import list_engines, why_unfit
 from rtfocus.errors import EngineError, ExitCode, OutputError
@@ -203,12 +204,7 @@ def init(
         _ask(found, answers)
     text = config_text(found, answers, mm_config, adapters or ())
     parse_config(yaml.safe_load(text), origin=str(file))
-    try:
-        with file.open("x", encoding="utf-8") as new:
-            new.write(text)
-    except OSError as error:
-        msg = f"'{file}' cannot be written: {error.strerror}"
-        raise OutputError(msg) from error
+    write_new(file, text)
     typer.echo(f"wrote {file}; checking it as 'rtfocus run {file} --dry-run' does:")
     faults = [check.error for check in preflight(load_config(file)) if check.error]
     for fault in faults:

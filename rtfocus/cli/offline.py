@@ -12,7 +12,7 @@ import typer
 from rtfocus.batch.ends import notes_of
 from rtfocus.batch.plan import Command, Job
 from rtfocus.batch.scheduler import WORKERS_S
-from rtfocus.batch.work import plane_row
+from rtfocus.batch.work import classified, plane_row
 from rtfocus.cli.batch import (
     FinishOption,
     InitOption,
@@ -211,12 +211,8 @@ def classify(
                 broken.append(BrokenImage(series.path, str(error)))
     _tell_picture(shown.save())
     if json_file is not None:
-        content: dict[str, Any] = {
-            "engine": settings.processing.classifier,
-            "images": described,
-        }
-        if broken:
-            content["broken"] = [one.reason for one in broken]
+        reasons = [one.reason for one in broken]
+        content = classified(settings.processing.classifier, described, reasons)
         guard.write_json(json_file, content)
         to_output = str(json_file) in STANDARD_OUTPUT
         done = f"classified {_number_of(len(described), 'plane')} to {json_file}"

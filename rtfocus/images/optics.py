@@ -103,9 +103,14 @@ def make_optics(stated: Mapping[str, Any], origin: str) -> OpticalSystem:
         If something is missing or no optics have such values.
     """
     try:
-        return _checked(stated)
-    except ConfigError as error:
-        msg = f"optics '{origin}': {error}; e.g. {EXAMPLE}"
+        return TypeAdapter(OpticalSystem).validate_python(dict(stated))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"'{'.'.join(str(part) for part in fault['loc'])}': {_said(fault)} "
+            f"(got {fault['input']!r:.60})"
+            for fault in error.errors()
+        )
+        msg = f"optics '{origin}': {faults}; e.g. {EXAMPLE}"
         raise ConfigError(msg) from error
 
 
@@ -122,18 +127,6 @@ def checked_optics(given: object) -> OpticalSystem:
     like = "rtfocus.Optics(numerical_aperture, wavelength_nm, pixel_size_um)"
     msg = f"optics are a {type(given).__name__}; give {like}"
     raise ConfigError(msg)
-
-
-def _checked(stated: Mapping[str, Any]) -> OpticalSystem:
-    try:
-        return TypeAdapter(OpticalSystem).validate_python(dict(stated))
-    except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {_said(fault)} "
-            f"(got {fault['input']!r:.60})"
-            for fault in error.errors()
-        )
-        raise ConfigError(faults) from error
 
 
 def _said(fault: ErrorDetails) -> str:
