@@ -13,6 +13,7 @@ The processor side, one thread per worker, queues bounded, nothing lost:
 A frame lives in one slot from arrival until it is durable. Slots are the credit
 the microscope side sends within, so a slow disk slows the camera's side, never
 memory. Focus leaves at ``estimate`` and never waits for restoration or disk.
+The loop is `SeriesLoop._run_workers`; its workers' steps are the methods below it.
 """
 
 import threading
@@ -200,26 +201,28 @@ def serve(
         while not stop.is_set():
             monitor = Monitor()
             on_monitor(monitor)
+            came: list[SeriesStart] = []
             try:
                 folder = _process(
-                    config, preview, monitor, stop=stop, patient=True, unwanted=unwanted
+                    config,
+                    preview,
+                    monitor,
+                    stop=stop,
+                    patient=True,
+                    unwanted=unwanted,
+                    on_series=came.append,
                 )
-            except SeriesError as failed:
-                on_failure(failed.reason)
+            except RtfocusError as error:
+                if not came:
+                    raise
+                if not isinstance(error, PeerGoneError):
+                    unwanted[came[0].series_uid] = str(error)
+                on_failure(error)
                 continue
             if folder is not None:
-                if monitor.series is not None:
-                    done = f"it is recorded in '{folder.resolve()}'; begin a new one"
-                    unwanted[monitor.series.series_uid] = done
+                done = f"it is recorded in '{folder.resolve()}'; begin a new one"
+                unwanted[came[0].series_uid] = done
                 on_finished(folder)
-
-
-class SeriesError(Exception):
-    """One series failed in a service; never reaches the user."""
-
-    def __init__(self, reason: RtfocusError) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
 
 
 def _process(
@@ -230,6 +233,7 @@ def _process(
     stop: threading.Event,
     patient: bool = False,
     unwanted: dict[str, str] | None = None,
+    on_series: Callable[[SeriesStart], None] = lambda _: None,
 ) -> Path | None:
     """Process one series; `patient`, `unwanted`: see `FrameReceiver.wait_series`."""
     with (
@@ -240,15 +244,10 @@ def _process(
         series = receiver.wait_series(patient=patient, unwanted=unwanted)
         if series is None:
             return None
+        on_series(series)
         loop = SeriesLoop(config, series, receiver, processor, preview, monitor)
         try:
             return loop.run()
-        except RtfocusError as error:
-            if unwanted is not None:
-                if not isinstance(error, PeerGoneError):
-                    unwanted[series.series_uid] = str(error)
-                raise SeriesError(error) from error
-            raise
         finally:
             preview.end()
 

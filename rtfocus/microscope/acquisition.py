@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -245,14 +246,12 @@ class LiveAcquisition:
         return self._z_um
 
 
-__all__ = ["AcquisitionReport", "acquire", "acquire_with", "foresee"]
-
-
 def acquire(
     config: Config,
     sink: FrameSink,
     *,
     stop: threading.Event,
+    core: UniMMCore | None = None,
     on_frame: Callable[[FrameHeader], None] = lambda _: None,
     make_engine: Callable[..., RecordingEngine] = RecordingEngine,
     make_hold: Callable[[UniMMCore], FocusHold | None] = lambda _: None,
@@ -267,6 +266,8 @@ def acquire(
         Takes the frames; its end is told in every case once it was started.
     stop
         Ends the series when set, also from another thread.
+    core
+        With its devices loaded; None: those of the config are.
     on_frame
         Called with each frame's header after it was handed over.
     make_engine
@@ -286,38 +287,15 @@ def acquire(
             msg = "recorded images cannot be held in focus; set autofocus.mode: off"
             raise ConfigError(msg)
         return Replay(config, config.microscope).run(sink, stop, on_frame)
-    with open_core(config) as core:
-        return acquire_with(
-            core,
-            config,
-            sink,
-            stop=stop,
-            on_frame=on_frame,
-            make_engine=make_engine,
-            make_hold=make_hold,
-        )
-
-
-def acquire_with(
-    core: UniMMCore,
-    config: Config,
-    sink: FrameSink,
-    *,
-    stop: threading.Event,
-    on_frame: Callable[[FrameHeader], None] = lambda _: None,
-    make_engine: Callable[..., RecordingEngine] = RecordingEngine,
-    make_hold: Callable[[UniMMCore], FocusHold | None] = lambda _: None,
-) -> AcquisitionReport:
-    """Acquire one series on a core that is already loaded; see `acquire`."""
-    acquisition = config.acquisition
-    if acquisition.live is not None:
-        hold = make_hold(core)
-        live = LiveAcquisition(config, acquisition.live, core, sink, on_frame, hold)
-        return live.run(stop)
-    planned = _planned(core, config)
-    return PlannedAcquisition(config, core, planned, sink, on_frame, make_engine).run(
-        stop
-    )
+    with open_core(config) if core is None else nullcontext(core) as loaded:
+        live = config.acquisition.live
+        if live is not None:
+            hold = make_hold(loaded)
+            return LiveAcquisition(config, live, loaded, sink, on_frame, hold).run(stop)
+        planned = _planned(loaded, config)
+        return PlannedAcquisition(
+            config, loaded, planned, sink, on_frame, make_engine
+        ).run(stop)
 
 
 def foresee(config: Config) -> SeriesStart:

@@ -61,17 +61,22 @@ def _convolve(node: Node, inputs: Inputs) -> Tensor:
     )
 
 
-def _convolve_transposed(node: Node, inputs: Inputs) -> Tensor:
+def _equal_pads(node: Node) -> list[int]:
+    """Return the padding of either side; torch takes no two."""
     pads = node.integers("pads", [0, 0, 0, 0])
     if pads[:2] != pads[2:]:
         msg = f"pads {pads} differ between the sides"
         raise NotImplementedError(msg)
+    return pads[:2]
+
+
+def _convolve_transposed(node: Node, inputs: Inputs) -> Tensor:
     return functional.conv_transpose2d(
         needed(inputs),
         needed(inputs, 1),
         given(inputs, 2),
         stride=node.integers("strides", [1, 1]),
-        padding=pads[:2],
+        padding=_equal_pads(node),
         output_padding=node.integers("output_padding", [0, 0]),
         groups=node.integer("group", 1),
         dilation=node.integers("dilations", [1, 1]),
@@ -91,15 +96,11 @@ def _largest(node: Node, inputs: Inputs) -> Tensor:
 
 
 def _average(node: Node, inputs: Inputs) -> Tensor:
-    pads = node.integers("pads", [0, 0, 0, 0])
-    if pads[:2] != pads[2:]:
-        msg = f"pads {pads} differ between the sides"
-        raise NotImplementedError(msg)
     return functional.avg_pool2d(
         needed(inputs),
         node.integers("kernel_shape", []),
         stride=node.integers("strides", [1, 1]),
-        padding=pads[:2],
+        padding=_equal_pads(node),
         ceil_mode=bool(node.integer("ceil_mode")),
         count_include_pad=bool(node.integer("count_include_pad")),
     )

@@ -8,7 +8,7 @@ import pytest
 from microscope_kit import RecordingSink, democamera, record, wait_for
 
 from rtfocus.errors import ConfigError, ExitCode, MicroscopeError
-from rtfocus.microscope.acquisition import acquire_with
+from rtfocus.microscope.acquisition import acquire
 from rtfocus.microscope.core import open_core
 
 pytest.importorskip("mm_test_adapters", reason="the DemoCamera is not installed")
@@ -146,7 +146,7 @@ def test_a_failing_sink_cancels_the_run_and_is_raised(properties):
     sink = RecordingSink(fail_at=4)
     with open_core(config) as core:
         with pytest.raises(ConnectionError, match="the recorder is gone"):
-            acquire_with(core, config, sink, stop=threading.Event())
+            acquire(config, sink, core=core, stop=threading.Event())
         assert not core.isSequenceRunning()
         assert not core.mda.is_running()
     assert len(sink.headers) == 4
@@ -163,10 +163,10 @@ def test_an_image_whose_preset_fails_is_not_taken_and_the_others_are():
     with open_core(config) as core:
         core.defineConfig("Channel", "Half", "Emission", "Label", "Chroma-HQ700")
         core.defineConfig("Channel", "Half", "Excitation", "Label", "No such filter")
-        report = acquire_with(
-            core,
+        report = acquire(
             config,
             sink,
+            core=core,
             stop=threading.Event(),
             on_frame=lambda _: taken_with.append(core.getProperty("Emission", "Label")),
         )
@@ -183,7 +183,7 @@ def test_a_failing_sink_stops_the_live_camera():
     sink = RecordingSink(fail_at=4)
     with open_core(config) as core:
         with pytest.raises(ConnectionError):
-            acquire_with(core, config, sink, stop=threading.Event())
+            acquire(config, sink, core=core, stop=threading.Event())
         assert not core.isSequenceRunning()
     assert sink.reasons == ["the recorder is gone"]
 
@@ -204,10 +204,10 @@ def test_a_change_of_the_camera_ends_the_series_cleanly(change, said):
     config = democamera({"mda": plan}, properties=camera)
     sink = RecordingSink()
     with open_core(config) as core:
-        report = acquire_with(
-            core,
+        report = acquire(
             config,
             sink,
+            core=core,
             stop=threading.Event(),
             on_frame=lambda h: change(core) if h.sequence == 2 else None,
         )
@@ -227,8 +227,8 @@ def test_an_image_lost_in_a_hardware_sequence_shifts_no_other():
                 wait_for(lambda: core.getRemainingImageCount() > 0)
                 core.popNextImage()
 
-        report = acquire_with(
-            core, config, sink, stop=threading.Event(), on_frame=steal
+        report = acquire(
+            config, sink, core=core, stop=threading.Event(), on_frame=steal
         )
     assert [h.sequence for h in sink.headers] == list(range(23))
     assert [h.event_index for h in sink.headers] == [n for n in range(24) if n != 4]
@@ -263,7 +263,7 @@ def test_the_last_image_of_a_hardware_sequence_may_come_late(monkeypatch):
 
         monkeypatch.setattr(core, "getRemainingImageCount", count)
         monkeypatch.setattr(core, "isSequenceRunning", runs)
-        report = acquire_with(core, config, sink, stop=threading.Event())
+        report = acquire(config, sink, core=core, stop=threading.Event())
     assert (report.frames, report.camera_lost) == (24, 0)
     assert report.warnings == ()
 
@@ -278,8 +278,8 @@ def test_an_image_lost_in_live_mode_leaves_its_place_empty():
                 wait_for(lambda: core.getRemainingImageCount() > 0)
                 core.popNextImage()
 
-        report = acquire_with(
-            core, config, sink, stop=threading.Event(), on_frame=steal
+        report = acquire(
+            config, sink, core=core, stop=threading.Event(), on_frame=steal
         )
     assert [h.index["t"] for h in sink.headers] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert report.camera_lost == 1
@@ -305,7 +305,7 @@ def test_an_overflow_of_the_buffer_ends_the_run_with_its_remedy(acquisition):
 
         sink = RecordingSink(before_acquire=wait_for_overflow)
         with pytest.raises(MicroscopeError, match=r"overflowed.*sequence_buffer_mb"):
-            acquire_with(core, config, sink, stop=threading.Event())
+            acquire(config, sink, core=core, stop=threading.Event())
         assert not core.isSequenceRunning()
     assert len(sink.headers) >= 3
     assert "overflowed" in sink.reasons[0]
@@ -317,7 +317,7 @@ def test_an_unknown_pixel_size_is_an_error_with_its_remedy():
         for name in core.getAvailablePixelSizeConfigs():
             core.deletePixelSizeConfig(name)
         with pytest.raises(ConfigError, match=r"microscope\.pixel_size_um"):
-            acquire_with(core, config, RecordingSink(), stop=threading.Event())
+            acquire(config, RecordingSink(), core=core, stop=threading.Event())
 
 
 def test_a_configured_pixel_size_comes_first():
@@ -381,7 +381,7 @@ def test_every_slice_is_taken_where_the_plan_says(properties):
             plan = {"stage_positions": positions, "channels": channels, "z_plan": stack}
             sink = RecordingSink()
             config = democamera({"mda": plan}, properties=properties)
-            report = acquire_with(core, config, sink, stop=threading.Event())
+            report = acquire(config, sink, core=core, stop=threading.Event())
             assert report.outcome.is_complete, (plan, report)
             stood = [header.z_um for header in sink.headers]
             assert stood == pytest.approx(heights_um, abs=0.01), plan

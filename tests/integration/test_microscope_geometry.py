@@ -8,7 +8,7 @@ import pytest
 from microscope_kit import RecordingSink, democamera
 
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
-from rtfocus.microscope.acquisition import AcquisitionReport, acquire_with
+from rtfocus.microscope.acquisition import AcquisitionReport, acquire
 from rtfocus.microscope.core import open_core
 
 mm_test_adapters = pytest.importorskip(
@@ -37,7 +37,7 @@ def run(
             for name in ("Binning", "PixelType", "BitDepth")
         ]
         try:
-            return sink, acquire_with(core, config, sink, stop=threading.Event())
+            return sink, acquire(config, sink, core=core, stop=threading.Event())
         except RtfocusError:
             assert sink.series is None
             assert core.getCameraDevice() == camera

@@ -14,7 +14,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import parse_config
 from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.errors import ConfigError, MicroscopeError
-from rtfocus.microscope.acquisition import acquire_with
+from rtfocus.microscope.acquisition import acquire
 from rtfocus.microscope.core import bare_core, open_core
 from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.microscope.virtual_devices import Sensor, load_virtual_microscope
@@ -81,7 +81,7 @@ def test_relative_stacks_lie_around_where_the_stage_stands():
     with open_core(config) as core:
         core.setPosition(40.0)
         sink = RecordingSink()
-        acquire_with(core, config, sink, stop=threading.Event())
+        acquire(config, sink, core=core, stop=threading.Event())
     assert [h.z_um for h in sink.headers] == [39, 40, 41]
     assert [h.z_offset_um for h in sink.headers] == [-1, 0, 1]
 
@@ -143,7 +143,7 @@ def test_it_waits_for_a_slow_sink_instead_of_overflowing():
                 )
 
         sink = RecordingSink(before_acquire=dawdle)
-        report = acquire_with(core, config, sink, stop=threading.Event())
+        report = acquire(config, sink, core=core, stop=threading.Event())
     assert (report.frames, report.camera_lost) == (120, 0)
     assert report.most_waiting is not None
     assert 0 < report.most_waiting <= 8
@@ -161,7 +161,7 @@ def test_stop_while_it_waits_ends_at_once():
                 stop.set()
 
         sink = RecordingSink(before_acquire=dawdle)
-        report = acquire_with(core, config, sink, stop=stop)
+        report = acquire(config, sink, core=core, stop=stop)
         assert not core.isSequenceRunning()
     assert (report.frames, report.reason) == (4, "canceled")
 
@@ -205,8 +205,8 @@ def test_a_lost_image_of_a_python_camera_shifts_no_other():
                 core.popNextImage()
 
         sink = RecordingSink()
-        report = acquire_with(
-            core, config, sink, stop=threading.Event(), on_frame=steal
+        report = acquire(
+            config, sink, core=core, stop=threading.Event(), on_frame=steal
         )
     assert [h.event_index for h in sink.headers] == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
     assert [h.index["t"] for h in sink.headers] == [int(p[0, 0]) for p in sink.pixels]
@@ -231,7 +231,7 @@ def test_exposures_that_fail_are_counted_and_told():
         core.initializeDevice("Counter")
         core.setCameraDevice("Counter")
         sink = RecordingSink()
-        report = acquire_with(core, config, sink, stop=threading.Event())
+        report = acquire(config, sink, core=core, stop=threading.Event())
     assert [h.event_index for h in sink.headers] == [0, 1, 2]
     assert report.camera_lost == 3
     assert any("cable pulled" in text for text in report.warnings)
