@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from rtfocus.config import Config
 from rtfocus.config.sections import AlarmConfig, AlarmKind
@@ -212,7 +212,10 @@ class Delivery:
 
 
 class Attendance:
-    """What a series is attended by: alarms while it runs, its page when it ended."""
+    """Attends a series while its block runs: alarms, and in the end its page.
+
+    A folder that somebody else has taken over gets no page from here.
+    """
 
     def __init__(self, config: Config, monitor: Monitor) -> None:
         self.folder: Path | None = None
@@ -225,18 +228,25 @@ class Attendance:
         self._end: Alarm | None = None
         self._thread = threading.Thread(target=self._watch, name="alarms", daemon=True)
 
-    def begin(self) -> None:
-        """Start to watch."""
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
-    def end(self, failure: BaseException | None) -> None:
-        """Tell the end; returns at once."""
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        failure: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
         if self._rules.wants("end"):
             self._end = Alarm("end", self._how_it_ended(failure))
         self._done.set()
+        is_ours = not isinstance(failure, (TakenOverError, BusyError))
+        if self.folder is not None and is_ours:
+            # Drawing takes long to import, and is wanted only now.
+            from rtfocus.report.page import leave_page
 
-    def wait(self) -> None:
-        """Wait until all is delivered: not longer than it may take."""
+            leave_page(self.folder)
         # One delivery may be under way, one alarm of every other kind may follow.
         most_s = 2 * (2 + len(self._config.on)) * self._config.timeout_s
         self._thread.join(most_s)
@@ -264,28 +274,3 @@ class Attendance:
         except (OSError, ValueError, KeyError):
             return "the run ended"
         return "completed" if outcome.is_plain else str(outcome)
-
-
-@contextmanager
-def attended(config: Config, monitor: Monitor) -> Iterator[Attendance]:
-    """Watch a series while the block runs; in the end tell it and leave its page.
-
-    A folder that somebody else has taken over gets no page from here.
-    """
-    attendance = Attendance(config, monitor)
-    attendance.begin()
-    failure: BaseException | None = None
-    try:
-        yield attendance
-    except BaseException as error:
-        failure = error
-        raise
-    finally:
-        attendance.end(failure)
-        is_ours = not isinstance(failure, (TakenOverError, BusyError))
-        if attendance.folder is not None and is_ours:
-            # Drawing takes long to import, and is wanted only now.
-            from rtfocus.report.page import leave_page
-
-            leave_page(attendance.folder)
-        attendance.wait()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from rtfocus.alarms import Attendance, attended
+from rtfocus.alarms import Attendance
 from rtfocus.config import Config
 from rtfocus.errors import (
     EngineError,
@@ -278,7 +278,7 @@ class SeriesLoop:
 
     def run(self) -> Path:
         """Process the series; the folder is finished even when a worker fails."""
-        with attended(self._config, self._monitor) as attendance:
+        with Attendance(self._config, self._monitor) as attendance:
             return self._record(attendance)
 
     def _record(self, attendance: Attendance) -> Path:

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -219,7 +219,7 @@ class LiveStream:
         self._failure = None
         with ExitStack() as opened:
             opened.callback(setattr, self, "_is_open", False)
-            teller = opened.enter_context(_telling(self.estimateReady.emit))
+            teller = opened.enter_context(_Teller(self.estimateReady.emit))
             focusing = Focusing(self._config, _log.info)
 
             def heard(estimate: Estimate) -> None:
@@ -352,12 +352,17 @@ def _with_free_preview(config: Config) -> Config:
 
 
 class _Teller:
-    """The newest estimate, from the transport's thread to whoever listens."""
+    """Emits the newest estimate while its block runs, from a thread of its own.
 
-    def __init__(self) -> None:
+    A listener may take its time.
+    """
+
+    def __init__(self, emit: Any) -> None:  # noqa: ANN401 (psygnal's bound method)
+        self._emit = emit
         self._changed = threading.Condition()
         self._newest: Estimate | None = None
         self._is_closed = False
+        self._thread = threading.Thread(target=self._tell, name="estimates")
 
     def put(self, estimate: Estimate) -> None:
         """Take an estimate; returns at once."""
@@ -365,36 +370,27 @@ class _Teller:
             self._newest = estimate
             self._changed.notify()
 
-    def take(self) -> Estimate | None:
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # What is left is still told.
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        while (estimate := self._take()) is not None:
+            try:
+                self._emit(estimate)
+            except EmitLoopError:
+                _log.exception("a listener of estimateReady failed")
+
+    def _take(self) -> Estimate | None:
         """Wait for the next one; None: closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._newest is not None or self._is_closed)
             newest, self._newest = self._newest, None
             return newest
-
-    def close(self) -> None:
-        """Let `take` return; what is left is still told."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-
-
-@contextmanager
-def _telling(emit: Any) -> Iterator[_Teller]:  # noqa: ANN401 (psygnal's bound method)
-    """Emit estimates from a thread of its own: a listener may take its time."""
-    teller = _Teller()
-
-    def tell() -> None:
-        while (estimate := teller.take()) is not None:
-            try:
-                emit(estimate)
-            except EmitLoopError:
-                _log.exception("a listener of estimateReady failed")
-
-    thread = threading.Thread(target=tell, name="estimates")
-    thread.start()
-    try:
-        yield teller
-    finally:
-        teller.close()
-        thread.join()

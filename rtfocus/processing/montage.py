@@ -245,6 +245,8 @@ class Montage:
         )
         """Weights along rows and columns, axes (tile that takes part, pixel)."""
         self._rows, self._columns = self.axes
+        self.spans = tuple([_extent(one[None]) for one in axis] for axis in self.axes)
+        """What the tiles that take part cover, per row and per column."""
 
     def _axis(self, length: int, count: int, window: Window) -> Image:
         tiles = np.arange(count)[:: self.step]
@@ -278,20 +280,10 @@ class Montage:
         columns = mask @ self._columns[:, region.columns]
         return np.asarray(self._rows[:, region.rows].T @ columns)
 
-    def spans(self) -> tuple[list[slice], list[slice]]:
-        """Return what the tiles that take part cover, per row and per column."""
-        rows, columns = (
-            [_extent(weights[n : n + 1]) for n in range(len(weights))]
-            for weights in self.axes
-        )
-        return rows, columns
-
     def tile_region(self, row: int, column: int) -> Region:
         """Return the rectangle that the weight of one tile covers."""
-        return Region(
-            rows=_extent(self._rows[row : row + 1]),
-            columns=_extent(self._columns[column : column + 1]),
-        )
+        rows, columns = self.spans
+        return Region(rows[row], columns[column])
 
     def tile_weights(self, row: int, column: int, region: Region) -> Image:
         """Return the weight of one tile in every pixel of a region, axes (y, x)."""

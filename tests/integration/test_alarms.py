@@ -17,7 +17,7 @@ import pytest
 from loop_kit import read_report, run_loop, small
 from writer_kit import make_series
 
-from rtfocus.alarms import Rules, attended
+from rtfocus.alarms import Attendance, Rules
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import Config, parse_config
 from rtfocus.config.sections import AlarmConfig
@@ -154,7 +154,9 @@ def test_receiver_and_program_are_told_what_happened_and_the_end(
     with receiver() as (url, told):
 
         def run() -> None:
-            with attended(config(webhook=url, command=command, timeout_s=60), monitor):
+            with Attendance(
+                config(webhook=url, command=command, timeout_s=60), monitor
+            ):
                 monitor.accounting.count("dropped", "gap")
                 heard.append(told.get(timeout=60))
                 msg = "the disk is gone"
@@ -186,7 +188,7 @@ def test_receiver_that_fails_is_counted_and_nothing_else(
         absent = ["/no/such/program"]
         with (
             caplog.at_level(logging.WARNING),
-            attended(config(webhook=url, command=absent, timeout_s=0.2), monitor),
+            Attendance(config(webhook=url, command=absent, timeout_s=0.2), monitor),
         ):
             monitor.accounting.count("in_error", "store")
     failed = {"raised": 2, "webhook failed": 2, "command failed": 2}
@@ -196,7 +198,7 @@ def test_receiver_that_fails_is_counted_and_nothing_else(
 
 def test_folder_that_another_has_now_gets_no_page(tmp_path: Path) -> None:
     def run() -> None:
-        with attended(config(on=[]), Monitor()) as attendance:
+        with Attendance(config(on=[]), Monitor()) as attendance:
             attendance.folder = tmp_path
             msg = "it is another's"
             raise TakenOverError(msg)

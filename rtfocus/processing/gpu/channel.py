@@ -226,7 +226,7 @@ class _Opening:
         halo_px = PAPER_HALO_PX if settings.halo_px is None else settings.halo_px
         height, width = (
             max(span.stop - span.start for span in spans) + 2 * halo_px
-            for spans in montage.spans()
+            for spans in montage.spans
         )
         widest = max((psf.shape for psf in psfs.values()), key=max)
         whole = dict.fromkeys(psfs, patch_shape((height, width), widest))

@@ -70,7 +70,7 @@ class PatchRestorer(FrameRestorer):
         self._batch = max(1, min(tiles, frame.height * frame.width // pixels))
         self._spans = [
             memory.upload(_on_grid(axis, montage.step), "patches")
-            for axis in montage.spans()
+            for axis in montage.spans
         ]
         self._found = memory.allocate((1 + tiles,), np.int32, "patches")
         self._rank = memory.allocate((tiles,), np.int32, "patches")
