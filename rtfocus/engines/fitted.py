@@ -97,8 +97,6 @@ def stated_um(
         What the engine says, axes (tile_y, tile_x).
     fit
         Of its card; None: the spread of its labels is all there is.
-    step_um
-        Defocus between two of its levels.
 
     Returns
     -------
@@ -119,8 +117,6 @@ def stated_variance(
 
     Parameters
     ----------
-    fit
-        Of the engine's card.
     level
         Defocus found, in levels; any shape.
     spread
@@ -150,8 +146,6 @@ class Evidence:
 
     Parameters
     ----------
-    card
-        The fitted function.
     normalisation
         Finds a frame's dark and bright value.
     step_um
@@ -263,8 +257,6 @@ def certainty(found: DefocusMap, step_um: float, shape: tuple[int, int]) -> Imag
     ----------
     found
         Of the engine that made the correction.
-    step_um
-        Defocus between two of its levels.
     shape
         Height and width of the frame.
 
@@ -373,14 +365,8 @@ def unsettled_um(
 
     Parameters
     ----------
-    found
-        Of a frame.
     pixels
         The frame, axes (y, x) or (y, x, colour).
-    step_um
-        Defocus between two levels.
-    farthest
-        Highest level.
 
     Returns
     -------

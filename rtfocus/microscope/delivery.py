@@ -200,10 +200,6 @@ class Delivery:
     ----------
     series
         Announced to the sink at once.
-    sink
-        Gives and takes the slots.
-    on_frame
-        Called after each frame with its header.
     """
 
     def __init__(
@@ -227,8 +223,6 @@ class Delivery:
         ----------
         pixels
             Axes (y, x) or (y, x, rgb).
-        exposure
-            Its place and times.
 
         Raises
         ------

@@ -313,8 +313,6 @@ class FollowedAcquisition(PlannedAcquisition):
     ----------
     config
         As for `acquire`; its microscope and plan are not used.
-    on_frame
-        Called after each frame with its header.
     """
 
     def __init__(

@@ -204,8 +204,6 @@ def describe_series(
         Name of the run, channels and their optics.
     core
         Asked for the pixel size and, in live mode, the channel.
-    geometry
-        Of the camera.
     plan
         None in live mode.
     frames

@@ -53,13 +53,7 @@ class ZDrive:
 
 
 class VirtualZStage(StageDevice):
-    """z-stage that carries the objective; up is towards the specimen.
-
-    Parameters
-    ----------
-    config
-        Its faults, see `ZDrive`.
-    """
+    """z-stage that carries the objective; up is towards the specimen."""
 
     def __init__(self, config: ZStageConfig | None = None) -> None:
         super().__init__()
@@ -198,8 +192,6 @@ class VirtualCamera(SimpleCameraDevice):
 
     Parameters
     ----------
-    config
-        Frame size, noise and rate.
     specimens
         By channel name; the first is chosen at the start.
     z_stage, xy_stage

@@ -95,8 +95,6 @@ def read_scene(
 
     Parameters
     ----------
-    config
-        Kind, file and seed.
     shape
         Height and width of the scene.
     rgb
@@ -220,8 +218,6 @@ class VirtualSpecimen:
 
         Parameters
         ----------
-        config
-            Frame size, specimen and surface.
         optics
             The true optics; its pixel size is the frame's.
         channel

@@ -39,8 +39,6 @@ class CameraCorrection:
         Offset, flat field and saturation.
     shape
         (y, x) or (y, x, colour).
-    dtype
-        Of the frames.
     bit_depth
         Significant bits of an integer camera; None: all of the dtype.
 

@@ -397,8 +397,6 @@ def level_psfs(
     ----------
     card
         Of the classifier; levels with a sign have a PSF on either side.
-    optics
-        Of the channel.
     level_step_um
         Defocus between two levels in them.
     size_px

@@ -312,8 +312,6 @@ def estimate_frame(header: FrameHeader, found: DefocusMap) -> Estimate:
     ----------
     header
         Of the frame; its index, z and times are copied.
-    found
-        Defocus of its tiles.
 
     Returns
     -------

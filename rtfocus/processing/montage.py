@@ -12,7 +12,7 @@ do not meet, the jump rings through all of it once a filter amplifies it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -221,8 +221,6 @@ class Montage:
 
     Parameters
     ----------
-    grid
-        Tiles of the frame.
     shape
         Height and width of the frame in pixels.
     window
@@ -245,8 +243,11 @@ class Montage:
         )
         """Weights along rows and columns, axes (tile that takes part, pixel)."""
         self._rows, self._columns = self.axes
-        self.spans = tuple([_extent(one[None]) for one in axis] for axis in self.axes)
+
+    @cached_property
+    def spans(self) -> tuple[list[slice], ...]:
         """What the tiles that take part cover, per row and per column."""
+        return tuple([_extent(one[None]) for one in axis] for axis in self.axes)
 
     def _axis(self, length: int, count: int, window: Window) -> Image:
         tiles = np.arange(count)[:: self.step]

@@ -61,8 +61,6 @@ def margin_px(psf: Image, halo_px: int | None) -> int:
 
     Parameters
     ----------
-    psf
-        Of the level.
     halo_px
         Of the config; None: half the side of the PSF, which holds 99 % of its energy.
     """
@@ -252,8 +250,6 @@ def photon_variance(image: Image, gain_e_per_count: float) -> float:
     ----------
     image
         Counts above the camera's offset.
-    gain_e_per_count
-        Photo-electrons per count.
     """
     return float(np.maximum(image, 0).mean()) / gain_e_per_count
 
@@ -281,8 +277,6 @@ def iteration_steps(psf: Image, method: str, iterations: int | None) -> list[flo
 
     Parameters
     ----------
-    psf
-        Of the level.
     method
         ``richardson_lucy`` or ``richardson_lucy_accelerated``.
     iterations
@@ -334,8 +328,6 @@ def schedule(passes: float, iterations: int = ACCELERATED_ITERATIONS) -> list[fl
     ----------
     passes
         Mean of |H|^2 over all frequencies.
-    iterations
-        Number of iterations.
     """
     place = np.log(passes / _STRONG_PASSES) / np.log(_MILD_PASSES / _STRONG_PASSES)
     mild = float(np.clip(place, 0.0, 1.0))

@@ -218,8 +218,6 @@ def choose_weights(card: EngineCard, wanted: str) -> tuple[Precision, CpuPrecisi
     ----------
     card
         Of the engine; where it lacks the file that is wanted, fp32 runs instead.
-    wanted
-        ``processing.precision``.
     """
     files: dict[str, Precision] = {"fp16": "fp16", "int8": "int8"}
     if wanted in files:

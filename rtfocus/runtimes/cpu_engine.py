@@ -317,8 +317,6 @@ def use_unsigned_features(openvino: Any, network: Any) -> None:  # noqa: ANN401
 
     Parameters
     ----------
-    openvino
-        The module.
     network
         Model as read from an ONNX file; one without such features stays as it is.
     """

@@ -226,8 +226,6 @@ def engine_inputs(
 
     Parameters
     ----------
-    card
-        Of a network.
     frame
         Height and width of the camera's frame in pixels.
     tiles_per_batch
@@ -306,8 +304,6 @@ def gpu_request(
 
     Parameters
     ----------
-    found
-        Engine with its card.
     frame
         Height and width of the camera's frame in pixels.
     precision

@@ -354,8 +354,6 @@ class Decisions:
 
         Parameters
         ----------
-        key
-            Of the engine on this machine.
         measure
             Returns the ms of every choice by its name.
         """

@@ -78,8 +78,6 @@ class BoundNetwork:
 
     Parameters
     ----------
-    engine
-        That the context is of.
     given
         Buffers the caller has already, by tensor.
     batches

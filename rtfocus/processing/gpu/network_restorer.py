@@ -211,8 +211,6 @@ class TileNetworkRestorer(FrameRestorer):
 
     Parameters
     ----------
-    engine
-        Opened for batches of tiles.
     shapes
         Of all that it is given at once.
     conditions

@@ -178,8 +178,6 @@ class LearnedWienerRestorer(FrameRestorer):
     ----------
     transfers
         Of transforms that hold a tile.
-    engine
-        Opened for batches of tiles.
     told
         What the network is told of tiles of each level, axes (level, entry); None:
         nothing.

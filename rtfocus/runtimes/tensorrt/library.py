@@ -166,15 +166,7 @@ _ECHO = "catchCudaError"
 
 
 def make_logger(api: Any, name: str) -> Any:
-    """Return a logger of a library whose ``errors`` holds what went wrong last.
-
-    Parameters
-    ----------
-    api
-        Module ``tensorrt`` or ``tensorrt_rtx``.
-    name
-        Of the library, for `logging`.
-    """
+    """Return a logger of a library whose ``errors`` holds what went wrong last."""
     logger = logging.getLogger(f"rtfocus.{name}")
     severity = api.ILogger.Severity
     # An error of TensorRT reaches the user as our error, with a remedy: it is not
