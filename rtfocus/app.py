@@ -38,7 +38,7 @@ from rtfocus.errors import (
     replacement,
 )
 from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart, Slot
-from rtfocus.launch import MicroscopeProcess, on_free_ports, paired
+from rtfocus.launch import SideProcess, on_free_ports, paired
 from rtfocus.metrics import STOPPED_HERE
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import FocusLog, Monitor, SeriesReader
@@ -123,7 +123,7 @@ def run(
     on_monitor(monitor)
     over = threading.Event()
     with (
-        MicroscopeProcess(config) as microscope,
+        SideProcess(config, "acquire") as microscope,
         acting_when(stop.is_set, microscope.stop),
         acting_when(microscope.failed, abandon.set),
         # Patient: the child's end, and not its silence, tells that nothing comes.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import yaml
 
@@ -99,13 +99,17 @@ def _with_transport(config: Config, **changes: str) -> Config:
     return config.model_copy(update={"transport": transport})
 
 
-class _SideProcess:
-    """A side as a child process; leaving it stops the child and waits for its end."""
+class SideProcess:
+    """A side as a child process; leaving it stops the child and waits for its end.
 
-    side: str
-    """Whose fault it is, in a message."""
+    Parameters
+    ----------
+    command
+        ``acquire``: one series; ``process``: one series after the other.
+    """
 
-    def __init__(self, config: Config, *command: str) -> None:
+    def __init__(self, config: Config, command: Literal["acquire", "process"]) -> None:
+        self._side = "microscope" if command == "acquire" else "processor"
         self._folder = tempfile.TemporaryDirectory(prefix="rtfocus-")
         path = Path(self._folder.name) / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
@@ -114,7 +118,7 @@ class _SideProcess:
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "rtfocus", *command, str(path)),
+                    *(sys.executable, "-m", "rtfocus", command, str(path)),
                     *("--quiet", "--stop-on-end-of-input"),
                 ],
                 stdin=subprocess.PIPE,
@@ -153,7 +157,7 @@ class _SideProcess:
             self._said = self._errors.read_text("utf-8", errors="replace").strip()
         said = self._said or f"exit code {self._process.returncode}"
         last = said.splitlines()[-1]
-        msg = f"{self.side} failed: {last.removeprefix('error: ')}"
+        msg = f"{self._side} side failed: {last.removeprefix('error: ')}"
         return _KINDS.get(self._process.returncode, MicroscopeError)(msg)
 
     def __enter__(self) -> Self:
@@ -168,24 +172,6 @@ class _SideProcess:
             self._process.wait()
         self._said = self._errors.read_text("utf-8", errors="replace").strip()
         self._folder.cleanup()
-
-
-class MicroscopeProcess(_SideProcess):
-    """`rtfocus acquire` in a process of its own."""
-
-    side = "microscope side"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, "acquire")
-
-
-class ProcessorProcess(_SideProcess):
-    """`rtfocus process` in a process of its own: one series after the other."""
-
-    side = "processor side"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, "process")
 
 
 @dataclass(frozen=True, slots=True)

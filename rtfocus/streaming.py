@@ -30,7 +30,7 @@ from rtfocus.focusing import Focusing, checked_core
 from rtfocus.frame import Estimate
 from rtfocus.holding import StreamEngine, holding_engine
 from rtfocus.images.series import one_line
-from rtfocus.launch import ProcessorProcess, on_free_ports, paired
+from rtfocus.launch import SideProcess, on_free_ports, paired
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
@@ -184,7 +184,7 @@ class LiveStream:
         self._idle = threading.Event()
         self._idle.set()
         self._failure: Exception | None = None
-        self._child: ProcessorProcess | None = None
+        self._child: SideProcess | None = None
         self._opened = ExitStack()
         self._is_open = False
         self.reports: list[AcquisitionReport] = []
@@ -233,7 +233,7 @@ class LiveStream:
             engine = StreamEngine(self._core, focusing, self._followed)
             opened.enter_context(holding_engine(engine))
             if self._starts_processor:
-                self._child = opened.enter_context(ProcessorProcess(self._config))
+                self._child = opened.enter_context(SideProcess(self._config, "process"))
                 # Nobody waits for a processor that has ended with an error.
                 opened.enter_context(
                     acting_when(self._child.failed, self._publisher.stop)

@@ -180,15 +180,14 @@ def _unique(names: list[str]) -> list[str]:
 
 
 def _position(image: ImageSeries, name: str, *, in_well: bool) -> Position:
-    place, stage = image.place, image.stage
-    is_placed = in_well and place is not None
+    place, stage = image.place if in_well else None, image.stage
     return Position(
         name=name,
         x_um=None if stage is None else stage.x_um,
         y_um=None if stage is None else stage.y_um,
-        plate_row=place.rows[place.row] if is_placed and place else None,
-        plate_column=place.columns[place.column] if is_placed and place else None,
-        field=place.field if is_placed and place else 0,
+        plate_row=None if place is None else place.rows[place.row],
+        plate_column=None if place is None else place.columns[place.column],
+        field=0 if place is None else place.field,
     )
 
 

@@ -255,8 +255,8 @@ def find_pixel_size_um(
         contradicts the optics that PSFs are computed from.
     """
     configured_um: float | None = getattr(config.microscope, "pixel_size_um", None)
-    known = [channel for channel in channels if channel.optics is not None]
-    of_optics = {c.optics.pixel_size_um for c in known if c.optics is not None}
+    known = {c.name: c.optics for c in channels if c.optics is not None}
+    of_optics = {optics.pixel_size_um for optics in known.values()}
     size_um = configured_um or found_um or (min(of_optics) if of_optics else None)
     if not size_um:
         where = "the images say" if found_um is None else "the core says"
@@ -266,14 +266,12 @@ def find_pixel_size_um(
             "(Devices > Pixel Size Calibration)"
         )
         raise ConfigError(msg)
-    for channel in known:
-        assert channel.optics is not None
-        optics_um = channel.optics.pixel_size_um
-        if not channel.optics.has_pixels_of(size_um):
+    for name, optics in known.items():
+        if not optics.has_pixels_of(size_um):
             msg = (
-                f"channel '{channel.name}' has optics.pixel_size_um={optics_um}, but "
-                f"the camera's pixels are {size_um:g} um (binning included); correct "
-                "the optics or set microscope.pixel_size_um"
+                f"channel '{name}' has optics.pixel_size_um={optics.pixel_size_um}, "
+                f"but the camera's pixels are {size_um:g} um (binning included); "
+                "correct the optics or set microscope.pixel_size_um"
             )
             raise ConfigError(msg)
     return float(size_um)

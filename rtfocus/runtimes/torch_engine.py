@@ -37,10 +37,10 @@ def _padded(node: Node, image: Tensor, value: float = 0.0) -> tuple[Tensor, list
 
     ONNX pads each side by itself; what torch cannot is padded beforehand.
     """
-    if node.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        msg = f"auto_pad {node.text('auto_pad', '')} is not written out"
+    if node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        msg = f"auto_pad {node.get('auto_pad', '')} is not written out"
         raise NotImplementedError(msg)
-    pads = node.integers("pads", [0, 0, 0, 0])
+    pads = node.get("pads", [0, 0, 0, 0])
     begin, end = pads[:2], pads[2:]
     if begin == end:
         return image, begin
@@ -54,16 +54,16 @@ def _convolve(node: Node, inputs: Inputs) -> Tensor:
         image,
         needed(inputs, 1),
         given(inputs, 2),
-        stride=node.integers("strides", [1, 1]),
+        stride=node.get("strides", [1, 1]),
         padding=padding,
-        dilation=node.integers("dilations", [1, 1]),
-        groups=node.integer("group", 1),
+        dilation=node.get("dilations", [1, 1]),
+        groups=node.get("group", 1),
     )
 
 
 def _equal_pads(node: Node) -> list[int]:
     """Return the padding of either side; torch takes no two."""
-    pads = node.integers("pads", [0, 0, 0, 0])
+    pads: list[int] = node.get("pads", [0, 0, 0, 0])
     if pads[:2] != pads[2:]:
         msg = f"pads {pads} differ between the sides"
         raise NotImplementedError(msg)
@@ -75,11 +75,11 @@ def _convolve_transposed(node: Node, inputs: Inputs) -> Tensor:
         needed(inputs),
         needed(inputs, 1),
         given(inputs, 2),
-        stride=node.integers("strides", [1, 1]),
+        stride=node.get("strides", [1, 1]),
         padding=_equal_pads(node),
-        output_padding=node.integers("output_padding", [0, 0]),
-        groups=node.integer("group", 1),
-        dilation=node.integers("dilations", [1, 1]),
+        output_padding=node.get("output_padding", [0, 0]),
+        groups=node.get("group", 1),
+        dilation=node.get("dilations", [1, 1]),
     )
 
 
@@ -87,22 +87,22 @@ def _largest(node: Node, inputs: Inputs) -> Tensor:
     image, padding = _padded(node, needed(inputs), value=-torch.inf)
     return functional.max_pool2d(
         image,
-        node.integers("kernel_shape", []),
-        stride=node.integers("strides", [1, 1]),
+        node.get("kernel_shape", []),
+        stride=node.get("strides", [1, 1]),
         padding=padding,
-        dilation=node.integers("dilations", [1, 1]),
-        ceil_mode=bool(node.integer("ceil_mode")),
+        dilation=node.get("dilations", [1, 1]),
+        ceil_mode=bool(node.get("ceil_mode")),
     )
 
 
 def _average(node: Node, inputs: Inputs) -> Tensor:
     return functional.avg_pool2d(
         needed(inputs),
-        node.integers("kernel_shape", []),
-        stride=node.integers("strides", [1, 1]),
+        node.get("kernel_shape", []),
+        stride=node.get("strides", [1, 1]),
         padding=_equal_pads(node),
-        ceil_mode=bool(node.integer("ceil_mode")),
-        count_include_pad=bool(node.integer("count_include_pad")),
+        ceil_mode=bool(node.get("ceil_mode")),
+        count_include_pad=bool(node.get("count_include_pad")),
     )
 
 
@@ -113,8 +113,8 @@ def _resize(node: Node, inputs: Inputs) -> Tensor:
     else:
         factors = needed(inputs, 2).flatten().tolist()[-2:]
         size = [int(n * f) for n, f in zip(image.shape[-2:], factors, strict=True)]
-    mode = node.text("mode", "nearest")
-    place = node.text("coordinate_transformation_mode", "half_pixel")
+    mode = node.get("mode", "nearest")
+    place = node.get("coordinate_transformation_mode", "half_pixel")
     if (mode, place) == ("nearest", "asymmetric"):
         # As ONNX: the pixel whose corner is nearest below.
         return functional.interpolate(image, size, mode="nearest")
@@ -131,13 +131,13 @@ def _normalise_instance(node: Node, inputs: Inputs) -> Tensor:
         needed(inputs),
         weight=needed(inputs, 1),
         bias=needed(inputs, 2),
-        eps=node.number("epsilon", 1e-5),
+        eps=node.get("epsilon", 1e-5),
     )
 
 
 def _depth_to_space(node: Node, inputs: Inputs) -> Tensor:
-    image, side = needed(inputs), node.integer("blocksize")
-    if node.text("mode", "DCR") == "CRD":
+    image, side = needed(inputs), node.get("blocksize")
+    if node.get("mode", "DCR") == "CRD":
         return functional.pixel_shuffle(image, side)
     number, depth, height, width = image.shape
     blocks = image.reshape(number, side, side, depth // side**2, height, width)
@@ -203,6 +203,8 @@ class TorchNetwork:
 
     def _add(self, proto: Any) -> None:
         attributes = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+        texts = {n: v.decode() for n, v in attributes.items() if isinstance(v, bytes)}
+        attributes |= texts
         if proto.op_type == "Constant":
             self._constants[proto.output[0]] = self._constant(attributes["value"])
             return

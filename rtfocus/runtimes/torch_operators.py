@@ -30,22 +30,9 @@ class Node:
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
 
-    def integer(self, name: str, default: int = 0) -> int:
-        """Return an integer attribute."""
-        return int(self.attributes.get(name, default))
-
-    def number(self, name: str, default: float) -> float:
-        """Return a real attribute."""
-        return float(self.attributes.get(name, default))
-
-    def integers(self, name: str, default: list[int]) -> list[int]:
-        """Return a list of integers."""
-        return [int(value) for value in self.attributes.get(name, default)]
-
-    def text(self, name: str, default: str) -> str:
-        """Return a text attribute."""
-        value = self.attributes.get(name, default)
-        return value.decode() if isinstance(value, bytes) else str(value)
+    def get(self, name: str, default: Any = 0) -> Any:
+        """Return an attribute: number, text or list."""
+        return self.attributes.get(name, default)
 
 
 def given(inputs: Inputs, place: int) -> Tensor | None:
@@ -124,10 +111,10 @@ def _divide(first: Tensor, second: Tensor) -> Tensor:
 
 def _product(node: Node, inputs: Inputs) -> Tensor:
     first, second, shift = needed(inputs), needed(inputs, 1), given(inputs, 2)
-    first = first.T if node.integer("transA") else first
-    second = second.T if node.integer("transB") else second
-    result = node.number("alpha", 1.0) * (first @ second)
-    return result if shift is None else result + node.number("beta", 1.0) * shift
+    first = first.T if node.get("transA") else first
+    second = second.T if node.get("transB") else second
+    result: Tensor = node.get("alpha", 1.0) * (first @ second)
+    return result if shift is None else result + node.get("beta", 1.0) * shift
 
 
 def _reduce(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
@@ -136,9 +123,9 @@ def _reduce(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
         if given(inputs, 1) is not None:
             axes = listed(inputs, 1)
         else:
-            axes = node.integers("axes", [])
+            axes = node.get("axes", [])
         axes = axes or list(range(values.ndim))
-        return function(values, axes, bool(node.integer("keepdims", 1)))
+        return function(values, axes, bool(node.get("keepdims", 1)))
 
     return run
 
@@ -152,7 +139,7 @@ def _along(scale: Tensor, axis: int, ndim: int) -> Tensor:
 
 def _quantise(node: Node, inputs: Inputs) -> Tensor:
     values, zero = needed(inputs), given(inputs, 2)
-    axis = node.integer("axis", 1) % max(values.ndim, 1)
+    axis = node.get("axis", 1) % max(values.ndim, 1)
     scale = _along(needed(inputs, 1), axis, values.ndim)
     dtype = torch.uint8 if zero is None else zero.dtype
     offset = 0 if zero is None else _along(zero, axis, values.ndim).to(values.dtype)
@@ -163,7 +150,7 @@ def _quantise(node: Node, inputs: Inputs) -> Tensor:
 
 def _dequantise(node: Node, inputs: Inputs) -> Tensor:
     steps, scale, zero = needed(inputs), needed(inputs, 1), given(inputs, 2)
-    axis = node.integer("axis", 1) % max(steps.ndim, 1)
+    axis = node.get("axis", 1) % max(steps.ndim, 1)
     values = steps.to(scale.dtype)
     if zero is not None:
         values = values - _along(zero, axis, steps.ndim).to(scale.dtype)
@@ -181,7 +168,7 @@ def _where(_: Node, inputs: Inputs) -> Tensor:
 ARITHMETIC: Mapping[str, Operator] = {
     "Abs": _single(torch.abs),
     "Add": _pointwise(torch.add),
-    "Cast": lambda node, x: needed(x).to(TYPES[node.integer("to")]),
+    "Cast": lambda node, x: needed(x).to(TYPES[node.get("to")]),
     "Clip": _clip,
     "DequantizeLinear": _dequantise,
     "Div": _pointwise(_divide),
@@ -191,7 +178,7 @@ ARITHMETIC: Mapping[str, Operator] = {
     "Greater": _pointwise(torch.gt),
     "Identity": lambda _, x: needed(x),
     "LeakyRelu": lambda node, x: functional.leaky_relu(
-        needed(x), node.number("alpha", 0.01)
+        needed(x), node.get("alpha", 0.01)
     ),
     "Less": _pointwise(torch.lt),
     "Log": _single(torch.log),
@@ -209,7 +196,7 @@ ARITHMETIC: Mapping[str, Operator] = {
     "ReduceSumSquare": _reduce(lambda x, axes, keep: x.square().sum(axes, keep)),
     "Relu": _single(functional.relu),
     "Sigmoid": _single(torch.sigmoid),
-    "Softmax": lambda node, x: needed(x).softmax(node.integer("axis", -1)),
+    "Softmax": lambda node, x: needed(x).softmax(node.get("axis", -1)),
     "Sqrt": _single(torch.sqrt),
     "Sub": _pointwise(torch.sub),
     "Tanh": _single(torch.tanh),
@@ -224,20 +211,20 @@ _LARGE = 2**31
 
 def _shape(node: Node, inputs: Inputs) -> Tensor:
     sides = list(needed(inputs).shape)
-    end = node.attributes.get("end")
-    return torch.tensor(sides[node.integer("start") : end], dtype=torch.int64)
+    end = node.get("end", None)
+    return torch.tensor(sides[node.get("start") : end], dtype=torch.int64)
 
 
 def _reshape(node: Node, inputs: Inputs) -> Tensor:
     values, wanted = needed(inputs), listed(inputs, 1)
-    if not node.integer("allowzero"):
+    if not node.get("allowzero"):
         wanted = [values.shape[i] if n == 0 else n for i, n in enumerate(wanted)]
     return values.reshape(wanted)
 
 
 def _gather(node: Node, inputs: Inputs) -> Tensor:
     values, index = needed(inputs), needed(inputs, 1)
-    axis = node.integer("axis") % values.ndim
+    axis = node.get("axis") % values.ndim
     if index.ndim == 0 and index.device.type == "cpu":
         return values.select(axis, int(index))
     places = index.to(values.device, non_blocking=True).flatten()
@@ -249,8 +236,8 @@ def _gather(node: Node, inputs: Inputs) -> Tensor:
 
 def _gather_nd(node: Node, inputs: Inputs) -> Tensor:
     """Pick by indices of several leading axes at once, last axis of the index."""
-    if node.integer("batch_dims"):
-        msg = f"GatherND with batch_dims {node.integer('batch_dims')}"
+    if node.get("batch_dims"):
+        msg = f"GatherND with batch_dims {node.get('batch_dims')}"
         raise NotImplementedError(msg)
     values, index = needed(inputs), needed(inputs, 1)
     places = index.to(values.device, non_blocking=True).unbind(-1)
@@ -279,15 +266,15 @@ def _slice(_: Node, inputs: Inputs) -> Tensor:
 
 def _concatenate(node: Node, inputs: Inputs) -> Tensor:
     parts = [part for part in inputs if part is not None]
-    return torch.cat(parts, dim=node.integer("axis"))
+    return torch.cat(parts, dim=node.get("axis"))
 
 
 def _split(node: Node, inputs: Inputs) -> tuple[Tensor, ...]:
-    values, axis = needed(inputs), node.integer("axis")
+    values, axis = needed(inputs), node.get("axis")
     if given(inputs, 1) is not None:
         sides = listed(inputs, 1)
     else:
-        count = node.integer("num_outputs", len(node.outputs))
+        count = node.get("num_outputs", len(node.outputs))
         each = -(-values.shape[axis] // count)
         sides = [each] * (count - 1) + [values.shape[axis] - each * (count - 1)]
     starts = [sum(sides[:place]) for place in range(len(sides))]
@@ -314,7 +301,7 @@ def _unsqueeze(_: Node, inputs: Inputs) -> Tensor:
 
 def _transpose(node: Node, inputs: Inputs) -> Tensor:
     values = needed(inputs)
-    return values.permute(node.integers("perm", list(range(values.ndim))[::-1]))
+    return values.permute(node.get("perm", list(range(values.ndim))[::-1]))
 
 
 def _expand(_: Node, inputs: Inputs) -> Tensor:
@@ -326,8 +313,8 @@ def _expand(_: Node, inputs: Inputs) -> Tensor:
 
 def _pad(node: Node, inputs: Inputs) -> Tensor:
     values, pads = needed(inputs), listed(inputs, 1)
-    if node.text("mode", "constant") != "constant" or given(inputs, 3) is not None:
-        msg = f"padding with mode '{node.text('mode', '')}' or along chosen axes"
+    if node.get("mode", "constant") != "constant" or given(inputs, 3) is not None:
+        msg = f"padding with mode '{node.get('mode', '')}' or along chosen axes"
         raise NotImplementedError(msg)
     fill = given(inputs, 2)
     half = len(pads) // 2
@@ -337,7 +324,7 @@ def _pad(node: Node, inputs: Inputs) -> Tensor:
 
 
 def _flatten(node: Node, inputs: Inputs) -> Tensor:
-    values, axis = needed(inputs), node.integer("axis", 1)
+    values, axis = needed(inputs), node.get("axis", 1)
     return values.reshape([values.shape[:axis].numel(), -1])
 
 
