@@ -104,7 +104,9 @@ def read_scene(
         Channels of one specimen show different structures: each is drawn anew.
     """
     if config.kind == "image" or config.kind == "stack":
-        scene = normalise_sharp(_first_plane(_given(config), channel), shape)
+        series = open_images(_given(config))[0]
+        plane = series.read(c=min(channel, series.sizes["c"] - 1))
+        scene = normalise_sharp(plane, shape)
     else:
         rng = np.random.default_rng([config.seed, channel])
         if rgb and config.kind == "tissue":
@@ -158,11 +160,6 @@ def _given(config: SpecimenConfig) -> Path:
         msg = f"specimen.kind '{config.kind}' needs specimen.path, an image file"
         raise ConfigError(msg)
     return config.path
-
-
-def _first_plane(path: Path, channel: int) -> NDArray[np.generic]:
-    series = open_images(path)[0]
-    return series.read(c=min(channel, series.sizes["c"] - 1))
 
 
 def _plane(series: ImageSeries, number: int, c: int) -> NDArray[np.generic]:

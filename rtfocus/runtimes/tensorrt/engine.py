@@ -155,13 +155,19 @@ def open_engine(
     """
     library = import_tensorrt(name)
     cache = PlanCache()
+
+    def load(plan: ReadyPlan) -> TensorRtEngine:
+        card = re.sub(r"\W+", "-", device.name).strip("-").lower()
+        kernels = cache.path(plan.key).with_suffix(f".{card}.kernels")
+        return TensorRtEngine(library, request, plan.data, kernels)
+
     if library.is_rtx and request.precision == "fp32" and not request.tf32:
         logger.warning("engine '%s': %s", request.name, RTX_KEEPS_NO_FP32)
     plan = built_ahead(library, request, device, cache) or ready_plan(
         library, request, target_of(library, device), cache=cache
     )
     try:
-        return _load(library, request, plan, cache, device)
+        return load(plan)
     except UnusablePlanError as error:
         if plan.build_s is not None:
             raise _not_served(error, library, device) from error
@@ -169,7 +175,7 @@ def open_engine(
         cache.discard(plan.key)
     plan = ready_plan(library, request, target_of(library, device), cache=cache)
     try:
-        return _load(library, request, plan, cache, device)
+        return load(plan)
     except UnusablePlanError as error:
         raise _not_served(error, library, device) from error
 
@@ -179,17 +185,6 @@ RTX_KEEPS_NO_FP32 = (
     "compared (NVIDIA H200, release 1.4) restored frames were off by 1.3e-3 instead of "
     "1e-4; where every bit of fp32 counts set processing.gpu.backend: torch-cuda"
 )
-
-
-def _load(
-    library: TensorRt,
-    request: GpuRequest,
-    plan: ReadyPlan,
-    cache: PlanCache,
-    device: Gpu,
-) -> "TensorRtEngine":
-    kernels = _kernel_file(cache, plan, device)
-    return TensorRtEngine(library, request, plan.data, kernels)
 
 
 def _not_served(error: EngineError, library: TensorRt, device: Gpu) -> EngineError:
@@ -291,8 +286,3 @@ def _io_tensors(api: Any, engine: Any) -> dict[str, IoTensor]:
         )
         for name in names
     }
-
-
-def _kernel_file(cache: PlanCache, plan: ReadyPlan, device: Gpu) -> Path:
-    card = re.sub(r"\W+", "-", device.name).strip("-").lower()
-    return cache.path(plan.key).with_suffix(f".{card}.kernels")
