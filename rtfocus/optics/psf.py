@@ -360,7 +360,10 @@ def _edge_weight(samples: int) -> Floats:
     axis = (np.arange(samples) + 0.5) * pitch - 1.0
     fine = (axis[:, None] + (np.arange(5) - 2.0) / 5.0 * pitch).ravel()
     inside = (fine[:, None] ** 2 + fine[None, :] ** 2 <= 1.0).astype(np.float64)
-    return _bin(inside, 5) / 25.0
+    share = _bin(inside, 5) / 25.0
+    # Whoever asks next gets the same array.
+    share.flags.writeable = False
+    return share
 
 
 def _bin(fine: Floats, factor: int) -> Floats:
