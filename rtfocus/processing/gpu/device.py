@@ -137,6 +137,7 @@ class Session:
         self._series = series
         self._memory = CudaMemory(device.gpu_index)
         self._pinned = PinnedMemory()
+        self._streams: list[CudaStream] = []
         self.channels: list[OpenChannel] = []
         self.device_slots: list[DeviceSlot] = []
         as_float = config.store.restored_dtype == "float32"
@@ -154,10 +155,8 @@ class Session:
             raise EngineError(why)
         with translated(index, "loading the kernels"):
             kernels = Kernels(compiled_kernels(self.device.compute_capability))
-            self._copy_in = CudaStream(kernels)
-            self._classify = CudaStream(kernels)
-            self._restore = CudaStream(kernels)
-            self._copy_out = CudaStream(kernels)
+            self._streams = [CudaStream(kernels) for _ in _STAGES]
+            self._copy_in, self._classify, self._restore, self._copy_out = self._streams
         for plan in plans:
             self.channels.append(open_channel(plan, self.device, self._memory))
         grids = [c.grid for c in self.channels if c.grid is not None]
@@ -261,14 +260,9 @@ class Session:
 
     def _finish(self) -> None:
         """Wait until nothing runs, unless the GPU is lost."""
-        streams = [
-            getattr(self, name)
-            for name in ("_copy_in", "_classify", "_restore", "_copy_out")
-            if hasattr(self, name)
-        ]
         try:
             with translated(self.device.gpu_index, "finishing"):
-                for stream in streams:
+                for stream in self._streams:
                     stream.synchronise()
         except LostGpuError as error:
             logger.warning("%s", str(error))
