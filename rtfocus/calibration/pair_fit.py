@@ -29,7 +29,6 @@ from rtfocus.calibration.pairs import (
     with_astigmatism,
 )
 from rtfocus.calibration.report import (
-    LARGEST_APERTURE,
     Calibration,
     grey,
     map_panel,
@@ -37,6 +36,7 @@ from rtfocus.calibration.report import (
     refusing,
     residual_panel,
 )
+from rtfocus.calibration.through_focus import LARGEST_APERTURE
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.figures import Axis, Panel
 from rtfocus.optics.formation import blur

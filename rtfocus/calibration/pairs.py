@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import fft, optimize
+from scipy import fft
 from scipy.ndimage import fourier_shift, uniform_filter
 
+from rtfocus.calibration.through_focus import follow_down, quality
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.images.reading import open_images
@@ -24,7 +25,7 @@ from rtfocus.optics.formation import transfer_function
 from rtfocus.optics.psf import blur_radius_um, compute_psf
 
 Image = NDArray[np.float32]
-
+Floats = NDArray[np.float64]
 
 MOST_SIDE_PX = 640
 """Larger images are cut to the part of this side with most structure."""
@@ -171,6 +172,13 @@ def grey_plane(series: ImageSeries, **place: int) -> Image:
     return image if image.ndim == 2 else np.asarray(image.mean(axis=2))
 
 
+def reach_px(system: OpticalSystem, defocus_um: float) -> int:
+    """Return the reach of a PSF: the geometric blur and two rings of diffraction."""
+    unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
+    radius_um = blur_radius_um(system, defocus_um) + 2.0 * unit_um
+    return ceil(radius_um / system.pixel_size_um)
+
+
 def _tapered(image: Image) -> Image:
     """Without its mean, fading out to the borders."""
     window = np.outer(*(np.hanning(length) for length in image.shape))
@@ -242,11 +250,8 @@ class Reblurring:
         self._fit_intensity = fit_intensity
         self._data_range = data_range
         # One window for all trials, or those with smaller ones would be judged
-        # on other pixels: the geometric blur and two rings of diffraction.
-        widest = base.with_pupil(largest_aperture, 0.5)
-        unit_um = widest.wavelength_nm * 1e-3 / widest.numerical_aperture
-        radius_um = blur_radius_um(widest, widest_um) + 2.0 * unit_um
-        self._half = ceil(radius_um / widest.pixel_size_um)
+        # on other pixels.
+        self._half = reach_px(base.with_pupil(largest_aperture, 0.5), widest_um)
         self._pairs = [self._prepare(first, second) for first, second in pairs]
 
     def attempt(
@@ -364,48 +369,30 @@ def refine(
             reblurring.attempt(aperture, factor * nominal_um, sign * waves, count=1)
             for factor in _DEFOCUS_FACTORS
         ]
-        start = max(coarse, key=_quality)
+        start = max(coarse, key=quality)
         valleys.append(
             _descend(reblurring, start, sign, nominal_um, count=1, limit=_VALLEY_TRIALS)
         )
-    start = max(valleys, key=_quality)
+    start = max(valleys, key=quality)
     return _descend(reblurring, start, sign, nominal_um, count=None, limit=_TRIALS)
 
 
 def with_astigmatism(reblurring: Reblurring, start: Trial) -> Trial:
     """Follow the error down from the best round PSF, both astigmatisms set free."""
-    trials: list[Trial] = []
 
-    def loss(point: NDArray[np.float64]) -> float:
+    def attempt(point: Floats) -> Trial:
         vertical, oblique = np.clip(point[2:] * _ASTIGMATISM_STEP, -1.0, 1.0)
-        trials.append(
-            reblurring.attempt(
-                start.numerical_aperture,
-                start.defocus_um * float(point[0]),
-                start.spherical_waves + float(point[1]) * _ASTIGMATISM_STEP,
-                astigmatism=(float(vertical), float(oblique)),
-            )
+        return reblurring.attempt(
+            start.numerical_aperture,
+            start.defocus_um * float(point[0]),
+            start.spherical_waves + float(point[1]) * _ASTIGMATISM_STEP,
+            astigmatism=(float(vertical), float(oblique)),
         )
-        return -trials[-1].psnr_db
 
     origin = np.array([1.0, 0.0, 0.0, 0.0])
-    corners = np.diag([0.03, 1.0, 1.0, 1.0])
-    optimize.minimize(
-        loss,
-        origin,
-        method="Nelder-Mead",
-        options={
-            "initial_simplex": np.vstack([origin, origin + corners]),
-            "maxfev": _TRIALS,
-            "xatol": 0.02,
-            "fatol": 2e-3,
-        },
-    )
-    return max([start, *trials], key=_quality)
-
-
-def _quality(trial: Trial) -> float:
-    return trial.psnr_db
+    simplex = np.vstack([origin, origin + np.diag([0.03, 1.0, 1.0, 1.0])])
+    found = follow_down(attempt, simplex, _TRIALS, (0.02, 2e-3))
+    return max(start, found, key=quality)
 
 
 def _descend(
@@ -418,29 +405,14 @@ def _descend(
     limit: int,
 ) -> Trial:
     """Follow the error down from one trial, within the limits of z and W."""
-    trials: list[Trial] = []
 
-    def loss(point: NDArray[np.float64]) -> float:
+    def attempt(point: Floats) -> Trial:
         factor = float(np.clip(point[0], *DEFOCUS_RANGE))
         waves = sign * float(np.clip(point[1], 0.0, _SPHERICAL_LIMIT))
-        trials.append(
-            reblurring.attempt(
-                start.numerical_aperture, factor * nominal_um, waves, count=count
-            )
+        return reblurring.attempt(
+            start.numerical_aperture, factor * nominal_um, waves, count=count
         )
-        return -trials[-1].psnr_db
 
     point = np.array([start.defocus_um / nominal_um, abs(start.spherical_waves)])
     steps = np.array([[0.0, 0.0], [0.07, 0.0], [0.0, 0.08]])
-    optimize.minimize(
-        loss,
-        point,
-        method="Nelder-Mead",
-        options={
-            "initial_simplex": point + steps,
-            "maxfev": limit,
-            "xatol": 2e-3,
-            "fatol": 2e-3,
-        },
-    )
-    return max(trials, key=_quality)
+    return follow_down(attempt, point + steps, limit, (2e-3, 2e-3))

@@ -15,6 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from rtfocus.calibration.through_focus import (
+    LARGEST_APERTURE,
     TOLERANCE_DB,
     FocusFit,
     FocusTrial,
@@ -29,9 +30,6 @@ from rtfocus.errors import InputError
 from rtfocus.optics.psf import psf_stack
 
 T = TypeVar("T")
-
-LARGEST_APERTURE = 0.97
-"""Largest NA tried, relative to the refractive index."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ plane into any other one, with the sharpest plane's own blur accounted for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_laplace
 
-from rtfocus.calibration.pairs import grey_plane, structured_window
+from rtfocus.calibration.pairs import grey_plane, reach_px, structured_window
 from rtfocus.calibration.report import (
     Calibration,
     focus_figures,
@@ -33,7 +32,7 @@ from rtfocus.errors import InputError
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.optics.formation import transfer_function
-from rtfocus.optics.psf import blur_radius_um, compute_psf
+from rtfocus.optics.psf import compute_psf
 
 Image = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -302,12 +301,12 @@ def _model(stack: ZStack, start: OpticalSystem) -> StackPlanes:
     sharpest = sharpest_plane(stack.planes)
     window = structured_window(stack.planes[sharpest], _MOST_SIDE_PX)
     planes = stack.planes[:, *window]
-    reach_px = int(_REACH * min(planes.shape[1:]))
+    room_px = int(_REACH * min(planes.shape[1:]))
     distance = np.abs(stack.z_um - stack.z_um[sharpest])
     usable = [
         index
         for index in range(len(planes))
-        if _half_px(start, float(distance[index])) <= reach_px
+        if reach_px(start, float(distance[index])) <= room_px
     ]
     if len(usable) < _FEWEST_PLANES:
         msg = (
@@ -322,16 +321,9 @@ def _model(stack: ZStack, start: OpticalSystem) -> StackPlanes:
     widest_um = float(distance[chosen].max())
     return refusing(
         lambda: StackPlanes(
-            planes[chosen], stack.z_um[chosen], half_px=_half_px(start, widest_um)
+            planes[chosen], stack.z_um[chosen], half_px=reach_px(start, widest_um)
         )
     )
-
-
-def _half_px(system: OpticalSystem, defocus_um: float) -> int:
-    """Reach of a PSF: the geometric blur and two rings of diffraction."""
-    unit_um = system.wavelength_nm * 1e-3 / system.numerical_aperture
-    radius_um = blur_radius_um(system, defocus_um) + 2.0 * unit_um
-    return ceil(radius_um / system.pixel_size_um)
 
 
 def _panels(fit: FocusFit, model: StackPlanes, start: OpticalSystem) -> list[Panel]:

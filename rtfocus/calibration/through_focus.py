@@ -8,11 +8,11 @@ remains open is the sign: a stage that runs the other way turns W into -W.
 Parameters are tried on a grid first, then followed downhill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import log10
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from rtfocus.channel import OpticalSystem
 
 TOLERANCE_DB = 0.1
 """Sets of parameters that are worse by at most this count as equally good."""
+LARGEST_APERTURE = 0.97
+"""Largest NA tried, relative to the refractive index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +162,6 @@ _FOCUS_UNITS = (-1.5, -0.75, 0.0, 0.75, 1.5)
 _APERTURE_RANGE = (0.4, 2.2)
 _SPHERICAL_LIMIT = 1.0
 _ASTIGMATISM_LIMIT = 0.6
-# NA that no medium's refractive index allows is cut here, relative to the index.
-_STEEPEST = 0.97
 # Trials of a descent at a given NA.
 _PROFILE_TRIALS = 20
 
@@ -194,7 +194,7 @@ class FocusSearch:
         self._range = float(np.ptp(model.measured))
         self._largest = min(
             _APERTURE_RANGE[1] * start.numerical_aperture,
-            _STEEPEST * start.refractive_index,
+            LARGEST_APERTURE * start.refractive_index,
         )
 
     def grid(self, planes: Sequence[int]) -> list[FocusTrial]:
@@ -249,30 +249,16 @@ class FocusSearch:
         if astigmatism:
             names += ["astigmatism_waves", "astigmatism_oblique_waves"]
             steps += [0.06, 0.06]
-        tried: list[FocusTrial] = []
-
-        def loss(point: Floats) -> float:
-            values = dict(zip(names, map(float, point * scale), strict=True))
-            tried.append(
-                self.attempt(self._limited(replace(start, **values), sign), planes)
-            )
-            return -tried[-1].psnr_db
-
         scale = np.abs(steps)
+
+        def attempt(point: Floats) -> FocusTrial:
+            values = dict(zip(names, map(float, point * scale), strict=True))
+            return self.attempt(self._limited(replace(start, **values), sign), planes)
+
         origin = np.array([getattr(start, name) for name in names]) / scale
         corners = np.vstack([np.zeros(len(names)), np.diag(np.sign(steps))])
-        optimize.minimize(
-            loss,
-            origin,
-            method="Nelder-Mead",
-            options={
-                "initial_simplex": origin + corners,
-                "maxfev": limit,
-                "xatol": 0.02,
-                "fatol": 1e-3,
-            },
-        )
-        return max(tried, key=quality)
+        tolerances = 0.02, 1e-3
+        return follow_down(attempt, origin + corners, limit, tolerances)
 
     def at_aperture(
         self, best: FocusTrial, factor: float, planes: Sequence[int]
@@ -309,9 +295,53 @@ class FocusSearch:
         return float(errors[:, 0].mean()), float(errors[:, 1].mean())
 
 
-def quality(trial: FocusTrial) -> float:
+class Rated(Protocol):
+    """A trial of any fit."""
+
+    @property
+    def psnr_db(self) -> float:
+        """What makes one trial better than another."""
+        ...
+
+
+T = TypeVar("T", bound=Rated)
+
+
+def quality(trial: Rated) -> float:
     """Return what makes one trial better than another."""
     return trial.psnr_db
+
+
+def follow_down(
+    attempt: Callable[[Floats], T],
+    simplex: Floats,
+    limit: int,
+    tolerances: tuple[float, float],
+) -> T:
+    """Return the best trial on the way down the error (Nelder-Mead).
+
+    Parameters
+    ----------
+    attempt
+        Makes a trial of a point.
+    simplex
+        Points to begin with, axes (point, parameter), one more than parameters.
+    limit
+        Trials at most.
+    tolerances
+        Of the parameters, and of the PSNR in dB.
+    """
+    tried: list[T] = []
+
+    def loss(point: Floats) -> float:
+        tried.append(attempt(point))
+        return -tried[-1].psnr_db
+
+    at, decibels = tolerances
+    options = {"initial_simplex": simplex, "maxfev": limit}
+    options |= {"xatol": at, "fatol": decibels}
+    optimize.minimize(loss, simplex[0], method="Nelder-Mead", options=options)
+    return max(tried, key=quality)
 
 
 _PROFILE_FACTORS = (0.65, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25)

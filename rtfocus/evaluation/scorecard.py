@@ -1,7 +1,7 @@
 """Scorecard: outcomes as tables and pictures, the same in every format."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -174,16 +174,12 @@ _SHARP = "sharp"
 
 def tables(outcomes: Sequence[Outcome]) -> tuple[Rows, Rows]:
     """Return the rows of restored images and those of levels."""
-    ordered = sorted(outcomes, key=_by_data(outcomes))
+    # By data set; contenders within as they were given.
+    sets = list(dict.fromkeys(one.data.name for one in outcomes))
+    ordered = sorted(outcomes, key=lambda one: sets.index(one.data.name))
     restored = [_restored(one) for one in ordered if one.frames]
     levels = [_levels(one) for one in ordered if one.levels is not None]
     return restored, levels
-
-
-def _by_data(outcomes: Sequence[Outcome]) -> Callable[[Outcome], int]:
-    """Order by data set, contenders within as they were given."""
-    names = list(dict.fromkeys(one.data.name for one in outcomes))
-    return lambda one: names.index(one.data.name)
 
 
 def _restored(one: Outcome) -> list[str]:
@@ -371,31 +367,15 @@ def _groups(one: Outcome) -> list[str]:
         return []
     rows = []
     for name in names:
-        image = images.get(name)
-        score = levels[name].summary() if name in levels else None
-        rows.append(
-            [
-                name,
-                *(
-                    ["", "", ""]
-                    if image is None
-                    else [
-                        f"{image['before']['psnr_db']:.2f}",
-                        f"{image['after']['psnr_db']:.2f}",
-                        f"{image['after']['ssim']:.4f}",
-                    ]
-                ),
-                *(
-                    ["", "", ""]
-                    if score is None
-                    else [
-                        str(score["tiles"]),
-                        str(score["accuracy"]),
-                        str(score["within_one"]),
-                    ]
-                ),
-            ]
-        )
+        row = [name, *[""] * 6]
+        if image := images.get(name):
+            before, after = image["before"], image["after"]
+            row[1:3] = f"{before['psnr_db']:.2f}", f"{after['psnr_db']:.2f}"
+            row[3] = f"{after['ssim']:.4f}"
+        if name in levels:
+            score = levels[name].summary()
+            row[4:] = (str(score[key]) for key in ("tiles", "accuracy", "within_one"))
+        rows.append(row)
     columns = ("group", "before dB", "after dB", "SSIM", "tiles", "right", "within one")
     heading = f"**{one.contender.title}** on {one.data.name}"
     return [heading, "", *_table(columns, rows), ""]

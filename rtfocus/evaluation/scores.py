@@ -41,21 +41,8 @@ def specimen_tiles(frame: Image, grid: TileGrid, quantum: float) -> NDArray[np.b
     padded = pad_frame(frame, CELL_PX, CELL_PX)
     sigma = max(rule.noise(padded), 1e-6 * float(np.ptp(frame)), 1e-12)
     rows, columns = (side // CELL_PX for side in padded.shape)
-    cells = padded.reshape(rows, CELL_PX, columns, CELL_PX)
-    means, peaks = cells.mean(axis=(1, 3)), cells.max(axis=(1, 3))
-    down, across = (
-        _spans(count, limit, grid)
-        for count, limit in ((grid.rows, rows), (grid.columns, columns))
-    )
-    found = np.empty((grid.rows, grid.columns), dtype=np.bool_)
-    for row, column in np.ndindex(found.shape):
-        window = (down[row], across[column])
-        darkest = means[window].min()
-        found[row, column] = (
-            means[window].max() - darkest >= rule.contrast * sigma
-            or peaks[window].max() - darkest >= rule.peak * sigma
-        )
-    return found
+    down, across = _spans(grid.rows, rows, grid), _spans(grid.columns, columns, grid)
+    return ~rule.empty(padded, sigma, down, across)
 
 
 def _spans(count: int, cells: int, grid: TileGrid) -> list[slice]:

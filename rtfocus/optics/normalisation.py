@@ -5,6 +5,7 @@ Both parts work on cells of 12 px: statistics of a few thousand cells replace
 window filters over a quarter of a million pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -170,23 +171,38 @@ class ContrastToNoise:
             )
             raise ValueError(msg)
         sigma = self.noise(frame) if noise is None else noise
-        blocks = frame.reshape(rows, CELL_PX, columns, CELL_PX)
-        means = blocks.mean(axis=(1, 3))
+        size, step, first = (n // CELL_PX for n in (tile_px, stride_px, start_px))
+        down = _spans(rows, size, step, first)
+        return self.empty(frame, sigma, down, _spans(columns, size, step, first))
+
+    def empty(
+        self, frame: Image, noise: float, down: Sequence[slice], across: Sequence[slice]
+    ) -> NDArray[np.bool_]:
+        """Return True for tiles in which nothing stands out, axes (row, column).
+
+        Parameters
+        ----------
+        frame
+            Axes (y, x), whole cells.
+        noise
+            Its standard deviation.
+        down, across
+            Cells that each row and each column of tiles covers.
+        """
+        rows, columns = _cell_counts(frame)
+        means = frame.reshape(rows, CELL_PX, columns, CELL_PX).mean(axis=(1, 3))
         # Rows first: along whole rows of pixels a maximum is six times as fast.
         peaks = frame.reshape(rows, CELL_PX, -1).max(axis=1)
         peaks = peaks.reshape(rows, columns, CELL_PX).max(axis=2)
-        size, step, first = (n // CELL_PX for n in (tile_px, stride_px, start_px))
-        row_spans = _spans(rows, size, step, first)
-        column_spans = _spans(columns, size, step, first)
-        empty = np.empty((len(row_spans), len(column_spans)), dtype=np.bool_)
-        for i, down in enumerate(row_spans):
-            for j, across in enumerate(column_spans):
-                level = means[down, across]
-                darkest = level.min()
-                empty[i, j] = (
-                    level.max() - darkest < self.contrast * sigma
-                    and peaks[down, across].max() - darkest < self.peak * sigma
-                )
+        empty = np.empty((len(down), len(across)), dtype=np.bool_)
+        for row, column in np.ndindex(empty.shape):
+            window = down[row], across[column]
+            level = means[window]
+            darkest = level.min()
+            empty[row, column] = (
+                level.max() - darkest < self.contrast * noise
+                and peaks[window].max() - darkest < self.peak * noise
+            )
         return empty
 
 

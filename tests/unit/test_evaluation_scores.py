@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rtfocus.engines.registry import FoundEngine, find_engine
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
@@ -18,6 +20,7 @@ from rtfocus.evaluation.evaluate import (
 )
 from rtfocus.evaluation.scores import LevelScore, specimen_tiles
 from rtfocus.frame import BACKGROUND, TileGrid
+from rtfocus.optics.normalisation import ContrastToNoise
 
 
 def add(score, true, found, confidence=None, **more):
@@ -116,6 +119,18 @@ def test_only_tiles_with_something_in_them_are_asked_for() -> None:
     grid = TileGrid(2, 3, tile_px=48, stride_px=48, origin_px=23.5, signed=False)
     found = specimen_tiles(frame, grid, quantum=0.0)
     assert found.tolist() == [[False] * 3, [False, False, True]]
+
+
+@given(seed=st.integers(0, 999), cells=st.integers(1, 4), height=st.floats(0, 40))
+def test_tiles_with_a_specimen_are_those_that_are_no_background(seed, cells, height):
+    rng = np.random.default_rng(seed)
+    frame = rng.normal(100, 2, (96, 120)).astype(np.float32)
+    frame[30:40, 50:70] += np.float32(height)
+    side = 12 * cells
+    rule = ContrastToNoise(quantum=1.0)
+    empty = rule.tiles(frame, tile_px=side, stride_px=side)
+    grid = TileGrid(*empty.shape, side, side, (side - 1) / 2, signed=False)
+    assert (specimen_tiles(frame, grid, 1.0) == ~empty).all()
 
 
 def test_multiply_adds_of_every_kind_of_layer(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rtfocus.metrics import Accounting, Histogram
 
@@ -16,6 +18,26 @@ def test_percentiles_agree_with_numpy_to_two_percent() -> None:
         assert histogram.percentile(percent) == pytest.approx(expected, rel=0.02)
     assert histogram.summary()["max_ms"] == values.max()
     assert histogram.summary()["mean_ms"] == pytest.approx(values.mean())
+
+
+@given(st.lists(st.floats(0.0, 1e7), min_size=1, max_size=30))
+def test_percentiles_ascend_and_stay_below_the_largest_value(values: list[float]):
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+    found = [histogram.percentile(percent) for percent in (1, 50, 95, 99, 100)]
+    assert found == sorted(found)
+    assert found[-1] <= histogram.max_ms == max(values)
+    assert histogram.count == len(values)
+
+
+@given(st.lists(st.sampled_from(["written", "focus", "dropped", "in_error"])))
+def test_every_frame_that_is_counted_once_is_accounted_for(terms: list[str]):
+    accounting = Accounting()
+    accounting.set_acquired(len(terms) + 1)
+    for term in terms:
+        accounting.count(term, "gap" if term in ("dropped", "in_error") else None)
+    assert accounting.unaccounted == 1
 
 
 def test_an_empty_histogram_says_none_not_zero() -> None:
