@@ -239,6 +239,34 @@ class PairTask(Task[P]):
         return {"blurred": made["blurred"], "sharp": made["sharp"]}
 
 
+class RestorerTask(PairTask[P]):
+    """A task whose network is told nothing but the tile that it restores.
+
+    What its engine's card says is set by subclasses, see `restorer_card`.
+    """
+
+    description: str
+    tile_px: int = 256
+    halo_px: int = 32
+    multiple_px: int
+    any_size: bool = False
+
+    def graph(self, network: nn.Module) -> Graph:
+        """Return the network as it is."""
+        return restorer_graph(network, self.multiple_px)
+
+    def card(self) -> dict[str, Any]:
+        """Return the card of a restorer."""
+        return restorer_card(
+            self.recipe.pairs,
+            self.description,
+            tile_px=self.tile_px,
+            halo_px=self.halo_px,
+            multiple_px=self.multiple_px,
+            any_size=self.any_size,
+        )
+
+
 def frames_graph(
     network: nn.Module,
     sides_px: tuple[int, int],

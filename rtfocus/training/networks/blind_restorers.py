@@ -14,7 +14,7 @@ in full, each time by the same weights, which see the blurred image of that scal
 the enlarged correction of the scale below, and add to it.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -33,13 +33,10 @@ from rtfocus.training.pairs import load_real_pairs
 from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.scenes import data_folder
 from rtfocus.training.task import (
-    Graph,
-    PairTask,
+    RestorerTask,
     Source,
     Tensors,
     gain_db,
-    restorer_card,
-    restorer_graph,
 )
 
 _SLOPE = 0.2
@@ -151,11 +148,6 @@ class RrdbNet(nn.Module):
         return tiles + drawn if self.residual_output else drawn
 
 
-# The report: patches of 64 px every 32, overlaps blended.
-_TILE_PX = 64
-_HALO_PX = 16
-
-
 class KernelsSection(Section):
     """What the sharp images of an RRDB run are blurred with."""
 
@@ -194,14 +186,22 @@ class RrdbRecipe(PairRecipe):
     kernels: KernelsSection = KernelsSection()
 
 
-class RrdbTask(PairTask[RrdbRecipe]):
+class RrdbTask(RestorerTask[RrdbRecipe]):
     """Mean squared error between restored and sharp patches."""
 
     network: RrdbNet
+    description = (
+        "Restoration by residual-in-residual dense blocks (EPFL cornea report)."
+    )
+    # The report: patches of 64 px every 32, overlaps blended.
+    tile_px = 64
+    halo_px = 16
+    any_size = True
 
     def __init__(self, recipe: RrdbRecipe) -> None:
         super().__init__(recipe)
         settings = recipe.rrdb
+        self.multiple_px = settings.phases
         self.network = RrdbNet(
             blocks=settings.blocks,
             width=settings.width,
@@ -240,21 +240,6 @@ class RrdbTask(PairTask[RrdbRecipe]):
         restored = self.network(blurred).float()
         loss = functional.mse_loss(restored, sharp)
         return loss, {"gain_db": gain_db(blurred, restored, sharp)}
-
-    def graph(self, network: nn.Module) -> Graph:
-        """Return the network as it is."""
-        return restorer_graph(network, self.recipe.rrdb.phases)
-
-    def card(self) -> dict[str, Any]:
-        """Return the card of an RRDB engine."""
-        return restorer_card(
-            self.recipe.pairs,
-            "Restoration by residual-in-residual dense blocks (EPFL cornea report).",
-            tile_px=_TILE_PX,
-            halo_px=_HALO_PX,
-            multiple_px=self.recipe.rrdb.phases,
-            any_size=True,
-        )
 
 
 MULTIPLE_PX = 16
@@ -383,10 +368,6 @@ def image_pyramid(images: Tensor) -> list[Tensor]:
     return sizes[::-1]
 
 
-_SCALES_TILE_PX = 256
-_SCALES_HALO_PX = 32
-
-
 class MultiScaleSection(Section):
     """Size of the shared network and what its loss looks like."""
 
@@ -408,10 +389,12 @@ class MultiScaleRecipe(PairRecipe):
     multiscale: MultiScaleSection = MultiScaleSection()
 
 
-class MultiScaleTask(PairTask[MultiScaleRecipe]):
+class MultiScaleTask(RestorerTask[MultiScaleRecipe]):
     """Restoration, compared with the sharp image on all scales."""
 
     network: MultiScale
+    description = "Restoration on three scales by one encoder-decoder, weights shared."
+    multiple_px = MULTIPLE_PX
 
     def __init__(self, recipe: MultiScaleRecipe) -> None:
         super().__init__(recipe)
@@ -424,20 +407,6 @@ class MultiScaleTask(PairTask[MultiScaleRecipe]):
         restored = self.network.scales(blurred)
         loss = scales_loss(restored, sharp, self.recipe.multiscale.charbonnier)
         return loss, {"gain_db": gain_db(blurred, restored[-1].float(), sharp)}
-
-    def graph(self, network: nn.Module) -> Graph:
-        """Return the network as it is."""
-        return restorer_graph(network, MULTIPLE_PX)
-
-    def card(self) -> dict[str, Any]:
-        """Return the card of a multiscale engine."""
-        return restorer_card(
-            self.recipe.pairs,
-            "Restoration on three scales by one encoder-decoder, weights shared.",
-            tile_px=_SCALES_TILE_PX,
-            halo_px=_SCALES_HALO_PX,
-            multiple_px=MULTIPLE_PX,
-        )
 
 
 NETWORKS = {

@@ -8,7 +8,6 @@ G_t defocused from sharp, D_t judges sharp and D_s defocused images (equations 5
 from collections.abc import Mapping
 from math import log
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -28,12 +27,9 @@ from rtfocus.training.networks.comi_networks import (
 from rtfocus.training.onnx_forms import float_weights
 from rtfocus.training.task import (
     Arrays,
-    Graph,
-    PairTask,
+    RestorerTask,
     Tensors,
     gain_db,
-    restorer_card,
-    restorer_graph,
 )
 
 # Contrast below which a patch is empty; it is not magnified to look like one that
@@ -306,10 +302,6 @@ def _load_features(wanted: FeaturesSection) -> nn.Module:
     return classifier_features(wanted.weights or shipped, wanted.layers)
 
 
-_TILE_PX = 256
-# Nine residual blocks at a quarter see 90 px each way, but weigh little beyond 32.
-_HALO_PX = 32
-_MULTIPLE_PX = 4
 _COLUMNS = (
     "loss",
     "adversarial",
@@ -321,13 +313,20 @@ _COLUMNS = (
 )
 
 
-class ComiTask(PairTask[ComiRecipe]):
+class ComiTask(RestorerTask[ComiRecipe]):
     """Adversarial, content and cycle losses; four networks, three optimisers.
 
     The exported network is G_s, from defocused to sharp.
     """
 
     in_parts = False
+    description = (
+        "Restoration by the generator of a CycleGAN, Zhang et al. 2022 (COMI)."
+    )
+    # Nine residual blocks at a quarter see 90 px each way, but weigh little beyond 32.
+    halo_px = 32
+    multiple_px = 4
+    any_size = True
 
     def __init__(self, recipe: ComiRecipe) -> None:
         super().__init__(recipe)
@@ -382,21 +381,6 @@ class ComiTask(PairTask[ComiRecipe]):
             "gain_db": gain_db(blurred, made_sharp, sharp),
         }
         return _columns({name: float(v.detach()) for name, v in shown.items()})
-
-    def graph(self, network: nn.Module) -> Graph:
-        """Return the restoring generator as it is."""
-        return restorer_graph(network, _MULTIPLE_PX)
-
-    def card(self) -> dict[str, Any]:
-        """Return the card of a COMI engine."""
-        return restorer_card(
-            self.recipe.pairs,
-            "Restoration by the generator of a CycleGAN, Zhang et al. 2022 (COMI).",
-            tile_px=_TILE_PX,
-            halo_px=_HALO_PX,
-            multiple_px=_MULTIPLE_PX,
-            any_size=True,
-        )
 
 
 def _columns(shown: Mapping[str, float]) -> dict[str, float]:
