@@ -194,8 +194,9 @@ def send(pipe: Connection, size: int, frames: int) -> None:
             slot.prepare(header)[...] = seen[sequence % DISTINCT]
             publisher.publish(slot)
         publisher.end("completed")
+        spent = clocks.read()
         names = {number: f"publisher's {name}" for number, name in clocks.names.items()}
-        pipe.send((*clocks.read(), names))
+        pipe.send((*spent, names))
     pipe.recv()
 
 
@@ -376,8 +377,10 @@ def compare(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     if options.against is not None:
         checkouts = {"against": options.against.resolve(), **checkouts}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in checkouts}
-    for _ in range(options.rounds):
-        for name, checkout in checkouts.items():
+    for turn in range(options.rounds):
+        # Whoever goes second finds a warmer machine: they take turns in that, too.
+        for name in sorted(checkouts, reverse=bool(turn % 2)):
+            checkout = checkouts[name]
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 answer = subprocess.run(
                     [

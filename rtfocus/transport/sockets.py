@@ -158,10 +158,6 @@ _CONTROL_BYTES = 64 << 20
 _SUBSCRIPTION_BYTES = 4096
 HEADER_BYTES = 4 << 20
 """What a frames message may hold beside its pixels."""
-_LOCAL_BYTES = 192 << 10
-"""What the system holds of frames between two processes of one machine: as much as
-stays in a processor's cache. With the megabytes it takes by itself a frame goes through
-memory twice more: 3.6 ms of CPU time for 2048 x 2048 instead of 2.1, both sides."""
 _MOST_PORT = 65535
 _PROBE_S = 4.0
 """Windows takes two seconds to say that a port is closed."""
@@ -182,8 +178,6 @@ def frames_server(context: Context, config: TransportConfig) -> Socket:
     # subscriber gets no frame and therefore cannot hold up the recorder.
     socket.setsockopt(zmq.XPUB_MANUAL, 1)
     socket.sndhwm = _frames_in_queue(config)
-    if is_local(config.frames):
-        socket.sndbuf = _LOCAL_BYTES
     socket.maxmsgsize = _SUBSCRIPTION_BYTES
     socket.linger = 0
     _watch_peer(socket, config)

@@ -355,18 +355,6 @@ def test_an_open_endpoint_needs_encryption_or_consent(endpoint: str) -> None:
     context.term()
 
 
-def test_frames_wait_in_a_small_buffer_on_one_machine_alone() -> None:
-    # A network needs what is under way between two machines: the system's own.
-    context: Context = Context()
-    config = make_config(frames="tcp://127.0.0.1:*", insecure=True)
-    with frames_server(context, config) as near:
-        assert near.sndbuf == 192 << 10
-    config = make_config(frames="tcp://0.0.0.0:*", insecure=True)
-    with frames_server(context, config) as far:
-        assert far.sndbuf == -1
-    context.term()
-
-
 @pytest.mark.parametrize("endpoint", ["ipc:///tmp/x", "tcp://host", "inproc://x"])
 def test_an_endpoint_that_is_not_tcp_is_refused(endpoint: str) -> None:
     context: Context = Context()
