@@ -261,9 +261,10 @@ def once(size: int, frames: int, folder: Path) -> dict[str, Any]:
         sender.join()
     if monitor.accounting.written != frames:
         raise SystemExit(f"only {monitor.accounting.written} of {frames} were written")
+    # Does not grow with the number of frames: the folder's end and `report.html`.
+    places.pop(_END, None)
     total = sum(places.values()) or 1
     all_ms = 1e3 * (sent_s + received_s) / frames
-    # Does not grow with the number of frames: the folder's end and `report.html`.
     end_ms = 1e3 * (threads.pop("MainThread") + threads.pop("report", 0.0)) / frames
     return {
         "all": all_ms - end_ms,
@@ -272,9 +273,8 @@ def once(size: int, frames: int, folder: Path) -> dict[str, Any]:
         "recorder": 1e3 * received_s / frames,
         "of that in the kernel": 1e3 * (kernel_s + sender_kernel_s) / frames,
         "places": {
-            place: number / total * all_ms
+            place: number / total * (all_ms - end_ms)
             for place, number in places.most_common()
-            if place != _END
         },
         "threads": {
             **{f"publisher: {k}": 1e3 * s / frames for k, s in sender_threads.items()},
