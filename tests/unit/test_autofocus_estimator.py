@@ -13,7 +13,7 @@ from rtfocus.autofocus.belief import (
     modes_of_reading,
     modes_of_weights,
 )
-from rtfocus.autofocus.policy import EstimatorSettings, read_focus
+from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
 from rtfocus.frame import DefocusMap, FocusReading, TileGrid
 
 RULE = EstimatorSettings(unit_um=2.0, range_um=20.0, base_sd=0.2, relative_sd=0.0)
@@ -106,6 +106,20 @@ def test_saturation_is_refused() -> None:
     rule = replace(RULE, saturation_counts=4095)
     assert read_focus(tiles(flat(1.0)), pixels, rule).refusal == "saturated"
     assert read_focus(tiles(flat(1.0)), field(), rule).refusal is None
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<f4"])
+@pytest.mark.parametrize(
+    ("counts", "share"),
+    [(99.5, 0.5), (100.0, 0.5), (100.5, 0.0), (1e6, 0.0), (np.inf, 0.0)],
+)
+def test_the_saturated_share_is_the_same_for_whole_numbers(
+    dtype: str, counts: float, share: float
+) -> None:
+    pixels = np.full((64, 64), 99, dtype)
+    pixels[:32] = 100
+    rule = replace(RULE, saturation_counts=counts)
+    assert look_at(pixels, rule).saturated == share
 
 
 def test_a_region_is_all_that_counts() -> None:
