@@ -39,14 +39,13 @@ import psutil
 from numpy.typing import NDArray
 
 from bench import machine
+from bench.writer import series_start
 from rtfocus.app import SeriesLoop
-from rtfocus.channel import Channel
 from rtfocus.config import Config, parse_config
 from rtfocus.config.sections import TransportConfig
 from rtfocus.frame import (
     DefocusMap,
     FrameHeader,
-    Position,
     SeriesStart,
     TileGrid,
 )
@@ -159,18 +158,7 @@ def send(pipe: Connection, size: int, frames: int) -> None:
         frames="tcp://127.0.0.1:*", control="tcp://127.0.0.1:*", connect_timeout_s=60
     )
     seen = frames_of(size, seed=1)
-    series = SeriesStart(
-        version=1,
-        series_uid="recorded",
-        name="recorded",
-        started_ns=time.time_ns(),
-        shape=(size, size),
-        dtype="<u2",
-        sizes={"t": frames},
-        channels=[Channel("default")],
-        positions=[Position("p0")],
-        pixel_size_um=0.65,
-    )
+    series = series_start(size, frames)
     with FramePublisher(config) as publisher:
         pipe.send(publisher.endpoints)
         publisher.start(series)
