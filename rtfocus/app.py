@@ -37,7 +37,7 @@ from rtfocus.errors import (
     beside,
     replacement,
 )
-from rtfocus.frame import FrameHeader, Role, SeriesEnd, SeriesStart, Slot
+from rtfocus.frame import Role, SeriesEnd, SeriesStart, Slot
 from rtfocus.launch import SideProcess, on_free_ports, paired
 from rtfocus.metrics import STOPPED_HERE
 from rtfocus.microscope.delivery import AcquisitionReport
@@ -60,7 +60,6 @@ def acquire(
     *,
     stop: threading.Event,
     on_publisher: Callable[[FramePublisher], None] = lambda _: None,
-    on_frame: Callable[[FrameHeader], None] = lambda _: None,
     on_focus: Callable[[str], None] = lambda _: None,
 ) -> AcquisitionReport:
     """Run the microscope side: acquire one series and send it until it is durable.
@@ -86,7 +85,6 @@ def acquire(
             config,
             publisher,
             stop=stop,
-            on_frame=on_frame,
             make_engine=focusing.make_engine,
             make_hold=(
                 lambda core: LiveHold(focusing, core) if focusing.holds else None
@@ -175,6 +173,7 @@ def serve(
     on_monitor: Callable[[Monitor], None] = lambda _: None,
     on_finished: Callable[[Path], None] = lambda _: None,
     on_failure: Callable[[RtfocusError], None] = lambda _: None,
+    any_port: bool = False,
 ) -> None:
     """Run the processor side for one series after the other, until `stop`.
 
@@ -194,10 +193,12 @@ def serve(
         Receives the run folder of each series that went well.
     on_failure
         Receives what went wrong with any other.
+    any_port
+        Whether the preview may be elsewhere where its port is in use.
     """
     config = paired(config)
     unwanted: dict[str, str] = {}
-    with open_preview(config.transport) as preview:
+    with open_preview(config.transport, any_port=any_port) as preview:
         while not stop.is_set():
             monitor = Monitor()
             on_monitor(monitor)

@@ -114,7 +114,8 @@ class SideProcess:
         path = Path(self._folder.name) / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
         self._errors = Path(self._folder.name) / "errors.txt"
-        self._said = ""
+        self.said = ""
+        """What the side said on standard error, once it has ended."""
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [
@@ -153,9 +154,9 @@ class SideProcess:
         """
         if not self.failed():
             return None
-        if not self._said and self._errors.is_file():
-            self._said = self._errors.read_text("utf-8", errors="replace").strip()
-        said = self._said or f"exit code {self._process.returncode}"
+        if not self.said and self._errors.is_file():
+            self.said = self._errors.read_text("utf-8", errors="replace").strip()
+        said = self.said or f"exit code {self._process.returncode}"
         last = said.splitlines()[-1]
         msg = f"{self._side} side failed: {last.removeprefix('error: ')}"
         return _KINDS.get(self._process.returncode, MicroscopeError)(msg)
@@ -170,7 +171,7 @@ class SideProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._said = self._errors.read_text("utf-8", errors="replace").strip()
+        self.said = self._errors.read_text("utf-8", errors="replace").strip()
         self._folder.cleanup()
 
 

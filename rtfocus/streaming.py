@@ -20,9 +20,9 @@ from rtfocus.autofocus.plans import focus_plans
 from rtfocus.config import Config, load_config
 from rtfocus.errors import (
     ConfigError,
+    IncompleteError,
     MicroscopeError,
     RtfocusError,
-    TransportError,
     WriterError,
 )
 from rtfocus.files import path_given
@@ -34,7 +34,7 @@ from rtfocus.launch import SideProcess, on_free_ports, paired
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.runs import Run, open_run
-from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.transport.preview import open_preview
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.viewer import PreviewViewer
 from rtfocus.workers import Wait, acting_when
@@ -139,6 +139,9 @@ def stream(
     ------
     ConfigError
         If the config cannot be used, or `core` or `processor` are none.
+    IncompleteError
+        At the end of the block, if a plan broke off or a camera lost images; what
+        was acquired is recorded. Not for a plan that was canceled.
 
     Examples
     --------
@@ -273,6 +276,9 @@ class LiveStream:
                 end_abandoned(self._core.mda)
             while not self._idle.wait(_LOOK_S):
                 continue
+        if self._child is not None and not self._child.failed():
+            for line in self._child.said.splitlines():
+                _log.warning("processor side: %s", line)
         if error is None and self._failure is not None:
             raise self._failure
 
@@ -310,6 +316,9 @@ class LiveStream:
         try:
             if following is not None:
                 self.reports.append(following.finish())
+                outcome = self.reports[-1].outcome
+                if not (outcome.is_complete or outcome.was_stopped):
+                    raise IncompleteError(str(outcome))
         except Exception as error:  # raised at the end of the block
             # A processor that ended says best why nobody takes the frames.
             of_child = self._child.failure() if self._child is not None else None
@@ -336,17 +345,10 @@ def _told(error: Exception) -> Exception:
 
 
 def _with_free_preview(config: Config) -> Config:
-    """Leave the preview out where another processor shows at its endpoint."""
-    shown = config.transport.preview
-    try:
-        PreviewPublisher(
-            shown,
-            curve_keys=config.transport.curve_keys,
-            insecure=config.transport.insecure,
-        ).close()
-    except TransportError as error:
-        _log.warning("there is no preview: %s", error)
-        shown = shown.model_copy(update={"endpoint": None})
+    """Return `config` with its preview at another port, and told, if its is in use."""
+    with open_preview(config.transport, any_port=True) as preview:
+        found = {"endpoint": preview.endpoint, "control": preview.control}
+    shown = config.transport.preview.model_copy(update=found)
     transport = config.transport.model_copy(update={"preview": shown})
     return config.model_copy(update={"transport": transport})
 

@@ -103,7 +103,6 @@ def view(
         server = usual_or_free(scene, listening, told=port is not None)
         opened.enter_context(server)
         typer.echo(f"view: {server.url}")
-        sys.stdout.flush()
         if not listening.is_local:
             typer.echo(
                 "whoever has this link sees the images; the page itself is not "
@@ -315,6 +314,7 @@ def process(
                 on_monitor=on_monitor,
                 on_finished=lambda path: codes.append(print_report(path).exit_code),
                 on_failure=told,
+                any_port=stop_on_end_of_input,  # a child of `rtfocus.stream`
             )
     if folder is not None:
         codes.append(print_report(folder).exit_code)

@@ -363,7 +363,8 @@ def open_preview(
     except TransportError:
         if not any_port:
             raise
-        elsewhere = {"endpoint": "tcp://127.0.0.1:*"}
+        names = ("endpoint", "control") if transport.preview.control else ("endpoint",)
+        elsewhere = dict.fromkeys(names, "tcp://127.0.0.1:*")
         preview = opened(transport.preview.model_copy(update=elsewhere))
         logger.warning(
             "the preview's endpoint %s is in use; this run shows at %s",

@@ -4,6 +4,7 @@ import getpass
 import logging
 import re
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from loop_kit import (
     write_config,
 )
 
+from rtfocus.app import serve
 from rtfocus.config import Config, load_config, parse_config
+from rtfocus.errors import TransportError
 from rtfocus.launch import on_free_ports, paired
 from rtfocus.transport.preview import open_preview
 from rtfocus.transport.publisher import FramePublisher
@@ -103,6 +106,25 @@ def test_a_run_shows_its_preview_where_it_is_configured_or_says_where(
     with open_preview(config.transport, any_port=True) as preview:
         assert preview.endpoint == endpoint
     assert len(caplog.records) == 1
+
+
+def test_what_a_script_started_records_even_where_another_shows_at_its_port(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    over = threading.Event()
+    over.set()
+    with socket.socket() as taken, socket.socket() as asked:
+        for one in (taken, asked):
+            one.bind(("127.0.0.1", 0))
+        endpoint, control = (
+            f"tcp://127.0.0.1:{one.getsockname()[1]}" for one in (taken, asked)
+        )
+        preview = {"endpoint": endpoint, "control": control}
+        config = small(tmp_path, None, transport={"preview": preview})
+        with pytest.raises(TransportError, match="cannot bind"):
+            serve(config, stop=over)
+        serve(config, stop=over, any_port=True)
+    assert "in use; this run shows at tcp://127.0.0.1:" in caplog.text
 
 
 def test_a_refusal_shows_no_word_that_somebody_chose(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A plan that somebody else's script runs on a plain core, followed frame by frame."""
 
 import contextlib
+import socket
 import threading
 
 import numpy as np
@@ -12,9 +13,11 @@ from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.mda import MDAEngine
 
 import rtfocus
+from rtfocus.app import serve
 from rtfocus.autofocus.actions import FocusActions
 from rtfocus.config import parse_config
-from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
+from rtfocus.errors import ConfigError, IncompleteError, MicroscopeError, RtfocusError
+from rtfocus.launch import on_free_ports
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.microscope.plan import lay_out
 
@@ -161,6 +164,54 @@ def test_a_processor_that_cannot_start_says_why(core, tmp_path):
         core.mda.run(sequence)
     assert live.reports == []
     assert live.runs == []
+
+
+def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
+    core, tmp_path, caplog
+):
+    config = on_free_ports(
+        parse_config(
+            {
+                "run": {"folder": str(tmp_path)},
+                "processing": {"classifier": None, "restoration": {"method": "none"}},
+                "transport": {"preview": {"endpoint": None}},
+                "store": {"min_free_mb": 1},
+            }
+        )
+    )
+    plan = useq.MDASequence(time_plan={"interval": 0.01, "loops": 20})
+    narrowed = {3}
+
+    def narrow(_, event):
+        if event.index["t"] in narrowed:
+            core.setROI(0, 0, 32, 32)
+
+    core.mda.events.frameReady.connect(narrow)
+    over = threading.Event()
+    recorder = threading.Thread(target=serve, args=[config], kwargs={"stop": over})
+    recorder.start()
+    live = rtfocus.stream(core, config, processor="configured")
+    with pytest.raises(IncompleteError, match=r"of 20 planned.* changed from"), live:
+        core.mda.run(plan)
+    narrowed.clear()
+    core.mda.events.frameReady.connect(lambda *_: core.mda.cancel())
+    with live:  # a plan that somebody canceled is no failure
+        core.mda.run(plan)
+    over.set()
+    recorder.join()
+    assert caplog.text.count("the stream failed: incomplete: ") == 1
+    assert live.reports[1].reason == "canceled"
+    for run, report in zip(live.runs, live.reports, strict=True):
+        assert run.outcome.present == report.frames > 0
+
+
+def test_a_stream_whose_port_is_in_use_shows_at_another_and_says_where(core, caplog):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        preview = {"preview": {"endpoint": endpoint}}
+        rtfocus.stream(core, parse_config({"transport": preview}))
+    assert f"{endpoint} is in use; this run shows at tcp://127.0.0.1:" in caplog.text
 
 
 def waiting(core):
