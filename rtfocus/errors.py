@@ -26,6 +26,7 @@ programmer errors stay ``ValueError`` and ``TypeError``.
 Every class carries the exit code that a command ends with when it raises it.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum, unique
@@ -168,6 +169,42 @@ class IncompleteError(RtfocusError):
 
 class WorkerError(RtfocusError):
     """A thread of the loop failed; the message names it, the cause is kept."""
+
+
+FREE_SPACE = "free space"
+_FULL = ("no space left", "disk full", "not enough space")
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def remedy(error: BaseException, said: str = "") -> str:
+    """Return what helps where the system refused to write.
+
+    Parameters
+    ----------
+    error
+        With its number, where it has one.
+    said
+        The words of a library that keeps no number.
+    """
+    number, words = getattr(error, "errno", None), said.lower()
+    if number == errno.EFBIG or "file too large" in words:
+        return (
+            "a file there is as long as this system lets it be; raise the limit "
+            "(ulimit -f; FAT32 has 4 GB)"
+        )
+    if number == errno.EDQUOT or "quota" in words:
+        return "your quota there is used up; free space of it, or have it raised"
+    if number == errno.ENOSPC or any(hint in words for hint in _FULL):
+        return FREE_SPACE
+    if number in _NOT_ALLOWED:
+        return "allow writing there, or give another place"
+    return "see to its disk"
+
+
+def why_not_written(error: OSError) -> str:
+    """Return why the system refused to write, and what helps."""
+    said = error.strerror or str(error)
+    return f"{said}; {remedy(error, said)}"
 
 
 def replacement(failure: RtfocusError | None) -> RtfocusError | None:

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import psutil
 
-from rtfocus.errors import InputError, OutputError, WriterError
+from rtfocus.errors import InputError, OutputError, WriterError, why_not_written
 
 PATIENCE_S = 5.0
 """How long a file that another program holds open is tried again."""
@@ -209,7 +209,7 @@ def whole(
         try:
             yield part
         except OSError as error:
-            msg = f"'{target}' cannot be written: {error.strerror or error}"
+            msg = f"'{target}' cannot be written: {why_not_written(error)}"
             raise OutputError(msg) from error
         _refuse_existing(target, overwrite)
         replace(part, target, patience)
@@ -350,7 +350,7 @@ def _make_folders(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"folder '{folder}' cannot be made: {error.strerror or error}"
+        msg = f"folder '{folder}' cannot be made: {why_not_written(error)}"
         raise OutputError(msg) from error
     return missing
 

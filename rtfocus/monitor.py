@@ -16,7 +16,7 @@ import numpy as np
 from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
 from rtfocus.config import Config
 from rtfocus.engines.registry import find_engine, parts, step_um
-from rtfocus.errors import ConfigError, RtfocusError, WriterError
+from rtfocus.errors import ConfigError, RtfocusError, WriterError, why_not_written
 from rtfocus.frame import (
     Act,
     DefocusMap,
@@ -396,7 +396,7 @@ class FocusLog:
                 for line in lines:
                     file.write(msgspec.json.encode(line) + b"\n")
         except OSError as error:
-            msg = f"'{self._path}' cannot be written: {error.strerror or error}"
+            msg = f"'{self._path}' cannot be written: {why_not_written(error)}"
             raise WriterError(msg) from error
 
 

@@ -24,7 +24,7 @@ from rtfocus.batch.plan import (
     facts_of,
 )
 from rtfocus.batch.work import classified, image_set_of
-from rtfocus.errors import ConfigError, InputError, OutputError
+from rtfocus.errors import ConfigError, InputError, OutputError, why_not_written
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage, json_mark
 from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
@@ -186,7 +186,7 @@ class Batch:
         try:
             prepare_zarr(path, self._outlines())
         except OSError as error:
-            msg = f"'{path}' cannot be written: {error.strerror or error}"
+            msg = f"'{path}' cannot be written: {why_not_written(error)}"
             raise OutputError(msg) from error
 
     def _deliver(self, plan: Plan, failed: set[str]) -> None:
@@ -222,7 +222,7 @@ class Batch:
                     target = rest / place / "0" / "c"
                     shutil.copytree(chunks, target, copy_function=_link)
         except OSError as error:
-            msg = f"'{rest}' cannot be written: {error.strerror or error}"
+            msg = f"'{rest}' cannot be written: {why_not_written(error)}"
             raise OutputError(msg) from error
         return rest
 

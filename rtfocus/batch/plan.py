@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from rtfocus import files
-from rtfocus.errors import ConfigError, OutputError
+from rtfocus.errors import ConfigError, OutputError, why_not_written
 from rtfocus.images.series import ImageSeries
 
 Command = Literal["restore", "classify"]
@@ -371,7 +371,7 @@ class Ledger:
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
-            msg = f"'{target}' cannot be written: {error.strerror or error}"
+            msg = f"'{target}' cannot be written: {why_not_written(error)}"
             raise OutputError(msg) from error
         files.replace(part, target)
         if kind == "done":

@@ -4,8 +4,10 @@ Nothing here takes time to import: an interrupt is answered, and ``--version``
 told, before the commands and what they need are loaded.
 """
 
+import atexit
 import codecs
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -27,6 +29,9 @@ def main() -> NoReturn:
             code = _run()
     except KeyboardInterrupt:
         code = _say_interrupted()
+    finally:
+        # Registered last, it is called first.
+        atexit.register(_keep_the_code)
     raise SystemExit(int(code))
 
 
@@ -47,6 +52,13 @@ def _run() -> int:
     except KeyboardInterrupt:
         return _say_interrupted()
     return ExitCode.DONE
+
+
+def _keep_the_code() -> None:
+    """Ignore requests to end from here on: the process ends, and has said how."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _say_interrupted() -> ExitCode:

@@ -18,7 +18,13 @@ from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
 from rtfocus.batch.scheduler import WORKERS_S, R, U, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
 from rtfocus.cli.display import counting
-from rtfocus.errors import BusyError, ConfigError, IncompleteError, InputError
+from rtfocus.errors import (
+    BusyError,
+    ConfigError,
+    IncompleteError,
+    InputError,
+    why_not_written,
+)
 from rtfocus.files import recover
 
 SchedulerOption = Annotated[
@@ -341,7 +347,7 @@ def _alone(ledger: Ledger) -> Iterator[None]:
         msg = f"another process works at the batch of '{ledger.output}'; wait for it"
         raise BusyError(msg) from error
     except OSError as error:
-        msg = f"'{ledger.output}' cannot be written: {error.strerror or error}"
+        msg = f"'{ledger.output}' cannot be written: {why_not_written(error)}"
         raise ConfigError(msg) from error
     try:
         yield

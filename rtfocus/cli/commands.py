@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from rtfocus import __version__
 from rtfocus.cli.endings import Interrupted
-from rtfocus.errors import ConfigError, ExitCode, OutputError
+from rtfocus.errors import ConfigError, ExitCode, OutputError, why_not_written
 from rtfocus.files import resource_folder
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ def write_new(path: Path, text: str) -> None:
         msg = f"'{path}' is there already; give another name"
         raise OutputError(msg) from error
     except OSError as error:
-        msg = f"'{path}' cannot be written: {error.strerror}"
+        msg = f"'{path}' cannot be written: {why_not_written(error)}"
         raise OutputError(msg) from error
 
 

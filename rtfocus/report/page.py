@@ -18,7 +18,7 @@ import yaml
 
 from rtfocus import __version__
 from rtfocus.drawing.canvas import in_html
-from rtfocus.errors import OutputError, RtfocusError, WriterError
+from rtfocus.errors import OutputError, RtfocusError, WriterError, why_not_written
 from rtfocus.files import replace
 from rtfocus.metrics import STEPS, plan_in_words
 from rtfocus.report.facts import RunFacts, read_facts, shown_frames
@@ -231,7 +231,7 @@ def write_page(folder: Path) -> Path:
     except (OSError, OutputError) as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = why_not_written(error) if isinstance(error, OSError) else error
         msg = f"'{path}' cannot be written: {reason}"
         raise WriterError(msg) from error
     return path

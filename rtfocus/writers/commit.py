@@ -7,7 +7,6 @@ holes; how many may be under way is bounded, and that bound is the backpressure.
 resumed one, a check and a repair all count with it, so that their totals cannot differ.
 """
 
-import errno
 import threading
 import time
 from collections import Counter, deque
@@ -19,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from rtfocus.errors import BusyError, WriterError
+from rtfocus.errors import FREE_SPACE, BusyError, WriterError, remedy
 from rtfocus.frame import Slot
 from rtfocus.metrics import Accounting, free_bytes
 from rtfocus.writers.arrays import Commit
@@ -175,7 +174,6 @@ class Terms(msgspec.Struct):
 LONGEST_HOLD_S = 0.5
 """A frame in an open shard is written after this long even if no other comes: the
 sender may be waiting for it, and a slow time-lapse must be safe soon."""
-_FULL = ("no space left", "disk full", "not enough space", "quota")
 
 
 @dataclass(slots=True)
@@ -419,19 +417,13 @@ class Ledger:
         """Name the place, the cause and the remedy of a failed write."""
         if isinstance(error, BusyError):
             return error
-        said, number = str(error), getattr(error.__cause__ or error, "errno", None)
-        if number == errno.EFBIG or "file too large" in said.lower():
-            what = f"a file of '{self.folder}' is as long as this system lets it be"
-            remedy = "raise the limit (ulimit -f; FAT32 has 4 GB)"
-        elif number == errno.ENOSPC or any(hint in said.lower() for hint in _FULL):
+        said, what = str(error), f"write to '{self.folder}' failed"
+        helps = remedy(error.__cause__ or error, said)
+        if helps == FREE_SPACE:
             free = free_bytes(self.folder)
             what = f"disk full: '{self.folder}' has {free / 1e6:.1f} MB free"
-            remedy = "free space"
-        else:
-            what = f"write to '{self.folder}' failed"
-            remedy = "see to its disk"
         repair = f"then run: rtfocus check {self.folder} --repair ({said})"
-        return WriterError(f"{what}; what is durable stays; {remedy}, {repair}")
+        return WriterError(f"{what}; what is durable stays; {helps}, {repair}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.errors import OutputError, WriterError
+from rtfocus.errors import OutputError, WriterError, why_not_written
 from rtfocus.files import refuse_links, remove, replace
 from rtfocus.frame import FrameResult
 from rtfocus.writers.arrays import RunImages
@@ -306,7 +306,7 @@ def write_columns(folder: Path, rows: int) -> Path:
         columns.close()
         replace(part, group)
     except OSError as error:
-        msg = f"cannot write '{error.filename or group}': {error.strerror or error}"
+        msg = f"cannot write '{error.filename or group}': {why_not_written(error)}"
         raise WriterError(msg) from error
     except OutputError as error:
         raise WriterError(str(error)) from error

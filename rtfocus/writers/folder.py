@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
-from rtfocus.errors import BusyError, OutputError, WriterError
+from rtfocus.errors import BusyError, OutputError, WriterError, why_not_written
 from rtfocus.files import PATIENCE, refuse_links, remove, replace
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import check_space
@@ -273,7 +273,7 @@ def begin_folder(folder: Path, header: RunHeader) -> None:
     try:
         journal.touch()
     except OSError as error:
-        msg = f"cannot write journal '{journal}': {error.strerror}"
+        msg = f"cannot write journal '{journal}': {why_not_written(error)}"
         raise WriterError(msg) from error
     header.write(folder)
 
@@ -319,7 +319,7 @@ def _replaced(folder: Path, lock: RunLock) -> RunLock:
     except OutputError as error:
         raise WriterError(str(error)) from error
     except OSError as error:
-        msg = f"cannot make run folder '{folder}': {error.strerror}"
+        msg = f"cannot make run folder '{folder}': {why_not_written(error)}"
         raise WriterError(msg) from error
     return RunLock(folder, "recording")
 
@@ -433,7 +433,7 @@ def set_aside(folder: Path, files: list[Path]) -> Path | None:
             moved.parent.mkdir(parents=True, exist_ok=True)
             replace(file, moved)
     except OSError as error:
-        msg = f"cannot make '{target}': {error.strerror}"
+        msg = f"cannot make '{target}': {why_not_written(error)}"
         raise WriterError(msg) from error
     except OutputError as error:
         raise WriterError(str(error)) from error

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from rtfocus.config.sections import StoreConfig
-from rtfocus.errors import OutputError, WriterError
+from rtfocus.errors import OutputError, WriterError, why_not_written
 from rtfocus.files import replace
 from rtfocus.frame import SeriesStart, TileGrid
 
@@ -219,7 +219,7 @@ def write_file(path: Path, data: bytes, *, fsync: bool = False) -> None:
                 os.fsync(file.fileno())
         replace(temporary, path)
     except OSError as error:
-        msg = f"cannot write '{path}': {error.strerror}; free space, then repair"
+        msg = f"cannot write '{path}': {why_not_written(error)}, then repair"
         raise WriterError(msg) from error
     except OutputError as error:
         raise WriterError(str(error)) from error

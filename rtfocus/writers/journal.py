@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rtfocus.errors import BusyError, OutputError, WriterError
+from rtfocus.errors import BusyError, OutputError, WriterError, why_not_written
 from rtfocus.files import replace
 from rtfocus.frame import FrameHeader, FrameResult
 from rtfocus.writers.places import Missing, Plan, complete
@@ -316,7 +316,7 @@ def write_journal(path: Path, lines: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         replace(part, path)
     except OSError as error:
-        msg = f"cannot write journal '{path}': {error.strerror}"
+        msg = f"cannot write journal '{path}': {why_not_written(error)}"
         raise WriterError(msg) from error
     except OutputError as error:
         raise WriterError(str(error)) from error

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from rtfocus.channel import Channel
-from rtfocus.errors import WriterError
+from rtfocus.errors import WriterError, why_not_written
 from rtfocus.frame import Position
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml, write_ome_xml
 from rtfocus.images.series import ImageChannel, StagePosition
@@ -159,7 +159,7 @@ def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None
     try:
         group.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"cannot make folder '{group}': {error.strerror}"
+        msg = f"cannot make folder '{group}': {why_not_written(error)}"
         raise WriterError(msg) from error
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     write_json(group / "zarr.json", document, fsync=fsync)

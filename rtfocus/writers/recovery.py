@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import WriterError, why_not_written
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.folder import ASIDE_NAME, set_aside
 from rtfocus.writers.header import JOURNAL_NAME, RAW, RESTORED, RunHeader
@@ -367,7 +367,7 @@ def _keep_copy(folder: Path, path: Path) -> str:
         if path.exists():
             shutil.copyfile(path, kept)
     except OSError as error:
-        msg = f"cannot write '{kept}': {error.strerror}"
+        msg = f"cannot write '{kept}': {why_not_written(error)}"
         raise WriterError(msg) from error
     return str(kept)
 

@@ -121,3 +121,19 @@ def test_an_interrupt_while_starting_is_one_line():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (ExitCode.INTERRUPTED, "interrupted\n")
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_the_process_ends_leaves_its_exit_code(name):
+    # Called after what was registered later: when the command has told its result.
+    script = (
+        "import atexit, signal, sys\n"
+        "from rtfocus.cli import main\n"
+        f"atexit.register(signal.raise_signal, signal.{name})\n"
+        "sys.argv = ['rtfocus', '--version']\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert (ended.returncode, ended.stderr) == (ExitCode.DONE, b"")
+    assert ended.stdout.startswith(b"rtfocus ")

@@ -1,5 +1,7 @@
 """Exit codes: one table, one code per meaning."""
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,11 @@ from rtfocus import errors
 from rtfocus.cli.commands import COMMANDS, load
 from rtfocus.config.loading import find_config
 from rtfocus.engines.registry import find_engine
-from rtfocus.errors import ExitCode, RtfocusError
+from rtfocus.errors import ExitCode, RtfocusError, WriterError
 from rtfocus.processing.restore import METHODS
 from rtfocus.runs import open_run
+from rtfocus.writers.header import write_json
+from rtfocus.writers.journal import write_journal
 
 
 def _all_errors() -> list[type[RtfocusError]]:
@@ -53,6 +57,33 @@ def test_what_was_meant_is_said(
         look_for(typed)
     assert f"did you mean '{meant.get(typed, 'demo.rtfocus')}'?" in str(refusal.value)
     assert "train_" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "helps"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "your quota there is used up; free space of it"),
+        (errno.EFBIG, "raise the limit (ulimit -f; FAT32 has 4 GB)"),
+        (errno.EROFS, "allow writing there, or give another place"),
+        (errno.EIO, "see to its disk"),
+    ],
+)
+def test_whatever_stops_a_write_is_told_with_a_remedy(
+    number: int, helps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    journal = tmp_path / "frames.ndjson"
+    with pytest.raises(WriterError) as journal_refused:
+        write_journal(journal, [b"{}"])
+    with pytest.raises(WriterError) as file_refused:
+        write_json(journal, {}, fsync=True)
+    for refused in (journal_refused, file_refused):
+        assert f"{os.strerror(number)}; " in str(refused.value)
+        assert helps in str(refused.value)
 
 
 def test_what_scripts_rely_on() -> None:
