@@ -22,8 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from rtfocus.evaluation.scores import psnr
 from rtfocus.training.api import trained
 from rtfocus.training.feed import load_checkpoint
-from rtfocus.training.pairs import Pair, load_real_pairs
-from rtfocus.training.scenes import data_folder
+from rtfocus.training.scenes import Pair, data_folder, load_real_pairs
 
 _WINDOW_PX = 64
 _FAR, _NEAR = 6, 3

@@ -15,9 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft, linalg, ndimage, signal
 
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.training.pairs import Pair
 from rtfocus.training.recipe import PairRecipe
-from rtfocus.training.scenes import draw_exposure, load_fields
+from rtfocus.training.scenes import Pair, draw_exposure, load_fields
 
 Image = NDArray[np.float32]
 

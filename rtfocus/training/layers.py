@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 _LEAST_POWER = 1e-4
 # Of counts: a channel without contrast is not blown up to noise of deviation 1.
 _LEAST_DEVIATION = 1e-4
+# Share of a patch that is no background, from which on its defocus can be told.
+_LEAST_SPECIMEN = 0.25
 _CHANCE: ContextVar[torch.Generator | None] = ContextVar("chance", default=None)
+L = TypeVar("L", bound=nn.Module)
 
 
 @contextmanager
@@ -135,6 +139,13 @@ def unfold_batch_norm(
         maps = [layer(m) for m in maps]
 
 
+def zeroed(layer: L) -> L:
+    """Return a layer whose weights and bias begin at zero, and so its result."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside a short cut."""
 
@@ -159,9 +170,7 @@ class Modulation(nn.Module):
 
     def __init__(self, hidden: int, channels: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(hidden, 2 * channels)
-        nn.init.zeros_(self.dense.weight)
-        nn.init.zeros_(self.dense.bias)
+        self.dense = zeroed(nn.Linear(hidden, 2 * channels))
 
     def forward(self, features: Tensor, hidden: Tensor) -> Tensor:
         """Return ``features * (1 + scale) + shift``, per channel."""
@@ -335,3 +344,26 @@ def label_loss(logits: Tensor, levels: Tensor, empty: Tensor) -> Tensor:
     wanted = torch.where(empty[known][:, None], background, wanted)
     found = logits.permute(0, 2, 3, 1)[known].log_softmax(dim=1)
     return -(wanted * found).sum(dim=1).mean()
+
+
+def found_level(logits: Tensor) -> Tensor:
+    """Return the defocus that the labels of a patch's tiles tell together.
+
+    Parameters
+    ----------
+    logits
+        Shape (N, label, row, column): levels from -n to n, then background.
+
+    Returns
+    -------
+    Tensor
+        Mean distance from focus, in levels, with the sign of the mean level, shape
+        (N,); NaN where hardly anything but background is seen.
+    """
+    shares = logits.softmax(dim=1).mean(dim=(2, 3))
+    specimen = shares[:, :-1].sum(dim=1)
+    farthest = logits.shape[1] // 2 - 1
+    levels = torch.arange(-farthest, farthest + 1).to(shares)
+    side = torch.sign(shares[:, :-1] @ levels)
+    distance = shares[:, :-1] @ levels.abs() / specimen
+    return torch.where(specimen > _LEAST_SPECIMEN, side * distance, torch.nan)

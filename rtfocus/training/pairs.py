@@ -7,28 +7,26 @@ unchanged. Registered real images of one field, in focus and out of it, are mixe
 """
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from math import ceil
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.errors import ConfigError
-from rtfocus.images.reading import open_images
 from rtfocus.optics.formation import blur_stack
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.training.recipe import PairRecipe, PairsRecipe, RealPairsRecipe
+from rtfocus.training.recipe import PairRecipe, PairsRecipe
 from rtfocus.training.scenes import (
+    Pair,
     Pool,
     SceneSource,
     SharpField,
     data_folder,
     draw_exposure,
     load_fields,
+    load_real_pairs,
 )
 
 Image = NDArray[np.float32]
@@ -42,6 +40,8 @@ _NEAR = 1.15
 _FINEST_IN_FULL = 0.5
 # Of spherical aberration, in waves: no wider than real objectives.
 _WIDEST_SPHERICAL = 0.65
+# Times larger than taken from which on a scene counts as enlarged.
+_ENLARGED = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class PairScene:
     """True: planes so close that depths between them may be interpolated."""
     is_defocus: bool
     """False: blurred otherwise, its levels only say how far."""
+    enlarged: bool = False
+    """True: shown larger than it was taken, under optics as finely sampled."""
 
 
 class PairScenes:
@@ -82,7 +84,11 @@ class PairScenes:
         rng = np.random.default_rng([self._recipe.seed, 5, self._side, generation])
         scene = self._scenes.draw(rng)
         light = _modality(scene.light, pairs, rng)
-        optics = draw_pair_optics(pairs, rng)
+        enlarged = pairs.enlarged_fine and scene.zoom > _ENLARGED
+        if enlarged:
+            optics = _fine_optics(pairs, scene.zoom, rng)
+        else:
+            optics = draw_pair_optics(pairs, rng)
         dense = bool(rng.random() < pairs.varying_share)
         levels = _draw_levels(pairs, optics, dense, rng)
         gaussian = _draws(pairs.gaussian_share, rng) and is_wide(pairs, optics)
@@ -111,7 +117,22 @@ class PairScenes:
             ),
             dense=dense,
             is_defocus=not gaussian,
+            enlarged=enlarged,
         )
+
+
+def _fine_optics(
+    pairs: PairsRecipe, zoom: float, rng: np.random.Generator
+) -> OpticalSystem:
+    """Draw optics as finely sampled as what they show is enlarged."""
+    base = pairs.reference
+    factor = max(pairs.sampling_factors[0], rng.uniform(0.8, 1.15) / zoom)
+    return replace(
+        base,
+        pixel_size_um=base.pixel_size_um * factor,
+        numerical_aperture=base.numerical_aperture * rng.uniform(0.9, 1.1),
+        aberrations=Aberrations(spherical_waves=-_WIDEST_SPHERICAL * rng.random()),
+    )
 
 
 def draw_pair_optics(pairs: PairsRecipe, rng: np.random.Generator) -> OpticalSystem:
@@ -200,54 +221,11 @@ def _modality(light: Image, pairs: PairsRecipe, rng: np.random.Generator) -> Ima
     return light
 
 
-Pair = tuple[Image, Image]
-"""Blurred and sharp image, both on the scale of the blurred one's percentiles."""
-
-
-def load_real_pairs(
-    wanted: RealPairsRecipe, folder: Path, *, validation: bool
-) -> list[Pair]:
-    """Read the pairs of one side of the split, normalised.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such file, or a field has no partner of the same shape.
-    """
-    paths = sorted(folder.glob(wanted.sharp))
-    if not paths:
-        msg = f"real pairs: no file matches '{folder / wanted.sharp}'"
-        raise ConfigError(msg)
-    pairs = []
-    for path in paths:
-        held_out = any(fnmatch(path.name, pattern) for pattern in wanted.validation)
-        if held_out == validation:
-            pairs.append(_load(path, folder / wanted.blurred / path.name))
-    return pairs
-
-
-def _load(sharp_path: Path, blurred_path: Path) -> Pair:
-    if not blurred_path.is_file():
-        msg = f"real pairs: '{sharp_path}' has no partner '{blurred_path}'"
-        raise ConfigError(msg)
-    sharp, blurred = (
-        open_images(path)[0].read().astype(np.float32)
-        for path in (sharp_path, blurred_path)
-    )
-    if sharp.shape != blurred.shape:
-        msg = (
-            f"real pairs: '{sharp_path}' is {sharp.shape}, '{blurred_path}' is "
-            f"{blurred.shape}; register and cut them to one field"
-        )
-        raise ConfigError(msg)
-    offset, scale = (np.float32(v) for v in PercentileRange().fit(blurred))
-    return (blurred - offset) / scale, (sharp - offset) / scale
-
-
 CELL_PX = 16
 """Side of the cells that a batch gives the defocus of."""
 TILE_PX = 96
 TILE_STRIDE_PX = 48
+"""Tiles that a network labels, and the distance between them."""
 
 _BACKGROUND_RULE = ContrastToNoise()
 _RANGE = PercentileRange()
@@ -312,7 +290,8 @@ class PairBatches:
         places = _places(scene, side, rng)
         levels = np.interp(places, np.arange(len(scene.levels)), scene.levels)
         light, near = _interpolate(scene.planes, places, window), scene.planes
-        if rng.random() < pairs.sharp_share:
+        share = pairs.enlarged_sharp_share if scene.enlarged else pairs.sharp_share
+        if rng.random() < share:
             levels, light, near = np.zeros_like(levels), sharp, scene.sharp[None]
         exposure = draw_exposure(rng, pairs.photons)
         if pairs.counting_share and rng.random() < pairs.counting_share:
@@ -423,6 +402,14 @@ def _cells(levels: NDArray[np.floating]) -> NDArray[np.floating]:
     rows, columns = (side // CELL_PX for side in levels.shape)
     blocks = levels.reshape(rows, CELL_PX, columns, CELL_PX)
     return np.asarray(blocks.mean(axis=(1, 3)))
+
+
+def tile_levels(cells: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return the mean defocus of every tile from that of its cells."""
+    size, stride = TILE_PX // CELL_PX, TILE_STRIDE_PX // CELL_PX
+    windows = np.lib.stride_tricks.sliding_window_view(cells, (size, size), (1, 2))
+    tiles = windows[:, ::stride, ::stride].mean(axis=(3, 4))
+    return np.asarray(tiles, dtype=np.float32)
 
 
 def _fit_psf(psf: Image, side: int) -> Image:

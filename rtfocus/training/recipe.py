@@ -135,6 +135,9 @@ class RecipeBase(Section):
     """Sharp images; none: only specimens are drawn."""
     specimens: SpecimenRecipe | None = SpecimenRecipe()
     """Procedural specimens; null: none."""
+    mixed_share: Fraction = 0.0
+    """Share of scenes that are two in one, laid over each other, the contrast of both
+    bent: there are more kinds of images than have been photographed."""
     pool: PoolRecipe = PoolRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
 
@@ -181,6 +184,11 @@ class PairsRecipe(Section):
     """Share of entries whose patches are tilted or stepped in depth."""
     sharp_share: Fraction = 0.08
     """Share of patches in focus; there the target is the input itself."""
+    enlarged_fine: bool = False
+    """Whether scenes shown larger than taken have optics as finely sampled: fine and
+    smooth is not blurred."""
+    enlarged_sharp_share: Fraction = 0.3
+    """The share in focus of those."""
     photons: tuple[Positive, Positive] = (150.0, 20_000.0)
     """Range of photons at the brightest point."""
     counting_share: Fraction = 0.0

@@ -19,8 +19,15 @@ from scipy import ndimage
 
 from rtfocus.errors import ConfigError
 from rtfocus.images.reading import open_images
+from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.specimens import draw_specimen, draw_stained
-from rtfocus.training.recipe import PoolRecipe, RecipeBase, SourceRecipe, SpecimenRecipe
+from rtfocus.training.recipe import (
+    PoolRecipe,
+    RealPairsRecipe,
+    RecipeBase,
+    SourceRecipe,
+    SpecimenRecipe,
+)
 
 Image = NDArray[np.float32]
 
@@ -130,6 +137,50 @@ def _scale(plane: NDArray[np.generic]) -> Image:
     return np.asarray(scaled, dtype=np.float32)
 
 
+Pair = tuple[Image, Image]
+"""Blurred and sharp image, both on the scale of the blurred one's percentiles."""
+
+
+def load_real_pairs(
+    wanted: RealPairsRecipe, folder: Path, *, validation: bool
+) -> list[Pair]:
+    """Read the pairs of one side of the split, normalised.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file, or a field has no partner of the same shape.
+    """
+    paths = sorted(folder.glob(wanted.sharp))
+    if not paths:
+        msg = f"real pairs: no file matches '{folder / wanted.sharp}'"
+        raise ConfigError(msg)
+    pairs = []
+    for path in paths:
+        held_out = any(fnmatch(path.name, pattern) for pattern in wanted.validation)
+        if held_out == validation:
+            pairs.append(_load_pair(path, folder / wanted.blurred / path.name))
+    return pairs
+
+
+def _load_pair(sharp_path: Path, blurred_path: Path) -> Pair:
+    if not blurred_path.is_file():
+        msg = f"real pairs: '{sharp_path}' has no partner '{blurred_path}'"
+        raise ConfigError(msg)
+    sharp, blurred = (
+        open_images(path)[0].read().astype(np.float32)
+        for path in (sharp_path, blurred_path)
+    )
+    if sharp.shape != blurred.shape:
+        msg = (
+            f"real pairs: '{sharp_path}' is {sharp.shape}, '{blurred_path}' is "
+            f"{blurred.shape}; register and cut them to one field"
+        )
+        raise ConfigError(msg)
+    offset, scale = (np.float32(v) for v in PercentileRange().fit(blurred))
+    return (blurred - offset) / scale, (sharp - offset) / scale
+
+
 _LEAST_SIDE_PX = 216
 _LARGEST_DRAWN_PX = 320
 
@@ -142,6 +193,8 @@ class Scene:
     """Axes (y, x), in [0, 1]."""
     ideal: bool
     """True: drawn, has never been through a microscope."""
+    zoom: float = 1.0
+    """How many times larger than its field was taken."""
 
 
 class SceneSource:
@@ -153,6 +206,7 @@ class SceneSource:
         self.fields = [field for field in fields if field.validation == validation]
         self._side_px = recipe.pool.side_px
         self._specimens = recipe.specimens
+        self._mixed_share = recipe.mixed_share
         counts = {id(f.source): 0 for f in self.fields}
         for field in self.fields:
             counts[id(field.source)] += 1
@@ -163,11 +217,17 @@ class SceneSource:
 
     def draw(self, rng: np.random.Generator) -> Scene:
         """Draw the next scene."""
+        scene = self._draw_one(rng)
+        # A share of 0 draws nothing, so that the same seed draws as before.
+        if self._mixed_share and rng.random() < self._mixed_share:
+            return mixed(scene, self._draw_one(rng), rng)
+        return scene
+
+    def _draw_one(self, rng: np.random.Generator) -> Scene:
         place = int(rng.choice(len(self._shares), p=self._shares))
         if place == len(self.fields) and self._specimens is not None:
             return self._draw_specimen(self._specimens, rng)
-        field = self.fields[place]
-        return Scene(self._cut_field(field, rng), ideal=False)
+        return self._cut_field(self.fields[place], rng)
 
     def _draw_specimen(
         self, specimens: SpecimenRecipe, rng: np.random.Generator
@@ -181,7 +241,7 @@ class SceneSource:
             light = draw_specimen(kind, (side, side), rng, scale=scale)
         return Scene(light, ideal=True)
 
-    def _cut_field(self, field: SharpField, rng: np.random.Generator) -> Image:
+    def _cut_field(self, field: SharpField, rng: np.random.Generator) -> Scene:
         """Cut a window of a field, resized by a random factor."""
         low, high = field.source.zoom
         zoom = float(rng.uniform(low, high))
@@ -196,7 +256,33 @@ class SceneSource:
         scene = _resize(field.image[tuple(window)], zoom)
         # Fields in focus are not equally sharp: neither are those to come.
         softness = rng.uniform(0, field.source.softness_px)
-        return np.asarray(ndimage.gaussian_filter(scene, softness), dtype=np.float32)
+        light = np.asarray(ndimage.gaussian_filter(scene, softness), dtype=np.float32)
+        return Scene(light, ideal=False, zoom=zoom)
+
+
+# Contrasts are bent by powers in this range.
+_BENDS = (0.6, 1.8)
+
+
+def mixed(first: Scene, second: Scene, rng: np.random.Generator) -> Scene:
+    """Return a scene with another laid over it, at most as bright, both bent.
+
+    Parameters
+    ----------
+    first, second
+        Of any shapes; what the smaller one covers remains.
+    rng
+        Draws powers and weights.
+    """
+    rows, columns = np.minimum(first.light.shape, second.light.shape)
+    over = rng.uniform(0, 0.5)
+    light = np.zeros((rows, columns), dtype=np.float32)
+    for scene, weight in ((first, 1 - over), (second, over)):
+        bend = np.exp(rng.uniform(*np.log(_BENDS)))
+        light += np.float32(weight) * scene.light[:rows, :columns] ** np.float32(bend)
+    light /= max(float(light.max()), 1e-6)
+    both_ideal = first.ideal and second.ideal
+    return Scene(light, both_ideal, zoom=min(first.zoom, second.zoom))
 
 
 def _resize(image: Image, zoom: float) -> Image:

@@ -120,20 +120,18 @@ class Task(ABC, Generic[R]):
     def take_exported(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of an engine of this network, by their names in its file.
 
-        Networks whose exported form is another (folded, for example) override it.
+        Networks whose exported form has others (folded, for example) override it.
 
         Raises
         ------
-        KeyError
-            If a weight is missing.
         RuntimeError
-            If one has another shape.
+            If a weight is missing or has another shape.
         """
-        own = {id(parameter) for parameter in self.network.parameters()}
-        for name, parameter in self.graph(self.network).module.named_parameters():
-            if id(parameter) not in own:
-                msg = "its exported form holds other weights than its training"
-                raise RuntimeError(msg)
+        own = dict(self.network.named_parameters())
+        if missing := own.keys() - weights.keys():
+            msg = f"an engine holds other weights than training, no '{min(missing)}'"
+            raise RuntimeError(msg)
+        for name, parameter in own.items():
             parameter.copy_(weights[name])
 
     def make_optimisers(self) -> dict[str, torch.optim.Optimizer]:

@@ -7,13 +7,21 @@ import tifffile
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.optics.formation import blur
-from rtfocus.training.pairs import (
-    PairBatches,
-    PairScenes,
-    draw_pair_optics,
-    load_real_pairs,
+from rtfocus.training.pairs import PairBatches, PairScenes, draw_pair_optics
+from rtfocus.training.recipe import (
+    PairRecipe,
+    PairsRecipe,
+    PoolRecipe,
+    RealPairsRecipe,
+    SourceRecipe,
 )
-from rtfocus.training.recipe import PairRecipe, PairsRecipe, PoolRecipe, RealPairsRecipe
+from rtfocus.training.scenes import (
+    Scene,
+    SceneSource,
+    load_fields,
+    load_real_pairs,
+    mixed,
+)
 
 REFERENCE = OpticalSystem(
     0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
@@ -164,3 +172,87 @@ def test_away_from_focus_the_psf_is_no_point():
     blurred = np.abs(batch["levels"]).mean(axis=(1, 2)) > 1
     assert blurred.any()
     assert batch["psf"][blurred].max() < 0.5
+
+
+def test_a_mixed_scene_shows_both_the_second_at_most_as_bright():
+    left, right = np.zeros((30, 40), np.float32), np.zeros((32, 36), np.float32)
+    left[:, 5], right[:, 30] = 1, 1
+    scenes = Scene(left, ideal=True), Scene(right, ideal=False)
+    for seed in range(20):
+        made = mixed(*scenes, np.random.default_rng(seed))
+        assert made.light.shape == (30, 36)
+        assert made.light[:, 5].min() == made.light.max() == 1
+        assert 0 <= made.light[:, 30].max() <= 1
+        assert not made.light[:, 10:25].any()
+        # The second has been through a microscope.
+        assert not made.ideal
+
+
+def test_contrasts_of_mixed_scenes_are_bent_either_way():
+    scene = Scene(np.full((8, 8), 0.5, np.float32), ideal=True)
+    scene.light[0] = 1
+    greys = [
+        mixed(scene, scene, np.random.default_rng(seed)).light[4, 4]
+        for seed in range(40)
+    ]
+    assert min(greys) < 0.4
+    assert max(greys) > 0.6
+
+
+def test_a_recipe_mixes_the_share_it_asks_for_and_else_draws_as_before():
+    recipe = small_recipe()
+
+    def drawn(share: float) -> list[np.ndarray]:
+        source = SceneSource(
+            recipe.model_copy(update={"mixed_share": share}), [], validation=False
+        )
+        return [source.draw(np.random.default_rng(seed)).light for seed in range(6)]
+
+    plain, some, all_mixed = drawn(0.0), drawn(0.5), drawn(1.0)
+    same = [np.array_equal(a, b) for a, b in zip(plain, some, strict=True)]
+    assert 0 < sum(same) < 6
+    assert not any(map(np.array_equal, plain, all_mixed))
+
+
+@pytest.fixture
+def enlarged(tmp_path):
+    """Return a recipe of one photograph, shown `zoom` times larger than taken."""
+    pixels = np.random.default_rng(1).integers(0, 200, (240, 240)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "one.tif", pixels)
+
+    def recipe(zoom: float, **pairs) -> PairRecipe:
+        source = SourceRecipe(kind="one", files=["one.tif"], zoom=(zoom, zoom))
+        changes = {"sources": (source,), "specimens": None, "data_folder": tmp_path}
+        made = small_recipe(sampling_factors=(0.4, 1.6), sharp_share=0.0, **pairs)
+        return made.model_copy(update=changes)
+
+    return recipe
+
+
+@pytest.mark.parametrize("zoom", [1.5, 2.0])
+def test_optics_are_as_finely_sampled_as_a_scene_is_enlarged(enlarged, zoom):
+    recipe = enlarged(zoom, enlarged_fine=True)
+    scenes = PairScenes(recipe, load_fields(recipe), validation=False)
+    for generation in range(4):
+        entry = scenes.entry(generation)
+        assert entry.enlarged
+        # The aperture is drawn too, within a tenth.
+        finer = REFERENCE.sampling / entry.sampling
+        assert zoom / 1.15 / 1.1 <= finer <= zoom / 0.8 / 0.9
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_enlarged_scenes_have_a_share_in_focus_of_their_own(enlarged, share):
+    recipe = enlarged(2.0, enlarged_fine=True, enlarged_sharp_share=share)
+    levels = PairBatches(recipe).batch(0)["levels"]
+    assert levels.any(axis=(1, 2)).all() == (share == 0)
+
+
+@pytest.mark.parametrize(
+    ("zoom", "fine"), [(2.0, False), (1.1, True)], ids=["not asked for", "not enlarged"]
+)
+def test_other_scenes_are_drawn_as_ever(enlarged, zoom, fine):
+    wanted = PairBatches(enlarged(zoom)).batch(0)
+    found = PairBatches(enlarged(zoom, enlarged_fine=fine)).batch(0)
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from rtfocus.training.layers import Modulation, charbonnier, label_loss
-from rtfocus.training.networks.rtfocus import CONDITION, LABELS, Rtfocus1, tile_levels
+from rtfocus.training.networks.rtfocus import CONDITION, LABELS, Rtfocus1
+from rtfocus.training.pairs import tile_levels
 
 FOCUS = LABELS.index(0)
 

@@ -1,17 +1,22 @@
-"""rtfocus-2: goes on from rtfocus-1, hides the sampling, learns when to correct."""
+"""rtfocus-2: goes on from rtfocus-1, learns when to correct, may look twice."""
 
 import numpy as np
 import pytest
 import torch
 
+from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.files import resource_folder
+from rtfocus.training.layers import found_level
 from rtfocus.training.networks.rtfocus import (
+    CONDITION,
     LABELS,
     Rtfocus1,
     Rtfocus2,
+    Rtfocus2Recipe,
+    Rtfocus2Section,
     Rtfocus2Task,
 )
-from rtfocus.training.recipe import load_recipe
+from rtfocus.training.recipe import PairsRecipe, PoolRecipe, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,69 @@ def test_sure_labels_leave_finite_gradients_in_bfloat16(task):
         if parameter.grad is not None
     )
     assert network.trust.grad.abs() > 0
+
+
+def looking_twice(share: float) -> Rtfocus2Task:
+    """Return a small task whose labels depend on what its patches show."""
+    optics = OpticalSystem(
+        0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
+    )
+    small = Rtfocus2Section(
+        widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), second_look_share=share
+    )
+    recipe = Rtfocus2Recipe(
+        pairs=PairsRecipe(reference=optics, patch_px=96, batch_patches=6, planes=3),
+        pool=PoolRecipe(entries=1, side_px=216),
+        rtfocus_2=small,
+    )
+    torch.manual_seed(3)
+    task = Rtfocus2Task(recipe)
+    torch.nn.init.normal_(task.network.label.weight, std=3)
+    return task
+
+
+def test_patches_seen_twice_are_told_the_level_of_their_own_labels():
+    task = looking_twice(0.5)
+    twice = torch.tensor([True, False, True, True, False])
+    first = torch.rand(5, len(task.network.condition))
+    tensors = {
+        "blurred": torch.randn(5, 1, 96, 96),
+        "sharp": torch.rand(5, 1, 96, 96),
+        "levels": torch.zeros(5, 1, 1),
+        "empty": torch.zeros(5, 1, 1, dtype=torch.bool),
+        "condition": first,
+        "twice": twice,
+    }
+    told = task.second_look(tensors)
+    with torch.no_grad():
+        logits, _ = task.network(tensors["blurred"], first)
+    places = [CONDITION.index(name) for name in ("defocus_levels", "defocus_known")]
+    for patch in range(len(twice)):
+        wanted = first[patch].clone()
+        if twice[patch]:
+            level = found_level(logits[patch : patch + 1])
+            wanted[places] = torch.cat([level.nan_to_num(), ~level.isnan()])
+        torch.testing.assert_close(told[patch], wanted)
+    assert len(told[twice][:, places[0]].unique()) == 3
+    # The loss is that of the second look.
+    second = {**tensors, "condition": told, "twice": torch.zeros_like(twice)}
+    losses = [task.loss(seen)[0].item() for seen in (tensors, second)]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_a_share_of_0_draws_what_it_drew_before_there_was_one():
+    plain, some = (looking_twice(share).batch(3) for share in (0.0, 0.5))
+    assert plain.keys() == some.keys() - {"twice"}
+    for name, values in plain.items():
+        np.testing.assert_array_equal(values, some[name], err_msg=name)
+
+
+def test_the_level_of_a_patch_is_its_mean_distance_on_its_side_of_focus():
+    shares = torch.full((3, len(LABELS), 1, 2), 1e-9)
+    # Beyond focus, one tile farther than the other; both sides; hardly anything.
+    shares[0, LABELS.index(2), 0, 0] = shares[0, LABELS.index(4), 0, 1] = 1
+    shares[1, LABELS.index(-6)], shares[1, LABELS.index(4)] = 0.75, 0.25
+    shares[2, -1], shares[2, LABELS.index(3)] = 0.9, 0.1
+    level = found_level(shares.log())
+    assert level[:2].tolist() == pytest.approx([3.0, -5.5], abs=1e-4)
+    assert level[2].isnan()

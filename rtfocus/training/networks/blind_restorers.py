@@ -29,9 +29,8 @@ from rtfocus.training.kernel_pairs import (
     gaussian_kernels,
 )
 from rtfocus.training.layers import double, scales_loss
-from rtfocus.training.pairs import load_real_pairs
 from rtfocus.training.recipe import Count, PairRecipe, Positive
-from rtfocus.training.scenes import data_folder
+from rtfocus.training.scenes import data_folder, load_real_pairs
 from rtfocus.training.task import (
     RestorerTask,
     Source,

@@ -17,9 +17,8 @@ rtfocus-2, for microscopes nobody has described, goes on from weights of the fir
   those of the reference optics that blur over as many pixels: all that an image tells.
 - *doubt*: how much of the correction is applied is learned from the restoration itself,
   beside the labels, which can be overruled on what was never seen.
-- *no BatchNorm*: it is folded into the convolutions. Batches of very unlike kinds would
-  spoil its statistics, and steps are cheaper without.
-- *decibels* beside absolute error: what is sharp must stay sharp to a thousandth, and
+- *no BatchNorm*: unlike kinds in a batch would spoil its statistics.
+- *decibels* beside absolute error: what is sharp must stay so to a thousandth, and
   dim images weigh as much as bright ones.
 
 Resize and convolution, no transposed convolution: no checkerboard.
@@ -44,10 +43,12 @@ from rtfocus.training.layers import (
     charbonnier,
     double,
     fold_batch_norm,
+    found_level,
     label_loss,
     local_contrast,
+    zeroed,
 )
-from rtfocus.training.pairs import TILE_PX, TILE_STRIDE_PX
+from rtfocus.training.pairs import CELL_PX, TILE_PX, TILE_STRIDE_PX, tile_levels
 from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
 from rtfocus.training.task import (
     Arrays,
@@ -64,9 +65,6 @@ from rtfocus.training.task import (
 
 Floats = NDArray[np.float32]
 
-CELL_PX = 16
-"""Pixels per cell of the deepest features."""
-TILE_CELLS, STRIDE_CELLS = 6, 3
 CONDITION = (
     "sampling",
     "spherical_waves",
@@ -124,9 +122,7 @@ class Rtfocus1(nn.Module):
         self.evidence = nn.Conv2d(widths[-1], EVIDENCE, 1)
         self.label = nn.Conv2d(EVIDENCE, len(LABELS), 1)
         self.head = nn.Conv2d(widths[0], _HEAD, 3, padding=1)
-        self.correction = nn.Conv2d(_HEAD + 1, 1, 3, padding=1)
-        nn.init.zeros_(self.correction.weight)
-        nn.init.zeros_(self.correction.bias)  # type: ignore[arg-type]
+        self.correction = zeroed(nn.Conv2d(_HEAD + 1, 1, 3, padding=1))
 
     def forward(self, tiles: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Restore frames or patches.
@@ -155,7 +151,9 @@ class Rtfocus1(nn.Module):
             features = blocks(self.modulate_down[place](features, hidden))
             skips.append(features)
         evidence = functional.relu(self.evidence(features))
-        tiled = functional.avg_pool2d(evidence, TILE_CELLS, stride=STRIDE_CELLS)
+        tiled = functional.avg_pool2d(
+            evidence, TILE_PX // CELL_PX, stride=TILE_STRIDE_PX // CELL_PX
+        )
         logits = self.label(tiled)
         gate = self.gate(features, evidence)
         for place in reversed(range(len(self.up))):
@@ -168,20 +166,11 @@ class Rtfocus1(nn.Module):
         return logits, tiles + wide * correction
 
     def gate(self, features: Tensor, evidence: Tensor) -> Tensor:
-        """Return by how much, per cell, the correction is applied.
+        """Return by how much the correction is applied, (N, 1, row, column), 0 to 1.
 
-        Parameters
-        ----------
-        features
-            The deepest ones, shape (N, channel, row, column).
-        evidence
-            Made of them for the labels, shape (N, 128, row, column).
-
-        Returns
-        -------
-        Tensor
-            Shape (N, 1, row, column), 0 to 1: here the probability around each cell
-            of neither focus nor background.
+        Here the probability around each cell of neither focus nor background. Given
+        are the deepest features and the evidence for labels made of them, both
+        (N, channel, row, column).
         """
         del features
         logits = self.label(around(evidence))
@@ -219,17 +208,19 @@ class Rtfocus1Recipe(PairRecipe):
     rtfocus_1: Rtfocus1Section = Rtfocus1Section()
 
 
-class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
+class Rtfocus1Task(PairTask[PairRecipe]):
     """Charbonnier loss of the image plus cross-entropy of the tiles' labels."""
 
     network: Rtfocus1
+    settings: Rtfocus1Section
+    """Section of the recipe that has the network's name."""
     network_class: type[Rtfocus1] = Rtfocus1
     statistics_of: tuple[str, ...] = ("blurred", "condition")
 
-    def __init__(self, recipe: Rtfocus1Recipe) -> None:
+    def __init__(self, recipe: PairRecipe) -> None:
         super().__init__(recipe)
-        settings = recipe.rtfocus_1
-        self.network = self.network_class(settings.widths, settings.depths)
+        self.settings = getattr(recipe, recipe.network)
+        self.network = self.network_class(self.settings.widths, self.settings.depths)
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, with labels per tile and a condition that hides at random."""
@@ -250,11 +241,11 @@ class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
             "labels": labels,
             "gain_db": gain_db(blurred, restored.float(), sharp),
         }
-        return image + self.recipe.rtfocus_1.label_weight * labels, shown
+        return image + self.settings.label_weight * labels, shown
 
     def image_loss(self, error: Tensor) -> Tensor:
         """Return what errors of shape (N, 1, y, x) cost."""
-        return charbonnier(error, self.recipe.rtfocus_1.charbonnier)
+        return charbonnier(error, self.settings.charbonnier)
 
     def graph(self, network: nn.Module) -> Graph:
         """Return the network with its BatchNorm folded into the convolutions."""
@@ -304,28 +295,20 @@ class Rtfocus1Task(PairTask[Rtfocus1Recipe]):
         tuple
             Condition, shape (N, entry), and levels, shape of `levels`.
         """
-        settings = self.recipe.rtfocus_1
         number = len(optics)
-        told = rng.random(number) >= settings.blind_share
+        told = rng.random(number) >= self.settings.blind_share
         middle = levels.mean(axis=(1, 2))
         # One defocus for a whole patch is only true where the patch is flat.
         flat = np.ptp(levels, axis=(1, 2)) < 0.5
-        given = (rng.random(number) < settings.defocus_share) & flat
+        given = (rng.random(number) < self.settings.defocus_share) & flat
         # Callers know it from a classifier or a calibration, never exactly.
         middle = np.where(given, middle + rng.normal(0, 0.15, number), 0)
         columns = (optics[:, 0], optics[:, 1] * told, told, middle, given)
         return np.stack(columns, axis=1).astype(np.float32), levels
 
 
-def tile_levels(cells: NDArray[np.generic]) -> Floats:
-    """Return the mean defocus of every tile from that of its cells."""
-    size = (TILE_CELLS, TILE_CELLS)
-    windows = np.lib.stride_tricks.sliding_window_view(cells, size, (1, 2))
-    tiles = windows[:, ::STRIDE_CELLS, ::STRIDE_CELLS].mean(axis=(3, 4))
-    return np.asarray(tiles, dtype=np.float32)
-
-
 _LOOK, _DOUBT = 64, 32
+_LEVEL, _LEVEL_KNOWN = map(CONDITION.index, ("defocus_levels", "defocus_known"))
 # Least probability that a label leaves to its opposite before doubt is heard.
 _LEAST_SHARE = 1e-3
 # Squared error, as a share of the range, below which decibels do not count: 50 dB.
@@ -345,10 +328,8 @@ class Rtfocus2(Rtfocus1):
                 block.layers = cast("nn.Sequential", folded.train())
         self.trust = nn.Parameter(torch.ones(1))
         self.look = nn.Conv2d(self.evidence.in_channels, _LOOK, 1)
-        last = nn.Conv2d(_DOUBT, 1, 1)
+        last = zeroed(nn.Conv2d(_DOUBT, 1, 1))
         self.doubt = nn.Sequential(nn.Conv2d(_LOOK, _DOUBT, 1), nn.ReLU(), last)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     def gate(self, features: Tensor, evidence: Tensor) -> Tensor:
         """Return the share of the correction per cell: the labels' odds, and doubt."""
@@ -367,6 +348,9 @@ class Rtfocus2Section(Rtfocus1Section):
     """``gate``: all else stays as it is, and a step costs a third."""
     decibel_weight: Annotated[float, Field(ge=0)] = 0.02
     """Weight of the logarithm of each patch's squared error."""
+    second_look_share: Fraction = 0.0
+    """Share of patches seen twice: the second time the network is told the defocus
+    that it found the first time."""
 
 
 class Rtfocus2Recipe(PairRecipe):
@@ -376,39 +360,57 @@ class Rtfocus2Recipe(PairRecipe):
     network: Literal["rtfocus_2"] = "rtfocus_2"
     rtfocus_2: Rtfocus2Section = Rtfocus2Section()
 
-    @property
-    def rtfocus_1(self) -> Rtfocus1Section:
-        """What it shares with the first."""
-        return self.rtfocus_2
-
 
 class Rtfocus2Task(Rtfocus1Task):
     """The losses of rtfocus-1, and decibels; sampling hidden at random."""
 
     network: Rtfocus2
+    settings: Rtfocus2Section
     network_class = Rtfocus2
     statistics_of = ()
 
     def __init__(self, recipe: Rtfocus2Recipe) -> None:
-        # What the first asks of its recipe, this one has too.
-        super().__init__(cast("Any", recipe))
-        self._settings = recipe.rtfocus_2
-        if recipe.rtfocus_2.trained == "gate":
+        super().__init__(recipe)
+        if self.settings.trained == "gate":
             self.network.requires_grad_(False)
             for part in (self.network.look, self.network.doubt, self.network.trust):
                 part.requires_grad_(True)
 
+    def batch(self, step: int, draw: int = 0) -> Arrays:
+        """Make pairs, and say which are looked at twice."""
+        made = dict(super().batch(step, draw))
+        if share := self.settings.second_look_share:
+            rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
+            made["twice"] = rng.random(len(made["condition"])) < share
+        return made
+
+    def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, of the second look where there is one."""
+        if "twice" in tensors and tensors["twice"].any():
+            tensors = {**tensors, "condition": self.second_look(tensors)}
+        return super().loss(tensors)
+
+    @torch.no_grad()
+    def second_look(self, tensors: Tensors) -> Tensor:
+        """Return the condition with the defocus that a first look finds."""
+        twice, condition = tensors["twice"].bool(), tensors["condition"].clone()
+        logits, _ = self.network(tensors["blurred"][twice], condition[twice])
+        level = found_level(logits.float())
+        condition[twice, _LEVEL] = level.nan_to_num().to(condition)
+        condition[twice, _LEVEL_KNOWN] = (~level.isnan()).to(condition)
+        return condition
+
     def image_loss(self, error: Tensor) -> Tensor:
         """Return Charbonnier plus the mean logarithm of each patch's squared error."""
         decibels = torch.log(error.square().mean(dim=(1, 2, 3)) / _ENOUGH + 1).mean()
-        return super().image_loss(error) + self._settings.decibel_weight * decibels
+        return super().image_loss(error) + self.settings.decibel_weight * decibels
 
     def told(
         self, optics: NDArray[np.generic], levels: Floats, rng: np.random.Generator
     ) -> tuple[Floats, Floats]:
         """Choose what is told; levels of hidden optics are those of the reference."""
         condition, levels = super().told(optics, levels, rng)
-        hidden = rng.random(len(optics)) < self._settings.hidden_sampling_share
+        hidden = rng.random(len(optics)) < self.settings.hidden_sampling_share
         flagged = np.column_stack([condition, np.ones(len(optics), np.float32)])
         flagged[hidden] = 0
         sampling = self.recipe.pairs.reference.sampling
@@ -424,24 +426,14 @@ class Rtfocus2Task(Rtfocus1Task):
         if "trust" in weights:
             self.network.load_state_dict(weights)
             return
-        earlier = Rtfocus1(self._settings.widths, self._settings.depths)
+        earlier = Rtfocus1(self.settings.widths, self.settings.depths)
         earlier.load_state_dict(weights)
-        weights = fold_batch_norm(earlier).state_dict()
-        first, bias = (weights[f"embedding.0.{part}"] for part in ("weight", "bias"))
+        folded = fold_batch_norm(earlier).state_dict()
+        first = folded["embedding.0.weight"]
         flag = first[:, :1] * self.recipe.pairs.reference.sampling
-        widened = {
-            **self.network.state_dict(),
-            **weights,
-            "embedding.0.weight": torch.cat([first, -flag], dim=1),
-            "embedding.0.bias": bias + flag[:, 0],
-        }
-        self.network.load_state_dict(widened)
-
-    @torch.no_grad()
-    def take_exported(self, weights: Mapping[str, Tensor]) -> None:
-        """Load the weights of an engine: there is no BatchNorm that was folded."""
-        for name, parameter in self.network.named_parameters():
-            parameter.copy_(weights[name])
+        folded["embedding.0.weight"] = torch.cat([first, -flag], dim=1)
+        folded["embedding.0.bias"] += flag[:, 0]
+        self.network.load_state_dict({**self.network.state_dict(), **folded})
 
 
 NETWORKS = {
