@@ -26,6 +26,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.optics.psf import round_pupil
 
 Floats = NDArray[np.float64]
+Places = NDArray[np.intp]
 
 RINGS = 48
 _LOWEST, _HIGHEST = 0.012, 0.48
@@ -65,23 +66,24 @@ def amplitude_spectrum(
         the amplitude of the noise; zeros where the image is too small.
     """
     plane = _cut(np.asarray(pixels), region)
-    side_y, side_x = plane.shape
     if min(plane.shape) < _LEAST_SIDE_PX:
         return np.zeros(RINGS), 0.0
     # Here, because it takes long to import and a run without autofocus needs none.
     from scipy import fft
 
-    window, rings, counts = _rings(side_y, side_x)
+    window, energy, runs, rings, sizes = _rings(*plane.shape)
+    middle = plane.mean()
     # A slope from edge to edge (vignetting, a neighbour's glow) is no detail.
-    power = np.abs(fft.rfft2((plane - plane.mean()) * window)) ** 2
-    total = np.bincount(rings.ravel(), weights=power.ravel(), minlength=RINGS + 1)
-    mean = total[:RINGS] / np.maximum(counts, 1) / float((window**2).sum())
-    mean[counts == 0] = 0.0
+    detail = plane - middle
+    detail *= window
+    power = np.abs(fft.rfft2(detail)) ** 2
+    of_runs = np.add.reduceat(power.ravel(), runs, dtype=np.float64)
+    total = np.bincount(rings, weights=of_runs, minlength=RINGS + 1)
+    mean = total[:RINGS] / sizes / energy
     noise = float(np.median(mean[-_NOISE_RINGS:]))
-    light = max(float(plane.mean()) - dark_counts, _LEAST_LIGHT)
-    return np.sqrt(np.clip(mean - noise, 0.0, None)) / light, float(
-        np.sqrt(noise) / light
-    )
+    light = max(float(middle) - dark_counts, _LEAST_LIGHT)
+    amplitudes = np.sqrt(np.clip(mean - noise, 0.0, None)) / light
+    return amplitudes, float(np.sqrt(noise) / light)
 
 
 def sharpness(spectrum: Floats, noise: float = 0.0) -> float:
@@ -145,14 +147,19 @@ def _cut(
 @lru_cache(maxsize=8)
 def _rings(
     side_y: int, side_x: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the window, the ring of every frequency and the size of the rings."""
+) -> tuple[NDArray[np.float32], float, Places, Places, Places]:
+    """Return the window, its energy, and how a spectrum parts into rings.
+
+    Along a row most neighbours are of one ring: where each such run begins, its ring,
+    and the size of every ring (1 if empty).
+    """
     window = np.outer(np.hanning(side_y), np.hanning(side_x)).astype(np.float32)
     radius = np.hypot(np.fft.fftfreq(side_y)[:, None], np.fft.rfftfreq(side_x)[None, :])
-    rings = np.digitize(radius, EDGES) - 1
+    rings = np.digitize(radius, EDGES).ravel() - 1
     rings[(rings < 0) | (rings >= RINGS)] = RINGS
-    counts = np.bincount(rings.ravel(), minlength=RINGS + 1)[:RINGS]
-    return window, rings, counts
+    sizes = np.maximum(np.bincount(rings, minlength=RINGS + 1)[:RINGS], 1)
+    runs = np.flatnonzero(np.diff(rings, prepend=-1))
+    return window, float((window**2).sum()), runs, rings[runs], sizes
 
 
 FARTHEST = 9.0
@@ -347,12 +354,27 @@ class Appearance:
 
     def __post_init__(self) -> None:
         """Weigh what the optics may be by the known images."""
-        self._learn()
-
-    def add(self, defocus: float, look: Look) -> None:
-        """Take in one more image of known defocus."""
-        self.known.append((defocus, look))
-        self._learn()
+        rings = self.models.rings
+        self._places = np.array([place for place, _ in self.known])
+        amplitude, noise = (
+            np.array(values)[:, rings]
+            for values in zip(*(_log(look) for _, look in self.known), strict=True)
+        )
+        every = np.arange(len(self.models.prices))
+        slope = self._slope_variance(self._places, every)
+        own = noise + _ROUGH**2 + slope.mean(axis=0)
+        covariance = _kernel(self._places, self._places)[None] + np.einsum(
+            "nr,nk->rnk", own, np.eye(len(own))
+        )
+        self._inverse = np.linalg.inv(covariance)
+        rest = amplitude[None] - self.models.at(self._places, every)
+        pull = np.einsum("rnk,mkr->mnr", self._inverse, rest)
+        share = _INDEPENDENT / amplitude.shape[1]
+        evidence = -0.5 * share * np.einsum("mnr,mnr->m", rest, pull)
+        evidence -= self.models.prices
+        self._likely = np.flatnonzero(evidence > evidence.max() - _HOPELESS)
+        self._evidence = evidence[self._likely]
+        self._pull = pull[self._likely]
 
     def weights(
         self, looks: list[tuple[float, Look]], candidates: Floats
@@ -406,29 +428,6 @@ class Appearance:
             self.models.at(defocus + off, models) for off in (_PLACED, -_PLACED)
         )
         return np.asarray((ahead - behind) ** 2 / 4)
-
-    def _learn(self) -> None:
-        rings = self.models.rings
-        self._places = np.array([place for place, _ in self.known])
-        amplitude, noise = (
-            np.array(values)[:, rings]
-            for values in zip(*(_log(look) for _, look in self.known), strict=True)
-        )
-        every = np.arange(len(self.models.prices))
-        slope = self._slope_variance(self._places, every)
-        own = noise + _ROUGH**2 + slope.mean(axis=0)
-        covariance = _kernel(self._places, self._places)[None] + np.einsum(
-            "nr,nk->rnk", own, np.eye(len(own))
-        )
-        self._inverse = np.linalg.inv(covariance)
-        rest = amplitude[None] - self.models.at(self._places, every)
-        pull = np.einsum("rnk,mkr->mnr", self._inverse, rest)
-        share = _INDEPENDENT / amplitude.shape[1]
-        evidence = -0.5 * share * np.einsum("mnr,mnr->m", rest, pull)
-        evidence -= self.models.prices
-        self._likely = np.flatnonzero(evidence > evidence.max() - _HOPELESS)
-        self._evidence = evidence[self._likely]
-        self._pull = pull[self._likely]
 
 
 def _log(look: Look) -> tuple[Floats, Floats]:
