@@ -225,6 +225,10 @@ class TileGrid:
     signed: bool
     """False: only the distance from focus is known."""
 
+    def centres_px(self, count: int) -> NDArray[np.float64]:
+        """Return where the first `count` tiles of an axis have their centres."""
+        return self.origin_px + self.stride_px * np.arange(count, dtype=np.float64)
+
 
 @dataclass(frozen=True, slots=True)
 class DefocusMap:
