@@ -76,7 +76,7 @@ def visits(
     made: list[Correction] = []
     holder = Holder(models, moves, on_correction=made.append)
     scenes = plate(given, true, seed)
-    rng = np.random.default_rng([seed, 11])
+    rng, chance = (np.random.default_rng([seed, number]) for number in (11, 13))
     unread: deque[Estimate] = deque()
     stage: dict[int, float] = {}
     for frame in range(given.frames):
@@ -124,6 +124,8 @@ def visits(
                 reading(pixels, refusal),
             )
         )
+        if chance.random() >= given.looked:
+            unread.pop()
         while len(unread) > given.late:
             holder.take(unread.popleft())
         yield {
@@ -150,6 +152,9 @@ def main() -> None:
     parser.add_argument("--still", type=int, default=0, help="frames before the drift")
     parser.add_argument("--tilt", type=float, default=0.0, help="um over the field")
     parser.add_argument("--late", type=int, default=0, help="visits before it is read")
+    parser.add_argument(
+        "--looked", type=float, default=1.0, help="share of frames that are looked at"
+    )
     parser.add_argument("--kind", choices=KINDS, help="of all specimens")
     parser.add_argument("--repeats", type=int, default=1, help="either way in turns")
     parser.add_argument("--deadband", type=float, default=0.15)

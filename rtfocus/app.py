@@ -271,7 +271,7 @@ class SeriesLoop:
         self._processor = processor
         self._preview = preview
         self._monitor = monitor
-        self._focus = SeriesReader(config, series)
+        self._focus = SeriesReader(config, series, monitor.held)
         self._in_flight: dict[int, Slot] = {}
         """Frames that arrived and are not yet durable, by sequence."""
         self._lost: TransportError | None = None

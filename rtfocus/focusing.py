@@ -88,7 +88,7 @@ class EstimateInbox:
         self._newest: Estimate | None = None
         self._newest_early = ("", -1)
         self.also: Callable[[Estimate], None] = lambda _: None
-        """Called with the first reading of every frame."""
+        """Called with the first reading of every frame that was not left out."""
         self.searched: set[int] = set()
         """Sequences of the images that searches asked for."""
 
@@ -103,7 +103,8 @@ class EstimateInbox:
                 self._changed.notify_all()
             if estimate.series_uid == series_uid and estimate.sequence <= looked:
                 return
-        self.also(estimate)
+        if estimate.focus is None or estimate.focus.refusal != "left_out":
+            self.also(estimate)
 
     def wait(self, sequence: int, timeout_s: float) -> Estimate:
         """Return the estimate of a frame.

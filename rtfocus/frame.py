@@ -158,7 +158,7 @@ class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
     signed: bool
     refusal: str | None = None
     """Why there is no estimate: ``blank``, ``few_tiles``, ``saturated``, ``flat``,
-    ``two_peaks`` or ``edge``: at the end of the engine's range, or beyond."""
+    ``two_peaks``, ``edge`` of the engine's range, or ``left_out``: hold had no time."""
     detail: str = ""
     """The refusal with its numbers."""
     tilt_um: tuple[float, float] = (0.0, 0.0)
@@ -329,7 +329,7 @@ def _nearest(
     fine: int, coarse: int, grid: TileGrid, halved_grid: TileGrid
 ) -> NDArray[np.intp]:
     """Return for each tile of an axis the nearest one of the frame of half the size."""
-    centres = (grid.origin_px + grid.stride_px * np.arange(fine) - 0.5) / 2
+    centres = (grid.centres_px(fine) - 0.5) / 2
     places = np.rint((centres - halved_grid.origin_px) / halved_grid.stride_px)
     return np.clip(places, 0, coarse - 1).astype(np.intp)
 

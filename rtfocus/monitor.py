@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ import numpy as np
 from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
 from rtfocus.config import Config
 from rtfocus.engines.registry import find_engine, parts, step_um
-from rtfocus.errors import ConfigError, RtfocusError, WriterError, why_not_written
+from rtfocus.errors import RtfocusError, WriterError, why_not_written
 from rtfocus.frame import (
     Act,
     DefocusMap,
     Estimate,
     FocusReading,
+    FrameHeader,
     FrameResult,
     Role,
     SeriesEnd,
@@ -30,12 +32,11 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
-from rtfocus.transport.viewer import Shown
-from rtfocus.workers import BoundedQueue
+from rtfocus.transport.viewer import Shown, ask_for
+from rtfocus.workers import BoundedQueue, TimeShare
 
 RATE_WINDOW_S = 5.0
 """Frames/s are those of the last few seconds, so that a stall shows at once."""
-
 
 LATENCIES = ("capture_to_estimate", "arrival_to_result", "arrival_to_durable")
 """Stages whose percentiles a viewer shows."""
@@ -82,6 +83,8 @@ class Monitor:
     restored: int = 0
     flagged: int = 0
     """Frames marked ``nan`` or ``saturated``."""
+    held: Counter[str] = field(default_factory=Counter)
+    """Frames of the focus channel that hold ``looked_at``, and those ``left_out``."""
     alarms: Counter[str] = field(default_factory=Counter)
     """Raised, delivered by each way, and failed."""
     broken_by: Callable[[], RtfocusError | None] = lambda: None
@@ -193,6 +196,7 @@ class Monitor:
             "stages": self.times.summary(),
             "backends": self.backends,
             "devices": dict(self.devices),
+            "held": dict(self.held),
             "alarms": dict(self.alarms),
             "queues": {
                 queue.name: {"capacity": queue.capacity} for queue in self.queues
@@ -223,7 +227,7 @@ class Monitor:
             folder.resolve(),
             self.observed,
             saturation_counts(config.camera, dtype, depth),
-            _asking(config, ask),
+            partial(ask_for, config, ask),
         )
 
     def observed(self) -> dict[str, Any]:
@@ -233,10 +237,7 @@ class Monitor:
             "slots": self.slots,
             "queues": {q.name: [len(q), q.capacity] for q in self.queues},
             "latency_ms": {
-                stage: [
-                    self.times[stage].percentile(50),
-                    self.times[stage].percentile(99),
-                ]
+                stage: [self.times[stage].percentile(percent) for percent in (50, 99)]
                 for stage in LATENCIES
             },
             "restored": self.restored,
@@ -244,18 +245,6 @@ class Monitor:
             "backends": dict(self.backends),
             "free_bytes": self.free_bytes,
         }
-
-
-def _asking(config: Config, ask: Callable[[Act], None]) -> Callable[[Act], None]:
-    """Return `ask`, with a refusal of what this run cannot do."""
-
-    def act(what: Act) -> None:
-        if what in ("hold_on", "hold_off") and config.autofocus.mode != "hold":
-            msg = "this run holds no focus: it was started without autofocus.mode=hold"
-            raise ConfigError(msg)
-        ask(what)
-
-    return act
 
 
 def _ms_since(received_ns: int) -> float:
@@ -293,15 +282,32 @@ def estimator_settings(
     )
 
 
+_HOLD_SHARE, _HOLD_MOST_S = 0.2, 0.5
+"""Of the receiving thread's time that hold may take, and seconds saved for bursts."""
+_LEFT_OUT = FocusReading(None, None, signed=False, refusal="left_out")
+
+
 class SeriesReader:
     """Processor side: adds to an estimate what autofocus must know of a frame.
 
-    Focus probes are always read, planned frames where autofocus holds focus: those as
-    soon as they have arrived, and again with their classifier's estimate.
+    Focus probes are always read. Where autofocus holds focus so are planned frames of
+    its channel, as many as a share of the receiving thread's time allows: as soon as
+    they have arrived, and again with their classifier's estimate.
+
+    Parameters
+    ----------
+    config, series
+        What is recorded, and how.
+    held
+        Where frames are counted as ``looked_at`` or ``left_out``.
     """
 
-    def __init__(self, config: Config, series: SeriesStart) -> None:
+    def __init__(self, config: Config, series: SeriesStart, held: Counter[str]) -> None:
         self._holds = config.autofocus.mode == "hold"
+        names = [channel.name for channel in series.channels]
+        wanted = config.autofocus.focus_channel
+        self._channel = names.index(wanted) if wanted in names else 0
+        self._share, self._held = TimeShare(_HOLD_SHARE, _HOLD_MOST_S), held
         self._settings = [
             estimator_settings(config, channel.name, bit_depth=series.bit_depth)
             for channel in series.channels
@@ -318,10 +324,16 @@ class SeriesReader:
         # A frame that failed in this slot before left its own.
         self._looks.pop(slot.index, None)
         frame = slot.frame()
-        settings = self._settings[frame.index.get("c", 0)]
-        if settings is None or not self._holds or frame.role is Role.FOCUS:
+        settings = self._settings_of(frame)
+        if settings is None or frame.role is Role.FOCUS:
             return None
-        look = self._looks[slot.index] = look_at(slot.pixels, settings)
+        if not self._share.allows():
+            self._held["left_out"] += 1
+            self._looks[slot.index] = _LEFT_OUT
+            return None
+        with self._share.spending():
+            look = self._looks[slot.index] = look_at(slot.pixels, settings)
+        self._held["looked_at"] += 1
         return Estimate(
             series_uid=frame.series_uid,
             sequence=frame.sequence,
@@ -340,14 +352,19 @@ class SeriesReader:
 
     def read(self, slot: Slot, estimate: Estimate, found: DefocusMap) -> Estimate:
         """Return the estimate with its focus reading, or as it is."""
-        frame = slot.frame()
-        settings = self._settings[frame.index.get("c", 0)]
-        wanted = self._holds or frame.role is Role.FOCUS
-        if settings is None or not wanted:
+        settings = self._settings_of(slot.frame())
+        if settings is None:
             return estimate
         look = self._looks.pop(slot.index, None)
-        reading = read_focus(found, slot.pixels, settings, look)
-        return msgspec.structs.replace(estimate, focus=reading)
+        if look is not _LEFT_OUT:
+            look = read_focus(found, slot.pixels, settings, look)
+        return msgspec.structs.replace(estimate, focus=look)
+
+    def _settings_of(self, frame: FrameHeader) -> EstimatorSettings | None:
+        """Return what is needed to read a frame; None: it is not read for autofocus."""
+        channel = frame.index.get("c", 0)
+        is_held = self._holds and channel == self._channel
+        return self._settings[channel] if is_held or frame.role is Role.FOCUS else None
 
 
 class FocusLog:

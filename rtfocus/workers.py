@@ -3,6 +3,7 @@
 End of stream travels by closing queues. ``abort`` wakes everybody and discards.
 """
 
+import random
 import threading
 import time
 from collections import deque
@@ -43,6 +44,42 @@ class Wait:
         self._waited_s += min(now_s - self._looked_s, self.MOST_S)
         self._looked_s = now_s
         return self._waited_s
+
+
+class TimeShare:
+    """Gives work that may be left out a share of its thread's time, and no more.
+
+    Work comes in bursts: time that was not used is saved for them. Where it does not
+    suffice chance decides, for what comes in turns (the planes of a stack, positions)
+    would always be left out at the same places.
+
+    Parameters
+    ----------
+    share
+        Of the time of the thread, 0 to 1.
+    most_s
+        Seconds of work that are saved at most, and at the beginning.
+    """
+
+    def __init__(self, share: float, most_s: float) -> None:
+        self._share, self._most_s = share, most_s
+        self._saved_s, self._asked_s = most_s, time.perf_counter()
+        self._random = random.Random(0)
+
+    def allows(self) -> bool:
+        """Tell whether to do it now: always while half of what may be saved is left."""
+        now_s = time.perf_counter()
+        earned_s = self._share * (now_s - self._asked_s)
+        self._saved_s = min(self._saved_s + earned_s, self._most_s)
+        self._asked_s = now_s
+        return self._random.random() * self._most_s < 2 * self._saved_s
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Count the time of the block."""
+        begun_s = time.perf_counter()
+        yield
+        self._saved_s -= time.perf_counter() - begun_s
 
 
 class BoundedQueue(Generic[T]):

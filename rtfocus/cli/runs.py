@@ -131,7 +131,7 @@ def print_report(folder: Path) -> Outcome:
         How much of the plan is written.
     """
     # With it comes what reads stores, which no other command's help needs.
-    from rtfocus.report.facts import read_focus_log
+    from rtfocus.report.facts import left_out_by_hold, read_focus_log
 
     report = read_report(folder)
     outcome = Outcome.of_report(report)
@@ -154,6 +154,8 @@ def print_report(folder: Path) -> Outcome:
         shares = ", ".join(f"{name} {frames}" for name, frames in devices.items())
         console.print(f"frames by device: {shares}", markup=False, highlight=False)
     console.print(_stage_table(report.get("stages", {})))
+    if said := left_out_by_hold(report):
+        console.print(said, markup=False, highlight=False)
     if lines := read_focus_log(folder):
         console.print(focus_line(lines), markup=False, highlight=False)
         if (picture := draw_focus(folder, lines)) is not None:

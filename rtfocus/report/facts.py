@@ -109,6 +109,11 @@ class RunFacts:
     frames: list[_JournalFrame] = field(default_factory=list, repr=False)
 
     @property
+    def left_out_by_hold(self) -> str | None:
+        """How many frames hold had no time to look at; None: there was none."""
+        return left_out_by_hold(self.report or {})
+
+    @property
     def outcome(self) -> Outcome | None:
         """Whether everything planned is there; None: not finished."""
         return None if self.report is None else Outcome.of_report(self.report)
@@ -144,6 +149,15 @@ def read_facts(folder: Path) -> RunFacts:
     _read_journal(facts)
     facts.focus_log = read_focus_log(folder)
     return facts
+
+
+def left_out_by_hold(report: dict[str, Any]) -> str | None:
+    """Tell how many frames hold had no time to look at; None: there was none."""
+    held = report.get("held", {})
+    if not (left_out := held.get("left_out", 0)):
+        return None
+    every = left_out + held.get("looked_at", 0)
+    return f"hold looked at {every - left_out} of {every} frames: they came too fast"
 
 
 def read_focus_log(folder: Path) -> list[Line]:

@@ -161,6 +161,8 @@ def _of_pixels(facts: RunFacts) -> Iterator[Advice]:
 
 
 def _of_focus(facts: RunFacts) -> Iterator[Advice]:
+    if said := facts.left_out_by_hold:
+        yield Advice(said, "no harm: those looked at show a drift soon enough")
     failed = [line for line in facts.focus_log if line.get("kind") == "failure"]
     if failed:
         why = failed[-1].get("reason", "no reason given")

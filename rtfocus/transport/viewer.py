@@ -15,7 +15,8 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from rtfocus.errors import ProtocolError
+from rtfocus.config import Config
+from rtfocus.errors import ConfigError, ProtocolError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
     Act,
@@ -142,6 +143,20 @@ class Shown:
             summary={},
             positions=self.series.positions[:_POSITIONS],
         )
+
+
+def ask_for(config: Config, ask: Callable[[Act], None], what: Act) -> None:
+    """Pass a request on.
+
+    Raises
+    ------
+    ConfigError
+        If this run cannot do it.
+    """
+    if what in ("hold_on", "hold_off") and config.autofocus.mode != "hold":
+        msg = "this run holds no focus: it was started without autofocus.mode=hold"
+        raise ConfigError(msg)
+    ask(what)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,12 @@ from rtfocus.autofocus.belief import (
     modes_of_reading,
     modes_of_weights,
 )
-from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
+from rtfocus.autofocus.policy import (
+    EstimatorSettings,
+    _content,
+    look_at,
+    read_focus,
+)
 from rtfocus.frame import DefocusMap, FocusReading, TileGrid
 
 RULE = EstimatorSettings(unit_um=2.0, range_um=20.0, base_sd=0.2, relative_sd=0.0)
@@ -194,3 +199,33 @@ def test_peaks_of_candidates_become_modes() -> None:
     assert first.sd_um == pytest.approx(0.4, abs=0.05)
     assert second.mean_um == pytest.approx(-5, abs=0.01)
     assert first.weight / second.weight == pytest.approx(1 / 0.3, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tile_px", "stride_px", "origin_px"),
+    [(96, 48.0, 36.0), (96, 48.0, 47.5), (85, 31.5, 20.2), (224, 224.0, 111.5)],
+)
+@pytest.mark.parametrize("kind", ["grey", "colour", "signal"])
+def test_content_is_the_deviation_of_every_second_pixel(
+    tile_px: int, stride_px: float, origin_px: float, kind: str
+) -> None:
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 60_000, (301, 402)).astype(np.uint16)
+    if kind == "colour":
+        pixels = (
+            np.stack([pixels, pixels.T[:301, :1] + pixels, pixels], 2) >> 8
+        ).astype(np.uint8)
+    elif kind == "signal":
+        pixels = pixels.astype(np.float32) / 65535
+    # One row and one column more than the frame holds whole.
+    rows, columns = (int((side - tile_px) // stride_px) + 2 for side in (301, 402))
+    grid = TileGrid(rows, columns, tile_px, stride_px, origin_px, signed=True)
+    grey = pixels.mean(axis=2) if kind == "colour" else pixels.astype(float)
+    half = int(tile_px / 2)
+    expected = np.zeros((rows, columns))
+    for place in np.ndindex(rows, columns):
+        y, x = (int(origin_px + stride_px * number) for number in place)
+        tile = grey[max(y - half, 0) : y + half : 2, max(x - half, 0) : x + half : 2]
+        expected[place] = tile.std() if tile.size else 0.0
+    found = _content(pixels, grid, (rows, columns))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)

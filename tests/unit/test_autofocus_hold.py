@@ -8,6 +8,8 @@ import pytest
 from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.appearance import (
+    EDGES,
+    RINGS,
     Appearance,
     DefocusModels,
     Look,
@@ -54,6 +56,31 @@ class Field:
         light = np.clip(self.planes.at(np.ascontiguousarray(away)), 0, None)
         pixels = self.camera.expose(light, self.rng)
         return Look(*amplitude_spectrum(pixels, dark_counts=DARK))
+
+
+def test_a_spectrum_is_the_mean_power_of_every_ring() -> None:
+    rng = np.random.default_rng(1)
+    pixels = rng.poisson(500, (97, 130)).astype(np.uint16)
+    spectrum, noise = amplitude_spectrum(pixels, dark_counts=DARK)
+    window = np.outer(np.hanning(97), np.hanning(130))
+    power = np.abs(np.fft.rfft2((pixels - pixels.mean()) * window)) ** 2
+    away = np.hypot(np.fft.fftfreq(97)[:, None], np.fft.rfftfreq(130)[None, :])
+    ring = np.digitize(away, EDGES) - 1
+    mean = (
+        np.array(
+            [
+                power[ring == n].mean() if (ring == n).any() else 0.0
+                for n in range(RINGS)
+            ]
+        )
+        / (window**2).sum()
+    )
+    floor = np.median(mean[-3:])
+    light = pixels.mean() - DARK
+    assert noise == pytest.approx(np.sqrt(floor) / light, rel=1e-5)
+    np.testing.assert_allclose(
+        spectrum, np.sqrt(np.clip(mean - floor, 0, None)) / light, rtol=2e-3, atol=1e-6
+    )
 
 
 @lru_cache

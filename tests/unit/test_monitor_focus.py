@@ -1,6 +1,8 @@
 """What the processor reads and writes down of autofocus, whatever a frame says."""
 
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from loop_kit import needs_shipped_engine
 from transport_kit import make_estimate, make_header, make_series
 
+from rtfocus.autofocus.policy import look_at
+from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import WriterError
 from rtfocus.focusing import EstimateInbox
@@ -20,6 +24,7 @@ from rtfocus.frame import (
     TileGrid,
 )
 from rtfocus.monitor import FOCUS_LOG, FocusLog, SeriesReader
+from rtfocus.report.facts import left_out_by_hold
 
 HELD = {"kind": "hold", "p": 2, "step_um": 0.5, "reason": "drift"}
 
@@ -84,22 +89,25 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 SIDE_PX = 144
 
 
-def reader(mode: str) -> SeriesReader:
+def reader(mode: str, held=None, channels=("default",), **autofocus) -> SeriesReader:
     needs_shipped_engine()
     optics = {"numerical_aperture": 0.36, "wavelength_nm": 451, "pixel_size_um": 0.65}
     config = {
-        "autofocus": {"mode": mode},
-        "channels": [{"name": "default", "optics": optics}],
+        "autofocus": {"mode": mode, **autofocus},
+        "channels": [{"name": name, "optics": optics} for name in channels],
         "processing": {"classifier": "delpnet"},
     }
+    series = make_series(
+        shape=(SIDE_PX, SIDE_PX), bit_depth=16, channels=[*map(Channel, channels)]
+    )
     return SeriesReader(
-        parse_config(config), make_series(shape=(SIDE_PX, SIDE_PX), bit_depth=16)
+        parse_config(config), series, Counter() if held is None else held
     )
 
 
-def frame(role=Role.RECORD, level=500):
+def frame(role=Role.RECORD, level=500, **header):
     slot = SlotPool(1, 2 * SIDE_PX**2).acquire(timeout_s=0)
-    header = make_header(3, shape=(SIDE_PX, SIDE_PX), z_um=2.0, role=role)
+    header = make_header(3, shape=(SIDE_PX, SIDE_PX), z_um=2.0, role=role, **header)
     light = np.random.default_rng(1).poisson(level, header.shape)
     slot.prepare(header)[:] = np.minimum(light, 65535)
     return slot
@@ -128,6 +136,54 @@ def test_hold_is_told_of_a_frame_before_its_classifier_is_done():
     # Where nothing is held, and of a search's images, the classifier alone tells.
     assert reader("off").look(slot) is None
     assert held.look(frame(Role.FOCUS)) is None
+
+
+def test_frames_that_come_too_fast_are_left_out_told_and_counted(monkeypatch):
+    clock, held = SimpleNamespace(s=0.0), Counter()
+    monkeypatch.setattr(
+        "rtfocus.workers.time", SimpleNamespace(perf_counter=lambda: clock.s)
+    )
+
+    def slow_look(*given):
+        clock.s += 0.1
+        return look_at(*given)
+
+    monkeypatch.setattr("rtfocus.monitor.look_at", slow_look)
+    fast, slot, inbox, heard = reader("hold", held), frame(), EstimateInbox(), []
+    inbox.also = heard.append
+    for sequence in range(100):
+        slot.prepare(make_header(sequence, shape=(SIDE_PX, SIDE_PX)))
+        early = fast.look(slot)
+        whole = fast.read(slot, make_estimate(sequence), all_in_focus())
+        for estimate in (early, whole):
+            if estimate is not None:
+                inbox.take(estimate)
+        assert (early is None) == (whole.focus.refusal == "left_out")
+        clock.s += 0.1
+    assert sum(held.values()) == 100
+    assert 15 < held["looked_at"] < 45
+    # Hold hears of those looked at alone, whoever waits for an estimate of all.
+    assert [one.focus.early for one in heard] == [True] * held["looked_at"]
+    assert inbox.wait(99, timeout_s=0).sequence == 99
+    told = left_out_by_hold({"held": dict(held)})
+    assert told.startswith(f"hold looked at {held['looked_at']} of 100 frames")
+    assert left_out_by_hold({"held": {"looked_at": 3}}) is None
+
+
+def test_frames_of_the_focus_channel_alone_are_looked_at():
+    held = Counter()
+    two = reader("hold", held, channels=("dna", "actin"), focus_channel="actin")
+    dna, actin = (frame(index={"t": 0, "c": c}) for c in (0, 1))
+    assert two.look(dna) is None
+    assert two.read(dna, make_estimate(3), all_in_focus()).focus is None
+    assert two.look(actin).focus.early
+    assert held == {"looked_at": 1}
+    # The plan's first channel where none is named, as the microscope side has it.
+    first = reader("hold", channels=("dna", "actin"))
+    assert first.look(dna).focus.early
+    assert first.look(actin) is None
+    probe = frame(Role.FOCUS, index={"t": 0, "c": 1})
+    assert first.read(probe, make_estimate(3), all_in_focus()).focus is not None
 
 
 def test_a_look_of_a_frame_that_failed_is_not_taken_for_the_next_one():

@@ -11,6 +11,7 @@ from rtfocus.workers import (
     BoundedQueue,
     Newest,
     Pipeline,
+    TimeShare,
     Wait,
     Worker,
 )
@@ -106,3 +107,41 @@ def test_a_wait_counts_what_it_lived_through_not_what_it_slept(monkeypatch) -> N
     wait.restart()
     clock.s += 0.25
     assert wait.look() == 0.25
+
+
+def done(monkeypatch, every_s: float, takes_s: float, turns: int) -> list[int]:
+    """Ask at regular times for a fifth of them; return the turns that were allowed."""
+    clock = SimpleNamespace(s=100.0)
+    monkeypatch.setattr(
+        "rtfocus.workers.time", SimpleNamespace(perf_counter=lambda: clock.s)
+    )
+    share = TimeShare(0.2, most_s=0.5)
+    allowed = []
+    for turn in range(turns):
+        clock.s = max(clock.s, 100.0 + turn * every_s)
+        if share.allows():
+            allowed.append(turn)
+            with share.spending():
+                clock.s += takes_s
+    return allowed
+
+
+def test_work_that_fits_into_its_share_is_always_done(monkeypatch) -> None:
+    assert done(monkeypatch, 0.05, 0.01, 2000) == list(range(2000))
+
+
+def test_a_burst_is_done_whole_of_what_was_saved(monkeypatch) -> None:
+    assert done(monkeypatch, 0.0, 0.01, 25) == list(range(25))
+
+
+@pytest.mark.parametrize("takes_s", [0.01, 0.05, 2.0])
+def test_work_beyond_its_share_is_left_out(monkeypatch, takes_s: float) -> None:
+    allowed = done(monkeypatch, 0.01, takes_s, 20_000)
+    within_s = 0.2 * 20_000 * 0.01
+    assert len(allowed) * takes_s == pytest.approx(within_s, rel=0.05, abs=takes_s)
+
+
+def test_what_comes_in_turns_is_left_out_evenly(monkeypatch) -> None:
+    allowed = done(monkeypatch, 0.01, 0.006, 24_000)
+    by_place = [sum(turn % 24 == place for turn in allowed) for place in range(24)]
+    assert 0.75 < min(by_place) / max(by_place)
