@@ -25,14 +25,14 @@ from skimage.restoration import richardson_lucy
 
 from bench import machine
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.formation import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.patches import TileRestorer
+from rtfocus.processing.cpu.device import make_restorer
 from rtfocus.processing.montage import Montage
-from rtfocus.processing.restore import METHODS
+from rtfocus.processing.restore import METHODS, PATCH_BY_PATCH
 from rtfocus.specimens import draw_specimen
 
 NOMINAL = OpticalSystem(0.5, 451.0, 0.65, psf_model="born_wolf")
@@ -56,11 +56,7 @@ def restorer_of(
 ) -> Callable[[Image, Image], Image]:
     """Return a function of (frame, labels) for a method."""
     montage = Montage(grid_of(side), (side, side))
-    made = (
-        TileRestorer(montage, psfs)
-        if method == TileRestorer.method
-        else DepthVariantRestorer(montage, psfs, method=method, quantum=1.0)
-    )
+    made = make_restorer(montage, psfs, RestorationConfig(method=method), 1.0)
     return lambda frame, labels: made.restore(frame, labels, np.empty_like(frame))
 
 
@@ -148,7 +144,7 @@ def scenes(data: Path | None, side: int) -> dict[str, Image]:
 
 def quality(data: Path | None, side: int) -> list[dict[str, Any]]:
     """Return PSNR before and after, per optics, level, scene and photon level."""
-    methods = [method for method in METHODS if method != TileRestorer.method]
+    methods = [method for method in METHODS if method != PATCH_BY_PATCH]
     rows = []
     for optics_name, optics in OPTICS.items():
         for level in LEVELS:

@@ -1,7 +1,7 @@
 """Learned Wiener bench: the learned filter beside the best fixed one, same PSFs.
 
 Fixed: one noise-to-signal ratio for everything, the best of a grid on training data.
-Automatic: `WienerFilter`, which reads its ratio from the frame. Drawn and blurred
+Automatic: the one of the loop, which reads its ratio from the frame. Drawn and blurred
 tiles of held-out fields get the PSF of a level near the true one, as in a live loop;
 the real pairs of BBBC006, rows a19 to a24, that of level 5.
 
@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
@@ -149,7 +150,9 @@ def frame_restorer(
         shape = blurred.shape[0], blurred.shape[1]
         montage = Montage(TileGrid(1, 1, 96, 48, 47.5, signed=True), shape)
         made = (
-            DepthVariantRestorer(montage, {REAL_LEVEL: psf}, quantum=1.0)
+            DepthVariantRestorer(
+                montage, {REAL_LEVEL: psf}, RestorationConfig(), quantum=1.0
+            )
             if predict is None
             else LearnedWienerRestorer(
                 montage,

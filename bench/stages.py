@@ -19,7 +19,7 @@ import numpy as np
 
 from bench import machine
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.sections import CameraConfig, ProcessingConfig
+from rtfocus.config.sections import CameraConfig, ProcessingConfig, RestorationConfig
 from rtfocus.engines.card import EngineCard, input_of, verified_file
 from rtfocus.engines.registry import FoundEngine, find_engine, fit_frame, parts
 from rtfocus.optics.formation import blur_depth_variant
@@ -141,7 +141,8 @@ def restorations(
     montage = Montage(grid, frame.shape)
     steps: dict[str, Callable[[], Any]] = {}
     for method in WHOLE_FRAME:
-        restorer = DepthVariantRestorer(montage, psfs, method=method, quantum=1.0)
+        settings = RestorationConfig(method=method)
+        restorer = DepthVariantRestorer(montage, psfs, settings, quantum=1.0)
         out = np.empty_like(signal)
         steps[f"restore {method}"] = partial(restorer.restore, signal, labels, out)
     return steps

@@ -128,9 +128,8 @@ def restore_exactly(method: str, data: DataSet, sample: Sample) -> Image:
     psf = compute_psf(data.optics, (span[0] + span[1]) / 2)
     montage = Montage(_GRID, (pixels.shape[0], pixels.shape[1]))
     quantum = 1.0 if np.issubdtype(sample.pixels.dtype, np.integer) else 0.0
-    restorer = make_restorer(
-        method, RestorationConfig(), montage, {_LEVEL: psf}, quantum
-    )
+    settings = RestorationConfig(method=method)
+    restorer = make_restorer(montage, {_LEVEL: psf}, settings, quantum)
     signal = pixels - np.float32(data.offset_counts)
     labels = np.full((1, 1), _LEVEL, np.int16)
     restored = restorer.restore(signal, labels, np.empty_like(signal))

@@ -95,11 +95,10 @@ class RestorationPlan:
     """What restores the frames of one channel."""
 
     way: Way
-    method: str
-    """One of `METHODS`; of an engine its name."""
     identity: str
     """``name@hash``."""
     settings: RestorationConfig
+    """Its method is one of `METHODS`, or an engine's."""
     found: FoundEngine | None = None
     """Engine; None: built in."""
     conditions: Conditions | None = None
@@ -277,7 +276,7 @@ def restored_as_it_is(
     card = found.card
     if not card.sees_image_alone:
         return None
-    return RestorationPlan("whole_image", card.name, identity(card), settings, found)
+    return RestorationPlan("whole_image", identity(card), settings, found)
 
 
 def _refuse_cut_values(
@@ -356,7 +355,7 @@ class _Eye:
         elif way != "same_pass":
             conditions = self._conditions(card, signed=signed)
         return RestorationPlan(
-            way, card.name, identity(card), settings, found, conditions, own_pass
+            way, identity(card), settings, found, conditions, own_pass
         )
 
     def _conditions(self, card: EngineCard, *, signed: bool) -> Conditions:
@@ -365,8 +364,10 @@ class _Eye:
 
 def _classical(method: str, settings: RestorationConfig) -> RestorationPlan:
     ways: dict[str, Way] = {PATCH_BY_PATCH: "by_patch", BLIND: "blind"}
-    way = ways.get(method, "by_level")
-    return RestorationPlan(way, method, f"{settings.method}@builtin", settings)
+    own = settings.model_copy(update={"method": method})
+    return RestorationPlan(
+        ways.get(method, "by_level"), f"{settings.method}@builtin", own
+    )
 
 
 def _way_of(card: EngineCard, *, same: bool) -> Way:

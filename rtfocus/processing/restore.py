@@ -15,12 +15,12 @@ levels.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.optics.psf import psf_radius_px
 
 WHOLE_FRAME = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
@@ -37,9 +37,6 @@ NEEDS_OPTICS = (*WHOLE_FRAME, PATCH_BY_PATCH)
 
 METHODS = (*NEEDS_OPTICS, BLIND)
 """Restorations built in; any other name but ``none`` is an engine's."""
-
-PAPER_HALO_PX = 13
-"""Patches of 84 px are padded to 110 (He 2020, section 2.3)."""
 
 TAPER_PX = 16
 """Outer pixels of a learned Wiener tile that fade to its mean before the transform."""
@@ -65,6 +62,12 @@ def margin_px(psf: Image, halo_px: int | None) -> int:
         Of the config; None: half the side of the PSF, which holds 99 % of its energy.
     """
     return psf_radius_px(psf, 1.0) if halo_px is None else halo_px
+
+
+def patch_halo_px(settings: RestorationConfig) -> int:
+    """Return the context per side of patches."""
+    # Those of 84 px are padded to 110 (He 2020, section 2.3).
+    return 13 if settings.halo_px is None else settings.halo_px
 
 
 def padded_shape(shape: tuple[int, int], halo_px: int) -> tuple[int, int]:
@@ -126,84 +129,6 @@ CAUTION = 4.0
 HIGHEST_GAIN = np.float32(3.0)
 
 
-class WienerFilter:
-    """Wiener filter of one PSF and one transform size.
-
-    Parameters
-    ----------
-    transfer
-        OTF over the half spectrum, real or complex.
-    shape
-        Height and width of the transformed (padded) image.
-    noise_to_signal
-        Constant ratio of noise to signal power; None: estimated per image.
-    """
-
-    def __init__(
-        self,
-        transfer: NDArray[Any],
-        shape: tuple[int, int],
-        noise_to_signal: float | None = None,
-    ) -> None:
-        self._shape = shape
-        self._back = np.conj(transfer)
-        self._power = np.asarray(np.abs(transfer) ** 2, dtype=np.float32)
-        self._given = noise_to_signal
-        self._rise = _inverse_signal(shape)
-        low, high = CUBED_BAND
-        self._band = np.nonzero((self._rise > low) & (self._rise < high))
-        blurred = self._power[self._band] / self._rise[self._band]
-        # Power in the band of a signal whose power at one cycle per pixel is 1.
-        self._band_power = float(blurred.sum(dtype=np.float64))
-
-    def apply(self, spectrum: NDArray[Any], variance: float) -> Image:
-        """Restore the image of a half spectrum; `variance` is that of its noise.
-
-        Returns
-        -------
-        Image
-            Float32 of the padded shape; may be slightly negative.
-        """
-        from scipy import fft
-
-        if self._given is not None:
-            gain = self._back * np.float32(1.0 + self._given)
-            gain /= self._power + np.float32(self._given)
-        else:
-            ratio = np.float32(self.noise_ratio(spectrum, variance))
-            gain = _limit(self._back / (self._power + ratio * self._rise))
-        restored = fft.irfft2(spectrum * gain, s=self._shape, overwrite_x=True)
-        return np.asarray(restored, dtype=np.float32)
-
-    def noise_ratio(self, spectrum: NDArray[Any], variance: float) -> float:
-        """Return k: noise power over the signal's power at one cycle per pixel."""
-        found = spectrum[self._band]
-        pixels = self._shape[0] * self._shape[1]
-        power = (found.real**2 + found.imag**2).sum(dtype=np.float64) / pixels
-        # White noise has its variance in every bin; the rest is blurred signal.
-        signal = max(float(power) - variance * found.size, 1e-3 * float(power))
-        if signal <= 0.0 or self._band_power <= 0.0:
-            return 1.0
-        return CAUTION * variance * self._band_power / signal
-
-
-def _limit(gain: NDArray[Any]) -> NDArray[Any]:
-    """Keep the gain within `HIGHEST_GAIN`, phases as they are."""
-    if np.isrealobj(gain):
-        return np.clip(gain, -HIGHEST_GAIN, HIGHEST_GAIN, out=gain)
-    size = np.maximum(np.abs(gain), HIGHEST_GAIN)
-    gain *= HIGHEST_GAIN / size
-    return gain
-
-
-@lru_cache(maxsize=32)
-def _inverse_signal(shape: tuple[int, int]) -> Image:
-    """f^3 over the half spectrum, f in cycles per pixel."""
-    rows = np.fft.fftfreq(shape[0])[:, None]
-    columns = np.fft.rfftfreq(shape[1])[None, :]
-    return np.asarray((rows**2 + columns**2) ** 1.5, dtype=np.float32)
-
-
 # Share of the finest details that are taken for edges and left out.
 EDGES = 0.01
 # Below this share of the brightest power nothing is noise but round-off.
@@ -243,22 +168,18 @@ def noise_variance(image: Image, quantum: float = 0.0) -> float:
     return max(float(np.partition(power, kept - 1)[:kept].mean()), floor)
 
 
-def photon_variance(image: Image, gain_e_per_count: float) -> float:
-    """Return the mean variance of photon noise, in counts squared.
-
-    Parameters
-    ----------
-    image
-        Counts above the camera's offset.
-    """
-    return float(np.maximum(image, 0).mean()) / gain_e_per_count
+_ACCELERATED = "richardson_lucy_accelerated"
+# Fifteen: He 2020, section 2.3. Rounds of kernel and image of the blind one: chosen on
+# nuclei out of focus, more fit the noise.
+_ITERATIONS = {_ACCELERATED: 4, BLIND: 8}
+_USUAL_ITERATIONS = 15
 
 
-DEFAULT_ITERATIONS = 15
-"""He 2020, section 2.3."""
-ACCELERATED_ITERATIONS = 4
-BLIND_ITERATIONS = 8
-"""Rounds of kernel and image, chosen on nuclei out of focus; more fit the noise."""
+def iterations_of(settings: RestorationConfig) -> int:
+    """Return those asked for, or as many as the method takes by itself."""
+    own = _ITERATIONS.get(settings.method, _USUAL_ITERATIONS)
+    return settings.iterations or own
+
 
 # Matched iterations that each of four iterations stands for, falling, so that the
 # last ones settle the noise. Chosen on nuclei and real fields at two photon
@@ -272,21 +193,20 @@ _MILD_PASSES = 0.012
 _SMALLEST = 1e-6
 
 
-def iteration_steps(psf: Image, method: str, iterations: int | None) -> list[float]:
-    """Return how many matched iterations each iteration of a method stands for.
-
-    Parameters
-    ----------
-    method
-        ``richardson_lucy`` or ``richardson_lucy_accelerated``.
-    iterations
-        None: 15, accelerated 4.
-    """
-    if method != "richardson_lucy_accelerated":
-        return [1.0] * (iterations or DEFAULT_ITERATIONS)
+def iteration_steps(psf: Image, settings: RestorationConfig) -> list[float]:
+    """Return how many matched iterations each iteration of a method stands for."""
+    iterations = iterations_of(settings)
+    if settings.method != _ACCELERATED:
+        return [1.0] * iterations
     # By Parseval the mean of |H|^2 over all frequencies, whatever the transform's size.
     passes = float(np.square(psf, dtype=np.float64).sum())
-    return schedule(passes, iterations or ACCELERATED_ITERATIONS)
+    place = np.log(passes / _STRONG_PASSES) / np.log(_MILD_PASSES / _STRONG_PASSES)
+    mild = float(np.clip(place, 0.0, 1.0))
+    four = mild * np.array(_MILD) + (1.0 - mild) * np.array(_STRONG)
+    # The same course in more or fewer pieces.
+    done = np.concatenate([[0.0], np.cumsum(four)])
+    times = np.linspace(0.0, 4.0, iterations + 1)
+    return [float(steps) for steps in np.diff(np.interp(times, np.arange(5.0), done))]
 
 
 def back_projectors(
@@ -319,23 +239,6 @@ def back_projectors(
         else np.asarray(back * ((1.0 - (1.0 - power) ** count) / power), transfer.dtype)
         for count in steps
     ]
-
-
-def schedule(passes: float, iterations: int = ACCELERATED_ITERATIONS) -> list[float]:
-    """Return how many matched iterations each iteration stands for.
-
-    Parameters
-    ----------
-    passes
-        Mean of |H|^2 over all frequencies.
-    """
-    place = np.log(passes / _STRONG_PASSES) / np.log(_MILD_PASSES / _STRONG_PASSES)
-    mild = float(np.clip(place, 0.0, 1.0))
-    four = mild * np.array(_MILD) + (1.0 - mild) * np.array(_STRONG)
-    # The same course in more or fewer pieces.
-    done = np.concatenate([[0.0], np.cumsum(four)])
-    times = np.linspace(0.0, 4.0, iterations + 1)
-    return [float(steps) for steps in np.diff(np.interp(times, np.arange(5.0), done))]
 
 
 _LEAST_SIGMA_PX = 0.5

@@ -14,6 +14,7 @@ from scipy.ndimage import uniform_filter
 
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.errors import EngineError
 from rtfocus.frame import (
     BACKGROUND,
@@ -595,7 +596,8 @@ def test_patches_are_those_of_the_reference(
             normalisation=PercentileRange(),
         )
     else:
-        reference = TileRestorer(montage, plan.psfs, iterations=2, halo_px=9)
+        settings = RestorationConfig(iterations=2, halo_px=9)
+        reference = TileRestorer(montage, plan.psfs, settings)
     wanted = reference.restore(signal, level, np.empty_like(signal))
     assert np.abs(wanted - signal).max() > 20
     np.testing.assert_allclose(result.restored, wanted, atol=0.1)

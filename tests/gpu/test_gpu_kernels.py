@@ -1,13 +1,14 @@
 """The kernels' arithmetic, run on the host, against the CPU path on the same frames."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from gpu_host_kit import HostTransforms, HostWork, view
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.config.sections import CameraConfig
+from rtfocus.config.sections import CameraConfig, RestorationConfig
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import blur
 from rtfocus.optics.normalisation import (
@@ -180,14 +181,16 @@ LABELS = np.array(
 )
 
 
-def restore_both(work, memory, signal, window, psfs, make, starts=None, **reference):
+def restore_both(
+    work, memory, signal, window, psfs, make, settings, *, starts=None, gain=None
+):
     """Return what the GPU path and the CPU path make of a signal."""
     montage = Montage(GRID, SHAPE, window)
     margins = {level: margin_px(psf, None) for level, psf in psfs.items()}
     whole = {level: padded_shape(SHAPE, px) for level, px in margins.items()}
     restorer = GpuDepthVariantRestorer(
         memory,
-        make(LevelTransfers(memory, HostTransforms(), starts or psfs, whole)),
+        make(LevelTransfers(memory, HostTransforms(), starts or psfs, whole), settings),
         montage,
         frame=FrameShape.of(signal.shape),
         margins_px=margins,
@@ -200,7 +203,9 @@ def restore_both(work, memory, signal, window, psfs, make, starts=None, **refere
         work.copy(given.out, given.signal)
         for part in restorer.parts(labels):
             restorer.enqueue(work, given, part)
-    cpu = DepthVariantRestorer(montage, psfs, quantum=1.0, **reference)
+    cpu = DepthVariantRestorer(
+        montage, psfs, settings, quantum=1.0, gain_e_per_count=gain
+    )
     return view(out), cpu.restore(signal, LABELS, np.empty_like(signal))
 
 
@@ -220,16 +225,17 @@ def psfs():
 )
 def test_wiener_is_that_of_the_cpu(work, memory, frame, psfs, window, options):
     signal = frame.astype(np.float32) - 100
-    given = {"noise_to_signal": None, "gain_e_per_count": None} | options
+    gain = options.get("gain_e_per_count")
+    settings = RestorationConfig(noise_to_signal=options.get("noise_to_signal"))
     found, wanted = restore_both(
         work,
         memory,
         signal,
         window,
         psfs,
-        lambda transfers: GpuWiener(transfers, quantum=1.0, **given),
-        method="wiener",
-        **given,
+        partial(GpuWiener, quantum=1.0, gain_e_per_count=gain),
+        settings,
+        gain=gain,
     )
     assert relative(wanted, signal) > 0.01
     assert relative(found, wanted) < 1e-4
@@ -244,8 +250,8 @@ def test_richardson_lucy_is_that_of_the_cpu(work, memory, frame, psfs, method):
         signal,
         "triangular",
         psfs,
-        lambda transfers: GpuRichardsonLucy(transfers, method=method, iterations=None),
-        method=method,
+        GpuRichardsonLucy,
+        RestorationConfig(method=method),
     )
     assert relative(wanted, signal) > 0.01
     assert relative(found, wanted) < 1e-4
@@ -259,10 +265,9 @@ def test_blind_richardson_lucy_is_that_of_the_cpu(work, memory, frame, psfs):
         signal,
         "triangular",
         psfs,
-        lambda transfers: GpuBlind(transfers, iterations=4),
+        GpuBlind,
+        RestorationConfig(method="richardson_lucy_blind", iterations=4),
         starts={level: gaussian_like(psf) for level, psf in psfs.items()},
-        method="richardson_lucy_blind",
-        iterations=4,
     )
     assert relative(wanted, signal) > 0.01
     assert relative(found, wanted) < 1e-4

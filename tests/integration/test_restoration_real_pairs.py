@@ -7,6 +7,7 @@ import pytest
 import tifffile
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.psf import compute_psf
@@ -44,8 +45,9 @@ def figures(fields, optics, method):
     system, defocus_um = optics
     shape = fields[0][0].shape
     montage = Montage(TileGrid(1, 1, 96, 48, 47.5, signed=False), shape)
+    settings = RestorationConfig(method=method)
     restorer = DepthVariantRestorer(
-        montage, {5: compute_psf(system, defocus_um)}, method=method, quantum=1.0
+        montage, {5: compute_psf(system, defocus_um)}, settings, quantum=1.0
     )
     labels = np.full((1, 1), 5, np.int16)
     scores = []

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import blur, blur_depth_variant
@@ -46,8 +47,18 @@ def exposed(sharp, psfs):
     }
 
 
+def restorer_of(psfs, gain_e_per_count=None, **settings):
+    return DepthVariantRestorer(
+        Montage(GRID, SHAPE),
+        psfs,
+        RestorationConfig(**settings),
+        quantum=1.0,
+        gain_e_per_count=gain_e_per_count,
+    )
+
+
 def restore(frame, labels, psfs, **options):
-    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, quantum=1.0, **options)
+    restorer = restorer_of(psfs, **options)
     return restorer.restore(frame, labels, np.empty_like(frame))
 
 
@@ -146,7 +157,7 @@ def test_restoring_twice_gives_the_same_bits(exposed, psfs):
 
 
 def test_one_restorer_serves_several_threads(exposed, psfs):
-    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, quantum=1.0)
+    restorer = restorer_of(psfs)
     rng = np.random.default_rng(1)
     jobs = [rng.integers(0, 11, (5, 5)).astype(np.int16) for _ in range(12)]
     alone = [restore(exposed[5], labels, psfs) for labels in jobs]
@@ -208,7 +219,7 @@ def test_context_exists_for_regions_of_any_size(height, width, more):
 
 def test_unknown_method_lists_the_known_ones(psfs):
     with pytest.raises(ValueError, match="not one of wiener, richardson_lucy"):
-        DepthVariantRestorer(Montage(GRID, SHAPE), psfs, method="magic")
+        restorer_of(psfs, method="magic")
 
 
 @pytest.mark.parametrize("sigma", [3.0, 20.0])
@@ -231,7 +242,7 @@ def test_a_known_gain_is_believed_where_the_frame_hides_its_noise(exposed, psfs)
 
 def test_filters_are_kept_within_a_bound(exposed, psfs, monkeypatch):
     monkeypatch.setattr("rtfocus.processing.cpu.depth_variant._CACHED_ELEMENTS", 60_000)
-    restorer = DepthVariantRestorer(Montage(GRID, SHAPE), psfs, quantum=1.0)
+    restorer = restorer_of(psfs)
     rng = np.random.default_rng(1)
     for _ in range(20):
         labels = rng.integers(0, 11, (5, 5)).astype(np.int16)

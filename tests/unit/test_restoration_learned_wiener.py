@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import band_weights, blur, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
+from rtfocus.processing.cpu.depth_variant import Surrounded, WienerDeconvolution
 from rtfocus.processing.cpu.patches import (
     TAPER_PX,
     LearnedWienerRestorer,
     filter_tiles,
 )
 from rtfocus.processing.montage import Montage
-from rtfocus.processing.restore import WienerFilter, transfer_function
+from rtfocus.processing.restore import transfer_function
 
 OPTICS = OpticalSystem(0.5, 451.0, 0.65)
 BANDS = 12
@@ -54,15 +56,17 @@ def constant(log_snr):
 def test_equal_ratio_in_all_bands_is_the_plain_wiener_filter():
     ratio = 0.01
     tile = scene((TILE_PX, TILE_PX))
-    transfer = transfer_function(compute_psf(OPTICS, 6.0, size_px=33), tile.shape)
+    psf = compute_psf(OPTICS, 6.0, size_px=33)
+    transfer = transfer_function(psf, tile.shape)
     log_snr = np.full((1, BANDS), -np.log(ratio), np.float32)
     found = filter_tiles(tile[None], transfer, log_snr)[0]
     # The same tapered tile through the filter of the live loop, whose gain is
     # scaled by (1 + ratio) so that it is 1 at f = 0.
     mean = tile.mean()
     tapered = (tile - mean) * edge_taper(tile.shape, TAPER_PX)
-    spectrum = np.fft.rfft2(tapered)
-    plain = WienerFilter(transfer, tile.shape, ratio).apply(spectrum, 0.0)
+    settings = RestorationConfig(noise_to_signal=ratio)
+    loop = WienerDeconvolution(psf, tile.shape, settings)
+    plain = loop.restore(Surrounded(tapered))
     expected = (plain - tapered.mean()) / (1 + ratio) + tapered.mean() + mean
     np.testing.assert_allclose(found, expected, atol=0.05)
 

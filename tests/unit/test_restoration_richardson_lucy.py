@@ -6,6 +6,7 @@ from scipy.signal import convolve2d
 from skimage.restoration import richardson_lucy as reference
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import (
     BlindRichardsonLucyDeconvolution,
@@ -14,7 +15,12 @@ from rtfocus.processing.cpu.depth_variant import (
     iterate,
 )
 from rtfocus.processing.cpu.patches import richardson_lucy
-from rtfocus.processing.restore import back_projectors, schedule, transfer_function
+from rtfocus.processing.restore import (
+    back_projectors,
+    gaussian_like,
+    iteration_steps,
+    transfer_function,
+)
 from rtfocus.specimens import draw_specimen
 
 ROUND = OpticalSystem(0.5, 451.0, 0.65)
@@ -82,7 +88,7 @@ def test_dark_and_zero_regions_stay_finite_and_non_negative():
     restored = richardson_lucy(image, compute_psf(ROUND, 10.0), 15)
     assert np.isfinite(restored).all()
     assert restored.min() >= 0
-    black = richardson_lucy(np.zeros((40, 40), np.float32), compute_psf(ROUND, 4.0))
+    black = richardson_lucy(np.zeros((40, 40), np.float32), compute_psf(ROUND, 4.0), 15)
     np.testing.assert_array_equal(black, 0.0)
 
 
@@ -105,7 +111,10 @@ def test_periodic_iteration_keeps_the_total_light(image):
 def test_one_unmatched_iteration_leaves_what_its_matched_ones_would(iterations):
     transfer = transfer_function(compute_psf(UNEVEN, 6.0), (96, 96))
     power = np.abs(transfer) ** 2
-    steps = schedule(float(power.mean()), iterations)
+    settings = RestorationConfig(
+        method="richardson_lucy_accelerated", iterations=iterations
+    )
+    steps = iteration_steps(compute_psf(UNEVEN, 6.0), settings)
     left = np.ones_like(power)
     for back in back_projectors(transfer, steps):
         assert back[0, 0] == pytest.approx(1.0, abs=1e-4)
@@ -145,16 +154,16 @@ def test_the_blind_form_restores_without_knowing_the_kernel(image):
     def lost(restored):
         return float(np.mean((cut(restored) - image) ** 2))
 
-    blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, 8)
+    settings = RestorationConfig(method="richardson_lucy_blind")
+    blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, settings)
     restored, kernel = blind.find(Surrounded(blurred))
-    known = RichardsonLucyDeconvolution(psf, padded.shape, [1.0] * 8)
+    settings = RestorationConfig(method="richardson_lucy", iterations=8)
+    known = RichardsonLucyDeconvolution(psf, padded.shape, settings)
     assert (
         lost(known.restore(Surrounded(blurred))) < lost(restored) < 0.7 * lost(blurred)
     )
     # It began as a Gaussian, as far from the truth as the width alone can be.
-    start = BlindRichardsonLucyDeconvolution(psf, padded.shape, 0).find(
-        Surrounded(blurred)
-    )[1]
+    start = gaussian_like(psf)
     assert kernel.sum() == pytest.approx(1, abs=1e-5)
     assert kernel.min() >= 0
     assert np.abs(kernel - psf).sum() < np.abs(start - psf).sum()
@@ -163,7 +172,8 @@ def test_the_blind_form_restores_without_knowing_the_kernel(image):
 def test_the_blind_form_keeps_light_and_black_frames(image):
     psf = compute_psf(ROUND, 6.0)
     padded, _ = mirrored(image, psf)
-    blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, 8)
+    settings = RestorationConfig(method="richardson_lucy_blind")
+    blind = BlindRichardsonLucyDeconvolution(psf, padded.shape, settings)
     assert blind.restore(Surrounded(padded)).sum() == pytest.approx(
         padded.sum(), rel=0.01
     )

@@ -5,6 +5,7 @@ import pytest
 from scipy.signal import fftconvolve
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
@@ -34,7 +35,7 @@ def frame(psfs):
 
 
 def restore(kind, frame, psfs, **options):
-    restorer = kind(Montage(GRID, SHAPE), psfs, **options)
+    restorer = kind(Montage(GRID, SHAPE), psfs, RestorationConfig(**options))
     return restorer.restore(frame, LABELS, np.empty_like(frame))
 
 

@@ -11,16 +11,18 @@ transform larger than the image gives zero borders, one of equal size periodic o
 """
 
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.processing.cpu.classifier import Seen
+from rtfocus.processing.cpu.network_restorer import FrameRestorer
 from rtfocus.processing.montage import (
     Montage,
     crop,
@@ -30,16 +32,17 @@ from rtfocus.processing.montage import (
 )
 from rtfocus.processing.restore import (
     BLIND,
-    BLIND_ITERATIONS,
+    CAUTION,
+    CUBED_BAND,
+    HIGHEST_GAIN,
     WHOLE_FRAME,
-    WienerFilter,
     back_projectors,
     gaussian_like,
     iteration_steps,
+    iterations_of,
     margin_px,
     noise_variance,
     padded_shape,
-    photon_variance,
     transfer_function,
 )
 
@@ -50,51 +53,23 @@ Planes = Sequence[tuple[Image, Image]]
 """Planes (y, x) of a frame, and where each one's result goes."""
 
 
-class LevelRestorer(ABC):
-    """A `FrameRestorer` that needs nothing but the level of every tile.
-
-    Safe to use from several threads, each with its own `out`.
-    """
-
-    runs_on: str | None = None
+class LevelRestorer(FrameRestorer):
+    """A restorer that needs nothing but the level of every tile."""
 
     def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
         """Restore a frame by what the classifier saw, see `FrameRestorer`."""
         assert seen is not None
         self.restore(signal, seen.defocus.level, out)
 
-    def restore(
-        self,
-        signal: Image,
-        labels: NDArray[np.int16],
-        out: Image,
-    ) -> Image:
-        """Restore a frame.
-
-        Parameters
-        ----------
-        signal
-            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
-        labels
-            Level per tile, axes (tile_y, tile_x), as `DefocusMap.level`.
-        out
-            Result, shape of `signal`, float32; non-negative where restored.
-
-        Returns
-        -------
-        Image
-            `out`.
-        """
+    def restore(self, signal: Image, labels: NDArray[np.int16], out: Image) -> Image:
+        """Restore a frame by the level of every tile; return `out`."""
         np.copyto(out, signal)
         self._restore_planes(paired_planes(signal, out), labels)
         return out
 
     @abstractmethod
     def _restore_planes(self, pairs: Planes, labels: NDArray[np.int16]) -> None:
-        """Restore planes (y, x), each into a copy of it."""
-
-    def close(self) -> None:  # noqa: B027 - most have nothing to free
-        """Free what it runs; called twice does nothing."""
+        """Restore planes (y, x), each into a copy of it, non-negative there."""
 
 
 class Surrounded:
@@ -140,28 +115,72 @@ class Deconvolution(Protocol):
 
 
 class WienerDeconvolution:
-    """The linear filter, strength read from each image."""
+    """The linear filter, strength read from each image unless the config gives it."""
 
     def __init__(
         self,
         psf: Image,
         shape: tuple[int, int],
-        *,
-        noise_to_signal: float | None,
-        gain_e_per_count: float | None,
+        settings: RestorationConfig,
+        gain_e_per_count: float | None = None,
     ) -> None:
         transfer = transfer_function(psf, shape)
-        self._filter = WienerFilter(transfer, shape, noise_to_signal)
+        self._shape = shape
+        self._back = np.conj(transfer)
+        self._power = np.asarray(np.abs(transfer) ** 2, dtype=np.float32)
+        self._given = settings.noise_to_signal
         self._gain = gain_e_per_count
-        self._given = noise_to_signal is not None
+        self._rise = _inverse_signal(shape)
+        low, high = CUBED_BAND
+        self._band = np.nonzero((self._rise > low) & (self._rise < high))
+        blurred = self._power[self._band] / self._rise[self._band]
+        # Power in the band of a signal whose power at one cycle per pixel is 1.
+        self._band_power = float(blurred.sum(dtype=np.float64))
 
     def restore(self, seen: Surrounded) -> Image:
         """Restore with one inverse transform, and the plane's forward one."""
-        variance = 0.0 if self._given else seen.variance
-        if self._gain is not None and not self._given:
+        from scipy import fft
+
+        if self._given is not None:
+            gain = self._back * np.float32(1.0 + self._given)
+            gain /= self._power + np.float32(self._given)
+        else:
+            ratio = np.float32(self._noise_ratio(seen))
+            gain = _limit(self._back / (self._power + ratio * self._rise))
+        restored = fft.irfft2(seen.spectrum * gain, s=self._shape, overwrite_x=True)
+        return np.asarray(restored, dtype=np.float32)
+
+    def _noise_ratio(self, seen: Surrounded) -> float:
+        """Return k: noise power over the signal's power at one cycle per pixel."""
+        variance = seen.variance
+        if self._gain is not None:
             # A camera that smooths or compresses hides its noise from the frame.
-            variance = max(variance, photon_variance(seen.image, self._gain))
-        return self._filter.apply(seen.spectrum, variance)
+            variance = max(variance, float(seen.signal.mean()) / self._gain)
+        found = seen.spectrum[self._band]
+        pixels = self._shape[0] * self._shape[1]
+        power = (found.real**2 + found.imag**2).sum(dtype=np.float64) / pixels
+        # White noise has its variance in every bin; the rest is blurred signal.
+        signal = max(float(power) - variance * found.size, 1e-3 * float(power))
+        if signal <= 0.0 or self._band_power <= 0.0:
+            return 1.0
+        return CAUTION * variance * self._band_power / signal
+
+
+def _limit(gain: NDArray[Any]) -> NDArray[Any]:
+    """Keep the gain within `HIGHEST_GAIN`, phases as they are."""
+    if np.isrealobj(gain):
+        return np.clip(gain, -HIGHEST_GAIN, HIGHEST_GAIN, out=gain)
+    size = np.maximum(np.abs(gain), HIGHEST_GAIN)
+    gain *= HIGHEST_GAIN / size
+    return gain
+
+
+@lru_cache(maxsize=32)
+def _inverse_signal(shape: tuple[int, int]) -> Image:
+    """f^3 over the half spectrum, f in cycles per pixel."""
+    rows = np.fft.fftfreq(shape[0])[:, None]
+    columns = np.fft.rfftfreq(shape[1])[None, :]
+    return np.asarray((rows**2 + columns**2) ** 1.5, dtype=np.float32)
 
 
 # Blurred estimates below this share of the brightest pixel are round-off of the
@@ -228,11 +247,11 @@ class RichardsonLucyDeconvolution:
     """Richardson-Lucy as LB-DVD: starts from the blurred image (He 2020)."""
 
     def __init__(
-        self, psf: Image, shape: tuple[int, int], steps: Sequence[float]
+        self, psf: Image, shape: tuple[int, int], settings: RestorationConfig
     ) -> None:
         self._shape = shape
         self._transfer = transfer_function(psf, shape)
-        self._back = back_projectors(self._transfer, steps)
+        self._back = back_projectors(self._transfer, iteration_steps(psf, settings))
 
     def restore(self, seen: Surrounded) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
@@ -259,8 +278,6 @@ class BlindRichardsonLucyDeconvolution:
         Of the level; only its width and the size of its window are used.
     shape
         Height and width of the transforms, those of the images.
-    rounds
-        Of kernel and image.
 
     References
     ----------
@@ -268,9 +285,11 @@ class BlindRichardsonLucyDeconvolution:
        by means of the Richardson-Lucy algorithm", J. Opt. Soc. Am. A 12, 1995.
     """
 
-    def __init__(self, psf: Image, shape: tuple[int, int], rounds: int) -> None:
+    def __init__(
+        self, psf: Image, shape: tuple[int, int], settings: RestorationConfig
+    ) -> None:
         self._shape = shape
-        self._rounds = rounds
+        self._rounds = iterations_of(settings)
         self._start = gaussian_like(psf)
 
     def restore(self, seen: Surrounded) -> Image:
@@ -325,45 +344,34 @@ class DepthVariantRestorer(LevelRestorer):
     ----------
     psfs
         PSF per level, for every level but 0; negative levels where they are signed.
-    method
-        One of `WHOLE_FRAME`, or `BLIND`.
-    iterations
-        Of Richardson-Lucy; None: 15, accelerated 4, rounds of the blind one 8.
-    noise_to_signal
-        Of Wiener; None: estimated per frame and level.
+    settings
+        Method, one of `WHOLE_FRAME` or `BLIND`, and its numbers.
     quantum
         Step between the camera's values; 0 for float frames.
     gain_e_per_count
-        Of the camera, for that estimate; None: from the frame alone.
-    halo_px
-        Context around a region; None: half the side of the PSF, which holds 99 %
-        of its energy.
+        Of the camera, for the noise that Wiener estimates; None: from the frame alone.
     """
 
     def __init__(
         self,
         montage: Montage,
         psfs: Mapping[int, Image],
+        settings: RestorationConfig,
         *,
-        method: str = "wiener",
-        iterations: int | None = None,
-        noise_to_signal: float | None = None,
         quantum: float = 0.0,
         gain_e_per_count: float | None = None,
-        halo_px: int | None = None,
     ) -> None:
-        if method not in (*WHOLE_FRAME, BLIND):
-            msg = f"method '{method}' is not one of {', '.join((*WHOLE_FRAME, BLIND))}"
+        super().__init__()
+        if settings.method not in (known := (*WHOLE_FRAME, BLIND)):
+            msg = f"method '{settings.method}' is not one of {', '.join(known)}"
             raise ValueError(msg)
-        self.method = method
+        self._settings = settings
         self._montage = montage
         self._psfs = dict(psfs)
-        self._iterations = iterations
-        self._noise_to_signal = noise_to_signal
         self._quantum = quantum
         self._gain = gain_e_per_count
         self._halos = {
-            level: margin_px(psf, halo_px) for level, psf in self._psfs.items()
+            level: margin_px(psf, settings.halo_px) for level, psf in psfs.items()
         }
         self._lock = threading.Lock()
         self._filters: OrderedDict[Any, Deconvolution] = OrderedDict()
@@ -410,15 +418,9 @@ class DepthVariantRestorer(LevelRestorer):
             sizes.pop(0)
 
     def _build(self, psf: Image, shape: tuple[int, int]) -> Deconvolution:
-        if self.method == "wiener":
-            return WienerDeconvolution(
-                psf,
-                shape,
-                noise_to_signal=self._noise_to_signal,
-                gain_e_per_count=self._gain,
-            )
-        if self.method == BLIND:
-            rounds = self._iterations or BLIND_ITERATIONS
-            return BlindRichardsonLucyDeconvolution(psf, shape, rounds)
-        steps = iteration_steps(psf, self.method, self._iterations)
-        return RichardsonLucyDeconvolution(psf, shape, steps)
+        settings = self._settings
+        if settings.method == "wiener":
+            return WienerDeconvolution(psf, shape, settings, self._gain)
+        if settings.method == BLIND:
+            return BlindRichardsonLucyDeconvolution(psf, shape, settings)
+        return RichardsonLucyDeconvolution(psf, shape, settings)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,12 @@ from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
 from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.processing.camera import Marks, write_counts
-from rtfocus.processing.channel_plan import ChannelPlan, RestorationPlan
+from rtfocus.processing.channel_plan import ChannelPlan
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
 from rtfocus.processing.cpu.network_restorer import (
+    FrameRestorer,
     JointRestorer,
     TileNetwork,
     TileNetworkRestorer,
@@ -33,60 +34,21 @@ from rtfocus.runtimes.machine import usable_threads
 Image = NDArray[np.float32]
 
 
-class FrameRestorer(Protocol):
-    """Restores the frames of one channel; safe to use from several threads."""
-
-    @property
-    def runs_on(self) -> str | None:
-        """Runtime and precision of its own network; None: it has none."""
-        ...
-
-    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
-        """Restore a frame.
-
-        Parameters
-        ----------
-        signal
-            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
-        seen
-            What the classifier saw in it; None: there is none, and the restorer does
-            without.
-        out
-            Result, shape of `signal`, float32; in focus and background exactly as
-            in `signal`, except of a restorer that knows no focus.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free networks; called twice does nothing."""
-        ...
-
-
 def make_restorer(
-    method: str,
-    settings: RestorationConfig,
     montage: Montage,
     psfs: Mapping[int, Image],
+    settings: RestorationConfig,
     quantum: float,
     gain_e_per_count: float | None = None,
 ) -> LevelRestorer:
     """Make one of `METHODS` with the parameters of the config."""
-    if method == PATCH_BY_PATCH:
+    if settings.method == PATCH_BY_PATCH:
         # Here, because it loads SciPy, which takes long, and few runs need it.
         from rtfocus.processing.cpu.patches import TileRestorer
 
-        return TileRestorer(
-            montage, psfs, iterations=settings.iterations, halo_px=settings.halo_px
-        )
+        return TileRestorer(montage, psfs, settings)
     return DepthVariantRestorer(
-        montage,
-        psfs,
-        method=method,
-        iterations=settings.iterations,
-        noise_to_signal=settings.noise_to_signal,
-        quantum=quantum,
-        gain_e_per_count=gain_e_per_count,
-        halo_px=settings.halo_px,
+        montage, psfs, settings, quantum=quantum, gain_e_per_count=gain_e_per_count
     )
 
 
@@ -95,15 +57,7 @@ def open_restorer(
 ) -> FrameRestorer | None:
     """Open what restores the frames of a channel; None: they are not restored.
 
-    Parameters
-    ----------
-    grid
-        Of the labels; None: there are none.
-
-    Raises
-    ------
-    EngineError
-        If an engine is damaged or cannot be loaded.
+    `grid` is that of the labels; None: there are none.
     """
     restoration = plan.restoration
     if restoration is None:
@@ -115,13 +69,9 @@ def open_restorer(
     montage = plan.montage(grid)
     match restoration.way:
         case "by_level" | "by_patch" | "blind":
+            quantum, gain = plan.camera.quantum, plan.gain_e_per_count
             return make_restorer(
-                restoration.method,
-                restoration.settings,
-                montage,
-                plan.psfs,
-                plan.camera.quantum,
-                plan.gain_e_per_count,
+                montage, plan.psfs, restoration.settings, quantum, gain
             )
         case "same_pass":
             return JointRestorer(montage, None, plan.evidence)
@@ -129,22 +79,13 @@ def open_restorer(
             assert restoration.own_pass is not None
             own_pass = FrameClassifier(restoration.own_pass, plan.processing, threads)
             return JointRestorer(montage, own_pass, plan.evidence)
-        case "learned_wiener":
-            return _learned_wiener(plan, restoration, montage, threads)
-        case "by_tile":
-            assert restoration.conditions is not None
-            network = TileNetwork(restoration.engine, plan.processing, threads=threads)
-            card = restoration.engine.card
-            return TileNetworkRestorer(card, network, restoration.conditions, montage)
-
-
-def _learned_wiener(
-    plan: ChannelPlan, restoration: RestorationPlan, montage: Montage, threads: int
-) -> FrameRestorer:
-    from rtfocus.processing.cpu.patches import LearnedWienerRestorer
-
     card = restoration.engine.card
     network = TileNetwork(restoration.engine, plan.processing, threads=threads)
+    if restoration.way == "by_tile":
+        assert restoration.conditions is not None
+        return TileNetworkRestorer(card, network, restoration.conditions, montage)
+    from rtfocus.processing.cpu.patches import LearnedWienerRestorer
+
     psfs, told = plan.band_levels()
     return LearnedWienerRestorer(
         montage,

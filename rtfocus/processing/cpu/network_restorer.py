@@ -6,6 +6,7 @@ come back as they went in. A network that knows no focus restores all of a frame
 """
 
 import threading
+from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,18 +115,46 @@ def _filled(part: Image, batch: int) -> Image:
     return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
 
 
-class TileNetworkRestorer:
-    """A restorer engine on the tiles of a frame that need it.
+class FrameRestorer(ABC):
+    """Restores the frames of one channel.
 
     Safe to use from several threads, each with its own `out`.
 
     Parameters
     ----------
     network
-        Opened for its tiles; closed by `close`.
-    conditions
-        What it is told.
+        Of its own, closed by `close`; None: it has none.
     """
+
+    def __init__(self, network: TileNetwork | FrameClassifier | None = None) -> None:
+        self.runs_on = None if network is None else network.runs_on
+        """Runtime and precision of its own network; None: it has none."""
+        self._owned = network
+
+    @abstractmethod
+    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
+        """Restore a frame.
+
+        Parameters
+        ----------
+        signal
+            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
+        seen
+            What the classifier saw in it; None: there is none, and the restorer does
+            without.
+        out
+            Result, shape of `signal`, float32; in focus and background exactly as
+            in `signal`, except of a restorer that knows no focus.
+        """
+
+    def close(self) -> None:
+        """Free the network; called twice does nothing."""
+        if self._owned is not None:
+            self._owned.close()
+
+
+class TileNetworkRestorer(FrameRestorer):
+    """A restorer engine, told `conditions`, on the tiles of a frame that need it."""
 
     def __init__(
         self,
@@ -134,8 +163,8 @@ class TileNetworkRestorer:
         conditions: Conditions,
         montage: Montage,
     ) -> None:
+        super().__init__(network)
         self._network = network
-        self.runs_on = network.runs_on
         self._conditions = conditions
         self._montage = montage
         self._input = input_of(card)
@@ -143,7 +172,7 @@ class TileNetworkRestorer:
         self._tiles = FrameTiles(self._input, montage.shape)
 
     def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
-        """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
+        """Restore a frame, see `FrameRestorer`."""
         assert seen is not None
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
@@ -165,39 +194,25 @@ class TileNetworkRestorer:
                 plane += np.float32(offset)
         blend(signal, from_planes(restored, signal.shape), share, out)
 
-    def close(self) -> None:
-        """Free the network."""
-        self._network.close()
 
-
-class WholeImageRestorer:
-    """A restorer that knows no focus, on all tiles of a frame.
+class WholeImageRestorer(FrameRestorer):
+    """A restorer that knows no focus, on all tiles of a frame of a shape (y, x).
 
     What its card's steps measure is measured on the whole frame, not tile by tile.
-    Safe to use from several threads, each with its own `out`.
-
-    Parameters
-    ----------
-    card
-        Of the engine; with steps.
-    network
-        Opened for its tiles; closed by `close`.
-    shape
-        Height and width of the frames.
     """
 
     def __init__(
         self, card: EngineCard, network: TileNetwork, shape: tuple[int, int]
     ) -> None:
+        super().__init__(network)
         assert card.steps is not None
         self._network = network
-        self.runs_on = network.runs_on
         self._steps = card.steps
         self._channels = input_of(card).channels
         self._tiles = FrameTiles(input_of(card), shape)
 
     def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
-        """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`.
+        """Restore a frame, see `FrameRestorer`.
 
         Raises
         ------
@@ -217,23 +232,17 @@ class WholeImageRestorer:
         least = -np.inf if self._steps.values is Values.own else 0
         np.maximum(from_planes(restored, signal.shape), least, out=out)
 
-    def close(self) -> None:
-        """Free the network."""
-        self._network.close()
 
-
-class JointRestorer:
+class JointRestorer(FrameRestorer):
     """The restored frame of a joint engine, from whichever pass made it.
-
-    Safe to use from several threads, each with its own `out`.
 
     Parameters
     ----------
     montage
         Blending weights of the tiles whose labels decide what is restored.
     own_pass
-        The engine for a pass of its own, closed by `close`; None: the pass that
-        found the defocus has restored the frame too.
+        The engine for a pass of its own; None: the pass that found the defocus has
+        restored the frame too.
     evidence
         Weighs what the engine corrected; None: all of it is taken.
     """
@@ -244,14 +253,14 @@ class JointRestorer:
         own_pass: FrameClassifier | None,
         evidence: Evidence | None = None,
     ) -> None:
+        super().__init__(own_pass)
         self._montage = montage
         self._own_pass = own_pass
-        self.runs_on = None if own_pass is None else own_pass.runs_on
         self._evidence = evidence
         self._turn = threading.Lock()
 
     def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
-        """Restore a frame, see `rtfocus.processing.cpu.device.FrameRestorer`."""
+        """Restore a frame, see `FrameRestorer`."""
         assert seen is not None
         np.copyto(out, signal)
         share = restored_share(self._montage, seen.defocus.level)
@@ -265,11 +274,6 @@ class JointRestorer:
         blend(signal, seen.restored, share, out)
         if self._evidence is not None:
             self._evidence.weigh(signal, seen.defocus, out)
-
-    def close(self) -> None:
-        """Free the engine of the own pass."""
-        if self._own_pass is not None:
-            self._own_pass.close()
 
 
 def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:

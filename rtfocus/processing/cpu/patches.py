@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.optics.formation import band_weights, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.cpu.depth_variant import LevelRestorer, Planes, iterate
 from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.processing.montage import Montage, Region, axis_weights, defocused, pad
 from rtfocus.processing.restore import (
-    DEFAULT_ITERATIONS,
-    PAPER_HALO_PX,
-    PATCH_BY_PATCH,
     TAPER_PX,
     Spectrum,
+    iterations_of,
+    patch_halo_px,
     patch_shape,
     transfer_function,
 )
@@ -44,7 +44,7 @@ _FLAT = 0.5
 def richardson_lucy(
     image: NDArray[Any],
     psf: NDArray[Any],
-    iterations: int = DEFAULT_ITERATIONS,
+    iterations: int,
     *,
     start: Start = "image",
 ) -> NDArray[Any]:
@@ -94,24 +94,18 @@ class TileRestorer(LevelRestorer):
         Blending weights of the frame's tiles; a tile is what its weight covers.
     psfs
         PSF per level, for every level but 0.
-    halo_px
-        Context per side: neighbouring pixels, 0 beyond the frame.
+    settings
+        Iterations, and context per side: neighbouring pixels, 0 beyond the frame.
     """
 
-    method = PATCH_BY_PATCH
-
     def __init__(
-        self,
-        montage: Montage,
-        psfs: Mapping[int, Image],
-        *,
-        iterations: int | None = None,
-        halo_px: int | None = None,
+        self, montage: Montage, psfs: Mapping[int, Image], settings: RestorationConfig
     ) -> None:
+        super().__init__()
         self._montage = montage
         self._psfs = dict(psfs)
-        self._iterations = iterations or DEFAULT_ITERATIONS
-        self._halo_px = PAPER_HALO_PX if halo_px is None else halo_px
+        self._iterations = iterations_of(settings)
+        self._halo_px = patch_halo_px(settings)
 
     def _restore_planes(self, pairs: Planes, labels: NDArray[np.int16]) -> None:
         halo = self._halo_px
@@ -183,8 +177,7 @@ class LearnedWienerRestorer(LevelRestorer):
         normalisation: PercentileRange,
         network: TileNetwork | None = None,
     ) -> None:
-        self._network = network
-        self.runs_on = None if network is None else network.runs_on
+        super().__init__(network)
         self._montage = montage
         self._told = {} if told is None else dict(zip(psfs, told, strict=True))
         self._predict = predict
@@ -195,11 +188,6 @@ class LearnedWienerRestorer(LevelRestorer):
             level: transfer_function(psf, (tile_px, tile_px))
             for level, psf in psfs.items()
         }
-
-    def close(self) -> None:
-        """Free the network."""
-        if self._network is not None:
-            self._network.close()
 
     def _restore_planes(self, pairs: Planes, labels: NDArray[np.int16]) -> None:
         for plane, into in pairs:

@@ -49,11 +49,11 @@ from rtfocus.processing.gpu.tiles import TileConditions
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import (
-    DEFAULT_ITERATIONS,
-    PAPER_HALO_PX,
     gaussian_like,
+    iterations_of,
     margin_px,
     padded_shape,
+    patch_halo_px,
     patch_shape,
 )
 from rtfocus.processing.windows import FrameTiles
@@ -155,21 +155,17 @@ class _Opening:
             psfs = {level: gaussian_like(psf) for level, psf in psfs.items()}
         transfers = self.transfers(psfs, whole, recorded=True, kept=not blind)
         deconvolution: Deconvolution
-        if restoration.method == "wiener":
+        if settings.method == "wiener":
             deconvolution = WienerDeconvolution(
                 transfers,
+                settings,
                 quantum=self.plan.camera.quantum,
-                noise_to_signal=settings.noise_to_signal,
                 gain_e_per_count=self.plan.gain_e_per_count,
             )
         elif blind:
-            deconvolution = BlindRichardsonLucyDeconvolution(
-                transfers, iterations=settings.iterations
-            )
+            deconvolution = BlindRichardsonLucyDeconvolution(transfers, settings)
         else:
-            deconvolution = RichardsonLucyDeconvolution(
-                transfers, method=restoration.method, iterations=settings.iterations
-            )
+            deconvolution = RichardsonLucyDeconvolution(transfers, settings)
         return DepthVariantRestorer(
             self.memory, deconvolution, montage, frame=self.frame, margins_px=margins
         )
@@ -223,7 +219,7 @@ class _Opening:
 
     def _by_patch(self, settings: RestorationConfig, montage: Montage) -> FrameRestorer:
         psfs = self.plan.psfs
-        halo_px = PAPER_HALO_PX if settings.halo_px is None else settings.halo_px
+        halo_px = patch_halo_px(settings)
         height, width = (
             max(span.stop - span.start for span in spans) + 2 * halo_px
             for spans in montage.spans
@@ -235,7 +231,7 @@ class _Opening:
             montage,
             frame=self.frame,
             halo_px=halo_px,
-            iterations=settings.iterations or DEFAULT_ITERATIONS,
+            iterations=iterations_of(settings),
         )
 
     def _learned_wiener(self, found: FoundEngine, montage: Montage) -> FrameRestorer:
@@ -257,7 +253,7 @@ class _Opening:
 
 def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
     return EngineError(
-        f"restoration {restoration.method} is a model of bioimage.io, which does not "
+        f"restoration {restoration.name} is a model of bioimage.io, which does not "
         "run on a GPU; set processing.device: cpu"
     )
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfocus.config.sections import RestorationConfig
 from rtfocus.processing.gpu.tiles import PARTS, Light, Noise
 from rtfocus.processing.gpu.work import (
     BLOCK,
@@ -27,12 +28,12 @@ from rtfocus.processing.gpu.work import (
     spectrum_shape,
 )
 from rtfocus.processing.restore import (
-    BLIND_ITERATIONS,
     CAUTION,
     CUBED_BAND,
     HIGHEST_GAIN,
     ROUND_OFF,
     iteration_steps,
+    iterations_of,
 )
 
 Image = NDArray[np.float32]
@@ -195,10 +196,8 @@ class WienerDeconvolution(Deconvolution):
     ----------
     quantum
         Step between the camera's values; 0 for float frames.
-    noise_to_signal
-        Constant ratio of noise to signal power; None: estimated per image.
     gain_e_per_count
-        Of the camera, for that estimate; None: from the image alone.
+        Of the camera, for the noise that is estimated; None: from the image alone.
     """
 
     positive = False
@@ -206,14 +205,14 @@ class WienerDeconvolution(Deconvolution):
     def __init__(
         self,
         transfers: LevelTransfers,
+        settings: RestorationConfig,
         *,
         quantum: float,
-        noise_to_signal: float | None,
         gain_e_per_count: float | None,
     ) -> None:
         super().__init__(transfers, spectra=2, images=0)
         memory = transfers.memory
-        self._given = noise_to_signal or 0.0
+        self._given = settings.noise_to_signal or 0.0
         self._quantum = quantum
         self._inverse_gain = 0.0 if gain_e_per_count is None else 1 / gain_e_per_count
         self._ratio = memory.allocate((1,), np.float32, "Wiener filters")
@@ -288,22 +287,12 @@ class WienerDeconvolution(Deconvolution):
 
 
 class RichardsonLucyDeconvolution(Deconvolution):
-    """Richardson-Lucy of all levels.
+    """Richardson-Lucy of all levels."""
 
-    Parameters
-    ----------
-    method
-        ``richardson_lucy`` or ``richardson_lucy_accelerated``.
-    iterations
-        None: 15, accelerated 4.
-    """
-
-    def __init__(
-        self, transfers: LevelTransfers, *, method: str, iterations: int | None
-    ) -> None:
+    def __init__(self, transfers: LevelTransfers, settings: RestorationConfig) -> None:
         super().__init__(transfers)
         self._steps = {
-            level: iteration_steps(psf, method, iterations)
+            level: iteration_steps(psf, settings)
             for level, psf in transfers.psfs.items()
         }
 
@@ -352,13 +341,11 @@ class BlindRichardsonLucyDeconvolution(Deconvolution):
     ----------
     transfers
         Only placed: of the kernels it begins with.
-    iterations
-        Rounds of kernel and image; None: 8.
     """
 
-    def __init__(self, transfers: LevelTransfers, *, iterations: int | None) -> None:
+    def __init__(self, transfers: LevelTransfers, settings: RestorationConfig) -> None:
         super().__init__(transfers, spectra=3, images=2)
-        self._rounds = iterations or BLIND_ITERATIONS
+        self._rounds = iterations_of(settings)
         self._kernel_light = Light(transfers.memory)
 
     def restore(
