@@ -36,11 +36,10 @@ from rtfocus.evaluation.samples import DataSet, own_set
 from rtfocus.evaluation.scorecard import markdown, save_side_by_side
 from rtfocus.evaluation.scores import Standing, Verdict, judge
 from rtfocus.files import remove, whole
-from rtfocus.images.metadata import TEXT_MARK
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import FoundImages, find_images
-from rtfocus.training.api import REFINED, export_engine, refining_recipe
+from rtfocus.training.api import REFINED, export_engine, refining_recipe, write_card
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.trainer import Trainer, choose_device, train
 
@@ -369,15 +368,13 @@ def _describe(
     best = max(range(1, len(standings)), key=lambda n: standings[n].gain_db)
     shown = [outcomes[0], outcomes[best]]
     save_side_by_side(engine / _PICTURE_NAME, outcomes[0].data, shown)
-    path = engine / CARD_NAME
-    card = yaml.safe_load(path.read_text(encoding="utf-8"))
+    card = yaml.safe_load((engine / CARD_NAME).read_text(encoding="utf-8"))
     card["figures"] = {
         "use": verdict.use,
         "verdict": verdict.text,
         "held_out": [asdict(one) for one in standings],
     }
-    text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=88)
-    path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
+    write_card(engine, card)
     lines = [
         f"# {engine.name}",
         "",

@@ -9,7 +9,7 @@ user's.
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import Section
+from rtfocus.engines.card import CARD_NAME
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.images.metadata import TEXT_MARK
@@ -104,9 +105,6 @@ def write_precisions(
     return files
 
 
-CARD_NAME = "engine.yaml"
-
-
 def export_engine(
     checkpoint: Path,
     folder: Path,
@@ -166,8 +164,13 @@ def export_engine(
             "parameters": sum(p.numel() for p in network.parameters()),
         },
     }
+    return write_card(folder, card)
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> Path:
+    """Write the card of an engine folder; returns its path."""
     path = folder / CARD_NAME
-    text = yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=88)
+    text = yaml.safe_dump(dict(card), sort_keys=False, allow_unicode=True, width=88)
     path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
     return path
 
@@ -232,7 +235,19 @@ def own_recipe(
     ConfigError
         If the recipe has no optics or the folder no images.
     """
-    source = _own_source(images)
+    found = sorted(
+        path.relative_to(images)
+        for path in images.rglob("*")
+        if path.suffix.lower() in _SUFFIXES
+    )
+    if not found:
+        msg = f"no images in '{images}'; give a folder with {', '.join(_SUFFIXES)}"
+        raise ConfigError(msg)
+    # Names are the user's: they may hold what a pattern takes for its own, and two
+    # folders may hold the same.
+    files = [escape(path.as_posix()) for path in found]
+    held_out = tuple(f"/{file}" for file in files[_HELD_OUT - 1 :: _HELD_OUT])
+    source = _own_source(files, held_out)
     return _turned(recipe, optics, name, {"data_folder": images, "sources": [source]})
 
 
@@ -266,14 +281,7 @@ def refining_recipe(
         Length of the run.
     """
     recipe = load_recipe(resource_folder("configs") / f"{REFINED[start]}.yaml")
-    source = SourceRecipe(
-        kind="own images",
-        files=[escape(file) for file in files],
-        zoom=(0.85, 1.15),
-        native_share=0.7,
-        softness_px=0.35,
-        share=4.0,
-    )
+    source = _own_source([escape(file) for file in files])
     changed: dict[str, Any] = {
         "data_folder": folder,
         "sources": [source],
@@ -335,22 +343,11 @@ def _turned(
     return validate_recipe(data)
 
 
-def _own_source(images: Path) -> SourceRecipe:
-    found = sorted(
-        path.relative_to(images)
-        for path in images.rglob("*")
-        if path.suffix.lower() in _SUFFIXES
-    )
-    if not found:
-        msg = f"no images in '{images}'; give a folder with {', '.join(_SUFFIXES)}"
-        raise ConfigError(msg)
-    # Names are the user's: they may hold what a pattern takes for its own, and two
-    # folders may hold the same.
-    files = [escape(path.as_posix()) for path in found]
+def _own_source(files: list[str], held_out: tuple[str, ...] = ()) -> SourceRecipe:
     return SourceRecipe(
         kind="own images",
         files=files,
-        validation=tuple(f"/{file}" for file in files[_HELD_OUT - 1 :: _HELD_OUT]),
+        validation=held_out,
         zoom=(0.85, 1.15),
         native_share=0.7,
         softness_px=0.35,

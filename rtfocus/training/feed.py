@@ -27,6 +27,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from rtfocus.engines.card import CARD_NAME
 from rtfocus.errors import ConfigError, RtfocusError
 from rtfocus.files import resource_folder
 from rtfocus.training.onnx_forms import float_weights
@@ -227,9 +228,6 @@ def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
     return validate_recipe(state.pop("recipe")), state
 
 
-_CARD_NAME = "engine.yaml"
-
-
 def start_from(task: Task[Any], source: Path) -> None:
     """Give the network of a task its first weights.
 
@@ -246,16 +244,11 @@ def start_from(task: Task[Any], source: Path) -> None:
         If there is nothing at `source`, or weights of another network.
     """
     folder = find_engine(source)
-    if folder is None:
-        _, earlier = load_checkpoint(source)
-        weights = earlier["average"]
-    else:
-        weights = read_weights(folder)
     try:
         if folder is None:
-            task.take_state(weights)
+            task.take_state(load_checkpoint(source)[1]["average"])
         else:
-            task.take_exported(weights)
+            task.take_exported(read_weights(folder))
     except (KeyError, RuntimeError) as error:
         msg = (
             f"start_from '{source}' holds no weights of network "
@@ -303,7 +296,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_card(folder: Path) -> dict[str, Any]:
     """Read what starting needs of a card: name, file and checksum of the weights."""
-    path = folder / _CARD_NAME
+    path = folder / CARD_NAME
     try:
         card: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
         _ = card["name"], card["files"]["fp32"], card["sha256"]["fp32"]

@@ -27,53 +27,14 @@ from rtfocus.training.recipe import (
     Positive,
     RecipeBase,
 )
-from rtfocus.training.scenes import Pool, SceneSource, SharpField, draw_exposure
-
-
-@dataclass(frozen=True, slots=True)
-class DefocusLevels:
-    """Equidistant defocus levels; level 0 is in focus and never convolved.
-
-    The scale is unsigned (He 2020): a level names a distance from focus.
-
-    Examples
-    --------
-    >>> scale = DefocusLevels()
-    >>> scale.count, scale.defocus_um(5)
-    (11, 10.0)
-    """
-
-    step_um: float = 2.0
-    """Distance between neighbouring levels in um."""
-    count: int = 11
-    """Number of levels, in-focus included."""
-
-    def __post_init__(self) -> None:
-        if self.step_um <= 0 or self.count < 2:
-            msg = (
-                f"step_um={self.step_um}, count={self.count} is no scale; "
-                "need step_um > 0 and count >= 2"
-            )
-            raise ValueError(msg)
-
-    def defocus_um(self, level: int) -> float:
-        """Return the distance from focus that a level stands for.
-
-        Raises
-        ------
-        ValueError
-            If the level is not on the scale.
-        """
-        if not 0 <= level < self.count:
-            msg = f"level={level} is not on the scale 0..{self.count - 1}"
-            raise ValueError(msg)
-        return level * self.step_um
-
-    @property
-    def values_um(self) -> tuple[float, ...]:
-        """Defocus of every level in order."""
-        return tuple(level * self.step_um for level in range(self.count))
-
+from rtfocus.training.scenes import (
+    POINT,
+    Pool,
+    SceneSource,
+    SharpField,
+    draw_exposure,
+    lively_window,
+)
 
 # Cells of 24 px, at least one tile, at most what every scene holds.
 Side = Annotated[int, Field(ge=96, le=216, multiple_of=24)]
@@ -122,7 +83,6 @@ Image = NDArray[np.float32]
 Planes = NDArray[np.uint16]
 
 FULL_SCALE = 65535
-_NO_BLUR = np.ones((1, 1), dtype=np.float32)
 _NOISE = ContrastToNoise(quantum=0.0)
 
 
@@ -149,7 +109,6 @@ class Blurring:
         self._validation = validation
         self._scenes = SceneSource(recipe, fields, validation=validation)
         self.fields = self._scenes.fields
-        self._scale = DefocusLevels(step_um=recipe.blur.level_step_um)
 
     def entry(self, generation: int) -> Entry:
         """Draw scene and optics number `generation` and blur it at every level."""
@@ -170,21 +129,19 @@ class Blurring:
         keep_focus: bool,
     ) -> Entry:
         blur = self._recipe.blur
-        levels = [*range(self._scale.count), self._scale.count - 1]
+        levels = [*range(LEVEL_COUNT), LEVEL_COUNT - 1]
         side = 1 if rng.random() >= blur.negative_share else -1
         psfs = []
         for place, level in enumerate(levels):
             jitter = rng.uniform(-blur.jitter_um, blur.jitter_um)
-            defocus_um = side * (self._scale.defocus_um(level) + jitter)
-            if place == self._scale.count:
-                farther = rng.uniform(self._scale.values_um[-1], blur.farthest_um)
+            defocus_um = side * (level * blur.level_step_um + jitter)
+            if place == LEVEL_COUNT:
+                farther = rng.uniform(level * blur.level_step_um, blur.farthest_um)
                 # The far end is blur beyond recognition on either side of focus.
                 defocus_um = float(farther * rng.choice([-1, 1]))
             unit = optics.defocus_unit_um / blur.reference.defocus_unit_um
             is_sharp = level == 0 and keep_focus
-            psfs.append(
-                _NO_BLUR if is_sharp else compute_psf(optics, defocus_um * unit)
-            )
+            psfs.append(POINT if is_sharp else compute_psf(optics, defocus_um * unit))
         planes = np.clip(blur_stack(scene, psfs), 0, 1)
         height, width = (n // CELL_PX * CELL_PX for n in scene.shape)
         noise = tuple(_NOISE.noise(plane[:height, :width]) for plane in planes)
@@ -238,7 +195,6 @@ _BACKGROUND_RULE = ContrastToNoise()
 _EMPTY_SHARE = 0.02
 # Range of a window, of full scale, from which on it surely holds a specimen.
 _VISIBLE = round(0.1 * FULL_SCALE)
-_DRAWS = 4
 _SHIFT = 0.15
 
 
@@ -323,8 +279,9 @@ class Batches:
         # The last level has two planes: its own defocus and one farther away.
         beyond = level == BACKGROUND - 1 and rng.random() < 0.4
         place = level + int(beyond)
-        window = _cut(entry.planes[place], side, rng)
-        window = np.rot90(window, int(rng.integers(4)))
+        plane = entry.planes[place]
+        cut = lively_window(plane, side, rng, contrast=_VISIBLE)
+        window = np.rot90(plane[cut], int(rng.integers(4)))
         if rng.random() < 0.5:
             window = window[::-1]
         light = window.astype(np.float32) / np.float32(FULL_SCALE)
@@ -338,16 +295,6 @@ class Batches:
         # The median of a whole frame is another one than that of a crop.
         crop += np.float32(rng.normal(0, _SHIFT))
         return crop, labels
-
-
-def _cut(plane: Crop, side: int, rng: np.random.Generator) -> Crop:
-    """Cut a square at random; empty ones teach little and are mostly drawn again."""
-    for _ in range(_DRAWS):
-        top, left = (int(rng.integers(n - side + 1)) for n in plane.shape)
-        window = plane[top : top + side, left : left + side]
-        if int(window.max()) - int(window.min()) > _VISIBLE:
-            break
-    return window
 
 
 def label_crop(

@@ -19,19 +19,20 @@ from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.recipe import PairRecipe, PairsRecipe
 from rtfocus.training.scenes import (
+    POINT,
     Pair,
     Pool,
     SceneSource,
     SharpField,
     data_folder,
     draw_exposure,
+    lively_window,
     load_fields,
     load_real_pairs,
 )
 
 Image = NDArray[np.float32]
 
-_NO_BLUR = np.ones((1, 1), dtype=np.float32)
 # Levels between the planes of an entry whose patches vary in depth.
 _DENSE_STEP = 0.7
 # Of the reference sampling: up to here optics count as near it.
@@ -100,7 +101,7 @@ class PairScenes:
         )
         # A photograph has been through a microscope, a drawn scene has not.
         keep_focus = not scene.ideal or bool(rng.random() < 0.5)
-        in_focus = _NO_BLUR if keep_focus else compute_psf(optics, 0.0)
+        in_focus = POINT if keep_focus else compute_psf(optics, 0.0)
         make_psf = _gaussian_psf if gaussian else compute_psf
         psfs = tuple(make_psf(optics, float(z)) for z in levels * step_um)
         planes = np.clip(blur_stack(light, (in_focus, *psfs)), 0, 1)
@@ -234,11 +235,9 @@ _RANGE = PercentileRange()
 _SHARP_LEVELS = (0.3, 0.8)
 # Range of a window from which on it surely holds a specimen.
 _VISIBLE = 0.08
-_DRAWS = 4
 # How a whole frame's percentiles differ from those of a window of it.
 _SCALE_JITTER = 0.2
 _OFFSET_JITTER = 0.03
-_POINT = np.ones((1, 1), dtype=np.float32)
 
 
 class PairBatches:
@@ -285,7 +284,7 @@ class PairBatches:
     ) -> dict[str, NDArray[np.generic]]:
         pairs = self._recipe.pairs
         side = pairs.patch_px
-        window = _window(scene.sharp, side, rng)
+        window = lively_window(scene.sharp, side, rng, contrast=_VISIBLE, step=3)
         sharp = scene.sharp[window]
         places = _places(scene, side, rng)
         levels = np.interp(places, np.arange(len(scene.levels)), scene.levels)
@@ -328,14 +327,15 @@ class PairBatches:
             "real": np.array(False),
         }
         if pairs.psf_px:
-            psf = scene.psfs[middle] if share.any() else _POINT
+            psf = scene.psfs[middle] if share.any() else POINT
             sample["psf"] = np.rot90(_fit_psf(psf, pairs.psf_px), turn)[None]
         return {k: _as_float32(v) for k, v in sample.items()}
 
     def _real_patch(self, rng: np.random.Generator) -> dict[str, NDArray[np.generic]]:
         pairs = self._recipe.pairs
         blurred, sharp = self._real[int(rng.integers(len(self._real)))]
-        window = _window(blurred, pairs.patch_px, rng)
+        side = pairs.patch_px
+        window = lively_window(blurred, side, rng, contrast=_VISIBLE, step=3)
         turn, flip = int(rng.integers(4)), bool(rng.random() < 0.5)
         scale = float(np.exp(rng.normal(0, _SCALE_JITTER)))
         shift = float(rng.normal(0, _OFFSET_JITTER))
@@ -343,7 +343,7 @@ class PairBatches:
         for image in (blurred, sharp):
             patch = np.rot90(image[window], turn)
             patches.append(((patch[::-1] if flip else patch) / scale - shift)[None])
-        cells, tiles = pairs.patch_px // CELL_PX, pairs.patch_px // TILE_STRIDE_PX - 1
+        cells, tiles = side // CELL_PX, side // TILE_STRIDE_PX - 1
         reference = pairs.reference
         sample: dict[str, NDArray[np.generic]] = {
             "blurred": patches[0],
@@ -357,19 +357,8 @@ class PairBatches:
         }
         if pairs.psf_px:
             # Not known; a point changes nothing where it is used by mistake.
-            sample["psf"] = _fit_psf(_POINT, pairs.psf_px)[None]
+            sample["psf"] = _fit_psf(POINT, pairs.psf_px)[None]
         return {k: _as_float32(v) for k, v in sample.items()}
-
-
-def _window(image: Image, side: int, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Choose a square; empty ones teach little and are mostly drawn again."""
-    for _ in range(_DRAWS):
-        top, left = (int(rng.integers(n - side + 1)) for n in image.shape)
-        window = slice(top, top + side), slice(left, left + side)
-        seen = image[window][::3, ::3]
-        if float(seen.max() - seen.min()) > _VISIBLE:
-            break
-    return window
 
 
 def _places(scene: PairScene, side: int, rng: np.random.Generator) -> Image:

@@ -359,6 +359,44 @@ def draw_exposure(
     return Exposure(light, glow, read_noise, fill * full / (light + glow), full)
 
 
+POINT: Image = np.ones((1, 1), dtype=np.float32)
+"""PSF that blurs nothing."""
+
+
+def lively_window(
+    image: NDArray[np.generic],
+    side_px: int,
+    rng: np.random.Generator,
+    *,
+    contrast: float,
+    step: int = 1,
+    draws: int = 4,
+) -> tuple[slice, slice]:
+    """Choose a square; empty ones teach little and are mostly drawn again.
+
+    Parameters
+    ----------
+    image
+        Axes (..., y, x).
+    side_px
+        Of the square.
+    rng
+        Draws its place.
+    contrast
+        Range of values from which on a square surely holds a specimen.
+    step
+        Every how many pixels is looked at.
+    draws
+        At most; the last is taken as it is.
+    """
+    for _ in range(draws):
+        top, left = (int(rng.integers(n - side_px + 1)) for n in image.shape[-2:])
+        window = slice(top, top + side_px), slice(left, left + side_px)
+        if float(np.ptp(image[..., *window][..., ::step, ::step])) > contrast:
+            break
+    return window
+
+
 Entry = TypeVar("Entry")
 
 

@@ -238,31 +238,47 @@ class PairTask(Task[P]):
 
 
 class RestorerTask(PairTask[P]):
-    """A task whose network is told nothing but the tile that it restores.
+    """A task whose network restores tiles; told nothing else unless a subclass says so.
 
-    What its engine's card says is set by subclasses, see `restorer_card`.
+    What its engine's card says is set by subclasses.
     """
 
     description: str
+    """One sentence."""
     tile_px: int = 256
+    """Side of a tile, halo included."""
     halo_px: int = 32
+    """Border on each side that neighbouring tiles share."""
     multiple_px: int
+    """Sides of tiles must be multiples of it."""
     any_size: bool = False
+    """Whether nothing beyond the halo counts, so that tiles may be larger."""
 
     def graph(self, network: nn.Module) -> Graph:
-        """Return the network as it is."""
-        return restorer_graph(network, self.multiple_px)
+        """Return the network as it is, from `tiles` to `restored`."""
+        sides_px = (16 * self.multiple_px, 24 * self.multiple_px)
+        return frames_graph(network, sides_px, ("restored",))
 
     def card(self) -> dict[str, Any]:
         """Return the card of a restorer."""
-        return restorer_card(
-            self.recipe.pairs,
-            self.description,
-            tile_px=self.tile_px,
-            halo_px=self.halo_px,
-            multiple_px=self.multiple_px,
-            any_size=self.any_size,
-        )
+        pairs = self.recipe.pairs
+        return {
+            "kind": "restorer",
+            "implementation": "onnx",
+            "description": self.description,
+            "input": {
+                "name": "tiles",
+                "channels": 1,
+                "tile_px": self.tile_px,
+                "halo_px": self.halo_px,
+                "multiple_px": self.multiple_px,
+                **({"any_size": True} if self.any_size else {}),
+            },
+            "output": {"name": "restored"},
+            "levels": {"step_um": pairs.level_step_um, "count": 11, "signed": True},
+            "normalisation": pair_normalisation(),
+            "optics": pair_optics(pairs),
+        }
 
 
 def frames_graph(
@@ -299,58 +315,8 @@ def frames_graph(
     return Graph(network, inputs, outputs, dynamic, float_ends)
 
 
-def restorer_graph(network: nn.Module, multiple_px: int) -> Graph:
-    """Return the graph of a network from `tiles` to `restored`, nothing else given."""
-    return frames_graph(network, (16 * multiple_px, 24 * multiple_px), ("restored",))
-
-
 # Optics drawn as pairs lie within these factors of the reference sampling.
 _PAIR_SAMPLING = (0.6, 1.6)
-
-
-def restorer_card(
-    pairs: PairsRecipe,
-    description: str,
-    *,
-    tile_px: int,
-    halo_px: int,
-    multiple_px: int,
-    any_size: bool = False,
-) -> dict[str, Any]:
-    """Return the card of a restorer that is told nothing but its tile.
-
-    Parameters
-    ----------
-    pairs
-        Data it was trained on: optics and levels.
-    description
-        One sentence.
-    tile_px
-        Side of a tile, halo included.
-    halo_px
-        Border on each side that neighbouring tiles share.
-    multiple_px
-        Sides of tiles must be multiples of it.
-    any_size
-        Whether nothing beyond the halo counts, so that tiles may be larger.
-    """
-    return {
-        "kind": "restorer",
-        "implementation": "onnx",
-        "description": description,
-        "input": {
-            "name": "tiles",
-            "channels": 1,
-            "tile_px": tile_px,
-            "halo_px": halo_px,
-            "multiple_px": multiple_px,
-            **({"any_size": True} if any_size else {}),
-        },
-        "output": {"name": "restored"},
-        "levels": {"step_um": pairs.level_step_um, "count": 11, "signed": True},
-        "normalisation": pair_normalisation(),
-        "optics": pair_optics(pairs),
-    }
 
 
 def pair_normalisation() -> dict[str, Any]:

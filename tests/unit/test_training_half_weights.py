@@ -10,7 +10,7 @@ from torch import nn
 
 from rtfocus.training.networks.comi_networks import Generator
 from rtfocus.training.onnx_forms import halve_weights, write_onnx
-from rtfocus.training.task import restorer_graph
+from rtfocus.training.task import frames_graph
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def exported(tmp_path_factory):
     network = Generator(width=8, residual_blocks=2)
     nn.init.normal_(network.output.weight, std=0.02)
     path = tmp_path_factory.mktemp("export") / "model.onnx"
-    write_onnx(restorer_graph(network, 4), path)
+    write_onnx(frames_graph(network, (64, 96), ("restored",)), path)
     return path.read_bytes()
 
 

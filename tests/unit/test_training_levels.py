@@ -1,22 +1,8 @@
-"""He's level scale and the unit of defocus."""
+"""The unit of defocus."""
 
 import pytest
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.training.level_tiles import DefocusLevels
-
-
-def test_the_default_scale_is_he_2020():
-    scale = DefocusLevels()
-    assert scale.values_um == (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20)
-    assert scale.defocus_um(10) == 20
-
-
-def test_levels_off_the_scale_and_impossible_scales_are_refused():
-    with pytest.raises(ValueError, match=r"not on the scale 0\.\.10"):
-        DefocusLevels().defocus_um(11)
-    with pytest.raises(ValueError, match="need step_um > 0"):
-        DefocusLevels(step_um=0.0)
 
 
 def test_the_unit_of_defocus_is_n_lambda_over_na_squared():

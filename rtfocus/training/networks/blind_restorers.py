@@ -28,7 +28,7 @@ from rtfocus.training.kernel_pairs import (
     estimated_kernels,
     gaussian_kernels,
 )
-from rtfocus.training.layers import double, scales_loss
+from rtfocus.training.layers import double, scales_loss, zeroed
 from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.scenes import data_folder, load_real_pairs
 from rtfocus.training.task import (
@@ -136,8 +136,7 @@ class RrdbNet(nn.Module):
         self.output = nn.Conv2d(width, phases**2, 3, padding=1)
         self.join = nn.PixelShuffle(phases)
         if residual_output:
-            nn.init.zeros_(self.output.weight)
-            nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+            zeroed(self.output)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Return restored tiles of the shape of the input, (N, 1, H, W)."""
@@ -199,15 +198,8 @@ class RrdbTask(RestorerTask[RrdbRecipe]):
 
     def __init__(self, recipe: RrdbRecipe) -> None:
         super().__init__(recipe)
-        settings = recipe.rrdb
-        self.multiple_px = settings.phases
-        self.network = RrdbNet(
-            blocks=settings.blocks,
-            width=settings.width,
-            phases=settings.phases,
-            residual_scale=settings.residual_scale,
-            residual_output=settings.residual_output,
-        )
+        self.multiple_px = recipe.rrdb.phases
+        self.network = RrdbNet(**recipe.rrdb.model_dump())
 
     def make_source(self) -> Source:
         """Read the sharp images, and make or estimate the kernels that blur them."""

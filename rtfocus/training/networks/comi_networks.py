@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rtfocus.config.sections import Section
+from rtfocus.training.layers import zeroed
 from rtfocus.training.recipe import Count, OptimiserRecipe, PairRecipe
 
 Upsampling = Literal["resize", "transposed"]
@@ -33,7 +34,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__()
-        second = nn.Conv2d(width, width, 3, padding=1)
+        # Every block starts as the identity: nine of them in a row, without a norm,
+        # would multiply what one step of the optimiser changes.
+        second = zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.body = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1),
             *_norm(norm, width),
@@ -41,10 +44,6 @@ class ResidualBlock(nn.Module):
             second,
             *_norm(norm, width),
         )
-        # Every block starts as the identity: nine of them in a row, without a norm,
-        # would multiply what one step of the optimiser changes.
-        nn.init.zeros_(second.weight)
-        nn.init.zeros_(second.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return maps of the shape of the input, (N, width, H, W)."""
@@ -104,9 +103,7 @@ class Generator(nn.Module):
             *_upsampling(2 * width, width, upsampling, norm),
         ]
         self.body = nn.Sequential(*layers)
-        self.output = nn.Conv2d(width, 1, 7, padding=3)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+        self.output = zeroed(nn.Conv2d(width, 1, 7, padding=3))
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Return translated tiles (N, 1, H, W); H and W are multiples of 4."""

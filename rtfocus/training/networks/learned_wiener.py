@@ -27,10 +27,9 @@ from rtfocus.training.recipe import Count, PairRecipe, PairsRecipe
 from rtfocus.training.task import (
     Arrays,
     Graph,
-    PairTask,
+    RestorerTask,
     Tensors,
     gain_db,
-    restorer_card,
 )
 
 CONDITION = ("sampling", "spherical_waves", "defocus_levels")
@@ -168,10 +167,16 @@ class LearnedWienerRecipe(PairRecipe):
     learned_wiener: LearnedWienerSection = LearnedWienerSection()
 
 
-class LearnedWienerTask(PairTask[LearnedWienerRecipe]):
+class LearnedWienerTask(RestorerTask[LearnedWienerRecipe]):
     """Negative PSNR of each tile's inner part; the filter is part of the loss."""
 
     network: LearnedWiener
+    description = (
+        f"Wiener filter, signal-to-noise ratio in {BANDS} bands per tile learned."
+    )
+    tile_px = TILE_PX
+    halo_px = HALO_PX
+    multiple_px = TILE_PX
 
     def __init__(self, recipe: LearnedWienerRecipe) -> None:
         super().__init__(recipe)
@@ -208,15 +213,8 @@ class LearnedWienerTask(PairTask[LearnedWienerRecipe]):
 
     def card(self) -> dict[str, Any]:
         """Return the card of a learned Wiener engine."""
-        card = restorer_card(
-            self.recipe.pairs,
-            f"Wiener filter, signal-to-noise ratio in {BANDS} bands per tile learned.",
-            tile_px=TILE_PX,
-            halo_px=HALO_PX,
-            multiple_px=TILE_PX,
-        )
         return {
-            **card,
+            **super().card(),
             "implementation": "builtin:learned_wiener",
             "condition": {"name": "condition", "entries": list(CONDITION)},
             "output": {"name": "log_snr"},

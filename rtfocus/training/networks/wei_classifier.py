@@ -38,11 +38,13 @@ from rtfocus.training.layers import (
 )
 from rtfocus.training.recipe import SignedClassRecipe, SignedRecipe
 from rtfocus.training.scenes import (
+    POINT,
     Exposure,
     Pool,
     SceneSource,
     SharpField,
     draw_exposure,
+    lively_window,
     load_fields,
 )
 from rtfocus.training.task import (
@@ -62,7 +64,6 @@ LABELS: tuple[int, ...] = (-2, -1, 0, 1, 2)
 """Class of every output: near focus is negative, far focus positive."""
 PATCH_PX = 224
 
-_NO_BLUR = np.ones((1, 1), dtype=np.float32)
 _STAINED_SCALE = (1.1, 1.9)
 _LEAST_SPHERICAL = -0.1
 
@@ -108,7 +109,7 @@ class SignedScenes:
         for place in nominal:
             jitter = 0.0 if self._exact else rng.uniform(-1, 1) * signed.jitter_um
             sharp = place == 0 and not ideal
-            psfs.append(_NO_BLUR if sharp else _psf(optics, (place + jitter) * unit))
+            psfs.append(POINT if sharp else _psf(optics, (place + jitter) * unit))
         blurred = np.clip(blur_stack(light, psfs), 0, 1)
         planes = blurred[:, None] if blurred.ndim == 3 else np.moveaxis(blurred, 3, 1)
         return SignedScene(np.ascontiguousarray(planes), tuple(nominal))
@@ -230,14 +231,11 @@ class SignedPatches:
 
 
 def cut_patch(plane: Image, rng: np.random.Generator) -> Image:
-    """Cut a patch at random; empty ones teach little and are mostly drawn again."""
-    for _ in range(_DRAWS):
-        top, left = (int(rng.integers(n - PATCH_PX + 1)) for n in plane.shape[1:])
-        window = plane[:, top : top + PATCH_PX, left : left + PATCH_PX]
-        seen = window[:, ::4, ::4]
-        if float(seen.max() - seen.min()) > _VISIBLE:
-            break
-    return window
+    """Cut a patch at random, seldom an empty one."""
+    window = lively_window(
+        plane, PATCH_PX, rng, contrast=_VISIBLE, step=4, draws=_DRAWS
+    )
+    return plane[:, *window]
 
 
 def photograph(

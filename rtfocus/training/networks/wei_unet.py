@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
-from rtfocus.training.layers import double
+from rtfocus.training.layers import double, zeroed
 from rtfocus.training.networks.wei_kernel import (
     UNKNOWN_CLASS,
     WeiKernelNet,
@@ -28,12 +28,11 @@ from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
 from rtfocus.training.task import (
     Arrays,
     Graph,
-    PairTask,
+    RestorerTask,
     Source,
     Tensors,
     frames_graph,
     gain_db,
-    restorer_card,
 )
 
 CONDITION = ("defocus_levels", "defocus_known")
@@ -61,9 +60,7 @@ class KernelGuide(nn.Module):
         super().__init__()
         self.first = nn.Linear(kernel_px**2, hidden)
         self.second = nn.Linear(hidden, hidden)
-        self.last = nn.Linear(hidden, 2 * channels)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = zeroed(nn.Linear(hidden, 2 * channels))
 
     def forward(self, features: Tensor, flat: Tensor) -> Tensor:
         """Return ``r (1 + x(k)) + b(k)``, one weight and bias per channel."""
@@ -138,8 +135,7 @@ class WeiUNet(nn.Module):
         self.head = guided(widths[0], head) if phases > 1 else None
         self.output = nn.Conv2d(head, 1, 3, padding=1)
         if residual_output:
-            nn.init.zeros_(self.output.weight)
-            nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+            zeroed(self.output)
 
     def forward(self, tiles: Tensor, kernel: Tensor) -> Tensor:
         """Restore tiles.
@@ -233,8 +229,6 @@ def defocus_classes(
     return torch.where(known > 0, classes, unknown)
 
 
-_TILE_PX = 256
-_HALO_PX = 32
 # Levels across a patch up to which one kernel describes it.
 _FLAT_LEVELS = 0.5
 # Below it the target is in part the input itself, which the PSF does not explain.
@@ -299,14 +293,17 @@ class WeiUNetRecipe(PairRecipe):
     stage: WeiStageSection = WeiStageSection()
 
 
-class WeiUNetTask(PairTask[WeiUNetRecipe]):
+class WeiUNetTask(RestorerTask[WeiUNetRecipe]):
     """Re-blur loss or image loss, as the stage asks for."""
 
     network: WeiRestorer
+    description = "Kernel extraction and kernel-guided U-Net (Wei et al. 2024)."
 
     def __init__(self, recipe: WeiUNetRecipe) -> None:
         super().__init__(recipe)
         kernel, unet = recipe.wei_kernel, recipe.wei_unet
+        # The kernel network pools three times.
+        self.multiple_px = max(unet.phases << (len(unet.widths) - 1), 8)
         self.network = WeiRestorer(
             WeiKernelNet(
                 kernel.size_px,
@@ -360,20 +357,13 @@ class WeiUNetTask(PairTask[WeiUNetRecipe]):
 
     def graph(self, network: nn.Module) -> Graph:
         """Return both networks as one graph, whichever stage was trained last."""
-        multiple = self._multiple_px()
-        sides_px = (6 * multiple, 8 * multiple)
+        sides_px = (6 * self.multiple_px, 8 * self.multiple_px)
         outputs = ("restored", "kernel")
         return frames_graph(network, sides_px, outputs, entries=len(CONDITION))
 
     def card(self) -> dict[str, Any]:
         """Return the card of a wei_unet engine."""
-        card = restorer_card(
-            self.recipe.pairs,
-            "Kernel extraction and kernel-guided U-Net (Wei et al. 2024).",
-            tile_px=_TILE_PX,
-            halo_px=_HALO_PX,
-            multiple_px=self._multiple_px(),
-        )
+        card = super().card()
         farthest = round(self.recipe.pairs.farthest_level)
         card["levels"]["count"] = farthest + 1
         card["condition"] = {"name": "condition", "entries": list(CONDITION)}
@@ -411,11 +401,6 @@ class WeiUNetTask(PairTask[WeiUNetRecipe]):
         if stage.bend:
             error = 2 * stage.bend * ((error + stage.bend**2).sqrt() - stage.bend)
         return error.mean(), {"gain_db": gain_db(blurred, restored, sharp)}
-
-    def _multiple_px(self) -> int:
-        unet = self.recipe.wei_unet
-        # The kernel network pools three times.
-        return max(unet.phases << (len(unet.widths) - 1), 8)
 
 
 def _defocus(
