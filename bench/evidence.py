@@ -50,6 +50,7 @@ from rtfocus.evaluation.samples import (
     IN_FOCUS,
     DataSet,
     Sample,
+    as_light,
     shown,
     windows,
 )
@@ -250,11 +251,9 @@ def _photographed(plane: Image, rng: np.random.Generator) -> Iterator[Image]:
         if min(image.shape) < _LEAST_PX:
             continue
         for number, window in enumerate(windows(image)):
-            dark = np.percentile(window, 0.5)
-            if (number and factor != 1.0) or window.max() <= dark:
-                continue
-            light = np.clip((window - dark) / (window.max() - dark), 0, 1)
-            yield light.astype(np.float32)
+            is_flat = window.max() <= np.percentile(window, 0.5)
+            if not is_flat and (number == 0 or factor == 1.0):
+                yield as_light(window)
 
 
 def _drawn(rng: np.random.Generator) -> Iterator[tuple[str, Image]]:

@@ -17,7 +17,7 @@ defocus but was never trained.
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -67,21 +67,50 @@ def told_the_blur(sample: Sample) -> float:
     Signal is expected to fall with the square of frequency; of fourteen noise levels
     the one counts that comes nearest to the sharp image.
     """
-    if sample.psf is None or sample.sharp is None:
+    psf = sample.psf
+    if psf is None or sample.sharp is None:
         msg = f"'{sample.name}' was not blurred on purpose"
         raise ValueError(msg)
+
+    def filters(shape: tuple[int, int]) -> Iterator[NDArray[np.generic]]:
+        transfer = transfer_function(psf, shape)
+        for noise in _NOISE:
+            falling = noise * 4 * _squared_frequency(shape)
+            yield np.conj(transfer) / (np.abs(transfer) ** 2 + falling)
+
+    return _best_gain(sample, filters)
+
+
+def told_a_gaussian(sample: Sample) -> float:
+    """Return the gain of the best Wiener filter of a Gaussian, in dB."""
+
+    def filters(shape: tuple[int, int]) -> Iterator[NDArray[np.generic]]:
+        square = _squared_frequency(shape)
+        for sigma_px, noise in product(_WIDTHS_PX, _GAUSSIAN_NOISE):
+            transfer = np.exp(-2 * (np.pi * sigma_px) ** 2 * square)
+            yield transfer / (transfer**2 + noise * 4 * square)
+
+    return _best_gain(sample, filters)
+
+
+def _squared_frequency(shape: tuple[int, int]) -> NDArray[np.float64]:
+    rows, columns = fft.fftfreq(shape[0])[:, None], fft.rfftfreq(shape[1])[None]
+    return np.asarray(rows**2 + columns**2)
+
+
+def _best_gain(
+    sample: Sample, filters: Callable[[tuple[int, int]], Iterable[NDArray[np.generic]]]
+) -> float:
+    """Return what the best of some filters, made for a padded shape, gains in dB."""
     frame = sample.pixels.astype(np.float32)
     padded = np.pad(frame, _PAD_PX, mode="symmetric")
     shape = padded.shape[0], padded.shape[1]
-    transfer, spectrum = transfer_function(sample.psf, shape), fft.rfft2(padded)
-    rows, columns = fft.fftfreq(shape[0])[:, None], fft.rfftfreq(shape[1])[None]
-    falling = 4 * (rows**2 + columns**2)
+    spectrum = fft.rfft2(padded)
     inside = slice(_PAD_PX, -_PAD_PX)
-    after = []
-    for noise in _NOISE:
-        gain = np.conj(transfer) / (np.abs(transfer) ** 2 + noise * falling)
-        restored = fft.irfft2(spectrum * gain, s=shape)[inside, inside]
-        after.append(_quality(sample, restored))
+    after = [
+        _quality(sample, fft.irfft2(spectrum * gain, s=shape)[inside, inside])
+        for gain in filters(shape)
+    ]
     return max(after) - _quality(sample, frame)
 
 
@@ -101,24 +130,6 @@ def told_the_gains(sample: Sample) -> float:
     gains = np.linalg.solve(products, basis @ (truth - frame).ravel())
     restored = frame + (gains @ basis).reshape(frame.shape)
     return _quality(sample, restored) - _quality(sample, frame)
-
-
-def told_a_gaussian(sample: Sample) -> float:
-    """Return the gain of the best Wiener filter of a Gaussian, in dB."""
-    frame = sample.pixels.astype(np.float32)
-    padded = np.pad(frame, _PAD_PX, mode="symmetric")
-    shape = padded.shape[0], padded.shape[1]
-    spectrum = fft.rfft2(padded)
-    rows, columns = fft.fftfreq(shape[0])[:, None], fft.rfftfreq(shape[1])[None]
-    square = rows**2 + columns**2
-    inside = slice(_PAD_PX, -_PAD_PX)
-    after = []
-    for sigma_px, noise in product(_WIDTHS_PX, _GAUSSIAN_NOISE):
-        transfer = np.exp(-2 * (np.pi * sigma_px) ** 2 * square)
-        gain = transfer / (transfer**2 + noise * 4 * square)
-        restored = fft.irfft2(spectrum * gain, s=shape)[inside, inside]
-        after.append(_quality(sample, restored))
-    return max(after) - _quality(sample, frame)
 
 
 class BareNetwork:

@@ -18,6 +18,7 @@ from rtfocus.calibration.report import (
     Calibration,
     focus_figures,
     focus_warnings,
+    match_planes,
     psf_panel,
     refusing,
     residual_panel,
@@ -25,7 +26,7 @@ from rtfocus.calibration.report import (
     valley_panel,
 )
 from rtfocus.calibration.stack_fit import ZStack
-from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match_planes
+from rtfocus.calibration.through_focus import FocusFit, fit_through_focus
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.figures import Panel
 from rtfocus.errors import InputError

@@ -23,8 +23,8 @@ from scipy import fft
 from rtfocus.calibration.pairs import (
     DEFOCUS_RANGE,
     ImagePair,
+    PairTrial,
     Reblurring,
-    Trial,
     refine,
     with_astigmatism,
 )
@@ -36,31 +36,23 @@ from rtfocus.calibration.report import (
     refusing,
     residual_panel,
 )
-from rtfocus.calibration.through_focus import LARGEST_APERTURE
+from rtfocus.calibration.through_focus import LARGEST_APERTURE, TOLERANCE_DB, Fit
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.figures import Axis, Panel
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf, psf_radius_px
 
 
-@dataclass(frozen=True, slots=True)
-class PsfFit:
-    """The best PSF, and how far others are from being as good."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PsfFit(Fit[PairTrial]):
+    """The fit of pairs; ``system.defocus_offset_um`` maps the nominal defocus to z."""
 
-    system: OpticalSystem
-    """The fitted optics; ``defocus_offset_um`` maps the nominal defocus to z."""
     nominal_defocus_um: float
     """The defocus the pairs were labelled with."""
-    best: Trial
-    """Parameters of the fit that was chosen."""
     unblurred_psnr_db: float
     """Sharp against defocused images without any PSF: where the fit started."""
-    local_optima: tuple[Trial, ...]
+    local_optima: tuple[PairTrial, ...]
     """One per NA and sign of W, best first."""
-    near: tuple[Trial, ...]
-    """All sets tried whose PSNR lies within `tolerance_db` of the best."""
-    tolerance_db: float
-    """What counts as equally good."""
 
     @property
     def sign_margin_db(self) -> float:
@@ -72,29 +64,18 @@ class PsfFit:
         ]
         return self.local_optima[0].psnr_db - max(others)
 
-    def spread(self, name: str) -> tuple[float, float]:
-        """Return the smallest and largest value of a parameter among `near`."""
-        values = [getattr(optimum, name) for optimum in self.near]
-        return min(values), max(values)
-
     def statement(self) -> str:
         """Say in one paragraph what was found and what the pairs cannot tell."""
         best = self.best
-        ranges = ", ".join(
-            "{} {:.3g} to {:.3g}".format(label, *self.spread(name))
-            for label, name in (
-                ("NA", "numerical_aperture"),
-                ("z", "defocus_um"),
-                ("W", "spherical_waves"),
-            )
+        ranges = self.ranges(
+            {"NA": "numerical_aperture", "z": "defocus_um", "W": "spherical_waves"}
         )
         return (
             f"nominal {self.nominal_defocus_um:g} um: z {best.defocus_um:.2f} um, "
             f"W {best.spherical_waves:.3f} waves at NA "
             f"{best.numerical_aperture:.3g}; re-blur PSNR {best.psnr_db:.2f} dB "
-            f"(without PSF {self.unblurred_psnr_db:.2f} dB). Equally good within "
-            f"{self.tolerance_db:g} dB: {ranges}. The other sign of W is "
-            f"{self.sign_margin_db:.2f} dB worse."
+            f"(without PSF {self.unblurred_psnr_db:.2f} dB). {ranges}. "
+            f"The other sign of W is {self.sign_margin_db:.2f} dB worse."
         )
 
 
@@ -107,7 +88,7 @@ def calibrate_psf(
     fit_intensity: bool = True,
     fit_astigmatism: bool = False,
     data_range: float = 255.0,
-    tolerance_db: float = 0.1,
+    tolerance_db: float = TOLERANCE_DB,
 ) -> PsfFit:
     """Fit defocus and spherical aberration, optionally NA and intensity, to pairs.
 
@@ -169,13 +150,9 @@ def calibrate_psf(
     best = _chosen(optima, start.numerical_aperture, tolerance_db)
     if fit_astigmatism:
         best = with_astigmatism(reblurring, best)
-    fitted = base.with_pupil(
-        best.numerical_aperture,
-        best.spherical_waves,
-        (best.astigmatism_waves, best.astigmatism_oblique_waves),
-    )
+    offset_um = best.defocus_um - nominal_defocus_um
     return PsfFit(
-        system=replace(fitted, defocus_offset_um=best.defocus_um - nominal_defocus_um),
+        system=replace(best.optics(base), defocus_offset_um=offset_um),
         nominal_defocus_um=nominal_defocus_um,
         best=best,
         unblurred_psnr_db=reblurring.unblurred_psnr_db(),
@@ -189,7 +166,9 @@ def calibrate_psf(
     )
 
 
-def _chosen(optima: Sequence[Trial], nominal: float, tolerance_db: float) -> Trial:
+def _chosen(
+    optima: Sequence[PairTrial], nominal: float, tolerance_db: float
+) -> PairTrial:
     """Take the best optimum, or one at the nominal NA that is as good."""
     best = optima[0]
     return next(
@@ -285,7 +264,7 @@ def _aperture_at(found: PsfFit, defocus_um: float) -> float:
 
     W = 0 has both signs: of two optima of one NA the better one counts.
     """
-    by_aperture: dict[float, Trial] = {}
+    by_aperture: dict[float, PairTrial] = {}
     for optimum in found.local_optima:
         if optimum.spherical_waves * found.best.spherical_waves >= 0:
             by_aperture.setdefault(optimum.numerical_aperture, optimum)
@@ -318,9 +297,6 @@ def _warnings(found: PsfFit) -> list[str]:
 
 
 def _figures(found: PsfFit, pairs: Sequence[ImagePair]) -> dict[str, Any]:
-    def numbers(trial: Trial) -> dict[str, float]:
-        return {key: round(value, 5) for key, value in asdict(trial).items()}
-
     names = ("numerical_aperture", "defocus_um", "spherical_waves")
     return {
         "kind": "pairs",
@@ -331,14 +307,11 @@ def _figures(found: PsfFit, pairs: Sequence[ImagePair]) -> dict[str, Any]:
         "data_range": pairs[0].full_scale,
         "nominal_defocus_um": found.nominal_defocus_um,
         "offset_of_nominal_um": round(found.system.defocus_offset_um, 4),
-        "best": numbers(found.best),
+        "best": found.best.numbers(),
         "unblurred_psnr_db": round(found.unblurred_psnr_db, 3),
         "sign_margin_db": round(found.sign_margin_db, 3),
-        "equally_good": {
-            "tolerance_db": found.tolerance_db,
-            **{name: [round(v, 4) for v in found.spread(name)] for name in names},
-        },
-        "optima": [numbers(trial) for trial in found.local_optima],
+        "equally_good": found.equally_good(names),
+        "optima": [trial.numbers() for trial in found.local_optima],
     }
 
 

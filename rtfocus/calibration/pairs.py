@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import fft
 from scipy.ndimage import fourier_shift, uniform_filter
 
-from rtfocus.calibration.through_focus import follow_down, quality
+from rtfocus.calibration.through_focus import Trial, follow_down, quality, spread_out
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import InputError
 from rtfocus.images.reading import open_images
@@ -83,11 +83,8 @@ def read_pairs(
             "give two files, or two folders with equal file names"
         )
         raise InputError(msg)
-    places = np.linspace(0, len(names) - 1, min(most, len(names)))
-    return [
-        _read_pair(name, first[name], second[name])
-        for name in (names[round(place)] for place in places)
-    ]
+    chosen = [names[place] for place in spread_out(len(names), most)]
+    return [_read_pair(name, first[name], second[name]) for name in chosen]
 
 
 def structured_window(image: Image, side_px: int) -> tuple[slice, slice]:
@@ -194,26 +191,16 @@ def _vertex(values: Image, peak: int) -> float:
     return (peak + offset + size / 2) % size - size / 2
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One set of parameters and how well it re-blurs the sharp images."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairTrial(Trial):
+    """A trial over pairs: how well it re-blurs the sharp images."""
 
-    psnr_db: float
-    """Of the re-blurred against the defocused images."""
-    numerical_aperture: float
-    """NA of the PSF."""
     defocus_um: float
     """Total defocus z of the PSF in um."""
-    spherical_waves: float
-    """Zernike spherical W in waves."""
     gain: float
     """Defocused intensity per re-blurred intensity; 1 where it is not fitted."""
     offset: float
     """Added after the gain; 0 where it is not fitted."""
-    astigmatism_waves: float = 0.0
-    """Vertical astigmatism in waves."""
-    astigmatism_oblique_waves: float = 0.0
-    """Oblique astigmatism in waves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +232,7 @@ class Reblurring:
         data_range: float,
     ) -> None:
         """Transform the sharp images once; see `calibrate_psf` for errors."""
-        self.trials: list[Trial] = []
+        self.trials: list[PairTrial] = []
         self._base = base
         self._fit_intensity = fit_intensity
         self._data_range = data_range
@@ -262,7 +249,7 @@ class Reblurring:
         *,
         astigmatism: tuple[float, float] = (0.0, 0.0),
         count: int | None = None,
-    ) -> Trial:
+    ) -> PairTrial:
         """Re-blur with one PSF; `count` restricts to the first pairs."""
         system = self._base.with_pupil(numerical_aperture, spherical_waves, astigmatism)
         psf = compute_psf(system, defocus_um, size_px=2 * self._half + 1)
@@ -270,7 +257,7 @@ class Reblurring:
         gain, offset, psnr_db = self._compare(
             [self._apply(pair, psf) for pair in pairs], pairs
         )
-        trial = Trial(
+        trial = PairTrial(
             psnr_db=psnr_db,
             numerical_aperture=numerical_aperture,
             defocus_um=defocus_um,
@@ -356,7 +343,7 @@ _ASTIGMATISM_STEP = 0.06
 
 def refine(
     reblurring: Reblurring, aperture: float, sign: float, nominal_um: float
-) -> Trial:
+) -> PairTrial:
     """Find the best z and W of one NA and one sign of W.
 
     The error has several valleys (a weak aberration can stand in for a strong one
@@ -377,10 +364,10 @@ def refine(
     return _descend(reblurring, start, sign, nominal_um, count=None, limit=_TRIALS)
 
 
-def with_astigmatism(reblurring: Reblurring, start: Trial) -> Trial:
+def with_astigmatism(reblurring: Reblurring, start: PairTrial) -> PairTrial:
     """Follow the error down from the best round PSF, both astigmatisms set free."""
 
-    def attempt(point: Floats) -> Trial:
+    def attempt(point: Floats) -> PairTrial:
         vertical, oblique = np.clip(point[2:] * _ASTIGMATISM_STEP, -1.0, 1.0)
         return reblurring.attempt(
             start.numerical_aperture,
@@ -397,16 +384,16 @@ def with_astigmatism(reblurring: Reblurring, start: Trial) -> Trial:
 
 def _descend(
     reblurring: Reblurring,
-    start: Trial,
+    start: PairTrial,
     sign: float,
     nominal_um: float,
     *,
     count: int | None,
     limit: int,
-) -> Trial:
+) -> PairTrial:
     """Follow the error down from one trial, within the limits of z and W."""
 
-    def attempt(point: Floats) -> Trial:
+    def attempt(point: Floats) -> PairTrial:
         factor = float(np.clip(point[0], *DEFOCUS_RANGE))
         waves = sign * float(np.clip(point[1], 0.0, _SPHERICAL_LIMIT))
         return reblurring.attempt(

@@ -18,7 +18,6 @@ from rtfocus.calibration.through_focus import (
     LARGEST_APERTURE,
     TOLERANCE_DB,
     FocusFit,
-    FocusTrial,
     PlaneModel,
     focus_valley,
 )
@@ -66,16 +65,22 @@ SHOWN_PX = 256
 _GAMMA = 0.5
 
 
-def centre(image: NDArray[np.generic], side_px: int = SHOWN_PX) -> NDArray[np.generic]:
+def centre(image: NDArray[np.generic]) -> NDArray[np.generic]:
     """Cut the middle out of an image and enlarge it to the side of a panel."""
-    sides = [min(side_px, length) for length in image.shape]
-    starts = [
-        (length - side) // 2 for length, side in zip(image.shape, sides, strict=True)
-    ]
-    rows, columns = (
-        slice(start, start + side) for start, side in zip(starts, sides, strict=True)
-    )
-    return enlarge(image[rows, columns], (SHOWN_PX, SHOWN_PX))
+    sides = [min(SHOWN_PX, length) for length in image.shape]
+    starts = [(n - side) // 2 for n, side in zip(image.shape, sides, strict=True)]
+    window = tuple(slice(a, a + side) for a, side in zip(starts, sides, strict=True))
+    return enlarge(image[window], (SHOWN_PX, SHOWN_PX))
+
+
+def match_planes(predicted: Image, measured: Image) -> Image:
+    """Return the predicted planes with the gain and offset of the measured ones."""
+    result = np.empty_like(measured)
+    for index, (first, second) in enumerate(zip(predicted, measured, strict=True)):
+        centred = first - first.mean()
+        gain = np.vdot(centred, second) / max(float(np.vdot(centred, centred)), 1e-30)
+        result[index] = gain * centred + second.mean()
+    return result
 
 
 def grey(
@@ -184,14 +189,11 @@ def focus_figures(fit: FocusFit) -> dict[str, Any]:
     """Return the fit as plain numbers."""
     names = ("numerical_aperture", "spherical_waves", "focus_um")
     return {
-        "best": _numbers(fit.best),
+        "best": fit.best.numbers(),
         "explained": round(fit.explained, 5),
         "sign_margin_db": round(fit.sign_margin_db, 3),
-        "equally_good": {
-            "tolerance_db": TOLERANCE_DB,
-            **{name: [round(v, 4) for v in fit.spread(name)] for name in names},
-        },
-        "profile": [_numbers(trial) for trial in fit.profile],
+        "equally_good": fit.equally_good(names),
+        "profile": [trial.numbers() for trial in fit.profile],
     }
 
 
@@ -254,10 +256,6 @@ def valley_panel(fit: FocusFit, model: PlaneModel, start: OpticalSystem) -> Pane
         Axis("focus (um)", float(foci[0]), float(foci[-1])),
         Axis("NA", float(apertures[-1]), float(apertures[0])),
     )
-
-
-def _numbers(trial: FocusTrial) -> dict[str, float]:
-    return {key: round(value, 5) for key, value in asdict(trial).items()}
 
 
 CONFIG_NAME = "optics.yaml"

@@ -20,12 +20,13 @@ from rtfocus.calibration.report import (
     focus_figures,
     focus_warnings,
     grey,
+    match_planes,
     refusing,
     residual_panel,
     section_panel,
     valley_panel,
 )
-from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, match_planes
+from rtfocus.calibration.through_focus import FocusFit, fit_through_focus, spread_out
 from rtfocus.channel import OpticalSystem
 from rtfocus.drawing.figures import Panel
 from rtfocus.errors import InputError
@@ -315,9 +316,9 @@ def _model(stack: ZStack, start: OpticalSystem) -> StackPlanes:
             "images, or planes nearer to focus"
         )
         raise InputError(msg)
-    places = np.linspace(0, len(usable) - 1, min(_MOST_PLANES, len(usable)))
+    places = spread_out(len(usable), _MOST_PLANES)
     # The sharpest plane is the source of all others and must be among them.
-    chosen = sorted({usable[round(place)] for place in places} | {sharpest})
+    chosen = sorted({usable[place] for place in places} | {sharpest})
     widest_um = float(distance[chosen].max())
     return refusing(
         lambda: StackPlanes(

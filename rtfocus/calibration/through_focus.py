@@ -8,11 +8,11 @@ remains open is the sign: a stage that runs the other way turns W into -W.
 Parameters are tried on a grid first, then followed downhill.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import log10
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +26,16 @@ LARGEST_APERTURE = 0.97
 """Largest NA tried, relative to the refractive index."""
 
 
-@dataclass(frozen=True, slots=True)
-class FocusTrial:
-    """One set of parameters and how well it predicts the planes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One set of parameters and how well it predicts the images."""
 
     psnr_db: float
-    """Of predicted against measured planes."""
+    """Of predicted against measured images."""
     numerical_aperture: float
     """NA of the PSF."""
     spherical_waves: float
     """Zernike spherical W in waves."""
-    focus_um: float
-    """z of the stack at which the defocus is 0."""
     astigmatism_waves: float = 0.0
     """Vertical astigmatism in waves."""
     astigmatism_oblique_waves: float = 0.0
@@ -51,39 +49,70 @@ class FocusTrial:
         )
         return replace(tried, psf_model="pupil", defocus_offset_um=0.0)
 
+    def numbers(self) -> dict[str, float]:
+        """Return the parameters by name, rounded for a report."""
+        return {key: round(value, 5) for key, value in asdict(self).items()}
 
-@dataclass(frozen=True, slots=True)
-class FocusFit:
-    """The best PSF of a stack, and how far others are from being as good."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FocusTrial(Trial):
+    """A trial over planes of one specimen."""
+
+    focus_um: float
+    """z of the stack at which the defocus is 0."""
+
+
+T = TypeVar("T", bound=Trial)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit(Generic[T]):
+    """The best PSF, and how far others are from being as good."""
 
     system: OpticalSystem
-    """The fitted optics; their defocus is ``z - best.focus_um``."""
-    best: FocusTrial
-    """Parameters of the best fit."""
-    explained: float
-    """Share of the planes' variance that the fit predicts, 0 to 1."""
-    profile: tuple[FocusTrial, ...]
-    """The best fit of every NA tried, by NA."""
-    sign_margin_db: float
-    """PSNR that the best round fit with the other sign of W loses."""
-    near: tuple[FocusTrial, ...]
-    """All trials over all planes within `TOLERANCE_DB` of the best."""
+    """The fitted optics."""
+    best: T
+    """Parameters of the fit that was chosen."""
+    near: tuple[T, ...]
+    """All trials over all images within `tolerance_db` of the best."""
+    tolerance_db: float = TOLERANCE_DB
+    """What counts as equally good."""
 
     def spread(self, name: str) -> tuple[float, float]:
         """Return the smallest and largest value of a parameter among `near`."""
         values = [getattr(trial, name) for trial in self.near]
         return min(values), max(values)
 
+    def equally_good(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the spread of some parameters as plain numbers."""
+        spreads = {name: [round(v, 4) for v in self.spread(name)] for name in names}
+        return {"tolerance_db": self.tolerance_db, **spreads}
+
+    def ranges(self, labels: Mapping[str, str]) -> str:
+        """Say which values are equally good; `labels` are parameters by label."""
+        said = ", ".join(
+            "{} {:.3g} to {:.3g}".format(label, *self.spread(name))
+            for label, name in labels.items()
+        )
+        return f"Equally good within {self.tolerance_db:g} dB: {said}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FocusFit(Fit[FocusTrial]):
+    """The fit of a stack; defocus is ``z - best.focus_um``."""
+
+    explained: float
+    """Share of the planes' variance that the fit predicts, 0 to 1."""
+    profile: tuple[FocusTrial, ...]
+    """The best fit of every NA tried, by NA."""
+    sign_margin_db: float
+    """PSNR that the best round fit with the other sign of W loses."""
+
     def statement(self) -> str:
         """Say in one paragraph what was found and what the stack cannot tell."""
         best = self.best
-        ranges = ", ".join(
-            "{} {:.3g} to {:.3g}".format(label, *self.spread(name))
-            for label, name in (
-                ("NA", "numerical_aperture"),
-                ("W", "spherical_waves"),
-                ("focus", "focus_um"),
-            )
+        ranges = self.ranges(
+            {"NA": "numerical_aperture", "W": "spherical_waves", "focus": "focus_um"}
         )
         astigmatism = np.hypot(best.astigmatism_waves, best.astigmatism_oblique_waves)
         extra = f", astigmatism {astigmatism:.3f} waves" if astigmatism else ""
@@ -96,8 +125,8 @@ class FocusFit:
             f"focus at z {best.focus_um:.2f} um, NA {best.numerical_aperture:.3f}, "
             f"W {best.spherical_waves:.3f} waves{extra}; the fit predicts "
             f"{100 * self.explained:.1f} % of the variance (PSNR {best.psnr_db:.2f} "
-            f"dB). Equally good within {TOLERANCE_DB:g} dB: {ranges}. {sign}; a stage "
-            "whose z runs the other way turns W into -W."
+            f"dB). {ranges}. {sign}; a stage whose z runs the other way turns W into "
+            "-W."
         )
 
 
@@ -133,16 +162,6 @@ class PlaneModel(Protocol):
         ...
 
 
-def match_planes(predicted: Image, measured: Image) -> Image:
-    """Return the predicted planes with the gain and offset of the measured ones."""
-    result = np.empty_like(measured)
-    for index, (first, second) in enumerate(zip(predicted, measured, strict=True)):
-        centred = first - first.mean()
-        gain = np.vdot(centred, second) / max(float(np.vdot(centred, centred)), 1e-30)
-        result[index] = gain * centred + second.mean()
-    return result
-
-
 def unexplained(predicted: Image, measured: Image) -> tuple[float, float]:
     """Return the mean squared error after gain and offset, and the variance."""
     first = predicted - predicted.mean()
@@ -160,8 +179,12 @@ _APERTURE_FACTORS = (0.65, 0.8, 1.0, 1.25, 1.6)
 _SPHERICAL_WAVES = (-0.4, -0.15, 0.15, 0.4)
 _FOCUS_UNITS = (-1.5, -0.75, 0.0, 0.75, 1.5)
 _APERTURE_RANGE = (0.4, 2.2)
-_SPHERICAL_LIMIT = 1.0
-_ASTIGMATISM_LIMIT = 0.6
+_LIMITS = {
+    "spherical_waves": (-1.0, 1.0),
+    "astigmatism_waves": (-0.6, 0.6),
+    "astigmatism_oblique_waves": (-0.6, 0.6),
+    "focus_um": (-np.inf, np.inf),
+}
 # Trials of a descent at a given NA.
 _PROFILE_TRIALS = 20
 
@@ -192,10 +215,9 @@ class FocusSearch:
         self._start = start
         self._fit_aperture = fit_aperture
         self._range = float(np.ptp(model.measured))
-        self._largest = min(
-            _APERTURE_RANGE[1] * start.numerical_aperture,
-            LARGEST_APERTURE * start.refractive_index,
-        )
+        lowest, highest = (x * start.numerical_aperture for x in _APERTURE_RANGE)
+        self._largest = min(highest, LARGEST_APERTURE * start.refractive_index)
+        self._limits = {**_LIMITS, "numerical_aperture": (lowest, self._largest)}
 
     def grid(self, planes: Sequence[int]) -> list[FocusTrial]:
         """Try every combination of the coarse search."""
@@ -252,8 +274,13 @@ class FocusSearch:
         scale = np.abs(steps)
 
         def attempt(point: Floats) -> FocusTrial:
-            values = dict(zip(names, map(float, point * scale), strict=True))
-            return self.attempt(self._limited(replace(start, **values), sign), planes)
+            values = {
+                name: float(np.clip(value, *self._limits[name]))
+                for name, value in zip(names, point * scale, strict=True)
+            }
+            if sign:
+                values["spherical_waves"] = sign * abs(values["spherical_waves"])
+            return self.attempt(replace(start, **values), planes)
 
         origin = np.array([getattr(start, name) for name in names]) / scale
         corners = np.vstack([np.zeros(len(names)), np.diag(np.sign(steps))])
@@ -264,27 +291,10 @@ class FocusSearch:
         self, best: FocusTrial, factor: float, planes: Sequence[int]
     ) -> FocusTrial:
         """Return the best fit at another NA, from the same W and focus."""
-        aperture = min(factor * best.numerical_aperture, self._largest)
+        limits = self._limits["numerical_aperture"]
+        aperture = float(np.clip(factor * best.numerical_aperture, *limits))
         moved = replace(best, numerical_aperture=aperture)
         return self.descend(moved, planes, _PROFILE_TRIALS, fixed_aperture=True)
-
-    def _limited(self, trial: FocusTrial, sign: float) -> FocusTrial:
-        lowest = _APERTURE_RANGE[0] * self._start.numerical_aperture
-        waves = float(
-            np.clip(trial.spherical_waves, -_SPHERICAL_LIMIT, _SPHERICAL_LIMIT)
-        )
-        limit = _ASTIGMATISM_LIMIT
-        return replace(
-            trial,
-            numerical_aperture=float(
-                np.clip(trial.numerical_aperture, lowest, self._largest)
-            ),
-            spherical_waves=sign * abs(waves) if sign else waves,
-            astigmatism_waves=float(np.clip(trial.astigmatism_waves, -limit, limit)),
-            astigmatism_oblique_waves=float(
-                np.clip(trial.astigmatism_oblique_waves, -limit, limit)
-            ),
-        )
 
     def _errors(self, trial: FocusTrial, planes: Sequence[int]) -> tuple[float, float]:
         """Return the mean squared error, and the mean variance of the planes."""
@@ -295,19 +305,7 @@ class FocusSearch:
         return float(errors[:, 0].mean()), float(errors[:, 1].mean())
 
 
-class Rated(Protocol):
-    """A trial of any fit."""
-
-    @property
-    def psnr_db(self) -> float:
-        """What makes one trial better than another."""
-        ...
-
-
-T = TypeVar("T", bound=Rated)
-
-
-def quality(trial: Rated) -> float:
+def quality(trial: Trial) -> float:
     """Return what makes one trial better than another."""
     return trial.psnr_db
 
@@ -380,22 +378,18 @@ def fit_through_focus(
     """
     search = FocusSearch(model, start, fit_aperture=fit_aperture)
     count = len(model.z_um)
-    every, few = tuple(range(count)), _spread_out(count, _SEARCH_PLANES)
+    every, few = tuple(range(count)), spread_out(count, _SEARCH_PLANES)
     coarse = sorted(search.grid(few), key=quality, reverse=True)
-    valleys = {
-        sign: max(
-            (
-                search.descend(trial, few, _SEARCH_TRIALS, sign=sign)
-                for trial in _of_sign(coarse, sign)[:_SEARCH_STARTS]
-            ),
-            key=quality,
-        )
-        for sign in (-1.0, 1.0)
-    }
-    found = [
-        search.descend(trial, every, _TRIALS, sign=sign)
-        for sign, trial in valleys.items()
-    ]
+    found = []
+    for sign in (-1.0, 1.0):
+        # W = 0 has both signs.
+        starts = [trial for trial in coarse if trial.spherical_waves * sign >= 0.0]
+        valleys = [
+            search.descend(trial, few, _SEARCH_TRIALS, sign=sign)
+            for trial in starts[:_SEARCH_STARTS]
+        ]
+        lowest = max(valleys, key=quality)
+        found.append(search.descend(lowest, every, _TRIALS, sign=sign))
     best, mirrored = sorted(found, key=quality, reverse=True)
     profile = [best]
     if fit_aperture:
@@ -429,7 +423,7 @@ def focus_valley(
 ) -> Floats:
     """Return the PSNR over NA (rows) and focus (columns), W and the rest as best."""
     search = FocusSearch(model, start, fit_aperture=True)
-    few = _spread_out(len(model.z_um), _SEARCH_PLANES)
+    few = spread_out(len(model.z_um), _SEARCH_PLANES)
     psnr_db = [
         search.attempt(
             replace(best, numerical_aperture=float(a), focus_um=float(z)), few
@@ -439,12 +433,7 @@ def focus_valley(
     return np.array(psnr_db).reshape(len(apertures), len(focus_um))
 
 
-def _of_sign(trials: Sequence[FocusTrial], sign: float) -> list[FocusTrial]:
-    """Select the trials whose W has a sign; W = 0 belongs to both."""
-    return [trial for trial in trials if trial.spherical_waves * sign >= 0.0]
-
-
-def _spread_out(count: int, wanted: int) -> tuple[int, ...]:
-    """Choose evenly spaced indices, first and last included."""
-    places = np.linspace(0, count - 1, min(count, wanted))
-    return tuple(sorted({round(place) for place in places}))
+def spread_out(count: int, most: int) -> tuple[int, ...]:
+    """Choose at most so many of some numbered things, evenly, first and last too."""
+    places = np.linspace(0, count - 1, min(count, most))
+    return tuple(round(place) for place in places)

@@ -28,6 +28,7 @@ from rtfocus.evaluation.samples import (
     DataSet,
     Field,
     Sample,
+    as_light,
     matching_tiffs,
     middle,
     plane_name,
@@ -382,10 +383,7 @@ def _lights(path: Path, size: float) -> Iterator[tuple[str, Image]]:
             if size != 1.0:
                 plane = zoom(gaussian_filter(plane, _ANTI_ALIAS / size), size, order=1)
             rows, columns = (middle(side, _SHARP_SIDE_PX) for side in plane.shape)
-            pixels = plane[rows, columns]
-            dark = np.percentile(pixels, 0.5)
-            light = np.clip((pixels - dark) / (pixels.max() - dark), 0.0, 1.0)
-            yield plane_name(series.name, index), np.asarray(light, dtype=np.float32)
+            yield plane_name(series.name, index), as_light(plane[rows, columns])
 
 
 _PUBLISHED = {**REAL_SETS, unseen.__name__: unseen}

@@ -13,7 +13,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.evaluate import Outcome, evaluate, standing
 from rtfocus.evaluation.own_fields import OwnField, OwnFields, Side, choose_fields
 from rtfocus.evaluation.samples import DataSet, own_set
-from rtfocus.evaluation.scorecard import markdown, save_side_by_side
+from rtfocus.evaluation.scorecard import markdown, save_side_by_side, table
 from rtfocus.evaluation.scores import Standing, Verdict, judge
 from rtfocus.files import remove, whole
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
@@ -197,8 +196,7 @@ class _Plan:
         """Choose the fields."""
         if "fields" not in self._known:
             folder = self._work / _FIELDS
-            with suppress(FileNotFoundError):
-                shutil.rmtree(folder)
+            remove(folder)
             folder.mkdir()
             text = self._wish.optics
             stated = StatedOptics(stated_optics(text), text) if text else None
@@ -309,8 +307,7 @@ def _exported(
     gains: dict[str, float] = {}
     for how, mean_with in candidates.items():
         folder = work / "exports" / how.replace(" ", "_")
-        with suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        remove(folder)
         export_engine(checkpoint, folder, name=name, mean_with=mean_with)
         one = contender(str(folder), classifier=_CLASSIFIER, blind=False)
         gains[how] = standing(_outcome(one, data)).gain_db
@@ -318,8 +315,7 @@ def _exported(
     best = max(gains, key=lambda how: gains[how])
     say(f"what was learned is taken {best} (validation: {said})")
     engine = work / name
-    with suppress(FileNotFoundError):
-        shutil.rmtree(engine)
+    remove(engine)
     (work / "exports" / best.replace(" ", "_")).rename(engine)
     return engine
 
@@ -402,17 +398,18 @@ def _describe(
 
 
 def _standings_table(standings: Sequence[Standing]) -> list[str]:
+    columns = ("engine", "gain dB", "worst frame dB", "in focus dB", "own planes dB")
     rows = [
-        "| engine | gain dB | worst frame dB | in focus dB | own planes dB |",
-        "|---|---|---|---|---|",
+        [
+            one.name,
+            f"{one.gain_db:+.2f}",
+            f"{one.worst_db:+.2f}",
+            f"{one.in_focus_db:.1f}",
+            "" if one.own_planes_db is None else f"{one.own_planes_db:+.2f}",
+        ]
+        for one in standings
     ]
-    for one in standings:
-        planes = "" if one.own_planes_db is None else f"{one.own_planes_db:+.2f}"
-        rows.append(
-            f"| {one.name} | {one.gain_db:+.2f} | {one.worst_db:+.2f} | "
-            f"{one.in_focus_db:.1f} | {planes} |"
-        )
-    return rows
+    return table(columns, rows)
 
 
 def _verdict_of(engine: Path) -> Verdict:

@@ -19,6 +19,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 
 from rtfocus.autofocus.appearance import FREQUENCIES, amplitude_spectrum, sharpness
 from rtfocus.calibration.pairs import structured_window
+from rtfocus.calibration.through_focus import spread_out
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError, InputError
 from rtfocus.evaluation.samples import plane_name
@@ -169,9 +170,7 @@ def _too_few(count: int, left_out: Sequence[str]) -> str:
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
     """Return all, or as many as allowed, evenly spaced."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(n)] for n in np.linspace(0, len(items) - 1, most)]
+    return [items[n] for n in spread_out(len(items), most)]
 
 
 def _channel_number(series: ImageSeries, channel: str | None) -> int:

@@ -124,6 +124,13 @@ def plane_name(series: str, index: Mapping[str, int]) -> str:
     return series + "".join(f" {axis}{n}" for axis, n in index.items() if n)
 
 
+def as_light(counts: Image) -> Image:
+    """Return an image whose darkest percentile is 0 and whose brightest pixel is 1."""
+    dark = np.percentile(counts, 0.5)
+    light = np.clip((counts - dark) / (counts.max() - dark), 0, 1)
+    return np.asarray(light, dtype=np.float32)
+
+
 def middle(length_px: int, most_px: int) -> slice:
     """Return the middle of an axis, at most so many pixels.
 
@@ -201,9 +208,7 @@ def _lights(
         for place in kind.places:
             plane = luminance(series.read(**planes[place]).astype(np.float32))
             for number, window in enumerate(windows(plane)):
-                dark = np.percentile(window, 0.5)
-                light = np.clip((window - dark) / (window.max() - dark), 0, 1)
-                yield f"{series.name} {place} {number}", light.astype(np.float32)
+                yield f"{series.name} {place} {number}", as_light(window)
 
 
 GREEN = np.array([0.0, 1.0, 0.0], np.float32)

@@ -324,7 +324,7 @@ def markdown(
         ("Defocus of tiles", LEVEL_COLUMNS, levels),
     ):
         if rows:
-            lines += ["", f"## {heading}", "", *_table(columns, rows)]
+            lines += ["", f"## {heading}", "", *table(columns, rows)]
     by_group = [line for one in outcomes for line in _groups(one)]
     if by_group:
         lines += ["", "## By group", "", *by_group]
@@ -378,10 +378,11 @@ def _groups(one: Outcome) -> list[str]:
         rows.append(row)
     columns = ("group", "before dB", "after dB", "SSIM", "tiles", "right", "within one")
     heading = f"**{one.contender.title}** on {one.data.name}"
-    return [heading, "", *_table(columns, rows), ""]
+    return [heading, "", *table(columns, rows), ""]
 
 
-def _table(columns: Sequence[str], rows: Rows) -> list[str]:
+def table(columns: Sequence[str], rows: Rows) -> list[str]:
+    """Return the lines of a table in Markdown."""
     return [
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),

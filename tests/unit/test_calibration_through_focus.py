@@ -7,8 +7,9 @@ import pytest
 
 from rtfocus.calibration.bead_fit import BeadPlanes, find_beads
 from rtfocus.calibration.pair_fit import measure_psf
+from rtfocus.calibration.report import match_planes
 from rtfocus.calibration.stack_fit import StackPlanes
-from rtfocus.calibration.through_focus import fit_through_focus, match_planes
+from rtfocus.calibration.through_focus import fit_through_focus
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf

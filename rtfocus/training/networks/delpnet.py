@@ -364,11 +364,10 @@ class DelpNetTask(LevelTask[DelpNetRecipe]):
             if weights[name].shape != parameter.shape:
                 msg = f"'{name}' is {tuple(weights[name].shape)}"
                 raise RuntimeError(msg)
-        names = [n.removesuffix(".weight") for n in own if n.startswith("features.")]
         convolutions = [
-            (weights[f"{name}.weight"], weights[f"{name}.bias"])
-            for name in names
-            if not name.endswith(".bias")
+            (weights[name], weights[name.replace(".weight", ".bias")])
+            for name in own
+            if name.startswith("features.") and name.endswith(".weight")
         ]
         batches = [
             torch.from_numpy(self.batch(0, draw)["crops"])
