@@ -38,7 +38,7 @@ from rtfocus.errors import (
     replacement,
 )
 from rtfocus.frame import Role, SeriesEnd, SeriesStart, Slot
-from rtfocus.launch import SideProcess, on_free_ports, paired
+from rtfocus.launch import SideProcess, on_free_ports, paired, takes_files
 from rtfocus.metrics import STOPPED_HERE
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.monitor import FocusLog, Monitor, SeriesReader
@@ -237,6 +237,7 @@ def _process(
     on_series: Callable[[SeriesStart], None] = lambda _: None,
 ) -> Path | None:
     """Process one series; `patient`, `unwanted`: see `FrameReceiver.wait_series`."""
+    takes_files(config.run.folder)
     with (
         closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
         closing(open_processor(config)) as processor,
@@ -324,7 +325,7 @@ class SeriesLoop:
 
     def _run_workers(self, writer: RunWriter) -> RtfocusError | None:
         """Run the main loop: all workers, to the end of the series."""
-        capacity = self._receiver.slots.count
+        capacity = self._monitor.slots = self._receiver.slots.count
         to_estimate: BoundedQueue[Arrival] = BoundedQueue("estimate", capacity)
         to_write: BoundedQueue[Arrival] = BoundedQueue("write", capacity)
         self._monitor.queues = (to_estimate, to_write)
@@ -419,7 +420,6 @@ class SeriesLoop:
         self._monitor.free_bytes = status.free_bytes
         self._monitor.time_to_full_s = status.time_to_full_s
         self._monitor.free_slots = self._receiver.slots.free
-        self._monitor.slots = self._receiver.slots.count
 
     def _durable(self, sequence: int) -> None:
         """Tell the microscope side that it may forget this frame."""

@@ -10,6 +10,7 @@ dies stops its child too.
 """
 
 import getpass
+import os
 import secrets
 import socket
 import subprocess
@@ -106,9 +107,15 @@ class SideProcess:
     ----------
     command
         ``acquire``: one series; ``process``: one series after the other.
+
+    Raises
+    ------
+    WriterError
+        If nothing can be written where the run is to be; nothing is started then.
     """
 
     def __init__(self, config: Config, command: Literal["acquire", "process"]) -> None:
+        takes_files(config.run.folder)
         self._side = "microscope" if command == "acquire" else "processor"
         self._folder = tempfile.TemporaryDirectory(prefix="rtfocus-")
         path = Path(self._folder.name) / "config.yaml"
@@ -308,17 +315,20 @@ def _disk(config: Config, series: SeriesStart | None) -> str:
         parent, text = folder.parent, str(folder)
         header = RunHeader(series, config.store, None, config.store.restored, {})
         planned = planned_bytes(header)
-    places = (parent.absolute(), *parent.absolute().parents)
-    existing = next(place for place in places if place.exists())
+    existing = takes_files(parent)
     check_space(existing, planned or 0, int(config.store.min_free_mb * 1e6))
-    _write_into(existing)
     free = f"{free_bytes(existing) / 1e9:.0f} GB free"
     size = "" if planned is None else f", {planned / 1e9:.2g} GB before compression"
     return f"{text}: {free}{size}"
 
 
-def _write_into(folder: Path) -> None:
-    """Try it: rights alone do not tell on every system."""
+def takes_files(run_folder: Path) -> Path:
+    """Return what there is of a run.folder; refuse one that nothing can be written in.
+
+    It is tried: rights alone do not tell on every system.
+    """
+    places = (run_folder.absolute(), *run_folder.absolute().parents)
+    folder = next(place for place in places if os.path.exists(place))
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -328,3 +338,4 @@ def _write_into(folder: Path) -> None:
             "choose another run.folder"
         )
         raise WriterError(msg) from error
+    return folder

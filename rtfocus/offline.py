@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from rtfocus.channel import Channel, OpticalSystem
@@ -45,6 +46,12 @@ from rtfocus.processing.windows import FrameTiles
 _UID = "offline"
 _LEAST_PX = 48
 """Least side of an image that is looked at once more at half the size of another."""
+_LEAST_TO_CLASSIFY_PX = 16
+"""Of smaller crops of real fields, mirrored to fill a tile, networks tell other levels
+than of a whole tile there."""
+_BYTES_PER_PX = 50
+"""Memory that an image takes, measured: 46 (`wiener`, 2000 to 6000 pixels a side).
+Where it is not there some systems end the process without a word."""
 
 
 Scale = tuple[float, int, DeviationCard | None]
@@ -115,7 +122,7 @@ class ImageProcessor:
         EngineError
             If there is no engine, it does not fit the optics or fails.
         InputError
-            If the array is not an image.
+            If the array is not an image, or too small to tell.
         """
         return self._process(image, channel, restore=False)
 
@@ -165,6 +172,8 @@ class ImageProcessor:
     ) -> FrameResult:
         try:
             pixels = checked_image(image)
+            if not restore:
+                _refuse_too_small(pixels)
             with self._one_at_a_time:
                 if self._open_in != os.getpid():
                     # Threads do not cross a fork: what is asked there stays unanswered.
@@ -246,6 +255,7 @@ class ImageProcessor:
         kind = (pixels.shape, pixels.dtype.str, channel)
         if kind == self._started:
             return
+        _refuse_too_large(pixels)
         self._started = None
         optics, self._scale = self._settled(channel)
         series = SeriesStart(
@@ -296,6 +306,26 @@ def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
     if optics is not None or any(channel.optics for channel in config.channels):
         return config
     return config.with_processing(blind=True)
+
+
+def _refuse_too_small(pixels: NDArray[np.generic]) -> None:
+    if min(pixels.shape[:2]) < _LEAST_TO_CLASSIFY_PX:
+        msg = (
+            f"the image of shape {pixels.shape} is too small to tell its defocus; "
+            f"give at least {_LEAST_TO_CLASSIFY_PX} pixels along y and x"
+        )
+        raise InputError(msg)
+
+
+def _refuse_too_large(pixels: NDArray[np.generic]) -> None:
+    needed = _BYTES_PER_PX * pixels.size
+    if needed > (free := psutil.virtual_memory().available):
+        msg = (
+            f"an image of shape {pixels.shape} takes {needed / 1e9:.1f} GB of memory "
+            f"to process, {free / 1e9:.1f} GB are free; give parts of it, or close "
+            "other programs"
+        )
+        raise InputError(msg)
 
 
 def _result_of(ticket: Ticket) -> FrameResult:

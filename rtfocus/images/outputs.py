@@ -311,7 +311,10 @@ def _try_writing(target: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or error
-        msg = f"'{target}' cannot be written: '{place}' takes no files ({reason})"
+        msg = (
+            f"'{target}' cannot be written: '{place}' takes no files ({reason}); "
+            "give another place"
+        )
         raise OutputError(msg) from error
 
 

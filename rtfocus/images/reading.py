@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from rtfocus.errors import InputError
+from rtfocus.errors import ConfigError, InputError
 from rtfocus.images.metadata import RUN_ENDING, is_zarr, written_by_rtfocus
 from rtfocus.images.micro_manager import (
     is_ndtiff,
@@ -274,6 +274,37 @@ def open_images(path: Path) -> list[ImageSeries]:
     return found.series
 
 
+def read_even_field(path: Path, offset_counts: float) -> NDArray[np.float32]:
+    """Read a picture of an even field, ``camera.flat_field``, as shares of its mean.
+
+    Parameters
+    ----------
+    path
+        Of an image of one plane.
+    offset_counts
+        Counts in the dark, which are in it too.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or has no light above the offset to divide by.
+    """
+    try:
+        field = np.asarray(open_images(path)[0].read(0), np.float32)
+    except InputError as error:
+        msg = f"camera.flat_field: {error}"
+        raise ConfigError(msg) from error
+    mean = float(field.mean())
+    if not mean > offset_counts or not np.isfinite(mean):
+        msg = (
+            f"camera.flat_field '{path}' has a mean of {mean:g} counts, which must be "
+            f"a number above camera.offset_counts ({offset_counts:g}); record an even "
+            "field with light, as the camera gives it: nothing subtracted"
+        )
+        raise ConfigError(msg)
+    return (field - np.float32(offset_counts)) / np.float32(mean - offset_counts)
+
+
 def _in_words(broken: tuple[BrokenImage, ...]) -> str:
     more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
     return broken[0].reason + more
@@ -289,6 +320,9 @@ def _open_file(path: Path) -> list[ImageSeries]:
         raise InputError(msg)
     if is_ndtiff(path.parent) and path.name in ndtiff_files(path.parent):
         return read_ndtiff(path.parent)
+    if os.path.exists(path) and not os.path.isfile(path):
+        msg = f"'{path}' is a pipe or a device, which is read once; save it as a file"
+        raise InputError(msg)
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         msg = f"'{path}' is empty, 0 bytes; copy or save it again"
         raise InputError(msg)
@@ -304,9 +338,10 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
         results = []
     series: list[ImageSeries] = []
     broken: list[BrokenImage] = []
-    taken: set[Path] = set()
+    taken: set[str] = set()
     for candidate in candidates:
-        if candidate.path.resolve() in taken:
+        # By os.path: links in a circle have no place, and are told when read.
+        if os.path.realpath(candidate.path) in taken:
             continue
         try:
             found = candidate.read()
@@ -314,9 +349,8 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
             broken.append(BrokenImage(candidate.path, str(error)))
             found = error.readable if isinstance(error, IncompleteSetError) else []
         series += found
-        taken |= {
-            file.resolve() for one in found if len(one.files) > 1 for file in one.files
-        }
+        sets = (one.files for one in found if len(one.files) > 1)
+        taken |= {os.path.realpath(file) for files in sets for file in files}
     return FoundImages(series, tuple(broken), tuple(results))
 
 

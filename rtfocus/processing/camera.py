@@ -45,7 +45,7 @@ class CameraCorrection:
     Raises
     ------
     ConfigError
-        If the flat field cannot be read or has another shape.
+        If the flat field cannot be used or has another shape.
     """
 
     def __init__(
@@ -192,20 +192,14 @@ def _divisor(camera: CameraConfig, shape: tuple[int, ...]) -> Image | None:
     if camera.flat_field is None:
         return None
     # Here, because it takes long to import and many a run needs none.
-    from rtfocus.images.reading import open_images
+    from rtfocus.images.reading import read_even_field
 
-    try:
-        field = np.asarray(open_images(camera.flat_field)[0].read(0), dtype=np.float32)
-    except InputError as error:
-        msg = f"camera.flat_field: {error}"
-        raise ConfigError(msg) from error
+    field = read_even_field(camera.flat_field, camera.offset_counts)
     if field.shape[:2] != shape[:2]:
         msg = (
             f"camera.flat_field '{camera.flat_field}' is {field.shape[:2]}, the frames "
             f"are {shape[:2]}; record an even field with the same ROI and binning"
         )
         raise ConfigError(msg)
-    field = field - np.float32(camera.offset_counts)
-    field /= field.mean()
     np.maximum(field, _DARKEST_FLAT, out=field)
     return field[..., None] if field.ndim < len(shape) else field

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from loop_kit import (
 )
 
 import rtfocus
+from rtfocus import app
 from rtfocus.config import parse_config
-from rtfocus.errors import EngineError
-from rtfocus.launch import on_free_ports
+from rtfocus.errors import EngineError, WriterError
+from rtfocus.launch import SideProcess, on_free_ports
 from rtfocus.writers.check import check_run
 
 ENDLESS = {"live": {"frames": None, "exposure_ms": 1}}
@@ -49,6 +51,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_that_takes_no_files_is_told_before_either_side_starts(tmp_path):
+    in_the_way = tmp_path / "runs"
+    in_the_way.write_bytes(b"a file, where a folder is needed")
+    config = small(in_the_way / "today", None)
+    over = threading.Event()
+    ways = [
+        lambda: SideProcess(config, "acquire"),
+        lambda: app.run(config, stop=over, abandon=over),
+        lambda: app.process(on_free_ports(config), stop=over),
+        lambda: app.serve(on_free_ports(config), stop=over),
+    ]
+    for way in ways:
+        with pytest.raises(WriterError, match=r"nothing can be written in '.*runs'"):
+            way()
 
 
 def test_a_full_disk_ends_the_run_with_one_line(small_disk, tmp_path):

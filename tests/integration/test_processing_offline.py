@@ -5,8 +5,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from scipy.ndimage import gaussian_filter
@@ -191,6 +193,7 @@ def test_negative_values_and_a_flat_field_exclude_each_other(config, images, tmp
         (np.ma.masked_less(np.arange(20).reshape(4, 5), 3), "masked pixels.*filled"),
         ([[1, 2], [3]], "this list gives none: setting an array element"),
         ([["a", "b"]], "which is no number"),
+        (np.ones((96, 1)), r"\(96, 1\) is too small .*; give at least 16 pixels"),
         (None, "array of numbers, this NoneType gives none|array is "),
     ],
 )
@@ -200,6 +203,18 @@ def test_arrays_that_are_no_images_are_refused(config, array, message):
         pytest.raises(InputError, match=message),
     ):
         processor.classify(array)
+
+
+def test_an_image_that_the_free_memory_does_not_hold_is_refused(
+    config, images, monkeypatch
+):
+    free = SimpleNamespace(total=2**40, available=1_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with (
+        ImageProcessor(config) as processor,
+        pytest.raises(InputError, match=r"takes .* GB of memory.*give parts of it"),
+    ):
+        processor.restore(images[0])
 
 
 def test_restoring_nothing_says_why(config, images):

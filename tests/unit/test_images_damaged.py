@@ -4,6 +4,7 @@ About 200 mutations of each format with fixed seeds: cut off, bytes flipped, blo
 of zeros, blocks repeated. Nothing beside the file may change.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,3 +176,20 @@ def is_refused(folder: Path) -> bool:
         said = [one.reason for one in found.broken]
     assert not any("\n" in line for line in said)
     return bool(said)
+
+
+def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
+    link = tmp_path / "a.tif"
+    try:
+        link.symlink_to(tmp_path / "a.tif")
+    except OSError:
+        pytest.skip("no rights to make links")
+    with pytest.raises(InputError, match=r"a\.tif"):
+        find_images(link)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif' is a pipe or a device"):
+        find_images(tmp_path / "a.tif")

@@ -55,6 +55,14 @@ def test_flat_field_of_another_shape_is_refused_with_the_remedy(tmp_path):
         correct(np.zeros((9, 8), np.uint16), camera)
 
 
+@pytest.mark.parametrize("counts", [0.0, 60.0, np.nan])
+def test_a_flat_field_without_light_above_the_offset_is_refused(counts, tmp_path):
+    tifffile.imwrite(tmp_path / "flat.tif", np.full((9, 8), counts, np.float32))
+    camera = CameraConfig(offset_counts=100, flat_field=tmp_path / "flat.tif")
+    with pytest.raises(ConfigError, match=r"above camera\.offset_counts \(100\)"):
+        correct(np.zeros((9, 8), np.uint16), camera)
+
+
 def test_missing_flat_field_names_the_config_key(tmp_path):
     camera = CameraConfig(flat_field=tmp_path / "none.tif")
     with pytest.raises(ConfigError, match=r"camera\.flat_field.*does not exist"):
@@ -117,7 +125,7 @@ def test_a_frame_with_negative_values_is_lifted_to_light_and_comes_back(dtype):
 
 
 def test_a_frame_of_counts_is_not_lifted_below_a_flat_field_it_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "flat.tif", np.ones((1, 4), np.float32))
+    tifffile.imwrite(tmp_path / "flat.tif", np.full((1, 4), 101, np.float32))
     flat = CameraConfig(offset_counts=100, flat_field=tmp_path / "flat.tif")
     counts = np.array([[0, 5, np.nan, 7]], np.float32)
     for camera in (flat, CameraConfig(offset_counts=100)):
