@@ -20,7 +20,6 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from rtfocus.channel import OpticalSystem
 from rtfocus.engines.card import CARD_NAME, read_card
 from rtfocus.engines.registry import (
     add_engine,
@@ -208,18 +207,14 @@ class _Plan:
                 # Nothing is begun: the next call may bring other images or optics.
                 remove(self._work)
                 raise
-            self._known |= chosen.as_plain()
-            self._known["optics"] = asdict(chosen.optics)
+            self._known |= _OWN_FIELDS.dump_python(chosen, mode="json")
             self._keep()
-        fields = tuple(
-            TypeAdapter(OwnField).validate_python(one) for one in self._known["fields"]
-        )
-        optics = TypeAdapter(OpticalSystem).validate_python(self._known["optics"])
-        made = OwnFields(fields, optics, tuple(self._known["left_out"]))
+        known = {key: self._known[key] for key in ("fields", "optics", "left_out")}
+        made = _OWN_FIELDS.validate_python(known)
         for line in made.left_out:
             self._say(f"left out: {line}")
         sides = [f"{len(made.of(side))} {side}" for side in SIDES]
-        self._say(f"fields: {', '.join(sides)}; optics {in_short(optics)}")
+        self._say(f"fields: {', '.join(sides)}; optics {in_short(made.optics)}")
         return made
 
     def start(self, fields: OwnFields, shipped: Sequence[Contender]) -> str:
@@ -268,6 +263,7 @@ class _Plan:
             part.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
 
 
+_OWN_FIELDS = TypeAdapter(OwnFields)
 SIDES: tuple[Side, ...] = ("training", "validation", "test")
 
 

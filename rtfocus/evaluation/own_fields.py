@@ -7,7 +7,7 @@ whatever their files are called: their thumbnails correlate.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,13 +81,6 @@ class OwnFields:
     def of(self, side: Side) -> list[OwnField]:
         """Return the fields of one side of the split."""
         return [one for one in self.fields if one.side == side]
-
-    def as_plain(self) -> dict[str, Any]:
-        """Return everything as plain values; `optics` apart."""
-        return {
-            "fields": [asdict(one) for one in self.fields],
-            "left_out": list(self.left_out),
-        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def tables(outcomes: Sequence[Outcome]) -> tuple[Rows, Rows]:
     sets = list(dict.fromkeys(one.data.name for one in outcomes))
     ordered = sorted(outcomes, key=lambda one: sets.index(one.data.name))
     restored = [_restored(one) for one in ordered if one.frames]
-    levels = [_levels(one) for one in ordered if one.levels is not None]
+    levels = [_levels(one, one.levels) for one in ordered if one.levels is not None]
     return restored, levels
 
 
@@ -201,25 +201,25 @@ def _restored(one: Outcome) -> list[str]:
     ]
 
 
-def _levels(one: Outcome) -> list[str]:
-    found = {} if one.levels is None else one.levels.summary()
-    ranks = found.get("top_k")
+def _levels(one: Outcome, score: LevelScore) -> list[str]:
+    found = score.summary()
     shares = (
-        found.get("accuracy"),
-        found.get("within_one"),
-        ranks[2] if ranks else None,
-        found.get("sign_right"),
-        found.get("called_background"),
+        found["accuracy"],
+        found["within_one"],
+        found["top_k"][2] if found["top_k"] else None,
+        found["sign_right"],
+        found["called_background"],
+        found["calibration_error"],
+        found["within_one_sigma"],
+        found["within_two_sigma"],
     )
+    error_um = found["mean_error_um"]
     return [
         one.data.name,
         one.contender.title,
-        str(found.get("tiles", 0)),
+        str(found["tiles"]),
         *map(_share, shares),
-        _share(found.get("calibration_error")),
-        _share(found.get("within_one_sigma")),
-        _share(found.get("within_two_sigma")),
-        "" if found.get("mean_error_um") is None else f"{found['mean_error_um']:.2f}",
+        "" if error_um is None else f"{error_um:.2f}",
         *_cost(one),
     ]
 

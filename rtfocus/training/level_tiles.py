@@ -181,8 +181,6 @@ def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
     )
 
 
-Crop = NDArray[np.uint16]
-
 LABELS: tuple[int | str, ...] = (*range(11), "bg")
 """Label of every output: defocus levels 0 to 10, then background."""
 

@@ -19,6 +19,7 @@ for more at either end.
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,18 @@ from rtfocus.training.task import Graph, Task
 
 Inputs = Mapping[str, NDArray[np.float32]]
 """A network's inputs by name."""
+
+
+@contextmanager
+def _errors_only(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger tell nothing but errors."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
 
 # Biases and shapes stay as they are: they are small, and a bias may be large.
 _LEAST_VALUES = 256
@@ -291,11 +304,8 @@ def quantise(
             f"'{source}' has no convolution between its ends; export it as fp32 or fp16"
         )
         raise EngineError(msg)
-    logger = logging.getLogger()
-    level = logger.level
     # It recommends pre-processing, which the exporter of torch has done.
-    logger.setLevel(logging.ERROR)
-    try:
+    with _errors_only(logging.getLogger()):
         quantize_static(
             source,
             target,
@@ -316,8 +326,6 @@ def quantise(
                 "CalibMovingAverage": True,
             },
         )
-    finally:
-        logger.setLevel(level)
     return target
 
 
@@ -375,25 +383,19 @@ def write_onnx(graph: Graph, path: Path) -> None:
     # Names, not `torch.export.Dim`s: torch would trace a network twice whose sides are
     # multiples of a number, which it finds out by itself.
     shapes = tuple(dict(graph.dynamic.get(name, {})) for name in graph.inputs)
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # The exporter warns about its own libraries' deprecated calls.
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                graph.module.eval(),
-                tuple(graph.inputs.values()),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                input_names=list(graph.inputs),
-                output_names=list(graph.outputs),
-                opset_version=_OPSET,
-                verbose=False,
-            )
-    finally:
-        exporter.setLevel(level)
+    with _errors_only(logging.getLogger("torch.onnx")), warnings.catch_warnings():
+        # The exporter warns about its own libraries' deprecated calls.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph.module.eval(),
+            tuple(graph.inputs.values()),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            opset_version=_OPSET,
+            verbose=False,
+        )
     if program is None:
         msg = (
             f"torch wrote no ONNX program for '{path}'; use torch 2.13 (rtfocus[train])"

@@ -129,7 +129,10 @@ class Task(ABC, Generic[R]):
         """
         own = dict(self.network.named_parameters())
         if missing := own.keys() - weights.keys():
-            msg = f"an engine holds other weights than training, no '{min(missing)}'"
+            msg = (
+                "its exported form holds other weights than its training: it lacks "
+                f"'{min(missing)}'"
+            )
             raise RuntimeError(msg)
         for name, parameter in own.items():
             parameter.copy_(weights[name])
