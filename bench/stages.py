@@ -118,11 +118,11 @@ def agreement(
         for x in range(0, 64, 16)
     ]
     reference = open_classifier(found, shape, "onnxruntime", "f32", 1)
-    wanted = [reference.classify(reference.prepare(view)).level for view in views]
+    wanted = [reference.see(reference.prepare(view)).defocus.level for view in views]
     result = {}
     for precision in precisions:
         ours = open_classifier(found, shape, "openvino", precision, 1)
-        got = [ours.classify(ours.prepare(view)).level for view in views]
+        got = [ours.see(ours.prepare(view)).defocus.level for view in views]
         result[precision] = float(np.mean(np.equal(got, wanted)))
     return result
 
@@ -171,14 +171,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ours = open_classifier(
             found, frame.shape, "openvino", precision, options.threads
         )
-        steps[f"classify {precision}"] = partial(ours.classify, prepared)
+        steps[f"classify {precision}"] = partial(ours.see, prepared)
         steps[f"bare openvino {precision}"] = bare_openvino(
             found, prepared, precision, options.threads
         )
     reference = open_classifier(
         found, frame.shape, "onnxruntime", "f32", options.threads
     )
-    steps["classify onnxruntime"] = lambda: reference.classify(prepared)
+    steps["classify onnxruntime"] = lambda: reference.see(prepared).defocus
     stages = take_turns(steps, options.rounds)
     slow = restorations(found.card, frame, fastest)
     stages |= take_turns(slow, max(3, options.rounds // 4))

@@ -332,7 +332,7 @@ def _refuse_method_without_optics(settings: Config) -> None:
         return
     if method not in METHODS:
         found = find_engine(method, settings.processing.engine_folders, METHODS)
-        if not found.implementation.startswith("builtin:"):
+        if not found.card.implementation.startswith("builtin:"):
             return
     msg = (
         f"the optics are unknown and '{method}' computes with them: give "

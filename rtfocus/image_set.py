@@ -106,7 +106,7 @@ class _Channel:
             return
         needing = [self.method] if self.method in NEEDS_OPTICS else []
         needing += [
-            e.name for e in self.engines if e.implementation.startswith("builtin:")
+            e.name for e in self.engines if e.card.implementation.startswith("builtin:")
         ]
         if needing:
             msg = (
@@ -358,7 +358,7 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     found = find_engine(engine, settings.processing.engine_folders, METHODS)
     if found.card.sees_image_alone:
         return with_engine(settings, "classifier", None)
-    if found.kind != "joint":
+    if found.card.kind != "joint":
         return settings
     return with_engine(settings, "classifier", engine)
 

@@ -185,7 +185,7 @@ def show_list(folder: FolderOption = None) -> None:
     places: dict[Path, list[str]] = {}
     for found in list_engines(folder or ()):
         weights = ", ".join(found.card.files) or "none"
-        table.add_row(found.name, found.kind, found.implementation, weights)
+        table.add_row(found.name, found.card.kind, found.card.implementation, weights)
         places.setdefault(found.folder.parent, []).append(found.name)
     Console().print(table)
     # Below the table, where no path is broken in two.
@@ -261,7 +261,7 @@ def add(
     from rtfocus.sharing.admission import add_model
 
     found = add_model(source, name=name, values=values, tell=typer.echo)
-    typer.echo(f"added {found.kind} '{found.name}' in {found.folder}")
+    typer.echo(f"added {found.card.kind} '{found.name}' in {found.folder}")
     if (steps := found.card.steps) is not None:
         typer.echo(f"its test tensors reproduce; its values: {VALUES[steps.values]}")
 
@@ -306,7 +306,7 @@ def export_model(
     written = export_bioimageio(
         found, output, authors=author, cite=cite, licence=licence, overwrite=overwrite
     )
-    typer.echo(f"exported {found.kind} '{found.name}' to {written}")
+    typer.echo(f"exported {found.card.kind} '{found.name}' to {written}")
 
 
 Backend = Literal["auto", "tensorrt", "tensorrt_rtx"]
@@ -367,7 +367,7 @@ def build(
             )
         how = "was there" if plan.build_s is None else f"built in {plan.build_s:.1f} s"
         tiles = request.inputs[input_of(found.card).name].largest[0]
-        batch = f"{tiles} tiles at once, " if found.kind == "restorer" else ""
+        batch = f"{tiles} tiles at once, " if found.card.kind == "restorer" else ""
         typer.echo(
             f"{found.name} {request.precision}: {library.name} {library.release} plan "
             f"for {target.gpu}, {batch}{len(plan.data) / 1e6:.1f} MB, {how}"

@@ -124,7 +124,7 @@ def _gpu() -> Iterator[Finding]:
 
 def _shipped_engines() -> Iterator[Finding]:
     try:
-        names = ", ".join(f"{card.name} ({card.kind})" for card in list_engines([]))
+        names = ", ".join(f"{e.name} ({e.card.kind})" for e in list_engines([]))
     except EngineError as error:
         yield Finding("engines", str(error), "reinstall rtfocus")
     else:

@@ -51,16 +51,6 @@ class FoundEngine:
         """The name configs use: that of the folder."""
         return self.folder.name
 
-    @property
-    def kind(self) -> str:
-        """``classifier``, ``restorer`` or ``joint``."""
-        return self.card.kind
-
-    @property
-    def implementation(self) -> str:
-        """``onnx`` or ``builtin:METHOD``."""
-        return self.card.implementation
-
 
 def user_engine_folder() -> Path:
     """Return where ``rtfocus engines add`` puts engines; it may not exist yet."""
@@ -91,23 +81,17 @@ def package_folders() -> list[Path]:
     """
     places: list[Path] = []
     for entry in _entry_points(_search_path()):
+        spec, why = None, ""
         try:
             spec = find_spec(entry.value)
         except (ImportError, ValueError) as error:
-            spec, why = None, f": {error}"
-        else:
-            why = ""
+            why = f": {error}"
         folders = spec and spec.submodule_search_locations
-        if not folders:
-            _log.warning(
-                "entry point %s '%s' names '%s', which is no package%s",
-                ENTRY_POINTS,
-                entry.name,
-                entry.value,
-                why,
-            )
-            continue
-        places += map(Path, folders)
+        if folders:
+            places += map(Path, folders)
+        else:
+            named = f"entry point {ENTRY_POINTS} '{entry.name}' names '{entry.value}'"
+            _log.warning("%s, which is no package%s", named, why)
     return places
 
 

@@ -175,7 +175,7 @@ class Contender:
     @property
     def estimates(self) -> bool:
         """Whether the defocus it finds is its own."""
-        return self.engine is not None and self.engine.kind != "restorer"
+        return self.engine is not None and self.engine.card.kind != "restorer"
 
     def multiply_adds_per_pixel(self) -> float | None:
         """Return the cost of the network under test alone; None: it is none."""
@@ -240,11 +240,11 @@ def contender(
     if name in METHODS:
         return Contender(name, classifier, name, None, blind=False)
     found = find_engine(name, folders, METHODS)
-    finds = found.kind != "restorer"
+    finds = found.card.kind != "restorer"
     return Contender(
         name=found.name,
         classifier=str(found.folder) if finds else classifier,
-        method="none" if found.kind == "classifier" else str(found.folder),
+        method="none" if found.card.kind == "classifier" else str(found.folder),
         engine=found,
         blind=blind,
     )

@@ -336,7 +336,7 @@ def _outcome(one: Outcome) -> dict[str, Any]:
     return {
         "engine": contender.name,
         "title": contender.title,
-        "kind": "builtin" if contender.engine is None else contender.engine.kind,
+        "kind": "builtin" if contender.engine is None else contender.engine.card.kind,
         "classifier": contender.classifier and Path(contender.classifier).name,
         "blind": contender.blind,
         "data": one.data.name,

@@ -199,7 +199,9 @@ _SHOWN_PERCENT = (0.1, 99.9)
 
 def engine_names() -> list[str]:
     """Return what restores: the methods built in, then the engines there are."""
-    engines = [found.name for found in list_engines() if found.kind != "classifier"]
+    engines = [
+        found.name for found in list_engines() if found.card.kind != "classifier"
+    ]
     return list(dict.fromkeys([*METHODS, *engines]))
 
 

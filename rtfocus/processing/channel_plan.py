@@ -6,9 +6,9 @@ told, what restores and with which PSFs. A device opens the engines and does it.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,11 +187,8 @@ class ChannelPlan:
     def band_levels(self) -> tuple[dict[int, Image], Image | None]:
         """Return what the learned Wiener filter needs of every level.
 
-        Returns
-        -------
-        tuple
-            PSF per level, as wide as the halo of the engine's tiles allows; and what
-            the engine is told of tiles of each, axes (level, entry); None: nothing.
+        PSF per level, as wide as the halo of the engine's tiles allows; and what the
+        engine is told of tiles of each, axes (level, entry); None: nothing.
         """
         restoration, classifier = self.restoration, self.classifier
         assert restoration is not None
@@ -230,18 +227,14 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
     as_it_is = restored_as_it_is(wanted, config.processing)
     if as_it_is is not None:
         _refuse_cut_values(as_it_is, config, series)
+    plan = ChannelPlan(
+        channel.name, shape, camera, config.processing, restoration=as_it_is
+    )
     if optics is None or name is None:
         reason = "no classifier is configured"
         if optics is None:
             reason = f"channel '{channel.name}' has no optics in the config"
-        return ChannelPlan(
-            channel.name,
-            shape,
-            camera,
-            config.processing,
-            restoration=as_it_is,
-            skipped=reason if as_it_is is None else None,
-        )
+        return replace(plan, skipped=reason if as_it_is is None else None)
     compare_pixel_size(channel.name, optics, series.pixel_size_um)
     found = find_engine(name, config.processing.engine_folders)
     check_fit(
@@ -253,17 +246,20 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
     eye = _Eye(config.processing, optics, shape, camera.quantum)
     restoration = as_it_is or eye.restoration(wanted, found)
     one_pass = restoration is not None and restoration.way == "same_pass"
-    return ChannelPlan(
-        channel.name,
-        shape,
-        camera,
-        config.processing,
+    return replace(
+        plan,
         gain_e_per_count=config.camera.gain_e_per_count,
         optics=optics,
         classifier=eye.classifier(found, restores=one_pass),
         restoration=restoration,
         skipped="restoration.method is none" if restoration is None else None,
     )
+
+
+def restored_dtype(config: Config, series: SeriesStart) -> np.dtype[Any]:
+    """Return the type of restored frames: the camera's, or float32 by the config."""
+    as_float = config.store.restored_dtype == "float32"
+    return np.dtype(np.float32 if as_float else series.dtype)
 
 
 def restored_as_it_is(
@@ -283,13 +279,11 @@ def _refuse_cut_values(
     restoration: RestorationPlan, config: Config, series: SeriesStart
 ) -> None:
     """Refuse to store values as counts that are none: they would be rounded away."""
-    whole_numbers = np.issubdtype(np.dtype(series.dtype), np.integer)
-    as_camera = config.store.restored_dtype == "camera"
-    if not restoration.gives_counts and whole_numbers and as_camera:
+    dtype = restored_dtype(config, series)
+    if not restoration.gives_counts and np.issubdtype(dtype, np.integer):
         msg = (
             f"engine '{restoration.name}' gives values on a scale of its own, which "
-            f"{np.dtype(series.dtype).name} would round away; set "
-            "store.restored_dtype: float32"
+            f"{dtype.name} would round away; set store.restored_dtype: float32"
         )
         raise EngineError(msg)
 
@@ -320,7 +314,7 @@ class _Eye:
             step_um=step_um(card, self.optics, blind=self.processing.blind),
             quantum=self.quantum,
             conditions=self._conditions(card, signed=False),
-            mirrored=is_mirrored(self.optics),
+            mirrored=is_mirrored(self.optics) and parts(card)[0].signed,
             images=1 + self.shape[2] if colours else 1,
             restores=restores,
             looks_twice=restores and card.second_look and self.processing.blind,

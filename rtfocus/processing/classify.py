@@ -15,7 +15,7 @@ turned on the way in and back on the way out.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from rtfocus.optics.normalisation import (
 
 Image = NDArray[np.float32]
 
+Rule = TypeVar("Rule")
 Normalisation = LocalStandardisation | PercentileRange
 NORMALISATIONS: Mapping[str, Callable[..., Normalisation]] = {
     "local_standardisation": LocalStandardisation,
@@ -45,16 +46,14 @@ BACKGROUNDS: Mapping[str, Callable[..., ContrastToNoise]] = {
 
 def normalisation_of(card: EngineCard) -> Normalisation:
     """Return the normalisation that a card names."""
-    rule: Normalisation = _build(card, "normalisation", NORMALISATIONS)
-    return rule
+    return _build(card, "normalisation", NORMALISATIONS)
 
 
 def background_of(card: EngineCard) -> ContrastToNoise | None:
     """Return the background rule that a card names; None: it leaves it out."""
     if not card.background:
         return None
-    rule: ContrastToNoise = _build(card, "background", BACKGROUNDS)
-    return rule
+    return _build(card, "background", BACKGROUNDS)
 
 
 def invertible_normalisation(card: EngineCard) -> PercentileRange:
@@ -65,7 +64,7 @@ def invertible_normalisation(card: EngineCard) -> PercentileRange:
     EngineError
         If the card names another one, which has no inverse.
     """
-    rule = _build(card, "normalisation", NORMALISATIONS)
+    rule = normalisation_of(card)
     if not isinstance(rule, PercentileRange):
         msg = (
             f"engine '{card.name}' restores images normalised by "
@@ -76,7 +75,9 @@ def invertible_normalisation(card: EngineCard) -> PercentileRange:
     return rule
 
 
-def _build(card: EngineCard, section: str, rules: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def _build(
+    card: EngineCard, section: str, rules: Mapping[str, Callable[..., Rule]]
+) -> Rule:
     """Make the rule that a section of the card names."""
     given = dict(getattr(card, section))
     name = given.pop("name", None)
@@ -137,13 +138,7 @@ class Conditions:
         """Entries that are the same for all tiles."""
 
     def unknown(self, number: int) -> Image | None:
-        """Return the condition of tiles whose defocus nobody knows yet.
-
-        Returns
-        -------
-        Image or None
-            Axes (tile, entry); None: the engine takes no condition.
-        """
+        """Return the `rows` of so many tiles whose defocus nobody knows yet."""
         return self.rows(np.full(number, np.nan, np.float32))
 
     def rows(self, defocus_um: Image) -> Image | None:
@@ -165,19 +160,9 @@ class Conditions:
         return np.stack(columns, axis=1).astype(np.float32)
 
     def told(self, level: float, number: int) -> Image | None:
-        """Return the condition of tiles in which the engine itself found a level.
+        """Return the `rows` of so many tiles in which the engine itself found a level.
 
-        Parameters
-        ----------
-        level
-            As the engine counts, see `LabelDecoder.level_of_frame`; NaN: none.
-        number
-            Of tiles.
-
-        Returns
-        -------
-        Image or None
-            Axes (tile, entry); None: the engine takes no condition.
+        As it counts, see `LabelDecoder.level_of_frame`; NaN: none.
         """
         rows = self.unknown(number)
         if rows is not None and not np.isnan(level):

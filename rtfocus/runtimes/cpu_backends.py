@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from math import lcm
+from typing import Literal
 
 import numpy as np
 
@@ -43,7 +44,8 @@ from rtfocus.runtimes.machine import (
 
 logger = logging.getLogger(__name__)
 
-
+Wanted = Literal["auto", "f32", "bf16", "fp16", "int8"]
+"""As in ``processing.precision``."""
 TIMED_SIDE_PX = 576
 """Longest side of a frame that is timed; larger ones take as long per pixel."""
 
@@ -211,27 +213,23 @@ def timed_shape(card: EngineCard, shape: Shape) -> Shape:
     return number, channels, min(height, side), min(width, side)
 
 
-def choose_weights(card: EngineCard, wanted: str) -> tuple[Precision, CpuPrecision]:
+def choose_weights(card: EngineCard, wanted: Wanted) -> tuple[Precision, CpuPrecision]:
     """Return the weights file to run and what to compute in.
 
-    Parameters
-    ----------
-    card
-        Of the engine; where it lacks the file that is wanted, fp32 runs instead.
+    Where a card lacks the file that is wanted, fp32 runs instead.
     """
-    files: dict[str, Precision] = {"fp16": "fp16", "int8": "int8"}
-    if wanted in files:
-        if files[wanted] in card.files:
-            if wanted == "int8" and adds_int8_in_16_bits():
-                logger.warning(
-                    "engine '%s': int8 is less accurate on this processor, which has "
-                    "no VNNI; set processing.precision to auto",
-                    card.name,
-                )
-            return files[wanted], "auto"
+    if wanted == "auto" or wanted == "f32" or wanted == "bf16":
+        return "fp32", wanted
+    if wanted not in card.files:
         logger.warning("engine '%s' has no %s weights: fp32 runs", card.name, wanted)
-    computed: dict[str, CpuPrecision] = {"f32": "f32", "bf16": "bf16"}
-    return "fp32", computed.get(wanted, "auto")
+        return "fp32", "auto"
+    if wanted == "int8" and adds_int8_in_16_bits():
+        logger.warning(
+            "engine '%s': int8 is less accurate on this processor, which has no VNNI; "
+            "set processing.precision to auto",
+            card.name,
+        )
+    return wanted, "auto"
 
 
 def runs_on(engine: Engine) -> str:

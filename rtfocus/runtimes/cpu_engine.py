@@ -8,6 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -226,8 +227,7 @@ class OpenVinoEngine(Engine):
         self._openvino: Any = import_openvino()
         try:
             core = self._openvino.Core()
-            capable = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-            self.precision = _resolve(list(capable), self.name, request.precision)
+            self.precision = _resolve(self.name, request.precision)
             network = core.read_model(request.model)
             use_unsigned_features(self._openvino, network)
             network.reshape(_shapes(inputs))
@@ -281,20 +281,21 @@ def _shapes(inputs: Inputs) -> dict[str, list[int]]:
     return shapes
 
 
-def _resolve(capabilities: list[str], name: str, precision: str) -> str:
+def _resolve(name: str, precision: str) -> str:
     """Turn ``auto`` into bf16 where the CPU computes in it, else f32."""
-    capable = "BF16" in capabilities
-    if precision == "bf16" and not capable:
+    possible = openvino_precisions()
+    if precision == "auto":
+        return possible[-1]
+    if precision not in possible:
         msg = (
             f"engine '{name}': this CPU does not compute in bf16; set "
             "processing.precision to f32 or auto"
         )
         raise EngineError(msg)
-    if precision == "auto":
-        return "bf16" if capable else "f32"
     return precision
 
 
+@cache
 def openvino_precisions() -> tuple[str, ...]:
     """Return what OpenVINO computes fp32 weights in on this CPU, f32 first."""
     listed = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -259,13 +259,7 @@ def engine_inputs(
 
 
 def batched(largest: Shape) -> ShapeRange:
-    """Return the shapes from a batch of one to the largest, which is the usual.
-
-    Examples
-    --------
-    >>> batched((31, 1, 256, 256)).smallest
-    (1, 1, 256, 256)
-    """
+    """Return the shapes from a batch of one to the largest, which is the usual."""
     return ShapeRange((1, *largest[1:]), largest, largest)
 
 
@@ -282,8 +276,8 @@ def preferred_precision(found: FoundEngine) -> Precision:
     """
     if "fp32" not in found.card.files:
         msg = (
-            f"engine '{found.name}' is {found.implementation}: it has no network, so "
-            "there is nothing to build"
+            f"engine '{found.name}' is {found.card.implementation}: it has no network, "
+            "so there is nothing to build"
         )
         raise EngineError(msg)
     return "fp16" if "fp16" in found.card.files else "fp32"
@@ -304,18 +298,12 @@ def gpu_request(
 
     Parameters
     ----------
-    frame
-        Height and width of the camera's frame in pixels.
+    frame, tiles_per_batch, pixels
+        Of `engine_inputs`.
     precision
         Weights to run; None: `preferred_precision`.
-    tf32
-        False for comparisons of fp32 numbers.
-    workspace_bytes
-        Most memory one layer may take; None: no limit.
-    cuda_graphs
-        Whether a backend may record its kernels.
-    tiles_per_batch, pixels
-        Of `engine_inputs`.
+    tf32, workspace_bytes, cuda_graphs
+        As in `GpuRequest`.
 
     Raises
     ------

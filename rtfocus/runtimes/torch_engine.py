@@ -145,7 +145,9 @@ def _depth_to_space(node: Node, inputs: Inputs) -> Tensor:
     return spread.reshape(number, depth // side**2, height * side, width * side)
 
 
-FILTERS: Mapping[str, Operator] = {
+OPERATORS: Mapping[str, Operator] = {
+    **ARITHMETIC,
+    **SHAPING,
     "AveragePool": _average,
     "Conv": _convolve,
     "ConvTranspose": _convolve_transposed,
@@ -155,10 +157,6 @@ FILTERS: Mapping[str, Operator] = {
     "MaxPool": _largest,
     "Resize": _resize,
 }
-"""By ONNX name."""
-
-
-OPERATORS: Mapping[str, Operator] = {**FILTERS, **ARITHMETIC, **SHAPING}
 """What a network may be made of, by ONNX name."""
 
 _HOST_INPUTS = {"Resize": (1, 2), "Pad": (2,)}

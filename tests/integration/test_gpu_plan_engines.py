@@ -26,7 +26,7 @@ PROFILES = [
     (found.name, precision, camera)
     for found in NETWORKS
     for precision in found.card.files
-    for camera in (CAMERAS if found.kind != "restorer" else [CAMERA])
+    for camera in (CAMERAS if found.card.kind != "restorer" else [CAMERA])
 ]
 TURING = (7, 5)
 

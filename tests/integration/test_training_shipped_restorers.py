@@ -24,7 +24,7 @@ LEAST_DB = {
 
 def test_every_shipped_restorer_has_a_bound():
     kinds = ("restorer", "joint")
-    shipped = {one.name for one in list_engines() if one.kind in kinds}
+    shipped = {one.name for one in list_engines() if one.card.kind in kinds}
     assert shipped == set(LEAST_DB)
 
 

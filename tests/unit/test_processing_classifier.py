@@ -58,7 +58,7 @@ def test_frame_is_classified_tile_by_tile(engine_folder):
     coarse = np.kron(rng.random((5, 15)), np.ones((40, 20))) * 500
     frame[:, :100] += coarse.astype(np.float32)[:, :100]
     prepared = classifier.prepare(frame)
-    found = classifier.classify(prepared)
+    found = classifier.see(prepared).defocus
     assert prepared.tiles.shape[:2] == (1, 1)
     assert (found.level[:, :2] >= 0).all()
     assert (found.level[:, 3:] == BACKGROUND).all()
@@ -74,8 +74,8 @@ def test_result_does_not_depend_on_gain_and_offset(engine_folder):
     frame = rng.random((240, 240)).astype(np.float32) * 60
     frame = np.round(np.kron(frame[:60, :60], np.ones((4, 4)))).astype(np.float32)
     classifier = open_classifier(engine_folder / "sharpness", frame.shape)
-    one = classifier.classify(classifier.prepare(frame))
-    other = classifier.classify(classifier.prepare(frame * 16 + 800))
+    one = classifier.see(classifier.prepare(frame)).defocus
+    other = classifier.see(classifier.prepare(frame * 16 + 800)).defocus
     np.testing.assert_array_equal(one.level, other.level)
     classifier.close()
 

@@ -165,8 +165,8 @@ def test_engine_is_found_by_name_and_by_path(folder):
     assert find_engine("sharpness", [folder.parent]).folder == folder
     assert find_engine(str(folder)).folder == folder
     listed = {engine.name: engine for engine in list_engines([folder.parent])}
-    assert listed["sharpness"].kind == "classifier"
-    assert listed["sharpness"].implementation == "onnx"
+    assert listed["sharpness"].card.kind == "classifier"
+    assert listed["sharpness"].card.implementation == "onnx"
 
 
 def test_missing_engine_names_the_places_and_the_command(folder):

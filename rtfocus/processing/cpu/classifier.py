@@ -197,7 +197,6 @@ class FrameClassifier:
         self._network = FrameNetwork(plan, settings, threads)
         self._plan = plan
         self._channels = input_of(card).channels
-        self._mirrored = plan.mirrored and levels.signed
         self._normalisation = normalisation_of(card)
         self._background = background_of(card)
         self._labels = LabelDecoder(output_of(card))
@@ -217,11 +216,12 @@ class FrameClassifier:
         grey = luminance(signal)
         padded = self._pad(grey)
         empty = self._empty(padded)
-        if self._channels == 1 and not self._has_colours(signal.shape):
+        colours = self._plan.images > 1
+        if self._channels == 1 and not colours:
             tiles, ranges = self._normalise(padded, grey)
             return Prepared(tiles[None, None], empty, ranges, signal.shape)
         images = to_planes(signal if self._channels == 3 else grey, self._channels)
-        if self._has_colours(signal.shape):
+        if colours:
             # The grey frame first, for the labels.
             images = np.concatenate([images, to_planes(signal, 1)])
         tiles = np.empty((*images.shape[:2], *padded.shape), np.float32)
@@ -231,10 +231,6 @@ class FrameClassifier:
             tiles[place], found = self._normalise(self._pad(plane), plane)
             ranges += found
         return Prepared(tiles, empty, ranges, signal.shape)
-
-    def classify(self, prepared: Prepared) -> DefocusMap:
-        """Run the network on a prepared frame; new arrays, axes (tile_y, tile_x)."""
-        return self.see(prepared).defocus
 
     def see(self, prepared: Prepared) -> Seen:
         """Run the network on a prepared frame for all that it tells of it."""
@@ -267,10 +263,6 @@ class FrameClassifier:
         told = self._plan.conditions
         condition = None if told is None else told.unknown(len(tiles))
         return self._network.run(tiles, condition)
-
-    def _has_colours(self, shape: tuple[int, ...]) -> bool:
-        """Whether the colours of a frame are restored one by one."""
-        return self._plan.restores and len(shape) == 3 and self._channels == 1
 
     def _pad(self, plane: Image) -> Image:
         return pad(plane, self._network.shape, 0, "symmetric")
@@ -310,7 +302,7 @@ class FrameClassifier:
     def _map(self, logits: Image, empty: NDArray[np.bool_]) -> DefocusMap:
         found = self._labels.decode(logits[:, : self.grid.rows, : self.grid.columns])
         level, defocus = found.level, found.defocus
-        if self._mirrored:
+        if self._plan.mirrored:
             level, defocus = turned(level, defocus)
         level[empty] = BACKGROUND
         background = level == BACKGROUND
@@ -325,7 +317,7 @@ class FrameClassifier:
         """Cut the network's image to the frame and bring it back to its unit."""
         height, width = self._plan.fit.shape
         ranges = prepared.ranges
-        if self._has_colours(prepared.shape):
+        if self._plan.images > 1:
             # The first image was the grey one, for the labels.
             restored, ranges = restored[1:], ranges[1:]
         cut = restored[..., :height, :width]

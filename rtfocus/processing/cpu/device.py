@@ -15,7 +15,7 @@ from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
 from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.processing.camera import Marks, write_counts
-from rtfocus.processing.channel_plan import ChannelPlan
+from rtfocus.processing.channel_plan import ChannelPlan, restored_dtype
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
@@ -220,8 +220,7 @@ class CpuDevice:
         for plan in plans:
             self._channels.append(open_channel(plan, threads))
         wanted = any(plan.restoration is not None for plan in plans)
-        as_float = self._config.store.restored_dtype == "float32"
-        dtype = np.dtype(np.float32) if as_float else np.dtype(series.dtype)
+        dtype = restored_dtype(self._config, series)
         self._slots = [
             _SlotBuffers(
                 signal=np.empty(series.shape, dtype=np.float32),

@@ -5,7 +5,7 @@ And the buffers and recordings that each of its frames in flight has for itself.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -70,23 +70,58 @@ _LATTICE_PX = 2**20
 """That the learned Wiener filter sees at once: its rectangles may be small."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Opening:
-    """A channel while its parts are opened."""
+class OpenChannel:
+    """What does the work that a plan names.
 
-    plan: ChannelPlan
-    device: Gpu
-    memory: DeviceMemory
-    opened: ExitStack
-    """Closes them, those that others use last."""
-    backends: dict[str, str]
+    Raises
+    ------
+    EngineError
+        If an engine is damaged or cannot be loaded; what was opened is closed again.
+    """
+
+    def __init__(self, plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> None:
+        self.plan = plan
+        self.correction = Correction(memory, plan.camera, plan.shape)
+        self.classifier: FrameClassifier | None = None
+        self.restorer: FrameRestorer | None = None
+        self.montage: Montage | None = None
+        """Tells which levels are restored; None: there are none."""
+        self.backends: dict[str, str] = {}
+        """Name of each network to its runtime and precision."""
+        self._device = device
+        self._memory = memory
+        self._frame = FrameShape.of(plan.shape)
+        self._opened = ExitStack()
+        """Closes engines and transforms, those that others use last."""
+        with self._opened as opened:
+            self._open()
+            self._opened = opened.pop_all()
 
     @property
-    def frame(self) -> FrameShape:
-        """Shape of the signal."""
-        return FrameShape.of(self.plan.shape)
+    def grid(self) -> TileGrid | None:
+        """Tiles of the defocus maps; None: there are no maps."""
+        return None if self.classifier is None else self.classifier.grid
 
-    def network(
+    def close(self) -> None:
+        """Free engines and transforms, after all that is in flight."""
+        self._opened.close()
+
+    def _open(self) -> None:
+        seen, restoration = self.plan.classifier, self.plan.restoration
+        if restoration is not None and restoration.way == "whole_image":
+            msg = (
+                f"restoration {restoration.name} is a model of bioimage.io, which does "
+                "not run on a GPU; set processing.device: cpu"
+            )
+            raise EngineError(msg)
+        if seen is None:
+            return
+        self.classifier = self._classifier(seen)
+        if restoration is not None:
+            self.montage = self.plan.montage(self.classifier.grid)
+            self.restorer = self._restorer(restoration, self.classifier, self.montage)
+
+    def _network(
         self, found: FoundEngine, most_px: int = 0
     ) -> tuple[GpuEngine, dict[str, Shape]]:
         """Load the network of an engine, and return the shapes of its inputs too."""
@@ -102,17 +137,19 @@ class _Opening:
         )
         free_bytes, _ = import_driver().mem_get_info()
         engine, request = open_fitting(
-            settings.backend, ask, self.device, free_bytes, most_px
+            settings.backend, ask, self._device, free_bytes, most_px
         )
-        self.opened.callback(engine.close)
+        self._opened.callback(engine.close)
         self.backends[found.name] = runs_on(engine)
         return engine, {name: of.largest for name, of in request.inputs.items()}
 
-    def classifier(self, seen: ClassifierPlan) -> FrameClassifier:
+    def _classifier(self, seen: ClassifierPlan) -> FrameClassifier:
         """Open a classifier or joint engine."""
-        return FrameClassifier(self.memory, *self.network(seen.found), seen, self.frame)
+        return FrameClassifier(
+            self._memory, *self._network(seen.found), seen, self._frame
+        )
 
-    def transfers(
+    def _transfers(
         self,
         psfs: Mapping[int, NDArray[np.float32]],
         whole: Mapping[int, tuple[int, int]],
@@ -122,14 +159,16 @@ class _Opening:
     ) -> LevelTransfers:
         """Plan transforms, at once where recordings ask, and transfer functions."""
         transforms = CudaTransforms(set(whole.values()) if recorded else set())
-        self.opened.callback(transforms.close)
-        return LevelTransfers(self.memory, transforms, psfs, whole, kept=kept)
+        self._opened.callback(transforms.close)
+        return LevelTransfers(self._memory, transforms, psfs, whole, kept=kept)
 
-    def restorer(
-        self, restoration: RestorationPlan, classifier: FrameClassifier
+    def _restorer(
+        self,
+        restoration: RestorationPlan,
+        classifier: FrameClassifier,
+        montage: Montage,
     ) -> FrameRestorer:
         """Open what restores, by the labels of a classifier."""
-        montage = self.plan.montage(classifier.grid)
         match restoration.way:
             case "by_level" | "blind":
                 return self._by_level(restoration, montage)
@@ -139,10 +178,7 @@ class _Opening:
                 return self._joint(restoration, classifier, montage)
             case "by_patch":
                 return self._by_patch(restoration.settings, montage)
-            case "learned_wiener":
-                return self._learned_wiener(restoration.engine, montage)
-            case "whole_image":
-                raise _only_on_cpu(restoration)
+        return self._learned_wiener(restoration.engine, montage)
 
     def _by_level(
         self, restoration: RestorationPlan, montage: Montage
@@ -153,7 +189,7 @@ class _Opening:
         blind = restoration.way == "blind"
         if blind:
             psfs = {level: gaussian_like(psf) for level, psf in psfs.items()}
-        transfers = self.transfers(psfs, whole, recorded=True, kept=not blind)
+        transfers = self._transfers(psfs, whole, recorded=True, kept=not blind)
         deconvolution: Deconvolution
         if settings.method == "wiener":
             deconvolution = WienerDeconvolution(
@@ -167,13 +203,13 @@ class _Opening:
         else:
             deconvolution = RichardsonLucyDeconvolution(transfers, settings)
         return DepthVariantRestorer(
-            self.memory, deconvolution, montage, frame=self.frame, margins_px=margins
+            self._memory, deconvolution, montage, frame=self._frame, margins_px=margins
         )
 
     def _by_tile(self, restoration: RestorationPlan, montage: Montage) -> FrameRestorer:
-        card, memory = restoration.engine.card, self.memory
+        card, memory = restoration.engine.card, self._memory
         tiles = FrameTiles(input_of(card), self.plan.size)
-        engine, shapes = self.network(restoration.engine)
+        engine, shapes = self._network(restoration.engine)
         conditions, told = None, restoration.conditions
         if card.condition is not None and told is not None:
             conditions = TileConditions(memory, told, tiles, montage.grid)
@@ -182,11 +218,11 @@ class _Opening:
             engine,
             card,
             shapes=shapes,
-            frame=self.frame,
-            blending=Blending(memory, montage, self.frame),
+            frame=self._frame,
+            blending=Blending(memory, montage, self._frame),
             conditions=conditions,
         )
-        self.opened.callback(restorer.network.close)
+        self._opened.callback(restorer.network.close)
         return restorer
 
     def _joint(
@@ -196,13 +232,13 @@ class _Opening:
         montage: Montage,
     ) -> FrameRestorer:
         """Open a joint engine in the classifier's pass, or in one of its own."""
-        card, memory, frame = restoration.engine.card, self.memory, self.frame
+        card, memory, frame = restoration.engine.card, self._memory, self._frame
         colours = images_of(frame, classifier.planes)
         apart, seen, own = restoration.way == "own_pass", classifier, None
         if apart or len(colours) > 1:
-            seen = self.classifier(restoration.own_pass or classifier.plan)
+            seen = self._classifier(restoration.own_pass or classifier.plan)
             own = seen.open_slot(memory)
-            self.opened.callback(own.network.close)
+            self._opened.callback(own.network.close)
         evidence, weighing = self.plan.evidence, None
         asked = seen.plan.looks_twice or (apart and evidence is not None)
         if evidence is not None:
@@ -227,91 +263,28 @@ class _Opening:
         widest = max((psf.shape for psf in psfs.values()), key=max)
         whole = dict.fromkeys(psfs, patch_shape((height, width), widest))
         return PatchRestorer(
-            self.transfers(psfs, whole, recorded=False),
+            self._transfers(psfs, whole, recorded=False),
             montage,
-            frame=self.frame,
+            frame=self._frame,
             halo_px=halo_px,
             iterations=iterations_of(settings),
         )
 
     def _learned_wiener(self, found: FoundEngine, montage: Montage) -> FrameRestorer:
         psfs, told = self.plan.band_levels()
-        engine, shapes = self.network(found, _LATTICE_PX)
+        engine, shapes = self._network(found, _LATTICE_PX)
         side = input_of(found.card).tile_px
         restorer = LearnedWienerRestorer(
-            self.transfers(psfs, dict.fromkeys(psfs, (side, side)), recorded=False),
+            self._transfers(psfs, dict.fromkeys(psfs, (side, side)), recorded=False),
             engine,
             found.card,
             told=told,
             montage=montage,
-            frame=self.frame,
+            frame=self._frame,
             shapes=shapes,
         )
-        self.opened.callback(restorer.network.close)
+        self._opened.callback(restorer.network.close)
         return restorer
-
-
-def _only_on_cpu(restoration: RestorationPlan) -> EngineError:
-    return EngineError(
-        f"restoration {restoration.name} is a model of bioimage.io, which does not "
-        "run on a GPU; set processing.device: cpu"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class OpenChannel:
-    """What does the work that a plan names."""
-
-    plan: ChannelPlan
-    correction: Correction
-    classifier: FrameClassifier | None = None
-    restorer: FrameRestorer | None = None
-    backends: Mapping[str, str] = field(default_factory=dict)
-    """Name of each network to its runtime and precision."""
-    montage: Montage | None = None
-    """Tells which levels are restored; None: there are none."""
-    opened: ExitStack = field(default_factory=ExitStack)
-
-    @property
-    def grid(self) -> TileGrid | None:
-        """Tiles of the defocus maps; None: there are no maps."""
-        return None if self.classifier is None else self.classifier.grid
-
-    def close(self) -> None:
-        """Free engines and transforms, after all that is in flight."""
-        self.opened.close()
-
-
-def open_channel(plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> OpenChannel:
-    """Open the engines of a channel and compute its filters.
-
-    Raises
-    ------
-    EngineError
-        If an engine is damaged or cannot be loaded.
-    """
-    correction = Correction(memory, plan.camera, plan.shape)
-    seen, restoration = plan.classifier, plan.restoration
-    if seen is None:
-        if restoration is not None:
-            raise _only_on_cpu(restoration)
-        return OpenChannel(plan, correction)
-    # What is opened when a later part fails is closed again.
-    with ExitStack() as opened:
-        opening = _Opening(plan, device, memory, opened, {})
-        classifier, restorer, montage = opening.classifier(seen), None, None
-        if restoration is not None:
-            montage = plan.montage(classifier.grid)
-            restorer = opening.restorer(restoration, classifier)
-        return OpenChannel(
-            plan,
-            correction,
-            classifier,
-            restorer,
-            opening.backends,
-            montage,
-            opened.pop_all(),
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,7 @@ class FrameClassifier:
         self._shapes = shapes
         self._input = input_of(card)
         self._output = output_of(card)
-        self._turn = -1 if plan.mirrored and levels.signed else 1
+        self._turn = -1 if plan.mirrored else 1
         logits = engine.output_shapes(shapes)[self._output.name]
         check_labels(card, logits)
         self._network_tiles = (logits[2], logits[3])
