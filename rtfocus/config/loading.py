@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rtfocus.config.model import Config
-from rtfocus.errors import ConfigError
+from rtfocus.errors import ConfigError, RtfocusError
 from rtfocus.files import resource_folder
 
 _MARKS = (
@@ -32,25 +32,50 @@ _MOST_MB = 64  # plans that list every event have some; images have more
 _MOST_SHOWN = 80  # characters of a refused value that an error repeats
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(
+    path: Path, what: str, remedy: str, kind: type[RtfocusError] = ConfigError
+) -> Any:
     """Read a YAML or JSON file; an empty one is None.
+
+    Parameters
+    ----------
+    what
+        It is, for the message, e.g. ``recipe``.
+    remedy
+        Where it cannot be opened.
+    kind
+        Of the error.
 
     Raises
     ------
-    OSError
-        If it cannot be opened.
-    ValueError
-        If it is no text, or no YAML. The message goes on where the name of the
-        file ends: it is one line, names what stands where, and the remedy.
+    kind
+        If it cannot be opened, is no text, or no YAML.
     """
-    if (size_mb := path.stat().st_size / 1e6) > _MOST_MB:
-        msg = f"is {size_mb:.0f} MB long, {_MOST_MB} MB are the most; give another file"
-        raise ValueError(msg)
-    return parse_yaml(decode(path.read_bytes()))
+    try:
+        if (size_mb := path.stat().st_size / 1e6) > _MOST_MB:
+            msg = (
+                f"is {size_mb:.0f} MB long, {_MOST_MB} MB are the most; give another "
+                "file"
+            )
+            raise ValueError(msg)
+        return parse_yaml(decode(path.read_bytes()))
+    except OSError as error:
+        msg = f"{what} '{path}' cannot be read: {error.strerror}; {remedy}"
+        raise kind(msg) from error
+    except ValueError as error:
+        msg = f"{what} '{path}' {error}"
+        raise kind(msg) from error
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file; ValueError as in `read_yaml`."""
+    """Return the text of a file.
+
+    Raises
+    ------
+    ValueError
+        If it is none. The message goes on where the name of the file ends: it is one
+        line, names what stands where, and the remedy.
+    """
     binary = "is no text but a binary file"
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -71,7 +96,7 @@ def decode(data: bytes) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML; an empty text is None; ValueError as in `read_yaml`."""
+    """Parse YAML; an empty text is None; ValueError as in `decode`."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
@@ -181,16 +206,9 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         Names the file, the key path, the value, the rule, and for an unknown key
         the nearest valid one.
     """
-    try:
-        path = find_config(path)
-        data = read_yaml(path)
-    except OSError as error:
-        remedy = "'rtfocus configs' lists those that come with rtfocus"
-        msg = f"config '{path}' cannot be read: {error.strerror}; {remedy}"
-        raise ConfigError(msg) from error
-    except ValueError as error:
-        msg = f"config '{path}' {error}"
-        raise ConfigError(msg) from error
+    path = find_config(path)
+    remedy = "'rtfocus configs' lists those that come with rtfocus"
+    data = read_yaml(path, "config", remedy)
     data = {} if data is None else data
     if not isinstance(data, dict):
         kind = type(data).__name__

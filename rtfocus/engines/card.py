@@ -353,17 +353,8 @@ def read_card(folder: Path) -> EngineCard:
         Names the file, the key and the rule.
     """
     path = folder / CARD_NAME
-    try:
-        given = read_yaml(path)
-    except OSError as error:
-        msg = (
-            f"engine card '{path}' cannot be read: {error.strerror}; "
-            "an engine is a folder with an engine.yaml"
-        )
-        raise EngineError(msg) from error
-    except ValueError as error:
-        msg = f"engine card '{path}' {error}"
-        raise EngineError(msg) from error
+    remedy = "an engine is a folder with an engine.yaml"
+    given = read_yaml(path, "engine card", remedy, EngineError)
     return parse_card(given, f"'{path}'")
 
 

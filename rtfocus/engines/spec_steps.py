@@ -221,7 +221,6 @@ class ScaleLinear(Section):
 
     def line(self, image: Image, raw: Image) -> Line:
         """Return the line."""
-        del image, raw
         given = self.kwargs
         return Line(0.0, given.along(given.gain), given.along(given.offset))
 
@@ -246,7 +245,6 @@ class FixedZeroMeanUnitVariance(Section):
 
     def line(self, image: Image, raw: Image) -> Line:
         """Return the line."""
-        del image, raw
         given = self.kwargs
         return Line(given.along(given.mean), 1 / given.along(given.std), 0.0)
 
@@ -265,7 +263,6 @@ class ZeroMeanUnitVariance(Section):
 
     def line(self, image: Image, raw: Image) -> Line:
         """Return the line of an image."""
-        del raw
         mean, deviation = self.kwargs.mean_and_deviation(image)
         return Line(mean, 1 / (deviation + self.kwargs.eps), 0.0)
 

@@ -41,7 +41,10 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
         would be passed over in silence.
     """
     origin = "acquisition.mda" if isinstance(mda, dict) else f"plan '{mda}'"
-    given = mda if isinstance(mda, dict) else _load(mda)
+    # JSON is YAML, so that one reader takes both.
+    given = (
+        mda if isinstance(mda, dict) else read_yaml(mda, "plan", "give YAML or JSON")
+    )
     if not isinstance(given, dict):
         msg = f"{origin} must be a mapping of useq fields, got {type(given).__name__}"
         raise ConfigError(msg)
@@ -65,18 +68,6 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
     if faults:
         raise ConfigError("; ".join(faults))
     return sequence
-
-
-def _load(path: Path) -> object:
-    try:
-        # JSON is YAML, so that one reader takes both.
-        return read_yaml(path)
-    except OSError as error:
-        msg = f"plan '{path}' cannot be read: {error.strerror}; give YAML or JSON"
-        raise ConfigError(msg) from error
-    except ValueError as error:
-        msg = f"plan '{path}' {error}"
-        raise ConfigError(msg) from error
 
 
 def _not_followed(said: list[warnings.WarningMessage]) -> Iterator[str]:

@@ -344,14 +344,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
 
     `above` are the recipes that it is a base of.
     """
-    try:
-        data = read_yaml(path)
-    except OSError as error:
-        msg = f"recipe '{path}' cannot be read: {error.strerror}; give a YAML file"
-        raise ConfigError(msg) from error
-    except ValueError as error:
-        msg = f"recipe '{path}' {error}"
-        raise ConfigError(msg) from error
+    data = read_yaml(path, "recipe", "give a YAML file")
     if not isinstance(data, dict) or "base" not in data:
         return data
     base = path.parent / str(data.pop("base"))

@@ -219,7 +219,6 @@ class WholeImageRestorer(FrameRestorer):
         EngineError
             If what the network gives is no image of its tiles' size, or no numbers.
         """
-        del seen
         images = to_planes(signal, self._channels)
         restored = np.empty(images.shape, np.float32)
         places = self._tiles.places

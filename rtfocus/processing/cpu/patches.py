@@ -12,7 +12,7 @@ tiles overlap by half of what they keep and are blended linearly.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,18 +35,12 @@ from rtfocus.processing.restore import (
 
 Image = NDArray[np.float32]
 
-Start = Literal["image", "flat"]
-
-_FLAT = 0.5
-"""The constant scikit-image starts from, for images scaled to [0, 1]."""
-
 
 def richardson_lucy(
     image: NDArray[Any],
     psf: NDArray[Any],
     iterations: int,
-    *,
-    start: Start = "image",
+    start: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """Deconvolve an image with zeros beyond its borders.
 
@@ -59,8 +53,7 @@ def richardson_lucy(
     iterations
         Each costs four Fourier transforms.
     start
-        ``image``: the blurred image (He 2020, LB-DVD). ``flat``: 0.5 everywhere,
-        as ``skimage.restoration.richardson_lucy``, for images in [0, 1].
+        Shape of `image`; None: the blurred image (He 2020, LB-DVD).
 
     Returns
     -------
@@ -75,14 +68,9 @@ def richardson_lucy(
     signal = np.asarray(image, dtype=dtype)
     height, width = patch_shape((signal.shape[-2], signal.shape[-1]), psf.shape)
     transfer = transfer_function(psf.astype(dtype), (height, width))
-    estimate = signal if start == "image" else np.full_like(signal, _FLAT)
-    return iterate(
-        signal,
-        transfer,
-        [np.conj(transfer)] * iterations,
-        shape=(height, width),
-        start=estimate,
-    )
+    back = [np.conj(transfer)] * iterations
+    begun = signal if start is None else start
+    return iterate(signal, transfer, back, shape=(height, width), start=begun)
 
 
 class TileRestorer(LevelRestorer):

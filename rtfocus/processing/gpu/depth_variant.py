@@ -47,17 +47,14 @@ class FrameRestorer(ABC):
             Level per tile, axes (tile_y, tile_x), at least one out of focus; None:
             everything that can be recorded.
         """
-        del labels
         return [()]
 
     def recurs(self, part: Part) -> bool:
         """Return whether other frames will ask for a part: only then it is recorded."""
-        del part
         return self.recorded
 
     def why_not_capturable(self, work: Work) -> str | None:
         """Return why it may not be recorded in a CUDA graph; None: it may."""
-        del work
         return None
 
     @abstractmethod

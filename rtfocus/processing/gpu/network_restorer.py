@@ -86,7 +86,6 @@ class JointRestorer(FrameRestorer):
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the blending of what the network restored."""
-        del part
         maps, out = frame.maps, frame.out
         if self._own is None:
             if self._seen.plan.looks_twice:
@@ -251,7 +250,6 @@ class TileNetworkRestorer(FrameRestorer):
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue the restoration of a frame, colours one after the other."""
-        del part
         for colour in self._colours:
             self._restore(work, frame, colour)
         self._blending.defocused(work, frame)
