@@ -28,7 +28,7 @@ from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.classify import is_mirrored
-from rtfocus.processing.cpu.device import OpenChannel, make_restorer, open_channel
+from rtfocus.processing.cpu.device import OpenChannel, make_restorer
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
 from rtfocus.runtimes.cpu_engine import AXES, arranged_shape, import_openvino
@@ -335,5 +335,5 @@ class Ranking:
         )
         threads = self._config.processing.threads or 1
         plan = plan_channel(self._config, series, channel)
-        self._channel, self._kind = open_channel(plan, threads), kind
+        self._channel, self._kind = OpenChannel(plan, threads), kind
         return self._channel

@@ -237,6 +237,7 @@ def runs_on(engine: Engine) -> str:
 
     Where ``processing.precision: auto`` had a choice, the times that decided follow.
     """
-    parts = [engine.backend, engine.weights, engine.precision]
+    parts = [engine.backend, engine.request.weights, engine.precision]
     said = " ".join(part for part in parts if part != "fp32")
-    return f"{said} ({engine.measured})" if engine.measured else said
+    measured = engine.request.measured
+    return f"{said} ({measured})" if measured else said

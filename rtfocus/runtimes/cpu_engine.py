@@ -154,11 +154,8 @@ class Engine(ABC):
     def __init__(self, request: Request) -> None:
         self.name = request.inputs.engine
         """Folder name in ``engines/``."""
-        self.weights = request.weights
-        """File that runs: ``fp32``, ``fp16`` or ``int8``."""
-        self.measured = request.measured
-        """Times that led to its precision; empty: it was asked for, or the only one."""
-        self._asked = request
+        self.request = request
+        """What it was opened with."""
         self._is_open = True
 
     def infer(
@@ -183,7 +180,7 @@ class Engine(ABC):
         EngineError
             If a tensor is not what the engine was opened for; names it.
         """
-        inputs, (given, gives) = self._asked.inputs, self._asked.axes
+        inputs, (given, gives) = self.request.inputs, self.request.axes
         in_order = given == gives == AXES
         if not in_order:
             tiles = arrange(tiles, given)
@@ -404,7 +401,7 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(msg)
 
     def _run(self, tensors: Outputs) -> Outputs:
-        names = self._asked.outputs
+        names = self.request.outputs
         found = self._session.run(list(names), tensors)
         return {
             name: np.asarray(array) for name, array in zip(names, found, strict=True)

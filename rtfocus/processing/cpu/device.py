@@ -122,13 +122,29 @@ def share_threads(total: int, *, one_pass: bool = False) -> Threads:
     return Threads(classify=max(1, total - restore), restore=restore)
 
 
-@dataclass(frozen=True, slots=True)
 class OpenChannel:
-    """What does the work that a plan names."""
+    """What does the work that a plan names.
 
-    plan: ChannelPlan
-    classifier: FrameClassifier | None = None
-    restorer: FrameRestorer | None = None
+    Raises
+    ------
+    EngineError
+        If an engine is damaged or cannot be loaded; what was opened is closed again.
+    """
+
+    def __init__(self, plan: ChannelPlan, total_threads: int) -> None:
+        self.plan = plan
+        self.classifier: FrameClassifier | None = None
+        self.restorer: FrameRestorer | None = None
+        threads = total_threads
+        if (seen := plan.classifier) is not None:
+            shared = share_threads(total_threads, one_pass=seen.restores)
+            self.classifier = FrameClassifier(seen, plan.processing, shared.classify)
+            threads = shared.restore
+        try:
+            self.restorer = open_restorer(plan, self.grid, threads)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def grid(self) -> TileGrid | None:
@@ -151,26 +167,6 @@ class OpenChannel:
         for opened in (self.classifier, self.restorer):
             if opened is not None:
                 opened.close()
-
-
-def open_channel(plan: ChannelPlan, total_threads: int) -> OpenChannel:
-    """Open the engines of a channel and compute its filters.
-
-    Raises
-    ------
-    EngineError
-        If an engine is damaged or cannot be loaded.
-    """
-    if plan.classifier is None:
-        return OpenChannel(plan, None, open_restorer(plan, None, total_threads))
-    threads = share_threads(total_threads, one_pass=plan.classifier.restores)
-    classifier = FrameClassifier(plan.classifier, plan.processing, threads.classify)
-    try:
-        restorer = open_restorer(plan, classifier.grid, threads.restore)
-    except BaseException:
-        classifier.close()
-        raise
-    return OpenChannel(plan, classifier, restorer)
 
 
 @dataclass
@@ -218,7 +214,7 @@ class CpuDevice:
         loading.start()
         threads = self._config.processing.threads or usable_threads()
         for plan in plans:
-            self._channels.append(open_channel(plan, threads))
+            self._channels.append(OpenChannel(plan, threads))
         wanted = any(plan.restoration is not None for plan in plans)
         dtype = restored_dtype(self._config, series)
         self._slots = [

@@ -41,7 +41,6 @@ from rtfocus.processing.gpu.network_restorer import (
     JointRestorer,
     TileNetworkRestorer,
     Weighing,
-    images_of,
 )
 from rtfocus.processing.gpu.patches import LearnedWienerRestorer, PatchRestorer
 from rtfocus.processing.gpu.preparation import Correction
@@ -232,10 +231,9 @@ class OpenChannel:
         montage: Montage,
     ) -> FrameRestorer:
         """Open a joint engine in the classifier's pass, or in one of its own."""
-        card, memory, frame = restoration.engine.card, self._memory, self._frame
-        colours = images_of(frame, classifier.planes)
+        memory, frame = self._memory, self._frame
         apart, seen, own = restoration.way == "own_pass", classifier, None
-        if apart or len(colours) > 1:
+        if apart or len(classifier.colours) > 1:
             seen = self._classifier(restoration.own_pass or classifier.plan)
             own = seen.open_slot(memory)
             self._opened.callback(own.network.close)
@@ -246,8 +244,6 @@ class OpenChannel:
         return JointRestorer(
             seen,
             Blending(memory, montage, frame),
-            images_of(frame, seen.planes),
-            "" if card.restored is None else card.restored.name,
             own=own,
             labels=seen.allocate_maps(memory) if own and asked else None,
             weighing=weighing,

@@ -187,6 +187,7 @@ class FrameClassifier:
         self._shapes = shapes
         self._input = input_of(card)
         self._output = output_of(card)
+        self.colours = frame.images(self._input.channels)
         self._turn = -1 if plan.mirrored else 1
         logits = engine.output_shapes(shapes)[self._output.name]
         check_labels(card, logits)
@@ -310,11 +311,6 @@ class FrameClassifier:
         """Enqueue what the network restored -> frame, or one of its colours."""
         restored = slot.network.buffers[output]
         self._tile.join(work, restored, slot.ranges, out, colour)
-
-    @property
-    def planes(self) -> int:
-        """Channels of the network."""
-        return self._input.channels
 
     def _decode(
         self, work: Work, slot: ClassifierSlot, maps: dict[str, DeviceArray]

@@ -34,11 +34,6 @@ _SUMS = 5
 _WIDEST_LAYER = 64
 
 
-def images_of(frame: FrameShape, planes: int) -> tuple[int, ...]:
-    """Return the colours that a network sees one after the other; (-1,): the frame."""
-    return tuple(range(frame.channels)) if planes < frame.channels else (-1,)
-
-
 class JointRestorer(FrameRestorer):
     """The restored frame of a joint engine, from whichever pass made it.
 
@@ -46,10 +41,6 @@ class JointRestorer(FrameRestorer):
     ----------
     blending
         Montage weights of the tiles whose labels decide what is restored.
-    colours
-        `images_of` the frame.
-    output
-        Tensor that holds the restored frame.
     own
         What `seen` needs for a pass of its own: it is not the classifier, or sees the
         colours of a frame one after the other. None: the pass that found the defocus
@@ -64,8 +55,6 @@ class JointRestorer(FrameRestorer):
         self,
         seen: FrameClassifier,
         blending: Blending,
-        colours: tuple[int, ...],
-        output: str,
         *,
         own: ClassifierSlot | None = None,
         labels: dict[str, DeviceArray] | None = None,
@@ -73,8 +62,8 @@ class JointRestorer(FrameRestorer):
     ) -> None:
         self._seen = seen
         self._blending = blending
-        self._colours = colours
-        self._output = output
+        restored = seen.card.restored
+        self._output = "" if restored is None else restored.name
         self._own = own
         self._labels = labels
         self._weighing = weighing
@@ -95,7 +84,7 @@ class JointRestorer(FrameRestorer):
             if self._labels is not None:
                 maps = self._labels
                 self._seen.enqueue(work, self._own, frame.signal, maps)
-            for colour in self._colours:
+            for colour in self._seen.colours:
                 self._seen.look(work, self._own, frame.signal, colour)
                 self._seen.join(work, self._own, self._output, out, colour)
         self._blending.defocused(work, frame)
@@ -231,7 +220,7 @@ class TileNetworkRestorer(FrameRestorer):
         self._blending = blending
         self._conditions = conditions
         planes = input_of(card).channels
-        self._colours = images_of(frame, planes)
+        self._colours = frame.images(planes)
         batch, _, *sides = shapes[input_of(card).name]
         down, across = (
             windows_of_size(length, side, input_of(card).halo_px)

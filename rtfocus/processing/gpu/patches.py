@@ -21,7 +21,6 @@ from rtfocus.processing.gpu.classifier import (
 )
 from rtfocus.processing.gpu.deconvolution import LevelTransfers
 from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
-from rtfocus.processing.gpu.network_restorer import images_of
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import BLOCK, SPAN, DeviceArray, FrameShape, Work
@@ -249,7 +248,7 @@ class LearnedWienerRestorer(FrameRestorer):
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
         plane, level, top, left, height, width = part
-        colour = images_of(self._frame, 1)[plane]
+        colour = self._frame.images(1)[plane]
         self._percentiles.enqueue(work, frame.signal, self._range, colour)
         # A tile every half of what it keeps.
         rows, columns = (

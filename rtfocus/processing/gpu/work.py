@@ -34,6 +34,10 @@ class FrameShape:
         """Read a shape (y, x) or (y, x, colour)."""
         return FrameShape(shape[0], shape[1], shape[2] if len(shape) == 3 else 1)
 
+    def images(self, planes: int) -> tuple[int, ...]:
+        """Return the colours that a network sees one by one; (-1,): the frame."""
+        return tuple(range(self.channels)) if planes < self.channels else (-1,)
+
     @property
     def sides(self) -> tuple[int, int, int]:
         """Height, width, channels: arguments of kernels."""
