@@ -297,12 +297,17 @@ def refuse_options(options: dict[str, Any], because: str) -> None:
         raise ConfigError(msg)
 
 
-def read_config(name: str, overrides: list[str] | None) -> "Config":
-    """Load a config given by path or name with its ``--set`` overrides."""
+def read_config(name: str | None, overrides: list[str] | None) -> "Config":
+    """Load a config given by path or name with its ``--set`` overrides; None: none."""
     # Loaded where it is used: a list of commands is shown at once.
-    from rtfocus.config import load_config
+    from rtfocus.config import Config, load_config
 
-    return load_config(name, overrides or ())
+    if name is not None:
+        return load_config(name, overrides or ())
+    if overrides:
+        msg = "--set changes a config; give one with --config"
+        raise ConfigError(msg)
+    return Config()
 
 
 _FOR_USERS = (

@@ -338,15 +338,10 @@ def _complete(run: Path, settings: Config) -> None:
 
 def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Config:
     """Return the config that is given, that of a run folder, or the defaults."""
-    if config is not None:
-        return read_config(config, overrides)
-    if overrides:
-        msg = "--set changes a config; give one with --config"
-        raise ConfigError(msg)
-    if _is_run(path):
+    if config is None and not overrides and _is_run(path):
         header = read_header(path)
         return parse_config(header.provenance["config"], origin=str(path))
-    return Config()
+    return read_config(config, overrides)
 
 
 def _find(path: Path) -> FoundImages:

@@ -41,10 +41,10 @@ from rtfocus.cli.commands import (
 )
 from rtfocus.cli.display import passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
-from rtfocus.config import Config, parse_config
 from rtfocus.drawing.figures import draw_through_focus
 from rtfocus.errors import ConfigError, ExitCode, OutputError
 from rtfocus.files import whole
+from rtfocus.image_set import with_engine
 from rtfocus.images.metadata import SOFTWARE, png_mark
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import open_images
@@ -283,7 +283,9 @@ def kernels(
     guard.claim(output)
     guard.claim(picture)
     pixels, channel = _plane(path, series, plane)
-    settings = _settings(config, overrides, classifier)
+    settings = read_config(config, overrides)
+    if classifier is not None:
+        settings = with_engine(settings, "classifier", classifier)
     with KernelExtractor(settings, engine) as extractor:
         found = extractor.extract(pixels, channel=channel)
     with guard.whole(output) as part:
@@ -295,22 +297,6 @@ def kernels(
     typer.echo(
         f"{rows} x {columns} kernels of {side} px in {output}, drawn in {picture}"
     )
-
-
-def _settings(
-    config: str | None, overrides: list[str] | None, classifier: str | None
-) -> Config:
-    if config is None and overrides:
-        msg = "--set changes a config; give one with --config"
-        raise ConfigError(msg)
-    settings = Config() if config is None else read_config(config, overrides)
-    if classifier is None:
-        return settings
-    data = settings.model_dump()
-    data["processing"]["classifier"] = classifier
-    for channel in data["channels"]:
-        channel["classifier"] = None
-    return parse_config(data)
 
 
 def _plane(
