@@ -153,13 +153,7 @@ def restored_share(montage: Montage, labels: NDArray[np.int16]) -> Image:
 
 
 class FrameTiles:
-    """A restorer's tiles on frames of one size.
-
-    Parameters
-    ----------
-    shape
-        Height and width of the frame.
-    """
+    """A restorer's tiles on frames of one height and width."""
 
     def __init__(self, card: InputCard, shape: tuple[int, int]) -> None:
         self.shape = shape

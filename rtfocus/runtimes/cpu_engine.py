@@ -311,13 +311,7 @@ _LEVELS = 256
 
 
 def use_unsigned_features(openvino: Any, network: Any) -> None:  # noqa: ANN401
-    """Rewrite every quantised feature map of a network in place.
-
-    Parameters
-    ----------
-    network
-        Model as read from an ONNX file; one without such features stays as it is.
-    """
+    """Rewrite every quantised feature map of a network, as read, in place."""
     for node in network.get_ordered_ops():
         if node.get_type_name() == "FakeQuantize":
             _rewrite(openvino, node)

@@ -295,17 +295,7 @@ def time_passes(
 ) -> dict[str, float]:
     """Time passes in turns, so that a busy moment meets all of them.
 
-    Parameters
-    ----------
-    passes
-        By `Choice.name`; each runs the network once.
-    clock
-        In seconds.
-
-    Returns
-    -------
-    dict
-        Shortest pass of each in ms.
+    Each runs the network once; returns the shortest of each in ms, by the same names.
     """
     for run in passes.values():
         # Memory is reserved and kernels are made at the first pass.
@@ -350,13 +340,7 @@ class Decisions:
         return (self._folder or cache_folder() / "precision") / key.file_name
 
     def decide(self, key: Key, measure: Callable[[], dict[str, float]]) -> Decision:
-        """Return the decision of a key, measured where there is none yet.
-
-        Parameters
-        ----------
-        measure
-            Returns the ms of every choice by its name.
-        """
+        """Return the decision of a key; `measure` tells ms where there is none yet."""
         with self._turn:
             known = self._known.get(key) or self._find(key)
             if known is None:

@@ -185,13 +185,7 @@ class _SlotBuffers:
 
 
 class CpuDevice:
-    """Implements `rtfocus.processing.device.Device` on the CPU.
-
-    Parameters
-    ----------
-    config
-        Sections ``processing`` and ``store``.
-    """
+    """Implements `rtfocus.processing.device.Device` on the CPU."""
 
     name = "CPU"
 

@@ -300,13 +300,7 @@ class SlotBuffers:
 
 
 class ChannelSlot:
-    """The work on one frame of one channel, recorded where it can be.
-
-    Parameters
-    ----------
-    graphs
-        Whether it is recorded.
-    """
+    """The work on one frame of one channel, recorded where it can be, if `graphs`."""
 
     def __init__(
         self,

@@ -132,15 +132,7 @@ class Blending:
 
 
 class DepthVariantRestorer(FrameRestorer):
-    """Restores frames by the PSF of each level.
-
-    Parameters
-    ----------
-    deconvolution
-        Of padded planes.
-    margins_px
-        Context on every side, per level that is restored.
-    """
+    """Restores frames by the PSF of each level, in so much context on every side."""
 
     adds = True
 

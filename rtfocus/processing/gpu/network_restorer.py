@@ -95,11 +95,6 @@ class JointRestorer(FrameRestorer):
 class Weighing:
     """`rtfocus.engines.fitted.Evidence` on the device.
 
-    Parameters
-    ----------
-    evidence
-        The same on the CPU.
-
     Raises
     ------
     EngineError

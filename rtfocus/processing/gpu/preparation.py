@@ -46,9 +46,10 @@ class CellStatistics:
         self.rows, self.columns = (ceil(side / CELL_PX) for side in padded)
         self.count = self.rows * self.columns
         single = [memory.allocate((self.count,), np.float32, "cells") for _ in range(4)]
+        double = [memory.allocate((self.count,), np.float64, "cells") for _ in range(2)]
         self.mean, self.lowest, self.peak, self.steps = single
-        self.sum = memory.allocate((self.count,), np.float64, "cells")
-        self.squares = memory.allocate((self.count,), np.float64, "cells")
+        self.sum, self.squares = double
+        self._measured = *single, *double
 
     def enqueue(self, work: Work, signal: DeviceArray) -> None:
         """Measure the cells of a frame."""
@@ -60,23 +61,12 @@ class CellStatistics:
             *self._padded,
             self.rows,
             self.columns,
-            self.mean,
-            self.lowest,
-            self.peak,
-            self.steps,
-            self.sum,
-            self.squares,
+            *self._measured,
         )
 
 
 class Standardisation:
-    """`LocalStandardisation` on the device.
-
-    Parameters
-    ----------
-    cells
-        Measured before, on the same stream.
-    """
+    """`LocalStandardisation` on the device, of `cells` measured on the same stream."""
 
     def __init__(
         self, memory: DeviceMemory, rule: LocalStandardisation, cells: CellStatistics
@@ -131,14 +121,9 @@ class Standardisation:
 
 
 class Background:
-    """`ContrastToNoise` on the device.
+    """`ContrastToNoise` on the device, of `cells` measured on the same stream.
 
-    Parameters
-    ----------
-    cells
-        Measured before, on the same stream.
-    quantum
-        Step between the camera's values; 0 for float frames.
+    `quantum` is the step between the camera's values; 0 for float frames.
     """
 
     def __init__(
@@ -329,13 +314,7 @@ def carried_as(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 class HostBuffers:
-    """Pinned host memory that belongs to one of the caller's slots.
-
-    Parameters
-    ----------
-    restored_dtype
-        Of the restored frames of the series.
-    """
+    """Pinned host memory that belongs to one of the caller's slots."""
 
     def __init__(
         self,

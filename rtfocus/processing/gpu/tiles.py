@@ -27,12 +27,9 @@ Image = NDArray[np.float32]
 
 
 class Tiles:
-    """Tiles of frames of one size.
+    """Tiles of frames of one size, in windows along y and x.
 
-    Parameters
-    ----------
-    windows
-        Where they lie along y and x; what of them lies outside the frame is mirrored.
+    What of them lies outside the frame is mirrored.
     """
 
     def __init__(
@@ -125,13 +122,7 @@ _KINDS = {"level": 1, "defocus_levels": 2, "defocus_known": 3}
 
 
 class TileConditions:
-    """Fills the condition tensor of a restorer, as `Conditions` does.
-
-    Parameters
-    ----------
-    conditions
-        Of the engine in the optics of the channel.
-    """
+    """Fills the condition tensor of a restorer, as `Conditions` does."""
 
     def __init__(
         self,
@@ -188,13 +179,7 @@ _MOST_BLOCKS = 128
 
 
 class RankSearch:
-    """Finds several order statistics of equally long arrays.
-
-    Parameters
-    ----------
-    ranks
-        0 is the smallest value.
-    """
+    """Finds several order statistics of equally long arrays; rank 0 is the smallest."""
 
     def __init__(self, memory: DeviceMemory, ranks: Sequence[int]) -> None:
         self._count = len(ranks)
@@ -280,12 +265,7 @@ class Light:
 class Noise:
     """The smaller part of the finest details of an image, whose mean is its noise.
 
-    As `rtfocus.processing.restore.noise_variance`.
-
-    Parameters
-    ----------
-    largest
-        Height and width of the largest image.
+    As `rtfocus.processing.restore.noise_variance`, of images up to a largest shape.
     """
 
     def __init__(self, memory: DeviceMemory, largest: tuple[int, int]) -> None:

@@ -90,12 +90,7 @@ class TensorRtContext:
 class KernelCache:
     """The runtime cache of one engine on one GPU, and its file.
 
-    Parameters
-    ----------
-    config
-        Runtime configuration (``IRuntimeConfig``) of the engine; gets the cache.
-    path
-        File to read now and to write at `save`.
+    The engine's ``IRuntimeConfig`` gets the cache; the file is written at `save`.
     """
 
     def __init__(self, config: Any, path: Path) -> None:
@@ -200,10 +195,7 @@ def _not_served(error: EngineError, library: TensorRt, device: Gpu) -> EngineErr
 class TensorRtEngine:
     """A plan on a GPU; implements `rtfocus.runtimes.gpu.GpuEngine`.
 
-    Parameters
-    ----------
-    kernels
-        Where TensorRT for RTX keeps the kernels it compiles.
+    TensorRT for RTX keeps in `kernels` what it compiles.
 
     Raises
     ------

@@ -86,13 +86,7 @@ class PlanKey:
 
 
 class PlanCache:
-    """Plans in a folder.
-
-    Parameters
-    ----------
-    folder
-        Made when the first plan is kept; None: ``plans`` in the user's cache.
-    """
+    """Plans in a folder, which is made with the first; None: the user's cache."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or cache_folder() / "plans"
@@ -327,14 +321,10 @@ def build_plan(
     capabilities: Sequence[Capability] = (),
     progress: Progress | None = None,
 ) -> bytes:
-    """Build the plan of a network.
+    """Build the plan of a network; TensorRT itself tunes it on the current GPU.
 
     Parameters
     ----------
-    library
-        TensorRT, which tunes on the current GPU, or TensorRT for RTX.
-    request
-        Names the weights, the shapes and the options.
     capabilities
         TensorRT for RTX only: compute capabilities the plan is for; none: every
         card from 8.0 on.

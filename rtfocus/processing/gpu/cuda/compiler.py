@@ -24,12 +24,8 @@ _OPTIONS = ("--std=c++17", "--generate-line-info")
 def compiled_kernels(capability: tuple[int, int], folder: Path | None = None) -> bytes:
     """Return the machine code of all kernels, compiled now or at an earlier start.
 
-    Parameters
-    ----------
-    capability
-        Compute capability of the GPU, e.g. (8, 6).
-    folder
-        Of the cache; None: the user's.
+    For a compute capability, e.g. (8, 6); the folder of the cache is by default the
+    user's.
 
     Raises
     ------
@@ -73,14 +69,7 @@ def why_driver_too_old(driver_release: int) -> str | None:
 
 
 def compile_for(capability: tuple[int, int], text: str | None = None) -> bytes:
-    """Compile CUDA text for one compute capability.
-
-    Parameters
-    ----------
-    capability
-        E.g. (8, 6).
-    text
-        None: all kernels of this package.
+    """Compile CUDA text for one compute capability; None: all kernels.
 
     Raises
     ------

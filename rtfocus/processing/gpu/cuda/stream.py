@@ -31,10 +31,7 @@ logger = logging.getLogger(__name__)
 class CudaMemory:
     """Implements `rtfocus.processing.gpu.work.DeviceMemory` with PyCUDA.
 
-    Parameters
-    ----------
-    gpu_index
-        Whose primary context is current in this thread.
+    Used where the primary context of the GPU is current.
     """
 
     def __init__(self, gpu_index: int) -> None:
@@ -171,13 +168,7 @@ _NON_BLOCKING = 1
 
 
 class Kernels:
-    """All kernels, loaded on the current GPU.
-
-    Parameters
-    ----------
-    code
-        Of `rtfocus.processing.gpu.cuda.compiler.compiled_kernels`.
-    """
+    """All kernels, loaded on the current GPU from what `compiled_kernels` returned."""
 
     def __init__(self, code: bytes) -> None:
         self._module: Any = import_driver().module_from_buffer(code)
