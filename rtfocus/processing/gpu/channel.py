@@ -36,13 +36,14 @@ from rtfocus.processing.gpu.depth_variant import (
     Blending,
     DepthVariantRestorer,
     FrameRestorer,
+    PatchRestorer,
 )
 from rtfocus.processing.gpu.network_restorer import (
     JointRestorer,
+    LearnedWienerRestorer,
     TileNetworkRestorer,
     Weighing,
 )
-from rtfocus.processing.gpu.patches import LearnedWienerRestorer, PatchRestorer
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work

@@ -1,7 +1,8 @@
 """Depth variant: a whole frame, each pixel by the PSFs of the tiles around it.
 
 As `rtfocus.processing.cpu.depth_variant`. Along an axis a pixel lies between two tiles,
-so three numbers tell its weights.
+so three numbers tell its weights. And Richardson-Lucy patch by patch as published (He
+2020): which patches there are depends on a frame's labels, so that none is recorded.
 """
 
 from abc import ABC, abstractmethod
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from rtfocus.frame import BACKGROUND
 from rtfocus.processing.gpu.classifier import InFlight, Part
-from rtfocus.processing.gpu.deconvolution import Deconvolution
+from rtfocus.processing.gpu.deconvolution import Deconvolution, LevelTransfers
+from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import (
+    SPAN,
     DeviceArray,
     DeviceMemory,
     FrameShape,
@@ -226,3 +229,142 @@ class DepthVariantRestorer(FrameRestorer):
             return 0, 0, self._frame.height, self._frame.width
         top, left, height, width = place
         return top, left, height, width
+
+
+class PatchRestorer(FrameRestorer):
+    """Richardson-Lucy on each tile by itself.
+
+    Parameters
+    ----------
+    transfers
+        Of transforms that hold the largest patch and PSF.
+    montage
+        Blending weights of the tiles; a tile is what its weight covers.
+    halo_px
+        Context per side: neighbouring pixels, 0 beyond the frame.
+    """
+
+    recorded, adds = False, True
+
+    def __init__(
+        self,
+        transfers: LevelTransfers,
+        montage: Montage,
+        *,
+        frame: FrameShape,
+        halo_px: int,
+        iterations: int,
+    ) -> None:
+        memory, shape = transfers.memory, transfers.largest
+        self._transfers = transfers
+        self._montage = montage
+        self._frame = frame
+        self._shape = shape
+        self._halo_px = halo_px
+        self._iterations = iterations
+        self._blending = Blending(memory, montage, frame)
+        tiles = montage.grid.rows * montage.grid.columns
+        # As many as a frame has pixels, so that memory stays that of a frame.
+        pixels = shape[0] * shape[1]
+        self._batch = max(1, min(tiles, frame.height * frame.width // pixels))
+        self._spans = [
+            memory.upload(_on_grid(axis, montage.step), "patches")
+            for axis in montage.spans
+        ]
+        self._found = memory.allocate((1 + tiles,), np.int32, "patches")
+        self._rank = memory.allocate((tiles,), np.int32, "patches")
+        images = self._batch, *shape
+        self._patches = memory.allocate(images, np.float32, "patches")
+        self._estimate = memory.allocate(images, np.float32, "patches")
+        self._blurred = memory.allocate(images, np.float32, "patches")
+        self._spectrum = transfers.spectrum(images)
+        self._light = Light(memory)
+
+    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+        """Return (plane, level, number of its tiles)."""
+        if labels is None:
+            found = [(level, 1) for level in list(self._transfers.psfs)[:1]]
+        else:
+            own = self._montage.tiles(labels)
+            present = self._montage.present(labels)
+            found = [(level, int((own == level).sum())) for level in present]
+        planes = range(self._frame.channels)
+        return [(plane, *part) for part in found for plane in planes]
+
+    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+        """Enqueue a part of the restoration of a frame."""
+        plane, level, count = part
+        grid = self._montage.grid
+        work.launch(
+            "tiles_of_level",
+            grid.rows * grid.columns,
+            frame.maps["level"],
+            grid.rows,
+            grid.columns,
+            self._montage.step,
+            level,
+            self._found,
+            self._rank,
+        )
+        for first in range(0, count, self._batch):
+            self._restore(work, frame, plane, level, first)
+
+    def _restore(
+        self, work: Work, frame: InFlight, plane: int, level: int, first: int
+    ) -> None:
+        """Enqueue a batch of tiles of one level."""
+        pixels = self._shape[0] * self._shape[1]
+        columns = self._montage.grid.columns
+        one = DeviceArray(self._blurred.address, self._shape, self._blurred.dtype)
+        transfer = self._transfers.enqueue(work, level, one)
+        work.launch(
+            "cut_patches",
+            pixels,
+            frame.signal,
+            *self._frame.sides,
+            plane,
+            self._found,
+            first,
+            columns,
+            *self._spans,
+            self._halo_px,
+            *self._shape,
+            self._patches,
+            rows=self._batch,
+        )
+        self._light.enqueue(work, self._patches)
+        self._transfers.iterate(
+            work,
+            transfer,
+            [1.0] * self._iterations,
+            seen=self._patches,
+            estimate=self._estimate,
+            blurred=self._blurred,
+            spectrum=self._spectrum,
+            highest=self._light.highest,
+        )
+        work.launch(
+            "join_patches",
+            self._frame.height * self._frame.width,
+            frame.signal,
+            *self._frame.sides,
+            plane,
+            self._estimate,
+            self._rank,
+            first,
+            self._batch,
+            *self._spans,
+            self._halo_px,
+            *self._shape,
+            columns,
+            *self._blending.tables,
+            frame.out,
+        )
+
+
+def _on_grid(axis: list[slice], step: int) -> NDArray[np.void]:
+    """Return the pixels of every row or column of tiles, of which some are left out."""
+    found = np.zeros(step * len(axis), SPAN)
+    found["first"][::step] = [span.start for span in axis]
+    found["last"][::step] = [span.stop - 1 for span in axis]
+    return found

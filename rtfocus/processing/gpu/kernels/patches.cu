@@ -1,5 +1,5 @@
 // Patches: pieces of a frame that are restored one by one, several at once
-// (rtfocus.processing.gpu.patches).
+// (rtfocus.processing.gpu.depth_variant, network_restorer).
 
 // One thread per tile: those with a level, in order. `found` holds their number and then
 // their places in the grid; `rank` the position of each tile among them, or -1. Every
