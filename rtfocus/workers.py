@@ -47,7 +47,7 @@ class Wait:
 
 
 class TimeShare:
-    """Gives work that may be left out a share of its thread's time, and no more.
+    """Gives work that may be left out a share of its thread's time and no more.
 
     Work comes in bursts: time that was not used is saved for them. Where it does not
     suffice chance decides, for what comes in turns (the planes of a stack, positions)
@@ -56,7 +56,7 @@ class TimeShare:
     Parameters
     ----------
     share
-        Of the time of the thread, 0 to 1.
+        Processor time of the work over all time that passes, 0 to 1.
     most_s
         Seconds of work that are saved at most, and at the beginning.
     """
@@ -76,10 +76,10 @@ class TimeShare:
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """Count the time of the block."""
-        begun_s = time.perf_counter()
+        """Count the processor time of the block: on a busy machine it takes longer."""
+        begun_s = time.thread_time()
         yield
-        self._saved_s -= time.perf_counter() - begun_s
+        self._saved_s -= time.thread_time() - begun_s
 
 
 class BoundedQueue(Generic[T]):

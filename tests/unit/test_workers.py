@@ -112,9 +112,8 @@ def test_a_wait_counts_what_it_lived_through_not_what_it_slept(monkeypatch) -> N
 def done(monkeypatch, every_s: float, takes_s: float, turns: int) -> list[int]:
     """Ask at regular times for a fifth of them; return the turns that were allowed."""
     clock = SimpleNamespace(s=100.0)
-    monkeypatch.setattr(
-        "rtfocus.workers.time", SimpleNamespace(perf_counter=lambda: clock.s)
-    )
+    times = SimpleNamespace(perf_counter=lambda: clock.s, thread_time=lambda: clock.s)
+    monkeypatch.setattr("rtfocus.workers.time", times)
     share = TimeShare(0.2, most_s=0.5)
     allowed = []
     for turn in range(turns):
