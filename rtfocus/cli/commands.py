@@ -51,14 +51,16 @@ COMMANDS = {
         "Write a first config: ask the Micro-Manager core what is there, and you the "
         "rest.",
     ),
-    "run": Place("live", "Run both sides on this machine and write a run folder."),
+    "run": Place(
+        "live", "Acquire, find defocus, restore and record, all on this machine."
+    ),
     "acquire": Place(
         "live",
-        "Run the microscope side: acquire one series and send it to a processor.",
+        "Acquire one series and send it to a processor: the microscope side alone.",
     ),
     "process": Place(
         "live",
-        "Run the processor side: receive, estimate, restore, write, series by series.",
+        "Receive, find defocus, restore and record: the processor side alone.",
     ),
     "view": Place(
         "live", "Show a run in the browser: live, while it is written, or afterwards."
@@ -76,7 +78,7 @@ COMMANDS = {
         "Make CURVE keys that encrypt the connection and name who may connect.",
     ),
     "restore": Place(
-        "offline", "Restore images, plane by plane, on the code path of the live loop."
+        "offline", "Restore what is out of focus in images, as a live run does."
     ),
     "classify": Place("offline", "Estimate the defocus of images, tile by tile."),
     "check": Place(
@@ -190,7 +192,9 @@ def _flowing(text: str) -> str:
 app = typer.Typer(
     name="rtfocus",
     cls=LazyGroup,
-    help="Finds, corrects and records defocus while a microscope acquires.",
+    help="Finds, corrects and records defocus while a microscope acquires.\n\n"
+    "Try it without a microscope: rtfocus demo. On images you have: rtfocus restore. "
+    "At your microscope: rtfocus init, then rtfocus run.",
     pretty_exceptions_enable=False,
     # Plain: importing rich takes longer than all the rest of the list of commands.
     rich_markup_mode=None,

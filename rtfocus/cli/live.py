@@ -195,7 +195,7 @@ def run(
         ),
     ] = False,
 ) -> None:
-    """Run both sides on this machine and write a run folder.
+    """Acquire, find defocus, restore and record, all on this machine.
 
     Ctrl-C ends the acquisition; what was acquired is still processed and written.
     Exits with 0 only if every planned frame is written, with 5 if some are not.
@@ -282,7 +282,7 @@ def process(
     ] = False,
     stop_on_end_of_input: StopOnEndOfInput = False,
 ) -> None:
-    """Run the processor side: receive, estimate, restore, write, series by series.
+    """Receive, find defocus, restore and record: the processor side alone.
 
     It waits for ever for the next series, and for a microscope side that went
     silent, until Ctrl-C.
@@ -327,7 +327,7 @@ def acquire(
     quiet: QuietOption = False,
     stop_on_end_of_input: StopOnEndOfInput = False,
 ) -> None:
-    """Run the microscope side: acquire one series and send it to a processor.
+    """Acquire one series and send it to a processor: the microscope side alone.
 
     [bold]Example:[/] rtfocus acquire my.yaml --set acquisition.mda=plan.yaml
     """

@@ -116,7 +116,9 @@ def restore(
     unit: UnitOption = None,
     finish: FinishOption = False,
 ) -> None:
-    """Restore images, plane by plane, on the code path of the live loop.
+    """Restore what is out of focus in images, as a live run does.
+
+    Plane by plane; what is in focus stays as it is.
 
     [bold]Example:[/] rtfocus restore blurred.tif -o sharp.ome.zarr
     --optics NA=0.75,wavelength=520,pixel=0.325

@@ -280,7 +280,8 @@ def _file_faults(card: EngineCard) -> Iterator[str]:
         )
     unchecked = [name for name in card.files if name not in card.sha256]
     if unchecked:
-        yield f"sha256 lacks the files {', '.join(unchecked)}"
+        names = ", ".join(unchecked)
+        yield f"sha256 lacks the files {names}; `sha256sum FILE` tells"
 
 
 def _is_plain(name: str) -> bool:
@@ -369,13 +370,17 @@ def parse_card(given: object, where: str) -> EngineCard:
     try:
         return EngineCard.model_validate(given)
     except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
-            + ("" if fault["type"] in _SAYS_ALL else f" (got {fault['input']!r:.80})")
-            for fault in error.errors()
-        )
+        faults = "; ".join(map(_in_words, error.errors()))
         msg = f"engine card {where}: {faults}; correct the card or export it again"
         raise EngineError(msg) from error
+
+
+def _in_words(fault: Mapping[str, Any]) -> str:
+    said = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] not in _SAYS_ALL:
+        said += f" (got {fault['input']!r:.80})"
+    where = ".".join(map(str, fault["loc"]))
+    return f"'{where}': {said}" if where else said
 
 
 def verified_file(

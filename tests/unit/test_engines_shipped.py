@@ -1,14 +1,18 @@
 """Every shipped engine: its card, its files and its tensors agree."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+import yaml
 
 import rtfocus
-from rtfocus.engines.card import input_of, read_card, verified_file
+from rtfocus.engines.card import input_of, parse_card, read_card, verified_file
 from rtfocus.engines.registry import fit_tiles
+from rtfocus.errors import EngineError
 from rtfocus.files import resource_folder
 from rtfocus.optics.formation import blur
 from rtfocus.processing.windows import FrameTiles
@@ -31,6 +35,40 @@ def test_card_and_files_agree(folder: Path) -> None:
         assert {tensor.name for tensor in session.get_inputs()} == inputs
         assert outputs <= {tensor.name for tensor in session.get_outputs()}
         assert b"stack_trace" not in path.read_bytes()
+
+
+def test_the_card_in_the_tutorial_is_whole() -> None:
+    text = (
+        Path(rtfocus.__file__).parents[1] / "docs/tutorials/your-own-engine.md"
+    ).read_text()
+    (card,) = re.findall(
+        r"```yaml\n# my_sharpener/engine.yaml\n(.*?)```", text, re.DOTALL
+    )
+    assert parse_card(yaml.safe_load(card), "tutorial").kind == "restorer"
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ({"name": "mine"}, "'kind': Field required"),
+        (
+            {"name": "m", "kind": "restorer", "implementation": "onnx", "steps": {}},
+            "engine.yaml: a restorer needs the sections input, output; an onnx engine",
+        ),
+        (
+            {
+                **{"name": "m", "kind": "restorer", "implementation": "onnx"},
+                **{"files": {"fp32": "a.onnx"}, "steps": {}},
+                **{"input": {"name": "x"}, "output": {"name": "y"}},
+            },
+            "sha256 lacks the files fp32; `sha256sum FILE` tells",
+        ),
+    ],
+)
+def test_what_a_card_lacks_is_said(card: dict[str, Any], said: str) -> None:
+    with pytest.raises(EngineError) as error:
+        parse_card(card, "engine.yaml")
+    assert said in str(error.value)
 
 
 ANY_SIZE = [folder for folder in FOLDERS if input_of(read_card(folder)).any_size]
