@@ -26,17 +26,24 @@ _CHOICES = (
 """What the stock engine lets a script choose."""
 
 
+def focus_stage(core: CMMCorePlus) -> str:
+    """Return the label of the stage that autofocus moves; one there must be."""
+    label = core.getFocusDevice()
+    if not label:
+        msg = (
+            "the configuration has no focus stage; choose one in Micro-Manager's "
+            "hardware wizard (core property 'Focus')"
+        )
+        raise MicroscopeError(msg)
+    return str(label)
+
+
 class CoreStage:
     """The focus stage of a core; see `rtfocus.autofocus.run.FocusStage`."""
 
     def __init__(self, core: CMMCorePlus) -> None:
         self._core = core
-        if not core.getFocusDevice():
-            msg = (
-                "the configuration has no focus stage; choose one in Micro-Manager's "
-                "hardware wizard (core property 'Focus')"
-            )
-            raise MicroscopeError(msg)
+        focus_stage(core)
 
     def position_um(self) -> float:
         """Return where the stage says it is."""

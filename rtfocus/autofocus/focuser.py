@@ -18,7 +18,13 @@ from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.appearance import DefocusModels
 from rtfocus.autofocus.belief import Belief, Mode
-from rtfocus.autofocus.devices import CoreStage, FocusLight, OffsetStage, stopped_live
+from rtfocus.autofocus.devices import (
+    CoreStage,
+    FocusLight,
+    OffsetStage,
+    focus_stage,
+    stopped_live,
+)
 from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import Plane, PlaneComparison
 from rtfocus.autofocus.plans import (
@@ -292,8 +298,8 @@ class Focuser:
         """Return what larger z does to the plane of focus: +1 towards, -1 away, 0."""
         if self.moves_offset:  # nobody has told Micro-Manager
             return direction_of(self.config, 0)
-        device = self.core.getFocusDevice()
-        return direction_of(self.config, int(self.core.getFocusDirection(device)))
+        stage = focus_stage(self.core)
+        return direction_of(self.config, int(self.core.getFocusDirection(stage)))
 
     def _search(self, channel: str, key: Key, limits: Limits) -> Search:
         direction = self.direction()

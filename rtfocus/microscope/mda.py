@@ -4,7 +4,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -326,6 +326,9 @@ class FollowedAcquisition(PlannedAcquisition):
         # Only methods of its base class are called.
         super().__init__(config, cast("UniMMCore", core), sequence, sink, on_frame)
         self._seconds = 0.0
+        self._hearing = ExitStack()
+        # Whose script it is sees the log as before.
+        self._hearing.enter_context(self._complaints.heard(alone=False))
         self._ordinals: dict[Place, deque[int]] = defaultdict(deque)
 
     def begin(self, summary: Mapping[str, Any]) -> None:
@@ -393,6 +396,7 @@ class FollowedAcquisition(PlannedAcquisition):
         RtfocusError
             What went wrong first, after the sink was told the end.
         """
+        self._hearing.close()
         return self._finish(self._reason(self._core.mda), self._seconds)
 
     def give_up(self, error: Exception) -> None:

@@ -84,21 +84,22 @@ class Complaints(logging.Handler):
             self._counts["further warnings"] += 1
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Listen while the block runs, and keep the terminal free of log lines.
+    def heard(self, *, alone: bool = True) -> Iterator[None]:
+        """Listen while the block runs; `alone`: the terminal gets no lines meanwhile.
 
-        The logger is also told to leave out its line per MDA event, which costs as
-        much as the event itself.
+        The logger is also told then to leave out its line per MDA event, which costs
+        as much as the event itself.
         """
         logger = logging.getLogger(LOGGER)
         level = logger.level
         terminals = [
             (handler, handler.level)
             for handler in logger.handlers
-            if type(handler) is logging.StreamHandler
+            if alone and type(handler) is logging.StreamHandler
         ]
         logger.addHandler(self)
-        logger.setLevel(logging.WARNING)
+        if alone:
+            logger.setLevel(logging.WARNING)
         for handler, _ in terminals:
             handler.setLevel(logging.CRITICAL)
         hook, threading.excepthook = threading.excepthook, self._note_thread

@@ -22,6 +22,11 @@ from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.microscope.plan import lay_out
 
 OPTICS = {"numerical_aperture": 0.3, "wavelength_nm": 460, "pixel_size_um": 1.0}
+FREE = {
+    "frames": "tcp://127.0.0.1:*",
+    "control": "tcp://127.0.0.1:*",
+    "preview": {"endpoint": None},
+}
 PLANS = {
     "time": {"time_plan": {"interval": 0, "loops": 4}},
     "channels": {
@@ -137,6 +142,35 @@ def test_a_change_of_the_camera_breaks_the_series_off(core):
     assert report.frames == len(sink.headers) < 20
 
 
+def test_what_micro_manager_complains_of_is_in_the_report(core, caplog):
+    core.setProperty("Z", "UseSequences", "No")
+    sequence = useq.MDASequence(z_plan={"range": 4, "step": 1}, channels=["DAPI"])
+
+    def unplug(number):
+        if number == 2:
+            core.unloadDevice("Z")
+
+    followed, _ = follow(core, sequence, RecordingSink(before_acquire=unplug))
+    (said,) = followed.finish().warnings
+    assert said == "No Z stage device found. Cannot set Z position. (2 times)"
+    assert caplog.text.count("No Z stage device found") == 2  # the log as before
+
+
+def test_holding_focus_without_a_stage_is_told(core):
+    config = parse_config(
+        {
+            "transport": FREE,
+            "channels": [{"optics": OPTICS}],
+            "autofocus": {"mode": "hold", "low_um": -9, "high_um": 9},
+        }
+    )
+    core.setFocusDevice("")
+    plan = useq.MDASequence(channels=["DAPI"])
+    with rtfocus.stream(core, config, processor="configured"):
+        with pytest.raises(MicroscopeError, match="has no focus stage; choose one"):
+            core.mda.run(plan)
+
+
 def test_presets_with_another_geometry_are_refused_before_the_first_exposure(core):
     core.defineConfig("Channel", "Small", "Camera", "Binning", "2")
     core.defineConfig("Channel", "DAPI", "Camera", "Binning", "1")
@@ -216,12 +250,7 @@ def test_a_stream_whose_port_is_in_use_shows_at_another_and_says_where(core, cap
 
 def waiting(core):
     """A stream that waits for a processor, which nobody starts."""
-    transport = {
-        "frames": "tcp://127.0.0.1:*",
-        "control": "tcp://127.0.0.1:*",
-        "preview": {"endpoint": None},
-    }
-    config = parse_config({"transport": transport})
+    config = parse_config({"transport": FREE})
     return rtfocus.stream(core, config, processor="configured")
 
 
