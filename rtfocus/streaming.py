@@ -231,7 +231,12 @@ class LiveStream:
                 focusing.inbox.take(estimate)
 
             self._publisher = opened.enter_context(
-                FramePublisher(self._config.transport, on_estimate=heard)
+                FramePublisher(
+                    self._config.transport,
+                    on_estimate=heard,
+                    # One of its own has nobody after it.
+                    waits_for_another=not self._starts_processor,
+                )
             )
             engine = StreamEngine(self._core, focusing, self._followed)
             opened.enter_context(holding_engine(engine))

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from rtfocus.batch.ends import notes_of
-from rtfocus.batch.plan import Command, Job
+from rtfocus.batch.plan import Command, Job, content_of
 from rtfocus.batch.scheduler import WORKERS_S
 from rtfocus.batch.work import classified, plane_row
 from rtfocus.cli.batch import (
@@ -142,6 +142,7 @@ def restore(
         run_batch(asked, many, overwrite=overwrite)
         return
     found = _find(path)
+    as_found = _contents(found)
     guard = _guard(path, found, overwrite)
     place = ImageOutput(output, found.series, guard, path)
     shown = SideBySide(guard, picture)
@@ -161,6 +162,7 @@ def restore(
     _tell(images.cut())
     _tell_picture(shown.save())
     _say_restored(place, found, broken)
+    _refuse_changed(found, as_found)
 
 
 def classify(
@@ -195,6 +197,7 @@ def classify(
         run_batch(asked, many, overwrite=overwrite)
         return
     found = _find(path)
+    as_found = _contents(found)
     guard = _guard(path, found, overwrite)
     if json_file is not None:
         guard.claim_json(json_file)
@@ -223,6 +226,7 @@ def classify(
         for image in described:
             typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
     _refuse_broken(broken, done=len(described), what="planes classified")
+    _refuse_changed(found, as_found)
 
 
 def _job(
@@ -349,6 +353,24 @@ def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Co
 def _find(path: Path) -> FoundImages:
     """Find images; of a run folder only what the camera saw."""
     return find_images(path / "raw.ome.zarr" if _is_run(path) else path)
+
+
+def _contents(found: FoundImages) -> list[str]:
+    known: dict[Path, str] = {}
+    return [content_of(series, known) for series in found.series]
+
+
+def _refuse_changed(found: FoundImages, as_found: list[str]) -> None:
+    """Name files that something wrote while they were read."""
+    pairs = zip(found.series, _contents(found), as_found, strict=True)
+    changed = {series.path: None for series, now, then in pairs if now != then}
+    if changed:
+        msg = (
+            f"{_number_of(len(changed), 'image')} changed while being read: "
+            f"{named(changed)}; their results may mix old and new pixels: do them "
+            "again once nothing writes them"
+        )
+        raise IncompleteError(msg)
 
 
 def _is_run(path: Path) -> bool:

@@ -165,6 +165,8 @@ class FramePublisher:
         must return at once.
     on_ask
         The same with what somebody asks for who looks at the run.
+    waits_for_another
+        Whether one that declines a series may be followed by another in time.
 
     Raises
     ------
@@ -180,8 +182,10 @@ class FramePublisher:
         *,
         on_estimate: Callable[[Estimate], None] = lambda _: None,
         on_ask: Callable[[Act], None] = lambda _: None,
+        waits_for_another: bool = True,
     ) -> None:
         self._config = config
+        self._waits_for_another = waits_for_another
         self._outbox: Outbox | None = None
         self._pool: SlotPool | None = None
         self._stall = Stall(config.on_stall, config.stall_timeout_s)
@@ -339,6 +343,10 @@ class FramePublisher:
             if self._stopped:
                 msg = "stopped before a recorder was ready; nothing was acquired"
                 raise StoppedError(msg)
+            declined = self._loop.registrar.left
+            if declined is not None and not self._waits_for_another:
+                msg = f"the recorder does not take the series: {declined}"
+                raise TransportError(msg)
             if self._loop.registrar.is_alive(time.monotonic()):
                 wait.restart()
             elif wait.look() > self._config.connect_timeout_s:

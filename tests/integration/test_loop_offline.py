@@ -1,6 +1,7 @@
 """The offline twins through the command line: any input, the very live results."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +363,24 @@ def test_pixels_below_zero_stay_below_zero(tmp_path, config_file, dtype):
     assert restored.dtype == np.float32
     assert restored.mean() == pytest.approx(pixels.mean(), abs=20)
     assert (restored < 0).mean() == pytest.approx((pixels < 0).mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("how", ["restore", "classify"])
+def test_an_image_that_grows_while_it_is_read_is_named(
+    how, tmp_path, config_file, monkeypatch
+):
+    image = tmp_path / "grows.tif"
+    plane = (specimen(1) * 4000).astype(np.uint16)
+    tifffile.imwrite(image, plane)
+
+    @contextmanager
+    def microscope_goes_on(*_):
+        yield lambda: tifffile.imwrite(image, plane, append=True)
+
+    monkeypatch.setattr("rtfocus.cli.offline.counting", microscope_goes_on)
+    into = {"restore": "-o", "classify": "--json"}[how]
+    output = tmp_path / ("out.tif" if how == "restore" else "out.json")
+    ended = command(how, image, into, output, "--config", config_file)
+    said = failed(ended, ExitCode.INCOMPLETE)
+    assert "1 image changed while being read: " in said
+    assert output.is_file()

@@ -187,7 +187,8 @@ def test_a_processor_that_cannot_start_says_why(core, tmp_path):
             "run": {"folder": str(tmp_path)},
             "channels": [{"optics": OPTICS}],
             "processing": {"classifier": "nowhere", "restoration": {"method": "none"}},
-            "transport": {"preview": {"endpoint": None}},
+            # The one processor there is declines: no other is waited for.
+            "transport": {"preview": {"endpoint": None}, "connect_timeout_s": 600},
         }
     )
     sequence = useq.MDASequence(time_plan={"interval": 0, "loops": 3})
