@@ -48,6 +48,7 @@ from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.restore import transfer_function
 
 Image = NDArray[np.float32]
+Floats = NDArray[np.float64]
 Plane = NDArray[np.generic]
 
 _PAD_PX = 32
@@ -72,11 +73,10 @@ def told_the_blur(sample: Sample) -> float:
         msg = f"'{sample.name}' was not blurred on purpose"
         raise ValueError(msg)
 
-    def filters(shape: tuple[int, int]) -> Iterator[NDArray[np.generic]]:
+    def filters(shape: tuple[int, int], falling: Floats) -> Iterator[Plane]:
         transfer = transfer_function(psf, shape)
         for noise in _NOISE:
-            falling = noise * 4 * _squared_frequency(shape)
-            yield np.conj(transfer) / (np.abs(transfer) ** 2 + falling)
+            yield np.conj(transfer) / (np.abs(transfer) ** 2 + noise * falling)
 
     return _best_gain(sample, filters)
 
@@ -84,32 +84,29 @@ def told_the_blur(sample: Sample) -> float:
 def told_a_gaussian(sample: Sample) -> float:
     """Return the gain of the best Wiener filter of a Gaussian, in dB."""
 
-    def filters(shape: tuple[int, int]) -> Iterator[NDArray[np.generic]]:
-        square = _squared_frequency(shape)
+    def filters(_shape: tuple[int, int], falling: Floats) -> Iterator[Plane]:
         for sigma_px, noise in product(_WIDTHS_PX, _GAUSSIAN_NOISE):
-            transfer = np.exp(-2 * (np.pi * sigma_px) ** 2 * square)
-            yield transfer / (transfer**2 + noise * 4 * square)
+            transfer = np.exp(-((np.pi * sigma_px) ** 2) / 2 * falling)
+            yield transfer / (transfer**2 + noise * falling)
 
     return _best_gain(sample, filters)
 
 
-def _squared_frequency(shape: tuple[int, int]) -> NDArray[np.float64]:
-    rows, columns = fft.fftfreq(shape[0])[:, None], fft.rfftfreq(shape[1])[None]
-    return np.asarray(rows**2 + columns**2)
-
-
 def _best_gain(
-    sample: Sample, filters: Callable[[tuple[int, int]], Iterable[NDArray[np.generic]]]
+    sample: Sample, filters: Callable[[tuple[int, int], Floats], Iterable[Plane]]
 ) -> float:
-    """Return what the best of some filters, made for a padded shape, gains in dB."""
+    """Return what the best of some filters gains in dB.
+
+    They are made of the padded frame's shape and four times its squared frequencies.
+    """
     frame = sample.pixels.astype(np.float32)
     padded = np.pad(frame, _PAD_PX, mode="symmetric")
-    shape = padded.shape[0], padded.shape[1]
-    spectrum = fft.rfft2(padded)
-    inside = slice(_PAD_PX, -_PAD_PX)
+    rows, columns = padded.shape
+    square = fft.fftfreq(rows)[:, None] ** 2 + fft.rfftfreq(columns)[None] ** 2
+    spectrum, inside = fft.rfft2(padded), slice(_PAD_PX, -_PAD_PX)
     after = [
-        _quality(sample, fft.irfft2(spectrum * gain, s=shape)[inside, inside])
-        for gain in filters(shape)
+        _quality(sample, fft.irfft2(spectrum * gain, s=(rows, columns))[inside, inside])
+        for gain in filters((rows, columns), 4 * square)
     ]
     return max(after) - _quality(sample, frame)
 
