@@ -22,7 +22,9 @@ from rtfocus.frame import FocusReading
 Floats = NDArray[np.float64]
 
 # In depths of field.
-_NEAR, _TOP, _SAME_PLACE, _RIVAL_APART, _BRACKET = 3.5, 0.8, 0.05, 1.0, 0.5
+_NEAR, _TOP, _SAME_PLACE, _BRACKET = 3.5, 0.8, 0.05, 0.5
+# Probability that is enough for the place where a search that failed ends.
+_ROUGHLY_SURE = 0.45
 # Images look alike over so much about focus, which is known within a margin.
 _FLAT_TOP, _MARGIN, _BEYOND_TOP = 1.5, 0.3, 2.0
 # Images so far apart differ, elsewhere than about focus; so close they do not much.
@@ -153,16 +155,15 @@ class Evidence:
             return first.z_um
         if self.fit is not None and self.fit.unexplained <= most_unexplained:
             place = 0.0 if self.belief.is_empty else self.belief.best.mean_um
-            if self.is_sure(0.8, 0.3) and self.covers(place):
+            if self.certainty(place) > _ROUGHLY_SURE and self.covers(place):
                 return place
         return best.z_um if best.sharpness > SHARPER * first.sharpness else first.z_um
 
-    def is_sure(self, most_sd: float, most_rival: float = 0.1) -> bool:
-        """Tell whether belief is one narrow peak; the deviation in depths of field."""
-        if self.belief.is_empty or self.belief.best.sd_um > most_sd * self.unit_um:
-            return False
-        rival = self.belief.rival(_RIVAL_APART * self.unit_um)
-        return rival is None or rival.weight < most_rival
+    def certainty(self, z_um: float) -> float:
+        """Return how likely focus is within half a depth of field of a place."""
+        if self.fit is None:
+            return 0.0
+        return self.fit.probability(z_um, 0.5 * self.unit_um)
 
     def with_detail(self) -> list[Look]:
         """Return the images that show anything."""

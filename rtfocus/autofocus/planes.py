@@ -18,8 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.autofocus.appearance import (
-    FARTHEST,
-    FOCUS_WIDTH,
     Transfer,
     modulation_table,
     sharpness,
@@ -30,8 +28,10 @@ from rtfocus.frame import FocusReading
 
 Floats = NDArray[np.float64]
 
-# Candidates for focus lie this far apart, in depths of field.
-_CANDIDATE_STEP = 0.1
+# Candidates for focus lie this far apart, in depths of field, and so far from the
+# nearest image. From farther away the end of the table sees no change with z at all,
+# which would explain any images that look alike.
+_CANDIDATE_STEP, _FARTHEST_FOCUS = 0.1, 7.5
 _APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
 _FINE_APERTURES = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)
 _APERTURE_SD = 0.05
@@ -83,6 +83,10 @@ class PlaneFit:
     def best_um(self) -> float:
         """The likeliest candidate."""
         return float(self.candidates_um[int(np.argmax(self.weights))])
+
+    def probability(self, z_um: float, reach_um: float) -> float:
+        """Return how likely focus lies within reach of a place."""
+        return float(self.weights[abs(self.candidates_um - z_um) <= reach_um].sum())
 
     @property
     def course(self) -> str:
@@ -176,7 +180,7 @@ class PlaneComparison:
     def _candidates(
         self, z_um: Floats, known: Floats | None, reach_um: float | None
     ) -> Floats:
-        margin = (FARTHEST - 0.5) * self.unit_um
+        margin = _FARTHEST_FOCUS * self.unit_um
         if reach_um is not None:
             margin = min(margin, reach_um)
         step = _CANDIDATE_STEP * self.unit_um
@@ -204,20 +208,14 @@ class _Tried:
         self, name: str, turn: int, away: Floats, models: list[Model], price: float
     ) -> None:
         """Try models on planes that lie `away` from focus, axes (candidate, plane)."""
-        near = (np.abs(away) < FOCUS_WIDTH).any(axis=1)
         for transfer, own_price, at_edge in models:
-            blurred = self._scores.unexplained(transfer.amplitudes(away))
-            kept = blurred.copy()
-            kept[near] = self._scores.unexplained(
-                transfer.amplitudes(away[near], kept=True)
-            )
-            for cost in (blurred, kept):
-                self._costs.append(cost)
-                self._prices.append(own_price + price)
-                self._names.append(name)
-                self._edges.append(at_edge)
-                least = min(float(cost.min()), self._by_direction.get(turn, 1.0))
-                self._by_direction[turn] = least
+            cost = self._scores.unexplained(transfer.amplitudes(away))
+            self._costs.append(cost)
+            self._prices.append(own_price + price)
+            self._names.append(name)
+            self._edges.append(at_edge)
+            least = min(float(cost.min()), self._by_direction.get(turn, 1.0))
+            self._by_direction[turn] = least
 
     def fit(self, candidates: Floats) -> PlaneFit:
         """Weigh them: every model counts with its probability."""
