@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.autofocus.appearance import (
+    FOCUS_WIDTH,
     Transfer,
     modulation_table,
     sharpness,
@@ -110,7 +111,8 @@ class PlaneComparison:
         0: not known.
     fine
         Try optics in finer steps. Right where they are known well; where they are
-        not, a specimen that drifts is explained by other optics.
+        not, a specimen that drifts is explained by other optics, and the image in
+        focus may be sharper than they say.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class PlaneComparison:
     ) -> None:
         self.unit_um = optics.defocus_unit_um
         self._direction = direction
+        self._fine = fine
         self._models: list[Model] = []
         waves = _FINE_WAVES if fine else _EXTRA_WAVES
         apertures = _FINE_APERTURES if fine else _APERTURES
@@ -162,7 +165,7 @@ class PlaneComparison:
         focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
         if known is not None:
             focus = np.where(np.isnan(known), focus, known)
-        tried = _Tried(_Scores(spectra, noise))
+        tried = _Tried(_Scores(spectra, noise), allows_sharper=not self._fine)
         away = (focus - z_um) / self.unit_um
         turns = (self._direction,) if self._direction else (1, -1)
         for turn in turns:
@@ -191,8 +194,9 @@ class PlaneComparison:
 class _Tried:
     """The models that were tried on some planes, and how badly each explains them."""
 
-    def __init__(self, scores: "_Scores") -> None:
+    def __init__(self, scores: "_Scores", *, allows_sharper: bool) -> None:
         self._scores = scores
+        self._allows_sharper = allows_sharper
         self._costs: list[Floats] = []
         self._prices: list[float] = []
         self._names: list[str] = []
@@ -208,14 +212,22 @@ class _Tried:
         self, name: str, turn: int, away: Floats, models: list[Model], price: float
     ) -> None:
         """Try models on planes that lie `away` from focus, axes (candidate, plane)."""
+        near = (np.abs(away) < FOCUS_WIDTH).any(axis=1)
         for transfer, own_price, at_edge in models:
-            cost = self._scores.unexplained(transfer.amplitudes(away))
-            self._costs.append(cost)
-            self._prices.append(own_price + price)
-            self._names.append(name)
-            self._edges.append(at_edge)
-            least = min(float(cost.min()), self._by_direction.get(turn, 1.0))
-            self._by_direction[turn] = least
+            costs = [self._scores.unexplained(transfer.amplitudes(away))]
+            if self._allows_sharper:
+                sharper = costs[0].copy()
+                sharper[near] = self._scores.unexplained(
+                    transfer.amplitudes(away[near], kept=True)
+                )
+                costs.append(sharper)
+            for cost in costs:
+                self._costs.append(cost)
+                self._prices.append(own_price + price)
+                self._names.append(name)
+                self._edges.append(at_edge)
+                least = min(float(cost.min()), self._by_direction.get(turn, 1.0))
+                self._by_direction[turn] = least
 
     def fit(self, candidates: Floats) -> PlaneFit:
         """Weigh them: every model counts with its probability."""

@@ -22,7 +22,7 @@ _BESIDE, _STUCK, _ALIKE, _ALIKE_AT_END = 0.7, 2.0, 0.9, 0.5
 # Probability that focus is within half a depth of field of a place: enough to end
 # there, and to go there. The belief is careful: of the searches that
 # state 0.7 to 0.9 after two to four images, 98 % are right (bench.autofocus).
-_SURE, _WORTH_A_MOVE = 0.7, 0.5
+_SURE, _SURE_UNCALIBRATED, _WORTH_A_MOVE = 0.7, 0.85, 0.5
 # Of the spectra's energy: the optics do not explain the images, nor do calibrated ones,
 # or they explain them so well that they may contradict sharpness, which aberrations
 # move away from focus.
@@ -150,7 +150,7 @@ class FocusSearch:
         if self._follows:
             return self._top_of_now()
         is_there = not self.belief.is_empty and self._way_um() <= self._near_um()
-        if is_there and self.evidence.certainty(self.looks[-1].z_um) >= _SURE:
+        if is_there and self._is_sure_of(self.looks[-1].z_um):
             return self._arrived()
         if self._is_worth_a_move():
             return self._approach()
@@ -175,9 +175,15 @@ class FocusSearch:
     def _is_worth_a_move(self) -> bool:
         if self.belief.is_empty or self._way_um() <= self.moves.deadband_um:
             return False
-        # The image at focus makes it surer.
-        least = _SURE if self._has_been_there() else _WORTH_A_MOVE
-        return self.evidence.certainty(self.belief.best.mean_um) >= least
+        wanted = self.belief.best.mean_um
+        if self.rule.verify or self._has_been_there():
+            return self._is_sure_of(wanted)
+        # The image there makes it surer.
+        return self.evidence.certainty(wanted) >= _WORTH_A_MOVE
+
+    def _is_sure_of(self, z_um: float) -> bool:
+        least = _SURE_UNCALIBRATED if self.rule.verify else _SURE
+        return self.evidence.certainty(z_um) >= least
 
     def _has_been_there(self) -> bool:
         return self.evidence.has_seen(self.belief.best.mean_um, self._near_um())
@@ -284,7 +290,8 @@ class FocusSearch:
         if first.refusal in _FAR:
             return _FAR_STEP * unit
         away = abs(first.defocus_um or 0.0)
-        return min(away + _BEYOND * unit, _MOST_STEP * unit)
+        beyond = _LEAST_STEP if self.rule.verify else _BEYOND
+        return min(away + beyond * unit, _MOST_STEP * unit)
 
     def _probe(self, length_um: float) -> Decision:
         """Step to the safe side, or where it ends to the other."""
@@ -330,7 +337,7 @@ class FocusSearch:
                 f"({100 * unexplained:.0f} % unexplained); check the channel's optics, "
                 "or rtfocus calibrate"
             )
-        # Aberrations move the sharpest plane away from where calibrated optics put focus.
+        # Aberrations move the sharpest plane away from where the optics put focus.
         return self._end_at(self.evidence.peak_um()) if self.rule.verify else Stay()
 
     def _returned(self) -> Decision:
@@ -427,7 +434,9 @@ class FocusSearch:
         if is_few and not self.evidence.is_contradicted(places):
             return None
         if max(places) - min(places) > _STUCK * unit:
-            return self.give_up("the stage does not answer: images stay the same")
+            stood_still = "the stage does not answer: images stay the same"
+            did_differ = len(places) < len(self.looks)
+            return (self._give_up_seeing if did_differ else self.give_up)(stood_still)
         return self._probe(_STUCK * unit)
 
     def _proved(self, end: Stay) -> Decision:
