@@ -168,6 +168,9 @@ _TABLE_STEP = 0.125
 _RADII, _LIGHT, _PLACES = 320, 360, 101
 _TABLE_HIGHEST = 2.0
 _BLUR_MARGIN = 5.0
+# The PSFs of rtfocus turn an image in focus into a defocused one, so the image in
+# focus itself may be sharper than the PSF at zero; this far out the two meet.
+FOCUS_WIDTH = 0.125
 
 
 class Transfer:
@@ -190,13 +193,15 @@ class Transfer:
         self._rings = np.stack([np.interp(wanted, columns, line) for line in table])
         self._rows_per_unit = aperture**2 / _TABLE_STEP
 
-    def amplitudes(self, defocus: Floats) -> Floats:
+    def amplitudes(self, defocus: Floats, *, kept: bool = False) -> Floats:
         """Return the modulation of every ring.
 
         Parameters
         ----------
         defocus
             In depths of field; any shape.
+        kept
+            The image in focus is not blurred at all, see the module.
 
         Returns
         -------
@@ -207,7 +212,11 @@ class Transfer:
         row = np.clip(defocus * self._rows_per_unit + last / 2, 0, last - 1e-3)
         low = row.astype(np.int64)
         share = (row - low)[..., None]
-        return np.asarray(self._rings[low] * (1 - share) + self._rings[low + 1] * share)
+        found = self._rings[low] * (1 - share) + self._rings[low + 1] * share
+        if kept:
+            near = np.clip(1.0 - np.abs(defocus) / FOCUS_WIDTH, 0.0, 1.0)[..., None]
+            found = found * (1 - near) + near
+        return np.asarray(found)
 
 
 def modulation_table(optics: OpticalSystem, *, extra_waves: float = 0.0) -> Floats:
