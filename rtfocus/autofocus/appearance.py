@@ -162,7 +162,7 @@ def _rings(
     return window, float((window**2).sum()), runs, rings[runs], sizes
 
 
-FARTHEST = 9.0
+FARTHEST = 16.0
 """Defocus at the ends of the table, in depths of field."""
 _TABLE_STEP = 0.125
 _RADII, _LIGHT, _PLACES = 320, 360, 101
