@@ -40,6 +40,8 @@ _SAME = 0.1
 _BAND, _CLEAR_CHANGE = 6, 10.0
 SHARPER = 1.10
 """An image is sharper than another by noise, below this ratio."""
+FAR = ("edge", "blank")
+"""Refusals of images from far away."""
 # Rings that stand out of the noise, or nothing shows.
 _FEWEST_RINGS = 6
 # With prices as logarithms, beside those of `planes`.
@@ -307,6 +309,25 @@ class Evidence:
         """Tell whether a side of a place was seen, between two distances in units."""
         ways = [(look.z_um - z_um) * side / self.unit_um for look in self.with_detail()]
         return any(near < way < far for way in ways)
+
+    def saw_both_sides(self) -> bool:
+        """Tell whether there are images from both sides of where focus may be."""
+        if self.belief.is_empty:
+            return False
+        place = self.belief.best.mean_um
+        return all(self.seen_beside(place, side, 0.7, 4.0) for side in (-1, 1))
+
+    def climbed_um(self) -> float | None:
+        """Return the last step, if all is far from focus and it made it sharper.
+
+        The optics' account of images from so far away is no better than a guess.
+        """
+        looks = self.looks
+        if len(looks) < 3 or any(look.reading.refusal not in FAR for look in looks):
+            return None
+        if looks[-1] is not self.best_seen:
+            return None
+        return looks[-1].z_um - looks[-2].z_um
 
     def unbracketed_um(self, sides: tuple[int, int], limits: Limits) -> float | None:
         """Return where to look beyond the sharpest image; None: both sides are known.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from rtfocus.autofocus.belief import Belief
-from rtfocus.autofocus.evidence import SHARPER, Evidence, Look
+from rtfocus.autofocus.evidence import FAR, SHARPER, Evidence, Look
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
 from rtfocus.frame import FocusReading
@@ -27,8 +27,8 @@ _SURE, _SURE_UNCALIBRATED, _WORTH_A_MOVE = 0.7, 0.85, 0.5
 # or they explain them so well that they may contradict sharpness, which aberrations
 # move away from focus.
 _MOST_UNEXPLAINED, _MOST_CALIBRATED, _WELL_EXPLAINED = 0.06, 0.02, 0.01
-# Refusals of images from far away; steps grow so much while they get sharper.
-_FAR, _GROWTH = ("edge", "blank"), 1.6
+# Steps grow so much while images from far away get sharper.
+_GROWTH = 1.6
 _LEAST_PLACES, _ENOUGH, _MOST_RETURNS = 3, 5, 1
 _IN_NOISE = (
     "the images change with z no more than by noise: there is too little to see here; "
@@ -156,7 +156,7 @@ class FocusSearch:
             return self._approach()
         if not self._makes_progress():
             return self._end_unsure()
-        if is_there and self._saw_both_sides() and self._images >= _ENOUGH:
+        if is_there and self.evidence.saw_both_sides() and self._images >= _ENOUGH:
             return self._end_unsure()
         return self._next_view()
 
@@ -190,12 +190,6 @@ class FocusSearch:
 
     def _near_um(self) -> float:
         return max(_ARRIVED * self.evidence.unit_um, self.moves.deadband_um)
-
-    def _saw_both_sides(self) -> bool:
-        if self.belief.is_empty:
-            return False
-        place = self.belief.best.mean_um
-        return all(self.evidence.seen_beside(place, s, 0.7, 4.0) for s in (-1, 1))
 
     def _end_of_sight(self) -> Decision | None:
         """Say what to do about an image that tells nothing; None: it tells."""
@@ -243,22 +237,10 @@ class FocusSearch:
     def _view(self, wanted_um: float) -> Decision:
         now, most = self.looks[-1].z_um, self.moves.most_um
         way = wanted_um - now
-        if (before := self._climbed_um()) is not None and before * way > 0:
+        if (before := self.evidence.climbed_um()) is not None and before * way > 0:
             way = max(way, _GROWTH * before) if way > 0 else min(way, _GROWTH * before)
         target = self.moves.limits.clip(now + min(max(way, -most), most))
         return Probe(target - now)
-
-    def _climbed_um(self) -> float | None:
-        """Return the last step, if all is far from focus and it made it sharper.
-
-        The optics' account of images from so far away is no better than a guess.
-        """
-        looks = self.looks
-        if len(looks) < 3 or any(look.reading.refusal not in _FAR for look in looks):
-            return None
-        if looks[-1] is not self.evidence.best_seen:
-            return None
-        return looks[-1].z_um - looks[-2].z_um
 
     def _move(self) -> Decision:
         """Go to where focus is believed to be."""
@@ -287,7 +269,7 @@ class FocusSearch:
     def _first_step_um(self) -> float:
         """Return a step that crosses focus, if it is on that side."""
         unit, first = self.evidence.unit_um, self.looks[0].reading
-        if first.refusal in _FAR:
+        if first.refusal in FAR:
             return _FAR_STEP * unit
         away = abs(first.defocus_um or 0.0)
         beyond = _LEAST_STEP if self.rule.verify else _BEYOND
@@ -400,14 +382,14 @@ class FocusSearch:
         return self._give_up_unsure("no progress")
 
     def _give_up_unsure(self, reason: str) -> GiveUp:
-        if not self.rule.verify and self._saw_both_sides():
+        if not self.rule.verify and self.evidence.saw_both_sides():
             sd_um = self.belief.best.sd_um
             reason = (
                 f"focus cannot be told more closely than by {sd_um:.1f} um: is the "
                 "aberration as the channel's optics say? rtfocus psf fit finds it"
             )
-        far = [look.reading for look in self.looks if look.reading.refusal in _FAR]
-        stands_far = self.evidence.best_seen.reading.refusal in _FAR
+        far = [look.reading for look in self.looks if look.reading.refusal in FAR]
+        stands_far = self.evidence.best_seen.reading.refusal in FAR
         if stands_far and len(far) > len(self.looks) / 2:
             reason = f"focus is farther away than can be seen ({far[-1].detail})"
         return self._give_up_seeing(reason)
