@@ -262,9 +262,11 @@ class Evidence:
 
     def is_contradicted(self, places_um: list[float]) -> bool:
         """Tell whether the newest image's place has shown another image before."""
-        now = self.looks[-1].z_um
-        before = self.looks[: -len(places_um)]
-        return any(abs(look.z_um - now) < _CLOSE_BY * self.unit_um for look in before)
+        now, near_um = self.looks[-1], _CLOSE_BY * self.unit_um
+        return any(
+            abs(look.z_um - now.z_um) < near_um and look.change_from(now) > _SAME
+            for look in self.looks[: -len(places_um)]
+        )
 
     def is_flat_top(self, places_um: list[float]) -> bool:
         """Tell whether places are so close about focus that images look alike there.

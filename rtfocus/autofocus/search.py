@@ -7,6 +7,7 @@ comes otherwise ends at the best z that is known, with the reason.
 """
 
 from dataclasses import dataclass, field
+from itertools import product
 from math import isfinite
 
 from rtfocus.autofocus.belief import Belief
@@ -20,9 +21,8 @@ _ARRIVED, _ROUGH = 0.3, 1.5
 _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
 _BESIDE, _STUCK, _ALIKE, _ALIKE_AT_END = 0.7, 2.0, 0.9, 0.5
 # Probability that focus is within half a depth of field of a place: enough to end
-# there, and to go there. The belief is careful: of the searches that
-# state 0.7 to 0.9 after two to four images, 98 % are right (bench.autofocus).
-_SURE, _SURE_UNCALIBRATED, _WORTH_A_MOVE = 0.7, 0.85, 0.5
+# there, and to go there.
+_SURE, _WORTH_A_MOVE = 0.85, 0.5
 # Of the spectra's energy: the optics do not explain the images, nor do calibrated ones,
 # or they explain them so well that they may contradict sharpness, which aberrations
 # move away from focus.
@@ -182,8 +182,7 @@ class FocusSearch:
         return self.evidence.certainty(wanted) >= _WORTH_A_MOVE
 
     def _is_sure_of(self, z_um: float) -> bool:
-        least = _SURE_UNCALIBRATED if self.rule.verify else _SURE
-        return self.evidence.certainty(z_um) >= least
+        return self.evidence.certainty(z_um) >= _SURE
 
     def _has_been_there(self) -> bool:
         return self.evidence.has_seen(self.belief.best.mean_um, self._near_um())
@@ -276,11 +275,11 @@ class FocusSearch:
         return min(away + beyond * unit, _MOST_STEP * unit)
 
     def _probe(self, length_um: float) -> Decision:
-        """Step to the safe side, or where it ends to the other."""
-        now = self.looks[-1].z_um
-        length = min(length_um, self.moves.most_um)
-        for side in (self.rule.safe_side, -self.rule.safe_side):
-            target = self.moves.limits.clip(now + side * length)
+        """Step to the safe side, or where it ends or was seen to the other, or twice."""
+        now, most = self.looks[-1].z_um, self.moves.most_um
+        sides = (self.rule.safe_side, -self.rule.safe_side)
+        for length, side in product((length_um, 2 * length_um), sides):
+            target = self.moves.limits.clip(now + side * min(length, most))
             if not self.evidence.has_seen(target, 0.3 * self.evidence.unit_um):
                 return Probe(target - now)
         return self._give_up_seeing("there is no room to probe within the limits")
