@@ -175,7 +175,10 @@ class FocusSearch:
     def _is_worth_a_move(self) -> bool:
         if self.belief.is_empty or self._way_um() <= self.moves.deadband_um:
             return False
-        wanted = self.belief.best.mean_um
+        wanted, is_beside = self.belief.best.mean_um, self._way_um() <= self._near_um()
+        if not self.rule.verify and is_beside and not self.evidence.saw_both_sides():
+            # One more image beside focus tells less than one from a side still unseen.
+            return False
         if self.rule.verify or self._has_been_there():
             return self._is_sure_of(wanted)
         # The image there makes it surer.
