@@ -72,15 +72,6 @@ class Belief:
         """The likeliest place."""
         return self.modes[0]
 
-    def rival(self, apart_um: float) -> Mode | None:
-        """Return the likeliest mode at least so far from the best one."""
-        far = [
-            mode
-            for mode in self.modes[1:]
-            if abs(mode.mean_um - self.best.mean_um) >= apart_um
-        ]
-        return far[0] if far else None
-
     def seen(self, likelihood: Sequence[Mode], *, outlier: float = OUTLIER) -> "Belief":
         """Return the belief after an independent observation.
 

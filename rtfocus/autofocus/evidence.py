@@ -23,8 +23,8 @@ Floats = NDArray[np.float64]
 
 # In depths of field.
 _NEAR, _TOP, _SAME_PLACE, _BRACKET = 3.5, 0.8, 0.05, 0.5
-# Probability that is enough for the place where a search that failed ends.
-_ROUGHLY_SURE = 0.45
+# Probability, within a depth of field, that is enough to end a failed search there.
+_ROUGHLY_SURE = 0.7
 # Images look alike over so much about focus, which is known within a margin.
 _FLAT_TOP, _MARGIN, _BEYOND_TOP = 1.5, 0.3, 2.0
 # Images so far apart differ, elsewhere than about focus; so close they do not much.
@@ -157,7 +157,8 @@ class Evidence:
             return first.z_um
         if self.fit is not None and self.fit.unexplained <= most_unexplained:
             place = 0.0 if self.belief.is_empty else self.belief.best.mean_um
-            if self.certainty(place) > _ROUGHLY_SURE and self.covers(place):
+            is_rough = self.fit.probability(place, self.unit_um) > _ROUGHLY_SURE
+            if is_rough and self.covers(place):
                 return place
         return best.z_um if best.sharpness > SHARPER * first.sharpness else first.z_um
 

@@ -154,9 +154,8 @@ class FocusSearch:
             return self._arrived()
         if self._is_worth_a_move():
             return self._approach()
-        if not self._makes_progress():
-            return self._end_unsure()
-        if is_there and self.evidence.saw_both_sides() and self._images >= _ENOUGH:
+        saw_enough = is_there and self.evidence.saw_both_sides()
+        if not self._makes_progress() or (saw_enough and self._images >= _ENOUGH):
             return self._end_unsure()
         return self._next_view()
 
@@ -278,7 +277,7 @@ class FocusSearch:
         return min(away + beyond * unit, _MOST_STEP * unit)
 
     def _probe(self, length_um: float) -> Decision:
-        """Step to the safe side, or where it ends or was seen to the other, or twice."""
+        """Step to the safe side; where that was seen to the other, or twice as far."""
         now, most = self.looks[-1].z_um, self.moves.most_um
         sides = (self.rule.safe_side, -self.rule.safe_side)
         for length, side in product((length_um, 2 * length_um), sides):

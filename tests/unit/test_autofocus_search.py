@@ -18,7 +18,7 @@ from rtfocus.autofocus.appearance import (
 from rtfocus.autofocus.evidence import Evidence, Look
 from rtfocus.autofocus.planes import Calibration, PlaneComparison
 from rtfocus.autofocus.plans import move_rule, save_calibration
-from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.policy import Limits, MoveRule, Probe
 from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import Aberrations, OpticalSystem
@@ -126,7 +126,7 @@ def test_an_honest_stage_is_focused_in_few_images(
     assert verdict.focused, verdict.reason
     assert not verdict.notes
     assert abs(world.z_um) < 0.25 * UNIT
-    assert verdict.images <= 4
+    assert verdict.images == 3
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,39 @@ def test_a_field_with_too_little_to_see_is_refused_by_that_reason(
         assert not verdict.focused
         assert "no more than by noise" in verdict.reason
         assert world.z_um == pytest.approx(verdict.start_um)
+
+
+def test_images_that_do_not_change_tell_of_no_focus_far_away(
+    comparison: PlaneComparison,
+) -> None:
+    spectra, noise = np.tile(0.01 / FREQUENCIES, (3, 1)), np.full(3, NOISE)
+    for places in ([-2.0, -0.5, 1.0], [-3.0, 0.0, 3.0]):
+        fit = comparison.fit(np.array(places) * UNIT, spectra, noise)
+        assert fit.unexplained > 0.02, places
+        assert fit.probability(0.0, 5.0 * UNIT) > 0.95
+
+
+def test_a_probe_goes_farther_where_both_sides_were_seen(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    search = FocusSearch(comparison, MoveRule(Limits(-50, 50), 0.1, 40))
+    world = World(transfer, 0.0)
+    for world.z_um in (-1.2 * UNIT, 1.2 * UNIT, 0.0):
+        search.observe(world.z_um, world.look(world.z_um))
+    assert search._probe(1.2 * UNIT) == Probe(-2.4 * UNIT)
+    assert search._probe(1.9 * UNIT) == Probe(-1.9 * UNIT)
+
+
+def test_a_place_is_contradicted_by_another_image_only(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    world = World(transfer, 0.0)
+    seen = [world.look(world.z_um) for world.z_um in (0.0, 3.0 * UNIT)]
+    for last, contradicted in ((seen[0], False), (seen[1], True)):
+        places = (0.0, 3.0 * UNIT, 0.1 * UNIT)
+        looks = [Look.of(*pair) for pair in zip(places, [*seen, last], strict=True)]
+        evidence = Evidence(comparison, looks=looks)
+        assert evidence.is_contradicted(places[2:]) is contradicted
 
 
 @pytest.mark.parametrize("images", [2, 3, 6, 12])
