@@ -162,9 +162,9 @@ def _rings(
     return window, float((window**2).sum()), runs, rings[runs], sizes
 
 
-FARTHEST = 16.0
-"""Defocus at the ends of the table, in depths of field."""
-_TABLE_STEP = 0.125
+# In depths of field. At the end of the table nothing changes with z, so it reaches
+# beyond all images: a focus out there would explain any that look alike.
+_TABLE_END, _TABLE_STEP = 16.0, 0.125
 _RADII, _LIGHT, _PLACES = 320, 360, 101
 _TABLE_HIGHEST = 2.0
 _BLUR_MARGIN = 5.0
@@ -239,12 +239,12 @@ def modulation_table(optics: OpticalSystem, *, extra_waves: float = 0.0) -> Floa
         aberrations=replace(given, spherical_waves=given.spherical_waves + extra_waves),
     )
     unit_um = system.defocus_unit_um
-    count = round(FARTHEST / _TABLE_STEP)
+    count = round(_TABLE_END / _TABLE_STEP)
     defocus_um = np.arange(-count, count + 1) * _TABLE_STEP * unit_um
     radius = (np.arange(_RADII) + 0.5) / _RADII
     pupil = np.stack([round_pupil(system, float(z), radius) for z in defocus_um], 1)
     # Places in the image in lambda / NA, as far as the widest blur reaches.
-    reach = FARTHEST + _BLUR_MARGIN
+    reach = _TABLE_END + _BLUR_MARGIN
     place = (np.arange(_LIGHT) + 0.5) / _LIGHT * reach
     field = j0(2 * np.pi * np.outer(place, radius)) @ (pupil * radius[:, None])
     light = np.abs(field) ** 2 * place[:, None]

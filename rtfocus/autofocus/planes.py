@@ -29,9 +29,8 @@ from rtfocus.frame import FocusReading
 
 Floats = NDArray[np.float64]
 
-# Candidates for focus lie this far apart, in depths of field, and so far from the
-# nearest image. From farther away the end of the table sees no change with z at all,
-# which would explain any images that look alike.
+# Candidates for focus lie this far apart, in depths of field, and at most so far from
+# the nearest image.
 _CANDIDATE_STEP, _FARTHEST_FOCUS = 0.1, 7.5
 _APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
 _FINE_APERTURES = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)

@@ -233,6 +233,9 @@ class FocusSearch:
                     continue
                 if not self.evidence.has_seen(wanted, 0.3 * unit):
                     return self._view(wanted)
+        if not self.rule.verify and abs(best.mean_um - now) > _FAR_STEP * unit:
+            # Farther out images tell nothing more.
+            return self._end_unsure()
         return self._probe(_LEAST_STEP * unit)
 
     def _view(self, wanted_um: float) -> Decision:
