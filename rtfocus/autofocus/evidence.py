@@ -414,9 +414,10 @@ class Evidence:
         planes = self.with_detail()
         if len(planes) < 3:
             return planes
-        # Aberrations make images sharpest beside focus, which calibrated optics know.
-        by_optics = self.calibrated and not self.belief.is_empty
-        top = self.belief.best.mean_um if by_optics else self.best_seen.z_um
+        top = max(planes, key=lambda look: look.sharpness).z_um
+        if self.calibrated and not self.belief.is_empty and self.is_change_clear():
+            # Aberrations make images sharpest beside focus, which such optics know.
+            top = self.belief.best.mean_um
         near = [look for look in planes if abs(look.z_um - top) < _NEAR * self.unit_um]
         return near if len(near) > 2 else planes
 
