@@ -22,7 +22,7 @@ _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
 _BESIDE, _STUCK, _ALIKE, _ALIKE_AT_END = 0.7, 2.0, 0.9, 0.5
 # Probability that focus is within half a depth of field of a place: enough to end
 # there, and to go there.
-_SURE, _WORTH_A_MOVE = 0.85, 0.5
+_SURE, _WORTH_A_MOVE = 0.85, 0.7
 # Of the spectra's energy: the optics do not explain the images, nor do calibrated ones,
 # or they explain them so well that they may contradict sharpness, which aberrations
 # move away from focus.
@@ -234,7 +234,6 @@ class FocusSearch:
                 if not self.evidence.has_seen(wanted, 0.3 * unit):
                     return self._view(wanted)
         if not self.rule.verify and abs(best.mean_um - now) > _FAR_STEP * unit:
-            # Farther out images tell nothing more.
             return self._end_unsure()
         return self._probe(_LEAST_STEP * unit)
 
@@ -300,14 +299,15 @@ class FocusSearch:
             return self.give_up(
                 f"sharpness peaks {beside:.1f} um from where focus should be"
             )
-        if not self.evidence.saw_change():
+        changed = self.evidence.saw_change()
+        if not (changed and self.evidence.is_change_clear()):
             sides = (self.rule.safe_side, -self.rule.safe_side)
-            inside = filter(self.moves.limits.holds, self.evidence.beyond_top_um(sides))
-            if (beyond := next(inside, None)) is not None:
-                return self._view(beyond)
-            return self.give_up("the images hardly change with z; does the stage move?")
-        if not self.evidence.is_change_clear():
-            return self.give_up(_IN_NOISE)
+            for place in self.evidence.beyond_top_um(sides):
+                beyond = self.moves.limits.clip(place)
+                if not self.evidence.has_seen(beyond, 0.3 * unit):
+                    return self._view(beyond)
+            alike = "the images hardly change with z; does the stage move?"
+            return self.give_up(_IN_NOISE if changed else alike)
         # Two places agree with too much.
         if not self.rule.verify and self.evidence.places() < _LEAST_PLACES:
             return self._next_view()
