@@ -303,9 +303,9 @@ class FocusSearch:
         if not (changed and self.evidence.is_change_clear()):
             sides = (self.rule.safe_side, -self.rule.safe_side)
             for place in self.evidence.beyond_top_um(sides):
-                beyond = self.moves.limits.clip(place)
-                if not self.evidence.has_seen(beyond, 0.3 * unit):
-                    return self._view(beyond)
+                inside = self.moves.limits.clip(place)
+                if not self.evidence.has_seen(inside, 0.3 * unit):
+                    return self._view(inside)
             alike = "the images hardly change with z; does the stage move?"
             return self.give_up(_IN_NOISE if changed else alike)
         # Two places agree with too much.
