@@ -23,6 +23,7 @@ from rtfocus.errors import (
     IncompleteError,
     MicroscopeError,
     RtfocusError,
+    TransportError,
     WriterError,
 )
 from rtfocus.files import path_given
@@ -41,6 +42,8 @@ from rtfocus.workers import Wait, acting_when
 
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
+_ENDING_S = 10.0
+"""A processor that declined a series is given to say why and end."""
 
 _log = logging.getLogger(__name__)
 
@@ -325,8 +328,10 @@ class LiveStream:
                 if not (outcome.is_complete or outcome.was_stopped):
                     raise IncompleteError(str(outcome))
         except Exception as error:  # raised at the end of the block
-            # A processor that ended says best why nobody takes the frames.
-            of_child = self._child.failure() if self._child is not None else None
+            # A processor that ended says best why nobody takes the frames. It takes
+            # leave before it ends.
+            ends_s = _ENDING_S if isinstance(error, TransportError) else 0.0
+            of_child = self._child and self._child.failure(within_s=ends_s)
             _log.error("the stream failed: %s", of_child or error)
             self._failure = self._failure or of_child or _told(error)
         finally:

@@ -29,6 +29,7 @@ from rtfocus.microscope.delivery import (
     image_number,
     overflow_error,
     received_ns,
+    untold,
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
 from rtfocus.microscope.mda import PlannedAcquisition
@@ -252,7 +253,7 @@ def acquire(
     *,
     stop: threading.Event,
     core: UniMMCore | None = None,
-    on_frame: Callable[[FrameHeader], None] = lambda _: None,
+    on_frame: Callable[[FrameHeader], None] = untold,
     make_engine: Callable[..., RecordingEngine] = RecordingEngine,
     make_hold: Callable[[UniMMCore], FocusHold | None] = lambda _: None,
 ) -> AcquisitionReport:

@@ -193,6 +193,10 @@ class Exposure:
     role: Role = Role.RECORD
 
 
+def untold(_header: FrameHeader) -> None:
+    """Tell nobody that a frame was handed over."""
+
+
 class Delivery:
     """The frames of one series on their way into a sink.
 
@@ -206,7 +210,7 @@ class Delivery:
         self,
         series: SeriesStart,
         sink: FrameSink,
-        on_frame: Callable[[FrameHeader], None] = lambda _: None,
+        on_frame: Callable[[FrameHeader], None] = untold,
     ) -> None:
         self.series = series
         self.sent = 0

@@ -30,6 +30,7 @@ from rtfocus.microscope.delivery import (
     image_number,
     overflow_error,
     received_ns,
+    untold,
 )
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine, SetUps
 from rtfocus.microscope.plan import lay_out, takes_image
@@ -321,7 +322,7 @@ class FollowedAcquisition(PlannedAcquisition):
         core: CMMCorePlus,
         sequence: useq.MDASequence,
         sink: FrameSink,
-        on_frame: Callable[[FrameHeader], None] = lambda _: None,
+        on_frame: Callable[[FrameHeader], None] = untold,
     ) -> None:
         # Only methods of its base class are called.
         super().__init__(config, cast("UniMMCore", core), sequence, sink, on_frame)
