@@ -56,6 +56,15 @@ def test_a_recipe_that_is_its_own_base_is_refused(tmp_path, bases):
         load_recipe(tmp_path / "a.yaml")
 
 
+def test_levels_that_do_not_differ_are_refused(tmp_path):
+    base = resource_folder("configs") / "train_delpnet.yaml"
+    recipe = tmp_path / "zero.yaml"
+    text = f"base: '{base.as_posix()}'\nblur: {{level_step_um: 0}}\n"
+    recipe.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"blur\.level_step_um': .* greater than 0"):
+        load_recipe(recipe)
+
+
 def test_the_rate_rises_linearly_and_falls_to_zero():
     recipe = OptimiserRecipe(steps=1000, rate=1.0, warmup_steps=100)
     assert learning_rate(recipe, 49) == pytest.approx(0.5)
