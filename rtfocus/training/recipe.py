@@ -38,6 +38,9 @@ class SourceRecipe(Section):
     """Share of draws that are not resized at all."""
     softness_px: Annotated[float, Field(ge=0)] = 0.0
     """Largest deviation of a Gaussian laid over the sharp scene."""
+    denoised_share: Fraction = 0.0
+    """Share of draws whose noise is taken off first: enlarged, it would tell that
+    they are in focus."""
     share: Positive = 1.0
     """How often this source is drawn, relative to the others."""
 

@@ -18,6 +18,7 @@ from rtfocus.training.recipe import (
 from rtfocus.training.scenes import (
     Scene,
     SceneSource,
+    denoised,
     load_fields,
     load_real_pairs,
     mixed,
@@ -256,3 +257,26 @@ def test_other_scenes_are_drawn_as_ever(enlarged, zoom, fine):
     found = PairBatches(enlarged(zoom, enlarged_fine=fine)).batch(0)
     for name, values in wanted.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_denoising_takes_the_noise_and_leaves_the_edges():
+    rng = np.random.default_rng(3)
+    clean = np.full((96, 96), 0.2, dtype=np.float32)
+    clean[32:64, 32:64] = 0.8
+    photons = 400
+    noisy = (rng.poisson(clean * photons) / photons).astype(np.float32)
+    left = denoised(noisy) - clean
+    assert np.std(left) < 0.4 * np.std(noisy - clean)
+    # Pixels on either side of an edge keep their side.
+    assert np.abs(left[31:33, 34:62]).max() < 0.15
+
+
+def test_a_share_of_draws_is_denoised(enlarged):
+    recipe = enlarged(2.0)
+    grains = []
+    for share in (0.0, 1.0):
+        source = recipe.sources[0].model_copy(update={"denoised_share": share})
+        one = recipe.model_copy(update={"sources": (source,)})
+        scenes = SceneSource(one, load_fields(one), validation=False)
+        grains.append(scenes.draw(np.random.default_rng(0)).light.std())
+    assert grains[1] < 0.5 * grains[0]
