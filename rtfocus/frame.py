@@ -235,7 +235,6 @@ class DefocusMap:
     """Defocus of one frame, tile by tile; all arrays have axes (tile_y, tile_x)."""
 
     grid: TileGrid
-
     defocus_um: NDArray[np.float32]
     """Positive = specimen too far from the objective; only the distance where
     `TileGrid.signed` is False; NaN = background."""
@@ -401,17 +400,20 @@ class SlotPool:
     def __init__(self, count: int, slot_bytes: int) -> None:
         # One allocation, each slot aligned to a page: pinning and O_DIRECT like it.
         stride = -(-slot_bytes // 4096) * 4096
-        memory = np.empty(count * stride, dtype=np.uint8)
+        self.count = count
+        memory = self._allocate(count * stride)
         # Written to, because a fresh page costs more at first use than the copy of
         # what is in it: the first frames of a run must not be the slowest.
         memory.fill(0)
-        self.count = count
         self.slot_bytes = slot_bytes
         self._free = deque(
             Slot(i, memory[i * stride : i * stride + slot_bytes]) for i in range(count)
         )
         self._changed = threading.Condition()
         self._closed = False
+
+    def _allocate(self, size_bytes: int) -> NDArray[np.uint8]:
+        return np.empty(size_bytes, dtype=np.uint8)
 
     @property
     def free(self) -> int:
@@ -428,10 +430,7 @@ class SlotPool:
                 if left is not None and left <= 0:
                     return None
                 self._changed.wait(left)
-            if self._closed:
-                return None
-            slot = self._free.popleft()
-            return slot
+            return None if self._closed else self._free.popleft()
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; its frame is gone from here on."""

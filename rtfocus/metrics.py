@@ -102,6 +102,8 @@ class Accounting:
     """Frames that arrived and could not be written, by place."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Messages that were no frames at all, by reason; outside the identity."""
+    came_by: Counter[str] = field(default_factory=Counter)
+    """Frames that came by ``shared memory`` or ``TCP``; outside the identity."""
     planned: int | None = None
     """Images planned; None: no plan, or one without an end."""
     camera_lost: int = 0

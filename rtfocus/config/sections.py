@@ -381,6 +381,8 @@ class TransportConfig(Section):
     """Interval of heartbeats; a peer silent for 6 of them is lost."""
     connect_timeout_s: PositiveFloat = 30.0
     """How long either side waits for the other at the start."""
+    shared_memory: Literal["auto", "off"] = "auto"
+    """``auto``: on one machine pixels go through memory; ``off``: always by TCP."""
     max_frame_mb: PositiveFloat = 256
     """Larger messages are refused and disconnect their sender."""
     curve_keys: Path | None = None

@@ -70,7 +70,7 @@ class Dialogue:
         self._folder = ""
         self._max_frame_bytes = max_frame_bytes(config)
         self.series: SeriesStart | None = None
-        self.topic: str | None = None
+        self.welcome: m.Welcome | None = None
         self.inflow: Inflow | None = None
         """Set when frames are wanted."""
         self.refused: str | None = None
@@ -250,7 +250,7 @@ class Dialogue:
         if unwanted is not None and uid in unwanted:
             self._declined = m.Leave(uid=self.uid, series_uid=uid, reason=unwanted[uid])
             return
-        self.series, self.topic = welcome.start, welcome.topic
+        self.series, self.welcome = welcome.start, welcome
 
     def _note_refusal(self, refused: m.Refused) -> None:
         reason = m.printable(refused.reason, 1000)
@@ -325,6 +325,7 @@ class Dialogue:
                 sequence=sequencer.expected,
                 attempt=sequencer.attempt,
                 folder=self._folder,
+                shared=inflow.is_shared,
             )
 
 

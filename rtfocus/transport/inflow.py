@@ -25,6 +25,7 @@ from rtfocus.frame import (
     SlotPool,
 )
 from rtfocus.metrics import Accounting
+from rtfocus.transport.memory import Placed, SharedFrames
 from rtfocus.transport.messages import (
     Ping,
     Rewind,
@@ -200,6 +201,8 @@ class Inflow:
         Where frames and gaps go, and the end.
     accounting
         Counts frames, gaps and errors.
+    shared
+        Where the publisher's frames lie; None: their pixels come by TCP.
     """
 
     def __init__(
@@ -209,6 +212,7 @@ class Inflow:
         pool: SlotPool,
         arrivals: Arrivals,
         accounting: Accounting,
+        shared: SharedFrames | None = None,
     ) -> None:
         self.series = series
         self.sequencer = Sequencer(next_sequence)
@@ -219,8 +223,14 @@ class Inflow:
         """It said so since the last receipt."""
         self._pool = pool
         self._accounting = accounting
+        self._shared = shared
         self._sent_upto = next_sequence
         self._most_lost = most_lost(series)
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether frames are read where the publisher has them."""
+        return self._shared is not None
 
     @property
     def batch(self) -> int:
@@ -250,6 +260,8 @@ class Inflow:
         match message:
             case FrameHeader():
                 self._take_frame(message, pixels)
+            case Placed():
+                self._take_frame(message.frame, self._pixels_at(message), message)
             case Rewind():
                 self._note_rewind(message)
             case Ping():
@@ -294,7 +306,18 @@ class Inflow:
         """End the series because this side wants it."""
         self._finish("stopped")
 
-    def _take_frame(self, header: FrameHeader, pixels: memoryview | None) -> None:
+    def _pixels_at(self, placed: Placed) -> memoryview:
+        if self._shared is None:
+            msg = f"frame {placed.frame.sequence} lies in memory that is not seen here"
+            raise ProtocolError(msg, "place")
+        return self._shared.pixels(placed, pixel_bytes(placed.frame))
+
+    def _take_frame(
+        self,
+        header: FrameHeader,
+        pixels: memoryview | None,
+        placed: Placed | None = None,
+    ) -> None:
         check_header(header, self.series)
         most = self.sequencer.expected + self._most_lost
         if header.sequence > most:
@@ -321,17 +344,25 @@ class Inflow:
         if not is_alike(header, self.series):
             self._end_at_other_form(header)
             return
-        self._fill_slot(header, pixels)
+        self._fill_slot(header, pixels, placed)
 
-    def _fill_slot(self, header: FrameHeader, pixels: memoryview) -> None:
+    def _fill_slot(
+        self, header: FrameHeader, pixels: memoryview, placed: Placed | None
+    ) -> None:
         slot = self._pool.acquire(timeout_s=0)
         if slot is None:
             msg = f"frame {header.sequence} was sent beyond the credit"
             raise ProtocolError(msg, "credit")
         slot.received_ns = time.monotonic_ns()
         target = slot.prepare(header)
-        # The one copy of this side: from ZeroMQ's message into the slot.
+        # The one copy of this side: from ZeroMQ's message or the publisher's memory.
         np.copyto(target, np.frombuffer(pixels, target.dtype).reshape(target.shape))
+        if placed and self._shared and not self._shared.holds(placed):
+            # Only one that was replaced meanwhile is told of a frame that is gone.
+            self._pool.release(slot)
+            msg = f"frame {header.sequence} was let go while it was read"
+            raise ProtocolError(msg, "replaced")
+        self._accounting.count("came_by", "shared memory" if placed else "TCP")
         self.sequencer.accept()
         self._accounting.set_acquired(self.sequencer.expected)
         self.arrivals.put(slot)

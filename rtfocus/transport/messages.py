@@ -23,6 +23,7 @@ from rtfocus.frame import (
     SeriesEnd,
     SeriesStart,
 )
+from rtfocus.transport.memory import Placed, Segment
 
 T = TypeVar("T")
 DTYPES = ("|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4", "<f8")
@@ -84,6 +85,8 @@ class Resend(_Message, frozen=True, tag="resend"):
     """Counts the recorder's requests from 1; `Rewind` carries it back."""
     folder: str = ""
     """Where the recorder puts the series, for people."""
+    shared: bool = False
+    """It sees the segment of the welcome: frames are to come `Placed` from here on."""
 
 
 class Ended(_Message, frozen=True, tag="ended"):
@@ -118,6 +121,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     topic: str
     """To subscribe to on the frames socket."""
     start: SeriesStart
+    shared: Segment | None = None
+    """Where the frames lie; a recorder may read them there."""
 
 
 class Waiting(_Message, frozen=True, tag="waiting"):
@@ -185,7 +190,7 @@ class _Probe(msgspec.Struct, frozen=True):
 
 FromRecorder = Hello | Progress | Resend | Ended | Ask | Leave | Estimate
 FromPublisher = Welcome | Waiting | Refused | Ping | RawOnly | Abandon | Complaint
-InStream = FrameHeader | SeriesEnd | Ping | Rewind
+InStream = FrameHeader | Placed | SeriesEnd | Ping | Rewind
 
 _encoder = msgspec.msgpack.Encoder()
 _from_recorder: msgspec.msgpack.Decoder[FromRecorder] = msgspec.msgpack.Decoder(

@@ -16,9 +16,10 @@ from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import StoppedError, TransportError
 from rtfocus.frame import Act, Estimate, SeriesStart, Slot, SlotPool
 from rtfocus.transport.io_thread import IoThread, Waker
+from rtfocus.transport.memory import slot_pool
 from rtfocus.transport.publisher_loop import PublisherLoop
 from rtfocus.transport.registrar import Outbox
-from rtfocus.transport.sockets import Context, slot_pool
+from rtfocus.transport.sockets import Context
 from rtfocus.workers import Wait
 
 
@@ -211,7 +212,8 @@ class FramePublisher:
         """
         self._thread.check()
         frame_bytes = np.dtype(series.dtype).itemsize * int(np.prod(series.shape))
-        pool, outbox = slot_pool(self._config, frame_bytes), Outbox(series)
+        pool = slot_pool(self._config, frame_bytes, shared=True)
+        outbox = Outbox(series)
         self._pool, self._outbox = pool, outbox
         self._link, self._begun_s = LinkWatch(frame_bytes), None
         self._thread.call(lambda: self._loop.open_series(outbox, pool))

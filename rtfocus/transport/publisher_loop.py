@@ -11,6 +11,7 @@ from rtfocus.errors import TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.io_thread import Rejections, Waker
+from rtfocus.transport.memory import SharedSlots
 from rtfocus.transport.registrar import Outbox, Recorder, Registrar, Reply
 from rtfocus.transport.sockets import (
     ClientList,
@@ -172,7 +173,8 @@ class PublisherLoop:
         self._out.forget()
         self._pool = pool
         self.raw_only = self.estimate = None
-        self.registrar.open(outbox)
+        shared = pool.segment if isinstance(pool, SharedSlots) else None
+        self.registrar.open(outbox, shared)
 
     def close(self) -> None:
         """Tell the recorder that nothing more comes, and close the sockets."""
@@ -245,13 +247,18 @@ class PublisherLoop:
             with outbox.changed:
                 outbox.changed.notify_all()
         while (slot := outbox.take(recorder.credit_upto)) is not None:
-            header = m.pack(slot.frame())
-            if not self._out.send_frame(recorder.topic, header, slot):
+            if not self._send_frame(slot, recorder):
                 outbox.untake()
                 self._retry = True
                 return
         if outbox.is_sent and outbox.end is not None and not recorder.end_sent:
             recorder.end_sent = self._out.send(recorder.topic, m.pack(outbox.end))
+
+    def _send_frame(self, slot: Slot, recorder: Recorder) -> bool:
+        """Send a frame, or where it lies; False when ZeroMQ takes none now."""
+        if recorder.shared and isinstance(self._pool, SharedSlots):
+            return self._out.send(recorder.topic, m.pack(self._pool.place(slot)))
+        return self._out.send_frame(recorder.topic, m.pack(slot.frame()), slot)
 
     def _tell_raw_only(self, outbox: Outbox, recorder: Recorder) -> None:
         if self.raw_only is None or recorder.raw_only_sent:

@@ -4,9 +4,6 @@ Free slots of its pool are the credit the publisher sends within, so whoever
 holds slots for long slows the acquisition down; nothing is lost by that.
 """
 
-import ctypes
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -30,13 +27,13 @@ from rtfocus.transport.io_thread import (
     Rejections,
     Waker,
 )
+from rtfocus.transport.memory import keep_freed_memory, open_segment, slot_pool
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sockets import (
     Context,
     control_client,
     frames_client,
     nobody_listens,
-    slot_pool,
 )
 from rtfocus.workers import Newest, Wait
 
@@ -151,13 +148,14 @@ class FrameReceiver:
             Where the series will lie; told to people on the other side.
         """
         dialogue = self._dialogue
-        if dialogue is None or dialogue.series is None:
+        if dialogue is None or dialogue.welcome is None:
             msg = "no series to begin: call wait_series first"
             raise ValueError(msg)
-        series = dialogue.series
+        series, segment = dialogue.welcome.start, dialogue.welcome.shared
         frame_bytes = np.dtype(series.dtype).itemsize * int(np.prod(series.shape))
         pool, arrivals = slot_pool(self._config, frame_bytes), Arrivals()
-        inflow = Inflow(series, next_sequence, pool, arrivals, self._accounting)
+        shared = open_segment(self._config, segment)
+        inflow = Inflow(series, next_sequence, pool, arrivals, self._accounting, shared)
         self._pool, self._arrivals = pool, arrivals
         keep_freed_memory(max(8 * frame_bytes, 64 << 20))
         self._thread.call(
@@ -268,30 +266,6 @@ class FrameReceiver:
             dialogue.inflow.lose(str(failure))
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Numbers of glibc's ``malloc.h``."""
-_MOST_FROM_HEAP = 32 << 20
-"""glibc's own limit: a heap of a thread has 64 MB."""
-_USERS_WORD = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
-
-
-def keep_freed_memory(most_bytes: int) -> bool:
-    """Let glibc keep up to `most_bytes` of freed memory; elsewhere do nothing.
-
-    ZeroMQ and tensorstore allocate every frame anew. What glibc gives back to the
-    system comes again as pages that the system clears: a quarter of what a received
-    frame of 2048 x 2048 costs. Returns whether it was done: the
-    environment's word stands.
-    """
-    if not sys.platform.startswith("linux") or _USERS_WORD & os.environ.keys():
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(
-        mallopt(_M_TRIM_THRESHOLD, min(most_bytes, (1 << 31) - 1))
-        and mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
-    )
-
-
 MOST_ASKS = 8
 _MESSAGES_PER_TURN = 64
 """Bounds how long control messages can hold up frames."""
@@ -371,7 +345,8 @@ class ReceiverLoop:
             self._read_control()
         if dialogue is not None:
             now_s = time.monotonic()
-            self._frames.subscribe(dialogue.topic)
+            if dialogue.welcome is not None:
+                self._frames.subscribe(dialogue.welcome.topic)
             dialogue.watch(now_s)
             for message in dialogue.say(now_s):
                 self._say(message)

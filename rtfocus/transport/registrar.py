@@ -15,6 +15,7 @@ from typing import Any
 from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Act, Estimate, SeriesEnd, SeriesStart, Slot
 from rtfocus.transport import messages as m
+from rtfocus.transport.memory import Segment
 from rtfocus.transport.messages import check_estimate
 from rtfocus.workers import Newest
 
@@ -194,6 +195,8 @@ class Recorder:
     reconnects before its old connection is known to be dead."""
     attempt: int = 0
     """Its newest request to resend; 0: it has not begun."""
+    shared: bool = False
+    """It reads frames where they lie."""
     rewind_due: bool = False
     """That request is not answered yet."""
     credit_upto: int = 0
@@ -220,6 +223,8 @@ class Registrar:
     """What a recorder must say to be welcomed; None: any is."""
     outbox: Outbox | None = None
     """The series to record; None before the first."""
+    segment: Segment | None = None
+    """Where its frames lie, for a recorder on this machine."""
     recorder: Recorder | None = None
     estimates: Newest[Estimate] = field(
         default_factory=lambda: Newest(lambda estimate: estimate.sequence)
@@ -240,9 +245,9 @@ class Registrar:
     _watched_s: float = math.inf
     """When the I/O thread had its last turn; infinite before the first."""
 
-    def open(self, outbox: Outbox) -> None:
+    def open(self, outbox: Outbox, segment: Segment | None = None) -> None:
         """Start a series without a recorder."""
-        self.outbox = outbox
+        self.outbox, self.segment = outbox, segment
         self.recorder = None
         self.left = self.stranger = self.recorded_by = None
 
@@ -318,7 +323,11 @@ class Registrar:
             self.recorder = known
         known.identity, known.heard_s = identity, now_s
         return m.Welcome(
-            version=PROTOCOL_VERSION, uid=hello.uid, topic=known.topic, start=series
+            version=PROTOCOL_VERSION,
+            uid=hello.uid,
+            topic=known.topic,
+            start=series,
+            shared=self.segment,
         )
 
     def _mismatch(self, hello: m.Hello) -> str | None:
@@ -372,6 +381,7 @@ class Registrar:
                 self.resent += max(before - outbox.rewind(message.sequence), 0)
                 recorder.attempt, recorder.rewind_due = message.attempt, True
                 recorder.end_sent = False
+                recorder.shared = message.shared and self.segment is not None
                 recorder.folder = m.printable(message.folder)
                 self.recorded_by = str(recorder)
             case m.Ended():

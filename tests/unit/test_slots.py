@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, SlotPool
-from rtfocus.transport.receiver import keep_freed_memory
+from rtfocus.transport.memory import keep_freed_memory
 
 
 def header(shape: tuple[int, ...], dtype: str) -> FrameHeader:
@@ -77,7 +77,7 @@ def test_close_wakes_waiters_with_none_and_double_release_is_an_error() -> None:
 
 _ALLOCATING = """
 import resource
-from rtfocus.transport.receiver import keep_freed_memory
+from rtfocus.transport.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

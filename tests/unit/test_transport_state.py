@@ -10,9 +10,10 @@ from rtfocus.frame import SeriesEnd, Slot, SlotPool
 from rtfocus.transport import messages as m
 from rtfocus.transport.inflow import Arrivals, Gap
 from rtfocus.transport.io_thread import Rejections
+from rtfocus.transport.memory import slot_pool
 from rtfocus.transport.publisher import LinkWatch, Stall
 from rtfocus.transport.registrar import LOST_HEARTBEATS, Outbox, Registrar
-from rtfocus.transport.sockets import Context, control_server, frames_server, slot_pool
+from rtfocus.transport.sockets import Context, control_server, frames_server
 
 
 def filled(count: int, first: int = 0) -> list[Slot]:
