@@ -12,9 +12,10 @@ import random
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 from bench import machine
 from bench.kill_series import KilledSeries, Mode, Outcome
@@ -35,7 +36,9 @@ def modes() -> list[Mode]:
     ]
     if (resource_folder("engines") / "delpnet" / "engine.yaml").is_file():
         found.append(Mode("processed", {"shard_frames": 2}, PROCESSED))
-    return found
+    # Each by shared memory and by TCP.
+    ways: tuple[Literal["auto", "off"], ...] = ("auto", "off")
+    return [replace(mode, shared_memory=way) for mode in found for way in ways]
 
 
 def kill_many(kills: int, seed: int, folder: Path) -> Outcome:
@@ -47,13 +50,15 @@ def kill_many(kills: int, seed: int, folder: Path) -> Outcome:
             return total
         here = folder / str(number)
         here.mkdir()
-        at_finish = number % 2 == 0
+        # Of two series of one way one is killed while it finishes, of two modes, too.
+        at_finish = number % 4 in (0, 3)
         series = KilledSeries(here, mode, random.Random(f"{seed}/{number}"))
         before_finish = min(left, KILLS_PER_SERIES) - at_finish
         total.add(
             series.run(before_finish, at_finish=at_finish, with_command=not at_finish)
         )
-        print(f"{mode.name}: {total.kills.total()} kills, {len(total.faults)} faults")
+        what = f"{mode.name} by {mode.way}"
+        print(f"{what}: {total.kills.total()} kills, {len(total.faults)} faults")
     raise AssertionError  # cycle() never ends
 
 

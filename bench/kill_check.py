@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import ExitCode
 from rtfocus.writers.check import CheckReport, check_run
+from rtfocus.writers.commit import read_report
 from rtfocus.writers.header import JOURNAL_NAME, is_bare
 from rtfocus.writers.journal import WRITTEN, Line, read_journal
 
@@ -89,6 +90,12 @@ def faults_at_end(folder: Path, sent: int) -> list[str]:
     if (accounting.get("acquired"), accounting.get("written")) != (sent, sent):
         faults.append(f"{sent} frames sent, the report says {accounting}")
     return faults
+
+
+def faults_of_way(folder: Path, way: str) -> list[str]:
+    """Return what is wrong if the last processor's frames did not come this way."""
+    came_by = (read_report(folder) or {}).get("came_by", {})
+    return [] if set(came_by) == {way} else [f"frames came by {came_by}, not {way}"]
 
 
 def _faults_of_finished(folder: Path, report: CheckReport, frames: int) -> list[str]:

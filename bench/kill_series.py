@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -44,6 +44,13 @@ class Mode:
     name: str
     store: dict[str, Any]
     processing: dict[str, Any]
+    shared_memory: Literal["auto", "off"] = "auto"
+    """Pixels go through shared memory, or by TCP."""
+
+    @property
+    def way(self) -> str:
+        """How frames must have come, as the report says it."""
+        return "shared memory" if self.shared_memory == "auto" else "TCP"
 
 
 @dataclass
@@ -97,7 +104,9 @@ class KilledSeries:
             # A killed processor is known to be lost after six of these.
             heartbeat_s=0.05,
             connect_timeout_s=PATIENCE_S,
+            shared_memory=mode.shared_memory,
         )
+        self._way = mode.way
         self._publisher = FramePublisher(transport)
         self._config = self._write_config(mode, transport)
 
@@ -191,6 +200,8 @@ class KilledSeries:
                 check_run(self._one_folder(), repair=True)
             else:
                 processor.finish()
+                faults = kill_check.faults_of_way(self._one_folder(), self._way)
+                self._note("end", faults)
             self._note("end", kill_check.faults_at_end(self._one_folder(), sent))
         finally:
             processor.kill()

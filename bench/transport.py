@@ -1,7 +1,8 @@
 """Transport bench: rtfocus against a bare pyzmq loop, filled slot to filled slot.
 
-Two processes over tcp loopback. Sender and receiver of both contenders live in
-the same two processes and take turns, so that load from outside hits both. The
+Two processes on one machine. Sender and receiver of all contenders live in the same
+two processes and take turns, so that load from outside hits all. rtfocus runs twice:
+with pixels by TCP and, as it does by itself on one machine, by shared memory. The
 bare loop is PUSH/PULL with a header part, sends without a copy and copies each
 frame into one of a ring of preallocated arrays: what a careful person writes by
 hand, without credit, resend, accounting or durability.
@@ -14,9 +15,10 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zmq
@@ -34,6 +36,8 @@ from rtfocus.transport.sockets import create_keys, secure_client, secure_server
 
 RING = 32
 """Slots, and the bare loop's arrays and high-water mark."""
+WAYS: dict[str, Literal["auto", "off"]] = {"rtfocus": "off", "shared": "auto"}
+"""rtfocus by TCP and by shared memory, as the config says it."""
 
 
 def series_start(uid: str, size: int) -> SeriesStart:
@@ -69,12 +73,16 @@ def header(uid: str, sequence: int, size: int) -> FrameHeader:
 
 def sender(pipe: Connection, size: int, keys: Path | None) -> None:
     """Serve rounds until told to end; runs in a process of its own."""
-    config = TransportConfig(
-        frames="tcp://127.0.0.1:*",
-        control="tcp://127.0.0.1:*",
-        slots=RING,
-        curve_keys=keys,
-    )
+    configs = {
+        kind: TransportConfig(
+            frames="tcp://127.0.0.1:*",
+            control="tcp://127.0.0.1:*",
+            slots=RING,
+            curve_keys=keys,
+            shared_memory=way,
+        )
+        for kind, way in WAYS.items()
+    }
     context = zmq.Context()
     push = context.socket(zmq.PUSH)
     push.sndhwm = RING
@@ -83,15 +91,20 @@ def sender(pipe: Connection, size: int, keys: Path | None) -> None:
     port = push.bind_to_random_port("tcp://127.0.0.1")
     random = np.random.default_rng(0)
     ring = [random.integers(0, 4096, (size, size), "u2") for _ in range(RING)]
-    with FramePublisher(config) as publisher:
-        pipe.send((publisher.endpoints, f"tcp://127.0.0.1:{port}"))
+    with ExitStack() as opened:
+        publishers = {
+            kind: opened.enter_context(FramePublisher(config))
+            for kind, config in configs.items()
+        }
+        endpoints = {kind: one.endpoints for kind, one in publishers.items()}
+        pipe.send((endpoints, f"tcp://127.0.0.1:{port}"))
         while (order := pipe.recv()) is not None:
             kind, uid, frames = order
-            if kind == "rtfocus":
+            if (publisher := publishers.get(kind)) is not None:
                 publisher.start(series_start(uid, size))
             # Allocating slots is set-up: neither clock sees it.
             cpu_s = time.process_time()
-            if kind == "rtfocus":
+            if publisher is not None:
                 for sequence in range(frames):
                     slot = publisher.acquire()
                     slot.prepare(header(uid, sequence, size))
@@ -107,16 +120,26 @@ def sender(pipe: Connection, size: int, keys: Path | None) -> None:
 
 
 class Contenders:
-    """The receiving ends of both."""
+    """The receiving ends of all."""
 
     def __init__(self, pipe: Connection, size: int, keys: Path | None) -> None:
         self._pipe = pipe
         self._size = size
-        (frames, control), bare = pipe.recv()
-        config = TransportConfig(
-            frames=frames, control=control, slots=RING, curve_keys=keys
-        )
-        self._receiver = FrameReceiver(config, Accounting())
+        endpoints, bare = pipe.recv()
+        self._came = Accounting()
+        self._receivers = {
+            kind: FrameReceiver(
+                TransportConfig(
+                    frames=frames,
+                    control=control,
+                    slots=RING,
+                    curve_keys=keys,
+                    shared_memory=WAYS[kind],
+                ),
+                self._came,
+            )
+            for kind, (frames, control) in endpoints.items()
+        }
         self._context = zmq.Context()
         self._pull = self._context.socket(zmq.PULL)
         self._pull.rcvhwm = RING
@@ -130,8 +153,10 @@ class Contenders:
         """Send one series; return its rate and CPU time of both processes."""
         self._rounds += 1
         self._pipe.send((kind, f"round-{self._rounds}", frames))
-        receive = self._rtfocus if kind == "rtfocus" else self._bare
-        seconds, cpu_s = receive(frames)
+        if kind in self._receivers:
+            seconds, cpu_s = self._rtfocus(self._receivers[kind])
+        else:
+            seconds, cpu_s = self._bare(frames)
         sender_cpu_s = self._pipe.recv()
         megabytes = (frames - 1) * self._size**2 * 2 / 1e6
         return {
@@ -141,8 +166,7 @@ class Contenders:
             "receiver_cpu_ms_per_frame": 1e3 * cpu_s / (frames - 1),
         }
 
-    def _rtfocus(self, frames: int) -> tuple[float, float]:
-        receiver = self._receiver
+    def _rtfocus(self, receiver: FrameReceiver) -> tuple[float, float]:
         series = receiver.wait_series()
         if series is None:
             msg = "no series came"
@@ -170,8 +194,10 @@ class Contenders:
         return marks[-1][0] - marks[0][0], marks[-1][1] - marks[0][1]
 
     def close(self) -> None:
-        """End both."""
-        self._receiver.close()
+        """End all, and show by which way their frames came."""
+        print(f"frames came by {dict(self._came.came_by)}")
+        for receiver in self._receivers.values():
+            receiver.close()
         self._context.destroy(linger=0)
         self._pipe.send(None)
 
@@ -179,17 +205,17 @@ class Contenders:
 def compare(
     rounds: int, frames: int, size: int, keys: Path | None = None
 ) -> dict[str, Any]:
-    """Run both in turn; return figures per round, medians and their ratio."""
+    """Run all in turn; return figures per round, medians and their ratio."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=sender, args=(there, size, keys))
     process.start()
     contenders = Contenders(here, size, keys)
-    results: dict[str, list[dict[str, float]]] = {"bare": [], "rtfocus": []}
+    kinds = ("bare", *WAYS)
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         # Whoever goes second finds a warmer machine: they take turns in that too.
-        order = ("bare", "rtfocus") if number % 2 else ("rtfocus", "bare")
-        for kind in order:
+        for kind in kinds if number % 2 else reversed(kinds):
             figures = contenders.round(kind, frames)
             if number > 0:
                 results[kind].append(figures)
@@ -203,6 +229,8 @@ def compare(
     ratios = [mine["frames_per_s"] / bare["frames_per_s"] for mine, bare in pairs]
     return {
         "ratio": medians["rtfocus"]["frames_per_s"] / medians["bare"]["frames_per_s"],
+        "shared_to_tcp": medians["shared"]["frames_per_s"]
+        / medians["rtfocus"]["frames_per_s"],
         "ratio_per_round": ratios,
         "median": medians,
         "rounds": results,
@@ -221,6 +249,7 @@ def show(title: str, result: dict[str, Any]) -> None:
         )
     low, high = min(result["ratio_per_round"]), max(result["ratio_per_round"])
     print(f"  ratio    {result['ratio']:.3f}  (rounds {low:.2f} to {high:.2f})")
+    print(f"  shared memory against TCP {result['shared_to_tcp']:.2f}")
 
 
 def main() -> None:
@@ -236,7 +265,7 @@ def main() -> None:
     if options.smoke:
         options.rounds, options.frames, options.size = 1, 10, 256
     plain = compare(options.rounds, options.frames, options.size)
-    show(f"{options.size}^2 uint16, tcp loopback", plain)
+    show(f"{options.size}^2 uint16, one machine", plain)
     payload = {
         "question": "rtfocus frames/s over bare pyzmq frames/s; bar 0.9",
         "config": {"rounds": options.rounds, "frames": options.frames},

@@ -198,9 +198,8 @@ class Monitor:
             "devices": dict(self.devices),
             "held": dict(self.held),
             "alarms": dict(self.alarms),
-            "queues": {
-                queue.name: {"capacity": queue.capacity} for queue in self.queues
-            },
+            "came_by": dict(self.accounting.came_by),
+            "queues": {q.name: {"capacity": q.capacity} for q in self.queues},
             "slots": self.slots,
         }
 

@@ -8,6 +8,7 @@ images told it: held, and as it would have become had the stage stood still.
 import json
 import os
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -150,9 +151,8 @@ def print_report(folder: Path) -> Outcome:
         )
     for kind, backend in report.get("backends", {}).items():
         console.print(f"{kind}: {backend}", markup=False, highlight=False)
-    if len(devices := report.get("devices", {})) > 1:
-        shares = ", ".join(f"{name} {frames}" for name, frames in devices.items())
-        console.print(f"frames by device: {shares}", markup=False, highlight=False)
+    for line in _shares(report):
+        console.print(line, markup=False, highlight=False)
     console.print(_stage_table(report.get("stages", {})))
     if said := left_out_by_hold(report):
         console.print(said, markup=False, highlight=False)
@@ -165,6 +165,15 @@ def print_report(folder: Path) -> Outcome:
     for warning in report.get("warnings", ()):
         console.print(f"warning: {warning}", markup=False, highlight=False)
     return outcome
+
+
+def _shares(report: dict[str, Any]) -> Iterator[str]:
+    """Yield how many frames each device processed, and by which way they came."""
+    devices, ways = report.get("devices", {}), report.get("came_by", {})
+    if len(devices) > 1:
+        yield "frames by device: " + ", ".join(f"{k} {n}" for k, n in devices.items())
+    if ways:
+        yield "frames came by: " + ", ".join(f"{k} {n}" for k, n in ways.items())
 
 
 def _accounting_line(terms: dict[str, Any]) -> str:

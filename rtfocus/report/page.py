@@ -371,6 +371,8 @@ def _engines(facts: RunFacts) -> str:
     devices = [(name, str(n)) for name, n in report.get("devices", {}).items()]
     if len(devices) > 1:
         text += _table(("device", "frames"), devices, numbers=1)
+    ways = [(way, str(n)) for way, n in report.get("came_by", {}).items()]
+    text += _table(("frames came by", "frames"), ways, numbers=1)
     through = report.get("throughput", {})
     if through.get("frames_per_s"):
         text += in_html(

@@ -251,14 +251,13 @@ elif sys.platform == "win32":
 
     def _open(segment: Segment) -> mmap.mmap:
         """Map a segment; a name that is not there becomes a page of zeros."""
-        name = segment.name
-        with closing(
-            mmap.mmap(-1, 4096, tagname=name, access=mmap.ACCESS_READ)
-        ) as page:
+        name, to_read = segment.name, mmap.ACCESS_READ
+        with closing(mmap.mmap(-1, 4096, tagname=name, access=to_read)) as page:
             if page[:_NONCE_BYTES] != segment.nonce:
                 msg = f"'{name}' is not seen here"
                 raise ValueError(msg)
-            return mmap.mmap(-1, segment.size, tagname=name, access=mmap.ACCESS_READ)
+            return mmap.mmap(-1, segment.size, tagname=name, access=to_read)
+
 
 else:
     _NONE = "this system has no shared memory that ends with its processes"

@@ -1,4 +1,4 @@
-"""What a receiver promises, with rtfocus' publisher and with one in bare pyzmq."""
+"""What a receiver promises: rtfocus' publisher by both ways, and one in bare pyzmq."""
 
 import getpass
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,11 @@ INDEPENDENT = Path(__file__).parents[1] / "integration" / "independent_publisher
 
 
 @contextmanager
-def rtfocus_publishing(frames: int, pairing: str | None = None) -> Iterator[Endpoints]:
-    with FramePublisher(make_config(pairing=pairing)) as publisher:
+def rtfocus_publishing(
+    frames: int, pairing: str | None = None, *, shared_memory: str = "auto"
+) -> Iterator[Endpoints]:
+    config = make_config(pairing=pairing, shared_memory=shared_memory)
+    with FramePublisher(config) as publisher:
 
         def act() -> None:
             publisher.start(make_series(sizes={"t": frames}))
@@ -68,10 +72,33 @@ def independent_publishing(
         process.wait()
 
 
-@pytest.fixture(params=[rtfocus_publishing, independent_publishing])
+by_tcp = partial(rtfocus_publishing, shared_memory="off")
+WAYS = {rtfocus_publishing: "shared memory"}
+"""How frames come from a publisher; from all others by TCP."""
+has_shared_memory = pytest.mark.skipif(
+    sys.platform not in ("linux", "win32"), reason="no shared memory that ends"
+)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(rtfocus_publishing, marks=has_shared_memory),
+        by_tcp,
+        independent_publishing,
+    ],
+    ids=["rtfocus-shared", "rtfocus-tcp", "independent"],
+)
 def publishing(request: pytest.FixtureRequest) -> Publishing:
-    """Each publisher there is: a series of so many frames on two endpoints."""
+    """Each publisher and way there is: a series of so many frames on two endpoints."""
     return request.param
+
+
+def test_a_recorder_that_wants_no_shared_memory_gets_pixels_by_tcp() -> None:
+    with rtfocus_publishing(20) as (frames, control):
+        config = make_config(frames=frames, control=control, shared_memory="off")
+        with receiving(config) as (receiver, accounting):
+            assert record(receiver).sequences == list(range(20))
+            assert accounting.came_by == {"TCP": 20}
 
 
 def test_frames_arrive_once_in_order_and_whole(publishing: Publishing) -> None:
@@ -85,6 +112,7 @@ def test_frames_arrive_once_in_order_and_whole(publishing: Publishing) -> None:
             assert receiver.end.reason == "completed"
             assert receiver.end.frames_sent == 300
             assert accounting.rejected == {}
+            assert accounting.came_by == {WAYS.get(publishing, "TCP"): 300}
             assert holds_identity(accounting, recording)
 
 

@@ -81,6 +81,7 @@ def test_a_frame_that_never_comes_is_a_gap_at_its_place() -> None:
 def test_every_kind_of_bad_message_is_counted_under_its_reason() -> None:
     other = m.pack(make_header(5, "another-series"))
     newer = msgspec.msgpack.encode({"type": "frame", "version": 9})
+    unseen = m.Placed(1, "series-1", make_header(5), 4096, 64, 0)
     place = m.pack(make_header(5, index={"t": 5, "z": 1}))
     pixels = np.full(SHAPE, 5, "<u2").tobytes()
     bad: dict[str, list[Parts]] = {
@@ -89,6 +90,7 @@ def test_every_kind_of_bad_message_is_counted_under_its_reason() -> None:
         "series": [[other, pixels]],
         "index": [[place, pixels]],
         "truncated": [[m.pack(make_header(5)), pixels[:-1]], [m.pack(make_header(5))]],
+        "place": [[m.pack(unseen)]],
         "parts": [[], [m.pack(make_header(5)), pixels, b"more"]],
         "duplicate": [[m.pack(make_header(4)), np.full(SHAPE, 4, "<u2").tobytes()]],
     }
