@@ -243,6 +243,8 @@ class Sides:
                 "control": f"tcp://{host}:5572",
                 "pairing": "night-shift",
                 "curve_keys": str(self.root / side / "keys"),
+                # It is one machine after all.
+                "shared_memory": "off",
             },
             "store": {"min_free_mb": 1},
         }
