@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import pytest
+import zmq
 from transport_kit import (
     DEADLINE_S,
     SHAPE,
@@ -99,6 +102,56 @@ def test_a_recorder_that_wants_no_shared_memory_gets_pixels_by_tcp() -> None:
         with receiving(config) as (receiver, accounting):
             assert record(receiver).sequences == list(range(20))
             assert accounting.came_by == {"TCP": 20}
+
+
+def independent_record(publisher: FramePublisher, frames: int) -> list[int]:
+    """Record by bare pyzmq and msgpack; return the number that each frame holds."""
+    context = zmq.Context()
+    stream, control = context.socket(zmq.SUB), context.socket(zmq.DEALER)
+    try:
+        for endpoint, end in zip(publisher.endpoints, (stream, control), strict=True):
+            end.rcvtimeo = int(1000 * DEADLINE_S)
+            end.connect(endpoint)
+
+        def say(kind: str, **keys: object) -> None:
+            control.send(msgpack.packb({"type": kind, "uid": "foreign", **keys}))
+
+        welcome: dict[str, Any] = {}
+        while welcome.get("type") != "welcome":
+            say("hello", version=1, role="recorder")
+            welcome = msgpack.unpackb(control.recv())
+        series = {"series_uid": welcome["start"]["series_uid"]}
+        stream.subscribe(welcome["topic"])
+        say("resend", **series, sequence=0, attempt=1)
+        numbers: list[int] = []
+        while True:
+            reached = {"received_upto": len(numbers), "durable_upto": len(numbers)}
+            say("progress", **series, credit_upto=len(numbers) + 4, **reached)
+            _, packed, *pixels = stream.recv_multipart()
+            header = msgpack.unpackb(packed)
+            if header["type"] == "frame":
+                assert header["sequence"] == len(numbers)
+                (number,) = set(memoryview(pixels[0]).cast("H"))
+                numbers.append(number)
+            elif header["type"] == "end" and len(numbers) == frames:
+                say("ended", **series)
+                return numbers
+            else:
+                assert header["type"] in {"rewind", "ping", "end"}
+    finally:
+        context.destroy(linger=500)
+
+
+def test_a_recorder_that_knows_of_no_shared_memory_gets_every_pixel() -> None:
+    with FramePublisher(make_config()) as publisher:
+
+        def act() -> None:
+            publisher.start(make_series())
+            publish(publisher, 20)
+            publisher.end("completed")
+
+        with Background(act):
+            assert independent_record(publisher, 20) == list(range(20))
 
 
 def test_frames_arrive_once_in_order_and_whole(publishing: Publishing) -> None:
