@@ -240,7 +240,11 @@ if sys.platform == "linux":
             if not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 msg = f"'{path}' may shrink"
                 raise ValueError(msg)
-            return mmap.mmap(file.fileno(), segment.size, access=mmap.ACCESS_READ)
+            # All pages now: the first frames of a run must not be the slowest.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            return mmap.mmap(
+                file.fileno(), segment.size, flags=flags, prot=mmap.PROT_READ
+            )
 
 elif sys.platform == "win32":
 
