@@ -1,6 +1,7 @@
 """The demo: what a newcomer sees first."""
 
 import re
+import sys
 
 import numpy as np
 from loop_kit import (
@@ -36,6 +37,10 @@ def test_the_demo_delivers_stores_report_and_picture(tmp_path):
         ("raw", "restored", "defocus", "confidence"), 8
     )
     assert report["stages"]["restore"]["count"] == 8
+    way = "shared memory" if sys.platform in ("linux", "win32") else "TCP"
+    assert report["came_by"] == {way: 8 + int(counted[1])}
+    assert f"frames came by: {way} " in said
+    assert "frames came by" in (folder / "report.html").read_text("utf-8")
     figures = FIGURES.search(said)
     assert figures is not None, said
     restored_db, raw_db, correlation, error_um = map(float, figures.groups())
