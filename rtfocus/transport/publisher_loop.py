@@ -123,7 +123,7 @@ class PublisherLoop:
         self.registrar = Registrar(config.heartbeat_s, config.pairing)
         self.rejections = Rejections("control")
         self.estimate: Estimate | None = None
-        """The newest of the series."""
+        """The newest of the series that a classifier made."""
         self.raw_only: str | None = None
         """Reason to tell the recorder; set by the API."""
         self._pool: SlotPool | None = None
@@ -302,5 +302,6 @@ class PublisherLoop:
     def _deliver_estimate(self) -> None:
         estimate = self.registrar.estimates.take()
         if estimate is not None:
-            self.estimate = estimate
+            if not estimate.is_early:
+                self.estimate = estimate
             self._on_estimate(estimate)

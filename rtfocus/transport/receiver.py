@@ -286,10 +286,10 @@ class ReceiverLoop:
         self.dialogue: Dialogue | None = None
         self.turned = threading.Condition()
         """Notified after every turn until frames are wanted."""
-        self.estimates: Newest[Estimate] = Newest()
-        """To be sent; put them here from any thread, then wake the loop."""
+        self.estimates: Newest[Estimate] = Newest(lambda estimate: estimate.sequence)
+        """To be sent, the newest frame's; put them here, then wake the loop."""
         self.asks: deque[Act] = deque()
-        """The same, for what viewers ask of the microscope side; `MOST_ASKS` wait."""
+        """What viewers ask of the microscope side; `MOST_ASKS` wait."""
         self._waker = waker
         self._rejections = Rejections(
             "frames", lambda reason: accounting.count("rejected", reason)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -34,7 +35,7 @@ from rtfocus.errors import (
     StoppedError,
     TransportError,
 )
-from rtfocus.frame import Estimate, Role
+from rtfocus.frame import Estimate, FocusReading, Role
 from rtfocus.transport.inflow import Gap
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
@@ -367,6 +368,26 @@ class TestEstimates:
             dropped = publisher._loop.registrar.estimates.dropped
             unsent = receiver._loop.estimates.dropped
             assert len(came) + unsent + dropped == 100
+
+    def test_a_look_is_not_replaced_by_an_older_frames_estimate_nor_shown(self) -> None:
+        look = FocusReading(None, None, signed=False, refusal=None, early=True)
+        early = msgspec.structs.replace(make_estimate(7), focus=look)
+        came: list[Estimate] = []
+        with FramePublisher(make_config(), on_estimate=came.append) as publisher:
+            sending = Background(lambda: send_series(publisher, 3))
+            with sending, receiving(facing(publisher)) as (receiver, _):
+                receiver.send_estimate(make_estimate(5))
+                until(lambda: bool(came), "an estimate")
+
+                def both() -> None:  # before the next turn sends the newest of them
+                    receiver._loop.estimates.put(early)
+                    receiver._loop.estimates.put(make_estimate(6))
+
+                receiver._thread.call(both)
+                until(lambda: len(came) > 1, "the newest")
+                record(receiver)
+            assert came == [make_estimate(5), early]
+            assert publisher.status().estimate == make_estimate(5)
 
     def test_a_failing_consumer_surfaces_in_the_next_call(self) -> None:
         def fail(estimate: Estimate) -> None:
