@@ -16,6 +16,7 @@ BENCHES = (
     "deconvolution",
     "kill",
     "loop",
+    "loop --hold",
     "recorded",
     "plans",
     "reading",
@@ -28,13 +29,14 @@ BENCHES = (
 def main() -> None:
     """Run each bench with ``--smoke``; stop at the first that fails."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in BENCHES:
-            print(f"-- bench.{name}", flush=True)
-            out = Path(folder) / f"{name}.json"
-            command = [sys.executable, "-m", f"bench.{name}", "--smoke"]
+        for bench in BENCHES:
+            print(f"-- bench.{bench}", flush=True)
+            name, *options = bench.split()
+            out = Path(folder) / f"{bench}.json"
+            command = [sys.executable, "-m", f"bench.{name}", *options, "--smoke"]
             subprocess.run([*command, "--out", str(out)], check=True)
             if not out.is_file():
-                raise SystemExit(f"bench.{name} wrote no {out.name}")
+                raise SystemExit(f"bench.{bench} wrote no {out.name}")
 
 
 if __name__ == "__main__":
