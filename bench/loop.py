@@ -255,6 +255,7 @@ def run_loop(settings: list[str], folder: Path) -> dict[str, Any]:
 HOLD = (
     "autofocus={mode: hold, low_um: -50, high_um: 200}",
     "microscope.surface={z_um: 5.0, drift_um_per_min: 120.0, drift_from_s: 4.0}",
+    "channels.0.optics.aberrations.spherical_waves=-0.2",
 )
 """Overrides of a held run: it drifts 0.6 depths of field/s, for many commands."""
 

@@ -14,12 +14,14 @@ import numpy as np
 import useq
 from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
+from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.mda import MDAEngine
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
 from rtfocus.autofocus.devices import CoreStage, choices_of
 from rtfocus.autofocus.hold import Holder, Key, seen_by
+from rtfocus.autofocus.plans import unfocused
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.focusing import Focusing, unread
 from rtfocus.frame import Estimate
@@ -69,6 +71,8 @@ class LiveHold:
             if self._focuser.config.on_failure == "skip":
                 msg = f"focus was not found: {verdict.reason} (autofocus.on_failure)"
                 raise MicroscopeError(msg)
+            said = unfocused((None, None), verdict.reason)
+            core_logger.warning("%s; so it is not held", said)
             return
         limits = self._focuser.limits_around(None)
         holder.begin(_LIVE, time.time(), verdict.end_um, seen_by(verdict), limits)

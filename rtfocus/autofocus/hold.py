@@ -74,9 +74,16 @@ class Place:
     read_s: float = inf
     """When the newest image that was read was exposed."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Tell whether its images have not been explained for a while."""
+        return self.misses >= _MOST_MISSES
+
     def is_late(self, time_s: float) -> bool:
         """Tell whether images are read, but too long after they were exposed."""
         if time_s - self.read_s < _LATE_S or self.silent >= _MOST_SILENT:
+            return False
+        if self.misses:  # they are read, but show nothing
             return False
         return sum(asked_s > self.read_s for asked_s in self.asked_s) > _MOST_LATE
 
@@ -154,7 +161,7 @@ class Holder:
     def lost(self, key: Key) -> bool:
         """Tell whether a position must be searched anew."""
         place = self._places.get(key)
-        return place is not None and place.misses >= _MOST_MISSES
+        return place is not None and place.is_lost
 
     def focus_um(self, key: Key, time_s: float) -> float:
         """Return where the focus of a known position is believed to be at a time."""
@@ -254,6 +261,8 @@ class Holder:
         stays = place.reference_um
         if place.silent >= _MOST_SILENT:
             return stays, "no image of this position was read since"
+        if place.is_lost:
+            return stays, "its newest images cannot be explained"
         borne_um = _UNSURE * self._models.unit_um
         if not sure and abs(wanted_um - stays) < borne_um:
             return stays, "it is not sure yet which way"

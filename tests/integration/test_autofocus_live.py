@@ -276,3 +276,18 @@ def test_a_live_run_holds_focus_while_frames_go_on(tmp_path: Path) -> None:
     terms = read_report(folder)["accounting"]
     assert (terms["written"], terms["unaccounted"]) == (80, 0)
     assert terms["focus"] == sum(line["kind"] == "look" for line in lines)
+
+
+def test_a_live_run_whose_focus_is_not_found_says_that_it_is_not_held(
+    tmp_path: Path,
+) -> None:
+    config = settings(
+        run={"folder": str(tmp_path), "name": "unheld"},
+        acquisition={"live": {"frames": 3, "exposure_ms": 5}},
+        autofocus={"mode": "hold", "most_images": 2},
+        store={"restored": False},
+    )
+    folder = app.run(config, stop=threading.Event(), abandon=threading.Event())
+    assert folder is not None
+    (warning,) = read_report(folder)["warnings"]
+    assert "not found in 2 images; so it is not held" in warning

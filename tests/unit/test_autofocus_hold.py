@@ -199,6 +199,20 @@ def test_without_images_the_stage_is_not_sent_on(field: Field) -> None:
     assert "no image" in held.made[-1].reason
 
 
+def test_by_images_of_nothing_the_stage_is_not_sent_on(field: Field) -> None:
+    held = Held(field, Limits(-50, 50), um_per_s=0.3)
+    for _ in range(10):
+        held.visit()
+    before_um = held.z_um
+    for _ in range(20):
+        held.visit("blank")
+    assert abs(held.z_um - before_um) < 2 * UNIT_UM
+    assert "cannot be explained" in held.made[-1].reason
+    for _ in range(4):  # the light is on again
+        away = held.visit()
+    assert abs(away) < 0.5
+
+
 def test_a_reader_that_does_not_keep_up_is_told(field: Field) -> None:
     """A slow classifier: every image is read ten visits after it was exposed."""
     held = Held(field, Limits(-50, 50), late=10)
