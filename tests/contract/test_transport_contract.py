@@ -1,4 +1,4 @@
-"""What a receiver promises: rtfocus' publisher by both ways, and one in bare pyzmq."""
+"""What a receiver promises: rtfocus' publisher and one in bare pyzmq, by both ways."""
 
 import getpass
 import os
@@ -37,6 +37,7 @@ Endpoints = tuple[str, str]
 Publishing = Callable[..., AbstractContextManager[Endpoints]]
 HOST = socket.gethostname()
 INDEPENDENT = Path(__file__).parents[1] / "integration" / "independent_publisher.py"
+SHARED = INDEPENDENT.with_name("independent_shared_publisher.py")
 
 
 @contextmanager
@@ -59,9 +60,9 @@ def rtfocus_publishing(
 
 @contextmanager
 def independent_publishing(
-    frames: int, pairing: str | None = None
+    frames: int, pairing: str | None = None, *, script: Path = INDEPENDENT
 ) -> Iterator[Endpoints]:
-    command = [sys.executable, str(INDEPENDENT), str(frames), str(SHAPE[1])]
+    command = [sys.executable, str(script), str(frames), str(SHAPE[1])]
     command += [] if pairing is None else [pairing]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -76,11 +77,14 @@ def independent_publishing(
 
 
 by_tcp = partial(rtfocus_publishing, shared_memory="off")
-WAYS = {rtfocus_publishing: "shared memory"}
+independent_shared = partial(independent_publishing, script=SHARED)
+WAYS = dict.fromkeys([rtfocus_publishing, independent_shared], "shared memory")
 """How frames come from a publisher; from all others by TCP."""
 has_shared_memory = pytest.mark.skipif(
     sys.platform not in ("linux", "win32"), reason="no shared memory that ends"
 )
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="is written for Linux")
 
 
 @pytest.fixture(
@@ -88,8 +92,9 @@ has_shared_memory = pytest.mark.skipif(
         pytest.param(rtfocus_publishing, marks=has_shared_memory),
         by_tcp,
         independent_publishing,
+        pytest.param(independent_shared, marks=on_linux),
     ],
-    ids=["rtfocus-shared", "rtfocus-tcp", "independent"],
+    ids=["rtfocus-shared", "rtfocus-tcp", "independent", "independent-shared"],
 )
 def publishing(request: pytest.FixtureRequest) -> Publishing:
     """Each publisher and way there is: a series of so many frames on two endpoints."""
