@@ -24,7 +24,7 @@ from rtfocus.engines.registry import (
     find_engine,
     parts,
 )
-from rtfocus.errors import ConfigError, EngineError
+from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import FrameResult
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import (
@@ -259,13 +259,12 @@ class ImageSet:
         Raises
         ------
         InputError
-            If a plane cannot be read.
+            If a plane cannot be read, or no pixel of any is a number.
         EngineError
             If an engine fails.
         """
         image = self.series[number]
-        for index in image.indices():
-            pixels = image.read(**index)
+        for index, pixels in _planes(image):
             processor, name = self._processor(number, index["c"])
             restored = processor.restore(pixels, channel=name).restored
             if restored is None:
@@ -277,10 +276,9 @@ class ImageSet:
 
     def classified(self, number: int) -> Iterator[tuple[dict[str, int], FrameResult]]:
         """Yield index and result of every plane of an image; errors as `restored`."""
-        image = self.series[number]
-        for index in image.indices():
+        for index, pixels in _planes(self.series[number]):
             processor, name = self._processor(number, index["c"])
-            yield index, processor.classify(image.read(**index), channel=name)
+            yield index, processor.classify(pixels, channel=name)
 
     def cut(self) -> list[str]:
         """Say, a line each, where restored pixels exceed what their type can hold."""
@@ -343,6 +341,24 @@ class ImageSet:
             more = int(np.count_nonzero((after == top) & (before < top)))  # type: ignore[operator]
             if more:
                 self._cut[number] += more
+
+
+def _planes(image: ImageSeries) -> Iterator[tuple[dict[str, int], NDArray[np.generic]]]:
+    """Yield index and pixels of every plane, the last only of what shows anything.
+
+    Registered stacks have planes without a number; an image of such alone is broken.
+    """
+    has_numbers = False
+    for number, index in enumerate(image.indices(), 1):
+        pixels = image.read(**index)
+        has_numbers = has_numbers or bool(np.isfinite(pixels).any())
+        if number == len(image) and not has_numbers:
+            msg = (
+                f"'{image.path}' shows nothing: every pixel is NaN or infinite; export "
+                "it again from its source, as numbers"
+            )
+            raise InputError(msg)
+        yield index, pixels
 
 
 def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Config:

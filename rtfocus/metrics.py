@@ -1,4 +1,4 @@
-"""Metrics: frame accounting, stage times, room on the disk; what a series should have.
+"""Metrics: frame accounting, stage times, disk and memory; what a series should have.
 
 The loss identity ``acquired = written + dropped(by place) + in error`` holds
 because every term is counted where it happens, never by subtraction. Before it
@@ -12,12 +12,13 @@ import shutil
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from rtfocus.errors import ExitCode, WriterError
 
@@ -291,6 +292,80 @@ def plan_in_words(terms: dict[str, Any]) -> str:
 def free_bytes(folder: Path) -> int:
     """Return what is free for this user on the disk of `folder`."""
     return shutil.disk_usage(folder).free
+
+
+class Memory(NamedTuple):
+    """Main memory in bytes."""
+
+    total: int
+    free: int
+
+
+class _GroupVersion(NamedTuple):
+    """How a version of Linux' control groups tells of memory."""
+
+    root: str
+    files: tuple[str, str]
+    """With the limit, and with what is used of it."""
+    cached: tuple[str, str]
+
+
+_VERSIONS = {
+    "": _GroupVersion(
+        "", ("memory.max", "memory.current"), ("inactive_file", "active_file")
+    ),
+    "memory": _GroupVersion(
+        "memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("total_inactive_file", "total_active_file"),
+    ),
+}
+"""By the controller that ``/proc/self/cgroup`` names."""
+
+
+def memory(
+    groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")
+) -> Memory:
+    """Return the memory that this process may use, and what of it is free.
+
+    Of a container that is its own limit, not the machine's.
+
+    Parameters
+    ----------
+    groups, mine
+        Where Linux tells the limits of control groups, and the groups of this process.
+    """
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for folder, version in _memory_groups(groups, mine):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in version.files)
+            stat = (folder / "memory.stat").read_text().split()
+        except (OSError, ValueError):  # not told, or no limit: "max"
+            continue
+        told = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+        # Files that were read fill the rest of a group, and give way.
+        cached = sum(told.get(name, 0) for name in version.cached)
+        total, free = min(total, limit), min(free, max(limit - used + cached, 0))
+    return Memory(total, free)
+
+
+def _memory_groups(groups: Path, mine: Path) -> Iterator[tuple[Path, _GroupVersion]]:
+    """Yield the control groups of this process that may limit its memory."""
+    try:
+        lines = mine.read_text("utf-8").splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controller, path = line.split(":", 2)
+        if (version := _VERSIONS.get(controller)) is None:
+            continue
+        root = groups / version.root
+        group = root / path.lstrip("/")
+        # A container may see the path of its host, and its own group at the root.
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                yield folder, version
 
 
 def check_space(folder: Path, planned: int | None, min_free: int) -> None:

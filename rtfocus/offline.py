@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from rtfocus.channel import Channel, OpticalSystem
@@ -30,6 +29,7 @@ from rtfocus.frame import (
 )
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import checked_image
+from rtfocus.metrics import memory
 from rtfocus.optics.normalisation import halved, normalised
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.classify import (
@@ -319,7 +319,7 @@ def _refuse_too_small(pixels: NDArray[np.generic]) -> None:
 
 def _refuse_too_large(pixels: NDArray[np.generic]) -> None:
     needed = _BYTES_PER_PX * pixels.size
-    if needed > (free := psutil.virtual_memory().available):
+    if needed > (free := memory().free):
         msg = (
             f"an image of shape {pixels.shape} takes {needed / 1e9:.1f} GB of memory "
             f"to process, {free / 1e9:.1f} GB are free; give parts of it, or close "

@@ -33,7 +33,7 @@ _AHEAD = 2
 """Units under way for each worker: the next is there when one is done."""
 _GONE = (OSError, TimeoutError)
 
-GOES_ON = "images are not done; the same command goes on from there"
+GOES_ON = "images not done; the same command goes on from there"
 
 
 class Keyed(Protocol):

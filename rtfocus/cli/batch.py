@@ -17,7 +17,7 @@ from rtfocus.batch.ends import Batch, Begun
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
 from rtfocus.batch.scheduler import WORKERS_S, R, U, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
-from rtfocus.cli.display import counting
+from rtfocus.cli.display import counting, number_of
 from rtfocus.errors import (
     BusyError,
     ConfigError,
@@ -217,7 +217,7 @@ def _do_part(ledger: Ledger, text: str, job: Job) -> None:
     typer.echo(f"{len(part) - len(failed)} of {len(part)} images of part {text} done")
     if failed:
         names = named(unit.path for unit in failed)
-        msg = f"{len(failed)} images of part {text} failed: {names}"
+        msg = f"{number_of(len(failed), 'image')} of part {text} failed: {names}"
         raise IncompleteError(msg)
 
 
@@ -240,7 +240,8 @@ def _finish(batch: Batch, plan: Plan, remedy: str) -> None:
     done = len(plan.units) - len(missing)
     word = "restored" if job.command == "restore" else "classified"
     if delivered and done:
-        typer.echo(f"{word} {planes} planes of {done} images to {job.output}")
+        what = f"{number_of(planes, 'plane')} of {number_of(done, 'image')}"
+        typer.echo(f"{word} {what} to {job.output}")
     if waiting:
         msg = (
             f"{len(waiting)} of {len(plan.units)} images are not done: "
@@ -254,7 +255,8 @@ def _finish(batch: Batch, plan: Plan, remedy: str) -> None:
             if delivered and plan.form != "folder"
             else "; the same command tries them again, and keeps what is done"
         )
-        msg = f"{len(lost)} images are not {word}: {named(lost)}; {done} are{again}"
+        count = number_of(len(lost), "image")
+        msg = f"{count} not {word}: {named(lost)}; {done} {word}{again}"
         raise (IncompleteError if done else InputError)(msg)
 
 
@@ -277,7 +279,7 @@ def _begun(ledger: Ledger, job: Job) -> Plan:
 def _refuse_changed(changed: list[Unit]) -> None:
     if changed:
         msg = (
-            f"{len(changed)} images have changed since the batch was planned: "
+            f"{number_of(len(changed), 'image')} changed since the batch was planned: "
             f"{named(unit.path for unit in changed)}; --init and their parts do them "
             "again"
         )
@@ -287,12 +289,11 @@ def _refuse_changed(changed: list[Unit]) -> None:
 def _say_begun(ledger: Ledger, begun: Begun) -> None:
     if begun.changed:
         names = named(unit.path for unit in begun.changed)
-        typer.echo(
-            f"{len(begun.changed)} images have changed since and are done anew: {names}"
-        )
+        count = number_of(len(begun.changed), "image")
+        typer.echo(f"{count} changed since, done anew: {names}")
     number, done = len(begun.plan.units), begun.done
     before = f", {done} of them done before" if done else ""
-    typer.echo(f"{number} images{before}; state in {ledger.folder}")
+    typer.echo(f"{number_of(number, 'image')}{before}; state in {ledger.folder}")
     sys.stdout.flush()
 
 
@@ -332,7 +333,8 @@ def _saying_what_is_left(ledger: Ledger, units: tuple[Unit, ...]) -> Iterator[No
     except KeyboardInterrupt:
         left = ledger.left(units)
         recover(*(ledger.output / unit.target for unit in left))
-        _note(f"{len(left)} images are not done; the same command goes on from there")
+        count = number_of(len(left), "image")
+        _note(f"{count} not done; the same command goes on from there")
         raise
 
 

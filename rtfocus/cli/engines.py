@@ -131,7 +131,7 @@ def _runtimes(card: EngineCard) -> Iterator[Row]:
     for cpu in BACKENDS:
         yield f"on {cpu.name}", cpu.why_unavailable() or "yes"
     if card.sees_image_alone:
-        yield "on a GPU", "no: a model of bioimage.io"
+        yield "on a GPU", "no: steps around a network run on the CPU alone"
         return
     for gpu in GPU_BACKENDS:
         yield f"on {gpu.name}", gpu.why_unavailable(None) or "yes, given a GPU"

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 import yaml
 from rich.console import Console
@@ -28,6 +27,7 @@ from rtfocus.config import load_config, parse_config
 from rtfocus.engines.registry import list_engines, why_unfit
 from rtfocus.errors import EngineError, ExitCode, OutputError
 from rtfocus.launch import preflight
+from rtfocus.metrics import memory
 from rtfocus.microscope.core import Inventory, take_inventory
 from rtfocus.microscope.core import describe as describe_microscope
 from rtfocus.processing.gpu.cuda.driver import list_devices
@@ -71,7 +71,7 @@ def _findings() -> Iterator[Finding]:
     yield Finding("system", platform.platform())
     yield Finding("cpu", f"{processor_name()}, {os.cpu_count()} cores{_cpu_features()}")
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
-    memory_gb = psutil.virtual_memory().available / 1e9
+    memory_gb = memory().free / 1e9
     yield Finding("memory and disk", f"{memory_gb:.0f} and {free_gb:.0f} GB free here")
     yield from describe_microscope()
     yield from _cpu_runtimes()

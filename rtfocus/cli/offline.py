@@ -31,7 +31,7 @@ from rtfocus.cli.commands import (
     SetOption,
     read_config,
 )
-from rtfocus.cli.display import counting
+from rtfocus.cli.display import counting, number_of
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError
 from rtfocus.image_set import ImageSet, restoring_with, with_engine
@@ -220,12 +220,12 @@ def classify(
         content = classified(settings.processing.classifier, described, reasons)
         guard.write_json(json_file, content)
         to_output = str(json_file) in STANDARD_OUTPUT
-        done = f"classified {_number_of(len(described), 'plane')} to {json_file}"
+        done = f"classified {number_of(len(described), 'plane')} to {json_file}"
         typer.echo(done, err=to_output)
     else:
         for image in described:
             typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
-    _refuse_broken(broken, done=len(described), what="planes classified")
+    _refuse_broken(broken, len(described), "plane", "classified")
     _refuse_changed(found, as_found)
 
 
@@ -305,23 +305,24 @@ def _say_restored(
     planes = sum(map(len, whole))
     where = str(place.path)
     if place.is_folder:
-        where = f"{_number_of(len(written), 'file')} in {place.path}"
+        where = f"{number_of(len(written), 'file')} in {place.path}"
     if written:
-        typer.echo(f"restored {_number_of(planes, 'plane')} to {where}")
+        typer.echo(f"restored {number_of(planes, 'plane')} to {where}")
     everything = [*found.broken, *broken]
-    _refuse_broken(everything, done=len(written), what="files written")
+    _refuse_broken(everything, len(written), "file", "written")
     if len(written) < len(place.targets):
         msg = f"{len(written)} of {len(place.targets)} files are in '{place.path}'"
         raise IncompleteError(msg)
 
 
-def _refuse_broken(broken: list[BrokenImage], *, done: int, what: str) -> None:
+def _refuse_broken(broken: list[BrokenImage], done: int, what: str, how: str) -> None:
     """Name what could not be read, after everything else was done."""
     if not broken:
         return
     _tell(f"broken: {one.reason}" for one in broken)
     names = named(one.path for one in broken)
-    msg = f"{len(broken)} images cannot be read: {names}; {done} {what}"
+    count = number_of(len(broken), "image")
+    msg = f"{count} cannot be read: {names}; {number_of(done, what)} {how}"
     raise (IncompleteError if done else InputError)(msg)
 
 
@@ -339,7 +340,7 @@ def _complete(run: Path, settings: Config) -> None:
             lambda pixels, channel: processor.restore(pixels, channel=channel),
             on_frame=on_frame,
         )
-    typer.echo(f"restored {number} frames of {run} that were recorded raw only")
+    typer.echo(f"restored {number_of(number, 'frame')} of {run}, recorded raw only")
 
 
 def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Config:
@@ -366,7 +367,7 @@ def _refuse_changed(found: FoundImages, as_found: list[str]) -> None:
     changed = {series.path: None for series, now, then in pairs if now != then}
     if changed:
         msg = (
-            f"{_number_of(len(changed), 'image')} changed while being read: "
+            f"{number_of(len(changed), 'image')} changed while being read: "
             f"{named(changed)}; their results may mix old and new pixels: do them "
             "again once nothing writes them"
         )
@@ -383,10 +384,6 @@ def _classified(
     """Yield the rows of one image's planes."""
     for index, result in shown.classified(images, number, images.classified(number)):
         yield plane_row(images, number, index, result)
-
-
-def _number_of(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _place(image: dict[str, Any]) -> str:

@@ -250,12 +250,12 @@ def evaluate(
         threads=threads,
         precision=precision,
     )
+    told: Told = "nothing" if blind else tell
+    rows = wish.contenders(engines, _BLIND[told])
     sets = wish.data_sets()
     for one in sets:
         if given is None and one.name not in KNOWN:
             typer.echo(one.title, err=True)
-    told: Told = "nothing" if blind else tell
-    rows = wish.contenders(engines, _BLIND[told])
     names = report_names(rows, [one.name for one in sets])
     guard = OutputGuard(overwrite=overwrite)
     guard.claim_report(output, JSON_NAME, names)

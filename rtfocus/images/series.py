@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
+from rtfocus.metrics import memory
 
 NATIVE = ("|u1", "<u2", "<f4")
 """Pixel types that are processed as they are; all others are read as float32."""
@@ -333,10 +333,10 @@ def pixels_of(image: object) -> NDArray[np.generic]:
         msg = f"an image is an array of numbers, this {kind} gives none: {why}"
         raise InputError(msg) from error
     # A broadcast array of any size takes no memory, and what is made of it does.
-    if pixels.nbytes > (memory := psutil.virtual_memory().total):
+    if pixels.nbytes > (most := memory().total):
         msg = (
             f"an array of {pixels.shape} has {pixels.nbytes / 1e9:.0f} GB, this "
-            f"machine {memory / 1e9:.0f} GB of memory; give planes one by one, or parts"
+            f"machine {most / 1e9:.0f} GB of memory; give planes one by one, or parts"
         )
         raise InputError(msg)
     return pixels

@@ -237,11 +237,11 @@ def engine_inputs(
     Raises
     ------
     EngineError
-        If the card describes no input, or a model of bioimage.io.
+        If the card describes no input, or steps around the network.
     """
     if card.sees_image_alone:
         msg = (
-            f"engine '{card.name}' is a model of bioimage.io, whose steps only the CPU "
+            f"engine '{card.name}' has steps around its network, which only the CPU "
             "does; set processing.device: cpu"
         )
         raise EngineError(msg)

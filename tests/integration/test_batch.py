@@ -242,14 +242,14 @@ def test_pixels_that_changed_are_never_taken_for_those_that_were_done(
     # Done, and another image since.
     replace_pixels(first)
     said = succeeded(command(*asked, "--init"))
-    assert "1 images have changed since and are done anew" in said
+    assert "1 image changed since, done anew" in said
     # Planned, and another image since: nobody restores it as what was planned.
     replace_pixels(second)
     told = command(*asked, "--unit", "1/1")
     assert told.code == ExitCode.INCOMPLETE
     assert "has changed since the batch was planned; the same command" in told.err
     said = failed(command(*asked, "--finish"), ExitCode.INCOMPLETE)
-    assert "1 images have changed since the batch was planned" in said
+    assert "1 image changed since the batch was planned" in said
     assert "changed since and" not in succeeded(command(*asked, "--init"))
     succeeded(command(*asked, "--unit", "1/1"))
     succeeded(command(*asked, "--finish"))
@@ -287,7 +287,7 @@ def test_ctrl_c_says_how_to_go_on(
         patched.setattr(ImageSeries, "read", read_with_ctrl_c)
         told = command(*asked, "--unit", "1/1")
     assert told.code == ExitCode.INTERRUPTED
-    assert "4 images are not done; the same command goes on from there" in told.err
+    assert "4 images not done; the same command goes on from there" in told.err
     assert not killed.exists()
     assert "6 of 6" in succeeded(command(*asked, "--unit", "1/1"))
 
@@ -346,7 +346,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_done(
     (folder / "f2.tif").write_bytes(b"no TIFF")
     one, out = tmp_path / "one", tmp_path / "out"
     said = failed(command("restore", folder, "-o", out, *many), ExitCode.INCOMPLETE)
-    assert "2 images are not restored" in said
+    assert "2 images not restored" in said
     assert "f1.tif" in said
     assert sorted(p.name for p in out.rglob("*.tif")) == [
         f"f{n}.tif" for n in (0, 3, 4, 5)
@@ -371,7 +371,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_done(
     chunk.write_bytes(b"broken")
     out = tmp_path / "out.ome.zarr"
     said = failed(command("restore", plate, "-o", out, *many), ExitCode.INCOMPLETE)
-    assert "1 images are not restored" in said
+    assert "1 image not restored" in said
     found = yaozarrs.validate_zarr_store(out)
     assert found is not None
     fields = [path for path in out.rglob("zarr.json") if path.parent.parent.name == "3"]
@@ -531,7 +531,7 @@ def test_where_no_worker_is_nothing_waits_for_ever(
             wait_for_workers(address, 2)
             with pytest.raises(ConfigError, match="no worker offers GPU=1"):
                 go(resources={"GPU": 1})
-            said = r"no worker has this .*; 5 images are not done; the same command"
+            said = r"no worker has this .*; 5 images not done; the same command"
             with pytest.raises(IncompleteError, match=said):
                 go()
         finally:

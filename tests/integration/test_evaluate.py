@@ -284,3 +284,9 @@ def test_real_actin_is_restored_and_labelled(shared_data: Path) -> None:
     levels = evaluate(delpnet, data, delpnet.config(data, threads=1)).levels
     assert levels is not None
     assert levels.summary()["accuracy"] > 0.9
+
+
+def test_an_engine_that_is_none_is_told_before_data_are_asked_for(monkeypatch) -> None:
+    monkeypatch.delenv("RTFOCUS_DATA", raising=False)
+    with pytest.raises(EngineError, match="engine 'no_such' not found"):
+        run("no_such")

@@ -330,6 +330,28 @@ def test_a_broken_file_is_named_after_the_others_are_done(tmp_path, config_file)
     assert len(told["broken"]) == 1
 
 
+def test_an_image_without_a_number_is_broken_a_plane_without_one_is_not(
+    tmp_path, config_file
+):
+    options = ("--config", config_file)
+    empty = tmp_path / "empty.tif"
+    tifffile.imwrite(empty, np.full((256, 256), np.nan, np.float32))
+    line = ("classify", empty, "--json", tmp_path / "d.json", *options)
+    said = failed(command(*line), ExitCode.INPUT)
+    assert "1 image cannot be read: " in said
+    assert "0 planes classified" in said
+    found = tmp_path / "empty_restored.tif"
+    said = failed(command("restore", empty, "-o", found, *options), ExitCode.INPUT)
+    assert "every pixel is NaN or infinite" in said
+    assert not found.exists()
+    planes = np.full((2, 256, 256), np.nan, np.float32)
+    planes[0] = np.random.default_rng(1).poisson(300, (256, 256))
+    shifted = tmp_path / "shifted.tif"
+    tifffile.imwrite(shifted, planes, imagej=True, metadata={"axes": "ZYX"})
+    succeeded(command("restore", shifted, "-o", tmp_path / "whole.tif", *options))
+    assert np.isnan(tifffile.imread(tmp_path / "whole.tif")[1]).all()
+
+
 def test_results_below_the_input_are_no_inputs(tmp_path, config_file):
     folder, _ = write_inputs(tmp_path)["folder"]
     line = ("restore", folder, "-o", folder / "restored", "--config", config_file)
