@@ -40,6 +40,7 @@ from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,
     describe_series,
+    warn_of_silent_stage,
     with_field_of_view,
 )
 
@@ -242,8 +243,12 @@ class LiveAcquisition:
             return None
         now_s = time.perf_counter()
         if now_s - self._z_read_s >= _Z_INTERVAL_S:
-            self._z_um = self._core.getPosition()
             self._z_read_s = now_s
+            try:
+                self._z_um = self._core.getPosition()
+            except RuntimeError:
+                self._z_um = None
+                warn_of_silent_stage(self._core)
         return self._z_um
 
 

@@ -34,7 +34,12 @@ from rtfocus.microscope.delivery import (
 )
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine, SetUps
 from rtfocus.microscope.plan import lay_out, takes_image
-from rtfocus.microscope.series import Complaints, camera_geometry, describe_series
+from rtfocus.microscope.series import (
+    Complaints,
+    camera_geometry,
+    describe_series,
+    warn_of_silent_stage,
+)
 
 _POLL_S = 0.05
 
@@ -192,9 +197,16 @@ class PlannedAcquisition:
         )
 
     def _z_um(self, event: useq.MDAEvent, meta: Mapping[str, Any]) -> float | None:
-        """Return where the z-stage stood: as read, else as planned."""
+        """Return where the z-stage stood: as read, else as planned.
+
+        None where it was asked and did not answer: then nobody knows.
+        """
         if not meta.get("hardware_triggered", False):
-            z_um: float | None = meta.get("position", {}).get("z", event.z_pos)
+            position = meta.get("position", {"z": event.z_pos})
+            if "z" not in position and self._core.getFocusDevice():
+                warn_of_silent_stage(self._core)
+                return None
+            z_um: float | None = position.get("z", event.z_pos)
             return z_um
         standing = self._engine.standing_z_um
         if standing is not None or event.z_pos is None:

@@ -46,6 +46,15 @@ _FAILED_SETTING = "Failed to set "
 _CAMERA_THREAD = "AcquisitionThread"
 
 
+def warn_of_silent_stage(core: UniMMCore) -> None:
+    """Say that images have no z, as `Complaints` hears it."""
+    logging.getLogger(LOGGER).warning(
+        "z-stage '%s' does not say where it stands: its images are stored without "
+        "their z; check its connection",
+        core.getFocusDevice(),
+    )
+
+
 class Complaints(logging.Handler):
     """Distinct warnings with their counts, at most `_MOST_KINDS` of them."""
 

@@ -17,7 +17,11 @@ from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.microscope.acquisition import acquire
 from rtfocus.microscope.core import bare_core, open_core
 from rtfocus.microscope.engine import RecordingEngine
-from rtfocus.microscope.virtual_devices import Sensor, load_virtual_microscope
+from rtfocus.microscope.virtual_devices import (
+    Sensor,
+    VirtualZStage,
+    load_virtual_microscope,
+)
 from rtfocus.microscope.virtual_specimen import VirtualSpecimen
 
 PLAN = {
@@ -235,6 +239,41 @@ def test_exposures_that_fail_are_counted_and_told():
     assert [h.event_index for h in sink.headers] == [0, 1, 2]
     assert report.camera_lost == 3
     assert any("cable pulled" in text for text in report.warnings)
+
+
+class SilentStage(VirtualZStage):
+    """Goes where it is sent and does not always say where it is."""
+
+    is_silent = False
+
+    def get_position_um(self):
+        if self.is_silent:
+            msg = "no answer from COM3"
+            raise RuntimeError(msg)
+        return super().get_position_um()
+
+
+@pytest.mark.parametrize(
+    "acquisition",
+    [
+        {"mda": {"z_plan": {"absolute": [1, 2, 3, 4]}}},
+        {"live": {"frames": 4, "exposure_ms": 120}},
+    ],
+    ids=["plan", "live"],
+)
+def test_images_have_no_z_that_their_stage_did_not_tell(acquisition):
+    config, stage = virtual(acquisition), SilentStage()
+    # The z of the first image is read by then.
+    sink = RecordingSink(before_acquire=lambda _: setattr(stage, "is_silent", True))
+    with open_core(config) as core:
+        core.loadPyDevice("Silent", stage)
+        core.initializeDevice("Silent")
+        core.setFocusDevice("Silent")
+        report = acquire(config, sink, core=core, stop=threading.Event())
+    first, *others = [header.z_um for header in sink.headers]
+    assert first is not None
+    assert others == [None, None, None]
+    assert any("'Silent' does not say where it stands" in w for w in report.warnings)
 
 
 class SlowCamera(CountingCamera):
