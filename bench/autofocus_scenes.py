@@ -111,6 +111,7 @@ class Stage:
     def __post_init__(self) -> None:
         """Begin where it stands."""
         self._told = self._began = self.rests_um = self.z_um
+        self._waits = 0.0
         play_um = self.amount if self.fault == "backlash" else 0.0
         faults = ZStageConfig(backlash_um=play_um, reversed=self.fault == "reversed")
         self._drive = ZDrive(faults)
@@ -122,8 +123,9 @@ class Stage:
     def go_to(self, z_um: float) -> None:
         """Move, more or less; one that arrived late before is there by now."""
         self.commands.append(z_um)
-        before = self.z_um = self.rests_um
-        self._told = z_um
+        if self.fault not in ("delayed", "settles"):
+            self.z_um = self.rests_um
+        before, self._told = self.z_um, z_um
         self._drive.go_to(z_um - self._began)
         self.rests_um = self._began + self._drive.objective_um
         if self.fault == "stuck" or (
@@ -133,18 +135,24 @@ class Stage:
         elif self.fault == "noisy":
             assert self.rng is not None
             self.rests_um += float(self.rng.normal(0, self.amount))
-        self.z_um = self.rests_um
         way = self.rests_um - before
-        if self.fault == "late":
-            self.z_um = before
-        elif self.fault == "slow":
-            self.z_um = before + (1 - self.amount) * way
-        elif self.fault == "creeps":
+        left = {"late": 1.0, "delayed": 1.0, "settles": 1.0, "slow": self.amount}
+        is_far = self.fault == "late_afar" and abs(way) > self.amount
+        self.z_um = self.rests_um - left.get(self.fault, float(is_far)) * way
+        self._waits = self.amount if self.fault in ("late", "delayed") else 1.0
+        if self.fault == "creeps":
             self.rests_um -= min(max(way, -self.amount), self.amount)
 
     def seen_um(self) -> float:
-        """Return where it truly stands for the next image; then it comes to rest."""
-        found, self.z_um = self.z_um, self.rests_um
+        """Return where it truly stands for the next image; then it moves on."""
+        if self.fault == "settles":
+            # The middle of an exposure and its end.
+            way, times = self.z_um - self.rests_um, np.array([0.5, 1.0]) / self.amount
+            found, self.z_um = self.rests_um + way * np.exp(-times)
+            return float(found)
+        found, self._waits = self.z_um, self._waits - 1.0
+        if self._waits <= 0:
+            self.z_um = self.rests_um
         return found
 
 
@@ -152,7 +160,10 @@ STAGE_FAULTS = {
     "stuck": 0.0,
     "sticks": 5.0,
     "reversed": 0.0,
-    "late": 0.0,
+    "late": 1.0,
+    "late_afar": 2.0,
+    "delayed": 1.0,
+    "settles": 1.0,
     "slow": 0.3,
     "creeps": 0.3,
     "noisy": 0.2,
@@ -161,9 +172,11 @@ STAGE_FAULTS = {
 """What a stage may do wrong, and how much unless said otherwise.
 
 Stands still from the first move on, or from the one after so many; runs the other way;
-arrives when the next image is taken, or has this share of the way to go; creeps back so
-far after the image, in depths of field as the two others: misses by this deviation;
-has so much play.
+arrives when so many images were taken or with the next command, always or on ways
+longer than so many depths of field; begins to move when so many images were taken;
+settles with so many exposures as its time constant; has this share of the way to go;
+creeps back so far after the image, in depths of field as the two others: misses by this
+deviation; has so much play.
 """
 SCENE_FAULTS = {
     "blank": 0.0,
@@ -195,7 +208,7 @@ def spoiled(
     """
     much = (STAGE_FAULTS | SCENE_FAULTS).get(case, 0.0) if amount is None else amount
     if case in STAGE_FAULTS:
-        if case in ("creeps", "noisy", "backlash"):
+        if case in ("creeps", "noisy", "backlash", "late_afar"):
             much *= unit_um
         return Stage(stage.z_um, case, much, scene.rng.spawn(1)[0])
     _spoil_light(case, scene, much)

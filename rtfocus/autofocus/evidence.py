@@ -7,14 +7,22 @@ moves say, tell of the stage instead.
 """
 
 from dataclasses import dataclass, field
-from itertools import takewhile
 from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.autofocus.appearance import change, sharpness
 from rtfocus.autofocus.belief import Belief, modes_of_reading, modes_of_weights
+from rtfocus.autofocus.looks import (
+    APART,
+    CLOSE_BY,
+    SAME,
+    Arrival,
+    Look,
+    alike_um,
+    places_of,
+    spectra_of,
+)
 from rtfocus.autofocus.planes import AS_TOLD, Course, PlaneComparison, PlaneFit
 from rtfocus.autofocus.policy import Limits
 from rtfocus.frame import FocusReading
@@ -22,19 +30,16 @@ from rtfocus.frame import FocusReading
 Floats = NDArray[np.float64]
 
 # In depths of field.
-_NEAR, _TOP, _SAME_PLACE, _BRACKET = 3.5, 0.8, 0.05, 0.5
+_NEAR, _TOP, _BRACKET = 3.5, 0.8, 0.5
 # Probability, within a depth of field, that is enough to end a failed search there.
 _ROUGHLY_SURE = 0.7
 # Images look alike over so much about focus, which is known within a margin.
 _FLAT_TOP, _MARGIN, _BEYOND_TOP = 1.5, 0.3, 2.0
-# Images so far apart differ, elsewhere than about focus; so close they do not much.
-_APART, _CLOSE_BY = 0.9, 0.5
 # Images so close to the sharpest, at so many places, tell whether optics explain them.
 _CLOSE, _CLOSE_PLACES = 2.0, 4
+_STILL_PLACES = 3
 # Sharpness changes at least so much from focus to a depth of field beside it.
 _CHANGE = 1.08
-# Relative change of images below which nothing has changed.
-_SAME = 0.1
 # Rings that are averaged to tell a change from noise, and how often its variance a
 # change must have: noise alone has 5 at most, the faintest cell that landed 24.
 _BAND, _CLEAR_CHANGE = 6, 10.0
@@ -42,8 +47,6 @@ SHARPER = 1.10
 """An image is sharper than another by noise, below this ratio."""
 FAR = ("edge", "blank")
 """Refusals of images from far away."""
-# Rings that stand out of the noise, or nothing shows.
-_FEWEST_RINGS = 6
 # With prices as logarithms, beside those of `planes`.
 _COURSES = (Course("half", 0.5, 7.0), Course("double", 2.0, 7.0))
 _FAULTS = {
@@ -51,34 +54,6 @@ _FAULTS = {
     "half": "the stage goes about half as far as it is told",
     "double": "the stage goes about twice as far as it is told",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """One image of a search."""
-
-    z_um: float
-    """Where it was exposed, as the stage says."""
-    reading: FocusReading
-    sharpness: float
-    """Root of the gradient energy above the noise, per light."""
-
-    @classmethod
-    def of(cls, z_um: float, reading: FocusReading) -> "Look":
-        """Make one of a reading."""
-        spectrum = np.asarray(reading.spectrum, dtype=np.float64)
-        return cls(z_um, reading, sharpness(spectrum, reading.noise))
-
-    @property
-    def shows_detail(self) -> bool:
-        """Something stands out of the noise, whatever the engine says of it."""
-        spectrum = np.asarray(self.reading.spectrum)
-        return int((spectrum > self.reading.noise).sum()) >= _FEWEST_RINGS
-
-    def change_from(self, other: "Look") -> float:
-        """Return by how much the two differ, relatively."""
-        one, two = (np.asarray(look.reading.spectrum) for look in (self, other))
-        return change(one, two, max(self.reading.noise, other.reading.noise))
 
 
 @dataclass
@@ -108,21 +83,25 @@ class Evidence:
     looks: list[Look] = field(default_factory=list)
     belief: Belief = field(default_factory=lambda: Belief(()))
     fit: PlaneFit | None = None
-    is_late: bool = False
-    """The stage was seen to arrive after the image."""
-    _seen_again: bool = False
+    arrival: Arrival = field(default_factory=Arrival)
 
     @property
     def unit_um(self) -> float:
         """Depth of field."""
         return self.comparison.unit_um
 
-    def add(self, z_um: float, reading: FocusReading) -> None:
-        """Take in one image."""
-        self._seen_again = False
-        self.looks.append(Look.of(z_um, reading))
+    def add(
+        self, z_um: float, reading: FocusReading, early_um: tuple[float, ...] = ()
+    ) -> None:
+        """Take in one image; `early_um` as of a `Look`."""
+        self.looks.append(Look.of(z_um, reading, early_um))
         if isfinite(z_um):
-            self._drop_lagging()
+            self.arrival.see(
+                self.looks,
+                self.comparison,
+                calibrated=self.calibrated,
+                is_clear=self.is_change_clear(),
+            )
             self.belief = self._posterior()
 
     def forget_older(self) -> None:
@@ -131,7 +110,7 @@ class Evidence:
 
     def faults(self) -> list[str]:
         """Return what the stage seems to do wrong, in words."""
-        found = ["the stage arrives late"] if self.is_late else []
+        found = ["the stage arrives late"] if self.arrival.is_late else []
         if self.fit is not None and self.fit.course != AS_TOLD:
             found.append(_FAULTS[self.fit.course])
         return found
@@ -180,7 +159,24 @@ class Evidence:
 
     def places(self) -> int:
         """Return the number of places, well apart, that were seen."""
-        return self._places_of(self.with_detail())
+        return places_of([one.z_um for one in self.with_detail()], self.unit_um)
+
+    def does_peak_agree(self, most_unexplained: float, beside: float) -> bool:
+        """Tell whether images are sharpest where focus is believed to be.
+
+        Parameters
+        ----------
+        most_unexplained
+            Share of their energy that the optics may leave unexplained.
+        beside
+            Depths of field between the two places.
+        """
+        if self.fit is None or self.belief.is_empty:
+            return False
+        way_um = abs(self.best_seen.z_um - self.belief.best.mean_um)
+        is_clear = self.saw_change() and self.is_change_clear()
+        is_explained = self.fit.unexplained <= most_unexplained
+        return is_clear and is_explained and way_um < beside * self.unit_um
 
     def unexplained_close(self) -> float | None:
         """Return what the optics leave unexplained of images close to the sharpest.
@@ -191,23 +187,14 @@ class Evidence:
         top = self.best_seen.z_um
         reach = _CLOSE * self.unit_um
         close = [look for look in self.with_detail() if abs(look.z_um - top) < reach]
-        if self._places_of(close) < _CLOSE_PLACES:
+        if places_of([look.z_um for look in close], self.unit_um) < _CLOSE_PLACES:
             return None
         return self._compared(close).unexplained
-
-    def _places_of(self, looks: list[Look]) -> int:
-        step = 0.3 * self.unit_um
-        return len({round(look.z_um / step) for look in looks})
 
     def _compared(
         self, looks: list[Look], courses: tuple[Course, ...] = ()
     ) -> PlaneFit:
-        return self.comparison.fit(
-            np.array([look.z_um for look in looks]),
-            np.array([look.reading.spectrum for look in looks]),
-            np.array([look.reading.noise for look in looks]),
-            courses=courses,
-        )
+        return self.comparison.fit(*spectra_of(looks), courses=courses)
 
     def has_seen(self, z_um: float, within_um: float) -> bool:
         """Tell whether there is an image from near a place."""
@@ -226,7 +213,7 @@ class Evidence:
             return False
         if max(values) > _CHANGE * min(values):
             return True
-        return any(look.change_from(looks[0]) > _SAME for look in looks[1:])
+        return any(look.change_from(looks[0]) > SAME for look in looks[1:])
 
     def is_change_clear(self) -> bool:
         """Tell whether what changed with z is of the optics' kind, and not noise.
@@ -237,49 +224,40 @@ class Evidence:
         looks = self.with_detail()
         if len(looks) < 2:
             return False
-        spectra = np.array([look.reading.spectrum for look in looks])
-        noise = np.array([look.reading.noise for look in looks])
+        _, spectra, noise = spectra_of(looks)
         return _change_over_noise(spectra, noise) > _CLEAR_CHANGE
 
-    def alike_um(self, apart_units: float = _APART) -> list[float]:
-        """Return the places of the newest images, if they look alike and are far apart.
+    def alike_um(self, apart_units: float = APART) -> list[float]:
+        """Return the places of the newest images, if they look alike and are apart."""
+        unit = self.unit_um
+        return alike_um(self.looks, apart_units * unit, CLOSE_BY * unit)
 
-        An older one that looks so too tells nothing of the stage when it has left in
-        between: in and about focus images of many z look alike. Alike on either side of
-        a place that was not, the stage does move: empty.
+    def unmoved_um(self) -> list[float]:
+        """Return places whose images look alike although they are apart.
+
+        Empty: there are none, or they lie about focus, where images look alike. For
+        that another image must have differed.
         """
-        now, apart = self.looks[-1], apart_units * self.unit_um
-        alike = takewhile(lambda look: look.change_from(now) < _SAME, self.looks[::-1])
-        places = [look.z_um for look in alike]
-        if not places or np.ptp(places) < apart:
-            return []
-        for other in self.looks[: -len(places)]:
-            below = [z for z in places if z < other.z_um - _CLOSE_BY * self.unit_um]
-            above = [z for z in places if z > other.z_um + _CLOSE_BY * self.unit_um]
-            is_around = bool(below and above) and len(below + above) == len(places)
-            if is_around and max(np.ptp(below), np.ptp(above)) < apart:
-                return []
-        return places
-
-    def is_contradicted(self, places_um: list[float]) -> bool:
-        """Tell whether the newest image's place has shown another image before."""
-        now, near_um = self.looks[-1], _CLOSE_BY * self.unit_um
-        return any(
-            abs(look.z_um - now.z_um) < near_um and look.change_from(now) > _SAME
-            for look in self.looks[: -len(places_um)]
-        )
-
-    def is_flat_top(self, places_um: list[float]) -> bool:
-        """Tell whether places are so close about focus that images look alike there.
-
-        Only where another image was different before.
-        """
-        if self.belief.is_empty or len(places_um) == len(self.looks):
-            return False
-        low, high, focus = min(places_um), max(places_um), self.belief.best.mean_um
+        places = self.alike_um()
+        if not places or self.belief.is_empty or len(places) == len(self.looks):
+            return places
+        low, high, focus = min(places), max(places), self.belief.best.mean_um
         margin = _MARGIN * self.unit_um
         is_narrow = high - low <= _FLAT_TOP * self.unit_um
-        return is_narrow and low - margin < focus < high + margin
+        return [] if is_narrow and low - margin < focus < high + margin else places
+
+    def does_stand_still(self, unmoved_um: list[float]) -> bool:
+        """Tell whether images that look alike show that the stage stands still.
+
+        Three places do, or one that has shown another image before.
+        """
+        if places_of(unmoved_um, self.unit_um) >= _STILL_PLACES:
+            return True
+        now, near_um = self.looks[-1], CLOSE_BY * self.unit_um
+        return bool(unmoved_um) and any(
+            abs(look.z_um - now.z_um) < near_um and look.change_from(now) > SAME
+            for look in self.looks[: -len(unmoved_um)]
+        )
 
     def beyond_top_um(self, sides: tuple[int, int]) -> list[float]:
         """Return where images must differ from those about focus; empty: it was seen.
@@ -290,15 +268,6 @@ class Evidence:
         if any(self.seen_beside(focus, s, 0.8 * _BEYOND_TOP, 4.0) for s in sides):
             return []
         return [focus + side * _BEYOND_TOP * self.unit_um for side in sides]
-
-    def is_again(self) -> bool:
-        """Tell whether the newest image is the second one at its place."""
-        if self._seen_again:
-            return True
-        if len(self.looks) < 2:
-            return False
-        way = self.looks[-1].z_um - self.looks[-2].z_um
-        return abs(way) < _SAME_PLACE * self.unit_um
 
     def gap_beside(self, z_um: float, low_um: float, high_um: float) -> float | None:
         """Return the middle of the wider stretch nobody saw beside a place, if any."""
@@ -369,19 +338,6 @@ class Evidence:
         top = -curve[1] / (2 * curve[0])
         lowest, highest = ways[near].min(), ways[near].max()
         return best.z_um + float(min(max(top, lowest), highest))
-
-    def _drop_lagging(self) -> None:
-        """Forget an image that was taken before the stage had arrived.
-
-        Two images at one z that differ: the first came too early.
-        """
-        if len(self.looks) < 2 or not self.is_again():
-            return
-        before, now = self.looks[-2:]
-        if self.is_late or before.change_from(now) > _SAME:
-            self.looks.pop(-2)
-            self.is_late = True
-            self._seen_again = True
 
     def _posterior(self) -> Belief:
         """Weigh everything that was seen anew."""

@@ -34,6 +34,7 @@ Floats = NDArray[np.float64]
 _CANDIDATE_STEP, _FARTHEST_FOCUS = 0.1, 7.5
 _APERTURES = (0.9, 0.95, 1.0, 1.05, 1.1)
 _FINE_APERTURES = (0.9, 0.925, 0.95, 0.975, 1.0, 1.025, 1.05, 1.075, 1.1)
+_FEW_APERTURES, _FEW_WAVES = (0.95, 1.0, 1.05), (-0.2, -0.1, 0.0, 0.1, 0.2)
 _APERTURE_SD = 0.05
 _EXTRA_WAVES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 _FINE_WAVES = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -119,8 +120,10 @@ class PlaneComparison:
     ) -> None:
         self.unit_um = optics.defocus_unit_um
         self._direction = direction
+        self.turns = (direction,) if direction else (1, -1)
         self._fine = fine
         self._models: list[Model] = []
+        self.few_models: list[Model] = []
         waves = _FINE_WAVES if fine else _EXTRA_WAVES
         apertures = _FINE_APERTURES if fine else _APERTURES
         for extra in waves if optics.psf_model == "pupil" else (0.0,):
@@ -132,6 +135,8 @@ class PlaneComparison:
                 at_edge |= abs(extra) == waves[-1]
                 transfer = Transfer(table, optics.sampling, aperture)
                 self._models.append((transfer, price, at_edge))
+                if aperture in _FEW_APERTURES and extra in _FEW_WAVES:
+                    self.few_models.append(self._models[-1])
         self._plain = [model for model in self._models if model[1] == 0.0]
 
     def fit(
@@ -160,28 +165,28 @@ class PlaneComparison:
         courses
             Other accounts of the stage, tried where it does not seem to do as told.
         """
-        candidates = self._candidates(z_um, known, reach_um)
+        candidates = self.candidates(z_um, known, reach_um)
         focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
         if known is not None:
             focus = np.where(np.isnan(known), focus, known)
-        tried = _Tried(_Scores(spectra, noise), allows_sharper=not self._fine)
+        tried = Tried(Scores(spectra, noise), allows_sharper=not self._fine)
         away = (focus - z_um) / self.unit_um
-        turns = (self._direction,) if self._direction else (1, -1)
-        for turn in turns:
+        for turn in self.turns:
             tried.add(AS_TOLD, turn, turn * away, self._models, 0.0)
         if self._direction and tried.least > _EXPLAINED:
             turn = -self._direction
             tried.add(REVERSED, turn, turn * away, self._models, _REVERSED)
         for course in courses if tried.least > _EXPLAINED else ():
             # The optics as they were told: an odd stage and odd optics are too much.
-            for turn in turns:
+            for turn in self.turns:
                 way = turn * course.gain * away
                 tried.add(course.name, turn, way, self._plain, course.price)
         return tried.fit(candidates)
 
-    def _candidates(
+    def candidates(
         self, z_um: Floats, known: Floats | None, reach_um: float | None
     ) -> Floats:
+        """Return where focus is looked for, in um; arguments as of `fit`."""
         margin = _FARTHEST_FOCUS * self.unit_um
         if reach_um is not None:
             margin = min(margin, reach_um)
@@ -190,10 +195,10 @@ class PlaneComparison:
         return np.arange(open_um.min() - margin, open_um.max() + margin + step, step)
 
 
-class _Tried:
+class Tried:
     """The models that were tried on some planes, and how badly each explains them."""
 
-    def __init__(self, scores: "_Scores", *, allows_sharper: bool) -> None:
+    def __init__(self, scores: "Scores", *, allows_sharper: bool) -> None:
         self._scores = scores
         self._allows_sharper = allows_sharper
         self._costs: list[Floats] = []
@@ -248,7 +253,7 @@ class _Tried:
         )
 
 
-class _Scores:
+class Scores:
     """The unexplained share of spectra under one model after the other."""
 
     def __init__(self, spectra: Floats, noise: Floats) -> None:

@@ -124,9 +124,10 @@ class MoveRule:
     def settling(self, z_um: float) -> tuple[float, ...]:
         """Return the stops that arrive here anew from the chosen side; empty: none.
 
-        Nobody knows from which side a stage came to where a search begins.
+        Nobody knows from which side a stage came to where a search begins. From twice
+        as far as later, so that one that arrives late is not off alike everywhere.
         """
-        beyond = self.limits.clip(z_um - self.approach * self.overshoot_um)
+        beyond = self.limits.clip(z_um - 2 * self.approach * self.overshoot_um)
         if beyond == z_um or not self.limits.holds(z_um):
             return ()
         return beyond, z_um

@@ -11,7 +11,8 @@ from itertools import product
 from math import isfinite
 
 from rtfocus.autofocus.belief import Belief
-from rtfocus.autofocus.evidence import FAR, SHARPER, Evidence, Look
+from rtfocus.autofocus.evidence import FAR, SHARPER, Evidence
+from rtfocus.autofocus.looks import Look, early_um
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
 from rtfocus.frame import FocusReading
@@ -33,6 +34,10 @@ _LEAST_PLACES, _ENOUGH, _MOST_RETURNS = 3, 5, 1
 _IN_NOISE = (
     "the images change with z no more than by noise: there is too little to see here; "
     "a longer exposure or another region tells more"
+)
+_TOO_LATE = (
+    "the stage arrives after its image, and so few images do not find focus: give it a "
+    "delay in Micro-Manager's hardware wizard"
 )
 # Share of saturated pixels that is worth a word.
 _SATURATED = 1e-3
@@ -97,7 +102,8 @@ class FocusSearch:
     def observe(self, z_um: float, reading: FocusReading) -> None:
         """Take in one image."""
         self._images += 1
-        self.evidence.add(z_um, reading)
+        before_um = self.looks[-1].z_um if self.looks else None
+        self.evidence.add(z_um, reading, early_um(self.moves, before_um, z_um))
 
     @property
     def looks(self) -> list[Look]:
@@ -139,11 +145,7 @@ class FocusSearch:
     def _wish(self) -> Decision:
         if (end := self._end_of_sight()) is not None:
             return end
-        if self.evidence.is_late and len(self.looks) > 1:
-            # Every image counts only when it is taken a second time.
-            if not self.evidence.is_again():
-                return Probe(0.0)
-        elif (doubt := self._doubt_the_stage()) is not None:
+        if (doubt := self._doubt_the_stage()) is not None:
             return doubt
         if self._back_at is not None:
             return self._returned()
@@ -366,23 +368,13 @@ class FocusSearch:
 
     def _end_unsure(self) -> Decision:
         """End where nothing that was seen makes it surer."""
-        evidence, best = self.evidence, self.evidence.best_seen
-        fit, beyond = evidence.fit, self._unbracketed()
+        evidence, beyond = self.evidence, self._unbracketed()
         if self.rule.verify and beyond is not None and evidence.saw_change():
             # Images from afar on both sides tell little: those beside the sharpest do.
             return self._view(beyond)
-        agrees = (
-            fit is not None
-            and evidence.saw_change()
-            and evidence.is_change_clear()
-            and fit.unexplained <= _MOST_UNEXPLAINED
-            and not self.belief.is_empty
-            and abs(best.z_um - self.belief.best.mean_um) < _BESIDE * evidence.unit_um
-            and beyond is None
-        )
-        if agrees:
+        if beyond is None and evidence.does_peak_agree(_MOST_UNEXPLAINED, _BESIDE):
             # A peak of sharpness where focus is believed to be, seen from both sides.
-            return self._end_at(best.z_um)
+            return self._end_at(evidence.best_seen.z_um)
         return self._give_up_unsure("no progress")
 
     def _give_up_unsure(self, reason: str) -> GiveUp:
@@ -392,6 +384,8 @@ class FocusSearch:
                 f"focus cannot be told more closely than by {sd_um:.1f} um: is the "
                 "aberration as the channel's optics say? rtfocus psf fit finds it"
             )
+        if self.evidence.arrival.is_late:
+            reason = _TOO_LATE
         far = [look.reading for look in self.looks if look.reading.refusal in FAR]
         stands_far = self.evidence.best_seen.reading.refusal in FAR
         if stands_far and len(far) > len(self.looks) / 2:
@@ -404,20 +398,20 @@ class FocusSearch:
         return self.give_up(reason if sees else _IN_NOISE)
 
     def _doubt_the_stage(self) -> Decision | None:
-        """Say what to do where images do not change with the stage; None: they do.
+        """Say what to do where images do not follow the stage; None: they do.
 
-        Two may look the same on both sides of focus, or the stage may be late: look
-        again. Three at places far apart do not.
+        Two may look the same on both sides of focus, or the stage may be late.
         """
         now, unit = self.looks[-1].z_um, self.evidence.unit_um
-        places = self.evidence.alike_um()
-        if not places or self.evidence.is_flat_top(places):
+        arrival, places = self.evidence.arrival, self.evidence.unmoved_um()
+        if arrival.is_late:
+            return Probe(0.0) if arrival.is_early else None
+        if not (places or arrival.is_suspect):
             return None
         if not any(abs(z - now) < 0.1 * unit for z in self._looked_again_at):
             self._looked_again_at.append(now)
             return Probe(0.0)
-        is_few = len({round(place / (0.3 * unit)) for place in places}) < 3
-        if is_few and not self.evidence.is_contradicted(places):
+        if not self.evidence.does_stand_still(places):
             return None
         if max(places) - min(places) > _STUCK * unit:
             stood_still = "the stage does not answer: images stay the same"
@@ -430,6 +424,8 @@ class FocusSearch:
 
         About focus they do; those of a stage that sticks, too.
         """
+        if not self.evidence.arrival.is_seen_at_rest:
+            return Probe(0.0)
         # Where no image from both sides is asked for, the last move must show.
         if not self.evidence.alike_um(_ALIKE if self.rule.verify else _ALIKE_AT_END):
             return end

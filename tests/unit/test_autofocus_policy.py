@@ -98,7 +98,7 @@ def test_the_wrong_side_is_overshot_within_the_limits() -> None:
 
 def test_a_search_begins_anew_from_the_chosen_side_within_the_limits() -> None:
     rule = MoveRule(Limits(0, 10), 0.1, 5, approach=1, overshoot_um=2)
-    assert rule.settling(4) == (2, 4)
+    assert rule.settling(6) == (2, 6)
     assert rule.settling(1) == (0, 1)
     assert rule.settling(0) == rule.settling(11) == ()
     assert MoveRule(Limits(0, 10), 0.1, 5, overshoot_um=2).settling(4) == ()

@@ -15,7 +15,8 @@ from rtfocus.autofocus.appearance import (
     modulation_table,
     sharpness,
 )
-from rtfocus.autofocus.evidence import Evidence, Look
+from rtfocus.autofocus.evidence import Evidence
+from rtfocus.autofocus.looks import Look
 from rtfocus.autofocus.planes import Calibration, PlaneComparison
 from rtfocus.autofocus.plans import move_rule, save_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule, Probe
@@ -233,7 +234,7 @@ def test_a_place_is_contradicted_by_another_image_only(
         places = (0.0, 3.0 * UNIT, 0.1 * UNIT)
         looks = [Look.of(*pair) for pair in zip(places, [*seen, last], strict=True)]
         evidence = Evidence(comparison, looks=looks)
-        assert evidence.is_contradicted(places[2:]) is contradicted
+        assert evidence.does_stand_still(list(places[2:])) is contradicted
 
 
 @pytest.mark.parametrize("images", [2, 3, 6, 12])

@@ -1,0 +1,226 @@
+"""Looks: the images of one search, and what they say of the stage that took them.
+
+Images that do not change tell of a stage that stands still; images of one place that
+differ, or that fit other places better than those it was sent to, of one that arrives
+after its image was taken.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfocus.autofocus.appearance import change, sharpness
+from rtfocus.autofocus.planes import PlaneComparison, Scores, Tried
+from rtfocus.autofocus.policy import MoveRule
+from rtfocus.frame import FocusReading
+
+Floats = NDArray[np.float64]
+
+SAME = 0.1
+"""Relative change of images below which nothing has changed."""
+APART, CLOSE_BY = 0.9, 0.5
+"""In depths of field: images so far apart differ, elsewhere than about focus; so close
+they do not much."""
+_SAME_PLACE = 0.05
+# Rings that stand out of the noise, or nothing shows.
+_FEWEST_RINGS = 6
+# Of the way that is left when an image is taken, and how unlikely it is beforehand, as
+# a logarithm: optics that are a little off look like a stage that hardly lags.
+_LEFT = ((1.0, 0.0), (0.6, 3.0), (0.35, 3.0))
+# Probability of a late stage that asks for another image, and that needs none.
+_SUSPECT, _PROVEN = 0.25, 0.88
+# How far from the images focus is looked for then, in depths of field.
+_REACH = 4.0
+_LEAST_PLACES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One image of a search."""
+
+    z_um: float
+    """Where it was exposed, as the stage says."""
+    reading: FocusReading
+    sharpness: float
+    """Root of the gradient energy above the noise, per light."""
+    early_um: tuple[float, ...]
+    """Where else the stage may have stood, had it not arrived: at its last stop on the
+    way, or where the image before was taken."""
+
+    @classmethod
+    def of(
+        cls, z_um: float, reading: FocusReading, early_um: tuple[float, ...] = ()
+    ) -> "Look":
+        """Make one of a reading; `early_um` empty: the stage was there already."""
+        spectrum = np.asarray(reading.spectrum, dtype=np.float64)
+        sharp = sharpness(spectrum, reading.noise)
+        return cls(z_um, reading, sharp, early_um or (z_um, z_um))
+
+    @property
+    def shows_detail(self) -> bool:
+        """Something stands out of the noise, whatever the engine says of it."""
+        spectrum = np.asarray(self.reading.spectrum)
+        return int((spectrum > self.reading.noise).sum()) >= _FEWEST_RINGS
+
+    def change_from(self, other: "Look") -> float:
+        """Return by how much the two differ, relatively."""
+        one, two = (np.asarray(look.reading.spectrum) for look in (self, other))
+        return change(one, two, max(self.reading.noise, other.reading.noise))
+
+
+def early_um(
+    moves: MoveRule, before_um: float | None, z_um: float
+) -> tuple[float, ...]:
+    """Return where a stage may stand that has not arrived, as `Look.early_um`.
+
+    Parameters
+    ----------
+    moves
+        Tells the stops on the way.
+    before_um
+        Where the image before was taken; None: this is the first.
+    z_um
+        Where the stage was sent.
+    """
+    if before_um is None:
+        return (*moves.settling(z_um), z_um)[0], z_um
+    if before_um == z_um:
+        return ()
+    return (before_um, *moves.path(before_um, z_um))[-2], before_um
+
+
+def spectra_of(looks: Sequence[Look]) -> tuple[Floats, Floats, Floats]:
+    """Return z in um, spectra and noise, axes (plane,), (plane, ring), (plane,)."""
+    told = ((one.z_um, one.reading.spectrum, one.reading.noise) for one in looks)
+    z_um, spectra, noise = map(np.array, zip(*told, strict=True))
+    return z_um, spectra, noise
+
+
+def places_of(z_um: Iterable[float], unit_um: float) -> int:
+    """Return how many of the places are well apart."""
+    return len({round(place / (0.3 * unit_um)) for place in z_um})
+
+
+def alike_um(looks: Sequence[Look], apart_um: float, close_um: float) -> list[float]:
+    """Return the places of the newest images, if they look alike and are far apart.
+
+    An older one that looks so too tells nothing of the stage when it has left in
+    between: in and about focus images of many z look alike. Alike on either side of
+    a place that was not, the stage does move: empty.
+
+    Parameters
+    ----------
+    looks
+        In their order.
+    apart_um
+        What is far.
+    close_um
+        Between places that may be one.
+    """
+    now = looks[-1]
+    alike = takewhile(lambda look: look.change_from(now) < SAME, looks[::-1])
+    places = [look.z_um for look in alike]
+    if not places or np.ptp(places) < apart_um:
+        return []
+    for other in looks[: -len(places)]:
+        below = [z for z in places if z < other.z_um - close_um]
+        above = [z for z in places if z > other.z_um + close_um]
+        is_around = bool(below and above) and len(below + above) == len(places)
+        if is_around and max(np.ptp(below), np.ptp(above)) < apart_um:
+            return []
+    return places
+
+
+@dataclass
+class Arrival:
+    """Whether the stage has arrived when an image is taken; `see` every one."""
+
+    lag: int = 0
+    """Images after a move that come too early; 0: the stage was not seen to be late."""
+    doubt: float = 0.0
+    """How likely it arrives late, by how well the images fit other places."""
+    _again: int = 0
+    """Images that were taken here before the newest."""
+
+    @property
+    def is_late(self) -> bool:
+        """The stage was seen to arrive after its image."""
+        return self.lag > 0
+
+    @property
+    def is_early(self) -> bool:
+        """The newest image of a late stage comes too early to count."""
+        return self._again < self.lag
+
+    @property
+    def is_seen_at_rest(self) -> bool:
+        """Two images that count were taken here, or the stage is not late."""
+        return self._again > self.lag or not self.is_late
+
+    @property
+    def is_suspect(self) -> bool:
+        """Images leave open whether the stage arrives late."""
+        return self.doubt > _SUSPECT
+
+    def see(
+        self,
+        looks: list[Look],
+        comparison: PlaneComparison,
+        *,
+        calibrated: bool,
+        is_clear: bool,
+    ) -> None:
+        """Take the newest image in and forget those that came too early.
+
+        Parameters
+        ----------
+        looks
+            In their order.
+        comparison
+            Of the channel's optics.
+        calibrated
+            The optics are known so well that other places are believed by themselves.
+        is_clear
+            Images changed by more than noise.
+        """
+        self.doubt = 0.0
+        unit_um = comparison.unit_um
+        way_um = looks[-1].z_um - looks[-2].z_um if len(looks) > 1 else float("inf")
+        self._again = self._again + 1 if abs(way_um) < _SAME_PLACE * unit_um else 0
+        if self._again and self._again <= self.lag:
+            del looks[-2]
+        elif self._again and looks[-1].change_from(looks[-2]) > SAME:
+            self.lag = self._again
+            # None of the older ones was taken where the stage was sent, or all is noise.
+            del looks[0 if is_clear else -2 : -1]
+        elif self._again and self.is_late:
+            del looks[-2]
+        elif calibrated and is_clear and not self.is_late:
+            self.doubt = _doubt(looks, comparison)
+            is_proven = self._again and self.doubt > _PROVEN
+            # An image like the one from elsewhere tells of a stage that stands still.
+            if is_proven and looks[-2 - self._again].change_from(looks[-1]) > SAME:
+                self.lag = self._again
+                del looks[:-1]
+
+
+def _doubt(looks: Sequence[Look], comparison: PlaneComparison) -> float:
+    """Return how likely images were taken where the stage had not arrived."""
+    looks = [one for one in looks if one.reading.spectrum]
+    told_um, spectra, noise = spectra_of(looks)
+    is_few = places_of(told_um, comparison.unit_um) < _LEAST_PLACES
+    ways_um = np.array([one.early_um for one in looks]).T - told_um
+    if is_few or not ways_um.any():
+        return 0.0
+    lags = [(told_um + left * way, price) for way in ways_um for left, price in _LEFT]
+    focus_um = comparison.candidates(told_um, None, _REACH * comparison.unit_um)
+    tried = Tried(Scores(spectra, noise), allows_sharper=False)
+    for number, (places_um, price) in enumerate([(told_um, 0.0), *lags]):
+        away = (focus_um[:, None] - places_um) / comparison.unit_um
+        for turn in comparison.turns:
+            name = str(number)
+            tried.add(name, turn, turn * away, comparison.few_models, price)
+    return 1.0 - tried.fit(focus_um).answers["0"]
