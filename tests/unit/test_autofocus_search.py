@@ -71,7 +71,9 @@ class World:
         if self.moves_left == 0:
             return
         self.moves_left -= 1
-        if self._fault == "late":
+        if self._fault == "a stop behind" and self._waits is not None:
+            self.z_um = self._waits
+        if self._fault in ("late", "a stop behind"):
             self._waits = z_um
         else:
             gain = {"stuck": 0.0, "reversed": -1.0, "half": 0.5}.get(self._fault, 1.0)
@@ -146,6 +148,23 @@ def test_a_stage_that_answers_oddly_is_named_and_focused_all_the_same(
     assert verdict.focused, verdict.reason
     assert abs(world.z_um) < 0.5 * UNIT
     assert any(words in note for note in verdict.notes), verdict.notes
+
+
+@pytest.mark.parametrize("start", [-4.2, -2.6, -0.3, 0.8, 1.9, 2.3, 4.7])
+def test_a_late_stage_is_named_where_every_place_is_reached_from_below(
+    comparison: PlaneComparison, transfer: Transfer, start: float
+) -> None:
+    rule = move_rule(AutofocusConfig(), Limits(-100, 100), UNIT)
+    for fault in ("none", "a stop behind"):
+        world = World(transfer, start, fault)
+        for stop_um in rule.settling(world.position_um()):
+            world.go_to(stop_um)
+        search = FocusSearch(comparison, rule, SearchRule(verify=False))
+        verdict = run_search(search, world, world.look)
+        is_named = any("late" in note for note in verdict.notes)
+        assert is_named is (fault != "none"), verdict
+        assert verdict.focused, verdict.reason
+        assert abs(world.z_um) < 0.5 * UNIT
 
 
 def test_a_stage_that_does_not_move_is_refused_by_name(
