@@ -194,7 +194,7 @@ class Arrival:
             del looks[-2]
         elif self._again and looks[-1].change_from(looks[-2]) > SAME:
             self.lag = self._again
-            # None of the older ones was taken where the stage was sent, or all is noise.
+            # None of the older was taken where the stage was sent, or all is noise.
             del looks[0 if is_clear else -2 : -1]
         elif self._again and self.is_late:
             del looks[-2]
