@@ -5,7 +5,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +144,7 @@ def classify(
     if not _optics_known(settings, optics):
         _tell_blind(settings.processing.classifier)
     with ImageProcessor(settings, optics) as processor:
+        _refuse_no_number([pixels_of(image)])
         found = processor.classify(image, channel=channel).defocus
     if found is None:
         msg = "the config has no classifier; give one with engine"
@@ -369,7 +370,9 @@ def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> 
             "single channel"
         )
         raise InputError(msg)
-    places = np.ndindex(image.shape[: image.ndim - plane_axes])
+    shape = image.shape[: image.ndim - plane_axes]
+    _refuse_no_number(image[place] for place in np.ndindex(shape))
+    places = np.ndindex(shape)
     place = next(places)
     plane = np.asarray(restored(image[place]))
     # Into its place at once: a list of planes would need the memory twice.
@@ -378,6 +381,15 @@ def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> 
     for place in places:
         made[place] = restored(image[place])
     return made
+
+
+def _refuse_no_number(planes: Iterable[Image]) -> None:
+    if all(
+        plane.dtype.kind == "f" and plane.size and not np.isfinite(plane).any()
+        for plane in planes
+    ):
+        msg = "every pixel of the image is NaN or infinite; give one with numbers"
+        raise InputError(msg)
 
 
 def _room_for(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Image:

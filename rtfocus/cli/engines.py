@@ -156,7 +156,6 @@ FolderOption = Annotated[
     typer.Option("--folder", metavar="FOLDER", help="Of more engines; repeatable."),
 ]
 
-
 NameOption = Annotated[
     str | None,
     typer.Option(help="Name that configs use; default: as the engine says."),
@@ -442,9 +441,10 @@ def _bar(name: str, stop: Event) -> Iterator[Progress]:
         task = bars.add_task(name)
 
         def progress(phase: str, done: int, steps: int) -> bool:
-            bars.update(
-                task, description=f"{name}: {phase}", completed=done, total=steps
-            )
-            return not stop.is_set()
+            if stop.is_set():
+                raise KeyboardInterrupt
+            said = f"{name}: {phase}"
+            bars.update(task, description=said, completed=done, total=steps)
+            return True
 
         yield progress

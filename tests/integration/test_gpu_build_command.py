@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from engine_kit import write_smooth_restorer
+from loop_kit import interrupt_group, started
 from typer.testing import CliRunner
 
 from rtfocus.cli.engines import app
 from rtfocus.engines.registry import find_engine
-from rtfocus.errors import ConfigError, EngineError
+from rtfocus.errors import ConfigError, EngineError, ExitCode
 from rtfocus.processing.gpu.cuda.driver import find_device, why_no_gpu
 from rtfocus.runtimes.gpu import gpu_request
 from rtfocus.runtimes.machine import CACHE_VARIABLE
@@ -119,6 +120,19 @@ def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
 def test_what_cannot_be_built_is_told(arguments: list[str], words: str) -> None:
     with pytest.raises(EngineError, match=words):
         run(*arguments)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_ctrl_c_ends_a_build_and_leaves_no_plan(cache: Path, tmp_path: Path) -> None:
+    large = ("delpnet", "--precision", "fp32", "--backend", "tensorrt_rtx")
+    with started("engines", "build", *large, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "building the" in line)
+        interrupt_group(process)
+        said = process.communicate()[1]
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert said.strip().splitlines()[-1] == "interrupted"
+    assert not list(cache.glob("*"))
 
 
 @pytest.mark.usefixtures("rtx")

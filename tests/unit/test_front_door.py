@@ -343,6 +343,17 @@ def test_an_image_without_pixels_is_told_as_that():
         rtfocus.restore(np.empty((0, 9)), optics=OPTICS)
 
 
+def test_an_image_without_a_number_is_refused_a_plane_without_one_is_not():
+    planes = np.full((2, 96, 96), np.nan, np.float32)
+    for call in (rtfocus.restore, rtfocus.classify):
+        with pytest.raises(rtfocus.InputError, match=r"every pixel .* is NaN"):
+            call(planes[0], optics=OPTICS)
+    planes[1] = 100.0
+    made = rtfocus.restore(planes, optics=OPTICS)
+    assert np.isnan(made[0]).all()
+    assert np.isfinite(made[1]).all()
+
+
 def test_a_closed_processor_refuses_and_says_what_to_do():
     processor = rtfocus.ImageProcessor(rtfocus.load_config("demo"), OPTICS)
     processor.close()
