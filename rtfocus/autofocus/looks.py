@@ -31,7 +31,7 @@ _FEWEST_RINGS = 6
 # a logarithm: optics that are a little off look like a stage that hardly lags.
 _LEFT = ((1.0, 0.0), (0.6, 3.0), (0.35, 3.0))
 # Probability of a late stage that asks for another image, and that needs none.
-_SUSPECT, _PROVEN = 0.25, 0.88
+_SUSPECT, _PROVEN = 0.5, 0.88
 # How far from the images focus is looked for then, in depths of field.
 _REACH = 4.0
 _LEAST_PLACES = 3
