@@ -71,25 +71,24 @@ class Look:
         return change(one, two, max(self.reading.noise, other.reading.noise))
 
 
-def early_um(
-    moves: MoveRule, before_um: float | None, z_um: float
-) -> tuple[float, ...]:
+def early_um(moves: MoveRule, before: Look | None, z_um: float) -> tuple[float, ...]:
     """Return where a stage may stand that has not arrived, as `Look.early_um`.
 
     Parameters
     ----------
     moves
         Tells the stops on the way.
-    before_um
-        Where the image before was taken; None: this is the first.
+    before
+        The image before; None: this is the first.
     z_um
         Where the stage was sent.
     """
-    if before_um is None:
+    if before is None:
         return (*moves.settling(z_um), z_um)[0], z_um
-    if before_um == z_um:
-        return ()
-    return (before_um, *moves.path(before_um, z_um))[-2], before_um
+    if before.z_um == z_um:
+        # It may be later still.
+        return before.early_um
+    return (before.z_um, *moves.path(before.z_um, z_um))[-2], before.z_um
 
 
 def spectra_of(looks: Sequence[Look]) -> tuple[Floats, Floats, Floats]:

@@ -102,8 +102,8 @@ class FocusSearch:
     def observe(self, z_um: float, reading: FocusReading) -> None:
         """Take in one image."""
         self._images += 1
-        before_um = self.looks[-1].z_um if self.looks else None
-        self.evidence.add(z_um, reading, early_um(self.moves, before_um, z_um))
+        before = self.looks[-1] if self.looks else None
+        self.evidence.add(z_um, reading, early_um(self.moves, before, z_um))
 
     @property
     def looks(self) -> list[Look]:
