@@ -110,8 +110,8 @@ class OpenChannel:
         seen, restoration = self.plan.classifier, self.plan.restoration
         if restoration is not None and restoration.way == "whole_image":
             msg = (
-                f"restoration {restoration.name} is a model of bioimage.io, which does "
-                "not run on a GPU; set processing.device: cpu"
+                f"restoration {restoration.name} has steps around its network, which "
+                "only the CPU does; set processing.device: cpu"
             )
             raise EngineError(msg)
         if seen is None:
