@@ -5,7 +5,8 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ from rtfocus.config import Config, load_config
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.files import path_given
-from rtfocus.frame import DefocusMap
+from rtfocus.frame import DefocusMap, FrameResult
 from rtfocus.image_set import BLIND_ENGINE, restoring_with, with_engine
 from rtfocus.images.optics import checked_optics
-from rtfocus.images.series import pixels_of
+from rtfocus.images.series import nothing_shown, pixels_of, shows_nothing
 from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.restore import BLIND, METHODS
@@ -101,9 +102,8 @@ def restore(
         if restored_as_it_is(processing.restoration, processing) is None:
             _tell_blind(processing.restoration.method)
     with ImageProcessor(settings, optics) as processor:
-        return _plane_by_plane(
-            image, lambda plane: processor.restore(plane, channel=channel).restored
-        )
+        restore_plane = partial(processor.restore, channel=channel, of_stack=True)
+        return _plane_by_plane(image, restore_plane)
 
 
 def classify(
@@ -144,7 +144,6 @@ def classify(
     if not _optics_known(settings, optics):
         _tell_blind(settings.processing.classifier)
     with ImageProcessor(settings, optics) as processor:
-        _refuse_no_number([pixels_of(image)])
         found = processor.classify(image, channel=channel).defocus
     if found is None:
         msg = "the config has no classifier; give one with engine"
@@ -351,7 +350,7 @@ def _tell_blind(engine: str | None) -> None:
     )
 
 
-def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> Image:
+def _plane_by_plane(image: Image, restore: Callable[[Image], FrameResult]) -> Image:
     """Restore the planes of a stack and put them together again."""
     image = pixels_of(image)
     is_colour = image.ndim > 2 and image.shape[-1] == 3
@@ -371,25 +370,17 @@ def _plane_by_plane(image: Image, restored: Callable[[Image], Image | None]) -> 
         )
         raise InputError(msg)
     shape = image.shape[: image.ndim - plane_axes]
-    _refuse_no_number(image[place] for place in np.ndindex(shape))
+    if all(shows_nothing(image[place]) for place in np.ndindex(shape)):
+        raise InputError(nothing_shown("the image"))
     places = np.ndindex(shape)
     place = next(places)
-    plane = np.asarray(restored(image[place]))
+    plane = np.asarray(restore(image[place]).restored)
     # Into its place at once: a list of planes would need the memory twice.
     made = _room_for(image.shape, plane.dtype)
     made[place] = plane
     for place in places:
-        made[place] = restored(image[place])
+        made[place] = restore(image[place]).restored
     return made
-
-
-def _refuse_no_number(planes: Iterable[Image]) -> None:
-    if all(
-        plane.dtype.kind == "f" and plane.size and not np.isfinite(plane).any()
-        for plane in planes
-    ):
-        msg = "every pixel of the image is NaN or infinite; give one with numbers"
-        raise InputError(msg)
 
 
 def _room_for(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Image:

@@ -207,6 +207,11 @@ def why_not_written(error: OSError) -> str:
     return f"{said}; {remedy(error, said)}"
 
 
+def number_of(count: int, what: str) -> str:
+    """Return a count and what is counted, ``1 image`` or ``2 images``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def replacement(failure: RtfocusError | None) -> RtfocusError | None:
     """Return the error that says that somebody else has the series or the folder."""
     causes = () if failure is None else (failure, failure.__cause__)

@@ -35,7 +35,7 @@ from rtfocus.images.optics import (
     in_short,
     refuse_other_reference,
 )
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.series import ImageSeries, nothing_shown, shows_nothing
 from rtfocus.offline import ImageProcessor
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 
@@ -266,7 +266,7 @@ class ImageSet:
         image = self.series[number]
         for index, pixels in _planes(image):
             processor, name = self._processor(number, index["c"])
-            restored = processor.restore(pixels, channel=name).restored
+            restored = processor.restore(pixels, channel=name, of_stack=True).restored
             if restored is None:
                 msg = f"'{image.path}': plane {index} was not restored"
                 raise EngineError(msg)
@@ -278,7 +278,7 @@ class ImageSet:
         """Yield index and result of every plane of an image; errors as `restored`."""
         for index, pixels in _planes(self.series[number]):
             processor, name = self._processor(number, index["c"])
-            yield index, processor.classify(pixels, channel=name)
+            yield index, processor.classify(pixels, channel=name, of_stack=True)
 
     def cut(self) -> list[str]:
         """Say, a line each, where restored pixels exceed what their type can hold."""
@@ -344,20 +344,13 @@ class ImageSet:
 
 
 def _planes(image: ImageSeries) -> Iterator[tuple[dict[str, int], NDArray[np.generic]]]:
-    """Yield index and pixels of every plane, the last only of what shows anything.
-
-    Registered stacks have planes without a number; an image of such alone is broken.
-    """
-    has_numbers = False
+    """Yield index and pixels of every plane, the last only of what shows anything."""
+    shows_something = False
     for number, index in enumerate(image.indices(), 1):
         pixels = image.read(**index)
-        has_numbers = has_numbers or bool(np.isfinite(pixels).any())
-        if number == len(image) and not has_numbers:
-            msg = (
-                f"'{image.path}' shows nothing: every pixel is NaN or infinite; export "
-                "it again from its source, as numbers"
-            )
-            raise InputError(msg)
+        shows_something = shows_something or not shows_nothing(pixels)
+        if number == len(image) and not shows_something:
+            raise InputError(nothing_shown(f"'{image.path}'"))
         yield index, pixels
 
 

@@ -54,6 +54,8 @@ _BYTES_PER_PX = 50
 Where it is not there some systems end the process without a word."""
 
 
+Image = NDArray[np.float32]
+Pixels = NDArray[np.generic]
 Scale = tuple[float, int, DeviationCard | None]
 """A level in um, the highest, and how deviations follow from what is found."""
 
@@ -99,7 +101,7 @@ class ImageProcessor:
         self._open_in: int | None = os.getpid()
 
     def classify(
-        self, image: NDArray[np.generic], *, channel: str | None = None
+        self, image: Pixels, *, channel: str | None = None, of_stack: bool = False
     ) -> FrameResult:
         """Estimate the defocus of an image, tile by tile.
 
@@ -110,6 +112,9 @@ class ImageProcessor:
             computed as float32.
         channel
             Of the config's ``channels``; None: the only one, or its ``default``.
+        of_stack
+            It is a plane of a stack that shows something elsewhere: no pixel of it
+            need be a number.
 
         Returns
         -------
@@ -122,18 +127,18 @@ class ImageProcessor:
         EngineError
             If there is no engine, it does not fit the optics or fails.
         InputError
-            If the array is not an image, or too small to tell.
+            If the array is not an image, shows nothing, or is too small to tell.
         """
-        return self._process(image, channel, restore=False)
+        return self._process(image, channel, restore=False, of_stack=of_stack)
 
     def restore(
-        self, image: NDArray[np.generic], *, channel: str | None = None
+        self, image: Pixels, *, channel: str | None = None, of_stack: bool = False
     ) -> FrameResult:
         """Restore an image; `FrameResult.restored` is new memory of the same shape.
 
         Parameters
         ----------
-        image, channel
+        image, channel, of_stack
             As for `classify`.
 
         Raises
@@ -141,9 +146,9 @@ class ImageProcessor:
         EngineError
             As `classify`, and if the config restores nothing.
         InputError
-            If the array is not an image.
+            If the array is not an image, or shows nothing.
         """
-        result = self._process(image, channel, restore=True)
+        result = self._process(image, channel, restore=True, of_stack=of_stack)
         if result.restored is None:
             msg = f"nothing was restored: {result.skipped}"
             raise EngineError(msg)
@@ -168,10 +173,10 @@ class ImageProcessor:
         self.close()
 
     def _process(
-        self, image: NDArray[np.generic], channel: str | None, *, restore: bool
+        self, image: Pixels, channel: str | None, *, restore: bool, of_stack: bool
     ) -> FrameResult:
         try:
-            pixels = checked_image(image)
+            pixels = checked_image(image, of_stack=of_stack)
             if not restore:
                 _refuse_too_small(pixels)
             with self._one_at_a_time:
@@ -188,7 +193,7 @@ class ImageProcessor:
             raise InputError(msg) from error
 
     def _process_one(
-        self, pixels: NDArray[np.generic], channel: str, *, restore: bool
+        self, pixels: Pixels, channel: str, *, restore: bool
     ) -> FrameResult:
         self._start_for(pixels, channel)
         header = FrameHeader(
@@ -213,7 +218,7 @@ class ImageProcessor:
         return replace(result, skipped=None)
 
     def _looked_coarser(
-        self, pixels: NDArray[np.generic], channel: str, found: DefocusMap
+        self, pixels: Pixels, channel: str, found: DefocusMap
     ) -> DefocusMap:
         """Look at what is unsettled in the image of half the size too, and so on."""
         if self._scale is None or min(pixels.shape[:2]) < 2 * _LEAST_PX:
@@ -224,13 +229,15 @@ class ImageProcessor:
             return found
         if self._coarser is None:
             self._coarser = ImageProcessor(self._config, self._optics)
-        coarser = self._coarser.classify(halved(pixels), channel=channel).defocus
+        coarser = self._coarser.classify(
+            halved(pixels), channel=channel, of_stack=True
+        ).defocus
         if coarser is None:
             return found
         return found.with_coarser(coarser, least_um, step_um=step, farthest=farthest)
 
     def _through(
-        self, header: FrameHeader, pixels: NDArray[np.generic], unrestored: str | None
+        self, header: FrameHeader, pixels: Pixels, unrestored: str | None
     ) -> FrameResult:
         """Send an image through the processor; the result is new memory."""
         self._slot.prepare(header)[...] = pixels
@@ -250,7 +257,7 @@ class ImageProcessor:
             defocus = replace(defocus, stated_um=stated_um(defocus, fit, step))
         return replace(result, restored=restored, defocus=defocus)
 
-    def _start_for(self, pixels: NDArray[np.generic], channel: str) -> None:
+    def _start_for(self, pixels: Pixels, channel: str) -> None:
         """Start the processor for this kind of image unless it already runs."""
         kind = (pixels.shape, pixels.dtype.str, channel)
         if kind == self._started:
@@ -308,7 +315,7 @@ def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
     return config.with_processing(blind=True)
 
 
-def _refuse_too_small(pixels: NDArray[np.generic]) -> None:
+def _refuse_too_small(pixels: Pixels) -> None:
     if min(pixels.shape[:2]) < _LEAST_TO_CLASSIFY_PX:
         msg = (
             f"the image of shape {pixels.shape} is too small to tell its defocus; "
@@ -317,7 +324,7 @@ def _refuse_too_small(pixels: NDArray[np.generic]) -> None:
         raise InputError(msg)
 
 
-def _refuse_too_large(pixels: NDArray[np.generic]) -> None:
+def _refuse_too_large(pixels: Pixels) -> None:
     needed = _BYTES_PER_PX * pixels.size
     if needed > (free := memory().free):
         msg = (
@@ -336,9 +343,6 @@ def _result_of(ticket: Ticket) -> FrameResult:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         raise
-
-
-Image = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,9 +397,7 @@ class KernelExtractor:
             threads=config.processing.threads or 1,
         )
 
-    def extract(
-        self, image: NDArray[np.generic], *, channel: str | None = None
-    ) -> Kernels:
+    def extract(self, image: Pixels, *, channel: str | None = None) -> Kernels:
         """Extract the kernel of every tile of an image (y, x) or (y, x, 3).
 
         Colours are extracted from their mean.
@@ -414,9 +416,12 @@ class KernelExtractor:
         if found is not None:
             defocus_um = tiles.defocus_um(found, places)
             signed = found.grid.signed
-        condition = self._conditions(channel, signed=signed).rows(defocus_um)
+        given = self._config.channel(channel).optics
+        optics = given or parts(self._card)[1].reference
+        blind = given is None or self._config.processing.blind
+        conditions = Conditions(self._card, optics, blind=blind, signed=signed)
         cut = tiles.cut(np.stack(scaled), places)
-        kernels = self._network.run(cut, condition)
+        kernels = self._network.run(cut, conditions.rows(defocus_um))
         side = self._output.size_px
         if kernels.shape[1:] != (side, side) or not np.isfinite(kernels).all():
             msg = (
@@ -441,9 +446,3 @@ class KernelExtractor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _conditions(self, channel: str | None, *, signed: bool) -> Conditions:
-        given = self._config.channel(channel).optics
-        optics = given or parts(self._card)[1].reference
-        blind = given is None or self._config.processing.blind
-        return Conditions(self._card, optics, blind=blind, signed=signed)

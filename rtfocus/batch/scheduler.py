@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from rtfocus.batch.plan import Failure
 from rtfocus.batch.work import failure_of
-from rtfocus.errors import ConfigError, IncompleteError, RtfocusError
+from rtfocus.errors import ConfigError, IncompleteError, RtfocusError, number_of
 from rtfocus.images.series import one_line
 from rtfocus.runtimes.machine import usable_threads
 
@@ -33,7 +33,10 @@ _AHEAD = 2
 """Units under way for each worker: the next is there when one is done."""
 _GONE = (OSError, TimeoutError)
 
-GOES_ON = "images not done; the same command goes on from there"
+
+def goes_on(left: int) -> str:
+    """Say how many images of a batch are left, and how to go on."""
+    return f"{number_of(left, 'image')} not done; the same command goes on from there"
 
 
 class Keyed(Protocol):
@@ -88,7 +91,7 @@ def run_on(
     resources: Mapping[str, float] | None = None,
     wait_s: float = WORKERS_S,
     on_note: Callable[[str], None] = lambda _: None,
-    rest: str = GOES_ON,
+    rest: Callable[[int], str] = goes_on,
 ) -> None:
     """Do units on the workers of a scheduler.
 
@@ -111,7 +114,7 @@ def run_on(
     on_note
         Called with a line when there is none, or one with another rtfocus.
     rest
-        Ends the message of a call that could not go on, after a number.
+        Says how many units are left, where a call could not go on.
 
     Raises
     ------
@@ -137,7 +140,7 @@ class _Run(Generic[U, R]):
         threads: int | None,
         workers: "_Workers",
         on_unit: Callable[[U, R | Failure], None],
-        rest: str,
+        rest: Callable[[int], str],
     ) -> None:
         self._client, self._do, self._threads = client, do, threads
         self._workers, self._on_unit, self._rest = workers, on_unit, rest
@@ -165,7 +168,7 @@ class _Run(Generic[U, R]):
             raise ConfigError(str(error)) from error
 
     def _left(self, waiting: deque[U]) -> str:
-        return f"{len(waiting) + len(self._running)} {self._rest}"
+        return self._rest(len(waiting) + len(self._running))
 
     def _await(self, waiting: deque[U]) -> None:
         """Take a unit that came back, or none for a while."""

@@ -15,14 +15,15 @@ from msgspec.structs import replace
 
 from rtfocus.batch.ends import Batch, Begun
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
-from rtfocus.batch.scheduler import WORKERS_S, R, U, run_on, workers_of
+from rtfocus.batch.scheduler import WORKERS_S, R, U, goes_on, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
-from rtfocus.cli.display import counting, number_of
+from rtfocus.cli.display import counting
 from rtfocus.errors import (
     BusyError,
     ConfigError,
     IncompleteError,
     InputError,
+    number_of,
     why_not_written,
 )
 from rtfocus.files import recover
@@ -154,7 +155,7 @@ def do_on_workers(
     on_unit: Callable[[U, R | Failure], str | None],
     *,
     what: str,
-    rest: str,
+    rest: Callable[[int], str],
 ) -> None:
     """Do units of any kind on the workers that the options name, and show how many.
 
@@ -214,7 +215,8 @@ def _do_part(ledger: Ledger, text: str, job: Job) -> None:
         counting("images", len(part), len(part) - len(left)) as show,
     ):
         run_here(plan, left, lambda unit, failure: show(told(unit, failure)))
-    typer.echo(f"{len(part) - len(failed)} of {len(part)} images of part {text} done")
+    of_part = f"{number_of(len(part), 'image')} of part {text}"
+    typer.echo(f"{len(part) - len(failed)} of {of_part} done")
     if failed:
         names = named(unit.path for unit in failed)
         msg = f"{number_of(len(failed), 'image')} of part {text} failed: {names}"
@@ -244,7 +246,7 @@ def _finish(batch: Batch, plan: Plan, remedy: str) -> None:
         typer.echo(f"{word} {what} to {job.output}")
     if waiting:
         msg = (
-            f"{len(waiting)} of {len(plan.units)} images are not done: "
+            f"{len(waiting)} of {number_of(len(plan.units), 'image')} not done: "
             f"{named(u.path for u in waiting)}; {remedy}"
         )
         raise IncompleteError(msg)
@@ -333,8 +335,7 @@ def _saying_what_is_left(ledger: Ledger, units: tuple[Unit, ...]) -> Iterator[No
     except KeyboardInterrupt:
         left = ledger.left(units)
         recover(*(ledger.output / unit.target for unit in left))
-        count = number_of(len(left), "image")
-        _note(f"{count} not done; the same command goes on from there")
+        _note(goes_on(len(left)))
         raise
 
 

@@ -124,11 +124,6 @@ def screen(
     return Group(head, table)
 
 
-def number_of(count: int, what: str) -> str:
-    """Return a count and what is counted, ``1 image`` or ``2 images``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
 def sparkline(values: Sequence[float | None], width: int) -> str:
     """Draw values as `width` blocks at most, the lowest and highest as the ends.
 

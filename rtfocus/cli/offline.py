@@ -31,9 +31,9 @@ from rtfocus.cli.commands import (
     SetOption,
     read_config,
 )
-from rtfocus.cli.display import counting, number_of
+from rtfocus.cli.display import counting
 from rtfocus.config import Config, parse_config
-from rtfocus.errors import ConfigError, IncompleteError, InputError
+from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
 from rtfocus.image_set import ImageSet, restoring_with, with_engine
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics

@@ -32,7 +32,7 @@ from rtfocus.cli.commands import (
 )
 from rtfocus.cli.display import counting
 from rtfocus.config import find_config
-from rtfocus.errors import ConfigError, IncompleteError, InputError
+from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.data_sets import KNOWN
 from rtfocus.evaluation.evaluate import Outcome
@@ -338,7 +338,9 @@ def _run_on_workers(
         parts,
         take,
         what="fields",
-        rest="fields are not evaluated; the same command begins anew",
+        rest=lambda left: (
+            f"{number_of(left, 'field')} not evaluated; the same command begins anew"
+        ),
     )
     if not found.done:
         failed.refuse()

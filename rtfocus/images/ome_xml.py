@@ -36,7 +36,6 @@ from rtfocus.images.series import (
     ImageSeries,
     PlatePlace,
     StagePosition,
-    signed_rgba,
     writable_text,
 )
 
@@ -420,3 +419,13 @@ def _ome_map(image: OutputImage) -> dict[str, object]:
             told[f"contrast window c{number}"] = f"{window.start:g} to {window.end:g}"
     value = {key: writable_text(text) for key, text in told.items()}
     return {"Namespace": NAMESPACE, "Value": {"rtfocus": SOFTWARE, **value}}
+
+
+def signed_rgba(color: str) -> int:
+    """Return RRGGBB, opaque, as the signed 32-bit RRGGBBAA of OME.
+
+    >>> signed_rgba("FF0000"), signed_rgba("00FF00")
+    (-16776961, 16711935)
+    """
+    rgba = (int(color, 16) << 8) | 0xFF
+    return rgba - (1 << 32) if rgba >= 1 << 31 else rgba

@@ -32,11 +32,10 @@ from rtfocus.images.micro_manager import (
 from rtfocus.images.series import (
     ImageSeries,
     IncompleteSetError,
-    import_imagecodecs,
     native_dtype,
     one_line,
 )
-from rtfocus.images.tiff import read_tiff
+from rtfocus.images.tiff import import_imagecodecs, read_tiff
 
 # Modes that are no grey levels and no RGB, what they become and what is told.
 _CONVERT = {

@@ -8,9 +8,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,26 +125,6 @@ class Facts(TypedDict, total=False):
     position: str | None
     stage: StagePosition | None
     place: PlatePlace | None
-
-
-def import_imagecodecs(path: Path, why: str) -> Any:  # noqa: ANN401 no type stubs
-    """Return the module ``imagecodecs``, which the extra ``codecs`` brings.
-
-    Parameters
-    ----------
-    path, why
-        File that needs it, and what the file has, for the message.
-
-    Raises
-    ------
-    InputError
-        If it is not installed.
-    """
-    try:
-        return import_module("imagecodecs")
-    except ImportError as error:
-        msg = f"'{path}' {why}: pip install \"rtfocus[codecs]\", or save it without"
-        raise InputError(msg) from error
 
 
 class IncompleteSetError(InputError):
@@ -342,13 +321,13 @@ def pixels_of(image: object) -> NDArray[np.generic]:
     return pixels
 
 
-def checked_image(given: object) -> NDArray[np.generic]:
-    """Return one image in a type that frames have.
+def checked_image(given: object, *, of_stack: bool = False) -> NDArray[np.generic]:
+    """Return one image in a type that frames have; planes `of_stack` may show nothing.
 
     Raises
     ------
     InputError
-        If it has no shape of an image, or loses values in these types.
+        If it has no shape of an image, loses values in these types, or shows nothing.
     """
     image = pixels_of(given)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
@@ -361,6 +340,8 @@ def checked_image(given: object) -> NDArray[np.generic]:
     if (loss := loss_of(image)) is not None:
         msg = f"the image {loss}"
         raise InputError(msg)
+    if not of_stack and shows_nothing(image):
+        raise InputError(nothing_shown("the image"))
     return np.ascontiguousarray(image, dtype=native_dtype(image.dtype))
 
 
@@ -394,6 +375,22 @@ def loss_of(plane: NDArray[np.generic]) -> str | None:
                 f"({tiny:.2g} to {huge:.2g}); scale it"
             )
     return None
+
+
+def shows_nothing(pixels: NDArray[np.generic]) -> bool:
+    """Tell whether not one pixel of a plane is a number.
+
+    Registered stacks have such planes; an image of nothing else is broken.
+    """
+    return pixels.dtype.kind == "f" and not np.isfinite(pixels).any()
+
+
+def nothing_shown(what: str) -> str:
+    """Say why an image of such planes alone is refused."""
+    return (
+        f"{what} shows nothing: every pixel is NaN or infinite; export it again from "
+        "its source, as numbers"
+    )
 
 
 def _is_exact(plane: NDArray[np.generic]) -> bool:
@@ -438,13 +435,3 @@ def saturation_blocks(
     whole[: high.shape[0], : high.shape[1]] = high
     blocks = whole.reshape(rows, block_px, columns, block_px).any(axis=(1, 3))
     return number, np.asarray(blocks, np.uint8), block_px
-
-
-def signed_rgba(color: str) -> int:
-    """Return RRGGBB, opaque, as the signed 32-bit RRGGBBAA of OME.
-
-    >>> signed_rgba("FF0000"), signed_rgba("00FF00")
-    (-16776961, 16711935)
-    """
-    rgba = (int(color, 16) << 8) | 0xFF
-    return rgba - (1 << 32) if rgba >= 1 << 31 else rgba

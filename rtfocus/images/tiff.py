@@ -9,7 +9,9 @@ import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -23,7 +25,6 @@ from rtfocus.images.series import (
     Facts,
     ImageSeries,
     IncompleteSetError,
-    import_imagecodecs,
     native_dtype,
     one_line,
     stem_of,
@@ -399,3 +400,23 @@ def _samples(
         samples -= 1
         notes.append("its alpha channel is left out")
     return samples, page.photometric in _COLOURS and samples == 3, notes
+
+
+def import_imagecodecs(path: Path, why: str) -> Any:  # noqa: ANN401 no type stubs
+    """Return the module ``imagecodecs``, which the extra ``codecs`` brings.
+
+    Parameters
+    ----------
+    path, why
+        File that needs it, and what the file has, for the message.
+
+    Raises
+    ------
+    InputError
+        If it is not installed.
+    """
+    try:
+        return import_module("imagecodecs")
+    except ImportError as error:
+        msg = f"'{path}' {why}: pip install \"rtfocus[codecs]\", or save it without"
+        raise InputError(msg) from error

@@ -69,7 +69,6 @@ class Dialogue:
         self._declined: m.Leave | None = None
         self._folder = ""
         self._max_frame_bytes = max_frame_bytes(config)
-        self.series: SeriesStart | None = None
         self.welcome: m.Welcome | None = None
         self.inflow: Inflow | None = None
         """Set when frames are wanted."""
@@ -222,6 +221,11 @@ class Dialogue:
         self._looked_s = now_s
 
     @property
+    def series(self) -> SeriesStart | None:
+        """What the publisher welcomed us to; None: not welcome yet."""
+        return None if self.welcome is None else self.welcome.start
+
+    @property
     def is_running(self) -> bool:
         """Tell whether frames are wanted and have not ended."""
         return self.inflow is not None and not self.inflow.arrivals.is_over
@@ -250,7 +254,7 @@ class Dialogue:
         if unwanted is not None and uid in unwanted:
             self._declined = m.Leave(uid=self.uid, series_uid=uid, reason=unwanted[uid])
             return
-        self.series, self.welcome = welcome.start, welcome
+        self.welcome = welcome
 
     def _note_refusal(self, refused: m.Refused) -> None:
         reason = m.printable(refused.reason, 1000)
@@ -349,8 +353,6 @@ def introduce(uid: str, pairing: str | None) -> m.Hello:
 
 _channel = TypeAdapter(Channel)
 MOST_CHANNELS = 256
-
-
 MOST_POSITIONS = 100_000
 
 

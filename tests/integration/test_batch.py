@@ -198,7 +198,7 @@ def test_a_job_array_needs_no_scheduler(plate: Path, tmp_path: Path) -> None:
     assert "give one of" in failed(command(*asked, "--unit", "1/2", "--finish"))
     assert "2 of 2" in succeeded(command(*asked, "--unit", "1/2"))
     said = failed(command(*asked, "--finish"), ExitCode.INCOMPLETE)
-    assert "2 of 4 images are not done" in said
+    assert "2 of 4 images not done" in said
     assert said.strip().endswith("do their parts again: --unit K/N")
     assert not many.exists()
     # Planned again it is still the same, and other settings are another batch.

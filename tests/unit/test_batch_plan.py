@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
+from rtfocus.batch.scheduler import goes_on
 from rtfocus.errors import ConfigError
 
 
@@ -86,6 +87,11 @@ def test_what_is_no_part_is_refused_and_what_is_lies_within(text):
     else:
         with pytest.raises(ConfigError, match=re.escape(f"'{text}' is no part")):
             part_of(text)
+
+
+def test_what_is_left_is_counted_in_words():
+    assert goes_on(1) == "1 image not done; the same command goes on from there"
+    assert goes_on(2).startswith("2 images not done; ")
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/0", "-1/3", "²/3", ""])

@@ -346,8 +346,13 @@ def test_an_image_without_pixels_is_told_as_that():
 def test_an_image_without_a_number_is_refused_a_plane_without_one_is_not():
     planes = np.full((2, 96, 96), np.nan, np.float32)
     for call in (rtfocus.restore, rtfocus.classify):
-        with pytest.raises(rtfocus.InputError, match=r"every pixel .* is NaN"):
+        with pytest.raises(rtfocus.InputError, match="every pixel is NaN"):
             call(planes[0], optics=OPTICS)
+    with rtfocus.ImageProcessor(rtfocus.load_config("demo"), OPTICS) as processor:
+        for call in (processor.restore, processor.classify):
+            with pytest.raises(rtfocus.InputError, match="every pixel is NaN"):
+                call(planes[0])
+        assert processor.classify(planes[0], of_stack=True).estimate.level is None
     planes[1] = 100.0
     made = rtfocus.restore(planes, optics=OPTICS)
     assert np.isnan(made[0]).all()
