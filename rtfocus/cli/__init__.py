@@ -9,6 +9,7 @@ import codecs
 import os
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 from rtfocus import __version__
@@ -20,6 +21,9 @@ def main() -> NoReturn:
 
     Exits with a code of `rtfocus.errors.ExitCode`.
     """
+    interrupted = threading.Event()
+    # Registered first, it is called last.
+    atexit.register(_leave_engines, interrupted)
     try:
         _use_utf8()
         if sys.argv[1:] == ["--version"]:
@@ -32,6 +36,8 @@ def main() -> NoReturn:
     finally:
         # Registered last, it is called first.
         atexit.register(_keep_the_code)
+    if code == ExitCode.INTERRUPTED:
+        interrupted.set()
     raise SystemExit(int(code))
 
 
@@ -40,7 +46,7 @@ def _run() -> int:
     try:
         from rtfocus.cli.endings import Interrupted, ended_by_signals, tell
 
-        with ended_by_signals():
+        with ended_by_signals() as asked:
             try:
                 from rtfocus.cli.commands import app
 
@@ -48,7 +54,7 @@ def _run() -> int:
             except (KeyboardInterrupt, Interrupted):
                 return _say_interrupted()
             except Exception as error:
-                return tell(error)
+                return tell(error, was_interrupted=asked.is_set())
     except KeyboardInterrupt:
         return _say_interrupted()
     return ExitCode.DONE
@@ -59,6 +65,19 @@ def _keep_the_code() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _leave_engines(interrupted: threading.Event) -> None:
+    """End an interrupted process while a device still opens its engines.
+
+    Nothing stops that, and Python ending its thread amid OpenVINO's code aborts the
+    process.
+    """
+    opening = any(one.name == "rtfocus-device" for one in threading.enumerate())
+    if interrupted.is_set() and opening:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ExitCode.INTERRUPTED)
 
 
 def _say_interrupted() -> ExitCode:

@@ -65,14 +65,19 @@ def heeding(
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let every request to end raise `KeyboardInterrupt`, as Ctrl-C does."""
+def ended_by_signals() -> Iterator[threading.Event]:
+    """Let every request to end raise `KeyboardInterrupt`, as Ctrl-C does.
+
+    Yields an event that is set by the first.
+    """
+    asked = threading.Event()
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        asked.set()
         raise KeyboardInterrupt
 
-    with _handled(_OTHERS, interrupt), closing_console(_interrupt_main):
-        yield
+    with _handled(("SIGINT", *_OTHERS), interrupt), closing_console(_interrupt_main):
+        yield asked
 
 
 def stop_at_end_of_input(stop: threading.Event) -> None:
@@ -182,17 +187,22 @@ def closing_console(
         kernel32.SetConsoleCtrlHandler(handler, 0)
 
 
-def tell(error: Exception) -> int:
+def tell(error: Exception, *, was_interrupted: bool = False) -> int:
     """Say on standard error what happened, in one line; return the exit code.
 
     What a user can act on (`RtfocusError`, or an operation that the system
     refused) is told as such. Anything else is a fault of rtfocus: its traceback is
     written to a file that the line names. ``RTFOCUS_DEBUG=1`` shows it at once.
+    Of a command that was interrupted it is no fault: libraries make errors of their
+    own of a `KeyboardInterrupt`, as pydantic does while it builds a class.
     """
     if os.environ.get("RTFOCUS_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
     if _is_ours(error):
         code, line = int(getattr(error, "exit_code", ExitCode.FAILED)), _said(error)
+    elif was_interrupted:
+        sys.stderr.write("interrupted\n")
+        return ExitCode.INTERRUPTED
     else:
         code, line = ExitCode.FAULT, f"{_said(error)}; {_fault(error)}"
     sys.stderr.write(f"error: {line}\n")

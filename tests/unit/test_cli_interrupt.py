@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rtfocus.cli.endings import (
     ConsoleClose,
@@ -121,6 +123,58 @@ def test_an_interrupt_while_starting_is_one_line():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (ExitCode.INTERRUPTED, "interrupted\n")
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_error_that_a_library_makes_of_an_interrupt_is_none(name):
+    # As pydantic does while it builds the classes of a config.
+    script = (
+        "import signal, sys\n"
+        "from rtfocus.cli import commands, main\n"
+        "def load(_):\n"
+        "    try:\n"
+        f"        signal.raise_signal(signal.{name})\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise TypeError('KeyboardInterrupt')\n"
+        "commands.load = load\n"
+        "sys.argv = ['rtfocus', 'configs']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (ExitCode.INTERRUPTED, "interrupted\n")
+
+
+@POSIX
+def test_an_interrupt_while_an_engine_is_compiled_ends_as_one(tmp_path):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "image.png")
+    script = (
+        "import signal, sys, threading, openvino\n"
+        "from rtfocus.cli import main\n"
+        "compile_model = openvino.Core.compile_model\n"
+        "def compile_until_the_end(*args, **options):\n"
+        "    main_thread = threading.main_thread().ident\n"
+        "    signal.pthread_kill(main_thread, signal.SIGINT)\n"
+        "    while True:\n"
+        "        compile_model(*args, **options)\n"
+        "openvino.Core.compile_model = compile_until_the_end\n"
+        "sys.argv = ['rtfocus', 'classify', 'image.png']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr[-12:]) == (
+        ExitCode.INTERRUPTED,
+        "interrupted\n",
+    )
 
 
 @POSIX
