@@ -218,6 +218,8 @@ def preflight(config: Config) -> Iterator[Check]:
         yield Check("plan", _describe(series))
     yield from _channels(config, series)
     yield _asked("device", partial(_device, config))
+    if config.autofocus.search != "rtfocus":
+        yield _asked("autofocus", partial(_search, config.autofocus.search))
     if config.autofocus.calibration is not None:
         yield _asked("autofocus", partial(_calibration, config.autofocus.calibration))
     yield _asked("disk", partial(_disk, config, series))
@@ -301,6 +303,12 @@ def _device(config: Config) -> str:
         return ", or ".join(processor.devices)
     finally:
         processor.close()
+
+
+def _search(name: str) -> str:
+    from rtfocus.autofocus.run import find_brought
+
+    return f"search '{name}' of {find_brought(name).value}"
 
 
 def _calibration(path: Path) -> str:

@@ -44,6 +44,7 @@ from rtfocus.autofocus.run import (
     Step,
     Verdict,
     brought_search,
+    find_brought,
     run_search,
 )
 from rtfocus.autofocus.search import FocusSearch
@@ -114,7 +115,9 @@ class Focuser:
     _comparisons: dict[tuple[str, int], PlaneComparison] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take over what the calibration measured."""
+        """Take over what the calibration measured; refuse a search there is not."""
+        if self.config.search != OURS:
+            find_brought(self.config.search)
         self.config = with_measured_backlash(self.config)
 
     def focus(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from math import isfinite
 from typing import Any, Protocol
 
@@ -202,6 +202,26 @@ def brought_search(
     ConfigError
         If no package brings one of this name, or it cannot be loaded.
     """
+    entry = find_brought(name)
+    try:
+        strategy = entry.load()(task)
+    except Exception as error:  # theirs: of any kind
+        msg = f"autofocus.search '{name}' ({entry.value}) cannot begin: {error!r}"
+        raise ConfigError(msg) from error
+    unit_um = task.optics.defocus_unit_um
+    return BroughtSearch(
+        name, strategy, moves, unit_um=unit_um, most_images=most_images
+    )
+
+
+def find_brought(name: str) -> EntryPoint:
+    """Return the entry point of a search that an installed package brings.
+
+    Raises
+    ------
+    ConfigError
+        If none brings one of this name.
+    """
     there = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in there:
         known = ", ".join([OURS, *sorted(there)])
@@ -210,15 +230,7 @@ def brought_search(
             f"{known}"
         )
         raise ConfigError(msg)
-    try:
-        strategy = there[name].load()(task)
-    except Exception as error:  # theirs: of any kind
-        msg = f"autofocus.search '{name}' ({there[name].value}) cannot begin: {error!r}"
-        raise ConfigError(msg) from error
-    unit_um = task.optics.defocus_unit_um
-    return BroughtSearch(
-        name, strategy, moves, unit_um=unit_um, most_images=most_images
-    )
+    return there[name]
 
 
 class FocusStage(Protocol):

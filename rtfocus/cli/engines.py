@@ -257,11 +257,11 @@ def add(
 
     [bold]Example:[/] rtfocus engines add checkpoints/my_objective/engine
     """
-    from rtfocus.sharing.admission import add_model
+    from rtfocus.sharing.admission import PROOF, add_model
 
     found = add_model(source, name=name, values=values, tell=typer.echo)
     typer.echo(f"added {found.card.kind} '{found.name}' in {found.folder}")
-    if (steps := found.card.steps) is not None:
+    if (steps := found.card.steps) is not None and PROOF in found.card.figures:
         typer.echo(f"its test tensors reproduce; its values: {VALUES[steps.values]}")
 
 

@@ -39,7 +39,7 @@ from rtfocus.cli.commands import (
     SetOption,
     read_config,
 )
-from rtfocus.cli.display import passing_time, share_bar
+from rtfocus.cli.display import number_of, passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
 from rtfocus.drawing.figures import draw_through_focus
 from rtfocus.errors import ConfigError, ExitCode, OutputError
@@ -301,15 +301,16 @@ def kernels(
 
 def _plane(
     path: Path, images: list[ImageSeries], number: int
-) -> tuple[np.ndarray, str]:
-    """Return one plane of a file and the name of its channel."""
+) -> tuple[np.ndarray, str | None]:
+    """Return one plane of a file and the name of its channel; None: it has none."""
     planes = [(series, index) for series in images for index in series.indices()]
     if number >= len(planes):
-        msg = f"'{path}' has {len(planes)} planes, the last is number {len(planes) - 1}"
+        there = number_of(len(planes), "plane")
+        msg = f"'{path}' has {there}, the last is number {len(planes) - 1}"
         raise ConfigError(msg)
     series, index = planes[number]
     names = series.channel_names
-    channel = names[index["c"]] if index["c"] < len(names) else "default"
+    channel = names[index["c"]] if index["c"] < len(names) else None
     return series.read(**index), channel
 
 

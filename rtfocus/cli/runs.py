@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
-from rtfocus.cli.display import counting, share_bar
-from rtfocus.errors import ConfigError, ExitCode, WriterError
+from rtfocus.cli.display import counting, number_of, share_bar
+from rtfocus.errors import ConfigError, ExitCode, InputError, WriterError
 from rtfocus.metrics import STEPS, Outcome, plan_in_words
 from rtfocus.writers.header import HEADER_NAME
 
@@ -36,11 +36,11 @@ def focus_line(lines: list[Line]) -> str:
     holds = [line for line in lines if line.get("kind") == "hold"]
     found = sum(bool(line["focused"]) for line in verdicts)
     images = sum(int(line["images"]) for line in verdicts)
-    text = (
-        f"autofocus: {found} of {len(verdicts)} searches found focus, {images} images"
-    )
-    if failures := sum(line.get("kind") == "failure" for line in lines):
-        text += f", {failures} failed"
+    broken_off = sum(line.get("kind") == "failure" for line in lines)
+    searches = len(verdicts) + broken_off
+    text = f"autofocus: {found} of {searches} searches found focus, {images} images"
+    if broken_off:
+        text += f", {broken_off} broke off"
     if holds:
         moves = sum(bool(line["step_um"]) for line in holds)
         text += (
@@ -308,6 +308,9 @@ def export(
         refuse_options(of_engine, f"'{source}' is a run")
         _export_run(source, output, image or [], zarr_version, overwrite)
         return
+    if not source.exists():
+        msg = f"'{source}' does not exist; give a run folder, or a checkpoint file"
+        raise InputError(msg)
     if source.is_dir():
         msg = f"'{source}' is no run folder (no {HEADER_NAME}) and no checkpoint file"
         raise ConfigError(msg)
@@ -346,7 +349,10 @@ def _export_run(
     with counting("planes", export.planes) as on_plane:
         done = export.write(on_plane)
     for name, number in done.absent.items():
-        typer.echo(f"image '{name}': {number} planes without a frame", err=True)
+        typer.echo(
+            f"image '{name}': {number_of(number, 'plane')} without a frame", err=True
+        )
     typer.echo(
-        f"exported {len(done.images)} images with {export.planes} planes to {output}"
+        f"exported {number_of(len(done.images), 'image')} with "
+        f"{number_of(export.planes, 'plane')} to {output}"
     )

@@ -15,7 +15,9 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     PrivateAttr,
     field_validator,
     model_validator,
@@ -109,6 +111,9 @@ def _off_of_yaml(value: object) -> object:
     return "off" if value is False else value
 
 
+Region = tuple[NonNegativeInt, NonNegativeInt, PositiveInt, PositiveInt]
+
+
 class AutofocusConfig(Section):
     """Focus found and held by the images themselves."""
 
@@ -154,7 +159,7 @@ class AutofocusConfig(Section):
     first of the plan."""
     channel_offsets_um: dict[str, float] = {}
     """Focus of a channel minus that of the focus channel."""
-    region: tuple[int, int, int, int] | None = None
+    region: Region | None = None
     """x, y, width, height in pixels of what shall be in focus; None: the frame."""
     most_images: Annotated[int, Field(ge=2)] = 12
     """Images one search may take."""

@@ -223,9 +223,11 @@ def describe_series(
 
     Raises
     ------
-    MicroscopeError
-        If no pixel size is known, or it contradicts a channel's optics.
+    ConfigError
+        If no pixel size is known, or it contradicts a channel's optics; if section
+        autofocus names what neither camera nor plan have.
     """
+    _check_autofocus(config, core, geometry)
     names = list(plan.channel_names) if plan else []
     channels = [
         config.channel(name).channel for name in names or [current_channel(core)]
@@ -251,6 +253,28 @@ def describe_series(
         summary=summary_json(summary),
         planned=len(plan) if plan else frames,
     )
+
+
+def _check_autofocus(config: Config, core: UniMMCore, geometry: Geometry) -> None:
+    """Refuse a region outside of the frame, and offsets of channels there are not."""
+    height, width = geometry.shape[:2]
+    region = config.autofocus.region
+    if region is not None and (region[0] >= width or region[1] >= height):
+        msg = (
+            f"autofocus.region {list(region)} lies outside of the camera's frame of "
+            f"{width} x {height} pixels; give x, y, width, height within it"
+        )
+        raise ConfigError(msg)
+    group = core.getChannelGroup()
+    presets = core.getAvailableConfigs(group) if group else ()
+    known = {*presets, *(channel.name for channel in config.channels)}
+    for name in config.autofocus.channel_offsets_um:
+        if name not in known:
+            msg = (
+                f"autofocus.channel_offsets_um: there is no channel '{name}', so its "
+                f"offset would be lost; there are {', '.join(sorted(known))}"
+            )
+            raise ConfigError(msg)
 
 
 def find_pixel_size_um(

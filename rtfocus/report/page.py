@@ -26,6 +26,7 @@ from rtfocus.report.pictures import (
     frame_pictures,
     histogram_chart,
     latency_chart,
+    search_failed,
     trace_charts,
 )
 
@@ -163,11 +164,11 @@ def _of_pixels(facts: RunFacts) -> Iterator[Advice]:
 def _of_focus(facts: RunFacts) -> Iterator[Advice]:
     if said := facts.left_out_by_hold:
         yield Advice(said, "no harm: those looked at show a drift soon enough")
-    failed = [line for line in facts.focus_log if line.get("kind") == "failure"]
+    failed = [line for line in facts.focus_log if search_failed(line)]
     if failed:
         why = failed[-1].get("reason", "no reason given")
         yield Advice(
-            f"{len(failed)} searches for focus failed, the last: {why}",
+            f"searches for focus that failed: {len(failed)}, the last: {why}",
             "rtfocus calibrate checks autofocus on this microscope",
         )
     known = np.abs(facts.defocus_um[np.isfinite(facts.defocus_um)])

@@ -194,7 +194,10 @@ def _traces(facts: RunFacts, chart: Chart, values: NDArray[np.float64]) -> None:
 
 def _moves(facts: RunFacts, chart: Chart) -> None:
     """Mark what autofocus did: moves to hold or find focus, and failed searches."""
-    kinds = ((_moved, GREEN, "autofocus moved"), (_failed, ORANGE, "search failed"))
+    kinds = (
+        (_moved, GREEN, "autofocus moved"),
+        (search_failed, ORANGE, "search failed"),
+    )
     for is_one, colour, name in kinds:
         times = [
             (line["time_ns"] - facts.first_ns) / 1e9
@@ -214,8 +217,10 @@ def _moved(line: dict[str, Any]) -> bool:
     return kind in ("hold", "look") and bool(way_um)
 
 
-def _failed(line: dict[str, Any]) -> bool:
-    return line.get("kind") == "failure"
+def search_failed(line: dict[str, Any]) -> bool:
+    """Tell whether a line is of a search that broke off, or found no focus."""
+    kind = line.get("kind")
+    return kind == "failure" or (kind == "verdict" and not line["focused"])
 
 
 def _heading(facts: RunFacts, frame: ShownFrame) -> str:

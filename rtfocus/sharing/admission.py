@@ -43,6 +43,8 @@ _DESCRIPTION = "description.yaml"
 """A foreign model's own, kept for its authors, licence and citations."""
 _DOI = re.compile(r"10\.\d{4,9}/\S+")
 _NICKNAME = re.compile(r"(bioimage-io/)?[a-z]{3,}-[a-z]{3,}")
+PROOF = "largest difference from its test tensor"
+"""Figure on the card of a foreign model that gave its own test's values."""
 Files = dict[str, bytes]
 """What is written to the engine's folder, by name."""
 
@@ -173,7 +175,7 @@ def _admitted(
         (Path(scratch) / WEIGHTS_NAME).write_bytes(weights)
         proof = prove(Path(scratch), card, model, *tensors)
     said["steps"]["values"] = values or proof.values
-    said["figures"] = {"largest difference from its test tensor": proof.largest}
+    said["figures"] = {PROOF: proof.largest}
     card = parse_card(said, f"made of '{rdf_name}' in '{package.origin}'")
     files = {
         CARD_NAME: dumped(card, card.name),

@@ -35,6 +35,7 @@ from rtfocus.errors import EngineError
 from rtfocus.files import whole
 from rtfocus.processing.classify import Conditions
 from rtfocus.runtimes.cpu_backends import open_engine
+from rtfocus.sharing.admission import PROOF
 
 FORMAT_VERSION = "0.5.3"
 _README = "README.md"
@@ -137,6 +138,8 @@ def _refuse_unspeakable(card: EngineCard) -> None:
         why = f"is {card.implementation}: a network alone is not what it does"
     elif card.kind == "classifier":
         why = "gives labels, no image"
+    elif card.steps is not None and PROOF not in card.figures:
+        why = "has steps around its network, which are not exported"
     elif card.steps is not None:
         why = "came from such a package, which is the one to hand on"
     elif card.normalisation.get("name") != "percentile_range":

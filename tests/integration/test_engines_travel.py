@@ -13,6 +13,7 @@ import pytest
 import yaml
 from engine_kit import write_shift_restorer, write_smooth_restorer
 from foreign_kit import zipped
+from loop_kit import command, succeeded
 
 from rtfocus.engines.registry import (
     find_engine,
@@ -29,6 +30,9 @@ SAID = {
     "cite": "https://example.org/paper",
     "licence": "BSD-3-Clause",
 }
+
+
+CARD_OF_TUTORIAL = "name kind implementation files sha256 input output".split()
 
 
 @pytest.fixture
@@ -95,6 +99,19 @@ def test_a_zipped_engine_folder_is_an_engine(mine, tmp_path):
     files = {f"shift/{p.name}": p.read_bytes() for p in folder.iterdir()}
     found = add_model(zipped(tmp_path / "shift.zip", files))
     assert found.card == find_engine(str(folder)).card
+
+
+def test_an_engine_with_steps_claims_no_test_and_no_package(mine, tmp_path):
+    # As the tutorial's: it was proved by nobody, and came from no model package.
+    folder = write_smooth_restorer(tmp_path / "own")
+    card = yaml.safe_load((folder / "engine.yaml").read_text("utf-8"))
+    card = {key: card[key] for key in CARD_OF_TUTORIAL} | {"steps": {}}
+    (folder / "engine.yaml").write_text(yaml.safe_dump(card), "utf-8")
+    said = succeeded(command("engines", "add", folder))
+    assert said.splitlines() == [f"added restorer 'own' in {mine / 'own'}"]
+    refusal = "'own' has steps around its network, which are not exported; "
+    with pytest.raises(EngineError, match=refusal):
+        export_bioimageio(find_engine("own"), tmp_path / "own.zip", **SAID)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from loop_kit import command, failed, succeeded
 from writer_kit import indices, make_series, numbered, recording
 
 from rtfocus.channel import Channel, OpticalSystem
+from rtfocus.errors import ExitCode
 from rtfocus.frame import Position, SeriesStart
 from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.ome_zarr import read_ome_zarr
@@ -179,6 +180,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
     assert "--precision cannot be used" in said
     said = failed(command("export", tmp_path, "-o", output))
     assert "is no run folder" in said
+    missing = command("export", tmp_path / "cat.rtfocus", "-o", output)
+    assert "cat.rtfocus' does not exist; give a run folder" in missing.err
+    assert missing.code == ExitCode.INPUT
     assert not output.exists()
 
 

@@ -155,6 +155,9 @@ def test_kernels_are_written_tile_by_tile_and_drawn(
     offset, scale = PercentileRange().fit(frame.astype(np.float32))
     corner = (frame[40 : 40 + KERNEL_PX, 88 : 88 + KERNEL_PX] - offset) / scale
     np.testing.assert_allclose(kernels[1, 2], corner, rtol=1e-2, atol=1e-2)
+    # The image names no channel: it is the only one of the config.
+    named = ("-o", str(tmp_path / "named.npz"), "--config", "demo")
+    succeeded(command("kernels", str(tmp_path / "frame.tif"), *ours, *named))
     with Image.open(tmp_path / "kernels.png") as picture:
         assert picture.size == (300, 200)
     pages = tmp_path / "kernels.tif"

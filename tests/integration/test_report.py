@@ -265,14 +265,16 @@ def test_focus_moves_are_marked_in_the_trace(tmp_path: Path) -> None:
         {"kind": "look", "time_ns": now, "decision": "Probe", "way_um": 2.0},
         {"kind": "look", "time_ns": now, "decision": "Probe", "way_um": 0.0},
         {"kind": "look", "time_ns": now, "decision": "GiveUp", "way_um": -2.0},
+        {"kind": "verdict", "time_ns": now, "focused": True, "reason": "focused"},
+        {"kind": "verdict", "time_ns": now, "focused": False, "reason": "blank"},
         {"kind": "failure", "time_ns": now, "reason": "no specimen"},
     ]
     text = b"".join(msgspec.json.encode(line) + b"\n" for line in moves)
     (folder / "focus.ndjson").write_bytes(text)
     page = read_page(write_page(folder).parent)
     assert "autofocus moved (3)" in page.text
-    assert "search failed (1)" in page.text
-    assert "1 searches for focus failed, the last: no specimen" in page.text
+    assert "search failed (2)" in page.text
+    assert "searches for focus that failed: 2, the last: no specimen" in page.text
 
 
 @pytest.fixture(scope="module")
