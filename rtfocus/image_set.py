@@ -7,6 +7,7 @@ pixels run blind and say so; methods that compute PSFs are refused.
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Self
@@ -266,7 +267,9 @@ class ImageSet:
         image = self.series[number]
         for index, pixels in _planes(image):
             processor, name = self._processor(number, index["c"])
-            restored = processor.restore(pixels, channel=name, of_stack=True).restored
+            with _named(image):
+                result = processor.restore(pixels, channel=name, of_stack=True)
+            restored = result.restored
             if restored is None:
                 msg = f"'{image.path}': plane {index} was not restored"
                 raise EngineError(msg)
@@ -276,9 +279,12 @@ class ImageSet:
 
     def classified(self, number: int) -> Iterator[tuple[dict[str, int], FrameResult]]:
         """Yield index and result of every plane of an image; errors as `restored`."""
-        for index, pixels in _planes(self.series[number]):
+        image = self.series[number]
+        for index, pixels in _planes(image):
             processor, name = self._processor(number, index["c"])
-            yield index, processor.classify(pixels, channel=name, of_stack=True)
+            with _named(image):
+                result = processor.classify(pixels, channel=name, of_stack=True)
+            yield index, result
 
     def cut(self) -> list[str]:
         """Say, a line each, where restored pixels exceed what their type can hold."""
@@ -352,6 +358,16 @@ def _planes(image: ImageSeries) -> Iterator[tuple[dict[str, int], NDArray[np.gen
         if number == len(image) and not shows_something:
             raise InputError(nothing_shown(f"'{image.path}'"))
         yield index, pixels
+
+
+@contextmanager
+def _named(image: ImageSeries) -> Iterator[None]:
+    """Name the file of an image whose pixels are refused."""
+    try:
+        yield
+    except InputError as error:
+        msg = f"'{image.path}': {error}"
+        raise InputError(msg) from error
 
 
 def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Config:

@@ -126,7 +126,7 @@ class Monitor:
             )
         )
         self._sampled += 1
-        captured_ms = (estimate.estimated_ns - estimate.captured_ns) / 1e6
+        captured_ms = (time.time_ns() - estimate.captured_ns) / 1e6
         self.times.add("capture_to_estimate", captured_ms)
 
     def samples_since(self, number: int) -> tuple[int, list[Sample]]:

@@ -194,8 +194,16 @@ def _refuse_without_scheduler(many: Many) -> None:
     if many.scheduler is None and (many.resources or many.wait_s != WORKERS_S):
         msg = "--resources and --wait-workers are for workers; give --scheduler"
         raise ConfigError(msg)
-    if many.scheduler is not None:
-        workers_of(many.scheduler)  # refused before anything is begun
+    if many.scheduler is None:
+        return
+    here = workers_of(many.scheduler)  # refused before anything is begun
+    if here is not None and many.resources:
+        msg = (
+            f"--resources '{many.resources}' is of workers that were started with it; "
+            f"those of --scheduler {many.scheduler} have none: leave it out, or give "
+            "the address of a scheduler"
+        )
+        raise ConfigError(msg)
 
 
 def _do_part(ledger: Ledger, text: str, job: Job) -> None:

@@ -105,11 +105,7 @@ def make_optics(stated: Mapping[str, Any], origin: str) -> OpticalSystem:
     try:
         return TypeAdapter(OpticalSystem).validate_python(dict(stated))
     except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {_said(fault)} "
-            f"(got {fault['input']!r:.60})"
-            for fault in error.errors()
-        )
+        faults = "; ".join(map(_said, error.errors()))
         msg = f"optics '{origin}': {faults}; e.g. {EXAMPLE}"
         raise ConfigError(msg) from error
 
@@ -130,11 +126,15 @@ def checked_optics(given: object) -> OpticalSystem:
 
 
 def _said(fault: ErrorDetails) -> str:
-    if fault["type"] != "unexpected_keyword_argument":
-        return fault["msg"]
-    inner = len(fault["loc"]) > 1
-    known = fields(Aberrations if inner else OpticalSystem)
-    return f"unknown; known are {', '.join(field.name for field in known)}"
+    rule = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:  # of several values together, which it names
+        return rule
+    if fault["type"] == "unexpected_keyword_argument":
+        inner = len(fault["loc"]) > 1
+        known = fields(Aberrations if inner else OpticalSystem)
+        rule = f"unknown; known are {', '.join(field.name for field in known)}"
+    key = ".".join(map(str, fault["loc"]))
+    return f"'{key}': {rule} (got {fault['input']!r:.60})"
 
 
 def _read_values(text: str) -> Mapping[str, Any]:

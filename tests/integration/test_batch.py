@@ -642,6 +642,8 @@ def test_no_scheduler_is_one_line(folder: Path, tmp_path: Path) -> None:
         said = failed(command(*asked, "local:1", "--resources", wrong))
         assert "NAME=N" in said
     assert "give --scheduler" in failed(command(*asked[:-1], "--resources", "GPU=1"))
+    said = failed(command(*asked, "local:1", "--resources", "GPU=1"))
+    assert "those of --scheduler local:1 have none: leave it out" in said
     assert "certificates in DASK" in failed(command(*asked, "tls://127.0.0.1:9"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=answer_as_http, args=(server,)).start()

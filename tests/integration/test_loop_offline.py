@@ -260,6 +260,9 @@ def test_wrong_inputs_and_outputs_are_told(tmp_path, config_file):
     text.write_text("no image")
     said = failed(command("classify", text, *options))
     assert "text.tif" in said
+    tifffile.imwrite(tmp_path / "tiny.tif", np.full((7, 99), 9, np.uint8))
+    told = command("classify", tmp_path / "tiny.tif", *options).err
+    assert "tiny.tif': the image of shape (7, 99) is too small to tell" in told
     assert not list(tmp_path.glob("o.*"))
 
 

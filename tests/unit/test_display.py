@@ -10,6 +10,7 @@ from writer_kit import make_series
 
 from rtfocus.channel import Channel
 from rtfocus.cli.display import processor_rows, screen, sparkline
+from rtfocus.cli.runs import focus_line
 from rtfocus.frame import Estimate, FrameHeader, SlotPool
 from rtfocus.monitor import Monitor
 
@@ -59,6 +60,34 @@ def test_screen_fits_the_terminal_and_shows_the_course(width: int) -> None:
         assert "0 to 8 um" in text
         assert " left" in text
     assert any("\u2588" in line for line in lines if "defocus" in line)
+
+
+def test_a_defocus_is_known_no_sooner_after_the_exposure_than_after_arrival() -> None:
+    monitor = running()
+    captured_ns = time.time_ns()
+    slot = SlotPool(1, 8).acquire(timeout_s=1)
+    assert slot is not None
+    slot.prepare(FrameHeader(1, "uid-1", 0, (2, 2), "<u2", captured_ns, 1.0, {"t": 0}))
+    slot.received_ns = time.monotonic_ns()
+    # Read at once, told later: both are until it is told.
+    told = Estimate(
+        *("uid-1", 0, 0, 1.0, False, 0.5, 1.0, 3.0, 0.0, {"t": 0}),
+        *(captured_ns, captured_ns),
+    )
+    monitor.estimated(slot, told)
+    steps = monitor.times.summary()
+    arrived_ms = steps["arrival_to_estimate"]["max_ms"]
+    assert 0 < arrived_ms <= steps["capture_to_estimate"]["max_ms"]
+
+
+def test_a_search_that_broke_off_is_one_of_those_that_were_begun() -> None:
+    lines = [
+        {"kind": "verdict", "focused": True, "images": 4},
+        {"kind": "verdict", "focused": False, "images": 2},
+        {"kind": "failure", "reason": "the stage stands outside of its limits"},
+    ]
+    said = "autofocus: 1 of 3 searches found focus, 6 images, 1 broke off"
+    assert focus_line(lines) == said
 
 
 def test_a_resumed_run_does_not_count_earlier_frames_as_its_own_speed() -> None:

@@ -153,7 +153,7 @@ def test_channels_find_their_optics_by_name_else_in_order():
         ("NA=0.75;wavelength=520", "'numerical_aperture'.*valid number"),
         ("pixel=0", "'pixel_size_um'"),
         ("wavelength=x", "'wavelength_nm'"),
-        ("n=1,NA=1.4", "not below"),
+        ("n=1,NA=1.4", "1.4': numerical_aperture=1.4 is not below"),
     ],
 )
 def test_a_part_that_a_user_states_is_checked_though_others_lack(text, said):
