@@ -39,10 +39,10 @@ from rtfocus.cli.commands import (
     SetOption,
     read_config,
 )
-from rtfocus.cli.display import number_of, passing_time, share_bar
+from rtfocus.cli.display import passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
 from rtfocus.drawing.figures import draw_through_focus
-from rtfocus.errors import ConfigError, ExitCode, OutputError
+from rtfocus.errors import ConfigError, ExitCode, OutputError, number_of
 from rtfocus.files import whole
 from rtfocus.image_set import with_engine
 from rtfocus.images.metadata import SOFTWARE, png_mark

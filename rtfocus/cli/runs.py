@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
-from rtfocus.cli.display import counting, number_of, share_bar
-from rtfocus.errors import ConfigError, ExitCode, InputError, WriterError
+from rtfocus.cli.display import counting, share_bar
+from rtfocus.errors import ConfigError, ExitCode, InputError, WriterError, number_of
 from rtfocus.metrics import STEPS, Outcome, plan_in_words
 from rtfocus.writers.header import HEADER_NAME
 
