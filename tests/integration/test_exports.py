@@ -69,7 +69,7 @@ def test_ome_tiff_has_every_image_as_a_series_with_its_facts(sites, tmp_path):
     output = tmp_path / "sites.ome.tif"
     said = command("export", folder, "-o", output)
     assert succeeded(said).startswith("exported 6 images with 24 planes to ")
-    assert "image 'right/2 raw': 1 planes without a frame" in said.err
+    assert "image 'right/2 raw': 1 plane without a frame" in said.err
     with tifffile.TiffFile(output) as file:
         found = {one.name: one for one in file.series}
         assert list(found) == [
