@@ -639,7 +639,7 @@ def test_no_scheduler_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert "local:N" in failed(command(*asked, "local:0"))
     assert_nothing_left(tmp_path / "out")
     for wrong in ("GPU", "=1", "GPU=nan", "GPU=-1"):
-        said = failed(command(*asked, "local:1", "--resources", wrong))
+        said = failed(command(*asked, "tcp://127.0.0.1:9", "--resources", wrong))
         assert "NAME=N" in said
     assert "give --scheduler" in failed(command(*asked[:-1], "--resources", "GPU=1"))
     said = failed(command(*asked, "local:1", "--resources", "GPU=1"))
