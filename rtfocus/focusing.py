@@ -115,14 +115,8 @@ class EstimateInbox:
             If it does not come: the processor is gone, stalled, or estimates nothing.
         """
         self.searched.add(sequence)
-
-        def has_come() -> bool:
-            return self._newest is not None and self._newest.sequence >= sequence
-
-        with self._changed:
-            came = self._changed.wait_for(has_come, timeout_s)
-            newest = self._newest
-        if not came or newest is None or newest.sequence != sequence:
+        newest = self.wait_for(lambda one: one.sequence >= sequence, timeout_s)
+        if newest is None or newest.sequence != sequence:
             msg = (
                 f"the processor gave no estimate of focus image {sequence} within "
                 f"{timeout_s:g} s; is it running, with a classifier for this channel? "
@@ -130,6 +124,22 @@ class EstimateInbox:
             )
             raise TransportError(msg)
         return newest
+
+    def wait_for(
+        self, is_wanted: Callable[[Estimate], bool], timeout_s: float
+    ) -> Estimate | None:
+        """Return the newest whole estimate once it is wanted; None: it never was."""
+
+        def has_come() -> bool:
+            return self._newest is not None and is_wanted(self._newest)
+
+        with self._changed:
+            return self._newest if self._changed.wait_for(has_come, timeout_s) else None
+
+    def wake(self) -> None:
+        """Let whoever waits ask again what is wanted."""
+        with self._changed:
+            self._changed.notify_all()
 
 
 class FocusingEngine(FocusActions, RecordingEngine):
@@ -344,25 +354,6 @@ def open_focuser(
         )
     finally:
         reader.close()
-
-
-def estimate_of(reading: FocusReading, sequence: int, z_um: float) -> Estimate:
-    """Return a reading of this process as an estimate, for a `Holder`."""
-    return Estimate(
-        series_uid="local",
-        sequence=sequence,
-        level=None,
-        defocus_um=reading.defocus_um,
-        signed=reading.signed,
-        confidence=0.0,
-        foreground=1.0,
-        z_um=z_um,
-        z_offset_um=0.0,
-        index={"t": sequence, "p": 0, "c": 0, "z": 0},
-        captured_ns=time.time_ns(),
-        estimated_ns=time.time_ns(),
-        focus=reading,
-    )
 
 
 def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,65 +21,161 @@ from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
 from rtfocus.autofocus.devices import CoreStage, choices_of
+from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import unfocused
-from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
+from rtfocus.autofocus.run import FocusStage, Verdict
+from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError, TransportError
 from rtfocus.focusing import Focusing, unread
-from rtfocus.frame import Estimate
+from rtfocus.frame import Estimate, FocusReading
 from rtfocus.microscope.mda import FollowedAcquisition
 
-_LIVE = (0, None)
+_HERE = (0, None)
+"""The one place that is held without a plan."""
+_PAUSE_S = 30.0
+"""After a search for lost focus; after the second in a row twice that, and so on."""
+MOST_SEARCHES = 5
+"""In a row, without an image in between that shows the place again."""
 
 
-class LiveHold:
-    """Holds focus while a camera runs freely: in a thread of its own.
+class HeldPlace:
+    """The one place that is held without a plan: followed, and found again if lost.
 
-    Every estimate that comes is compared and answered at once, while frames go on
-    coming; those exposed while the stage was under way have no z and are ignored.
+    Where its images cannot be explained any more, focus is searched from where the
+    stage stands, within the limits of the first search: at once, then after pauses,
+    at last no more. From a search that finds none the stage comes back: what hides the
+    specimen may go away. A processor that lags ends a search, a stage that fails all.
+
+    Parameters
+    ----------
+    focuser
+        Knows limits and ways of the stage, and tells the user.
+    holder
+        Follows the place.
+    stage
+        Moved between images.
+    search
+        Finds focus.
     """
 
-    def __init__(self, focusing: Focusing, core: CMMCorePlus) -> None:
-        self._focusing = focusing
-        self._core = core
-        self._stage = CoreStage(core)
-        self._send: Callable[[NDArray[np.generic], str, float], int]
-        self._focuser = focusing.focuser(core, lambda *image: self._send(*image))
-        self._news = threading.Condition()
-        self._newest: Estimate | None = None
-        self._is_over = False
-        self._is_on = True
-        self._moves: deque[tuple[int, int, float]] = deque(maxlen=64)
-        """Begin and end of the newest moves, and where each led."""
-        self._thread: threading.Thread | None = None
-        self._failure: RtfocusError | None = None
+    def __init__(
+        self,
+        focuser: Focuser,
+        holder: Holder,
+        stage: FocusStage,
+        search: Callable[[], Verdict],
+    ) -> None:
+        self.holder = holder
+        self._focuser, self._stage, self._search = focuser, stage, search
+        self._searches = 0
+        """That did not lead to an image of the place so far."""
+        self._not_before_s = 0.0
 
-    def start(self, send: Callable[[NDArray[np.generic], str, float], int]) -> None:
-        """Find focus, then hold it from now on.
+    def begin(self, found: Verdict | None, time_s: float) -> None:
+        """Hold what a search found at a time; None: nothing, the next one waits."""
+        if found is None:
+            self._searches = max(self._searches, 1)
+        if self._searches:
+            self._not_before_s = time_s + _PAUSE_S * 2 ** (self._searches - 1)
+        if found is not None:
+            limits = self._focuser.limits_around(None)
+            self.holder.begin(_HERE, time_s, found.end_um, seen_by(found), limits)
+
+    def follow(self, time_s: float) -> float:
+        """Correct the stage, or search; returns the correction in um.
+
+        Parameters
+        ----------
+        time_s
+            Now, on the clock of the images.
 
         Raises
         ------
         RtfocusError
-            If the microscope or the processor fails, or no focus is found and
-            ``autofocus.on_failure`` is ``skip``.
+            If the stage fails, or images cannot be taken or read.
         """
-        self._send = send
-        verdict = self._focuser.focus(_LIVE)
-        self._moves.append((0, time.time_ns(), self._stage.position_um()))
-        channel = self._focuser.channel()
-        holder = self._focusing.holder(self._focuser, [channel])
-        assert holder is not None
-        if not verdict.focused:
-            if self._focuser.config.on_failure == "skip":
-                msg = f"focus was not found: {verdict.reason} (autofocus.on_failure)"
-                raise MicroscopeError(msg)
-            said = unfocused((None, None), verdict.reason)
-            core_logger.warning("%s; so it is not held", said)
+        holder = self.holder
+        step_um = holder.correction_um(_HERE, time_s, int(time_s * 1e9))
+        if holder.explains(_HERE):
+            self._searches = 0
+        if step_um:
+            self._go_to(self._stage.position_um() + step_um)
+        elif not holder.knows(_HERE) or holder.lost(_HERE):
+            if self._searches < MOST_SEARCHES and time_s >= self._not_before_s:
+                self._find(time_s)
+        return step_um
+
+    def _find(self, time_s: float) -> None:
+        self._searches += 1
+        self._focuser.tell(
+            f"focus is lost and searched again ({self._searches} of {MOST_SEARCHES})"
+        )
+        stood_um = self._stage.position_um()
+        begun_s = time.monotonic()
+        found = self._found()
+        ended_s = time_s + time.monotonic() - begun_s
+        self.begin(found, ended_s)
+        if found is not None:
             return
-        limits = self._focuser.limits_around(None)
-        holder.begin(_LIVE, time.time(), verdict.end_um, seen_by(verdict), limits)
-        self._focusing.inbox.also = self._take
-        self._thread = threading.Thread(target=self._run, args=(holder,), name="hold")
-        self._thread.start()
+        self._go_to(stood_um)
+        next_in = f"searched again in {self._not_before_s - ended_s:.0f} s"
+        then = next_in if self._searches < MOST_SEARCHES else "not searched any more"
+        self._focuser.tell(f"focus is not held until images show it; {then}")
+
+    def _found(self) -> Verdict | None:
+        try:
+            verdict = self._search()
+        except TransportError as error:  # a processor that lags ends no run
+            self._focuser.tell(f"autofocus failed: {error}")
+            return None
+        return verdict if verdict.focused else None
+
+    def _go_to(self, z_um: float) -> None:
+        for stop_um in self._focuser.way_to(z_um):
+            self._stage.go_to(stop_um)
+
+
+def estimate_of(reading: FocusReading, sequence: int, z_um: float) -> Estimate:
+    """Return a reading of this process as an estimate, for a `Holder`."""
+    return Estimate(
+        series_uid="local",
+        sequence=sequence,
+        level=None,
+        defocus_um=reading.defocus_um,
+        signed=reading.signed,
+        confidence=0.0,
+        foreground=1.0,
+        z_um=z_um,
+        z_offset_um=0.0,
+        index={"t": sequence, "p": 0, "c": 0, "z": 0},
+        captured_ns=time.time_ns(),
+        estimated_ns=time.time_ns(),
+        focus=reading,
+    )
+
+
+class _WatchedStage(CoreStage):
+    """The focus stage, and where it was when."""
+
+    def __init__(self, core: CMMCorePlus) -> None:
+        super().__init__(core)
+        self._moves: deque[tuple[int, int, float]] = deque(maxlen=64)
+        """Begin and end of the newest moves, and where each led."""
+
+    @property
+    def arrived_ns(self) -> int:
+        """When the newest move ended."""
+        return self._moves[-1][1]
+
+    def note(self, left_ns: int) -> None:
+        """Note that the stage has stood since now, and moved from a time until now."""
+        self._moves.append((left_ns, time.time_ns(), self.position_um()))
+
+    def go_to(self, z_um: float) -> None:
+        """Go there and wait for the end of the move."""
+        left_ns = time.time_ns()
+        super().go_to(z_um)
+        self.note(left_ns)
 
     def z_um(self, captured_ns: int, exposure_ms: float) -> float | None:
         """Return where the stage stood during an exposure; None: it moved.
@@ -93,6 +190,59 @@ class LiveHold:
             stood = z_um if begin_ns >= arrived_ns else None
         return stood
 
+
+class LiveHold:
+    """Holds focus while a camera runs freely: in a thread of its own.
+
+    Every estimate that comes is compared and answered at once, while frames go on
+    coming; those exposed while the stage was under way have no z and are ignored.
+    Lost focus is searched in these frames too.
+    """
+
+    def __init__(self, focusing: Focusing, core: CMMCorePlus) -> None:
+        self._focusing = focusing
+        self._stage = _WatchedStage(core)
+        self._send: Callable[[NDArray[np.generic], str, float], int]
+        self._focuser = focusing.focuser(core, lambda *image: self._send(*image))
+        self._news = threading.Condition()
+        self._newest: Estimate | None = None
+        self._is_over = False
+        self._is_on = True
+        self._thread: threading.Thread | None = None
+        self._failure: RtfocusError | None = None
+
+    def start(self, send: Callable[[NDArray[np.generic], str, float], int]) -> None:
+        """Find focus, then hold it from now on.
+
+        Raises
+        ------
+        RtfocusError
+            If the microscope or the processor fails, or no focus is found and
+            ``autofocus.on_failure`` is ``skip``.
+        """
+        self._send = send
+        verdict = self._focuser.focus(_HERE)
+        self._stage.note(0)
+        channel = self._focuser.channel()
+        holder = self._focusing.holder(self._focuser, [channel])
+        assert holder is not None
+        if not verdict.focused:
+            if self._focuser.config.on_failure == "skip":
+                msg = f"focus was not found: {verdict.reason} (autofocus.on_failure)"
+                raise MicroscopeError(msg)
+            said = unfocused((None, None), verdict.reason)
+            core_logger.warning("%s; so it is not held, and searched again later", said)
+        search = partial(self._search, channel)
+        place = HeldPlace(self._focuser, holder, self._stage, search)
+        place.begin(verdict if verdict.focused else None, time.time())
+        self._focusing.inbox.also = self._take
+        self._thread = threading.Thread(target=self._run, args=(place,), name="hold")
+        self._thread.start()
+
+    def z_um(self, captured_ns: int, exposure_ms: float) -> float | None:
+        """Return where the stage stood during an exposure; None: it moved."""
+        return self._stage.z_um(captured_ns, exposure_ms)
+
     def notes(self) -> list[dict[str, Any]]:
         """Return what was decided since the frame before; raises what went wrong."""
         if self._failure is not None:
@@ -104,6 +254,7 @@ class LiveHold:
         with self._news:
             self._is_over = True
             self._news.notify()
+        self._focusing.inbox.wake()
         if self._thread is not None:
             self._thread.join()
 
@@ -119,15 +270,15 @@ class LiveHold:
             newest, self._newest = self._newest, None
             return None if self._is_over else newest
 
-    def _run(self, holder: Holder) -> None:
+    def _run(self, place: HeldPlace) -> None:
         try:
             while (estimate := self._next()) is not None:
-                holder.take(estimate)
-                if holder.unread is not None:
-                    raise unread(holder.unread)
+                place.holder.take(estimate)
+                if place.holder.unread is not None:
+                    raise unread(place.holder.unread)
                 self._hear()
                 if self._is_on and not self._focuser.is_held_by_hardware():
-                    self._correct(holder)
+                    place.follow(time.time())
         except RtfocusError as error:  # raised by notes(), in the acquisition
             self._failure = error
 
@@ -141,15 +292,36 @@ class LiveHold:
             else:
                 self._is_on = what == "hold_on"
 
-    def _correct(self, holder: Holder) -> None:
-        now_ns = time.time_ns()
-        step_um = holder.correction_um(_LIVE, now_ns / 1e9, 0)
-        if not step_um:
-            return
-        begin_ns = time.time_ns()
-        for stop_um in self._focuser.way_to(self._stage.position_um() + step_um):
-            self._stage.go_to(stop_um)
-        self._moves.append((begin_ns, time.time_ns(), self._stage.position_um()))
+    def _search(self, channel: str) -> Verdict:
+        """Search in the frames of the running camera."""
+        return self._focuser.focus(
+            _HERE,
+            channel=channel,
+            is_canceled=lambda: self._is_over,
+            stage=self._stage,
+            look=self._look,
+        )
+
+    def _look(self, _z_um: float) -> FocusReading:
+        """Return the reading of the first frame exposed where the stage stands."""
+
+        def is_from_here(estimate: Estimate) -> bool:
+            is_read = estimate.focus is None or estimate.focus.refusal != "left_out"
+            stood = estimate.z_um is not None
+            is_new = estimate.captured_ns >= self._stage.arrived_ns
+            return self._is_over or (is_read and stood and is_new)
+
+        timeout_s = self._focuser.config.request_timeout_s
+        estimate = self._focusing.inbox.wait_for(is_from_here, timeout_s)
+        if estimate is None:
+            msg = (
+                f"no frame of the camera was read within {timeout_s:g} s of a move; "
+                "does the processor keep up? (autofocus.request_timeout_s)"
+            )
+            raise TransportError(msg)
+        if estimate.focus is None:
+            raise unread(estimate.sequence)
+        return estimate.focus
 
 
 class StreamEngine(FocusActions):

@@ -127,6 +127,8 @@ class Focuser:
         channel: str | None = None,
         around_um: float | None = None,
         is_canceled: Callable[[], bool] = lambda: False,
+        stage: FocusStage | None = None,
+        look: Callable[[float], FocusReading] | None = None,
     ) -> Verdict:
         """Search focus from where the stage stands; it ends at the best z.
 
@@ -142,6 +144,11 @@ class Focuser:
             stood at the first search.
         is_canceled
             Asked after every image; then it ends at the best z that was seen.
+        stage
+            Is moved; None: that of `config`.
+        look
+            Reads an image at the z it is given, in the light of `channel`, from a
+            camera that runs freely; None: images are snapped, and live view stopped.
 
         Raises
         ------
@@ -153,15 +160,16 @@ class Focuser:
             What reading an image raises, a processor that does not answer too.
         """
         self._refuse_hardware_focus()
-        stage = self.stage()
-        with stopped_live(self.core), self._focus_channel(channel) as light:
+        stage = stage or self.stage()
+        rest = nullcontext() if look else stopped_live(self.core)
+        with rest, self._focus_channel(channel) as light:
             search = self._search(light, key, self.limits_around(around_um))
             for stop_um in search.moves.settling(stage.position_um()):
                 stage.go_to(stop_um)
             verdict = run_search(
                 search,
                 stage,
-                lambda z: self.read(self._expose(), light, z),
+                look or (lambda z_um: self.look(light, z_um)),
                 timeout_s=self.config.timeout_s,
                 on_step=lambda step: self._note(key, light, step),
                 is_canceled=is_canceled,

@@ -163,6 +163,11 @@ class Holder:
         place = self._places.get(key)
         return place is not None and place.is_lost
 
+    def explains(self, key: Key) -> bool:
+        """Tell whether the newest image of a position shows what its search saw."""
+        place = self._places.get(key)
+        return place is not None and place.read_s < inf and not place.misses
+
     def focus_um(self, key: Key, time_s: float) -> float:
         """Return where the focus of a known position is believed to be at a time."""
         assert self._drift is not None

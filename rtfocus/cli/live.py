@@ -10,6 +10,7 @@ import time
 import webbrowser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -376,10 +377,6 @@ def _publisher_rows(publishers: list["FramePublisher"]) -> Rows:
     ]
 
 
-_HERE = (0, None)
-"""The one place that is held without a plan."""
-
-
 def autofocus(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -409,8 +406,9 @@ def autofocus(
     """
     from rtfocus.autofocus.devices import CoreStage
     from rtfocus.autofocus.focuser import FocusJournal
-    from rtfocus.autofocus.hold import Holder, seen_by
-    from rtfocus.focusing import estimate_of, open_focuser
+    from rtfocus.autofocus.hold import Holder
+    from rtfocus.focusing import open_focuser
+    from rtfocus.holding import HeldPlace, estimate_of
     from rtfocus.microscope.core import open_core
 
     if not hold:
@@ -427,7 +425,8 @@ def autofocus(
             core, settings, journal=FocusJournal(journal), tell=typer.echo
         ) as focuser,
     ):
-        verdict = focuser.focus(is_canceled=stop.is_set)
+        search = partial(focuser.focus, is_canceled=stop.is_set)
+        verdict = search()
         if not verdict.focused:
             raise typer.Exit(ExitCode.INTERRUPTED if stop.is_set() else ExitCode.FAILED)
         if not hold:
@@ -436,14 +435,12 @@ def autofocus(
         models = focuser.models(channel)
         limits = focuser.limits_around(None)
         holder = Holder(models, focuser.move_rule(models.unit_um, limits))
-        holder.begin(_HERE, time.time(), verdict.end_um, seen_by(verdict))
         stage, taken = CoreStage(core), 0
+        place = HeldPlace(focuser, holder, stage, search)
+        place.begin(verdict, time.time())
         pause_s = 1.0 if interval_s is None else interval_s
         while not stop.wait(pause_s) and (images is None or taken < images):
-            step_um = holder.correction_um(_HERE, time.time(), time.time_ns())
-            if step_um:
-                for stop_um in focuser.way_to(stage.position_um() + step_um):
-                    stage.go_to(stop_um)
+            if step_um := place.follow(time.time()):
                 typer.echo(f"held: {step_um:+.2f} um to z {stage.position_um():.2f} um")
             taken += 1
             z_um = stage.position_um()

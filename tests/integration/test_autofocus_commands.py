@@ -14,6 +14,7 @@ from rtfocus.autofocus.devices import CoreStage
 from rtfocus.autofocus.plans import load_calibration, with_measured_backlash
 from rtfocus.cli.commands import read_config
 from rtfocus.errors import ExitCode
+from rtfocus.holding import HeldPlace
 from rtfocus.microscope import virtual_devices
 
 UNIT_UM = 0.451 / 0.36**2
@@ -107,6 +108,36 @@ def test_hold_follows_a_drift(config: Path) -> None:
     held = re.findall(r"held: ([+-][\d.]+) um", said)
     # 3.6 um in 5 s and more; half a depth of field, 1.7 um, is borne.
     assert sum(float(step) for step in held) > 1.8
+
+
+def test_hold_searches_again_what_it_lost(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
+    monkeypatch.setattr(virtual_devices, "time", clock)
+    follow, visits = HeldPlace.follow, [0]
+
+    def follow_after_a_knock(place: HeldPlace, time_s: float) -> float:
+        visits[0] += 1
+        if visits[0] == 4:  # the plate sinks by 18 um at once
+            waits.append(180.0)
+        return follow(place, time_s)
+
+    monkeypatch.setattr(HeldPlace, "follow", follow_after_a_knock)
+    said = succeeded(
+        command(
+            *("autofocus", config, "--hold", "--images", "12", "--interval", "0"),
+            *("--set", "microscope.surface.drift_um_per_min=6"),
+            *("--set", "microscope.frames_per_s=50"),
+            *("--set", "microscope.surface.drift_from_s=10"),
+        )
+    )
+    found = re.findall(r"focused, z (-?[\d.]+) -> (-?[\d.]+) um", said)
+    assert said.count("focus is lost and searched again (1 of 5)") == 1
+    assert len(found) == 2, said
+    sunk_um = 6.0 / 60 * (sum(waits) - 10)
+    assert float(found[1][1]) == pytest.approx(4.0 + sunk_um, abs=0.6 * UNIT_UM)
 
 
 @pytest.mark.parametrize(

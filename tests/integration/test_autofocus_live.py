@@ -2,22 +2,28 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import useq
 from loop_kit import LOCAL, OPTICS, read_journal, read_report
+from microscope_kit import wait_for
+from msgspec.structs import replace
 from pymmcore_plus.mda import MDAEngine
 
 from rtfocus import app
 from rtfocus.config import Config, load_config, parse_config
 from rtfocus.errors import ConfigError, TransportError
 from rtfocus.files import resource_folder
-from rtfocus.focusing import EstimateInbox, focus
+from rtfocus.focusing import EstimateInbox, Focusing, LocalReader, focus
+from rtfocus.holding import LiveHold, estimate_of
+from rtfocus.microscope import virtual_devices
 from rtfocus.microscope.core import open_core
 
 UNIT_UM = 0.451 / 0.36**2
@@ -287,6 +293,62 @@ def test_a_live_run_holds_focus_while_frames_go_on(tmp_path: Path) -> None:
     terms = read_report(folder)["accounting"]
     assert (terms["written"], terms["unaccounted"]) == (28, 0)
     assert terms["focus"] == sum(line["kind"] == "look" for line in lines)
+
+
+class Processor:
+    """Reads what it is sent and answers at once."""
+
+    def __init__(self, config: Config, focusing: Focusing) -> None:
+        self.reader, self._inbox = LocalReader(config), focusing.inbox
+        self.number = 0
+
+    def send(self, pixels: Any, channel: str, z_um: float | None) -> int:
+        captured_ns = time.time_ns()
+        self.number += 1
+        reading = self.reader.read(pixels, channel, 0.0)
+        found = estimate_of(reading, self.number, z_um)
+        self._inbox.take(replace(found, captured_ns=captured_ns))
+        return self.number
+
+
+def test_a_running_camera_finds_again_what_it_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    knocked_s = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + knocked_s[0], sleep=time.sleep
+    )
+    monkeypatch.setattr(virtual_devices, "time", clock)
+    config = settings(autofocus={"mode": "hold"})
+    microscope = config.microscope.model_dump()
+    # Drifts by a knock alone, by 18 um: no image of the search looks like that.
+    drift = {"drift_um_per_min": 0.06, "drift_from_s": 1000.0}
+    microscope["surface"] = {"z_um": 4.0, **drift}
+    microscope["frames_per_s"] = 10.0
+    config = Config.model_validate({**config.model_dump(), "microscope": microscope})
+    told: list[str] = []
+    focusing = Focusing(config, told.append)
+    processor = Processor(config, focusing)
+    with open_core(config) as core, closing(processor.reader):
+        core.setExposure(5)
+        hold = LiveHold(focusing, core)
+        hold.start(processor.send)
+        core.startContinuousSequenceAcquisition()
+        try:
+            while sum("focused, z" in line for line in told) < 2:
+                assert processor.number < 300, told
+                if processor.number == 20:
+                    knocked_s[0] = 19_000.0
+                wait_for(lambda: core.getRemainingImageCount() > 0)
+                z_um = hold.z_um(time.time_ns(), 5)
+                processor.send(core.popNextImage(), "DAPI", z_um)
+                hold.notes()
+            end_um = core.getZPosition()
+        finally:
+            core.stopSequenceAcquisition()
+            hold.stop()
+    assert any("lost and searched again (1 of 5)" in line for line in told), told
+    assert end_um == pytest.approx(22.0, abs=0.6 * UNIT_UM)
 
 
 def test_a_live_run_whose_focus_is_not_found_says_that_it_is_not_held(

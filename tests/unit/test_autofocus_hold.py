@@ -16,13 +16,17 @@ from rtfocus.autofocus.appearance import (
     amplitude_spectrum,
 )
 from rtfocus.autofocus.belief import Drift, Mode, modes_of_weights
+from rtfocus.autofocus.devices import CoreStage
 from rtfocus.autofocus.hold import Correction, Holder, Seen
 from rtfocus.autofocus.plans import surface_at
 from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.autofocus.run import Verdict
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import parse_config
+from rtfocus.errors import TransportError
 from rtfocus.focusing import Focusing
 from rtfocus.frame import Estimate, FocusReading
+from rtfocus.holding import MOST_SEARCHES, HeldPlace
 from rtfocus.optics.formation import BlurredPlanes, CameraModel
 from rtfocus.specimens import draw_specimen
 
@@ -227,20 +231,61 @@ def test_a_reader_that_does_not_keep_up_is_told(field: Field) -> None:
     assert not any(made.is_late or "late" in made.reason for made in prompt.made)
 
 
-def test_that_images_are_late_is_told_once_in_a_run() -> None:
+def demo_stage() -> CMMCorePlus:
+    """Return a core with a z-stage and nothing else."""
     pytest.importorskip("mm_test_adapters", reason="the DemoCamera is not installed")
-    told: list[str] = []
+    core = CMMCorePlus()
+    core.loadDevice("Z", "DemoCamera", "DStage")
+    core.initializeDevice("Z")
+    core.setFocusDevice("Z")
+    return core
+
+
+def focusing_of(told: list[str]) -> Focusing:
     optics = {"numerical_aperture": 0.36, "wavelength_nm": 451, "pixel_size_um": 0.65}
     config = {
         "autofocus": {"mode": "hold"},
         "channels": [{"name": "DAPI", "optics": optics}],
     }
-    focusing = Focusing(parse_config(config), told.append)
-    core = CMMCorePlus()
-    core.loadDevice("Z", "DemoCamera", "DStage")
-    core.initializeDevice("Z")
-    core.setFocusDevice("Z")
-    focuser = focusing.focuser(core, lambda *_: 0)
+    return Focusing(parse_config(config), told.append)
+
+
+def test_lost_focus_is_searched_rarely_and_not_for_ever(field: Field) -> None:
+    core, told, searched_s = demo_stage(), [], []
+    stage = CoreStage(core)
+    held = Held(field, Limits(-50, 50), interval_s=10.0)
+
+    def search() -> Verdict:
+        searched_s.append(held.frame * 10)
+        stage.go_to(7.0)
+        if len(searched_s) == 2:
+            msg = "no frame was read"
+            raise TransportError(msg)
+        return Verdict(False, "blank", 0.0, 7.0, images=3, moves=1, seconds=1.0)
+
+    focuser = focusing_of(told).focuser(core, lambda *_: 0)
+    place = HeldPlace(focuser, held.holder, stage, search)
+    for _ in range(100):  # the light is off
+        held.visit("blank")
+        place.follow(held.frame * 10.0)
+    assert len(searched_s) == MOST_SEARCHES
+    assert searched_s[0] <= 40
+    waited_s = np.diff(searched_s)
+    assert all(waited_s >= [30, 60, 120, 240])
+    assert max(waited_s) < 300
+    assert stage.position_um() == 0.0
+    assert told[-1].endswith("until images show it; not searched any more")
+    for image in ["good"] * 3 + ["blank"] * 4:
+        held.visit(image)
+        place.follow(held.frame * 10.0)
+    assert len(searched_s) == MOST_SEARCHES + 1
+    assert abs(held.z_um) < 0.5 * UNIT_UM
+
+
+def test_that_images_are_late_is_told_once_in_a_run() -> None:
+    told: list[str] = []
+    focusing = focusing_of(told)
+    focuser = focusing.focuser(demo_stage(), lambda *_: 0)
     for behind in (10, 12):
         holder = focusing.holder(focuser, ["DAPI"])
         held = Held(Field(), Limits(-50, 50), late=behind, holder=holder)
