@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import useq
 from numpy.typing import NDArray
-from psygnal import EmitLoopError, Signal
+from psygnal import EmitLoopError, Signal, SignalInstance
 from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.actions import FocusActions
@@ -255,7 +255,10 @@ class LiveStream:
                 (events.frameReady, self._take),
                 (events.sequenceFinished, self._finish),
             ):
-                signal.connect(slot)
+                # Before handlers of the script: one that fails keeps those after it
+                # from being called, and a plan's end would be waited for for ever.
+                first = {"priority": 1} if isinstance(signal, SignalInstance) else {}
+                signal.connect(slot, **first)
                 opened.callback(signal.disconnect, slot)
             self._is_open = True
             self._opened = opened.pop_all()

@@ -201,9 +201,9 @@ def test_a_processor_that_cannot_start_says_why(core, tmp_path):
     assert live.runs == []
 
 
-def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
-    core, tmp_path, caplog
-):
+@pytest.fixture
+def recorded_to(tmp_path):
+    """Config of a processor that runs meanwhile, and records in the test's folder."""
     config = on_free_ports(
         parse_config(
             {
@@ -214,6 +214,29 @@ def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
             }
         )
     )
+    over = threading.Event()
+    recorder = threading.Thread(target=serve, args=[config], kwargs={"stop": over})
+    recorder.start()
+    yield config
+    over.set()
+    recorder.join()
+
+
+def test_handlers_of_the_script_that_fail_cost_no_frame_and_no_end(core, recorded_to):
+    def fail(*_):
+        raise KeyError
+
+    # Connected earlier: psygnal calls none of the others after one that fails.
+    core.mda.events.frameReady.connect(fail)
+    core.mda.events.sequenceFinished.connect(fail)
+    with rtfocus.stream(core, recorded_to, processor="configured") as live:
+        core.mda.run(useq.MDASequence(time_plan={"interval": 0, "loops": 3}))
+    assert live.reports[0].frames == live.runs[0].outcome.present == 3
+
+
+def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
+    core, recorded_to, caplog
+):
     plan = useq.MDASequence(time_plan={"interval": 0.01, "loops": 20})
     narrowed = {3}
 
@@ -222,18 +245,13 @@ def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
             core.setROI(0, 0, 32, 32)
 
     core.mda.events.frameReady.connect(narrow)
-    over = threading.Event()
-    recorder = threading.Thread(target=serve, args=[config], kwargs={"stop": over})
-    recorder.start()
-    live = rtfocus.stream(core, config, processor="configured")
+    live = rtfocus.stream(core, recorded_to, processor="configured")
     with pytest.raises(IncompleteError, match=r"of 20 planned.* changed from"), live:
         core.mda.run(plan)
     narrowed.clear()
     core.mda.events.frameReady.connect(lambda *_: core.mda.cancel())
     with live:  # a plan that somebody canceled is no failure
         core.mda.run(plan)
-    over.set()
-    recorder.join()
     assert caplog.text.count("the stream failed: incomplete: ") == 1
     assert live.reports[1].reason == "canceled"
     for run, report in zip(live.runs, live.reports, strict=True):
