@@ -141,7 +141,7 @@ def restore(
         asked = msgspec.structs.replace(asked, free_choice=free_choice, stretch=stretch)
         run_batch(asked, many, overwrite=overwrite)
         return
-    found = _find(path)
+    found = find_images(path)
     as_found = _contents(found)
     guard = _guard(path, found, overwrite)
     place = ImageOutput(output, found.series, guard, path)
@@ -196,7 +196,7 @@ def classify(
         asked = _job("classify", path, target, settings, optics)
         run_batch(asked, many, overwrite=overwrite)
         return
-    found = _find(path)
+    found = find_images(path)
     as_found = _contents(found)
     guard = _guard(path, found, overwrite)
     if json_file is not None:
@@ -349,11 +349,6 @@ def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Co
         header = read_header(path)
         return parse_config(header.provenance["config"], origin=str(path))
     return read_config(config, overrides)
-
-
-def _find(path: Path) -> FoundImages:
-    """Find images; of a run folder only what the camera saw."""
-    return find_images(path / "raw.ome.zarr" if _is_run(path) else path)
 
 
 def _contents(found: FoundImages) -> list[str]:

@@ -233,10 +233,8 @@ def find_images(path: Path) -> FoundImages:
         raise InputError(msg)
     if not path.is_dir():
         found = _read_all([_Candidate(path, partial(_open_file, path))])
-    elif is_zarr(path):
-        found = _read_all([_Candidate(path, partial(_read_ome_zarr, path))])
     else:
-        found = _read_all(list(_search(path, set())))
+        found = _read_all(list(_search_folder(path, set())))
     if found.series:
         return found
     if found.broken:

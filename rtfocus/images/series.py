@@ -25,6 +25,8 @@ _TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeErro
 
 _FLOAT32_EXACT = 2**24
 """Up to here float32 holds every whole number."""
+_COMPUTED = 1e-15, 1e15
+"""Largest value of an image: beyond, squares and their sums leave float32."""
 
 MOST_PLANES = 10_000_000
 """Planes of one image; metadata that ask for more are broken."""
@@ -342,6 +344,13 @@ def checked_image(given: object, *, of_stack: bool = False) -> NDArray[np.generi
         raise InputError(msg)
     if not of_stack and shows_nothing(image):
         raise InputError(nothing_shown("the image"))
+    low, high = _COMPUTED
+    largest = _largest(image) if image.dtype.kind == "f" else 0.0
+    # Of a stack one plane may hold next to nothing.
+    if largest > high or (0 < largest < low and not of_stack):
+        msg = f"the image has values up to {largest:g}; {low:g} to {high:g} can be"
+        msg += " computed with, scale it"
+        raise InputError(msg)
     return np.ascontiguousarray(image, dtype=native_dtype(image.dtype))
 
 
@@ -365,8 +374,7 @@ def loss_of(plane: NDArray[np.generic]) -> str | None:
                 "float32 is not exact, scale or save it as float32"
             )
     if plane.dtype.kind == "f" and plane.dtype.itemsize > 4:
-        sizes = np.abs(plane[np.isfinite(plane)])
-        largest = float(sizes.max()) if sizes.size else 0.0
+        largest = _largest(plane)
         limits = np.finfo(np.float32)
         tiny, huge = float(limits.tiny), float(limits.max)
         if largest > huge or 0 < largest < tiny:
@@ -375,6 +383,11 @@ def loss_of(plane: NDArray[np.generic]) -> str | None:
                 f"({tiny:.2g} to {huge:.2g}); scale it"
             )
     return None
+
+
+def _largest(plane: NDArray[np.generic]) -> float:
+    """Return the largest size of the numbers of a plane; 0: there are none."""
+    return float(np.abs(plane).max(initial=0, where=np.isfinite(plane)))
 
 
 def shows_nothing(pixels: NDArray[np.generic]) -> bool:

@@ -189,6 +189,8 @@ def test_negative_values_and_a_flat_field_exclude_each_other(config, images, tmp
         (np.ones((4, 5), "M8[s]"), "type datetime64.*, which is no number"),
         (np.ones((4, 5), "u1,u2"), "which is no number"),
         (np.full((4, 5), 1e300), "beyond the range of float32"),
+        (np.full((4, 5), 1e17), r"up to 1e\+17; 1e-15 to 1e\+15 can .*scale it"),
+        (np.full((4, 5), -1e-17, np.float32), "up to 1e-17; .*scale it"),
         (np.full((4, 5), 2**60 + 1), "float32 is not exact"),
         (np.ma.masked_less(np.arange(20).reshape(4, 5), 3), "masked pixels.*filled"),
         ([[1, 2], [3]], "this list gives none: setting an array element"),

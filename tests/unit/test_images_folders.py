@@ -116,8 +116,9 @@ def test_a_run_folder_among_images_is_no_input_and_alone_its_raw_images(
     run = tmp_path / "runs/r.rtfocus"
     write_ngff(run / "raw.ome.zarr", flat(5), ngff_axes("yx"), version="0.5")
     write_ngff(run / "restored.ome.zarr", flat(6), ngff_axes("yx"), version="0.5")
-    (series,) = open_images(tmp_path)
-    assert means(series) == [5]
+    for path in (tmp_path, run):
+        (series,) = open_images(path)
+        assert means(series) == [5]
     fill(tmp_path, ["0.tif"])
     found = find_images(tmp_path)
     assert [one.name for one in found.series] == ["0"]
