@@ -202,8 +202,8 @@ def test_a_processor_that_cannot_start_says_why(core, tmp_path):
 
 
 @pytest.fixture
-def recorded_to(tmp_path):
-    """Config of a processor that runs meanwhile, and records in the test's folder."""
+def recorder(tmp_path):
+    """Config of a processor that runs meanwhile, and what ends it."""
     config = on_free_ports(
         parse_config(
             {
@@ -215,28 +215,36 @@ def recorded_to(tmp_path):
         )
     )
     over = threading.Event()
-    recorder = threading.Thread(target=serve, args=[config], kwargs={"stop": over})
-    recorder.start()
-    yield config
-    over.set()
-    recorder.join()
+    serving = threading.Thread(target=serve, args=[config], kwargs={"stop": over})
+
+    def end():
+        over.set()
+        serving.join()
+
+    serving.start()
+    yield config, end
+    end()
 
 
-def test_handlers_of_the_script_that_fail_cost_no_frame_and_no_end(core, recorded_to):
+def test_handlers_of_the_script_that_fail_cost_no_frame_and_no_end(core, recorder):
+    config, end = recorder
+
     def fail(*_):
         raise KeyError
 
     # Connected earlier: psygnal calls none of the others after one that fails.
     core.mda.events.frameReady.connect(fail)
     core.mda.events.sequenceFinished.connect(fail)
-    with rtfocus.stream(core, recorded_to, processor="configured") as live:
+    with rtfocus.stream(core, config, processor="configured") as live:
         core.mda.run(useq.MDASequence(time_plan={"interval": 0, "loops": 3}))
+    end()
     assert live.reports[0].frames == live.runs[0].outcome.present == 3
 
 
 def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
-    core, recorded_to, caplog
+    core, recorder, caplog
 ):
+    config, end = recorder
     plan = useq.MDASequence(time_plan={"interval": 0.01, "loops": 20})
     narrowed = {3}
 
@@ -245,13 +253,14 @@ def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
             core.setROI(0, 0, 32, 32)
 
     core.mda.events.frameReady.connect(narrow)
-    live = rtfocus.stream(core, recorded_to, processor="configured")
+    live = rtfocus.stream(core, config, processor="configured")
     with pytest.raises(IncompleteError, match=r"of 20 planned.* changed from"), live:
         core.mda.run(plan)
     narrowed.clear()
     core.mda.events.frameReady.connect(lambda *_: core.mda.cancel())
     with live:  # a plan that somebody canceled is no failure
         core.mda.run(plan)
+    end()
     assert caplog.text.count("the stream failed: incomplete: ") == 1
     assert live.reports[1].reason == "canceled"
     for run, report in zip(live.runs, live.reports, strict=True):
