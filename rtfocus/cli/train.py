@@ -190,8 +190,8 @@ def evaluate(
         typer.Option(
             metavar="SET",
             help="bbbc006_pairs, bbbc006_factin, bbbc006_16bit, sharp, unseen, "
-            "synthetic, synthetic_textures, _signed, _dim, _even, _other, or a folder "
-            "with sharp/ and others beside it; repeatable.",
+            "packages, synthetic, synthetic_textures, _signed, _dim, _even, _other, or "
+            "a folder with sharp/ and others beside it; repeatable.",
         ),
     ] = None,
     output: Annotated[

@@ -31,6 +31,7 @@ from rtfocus.evaluation.samples import (
     as_light,
     matching_tiffs,
     middle,
+    packages,
     plane_name,
     read_plane,
     unseen,
@@ -386,7 +387,7 @@ def _lights(path: Path, size: float) -> Iterator[tuple[str, Image]]:
             yield plane_name(series.name, index), as_light(plane[rows, columns])
 
 
-_PUBLISHED = {**REAL_SETS, unseen.__name__: unseen}
+_PUBLISHED = {**REAL_SETS, unseen.__name__: unseen, packages.__name__: packages}
 KNOWN = (*_PUBLISHED, *VARIANTS)
 """Names of data sets; any other one is a folder."""
 
@@ -403,7 +404,7 @@ def find_data_set(
     Parameters
     ----------
     name
-        Of `REAL_SETS` or `VARIANTS`, ``unseen``, or a folder.
+        Of `REAL_SETS` or `VARIANTS`, ``unseen``, ``packages``, or a folder.
     data_folder
         Where the published images lie; only sets by name need it.
     optics

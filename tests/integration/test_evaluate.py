@@ -290,3 +290,19 @@ def test_an_engine_that_is_none_is_told_before_data_are_asked_for(monkeypatch) -
     monkeypatch.delenv("RTFOCUS_DATA", raising=False)
     with pytest.raises(EngineError, match="engine 'no_such' not found"):
         run("no_such")
+
+
+def test_images_of_packages_are_kinds_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"fetch them with: python -m bench\.package"):
+        find_data_set("packages", tmp_path, None)
+    folder = tmp_path / "packages" / "unseen"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(7)
+    for name in ("pollen", "neuron"):
+        light = draw_specimen("nuclei", (160, 160), rng)
+        tifffile.imwrite(folder / f"{name}.tif", light.astype(np.float32))
+    found = find_data_set("packages", tmp_path, None)
+    assert [field.name for field in found.fields] == ["neuron", "pollen"]
+    frames = list(found.samples())
+    assert len(frames) == 8
+    assert {frame.pixels.shape for frame in frames} == {(160, 160)}
