@@ -30,7 +30,9 @@ from rtfocus.frame import FocusReading
 Floats = NDArray[np.float64]
 
 # In depths of field.
-_NEAR, _TOP, _BRACKET = 3.5, 0.8, 0.5
+_NEAR, _BESIDE, _TOP, _BRACKET = 3.5, 0.7, 0.8, 0.5
+# Share of their energy that optics leave unexplained of images that they do not form.
+_ALIEN = 0.06
 # Probability, within a depth of field, that is enough to end a failed search there.
 _ROUGHLY_SURE = 0.7
 # Images look alike over so much about focus, which is known within a margin.
@@ -126,7 +128,8 @@ class Evidence:
 
         Where the optics put it, among the places seen, if they explain the images so
         well; else where the image was sharpest; where the search began, if nothing
-        was clearly sharper.
+        was clearly sharper, or if the engine reads focus there in images that change
+        unlike any optics: in bright field an image in focus has the least contrast.
         """
         best, first = self.best_seen, self.looks[0]
         if not isfinite(first.z_um):
@@ -139,6 +142,9 @@ class Evidence:
             is_rough = self.fit.probability(place, self.unit_um) > _ROUGHLY_SURE
             if is_rough and self.covers(place):
                 return place
+        is_alien = self.fit is not None and self.fit.unexplained > _ALIEN
+        if is_alien and first.reads_focus(self.unit_um):
+            return first.z_um
         return best.z_um if best.sharpness > SHARPER * first.sharpness else first.z_um
 
     def certainty(self, z_um: float) -> float:
@@ -251,13 +257,24 @@ class Evidence:
 
         Three places do, or one that has shown another image before.
         """
-        if places_of(unmoved_um, self.unit_um) >= _STILL_PLACES:
-            return True
+        is_wide = places_of(unmoved_um, self.unit_um) >= _STILL_PLACES
+        return is_wide or self.showed_another(unmoved_um)
+
+    def showed_another(self, unmoved_um: list[float]) -> bool:
+        """Tell whether this place has shown another image before those alike."""
         now, near_um = self.looks[-1], CLOSE_BY * self.unit_um
         return bool(unmoved_um) and any(
             abs(look.z_um - now.z_um) < near_um and look.change_from(now) > SAME
             for look in self.looks[: -len(unmoved_um)]
         )
+
+    def other_um(self) -> float | None:
+        """Return the nearest place whose image differs from the newest, if any."""
+        if not self.is_change_clear():
+            return None
+        now = self.looks[-1]
+        others = [o.z_um for o in self.looks if o.change_from(now) > SAME]
+        return min(others, key=lambda z_um: abs(z_um - now.z_um), default=None)
 
     def beyond_top_um(self, sides: tuple[int, int]) -> list[float]:
         """Return where images must differ from those about focus; empty: it was seen.
@@ -287,7 +304,7 @@ class Evidence:
         if self.belief.is_empty:
             return False
         place = self.belief.best.mean_um
-        return all(self.seen_beside(place, side, 0.7, 4.0) for side in (-1, 1))
+        return all(self.seen_beside(place, side, _BESIDE, 4.0) for side in (-1, 1))
 
     def climbed_um(self) -> float | None:
         """Return the last step, if all is far from focus and it made it sharper.
@@ -330,7 +347,7 @@ class Evidence:
         # A parabola holds near the top alone.
         reach = _TOP * self.unit_um
         if max(-left, right) > reach:
-            return best.z_um
+            return self._between(best, left, right)
         near = np.abs(ways) <= reach
         curve = np.polyfit(ways[near], values[near] / best.sharpness, 2)
         if curve[0] >= 0:
@@ -338,6 +355,17 @@ class Evidence:
         top = -curve[1] / (2 * curve[0])
         lowest, highest = ways[near].min(), ways[near].max()
         return best.z_um + float(min(max(top, lowest), highest))
+
+    def _between(self, best: Look, left_um: float, right_um: float) -> float:
+        """Return where the optics put focus between the sharpest and one nearly so."""
+        way_um = 0.0 if self.fit is None else self.belief.best.mean_um - best.z_um
+        beside_um = best.z_um + (left_um if way_um < 0 else right_um)
+        is_nearly = any(
+            abs(look.z_um - beside_um) < 1e-6
+            and best.sharpness < SHARPER * look.sharpness
+            for look in self.with_detail()
+        )
+        return best.z_um + way_um * (is_nearly and left_um < way_um < right_um)
 
     def _posterior(self) -> Belief:
         """Weigh everything that was seen anew."""
@@ -375,7 +403,16 @@ class Evidence:
             # Aberrations make images sharpest beside focus, which such optics know.
             top = self.belief.best.mean_um
         near = [look for look in planes if abs(look.z_um - top) < _NEAR * self.unit_um]
+        if self.calibrated and not _are_around(top, near, _BESIDE * self.unit_um):
+            # From one side alone they leave more open than with those from afar.
+            return planes
         return near if len(near) > 2 else planes
+
+
+def _are_around(place_um: float, looks: list[Look], away_um: float) -> bool:
+    """Tell whether there are images from both sides of a place, so far from it."""
+    ways = [look.z_um - place_um for look in looks]
+    return bool(ways) and min(ways) < -away_um and max(ways) > away_um
 
 
 def _change_over_noise(spectra: Floats, noise: Floats) -> float:

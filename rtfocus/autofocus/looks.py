@@ -25,11 +25,13 @@ APART, CLOSE_BY = 0.9, 0.5
 """In depths of field: images so far apart differ, elsewhere than about focus; so close
 they do not much."""
 _SAME_PLACE = 0.05
+# Of the least so far, what counts as progress.
+_NEARER = 0.8
 # Rings that stand out of the noise, or nothing shows.
 _FEWEST_RINGS = 6
 # Of the way that is left when an image is taken, and how unlikely it is beforehand, as
 # a logarithm: optics that are a little off look like a stage that hardly lags.
-_LEFT = ((1.0, 0.0), (0.6, 3.0), (0.35, 3.0))
+_LEFT = ((1.0, 2.0), (0.6, 3.0), (0.35, 3.0))
 # Probability of a late stage that asks for another image, and that needs none.
 _SUSPECT, _PROVEN = 0.5, 0.88
 # How far from the images focus is looked for then, in depths of field.
@@ -64,6 +66,11 @@ class Look:
         """Something stands out of the noise, whatever the engine says of it."""
         spectrum = np.asarray(self.reading.spectrum)
         return int((spectrum > self.reading.noise).sum()) >= _FEWEST_RINGS
+
+    def reads_focus(self, unit_um: float) -> bool:
+        """Tell whether the engine puts it within half a depth of field of focus."""
+        away_um = self.reading.defocus_um
+        return away_um is not None and abs(away_um) < 0.5 * unit_um
 
     def change_from(self, other: "Look") -> float:
         """Return by how much the two differ, relatively."""
@@ -131,6 +138,24 @@ def alike_um(looks: Sequence[Look], apart_um: float, close_um: float) -> list[fl
         if is_around and max(np.ptp(below), np.ptp(above)) < apart_um:
             return []
     return places
+
+
+@dataclass
+class Progress:
+    """How long a search got neither surer of focus nor closer to it; `see` all."""
+
+    idle: int = 0
+    """Images since it did."""
+    _least_sd_um: float = float("inf")
+    _least_way_um: float = float("inf")
+
+    def see(self, sd_um: float, way_um: float) -> None:
+        """Take in what is believed after an image: deviation, and way to focus."""
+        is_surer = sd_um < _NEARER * self._least_sd_um
+        is_closer = way_um < _NEARER * self._least_way_um
+        self._least_sd_um = min(self._least_sd_um, sd_um)
+        self._least_way_um = min(self._least_way_um, way_um)
+        self.idle = 0 if is_surer or is_closer else self.idle + 1
 
 
 @dataclass
@@ -219,7 +244,8 @@ def _doubt(looks: Sequence[Look], comparison: PlaneComparison) -> float:
     tried = Tried(Scores(spectra, noise), allows_sharper=False)
     for number, (places_um, price) in enumerate([(told_um, 0.0), *lags]):
         away = (focus_um[:, None] - places_um) / comparison.unit_um
+        # What optics a little off explain is no stage's doing.
+        models = comparison.few_models if number else comparison.models
         for turn in comparison.turns:
-            name = str(number)
-            tried.add(name, turn, turn * away, comparison.few_models, price)
+            tried.add(str(number), turn, turn * away, models, price)
     return 1.0 - tried.fit(focus_um).answers["0"]

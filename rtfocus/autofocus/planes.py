@@ -13,6 +13,7 @@ do may a search end without a check from both sides.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,8 +123,8 @@ class PlaneComparison:
         self._direction = direction
         self.turns = (direction,) if direction else (1, -1)
         self._fine = fine
-        self._models: list[Model] = []
-        self.few_models: list[Model] = []
+        self.models: list[Model] = []
+        few: list[Model] = []
         waves = _FINE_WAVES if fine else _EXTRA_WAVES
         apertures = _FINE_APERTURES if fine else _APERTURES
         for extra in waves if optics.psf_model == "pupil" else (0.0,):
@@ -134,10 +135,14 @@ class PlaneComparison:
                 at_edge = aperture in (apertures[0], apertures[-1])
                 at_edge |= abs(extra) == waves[-1]
                 transfer = Transfer(table, optics.sampling, aperture)
-                self._models.append((transfer, price, at_edge))
+                self.models.append((transfer, price, at_edge))
                 if aperture in _FEW_APERTURES and extra in _FEW_WAVES:
-                    self.few_models.append(self._models[-1])
-        self._plain = [model for model in self._models if model[1] == 0.0]
+                    few.append(self.models[-1])
+        self._plain = [model for model in self.models if model[1] == 0.0]
+        # A few that weigh together what all do.
+        weights = [sum(exp(-price) for _, price, _ in m) for m in (self.models, few)]
+        more = log(weights[0] / weights[1])
+        self.few_models = [(model, price - more, edge) for model, price, edge in few]
 
     def fit(
         self,
@@ -172,10 +177,10 @@ class PlaneComparison:
         tried = Tried(Scores(spectra, noise), allows_sharper=not self._fine)
         away = (focus - z_um) / self.unit_um
         for turn in self.turns:
-            tried.add(AS_TOLD, turn, turn * away, self._models, 0.0)
+            tried.add(AS_TOLD, turn, turn * away, self.models, 0.0)
         if self._direction and tried.least > _EXPLAINED:
             turn = -self._direction
-            tried.add(REVERSED, turn, turn * away, self._models, _REVERSED)
+            tried.add(REVERSED, turn, turn * away, self.models, _REVERSED)
         for course in courses if tried.least > _EXPLAINED else ():
             # The optics as they were told: an odd stage and odd optics are too much.
             for turn in self.turns:

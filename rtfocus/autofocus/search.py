@@ -12,7 +12,7 @@ from math import isfinite
 
 from rtfocus.autofocus.belief import Belief
 from rtfocus.autofocus.evidence import FAR, SHARPER, Evidence
-from rtfocus.autofocus.looks import Look, early_um
+from rtfocus.autofocus.looks import Look, Progress, early_um
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
 from rtfocus.frame import FocusReading
@@ -20,7 +20,7 @@ from rtfocus.frame import FocusReading
 # In depths of field.
 _ARRIVED, _ROUGH = 0.3, 1.5
 _LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
-_BESIDE, _STUCK, _ALIKE, _ALIKE_AT_END = 0.7, 2.0, 0.9, 0.5
+_BESIDE, _MOST_BESIDE, _STUCK, _ALIKE, _ALIKE_AT_END = 0.7, 4.0, 2.0, 0.9, 0.5
 # Probability that focus is within half a depth of field of a place: enough to end
 # there, and to go there.
 _SURE, _WORTH_A_MOVE = 0.85, 0.7
@@ -83,12 +83,11 @@ class FocusSearch:
     rule: SearchRule = SearchRule()
     direction: int = 1
     prior: Belief = field(default_factory=lambda: Belief(()))
+    _sides: tuple[int, int] = field(init=False)
     _images: int = 0
-    _idle: int = 0
+    _progress: Progress = field(default_factory=Progress)
     _returns: int = 0
     _looked_again_at: list[float] = field(default_factory=list)
-    _least_sd: float = float("inf")
-    _least_way: float = float("inf")
     _back_at: float | None = None
     """The sharpest place, when the search has decided to end there."""
     _follows: bool = False
@@ -96,6 +95,7 @@ class FocusSearch:
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
+        self._sides = self.rule.safe_side, -self.rule.safe_side
         told = self.comparison, self.direction, self.rule.trust_sign, self.prior
         self.evidence = Evidence(*told, calibrated=not self.rule.verify)
 
@@ -176,7 +176,9 @@ class FocusSearch:
     def _is_worth_a_move(self) -> bool:
         if self.belief.is_empty or self._way_um() <= self.moves.deadband_um:
             return False
-        wanted, is_beside = self.belief.best.mean_um, self._way_um() <= self._near_um()
+        wanted, way_um = self.belief.best.mean_um, self._way_um()
+        is_close = way_um < self.evidence.unit_um and not self._is_sure_of(wanted)
+        is_beside = is_close or way_um <= self._near_um()
         if not self.rule.verify and is_beside and not self.evidence.saw_both_sides():
             # One more image beside focus tells less than one from a side still unseen.
             return False
@@ -283,8 +285,7 @@ class FocusSearch:
     def _probe(self, length_um: float) -> Decision:
         """Step to the safe side; where that was seen to the other, or twice as far."""
         now, most = self.looks[-1].z_um, self.moves.most_um
-        sides = (self.rule.safe_side, -self.rule.safe_side)
-        for length, side in product((length_um, 2 * length_um), sides):
+        for length, side in product((length_um, 2 * length_um), self._sides):
             target = self.moves.limits.clip(now + side * min(length, most))
             if not self.evidence.has_seen(target, 0.3 * self.evidence.unit_um):
                 return Probe(target - now)
@@ -296,15 +297,15 @@ class FocusSearch:
         unexplained = 0.0 if fit is None else fit.unexplained
         is_sharper = best.sharpness > SHARPER * now.sharpness
         beside = abs(best.z_um - sure)
-        trusted = not self.rule.verify and unexplained <= _WELL_EXPLAINED
+        is_near = not self.rule.verify and beside < _MOST_BESIDE * unit
+        trusted = is_near and unexplained <= _WELL_EXPLAINED
         if is_sharper and beside > _BESIDE * unit and not trusted:
             return self.give_up(
                 f"sharpness peaks {beside:.1f} um from where focus should be"
             )
         changed = self.evidence.saw_change()
         if not (changed and self.evidence.is_change_clear()):
-            sides = (self.rule.safe_side, -self.rule.safe_side)
-            for place in self.evidence.beyond_top_um(sides):
+            for place in self.evidence.beyond_top_um(self._sides):
                 inside = self.moves.limits.clip(place)
                 if not self.evidence.has_seen(inside, 0.3 * unit):
                     return self._view(inside)
@@ -363,8 +364,7 @@ class FocusSearch:
         return Move(way) if abs(way) > self.moves.deadband_um else self._returned()
 
     def _unbracketed(self) -> float | None:
-        sides = (self.rule.safe_side, -self.rule.safe_side)
-        return self.evidence.unbracketed_um(sides, self.moves.limits)
+        return self.evidence.unbracketed_um(self._sides, self.moves.limits)
 
     def _end_unsure(self) -> Decision:
         """End where nothing that was seen makes it surer."""
@@ -372,9 +372,12 @@ class FocusSearch:
         if self.rule.verify and beyond is not None and evidence.saw_change():
             # Images from afar on both sides tell little: those beside the sharpest do.
             return self._view(beyond)
-        if beyond is None and evidence.does_peak_agree(_MOST_UNEXPLAINED, _BESIDE):
+        place = self.belief.best.mean_um
+        is_likely = self.rule.verify or evidence.certainty(place) >= _WORTH_A_MOVE
+        agrees = evidence.does_peak_agree(_MOST_UNEXPLAINED, _BESIDE)
+        if beyond is None and is_likely and agrees:
             # A peak of sharpness where focus is believed to be, seen from both sides.
-            return self._end_at(evidence.best_seen.z_um)
+            return self._end_at(evidence.best_seen.z_um if self.rule.verify else place)
         return self._give_up_unsure("no progress")
 
     def _give_up_unsure(self, reason: str) -> GiveUp:
@@ -398,21 +401,25 @@ class FocusSearch:
         return self.give_up(reason if sees else _IN_NOISE)
 
     def _doubt_the_stage(self) -> Decision | None:
-        """Say what to do where images do not follow the stage; None: they do.
-
-        Two may look the same on both sides of focus, or the stage may be late.
-        """
+        """Say what to do where images do not follow the stage; None: they do."""
         now, unit = self.looks[-1].z_um, self.evidence.unit_um
         arrival, places = self.evidence.arrival, self.evidence.unmoved_um()
         if arrival.is_late:
             return Probe(0.0) if arrival.is_early else None
         if not (places or arrival.is_suspect):
             return None
-        if not any(abs(z - now) < 0.1 * unit for z in self._looked_again_at):
+        other_um = None if self.rule.verify else self.evidence.other_um()
+        may_move = other_um is not None and not self.evidence.showed_another(places)
+        was_here = any(abs(z - now) < 0.1 * unit for z in self._looked_again_at)
+        if not was_here and (arrival.is_suspect or not may_move):
             self._looked_again_at.append(now)
             return Probe(0.0)
         if not self.evidence.does_stand_still(places):
             return None
+        if other_um is not None and may_move:
+            # Where aberrations are strong images look alike far about focus. Where one
+            # differed it does so again, if the stage answers.
+            return self._view(other_um)
         if max(places) - min(places) > _STUCK * unit:
             stood_still = "the stage does not answer: images stay the same"
             did_differ = len(places) < len(self.looks)
@@ -420,27 +427,24 @@ class FocusSearch:
         return self._probe(_STUCK * unit)
 
     def _proved(self, end: Stay) -> Decision:
-        """Before the end look where images must differ, if the newest look alike.
-
-        About focus they do; those of a stage that sticks, too.
-        """
+        """Before the end look where images must differ, if the newest look alike."""
         if not self.evidence.arrival.is_seen_at_rest:
             return Probe(0.0)
-        # Where no image from both sides is asked for, the last move must show.
-        if not self.evidence.alike_um(_ALIKE if self.rule.verify else _ALIKE_AT_END):
+        # Where no image from both sides is asked for, the last move must show, unless
+        # focus is also where the stage may have stuck: where the first of them is from.
+        alike = self.evidence.alike_um(_ALIKE if self.rule.verify else _ALIKE_AT_END)
+        if not alike or (not self.rule.verify and self._is_sure_of(alike[-1])):
             return end
         self._returns = 0
-        now, way_um = self.looks[-1].z_um, _BEYOND * self.evidence.unit_um
-        sides = (self.rule.safe_side, -self.rule.safe_side)
-        inside = filter(self.moves.limits.holds, (now + s * way_um for s in sides))
-        return next((self._view(beyond) for beyond in inside), end)
+        now, unit = self.looks[-1].z_um, self.evidence.unit_um
+        beyond = [now + side * _BEYOND * unit for side in self._sides]
+        places = [z for z in beyond if not self.evidence.has_seen(z, 0.3 * unit)]
+        if (other_um := self.evidence.other_um()) is not None:
+            places.append(other_um)
+        return next(map(self._view, filter(self.moves.limits.holds, places)), end)
 
     def _makes_progress(self) -> bool:
         if self.belief.is_empty:
             return len(self.looks) <= self.rule.patience
-        sd, way = self.belief.best.sd_um, self._way_um()
-        closer = sd < 0.8 * self._least_sd or way < 0.8 * self._least_way
-        self._least_sd = min(self._least_sd, sd)
-        self._least_way = min(self._least_way, way)
-        self._idle = 0 if closer else self._idle + 1
-        return self._idle < self.rule.patience
+        self._progress.see(self.belief.best.sd_um, self._way_um())
+        return self._progress.idle < self.rule.patience

@@ -335,6 +335,83 @@ def test_focus_that_has_moved_since_it_was_seen_is_followed(
     assert abs(world.z_um - jump * UNIT) < 0.5 * UNIT
 
 
+def seen_at(
+    comparison: PlaneComparison,
+    transfer: Transfer,
+    places: list[float],
+    *,
+    calibrated: bool = True,
+) -> Evidence:
+    """Return what images from places, in depths of field, say together."""
+    world = World(transfer, 0.0)
+    evidence = Evidence(comparison, calibrated=calibrated)
+    for place in places:
+        world.z_um = place * UNIT
+        evidence.add(world.z_um, world.look(world.z_um))
+    return evidence
+
+
+def test_images_from_one_side_of_focus_do_not_drive_out_those_from_afar(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    few, more = [-0.2, 0.5, -0.1], [4.7, -0.2, 0.5, -0.1]
+    sd_um = seen_at(comparison, transfer, more).belief.best.sd_um
+    assert sd_um < 0.5 * seen_at(comparison, transfer, few).belief.best.sd_um
+    around = seen_at(comparison, transfer, [4.7, -1.0, 1.2, 0.0])
+    assert len(around._planes()) == 3
+
+
+@pytest.mark.parametrize(
+    ("aperture", "waves", "places"),
+    [(0.975, -0.05, (1.3, -3.5, 0.2)), (0.925, 0.05, (1.8, -1.9, 0.2))],
+)
+def test_optics_a_little_off_are_no_stage_that_arrives_late(
+    aperture: float, waves: float, places: tuple[float, ...]
+) -> None:
+    table = modulation_table(OPTICS, extra_waves=waves)
+    world = World(Transfer(table, OPTICS.sampling, aperture), places[0])
+    search = FocusSearch(
+        PlaneComparison(OPTICS, fine=True),
+        MoveRule(Limits(-100, 100), 0.1 * UNIT, 12 * UNIT, 1, UNIT),
+        SearchRule(verify=False),
+    )
+    for place in places:
+        world.z_um = place * UNIT
+        search.observe(world.z_um, world.look(world.z_um))
+    assert search.evidence.arrival.doubt < 0.1
+
+
+def test_far_apart_images_end_where_the_optics_put_focus_between_them(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    places = [-1.1, -0.25, 0.12]
+    evidence = seen_at(comparison, transfer, places, calibrated=False)
+    top_um = evidence.peak_um()
+    assert top_um == pytest.approx(evidence.belief.best.mean_um)
+    assert -0.25 * UNIT < top_um < 0.12 * UNIT
+    # A place that is clearly less sharp is none to end beside.
+    less = seen_at(comparison, transfer, [-1.1, 0.0, 1.3], calibrated=False)
+    assert less.peak_um() == less.best_seen.z_um
+
+
+def test_where_the_engine_reads_focus_images_unlike_any_optics_lead_nowhere(
+    comparison: PlaneComparison,
+) -> None:
+    # Bright field: least contrast in focus, most a depth of field beside it.
+    contrast = {0.0: 0.6, -1.2: 1.0, 2.4: 0.5, 1.2: 1.1}
+    for away_um, ends_um in ((0.0, 0.0), (3.0 * UNIT, 1.2 * UNIT)):
+        evidence = Evidence(comparison, calibrated=False)
+        for place, share in contrast.items():
+            detail = 0.01 / FREQUENCIES * np.where(FREQUENCIES > 0.05, share, 1 / share)
+            read = FocusReading(
+                away_um, UNIT, False, None, spectrum=detail.tolist(), noise=NOISE
+            )
+            evidence.add(place * UNIT, read)
+        assert evidence.fit is not None
+        assert evidence.fit.unexplained > 0.06
+        assert evidence.best_known_um(0.0) == pytest.approx(ends_um)
+
+
 def test_noise_is_no_sharpness_and_no_change() -> None:
     rng = np.random.default_rng(2)
     detail = 0.01 / FREQUENCIES * np.exp(-((FREQUENCIES / 0.1) ** 2))
