@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,15 +125,26 @@ def test_a_paused_receiver_is_lost_and_comes_back(tmp_path: Path) -> None:
 
 def test_a_killed_receiver_is_replaced_without_loss(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
+    killed = threading.Semaphore(0)
     with FramePublisher(make_config(connect_timeout_s=DEADLINE_S)) as publisher:
-        sending = Background(lambda: send_series(publisher, 600))
-        with sending:
+
+        def act() -> None:
+            publisher.start(make_series())
+            for first in range(0, 600, 150):
+                # No child can have recorded all before it is killed.
+                publish(publisher, 150, first)
+                if first < 450:
+                    assert killed.acquire(timeout=DEADLINE_S)
+            publisher.end("completed")
+
+        with Background(act):
             for _ in range(3):
                 before = len(journalled(journal))
                 with child_recorder(publisher, journal) as child:
                     until(lambda: len(journalled(journal)) > before + 30, "frames")  # noqa: B023
                     child.kill()
                     child.wait(DEADLINE_S)
+                killed.release()
             durable = len(journalled(journal))
             assert journalled(journal) == list(range(durable))
             with receiving(facing(publisher), durable) as (receiver, accounting):
