@@ -8,6 +8,10 @@ Images of the virtual microscope's image formation through the holder of the liv
 loop; 1 % of the frames are bad: half of them blank, half noise that nobody marks.
 The second line is the demo's drift, either way in turns, with images that are read two
 visits late.
+
+Probes are images taken for focus alone: those of searches after the first. A false
+alarm is a place called lost within a depth of field of focus, or read late where
+images come at once. The stage oscillates where moves of a place alternate in sign.
 """
 
 import argparse
@@ -33,6 +37,8 @@ from rtfocus.specimens import SpecimenKind, draw_specimen
 SIDE_PX = 256
 KINDS: tuple[SpecimenKind, ...] = ("nuclei", "filaments", "tissue")
 BAD = 0.01
+SEARCHED = (-1.2, 0.9, 0.0)
+"""Images of a search, in depths of field beside where it ends."""
 
 
 def reading(pixels: np.ndarray, refusal: str | None = None) -> FocusReading:
@@ -87,21 +93,23 @@ def visits(
         )
         still = scene.focus_um
         scene.focus_um = still + risen
-        if place not in stage or holder.lost(key):
+        stood_um, step_um, is_late = stage.get(place), 0.0, False
+        if stood_um is None or holder.lost(key):
             # As a search leaves it: near focus, with the images it took.
             begun = scene.focus_um + float(rng.normal(0, 0.1)) * unit
-            places = [begun - 1.2 * unit, begun + 0.9 * unit, begun]
+            places = [begun + away * unit for away in SEARCHED]
             looks = [
                 Seen(z, np.array(found.spectrum), found.noise)
                 for z in places
                 for found in [reading(scene.expose(z))]
             ]
-            yield_search = place in stage
             stage[place] = begun
             holder.begin(key, time_s, begun, looks)
+            lost_by = None if stood_um is None else (scene.focus_um - stood_um) / unit
         else:
-            yield_search = False
-            stage[place] += holder.correction_um(key, time_s, int(time_s * 1e9))
+            step_um = holder.correction_um(key, time_s, int(time_s * 1e9))
+            stage[place] = stood_um + step_um
+            lost_by, is_late = None, made[-1].is_late
         pixels = scene.expose(stage[place])
         refusal = None
         if rng.random() < BAD:
@@ -133,11 +141,25 @@ def visits(
             "place": f"{seed}/{place}",
             "defocus": (scene.focus_um - stage[place]) / unit,
             "drift": risen / unit,
-            "moved": bool(made and made[-1].step_um),
-            "step": made[-1].step_um / unit if made else 0.0,
-            "search": yield_search,
+            "step": step_um / unit,
+            "lost by": lost_by,
+            "late": is_late,
         }
         scene.focus_um = still
+
+
+def turns(steps: list[float]) -> int:
+    """Count the moves that go against the one before."""
+    return sum(a * b < 0 for a, b in pairwise(steps))
+
+
+def alternating(steps: list[float]) -> int:
+    """Return the most moves in a row of which each goes against the one before."""
+    most = now = 0
+    for one, next_one in pairwise(steps):
+        now = now + 1 if one * next_one < 0 else 0
+        most = max(most, now)
+    return most
 
 
 def main() -> None:
@@ -170,12 +192,17 @@ def main() -> None:
         for turn in range(given.repeats)
         for row in visits(given, told, given.seed + turn, given.drift * (-1) ** turn)
     ]
-    by_place = defaultdict(list)
+    by_place: dict[str, list[float]] = defaultdict(list)
+    steps: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         by_place[row["place"]].append(abs(row["defocus"]))
+        if row["step"]:
+            steps[row["place"]].append(row["step"])
     means = [float(np.mean(values)) for values in by_place.values()]
-    steps = [row["step"] for row in rows if row["moved"]]
-    turns = sum(a * b < 0 for a, b in pairwise(steps))
+    lost_by = [abs(row["lost by"]) for row in rows if row["lost by"] is not None]
+    probes = len(SEARCHED) * len(lost_by)
+    alarms = sum(by < 1 for by in lost_by)
+    alarms += sum(row["late"] for row in rows) if not given.late else 0
     table = {
         "frames": len(rows),
         "mean |defocus|, worst position": max(means),
@@ -185,9 +212,14 @@ def main() -> None:
         "frames within half a depth of field": float(
             np.mean([abs(r["defocus"]) <= 0.5 for r in rows])
         ),
-        "moves": len(steps),
-        "moves against the one before": turns,
-        "searches after the first": sum(r["search"] for r in rows),
+        "moves": sum(map(len, steps.values())),
+        "moves against the one before": sum(map(turns, steps.values())),
+        "most turns in a row of one place": max(
+            map(alternating, steps.values()), default=0
+        ),
+        "searches after the first": len(lost_by),
+        "probes per 100 frames": 100 * probes / len(rows),
+        "false alarms": alarms,
     }
     for name, value in table.items():
         print(f"{name}: {value}")
