@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rtfocus.errors import ProtocolError, RtfocusError
+from rtfocus.errors import InputError, ProtocolError, RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, Act, SeriesStart
 from rtfocus.transport.viewer import Preview, PreviewStatus, PreviewViewer, Request
 from rtfocus.view.codec import Picture, live_picture, pack
@@ -142,7 +142,7 @@ class Scene:
         Raises
         ------
         InputError
-            If the run has no such place.
+            If the run has no such place, or its folder lies elsewhere.
         """
         stored = self.stored
         key = (self.generation, place, region, stored and stored.line(place) is None)
@@ -152,7 +152,7 @@ class Scene:
                 return self._cache[key]
         if stored is None:
             msg = "the run folder is not on this machine; the newest frames alone are"
-            raise RtfocusError(msg)
+            raise InputError(msg)
         picture = stored.picture(place, region)
         shown = Shown(place, picture, pack(picture))
         with self._lock:
@@ -306,7 +306,8 @@ class LiveSource(Source):
         self._open().close()
         self._asked: list[_Question] = []
         self._last_s = 0.0
-        self._points = self._focus = -1
+        self._focus = -1
+        self._control: str | None = None
         scene.act = self._ask
 
     def run(self) -> None:
@@ -431,8 +432,6 @@ class LiveSource(Source):
                 request = Request(PROTOCOL_VERSION, series.series_uid, question.what)
                 question.why = viewer.ask(self._control, request).why
             question.answered.set()
-
-    _control: str | None = None
 
 
 @dataclass

@@ -28,7 +28,7 @@ from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import IN_ERROR, MISSING, WRITTEN, Line
 
 MOST_POINTS = 200_000
-"""A page draws no more; a longer run is shown from here on with gaps between."""
+"""A page draws no more: of a longer run the first."""
 _CHUNK = 20_000
 
 
@@ -40,7 +40,6 @@ class Traces:
         self._seen: set[int] = set()
         self._rows: list[list[Any]] = []
         self._marks: list[list[Any]] = []
-        self._keep_every = 1
 
     def add(
         self,
@@ -55,19 +54,13 @@ class Traces:
     ) -> None:
         """Take a frame in; `place` is (t, p, c, z)."""
         with self._lock:
-            if sequence in self._seen or sequence % self._keep_every:
+            if sequence in self._seen or len(self._rows) >= MOST_POINTS:
                 return
             self._seen.add(sequence)
             is_probe = int(role == Role.FOCUS.value)
             self._rows.append(
                 [seconds, z_um, defocus_um, confidence, is_probe, *place, sequence]
             )
-            if len(self._rows) >= MOST_POINTS:
-                # Those drawn stay; of those to come every second one is taken.
-                self._keep_every *= 2
-                self._rows = self._rows[: MOST_POINTS + 1]
-                if self._keep_every > 1024:
-                    self._keep_every = 1 << 62
 
     def mark(self, kind: str, seconds: float, text: str, z_um: float | None) -> None:
         """Take an event in, as a ``move``, ``refusal``, ``verdict`` or ``loss``."""

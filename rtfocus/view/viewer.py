@@ -224,8 +224,6 @@ class Viewer:
         try:
             shown = await self._next()
         except RtfocusError as error:
-            self._detail = None
-            self._shown = ("failed",)
             await self._json({"type": "refused", "why": str(error)})
             return
         if shown is None:
@@ -268,7 +266,7 @@ class Viewer:
 
     async def _unless_shown(self, place: Place, there: bool) -> Shown | None:
         key = ("stored", place, there)
-        if self._shown in (key, ("failed",)):
+        if self._shown == key:  # or was tried
             return None
         self._shown = key
         return await run_in_threadpool(self._scene.read, place)

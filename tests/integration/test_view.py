@@ -255,9 +255,11 @@ def test_beyond_this_machine_a_token_is_required(scene: Scene) -> None:
 
 
 def picture_of(socket: ClientConnection, *, acknowledged: bool = True) -> bytes:
-    """Return the next picture."""
-    while isinstance(said := socket.recv(timeout=20), str):
-        continue
+    """Return the next picture, before a minute of states has come."""
+    for _ in range(240):
+        if not isinstance(said := socket.recv(timeout=20), str):
+            break
+    assert isinstance(said, bytes)
     if acknowledged:
         number = unpacked(said)[0][4]
         socket.send(json.dumps({"type": "ack", "number": number}))
@@ -280,6 +282,23 @@ def test_one_picture_at_a_time_and_what_is_asked_for(scene: Scene) -> None:
         assert [type(socket.recv(timeout=20)) for _ in range(4)] == [str] * 4
         socket.send(json.dumps({"type": "ack", "number": unpacked(held)[0][4]}))
         assert unpacked(picture_of(socket))[0][6] == 4
+
+
+def test_a_region_outside_the_frame_is_refused_and_the_run_followed_on(
+    scene: Scene,
+) -> None:
+    assert scene.stored is not None
+    order = scene.stored._order
+    newest = order.pop()
+    with PageServer(scene, Listening()) as server, page(server) as socket:
+        assert unpacked(picture_of(socket))[0][6] == 6
+        corners = {"y0": 9000, "x0": 0, "y1": 9001, "x1": 1}
+        socket.send(json.dumps({"type": "detail", **corners}))
+        while "is not in a frame of" not in str(socket.recv(timeout=20)):
+            continue
+        order.append(newest)
+        scene.changed()
+        assert unpacked(picture_of(socket))[0][6] == 7
 
 
 def test_a_page_that_sleeps_does_not_count_as_looking(scene: Scene) -> None:
