@@ -49,8 +49,8 @@ def required_interface() -> int:
 def look_into(folder: Path) -> AdapterFolder:
     """Count the adapters in a folder and ask one for its interface version."""
     paths = set(discovery._iter_device_paths(folder))  # noqa: SLF001
-    version = discovery.get_first_device_interface_version(folder)
-    return AdapterFolder(folder, len(paths), version)
+    interface = discovery.get_first_device_interface_version(folder)
+    return AdapterFolder(folder, len(paths), interface)
 
 
 def installed_folders() -> list[AdapterFolder]:

@@ -75,7 +75,7 @@ class PlannedAcquisition:
             on_lost=self._lose,
             is_stopped=lambda: self._stop.is_set(),
         )
-        self._engine.send_focus_image = self._send_focus_image
+        self._engine.send_focus_image = self.send_focus_image
         self._engine.place_of = self._place_of
         self._engine.failed_settings = lambda: self._complaints.failed_settings
         self.focus_notes: Callable[[], list[dict[str, Any]]] = self._engine.focus_notes
@@ -218,10 +218,16 @@ class PlannedAcquisition:
         ordinal = int(event.metadata[EVENT_INDEX])
         return self._plan.index(ordinal)["p"], float(self._plan.z_offsets_um[ordinal])
 
-    def _send_focus_image(
+    def send_focus_image(
         self, pixels: NDArray[np.generic], channel: str, z_um: float
     ) -> int:
-        """Deliver an image that autofocus took outside the plan."""
+        """Deliver an image that autofocus took outside the plan; return its sequence.
+
+        Raises
+        ------
+        ConfigError
+            If the channel is none of the series'.
+        """
         assert self._delivery is not None
         names = [one.name for one in self._delivery.series.channels]
         if channel not in names:
@@ -373,10 +379,6 @@ class FollowedAcquisition(PlannedAcquisition):
         """Return the index p of an event that comes, and its slice in um."""
         ordinal = self._ordinals[_place(event)][0]
         return self._plan.index(ordinal)["p"], float(self._plan.z_offsets_um[ordinal])
-
-    def send_focus_image(self, pixels: NDArray[Any], channel: str, z_um: float) -> int:
-        """Deliver an image of a search for focus; return its sequence."""
-        return self._send_focus_image(pixels, channel, z_um)
 
     def take(
         self, pixels: NDArray[Any], event: useq.MDAEvent, meta: Mapping[str, Any]
