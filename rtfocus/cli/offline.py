@@ -340,7 +340,11 @@ def _complete(run: Path, settings: Config) -> None:
             lambda pixels, channel: processor.restore(pixels, channel=channel),
             on_frame=on_frame,
         )
-    typer.echo(f"restored {number_of(number, 'frame')} of {run}, recorded raw only")
+    if number:
+        text = f"restored {number_of(number, 'frame')} of {run} that had been left raw"
+    else:
+        text = f"no frame of {run} was left raw: nothing to restore"
+    typer.echo(text)
 
 
 def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Config:

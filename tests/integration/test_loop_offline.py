@@ -155,6 +155,8 @@ def test_classify_of_a_run_is_what_the_run_found(run, tmp_path):
 
 
 def test_restore_of_a_run_is_what_the_run_stored(run, tmp_path):
+    said = succeeded(command("restore", run.folder))
+    assert said == f"no frame of {run.folder} was left raw: nothing to restore\n"
     out = tmp_path / "again.ome.zarr"
     succeeded(command("restore", run.folder, "-o", out))
     yaozarrs.validate_zarr_store(str(out))
