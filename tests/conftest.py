@@ -11,11 +11,15 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import yaml
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from rtfocus.runtimes.tensorrt.library import TensorRt
 
 DATA_VARIABLE = "RTFOCUS_DATA"
 
@@ -32,6 +36,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}; set {DATA_VARIABLE}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def rtx() -> "TensorRt":
+    """TensorRT for RTX; skips where it is not installed."""
+    from rtfocus.runtimes.tensorrt.library import import_tensorrt, why_not_importable
+
+    why = why_not_importable("tensorrt_rtx")
+    if why is not None:
+        pytest.skip(why)
+    return import_tensorrt("tensorrt_rtx")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,10 +14,8 @@ from rtfocus.runtimes.gpu import GpuRequest, ShapeRange, batched
 from rtfocus.runtimes.tensorrt.library import (
     TensorRt,
     UnusablePlanError,
-    import_tensorrt,
     listed_capabilities,
     load_error,
-    why_not_importable,
 )
 from rtfocus.runtimes.tensorrt.plans import (
     ANY_CARD,
@@ -26,15 +24,6 @@ from rtfocus.runtimes.tensorrt.plans import (
     ready_plan,
     rtx_target,
 )
-
-
-@pytest.fixture(scope="module")
-def rtx() -> TensorRt:
-    """TensorRT for RTX; skips where it is not installed."""
-    why = why_not_importable("tensorrt_rtx")
-    if why is not None:
-        pytest.skip(why)
-    return import_tensorrt("tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,7 @@ from rtfocus.runtimes.gpu import GpuRequest, gpu_request
 from rtfocus.runtimes.tensorrt.library import (
     Capability,
     TensorRt,
-    import_tensorrt,
     listed_capabilities,
-    why_not_importable,
 )
 from rtfocus.runtimes.tensorrt.plans import build_plan
 
@@ -29,15 +27,6 @@ PROFILES = [
     for camera in (CAMERAS if found.card.kind != "restorer" else [CAMERA])
 ]
 TURING = (7, 5)
-
-
-@pytest.fixture(scope="module")
-def rtx() -> TensorRt:
-    """TensorRT for RTX; skips where it is not installed."""
-    why = why_not_importable("tensorrt_rtx")
-    if why is not None:
-        pytest.skip(why)
-    return import_tensorrt("tensorrt_rtx")
 
 
 @cache

@@ -530,9 +530,10 @@ class TestPreview:
             def refused() -> bool:
                 socket.send_multipart([b"\xc1", b"rubbish"])
                 try:
-                    return viewer.newest(0.01) is not None
+                    assert viewer.newest(0.01) is None
                 except ProtocolError:
                     return True
+                return False
 
             until(refused, "the refusal")
         context.destroy(linger=0)

@@ -128,15 +128,6 @@ def test_bindings_without_their_library_are_told(
     assert "nvinfer_10.dll" in why
 
 
-@pytest.fixture
-def rtx() -> TensorRt:
-    """TensorRT for RTX; skips where it is not installed."""
-    why = why_not_importable("tensorrt_rtx")
-    if why is not None:
-        pytest.skip(why)
-    return import_tensorrt("tensorrt_rtx")
-
-
 def card(*capability: int) -> Gpu:
     """Return a GPU of a compute capability."""
     return dataclasses.replace(CARD, compute_capability=capability)
