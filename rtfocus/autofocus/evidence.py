@@ -270,8 +270,6 @@ class Evidence:
 
     def other_um(self) -> float | None:
         """Return the nearest place whose image differs from the newest, if any."""
-        if not self.is_change_clear():
-            return None
         now = self.looks[-1]
         others = [o.z_um for o in self.looks if o.change_from(now) > SAME]
         return min(others, key=lambda z_um: abs(z_um - now.z_um), default=None)

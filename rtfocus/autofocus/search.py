@@ -408,18 +408,19 @@ class FocusSearch:
             return Probe(0.0) if arrival.is_early else None
         if not (places or arrival.is_suspect):
             return None
-        other_um = None if self.rule.verify else self.evidence.other_um()
-        may_move = other_um is not None and not self.evidence.showed_another(places)
+        # Where aberrations are strong images look alike far about focus.
+        may_move = not self.rule.verify and self.evidence.is_change_clear()
+        may_move &= not self.evidence.showed_another(places)
         was_here = any(abs(z - now) < 0.1 * unit for z in self._looked_again_at)
         if not was_here and (arrival.is_suspect or not may_move):
             self._looked_again_at.append(now)
             return Probe(0.0)
         if not self.evidence.does_stand_still(places):
             return None
-        if other_um is not None and may_move:
-            # Where aberrations are strong images look alike far about focus. Where one
-            # differed it does so again, if the stage answers.
-            return self._view(other_um)
+        if may_move:
+            # Where an image differed it does so again, if the stage answers.
+            other_um = self.evidence.other_um()
+            return None if other_um is None else self._view(other_um)
         if max(places) - min(places) > _STUCK * unit:
             stood_still = "the stage does not answer: images stay the same"
             did_differ = len(places) < len(self.looks)
