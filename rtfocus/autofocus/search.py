@@ -408,7 +408,6 @@ class FocusSearch:
             return Probe(0.0) if arrival.is_early else None
         if not (places or arrival.is_suspect):
             return None
-        # Where aberrations are strong images look alike far about focus.
         may_move = not self.rule.verify and self.evidence.is_change_clear()
         may_move &= not self.evidence.showed_another(places)
         was_here = any(abs(z - now) < 0.1 * unit for z in self._looked_again_at)
@@ -418,7 +417,7 @@ class FocusSearch:
         if not self.evidence.does_stand_still(places):
             return None
         if may_move:
-            # Where an image differed it does so again, if the stage answers.
+            # Far about an aberrated focus images look alike; one that differed shows.
             other_um = self.evidence.other_um()
             return None if other_um is None else self._view(other_um)
         if max(places) - min(places) > _STUCK * unit:
