@@ -67,6 +67,11 @@ class Look:
         spectrum = np.asarray(self.reading.spectrum)
         return int((spectrum > self.reading.noise).sum()) >= _FEWEST_RINGS
 
+    @property
+    def is_bare(self) -> bool:
+        """The engine finds no specimen, or hardly one."""
+        return self.reading.refusal in ("blank", "few_tiles")
+
     def reads_focus(self, unit_um: float) -> bool:
         """Tell whether the engine puts it within half a depth of field of focus."""
         away_um = self.reading.defocus_um

@@ -205,7 +205,7 @@ class FocusSearch:
         refusal = f"{now.reading.refusal}: {now.reading.detail}"
         if now.reading.refusal == "saturated":
             return self.give_up(refusal)
-        unseen = now.reading.refusal in ("blank", "few_tiles") and not now.shows_detail
+        unseen = now.is_bare and not now.shows_detail
         if unseen and len(self.looks) == 2:
             # So far out that nothing shows: the other side, then.
             other = self.moves.limits.clip(2 * self.looks[0].z_um - now.z_um)
@@ -422,8 +422,8 @@ class FocusSearch:
             return None if other_um is None else self._view(other_um)
         if max(places) - min(places) > _STUCK * unit:
             stood_still = "the stage does not answer: images stay the same"
-            did_differ = len(places) < len(self.looks)
-            return (self._give_up_seeing if did_differ else self.give_up)(stood_still)
+            is_doubtful = len(places) < len(self.looks) or self.looks[-1].is_bare
+            return (self._give_up_seeing if is_doubtful else self.give_up)(stood_still)
         return self._probe(_STUCK * unit)
 
     def _proved(self, end: Stay) -> Decision:

@@ -5,6 +5,7 @@ Images are ring amplitudes computed by the optics; no network takes part.
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -379,6 +380,25 @@ def test_optics_a_little_off_are_no_stage_that_arrives_late(
         world.z_um = place * UNIT
         search.observe(world.z_um, world.look(world.z_um))
     assert search.evidence.arrival.doubt < 0.1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [(None, "does not answer"), ("few_tiles", "no more than by noise")],
+)
+def test_a_stage_is_not_blamed_where_the_engine_finds_hardly_a_specimen(
+    comparison: PlaneComparison,
+    transfer: Transfer,
+    refusal: str | None,
+    reason: str,
+) -> None:
+    world = World(transfer, 1.0, "stuck")
+    search = FocusSearch(comparison, MoveRule(Limits(-100, 100), 0.1, 40))
+
+    def look(z_um: float) -> FocusReading:
+        return msgspec.structs.replace(world.look(z_um), refusal=refusal)
+
+    assert reason in run_search(search, world, look).reason
 
 
 def test_far_apart_images_end_where_the_optics_put_focus_between_them(
