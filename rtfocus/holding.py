@@ -297,7 +297,6 @@ class LiveHold:
         return self._focuser.focus(
             _HERE,
             channel=channel,
-            is_canceled=lambda: self._is_over,
             stage=self._stage,
             look=self._look,
         )
@@ -313,6 +312,9 @@ class LiveHold:
 
         timeout_s = self._focuser.config.request_timeout_s
         estimate = self._focusing.inbox.wait_for(is_from_here, timeout_s)
+        if self._is_over:
+            msg = "the camera stopped"
+            raise TransportError(msg)
         if estimate is None:
             msg = (
                 f"no frame of the camera was read within {timeout_s:g} s of a move; "

@@ -311,9 +311,13 @@ class Processor:
         return self.number
 
 
+@pytest.mark.parametrize(("stops", "end_um"), [(False, 22.0), (True, 4.0)])
 def test_a_running_camera_finds_again_what_it_lost(
     monkeypatch: pytest.MonkeyPatch,
+    stops: bool,
+    end_um: float,
 ) -> None:
+    """Or stops amid the search: then the stage goes back to where it held."""
     knocked_s = [0.0]
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + knocked_s[0], sleep=time.sleep
@@ -343,12 +347,14 @@ def test_a_running_camera_finds_again_what_it_lost(
                 z_um = hold.z_um(time.time_ns(), 5)
                 processor.send(core.popNextImage(), "DAPI", z_um)
                 hold.notes()
-            end_um = core.getZPosition()
+                if stops and any("searched again" in line for line in told):
+                    break
         finally:
             core.stopSequenceAcquisition()
             hold.stop()
+        assert core.getZPosition() == pytest.approx(end_um, abs=0.6 * UNIT_UM)
     assert any("lost and searched again (1 of 5)" in line for line in told), told
-    assert end_um == pytest.approx(22.0, abs=0.6 * UNIT_UM)
+    assert ("autofocus failed: the camera stopped" in told) == stops
 
 
 def test_a_live_run_whose_focus_is_not_found_says_that_it_is_not_held(
