@@ -371,7 +371,7 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
     -------
     FocusEngine
         Registered with the core already; ``engine.focuser.focus()`` searches focus
-        at once. Close it at the end.
+        at once. Close it at the end: the core gets the engine back that it had.
 
     Raises
     ------
@@ -392,8 +392,14 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
     checked_core(core)
     reader = LocalReader(settings)
     focuser = Focuser(core, settings.autofocus, optics_of(settings), reader.read)
-    engine = FocusEngine(core, focuser, on_close=reader.close)
-    core.mda.set_engine(engine)
+
+    def close() -> None:
+        reader.close()
+        if former is not None and core.mda.engine is engine:
+            core.mda.set_engine(former)
+
+    engine = FocusEngine(core, focuser, on_close=close)
+    former = core.mda.set_engine(engine)
     return engine
 
 

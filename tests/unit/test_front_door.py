@@ -332,10 +332,16 @@ def test_a_stack_is_told_to_be_classified_plane_by_plane():
         rtfocus.classify(np.ones((3, 96, 96), np.uint16), optics=OPTICS)
 
 
-def test_a_focus_engine_takes_the_name_of_a_shipped_config():
+def test_a_focus_engine_takes_a_shipped_config_and_hands_the_core_back():
     core = CMMCorePlus()
+    former = core.mda.engine
     with closing(rtfocus.focus(core, "demo")) as engine:
         assert core.mda.engine is engine
+    assert core.mda.engine is former
+    with closing(rtfocus.focus(core, "demo")):
+        core.mda.set_engine(engine)
+    # What a script has put there since is its own.
+    assert core.mda.engine is engine
 
 
 def test_an_image_without_pixels_is_told_as_that():
