@@ -184,17 +184,17 @@ class Evidence:
         is_explained = self.fit.unexplained <= most_unexplained
         return is_clear and is_explained and way_um < beside * self.unit_um
 
-    def unexplained_close(self) -> float | None:
+    def unexplained_close(self) -> float:
         """Return what the optics leave unexplained of images close to the sharpest.
 
-        None: there are too few. The thickness of a specimen, which the model lacks,
-        shows less there than in all images.
+        Of all, where these are too few. The thickness of a specimen, which the model
+        lacks, shows less there than in all images.
         """
         top = self.best_seen.z_um
         reach = _CLOSE * self.unit_um
         close = [look for look in self.with_detail() if abs(look.z_um - top) < reach]
         if places_of([look.z_um for look in close], self.unit_um) < _CLOSE_PLACES:
-            return None
+            return 0.0 if self.fit is None else self.fit.unexplained
         return self._compared(close).unexplained
 
     def _compared(

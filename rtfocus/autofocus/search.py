@@ -278,9 +278,8 @@ class FocusSearch:
         unit, first = self.evidence.unit_um, self.looks[0].reading
         if first.refusal in FAR:
             return _FAR_STEP * unit
-        away = abs(first.defocus_um or 0.0)
         beyond = _LEAST_STEP if self.rule.verify else _BEYOND
-        return min(away + beyond * unit, _MOST_STEP * unit)
+        return min(abs(first.defocus_um or 0.0) + beyond * unit, _MOST_STEP * unit)
 
     def _probe(self, length_um: float) -> Decision:
         """Step to the safe side; where that was seen to the other, or twice as far."""
@@ -297,8 +296,8 @@ class FocusSearch:
         unexplained = 0.0 if fit is None else fit.unexplained
         is_sharper = best.sharpness > SHARPER * now.sharpness
         beside = abs(best.z_um - sure)
-        is_near = not self.rule.verify and beside < _MOST_BESIDE * unit
-        trusted = is_near and unexplained <= _WELL_EXPLAINED
+        is_well = not self.rule.verify and unexplained <= _WELL_EXPLAINED
+        trusted = is_well and beside < _MOST_BESIDE * unit
         if is_sharper and beside > _BESIDE * unit and not trusted:
             return self.give_up(
                 f"sharpness peaks {beside:.1f} um from where focus should be"
@@ -316,10 +315,11 @@ class FocusSearch:
             return self._next_view()
         if self.rule.verify and (beyond := self._unbracketed()) is not None:
             return self._view(beyond)
+        if self.evidence.arrival.is_late and not (is_well or self.rule.verify):
+            return self.give_up(_TOO_LATE)
         most = _MOST_UNEXPLAINED if self.rule.verify else _MOST_CALIBRATED
         if unexplained > most and self.rule.verify:
-            close = self.evidence.unexplained_close()
-            unexplained = unexplained if close is None else close
+            unexplained = self.evidence.unexplained_close()
         if unexplained > most:
             return self.give_up(
                 "the images do not change with z as the optics say "
