@@ -395,7 +395,8 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
 
     def close() -> None:
         reader.close()
-        if former is not None and core.mda.engine is engine:
+        is_ours = core.mda.engine is engine and not core.mda.is_running()
+        if former is not None and is_ours:
             core.mda.set_engine(former)
 
     engine = FocusEngine(core, focuser, on_close=close)

@@ -2,12 +2,12 @@
 
 Also data sets that no published folder gives. A laboratory's own sharp fields
 (`own_set`), blurred on purpose on both sides of focus, as they are, and, where they are
-of stacks, in their own planes out of focus. And (`unseen`, and
-`packages` from what Python packages carry) kinds of images that no recipe trains on,
-blurred in ways nobody tells. What a laboratory meets that has
-described nothing: every sharp image comes blurred by defocus of optics drawn at random,
-by a Born-Wolf PSF and by a Gaussian, photographed by a camera drawn at random, and once
-more in focus, where nothing may change.
+of stacks, in their own planes out of focus. And kinds of images that no recipe trains
+on (`unseen`, and `packages` of what Python packages carry), blurred in ways nobody
+tells. What a laboratory meets that has described nothing: every sharp image comes
+blurred by defocus of optics drawn at random, by a Born-Wolf PSF and by a Gaussian,
+photographed by a camera drawn at random, and once more in focus, where nothing may
+change.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
