@@ -39,9 +39,8 @@ from rtfocus.processing.classify import (
 )
 from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.processing.device import Ticket
-from rtfocus.processing.montage import to_planes
+from rtfocus.processing.montage import FrameTiles, to_planes
 from rtfocus.processing.processor import FrameProcessor, open_processor
-from rtfocus.processing.windows import FrameTiles
 
 _UID = "offline"
 _LEAST_PX = 48

@@ -9,22 +9,30 @@ same (z defocus, W spherical aberration), so engines are trained with W <= 0 alo
 Where a channel's W is positive they see its mirror image: the sign of every defocus is
 turned on the way in and back on the way out.
 
-**Labels**: from logits to level, defocus, confidence and uncertainty.
+**Labels**: from logits to level, defocus, confidence and uncertainty. All channels of a
+series share one grid of tiles.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.engines.card import BACKGROUND_LABEL, EngineCard, OutputCard, output_of
-from rtfocus.engines.registry import parts, step_um
+from rtfocus.engines.card import (
+    BACKGROUND_LABEL,
+    EngineCard,
+    InputCard,
+    OutputCard,
+    output_of,
+)
+from rtfocus.engines.registry import FrameFit, parts, step_um
 from rtfocus.errors import EngineError
-from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader
+from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader, TileGrid
 from rtfocus.optics.normalisation import (
     ContrastToNoise,
     LocalStandardisation,
@@ -265,6 +273,47 @@ class LabelDecoder:
         levels = self.levels[of_levels].astype(np.float32)
         distance = float(shares @ np.abs(levels) / shares.sum())
         return distance if shares @ levels >= 0 else -distance
+
+
+def tile_grid(
+    card: InputCard, fit: FrameFit, rows: int, columns: int, *, signed: bool
+) -> TileGrid:
+    """Grid of the tiles whose centre lies in the frame; at least one per axis."""
+    counts = [
+        min(found, max(1, ceil((side - card.origin_px) / card.stride_px)))
+        for found, side in zip((rows, columns), fit.shape, strict=True)
+    ]
+    return TileGrid(
+        rows=counts[0],
+        columns=counts[1],
+        tile_px=card.tile_px,
+        stride_px=card.stride_px,
+        origin_px=card.origin_px,
+        signed=signed,
+    )
+
+
+def common_grid(grids: Mapping[str, TileGrid | None]) -> TileGrid | None:
+    """Return the grid of all classified channels; None: none is classified.
+
+    Parameters
+    ----------
+    grids
+        By channel; None: not classified.
+
+    Raises
+    ------
+    EngineError
+        If two channels have different grids: one map cannot hold both.
+    """
+    found = {name: grid for name, grid in grids.items() if grid is not None}
+    if len(set(found.values())) > 1:
+        msg = (
+            f"classifiers of channels {', '.join(found)} divide a frame into different "
+            "tiles; use engines with the same tile_px and stride_px"
+        )
+        raise EngineError(msg)
+    return next(iter(found.values()), None)
 
 
 def check_labels(card: EngineCard, logits: tuple[int, ...]) -> None:

@@ -25,7 +25,7 @@ from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, Slot, TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
-from rtfocus.processing.classify import estimate_frame
+from rtfocus.processing.classify import common_grid, estimate_frame
 from rtfocus.processing.device import (
     DEVICES,
     Device,
@@ -38,7 +38,6 @@ from rtfocus.processing.device import (
     result_of,
     without_frames,
 )
-from rtfocus.processing.windows import common_grid
 from rtfocus.runtimes.machine import usable
 from rtfocus.workers import AbortedError, BoundedQueue
 

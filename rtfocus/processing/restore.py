@@ -12,9 +12,15 @@ does the same. The idea of an unmatched back projector is that of Guo et al. 202
 form follows the matched algorithm in signal and noise alike, where their
 Wiener-Butterworth form, at the best parameters found, misses it by up to 1 dB at some
 levels.
+
+**Margins.** Fourier transforms join the right edge of their input to the left one, so a
+level's rectangle is read with a margin that leads smoothly from what lies behind it to
+what lies before it. Where they do not meet, the jump rings through all of it once a
+filter amplifies it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +28,7 @@ from numpy.typing import NDArray
 
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.optics.psf import psf_radius_px
+from rtfocus.processing.montage import Region
 
 WHOLE_FRAME = ("wiener", "richardson_lucy", "richardson_lucy_accelerated")
 """Deconvolutions of whole frames, level by level."""
@@ -93,6 +100,76 @@ def patch_shape(shape: tuple[int, int], psf_shape: tuple[int, ...]) -> tuple[int
         for side, psf_side in zip(shape, psf_shape, strict=True)
     )
     return height, width
+
+
+def read_region(plane: Image, region: Region, shape: tuple[int, int]) -> Image:
+    """Cut a rectangle out of a frame, before a margin without a jump.
+
+    Parameters
+    ----------
+    plane
+        Axes (y, x).
+    region
+        What is wanted; lies at the origin of the result.
+    shape
+        Height and width of the result, which is periodic: its margin leads from what
+        lies behind the region to what lies before it.
+    """
+    down = _extend(plane, region.rows, shape[0])
+    across = _extend(down.T, region.columns, shape[1])
+    return np.ascontiguousarray(across.T)
+
+
+def _extend(plane: Image, span: slice, length: int) -> Image:
+    """Take rows ``span`` and add a margin up to `length` rows."""
+    count = span.stop - span.start
+    result = np.empty((length, plane.shape[1]), dtype=np.float32)
+    result[:count] = plane[span]
+    margin = length - count
+    if margin == 0:
+        return result
+    steps = np.arange(margin)
+    behind = plane[_mirror(span.stop + steps, plane.shape[0])]
+    before = plane[_mirror(span.start - margin + steps, plane.shape[0])]
+    behind += (before - behind) * _fade(margin)[:, None]
+    result[count:] = behind
+    return result
+
+
+def _mirror(index: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Fold indices back into 0..length - 1; the border pixel is repeated."""
+    folded = index % (2 * length)
+    return np.minimum(folded, 2 * length - 1 - folded)
+
+
+@lru_cache(maxsize=64)
+def _fade(margin: int) -> Image:
+    """Weights from 0 to 1, flat at both ends."""
+    place = (np.arange(margin) + 0.5) / margin
+    return np.asarray(0.5 - 0.5 * np.cos(np.pi * place), dtype=np.float32)
+
+
+def together(
+    regions: Mapping[int, Region], shapes: Mapping[int, tuple[int, int]]
+) -> list[tuple[Region, tuple[int, int], list[int]]]:
+    """Return what is looked at once: a region, its transform's size, and levels.
+
+    Of the margin of a level only the size of its transform is left: levels whose
+    regions and sizes are the same see the same pixels.
+
+    Parameters
+    ----------
+    regions
+        Per level.
+    shapes
+        Height and width of the transforms, per level.
+    """
+    found: dict[tuple[int, ...], tuple[Region, tuple[int, int], list[int]]] = {}
+    for level, region in regions.items():
+        shape = shapes[level]
+        key = (region.rows.start, region.columns.start, *region.shape, *shape)
+        found.setdefault(key, (region, shape, []))[2].append(level)
+    return list(found.values())
 
 
 def transfer_function(psf: Image, shape: tuple[int, int]) -> Spectrum:

@@ -36,7 +36,6 @@ from rtfocus.processing.device import DEVICES
 from rtfocus.processing.gpu.cuda.driver import list_devices
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.processor import FrameProcessor
-from rtfocus.processing.windows import restored_share
 from rtfocus.specimens import draw_specimen
 
 OPTICS = {"numerical_aperture": 0.5, "wavelength_nm": 451, "pixel_size_um": 0.65}
@@ -497,7 +496,7 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(
     ticket = submit(processor, pool, 0, pixels)
     result = ticket.result.result(TIMEOUT_S)
     assert len(np.unique(result.defocus.level)) > 2
-    share = restored_share(Montage(result.defocus.grid, SHAPE), result.defocus.level)
+    share = Montage(result.defocus.grid, SHAPE).restored_share(result.defocus.level)
     assert (share == 0).any()
     assert (share == 1).any()
     taken = 0.25 if method == "weighed" else 1.0

@@ -23,8 +23,7 @@ from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
 from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
 from rtfocus.processing.gpu.tiles import Tiles
 from rtfocus.processing.gpu.work import FrameShape
-from rtfocus.processing.montage import Montage, from_planes, to_planes
-from rtfocus.processing.windows import FrameTiles, restored_share
+from rtfocus.processing.montage import FrameTiles, Montage, from_planes, to_planes
 
 SHAPE = (150, 210)
 GRID = TileGrid(3, 4, 96, 48, 30, signed=True)
@@ -122,7 +121,7 @@ def test_only_tiles_out_of_focus_are_replaced(work, memory, rng, colours, window
     restored = rng.uniform(-20, 100, signal.shape).astype(np.float32)
     montage = Montage(GRID, SHAPE, window)
     wanted = signal.copy()
-    blend(signal, restored, restored_share(montage, LEVELS), wanted)
+    blend(signal, restored, montage.restored_share(LEVELS), wanted)
     out = memory.upload(restored, "restored")
     maps = {"level": memory.upload(LEVELS, "levels")}
     frame = InFlight(memory.upload(signal, "signal"), maps, None, out)

@@ -19,7 +19,6 @@ from rtfocus.frame import BACKGROUND
 from rtfocus.offline import ImageProcessor
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.montage import Montage
-from rtfocus.processing.windows import restored_share
 
 SHAPE = (192, 336)
 SAMPLING = 0.65 * 0.5 / 0.451
@@ -71,7 +70,7 @@ def scale_of(frame):
 
 
 def share_of(result):
-    return restored_share(Montage(result.defocus.grid, SHAPE), result.defocus.level)
+    return Montage(result.defocus.grid, SHAPE).restored_share(result.defocus.level)
 
 
 def test_a_joint_engine_classifies_with_sign_and_uncertainty(zoo, frame):

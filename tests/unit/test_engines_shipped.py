@@ -15,7 +15,7 @@ from rtfocus.engines.registry import fit_tiles
 from rtfocus.errors import EngineError
 from rtfocus.files import resource_folder
 from rtfocus.optics.formation import blur
-from rtfocus.processing.windows import FrameTiles
+from rtfocus.processing.montage import FrameTiles
 from rtfocus.specimens import draw_specimen
 
 FOLDERS = sorted(p.parent for p in resource_folder("engines").glob("*/engine.yaml"))

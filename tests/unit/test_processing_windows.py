@@ -7,11 +7,10 @@ from hypothesis import strategies as st
 
 from rtfocus.engines.card import InputCard
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.processing.montage import Montage
-from rtfocus.processing.windows import (
+from rtfocus.processing.montage import (
     FrameTiles,
+    Montage,
     fewest_windows,
-    restored_share,
     windows_of_size,
 )
 
@@ -66,7 +65,7 @@ def test_only_tiles_that_weigh_in_pixels_to_restore_are_needed():
     labels = np.full((5, 5), BACKGROUND, np.int16)
     labels[1:, 1:] = 0
     labels[0, 0] = -3
-    share = restored_share(Montage(grid, shape), labels)
+    share = Montage(grid, shape).restored_share(labels)
     assert share[0, 0] == 1
     tiles = FrameTiles(InputCard(name="t", tile_px=64, halo_px=8), shape)
     needed = tiles.needed(share)

@@ -15,8 +15,8 @@ from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import blur, blur_depth_variant
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.montage import Montage, Region, read_region
-from rtfocus.processing.restore import WHOLE_FRAME, noise_variance
+from rtfocus.processing.montage import Montage, Region
+from rtfocus.processing.restore import WHOLE_FRAME, noise_variance, read_region
 from rtfocus.specimens import draw_specimen
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65)

@@ -24,10 +24,16 @@ from rtfocus.processing.classify import (
     check_labels,
     normalisation_of,
     probabilities,
+    tile_grid,
     turned,
 )
-from rtfocus.processing.montage import from_planes, pad, to_planes
-from rtfocus.processing.windows import AxisWindows, fewest_windows, tile_grid
+from rtfocus.processing.montage import (
+    AxisWindows,
+    fewest_windows,
+    from_planes,
+    pad,
+    to_planes,
+)
 from rtfocus.runtimes.cpu_backends import open_engine, runs_on
 
 Image = NDArray[np.float32]

@@ -23,13 +23,7 @@ from numpy.typing import NDArray
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.processing.cpu.classifier import Seen
 from rtfocus.processing.cpu.network_restorer import FrameRestorer
-from rtfocus.processing.montage import (
-    Montage,
-    crop,
-    paired_planes,
-    read_region,
-    together,
-)
+from rtfocus.processing.montage import Montage, crop, paired_planes
 from rtfocus.processing.restore import (
     BLIND,
     CAUTION,
@@ -43,6 +37,8 @@ from rtfocus.processing.restore import (
     margin_px,
     noise_variance,
     padded_shape,
+    read_region,
+    together,
     transfer_function,
 )
 

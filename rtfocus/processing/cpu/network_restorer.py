@@ -20,8 +20,7 @@ from rtfocus.errors import EngineError
 from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
-from rtfocus.processing.montage import Montage, from_planes, to_planes
-from rtfocus.processing.windows import FrameTiles, restored_share
+from rtfocus.processing.montage import FrameTiles, Montage, from_planes, to_planes
 from rtfocus.runtimes.cpu_backends import open_engine, runs_on
 
 Image = NDArray[np.float32]
@@ -175,7 +174,7 @@ class TileNetworkRestorer(FrameRestorer):
         """Restore a frame, see `FrameRestorer`."""
         assert seen is not None
         np.copyto(out, signal)
-        share = restored_share(self._montage, seen.defocus.level)
+        share = self._montage.restored_share(seen.defocus.level)
         places = self._tiles.needed(share)
         if not places:
             return
@@ -262,7 +261,7 @@ class JointRestorer(FrameRestorer):
         """Restore a frame, see `FrameRestorer`."""
         assert seen is not None
         np.copyto(out, signal)
-        share = restored_share(self._montage, seen.defocus.level)
+        share = self._montage.restored_share(seen.defocus.level)
         if not share.any():
             return
         if self._own_pass is not None:

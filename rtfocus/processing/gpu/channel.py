@@ -47,7 +47,7 @@ from rtfocus.processing.gpu.network_restorer import (
 from rtfocus.processing.gpu.preparation import Correction
 from rtfocus.processing.gpu.tiles import TileConditions
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
-from rtfocus.processing.montage import Montage
+from rtfocus.processing.montage import FrameTiles, Montage
 from rtfocus.processing.restore import (
     gaussian_like,
     iterations_of,
@@ -56,7 +56,6 @@ from rtfocus.processing.restore import (
     patch_halo_px,
     patch_shape,
 )
-from rtfocus.processing.windows import FrameTiles
 from rtfocus.runtimes.gpu import (
     Gpu,
     GpuEngine,

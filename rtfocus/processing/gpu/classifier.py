@@ -19,6 +19,7 @@ from rtfocus.processing.classify import (
     background_of,
     check_labels,
     normalisation_of,
+    tile_grid,
 )
 from rtfocus.processing.gpu.preparation import (
     Background,
@@ -34,7 +35,6 @@ from rtfocus.processing.gpu.work import (
     FrameShape,
     Work,
 )
-from rtfocus.processing.windows import tile_grid
 from rtfocus.runtimes.gpu import GpuContext, GpuEngine, Shape
 
 FLOAT_MAPS = ("defocus_um", "confidence", "uncertainty_um")

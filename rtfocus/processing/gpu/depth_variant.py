@@ -23,8 +23,8 @@ from rtfocus.processing.gpu.work import (
     Work,
     neighbours,
 )
-from rtfocus.processing.montage import Montage, Region, together
-from rtfocus.processing.restore import padded_shape
+from rtfocus.processing.montage import Montage, Region
+from rtfocus.processing.restore import padded_shape, together
 
 _LOOK = len(("plane", "height", "width"))
 _RECTANGLE = len(("top", "left", "rows", "columns"))

@@ -36,9 +36,8 @@ from rtfocus.processing.gpu.work import (
     FrameShape,
     Work,
 )
-from rtfocus.processing.montage import Montage
+from rtfocus.processing.montage import Montage, windows_of_size
 from rtfocus.processing.restore import TAPER_PX
-from rtfocus.processing.windows import windows_of_size
 from rtfocus.runtimes.gpu import GpuEngine, Shape
 
 # As in kernels/evidence.cu.

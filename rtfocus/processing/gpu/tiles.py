@@ -20,8 +20,8 @@ from rtfocus.processing.gpu.work import (
     neighbours,
     spans,
 )
+from rtfocus.processing.montage import AxisWindows, FrameTiles
 from rtfocus.processing.restore import EDGES
-from rtfocus.processing.windows import AxisWindows, FrameTiles
 
 Image = NDArray[np.float32]
 
