@@ -68,7 +68,9 @@ def demo(
 
     [bold]Example:[/] rtfocus demo --folder runs
     """
-    settings = read_config("demo", [f"run.folder={folder}", *(overrides or ())])
+    # Here, not in the config: a copy of that replaces no run.
+    own = (f"run.folder={folder}", "store.overwrite=true")
+    settings = read_config("demo", [*own, *(overrides or ())])
     with (
         interruptible() as (stop, abandon),
         display_run(quiet=quiet) as on_monitor,

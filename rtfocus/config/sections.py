@@ -415,7 +415,7 @@ class StoreConfig(Section):
     min_free_mb: NonNegativeFloat = 500
     """The run ends cleanly when less than this is left on the disk."""
     overwrite: bool = False
-    """Replace a finished run folder of the same name."""
+    """Replace a finished run folder of the same name, unless it holds anything more."""
 
 
 AlarmKind = Literal["focus", "disk", "frames", "end"]

@@ -25,7 +25,7 @@ from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import RunImages, list_shards, shard_name
 from rtfocus.writers.commit import Tally, Terms, read_rejected, read_report
 from rtfocus.writers.finish import COUNTED, finish_run
-from rtfocus.writers.folder import ASIDE_NAME, Holder, RunLock, holder_of, set_aside
+from rtfocus.writers.folder import Holder, RunLock, holder_of
 from rtfocus.writers.header import (
     CONFIDENCE,
     JOURNAL_NAME,
@@ -45,7 +45,7 @@ from rtfocus.writers.layout import (
     store_path,
 )
 from rtfocus.writers.places import Plan, TakenPlaces, complete
-from rtfocus.writers.recovery import mend_journal
+from rtfocus.writers.recovery import ASIDE_NAME, mend_journal, set_aside
 
 _MOST_PROBLEMS = 20
 """Problems of one kind told one by one."""

@@ -20,7 +20,7 @@ from rtfocus.files import refuse_links, remove, replace
 from rtfocus.frame import FrameResult
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Tally
-from rtfocus.writers.folder import RunLock, set_aside
+from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import (
     CONFIDENCE,
     DEFOCUS,
@@ -43,6 +43,7 @@ from rtfocus.writers.journal import (
 )
 from rtfocus.writers.layout import Windows, write_group
 from rtfocus.writers.places import FrameSample, Index, Plan, complete, thinned
+from rtfocus.writers.recovery import set_aside
 
 FRAMES_NAME = "frames.zarr"
 COUNTED = ("totals", "missing", "time_points", "planned_frames")
@@ -84,17 +85,16 @@ def finish_run(
     report
         What ``report.json`` says besides.
     unnamed_too
-        Whether shards before the end whose places no line names are set aside, as
-        those beyond it are. A process that was killed before it wrote their line
-        leaves such; after a failed write they stay for a repair.
+        Whether shards before the end that no line names are set aside, as those beyond
+        it are: left by a killed process. After a failed write they stay for a repair.
 
     Raises
     ------
     WriterError
         If any of it cannot be written; the folder can be repaired.
     """
-    # A Zarr image without a single time point is refused by many readers. What no line
-    # names was never acknowledged, but is somebody's.
+    # Many readers refuse an image without a time point. What no line names was never
+    # acknowledged, but is somebody's.
     left = set(images.trim(max(tally.extent, 1)))
     if unnamed_too:
         left.update(_unnamed(images, tally))

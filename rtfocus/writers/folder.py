@@ -8,6 +8,7 @@ looks at that file again before it changes anything it has not looked at for a s
 whoever was replaced touches nothing.
 """
 
+import logging
 import os
 import platform
 import time
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import BusyError, OutputError, WriterError, why_not_written
-from rtfocus.files import PATIENCE, refuse_links, remove, replace
+from rtfocus.files import PATIENCE, refuse_links, remove
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import check_space
 from rtfocus.writers.header import (
@@ -31,6 +32,9 @@ from rtfocus.writers.header import (
     HOLDER_NAME,
     JOURNAL_NAME,
     LOCK_NAME,
+    LOCK_NAMES,
+    REJECTED_NAME,
+    REPORT_NAME,
     RunHeader,
     image_specs,
     is_bare,
@@ -39,8 +43,10 @@ from rtfocus.writers.header import (
     sizes_fault,
     write_json,
 )
-from rtfocus.writers.layout import group_documents
+from rtfocus.writers.layout import COMPANION, group_documents
 from rtfocus.writers.places import Plan
+
+_log = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0
 """How long a lock is waited for: a recorder that was replaced is closing."""
@@ -214,7 +220,6 @@ def _not_lockable(folder: Path, error: Exception) -> str:
 
 
 SUFFIX = ".rtfocus"
-ASIDE_NAME = "set_aside"
 
 
 def take_folder(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:
@@ -343,6 +348,12 @@ def _resumes(folder: Path, header: RunHeader) -> bool:
                 "store.overwrite: true"
             )
             raise WriterError(msg)
+        if (added := added_to(folder)) is not None:
+            msg = (
+                f"'{folder}' is not replaced: '{added}' is not of the run; move it "
+                "away, or choose another run.name"
+            )
+            raise WriterError(msg)
         return False
     if not (folder / HEADER_NAME).exists():
         if folder.exists() and not (folder.is_dir() and is_bare(folder)):
@@ -364,7 +375,8 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
 
     A folder that already holds this series unfinished comes first, so that a
     restarted processor goes on with it. With ``store.overwrite`` a finished
-    ``NAME.rtfocus`` is taken, to be replaced by `open_run`.
+    ``NAME.rtfocus`` is taken, to be replaced by `open_run`, unless somebody has added
+    something to it.
     """
     for number in count(1):
         name = run.name if number == 1 else f"{run.name}-{number}"
@@ -372,8 +384,39 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
         if not _exists(folder) or holds_unfinished(folder, series.series_uid):
             return folder
         if store.overwrite and number == 1 and is_finished(folder):
-            return folder
+            if (added := added_to(folder)) is None:
+                return folder
+            _log.warning("'%s' is kept: '%s' is not of the run", folder, added)
     raise AssertionError  # count() never ends
+
+
+_NAMES = (
+    *(HEADER_NAME, JOURNAL_NAME, REPORT_NAME, REJECTED_NAME, *LOCK_NAMES),
+    *("frames.zarr", "report.html", "focus.ndjson", "focus.png", "picture.png"),
+    # Frames that no line names, and what file managers leave where somebody looks.
+    *("set_aside", ".DS_Store", "Thumbs.db", "desktop.ini"),
+)
+"""What may lie in the folder of a finished run beside its images."""
+
+
+def added_to(folder: Path) -> Path | None:
+    """Return what somebody has added to a finished run; None: nothing.
+
+    Notes beside its images are that, and labels that a viewer saved in one. A header
+    that cannot be read counts as somebody's too.
+    """
+    known = {folder / name for name in _NAMES}
+    try:
+        header = read_header(folder)
+        groups = group_documents(folder, header, image_specs(header))
+    except WriterError:
+        return folder / HEADER_NAME
+    for group in groups:
+        known |= {group, *group.parents}
+        known |= {group / name for name in ("zarr.json", "0", Path(COMPANION).name)}
+    places = [place for place in (folder, *groups) if place.is_dir()]
+    found = (path for place in places for path in place.iterdir() if path not in known)
+    return next(found, None)
 
 
 def _exists(folder: Path) -> bool:
@@ -405,36 +448,3 @@ def holds_unfinished(folder: Path, series_uid: str) -> bool:
         return read_header(folder).series.series_uid == series_uid
     except WriterError:
         return False
-
-
-def set_aside(folder: Path, files: list[Path]) -> Path | None:
-    """Move files of a run folder to ``set_aside/N``, each at its own relative path.
-
-    Returns
-    -------
-    Path or None
-        Where they are now; None: there were none.
-
-    Raises
-    ------
-    WriterError
-        If one cannot be moved.
-    """
-    if not files:
-        return None
-    target = next(
-        path
-        for number in count(1)
-        if not (path := folder / ASIDE_NAME / str(number)).exists()
-    )
-    try:
-        for file in files:
-            moved = target / file.relative_to(folder)
-            moved.parent.mkdir(parents=True, exist_ok=True)
-            replace(file, moved)
-    except OSError as error:
-        msg = f"cannot make '{target}': {why_not_written(error)}"
-        raise WriterError(msg) from error
-    except OutputError as error:
-        raise WriterError(str(error)) from error
-    return target

@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 import msgspec
 
-from rtfocus.errors import WriterError, why_not_written
+from rtfocus.errors import OutputError, WriterError, why_not_written
+from rtfocus.files import replace
 from rtfocus.writers.arrays import RunImages
-from rtfocus.writers.folder import ASIDE_NAME, set_aside
 from rtfocus.writers.header import JOURNAL_NAME, RAW, RESTORED, RunHeader
 from rtfocus.writers.journal import (
     BLANK,
@@ -32,6 +32,8 @@ from rtfocus.writers.journal import (
     write_journal,
 )
 from rtfocus.writers.places import Index, Plan, TakenPlaces, complete
+
+ASIDE_NAME = "set_aside"
 
 LOST = "neither its line nor its pixels are on the disk"
 """Reason of a sequence that nothing is left of."""
@@ -394,3 +396,36 @@ def _text(row: _Row, old: BinaryIO) -> bytes:
     if row.status == MISSING:
         line["reason"] = LOST
     return msgspec.json.encode(line)
+
+
+def set_aside(folder: Path, files: list[Path]) -> Path | None:
+    """Move files of a run folder to ``set_aside/N``, each at its own relative path.
+
+    Returns
+    -------
+    Path or None
+        Where they are now; None: there were none.
+
+    Raises
+    ------
+    WriterError
+        If one cannot be moved.
+    """
+    if not files:
+        return None
+    target = next(
+        path
+        for number in count(1)
+        if not (path := folder / ASIDE_NAME / str(number)).exists()
+    )
+    try:
+        for file in files:
+            moved = target / file.relative_to(folder)
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            replace(file, moved)
+    except OSError as error:
+        msg = f"cannot make '{target}': {why_not_written(error)}"
+        raise WriterError(msg) from error
+    except OutputError as error:
+        raise WriterError(str(error)) from error
+    return target

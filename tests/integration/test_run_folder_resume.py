@@ -15,6 +15,7 @@ from rtfocus import files
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import WriterError
+from rtfocus.frame import Position
 from rtfocus.writers.check import check_run
 from rtfocus.writers.folder import run_folder
 
@@ -217,6 +218,50 @@ def test_a_finished_folder_is_refused_or_replaced(tmp_path: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["series_uid"] == "uid-2"
     assert check_run(folder).frames == 2
+
+
+@pytest.mark.parametrize(
+    "added",
+    ["notes.txt", "analysis/cells.csv", "raw.ome.zarr/labels/nuclei/zarr.json"],
+)
+def test_a_finished_run_that_somebody_added_to_is_not_replaced(
+    tmp_path: Path, added: str
+) -> None:
+    run, store = RunConfig(name="day", folder=tmp_path), StoreConfig(overwrite=True)
+    other = make_series(series_uid="uid-2")
+    folder = tmp_path / "day.rtfocus"
+    with recording(folder, make_series()) as opened:
+        opened.close(opened.send_all())
+    (folder / "report.html").touch()
+    assert run_folder(run, store, other) == folder
+    theirs = folder / added
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("a week's work")
+    assert run_folder(run, store, other) == tmp_path / "day-2.rtfocus"
+    with pytest.raises(WriterError, match=r"is not of the run; move it away"):
+        Recording(folder, other, store={"overwrite": True})
+    assert theirs.read_text() == "a week's work"
+    assert check_run(folder).frames == 6
+
+
+def test_a_plate_that_nobody_added_to_is_replaced(tmp_path: Path) -> None:
+    run, store = RunConfig(name="day", folder=tmp_path), StoreConfig(overwrite=True)
+    wells = [
+        Position(name=f"A{column}", plate_row="A", plate_column=str(column))
+        for column in (1, 2)
+    ]
+    tiles = [Position(name=name) for name in ("left", "right")]
+    for number, positions in enumerate((wells, tiles)):
+        series = make_series(
+            series_uid=f"uid-{number}", positions=positions, sizes={"t": 1, "p": 2}
+        )
+        folder = run_folder(run, store, series)
+        assert folder == tmp_path / "day.rtfocus"
+        with recording(folder, series, store={"overwrite": True}) as opened:
+            for p in range(2):
+                opened.send(p, {"p": p})
+            opened.close(2)
+    assert run_folder(run, store, make_series()) == folder
 
 
 def test_a_finished_run_that_a_viewer_holds_open_is_replaced_not_at_all(
