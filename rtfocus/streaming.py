@@ -285,6 +285,11 @@ class LiveStream:
             if self._thread is threading.current_thread():
                 # Ctrl-C has left the plan's run, which says no end by itself any more.
                 end_abandoned(self._core.mda)
+            while (begun := _begun_plan(self._core)) is not None:
+                if error is not None:
+                    # Before its first signal a cancellation is lost.
+                    self._core.mda.cancel()
+                begun.join(_LOOK_S)
             while not self._idle.wait(_LOOK_S):
                 continue
         if self._child is not None and not self._child.failed():
@@ -346,6 +351,17 @@ class LiveStream:
                 yield open_run(folder)
             except WriterError:
                 continue
+
+
+def _begun_plan(core: CMMCorePlus) -> threading.Thread | None:
+    """Return the thread of a plan that ``core.run_mda`` has begun; None: there is none.
+
+    It opens the plan's files before it says that the plan starts. Until then nothing
+    but its target tells that there will be frames.
+    """
+    here, run = threading.current_thread(), core.mda.run
+    threads = (thread for thread in threading.enumerate() if thread is not here)
+    return next((one for one in threads if getattr(one, "_target", None) == run), None)
 
 
 def _told(error: Exception) -> Exception:

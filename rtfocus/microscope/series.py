@@ -140,6 +140,8 @@ class Geometry:
     bit_depth: int
     roi: tuple[int, ...]
     """x, y, width, height on the chip."""
+    pixel_size_um: float
+    """Of the objective that the core knows of, binning included; 0: not calibrated."""
 
     def change(self, now: "Geometry") -> str | None:
         """Name what differs; None when nothing does."""
@@ -147,6 +149,9 @@ class Geometry:
             before, after = getattr(self, name), getattr(now, name)
             if before != after:
                 return f"camera {name} changed from {before} to {after}"
+        before_um, now_um = self.pixel_size_um, now.pixel_size_um
+        if before_um != now_um:
+            return f"the core's pixel size changed from {before_um} to {now_um} um"
         return None
 
     def __str__(self) -> str:
@@ -194,7 +199,11 @@ def camera_geometry(core: UniMMCore) -> Geometry:
         )
         raise MicroscopeError(msg)
     dtype = np.dtype(f"<u{component_bytes}") if component_bytes > 1 else np.dtype("u1")
-    return Geometry(shape, dtype.str, _bit_depth(core), tuple(core.getROI()))
+    # As the core knows it: asking an objective turret each time would slow it down.
+    pixel_size_um = float(core.getPixelSizeUm(True))
+    return Geometry(
+        shape, dtype.str, _bit_depth(core), tuple(core.getROI()), pixel_size_um
+    )
 
 
 def describe_series(

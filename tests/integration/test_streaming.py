@@ -142,6 +142,19 @@ def test_a_change_of_the_camera_breaks_the_series_off(core):
     assert report.frames == len(sink.headers) < 20
 
 
+def test_a_change_of_the_objective_breaks_the_series_off(core):
+    sequence = useq.MDASequence(time_plan={"interval": 0.01, "loops": 20})
+
+    def magnify(number):
+        if number == 4:
+            core.setConfig("Objective", "20X")
+
+    followed, _ = follow(core, sequence, sink := RecordingSink(before_acquire=magnify))
+    report = followed.finish()
+    assert report.reason == "the core's pixel size changed from 1.0 to 0.5 um"
+    assert report.frames == len(sink.headers) < 20
+
+
 def test_what_micro_manager_complains_of_is_in_the_report(core, caplog):
     core.setProperty("Z", "UseSequences", "No")
     sequence = useq.MDASequence(z_plan={"range": 4, "step": 1}, channels=["DAPI"])
@@ -239,6 +252,28 @@ def test_handlers_of_the_script_that_fail_cost_no_frame_and_no_end(core, recorde
         core.mda.run(useq.MDASequence(time_plan={"interval": 0, "loops": 3}))
     end()
     assert live.reports[0].frames == live.runs[0].outcome.present == 3
+
+
+def test_the_end_of_the_block_waits_for_a_plan_that_has_just_been_begun(core, recorder):
+    config, end = recorder
+    opened = threading.Event()
+
+    class SlowOutput:
+        """Takes a while to open, as a file on a network disk."""
+
+        @property
+        def frameReady(self):  # noqa: N802 (pymmcore-plus' name)
+            opened.wait(60)
+            return lambda *_: None
+
+    live = rtfocus.stream(core, config, processor="configured")
+    with live:
+        plan = useq.MDASequence(time_plan={"interval": 0, "loops": 3})
+        running = core.run_mda(plan, output=[SlowOutput()])
+        threading.Timer(0.3, opened.set).start()
+    running.join()
+    end()
+    assert [report.frames for report in live.reports] == [3]
 
 
 def test_a_series_that_broke_off_is_raised_at_the_end_of_the_block(
