@@ -273,6 +273,14 @@ class PercentileRange:
     """Pixels the percentiles are read from, on a regular grid: a whole frame of
     four million costs as much time as the network."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.low_percent < self.high_percent <= 100 or self.sample_px < 1:
+            msg = (
+                f"low_percent={self.low_percent}, high_percent={self.high_percent}, "
+                f"sample_px={self.sample_px}: need 0 <= low < high <= 100 and pixels"
+            )
+            raise ValueError(msg)
+
     def fit(self, frame: Image) -> tuple[float, float]:
         """Return (offset, scale) of a frame (y, x); the scale is never 0."""
         step = max(1, int(np.sqrt(frame.size / self.sample_px)))

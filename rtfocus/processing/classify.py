@@ -28,12 +28,14 @@ from rtfocus.engines.card import (
     EngineCard,
     InputCard,
     OutputCard,
+    input_of,
     output_of,
 )
 from rtfocus.engines.registry import FrameFit, parts, step_um
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader, TileGrid
 from rtfocus.optics.normalisation import (
+    CELL_PX,
     ContrastToNoise,
     LocalStandardisation,
     PercentileRange,
@@ -53,8 +55,17 @@ BACKGROUNDS: Mapping[str, Callable[..., ContrastToNoise]] = {
 
 
 def normalisation_of(card: EngineCard) -> Normalisation:
-    """Return the normalisation that a card names."""
-    return _build(card, "normalisation", NORMALISATIONS)
+    """Return the normalisation that a card names; EngineError: there is none."""
+    rule = _build(card, "normalisation", NORMALISATIONS)
+    by_cells = card.kind != "restorer" and isinstance(rule, LocalStandardisation)
+    # Whole frames are padded to that multiple.
+    if by_cells and (multiple_px := input_of(card).multiple_px) % CELL_PX:
+        msg = (
+            f"engine '{card.name}': input.multiple_px is {multiple_px}, but local_"
+            f"standardisation works on cells of {CELL_PX} px; give a multiple of them"
+        )
+        raise EngineError(msg)
+    return rule
 
 
 def background_of(card: EngineCard) -> ContrastToNoise | None:

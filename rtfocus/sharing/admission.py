@@ -19,7 +19,13 @@ import yaml
 from google.protobuf.message import DecodeError, Message
 
 from rtfocus.config.loading import decode, parse_yaml
-from rtfocus.engines.card import CARD_NAME, EngineCard, parse_card
+from rtfocus.engines.card import (
+    CARD_NAME,
+    EngineCard,
+    parse_card,
+    read_card,
+    verified_file,
+)
 from rtfocus.engines.registry import FoundEngine, add_engine
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
@@ -99,6 +105,7 @@ def _add(
         )
         raise EngineError(msg)
     if name is None and (path / CARD_NAME).is_file():
+        _refuse_other_networks(path)
         return add_engine(path)
     with (
         open_package(path, origin) as package,
@@ -107,6 +114,33 @@ def _add(
         for file, data in _taken(package, name, values).items():
             (Path(scratch) / file).write_bytes(data)
         return add_engine(Path(scratch))
+
+
+def _refuse_other_networks(folder: Path) -> None:
+    """Refuse weights whose network has not the tensors that its card names."""
+    card = read_card(folder)
+    inputs = {f"{one.name} FLOAT" for one in (card.input, card.condition) if one}
+    results = (card.output, card.restored, card.kernel_output)
+    outputs = {one.name for one in results if one}
+    kind_of = onnx.TensorProto.DataType.Name
+    for precision in card.files:
+        file = verified_file(folder, card, precision)
+        try:
+            graph = read_network(file.read_bytes()).graph
+        except EngineError as error:
+            msg = f"engine '{card.name}' {error}"
+            raise EngineError(msg) from error
+        given = {tensor.name for tensor in graph.output}
+        weights = {tensor.name for tensor in graph.initializer}
+        tensors = (one for one in graph.input if one.name not in weights)
+        taken = {f"{t.name} {kind_of(t.type.tensor_type.elem_type)}" for t in tensors}
+        if taken != inputs or not outputs <= given:
+            msg = (
+                f"engine '{card.name}': '{file.name}' takes {sorted(taken)} and gives "
+                f"{sorted(given)}, its card says {sorted(inputs)} and "
+                f"{sorted(outputs)}; correct the card or export the network again"
+            )
+            raise EngineError(msg)
 
 
 def _page_of(name: str) -> str | None:

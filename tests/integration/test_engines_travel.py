@@ -67,6 +67,43 @@ def refused(path: Path | str, mine: Path, said: str) -> None:
     assert not mine.exists() or not list(mine.iterdir())
 
 
+def rewritten(folder: Path, change) -> Path:
+    """Return an engine's folder whose network was changed, its card's sum with it."""
+    file, card = folder / "model.fp32.onnx", folder / "engine.yaml"
+    network = onnx.load(file)
+    change(network)
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    onnx.save(network, file)
+    after = hashlib.sha256(file.read_bytes()).hexdigest()
+    card.write_text(card.read_text("utf-8").replace(before, after), "utf-8")
+    return folder
+
+
+def name_the_output_otherwise(network: onnx.ModelProto) -> None:
+    (node,) = (one for one in network.graph.node if "restored" in one.output)
+    node.output[:] = ["sharp"]
+    network.graph.output[0].name = "sharp"
+
+
+def take_doubles(network: onnx.ModelProto) -> None:
+    network.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (name_the_output_otherwise, r"gives \['sharp'\], its card says .*\['restored'"),
+        (take_doubles, r"takes \['tiles DOUBLE'\].*its card says \['tiles FLOAT'\]"),
+        (lambda network: network.ClearField("graph"), "holds no network"),
+    ],
+)
+def test_a_network_that_its_card_does_not_describe_is_not_added(
+    change, said, mine, tmp_path
+):
+    folder = write_smooth_restorer(tmp_path / "smooth")
+    refused(rewritten(folder, change), mine, said)
+
+
 @pytest.mark.parametrize("inside", ["", "smooth-model/"])
 def test_what_was_exported_comes_back_as_it_was(inside, exported, mine, tmp_path):
     files = {inside + name: data for name, data in exported.items()}

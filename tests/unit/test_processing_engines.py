@@ -52,6 +52,27 @@ def test_a_normalisation_that_is_none_is_named(folder, name):
         normalisation_of(read_card(folder))
 
 
+@pytest.mark.parametrize(
+    ("normalisation", "said"),
+    [
+        ({"name": "percentile_range", "low_percent": 99, "high_percent": 1}, "low < h"),
+        ({"name": "percentile_range", "high_percent": 998}, "low < high <= 100"),
+        ({"name": "percentile_range", "low_percent": "few"}, "not supported between"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_told(folder, normalisation, said):
+    change(folder, normalisation=normalisation)
+    with pytest.raises(EngineError, match=f"normalisation 'percentile_range'.*{said}"):
+        normalisation_of(read_card(folder))
+
+
+def test_frames_that_are_no_whole_cells_are_told_before_the_first(folder):
+    card = read_card(folder)
+    tiles = card.input.model_copy(update={"multiple_px": 16})
+    with pytest.raises(EngineError, match=r"multiple_px is 16, but .* cells of 12 px"):
+        normalisation_of(card.model_copy(update={"input": tiles}))
+
+
 def test_changed_weights_are_refused(folder):
     with (folder / "model.fp32.onnx").open("ab") as file:
         file.write(b"x")

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.engines.card import input_of, output_of
-from rtfocus.engines.registry import FrameFit, parts
-from rtfocus.errors import EngineError
+from rtfocus.engines.registry import parts
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.optics.normalisation import CELL_PX, LocalStandardisation
+from rtfocus.optics.normalisation import LocalStandardisation
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import (
     LabelDecoder,
@@ -226,7 +225,6 @@ class FrameClassifier:
         # The frame as the network's input, and back.
         self._tile = Tiles(memory, frame, planes, whole_frame_tile(plan.fit.padded))
         if isinstance(rule, LocalStandardisation):
-            _require_whole_cells(plan.fit)
             if self._cells is not None:
                 self._standardisation = Standardisation(memory, rule, self._cells)
         else:
@@ -333,13 +331,3 @@ class FrameClassifier:
             maps["uncertainty_um"],
             maps["level"],
         )
-
-
-def _require_whole_cells(fit: FrameFit) -> None:
-    """Refuse to standardise what is no whole cells."""
-    if any(side % CELL_PX for side in fit.padded):
-        msg = (
-            f"frames of {fit.shape} are padded to {fit.padded}, which is no multiple "
-            f"of {CELL_PX} px; export the engine with input.multiple_px that is one"
-        )
-        raise EngineError(msg)
