@@ -19,7 +19,8 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── MicroscopeError    Micro-Manager, adapters, devices, acquisition
     ├── EngineError        an engine that cannot be loaded, fitted or run
     ├── WriterError        the run folder: disk, store, journal
-    │   └── BusyError      another process writes the run folder
+    │   ├── BusyError      another process writes the run folder
+    │   └── NoRunError     a folder that is none
     ├── IncompleteError    the work ended, but not all that was planned is there
     └── WorkerError        a thread of the loop failed; names it, keeps the cause
 
@@ -47,8 +48,8 @@ class ExitCode(IntEnum):
     CONFIG = 3
     """A config, plan or option cannot be used; nothing was acquired or written."""
     INPUT = 4
-    """An input cannot be read as images, or an output is refused; nothing was
-    changed."""
+    """An input cannot be read as images, is no run folder, or an output is refused;
+    nothing was changed."""
     INCOMPLETE = 5
     """The work ended and what is on disk is sound, but not all that was planned is
     there: fewer frames than the plan has, frames dropped or in error, some of several
@@ -156,6 +157,12 @@ class BusyError(WriterError):
     """Another process writes the run folder; the message says which."""
 
     exit_code = ExitCode.BUSY
+
+
+class NoRunError(WriterError):
+    """What is given as a run folder is none, or cannot be opened."""
+
+    exit_code = ExitCode.INPUT
 
 
 class IncompleteError(RtfocusError):

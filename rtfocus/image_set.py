@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Self
 
 import numpy as np
@@ -38,6 +38,7 @@ from rtfocus.images.optics import (
 )
 from rtfocus.images.series import ImageSeries, nothing_shown, shows_nothing
 from rtfocus.offline import ImageProcessor
+from rtfocus.processing.channel_plan import find_classifier
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 
 BLIND_ENGINE = "rtfocus-2"
@@ -57,6 +58,7 @@ class _Channel:
     """The config's entry, by the name in the file."""
     optics: ImageOptics
     find: Find
+    find_classifier: Find
 
     @property
     def classifier(self) -> str | None:
@@ -71,12 +73,11 @@ class _Channel:
     @cached_property
     def engines(self) -> list[FoundEngine]:
         """Classifier and restorer, as far as they are engines."""
-        names = dict.fromkeys((self.classifier, self.method))
-        return [
-            self.find(name)
-            for name in names
-            if name is not None and name not in (*METHODS, "none")
-        ]
+        classifier, method = self.classifier, self.method
+        found = [] if classifier is None else [self.find_classifier(classifier)]
+        if method not in (*METHODS, "none", classifier):
+            found.append(self.find(method))
+        return found
 
     @property
     def needs_no_optics(self) -> bool:
@@ -191,7 +192,8 @@ class ImageSet:
         self._processors = OrderedDict()
         folders = settings.processing.engine_folders
         # Looked for once, not once per image.
-        self._find: Find = cache(lambda name: find_engine(name, folders))
+        self._find: Find = cache(partial(find_engine, folders=folders))
+        self._find_classifier: Find = cache(partial(find_classifier, folders=folders))
         # One config object for all that is processed alike.
         self._blind = restoring_with(settings, BLIND_ENGINE) if free_choice else None
         self.turn_to(series)
@@ -318,7 +320,9 @@ class ImageSet:
             if optics.system is None and self._blind is not None:
                 settings = self._blind
                 known = _names(settings, image)[channel]
-            planned = _Channel(settings, known, optics, self._find)
+            planned = _Channel(
+                settings, known, optics, self._find, self._find_classifier
+            )
             planned.check(image)
             plan.append(planned)
         return plan

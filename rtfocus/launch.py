@@ -28,7 +28,7 @@ import yaml
 from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.engines.card import verified_file
-from rtfocus.engines.registry import FoundEngine, check_fit, find_engine
+from rtfocus.engines.registry import FoundEngine, check_fit
 from rtfocus.errors import (
     ConfigError,
     ExitCode,
@@ -40,7 +40,11 @@ from rtfocus.errors import (
 )
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import check_space, free_bytes
-from rtfocus.processing.channel_plan import plan_channel, restored_as_it_is
+from rtfocus.processing.channel_plan import (
+    find_classifier,
+    plan_channel,
+    restored_as_it_is,
+)
 from rtfocus.transport.sockets import is_local
 from rtfocus.writers.folder import planned_bytes, run_folder
 from rtfocus.writers.header import RunHeader
@@ -267,7 +271,7 @@ def _engine_of(config: Config, channel: str) -> str:
             return "recorded, not restored"
         _verify(as_it_is.engine)
         return f"restored by {as_it_is.name}, defocus not estimated"
-    found = find_engine(name, config.processing.engine_folders)
+    found = find_classifier(name, config.processing.engine_folders)
     check_fit(found.card, settings.optics, ignore=config.processing.ignore_optics)
     _verify(found)
     return f"{name} fits its optics"

@@ -31,7 +31,7 @@ from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import checked_image
 from rtfocus.metrics import memory
 from rtfocus.optics.normalisation import halved, normalised
-from rtfocus.processing.channel_plan import restored_as_it_is
+from rtfocus.processing.channel_plan import find_classifier, restored_as_it_is
 from rtfocus.processing.classify import (
     Conditions,
     estimate_frame,
@@ -299,7 +299,7 @@ class ImageProcessor:
         if optics is None and not self._blind:
             # Where others are stated the engine's would be a guess: refused.
             self._config.optics_of(channel)
-        card = find_engine(name, processing.engine_folders).card
+        card = find_classifier(name, processing.engine_folders).card
         levels, of_card = parts(card)
         optics = optics or of_card.reference
         step = step_um(card, optics, blind=self._blind)

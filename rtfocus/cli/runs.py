@@ -20,7 +20,7 @@ from rich.table import Table
 
 from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
 from rtfocus.cli.display import counting, share_bar
-from rtfocus.errors import ConfigError, ExitCode, InputError, WriterError, number_of
+from rtfocus.errors import ExitCode, InputError, WriterError, number_of
 from rtfocus.metrics import STEPS, Outcome, plan_in_words
 from rtfocus.writers.header import HEADER_NAME
 
@@ -213,8 +213,9 @@ def check(
 ) -> None:
     """Validate a run folder: stores, journal, and that no frame is unaccounted for.
 
-    Exits with 1 when something is wrong, with 5 when all is sound but there are fewer
-    frames than planned, with 7 when the run is being written.
+    Exits with 1 when something is wrong, with 4 when it is no run folder, with 5 when
+    all is sound but there are fewer frames than planned, with 7 when the run is being
+    written.
 
     [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
     """
@@ -313,7 +314,7 @@ def export(
         raise InputError(msg)
     if source.is_dir():
         msg = f"'{source}' is no run folder (no {HEADER_NAME}) and no checkpoint file"
-        raise ConfigError(msg)
+        raise InputError(msg)
     refuse_options(of_run, f"'{source}' is no run folder")
     # Of a run nothing is trained, and what trains takes long to import.
     need_torch()

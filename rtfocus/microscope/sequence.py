@@ -14,6 +14,7 @@ from typing import Any
 
 import useq
 from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from rtfocus.config.loading import hint, models_in, near, read_yaml
 from rtfocus.errors import ConfigError
@@ -21,12 +22,12 @@ from rtfocus.errors import ConfigError
 DEEPEST = 64
 _MOST = {"tcgz": (10_000_000, "images"), "g": (100_000, "positions, tiles and points")}
 """Of a plan, by axes: each image's place is held in memory, each position a folder."""
-# A union of five kinds of plan complains five times of one value.
 _MOST_FAULTS = 3
 # Fields whose content is the user's own.
 _FREE = {"metadata"}
 _NEAR = 0.6
 Kind = type[BaseModel]
+Place = tuple[int | str, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -85,19 +86,68 @@ def _one_line(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())
     faults: dict[str, str] = {}
-    # Of the kinds of plan that were tried, the one meant lacks the least.
-    for detail in sorted(error.errors(), key=lambda fault: fault["type"] == "missing"):
-        # The name of the kind that was tried is no step of the path.
-        steps = [
-            f"[{step}]" if isinstance(step, int) else f".{step}"
-            for step in detail["loc"]
-            if isinstance(step, int) or str(step).islower()
-        ]
-        key = "".join(steps).lstrip(".") or "plan"
-        value = detail["input"]
+    lacking: dict[str, dict[object, list[str]]] = {}
+    for detail in _of_kinds_meant(error.errors()):
+        *place, last = detail["loc"] or ("",)
+        if detail["type"] == "missing":
+            kind = place[-1] if place and _is_kind(place[-1]) else None
+            lacking.setdefault(_path(place), {}).setdefault(kind, []).append(str(last))
+            continue
+        key, value = _path(detail["loc"]), detail["input"]
         shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
         faults.setdefault(key, f"{key}: {detail['msg']}{shown}")
+    for key, kinds in lacking.items():
+        names = " or ".join(" and ".join(names) for names in kinds.values())
+        faults.setdefault(f"{key} lacks", f"{key} lacks {names}")
     return "; ".join(list(faults.values())[:_MOST_FAULTS])
+
+
+def _path(place: Sequence[int | str]) -> str:
+    # The name of the kind that was tried is no step of the path.
+    steps = [
+        f"[{step}]" if isinstance(step, int) else f".{step}"
+        for step in place
+        if not _is_kind(step)
+    ]
+    return "".join(steps).lstrip(".") or "plan"
+
+
+def _is_kind(step: int | str) -> bool:
+    """Tell whether a step of a fault's place is the class that useq tried there."""
+    return isinstance(step, str) and not step.islower()
+
+
+def _of_kinds_meant(found: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Keep the faults of the kinds of plan that were meant: useq tries every kind."""
+    for depth in range(max((len(one["loc"]) for one in found), default=0)):
+        tried: dict[Place, dict[str, list[ErrorDetails]]] = {}
+        for one in found:
+            if len(one["loc"]) > depth and _is_kind(step := one["loc"][depth]):
+                kinds = tried.setdefault(one["loc"][:depth], {})
+                kinds.setdefault(str(step), []).append(one)
+        for place, kinds in tried.items():
+            far = {name: _farness(name, kinds[name], depth) for name in kinds}
+            nearest = min(far.values())
+            others = {name for name in kinds if far[name] > nearest}
+            found = [
+                one
+                for one in found
+                if one["loc"][:depth] != place or one["loc"][depth] not in others
+            ]
+    return found
+
+
+def _farness(kind: str, faults: list[ErrorDetails], depth: int) -> tuple[int, int, int]:
+    """Return how far a plan is from a kind, by what it lacks of it and has of it."""
+    missing = [
+        one
+        for one in faults
+        if one["type"] == "missing" and len(one["loc"]) == depth + 2
+    ]
+    if not missing:
+        return 0, 0, 0
+    known = _keys(getattr(useq, kind, BaseModel)).keys() & missing[0]["input"]
+    return 1, -len(known), len(missing)
 
 
 def _refuse_impossible(plan: object, key: str, depth: int = 0) -> None:
@@ -205,6 +255,9 @@ def _unknown(
     if isinstance(taken, BaseModel) and given.keys() <= _keys(type(taken)).keys():
         kind = type(taken)
     valid = _keys(kind)
+    if fault := _why_other_kind(given, kind, taken):
+        yield f"'{path}' is no {kind.__name__}: {fault}"
+        return
     for key, value in given.items():
         if key not in valid:
             meant = hint(str(key).lower(), [*valid], _NEAR)
@@ -218,6 +271,19 @@ def _unknown(
             continue
         below = models_in(kind.model_fields[name].annotation)
         yield from _unknown(value, below, getattr(taken, name, None), f"{path}.{key}")
+
+
+def _why_other_kind(given: dict[Any, Any], kind: Kind, taken: object) -> str | None:
+    """Return the fault of a plan that only useq's other kinds can read; None: none."""
+    if not isinstance(taken, BaseModel) or isinstance(taken, kind):
+        return None
+    if not given.keys() <= _keys(kind).keys():  # told as unknown
+        return None
+    try:
+        kind.model_validate(copy.deepcopy(given))
+    except ValidationError as error:
+        return _one_line(error)
+    return None
 
 
 def _meant(given: dict[object, object], kinds: list[Kind], taken: type) -> Kind:

@@ -5,9 +5,10 @@ told, what restores and with which PSFs. A device opens the engines and does it.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from rtfocus.engines.registry import (
     check_fit,
     find_engine,
     fit_frame,
+    list_engines,
     parts,
     step_um,
 )
@@ -236,7 +238,7 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
             reason = f"channel '{channel.name}' has no optics in the config"
         return replace(plan, skipped=reason if as_it_is is None else None)
     compare_pixel_size(channel.name, optics, series.pixel_size_um)
-    found = find_engine(name, config.processing.engine_folders)
+    found = find_classifier(name, config.processing.engine_folders)
     check_fit(
         found.card,
         optics,
@@ -254,6 +256,25 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
         restoration=restoration,
         skipped="restoration.method is none" if restoration is None else None,
     )
+
+
+def find_classifier(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
+    """Return the engine of a name that finds the defocus.
+
+    Raises
+    ------
+    EngineError
+        If there is none of that name, or it restores only; names those that find it.
+    """
+    found = None if name in METHODS else find_engine(name, folders)
+    if found is not None and found.card.kind != "restorer":
+        return found
+    able = [e.name for e in list_engines(folders) if e.card.kind != "restorer"]
+    msg = (
+        f"'{name}' restores and finds no defocus; processing.classifier and classify "
+        f"--engine take a classifier or joint engine: {', '.join(able) or 'none'}"
+    )
+    raise EngineError(msg)
 
 
 def restored_dtype(config: Config, series: SeriesStart) -> np.dtype[Any]:
@@ -300,12 +321,6 @@ class _Eye:
     def classifier(self, found: FoundEngine, *, restores: bool) -> ClassifierPlan:
         """Plan a classifier or joint engine on whole frames."""
         card = found.card
-        if card.kind == "restorer":
-            msg = (
-                f"engine '{card.name}' is a restorer; processing.classifier needs a "
-                "classifier or joint engine"
-            )
-            raise EngineError(msg)
         tiles = input_of(card)
         colours = restores and len(self.shape) == 3 and tiles.channels == 1
         return ClassifierPlan(

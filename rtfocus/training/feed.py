@@ -217,7 +217,8 @@ def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
         msg = f"no checkpoint at '{path}'; make one with: rtfocus train RECIPE"
         raise ConfigError(msg) from error
     except Exception as error:  # torch raises whatever the unpickler met
-        msg = f"checkpoint '{path}' cannot be read: {error}; train again"
+        reason = str(error) or type(error).__name__
+        msg = f"checkpoint '{path}' cannot be read: {reason}; train again"
         raise ConfigError(msg) from error
     if state.get("format") != _FORMAT:
         msg = (

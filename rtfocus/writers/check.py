@@ -116,8 +116,10 @@ def check_run(
     ------
     BusyError
         If it is to be repaired while it is being written.
+    NoRunError
+        If `folder` is no run folder.
     WriterError
-        If `folder` is no run folder, or cannot be repaired.
+        If it is damaged so that it cannot be read, or cannot be repaired.
     """
     header = read_header(folder)
     report = CheckReport(folder)

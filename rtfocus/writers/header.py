@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from rtfocus.config.sections import StoreConfig
-from rtfocus.errors import OutputError, WriterError, why_not_written
+from rtfocus.errors import NoRunError, OutputError, WriterError, why_not_written
 from rtfocus.files import replace
 from rtfocus.frame import SeriesStart, TileGrid
 
@@ -78,8 +78,10 @@ def read_header(folder: Path) -> RunHeader:
 
     Raises
     ------
+    NoRunError
+        If there is none, or it cannot be opened.
     WriterError
-        If there is none, or one that this version cannot read.
+        If it is damaged, or of another version.
     """
     path = folder / HEADER_NAME
     try:
@@ -101,7 +103,7 @@ def read_header(folder: Path) -> RunHeader:
         reason = error.strerror if isinstance(error, OSError) else _short(error)
         if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO):
             msg = f"'{path}' cannot be read: {reason}; allow it, or see to its disk"
-            raise WriterError(msg) from error
+            raise NoRunError(msg) from error
         near = folder.with_name(f"{folder.name}.rtfocus")
         hint = (
             f"did you mean '{near}'?"
@@ -112,7 +114,8 @@ def read_header(folder: Path) -> RunHeader:
             f"'{folder}' is no run folder: '{HEADER_NAME}' cannot be read ({reason}); "
             f"{hint}"
         )
-        raise WriterError(msg) from error
+        kind = NoRunError if isinstance(error, OSError) else WriterError
+        raise kind(msg) from error
     if (fault := _fault(header)) is not None:
         msg = f"'{path}' is damaged: {fault}; the images can be read by other programs"
         raise WriterError(msg)

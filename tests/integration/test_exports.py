@@ -178,7 +178,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
     assert f"rtfocus check {folder} --repair" in said
     said = failed(command("export", folder, "-o", output, "--precision", "fp16"))
     assert "--precision cannot be used" in said
-    said = failed(command("export", tmp_path, "-o", output))
+    said = failed(command("export", tmp_path, "-o", output), ExitCode.INPUT)
     assert "is no run folder" in said
     missing = command("export", tmp_path / "cat.rtfocus", "-o", output)
     assert "cat.rtfocus' does not exist; give a run folder" in missing.err

@@ -219,6 +219,6 @@ def test_fp16_where_an_engine_has_none_runs_fp32_and_says_so(zoo, frame, caplog)
 def test_a_restorer_cannot_classify(zoo, frame):
     with (
         processor(zoo, classifier="smooth") as images,
-        pytest.raises(EngineError, match=r"'smooth' is a restorer; .* needs a classif"),
+        pytest.raises(EngineError, match=r"'smooth' restores and finds.*: .*delpnet"),
     ):
         images.classify(frame)

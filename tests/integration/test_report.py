@@ -219,9 +219,13 @@ def test_page_of_somebody_else_is_kept(tmp_path: Path) -> None:
     assert (folder / PAGE_NAME).read_text("utf-8") == "<p>mine"
 
 
-def test_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
-    said = failed(command("report", tmp_path), ExitCode.FAILED)
-    assert "no run folder" in said
+@pytest.mark.parametrize("name", ["check", "report", "view"])
+@pytest.mark.parametrize("place", [".", "missing"])
+def test_what_is_no_run_is_refused_in_one_line(
+    tmp_path: Path, name: str, place: str
+) -> None:
+    said = failed(command(name, tmp_path / place), ExitCode.INPUT)
+    assert "run folder" in said
     assert not (tmp_path / PAGE_NAME).exists()
 
 

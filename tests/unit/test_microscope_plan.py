@@ -324,6 +324,25 @@ def test_what_would_be_passed_over_in_silence_is_refused(given, said):
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"time_plan": {"interval": 1, "loops": 0}}, r"time_plan\.loops: .*\(got 0\)"),
+        ({"time_plan": {"interval": 1}}, "time_plan lacks duration or loops"),
+        (
+            {"time_plan": [{"interval": 1, "loops": 2}, {"interval": 1, "loops": -2}]},
+            r"time_plan\.phases\[1\]\.loops: .*\(got -2\)",
+        ),
+        ({"z_plan": {"range": 4}}, "z_plan lacks step"),
+        ({"z_plan": {"top": 4}}, "z_plan lacks bottom and step"),
+        ({"grid_plan": {"rows": 2, "columns": "a"}}, r"columns: .*\(got 'a'\)"),
+    ],
+)
+def test_a_value_is_told_by_the_rules_of_the_kind_of_plan_that_was_meant(given, said):
+    with pytest.raises(ConfigError, match=rf"{said}$"):
+        read_sequence(given)
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"metadata": {"exposre": {"x": 1}}, "channels": ["A"]},

@@ -101,7 +101,8 @@ def test_without_optics_or_restoration_the_reason_is_kept():
     [
         ("delpnet", "delpnet", "'delpnet' is a classifier .* does not restore"),
         ("nosuch", "delpnet", "'nosuch' not found"),
-        ("wiener", "wei_unet", "needs a classifier or joint engine"),
+        ("wiener", "wei_unet", "'wei_unet' restores .* or joint engine: .*delpnet"),
+        ("wiener", "wiener", "'wiener' restores .* or joint engine: .*delpnet"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_device(method, classifier, message):
