@@ -28,7 +28,7 @@ import yaml
 from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.engines.card import verified_file
-from rtfocus.engines.registry import FoundEngine, check_fit
+from rtfocus.engines.registry import FoundEngine, check_fit, check_region
 from rtfocus.errors import (
     ConfigError,
     ExitCode,
@@ -273,6 +273,7 @@ def _engine_of(config: Config, channel: str) -> str:
         return f"restored by {as_it_is.name}, defocus not estimated"
     found = find_classifier(name, config.processing.engine_folders)
     check_fit(found.card, settings.optics, ignore=config.processing.ignore_optics)
+    check_region(found.card, config.autofocus.region)
     _verify(found)
     return f"{name} fits its optics"
 
@@ -282,6 +283,7 @@ def _work_of(config: Config, series: SeriesStart, channel: Channel) -> str:
     plan = plan_channel(config, series, channel)
     if plan.classifier is not None:
         _verify(plan.classifier.found)
+        check_region(plan.classifier.card, config.autofocus.region)
         text = f"defocus by {plan.classifier.found.name}"
     elif plan.restoration is not None:
         text = "defocus not estimated"

@@ -16,7 +16,7 @@ import numpy as np
 
 from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
 from rtfocus.config import Config
-from rtfocus.engines.registry import find_engine, parts, step_um
+from rtfocus.engines.registry import check_region, find_engine, parts, step_um
 from rtfocus.errors import RtfocusError, WriterError, why_not_written
 from rtfocus.frame import (
     Act,
@@ -267,6 +267,7 @@ def estimator_settings(
     if optics is None or name is None:
         return None
     card = find_engine(name, config.processing.engine_folders).card
+    check_region(card, config.autofocus.region)
     levels, _ = parts(card)
     saturation = config.camera.saturation_counts
     if saturation is None and bit_depth is not None:

@@ -23,10 +23,11 @@ from rtfocus.engines.card import (
     InputCard,
     LevelsCard,
     OpticsCard,
+    input_of,
     read_card,
     verified_file,
 )
-from rtfocus.errors import EngineError, OutputError
+from rtfocus.errors import ConfigError, EngineError, OutputError
 from rtfocus.files import is_reserved_name, recover, remove, resource_folder, whole
 
 ENGINES_VARIABLE = "RTFOCUS_ENGINES"
@@ -330,6 +331,37 @@ def fit_frame(card: InputCard, shape: tuple[int, int]) -> FrameFit:
     """
     padded = tuple(_padded_side(card, side) for side in shape)
     return FrameFit(shape, (padded[0], padded[1]))
+
+
+def check_region(card: EngineCard, region: tuple[int, int, int, int] | None) -> None:
+    """Refuse a region of ``autofocus`` in which no tile has its centre.
+
+    Parameters
+    ----------
+    card
+        Of the engine that finds the defocus.
+    region
+        x, y, width, height in pixels; None: the whole frame.
+
+    Raises
+    ------
+    ConfigError
+        If nothing would be known of it.
+    """
+    if region is None:
+        return
+    tiles = input_of(card)
+    x, y, width, height = region
+    for start, side in ((x, width), (y, height)):
+        number = max(0, ceil((start - tiles.origin_px) / tiles.stride_px))
+        if tiles.origin_px + number * tiles.stride_px >= start + side:
+            msg = (
+                f"autofocus.region {list(region)} lies between the tiles of "
+                f"'{card.name}', whose centres are {tiles.stride_px:g} px apart: "
+                f"nothing would be known of it; make it at least {tiles.stride_px:g} "
+                "px wide and high, or choose a classifier with finer tiles"
+            )
+            raise ConfigError(msg)
 
 
 def _padded_side(card: InputCard, side: int) -> int:

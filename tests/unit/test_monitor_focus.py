@@ -13,7 +13,7 @@ from transport_kit import make_estimate, make_header, make_series
 from rtfocus.autofocus.policy import look_at
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
-from rtfocus.errors import WriterError
+from rtfocus.errors import ConfigError, WriterError
 from rtfocus.focusing import EstimateInbox
 from rtfocus.frame import (
     PROTOCOL_VERSION,
@@ -117,6 +117,20 @@ def all_in_focus():
     grid = TileGrid(2, 2, tile_px=96, stride_px=48.0, origin_px=47.5, signed=True)
     tiles = np.zeros((2, 2), np.float32)
     return DefocusMap(grid, tiles, tiles + 1, tiles.astype(np.int16), tiles + 1)
+
+
+def test_a_region_is_refused_if_and_only_if_no_tile_has_its_centre_in_it():
+    centres = 36 + 48 * np.arange(10)  # of DelpNet's tiles
+    for start in range(0, 150, 7):
+        for side in (1, 11, 30, 47, 48):
+            region = [start, 30, side, 60]
+            if np.any((centres >= start) & (centres < start + side)):
+                reader("hold", region=region)
+                continue
+            with pytest.raises(ConfigError, match=r"between the tiles.* 48 px wide"):
+                reader("hold", region=region)
+            with pytest.raises(ConfigError, match=r"between the tiles"):
+                reader("hold", region=[30, start, 60, side])
 
 
 def test_hold_is_told_of_a_frame_before_its_classifier_is_done():

@@ -8,7 +8,7 @@ from rtfocus.config import parse_config
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import EngineError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
-from rtfocus.processing.channel_plan import plan_channel
+from rtfocus.processing.channel_plan import find_classifier, plan_channel
 
 SHAPE = (200, 260)
 
@@ -102,9 +102,13 @@ def test_without_optics_or_restoration_the_reason_is_kept():
         ("delpnet", "delpnet", "'delpnet' is a classifier .* does not restore"),
         ("nosuch", "delpnet", "'nosuch' not found"),
         ("wiener", "wei_unet", "'wei_unet' restores .* or joint engine: .*delpnet"),
-        ("wiener", "wiener", "'wiener' restores .* or joint engine: .*delpnet"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_device(method, classifier, message):
     with pytest.raises(EngineError, match=message):
         plan(method, classifier)
+
+
+def test_a_method_that_restores_is_no_classifier():
+    with pytest.raises(EngineError, match=r"'wiener' restores .*: delpnet, rtfocus-1"):
+        find_classifier("wiener")
