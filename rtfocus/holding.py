@@ -45,6 +45,8 @@ class HeldPlace:
     stage stands, within the limits of the first search: at once, then after pauses,
     at last no more. From a search that finds none the stage comes back: what hides the
     specimen may go away. A processor that lags ends a search, a stage that fails all.
+    While a focus device holds in hardware nothing is moved; afterwards focus is
+    searched anew, as the device has left the stage anywhere.
 
     Parameters
     ----------
@@ -70,6 +72,8 @@ class HeldPlace:
         self._searches = 0
         """That did not lead to an image of the place so far."""
         self._not_before_s = 0.0
+        self.is_paused = False
+        """Whether a focus device holds the focus, as far as `follow` has seen."""
 
     def begin(self, found: Verdict | None, time_s: float) -> None:
         """Hold what a search found at a time; None: nothing, the next one waits."""
@@ -82,7 +86,7 @@ class HeldPlace:
             self.holder.begin(_HERE, time_s, found.end_um, seen_by(found), limits)
 
     def follow(self, time_s: float) -> float:
-        """Correct the stage, or search; returns the correction in um.
+        """Correct the stage, or search, or pause; returns the correction in um.
 
         Parameters
         ----------
@@ -94,6 +98,8 @@ class HeldPlace:
         RtfocusError
             If the stage fails, or images cannot be taken or read.
         """
+        if self._held_by_hardware():
+            return 0.0
         holder = self.holder
         step_um = holder.correction_um(_HERE, time_s, int(time_s * 1e9))
         if holder.explains(_HERE):
@@ -102,14 +108,37 @@ class HeldPlace:
             self._go_to(self._stage.position_um() + step_um)
         elif not holder.knows(_HERE) or holder.lost(_HERE):
             if self._searches < MOST_SEARCHES and time_s >= self._not_before_s:
-                self._find(time_s)
+                number = self._searches + 1
+                self._find(
+                    time_s, f"lost and searched again ({number} of {MOST_SEARCHES})"
+                )
         return step_um
 
-    def _find(self, time_s: float) -> None:
+    def search(self, time_s: float, why: str) -> None:
+        """Search now, however many there were, and tell `why`; raises as `follow`."""
+        if self._held_by_hardware():
+            self._focuser.tell(f"focus is not {why}: a focus device holds it")
+            return
+        self._searches = 0
+        self._find(time_s, why)
+
+    def _held_by_hardware(self) -> bool:
+        """Tell whether a focus device holds the focus; then nothing here is known."""
+        was_paused = self.is_paused
+        self.is_paused = self._focuser.is_held_by_hardware()
+        if self.is_paused and not was_paused:
+            self.holder.forget(_HERE)
+            self._searches, self._not_before_s = 0, 0.0
+            device = self._focuser.core.getAutoFocusDevice()
+            self._focuser.tell(
+                f"'{device}' holds the focus in hardware: nothing is moved until its "
+                "continuous focus is switched off, then focus is searched again"
+            )
+        return self.is_paused
+
+    def _find(self, time_s: float, why: str) -> None:
         self._searches += 1
-        self._focuser.tell(
-            f"focus is lost and searched again ({self._searches} of {MOST_SEARCHES})"
-        )
+        self._focuser.tell(f"focus is {why}")
         stood_um = self._stage.position_um()
         begun_s = time.monotonic()
         found = self._found()
@@ -118,6 +147,9 @@ class HeldPlace:
         if found is not None:
             return
         self._go_to(stood_um)
+        if self.holder.knows(_HERE) and not self.holder.lost(_HERE):
+            self._focuser.tell("focus is held on as before the search")
+            return
         next_in = f"searched again in {self._not_before_s - ended_s:.0f} s"
         then = next_in if self._searches < MOST_SEARCHES else "not searched any more"
         self._focuser.tell(f"focus is not held until images show it; {then}")
@@ -276,19 +308,19 @@ class LiveHold:
                 place.holder.take(estimate)
                 if place.holder.unread is not None:
                     raise unread(place.holder.unread)
-                self._hear()
-                if self._is_on and not self._focuser.is_held_by_hardware():
+                self._hear(place)
+                if self._is_on:
                     place.follow(time.time())
         except RtfocusError as error:  # raised by notes(), in the acquisition
             self._failure = error
 
-    def _hear(self) -> None:
+    def _hear(self, place: HeldPlace) -> None:
         """Do what somebody who looks at the run has asked for."""
         while self._focusing.requests:
             what = self._focusing.requests.popleft()
             self._focuser.journal.write("request", what=what)
             if what == "autofocus":
-                self._focuser.tell("no search for focus while the camera runs freely")
+                place.search(time.time(), "searched as asked for")
             else:
                 self._is_on = what == "hold_on"
 

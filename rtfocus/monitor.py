@@ -7,7 +7,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
-from rtfocus.transport.viewer import Shown, ask_for
+from rtfocus.transport.viewer import Shown, requests_refused
 from rtfocus.workers import BoundedQueue, TimeShare
 
 RATE_WINDOW_S = 5.0
@@ -226,7 +225,8 @@ class Monitor:
             folder.resolve(),
             self.observed,
             saturation_counts(config.camera, dtype, depth),
-            partial(ask_for, config, ask),
+            ask,
+            requests_refused(config, self.series),
         )
 
     def observed(self) -> dict[str, Any]:

@@ -302,8 +302,12 @@ class Focuser:
 
     def is_held_by_hardware(self) -> bool:
         """Tell whether a focus device (PFS, CRISP) is in continuous mode."""
-        core = self.core
-        return bool(core.getAutoFocusDevice()) and core.isContinuousFocusEnabled()
+        device = self.core.getAutoFocusDevice()
+        try:
+            return bool(device) and self.core.isContinuousFocusEnabled()
+        except RuntimeError as error:
+            msg = f"focus device '{device}' does not answer: {error}"
+            raise MicroscopeError(msg) from error
 
     def direction(self) -> int:
         """Return what larger z does to the plane of focus: +1 towards, -1 away, 0."""

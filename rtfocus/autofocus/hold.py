@@ -163,6 +163,10 @@ class Holder:
         place = self._places.get(key)
         return place is not None and place.is_lost
 
+    def forget(self, key: Key) -> None:
+        """Hold a position no more, until it is searched anew."""
+        self._places.pop(key, None)
+
     def explains(self, key: Key) -> bool:
         """Tell whether the newest image of a position shows what its search saw."""
         place = self._places.get(key)

@@ -415,6 +415,9 @@ def autofocus(
         of_hold = {"--interval": interval_s, "--images": images}
         refuse_options(of_hold, "focus is found once; give --hold too")
     settings = read_config(config, overrides)
+    if settings.autofocus.actuator == "offset":
+        why = "the hardware holds focus already (autofocus.actuator: offset)"
+        refuse_options({"--hold": hold or None}, why)
     if isinstance(settings.microscope, ReplayConfig):
         msg = "recorded images cannot be focused; give a microscope with a z-stage"
         raise ConfigError(msg)
@@ -432,8 +435,7 @@ def autofocus(
         if not hold:
             return
         channel = focuser.channel()
-        models = focuser.models(channel)
-        limits = focuser.limits_around(None)
+        models, limits = focuser.models(channel), focuser.limits_around(None)
         holder = Holder(models, focuser.move_rule(models.unit_um, limits))
         stage, taken = CoreStage(core), 0
         place = HeldPlace(focuser, holder, stage, search)
@@ -442,6 +444,6 @@ def autofocus(
         while not stop.wait(pause_s) and (images is None or taken < images):
             if step_um := place.follow(time.time()):
                 typer.echo(f"held: {step_um:+.2f} um to z {stage.position_um():.2f} um")
-            taken += 1
-            z_um = stage.position_um()
-            holder.take(estimate_of(focuser.look(channel, z_um), taken, z_um))
+            if not place.is_paused:
+                taken, z_um = taken + 1, stage.position_um()
+                holder.take(estimate_of(focuser.look(channel, z_um), taken, z_um))

@@ -257,6 +257,7 @@ class PreviewPublisher:
             focus=focus,
             dropped=self.dropped,
             control=self.control,
+            cannot=dict(shown.cannot),
         )
 
     def welcome(self) -> None:
@@ -271,6 +272,8 @@ class PreviewPublisher:
             request = unpack_request(data)
             if shown is None or request.series_uid != shown.series.series_uid:
                 return Answer(done=False, why="this series does not run any more")
+            if (why := shown.cannot.get(request.what)) is not None:
+                return Answer(done=False, why=why)
             shown.act(request.what)
         except RtfocusError as error:
             return Answer(done=False, why=str(error))

@@ -5,8 +5,8 @@ for goes the other way, on a socket of its own, and only where the config has on
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import zmq
 from numpy.typing import NDArray
 
 from rtfocus.config import Config
-from rtfocus.errors import ConfigError, ProtocolError
+from rtfocus.errors import ProtocolError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
     Act,
@@ -104,6 +104,8 @@ class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type")
     """Pictures that were not shown: they came too soon, or gave way to later ones."""
     control: str | None = None
     """Where requests are taken; None: nowhere."""
+    cannot: dict[Act, str] = {}
+    """Requests that this run refuses, and why."""
 
 
 class Request(msgspec.Struct, frozen=True, tag="request", tag_field="type"):
@@ -134,6 +136,8 @@ class Shown:
     """Counts from which on a pixel is saturated."""
     act: Callable[[Act], None] = lambda _: None
     """Does what a viewer asked for; RtfocusError: why it cannot."""
+    cannot: Mapping[Act, str] = field(default_factory=dict)
+    """What it does not do in this run, and why."""
 
     def brief(self) -> SeriesStart:
         """Return the series without what is long."""
@@ -145,18 +149,18 @@ class Shown:
         )
 
 
-def ask_for(config: Config, ask: Callable[[Act], None], what: Act) -> None:
-    """Pass a request on.
-
-    Raises
-    ------
-    ConfigError
-        If this run cannot do it.
-    """
-    if what in ("hold_on", "hold_off") and config.autofocus.mode != "hold":
-        msg = "this run holds no focus: it was started without autofocus.mode=hold"
-        raise ConfigError(msg)
-    ask(what)
+def requests_refused(config: Config, series: SeriesStart) -> dict[Act, str]:
+    """Return what a run does not do for a viewer, and why."""
+    if config.autofocus.mode == "hold":
+        return {}
+    why = "this run holds no focus: it was started without autofocus.mode=hold"
+    refused: dict[Act, str] = {"hold_on": why, "hold_off": why}
+    if series.mda_sequence is None:
+        refused["autofocus"] = (
+            "without a plan focus is searched only where it is held: start the run "
+            "with autofocus.mode=hold"
+        )
+    return refused
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,8 @@ class Scene:
     """Counts the series shown."""
     may_ask: bool = False
     """Whether the processor takes requests."""
+    cannot: Mapping[Act, str] = field(default_factory=dict)
+    """Requests that the run refuses, and why."""
     act: Callable[[Act], str] = lambda _: "nothing takes requests here"
     """Passes a request on; returns why not, empty: it was passed on."""
     viewers: int = 0
@@ -224,6 +226,7 @@ class Scene:
             "skipped": self.skipped,
             "browse": stored is not None,
             "control": self.may_ask,
+            "cannot": dict(self.cannot),
         }
 
 
@@ -360,7 +363,7 @@ class LiveSource(Source):
 
     def _take_status(self, status: PreviewStatus) -> None:
         scene = self.scene
-        scene.may_ask = status.control is not None
+        scene.may_ask, scene.cannot = status.control is not None, status.cannot
         self._control = status.control
         if status.series is None:
             if not scene.is_finished():

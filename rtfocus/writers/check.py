@@ -116,10 +116,8 @@ def check_run(
     ------
     BusyError
         If it is to be repaired while it is being written.
-    NoRunError
-        If `folder` is no run folder.
-    WriterError
-        If it is damaged so that it cannot be read, or cannot be repaired.
+    NoRunError, WriterError
+        If `folder` is no run folder; if it is damaged, or cannot be repaired.
     """
     header = read_header(folder)
     report = CheckReport(folder)

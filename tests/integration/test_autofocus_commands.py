@@ -110,6 +110,13 @@ def test_hold_follows_a_drift(config: Path) -> None:
     assert sum(float(step) for step in held) > 1.8
 
 
+def test_hold_is_refused_where_the_hardware_holds(config: Path) -> None:
+    asked = ("autofocus", config, "--hold", "--set", "autofocus.actuator=offset")
+    assert "--hold cannot be used: the hardware" in failed(
+        command(*asked), ExitCode.CONFIG
+    )
+
+
 def test_hold_searches_again_what_it_lost(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -311,6 +311,14 @@ class Processor:
         return self.number
 
 
+def newest_image(core: Any) -> Any:
+    """Wait for an image; older ones were not exposed where the stage stands now."""
+    wait_for(lambda: core.getRemainingImageCount() > 0)
+    while core.getRemainingImageCount() > 1:
+        core.popNextImage()
+    return core.popNextImage()
+
+
 @pytest.mark.parametrize(("stops", "end_um"), [(False, 22.0), (True, 4.0)])
 def test_a_running_camera_finds_again_what_it_lost(
     monkeypatch: pytest.MonkeyPatch,
@@ -343,9 +351,9 @@ def test_a_running_camera_finds_again_what_it_lost(
                 assert processor.number < 300, told
                 if processor.number == 20:
                     knocked_s[0] = 19_000.0
-                wait_for(lambda: core.getRemainingImageCount() > 0)
+                pixels = newest_image(core)
                 z_um = hold.z_um(time.time_ns(), 5)
-                processor.send(core.popNextImage(), "DAPI", z_um)
+                processor.send(pixels, "DAPI", z_um)
                 hold.notes()
                 if stops and any("searched again" in line for line in told):
                     break
@@ -355,6 +363,35 @@ def test_a_running_camera_finds_again_what_it_lost(
         assert core.getZPosition() == pytest.approx(end_um, abs=0.6 * UNIT_UM)
     assert any("lost and searched again (1 of 5)" in line for line in told), told
     assert ("autofocus failed: the camera stopped" in told) == stops
+
+
+def test_a_running_camera_is_searched_when_somebody_asks() -> None:
+    config = settings(autofocus={"mode": "hold"})
+    microscope = config.microscope.model_dump()
+    still = {"z_um": 4.0, "drift_um_per_min": 0.0}
+    microscope |= {"surface": still, "frames_per_s": 10.0}
+    config = Config.model_validate({**config.model_dump(), "microscope": microscope})
+    told: list[str] = []
+    focusing = Focusing(config, told.append)
+    processor = Processor(config, focusing)
+    with open_core(config) as core, closing(processor.reader):
+        core.setExposure(5)
+        hold = LiveHold(focusing, core)
+        hold.start(processor.send)
+        core.startContinuousSequenceAcquisition()
+        focusing.requests.append("autofocus")
+        try:
+            while sum("focused, z" in line for line in told) < 2:
+                assert processor.number < 100, "\n".join(told)
+                pixels = newest_image(core)
+                z_um = hold.z_um(time.time_ns(), 5)
+                processor.send(pixels, "DAPI", z_um)
+                hold.notes()
+        finally:
+            core.stopSequenceAcquisition()
+            hold.stop()
+        assert core.getZPosition() == pytest.approx(4.0, abs=0.6 * UNIT_UM)
+    assert "focus is searched as asked for" in told
 
 
 def test_a_live_run_whose_focus_is_not_found_says_that_it_is_not_held(

@@ -134,7 +134,7 @@ def test_dry_run_foresees_the_geometry_of_presets(tmp_path: Path) -> None:
         ("autofocus.calibration=none.yaml", ExitCode.CONFIG, "autofocus.calibration"),
         ("autofocus.search=nobody", ExitCode.CONFIG, "no installed package"),
         ("autofocus.region=[0, 96, 9, 9]", ExitCode.CONFIG, "of 512 x 96 pixels"),
-        ("autofocus.region=[40, 40, 9, 9]", ExitCode.CONFIG, "at least 48 px wide"),
+        ("autofocus.region=[60, 60, 9, 9]", ExitCode.CONFIG, "at least 48 px wide"),
         ("autofocus.region=[0, 0, 9, 0]", ExitCode.CONFIG, "autofocus.region"),
         ("autofocus.channel_offsets_um={Dapi: 1}", ExitCode.CONFIG, "there are DAPI"),
     ],

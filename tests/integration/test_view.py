@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 from loop_kit import LOCAL, read_report, run_loop, small
-from transport_kit import Background, until
+from transport_kit import Background, make_series, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -26,6 +26,7 @@ from rtfocus.errors import InputError
 from rtfocus.files import resource_folder
 from rtfocus.focusing import MOST_REQUESTS, Focusing
 from rtfocus.frame import Act
+from rtfocus.monitor import Monitor
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.sockets import create_keys
 from rtfocus.transport.viewer import Answer, PreviewStatus, PreviewViewer, Request
@@ -386,6 +387,41 @@ def test_a_request_is_refused_where_the_config_allows_none(scene: Scene) -> None
         assert said(socket, "answer")["why"] == ""
     assert asked == ["stop"]
     assert scene.refused == {"request": 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "plan", "cannot"),
+    [
+        ("hold", None, set()),
+        ("off", {"channels": ["A"]}, {"hold_on", "hold_off"}),
+        ("off", None, {"hold_on", "hold_off", "autofocus"}),
+    ],
+)
+def test_what_a_run_cannot_do_is_told_before_it_is_asked_for(
+    tmp_path: Path, mode: str, plan: dict[str, Any] | None, cannot: set[str]
+) -> None:
+    config = small(tmp_path, None, autofocus={"mode": mode})
+    monitor = Monitor()
+    monitor.begin(make_series("u", mda_sequence=plan))
+    asked: list[Act] = []
+    anywhere = "tcp://127.0.0.1:*"
+    ports = PreviewConfig(endpoint=anywhere, control=anywhere)
+    with closing(PreviewPublisher(ports)) as preview:
+        preview.begin(monitor.shown(config, tmp_path, asked.append))
+        assert preview.endpoint is not None
+        scene = Scene()
+        with (
+            LiveSource(scene, preview.endpoint, None),
+            PageServer(scene, Listening()) as server,
+            page(server) as socket,
+        ):
+            until(lambda: said(socket, "state")["state"] == "running", "the run")
+            told = said(socket, "state")["cannot"]
+            assert set(told) == cannot
+            for what in ("autofocus", "hold_on", "stop"):
+                socket.send(f'{{"type":"ask","what":"{what}"}}')
+                assert said(socket, "answer")["why"] == told.get(what, "")
+    assert set(asked) == {"autofocus", "hold_on", "stop"} - cannot
 
 
 class Looking:

@@ -282,6 +282,43 @@ def test_lost_focus_is_searched_rarely_and_not_for_ever(field: Field) -> None:
     assert abs(held.z_um) < 0.5 * UNIT_UM
 
 
+def test_what_a_focus_device_holds_is_left_alone_and_searched_anew_afterwards(
+    field: Field,
+) -> None:
+    core, told, searched = demo_stage(), [], []
+    core.loadDevice("PFS", "DemoCamera", "DAutoFocus")
+    core.initializeDevice("PFS")
+    core.setAutoFocusDevice("PFS")
+    stage = CoreStage(core)
+    held = Held(field, Limits(-50, 50), interval_s=10.0)
+
+    def search() -> Verdict:
+        searched.append(stage.position_um())
+        stage.go_to(12.0)
+        return Verdict(False, "blank", 8.0, 12.0, images=3, moves=1, seconds=1.0)
+
+    place = HeldPlace(
+        focusing_of(told).focuser(core, lambda *_: 0), held.holder, stage, search
+    )
+    core.enableContinuousFocus(True)
+    for _ in range(3):
+        held.visit()
+        assert place.follow(held.frame * 10.0) == 0.0
+        assert place.is_paused
+    place.search(held.frame * 10.0, "searched as asked for")
+    assert (stage.position_um(), searched) == (0.0, [])
+    stage.go_to(8.0)  # the device follows the specimen
+    core.enableContinuousFocus(False)
+    for _ in range(3):  # nothing that was known before moves the stage
+        place.follow(held.frame * 10.0)
+        assert stage.position_um() == 8.0
+    assert not place.is_paused
+    assert searched == [8.0]
+    assert [line for line in told if "PFS" in line] == told[:1]
+    assert told[1] == "focus is not searched as asked for: a focus device holds it"
+    assert told[2] == "focus is lost and searched again (1 of 5)"
+
+
 def test_that_images_are_late_is_told_once_in_a_run() -> None:
     told: list[str] = []
     focusing = focusing_of(told)

@@ -259,6 +259,8 @@ function showState() {
   $("state").dataset.state = state.connected ? told?.state ?? "gone" : "gone";
   if (!told) return;
   $("control-card").hidden = !told.control;
+  for (const button of document.querySelectorAll("[data-ask]")) button.disabled = button.dataset.ask in told.cannot;
+  $("cannot").textContent = [...new Set(Object.values(told.cannot))].join("; ");
   const n = told.numbers, lost = { ...n.dropped, ...n.in_error }, number = Object.values(lost).reduce((a, b) => a + b, 0);
   const latency = Object.entries(n.latency_ms ?? {}).filter(([, [half]]) => half !== null).map(([step, [half, most]]) => [STEPS[step] ?? step, `median ${short(half)} ms, 99 % within ${short(most)} ms`]);
   list($("loop-facts"), [
