@@ -125,6 +125,12 @@ def _read_pair(name: str, first: ImageSeries, second: ImageSeries) -> ImagePair:
     if sharp.shape != defocused.shape:
         msg = f"{where}: shapes {sharp.shape} and {defocused.shape} differ"
         raise InputError(msg)
+    if np.array_equal(sharp, defocused):
+        msg = (
+            f"{where}: both images are the same, pixel for pixel; give the sharp field "
+            "first, then the same field out of focus"
+        )
+        raise InputError(msg)
     for image, path in ((sharp, first.path), (defocused, second.path)):
         if float(np.ptp(image)) == 0.0:
             msg = f"'{path}' is flat, every pixel is {image.flat[0]:g}; choose another"

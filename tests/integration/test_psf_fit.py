@@ -171,10 +171,13 @@ def test_what_cannot_be_fitted_is_refused_by_name(
     tifffile.imwrite(flat, np.full((220, 220), 7, "u1"))
     with pytest.raises(InputError, match=r"flat\.tif' is flat, every pixel is 7"):
         run("--pairs", sharp / "f0.tif", flat, *pairs)
-    small = tmp_path / "small.tif"
-    tifffile.imwrite(small, tifffile.imread(sharp / "f0.tif")[60:120, 60:120])
+    small = tmp_path / "small.tif", tmp_path / "small_blurred.tif"
+    for cut, whole in zip(small, (sharp, blurred), strict=True):
+        tifffile.imwrite(cut, tifffile.imread(whole / "f0.tif")[60:120, 60:120])
     with pytest.raises(InputError, match="too small"):
-        run("--pairs", small, small, *pairs)
+        run("--pairs", *small, *pairs)
+    with pytest.raises(InputError, match="both images are the same, pixel for pixel"):
+        run("--pairs", sharp, sharp, *pairs)
     with pytest.raises(InputError, match="no image 'x' of"):
         run("--pairs", sharp, blurred, "--only", "x", *pairs)
     with pytest.raises(InputError, match="single plane"):
