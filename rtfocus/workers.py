@@ -4,6 +4,7 @@ End of stream travels by closing queues. ``abort`` wakes everybody and discards.
 """
 
 import random
+import signal
 import threading
 import time
 from collections import deque
@@ -344,3 +345,49 @@ def acting_when(
     finally:
         done.set()
         watcher.join()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hear requests to end (Ctrl-C and others) when the block has ended.
+
+    For what stumbles when it is left half started. Processes that it starts never
+    hear of Ctrl-C, which reaches all of a terminal. Windows has no such masks.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    numbers = [getattr(signal, name) for name in _ENDINGS if hasattr(signal, name)]
+    heeded = {n: old for n in numbers if callable(old := signal.getsignal(n))}
+    for number in heeded:
+        signal.signal(number, lambda number, _: heard.append(number))
+    try:
+        with _masked_interrupt():
+            yield
+    finally:
+        for number, old in heeded.items():
+            signal.signal(number, old)
+    if heard:
+        signal.raise_signal(heard[0])
+
+
+_ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+@contextmanager
+def _masked_interrupt() -> Iterator[None]:
+    """Mask Ctrl-C in this thread, and in the threads and processes it starts."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Here, because no live run needs it.
+    from multiprocessing import resource_tracker
+
+    # Its first start, amid the block, would end the mask.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,6 +22,7 @@ from rtfocus.batch.work import failure_of
 from rtfocus.errors import ConfigError, IncompleteError, RtfocusError, number_of
 from rtfocus.images.series import one_line
 from rtfocus.runtimes.machine import usable_threads
+from rtfocus.workers import undisturbed
 
 _CONNECT_S = 20.0
 WORKERS_S = 300.0
@@ -415,8 +416,8 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         address: Any = scheduler
         if number is not None:
-            address = stack.enter_context(
-                LocalCluster(
+            with undisturbed():
+                cluster = LocalCluster(
                     n_workers=number,
                     threads_per_worker=1,
                     # Frames are counted in slots, not in what dask holds.
@@ -426,7 +427,7 @@ def _client(scheduler: str, number: int | None) -> Iterator[Any]:
                     # Ctrl-C reaches all of a terminal; this process ends them.
                     preload=_DEAF,
                 )
-            )
+                address = stack.enter_context(cluster)
         try:
             client = stack.enter_context(Client(address, timeout=_CONNECT_S))
         # What is no scheduler, or has no certificate, makes dask stumble anywhere.

@@ -1,5 +1,7 @@
 """Workers: bounded queues, endings and failures."""
 
+import multiprocessing
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from rtfocus.workers import (
     TimeShare,
     Wait,
     Worker,
+    undisturbed,
 )
 
 
@@ -144,3 +147,33 @@ def test_what_comes_in_turns_is_left_out_evenly(monkeypatch) -> None:
     allowed = done(monkeypatch, 0.01, 0.006, 24_000)
     by_place = [sum(turn % 24 == place for turn in allowed) for place in range(24)]
     assert 0.75 < min(by_place) / max(by_place)
+
+
+def test_a_request_to_end_is_heard_once_what_must_not_be_left_half_is_done() -> None:
+    done = []
+
+    def work() -> None:
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the block")
+        done.append("what comes after")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["the block"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def _hears_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="POSIX has masks")
+def test_a_process_started_undisturbed_is_deaf_to_ctrl_c_at_once() -> None:
+    started = multiprocessing.get_context("spawn").Process(target=_hears_ctrl_c)
+    with undisturbed():
+        started.start()
+    started.join(60)
+    assert started.exitcode == 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
