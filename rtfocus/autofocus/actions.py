@@ -62,8 +62,7 @@ class FocusActions(MDAEngine):
         self._sites: dict[Key, Site] = {}
         self._begun: dict[Key, Hashable] = {}
         self._not_before: dict[Key, int] = {}
-        # What was known of the places of another plan is not known of these.
-        self.focuser.places.clear()
+        self.focuser.begin_plan()
         core, self._found_at_um = self.mmcore, None
         if self.focuser.moves_offset or core.getFocusDevice():
             self._found_at_um = self.focuser.stage().position_um()

@@ -5,6 +5,7 @@ Knows every place it has been to: a search there begins with where focus was bef
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -111,6 +112,8 @@ class Focuser:
     """Where focus was found, by position and grid."""
     limits: Limits | None = None
     """Fixed by the first search, so that many small steps do not walk away."""
+    _plan_thread: int | None = None
+    """Acquires the plans that ask this focuser."""
     _models: dict[tuple[str, int], DefocusModels] = field(default_factory=dict)
     _comparisons: dict[tuple[str, int], PlaneComparison] = field(default_factory=dict)
 
@@ -119,6 +122,11 @@ class Focuser:
         if self.config.search != OURS:
             find_brought(self.config.search)
         self.config = with_measured_backlash(self.config)
+
+    def begin_plan(self) -> None:
+        """Search for a plan in this thread; places of another are not known to it."""
+        self.places.clear()
+        self._plan_thread = threading.get_ident()
 
     def focus(
         self,
@@ -153,13 +161,16 @@ class Focuser:
         Raises
         ------
         MicroscopeError
-            If camera or stage fail, or a hardware focus device holds the stage.
+            If camera or stage fail, or hardware focus or a plan have the stage.
         ConfigError
             If the channel has no optics, or the stage stands outside its limits.
         RtfocusError
             What reading an image raises, a processor that does not answer too.
         """
         self._refuse_hardware_focus()
+        if self.core.mda.is_running() and self._plan_thread != threading.get_ident():
+            msg = "a plan has the stage; wait for its end, or ask in its autofocus_plan"
+            raise MicroscopeError(msg)
         stage = stage or self.stage()
         rest = nullcontext() if look else stopped_live(self.core)
         with rest, self._focus_channel(channel) as light:

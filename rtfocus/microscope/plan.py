@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import islice
+from itertools import islice, pairwise
 
 import msgspec
 import numpy as np
@@ -260,9 +260,12 @@ def _z_plan(sequence: useq.MDASequence, p: int) -> useq.AnyZPlan | None:
 
 
 def _z_step_um(sequence: useq.MDASequence) -> float | None:
-    plan = _z_plan(sequence, 0)
-    heights = [] if plan is None else list(plan)
-    return abs(heights[1] - heights[0]) if len(heights) > 1 else None
+    """Return the distance of all slices; None: there is one alone, or they differ."""
+    positions = range(max(1, len(sequence.stage_positions)))
+    plans = {id(plan): plan for plan in (_z_plan(sequence, p) for p in positions)}
+    heights = [list(plan) for plan in plans.values() if plan is not None]
+    steps = {round(abs(b - a), 6) for stack in heights for a, b in pairwise(stack)}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def _interval_s(sequence: useq.MDASequence) -> float | None:

@@ -356,10 +356,12 @@ class FramePublisher:
 
     def _nobody_came(self) -> str:
         registrar = self._loop.registrar
+        # Whoever has other keys is turned away before it can say who it is.
+        keys = " and curve_keys" if self._config.curve_keys else ""
         msg = (
             f"no recorder came to {self.endpoints[1]} within "
             f"{self._config.connect_timeout_s:g} s; start `rtfocus process` with the "
-            "same config"
+            f"same config{keys}"
         )
         if registrar.left is not None:
             msg += f"; the last one left: {registrar.left}"

@@ -260,15 +260,16 @@ def _description(
 def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, Any]:
     """Return the ``ome`` attribute of an image group, wherever it is placed."""
     series = header.series
-    plane = [spec.spacing_um] * 2
-    scale = [series.interval_s or 1.0, 1.0, series.z_step_um or 1.0, *plane]
+    steps = (series.interval_s or 1, 1, series.z_step_um or 1, *[spec.spacing_um] * 2)
     axes = [
         {"name": "t", "type": "time", "unit": "second"},
         {"name": "c", "type": "channel"},
         *({"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"),
     ]
-    transformation = {"type": "scale", "scale": [float(step) for step in scale]}
-    level = {"path": "0", "coordinateTransformations": [transformation]}
+    if series.z_step_um is None and header.size("z") != 1:
+        del axes[2]["unit"]  # slices that are not equally far apart have no scale
+    scale = {"type": "scale", "scale": [float(step) for step in steps]}
+    level = {"path": "0", "coordinateTransformations": [scale]}
     return {
         "version": _VERSION,
         "multiscales": [{"name": name, "axes": axes, "datasets": [level]}],

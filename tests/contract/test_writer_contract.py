@@ -137,6 +137,21 @@ def test_metadata_is_whole_before_frame_0(tmp_path: Path) -> None:
         assert np.isnan(array[...]).all()
 
 
+@pytest.mark.parametrize(("step_um", "unit"), [(1.5, "micrometer"), (None, "")])
+def test_slices_that_are_not_equally_far_apart_have_no_unit(
+    tmp_path: Path, step_um: float | None, unit: str
+) -> None:
+    series = make_series(sizes={"t": 2, "z": 2}, z_step_um=step_um)
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        folder = run.close(run.send_all())
+    assert check_run(folder).problems == []
+    (scales,) = ome(folder, "raw")["ome"]["multiscales"]
+    units = {axis["name"]: axis.get("unit", "") for axis in scales["axes"]}
+    assert (units["z"], units["y"]) == (unit, "micrometer")
+    (image,) = read_ome_zarr(folder / "raw.ome.zarr")
+    assert image.z_step_um == step_um
+
+
 def ome(folder: Path, name: str, inner: str = "") -> dict[str, Any]:
     path = folder / f"{name}.ome.zarr" / inner / "zarr.json"
     return json.loads(path.read_text())["attributes"]

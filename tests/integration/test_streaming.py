@@ -342,6 +342,28 @@ def test_an_engine_that_does_not_answer_for_focus_is_named_before_the_first_imag
     core.mda.set_engine(MDAEngine(core))
 
 
+def test_a_search_beside_a_plan_moves_no_stage_amid_its_images(core):
+    z_um, told = core.getZPosition(), []
+
+    def ask():
+        try:
+            engine.focuser.focus()
+        except MicroscopeError as error:
+            told.append(str(error))
+
+    def ask_beside(*_):
+        asking = threading.Thread(target=ask)
+        asking.start()
+        asking.join()
+
+    core.mda.events.frameReady.connect(ask_beside)
+    with contextlib.closing(rtfocus.focus(core, "demo")) as engine:
+        core.mda.run(useq.MDASequence(time_plan={"interval": 0.01, "loops": 2}))
+    assert len(told) == 2
+    assert told[0].startswith("a plan has the stage; wait for its end")
+    assert core.getZPosition() == z_um
+
+
 def test_what_is_no_core_or_no_processor_is_told():
     with pytest.raises(ConfigError, match="core is of type str; give a pymmcore_plus"):
         rtfocus.stream("core", parse_config({}))

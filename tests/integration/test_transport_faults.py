@@ -300,14 +300,15 @@ class TestCurve:
         self, tmp_path: Path, own: bool
     ) -> None:
         keys, others = (create_keys(tmp_path / name) for name in ("ours", "theirs"))
-        with FramePublisher(make_config(curve_keys=keys)) as publisher:
+        waiting = make_config(curve_keys=keys, connect_timeout_s=0.4)
+        with FramePublisher(waiting) as publisher:
             used = others if own else None
             config = facing(publisher, curve_keys=used, connect_timeout_s=0.4)
-            with (
-                receiving(config, None) as (receiver, _),
-                pytest.raises(TransportError, match="curve_keys of both sides"),
-            ):
-                receiver.wait_series()
+            with receiving(config, None) as (receiver, _):
+                with pytest.raises(TransportError, match="curve_keys of both sides"):
+                    receiver.wait_series()
+                with pytest.raises(TransportError, match="same config and curve_keys"):
+                    publisher.start(make_series())
 
     def test_a_preview_is_shown_to_those_who_are_listed_alone(
         self, tmp_path: Path

@@ -45,6 +45,30 @@ def test_regular_plan_is_numbered_in_acquisition_order():
     assert (plan.z_step_um, plan.interval_s) == (1.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("plan", "step_um"),
+    [
+        ({"z_plan": {"absolute": [0, 0.3, 0.6, 0.9]}}, 0.3),
+        ({"z_plan": {"absolute": [0, 1, 5, 7.5]}}, None),
+        ({"z_plan": {"top": 4, "bottom": 0, "step": 2, "go_up": False}}, 2.0),
+        (
+            {
+                "z_plan": STACK,
+                "stage_positions": [
+                    {"x": 0},
+                    {"x": 1, "sequence": {"z_plan": {"range": 4, "step": 2}}},
+                ],
+            },
+            None,
+        ),
+        ({"z_plan": {"relative": [0]}}, None),
+    ],
+)
+def test_slices_have_one_distance_or_none(plan, step_um):
+    sequence = read_sequence({"channels": ["DAPI"], **plan})
+    assert lay_out(sequence).z_step_um == step_um
+
+
 def test_axis_order_of_the_plan_is_kept():
     sequence = read_sequence(
         {
