@@ -43,7 +43,7 @@ from rtfocus.workers import Wait, acting_when
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
 _ENDING_S = 30.0
-"""A processor that declined a series is given to say why and end, on a busy machine too."""
+"""A processor that declined a series is given to say why; a busy machine takes long."""
 
 _log = logging.getLogger(__name__)
 

@@ -283,7 +283,7 @@ class Scores:
 _MOST_UNEXPLAINED, _MOST_APART = 0.02, 0.35
 # The better direction must explain so much more to be the told one.
 _CLEAR = 1.5
-_FEWEST = 5
+FEWEST_PLANES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,8 +363,8 @@ def calibrate(
     ConfigError
         If there are too few planes.
     """
-    if (fewer := min(len(up), len(down))) < _FEWEST:
-        msg = f"{fewer} planes are too few; take {_FEWEST} or more"
+    if (fewer := min(len(up), len(down))) < FEWEST_PLANES:
+        msg = f"{fewer} planes are too few; take {FEWEST_PLANES} or more"
         raise ConfigError(msg)
     fits = [_fitted(comparison, planes) for planes in (up, down)]
     focus, sharp = fits[0].best_um, _sharpest_um(up)
@@ -442,7 +442,7 @@ def _levels(planes: Sequence[Plane], focus_um: float) -> tuple[float, float, flo
     """Return offset, scale and range of the engine's reading."""
     readings = ((plane.z_um, plane.reading.defocus_um) for plane in planes)
     pairs = [(abs(z - focus_um), abs(um)) for z, um in readings if um is not None]
-    if len(pairs) < _FEWEST:
+    if len(pairs) < FEWEST_PLANES:
         return 0.0, 0.0, 0.0
     true, read = np.array(pairs).T
     scale, offset = np.polyfit(true, read, 1)

@@ -19,6 +19,7 @@ from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError
+from rtfocus.images.metadata import TEXT_MARK
 
 _SIDES = {"down": -1, "up": 1}
 # Of a measured backlash, to be past it for certain; and the least that is believed, in
@@ -52,7 +53,8 @@ def save_calibration(path: Path, found: Calibration) -> None:
         key: round(value, 5) if isinstance(value, float) else value
         for key, value in asdict(found).items()
     }
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(values, sort_keys=False)
+    path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
 
 
 def load_calibration(path: Path) -> Calibration:

@@ -26,6 +26,7 @@ from rtfocus.cli.commands import write_new
 from rtfocus.config import load_config, parse_config
 from rtfocus.engines.registry import list_engines, why_unfit
 from rtfocus.errors import EngineError, ExitCode, OutputError
+from rtfocus.images.outputs import OutputGuard
 from rtfocus.launch import preflight
 from rtfocus.metrics import memory
 from rtfocus.microscope.core import Inventory, take_inventory
@@ -192,6 +193,7 @@ def init(
     if file.exists():
         msg = f"'{file}' is there already; give another name, or move it away"
         raise OutputError(msg)
+    OutputGuard().claim(file)  # before anybody is asked
     found = take_inventory(mm_config, adapters or ())
     typer.echo(_told(found))
     answers = Answers(

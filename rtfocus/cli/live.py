@@ -409,6 +409,7 @@ def autofocus(
     from rtfocus.autofocus.hold import Holder
     from rtfocus.focusing import open_focuser
     from rtfocus.holding import HeldPlace, estimate_of
+    from rtfocus.images.outputs import OutputGuard
     from rtfocus.microscope.core import open_core
 
     if not hold:
@@ -421,12 +422,11 @@ def autofocus(
     if isinstance(settings.microscope, ReplayConfig):
         msg = "recorded images cannot be focused; give a microscope with a z-stage"
         raise ConfigError(msg)
+    log = FocusJournal(journal and OutputGuard([Path(config)]).claim_journal(journal))
     with (
         interruptible() as (stop, _),
         open_core(settings) as core,
-        open_focuser(
-            core, settings, journal=FocusJournal(journal), tell=typer.echo
-        ) as focuser,
+        open_focuser(core, settings, journal=log, tell=typer.echo) as focuser,
     ):
         search = partial(focuser.focus, is_canceled=stop.is_set)
         verdict = search()

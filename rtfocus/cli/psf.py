@@ -16,8 +16,8 @@ import typer
 from PIL import Image
 from rich.console import Console
 
+from rtfocus.autofocus.planes import FEWEST_PLANES, Plane, PlaneComparison
 from rtfocus.autofocus.planes import Calibration as FocusCalibration
-from rtfocus.autofocus.planes import Plane, PlaneComparison
 from rtfocus.autofocus.planes import calibrate as calibrate_focus
 from rtfocus.autofocus.plans import save_calibration
 from rtfocus.calibration.bead_fit import calibrate_from_beads
@@ -42,8 +42,7 @@ from rtfocus.cli.commands import (
 from rtfocus.cli.display import passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
 from rtfocus.drawing.figures import draw_through_focus
-from rtfocus.errors import ConfigError, ExitCode, OutputError, number_of
-from rtfocus.files import whole
+from rtfocus.errors import ConfigError, ExitCode, number_of
 from rtfocus.image_set import with_engine
 from rtfocus.images.metadata import SOFTWARE, png_mark
 from rtfocus.images.outputs import OutputGuard, companions
@@ -370,11 +369,10 @@ def calibrate(
     if path is None:
         msg = "where to? give --output FILE, or autofocus.calibration in the config"
         raise ConfigError(msg)
-    picture = path.with_suffix(".png")
-    for target in (path, picture):
-        if target.exists() and not overwrite:
-            msg = f"'{target}' exists; give --overwrite to replace it"
-            raise OutputError(msg)
+    guard = OutputGuard([Path(config)], overwrite=overwrite)
+    guard.claim(path)
+    picture = guard.claim(path.with_suffix(".png"))
+    wanted = _planes_asked(reach, step)
     # The one that is being made is not asked how far it can be trusted.
     plain = settings.autofocus.model_copy(update={"calibration": None})
     settings = settings.model_copy(update={"autofocus": plain})
@@ -389,7 +387,7 @@ def calibrate(
         # Nobody knows the backlash yet.
         focuser.config = against_unknown_backlash(focuser.config, unit)
         verdict = focuser.focus(is_canceled=stop.is_set)
-        wanted = verdict.end_um + np.arange(-reach, reach + step / 2, step) * unit
+        wanted = verdict.end_um + wanted * unit
         with share_bar("planes") as bar:
             show = heeding(stop, bar)
             show(0.0)
@@ -406,9 +404,9 @@ def calibrate(
             not_found=None if verdict.focused else verdict.reason,
         )
         stage.go_to(focuser.limits_around(None).clip(found.focus_um))
-    with whole(path, overwrite=overwrite) as part:
+    with guard.whole(path) as part:
         save_calibration(part, found)
-    with whole(picture, overwrite=overwrite) as part:
+    with guard.whole(picture) as part:
         _draw(part, found, up)
     typer.echo(
         f"focus at z {found.focus_um:.2f} um, sharpest at {found.sharpest_um:.2f}; "
@@ -424,6 +422,18 @@ def calibrate(
         raise typer.Exit(ExitCode.FAILED)
 
 
+def _planes_asked(reach: float, step: float) -> np.ndarray:
+    """Return the planes about focus, in depths of field; refuse too few of them."""
+    planes = np.arange(-reach, reach + step / 2, step)
+    if len(planes) < FEWEST_PLANES:
+        msg = (
+            f"--reach {reach:g} and --step {step:g} are {len(planes)} planes; take "
+            f"{FEWEST_PLANES} or more: a larger --reach, or a smaller --step"
+        )
+        raise ConfigError(msg)
+    return planes
+
+
 def _draw(path: Path, found: FocusCalibration, planes: Sequence[Plane]) -> None:
     """Draw sharpness and the engine's reading over z."""
     z_um = np.array([plane.z_um for plane in planes]) - found.focus_um
@@ -431,3 +441,6 @@ def _draw(path: Path, found: FocusCalibration, planes: Sequence[Plane]) -> None:
     read_um = [plane.reading.defocus_um for plane in planes]
     distance_um = np.abs(np.array(read_um, dtype=float))
     draw_through_focus(path, z_um, sharp / max(float(sharp.max()), 1e-12), distance_um)
+    drawn = Image.open(path)
+    drawn.load()
+    drawn.save(path, format="png", pnginfo=png_mark())

@@ -197,6 +197,7 @@ RUN_ENDING = ".rtfocus"
 _NAME = "rtfocus"
 TEXT_MARK = f"# written by {SOFTWARE}"
 """First line of YAML results."""
+_TEXT_BEGIN = TEXT_MARK.rpartition(" ")[0].encode()
 _ENGINE_CARD = "engine.yaml"
 TIFF_ENDINGS = (".tif", ".tiff")
 _ENDINGS = (
@@ -244,7 +245,7 @@ def written_by_rtfocus(path: Path) -> bool:
         if path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
                 return f"{WRITTEN_BY}.npy" in archive.namelist()
-        return path.is_file() and _is_json_result(path)
+        return path.is_file() and (_is_text_result(path) or _is_json_result(path))
     # A damaged file makes the parsers raise whatever they stumble over.
     except Exception:
         return False
@@ -278,11 +279,16 @@ def png_mark() -> "PngInfo":
     return mark
 
 
+def _is_text_result(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_TEXT_BEGIN)) == _TEXT_BEGIN
+
+
 def _is_exported_engine(folder: Path) -> bool:
     text = (folder / _ENGINE_CARD).read_text("utf-8")
     known = {_ENGINE_CARD, *yaml.safe_load(text)["files"].values()}
     there = set(_files_below(folder))
-    return text.startswith(TEXT_MARK.rpartition(" ")[0]) and there <= known
+    return text.encode().startswith(_TEXT_BEGIN) and there <= known
 
 
 def _is_ours(software: object) -> bool:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 _IMAGE_ENDINGS = (*TIFF_ENDINGS, ".zarr", ".png", ".jpg", ".jpeg", ".bmp")
 
+_JOURNAL_BEGIN = b'{"kind": '
+"""Of every line that autofocus writes down."""
+
 STANDARD_OUTPUT = ("-", "/dev/stdout")
 """What ``--json`` takes for the output of the command."""
 
@@ -123,6 +126,22 @@ class OutputGuard:
         if str(target) in STANDARD_OUTPUT:
             return target
         return self.claim(target)
+
+    def claim_journal(self, target: Path) -> Path:
+        """Refuse a file that lines of JSON cannot be appended to; it may hold some."""
+        _refuse_reserved(target)
+        self._refuse_inputs(target)
+        if not os.path.lexists(target):
+            _try_writing(target)
+            return target
+        try:
+            with target.open("r+b") as file:
+                begin = file.read(len(_JOURNAL_BEGIN))
+        except OSError as error:
+            raise _refusal(target, f"takes no lines ({error.strerror})") from error
+        if begin not in (b"", _JOURNAL_BEGIN):
+            raise _refusal(target, "exists and is no journal of rtfocus")
+        return target
 
     def claim_folder(self, folder: Path) -> Path:
         """Refuse a folder that results cannot be put into; it may exist.

@@ -212,21 +212,29 @@ def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
         If the file is missing, damaged or of another format.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         msg = f"no checkpoint at '{path}'; make one with: rtfocus train RECIPE"
         raise ConfigError(msg) from error
     except Exception as error:  # torch raises whatever the unpickler met
-        reason = str(error) or type(error).__name__
-        msg = f"checkpoint '{path}' cannot be read: {reason}; train again"
-        raise ConfigError(msg) from error
-    if state.get("format") != _FORMAT:
+        raise ConfigError(_no_checkpoint(path)) from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise ConfigError(_no_checkpoint(path))
+    if state["format"] != _FORMAT:
         msg = (
-            f"checkpoint '{path}' has format {state.get('format')}, this version reads "
+            f"checkpoint '{path}' has format {state['format']}, this version reads "
             f"{_FORMAT}; train again"
         )
         raise ConfigError(msg)
     return validate_recipe(state.pop("recipe")), state
+
+
+def _no_checkpoint(path: Path) -> str:
+    # What torch says of such files advises to run whatever they hold.
+    return (
+        f"'{path}' is damaged, or no checkpoint of rtfocus train; give one, e.g. "
+        "checkpoints/NAME/last.pt, or train again"
+    )
 
 
 def start_from(task: Task[Any], source: Path) -> None:

@@ -331,6 +331,9 @@ def load_recipe(path: Path) -> RecipeBase:
         Names the file and every key that does not fit, with the rule.
     """
     data = _read(path)
+    if not isinstance(data, dict) or "network" not in data:
+        msg = f"'{path}' is no recipe: it names no network; rtfocus configs lists some"
+        raise ConfigError(msg)
     try:
         return validate_recipe(data)
     except ValidationError as error:

@@ -171,6 +171,36 @@ def test_ctrl_c_stops_the_stage(
     assert not config.with_name("focus.yaml").exists()
 
 
+def test_a_calibration_and_a_journal_take_the_place_of_nothing_else(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def moved(*_: object) -> None:
+        pytest.fail("the stage moved")
+
+    monkeypatch.setattr(CoreStage, "go_to", moved)
+    folder, before = config.parent, config.read_bytes()
+    thesis, notes = folder / "thesis.png", folder / "notes.txt"
+    thesis.write_bytes(b"precious")
+    notes.write_text("precious", "utf-8")
+    make = ("calibrate", config, "--overwrite", "-o")
+    refused = [
+        ((*make, config), "is the input"),
+        ((*make, folder / "thesis.yaml"), "exists and was not written by rtfocus"),
+        ((*make, folder / "focus.png"), "two results would both be"),
+        ((*make, folder / "no.yaml", "--reach", "1", "--step", "1"), "3 planes; take"),
+        (("autofocus", config, "--journal", config), "is the input"),
+        (("autofocus", config, "--journal", notes), "exists and is no journal"),
+        (("autofocus", config, "--journal", folder), "holds the input"),
+    ]
+    for asked, said in refused:
+        assert said in failed(command(*asked))
+    assert config.read_bytes() == before
+    assert (thesis.read_bytes(), notes.read_bytes()) == (b"precious",) * 2
+    assert {path.name for path in folder.iterdir()} == {
+        *("my.yaml", "notes.txt", "thesis.png")
+    }
+
+
 def test_a_calibrated_microscope_needs_fewer_images(config: Path) -> None:
     found = config.with_name("focus_20x.yaml")
     make = ("calibrate", config, "-o", found, "--reach", "3")
@@ -183,6 +213,7 @@ def test_a_calibrated_microscope_needs_fewer_images(config: Path) -> None:
     assert abs(calibration.backlash_um) < 0.2 * UNIT_UM
     assert found.with_suffix(".png").stat().st_size > 1000
     assert "--overwrite" in failed(command(*make))
+    succeeded(command(*make, "--overwrite"))
     images = []
     for extra in ([], ["--set", f"autofocus.calibration={found}"]):
         said = succeeded(command("autofocus", config, *extra))

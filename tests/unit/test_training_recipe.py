@@ -48,6 +48,11 @@ def test_a_recipe_that_is_no_text_is_told_as_a_config_is(tmp_path, data, said):
         load_recipe(path)
 
 
+def test_a_config_of_a_run_is_no_recipe():
+    with pytest.raises(ConfigError, match=r"demo\.yaml' is no recipe: it names no net"):
+        load_recipe(resource_folder("configs") / "demo.yaml")
+
+
 @pytest.mark.parametrize("bases", [{"a": "a"}, {"a": "b", "b": "a"}])
 def test_a_recipe_that_is_its_own_base_is_refused(tmp_path, bases):
     for name, base in bases.items():
