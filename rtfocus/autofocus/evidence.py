@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from rtfocus.autofocus.belief import Belief, modes_of_reading, modes_of_weights
 from rtfocus.autofocus.looks import (
-    APART,
     CLOSE_BY,
     SAME,
     Arrival,
     Look,
     alike_um,
+    newest_of_each,
     places_of,
     spectra_of,
 )
@@ -47,8 +47,6 @@ _CHANGE = 1.08
 _BAND, _CLEAR_CHANGE = 6, 10.0
 SHARPER = 1.10
 """An image is sharper than another by noise, below this ratio."""
-FAR = ("edge", "blank")
-"""Refusals of images from far away."""
 # With prices as logarithms, beside those of `planes`.
 _COURSES = (Course("half", 0.5, 7.0), Course("double", 2.0, 7.0))
 _FAULTS = {
@@ -86,6 +84,8 @@ class Evidence:
     belief: Belief = field(default_factory=lambda: Belief(()))
     fit: PlaneFit | None = None
     arrival: Arrival = field(default_factory=Arrival)
+    begun_um: float | None = None
+    """Where the first image was taken, kept or not."""
 
     @property
     def unit_um(self) -> float:
@@ -97,6 +97,7 @@ class Evidence:
     ) -> None:
         """Take in one image; `early_um` as of a `Look`."""
         self.looks.append(Look.of(z_um, reading, early_um))
+        self.begun_um = z_um if self.begun_um is None else self.begun_um
         if isfinite(z_um):
             self.arrival.see(
                 self.looks,
@@ -109,6 +110,11 @@ class Evidence:
     def forget_older(self) -> None:
         """Let only the newest image count, of what may have moved since the others."""
         del self.looks[:-1]
+
+    def forget_early(self) -> None:
+        """Let the newest image not count, if it came too early."""
+        if self.arrival.forgets_early(self.looks):
+            self.belief = self._posterior()
 
     def faults(self) -> list[str]:
         """Return what the stage seems to do wrong, in words."""
@@ -128,30 +134,36 @@ class Evidence:
 
         Where the optics put it, among the places seen, if they explain the images so
         well; else where the image was sharpest; where the search began, if nothing
-        was clearly sharper, or if the engine reads focus there in images that change
-        unlike any optics: in bright field an image in focus has the least contrast.
+        was clearly sharper, or if the engine reads focus there, or the sharpest shows
+        it no specimen, in images that change unlike any optics: in bright field an
+        image in focus has the least contrast.
         """
-        best, first = self.best_seen, self.looks[0]
-        if not isfinite(first.z_um):
+        best, first, begun_um = self.best_seen, self.looks[0], self.begun_um
+        if begun_um is None or not isfinite(begun_um):
             return best.z_um
         if len(self.with_detail()) > 1 and not self.is_change_clear():
             # The sharpest of images that differ by noise alone is so by chance.
-            return first.z_um
+            return begun_um
         if self.fit is not None and self.fit.unexplained <= most_unexplained:
             place = 0.0 if self.belief.is_empty else self.belief.best.mean_um
             is_rough = self.fit.probability(place, self.unit_um) > _ROUGHLY_SURE
             if is_rough and self.covers(place):
                 return place
         is_alien = self.fit is not None and self.fit.unexplained > _ALIEN
-        if is_alien and first.reads_focus(self.unit_um):
-            return first.z_um
-        return best.z_um if best.sharpness > SHARPER * first.sharpness else first.z_um
+        if is_alien and (best.is_bare or first.reads_focus(self.unit_um)):
+            return begun_um
+        if first.z_um == begun_um or self.belief.is_empty:
+            is_better = best.sharpness > SHARPER * first.sharpness
+        else:
+            # How sharp it was there a late stage has not shown.
+            ways_um = [abs(z - self.belief.best.mean_um) for z in (best.z_um, begun_um)]
+            is_better = ways_um[0] < ways_um[1]
+        return best.z_um if is_better else begun_um
 
     def certainty(self, z_um: float) -> float:
         """Return how likely focus is within half a depth of field of a place."""
-        if self.fit is None:
-            return 0.0
-        return self.fit.probability(z_um, 0.5 * self.unit_um)
+        fit = self.fit
+        return 0.0 if fit is None else fit.probability(z_um, 0.5 * self.unit_um)
 
     def with_detail(self) -> list[Look]:
         """Return the images that show anything."""
@@ -233,18 +245,13 @@ class Evidence:
         _, spectra, noise = spectra_of(looks)
         return _change_over_noise(spectra, noise) > _CLEAR_CHANGE
 
-    def alike_um(self, apart_units: float = APART) -> list[float]:
-        """Return the places of the newest images, if they look alike and are apart."""
-        unit = self.unit_um
-        return alike_um(self.looks, apart_units * unit, CLOSE_BY * unit)
-
     def unmoved_um(self) -> list[float]:
         """Return places whose images look alike although they are apart.
 
         Empty: there are none, or they lie about focus, where images look alike. For
         that another image must have differed.
         """
-        places = self.alike_um()
+        places = alike_um(self.looks, self.unit_um)
         if not places or self.belief.is_empty or len(places) == len(self.looks):
             return places
         low, high, focus = min(places), max(places), self.belief.best.mean_um
@@ -310,7 +317,7 @@ class Evidence:
         The optics' account of images from so far away is no better than a guess.
         """
         looks = self.looks
-        if len(looks) < 3 or any(look.reading.refusal not in FAR for look in looks):
+        if len(looks) < 3 or not all(look.is_far for look in looks):
             return None
         if looks[-1] is not self.best_seen:
             return None
@@ -363,7 +370,7 @@ class Evidence:
             and best.sharpness < SHARPER * look.sharpness
             for look in self.with_detail()
         )
-        return best.z_um + way_um * (is_nearly and left_um < way_um < right_um)
+        return best.z_um + is_nearly * min(max(way_um, left_um), right_um)
 
     def _posterior(self) -> Belief:
         """Weigh everything that was seen anew."""
@@ -393,7 +400,7 @@ class Evidence:
 
         Far from focus the thickness of a specimen shows, which the model lacks.
         """
-        planes = self.with_detail()
+        planes = newest_of_each(self.with_detail(), self.unit_um)
         if len(planes) < 3:
             return planes
         top = max(planes, key=lambda look: look.sharpness).z_um

@@ -7,7 +7,7 @@ after its image was taken.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, product, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,15 @@ SAME = 0.1
 APART, CLOSE_BY = 0.9, 0.5
 """In depths of field: images so far apart differ, elsewhere than about focus; so close
 they do not much."""
+TOO_LATE = (
+    "the stage arrives after its image, and so few images do not find focus: give it a "
+    "delay in Micro-Manager's hardware wizard"
+)
+_SUSPECTED = (
+    "the images fit other places better than those the stage was sent to: does it "
+    "arrive late (Micro-Manager's hardware wizard gives it a delay), does the specimen "
+    "drift, are the channel's optics right?"
+)
 _SAME_PLACE = 0.05
 # Of the least so far, what counts as progress.
 _NEARER = 0.8
@@ -32,8 +41,12 @@ _FEWEST_RINGS = 6
 # Of the way that is left when an image is taken, and how unlikely it is beforehand, as
 # a logarithm: optics that are a little off look like a stage that hardly lags.
 _LEFT = ((1.0, 2.0), (0.6, 3.0), (0.35, 3.0))
-# Probability of a late stage that asks for another image, and that needs none.
-_SUSPECT, _PROVEN = 0.5, 0.88
+# Probability of a late stage that forbids an end, of an early image that asks for more.
+_SUSPECT = 0.3
+# Images after a move that come too early, at most.
+_MOST_LAG = 2
+# Depths of field from where a stage came at least, or its lag does not show.
+_MOVED = 0.9
 # How far from the images focus is looked for then, in depths of field.
 _REACH = 4.0
 _LEAST_PLACES = 3
@@ -72,10 +85,20 @@ class Look:
         """The engine finds no specimen, or hardly one."""
         return self.reading.refusal in ("blank", "few_tiles")
 
+    @property
+    def is_far(self) -> bool:
+        """The engine finds nothing, or the end of its range: it is from far away."""
+        return self.reading.refusal in ("edge", "blank")
+
     def reads_focus(self, unit_um: float) -> bool:
         """Tell whether the engine puts it within half a depth of field of focus."""
         away_um = self.reading.defocus_um
         return away_um is not None and abs(away_um) < 0.5 * unit_um
+
+    def shows_lag(self, unit_um: float) -> bool:
+        """Tell whether an image of a stage that arrives late would be another one."""
+        is_moved = abs(self.early_um[0] - self.z_um) > _MOVED * unit_um
+        return is_moved and not self.is_far
 
     def change_from(self, other: "Look") -> float:
         """Return by how much the two differ, relatively."""
@@ -83,7 +106,9 @@ class Look:
         return change(one, two, max(self.reading.noise, other.reading.noise))
 
 
-def early_um(moves: MoveRule, before: Look | None, z_um: float) -> tuple[float, ...]:
+def early_um(
+    moves: MoveRule, before: Look | None, z_um: float, unit_um: float
+) -> tuple[float, ...]:
     """Return where a stage may stand that has not arrived, as `Look.early_um`.
 
     Parameters
@@ -94,10 +119,12 @@ def early_um(moves: MoveRule, before: Look | None, z_um: float) -> tuple[float, 
         The image before; None: this is the first.
     z_um
         Where the stage was sent.
+    unit_um
+        Depth of field.
     """
     if before is None:
         return (*moves.settling(z_um), z_um)[0], z_um
-    if before.z_um == z_um:
+    if abs(before.z_um - z_um) < _SAME_PLACE * unit_um:
         # It may be later still.
         return before.early_um
     return (before.z_um, *moves.path(before.z_um, z_um))[-2], before.z_um
@@ -115,7 +142,15 @@ def places_of(z_um: Iterable[float], unit_um: float) -> int:
     return len({round(place / (0.3 * unit_um)) for place in z_um})
 
 
-def alike_um(looks: Sequence[Look], apart_um: float, close_um: float) -> list[float]:
+def newest_alike(looks: Sequence[Look]) -> list[Look]:
+    """Return the images that look like the newest, back to one that does not."""
+    now = looks[-1]
+    return [*takewhile(lambda look: look.change_from(now) < SAME, looks[::-1])]
+
+
+def alike_um(
+    looks: Sequence[Look], unit_um: float, apart_units: float = APART
+) -> list[float]:
     """Return the places of the newest images, if they look alike and are far apart.
 
     An older one that looks so too tells nothing of the stage when it has left in
@@ -126,14 +161,13 @@ def alike_um(looks: Sequence[Look], apart_um: float, close_um: float) -> list[fl
     ----------
     looks
         In their order.
-    apart_um
-        What is far.
-    close_um
-        Between places that may be one.
+    unit_um
+        Depth of field.
+    apart_units
+        Depths of field that are far.
     """
-    now = looks[-1]
-    alike = takewhile(lambda look: look.change_from(now) < SAME, looks[::-1])
-    places = [look.z_um for look in alike]
+    apart_um, close_um = apart_units * unit_um, CLOSE_BY * unit_um
+    places = [look.z_um for look in newest_alike(looks)]
     if not places or np.ptp(places) < apart_um:
         return []
     for other in looks[: -len(places)]:
@@ -143,6 +177,21 @@ def alike_um(looks: Sequence[Look], apart_um: float, close_um: float) -> list[fl
         if is_around and max(np.ptp(below), np.ptp(above)) < apart_um:
             return []
     return places
+
+
+def stuck_um(
+    looks: Sequence[Look], unit_um: float, apart_units: float, *, at_stops: bool
+) -> list[float]:
+    """Return where the stage may have stuck, as far as the newest images tell.
+
+    Where the oldest of those that look alike is from, if they are far apart, and
+    `at_stops` on the way there. Other arguments as of `alike_um`.
+    """
+    newest = newest_alike(looks)
+    stop_um, before_um = newest[-1].early_um
+    is_at_stop = at_stops and len(newest) > 1 and stop_um != before_um
+    places = alike_um(looks, unit_um, apart_units)[-1:]
+    return [*places, stop_um] if is_at_stop else places
 
 
 @dataclass
@@ -171,6 +220,10 @@ class Arrival:
     """Images after a move that come too early; 0: the stage was not seen to be late."""
     doubt: float = 0.0
     """How likely it arrives late, by how well the images fit other places."""
+    was_tried: bool = False
+    """An image was taken again where one that came too early would differ."""
+    _early: float = 0.0
+    """How likely the newest image came too early, by the same."""
     _again: int = 0
     """Images that were taken here before the newest."""
 
@@ -180,9 +233,21 @@ class Arrival:
         return self.lag > 0
 
     @property
+    def why_lost(self) -> str | None:
+        """Why a search does not find focus, if the stage's arrival is the reason."""
+        if self.is_late:
+            return TOO_LATE
+        return _SUSPECTED if self.is_suspect else None
+
+    @property
     def is_early(self) -> bool:
-        """The newest image of a late stage comes too early to count."""
-        return self._again < self.lag
+        """The newest image comes too early to count, or seems to."""
+        return self._again < self.lag or self._early > _SUSPECT
+
+    @property
+    def is_taken_again(self) -> bool:
+        """The newest image is not the first here."""
+        return self._again > 0
 
     @property
     def is_seen_at_rest(self) -> bool:
@@ -193,6 +258,14 @@ class Arrival:
     def is_suspect(self) -> bool:
         """Images leave open whether the stage arrives late."""
         return self.doubt > _SUSPECT
+
+    def forgets_early(self, looks: list[Look]) -> bool:
+        """Forget the newest image if it came too early; tell whether it did."""
+        is_forgotten = self.is_early and len(looks) > 1
+        if is_forgotten:
+            self._again, self._early = self.lag, 0.0
+            del looks[-1]
+        return is_forgotten
 
     def see(
         self,
@@ -215,42 +288,67 @@ class Arrival:
         is_clear
             Images changed by more than noise.
         """
-        self.doubt = 0.0
+        self.doubt = self._early = 0.0
         unit_um = comparison.unit_um
         way_um = looks[-1].z_um - looks[-2].z_um if len(looks) > 1 else float("inf")
         self._again = self._again + 1 if abs(way_um) < _SAME_PLACE * unit_um else 0
+        self.was_tried |= self._again > 0 and looks[-1].shows_lag(unit_um)
         if self._again and self._again <= self.lag:
             del looks[-2]
-        elif self._again and looks[-1].change_from(looks[-2]) > SAME:
+        elif self._again and _differ(looks[-2], looks[-1]):
             self.lag = self._again
             # None of the older was taken where the stage was sent, or all is noise.
             del looks[0 if is_clear else -2 : -1]
-        elif self._again and self.is_late:
+        elif self._again and (self.is_late or not calibrated):
             del looks[-2]
-        elif calibrated and is_clear and not self.is_late:
-            self.doubt = _doubt(looks, comparison)
-            is_proven = self._again and self.doubt > _PROVEN
-            # An image like the one from elsewhere tells of a stage that stands still.
-            if is_proven and looks[-2 - self._again].change_from(looks[-1]) > SAME:
-                self.lag = self._again
-                del looks[:-1]
+        elif calibrated and is_clear and not (self.is_late or looks[-1].is_far):
+            self.doubt, self._early = _doubts(looks, comparison)
 
 
-def _doubt(looks: Sequence[Look], comparison: PlaneComparison) -> float:
-    """Return how likely images were taken where the stage had not arrived."""
+def _differ(one: Look, two: Look) -> bool:
+    """Tell whether two images of one place show a stage that arrived in between."""
+    # Far away noise makes images differ.
+    return not (one.is_far and two.is_far) and one.change_from(two) > SAME
+
+
+def _doubts(looks: Sequence[Look], comparison: PlaneComparison) -> tuple[float, float]:
+    """Return how likely the stage arrives late, and the newest image came too early."""
     looks = [one for one in looks if one.reading.spectrum]
+    if places_of((one.z_um for one in looks), comparison.unit_um) < _LEAST_PLACES:
+        return 0.0, 0.0
     told_um, spectra, noise = spectra_of(looks)
-    is_few = places_of(told_um, comparison.unit_um) < _LEAST_PLACES
     ways_um = np.array([one.early_um for one in looks]).T - told_um
-    if is_few or not ways_um.any():
-        return 0.0
-    lags = [(told_um + left * way, price) for way in ways_um for left, price in _LEFT]
-    focus_um = comparison.candidates(told_um, None, _REACH * comparison.unit_um)
+    again = _again(told_um, comparison.unit_um)
+    lags = range(1, min(int(again.max()) + 1, _MOST_LAG) + 1)
     tried = Tried(Scores(spectra, noise), allows_sharper=False)
-    for number, (places_um, price) in enumerate([(told_um, 0.0), *lags]):
-        away = (focus_um[:, None] - places_um) / comparison.unit_um
-        # What optics a little off explain is no stage's doing.
-        models = comparison.few_models if number else comparison.models
+    focus_um = comparison.candidates(told_um, None, _REACH * comparison.unit_um)
+    # What optics a little off explain is no stage's doing.
+    accounts = [(0, told_um, 0.0, comparison.models)]
+    for lag, way_um, (left, price) in product(lags, ways_um, _LEFT):
+        seen_um = told_um + left * np.where(again < lag, way_um, 0.0)
+        accounts.append((lag, seen_um, price, comparison.few_models))
+    for lag, seen_um, price, models in accounts:
+        away = (focus_um[:, None] - seen_um) / comparison.unit_um
         for turn in comparison.turns:
-            tried.add(str(number), turn, turn * away, models, price)
-    return 1.0 - tried.fit(focus_um).answers["0"]
+            tried.add(str(lag), turn, turn * away, models, price)
+    answers = tried.fit(focus_um).answers
+    early = sum(answers[str(lag)] for lag in lags if lag > again[-1])
+    return 1.0 - answers["0"], early
+
+
+def newest_of_each(looks: Sequence[Look], unit_um: float) -> list[Look]:
+    """Return images without those that were taken again: the newest is at rest."""
+    kept = [
+        look
+        for look, after in pairwise(looks)
+        if abs(after.z_um - look.z_um) >= _SAME_PLACE * unit_um
+    ]
+    return [*kept, *looks[-1:]]
+
+
+def _again(z_um: Floats, unit_um: float) -> NDArray[np.intp]:
+    """Return how many images were taken before each since its place was reached."""
+    again = np.zeros(len(z_um), dtype=np.intp)
+    for number in np.flatnonzero(abs(np.diff(z_um)) < _SAME_PLACE * unit_um) + 1:
+        again[number] = again[number - 1] + 1
+    return again

@@ -11,8 +11,8 @@ from itertools import product
 from math import isfinite
 
 from rtfocus.autofocus.belief import Belief
-from rtfocus.autofocus.evidence import FAR, SHARPER, Evidence
-from rtfocus.autofocus.looks import Look, Progress, early_um
+from rtfocus.autofocus.evidence import SHARPER, Evidence
+from rtfocus.autofocus.looks import TOO_LATE, Look, Progress, early_um, stuck_um
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
 from rtfocus.frame import FocusReading
@@ -34,10 +34,6 @@ _LEAST_PLACES, _ENOUGH, _MOST_RETURNS = 3, 5, 1
 _IN_NOISE = (
     "the images change with z no more than by noise: there is too little to see here; "
     "a longer exposure or another region tells more"
-)
-_TOO_LATE = (
-    "the stage arrives after its image, and so few images do not find focus: give it a "
-    "delay in Micro-Manager's hardware wizard"
 )
 # Share of saturated pixels that is worth a word.
 _SATURATED = 1e-3
@@ -87,7 +83,6 @@ class FocusSearch:
     _images: int = 0
     _progress: Progress = field(default_factory=Progress)
     _returns: int = 0
-    _looked_again_at: list[float] = field(default_factory=list)
     _back_at: float | None = None
     """The sharpest place, when the search has decided to end there."""
     _follows: bool = False
@@ -103,7 +98,8 @@ class FocusSearch:
         """Take in one image."""
         self._images += 1
         before = self.looks[-1] if self.looks else None
-        self.evidence.add(z_um, reading, early_um(self.moves, before, z_um))
+        unit_um = self.evidence.unit_um
+        self.evidence.add(z_um, reading, early_um(self.moves, before, z_um, unit_um))
 
     @property
     def looks(self) -> list[Look]:
@@ -133,6 +129,7 @@ class FocusSearch:
     def give_up(self, reason: str) -> GiveUp:
         """End at the best z that is known."""
         now = self.looks[-1].z_um
+        self.evidence.forget_early()
         # Optics that nobody calibrated are no better guide than sharpness.
         trusted = 0.0 if self.rule.verify else _WELL_EXPLAINED
         best = self.evidence.best_known_um(trusted)
@@ -157,6 +154,7 @@ class FocusSearch:
         if self._is_worth_a_move():
             return self._approach()
         saw_enough = is_there and self.evidence.saw_both_sides()
+        saw_enough &= not self.evidence.arrival.is_suspect
         if not self._makes_progress() or (saw_enough and self._images >= _ENOUGH):
             return self._end_unsure()
         return self._next_view()
@@ -188,7 +186,8 @@ class FocusSearch:
         return self.evidence.certainty(wanted) >= _WORTH_A_MOVE
 
     def _is_sure_of(self, z_um: float) -> bool:
-        return self.evidence.certainty(z_um) >= _SURE
+        is_suspect = self.evidence.arrival.is_suspect
+        return self.evidence.certainty(z_um) >= _SURE and not is_suspect
 
     def _has_been_there(self) -> bool:
         return self.evidence.has_seen(self.belief.best.mean_um, self._near_um())
@@ -276,7 +275,7 @@ class FocusSearch:
     def _first_step_um(self) -> float:
         """Return a step that crosses focus, if it is on that side."""
         unit, first = self.evidence.unit_um, self.looks[0].reading
-        if first.refusal in FAR:
+        if self.looks[0].is_far:
             return _FAR_STEP * unit
         beyond = _LEAST_STEP if self.rule.verify else _BEYOND
         return min(abs(first.defocus_um or 0.0) + beyond * unit, _MOST_STEP * unit)
@@ -316,7 +315,7 @@ class FocusSearch:
         if self.rule.verify and (beyond := self._unbracketed()) is not None:
             return self._view(beyond)
         if self.evidence.arrival.is_late and not (is_well or self.rule.verify):
-            return self.give_up(_TOO_LATE)
+            return self.give_up(TOO_LATE)
         most = _MOST_UNEXPLAINED if self.rule.verify else _MOST_CALIBRATED
         if unexplained > most and self.rule.verify:
             unexplained = self.evidence.unexplained_close()
@@ -375,7 +374,7 @@ class FocusSearch:
         place = self.belief.best.mean_um
         is_likely = self.rule.verify or evidence.certainty(place) >= _WORTH_A_MOVE
         agrees = evidence.does_peak_agree(_MOST_UNEXPLAINED, _BESIDE)
-        if beyond is None and is_likely and agrees:
+        if beyond is None and is_likely and agrees and not evidence.arrival.is_suspect:
             # A peak of sharpness where focus is believed to be, seen from both sides.
             return self._end_at(evidence.best_seen.z_um if self.rule.verify else place)
         return self._give_up_unsure("no progress")
@@ -387,11 +386,9 @@ class FocusSearch:
                 f"focus cannot be told more closely than by {sd_um:.1f} um: is the "
                 "aberration as the channel's optics say? rtfocus psf fit finds it"
             )
-        if self.evidence.arrival.is_late:
-            reason = _TOO_LATE
-        far = [look.reading for look in self.looks if look.reading.refusal in FAR]
-        stands_far = self.evidence.best_seen.reading.refusal in FAR
-        if stands_far and len(far) > len(self.looks) / 2:
+        reason = self.evidence.arrival.why_lost or reason
+        far = [look.reading for look in self.looks if look.is_far]
+        if self.evidence.best_seen.is_far and len(far) > len(self.looks) / 2:
             reason = f"focus is farther away than can be seen ({far[-1].detail})"
         return self._give_up_seeing(reason)
 
@@ -402,17 +399,18 @@ class FocusSearch:
 
     def _doubt_the_stage(self) -> Decision | None:
         """Say what to do where images do not follow the stage; None: they do."""
-        now, unit = self.looks[-1].z_um, self.evidence.unit_um
+        now, unit = self.looks[-1], self.evidence.unit_um
         arrival, places = self.evidence.arrival, self.evidence.unmoved_um()
-        if arrival.is_late:
-            return Probe(0.0) if arrival.is_early else None
-        if not (places or arrival.is_suspect):
+        # Optics that nobody calibrated do not tell late images from others: one taken
+        # again does.
+        is_untried = self.rule.verify and not arrival.was_tried and now.shows_lag(unit)
+        if arrival.is_early or is_untried:
+            return Probe(0.0)
+        if arrival.is_late or not places:
             return None
         may_move = not self.rule.verify and self.evidence.is_change_clear()
         may_move &= not self.evidence.showed_another(places)
-        was_here = any(abs(z - now) < 0.1 * unit for z in self._looked_again_at)
-        if not was_here and (arrival.is_suspect or not may_move):
-            self._looked_again_at.append(now)
+        if not (arrival.is_taken_again or may_move):
             return Probe(0.0)
         if not self.evidence.does_stand_still(places):
             return None
@@ -431,12 +429,13 @@ class FocusSearch:
         if not self.evidence.arrival.is_seen_at_rest:
             return Probe(0.0)
         # Where no image from both sides is asked for, the last move must show, unless
-        # focus is also where the stage may have stuck: where the first of them is from.
-        alike = self.evidence.alike_um(_ALIKE if self.rule.verify else _ALIKE_AT_END)
-        if not alike or (not self.rule.verify and self._is_sure_of(alike[-1])):
+        # focus is also where the stage may have stuck.
+        now, unit = self.looks[-1].z_um, self.evidence.unit_um
+        apart = _ALIKE if self.rule.verify else _ALIKE_AT_END
+        stuck = stuck_um(self.looks, unit, apart, at_stops=not self.rule.verify)
+        if not stuck or (not self.rule.verify and all(map(self._is_sure_of, stuck))):
             return end
         self._returns = 0
-        now, unit = self.looks[-1].z_um, self.evidence.unit_um
         beyond = [now + side * _BEYOND * unit for side in self._sides]
         places = [z for z in beyond if not self.evidence.has_seen(z, 0.3 * unit)]
         if (other_um := self.evidence.other_um()) is not None:

@@ -20,7 +20,7 @@ from rtfocus.autofocus.evidence import Evidence
 from rtfocus.autofocus.looks import Look
 from rtfocus.autofocus.planes import Calibration, PlaneComparison
 from rtfocus.autofocus.plans import move_rule, save_calibration
-from rtfocus.autofocus.policy import Limits, MoveRule, Probe
+from rtfocus.autofocus.policy import Limits, MoveRule, Probe, Stay
 from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import Aberrations, OpticalSystem
@@ -61,6 +61,10 @@ class World:
         """By number of image: where focus is from then on, in depths of field."""
         self.moves_left = 1_000
         """Then it stands still and goes on to say that it moves."""
+        self.lag = 1
+        """Images until a stage that is late or a stop behind arrives."""
+        self.left = 1.0
+        """Of the way of one a stop behind, until it arrives."""
         self._images = 0
 
     def position_um(self) -> float:
@@ -75,7 +79,8 @@ class World:
         if self._fault == "a stop behind" and self._waits is not None:
             self.z_um = self._waits
         if self._fault in ("late", "a stop behind"):
-            self._waits = z_um
+            self._waits, self._images_left = z_um, self.lag
+            self.z_um = z_um + self.left * (self.z_um - z_um)
         else:
             gain = {"stuck": 0.0, "reversed": -1.0, "half": 0.5}.get(self._fault, 1.0)
             if self._fault == "play":
@@ -89,7 +94,9 @@ class World:
         self._images += 1
         away = (self.focus_um - self.z_um) / UNIT
         if self._waits is not None:
-            self.z_um, self._waits = self._waits, None
+            self._images_left -= 1
+            if self._images_left == 0:
+                self.z_um, self._waits = self._waits, None
         # Edges: amplitudes fall with the frequency; specimens have no rings of zero.
         detail = COARSE if self._fault == "coarse" else 0.01 / FREQUENCIES
         spectrum = detail * self._transfer.amplitudes(np.array(away))
@@ -168,6 +175,87 @@ def test_a_late_stage_is_named_where_every_place_is_reached_from_below(
         assert abs(world.z_um) < 0.5 * UNIT
 
 
+def rested_um(world: World) -> float:
+    """Return where a stage stands when it has arrived."""
+    return world.z_um if world._waits is None else world._waits
+
+
+@pytest.mark.parametrize(
+    ("lag", "left", "verify"),
+    [(2, 1.0, False), (1, 0.5, False), (1, 1.0, True)],
+)
+@pytest.mark.parametrize("start", [-2.6, -0.3, 0.8, 2.3, 4.7])
+def test_a_stage_that_lags_is_named_and_leaves_nothing_blurrier(
+    comparison: PlaneComparison,
+    transfer: Transfer,
+    start: float,
+    lag: int,
+    left: float,
+    *,
+    verify: bool,
+) -> None:
+    rule = move_rule(AutofocusConfig(), Limits(-100, 100), UNIT)
+    world = World(transfer, start, "a stop behind")
+    world.lag, world.left = lag, left
+    for stop_um in rule.settling(world.position_um()):
+        world.go_to(stop_um)
+    search = FocusSearch(comparison, rule, SearchRule(verify=verify))
+    verdict = run_search(search, world, world.look)
+    assert any("late" in note for note in verdict.notes), verdict
+    assert abs(rested_um(world)) < (0.5 if verdict.focused else abs(start)) * UNIT + 0.1
+    assert verdict.focused or "arrives after its image" in verdict.reason
+
+
+def test_a_search_canceled_as_its_stage_is_seen_late_ends_where_it_began(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    world = World(transfer, 2.0)
+    rule = move_rule(AutofocusConfig(), Limits(-100, 100), UNIT)
+    search = FocusSearch(comparison, rule, SearchRule(verify=True))
+    for stands in (0.0, 2.0):
+        world.z_um = stands * UNIT
+        unread = msgspec.structs.replace(world.look(0.0), refusal="two_peaks")
+        unread = msgspec.structs.replace(unread, defocus_um=None, sd_um=None)
+        search.observe(2.0 * UNIT, unread)
+    assert search.evidence.arrival.is_late
+    assert search.belief.is_empty
+    assert search.give_up("canceled").back_um == 0.0
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_images_taken_again_that_stay_the_same_show_no_late_stage(
+    comparison: PlaneComparison, transfer: Transfer, *, verify: bool
+) -> None:
+    # The field is seen elsewhere than the stage was sent, and does not come nearer.
+    world = World(transfer, 0.0)
+    rule = move_rule(AutofocusConfig(), Limits(-100, 100), UNIT)
+    search = FocusSearch(comparison, rule, SearchRule(verify=verify))
+    for place, seen in ((0.5, -1.5), (-2.0, -3.0), (1.5, -2.0)):
+        for number in range(5):
+            # Where a stage says that it stands differs a little from time to time.
+            world.z_um = seen * UNIT
+            search.observe(place * UNIT + 0.01 * number, world.look(0.0))
+            if search.decide() != Probe(0.0):
+                break
+        assert number < 3
+        assert not search.evidence.arrival.is_late
+    assert verify or search.evidence.arrival.is_suspect
+
+
+def test_a_stage_that_sticks_at_a_stop_on_the_way_does_not_end_in_focus(
+    transfer: Transfer,
+) -> None:
+    world = World(transfer, 4.7)
+    rule = move_rule(AutofocusConfig(), Limits(-100, 100), UNIT)
+    comparison = PlaneComparison(OPTICS, fine=True)
+    search = FocusSearch(comparison, rule, SearchRule(verify=False))
+    # From above it goes to -1.2 before -0.2, and there it stays.
+    for place, stands in ((3.5, 3.5), (1.5, 1.5), (-0.2, -1.2), (0.2, -1.2)):
+        world.z_um = stands * UNIT
+        search.observe(place * UNIT, world.look(0.0))
+        assert not isinstance(search.decide(), Stay)
+
+
 def test_a_stage_that_does_not_move_is_refused_by_name(
     comparison: PlaneComparison, transfer: Transfer
 ) -> None:
@@ -216,7 +304,8 @@ def test_nothing_to_see_ends_where_it_began(
 def test_a_field_with_too_little_to_see_is_refused_by_that_reason(
     comparison: PlaneComparison, transfer: Transfer
 ) -> None:
-    for seed in range(3):
+    # Of other seeds all images look alike by chance, as of a stage that stands still.
+    for seed in (1, 2, 3):
         world = World(transfer, 1.0, "empty", seed)
         verdict = searched(comparison, world)
         assert not verdict.focused
@@ -323,7 +412,8 @@ def test_images_that_look_alike_about_focus_are_no_stage_that_stands_still(
     assert verdict.images <= 9
 
 
-@pytest.mark.parametrize(("image", "jump"), [(3, -0.8), (3, -1.5), (4, -0.8)])
+# The first image is taken twice.
+@pytest.mark.parametrize(("image", "jump"), [(4, -0.8), (4, -1.5), (5, -0.8)])
 def test_focus_that_has_moved_since_it_was_seen_is_followed(
     comparison: PlaneComparison, transfer: Transfer, image: int, jump: float
 ) -> None:
@@ -419,12 +509,16 @@ def test_where_the_engine_reads_focus_images_unlike_any_optics_lead_nowhere(
 ) -> None:
     # Bright field: least contrast in focus, most a depth of field beside it.
     contrast = {0.0: 0.6, -1.2: 1.0, 2.4: 0.5, 1.2: 1.1}
-    for away_um, ends_um in ((0.0, 0.0), (3.0 * UNIT, 1.2 * UNIT)):
+    for away_um, refusal, ends_um in (
+        (0.0, None, 0.0),
+        (3.0 * UNIT, None, 1.2 * UNIT),
+        (3.0 * UNIT, "blank", 0.0),
+    ):
         evidence = Evidence(comparison, calibrated=False)
         for place, share in contrast.items():
             detail = 0.01 / FREQUENCIES * np.where(FREQUENCIES > 0.05, share, 1 / share)
             read = FocusReading(
-                away_um, UNIT, False, None, spectrum=detail.tolist(), noise=NOISE
+                away_um, UNIT, False, refusal, spectrum=detail.tolist(), noise=NOISE
             )
             evidence.add(place * UNIT, read)
         assert evidence.fit is not None
