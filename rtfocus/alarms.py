@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from rtfocus.config import Config
 from rtfocus.config.sections import AlarmConfig, AlarmKind
-from rtfocus.errors import BusyError, TakenOverError
+from rtfocus.errors import BusyError, PeerLostError, TakenOverError
 from rtfocus.metrics import Outcome
 from rtfocus.monitor import Monitor
 from rtfocus.writers.header import REPORT_NAME
@@ -214,7 +214,8 @@ class Delivery:
 class Attendance:
     """Attends a series while its block runs: alarms, and in the end its page.
 
-    A folder that somebody else has taken over gets no page from here.
+    A folder that somebody else has taken over gets no page from here. What ended a run
+    is raised with a note of where its frames went.
     """
 
     def __init__(self, config: Config, monitor: Monitor) -> None:
@@ -247,11 +248,21 @@ class Attendance:
             from rtfocus.report.page import leave_page
 
             leave_page(self.folder)
+            self._account(self.folder, failure)
         # One delivery may be under way, one alarm of every other kind may follow.
         most_s = 2 * (2 + len(self._config.on)) * self._config.timeout_s
         self._thread.join(most_s)
         if self._thread.is_alive():
             _LOG.warning("the last alarms are not delivered after %g s", most_s)
+
+    def _account(self, folder: Path, failure: BaseException | None) -> None:
+        """Note on what ended a finished run where its frames are."""
+        if failure is None or isinstance(failure, PeerLostError):
+            return
+        from rtfocus.report.facts import accounting_in_words
+
+        account = accounting_in_words(self._monitor.accounting.summary())
+        failure.add_note(f"{account}, in '{folder}'")
 
     def _watch(self) -> None:
         while not self._done.wait(_POLL_S):

@@ -199,12 +199,12 @@ def tell(error: Exception, *, was_interrupted: bool = False) -> int:
     if os.environ.get("RTFOCUS_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
     if _is_ours(error):
-        code, line = int(getattr(error, "exit_code", ExitCode.FAILED)), _said(error)
+        code, line = int(getattr(error, "exit_code", ExitCode.FAILED)), said(error)
     elif was_interrupted:
         sys.stderr.write("interrupted\n")
         return ExitCode.INTERRUPTED
     else:
-        code, line = ExitCode.FAULT, f"{_said(error)}; {_fault(error)}"
+        code, line = ExitCode.FAULT, f"{said(error)}; {_fault(error)}"
     sys.stderr.write(f"error: {line}\n")
     return code
 
@@ -218,7 +218,8 @@ def _is_ours(error: BaseException) -> bool:
     )
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """Return in one line what happened, with the notes of an error of rtfocus."""
     if isinstance(error, RtfocusError):
         # A note says what failed after it, as closing does on a full disk.
         return _in_one_line("; ".join([str(error), *getattr(error, "__notes__", ())]))

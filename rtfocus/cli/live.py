@@ -26,7 +26,7 @@ from rtfocus.cli.commands import (
     refuse_options,
 )
 from rtfocus.cli.display import Rows, defocus_text, display, display_run
-from rtfocus.cli.endings import interruptible, stop_at_end_of_input
+from rtfocus.cli.endings import interruptible, said, stop_at_end_of_input
 from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
 from rtfocus.config.sections import ReplayConfig
@@ -296,7 +296,7 @@ def process(
     codes = [ExitCode.DONE]
 
     def told(error: RtfocusError) -> None:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {said(error)}", err=True)
         codes.append(error.exit_code)
 
     with (

@@ -132,7 +132,11 @@ def print_report(folder: Path) -> Outcome:
         How much of the plan is written.
     """
     # With it comes what reads stores, which no other command's help needs.
-    from rtfocus.report.facts import left_out_by_hold, read_focus_log
+    from rtfocus.report.facts import (
+        accounting_in_words,
+        left_out_by_hold,
+        read_focus_log,
+    )
 
     report = read_report(folder)
     outcome = Outcome.of_report(report)
@@ -141,7 +145,8 @@ def print_report(folder: Path) -> Outcome:
     console.print(f"[bold]{escape(str(folder))}[/]  ({escape(str(done))})")
     if report["accounting"].get("planned") is not None:
         console.print(plan_in_words(report["accounting"]))
-    console.print(_accounting_line(report["accounting"]))
+    style = "bold red" if report["accounting"]["unaccounted"] else None
+    console.print(accounting_in_words(report["accounting"]), style=style, markup=False)
     throughput = report.get("throughput", {})
     if throughput.get("frames_per_s"):
         console.print(
@@ -174,23 +179,6 @@ def _shares(report: dict[str, Any]) -> Iterator[str]:
         yield "frames by device: " + ", ".join(f"{k} {n}" for k, n in devices.items())
     if ways:
         yield "frames came by: " + ", ".join(f"{k} {n}" for k, n in ways.items())
-
-
-def _accounting_line(terms: dict[str, Any]) -> str:
-    """Spell the loss identity out."""
-    parts = [f"{terms['acquired']} acquired = {terms['written']} written"]
-    if terms["focus"]:
-        parts.append(f"{terms['focus']} focus probes")
-    for name in ("dropped", "in_error"):
-        places = terms[name]
-        parts.append(
-            " + ".join(f"{n} {name} ({place})" for place, n in places.items())
-            or f"0 {name.replace('_', ' ')}"
-        )
-    line = " + ".join(parts)
-    if terms["unaccounted"]:
-        line += f"  [bold red]and {terms['unaccounted']} unaccounted for[/]"
-    return line
 
 
 def _stage_table(stages: dict[str, dict[str, float | int | None]]) -> Table:

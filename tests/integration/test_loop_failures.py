@@ -19,6 +19,7 @@ from loop_kit import (
     lines_written,
     process_of,
     read_journal,
+    read_report,
     run_loop,
     sets,
     small,
@@ -266,3 +267,27 @@ def test_a_microscope_side_that_was_killed_is_not_a_stop_by_the_user(tmp_path):
     assert not outcome.was_stopped
     assert not outcome.is_complete
     assert outcome.reason.startswith("microscope side failed"), outcome.reason
+
+
+def test_a_publisher_that_was_killed_is_told_with_where_its_frames_are(tmp_path):
+    config = small(tmp_path, None, acquisition=ENDLESS, transport={"heartbeat_s": 0.1})
+    path = write_config(tmp_path / "config.yaml", on_free_ports(config))
+    folder = tmp_path / "small.rtfocus"
+    with (
+        started("process", path, "--once", "--quiet", cwd=tmp_path) as processor,
+        started("acquire", path, "--quiet", cwd=tmp_path) as microscope,
+    ):
+        wait_for(
+            lambda: (
+                lines_written(folder) >= 5
+                or None not in (processor.poll(), microscope.poll())
+            ),
+            "five frames",
+        )
+        microscope.kill()
+        _, errors = processor.communicate(timeout=DEADLINE_S)
+    assert processor.returncode == 1, errors
+    terms = read_report(folder)["accounting"]
+    account = f"; {terms['acquired']} acquired = {terms['written']} written + "
+    assert account in errors
+    assert f"in error, in '{folder}'" in errors
