@@ -120,9 +120,11 @@ def read_scene(
 
 
 def read_recording(
-    config: SpecimenConfig, shape: tuple[int, int], *, channel: int
+    config: SpecimenConfig, shape: tuple[int, int], *, rgb: bool, channel: int
 ) -> Image:
-    """Read a recorded z-stack; axes (z, y, x), one scale for all planes.
+    """Read a recorded z-stack; axes (z, y, x) or (z, y, x, rgb), one scale for all.
+
+    A camera that sees colours is shown it tinted.
 
     Raises
     ------
@@ -140,7 +142,7 @@ def read_recording(
     # Levelled together, so that a plane keeps its brightness against the others.
     black, white = np.percentile(planes, [0.1, 99.9])
     planes = np.clip((planes - black) / max(float(white - black), 1e-6), 0.0, 1.0)
-    return np.stack(
+    levelled = np.stack(
         [
             normalise_sharp(plane, shape, black_percentile=0, white_percentile=100)
             * np.float32(plane.max() - plane.min())
@@ -148,6 +150,7 @@ def read_recording(
             for plane in planes
         ]
     )
+    return _tinted(levelled) if rgb else levelled
 
 
 def _tinted(scene: Image) -> Image:
@@ -235,7 +238,7 @@ class VirtualSpecimen:
         self._z_step_um = config.specimen.z_step_um
         if self.is_recorded:
             self._recording = read_recording(
-                config.specimen, self.shape, channel=channel
+                config.specimen, self.shape, rgb=config.rgb, channel=channel
             )
             self._scene = self._recording[0]
         else:
@@ -269,13 +272,13 @@ class VirtualSpecimen:
         The array is shared between calls: do not write to it.
         """
         place = (self._to_px(x_um), self._to_px(y_um))
-        rise_um = drift_um(self._surface_config, time_s)
-        key = (*place, round((z_um - rise_um) / _HEIGHT_STEP_UM))
+        from_surface_um = z_um - drift_um(self._surface_config, time_s)
+        key = (*place, self._height_number(from_surface_um))
         if key in self._views:
             self._views.move_to_end(key)
             return self._views[key]
         if self.is_recorded:
-            view = self._recorded_plane(z_um - rise_um, place)
+            view = self._view_of(self._recording[key[2]], place)
         else:
             height = self._surface.height_um(x_px=place[0], y_px=place[1])
             seen_from = np.float32(key[2] * _HEIGHT_STEP_UM)
@@ -319,12 +322,16 @@ class VirtualSpecimen:
         _keep(self._sites, place, planes, _SITES_KEPT)
         return planes
 
-    def _recorded_plane(self, z_um: float, place: tuple[int, int]) -> Image:
-        """Return the real plane nearest to the stage; plane 0 lies at the surface."""
+    def _height_number(self, z_um: float) -> int:
+        """Return the number of a height among those that look different.
+
+        Of a recording that of the nearest plane; plane 0 lies at the surface.
+        """
+        if not self.is_recorded:
+            return round(z_um / _HEIGHT_STEP_UM)
         height = float(self._surface.height_um().mean())
         number = round((z_um - height) / self._z_step_um)
-        number = min(max(number, 0), len(self._recording) - 1)
-        return self._view_of(self._recording[number], place)
+        return min(max(number, 0), len(self._recording) - 1)
 
     def _view_of(self, scene: Image, place: tuple[int, int]) -> Image:
         """Cut a frame out of the scene and its mirror images."""

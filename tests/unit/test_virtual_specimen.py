@@ -170,6 +170,23 @@ def test_a_recorded_stack_shows_its_real_planes(tmp_path):
         specimen.truth(0.0)
 
 
+@pytest.mark.parametrize("rgb", [False, True])
+def test_a_recorded_stack_has_the_shape_of_the_camera_however_fine(tmp_path, rgb):
+    planes = np.random.default_rng(0).uniform(0, 1, (5, 96, 128)).astype(np.float32)
+    path = tmp_path / "stack.ome.tif"
+    tifffile.imwrite(path, planes, metadata={"axes": "ZYX"})
+    step_um = 0.01  # finer than heights of a drawing are told apart
+    stack = {"kind": "stack", "path": path, "z_step_um": step_um}
+    config = make(specimen=stack, surface={"z_um": 0.0}, rgb=rgb, bit_depth=8)
+    specimen = VirtualSpecimen(config, OPTICS)
+    for number, plane in enumerate(planes):
+        image = specimen.image(step_um * number)
+        assert image.shape == (*plane.shape, 3)[: 3 if rgb else 2]
+        grey = image[..., 2] if rgb else image
+        assert np.corrcoef(grey.ravel(), plane.ravel())[0, 1] > 0.999
+        assert Sensor(config).expose(image, 10.0).shape == image.shape
+
+
 def flat(level: float) -> np.ndarray:
     return np.full((256, 256), level, dtype=np.float32)
 

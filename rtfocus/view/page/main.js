@@ -81,7 +81,7 @@ function takePicture(picture) {
   state.pictures++;
   if (picture.flags & DETAIL) {
     if (!state.picture || !samePlace(picture, state.picture)) return;
-    for (const kind of [RAW, RESTORED]) if (picture.planes[kind] && picture.planes[kind].width <= drawing.most) drawing.put(`${kind}detail`, picture.planes[kind]);
+    for (const kind of [RAW, RESTORED]) if (picture.planes[kind] && Math.max(picture.planes[kind].width, picture.planes[kind].height) <= drawing.most) drawing.put(`${kind}detail`, picture.planes[kind]);
     wantDraw();
     return;
   }
@@ -110,7 +110,7 @@ function resolved() { const { t, p, c, z } = state.place; return { t, p: p ?? 0,
 
 function select() { send({ type: "select", follow: state.follow, ...(state.follow ? { ...state.place, t: null } : resolved()) }); }
 
-function follow() { state.follow = true; state.place.z = null; if (state.told?.browse === false) state.place.t = 0; select(); wantDraw(); }
+function follow() { state.follow = true; state.place.z = null; select(); wantDraw(); }
 
 function scrub(change) {
   if (!state.told?.browse) { say("the run folder is not on this machine: the newest frames alone can be shown"); return; }
@@ -282,11 +282,11 @@ function showState() {
 }
 
 function showKeys() {
-  const text = traces.counts().map(({ symbol, text, number }) => `${{ triangle: "▲", diamond: "◆", dot: "●", cross: "✕" }[symbol]} ${text} ${number}`);
+  const marks = traces.counts(), text = marks.map(({ symbol, text, number }) => `${{ triangle: "▲", diamond: "◆", dot: "●", cross: "✕" }[symbol]} ${text} ${number}`);
   const box = $("mark-keys");
   if (box.dataset.text === text.join()) return;
   box.dataset.text = text.join();
-  box.replaceChildren(...traces.counts().map(({ colour }, i) => { const key = document.createElement("span"); key.className = "key"; key.style.color = colour; key.textContent = text[i]; return key; }));
+  box.replaceChildren(...marks.map(({ colour }, i) => { const key = document.createElement("span"); key.className = "key"; key.style.color = colour; key.textContent = text[i]; return key; }));
 }
 
 function say(text) { $("message").textContent = text; $("message").hidden = !text; }
@@ -350,9 +350,11 @@ stage.onHover = (at) => {
   const plane = state.picture?.planes[at.kind], x = Math.floor(at.frameX), y = Math.floor(at.frameY);
   state.hover = null;
   if (plane && x >= 0 && y >= 0 && x < stage.frame.width && y < stage.frame.height) {
-    const i = plane.samples * (Math.min(Math.floor(y / plane.step), plane.height - 1) * plane.width + Math.min(Math.floor(x / plane.step), plane.width - 1));
+    // Of a reduced picture the nearest pixel that it has, where that lies in the frame.
+    const column = Math.min(Math.floor(x / plane.step), plane.width - 1), row = Math.min(Math.floor(y / plane.step), plane.height - 1);
+    const i = plane.samples * (row * plane.width + column);
     const counts = [...Array(plane.samples).keys()].map((s) => short(plane.pixels[i + s] * plane.scale + plane.offset, 5));
-    state.hover = `x ${x}, y ${y}: ${counts.join(", ")} counts`;
+    state.hover = `x ${column * plane.step}, y ${row * plane.step}: ${counts.join(", ")} counts`;
   }
   showFrame();
 };

@@ -21,8 +21,6 @@ export class Stage {
 
   get ratio() { return window.devicePixelRatio || 1; }
 
-  setCanvas(canvas) { this.canvas = canvas; this.resize(); }
-
   resize() {
     const width = Math.max(Math.round(this.box.clientWidth * this.ratio), 1);
     const height = Math.max(Math.round(this.box.clientHeight * this.ratio), 1);
@@ -187,6 +185,7 @@ export class Stage {
     const context = this.overlay.getContext("2d"), { width, height } = this.overlay;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, width, height);
+    const divided = this.mode === "split" && panes.length === 2;
     panes.forEach((pane, i) => {
       context.save();
       context.beginPath();
@@ -196,10 +195,12 @@ export class Stage {
       if (shown.mark && shown.planes[SATURATION]) this.drawSaturation(context, pane, shown.planes[SATURATION]);
       if (this.roi) this.drawRoi(context, pane);
       context.restore();
-      this.label(context, LABELS[pane.kind], pane.rect[0] + 8 * this.ratio, 8 * this.ratio, "left");
-      if (this.mode === "split" ? i === 0 : true) this.drawScaleBar(context, this.mode === "split" ? [0, 0, width, height] : pane.rect, shown.pixelUm);
+      // On either side of a divider: what is left and right of it, and one scale for both.
+      const right = divided && i === 1;
+      this.label(context, LABELS[pane.kind], right ? width - 8 * this.ratio : pane.rect[0] + 8 * this.ratio, 8 * this.ratio, right ? "right" : "left");
+      if (!right) this.drawScaleBar(context, divided ? [0, 0, width, height] : pane.rect, shown.pixelUm);
     });
-    if (this.mode === "split" && panes.length === 2) this.drawDivider(context, panes[1].rect[0], height);
+    if (divided) this.drawDivider(context, panes[1].rect[0], height);
     if (shown.map && shown.planes[DEFOCUS] && panes.length) this.drawColourBar(context, width, height);
   }
 
@@ -241,12 +242,9 @@ export class Stage {
     context.beginPath(); context.arc(x, height / 2, 11 * r, 0, 7); context.fill();
     context.fillStyle = "#14161a"; context.font = `${13 * r}px system-ui, sans-serif`; context.textAlign = "center"; context.textBaseline = "middle";
     context.fillText("⇔", x, height / 2);
-    this.label(context, "raw", 8 * r, 8 * r, "left");
-    this.label(context, "restored", this.overlay.width - 8 * r, 8 * r, "right");
   }
 
   label(context, text, x, y, align) {
-    if (this.mode === "split" && align === "left" && text === "restored") return;
     const r = this.ratio;
     context.font = `600 ${13 * r}px system-ui, sans-serif`; context.textBaseline = "top"; context.textAlign = "left";
     const width = context.measureText(text).width, left = align === "right" ? x - width - 12 * r : x;

@@ -1,6 +1,5 @@
 // Traces: defocus, z and the loop over time; moves, probes and refusals as symbols.
 
-
 const AXIS = "#aab2bd", GRID = "rgba(170,178,189,.16)";
 const BLUE = "#56b4e9", ORANGE = "#e69f00", GREEN = "#2fc39b", PINK = "#cc79a7";
 const MARKS = {
@@ -141,7 +140,7 @@ export class Traces {
   }
 }
 
-export function symbol(context, kind, x, y, s, colour) {
+function symbol(context, kind, x, y, s, colour) {
   context.fillStyle = context.strokeStyle = colour; context.lineWidth = s / 2; context.beginPath();
   if (kind === "triangle") { context.moveTo(x, y - s); context.lineTo(x + s, y + s); context.lineTo(x - s, y + s); context.closePath(); context.fill(); }
   else if (kind === "diamond") { context.moveTo(x, y - s * 1.2); context.lineTo(x + s, y); context.lineTo(x, y + s * 1.2); context.lineTo(x - s, y); context.closePath(); context.fill(); }
