@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from rtfocus.config import Config
 from rtfocus.config.sections import AlarmConfig, AlarmKind
-from rtfocus.errors import BusyError, PeerLostError, TakenOverError
+from rtfocus.errors import BusyError, PeerLostError, TakenOverError, number_of
 from rtfocus.metrics import Outcome
 from rtfocus.monitor import Monitor
 from rtfocus.writers.header import REPORT_NAME
@@ -132,7 +132,9 @@ class Rules:
             return None
         before, self._lost = self._lost, lost
         where = ", ".join(f"{number} {place}" for place, number in places.items())
-        return Alarm("frames", f"{lost - before} frames are lost ({where} in all)")
+        return Alarm(
+            "frames", f"{number_of(lost - before, 'frame')} lost ({where} in all)"
+        )
 
 
 class Delivery:

@@ -119,7 +119,7 @@ def test_lost_frames_are_told_once_each_and_not_too_often() -> None:
     rules, monitor = Rules(AlarmConfig(interval_s=60)), watched()
     monitor.accounting.count("dropped", "gap", number=3)
     (alarm,) = rules.look(monitor, 0.0)
-    assert alarm.text == "3 frames are lost (3 gap in all)"
+    assert alarm.text == "3 frames lost (3 gap in all)"
     assert kinds(rules, monitor, 100.0) == [], "nothing new"
     monitor.accounting.count("in_error", "store")
     assert kinds(rules, monitor, 130.0) == ["frames"]
@@ -166,7 +166,7 @@ def test_receiver_and_program_are_told_what_happened_and_the_end(
         with pytest.raises(WriterError):
             run()
         first, last = *heard, told.get(timeout=60)
-    assert first["text"] == "rtfocus night: 1 frames are lost (1 gap in all)"
+    assert first["text"] == "rtfocus night: 1 frame lost (1 gap in all)"
     assert (first["kind"], first["run"]) == ("frames", "night")
     assert first["type"] == "application/json"
     assert last["text"] == "rtfocus night: the run ended: the disk is gone"
