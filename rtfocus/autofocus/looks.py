@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.autofocus.appearance import change, sharpness
-from rtfocus.autofocus.planes import PlaneComparison, Scores, Tried
+from rtfocus.autofocus.planes import REVERSED_PRICE, PlaneComparison, Scores, Tried
 from rtfocus.autofocus.policy import MoveRule
 from rtfocus.frame import FocusReading
 
@@ -322,14 +322,20 @@ def _doubts(looks: Sequence[Look], comparison: PlaneComparison) -> tuple[float, 
     lags = range(1, min(int(again.max()) + 1, _MOST_LAG) + 1)
     tried = Tried(Scores(spectra, noise), allows_sharper=False)
     focus_um = comparison.candidates(told_um, None, _REACH * comparison.unit_um)
-    # What optics a little off explain is no stage's doing.
-    accounts = [(0, told_um, 0.0, comparison.models)]
+    # What optics a little off explain is no stage's doing, nor does one come late that
+    # runs the other way.
+    turns, few = comparison.turns, comparison.few_models
+    against = tuple({1, -1}.difference(turns))
+    accounts = [
+        (0, told_um, 0.0, comparison.models, turns),
+        (0, told_um, REVERSED_PRICE, few, against),
+    ]
     for lag, way_um, (left, price) in product(lags, ways_um, _LEFT):
         seen_um = told_um + left * np.where(again < lag, way_um, 0.0)
-        accounts.append((lag, seen_um, price, comparison.few_models))
-    for lag, seen_um, price, models in accounts:
+        accounts.append((lag, seen_um, price, few, turns))
+    for lag, seen_um, price, models, by_turn in accounts:
         away = (focus_um[:, None] - seen_um) / comparison.unit_um
-        for turn in comparison.turns:
+        for turn in by_turn:
             tried.add(str(lag), turn, turn * away, models, price)
     answers = tried.fit(focus_um).answers
     early = sum(answers[str(lag)] for lag in lags if lag > again[-1])

@@ -40,8 +40,8 @@ _APERTURE_SD = 0.05
 _EXTRA_WAVES = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 _FINE_WAVES = (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 _WAVES_SD = 0.12
-# Price of a stage that runs against what the core says, as a logarithm.
-_REVERSED = 6.0
+REVERSED_PRICE = 6.0
+"""Of a stage that runs against what the core says, as a logarithm."""
 # No model explains ring averages of a real image better than this share of their
 # energy: noise, tilt and the specimen's thickness leave it.
 _FLOOR = 3e-3
@@ -180,7 +180,7 @@ class PlaneComparison:
             tried.add(AS_TOLD, turn, turn * away, self.models, 0.0)
         if self._direction and tried.least > _EXPLAINED:
             turn = -self._direction
-            tried.add(REVERSED, turn, turn * away, self.models, _REVERSED)
+            tried.add(REVERSED, turn, turn * away, self.models, REVERSED_PRICE)
         for course in courses if tried.least > _EXPLAINED else ():
             # The optics as they were told: an odd stage and odd optics are too much.
             for turn in self.turns:

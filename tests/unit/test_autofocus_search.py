@@ -222,6 +222,21 @@ def test_a_search_canceled_as_its_stage_is_seen_late_ends_where_it_began(
     assert search.give_up("canceled").back_um == 0.0
 
 
+@pytest.mark.parametrize("start", [-4.2, -0.3, 0.2, 2.3])
+def test_a_stage_that_runs_the_other_way_is_not_suspected_of_lagging(
+    comparison: PlaneComparison, transfer: Transfer, start: float
+) -> None:
+    rule = move_rule(AutofocusConfig(), Limits(-100, 100), UNIT)
+    world = World(transfer, start, "reversed")
+    for stop_um in rule.settling(world.position_um()):
+        world.go_to(stop_um)
+    search = FocusSearch(comparison, rule, SearchRule(verify=False))
+    verdict = run_search(search, world, world.look)
+    assert verdict.focused, verdict.reason
+    assert abs(world.z_um) < 0.25 * UNIT
+    assert verdict.images <= 4
+
+
 @pytest.mark.parametrize("verify", [False, True])
 def test_images_taken_again_that_stay_the_same_show_no_late_stage(
     comparison: PlaneComparison, transfer: Transfer, *, verify: bool
