@@ -103,7 +103,7 @@ def test_a_locale_of_ascii_alone_is_no_obstacle(tmp_path):
         check=False,
     )
     said = done.stderr.decode("utf-8")
-    assert done.returncode == ExitCode.FAILED
+    assert done.returncode == ExitCode.INPUT
     assert said.startswith("error: ")
     assert "\u00fc.rtfocus" in said
 
