@@ -442,8 +442,9 @@ def _way_um(step: Step) -> float:
 def _line(key: Key, verdict: Verdict) -> str:
     place = "" if key[0] is None else f" at position {key[0]}"
     word = "focused" if verdict.focused else f"not focused ({verdict.reason})"
-    return (
+    said = (
         f"autofocus{place}: {word}, z {verdict.start_um:.2f} -> "
         f"{verdict.end_um:.2f} um, {verdict.images} images, {verdict.moves} moves, "
         f"{verdict.seconds:.1f} s"
     )
+    return "; ".join((said, *verdict.notes))

@@ -114,7 +114,10 @@ class FocusSearch:
     @property
     def notes(self) -> list[str]:
         """What was noticed on the way, e.g. a stage that runs the other way."""
-        return self.evidence.faults()
+        share = max(look.reading.saturated for look in self.looks)
+        is_told = self.looks[-1].reading.refusal == "saturated" or share <= _SATURATED
+        words = f"{100 * share:.1f} % of the pixels are saturated: focus may lie beside"
+        return self.evidence.faults() + [words] * (not is_told)
 
     def decide(self) -> Decision:
         """Say what to do after the newest image."""
@@ -134,9 +137,6 @@ class FocusSearch:
         trusted = 0.0 if self.rule.verify else _WELL_EXPLAINED
         best = self.evidence.best_known_um(trusted)
         back = self.moves.limits.clip(best) if isfinite(best) else now
-        saturated = max(look.reading.saturated for look in self.looks)
-        if saturated > _SATURATED and "saturated" not in reason:
-            reason += f"; {100 * saturated:.1f} % of the pixels are saturated"
         return GiveUp(reason, back - now)
 
     def _wish(self) -> Decision:

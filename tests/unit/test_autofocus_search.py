@@ -140,6 +140,21 @@ def test_an_honest_stage_is_focused_in_few_images(
     assert verdict.images == 3
 
 
+def test_focus_found_among_saturated_pixels_is_told_with_them(
+    comparison: PlaneComparison, transfer: Transfer
+) -> None:
+    world = World(transfer, 1.1)
+
+    def look(z_um: float) -> FocusReading:
+        return msgspec.structs.replace(world.look(z_um), saturated=0.012)
+
+    moves = MoveRule(Limits(-20 * UNIT, 20 * UNIT), 0.1 * UNIT, 12 * UNIT)
+    search = FocusSearch(comparison, moves, SearchRule(verify=False))
+    verdict = run_search(search, world, look)
+    assert verdict.focused, verdict.reason
+    assert verdict.notes == ("1.2 % of the pixels are saturated: focus may lie beside",)
+
+
 @pytest.mark.parametrize(
     ("fault", "words"), [("reversed", "against"), ("late", "late"), ("half", "half")]
 )
