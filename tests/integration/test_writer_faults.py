@@ -137,7 +137,6 @@ def test_a_disk_that_is_full_at_the_end_is_told_with_its_place(
 
 
 def test_a_nearly_full_disk_ends_the_run_cleanly(small_disk: Path) -> None:
-    # The free space is looked at 4 times a second: leave room for that long.
     store = {"codec": "none", "min_free_mb": DISK_MB * 0.9}
     with recording(small_disk / "run.rtfocus", ENDLESS, store=store) as run:
         tried, said = send_until_error(run)

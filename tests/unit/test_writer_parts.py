@@ -87,6 +87,15 @@ def test_time_to_full_follows_the_rate_at_which_the_disk_fills() -> None:
         watch.check()
 
 
+def test_a_disk_that_fills_between_two_samples_ends_the_run_all_the_same() -> None:
+    disk = Disk(free=199_999)
+    watch = DiskWatch(Path(), 100_000, free=disk.free_bytes, clock_s=disk.clock_s)
+    watch.check()
+    disk.free = 99_999
+    with pytest.raises(WriterError, match="the run ends here"):
+        watch.check()
+
+
 def test_the_disk_is_asked_four_times_a_second_at_most() -> None:
     disk = Disk(free=1_000_000)
     watch = DiskWatch(Path(), 0, free=disk.free_bytes, clock_s=disk.clock_s)
