@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,23 @@ def test_a_processor_that_is_not_there_is_told(tmp_path):
     assert "start `rtfocus process`" in said
 
 
+@contextmanager
+def both_sides(path, folder):
+    """Yield the processes of the processor and the microscope, five frames written."""
+    with (
+        started("process", path, "--once", "--quiet", cwd=path.parent) as processor,
+        started("acquire", path, "--quiet", cwd=path.parent) as microscope,
+    ):
+        wait_for(
+            lambda: (
+                lines_written(folder) >= 5
+                or None not in (processor.poll(), microscope.poll())
+            ),
+            "five frames",
+        )
+        yield processor, microscope
+
+
 def test_a_killed_processor_aborts_the_acquisition_when_asked_to(
     tmp_path, engine_folder
 ):
@@ -225,17 +243,7 @@ def test_a_killed_processor_aborts_the_acquisition_when_asked_to(
     )
     path = write_config(tmp_path / "config.yaml", on_free_ports(config))
     folder = tmp_path / "small.rtfocus"
-    with (
-        started("process", path, "--once", "--quiet", cwd=tmp_path) as processor,
-        started("acquire", path, "--quiet", cwd=tmp_path) as microscope,
-    ):
-        wait_for(
-            lambda: (
-                lines_written(folder) >= 5
-                or None not in (processor.poll(), microscope.poll())
-            ),
-            "five frames",
-        )
+    with both_sides(path, folder) as (processor, microscope):
         processor.kill()
         _, errors = microscope.communicate(timeout=DEADLINE_S)
     assert microscope.returncode == 1, errors
@@ -273,17 +281,7 @@ def test_a_publisher_that_was_killed_is_told_with_where_its_frames_are(tmp_path)
     config = small(tmp_path, None, acquisition=ENDLESS, transport={"heartbeat_s": 0.1})
     path = write_config(tmp_path / "config.yaml", on_free_ports(config))
     folder = tmp_path / "small.rtfocus"
-    with (
-        started("process", path, "--once", "--quiet", cwd=tmp_path) as processor,
-        started("acquire", path, "--quiet", cwd=tmp_path) as microscope,
-    ):
-        wait_for(
-            lambda: (
-                lines_written(folder) >= 5
-                or None not in (processor.poll(), microscope.poll())
-            ),
-            "five frames",
-        )
+    with both_sides(path, folder) as (processor, microscope):
         microscope.kill()
         _, errors = processor.communicate(timeout=DEADLINE_S)
     assert processor.returncode == 1, errors
