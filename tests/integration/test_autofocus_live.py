@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,6 +319,45 @@ def newest_image(core: Any) -> Any:
     return core.popNextImage()
 
 
+@contextmanager
+def held_camera(
+    surface: dict[str, float], told: list[str], end_um: float
+) -> Iterator[tuple[Focusing, Callable[[], int]]]:
+    """Hold a running camera in focus; then the stage stands within reach of `end_um`.
+
+    Yields what is asked for and told, and what sends the next image on and returns its
+    number.
+    """
+    config = settings(autofocus={"mode": "hold"})
+    microscope = config.microscope.model_dump()
+    microscope |= {"surface": {"z_um": 4.0, **surface}, "frames_per_s": 10.0}
+    config = Config.model_validate({**config.model_dump(), "microscope": microscope})
+    focusing = Focusing(config, told.append)
+    processor = Processor(config, focusing)
+    with open_core(config) as core, closing(processor.reader):
+        core.setExposure(5)
+        hold = LiveHold(focusing, core)
+        hold.start(processor.send)
+        core.startContinuousSequenceAcquisition()
+
+        def send_next() -> int:
+            pixels = newest_image(core)
+            processor.send(pixels, "DAPI", hold.z_um(time.time_ns(), 5))
+            hold.notes()
+            return processor.number
+
+        try:
+            yield focusing, send_next
+        finally:
+            core.stopSequenceAcquisition()
+            hold.stop()
+        assert core.getZPosition() == pytest.approx(end_um, abs=0.6 * UNIT_UM)
+
+
+def times_focused(told: list[str]) -> int:
+    return sum("focused, z" in line for line in told)
+
+
 @pytest.mark.parametrize(("stops", "end_um"), [(False, 22.0), (True, 4.0)])
 def test_a_running_camera_finds_again_what_it_lost(
     monkeypatch: pytest.MonkeyPatch,
@@ -331,66 +370,27 @@ def test_a_running_camera_finds_again_what_it_lost(
         monotonic=lambda: time.monotonic() + knocked_s[0], sleep=time.sleep
     )
     monkeypatch.setattr(virtual_devices, "time", clock)
-    config = settings(autofocus={"mode": "hold"})
-    microscope = config.microscope.model_dump()
-    # Drifts by a knock alone, by 18 um: no image of the search looks like that.
-    drift = {"drift_um_per_min": 0.06, "drift_from_s": 1000.0}
-    microscope["surface"] = {"z_um": 4.0, **drift}
-    microscope["frames_per_s"] = 10.0
-    config = Config.model_validate({**config.model_dump(), "microscope": microscope})
     told: list[str] = []
-    focusing = Focusing(config, told.append)
-    processor = Processor(config, focusing)
-    with open_core(config) as core, closing(processor.reader):
-        core.setExposure(5)
-        hold = LiveHold(focusing, core)
-        hold.start(processor.send)
-        core.startContinuousSequenceAcquisition()
-        try:
-            while sum("focused, z" in line for line in told) < 2:
-                assert processor.number < 300, told
-                if processor.number == 20:
-                    knocked_s[0] = 19_000.0
-                pixels = newest_image(core)
-                z_um = hold.z_um(time.time_ns(), 5)
-                processor.send(pixels, "DAPI", z_um)
-                hold.notes()
-                if stops and any("searched again" in line for line in told):
-                    break
-        finally:
-            core.stopSequenceAcquisition()
-            hold.stop()
-        assert core.getZPosition() == pytest.approx(end_um, abs=0.6 * UNIT_UM)
+    # Drifts by a knock alone, by 18 um: no image of the search looks like that.
+    surface = {"drift_um_per_min": 0.06, "drift_from_s": 1000.0}
+    with held_camera(surface, told, end_um) as (_, send_next):
+        while times_focused(told) < 2:
+            number = send_next()
+            assert number < 300, told
+            if number == 20:
+                knocked_s[0] = 19_000.0
+            if stops and any("searched again" in line for line in told):
+                break
     assert any("lost and searched again (1 of 5)" in line for line in told), told
     assert ("autofocus failed: the camera stopped" in told) == stops
 
 
 def test_a_running_camera_is_searched_when_somebody_asks() -> None:
-    config = settings(autofocus={"mode": "hold"})
-    microscope = config.microscope.model_dump()
-    still = {"z_um": 4.0, "drift_um_per_min": 0.0}
-    microscope |= {"surface": still, "frames_per_s": 10.0}
-    config = Config.model_validate({**config.model_dump(), "microscope": microscope})
     told: list[str] = []
-    focusing = Focusing(config, told.append)
-    processor = Processor(config, focusing)
-    with open_core(config) as core, closing(processor.reader):
-        core.setExposure(5)
-        hold = LiveHold(focusing, core)
-        hold.start(processor.send)
-        core.startContinuousSequenceAcquisition()
+    with held_camera({"drift_um_per_min": 0.0}, told, 4.0) as (focusing, send_next):
         focusing.requests.append("autofocus")
-        try:
-            while sum("focused, z" in line for line in told) < 2:
-                assert processor.number < 100, "\n".join(told)
-                pixels = newest_image(core)
-                z_um = hold.z_um(time.time_ns(), 5)
-                processor.send(pixels, "DAPI", z_um)
-                hold.notes()
-        finally:
-            core.stopSequenceAcquisition()
-            hold.stop()
-        assert core.getZPosition() == pytest.approx(4.0, abs=0.6 * UNIT_UM)
+        while times_focused(told) < 2:
+            assert send_next() < 100, "\n".join(told)
     assert "focus is searched as asked for" in told
 
 
