@@ -16,7 +16,13 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.engines.card import input_of
 from rtfocus.engines.fitted import DeviationCard, stated_um, unsettled_um
-from rtfocus.engines.registry import find_engine, list_engines, parts, step_um
+from rtfocus.engines.registry import (
+    find_engine,
+    list_engines,
+    parts,
+    step_um,
+    why_too_small,
+)
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.frame import (
     PROTOCOL_VERSION,
@@ -45,9 +51,6 @@ from rtfocus.processing.processor import FrameProcessor, open_processor
 _UID = "offline"
 _LEAST_PX = 48
 """Least side of an image that is looked at once more at half the size of another."""
-_LEAST_TO_CLASSIFY_PX = 16
-"""Of smaller crops of real fields, mirrored to fill a tile, networks tell other levels
-than of a whole tile there."""
 _BYTES_PER_PX = 50
 """Memory that an image takes, measured: 46 (`wiener`, 2000 to 6000 pixels a side).
 Where it is not there some systems end the process without a word."""
@@ -176,8 +179,9 @@ class ImageProcessor:
     ) -> FrameResult:
         try:
             pixels = checked_image(image, of_stack=of_stack)
-            if not restore:
-                _refuse_too_small(pixels)
+            if not restore and (why := why_too_small(pixels.shape)):
+                msg = f"the image {why}"
+                raise InputError(msg)
             with self._one_at_a_time:
                 if self._open_in != os.getpid():
                     # Threads do not cross a fork: what is asked there stays unanswered.
@@ -278,7 +282,7 @@ class ImageProcessor:
             pixel_size_um=1.0 if optics is None else optics.pixel_size_um,
         )
         self._slot = Slot(0, np.empty(pixels.nbytes, np.uint8))
-        self._processor.start(series, 1)
+        self._processor.start(series, 1, any_size=True)
         self._started = kind
 
     def _settled(self, channel: str) -> tuple[OpticalSystem | None, Scale | None]:
@@ -312,15 +316,6 @@ def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
     if optics is not None or any(channel.optics for channel in config.channels):
         return config
     return config.with_processing(blind=True)
-
-
-def _refuse_too_small(pixels: Pixels) -> None:
-    if min(pixels.shape[:2]) < _LEAST_TO_CLASSIFY_PX:
-        msg = (
-            f"the image of shape {pixels.shape} is too small to tell its defocus; "
-            f"give at least {_LEAST_TO_CLASSIFY_PX} pixels along y and x"
-        )
-        raise InputError(msg)
 
 
 def _refuse_too_large(pixels: Pixels) -> None:

@@ -333,6 +333,21 @@ def fit_frame(card: InputCard, shape: tuple[int, int]) -> FrameFit:
     return FrameFit(shape, (padded[0], padded[1]))
 
 
+LEAST_PX = 16
+"""Of smaller crops of real fields, mirrored to fill a tile, networks tell other levels
+than of a whole tile there."""
+
+
+def why_too_small(shape: Sequence[int]) -> str | None:
+    """Say why the defocus of an image (y, x, ...) cannot be told; None: it can."""
+    if min(shape[:2]) >= LEAST_PX:
+        return None
+    return (
+        f"of shape {tuple(shape)} is too small to tell its defocus; "
+        f"give at least {LEAST_PX} pixels along y and x"
+    )
+
+
 def check_region(card: EngineCard, region: tuple[int, int, int, int] | None) -> None:
     """Refuse a region of ``autofocus`` in which no tile has its centre.
 

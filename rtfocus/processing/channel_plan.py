@@ -28,9 +28,10 @@ from rtfocus.engines.registry import (
     list_engines,
     parts,
     step_um,
+    why_too_small,
 )
 from rtfocus.engines.spec_steps import Values
-from rtfocus.errors import EngineError
+from rtfocus.errors import ConfigError, EngineError
 from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
@@ -209,15 +210,19 @@ class ChannelPlan:
         return level_psfs(seen.card, self.optics, seen.step_um, size_px)
 
 
-def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> ChannelPlan:
+def plan_channel(
+    config: Config, series: SeriesStart, channel: Channel, *, any_size: bool = False
+) -> ChannelPlan:
     """Decide what happens to the frames of a channel.
+
+    `any_size`: restore even what is too small to tell its defocus.
 
     Raises
     ------
     EngineError
         If an engine is missing, does not fit the optics or is of the wrong kind.
     ConfigError
-        If the flat field does not fit.
+        If the flat field does not fit, or defocus is to be told of too few pixels.
     """
     settings = config.channel(channel.name)
     optics = settings.optics or channel.optics
@@ -237,6 +242,12 @@ def plan_channel(config: Config, series: SeriesStart, channel: Channel) -> Chann
         if optics is None:
             reason = f"channel '{channel.name}' has no optics in the config"
         return replace(plan, skipped=reason if as_it_is is None else None)
+    if not any_size and (why := why_too_small(shape)):
+        msg = (
+            f"a frame {why}: enlarge the camera's region of interest, or set "
+            "processing.classifier: null to record without"
+        )
+        raise ConfigError(msg)
     compare_pixel_size(channel.name, optics, series.pixel_size_um)
     found = find_classifier(name, config.processing.engine_folders)
     check_fit(

@@ -19,6 +19,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 
 from rtfocus.config.model import Config
@@ -75,7 +76,9 @@ class FrameProcessor:
         """The devices that share the frames of the series."""
         self._turns = count()
 
-    def start(self, series: SeriesStart, slots: int) -> TileGrid | None:
+    def start(
+        self, series: SeriesStart, slots: int, *, any_size: bool = False
+    ) -> TileGrid | None:
         """Prepare engines, PSFs and buffers for a series.
 
         Parameters
@@ -84,6 +87,8 @@ class FrameProcessor:
             Shape, dtype and channels of the frames.
         slots
             Frames the caller holds at once.
+        any_size
+            Take even frames that are too small to tell their defocus.
 
         Returns
         -------
@@ -95,11 +100,12 @@ class FrameProcessor:
         EngineError
             If an engine is missing, damaged or unfit, or no device runs it.
         ConfigError
-            If the flat field does not fit.
+            If the flat field does not fit, or frames are too small.
         """
         self.close()
         self._slots = slots
-        self._plans = [plan_channel(self._config, series, c) for c in series.channels]
+        plan = partial(plan_channel, self._config, series, any_size=any_size)
+        self._plans = [plan(channel) for channel in series.channels]
         for team, following in zip(self._teams, (*self.devices[1:], None), strict=True):
             try:
                 # One after the other: what the first builds and keeps, the next finds.

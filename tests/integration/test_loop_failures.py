@@ -33,7 +33,7 @@ from loop_kit import (
 import rtfocus
 from rtfocus import app
 from rtfocus.config import parse_config
-from rtfocus.errors import EngineError, WriterError
+from rtfocus.errors import ConfigError, EngineError, WriterError
 from rtfocus.launch import SideProcess, on_free_ports
 from rtfocus.writers.check import check_run
 
@@ -151,6 +151,15 @@ def test_an_engine_outside_its_optics_is_refused_with_the_remedy(
     with pytest.raises(EngineError, match="sharpness") as refusal:
         run_loop(parse_config(config))
     assert "processing.ignore_optics" in str(refusal.value)
+    assert not list(tmp_path.glob("*.rtfocus"))
+
+
+def test_a_region_too_small_to_tell_its_defocus_leaves_no_folder(
+    tmp_path, engine_folder
+):
+    config = small(tmp_path, engine_folder, microscope={"height_px": 12})
+    with pytest.raises(ConfigError, match=r"\(12, 256\) is too small"):
+        run_loop(config)
     assert not list(tmp_path.glob("*.rtfocus"))
 
 

@@ -6,7 +6,7 @@ import pytest
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.engines.registry import find_engine
-from rtfocus.errors import EngineError
+from rtfocus.errors import ConfigError, EngineError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.processing.channel_plan import find_classifier, plan_channel
 
@@ -66,6 +66,14 @@ def test_a_restoration_goes_the_way_of_its_kind(method, classifier, way):
     assert found.engines["classifier"].startswith(f"{classifier}@")
     name = f"{method}@builtin" if found.restoration.found is None else f"{method}@"
     assert found.engines["restorer"].startswith(name)
+
+
+def test_frames_too_small_to_tell_their_defocus_are_refused_before_a_run():
+    with pytest.raises(ConfigError, match=r"\(15, 260\) is too small .*or set"):
+        plan("wiener", shape=(15, 260))
+    assert plan("wiener", shape=(16, 16)).classifier is not None
+    # Recorded only, or restored without a look at defocus.
+    assert plan("none", shape=(15, 260), optics={}).classifier is None
 
 
 def test_colours_go_through_a_joint_network_one_by_one():
