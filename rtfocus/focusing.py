@@ -6,7 +6,6 @@ the sockets, and the policy decides.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from rtfocus.frame import Act, Estimate, FocusReading
 from rtfocus.microscope.engine import RecordingEngine
 from rtfocus.monitor import estimator_settings
 from rtfocus.offline import ImageProcessor
+from rtfocus.workers import RUN_CLOCK
 
 _NOTE_NS = 500_000_000
 MOST_REQUESTS = 8
@@ -305,7 +305,7 @@ class Focusing:
 
     def _note(self, journal: FocusJournal, correction: Correction) -> None:
         """Write a decision down, and tell of it in one line if it moves the stage."""
-        now_ns, newest_ns = time.time_ns(), correction.captured_ns
+        now_ns, newest_ns = RUN_CLOCK.now_ns(), correction.captured_ns
         if not self._is_news(correction, now_ns):
             return
         journal.write(

@@ -29,6 +29,7 @@ from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError, Transport
 from rtfocus.focusing import Focusing, unread
 from rtfocus.frame import Estimate, FocusReading
 from rtfocus.microscope.mda import FollowedAcquisition
+from rtfocus.workers import RUN_CLOCK
 
 _HERE = (0, None)
 """The one place that is held without a plan."""
@@ -180,8 +181,8 @@ def estimate_of(reading: FocusReading, sequence: int, z_um: float) -> Estimate:
         z_um=z_um,
         z_offset_um=0.0,
         index={"t": sequence, "p": 0, "c": 0, "z": 0},
-        captured_ns=time.time_ns(),
-        estimated_ns=time.time_ns(),
+        captured_ns=RUN_CLOCK.now_ns(),
+        estimated_ns=RUN_CLOCK.now_ns(),
         focus=reading,
     )
 
@@ -201,11 +202,11 @@ class _WatchedStage(CoreStage):
 
     def note(self, left_ns: int) -> None:
         """Note that the stage has stood since now, and moved from a time until now."""
-        self._moves.append((left_ns, time.time_ns(), self.position_um()))
+        self._moves.append((left_ns, RUN_CLOCK.now_ns(), self.position_um()))
 
     def go_to(self, z_um: float) -> None:
         """Go there and wait for the end of the move."""
-        left_ns = time.time_ns()
+        left_ns = RUN_CLOCK.now_ns()
         super().go_to(z_um)
         self.note(left_ns)
 
@@ -266,7 +267,7 @@ class LiveHold:
             core_logger.warning("%s; so it is not held, and searched again later", said)
         search = partial(self._search, channel)
         place = HeldPlace(self._focuser, holder, self._stage, search)
-        place.begin(verdict if verdict.focused else None, time.time())
+        place.begin(verdict if verdict.focused else None, RUN_CLOCK.now_s())
         self._focusing.inbox.also = self._take
         self._thread = threading.Thread(target=self._run, args=(place,), name="hold")
         self._thread.start()
@@ -310,7 +311,7 @@ class LiveHold:
                     raise unread(place.holder.unread)
                 self._hear(place)
                 if self._is_on:
-                    place.follow(time.time())
+                    place.follow(RUN_CLOCK.now_s())
         except RtfocusError as error:  # raised by notes(), in the acquisition
             self._failure = error
 
@@ -320,7 +321,7 @@ class LiveHold:
             what = self._focusing.requests.popleft()
             self._focuser.journal.write("request", what=what)
             if what == "autofocus":
-                place.search(time.time(), "searched as asked for")
+                place.search(RUN_CLOCK.now_s(), "searched as asked for")
             else:
                 self._is_on = what == "hold_on"
 

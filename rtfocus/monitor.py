@@ -32,7 +32,7 @@ from rtfocus.frame import (
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.transport.viewer import Shown, requests_refused
-from rtfocus.workers import BoundedQueue, TimeShare
+from rtfocus.workers import RUN_CLOCK, BoundedQueue, TimeShare
 
 RATE_WINDOW_S = 5.0
 """Frames/s are those of the last few seconds, so that a stall shows at once."""
@@ -125,7 +125,7 @@ class Monitor:
             )
         )
         self._sampled += 1
-        captured_ms = (time.time_ns() - estimate.captured_ns) / 1e6
+        captured_ms = (RUN_CLOCK.now_ns() - estimate.captured_ns) / 1e6
         self.times.add("capture_to_estimate", captured_ms)
 
     def samples_since(self, number: int) -> tuple[int, list[Sample]]:
@@ -346,7 +346,7 @@ class SeriesReader:
             z_offset_um=frame.z_offset_um,
             index=frame.index,
             captured_ns=frame.captured_ns,
-            estimated_ns=time.time_ns(),
+            estimated_ns=RUN_CLOCK.now_ns(),
             focus=look,
         )
 

@@ -5,6 +5,7 @@ End of stream travels by closing queues. ``abort`` wakes everybody and discards.
 
 import random
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +20,55 @@ T = TypeVar("T")
 
 class AbortedError(Exception):
     """The run is being discarded; never reaches the user."""
+
+
+class RunClock:
+    """Unix time that goes on evenly, whoever sets the machine's clock meanwhile.
+
+    Images are told apart and dated by it, drifts are followed by it: one that leaps by
+    an hour would send the stage away. It is the machine's clock while that goes evenly.
+    """
+
+    _SET_NS = 100_000_000
+    """The machine's clock has been set if it is further off: less is how evenly clocks
+    go, and counters of time that some systems count in steps of 16 ms."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> int:
+        """Go by the machine's clock as it is now, which is returned: a run begins."""
+        now_ns = time.time_ns()
+        self._zero_ns = now_ns - _counted_ns()
+        return now_ns
+
+    def now_ns(self) -> int:
+        """Return the time."""
+        told_ns, counted_ns = time.time_ns(), _counted_ns()
+        even_ns = self._zero_ns + counted_ns
+        if abs(told_ns - even_ns) > self._SET_NS:
+            return even_ns
+        self._zero_ns = told_ns - counted_ns
+        return told_ns
+
+    def at_ns(self, monotonic_ns: int) -> int:
+        """Return the time of a reading of ``time.monotonic_ns``."""
+        return self.now_ns() - (time.monotonic_ns() - monotonic_ns)
+
+    def now_s(self) -> float:
+        """Return the time in seconds."""
+        return self.now_ns() / 1e9
+
+
+def _counted_ns() -> int:
+    """Count on while the machine sleeps, too, where a system tells."""
+    if sys.platform == "win32":
+        return time.monotonic_ns()
+    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+RUN_CLOCK = RunClock()
+"""Of this process; restarted by each series."""
 
 
 class Wait:

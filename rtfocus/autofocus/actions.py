@@ -6,7 +6,6 @@ so does ``CustomAction(name="rtfocus_autofocus")``. A correction holds for the t
 was found at, else for its position, and for hardware-sequenced z too.
 """
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from itertools import groupby
@@ -40,6 +39,7 @@ from rtfocus.autofocus.plans import (
 )
 from rtfocus.autofocus.run import Verdict
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
+from rtfocus.workers import RUN_CLOCK
 
 _TRY_AGAIN = 10
 """Visits before a place where focus was not found is searched again."""
@@ -246,12 +246,12 @@ class FocusActions(MDAEngine):
         """Return what other places are off their planned z by now."""
         if event.z_pos is None:
             return []
-        now = time.time()
+        now_s = RUN_CLOCK.now_s()
         found = []
         for key, site in self._sites.items():
             off_um = self._corrections.get(key, 0.0)
             if self.holder is not None and self.holder.knows(site.place):
-                off_um = self.holder.focus_um(site.place, now) - site.planned_um
+                off_um = self.holder.focus_um(site.place, now_s) - site.planned_um
             found.append(site._replace(off_um=off_um))
         return found
 
@@ -266,8 +266,8 @@ class FocusActions(MDAEngine):
             )
             if self.holder is not None:
                 limits = self.focuser.limits_around(event.z_pos)
-                looks = seen_by(verdict)
-                self.holder.begin(place, time.time(), verdict.end_um, looks, limits)
+                looks, now_s = seen_by(verdict), RUN_CLOCK.now_s()
+                self.holder.begin(place, now_s, verdict.end_um, looks, limits)
 
     def _correct_to(self, z_um: float, event: useq.MDAEvent, key: Key) -> None:
         """Let a place's correction lead to where the stage stands now."""
@@ -345,7 +345,8 @@ class FocusActions(MDAEngine):
             return
         if self.focuser.is_held_by_hardware():
             return
-        step_um = holder.correction_um(place, time.time(), time.time_ns())
+        now_ns = RUN_CLOCK.now_ns()
+        step_um = holder.correction_um(place, now_ns / 1e9, now_ns)
         if step_um:
             self._corrections[key] = self._corrections.get(key, 0.0) + step_um
 

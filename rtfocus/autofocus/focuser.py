@@ -6,7 +6,6 @@ Knows every place it has been to: a search there begins with where focus was bef
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -53,6 +52,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading
+from rtfocus.workers import RUN_CLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class FocusJournal:
 
     def write(self, kind: str, **values: Any) -> None:  # noqa: ANN401 JSON values
         """Append one line; flushed at once."""
-        line = {"kind": kind, "time_ns": time.time_ns(), **values}
+        line = {"kind": kind, "time_ns": RUN_CLOCK.now_ns(), **values}
         self.lines.append(line)
         if self._path is not None:
             self.lines.clear()

@@ -6,7 +6,6 @@ mistake in a config are answered without it.
 
 import subprocess
 import sys
-import time
 import webbrowser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,6 +31,7 @@ from rtfocus.config import Config
 from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import ConfigError, ExitCode, InputError, RtfocusError
 from rtfocus.transport.sockets import is_local
+from rtfocus.workers import RUN_CLOCK
 
 if TYPE_CHECKING:
     from rtfocus.transport.preview import PreviewPublisher
@@ -439,10 +439,10 @@ def autofocus(
         holder = Holder(models, focuser.move_rule(models.unit_um, limits))
         stage, taken = CoreStage(core), 0
         place = HeldPlace(focuser, holder, stage, search)
-        place.begin(verdict, time.time())
+        place.begin(verdict, RUN_CLOCK.now_s())
         pause_s = 1.0 if interval_s is None else interval_s
         while not stop.wait(pause_s) and (images is None or taken < images):
-            if step_um := place.follow(time.time()):
+            if step_um := place.follow(RUN_CLOCK.now_s()):
                 typer.echo(f"held: {step_um:+.2f} um to z {stage.position_um():.2f} um")
             if not place.is_paused:
                 taken, z_um = taken + 1, stage.position_um()

@@ -24,11 +24,11 @@ from rtfocus.microscope.delivery import (
     FrameSink,
     Observations,
     SeriesChangedError,
+    age_ns,
     camera_lost_images,
     frame_json,
     image_number,
     overflow_error,
-    received_ns,
     untold,
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
@@ -43,6 +43,7 @@ from rtfocus.microscope.series import (
     warn_of_silent_stage,
     with_field_of_view,
 )
+from rtfocus.workers import RUN_CLOCK
 
 # Micro-Manager's own word for "without end".
 _ENDLESS = 2**31 - 1
@@ -189,10 +190,9 @@ class LiveAcquisition:
             number = self._expected
         self._observations.camera_lost += max(0, number - self._expected)
         self._expected = number + 1
-        now = time.time_ns()
-        captured_ns = received_ns(camera, now) or now
-        age_s = (now - captured_ns) / 1e9
-        end_s = time.perf_counter() - self._started - age_s
+        age = age_ns(camera, time.time_ns()) or 0
+        captured_ns = RUN_CLOCK.now_ns() - age
+        end_s = time.perf_counter() - self._started - age / 1e9
         exposure = Exposure(
             index={"t": number, "p": 0, "c": 0, "z": 0},
             captured_ns=captured_ns,
@@ -228,7 +228,7 @@ class LiveAcquisition:
         sequence = self._delivery.sent
         exposure = Exposure(
             index={"t": 0, "p": 0, "c": 0, "z": 0},
-            captured_ns=time.time_ns(),
+            captured_ns=RUN_CLOCK.now_ns(),
             exposure_ms=self._exposure_ms,
             z_um=z_um,
             role=Role.FOCUS,

@@ -328,21 +328,28 @@ def frame_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     return dict(to_builtins(kept))
 
 
-def received_ns(camera_metadata: Mapping[str, Any], now_ns: int) -> int | None:
-    """Return when the core received an image, Unix time; None where it cannot tell.
+def age_ns(camera_metadata: Mapping[str, Any], told_ns: int) -> int | None:
+    """Return how long ago the core received an image; None where it cannot tell.
 
-    The tag is the core's local time, microseconds, taken when the camera hands
+    The tag is the machine's local time, microseconds, taken when the camera hands
     the image over: the end of its exposure plus readout.
+
+    Parameters
+    ----------
+    camera_metadata
+        Of the image.
+    told_ns
+        Now, by the machine's clock.
     """
     stamp = camera_metadata.get("TimeReceivedByCore")
     if stamp is None:
         return None
     try:
-        received = int(datetime.fromisoformat(str(stamp)).timestamp() * 1e9)
+        received_ns = int(datetime.fromisoformat(str(stamp)).timestamp() * 1e9)
     except ValueError:
         return None
-    age_s = (now_ns - received) / 1e9
-    return received if -1.0 < age_s < _OLDEST_S else None
+    age = told_ns - received_ns
+    return age if -1.0 < age / 1e9 < _OLDEST_S else None
 
 
 def image_number(camera_metadata: Mapping[str, Any]) -> int | None:

@@ -25,11 +25,11 @@ from rtfocus.microscope.delivery import (
     FrameSink,
     Observations,
     SeriesChangedError,
+    age_ns,
     camera_lost_images,
     frame_json,
     image_number,
     overflow_error,
-    received_ns,
     untold,
 )
 from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine, SetUps
@@ -40,6 +40,7 @@ from rtfocus.microscope.series import (
     describe_series,
     warn_of_silent_stage,
 )
+from rtfocus.workers import RUN_CLOCK
 
 _POLL_S = 0.05
 
@@ -180,12 +181,13 @@ class PlannedAcquisition:
         if meta.get("hardware_triggered", False):
             waiting = int(meta.get("images_remaining_in_buffer", 0))
             self._observations.note_buffer(waiting, self._core.getBufferFreeCapacity())
-        now = time.time_ns()
-        age_s = max(0.0, runner.seconds_elapsed() - end_s)
+        now_ns, age = RUN_CLOCK.now_ns(), age_ns(camera, time.time_ns())
+        if age is None:
+            age = int(max(0.0, runner.seconds_elapsed() - end_s) * 1e9)
         index = self._plan.index(ordinal)
         return Exposure(
             index=index,
-            captured_ns=received_ns(camera, now) or now - int(age_s * 1e9),
+            captured_ns=now_ns - age,
             exposure_ms=exposure_ms,
             z_um=self._z_um(event, meta),
             z_offset_um=float(self._plan.z_offsets_um[ordinal]),
@@ -239,7 +241,7 @@ class PlannedAcquisition:
             raise ConfigError(msg)
         exposure = Exposure(
             index={"t": 0, "p": 0, "c": names.index(channel), "z": 0},
-            captured_ns=time.time_ns(),
+            captured_ns=RUN_CLOCK.now_ns(),
             exposure_ms=self._core.getExposure(),
             z_um=z_um,
             role=Role.FOCUS,

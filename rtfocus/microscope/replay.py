@@ -27,6 +27,7 @@ from rtfocus.microscope.delivery import (
     Observations,
 )
 from rtfocus.microscope.series import find_pixel_size_um
+from rtfocus.workers import RUN_CLOCK
 
 # Files may state one size with different numbers of digits.
 _SIZE_DIGITS = 3
@@ -292,7 +293,7 @@ class Replay:
             z_um = plane.source["z"] * self._z_step_um
             exposure = Exposure(
                 index=plane.index,
-                captured_ns=time.time_ns(),
+                captured_ns=RUN_CLOCK.now_ns(),
                 exposure_ms=0.0,
                 z_um=z_um if self._z_step_um else None,
                 z_offset_um=z_um,
@@ -331,7 +332,7 @@ class Replay:
             version=PROTOCOL_VERSION,
             series_uid=uuid4().hex,
             name=config.run.name,
-            started_ns=time.time_ns(),
+            started_ns=RUN_CLOCK.restart(),
             shape=first.shape,
             dtype=first.dtype.str,
             sizes=self._recording.sizes,

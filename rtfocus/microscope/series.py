@@ -8,7 +8,6 @@ read a log to learn it.
 
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.microscope.plan import AcquisitionPlan
 from rtfocus.microscope.sequence import refuse_too_many
 from rtfocus.microscope.virtual_devices import BIT_DEPTH
+from rtfocus.workers import RUN_CLOCK
 
 
 def summary_json(summary: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def describe_series(
         version=PROTOCOL_VERSION,
         series_uid=uuid4().hex,
         name=config.run.name,
-        started_ns=time.time_ns(),
+        started_ns=RUN_CLOCK.restart(),
         shape=geometry.shape,
         dtype=geometry.dtype,
         sizes=dict(plan.sizes) if plan else sizes,

@@ -13,7 +13,6 @@ turned on the way in and back on the way out.
 series share one grid of tiles.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -40,6 +39,7 @@ from rtfocus.optics.normalisation import (
     LocalStandardisation,
     PercentileRange,
 )
+from rtfocus.workers import RUN_CLOCK
 
 Image = NDArray[np.float32]
 
@@ -386,5 +386,5 @@ def estimate_frame(header: FrameHeader, found: DefocusMap) -> Estimate:
         z_offset_um=header.z_offset_um,
         index=header.index,
         captured_ns=header.captured_ns,
-        estimated_ns=time.time_ns(),
+        estimated_ns=RUN_CLOCK.now_ns(),
     )

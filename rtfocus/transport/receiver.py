@@ -35,7 +35,7 @@ from rtfocus.transport.sockets import (
     frames_client,
     nobody_listens,
 )
-from rtfocus.workers import Newest, Wait
+from rtfocus.workers import RUN_CLOCK, Newest, Wait
 
 _LOOK_S = 0.1
 """How often a waiting call looks for a stop or a deadline."""
@@ -157,6 +157,7 @@ class FrameReceiver:
         shared = open_segment(self._config, segment)
         inflow = Inflow(series, next_sequence, pool, arrivals, self._accounting, shared)
         self._pool, self._arrivals = pool, arrivals
+        RUN_CLOCK.restart()
         keep_freed_memory(max(8 * frame_bytes, 64 << 20))
         self._thread.call(
             lambda: dialogue.begin(inflow, next_sequence, time.monotonic(), folder)

@@ -21,6 +21,7 @@ import msgspec
 from rtfocus.errors import FREE_SPACE, BusyError, WriterError, remedy
 from rtfocus.frame import Slot
 from rtfocus.metrics import Accounting, free_bytes
+from rtfocus.workers import RUN_CLOCK
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import REJECTED_NAME, REPORT_NAME, write_json
@@ -372,7 +373,7 @@ class Ledger:
 
     def committed(self, entry: Entry) -> None:
         """Journal an entry, count it and report it durable."""
-        now_ns = time.time_ns()
+        now_ns = RUN_CLOCK.now_ns()
         for line in entry.lines:
             line["durable_ns"] = now_ns
         self.lock.assert_held()

@@ -12,7 +12,6 @@ at every write. One frame per shard is written at once.
 """
 
 import threading
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import beside
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
 from rtfocus.metrics import Accounting, DiskWatch
+from rtfocus.workers import RUN_CLOCK
 from rtfocus.writers.arrays import Commit, RunImages
 from rtfocus.writers.commit import (
     CommitQueue,
@@ -322,7 +322,7 @@ class RunWriter:
                 self._note(slot, IN_ERROR, result, place="restore", error=error)
                 return
             self._taken.take(index)
-            received_ns, stored = _unix_ns(slot), tuple(pixels)
+            received_ns, stored = RUN_CLOCK.at_ns(slot.received_ns), tuple(pixels)
             line = frame_line(
                 header, WRITTEN, received_ns, result, stored=stored, error=error
             )
@@ -342,9 +342,8 @@ class RunWriter:
     ) -> None:
         """Journal a frame without storing it."""
         header = slot.frame()
-        line = frame_line(
-            header, status, _unix_ns(slot), result, place=place, error=error
-        )
+        received_ns = RUN_CLOCK.at_ns(slot.received_ns)
+        line = frame_line(header, status, received_ns, result, place=place, error=error)
         numbers = range(header.sequence, header.sequence + 1)
         self._commits.put(Entry(numbers, [line], slot, sealed=True))
 
@@ -384,11 +383,6 @@ class RunWriter:
         """End the commit thread and close the journal."""
         self._commits.close()
         self._journal.close()
-
-
-def _unix_ns(slot: Slot) -> int:
-    """Return the frame's arrival as Unix time; the slot has the monotonic clock."""
-    return time.time_ns() - (time.monotonic_ns() - slot.received_ns)
 
 
 class _OpenShards:

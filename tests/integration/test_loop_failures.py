@@ -1,9 +1,11 @@
 """What goes wrong in the loop ends it with one clear line and a readable store."""
 
+import itertools
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,6 +163,24 @@ def test_a_region_too_small_to_tell_its_defocus_leaves_no_folder(
     with pytest.raises(ConfigError, match=r"\(12, 256\) is too small"):
         run_loop(config)
     assert not list(tmp_path.glob("*.rtfocus"))
+
+
+def test_a_clock_that_is_set_amid_a_run_leaves_its_times_as_they_were(
+    tmp_path, engine_folder, monkeypatch
+):
+    told, calls = time.time_ns, itertools.count()
+    # Somebody sets it back by an hour, as time servers and summer's end do.
+    monkeypatch.setattr(
+        time, "time_ns", lambda: told() - (3600 * 10**9 if next(calls) > 80 else 0)
+    )
+    acquisition = {"live": {"frames": 40, "exposure_ms": 1}}
+    run = run_loop(small(tmp_path, engine_folder, acquisition=acquisition))
+    assert next(calls) > 120
+    captured = [line["captured_ns"] for line in run.journal]
+    assert captured == sorted(captured)
+    assert captured[-1] - captured[0] < 600e9
+    assert all(0 <= x["durable_ns"] - x["received_ns"] < 600e9 for x in run.journal)
+    assert 0 <= run.report["stages"]["capture_to_estimate"]["p50_ms"] < 600e3
 
 
 def test_a_wrong_adapter_path_is_told_by_the_other_side(tmp_path):

@@ -47,6 +47,29 @@ def test_no_module_sets_a_name_twice() -> None:
         assert not {name for name, times in names.items() if times > 1}, path
 
 
+_READ_THE_CLOCK = {
+    "rtfocus.workers",  # keeps the run's own
+    # How old an image is, whose core has stamped it by the same clock.
+    "rtfocus.microscope.acquisition",
+    "rtfocus.microscope.mda",
+    # What people read, and a wait that a clock that leaps cuts short.
+    "rtfocus.batch.plan",
+    "rtfocus.evaluation.scorecard",
+    "rtfocus.writers.folder",
+}
+
+
+def test_no_run_goes_by_a_clock_that_somebody_may_set() -> None:
+    readings = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}
+    found = {
+        name
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(Path(path).read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in readings
+    }
+    assert found == _READ_THE_CLOCK
+
+
 def _names_set(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield node.name

@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from rtfocus.workers import (
     BoundedQueue,
     Newest,
     Pipeline,
+    RunClock,
     TimeShare,
     Wait,
     Worker,
@@ -177,3 +179,31 @@ def test_a_process_started_undisturbed_is_deaf_to_ctrl_c_at_once() -> None:
     started.join(60)
     assert started.exitcode == 0
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_whoever_sets_the_clock_amid_a_run_changes_no_time_of_it(
+    hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = RunClock(), time.time_ns
+    begun_ns, read_ns = clock.now_ns(), time.monotonic_ns()
+    set_by_ns = hours * 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: told() + set_by_ns)
+    assert 0 <= clock.now_ns() - begun_ns < 60e9
+    assert abs(clock.at_ns(read_ns) - begun_ns) < 1e9
+    assert clock.now_s() == pytest.approx(clock.now_ns() / 1e9, abs=1.0)
+    # The next run is dated by the clock as it is then.
+    assert abs(clock.restart() - begun_ns - set_by_ns) < 60e9
+    assert abs(clock.now_ns() - begun_ns - set_by_ns) < 60e9
+
+
+def test_the_machines_clock_is_followed_while_it_goes_evenly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, told, off_ns = RunClock(), time.time_ns, 0
+    monkeypatch.setattr(time, "time_ns", lambda: told() + off_ns)
+    for _ in range(10):
+        # As a counter of time that runs 50 ms ahead from one image to the next.
+        off_ns += 50_000_000
+        clock.now_ns()
+    assert abs(clock.now_ns() - time.time_ns()) < 50_000_000

@@ -65,7 +65,7 @@ function takeSeries(series) {
 
 function takeState(told) {
   state.told = told;
-  if (told.state === "running" && state.series) traces.addLoop(Date.now() / 1000 - state.series.started_ns / 1e9, told.numbers);
+  if (told.state === "running" && state.series) traces.addLoop(told.numbers);
   if (told.state === "finished") traces.setTotals(told.numbers);
   const series = state.series;
   if (series) {

@@ -20,7 +20,7 @@ export class Traces {
   }
 
   clear() {
-    this.rows = []; this.marks = []; this.loop = [[], [], [], []]; this.cursor = null; this.channel = 0; this.totals = [null, null]; this.stale = true;
+    this.rows = []; this.marks = []; this.loop = [[], [], [], []]; this.cursor = null; this.channel = 0; this.totals = [null, null]; this.newest = null; this.stale = true;
   }
 
   add(rows, marks) {
@@ -29,11 +29,16 @@ export class Traces {
     const n = this.rows.length;
     if (rows.length && n > rows.length && rows[0][0] < this.rows[n - rows.length - 1][0]) this.rows.sort((a, b) => a[0] - b[0]);
     else if (rows.some((row, i) => i && row[0] < rows[i - 1][0])) this.rows.sort((a, b) => a[0] - b[0]);
+    const seconds = this.rows.at(-1)?.[0];
+    if (seconds !== undefined && seconds !== this.newest?.seconds) this.newest = { seconds, came: performance.now() };
     this.marks.push(...marks.map(([kind, seconds, text, z]) => ({ kind, seconds, text, z })));
     this.stale = true;
   }
 
-  addLoop(seconds, numbers) {
+  // On the run's time: this computer's clock may be another's, and may be set.
+  addLoop(numbers) {
+    if (!this.newest) return;
+    const seconds = this.newest.seconds + (performance.now() - this.newest.came) / 1000;
     const latency = numbers.latency_ms?.capture_to_estimate ?? numbers.latency_ms?.arrival_to_durable ?? [null, null];
     [seconds, numbers.frames_per_s ?? null, latency[0], latency[1]].forEach((value, i) => {
       this.loop[i].push(value);
