@@ -85,7 +85,7 @@ class SeriesStart(msgspec.Struct, frozen=True, tag="start", tag_field="type"):
     z_step_um: float | None = None
     """Distance of slices; None without a z-stack."""
     interval_s: float | None = None
-    """Planned time between time points; None: as fast as possible."""
+    """Planned time between time points; None: it differs, or as fast as possible."""
     bit_depth: int | None = None
     """Significant bits of the camera, e.g. 12 in a ``<u2`` frame."""
     mda_sequence: dict[str, Any] | None = None

@@ -175,7 +175,7 @@ class PlannedAcquisition:
             planned_s += self._clock_offset_s
             # All images of one time point share its planned time; only the first
             # can be late.
-            if self._plan.interval_s and event.min_start_time != self._last_planned_s:
+            if self._plan.is_timed and event.min_start_time != self._last_planned_s:
                 self._observations.note_start(planned_s, start_s)
             self._last_planned_s = event.min_start_time
         if meta.get("hardware_triggered", False):

@@ -125,7 +125,18 @@ class AcquisitionPlan:
     z_offsets_um: NDArray[np.float32]
     """By event: distance from the reference plane of its stack."""
     z_step_um: float | None
-    interval_s: float | None
+    intervals_s: tuple[float, ...]
+    """Between two time points, each once; 0: as fast as possible."""
+
+    @property
+    def interval_s(self) -> float | None:
+        """The interval of all time points; None: intervals differ, or there is none."""
+        return (self.intervals_s[0] or None) if len(self.intervals_s) == 1 else None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a time point may be late."""
+        return any(self.intervals_s)
 
     def index(self, event_index: int) -> dict[str, int]:
         """Return the place of one planned image."""
@@ -190,7 +201,7 @@ def lay_out(
         places=table,
         z_offsets_um=np.tile(np.array(z_offsets, dtype=np.float32), repeats),
         z_step_um=_z_step_um(sequence),
-        interval_s=_interval_s(sequence),
+        intervals_s=_intervals_s(sequence),
     )
 
 
@@ -268,9 +279,13 @@ def _z_step_um(sequence: useq.MDASequence) -> float | None:
     return steps.pop() if len(steps) == 1 else None
 
 
-def _interval_s(sequence: useq.MDASequence) -> float | None:
-    times = list(islice(sequence.time_plan or (), 2))
-    return (times[1] - times[0] or None) if len(times) > 1 else None
+def _intervals_s(sequence: useq.MDASequence) -> tuple[float, ...]:
+    inner = (position.sequence for position in sequence.stage_positions)
+    plans = (level.time_plan for level in (sequence, *inner) if level is not None)
+    phases = (phase for plan in plans for phase in getattr(plan, "phases", (plan,)))
+    starts = (list(islice(phase or (), 2)) for phase in phases)
+    found = {round(one[1] - one[0], 6) for one in starts if len(one) > 1}
+    return tuple(sorted(found))
 
 
 def _refuse_doubles(places: NDArray[np.int32]) -> None:

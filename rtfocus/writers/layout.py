@@ -149,9 +149,9 @@ def _known(place_um: float | None) -> float:
 
 def _origin(group: Path, raw: Path | None) -> dict[str, str]:
     """Return which raw image another was made of, as a path from its own group."""
-    return (
-        {} if raw is None else {"made_of": Path(os.path.relpath(raw, group)).as_posix()}
-    )
+    if raw is None:
+        return {}
+    return {"made_of": Path(os.path.relpath(raw, group)).as_posix()}
 
 
 def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None:
@@ -214,8 +214,7 @@ def _is_planned(window: object, spec: ImageSpec) -> bool:
 
 
 def _window(spec: ImageSpec, shown: tuple[float, float]) -> dict[str, float]:
-    low, high = spec.window
-    (start, end) = shown
+    (low, high), (start, end) = spec.window, shown
     return {"start": start, "min": min(low, start), "end": end, "max": max(high, end)}
 
 
@@ -259,15 +258,16 @@ def _description(
 
 def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, Any]:
     """Return the ``ome`` attribute of an image group, wherever it is placed."""
-    series = header.series
-    steps = (series.interval_s or 1, 1, series.z_step_um or 1, *[spec.spacing_um] * 2)
+    t_s, z_um = header.series.interval_s, header.series.z_step_um
+    steps = (t_s or 1, 1, z_um or 1, spec.spacing_um, spec.spacing_um)
     axes = [
         {"name": "t", "type": "time", "unit": "second"},
         {"name": "c", "type": "channel"},
         *({"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"),
     ]
-    if series.z_step_um is None and header.size("z") != 1:
-        del axes[2]["unit"]  # slices that are not equally far apart have no scale
+    for axis, step in ((axes[0], t_s), (axes[2], z_um)):
+        if step is None and header.size(axis["name"]) != 1:
+            del axis["unit"]  # what is not equally far apart has no scale
     scale = {"type": "scale", "scale": [float(step) for step in steps]}
     level = {"path": "0", "coordinateTransformations": [scale]}
     return {

@@ -152,6 +152,21 @@ def test_slices_that_are_not_equally_far_apart_have_no_unit(
     assert image.z_step_um == step_um
 
 
+@pytest.mark.parametrize(("interval_s", "unit"), [(2.5, "second"), (None, "")])
+def test_time_points_that_are_not_equally_far_apart_have_no_unit(
+    tmp_path: Path, interval_s: float | None, unit: str
+) -> None:
+    series = make_series(sizes={"t": 2, "z": 1}, interval_s=interval_s)
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        folder = run.close(run.send_all())
+    assert check_run(folder).problems == []
+    (scales,) = ome(folder, "raw")["ome"]["multiscales"]
+    units = {axis["name"]: axis.get("unit", "") for axis in scales["axes"]}
+    assert (units["t"], units["z"]) == (unit, "micrometer")
+    (image,) = read_ome_zarr(folder / "raw.ome.zarr")
+    assert image.time_step_s == interval_s
+
+
 def ome(folder: Path, name: str, inner: str = "") -> dict[str, Any]:
     path = folder / f"{name}.ome.zarr" / inner / "zarr.json"
     return json.loads(path.read_text())["attributes"]

@@ -69,6 +69,30 @@ def test_slices_have_one_distance_or_none(plan, step_um):
     assert lay_out(sequence).z_step_um == step_um
 
 
+@pytest.mark.parametrize(
+    ("phases", "interval_s", "is_timed"),
+    [
+        ([{"interval": 5, "loops": 3}, {"interval": 60, "loops": 2}], None, True),
+        ([{"interval": 5, "loops": 3}, {"interval": 5, "duration": 20}], 5.0, True),
+        ([{"interval": 5, "loops": 3}, {"interval": 60, "loops": 1}], 5.0, True),
+        ([{"interval": 0, "loops": 3}, {"interval": 60, "loops": 2}], None, True),
+        ([{"interval": 0, "loops": 3}], None, False),
+    ],
+)
+def test_time_points_have_one_interval_or_none(phases, interval_s, is_timed):
+    plan = lay_out(read_sequence({"channels": ["DAPI"], "time_plan": phases}))
+    assert (plan.interval_s, plan.is_timed) == (interval_s, is_timed)
+
+
+def test_an_interval_of_a_position_of_its_own_counts_too():
+    own = {"x": 1, "sequence": {"time_plan": {"interval": 9, "loops": 2}}}
+    plan = {"channels": ["DAPI"], "time_plan": {"interval": 5, "loops": 2}}
+    plan["stage_positions"] = [{"x": 0}]
+    assert lay_out(read_sequence(plan)).interval_s == 5.0
+    plan["stage_positions"] = [own]
+    assert lay_out(read_sequence({**plan, "time_plan": None})).interval_s == 9.0
+
+
 def test_axis_order_of_the_plan_is_kept():
     sequence = read_sequence(
         {
