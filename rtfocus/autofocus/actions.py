@@ -340,10 +340,10 @@ class FocusActions(MDAEngine):
         self._begun[key] = stack
         first = event.events[0] if isinstance(event, SequencedEvent) else event
         place, _ = self.place(first)
+        if self.focuser.is_held_by_hardware() and holder.gives_way(place):
+            return
         if not holder.knows(place) or holder.lost(place):
             self._find(first, key, place)
-            return
-        if self.focuser.is_held_by_hardware():
             return
         now_ns = RUN_CLOCK.now_ns()
         step_um = holder.correction_um(place, now_ns / 1e9, now_ns)

@@ -139,6 +139,10 @@ class Holder:
         self._on_correction = on_correction
         self._arrived: deque[Estimate] = deque(maxlen=4096)
         self._places: dict[Key, Place] = {}
+        self._numbers: dict[Key, int] = {}
+        """In the drift, of every position that was ever held."""
+        self._given: set[Key] = set()
+        """Positions that a focus device holds."""
         self._drift: Drift | None = None
         self._newest_ns = 0
         self.unread: int | None = None
@@ -166,6 +170,16 @@ class Holder:
     def forget(self, key: Key) -> None:
         """Hold a position no more, until it is searched anew."""
         self._places.pop(key, None)
+
+    def gives_way(self, key: Key) -> bool:
+        """Leave a position to a device that holds it now; False: it never was held.
+
+        Afterwards it is searched anew: the device leaves the stage anywhere.
+        """
+        if key in self._places:
+            self._given.add(key)
+            self.forget(key)
+        return key in self._given
 
     def explains(self, key: Key) -> bool:
         """Tell whether the newest image of a position shows what its search saw."""
@@ -208,8 +222,8 @@ class Holder:
             ((focus_um - seen.z_um) / unit, Look(seen.spectrum, seen.noise))
             for seen in _apart(looks, _ALIKE * unit)
         ]
-        known_as = self._places.get(key)
-        number = len(self._places) if known_as is None else known_as.number
+        number = self._numbers.setdefault(key, len(self._numbers))
+        self._given.discard(key)
         self._drift.begin(number, time_s, focus_um / unit)
         self._places[key] = Place(
             number=number,

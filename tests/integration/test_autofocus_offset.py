@@ -9,6 +9,8 @@ from loop_kit import OPTICS
 from pymmcore_plus.experimental.unicore import StageDevice
 from pymmcore_plus.mda import MDAEngine
 
+from rtfocus.autofocus.hold import Holder
+from rtfocus.autofocus.policy import Limits
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.focusing import focus
@@ -138,6 +140,45 @@ def test_what_the_hardware_holds_is_left_alone_and_said(held) -> None:
         core.mda.set_engine(MDAEngine(core))
     assert offset.sent == []
     assert core.getZPosition() == 0.0
+
+
+def test_a_plan_that_holds_searches_anew_what_the_hardware_held(held) -> None:
+    core, offset = held
+    engine = focus(core, settings("virtual", mode="hold"))
+    focuser, sites = engine.focuser, (0.0, 40.0)
+    models = focuser.models("DAPI")
+    rule = focuser.move_rule(models.unit_um, Limits(-50.0, 50.0))
+    engine.holder = holder = Holder(models, rule)
+    heights: list[float] = []
+    lines: list[dict[str, Any]] = []
+
+    def keep(_: Any, event: useq.MDAEvent, meta: dict[str, Any]) -> None:
+        heights.append(core.getZPosition())
+        lines.extend(meta["extra"]["rtfocus"].get("focus_log", []))
+        if event.index["p"] == 1 and event.index["t"] < 2:
+            # From the second time point on, and until the third.
+            core.enableContinuousFocus(event.index["t"] == 0)
+
+    plan = useq.MDASequence(
+        time_plan={"interval": 0, "loops": 3},
+        stage_positions=[{"x": x, "y": 0, "z": 0} for x in sites],
+        channels=[{"config": "DAPI", "exposure": 5}],
+    )
+    core.enableContinuousFocus(False)
+    core.mda.events.frameReady.connect(keep)
+    try:
+        core.mda.run(plan)
+    finally:
+        core.mda.events.frameReady.disconnect(keep)
+        engine.close()
+        core.mda.set_engine(MDAEngine(core))
+    searched = [line for line in lines if line["kind"] == "verdict"]
+    assert [line["p"] for line in searched] == [0, 1, 0, 1]
+    assert all(line["focused"] for line in searched)
+    assert [holder.knows((p, None)) for p in (0, 1)] == [True, True]
+    found = [*heights[:2], *heights[4:]]
+    assert found == pytest.approx([FOCUS_UM] * 4, abs=0.6 * UNIT_UM)
+    assert offset.sent == []
 
 
 def test_the_core_s_own_offset_is_moved_within_its_limits(held) -> None:
