@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hashlib
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from rtfocus.runtimes.tensorrt.library import TensorRt
 
 DATA_VARIABLE = "RTFOCUS_DATA"
+
+# Where the tests are a job in the background, Ctrl-C is ignored by them and by every
+# process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test asserts a time, and every run tries the same examples.
 settings.register_profile("rtfocus", deadline=None, derandomize=True)
