@@ -76,7 +76,7 @@ def acquire(
         FramePublisher(
             paired(config).transport,
             on_estimate=focusing.inbox.take,
-            on_ask=lambda what: focusing.asked(what, stop),
+            on_ask=lambda what: focusing.asked(what, stop.set),
         ) as publisher,
         acting_when(stop.is_set, publisher.stop),
     ):

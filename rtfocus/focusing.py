@@ -142,20 +142,19 @@ class EstimateInbox:
             self._changed.notify_all()
 
 
-class FocusingEngine(FocusActions, RecordingEngine):
-    """The recording engine that answers ``rtfocus`` and holds focus."""
+class LoopActions(FocusActions):
+    """Actions whose images a processor reads: holds focus, and hears who looks on."""
 
-    def __init__(self, core: Any, *, focusing: "Focusing", **events: Any) -> None:  # noqa: ANN401 as of RecordingEngine
-        super().__init__(core, **events)
-        self._focusing = focusing
-        self.focuser = focusing.focuser(
-            core, lambda *image: self.send_focus_image(*image)
-        )
+    _focusing: "Focusing"
+    _asked_before: tuple[int | None, ...] | None = None
+    _set_aside: Holder | None = None
 
     def setup_sequence(self, sequence: useq.MDASequence) -> Any:  # noqa: ANN401
         """Set the plan up; the drift of a plan before is forgotten."""
         names = [channel.config for channel in sequence.channels]
         self.holder = self._focusing.holder(self.focuser, names)
+        self._asked_before = self._set_aside = None
+        self._focusing.requests.clear()  # of a plan before
         return super().setup_sequence(sequence)
 
     def setup_event(self, event: useq.MDAEvent) -> None:
@@ -169,9 +168,6 @@ class FocusingEngine(FocusActions, RecordingEngine):
                 self._answer(self._focusing.requests.popleft(), event)
         super().setup_event(event)
 
-    _asked_before: tuple[int | None, ...] | None = None
-    _set_aside: Holder | None = None
-
     def _answer(self, what: Act, event: useq.MDAEvent) -> None:
         self.focuser.journal.write("request", what=what)
         if what == "hold_off":
@@ -183,6 +179,17 @@ class FocusingEngine(FocusActions, RecordingEngine):
             asked = asking_for_focus(first)
             super().setup_event(asked)
             tuple(self.exec_event(asked))
+
+
+class FocusingEngine(LoopActions, RecordingEngine):
+    """The recording engine that answers ``rtfocus`` and holds focus."""
+
+    def __init__(self, core: Any, *, focusing: "Focusing", **events: Any) -> None:  # noqa: ANN401 as of RecordingEngine
+        super().__init__(core, **events)
+        self._focusing = focusing
+        self.focuser = focusing.focuser(
+            core, lambda *image: self.send_focus_image(*image)
+        )
 
     def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
         """Return the place in the store, and the slice in um."""
@@ -204,7 +211,7 @@ class Focusing:
         self.requests: deque[Act] = deque()
         """What somebody who looks at the run has asked for, from any thread."""
 
-    def asked(self, what: Act, stop: threading.Event) -> None:
+    def asked(self, what: Act, stop: Callable[[], None]) -> None:
         """Do what somebody asks for who looks at the run, where the config allows it.
 
         What was asked for last and waits still is not done twice.
@@ -213,7 +220,7 @@ class Focusing:
         if self._config.transport.preview.control is None:
             self._tell(f"'{what}' was asked for; transport.preview.control allows none")
         elif what == "stop":
-            stop.set()
+            stop()
         elif len(self.requests) >= MOST_REQUESTS:
             self._tell(f"'{what}' is refused: {MOST_REQUESTS} requests wait already")
         elif not self.requests or self.requests[-1] != what:

@@ -17,16 +17,15 @@ from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
 from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.mda import MDAEngine
-from pymmcore_plus.metadata import SummaryMetaV1
 
-from rtfocus.autofocus.actions import FocusActions, FocusEngine
+from rtfocus.autofocus.actions import FocusEngine
 from rtfocus.autofocus.devices import CoreStage, choices_of
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import unfocused
 from rtfocus.autofocus.run import FocusStage, Verdict
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError, TransportError
-from rtfocus.focusing import Focusing, unread
+from rtfocus.focusing import Focusing, LoopActions, unread
 from rtfocus.frame import Estimate, FocusReading
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.workers import RUN_CLOCK
@@ -359,7 +358,7 @@ class LiveHold:
         return estimate.focus
 
 
-class StreamEngine(FocusActions):
+class StreamEngine(LoopActions):
     """The stock engine of pymmcore-plus, holding focus in a plan of somebody's script.
 
     Parameters
@@ -389,18 +388,6 @@ class StreamEngine(FocusActions):
     def holds(self) -> bool:
         """Tell whether focus is to be held."""
         return self._focusing.holds
-
-    def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
-        """Set the plan up; the drift of a plan before is forgotten."""
-        names = [channel.config for channel in sequence.channels]
-        self.holder = self._focusing.holder(self.focuser, names)
-        return super().setup_sequence(sequence)
-
-    def setup_event(self, event: useq.MDAEvent) -> None:
-        """Set an event up; what the processor cannot do is said before."""
-        if self.holder is not None and self.holder.unread is not None:
-            raise unread(self.holder.unread)
-        super().setup_event(event)
 
     def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
         """Return the place in the store, and the slice in um."""

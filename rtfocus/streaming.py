@@ -28,7 +28,7 @@ from rtfocus.errors import (
 )
 from rtfocus.files import path_given
 from rtfocus.focusing import Focusing, checked_core
-from rtfocus.frame import Estimate
+from rtfocus.frame import Act, Estimate
 from rtfocus.holding import StreamEngine, holding_engine
 from rtfocus.images.series import one_line
 from rtfocus.launch import SideProcess, on_free_ports, paired
@@ -237,6 +237,7 @@ class LiveStream:
                 FramePublisher(
                     self._config.transport,
                     on_estimate=heard,
+                    on_ask=lambda what: self._asked(focusing, what),
                     # One of its own has nobody after it.
                     waits_for_another=not self._starts_processor,
                 )
@@ -301,6 +302,15 @@ class LiveStream:
     def _followed(self) -> FollowedAcquisition:
         assert self._following is not None, "plans run between their start and end"
         return self._following
+
+    def _asked(self, focusing: Focusing, what: Act) -> None:
+        """Do what somebody asks for who looks at the run; any thread."""
+        engine = self._core.mda.engine
+        if what == "stop" or isinstance(engine, StreamEngine):
+            focusing.asked(what, self._core.mda.cancel)
+        else:
+            name = type(engine).__name__
+            _log.warning("'%s' was asked for; this core's %s does none", what, name)
 
     def _begin(self, sequence: useq.MDASequence, summary: Mapping[str, Any]) -> None:
         self._idle.clear()

@@ -4,17 +4,24 @@ Run: python view_kit.py ENDPOINT SERIES_UID, then a line with a number per frame
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transport_kit import make_estimate, make_header, make_series
+from transport_kit import make_estimate, make_header, make_series, until
 
 from rtfocus.config.sections import PreviewConfig
-from rtfocus.frame import DefocusMap, FrameResult, TileGrid
+from rtfocus.frame import Act, DefocusMap, FrameResult, TileGrid
 from rtfocus.transport.preview import PreviewPublisher
-from rtfocus.transport.viewer import Shown
+from rtfocus.transport.viewer import (
+    Answer,
+    PreviewStatus,
+    PreviewViewer,
+    Request,
+    Shown,
+)
 
 HEIGHT, WIDTH = 96, 128
 SATURATION = 4095
@@ -33,6 +40,44 @@ def result_of(number: int) -> FrameResult:
     levels = np.array([[-8, -4, 0], [4, 8, np.nan]], np.float32)
     defocus = DefocusMap(GRID, levels, np.ones_like(levels), np.zeros((2, 3), np.int16))
     return FrameResult(make_estimate(number), defocus, frame_of(number)[:, ::-1])
+
+
+class Looking:
+    """Who looks at a run, and what the states told."""
+
+    def __init__(self, viewer: PreviewViewer, control: str) -> None:
+        self._viewer = viewer
+        self._control = control
+        self._uid = ""
+        self._lines: dict[int, dict[str, Any]] = {}
+        self.newest = 0
+
+    def until(self, is_so: Callable[[], bool], what: str) -> None:
+        def is_so_now() -> bool:
+            for one in self._viewer.received(0.2):
+                if isinstance(one, PreviewStatus) and one.series is not None:
+                    self._uid = one.series.series_uid
+                    self._lines.update(one.focus)
+                    self.newest = max([self.newest, *(p.sequence for p in one.points)])
+                    return is_so()
+            return False
+
+        until(is_so_now, what)
+
+    def ask(self, what: Act, series_uid: str | None = None) -> Answer:
+        request = Request(1, series_uid or self._uid, what)
+        return self._viewer.ask(self._control, request)
+
+    def searches(self) -> int:
+        return sum(line["kind"] == "verdict" for line in self._lines.values())
+
+    def has_noted(self, what: Act) -> bool:
+        return what in [line.get("what") for line in self._lines.values()]
+
+    def moves_since(self, what: Act) -> int:
+        lines = [line for _, line in sorted(self._lines.items())]
+        since = [line.get("what") for line in lines].index(what)
+        return sum(bool(line.get("step_um")) for line in lines[since:])
 
 
 def main() -> None:

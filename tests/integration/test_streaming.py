@@ -11,6 +11,8 @@ from microscope_kit import RecordingSink
 from mm_test_adapters import device_adapter_path
 from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.mda import MDAEngine
+from transport_kit import until
+from view_kit import Looking
 
 import rtfocus
 from rtfocus.app import serve
@@ -20,6 +22,7 @@ from rtfocus.errors import ConfigError, IncompleteError, MicroscopeError, Rtfocu
 from rtfocus.launch import on_free_ports
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.microscope.plan import lay_out
+from rtfocus.transport.viewer import PreviewViewer
 
 OPTICS = {"numerical_aperture": 0.3, "wavelength_nm": 460, "pixel_size_um": 1.0}
 FREE = {
@@ -252,6 +255,49 @@ def test_handlers_of_the_script_that_fail_cost_no_frame_and_no_end(core, recorde
         core.mda.run(useq.MDASequence(time_plan={"interval": 0, "loops": 3}))
     end()
     assert live.reports[0].frames == live.runs[0].outcome.present == 3
+
+
+class EngineOfSomebody(MDAEngine):
+    """Answers nothing of rtfocus."""
+
+
+@pytest.mark.parametrize("kind", [MDAEngine, EngineOfSomebody])
+def test_who_looks_at_a_stream_is_heard(kind, core, tmp_path, caplog):
+    ports = on_free_ports(parse_config({})).transport
+    config = parse_config(
+        {
+            "run": {"folder": str(tmp_path)},
+            "processing": {"classifier": None, "restoration": {"method": "none"}},
+            "transport": {
+                "preview": {"endpoint": ports.frames, "control": ports.control}
+            },
+            "store": {"min_free_mb": 1},
+        }
+    )
+    plan = useq.MDASequence(
+        time_plan={"interval": 0.05, "loops": 4000},
+        stage_positions=[{"x": 0, "y": 0, "z": 0}],
+        channels=["DAPI"],
+    )
+    heard = []
+
+    def keep(_, __, meta):
+        notes = meta.get("extra", {}).get("rtfocus", {})
+        heard.extend(line.get("what") for line in notes.get("focus_log", []))
+
+    core.mda.set_engine(kind(core))
+    core.mda.events.frameReady.connect(keep)
+    with rtfocus.stream(core, config) as live, PreviewViewer(ports.frames) as viewer:
+        running = core.run_mda(plan)
+        look = Looking(viewer, ports.control)
+        look.until(lambda: look.newest > 1, "the run")
+        assert look.ask("autofocus").done
+        refused = "'autofocus' was asked for; this core's EngineOfSomebody does none"
+        until(lambda: "autofocus" in heard or refused in caplog.text, "an answer")
+        assert look.ask("stop").done
+        running.join()
+    assert [report.reason for report in live.reports] == ["canceled"]
+    assert ("autofocus" in heard) == (kind is MDAEngine)
 
 
 def test_the_end_of_the_block_waits_for_a_plan_that_has_just_been_begun(core, recorder):

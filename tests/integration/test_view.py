@@ -4,7 +4,7 @@ import http.client
 import json
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import pytest
 import tifffile
 from loop_kit import LOCAL, read_report, run_loop, small
 from transport_kit import Background, make_series, until
+from view_kit import Looking
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -29,7 +30,7 @@ from rtfocus.frame import Act
 from rtfocus.monitor import Monitor
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.sockets import create_keys
-from rtfocus.transport.viewer import Answer, PreviewStatus, PreviewViewer, Request
+from rtfocus.transport.viewer import PreviewViewer
 from rtfocus.view.codec import (
     HEADER,
     MAGIC,
@@ -424,44 +425,6 @@ def test_what_a_run_cannot_do_is_told_before_it_is_asked_for(
     assert set(asked) == {"autofocus", "hold_on", "stop"} - cannot
 
 
-class Looking:
-    """Who looks at a run, and what the states told."""
-
-    def __init__(self, viewer: PreviewViewer, control: str) -> None:
-        self._viewer = viewer
-        self._control = control
-        self._uid = ""
-        self._lines: dict[int, dict[str, Any]] = {}
-        self.newest = 0
-
-    def until(self, is_so: Callable[[], bool], what: str) -> None:
-        def is_so_now() -> bool:
-            for one in self._viewer.received(0.2):
-                if isinstance(one, PreviewStatus) and one.series is not None:
-                    self._uid = one.series.series_uid
-                    self._lines.update(one.focus)
-                    self.newest = max([self.newest, *(p.sequence for p in one.points)])
-                    return is_so()
-            return False
-
-        until(is_so_now, what)
-
-    def ask(self, what: Act, series_uid: str | None = None) -> Answer:
-        request = Request(1, series_uid or self._uid, what)
-        return self._viewer.ask(self._control, request)
-
-    def searches(self) -> int:
-        return sum(line["kind"] == "verdict" for line in self._lines.values())
-
-    def has_noted(self, what: Act) -> bool:
-        return what in [line.get("what") for line in self._lines.values()]
-
-    def moves_since(self, what: Act) -> int:
-        lines = [line for _, line in sorted(self._lines.items())]
-        since = [line.get("what") for line in lines].index(what)
-        return sum(bool(line.get("step_um")) for line in lines[since:])
-
-
 def test_a_viewer_focuses_holds_and_stops_a_run_whose_config_allows_it(
     tmp_path: Path,
 ) -> None:
@@ -545,7 +508,7 @@ def test_the_microscope_side_asks_its_own_config(tmp_path: Path) -> None:
         preview = {"endpoint": None, "control": control}
         config = small(tmp_path, None, transport={"preview": preview})
         stop = threading.Event()
-        Focusing(config, told.append).asked("stop", stop)
+        Focusing(config, told.append).asked("stop", stop.set)
         assert stop.is_set() is stops
     assert told == ["'stop' was asked for; transport.preview.control allows none"]
 
@@ -556,10 +519,10 @@ def test_requests_that_wait_are_bounded_and_not_doubled(tmp_path: Path) -> None:
     config = small(tmp_path, None, transport={"preview": preview})
     focusing = Focusing(config, told.append)
     for _ in range(3):
-        focusing.asked("autofocus", threading.Event())
+        focusing.asked("autofocus", threading.Event().set)
     assert list(focusing.requests) == ["autofocus"]
     for what in ("hold_off", "hold_on") * MOST_REQUESTS:
-        focusing.asked(what, threading.Event())
+        focusing.asked(what, threading.Event().set)
     assert len(focusing.requests) == MOST_REQUESTS
     assert (
         told
