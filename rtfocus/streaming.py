@@ -15,7 +15,7 @@ from psygnal import EmitLoopError, Signal, SignalInstance
 from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.actions import FocusActions
-from rtfocus.autofocus.devices import end_abandoned
+from rtfocus.autofocus.devices import checked_core, end_abandoned
 from rtfocus.autofocus.plans import focus_plans
 from rtfocus.config import Config, load_config
 from rtfocus.errors import (
@@ -27,7 +27,7 @@ from rtfocus.errors import (
     WriterError,
 )
 from rtfocus.files import path_given
-from rtfocus.focusing import Focusing, checked_core
+from rtfocus.focusing import Focusing
 from rtfocus.frame import Act, Estimate
 from rtfocus.holding import StreamEngine, holding_engine
 from rtfocus.images.series import one_line

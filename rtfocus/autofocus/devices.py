@@ -4,7 +4,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import useq
+from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus, DeviceType
 from pymmcore_plus.mda import FinishReason, MDAEngine, MDARunner
 
@@ -26,6 +28,14 @@ _CHOICES = (
 """What the stock engine lets a script choose."""
 
 
+def checked_core(core: object) -> None:
+    """Refuse with a ConfigError what is not a core."""
+    if not isinstance(core, CMMCorePlus):
+        kind = type(core).__name__
+        msg = f"core is of type {kind}; give a pymmcore_plus.CMMCorePlus"
+        raise ConfigError(msg)
+
+
 def focus_stage(core: CMMCorePlus) -> str:
     """Return the label of the stage that autofocus moves; one there must be."""
     label = core.getFocusDevice()
@@ -36,6 +46,30 @@ def focus_stage(core: CMMCorePlus) -> str:
         )
         raise MicroscopeError(msg)
     return str(label)
+
+
+def expose(core: CMMCorePlus) -> NDArray[np.generic]:
+    """Take an image that tells focus.
+
+    Raises
+    ------
+    MicroscopeError
+        If the camera gives none, or one of floats, which the core calls counts.
+    """
+    camera = core.getCameraDevice()
+    try:
+        core.snapImage()
+        pixels = np.asarray(core.getImage())
+    except RuntimeError as error:
+        msg = f"camera '{camera}' gives no image for autofocus: {error}"
+        raise MicroscopeError(msg) from error
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize > 2:  # the bits of floats
+        msg = (
+            f"camera '{camera}' delivers pixels of {pixels.dtype.itemsize} bytes; set "
+            "its pixel type to 8 or 16 bit grey, or RGB"
+        )
+        raise MicroscopeError(msg)
+    return pixels
 
 
 class CoreStage:

@@ -22,6 +22,7 @@ from rtfocus.autofocus.devices import (
     CoreStage,
     FocusLight,
     OffsetStage,
+    expose,
     focus_stage,
     stopped_live,
 )
@@ -200,7 +201,7 @@ class Focuser:
 
     def look(self, channel: str, z_um: float) -> FocusReading:
         """Take an image in the present light and read it."""
-        return self.read(self._expose(), channel, z_um)
+        return self.read(expose(self.core), channel, z_um)
 
     def optics_of(self, channel: str) -> OpticalSystem:
         """Return the optics of a channel.
@@ -353,15 +354,6 @@ class Focuser:
             before = self.places[key]
             return Belief.of([Mode(1.0, before.mean_um, 4 * unit_um)])
         return Belief(())
-
-    def _expose(self) -> NDArray[np.generic]:
-        try:
-            self.core.snapImage()
-            return np.asarray(self.core.getImage())
-        except RuntimeError as error:
-            camera = self.core.getCameraDevice()
-            msg = f"camera '{camera}' gives no image for autofocus: {error}"
-            raise MicroscopeError(msg) from error
 
     def _note(self, key: Key, channel: str, step: Step) -> None:
         reading = step.reading

@@ -1,6 +1,7 @@
 """What useq plans ask of focus, on one virtual microscope: which z every frame has."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rtfocus.autofocus.actions import FocusEngine
 from rtfocus.autofocus.planes import Calibration
 from rtfocus.autofocus.plans import save_calibration
 from rtfocus.config import parse_config
-from rtfocus.errors import TransportError
+from rtfocus.errors import MicroscopeError, TransportError
 from rtfocus.focusing import focus
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.series import Complaints
@@ -326,6 +327,41 @@ def test_live_mode_and_light_come_back_after_a_search(bench: Bench) -> None:
     finally:
         core.stopSequenceAcquisition()
         core.setConfig("Channel", "DAPI")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)])
+def test_whatever_is_closed_first_the_core_gets_back_what_it_had(
+    order: tuple[int, ...],
+) -> None:
+    pytest.importorskip("mm_test_adapters")
+    config = parse_config({"microscope": {"source": "democamera"}})
+    with open_core(config) as core:
+        before = MDAEngine(core)
+        core.mda.set_engine(before)
+        engines = [focus(core, config) for _ in range(3)]
+        for number in order:
+            assert core.mda.engine is not before
+            engines[number].close()
+            engines[number].close()
+        assert core.mda.engine is before
+
+
+def test_a_camera_of_floats_is_told_with_what_to_choose() -> None:
+    pytest.importorskip("mm_test_adapters")
+    config = parse_config(
+        {
+            "microscope": {"source": "democamera"},
+            "channels": [{"name": "DAPI", "optics": OPTICS}],
+            "processing": {"classifier": "delpnet", "device": "cpu"},
+        }
+    )
+    with open_core(config) as core:
+        core.setProperty("Camera", "PixelType", "32bit")
+        with (
+            closing(focus(core, config)) as engine,
+            pytest.raises(MicroscopeError, match="4 bytes; set its pixel type to 8"),
+        ):
+            engine.focuser.focus()
 
 
 def test_what_a_script_chose_of_the_stock_engine_is_kept(tmp_path: Path) -> None:
