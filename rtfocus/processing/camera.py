@@ -124,10 +124,9 @@ class CameraCorrection:
         Pixels that are no number take the median of the others.
         """
         marks = self.mark(pixels)
-        invalid = marks.invalid
         np.copyto(out, pixels, casting="unsafe")
-        if invalid is not None:
-            out[invalid] = 0.0 if invalid.all() else np.median(out[~invalid])
+        if marks.invalid is not None:
+            fill(out, marks.invalid)
         if self.offset_counts:
             out -= np.float32(self.offset_counts)
         if self.divisor is not None:
@@ -141,6 +140,11 @@ class CameraCorrection:
         if self.offset_counts:
             signal += np.float32(self.offset_counts)
         write_counts(signal, out, invalid)
+
+
+def fill(pixels: Image, invalid: NDArray[np.bool_]) -> None:
+    """Give pixels that are no number the median of the others; 0: there are none."""
+    pixels[invalid] = 0.0 if invalid.all() else np.median(pixels[~invalid])
 
 
 def write_counts(

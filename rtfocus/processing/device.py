@@ -112,7 +112,7 @@ class Prepared:
     grids: Mapping[str, TileGrid | None]
     """Tiles of the defocus maps by channel; None: not classified."""
     in_flight: int
-    """Frames it works on at once."""
+    """Frames it works on at once, of as many as there are slots."""
     restoring: int
     """Threads that restore."""
     backends: Mapping[str, str]

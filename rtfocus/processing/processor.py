@@ -74,6 +74,8 @@ class FrameProcessor:
         """The newest of every slot."""
         self._runs: list[_Run] = []
         """The devices that share the frames of the series."""
+        self._opening: list[_Run] = []
+        """Given up while they opened their engines, as after Ctrl-C."""
         self._turns = count()
 
     def start(
@@ -103,6 +105,10 @@ class FrameProcessor:
             If the flat field does not fit, or frames are too small.
         """
         self.close()
+        for run in self._opening:
+            # Until then its device is not free.
+            run.join()
+        self._opening = []
         self._slots = slots
         plan = partial(plan_channel, self._config, series, any_size=any_size)
         self._plans = [plan(channel) for channel in series.channels]
@@ -110,8 +116,8 @@ class FrameProcessor:
             try:
                 # One after the other: what the first builds and keeps, the next finds.
                 for device in team[:slots]:
-                    run = _Run(device, self._plans, series, slots, self._take_over)
-                    self._runs.append(run)
+                    self._runs.append(_Run(device, slots, self._take_over))
+                    self._runs[-1].open(self._plans, series)
             except BaseException as error:
                 self.close()
                 if following is None or not isinstance(error, EngineError):
@@ -178,11 +184,17 @@ class FrameProcessor:
         return tuple(map(str, causes))
 
     def close(self) -> None:
-        """Stop threads, fail what is in flight and free the device; twice is once."""
+        """Stop threads, fail what is in flight and free the device; twice is once.
+
+        A device that is still opening engines frees itself when it has: nobody waits.
+        """
         for run in self._runs:
             run.abort()
         for run in self._runs:
-            run.join()
+            if run.is_opening:
+                self._opening.append(run)
+            else:
+                run.join()
         for job in self._jobs.values():
             if not job.ticket.result.done():
                 job.fail(EngineError("the processor was closed before the frame"))
@@ -212,12 +224,7 @@ class _Run:
     """One series on one device, from its first to its last thread."""
 
     def __init__(
-        self,
-        device: Device,
-        plans: Sequence[ChannelPlan],
-        series: SeriesStart,
-        slots: int,
-        take_over: Callable[[Job], bool],
+        self, device: Device, slots: int, take_over: Callable[[Job], bool]
     ) -> None:
         self._device = device
         self._slots = slots
@@ -229,14 +236,25 @@ class _Run:
         self._to_enqueue: BoundedQueue[Job] = BoundedQueue("enqueue", slots)
         self._to_estimate: BoundedQueue[Job] = BoundedQueue("estimates", slots)
         self._to_restore: BoundedQueue[Job] = BoundedQueue("results", slots)
+        self._seats: BoundedQueue[int] = BoundedQueue("seats", slots)
+
+    def open(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
+        """Start the threads and wait until the device takes frames; raises why not."""
         self._owner = threading.Thread(
             target=self._own, args=(plans, series), name="rtfocus-device", daemon=True
         )
         self._owner.start()
-        self._opened.wait()
+        # In steps, because on Windows a wait cannot be interrupted by Ctrl-C.
+        while not self._opened.wait(timeout=0.25):
+            pass
         if self._failure:
             self._owner.join()
             raise self._failure[0]
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether it takes no frames yet."""
+        return not self._opened.is_set()
 
     @property
     def held(self) -> int:
@@ -249,8 +267,9 @@ class _Run:
 
     def abort(self) -> None:
         """Wake the threads to their end."""
-        for queue in (self._to_enqueue, self._to_estimate, self._to_restore):
-            queue.abort()
+        self._to_enqueue.abort()
+        self._to_estimate.abort()
+        self._to_restore.abort()
         self._seats.abort()
 
     def join(self) -> None:
@@ -274,7 +293,6 @@ class _Run:
     def _open(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
         self.prepared: Prepared = self._device.prepare(plans, series, self._slots)
         self.grid = common_grid(self.prepared.grids)
-        self._seats: BoundedQueue[int] = BoundedQueue("seats", self.prepared.in_flight)
         for seat in range(self.prepared.in_flight):
             self._seats.put(seat)
 

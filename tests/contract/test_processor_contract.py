@@ -1,5 +1,7 @@
 """One suite for every FrameProcessor that this machine can run."""
 
+import os
+import signal
 import threading
 
 import numpy as np
@@ -28,6 +30,7 @@ from rtfocus.optics.formation import blur
 from rtfocus.optics.normalisation import PercentileRange, luminance
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
+from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.cpu.patches import (
     LearnedWienerRestorer,
     TileRestorer,
@@ -403,6 +406,17 @@ def test_a_subtracted_background_is_kept_below_zero(processor, frames):
     np.testing.assert_allclose(signed + 1500, whole, atol=0.5)
 
 
+@pytest.mark.parametrize("highest", [32766, 32767])
+def test_a_frame_with_negative_values_is_saturated_by_its_own_values(
+    processor, pool, highest
+):
+    processor.start(series_for(dtype="<i2"), SLOTS)
+    pixels = np.full(SHAPE, -2000, "<i2")
+    pixels[7, 9] = highest
+    flags = submit(processor, pool, 0, pixels).result.result(TIMEOUT_S).flags
+    assert flags == (("saturated",) if highest == 32767 else ())
+
+
 def test_frame_of_nothing_but_nan_is_background(processor, pool):
     pool = SlotPool(1, 4 * SHAPE[0] * SHAPE[1])
     processor.start(series_for(dtype="<f4"), 1)
@@ -441,6 +455,45 @@ def test_engine_that_does_not_fit_the_optics_is_refused_with_the_remedy(
     assert willing.start(series_for(channels=("DAPI",)), 1) is not None
     willing.close()
     processor.close()
+
+
+class SlowToOpen(CpuDevice):
+    """Interrupts who waits for it, as Ctrl-C does, and opens when it is told to."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.done = []
+        self.may_open = threading.Event()
+
+    def prepare(self, plans, series, slots):
+        self.done.append("prepare")
+        if not self.may_open.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert self.may_open.wait(TIMEOUT_S)
+        return super().prepare(plans, series, slots)
+
+    def close(self):
+        self.done.append("close")
+        super().close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal to one thread")
+def test_a_start_that_is_interrupted_frees_its_device_before_the_next(
+    engine_folder, pool, frames
+):
+    device = SlowToOpen(config_for(engine_folder))
+    processor = FrameProcessor(config_for(engine_folder), [device])
+    with pytest.raises(KeyboardInterrupt):
+        processor.start(series_for(), SLOTS)
+    device.may_open.set()
+    processor.start(series_for(), SLOTS)
+    assert device.done == ["prepare", "close", "prepare"]
+    ticket = submit(processor, pool, 0, frames[4])
+    assert ticket.result.result(TIMEOUT_S).restored is not None
+    processor.close()
+    assert device.done[3:] == ["close"]
+    threads = {thread.name for thread in threading.enumerate()}
+    assert "rtfocus-device" not in threads
 
 
 @pytest.fixture(scope="module")

@@ -226,8 +226,7 @@ class GpuDevice:
         with self._translated("estimating"):
             self._slots[job.seat].estimated.synchronize()
         maps = self._layout.host_arrays(host.packed_maps)
-        flags = {"nan": host.invalid is not None, "saturated": maps["flags"][0]}
-        job.flags = tuple(name for name, is_so in flags.items() if is_so)
+        job.flags = host.flags(saturated=bool(maps["flags"][0]))
         return None if grid is None else defocus_map(grid, maps)
 
     def begin_restoring(self, job: Job) -> None:

@@ -17,7 +17,7 @@ from rtfocus.optics.normalisation import (
     LocalStandardisation,
     PercentileRange,
 )
-from rtfocus.processing.camera import CameraCorrection, write_counts
+from rtfocus.processing.camera import CameraCorrection, fill, write_counts
 from rtfocus.processing.gpu.cuda.stream import PinnedMemory
 from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import (
@@ -335,11 +335,14 @@ class HostBuffers:
         """Pixels that are NaN or infinite; None: none."""
         self._pedestal = 0.0
         """What a frame with negative values was lifted by."""
+        self._lifted_flags: tuple[str, ...] | None = None
+        """What is wrong with a lifted frame; None: it is not lifted."""
 
     def take(self, pixels: NDArray[Any], camera: CameraCorrection) -> NDArray[Any]:
         """Return pinned pixels without NaN and from 0 on: the same, or a copy."""
         self.invalid = found = camera.find_invalid(pixels)
         self._pedestal = camera.pedestal(pixels)
+        self._lifted_flags = None
         dtype = carried_as(pixels.dtype)
         plain = found is None and not self._pedestal and pixels.dtype == dtype
         if plain and self._pinned.is_pinned(pixels):
@@ -348,10 +351,19 @@ class HostBuffers:
             staged = self._staged = self._pinned.empty(pixels.shape, dtype)
         np.copyto(staged, pixels, casting="unsafe")
         if found is not None:
-            staged[found] = 0.0 if found.all() else np.median(staged[~found])
+            fill(staged, found)
         if self._pedestal:
             staged += np.float32(self._pedestal)
+            self._lifted_flags = camera.mark(pixels).flags
         return staged
+
+    def flags(self, *, saturated: bool) -> tuple[str, ...]:
+        """Return what is wrong with the frame; `saturated`: by what the device got."""
+        if self._lifted_flags is not None:
+            # The device got other values than the camera's.
+            return self._lifted_flags
+        flags = {"nan": self.invalid is not None, "saturated": saturated}
+        return tuple(name for name, is_so in flags.items() if is_so)
 
     def give(self) -> NDArray[Any]:
         """Return the restored frame that has arrived, in the type of the series."""
