@@ -105,6 +105,11 @@ class Region:
             self.columns.stop - self.columns.start,
         )
 
+    @property
+    def rectangle(self) -> tuple[int, int, int, int]:
+        """Top, left, height and width in pixels."""
+        return self.rows.start, self.columns.start, *self.shape
+
 
 Window = Literal["triangular", "rectangular"]
 
@@ -180,6 +185,11 @@ class Montage:
         """What the tiles that take part cover, per row and per column."""
         return tuple([_extent(one[None]) for one in axis] for axis in self.axes)
 
+    @property
+    def whole(self) -> Region:
+        """All of the frame."""
+        return Region(slice(0, self.shape[0]), slice(0, self.shape[1]))
+
     def _axis(self, length: int, count: int, window: Window) -> Image:
         tiles = np.arange(count)[:: self.step]
         centres = self.grid.origin_px + self.grid.stride_px * tiles
@@ -217,8 +227,7 @@ class Montage:
 
         Exactly 0 where only tiles in focus and background reach.
         """
-        whole = Region(slice(0, self.shape[0]), slice(0, self.shape[1]))
-        return self.weights(defocused(labels).astype(np.int16), 1, whole)
+        return self.weights(defocused(labels).astype(np.int16), 1, self.whole)
 
     def tile_region(self, row: int, column: int) -> Region:
         """Return the rectangle that the weight of one tile covers."""

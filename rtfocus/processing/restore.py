@@ -167,7 +167,7 @@ def together(
     found: dict[tuple[int, ...], tuple[Region, tuple[int, int], list[int]]] = {}
     for level, region in regions.items():
         shape = shapes[level]
-        key = (region.rows.start, region.columns.start, *region.shape, *shape)
+        key = (*region.rectangle, *shape)
         found.setdefault(key, (region, shape, []))[2].append(level)
     return list(found.values())
 

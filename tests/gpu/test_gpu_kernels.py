@@ -19,7 +19,6 @@ from rtfocus.optics.normalisation import (
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.gpu.classifier import InFlight
 from rtfocus.processing.gpu.deconvolution import (
     BlindRichardsonLucyDeconvolution as GpuBlind,
 )
@@ -31,6 +30,7 @@ from rtfocus.processing.gpu.deconvolution import WienerDeconvolution as GpuWiene
 from rtfocus.processing.gpu.depth_variant import (
     DepthVariantRestorer as GpuDepthVariantRestorer,
 )
+from rtfocus.processing.gpu.depth_variant import InFlight
 from rtfocus.processing.gpu.preparation import Background as GpuBackground
 from rtfocus.processing.gpu.preparation import CellStatistics
 from rtfocus.processing.gpu.preparation import Correction as GpuCorrection

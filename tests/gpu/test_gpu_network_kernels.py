@@ -16,8 +16,8 @@ from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, LabelDecoder, turned
 from rtfocus.processing.cpu.network_restorer import blend
-from rtfocus.processing.gpu.classifier import InFlight
 from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
+from rtfocus.processing.gpu.depth_variant import InFlight
 from rtfocus.processing.gpu.network_restorer import Weighing
 from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
 from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions

@@ -17,12 +17,7 @@ from rtfocus.engines.registry import FoundEngine
 from rtfocus.errors import EngineError
 from rtfocus.frame import TileGrid
 from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan, RestorationPlan
-from rtfocus.processing.gpu.classifier import (
-    ClassifierSlot,
-    FrameClassifier,
-    InFlight,
-    Part,
-)
+from rtfocus.processing.gpu.classifier import ClassifierSlot, FrameClassifier
 from rtfocus.processing.gpu.cuda.driver import CudaTransforms, import_driver
 from rtfocus.processing.gpu.cuda.stream import Replayed
 from rtfocus.processing.gpu.deconvolution import (
@@ -36,6 +31,8 @@ from rtfocus.processing.gpu.depth_variant import (
     Blending,
     DepthVariantRestorer,
     FrameRestorer,
+    InFlight,
+    Part,
     PatchRestorer,
 )
 from rtfocus.processing.gpu.network_restorer import (

@@ -141,23 +141,6 @@ class ClassifierSlot:
     """Offset and scale of every plane, axes (plane, 2)."""
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """What the restoration of one frame reads and writes on the device."""
-
-    signal: DeviceArray
-    maps: dict[str, DeviceArray]
-    """Of `MapLayout`."""
-    seen: ClassifierSlot
-    """Buffers of the network that saw the frame."""
-    out: DeviceArray
-    """Result, float32, shape of the signal."""
-
-
-Part = tuple[int, ...]
-"""A piece of a restoration that is enqueued, or left out, as a whole."""
-
-
 class FrameClassifier:
     """A classifier or joint engine applied to whole frames of one size.
 
@@ -302,12 +285,12 @@ class FrameClassifier:
         self,
         work: Work,
         slot: ClassifierSlot,
-        output: str,
         out: DeviceArray,
         colour: int = -1,
     ) -> None:
-        """Enqueue what the network restored -> frame, or one of its colours."""
-        restored = slot.network.buffers[output]
+        """Enqueue what a joint engine restored -> frame, or one of its colours."""
+        assert self.card.restored is not None
+        restored = slot.network.buffers[self.card.restored.name]
         self._tile.join(work, restored, slot.ranges, out, colour)
 
     def _decode(

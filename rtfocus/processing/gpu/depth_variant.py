@@ -6,13 +6,15 @@ so three numbers tell its weights. And Richardson-Lucy patch by patch as publish
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.frame import BACKGROUND
-from rtfocus.processing.gpu.classifier import InFlight, Part
+from rtfocus.processing.gpu.classifier import ClassifierSlot
 from rtfocus.processing.gpu.deconvolution import Deconvolution, LevelTransfers
 from rtfocus.processing.gpu.tiles import Light
 from rtfocus.processing.gpu.work import (
@@ -23,11 +25,39 @@ from rtfocus.processing.gpu.work import (
     Work,
     neighbours,
 )
-from rtfocus.processing.montage import Montage, Region
+from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import padded_shape, together
 
-_LOOK = len(("plane", "height", "width"))
-_RECTANGLE = len(("top", "left", "rows", "columns"))
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What the restoration of one frame reads and writes on the device."""
+
+    signal: DeviceArray
+    maps: dict[str, DeviceArray]
+    """Of `MapLayout`."""
+    seen: ClassifierSlot
+    """Buffers of the network that saw the frame."""
+    out: DeviceArray
+    """Result, float32, shape of the signal."""
+
+
+class Part(NamedTuple):
+    """A piece of a restoration that is enqueued, or left out, as a whole.
+
+    Of restorers that take a frame in one piece nothing is said.
+    """
+
+    plane: int = 0
+    """Colour."""
+    level: int = 0
+    """Whose tiles are restored; 0, which is in focus: the plane is looked at."""
+    rectangle: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Top, left, height and width of what is restored, in pixels."""
+    padded: tuple[int, int] = (0, 0)
+    """Height and width of its transform."""
+    tiles: int = 0
+    """Number of the level's tiles."""
 
 
 class FrameRestorer(ABC):
@@ -50,7 +80,7 @@ class FrameRestorer(ABC):
             Level per tile, axes (tile_y, tile_x), at least one out of focus; None:
             everything that can be recorded.
         """
-        return [()]
+        return [Part()]
 
     def recurs(self, part: Part) -> bool:
         """Return whether other frames will ask for a part: only then it is recorded."""
@@ -94,41 +124,26 @@ class Blending:
         )
 
     def level(
-        self,
-        work: Work,
-        frame: InFlight,
-        level: int,
-        *,
-        plane: int,
-        rectangle: Sequence[int],
-        restored: DeviceArray,
+        self, work: Work, frame: InFlight, part: Part, restored: DeviceArray
     ) -> None:
         """Enqueue ``out += weight * (restored - signal)``, negative values as 0.
 
-        Parameters
-        ----------
-        level
-            Whose tiles are meant.
-        plane
-            Colour that was restored.
-        rectangle
-            Top, left, height and width of what was restored.
-        restored
-            It, with any margin behind.
+        `restored` is the rectangle of a part, with any margin behind it.
         """
+        *_, height, width = part.rectangle
         work.launch(
             "blend_level",
-            rectangle[2] * rectangle[3],
+            height * width,
             frame.signal,
             self._shape.width,
             self._shape.channels,
-            plane,
-            *rectangle,
+            part.plane,
+            *part.rectangle,
             restored,
             restored.shape[1],
             frame.maps["level"],
             self._tile_columns,
-            level,
+            part.level,
             *self.tables,
             frame.out,
         )
@@ -158,77 +173,50 @@ class DepthVariantRestorer(FrameRestorer):
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return parts of two kinds.
+        """Return each rectangle that is looked at, then restored by its levels.
 
-        (plane, height, width, *rectangle) surrounds a rectangle for a transform of that
-        size; (plane, level, *rectangle) restores it then. As on the CPU a level is
-        restored over the smallest rectangle that holds its tiles: (top, left, rows,
-        columns), left out where it is the whole frame. None: every level over whole
-        frames.
+        As on the CPU a level is restored over the smallest rectangle that holds its
+        tiles. None: every level over whole frames.
         """
-        height, width = self._frame.height, self._frame.width
         if labels is None:
-            whole = Region(slice(0, height), slice(0, width))
-            regions = dict.fromkeys(self._margins, whole)
+            regions = dict.fromkeys(self._margins, self._montage.whole)
         else:
             regions = self._montage.regions(labels)
         shapes = {
             level: padded_shape(region.shape, self._margins[level])
             for level, region in regions.items()
         }
-        found: list[Part] = []
-        for plane in range(self._frame.channels):
-            for region, shape, levels in together(regions, shapes):
-                place = self._place(region)
-                found.append((plane, *shape, *place))
-                found += [(plane, level, *place) for level in levels]
-        return found
+        return [
+            Part(plane, level, region.rectangle, shape)
+            for plane in range(self._frame.channels)
+            for region, shape, levels in together(regions, shapes)
+            for level in (0, *levels)
+        ]
 
     def recurs(self, part: Part) -> bool:
         """Return whether it is of a whole frame; other rectangles hardly come back."""
-        return len(part) <= _LOOK
+        return part.rectangle == self._montage.whole.rectangle
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
-        if len(part) in (_LOOK, _LOOK + _RECTANGLE):
-            self._look(work, frame, part)
+        padded = self._padded.shaped(part.padded)
+        if part.level:
+            restored = self._restored.shaped(part.padded)
+            self._deconvolution.restore(work, part.level, padded, restored)
+            self._blending.level(work, frame, part, restored)
             return
-        plane, level, *place = part
-        rectangle = self._rectangle(place)
-        shape = padded_shape(rectangle[2:], self._margins[level])
-        padded, restored = self._padded.shaped(shape), self._restored.shaped(shape)
-        self._deconvolution.restore(work, level, padded, restored)
-        self._blending.level(
-            work, frame, level, plane=plane, rectangle=rectangle, restored=restored
-        )
-
-    def _look(self, work: Work, frame: InFlight, part: Part) -> None:
-        plane, *numbers = part
-        padded = self._padded.shaped((numbers[0], numbers[1]))
         work.launch(
             "surround",
             padded.count,
             frame.signal,
             *self._frame.sides,
-            plane,
-            *self._rectangle(numbers[2:]),
-            *padded.shape,
+            part.plane,
+            *part.rectangle,
+            *part.padded,
             int(self._deconvolution.positive),
             padded,
         )
         self._deconvolution.look(work, padded)
-
-    def _place(self, region: Region) -> Part:
-        if region.shape == (self._frame.height, self._frame.width):
-            return ()
-        return region.rows.start, region.columns.start, *region.shape
-
-    def _rectangle(self, place: Sequence[int]) -> tuple[int, int, int, int]:
-        """Return top, left, height and width of a part's place."""
-        if not place:
-            return 0, 0, self._frame.height, self._frame.width
-        top, left, height, width = place
-        return top, left, height, width
 
 
 class PatchRestorer(FrameRestorer):
@@ -281,19 +269,21 @@ class PatchRestorer(FrameRestorer):
         self._light = Light(memory)
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return (plane, level, number of its tiles)."""
+        """Return every level with the number of its tiles, plane by plane."""
         if labels is None:
-            found = [(level, 1) for level in list(self._transfers.psfs)[:1]]
+            counts = {next(iter(self._transfers.psfs)): 1}
         else:
             own = self._montage.tiles(labels)
             present = self._montage.present(labels)
-            found = [(level, int((own == level).sum())) for level in present]
-        planes = range(self._frame.channels)
-        return [(plane, *part) for part in found for plane in planes]
+            counts = {level: int((own == level).sum()) for level in present}
+        return [
+            Part(plane, level, tiles=count)
+            for level, count in counts.items()
+            for plane in range(self._frame.channels)
+        ]
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
-        plane, level, count = part
         grid = self._montage.grid
         work.launch(
             "tiles_of_level",
@@ -302,27 +292,25 @@ class PatchRestorer(FrameRestorer):
             grid.rows,
             grid.columns,
             self._montage.step,
-            level,
+            part.level,
             self._found,
             self._rank,
         )
-        for first in range(0, count, self._batch):
-            self._restore(work, frame, plane, level, first)
+        for first in range(0, part.tiles, self._batch):
+            self._restore(work, frame, part, first)
 
-    def _restore(
-        self, work: Work, frame: InFlight, plane: int, level: int, first: int
-    ) -> None:
+    def _restore(self, work: Work, frame: InFlight, part: Part, first: int) -> None:
         """Enqueue a batch of tiles of one level."""
         pixels = self._shape[0] * self._shape[1]
         columns = self._montage.grid.columns
-        one = DeviceArray(self._blurred.address, self._shape, self._blurred.dtype)
-        transfer = self._transfers.enqueue(work, level, one)
+        one = self._blurred.shaped(self._shape)
+        transfer = self._transfers.enqueue(work, part.level, one)
         work.launch(
             "cut_patches",
             pixels,
             frame.signal,
             *self._frame.sides,
-            plane,
+            part.plane,
             self._found,
             first,
             columns,
@@ -348,7 +336,7 @@ class PatchRestorer(FrameRestorer):
             self._frame.height * self._frame.width,
             frame.signal,
             *self._frame.sides,
-            plane,
+            part.plane,
             self._estimate,
             self._rank,
             first,

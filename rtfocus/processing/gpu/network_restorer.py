@@ -22,11 +22,14 @@ from rtfocus.processing.gpu.classifier import (
     BoundNetwork,
     ClassifierSlot,
     FrameClassifier,
+)
+from rtfocus.processing.gpu.deconvolution import LevelTransfers
+from rtfocus.processing.gpu.depth_variant import (
+    Blending,
+    FrameRestorer,
     InFlight,
     Part,
 )
-from rtfocus.processing.gpu.deconvolution import LevelTransfers
-from rtfocus.processing.gpu.depth_variant import Blending, FrameRestorer
 from rtfocus.processing.gpu.preparation import Percentiles
 from rtfocus.processing.gpu.tiles import TileConditions, Tiles
 from rtfocus.processing.gpu.work import (
@@ -73,8 +76,6 @@ class JointRestorer(FrameRestorer):
     ) -> None:
         self._seen = seen
         self._blending = blending
-        restored = seen.card.restored
-        self._output = "" if restored is None else restored.name
         self._own = own
         self._labels = labels
         self._weighing = weighing
@@ -90,14 +91,14 @@ class JointRestorer(FrameRestorer):
         if self._own is None:
             if self._seen.plan.looks_twice:
                 frame.seen.network.enqueue(work)
-            self._seen.join(work, frame.seen, self._output, out)
+            self._seen.join(work, frame.seen, out)
         else:
             if self._labels is not None:
                 maps = self._labels
                 self._seen.enqueue(work, self._own, frame.signal, maps)
             for colour in self._seen.colours:
                 self._seen.look(work, self._own, frame.signal, colour)
-                self._seen.join(work, self._own, self._output, out, colour)
+                self._seen.join(work, self._own, out, colour)
         self._blending.defocused(work, frame)
         if self._weighing is not None:
             self._weighing.enqueue(work, frame.signal, maps, out)
@@ -329,23 +330,21 @@ class LearnedWienerRestorer(FrameRestorer):
         )
 
     def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
-        """Return (plane, level, *rectangle)."""
+        """Return every level with its rectangle, plane by plane."""
         if labels is None:
-            whole = 0, 0, self._frame.height, self._frame.width
-            levels = list(self._transfers.psfs)[:1]
-            found: list[Part] = [(level, *whole) for level in levels]
+            regions = {next(iter(self._transfers.psfs)): self._montage.whole}
         else:
-            found = [
-                (level, region.rows.start, region.columns.start, *region.shape)
-                for level, region in self._montage.regions(labels).items()
-            ]
-        planes = range(self._frame.channels)
-        return [(plane, *part) for part in found for plane in planes]
+            regions = self._montage.regions(labels)
+        return [
+            Part(plane, level, region.rectangle)
+            for level, region in regions.items()
+            for plane in range(self._frame.channels)
+        ]
 
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
-        plane, level, top, left, height, width = part
-        colour = self._frame.images(1)[plane]
+        *_, height, width = part.rectangle
+        colour = self._frame.images(1)[part.plane]
         self._percentiles.enqueue(work, frame.signal, self._range, colour)
         # A tile every half of what it keeps.
         rows, columns = (
@@ -355,10 +354,7 @@ class LearnedWienerRestorer(FrameRestorer):
         work.zero(joined)
         for first in range(0, rows * columns, self._batch):
             self._restore(work, frame, part, (rows, columns), first)
-        rectangle = top, left, height, width
-        self._blending.level(
-            work, frame, level, plane=plane, rectangle=rectangle, restored=joined
-        )
+        self._blending.level(work, frame, part, joined)
 
     def _restore(
         self,
@@ -369,17 +365,18 @@ class LearnedWienerRestorer(FrameRestorer):
         first: int,
     ) -> None:
         """Enqueue a batch of the rows and columns of tiles -> what they join to."""
-        plane, level, top, left, *shape = part
+        top, left, *shape = part.rectangle
         side, batch, stride = self._side, self._batch, self._stride
         pixels, tapered, spectrum = side**2, self._tapered, self._spectrum
-        one = DeviceArray(tapered.address, (side, side), tapered.dtype)
-        transfer = self._transfers.enqueue(work, level, one)
+        transfer = self._transfers.enqueue(
+            work, part.level, tapered.shaped((side, side))
+        )
         work.launch(
             "cut_lattice",
             pixels,
             frame.signal,
             *self._frame.sides,
-            plane,
+            part.plane,
             top,
             left,
             stride,
@@ -393,7 +390,7 @@ class LearnedWienerRestorer(FrameRestorer):
             rows=batch,
         )
         if self._condition is not None:
-            work.copy(self._condition, self._told[level])
+            work.copy(self._condition, self._told[part.level])
         self.network.enqueue(work)
         work.launch("tile_means", batch * BLOCK, self._seen, pixels, self._means)
         work.launch(

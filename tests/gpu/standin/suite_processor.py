@@ -277,9 +277,9 @@ def enqueued(monkeypatch):
 
     def spy(self, work, frame, part):
         # A rectangle is looked at, then restored level by level.
-        if part:
-            (looks if len(part) in (3, 7) else restored).append(part)
-            odd.extend([part] if len(part) == 6 else [])
+        (restored if part.level else looks).append(part)
+        if part.level and not self.recurs(part):
+            odd.append(part)
         original(self, work, frame, part)
 
     monkeypatch.setattr(DepthVariantRestorer, "enqueue", spy)
@@ -354,7 +354,7 @@ def test_levels_that_no_tile_has_cost_no_transform(
     processor = on_gpu(config)
     driver.standin_log()
     processor.start(SERIES, SLOTS)
-    every = {level for _, level in restored}
+    every = {part.level for part in restored}
     # Every PSF once; then the frame once for all levels, and each of them back.
     assert len(every) > 2
     assert len(looks) * len(every) == len(restored)
@@ -370,7 +370,7 @@ def test_levels_that_no_tile_has_cost_no_transform(
     assert driver.standin_log().decode().count("library@") == 0
     result = submit(processor, pool, 1, frames[0]).result.result(TIMEOUT_S)
     levels = set(result.defocus.level.ravel().tolist())
-    found = sorted(part[1] for part in restored)
+    found = sorted(part.level for part in restored)
     assert found == sorted(levels - {0, BACKGROUND})
     assert set(found) < every
     transforms = driver.standin_log().decode().count("library@")
