@@ -24,6 +24,7 @@ from rtfocus.errors import InputError
 from rtfocus.evaluation.samples import (
     BBBC006,
     LEVELS,
+    SHARP_GROUP,
     STEP_UM,
     DataSet,
     Field,
@@ -36,6 +37,7 @@ from rtfocus.evaluation.samples import (
     read_plane,
     unseen,
 )
+from rtfocus.evaluation.scores import LEAST_SIDE_PX
 from rtfocus.images.optics import in_short
 from rtfocus.images.reading import find_images, open_images
 from rtfocus.images.series import ImageSeries
@@ -92,7 +94,6 @@ def folder_set(
     if not pairs:
         msg = f"no image below '{folder}' has the name of one in '{sharp}'"
         raise InputError(msg)
-
     title = f"{folder.name}: {len(pairs)} pairs; range 255 or that of the sharp image"
     pairs += [
         Field.unread(f"{place.name} {one.path.stem}", one.reason)
@@ -105,15 +106,28 @@ def folder_set(
 def _samples(group: str, blurred: ImageSeries, sharp: ImageSeries) -> Iterator[Sample]:
     for index in blurred.indices():
         pixels, truth = blurred.read(**index), sharp.read(**index)
-        if pixels.shape != truth.shape:
-            msg = (
-                f"'{blurred.path}' is {pixels.shape}, its partner '{sharp.path}' is "
-                f"{truth.shape}; a pair has one size"
-            )
-            raise InputError(msg)
         span = 255.0 if truth.dtype == np.uint8 else float(np.ptp(truth))
+        why = _why_not_compared(pixels, truth, span)
+        if why is not None:
+            msg = f"'{blurred.path}' cannot be compared with '{sharp.path}': {why}"
+            raise InputError(msg)
         name = f"{group} {plane_name(blurred.name, index)}"
         yield Sample(name, pixels, truth, None, group, span)
+
+
+def _why_not_compared(
+    pixels: NDArray[np.generic], truth: NDArray[np.generic], span: float
+) -> str | None:
+    """Return why a pair has no PSNR or SSIM of this data range; None: it has."""
+    if pixels.shape != truth.shape:
+        return f"they are {pixels.shape} and {truth.shape}; a pair has one size"
+    if min(truth.shape[:2]) < LEAST_SIDE_PX:
+        return f"they are {truth.shape}; a side needs {LEAST_SIDE_PX} px for SSIM"
+    if not (np.isfinite(pixels).all() and np.isfinite(truth).all()):
+        return "there are NaN or infinite pixels; write numbers there"
+    if span == 0:
+        return "all pixels of the sharp one are equal; leave the pair out"
+    return None
 
 
 VALIDATION_ROWS = ("a19*", "a2*")
@@ -135,7 +149,7 @@ def bbbc006_pairs(folder: Path) -> DataSet:
         blurred = read_plane(folder / "bbbc006_pairs" / "defocus10um" / path.name)
         name = path.stem
         yield Sample(name, blurred, sharp, _TEN_UM, "10 um", _EIGHT_BIT, sided=True)
-        yield Sample(f"{name} sharp", sharp, sharp, _SHARP_UM, "sharp", _EIGHT_BIT)
+        yield Sample(f"{name} sharp", sharp, sharp, _SHARP_UM, SHARP_GROUP, _EIGHT_BIT)
 
     title = "BBBC006 nuclei, rows a19-a24, sharp and 10 um; range 255"
     paths = matching_tiffs(folder / "bbbc006_pairs" / "sharp", VALIDATION_ROWS)
@@ -151,14 +165,14 @@ def bbbc006_factin(folder: Path) -> DataSet:
             read_plane(folder / "bbbc006_factin" / f"{one}.tif")
             for one in ("A_sharp", name)
         )
-        sided = group != "sharp"
+        sided = group != SHARP_GROUP
         yield Sample(name, pixels, sharp, span, group, _EIGHT_BIT, sided=sided)
 
     title = "BBBC006 actin, field A at 8 and 10 um; range 255"
     planes = (
         ("A_defocus08um", "8 um", _EIGHT_UM),
         ("A_defocus10um", "10 um", _TEN_UM),
-        ("A_sharp", "sharp", _SHARP_UM),
+        ("A_sharp", SHARP_GROUP, _SHARP_UM),
     )
     fields = tuple(Field(plane[0], partial(samples, *plane)) for plane in planes)
     return DataSet("bbbc006_factin", title, BBBC006, 0.0, fields)
@@ -178,7 +192,7 @@ def bbbc006_16bit(folder: Path) -> DataSet:
     def near(path: Path) -> Iterator[Sample]:
         pixels = read_plane(path)
         span = float(np.ptp(pixels))
-        yield Sample(path.name, pixels, pixels, _SHARP_UM, "sharp", span)
+        yield Sample(path.name, pixels, pixels, _SHARP_UM, SHARP_GROUP, span)
 
     title = "BBBC006 nuclei, 12-bit counts, sharp and -32 um; range of the sharp plane"
     fields = [
@@ -302,30 +316,17 @@ VARIANTS = {
 """Synthetic sets by name."""
 
 
-def synthetic(
-    name: str, folder: Path, *, fields: Mapping[str, float] | None = None
-) -> DataSet:
-    """Return one of `VARIANTS`.
-
-    Parameters
-    ----------
-    name
-        Key of `VARIANTS`.
-    folder
-        Of the published images.
-    fields
-        Patterns of sharp images below it with their size; None: those of the variant.
+def synthetic(name: str, variant: Variant, folder: Path) -> DataSet:
+    """Return the data set of a variant, made of the published images in a folder.
 
     Raises
     ------
     InputError
         If a pattern matches no image.
     """
-    variant = VARIANTS[name]
-    wanted = variant.fields if fields is None else fields
     paths = [
         (path, size)
-        for pattern, size in wanted.items()
+        for pattern, size in variant.fields.items()
         for path in _sharp_images(folder, pattern)
     ]
     camera = CameraModel(photons=variant.photons, gain_e_per_count=1.0, bit_depth=16)
@@ -434,4 +435,4 @@ def find_data_set(
         raise InputError(msg)
     if name in _PUBLISHED:
         return _PUBLISHED[name](data_folder)
-    return synthetic(name, data_folder)
+    return synthetic(name, VARIANTS[name], data_folder)

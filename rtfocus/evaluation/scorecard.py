@@ -16,7 +16,7 @@ from rtfocus.drawing.figures import Axis, Panel, draw_panels, figure_size, save_
 from rtfocus.errors import InputError
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.evaluate import Outcome
-from rtfocus.evaluation.samples import DataSet, Sample
+from rtfocus.evaluation.samples import SHARP_GROUP, DataSet, Sample
 from rtfocus.evaluation.scores import LevelScore
 from rtfocus.files import portable_name
 from rtfocus.optics.normalisation import luminance
@@ -99,7 +99,7 @@ def _row(sample: Sample, shown: Sequence[Outcome], pixel_um: float) -> list[Pane
     window = _window(like)
     low, high = np.percentile(_grey(like)[window], (0.5, 99.9))
     before = {one.name: one for one in shown[0].frames}.get(sample.name)
-    caption = f"{sample.name}"
+    caption = sample.name
     if before is not None:
         caption += f"  {before.before.psnr_db:.1f} dB"
     images = [(caption, sample.pixels)]
@@ -169,8 +169,6 @@ LEVEL_COLUMNS = (
 )
 """Of the tiles that hold a specimen."""
 
-_SHARP = "sharp"
-
 
 def tables(outcomes: Sequence[Outcome]) -> tuple[Rows, Rows]:
     """Return the rows of restored images and those of levels."""
@@ -184,7 +182,7 @@ def tables(outcomes: Sequence[Outcome]) -> tuple[Rows, Rows]:
 
 def _restored(one: Outcome) -> list[str]:
     groups = one.groups()
-    everything, sharp = groups["all"], groups.get(_SHARP)
+    everything, sharp = groups["all"], groups.get(SHARP_GROUP)
     before, after = everything["before"], everything["after"]
     return [
         one.data.name,

@@ -242,6 +242,8 @@ Floats = NDArray[np.float64]
 _SIGMA_PX = 1.5
 _TRUNCATE = 3.5
 _BORDER_PX = 5
+LEAST_SIDE_PX = 2 * _BORDER_PX + 1
+"""Of images that have an SSIM."""
 
 
 def mse(truth: ArrayLike, image: ArrayLike) -> float:
@@ -276,7 +278,7 @@ def ssim(truth: ArrayLike, image: ArrayLike, *, data_range: float) -> float:
             for c in range(a.shape[-1])
         ]
         return float(np.mean(per_channel))
-    if min(a.shape) <= 2 * _BORDER_PX:
+    if min(a.shape) < LEAST_SIDE_PX:
         msg = f"image of {a.shape} is smaller than the 11 px window of SSIM"
         raise ValueError(msg)
     mean_a, mean_b = _window_mean(a), _window_mean(b)

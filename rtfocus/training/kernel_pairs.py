@@ -26,6 +26,9 @@ SIZES_PX = tuple(range(3, 36, 2))
 SIZE_CLASSES_PX = ((11, 20), (21, 35))
 """Kernels of up to 10 px are not kept; of these classes the best are."""
 
+_PATCH_PX = 128
+_KEPT = 5
+"""Of each class of sizes."""
 # Part of the mean power of the sharp patch: without it, frequencies that the patch
 # lacks are filled with magnified noise.
 _DAMPING = 1e-3
@@ -129,19 +132,13 @@ def estimate_kernel(
     return KernelEstimate((kernel / kernel.sum()).astype(np.float32), error)
 
 
-def kernels_of_pair(
-    sharp: ArrayLike, blurred: ArrayLike, *, patch_px: int = 128, keep: int = 5
-) -> list[KernelEstimate]:
+def kernels_of_pair(sharp: ArrayLike, blurred: ArrayLike) -> list[KernelEstimate]:
     """Register a pair, estimate a kernel per patch, and keep the best ones.
 
     Parameters
     ----------
     sharp, blurred
-        Images of one field, axes (y, x).
-    patch_px
-        Side of the patches; empty ones are passed over.
-    keep
-        Kernels kept of each class of sizes.
+        Images of one field, axes (y, x); patches of it that are empty are passed over.
     """
     source = np.asarray(sharp, dtype=np.float32)
     moved, _ = register(source, blurred)
@@ -149,10 +146,10 @@ def kernels_of_pair(
     spread = source.std()
     estimates = [
         estimate_kernel(source[window], calm[window])
-        for window in _windows(source.shape, patch_px)
+        for window in _windows(source.shape, _PATCH_PX)
         if source[window].std() > 0.5 * spread
     ]
-    return keep_best(estimates, keep)
+    return keep_best(estimates, _KEPT)
 
 
 def keep_best(estimates: Iterable[KernelEstimate], keep: int) -> list[KernelEstimate]:

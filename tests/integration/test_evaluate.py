@@ -130,6 +130,32 @@ def test_every_plane_of_a_stack_is_a_frame_of_its_own(
     assert len(names) == len(set(names)) == 5
 
 
+def no_number(image: np.ndarray, value: float) -> np.ndarray:
+    return np.where(image > 90, np.float32(value), image)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda blurred, sharp: (blurred, 0 * sharp + 700), "sharp one are equal"),
+        (lambda blurred, sharp: (blurred, no_number(sharp, np.nan)), "NaN"),
+        (lambda blurred, sharp: (no_number(blurred, np.inf), sharp), "infinite"),
+        (lambda blurred, sharp: (blurred[:10], sharp[:10]), "a side needs 11 px"),
+        (lambda blurred, sharp: (blurred[:99], sharp), "a pair has one size"),
+    ],
+)
+def test_a_pair_that_has_no_figures_is_refused_by_name(
+    pairs: Path, spoil: Any, why: str
+) -> None:
+    paths = [pairs / name / "one.tif" for name in ("blurred", "sharp")]
+    images = [tifffile.imread(path).astype(np.float32) for path in paths]
+    for path, image in zip(paths, spoil(*images), strict=True):
+        tifffile.imwrite(path, image)
+    (only,) = find_data_set(str(pairs), None, OPTICS).fields
+    with pytest.raises(InputError, match=f"one.tif' cannot be compared with .*{why}"):
+        list(only.samples())
+
+
 def test_two_engines_of_one_name_are_refused(
     pairs: Path, engine_folder: Path, tmp_path: Path
 ) -> None:
@@ -151,7 +177,8 @@ def test_two_data_sets_of_one_name_are_refused(pairs: Path, tmp_path: Path) -> N
 
 def synthetic_set(tmp_path: Path, field: np.ndarray, name: str = "synthetic"):
     tifffile.imwrite(tmp_path / "field.tif", field)
-    return synthetic(name, tmp_path, fields={"field.tif": 1.0})
+    variant = replace(VARIANTS[name], fields={"field.tif": 1.0})
+    return synthetic(name, variant, tmp_path)
 
 
 def test_synthetic_levels_are_scored_one_by_one(
