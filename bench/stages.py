@@ -23,8 +23,9 @@ from rtfocus.config.sections import CameraConfig, ProcessingConfig, RestorationC
 from rtfocus.engines.card import EngineCard, input_of, verified_file
 from rtfocus.engines.registry import FoundEngine, find_engine, fit_frame, parts
 from rtfocus.optics.formation import blur_depth_variant
+from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
-from rtfocus.processing.channel_plan import ClassifierPlan, level_psfs
+from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.montage import Montage
@@ -132,7 +133,10 @@ def restorations(
 ) -> dict[str, Callable[[], Any]]:
     """Return a step per method, with the labels that the tilt really has."""
     levels, optics = parts(card)
-    psfs = level_psfs(card, optics.reference, levels.step_um)
+    psfs = {
+        level: compute_psf(optics.reference, level * levels.step_um)
+        for level in range(1, levels.count)
+    }
     grid = classifier.grid
     centres = grid.origin_px + grid.stride_px * np.arange(grid.rows)
     rows = np.rint(5 * np.clip(centres / frame.shape[0], 0, 1)).astype(np.int16)

@@ -281,9 +281,13 @@ class PercentileRange:
             )
             raise ValueError(msg)
 
+    def step(self, pixels: int) -> int:
+        """Return every how many pixels, along both axes, a frame of so many is read."""
+        return max(1, int(np.sqrt(pixels / self.sample_px)))
+
     def fit(self, frame: Image) -> tuple[float, float]:
         """Return (offset, scale) of a frame (y, x); the scale is never 0."""
-        step = max(1, int(np.sqrt(frame.size / self.sample_px)))
+        step = self.step(frame.size)
         low, high = np.percentile(
             frame[::step, ::step], (self.low_percent, self.high_percent)
         )

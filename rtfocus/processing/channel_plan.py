@@ -203,11 +203,20 @@ class ChannelPlan:
         return psfs, restoration.conditions.rows(defocus_um)
 
     def psfs_of_size(self, size_px: int | None) -> dict[int, Image]:
-        """Compute the PSF of every level but 0; `size_px` is their side."""
-        assert self.classifier is not None
-        assert self.optics is not None
-        seen = self.classifier
-        return level_psfs(seen.card, self.optics, seen.step_um, size_px)
+        """Compute the PSF of every level but 0, on both sides if levels have a sign.
+
+        `size_px` is their side; None: what 99 % of the light need.
+        """
+        seen, optics = self.classifier, self.optics
+        assert seen is not None
+        assert optics is not None
+        levels, _ = parts(seen.card)
+        lowest = 1 - levels.count if levels.signed else 1
+        return {
+            level: compute_psf(optics, level * seen.step_um, size_px=size_px)
+            for level in range(lowest, levels.count)
+            if level
+        }
 
 
 def plan_channel(
@@ -404,33 +413,6 @@ def _way_of(card: EngineCard, *, same: bool) -> Way:
         f"joint engine; built in are {', '.join(METHODS)} and none"
     )
     raise EngineError(msg)
-
-
-def level_psfs(
-    card: EngineCard,
-    optics: OpticalSystem,
-    level_step_um: float,
-    size_px: int | None = None,
-) -> dict[int, Image]:
-    """Compute the PSF of every level but 0, in the configured optics.
-
-    Parameters
-    ----------
-    card
-        Of the classifier; levels with a sign have a PSF on either side.
-    level_step_um
-        Defocus between two levels in them.
-    size_px
-        Side; None: what 99 % of the light need.
-    """
-    levels, _ = parts(card)
-    distances = range(1, levels.count)
-    wanted = [*(-level for level in distances), *distances]
-    return {
-        level: compute_psf(optics, level * level_step_um, size_px=size_px)
-        for level in wanted
-        if levels.signed or level > 0
-    }
 
 
 def compare_pixel_size(

@@ -304,6 +304,18 @@ def tile_grid(
     )
 
 
+def tiles_in_cells(grid: TileGrid) -> tuple[int, int, int]:
+    """Return side, distance and first edge of tiles in whole cells of the statistics.
+
+    What background rules look at: tiles of a network need not be made of cells.
+    """
+    start_px = grid.origin_px - (grid.tile_px - 1) / 2
+    tile, stride, start = (
+        round(px / CELL_PX) for px in (grid.tile_px, grid.stride_px, start_px)
+    )
+    return tile, stride, start
+
+
 def common_grid(grids: Mapping[str, TileGrid | None]) -> TileGrid | None:
     """Return the grid of all classified channels; None: none is classified.
 

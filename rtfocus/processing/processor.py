@@ -18,7 +18,7 @@ itself, and a frame goes to the one that has least to do.
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
 
@@ -306,48 +306,44 @@ class _Run:
         for thread in threads:
             thread.start()
         seats = iter(self._seats)
-        try:
+        with suppress(AbortedError):
             for job in self._to_enqueue:
                 job.seat = next(seats)
                 if self._succeeds(self._device.enqueue, job):
                     self._to_estimate.put(job)
                 else:
                     self._seats.put(job.seat)
-        except AbortedError:
-            pass
         for thread in threads:
             thread.join()
 
     def _estimate_all(self) -> None:
         """Thread: every estimate as soon as it is known, in the order of the frames."""
         with self._entered():
-            try:
-                for job in self._to_estimate:
-                    self._succeeds(self._estimate, job)
-                    self._to_restore.put(job)
-            except AbortedError:
-                return
+            for job in self._to_estimate:
+                self._succeeds(self._estimate, job)
+                self._to_restore.put(job)
 
     def _restore_all(self) -> None:
         """Thread: every result as soon as it is there."""
         with self._entered():
-            try:
-                for job in self._to_restore:
-                    if not job.failed:
-                        self._succeeds(self._restore, job)
-                    self._seats.put(job.seat)
-            except AbortedError:
-                return
+            for job in self._to_restore:
+                if not job.failed:
+                    self._succeeds(self._restore, job)
+                self._seats.put(job.seat)
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        """Enter the device if it can be: if not, its frames fail, nobody waits on."""
+        """Enter the device if it can be, until the series is discarded.
+
+        If it cannot be, its frames fail: nobody waits on.
+        """
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._device.entered())
             except EngineError as error:
                 logger.error("%s", without_frames(error))
-            yield
+            with suppress(AbortedError):
+                yield
 
     def _estimate(self, job: Job) -> None:
         defocus = self._device.estimate(job)

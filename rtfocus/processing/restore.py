@@ -79,13 +79,7 @@ def patch_halo_px(settings: RestorationConfig) -> int:
 
 def padded_shape(shape: tuple[int, int], halo_px: int) -> tuple[int, int]:
     """Return the next sizes with small prime factors that hold frame and halo."""
-    # Where it is used: a processor answers before it has loaded SciPy.
-    from scipy import fft
-
-    height, width = (
-        int(fft.next_fast_len(side + 2 * halo_px, real=True)) for side in shape
-    )
-    return height, width
+    return _fast_side(shape[0] + 2 * halo_px), _fast_side(shape[1] + 2 * halo_px)
 
 
 def patch_shape(shape: tuple[int, int], psf_shape: tuple[int, ...]) -> tuple[int, int]:
@@ -93,13 +87,18 @@ def patch_shape(shape: tuple[int, int], psf_shape: tuple[int, ...]) -> tuple[int
 
     Half a PSF of zeros on one side is enough: what wraps around stays in it.
     """
-    from scipy import fft
-
     height, width = (
-        int(fft.next_fast_len(side + psf_side // 2, real=True))
+        _fast_side(side + psf_side // 2)
         for side, psf_side in zip(shape, psf_shape, strict=True)
     )
     return height, width
+
+
+def _fast_side(least_px: int) -> int:
+    # Where it is used: a processor answers before it has loaded SciPy.
+    from scipy import fft
+
+    return int(fft.next_fast_len(least_px, real=True))
 
 
 def read_region(plane: Image, region: Region, shape: tuple[int, int]) -> Image:

@@ -25,6 +25,7 @@ from rtfocus.processing.classify import (
     normalisation_of,
     probabilities,
     tile_grid,
+    tiles_in_cells,
     turned,
 )
 from rtfocus.processing.montage import (
@@ -293,11 +294,7 @@ class FrameClassifier:
         # Float frames have no smallest step: what cannot be seen counts as none.
         span = float(padded.max()) - float(padded.min())
         least = max(_INVISIBLE * span, float(np.finfo(np.float32).tiny))
-        start_px = grid.origin_px - (grid.tile_px - 1) / 2
-        tile_px, stride_px, start_px = (
-            round(length / CELL_PX) * CELL_PX
-            for length in (grid.tile_px, grid.stride_px, start_px)
-        )
+        tile_px, stride_px, start_px = (CELL_PX * n for n in tiles_in_cells(grid))
         rule = replace(self._background, quantum=self._plan.quantum or least)
         found = rule.tiles(
             padded, tile_px=tile_px, stride_px=stride_px, start_px=start_px

@@ -29,7 +29,6 @@ from rtfocus.processing.restore import (
     CAUTION,
     CUBED_BAND,
     HIGHEST_GAIN,
-    WHOLE_FRAME,
     back_projectors,
     gaussian_like,
     iteration_steps,
@@ -341,7 +340,7 @@ class DepthVariantRestorer(LevelRestorer):
     psfs
         PSF per level, for every level but 0; negative levels where they are signed.
     settings
-        Method, one of `WHOLE_FRAME` or `BLIND`, and its numbers.
+        Method, of `rtfocus.processing.restore` but patch by patch, and its numbers.
     quantum
         Step between the camera's values; 0 for float frames.
     gain_e_per_count
@@ -358,9 +357,6 @@ class DepthVariantRestorer(LevelRestorer):
         gain_e_per_count: float | None = None,
     ) -> None:
         super().__init__()
-        if settings.method not in (known := (*WHOLE_FRAME, BLIND)):
-            msg = f"method '{settings.method}' is not one of {', '.join(known)}"
-            raise ValueError(msg)
         self._settings = settings
         self._montage = montage
         self._psfs = dict(psfs)

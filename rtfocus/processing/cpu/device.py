@@ -135,32 +135,26 @@ class OpenChannel:
         self.plan = plan
         self.classifier: FrameClassifier | None = None
         self.restorer: FrameRestorer | None = None
+        self.backends: dict[str, str] = {}
+        """Name of each network to its runtime and precision."""
         threads = total_threads
         if (seen := plan.classifier) is not None:
             shared = share_threads(total_threads, one_pass=seen.restores)
             self.classifier = FrameClassifier(seen, plan.processing, shared.classify)
+            self.backends[seen.found.name] = self.classifier.runs_on
             threads = shared.restore
         try:
-            self.restorer = open_restorer(plan, self.grid, threads)
+            self.restorer = restorer = open_restorer(plan, self.grid, threads)
         except BaseException:
             self.close()
             raise
+        if plan.restoration is not None and restorer is not None and restorer.runs_on:
+            self.backends[plan.restoration.name] = restorer.runs_on
 
     @property
     def grid(self) -> TileGrid | None:
         """Tiles of the defocus maps; None: there are no maps."""
         return None if self.classifier is None else self.classifier.grid
-
-    @property
-    def backends(self) -> Mapping[str, str]:
-        """Name of each network to its runtime and precision."""
-        plan, found = self.plan, {}
-        if plan.classifier is not None and self.classifier is not None:
-            found[plan.classifier.found.name] = self.classifier.runs_on
-        own = None if self.restorer is None else self.restorer.runs_on
-        if plan.restoration is not None and own is not None:
-            found[plan.restoration.name] = own
-        return found
 
     def close(self) -> None:
         """Free the engines."""

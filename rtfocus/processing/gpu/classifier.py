@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rtfocus.engines.card import input_of, output_of
 from rtfocus.engines.registry import parts
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.optics.normalisation import LocalStandardisation
+from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.classify import (
     LabelDecoder,
@@ -191,27 +191,24 @@ class FrameClassifier:
 
     def _prepare(self, memory: DeviceMemory) -> None:
         """Set up normalisation and background rule."""
-        rule = normalisation_of(self.card)
-        background = background_of(self.card)
-        plan, frame = self.plan, self._frame
+        rule, background = normalisation_of(self.card), background_of(self.card)
+        plan, frame, planes = self.plan, self._frame, self._input.channels
         self._cells: CellStatistics | None = None
         self._background: Background | None = None
         self._standardisation: Standardisation | None = None
         self._percentiles: Percentiles | None = None
-        if background is not None or isinstance(rule, LocalStandardisation):
+        if isinstance(rule, PercentileRange):
+            self._percentiles = Percentiles(memory, rule, frame, planes)
+        else:
             self._cells = CellStatistics(memory, frame, plan.fit.padded)
-            if background is not None:
-                self._background = Background(
-                    memory, background, self._cells, self.grid, plan.quantum
-                )
-        planes = self._input.channels
+            self._standardisation = Standardisation(memory, rule, self._cells)
+        if background is not None:
+            self._cells = self._cells or CellStatistics(memory, frame, plan.fit.padded)
+            self._background = Background(
+                memory, background, self._cells, self.grid, plan.quantum
+            )
         # The frame as the network's input, and back.
         self._tile = Tiles(memory, frame, planes, whole_frame_tile(plan.fit.padded))
-        if isinstance(rule, LocalStandardisation):
-            if self._cells is not None:
-                self._standardisation = Standardisation(memory, rule, self._cells)
-        else:
-            self._percentiles = Percentiles(memory, rule, frame, planes)
 
     def allocate_maps(self, memory: DeviceMemory) -> dict[str, DeviceArray]:
         """Reserve the maps of one frame, as `enqueue` fills them."""

@@ -308,17 +308,16 @@ class LearnedWienerRestorer(FrameRestorer):
             memory, invertible_normalisation(card), frame, 1
         )
         self._range = memory.allocate((1, 2), np.float32, "ranges")
-        self._told: dict[int, DeviceArray] = {}
-        if told is not None and card.condition is not None:
-            for level, row in zip(transfers.psfs, told, strict=True):
-                rows = np.repeat(row[None].astype(np.float32), batch, axis=0)
-                self._told[level] = memory.upload(rows, "conditions")
         self.network = BoundNetwork(memory, engine, shapes)
         buffers = self.network.buffers
         self._seen, self._log_snr = buffers[tiles.name], buffers[output_of(card).name]
-        self._condition = None
-        if self._told and card.condition is not None:
+        self._told: dict[int, DeviceArray] = {}
+        self._condition: DeviceArray | None = None
+        if told is not None and card.condition is not None:
             self._condition = buffers[card.condition.name]
+            for level, row in zip(transfers.psfs, told, strict=True):
+                rows = np.repeat(row[None].astype(np.float32), batch, axis=0)
+                self._told[level] = memory.upload(rows, "conditions")
         bands = self._log_snr.shape[1]
         self._bands = memory.upload(band_weights(shape, bands), "bands")
         self._taper = memory.upload(edge_taper(shape, TAPER_PX), "tiles")

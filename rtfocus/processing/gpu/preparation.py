@@ -4,7 +4,7 @@ As `rtfocus.optics.normalisation` and `rtfocus.processing.classify`, from the sa
 statistics of cells of 12 px. What no kernel is to meet is taken out on the host before.
 """
 
-from math import ceil, sqrt
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from rtfocus.optics.normalisation import (
     PercentileRange,
 )
 from rtfocus.processing.camera import CameraCorrection, fill, write_counts
+from rtfocus.processing.classify import tiles_in_cells
 from rtfocus.processing.gpu.cuda.stream import PinnedMemory
 from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
 from rtfocus.processing.gpu.work import (
@@ -161,7 +162,6 @@ class Background:
             self._quantum,
             self._noise,
         )
-        start = grid.origin_px - (grid.tile_px - 1) / 2
         work.launch(
             "background",
             empty.count,
@@ -171,7 +171,7 @@ class Background:
             cells.columns,
             grid.rows,
             grid.columns,
-            *(round(px / CELL_PX) for px in (grid.tile_px, grid.stride_px, start)),
+            *tiles_in_cells(grid),
             self._rule.contrast,
             self._rule.peak,
             self._noise,
@@ -191,8 +191,7 @@ class Percentiles:
     ) -> None:
         self._frame = frame
         self._planes = planes
-        size = frame.height * frame.width
-        self._step = max(1, int(sqrt(size / rule.sample_px)))
+        self._step = rule.step(frame.height * frame.width)
         self._columns = ceil(frame.width / self._step)
         count = ceil(frame.height / self._step) * self._columns
         self._values = memory.allocate((count,), np.float32, "percentiles")

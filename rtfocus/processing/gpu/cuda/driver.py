@@ -52,9 +52,13 @@ def import_driver() -> Any:
     try:
         cuda.init()
     except cuda.Error as error:
-        msg = f"the NVIDIA driver does not answer ({error}); reinstall or update it"
-        raise EngineError(msg) from error
+        raise _no_answer(error) from error
     return cuda
+
+
+def _no_answer(error: Exception) -> EngineError:
+    msg = f"the NVIDIA driver does not answer ({error}); reinstall or update it"
+    return EngineError(msg)
 
 
 @cache
@@ -158,8 +162,7 @@ def list_devices() -> list[Gpu]:
     try:
         return [_describe(cuda, index) for index in range(cuda.Device.count())]
     except cuda.Error as error:
-        msg = f"the NVIDIA driver does not answer ({error}); reinstall or update it"
-        raise EngineError(msg) from error
+        raise _no_answer(error) from error
 
 
 def find_device(gpu_index: int) -> Gpu:
@@ -271,6 +274,7 @@ def _in_wheels(names: tuple[str, ...]) -> list[Path]:
 
 _REAL_TO_COMPLEX = 0x2A
 _COMPLEX_TO_REAL = 0x2C
+_FUNCTIONS = {_REAL_TO_COMPLEX: "cufftExecR2C", _COMPLEX_TO_REAL: "cufftExecC2R"}
 _OUT_OF_MEMORY = 2
 _NAMES = {
     1: "invalid plan",
@@ -318,13 +322,11 @@ class CudaTransforms:
 
     def forward(self, work: Work, image: DeviceArray, spectrum: DeviceArray) -> None:
         """Enqueue image -> half spectrum."""
-        plan = self._plan(image.shape, _REAL_TO_COMPLEX)
-        self._execute("cufftExecR2C", plan, work, image, spectrum, image.shape)
+        self._execute(_REAL_TO_COMPLEX, work, image, spectrum, image.shape)
 
     def inverse(self, work: Work, spectrum: DeviceArray, image: DeviceArray) -> None:
         """Enqueue half spectrum -> image, times height * width; spoils `spectrum`."""
-        plan = self._plan(image.shape, _COMPLEX_TO_REAL)
-        self._execute("cufftExecC2R", plan, work, spectrum, image, image.shape)
+        self._execute(_COMPLEX_TO_REAL, work, spectrum, image, image.shape)
 
     def close(self) -> None:
         """Free plans and their work space."""
@@ -357,13 +359,13 @@ class CudaTransforms:
 
     def _execute(
         self,
-        function: str,
-        plan: ctypes.c_int,
+        kind: int,
         work: Work,
         source: DeviceArray,
         target: DeviceArray,
         shape: Shape,
     ) -> None:
+        plan, function = self._plan(shape, kind), _FUNCTIONS[kind]
         stream = ctypes.c_void_p(work.handle)
         self._check(self._library.cufftSetStream(plan, stream), "set-up", shape)
         status = self._library[function](
