@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from rtfocus.processing.restore import (
     CAUTION,
     CUBED_BAND,
     HIGHEST_GAIN,
+    WHOLE_FRAME,
     back_projectors,
     gaussian_like,
     iteration_steps,
@@ -99,14 +100,6 @@ class Surrounded:
         from scipy import fft
 
         return np.asarray(fft.rfft2(self.image))
-
-
-class Deconvolution(Protocol):
-    """One PSF and one transform size, ready to restore images of that size."""
-
-    def restore(self, seen: Surrounded) -> Image:
-        """Restore a plane in its margin; a new array of the same shape."""
-        ...
 
 
 class WienerDeconvolution:
@@ -327,6 +320,10 @@ class BlindRichardsonLucyDeconvolution:
         return np.asarray(better / total, np.float32) if total > 0 else kernel
 
 
+Deconvolution = (
+    WienerDeconvolution | RichardsonLucyDeconvolution | BlindRichardsonLucyDeconvolution
+)
+"""One PSF and one transform size, ready to restore images of that size."""
 # Filters kept, in elements of their half spectra: 200 MB for Wiener. Regions of
 # changing size share good transform sizes; one per level always fits.
 _CACHED_ELEMENTS = 1 << 24
@@ -340,7 +337,7 @@ class DepthVariantRestorer(LevelRestorer):
     psfs
         PSF per level, for every level but 0; negative levels where they are signed.
     settings
-        Method, of `rtfocus.processing.restore` but patch by patch, and its numbers.
+        Method, one of `WHOLE_FRAME` or `BLIND`, and its numbers.
     quantum
         Step between the camera's values; 0 for float frames.
     gain_e_per_count
@@ -357,6 +354,9 @@ class DepthVariantRestorer(LevelRestorer):
         gain_e_per_count: float | None = None,
     ) -> None:
         super().__init__()
+        if settings.method not in (known := (*WHOLE_FRAME, BLIND)):
+            msg = f"method '{settings.method}' is not one of {', '.join(known)}"
+            raise ValueError(msg)
         self._settings = settings
         self._montage = montage
         self._psfs = dict(psfs)
