@@ -336,7 +336,7 @@ def test_close_wakes_those_who_wait_and_may_be_called_twice(processor, pool, fra
 )
 def test_any_shape_and_type_keeps_both(processor, frames, shape, dtype):
     pool = SlotPool(1, 4 * int(np.prod(shape)))
-    processor.start(series_for(shape, dtype, ("DAPI",)), 1)
+    processor.start(series_for(shape, dtype, ("DAPI",)), 1, any_size=True)
     rng = np.random.default_rng(9)
     image = draw_specimen("tissue", shape[:2], rng) * 200
     if len(shape) == 3:
