@@ -419,9 +419,9 @@ class FocusSearch:
             other_um = self.evidence.other_um()
             return None if other_um is None else self._view(other_um)
         if max(places) - min(places) > _STUCK * unit:
-            stood_still = "the stage does not answer: images stay the same"
+            why = "the stage does not answer: images stay the same, or show only dirt"
             is_doubtful = len(places) < len(self.looks) or self.looks[-1].is_bare
-            return (self._give_up_seeing if is_doubtful else self.give_up)(stood_still)
+            return (self._give_up_seeing if is_doubtful else self.give_up)(why)
         return self._probe(_STUCK * unit)
 
     def _proved(self, end: Stay) -> Decision:

@@ -3,6 +3,7 @@
 Images are ring amplitudes computed by the optics; no network takes part.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -334,13 +335,17 @@ def test_nothing_to_see_ends_where_it_began(
 def test_a_field_with_too_little_to_see_is_refused_by_that_reason(
     comparison: PlaneComparison, transfer: Transfer
 ) -> None:
-    # Of other seeds all images look alike by chance, as of a stage that stands still.
-    for seed in (1, 2, 3):
+    reasons: Counter[bool] = Counter()
+    for seed in range(40):
         world = World(transfer, 1.0, "empty", seed)
         verdict = searched(comparison, world)
         assert not verdict.focused
-        assert "no more than by noise" in verdict.reason
+        by_noise = "no more than by noise" in verdict.reason
+        # All images may look alike by chance, as of a stage that stands still.
+        assert by_noise or "or show only dirt" in verdict.reason
         assert world.z_um == pytest.approx(verdict.start_um)
+        reasons[by_noise] += 1
+    assert min(reasons.values()) >= 10
 
 
 def test_images_that_do_not_change_tell_of_no_focus_far_away(
