@@ -169,6 +169,32 @@ def test_the_pixels_drawn_are_the_stored_ones_through_the_window(
                 assert len(np.unique(found)) > 2
 
 
+def test_graphics_that_were_taken_away_are_told_and_come_back(
+    browser: Any, run_folder: Path
+) -> None:
+    with served(lambda scene: RunSource(scene, run_folder)) as (scene, server):
+        page = opened(browser, server, "?renderer=webgl")
+        until(lambda: shown(page) == (7, 7), "the newest frame")
+        assert scene.stored is not None
+        run = scene.stored.run
+        places, window = spread(run.raw.shape[-2:]), (0, 2000)
+        hidden = "return document.getElementById('lost').hidden"
+        assert page(hidden)
+        page(
+            "window.taken = rtfocusView.drawing.gl.getExtension('WEBGL_lose_context');"
+            "window.taken.loseContext();"
+        )
+        until(lambda: not page(hidden), "the word that it is lost")
+        # A frame that comes meanwhile is drawn afterwards.
+        page("rtfocusView.scrub({ t: 3 })")
+        until(lambda: shown(page) == (3, 3), "another frame")
+        page("window.taken.restoreContext();")
+        until(lambda: page(hidden), "the graphics")
+        set_windows(page, *window)
+        wanted = expected(run.raw[3, 0, 0], places, window)
+        np.testing.assert_allclose(drawn(page, RAW, places), wanted, atol=1)
+
+
 def test_scrubbing_splitting_snapshots_and_a_second_viewer(
     browser: Any, run_folder: Path, tmp_path: Path
 ) -> None:

@@ -39,11 +39,27 @@ void main() {
 }`;
 
 class GlDrawing {
-  constructor(canvas, gl) {
+  lost = false;
+
+  constructor(canvas, gl, changed) {
     this.canvas = canvas; this.gl = gl; this.name = "WebGL 2";
     this.most = gl.getParameter(gl.MAX_TEXTURE_SIZE);
     this.textures = new Map();
-    const program = gl.createProgram();
+    this.begin();
+    // A graphics driver that restarts, or a tablet that sleeps, takes all of it away.
+    canvas.addEventListener("webglcontextlost", (event) => { event.preventDefault(); this.lost = true; changed(); });
+    canvas.addEventListener("webglcontextrestored", () => {
+      const held = [...this.textures];
+      this.lost = false;
+      this.begin();
+      this.textures.clear();
+      for (const [key, { plane }] of held) this.put(key, plane);
+      changed();
+    });
+  }
+
+  begin() {
+    const gl = this.gl, program = gl.createProgram();
     for (const [type, text] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, FRAGMENT]]) {
       const shader = gl.createShader(type);
       gl.shaderSource(shader, text);
@@ -68,6 +84,7 @@ class GlDrawing {
     if (!this.textures.has(key)) this.textures.set(key, { texture: gl.createTexture() });
     const held = this.textures.get(key);
     held.plane = plane;
+    if (this.lost) return;
     gl.bindTexture(gl.TEXTURE_2D, held.texture);
     const [inner, outer] = plane.samples === 3 ? [gl.RGB16UI, gl.RGB_INTEGER] : [gl.R16UI, gl.RED_INTEGER];
     gl.texImage2D(gl.TEXTURE_2D, 0, inner, plane.width, plane.height, 0, outer, gl.UNSIGNED_SHORT, plane.pixels);
@@ -93,6 +110,7 @@ class GlDrawing {
   }
 
   draw(panes, frame) {
+    if (this.lost) return;
     const gl = this.gl, height = this.canvas.height;
     gl.viewport(0, 0, this.canvas.width, height);
     gl.disable(gl.SCISSOR_TEST);
@@ -189,11 +207,12 @@ class PlainDrawing {
   read(x, y) { return [...this.context.getImageData(x, y, 1, 1).data]; }
 }
 
-export function openDrawing(canvas, wanted) {
+// `changed` is called when what draws was taken away, or given back.
+export function openDrawing(canvas, wanted, changed) {
   if (wanted !== "2d") {
     const gl = canvas.getContext("webgl2", { antialias: false, alpha: false, preserveDrawingBuffer: true });
     if (gl) {
-      try { return new GlDrawing(canvas, gl); } catch (error) { console.warn("WebGL 2 does not work here:", error); }
+      try { return new GlDrawing(canvas, gl, changed); } catch (error) { console.warn("WebGL 2 does not work here:", error); }
       const fresh = canvas.cloneNode();
       canvas.replaceWith(fresh);
       return new PlainDrawing(fresh);

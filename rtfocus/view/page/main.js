@@ -17,7 +17,7 @@ const MOST_DETAIL = 4096 * 2048;
 const state = { series: null, picture: null, told: null, follow: true, place: { t: 0, p: null, c: null, z: null }, windows: new Map(), pictures: 0, connected: false, answer: "" };
 let socket = null, detailTimer = 0, drawWanted = false;
 
-const drawing = openDrawing($("pixels"), new URLSearchParams(location.search).get("renderer"));
+const drawing = openDrawing($("pixels"), new URLSearchParams(location.search).get("renderer"), () => { showLost(); wantDraw(); });
 const stage = new Stage($("stage"), drawing.canvas, $("overlay"), () => { wantDraw(); wantDetail(); });
 const histogram = new Histogram($("histogram"), (window) => setWindow("hand", window));
 const traces = new Traces({ focus: $("focus-plot"), stage: $("stage-plot"), loop: $("loop-plot") }, (place) => scrub(place));
@@ -288,6 +288,9 @@ function showKeys() {
   box.dataset.text = text.join();
   box.replaceChildren(...marks.map(({ colour }, i) => { const key = document.createElement("span"); key.className = "key"; key.style.color = colour; key.textContent = text[i]; return key; }));
 }
+
+// Kept apart from what is said of pictures, which come all the time.
+function showLost() { $("lost").hidden = !drawing.lost; }
 
 function say(text) { $("message").textContent = text; $("message").hidden = !text; }
 
