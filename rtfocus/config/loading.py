@@ -289,7 +289,7 @@ def _explain(detail: ErrorDetails) -> str:
     )
     context = detail.get("ctx", {})
     cause: Any = context.get("error")
-    key = ".".join(map(str, (*location, *getattr(cause, "keys", ()))))
+    key = _key_of(location, cause)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = _valid_keys(detail["loc"][:-1])
         return f"unknown key '{key}'; {hint(str(detail['loc'][-1]), valid, 0.4)}"
@@ -302,6 +302,25 @@ def _explain(detail: ErrorDetails) -> str:
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule.removesuffix(" for <class 'pathlib.Path'>")
     return f"'{key}': {rule}{shown}" if key else rule
+
+
+def _key_of(location: Iterable[int | str], cause: object) -> str:
+    """Return the key that a fault is about: where it is, and what its cause names."""
+    return ".".join(map(str, (*location, *getattr(cause, "keys", ()))))
+
+
+_SAYS_ALL = ("missing", "value_error", "extra_forbidden")
+"""Faults that are told with the value, unless their cause names it."""
+
+
+def fault_in_words(fault: ErrorDetails) -> str:
+    """Return key, rule and value of one fault of an engine's card or a recipe."""
+    cause: object = fault.get("ctx", {}).get("error")
+    said = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] not in _SAYS_ALL or hasattr(cause, "value"):
+        said += f" (got {getattr(cause, 'value', fault['input'])!r:.80})"
+    key = _key_of(fault["loc"], cause)
+    return f"'{key}': {said}" if key else said
 
 
 def hint(key: str, valid: list[str], likeness: float) -> str:

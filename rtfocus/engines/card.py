@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.loading import read_yaml
-from rtfocus.engines.fitted import DeviationCard, EvidenceCard, Section
+from rtfocus.config.loading import fault_in_words, read_yaml
+from rtfocus.config.sections import Section
+from rtfocus.engines.fitted import DeviationCard, EvidenceCard
 from rtfocus.engines.spec_steps import StepsCard
 from rtfocus.errors import EngineError
 
@@ -21,7 +22,6 @@ BACKGROUND_LABEL = "bg"
 """Label of tiles without a specimen."""
 
 Px = Annotated[int, Field(gt=0)]
-_SAYS_ALL = ("missing", "value_error", "extra_forbidden")  # faults told with the value
 Precision = Literal["fp32", "fp16", "int8"]
 """Weights files there may be; the file decides what a network computes in."""
 ConditionEntry = Literal[
@@ -370,17 +370,9 @@ def parse_card(given: object, where: str) -> EngineCard:
     try:
         return EngineCard.model_validate(given)
     except ValidationError as error:
-        faults = "; ".join(map(_in_words, error.errors()))
+        faults = "; ".join(map(fault_in_words, error.errors()))
         msg = f"engine card {where}: {faults}; correct the card or export it again"
         raise EngineError(msg) from error
-
-
-def _in_words(fault: Mapping[str, Any]) -> str:
-    said = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] not in _SAYS_ALL:
-        said += f" (got {fault['input']!r:.80})"
-    where = ".".join(map(str, fault["loc"]))
-    return f"'{where}': {said}" if where else said
 
 
 def verified_file(
@@ -396,7 +388,7 @@ def verified_file(
     if precision not in card.files:
         msg = (
             f"engine '{card.name}' has no {precision} weights; it has "
-            f"{', '.join(card.files) or 'none'}"
+            f"{', '.join(card.files) or 'none'}: choose of those"
         )
         raise EngineError(msg)
     path = folder / card.files[precision]

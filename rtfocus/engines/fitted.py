@@ -28,18 +28,13 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from rtfocus.config.sections import Section
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange, luminance
 
 Share = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A frozen part of the card; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LayerCard(Section):

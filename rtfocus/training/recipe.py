@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config.loading import read_yaml
+from rtfocus.config.loading import fault_in_words, read_yaml
 from rtfocus.config.sections import Section
 from rtfocus.errors import ConfigError
 from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
@@ -337,10 +337,7 @@ def load_recipe(path: Path) -> RecipeBase:
     try:
         return validate_recipe(data)
     except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(str(part) for part in fault['loc'])}': {fault['msg']}"
-            for fault in error.errors()
-        )
+        faults = "; ".join(map(fault_in_words, error.errors()))
         msg = f"recipe '{path}': {faults}; see configs/train_delpnet.yaml"
         raise ConfigError(msg) from error
 

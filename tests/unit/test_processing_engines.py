@@ -87,8 +87,23 @@ def test_missing_weights_name_the_file_and_the_command(folder):
 
 
 def test_weights_of_a_precision_the_card_does_not_list_are_refused(folder):
-    with pytest.raises(EngineError, match="has no int8 weights"):
+    with pytest.raises(EngineError, match="has no int8 weights; it has fp32: choose"):
         verified_file(folder, read_card(folder), "int8")
+
+
+@pytest.mark.parametrize(
+    ("number", "rule"),
+    [
+        (float("inf"), r"no more than 1e\+12 can be \(got inf\)"),
+        (float("nan"), r"Input should be .* \(got nan\)"),
+        (True, r"a number is needed; YAML reads yes.* \(got True\)"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(folder, number, rule):
+    optics = yaml.safe_load((folder / "engine.yaml").read_text("utf-8"))["optics"]
+    change(folder, optics=optics | {"sampling_max": number})
+    with pytest.raises(EngineError, match=f"'optics.sampling_max': {rule}"):
+        read_card(folder)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,16 @@ def test_a_wrong_key_is_named_with_its_path(tmp_path):
         load_recipe(path)
 
 
+def test_a_wrong_value_is_told_with_key_and_rule(tmp_path):
+    text = SHIPPED.read_text(encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.replace("  steps:", "  steps: yes #"), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"'optimiser\.steps': a number is needed; .*"
+    ):
+        load_recipe(path)
+
+
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml.*give a YAML file"):
         load_recipe(tmp_path / "none.yaml")
