@@ -193,7 +193,7 @@ class TorchNetwork:
             for place in _HOST_INPUTS.get(proto.op_type, ())
             if place < len(proto.input)
         }
-        self._constants = {t.name: self._constant(t) for t in graph.initializer}
+        self._constants = {t.name: self._constant(t, t.name) for t in graph.initializer}
         self._nodes: list[Node] = []
         for proto in graph.node:
             self._add(proto)
@@ -203,8 +203,8 @@ class TorchNetwork:
         attributes = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
         texts = {n: v.decode() for n, v in attributes.items() if isinstance(v, bytes)}
         attributes |= texts
-        if proto.op_type == "Constant":
-            self._constants[proto.output[0]] = self._constant(attributes["value"])
+        if proto.op_type == "Constant" and (stored := _stored(attributes)) is not None:
+            self._constants[proto.output[0]] = self._constant(stored, proto.output[0])
             return
         if proto.op_type not in OPERATORS:
             msg = (
@@ -215,10 +215,10 @@ class TorchNetwork:
         inputs, outputs = tuple(proto.input), tuple(proto.output)
         self._nodes.append(Node(proto.op_type, proto.name, inputs, outputs, attributes))
 
-    def _constant(self, stored: Any) -> Tensor:
+    def _constant(self, stored: Any, name: str) -> Tensor:
         values = torch.from_numpy(numpy_helper.to_array(stored).copy())
         # Axes and sizes stay on the host, where they are read.
-        if values.dtype == torch.int64 or stored.name in self._read_on_host:
+        if values.dtype == torch.int64 or name in self._read_on_host:
             return values
         if values.ndim == 4:
             values = values.contiguous(memory_format=torch.channels_last)
@@ -257,6 +257,22 @@ class TorchNetwork:
             for name in self._last_use.get(place, ()):
                 values.pop(name, None)
         return {name: values[name] for name in self.outputs}
+
+
+_NUMBERS = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
+
+def _stored(attributes: Mapping[str, Any]) -> Any | None:
+    """Return the tensor of a node ``Constant``; None: it holds no numbers."""
+    ((kind, value),) = attributes.items()
+    if kind in _NUMBERS:
+        return numpy_helper.from_array(np.array(value, _NUMBERS[kind]))
+    return value if kind == "value" else None
 
 
 def _last_uses(nodes: list[Node], outputs: list[str]) -> dict[int, list[str]]:

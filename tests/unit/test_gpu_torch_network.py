@@ -238,6 +238,24 @@ CHAINS: dict[str, tuple[list[onnx.NodeProto], dict[str, Array]]] = {
 }
 
 
+CHAINS |= {
+    f"a constant of {kind}": (
+        [
+            helper.make_node("Constant", [], ["number"], **{kind: number}),
+            helper.make_node("Cast", ["number"], ["real"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["x", "real"], ["y"]),
+        ],
+        {},
+    )
+    for kind, number in {
+        "value_float": 0.3,
+        "value_floats": [0.3, 2.0, -1.0, 4.0],
+        "value_int": 3,
+        "value_ints": [1, 2, 3, 4],
+    }.items()
+}
+
+
 def write(path: Path, nodes: list[onnx.NodeProto], constants: dict[str, Array]) -> Path:
     """Write a network from `x` to `y`."""
     graph = helper.make_graph(
@@ -344,6 +362,13 @@ def test_an_unknown_operator_is_told_with_its_node(tmp_path: Path) -> None:
     path = write_with_operator(tmp_path / "odd.onnx", "Unique", "rare_values")
     with pytest.raises(EngineError, match=r"node 'rare_values' \(Unique\)"):
         TorchNetwork("odd", path, CPU)
+
+
+def test_a_constant_that_is_no_number_is_told_with_its_node(tmp_path: Path) -> None:
+    word = helper.make_node("Constant", [], ["y"], "word", value_string="text")
+    path = write(tmp_path / "word.onnx", [word], {})
+    with pytest.raises(EngineError, match=r"node 'word' \(Constant\); use TensorRT"):
+        TorchNetwork("network", path, CPU)
 
 
 def test_a_node_that_fails_is_named(tmp_path: Path) -> None:
