@@ -33,7 +33,6 @@ from rtfocus.files import is_reserved_name, recover, remove, resource_folder, wh
 ENGINES_VARIABLE = "RTFOCUS_ENGINES"
 """Environment variable that names another folder for the user's engines."""
 
-
 ENTRY_POINTS = "rtfocus.engines"
 """Group of entry points by which other packages bring engines."""
 

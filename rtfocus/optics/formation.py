@@ -79,6 +79,10 @@ def band_weights(shape: tuple[int, int], count: int) -> Image:
     return weights
 
 
+TAPER_PX = 16
+"""Outer pixels of a tile of the learned Wiener filter that fade to its mean."""
+
+
 @lru_cache(maxsize=8)
 def edge_taper(shape: tuple[int, int], width_px: int) -> Image:
     """Return a window that is 1 inside and falls to 0 over the outer `width_px`.

@@ -45,12 +45,8 @@ NEEDS_OPTICS = (*WHOLE_FRAME, PATCH_BY_PATCH)
 METHODS = (*NEEDS_OPTICS, BLIND)
 """Restorations built in; any other name but ``none`` is an engine's."""
 
-TAPER_PX = 16
-"""Outer pixels of a learned Wiener tile that fade to its mean before the transform."""
-
 LEARNED_WIENER = "builtin:learned_wiener"
 """Implementation of engines that predict the strength of a Wiener filter."""
-
 
 Image = NDArray[np.float32]
 Spectrum = NDArray[Any]

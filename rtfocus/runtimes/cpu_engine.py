@@ -26,7 +26,6 @@ Shape = tuple[int, ...]
 CpuPrecision = Literal["auto", "f32", "bf16"]
 """What the CPU is to compute in; ``auto``: bf16 where it can."""
 
-
 AXES = "bcyx"
 """Batch or tile, channel, y, x: the order of all tensors but those of a network."""
 

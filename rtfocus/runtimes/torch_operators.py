@@ -204,7 +204,6 @@ ARITHMETIC: Mapping[str, Operator] = {
 }
 """By ONNX name."""
 
-
 _LARGE = 2**31
 """ONNX writes ends beyond any axis as the largest integers there are."""
 

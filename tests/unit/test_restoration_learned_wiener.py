@@ -7,12 +7,11 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.formation import band_weights, blur, edge_taper
+from rtfocus.optics.formation import TAPER_PX, band_weights, blur, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import Surrounded, WienerDeconvolution
 from rtfocus.processing.cpu.patches import (
-    TAPER_PX,
     LearnedWienerRestorer,
     filter_tiles,
 )

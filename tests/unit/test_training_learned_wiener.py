@@ -10,7 +10,6 @@ from rtfocus.processing.restore import transfer_function
 from rtfocus.training.networks.learned_wiener import (
     BANDS,
     CONDITION,
-    TAPER_PX,
     TILE_PX,
     LearnedWiener,
     level_psf,
@@ -75,7 +74,6 @@ def test_filter_agrees_with_the_one_of_the_live_loop(pairs):
         torch.from_numpy(log_snr),
     )
     np.testing.assert_allclose(found[:, 0].numpy(), expected, atol=2e-5)
-    assert numpy_side.TAPER_PX == TAPER_PX
 
 
 def test_gradient_of_the_filter_by_finite_differences(pairs):

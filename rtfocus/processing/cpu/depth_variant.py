@@ -44,7 +44,6 @@ from rtfocus.processing.restore import (
 
 Image = NDArray[np.float32]
 
-
 Planes = Sequence[tuple[Image, Image]]
 """Planes (y, x) of a frame, and where each one's result goes."""
 

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from scipy import fft
 
 from rtfocus.config.sections import RestorationConfig
-from rtfocus.optics.formation import band_weights, edge_taper
+from rtfocus.optics.formation import TAPER_PX, band_weights, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.cpu.depth_variant import LevelRestorer, Planes, iterate
 from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.processing.montage import Montage, Region, axis_weights, defocused, pad
 from rtfocus.processing.restore import (
-    TAPER_PX,
     Spectrum,
     iterations_of,
     patch_halo_px,

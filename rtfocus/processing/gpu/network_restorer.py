@@ -16,7 +16,7 @@ from rtfocus.engines.card import EngineCard, input_of, output_of
 from rtfocus.engines.fitted import CELL_PX, OCTAVES, Evidence
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.formation import band_weights, edge_taper
+from rtfocus.optics.formation import TAPER_PX, band_weights, edge_taper
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.gpu.classifier import (
     BoundNetwork,
@@ -40,7 +40,6 @@ from rtfocus.processing.gpu.work import (
     Work,
 )
 from rtfocus.processing.montage import Montage, windows_of_size
-from rtfocus.processing.restore import TAPER_PX
 from rtfocus.runtimes.gpu import GpuEngine, Shape
 
 # As in kernels/evidence.cu.

@@ -31,7 +31,6 @@ from rtfocus.runtimes.tensorrt.library import (
 
 logger = logging.getLogger(__name__)
 
-
 _FORMAT = "rtfocus plan 1"
 _WORDS = {
     "weights_sha256": "other weights",
@@ -212,7 +211,6 @@ class ReadyPlan:
 
 ANY_CARD = PlanTarget("8.0 and later")
 """TensorRT for RTX: every card it serves, those of 7.5 apart."""
-
 
 _TURING = (7, 5)
 """The only card that is served but by a plan that names it."""

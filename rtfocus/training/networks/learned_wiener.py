@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import Section
-from rtfocus.optics.formation import band_weights, edge_taper
+from rtfocus.optics.formation import TAPER_PX, band_weights, edge_taper
 from rtfocus.optics.psf import compute_psf
 from rtfocus.training.recipe import Count, PairRecipe, PairsRecipe
 from rtfocus.training.task import (
@@ -37,8 +37,6 @@ CONDITION = ("sampling", "spherical_waves", "defocus_levels")
 BANDS = 12
 TILE_PX = 144
 HALO_PX = 32
-TAPER_PX = 16
-"""Outer pixels of a tile that fade to its mean before the transform."""
 
 _SCALES = 4
 _HIDDEN = 96
