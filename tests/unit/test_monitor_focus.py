@@ -154,8 +154,8 @@ def test_hold_is_told_of_a_frame_before_its_classifier_is_done():
 
 def test_frames_that_come_too_fast_are_left_out_told_and_counted(monkeypatch):
     clock, held = SimpleNamespace(s=0.0), Counter()
-    times = SimpleNamespace(perf_counter=lambda: clock.s, thread_time=lambda: clock.s)
-    monkeypatch.setattr("rtfocus.workers.time", times)
+    monkeypatch.setattr("rtfocus.workers.time.perf_counter", lambda: clock.s)
+    monkeypatch.setattr("rtfocus.workers.time.thread_time", lambda: clock.s)
 
     def slow_look(*given):
         clock.s += 0.1
