@@ -181,10 +181,9 @@ class Task(ABC, Generic[R]):
             of `learning`; and what the part measured, the loss first.
         """
         device = next(self.network.parameters()).device.type
-        mixed = device != "cpu" or multiplies_bf16()
         # The cache of rounded weights is one for all threads, and the part that ends
         # first empties it: a weight that serves twice was then rounded once or twice.
-        with torch.autocast(device, torch.bfloat16, mixed, cache_enabled=False):
+        with mixed_precision(device, cached=False):
             loss, shown = self.loss(tensors)
         learning = self.learning()
         found = torch.autograd.grad(share * loss, learning, allow_unused=True)
@@ -218,6 +217,15 @@ class Task(ABC, Generic[R]):
             some = islice(batches, self.statistics_batches)
             names = self.statistics_of
             recalibrate(average, (tuple(b[n] for n in names) for b in some))
+
+
+def mixed_precision(device: str, *, cached: bool = True) -> torch.autocast:
+    """Return the block in which networks compute in bf16 where that is faster.
+
+    `cached`: a weight that serves twice in it is rounded once.
+    """
+    mixed = device != "cpu" or multiplies_bf16()
+    return torch.autocast(device, torch.bfloat16, mixed, cache_enabled=cached)
 
 
 def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

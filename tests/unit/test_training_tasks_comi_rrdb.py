@@ -123,6 +123,23 @@ def test_adversarial_step_trains_all_four_networks(tmp_path):
     assert list(shown[0]) == list(shown[1])
 
 
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_all_steps_round_only_where_the_processor_multiplies_bf16(
+    tmp_path, monkeypatch, multiplies
+):
+    monkeypatch.setattr("rtfocus.training.task.multiplies_bf16", lambda: multiplies)
+    trainer = Trainer(comi_recipe(tmp_path, restoring_steps=1))
+    made = []
+    for network in trainer.task.modules().values():
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.register_forward_hook(lambda _, __, maps: made.append(maps.dtype))
+    for _ in range(2):
+        trainer.train_step()
+        assert set(made) == {torch.bfloat16 if multiplies else torch.float32}
+        made.clear()
+
+
 def test_restoring_steps_train_the_restoring_generator_alone(tmp_path):
     trainer = Trainer(comi_recipe(tmp_path, restoring_steps=1))
     before = snapshot(trainer)

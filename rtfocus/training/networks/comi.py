@@ -30,6 +30,7 @@ from rtfocus.training.task import (
     RestorerTask,
     Tensors,
     gain_db,
+    mixed_precision,
 )
 
 # Contrast below which a patch is empty; it is not magnified to look like one that
@@ -365,13 +366,13 @@ class ComiTask(RestorerTask[ComiRecipe]):
             return _columns(super().train_step(tensors, optimisers))
         blurred, sharp = tensors["blurred"], tensors["sharp"]
         device = blurred.device.type
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             made_sharp = self.network(blurred).float()
             made_blurred = self._networks.blurring(sharp).float()
             images = blurred, sharp, made_blurred, made_sharp
             loss, terms = self._losses.of_generators(*images)
         descend(loss, [optimisers["network"], optimisers["blurring"]])
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             judged = self._losses.of_judges(*images)
         descend(judged, [optimisers["judges"]])
         shown = {
