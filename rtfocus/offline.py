@@ -6,6 +6,7 @@ And the blur kernels that a network with such an output saw in every tile of one
 import os
 import threading
 import weakref
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -47,6 +48,7 @@ from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.montage import FrameTiles, to_planes
 from rtfocus.processing.processor import FrameProcessor, open_processor
+from rtfocus.workers import in_steps
 
 _UID = "offline"
 _LEAST_PX = 48
@@ -331,6 +333,7 @@ def _refuse_too_large(pixels: Pixels) -> None:
 
 def _result_of(ticket: Ticket) -> FrameResult:
     """Wait for a result; what is wrong with the image is told as such."""
+    in_steps(lambda step_s: wait([ticket.result], step_s).done)
     try:
         return ticket.result.result()
     except EngineError as error:

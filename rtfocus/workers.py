@@ -372,6 +372,12 @@ class Pipeline:
             worker.close_outputs()
 
 
+def in_steps(wait: Callable[[float], object]) -> None:
+    """Wait by short waits until one says so: on Windows Ctrl-C is heard in none."""
+    while not wait(0.25):
+        pass
+
+
 @contextmanager
 def acting_when(
     condition: Callable[[], bool], act: Callable[[], None]

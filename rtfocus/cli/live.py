@@ -31,7 +31,7 @@ from rtfocus.config import Config
 from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import ConfigError, ExitCode, InputError, RtfocusError
 from rtfocus.transport.sockets import is_local
-from rtfocus.workers import RUN_CLOCK
+from rtfocus.workers import RUN_CLOCK, in_steps
 
 if TYPE_CHECKING:
     from rtfocus.transport.preview import PreviewPublisher
@@ -114,7 +114,7 @@ def view(
             webbrowser.open(server.url)
         if stop_on_end_of_input:
             stop_at_end_of_input(stop)
-        stop.wait()
+        in_steps(stop.wait)
 
 
 def _existing(source: str) -> Path:

@@ -40,7 +40,7 @@ from rtfocus.processing.device import (
     without_frames,
 )
 from rtfocus.runtimes.machine import usable
-from rtfocus.workers import AbortedError, BoundedQueue
+from rtfocus.workers import AbortedError, BoundedQueue, in_steps
 
 logger = logging.getLogger(__name__)
 
@@ -244,9 +244,7 @@ class _Run:
             target=self._own, args=(plans, series), name="rtfocus-device", daemon=True
         )
         self._owner.start()
-        # In steps, because on Windows a wait cannot be interrupted by Ctrl-C.
-        while not self._opened.wait(timeout=0.25):
-            pass
+        in_steps(self._opened.wait)
         if self._failure:
             self._owner.join()
             raise self._failure[0]

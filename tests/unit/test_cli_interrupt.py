@@ -1,15 +1,18 @@
 """Requests to end: signals, and the console of Windows on a stand-in of its library."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import rtfocus.cli
 from rtfocus.cli.endings import (
     ConsoleClose,
     closing_console,
@@ -17,6 +20,7 @@ from rtfocus.cli.endings import (
     interruptible,
 )
 from rtfocus.errors import ExitCode
+from rtfocus.workers import in_steps
 
 CTRL_C, CTRL_BREAK, CLOSE, LOGOFF, SHUTDOWN = 0, 1, 2, 5, 6
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -145,6 +149,32 @@ def test_an_error_that_a_library_makes_of_an_interrupt_is_none(name):
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (ExitCode.INTERRUPTED, "interrupted\n")
+
+
+def test_waiting_in_steps_leaves_turns_to_ctrl_c():
+    steps_s = []
+
+    def wait(step_s):
+        steps_s.append(step_s)
+        return len(steps_s) == 3
+
+    in_steps(wait)
+    assert len(steps_s) == 3
+    assert all(0 < step_s < 1 for step_s in steps_s)
+
+
+def test_no_command_waits_without_end():
+    # Windows hears no Ctrl-C in such a wait; a process that was killed has ended.
+    found = {
+        ast.unparse(node)
+        for path in Path(rtfocus.cli.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "wait"
+        and not (node.args or node.keywords)
+    }
+    assert found == {"process.wait()"}
 
 
 @POSIX
