@@ -265,14 +265,14 @@ def plan_channel(
         ignore=config.processing.ignore_optics,
         blind=config.processing.blind,
     )
-    eye = _Eye(config.processing, optics, shape, camera.quantum)
-    restoration = as_it_is or eye.restoration(wanted, found)
+    planner = _Planner(config.processing, optics, shape, camera.quantum)
+    restoration = as_it_is or planner.restoration(wanted, found)
     one_pass = restoration is not None and restoration.way == "same_pass"
     return replace(
         plan,
         gain_e_per_count=config.camera.gain_e_per_count,
         optics=optics,
-        classifier=eye.classifier(found, restores=one_pass),
+        classifier=planner.classifier(found, restores=one_pass),
         restoration=restoration,
         skipped="restoration.method is none" if restoration is None else None,
     )
@@ -330,8 +330,8 @@ def _refuse_cut_values(
 
 
 @dataclass(frozen=True, slots=True)
-class _Eye:
-    """What is known of a channel when its engines are chosen."""
+class _Planner:
+    """Plans what the engines of a channel do, by what is known of its frames."""
 
     processing: ProcessingConfig
     optics: OpticalSystem

@@ -150,8 +150,8 @@ def export_engine(
         **task.card(),
         "files": dict(files),
         "sha256": {
-            precision: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for precision, name in files.items()
+            precision: hashlib.sha256((folder / file).read_bytes()).hexdigest()
+            for precision, file in files.items()
         },
         "trained": {
             **_history(recipe, state),

@@ -184,7 +184,7 @@ class TileNetworkRestorer(FrameRestorer):
         for image, into in zip(images, restored, strict=True):
             ranges = [self._normalisation.fit(plane) for plane in image]
             into[...] = np.stack(
-                [normalised(p, *found) for p, found in zip(image, ranges, strict=True)]
+                [normalised(p, *line) for p, line in zip(image, ranges, strict=True)]
             )
             found = self._network.restored(self._tiles.cut(into, places), condition)
             into[...] = self._tiles.join(found, places)

@@ -131,7 +131,7 @@ class TileConditions:
         tiles: FrameTiles,
         grid: TileGrid,
     ) -> None:
-        self._terms = terms = conditions
+        self._conditions = conditions
         self._grid = grid
         down, across = tiles.windows
         self._tiles = down.count * across.count
@@ -140,8 +140,8 @@ class TileConditions:
             memory.upload(spans(np.stack(near, axis=1)), "conditions")
             for near in tiles.near(grid)
         ]
-        kinds = [_KINDS.get(entry, 0) for entry in terms.entries]
-        fixed = [terms.fixed.get(entry, 0.0) for entry in terms.entries]
+        kinds = [_KINDS.get(entry, 0) for entry in conditions.entries]
+        fixed = [conditions.fixed.get(entry, 0.0) for entry in conditions.entries]
         self._kinds = memory.upload(np.array(kinds, np.int32), "conditions")
         self._fixed = memory.upload(np.array(fixed, np.float32), "conditions")
 
@@ -149,7 +149,7 @@ class TileConditions:
         self, work: Work, maps: dict[str, DeviceArray], condition: DeviceArray
     ) -> None:
         """Enqueue maps of the labels -> `condition`, axes (tile, entry)."""
-        terms = self._terms
+        terms = self._conditions
         work.launch(
             "tile_conditions",
             self._tiles,
