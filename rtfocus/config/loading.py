@@ -314,7 +314,7 @@ _SAYS_ALL = ("missing", "value_error", "extra_forbidden")
 
 
 def fault_in_words(fault: ErrorDetails) -> str:
-    """Return key, rule and value of one fault of an engine's card or a recipe."""
+    """Return key, rule and value of one fault of a card, a recipe or a description."""
     cause: object = fault.get("ctx", {}).get("error")
     said = fault["msg"].removeprefix("Value error, ")
     if fault["type"] not in _SAYS_ALL or hasattr(cause, "value"):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rtfocus.config.loading import fault_in_words
 from rtfocus.engines.spec_steps import KNOWN_STEPS
 from rtfocus.errors import EngineError
 from rtfocus.sharing.package import in_one_line
@@ -187,10 +188,7 @@ def read_model(given: Mapping[str, Any]) -> Model:
     try:
         return _model(_Rdf.model_validate(given))
     except ValidationError as error:
-        faults = "; ".join(
-            f"'{'.'.join(map(str, fault['loc']))}': {fault['msg']}"
-            for fault in error.errors()[:5]
-        )
+        faults = "; ".join(map(fault_in_words, error.errors()[:5]))
         msg = f"is not described as bioimage.io's spec 0.4 or 0.5 asks for: {faults}"
         raise EngineError(msg) from error
     # After pydantic's, which is one too.
