@@ -234,7 +234,10 @@ def contender(
     if name.endswith(EXACT):
         method = name.removesuffix(EXACT)
         if method not in METHODS:
-            msg = f"'{name}': only {', '.join(METHODS)} can be told the exact defocus"
+            msg = (
+                f"'{name}': only {', '.join(METHODS)} can be told the exact defocus; "
+                f"leave out '{EXACT}'"
+            )
             raise ConfigError(msg)
         return Contender(name, None, method, None, blind=False)
     if name in METHODS:

@@ -255,7 +255,10 @@ def _opened(wish: Wish, part: Part) -> _Opened:
         close_opened()
         one = wish.contender(part.engine, blind=part.blind)
         if _identity(one, wish) != part.identity:
-            msg = f"engine '{one.name}' or its classifier is another one here"
+            msg = (
+                f"engine '{one.name}' or its classifier is another one here; give all "
+                "processes the same engines"
+            )
             raise EngineError(msg)
         data = wish.data_set(part.row[0])
         _kept = _Opened(of, data, Measuring(one, data, wish.config(one, data)))

@@ -53,7 +53,7 @@ def straighten(array: NDArray[Any], axes: str, engine: str) -> NDArray[Any]:
     if array.ndim != len(axes):
         msg = (
             f"engine '{engine}': its output is {array.shape}, its card names the axes "
-            f"'{axes}'"
+            f"'{axes}'; correct its steps"
         )
         raise EngineError(msg)
     kept = [axis for axis in AXES if axis in axes]
@@ -375,7 +375,10 @@ class OnnxRuntimeEngine(Engine):
                 str(model), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # its errors share no base class but Exception
-            msg = f"engine '{self.name}': ONNX Runtime cannot load '{model}': {error}"
+            msg = (
+                f"engine '{self.name}': ONNX Runtime cannot load '{model}': {error}; "
+                "export or add the engine again"
+            )
             raise EngineError(msg) from error
         self._check_names(request)
 
@@ -389,7 +392,8 @@ class OnnxRuntimeEngine(Engine):
             names = ", ".join(f"'{name}'" for name in request.outputs)
             msg = (
                 f"engine '{self.name}': the card says input {ours} and output {names}, "
-                f"'{request.model}' has {inputs} and {outputs}"
+                f"'{request.model}' has {inputs} and {outputs}; correct the card or "
+                "export the engine again"
             )
             raise EngineError(msg)
 

@@ -183,7 +183,10 @@ class TorchNetwork:
         try:
             graph = onnx.load(str(model)).graph
         except Exception as error:  # protobuf's errors share no base class with ours
-            msg = f"engine '{name}': '{model}' cannot be read as ONNX: {error}"
+            msg = (
+                f"engine '{name}': '{model}' cannot be read as ONNX: {error}; "
+                "export or add the engine again"
+            )
             raise EngineError(msg) from error
         self.inputs = [value.name for value in graph.input]
         self.outputs = [value.name for value in graph.output]
@@ -249,7 +252,7 @@ class TorchNetwork:
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 msg = (
                     f"engine '{self.name}': node '{node.name}' ({node.operator}) "
-                    f"failed in torch: {error}"
+                    f"failed in torch: {error}; use TensorRT or the CPU"
                 )
                 raise EngineError(msg) from error
             results = made if isinstance(made, tuple) else (made,)

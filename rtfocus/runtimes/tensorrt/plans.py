@@ -364,7 +364,8 @@ def _parsed(library: TensorRt, builder: Any, request: GpuRequest) -> tuple[Any, 
     try:
         model = request.model.read_bytes()
     except OSError as error:
-        msg = f"weights '{request.model}' cannot be read: {error.strerror}"
+        why = f"cannot be read: {error.strerror}; copy the engine again"
+        msg = f"weights '{request.model}' {why}"
         raise EngineError(msg) from error
     if not parser.parse(model):
         faults = [parser.get_error(index) for index in range(parser.num_errors)]

@@ -147,7 +147,7 @@ def translated(gpu_index: int, doing: str) -> Iterator[None]:
 
 def _out_of_memory(gpu_index: int, doing: str, error: Exception) -> OutOfGpuMemoryError:
     msg = f"GPU {gpu_index} has no memory left for {doing} ({error})"
-    return OutOfGpuMemoryError(msg)
+    return OutOfGpuMemoryError(f"{msg}; end other programs that use it")
 
 
 def list_devices() -> list[Gpu]:
