@@ -91,8 +91,8 @@ class LevelTransfers:
         if whole.shape != shape:
             return self._make(work, level, image, self._other.shaped(shape))
         if level not in self._made:
-            self._made.add(level)
             self._make(work, level, image, whole)
+            self._made.add(level)
         return whole
 
     def place(self, work: Work, level: int, image: DeviceArray) -> None:

@@ -246,8 +246,8 @@ _BEGIN = 0.05
 """Factor of the first weights of the correction: begins close to the identity."""
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a short cut."""
+class ScaledResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions, scaled down, beside a short cut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -277,11 +277,13 @@ class ScaleNetwork(nn.Module):
     def __init__(self, fine: int, coarse: int, blocks: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(2 * _UNSHUFFLED, fine, 3, padding=1)
-        self.encoder = ResidualBlock(fine)
+        self.encoder = ScaledResidualBlock(fine)
         self.down = nn.Conv2d(fine, coarse, 2, stride=2)
-        self.middle = nn.Sequential(*(ResidualBlock(coarse) for _ in range(blocks)))
+        self.middle = nn.Sequential(
+            *(ScaledResidualBlock(coarse) for _ in range(blocks))
+        )
         self.up = nn.Conv2d(coarse, fine, 1)
-        self.decoder = ResidualBlock(fine)
+        self.decoder = ScaledResidualBlock(fine)
         self.head = nn.Conv2d(fine, _HEAD, 3, padding=1)
         self.correction = nn.Conv2d(_HEAD + 2, 1, 3, padding=1)
         with torch.no_grad():
