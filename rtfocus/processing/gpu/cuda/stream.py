@@ -326,8 +326,6 @@ class Replayed:
         self._why_not = why_not
         self._runs = 0
         self._graph: CudaGraph | None = None
-        self.reason: str | None = None
-        """Why it is not recorded; None: it is, or nobody tried yet."""
 
     def __call__(self, work: Work) -> None:
         """Enqueue the sequence once more."""
@@ -351,11 +349,11 @@ class Replayed:
             self._graph = None
 
     def _record(self, work: Work) -> CudaGraph | None:
-        self.reason = self._why_not(work)
-        if self.reason is None:
+        reason = self._why_not(work)
+        if reason is None:
             try:
                 return CudaGraph(work, lambda: self._enqueue(work))
             except (EngineError, import_driver().Error) as error:
-                self.reason = str(error)
-        logger.info("%s runs without a CUDA graph: %s", self._name, self.reason)
+                reason = str(error)
+        logger.info("%s runs without a CUDA graph: %s", self._name, reason)
         return None
