@@ -257,9 +257,10 @@ def export(
         Literal["0.5", "0.4"], typer.Option(help="Run: version of an OME-Zarr.")
     ] = "0.5",
     mean_with: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="Checkpoint: a second one of the network; export the mean of both."
+            help="Checkpoint: another one of the network; repeatable; export the mean "
+            "of all."
         ),
     ] = None,
     half_weights: Annotated[
@@ -311,7 +312,7 @@ def export(
     export_command(
         source,
         output,
-        mean_with=mean_with,
+        mean_with=mean_with or (),
         half_weights=half_weights,
         precision=precision or "fp32",
         overwrite=overwrite,

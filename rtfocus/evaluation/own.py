@@ -299,7 +299,7 @@ def _exported(
 ) -> Path:
     """Export what was learned in full and by half; return what does validation best."""
     data = _data(fields, fields.of("validation"), work, "validation")
-    candidates = {"in full": None, "by half": Path("engines") / start}
+    candidates = {"in full": [], "by half": [Path("engines") / start]}
     gains: dict[str, float] = {}
     for how, mean_with in candidates.items():
         folder = work / "exports" / how.replace(" ", "_")

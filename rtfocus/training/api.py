@@ -110,7 +110,7 @@ def export_engine(
     folder: Path,
     *,
     name: str | None = None,
-    mean_with: Path | None = None,
+    mean_with: Sequence[Path] = (),
     half_weights: bool = False,
     precisions: Sequence[Precision] = ("fp32",),
 ) -> Path:
@@ -125,7 +125,7 @@ def export_engine(
     name
         Of the engine; None: that of the folder.
     mean_with
-        Checkpoint of the same network: the mean of both goes into the engine.
+        Checkpoints of the same network: the mean of all goes into the engine.
     half_weights
         Store weights in 16 bits, see `rtfocus.training.onnx_forms`.
     precisions
@@ -136,10 +136,7 @@ def export_engine(
     ConfigError
         If the checkpoint cannot be read, or int8 lacks the training data.
     """
-    if mean_with is None:
-        recipe, state = load_checkpoint(checkpoint)
-    else:
-        recipe, state = mean_state(mean_with, checkpoint)
+    recipe, state = mean_state(mean_with, checkpoint)
     task, network = trained(recipe, state)
     folder.mkdir(parents=True, exist_ok=True)
     files = write_precisions(
@@ -155,7 +152,9 @@ def export_engine(
         },
         "trained": {
             **_history(recipe, state),
-            **({} if mean_with is None else {"mean_with": _earlier(mean_with)}),
+            **(
+                {"mean_with": [_earlier(one) for one in mean_with]} if mean_with else {}
+            ),
             "data": [source.kind for source in recipe.sources],
             "split": "by field",
             "threads": recipe.threads,
@@ -196,6 +195,10 @@ def _history(recipe: RecipeBase, state: dict[str, Any]) -> dict[str, Any]:
     if recipe.start_from is not None:
         history["after"] = _earlier(recipe.start_from)
     return history
+
+
+def _mean_of(others: Sequence[Path]) -> dict[str, Any]:
+    return {"mean_with": [_earlier(one) for one in others]} if others else {}
 
 
 def _earlier(source: Path) -> dict[str, Any] | str:
@@ -406,15 +409,15 @@ def export_command(
     checkpoint: Path,
     output: Path,
     *,
-    mean_with: Path | None = None,
+    mean_with: Sequence[Path] = (),
     half_weights: bool = False,
     precision: str = "fp32",
     overwrite: bool = False,
 ) -> Path:
     """Write an engine folder from a checkpoint, whole; returns its card.
 
-    `mean_with` is a second checkpoint of the same network, half of whose weights go
-    into the engine; `half_weights` stores them in 16 bits; `precision` is a list
+    `mean_with` are other checkpoints of the same network, whose mean with it becomes
+    the engine; `half_weights` stores them in 16 bits; `precision` is a list
     such as ``fp32,fp16,int8``; `overwrite` replaces an earlier export.
 
     Raises
@@ -425,7 +428,7 @@ def export_command(
         If `output` must not be replaced or cannot be written.
     """
     precisions = parse_precisions(precision)
-    guard = OutputGuard(filter(None, (checkpoint, mean_with)), overwrite=overwrite)
+    guard = OutputGuard((checkpoint, *mean_with), overwrite=overwrite)
     guard.claim(output)
     with guard.whole(output) as part:
         card = export_engine(

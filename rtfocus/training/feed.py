@@ -16,6 +16,7 @@ import pickle
 import signal
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -318,36 +319,42 @@ def _read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def mean_state(first: Path, second: Path) -> tuple[RecipeBase, dict[str, Any]]:
-    """Return `second` with the mean of both averaged weights.
+def mean_state(
+    others: Sequence[Path], checkpoint: Path
+) -> tuple[RecipeBase, dict[str, Any]]:
+    """Return a checkpoint with the mean of its and all others' averaged weights.
 
-    Weights of a run and of the run that started from them lie in one valley: half
-    way between them a network keeps most of what either is good at (model soups,
-    Wortsman et al. 2022). `first` may be the engine that a run started from.
+    Weights of runs and of the run that they started from lie in one valley: between
+    them a network keeps most of what each is good at (model soups, Wortsman et al.
+    2022). One of `others` may be the engine that a run started from.
 
     Raises
     ------
     ConfigError
-        If a checkpoint cannot be read or the two are of different networks.
+        If a checkpoint cannot be read or one is of another network.
     """
-    recipe, other = load_checkpoint(second)
-    averages = [_average_of(first, recipe), other["average"]]
-    shapes = [
-        {name: value.shape for name, value in average.items()} for average in averages
-    ]
-    if shapes[0] != shapes[1]:
-        msg = (
-            f"'{first}' and '{second}' hold different networks; give two of one recipe"
-        )
-        raise ConfigError(msg)
+    recipe, state = load_checkpoint(checkpoint)
+    own: dict[str, Tensor] = state["average"]
+    averages = [own]
+    for other in others:
+        average = _average_of(other, recipe)
+        if {key: value.shape for key, value in average.items()} != {
+            key: value.shape for key, value in own.items()
+        }:
+            msg = (
+                f"'{other}' and '{checkpoint}' hold different networks; "
+                "give those of one recipe"
+            )
+            raise ConfigError(msg)
+        averages.append(average)
     mean = {
         # Whole numbers, such as the batches that BatchNorm has seen, have no mean.
-        name: torch.lerp(averages[0][name], value, 0.5)
+        name: torch.stack([one[name] for one in averages]).mean(dim=0)
         if value.is_floating_point()
         else value
-        for name, value in averages[1].items()
+        for name, value in own.items()
     }
-    return recipe, {**other, "average": mean}
+    return recipe, {**state, "average": mean}
 
 
 def _average_of(source: Path, recipe: RecipeBase) -> dict[str, Tensor]:
