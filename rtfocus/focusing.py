@@ -12,17 +12,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import useq
 from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.core._sequencing import SequencedEvent
-from pymmcore_plus.mda import PMDAEngine
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
-from rtfocus.autofocus.devices import checked_core
+from rtfocus.autofocus.devices import checked_core, handed_back, take_over
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Correction, Holder, Key
 from rtfocus.autofocus.plans import asking_for_focus
@@ -403,21 +401,14 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
 
     def close() -> None:
         reader.close()
-        former = _former.pop(engine, None)
-        # Whoever came later and is closed later does not bring this one back.
-        later = [one for one, before in _former.items() if before is engine]
-        _former.update(dict.fromkeys(later, former))
+        former = handed_back(engine)
         is_ours = core.mda.engine is engine and not core.mda.is_running()
         if former is not None and is_ours:
             core.mda.set_engine(former)
 
     engine = FocusEngine(core, focuser, on_close=close)
-    _former[engine] = core.mda.set_engine(engine)
+    take_over(engine)
     return engine
-
-
-_former: WeakKeyDictionary[FocusEngine, PMDAEngine | None] = WeakKeyDictionary()
-"""What an engine of `focus` that is open gives its core back."""
 
 
 def optics_of(config: Config) -> Mapping[str, OpticalSystem]:

@@ -19,7 +19,12 @@ from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.mda import MDAEngine
 
 from rtfocus.autofocus.actions import FocusEngine
-from rtfocus.autofocus.devices import CoreStage, choices_of
+from rtfocus.autofocus.devices import (
+    CoreStage,
+    choices_of,
+    handed_back,
+    take_over,
+)
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import unfocused
@@ -425,9 +430,10 @@ def holding_engine(engine: StreamEngine) -> Iterator[None]:
             "MDAEngine before rtfocus.stream"
         )
         raise ConfigError(msg)
-    runner.set_engine(engine)
+    take_over(engine)
     try:
         yield
     finally:
-        if before is not None:
-            runner.set_engine(before)
+        # Not what was there at the start, which may have been closed meanwhile.
+        if (former := handed_back(engine)) is not None:
+            runner.set_engine(former)

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import useq
 from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus, DeviceType
-from pymmcore_plus.mda import FinishReason, MDAEngine, MDARunner
+from pymmcore_plus.mda import FinishReason, MDAEngine, MDARunner, PMDAEngine
 
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.workers import Wait
@@ -288,3 +289,24 @@ def choices_of(engine: object) -> dict[str, Any]:
     if type(engine) is not MDAEngine:
         return {}
     return {name: getattr(engine, name) for name in _CHOICES}
+
+
+_former: WeakKeyDictionary[MDAEngine, PMDAEngine | None] = WeakKeyDictionary()
+"""What an engine that runs the plans of its core for a while is to give back."""
+
+
+def take_over(engine: MDAEngine) -> None:
+    """Let an engine run the plans of its core; `handed_back` tells what ran them."""
+    _former[engine] = engine.mmcore.mda.set_engine(engine)
+
+
+def handed_back(engine: MDAEngine) -> PMDAEngine | None:
+    """End what `take_over` began; return what the core gets back, None: nothing.
+
+    Engines may end in any order: one that came later and ends later does not bring
+    this one back.
+    """
+    former = _former.pop(engine, None)
+    later = [one for one, before in _former.items() if before is engine]
+    _former.update(dict.fromkeys(later, former))
+    return former

@@ -373,6 +373,19 @@ def test_a_stream_answers_for_the_stock_engine_and_gives_it_back(core):
     assert core.mda.engine is stock
 
 
+def test_an_engine_of_focus_closed_within_a_stream_does_not_come_back(core):
+    stock = MDAEngine(core)
+    core.mda.set_engine(stock)
+    config = parse_config({"transport": FREE, "autofocus": {"mode": "hold"}})
+    focusing = rtfocus.focus(core, "demo")
+    with rtfocus.stream(core, config, processor="configured"):
+        held = core.mda.engine
+        focusing.close()
+        assert core.mda.engine is held
+        assert held is not focusing
+    assert core.mda.engine is stock
+
+
 def test_an_engine_that_does_not_answer_for_focus_is_named_before_the_first_image(core):
     class Theirs(MDAEngine):
         pass
