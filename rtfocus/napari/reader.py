@@ -192,6 +192,9 @@ def _place(
         y_um += position.y_um or 0.0
         x_um += position.x_um or 0.0
     between = [1.0] * (ndim - 4)
+    # What has no scale is counted; napari's word for that is pixel.
+    t_unit = "s" if run.header.has_scale("t") else "pixel"
+    z_unit = "um" if run.header.has_scale("z") else "pixel"
     return {
         "scale": [
             series.interval_s or 1.0,
@@ -202,7 +205,7 @@ def _place(
         ],
         "translate": [0.0] * (ndim - 2) + [y_um, x_um],
         "axis_labels": ["t", *(["p"] * len(between)), "z", "y", "x"],
-        "units": ["s", *(["pixel"] * len(between)), "um", "um", "um"],
+        "units": [t_unit, *(["pixel"] * len(between)), z_unit, "um", "um"],
     }
 
 

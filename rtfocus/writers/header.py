@@ -60,6 +60,11 @@ class RunHeader:
         """Return the planned length of an axis; None: unbounded time."""
         return self.series.sizes.get(axis, 1)
 
+    def has_scale(self, axis: str) -> bool:
+        """Tell whether time points (t) or slices (z) are equally far apart, or one."""
+        step = self.series.interval_s if axis == "t" else self.series.z_step_um
+        return step is not None or self.size(axis) == 1
+
     def write(self, folder: Path) -> None:
         """Write the header; it appears whole or not at all."""
         content = {

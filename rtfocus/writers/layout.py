@@ -265,9 +265,9 @@ def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, A
         {"name": "c", "type": "channel"},
         *({"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"),
     ]
-    for axis, step in ((axes[0], t_s), (axes[2], z_um)):
-        if step is None and header.size(axis["name"]) != 1:
-            del axis["unit"]  # what is not equally far apart has no scale
+    for axis in (axes[0], axes[2]):
+        if not header.has_scale(axis["name"]):
+            del axis["unit"]
     scale = {"type": "scale", "scale": [float(step) for step in steps]}
     level = {"path": "0", "coordinateTransformations": [scale]}
     return {

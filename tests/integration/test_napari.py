@@ -129,6 +129,24 @@ def test_positions_are_layers_at_their_places(viewer: Any, tmp_path: Path) -> No
     assert layers["left DAPI"].metadata["rtfocus"]["optics"] == OPTICS
 
 
+@pytest.mark.parametrize("steps", [(2.5, 1.5), (None, 1.5), (2.5, None)])
+def test_axes_without_a_scale_are_counted(
+    viewer: Any, tmp_path: Path, steps: tuple[float | None, float | None]
+) -> None:
+    interval_s, z_step_um = steps
+    series = make_series(
+        sizes={"t": 2, "z": 2}, interval_s=interval_s, z_step_um=z_step_um
+    )
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        folder = run.close(run.send_all())
+    for layer in opened(viewer, folder).values():
+        assert layer.scale.tolist()[:2] == [interval_s or 1.0, z_step_um or 1.0]
+        assert [str(unit) for unit in layer.units][:2] == [
+            "second" if interval_s else "pixel",
+            "micrometer" if z_step_um else "pixel",
+        ]
+
+
 def test_positions_without_places_are_an_axis(viewer: Any, tmp_path: Path) -> None:
     folder = tmp_path / "three.rtfocus"
     series = record(folder, [Position(f"site {n}") for n in range(3)])
