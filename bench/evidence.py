@@ -413,6 +413,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="of all photographs")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument(
+        "--only",
+        choices=("deviation", "evidence"),
+        help="write this section of the card alone",
+    )
+    parser.add_argument(
         "--keep",
         type=Path,
         default=Path("evidence_rounds"),
@@ -421,7 +426,7 @@ def main() -> None:
     options = parser.parse_args()
     card_path = options.engine / CARD_NAME
     card = yaml.safe_load(card_path.read_text(encoding="utf-8"))
-    card.pop("evidence", None)
+    evidence = card.pop("evidence", None)
     frames: list[Restored] = []
     with tempfile.TemporaryDirectory() as folder:
         # The same engine without what is fitted here.
@@ -436,10 +441,12 @@ def main() -> None:
                     keep(path, _round(restorer, number, options.data_folder))
                 frames += kept(path)
                 print(f"{len(frames)} frames", flush=True)
-    if "blind" in card.get("deviation", {}):
+    if options.only != "evidence" and "blind" in card.get("deviation", {}):
         old = DeviationCard.model_validate(card["deviation"]["blind"])
         card["deviation"]["blind"] = widened(old, frames).model_dump()
-    card["evidence"] = fit(frames, options.steps).card()
+    if options.only != "deviation":
+        evidence = fit(frames, options.steps).card()
+    card["evidence"] = evidence
     write_card(card_path, card)
 
 
