@@ -139,10 +139,11 @@ def test_a_deviation_below_nothing_is_refused():
 @pytest.mark.parametrize(
     ("section", "key", "value", "said"),
     [
-        ("input", "origin_px", 1e30, r"origin_px': .*1000000 \(got 1e\+30\)"),
+        ("input", "origin_px", 1e9, r"origin_px': .*1000000 \(got 1000000000.0\)"),
+        ("input", "origin_px", 1e30, r"origin_px': no more than .* \(got 1e\+30\)"),
         ("input", "origin_px", float("nan"), r"origin_px': .* \(got nan\)"),
         ("input", "stride_px", 1e30, r"stride_px': .* \(got 1e\+30\)"),
-        ("levels", "step_um", 1e30, r"step_um': .*100000 \(got 1e\+30\)"),
+        ("levels", "step_um", 1e9, r"step_um': .*100000 \(got 1000000000.0\)"),
         ("levels", "count", "many", r"count': .*integer.* \(got 'many'\)"),
     ],
 )
