@@ -425,6 +425,18 @@ def input_of(card: EngineCard) -> InputCard:
     return card.input
 
 
+def restored_levels(card: EngineCard) -> LevelsCard:
+    """Return the levels that restoration goes by; EngineError if all are in focus."""
+    if card.levels is None or card.levels.count == 1:
+        msg = (
+            f"engine '{card.name}' has no level out of focus, so nothing would be "
+            "restored by it; set processing.restoration.method: none, or choose "
+            "another processing.classifier"
+        )
+        raise EngineError(msg)
+    return card.levels
+
+
 def output_of(card: EngineCard) -> OutputCard:
     """Return the output every network has; EngineError for classical methods."""
     if card.output is None:

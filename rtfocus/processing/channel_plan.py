@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.config.sections import ProcessingConfig, RestorationConfig
-from rtfocus.engines.card import EngineCard, identity, input_of
+from rtfocus.engines.card import EngineCard, identity, input_of, restored_levels
 from rtfocus.engines.fitted import Evidence
 from rtfocus.engines.registry import (
     FoundEngine,
@@ -362,13 +362,13 @@ class _Planner:
         name = settings.method
         if name == "none":
             return None
+        signed = restored_levels(classifier.card).signed
         if name in METHODS:
             return _classical(name, settings)
         found = find_engine(name, self.processing.engine_folders, METHODS)
         card = found.card
         if card.implementation.removeprefix("builtin:") in METHODS:
             return _classical(card.implementation.removeprefix("builtin:"), settings)
-        signed = classifier.card.levels is not None and classifier.card.levels.signed
         same = card.kind == "joint" and found.folder == classifier.folder
         if not same:
             check_fit(

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import yaml
+from engine_kit import write_brightness_joint
 
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
@@ -115,6 +117,20 @@ def test_without_optics_or_restoration_the_reason_is_kept():
 def test_what_cannot_be_is_refused_before_any_device(method, classifier, message):
     with pytest.raises(EngineError, match=message):
         plan(method, classifier)
+
+
+@pytest.mark.parametrize("method", ["wiener", "richardson_lucy_tiles", "rtfocus-1"])
+def test_restoration_by_a_classifier_that_knows_focus_alone_is_refused(
+    tmp_path, method
+):
+    folder = write_brightness_joint(tmp_path / "focus_or_not")
+    card = yaml.safe_load((folder / "engine.yaml").read_text("utf-8"))
+    card["levels"] = {"step_um": 2.0, "count": 1}
+    card["output"]["labels"] = [0, "bg"]
+    (folder / "engine.yaml").write_text(yaml.safe_dump(card), encoding="utf-8")
+    with pytest.raises(EngineError, match=r"'focus_or_not' has no level .* none, or"):
+        plan(method, str(folder))
+    assert plan("none", str(folder)).classifier is not None
 
 
 def test_a_method_that_restores_is_no_classifier():
