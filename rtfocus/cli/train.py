@@ -351,6 +351,7 @@ def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[O
     """Run every contender over every data set, with a bar on standard error."""
     outcomes: list[Outcome] = []
     for data in sets:
+        # Made once before: what has no figures is refused before any engine works.
         frames = sum(1 for _ in data.samples())
         for one in contenders:
             config = wish.config(one, data)
