@@ -259,8 +259,9 @@ def export(
     mean_with: Annotated[
         list[Path] | None,
         typer.Option(
+            metavar="CHECKPOINT|ENGINE",
             help="Checkpoint: another one of the network; repeatable; export the mean "
-            "of all."
+            "of all.",
         ),
     ] = None,
     half_weights: Annotated[
