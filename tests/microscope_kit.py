@@ -3,14 +3,17 @@
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from rtfocus.config import Config
 from rtfocus.config.loading import parse_config
 from rtfocus.frame import FrameHeader, SeriesStart, Slot, SlotPool
+from rtfocus.microscope import virtual_devices
 from rtfocus.microscope.acquisition import AcquisitionReport, acquire
 
 OPTICS = {
@@ -19,6 +22,17 @@ OPTICS = {
     "pixel_size_um": 0.65,
     "aberrations": {"spherical_waves": -0.2},
 }
+
+
+def clock_of_images(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let virtual devices live by the waits of their camera, which are returned.
+
+    Specimens drift by images then, however long a busy machine takes for them.
+    """
+    waits: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
+    monkeypatch.setattr(virtual_devices, "time", clock)
+    return waits
 
 
 class RecordingSink:

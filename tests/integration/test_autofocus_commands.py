@@ -4,18 +4,17 @@ import json
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from loop_kit import OPTICS, command, failed, succeeded
+from microscope_kit import clock_of_images
 
 from rtfocus.autofocus.devices import CoreStage
 from rtfocus.autofocus.plans import load_calibration, with_measured_backlash
 from rtfocus.cli.commands import read_config
 from rtfocus.errors import ExitCode
 from rtfocus.holding import HeldPlace
-from rtfocus.microscope import virtual_devices
 
 UNIT_UM = 0.451 / 0.36**2
 
@@ -76,10 +75,7 @@ def test_focus_out_of_reach_ends_with_its_reason_within_the_limits(
 def test_a_specimen_that_drifts_meanwhile_is_found(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The specimen drifts by the camera's clock: here by images, however long they take.
-    waits: list[float] = []
-    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
-    monkeypatch.setattr(virtual_devices, "time", clock)
+    clock_of_images(monkeypatch)
     said = succeeded(
         command(
             *("autofocus", config),
@@ -120,9 +116,7 @@ def test_hold_is_refused_where_the_hardware_holds(config: Path) -> None:
 def test_hold_searches_again_what_it_lost(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits: list[float] = []
-    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
-    monkeypatch.setattr(virtual_devices, "time", clock)
+    waits = clock_of_images(monkeypatch)
     follow, visits = HeldPlace.follow, [0]
 
     def follow_after_a_knock(place: HeldPlace, time_s: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import useq
 from loop_kit import LOCAL, OPTICS, read_journal, read_report
-from microscope_kit import wait_for
+from microscope_kit import clock_of_images, wait_for
 from msgspec.structs import replace
 from pymmcore_plus.mda import MDAEngine
 
@@ -213,10 +213,7 @@ def test_a_run_whose_only_position_is_skipped_says_why_and_keeps_the_log(
 def test_the_loop_holds_focus_against_a_drift(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It drifts by the camera's clock: 0.2 um an image, however long images take.
-    waits: list[float] = []
-    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
-    monkeypatch.setattr(virtual_devices, "time", clock)
+    clock_of_images(monkeypatch)  # 0.2 um an image
     config = load_config(
         resource_folder("configs") / "demo.yaml",
         (

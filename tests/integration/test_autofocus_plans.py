@@ -346,15 +346,16 @@ def test_whatever_is_closed_first_the_core_gets_back_what_it_had(
         assert core.mda.engine is before
 
 
+DEMOCAMERA = {
+    "microscope": {"source": "democamera"},
+    "channels": [{"name": "DAPI", "optics": OPTICS}],
+    "processing": {"classifier": "delpnet", "device": "cpu"},
+}
+
+
 def test_a_camera_of_floats_is_told_with_what_to_choose() -> None:
     pytest.importorskip("mm_test_adapters")
-    config = parse_config(
-        {
-            "microscope": {"source": "democamera"},
-            "channels": [{"name": "DAPI", "optics": OPTICS}],
-            "processing": {"classifier": "delpnet", "device": "cpu"},
-        }
-    )
+    config = parse_config(DEMOCAMERA)
     with open_core(config) as core:
         core.setProperty("Camera", "PixelType", "32bit")
         with (
@@ -366,13 +367,7 @@ def test_a_camera_of_floats_is_told_with_what_to_choose() -> None:
 
 def test_what_a_script_chose_of_the_stock_engine_is_kept(tmp_path: Path) -> None:
     pytest.importorskip("mm_test_adapters")
-    config = parse_config(
-        {
-            "microscope": {"source": "democamera"},
-            "channels": [{"name": "DAPI", "optics": OPTICS}],
-            "processing": {"classifier": "delpnet", "device": "cpu"},
-        }
-    )
+    config = parse_config(DEMOCAMERA)
     with open_core(config) as core:
         before = MDAEngine(core, use_hardware_sequencing=False, timeout_base=7.0)
         core.mda.set_engine(before)
