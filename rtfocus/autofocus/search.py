@@ -117,7 +117,7 @@ class FocusSearch:
         share = max(look.reading.saturated for look in self.looks)
         is_told = self.looks[-1].reading.refusal == "saturated" or share <= _SATURATED
         words = f"{100 * share:.1f} % of the pixels are saturated: focus may lie beside"
-        return self.evidence.faults() + [words] * (not is_told)
+        return self.evidence.faults() + ([] if is_told else [words])
 
     def decide(self) -> Decision:
         """Say what to do after the newest image."""
