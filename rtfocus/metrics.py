@@ -414,18 +414,22 @@ class DiskWatch:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self.sample()
 
-    def sample(self) -> int:
-        """Return the free bytes, measured now or a moment ago."""
+    def sample(self, *, at_once: bool = False) -> int:
+        """Return the free bytes, measured a moment ago or `at_once`."""
         now = self._clock_s()
-        if not self._samples or now - self._samples[-1][0] >= _SAMPLE_S:
-            self._samples.append((now, self._free(self._folder)))
-        return self._samples[-1][1]
+        is_due = not self._samples or now - self._samples[-1][0] >= _SAMPLE_S
+        if not (is_due or at_once):
+            return self._samples[-1][1]
+        free = self._free(self._folder)
+        if is_due:
+            self._samples.append((now, free))
+        return free
 
     def check(self) -> None:
         """Raise WriterError when less than the minimum is left."""
-        free = self.sample()
-        if free < 2 * self._min_free:
-            free = self._free(self._folder)  # a fast disk fills between two samples
+        # A fast disk fills between two samples.
+        is_near = self._samples[-1][1] < 2 * self._min_free
+        free = self.sample(at_once=is_near)
         if free < self._min_free:
             msg = (
                 f"disk of '{self._folder}' has only {_mb(free)} free, less than "

@@ -96,6 +96,15 @@ def test_a_disk_that_fills_between_two_samples_ends_the_run_all_the_same() -> No
         watch.check()
 
 
+def test_near_its_end_the_disk_is_asked_once_a_frame() -> None:
+    disk = Disk(free=150_000)
+    watch = DiskWatch(Path(), 100_000, free=disk.free_bytes, clock_s=disk.clock_s)
+    for number in range(1, 9):
+        disk.now_s += 0.2  # due at every other frame
+        watch.check()
+        assert disk.asked == 1 + number
+
+
 def test_the_disk_is_asked_four_times_a_second_at_most() -> None:
     disk = Disk(free=1_000_000)
     watch = DiskWatch(Path(), 0, free=disk.free_bytes, clock_s=disk.clock_s)
