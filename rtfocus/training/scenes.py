@@ -98,7 +98,10 @@ def _load_source(source: SourceRecipe, folder: Path) -> list[SharpField]:
     for pattern in source.files:
         paths = sorted(folder.glob(pattern))
         if not paths:
-            msg = f"source '{source.kind}': no file matches '{folder / pattern}'"
+            msg = (
+                f"source '{source.kind}': no file matches '{folder / pattern}'; "
+                "correct its files, or data_folder, in the recipe"
+            )
             raise ConfigError(msg)
         for path in paths:
             found += _load_file(path, source, _is_held_out(path, folder, source))
@@ -153,7 +156,10 @@ def load_real_pairs(
     """
     paths = sorted(folder.glob(wanted.sharp))
     if not paths:
-        msg = f"real pairs: no file matches '{folder / wanted.sharp}'"
+        msg = (
+            f"real pairs: no file matches '{folder / wanted.sharp}'; correct the "
+            "pattern, or data_folder, in the recipe"
+        )
         raise ConfigError(msg)
     pairs = []
     for path in paths:
@@ -165,7 +171,10 @@ def load_real_pairs(
 
 def _load_pair(sharp_path: Path, blurred_path: Path) -> Pair:
     if not blurred_path.is_file():
-        msg = f"real pairs: '{sharp_path}' has no partner '{blurred_path}'"
+        msg = (
+            f"real pairs: '{sharp_path}' has no partner '{blurred_path}'; add it, or "
+            "take the sharp one away"
+        )
         raise ConfigError(msg)
     sharp, blurred = (
         open_images(path)[0].read().astype(np.float32)
