@@ -20,12 +20,12 @@ import numpy as np
 from bench import machine
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import CameraConfig, ProcessingConfig, RestorationConfig
-from rtfocus.engines.card import EngineCard, input_of, verified_file
+from rtfocus.engines.card import input_of, verified_file
 from rtfocus.engines.registry import FoundEngine, find_engine, fit_frame, parts
+from rtfocus.frame import TileGrid
 from rtfocus.optics.formation import blur_depth_variant
-from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
-from rtfocus.processing.channel_plan import ClassifierPlan
+from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.montage import Montage
@@ -56,13 +56,17 @@ def open_classifier(
     threads: int,
 ) -> FrameClassifier:
     """Open an engine for frames of a shape."""
-    fit = fit_frame(input_of(found.card), shape)
     settings = ProcessingConfig.model_validate(
         {"backend": backend, "precision": precision}
     )
+    return FrameClassifier(classifier_plan(found, shape), settings, threads)
+
+
+def classifier_plan(found: FoundEngine, shape: tuple[int, int]) -> ClassifierPlan:
+    """Plan an engine for frames of a shape, seen by the optics it was made for."""
+    fit = fit_frame(input_of(found.card), shape)
     levels, _ = parts(found.card)
-    plan = ClassifierPlan(found, fit, step_um=levels.step_um, quantum=1.0)
-    return FrameClassifier(plan, settings, threads)
+    return ClassifierPlan(found, fit, step_um=levels.step_um, quantum=1.0)
 
 
 def bare_openvino(
@@ -129,15 +133,9 @@ def agreement(
 
 
 def restorations(
-    card: EngineCard, frame: np.ndarray, classifier: FrameClassifier
+    plan: ChannelPlan, frame: np.ndarray, grid: TileGrid
 ) -> dict[str, Callable[[], Any]]:
     """Return a step per method, with the labels that the tilt really has."""
-    levels, optics = parts(card)
-    psfs = {
-        level: compute_psf(optics.reference, level * levels.step_um)
-        for level in range(1, levels.count)
-    }
-    grid = classifier.grid
     centres = grid.origin_px + grid.stride_px * np.arange(grid.rows)
     rows = np.rint(5 * np.clip(centres / frame.shape[0], 0, 1)).astype(np.int16)
     labels = np.repeat(rows[:, None], grid.columns, axis=1)
@@ -146,7 +144,7 @@ def restorations(
     steps: dict[str, Callable[[], Any]] = {}
     for method in WHOLE_FRAME:
         settings = RestorationConfig(method=method)
-        restorer = DepthVariantRestorer(montage, psfs, settings, quantum=1.0)
+        restorer = DepthVariantRestorer(montage, plan.psfs, settings, quantum=1.0)
         out = np.empty_like(signal)
         steps[f"restore {method}"] = partial(restorer.restore, signal, labels, out)
     return steps
@@ -184,7 +182,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     steps["classify onnxruntime"] = lambda: reference.see(prepared).defocus
     stages = take_turns(steps, options.rounds)
-    slow = restorations(found.card, frame, fastest)
+    plan = ChannelPlan(
+        "nuclei",
+        frame.shape,
+        correction,
+        ProcessingConfig(),
+        optics=optics.reference,
+        classifier=classifier_plan(found, frame.shape),
+    )
+    slow = restorations(plan, frame, fastest.grid)
     stages |= take_turns(slow, max(3, options.rounds // 4))
     best = f"classify {fastest.precision}"
     bare = f"bare openvino {fastest.precision}"
