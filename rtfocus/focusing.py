@@ -20,7 +20,7 @@ from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
-from rtfocus.autofocus.devices import checked_core, handed_back, take_over
+from rtfocus.autofocus.devices import checked_core, hand_back, take_over
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Correction, Holder, Key
 from rtfocus.autofocus.plans import asking_for_focus
@@ -401,10 +401,7 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
 
     def close() -> None:
         reader.close()
-        former = handed_back(engine)
-        is_ours = core.mda.engine is engine and not core.mda.is_running()
-        if former is not None and is_ours:
-            core.mda.set_engine(former)
+        hand_back(engine)
 
     engine = FocusEngine(core, focuser, on_close=close)
     take_over(engine)

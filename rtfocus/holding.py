@@ -22,7 +22,7 @@ from rtfocus.autofocus.actions import FocusEngine
 from rtfocus.autofocus.devices import (
     CoreStage,
     choices_of,
-    handed_back,
+    hand_back,
     take_over,
 )
 from rtfocus.autofocus.focuser import Focuser
@@ -417,8 +417,7 @@ def holding_engine(engine: StreamEngine) -> Iterator[None]:
         If focus is to be held, and the core has an engine of its own kind, which would
         not run any more.
     """
-    runner = engine.mmcore.mda
-    before = runner.engine
+    before = engine.mmcore.mda.engine
     stock = (MDAEngine, FocusEngine) if engine.holds else (MDAEngine,)
     if before is not None and type(before) not in stock:
         if not engine.holds:
@@ -434,6 +433,4 @@ def holding_engine(engine: StreamEngine) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not what was there at the start, which may have been closed meanwhile.
-        if (former := handed_back(engine)) is not None:
-            runner.set_engine(former)
+        hand_back(engine)

@@ -296,17 +296,18 @@ _former: WeakKeyDictionary[MDAEngine, PMDAEngine | None] = WeakKeyDictionary()
 
 
 def take_over(engine: MDAEngine) -> None:
-    """Let an engine run the plans of its core; `handed_back` tells what ran them."""
+    """Let an engine run the plans of its core until `hand_back`."""
     _former[engine] = engine.mmcore.mda.set_engine(engine)
 
 
-def handed_back(engine: MDAEngine) -> PMDAEngine | None:
-    """End what `take_over` began; return what the core gets back, None: nothing.
+def hand_back(engine: MDAEngine) -> None:
+    """End what `take_over` began: its core runs plans again by what ran them before.
 
-    Engines may end in any order: one that came later and ends later does not bring
-    this one back.
+    Engines may end in any order: one that came later and is open still goes on, and
+    does not bring this one back when it ends.
     """
-    former = _former.pop(engine, None)
+    former, runner = _former.pop(engine, None), engine.mmcore.mda
     later = [one for one, before in _former.items() if before is engine]
     _former.update(dict.fromkeys(later, former))
-    return former
+    if former is not None and runner.engine is engine and not runner.is_running():
+        runner.set_engine(former)

@@ -386,6 +386,17 @@ def test_an_engine_of_focus_closed_within_a_stream_does_not_come_back(core):
     assert core.mda.engine is stock
 
 
+def test_an_engine_of_focus_opened_within_a_stream_outlives_it(core):
+    stock = MDAEngine(core)
+    core.mda.set_engine(stock)
+    config = parse_config({"transport": FREE, "autofocus": {"mode": "hold"}})
+    with rtfocus.stream(core, config, processor="configured"):
+        focusing = rtfocus.focus(core, "demo")
+    assert core.mda.engine is focusing
+    focusing.close()
+    assert core.mda.engine is stock
+
+
 def test_an_engine_that_does_not_answer_for_focus_is_named_before_the_first_image(core):
     class Theirs(MDAEngine):
         pass
