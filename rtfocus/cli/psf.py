@@ -6,7 +6,7 @@ autofocus against a z-stack through focus.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rtfocus.autofocus.planes import FEWEST_PLANES, Plane, PlaneComparison
 from rtfocus.autofocus.planes import Calibration as FocusCalibration
 from rtfocus.autofocus.planes import calibrate as calibrate_focus
-from rtfocus.autofocus.plans import save_calibration
+from rtfocus.autofocus.plans import load_calibration, save_calibration
 from rtfocus.calibration.bead_fit import calibrate_from_beads
 from rtfocus.calibration.pair_fit import calibrate_from_pairs
 from rtfocus.calibration.pairs import read_pairs
@@ -42,9 +42,9 @@ from rtfocus.cli.commands import (
 from rtfocus.cli.display import passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
 from rtfocus.drawing.figures import draw_through_focus
-from rtfocus.errors import ConfigError, ExitCode, number_of
+from rtfocus.errors import ConfigError, ExitCode, OutputError, number_of
 from rtfocus.image_set import with_engine
-from rtfocus.images.metadata import SOFTWARE, png_mark
+from rtfocus.images.metadata import SOFTWARE, png_mark, written_by_rtfocus
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
@@ -57,36 +57,6 @@ commands = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Nominal:
-    """What the command line says about the optics."""
-
-    numerical_aperture: float | None
-    wavelength_nm: float | None
-    pixel_size_um: float | None
-    refractive_index: float
-    configured: OpticalSystem | None
-
-    def optics(self, pixel_size_um: float | None = None) -> OpticalSystem:
-        """Return the optics to start from; the pixel size may come from a file."""
-        if self.configured is not None:
-            return self.configured
-        pixel_um = self.pixel_size_um or pixel_size_um
-        aperture, wavelength = self.numerical_aperture, self.wavelength_nm
-        if not aperture or not wavelength or not pixel_um:
-            msg = (
-                "the nominal optics are missing: give --na, --wavelength-nm and "
-                "--pixel-size-um, or --config with the channel's optics"
-            )
-            raise ConfigError(msg)
-        try:
-            return OpticalSystem(
-                aperture, wavelength, pixel_um, refractive_index=self.refractive_index
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
 
 def add_to(app: typer.Typer) -> None:
@@ -195,14 +165,17 @@ def fit(
     stated = None
     if config is not None:
         channel, stated = read_config(config, None).optics_of(channel)
-    nominal = _Nominal(na, wavelength_nm, pixel_size_um, refractive_index, stated)
+
+    def nominal(pixel_um: float | None) -> OpticalSystem:
+        return stated or _optics(na, wavelength_nm, pixel_um, refractive_index)
+
     free = {"fit_aperture": not fixed_na, "fit_astigmatism": astigmatism}
     if pairs is not None:
         if not defocus_um:
             msg = "--pairs need their nominal defocus, not 0: --defocus-um"
             raise ConfigError(msg)
         read = read_pairs(*pairs, most=most_pairs, only=only or ("*",))
-        start = nominal.optics()
+        start = nominal(pixel_size_um)
         with passing_time("fitting the optics to the pairs"):
             found = calibrate_from_pairs(
                 read,
@@ -219,7 +192,7 @@ def fit(
             channel=channel_index,
             descending=z_increases == "nearer",
         )
-        start = nominal.optics(planes.pixel_size_um)
+        start = nominal(pixel_size_um or planes.pixel_size_um)
         with passing_time("fitting the optics to the stack"):
             found = (
                 calibrate_from_stack(planes, start, **free)
@@ -233,6 +206,19 @@ def fit(
             p.name for p in write_calibration(part, found, channel=channel or "default")
         ]
     _tell(found, [output / name for name in names])
+
+
+def _optics(
+    na: float | None, wavelength_nm: float | None, pixel_um: float | None, index: float
+) -> OpticalSystem:
+    """Return the optics that the options say; refuse to guess what they lack."""
+    if not na or not wavelength_nm or not pixel_um:
+        msg = (
+            "the nominal optics are missing: give --na, --wavelength-nm and "
+            "--pixel-size-um, or --config with the channel's optics"
+        )
+        raise ConfigError(msg)
+    return OpticalSystem(na, wavelength_nm, pixel_um, refractive_index=index)
 
 
 def _tell(found: Calibration, paths: list[Path]) -> None:
@@ -370,6 +356,7 @@ def calibrate(
         msg = "where to? give --output FILE, or autofocus.calibration in the config"
         raise ConfigError(msg)
     guard = OutputGuard([Path(config)], overwrite=overwrite)
+    _refuse_unmarked(path)
     guard.claim(path)
     picture = guard.claim(path.with_suffix(".png"))
     wanted = _planes_asked(reach, step)
@@ -422,6 +409,19 @@ def calibrate(
         raise typer.Exit(ExitCode.FAILED)
 
 
+def _refuse_unmarked(path: Path) -> None:
+    """Say what to do with a calibration that does not say who wrote it."""
+    with suppress(ConfigError):
+        if path.is_file() and not written_by_rtfocus(path) and load_calibration(path):
+            picture = path.with_suffix(".png")
+            msg = (
+                f"'{path}' is a calibration without the mark of rtfocus, as earlier "
+                "versions wrote it: it is not replaced; move it away, and the "
+                f"picture '{picture}', or give another --output"
+            )
+            raise OutputError(msg)
+
+
 def _planes_asked(reach: float, step: float) -> np.ndarray:
     """Return the planes about focus, in depths of field; refuse too few of them."""
     planes = np.arange(-reach, reach + step / 2, step)
@@ -440,7 +440,5 @@ def _draw(path: Path, found: FocusCalibration, planes: Sequence[Plane]) -> None:
     sharp = np.array([plane.sharpness for plane in planes])
     read_um = [plane.reading.defocus_um for plane in planes]
     distance_um = np.abs(np.array(read_um, dtype=float))
-    draw_through_focus(path, z_um, sharp / max(float(sharp.max()), 1e-12), distance_um)
-    drawn = Image.open(path)
-    drawn.load()
-    drawn.save(path, format="png", pnginfo=png_mark())
+    share = sharp / max(float(sharp.max()), 1e-12)
+    draw_through_focus(z_um, share, distance_um).save(path, png_mark())

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -140,9 +141,9 @@ class PixelCanvas:
         shown = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, way)
         self._picture.paste(shown, (round(left), round(top)))
 
-    def save(self, path: Path) -> None:
-        """Write the picture as PNG."""
-        self._picture.save(path, format="PNG")
+    def save(self, path: Path, words: PngInfo | None = None) -> None:
+        """Write the picture as PNG, with `words` in it that nobody sees."""
+        self._picture.save(path, format="PNG", pnginfo=words)
 
 
 class SvgCanvas:

@@ -404,15 +404,11 @@ def _colour_bar(canvas: Canvas, panel: Panel, box: Box) -> None:
         canvas.text((left + _BAR_PT + 5, height), words, size=_SMALL_PT)
 
 
-def draw_through_focus(
-    path: Path, z_um: Floats, share: Floats, read_um: Floats
-) -> None:
-    """Draw sharpness and the engine's reading over z as a PNG.
+def draw_through_focus(z_um: Floats, share: Floats, read_um: Floats) -> PixelCanvas:
+    """Draw sharpness and the engine's reading over z.
 
     Parameters
     ----------
-    path
-        The PNG.
     z_um
         Of the stage from focus, by plane.
     share
@@ -436,4 +432,4 @@ def draw_through_focus(
     below.dots(z_um[known], read_um[known], ORANGE)
     for chart in (above, below):
         chart.upright(0.0)
-    canvas.save(path)
+    return canvas

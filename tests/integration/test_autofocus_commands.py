@@ -208,6 +208,12 @@ def test_a_calibrated_microscope_needs_fewer_images(config: Path) -> None:
     assert found.with_suffix(".png").stat().st_size > 1000
     assert "--overwrite" in failed(command(*make))
     succeeded(command(*make, "--overwrite"))
+    marked = found.read_text("utf-8")
+    _, unmarked = marked.split("\n", 1)
+    found.write_text(unmarked, "utf-8")
+    said = failed(command(*make, "--overwrite"))
+    assert f"move it away, and the picture '{found.with_suffix('.png')}'" in said
+    found.write_text(marked, "utf-8")
     images = []
     for extra in ([], ["--set", f"autofocus.calibration={found}"]):
         said = succeeded(command("autofocus", config, *extra))
