@@ -258,9 +258,8 @@ class Outcome:
         return ExitCode.DONE if self.is_complete else ExitCode.INCOMPLETE
 
     def __str__(self) -> str:
-        number = f"{self.present} frames"
-        if self.planned is not None:
-            number = f"{self.present} of {self.planned} planned frames"
+        planned = "" if self.planned is None else f"of {self.planned} planned "
+        number = f"{self.present} {planned}frames"
         why = "" if self.reason == COMPLETED else f": {self.reason}"
         if self.is_complete:
             return (
@@ -418,9 +417,7 @@ class DiskWatch:
         """Return the free bytes, measured a moment ago or `at_once`."""
         now = self._clock_s()
         is_due = not self._samples or now - self._samples[-1][0] >= _SAMPLE_S
-        if not (is_due or at_once):
-            return self._samples[-1][1]
-        free = self._free(self._folder)
+        free = self._free(self._folder) if is_due or at_once else self._samples[-1][1]
         if is_due:
             self._samples.append((now, free))
         return free
@@ -429,8 +426,7 @@ class DiskWatch:
         """Raise WriterError when less than the minimum is left."""
         # A fast disk fills between two samples.
         is_near = self._samples[-1][1] < 2 * self._min_free
-        free = self.sample(at_once=is_near)
-        if free < self._min_free:
+        if (free := self.sample(at_once=is_near)) < self._min_free:
             msg = (
                 f"disk of '{self._folder}' has only {_mb(free)} free, less than "
                 f"store.min_free_mb={self._min_free / 1e6:.0f}: the run ends here; "

@@ -7,6 +7,7 @@ renewed one by one while training goes on.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -96,16 +97,18 @@ def load_fields(recipe: RecipeBase) -> list[SharpField]:
 def _load_source(source: SourceRecipe, folder: Path) -> list[SharpField]:
     found: list[SharpField] = []
     for pattern in source.files:
-        paths = sorted(folder.glob(pattern))
-        if not paths:
-            msg = (
-                f"source '{source.kind}': no file matches '{folder / pattern}'; "
-                "correct its files, or data_folder, in the recipe"
-            )
-            raise ConfigError(msg)
-        for path in paths:
+        for path in _matching(folder, pattern, f"source '{source.kind}'"):
             found += _load_file(path, source, _is_held_out(path, folder, source))
     return found
+
+
+def _matching(folder: Path, pattern: str, whose: str) -> list[Path]:
+    """Return the files that a pattern of the recipe means; ConfigError: none."""
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        msg = f"{whose}: no file matches '{folder / pattern}'; correct the recipe"
+        raise ConfigError(msg)
+    return paths
 
 
 def _is_held_out(path: Path, folder: Path, source: SourceRecipe) -> bool:
@@ -154,15 +157,8 @@ def load_real_pairs(
     ConfigError
         If there is no such file, or a field has no partner of the same shape.
     """
-    paths = sorted(folder.glob(wanted.sharp))
-    if not paths:
-        msg = (
-            f"real pairs: no file matches '{folder / wanted.sharp}'; correct the "
-            "pattern, or data_folder, in the recipe"
-        )
-        raise ConfigError(msg)
     pairs = []
-    for path in paths:
+    for path in _matching(folder, wanted.sharp, "real pairs"):
         held_out = any(fnmatch(path.name, pattern) for pattern in wanted.validation)
         if held_out == validation:
             pairs.append(_load_pair(path, folder / wanted.blurred / path.name))
@@ -171,10 +167,7 @@ def load_real_pairs(
 
 def _load_pair(sharp_path: Path, blurred_path: Path) -> Pair:
     if not blurred_path.is_file():
-        msg = (
-            f"real pairs: '{sharp_path}' has no partner '{blurred_path}'; add it, or "
-            "take the sharp one away"
-        )
+        msg = f"real pairs: '{sharp_path}' has no partner '{blurred_path}'; add it"
         raise ConfigError(msg)
     sharp, blurred = (
         open_images(path)[0].read().astype(np.float32)
@@ -216,9 +209,7 @@ class SceneSource:
         self._side_px = recipe.pool.side_px
         self._specimens = recipe.specimens
         self._mixed_share = recipe.mixed_share
-        counts = {id(f.source): 0 for f in self.fields}
-        for field in self.fields:
-            counts[id(field.source)] += 1
+        counts = Counter(id(field.source) for field in self.fields)
         shares = [f.source.share / counts[id(f.source)] for f in self.fields]
         if recipe.specimens is not None:
             shares.append(recipe.specimens.share)
@@ -294,8 +285,8 @@ def mixed(first: Scene, second: Scene, rng: np.random.Generator) -> Scene:
         bend = np.exp(rng.uniform(*np.log(_BENDS)))
         light += np.float32(weight) * scene.light[:rows, :columns] ** np.float32(bend)
     light /= max(float(light.max()), 1e-6)
-    both_ideal = first.ideal and second.ideal
-    return Scene(light, both_ideal, zoom=min(first.zoom, second.zoom))
+    zoom = min(first.zoom, second.zoom)
+    return Scene(light, first.ideal and second.ideal, zoom)
 
 
 # Sees noise and hardly an image (Immerkaer 1996, Fast noise variance estimation).
