@@ -5,12 +5,15 @@ a first config of rtfocus), and what this machine has for acquiring, for ``rtfoc
 doctor``.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus, DeviceType, find_micromanager
 from pymmcore_plus import _discovery as discovery
 from pymmcore_plus.experimental.unicore import UniMMCore
@@ -23,7 +26,7 @@ from rtfocus.config.sections import (
 )
 from rtfocus.errors import MicroscopeError
 from rtfocus.microscope.series import current_channel
-from rtfocus.microscope.virtual_devices import load_virtual_microscope
+from rtfocus.microscope.virtual_devices import BufferRoom, load_virtual_microscope
 from rtfocus.runtimes.machine import Finding
 
 DEMO_CONFIG = "MMConfig_demo.cfg"
@@ -198,9 +201,30 @@ class PatientCore(UniMMCore):
     next sequence.
     """
 
+    def __init__(self, mm_path: str) -> None:
+        self.taken = threading.Event()
+        """Set when an image was taken out of the buffer, or none will be any more."""
+        super().__init__(mm_path=mm_path)
+
+    def popNextImage(self, *, fix: bool = True) -> NDArray[Any]:  # noqa: N802
+        """Take the oldest image out of the buffer."""
+        image: NDArray[Any] = super().popNextImage(fix=fix)
+        self.taken.set()
+        return image
+
+    def popNextImageMD(self, *args: Any) -> NDArray[Any]:  # noqa: ANN401, N802
+        """Take the oldest image out of the buffer, and what is told of it."""
+        image: NDArray[Any] = super().popNextImageMD(*args)
+        self.taken.set()
+        return image
+
     def _stop_acquisition_thread(self, timeout: float | None = 2) -> None:
-        if timeout is not None and self._acquisition_thread is not None:
-            timeout += self.getExposure() / 1e3
+        if self._acquisition_thread is not None:
+            if timeout is not None:
+                timeout += self.getExposure() / 1e3
+            # Whoever waits for room must hear of it before it is waited for.
+            self._stop_event.set()
+            self.taken.set()
         super()._stop_acquisition_thread(timeout)
 
 
@@ -222,7 +246,7 @@ def open_core(config: Config) -> Iterator[UniMMCore]:
 
 
 @contextmanager
-def bare_core() -> Iterator[UniMMCore]:
+def bare_core() -> Iterator[PatientCore]:
     """Make a core without devices; whatever is loaded by then, unload it."""
     # Any folder keeps pymmcore-plus from searching the disk for a Micro-Manager,
     # and from complaining where the virtual microscope needs none.
@@ -238,13 +262,12 @@ def bare_core() -> Iterator[UniMMCore]:
         super(CMMCorePlus, core).registerCallback(None)
 
 
-def _load(core: UniMMCore, config: Config) -> None:
+def _load(core: PatientCore, config: Config) -> None:
     microscope = config.microscope
     if isinstance(microscope, VirtualMicroscopeConfig):
         channels = [(channel.name, channel.optics) for channel in config.channels]
-        load_virtual_microscope(
-            core, microscope, channels, backlog_frames=_BACKLOG_FRAMES
-        )
+        room = BufferRoom(core, _BACKLOG_FRAMES, core.taken)
+        load_virtual_microscope(core, microscope, channels, room=room)
     elif isinstance(microscope, DemoCameraConfig):
         folder = demo_folder(microscope.adapter_path)
         file = microscope.config_file or folder / DEMO_CONFIG

@@ -306,7 +306,8 @@ CAMERA, Z_STAGE, XY_STAGE = "Camera", "Z", "XY"
 # Micro-Manager's buffer holds this many times the backlog, at least this much.
 _BUFFER_BACKLOGS = 4
 _LEAST_BUFFER_MB = 16
-_POLL_S = 0.0005
+# A buffer that is cleared, which nobody tells, has room again as well.
+_LONGEST_WAIT_S = 0.1
 
 
 def load_virtual_microscope(
@@ -314,7 +315,7 @@ def load_virtual_microscope(
     config: VirtualMicroscopeConfig,
     channels: Sequence[tuple[str, OpticalSystem | None]],
     *,
-    backlog_frames: int | None = None,
+    room: "BufferRoom | None" = None,
 ) -> dict[str, VirtualSpecimen]:
     """Load camera, z-stage and xy-stage and a preset per channel.
 
@@ -326,10 +327,9 @@ def load_virtual_microscope(
         The microscope; its `optics`, where given, hold for all channels.
     channels
         Preset names with the optics to image through.
-    backlog_frames
-        The camera waits while so many frames of a sequence have not been taken; the
-        core's buffer is made just large enough. None: it does not wait, and the
-        buffer overflows like any camera's.
+    room
+        The camera waits for it before each frame of a sequence; the core's buffer is
+        made just large enough. None: the buffer overflows like any camera's.
 
     Returns
     -------
@@ -359,7 +359,7 @@ def load_virtual_microscope(
             "has one: give all channels' optics the same pixel_size_um"
         )
         raise ConfigError(msg)
-    _load_devices(core, config, specimens, backlog_frames)
+    _load_devices(core, config, specimens, room)
     _define_presets(core, list(specimens), pixel_sizes_um.pop())
     return specimens
 
@@ -368,14 +368,14 @@ def _load_devices(
     core: UniMMCore,
     config: VirtualMicroscopeConfig,
     specimens: dict[str, VirtualSpecimen],
-    backlog_frames: int | None,
+    room: "BufferRoom | None",
 ) -> None:
     z_stage, xy_stage = VirtualZStage(config.z_stage), VirtualXYStage()
     camera = VirtualCamera(config, specimens, z_stage, xy_stage)
     # Only this event tells that a sequence is to stop before it has: see `BufferRoom`.
     camera.stopping = core._stop_event  # noqa: SLF001
-    if backlog_frames is not None:
-        camera.wait_for_room = BufferRoom(core, backlog_frames).wait
+    if room is not None:
+        camera.wait_for_room = room.wait
     devices = {CAMERA: camera, Z_STAGE: z_stage, XY_STAGE: xy_stage}
     for label, device in devices.items():
         core.loadPyDevice(label, device)
@@ -385,8 +385,9 @@ def _load_devices(
     core.setXYStageDevice(XY_STAGE)
     # Without a shutter, automatic shuttering costs time and does nothing.
     core.setAutoShutter(False)
-    if backlog_frames is not None:
-        wanted_mb = _BUFFER_BACKLOGS * backlog_frames * core.getImageBufferSize() / 1e6
+    if room is not None:
+        backlog_mb = room.backlog_frames * core.getImageBufferSize() / 1e6
+        wanted_mb = _BUFFER_BACKLOGS * backlog_mb
         core.setCircularBufferMemoryFootprint(max(_LEAST_BUFFER_MB, ceil(wanted_mb)))
 
 
@@ -405,18 +406,32 @@ class BufferRoom:
     The buffer of `UniMMCore` calls itself full when its end is reached while
     frames wait, although its beginning is free; so at its end one waits until it
     is empty.
+
+    Parameters
+    ----------
+    core
+        Of the buffer.
+    backlog_frames
+        Frames that may wait.
+    taken
+        Set by the core for every frame that was taken out, and when it stops.
     """
 
-    def __init__(self, core: UniMMCore, backlog_frames: int) -> None:
+    def __init__(
+        self, core: UniMMCore, backlog_frames: int, taken: threading.Event
+    ) -> None:
         # The core owns the camera that owns this: a plain reference would keep
         # all three alive.
         self._core = weakref.ref(core)
-        self._backlog_frames = backlog_frames
+        self.backlog_frames = backlog_frames
+        self._taken = taken
         self._since_empty = 0
 
     def wait(self) -> None:
         """Return when there is room, or the sequence was stopped."""
         while (core := self._core()) is not None:
+            # Before the look: what is taken after it ends the wait.
+            self._taken.clear()
             # The core joins the camera's thread before it says that the sequence
             # has stopped; only this event tells earlier.
             if core._stop_event.is_set():  # noqa: SLF001
@@ -424,7 +439,7 @@ class BufferRoom:
             if self._has_room(core):
                 self._since_empty += 1
                 return
-            time.sleep(_POLL_S)
+            self._taken.wait(_LONGEST_WAIT_S)
 
     def _has_room(self, core: UniMMCore) -> bool:
         capacity = core.getBufferTotalCapacity()
@@ -432,4 +447,4 @@ class BufferRoom:
             self._since_empty = 0
             return True
         waiting = core.getRemainingImageCount()
-        return waiting < self._backlog_frames and self._since_empty + 1 < capacity
+        return waiting < self.backlog_frames and self._since_empty + 1 < capacity

@@ -170,6 +170,23 @@ def test_stop_while_it_waits_ends_at_once():
     assert (report.frames, report.reason) == (4, "canceled")
 
 
+@pytest.mark.parametrize("take", ["popNextImage", "popNextImageAndMD"])
+def test_a_camera_without_room_is_told_of_it_and_does_not_look_for_it(
+    take, monkeypatch
+):
+    monkeypatch.setattr("rtfocus.microscope.virtual_devices._LONGEST_WAIT_S", 60)
+    with open_core(virtual({"live": {"exposure_ms": 0.1}})) as core:
+        core.setExposure(0.1)
+        core.startSequenceAcquisition(1000, 0.0, True)
+        for _ in range(5):
+            wait_for(lambda: core.getRemainingImageCount() == 8)
+            getattr(core, take)()
+        (camera,) = (t for t in threading.enumerate() if "Thread-" in t.name)
+        wait_for(lambda: core.getRemainingImageCount() == 8)
+        core.stopSequenceAcquisition()
+        assert not camera.is_alive()
+
+
 class CountingCamera(SimpleCameraDevice):
     """Writes into its pixels how many frames it has exposed."""
 
