@@ -328,11 +328,12 @@ class CommitQueue:
 def _failure(futures: list[Commit]) -> BaseException | None:
     """Wait for all futures, failed or not: their slot is referenced until then."""
     first: BaseException | None = None
-    for future in futures:
+    # The last to start is most often the last to end: one wait instead of one each.
+    for future in reversed(futures):
         try:
             future.result()
         except Exception as error:  # returned, and kept by the caller
-            first = first or error
+            first = error
     return first
 
 
