@@ -110,25 +110,25 @@ def read_region(plane: Image, region: Region, shape: tuple[int, int]) -> Image:
         Height and width of the result, which is periodic: its margin leads from what
         lies behind the region to what lies before it.
     """
-    down = _extend(plane, region.rows, shape[0])
-    across = _extend(down.T, region.columns, shape[1])
-    return np.ascontiguousarray(across.T)
+    (height, width), columns, count = shape, region.columns, region.shape[1]
+    near, far = _beyond(columns, width, plane.shape[1])
+    wide = np.hstack([plane[:, columns], plane[:, near], plane[:, far]])
+    down = _extend(wide, region.rows, height)
+    down[:, count:width] += (down[:, width:] - down[:, count:width]) * _fade(len(near))
+    return np.ascontiguousarray(down[:, :width])
 
 
 def _extend(plane: Image, span: slice, length: int) -> Image:
     """Take rows ``span`` and add a margin up to `length` rows."""
-    count = span.stop - span.start
-    result = np.empty((length, plane.shape[1]), dtype=np.float32)
-    result[:count] = plane[span]
-    margin = length - count
-    if margin == 0:
-        return result
-    steps = np.arange(margin)
-    behind = plane[_mirror(span.stop + steps, plane.shape[0])]
-    before = plane[_mirror(span.start - margin + steps, plane.shape[0])]
-    behind += (before - behind) * _fade(margin)[:, None]
-    result[count:] = behind
-    return result
+    behind, before = (plane[rows] for rows in _beyond(span, length, len(plane)))
+    behind += (before - behind) * _fade(len(behind))[:, None]
+    return np.concatenate([plane[span], behind])
+
+
+def _beyond(span: slice, length: int, size: int) -> list[NDArray[np.int64]]:
+    """Return the indices that are lacking behind a span, and as many before it."""
+    steps = np.arange(length - (span.stop - span.start))
+    return [_mirror(at + steps, size) for at in (span.stop, span.start - len(steps))]
 
 
 def _mirror(index: NDArray[np.int64], length: int) -> NDArray[np.int64]:

@@ -118,6 +118,23 @@ def test_one_bright_point_is_no_background():
     assert empty[1, 1]
 
 
+def test_tiles_are_judged_each_by_its_own_cells():
+    rng = np.random.default_rng(6)
+    points = rng.random((180, 240)) < 3e-4
+    frame = (100 + 3 * rng.standard_normal(points.shape) + 60 * points).astype("f4")
+    rule = ContrastToNoise()
+    # The first begins before the frame, the last ends behind it.
+    found = rule.tiles(frame, tile_px=60, stride_px=36, start_px=-24, noise=3.0)
+    assert 0 < found.sum() < found.size
+    cells = frame.reshape(15, 12, 20, 12)
+    means, peaks = cells.mean(axis=(1, 3)), cells.max(axis=(1, 3))
+    for row, column in np.ndindex(found.shape):
+        place = tuple(slice(max(3 * n - 2, 0), 3 * n + 3) for n in (row, column))
+        contrast = means[place].max() - means[place].min()
+        height = peaks[place].max() - means[place].min()
+        assert found[row, column] == (contrast < 9 and height < 24)
+
+
 def test_tiles_off_the_cells_are_refused():
     with pytest.raises(ValueError, match="multiples of 12"):
         ContrastToNoise().tiles(

@@ -217,6 +217,16 @@ def test_context_exists_for_regions_of_any_size(height, width, more):
     assert padded.max() <= plane.max()
 
 
+def test_context_of_part_of_a_frame_is_that_of_the_whole_between_its_columns():
+    plane = np.random.default_rng(1).random((50, 40)).astype(np.float32)
+    whole = read_region(plane, Region(slice(9, 31), slice(0, 40)), (36, 40))
+    part = read_region(plane, Region(slice(9, 31), slice(12, 27)), (36, 25))
+    np.testing.assert_array_equal(part[:, :15], whole[:, 12:27])
+    turned = read_region(plane.T, Region(slice(12, 27), slice(9, 31)), (25, 36)).T
+    np.testing.assert_allclose(part, turned, rtol=1e-5)
+    assert part.flags.c_contiguous
+
+
 def test_unknown_method_lists_the_known_ones(psfs):
     with pytest.raises(ValueError, match="not one of wiener, richardson_lucy"):
         restorer_of(psfs, method="magic")

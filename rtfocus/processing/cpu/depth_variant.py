@@ -119,8 +119,8 @@ class WienerDeconvolution:
         self._gain = gain_e_per_count
         self._rise = _inverse_signal(shape)
         low, high = CUBED_BAND
-        self._band = np.nonzero((self._rise > low) & (self._rise < high))
-        blurred = self._power[self._band] / self._rise[self._band]
+        self._band = np.flatnonzero((self._rise > low) & (self._rise < high))
+        blurred = self._power.flat[self._band] / self._rise.flat[self._band]
         # Power in the band of a signal whose power at one cycle per pixel is 1.
         self._band_power = float(blurred.sum(dtype=np.float64))
 
@@ -143,7 +143,7 @@ class WienerDeconvolution:
         if self._gain is not None:
             # A camera that smooths or compresses hides its noise from the frame.
             variance = max(variance, float(seen.signal.mean()) / self._gain)
-        found = seen.spectrum[self._band]
+        found = seen.spectrum.take(self._band)
         pixels = self._shape[0] * self._shape[1]
         power = (found.real**2 + found.imag**2).sum(dtype=np.float64) / pixels
         # White noise has its variance in every bin; the rest is blurred signal.
