@@ -194,7 +194,6 @@ def measure_writer(
             series,
             config.store,
             grid=grid,
-            restored=True,
             accounting=accounting,
             on_durable=lambda _: None,
             on_free=lambda _: free.release(),

@@ -114,9 +114,8 @@ def record(folder: Path, layout: Layout) -> Path:
     with open_run(
         folder,
         series,
-        StoreConfig(min_free_mb=0),
+        StoreConfig(min_free_mb=0, restored=False),
         grid=None,
-        restored=False,
         accounting=accounting,
         on_durable=lambda _: None,
         on_free=pool.release,

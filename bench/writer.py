@@ -121,7 +121,6 @@ def run_rtfocus(
         series_start(size, frames),
         store,
         grid=None,
-        restored=False,
         accounting=accounting,
         on_durable=lambda _: None,
         on_free=pool.release,
@@ -334,7 +333,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.smoke:
         given.rounds, given.frames, given.size = 1, 4, [512]
-    store = StoreConfig(codec=given.codec, fsync=given.fsync, min_free_mb=100)
+    store = StoreConfig(
+        codec=given.codec, fsync=given.fsync, min_free_mb=100, restored=False
+    )
     folder = given.folder or Path(tempfile.gettempdir())
     results = []
     for size in given.size:

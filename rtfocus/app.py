@@ -292,7 +292,7 @@ class SeriesLoop:
             self._series,
             self._config.store,
             grid=grid,
-            restored=self._config.store.restored,
+            expects_error=self._processor.expects_error,
             accounting=self._monitor.accounting,
             on_durable=self._durable,
             on_free=self._free,

@@ -116,8 +116,7 @@ class FrameHeader(msgspec.Struct, frozen=True, tag="frame", tag_field="type"):
     z_offset_um: float = 0.0
     """Planned distance from the reference plane (z-stack slice); 0 outside stacks."""
     event_index: int | None = None
-    """Ordinal of the planned MDA event from 0; None outside a plan. Missing ones
-    tell which place in the store a lost frame had."""
+    """Ordinal of the planned MDA event from 0; tells a lost frame's place in it."""
     camera_image_number: int | None = None
     """The camera's own counter within a hardware sequence, where it has one."""
     planned_s: float | None = None
@@ -342,6 +341,8 @@ class FrameResult:
     defocus: DefocusMap | None
     restored: NDArray[Any] | None
     """Same shape as the frame, camera dtype or float32; None: not restored."""
+    expected_error: NDArray[np.float32] | None = None
+    """Root mean square of the error left, in counts, by tile; None: not known."""
     skipped: str | None = None
     """Why there is no restored frame, e.g. ``raw_only: stalled``."""
     flags: tuple[str, ...] = ()

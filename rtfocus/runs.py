@@ -7,7 +7,7 @@ be read, everything else is fill.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -18,12 +18,19 @@ from rtfocus.errors import InputError, WriterError
 from rtfocus.files import path_given
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import Outcome
-from rtfocus.writers.header import JOURNAL_NAME, REPORT_NAME, RunHeader, read_header
+from rtfocus.writers.header import (
+    INNER,
+    JOURNAL_NAME,
+    REPORT_NAME,
+    RunHeader,
+    image_specs,
+    read_header,
+)
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import store_path
 from rtfocus.writers.places import position_paths
 
-Kind = Literal["raw", "restored", "defocus"]
+Kind = Literal["raw", "restored", "defocus", "expected_error"]
 
 _AXES = ("t", "p", "c", "z")
 _NUMBERS = (
@@ -41,6 +48,7 @@ _NUMBERS = (
     ("defocus_um", np.float64, np.nan),
     ("confidence", np.float64, np.nan),
     ("foreground", np.float64, np.nan),
+    ("expected_error_counts", np.float64, np.nan),
 )
 """Columns of the table of frames that hold numbers, and what stands for "unknown"."""
 _TEXTS = ("status", "role", "why", "file")
@@ -201,13 +209,21 @@ class Run:
         """
         return self.image("defocus")
 
+    @cached_property
+    def expected_error(self) -> RunImage:
+        """Error expected in restored frames per tile, in counts, root mean square.
+
+        At the first position; others: `image`. NaN = not known, or no frame.
+        """
+        return self.image("expected_error")
+
     def image(self, kind: Kind, position: int | str = 0) -> RunImage:
         """Return an image of the run.
 
         Parameters
         ----------
         kind
-            ``raw``, ``restored`` or ``defocus``.
+            ``raw``, ``restored``, ``defocus`` or ``expected_error``.
         position
             Index p or name.
 
@@ -224,6 +240,7 @@ class Run:
             raise InputError(msg)
         store = store_path(self.folder, kind)
         place = store / position_paths(self.series.positions)[position]
+        place /= kind if kind in INNER else ""
         try:
             group = zarr.open_group(place, mode="r")
             scales: Any = group.attrs["ome"]
@@ -236,7 +253,7 @@ class Run:
             steps = map(float, first["coordinateTransformations"][0]["scale"])
             scale = dict(zip(axes, steps, strict=True))
         except (OSError, LookupError, TypeError, ValueError) as error:
-            there = [k for k in ("raw", "restored", "defocus") if self._has(k)]
+            there = [k for k in get_args(Kind) if self._has(k)]
             msg = (
                 f"'{place}' cannot be read; the files say more: rtfocus check "
                 f"{self.folder}"
@@ -262,8 +279,9 @@ class Run:
         the frame was replayed; the times
         ``captured_ns``, ``received_ns``, ``durable_ns`` (Unix time), ``planned_s``,
         ``actual_s``; ``exposure_ms``, ``z_um``, ``z_offset_um``; and the estimate:
-        ``level``, ``defocus_um``, ``confidence``, ``foreground``. Unknown numbers are
-        NaN, whole ones -1 (``level``: the smallest int32).
+        ``level``, ``defocus_um``, ``confidence``, ``foreground``; and the frame's
+        ``expected_error_counts``. Unknown numbers are NaN, whole ones -1 (``level``:
+        the smallest int32).
 
         Raises
         ------
@@ -318,7 +336,8 @@ class Run:
         return WriterError(msg)
 
     def _has(self, kind: str) -> bool:
-        return store_path(self.folder, kind).is_dir()
+        names = [spec.name for spec in image_specs(self.header)]
+        return kind in names and store_path(self.folder, kind).is_dir()
 
 
 def _row(line: Line) -> tuple[Any, ...]:

@@ -36,10 +36,12 @@ def write_brightness_joint(
     damaged: bool = False,
     more: float = 0.0,
     second_look: bool = False,
+    log_error: float | None = None,
 ) -> Path:
     """Write a joint engine: the brighter a tile, the higher its level.
 
-    `share` of its corrections is taken where it runs blind, whatever the image says.
+    `share` of its corrections is taken where it runs blind, whatever the image says,
+    and `log_error` is the logarithm of the squared error that it states of every place.
     Of a `damaged` one a weight is NaN. Every restored pixel has `more` added, and a
     tenth of the level that it is told if it takes a `second_look`.
 
@@ -91,6 +93,13 @@ def write_brightness_joint(
         layer = {"weights": [[0.0] * MEASURES], "bias": [odds]}
         measures = {"middle": [0.0] * MEASURES, "spread": [1.0] * MEASURES}
         card["evidence"] = measures | {"layers": [layer]}
+    if log_error is not None:
+        more_measures = [0.0] * (MEASURES + 2)
+        card["expected_error"] = {
+            "middle": more_measures,
+            "spread": [1.0] * (MEASURES + 2),
+            "layers": [{"weights": [more_measures], "bias": [log_error]}],
+        }
     return _write(folder, nodes, constants, outputs, card, entries=len(ENTRIES))
 
 

@@ -81,14 +81,17 @@ class Recording:
         store: dict[str, Any] | None = None,
         grid: TileGrid | None = GRID,
         restored: bool = True,
+        expects_error: bool = False,
         slots: int = 32,
         on_durable: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.series = series
         self._grid = grid
         self._restored = restored
+        self._expects_error = expects_error
         self._on_durable = on_durable
-        self.store = StoreConfig(**{"min_free_mb": 0} | (store or {}))
+        given = {"min_free_mb": 0, "restored": restored} | (store or {})
+        self.store = StoreConfig(**given)
         self.accounting = Accounting()
         self.durable: list[int] = []
         size = int(np.prod(series.shape)) * np.dtype(series.dtype).itemsize
@@ -98,11 +101,11 @@ class Recording:
             series,
             self.store,
             grid=grid,
-            restored=restored,
             accounting=self.accounting,
             on_durable=self._note_durable,
             on_free=self.pool.release,
             provenance={"config": {"run": {"name": "kit"}}},
+            expects_error=expects_error,
         )
 
     def _note_durable(self, sequence: int) -> None:
@@ -139,9 +142,12 @@ class Recording:
             restored = numbered(sequence, self.series)[::-1].copy()
             if self.store.restored_dtype == "float32":
                 restored = restored.astype(np.float32)
-        defocus = None
+        defocus = error = None
         if self._grid is not None:
             shape = (self._grid.rows, self._grid.columns)
+            if self._expects_error:
+                error = np.full(shape, sequence + 0.5, np.float32)
+                error[0, 0] = 0
             values = np.full(shape, sequence, np.float32)
             values[0, 0] = np.nan
             confidence = np.full(shape, 0.5, np.float32)
@@ -166,6 +172,7 @@ class Recording:
             estimate,
             defocus,
             restored,
+            expected_error=error,
             engines={"classifier": "delpnet@0123abcd"},
             stage_ms={"classify": 2.5, "restore": float("nan")},
         )

@@ -41,8 +41,6 @@ from rtfocus.evaluation.parts import Done, Gathering, Part, Wish, measure_part, 
 from rtfocus.evaluation.samples import DataSet
 from rtfocus.evaluation.scorecard import (
     JSON_NAME,
-    LEVEL_COLUMNS,
-    RESTORED_COLUMNS,
     report_names,
     tables,
     write_report,
@@ -376,12 +374,7 @@ def _show(outcomes: list[Outcome]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPED_WIDTH)
-    for title, columns, rows in zip(
-        ("restored images", "defocus of tiles"),
-        (RESTORED_COLUMNS, LEVEL_COLUMNS),
-        tables(outcomes),
-        strict=True,
-    ):
+    for title, columns, rows in tables(outcomes):
         for name in dict.fromkeys(row[0] for row in rows):
             table = Table(*columns[1:], title=f"{name}: {title}")
             for row in rows:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import fault_in_words, read_yaml
 from rtfocus.config.sections import Section
-from rtfocus.engines.fitted import DeviationCard, EvidenceCard
+from rtfocus.engines.fitted import DeviationCard, ErrorCard, EvidenceCard
 from rtfocus.engines.spec_steps import StepsCard
 from rtfocus.errors import EngineError
 
@@ -202,6 +202,8 @@ class EngineCard(Section):
     """How far off its defocus is, optics told or not; empty: the labels' spread."""
     evidence: EvidenceCard | None = None
     """What weighs the corrections where an engine runs blind; None: nothing does."""
+    expected_error: ErrorCard | None = None
+    """Of what is left by a correction that was weighed; None: nobody knows it."""
     second_look: bool = False
     """Whether an engine that runs blind restores in a second pass, told the defocus
     that it found in the first."""
@@ -241,9 +243,10 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "restorer": ("input", "output", "levels", "normalisation", "optics"),
     "joint": ("input", "output", "restored", "levels", "normalisation", "optics"),
 }
+_BLIND = ("evidence", "expected_error", "second_look")
 _FOREIGN: Mapping[str, tuple[str, ...]] = {
-    "classifier": ("restored", "kernel_output", "evidence", "second_look", "steps"),
-    "restorer": ("restored", "background", "evidence", "second_look"),
+    "classifier": ("restored", "kernel_output", *_BLIND, "steps"),
+    "restorer": ("restored", "background", *_BLIND),
     "joint": ("kernel_output", "steps"),
 }
 _WITH_STEPS = ("levels", "normalisation", "optics", "condition", "kernel_output")
@@ -262,6 +265,8 @@ def _section_faults(card: EngineCard) -> Iterator[str]:
     missing = [part for part in needed if not getattr(card, part)]
     if missing:
         yield f"a {card.kind} needs the sections {', '.join(missing)}"
+    if card.expected_error and not card.evidence:
+        yield "expected_error is of corrections that evidence weighs: add evidence"
     foreign = [part for part in unknown if getattr(card, part)]
     if foreign:
         yield f"a {card.kind} cannot have the sections {', '.join(foreign)}"

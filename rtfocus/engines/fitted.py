@@ -17,6 +17,10 @@ these ratios, which know neither counts nor contrast nor kind of specimen, stand
 the labels say of themselves: on kinds never seen they scatter. From both follows the
 share of the correction that is applied, between none and all.
 
+*Expected error*: what a restoration is still off by. From the measures of evidence, the
+share applied and how much that changed follows the squared error left around a place,
+as it was where the sharp image is known. It is stated beside a restored frame.
+
 *Scales*: a blur beyond the labels is among them in the frame of half the size, where a
 defocus found stands for twice as much. And noise, which passes for the finest detail of
 a dim image, is weaker there.
@@ -32,7 +36,14 @@ from pydantic import Field, model_validator
 
 from rtfocus.config.sections import Section
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.optics.normalisation import PercentileRange, luminance
+from rtfocus.optics.normalisation import (
+    PercentileRange,
+    around,
+    haar,
+    luminance,
+    mean_product,
+    pad_frame,
+)
 
 Share = Annotated[float, Field(ge=0)]
 
@@ -68,6 +79,14 @@ class EvidenceCard(Section):
             msg = "its layers do not lead from the measures to one number"
             raise ValueError(msg)
         return self
+
+
+class ErrorCard(EvidenceCard):
+    """The squared error left by a restoration, its optics untold.
+
+    From the measures, the share applied and the power of the change (`error_measures`)
+    to the logarithm of the error, in squares of the frame's range.
+    """
 
 
 class DeviationCard(Section):
@@ -125,9 +144,9 @@ def stated_variance(
 Image = NDArray[np.float32]
 
 CELL_PX = 16
+BLOCK_PX = 2 * CELL_PX
+"""Side of what an error is told of; then it is averaged over the tiles of the map."""
 OCTAVES = 4
-_AROUND = 5
-"""Cells that are looked at together, per side: 80 px."""
 # Least power, in squares of the frame's range: below it nothing is measured.
 _LEAST = 1e-7
 _NOISE_OCTAVES = 3
@@ -145,22 +164,24 @@ class Evidence:
         Finds a frame's dark and bright value.
     step_um
         Defocus between two levels of the engine.
+    error_card
+        Of the error that is left; None: nobody knows it.
     """
 
     def __init__(
-        self, card: EvidenceCard, normalisation: PercentileRange, step_um: float
+        self,
+        card: EvidenceCard,
+        normalisation: PercentileRange,
+        step_um: float,
+        error_card: ErrorCard | None = None,
     ) -> None:
-        self.card = card
+        self.card, self.error_card = card, error_card
         self.normalisation = normalisation
         self.step_um = step_um
-        self._middle = np.array(card.middle, np.float32)
-        self._spread = np.array(card.spread, np.float32)
-        self._layers = [
-            (np.array(layer.weights, np.float32), np.array(layer.bias, np.float32))
-            for layer in card.layers
-        ]
+        self._log_odds = _Fitted(card)
+        self._log_error = None if error_card is None else _Fitted(error_card)
 
-    def weigh(self, signal: Image, found: DefocusMap, out: Image) -> None:
+    def weigh(self, signal: Image, found: DefocusMap, out: Image) -> Image | None:
         """Take back of a restored frame what nothing speaks for.
 
         Parameters
@@ -172,27 +193,88 @@ class Evidence:
         out
             Restored frame, changed in place: nearer to `signal`, never farther. Pixels
             that equal the signal's stay so.
+
+        Returns
+        -------
+        Image
+            Root mean square of the error expected in each tile of `found`, in the
+            signal's unit; None: nobody knows it.
         """
         grey = luminance(signal)
         dark, scale = self.normalisation.fit(grey)
         change = (luminance(out) - grey) / np.float32(scale)
-        if not change.any():
-            return
+        changed = bool(change.any())
+        if not changed and self._log_error is None:
+            return None
         normalised = (grey - np.float32(dark)) / np.float32(scale)
-        share = self.shares(measures(normalised, change, found, self.step_um))
-        rows, columns = (_to_pixels(side) for side in grey.shape)
-        weight = rows @ share @ columns.T
-        out -= signal
-        out *= weight if signal.ndim == 2 else weight[..., None]
-        out += signal
+        measured = measures(normalised, change, found, self.step_um)
+        share = self.shares(measured)
+        if changed:
+            rows, columns = (_to_pixels(side) for side in grey.shape)
+            weight = rows @ share @ columns.T
+            out -= signal
+            out *= weight if signal.ndim == 2 else weight[..., None]
+            out += signal
+        if self._log_error is None:
+            return None
+        square = np.exp(self._log_error(error_measures(measured, share, change)))
+        down = _overlaps(found.grid, found.grid.rows, grey.shape[0])
+        across = _overlaps(found.grid, found.grid.columns, grey.shape[1])
+        error = np.sqrt(down @ square @ across.T) * np.float32(scale)
+        return np.asarray(error, dtype=np.float32)
 
     def shares(self, measured: Image) -> Image:
         """Return the share of the correction per cell, 0 to 1, from its `measures`."""
+        return np.asarray(1 / (1 + np.exp(-self._log_odds(measured))), np.float32)
+
+
+class _Fitted:
+    """A small function of measures, axes (measure, row, column)."""
+
+    def __init__(self, card: EvidenceCard) -> None:
+        self._middle = np.array(card.middle, np.float32)
+        self._spread = np.array(card.spread, np.float32)
+        self._layers = [
+            (np.array(layer.weights, np.float32), np.array(layer.bias, np.float32))
+            for layer in card.layers
+        ]
+
+    def __call__(self, measured: Image) -> Image:
+        """Return its value, axes (row, column)."""
         value = (np.moveaxis(measured, 0, -1) - self._middle) / self._spread
         value = np.clip(value, -FARTHEST, FARTHEST)
         for number, (weights, bias) in enumerate(self._layers):
             value = (np.maximum(value, 0) if number else value) @ weights.T + bias
-        return np.asarray(1 / (1 + np.exp(-value[..., 0])), dtype=np.float32)
+        return np.asarray(value[..., 0])
+
+
+def error_measures(measured: Image, share: Image, change: Image) -> Image:
+    """Return what the error of a block follows from, axes (measure, row, column).
+
+    Of the `measures` of every cell, the share applied there, and the correction, axes
+    (y, x), in units of the frame's range. There is a block for every 32 px begun.
+    """
+    whole = pad_frame(change, CELL_PX)[None]
+    power = mean_product(whole, whole, CELL_PX)
+    odd = [(0, side % 2) for side in power.shape]
+    power = np.pad(power, odd, mode="edge").reshape(-(-power.shape[0] // 2), 2, -1, 2)
+    first = share[::2, ::2]
+    return with_applied(measured[:, ::2, ::2], first, power.mean(axis=(1, 3)))
+
+
+def with_applied(measured: Image, share: Image, power: Image) -> Image:
+    """Add the share applied and what it changed, a logarithm, to the measures."""
+    applied = np.log(share**2 * power + np.float32(_LEAST)) / 4
+    return np.concatenate([measured, share[None], applied[None]]).astype(np.float32)
+
+
+def _overlaps(grid: TileGrid, tiles: int, side_px: int) -> Image:
+    """Weights of the blocks for every tile along one axis: how much of it they are."""
+    begin = grid.centres_px(tiles)[:, None] + 0.5 - grid.tile_px / 2
+    edges = np.minimum(BLOCK_PX * np.arange(-(-side_px // BLOCK_PX) + 1), side_px)
+    inside = np.minimum(begin + grid.tile_px, edges[1:]) - np.maximum(begin, edges[:-1])
+    common = np.maximum(inside, 0)
+    return np.asarray(common / common.sum(axis=1, keepdims=True), np.float32)
 
 
 def measures(
@@ -218,17 +300,17 @@ def ratios(frame: Image, correction: Image) -> Image:
     Image
         Axes (ratio, row, column), a cell for every 16 px begun; 21 logarithms.
     """
-    seen, raised = (_whole_cells(image) for image in (frame, correction))
+    seen, raised = (pad_frame(image, CELL_PX) for image in (frame, correction))
     power, common, added, noise, noise_after = [], [], [], [], []
     for octave in range(OCTAVES):
         cells = CELL_PX >> (octave + 1)
-        (seen, details), (raised, changes) = _split(seen), _split(raised)
-        power.append(_mean_product(details, details, cells))
-        common.append(_mean_product(details, changes, cells))
-        added.append(_mean_product(changes, changes, cells))
-        noise.append(_mean_product(details[2:], details[2:], cells))
+        (seen, details), (raised, changes) = haar(seen), haar(raised)
+        power.append(mean_product(details, details, cells))
+        common.append(mean_product(details, changes, cells))
+        added.append(mean_product(changes, changes, cells))
+        noise.append(mean_product(details[2:], details[2:], cells))
         after = details[2:] + changes[2:]
-        noise_after.append(_mean_product(after, after, cells))
+        noise_after.append(mean_product(after, after, cells))
     p, b, c, d, e = (
         around(np.stack(one)) for one in (power, common, added, noise, noise_after)
     )
@@ -300,45 +382,6 @@ def _linear(places: NDArray[Any], centres: NDArray[Any]) -> Image:
     return np.stack(weights, axis=1).astype(np.float32)
 
 
-def around(cells: Image) -> Image:
-    """Return the mean over the 5 x 5 cells around each, cut at the frame's edge.
-
-    Axes (..., row, column).
-    """
-    summed = cells
-    for axis in (-2, -1):
-        weights = _neighbours(cells.shape[axis])
-        summed = np.moveaxis(np.moveaxis(summed, axis, -1) @ weights, -1, axis)
-    return np.asarray(summed, dtype=np.float32)
-
-
-def _neighbours(count: int) -> Image:
-    places = np.arange(count)
-    near = np.abs(places[:, None] - places) <= _AROUND // 2
-    return np.asarray(near / near.sum(axis=0), dtype=np.float32)
-
-
-def _whole_cells(image: Image) -> Image:
-    sides = [(0, -side % CELL_PX) for side in image.shape]
-    return np.pad(image, sides, mode="symmetric") if any(map(sum, sides)) else image
-
-
-def _split(image: Image) -> tuple[Image, Image]:
-    """Return means of 2 x 2 pixels, and Haar details: down, across and diagonal."""
-    a, b = image[::2, ::2], image[::2, 1::2]
-    c, d = image[1::2, ::2], image[1::2, 1::2]
-    top, bottom, left, right = a + b, c + d, a - b, c - d
-    details = np.stack([top - bottom, left + right, left - right])
-    details *= np.float32(0.25)
-    return (top + bottom) * np.float32(0.25), details
-
-
-def _mean_product(one: Image, other: Image, cells: int) -> Image:
-    product = np.einsum("kyx,kyx->yx", one, other)
-    rows, columns = (side // cells for side in product.shape)
-    return np.asarray(product.reshape(rows, cells, columns, cells).mean(axis=(1, 3)))
-
-
 def _log_ratio(above: Image, below: Image) -> Image:
     top = np.maximum(above, 0) + np.float32(_LEAST)
     return np.asarray(np.log(top / (below + np.float32(_LEAST))))
@@ -381,9 +424,9 @@ def _noise_share(pixels: NDArray[Any], grid: TileGrid) -> Image:
 
     White noise is equal in all directions; detail has next to nothing in diagonals.
     """
-    _, details = _split(_whole_cells(luminance(pixels.astype(np.float32))))
+    _, details = haar(pad_frame(luminance(pixels.astype(np.float32)), CELL_PX))
     power, noise = (
-        around(_mean_product(one, one, CELL_PX // 2)) for one in (details, details[2:])
+        around(mean_product(one, one, CELL_PX // 2)) for one in (details, details[2:])
     )
     share = 3 * noise / np.maximum(power, np.finfo(np.float32).tiny)
     rows, columns = (

@@ -14,6 +14,7 @@ from rtfocus.engines.registry import parts, step_um
 from rtfocus.evaluation.contenders import Contender, Ranking, restore_exactly
 from rtfocus.evaluation.samples import OWN_PLANES, SHARP_GROUP, DataSet, Sample
 from rtfocus.evaluation.scores import (
+    ErrorScore,
     LevelScore,
     Standing,
     mse,
@@ -89,6 +90,8 @@ class Measured:
     image: Image | None = None
     """Restored; None: it is not, or nobody is to see it."""
     tiles: FoundTiles | None = None
+    errors: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    """Stated and true, of restored tiles, as shares of the range; None: not known."""
     ms_per_megapixel: tuple[float, float] | None = None
     """By the clock and in processor time; None: the first of its size."""
 
@@ -104,6 +107,8 @@ class Outcome:
     levels: LevelScore | None = None
     """None: nothing that an engine found itself could be compared."""
     levels_by_group: dict[str, LevelScore] = field(default_factory=dict)
+    errors: ErrorScore | None = None
+    """Of what the engine states of the error that it leaves; None: nothing."""
     ms_per_megapixel: float | None = None
     """Median over the frames, the first one of every size left out."""
     cpu_ms_per_megapixel: float | None = None
@@ -121,6 +126,10 @@ class Outcome:
             self.images[one.name] = one.image
         if one.scored is not None:
             self.frames.append(one.scored)
+        if one.errors is not None:
+            unchanged = one.scored is not None and one.scored.before.psnr_db == EQUAL_DB
+            self.errors = self.errors or ErrorScore()
+            self.errors.add(*one.errors, in_focus=unchanged)
         if one.tiles is not None:
             self._take_tiles(one.group, one.tiles)
         if one.ms_per_megapixel is not None:
@@ -251,6 +260,7 @@ class Measuring:
         return replace(
             _measured(sample, result.restored),
             tiles=tiles,
+            errors=_errors(sample, result),
             ms_per_megapixel=self._per_megapixel(sample, taken),
         )
 
@@ -314,6 +324,26 @@ def _measured(sample: Sample, restored: NDArray[Any] | None) -> Measured:
         )
     image = restored.astype(np.float32)
     return Measured(sample.name, sample.group, scored, image)
+
+
+def _errors(
+    sample: Sample, result: FrameResult
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Compare what is stated of the tiles of a restored frame with the truth."""
+    stated, found, after = result.expected_error, result.defocus, result.restored
+    if stated is None or found is None or after is None or sample.sharp is None:
+        return None
+    after = _within_full_scale(after, sample.pixels.dtype)
+    left = luminance(after.astype(np.float32)) - luminance(sample.sharp.astype("f4"))
+    side = found.grid.tile_px
+    down, across = (
+        [slice(max(0, round(one)), round(one) + side) for one in first]
+        for tiles in stated.shape
+        for first in [found.grid.centres_px(tiles) - (side - 1) / 2]
+    )
+    true = np.array([[np.mean(left[y, x] ** 2) for x in across] for y in down])
+    span = np.float64(sample.data_range)
+    return np.asarray(stated / span), np.asarray(np.sqrt(true) / span)
 
 
 def _within_full_scale(restored: NDArray[Any], camera: np.dtype[Any]) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from rtfocus.errors import InputError
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.samples import SHARP_GROUP, DataSet, Sample
-from rtfocus.evaluation.scores import LevelScore
+from rtfocus.evaluation.scores import ErrorScore, LevelScore
 from rtfocus.files import portable_name
 from rtfocus.optics.normalisation import luminance
 from rtfocus.runtimes.machine import with_load
@@ -170,14 +170,31 @@ LEVEL_COLUMNS = (
 """Of the tiles that hold a specimen."""
 
 
-def tables(outcomes: Sequence[Outcome]) -> tuple[Rows, Rows]:
-    """Return the rows of restored images and those of levels."""
+ERROR_COLUMNS = (
+    *("data", "engine", "frames", "tiles", "rank", "rank in a frame"),
+    *("rank of frames", "within x2", "stated/true", "in focus %"),
+)
+"""Of the error stated beside restored images; ``in focus``: of the range, median."""
+
+
+def tables(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...], Rows]]:
+    """Return title, columns and rows of every table."""
     # By data set; contenders within as they were given.
     sets = list(dict.fromkeys(one.data.name for one in outcomes))
     ordered = sorted(outcomes, key=lambda one: sets.index(one.data.name))
     restored = [_restored(one) for one in ordered if one.frames]
     levels = [_levels(one, one.levels) for one in ordered if one.levels is not None]
-    return restored, levels
+    errors = [_errors(one, one.errors) for one in ordered if one.errors is not None]
+    return [
+        ("restored images", RESTORED_COLUMNS, restored),
+        ("defocus of tiles", LEVEL_COLUMNS, levels),
+        ("expected error of restored images", ERROR_COLUMNS, errors),
+    ]
+
+
+def _errors(one: Outcome, score: ErrorScore) -> list[str]:
+    said = ["" if x is None else f"{x:g}" for x in score.summary().values()]
+    return [one.data.name, one.contender.title, *said]
 
 
 def _restored(one: Outcome) -> list[str]:
@@ -308,7 +325,6 @@ def markdown(
     lacking: Sequence[str] = (),
 ) -> str:
     """Return the tables in Markdown."""
-    restored, levels = tables(outcomes)
     place = taken_on or with_load()
     lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {place}.", ""]
     titles = {one.data.name: one.data.title for one in outcomes}
@@ -317,12 +333,9 @@ def markdown(
     if lacking:
         lines += ["", "**Failed, and in no figure:**", ""]
         lines += [f"- {line}" for line in lacking]
-    for heading, columns, rows in (
-        ("Restored images", RESTORED_COLUMNS, restored),
-        ("Defocus of tiles", LEVEL_COLUMNS, levels),
-    ):
+    for title, columns, rows in tables(outcomes):
         if rows:
-            lines += ["", f"## {heading}", "", *table(columns, rows)]
+            lines += ["", f"## {title.capitalize()}", "", *table(columns, rows)]
     by_group = [line for one in outcomes for line in _groups(one)]
     if by_group:
         lines += ["", "## By group", "", *by_group]
@@ -342,6 +355,7 @@ def _outcome(one: Outcome) -> dict[str, Any]:
         "ms_per_megapixel": one.ms_per_megapixel,
         "cpu_ms_per_megapixel": one.cpu_ms_per_megapixel,
         "restored": one.groups(),
+        "expected_error": one.errors.summary() if one.errors else None,
         "levels": None if one.levels is None else one.levels.summary(),
         "levels_by_group": {
             name: score.summary() for name, score in one.levels_by_group.items()

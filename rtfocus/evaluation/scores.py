@@ -6,7 +6,7 @@ is one rule for all engines, whatever their own: else an engine that calls diffi
 tiles background would look better than one that dares.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,8 @@ _BINS = 15
 _LEAST_SIGMA_UM = 0.01
 # Ranks of the cumulative match that are told.
 _TOP = 5
+_FEWEST = 9
+"""Places that are ranked."""
 
 
 @dataclass
@@ -237,6 +239,62 @@ def share(part: int, whole: int) -> float | None:
 
 
 Floats = NDArray[np.float64]
+
+
+@dataclass
+class ErrorScore:
+    """What the errors that an engine states of restored frames are worth."""
+
+    _frames: list[tuple[Floats, Floats]] = field(default_factory=list)
+    _in_focus: list[float] = field(default_factory=list)
+
+    def add(self, stated: Floats, true: Floats, *, in_focus: bool = False) -> None:
+        """Take the places of one frame: roots of mean squares, shares of its range."""
+        if in_focus:
+            self._in_focus.append(100 * _root(stated))
+        else:
+            self._frames.append((stated.ravel(), true.ravel()))
+
+    def summary(self) -> dict[str, Any]:
+        """Return rank correlations and factors of frames out of focus; and in focus."""
+        none = np.zeros(0), np.zeros(0)
+        stated, true = map(np.concatenate, zip(none, *self._frames, strict=True))
+        found = [rank_correlation(*pair) for pair in self._frames]
+        inner = [one for one in found if one is not None]
+        wholes = np.array([[_root(one) for one in pair] for pair in self._frames])
+        whole, truth = np.maximum(wholes.reshape(-1, 2).T, np.finfo(float).tiny)
+        within = int((np.abs(np.log2(whole / truth)) <= 1).sum())
+        return {
+            "frames": len(self._frames),
+            "places": stated.size,
+            "rank": rank_correlation(stated, true),
+            "rank_in_frame": _middle(inner, np.mean),
+            "rank_of_frames": rank_correlation(whole, truth),
+            "within_factor_two": share(within, whole.size),
+            "factor": _middle(whole / truth, np.median),
+            "in_focus_percent": _middle(self._in_focus, np.median),
+        }
+
+
+def _middle(values: Sequence[float] | Floats, of: Callable[..., Any]) -> float | None:
+    return round(float(of(values)), 3) if len(values) else None
+
+
+def _root(values: Floats) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
+def rank_correlation(one: Floats, other: Floats) -> float | None:
+    """Return Spearman's coefficient; None of few, or where all are alike."""
+    if one.size < _FEWEST or not (np.ptp(one) and np.ptp(other)):
+        return None
+    return round(pearson(_ranks(one), _ranks(other)), 3)
+
+
+def _ranks(values: Floats) -> Floats:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(count) - (count - 1) / 2)[place])
+
 
 # Window of Wang et al. 2004: Gaussian, sigma 1.5, cut to 11 x 11 pixels.
 _SIGMA_PX = 1.5

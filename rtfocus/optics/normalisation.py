@@ -329,3 +329,42 @@ def halved(image: NDArray[np.generic]) -> NDArray[np.generic]:
     if image.dtype.kind == "f":
         return np.asarray(means)
     return np.asarray(np.rint(means).astype(image.dtype))
+
+
+def haar(image: Image) -> tuple[Image, Image]:
+    """Return means of 2 x 2 pixels, and Haar details: down, across and diagonal."""
+    a, b = image[::2, ::2], image[::2, 1::2]
+    c, d = image[1::2, ::2], image[1::2, 1::2]
+    top, bottom, left, right = a + b, c + d, a - b, c - d
+    details = np.stack([top - bottom, left + right, left - right])
+    details *= np.float32(0.25)
+    return (top + bottom) * np.float32(0.25), details
+
+
+def mean_product(one: Image, other: Image, cells: int) -> Image:
+    """Return means of the products of details (detail, y, x) in squares of `cells`."""
+    product = np.einsum("kyx,kyx->yx", one, other)
+    rows, columns = (side // cells for side in product.shape)
+    return np.asarray(product.reshape(rows, cells, columns, cells).mean(axis=(1, 3)))
+
+
+_AROUND = 5
+"""Cells that are looked at together, per side."""
+
+
+def around(cells: Image) -> Image:
+    """Return the mean over the 5 x 5 cells around each, cut at the frame's edge.
+
+    Axes (..., row, column).
+    """
+    summed = cells
+    for axis in (-2, -1):
+        weights = _neighbours(cells.shape[axis])
+        summed = np.moveaxis(np.moveaxis(summed, axis, -1) @ weights, -1, axis)
+    return np.asarray(summed, dtype=np.float32)
+
+
+def _neighbours(count: int) -> Image:
+    places = np.arange(count)
+    near = np.abs(places[:, None] - places) <= _AROUND // 2
+    return np.asarray(near / near.sum(axis=0), dtype=np.float32)

@@ -173,7 +173,15 @@ class ChannelPlan:
         found = passes.get(restoration.way)
         if found is None or (card := found.card.evidence) is None:
             return None
-        return Evidence(card, invertible_normalisation(found.card), found.step_um)
+        rule = invertible_normalisation(found.card)
+        # Of a frame in focus a pass of its own would tell nothing.
+        error = found.card.expected_error if restoration.way == "same_pass" else None
+        return Evidence(card, rule, found.step_um, error)
+
+    @property
+    def expects_error(self) -> bool:
+        """Whether the error left in restored frames is stated."""
+        return self.evidence is not None and self.evidence.error_card is not None
 
     def montage(self, grid: TileGrid) -> Montage:
         """Return the blending weights of the classifier's tiles."""

@@ -74,6 +74,8 @@ class Job:
     flags: tuple[str, ...] = ()
     """What is wrong with its pixels: ``nan``, ``saturated``; set by the device."""
     estimated: Estimated | None = None
+    expected_error: NDArray[np.float32] | None = None
+    """As in `FrameResult`; set by the device."""
     strange: bool = False
     """Whether a restored pixel is NaN or infinite; set by the device."""
     failed: bool = False
@@ -224,6 +226,7 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
         estimate=estimate,
         defocus=defocus,
         restored=restored,
+        expected_error=job.expected_error,
         skipped=job.skipped,
         flags=job.flags,
         engines=dict(job.plan.engines),

@@ -170,6 +170,11 @@ class FrameProcessor:
         """Names of the devices it may use, first choice first."""
         return tuple(" and ".join(one.name for one in team) for team in self._teams)
 
+    @property
+    def expects_error(self) -> bool:
+        """Whether a channel of the series states the error left in restored frames."""
+        return any(plan.expects_error for plan in self._plans)
+
     def backends(self) -> dict[str, str]:
         """Tell what each engine runs on, of every device that says another."""
         said: dict[str, list[str]] = {}

@@ -62,6 +62,7 @@ class _JournalFrame(msgspec.Struct):
     place: str | None = None
     flags: list[str] | None = None
     stored: list[str] = []
+    expected_error_counts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,19 @@ class RunFacts:
     def left_out_by_hold(self) -> str | None:
         """How many frames hold had no time to look at; None: there was none."""
         return left_out_by_hold(self.report or {})
+
+    @property
+    def errors_said(self) -> str:
+        """What is expected to be left in restored frames; empty: nobody knows it."""
+        found = [f.expected_error_counts for f in self.frames]
+        known = [counts for counts in found if counts is not None]
+        if not known:
+            return ""
+        low, middle, high = np.percentile(known, (5, 50, 95))
+        return (
+            f"error expected in restored frames (RMS): {middle:.3g} counts in median, "
+            f"{low:.3g} to {high:.3g} in nine of ten"
+        )
 
     @property
     def outcome(self) -> Outcome | None:

@@ -366,7 +366,7 @@ def _engines(facts: RunFacts) -> str:
         (channel, ", ".join(f"{name} ({n * facts.every})" for name, n in used.items()))
         for channel, used in facts.engines.items()
     ]
-    text = _table(("channel", "engines (frames)"), rows)
+    text = _table(("channel", "engines (frames)"), rows) + in_html(facts.errors_said)
     backends = [(name, where) for name, where in report.get("backends", {}).items()]
     text += _table(("engine", "runs on"), backends)
     devices = [(name, str(n)) for name, n in report.get("devices", {}).items()]

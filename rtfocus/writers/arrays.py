@@ -21,6 +21,7 @@ from rtfocus.frame import FrameResult
 from rtfocus.writers.header import (
     CONFIDENCE,
     DEFOCUS,
+    EXPECTED_ERROR,
     RAW,
     RESTORED,
     SEPARATOR,
@@ -292,7 +293,7 @@ class FrameArray:
 
 
 class RunImages:
-    """Raw, restored, defocus and confidence of every position.
+    """Raw, restored, and maps of the tiles, of every position.
 
     Parameters
     ----------
@@ -359,10 +360,9 @@ class RunImages:
         """
         found: dict[str, NDArray[Any] | None] = {RAW: raw}
         if result is not None:
-            found[RESTORED] = result.restored
-        if result is not None and result.defocus is not None:
-            found[DEFOCUS] = result.defocus.defocus_um
-            found[CONFIDENCE] = result.defocus.confidence
+            found |= {RESTORED: result.restored, EXPECTED_ERROR: result.expected_error}
+        if result is not None and (tiles := result.defocus) is not None:
+            found |= {DEFOCUS: tiles.defocus_um, CONFIDENCE: tiles.confidence}
         pixels = {
             spec.name: _checked(spec, array)
             for spec in self.specs

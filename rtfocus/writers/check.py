@@ -27,7 +27,7 @@ from rtfocus.writers.commit import Tally, Terms, read_rejected, read_report
 from rtfocus.writers.finish import COUNTED, finish_run
 from rtfocus.writers.folder import Holder, RunLock, holder_of
 from rtfocus.writers.header import (
-    CONFIDENCE,
+    INNER,
     JOURNAL_NAME,
     REPORT_NAME,
     ImageSpec,
@@ -280,14 +280,14 @@ def _open_images(
 
 
 def _check_stores(folder: Path, header: RunHeader, report: CheckReport) -> None:
-    """Validate each OME-Zarr, and each confidence image inside one."""
+    """Validate each OME-Zarr, and each map inside one."""
     for spec in image_specs(header):
         if (broken := companion_fault(folder, header, spec)) is not None:
             name = store_path(folder, spec.name) / COMPANION
             report.problems.append(f"'{name}' is damaged ({broken}); use --repair")
         roots = (
             image_groups(folder, header, spec)
-            if spec.name == CONFIDENCE
+            if spec.name in INNER
             else [store_path(folder, spec.name)]
         )
         for root in roots:

@@ -24,6 +24,7 @@ from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import (
     CONFIDENCE,
     DEFOCUS,
+    EXPECTED_ERROR,
     JOURNAL_NAME,
     RAW,
     REPORT_NAME,
@@ -39,6 +40,7 @@ from rtfocus.writers.journal import (
     is_unrestored,
     journal_lines,
     read_journal,
+    result_part,
     write_journal,
 )
 from rtfocus.writers.layout import Windows, write_group
@@ -174,7 +176,7 @@ def _complete(
     if not {RAW, RESTORED} <= set(images.names):
         msg = f"'{folder}' holds {images.names}; completing needs raw and restored"
         raise WriterError(msg)
-    done: dict[int, FrameResult] = {}
+    done: dict[int, Line] = {}
     for line in journal_lines(folder / JOURNAL_NAME, plan):
         if not is_unrestored(line):
             continue
@@ -184,17 +186,24 @@ def _complete(
         if result.restored is None:
             msg = f"frame {line['sequence']} was not restored: {result.skipped}"
             raise WriterError(msg)
+        parts = {RESTORED: result.restored, EXPECTED_ERROR: result.expected_error}
+        stored = {n: p for n, p in parts.items() if n in images.names and p is not None}
         try:
-            images.write(RESTORED, index, [result.restored]).result()
+            for name, pixels in stored.items():
+                images.write(name, index, [pixels]).result()
         except (OSError, ValueError) as error:
             msg = f"frame {line['sequence']} cannot be written to '{folder}': {error}"
             raise WriterError(msg) from error
-        # Only what the journal keeps: the pixels are on the disk.
-        result.restored = result.defocus = None
-        done[line["sequence"]] = result
+        done[line["sequence"]] = {
+            "stored": [*line["stored"], *stored],
+            "expected_error_counts": result_part(result)["expected_error_counts"],
+            "skipped": None,
+            "engines": result.engines,
+            "completed": True,
+        }
         on_frame()
     lines = [
-        _restored_line(line, done.get(line["sequence"]))
+        line | done.get(line["sequence"], {})
         for line in journal_lines(folder / JOURNAL_NAME, plan)
     ]
     write_journal(folder / JOURNAL_NAME, map(msgspec.json.encode, lines))
@@ -203,17 +212,6 @@ def _complete(
         tally.add(line)
     finish_run(folder, header, images, tally, _old_report(folder, len(done)))
     return len(done)
-
-
-def _restored_line(line: Line, result: FrameResult | None) -> Line:
-    if result is None:
-        return line
-    return line | {
-        "stored": [*line["stored"], RESTORED],
-        "skipped": None,
-        "engines": result.engines,
-        "completed": True,
-    }
 
 
 def _old_report(folder: Path, restored: int) -> dict[str, Any]:
@@ -238,10 +236,7 @@ def _value(key: str, absent: float = np.nan) -> _Read:
 
 def _axis(axis: str) -> _Read:
     return lambda block: _filled(
-        [
-            None if (i := line.get("index")) is None else i.get(axis, 0)
-            for line in block
-        ],
+        [None if (i := one.get("index")) is None else i.get(axis, 0) for one in block],
         _UNKNOWN,
     )
 
@@ -276,6 +271,7 @@ _COLUMNS: dict[str, tuple[str, _Read]] = {
     "defocus_um": ("float32", _estimate("defocus_um", np.nan)),
     "confidence": ("float32", _estimate("confidence", np.nan)),
     "foreground": ("float32", _estimate("foreground", np.nan)),
+    "expected_error_counts": ("float32", _value("expected_error_counts")),
 }
 """Name to dtype and how lines give the values; -1 or NaN: unknown."""
 

@@ -88,7 +88,7 @@ def frame_line(
     if error is not None:
         line["error"] = error
     line |= _source(header.frame_meta)
-    return line if result is None else line | _result_part(result)
+    return line if result is None else line | result_part(result)
 
 
 def missing_line(missing: Missing) -> Line:
@@ -109,8 +109,10 @@ def _source(meta: dict[str, Any]) -> Line:
     return {"file": file[:_LONGEST_NAME], "plane": plane}
 
 
-def _result_part(result: FrameResult) -> Line:
-    estimate = result.estimate
+def result_part(result: FrameResult) -> Line:
+    """Return what a line says of a result."""
+    estimate, error = result.estimate, result.expected_error
+    root = None if error is None else float((error**2).mean()) ** 0.5
     return {
         "estimate": estimate
         and {
@@ -120,6 +122,7 @@ def _result_part(result: FrameResult) -> Line:
             "signed": estimate.signed,
             "foreground": estimate.foreground,
         },
+        "expected_error_counts": root,
         "engines": result.engines,
         "flags": result.flags,
         "skipped": result.skipped,
@@ -153,6 +156,7 @@ class _LineShape(msgspec.Struct):
     flags: list[str] | None = None
     engines: dict[str, str] | None = None
     estimate: _EstimateShape | None = None
+    expected_error_counts: float | None = None
     stage_ms: dict[_Stage, float | None] | None = None
     captured_ns: _Integer | None = None
     received_ns: _Integer | None = None

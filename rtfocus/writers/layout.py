@@ -24,8 +24,8 @@ from rtfocus.frame import Position
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml, write_ome_xml
 from rtfocus.images.series import ImageChannel, StagePosition
 from rtfocus.writers.header import (
-    CONFIDENCE,
     DEFOCUS,
+    INNER,
     RAW,
     ImageSpec,
     RunHeader,
@@ -41,7 +41,7 @@ Windows = list[tuple[float, float] | None]
 _VERSION = "0.5"
 _RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 _COLOURS = ("00FFFF", "FF00FF", "FFFF00", "FF0000", "00FF00", "0000FF")
-_MAP_COLOURS = {DEFOCUS: "FFB000", CONFIDENCE: "FFFFFF"}
+_MAP_COLOURS = {DEFOCUS: "FFB000"} | dict.fromkeys(INNER, "FFFFFF")
 """Of what is no picture of the specimen; amber is told from grey by everybody."""
 _BY_WAVELENGTH_NM = (
     (490, "0000FF"),
@@ -52,14 +52,14 @@ _BY_WAVELENGTH_NM = (
 
 
 def store_path(folder: Path, name: str) -> Path:
-    """Return the OME-Zarr of image `name`; confidence lies inside defocus."""
-    return folder / f"{DEFOCUS if name == CONFIDENCE else name}.ome.zarr"
+    """Return the OME-Zarr of image `name`; `INNER` maps lie inside defocus."""
+    return folder / f"{DEFOCUS if name in INNER else name}.ome.zarr"
 
 
 def image_groups(folder: Path, header: RunHeader, spec: ImageSpec) -> list[Path]:
     """Return the image group of every position, by index p."""
     root = store_path(folder, spec.name)
-    inner = CONFIDENCE if spec.name == CONFIDENCE else ""
+    inner = spec.name if spec.name in INNER else ""
     return [
         root / path / inner if path else root / inner
         for path in position_paths(header.series.positions)
@@ -105,7 +105,7 @@ def _documents(
     raw = next((spec for spec in specs if spec.name == RAW), None)
     raw_groups = [] if raw is None else image_groups(folder, header, raw)
     for spec in specs:
-        if spec.name != CONFIDENCE:
+        if spec.name not in INNER:
             documents |= _collection(store_path(folder, spec.name), header)
         groups = image_groups(folder, header, spec)
         raws = [None] * len(groups) if raw in (None, spec) else raw_groups
@@ -242,18 +242,15 @@ def _description(
 ) -> dict[str, Any]:
     """Return what rtfocus itself says about one image."""
     series = header.series
-    described = {
+    return {
         "image": spec.name,
         "series_uid": series.series_uid,
         "started_ns": series.started_ns,
         "position": msgspec.to_builtins(position),
         "planned": series.sizes,
         "finished": False,
+        **spec.says,
     }
-    if spec.name == DEFOCUS and header.grid is not None:
-        described |= {"unit": "micrometer", "signed": header.grid.signed}
-        described |= {"sign": "positive: specimen too far from the objective"}
-    return described
 
 
 def image_document(header: RunHeader, spec: ImageSpec, name: str) -> dict[str, Any]:
@@ -388,7 +385,7 @@ def write_companions(
     if is_plate(positions) or len(positions) == 1:
         return
     for spec in specs:
-        if spec.name == CONFIDENCE:
+        if spec.name in INNER:
             continue
         kind = np.dtype(spec.dtype)
         content = write_ome_xml(

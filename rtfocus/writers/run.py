@@ -61,11 +61,11 @@ def open_run(
     store: StoreConfig,
     *,
     grid: TileGrid | None,
-    restored: bool,
     accounting: Accounting,
     on_durable: Callable[[int], None],
     on_free: Callable[[Slot], None],
     provenance: dict[str, Any],
+    expects_error: bool = False,
 ) -> "RunWriter":
     """Open a new run folder, or the one of this series that was cut off.
 
@@ -81,8 +81,6 @@ def open_run(
         What is written and how.
     grid
         Of the defocus maps; None: no classifier, no maps.
-    restored
-        Whether there is a restored image.
     accounting
         Receives ``written``, ``focus`` and ``in_error``; those of an earlier
         process are added when a run is resumed.
@@ -92,6 +90,8 @@ def open_run(
         Called with each appended slot once, from the commit thread.
     provenance
         Kept in the run folder: config, versions.
+    expects_error
+        Whether there are maps of the error left in restored frames.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def open_run(
     WriterError
         If the folder holds another run, or the disk has too little space.
     """
-    header = RunHeader(series, store, grid, restored, provenance)
+    header = RunHeader(series, store, grid, store.restored, provenance, expects_error)
     lock, resumes = take_folder(folder, header)
     try:
         return RunWriter(

@@ -47,6 +47,7 @@ SHAPE = (200, 260)
 SLOTS = 4
 TIMEOUT_S = 60
 LOG_SNR = 4.0
+LOG_ERROR = -4.0
 
 
 def config_for(engine_folder, **processing):
@@ -502,7 +503,7 @@ def zoo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
     write_brightness_joint(folder / "brightness")
     write_brightness_joint(folder / "other")
-    write_brightness_joint(folder / "weighed", share=0.25)
+    write_brightness_joint(folder / "weighed", share=0.25, log_error=LOG_ERROR)
     write_brightness_joint(folder / "twice", second_look=True)
     write_smooth_restorer(folder / "smooth")
     write_brightness_joint(folder / "damaged", damaged=True)
@@ -569,6 +570,61 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(
         np.testing.assert_array_equal(restored[share == 0], frame[share == 0])
     assert set(result.engines) == {"classifier", "restorer"}
     assert result.engines["restorer"].startswith(f"{method}@")
+    processor.close()
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_the_error_left_is_stated_of_every_tile_whatever_was_changed(
+    open_kind, zoo, colours
+):
+    config = config_for(
+        zoo, classifier="weighed", restoration={"method": "weighed"}, blind=True
+    )
+    rng = np.random.default_rng(9)
+    # Noise alone, of which nothing is changed; and what gets brighter to the right.
+    empty = rng.choice([500, 1500], SHAPE).astype("<u2")
+    ramp = np.arange(SHAPE[1]) * 35.0 + 500
+    blurred = (ramp + rng.normal(0, 9, SHAPE)).astype("<u2")
+    if colours == 3:
+        empty, blurred = (np.stack([one] * 3, axis=-1) for one in (empty, blurred))
+    processor = open_kind(config)
+    pool = SlotPool(1, empty.nbytes)
+    processor.start(series_for(empty.shape, channels=("DAPI",)), 1)
+    assert processor.expects_error
+    for sequence, frame in enumerate([blurred, empty] * 3):
+        ticket = submit(processor, pool, sequence, frame)
+        result = ticket.result.result(TIMEOUT_S)
+        assert np.array_equal(result.restored, frame) == (frame is empty)
+        _, scale = PercentileRange().fit(luminance(frame.astype(np.float32)))
+        assert result.expected_error.shape == result.defocus.level.shape
+        wanted = scale * np.exp(LOG_ERROR / 2)
+        np.testing.assert_allclose(result.expected_error, wanted, rtol=1e-3)
+        pool.release(ticket.slot)
+    processor.close()
+
+
+@pytest.mark.parametrize(
+    ("classifier", "method", "blind"),
+    [
+        ("weighed", "weighed", False),
+        ("other", "weighed", True),
+        ("weighed", "smooth", True),
+        ("brightness", "brightness", True),
+    ],
+)
+def test_no_error_is_stated_by_who_does_not_know_it(
+    open_kind, zoo, frames, classifier, method, blind
+):
+    config = config_for(
+        zoo, classifier=classifier, restoration={"method": method}, blind=blind
+    )
+    processor = open_kind(config)
+    pool = SlotPool(1, frames[0].nbytes)
+    processor.start(series_for(channels=("DAPI",)), 1)
+    assert not processor.expects_error
+    result = submit(processor, pool, 0, frames[0]).result.result(TIMEOUT_S)
+    assert result.restored is not None
+    assert result.expected_error is None
     processor.close()
 
 

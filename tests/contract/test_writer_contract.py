@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from numpy.typing import NDArray
 from writer_kit import GRID, indices, make_series, numbered, recording
 
 from rtfocus.channel import Channel, OpticalSystem
-from rtfocus.errors import WriterError
+from rtfocus.errors import InputError, WriterError
 from rtfocus.frame import FrameResult, Position, Role, SeriesStart
 from rtfocus.images.ome_xml import read_ome_xml
 from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.series import StagePosition
+from rtfocus.runs import open_run
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.check import check_run
 from rtfocus.writers.commit import Tally
-from rtfocus.writers.finish import contrast
+from rtfocus.writers.finish import complete_restoration, contrast
 from rtfocus.writers.header import JOURNAL_NAME, read_header
 from rtfocus.writers.journal import journal_lines
 from rtfocus.writers.places import Plan
@@ -112,6 +114,65 @@ def test_every_frame_is_read_back_at_its_own_index(layout: str, tmp_path: Path) 
     assert report.frames == frames
     assert run.pool.free == run.pool.count
     assert run.accounting.unaccounted == 0
+
+
+def test_expected_errors_lie_inside_the_defocus_and_have_a_mean_in_the_table(
+    tmp_path: Path,
+) -> None:
+    series = make_series(sizes={"t": 3, "c": 2}, channels=COLOURS)
+    with recording(tmp_path / "run.rtfocus", series, expects_error=True) as run:
+        slot = run.fill(0, {"t": 0, "c": 0})
+        known = run.result(0, {"t": 0, "c": 0})
+        run.writer.append(slot, replace(known, expected_error=None))
+        run.send(1, {"t": 0, "c": 1})
+        run.send(2, {"t": 1, "c": 0})
+        folder = run.close(3)
+    store = folder / "defocus.ome.zarr/expected_error"
+    yaozarrs.validate_zarr_store(str(store))
+    told = zarr.open_group(store, mode="r").attrs["rtfocus"]
+    assert told["unit"] == "count"
+    assert "root mean square" in told["meaning"]
+    read = open_run(folder)
+    for index, wanted in (((0, 0), np.nan), ((0, 1), 1.5), ((1, 0), 2.5)):
+        error = read.expected_error[(*index, 0)]
+        assert error.shape == (GRID.rows, GRID.columns)
+        np.testing.assert_array_equal(error.ravel()[1:], wanted)
+    share = np.sqrt(1 - 1 / (GRID.rows * GRID.columns))
+    table = [np.nan, 1.5 * share, 2.5 * share]
+    np.testing.assert_allclose(read.frames["expected_error_counts"], table, rtol=1e-6)
+    column = zarr.open_array(folder / "frames.zarr/expected_error_counts", mode="r")
+    np.testing.assert_allclose(np.asarray(column[:]), table, rtol=1e-6)
+    report = check_run(folder)
+    assert not report.problems, str(report)
+
+
+def test_frames_that_are_restored_later_get_their_expected_error_too(
+    tmp_path: Path,
+) -> None:
+    series = make_series(sizes={"t": 2})
+    with recording(tmp_path / "run.rtfocus", series, expects_error=True) as run:
+        run.send(0, {"t": 0})
+        known = run.result(1, {"t": 1})
+        late = replace(known, restored=None, expected_error=None, skipped="raw_only")
+        run.writer.append(run.fill(1, {"t": 1}), late)
+        folder = run.close(2)
+    assert complete_restoration(folder, lambda pixels, channel: known) == 1
+    read = open_run(folder)
+    np.testing.assert_array_equal(read.expected_error[1, 0, 0], known.expected_error)
+    np.testing.assert_array_equal(read.restored[1, 0, 0], known.restored)
+    assert np.isfinite(read.frames["expected_error_counts"]).all()
+    report = check_run(folder)
+    assert not report.problems, str(report)
+
+
+def test_a_run_without_expected_errors_says_that_it_has_none(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series()) as run:
+        frames = run.send_all()
+        folder = run.close(frames)
+    assert not (folder / "defocus.ome.zarr/expected_error").exists()
+    assert np.isnan(open_run(folder).frames["expected_error_counts"]).all()
+    with pytest.raises(InputError, match="no image 'expected_error'"):
+        _ = open_run(folder).expected_error
 
 
 def test_metadata_is_whole_before_frame_0(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rtfocus.engines.card import (
     InputCard,
     OutputCard,
 )
-from rtfocus.engines.fitted import Evidence, EvidenceCard
+from rtfocus.engines.fitted import ErrorCard, Evidence, EvidenceCard
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, LabelDecoder, turned
@@ -210,23 +210,29 @@ def test_a_frame_is_told_the_level_that_the_cpu_tells(
     np.testing.assert_allclose(view(condition), told, rtol=1e-5)
 
 
+def drawn_function(rng, measures, bias, hidden=7):
+    """Return a small function of a card."""
+    return {
+        "middle": rng.normal(0, 0.3, measures).tolist(),
+        "spread": rng.uniform(0.5, 2, measures).tolist(),
+        "layers": [
+            {
+                "weights": rng.normal(0, 0.5, (hidden, measures)).tolist(),
+                "bias": rng.normal(0, 0.5, hidden).tolist(),
+            },
+            {"weights": rng.normal(0, 1, (1, hidden)).tolist(), "bias": [bias]},
+        ],
+    }
+
+
 @pytest.mark.parametrize("colours", [(), (3,)])
-def test_corrections_are_weighed_as_on_the_cpu(work, memory, rng, colours):
+@pytest.mark.parametrize("states_error", [True, False])
+def test_corrections_are_weighed_as_on_the_cpu(
+    work, memory, rng, colours, states_error
+):
+    card = EvidenceCard(**drawn_function(rng, 25, -1.5))
+    error_card = ErrorCard(**drawn_function(rng, 27, -5)) if states_error else None
     shape = (150, 203, *colours)
-    measures, hidden = 25, 7
-    card = EvidenceCard.model_validate(
-        {
-            "middle": rng.normal(0, 0.3, measures).tolist(),
-            "spread": rng.uniform(0.5, 2, measures).tolist(),
-            "layers": [
-                {
-                    "weights": rng.normal(0, 0.5, (hidden, measures)).tolist(),
-                    "bias": rng.normal(0, 0.5, hidden).tolist(),
-                },
-                {"weights": rng.normal(0, 1, (1, hidden)).tolist(), "bias": [-1.5]},
-            ],
-        }
-    )
     signal = uniform_filter(rng.gamma(2, 300, shape), (5, 5, *(0 for _ in colours)))
     signal = signal.astype(np.float32)
     restored = signal + rng.normal(0, 40, shape).astype(np.float32)
@@ -238,15 +244,22 @@ def test_corrections_are_weighed_as_on_the_cpu(work, memory, rng, colours):
         "defocus_um": np.where(empty, np.nan, LEVELS * 2.1).astype(np.float32),
         "uncertainty_um": np.where(empty, np.nan, 1.3).astype(np.float32),
     }
-    evidence = Evidence(card, PercentileRange(), 2.1)
+    evidence = Evidence(card, PercentileRange(), 2.1, error_card)
     wanted = restored.copy()
-    evidence.weigh(signal, DefocusMap(GRID, **maps), wanted)
+    expected = evidence.weigh(signal, DefocusMap(GRID, **maps), wanted)
     out = memory.upload(restored, "restored")
     given = {name: memory.upload(array, name) for name, array in maps.items()}
     frame = FrameShape.of(shape)
     weighing = Weighing(memory, evidence, frame=frame, grid=GRID)
-    weighing.enqueue(work, memory.upload(signal, "signal"), given, out)
+    error = memory.upload(np.full(LEVELS.shape, np.nan, np.float32), "error")
+    weighing.enqueue(work, memory.upload(signal, "signal"), given, out, error)
     taken = np.abs(wanted - signal).sum() / np.abs(restored - signal).sum()
     assert 0.1 < taken < 0.9
     np.testing.assert_allclose(view(out), wanted, atol=0.02)
     np.testing.assert_array_equal(view(out)[:60], signal[:60])
+    if expected is None:
+        assert not states_error
+        assert np.isnan(view(error)).all()
+    else:
+        assert np.ptp(expected) > 1
+        np.testing.assert_allclose(view(error), expected, rtol=1e-3)

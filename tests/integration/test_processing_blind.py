@@ -27,14 +27,20 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bare") / "rtfocus-2"
     shutil.copytree(SHIPPED, folder)
     card = yaml.safe_load((folder / "engine.yaml").read_text("utf-8"))
-    del card["evidence"]
+    del card["evidence"], card["expected_error"]
     (folder / "engine.yaml").write_text(yaml.safe_dump(card), "utf-8")
     return folder
 
 
+Restored = dict[tuple[str, bool], NDArray[np.float32]]
+
+
 @pytest.fixture(scope="module")
-def restored(bare: Path) -> dict[tuple[str, bool], NDArray[np.float32]]:
-    """Restore one frame by both engines, blind and told; the frame is "frame"."""
+def restored(bare: Path) -> Restored:
+    """Restore one frame by both engines, blind and told; the frame is "frame".
+
+    Expected errors, where one is stated, are "ENGINE error".
+    """
     rng = np.random.default_rng(4)
     light = draw_specimen("tissue", (192, 192), rng)
     counts = 100 + 900 * blur(light, compute_psf(BBBC006, 7.0))
@@ -46,14 +52,19 @@ def restored(bare: Path) -> dict[tuple[str, bool], NDArray[np.float32]]:
                 engine = contender(str(folder), classifier="none", blind=blind)
                 config = engine.config(NO_DATA, threads=1, precision="f32")
                 processor = stack.enter_context(ImageProcessor(config))
-                found = processor.restore(frame).restored
-                assert found is not None
-                images[name, blind] = np.array(found)
+                result = processor.restore(frame)
+                assert result.restored is not None
+                images[name, blind] = np.array(result.restored)
+                if result.expected_error is not None:
+                    assert result.defocus is not None
+                    assert result.expected_error.shape == result.defocus.level.shape
+                    images[f"{name} error", blind] = result.expected_error
+    images["light", True] = 100 + 900 * light
     return images
 
 
 def test_blind_corrections_are_taken_back_in_part(
-    restored: dict[tuple[str, bool], NDArray[np.float32]],
+    restored: Restored,
 ) -> None:
     frame = restored["frame", True]
     whole = restored["bare", True] - frame
@@ -66,6 +77,17 @@ def test_blind_corrections_are_taken_back_in_part(
 
 
 def test_told_the_optics_all_of_a_correction_is_taken(
-    restored: dict[tuple[str, bool], NDArray[np.float32]],
+    restored: Restored,
 ) -> None:
     assert np.array_equal(restored["shipped", False], restored["bare", False])
+
+
+def test_the_error_left_is_stated_blind_by_what_knows_it_alone(
+    restored: Restored,
+) -> None:
+    stated = [key for key in restored if key[0].endswith("error")]
+    assert stated == [("shipped error", True)]
+    error = restored["shipped error", True]
+    left = restored["shipped", True] - restored["light", True]
+    true = np.sqrt(np.square(left).mean())
+    assert true / 3 < np.sqrt(np.square(error).mean()) < 3 * true

@@ -99,6 +99,21 @@ def test_complete_run_shows_everything_in_one_file(tmp_path: Path) -> None:
     assert page.tags.count("image") == 3 * 10, "five panels a frame, each with its bar"
 
 
+def test_errors_left_in_restored_frames_are_told_where_they_are_known(
+    tmp_path: Path,
+) -> None:
+    with recording(
+        tmp_path / "known.rtfocus", make_series(), expects_error=True
+    ) as run:
+        known = run.close(run.send_all())
+    said = "counts in median"
+    write_page(known)
+    assert any(said in words for words in read_page(known).words)
+    unknown = record(tmp_path / "unknown.rtfocus")
+    write_page(unknown)
+    assert not any(said in words for words in read_page(unknown).words)
+
+
 def test_incomplete_run_says_what_is_missing(tmp_path: Path) -> None:
     folder = record(tmp_path / "a.rtfocus", frames=4, planned=6)
     page = read_page(write_page(folder).parent)

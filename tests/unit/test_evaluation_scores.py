@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from rtfocus.engines.registry import FoundEngine, find_engine
 from rtfocus.evaluation.contenders import multiply_adds_per_pixel
@@ -18,7 +19,12 @@ from rtfocus.evaluation.evaluate import (
     _within_full_scale,
     mean_figures,
 )
-from rtfocus.evaluation.scores import LevelScore, specimen_tiles
+from rtfocus.evaluation.scores import (
+    ErrorScore,
+    LevelScore,
+    rank_correlation,
+    specimen_tiles,
+)
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import ContrastToNoise
 
@@ -91,6 +97,34 @@ def test_uncertainty_is_held_against_the_errors() -> None:
     found = score.summary()
     assert found["within_one_sigma"] == pytest.approx(1 / 3, abs=1e-4)
     assert found["within_two_sigma"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_stated_errors_are_held_against_the_true_ones() -> None:
+    rng = np.random.default_rng(8)
+    score = ErrorScore()
+    for size in (1.0, 4.0, 16.0):
+        true = size * rng.uniform(0.5, 2, (4, 5))
+        score.add(np.full((4, 5), 1.5 * np.sqrt(np.square(true).mean())), true)
+        score.add(3 * np.exp(true / size), true)
+    score.add(np.full((4, 5), 0.02), np.zeros((4, 5)), in_focus=True)
+    said = score.summary()
+    assert (said["frames"], said["places"]) == (6, 120)
+    # Where all places are told alike nothing is ranked: the others are, exactly.
+    assert said["rank_in_frame"] == 1.0
+    assert 0 < said["rank"] < 1
+    # Three are 1.5 times too large; of the others one is within twice the true one.
+    assert said["within_factor_two"] == pytest.approx(4 / 6, abs=1e-3)
+    assert said["factor"] == pytest.approx(1.5, abs=0.01)
+    assert said["in_focus_percent"] == 2.0
+
+
+def test_equal_values_share_a_rank() -> None:
+    one = np.array([3.0, 1, 1, 2, 5, 5, 5, 9, 0, 7])
+    other = np.array([2.0, 2, 0, 1, 8, 3, 5, 4, 0, 6])
+    wanted = spearmanr(one, other).statistic
+    assert rank_correlation(one, other) == pytest.approx(wanted, abs=1e-3)
+    assert rank_correlation(one[:8], other[:8]) is None
+    assert rank_correlation(np.ones(10), other) is None
 
 
 def test_mean_figures_name_the_worst_frame() -> None:

@@ -1,6 +1,7 @@
 """Evidence: corrections are taken back where nothing in the image speaks for them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from rtfocus.engines.card import EngineCard, read_card
 from rtfocus.engines.fitted import (
+    ErrorCard,
     Evidence,
     EvidenceCard,
     measures,
@@ -19,7 +21,7 @@ from rtfocus.engines.fitted import (
 )
 from rtfocus.files import resource_folder
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.optics.normalisation import PercentileRange, luminance, pad_frame
 from rtfocus.specimens import draw_specimen
 
 Image = NDArray[np.float32]
@@ -102,6 +104,95 @@ def test_shares_know_neither_counts_nor_offset() -> None:
     assert shares[0] == pytest.approx(shares[1], abs=2.0)
 
 
+def error_card(log_error: float, by_power: float = 0.0) -> ErrorCard:
+    """Return a function of the power of what was applied alone."""
+    weights = [0.0] * (MEASURES + 1) + [2 * by_power]
+    return ErrorCard.model_validate(
+        {
+            "middle": [0.0] * (MEASURES + 2),
+            # Wide: what no correction leaves is not the farthest that counts.
+            "spread": [2.0] * (MEASURES + 2),
+            "layers": [{"weights": [weights], "bias": [log_error]}],
+        }
+    )
+
+
+def test_no_error_is_stated_where_the_card_knows_none() -> None:
+    signal, sharp = blurred_nuclei()
+    assert shipped().weigh(signal, found(signal.shape), sharp.copy()) is None
+
+
+def test_an_error_is_stated_of_every_tile_in_the_unit_of_the_signal() -> None:
+    signal, sharp = blurred_nuclei()
+    tiles = found(signal.shape)
+    for gain in (1.0, 7.5):
+        evidence = Evidence(card(0.0), PercentileRange(), STEP_UM, error_card(-4.0))
+        frame, out = signal * np.float32(gain), sharp * np.float32(gain)
+        error = evidence.weigh(frame, tiles, out)
+        assert error is not None
+        assert error.shape == tiles.level.shape
+        assert error.dtype == np.float32
+        _, scale = PercentileRange().fit(frame)
+        assert error == pytest.approx(scale * np.exp(-2.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(192, 240), (133, 130), (96, 100, 3)])
+def test_the_error_of_a_tile_is_the_mean_square_over_its_pixels(
+    shape: tuple[int, ...],
+) -> None:
+    rng = np.random.default_rng(2)
+    signal = rng.uniform(100, 900, shape).astype(np.float32)
+    out = signal.copy()
+    out[:, 50:] += rng.normal(0, 50, out[:, 50:].shape).astype(np.float32)
+    change = luminance(out) - luminance(signal)
+    evidence = Evidence(card(0.0), PercentileRange(), STEP_UM, error_card(0.0, 4.0))
+    tiles = found(shape)
+    error = evidence.weigh(signal, tiles, out)
+    assert error is not None
+    # Half the correction was applied; the function gives its power, plus the least.
+    _, scale = PercentileRange().fit(luminance(signal))
+    power = np.square(change / np.float32(2 * scale))
+    height, width = power.shape
+    cells = pad_frame(power, 16).reshape(-(-height // 16), 16, -(-width // 16), 16)
+    cells = cells.mean(axis=(1, 3))
+    square = np.zeros((height, width))
+    for y in range(0, height, 32):
+        for x in range(0, width, 32):
+            block = cells[y // 16 : y // 16 + 2, x // 16 : x // 16 + 2]
+            square[y : y + 32, x : x + 32] = block.mean() + 1e-7
+    grid = tiles.grid
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            area = square[row * 48 : row * 48 + 96, column * 48 : column * 48 + 96]
+            wanted = scale * np.sqrt(area.mean())
+            assert error[row, column] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_what_stayed_as_it_was_in_focus_is_told_a_smaller_error() -> None:
+    both = read_card(SHIPPED)
+    assert both.evidence is not None
+    evidence = Evidence(both.evidence, PercentileRange(), STEP_UM, both.expected_error)
+    signal, sharp = blurred_nuclei()
+    restored = evidence.weigh(signal, found(signal.shape, level=4), 1.5 * sharp)
+    same = sharp.copy()
+    unchanged = evidence.weigh(sharp, found(sharp.shape, level=0, sure=0.95), same)
+    assert restored is not None
+    assert unchanged is not None
+    assert np.array_equal(same, sharp)
+    assert (unchanged < restored).all()
+    assert unchanged.mean() < restored.mean() / 2
+
+
+def test_an_expected_error_needs_what_weighs_and_a_joint_engine() -> None:
+    content = yaml.safe_load((SHIPPED / "engine.yaml").read_text("utf-8"))
+    alone = {key: value for key, value in content.items() if key != "evidence"}
+    with pytest.raises(ValidationError, match="add evidence"):
+        EngineCard.model_validate(alone)
+    for kind in ("classifier", "restorer"):
+        with pytest.raises(ValidationError, match=r"cannot have .*expected_error"):
+            EngineCard.model_validate(content | {"kind": kind})
+
+
 def test_labels_that_scatter_speak_against_a_correction() -> None:
     signal, sharp = blurred_nuclei()
     change = sharp - signal
@@ -145,9 +236,11 @@ def test_a_function_that_does_not_fit_together_is_refused(
     spoil: Callable[[dict], None],  # type: ignore[type-arg]
 ) -> None:
     content = yaml.safe_load((SHIPPED / "engine.yaml").read_text("utf-8"))
-    spoil(content["evidence"])
-    with pytest.raises(ValidationError, match="lead from the measures to one number"):
-        EngineCard.model_validate(content)
+    for section in ("evidence", "expected_error"):
+        spoilt = deepcopy(content)
+        spoil(spoilt[section])
+        with pytest.raises(ValidationError, match="lead from the measures to one"):
+            EngineCard.model_validate(spoilt)
 
 
 def test_only_what_is_far_is_taken_from_the_frame_of_half_the_size():

@@ -266,7 +266,8 @@ class CpuDevice:
         # What a network makes that is no number is told in `_store`.
         with job.stage("restore"), np.errstate(over="ignore", invalid="ignore"):
             scratch = self._scratch(buffers.signal)
-            restorer.restore_frame(buffers.signal, seen, scratch)
+            error = restorer.restore_frame(buffers.signal, seen, scratch)
+            job.expected_error = error
             self._store(job, scratch, restored)
         return restored
 

@@ -131,8 +131,10 @@ class FrameRestorer(ABC):
         self._owned = network
 
     @abstractmethod
-    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
-        """Restore a frame.
+    def restore_frame(
+        self, signal: Image, seen: Seen | None, out: Image
+    ) -> Image | None:
+        """Restore a frame; return `FrameResult.expected_error`.
 
         Parameters
         ----------
@@ -257,21 +259,22 @@ class JointRestorer(FrameRestorer):
         self._evidence = evidence
         self._turn = threading.Lock()
 
-    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
+    def restore_frame(
+        self, signal: Image, seen: Seen | None, out: Image
+    ) -> Image | None:
         """Restore a frame, see `FrameRestorer`."""
         assert seen is not None
         np.copyto(out, signal)
         share = self._montage.restored_share(seen.defocus.level)
-        if not share.any():
-            return
-        if self._own_pass is not None:
-            prepared = self._own_pass.prepare(signal)
-            with self._turn:
-                seen = self._own_pass.see(prepared)
-        assert seen.restored is not None
-        blend(signal, seen.restored, share, out)
-        if self._evidence is not None:
-            self._evidence.weigh(signal, seen.defocus, out)
+        if share.any():
+            if self._own_pass is not None:
+                prepared = self._own_pass.prepare(signal)
+                with self._turn:
+                    seen = self._own_pass.see(prepared)
+            assert seen.restored is not None
+            blend(signal, seen.restored, share, out)
+        evidence = self._evidence
+        return None if evidence is None else evidence.weigh(signal, seen.defocus, out)
 
 
 def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:

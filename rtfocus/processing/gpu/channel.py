@@ -346,8 +346,10 @@ class ChannelSlot:
         in_focus = labels is not None and not montage.present(labels)
         if in_focus or restorer.adds:
             work.copy(slot.restored, slot.signal)
-        if not in_focus:
-            frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
+        frame = InFlight(slot.signal, slot.maps, self._seen, slot.restored)
+        if in_focus:
+            restorer.in_focus(work, frame)
+        else:
             for part in restorer.parts(labels):
                 if restorer.recurs(part):
                     self._part(restorer, frame, part)(work)

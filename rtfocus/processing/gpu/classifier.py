@@ -43,7 +43,7 @@ class MapLayout:
     """Where the maps of a frame lie within their memory: wide elements first."""
 
     def __init__(self, tiles: int) -> None:
-        floats = [(name, "<f4", (tiles,)) for name in FLOAT_MAPS]
+        floats = [(name, "<f4", (tiles,)) for name in (*FLOAT_MAPS, "expected_error")]
         # Whether a pixel is saturated; whether a restored one is no number.
         whole = [*floats, ("flags", "<i4", (2,)), ("level", "<i2", (tiles,))]
         self._whole = np.dtype(whole)

@@ -94,6 +94,9 @@ class FrameRestorer(ABC):
     def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
         """Enqueue a part of the restoration of a frame."""
 
+    def in_focus(self, work: Work, frame: InFlight) -> None:  # noqa: B027
+        """Enqueue what is said of a frame that stays as it is; nothing."""
+
 
 class Blending:
     """Lays what was restored over a frame, where its tiles are to be."""

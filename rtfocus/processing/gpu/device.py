@@ -20,6 +20,7 @@ and hand out what has arrived.
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,9 @@ class GpuDevice:
             copy_out.copy_out(host.counts, slot.buffers.counts)
             flags = self._layout.host_arrays(host.packed_maps)["flags"]
             copy_out.copy_out(flags, slot.buffers.maps["flags"])
+            if job.plan.expects_error:
+                error = self._layout.host_arrays(host.packed_maps)["expected_error"]
+                copy_out.copy_out(error, slot.buffers.maps["expected_error"])
             copy_out.record(slot.ended["copy out"])
 
     def restore(self, job: Job) -> NDArray[Any] | None:
@@ -262,8 +266,12 @@ class GpuDevice:
                 slot.estimated.synchronize()
             else:
                 slot.ended["copy out"].synchronize()
-                flags = self._layout.host_arrays(host.packed_maps)["flags"]
-                job.strange = bool(flags[1])
+                maps = self._layout.host_arrays(host.packed_maps)
+                job.strange = bool(maps["flags"][1])
+                if job.plan.expects_error and job.estimated is not None:
+                    shape = job.estimated[1].level.shape
+                    error = maps["expected_error"][: prod(shape)]
+                    job.expected_error = error.reshape(shape).copy()
                 restored, stages = host.give(), _STAGES
             spans = {
                 stage: (

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.engines.card import EngineCard, input_of, output_of
-from rtfocus.engines.fitted import CELL_PX, OCTAVES, Evidence
+from rtfocus.engines.fitted import BLOCK_PX, CELL_PX, OCTAVES, Evidence, EvidenceCard
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import TAPER_PX, band_weights, edge_taper
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.gpu.classifier import (
+    FLOAT_MAPS,
     BoundNetwork,
     ClassifierSlot,
     FrameClassifier,
@@ -100,7 +101,14 @@ class JointRestorer(FrameRestorer):
                 self._seen.join(work, self._own, out, colour)
         self._blending.defocused(work, frame)
         if self._weighing is not None:
-            self._weighing.enqueue(work, frame.signal, maps, out)
+            error = frame.maps["expected_error"]
+            self._weighing.enqueue(work, frame.signal, maps, out, error)
+
+    def in_focus(self, work: Work, frame: InFlight) -> None:
+        """Enqueue the error that is expected in a frame that stays as it is."""
+        if self._weighing is not None and self._weighing.states_error:
+            maps, error = frame.maps, frame.maps["expected_error"]
+            self._weighing.enqueue(work, frame.signal, maps, frame.out, error)
 
 
 class Weighing:
@@ -120,29 +128,29 @@ class Weighing:
         frame: FrameShape,
         grid: TileGrid,
     ) -> None:
-        card = evidence.card
         self._frame = frame
         self._grid = grid
         self._step_um = evidence.step_um
         self._sides = -(-frame.height // CELL_PX), -(-frame.width // CELL_PX)
-        widths = [len(card.middle), *(len(layer.bias) for layer in card.layers)]
-        if max(widths) > _WIDEST_LAYER:
-            msg = (
-                f"evidence with a layer of {max(widths)} does not run on a GPU, which "
-                f"takes up to {_WIDEST_LAYER}; set processing.device: cpu"
-            )
-            raise EngineError(msg)
-        numbers = [np.ravel(card.middle), np.ravel(card.spread)]
-        for layer in card.layers:
-            numbers += [np.ravel(layer.weights), np.ravel(layer.bias)]
-        self._layers = len(card.layers)
-        self._widths = memory.upload(np.array(widths, np.int32), "evidence")
-        flat = np.concatenate(numbers).astype(np.float32)
-        self._numbers = memory.upload(flat, "evidence")
+        self._blocks = -(-frame.height // BLOCK_PX), -(-frame.width // BLOCK_PX)
+
+        def reserve(*shape: int) -> DeviceArray:
+            return memory.allocate(shape, np.float32, "evidence")
+
         cells = self._sides[0] * self._sides[1]
-        self._sums = memory.allocate((_SUMS * OCTAVES, cells), np.float32, "evidence")
-        self._shares = memory.allocate((cells,), np.float32, "evidence")
-        self._range = memory.allocate((1, 2), np.float32, "evidence")
+        self._sums, self._powers = reserve(_SUMS * OCTAVES, cells), reserve(cells)
+        self._shares, self._errors = reserve(cells), reserve(*self._blocks)
+        self._range = reserve(1, 2)
+        self.states_error = evidence.error_card is not None
+        """Whether it tells the error that is left, too."""
+        self._functions = (
+            *_uploaded(memory, evidence.card),
+            self._shares,
+            self._powers,
+            *_uploaded(memory, evidence.error_card or evidence.card),
+            int(self.states_error),
+            self._errors,
+        )
         self._percentiles = Percentiles(memory, evidence.normalisation, frame, 1)
 
     def enqueue(
@@ -151,50 +159,55 @@ class Weighing:
         signal: DeviceArray,
         maps: dict[str, DeviceArray],
         out: DeviceArray,
+        error: DeviceArray,
     ) -> None:
-        """Enqueue taking back of a restored frame what nothing speaks for."""
-        cells = self._shares.count
-        grid = self._grid
+        """Enqueue taking back of a restored frame what nothing speaks for.
+
+        `error` is filled with what is expected to be left, where the card knows it.
+        """
+        grid, cells, sides = self._grid, self._shares.count, self._frame.sides
+        tiles = grid.rows, grid.columns, grid.origin_px, grid.stride_px
+        given = signal, out, *sides, *self._sides, self._range
+        found = [maps[name] for name in (*FLOAT_MAPS, "level")]
         self._percentiles.enqueue(work, signal, self._range)
-        work.launch(
-            "evidence_cells",
-            cells,
-            signal,
-            out,
-            *self._frame.sides,
-            *self._sides,
-            self._range,
-            self._sums,
-        )
+        work.launch("evidence_cells", cells, *given, self._sums, self._powers)
         work.launch(
             "evidence_shares",
             cells,
             self._sums,
             *self._sides,
-            maps["defocus_um"],
-            maps["confidence"],
-            maps["uncertainty_um"],
-            maps["level"],
+            *found,
             BACKGROUND,
-            grid.rows,
-            grid.columns,
-            grid.origin_px,
-            grid.stride_px,
+            *tiles,
             self._step_um,
-            self._widths,
-            self._layers,
-            self._numbers,
-            self._shares,
+            *self._functions,
         )
-        work.launch(
-            "evidence_apply",
-            self._frame.height * self._frame.width,
-            signal,
-            *self._frame.sides,
-            self._shares,
-            *self._sides,
-            out,
+        if self.states_error:
+            blocks = self._errors, *sides[:2], *self._blocks, self._range
+            count, tile_px = grid.rows * grid.columns, grid.tile_px
+            work.launch("expected_errors", count, *blocks, *tiles, tile_px, error)
+        pixels = self._frame.height * self._frame.width
+        weights = self._shares, *self._sides
+        work.launch("evidence_apply", pixels, signal, *sides, *weights, out)
+
+
+def _uploaded(
+    memory: DeviceMemory, card: EvidenceCard
+) -> tuple[DeviceArray, int, DeviceArray]:
+    """Return widths, number of layers and all numbers of a small function."""
+    widths = [len(card.middle), *(len(layer.bias) for layer in card.layers)]
+    if max(widths) > _WIDEST_LAYER:
+        msg = (
+            f"evidence with a layer of {max(widths)} does not run on a GPU, which "
+            f"takes up to {_WIDEST_LAYER}; set processing.device: cpu"
         )
+        raise EngineError(msg)
+    numbers = [np.ravel(card.middle), np.ravel(card.spread)]
+    for layer in card.layers:
+        numbers += [np.ravel(layer.weights), np.ravel(layer.bias)]
+    flat = memory.upload(np.concatenate(numbers).astype(np.float32), "evidence")
+    sizes = memory.upload(np.array(widths, np.int32), "evidence")
+    return sizes, len(card.layers), flat
 
 
 class TileNetworkRestorer(FrameRestorer):

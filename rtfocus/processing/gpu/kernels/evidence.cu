@@ -2,6 +2,7 @@
 // (rtfocus.engines.fitted, whose constants these are).
 
 #define EVIDENCE_PX 16
+#define BLOCK_PX (2 * EVIDENCE_PX)
 #define OCTAVES 4
 #define NOISE_OCTAVES 3
 #define RATIOS 21
@@ -48,7 +49,8 @@ __device__ static inline void split(
   for (int sum = 0; sum < SUMS; ++sum) sums[sum] /= half * half;
 }
 
-// One thread per cell of 16 px: its means of products, axes (sum, octave, cell).
+// One thread per cell of 16 px: its means of products, axes (sum, octave, cell), and
+// the mean square of the correction.
 extern "C" __global__ void evidence_cells(
     const float* signal,
     const float* restored,
@@ -58,9 +60,11 @@ extern "C" __global__ void evidence_cells(
     int rows,
     int columns,
     const float* range,
-    float* sums) {
+    float* sums,
+    float* powers) {
   int cell = element();
   if (cell >= rows * columns) return;
+  float power = 0.0f;
   float seen[EVIDENCE_PX * EVIDENCE_PX], raised[EVIDENCE_PX * EVIDENCE_PX];
   int top = cell / columns * EVIDENCE_PX, left = cell % columns * EVIDENCE_PX;
   for (int i = 0; i < EVIDENCE_PX * EVIDENCE_PX; ++i) {
@@ -69,7 +73,9 @@ extern "C" __global__ void evidence_cells(
     float is_now = grey(restored, height, width, channels, y, x);
     seen[i] = (was - range[0]) / range[1];
     raised[i] = (is_now - was) / range[1];
+    power += raised[i] * raised[i];
   }
+  powers[cell] = power / (EVIDENCE_PX * EVIDENCE_PX);
   for (int octave = 0; octave < OCTAVES; ++octave) {
     float found[SUMS];
     split(seen, raised, EVIDENCE_PX >> octave, found);
@@ -97,9 +103,36 @@ __device__ static inline void certainty(
   told[3] += weight * (empty ? 1.0f : 0.0f);
 }
 
-// One thread per cell: the share of the correction that is applied, 0 to 1. `widths`
-// holds the width of the measures and of every layer; `numbers` the middle and spread
-// of every measure, then weights and bias of every layer.
+// A small function of measures. `widths` holds the number of measures and the width of
+// every layer; `numbers` the middle and spread of every measure, then weights and bias of
+// every layer.
+__device__ static inline float fitted(
+    const float* measured, const int* widths, int layers, const float* numbers) {
+  float now[WIDEST_LAYER], next[WIDEST_LAYER];
+  int width = widths[0];
+  for (int i = 0; i < width; ++i) {
+    float value = (measured[i] - numbers[i]) / numbers[width + i];
+    now[i] = fminf(fmaxf(value, -FARTHEST), FARTHEST);
+  }
+  numbers += 2 * width;
+  for (int layer = 1; layer <= layers; ++layer) {
+    int outputs = widths[layer];
+    for (int to = 0; to < outputs; ++to) {
+      float value = numbers[outputs * width + to];
+      for (int from = 0; from < width; ++from)
+        value += numbers[to * width + from] *
+                 (layer > 1 ? fmaxf(now[from], 0.0f) : now[from]);
+      next[to] = value;
+    }
+    for (int to = 0; to < outputs; ++to) now[to] = next[to];
+    numbers += outputs * (width + 1);
+    width = outputs;
+  }
+  return now[0];
+}
+
+// One thread per cell: the share of the correction that is applied, 0 to 1; and if
+// `states_error`, of every block of 2 x 2 cells, the squared error that is left.
 extern "C" __global__ void evidence_shares(
     const float* sums,
     int rows,
@@ -117,7 +150,13 @@ extern "C" __global__ void evidence_shares(
     const int* widths,
     int layers,
     const float* numbers,
-    float* shares) {
+    float* shares,
+    const float* powers,
+    const int* error_widths,
+    int error_layers,
+    const float* error_numbers,
+    int states_error,
+    float* errors) {
   int cell = element();
   if (cell >= rows * columns) return;
   int row = cell / columns, column = cell % columns;
@@ -135,7 +174,7 @@ extern "C" __global__ void evidence_shares(
     }
   const float *p = mean[0], *b = mean[1], *c = mean[2], *d = mean[3], *e = mean[4];
   float total = p[0] + p[1] + p[2] + p[3];
-  float now[WIDEST_LAYER], next[WIDEST_LAYER];
+  float now[MEASURES + 2];
   for (int octave = 0; octave < OCTAVES; ++octave) {
     now[octave] = log_ratio(p[octave], total);
     now[4 + octave] = log_ratio(p[octave] + 2.0f * b[octave] + c[octave], p[octave]);
@@ -158,26 +197,58 @@ extern "C" __global__ void evidence_shares(
         defocus_um, confidence, uncertainty_um, level, background, step_um,
         near.row * tile_columns + near.column, near.weight, now + RATIOS);
   }
-  int width = widths[0];
-  for (int i = 0; i < width; ++i) {
-    float value = (now[i] - numbers[i]) / numbers[width + i];
-    now[i] = fminf(fmaxf(value, -FARTHEST), FARTHEST);
-  }
-  numbers += 2 * width;
-  for (int layer = 1; layer <= layers; ++layer) {
-    int outputs = widths[layer];
-    for (int to = 0; to < outputs; ++to) {
-      float value = numbers[outputs * width + to];
-      for (int from = 0; from < width; ++from)
-        value += numbers[to * width + from] *
-                 (layer > 1 ? fmaxf(now[from], 0.0f) : now[from]);
-      next[to] = value;
+  float share = 1.0f / (1.0f + expf(-fitted(now, widths, layers, numbers)));
+  shares[cell] = share;
+  if (!states_error || row % 2 || column % 2) return;
+  float power = 0.0f;
+  int cells = 0;
+  for (int below = row; below <= min(row + 1, rows - 1); ++below)
+    for (int beside = column; beside <= min(column + 1, columns - 1); ++beside) {
+      power += powers[below * columns + beside];
+      ++cells;
     }
-    for (int to = 0; to < outputs; ++to) now[to] = next[to];
-    numbers += outputs * (width + 1);
-    width = outputs;
+  now[MEASURES] = share;
+  now[MEASURES + 1] = logf(share * share * power / cells + LEAST) / 4.0f;
+  errors[row / 2 * ((columns + 1) / 2) + column / 2] =
+      expf(fitted(now, error_widths, error_layers, error_numbers));
+}
+
+// Pixels of a block along one axis that lie in a tile; the frame has `side`.
+__device__ static inline float common(int block, float begin, float tile_px, int side) {
+  float end = fminf(begin + tile_px, min((block + 1) * BLOCK_PX, side));
+  return fmaxf(end - fmaxf(begin, block * BLOCK_PX), 0.0f);
+}
+
+// One thread per tile: the root mean square of the error expected in it, in the signal's
+// unit, from the squared errors of blocks of 32 px.
+extern "C" __global__ void expected_errors(
+    const float* errors,
+    int height,
+    int width,
+    int rows,
+    int columns,
+    const float* range,
+    int tile_rows,
+    int tile_columns,
+    float origin_px,
+    float stride_px,
+    int tile_px,
+    float* expected) {
+  int tile = element();
+  if (tile >= tile_rows * tile_columns) return;
+  float first_px = origin_px + 0.5f - tile_px / 2.0f;
+  float top = first_px + stride_px * (tile / tile_columns);
+  float left = first_px + stride_px * (tile % tile_columns);
+  float total = 0.0f, weights = 0.0f;
+  for (int row = max((int)top / BLOCK_PX, 0); row < rows; ++row) {
+    float down = common(row, top, tile_px, height);
+    for (int column = max((int)left / BLOCK_PX, 0); column < columns; ++column) {
+      float weight = down * common(column, left, tile_px, width);
+      total += weight * errors[row * columns + column];
+      weights += weight;
+    }
   }
-  shares[cell] = 1.0f / (1.0f + expf(-now[0]));
+  expected[tile] = sqrtf(total / weights) * range[1];
 }
 
 // One thread per pixel: out = signal + share * (out - signal), the share linear
