@@ -31,6 +31,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum, unique
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -212,6 +213,20 @@ def why_not_written(error: OSError) -> str:
     """Return why the system refused to write, and what helps."""
     said = error.strerror or str(error)
     return f"{said}; {remedy(error, said)}"
+
+
+@contextmanager
+def writing(path: Path, kind: type[RtfocusError]) -> Iterator[None]:
+    """Tell as an error of `kind` what is refused to the block, which writes a path."""
+    try:
+        yield
+    except OSError as error:
+        msg = f"'{path}' cannot be written: {why_not_written(error)}"
+        raise kind(msg) from error
+    except OutputError as error:  # of `rtfocus.files`
+        if kind is OutputError:
+            raise
+        raise kind(str(error)) from error
 
 
 def number_of(count: int, what: str) -> str:

@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import psutil
 
-from rtfocus.errors import InputError, OutputError, WriterError, why_not_written
+from rtfocus.errors import InputError, OutputError, WriterError, writing
 
 PATIENCE_S = 5.0
 """How long a file that another program holds open is tried again."""
@@ -177,9 +177,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def whole(
-    target: Path, *, overwrite: bool = False, patience: Patience = PATIENCE
-) -> Iterator[Path]:
+def whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a free path beside `target`; what is written there is moved there whole.
 
     Missing parent folders are made. When the block is left by an exception, Ctrl-C
@@ -192,8 +190,6 @@ def whole(
         A file or folder.
     overwrite
         Replace what stands at `target`, even if it came there during the block.
-    patience
-        For what is held open.
 
     Raises
     ------
@@ -206,16 +202,13 @@ def whole(
     try:
         recover(target)
         _refuse_existing(target, overwrite)
-        try:
+        with writing(target, OutputError):
             yield part
-        except OSError as error:
-            msg = f"'{target}' cannot be written: {why_not_written(error)}"
-            raise OutputError(msg) from error
         _refuse_existing(target, overwrite)
-        replace(part, target, patience)
+        replace(part, target)
     finally:
         with suppress(OutputError):
-            remove(part, patience)
+            remove(part)
         for folder in made:
             with suppress(OSError):  # holds something: then it is needed
                 folder.rmdir()
@@ -256,6 +249,12 @@ def path_given(given: object, what: str) -> Path:
     return Path(given)
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the innermost of its parents that is there."""
+    places = (path.absolute(), *path.absolute().parents)
+    return next(place for place in places if os.path.exists(place))
+
+
 def is_reserved_name(text: str) -> bool:
     """Tell whether Windows refuses or changes a file of this name.
 
@@ -266,22 +265,20 @@ def is_reserved_name(text: str) -> bool:
     return stem in _RESERVED or text != text.rstrip(". ")
 
 
-def portable_name(text: str, most_bytes: int = MOST_NAME_BYTES) -> str:
+def portable_name(text: str) -> str:
     """Turn foreign text into a file name that every system takes.
 
     Parameters
     ----------
     text
         E.g. the name of a series or position; may hold slashes, line ends, anything.
-    most_bytes
-        In UTF-8; a longer name is cut and gets a digest of the whole, so that long
-        names that differ stay different.
 
     Returns
     -------
     str
-        Never empty, hidden, reserved, a path. Different texts may give the same name:
-        see `distinct_names`.
+        Never empty, hidden, reserved, a path. One of more than `MOST_NAME_BYTES` is cut
+        and gets a digest of the whole, so that long names that differ stay different.
+        Other texts that differ may give the same name.
 
     Examples
     --------
@@ -295,33 +292,11 @@ def portable_name(text: str, most_bytes: int = MOST_NAME_BYTES) -> str:
         stem, dot, ending = name.partition(".")
         name = f"{stem.rstrip(' ')}_{dot}{ending}"
     encoded = name.encode()
-    if len(encoded) > most_bytes:
+    if len(encoded) > MOST_NAME_BYTES:
         digest = _digest(text.encode(errors="surrogatepass"))
-        cut = encoded[: most_bytes - len(digest) - 1].decode(errors="ignore")
+        cut = encoded[: MOST_NAME_BYTES - len(digest) - 1].decode(errors="ignore")
         name = f"{cut.rstrip('. ')}~{digest}"
     return name or "_"
-
-
-def distinct_names(names: Iterable[str]) -> list[str]:
-    """Add a number to every name that another equals, upper and lower case alike.
-
-    The first of them keeps its name.
-
-    Examples
-    --------
-    >>> distinct_names(["a", "A", "b", "a", "a_2"])
-    ['a', 'A_2', 'b', 'a_3', 'a_2_2']
-    """
-    taken: set[str] = set()
-    found: list[str] = []
-    for name in names:
-        number, unique = 1, name
-        while same_name(unique) in taken:
-            number += 1
-            unique = f"{name}_{number}"
-        taken.add(same_name(unique))
-        found.append(unique)
-    return found
 
 
 def same_name(name: str) -> str:
@@ -347,11 +322,8 @@ def _make_folders(folder: Path) -> list[Path]:
         if parent.exists():
             break
         missing.append(parent)
-    try:
+    with writing(folder, OutputError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"folder '{folder}' cannot be made: {why_not_written(error)}"
-        raise OutputError(msg) from error
     return missing
 
 

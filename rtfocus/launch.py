@@ -10,7 +10,6 @@ dies stops its child too.
 """
 
 import getpass
-import os
 import secrets
 import socket
 import subprocess
@@ -38,6 +37,7 @@ from rtfocus.errors import (
     StoppedError,
     WriterError,
 )
+from rtfocus.files import nearest_existing
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import check_space, free_bytes
 from rtfocus.processing.channel_plan import (
@@ -345,8 +345,7 @@ def takes_files(run_folder: Path) -> Path:
 
     It is tried: rights alone do not tell on every system.
     """
-    places = (run_folder.absolute(), *run_folder.absolute().parents)
-    folder = next(place for place in places if os.path.exists(place))
+    folder = nearest_existing(run_folder)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -16,7 +16,7 @@ import numpy as np
 from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
 from rtfocus.config import Config
 from rtfocus.engines.registry import check_region, find_engine, parts, step_um
-from rtfocus.errors import RtfocusError, WriterError, why_not_written
+from rtfocus.errors import RtfocusError, WriterError, writing
 from rtfocus.frame import (
     Act,
     DefocusMap,
@@ -408,13 +408,9 @@ class FocusLog:
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._also(lines)
-        try:
-            with self._path.open("ab") as file:
-                for line in lines:
-                    file.write(msgspec.json.encode(line) + b"\n")
-        except OSError as error:
-            msg = f"'{self._path}' cannot be written: {why_not_written(error)}"
-            raise WriterError(msg) from error
+        with writing(self._path, WriterError), self._path.open("ab") as file:
+            for line in lines:
+                file.write(msgspec.json.encode(line) + b"\n")
 
 
 def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from rtfocus.batch.plan import (
     facts_of,
 )
 from rtfocus.batch.work import classified, image_set_of
-from rtfocus.errors import ConfigError, InputError, OutputError, why_not_written
+from rtfocus.errors import ConfigError, InputError, OutputError, writing
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage, json_mark
 from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
@@ -183,11 +183,8 @@ class Batch:
         ]
 
     def _prepare(self, path: Path) -> None:
-        try:
+        with writing(path, OutputError):
             prepare_zarr(path, self._outlines())
-        except OSError as error:
-            msg = f"'{path}' cannot be written: {why_not_written(error)}"
-            raise OutputError(msg) from error
 
     def _deliver(self, plan: Plan, failed: set[str]) -> None:
         store = self.ledger.store
@@ -214,16 +211,13 @@ class Batch:
         rest = self.ledger.store.with_name("rest.ome.zarr")
         files.remove(rest)
         done = [unit for unit in plan.units if unit.key not in failed]
-        try:
+        with writing(rest, OutputError):
             places = prepare_zarr(rest, self._outlines(frozenset(numbers)))
             for unit, place in zip(done, places, strict=True):
                 chunks = self.ledger.store / unit.target / "0" / "c"
                 if chunks.exists():
                     target = rest / place / "0" / "c"
                     shutil.copytree(chunks, target, copy_function=_link)
-        except OSError as error:
-            msg = f"'{rest}' cannot be written: {why_not_written(error)}"
-            raise OutputError(msg) from error
         return rest
 
     def _collect(self, plan: Plan, failed: set[str]) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from rtfocus import files
-from rtfocus.errors import ConfigError, OutputError, why_not_written
+from rtfocus.errors import ConfigError, OutputError, writing
 from rtfocus.images.series import ImageSeries
 
 Command = Literal["restore", "classify"]
@@ -365,14 +365,14 @@ class Ledger:
         target = self.folder / kind / unit.key
         part = target.with_name(f".{unit.key}-{platform.node()}-{os.getpid()}")
         try:
-            part.write_bytes(msgspec.json.encode(content))
-            if kind == "done":
-                files.keep(part)
-        except OSError as error:
+            with writing(target, OutputError):
+                part.write_bytes(msgspec.json.encode(content))
+                if kind == "done":
+                    files.keep(part)
+        except OutputError:
             with suppress(OSError):
                 part.unlink()
-            msg = f"'{target}' cannot be written: {why_not_written(error)}"
-            raise OutputError(msg) from error
+            raise
         files.replace(part, target)
         if kind == "done":
             files.keep_names(target.parent)

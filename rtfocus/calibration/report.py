@@ -25,7 +25,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.drawing.canvas import enlarge
 from rtfocus.drawing.figures import Axis, Panel, save_panels
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, OutputError, writing
 from rtfocus.optics.psf import psf_stack
 
 T = TypeVar("T")
@@ -291,16 +291,13 @@ def write_calibration(folder: Path, found: Calibration, *, channel: str) -> list
         **found.figures,
     }
     paths = [folder / name for name in REPORT_NAMES]
-    try:
+    with writing(folder, OutputError):
         folder.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(config_text(found, channel=channel), encoding="utf-8")
         paths[1].write_text(
             json.dumps(figures, indent=1, allow_nan=False), encoding="utf-8"
         )
         save_panels(paths[2], found.panels, columns=_COLUMNS)
-    except OSError as error:
-        msg = f"'{folder}' cannot be written: {error}"
-        raise InputError(msg) from error
     return paths
 
 

@@ -24,7 +24,7 @@ from rtfocus.errors import (
     IncompleteError,
     InputError,
     number_of,
-    why_not_written,
+    writing,
 )
 from rtfocus.files import recover
 
@@ -352,14 +352,12 @@ def _alone(ledger: Ledger) -> Iterator[None]:
     """Refuse a second process that plans or ends the same batch at the same time."""
     lock = FileLock(ledger.folder.with_name(f".{ledger.folder.name}.lock"))
     try:
-        ledger.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        with writing(ledger.output, ConfigError):
+            ledger.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout as error:
         msg = f"another process works at the batch of '{ledger.output}'; wait for it"
         raise BusyError(msg) from error
-    except OSError as error:
-        msg = f"'{ledger.output}' cannot be written: {why_not_written(error)}"
-        raise ConfigError(msg) from error
     try:
         yield
     finally:

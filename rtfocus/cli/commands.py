@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from rtfocus import __version__
 from rtfocus.cli.endings import Interrupted
-from rtfocus.errors import ConfigError, ExitCode, OutputError, why_not_written
+from rtfocus.errors import ConfigError, ExitCode, OutputError, writing
 from rtfocus.files import resource_folder
 
 if TYPE_CHECKING:
@@ -402,13 +402,12 @@ def copy(
 def write_new(path: Path, text: str) -> None:
     """Write a file; one that is there is kept, and that is an error."""
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with writing(path, OutputError), path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError as error:
+    except OutputError as error:
+        if not isinstance(error.__cause__, FileExistsError):
+            raise
         msg = f"'{path}' is there already; give another name"
-        raise OutputError(msg) from error
-    except OSError as error:
-        msg = f"'{path}' cannot be written: {why_not_written(error)}"
         raise OutputError(msg) from error
 
 

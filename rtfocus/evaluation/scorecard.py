@@ -13,7 +13,7 @@ from scipy.ndimage import uniform_filter
 from rtfocus import __version__
 from rtfocus.drawing.canvas import PixelCanvas
 from rtfocus.drawing.figures import Axis, Panel, draw_panels, figure_size, save_panels
-from rtfocus.errors import InputError
+from rtfocus.errors import OutputError, writing
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.evaluate import Outcome
 from rtfocus.evaluation.samples import SHARP_GROUP, DataSet, Sample
@@ -283,10 +283,10 @@ def write_report(
 
     Raises
     ------
-    InputError
+    OutputError
         If the disk refuses it.
     """
-    try:
+    with writing(folder, OutputError):
         folder.mkdir(parents=True, exist_ok=True)
         content = as_json(outcomes, command=command, taken_on=taken_on)
         if lacking:
@@ -297,9 +297,6 @@ def write_report(
         paths[0].write_text(text, encoding="utf-8")
         paths[1].write_text(said, encoding="utf-8")
         paths += _pictures(folder, outcomes)
-    except OSError as error:
-        msg = f"'{folder}' cannot be written: {error}"
-        raise InputError(msg) from error
     return paths
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from rtfocus import __version__
 from rtfocus.drawing.canvas import in_html
-from rtfocus.errors import OutputError, RtfocusError, WriterError, why_not_written
+from rtfocus.errors import RtfocusError, WriterError, writing
 from rtfocus.files import replace
 from rtfocus.metrics import STEPS, plan_in_words
 from rtfocus.report.facts import RunFacts, read_facts, shown_frames
@@ -226,17 +226,15 @@ def write_page(folder: Path) -> Path:
     path = folder / PAGE_NAME
     part = folder / f".{PAGE_NAME}.part"
     try:
-        if path.exists() and _MARK not in path.read_text("utf-8", errors="replace"):
-            msg = f"'{path}' is no page of rtfocus; move or rename it"
-            raise WriterError(msg)
-        part.write_text(text, "utf-8")
-        replace(part, path)
-    except (OSError, OutputError) as error:
+        with writing(path, WriterError):
+            if path.exists() and _MARK not in path.read_text("utf-8", errors="replace"):
+                msg = f"'{path}' is no page of rtfocus; move or rename it"
+                raise WriterError(msg)
+            part.write_text(text, "utf-8")
+            replace(part, path)
+    finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        reason = why_not_written(error) if isinstance(error, OSError) else error
-        msg = f"'{path}' cannot be written: {reason}"
-        raise WriterError(msg) from error
     return path
 
 

@@ -19,7 +19,7 @@ import zarr
 from fsspec import register_implementation
 from fsspec.implementations.local import LocalFileSystem
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import WriterError, writing
 from rtfocus.files import refuse_links
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import RunImages, list_shards, shard_name
@@ -439,11 +439,7 @@ def _remove_leftovers(folder: Path) -> list[str]:
         for path in (*folder.rglob("*.__lock"), *folder.rglob(".*.part"))
         if ASIDE_NAME not in path.relative_to(folder).parts
     ]
-    try:
-        for path in left:
-            if path.is_file():
-                path.unlink()
-    except OSError as error:
-        msg = f"cannot remove '{error.filename}': {error.strerror}"
-        raise WriterError(msg) from error
+    for path in filter(Path.is_file, left):
+        with writing(path, WriterError):
+            path.unlink()
     return [f"removed {len(left)} unfinished files"] if left else []

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.errors import OutputError, WriterError, why_not_written
+from rtfocus.errors import WriterError, writing
 from rtfocus.files import refuse_links, remove, replace
 from rtfocus.frame import FrameResult
 from rtfocus.writers.arrays import RunImages
@@ -291,7 +291,7 @@ def write_columns(folder: Path, rows: int) -> Path:
     """
     group = folder / FRAMES_NAME
     part = folder / f".{FRAMES_NAME}.part"
-    try:
+    with writing(group, WriterError):
         remove(part)
         write_group(part, {}, fsync=False)
         columns = _Columns(part, rows)
@@ -301,11 +301,6 @@ def write_columns(folder: Path, rows: int) -> Path:
             columns.write(number, block)
         columns.close()
         replace(part, group)
-    except OSError as error:
-        msg = f"cannot write '{error.filename or group}': {why_not_written(error)}"
-        raise WriterError(msg) from error
-    except OutputError as error:
-        raise WriterError(str(error)) from error
     return group
 
 

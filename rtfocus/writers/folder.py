@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
-from rtfocus.errors import BusyError, OutputError, WriterError, why_not_written
-from rtfocus.files import PATIENCE, refuse_links, remove
+from rtfocus.errors import BusyError, WriterError, writing
+from rtfocus.files import PATIENCE, nearest_existing, refuse_links, remove
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import check_space
 from rtfocus.writers.header import (
@@ -80,8 +80,6 @@ class RunLock:
         Must exist.
     doing
         What the holder does with the folder, for whoever is refused.
-    patience_s
-        How long to wait for another holder; None: `PATIENCE_S`.
 
     Raises
     ------
@@ -91,14 +89,11 @@ class RunLock:
         If the folder cannot be locked.
     """
 
-    def __init__(
-        self, folder: Path, doing: str, *, patience_s: float | None = None
-    ) -> None:
+    def __init__(self, folder: Path, doing: str) -> None:
         self._folder = folder
         self._lock = FileLock(folder / LOCK_NAME, thread_local=False)
         try:
-            wait_s = PATIENCE_S if patience_s is None else patience_s
-            self._lock.acquire(timeout=wait_s, poll_interval=0.05)
+            self._lock.acquire(timeout=PATIENCE_S, poll_interval=0.05)
         except Timeout as error:
             raise BusyError(_busy(folder)) from error
         except (OSError, NotImplementedError) as error:
@@ -134,13 +129,11 @@ class RunLock:
         if not now and abs(time.time() - self._looked_s) < _LOOK_AGAIN_S:
             return
         seen: list[Holder | None] = []
-        try:
+        with writing(self._folder, WriterError):
             PATIENCE.insist(
                 lambda: seen.append(_holder_in(self._folder)),
                 f"'{self._folder}' cannot be read any more",
             )
-        except OutputError as error:
-            raise WriterError(str(error)) from error
         if (found := seen[0]) is None or found.token != self._holder.token:
             by = "is gone" if found is None else f"was taken over by {found}"
             msg = (
@@ -156,11 +149,8 @@ class RunLock:
             return
         found = _read_holder(self._folder)
         if found is not None and found.token == self._holder.token:
-            # Nobody is hindered by it: the lock decides.
-            try:
+            with suppress(OSError):  # nobody is hindered by it: the lock decides
                 (self._folder / HOLDER_NAME).unlink(missing_ok=True)
-            except OSError:
-                pass
         self._lock.release()
 
     def __enter__(self) -> "RunLock":
@@ -239,7 +229,7 @@ def take_folder(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:
     resumes = _resumes(folder, header)
     # A resumed run has part of its frames on the disk already.
     planned = 0 if resumes else planned_bytes(header)
-    check_space(_existing(folder), planned, int(header.store.min_free_mb * 1e6))
+    check_space(nearest_existing(folder), planned, int(header.store.min_free_mb * 1e6))
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,11 +265,8 @@ def begin_folder(folder: Path, header: RunHeader) -> None:
         If they cannot be written.
     """
     journal = folder / JOURNAL_NAME
-    try:
+    with writing(journal, WriterError):
         journal.touch()
-    except OSError as error:
-        msg = f"cannot write journal '{journal}': {why_not_written(error)}"
-        raise WriterError(msg) from error
     header.write(folder)
 
 
@@ -318,24 +305,10 @@ def _replaced(folder: Path, lock: RunLock) -> RunLock:
     """Remove a finished run, whole or not at all; return the lock of the new folder."""
     # Windows moves no folder with an open file in it.
     lock.release()
-    try:
+    with writing(folder, WriterError):
         remove(folder)
         folder.mkdir()
-    except OutputError as error:
-        raise WriterError(str(error)) from error
-    except OSError as error:
-        msg = f"cannot make run folder '{folder}': {why_not_written(error)}"
-        raise WriterError(msg) from error
     return RunLock(folder, "recording")
-
-
-def _existing(folder: Path) -> Path:
-    """Return the nearest folder that exists: it is on the disk in question."""
-    return next(
-        path
-        for path in (folder.absolute(), *folder.absolute().parents)
-        if path.exists()
-    )
 
 
 def _resumes(folder: Path, header: RunHeader) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from rtfocus.errors import BusyError, OutputError, WriterError, why_not_written
+from rtfocus.errors import BusyError, WriterError, writing
 from rtfocus.files import replace
 from rtfocus.frame import FrameHeader, FrameResult
 from rtfocus.writers.places import Missing, Plan, complete
@@ -313,17 +313,12 @@ def write_journal(path: Path, lines: Iterable[bytes]) -> None:
         If it cannot be written; the old one is there then.
     """
     part = path.with_name(f".{path.name}.part")
-    try:
+    with writing(path, WriterError):
         with part.open("wb") as file:
             file.writelines(line + b"\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         replace(part, path)
-    except OSError as error:
-        msg = f"cannot write journal '{path}': {why_not_written(error)}"
-        raise WriterError(msg) from error
-    except OutputError as error:
-        raise WriterError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)

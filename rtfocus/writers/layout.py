@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from rtfocus.channel import Channel
-from rtfocus.errors import WriterError, why_not_written
+from rtfocus.errors import WriterError, writing
 from rtfocus.frame import Position
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml, write_ome_xml
 from rtfocus.images.series import ImageChannel, StagePosition
@@ -156,11 +156,8 @@ def _origin(group: Path, raw: Path | None) -> dict[str, str]:
 
 def write_group(group: Path, attributes: dict[str, Any], *, fsync: bool) -> None:
     """Create a Zarr group with these attributes."""
-    try:
+    with writing(group, WriterError):
         group.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"cannot make folder '{group}': {why_not_written(error)}"
-        raise WriterError(msg) from error
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     write_json(group / "zarr.json", document, fsync=fsync)
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from rtfocus.errors import OutputError, WriterError, why_not_written
+from rtfocus.errors import WriterError, writing
 from rtfocus.files import replace
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.header import JOURNAL_NAME, RAW, RESTORED, RunHeader
@@ -364,13 +364,10 @@ def _keep_copy(folder: Path, path: Path) -> str:
         kept = folder / ASIDE_NAME / f"{path.name}.{number}"
         if not kept.exists():
             break
-    try:
+    with writing(kept, WriterError):
         kept.parent.mkdir(exist_ok=True)
         if path.exists():
             shutil.copyfile(path, kept)
-    except OSError as error:
-        msg = f"cannot write '{kept}': {why_not_written(error)}"
-        raise WriterError(msg) from error
     return str(kept)
 
 
@@ -418,14 +415,9 @@ def set_aside(folder: Path, files: list[Path]) -> Path | None:
         for number in count(1)
         if not (path := folder / ASIDE_NAME / str(number)).exists()
     )
-    try:
+    with writing(target, WriterError):
         for file in files:
             moved = target / file.relative_to(folder)
             moved.parent.mkdir(parents=True, exist_ok=True)
             replace(file, moved)
-    except OSError as error:
-        msg = f"cannot make '{target}': {why_not_written(error)}"
-        raise WriterError(msg) from error
-    except OutputError as error:
-        raise WriterError(str(error)) from error
     return target

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rtfocus import files
 from rtfocus.errors import OutputError
-from rtfocus.files import Patience, distinct_names, is_reserved_name, portable_name
+from rtfocus.files import Patience, is_reserved_name, portable_name
 
 
 class Clock:
@@ -265,10 +265,3 @@ def test_ordinary_names_stay_and_long_ones_stay_different():
     assert portable_name("ümläut 日本") == "ümläut 日本"
     long = [portable_name("日" * 300 + end) for end in "ab"]
     assert long[0] != long[1]
-
-
-@given(st.lists(st.sampled_from(["a", "A", "a_2", "A_2", "ä", "Ä", "a\u0308", "b"])))
-def test_distinct_names_differ_on_every_file_system(names):
-    found = distinct_names(names)
-    assert len({files.same_name(name) for name in found}) == len(names)
-    assert all(new.startswith(old) for new, old in zip(found, names, strict=True))
