@@ -33,7 +33,7 @@ from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError, Transport
 from rtfocus.focusing import Focusing, LoopActions, unread
 from rtfocus.frame import Estimate, FocusReading
 from rtfocus.microscope.mda import FollowedAcquisition
-from rtfocus.workers import RUN_CLOCK
+from rtfocus.workers import RUN_CLOCK, Newest
 
 _HERE = (0, None)
 """The one place that is held without a plan."""
@@ -241,8 +241,7 @@ class LiveHold:
         self._stage = _WatchedStage(core)
         self._send: Callable[[NDArray[np.generic], str, float], int]
         self._focuser = focusing.focuser(core, lambda *image: self._send(*image))
-        self._news = threading.Condition()
-        self._newest: Estimate | None = None
+        self._news: Newest[Estimate] = Newest()
         self._is_over = False
         self._is_on = True
         self._thread: threading.Thread | None = None
@@ -272,7 +271,7 @@ class LiveHold:
         search = partial(self._search, channel)
         place = HeldPlace(self._focuser, holder, self._stage, search)
         place.begin(verdict if verdict.focused else None, RUN_CLOCK.now_s())
-        self._focusing.inbox.also = self._take
+        self._focusing.inbox.also = self._news.put
         self._thread = threading.Thread(target=self._run, args=(place,), name="hold")
         self._thread.start()
 
@@ -288,28 +287,15 @@ class LiveHold:
 
     def stop(self) -> None:
         """Send the stage nowhere any more."""
-        with self._news:
-            self._is_over = True
-            self._news.notify()
+        self._is_over = True
+        self._news.close()
         self._focusing.inbox.wake()
         if self._thread is not None:
             self._thread.join()
 
-    def _take(self, estimate: Estimate) -> None:
-        with self._news:
-            self._newest = estimate
-            self._news.notify()
-
-    def _next(self) -> Estimate | None:
-        """Wait for an estimate, newest wins; None: it is over."""
-        with self._news:
-            self._news.wait_for(lambda: self._newest is not None or self._is_over)
-            newest, self._newest = self._newest, None
-            return None if self._is_over else newest
-
     def _run(self, place: HeldPlace) -> None:
         try:
-            while (estimate := self._next()) is not None:
+            while (estimate := self._news.wait()) is not None and not self._is_over:
                 place.holder.take(estimate)
                 if place.holder.unread is not None:
                     raise unread(place.holder.unread)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +39,7 @@ from rtfocus.images.series import ImageSeries, nothing_shown, shows_nothing
 from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import find_classifier
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
+from rtfocus.workers import Closing
 
 BLIND_ENGINE = "rtfocus-2"
 """What restores where nobody knows the optics and nobody names an engine."""
@@ -156,7 +156,7 @@ class _Channel:
         return name if name in (*METHODS, "none") else identity(self.find(name).card)
 
 
-class ImageSet:
+class ImageSet(Closing):
     """The images of one command, their optics and processors; a context manager.
 
     Parameters
@@ -296,12 +296,6 @@ class ImageSet:
             "--config with store.restored_dtype: float32 keeps them"
             for number, count in sorted(self._cut.items())
         ]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close what was opened for the images."""

@@ -9,7 +9,6 @@ stop by closing its standard input: that works on every system, and a parent tha
 dies stops its child too.
 """
 
-import getpass
 import secrets
 import socket
 import subprocess
@@ -45,6 +44,7 @@ from rtfocus.processing.channel_plan import (
     plan_channel,
     restored_as_it_is,
 )
+from rtfocus.transport.dialogue import user_name
 from rtfocus.transport.sockets import is_local
 from rtfocus.writers.folder import planned_bytes, run_folder
 from rtfocus.writers.header import RunHeader
@@ -62,24 +62,16 @@ def paired(config: Config) -> Config:
     both sides know the user and the config file; between two machines these
     differ, and the name of the run stands for them.
     """
-    transport = config.transport
+    transport, user = config.transport, user_name() or "nobody known"
     if transport.pairing is not None:
         return config
     if not is_local(transport.control):
         pairing = f"run {config.run.name}"
     elif config.file is None:
-        pairing = f"run {config.run.name} of {_user()}"
+        pairing = f"run {config.run.name} of {user}"
     else:
-        pairing = f"config {config.file} of {_user()}"
-    return _with_transport(config, pairing=pairing)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (ImportError, KeyError, OSError):
-        # A container's user may have no name.
-        return "nobody known"
+        pairing = f"config {config.file} of {user}"
+    return config.changed("transport", pairing=pairing)
 
 
 def on_free_ports(config: Config) -> Config:
@@ -97,12 +89,7 @@ def on_free_ports(config: Config) -> Config:
         for one in sockets:
             one.close()
     pairing = secrets.token_hex(16)
-    return _with_transport(config, frames=frames, control=control, pairing=pairing)
-
-
-def _with_transport(config: Config, **changes: str) -> Config:
-    transport = config.transport.model_copy(update=changes)
-    return config.model_copy(update={"transport": transport})
+    return config.changed("transport", frames=frames, control=control, pairing=pairing)
 
 
 class SideProcess:

@@ -8,7 +8,6 @@ import threading
 import weakref
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +47,7 @@ from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.montage import FrameTiles, to_planes
 from rtfocus.processing.processor import FrameProcessor, open_processor
-from rtfocus.workers import in_steps
+from rtfocus.workers import Closing, in_steps
 
 _UID = "offline"
 _LEAST_PX = 48
@@ -64,7 +63,7 @@ Scale = tuple[float, int, DeviationCard | None]
 """A level in um, the highest, and how deviations follow from what is found."""
 
 
-class ImageProcessor:
+class ImageProcessor(Closing):
     """Classifies and restores single images; a context manager.
 
     Images of equal shape and type in a row, such as the planes of a stack, share
@@ -169,12 +168,6 @@ class ImageProcessor:
             self._open_in = None
             if self._coarser is not None:
                 self._coarser.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _process(
         self, image: Pixels, channel: str | None, *, restore: bool, of_stack: bool
@@ -355,7 +348,7 @@ class Kernels:
     background."""
 
 
-class KernelExtractor:
+class KernelExtractor(Closing):
     """Extracts kernels with an engine that gives them; a context manager.
 
     Parameters
@@ -437,9 +430,3 @@ class KernelExtractor:
         """Free both networks."""
         self._images.close()
         self._network.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -2,8 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,7 @@ from rtfocus.runs import Run, open_run
 from rtfocus.transport.preview import open_preview
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.viewer import PreviewViewer
-from rtfocus.workers import Wait, acting_when
+from rtfocus.workers import Newest, Wait, acting_when
 
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
@@ -225,12 +225,12 @@ class LiveStream:
         self._failure = None
         with ExitStack() as opened:
             opened.callback(setattr, self, "_is_open", False)
-            teller = opened.enter_context(_Teller(self.estimateReady.emit))
+            tell = opened.enter_context(_telling(self.estimateReady.emit))
             focusing = Focusing(self._config, _log.info)
 
             def heard(estimate: Estimate) -> None:
                 if not estimate.is_early:
-                    teller.put(estimate)
+                    tell(estimate)
                 focusing.inbox.take(estimate)
 
             self._publisher = opened.enter_context(
@@ -386,52 +386,28 @@ def _told(error: Exception) -> Exception:
 def _with_free_preview(config: Config) -> Config:
     """Return `config` with its preview at another port, and told, if its is in use."""
     with open_preview(config.transport, any_port=True) as preview:
-        found = {"endpoint": preview.endpoint, "control": preview.control}
-    shown = config.transport.preview.model_copy(update=found)
-    transport = config.transport.model_copy(update={"preview": shown})
-    return config.model_copy(update={"transport": transport})
+        return config.with_preview(endpoint=preview.endpoint, control=preview.control)
 
 
-class _Teller:
-    """Emits the newest estimate while its block runs, from a thread of its own.
+@contextmanager
+def _telling(emit: Callable[[Estimate], None]) -> Iterator[Callable[[Estimate], None]]:
+    """Yield what takes estimates; the newest is emitted from a thread of its own.
 
-    A listener may take its time.
+    A listener may take its time. What is left at the end is still told.
     """
+    newest: Newest[Estimate] = Newest()
 
-    def __init__(self, emit: Any) -> None:  # noqa: ANN401 (psygnal's bound method)
-        self._emit = emit
-        self._changed = threading.Condition()
-        self._newest: Estimate | None = None
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._tell, name="estimates")
-
-    def put(self, estimate: Estimate) -> None:
-        """Take an estimate; returns at once."""
-        with self._changed:
-            self._newest = estimate
-            self._changed.notify()
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # What is left is still told.
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _tell(self) -> None:
-        while (estimate := self._take()) is not None:
+    def tell() -> None:
+        while (estimate := newest.wait()) is not None:
             try:
-                self._emit(estimate)
+                emit(estimate)
             except EmitLoopError:
                 _log.exception("a listener of estimateReady failed")
 
-    def _take(self) -> Estimate | None:
-        """Wait for the next one; None: closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._newest is not None or self._is_closed)
-            newest, self._newest = self._newest, None
-            return newest
+    thread = threading.Thread(target=tell, name="estimates")
+    thread.start()
+    try:
+        yield newest.put
+    finally:
+        newest.close()
+        thread.join()

@@ -11,11 +11,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from rtfocus.errors import WorkerError
 
 T = TypeVar("T")
+
+
+class Closing:
+    """A context manager that is closed when its block ends."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class AbortedError(Exception):
@@ -191,7 +205,9 @@ class BoundedQueue(Generic[T]):
 
 
 class Newest(Generic[T]):
-    """Hand-off of what counts only while it is new: focus and preview; never waits.
+    """Hand-off of what counts only while it is new: focus and preview.
+
+    Whoever puts never waits; whoever takes may.
 
     Parameters
     ----------
@@ -202,58 +218,38 @@ class Newest(Generic[T]):
 
     def __init__(self, age: Callable[[T], int] | None = None) -> None:
         self._age = age
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._item: T | None = None
+        self._closed = False
         self.dropped = 0
         """Items that gave way to newer ones."""
 
     def put(self, item: T) -> None:
         """Replace an item that nobody took; any thread."""
-        with self._lock:
+        with self._changed:
             held, age = self._item, self._age
             self.dropped += held is not None
             if held is None or age is None or age(item) >= age(held):
                 self._item = item
+            self._changed.notify()
 
     def take(self) -> T | None:
         """Return the newest item, once; None: there is none."""
-        with self._lock:
+        with self._changed:
             item, self._item = self._item, None
         return item
 
+    def wait(self) -> T | None:
+        """Wait for an item and take it; None: closed, and there is none left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._item is not None or self._closed)
+            return self.take()
 
-class Recent(Generic[T]):
-    """The last items of many, told piece by piece; whoever uses it holds a lock.
-
-    Parameters
-    ----------
-    kept
-        So many; older ones are gone.
-    """
-
-    def __init__(self, kept: int) -> None:
-        self._items: deque[T] = deque(maxlen=kept)
-        self.count = 0
-        """Of all that ever came."""
-        self._told = (0, 0)
-
-    def append(self, item: T) -> None:
-        """Add the newest."""
-        self._items.append(item)
-        self.count += 1
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self._items.clear()
-
-    def news(self, *, everything: bool) -> list[T]:
-        """Return, oldest first, what came since the call before the last, or all.
-
-        Each item is told twice, so that whoever misses one call misses nothing.
-        """
-        new = len(self._items) if everything else self.count - self._told[0]
-        self._told = (self._told[1], self.count)
-        return list(self._items)[-new:] if new else []
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Worker:
@@ -380,9 +376,9 @@ def in_steps(wait: Callable[[float], object]) -> None:
 
 @contextmanager
 def acting_when(
-    condition: Callable[[], bool], act: Callable[[], None]
+    condition: Callable[[], bool], act: Callable[[], None], *, again: bool = False
 ) -> Iterator[None]:
-    """Call `act` once `condition` holds while the block runs.
+    """Call `act` once `condition` holds while the block runs, or `again` and again.
 
     From a thread, because a signal handler interrupts whoever holds a lock.
     """
@@ -392,7 +388,8 @@ def acting_when(
         while not done.wait(0.1):
             if condition():
                 act()
-                return
+                if not again:
+                    return
 
     watcher = threading.Thread(target=watch, name="watch")
     watcher.start()

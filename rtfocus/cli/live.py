@@ -137,12 +137,9 @@ def with_preview(config: Config) -> Config:
         If the extra is not installed.
     """
     _assert_installed()
-    transport = config.transport
-    if transport.preview.endpoint is not None:
+    if config.transport.preview.endpoint is not None:
         return config
-    preview = transport.preview.model_copy(update={"endpoint": "tcp://127.0.0.1:*"})
-    transport = transport.model_copy(update={"preview": preview})
-    return config.model_copy(update={"transport": transport})
+    return config.with_preview(endpoint="tcp://127.0.0.1:*")
 
 
 @contextmanager

@@ -361,8 +361,7 @@ def calibrate(
     picture = guard.claim(path.with_suffix(".png"))
     wanted = _planes_asked(reach, step)
     # The one that is being made is not asked how far it can be trusted.
-    plain = settings.autofocus.model_copy(update={"calibration": None})
-    settings = settings.model_copy(update={"autofocus": plain})
+    settings = settings.changed("autofocus", calibration=None)
     with (
         interruptible() as (stop, _),
         open_core(settings) as core,

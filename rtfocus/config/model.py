@@ -244,10 +244,19 @@ class Config(Section):
         found = by_name.get(name) or by_name.get("default") or ChannelConfig()
         return found.model_copy(update={"name": name})
 
+    def changed(self, section: str, **changes: Any) -> "Config":
+        """Return it with other values in one of its sections."""
+        found = getattr(self, section).model_copy(update=changes)
+        return self.model_copy(update={section: found})
+
     def with_processing(self, **changes: Any) -> "Config":
         """Return it with other values in its section ``processing``."""
-        processing = self.processing.model_copy(update=changes)
-        return self.model_copy(update={"processing": processing})
+        return self.changed("processing", **changes)
+
+    def with_preview(self, **changes: Any) -> "Config":
+        """Return it with other values in ``transport.preview``."""
+        preview = self.transport.preview.model_copy(update=changes)
+        return self.changed("transport", preview=preview)
 
     def without_restoration(self) -> "Config":
         """Return it with nothing restored, of no channel."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from rtfocus.processing.cpu.device import OpenChannel, make_restorer
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
 from rtfocus.runtimes.cpu_engine import AXES, arranged_shape, import_openvino
+from rtfocus.workers import Closing
 
 # Leading axes of an operator's weights that are no part of one product: group and
 # output channel. Transposed convolutions multiply per input, the others per output.
@@ -256,7 +257,7 @@ def contender(
 _UID = "ranking"
 
 
-class Ranking:
+class Ranking(Closing):
     """Ranks the labels of one engine on the frames of one data set.
 
     A context manager: networks stay open for frames of one size in a row.
@@ -311,12 +312,6 @@ class Ranking:
         if self._channel is not None:
             self._channel.close()
         self._channel, self._kind = None, None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _open_for(self, sample: Sample) -> OpenChannel:
         kind = (sample.pixels.shape, sample.pixels.dtype.str)

@@ -30,6 +30,7 @@ from rtfocus.frame import (
 )
 from rtfocus.offline import ImageProcessor
 from rtfocus.optics.normalisation import luminance
+from rtfocus.workers import Closing
 
 Image = NDArray[np.float32]
 
@@ -220,7 +221,7 @@ def evaluate(
     return outcome.finish()
 
 
-class Measuring:
+class Measuring(Closing):
     """One contender, open for the frames of one data set; a context manager.
 
     Parameters
@@ -269,12 +270,6 @@ class Measuring:
         self._ranking.close()
         if self._processor is not None:
             self._processor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _per_megapixel(
         self, sample: Sample, taken_s: tuple[float, float]

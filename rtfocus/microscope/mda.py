@@ -3,8 +3,8 @@
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 import numpy as np
@@ -40,9 +40,7 @@ from rtfocus.microscope.series import (
     describe_series,
     warn_of_silent_stage,
 )
-from rtfocus.workers import RUN_CLOCK
-
-_POLL_S = 0.05
+from rtfocus.workers import RUN_CLOCK, acting_when
 
 
 class PlannedAcquisition:
@@ -101,7 +99,11 @@ class PlannedAcquisition:
         runner.events.frameReady.connect(self._take)
         started = time.perf_counter()
         try:
-            with self._complaints.heard(), _cancelled_by(stop, runner):
+            with (
+                self._complaints.heard(),
+                # Again and again: before the run begins, a cancellation is lost.
+                acting_when(stop.is_set, runner.cancel, again=True),
+            ):
                 self._run_sequence(runner)
         finally:
             runner.events.frameReady.disconnect(self._take)
@@ -297,27 +299,6 @@ class PlannedAcquisition:
             warnings=self._complaints.texts,
             focus_log=tuple(self.focus_notes()),
         )
-
-
-@contextmanager
-def _cancelled_by(stop: threading.Event, runner: MDARunner) -> Iterator[None]:
-    """Cancel the run when `stop` is set, also while it waits for its next event."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            if stop.wait(_POLL_S):
-                # Again and again: before the run begins, a cancellation is lost.
-                runner.cancel()
-                done.wait(_POLL_S)
-
-    watcher = threading.Thread(target=watch, name="cancel")
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 Place = tuple[tuple[str, int], ...]

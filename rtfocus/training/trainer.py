@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.progress import (
@@ -37,6 +37,7 @@ from rtfocus.training.feed import (
 from rtfocus.training.layers import chance_from
 from rtfocus.training.recipe import OptimiserRecipe, RecipeBase
 from rtfocus.training.task import Arrays, Task, Tensors, make_task
+from rtfocus.workers import Closing
 
 CURVE_NAME = "curve.csv"
 
@@ -169,7 +170,7 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 _REPORT_STEPS = 25
 
 
-class Trainer:
+class Trainer(Closing):
     """One training run.
 
     Parameters
@@ -213,12 +214,6 @@ class Trainer:
         self.feed.close()
         if self._parts is not None:
             self._parts.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def finished(self) -> bool:

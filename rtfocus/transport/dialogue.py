@@ -333,13 +333,16 @@ class Dialogue:
             )
 
 
+def user_name() -> str:
+    """Return whose process this is; a container's user may have no name."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        return ""
+
+
 def introduce(uid: str, pairing: str | None) -> m.Hello:
     """Return the hello that says who asks to record."""
-    try:
-        user = getpass.getuser()
-    except (ImportError, KeyError, OSError):
-        # A container's user may have no name.
-        user = ""
     return m.Hello(
         version=PROTOCOL_VERSION,
         role="recorder",
@@ -347,7 +350,7 @@ def introduce(uid: str, pairing: str | None) -> m.Hello:
         pairing=pairing or "",
         host=socket.gethostname(),
         pid=os.getpid(),
-        user=user,
+        user=user_name(),
     )
 
 

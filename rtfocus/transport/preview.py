@@ -38,10 +38,11 @@ from rtfocus.transport.viewer import (
     Point,
     PreviewHeader,
     PreviewStatus,
+    Recent,
     Shown,
     unpack_request,
 )
-from rtfocus.workers import Newest, Recent
+from rtfocus.workers import Newest
 
 logger = logging.getLogger(__name__)
 

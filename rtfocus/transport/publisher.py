@@ -20,7 +20,7 @@ from rtfocus.transport.memory import slot_pool
 from rtfocus.transport.publisher_loop import PublisherLoop
 from rtfocus.transport.registrar import Outbox
 from rtfocus.transport.sockets import Context
-from rtfocus.workers import Wait
+from rtfocus.workers import Closing, Wait
 
 
 class Stall:
@@ -153,7 +153,7 @@ class PublisherStatus:
     """The newest focus estimate that came back."""
 
 
-class FramePublisher:
+class FramePublisher(Closing):
     """Publishes one series after the other; a context manager.
 
     Parameters
@@ -325,12 +325,6 @@ class FramePublisher:
             raw_only=self._loop.raw_only,
             estimate=self._loop.estimate,
         )
-
-    def __enter__(self) -> "FramePublisher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _series(self) -> tuple[Outbox, SlotPool]:
         if self._outbox is None or self._pool is None:
