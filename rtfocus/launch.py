@@ -47,7 +47,7 @@ from rtfocus.processing.channel_plan import (
 from rtfocus.transport.dialogue import user_name
 from rtfocus.transport.sockets import is_local
 from rtfocus.writers.folder import planned_bytes, run_folder
-from rtfocus.writers.header import RunHeader
+from rtfocus.writers.header import RunHeader, series_in_words
 
 _KINDS: dict[int, type[RtfocusError]] = {
     kind.exit_code: kind for kind in (ConfigError, InputError, StoppedError)
@@ -206,7 +206,8 @@ def preflight(config: Config) -> Iterator[Check]:
     except RtfocusError as error:
         yield Check("plan", "", error)
     else:
-        yield Check("plan", _describe(series))
+        images = "until it is stopped" if series.planned is None else series.planned
+        yield Check("plan", f"{images} images of {series_in_words(series)}")
     yield from _channels(config, series)
     yield _asked("device", partial(_device, config))
     if config.autofocus.search != "rtfocus":
@@ -221,19 +222,6 @@ def _asked(topic: str, ask: Callable[[], str]) -> Check:
         return Check(topic, ask())
     except RtfocusError as error:
         return Check(topic, "", error)
-
-
-def _describe(series: SeriesStart) -> str:
-    words = {"t": "time points", "p": "positions", "c": "channels", "z": "slices"}
-    sizes = [
-        f"{'endless' if size is None else size} {words[axis]}"
-        for axis, size in series.sizes.items()
-        if size != 1
-    ]
-    images = "until it is stopped" if series.planned is None else series.planned
-    shape = " x ".join(map(str, series.shape))
-    text = f"{images} images of {shape} pixels, {series.pixel_size_um:g} um each"
-    return ": ".join([text, ", ".join(sizes)]) if sizes else text
 
 
 def _channels(config: Config, series: SeriesStart | None) -> Iterator[Check]:

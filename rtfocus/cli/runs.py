@@ -5,7 +5,6 @@ line and as a picture. The picture shows, for the first position, the defocus as
 images told it: held, and as it would have become had the stage stood still.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
 from rtfocus.cli.display import counting, share_bar
-from rtfocus.errors import ExitCode, InputError, WriterError, number_of
+from rtfocus.errors import ExitCode, InputError, number_of
 from rtfocus.metrics import STEPS, Outcome, plan_in_words
 from rtfocus.writers.header import HEADER_NAME
 
@@ -102,17 +101,6 @@ def report(
     typer.echo(write_page(run))
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """Load ``report.json`` of a run folder."""
-    path = folder / "report.json"
-    try:
-        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"'{path}' cannot be read ({error}); run: rtfocus check {folder} --repair"
-        raise WriterError(msg) from error
-    return report
-
-
 class ReportConsole(Console):
     """Goes on where nobody reads any more, as in ``| head``: the work is done."""
 
@@ -137,8 +125,9 @@ def print_report(folder: Path) -> Outcome:
         left_out_by_hold,
         read_focus_log,
     )
+    from rtfocus.writers.commit import report_of
 
-    report = read_report(folder)
+    report = report_of(folder)
     outcome = Outcome.of_report(report)
     console = ReportConsole()
     done = "completed" if outcome.is_plain else outcome

@@ -18,11 +18,11 @@ from rtfocus.errors import WriterError
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.monitor import FOCUS_LOG
 from rtfocus.writers.arrays import FrameArray, open_context
+from rtfocus.writers.commit import read_report
 from rtfocus.writers.header import (
     DEFOCUS,
     JOURNAL_NAME,
     RAW,
-    REPORT_NAME,
     RESTORED,
     RunHeader,
     image_specs,
@@ -159,7 +159,7 @@ def read_facts(folder: Path) -> RunFacts:
     WriterError
         If it is no run folder.
     """
-    facts = RunFacts(folder, read_header(folder), _read_report(folder))
+    facts = RunFacts(folder, read_header(folder), read_report(folder))
     _read_journal(facts)
     facts.focus_log = read_focus_log(folder)
     return facts
@@ -234,16 +234,6 @@ def accounting_in_words(terms: dict[str, Any]) -> str:
 
 def _nothing_less(number: int, place: str) -> dict[str, int]:
     return {place: number} if number else {}
-
-
-def _read_report(folder: Path) -> dict[str, Any] | None:
-    try:
-        found = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=Line)
-    except (OSError, msgspec.MsgspecError, ValueError):
-        return None
-    terms = found.get("accounting")
-    needed = {"acquired", "written", "focus", "dropped", "in_error", "unaccounted"}
-    return found if isinstance(terms, dict) and needed <= terms.keys() else None
 
 
 def _journal(path: Path, facts: RunFacts) -> Iterator[_JournalFrame]:

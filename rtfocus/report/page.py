@@ -21,7 +21,12 @@ from rtfocus.drawing.canvas import in_html
 from rtfocus.errors import RtfocusError, WriterError, writing
 from rtfocus.files import replace
 from rtfocus.metrics import STEPS, plan_in_words
-from rtfocus.report.facts import RunFacts, read_facts, shown_frames
+from rtfocus.report.facts import (
+    RunFacts,
+    accounting_in_words,
+    read_facts,
+    shown_frames,
+)
 from rtfocus.report.pictures import (
     frame_pictures,
     histogram_chart,
@@ -29,6 +34,7 @@ from rtfocus.report.pictures import (
     search_failed,
     trace_charts,
 )
+from rtfocus.writers.header import series_in_words
 
 _FAR_UNITS = 3.0
 """Depths of field: where half of the frames lie farther away, focus was not kept."""
@@ -292,17 +298,7 @@ def _head(facts: RunFacts) -> str:
         badge = "good" if outcome.is_complete else "bad"
         words = "completed" if outcome.is_plain else str(outcome)
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(series.started_ns / 1e9))
-    shape = " x ".join(map(str, series.shape))
-    counted = {"t": "time points", "p": "positions", "c": "channels", "z": "slices"}
-    sizes = ", ".join(
-        f"{'open' if size is None else size} {counted.get(axis, axis)}"
-        for axis, size in series.sizes.items()
-        if size != 1
-    )
-    each = f"{series.pixel_size_um:g} um each"
-    about = "; ".join(
-        [f"frames of {shape} pixels, {each}", *([sizes] if sizes else [])]
-    )
+    about = f"frames of {series_in_words(series)}"
     return (
         f"<h1>{in_html(facts.folder.name)}</h1>"
         f'<p><span class="badge {badge}">{in_html(words)}</span></p>'
@@ -330,16 +326,9 @@ def _advice(facts: RunFacts) -> str:
 def _losses(facts: RunFacts) -> str:
     """Spell the loss identity out, every term with its place."""
     terms = facts.accounting
-    parts = [f"{terms['written']} written"]
-    if terms["focus"]:
-        parts.append(f"{terms['focus']} focus probes")
     rows = [("written", "", terms["written"]), ("focus probes", "", terms["focus"])]
     for key, word in (("dropped", "dropped"), ("in_error", "in error")):
-        parts.append(f"{sum(terms[key].values())} {word}")
         rows += [(word, place, number) for place, number in terms[key].items()]
-    sum_line = f"{terms['acquired']} acquired = {' + '.join(parts)}"
-    if terms["unaccounted"]:
-        sum_line += f" and {terms['unaccounted']} unaccounted for"
     plan = ""
     if terms.get("planned") is not None and facts.report is not None:
         plan = f"{plan_in_words(terms)}<br>"
@@ -350,7 +339,7 @@ def _losses(facts: RunFacts) -> str:
             f"{facts.every}th frame.</p>"
         )
     return (
-        f'<p class="sum">{plan}{in_html(sum_line)}</p>'
+        f'<p class="sum">{plan}{in_html(accounting_in_words(terms))}</p>'
         + _table(
             ("what", "where", "frames"), [row for row in rows if row[2]], numbers=1
         )

@@ -153,6 +153,17 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     return report | {"accounting": report["accounting"] | msgspec.to_builtins(terms)}
 
 
+def report_of(folder: Path) -> dict[str, Any]:
+    """Return ``report.json`` of a finished run; WriterError: it cannot be used."""
+    if (report := read_report(folder)) is None:
+        msg = (
+            f"'{folder / REPORT_NAME}' cannot be read as a report; run: rtfocus check "
+            f"{folder} --repair"
+        )
+        raise WriterError(msg)
+    return report
+
+
 class Terms(msgspec.Struct):
     """The terms of the loss identity as a report has them."""
 
@@ -164,6 +175,7 @@ class Terms(msgspec.Struct):
     planned: int | None = None
     camera_lost: int = 0
     not_acquired: int = 0
+    unaccounted: int = 0
 
     @property
     def known(self) -> int:

@@ -19,7 +19,7 @@ from rtfocus.errors import WriterError, writing
 from rtfocus.files import refuse_links, remove, replace
 from rtfocus.frame import FrameResult
 from rtfocus.writers.arrays import RunImages
-from rtfocus.writers.commit import Tally
+from rtfocus.writers.commit import Tally, report_of
 from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import (
     CONFIDENCE,
@@ -216,12 +216,7 @@ def _complete(
 
 def _old_report(folder: Path, restored: int) -> dict[str, Any]:
     """Return the report as it was, less what is counted anew."""
-    path = folder / REPORT_NAME
-    try:
-        report: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict)
-    except (OSError, msgspec.DecodeError) as error:
-        msg = f"'{path}' cannot be read: {error}"
-        raise WriterError(msg) from error
+    report = report_of(folder)
     kept = {key: value for key, value in report.items() if key not in COUNTED}
     return kept | {"restored": kept.get("restored", 0) + restored}
 

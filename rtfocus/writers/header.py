@@ -131,6 +131,19 @@ def read_header(folder: Path) -> RunHeader:
     return header
 
 
+def series_in_words(series: SeriesStart) -> str:
+    """Return shape, pixels and lengths of a series in one line."""
+    words = {"t": "time points", "p": "positions", "c": "channels", "z": "slices"}
+    sizes = [
+        f"{'endless' if size is None else size} {words[axis]}"
+        for axis, size in series.sizes.items()
+        if size != 1
+    ]
+    shape = " x ".join(map(str, series.shape))
+    text = f"{shape} pixels, {series.pixel_size_um:g} um each"
+    return ": ".join([text, ", ".join(sizes)]) if sizes else text
+
+
 def sizes_fault(header: RunHeader) -> str | None:
     """Return how the planned sizes disagree with the lists; None: they do not."""
     series = header.series

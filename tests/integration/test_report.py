@@ -129,7 +129,7 @@ def test_gap_and_error_are_told_with_their_remedy(tmp_path: Path) -> None:
         opened.writer.record_error(opened.fill(3, {"t": 3}), "engine ran out of memory")
         folder = opened.close(4)
     page = read_page(write_page(folder).parent)
-    assert "4 acquired = 2 written + 2 dropped + 0 in error" in page.text
+    assert "4 acquired = 2 written + 2 dropped (gap) + 0 in error" in page.text
     assert "2 frames dropped (gap)" in page.text
     assert "transport.slots" in page.text
     assert "1 frames: engine ran out of memory" in page.text
