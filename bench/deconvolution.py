@@ -28,7 +28,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
-from rtfocus.optics.formation import blur, blur_depth_variant
+from rtfocus.optics.formation import BlurredPlanes, blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.device import make_restorer
 from rtfocus.processing.montage import Montage
@@ -93,7 +93,7 @@ def speed(side: int, rounds: int) -> dict[str, Any]:
     sharp = draw_specimen("nuclei", (side, side), np.random.default_rng(1))
     depth = np.linspace(1 * STEP_UM, 5 * STEP_UM, side, dtype=np.float32)
     surface = np.broadcast_to(depth[:, None], sharp.shape)
-    frame = expose(blur_depth_variant(sharp, surface, optics), 2000, 2)
+    frame = expose(BlurredPlanes(sharp, optics).at(surface), 2000, 2)
     grid = grid_of(side)
     centres = grid.origin_px + grid.stride_px * np.arange(grid.rows)
     rows = np.rint(np.interp(centres, np.arange(side), depth) / STEP_UM)

@@ -23,7 +23,7 @@ from rtfocus.config.sections import CameraConfig, ProcessingConfig, RestorationC
 from rtfocus.engines.card import input_of, verified_file
 from rtfocus.engines.registry import FoundEngine, find_engine, fit_frame, parts
 from rtfocus.frame import TileGrid
-from rtfocus.optics.formation import blur_depth_variant
+from rtfocus.optics.formation import BlurredPlanes
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
@@ -44,7 +44,7 @@ def tilted_frame(side: int, optics: OpticalSystem, step_um: float) -> np.ndarray
     sharp = draw_specimen("nuclei", (side, side), rng)
     depth = np.linspace(0, 5 * step_um, side, dtype=np.float32)
     surface = np.broadcast_to(depth[:, None], sharp.shape)
-    seen = np.maximum(blur_depth_variant(sharp, surface, optics), 0)
+    seen = np.maximum(BlurredPlanes(sharp, optics).at(surface), 0)
     return (rng.poisson(seen * 2500 + 20) + OFFSET).astype(np.uint16)
 
 

@@ -273,7 +273,6 @@ def draw_fibres(
     scale: float,
     *,
     area_per_fibre_px: float = 420.0,
-    length_px: tuple[float, float] = (40.0, 220.0),
 ) -> Image:
     """Draw fibres of unequal brightness, about one pixel wide; unbounded above.
 
@@ -281,7 +280,8 @@ def draw_fibres(
     each with its own curvature, and leave light between the pixels they pass.
     """
     count = max(8, round(shape[0] * shape[1] / (area_per_fibre_px * scale**2)))
-    steps = rng.uniform(*length_px, count) * scale * 2.0
+    lengths_px = rng.uniform(40.0, 220.0, count) * scale
+    steps = 2.0 * lengths_px
     longest = int(steps.max())
     field = 0.9 * texture(shape, rng, 40.0 * scale)
     heading = rng.normal(0.0, 0.35, count) + rng.uniform(0.0, np.pi)

@@ -179,13 +179,13 @@ class Chart:
         """Draw a vertical line."""
         self.canvas.line(self.at([x, x], [self.y.low, self.y.high]), colour, 1.0, dash)
 
-    def bars(self, edges: Floats, heights: ArrayLike, colour: str = BLUE) -> None:
+    def bars(self, edges: Floats, heights: ArrayLike) -> None:
         """Draw bars between neighbouring edges."""
         base = max(self.y.low, 0.0)
         for low, high, tall in zip(edges, edges[1:], np.asarray(heights), strict=False):
             (left, bottom), (right, top) = self.at([low, high], [base, tall])
             if bottom - top > 0:
-                self.canvas.box((left, top, right - 1, bottom), fill=colour)
+                self.canvas.box((left, top, right - 1, bottom), fill=BLUE)
 
     def name(self, name: str, colour: str) -> None:
         """Put a name in its colour above the area, beside those before."""

@@ -323,10 +323,9 @@ class FollowedAcquisition(PlannedAcquisition):
         core: CMMCorePlus,
         sequence: useq.MDASequence,
         sink: FrameSink,
-        on_frame: Callable[[FrameHeader], None] = untold,
     ) -> None:
         # Only methods of its base class are called.
-        super().__init__(config, cast("UniMMCore", core), sequence, sink, on_frame)
+        super().__init__(config, cast("UniMMCore", core), sequence, sink, untold)
         self._seconds = 0.0
         self._hearing = ExitStack()
         # Whose script it is sees the log as before.

@@ -147,24 +147,17 @@ class AcquisitionPlan:
         return len(self.places)
 
 
-def lay_out(
-    sequence: useq.MDASequence, *, sites: Sites | None = None
-) -> AcquisitionPlan:
+def lay_out(sequence: useq.MDASequence) -> AcquisitionPlan:
     """Walk through a plan once, or one of equal time points; note every image's place.
 
-    Parameters
-    ----------
-    sequence
-        The plan; grids, plates and sub-sequences of positions become positions.
-    sites
-        Names of the wells; None: those of `sequence`.
+    Grids, plates and sub-sequences of positions become positions.
 
     Raises
     ------
     ConfigError
         If the plan takes no image, or two images would fall on one place.
     """
-    sites = sites or Sites.of(sequence)
+    sites = Sites.of(sequence)
     channel_names = [channel.config for channel in sequence.channels]
     places: list[tuple[int, int, int, int]] = []
     z_offsets: list[float] = []

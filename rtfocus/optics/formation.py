@@ -107,7 +107,7 @@ def _axis_taper(side: int, width_px: int) -> NDArray[np.float64]:
     return np.asarray(0.5 - 0.5 * np.cos(np.pi * rise))
 
 
-def blur(image: ArrayLike, psf: Image, *, workers: int = 1) -> Image:
+def blur(image: ArrayLike, psf: Image) -> Image:
     """Convolve an image with a PSF, borders reflected.
 
     Parameters
@@ -116,8 +116,6 @@ def blur(image: ArrayLike, psf: Image, *, workers: int = 1) -> Image:
         Axes (y, x) or (y, x, colour); any number type.
     psf
         Axes (y, x), odd sides; the centre pixel is the origin.
-    workers
-        Threads of the Fourier transforms.
 
     Returns
     -------
@@ -129,15 +127,15 @@ def blur(image: ArrayLike, psf: Image, *, workers: int = 1) -> Image:
     ValueError
         If a side of the PSF is even or the image has neither 2 nor 3 axes.
     """
-    return _convolve(_as_image(image), [psf], workers)[0]
+    return _convolve(_as_image(image), [psf])[0]
 
 
-def blur_stack(image: ArrayLike, psfs: Iterable[Image], *, workers: int = 1) -> Image:
+def blur_stack(image: ArrayLike, psfs: Iterable[Image]) -> Image:
     """Convolve one image with several PSFs; axes (psf, y, x[, colour]).
 
     All are padded for the largest PSF and share one transform of the image.
     """
-    return np.stack(_convolve(_as_image(image), list(psfs), workers))
+    return np.stack(_convolve(_as_image(image), list(psfs)))
 
 
 class BlurredPlanes:
@@ -148,6 +146,18 @@ class BlurredPlanes:
     the depth hardly changes over the width of one PSF: tilt and curvature.
     Planes stay in memory, at most `capacity` of them, least recently used first
     out, so a live camera pays for the Fourier transforms once.
+
+    Parameters
+    ----------
+    image
+        Sharp image, axes (y, x) or (y, x, colour).
+    system
+        Optics that the PSFs are computed from.
+    step_um
+        Distance of the planes.
+    keep_focus
+        Take the image itself at defocus 0 (He: level 0 is not convolved). For
+        images that already went through a microscope; else PSF(0) is applied.
     """
 
     def __init__(
@@ -158,9 +168,7 @@ class BlurredPlanes:
         step_um: float = 1.0,
         keep_focus: bool = False,
         capacity: int = 64,
-        workers: int = 1,
     ) -> None:
-        """Take the sharp image; see `blur_depth_variant` for the parameters."""
         if step_um <= 0:
             msg = f"step_um={step_um} makes no planes; need step_um > 0"
             raise ValueError(msg)
@@ -172,7 +180,6 @@ class BlurredPlanes:
         self._step_um = step_um
         self._keep_focus = keep_focus
         self._capacity = capacity
-        self._workers = workers
         self._planes: OrderedDict[int, Image] = OrderedDict()
 
     def at(self, defocus_um: ArrayLike) -> Image:
@@ -231,49 +238,11 @@ class BlurredPlanes:
             plane = self._image
         else:
             psf = compute_psf(self._system, index * self._step_um)
-            plane = _convolve(self._image, [psf], self._workers)[0]
+            plane = _convolve(self._image, [psf])[0]
         self._planes[index] = plane
         if len(self._planes) > self._capacity:
             self._planes.popitem(last=False)
         return plane
-
-
-def blur_depth_variant(
-    image: ArrayLike,
-    defocus_map_um: ArrayLike,
-    system: OpticalSystem,
-    *,
-    step_um: float = 1.0,
-    keep_focus: bool = False,
-    workers: int = 1,
-) -> Image:
-    """Blur an image whose pixels lie at different depths.
-
-    Parameters
-    ----------
-    image
-        Sharp image, axes (y, x) or (y, x, colour).
-    defocus_map_um
-        Signed defocus per pixel in um, axes (y, x).
-    system
-        Optics that the PSFs are computed from.
-    step_um
-        Distance of the PSF-blurred planes that are interpolated, in um.
-    keep_focus
-        Take the image itself at defocus 0 (He: level 0 is not convolved). For
-        images that already went through a microscope; else PSF(0) is applied.
-    workers
-        Threads of the Fourier transforms.
-
-    Returns
-    -------
-    Image
-        Shape of `image`.
-    """
-    planes = BlurredPlanes(
-        image, system, step_um=step_um, keep_focus=keep_focus, workers=workers
-    )
-    return planes.at(defocus_map_um)
 
 
 def _as_image(image: ArrayLike) -> Image:
@@ -284,7 +253,7 @@ def _as_image(image: ArrayLike) -> Image:
     return pixels
 
 
-def _convolve(image: Image, psfs: Sequence[Image], workers: int) -> list[Image]:
+def _convolve(image: Image, psfs: Sequence[Image]) -> list[Image]:
     """Convolve one image with several PSFs; its transform is made once."""
     for psf in psfs:
         if psf.ndim != 2 or psf.shape[0] % 2 == 0 or psf.shape[1] % 2 == 0:
@@ -294,18 +263,18 @@ def _convolve(image: Image, psfs: Sequence[Image], workers: int) -> list[Image]:
     pads = [(half, half) for half in halves] + [(0, 0)] * (image.ndim - 2)
     padded = np.pad(image, pads, mode="reflect")
     sides = [fft.next_fast_len(side, real=True) for side in padded.shape[:2]]
-    spectrum = fft.rfft2(padded, sides, axes=(0, 1), workers=workers)
+    spectrum = fft.rfft2(padded, sides, axes=(0, 1))
     inner = tuple(
         slice(half, half + side)
         for half, side in zip(halves, image.shape[:2], strict=True)
     )
     results = []
     for psf in psfs:
-        transfer = transfer_function(psf, sides, workers)
+        transfer = transfer_function(psf, sides)
         if image.ndim == 3:
             transfer = transfer[..., None]
         product = spectrum * transfer
-        whole = fft.irfft2(product, sides, axes=(0, 1), workers=workers)
+        whole = fft.irfft2(product, sides, axes=(0, 1))
         results.append(np.ascontiguousarray(whole[inner]))
     return results
 

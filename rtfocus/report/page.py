@@ -244,7 +244,7 @@ def write_page(folder: Path) -> Path:
     return path
 
 
-def leave_page(folder: Path, within_s: float = MOST_WAIT_S) -> None:
+def leave_page(folder: Path) -> None:
     """Make the page at the end of a run: bounded in time, and no failure of it.
 
     What goes wrong is a warning in the log, with the command that makes it anew.
@@ -261,9 +261,9 @@ def leave_page(folder: Path, within_s: float = MOST_WAIT_S) -> None:
 
     thread = threading.Thread(target=make, name="report", daemon=True)
     thread.start()
-    thread.join(within_s)
+    thread.join(MOST_WAIT_S)
     if thread.is_alive():
-        _LOG.warning("%s takes longer than %g s; %s", PAGE_NAME, within_s, again)
+        _LOG.warning("%s takes longer than %g s; %s", PAGE_NAME, MOST_WAIT_S, again)
 
 
 def page(facts: RunFacts) -> str:

@@ -181,6 +181,7 @@ class Preview:
 
 
 _POSITIONS = 1000
+_ANSWER_MS = 5000
 
 
 _preview: msgspec.msgpack.Decoder[PreviewHeader | PreviewStatus] = (
@@ -337,23 +338,13 @@ class PreviewViewer(Closing):
             except zmq.Again:
                 return [unpack_preview(parts, 0) for parts in messages]
 
-    def ask(self, control: str, request: Request, timeout_s: float = 5.0) -> Answer:
-        """Ask the processor for something, and wait for its answer.
-
-        Parameters
-        ----------
-        control
-            As its status says.
-        request
-            What is asked for.
-        timeout_s
-            How long to wait.
-        """
+    def ask(self, control: str, request: Request) -> Answer:
+        """Ask for something where the status says, and wait for the answer."""
         socket = request_client(self._context)
         try:
             connect(socket, control, self._curve_keys, CLIENT)
             socket.send(msgspec.msgpack.encode(request))
-            if not socket.poll(int(timeout_s * 1000)):
+            if not socket.poll(_ANSWER_MS):
                 return Answer(done=False, why="the processor does not answer")
             return unpack_answer(socket.recv())
         except ProtocolError as error:

@@ -5,7 +5,7 @@ import pytest
 from scipy.signal import convolve2d
 
 from rtfocus.channel import Aberrations, OpticalSystem
-from rtfocus.optics.formation import BlurredPlanes, blur, blur_depth_variant, blur_stack
+from rtfocus.optics.formation import BlurredPlanes, blur, blur_stack
 from rtfocus.optics.psf import compute_psf
 
 SYSTEM = OpticalSystem(0.5, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.45))
@@ -71,7 +71,7 @@ def test_a_stack_shares_the_image_and_keeps_the_order(image):
 def test_a_constant_map_is_a_uniform_blur(image, defocus_um):
     surface = np.full(image.shape, defocus_um, dtype=np.float32)
     np.testing.assert_allclose(
-        blur_depth_variant(image, surface, SYSTEM),
+        BlurredPlanes(image, SYSTEM).at(surface),
         blur(image, compute_psf(SYSTEM, defocus_um)),
         atol=1e-6,
     )
@@ -81,13 +81,13 @@ def test_the_weights_are_a_partition_of_unity_on_any_surface():
     flat = np.full((64, 80), 0.4, dtype=np.float32)
     y, x = np.mgrid[:64, :80]
     surface = 0.15 * (x - 40) + 0.004 * (y - 30) ** 2
-    result = blur_depth_variant(flat, surface, SYSTEM, step_um=1.5)
+    result = BlurredPlanes(flat, SYSTEM, step_um=1.5).at(surface)
     np.testing.assert_allclose(result, flat, atol=1e-5)
 
 
 def test_every_pixel_of_a_tilted_surface_takes_its_own_depth(image):
     surface = np.linspace(-6, 8, image.shape[0])[:, None] * np.ones(image.shape[1])
-    result = blur_depth_variant(image, surface, SYSTEM, step_um=0.25)
+    result = BlurredPlanes(image, SYSTEM, step_um=0.25).at(surface)
     for row in (3, 20, 50, 66):
         own = blur(image, compute_psf(SYSTEM, float(surface[row, 0])))
         np.testing.assert_allclose(result[row], own[row], atol=3e-3)
@@ -98,11 +98,11 @@ def test_every_pixel_of_a_tilted_surface_takes_its_own_depth(image):
 def test_planes_in_colour_follow_the_surface(image):
     colours = np.stack([image, image**2, 1 - image], axis=-1)
     surface = np.linspace(-3, 3, image.size).reshape(image.shape)
-    result = blur_depth_variant(colours, surface, SYSTEM)
+    result = BlurredPlanes(colours, SYSTEM).at(surface)
     for index in range(3):
         np.testing.assert_allclose(
             result[..., index],
-            blur_depth_variant(colours[..., index], surface, SYSTEM),
+            BlurredPlanes(colours[..., index], SYSTEM).at(surface),
             atol=1e-6,
         )
 

@@ -12,7 +12,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.evaluation.scores import psnr
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.optics.formation import blur, blur_depth_variant
+from rtfocus.optics.formation import BlurredPlanes, blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.montage import Montage, Region
@@ -110,7 +110,7 @@ def test_tilted_frame_gains_at_every_level_and_loses_nothing_in_focus(sharp, psf
     # Focus lies in row 45, in the middle of the first row of tiles.
     depth = np.abs(np.linspace(-1.5, 7, SHAPE[0], dtype=np.float32))
     surface = np.broadcast_to(depth[:, None], SHAPE)
-    seen = np.maximum(blur_depth_variant(sharp, surface, SYSTEM, step_um=0.5), 0)
+    seen = np.maximum(BlurredPlanes(sharp, SYSTEM, step_um=0.5).at(surface), 0)
     frame = np.random.default_rng(3).poisson(seen + 20).astype(np.float32) - 20
     centres = GRID.origin_px + GRID.stride_px * np.arange(5)
     at_tiles = np.rint(np.interp(centres, np.arange(SHAPE[0]), depth) / 2)
