@@ -22,7 +22,13 @@ from uuid import uuid4
 
 import psutil
 
-from rtfocus.errors import InputError, OutputError, WriterError, writing
+from rtfocus.errors import (
+    InputError,
+    OutputError,
+    WriterError,
+    why_not_written,
+    writing,
+)
 
 PATIENCE_S = 5.0
 """How long a file that another program holds open is tried again."""
@@ -322,8 +328,11 @@ def _make_folders(folder: Path) -> list[Path]:
         if parent.exists():
             break
         missing.append(parent)
-    with writing(folder, OutputError):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"folder '{folder}' cannot be made: {why_not_written(error)}"
+        raise OutputError(msg) from error
     return missing
 
 
