@@ -44,7 +44,7 @@ from rtfocus.writers.journal import (
     write_journal,
 )
 from rtfocus.writers.layout import Windows, write_group
-from rtfocus.writers.places import FrameSample, Index, Plan, complete, thinned
+from rtfocus.writers.places import AXES, FrameSample, Index, Plan, complete, thinned
 from rtfocus.writers.recovery import set_aside
 
 FRAMES_NAME = "frames.zarr"
@@ -221,54 +221,40 @@ def _old_report(folder: Path, restored: int) -> dict[str, Any]:
     return kept | {"restored": kept.get("restored", 0) + restored}
 
 
-_Read = Callable[[list[Line]], list[Any]]
-"""Lines to a column's values: by the block, a call per value would cost more."""
-
-
-def _value(key: str, absent: float = np.nan) -> _Read:
-    return lambda block: _filled([line.get(key) for line in block], absent)
-
-
-def _axis(axis: str) -> _Read:
-    return lambda block: _filled(
-        [None if (i := one.get("index")) is None else i.get(axis, 0) for one in block],
-        _UNKNOWN,
-    )
-
-
-def _estimate(key: str, absent: float) -> _Read:
-    return lambda block: _filled(
-        [(line.get("estimate") or {}).get(key) for line in block], absent
-    )
-
-
-def _filled(values: list[Any], absent: float) -> list[Any]:
-    return [absent if value is None else value for value in values]
-
-
-_COLUMNS: dict[str, tuple[str, _Read]] = {
-    "sequence": ("int64", _value("sequence", _UNKNOWN)),
-    "event_index": ("int64", _value("event_index", _UNKNOWN)),
-    "t": ("int64", _axis("t")),
-    "p": ("int32", _axis("p")),
-    "c": ("int32", _axis("c")),
-    "z": ("int32", _axis("z")),
-    "captured_ns": ("int64", _value("captured_ns", _UNKNOWN)),
-    "received_ns": ("int64", _value("received_ns", _UNKNOWN)),
-    "durable_ns": ("int64", _value("durable_ns", _UNKNOWN)),
-    "exposure_ms": ("float64", _value("exposure_ms")),
-    "z_um": ("float64", _value("z_um")),
-    "z_offset_um": ("float64", _value("z_offset_um")),
-    "planned_s": ("float64", _value("planned_s")),
-    "actual_s": ("float64", _value("actual_s")),
-    "camera_image_number": ("int64", _value("camera_image_number", _UNKNOWN)),
-    "level": ("int16", _estimate("level", _UNKNOWN)),
-    "defocus_um": ("float32", _estimate("defocus_um", np.nan)),
-    "confidence": ("float32", _estimate("confidence", np.nan)),
-    "foreground": ("float32", _estimate("foreground", np.nan)),
-    "expected_error_counts": ("float32", _value("expected_error_counts")),
+_COLUMNS = {
+    "sequence": "int64",
+    "event_index": "int64",
+    "t": "int64",
+    "p": "int32",
+    "c": "int32",
+    "z": "int32",
+    "captured_ns": "int64",
+    "received_ns": "int64",
+    "durable_ns": "int64",
+    "exposure_ms": "float64",
+    "z_um": "float64",
+    "z_offset_um": "float64",
+    "planned_s": "float64",
+    "actual_s": "float64",
+    "camera_image_number": "int64",
+    "level": "int16",
+    "defocus_um": "float32",
+    "confidence": "float32",
+    "foreground": "float32",
+    "expected_error_counts": "float32",
 }
-"""Name to dtype and how lines give the values; -1 or NaN: unknown."""
+"""Name to dtype; -1 or NaN: unknown."""
+_ESTIMATED = ("level", "defocus_um", "confidence", "foreground")
+
+
+def _read(name: str, block: list[Line]) -> list[Any]:
+    """Return a column of lines: by the block, a call per value would cost more."""
+    if name in AXES:
+        places = (line.get("index") for line in block)
+        return [None if place is None else place.get(name, 0) for place in places]
+    if name in _ESTIMATED:
+        return [(line.get("estimate") or {}).get(name) for line in block]
+    return [line.get(name) for line in block]
 
 
 def write_columns(folder: Path, rows: int) -> Path:
@@ -316,21 +302,20 @@ class _Columns:
 
     def write(self, number: int, block: list[Line]) -> None:
         """Write chunk `number` of every column."""
-        for name, (dtype, read) in _COLUMNS.items():
-            self._write_chunk(name, dtype, number, read(block))
+        for name, dtype in _COLUMNS.items():
+            self._write_chunk(name, dtype, number, _read(name, block))
         for name, word in _WORDS.items():
             codes = self._codes[name]
             found = [codes.setdefault(word(line), len(codes)) for line in block]
             self._write_chunk(name, "int32", number, found)
         times = [line.get("stage_ms") or {} for line in block]
         for stage in sorted({stage for of_frame in times for stage in of_frame}):
-            values = _filled([of_frame.get(stage) for of_frame in times], np.nan)
+            values = [of_frame.get(stage) for of_frame in times]
             self._write_chunk(f"{stage}_ms", "float32", number, values)
 
     def close(self) -> None:
         """Write the arrays' metadata, and what the codes mean."""
-        kinds = dict.fromkeys(self._codes, "int32")
-        for name, dtype in (kinds | {n: d for n, (d, _) in _COLUMNS.items()}).items():
+        for name, dtype in (dict.fromkeys(self._codes, "int32") | _COLUMNS).items():
             self._folder(name, dtype)
         for name, dtype in self._dtypes.items():
             document = self._metadata(name, dtype)
@@ -345,9 +330,9 @@ class _Columns:
     def _write_chunk(
         self, name: str, dtype: str, number: int, values: list[Any]
     ) -> None:
-        little = np.dtype(dtype).newbyteorder("<")
-        column = np.full(self._chunk, _fill(dtype), dtype=little)
-        column[: len(values)] = values
+        little, fill = np.dtype(dtype).newbyteorder("<"), _fill(dtype)
+        column = np.full(self._chunk, fill, dtype=little)
+        column[: len(values)] = [fill if value is None else value for value in values]
         (self._folder(name, dtype) / f"c.{number}").write_bytes(column.tobytes())
 
     def _metadata(self, name: str, dtype: str) -> bytes:
