@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import IO, Literal, Self
 
 import yaml
 
@@ -92,6 +92,32 @@ def on_free_ports(config: Config) -> Config:
     return config.changed("transport", frames=frames, control=control, pairing=pairing)
 
 
+def start_child(
+    command: list[str], output: int | None = None, errors: IO[bytes] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a command as a process that ends with its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rtfocus", *command, "--stop-on-end-of-input"],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=errors,
+        # Out of the reach of Ctrl-C, which would kill it while it starts.
+        start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+
+
+def end_child(process: "subprocess.Popen[bytes]", within_s: float) -> None:
+    """Ask a child to end, and kill it if it has not in time."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class SideProcess:
     """A side as a child process; leaving it stops the child and waits for its end.
 
@@ -116,17 +142,8 @@ class SideProcess:
         self.said = ""
         """What the side said on standard error, once it has ended."""
         with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "rtfocus", command, str(path)),
-                    *("--quiet", "--stop-on-end-of-input"),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                # Out of the reach of Ctrl-C, which would kill it while it starts.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            self._process = start_child(
+                [command, str(path), "--quiet"], subprocess.DEVNULL, errors
             )
 
     def stop(self) -> None:
@@ -167,12 +184,7 @@ class SideProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_child(self._process, within_s=30)
         self.said = self._errors.read_text("utf-8", errors="replace").strip()
         self._folder.cleanup()
 

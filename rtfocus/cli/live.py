@@ -4,8 +4,6 @@ The main loop is imported once a command runs and its config is read: ``--help``
 mistake in a config are answered without it.
 """
 
-import subprocess
-import sys
 import webbrowser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -148,26 +146,14 @@ def view_process(endpoint: str, keys: Path | None) -> Iterator[None]:
 
     It prints where; whatever becomes of it, the block goes on.
     """
-    command = [sys.executable, "-m", "rtfocus", "view", endpoint]
-    if keys is not None:
-        command += ["--keys", str(keys)]
-    process = subprocess.Popen(
-        [*command, "--stop-on-end-of-input"],
-        stdin=subprocess.PIPE,
-        # Out of the reach of Ctrl-C: it ends with the run.
-        start_new_session=True,
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-    )
-    assert process.stdin is not None
+    from rtfocus.launch import end_child, start_child
+
+    encrypted = [] if keys is None else ["--keys", str(keys)]
+    process = start_child(["view", endpoint, *encrypted])
     try:
         yield
     finally:
-        process.stdin.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_child(process, within_s=10)
 
 
 def _assert_installed() -> None:

@@ -306,11 +306,11 @@ def _places(root: Element) -> dict[str, PlatePlace]:
 def _names(count: int, convention: str) -> tuple[str, ...]:
     if convention != "letter":
         return tuple(str(number + 1) for number in range(count))
-    return tuple(_letters(number) for number in range(count))
+    return tuple(map(row_letters, range(count)))
 
 
-def _letters(number: int) -> str:
-    """Return A, B, ... Z, AA, AB, ... of a number from 0."""
+def row_letters(number: int) -> str:
+    """Return A, B, ... Z, AA, AB, ... of the number of a plate's row, from 0."""
     text = ""
     number += 1
     while number:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
+from rtfocus.images.ome_xml import row_letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,7 @@ def _well_of(position: useq.Position) -> Well | None:
     row, column = position.plate_row, position.plate_col
     if row is None or column is None:
         return None
-    letters = ""
-    while row >= 0:
-        row, letter = divmod(row, 26)
-        letters = chr(ord("A") + letter) + letters
-        row -= 1
-    return Well(letters, f"{column + 1:02d}")
+    return Well(row_letters(row), f"{column + 1:02d}")
 
 
 AXES = ("t", "p", "c", "z")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from uuid import uuid4
 
 from rtfocus.config import Config
@@ -143,11 +144,12 @@ class Recording:
         longest = max(image.sizes["t"] for image in self.images)
         for t in range(longest):
             for p, image in enumerate(self.images):
-                for source in image.indices():
-                    if source["t"] == t:
-                        c = self._channels[p][source["c"]]
-                        place = {**source, "t": repeat * longest + t, "p": p, "c": c}
-                        yield Plane(image, source, place)
+                if t >= image.sizes["t"]:
+                    continue
+                for own, z in product(*(range(image.sizes[axis]) for axis in "cz")):
+                    c = self._channels[p][own]
+                    place = {"t": repeat * longest + t, "p": p, "c": c, "z": z}
+                    yield Plane(image, {"t": t, "c": own, "z": z}, place)
 
 
 def _is_film(images: Sequence[ImageSeries]) -> bool:

@@ -187,13 +187,11 @@ def read_model(given: Mapping[str, Any]) -> Model:
     """
     try:
         return _model(_Rdf.model_validate(given))
-    except ValidationError as error:
-        faults = "; ".join(map(fault_in_words, error.errors()[:5]))
+    except (TypeError, ValueError) as error:  # pydantic's too
+        faults = str(error)
+        if isinstance(error, ValidationError):
+            faults = "; ".join(map(fault_in_words, error.errors()[:5]))
         msg = f"is not described as bioimage.io's spec 0.4 or 0.5 asks for: {faults}"
-        raise EngineError(msg) from error
-    # After pydantic's, which is one too.
-    except (TypeError, ValueError) as error:
-        msg = f"is not described as bioimage.io's spec 0.4 or 0.5 asks for: {error}"
         raise EngineError(msg) from error
 
 

@@ -114,16 +114,23 @@ def open_package(path: Path, origin: str) -> Iterator[Package]:
     if path.is_dir():
         yield _folder(path, origin)
         return
-    try:
+    with _reading(f"'{origin}'", "is no zip, or a damaged one"):
         archive = zipfile.ZipFile(path)
-    except OSError as error:
-        msg = f"'{origin}' cannot be read: {error.strerror or error}"
-        raise EngineError(msg) from error
-    except _DAMAGED as error:
-        msg = f"'{origin}' is no zip, or a damaged one ({error}); get it again"
-        raise EngineError(msg) from error
     with archive:
         yield _zip(origin, archive)
+
+
+@contextmanager
+def _reading(what: str, damaged: str = "is damaged") -> Iterator[None]:
+    """Tell what cannot be read in the block, or makes the library stumble."""
+    try:
+        yield
+    except OSError as error:
+        msg = f"{what} cannot be read: {error.strerror or error}"
+        raise EngineError(msg) from error
+    except _DAMAGED as error:
+        msg = f"{what} {damaged} ({error}); get it again"
+        raise EngineError(msg) from error
 
 
 def _zip(origin: str, archive: zipfile.ZipFile) -> Package:
@@ -140,15 +147,11 @@ def _zip(origin: str, archive: zipfile.ZipFile) -> Package:
     files = {entry.filename.removeprefix(top): entry for entry in entries}
 
     def fetch(name: str) -> bytes:
-        try:
-            with archive.open(files[name]) as file:
-                return file.read(files[name].file_size + 1)
-        except OSError as error:
-            msg = f"'{origin}' cannot be read: {error.strerror or error}"
-            raise EngineError(msg) from error
-        except _DAMAGED as error:
-            msg = f"'{name}' in '{origin}' is damaged ({error}); get it again"
-            raise EngineError(msg) from error
+        with (
+            _reading(f"'{name}' in '{origin}'"),
+            archive.open(files[name]) as file,
+        ):
+            return file.read(files[name].file_size + 1)
 
     return Package(origin, {n: entry.file_size for n, entry in files.items()}, fetch)
 
@@ -211,11 +214,8 @@ def _folder(path: Path, origin: str) -> Package:
         _refuse_many(origin, len(sizes))
 
     def fetch(name: str) -> bytes:
-        try:
+        with _reading(f"'{path / name}'"):
             return (path / name).read_bytes()
-        except OSError as error:
-            msg = f"'{path / name}' cannot be read: {error.strerror or error}"
-            raise EngineError(msg) from error
 
     return Package(origin, sizes, fetch)
 
