@@ -135,10 +135,6 @@ class Dialogue:
                 # Waiting and Ping say only that the publisher lives.
                 return
 
-    def heard_frame(self, now_s: float) -> None:
-        """Note that something came on the frames socket."""
-        self.heard_s = now_s
-
     def say(self, now_s: float) -> Iterator[m.FromRecorder]:
         """Yield what is to be sent now."""
         is_beat = now_s >= self._next_beat_s

@@ -374,7 +374,7 @@ class ReceiverLoop:
                 if message is None:
                     return
                 if self.dialogue is not None and self.dialogue.inflow is not None:
-                    self.dialogue.heard_frame(time.monotonic())
+                    self.dialogue.heard_s = time.monotonic()
                     self.dialogue.inflow.take(*message)
             except ProtocolError as error:
                 self._rejections.reject(error.reason, str(error))

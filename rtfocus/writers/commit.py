@@ -156,10 +156,8 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 def report_of(folder: Path) -> dict[str, Any]:
     """Return ``report.json`` of a finished run; WriterError: it cannot be used."""
     if (report := read_report(folder)) is None:
-        msg = (
-            f"'{folder / REPORT_NAME}' cannot be read as a report; run: rtfocus check "
-            f"{folder} --repair"
-        )
+        remedy = f"run: rtfocus check {folder} --repair"
+        msg = f"'{folder / REPORT_NAME}' cannot be read as a report; {remedy}"
         raise WriterError(msg)
     return report
 
@@ -232,17 +230,13 @@ class CommitQueue:
         self._entries: deque[Entry] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._error: WriterError | None = None
+        self.error: WriterError | None = None
+        """The first failed write; everything after it is lost too."""
         self._thread = threading.Thread(target=self._run, name="commit")
         self._thread.start()
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    @property
-    def error(self) -> WriterError | None:
-        """The first failed write; everything after it is lost too."""
-        return self._error
 
     def wait_room(self) -> None:
         """Wait until another entry may be put."""
@@ -278,15 +272,15 @@ class CommitQueue:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: len(self._entries) < number or self._head_is_held()
+                    lambda: (
+                        len(self._entries) < number
+                        # The commit thread waits for something only `seal` starts.
+                        or not (self._entries[0].sealed or self.error)
+                    )
                 )
                 if len(self._entries) < number:
                     return
             self._seal()
-
-    def _head_is_held(self) -> bool:
-        """Tell whether the commit thread waits for something only `seal` starts."""
-        return not self._entries[0].sealed and self._error is None
 
     def _run(self) -> None:
         while True:
@@ -309,7 +303,7 @@ class CommitQueue:
         """Tell whether the oldest entry can be handled, or the thread can end."""
         if not self._entries:
             return self._closed
-        return self._entries[0].sealed or self._closed or self._error is not None
+        return self._entries[0].sealed or self._closed or self.error is not None
 
     def _start_held(self) -> None:
         try:
@@ -318,15 +312,15 @@ class CommitQueue:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        if self._error is None:
-            self._error = self._ledger.explain(error)
-            if self._error is not error:
-                self._error.__cause__ = error
+        if self.error is None:
+            self.error = self._ledger.explain(error)
+            if self.error is not error:
+                self.error.__cause__ = error
 
     def _finish(self, entry: Entry) -> None:
         """Commit one entry; a failure is kept for the producer, never swallowed."""
         failed = _failure(entry.futures)
-        if failed is None and self._error is None and entry.sealed:
+        if failed is None and self.error is None and entry.sealed:
             try:
                 self._ledger.committed(entry)
                 return

@@ -85,7 +85,7 @@ def test_a_silent_publisher_is_lost_after_the_stall_timeout() -> None:
     dialogue, inflow = begun()
     flow(inflow)
     take_frame(inflow, 0)
-    dialogue.heard_frame(0.0)
+    dialogue.heard_s = 0.0
     for now_s in range(1, 11):
         dialogue.watch(float(now_s))
         assert not inflow.arrivals.is_over
@@ -98,7 +98,7 @@ def test_a_silent_publisher_is_lost_after_the_stall_timeout() -> None:
 def test_after_a_sleep_of_ones_own_the_publisher_gets_its_time() -> None:
     dialogue, inflow = begun()
     flow(inflow)
-    dialogue.heard_frame(0.0)
+    dialogue.heard_s = 0.0
     dialogue.watch(1.0)
     dialogue.watch(3600.0)
     assert not inflow.arrivals.is_over
