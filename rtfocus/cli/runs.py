@@ -124,6 +124,7 @@ def print_report(folder: Path) -> Outcome:
         accounting_in_words,
         left_out_by_hold,
         read_focus_log,
+        throughput_in_words,
     )
     from rtfocus.writers.commit import report_of
 
@@ -136,13 +137,8 @@ def print_report(folder: Path) -> Outcome:
         console.print(plan_in_words(report["accounting"]))
     style = "bold red" if report["accounting"]["unaccounted"] else None
     console.print(accounting_in_words(report["accounting"]), style=style, markup=False)
-    throughput = report.get("throughput", {})
-    if throughput.get("frames_per_s"):
-        console.print(
-            f"{throughput['frames_per_s']:.1f} frames/s over "
-            f"{throughput['seconds']:.1f} s, "
-            f"{1e3 * throughput['cpu_s_per_frame']:.0f} ms CPU time per frame"
-        )
+    if said := throughput_in_words(report):
+        console.print(said)
     for kind, backend in report.get("backends", {}).items():
         console.print(f"{kind}: {backend}", markup=False, highlight=False)
     for line in _shares(report):

@@ -174,6 +174,17 @@ def left_out_by_hold(report: dict[str, Any]) -> str | None:
     return f"hold looked at {every - left_out} of {every} frames: they came too fast"
 
 
+def throughput_in_words(report: dict[str, Any]) -> str | None:
+    """Tell how fast a run was; None: nobody knows, as of one frame."""
+    found = report.get("throughput", {})
+    if not found.get("frames_per_s"):
+        return None
+    return (
+        f"{found['frames_per_s']:.1f} frames/s over {found['seconds']:.1f} s, "
+        f"{1e3 * found['cpu_s_per_frame']:.0f} ms CPU time per frame"
+    )
+
+
 def read_focus_log(folder: Path) -> list[Line]:
     """Return the decisions of a run; empty where autofocus did nothing."""
     path = folder / FOCUS_LOG

@@ -26,6 +26,7 @@ from rtfocus.report.facts import (
     accounting_in_words,
     read_facts,
     shown_frames,
+    throughput_in_words,
 )
 from rtfocus.report.pictures import (
     frame_pictures,
@@ -361,13 +362,7 @@ def _engines(facts: RunFacts) -> str:
         text += _table(("device", "frames"), devices, numbers=1)
     ways = [(way, str(n)) for way, n in report.get("came_by", {}).items()]
     text += _table(("frames came by", "frames"), ways, numbers=1)
-    through = report.get("throughput", {})
-    if through.get("frames_per_s"):
-        text += in_html(
-            f"{through['frames_per_s']:.1f} frames/s over {through['seconds']:.1f} s, "
-            f"{1e3 * through['cpu_s_per_frame']:.0f} ms CPU time per frame"
-        )
-    return text
+    return text + in_html(throughput_in_words(report) or "")
 
 
 def _stages(facts: RunFacts) -> str:

@@ -240,6 +240,7 @@ _GONE_S = 2.0
 _IDLE_S = 10.0
 """Nobody looks for so long: the processor is left alone until somebody does."""
 _READ_S = 0.3
+_ANSWER_S = 10.0
 
 
 class Source(threading.Thread):
@@ -418,7 +419,10 @@ class LiveSource(Source):
         """Pass a request on, from a thread of the server; wait for the answer."""
         question = _Question(what)
         self._asked.append(question)
-        if not question.answered.wait(10):
+        if not question.answered.wait(_ANSWER_S):
+            # Nor does it later: somebody may have done something else by then.
+            with contextlib.suppress(ValueError):
+                self._asked.remove(question)
             return "the processor does not answer"
         return question.why
 
@@ -437,7 +441,7 @@ class LiveSource(Source):
             question.answered.set()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Question:
     what: Act
     why: str = ""

@@ -30,7 +30,7 @@ from rtfocus.frame import Act
 from rtfocus.monitor import Monitor
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.sockets import create_keys
-from rtfocus.transport.viewer import PreviewViewer
+from rtfocus.transport.viewer import PreviewViewer, Shown
 from rtfocus.view.codec import (
     HEADER,
     MAGIC,
@@ -423,6 +423,27 @@ def test_what_a_run_cannot_do_is_told_before_it_is_asked_for(
                 socket.send(f'{{"type":"ask","what":"{what}"}}')
                 assert said(socket, "answer")["why"] == told.get(what, "")
     assert set(asked) == {"autofocus", "hold_on", "stop"} - cannot
+
+
+def test_what_was_called_unanswered_is_not_done_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Act] = []
+    anywhere = "tcp://127.0.0.1:*"
+    ports = PreviewConfig(endpoint=anywhere, control=anywhere)
+    with closing(PreviewPublisher(ports)) as preview:
+        preview.begin(Shown(make_series("u"), tmp_path, dict, act=asked.append))
+        assert preview.endpoint is not None
+        scene = Scene()
+        source = LiveSource(scene, preview.endpoint, None)
+        with monkeypatch.context() as at_once:
+            at_once.setattr("rtfocus.view.scene._ANSWER_S", 0.01)
+            assert scene.act("stop") == "the processor does not answer"
+        with source:
+            scene.listen(lambda: None)
+            until(lambda: scene.state == "running", "the run")
+            assert scene.act("autofocus") == ""
+    assert asked == ["autofocus"]
 
 
 def test_a_viewer_focuses_holds_and_stops_a_run_whose_config_allows_it(
