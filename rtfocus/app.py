@@ -239,7 +239,7 @@ def _process(
     """Process one series; `patient`, `unwanted`: see `FrameReceiver.wait_series`."""
     takes_files(config.run.folder)
     with (
-        closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
+        FrameReceiver(config.transport, monitor.accounting) as receiver,
         closing(open_processor(config)) as processor,
         acting_when(stop.is_set, receiver.stop),
     ):

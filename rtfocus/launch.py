@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,14 +162,11 @@ class SideProcess:
         """
         return self._process.poll() not in (None, ExitCode.DONE, ExitCode.INCOMPLETE)
 
-    def failure(self, *, within_s: float = 0.0) -> RtfocusError | None:
+    def failure(self) -> RtfocusError | None:
         """Return what the side said when it failed; None if it did not.
 
-        A plan or recording that cannot be used keeps its exit code. One that is about
-        to end is waited for, `within_s` at most.
+        A plan or recording that cannot be used keeps its exit code.
         """
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(within_s)
         if not self.failed():
             return None
         if not self.said and self._errors.is_file():

@@ -23,7 +23,6 @@ from rtfocus.errors import (
     IncompleteError,
     MicroscopeError,
     RtfocusError,
-    TransportError,
     WriterError,
 )
 from rtfocus.files import path_given
@@ -42,8 +41,6 @@ from rtfocus.workers import Newest, Wait, acting_when
 
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
-_ENDING_S = 30.0
-"""A processor that declined a series is given to say why; a busy machine takes long."""
 
 _log = logging.getLogger(__name__)
 
@@ -346,10 +343,8 @@ class LiveStream:
                 if not (outcome.is_complete or outcome.was_stopped):
                     raise IncompleteError(str(outcome))
         except Exception as error:  # raised at the end of the block
-            # A processor that ended says best why nobody takes the frames. It takes
-            # leave before it ends.
-            ends_s = _ENDING_S if isinstance(error, TransportError) else 0.0
-            of_child = self._child and self._child.failure(within_s=ends_s)
+            # A processor that ended says best why nobody takes the frames.
+            of_child = self._child and self._child.failure()
             _log.error("the stream failed: %s", of_child or error)
             self._failure = self._failure or of_child or _told(error)
         finally:

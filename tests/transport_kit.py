@@ -187,11 +187,8 @@ def receiving(
 ) -> Iterator[tuple[FrameReceiver, Accounting]]:
     """Open a receiver that has begun (None: that has not) the next series."""
     accounting = Accounting()
-    receiver = FrameReceiver(config, accounting)
-    try:
+    with FrameReceiver(config, accounting) as receiver:
         if next_sequence is not None:
             assert receiver.wait_series(DEADLINE_S) is not None
             receiver.begin(next_sequence)
         yield receiver, accounting
-    finally:
-        receiver.close()

@@ -8,6 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Container, Iterator
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import zmq
@@ -42,7 +44,7 @@ _LOOK_S = 0.1
 
 
 class FrameReceiver:
-    """Records one series after the other.
+    """Records one series after the other; whoever leaves it by an error says which.
 
     Parameters
     ----------
@@ -234,6 +236,19 @@ class FrameReceiver:
         if self._pool is not None:
             self._pool.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception):
+            self._loop.leaves_for = str(error) or type(error).__name__
+        self.close()
+
     def _check_answer(
         self, dialogue: Dialogue, waited_s: float, silent_s: float
     ) -> None:
@@ -291,6 +306,8 @@ class ReceiverLoop:
         """To be sent, the newest frame's; put them here, then wake the loop."""
         self.asks: deque[Act] = deque()
         """What viewers ask of the microscope side; `MOST_ASKS` wait."""
+        self.leaves_for = "receiver closed"
+        """What the publisher is told at the end."""
         self._waker = waker
         self._rejections = Rejections(
             "frames", lambda reason: accounting.count("rejected", reason)
@@ -363,7 +380,7 @@ class ReceiverLoop:
         """Report what is durable, say good-bye, close the sockets."""
         if self.dialogue is not None and self.dialogue.inflow is not None:
             self.dialogue.inflow.stop()
-        self._leave("receiver closed")
+        self._leave(self.leaves_for)
         self._frames.link.close()
         self._control.close()
 

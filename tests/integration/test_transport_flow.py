@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -31,6 +31,7 @@ from transport_kit import (
 from rtfocus.config.sections import PreviewConfig
 from rtfocus.errors import (
     ConfigError,
+    EngineError,
     ExitCode,
     ProtocolError,
     StoppedError,
@@ -345,6 +346,19 @@ class TestStalls:
                 error = sending.join()
         assert isinstance(error, TransportError)
         assert "left (receiver closed)" in str(error)
+
+    def test_a_recorder_that_fails_says_of_what_as_it_leaves(self) -> None:
+        with FramePublisher(make_config(), waits_for_another=False) as publisher:
+            sending = Background(lambda: send_series(publisher, 20))
+            with sending:
+                with (
+                    suppress(EngineError),
+                    receiving(facing(publisher), next_sequence=None) as (receiver, _),
+                ):
+                    assert receiver.wait_series(DEADLINE_S) is not None
+                    raise EngineError("engine 'nowhere' not found")
+                error = sending.join()
+        assert "does not take the series: engine 'nowhere' not found" in str(error)
 
     def test_close_wakes_whoever_waits(self) -> None:
         publisher = FramePublisher(make_config(slots=4))
