@@ -19,7 +19,7 @@ from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.files import path_given
 from rtfocus.frame import DefocusMap, FrameResult
-from rtfocus.image_set import BLIND_ENGINE, restoring_with, with_engine
+from rtfocus.image_set import BLIND_ENGINE, restoring_in, restoring_with, with_engine
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import nothing_shown, pixels_of, shows_nothing
 from rtfocus.offline import ImageProcessor
@@ -42,6 +42,7 @@ def restore(
     *,
     optics: Optics | None = None,
     engine: str | None = None,
+    orientations: int | None = None,
     config: AnyConfig | None = None,
     channel: str | None = None,
 ) -> Image:
@@ -62,6 +63,10 @@ def restore(
         ``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``, or a
         restorer or joint engine by name. None: as `config` says; without one Wiener,
         or where the optics are unknown an engine that runs blind.
+    orientations
+        2, 4 or 8: restore so many turned and mirrored copies of an image and take their
+        mean, which is better and takes as many times as long; for networks. None: as
+        `config` says; without one 1.
     config
         Camera, optics and engines; None: the defaults.
     channel
@@ -96,6 +101,8 @@ def restore(
         engine = BLIND_ENGINE
     if engine is not None:
         settings = restoring_with(settings, engine, whole=config is None)
+    if orientations is not None:
+        settings = restoring_in(settings, orientations)
     if is_blind:
         _refuse_method_without_optics(settings)
         processing = settings.processing

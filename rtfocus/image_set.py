@@ -386,6 +386,15 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     return with_engine(settings, "classifier", engine)
 
 
+def restoring_in(settings: Config, orientations: int) -> Config:
+    """Return `settings` that restore in the mean over so many orientations."""
+    data = settings.model_dump()
+    for part in (data["processing"], *data["channels"]):
+        if part["restoration"] is not None:
+            part["restoration"]["orientations"] = orientations
+    return parse_config(data)
+
+
 def with_engine(settings: Config, key: str, value: object) -> Config:
     """Return `settings` with one ``classifier`` or ``restoration`` for all channels."""
     data = settings.model_dump()

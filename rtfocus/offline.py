@@ -7,7 +7,10 @@ import os
 import threading
 import weakref
 from concurrent.futures import wait
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +59,13 @@ _BYTES_PER_PX = 50
 """Memory that an image takes, measured: 46 (`wiener`, 2000 to 6000 pixels a side).
 Where it is not there some systems end the process without a word."""
 
-
 Image = NDArray[np.float32]
 Pixels = NDArray[np.generic]
 Scale = tuple[float, int, DeviationCard | None]
 """A level in um, the highest, and how deviations follow from what is found."""
+
+ORIENTATIONS = tuple((turns, flip) for flip in (0, 1) for turns in (0, 2, 1, 3))
+"""In which an image is restored: quarter turns, and whether it is mirrored before."""
 
 
 class ImageProcessor(Closing):
@@ -91,14 +96,14 @@ class ImageProcessor(Closing):
             optics = checked_optics(optics)
         self._config = config
         self._optics = optics
-        as_known = _as_known(config, optics)
+        as_known = config.as_known(optics)
         self._blind = as_known.processing.blind
         self._processor: FrameProcessor = open_processor(as_known)
         # Whoever forgets to close it has no program that never ends.
         weakref.finalize(self, self._processor.close)
         self._scale: Scale | None = None
         self._started: tuple[object, ...] | None = None
-        self._sequence = 0
+        self._numbers = count()
         self._one_at_a_time = threading.Lock()
         self._coarser: ImageProcessor | None = None
         self._open_in: int | None = os.getpid()
@@ -194,26 +199,51 @@ class ImageProcessor(Closing):
         self, pixels: Pixels, channel: str, *, restore: bool
     ) -> FrameResult:
         self._start_for(pixels, channel)
-        header = FrameHeader(
-            version=PROTOCOL_VERSION,
-            series_uid=_UID,
-            sequence=self._sequence,
-            shape=pixels.shape,
-            dtype=pixels.dtype.str,
-            captured_ns=0,
-            exposure_ms=0.0,
-            index={"t": self._sequence, "c": 0},
-        )
-        self._sequence += 1
-        unrestored = None if restore else "classified only"
-        result = self._through(header, pixels, unrestored)
+        header = self._header(pixels)
+        result = self._through(header, pixels, None if restore else "classified only")
         if restore:
-            return result
+            return self._in_the_mean(result, pixels, channel)
         if self._blind and result.defocus is not None:
             found = self._looked_coarser(pixels, channel, result.defocus)
             estimate = estimate_frame(header, found.distances())
             result = replace(result, defocus=found, estimate=estimate)
         return replace(result, skipped=None)
+
+    def _header(self, pixels: Pixels) -> FrameHeader:
+        """Return the header of the next frame."""
+        number = next(self._numbers)
+        return FrameHeader(
+            version=PROTOCOL_VERSION,
+            series_uid=_UID,
+            sequence=number,
+            shape=pixels.shape,
+            dtype=pixels.dtype.str,
+            captured_ns=0,
+            exposure_ms=0.0,
+            index={"t": number, "c": 0},
+        )
+
+    def _in_the_mean(
+        self, first: FrameResult, pixels: Pixels, channel: str
+    ) -> FrameResult:
+        """Return a result with what is restored in the mean over the orientations.
+
+        What a network makes of an image that is turned differs by its error (Timofte
+        2016, *Seven ways to improve example-based single image super resolution*).
+        """
+        ways = ORIENTATIONS[: self._config.engines_of(channel)[1].orientations]
+        if first.restored is None or len(ways) == 1:
+            return first
+        mean = first.restored / len(ways)
+        for turns, flip in ways[1:]:
+            one = np.rot90(pixels[:, ::-1] if flip else pixels, turns)
+            self._start_for(one, channel)
+            result = self._through(self._header(one), one, None)
+            back = np.rot90(cast("Image", result.restored), -turns)
+            mean += (back[:, ::-1] if flip else back) / len(ways)
+        if np.issubdtype(first.restored.dtype, np.integer):
+            np.rint(mean, out=mean)
+        return replace(first, restored=mean.astype(first.restored.dtype))
 
     def _looked_coarser(
         self, pixels: Pixels, channel: str, found: DefocusMap
@@ -306,13 +336,6 @@ class ImageProcessor(Closing):
         return optics, (step, levels.count - 1, fit)
 
 
-def _as_known(config: Config, optics: OpticalSystem | None) -> Config:
-    """Tell engines no aberrations where nobody has said what the optics are."""
-    if optics is not None or any(channel.optics for channel in config.channels):
-        return config
-    return config.with_processing(blind=True)
-
-
 def _refuse_too_large(pixels: Pixels) -> None:
     needed = _BYTES_PER_PX * pixels.size
     if needed > (free := memory().free):
@@ -348,85 +371,74 @@ class Kernels:
     background."""
 
 
-class KernelExtractor(Closing):
-    """Extracts kernels with an engine that gives them; a context manager.
+def extract_kernels(
+    config: Config, engine: str, image: Pixels, *, channel: str | None = None
+) -> Kernels:
+    """Extract the kernel of every tile of an image with an engine that gives them.
 
     Parameters
     ----------
     config
         Its classifier says which level the engine is told.
     engine
-        Name or folder of an engine with a kernel output.
+        Name or folder.
+    image
+        Axes (y, x) or (y, x, 3); of colours an engine for one channel sees the mean.
+    channel
+        Of the config, as for `ImageProcessor.classify`.
 
     Raises
     ------
     EngineError
-        If the engine gives no kernels, or cannot be opened.
+        If the engine gives no kernels, cannot be opened or makes something else.
     """
-
-    def __init__(self, config: Config, engine: str) -> None:
-        folders = config.processing.engine_folders
-        found = find_engine(engine, folders)
-        card = found.card
-        if card.kernel_output is None:
-            able = [e.name for e in list_engines(folders) if e.card.kernel_output]
-            msg = (
-                f"engine '{card.name}' extracts no kernels; those that do: "
-                f"{', '.join(able) or 'none'}"
-            )
-            raise EngineError(msg)
-        self._card = card
-        self._output = card.kernel_output
-        self._normalisation = invertible_normalisation(card)
-        self._config = config
-        self._images = ImageProcessor(config.without_restoration())
-        self._network = TileNetwork(
-            found,
-            config.processing,
-            output=card.kernel_output.name,
-            threads=config.processing.threads or 1,
+    folders = config.processing.engine_folders
+    opened = find_engine(engine, folders)
+    card = opened.card
+    if (output := card.kernel_output) is None:
+        able = [e.name for e in list_engines(folders) if e.card.kernel_output]
+        msg = (
+            f"'{card.name}' extracts no kernels; these do: {', '.join(able) or 'none'}"
         )
-
-    def extract(self, image: Pixels, *, channel: str | None = None) -> Kernels:
-        """Extract the kernel of every tile of an image (y, x) or (y, x, 3).
-
-        Colours are extracted from their mean.
-        """
-        found = self._images.classify(image, channel=channel).defocus
-        signal = np.asarray(image, np.float32)
-        tiles_card = input_of(self._card)
-        if signal.ndim == 3 and tiles_card.channels == 1:
-            signal = signal.mean(axis=2)
-        plane = to_planes(signal, tiles_card.channels)[0]
-        scaled = [normalised(p, *self._normalisation.fit(p)) for p in plane]
-        tiles = FrameTiles(tiles_card, (signal.shape[0], signal.shape[1]))
-        places = tiles.places
-        defocus_um = np.full(len(places), np.nan, np.float32)
-        signed = False
-        if found is not None:
-            defocus_um = tiles.defocus_um(found, places)
-            signed = found.grid.signed
-        given = self._config.channel(channel).optics
-        optics = given or parts(self._card)[1].reference
-        blind = given is None or self._config.processing.blind
-        conditions = Conditions(self._card, optics, blind=blind, signed=signed)
-        cut = tiles.cut(np.stack(scaled), places)
-        kernels = self._network.run(cut, conditions.rows(defocus_um))
-        side = self._output.size_px
-        if kernels.shape[1:] != (side, side) or not np.isfinite(kernels).all():
-            msg = (
-                f"engine '{self._card.name}': its output '{self._output.name}' is "
-                f"{kernels.shape}, the card says (N, {side}, {side}) numbers"
-            )
-            raise EngineError(msg)
-        grid = places[-1][0] + 1, places[-1][1] + 1
-        return Kernels(
-            kernels.reshape(*grid, side, side),
-            tiles_card.tile_px - 2 * tiles_card.halo_px,
-            defocus_um.reshape(grid),
+        raise EngineError(msg)
+    with ImageProcessor(config.without_restoration()) as images:
+        found = images.classify(image, channel=channel).defocus
+    signal = np.asarray(image, np.float32)
+    tiles_card = input_of(card)
+    if signal.ndim == 3 and tiles_card.channels == 1:
+        signal = signal.mean(axis=2)
+    plane = to_planes(signal, tiles_card.channels)[0]
+    normalisation = invertible_normalisation(card)
+    scaled = [normalised(p, *normalisation.fit(p)) for p in plane]
+    tiles = FrameTiles(tiles_card, (signal.shape[0], signal.shape[1]))
+    places = tiles.places
+    defocus_um = np.full(len(places), np.nan, np.float32)
+    signed = found is not None and found.grid.signed
+    if found is not None:
+        defocus_um = tiles.defocus_um(found, places)
+    given = config.channel(channel).optics
+    conditions = Conditions(
+        card,
+        given or parts(card)[1].reference,
+        blind=given is None or config.processing.blind,
+        signed=signed,
+    )
+    threads = config.processing.threads or 1
+    with closing(
+        TileNetwork(opened, config.processing, output=output.name, threads=threads)
+    ) as network:
+        told = conditions.rows(defocus_um)
+        kernels = network.run(tiles.cut(np.stack(scaled), places), told)
+    side = output.size_px
+    if kernels.shape[1:] != (side, side) or not np.isfinite(kernels).all():
+        msg = (
+            f"engine '{card.name}': its output '{output.name}' is "
+            f"{kernels.shape}, the card says (N, {side}, {side}) numbers"
         )
-
-    def close(self) -> None:
-        """Free both networks."""
-        self._images.close()
-        self._network.close()
+        raise EngineError(msg)
+    grid = places[-1][0] + 1, places[-1][1] + 1
+    return Kernels(
+        kernels.reshape(*grid, side, side),
+        tiles_card.tile_px - 2 * tiles_card.halo_px,
+        defocus_um.reshape(grid),
+    )

@@ -34,7 +34,7 @@ from rtfocus.cli.commands import (
 from rtfocus.cli.display import counting
 from rtfocus.config import Config, parse_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
-from rtfocus.image_set import ImageSet, restoring_with, with_engine
+from rtfocus.image_set import ImageSet, restoring_in, restoring_with, with_engine
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
 from rtfocus.images.outputs import STANDARD_OUTPUT, ImageOutput, OutputGuard, companions
@@ -98,6 +98,14 @@ def restore(
             "are unknown."
         ),
     ] = None,
+    orientations: Annotated[
+        int | None,
+        typer.Option(
+            metavar="[1|2|4|8]",
+            help="Restore so many turned and mirrored copies and take their mean: for "
+            "networks; better, and takes as many times as long.",
+        ),
+    ] = None,
     optics: OpticsOption = None,
     stretch: Annotated[
         bool,
@@ -126,6 +134,8 @@ def restore(
     settings = _settings(path, config, overrides)
     if engine is not None:
         settings = restoring_with(settings, engine, whole=config is None)
+    if orientations is not None:
+        settings = restoring_in(settings, orientations)
     if output is None:
         if stretch or picture is not None:
             option = "--stretch" if stretch else "--picture"

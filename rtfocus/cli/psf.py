@@ -48,7 +48,7 @@ from rtfocus.images.metadata import SOFTWARE, png_mark, written_by_rtfocus
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import open_images
 from rtfocus.images.series import ImageSeries
-from rtfocus.offline import KernelExtractor, Kernels
+from rtfocus.offline import Kernels, extract_kernels
 from rtfocus.report.pictures import draw_kernels
 
 commands = typer.Typer(
@@ -271,8 +271,7 @@ def kernels(
     settings = read_config(config, overrides)
     if classifier is not None:
         settings = with_engine(settings, "classifier", classifier)
-    with KernelExtractor(settings, engine) as extractor:
-        found = extractor.extract(pixels, channel=channel)
+    found = extract_kernels(settings, engine, pixels, channel=channel)
     with guard.whole(output) as part:
         _write(part, found, as_tiff=output.suffix != ".npz")
     with guard.whole(picture) as part:

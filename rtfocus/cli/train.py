@@ -179,8 +179,8 @@ def evaluate(
         typer.Argument(
             metavar="ENGINE...",
             help="Engines by name or folder, wiener, richardson_lucy, "
-            "richardson_lucy_accelerated, richardson_lucy_blind, or METHOD:exact, told "
-            "the defocus.",
+            "richardson_lucy_accelerated, richardson_lucy_blind; METHOD:exact, told "
+            "the defocus; ENGINE:8, the mean over 2, 4 or 8 orientations.",
         ),
     ],
     data: Annotated[

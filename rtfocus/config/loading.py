@@ -300,7 +300,7 @@ def _explain(detail: ErrorDetails) -> str:
     value = getattr(cause, "value", detail["input"])
     shown = "" if isinstance(value, dict | list) else f" (got {_short(value)})"
     rule = detail["msg"].removeprefix("Value error, ")
-    rule = rule.removesuffix(" for <class 'pathlib.Path'>")
+    rule = rule.split(" for <class 'pathlib.")[0]
     return f"'{key}': {rule}{shown}" if key else rule
 
 

@@ -258,9 +258,16 @@ class Config(Section):
         preview = self.transport.preview.model_copy(update=changes)
         return self.changed("transport", preview=preview)
 
+    def as_known(self, optics: OpticalSystem | None) -> "Config":
+        """Return it; blind where neither `optics` nor a channel's say what they are."""
+        if optics is not None or any(channel.optics for channel in self.channels):
+            return self
+        return self.with_processing(blind=True)
+
     def without_restoration(self) -> "Config":
         """Return it with nothing restored, of no channel."""
-        none = self.processing.restoration.model_copy(update={"method": "none"})
+        update = {"method": "none", "orientations": 1}
+        none = self.processing.restoration.model_copy(update=update)
         channels = [c.model_copy(update={"restoration": None}) for c in self.channels]
         config = self.with_processing(restoration=none)
         return config.model_copy(update={"channels": channels})

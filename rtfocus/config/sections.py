@@ -263,9 +263,8 @@ class RestorationConfig(Section):
 
     method: str = "wiener"
     """``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``,
-    ``richardson_lucy_tiles`` (patch by patch, as published),
-    ``richardson_lucy_blind`` (finds the kernel too), ``none``, or the name of a
-    restorer or joint engine in the engines folder."""
+    ``richardson_lucy_tiles`` (patch by patch, as published), ``richardson_lucy_blind``
+    (finds the kernel too), ``none``, or the name of a restorer or joint engine."""
     iterations: PositiveInt | None = None
     """Richardson-Lucy only; None: 15, accelerated 4, rounds of the blind one 8."""
     noise_to_signal: PositiveFloat | None = None
@@ -273,8 +272,9 @@ class RestorationConfig(Section):
     window: Literal["triangular", "rectangular"] = "triangular"
     """Montage weights (He 2020); ``rectangular`` shows seams, for comparison."""
     halo_px: NonNegativeInt | None = None
-    """Context per side; None: radius that holds 99 % of the PSF's energy, 13 for
-    ``richardson_lucy_tiles``."""
+    """Context per side; None: radius of 99 % of the PSF's energy, in tiles 13."""
+    orientations: Literal[1, 2, 4, 8] = 1
+    """Networks, images from files: the mean of so many, turned and mirrored."""
 
 
 def _listed(value: object) -> object:

@@ -2,7 +2,8 @@
 
 ``NAME`` is an engine, a folder with one, or a restoration that is built in;
 ``METHOD:exact`` is a built-in method that is told every frame's defocus: the bound
-that an estimate of the defocus is measured against. Multiply-adds are counted in the
+that an estimate of the defocus is measured against. ``ENGINE:8`` restores in the mean
+over 8 orientations (`rtfocus.offline`). Multiply-adds are counted in the
 ONNX graph. The live loop keeps the chosen label alone; to count how many labels an
 engine found likelier than the right one, it sees each frame once more, prepared by the
 same code.
@@ -154,6 +155,8 @@ class Contender:
     """The network under test; None: a built-in method."""
     blind: bool
     """Engines are not told the aberrations."""
+    orientations: int = 1
+    """In how many an image is restored; the mean counts."""
 
     @property
     def title(self) -> str:
@@ -197,7 +200,10 @@ class Contender:
                 "channels": [{"name": "default", "optics": optics}],
                 "processing": {
                     "classifier": self.classifier,
-                    "restoration": {"method": self.method},
+                    "restoration": {
+                        "method": self.method,
+                        "orientations": self.orientations,
+                    },
                     "engine_folders": [str(folder) for folder in folders],
                     "ignore_optics": True,
                     "blind": self.blind,
@@ -217,7 +223,7 @@ def contender(
     Parameters
     ----------
     name
-        Engine, built-in method, or ``METHOD:exact``.
+        Engine, built-in method, ``METHOD:exact`` or ``ENGINE:ORIENTATIONS``.
     classifier
         Finds the defocus for restorers.
     blind
@@ -243,14 +249,20 @@ def contender(
         return Contender(name, None, method, None, blind=False)
     if name in METHODS:
         return Contender(name, classifier, name, None, blind=False)
-    found = find_engine(name, folders, METHODS)
+    engine, _, number = name.rpartition(":")
+    ways = int(number) if number in ("2", "4", "8") else 1
+    found = find_engine(engine if ways > 1 else name, folders, METHODS)
+    if ways > 1 and found.card.kind == "classifier":
+        msg = f"'{name}': {found.name} restores nothing; leave out ':{ways}'"
+        raise ConfigError(msg)
     finds = found.card.kind != "restorer"
     return Contender(
-        name=found.name,
+        name=found.name if ways == 1 else f"{found.name}:{ways}",
         classifier=str(found.folder) if finds else classifier,
         method="none" if found.card.kind == "classifier" else str(found.folder),
         engine=found,
         blind=blind,
+        orientations=ways,
     )
 
 

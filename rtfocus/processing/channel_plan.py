@@ -232,14 +232,15 @@ def plan_channel(
 ) -> ChannelPlan:
     """Decide what happens to the frames of a channel.
 
-    `any_size`: restore even what is too small to tell its defocus.
+    `any_size`: of images; restore even what is too small to tell its defocus.
 
     Raises
     ------
     EngineError
         If an engine is missing, does not fit the optics or is of the wrong kind.
     ConfigError
-        If the flat field does not fit, or defocus is to be told of too few pixels.
+        If the flat field or the orientations do not fit, or defocus is to be told of
+        too few pixels.
     """
     settings = config.channel(channel.name)
     optics = settings.optics or channel.optics
@@ -248,6 +249,9 @@ def plan_channel(
     )
     shape = tuple(series.shape)
     name, wanted = config.engines_of(channel.name)
+    if not any_size and wanted.orientations > 1:
+        msg = "restoration.orientations is for images from files; leave it out of a run"
+        raise ConfigError(msg)
     as_it_is = restored_as_it_is(wanted, config.processing)
     if as_it_is is not None:
         _refuse_cut_values(as_it_is, config, series)

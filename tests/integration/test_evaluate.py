@@ -285,6 +285,17 @@ def test_a_method_told_the_defocus_is_the_bound(
     assert found.levels is None
 
 
+def test_orientations_are_part_of_a_name(tmp_path: Path, field: np.ndarray) -> None:
+    data = synthetic_set(tmp_path, field)
+    gains = []
+    for name in ("rtfocus-2", "rtfocus-2:4"):
+        one = contender(name, classifier="delpnet", blind=True)
+        assert one.title == f"{name}, blind"
+        found = evaluate(one, data, one.config(data))
+        gains.append(found.groups()["4"]["gain_db"])
+    assert gains[0] < gains[1] < gains[0] + 2
+
+
 def test_what_cannot_be_evaluated_is_refused(pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder and none of bbbc006_pairs"):
         find_data_set("nowhere", None, None)
@@ -294,6 +305,8 @@ def test_what_cannot_be_evaluated_is_refused(pairs: Path, tmp_path: Path) -> Non
         find_data_set(str(pairs / "sharp"), None, None)
     with pytest.raises(ConfigError, match="can be told the exact defocus"):
         contender("delpnet:exact", classifier="delpnet", blind=False)
+    with pytest.raises(ConfigError, match="delpnet restores nothing; leave out ':8'"):
+        contender("delpnet:8", classifier="delpnet", blind=False)
     with pytest.raises(EngineError, match="not found"):
         contender("no_such_engine", classifier="delpnet", blind=False)
     data = find_data_set(str(pairs), None, OPTICS)

@@ -25,6 +25,7 @@ from scipy.ndimage import gaussian_filter
 from yaozarrs import v05
 from yaozarrs.write.v05 import write_image
 
+import rtfocus
 from rtfocus.errors import ExitCode
 
 ESTIMATE = {"level", "defocus_um", "signed", "confidence"}
@@ -199,6 +200,24 @@ def test_both_outputs_hold_the_same(tmp_path, config_file):
     in_zarr = zarr.open_array(outputs[1] / "0", mode="r")[...]
     np.testing.assert_array_equal(in_tiff, in_zarr)
     assert not np.array_equal(in_tiff, tifffile.imread(path).reshape(in_tiff.shape))
+
+
+def test_orientations_are_the_same_by_command_and_in_python(tmp_path):
+    image = np.kron(np.random.default_rng(2).random((12, 14)), np.ones((8, 8))) * 3000
+    path, out = tmp_path / "image.tif", tmp_path / "out.tif"
+    tifffile.imwrite(path, gaussian_filter(image, 3).astype(np.uint16))
+    config = tmp_path / "config.yaml"
+    processing = {"classifier": "rtfocus-2", "restoration": {"method": "rtfocus-2"}}
+    config.write_text(json.dumps({"processing": processing | {"precision": "f32"}}))
+    options = ("-o", out, "--overwrite", "--config", config, "--orientations")
+    succeeded(command("restore", path, *options, 2))
+    mean = rtfocus.restore(tifffile.imread(path), config=config, orientations=2)
+    np.testing.assert_array_equal(tifffile.imread(out), mean)
+    succeeded(command("restore", path, *options, 1))
+    assert (tifffile.imread(out) != mean).any()
+    said = failed(command("restore", path, *options, 3))
+    assert "orientations" in said
+    assert "1, 2, 4 or 8" in said
 
 
 def test_stretched_planes_use_all_of_eight_bits(tmp_path, config_file):

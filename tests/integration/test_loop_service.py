@@ -188,7 +188,9 @@ def test_a_frozen_publisher_goes_on_in_the_same_folder(
             assert isinstance(error, PeerLostError), error
             assert "start the same command again" in str(error)
             process.send_signal(signal.SIGCONT)
-            assert app.process(config, stop=never) == folder
+            # However long the publisher takes to wake on a busy machine.
+            again = facing(config, endpoints, connect_timeout_s=30.0)
+            assert app.process(again, stop=never) == folder
         assert process.wait(DEADLINE_S) == 0
     assert [path.name for path in tmp_path.glob("*")] == ["small.rtfocus"]
     assert_whole(folder, number)

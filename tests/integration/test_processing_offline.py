@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +15,17 @@ import tifffile
 from scipy.ndimage import gaussian_filter
 
 from rtfocus.batch.work import tile_rows
-from rtfocus.channel import OpticalSystem
+from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.fitted import stated_um
 from rtfocus.engines.registry import find_engine, fit_frame, step_um
-from rtfocus.errors import EngineError, InputError
+from rtfocus.errors import ConfigError, EngineError, InputError
+from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.offline import ImageProcessor
 from rtfocus.processing.channel_plan import ClassifierPlan
 from rtfocus.processing.cpu.classifier import FrameClassifier
+from rtfocus.processing.processor import open_processor
 from rtfocus.specimens import draw_specimen
 
 
@@ -307,3 +310,47 @@ forgotten.classify(np.random.default_rng(1).poisson(200, (96, 96)).astype(np.uin
         [sys.executable, "-c", script], timeout=60, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_networks_restore_in_the_mean_over_orientations_where_that_is_asked_for(images):
+    processing = {"classifier": "rtfocus-2", "blind": True}
+
+    def restored(image, orientations):
+        asked = {"method": "rtfocus-2", "orientations": orientations}
+        config = parse_config({"processing": processing | {"restoration": asked}})
+        with ImageProcessor(config) as processor:
+            return processor.restore(image).restored
+
+    large = images[0].astype(np.float32)  # not square: its turns have another shape
+    turned = [np.rot90(restored(np.rot90(large, n), 1), -n) for n in (0, 2, 1, 3)]
+    flipped = large[:, ::-1]
+    again = [np.rot90(restored(np.rot90(flipped, n), 1), -n) for n in (0, 2, 1, 3)]
+    turned += [one[:, ::-1] for one in again]
+    assert np.ptp(turned[:2], axis=0).max() > 1
+    for number in (2, 4, 8):
+        mean = np.mean(turned[:number], axis=0)
+        np.testing.assert_allclose(restored(large, number), mean, rtol=1e-5, atol=0.01)
+    counts = restored(images[0], 2)
+    assert counts.dtype == np.uint16
+    assert np.abs(counts - np.mean(turned[:2], axis=0)).max() < 1.5
+    colours = np.stack([images[0], images[0] // 2, images[0]], axis=-1)
+    assert restored(colours, 4).shape == colours.shape
+
+
+def test_a_live_run_restores_every_frame_once(config):
+    asked = config.processing.restoration.model_copy(update={"orientations": 8})
+    series = SeriesStart(
+        version=PROTOCOL_VERSION,
+        series_uid="live",
+        name="live",
+        started_ns=0,
+        shape=(96, 96),
+        dtype="<u2",
+        sizes={"t": 1},
+        channels=[Channel("default")],
+        positions=[Position("p")],
+        pixel_size_um=1.0,
+    )
+    with closing(open_processor(config.with_processing(restoration=asked))) as live:
+        with pytest.raises(ConfigError, match="orientations is for images from files"):
+            live.start(series, 1)
