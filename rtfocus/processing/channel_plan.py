@@ -239,8 +239,7 @@ def plan_channel(
     EngineError
         If an engine is missing, does not fit the optics or is of the wrong kind.
     ConfigError
-        If the flat field or the orientations do not fit, or defocus is to be told of
-        too few pixels.
+        If flat field or orientations do not fit, or defocus is told of too few pixels.
     """
     settings = config.channel(channel.name)
     optics = settings.optics or channel.optics
