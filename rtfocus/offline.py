@@ -398,7 +398,8 @@ def extract_kernels(
     if (output := card.kernel_output) is None:
         able = [e.name for e in list_engines(folders) if e.card.kernel_output]
         msg = (
-            f"'{card.name}' extracts no kernels; these do: {', '.join(able) or 'none'}"
+            f"engine '{card.name}' extracts no kernels; those that do: "
+            f"{', '.join(able) or 'none'}"
         )
         raise EngineError(msg)
     with ImageProcessor(config.without_restoration()) as images:
