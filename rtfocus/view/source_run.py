@@ -182,7 +182,8 @@ class StoredRun:
     traces: Traces
     lost: dict[str, int] = field(default_factory=dict)
     """Frames that are not there, by what the journal says."""
-    _lines: dict[Place, Line] = field(default_factory=dict)
+    _lines: dict[Place, bytes] = field(default_factory=dict)
+    """The journal's, as text: a line's objects take several times as much memory."""
     _order: list[Place] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -249,7 +250,7 @@ class StoredRun:
             )
         with self._lock:
             if status in (WRITTEN, MISSING, IN_ERROR):
-                self._lines[place] = line
+                self._lines[place] = msgspec.json.encode(line)
             if status == WRITTEN:
                 self._order.append(place)
 
@@ -278,8 +279,7 @@ class StoredRun:
             If the run has no such place.
         """
         self._refuse_outside(place)
-        with self._lock:
-            line = self._lines.get(place)
+        line = self.line(place)
         height, width = self.series.shape[:2]
         shown: dict[str, Any] = {
             "shape": (height, width),
@@ -330,7 +330,8 @@ class StoredRun:
     def line(self, place: Place) -> Line | None:
         """Return the journal's line of a place; None: there is none yet."""
         with self._lock:
-            return self._lines.get(place)
+            line = self._lines.get(place)
+        return None if line is None else msgspec.json.decode(line)
 
     def _refuse_outside(self, place: Place) -> None:
         for axis, index in zip("tpcz", place, strict=True):
