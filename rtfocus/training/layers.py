@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -367,3 +367,46 @@ def found_level(logits: Tensor) -> Tensor:
     side = torch.sign(shares[:, :-1] @ levels)
     distance = shares[:, :-1] @ levels.abs() / specimen
     return torch.where(specimen > _LEAST_SPECIMEN, side * distance, torch.nan)
+
+
+def oriented(images: Tensor, number: int, *, back: bool = False) -> Tensor:
+    """Return square images in one of eight orientations, 0 to 7; `back` undoes it."""
+    axes = [axis for bit, axis in ((1, -1), (2, -2)) if number & bit]
+    if back:
+        images = images.flip(axes)
+    if number & 4:
+        images = images.transpose(-1, -2)
+    return images if back else images.flip(axes)
+
+
+@torch.no_grad()
+def in_the_mean(
+    network: nn.Module, tensors: Mapping[str, Tensor], orientations: int
+) -> dict[str, Tensor]:
+    """Return what a network makes of patches in the mean over orientations of them.
+
+    Parameters
+    ----------
+    network
+        Gives logits and restored patches.
+    tensors
+        ``blurred``, shape (N, 1, y, x), square, and their ``condition``, (N, entry).
+    orientations
+        How many of the eight, drawn by chance.
+
+    Returns
+    -------
+    dict
+        ``sharp``, shape of ``blurred``, and ``shares``, probabilities of the labels,
+        (N, label, row, column).
+    """
+    images, shares = [], []
+    for number in torch.randperm(8, generator=chance())[:orientations].tolist():
+        seen = oriented(tensors["blurred"], number)
+        logits, restored = network(seen, tensors["condition"])
+        images.append(oriented(restored.float(), number, back=True))
+        shares.append(oriented(logits.float().softmax(dim=1), number, back=True))
+    return {
+        "sharp": torch.stack(images).mean(dim=0),
+        "shares": torch.stack(shares).mean(dim=0),
+    }

@@ -102,6 +102,12 @@ class Task(ABC, Generic[R]):
         """Return every trained module by name; `network` is among them."""
         return {"network": self.network}
 
+    def begin(self) -> None:
+        """Get ready; called with the first weights, before a run that goes on has its.
+
+        Networks that learn from what they were at first override it.
+        """
+
     def take_state(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of a checkpoint of this network.
 

@@ -201,6 +201,7 @@ class Trainer(Closing):
             start_from(self.task, recipe.start_from)
         for module in self.task.modules().values():
             module.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.task.begin()
         self.average = copy.deepcopy(self.task.network)
         self._optimisers = self.task.make_optimisers()
         self._parts: StepParts | None = None

@@ -1,12 +1,16 @@
 """rtfocus-2: goes on from rtfocus-1, learns when to correct, may look twice."""
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.layers import found_level
+from rtfocus.training.layers import found_level, in_the_mean, oriented
 from rtfocus.training.networks.rtfocus import (
     CONDITION,
     LABELS,
@@ -83,18 +87,17 @@ def test_sure_labels_leave_finite_gradients_in_bfloat16(task):
     assert network.trust.grad.abs() > 0
 
 
-def looking_twice(share: float) -> Rtfocus2Task:
+def small_task(start: Path | None = None, **section: float) -> Rtfocus2Task:
     """Return a small task whose labels depend on what its patches show."""
     optics = OpticalSystem(
         0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
     )
-    small = Rtfocus2Section(
-        widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), second_look_share=share
-    )
+    small = Rtfocus2Section(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), **section)
     recipe = Rtfocus2Recipe(
         pairs=PairsRecipe(reference=optics, patch_px=96, batch_patches=6, planes=3),
         pool=PoolRecipe(entries=1, side_px=216),
         rtfocus_2=small,
+        start_from=start,
     )
     torch.manual_seed(3)
     task = Rtfocus2Task(recipe)
@@ -103,7 +106,7 @@ def looking_twice(share: float) -> Rtfocus2Task:
 
 
 def test_patches_seen_twice_are_told_the_level_of_their_own_labels():
-    task = looking_twice(0.5)
+    task = small_task(second_look_share=0.5)
     twice = torch.tensor([True, False, True, True, False])
     first = torch.rand(5, len(task.network.condition))
     tensors = {
@@ -131,8 +134,40 @@ def test_patches_seen_twice_are_told_the_level_of_their_own_labels():
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_it_learns_what_it_makes_in_the_mean_over_orientations():
+    task = small_task(Path("first.pt"), orientations=8)
+    torch.nn.init.normal_(task.network.correction.weight, std=0.3)
+    task.begin()
+    blurred = torch.rand(2, 1, 144, 144)
+    tensors = {"blurred": blurred, "condition": torch.zeros(2, 6)}
+    first = copy.deepcopy(task.network)
+    wanted = in_the_mean(first, tensors, 8)
+    for number in range(8):
+        turned = oriented(blurred, number)
+        torch.testing.assert_close(oriented(turned, number, back=True), blurred)
+        again = in_the_mean(first, {**tensors, "blurred": turned}, 8)
+        for name, mean in again.items():
+            back = oriented(mean, number, back=True)
+            torch.testing.assert_close(back, wanted[name], atol=1e-4, rtol=1e-3)
+    # The truth has no say, nor what was learned meanwhile.
+    truth = {"sharp": blurred, "levels": torch.zeros(2, 2, 2), "empty": torch.ones(2)}
+    with torch.no_grad():
+        task.network.correction.bias += 0.1
+        _, shown = task.loss({**tensors, **truth})
+        logits, restored = task.network(*tensors.values())
+    image = task.image_loss(restored - wanted["sharp"])
+    labels = -(wanted["shares"] * logits.log_softmax(1)).sum(1).mean()
+    assert shown["image"].item() == pytest.approx(image.item(), rel=1e-4)
+    assert shown["labels"].item() == pytest.approx(labels.item(), rel=1e-4)
+
+
+def test_learning_from_itself_needs_weights_to_begin_with():
+    with pytest.raises(ConfigError, match="orientations needs start_from"):
+        small_task(orientations=3).begin()
+
+
 def test_a_share_of_0_draws_what_it_drew_before_there_was_one():
-    plain, some = (looking_twice(share).batch(3) for share in (0.0, 0.5))
+    plain, some = (small_task(second_look_share=share).batch(3) for share in (0.0, 0.5))
     assert plain.keys() == some.keys() - {"twice"}
     for name, values in plain.items():
         np.testing.assert_array_equal(values, some[name], err_msg=name)

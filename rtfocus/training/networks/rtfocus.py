@@ -1,7 +1,8 @@
 """rtfocus-1 and rtfocus-2: defocus per tile and the restored image in one pass.
 
-A residual U-Net on four scales below half resolution. What makes it one network
-for many objectives and safe on what is sharp already:
+A residual U-Net on four scales below half resolution, enlarged by resize and
+convolution: no checkerboard. What makes it one network for many objectives and safe on
+what is sharp already:
 
 - *local contrast*: beside the frame the network sees it divided by its local
   deviation, so a dim cell is as clear as a bright one.
@@ -20,10 +21,9 @@ rtfocus-2, for microscopes nobody has described, goes on from weights of the fir
 - *no BatchNorm*: unlike kinds in a batch would spoil its statistics.
 - *decibels* beside absolute error: what is sharp must stay so to a thousandth, and
   dim images weigh as much as bright ones.
-
-Resize and convolution, no transposed convolution: no checkerboard.
 """
 
+import copy
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, cast
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
+from rtfocus.errors import ConfigError
 from rtfocus.training.layers import (
     Modulation,
     ResidualBlock,
@@ -44,6 +45,7 @@ from rtfocus.training.layers import (
     double,
     fold_batch_norm,
     found_level,
+    in_the_mean,
     label_loss,
     local_contrast,
     zeroed,
@@ -97,7 +99,6 @@ class Rtfocus1(nn.Module):
     """
 
     condition: tuple[str, ...] = CONDITION
-    """What the entries of the condition vector are."""
 
     def __init__(
         self,
@@ -168,9 +169,8 @@ class Rtfocus1(nn.Module):
     def gate(self, features: Tensor, evidence: Tensor) -> Tensor:
         """Return by how much the correction is applied, (N, 1, row, column), 0 to 1.
 
-        Here the probability around each cell of neither focus nor background. Given
-        are the deepest features and the evidence for labels made of them, both
-        (N, channel, row, column).
+        Here the probability of neither focus nor background around each cell. Deepest
+        features and evidence for labels made of them are (N, channel, row, column).
         """
         del features
         logits = self.label(around(evidence))
@@ -213,7 +213,6 @@ class Rtfocus1Task(PairTask[PairRecipe]):
 
     network: Rtfocus1
     settings: Rtfocus1Section
-    """Section of the recipe that has the network's name."""
     network_class: type[Rtfocus1] = Rtfocus1
     statistics_of: tuple[str, ...] = ("blurred", "condition")
 
@@ -235,17 +234,18 @@ class Rtfocus1Task(PairTask[PairRecipe]):
         blurred, sharp = tensors["blurred"], tensors["sharp"]
         logits, restored = self.network(blurred, tensors["condition"])
         image = self.image_loss(restored.float() - sharp)
-        labels = label_loss(logits.float(), tensors["levels"], tensors["empty"])
-        shown = {
-            "image": image,
-            "labels": labels,
-            "gain_db": gain_db(blurred, restored.float(), sharp),
-        }
+        labels = self.labels_loss(logits.float(), tensors)
+        gained = gain_db(blurred, restored.float(), sharp)
+        shown = {"image": image, "labels": labels, "gain_db": gained}
         return image + self.settings.label_weight * labels, shown
 
     def image_loss(self, error: Tensor) -> Tensor:
         """Return what errors of shape (N, 1, y, x) cost."""
         return charbonnier(error, self.settings.charbonnier)
+
+    def labels_loss(self, logits: Tensor, tensors: Tensors) -> Tensor:
+        """Return what labels of shape (N, label, row, column) cost."""
+        return label_loss(logits, tensors["levels"], tensors["empty"])
 
     def graph(self, network: nn.Module) -> Graph:
         """Return the network with its BatchNorm folded into the convolutions."""
@@ -281,19 +281,9 @@ class Rtfocus1Task(PairTask[PairRecipe]):
     ) -> tuple[Floats, Floats]:
         """Choose what the network is told of patches, and what it is to answer.
 
-        Parameters
-        ----------
-        optics
-            Sampling and spherical aberration in waves, shape (N, 2).
-        levels
-            Defocus of every tile in levels, shape (N, row, column); NaN: not known.
-        rng
-            Decides what is hidden; the sampling never is.
-
-        Returns
-        -------
-        tuple
-            Condition, shape (N, entry), and levels, shape of `levels`.
+        `optics` are sampling and spherical aberration in waves, shape (N, 2), `levels`
+        the defocus of every tile, (N, row, column), NaN: not known. `rng` decides what
+        is hidden; the sampling never is. Returns the condition, (N, entry), and levels.
         """
         number = len(optics)
         told = rng.random(number) >= self.settings.blind_share
@@ -351,6 +341,8 @@ class Rtfocus2Section(Rtfocus1Section):
     second_look_share: Fraction = 0.0
     """Share of patches seen twice: the second time the network is told the defocus
     that it found the first time."""
+    orientations: Annotated[int, Field(ge=0, le=8)] = 0
+    """Not 0: not the truth is learned, but what ``start_from`` makes in their mean."""
 
 
 class Rtfocus2Recipe(PairRecipe):
@@ -388,7 +380,23 @@ class Rtfocus2Task(Rtfocus1Task):
         """Return the loss, of the second look where there is one."""
         if "twice" in tensors and tensors["twice"].any():
             tensors = {**tensors, "condition": self.second_look(tensors)}
+        if number := self.settings.orientations:
+            tensors = {**tensors, **in_the_mean(self._first, tensors, number)}
         return super().loss(tensors)
+
+    def labels_loss(self, logits: Tensor, tensors: Tensors) -> Tensor:
+        """Return the cross-entropy against the truth, or what is learned instead."""
+        if "shares" not in tensors:
+            return super().labels_loss(logits, tensors)
+        return -(tensors["shares"] * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+    def begin(self) -> None:
+        """Keep the first network, where it is learned from."""
+        if self.settings.orientations:
+            if self.recipe.start_from is None:
+                msg = "rtfocus_2.orientations needs start_from: it learns from itself"
+                raise ConfigError(msg)
+            self._first = copy.deepcopy(self.network).requires_grad_(False)
 
     @torch.no_grad()
     def second_look(self, tensors: Tensors) -> Tensor:
