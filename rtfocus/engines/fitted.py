@@ -28,7 +28,7 @@ a dim image, is weaker there.
 The functions are fitted by ``python -m bench.evidence``.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,17 +66,18 @@ class EvidenceCard(Section):
     """Its deviation there."""
     layers: Annotated[list[LayerCard], Field(min_length=1)]
     """From the measures to one number, the log-odds of the share applied."""
+    measures: ClassVar[int] = 25
 
     @model_validator(mode="after")
     def _fits_together(self) -> "EvidenceCard":
         width = len(self.middle)
-        sound = len(self.spread) == width
+        sound = len(self.spread) == width == self.measures
         for layer in self.layers:
             sound &= all(len(row) == width for row in layer.weights)
             width = len(layer.weights)
             sound &= len(layer.bias) == width
         if not sound or width != 1:
-            msg = "its layers do not lead from the measures to one number"
+            msg = f"its layers do not lead from {self.measures} measures to one number"
             raise ValueError(msg)
         return self
 
@@ -87,6 +88,8 @@ class ErrorCard(EvidenceCard):
     From the measures, the share applied and the power of the change (`error_measures`)
     to the logarithm of the error, in squares of the frame's range.
     """
+
+    measures: ClassVar[int] = EvidenceCard.measures + 2
 
 
 class DeviationCard(Section):

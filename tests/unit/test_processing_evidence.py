@@ -221,6 +221,13 @@ def narrower(evidence: dict) -> None:  # type: ignore[type-arg]
     evidence["middle"].pop()
 
 
+def fewer(evidence: dict) -> None:  # type: ignore[type-arg]
+    for row in (evidence["middle"], evidence["spread"]):
+        row.pop()
+    for row in evidence["layers"][0]["weights"]:
+        row.pop()
+
+
 def shorter(evidence: dict) -> None:  # type: ignore[type-arg]
     evidence["layers"][0]["bias"].pop()
 
@@ -231,7 +238,7 @@ def two_answers(evidence: dict) -> None:  # type: ignore[type-arg]
     last["bias"] *= 2
 
 
-@pytest.mark.parametrize("spoil", [narrower, shorter, two_answers])
+@pytest.mark.parametrize("spoil", [narrower, fewer, shorter, two_answers])
 def test_a_function_that_does_not_fit_together_is_refused(
     spoil: Callable[[dict], None],  # type: ignore[type-arg]
 ) -> None:
@@ -239,7 +246,7 @@ def test_a_function_that_does_not_fit_together_is_refused(
     for section in ("evidence", "expected_error"):
         spoilt = deepcopy(content)
         spoil(spoilt[section])
-        with pytest.raises(ValidationError, match="lead from the measures to one"):
+        with pytest.raises(ValidationError, match=r"lead from 2[57] measures to one"):
             EngineCard.model_validate(spoilt)
 
 
