@@ -381,10 +381,10 @@ def estimate_frame(header: FrameHeader, found: DefocusMap) -> Estimate:
     level: int | None = None
     defocus_um: float | None = None
     confidence = 0.0
-    if weights.sum() > 0:
-        levels, place = np.unique(found.level[foreground], return_inverse=True)
-        level = int(levels[np.bincount(place, weights=weights).argmax()])
-        defocus_um = float(np.average(found.defocus_um[foreground], weights=weights))
+    if (total := weights.sum()) > 0:
+        levels = found.level[foreground] - (lowest := found.level[foreground].min())
+        level = int(lowest + np.bincount(levels, weights=weights).argmax())
+        defocus_um = float((found.defocus_um[foreground] * weights).sum() / total)
         confidence = float(weights.mean())
     return Estimate(
         series_uid=header.series_uid,
