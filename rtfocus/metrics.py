@@ -11,7 +11,7 @@ none of them calls complete what another does not.
 import shutil
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +178,7 @@ class StageTimes:
     """One histogram per stage, made on first use."""
 
     def __init__(self) -> None:
-        self._stages: dict[str, Histogram] = {}
+        self._stages: defaultdict[str, Histogram] = defaultdict(Histogram)
         self._lock = threading.Lock()
 
     def add(self, stage: str, value_ms: float) -> None:
@@ -187,7 +187,7 @@ class StageTimes:
 
     def __getitem__(self, stage: str) -> Histogram:
         with self._lock:
-            return self._stages.setdefault(stage, Histogram())
+            return self._stages[stage]
 
     def summary(self) -> dict[str, dict[str, float | int | None]]:
         """Return every stage's summary by name."""

@@ -177,7 +177,7 @@ class JournalFile:
 
     def __init__(self, path: Path, stores: Iterable[Path], *, fsync: bool) -> None:
         self._path = path
-        self._stores = list(stores)
+        self._documents = [store / "zarr.json" for store in stores]
         self._fsync = fsync
         try:
             path.touch()
@@ -236,9 +236,10 @@ class JournalFile:
             raise BusyError(msg)
         if not self._path.exists():
             raise BusyError(self._moved())
-        for store in self._stores:
+        for document in self._documents:
             # Not the folder: the next pixels make it again.
-            if not (store / "zarr.json").exists():
+            if not document.exists():
+                store = document.parent
                 msg = (
                     f"'{store}' was removed or moved while it was recorded; put it "
                     f"back, then run: rtfocus check {self._path.parent} --repair; "
