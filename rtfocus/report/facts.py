@@ -123,7 +123,7 @@ class RunFacts:
             return ""
         low, middle, high = np.percentile(known, (5, 50, 95))
         return (
-            f"error expected in restored frames (RMS): {middle:.3g} counts in median, "
+            f"Error expected in restored frames (RMS): {middle:.3g} counts in median, "
             f"{low:.3g} to {high:.3g} in nine of ten"
         )
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from engine_kit import write_brightness_joint
+from loop_kit import run_loop, small
 from numpy.typing import NDArray
 
 from rtfocus.evaluation.contenders import contender
@@ -14,7 +16,9 @@ from rtfocus.evaluation.samples import BBBC006, DataSet
 from rtfocus.files import resource_folder
 from rtfocus.offline import ImageProcessor
 from rtfocus.optics.formation import blur
+from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
+from rtfocus.runs import open_run
 from rtfocus.specimens import draw_specimen
 
 SHIPPED = resource_folder("engines") / "rtfocus-2"
@@ -91,3 +95,22 @@ def test_the_error_left_is_stated_blind_by_what_knows_it_alone(
     left = restored["shipped", True] - restored["light", True]
     true = np.sqrt(np.square(left).mean())
     assert true / 3 < np.sqrt(np.square(error).mean()) < 3 * true
+
+
+def test_a_run_keeps_the_error_of_every_restored_frame(tmp_path: Path) -> None:
+    write_brightness_joint(tmp_path / "engines/weighed", share=0.25, log_error=-4.0)
+    processing = {
+        "classifier": "weighed",
+        "restoration": {"method": "weighed"},
+        "engine_folders": [str(tmp_path / "engines")],
+        "blind": True,
+    }
+    folder = run_loop(small(tmp_path, None, processing=processing)).folder
+    read = open_run(folder)
+    assert read.header.expects_error
+    for frame in read.frames:
+        raw = read.raw[frame["t"], 0, 0].astype(np.float32)
+        _, scale = PercentileRange().fit(raw)
+        wanted = scale * np.exp(-2.0)
+        assert read.expected_error[frame["t"], 0, 0] == pytest.approx(wanted, rel=1e-3)
+        assert frame["expected_error_counts"] == pytest.approx(wanted, rel=1e-3)
