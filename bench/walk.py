@@ -58,7 +58,8 @@ THREADS = {
 """By their names in a process, as the architecture calls them."""
 ROOMS = ("microscope", "transport", "processing", "runtimes", "optics", "writers")
 """Of the files that are listed; the others are vocabulary, or look on."""
-CAMERA = "microscope/virtual_devices"
+CAMERA = {"microscope/virtual_devices", "microscope/core"}
+"""Files that stand for a camera, and for the core that its images wait in."""
 
 
 class Walk:
@@ -91,9 +92,9 @@ class Walk:
         }
 
     def carrying(self) -> set[str]:
-        """Return the files of `ROOMS` that it enters, but for the camera's drawing."""
+        """Return the files of `ROOMS` that it enters, but for those of `CAMERA`."""
         entered = {file for files in self.files().values() for file in files}
-        return {file for file in entered if file.startswith(ROOMS)} - {CAMERA}
+        return {file for file in entered if file.startswith(ROOMS)} - CAMERA
 
     def table(self) -> dict[str, str]:
         """Return what the architecture says of each thread: its files by room."""

@@ -1,16 +1,17 @@
 """I/O thread: one thread that opens, uses and closes all sockets of a side.
 
-And the sockets of a recorder, opened anew where a link broke, and the count of what was
-rejected.
+And the sockets of a recorder, opened anew where a link broke, the count of what was
+rejected, and the last of what is told piece by piece.
 """
 
 import logging
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import zmq
 
@@ -18,6 +19,7 @@ from rtfocus.errors import ProtocolError, RtfocusError, TransportError
 from rtfocus.transport.sockets import Context, Socket, connect
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Waker:
@@ -359,3 +361,37 @@ class Rejections:
                 "%s: rejected message, %s (number %d of these): %s",
                 *(self._source, reason, number, detail),
             )
+
+
+class Recent(Generic[T]):
+    """The last items of many, told piece by piece; whoever uses it holds a lock.
+
+    Parameters
+    ----------
+    kept
+        So many; older ones are gone.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self._items: deque[T] = deque(maxlen=kept)
+        self.count = 0
+        """Of all that ever came."""
+        self._told = (0, 0)
+
+    def append(self, item: T) -> None:
+        """Add the newest."""
+        self._items.append(item)
+        self.count += 1
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._items.clear()
+
+    def news(self, *, everything: bool) -> list[T]:
+        """Return, oldest first, what came since the call before the last, or all.
+
+        Each item is told twice, so that whoever misses one call misses nothing.
+        """
+        new = len(self._items) if everything else self.count - self._told[0]
+        self._told = (self._told[1], self.count)
+        return list(self._items)[-new:] if new else []

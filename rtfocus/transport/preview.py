@@ -22,7 +22,7 @@ from rtfocus.config.sections import PreviewConfig, TransportConfig
 from rtfocus.errors import RtfocusError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Estimate, FrameHeader, FrameResult
 from rtfocus.images.series import saturation_blocks
-from rtfocus.transport.io_thread import IoThread, Waker
+from rtfocus.transport.io_thread import IoThread, Recent, Waker
 from rtfocus.transport.sockets import (
     CLIENT,
     ClientList,
@@ -38,7 +38,6 @@ from rtfocus.transport.viewer import (
     Point,
     PreviewHeader,
     PreviewStatus,
-    Recent,
     Shown,
     unpack_request,
 )

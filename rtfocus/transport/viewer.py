@@ -5,11 +5,10 @@ for goes the other way, on a socket of its own, and only where the config has on
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -35,8 +34,6 @@ from rtfocus.transport.sockets import (
     request_client,
 )
 from rtfocus.workers import Closing
-
-T = TypeVar("T")
 
 
 class PlaneHeader(msgspec.Struct, frozen=True):
@@ -193,40 +190,6 @@ _request = msgspec.msgpack.Decoder(Request)
 
 
 _answer = msgspec.msgpack.Decoder(Answer)
-
-
-class Recent(Generic[T]):
-    """The last items of many, told piece by piece; whoever uses it holds a lock.
-
-    Parameters
-    ----------
-    kept
-        So many; older ones are gone.
-    """
-
-    def __init__(self, kept: int) -> None:
-        self._items: deque[T] = deque(maxlen=kept)
-        self.count = 0
-        """Of all that ever came."""
-        self._told = (0, 0)
-
-    def append(self, item: T) -> None:
-        """Add the newest."""
-        self._items.append(item)
-        self.count += 1
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self._items.clear()
-
-    def news(self, *, everything: bool) -> list[T]:
-        """Return, oldest first, what came since the call before the last, or all.
-
-        Each item is told twice, so that whoever misses one call misses nothing.
-        """
-        new = len(self._items) if everything else self.count - self._told[0]
-        self._told = (self._told[1], self.count)
-        return list(self._items)[-new:] if new else []
 
 
 def unpack_preview(parts: list[bytes], skipped: int) -> Preview | PreviewStatus:
