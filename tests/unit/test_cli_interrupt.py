@@ -176,9 +176,10 @@ def test_waiting_in_steps_leaves_turns_to_ctrl_c():
 
 def test_no_command_waits_without_end():
     # Windows hears no Ctrl-C in such a wait; a process that was killed has ended.
+    commands = Path(rtfocus.cli.__file__).parent
     found = {
         ast.unparse(node)
-        for path in Path(rtfocus.cli.__file__).parent.glob("*.py")
+        for path in (*commands.glob("*.py"), commands.with_name("launch.py"))
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
