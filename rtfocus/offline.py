@@ -106,6 +106,7 @@ class ImageProcessor(Closing):
         self._numbers = count()
         self._one_at_a_time = threading.Lock()
         self._coarser: ImageProcessor | None = None
+        self._sideways: ImageProcessor | None = None
         self._open_in: int | None = os.getpid()
 
     def classify(
@@ -171,8 +172,8 @@ class ImageProcessor(Closing):
         with self._one_at_a_time:
             self._processor.close()
             self._open_in = None
-            if self._coarser is not None:
-                self._coarser.close()
+            for other in filter(None, (self._coarser, self._sideways)):
+                other.close()
 
     def _process(
         self, image: Pixels, channel: str | None, *, restore: bool, of_stack: bool
@@ -198,11 +199,11 @@ class ImageProcessor(Closing):
     def _process_one(
         self, pixels: Pixels, channel: str, *, restore: bool
     ) -> FrameResult:
+        if restore:
+            return self._in_the_mean(pixels, channel)
         self._start_for(pixels, channel)
         header = self._header(pixels)
-        result = self._through(header, pixels, None if restore else "classified only")
-        if restore:
-            return self._in_the_mean(result, pixels, channel)
+        result = self._through(header, pixels, "classified only")
         if self._blind and result.defocus is not None:
             found = self._looked_coarser(pixels, channel, result.defocus)
             estimate = estimate_frame(header, found.distances())
@@ -223,23 +224,30 @@ class ImageProcessor(Closing):
             index={"t": number, "c": 0},
         )
 
-    def _in_the_mean(
-        self, first: FrameResult, pixels: Pixels, channel: str
-    ) -> FrameResult:
-        """Return a result with what is restored in the mean over the orientations.
+    def as_it_lies(self, pixels: Pixels, channel: str) -> FrameResult:
+        """Restore an image, checked before, in this orientation alone."""
+        self._start_for(pixels, channel)
+        return self._through(self._header(pixels), pixels, None)
+
+    def _in_the_mean(self, pixels: Pixels, channel: str) -> FrameResult:
+        """Restore an image in the mean over the orientations that are asked for.
 
         What a network makes of an image that is turned differs by its error (Timofte
         2016, *Seven ways to improve example-based single image super resolution*).
         """
+        first = self.as_it_lies(pixels, channel)
         ways = ORIENTATIONS[: self._config.engines_of(channel)[1].orientations]
         if first.restored is None or len(ways) == 1:
             return first
         mean = first.restored / len(ways)
         for turns, flip in ways[1:]:
             one = np.rot90(pixels[:, ::-1] if flip else pixels, turns)
-            self._start_for(one, channel)
-            result = self._through(self._header(one), one, None)
-            back = np.rot90(cast("Image", result.restored), -turns)
+            by = self
+            if one.shape != pixels.shape:  # each stays started for the next plane
+                by = self._sideways or ImageProcessor(self._config, self._optics)
+                self._sideways = by
+            restored = cast("Image", by.as_it_lies(one, channel).restored)
+            back = np.rot90(restored, -turns)
             mean += (back[:, ::-1] if flip else back) / len(ways)
         if np.issubdtype(first.restored.dtype, np.integer):
             np.rint(mean, out=mean)
@@ -367,8 +375,7 @@ class Kernels:
     own_px: int
     """Side of the part of the image that a kernel speaks for."""
     defocus_um: Image
-    """What the classifier said of these tiles, axes (row, column); NaN: in focus or
-    background."""
+    """Of these tiles by the classifier, (row, column); NaN: in focus, background."""
 
 
 def extract_kernels(
@@ -397,10 +404,8 @@ def extract_kernels(
     card = opened.card
     if (output := card.kernel_output) is None:
         able = [e.name for e in list_engines(folders) if e.card.kernel_output]
-        msg = (
-            f"engine '{card.name}' extracts no kernels; those that do: "
-            f"{', '.join(able) or 'none'}"
-        )
+        those = ", ".join(able) or "none"
+        msg = f"engine '{card.name}' extracts no kernels; those that do: {those}"
         raise EngineError(msg)
     with ImageProcessor(config.without_restoration()) as images:
         found = images.classify(image, channel=channel).defocus
@@ -413,10 +418,9 @@ def extract_kernels(
     scaled = [normalised(p, *normalisation.fit(p)) for p in plane]
     tiles = FrameTiles(tiles_card, (signal.shape[0], signal.shape[1]))
     places = tiles.places
-    defocus_um = np.full(len(places), np.nan, np.float32)
-    signed = found is not None and found.grid.signed
+    defocus_um, signed = np.full(len(places), np.nan, np.float32), False
     if found is not None:
-        defocus_um = tiles.defocus_um(found, places)
+        defocus_um, signed = tiles.defocus_um(found, places), found.grid.signed
     given = config.channel(channel).optics
     conditions = Conditions(
         card,
