@@ -177,11 +177,12 @@ def test_a_camera_without_room_is_told_of_it_and_does_not_look_for_it(
     monkeypatch.setattr("rtfocus.microscope.virtual_devices._LONGEST_WAIT_S", 60)
     with open_core(virtual({"live": {"exposure_ms": 0.1}})) as core:
         core.setExposure(0.1)
+        others = set(threading.enumerate())
         core.startSequenceAcquisition(1000, 0.0, True)
+        (camera,) = set(threading.enumerate()) - others
         for _ in range(5):
             wait_for(lambda: core.getRemainingImageCount() == 8)
             getattr(core, take)()
-        (camera,) = (t for t in threading.enumerate() if "Thread-" in t.name)
         wait_for(lambda: core.getRemainingImageCount() == 8)
         core.stopSequenceAcquisition()
         assert not camera.is_alive()
