@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,12 @@ from rtfocus.errors import WorkerError
 T = TypeVar("T")
 
 
-class Closing:
+class Closing(ABC):
     """A context manager that is closed when its block ends."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of what is held."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
