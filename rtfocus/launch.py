@@ -61,9 +61,10 @@ def paired(config: Config) -> Config:
     both sides know the user and the config file; between two machines these
     differ, and the name of the run stands for them.
     """
-    transport, user = config.transport, user_name() or "nobody known"
+    transport = config.transport
     if transport.pairing is not None:
         return config
+    user = user_name() or "nobody known"
     if not is_local(transport.control):
         pairing = f"run {config.run.name}"
     elif config.file is None:

@@ -3,10 +3,9 @@
 ``NAME`` is an engine, a folder with one, or a restoration that is built in;
 ``METHOD:exact`` is a built-in method that is told every frame's defocus: the bound
 that an estimate of the defocus is measured against. ``ENGINE:8`` restores in the mean
-over 8 orientations (`rtfocus.offline`). Multiply-adds are counted in the
-ONNX graph. The live loop keeps the chosen label alone; to count how many labels an
-engine found likelier than the right one, it sees each frame once more, prepared by the
-same code.
+over 8 orientations (`rtfocus.offline`). Multiply-adds are counted in the ONNX graph.
+The live loop keeps the chosen label alone; to count how many labels an engine found
+likelier than the right one, it sees each frame once more, prepared by the same code.
 """
 
 from collections.abc import Sequence
@@ -250,7 +249,7 @@ def contender(
     if name in METHODS:
         return Contender(name, classifier, name, None, blind=False)
     engine, _, number = name.rpartition(":")
-    ways = int(number) if number in ("2", "4", "8") else 1
+    ways = int(number) if engine and number in ("2", "4", "8") else 1
     found = find_engine(engine if ways > 1 else name, folders, METHODS)
     if ways > 1 and found.card.kind == "classifier":
         msg = f"'{name}': {found.name} restores nothing; leave out ':{ways}'"
