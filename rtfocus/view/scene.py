@@ -188,7 +188,7 @@ class Scene:
 
     def about(self) -> dict[str, Any] | None:
         """Return what a page must know of the series; None: there is none yet."""
-        series = self.series
+        series, full = self.series, self.saturation_counts
         if series is None:
             return None
         return {
@@ -205,7 +205,7 @@ class Scene:
             "z_step_um": series.z_step_um,
             "planned": series.planned,
             "started_ns": series.started_ns,
-            "saturation": _finite(self.saturation_counts),
+            "saturation": full if np.isfinite(full) else None,
             "folder": self.folder,
             "host": self.host,
             "browse": self.stored is not None,
@@ -230,10 +230,6 @@ class Scene:
         }
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
 _LOOK_S = 0.1
 _GONE_S = 2.0
 """A processor that says nothing for so long is gone: it speaks four times a second."""
@@ -241,6 +237,8 @@ _IDLE_S = 10.0
 """Nobody looks for so long: the processor is left alone until somebody does."""
 _READ_S = 0.3
 _ANSWER_S = 10.0
+_MOST_ASKED = 8
+"""Requests of all pages that wait: each holds a thread of the page's server."""
 
 
 class Source(threading.Thread):
@@ -309,6 +307,7 @@ class LiveSource(Source):
         self._endpoint, self._curve_keys = endpoint, curve_keys
         self._open().close()
         self._asked: list[_Question] = []
+        self._room = threading.Semaphore(_MOST_ASKED)
         self._last_s = 0.0
         self._focus = -1
         self._control: str | None = None
@@ -417,9 +416,13 @@ class LiveSource(Source):
 
     def _ask(self, what: Act) -> str:
         """Pass a request on, from a thread of the server; wait for the answer."""
+        if not self._room.acquire(blocking=False):
+            return f"{_MOST_ASKED} requests of viewers wait: ask again after them"
         question = _Question(what)
         self._asked.append(question)
-        if not question.answered.wait(_ANSWER_S):
+        came = question.answered.wait(_ANSWER_S)
+        self._room.release()
+        if not came:
             # Nor does it later: somebody may have done something else by then.
             with contextlib.suppress(ValueError):
                 self._asked.remove(question)
@@ -431,10 +434,7 @@ class LiveSource(Source):
             question = self._asked.pop(0)
             series = self.scene.series
             if self._control is None or series is None:
-                question.why = (
-                    "the config of this run allows no requests "
-                    "(transport.preview.control)"
-                )
+                question.why = "the run has no transport.preview.control"
             else:
                 request = Request(PROTOCOL_VERSION, series.series_uid, question.what)
                 question.why = viewer.ask(self._control, request).why

@@ -32,6 +32,8 @@ MOST_BYTES = 4096
 """Of a message of a page; none of ours comes near."""
 MOST_MALFORMED = 20
 """After so many the page is sent away."""
+MOST_ASKED = 4
+"""Requests of a page that wait for their answer to leave: one of each kind."""
 _STATE_S = 0.25
 
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -104,6 +106,9 @@ class Viewer:
         self._rows = self._marks = 0
         self._malformed = 0
         self._replies: list[dict[str, Any]] = []
+        self._answers: list[dict[str, Any]] = []
+        self._asked = 0
+        """Requests whose answer has not left yet."""
         self._working: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
@@ -169,9 +174,7 @@ class Viewer:
         elif isinstance(said, Detail):
             self._detail = said
         else:
-            task = asyncio.create_task(self._ask(said.what))
-            self._working.add(task)
-            task.add_done_callback(self._working.discard)
+            self._take_request(said.what)
         self._changed.set()
         return True
 
@@ -183,13 +186,27 @@ class Viewer:
         self._changed.set()
         return self._malformed < MOST_MALFORMED
 
+    def _take_request(self, what: Act) -> None:
+        """Begin to ask; refuse it at once while the page has asked for too much."""
+        if self._asked < MOST_ASKED:
+            self._asked += 1
+            task = asyncio.create_task(self._ask(what))
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+            return
+        self._scene.refused["request"] += 1
+        # A page that takes no answers is told no more of them.
+        if len(self._replies) < MOST_MALFORMED:
+            why = f"{MOST_ASKED} requests wait for their answers: ask again after them"
+            self._replies.append({"type": "answer", "what": what, "why": why})
+
     async def _ask(self, what: Act) -> None:
         if not self._scene.may_ask:
             self._scene.refused["request"] += 1
             why = "the config of this run allows no requests from a viewer"
         else:
             why = await run_in_threadpool(self._scene.act, what)
-        self._replies.append({"type": "answer", "what": what, "why": why})
+        self._answers.append({"type": "answer", "what": what, "why": why})
         self._changed.set()
 
     async def _send(self) -> None:
@@ -206,6 +223,9 @@ class Viewer:
         scene = self._scene
         while self._replies:
             await self._json(self._replies.pop(0))
+        while self._answers:
+            await self._json(self._answers.pop(0))
+            self._asked -= 1
         about = scene.about()
         if about is not None and scene.generation != self._generation:
             self._generation = scene.generation

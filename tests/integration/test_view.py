@@ -4,7 +4,9 @@ import http.client
 import json
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,7 @@ from rtfocus.view.source_run import (
     note_focus_line,
     report_of,
 )
+from rtfocus.view.viewer import MOST_ASKED
 
 
 def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:
@@ -388,6 +391,55 @@ def test_a_request_is_refused_where_the_config_allows_none(scene: Scene) -> None
         assert said(socket, "answer")["why"] == ""
     assert asked == ["stop"]
     assert scene.refused == {"request": 1}
+
+
+AGAIN = "ask again after them"
+
+
+def answer(what: str) -> dict[str, str]:
+    return {"type": "answer", "what": what, "why": ""}
+
+
+def test_a_page_that_asks_without_end_waits_for_its_answers(scene: Scene) -> None:
+    asked: list[str] = []
+    go_on = threading.Event()
+
+    def act(what: str) -> str:
+        asked.append(what)
+        return "" if go_on.wait(20) else "it waited for nothing"
+
+    scene.act, scene.may_ask = act, True
+    with PageServer(scene, Listening()) as server, page(server) as socket:
+        for _ in range(3 * MOST_ASKED):
+            socket.send('{"type":"ask","what":"hold_on"}')
+        for _ in range(2 * MOST_ASKED):
+            why = said(socket, "answer")["why"]
+            assert why == f"{MOST_ASKED} requests wait for their answers: " + AGAIN
+        assert len(asked) == MOST_ASKED
+        with page(server) as another:
+            another.send('{"type":"ask","what":"stop"}')
+            until(lambda: "stop" in asked, "the request of another page")
+            go_on.set()
+            assert said(another, "answer") == answer("stop")
+        for _ in range(MOST_ASKED):
+            assert said(socket, "answer") == answer("hold_on")
+        socket.send('{"type":"ask","what":"hold_off"}')
+        assert said(socket, "answer") == answer("hold_off")
+    assert scene.refused == {"request": 2 * MOST_ASKED}
+
+
+def test_requests_of_many_pages_leave_the_server_threads_for_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rtfocus.view.scene._ANSWER_S", 1.0)
+    scene = Scene()
+    LiveSource(scene, "tcp://127.0.0.1:1", None)  # nobody answers
+    with ThreadPoolExecutor(11) as pages:
+        whys = list(pages.map(lambda _: scene.act("autofocus"), range(11)))
+    told = Counter(whys)
+    refused = f"8 requests of viewers wait: {AGAIN}"
+    assert told == {"the processor does not answer": 8, refused: 3}
+    assert scene.act("autofocus") == "the processor does not answer"
 
 
 @pytest.mark.parametrize(
