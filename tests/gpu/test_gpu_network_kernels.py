@@ -20,8 +20,8 @@ from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
 from rtfocus.processing.gpu.depth_variant import InFlight
 from rtfocus.processing.gpu.network_restorer import Weighing
 from rtfocus.processing.gpu.preparation import Percentiles as GpuPercentiles
-from rtfocus.processing.gpu.tiles import TileConditions as GpuConditions
-from rtfocus.processing.gpu.tiles import Tiles
+from rtfocus.processing.gpu.preparation import TileConditions as GpuConditions
+from rtfocus.processing.gpu.preparation import Tiles
 from rtfocus.processing.gpu.work import FrameShape
 from rtfocus.processing.montage import FrameTiles, Montage, from_planes, to_planes
 

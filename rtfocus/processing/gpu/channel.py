@@ -41,8 +41,7 @@ from rtfocus.processing.gpu.network_restorer import (
     TileNetworkRestorer,
     Weighing,
 )
-from rtfocus.processing.gpu.preparation import Correction
-from rtfocus.processing.gpu.tiles import TileConditions
+from rtfocus.processing.gpu.preparation import Correction, TileConditions
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.montage import FrameTiles, Montage
 from rtfocus.processing.restore import (

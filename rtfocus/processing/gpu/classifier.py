@@ -22,11 +22,12 @@ from rtfocus.processing.classify import (
 )
 from rtfocus.processing.gpu.preparation import (
     Background,
-    CellStatistics,
     Percentiles,
     Standardisation,
+    Tiles,
+    whole_frame_tile,
 )
-from rtfocus.processing.gpu.tiles import Tiles, whole_frame_tile
+from rtfocus.processing.gpu.statistics import CellStatistics
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import RestorationConfig
-from rtfocus.processing.gpu.tiles import PARTS, Light, Noise
+from rtfocus.processing.gpu.statistics import PARTS, Light, Noise
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,

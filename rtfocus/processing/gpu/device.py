@@ -29,6 +29,7 @@ from numpy.typing import DTypeLike, NDArray
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import DefocusMap, SeriesStart
+from rtfocus.processing.camera import CameraCorrection, fill, write_counts
 from rtfocus.processing.channel_plan import ChannelPlan, restored_dtype
 from rtfocus.processing.device import Job, Prepared
 from rtfocus.processing.gpu.channel import (
@@ -52,7 +53,6 @@ from rtfocus.processing.gpu.cuda.stream import (
     PinnedMemory,
     new_event,
 )
-from rtfocus.processing.gpu.preparation import HostBuffers, carried_as
 from rtfocus.runtimes.gpu import Gpu
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,80 @@ logger = logging.getLogger(__name__)
 _WARM_UPS = 2
 _STAGES = ("copy in", "classify", "restore", "copy out")
 """In the order in which they happen; a frame that is not restored has two."""
+
+
+def carried_as(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return the type in which frames cross to the device and back.
+
+    What cameras give crosses as it is; every other integer or float type as the
+    float32 that any device computes with, turned on the host.
+    """
+    kind = np.dtype(dtype)
+    return kind if kind.str in ("|u1", "<u2") else np.dtype(np.float32)
+
+
+class HostBuffers:
+    """Pinned host memory that belongs to one of the caller's slots.
+
+    What no kernel is to meet is taken out of a frame on its way there.
+    """
+
+    def __init__(
+        self,
+        pinned: PinnedMemory,
+        shape: tuple[int, ...],
+        restored_dtype: np.dtype[Any],
+        maps_bytes: int,
+    ) -> None:
+        self._pinned = pinned
+        self.packed_maps: NDArray[np.uint8] = pinned.empty((maps_bytes,), np.uint8)
+        """Copy of the maps, see `rtfocus.processing.gpu.classifier.MapLayout`."""
+        self.counts: NDArray[Any] = pinned.empty(shape, carried_as(restored_dtype))
+        """Copy of the restored frame, as the device gives it."""
+        same = self.counts.dtype == restored_dtype
+        self._restored = self.counts if same else np.empty(shape, restored_dtype)
+        self._staged: NDArray[Any] | None = None
+        self.invalid: NDArray[np.bool_] | None = None
+        """Pixels that are NaN or infinite; None: none."""
+        self._pedestal = 0.0
+        """What a frame with negative values was lifted by."""
+        self._lifted_flags: tuple[str, ...] | None = None
+        """What is wrong with a lifted frame; None: it is not lifted."""
+
+    def take(self, pixels: NDArray[Any], camera: CameraCorrection) -> NDArray[Any]:
+        """Return pinned pixels without NaN and from 0 on: the same, or a copy."""
+        self.invalid = found = camera.find_invalid(pixels)
+        self._pedestal = camera.pedestal(pixels)
+        self._lifted_flags = None
+        dtype = carried_as(pixels.dtype)
+        plain = found is None and not self._pedestal and pixels.dtype == dtype
+        if plain and self._pinned.is_pinned(pixels):
+            return pixels
+        if (staged := self._staged) is None:
+            staged = self._staged = self._pinned.empty(pixels.shape, dtype)
+        np.copyto(staged, pixels, casting="unsafe")
+        if found is not None:
+            fill(staged, found)
+        if self._pedestal:
+            staged += np.float32(self._pedestal)
+            self._lifted_flags = camera.mark(pixels).flags
+        return staged
+
+    def flags(self, *, saturated: bool) -> tuple[str, ...]:
+        """Return what is wrong with the frame; `saturated`: by what the device got."""
+        if self._lifted_flags is not None:
+            # The device got other values than the camera's.
+            return self._lifted_flags
+        flags = {"nan": self.invalid is not None, "saturated": saturated}
+        return tuple(name for name, is_so in flags.items() if is_so)
+
+    def give(self) -> NDArray[Any]:
+        """Return the restored frame that has arrived, in the type of the series."""
+        if self.counts.dtype == np.float32:
+            if self._pedestal:
+                self.counts -= np.float32(self._pedestal)
+            write_counts(self.counts, self._restored, self.invalid)
+        return self._restored
 
 
 class DeviceSlot:

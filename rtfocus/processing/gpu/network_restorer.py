@@ -31,8 +31,7 @@ from rtfocus.processing.gpu.depth_variant import (
     InFlight,
     Part,
 )
-from rtfocus.processing.gpu.preparation import Percentiles
-from rtfocus.processing.gpu.tiles import TileConditions, Tiles
+from rtfocus.processing.gpu.preparation import Percentiles, TileConditions, Tiles
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,

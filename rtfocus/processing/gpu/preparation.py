@@ -1,26 +1,24 @@
-"""Preparation: counts to signal, signal to what a network sees, on the device.
+"""Preparation: counts to signal, signal to what a network sees, and back.
 
-As `rtfocus.optics.normalisation` and `rtfocus.processing.classify`, from the same
-statistics of cells of 12 px. What no kernel is to meet is taken out on the host before.
+As `rtfocus.optics.normalisation` and `rtfocus.processing.classify`, on the device, from
+the same statistics of cells of 12 px.
 """
 
 from math import ceil
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from rtfocus.frame import TileGrid
+from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.normalisation import (
     CELL_PX,
     ContrastToNoise,
     LocalStandardisation,
     PercentileRange,
 )
-from rtfocus.processing.camera import CameraCorrection, fill, write_counts
-from rtfocus.processing.classify import tiles_in_cells
-from rtfocus.processing.gpu.cuda.stream import PinnedMemory
-from rtfocus.processing.gpu.tiles import RankSearch, ranks_around
+from rtfocus.processing.camera import CameraCorrection
+from rtfocus.processing.classify import Conditions, tiles_in_cells
+from rtfocus.processing.gpu.statistics import CellStatistics, RankSearch, ranks_around
 from rtfocus.processing.gpu.work import (
     BLOCK,
     DeviceArray,
@@ -28,42 +26,10 @@ from rtfocus.processing.gpu.work import (
     FrameShape,
     Work,
     kind_of,
+    neighbours,
+    spans,
 )
-
-
-class CellStatistics:
-    """Statistics of the cells of a frame padded by mirroring.
-
-    Parameters
-    ----------
-    padded
-        Height and width of the padded frame, itself mirrored up to whole cells.
-    """
-
-    def __init__(
-        self, memory: DeviceMemory, frame: FrameShape, padded: tuple[int, int]
-    ) -> None:
-        self.frame, self._padded = frame, padded
-        self.rows, self.columns = (ceil(side / CELL_PX) for side in padded)
-        self.count = self.rows * self.columns
-        single = [memory.allocate((self.count,), np.float32, "cells") for _ in range(4)]
-        double = [memory.allocate((self.count,), np.float64, "cells") for _ in range(2)]
-        self.mean, self.lowest, self.peak, self.steps = single
-        self.sum, self.squares = double
-        self._measured = *single, *double
-
-    def enqueue(self, work: Work, signal: DeviceArray) -> None:
-        """Measure the cells of a frame."""
-        work.launch(
-            "cell_statistics",
-            self.count,
-            signal,
-            *self.frame.sides,
-            *self._padded,
-            self.rows,
-            self.columns,
-            *self._measured,
-        )
+from rtfocus.processing.montage import AxisWindows, FrameTiles
 
 
 class Standardisation:
@@ -302,72 +268,147 @@ class Correction:
         )
 
 
-def carried_as(dtype: DTypeLike) -> np.dtype[Any]:
-    """Return the type in which frames cross to the device and back.
+class Tiles:
+    """Tiles of frames of one size, in windows along y and x.
 
-    What cameras give crosses as it is; every other integer or float type as the
-    float32 that any device computes with, turned on the host.
+    What of them lies outside the frame is mirrored.
     """
-    kind = np.dtype(dtype)
-    return kind if kind.str in ("|u1", "<u2") else np.dtype(np.float32)
-
-
-class HostBuffers:
-    """Pinned host memory that belongs to one of the caller's slots."""
 
     def __init__(
         self,
-        pinned: PinnedMemory,
-        shape: tuple[int, ...],
-        restored_dtype: np.dtype[Any],
-        maps_bytes: int,
+        memory: DeviceMemory,
+        frame: FrameShape,
+        planes: int,
+        windows: tuple[AxisWindows, AxisWindows],
     ) -> None:
-        self._pinned = pinned
-        self.packed_maps: NDArray[np.uint8] = pinned.empty((maps_bytes,), np.uint8)
-        """Copy of the maps, see `rtfocus.processing.gpu.classifier.MapLayout`."""
-        self.counts: NDArray[Any] = pinned.empty(shape, carried_as(restored_dtype))
-        """Copy of the restored frame, as the device gives it."""
-        same = self.counts.dtype == restored_dtype
-        self._restored = self.counts if same else np.empty(shape, restored_dtype)
-        self._staged: NDArray[Any] | None = None
-        self.invalid: NDArray[np.bool_] | None = None
-        """Pixels that are NaN or infinite; None: none."""
-        self._pedestal = 0.0
-        """What a frame with negative values was lifted by."""
-        self._lifted_flags: tuple[str, ...] | None = None
-        """What is wrong with a lifted frame; None: it is not lifted."""
+        down, across = windows
+        self.count = down.count * across.count
+        """Tiles of a frame, row by row."""
+        self._frame = frame
+        self._planes = planes
+        self._places = across.count, down.size_px, across.size_px, down.halo_px
+        self._elements = self.count * planes * down.size_px * across.size_px
+        self._weights = [
+            memory.upload(neighbours(_frame_weights(axis, length)), "weights of tiles")
+            for axis, length in zip(windows, frame.sides[:2], strict=True)
+        ]
 
-    def take(self, pixels: NDArray[Any], camera: CameraCorrection) -> NDArray[Any]:
-        """Return pinned pixels without NaN and from 0 on: the same, or a copy."""
-        self.invalid = found = camera.find_invalid(pixels)
-        self._pedestal = camera.pedestal(pixels)
-        self._lifted_flags = None
-        dtype = carried_as(pixels.dtype)
-        plain = found is None and not self._pedestal and pixels.dtype == dtype
-        if plain and self._pinned.is_pinned(pixels):
-            return pixels
-        if (staged := self._staged) is None:
-            staged = self._staged = self._pinned.empty(pixels.shape, dtype)
-        np.copyto(staged, pixels, casting="unsafe")
-        if found is not None:
-            fill(staged, found)
-        if self._pedestal:
-            staged += np.float32(self._pedestal)
-            self._lifted_flags = camera.mark(pixels).flags
-        return staged
+    def cut(
+        self,
+        work: Work,
+        signal: DeviceArray,
+        ranges: DeviceArray,
+        tiles: DeviceArray,
+        colour: int = -1,
+    ) -> None:
+        """Enqueue signal -> all tiles, axes (N, C, H, W).
 
-    def flags(self, *, saturated: bool) -> tuple[str, ...]:
-        """Return what is wrong with the frame; `saturated`: by what the device got."""
-        if self._lifted_flags is not None:
-            # The device got other values than the camera's.
-            return self._lifted_flags
-        flags = {"nan": self.invalid is not None, "saturated": saturated}
-        return tuple(name for name, is_so in flags.items() if is_so)
+        `colour` is the one that a network of one channel sees; -1: it sees the frame.
+        """
+        work.launch(
+            "gather_tiles",
+            self._elements,
+            signal,
+            *self._frame.sides,
+            self._planes,
+            colour,
+            *self._places,
+            self._elements,
+            ranges,
+            tiles,
+            kind_of(tiles.dtype),
+        )
 
-    def give(self) -> NDArray[Any]:
-        """Return the restored frame that has arrived, in the type of the series."""
-        if self.counts.dtype == np.float32:
-            if self._pedestal:
-                self.counts -= np.float32(self._pedestal)
-            write_counts(self.counts, self._restored, self.invalid)
-        return self._restored
+    def join(
+        self,
+        work: Work,
+        tiles: DeviceArray,
+        ranges: DeviceArray,
+        out: DeviceArray,
+        colour: int = -1,
+    ) -> None:
+        """Enqueue all tiles -> frame, or one of its colours, in the signal's unit."""
+        work.launch(
+            "blend_tiles",
+            out.count,
+            tiles,
+            kind_of(tiles.dtype),
+            *self._frame.sides,
+            self._planes,
+            colour,
+            *self._places,
+            *self._weights,
+            ranges,
+            out,
+        )
+
+
+def whole_frame_tile(padded: tuple[int, int]) -> tuple[AxisWindows, AxisWindows]:
+    """Return the one tile that holds a frame, mirrored behind it to `padded`."""
+    height, width = padded
+    return AxisWindows(1, height, 0), AxisWindows(1, width, 0)
+
+
+def _frame_weights(axis: AxisWindows, length: int) -> NDArray[np.float32]:
+    """Return the weights of windows, axes (window, pixel of the frame)."""
+    result = np.zeros((axis.count, length), np.float32)
+    for index, (weights, row) in enumerate(zip(axis.weights(), result, strict=True)):
+        start = index * axis.own_px - axis.halo_px
+        first, last = max(start, 0), min(start + axis.size_px, length)
+        row[first:last] = weights[first - start : last - start]
+    return result
+
+
+# As in kernels/labels.cu; entries that are not named are fixed.
+_KINDS = {"level": 1, "defocus_levels": 2, "defocus_known": 3}
+
+
+class TileConditions:
+    """Fills the condition tensor of a restorer, as `Conditions` does."""
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        conditions: Conditions,
+        tiles: FrameTiles,
+        grid: TileGrid,
+    ) -> None:
+        self._conditions = conditions
+        self._grid = grid
+        down, across = tiles.windows
+        self._tiles = down.count * across.count
+        self._tile_columns = across.count
+        self._spans = [
+            memory.upload(spans(np.stack(near, axis=1)), "conditions")
+            for near in tiles.near(grid)
+        ]
+        kinds = [_KINDS.get(entry, 0) for entry in conditions.entries]
+        fixed = [conditions.fixed.get(entry, 0.0) for entry in conditions.entries]
+        self._kinds = memory.upload(np.array(kinds, np.int32), "conditions")
+        self._fixed = memory.upload(np.array(fixed, np.float32), "conditions")
+
+    def enqueue(
+        self, work: Work, maps: dict[str, DeviceArray], condition: DeviceArray
+    ) -> None:
+        """Enqueue maps of the labels -> `condition`, axes (tile, entry)."""
+        terms = self._conditions
+        work.launch(
+            "tile_conditions",
+            self._tiles,
+            maps["level"],
+            maps["confidence"],
+            maps["defocus_um"],
+            self._grid.columns,
+            BACKGROUND,
+            *self._spans,
+            self._tiles,
+            self._tile_columns,
+            self._kinds,
+            self._fixed,
+            len(terms.entries),
+            terms.levels_per_um,
+            float(terms.farthest),
+            int(terms.signed_levels),
+            int(terms.hides_defocus),
+            condition,
+        )
