@@ -31,7 +31,16 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
-from rtfocus.transport.viewer import Shown, requests_refused
+from rtfocus.transport.viewer import (
+    FailureLine,
+    FocusLine,
+    HoldLine,
+    RequestLine,
+    Shown,
+    VerdictLine,
+    focus_line,
+    requests_refused,
+)
 from rtfocus.workers import RUN_CLOCK, BoundedQueue, TimeShare
 
 RATE_WINDOW_S = 5.0
@@ -398,7 +407,9 @@ class FocusLog:
         if not lines:
             return None
         self._write(lines)
-        told = [text for line in lines if (text := _told(line)) is not None]
+        # What a peer sends in another form is kept, not told.
+        read = [found for line in lines if (found := focus_line(line)) is not None]
+        told = [text for line in read if (text := _in_words(line)) is not None]
         return told[-1] if told else None
 
     def end(self, end: SeriesEnd) -> None:
@@ -423,24 +434,17 @@ def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [line for line in found[:_MOST_LINES] if isinstance(line, dict)]
 
 
-def _told(line: Mapping[str, Any]) -> str | None:
-    """Return a line of the log in words, where it moved the stage or ended a search.
-
-    What a peer sends may lack a key or hold a text for a number: it is kept, not told.
-    """
-    try:
-        return _in_words(line)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _in_words(line: Mapping[str, Any]) -> str | None:
-    place = "" if line.get("p") is None else f" at position {line['p']}"
-    if line["kind"] == "hold" and line["step_um"]:
-        return f"held{place}: {line['step_um']:+.2f} um ({line['reason']})"
-    if line["kind"] == "verdict":
-        word = "focused" if line["focused"] else f"not focused: {line['reason']}"
-        return f"{word}{place}, z {line['end_um']:.2f} um, {line['images']} images"
-    if line["kind"] == "request":
-        return f"asked for by who looks at the run: {line['what']}"
-    return f"failed{place}: {line['reason']}" if line["kind"] == "failure" else None
+def _in_words(line: FocusLine) -> str | None:
+    """Return a line in words, where it moved the stage or ended a search."""
+    place = "" if line.p is None else f" at position {line.p}"
+    match line:
+        case HoldLine(step_um=step_um) if step_um:
+            return f"held{place}: {step_um:+.2f} um ({line.reason})"
+        case VerdictLine():
+            word = "focused" if line.focused else f"not focused: {line.reason}"
+            return f"{word}{place}, z {line.end_um:.2f} um, {line.images} images"
+        case RequestLine():
+            return f"asked for by who looks at the run: {line.what}"
+        case FailureLine():
+            return f"failed{place}: {line.reason}"
+    return None

@@ -369,9 +369,7 @@ class Focuser:
             focus_um=step.belief_um,
             focus_sd_um=step.belief_sd_um,
             decision=type(step.decision).__name__,
-            way_um=getattr(
-                step.decision, "dz_um", getattr(step.decision, "back_um", 0)
-            ),
+            way_um=_way_um(step),
         )
 
     def _refuse_hardware_focus(self) -> None:

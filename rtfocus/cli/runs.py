@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,35 +23,18 @@ from rtfocus.errors import ExitCode, InputError, number_of
 from rtfocus.metrics import STEPS, Outcome, plan_in_words
 from rtfocus.writers.header import HEADER_NAME
 
+if TYPE_CHECKING:
+    from rtfocus.transport.viewer import FocusLine
+
 PICTURE = "focus.png"
 _WIDTH_PT, _HEIGHT_PT = 760.0, 300.0
 
-Line = dict[str, Any]
 
-
-def focus_line(lines: list[Line]) -> str:
-    """Sum up searches, corrections and drift in one line."""
-    verdicts = [line for line in lines if line.get("kind") == "verdict"]
-    holds = [line for line in lines if line.get("kind") == "hold"]
-    found = sum(bool(line["focused"]) for line in verdicts)
-    images = sum(int(line["images"]) for line in verdicts)
-    broken_off = sum(line.get("kind") == "failure" for line in lines)
-    searches = len(verdicts) + broken_off
-    text = f"autofocus: {found} of {searches} searches found focus, {images} images"
-    if broken_off:
-        text += f", {broken_off} broke off"
-    if holds:
-        moves = sum(bool(line["step_um"]) for line in holds)
-        text += (
-            f"; held {len(holds)} stacks with {moves} corrections, drift "
-            f"{holds[-1]['drift_um']:+.1f} um"
-        )
-    return text
-
-
-def draw_focus(folder: Path, lines: list[Line]) -> Path | None:
+def draw_focus(folder: Path, lines: "list[FocusLine]") -> Path | None:
     """Draw the trace of the first held position; None where none was held."""
-    holds = [line for line in lines if line.get("kind") == "hold"]
+    from rtfocus.transport.viewer import HoldLine
+
+    holds = [line for line in lines if isinstance(line, HoldLine)]
     if not holds:
         return None
     # Loaded when there is something to draw: a processor side starts without it.
@@ -60,17 +43,17 @@ def draw_focus(folder: Path, lines: list[Line]) -> Path | None:
     from rtfocus.drawing.canvas import BLUE, GREEN, ORANGE, PixelCanvas
     from rtfocus.drawing.figures import Axis, Chart, axis_of
 
-    mine = [line for line in holds if line["p"] == holds[0]["p"]]
-    time_s = np.array([(line["time_ns"] - mine[0]["time_ns"]) / 1e9 for line in mine])
-    steps_um = np.array([line["step_um"] for line in mine])
-    held = np.array([line["error_um"] for line in mine]) - steps_um
+    mine = [line for line in holds if line.p == holds[0].p]
+    time_s = np.array([(line.time_ns - mine[0].time_ns) / 1e9 for line in mine])
+    steps_um = np.array([line.step_um for line in mine])
+    held = np.array([line.error_um for line in mine]) - steps_um
     alone = held + np.cumsum(steps_um)
     canvas = PixelCanvas(_WIDTH_PT, _HEIGHT_PT)
     chart = Chart(
         canvas,
         (70.0, 34.0, _WIDTH_PT - 20.0, _HEIGHT_PT - 44.0),
         Axis("time since the first image held (s)", 0.0, max(float(time_s[-1]), 1e-9)),
-        axis_of(f"defocus found, position {mine[0]['p']} (um)", held, alone, zero=True),
+        axis_of(f"defocus found, position {mine[0].p} (um)", held, alone, zero=True),
     )
     chart.level(0.0, dash=0)
     chart.curve(time_s, alone, ORANGE, "had the stage stood still")
@@ -122,6 +105,7 @@ def print_report(folder: Path) -> Outcome:
     # With it comes what reads stores, which no other command's help needs.
     from rtfocus.report.facts import (
         accounting_in_words,
+        focus_in_words,
         left_out_by_hold,
         read_focus_log,
         throughput_in_words,
@@ -147,7 +131,7 @@ def print_report(folder: Path) -> Outcome:
     if said := left_out_by_hold(report):
         console.print(said, markup=False, highlight=False)
     if lines := read_focus_log(folder):
-        console.print(focus_line(lines), markup=False, highlight=False)
+        console.print(focus_in_words(lines), markup=False, highlight=False)
         if (picture := draw_focus(folder, lines)) is not None:
             console.print(f"focus trace: {picture}", markup=False, highlight=False)
     if (page := folder / "report.html").is_file():

@@ -6,6 +6,7 @@ are no lines are counted, and of a long journal every n-th frame is read.
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from numpy.typing import NDArray
 from rtfocus.errors import WriterError
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.monitor import FOCUS_LOG
+from rtfocus.transport.viewer import (
+    FailureLine,
+    FocusLine,
+    HoldLine,
+    VerdictLine,
+    focus_line,
+)
 from rtfocus.writers.arrays import FrameArray, open_context
 from rtfocus.writers.commit import read_report
 from rtfocus.writers.header import (
@@ -34,8 +42,6 @@ MOST_FRAMES = 50_000
 """Frames read of a journal; of a longer one every n-th."""
 _MOST_FOCUS_LINES = 100_000
 _TYPICAL_LINE_BYTES = 600
-
-Line = dict[str, Any]
 
 
 class _Estimate(msgspec.Struct):
@@ -104,7 +110,7 @@ class RunFacts:
     reasons: Counter[str] = field(default_factory=Counter)
     """Why frames are missing, in error or not restored."""
     flags: Counter[str] = field(default_factory=Counter)
-    focus_log: list[Line] = field(default_factory=list)
+    focus_log: list[FocusLine] = field(default_factory=list)
     first_ns: int = 0
     """Unix time of the first frame."""
     frames: list[_JournalFrame] = field(default_factory=list, repr=False)
@@ -185,19 +191,37 @@ def throughput_in_words(report: dict[str, Any]) -> str | None:
     )
 
 
-def read_focus_log(folder: Path) -> list[Line]:
+def read_focus_log(folder: Path) -> list[FocusLine]:
     """Return the decisions of a run; empty where autofocus did nothing."""
     path = folder / FOCUS_LOG
     if not path.is_file():
         return []
     lines = []
     for text in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            lines.append(msgspec.json.decode(text))
-        except ValueError:
-            # The last line of a run that was killed may be half.
-            continue
-    return [line for line in lines[:_MOST_FOCUS_LINES] if isinstance(line, dict)]
+        # The last line of a run that was killed may be half.
+        with suppress(ValueError):
+            lines.append(focus_line(msgspec.json.decode(text)))
+    return [line for line in lines[:_MOST_FOCUS_LINES] if line is not None]
+
+
+def focus_in_words(lines: list[FocusLine]) -> str:
+    """Sum up searches, corrections and drift in one line."""
+    verdicts = [line for line in lines if isinstance(line, VerdictLine)]
+    holds = [line for line in lines if isinstance(line, HoldLine)]
+    found = sum(line.focused for line in verdicts)
+    images = sum(line.images for line in verdicts)
+    broken_off = sum(isinstance(line, FailureLine) for line in lines)
+    searches = len(verdicts) + broken_off
+    text = f"autofocus: {found} of {searches} searches found focus, {images} images"
+    if broken_off:
+        text += f", {broken_off} broke off"
+    if holds:
+        moves = sum(bool(line.step_um) for line in holds)
+        text += (
+            f"; held {len(holds)} stacks with {moves} corrections, drift "
+            f"{holds[-1].drift_um:+.1f} um"
+        )
+    return text
 
 
 def shown_frames(facts: RunFacts) -> list[ShownFrame]:

@@ -32,7 +32,7 @@ from rtfocus.report.pictures import (
     frame_pictures,
     histogram_chart,
     latency_chart,
-    search_failed,
+    searches_failed,
     trace_charts,
 )
 from rtfocus.writers.header import series_in_words
@@ -171,9 +171,9 @@ def _of_pixels(facts: RunFacts) -> Iterator[Advice]:
 def _of_focus(facts: RunFacts) -> Iterator[Advice]:
     if said := facts.left_out_by_hold:
         yield Advice(said, "no harm: those looked at show a drift soon enough")
-    failed = [line for line in facts.focus_log if search_failed(line)]
+    failed = searches_failed(facts.focus_log)
     if failed:
-        why = failed[-1].get("reason", "no reason given")
+        why = failed[-1].reason
         yield Advice(
             f"searches for focus that failed: {len(failed)}, the last: {why}",
             "rtfocus calibrate checks autofocus on this microscope",

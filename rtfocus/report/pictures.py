@@ -36,6 +36,13 @@ from rtfocus.image_set import ImageSet
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.metrics import STEPS
 from rtfocus.report.facts import RunFacts, ShownFrame
+from rtfocus.transport.viewer import (
+    FailureLine,
+    FocusLine,
+    HoldLine,
+    LookLine,
+    VerdictLine,
+)
 
 if TYPE_CHECKING:
     from rtfocus.offline import Kernels
@@ -194,33 +201,29 @@ def _traces(facts: RunFacts, chart: Chart, values: NDArray[np.float64]) -> None:
 
 def _moves(facts: RunFacts, chart: Chart) -> None:
     """Mark what autofocus did: moves to hold or find focus, and failed searches."""
+    log = facts.focus_log
+    moved = [
+        line
+        for line in log
+        if (isinstance(line, HoldLine) and line.step_um)
+        or (isinstance(line, LookLine) and line.way_um)
+    ]
     kinds = (
-        (_moved, GREEN, "autofocus moved"),
-        (search_failed, ORANGE, "search failed"),
+        (moved, GREEN, "autofocus moved"),
+        (searches_failed(log), ORANGE, "search failed"),
     )
-    for is_one, colour, name in kinds:
-        times = [
-            (line["time_ns"] - facts.first_ns) / 1e9
-            for line in facts.focus_log
-            if is_one(line) and isinstance(line.get("time_ns"), int)
-        ]
+    for lines, colour, name in kinds:
+        times = [(line.time_ns - facts.first_ns) / 1e9 for line in lines]
         shown = times[:: max(1, len(times) // 200)]
         for seconds in shown:
             chart.upright(seconds, colour, dash=2)
         chart.name(f"{name} ({len(times)})" if times else "", colour)
 
 
-def _moved(line: dict[str, Any]) -> bool:
-    """Tell whether a line is a correction of hold, or a step of a search."""
-    kind = line.get("kind")
-    way_um = line.get("step_um") if kind == "hold" else line.get("way_um")
-    return kind in ("hold", "look") and bool(way_um)
-
-
-def search_failed(line: dict[str, Any]) -> bool:
-    """Tell whether a line is of a search that broke off, or found no focus."""
-    kind = line.get("kind")
-    return kind == "failure" or (kind == "verdict" and not line["focused"])
+def searches_failed(log: list[FocusLine]) -> list[FailureLine | VerdictLine]:
+    """Return the ends of searches that broke off, or found no focus."""
+    ends = [line for line in log if isinstance(line, FailureLine | VerdictLine)]
+    return [line for line in ends if isinstance(line, FailureLine) or not line.focused]
 
 
 def _heading(facts: RunFacts, frame: ShownFrame) -> str:

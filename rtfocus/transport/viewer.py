@@ -83,6 +83,72 @@ class Point(msgspec.Struct, frozen=True, array_like=True):
     """Why autofocus refused the frame; None: it did not, or was not asked."""
 
 
+class _FocusLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """What every line of ``focus.ndjson`` says."""
+
+    time_ns: int
+    """Unix time."""
+    p: int | None = None
+    """Position; None: of no plan."""
+
+
+class LookLine(_FocusLine, frozen=True, kw_only=True, tag="look"):
+    """An image of a search."""
+
+    z_um: float
+    refusal: str | None
+    """Why autofocus refused the image; None: it did not."""
+    decision: str
+    """What it led to: ``Stay``, ``Move``, ``Probe`` or ``GiveUp``."""
+    way_um: float
+    """That the stage was moved."""
+
+
+class VerdictLine(_FocusLine, frozen=True, kw_only=True, tag="verdict"):
+    """The end of a search."""
+
+    focused: bool
+    reason: str
+    end_um: float
+    """z where the stage was sent last."""
+    images: int
+
+
+class FailureLine(_FocusLine, frozen=True, kw_only=True, tag="failure"):
+    """A search that broke off."""
+
+    reason: str
+
+
+class HoldLine(_FocusLine, frozen=True, kw_only=True, tag="hold"):
+    """A decision of hold at the beginning of a stack."""
+
+    step_um: float
+    """That the stage was moved."""
+    error_um: float
+    """Focus as predicted minus where the stage would stand."""
+    drift_um: float
+    reason: str
+
+
+class RequestLine(_FocusLine, frozen=True, kw_only=True, tag="request"):
+    """What somebody who looks at the run asked for."""
+
+    what: str
+
+
+FocusLine = LookLine | VerdictLine | FailureLine | HoldLine | RequestLine
+
+
+def focus_line(line: object) -> FocusLine | None:
+    """Read a line of ``focus.ndjson``; None: it has another form, as of a peer."""
+    try:
+        found: FocusLine = msgspec.convert(line, FocusLine)
+    except FAULTS:
+        return None
+    return found
+
+
 class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
     """How the processor is; sent several times a second while somebody looks."""
 

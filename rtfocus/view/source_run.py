@@ -23,6 +23,15 @@ from rtfocus.monitor import FOCUS_LOG, LATENCIES
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.runs import Kind as ImageName
 from rtfocus.runs import Run, open_run
+from rtfocus.transport.viewer import (
+    FailureLine,
+    FocusLine,
+    HoldLine,
+    LookLine,
+    RequestLine,
+    VerdictLine,
+    focus_line,
+)
 from rtfocus.view.codec import Flag, Kind, Picture, Plane, defocus_plane
 from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import IN_ERROR, MISSING, WRITTEN, Line
@@ -78,35 +87,30 @@ class Traces:
 
 def note_focus_line(traces: Traces, line: dict[str, Any], started_ns: int) -> None:
     """Take a line of ``focus.ndjson`` in, where it says something to look at."""
-    try:
-        seconds = (int(line["time_ns"]) - started_ns) / 1e9
-        found = _mark_of(line)
-    except (KeyError, TypeError, ValueError):
-        # What a peer sends may lack a key or hold a text for a number.
-        return
-    if found is not None:
+    read = focus_line(line)
+    if read is not None and (found := _mark_of(read)) is not None:
         kind, text, z_um = found
-        traces.mark(kind, seconds, text, z_um)
+        traces.mark(kind, (read.time_ns - started_ns) / 1e9, text, z_um)
 
 
-def _mark_of(line: dict[str, Any]) -> tuple[str, str, float | None] | None:
-    kind = line["kind"]
-    if kind == "hold" and line["step_um"]:
-        return "move", f"held {float(line['step_um']):+.2f} µm", None
-    if kind == "look" and line.get("refusal"):
-        return "refusal", f"refused: {line['refusal']}", float(line["z_um"])
-    if kind == "look" and line.get("decision") in ("Move", "Probe"):
-        way = float(line.get("way_um") or 0)
-        what = "probe" if line["decision"] == "Probe" else "move"
-        return what, f"{what} {way:+.2f} µm", float(line["z_um"])
-    if kind == "verdict":
-        good = bool(line["focused"])
-        word = "focused" if good else f"not focused: {line['reason']}"
-        return "verdict" if good else "refusal", word, float(line["end_um"])
-    if kind == "failure":
-        return "refusal", f"failed: {line['reason']}", None
-    asked = f"asked for: {line['what']}".replace("_", " ") if kind == "request" else ""
-    return ("request", asked, None) if asked else None
+def _mark_of(line: FocusLine) -> tuple[str, str, float | None] | None:
+    match line:
+        case HoldLine(step_um=step_um) if step_um:
+            return "move", f"held {step_um:+.2f} µm", None
+        case LookLine(refusal=refusal) if refusal:
+            return "refusal", f"refused: {refusal}", line.z_um
+        case LookLine(decision="Move" | "Probe"):
+            what = line.decision.lower()
+            return what, f"{what} {line.way_um:+.2f} µm", line.z_um
+        case VerdictLine(focused=True):
+            return "verdict", "focused", line.end_um
+        case VerdictLine():
+            return "refusal", f"not focused: {line.reason}", line.end_um
+        case FailureLine():
+            return "refusal", f"failed: {line.reason}", None
+        case RequestLine():
+            return "request", f"asked for: {line.what}".replace("_", " "), None
+    return None
 
 
 Place = tuple[int, int, int, int]

@@ -157,7 +157,8 @@ def test_damage_costs_what_is_damaged_only(tmp_path: Path) -> None:
     lines[2] = b"\0" * 40 + b"\n"
     lines[4] = b'{"status": 7}\n'
     (folder / "frames.ndjson").write_bytes(b"".join(lines))
-    (folder / "focus.ndjson").write_text('{"kind": "hold"}\n[1]\n{"kind', "utf-8")
+    strange = '{"kind": "hold"}\n{"kind": "verdict", "time_ns": 1}\n[1]\n{"kind'
+    (folder / "focus.ndjson").write_text(strange, "utf-8")
     page = read_page(write_page(folder).parent)
     assert "2 lines of the journal are damaged" in page.text
     assert "Worst frame: 5.00" in page.text
@@ -278,17 +279,22 @@ def test_page_is_no_fault_of_a_run_and_a_check_says_how_far_it_is(
 def test_focus_moves_are_marked_in_the_trace(tmp_path: Path) -> None:
     folder = record(tmp_path / "a.rtfocus")
     now = read_facts(folder).first_ns
+    held = {"kind": "hold", "error_um": 0.5, "drift_um": 0.5, "reason": "drift"}
+    look = {"kind": "look", "z_um": 1.0, "refusal": None}
+    verdict = {"kind": "verdict", "end_um": 1.0, "images": 3}
     moves = [
-        {"kind": "hold", "time_ns": now + 10**6, "step_um": 0.5},
-        {"kind": "hold", "time_ns": now + 10**6, "step_um": 0.0},
-        {"kind": "look", "time_ns": now, "decision": "Probe", "way_um": 2.0},
-        {"kind": "look", "time_ns": now, "decision": "Probe", "way_um": 0.0},
-        {"kind": "look", "time_ns": now, "decision": "GiveUp", "way_um": -2.0},
-        {"kind": "verdict", "time_ns": now, "focused": True, "reason": "focused"},
-        {"kind": "verdict", "time_ns": now, "focused": False, "reason": "blank"},
-        {"kind": "failure", "time_ns": now, "reason": "no specimen"},
+        held | {"step_um": 0.5},
+        held | {"step_um": 0.0},
+        look | {"decision": "Probe", "way_um": 2.0},
+        look | {"decision": "Probe", "way_um": 0.0},
+        look | {"decision": "GiveUp", "way_um": -2.0},
+        verdict | {"focused": True, "reason": "focused"},
+        verdict | {"focused": False, "reason": "blank"},
+        {"kind": "failure", "reason": "no specimen"},
     ]
-    text = b"".join(msgspec.json.encode(line) + b"\n" for line in moves)
+    text = b"".join(
+        msgspec.json.encode({"time_ns": now, **line}) + b"\n" for line in moves
+    )
     (folder / "focus.ndjson").write_bytes(text)
     page = read_page(write_page(folder).parent)
     assert "autofocus moved (3)" in page.text

@@ -634,10 +634,12 @@ def test_a_snapshot_is_the_stored_plane_with_its_metadata(
 
 def test_a_log_line_becomes_a_mark_and_a_strange_one_nothing() -> None:
     traces = Traces()
+    look = {"kind": "look", "z_um": 4.0, "way_um": 1.0, "refusal": None}
+    held = {"kind": "hold", "step_um": 0.5, "error_um": 0.5, "drift_um": 0.5}
     for line in (
-        {"kind": "look", "time_ns": 3_000_000_000, "z_um": 4.0, "decision": "Move"},
-        {"kind": "look", "time_ns": 4_000_000_000, "z_um": 5.0, "refusal": "blank"},
-        {"kind": "hold", "time_ns": 5_000_000_000, "step_um": 0.5},
+        look | {"time_ns": 3_000_000_000, "decision": "Move"},
+        look | {"time_ns": 4_000_000_000, "decision": "Stay", "refusal": "blank"},
+        held | {"time_ns": 5_000_000_000, "reason": "drift"},
         {"kind": "look", "z_um": "here"},
         {"kind": 3, "time_ns": "x"},
     ):

@@ -10,9 +10,10 @@ from writer_kit import make_series
 
 from rtfocus.channel import Channel
 from rtfocus.cli.display import processor_rows, screen, sparkline
-from rtfocus.cli.runs import focus_line
 from rtfocus.frame import Estimate, FrameHeader, SlotPool
 from rtfocus.monitor import Monitor
+from rtfocus.report.facts import focus_in_words
+from rtfocus.transport.viewer import FailureLine, VerdictLine
 
 
 def running(*found: float | None, planned: int | None = 40, before: int = 0) -> Monitor:
@@ -82,12 +83,12 @@ def test_a_defocus_is_known_no_sooner_after_the_exposure_than_after_arrival() ->
 
 def test_a_search_that_broke_off_is_one_of_those_that_were_begun() -> None:
     lines = [
-        {"kind": "verdict", "focused": True, "images": 4},
-        {"kind": "verdict", "focused": False, "images": 2},
-        {"kind": "failure", "reason": "the stage stands outside of its limits"},
+        VerdictLine(time_ns=1, focused=True, reason="in focus", end_um=0, images=4),
+        VerdictLine(time_ns=2, focused=False, reason="blank", end_um=0, images=2),
+        FailureLine(time_ns=3, reason="the stage stands outside of its limits"),
     ]
     said = "autofocus: 1 of 3 searches found focus, 6 images, 1 broke off"
-    assert focus_line(lines) == said
+    assert focus_in_words(lines) == said
 
 
 def test_a_resumed_run_does_not_count_earlier_frames_as_its_own_speed() -> None:

@@ -26,7 +26,15 @@ from rtfocus.frame import (
 from rtfocus.monitor import FOCUS_LOG, FocusLog, SeriesReader
 from rtfocus.report.facts import left_out_by_hold
 
-HELD = {"kind": "hold", "p": 2, "step_um": 0.5, "reason": "drift"}
+HELD = {
+    "kind": "hold",
+    "time_ns": 1,
+    "p": 2,
+    "step_um": 0.5,
+    "error_um": 0.6,
+    "drift_um": 1.0,
+    "reason": "drift",
+}
 
 
 def slot_with(meta):
@@ -74,7 +82,14 @@ def test_metadata_of_another_form_hold_no_entries(tmp_path, meta):
 
 
 @pytest.mark.parametrize(
-    "entry", [{}, {"kind": "hold"}, HELD | {"step_um": "far"}, {"kind": "verdict"}]
+    "entry",
+    [
+        {},
+        {"kind": "hold"},
+        HELD | {"step_um": "far"},
+        {"kind": "verdict"},
+        {"kind": []},
+    ],
 )
 def test_an_entry_without_its_keys_is_kept_and_not_told(tmp_path, entry):
     assert FocusLog(tmp_path).take(logged([entry])) is None
