@@ -8,6 +8,8 @@ share of the correction is fitted to what that share does to the error: decibels
 count, decibels lost count several times, and frames in focus are to stay as they are.
 Real pairs of BBBC006 (rows a02 to a18) weigh more, being few. The deviation that is
 stated of a defocus is widened by one factor until it covers the errors made there.
+An ``expected_error`` of the card holds for what the old evidence let through: a new
+one takes it out, and ``python -m bench.expected_error`` fits it anew.
 
 ``python -m bench.evidence engines/rtfocus-2 --data-folder images`` writes the card;
 ``rtfocus evaluate rtfocus-2 --blind --data unseen`` shows what it does. Every round of
@@ -430,14 +432,20 @@ def main() -> None:
     frames = restored_frames(
         options.engine, options.data_folder, options.rounds, options.keep
     )
+    stale = False
     if options.only != "evidence" and "blind" in card.get("deviation", {}):
         old = DeviationCard.model_validate(card["deviation"]["blind"])
         card["deviation"]["blind"] = widened(old, frames).model_dump()
     if options.only != "deviation":
         card["evidence"] = fit(frames, options.steps).card()
-        if card.pop("expected_error", None) is not None:
-            print("expected_error is taken out: python -m bench.expected_error")
+        stale = card.pop("expected_error", None) is not None
     write_card(card_path, card)
+    if stale:
+        print(
+            f"{card_path} states no expected_error any more, which was fitted to what "
+            "the old evidence let through; fit it anew: python -m bench.expected_error "
+            f"{options.engine} --data-folder {options.data_folder} --write"
+        )
 
 
 def restored_frames(

@@ -28,8 +28,8 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,9 @@ class Clocks:
         return {one.id: one.user_time + one.system_time for one in threads}
 
 
-def timed_pages() -> list[float]:
-    """Return a list that gets the CPU seconds of every ``report.html`` from here on.
+@contextmanager
+def timed_pages() -> Iterator[list[float]]:
+    """Yield a list that gets the CPU seconds of each ``report.html`` written meanwhile.
 
     It has a thread of its own, which is gone when those of the others are read.
     """
@@ -169,7 +170,10 @@ def timed_pages() -> list[float]:
             spent_s.append(time.thread_time() - begun_s)
 
     page.write_page = timed
-    return spent_s
+    try:
+        yield spent_s
+    finally:
+        page.write_page = write
 
 
 def send(pipe: Connection, size: int, frames: int) -> None:
@@ -237,8 +241,9 @@ def once(size: int, frames: int, folder: Path) -> dict[str, Any]:
     sender = spawn.Process(target=send, args=(there, size, frames))
     sender.start()
     config = config_of(here.recv(), folder)
-    monitor, samples, pages_s = Monitor(), Samples(folder), timed_pages()
+    monitor, samples = Monitor(), Samples(folder)
     with (
+        timed_pages() as pages_s,
         open_preview(config.transport) as preview,
         closing(FrameReceiver(config.transport, monitor.accounting)) as receiver,
         closing(FrameProcessor(config, [StandIn(size)])) as processor,

@@ -200,10 +200,13 @@ def share_bar(what: str) -> Iterator[Callable[[float], None]]:
 
 
 @contextmanager
-def counting(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+def counting(
+    what: str, total: int | None, done: int = 0
+) -> Iterator[Callable[..., None]]:
     """Show a bar with the time left on a terminal; yields what takes one more.
 
-    A line that comes with it is written to standard error.
+    A line that comes with it is written to standard error. `total` None: nobody knows
+    how many there are, and so no time left.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda line=None: None if line is None else print(line, file=sys.stderr)

@@ -349,12 +349,12 @@ def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[O
     """Run every contender over every data set, with a bar on standard error."""
     outcomes: list[Outcome] = []
     for data in sets:
-        # Made once before: what has no figures is refused before any engine works.
-        frames = sum(1 for _ in data.samples())
+        frames: int | None = None  # until the first contender has seen them
         for one in contenders:
             config = wish.config(one, data)
             with counting(f"{one.title} on {data.name}", frames) as on_frame:
                 outcomes.append(evaluate_one(one, data, config, on_frame=on_frame))
+            frames = outcomes[-1].measured
     return outcomes
 
 
