@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.engines.card import input_of
-from rtfocus.engines.fitted import DeviationCard, stated_um, unsettled_um
+from rtfocus.engines.fitted import unsettled_um
 from rtfocus.engines.registry import (
     find_engine,
     list_engines,
@@ -61,8 +61,8 @@ Where it is not there some systems end the process without a word."""
 
 Image = NDArray[np.float32]
 Pixels = NDArray[np.generic]
-Scale = tuple[float, int, DeviationCard | None]
-"""A level in um, the highest, and how deviations follow from what is found."""
+Scale = tuple[float, int]
+"""A level in um, and the highest."""
 
 ORIENTATIONS = tuple((turns, flip) for flip in (0, 1) for turns in (0, 2, 1, 3))
 """In which an image is restored: quarter turns, and whether it is mirrored before."""
@@ -259,7 +259,7 @@ class ImageProcessor(Closing):
         """Look at what is unsettled in the image of half the size too, and so on."""
         if self._scale is None or min(pixels.shape[:2]) < 2 * _LEAST_PX:
             return found
-        step, farthest, _ = self._scale
+        step, farthest = self._scale
         least_um = unsettled_um(found, pixels, step_um=step, farthest=farthest)
         if not np.isfinite(least_um).any():
             return found
@@ -287,11 +287,7 @@ class ImageProcessor(Closing):
                 self._started = None
         # The slot's buffers are used again by the next image.
         restored = None if result.restored is None else result.restored.copy()
-        defocus = result.defocus
-        if defocus is not None and self._scale is not None:
-            step, _, fit = self._scale
-            defocus = replace(defocus, stated_um=stated_um(defocus, fit, step))
-        return replace(result, restored=restored, defocus=defocus)
+        return replace(result, restored=restored)
 
     def _start_for(self, pixels: Pixels, channel: str) -> None:
         """Start the processor for this kind of image unless it already runs."""
@@ -340,8 +336,7 @@ class ImageProcessor(Closing):
         levels, of_card = parts(card)
         optics = optics or of_card.reference
         step = step_um(card, optics, blind=self._blind)
-        fit = card.deviation.get("blind" if self._blind else "told")
-        return optics, (step, levels.count - 1, fit)
+        return optics, (step, levels.count - 1)
 
 
 def _refuse_too_large(pixels: Pixels) -> None:

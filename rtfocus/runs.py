@@ -30,7 +30,7 @@ from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import store_path
 from rtfocus.writers.places import position_paths
 
-Kind = Literal["raw", "restored", "defocus", "expected_error"]
+Kind = Literal["raw", "restored", "defocus", "deviation", "expected_error"]
 
 _AXES = ("t", "p", "c", "z")
 _NUMBERS = (
@@ -191,6 +191,19 @@ class Run:
         """The config it was recorded with, as plain values."""
         return dict(self.header.provenance.get("config", {}))
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The images it has, of ``raw``, ``restored``, ``defocus``, ``deviation``, ...
+
+        ``deviation`` and ``expected_error`` are there where an engine states them.
+        """
+        names = [spec.name for spec in image_specs(self.header)]
+        return tuple(
+            kind
+            for kind in get_args(Kind)
+            if kind in names and store_path(self.folder, kind).is_dir()
+        )
+
     @cached_property
     def raw(self) -> RunImage:
         """What the camera saw at the first position; others: `image`."""
@@ -210,6 +223,14 @@ class Run:
         return self.image("defocus")
 
     @cached_property
+    def deviation(self) -> RunImage:
+        """Standard deviation of the defocus in um per tile, as its engine states it.
+
+        At the first position; others: `image`. NaN = no specimen, or no frame.
+        """
+        return self.image("deviation")
+
+    @cached_property
     def expected_error(self) -> RunImage:
         """Error expected in restored frames per tile, in counts, root mean square.
 
@@ -223,7 +244,7 @@ class Run:
         Parameters
         ----------
         kind
-            ``raw``, ``restored``, ``defocus`` or ``expected_error``.
+            One of `kinds`.
         position
             Index p or name.
 
@@ -253,7 +274,7 @@ class Run:
             steps = map(float, first["coordinateTransformations"][0]["scale"])
             scale = dict(zip(axes, steps, strict=True))
         except (OSError, LookupError, TypeError, ValueError) as error:
-            there = [k for k in get_args(Kind) if self._has(k)]
+            there = self.kinds
             msg = (
                 f"'{place}' cannot be read; the files say more: rtfocus check "
                 f"{self.folder}"
@@ -335,10 +356,6 @@ class Run:
         )
         return WriterError(msg)
 
-    def _has(self, kind: str) -> bool:
-        names = [spec.name for spec in image_specs(self.header)]
-        return kind in names and store_path(self.folder, kind).is_dir()
-
 
 def _row(line: Line) -> tuple[Any, ...]:
     """Return the columns of one line of the journal."""
@@ -351,6 +368,6 @@ def _row(line: Line) -> tuple[Any, ...]:
     return (*numbers, line["status"], line.get("role"), why, line.get("file"))
 
 
-def _few(names: tuple[str, ...] | list[str]) -> str:
+def _few(names: tuple[str, ...]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:8]) or "none"
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"

@@ -151,8 +151,10 @@ class Recording:
             values = np.full(shape, sequence, np.float32)
             values[0, 0] = np.nan
             confidence = np.full(shape, 0.5, np.float32)
+            level = np.zeros(shape, np.int16)
+            spread = np.full(shape, sequence + 0.25, np.float32)
             defocus = DefocusMap(
-                self._grid, values, confidence, np.zeros(shape, np.int16)
+                self._grid, values, confidence, level, spread, stated_um=spread + 1
             )
         estimate = Estimate(
             series_uid=self.series.series_uid,

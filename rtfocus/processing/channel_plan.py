@@ -18,7 +18,7 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.config.sections import ProcessingConfig, RestorationConfig
 from rtfocus.engines.card import EngineCard, identity, input_of, restored_levels
-from rtfocus.engines.fitted import Evidence
+from rtfocus.engines.fitted import Evidence, stated_um
 from rtfocus.engines.registry import (
     FoundEngine,
     FrameFit,
@@ -32,7 +32,7 @@ from rtfocus.engines.registry import (
 )
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import ConfigError, EngineError
-from rtfocus.frame import SeriesStart, TileGrid
+from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.classify import (
@@ -183,6 +183,13 @@ class ChannelPlan:
         """Whether the error left in restored frames is stated."""
         return self.evidence is not None and self.evidence.error_card is not None
 
+    def stating(self, found: DefocusMap) -> DefocusMap:
+        """Return a map of the classifier that says how far off it may be."""
+        plan = self.classifier
+        assert plan is not None
+        fit = plan.card.deviation.get("blind" if self.processing.blind else "told")
+        return replace(found, stated_um=stated_um(found, fit, plan.step_um))
+
     def montage(self, grid: TileGrid) -> Montage:
         """Return the blending weights of the classifier's tiles."""
         window: Window = "triangular"
@@ -321,10 +328,9 @@ def restored_as_it_is(
     if settings.method in (*METHODS, "none"):
         return None
     found = find_engine(settings.method, processing.engine_folders, METHODS)
-    card = found.card
-    if not card.sees_image_alone:
+    if not found.card.sees_image_alone:
         return None
-    return RestorationPlan("whole_image", identity(card), settings, found)
+    return RestorationPlan("whole_image", identity(found.card), settings, found)
 
 
 def _refuse_cut_values(
@@ -370,24 +376,19 @@ class _Planner:
         self, settings: RestorationConfig, classifier: FoundEngine
     ) -> RestorationPlan | None:
         """Plan the restoration that the config names; None: there is none."""
-        name = settings.method
+        name, given = settings.method, self.processing
         if name == "none":
             return None
         signed = restored_levels(classifier.card).signed
         if name in METHODS:
             return _classical(name, settings)
-        found = find_engine(name, self.processing.engine_folders, METHODS)
+        found = find_engine(name, given.engine_folders, METHODS)
         card = found.card
         if card.implementation.removeprefix("builtin:") in METHODS:
             return _classical(card.implementation.removeprefix("builtin:"), settings)
         same = card.kind == "joint" and found.folder == classifier.folder
         if not same:
-            check_fit(
-                card,
-                self.optics,
-                ignore=self.processing.ignore_optics,
-                blind=self.processing.blind,
-            )
+            check_fit(card, self.optics, ignore=given.ignore_optics, blind=given.blind)
         own_pass, conditions = None, None
         way = _way_of(card, same=same)
         if way == "own_pass":
@@ -405,9 +406,8 @@ class _Planner:
 def _classical(method: str, settings: RestorationConfig) -> RestorationPlan:
     ways: dict[str, Way] = {PATCH_BY_PATCH: "by_patch", BLIND: "blind"}
     own = settings.model_copy(update={"method": method})
-    return RestorationPlan(
-        ways.get(method, "by_level"), f"{settings.method}@builtin", own
-    )
+    way = ways.get(method, "by_level")
+    return RestorationPlan(way, f"{settings.method}@builtin", own)
 
 
 def _way_of(card: EngineCard, *, same: bool) -> Way:

@@ -224,7 +224,7 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
     estimate, defocus = job.estimated or (None, None)
     return FrameResult(
         estimate=estimate,
-        defocus=defocus,
+        defocus=None if defocus is None else job.plan.stating(defocus),
         restored=restored,
         expected_error=job.expected_error,
         skipped=job.skipped,

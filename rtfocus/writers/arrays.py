@@ -21,6 +21,7 @@ from rtfocus.frame import FrameResult
 from rtfocus.writers.header import (
     CONFIDENCE,
     DEFOCUS,
+    DEVIATION,
     EXPECTED_ERROR,
     RAW,
     RESTORED,
@@ -311,14 +312,12 @@ class RunImages:
         self.stores = {store_path(folder, name) for name in self.names}
         self._needs_pixels = bool({RAW, RESTORED} & set(self.names))
         self._fsync = header.store.fsync
-        self._groups = {
-            spec.name: image_groups(folder, header, spec) for spec in self.specs
-        }
+        specs = self.specs
+        self._groups = {one.name: image_groups(folder, header, one) for one in specs}
         if create:
             write_groups(folder, header, self.specs)
-        context = open_context(
-            header.store, threads=min(os.cpu_count() or 1, _MOST_THREADS)
-        )
+        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        context = open_context(header.store, threads)
         sizes = header.size("t"), header.size("c") or 1, header.size("z") or 1
 
         def array(spec: ImageSpec, group: Path) -> FrameArray:
@@ -362,7 +361,8 @@ class RunImages:
         if result is not None:
             found |= {RESTORED: result.restored, EXPECTED_ERROR: result.expected_error}
         if result is not None and (tiles := result.defocus) is not None:
-            found |= {DEFOCUS: tiles.defocus_um, CONFIDENCE: tiles.confidence}
+            found |= {DEFOCUS: tiles.defocus_um, DEVIATION: tiles.stated_um}
+            found[CONFIDENCE] = tiles.confidence
         pixels = {
             spec.name: _checked(spec, array)
             for spec in self.specs

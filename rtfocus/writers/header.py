@@ -52,6 +52,8 @@ class RunHeader:
     """Config and whatever else says where the run came from."""
     expects_error: bool = False
     """Whether maps of the error left in restored frames are written."""
+    states_deviation: bool = False
+    """Whether every defocus map has one of how far off it may be; not in old runs."""
 
     @property
     def planes(self) -> int:
@@ -76,6 +78,7 @@ class RunHeader:
             "grid": None if self.grid is None else asdict(self.grid),
             "restored": self.restored,
             "expects_error": self.expects_error,
+            "states_deviation": self.states_deviation,
             "provenance": self.provenance,
         }
         write_json(folder / HEADER_NAME, content, fsync=self.store.fsync)
@@ -107,6 +110,7 @@ def read_header(folder: Path) -> RunHeader:
             restored=bool(content["restored"]),
             provenance=dict(content["provenance"]),
             expects_error=bool(content.get("expects_error", False)),
+            states_deviation=bool(content.get("states_deviation", False)),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else _short(error)
@@ -256,8 +260,9 @@ RAW = "raw"
 RESTORED = "restored"
 DEFOCUS = "defocus"
 CONFIDENCE = "confidence"
+DEVIATION = "deviation"
 EXPECTED_ERROR = "expected_error"
-INNER = (CONFIDENCE, EXPECTED_ERROR)
+INNER = (CONFIDENCE, DEVIATION, EXPECTED_ERROR)
 """Maps that lie inside the OME-Zarr of the defocus."""
 
 # With the separator "/" every frame makes four folders per image, which costs more
@@ -270,7 +275,7 @@ class ImageSpec:
     """One OME-Zarr image; every position of the series has one of these."""
 
     name: str
-    """``raw``, ``restored``, ``defocus``, ``confidence`` or ``expected_error``."""
+    """``raw``, ``restored``, ``defocus``, or one of `INNER`."""
     dtype: str
     """NumPy name, e.g. ``uint16``."""
     planes: int
@@ -322,20 +327,25 @@ def image_specs(header: RunHeader) -> list[ImageSpec]:
         specs.append(_pixel_spec(header, RESTORED, dtype if camera else "float32"))
     if header.grid is not None:
         depth_um = _depth_um(header)
-        unit = {"unit": "micrometer", "signed": header.grid.signed, "sign": _SIGN}
-        maps: list[tuple[str, tuple[float, float], dict[str, Any]]]
-        maps = [(DEFOCUS, (-depth_um, depth_um), unit), (CONFIDENCE, (0.0, 1.0), {})]
+        windows = {DEFOCUS: (-depth_um, depth_um), CONFIDENCE: (0.0, 1.0)}
+        if header.states_deviation:
+            windows[DEVIATION] = (0.0, depth_um / 4)
         if header.expects_error:
-            maps.append((EXPECTED_ERROR, (0.0, _top(series)), _ERROR))
-        specs += [_tile_spec(header, header.grid, *one) for one in maps]
+            windows[EXPECTED_ERROR] = (0.0, _top(series))
+        specs += [_tile_spec(header, header.grid, *one) for one in windows.items()]
     return specs
 
 
 _SIGN = "positive: specimen too far from the objective"
-_ERROR = {
-    "unit": "count",
-    "meaning": "root mean square, over each tile, of the error that is expected to be "
-    "left in the restored frame: against an image in focus and without noise",
+_SAYS: dict[str, dict[str, str]] = {
+    DEFOCUS: {"unit": "micrometer", "sign": _SIGN},
+    CONFIDENCE: {},
+    DEVIATION: {"unit": "micrometer", "meaning": "standard deviation of the defocus"},
+    EXPECTED_ERROR: {
+        "unit": "count",
+        "meaning": "root mean square, over each tile, of the error that is expected to "
+        "be left in the restored frame: against an image in focus and without noise",
+    },
 }
 
 
@@ -361,11 +371,7 @@ def _pixel_spec(header: RunHeader, name: str, dtype: str) -> ImageSpec:
 
 
 def _tile_spec(
-    header: RunHeader,
-    grid: TileGrid,
-    name: str,
-    window: tuple[float, float],
-    says: Mapping[str, Any],
+    header: RunHeader, grid: TileGrid, name: str, window: tuple[float, float]
 ) -> ImageSpec:
     return ImageSpec(
         name=name,
@@ -375,7 +381,7 @@ def _tile_spec(
         spacing_um=grid.stride_px * header.series.pixel_size_um,
         origin_um=grid.origin_px * header.series.pixel_size_um,
         window=window,
-        says=says,
+        says=_SAYS[name] | ({"signed": grid.signed} if name == DEFOCUS else {}),
     )
 
 

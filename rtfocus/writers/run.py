@@ -100,7 +100,9 @@ def open_run(
     WriterError
         If the folder holds another run, or the disk has too little space.
     """
-    header = RunHeader(series, store, grid, store.restored, provenance, expects_error)
+    header = RunHeader(
+        series, store, grid, store.restored, provenance, expects_error, grid is not None
+    )
     lock, resumes = take_folder(folder, header)
     try:
         return RunWriter(

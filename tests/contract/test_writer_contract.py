@@ -1,6 +1,7 @@
 """What is appended to a run is read back by another library, in every layout."""
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from itertools import islice
@@ -173,6 +174,44 @@ def test_a_run_without_expected_errors_says_that_it_has_none(tmp_path: Path) -> 
     assert np.isnan(open_run(folder).frames["expected_error_counts"]).all()
     with pytest.raises(InputError, match="no image 'expected_error'"):
         _ = open_run(folder).expected_error
+
+
+def test_the_deviation_of_the_defocus_lies_inside_it(tmp_path: Path) -> None:
+    series = make_series(sizes={"t": 2, "c": 2}, channels=COLOURS)
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        frames = run.send_all()
+        folder = run.close(frames)
+    store = folder / "defocus.ome.zarr/deviation"
+    yaozarrs.validate_zarr_store(str(store))
+    group = zarr.open_group(store, mode="r")
+    assert group.attrs["rtfocus"]["unit"] == "micrometer"
+    read = open_run(folder)
+    assert read.kinds == ("raw", "restored", "defocus", "deviation")
+    for sequence, index in enumerate(indices(series)):
+        stored = group["0"][index["t"], index["c"], 0]
+        np.testing.assert_array_equal(stored, np.float32(sequence + 1.25))
+        np.testing.assert_array_equal(read.deviation[index["t"], index["c"], 0], stored)
+
+
+def test_a_run_from_before_deviations_were_kept_has_none_and_is_whole(
+    tmp_path: Path,
+) -> None:
+    series = make_series(sizes={"t": 1})
+    with recording(tmp_path / "run.rtfocus", series) as run:
+        known = run.result(0, {"t": 0})
+        assert known.defocus is not None
+        bare = replace(known, defocus=replace(known.defocus, stated_um=None))
+        run.writer.append(run.fill(0, {"t": 0}), bare)
+        folder = run.close(1)
+    shutil.rmtree(folder / "defocus.ome.zarr/deviation")
+    header = json.loads((folder / "series.json").read_text("utf-8"))
+    del header["states_deviation"]
+    (folder / "series.json").write_text(json.dumps(header), "utf-8")
+    assert open_run(folder).kinds == ("raw", "restored", "defocus")
+    with pytest.raises(InputError, match="no image 'deviation'"):
+        _ = open_run(folder).deviation
+    report = check_run(folder)
+    assert not report.problems, str(report)
 
 
 def test_metadata_is_whole_before_frame_0(tmp_path: Path) -> None:

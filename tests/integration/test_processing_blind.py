@@ -11,6 +11,7 @@ from engine_kit import write_brightness_joint
 from loop_kit import run_loop, small
 from numpy.typing import NDArray
 
+from rtfocus.config import parse_config
 from rtfocus.evaluation.contenders import contender
 from rtfocus.evaluation.samples import BBBC006, DataSet
 from rtfocus.files import resource_folder
@@ -108,6 +109,11 @@ def test_a_run_keeps_the_error_of_every_restored_frame(tmp_path: Path) -> None:
     folder = run_loop(small(tmp_path, None, processing=processing)).folder
     read = open_run(folder)
     assert read.header.expects_error
+    with ImageProcessor(parse_config(read.config)) as alone:
+        found = [alone.restore(pixels).defocus for pixels in read.raw[:, 0, 0]]
+    stated = np.array([defocus.stated_um for defocus in found])
+    assert np.isfinite(stated).any()
+    np.testing.assert_allclose(read.deviation[:, 0, 0], stated, rtol=1e-5)
     for frame in read.frames:
         raw = read.raw[frame["t"], 0, 0].astype(np.float32)
         _, scale = PercentileRange().fit(raw)
