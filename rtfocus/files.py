@@ -406,20 +406,23 @@ def refuse_links(folder: Path) -> None:
     folders = [folder]
     while folders:
         try:
-            with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    if entry.is_symlink() or _is_junction(entry):
-                        msg = (
-                            f"'{entry.path}' is a link; a run folder that leads "
-                            "elsewhere is only read: replace the link by what it "
-                            "leads to"
-                        )
-                        raise WriterError(msg)
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(Path(entry.path))
+            folders += _folders_in(folders.pop())
         except OSError as error:
             msg = f"'{error.filename}' cannot be read: {error.strerror}"
             raise WriterError(msg) from error
+
+
+def _folders_in(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() or _is_junction(entry):
+                msg = (
+                    f"'{entry.path}' is a link; a run folder that leads elsewhere is "
+                    "only read: replace the link by what it leads to"
+                )
+                raise WriterError(msg)
+            if entry.is_dir(follow_symlinks=False):
+                yield Path(entry.path)
 
 
 def _is_junction(entry: "os.DirEntry[str]") -> bool:

@@ -93,15 +93,6 @@ class Belief:
         met = [_product(mine, theirs) for mine in self.modes for theirs in likelihood]
         return Belief.of([*kept, *met])
 
-    def drifted(self, by_um: float, sd_um: float) -> "Belief":
-        """Return the belief after a drift with its uncertainty."""
-        return Belief(
-            tuple(
-                Mode(m.weight, m.mean_um + by_um, hypot(m.sd_um, sd_um))
-                for m in self.modes
-            )
-        )
-
 
 def modes_of_reading(
     reading: FocusReading, z_um: float, *, direction: int, trust_sign: bool

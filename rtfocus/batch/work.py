@@ -199,16 +199,17 @@ class _Opened:
             raise InputError(msg)
         for place in (unit.path, self._plan.job.source):
             with suppress(InputError):
-                listed = [
-                    one for one in self._list(place) if str(one.path) == unit.path
-                ]
-                if unit.number < len(listed):
-                    series = listed[unit.number]
-                    if facts_of(series) == unit.facts:
-                        if content_of(series) != unit.content:
-                            break
-                        return series
+                if (series := self._listed(place, unit)) is not None:
+                    if content_of(series) != unit.content:
+                        break
+                    return series
         raise _changed(unit)
+
+    def _listed(self, place: str, unit: Unit) -> ImageSeries | None:
+        """Return the image of a unit among those of a place; None: it is not there."""
+        same = [one for one in self._list(place) if str(one.path) == unit.path]
+        found = same[unit.number] if unit.number < len(same) else None
+        return found if found is not None and facts_of(found) == unit.facts else None
 
     def _list(self, place: str) -> list[ImageSeries]:
         if place not in self._sources:

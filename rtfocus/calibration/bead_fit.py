@@ -343,7 +343,7 @@ def _panels(fit: FocusFit, model: BeadPlanes, start: OpticalSystem) -> list[Pane
     best = int(np.argmin(np.abs(model.z_um - fit.best.focus_um)))
     panels = [
         psf_panel("plane in focus", model.measured[best] - ground, pixel_um, peak),
-        section_panel("PSF fitted, section", fit, model.z_um),
+        section_panel(fit, model.z_um),
         valley_panel(fit, model, start),
     ]
     z_um = model.z_um - fit.best.focus_um

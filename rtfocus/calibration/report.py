@@ -232,12 +232,13 @@ def focus_warnings(
     return tuple(warnings)
 
 
-def section_panel(caption: str, fit: FocusFit, z_um: NDArray[np.float64]) -> Panel:
+def section_panel(fit: FocusFit, z_um: NDArray[np.float64]) -> Panel:
     """Show the fitted PSF through focus: x to the right, z down."""
     z = np.linspace(z_um.min(), z_um.max(), _SECTION_PLANES) - fit.best.focus_um
     psfs = psf_stack(fit.system, map(float, z), _SECTION_PX)
     section = psfs[:, _SECTION_PX // 2]
-    return psf_panel(caption, section, fit.system.pixel_size_um, z_um=z)
+    caption, pixel_um = "PSF fitted, section", fit.system.pixel_size_um
+    return psf_panel(caption, section, pixel_um, z_um=z)
 
 
 def valley_panel(fit: FocusFit, model: PlaneModel, start: OpticalSystem) -> Panel:

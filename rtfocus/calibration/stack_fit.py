@@ -335,7 +335,7 @@ def _panels(fit: FocusFit, model: StackPlanes, start: OpticalSystem) -> list[Pan
     span, pixel_um = float(np.ptp(model.sharp)), fit.system.pixel_size_um
     panels = [
         grey(f"sharpest, z {model.sharpest_um:.2f} um", model.sharp, pixel_um),
-        section_panel("PSF fitted, section", fit, model.z_um),
+        section_panel(fit, model.z_um),
         valley_panel(fit, model, start),
     ]
     for index, plane in zip(shown, matched, strict=True):

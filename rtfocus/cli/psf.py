@@ -358,7 +358,7 @@ def calibrate(
     _refuse_unmarked(path)
     guard.claim(path)
     picture = guard.claim(path.with_suffix(".png"))
-    wanted = _planes_asked(reach, step)
+    depths = _planes_asked(reach, step)
     # The one that is being made is not asked how far it can be trusted.
     settings = settings.changed("autofocus", calibration=None)
     with (
@@ -372,13 +372,13 @@ def calibrate(
         # Nobody knows the backlash yet.
         focuser.config = against_unknown_backlash(focuser.config, unit)
         verdict = focuser.focus(is_canceled=stop.is_set)
-        wanted = verdict.end_um + wanted * unit
+        z_um = verdict.end_um + depths * unit
         with share_bar("planes") as bar:
             show = heeding(stop, bar)
             show(0.0)
-            up = focuser.planes(wanted, unit, lambda share: show(share / 2))
+            up = focuser.planes(z_um, unit, lambda share: show(share / 2))
             down = focuser.planes(
-                wanted[::-1], -unit, lambda share: show((1 + share) / 2)
+                z_um[::-1], -unit, lambda share: show((1 + share) / 2)
             )
         found = calibrate_focus(
             comparison,

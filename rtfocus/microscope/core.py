@@ -118,16 +118,6 @@ def check_folders(folders: Sequence[Path], setting: str) -> None:
             raise MicroscopeError(msg)
 
 
-def check_config_file(path: Path, setting: str) -> None:
-    """Refuse a Micro-Manager configuration that is not there."""
-    if not path.is_file():
-        msg = (
-            f"{setting}: there is no file '{path}'; give the .cfg that "
-            "Micro-Manager's Hardware Configuration Wizard wrote"
-        )
-        raise MicroscopeError(msg)
-
-
 _ADAPTERS = "device adapters"
 
 
@@ -301,7 +291,12 @@ def _load(core: PatientCore, config: Config) -> None:
 
 
 def _load_configuration(core: UniMMCore, file: Path, folders: Sequence[Path]) -> None:
-    check_config_file(file, "microscope.config_file")
+    if not file.is_file():
+        msg = (
+            f"microscope.config_file: there is no file '{file}'; give the .cfg that "
+            "Micro-Manager's Hardware Configuration Wizard wrote"
+        )
+        raise MicroscopeError(msg)
     core.setDeviceAdapterSearchPaths([str(folder) for folder in folders])
     try:
         core.loadSystemConfiguration(str(file))

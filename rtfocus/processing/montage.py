@@ -13,7 +13,7 @@ that no seam is left where they differ, and the outer half of each halo is conte
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,12 +44,6 @@ def pad(image: Image, shape: tuple[int, int], halo_px: int, mode: str) -> Image:
     ]
     width = [(0, 0)] * (image.ndim - 2) + [(halo_px, after) for after in behind]
     return np.pad(image, width, mode=mode)  # type: ignore[call-overload, no-any-return]
-
-
-def crop(image: NDArray[Any], shape: tuple[int, int], halo_px: int) -> NDArray[Any]:
-    """Return the view that undoes `pad`; axes (..., y, x)."""
-    rows = slice(halo_px, halo_px + shape[0])
-    return image[..., rows, halo_px : halo_px + shape[1]]
 
 
 def to_planes(signal: Image, channels: int) -> Image:

@@ -197,10 +197,6 @@ def _history(recipe: RecipeBase, state: dict[str, Any]) -> dict[str, Any]:
     return history
 
 
-def _mean_of(others: Sequence[Path]) -> dict[str, Any]:
-    return {"mean_with": [_earlier(one) for one in others]} if others else {}
-
-
 def _earlier(source: Path) -> dict[str, Any] | str:
     """Say where the first weights came from: a run, an engine, or a lost file."""
     folder = find_engine(source)

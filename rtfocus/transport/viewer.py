@@ -237,8 +237,6 @@ class Preview:
     header: PreviewHeader
     pixels: NDArray[np.generic]
     """Shape and dtype as in the header."""
-    skipped: int
-    """Older previews that were there too and gave way to this one."""
     planes: dict[str, NDArray[np.generic]]
     """Further planes by name."""
 
@@ -258,7 +256,7 @@ _request = msgspec.msgpack.Decoder(Request)
 _answer = msgspec.msgpack.Decoder(Answer)
 
 
-def unpack_preview(parts: list[bytes], skipped: int) -> Preview | PreviewStatus:
+def unpack_preview(parts: list[bytes]) -> Preview | PreviewStatus:
     """Decode what came from a preview socket.
 
     Raises
@@ -279,7 +277,7 @@ def unpack_preview(parts: list[bytes], skipped: int) -> Preview | PreviewStatus:
     except (*FAULTS, IndexError) as error:
         msg = f"not a preview of protocol version {PROTOCOL_VERSION}: {error}"
         raise ProtocolError(msg) from error
-    return Preview(header, pixels, skipped, planes)
+    return Preview(header, pixels, planes)
 
 
 def unpack_request(data: bytes) -> Request:
@@ -341,12 +339,8 @@ class PreviewViewer(Closing):
             came = self.received(left_s)
             if not came:
                 return None
-            pictures = [one for one in came if isinstance(one, Preview)]
-            if pictures:
-                last = pictures[-1]
-                newest = Preview(
-                    last.header, last.pixels, len(pictures) - 1, last.planes
-                )
+            pictures = (one for one in reversed(came) if isinstance(one, Preview))
+            newest = next(pictures, None)
         return newest
 
     def received(self, timeout_s: float | None = None) -> list[Preview | PreviewStatus]:
@@ -365,7 +359,7 @@ class PreviewViewer(Closing):
             try:
                 messages.append(self._socket.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
-                return [unpack_preview(parts, 0) for parts in messages]
+                return [unpack_preview(parts) for parts in messages]
 
     def ask(self, control: str, request: Request) -> Answer:
         """Ask for something where the status says, and wait for the answer."""

@@ -177,7 +177,7 @@ def test_beliefs_stay_probabilities(
     given_modes: list[tuple[float, float, float]], seen: float, sd: float
 ) -> None:
     belief = Belief.of(Mode(*one) for one in given_modes)
-    for after in (belief, belief.seen([Mode(1.0, seen, sd)]), belief.drifted(3, 1)):
+    for after in (belief, belief.seen([Mode(1.0, seen, sd)])):
         assert sum(mode.weight for mode in after.modes) == pytest.approx(1.0)
         assert len(after.modes) <= 6
         assert all(np.isfinite(mode.mean_um) and mode.sd_um > 0 for mode in after.modes)

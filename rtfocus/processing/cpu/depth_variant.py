@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.processing.cpu.classifier import Seen
 from rtfocus.processing.cpu.network_restorer import FrameRestorer
-from rtfocus.processing.montage import Montage, crop, paired_planes
+from rtfocus.processing.montage import Montage, paired_planes
 from rtfocus.processing.restore import (
     BLIND,
     CAUTION,
@@ -374,7 +374,7 @@ class DepthVariantRestorer(LevelRestorer):
             for level, region in regions.items()
         }
         for region, shape, levels in together(regions, shapes):
-            place = region.rows, region.columns
+            place, (height, width) = (region.rows, region.columns), region.shape
             weights = {
                 level: self._montage.weights(labels, level, region) for level in levels
             }
@@ -383,7 +383,7 @@ class DepthVariantRestorer(LevelRestorer):
                 seen = Surrounded(padded, self._quantum)
                 for level in levels:
                     restored = self._filter(level, shape).restore(seen)
-                    change = crop(restored, region.shape, 0)
+                    change = restored[:height, :width]
                     np.maximum(change, 0, out=change)
                     change -= plane[place]
                     change *= weights[level]

@@ -10,7 +10,6 @@ It learns from photographed patches on either side of focus. Batch number n is a
 function of (recipe, n).
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -178,18 +177,12 @@ def _draw_places(signed: SignedRecipe, rng: np.random.Generator) -> list[float]:
     for label in range(len(LABELS)):
         if label != LABELS.index(0):
             own = [z for z in places if class_of(z, signed) == label]
-            chosen += _choose(own, 2, rng)
+            picked = rng.choice(len(own), size=min(2, len(own)), replace=False)
+            chosen += [own[int(k)] for k in np.sort(picked)]
     if signed.beyond_um > signed.farthest_um:
         side = float(rng.choice([-1, 1]))
         chosen.append(side * float(rng.uniform(signed.farthest_um, signed.beyond_um)))
     return chosen
-
-
-def _choose(
-    places: Sequence[float], number: int, rng: np.random.Generator
-) -> list[float]:
-    picked = rng.choice(len(places), size=min(number, len(places)), replace=False)
-    return [places[int(k)] for k in np.sort(picked)]
 
 
 @lru_cache(maxsize=128)
