@@ -36,10 +36,14 @@ def frame_of(number: int) -> NDArray[Any]:
 
 
 def result_of(number: int) -> FrameResult:
-    """Return its restored frame, the mirrored one, and a defocus map."""
+    """Return its restored frame, the mirrored one, and maps; errors of even frames."""
     levels = np.array([[-8, -4, 0], [4, 8, np.nan]], np.float32)
-    defocus = DefocusMap(GRID, levels, np.ones_like(levels), np.zeros((2, 3), np.int16))
-    return FrameResult(make_estimate(number), defocus, frame_of(number)[:, ::-1])
+    sure, level = np.ones_like(levels), np.zeros((2, 3), np.int16)
+    stated = np.array([[0.25, 0.5, 1], [1.5, 2, np.nan]], np.float32)
+    defocus = DefocusMap(GRID, levels, sure, level, stated_um=stated)
+    restored = frame_of(number)[:, ::-1]
+    error = np.float32([[10, 20, 30], [40, 50, 60]]) if number % 2 == 0 else None
+    return FrameResult(make_estimate(number), defocus, restored, error)
 
 
 class Looking:

@@ -39,6 +39,7 @@ from rtfocus.transport.viewer import (
     PreviewHeader,
     PreviewStatus,
     Shown,
+    maps_of,
     unpack_request,
 )
 from rtfocus.workers import Newest
@@ -318,8 +319,8 @@ class PreviewPublisher:
 
         if result.restored is not None:
             add("restored", _reduced(result.restored, side_px)[1])
-        if result.defocus is not None:
-            add("defocus", result.defocus.defocus_um.astype("<f4"))
+        for name, tiles in maps_of(result).items():
+            add(name, tiles.astype("<f4"))
         saturated = None
         if shown is not None and np.isfinite(shown.saturation_counts):
             saturated, blocks, block_px = saturation_blocks(

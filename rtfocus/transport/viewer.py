@@ -22,6 +22,7 @@ from rtfocus.frame import (
     Act,
     Estimate,
     FrameHeader,
+    FrameResult,
     SeriesStart,
     TileGrid,
 )
@@ -40,8 +41,9 @@ class PlaneHeader(msgspec.Struct, frozen=True):
     """One further plane of a picture, beside its pixels."""
 
     name: str
-    """``restored``, ``defocus`` (um per tile, NaN = background) or ``saturation``
-    (blocks of `block_px` pixels, 1 = at least one of them is saturated)."""
+    """``restored``; ``defocus`` and its ``deviation`` (um per tile, NaN = background)
+    and ``expected_error`` (counts per tile), as far as they are stated; or
+    ``saturation`` (blocks of `block_px` pixels, 1 = one of them is saturated)."""
     shape: tuple[int, ...]
     dtype: str
     block_px: int = 0
@@ -239,6 +241,18 @@ class Preview:
     """Shape and dtype as in the header."""
     planes: dict[str, NDArray[np.generic]]
     """Further planes by name."""
+
+
+def maps_of(result: FrameResult) -> dict[str, NDArray[np.float32]]:
+    """Return what is stated of a frame's tiles, by the names of planes."""
+    if (tiles := result.defocus) is None:
+        return {}
+    found = {
+        "defocus": tiles.defocus_um,
+        "deviation": tiles.stated_um,
+        "expected_error": result.expected_error,
+    }
+    return {name: values for name, values in found.items() if values is not None}
 
 
 _POSITIONS = 1000

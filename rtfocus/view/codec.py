@@ -39,6 +39,16 @@ class Kind(IntEnum):
     RESTORED = 1
     DEFOCUS = 2
     SATURATION = 3
+    DEVIATION = 4
+    EXPECTED_ERROR = 5
+
+
+MAPS = {
+    "defocus": Kind.DEFOCUS,
+    "deviation": Kind.DEVIATION,
+    "expected_error": Kind.EXPECTED_ERROR,
+}
+"""Planes of a value per tile, by their names in a run: um, um and counts."""
 
 
 class Flag(IntFlag):
@@ -98,10 +108,11 @@ class Picture:
     flags: Flag = Flag.NOTHING
 
 
-def defocus_plane(values: NDArray[np.generic], grid: TileGrid) -> Plane:
-    """Return a defocus map where its tiles lie in the frame."""
+def map_plane(kind: Kind, values: NDArray[np.generic], grid: TileGrid) -> Plane:
+    """Return a map where its tiles lie in the frame."""
     corner = grid.origin_px + 0.5 - grid.stride_px / 2
-    return Plane(Kind.DEFOCUS, values, corner, corner, grid.stride_px, grid.signed)
+    signed = grid.signed and kind is Kind.DEFOCUS
+    return Plane(kind, values, corner, corner, grid.stride_px, signed)
 
 
 def live_picture(preview: Preview, started_ns: int) -> Picture:
@@ -126,8 +137,8 @@ def live_picture(preview: Preview, started_ns: int) -> Picture:
             planes.append(Plane(Kind.RESTORED, pixels, step=header.reduced))
         elif plane.name == "saturation":
             planes.append(Plane(Kind.SATURATION, pixels, step=plane.block_px))
-        elif plane.name == "defocus" and header.grid is not None:
-            planes.append(defocus_plane(pixels, header.grid))
+        elif plane.name in MAPS and header.grid is not None:
+            planes.append(map_plane(MAPS[plane.name], pixels, header.grid))
     estimate = header.estimate
     height, width = frame.shape[:2]
     return Picture(
@@ -199,7 +210,7 @@ _DTYPES = {"<u2": 0, "<f4": 1, "|u1": 2}
 def _sixteen_bits(plane: Plane) -> tuple[NDArray[np.generic], float, float]:
     """Return values that travel, and what they mean: value = offset + scale * v."""
     pixels = plane.pixels
-    if plane.kind is Kind.DEFOCUS:
+    if plane.kind in MAPS.values():
         return pixels.astype("<f4", copy=False), 1.0, 0.0
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         kept = "|u1" if plane.kind is Kind.SATURATION else "<u2"

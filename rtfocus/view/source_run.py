@@ -6,7 +6,7 @@ or live, as columns that only grow.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from rtfocus.transport.viewer import (
     VerdictLine,
     focus_line,
 )
-from rtfocus.view.codec import Flag, Kind, Picture, Plane, defocus_plane
+from rtfocus.view.codec import MAPS, Flag, Kind, Picture, Plane, map_plane
 from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import IN_ERROR, MISSING, WRITTEN, Line
 
@@ -318,7 +318,7 @@ class StoredRun:
         self._refuse_outside(place)
         t, p, c, z = place
         image = self.run.image(name, p)
-        samples = self.run.header.planes if name != "defocus" else 1
+        samples = 1 if name in MAPS else self.run.header.planes
         if t >= image.shape[0]:
             msg = f"'{name}' has no time point {t} yet"
             raise InputError(msg)
@@ -359,16 +359,15 @@ class StoredRun:
                 )
                 if blocks is not None:
                     planes.append(Plane(Kind.SATURATION, blocks, step=side))
-        if (plane := self._defocus(place)) is not None:
-            planes.append(plane)
-        return tuple(planes), saturated
+        return (*planes, *self._maps(place)), saturated
 
-    def _defocus(self, place: Place) -> Plane | None:
-        grid = self.run.header.grid
-        values = None if grid is None else self._if_there("defocus", place)
-        if grid is None or values is None:
-            return None
-        return defocus_plane(values, grid)
+    def _maps(self, place: Place) -> Iterator[Plane]:
+        """Yield what is stated of the frame's tiles."""
+        if (grid := self.run.header.grid) is None:
+            return
+        for name in self.run.kinds:
+            if name in MAPS and (values := self._if_there(name, place)) is not None:
+                yield map_plane(MAPS[name], values, grid)
 
     def _region(self, place: Place, region: Region) -> tuple[Plane, ...]:
         height, width = self.series.shape[:2]

@@ -465,6 +465,81 @@ def test_a_live_run_and_a_processor_that_is_killed_and_comes_back(
         link.close()
 
 
+ERROR = "expected error"
+
+
+def test_every_map_that_is_stated_can_be_chosen_and_no_other(browser: Any) -> None:
+    tile = [GRID.origin_px + GRID.stride_px * n for n in (1, 0)]
+    key = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'n'}))"
+    with ExitStack() as stack:
+        endpoint, show, _ = stack.enter_context(child("tcp://127.0.0.1:*", "one"))
+        _, server = stack.enter_context(
+            served(lambda scene: LiveSource(scene, endpoint, None))
+        )
+        browser.get(server.url)
+        page = browser.execute_script
+
+        def follows(number: int) -> bool:
+            show(number)
+            shown = "return window.rtfocusView?.state.picture?.sequence"
+            return page(shown) == number
+
+        until(lambda: follows(4), "frame 4")
+        page("document.getElementById('map').click()")
+        assert choice(page) == (["defocus", "deviation", ERROR], "defocus")
+        # 1.5 um of a scale to 2, 40 counts of a scale to 50.
+        for name, share in (("deviation", 0.75), (ERROR, 0.8)):
+            page(key)
+            assert choice(page)[1] == name
+            script = (
+                "return import('/maps.js').then((m) => m.colour(false, arguments[0]))"
+            )
+            wanted = page(script, share)
+            np.testing.assert_allclose(overlaid(page, *tile)[:3], wanted, atol=5)
+        assert "38.9 counts rms" in text(page, "frame-facts")
+        point(page, *tile)
+        said = "+4.00 ± 1.50 µm"
+        assert f"{said}, expected error 40 counts" in text(page, "frame-facts")
+        # Of the next frame no error is stated, which what is pointed at follows.
+        until(lambda: follows(5), "frame 5")
+        assert choice(page) == (["defocus", "deviation"], "defocus")
+        assert said in text(page, "frame-facts")
+        assert ERROR not in text(page, "frame-facts")
+        until(lambda: follows(6), "frame 6")
+        assert choice(page) == (["defocus", "deviation", ERROR], ERROR)
+        page(
+            "const s = document.getElementById('map-of'); s.value = '4';"
+            "s.dispatchEvent(new Event('change')); rtfocusView.draw();"
+        )
+        assert choice(page)[1] == "deviation"
+
+
+def point(page: Page, y: float, x: float) -> None:
+    """Move the pointer to a place of the raw pane."""
+    page(
+        "const s = rtfocusView.stage, v = s.view, r = s.ratio;"
+        "const box = s.overlay.getBoundingClientRect();"
+        "s.overlay.dispatchEvent(new PointerEvent('pointermove', {"
+        "clientX: box.left + (arguments[1] - v.x) * v.zoom / r,"
+        "clientY: box.top + (arguments[0] - v.y) * v.zoom / r}))",
+        y,
+        x,
+    )
+
+
+def choice(page: Page) -> tuple[list[str], str]:
+    """Return what the map can show, and what it does."""
+    found, chosen = page(
+        "const s = document.getElementById('map-of');"
+        "return [[...s.options].map((o) => o.text), s.selectedOptions[0].text]"
+    )
+    return found, chosen
+
+
+def text(page: Page, name: str) -> str:
+    return str(page(f"return document.getElementById('{name}').innerText"))
+
+
 def overlaid(page: Page, y: float, x: float) -> list[int]:
     """Return the colour over a place of the raw pane, red green blue alpha."""
     return page(

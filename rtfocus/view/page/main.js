@@ -1,9 +1,9 @@
 // Main: the socket, what is looked at, and the controls around the image.
 
-import { unpack, RAW, RESTORED, DEFOCUS, ABSENT, DETAIL, LIVE } from "./codec.js";
+import { unpack, RAW, RESTORED, DEFOCUS, EXPECTED_ERROR, ABSENT, DETAIL, LIVE } from "./codec.js";
 import { openDrawing } from "./drawing.js";
 import { Histogram, sample, statistics } from "./histogram.js";
-import { duration, quantile, short } from "./maps.js";
+import { MAPS, duration, quantile, short, tileInWords } from "./maps.js";
 import { Stage } from "./stage.js";
 import { Traces } from "./traces.js";
 
@@ -14,7 +14,7 @@ const WORDS = { gone: "no processor", waiting: "waiting for a series", running: 
 const STEPS = { capture_to_estimate: "defocus known after", arrival_to_result: "restored after", arrival_to_durable: "saved after" };
 const MOST_DETAIL = 4096 * 2048;
 
-const state = { series: null, picture: null, told: null, follow: true, place: { t: 0, p: null, c: null, z: null }, windows: new Map(), pictures: 0, connected: false, answer: "" };
+const state = { series: null, picture: null, told: null, follow: true, place: { t: 0, p: null, c: null, z: null }, windows: new Map(), map: DEFOCUS, pictures: 0, connected: false, answer: "" };
 let socket = null, detailTimer = 0, drawWanted = false;
 
 const drawing = openDrawing($("pixels"), new URLSearchParams(location.search).get("renderer"), () => { showLost(); wantDraw(); });
@@ -92,7 +92,7 @@ function takePicture(picture) {
     drawing.drop(`${kind}detail`);
     if (picture.planes[kind]) drawing.put(kind, picture.planes[kind]); else drawing.drop(kind);
   }
-  if (picture.planes[DEFOCUS]) stage.setMap(picture.planes[DEFOCUS]);
+  if (!(picture.flags & ABSENT)) offerMaps(picture);
   const count = [RAW, RESTORED].filter((kind) => picture.planes[kind]).length;
   if (count !== stage.count) { stage.count = count; if (stage.fitted) stage.fit(); }
   say(picture.flags & ABSENT ? `no frame here: t ${picture.t}, position ${state.series?.positions[picture.p] ?? picture.p}, z ${picture.z}` : "");
@@ -100,6 +100,32 @@ function takePicture(picture) {
   if (state.follow) { $("t").max = Math.max($("t").max, picture.t); $("t").value = picture.t; if (state.place.z === null) $("z").value = picture.z; }
   traces.setChannel(picture.c); traces.setCursor(picture.seconds);
   wantDraw(); wantDetail();
+}
+
+// What is stated of this picture alone can be chosen; what was chosen comes back with it.
+function offerMaps(picture) {
+  const kinds = [...MAPS.keys()].filter((kind) => picture.planes[kind]), select = $("map-of");
+  if (select.dataset.kinds !== kinds.join()) {
+    select.dataset.kinds = kinds.join();
+    select.replaceChildren(...kinds.map((kind) => new Option(MAPS.get(kind).name, kind)));
+    $("map-row").hidden = !kinds.length;
+  }
+  if (!kinds.length) return;
+  select.value = String(kinds.includes(state.map) ? state.map : kinds[0]);
+  stage.setMap(shownMap());
+}
+
+function shownMap() { return state.picture?.planes[Number($("map-of").value || NaN)]; }
+
+function chooseMap(kind) {
+  state.map = kind;
+  if (state.picture) offerMaps(state.picture);
+  wantDraw();
+}
+
+function nextMap() {
+  const kinds = [...$("map-of").options].map((option) => Number(option.value));
+  if (kinds.length) chooseMap(kinds[(kinds.indexOf(Number($("map-of").value)) + 1) % kinds.length]);
 }
 
 function samePlace(a, b) { return AXES.every((axis) => a[axis] === b[axis]); }
@@ -211,7 +237,7 @@ function draw() {
     saturation: pane.kind === RAW ? state.series?.saturation : null, mark: $("mark").checked,
   }));
   drawing.draw(panes, stage.frame);
-  stage.drawOverlay(panes, { planes, map: $("map").checked, alpha: Number($("alpha").value) / 100, mark: $("mark").checked, pixelUm: state.series?.pixel_size_um });
+  stage.drawOverlay(panes, { planes, map: $("map").checked ? shownMap() : null, alpha: Number($("alpha").value) / 100, mark: $("mark").checked, pixelUm: state.series?.pixel_size_um });
   showContrast(false); showFrame(); traces.show(); showKeys();
 }
 
@@ -247,10 +273,29 @@ function showFrame() {
     ["place", `t ${picture.t + 1}, ${series.positions[picture.p] ?? picture.p}, ${series.channels[picture.c]}, z ${picture.z + 1}`],
     ["time", `${picture.seconds.toFixed(2)} s after the start`],
     ["stage z", picture.zUm === null ? "not known" : `${picture.zUm.toFixed(2)} µm`],
-    ["defocus", sign], ["exposure", `${short(picture.exposureMs)} ms`],
+    ["defocus", sign], errorRow(picture), ["exposure", `${short(picture.exposureMs)} ms`],
     ["shown", `${picture.flags & LIVE ? "live" : "from the run folder"}${step > 1 ? `, every ${step}. pixel` : ""}, ${(100 * stage.view.zoom / stage.ratio).toFixed(0)} %`],
-    state.hover ? ["pointer", state.hover] : null,
+    ...underPointer(picture),
   ]);
+}
+
+// Also when another picture comes while the pointer rests.
+function underPointer({ planes }) {
+  const at = state.pointer, plane = planes[at?.kind];
+  if (!plane) return [];
+  const x = Math.floor(at.frameX), y = Math.floor(at.frameY);
+  if (x < 0 || y < 0 || x >= stage.frame.width || y >= stage.frame.height) return [];
+  // Of a reduced picture the nearest pixel that it has, where that lies in the frame.
+  const column = Math.min(Math.floor(x / plane.step), plane.width - 1), row = Math.min(Math.floor(y / plane.step), plane.height - 1);
+  const i = plane.samples * (row * plane.width + column);
+  const counts = [...Array(plane.samples).keys()].map((s) => short(plane.pixels[i + s] * plane.scale + plane.offset, 5));
+  const tile = tileInWords(planes, at.frameX, at.frameY);
+  return [["pointer", `x ${column * plane.step}, y ${row * plane.step}: ${counts.join(", ")} counts`], tile ? ["tile", tile] : null];
+}
+
+function errorRow({ planes }) {
+  const pixels = planes[EXPECTED_ERROR]?.pixels;
+  return pixels ? ["expected error", `${short(Math.sqrt(pixels.reduce((sum, one) => sum + one * one, 0) / pixels.length))} counts rms`] : null;
 }
 
 function showState() {
@@ -326,7 +371,7 @@ const KEYS = {
   p: () => next("p"), c: () => next("c"),
   1: () => setMode("raw"), 2: () => setMode("restored"), 3: () => setMode("side"), 4: () => setMode("split"),
   "[": () => stage.setSplit(stage.split - 0.05), "]": () => stage.setSplit(stage.split + 0.05),
-  m: () => toggle("map"), s: () => toggle("mark"), a: () => setWindow("percentile", null),
+  m: () => toggle("map"), n: nextMap, s: () => toggle("mark"), a: () => setWindow("percentile", null),
   "+": () => zoomMiddle(1.25), "-": () => zoomMiddle(0.8), f: () => stage.fit(), r: () => $("roi").click(), "?": () => $("help").showModal(),
 };
 
@@ -342,6 +387,7 @@ $("z").oninput = () => { if (state.follow) { state.place.z = Number($("z").value
 for (const axis of ["p", "c"]) $(axis).onchange = () => pick(axis);
 for (const radio of document.querySelectorAll("input[name=mode]")) radio.onchange = () => setMode(radio.value);
 for (const id of ["map", "alpha", "mark"]) $(id).oninput = wantDraw;
+$("map-of").onchange = () => chooseMap(Number($("map-of").value));
 $("fit").onclick = () => stage.fit();
 $("zoom-in").onclick = () => zoomMiddle(1.25);
 $("zoom-out").onclick = () => zoomMiddle(0.8);
@@ -349,18 +395,7 @@ $("roi").onclick = () => { stage.drawsRoi = !stage.drawsRoi; $("roi").setAttribu
 $("roi-clear").onclick = () => { stage.roi = null; refit(); };
 stage.onRoi = () => { stage.drawsRoi = false; $("roi").setAttribute("aria-pressed", "false"); refit(); };
 stage.onSplit = (part) => { $("split").value = Math.round(1000 * part); };
-stage.onHover = (at) => {
-  const plane = state.picture?.planes[at.kind], x = Math.floor(at.frameX), y = Math.floor(at.frameY);
-  state.hover = null;
-  if (plane && x >= 0 && y >= 0 && x < stage.frame.width && y < stage.frame.height) {
-    // Of a reduced picture the nearest pixel that it has, where that lies in the frame.
-    const column = Math.min(Math.floor(x / plane.step), plane.width - 1), row = Math.min(Math.floor(y / plane.step), plane.height - 1);
-    const i = plane.samples * (row * plane.width + column);
-    const counts = [...Array(plane.samples).keys()].map((s) => short(plane.pixels[i + s] * plane.scale + plane.offset, 5));
-    state.hover = `x ${column * plane.step}, y ${row * plane.step}: ${counts.join(", ")} counts`;
-  }
-  showFrame();
-};
+stage.onHover = (at) => { state.pointer = at; showFrame(); };
 function refit() { if (state.picture) findWindows(state.picture); showContrast(true); wantDraw(); }
 $("split").oninput = () => stage.setSplit(Number($("split").value) / 1000);
 $("kind").onchange = () => showContrast(true);

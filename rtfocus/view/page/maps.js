@@ -1,4 +1,34 @@
-// Maps: colours that everybody can tell apart, and numbers that fit a scale.
+// Maps: what is told of tiles, colours that everybody can tell apart, and numbers that fit a scale.
+
+import { DEFOCUS, DEVIATION, EXPECTED_ERROR } from "./codec.js";
+
+// In the order of the choice: name there, and over the colour bar.
+export const MAPS = new Map([
+  [DEFOCUS, { name: "defocus", bar: (signed) => (signed ? "dz (µm)" : "|dz| (µm)") }],
+  [DEVIATION, { name: "deviation", bar: () => "sd (µm)" }],
+  [EXPECTED_ERROR, { name: "expected error", bar: () => "rms (counts)" }],
+]);
+
+// Value of the tile at a place of the frame; null: there is none.
+export function valueAt(plane, x, y) {
+  if (!plane) return null;
+  const column = Math.floor((x - plane.x0) / plane.step), row = Math.floor((y - plane.y0) / plane.step);
+  if (column < 0 || row < 0 || column >= plane.width || row >= plane.height) return null;
+  const value = plane.pixels[row * plane.width + column];
+  return Number.isNaN(value) ? null : value;
+}
+
+// What is told of the tile at a place of the frame; empty: nothing is.
+export function tileInWords(planes, x, y) {
+  const [defocus, deviation, error] = [...MAPS.keys()].map((kind) => valueAt(planes[kind], x, y));
+  const said = [];
+  if (defocus !== null) {
+    const sign = planes[DEFOCUS].signed ? (defocus > 0 ? "+" : "") : "|dz| ";
+    said.push(`${sign}${defocus.toFixed(2)}${deviation === null ? "" : ` ± ${deviation.toFixed(2)}`} µm`);
+  } else if (planes[DEFOCUS]) said.push("no specimen seen");
+  if (error !== null) said.push(`expected error ${short(error)} counts`);
+  return said.join(", ");
+}
 
 // Cividis at nine places, for distances without a sign.
 const CIVIDIS = ["00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "fee838"];

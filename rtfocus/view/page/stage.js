@@ -1,8 +1,8 @@
-// Stage: panes with linked pan and zoom, and what is drawn over the pixels: defocus map,
-// colour bar, scale bar, saturation, region, labels.
+// Stage: panes with linked pan and zoom, and what is drawn over the pixels: a map of the
+// tiles, colour bar, scale bar, saturation, region, labels.
 
-import { RAW, RESTORED, DEFOCUS, SATURATION } from "./codec.js";
-import { colour, nice, share, short } from "./maps.js";
+import { RAW, RESTORED, SATURATION } from "./codec.js";
+import { MAPS, colour, nice, share, short } from "./maps.js";
 
 const LABELS = { [RAW]: "raw", [RESTORED]: "restored" };
 const INK = "#e6e8eb", SHADE = "rgba(10,12,15,.72)", SATURATED = "#ff2bd6", REGION = "#f0e442";
@@ -12,7 +12,7 @@ export class Stage {
     this.box = box; this.canvas = canvas; this.overlay = overlay; this.onChange = onChange;
     this.mode = "side"; this.split = 0.5; this.view = { x: 0, y: 0, zoom: 1 };
     this.frame = { width: 1, height: 1 }; this.fitted = true;
-    this.roi = null; this.drawsRoi = false; this.mapRange = 1;
+    this.roi = null; this.drawsRoi = false; this.mapRanges = new Map();
     this.map = document.createElement("canvas");
     this.listen();
     new ResizeObserver(() => this.resize()).observe(box);
@@ -162,20 +162,20 @@ export class Stage {
   }
 
   setMap(plane) {
-    const signed = plane.signed;
-    this.mapSigned = signed;
+    const { signed, kind } = plane;
     const known = [...plane.pixels].filter((value) => !Number.isNaN(value)).map(Math.abs).sort((a, b) => a - b);
-    this.mapMost = known.length ? known[Math.floor(0.98 * (known.length - 1))] : 0;
+    const most = known.length ? known[Math.floor(0.98 * (known.length - 1))] : 0;
     // The scale changes in steps, and stays while it nearly fits: colours keep their meaning.
-    const wanted = nice(this.mapMost || 1);
-    if (wanted > this.mapRange || wanted < this.mapRange / 2.4) this.mapRange = wanted;
+    const wanted = nice(most || 1), before = this.mapRanges.get(kind) ?? 1;
+    const range = wanted > before || wanted < before / 2.4 ? wanted : before;
+    this.mapRanges.set(kind, range);
     const canvas = this.map;
     canvas.width = plane.width; canvas.height = plane.height;
     const context = canvas.getContext("2d"), data = context.createImageData(plane.width, plane.height);
     for (let i = 0; i < plane.pixels.length; i++) {
       const value = plane.pixels[i];
       if (Number.isNaN(value)) continue;
-      data.data.set([...colour(signed, share(signed, signed ? value : Math.abs(value), this.mapRange)), 255], 4 * i);
+      data.data.set([...colour(signed, share(signed, signed ? value : Math.abs(value), range)), 255], 4 * i);
     }
     context.putImageData(data, 0, 0);
   }
@@ -191,7 +191,7 @@ export class Stage {
       context.beginPath();
       context.rect(...pane.rect);
       context.clip();
-      if (shown.map && shown.planes[DEFOCUS]) this.drawMap(context, pane, shown);
+      if (shown.map) this.drawMap(context, pane, shown);
       if (shown.mark && shown.planes[SATURATION]) this.drawSaturation(context, pane, shown.planes[SATURATION]);
       if (this.roi) this.drawRoi(context, pane);
       context.restore();
@@ -201,7 +201,7 @@ export class Stage {
       if (!right) this.drawScaleBar(context, divided ? [0, 0, width, height] : pane.rect, shown.pixelUm);
     });
     if (divided) this.drawDivider(context, panes[1].rect[0], height);
-    if (shown.map && shown.planes[DEFOCUS] && panes.length) this.drawColourBar(context, width, height);
+    if (shown.map && panes.length) this.drawColourBar(context, width, height, shown.map);
   }
 
   // Screen rectangle of a part of the frame.
@@ -211,7 +211,7 @@ export class Stage {
   }
 
   drawMap(context, pane, shown) {
-    const plane = shown.planes[DEFOCUS];
+    const plane = shown.map;
     context.imageSmoothingEnabled = false;
     context.globalAlpha = shown.alpha;
     context.drawImage(this.map, ...this.place(pane, plane.x0, plane.y0, plane.width * plane.step, plane.height * plane.step));
@@ -266,23 +266,26 @@ export class Stage {
     context.fillText(text, x, y - 2 * r);
   }
 
-  drawColourBar(context, width, height) {
-    const r = this.ratio, w = 14 * r, h = Math.min(160 * r, height * 0.45), x = width - 66 * r, y = height - h - 30 * r;
+  drawColourBar(context, width, height, { kind, signed }) {
+    const r = this.ratio, w = 14 * r, h = Math.min(160 * r, height * 0.45), y = height - h - 30 * r;
+    const title = MAPS.get(kind).bar(signed), bold = `600 ${11 * r}px system-ui, sans-serif`;
+    context.font = bold;
+    const wide = Math.max(58 * r, context.measureText(title).width + 4 * r), x = width - wide - 8 * r;
     context.fillStyle = SHADE;
-    context.fillRect(x - 8 * r, y - 26 * r, 66 * r, h + 44 * r);
+    context.fillRect(x - 8 * r, y - 26 * r, wide + 8 * r, h + 44 * r);
     for (let i = 0; i < h; i++) {
-      context.fillStyle = `rgb(${colour(this.mapSigned, 1 - i / h).join(",")})`;
+      context.fillStyle = `rgb(${colour(signed, 1 - i / h).join(",")})`;
       context.fillRect(x, y + i, w, 1.5);
     }
     context.fillStyle = INK; context.textAlign = "left"; context.textBaseline = "middle";
     context.font = `${11 * r}px system-ui, sans-serif`;
-    const range = this.mapRange, ticks = this.mapSigned ? [range, range / 2, 0, -range / 2, -range] : [range, range / 2, 0];
+    const range = this.mapRanges.get(kind), ticks = signed ? [range, range / 2, 0, -range / 2, -range] : [range, range / 2, 0];
     ticks.forEach((tick, i) => {
       const at = y + (i / (ticks.length - 1)) * h;
       context.fillRect(x + w, at - r / 2, 4 * r, r);
-      context.fillText(`${this.mapSigned && tick > 0 ? "+" : ""}${short(tick, 2)}`.replace("-", "−"), x + w + 6 * r, at);
+      context.fillText(`${signed && tick > 0 ? "+" : ""}${short(tick, 2)}`.replace("-", "−"), x + w + 6 * r, at);
     });
-    context.textBaseline = "bottom"; context.font = `600 ${11 * r}px system-ui, sans-serif`;
-    context.fillText(this.mapSigned ? "dz (µm)" : "|dz| (µm)", x - 4 * r, y - 8 * r);
+    context.textBaseline = "bottom"; context.font = bold;
+    context.fillText(title, x - 4 * r, y - 8 * r);
   }
 }
