@@ -321,17 +321,18 @@ class DefocusModels:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """An image whose defocus is asked or known."""
+class Spectrum:
+    """An image as `amplitude_spectrum` gives it."""
 
-    spectrum: Floats
-    """As `rtfocus.autofocus.appearance.amplitude_spectrum` gives."""
+    amplitude: Floats
+    """By ring."""
     noise: float
+    """Amplitude of a ring."""
 
     def log_amplitude(self) -> tuple[Floats, Floats]:
         """Return log amplitude and its variance by ring."""
         noise = max(self.noise, 1e-9)
-        signal = np.maximum(self.spectrum, _LEAST_SIGNAL * noise)
+        signal = np.maximum(self.amplitude, _LEAST_SIGNAL * noise)
         return np.log(signal), _NOISE_OF_LOG * (noise / signal) ** 2
 
 
@@ -343,12 +344,12 @@ class Appearance:
     --------
     ::
 
-        seen = Appearance(models, [(1.2, look), (0.0, another)])
+        seen = Appearance(models, [(1.2, spectrum), (0.0, another)])
         weights, misfit = seen.weights([(0.3, newest)], np.arange(-3, 3, 0.1))
     """
 
     models: DefocusModels
-    known: list[tuple[float, Look]]
+    known: list[tuple[float, Spectrum]]
     """Defocus in depths of field and image; one or more."""
     _likely: NDArray[np.intp] = field(init=False)
 
@@ -358,7 +359,7 @@ class Appearance:
         self._places = np.array([place for place, _ in self.known])
         amplitude, noise = (
             np.array(values)[:, rings]
-            for values in zip(*(_log(look) for _, look in self.known), strict=True)
+            for values in zip(*(s.log_amplitude() for _, s in self.known), strict=True)
         )
         every = np.arange(len(self.models.prices))
         slope = self._slope_variance(self._places, every)
@@ -377,13 +378,13 @@ class Appearance:
         self._pull = pull[self._likely]
 
     def weights(
-        self, looks: list[tuple[float, Look]], candidates: Floats
+        self, images: list[tuple[float, Spectrum]], candidates: Floats
     ) -> tuple[Floats, float]:
         """Weigh where focus may be by images of one stack.
 
         Parameters
         ----------
-        looks
+        images
             Where each was exposed, in depths of field from one common place, and the
             image; larger is farther along z.
         candidates
@@ -397,8 +398,10 @@ class Appearance:
         """
         logs = np.repeat(self._evidence[:, None], len(candidates), axis=1)
         left = np.zeros_like(logs)
-        for place, look in looks:
-            amplitude, noise = (values[self.models.rings] for values in _log(look))
+        for place, image in images:
+            amplitude, noise = (
+                values[self.models.rings] for values in image.log_amplitude()
+            )
             mean, variance = self._predict(candidates - place)
             total = variance + noise + _ROUGH**2
             square = (amplitude - mean) ** 2 / total
@@ -407,7 +410,7 @@ class Appearance:
             left += square.mean(axis=2)
         best = np.unravel_index(int(np.argmax(logs)), logs.shape)
         likely = np.exp(logs - logs[best]).sum(axis=0)
-        misfit = float(np.sqrt(left[best] / max(len(looks), 1)))
+        misfit = float(np.sqrt(left[best] / max(len(images), 1)))
         return likely / likely.sum(), misfit
 
     def _predict(self, defocus: Floats) -> tuple[Floats, Floats]:
@@ -428,10 +431,6 @@ class Appearance:
             self.models.at(defocus + off, models) for off in (_PLACED, -_PLACED)
         )
         return np.asarray((ahead - behind) ** 2 / 4)
-
-
-def _log(look: Look) -> tuple[Floats, Floats]:
-    return look.log_amplitude()
 
 
 def _kernel(one: Floats, two: Floats) -> Floats:

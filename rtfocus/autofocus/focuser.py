@@ -36,7 +36,7 @@ from rtfocus.autofocus.plans import (
     search_rule,
     with_measured_backlash,
 )
-from rtfocus.autofocus.policy import GiveUp, Limits, Move, MoveRule, Probe
+from rtfocus.autofocus.policy import Limits, MoveRule, way_um
 from rtfocus.autofocus.run import (
     OURS,
     FocusStage,
@@ -71,11 +71,11 @@ class FocusJournal:
     def write(self, kind: str, **values: Any) -> None:  # noqa: ANN401 JSON values
         """Append one line; flushed at once."""
         line = {"kind": kind, "time_ns": RUN_CLOCK.now_ns(), **values}
-        self.lines.append(line)
-        if self._path is not None:
-            self.lines.clear()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        if self._path is None:
+            self.lines.append(line)
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def drain(self) -> list[dict[str, Any]]:
         """Return the lines that no file took, once."""
@@ -305,11 +305,10 @@ class Focuser:
             If the core does not have it.
         """
         if self.moves_offset:
-            device, um_per_unit = (
-                self.config.offset_device,
-                self.config.offset_um_per_unit,
+            config = self.config
+            return OffsetStage(
+                self.core, config.offset_device, config.offset_um_per_unit
             )
-            return OffsetStage(self.core, device, um_per_unit)
         return CoreStage(self.core)
 
     def is_held_by_hardware(self) -> bool:
@@ -369,7 +368,7 @@ class Focuser:
             focus_um=step.belief_um,
             focus_sd_um=step.belief_sd_um,
             decision=type(step.decision).__name__,
-            way_um=_way_um(step),
+            way_um=way_um(step.decision),
         )
 
     def _refuse_hardware_focus(self) -> None:
@@ -420,13 +419,6 @@ class Focuser:
         if ready is not None:
             return nullcontext(ready)
         return FocusLight(self.core, self.config.focus_channel)
-
-
-def _way_um(step: Step) -> float:
-    decision = step.decision
-    if isinstance(decision, Move | Probe):
-        return decision.dz_um
-    return decision.back_um if isinstance(decision, GiveUp) else 0.0
 
 
 def _line(key: Key, verdict: Verdict) -> str:

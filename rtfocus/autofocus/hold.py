@@ -13,7 +13,7 @@ from math import inf
 
 import numpy as np
 
-from rtfocus.autofocus.appearance import Appearance, DefocusModels, Floats, Look
+from rtfocus.autofocus.appearance import Appearance, DefocusModels, Floats, Spectrum
 from rtfocus.autofocus.belief import Drift, modes_of_weights
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict
@@ -219,7 +219,7 @@ class Holder:
             self._drift = Drift(time_s)
         unit = self._models.unit_um
         known = [
-            ((focus_um - seen.z_um) / unit, Look(seen.spectrum, seen.noise))
+            ((focus_um - seen.z_um) / unit, Spectrum(seen.spectrum, seen.noise))
             for seen in _apart(looks, _ALIKE * unit)
         ]
         number = self._numbers.setdefault(key, len(self._numbers))
@@ -331,7 +331,7 @@ class Holder:
         self._newest_ns = max(newest_ns, self._newest_ns)
         time_s = place.read_s = newest_ns / 1e9
         expected = self._drift.focus(place.number, time_s)
-        looks = [_look(e, expected * unit, unit) for e in good]
+        looks = [_image_of(e, expected * unit, unit) for e in good]
         weights, misfit = place.appearance.weights(looks, _CANDIDATES)
         if misfit > _MOST_MISFIT:
             place.misses += 1
@@ -370,9 +370,11 @@ def _is_good(reading: FocusReading | None) -> bool:
     return any(reading.spectrum)
 
 
-def _look(estimate: Estimate, focus_um: float, unit_um: float) -> tuple[float, Look]:
+def _image_of(
+    estimate: Estimate, focus_um: float, unit_um: float
+) -> tuple[float, Spectrum]:
     """Return an image and its distance from where focus is expected."""
     assert estimate.focus is not None
     assert estimate.z_um is not None
-    look = Look(np.asarray(estimate.focus.spectrum), estimate.focus.noise)
-    return (estimate.z_um - focus_um) / unit_um, look
+    image = Spectrum(np.asarray(estimate.focus.spectrum), estimate.focus.noise)
+    return (estimate.z_um - focus_um) / unit_um, image

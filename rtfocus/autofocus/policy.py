@@ -146,14 +146,16 @@ class MoveRule:
         return (target,) if beyond == target else (beyond, target)
 
 
+def way_um(decision: Decision) -> float:
+    """Return how far a decision moves the stage, positive = larger z."""
+    if isinstance(decision, Move | Probe):
+        return decision.dz_um
+    return decision.back_um if isinstance(decision, GiveUp) else 0.0
+
+
 def path_of(decision: Decision, z_um: float, moves: MoveRule) -> Sequence[float]:
     """Return the positions to send the stage to for a decision; empty: none."""
-    if isinstance(decision, Move | Probe):
-        way = decision.dz_um
-    elif isinstance(decision, GiveUp):
-        way = decision.back_um
-    else:
-        way = 0.0
+    way = way_um(decision)
     if way == 0.0 or not moves.limits.holds(z_um):
         return ()
     return moves.path(z_um, z_um + way)
@@ -221,9 +223,7 @@ def look_at(pixels: NDArray[np.generic], settings: EstimatorSettings) -> FocusRe
         # Whole numbers are compared as such, which is the same and much faster.
         whole = counts.dtype.kind in "iu" and isfinite(level)
         least = ceil(level) if whole else level
-        saturated = float(
-            np.count_nonzero(np.greater_equal(counts, least)) / counts.size
-        )
+        saturated = np.count_nonzero(np.greater_equal(counts, least)) / counts.size
     is_saturated = saturated > _MOST_SATURATED
     return FocusReading(
         defocus_um=None,

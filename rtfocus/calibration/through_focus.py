@@ -189,7 +189,7 @@ _LIMITS = {
 _PROFILE_TRIALS = 20
 
 
-class FocusSearch:
+class _Trials:
     """Trials over a stack; remembers those over all planes.
 
     Parameters
@@ -376,7 +376,7 @@ def fit_through_focus(
     FocusFit
         The fitted optics with what the stack leaves open.
     """
-    search = FocusSearch(model, start, fit_aperture=fit_aperture)
+    search = _Trials(model, start, fit_aperture=fit_aperture)
     count = len(model.z_um)
     every, few = tuple(range(count)), spread_out(count, _SEARCH_PLANES)
     coarse = sorted(search.grid(few), key=quality, reverse=True)
@@ -422,7 +422,7 @@ def focus_valley(
     focus_um: Floats,
 ) -> Floats:
     """Return the PSNR over NA (rows) and focus (columns), W and the rest as best."""
-    search = FocusSearch(model, start, fit_aperture=True)
+    search = _Trials(model, start, fit_aperture=True)
     few = spread_out(len(model.z_um), _SEARCH_PLANES)
     psnr_db = [
         search.attempt(

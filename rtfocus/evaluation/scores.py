@@ -403,7 +403,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Choice:
     """Which engine to use."""
 
     use: str
@@ -411,7 +411,7 @@ class Verdict:
     """In one line, with the reason."""
 
 
-def judge(own: Standing, shipped: Sequence[Standing]) -> Verdict:
+def judge(own: Standing, shipped: Sequence[Standing]) -> Choice:
     """Say which engine to use: one's own only where it is better and spoils nothing.
 
     Parameters
@@ -441,8 +441,8 @@ def judge(own: Standing, shipped: Sequence[Standing]) -> Verdict:
         )
     if against:
         said = f"use the shipped '{best.name}': {best.gain_db:+.2f} dB; "
-        return Verdict(best.name, said + ", ".join(against))
+        return Choice(best.name, said + ", ".join(against))
     said = (
         f"use '{own.name}': {own.gain_db:+.2f} dB on held-out fields, the best shipped"
     )
-    return Verdict(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")
+    return Choice(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")

@@ -20,15 +20,14 @@ from torch import nn
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import Section
-from rtfocus.engines.card import CARD_NAME
+from rtfocus.engines.card import CARD_NAME, identity, read_card
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.images.metadata import TEXT_MARK
 from rtfocus.images.optics import read_optics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.training.feed import (
-    find_engine,
-    identity,
+    engine_folder,
     load_checkpoint,
     mean_state,
 )
@@ -199,9 +198,9 @@ def _history(recipe: RecipeBase, state: dict[str, Any]) -> dict[str, Any]:
 
 def _earlier(source: Path) -> dict[str, Any] | str:
     """Say where the first weights came from: a run, an engine, or a lost file."""
-    folder = find_engine(source)
+    folder = engine_folder(source)
     if folder is not None:
-        return {"engine": identity(folder)}
+        return {"engine": identity(read_card(folder))}
     if source.is_file():
         return _history(*load_checkpoint(source))
     return str(source)

@@ -9,7 +9,6 @@ from an engine whose checkpoint is long gone: ``start_from: engines/delpnet`` re
 the shipped network.
 """
 
-import hashlib
 import multiprocessing
 import os
 import pickle
@@ -25,11 +24,10 @@ from typing import Any, Self
 
 import onnx
 import torch
-import yaml
 from torch import Tensor
 
-from rtfocus.engines.card import CARD_NAME
-from rtfocus.errors import ConfigError, RtfocusError
+from rtfocus.engines.card import read_card, verified_file
+from rtfocus.errors import ConfigError, EngineError, RtfocusError
 from rtfocus.files import resource_folder
 from rtfocus.training.onnx_forms import float_weights
 from rtfocus.training.recipe import RecipeBase, validate_recipe
@@ -253,7 +251,7 @@ def start_from(task: Task[Any], source: Path) -> None:
     ConfigError
         If there is nothing at `source`, or weights of another network.
     """
-    folder = find_engine(source)
+    folder = engine_folder(source)
     try:
         if folder is None:
             task.take_state(load_checkpoint(source)[1]["average"])
@@ -267,7 +265,7 @@ def start_from(task: Task[Any], source: Path) -> None:
         raise ConfigError(msg) from error
 
 
-def find_engine(source: Path) -> Path | None:
+def engine_folder(source: Path) -> Path | None:
     """Return the engine folder that `source` names; None: it is a file."""
     if source.is_dir():
         return source
@@ -275,12 +273,6 @@ def find_engine(source: Path) -> Path | None:
         shipped = resource_folder("engines") / source.name
         return shipped if shipped.is_dir() else None
     return None
-
-
-def identity(folder: Path) -> str:
-    """Return ``name@hash`` of an engine, as its runs record it."""
-    card = _read_card(folder)
-    return f"{card['name']}@{card['sha256']['fp32'][:12]}"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -291,32 +283,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     ConfigError
         If card or weights are missing or do not belong together.
     """
-    card = _read_card(folder)
-    path = folder / card["files"]["fp32"]
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        msg = f"weights '{path}' cannot be read: {error.strerror}; copy the engine"
+        path = verified_file(folder, read_card(folder))
+    except EngineError as error:
+        msg = f"training cannot start from '{folder}': {error}"
         raise ConfigError(msg) from error
-    if hashlib.sha256(content).hexdigest() != card["sha256"]["fp32"]:
-        msg = f"weights '{path}' are not those of their card; copy the engine again"
-        raise ConfigError(msg)
-    return float_weights(onnx.load_from_string(content).graph)
-
-
-def _read_card(folder: Path) -> dict[str, Any]:
-    """Read what starting needs of a card: name, file and checksum of the weights."""
-    path = folder / CARD_NAME
-    try:
-        card: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _ = card["name"], card["files"]["fp32"], card["sha256"]["fp32"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        msg = (
-            f"engine card '{path}' names no fp32 weights ({error}); "
-            "an engine is a folder with an engine.yaml"
-        )
-        raise ConfigError(msg) from error
-    return card
+    return float_weights(onnx.load(str(path)).graph)
 
 
 def mean_state(
@@ -359,7 +331,7 @@ def mean_state(
 
 def _average_of(source: Path, recipe: RecipeBase) -> dict[str, Tensor]:
     """Return the weights of a checkpoint, or of an engine of a recipe's network."""
-    if find_engine(source) is None:
+    if engine_folder(source) is None:
         average: dict[str, Tensor] = load_checkpoint(source)[1]["average"]
         return average
     task = make_task(recipe)

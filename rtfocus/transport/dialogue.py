@@ -426,8 +426,8 @@ def _numbers_fault(start: SeriesStart) -> str | None:
         return f"started_ns={start.started_ns} is not from 0 to 2^63 - 1"
     for number, position in enumerate(start.positions):
         place = {"x_um": position.x_um, "y_um": position.y_um}
-        if (name := not_finite(place)) is not None:
-            return f"positions[{number}].{name} is not finite"
+        if (fault := not_finite(place)) is not None:
+            return f"positions[{number}].{fault}"
         if not 0 <= position.field < MOST_COUNT:
             return f"positions[{number}].field={position.field} is not >= 0"
     return None

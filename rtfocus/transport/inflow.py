@@ -49,7 +49,7 @@ class Gap:
     reason: str
 
 
-class Verdict(Enum):
+class Judgement(Enum):
     """What to do with a frame."""
 
     ACCEPT = "accept"
@@ -82,13 +82,13 @@ class Sequencer:
         gaps, self.gaps = self.gaps, []
         return gaps
 
-    def judge(self, sequence: int) -> Verdict:
+    def judge(self, sequence: int) -> Judgement:
         """Decide about a frame; accepting it is not yet counted, see `accept`."""
         if self.waiting:
-            return Verdict.DISCARD
+            return Judgement.DISCARD
         if sequence < self.expected:
-            return Verdict.DUPLICATE
-        return Verdict.ACCEPT if self.reach(sequence) else Verdict.DISCARD
+            return Judgement.DUPLICATE
+        return Judgement.ACCEPT if self.reach(sequence) else Judgement.DISCARD
 
     def accept(self) -> None:
         """Count the expected frame as arrived."""
@@ -333,11 +333,11 @@ class Inflow:
             raise ProtocolError(msg, "truncated")
         if self.arrivals.is_over:
             return
-        verdict = self.sequencer.judge(header.sequence)
-        if verdict is Verdict.DUPLICATE:
+        judged = self.sequencer.judge(header.sequence)
+        if judged is Judgement.DUPLICATE:
             msg = f"frame {header.sequence} arrived before"
             raise ProtocolError(msg, "duplicate")
-        if verdict is Verdict.DISCARD:
+        if judged is Judgement.DISCARD:
             return
         # A gap comes before the frame that revealed it.
         self._count_gaps()

@@ -339,8 +339,7 @@ def check_estimate(estimate: Estimate) -> None:
         "confidence": estimate.confidence,
         "foreground": estimate.foreground,
     }
-    fault = not_finite(numbers)
-    fault = f"{fault} is not finite" if fault is not None else _not_counter(counters)
+    fault = not_finite(numbers) or _not_counter(counters)
     for name in ("confidence", "foreground"):
         # Sums of float32 may exceed 1 a little.
         if fault is None and not 0 <= (numbers[name] or 0) <= 1.001:
@@ -406,7 +405,6 @@ def _check_numbers(header: FrameHeader, series: SeriesStart) -> None:
         "actual_s": header.actual_s,
     }
     fault = not_finite(numbers)
-    fault = f"{fault} is not finite" if fault is not None else None
     if header.exposure_ms < 0:
         fault = f"exposure_ms={header.exposure_ms} is negative"
     fault = fault or _not_counter(counters) or _far_ahead(header, series)
@@ -442,8 +440,8 @@ def _not_counter(counters: Mapping[str, int]) -> str | None:
 
 
 def not_finite(numbers: Mapping[str, float | None]) -> str | None:
-    """Return the name of the first number that is NaN or infinite."""
+    """Return the first number that is NaN or infinite, by name, as a fault."""
     for name, number in numbers.items():
         if number is not None and not math.isfinite(number):
-            return name
+            return f"{name} is not finite"
     return None

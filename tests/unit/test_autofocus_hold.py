@@ -12,7 +12,7 @@ from rtfocus.autofocus.appearance import (
     RINGS,
     Appearance,
     DefocusModels,
-    Look,
+    Spectrum,
     amplitude_spectrum,
 )
 from rtfocus.autofocus.belief import Drift, Mode, modes_of_weights
@@ -53,13 +53,13 @@ class Field:
             bit_depth=16,
         )
 
-    def look(self, defocus: float) -> Look:
+    def look(self, defocus: float) -> Spectrum:
         away = np.broadcast_to(
             np.float32(defocus * UNIT_UM) + self.tilt_um, (SIDE_PX, SIDE_PX)
         )
         light = np.clip(self.planes.at(np.ascontiguousarray(away)), 0, None)
         pixels = self.camera.expose(light, self.rng)
-        return Look(*amplitude_spectrum(pixels, dark_counts=DARK))
+        return Spectrum(*amplitude_spectrum(pixels, dark_counts=DARK))
 
 
 def test_a_spectrum_is_the_mean_power_of_every_ring() -> None:
@@ -114,7 +114,7 @@ def test_side_and_distance_are_told_within_a_depth_of_field(field: Field) -> Non
 def test_an_image_of_nothing_fits_no_defocus(field: Field) -> None:
     seen = Appearance(models(), [(away, field.look(away)) for away in (1.3, 0.0)])
     dark = np.random.default_rng(1).poisson(400, (SIDE_PX, SIDE_PX)).astype(np.uint16)
-    look = Look(*amplitude_spectrum(dark, dark_counts=DARK))
+    look = Spectrum(*amplitude_spectrum(dark, dark_counts=DARK))
     assert seen.weights([(0.0, look)], np.arange(-3, 3.05, 0.1))[1] > 3
 
 
@@ -145,7 +145,7 @@ class Held:
 
     def seen(self, away: float) -> Seen:
         look = self.field.look(away)
-        return Seen(-away * UNIT_UM, look.spectrum, look.noise)
+        return Seen(-away * UNIT_UM, look.amplitude, look.noise)
 
     def visit(self, image: str = "good") -> float:
         """Correct, expose, and return how far from focus, in depths of field."""
@@ -161,7 +161,7 @@ class Held:
             None,
             False,
             "blank" if image == "blank" else None,
-            spectrum=look.spectrum.tolist(),
+            spectrum=look.amplitude.tolist(),
             noise=look.noise,
         )
         z_um = None if image == "moving" else self.z_um

@@ -14,7 +14,7 @@ from torch import nn
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.feed import find_engine, read_weights, start_from
+from rtfocus.training.feed import engine_folder, read_weights, start_from
 from rtfocus.training.layers import (
     fold_batch_norm,
     recalibrate,
@@ -117,17 +117,17 @@ def test_weights_stored_in_16_bits_are_found_by_name(engine):
 
 
 def test_a_shipped_engine_is_found_by_name_and_a_file_is_none(tmp_path):
-    found = find_engine(SHIPPED)
+    found = engine_folder(SHIPPED)
     assert found is not None
     assert found.resolve() == (resource_folder("engines") / "delpnet").resolve()
-    assert find_engine(tmp_path / "last.pt") is None
-    assert find_engine(Path("engines/nothing")) is None
+    assert engine_folder(tmp_path / "last.pt") is None
+    assert engine_folder(Path("engines/nothing")) is None
 
 
 def test_weights_that_are_not_the_cards_are_refused(engine):
     path = engine / "model.fp32.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(ConfigError, match="not those of their card"):
+    with pytest.raises(ConfigError, match=r"have sha256 \w+, the card says"):
         start_from(small_task(), engine)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from rtfocus.transport.inflow import Gap, Sequencer, Verdict
+from rtfocus.transport.inflow import Gap, Judgement, Sequencer
 
 
 def begun(next_sequence: int = 0) -> Sequencer:
@@ -15,9 +15,9 @@ def begun(next_sequence: int = 0) -> Sequencer:
     return sequencer
 
 
-def take(sequencer: Sequencer, sequence: int) -> Verdict:
+def take(sequencer: Sequencer, sequence: int) -> Judgement:
     verdict = sequencer.judge(sequence)
-    if verdict is Verdict.ACCEPT:
+    if verdict is Judgement.ACCEPT:
         sequencer.accept()
     return verdict
 
@@ -25,22 +25,22 @@ def take(sequencer: Sequencer, sequence: int) -> Verdict:
 def test_nothing_is_taken_before_the_first_rewind() -> None:
     sequencer = Sequencer(0)
     assert sequencer.attempt == 1
-    assert take(sequencer, 0) is Verdict.DISCARD
+    assert take(sequencer, 0) is Judgement.DISCARD
     sequencer.rewound(0, 1)
-    assert take(sequencer, 0) is Verdict.ACCEPT
+    assert take(sequencer, 0) is Judgement.ACCEPT
 
 
 def test_a_hole_is_asked_for_once_and_filled() -> None:
     sequencer = begun()
-    assert take(sequencer, 0) is Verdict.ACCEPT
-    assert take(sequencer, 2) is Verdict.DISCARD
+    assert take(sequencer, 0) is Judgement.ACCEPT
+    assert take(sequencer, 2) is Judgement.DISCARD
     assert sequencer.attempt == 2
     # What is still under way from before the rewind does not matter.
-    assert take(sequencer, 3) is Verdict.DISCARD
-    assert take(sequencer, 1) is Verdict.DISCARD
+    assert take(sequencer, 3) is Judgement.DISCARD
+    assert take(sequencer, 1) is Judgement.DISCARD
     assert sequencer.attempt == 2
     sequencer.rewound(1, 2)
-    assert [take(sequencer, s) for s in (1, 2, 3)] == [Verdict.ACCEPT] * 3
+    assert [take(sequencer, s) for s in (1, 2, 3)] == [Judgement.ACCEPT] * 3
     assert sequencer.take_gaps() == []
 
 
@@ -48,7 +48,7 @@ def test_what_is_missing_again_after_its_rewind_is_a_gap() -> None:
     sequencer = begun()
     take(sequencer, 1)
     sequencer.rewound(0, 2)
-    assert take(sequencer, 1) is Verdict.ACCEPT
+    assert take(sequencer, 1) is Judgement.ACCEPT
     assert sequencer.take_gaps() == [Gap(0, 1, "missing again after a resend")]
     assert sequencer.expected == 2
 
@@ -58,11 +58,11 @@ def test_only_the_frame_known_to_be_lost_is_given_up() -> None:
     sequencer = begun()
     take(sequencer, 3)
     sequencer.rewound(0, 2)
-    assert take(sequencer, 3) is Verdict.DISCARD
+    assert take(sequencer, 3) is Judgement.DISCARD
     assert sequencer.take_gaps() == [Gap(0, 1, "missing again after a resend")]
     assert (sequencer.attempt, sequencer.expected) == (3, 1)
     sequencer.rewound(1, 3)
-    assert [take(sequencer, s) for s in (1, 2, 3)] == [Verdict.ACCEPT] * 3
+    assert [take(sequencer, s) for s in (1, 2, 3)] == [Judgement.ACCEPT] * 3
 
 
 def test_a_rewind_beyond_the_request_is_a_gap_at_once() -> None:
@@ -70,7 +70,7 @@ def test_a_rewind_beyond_the_request_is_a_gap_at_once() -> None:
     take(sequencer, 100)
     sequencer.rewound(100, 2)
     assert sequencer.take_gaps() == [Gap(0, 100, "no longer held by the publisher")]
-    assert take(sequencer, 100) is Verdict.ACCEPT
+    assert take(sequencer, 100) is Judgement.ACCEPT
 
 
 def test_an_old_rewind_is_ignored() -> None:
@@ -83,7 +83,7 @@ def test_an_old_rewind_is_ignored() -> None:
 def test_a_frame_that_came_before_is_a_duplicate() -> None:
     sequencer = begun()
     take(sequencer, 0)
-    assert take(sequencer, 0) is Verdict.DUPLICATE
+    assert take(sequencer, 0) is Judgement.DUPLICATE
 
 
 def test_the_last_frame_is_missed_through_what_was_sent() -> None:
@@ -100,7 +100,7 @@ def test_a_lost_answer_is_asked_for_again_without_giving_up_the_frame() -> None:
     sequencer = Sequencer(0)
     sequencer.ask_again()
     sequencer.rewound(0, 2)
-    assert take(sequencer, 1) is Verdict.DISCARD
+    assert take(sequencer, 1) is Judgement.DISCARD
     assert sequencer.take_gaps() == []
 
 
@@ -151,7 +151,7 @@ def test_every_frame_is_taken_once_or_is_in_a_gap(seed: int) -> None:
     for _ in range(20_000):
         stream.send(sequencer)
         for kind, sequence, attempt in stream.arrive():
-            if kind == "frame" and take(sequencer, sequence) is Verdict.ACCEPT:
+            if kind == "frame" and take(sequencer, sequence) is Judgement.ACCEPT:
                 taken.append(sequence)
             elif kind == "rewind":
                 sequencer.rewound(sequence, attempt)
