@@ -1,6 +1,6 @@
 """Reader: a run as napari layers, stored or live; it needs no window.
 
-Layers of a run folder are raw, restored and defocus, at their places. Axes are t, z, y,
+Layers of a run folder are its images and maps, at their places. Axes are t, z, y,
 x, with channels as layers of their own. A few positions of which the stage's places are
 known are layers too, each at its place; others have an axis p. Pixels are read when
 they are looked at.
@@ -22,7 +22,7 @@ from rtfocus.frame import Position, SeriesStart
 from rtfocus.runs import Kind, Run, open_run
 from rtfocus.transport.viewer import Preview, PreviewStatus, PreviewViewer
 from rtfocus.workers import Newest
-from rtfocus.writers.header import HEADER_NAME, JOURNAL_NAME
+from rtfocus.writers.header import HEADER_NAME, INNER, JOURNAL_NAME
 from rtfocus.writers.journal import WRITTEN, journal_lines
 from rtfocus.writers.layout import store_path
 from rtfocus.writers.places import Plan, position_paths
@@ -44,6 +44,12 @@ UNSIGNED_MAP = {
     "name": "distance",
     "colors": [[0.0, 0.0, 0.0, 1.0], [1.0, 0.65, 0.1, 1.0]],
 }
+MAPS = {
+    "defocus": "defocus",
+    "deviation": "deviation (um)",
+    "expected_error": "expected error (counts)",
+}
+"""What the layers of maps are called, by their names in runs and previews."""
 _TILES = {"interpolation2d": "nearest", "opacity": 0.6}
 """Of a map: a tile is a measured value, nothing is between two of them."""
 _MOST_PLACED = 8
@@ -74,8 +80,7 @@ def read_layers(path: str | Path) -> list[LayerData]:
     """
     run = open_run(path)
     frames = _frames(run)
-    kinds: tuple[Kind, ...] = ("raw", "restored", "defocus")
-    there = [kind for kind in kinds if store_path(run.folder, kind).is_dir()]
+    there = run.kinds
     shown = "restored" if _is_restored(run) else there[0] if there else ""
     return [
         layer
@@ -143,6 +148,8 @@ def _of_channels(
         channel = described[c] if c < len(described) else {}
         name = str(channel.get("label", f"c{c}"))
         told = f"{name} {kind}" if kind == "restored" else name
+        if kind in MAPS:
+            told = name.removesuffix(kind) + MAPS[kind]
         arguments = {
             "name": f"{of_position}{told}",
             "blending": "additive",
@@ -158,7 +165,8 @@ def _of_channels(
 def _described(run: Run, kind: Kind) -> list[dict[str, Any]]:
     """Return what the image says of its channels: label, colour, contrast."""
     first = position_paths(run.series.positions)[0]
-    group = zarr.open_group(store_path(run.folder, kind) / first, mode="r")
+    inner = kind if kind in INNER else ""
+    group = zarr.open_group(store_path(run.folder, kind) / first / inner, mode="r")
     attributes: Any = dict(group.attrs)
     channels = attributes.get("ome", {}).get("omero", {}).get("channels", [])
     return channels if isinstance(channels, list) else []
@@ -167,7 +175,7 @@ def _described(run: Run, kind: Kind) -> list[dict[str, Any]]:
 def _facts(
     run: Run, kind: Kind, c: int, position: Position | None
 ) -> dict[str, object]:
-    colours = 1 if kind == "defocus" else run.header.planes
+    colours = 1 if kind in MAPS else run.header.planes
     channel = run.series.channels[c // colours]
     return {
         "run": str(run.folder),
@@ -185,7 +193,7 @@ def _place(
     series, grid = run.series, run.header.grid
     pixel = series.pixel_size_um
     step, origin = pixel, 0.0
-    if kind == "defocus" and grid is not None:
+    if kind in MAPS and grid is not None:
         step, origin = grid.stride_px * pixel, grid.origin_px * pixel
     y_um = x_um = origin
     if position is not None:
@@ -212,9 +220,9 @@ def _place(
 def _look(run: Run, kind: Kind, channel: dict[str, Any]) -> dict[str, object]:
     """Return colour, contrast and how pixels are drawn."""
     look: dict[str, object] = {"colormap": f"#{channel.get('color', 'FFFFFF')}"}
-    if kind == "defocus":
+    if kind in MAPS:
         grid = run.header.grid
-        signed = grid is not None and grid.signed
+        signed = kind == "defocus" and grid is not None and grid.signed
         look = {"colormap": SIGNED_MAP if signed else UNSIGNED_MAP, **_TILES}
     window = channel.get("window")
     # Before its end a run does not say what is in it: napari looks by itself.
@@ -294,7 +302,7 @@ class Receiver:
 
 
 def map_look(tiles: NDArray[Any], signed: bool) -> dict[str, Any]:
-    """Return colour and contrast of a map of defocus in um; NaN is unknown."""
+    """Return colour and contrast of a map; NaN is unknown."""
     known = tiles[np.isfinite(tiles)]
     reach = float(np.abs(known).max()) if known.size else 1.0
     reach = reach or 1.0

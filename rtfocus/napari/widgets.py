@@ -30,7 +30,7 @@ from rtfocus.config.sections import PreviewConfig
 from rtfocus.engines.registry import list_engines
 from rtfocus.errors import RtfocusError
 from rtfocus.frame import SeriesStart
-from rtfocus.napari.reader import Receiver, map_look
+from rtfocus.napari.reader import MAPS, Receiver, map_look
 from rtfocus.processing.restore import METHODS
 from rtfocus.transport.viewer import Preview
 
@@ -124,11 +124,16 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         self._update(f"live {channel}", picture.pixels, step, 0.0, look)
         if restored is not None:
             self._update(f"live {channel} restored", restored, step, 0.0, {})
-        tiles, grid = picture.planes.get("defocus"), header.grid
-        if tiles is not None and grid is not None:
-            look = map_look(tiles, grid.signed)
-            step, origin = grid.stride_px * pixel_um, grid.origin_px * pixel_um
-            self._update(f"live {channel} defocus", tiles, step, origin, look)
+        for kind, called in MAPS.items():
+            name, tiles = f"live {channel} {called}", picture.planes.get(kind)
+            if tiles is not None and (grid := header.grid) is not None:
+                look = map_look(tiles, grid.signed and kind == "defocus")
+                step, origin = grid.stride_px * pixel_um, grid.origin_px * pixel_um
+                self._update(name, tiles, step, origin, look)
+            elif name in self._viewer.layers:
+                # What was stated of a frame before is not said of this one.
+                there = self._viewer.layers[name]
+                there.data = np.full_like(there.data, np.nan)
         self.status.setText(_in_words(picture, channel, receiver))
 
     def _update(

@@ -22,6 +22,13 @@ from rtfocus.frame import DefocusMap, FrameHeader, FrameResult, Position
 from rtfocus.transport.preview import PreviewPublisher, Shown
 
 OPTICS = OpticalSystem(0.8, 460.0, 0.325)
+KINDS = (
+    "",
+    " restored",
+    " defocus",
+    " deviation (um)",
+    " expected error (counts)",
+)
 CHANNELS = [Channel("DAPI", OPTICS), Channel("FITC")]
 MANIFEST = Path(rtfocus.__file__).parent / "napari" / "napari.yaml"
 
@@ -81,7 +88,7 @@ def record(folder: Path, positions: list[Position], *, end: bool = True) -> Any:
         positions=positions,
         channels=CHANNELS,
     )
-    with recording(folder, series) as run:
+    with recording(folder, series, expects_error=True) as run:
         for sequence, index in enumerate(indices(series)):
             if end or index["t"] < 2:
                 run.send(sequence, index)
@@ -107,7 +114,7 @@ def test_positions_are_layers_at_their_places(viewer: Any, tmp_path: Path) -> No
     layers = opened(viewer, folder)
     assert list(layers) == [
         f"{site} {channel}{kind}"
-        for kind in ("", " restored", " defocus")
+        for kind in KINDS
         for site in ("left", "right")
         for channel in ("DAPI", "FITC")
     ]
@@ -151,7 +158,7 @@ def test_positions_without_places_are_an_axis(viewer: Any, tmp_path: Path) -> No
     folder = tmp_path / "three.rtfocus"
     series = record(folder, [Position(f"site {n}") for n in range(3)])
     layers = opened(viewer, folder)
-    assert len(layers) == 6
+    assert len(layers) == 2 * len(KINDS)
     layer = layers["FITC"]
     assert layer.axis_labels == ("t", "p", "z", "y", "x")
     wanted = {"t": 2, "p": 1, "c": 1, "z": 0}
@@ -192,15 +199,14 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
         # Four came while the window was busy: it shows the last.
         widget.show_newest()
         layers = {layer.name: layer for layer in viewer.layers}
-        assert list(layers) == [
-            f"live FITC{kind}" for kind in ("", " restored", " defocus")
-        ]
+        assert list(layers) == [f"live FITC{kind}" for kind in KINDS]
         shown = layers["live FITC"]
         np.testing.assert_array_equal(shown.data, numbered(3, series))
         assert shown.scale.tolist() == [0.325, 0.325]
         visible = [layer.visible for layer in layers.values()]
-        assert visible == [False, True, False]
-        assert (layers["live FITC defocus"].data == 3).all()
+        assert visible == [False, True, False, False, False]
+        for kind, value in zip(KINDS[2:], (3, 4, 5), strict=True):
+            assert (layers[f"live FITC{kind}"].data == value).all()
         assert "FITC, t 3" in widget.status.text()
         assert "defocus" in widget.status.text()
         found = re.search(r"(\d+) not shown", widget.status.text())
@@ -210,9 +216,11 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
         shown.contrast_limits = (5, 50)
         arrive(receiver, preview, series, 4)
         widget.show_newest()
-        assert len(viewer.layers) == 3
+        assert len(viewer.layers) == len(KINDS)
         np.testing.assert_array_equal(shown.data, numbered(4, series))
         assert shown.contrast_limits == [5, 50]
+        # Of frame 4 no error is stated: that of frame 3 is not shown for it.
+        assert np.isnan(layers[f"live FITC{KINDS[-1]}"].data).all()
     finally:
         widget.close()
         preview.close()
@@ -257,8 +265,10 @@ def offer(preview: PreviewPublisher, series: Any, sequence: int, c: int) -> None
         index={"t": sequence, "c": c},
     )
     tiles = np.full((GRID.rows, GRID.columns), sequence, np.float32)
-    defocus = DefocusMap(GRID, tiles, tiles, np.zeros(tiles.shape, np.int16))
-    result = FrameResult(make_estimate(sequence), defocus, pixels[::-1].copy())
+    level = np.zeros(tiles.shape, np.int16)
+    defocus = DefocusMap(GRID, tiles, tiles, level, stated_um=tiles + 1)
+    error = tiles + 2 if sequence < 4 else None
+    result = FrameResult(make_estimate(sequence), defocus, pixels[::-1].copy(), error)
     preview.show(header, pixels, result)
 
 
