@@ -255,7 +255,7 @@ def main() -> None:
     options = parser.parse_args()
     frames = 60 if options.smoke else options.frames
     alone = max(30, frames // 8)
-    plan = f"acquisition.mda={{time_plan: {{interval: 0, loops: {alone}}}}}"
+    plan = f"acquisition.mda.time_plan.loops={alone}"
     config = load_config(CONFIG, [plan, *options.set])
 
     simulator, sink = measure_simulator(config)
@@ -267,7 +267,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         stages["write"] = measure_writer(config, sink, alone, Path(folder))
         ceiling = min(usable_threads(), 2) / (sum(stages.values()) / 1e3)
-        plan = f"acquisition.mda={{time_plan: {{interval: 0, loops: {frames}}}}}"
+        plan = f"acquisition.mda.time_plan.loops={frames}"
         fast = run_loop([plan, *options.set], Path(folder) / "fast")
         rate = float(fast["throughput"]["frames_per_s"])
         slow = run_loop(

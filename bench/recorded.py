@@ -77,6 +77,7 @@ class StandIn:
     """A device that has every answer ready; see `rtfocus.processing.device.Device`."""
 
     name = "stand-in"
+    ahead = 32
 
     def __init__(self, size: int) -> None:
         self._restored = frames_of(size, seed=2)

@@ -26,7 +26,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.optics.formation import BlurredPlanes
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan
-from rtfocus.processing.cpu.classifier import FrameClassifier, Prepared
+from rtfocus.processing.cpu.classifier import FrameClassifier, NetworkView
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import WHOLE_FRAME
@@ -70,7 +70,7 @@ def classifier_plan(found: FoundEngine, shape: tuple[int, int]) -> ClassifierPla
 
 
 def bare_openvino(
-    found: FoundEngine, prepared: Prepared, precision: str, threads: int
+    found: FoundEngine, prepared: NetworkView, precision: str, threads: int
 ) -> Callable[[], Any]:
     """Return the least that runs the network: one request on a shared tensor."""
     openvino = import_openvino()

@@ -90,9 +90,8 @@ class LocalStandardisation:
             If a side is no multiple of 12 px.
         """
         rows, columns = _cell_counts(frame)
-        blocks = frame.reshape(rows, CELL_PX, columns, CELL_PX)
         # Of the cells' means: the median of all pixels costs twenty times as much.
-        middle = np.median(blocks.mean(axis=(1, 3), dtype=np.float64))
+        middle = np.median(_cell_means(frame))
         centred: Image = frame - np.float32(middle)
         by_row = centred.reshape(rows, CELL_PX, columns * CELL_PX)
         squares = np.einsum("rpx,rpx->rx", by_row, by_row)
@@ -190,7 +189,7 @@ class ContrastToNoise:
             Cells that each row and each column of tiles covers.
         """
         rows, columns = _cell_counts(frame)
-        means = frame.reshape(rows, CELL_PX, columns, CELL_PX).mean(axis=(1, 3))
+        means = _cell_means(frame).astype(np.float32)
         # Rows first: along whole rows of pixels a maximum is six times as fast.
         peaks = frame.reshape(rows, CELL_PX, -1).max(axis=1)
         peaks = peaks.reshape(rows, columns, CELL_PX).max(axis=2)
@@ -226,6 +225,15 @@ def _cell_counts(frame: Image) -> tuple[int, int]:
     return height // CELL_PX, width // CELL_PX
 
 
+def _cell_means(frame: Image) -> NDArray[np.float64]:
+    """Return the mean of every cell, axes (row, column)."""
+    rows, columns = _cell_counts(frame)
+    # Rows first, in float32: over both axes at once it takes six times as long.
+    sums = frame.reshape(rows, CELL_PX, -1).sum(axis=1)
+    cells = sums.reshape(rows, columns, CELL_PX).mean(axis=2, dtype=np.float64)
+    return np.asarray(cells / CELL_PX)
+
+
 def _spans(cells: int, size: int, step: int, first: int) -> list[slice]:
     """Windows of cells along one axis; the last one may reach past the edge."""
     count = max((cells - first - size) // step + 1, 1)
@@ -253,7 +261,8 @@ def _to_pixels(cells: NDArray[np.float64]) -> Image:
     down = low + (high - low) * part[:, np.newaxis]
     down = down.reshape(-1, edged.shape[1])[half:-half]
     left, right = down[:, :-1, np.newaxis], down[:, 1:, np.newaxis]
-    across = left + (right - left) * part
+    across = (right - left) * part
+    across += left
     return np.asarray(across.reshape(len(down), -1)[:, half:-half])
 
 

@@ -132,6 +132,8 @@ class Device(Protocol):
 
     name: str
     """For messages, e.g. ``GPU 0``."""
+    ahead: int
+    """Most frames that are enqueued while an estimate is waited for."""
 
     def entered(self) -> AbstractContextManager[None]:
         """Return what a thread holds while it calls the device; enter it once."""

@@ -239,7 +239,7 @@ class _Run:
         self._failure: list[BaseException] = []
         self._opened = threading.Event()
         self._to_enqueue: BoundedQueue[Job] = BoundedQueue("enqueue", slots)
-        self._to_estimate: BoundedQueue[Job] = BoundedQueue("estimates", slots)
+        self._to_estimate: BoundedQueue[Job] = BoundedQueue("estimates", device.ahead)
         self._to_restore: BoundedQueue[Job] = BoundedQueue("results", slots)
         self._seats: BoundedQueue[int] = BoundedQueue("seats", slots)
 

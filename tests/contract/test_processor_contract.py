@@ -732,3 +732,45 @@ def test_estimates_do_not_wait_for_restorations(open_kind, engine_folder, frames
     # All estimates together came sooner than the restorations can have ended.
     assert (max(estimated) - min(estimated)) * 1e-6 < sum(restore_ms[:-1]) / 2
     processor.close()
+
+
+class SlowDevice(CpuDevice):
+    """Estimates the first frame once as many are enqueued as ever will be."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lock = threading.Lock()
+        self.views, self.most_views = 0, 0
+        self.is_full = threading.Event()
+
+    def enqueue(self, job):
+        super().enqueue(job)
+        with self.lock:
+            self.views += 1
+        self.most_views = max(self.most_views, self.views)
+        # One in the estimate's thread, one that waits for room in the queue.
+        if self.views == self.ahead + 2:
+            self.is_full.set()
+
+    def estimate(self, job):
+        assert self.is_full.wait(TIMEOUT_S)
+        found = super().estimate(job)
+        with self.lock:
+            self.views -= 1
+        return found
+
+
+def test_few_frames_are_normalised_ahead_of_their_estimates(engine_folder, frames):
+    slots = 12
+    config = config_for(engine_folder)
+    device = SlowDevice(config)
+    processor = FrameProcessor(config, [device])
+    pool = SlotPool(slots, 2 * SHAPE[0] * SHAPE[1])
+    processor.start(series_for(), slots)
+    tickets = [submit(processor, pool, i, frames[5]) for i in range(slots)]
+    for ticket in tickets:
+        assert {"normalise", "classify"} <= ticket.result.result(
+            TIMEOUT_S
+        ).stage_ms.keys()
+    assert device.most_views == device.ahead + 2
+    processor.close()

@@ -52,8 +52,8 @@ _INVISIBLE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A frame ready for the network."""
+class NetworkView:
+    """What a network sees of a frame."""
 
     tiles: Image
     """Normalised, axes (image, channel, y, x)."""
@@ -218,7 +218,7 @@ class FrameClassifier:
             input_of(card), plan.fit, rows, columns, signed=levels.signed
         )
 
-    def prepare(self, signal: Image) -> Prepared:
+    def prepare(self, signal: Image) -> NetworkView:
         """Normalise a frame (y, x) or (y, x, 3) and find its empty tiles."""
         grey = luminance(signal)
         padded = self._pad(grey)
@@ -226,7 +226,7 @@ class FrameClassifier:
         colours = self._plan.images > 1
         if self._channels == 1 and not colours:
             tiles, ranges = self._normalise(padded, grey)
-            return Prepared(tiles[None, None], empty, ranges, signal.shape)
+            return NetworkView(tiles[None, None], empty, ranges, signal.shape)
         images = to_planes(signal if self._channels == 3 else grey, self._channels)
         if colours:
             # The grey frame first, for the labels.
@@ -237,9 +237,9 @@ class FrameClassifier:
             plane = images[place]
             tiles[place], found = self._normalise(self._pad(plane), plane)
             ranges += found
-        return Prepared(tiles, empty, ranges, signal.shape)
+        return NetworkView(tiles, empty, ranges, signal.shape)
 
-    def see(self, prepared: Prepared) -> Seen:
+    def see(self, prepared: NetworkView) -> Seen:
         """Run the network on a prepared frame for all that it tells of it."""
         logits, restored = self._run(prepared.tiles)
         defocus = self._map(logits[0], prepared.empty)
@@ -253,7 +253,7 @@ class FrameClassifier:
             assert restored is not None
         return Seen(defocus, self._to_signal(restored, prepared))
 
-    def probabilities(self, prepared: Prepared) -> Image:
+    def probabilities(self, prepared: NetworkView) -> Image:
         """Return how likely every label of the card is, in its order.
 
         For evaluations that look beyond the chosen label. Axes (label, tile_y,
@@ -316,7 +316,7 @@ class FrameClassifier:
             self.grid, defocus_um, found.confidence, level, uncertainty_um
         )
 
-    def _to_signal(self, restored: Image, prepared: Prepared) -> Image:
+    def _to_signal(self, restored: Image, prepared: NetworkView) -> Image:
         """Cut the network's image to the frame and bring it back to its unit."""
         height, width = self._plan.fit.shape
         ranges = prepared.ranges

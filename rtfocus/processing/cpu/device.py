@@ -17,7 +17,7 @@ from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.processing.camera import Marks, write_counts
 from rtfocus.processing.channel_plan import ChannelPlan, restored_dtype
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
+from rtfocus.processing.cpu.classifier import FrameClassifier, NetworkView, Seen
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
 from rtfocus.processing.cpu.network_restorer import (
     FrameRestorer,
@@ -174,6 +174,8 @@ class _SlotBuffers:
     marks: Marks = field(default_factory=Marks)
     pedestal: float = 0.0
     """What a frame with negative values was lifted by."""
+    view: NetworkView | None = None
+    """What the classifier is to see; None: it has seen it, or there is none."""
     seen: Seen | None = None
     """What the classifier saw; None: none yet, or there is none."""
 
@@ -182,6 +184,8 @@ class CpuDevice:
     """Implements `rtfocus.processing.device.Device` on the CPU."""
 
     name = "CPU"
+    ahead = 2
+    # Each holds what a network is to see of it: more would cost memory for nothing.
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -225,7 +229,7 @@ class CpuDevice:
         )
 
     def enqueue(self, job: Job) -> None:
-        """Correct a frame."""
+        """Correct and normalise a frame, while the network sees the one before."""
         buffers, channel = self._slots[job.slot.index], self._channels[job.channel]
         camera, pixels = job.plan.camera, job.slot.pixels
         with job.stage("correct"):
@@ -238,18 +242,19 @@ class CpuDevice:
                 if buffers.pedestal:
                     buffers.signal += np.float32(buffers.pedestal)
         job.flags = buffers.marks.flags
+        if channel.classifier is not None:
+            with job.stage("normalise"):
+                buffers.view = channel.classifier.prepare(buffers.signal)
 
     def estimate(self, job: Job) -> DefocusMap | None:
         """Find the defocus of a frame's tiles."""
         buffers = self._slots[job.slot.index]
         classifier = self._channels[job.channel].classifier
-        buffers.seen = None
-        if classifier is None:
+        buffers.seen, view, buffers.view = None, buffers.view, None
+        if classifier is None or view is None:
             return None
-        with job.stage("normalise"):
-            prepared = classifier.prepare(buffers.signal)
         with job.stage("classify"):
-            buffers.seen = classifier.see(prepared)
+            buffers.seen = classifier.see(view)
         return buffers.seen.defocus
 
     def begin_restoring(self, job: Job) -> None:

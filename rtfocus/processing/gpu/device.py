@@ -224,6 +224,7 @@ class GpuDevice:
         )
         self._index = self._gpu.gpu_index
         self.name = f"GPU {self._index}"
+        self.ahead = self._settings.frames_in_flight
         self.memory_bytes = 0
         """Device memory in use when the last series was ready, networks included."""
         self._memory = CudaMemory(self._index)
