@@ -18,7 +18,7 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.model import Config
 from rtfocus.config.sections import ProcessingConfig, RestorationConfig
 from rtfocus.engines.card import EngineCard, identity, input_of, restored_levels
-from rtfocus.engines.fitted import Evidence, stated_um
+from rtfocus.engines.fitted import Evidence
 from rtfocus.engines.registry import (
     FoundEngine,
     FrameFit,
@@ -32,7 +32,7 @@ from rtfocus.engines.registry import (
 )
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import ConfigError, EngineError
-from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
+from rtfocus.frame import SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.classify import (
@@ -182,13 +182,6 @@ class ChannelPlan:
     def expects_error(self) -> bool:
         """Whether the error left in restored frames is stated."""
         return self.evidence is not None and self.evidence.error_card is not None
-
-    def stating(self, found: DefocusMap) -> DefocusMap:
-        """Return a map of the classifier that says how far off it may be."""
-        plan = self.classifier
-        assert plan is not None
-        fit = plan.card.deviation.get("blind" if self.processing.blind else "told")
-        return replace(found, stated_um=stated_um(found, fit, plan.step_um))
 
     def montage(self, grid: TileGrid) -> Montage:
         """Return the blending weights of the classifier's tiles."""

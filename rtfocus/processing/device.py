@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.model import Config
+from rtfocus.engines.fitted import stated_um
 from rtfocus.errors import EngineError, RtfocusError
 from rtfocus.frame import (
     DefocusMap,
@@ -226,7 +227,7 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
     estimate, defocus = job.estimated or (None, None)
     return FrameResult(
         estimate=estimate,
-        defocus=None if defocus is None else job.plan.stating(defocus),
+        defocus=None if defocus is None else _stating(job.plan, defocus),
         restored=restored,
         expected_error=job.expected_error,
         skipped=job.skipped,
@@ -235,6 +236,15 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
         stage_ms=job.stage_ms,
         device=device,
     )
+
+
+def _stating(plan: ChannelPlan, found: DefocusMap) -> DefocusMap:
+    """Return a map of the channel's classifier that says how far off it may be."""
+    classifier = plan.classifier
+    assert classifier is not None
+    fits = classifier.found.card.deviation
+    fit = fits.get("blind" if plan.processing.blind else "told")
+    return replace(found, stated_um=stated_um(found, fit, classifier.step_um))
 
 
 @dataclass(frozen=True, slots=True)
