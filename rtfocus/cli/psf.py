@@ -41,6 +41,7 @@ from rtfocus.cli.commands import (
 )
 from rtfocus.cli.display import passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
+from rtfocus.config import Config
 from rtfocus.drawing.figures import draw_through_focus
 from rtfocus.errors import ConfigError, ExitCode, OutputError, number_of
 from rtfocus.image_set import with_engine
@@ -343,12 +344,6 @@ def calibrate(
 
     [bold]Example:[/] rtfocus calibrate my.yaml -o focus_20x.yaml
     """
-    # The microscope is loaded for this command alone.
-    from rtfocus.autofocus.devices import CoreStage
-    from rtfocus.autofocus.plans import against_unknown_backlash
-    from rtfocus.focusing import open_focuser
-    from rtfocus.microscope.core import open_core
-
     settings = read_config(config, overrides)
     path = output or settings.autofocus.calibration
     if path is None:
@@ -360,35 +355,7 @@ def calibrate(
     picture = guard.claim(path.with_suffix(".png"))
     depths = _planes_asked(reach, step)
     # The one that is being made is not asked how far it can be trusted.
-    settings = settings.changed("autofocus", calibration=None)
-    with (
-        interruptible() as (stop, _),
-        open_core(settings) as core,
-        open_focuser(core, settings, tell=typer.echo) as focuser,
-    ):
-        channel, stage = focuser.channel(), CoreStage(core)
-        comparison = PlaneComparison(focuser.optics_of(channel), 0)
-        unit = comparison.unit_um
-        # Nobody knows the backlash yet.
-        focuser.config = against_unknown_backlash(focuser.config, unit)
-        verdict = focuser.focus(is_canceled=stop.is_set)
-        z_um = verdict.end_um + depths * unit
-        with share_bar("planes") as bar:
-            show = heeding(stop, bar)
-            show(0.0)
-            up = focuser.planes(z_um, unit, lambda share: show(share / 2))
-            down = focuser.planes(
-                z_um[::-1], -unit, lambda share: show((1 + share) / 2)
-            )
-        found = calibrate_focus(
-            comparison,
-            up,
-            down,
-            channel=channel,
-            direction_of_core=focuser.direction(),
-            not_found=None if verdict.focused else verdict.reason,
-        )
-        stage.go_to(focuser.limits_around(None).clip(found.focus_um))
+    found, up = _through_focus(settings.changed("autofocus", calibration=None), depths)
     with guard.whole(path) as part:
         save_calibration(part, found)
     with guard.whole(picture) as part:
@@ -405,6 +372,45 @@ def calibrate(
     typer.echo(f"{path} (autofocus.calibration), {picture}")
     if not found.trusted:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _through_focus(
+    config: Config, depths: np.ndarray
+) -> tuple[FocusCalibration, list[Plane]]:
+    """Take planes at depths of field about focus; return what they say and those up."""
+    # The microscope is loaded for this command alone.
+    from rtfocus.autofocus.devices import CoreStage
+    from rtfocus.autofocus.plans import against_unknown_backlash
+    from rtfocus.focusing import open_focuser
+    from rtfocus.microscope.core import open_core
+
+    with (
+        interruptible() as (stop, _),
+        open_core(config) as core,
+        open_focuser(core, config, tell=typer.echo) as focuser,
+    ):
+        channel, stage = focuser.channel(), CoreStage(core)
+        comparison = PlaneComparison(focuser.optics_of(channel), 0)
+        unit = comparison.unit_um
+        # Nobody knows the backlash yet.
+        focuser.config = against_unknown_backlash(focuser.config, unit)
+        verdict = focuser.focus(is_canceled=stop.is_set)
+        z_um = verdict.end_um + depths * unit
+        with share_bar("planes") as bar:
+            show = heeding(stop, bar)
+            show(0.0)
+            up = focuser.planes(z_um, unit, lambda share: show(share / 2))
+            down = focuser.planes(z_um[::-1], -unit, lambda s: show((1 + s) / 2))
+        found = calibrate_focus(
+            comparison,
+            up,
+            down,
+            channel=channel,
+            direction_of_core=focuser.direction(),
+            not_found=None if verdict.focused else verdict.reason,
+        )
+        stage.go_to(focuser.limits_around(None).clip(found.focus_um))
+    return found, up
 
 
 def _refuse_unmarked(path: Path) -> None:

@@ -377,13 +377,9 @@ class LearnedWienerRestorer(FrameRestorer):
         """Enqueue a batch of the rows and columns of tiles -> what they join to."""
         top, left, *shape = part.rectangle
         side, batch, stride = self._side, self._batch, self._stride
-        pixels, tapered, spectrum = side**2, self._tapered, self._spectrum
-        transfer = self._transfers.enqueue(
-            work, part.level, tapered.shaped((side, side))
-        )
         work.launch(
             "cut_lattice",
-            pixels,
+            side**2,
             frame.signal,
             *self._frame.sides,
             part.plane,
@@ -399,8 +395,30 @@ class LearnedWienerRestorer(FrameRestorer):
             self._seen,
             rows=batch,
         )
+        self._filter(work, part.level)
+        work.launch(
+            "join_lattice",
+            shape[0] * shape[1],
+            self._tapered,
+            self._means,
+            self._range,
+            *shape,
+            stride,
+            self._halo_px,
+            first,
+            batch,
+            *lattice,
+            side,
+            self._joined,
+        )
+
+    def _filter(self, work: Work, level: int) -> None:
+        """Enqueue a batch of tiles -> what is left of them without their means."""
+        tapered, spectrum, batch = self._tapered, self._spectrum, self._batch
+        pixels, tile = self._side**2, tapered.shaped((self._side, self._side))
+        transfer = self._transfers.enqueue(work, level, tile)
         if self._condition is not None:
-            work.copy(self._condition, self._told[part.level])
+            work.copy(self._condition, self._told[level])
         self.network.enqueue(work)
         work.launch("tile_means", batch * BLOCK, self._seen, pixels, self._means)
         work.launch(
@@ -427,18 +445,3 @@ class LearnedWienerRestorer(FrameRestorer):
             rows=batch,
         )
         self._transfers.transforms.inverse(work, spectrum, tapered)
-        work.launch(
-            "join_lattice",
-            shape[0] * shape[1],
-            tapered,
-            self._means,
-            self._range,
-            *shape,
-            stride,
-            self._halo_px,
-            first,
-            batch,
-            *lattice,
-            side,
-            self._joined,
-        )
