@@ -15,42 +15,23 @@
 // Power of the frame's details, what it and the correction have in common, power of
 // the correction's details; power of the diagonal details before and after.
 #define SUMS 5
+// Pixels of a cell that are left after its first octave.
+#define LEFT (EVIDENCE_PX * EVIDENCE_PX / 4)
 
-// One octave of a cell of `side` pixels: halves both images, in place.
-__device__ static inline void split(
-    float* seen, float* raised, int side, float* sums) {
-  int half = side / 2;
-  for (int sum = 0; sum < SUMS; ++sum) sums[sum] = 0.0f;
-  for (int y = 0; y < half; ++y)
-    for (int x = 0; x < half; ++x) {
-      float details[2][3];
-      float* images[2] = {seen, raised};
-      for (int image = 0; image < 2; ++image) {
-        const float* upper = images[image] + 2 * y * side + 2 * x;
-        const float* lower = upper + side;
-        float top = upper[0] + upper[1], bottom = lower[0] + lower[1];
-        float left = upper[0] - upper[1], right = lower[0] - lower[1];
-        details[image][0] = (top - bottom) * 0.25f;
-        details[image][1] = (left + right) * 0.25f;
-        details[image][2] = (left - right) * 0.25f;
-        // What lies here was read before: the result is packed from the front.
-        images[image][y * half + x] = (top + bottom) * 0.25f;
-      }
-      for (int detail = 0; detail < 3; ++detail) {
-        float was = details[0][detail], change = details[1][detail];
-        sums[0] += was * was;
-        sums[1] += was * change;
-        sums[2] += change * change;
-      }
-      float was = details[0][2], after = was + details[1][2];
-      sums[3] += was * was;
-      sums[4] += after * after;
-    }
-  for (int sum = 0; sum < SUMS; ++sum) sums[sum] /= half * half;
+// Splits 2 x 2 pixels, row by row, into their mean, which is returned, and details:
+// differences down, across and along the diagonals.
+__device__ static inline float haar(const float* pixels, float* details) {
+  float top = pixels[0] + pixels[1], bottom = pixels[2] + pixels[3];
+  float left = pixels[0] - pixels[1], right = pixels[2] - pixels[3];
+  details[0] = (top - bottom) * 0.25f;
+  details[1] = (left + right) * 0.25f;
+  details[2] = (left - right) * 0.25f;
+  return (top + bottom) * 0.25f;
 }
 
 // One thread per cell of 16 px: its means of products, axes (sum, octave, cell), and
-// the mean square of the correction.
+// the mean square of the correction. Each octave halves both images; only what the first
+// leaves is held, for what a thread indexes lies in memory.
 extern "C" __global__ void evidence_cells(
     const float* signal,
     const float* restored,
@@ -64,24 +45,45 @@ extern "C" __global__ void evidence_cells(
     float* powers) {
   int cell = element();
   if (cell >= rows * columns) return;
-  float power = 0.0f;
-  float seen[EVIDENCE_PX * EVIDENCE_PX], raised[EVIDENCE_PX * EVIDENCE_PX];
   int top = cell / columns * EVIDENCE_PX, left = cell % columns * EVIDENCE_PX;
-  for (int i = 0; i < EVIDENCE_PX * EVIDENCE_PX; ++i) {
-    int y = top + i / EVIDENCE_PX, x = left + i % EVIDENCE_PX;
-    float was = grey(signal, height, width, channels, y, x);
-    float is_now = grey(restored, height, width, channels, y, x);
-    seen[i] = (was - range[0]) / range[1];
-    raised[i] = (is_now - was) / range[1];
-    power += raised[i] * raised[i];
+  float seen[LEFT], raised[LEFT], power = 0.0f;
+  for (int octave = 0; octave < OCTAVES; ++octave) {
+    int side = EVIDENCE_PX >> octave, half = side / 2;
+    float found[SUMS] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+    for (int y = 0; y < half; ++y)
+      for (int x = 0; x < half; ++x) {
+        float was[4], change[4], details[3], changes[3];
+        for (int corner = 0; corner < 4; ++corner) {
+          int row = 2 * y + corner / 2, column = 2 * x + corner % 2;
+          if (octave > 0) {
+            was[corner] = seen[row * side + column];
+            change[corner] = raised[row * side + column];
+            continue;
+          }
+          int down = top + row, across = left + column;
+          float before = grey(signal, height, width, channels, down, across);
+          float after = grey(restored, height, width, channels, down, across);
+          was[corner] = (before - range[0]) / range[1];
+          change[corner] = (after - before) / range[1];
+          power += change[corner] * change[corner];
+        }
+        // What lies here was read before: the result is packed from the front.
+        seen[y * half + x] = haar(was, details);
+        raised[y * half + x] = haar(change, changes);
+        for (int detail = 0; detail < 3; ++detail) {
+          found[0] += details[detail] * details[detail];
+          found[1] += details[detail] * changes[detail];
+          found[2] += changes[detail] * changes[detail];
+        }
+        float after = details[2] + changes[2];
+        found[3] += details[2] * details[2];
+        found[4] += after * after;
+      }
+    for (int sum = 0; sum < SUMS; ++sum)
+      sums[(sum * OCTAVES + octave) * rows * columns + cell] =
+          found[sum] / (half * half);
   }
   powers[cell] = power / (EVIDENCE_PX * EVIDENCE_PX);
-  for (int octave = 0; octave < OCTAVES; ++octave) {
-    float found[SUMS];
-    split(seen, raised, EVIDENCE_PX >> octave, found);
-    for (int sum = 0; sum < SUMS; ++sum)
-      sums[(sum * OCTAVES + octave) * rows * columns + cell] = found[sum];
-  }
 }
 
 __device__ static inline float log_ratio(float above, float below) {
