@@ -300,7 +300,7 @@ class Plane:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class FocusCalibration:
     """What was found; lengths in um of stage z."""
 
     channel: str
@@ -334,7 +334,7 @@ class Calibration:
         return not self.problems
 
 
-def calibrate(
+def calibrate_focus(
     comparison: PlaneComparison,
     up: Sequence[Plane],
     down: Sequence[Plane],
@@ -342,7 +342,7 @@ def calibrate(
     channel: str,
     direction_of_core: int,
     not_found: str | None = None,
-) -> Calibration:
+) -> FocusCalibration:
     """Evaluate a stack taken on the way up and again on the way down.
 
     Parameters
@@ -393,7 +393,7 @@ def calibrate(
             "the stage runs against what Micro-Manager was told (focus direction in "
             "its hardware wizard), or the spherical aberration has the wrong sign"
         )
-    return Calibration(
+    return FocusCalibration(
         channel=channel,
         focus_um=focus,
         sharpest_um=sharp,

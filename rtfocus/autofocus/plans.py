@@ -14,7 +14,7 @@ import yaml
 from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.hold import Key, key_of_index
-from rtfocus.autofocus.planes import Calibration
+from rtfocus.autofocus.planes import FocusCalibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
 from rtfocus.config.model import AutofocusConfig
@@ -47,7 +47,7 @@ def limits_at(config: AutofocusConfig, start_um: float) -> Limits:
     return Limits(low, high).within(start_um, config.reach_um)
 
 
-def save_calibration(path: Path, found: Calibration) -> None:
+def save_calibration(path: Path, found: FocusCalibration) -> None:
     """Write a calibration as YAML."""
     values = {
         key: round(value, 5) if isinstance(value, float) else value
@@ -57,7 +57,7 @@ def save_calibration(path: Path, found: Calibration) -> None:
     path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
 
 
-def load_calibration(path: Path) -> Calibration:
+def load_calibration(path: Path) -> FocusCalibration:
     """Read a calibration.
 
     Raises
@@ -67,7 +67,7 @@ def load_calibration(path: Path) -> Calibration:
     """
     try:
         values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Calibration(**values)
+        return FocusCalibration(**values)
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         msg = (
             f"autofocus.calibration '{path}' cannot be used: {error}; make it with: "

@@ -16,9 +16,13 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from rtfocus.autofocus.planes import FEWEST_PLANES, Plane, PlaneComparison
-from rtfocus.autofocus.planes import Calibration as FocusCalibration
-from rtfocus.autofocus.planes import calibrate as calibrate_focus
+from rtfocus.autofocus.planes import (
+    FEWEST_PLANES,
+    FocusCalibration,
+    Plane,
+    PlaneComparison,
+    calibrate_focus,
+)
 from rtfocus.autofocus.plans import load_calibration, save_calibration
 from rtfocus.calibration.bead_fit import calibrate_from_beads
 from rtfocus.calibration.pair_fit import calibrate_from_pairs
@@ -203,10 +207,8 @@ def fit(
                 )
             )
     with guard.report(output, FIGURES_NAME, REPORT_NAMES) as part:
-        names = [
-            p.name for p in write_calibration(part, found, channel=channel or "default")
-        ]
-    _tell(found, [output / name for name in names])
+        files = write_calibration(part, found, channel=channel or "default")
+    _tell(found, [output / file.name for file in files])
 
 
 def _optics(

@@ -21,11 +21,11 @@ from rtfocus.engines.card import (
 from rtfocus.engines.registry import FoundEngine
 from rtfocus.runtimes.cpu_engine import (
     CpuPrecision,
+    CpuRequest,
     Engine,
     Inputs,
     OnnxRuntimeEngine,
     OpenVinoEngine,
-    Request,
     Shape,
     arranged_shape,
     import_openvino,
@@ -57,7 +57,7 @@ class Backend:
     name: str
     why_unavailable: Callable[[], str | None]
     """Reason why not, with the remedy; None: available."""
-    open_engine: Callable[[Request], Engine]
+    open_engine: Callable[[CpuRequest], Engine]
     computes: Callable[[], tuple[str, ...]]
     """What it computes fp32 weights in on this CPU: ``f32`` and perhaps ``bf16``."""
 
@@ -128,7 +128,7 @@ def open_engine(
     condition = card.condition
     weights, precision = choose_weights(card, settings.precision)
     backend = choose_backend(settings.backend)
-    request = Request(
+    request = CpuRequest(
         model=verified_file(found.folder, card, weights),
         inputs=Inputs(
             engine=found.name,
@@ -147,7 +147,7 @@ def open_engine(
     return backend.open_engine(_arranged(card, request))
 
 
-def _arranged(card: EngineCard, request: Request) -> Request:
+def _arranged(card: EngineCard, request: CpuRequest) -> CpuRequest:
     """Return the request of a network with its axes in an order of its own."""
     if card.steps is None:
         return request
@@ -156,7 +156,9 @@ def _arranged(card: EngineCard, request: Request) -> Request:
     return replace(request, inputs=replace(request.inputs, shape=shape), axes=axes)
 
 
-def _by_measurement(found: FoundEngine, backend: Backend, request: Request) -> Request:
+def _by_measurement(
+    found: FoundEngine, backend: Backend, request: CpuRequest
+) -> CpuRequest:
     """Return the request in what is fastest here, timed now or at an earlier start."""
     options = choices(found.card, backend.computes())
     if len(options) == 1:
@@ -178,7 +180,7 @@ def _by_measurement(found: FoundEngine, backend: Backend, request: Request) -> R
 
 
 def _time(
-    found: FoundEngine, backend: Backend, request: Request, options: list[Choice]
+    found: FoundEngine, backend: Backend, request: CpuRequest, options: list[Choice]
 ) -> dict[str, float]:
     """Return the ms of a pass of every option."""
     shape, entries = request.inputs.shape, request.inputs.entries
@@ -195,7 +197,7 @@ def _time(
         return time_passes(passes)
 
 
-def _as_choice(found: FoundEngine, request: Request, choice: Choice) -> Request:
+def _as_choice(found: FoundEngine, request: CpuRequest, choice: Choice) -> CpuRequest:
     return replace(
         request,
         model=verified_file(found.folder, found.card, choice.weights),

@@ -120,7 +120,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CpuRequest:
     """Everything that makes an engine ready."""
 
     model: Path
@@ -150,7 +150,7 @@ class Engine(ABC):
     precision: str
     """Numbers it computes in: ``f32`` or ``bf16``."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: CpuRequest) -> None:
         self.name = request.inputs.engine
         """Folder name in ``engines/``."""
         self.request = request
@@ -217,7 +217,7 @@ class OpenVinoEngine(Engine):
 
     backend = "openvino"
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: CpuRequest) -> None:
         super().__init__(request)
         inputs = request.inputs
         self._openvino: Any = import_openvino()
@@ -354,7 +354,7 @@ class OnnxRuntimeEngine(Engine):
     backend = "onnxruntime"
     precision = "f32"
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: CpuRequest) -> None:
         super().__init__(request)
         if request.precision == "bf16":
             msg = (
@@ -382,7 +382,7 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(msg) from error
         self._check_names(request)
 
-    def _check_names(self, request: Request) -> None:
+    def _check_names(self, request: CpuRequest) -> None:
         """Compare the card's tensor names with the file's."""
         inputs = [tensor.name for tensor in self._session.get_inputs()]
         outputs = [tensor.name for tensor in self._session.get_outputs()]

@@ -11,7 +11,7 @@ from network_kit import quantise, write_restorer
 from rtfocus.engines.card import read_card, verified_file
 from rtfocus.errors import EngineError
 from rtfocus.runtimes.cpu_backends import BACKENDS, choose_backend
-from rtfocus.runtimes.cpu_engine import Inputs, Request
+from rtfocus.runtimes.cpu_engine import CpuRequest, Inputs
 from rtfocus.runtimes.machine import adds_int8_in_16_bits
 
 SHAPE = (1, 1, 240, 288)
@@ -28,7 +28,7 @@ def request_for(folder, *, shape=SHAPE, outputs=("logits",), model=None, **chang
         0 if condition is None else len(condition.entries),
     )
     values = {"precision": "f32"} | changes
-    return Request(model or verified_file(folder, card), inputs, outputs, **values)
+    return CpuRequest(model or verified_file(folder, card), inputs, outputs, **values)
 
 
 @pytest.fixture(params=[backend.name for backend in BACKENDS])
@@ -167,7 +167,7 @@ def test_fp16_and_int8_files_give_nearly_the_same(
     inputs = Inputs("unet", "tiles", tiles.shape, "condition", 5)
 
     def restored(path):
-        engine = backend.open_engine(Request(path, inputs, ("restored",), "f32"))
+        engine = backend.open_engine(CpuRequest(path, inputs, ("restored",), "f32"))
         result = engine.infer(tiles, condition)["restored"]
         engine.close()
         return result

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from rtfocus.autofocus.appearance import amplitude_spectrum
 from rtfocus.autofocus.focuser import Focuser
-from rtfocus.autofocus.planes import Calibration
+from rtfocus.autofocus.planes import FocusCalibration
 from rtfocus.autofocus.plans import save_calibration
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import Aberrations, OpticalSystem
@@ -177,7 +177,7 @@ def test_measured_backlash_makes_every_place_be_reached_upwards(
     core: Any, tmp_path: Path
 ) -> None:
     optics = TypeAdapter(OpticalSystem).validate_python(OPTICS)
-    found = Calibration(
+    found = FocusCalibration(
         channel="DAPI",
         focus_um=FOCUS_UM,
         sharpest_um=FOCUS_UM,

@@ -12,7 +12,7 @@ from loop_kit import OPTICS
 from pymmcore_plus.mda import MDAEngine
 
 from rtfocus.autofocus.actions import FocusEngine
-from rtfocus.autofocus.planes import Calibration
+from rtfocus.autofocus.planes import FocusCalibration
 from rtfocus.autofocus.plans import save_calibration
 from rtfocus.config import parse_config
 from rtfocus.errors import MicroscopeError, TransportError
@@ -80,7 +80,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     calibration = tmp_path_factory.mktemp("calibrated") / "20x.yaml"
     save_calibration(
         calibration,
-        Calibration(
+        FocusCalibration(
             channel="DAPI",
             focus_um=FOCUS_UM,
             sharpest_um=FOCUS_UM,

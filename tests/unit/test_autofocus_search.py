@@ -19,7 +19,7 @@ from rtfocus.autofocus.appearance import (
 )
 from rtfocus.autofocus.evidence import Evidence
 from rtfocus.autofocus.looks import Look
-from rtfocus.autofocus.planes import Calibration, PlaneComparison
+from rtfocus.autofocus.planes import FocusCalibration, PlaneComparison
 from rtfocus.autofocus.plans import move_rule, save_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule, Probe, Stay
 from rtfocus.autofocus.run import Verdict, run_search
@@ -424,7 +424,7 @@ def test_play_that_nobody_measured_does_not_move_focus(
     calibration = tmp_path / "focus.yaml"
     # Nor does play that came after a calibration.
     for problems in ([], ["not these optics"]):
-        found = Calibration(
+        found = FocusCalibration(
             *("DAPI", 0.0, 0.0, 0.01, 1, 1, 0.0, 0.0, 1.0, 20.0, UNIT), problems
         )
         save_calibration(calibration, found)
