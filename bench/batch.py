@@ -104,7 +104,7 @@ def plain_s(source: Path, output: Path) -> float:
                 OutputImage(
                     like=series,
                     dtype=images.restored_dtype(number),
-                    planes=images.restored(number, lambda: None),
+                    planes=images.restored(number),
                 )
                 for number, series in enumerate(found.series)
             ]
@@ -113,7 +113,7 @@ def plain_s(source: Path, output: Path) -> float:
 
 
 def _warm(images: ImageSet) -> None:
-    next(images.restored(0, lambda: None))
+    next(images.restored(0))
 
 
 def here_s(source: Path, output: Path) -> float:

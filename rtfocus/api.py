@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem as Optics
 from rtfocus.config import Config, load_config
+from rtfocus.config.loading import restoring_in, with_engine
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.files import path_given
 from rtfocus.frame import DefocusMap, FrameResult
-from rtfocus.image_set import BLIND_ENGINE, restoring_in, restoring_with, with_engine
+from rtfocus.image_set import BLIND_ENGINE, restoring_with
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import nothing_shown, pixels_of, shows_nothing
 from rtfocus.offline import ImageProcessor

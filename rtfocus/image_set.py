@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.channel import OpticalSystem
-from rtfocus.config import Config, parse_config
+from rtfocus.config import Config
+from rtfocus.config.loading import with_engine
 from rtfocus.config.model import ChannelConfig
 from rtfocus.engines.card import identity
 from rtfocus.engines.registry import (
@@ -47,6 +48,32 @@ BLIND_ENGINE = "rtfocus-2"
 _MOST_PROCESSORS = 4
 
 Find = Callable[[str], FoundEngine]
+
+
+def why_no_error(
+    settings: Config, channel: str | None, find: Find, *, optics: str | None
+) -> str | None:
+    """Say why the error left is not stated; None: it is. `optics`: who told them."""
+    classifier, restoration = settings.engines_of(channel)
+    name, ways = restoration.method, restoration.orientations
+    is_told = optics is not None and not settings.processing.blind
+    hide = "--set processing.blind=true"
+    if name in (*METHODS, "none") or find(name).card.expected_error is None:
+        remedy = f"--engine {BLIND_ENGINE} {hide if is_told else ''}".rstrip()
+        return f"'{name}' states none; '{BLIND_ENGINE}' does, blind: {remedy}"
+    if is_told:
+        return (
+            f"'{name}' states it only blind, and the optics are told (from {optics}): "
+            f"leave them out, or hide them, {hide}"
+        )
+    if classifier != name:
+        return (
+            f"'{name}' states it only where it finds the defocus too, not with "
+            f"classifier '{classifier}': set processing.classifier to '{name}'"
+        )
+    if ways > 1:
+        return f"nobody knows it of the mean over {ways} orientations: leave those out"
+    return None
 
 
 @dataclass(frozen=True)
@@ -121,6 +148,14 @@ class _Channel:
         name = self.method if self.method != "none" else self.engines[0].name
         refuse_other_reference(image, self.optics, name, self.reference)
 
+    def refuse_unstated_error(self, image: ImageSeries) -> None:
+        """Refuse an image of which the error left is not stated, with the reason."""
+        told = None if self.optics.system is None else self.optics.source
+        name = self.known.name
+        if why := why_no_error(self.settings, name, self.find, optics=told):
+            msg = f"'{image.path}', channel '{name}': no expected error: {why}"
+            raise ConfigError(msg)
+
     def assumed(self) -> str:
         """Say in a line which optics count, unless they come from the config."""
         where = f"optics of channel '{self.known.name}'"
@@ -169,11 +204,14 @@ class ImageSet(Closing):
         Optics the user states for them; None: those of config and files.
     free_choice
         Nobody named an engine: what has no optics is restored by `BLIND_ENGINE`.
+    states_error
+        The error left in restored images is to be stated of all.
 
     Raises
     ------
     ConfigError
-        If the optics contradict a file, or are unknown and needed.
+        If the optics contradict a file, are unknown and needed, or an error that is
+        to be stated is not known.
     EngineError
         If an engine is missing or was not made for the optics.
     """
@@ -185,8 +223,10 @@ class ImageSet(Closing):
         *,
         stated: StatedOptics | None = None,
         free_choice: bool = False,
+        states_error: bool = False,
     ) -> None:
         self._stated = stated
+        self._states_error = states_error
         self._settings = settings
         self._processors: OrderedDict[tuple[int, object], ImageProcessor]
         self._processors = OrderedDict()
@@ -255,9 +295,13 @@ class ImageSet(Closing):
         )
 
     def restored(
-        self, number: int, on_plane: Callable[[], None]
+        self,
+        number: int,
+        on_result: Callable[[FrameResult], None] = lambda _: None,
     ) -> Iterator[NDArray[np.generic]]:
         """Yield the restored planes of an image in the order of its indices.
+
+        `on_result` is told everything else about each.
 
         Raises
         ------
@@ -276,7 +320,7 @@ class ImageSet(Closing):
                 msg = f"'{image.path}': plane {index} was not restored"
                 raise EngineError(msg)
             self._count_cut(number, pixels, restored)
-            on_plane()
+            on_result(result)
             yield restored
 
     def classified(self, number: int) -> Iterator[tuple[dict[str, int], FrameResult]]:
@@ -318,6 +362,8 @@ class ImageSet(Closing):
                 settings, known, optics, self._find, self._find_classifier
             )
             planned.check(image)
+            if self._states_error:
+                planned.refuse_unstated_error(image)
             plan.append(planned)
         return plan
 
@@ -384,24 +430,6 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     if found.card.kind != "joint":
         return settings
     return with_engine(settings, "classifier", engine)
-
-
-def restoring_in(settings: Config, orientations: int) -> Config:
-    """Return `settings` that restore in the mean over so many orientations."""
-    data = settings.model_dump()
-    for part in (data["processing"], *data["channels"]):
-        if part["restoration"] is not None:
-            part["restoration"]["orientations"] = orientations
-    return parse_config(data)
-
-
-def with_engine(settings: Config, key: str, value: object) -> Config:
-    """Return `settings` with one ``classifier`` or ``restoration`` for all channels."""
-    data = settings.model_dump()
-    data["processing"][key] = value
-    for channel in data["channels"]:
-        channel[key] = None
-    return parse_config(data)
 
 
 def _names(settings: Config, image: ImageSeries) -> list[ChannelConfig]:

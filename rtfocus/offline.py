@@ -251,7 +251,9 @@ class ImageProcessor(Closing):
             mean += (back[:, ::-1] if flip else back) / len(ways)
         if np.issubdtype(first.restored.dtype, np.integer):
             np.rint(mean, out=mean)
-        return replace(first, restored=mean.astype(first.restored.dtype))
+        mean = mean.astype(first.restored.dtype)
+        # What is stated of the image as it lies is not the error of the mean.
+        return replace(first, restored=mean, expected_error=None)
 
     def _looked_coarser(
         self, pixels: Pixels, channel: str, found: DefocusMap

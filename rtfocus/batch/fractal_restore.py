@@ -71,7 +71,7 @@ def fractal_restore(
     with ImageSet(settings, found, stated=stated, free_choice=engine is None) as images:
         for line in images.assumptions():
             _log.warning("%s", line)
-        planes = images.restored(0, lambda: None)
+        planes = images.restored(0)
         image = replace(images.outline(0), planes=planes)
         with files.whole(target, overwrite=overwrite) as part:
             write_zarr(part, [image], form)

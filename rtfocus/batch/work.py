@@ -7,7 +7,7 @@ unit to the next.
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus import __version__, files
 from rtfocus.batch.plan import (
@@ -32,14 +33,14 @@ from rtfocus.batch.plan import (
 )
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError, InputError, OutputError, RtfocusError
-from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
+from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult, TileGrid
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.optics import StatedOptics
-from rtfocus.images.outputs import OutputGuard, companions
+from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
 from rtfocus.images.reading import find_images, stretch_histogram
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.series import ContrastWindow, ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import fill_image
 
 _MOST_SOURCES = 8
@@ -142,7 +143,7 @@ class _Opened:
             files.keep_names(ledger.rows(unit).parent)
             return []
         image = images.outline(0, stretch=job.stretch)
-        planes = images.restored(0, lambda: None)
+        planes = images.restored(0)
         if job.stretch:
             planes = map(stretch_histogram, planes)
         image = replace(image, planes=planes)
@@ -348,15 +349,86 @@ def plane_row(
     }
 
 
+class ErrorMaps:
+    """The error expected to be left in restored images, a pixel per tile.
+
+    Kept until all images are restored: a thousandth of their pixels. Arguments are as
+    of `ImageOutput`; without an output nobody asked for it.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        series: Sequence[ImageSeries],
+        guard: OutputGuard,
+        root: Path,
+    ) -> None:
+        self._place: ImageOutput | None = None
+        if output is not None:
+            self._place = ImageOutput(output, series, guard, root)
+        self._grids: dict[int, TileGrid] = {}
+        self._found: dict[int, list[NDArray[np.float32]]] = {}
+
+    def note(self, number: int, result: FrameResult) -> None:
+        """Take in the next plane of an image; NaN: nothing is stated of it."""
+        if self._place is None or result.defocus is None:
+            return
+        grid, error = result.defocus.grid, result.expected_error
+        if error is None:
+            error = np.full((grid.rows, grid.columns), np.nan, np.float32)
+        self._grids[number] = grid
+        self._found.setdefault(number, []).append(error)
+
+    def write(self, images: ImageSet) -> None:
+        """Write those of images that were restored, once all are."""
+        if self._place is not None:
+            every = range(len(images.series))
+            self._place.write([self._output(images, number) for number in every])
+
+    def _output(self, images: ImageSet, number: int) -> OutputImage:
+        image = images.series[number]
+        found = self._found.get(number, [])
+        if len(found) < len(image):
+            return OutputImage(image, image.dtype, map(_not_restored, [image]))
+        grid = self._grids[number]
+        shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
+        size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
+        at = image.stage or StagePosition()
+        like = replace(
+            image,
+            name=f"{image.name} expected error",
+            shape=(grid.rows, grid.columns),
+            pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
+            pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
+            stage=StagePosition(
+                (at.x_um or 0.0) + grid.origin_px * size_x,
+                (at.y_um or 0.0) + grid.origin_px * size_y,
+                at.z_um,
+            ),
+            channels=tuple(replace(one, window=shown) for one in image.channels),
+        )
+        made = {
+            "command": "restore --expected-error",
+            "values": "root mean square over a tile, in counts",
+            "tiles": f"of {grid.tile_px} px, every {grid.stride_px:g} px, the first "
+            f"around {grid.origin_px:g} px from the middle of the first pixel",
+            **images.made(number),
+        }
+        return OutputImage(like, np.dtype("<f4"), iter(found), made)
+
+
+def _not_restored(image: ImageSeries) -> NDArray[np.float32]:
+    msg = f"'{image.path}' was not restored"
+    raise InputError(msg)
+
+
 def tile_rows(result: FrameResult) -> list[dict[str, float | int | str | None]]:
     """List the tiles of a result as plain values, row by row.
 
     ``y`` and ``x`` are the upper left corner of the tile in frame pixels, cut at
     the frame's edge; ``level`` and ``defocus_um`` are None for background.
     """
-    if result.defocus is None:
-        return []
-    return list(_tile_rows(result.defocus))
+    return [] if result.defocus is None else list(_tile_rows(result.defocus))
 
 
 def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None]]:

@@ -1,7 +1,7 @@
 """Offline commands: ``restore`` and ``classify`` files as the live loop would."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ import typer
 from rtfocus.batch.ends import notes_of
 from rtfocus.batch.plan import Command, Job, content_of
 from rtfocus.batch.scheduler import WORKERS_S
-from rtfocus.batch.work import classified, plane_row
+from rtfocus.batch.work import ErrorMaps, classified, plane_row
 from rtfocus.cli.batch import (
     FinishOption,
     InitOption,
@@ -33,8 +33,10 @@ from rtfocus.cli.commands import (
 )
 from rtfocus.cli.display import counting
 from rtfocus.config import Config, parse_config
+from rtfocus.config.loading import restoring_in, with_engine
 from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
-from rtfocus.image_set import ImageSet, restoring_in, restoring_with, with_engine
+from rtfocus.frame import FrameResult
+from rtfocus.image_set import ImageSet, restoring_with
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
 from rtfocus.images.outputs import STANDARD_OUTPUT, ImageOutput, OutputGuard, companions
@@ -65,6 +67,15 @@ PictureOption = Annotated[
         "--picture",
         metavar="FILE.png",
         help="Show the first plane of up to four images, and what was found, as a PNG.",
+    ),
+]
+ErrorOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--expected-error",
+        metavar="OUTPUT",
+        help="Write the error that is expected to be left here, a float32 pixel per "
+        "tile, in counts; as --output. For rtfocus-2, blind, in one orientation.",
     ),
 ]
 JsonOption = Annotated[
@@ -114,6 +125,7 @@ def restore(
         ),
     ] = False,
     picture: PictureOption = None,
+    expected_error: ErrorOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     overwrite: OverwriteOption = False,
@@ -137,16 +149,14 @@ def restore(
     if orientations is not None:
         settings = restoring_in(settings, orientations)
     if output is None:
-        if stretch or picture is not None:
-            option = "--stretch" if stretch else "--picture"
-            msg = f"{option} is for viewing, a run keeps its counts; give --output"
-            raise ConfigError(msg)
-        _complete(path, settings)
+        given = {"--stretch": stretch or None, "--picture": picture}
+        _complete(path, settings, {**given, "--expected-error": expected_error})
         return
     free_choice = engine is None and config is None and not _is_run(path)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
-        _refuse_with_many("--picture", picture)
+        beside = {"--picture": picture, "--expected-error": expected_error}
+        _refuse_with_many(beside)
         asked = _job("restore", path, output, settings, optics)
         asked = msgspec.structs.replace(asked, free_choice=free_choice, stretch=stretch)
         run_batch(asked, many, overwrite=overwrite)
@@ -155,22 +165,26 @@ def restore(
     as_found = _contents(found)
     guard = _guard(path, found, overwrite)
     place = ImageOutput(output, found.series, guard, path)
+    maps = ErrorMaps(expected_error, found.series, guard, path)
     shown = SideBySide(guard, picture)
     images = ImageSet(
         settings,
         found.series,
         stated=_stated(optics),
         free_choice=free_choice,
+        states_error=expected_error is not None,
     )
     _tell(notes_of(found, images))
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
         outputs = [
-            _output(images, number, stretch, shown, on_plane)
+            _output(images, number, stretch, shown, maps, on_plane)
             for number in range(len(found.series))
         ]
         broken = place.write(outputs)
+        maps.write(images)
     _tell(images.cut())
     _tell_picture(shown.save())
+    _tell([] if expected_error is None else [f"expected error: {expected_error}"])
     _say_restored(place, found, broken)
     _refuse_changed(found, as_found)
 
@@ -201,7 +215,7 @@ def classify(
         settings = with_engine(settings, "classifier", engine)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
-        _refuse_with_many("--picture", picture)
+        _refuse_with_many({"--picture": picture})
         target = _json_of_many(json_file)
         asked = _job("classify", path, target, settings, optics)
         run_batch(asked, many, overwrite=overwrite)
@@ -264,10 +278,11 @@ def _json_of_many(path: Path | None) -> Path:
     return path
 
 
-def _refuse_with_many(option: str, given: object) -> None:
-    if given is not None:
-        msg = f"{option} is for one process; leave it out, or the options of many"
-        raise ConfigError(msg)
+def _refuse_with_many(given: Mapping[str, object]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            msg = f"{option} is for one process; leave it out, or the options of many"
+            raise ConfigError(msg)
 
 
 def _output(
@@ -275,9 +290,14 @@ def _output(
     number: int,
     stretch: bool,
     shown: SideBySide,
+    maps: ErrorMaps,
     on_plane: Callable[[], None],
 ) -> OutputImage:
-    planes = shown.restored(images, number, images.restored(number, on_plane))
+    def on_result(result: FrameResult) -> None:
+        on_plane()
+        maps.note(number, result)
+
+    planes = shown.restored(images, number, images.restored(number, on_result))
     return replace(
         images.outline(number, stretch=stretch),
         planes=map(stretch_histogram, planes) if stretch else planes,
@@ -336,8 +356,15 @@ def _refuse_broken(broken: list[BrokenImage], done: int, what: str, how: str) ->
     raise (IncompleteError if done else InputError)(msg)
 
 
-def _complete(run: Path, settings: Config) -> None:
+def _complete(run: Path, settings: Config, given: Mapping[str, object]) -> None:
     """Restore the frames of a run folder that were recorded raw only."""
+    for option, value in given.items():
+        if value is not None:
+            msg = (
+                f"{option} is for other files: a run keeps its counts, and the "
+                "expected error where one is stated; give --output"
+            )
+            raise ConfigError(msg)
     if not _is_run(run):
         msg = f"'{run}' is no run folder; say where to write with --output"
         raise ConfigError(msg)

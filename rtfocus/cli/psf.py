@@ -46,9 +46,9 @@ from rtfocus.cli.commands import (
 from rtfocus.cli.display import passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
 from rtfocus.config import Config
+from rtfocus.config.loading import with_engine
 from rtfocus.drawing.figures import draw_through_focus
 from rtfocus.errors import ConfigError, ExitCode, OutputError, number_of
-from rtfocus.image_set import with_engine
 from rtfocus.images.metadata import SOFTWARE, png_mark, written_by_rtfocus
 from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import open_images

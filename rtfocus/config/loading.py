@@ -230,6 +230,24 @@ def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
         raise ConfigError(msg) from error
 
 
+def restoring_in(settings: Config, orientations: int) -> Config:
+    """Return `settings` that restore in the mean over so many orientations."""
+    data = settings.model_dump()
+    for part in (data["processing"], *data["channels"]):
+        if part["restoration"] is not None:
+            part["restoration"]["orientations"] = orientations
+    return parse_config(data)
+
+
+def with_engine(settings: Config, key: str, value: object) -> Config:
+    """Return `settings` with one ``classifier`` or ``restoration`` for all channels."""
+    data = settings.model_dump()
+    data["processing"][key] = value
+    for channel in data["channels"]:
+        channel[key] = None
+    return parse_config(data)
+
+
 def _apply_override(data: dict[str, Any], override: str) -> list[str]:
     """Set one ``a.b.c=value`` and return the key; the value is read as YAML."""
     key, equals, text = override.partition("=")

@@ -10,6 +10,7 @@ import pytest
 import tifffile
 import yaozarrs
 import zarr
+from engine_kit import write_brightness_joint
 from loop_kit import (
     Run,
     command,
@@ -26,7 +27,10 @@ from yaozarrs import v05
 from yaozarrs.write.v05 import write_image
 
 import rtfocus
+from rtfocus.config import load_config
+from rtfocus.config.loading import restoring_in
 from rtfocus.errors import ExitCode
+from rtfocus.offline import ImageProcessor
 
 ESTIMATE = {"level", "defocus_um", "signed", "confidence"}
 TILE = {"y", "x", "level", "label", "probability", "defocus_um", "uncertainty_um"}
@@ -220,6 +224,118 @@ def test_orientations_are_the_same_by_command_and_in_python(tmp_path):
     assert "1, 2, 4 or 8" in said
 
 
+@pytest.fixture
+def stating(tmp_path) -> Path:
+    """A config, without optics, of an engine that states the error it leaves."""
+    write_brightness_joint(tmp_path / "engines/weighed", share=0.25, log_error=-4.0)
+    processing = {
+        "classifier": "weighed",
+        "restoration": {"method": "weighed"},
+        "engine_folders": [str(tmp_path / "engines")],
+    }
+    config = tmp_path / "stating.yaml"
+    config.write_text(json.dumps({"processing": processing}))
+    return config
+
+
+def stack_of(path: Path) -> np.ndarray:
+    """Write three slices of different brightness; returns them."""
+    planes = [specimen(n)[:150] * 1000 * n + 200 for n in (1, 2, 3)]
+    stack = np.array(planes).astype(np.uint16)
+    metadata = {"axes": "ZYX", "unit": "um", "spacing": 2.0}
+    size = (1 / 0.65, 1 / 0.65)
+    tifffile.imwrite(path, stack, imagej=True, resolution=size, metadata=metadata)
+    return stack
+
+
+@pytest.mark.parametrize("ending", [".ome.zarr", ".tif"])
+def test_the_expected_error_is_written_a_pixel_per_tile(tmp_path, stating, ending):
+    path, out = tmp_path / "stack.tif", tmp_path / f"sharp{ending}"
+    stack, errors = stack_of(path), tmp_path / f"errors{ending}"
+    options = ("-o", out, "--expected-error", errors, "--config", stating)
+    said = command("restore", path, *options)
+    succeeded(said)
+    assert f"expected error: {errors}" in said.err
+    with ImageProcessor(load_config(stating)) as processor:
+        results = [processor.restore(plane) for plane in stack]
+    wanted = np.array([result.expected_error for result in results])
+    grid = results[0].defocus.grid
+    assert wanted.shape == (3, grid.rows, grid.columns)
+    assert grid.rows != grid.columns
+    assert len(np.unique(wanted)) == 3
+    step, first = round(grid.stride_px * 0.65, 9), grid.origin_px * 0.65
+    if ending == ".tif":
+        with tifffile.TiffFile(errors) as file:
+            found, told = file.asarray(), str(file.ome_metadata)
+        assert f'PhysicalSizeX="{step}"' in told
+        assert f'PositionX="{first}"' in told
+    else:
+        yaozarrs.validate_zarr_store(str(errors))
+        group = zarr.open_group(errors, mode="r")
+        told = json.dumps(dict(group.attrs))
+        found = group["0"][0, 0]
+        (place,) = group.attrs["ome"]["multiscales"][0]["datasets"]
+        scale, translation = place["coordinateTransformations"]
+        assert scale["scale"] == [1, 1, 2, step, step]
+        assert translation["translation"] == [0, 0, 0, first, first]
+    np.testing.assert_array_equal(found, wanted)
+    assert "root mean square over a tile, in counts" in told
+    assert "weighed@" in told
+    # A result of rtfocus like any other.
+    assert "exists" in failed(command("restore", path, *options))
+    succeeded(command("restore", path, *options, "--overwrite"))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--orientations", 2), "nobody knows it of the mean over 2 orientations"),
+        (("--optics", "NA=0.5,wavelength=520"), "blind, and the optics are told"),
+        (("--set", "processing.classifier=delpnet"), "not with classifier 'delpnet'"),
+        (("--engine", "wiener", "--optics", "NA=0.5,wavelength=520"), "--engine rtfo"),
+        (("--scheduler", "local:2"), "--expected-error is for one process"),
+    ],
+)
+def test_where_no_error_is_stated_it_is_said_why_before_the_work(
+    tmp_path, stating, options, why
+):
+    path, out, errors = (tmp_path / name for name in ("a.tif", "b.tif", "c.tif"))
+    stack_of(path)
+    asked = ("-o", out, "--expected-error", errors, "--config", stating)
+    assert why in failed(command("restore", path, *asked, *options))
+    assert not out.exists()
+    assert not errors.exists()
+
+
+def test_told_optics_that_are_hidden_leave_the_error_stated(tmp_path, stating):
+    path, errors = tmp_path / "a.tif", tmp_path / "c.tif"
+    stack_of(path)
+    asked = ("-o", tmp_path / "b.tif", "--expected-error", errors, "--config", stating)
+    hidden = ("--optics", "NA=0.5,wavelength=520", "--set", "processing.blind=true")
+    succeeded(command("restore", path, *asked, *hidden))
+    assert (tifffile.imread(errors) > 0).all()
+
+
+def test_a_folder_gets_a_folder_of_errors_without_the_broken_image(tmp_path, stating):
+    folder, errors = tmp_path / "in", tmp_path / "errors"
+    folder.mkdir()
+    stack_of(folder / "a.tif")
+    tifffile.imwrite(folder / "b.tif", np.full((256, 256), np.nan, np.float32))
+    asked = ("-o", tmp_path / "out", "--expected-error", errors, "--config", stating)
+    failed(command("restore", folder, *asked), ExitCode.INCOMPLETE)
+    assert [path.name for path in errors.iterdir()] == ["a.tif"]
+    assert np.isfinite(tifffile.imread(errors / "a.tif")).all()
+
+
+def test_of_a_mean_over_orientations_no_error_is_stated(stating):
+    config = restoring_in(load_config(stating), 2)
+    pixels = (specimen(1) * 1000).astype(np.uint16)
+    with ImageProcessor(config) as processor:
+        mean = processor.restore(pixels)
+    assert mean.defocus is not None
+    assert mean.expected_error is None
+
+
 def test_stretched_planes_use_all_of_eight_bits(tmp_path, config_file):
     path, _ = write_inputs(tmp_path)["pages"]
     out = tmp_path / "bright.tif"
@@ -271,8 +387,10 @@ def test_wrong_inputs_and_outputs_are_told(tmp_path, config_file):
     assert "no.tif' does not exist" in said
     said = failed(command("restore", path, "-o", tmp_path / "o.xyz", *options))
     assert "unknown ending '.xyz'" in said
-    said = failed(command("restore", path, "--stretch", *options))
-    assert "give --output" in said
+    for option in (("--stretch",), ("--expected-error", tmp_path / "e.tif")):
+        said = failed(command("restore", path, *option, *options))
+        assert said.startswith(f"error: {option[0]} is for other files")
+        assert "give --output" in said
     said = failed(
         command("restore", path, "-o", tmp_path / "o.tif", *options, "--engine", "nope")
     )
