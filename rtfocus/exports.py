@@ -19,14 +19,13 @@ from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.series import ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import ZarrForm
 from rtfocus.runs import Kind, Run
-from rtfocus.writers.header import JOURNAL_NAME, is_finished
+from rtfocus.writers.header import JOURNAL_NAME, SIGN, is_finished
 from rtfocus.writers.journal import WRITTEN, Line, journal_lines
 from rtfocus.writers.layout import store_path
 from rtfocus.writers.places import Plan, complete
 
 KINDS: tuple[Kind, ...] = ("raw", "restored", "defocus")
 _MOST_NAMED = 20
-_SIGNED = "positive: specimen too far from the objective"
 _UNSIGNED = "distance from focus, without a sign"
 
 Place = tuple[int, int, int, int]
@@ -135,7 +134,7 @@ class RunExport:
         if kind == "defocus":
             grid = self._run.header.grid
             signed = grid is not None and grid.signed
-            told["unit"] = f"um, {_SIGNED if signed else _UNSIGNED}"
+            told["unit"] = f"um, {SIGN if signed else _UNSIGNED}"
         if lacking:
             more = len(lacking) - _MOST_NAMED
             named = ", ".join(lacking[:_MOST_NAMED])

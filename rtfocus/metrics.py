@@ -274,11 +274,6 @@ class Outcome:
         return f"incomplete: {said}{why}"
 
 
-_SAMPLE_S = 0.25
-_WINDOW = 40
-"""Ten seconds of samples: the rate of a run, not of one frame."""
-
-
 def plan_in_words(terms: dict[str, Any]) -> str:
     """Spell out what became of the plan, before the frames came here."""
     return (
@@ -393,6 +388,11 @@ def check_space(folder: Path, planned: int | None, min_free: int) -> None:
             "run.folder, record less or lower store.min_free_mb"
         )
         raise WriterError(msg)
+
+
+_SAMPLE_S = 0.25
+_WINDOW = 40
+"""Ten seconds of samples: the rate of a run, not of one frame."""
 
 
 class DiskWatch:

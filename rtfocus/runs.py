@@ -28,14 +28,13 @@ from rtfocus.writers.header import (
 )
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import store_path
-from rtfocus.writers.places import position_paths
+from rtfocus.writers.places import AXES, position_paths
 
 Kind = Literal["raw", "restored", "defocus", "deviation", "expected_error"]
 
-_AXES = ("t", "p", "c", "z")
 _NUMBERS = (
     ("sequence", np.int64, -1),
-    *((axis, np.int32, -1) for axis in _AXES),
+    *((axis, np.int32, -1) for axis in AXES),
     ("captured_ns", np.int64, -1),
     ("received_ns", np.int64, -1),
     ("durable_ns", np.int64, -1),

@@ -364,6 +364,7 @@ def _begun_plan(core: CMMCorePlus) -> threading.Thread | None:
     It opens the plan's files before it says that the plan starts. Until then nothing
     but its target tells that there will be frames.
     """
+    # No public name tells what a thread runs.
     here, run = threading.current_thread(), core.mda.run
     threads = (thread for thread in threading.enumerate() if thread is not here)
     return next((one for one in threads if getattr(one, "_target", None) == run), None)

@@ -334,7 +334,8 @@ def _files_below(folder: Path) -> list[str]:
     ]
 
 
-_COMPANION = "OME/METADATA.ome.xml"
+COMPANION = "OME/METADATA.ome.xml"
+"""OME-XML of all images of a collection, within its OME-Zarr."""
 _CHUNK = re.compile(r"/(c/)?\d+(/\d+)*")
 
 
@@ -343,7 +344,7 @@ def _belongs(file: str, nodes: set[str]) -> bool:
     parent, _, name = file.rpartition("/")
     if name in _ZARR_MARKS:
         return parent in nodes
-    if file == _COMPANION:
+    if file == COMPANION:
         return True
     return any(
         file[:at] in nodes and _CHUNK.fullmatch(file[at:]) is not None

@@ -7,6 +7,7 @@ axes in another order, whose pixels are readable.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from rtfocus.errors import InputError
 from rtfocus.images.metadata import finite, is_zarr, length_um, positive, time_s
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml
 from rtfocus.images.series import (
+    MOST_IMAGES,
     MOST_PLANES,
     ContrastWindow,
     Facts,
@@ -34,7 +36,6 @@ from rtfocus.images.series import (
 
 _DEEPEST = 6
 """Groups within groups: plate, row, well, field are four."""
-_MOST_IMAGES = 100_000
 
 
 def outermost_zarr(path: Path) -> Path:
@@ -195,10 +196,10 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
         msg = f"{whose} has axes {[*lengths]}; it needs y and x"
         raise InputError(msg)
     own = [axis for axis in axes if axis.name not in "tczyx"]
-    if np.prod([axis.length for axis in own], dtype=np.int64) > _MOST_IMAGES:
-        msg = f"{whose} has more than {_MOST_IMAGES} images"
+    if math.prod(axis.length for axis in own) > MOST_IMAGES:
+        msg = f"{whose} has more than {MOST_IMAGES} images"
         raise InputError(msg)
-    if np.prod([lengths.get(a, 1) for a in "tcz"], dtype=np.float64) > MOST_PLANES:
+    if math.prod(lengths.get(axis, 1) for axis in "tcz") > MOST_PLANES:
         msg = f"{whose} has more than {MOST_PLANES} planes"
         raise InputError(msg)
     facts = _facts(ome, axes, lengths.get("c", 1))

@@ -28,8 +28,8 @@ _FLOAT32_EXACT = 2**24
 _COMPUTED = 1e-15, 1e15
 """Largest value of an image: beyond, squares and their sums leave float32."""
 
-MOST_PLANES = 10_000_000
-"""Planes of one image; metadata that ask for more are broken."""
+MOST_PLANES, MOST_IMAGES = 10_000_000, 100_000
+"""Planes of one image, images of one file; metadata that ask for more are broken."""
 
 SQUARE_TOLERANCE = 1e-3
 """Relative difference of the two pixel sizes up to which pixels count as square."""

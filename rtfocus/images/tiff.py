@@ -7,6 +7,7 @@ free; an innermost one of at most 4 beside another is c. The user is told.
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -21,6 +22,7 @@ from rtfocus.errors import InputError
 from rtfocus.images.metadata import TIFF_ENDINGS
 from rtfocus.images.ome_xml import OmeImage, OmeMetadata, read_ome_xml
 from rtfocus.images.series import (
+    MOST_IMAGES,
     MOST_PLANES,
     Facts,
     ImageSeries,
@@ -43,7 +45,6 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
-_MOST_IMAGES = 100_000
 
 
 def read_tiff(path: Path) -> list[ImageSeries]:
@@ -131,7 +132,7 @@ def _refuse_broken_index(path: Path, file: tifffile.TiffFile) -> None:
         max(int(most) + 1, int(summary.get(key, 1)))
         for most, key in zip(index[:, :4].max(axis=0), keys, strict=True)
     ]
-    if np.prod(lengths, dtype=np.float64) > MOST_PLANES:
+    if math.prod(lengths) > MOST_PLANES:
         msg = f"'{path}': its index asks for {lengths} planes; it is broken"
         raise InputError(msg)
 
@@ -230,8 +231,8 @@ def _describe(
         msg = f"'{source.path}' has complex pixels; save magnitude or parts as real"
         raise InputError(msg)
     own = [axis for axis in axes if axis not in "TCZYXS"]
-    if np.prod([lengths[axis] for axis in own], dtype=np.int64) > _MOST_IMAGES:
-        msg = f"'{source.path}' has more than {_MOST_IMAGES} images"
+    if math.prod(lengths[axis] for axis in own) > MOST_IMAGES:
+        msg = f"'{source.path}' has more than {MOST_IMAGES} images"
         raise InputError(msg)
     sizes = {axis: lengths.get(axis.upper(), 1) for axis in "tcz"}
     sizes["c"] *= 1 if rgb else samples

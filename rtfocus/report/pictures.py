@@ -106,7 +106,7 @@ def trace_charts(facts: RunFacts) -> str:
         box = (_LEFT, top, _WIDTH - _RIGHT, top + 128.0)
         chart = Chart(canvas, box, x, axis_of(name, values, zero=zero))
         _traces(facts, chart, values)
-        if name.startswith("stage z"):
+        if values is facts.z_um:
             _moves(facts, chart)
     return canvas.element()
 

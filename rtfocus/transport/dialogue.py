@@ -367,8 +367,7 @@ def check_welcome(topic: str, start: SeriesStart, max_frame_bytes: int) -> None:
     fault = fault or _numbers_fault(start) or _channels_fault(start)
     fault = fault if topic else "its topic is empty"
     if fault is not None:
-        msg = f"the publisher announces a series that cannot be received: {fault}"
-        raise TransportError(msg)
+        raise m.unreceivable(fault)
 
 
 def _form_fault(start: SeriesStart, max_frame_bytes: int) -> str | None:

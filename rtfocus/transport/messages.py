@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec.msgpack import Decoder
 
 from rtfocus.errors import OpticsError, ProtocolError, TransportError
 from rtfocus.frame import (
@@ -193,13 +194,9 @@ FromPublisher = Welcome | Waiting | Refused | Ping | RawOnly | Abandon | Complai
 InStream = FrameHeader | Placed | SeriesEnd | Ping | Rewind
 
 _encoder = msgspec.msgpack.Encoder()
-_from_recorder: msgspec.msgpack.Decoder[FromRecorder] = msgspec.msgpack.Decoder(
-    FromRecorder
-)
-_from_publisher: msgspec.msgpack.Decoder[FromPublisher] = msgspec.msgpack.Decoder(
-    FromPublisher
-)
-_in_stream: msgspec.msgpack.Decoder[InStream] = msgspec.msgpack.Decoder(InStream)
+_from_recorder: Decoder[FromRecorder] = Decoder(FromRecorder)
+_from_publisher: Decoder[FromPublisher] = Decoder(FromPublisher)
+_in_stream: Decoder[InStream] = Decoder(InStream)
 
 
 def printable(text: str, most: int = 400) -> str:
@@ -231,13 +228,17 @@ def unpack_from_publisher(data: bytes) -> FromPublisher:
     try:
         return _unpack(_from_publisher, data)
     except ProtocolError as error:
-        if (why := error.__cause__) is None or not isinstance(
-            why.__cause__, OpticsError
-        ):
+        why = error.__cause__
+        if why is None or not isinstance(why.__cause__, OpticsError):
             raise
         # Well-formed: it would be said again and again, and never be true.
-        msg = f"the publisher announces a series that cannot be received: {why}"
-        raise TransportError(msg) from error
+        raise unreceivable(why) from error
+
+
+def unreceivable(why: object) -> TransportError:
+    """Say that no recorder can receive the series that a publisher announces."""
+    msg = f"the publisher announces a series that cannot be received: {why}"
+    return TransportError(msg)
 
 
 def unpack_in_stream(data: bytes) -> InStream:
@@ -245,7 +246,7 @@ def unpack_in_stream(data: bytes) -> InStream:
     return _unpack(_in_stream, data)
 
 
-def _unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+def _unpack(decoder: Decoder[T], data: bytes) -> T:
     try:
         message = understood(decoder, data, "a message")
     except ProtocolError as error:
@@ -274,7 +275,7 @@ def _wrong_version(version: object) -> ProtocolError:
     return ProtocolError(msg, "version")
 
 
-def understood(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+def understood(decoder: Decoder[T], data: bytes, what: str) -> T:
     """Decode `data`; ProtocolError says that it is not `what`."""
     try:
         return decoder.decode(data)

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rtfocus.errors import WriterError, writing
 from rtfocus.files import refuse_links
+from rtfocus.images.metadata import COMPANION
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import RunImages, list_shards, shard_name
 from rtfocus.writers.commit import Tally, Terms, read_rejected, read_report
@@ -38,7 +39,6 @@ from rtfocus.writers.header import (
 )
 from rtfocus.writers.journal import WRITTEN, Line, journal_lines, scan_journal
 from rtfocus.writers.layout import (
-    COMPANION,
     companion_fault,
     group_documents,
     image_groups,

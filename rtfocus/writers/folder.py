@@ -26,6 +26,7 @@ from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import BusyError, WriterError, writing
 from rtfocus.files import PATIENCE, nearest_existing, refuse_links, remove
 from rtfocus.frame import SeriesStart
+from rtfocus.images.metadata import COMPANION
 from rtfocus.metrics import check_space
 from rtfocus.writers.header import (
     HEADER_NAME,
@@ -43,7 +44,7 @@ from rtfocus.writers.header import (
     sizes_fault,
     write_json,
 )
-from rtfocus.writers.layout import COMPANION, group_documents
+from rtfocus.writers.layout import group_documents
 from rtfocus.writers.places import Plan
 
 _log = logging.getLogger(__name__)

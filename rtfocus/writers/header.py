@@ -336,9 +336,9 @@ def image_specs(header: RunHeader) -> list[ImageSpec]:
     return specs
 
 
-_SIGN = "positive: specimen too far from the objective"
+SIGN = "positive: specimen too far from the objective"
 _SAYS: dict[str, dict[str, str]] = {
-    DEFOCUS: {"unit": "micrometer", "sign": _SIGN},
+    DEFOCUS: {"unit": "micrometer", "sign": SIGN},
     CONFIDENCE: {},
     DEVIATION: {"unit": "micrometer", "meaning": "standard deviation of the defocus"},
     EXPECTED_ERROR: {

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from rtfocus.channel import Channel
 from rtfocus.errors import WriterError, writing
 from rtfocus.frame import Position
+from rtfocus.images.metadata import COMPANION
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml, write_ome_xml
 from rtfocus.images.series import ImageChannel, StagePosition
 from rtfocus.writers.header import (
@@ -357,9 +358,6 @@ def _colour(channel: Channel, other: str) -> str:
 def _dump(document: BaseModel) -> dict[str, Any]:
     content: dict[str, Any] = document.model_dump(mode="json", exclude_none=True)
     return content
-
-
-COMPANION = "OME/METADATA.ome.xml"
 
 
 def write_companions(

@@ -85,6 +85,17 @@ def test_an_axis_beyond_t_c_z_makes_images(tmp_path) -> None:
     ]
 
 
+def test_more_images_than_any_file_has_are_refused(tmp_path) -> None:
+    axes = [{"name": "angle"}, {"name": "view"}, *ngff_axes("yx")]
+    path = write_ngff(tmp_path / "a.zarr", flat(1)[None, None], axes, [1, 1, 1, 1])
+    array = json.loads((path / "0" / ".zarray").read_text())
+    # Of so many 64 bits hold none.
+    array["shape"][:2] = [2**32, 2**32]
+    (path / "0" / ".zarray").write_text(json.dumps(array))
+    with pytest.raises(InputError, match="has more than 100000 images"):
+        open_images(path)
+
+
 def test_old_versions_are_read_without_a_pixel_size(tmp_path) -> None:
     write_ngff(tmp_path / "v03.zarr", flat(3), ["y", "x"], version="0.3")
     five = write_ngff(tmp_path / "v01.zarr", flat(1)[None, None, None], [])
