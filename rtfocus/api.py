@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.files import path_given
 from rtfocus.frame import DefocusMap, FrameResult
-from rtfocus.image_set import BLIND_ENGINE, restoring_with
+from rtfocus.image_set import BLIND_ENGINE, restoring_with, why_no_error
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import nothing_shown, pixels_of, shows_nothing
 from rtfocus.offline import ImageProcessor
@@ -38,6 +38,28 @@ Image = NDArray[Any]
 _log = logging.getLogger(__name__)
 
 
+@overload
+def restore(
+    image: Image,
+    *,
+    optics: Optics | None = ...,
+    engine: str | None = ...,
+    orientations: int | None = ...,
+    config: AnyConfig | None = ...,
+    channel: str | None = ...,
+    expected_error: Literal[False] = ...,
+) -> Image: ...
+@overload
+def restore(
+    image: Image,
+    *,
+    optics: Optics | None = ...,
+    engine: str | None = ...,
+    orientations: int | None = ...,
+    config: AnyConfig | None = ...,
+    channel: str | None = ...,
+    expected_error: Literal[True],
+) -> tuple[Image, Image]: ...
 def restore(
     image: Image,
     *,
@@ -46,7 +68,8 @@ def restore(
     orientations: int | None = None,
     config: AnyConfig | None = None,
     channel: str | None = None,
-) -> Image:
+    expected_error: bool = False,
+) -> Image | tuple[Image, Image]:
     """Restore an image, or every plane of a stack of them.
 
     For many images keep an `ImageProcessor`: every call here starts one.
@@ -72,11 +95,14 @@ def restore(
         Camera, optics and engines; None: the defaults.
     channel
         Of `config`; None: its only one, or its ``default``.
+    expected_error
+        Return the error that is expected to be left, too.
 
     Returns
     -------
     array
-        New memory of the shape of `image`, uint8, uint16 or float32.
+        New memory of the shape of `image`, uint8, uint16 or float32. With
+        `expected_error` a pair, with its root mean square over tiles, (..., y, x).
 
     Raises
     ------
@@ -85,8 +111,8 @@ def restore(
     EngineError
         If an engine is not found, does not fit the optics, or fails.
     ConfigError
-        If `config` cannot be used or states no optics for `channel`, or the engine
-        computes with unknown optics.
+        If `config` cannot be used or states no optics for `channel`, the engine
+        computes with unknown optics, or `expected_error` is not stated.
 
     Examples
     --------
@@ -109,9 +135,23 @@ def restore(
         processing = settings.processing
         if restored_as_it_is(processing.restoration, processing) is None:
             _tell_blind(processing.restoration.method)
+    if expected_error:
+        told = None if is_blind else "optics or the config"
+        _refuse_unstated_error(settings, channel, told)
+    errors: list[Image] = []
     with ImageProcessor(settings, optics) as processor:
-        restore_plane = partial(processor.restore, channel=channel, of_stack=True)
-        return _plane_by_plane(image, restore_plane)
+
+        def restore_plane(plane: Image) -> FrameResult:
+            result = processor.restore(plane, channel=channel, of_stack=True)
+            if expected_error and result.expected_error is not None:
+                errors.append(result.expected_error)
+            return result
+
+        restored = _plane_by_plane(image, restore_plane)
+    if not errors:
+        return restored
+    outer = restored.shape[: -3 if _is_colour(restored) else -2]
+    return restored, np.reshape(errors, outer + errors[0].shape)
 
 
 def classify(
@@ -324,9 +364,7 @@ def fit_psf(
 def _settings(config: AnyConfig | None) -> Config:
     if config is None:
         return Config()
-    if isinstance(config, Config):
-        return config
-    return load_config(config)
+    return config if isinstance(config, Config) else load_config(config)
 
 
 def _optics_known(settings: Config, optics: Optics | None) -> bool:
@@ -350,6 +388,19 @@ def _refuse_method_without_optics(settings: Config) -> None:
     raise ConfigError(msg)
 
 
+def _refuse_unstated_error(
+    settings: Config, channel: str | None, told: str | None
+) -> None:
+    find = partial(find_engine, folders=settings.processing.engine_folders)
+    if why := why_no_error(settings, channel, find, optics=told):
+        msg = f"no expected error: {why}"
+        raise ConfigError(msg)
+
+
+def _is_colour(image: Image) -> bool:
+    return image.ndim > 2 and image.shape[-1] == 3
+
+
 def _tell_blind(engine: str | None) -> None:
     _log.warning(
         "no optics are given: '%s' runs blind, as if they were those it was made for; "
@@ -361,7 +412,7 @@ def _tell_blind(engine: str | None) -> None:
 def _plane_by_plane(image: Image, restore: Callable[[Image], FrameResult]) -> Image:
     """Restore the planes of a stack and put them together again."""
     image = pixels_of(image)
-    is_colour = image.ndim > 2 and image.shape[-1] == 3
+    is_colour = _is_colour(image)
     plane_axes = 3 if is_colour else 2
     if 0 in image.shape:
         msg = f"an array of {image.shape} has no pixels; give some along all its axes"

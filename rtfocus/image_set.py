@@ -57,14 +57,13 @@ def why_no_error(
     classifier, restoration = settings.engines_of(channel)
     name, ways = restoration.method, restoration.orientations
     is_told = optics is not None and not settings.processing.blind
-    hide = "--set processing.blind=true"
     if name in (*METHODS, "none") or find(name).card.expected_error is None:
-        remedy = f"--engine {BLIND_ENGINE} {hide if is_told else ''}".rstrip()
-        return f"'{name}' states none; '{BLIND_ENGINE}' does, blind: {remedy}"
+        hide = ", and set processing.blind=true" if is_told else ""
+        return f"'{name}' states none: take engine '{BLIND_ENGINE}'{hide}"
     if is_told:
         return (
             f"'{name}' states it only blind, and the optics are told (from {optics}): "
-            f"leave them out, or hide them, {hide}"
+            "leave them out, or hide them: set processing.blind=true"
         )
     if classifier != name:
         return (

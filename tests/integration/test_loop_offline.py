@@ -35,6 +35,7 @@ from rtfocus.offline import ImageProcessor
 ESTIMATE = {"level", "defocus_um", "signed", "confidence"}
 TILE = {"y", "x", "level", "label", "probability", "defocus_um", "uncertainty_um"}
 SHAPE = (200, 240)
+OPTICS = rtfocus.Optics(0.5, wavelength_nm=520, pixel_size_um=0.65)
 
 
 def specimen(seed: int) -> Any:
@@ -292,7 +293,10 @@ def test_the_expected_error_is_written_a_pixel_per_tile(tmp_path, stating, endin
         (("--orientations", 2), "nobody knows it of the mean over 2 orientations"),
         (("--optics", "NA=0.5,wavelength=520"), "blind, and the optics are told"),
         (("--set", "processing.classifier=delpnet"), "not with classifier 'delpnet'"),
-        (("--engine", "wiener", "--optics", "NA=0.5,wavelength=520"), "--engine rtfo"),
+        (
+            ("--engine", "wiener", "--optics", "NA=0.5,wavelength=520"),
+            "take engine",
+        ),
         (("--scheduler", "local:2"), "--expected-error is for one process"),
     ],
 )
@@ -325,6 +329,20 @@ def test_a_folder_gets_a_folder_of_errors_without_the_broken_image(tmp_path, sta
     failed(command("restore", folder, *asked), ExitCode.INCOMPLETE)
     assert [path.name for path in errors.iterdir()] == ["a.tif"]
     assert np.isfinite(tifffile.imread(errors / "a.tif")).all()
+
+
+def test_the_expected_error_comes_with_an_array_of_planes(tmp_path, stating):
+    stack = stack_of(tmp_path / "a.tif").reshape(1, 3, 150, 240)
+    restored, errors = rtfocus.restore(stack, config=stating, expected_error=True)
+    np.testing.assert_array_equal(restored, rtfocus.restore(stack, config=stating))
+    with ImageProcessor(load_config(stating)) as processor:
+        wanted = [processor.restore(plane).expected_error for plane in stack[0]]
+    np.testing.assert_array_equal(errors, [wanted])
+    colours = np.stack([stack[0, 0]] * 3, axis=-1)
+    _, of_colours = rtfocus.restore(colours, config=stating, expected_error=True)
+    assert of_colours.shape == errors.shape[2:]
+    with pytest.raises(rtfocus.ConfigError, match="no expected error: 'wiener'"):
+        rtfocus.restore(stack, optics=OPTICS, expected_error=True)
 
 
 def test_of_a_mean_over_orientations_no_error_is_stated(stating):

@@ -72,7 +72,9 @@ def test_no_run_goes_by_a_clock_that_somebody_may_set() -> None:
 
 def _names_set(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        yield node.name
+        # Signatures of one function for type checkers: the last one is the function.
+        if "overload" not in map(ast.unparse, node.decorator_list):
+            yield node.name
     elif isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         for part in (part for target in targets for part in ast.walk(target)):
