@@ -406,7 +406,6 @@ class SlotPool:
         # Written to, because a fresh page costs more at first use than the copy of
         # what is in it: the first frames of a run must not be the slowest.
         memory.fill(0)
-        self.slot_bytes = slot_bytes
         self._free = deque(
             Slot(i, memory[i * stride : i * stride + slot_bytes]) for i in range(count)
         )

@@ -203,6 +203,34 @@ class Focuser:
         """Take an image in the present light and read it."""
         return self.read(expose(self.core), channel, z_um)
 
+    def planes(
+        self,
+        way_um: NDArray[np.float64],
+        run_up_um: float,
+        show: Callable[[float], None],
+    ) -> list[Plane]:
+        """Take a stack one way, from where backlash is used up before its first plane.
+
+        Parameters
+        ----------
+        way_um
+            Stage z of the planes in their order; those beyond the limits are left out.
+        run_up_um
+            How far before the first one the way begins, with the way's sign.
+        show
+            Called with the share done after every plane.
+        """
+        channel, stage = self.channel(), CoreStage(self.core)
+        limits = self.limits_around(None)
+        heights = [float(z_um) for z_um in way_um if limits.holds(float(z_um))]
+        stage.go_to(limits.clip(float(way_um[0]) - run_up_um))
+        planes: list[Plane] = []
+        for z_um in heights:
+            stage.go_to(z_um)
+            planes.append(Plane(z_um, self.look(channel, z_um)))
+            show(len(planes) / len(heights))
+        return planes
+
     def optics_of(self, channel: str) -> OpticalSystem:
         """Return the optics of a channel.
 
@@ -387,35 +415,7 @@ class Focuser:
             )
             raise MicroscopeError(msg)
 
-    def planes(
-        self,
-        way_um: NDArray[np.float64],
-        run_up_um: float,
-        show: Callable[[float], None],
-    ) -> list[Plane]:
-        """Take a stack one way, from where backlash is used up before its first plane.
-
-        Parameters
-        ----------
-        way_um
-            Stage z of the planes in their order; those beyond the limits are left out.
-        run_up_um
-            How far before the first one the way begins, with the way's sign.
-        show
-            Called with the share done after every plane.
-        """
-        channel, stage = self.channel(), CoreStage(self.core)
-        limits = self.limits_around(None)
-        heights = [float(z_um) for z_um in way_um if limits.holds(float(z_um))]
-        stage.go_to(limits.clip(float(way_um[0]) - run_up_um))
-        planes: list[Plane] = []
-        for z_um in heights:
-            stage.go_to(z_um)
-            planes.append(Plane(z_um, self.look(channel, z_um)))
-            show(len(planes) / len(heights))
-        return planes
-
-    def _focus_channel(self, ready: str | None) -> "AbstractContextManager[str]":
+    def _focus_channel(self, ready: str | None) -> AbstractContextManager[str]:
         if ready is not None:
             return nullcontext(ready)
         return FocusLight(self.core, self.config.focus_channel)

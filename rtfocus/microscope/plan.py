@@ -108,10 +108,8 @@ class AcquisitionPlan:
 
     sequence: useq.MDASequence
     """What Micro-Manager is asked to do."""
-    order: str
-    """Axes t, p, c, z in acquisition order, slowest first."""
     sizes: dict[str, int]
-    """Length of each axis, in the order of `order`."""
+    """Length of axes t, p, c, z in acquisition order, slowest first."""
     positions: list[Position]
     """By index p: stage positions, grid tiles and wells alike."""
     channel_names: list[str]
@@ -183,7 +181,6 @@ def lay_out(sequence: useq.MDASequence) -> AcquisitionPlan:
     lengths = table.max(axis=0) + 1
     return AcquisitionPlan(
         sequence=sequence,
-        order=order,
         sizes={axis: int(lengths[AXES.index(axis)]) for axis in order},
         positions=sites.positions(),
         channel_names=channel_names,
