@@ -176,6 +176,7 @@ def _complete(
     if not {RAW, RESTORED} <= set(images.names):
         msg = f"'{folder}' holds {images.names}; completing needs raw and restored"
         raise WriterError(msg)
+    # By place: frames that a repair found again may have no sequence.
     done: dict[int, Line] = {}
     for line in journal_lines(folder / JOURNAL_NAME, plan):
         if not is_unrestored(line):
@@ -194,7 +195,7 @@ def _complete(
         except (OSError, ValueError) as error:
             msg = f"frame {line['sequence']} cannot be written to '{folder}': {error}"
             raise WriterError(msg) from error
-        done[line["sequence"]] = {
+        done[plan.flat(index)] = {
             "stored": [*line["stored"], *stored],
             "expected_error_counts": result_part(result)["expected_error_counts"],
             "skipped": None,
@@ -203,7 +204,7 @@ def _complete(
         }
         on_frame()
     lines = [
-        line | done.get(line["sequence"], {})
+        line | done[plan.flat(complete(line["index"]))] if is_unrestored(line) else line
         for line in journal_lines(folder / JOURNAL_NAME, plan)
     ]
     write_journal(folder / JOURNAL_NAME, map(msgspec.json.encode, lines))

@@ -166,6 +166,32 @@ def test_frames_that_are_restored_later_get_their_expected_error_too(
     assert not report.problems, str(report)
 
 
+def test_frames_without_a_sequence_are_restored_later_each_by_itself(
+    tmp_path: Path,
+) -> None:
+    series = make_series(sizes={"t": 4})
+    with recording(tmp_path / "run.rtfocus", series, expects_error=True) as run:
+        known = {t: run.result(t, {"t": t}) for t in (0, 1)}
+        for t, result in known.items():
+            late = replace(result, restored=None, expected_error=None)
+            run.writer.append(run.fill(t, {"t": t}), replace(late, skipped="raw_only"))
+        folder = run.close(2)
+    journal = folder / JOURNAL_NAME
+    lines = [json.loads(line) for line in journal.read_text("utf-8").splitlines()]
+    # As a repair leaves frames that are more than the run's report knows of.
+    lines = [line | {"sequence": None} for line in lines]
+    absent = {"sequence": None, "status": "missing", "index": {"t": 2}, "reason": ""}
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, absent])
+    journal.write_text(text, "utf-8")
+    results = iter(known.values())
+    assert complete_restoration(folder, lambda pixels, channel: next(results)) == 2
+    done = [json.loads(line) for line in journal.read_text("utf-8").splitlines()]
+    assert [line["status"] for line in done] == ["written", "written", "missing"]
+    assert done[2]["stored"] == []
+    errors = open_run(folder).frames["expected_error_counts"][:2]
+    assert errors[0] < errors[1]
+
+
 def test_a_run_without_expected_errors_says_that_it_has_none(tmp_path: Path) -> None:
     with recording(tmp_path / "run.rtfocus", make_series()) as run:
         frames = run.send_all()
