@@ -34,7 +34,7 @@ def test_the_demo_delivers_stores_report_and_picture(tmp_path):
     report = read_report(folder)
     assert report["reason"] == "completed"
     assert report["totals"]["stored"] == dict.fromkeys(
-        ("raw", "restored", "defocus", "confidence"), 8
+        ("raw", "restored", "defocus", "confidence", "deviation"), 8
     )
     assert report["stages"]["restore"]["count"] == 8
     way = "shared memory" if sys.platform in ("linux", "win32") else "TCP"

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -124,7 +125,9 @@ def test_the_saturated_share_is_the_same_for_whole_numbers(
     pixels = np.full((64, 64), 99, dtype)
     pixels[:32] = 100
     rule = replace(RULE, saturation_counts=counts)
-    assert look_at(pixels, rule).saturated == share
+    reading = look_at(pixels, rule)
+    assert reading.saturated == share
+    assert msgspec.json.encode(reading)
 
 
 def test_a_region_is_all_that_counts() -> None:
