@@ -166,7 +166,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 def measure_hold(options: argparse.Namespace, frames: int) -> dict[str, Any]:
     """Hold at the highest rate, then at 80 % of it; print and return the figures."""
-    live = f"acquisition.live={{frames: {frames}, exposure_ms: 10}}"
+    live = f"acquisition.live={{frames: {frames}, exposure_ms: 1}}"
     settings = ["acquisition.mda=null", live, *HOLD, *options.set]
     with tempfile.TemporaryDirectory() as folder:
         fast = hold_once(load_config(CONFIG, settings), Path(folder) / "fast")

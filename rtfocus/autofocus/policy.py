@@ -223,16 +223,16 @@ def look_at(pixels: NDArray[np.generic], settings: EstimatorSettings) -> FocusRe
         # Whole numbers are compared as such, which is the same and much faster.
         whole = counts.dtype.kind in "iu" and isfinite(level)
         least = ceil(level) if whole else level
-        saturated = np.count_nonzero(np.greater_equal(counts, least)) / counts.size
+        over = np.greater_equal(counts, least)
+        saturated = float(np.count_nonzero(over) / over.size)
     is_saturated = saturated > _MOST_SATURATED
+    share = f"{100 * saturated:.1f} % of the pixels are saturated"
     return FocusReading(
         defocus_um=None,
         sd_um=None,
         signed=False,
         refusal="saturated" if is_saturated else None,
-        detail=f"{100 * saturated:.1f} % of the pixels are saturated"
-        if is_saturated
-        else "",
+        detail=share if is_saturated else "",
         spectrum=[round(float(value), 7) for value in spectrum],
         noise=noise,
         saturated=round(float(saturated), 4),

@@ -130,6 +130,15 @@ def test_the_saturated_share_is_the_same_for_whole_numbers(
     assert msgspec.json.encode(reading)
 
 
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<f4"])
+def test_what_an_image_shows_by_itself_goes_over_the_wire(dtype: str) -> None:
+    rule = replace(RULE, saturation_counts=200.0)
+    seen = look_at(np.minimum(field(), 255).astype(dtype), rule)
+    assert (
+        msgspec.msgpack.decode(msgspec.msgpack.encode(seen), type=FocusReading) == seen
+    )
+
+
 def test_a_region_is_all_that_counts() -> None:
     found = flat(8.0)
     found[:4, :4] = 1.0
