@@ -51,7 +51,8 @@ class Rules:
         self._seen = 0
         self._far_since_s: float | None = None
         self._newest_s = self._newest_um = 0.0
-        self._lost = 0
+        self._told_lost = 0
+        """Frames that were lost when it was told last."""
         self._told_s: dict[AlarmKind, float] = {}
 
     def look(self, monitor: Monitor, now_s: float) -> list[Alarm]:
@@ -64,12 +65,17 @@ class Rules:
         now_s
             Of ``time.perf_counter``.
         """
-        found = [self._focus(monitor), self._disk(monitor), self._frames(monitor)]
-        return [
+        terms = monitor.accounting.summary()
+        lost = {**terms["dropped"], **terms["in_error"]}
+        found = [self._focus(monitor), self._disk(monitor), self._frames(lost)]
+        told = [
             alarm
             for alarm in found
             if alarm is not None and self._is_time(alarm.kind, now_s)
         ]
+        if any(alarm.kind == "frames" for alarm in told):
+            self._told_lost = sum(lost.values())
+        return told
 
     def wants(self, kind: AlarmKind) -> bool:
         """Tell whether this kind is to be told at all."""
@@ -124,17 +130,12 @@ class Rules:
         free = "" if monitor.free_bytes is None else f", {monitor.free_bytes / 1e9:.1f}"
         return Alarm("disk", f"the disk is full in {left_s / 60:.0f} min{free} GB free")
 
-    def _frames(self, monitor: Monitor) -> Alarm | None:
-        terms = monitor.accounting.summary()
-        places = {**terms["dropped"], **terms["in_error"]}
-        lost = sum(places.values())
-        if lost <= self._lost:
+    def _frames(self, lost: dict[str, int]) -> Alarm | None:
+        news = sum(lost.values()) - self._told_lost
+        if news <= 0:
             return None
-        before, self._lost = self._lost, lost
-        where = ", ".join(f"{number} {place}" for place, number in places.items())
-        return Alarm(
-            "frames", f"{number_of(lost - before, 'frame')} lost ({where} in all)"
-        )
+        where = ", ".join(f"{number} {place}" for place, number in lost.items())
+        return Alarm("frames", f"{number_of(news, 'frame')} lost ({where} in all)")
 
 
 class Delivery:

@@ -125,6 +125,8 @@ def test_lost_frames_are_told_once_each_and_not_too_often() -> None:
     assert kinds(rules, monitor, 130.0) == ["frames"]
     monitor.accounting.count("in_error", "store")
     assert kinds(rules, monitor, 140.0) == [], "one a minute"
+    (later,) = rules.look(monitor, 190.0)
+    assert later.text == "1 frame lost (3 gap, 2 store in all)"
 
 
 def test_disk_is_told_unless_the_plan_ends_before() -> None:
