@@ -235,7 +235,7 @@ def look_at(pixels: NDArray[np.generic], settings: EstimatorSettings) -> FocusRe
         detail=share if is_saturated else "",
         spectrum=[round(float(value), 7) for value in spectrum],
         noise=noise,
-        saturated=round(float(saturated), 4),
+        saturated=round(saturated, 4),
         early=True,
     )
 
