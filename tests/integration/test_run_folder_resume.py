@@ -122,14 +122,14 @@ def test_frames_on_the_disk_that_a_resumed_run_never_gets_are_kept(
     assert report.frames == 5
     if is_told:  # and to be had again
         assert report.problems == [
-            "the journal names no frame of 4 shards; use --repair"
+            "the journal names no frame of 5 shards; use --repair"
         ]
         assert check_run(folder, repair=True).frames == 6
     else:
         assert report.problems == []
         said = json.loads((folder / "report.json").read_text())["set_aside"]
         kept = [path.name for path in (folder / said).rglob("c.*")]
-        assert kept == ["c.2.1.0.0.0"] * 4
+        assert kept == ["c.2.1.0.0.0"] * 5
 
 
 def test_a_frame_whose_journal_line_is_torn_is_journalled_again(
