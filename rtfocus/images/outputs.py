@@ -69,6 +69,7 @@ class OutputGuard:
         self._holders: dict[Identity, Path] = {}
         self._names: dict[str, Path] = {}
         self._claimed: dict[str, Path] = {}
+        self._around: set[str] = set()
         for path in dict.fromkeys(filter(None, inputs)):
             identity = _identity(path)
             if identity is not None:
@@ -234,12 +235,16 @@ class OutputGuard:
                     )
 
     def _refuse_twice(self, target: Path) -> None:
-        """Two outputs may differ in more than upper and lower case only."""
-        key = same_name(str(_resolved(target)))
+        """Two outputs differ in more than letter case; none lies in another."""
+        place = _resolved(target)
+        key, around = same_name(str(place)), [same_name(str(p)) for p in place.parents]
+        if key in self._around or not self._claimed.keys().isdisjoint(around):
+            raise _refusal(target, "would hold another result, or lie in one")
         if key in self._claimed:
             msg = f"two results would both be '{target}'; choose different names"
             raise OutputError(msg)
         self._claimed[key] = target
+        self._around.update(around)
 
     def _refuse_existing(self, target: Path, *, named: bool) -> None:
         try:

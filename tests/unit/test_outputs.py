@@ -187,6 +187,19 @@ def test_an_earlier_result_is_replaced_only_with_overwrite(tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("a.ome.zarr", "a.ome.zarr/errors.tif"), ("B.zarr/sharp.tif", "b.zarr")],
+)
+def test_no_result_lies_in_another(tmp_path, first, second):
+    found = find_images(image(tmp_path / "in.tif"))
+    guard = OutputGuard(companions(found.series), overwrite=True)
+    ImageOutput(tmp_path / first, found.series, guard)
+    with pytest.raises(OutputError, match="hold another result, or lie in one"):
+        ImageOutput(tmp_path / second, found.series, guard)
+    ImageOutput(tmp_path / "apart.zarr", found.series, guard)
+
+
 def test_a_foreign_image_is_replaced_only_if_it_is_named_itself(tmp_path):
     source, foreign = image(tmp_path / "in" / "a.tif"), image(tmp_path / "o" / "a.tif")
     refused(tmp_path, source, foreign)
