@@ -98,8 +98,8 @@ class Picture:
     index: dict[str, int]
     sequence: int = -1
     z_um: float | None = None
-    captured_s: float = 0.0
-    """Since the series began."""
+    captured_s: float | None = 0.0
+    """Since the series began; None: not known, as of a frame that a repair found."""
     exposure_ms: float = 0.0
     saturated: int | None = None
     defocus_um: float | None = None
@@ -169,7 +169,7 @@ def pack(picture: Picture) -> bytes:
             picture.sequence,
             *(picture.index.get(axis, 0) for axis in "tpcz"),
             _number(picture.z_um),
-            picture.captured_s,
+            _number(picture.captured_s),
             UNKNOWN if picture.saturated is None else picture.saturated,
             picture.exposure_ms,
             *picture.shape,

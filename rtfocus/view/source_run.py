@@ -117,6 +117,12 @@ Place = tuple[int, int, int, int]
 """t, p, c, z."""
 
 
+def _captured_s(line: Line, started_ns: int) -> float | None:
+    """Return when a frame was taken; None: a repair found it, and nobody knows."""
+    captured_ns = line.get("captured_ns")
+    return None if captured_ns is None else (int(captured_ns) - started_ns) / 1e9
+
+
 def place_of(index: Mapping[str, int]) -> Place:
     """Return the place that an index says."""
     t, p, c, z = (int(index.get(axis, 0)) for axis in "tpcz")
@@ -241,11 +247,11 @@ class StoredRun:
         if status in (MISSING, IN_ERROR):
             why = str(line.get("place") or line.get("reason") or status)
             self.lost[why] = self.lost.get(why, 0) + 1
-        else:
+        elif (seconds := _captured_s(line, started_ns)) is not None:
             found = line.get("estimate") or {}
             self.traces.add(
                 int(line["sequence"]),
-                seconds=(int(line["captured_ns"]) - started_ns) / 1e9,
+                seconds=seconds,
                 place=place,
                 role=str(line.get("role", "record")),
                 z_um=line.get("z_um"),
@@ -293,9 +299,9 @@ class StoredRun:
             return Picture(planes=(), flags=Flag.ABSENT, **shown)
         estimate = line.get("estimate") or {}
         shown |= {
-            "sequence": int(line["sequence"]),
+            "sequence": -1 if line["sequence"] is None else int(line["sequence"]),
             "z_um": line.get("z_um"),
-            "captured_s": (line["captured_ns"] - self.series.started_ns) / 1e9,
+            "captured_s": _captured_s(line, self.series.started_ns),
             "exposure_ms": float(line.get("exposure_ms") or 0.0),
             "defocus_um": estimate.get("defocus_um"),
             "confidence": float(estimate.get("confidence") or 0.0),

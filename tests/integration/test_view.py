@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import struct
 import threading
 from collections import Counter
@@ -54,6 +55,8 @@ from rtfocus.view.source_run import (
     report_of,
 )
 from rtfocus.view.viewer import MOST_ASKED
+from rtfocus.writers.check import check_run
+from rtfocus.writers.header import JOURNAL_NAME
 
 
 def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:
@@ -168,6 +171,26 @@ def test_a_run_is_read_place_by_place(scene: Scene, run_folder: Path) -> None:
     assert rows is not None
     assert len(rows["rows"]) == 8
     assert scene.traces.since(8, 0) is None
+
+
+def test_a_frame_that_a_repair_found_is_seen_without_its_time(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "cut.rtfocus")
+    journal = folder / JOURNAL_NAME
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    assert check_run(folder, repair=True).repaired
+    traces = Traces()
+    stored = StoredRun.open(folder, traces)
+    stored.read_on()
+    assert (stored.written, stored.newest()) == (8, (7, 0, 0, 0))
+    picture = stored.picture((7, 0, 0, 0))
+    assert picture.captured_s is None
+    assert np.isnan(unpacked(pack(picture))[0][11])
+    np.testing.assert_array_equal(picture.planes[0].pixels, stored.run.raw[7, 0, 0])
+    rows = traces.since(0, 0)
+    assert rows is not None
+    assert len(rows["rows"]) == 7
 
 
 def get(

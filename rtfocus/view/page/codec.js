@@ -54,7 +54,7 @@ export function unpack(buffer) {
   const picture = {
     flags: view.getUint8(5), number: u32(8), sequence: i32(12),
     t: i32(16), p: i32(20), c: i32(24), z: i32(28),
-    zUm: known(f64(32)), seconds: f64(40),
+    zUm: known(f64(32)), seconds: known(f64(40)),
     saturated: u32(48) === UNKNOWN ? null : u32(48), exposureMs: f32(52),
     height: u32(56), width: u32(60), defocusUm: known(f64(64)),
     confidence: f32(72), signed: view.getUint8(76) === 1, planes: {},

@@ -271,7 +271,7 @@ function showFrame() {
   const step = picture.planes[RAW]?.step ?? 1;
   list($("frame-facts"), [
     ["place", `t ${picture.t + 1}, ${series.positions[picture.p] ?? picture.p}, ${series.channels[picture.c]}, z ${picture.z + 1}`],
-    ["time", `${picture.seconds.toFixed(2)} s after the start`],
+    ["time", picture.seconds === null ? "not known" : `${picture.seconds.toFixed(2)} s after the start`],
     ["stage z", picture.zUm === null ? "not known" : `${picture.zUm.toFixed(2)} µm`],
     ["defocus", sign], errorRow(picture), ["exposure", `${short(picture.exposureMs)} ms`],
     ["shown", `${picture.flags & LIVE ? "live" : "from the run folder"}${step > 1 ? `, every ${step}. pixel` : ""}, ${(100 * stage.view.zoom / stage.ratio).toFixed(0)} %`],
