@@ -13,18 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
+from rtfocus.frame import Position
 from rtfocus.images.metadata import OutputImage, PlaneFacts
 from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.series import ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import ZarrForm
 from rtfocus.runs import Kind, Run
-from rtfocus.writers.header import JOURNAL_NAME, SIGN, is_finished
+from rtfocus.writers.header import (
+    INNER,
+    JOURNAL_NAME,
+    SIGN,
+    ImageSpec,
+    image_specs,
+    is_finished,
+)
 from rtfocus.writers.journal import WRITTEN, Line, journal_lines
-from rtfocus.writers.layout import store_path
+from rtfocus.writers.layout import image_groups, store_path
 from rtfocus.writers.places import Plan, complete
 
-KINDS: tuple[Kind, ...] = ("raw", "restored", "defocus")
 _MOST_NAMED = 20
 _UNSIGNED = "distance from focus, without a sign"
 
@@ -54,7 +61,7 @@ class RunExport:
         kind; ``.ome.zarr``: unsharded, with a pyramid; none: a folder with an OME-TIFF
         for each.
     kinds
-        ``raw``, ``restored``, ``defocus``; empty: those that the run has.
+        Of `Run.kinds`; empty: all of them.
     zarr_version
         Of an OME-Zarr.
     overwrite
@@ -81,7 +88,9 @@ class RunExport:
         self._kinds = _existing(run, kinds)
         self._form = ZarrForm(version=zarr_version, pyramid=True)
         self._journal = _Journal(run)
-        self.images = [image for kind in self._kinds for image in _series(run, kind)]
+        self._specs = {spec.name: spec for spec in image_specs(run.header)}
+        specs = [self._specs[kind] for kind in self._kinds]
+        self.images = [image for spec in specs for image in _series(run, spec)]
         """In the order in which they are written, position by position of each kind."""
         guard = OutputGuard([run.folder], overwrite=overwrite)
         self._output = ImageOutput(output, self.images, guard, run.folder)
@@ -135,6 +144,9 @@ class RunExport:
             grid = self._run.header.grid
             signed = grid is not None and grid.signed
             told["unit"] = f"um, {SIGN if signed else _UNSIGNED}"
+        elif kind in INNER:
+            said = self._specs[kind].says
+            told["unit"] = f"{said['unit']}, {said['meaning']}"
         if lacking:
             more = len(lacking) - _MOST_NAMED
             named = ", ".join(lacking[:_MOST_NAMED])
@@ -161,22 +173,21 @@ def _existing(run: Run, kinds: Sequence[Kind]) -> list[Kind]:
             f"off run: rtfocus check {run.folder} --repair"
         )
         raise InputError(msg)
-    there = [kind for kind in KINDS if store_path(run.folder, kind).is_dir()]
+    there = run.kinds
     for kind in kinds:
         if kind not in there:
             msg = f"'{run.folder}' has no image '{kind}'; it has {', '.join(there)}"
             raise InputError(msg)
-    return list(dict.fromkeys(kinds)) or there
+    return list(dict.fromkeys(kinds or there))
 
 
-def _series(run: Run, kind: Kind) -> list[ImageSeries]:
+def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:
     """Return the images of all positions in their order, with what the run knows."""
-    found = read_ome_zarr(store_path(run.folder, kind))
     series = run.series
     optics = [channel.optics for channel in series.channels]
     first = next((known for known in optics if known is not None), None)
     named = []
-    for position, image in zip(series.positions, _by_position(run, found), strict=True):
+    for position, image in zip(series.positions, _found(run, spec), strict=True):
         repeated = image.sizes["c"] // len(optics)
         waves = [None if known is None else known.wavelength_nm for known in optics]
         emission = [nm for nm in waves for _ in range(repeated)]
@@ -188,19 +199,43 @@ def _series(run: Run, kind: Kind) -> list[ImageSeries]:
         named.append(
             replace(
                 image,
-                name=f"{position.name} {kind}",
+                name=f"{position.name} {spec.name}",
                 files=(run.folder,),
                 channels=channels,
                 z_step_um=series.z_step_um,
                 time_step_s=series.interval_s,
                 position=position.name,
                 place=image.place and replace(image.place, field=position.field),
-                stage=StagePosition(x_um=position.x_um, y_um=position.y_um),
+                stage=_stage(position, spec.origin_um),
                 numerical_aperture=None if first is None else first.numerical_aperture,
                 refractive_index=None if first is None else first.refractive_index,
             )
         )
     return named
+
+
+def _stage(position: Position, origin_um: float) -> StagePosition:
+    """Return where pixel (0, 0) lies; of a map it is known in the frame at least."""
+    if origin_um == 0:
+        return StagePosition(x_um=position.x_um, y_um=position.y_um)
+    return StagePosition(
+        x_um=(position.x_um or 0.0) + origin_um, y_um=(position.y_um or 0.0) + origin_um
+    )
+
+
+def _found(run: Run, spec: ImageSpec) -> list[ImageSeries]:
+    """Return the images by index p; maps inside the defocus lie at its wells."""
+    outer = _by_position(run, read_ome_zarr(store_path(run.folder, spec.name)))
+    if spec.name not in INNER:
+        return outer
+    groups = image_groups(run.folder, run.header, spec)
+    # A folder's files are called after the path, which all positions share.
+    path = run.folder / spec.name
+    return [
+        replace(image, path=path, place=around.place)
+        for group, around in zip(groups, outer, strict=True)
+        for image in read_ome_zarr(group)
+    ]
 
 
 def _by_position(run: Run, found: list[ImageSeries]) -> list[ImageSeries]:
@@ -265,7 +300,9 @@ class _Journal:
         ]
 
     def _line(self, kind: Kind, position: int, index: dict[str, int]) -> Line:
-        c = index["c"] if kind == "defocus" else index["c"] // self._colours
+        c = index["c"]
+        if kind in ("raw", "restored"):
+            c //= self._colours
         return self._lines.get((position, index["t"], c, index["z"]), {})
 
     def _facts(self, line: Line) -> PlaneFacts:

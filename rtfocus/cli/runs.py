@@ -196,6 +196,8 @@ class ImageChoice(StrEnum):
     raw = "raw"
     restored = "restored"
     defocus = "defocus"
+    deviation = "deviation"
+    expected_error = "expected_error"
 
 
 def export(
@@ -218,7 +220,7 @@ def export(
     image: Annotated[
         list[ImageChoice] | None,
         typer.Option(
-            metavar="raw|restored|defocus",
+            metavar="raw|restored|defocus|deviation|expected_error",
             help="Run: what to export; repeatable. Default: all it has.",
         ),
     ] = None,

@@ -30,6 +30,8 @@ WELLS = [
     Position("B03 left", plate_row="B", plate_column="03", field=0),
 ]
 
+KINDS = ("raw", "restored", "defocus", "deviation", "expected_error")
+
 
 def record(folder: Path, positions: list[Position], *, lost: int = -1) -> SeriesStart:
     series = make_series(
@@ -39,7 +41,7 @@ def record(folder: Path, positions: list[Position], *, lost: int = -1) -> Series
         channels=CHANNELS,
         bit_depth=12,
     )
-    with recording(folder, series) as run:
+    with recording(folder, series, expects_error=True) as run:
         frames = list(indices(series))
         for sequence, index in enumerate(frames):
             if sequence == lost:
@@ -68,14 +70,12 @@ def test_ome_tiff_has_every_image_as_a_series_with_its_facts(sites, tmp_path):
     folder, series = sites
     output = tmp_path / "sites.ome.tif"
     said = command("export", folder, "-o", output)
-    assert succeeded(said).startswith("exported 6 images with 24 planes to ")
+    assert succeeded(said).startswith("exported 10 images with 40 planes to ")
     assert "image 'right/2 raw': 1 plane without a frame" in said.err
     with tifffile.TiffFile(output) as file:
         found = {one.name: one for one in file.series}
         assert list(found) == [
-            f"{site.name} {kind}"
-            for kind in ("raw", "restored", "defocus")
-            for site in SITES
+            f"{site.name} {kind}" for kind in KINDS for site in SITES
         ]
         for sequence, index in enumerate(indices(series)):
             place = index["t"], index["c"]
@@ -85,6 +85,11 @@ def test_ome_tiff_has_every_image_as_a_series_with_its_facts(sites, tmp_path):
             maps = found[f"{SITES[index['p']].name} defocus"].asarray()
             assert np.isnan(maps[place].ravel()[0])
             assert (maps[place].ravel()[1:] == sequence).all() or sequence == 6
+            for kind, above in (("deviation", 1.25), ("expected_error", 0.5)):
+                maps = found[f"{SITES[index['p']].name} {kind}"].asarray()
+                stated = np.nan if sequence == 6 else sequence + above
+                assert np.isnan(maps).sum() == 12 * (index["p"] == 1)
+                np.testing.assert_array_equal(maps[place][1:], stated)
         images = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
         notes = file.ome_metadata
     pixels = images[1]["Pixels"]
@@ -96,7 +101,13 @@ def test_ome_tiff_has_every_image_as_a_series_with_its_facts(sites, tmp_path):
     assert first["ExposureTime"] == 5.0
     assert first["DeltaT"] > 0
     assert "ExposureTime" not in lost
-    assert images[5]["Pixels"]["PhysicalSizeX"] == 8 * 0.325
+    for number in (5, 7, 9):  # of the maps: the first tile is not the first pixel
+        assert images[number]["Pixels"]["PhysicalSizeX"] == 8 * 0.325
+        first, *_ = images[number]["Pixels"]["Plane"]
+        assert first["PositionX"] == pytest.approx(400.0 + 7.5 * 0.325)
+        assert first["PositionY"] == pytest.approx(2.0 + 7.5 * 0.325)
+    assert "micrometer, standard deviation of the defocus" in notes
+    assert "count, root mean square" in notes
     assert "t=1 c=0 z=0" in notes
 
 
@@ -131,6 +142,51 @@ def test_ome_zarr_is_plain_and_has_a_pyramid(version, sites, tmp_path):
     assert [channel.name for channel in back[1].channels] == ["DAPI", "FITC"]
     assert back[1].stage is not None
     assert back[1].stage.x_um == 400.0
+
+
+def place_of(image: Path) -> tuple[list[float], list[float]]:
+    """Return scale and translation in y and x, as Zarr readers find them."""
+    (multiscale,) = zarr.open_group(image, mode="r").attrs["ome"]["multiscales"]
+    scale, *moved = multiscale["datasets"][0]["coordinateTransformations"]
+    translation = moved[0]["translation"] if moved else [0.0] * 5
+    return scale["scale"][3:], translation[3:]
+
+
+@pytest.mark.parametrize("kind", ["defocus", "deviation", "expected_error"])
+def test_a_map_lies_where_its_tiles_lie(kind, sites, wells, tmp_path):
+    inner = "" if kind == "defocus" else kind
+    for (folder, series), places in (
+        (sites, ["0", "1"]),
+        (wells, ["C/11/0", "B/03/1", "B/03/0"]),
+    ):
+        output = tmp_path / f"{folder.stem}.ome.zarr"
+        succeeded(command("export", folder, "-o", output, "--image", kind))
+        yaozarrs.validate_zarr_store(str(output))
+        for position, place in zip(series.positions, places, strict=True):
+            recorded = folder / "defocus.ome.zarr" / place / inner
+            scale, origin = place_of(output / place)
+            assert scale == [8 * 0.325] * 2
+            # Of a stage that nobody knows it counts from the frame's first pixel.
+            at = (position.y_um or 0.0, position.x_um or 0.0)
+            assert origin == pytest.approx([um + 7.5 * 0.325 for um in at])
+            assert (scale, origin) == place_of(recorded)
+            np.testing.assert_array_equal(
+                zarr.open_array(output / place / "0", mode="r")[:],
+                zarr.open_array(recorded / "0", mode="r")[:],
+            )
+
+
+def test_a_folder_has_a_file_for_every_map(sites, wells, tmp_path):
+    for folder, series in (sites, wells):
+        output = tmp_path / folder.stem
+        succeeded(command("export", folder, "-o", output))
+        names = {path.name for path in output.rglob("*.tif")}
+        assert names == {
+            f"{position.name.replace('/', '_')} {kind}.tif"
+            for kind in KINDS
+            for position in series.positions
+        }
+        assert {path.is_dir() for path in output.iterdir()} == {folder == wells[0]}
 
 
 @pytest.mark.parametrize("version", ["0.5", "0.4"])
@@ -193,7 +249,7 @@ def test_an_image_that_the_run_lacks_is_named(tmp_path):
     said = failed(
         command("export", folder, "-o", tmp_path / "o.ome.tif", "--image", "restored")
     )
-    assert "has no image 'restored'; it has raw, defocus" in said
+    assert "has no image 'restored'; it has raw, defocus, deviation" in said
     succeeded(command("export", folder, "-o", tmp_path / "all"))
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
-    assert names == ["defocus.tif", "raw.tif"]
+    assert names == ["defocus.tif", "deviation.tif", "raw.tif"]
