@@ -221,9 +221,7 @@ class Evidence:
         if self._log_error is None:
             return None
         square = np.exp(self._log_error(error_measures(measured, share, change)))
-        down = _overlaps(found.grid, found.grid.rows, grey.shape[0])
-        across = _overlaps(found.grid, found.grid.columns, grey.shape[1])
-        error = np.sqrt(down @ square @ across.T) * np.float32(scale)
+        error = np.sqrt(_over_tiles(square, found.grid, grey.shape)) * np.float32(scale)
         return np.asarray(error, dtype=np.float32)
 
     def shares(self, measured: Image) -> Image:
@@ -271,10 +269,26 @@ def with_applied(measured: Image, share: Image, power: Image) -> Image:
     return np.concatenate([measured, share[None], applied[None]]).astype(np.float32)
 
 
-def _overlaps(grid: TileGrid, tiles: int, side_px: int) -> Image:
+def forget_unseen(error: Image, grid: TileGrid, pixels: NDArray[Any]) -> None:
+    """Make NaN of what is told of tiles whose pixels were no numbers, but a median."""
+    numbers = np.isfinite(pixels).reshape(*pixels.shape[:2], -1).all(axis=2)
+    seen = _over_tiles(numbers.astype(np.float32), grid, numbers.shape, block_px=1)
+    error[seen == 0] = np.nan
+
+
+def _over_tiles(
+    blocks: Image, grid: TileGrid, shape: tuple[int, ...], block_px: int = BLOCK_PX
+) -> Image:
+    """Return the mean over every tile of what blocks of a frame of a shape have."""
+    down = _overlaps(grid, grid.rows, shape[0], block_px)
+    across = _overlaps(grid, grid.columns, shape[1], block_px)
+    return np.asarray(down @ blocks @ across.T)
+
+
+def _overlaps(grid: TileGrid, tiles: int, side_px: int, block_px: int) -> Image:
     """Weights of the blocks for every tile along one axis: how much of it they are."""
     begin = grid.centres_px(tiles)[:, None] + 0.5 - grid.tile_px / 2
-    edges = np.minimum(BLOCK_PX * np.arange(-(-side_px // BLOCK_PX) + 1), side_px)
+    edges = np.minimum(block_px * np.arange(-(-side_px // block_px) + 1), side_px)
     inside = np.minimum(begin + grid.tile_px, edges[1:]) - np.maximum(begin, edges[:-1])
     common = np.maximum(inside, 0)
     return np.asarray(common / common.sum(axis=1, keepdims=True), np.float32)
@@ -360,15 +374,9 @@ def certainty(found: DefocusMap, step_um: float, shape: tuple[int, int]) -> Imag
         ]
     )
     grid, (height, width) = found.grid, shape
-    rows = _between(grid, grid.rows, height)
-    columns = _between(grid, grid.columns, width)
+    rows = _linear(_cell_centres(height), grid.centres_px(grid.rows))
+    columns = _linear(_cell_centres(width), grid.centres_px(grid.columns))
     return np.asarray(rows @ told @ columns.T, dtype=np.float32)
-
-
-def _between(grid: TileGrid, tiles: int, side_px: int) -> Image:
-    """Weights of the tiles for every cell along one axis, linear between centres."""
-    centres = grid.origin_px + grid.stride_px * np.arange(tiles)
-    return _linear(_cell_centres(side_px), centres)
 
 
 def _to_pixels(side_px: int) -> Image:
@@ -432,10 +440,8 @@ def _noise_share(pixels: NDArray[Any], grid: TileGrid) -> Image:
         around(mean_product(one, one, CELL_PX // 2)) for one in (details, details[2:])
     )
     share = 3 * noise / np.maximum(power, np.finfo(np.float32).tiny)
-    rows, columns = (
-        _cell_at(grid.origin_px + grid.stride_px * np.arange(tiles), cells)
-        for tiles, cells in zip((grid.rows, grid.columns), share.shape, strict=True)
-    )
+    rows = _cell_at(grid.centres_px(grid.rows), share.shape[0])
+    columns = _cell_at(grid.centres_px(grid.columns), share.shape[1])
     return np.asarray(share[np.ix_(rows, columns)])
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.model import Config
-from rtfocus.engines.fitted import stated_um
+from rtfocus.engines.fitted import forget_unseen, stated_um
 from rtfocus.errors import EngineError, RtfocusError
 from rtfocus.frame import (
     DefocusMap,
@@ -225,6 +225,8 @@ def without_frames(error: BaseException) -> BaseException:
 def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResult:
     """Return everything about a frame that was not skipped by a failure."""
     estimate, defocus = job.estimated or (None, None)
+    if job.expected_error is not None and defocus is not None and "nan" in job.flags:
+        forget_unseen(job.expected_error, defocus.grid, job.slot.pixels)
     return FrameResult(
         estimate=estimate,
         defocus=None if defocus is None else _stating(job.plan, defocus),

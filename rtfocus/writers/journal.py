@@ -112,7 +112,9 @@ def _source(meta: dict[str, Any]) -> Line:
 def result_part(result: FrameResult) -> Line:
     """Return what a line says of a result."""
     estimate, error = result.estimate, result.expected_error
-    root = None if error is None else float((error**2).mean()) ** 0.5
+    # NaN, which is no less than 0, in tiles of which none is stated.
+    known = error[error >= 0] if error is not None else None
+    root = float((known**2).mean()) ** 0.5 if known is not None and len(known) else None
     return {
         "estimate": estimate
         and {

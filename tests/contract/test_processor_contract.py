@@ -603,6 +603,31 @@ def test_the_error_left_is_stated_of_every_tile_whatever_was_changed(
     processor.close()
 
 
+@pytest.mark.parametrize("colours", [1, 3])
+def test_of_tiles_without_a_number_no_error_is_stated(open_kind, zoo, colours):
+    config = config_for(
+        zoo, classifier="weighed", restoration={"method": "weighed"}, blind=True
+    )
+    frame = np.random.default_rng(9).normal(500, 9, SHAPE).astype("<f4")
+    frame = frame if colours == 1 else np.stack([frame] * 3, axis=-1)
+    processor = open_kind(config)
+    pool = SlotPool(1, frame.nbytes)
+    processor.start(series_for(frame.shape, "<f4", channels=("DAPI",)), 1)
+    for sequence, last in enumerate([0, 150, SHAPE[1]]):
+        shown = frame.copy()
+        shown[:, :last] = np.nan
+        ticket = submit(processor, pool, sequence, shown)
+        result = ticket.result.result(TIMEOUT_S)
+        grid = result.defocus.grid
+        ends = grid.centres_px(grid.columns) + (grid.tile_px - 1) / 2
+        hidden = np.tile(ends < last, (grid.rows, 1)) | (last == SHAPE[1])
+        np.testing.assert_array_equal(np.isnan(result.expected_error), hidden)
+        assert hidden.any() == (last > 0)
+        assert hidden.all() == (last == SHAPE[1])
+        pool.release(ticket.slot)
+    processor.close()
+
+
 @pytest.mark.parametrize(
     ("classifier", "method", "blind"),
     [

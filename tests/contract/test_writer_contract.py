@@ -127,7 +127,12 @@ def test_expected_errors_lie_inside_the_defocus_and_have_a_mean_in_the_table(
         run.writer.append(slot, replace(known, expected_error=None))
         run.send(1, {"t": 0, "c": 1})
         run.send(2, {"t": 1, "c": 0})
-        folder = run.close(3)
+        slot = run.fill(3, {"t": 1, "c": 1})
+        known = run.result(3, {"t": 1, "c": 1})
+        assert known.expected_error is not None
+        known.expected_error[0] = np.nan  # tiles of which no pixel is a number
+        run.writer.append(slot, known)
+        folder = run.close(4)
     store = folder / "defocus.ome.zarr/expected_error"
     yaozarrs.validate_zarr_store(str(store))
     told = zarr.open_group(store, mode="r").attrs["rtfocus"]
@@ -139,7 +144,7 @@ def test_expected_errors_lie_inside_the_defocus_and_have_a_mean_in_the_table(
         assert error.shape == (GRID.rows, GRID.columns)
         np.testing.assert_array_equal(error.ravel()[1:], wanted)
     share = np.sqrt(1 - 1 / (GRID.rows * GRID.columns))
-    table = [np.nan, 1.5 * share, 2.5 * share]
+    table = [np.nan, 1.5 * share, 2.5 * share, 3.5]
     np.testing.assert_allclose(read.frames["expected_error_counts"], table, rtol=1e-6)
     column = zarr.open_array(folder / "frames.zarr/expected_error_counts", mode="r")
     np.testing.assert_allclose(np.asarray(column[:]), table, rtol=1e-6)

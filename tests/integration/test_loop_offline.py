@@ -345,6 +345,19 @@ def test_the_expected_error_comes_with_an_array_of_planes(tmp_path, stating):
         rtfocus.restore(stack, optics=OPTICS, expected_error=True)
 
 
+def test_a_plane_without_a_number_has_no_expected_error(tmp_path, stating):
+    path, out, errors = (tmp_path / name for name in ("a.tif", "b.tif", "c.tif"))
+    planes = stack_of(path).astype(np.float32)
+    planes[1] = np.nan
+    tifffile.imwrite(path, planes, imagej=True, metadata={"axes": "ZYX"})
+    asked = ("-o", out, "--expected-error", errors, "--config", stating)
+    succeeded(command("restore", path, *asked))
+    stated = np.isfinite(tifffile.imread(errors)).all(axis=(1, 2))
+    assert stated.tolist() == [True, False, True]
+    assert np.isnan(tifffile.imread(errors)[1]).all()
+    np.testing.assert_array_equal(tifffile.imread(out)[1], planes[1])
+
+
 def test_of_a_mean_over_orientations_no_error_is_stated(stating):
     config = restoring_in(load_config(stating), 2)
     pixels = (specimen(1) * 1000).astype(np.uint16)

@@ -263,16 +263,14 @@ class CpuDevice:
     def restore(self, job: Job) -> NDArray[Any] | None:
         """Restore a frame, into a scratch frame of this thread and then its slot's."""
         buffers = self._slots[job.slot.index]
-        channel = self._channels[job.channel]
-        restorer = channel.restorer
+        restorer = self._channels[job.channel].restorer
         restored, seen = buffers.restored, buffers.seen
         if job.skipped is not None or restorer is None or restored is None:
             return None
         # What a network makes that is no number is told in `_store`.
         with job.stage("restore"), np.errstate(over="ignore", invalid="ignore"):
             scratch = self._scratch(buffers.signal)
-            error = restorer.restore_frame(buffers.signal, seen, scratch)
-            job.expected_error = error
+            job.expected_error = restorer.restore_frame(buffers.signal, seen, scratch)
             self._store(job, scratch, restored)
         return restored
 
