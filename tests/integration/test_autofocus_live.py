@@ -27,6 +27,8 @@ from rtfocus.holding import LiveHold, estimate_of
 from rtfocus.launch import on_free_ports
 from rtfocus.microscope import virtual_devices
 from rtfocus.microscope.core import open_core
+from rtfocus.microscope.delivery import age_ns
+from rtfocus.workers import RUN_CLOCK
 
 UNIT_UM = 0.451 / 0.36**2
 
@@ -313,8 +315,14 @@ class Processor:
         self.reader, self._inbox = LocalReader(config), focusing.inbox
         self.number = 0
 
-    def send(self, pixels: Any, channel: str, z_um: float | None) -> int:
-        captured_ns = time.time_ns()
+    def send(
+        self,
+        pixels: Any,
+        channel: str,
+        z_um: float | None,
+        captured_ns: int | None = None,
+    ) -> int:
+        captured_ns = captured_ns or RUN_CLOCK.now_ns()
         self.number += 1
         reading = self.reader.read(pixels, channel, 0.0)
         found = estimate_of(reading, self.number, z_um)
@@ -322,12 +330,23 @@ class Processor:
         return self.number
 
 
-def newest_image(core: Any) -> Any:
-    """Wait for an image; older ones were not exposed where the stage stands now."""
+def newest_image(core: Any, hold: LiveHold) -> tuple[Any, float | None, int]:
+    """Wait for an image; returns it, where and when it was exposed.
+
+    A busy machine reads an image long after its exposure, and may take longer to draw
+    it than an exposure lasts: it counts as exposed on the way, without a z, where the
+    stage that the camera drew it from is not the one it had at its end.
+    """
     wait_for(lambda: core.getRemainingImageCount() > 0)
     while core.getRemainingImageCount() > 1:
         core.popNextImage()
-    return core.popNextImage()
+    pixels, tags = core.popNextImageAndMD()
+    age = age_ns(tags, time.time_ns())
+    assert age is not None
+    captured_ns = RUN_CLOCK.now_ns() - age
+    z_um = hold.z_um(captured_ns, 5)
+    stood = z_um == pytest.approx(float(tags["Z-um"]), abs=1e-3)
+    return pixels, z_um if stood else None, captured_ns
 
 
 @contextmanager
@@ -352,8 +371,8 @@ def held_camera(
         core.startContinuousSequenceAcquisition()
 
         def send_next() -> int:
-            pixels = newest_image(core)
-            processor.send(pixels, "DAPI", hold.z_um(time.time_ns(), 5))
+            pixels, z_um, captured_ns = newest_image(core, hold)
+            processor.send(pixels, "DAPI", z_um, captured_ns)
             hold.notes()
             return processor.number
 
