@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -17,20 +17,24 @@ from rtfocus.batch.plan import (
     Job,
     Ledger,
     Plan,
+    StatedErrors,
     Unit,
     content_of,
     digest,
     digest_of_making,
     facts_of,
 )
-from rtfocus.batch.work import classified, image_set_of
+from rtfocus.batch.work import classified, error_map, image_set_of
 from rtfocus.errors import ConfigError, InputError, OutputError, writing
+from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage, json_mark
 from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
 from rtfocus.images.reading import FoundImages, find_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
+
+_T = TypeVar("_T")
 
 
 class Begun(NamedTuple):
@@ -140,6 +144,7 @@ class Batch:
             self._deliver(plan, failed)
         elif plan.form == "rows":
             self._collect(plan, failed)
+        self._collect_errors(plan, failed)
         # A folder can be completed later, file by file.
         if not (failures or plan.broken) or plan.form in ("zarr", "rows"):
             self.ledger.remove()
@@ -161,6 +166,7 @@ class Batch:
             guard.claim_json(output)
             return "rows", [""] * len(series)
         place = ImageOutput(output, series, guard, Path(self.job.source))
+        self._maps(guard)
         if place.is_folder:
             below = [target.relative_to(output) for target in place.targets]
             return "folder", [str(path) for path in below]
@@ -225,7 +231,8 @@ class Batch:
         rows: list[Any] = []
         for unit in plan.units:
             if unit.key not in failed:
-                rows += map(self._as_given, _rows_in(self.ledger.rows(unit)))
+                found = _found_in(self.ledger.rows(unit), list[dict[str, Any]])
+                rows += map(self._as_given, found)
         broken = [reason for _, reason in plan.broken]
         broken += [f.reason for _, f in self.ledger.failures(plan)]
         engine = self.job.settings["processing"]["classifier"]
@@ -234,6 +241,26 @@ class Batch:
             self._guard.write_json(self.ledger.output, content)
             files.keep(self.ledger.output)
             files.keep_names(self.ledger.output.parent)
+
+    def _maps(self, guard: OutputGuard) -> "ErrorMaps":
+        """Return what writes the errors that are stated; its place is claimed."""
+        output = self.job.expected_error
+        place = None if output is None else Path(output)
+        return ErrorMaps(place, self.found.series, guard, Path(self.job.source))
+
+    def _collect_errors(self, plan: Plan, failed: set[str]) -> None:
+        """Write the errors stated of all images, if asked for."""
+        if self.job.expected_error is None:
+            return
+        # An earlier call may have written those of fewer images.
+        maps = self._maps(self._guard.fresh(overwrite=True))
+        images = units_of((series, "", {}) for series in self.found.series)
+        numbers = {(one.path, one.number): n for n, one in enumerate(images)}
+        for unit in plan.units:
+            number = numbers.get((unit.path, unit.number))
+            if number is not None and unit.key not in failed:
+                maps.take(number, _found_in(self.ledger.errors(unit), StatedErrors))
+        maps.write(self.images)
 
     def _is_written(self, content: dict[str, Any]) -> bool:
         """Tell whether a call that was killed afterwards has written just this."""
@@ -246,6 +273,49 @@ class Batch:
     def _as_given(self, row: dict[str, Any]) -> dict[str, Any]:
         below = Path(row["path"]).relative_to(self.job.source)
         return {**row, "path": str(Path(self.job.given) / below)}
+
+
+class ErrorMaps:
+    """The error expected to be left in restored images, a pixel per tile.
+
+    Kept until all images are restored: a thousandth of their pixels. Arguments are as
+    of `ImageOutput`; without an output nobody asked for it.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        series: Sequence[ImageSeries],
+        guard: OutputGuard,
+        root: Path,
+    ) -> None:
+        self._place: ImageOutput | None = None
+        if output is not None:
+            self._place = ImageOutput(output, series, guard, root)
+        self._found: dict[int, StatedErrors] = {}
+
+    def note(self, number: int, result: FrameResult) -> None:
+        """Take in the next plane of an image."""
+        if self._place is not None:
+            self._found.setdefault(number, StatedErrors()).note(result)
+
+    def take(self, number: int, found: StatedErrors) -> None:
+        """Take in all planes of an image."""
+        self._found[number] = found
+
+    def write(self, images: ImageSet) -> None:
+        """Write those of images that were restored, once all are."""
+        if (place := self._place) is None:
+            return
+        # In a folder every image has a target, which stays empty of a broken one.
+        outputs = [
+            error_map(found, image, images.made(number))
+            for number, image in enumerate(images.series)
+            if (found := self._found.get(number, StatedErrors())).is_of(image)
+            or place.is_folder
+        ]
+        if outputs:
+            place.write(outputs)
 
 
 def new_plan(
@@ -331,9 +401,9 @@ def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
     return list(dict.fromkeys([*notes, *images.assumptions()]))
 
 
-def _rows_in(path: Path) -> list[dict[str, Any]]:
+def _found_in(path: Path, kind: type[_T]) -> _T:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]])
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:
         msg = f"'{path}' of a unit that is done cannot be read: {error}"
         raise OutputError(msg) from error

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 
 from rtfocus import files
 from rtfocus.errors import ConfigError, OutputError, writing
+from rtfocus.frame import FrameResult, TileGrid
 from rtfocus.images.series import ImageSeries
 
 Command = Literal["restore", "classify"]
@@ -34,7 +36,7 @@ Fault = Literal["input", "changed", "output", "engine", "other"]
 
 ENDING = ".rtfocus-batch"
 """Of the folder beside an output."""
-_KINDS = ("working", "done", "failed", "rows")
+_KINDS = ("working", "done", "failed", "rows", "errors")
 _T = TypeVar("_T")
 
 
@@ -58,6 +60,8 @@ class Job(msgspec.Struct, frozen=True):
     """Nobody named an engine."""
     stretch: bool = False
     """8 bits for viewing."""
+    expected_error: str | None = None
+    """Where the error left in restored images is written, absolute."""
 
 
 class Unit(msgspec.Struct, frozen=True):
@@ -87,6 +91,26 @@ class Failure(msgspec.Struct, frozen=True):
 
     fault: Fault
     reason: str
+
+
+class StatedErrors(msgspec.Struct):
+    """The error expected to be left in the planes of an image, a number per tile."""
+
+    grid: TileGrid | None = None
+    planes: list[bytes] = []
+    """Each float32, little-endian."""
+
+    def note(self, result: FrameResult) -> None:
+        """Take in the next plane; NaN: nothing is stated of it."""
+        if result.defocus is not None:
+            self.grid, error = result.defocus.grid, result.expected_error
+            if error is None:
+                error = np.full((self.grid.rows, self.grid.columns), np.nan, np.float32)
+            self.planes.append(error.astype("<f4").tobytes())
+
+    def is_of(self, image: ImageSeries) -> bool:
+        """Tell whether all planes of an image are told of."""
+        return len(self.planes) == len(image)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -321,6 +345,10 @@ class Ledger:
     def rows(self, unit: Unit) -> Path:
         """Return where ``classify`` keeps what it finds in a unit."""
         return self.folder / "rows" / unit.key
+
+    def errors(self, unit: Unit) -> Path:
+        """Return where ``restore`` keeps the errors that are stated of a unit."""
+        return self.folder / "errors" / unit.key
 
     @contextmanager
     def part(self, unit: Unit) -> Iterator[Path]:

@@ -7,7 +7,7 @@ unit to the next.
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from rtfocus.batch.plan import (
     Job,
     Ledger,
     Plan,
+    StatedErrors,
     Unit,
     arrays_of,
     content_of,
@@ -33,12 +34,12 @@ from rtfocus.batch.plan import (
 )
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError, InputError, OutputError, RtfocusError
-from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult, TileGrid
+from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.optics import StatedOptics
-from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
+from rtfocus.images.outputs import OutputGuard, companions
 from rtfocus.images.reading import find_images, stretch_histogram
 from rtfocus.images.series import ContrastWindow, ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import fill_image
@@ -136,14 +137,11 @@ class _Opened:
                 plane_row(images, 0, index, result)
                 for index, result in images.classified(0)
             ]
-            with files.whole(ledger.rows(unit), overwrite=True) as part:
-                part.write_bytes(msgspec.json.encode(rows))
-                self._insist(ledger, unit, series)
-                files.keep(part)
-            files.keep_names(ledger.rows(unit).parent)
+            self._keep(ledger.rows(unit), rows, ledger, unit, series)
             return []
         image = images.outline(0, stretch=job.stretch)
-        planes = images.restored(0)
+        stated = StatedErrors()
+        planes = images.restored(0, stated.note)
         if job.stretch:
             planes = map(stretch_histogram, planes)
         image = replace(image, planes=planes)
@@ -152,6 +150,7 @@ class _Opened:
                 group = ledger.store / unit.target
                 _fill_apart(part, group, image)
                 files.keep(part)
+                self._keep_errors(stated, ledger, unit, series)
                 self._insist(ledger, unit, series)
                 _put_in_place(part, group)
             return images.cut()
@@ -160,6 +159,7 @@ class _Opened:
         with guard.whole(target) as part:
             write_tiff(part, [image])
             files.keep(part)
+            self._keep_errors(stated, ledger, unit, series)
             self._insist(ledger, unit, series)
         files.keep_names(*_folders(target, ledger.output))
         return images.cut()
@@ -167,6 +167,27 @@ class _Opened:
     def close(self) -> None:
         """Free the engines."""
         self._images.close()
+
+    def _keep_errors(
+        self, stated: StatedErrors, ledger: Ledger, unit: Unit, series: ImageSeries
+    ) -> None:
+        if self._plan.job.expected_error is not None:
+            self._keep(ledger.errors(unit), stated, ledger, unit, series)
+
+    def _keep(
+        self,
+        place: Path,
+        found: object,
+        ledger: Ledger,
+        unit: Unit,
+        series: ImageSeries,
+    ) -> None:
+        """Keep what was found in a unit for the end of the batch."""
+        with files.whole(place, overwrite=True) as part:
+            part.write_bytes(msgspec.json.encode(found))
+            self._insist(ledger, unit, series)
+            files.keep(part)
+        files.keep_names(place.parent)
 
     def _insist(self, ledger: Ledger, unit: Unit, series: ImageSeries) -> None:
         """Refuse to put pixels into a batch that began anew, or is at its end.
@@ -273,7 +294,13 @@ def image_set_of(
     settings = parse_config(job.settings)
     if settings.processing.threads is None and threads is not None:
         settings = settings.with_processing(threads=threads)
-    return ImageSet(settings, tuple(series), stated=stated, free_choice=job.free_choice)
+    return ImageSet(
+        settings,
+        tuple(series),
+        stated=stated,
+        free_choice=job.free_choice,
+        states_error=job.expected_error is not None,
+    )
 
 
 def _fill_apart(part: Path, group: Path, image: OutputImage) -> None:
@@ -349,72 +376,41 @@ def plane_row(
     }
 
 
-class ErrorMaps:
-    """The error expected to be left in restored images, a pixel per tile.
-
-    Kept until all images are restored: a thousandth of their pixels. Arguments are as
-    of `ImageOutput`; without an output nobody asked for it.
-    """
-
-    def __init__(
-        self,
-        output: Path | None,
-        series: Sequence[ImageSeries],
-        guard: OutputGuard,
-        root: Path,
-    ) -> None:
-        self._place: ImageOutput | None = None
-        if output is not None:
-            self._place = ImageOutput(output, series, guard, root)
-        self._grids: dict[int, TileGrid] = {}
-        self._found: dict[int, list[NDArray[np.float32]]] = {}
-
-    def note(self, number: int, result: FrameResult) -> None:
-        """Take in the next plane of an image; NaN: nothing is stated of it."""
-        if self._place is None or result.defocus is None:
-            return
-        grid, error = result.defocus.grid, result.expected_error
-        if error is None:
-            error = np.full((grid.rows, grid.columns), np.nan, np.float32)
-        self._grids[number] = grid
-        self._found.setdefault(number, []).append(error)
-
-    def write(self, images: ImageSet) -> None:
-        """Write those of images that were restored, once all are."""
-        if self._place is not None:
-            every = range(len(images.series))
-            self._place.write([self._output(images, number) for number in every])
-
-    def _output(self, images: ImageSet, number: int) -> OutputImage:
-        image = images.series[number]
-        found = self._found.get(number, [])
-        if len(found) < len(image):
-            return OutputImage(image, image.dtype, map(_not_restored, [image]))
-        grid = self._grids[number]
-        shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
-        size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
-        at = image.stage or StagePosition()
-        like = replace(
-            image,
-            name=f"{image.name} expected error",
-            shape=(grid.rows, grid.columns),
-            pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
-            pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
-            stage=StagePosition(
-                (at.x_um or 0.0) + grid.origin_px * size_x,
-                (at.y_um or 0.0) + grid.origin_px * size_y,
-                at.z_um,
-            ),
-            channels=tuple(replace(one, window=shown) for one in image.channels),
-        )
-        made = {
-            "command": "restore --expected-error",
-            "values": "root mean square over a tile, in counts",
-            "tiles": f"of {grid.tile_px} px, every {grid.stride_px:g} px, the first "
-            f"around {grid.origin_px:g} px from the middle of the first pixel",
-            **images.made(number),
-        }
-        return OutputImage(like, np.dtype("<f4"), iter(found), made)
+def error_map(
+    stated: StatedErrors, image: ImageSeries, made: Mapping[str, str]
+) -> OutputImage:
+    """Return errors that are stated as an image, placed where the tiles lie."""
+    grid = stated.grid
+    if grid is None or not stated.is_of(image):
+        return OutputImage(image, image.dtype, map(_not_restored, [image]))
+    found = [
+        np.frombuffer(plane, np.dtype("<f4")).reshape(grid.rows, grid.columns)
+        for plane in stated.planes
+    ]
+    shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
+    size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
+    at = image.stage or StagePosition()
+    like = replace(
+        image,
+        name=f"{image.name} expected error",
+        shape=(grid.rows, grid.columns),
+        pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
+        pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
+        stage=StagePosition(
+            (at.x_um or 0.0) + grid.origin_px * size_x,
+            (at.y_um or 0.0) + grid.origin_px * size_y,
+            at.z_um,
+        ),
+        channels=tuple(replace(one, window=shown) for one in image.channels),
+    )
+    told = {
+        "command": "restore --expected-error",
+        "values": "root mean square over a tile, in counts",
+        "tiles": f"of {grid.tile_px} px, every {grid.stride_px:g} px, the first "
+        f"around {grid.origin_px:g} px from the middle of the first pixel",
+        **made,
+    }
+    return OutputImage(like, np.dtype("<f4"), iter(found), told)
 
 
 def _not_restored(image: ImageSeries) -> NDArray[np.float32]:

@@ -252,6 +252,8 @@ def _finish(batch: Batch, plan: Plan, remedy: str) -> None:
     if delivered and done:
         what = f"{number_of(planes, 'plane')} of {number_of(done, 'image')}"
         typer.echo(f"{word} {what} to {job.output}")
+        if job.expected_error is not None:
+            typer.echo(f"expected error: {job.expected_error}", err=True)
     if waiting:
         msg = (
             f"{len(waiting)} of {number_of(len(plan.units), 'image')} not done: "

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from rtfocus.batch.ends import notes_of
+from rtfocus.batch.ends import ErrorMaps, notes_of
 from rtfocus.batch.plan import Command, Job, content_of
 from rtfocus.batch.scheduler import WORKERS_S
-from rtfocus.batch.work import ErrorMaps, classified, plane_row
+from rtfocus.batch.work import classified, plane_row
 from rtfocus.cli.batch import (
     FinishOption,
     InitOption,
@@ -155,10 +155,12 @@ def restore(
     free_choice = engine is None and config is None and not _is_run(path)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
-        beside = {"--picture": picture, "--expected-error": expected_error}
-        _refuse_with_many(beside)
+        _refuse_with_many({"--picture": picture})
         asked = _job("restore", path, output, settings, optics)
-        asked = msgspec.structs.replace(asked, free_choice=free_choice, stretch=stretch)
+        errors = None if expected_error is None else os.path.abspath(expected_error)
+        asked = msgspec.structs.replace(
+            asked, free_choice=free_choice, stretch=stretch, expected_error=errors
+        )
         run_batch(asked, many, overwrite=overwrite)
         return
     found = find_images(path)

@@ -19,6 +19,7 @@ import pytest
 import tifffile
 import yaozarrs
 import zarr
+from engine_kit import write_brightness_joint
 from image_file_kit import ngff_axes, write_ngff
 from loop_kit import command, failed, succeeded
 from scipy.ndimage import gaussian_filter
@@ -170,6 +171,82 @@ def test_many_processes_write_what_one_writes(
             command("restore", source, "-o", many, *WIENER, "--scheduler", address)
         )
         assert "exists" in refused
+
+
+@pytest.fixture
+def stating(tmp_path: Path) -> tuple[str, ...]:
+    """Options of an engine that states the error it leaves."""
+    write_brightness_joint(tmp_path / "engines/weighed", share=0.25, log_error=-4.0)
+    processing = {
+        "blind": True,
+        "classifier": "weighed",
+        "restoration": {"method": "weighed"},
+        "engine_folders": [str(tmp_path / "engines")],
+    }
+    config = tmp_path / "stating.yaml"
+    config.write_text(json.dumps({"processing": processing}))
+    return (*OPTICS, "--config", str(config))
+
+
+@pytest.mark.parametrize("errors", ["errors", "errors.ome.zarr"])
+def test_many_processes_state_the_errors_that_one_states(
+    folder: Path,
+    plate: Path,
+    tmp_path: Path,
+    address: str,
+    stating: tuple[str, ...],
+    errors: str,
+) -> None:
+    places = {}
+    for n, more in (("one", ()), ("many", ("--scheduler", address))):
+        for source, out in ((folder, "out"), (plate, "out.ome.zarr")):
+            place = tmp_path / f"{n} {source.name}"
+            asked = ("-o", place / out, "--expected-error", place / errors, *stating)
+            said = command("restore", source, *asked, *more)
+            succeeded(said)
+            assert f"expected error: {place / errors}" in said.err
+            places[n, source] = place
+            assert_nothing_left(place / out)
+    for source in (folder, plate):
+        found = files_of(places["many", source])
+        assert len([name for name in found if name.startswith("errors")]) > 3
+        assert found == files_of(places["one", source])
+
+
+def test_a_job_array_states_errors_and_goes_without_what_cannot_be_read(
+    folder: Path, tmp_path: Path, stating: tuple[str, ...]
+) -> None:
+    out, errors = tmp_path / "out", tmp_path / "errors.ome.zarr"
+    broken, sound = folder / "f1.tif", (folder / "f1.tif").read_bytes()
+    broken.write_bytes(sound[: len(sound) // 2])
+    asked = ("restore", folder, "-o", out, *stating)
+    stated = (*asked, "--expected-error", errors)
+    errors.mkdir()
+    assert "was not written by rtfocus" in failed(command(*stated, "--init"))
+    errors.rmdir()
+    succeeded(command(*stated, "--init"))
+    said = failed(command(*asked, "--unit", "1/2"))
+    assert "was begun with other expected error; --unit and --finish take" in said
+    for part in ("1/2", "2/2"):
+        command(*stated, "--unit", part)
+    failed(command(*stated, "--finish"), ExitCode.INCOMPLETE)
+    yaozarrs.validate_zarr_store(str(errors))
+    names = [
+        zarr.open_group(errors / str(n), mode="r").attrs["ome"]["multiscales"][0][
+            "name"
+        ]
+        for n in range(5)
+    ]
+    assert names == [f"f{n} expected error" for n in (4, 5, 0, 2, 3)]
+    # Mended, the same commands add what was missing.
+    broken.write_bytes(sound)
+    for step in (("--init",), ("--unit", "1/1"), ("--finish",)):
+        succeeded(command(*stated, *step))
+    one = tmp_path / "one.ome.zarr"
+    whole = ("-o", tmp_path / "one", "--expected-error", one)
+    succeeded(command("restore", folder, *whole, *stating))
+    assert files_of(errors) == files_of(one)
+    assert_nothing_left(out)
 
 
 def test_classify_and_a_single_file(folder: Path, tmp_path: Path, address: str) -> None:

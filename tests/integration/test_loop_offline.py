@@ -297,7 +297,7 @@ def test_the_expected_error_is_written_a_pixel_per_tile(tmp_path, stating, endin
             ("--engine", "wiener", "--optics", "NA=0.5,wavelength=520"),
             "take engine",
         ),
-        (("--scheduler", "local:2"), "--expected-error is for one process"),
+        (("--scheduler", "local:2", "--orientations", 2), "the mean over 2 orientat"),
     ],
 )
 def test_where_no_error_is_stated_it_is_said_why_before_the_work(
