@@ -143,12 +143,12 @@ def restore(
 
         def restore_plane(plane: Image) -> FrameResult:
             result = processor.restore(plane, channel=channel, of_stack=True)
-            if expected_error and result.expected_error is not None:
-                errors.append(result.expected_error)
+            if expected_error:
+                errors.append(np.asarray(result.expected_error))
             return result
 
         restored = _plane_by_plane(image, restore_plane)
-    if not errors:
+    if not expected_error:
         return restored
     outer = restored.shape[: -3 if _is_colour(restored) else -2]
     return restored, np.reshape(errors, outer + errors[0].shape)

@@ -42,7 +42,7 @@ def result_of(number: int) -> FrameResult:
     stated = np.array([[0.25, 0.5, 1], [1.5, 2, np.nan]], np.float32)
     defocus = DefocusMap(GRID, levels, sure, level, stated_um=stated)
     restored = frame_of(number)[:, ::-1]
-    error = np.float32([[10, 20, 30], [40, 50, 60]]) if number % 2 == 0 else None
+    error = np.float32([[10, 20, 30], [40, 50, np.nan]]) if number % 2 == 0 else None
     return FrameResult(make_estimate(number), defocus, restored, error)
 
 

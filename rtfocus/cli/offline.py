@@ -155,7 +155,7 @@ def restore(
     free_choice = engine is None and config is None and not _is_run(path)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
-        _refuse_with_many({"--picture": picture})
+        _refuse_with_many("--picture", picture)
         asked = _job("restore", path, output, settings, optics)
         errors = None if expected_error is None else os.path.abspath(expected_error)
         asked = msgspec.structs.replace(
@@ -217,7 +217,7 @@ def classify(
         settings = with_engine(settings, "classifier", engine)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
-        _refuse_with_many({"--picture": picture})
+        _refuse_with_many("--picture", picture)
         target = _json_of_many(json_file)
         asked = _job("classify", path, target, settings, optics)
         run_batch(asked, many, overwrite=overwrite)
@@ -280,11 +280,10 @@ def _json_of_many(path: Path | None) -> Path:
     return path
 
 
-def _refuse_with_many(given: Mapping[str, object]) -> None:
-    for option, value in given.items():
-        if value is not None:
-            msg = f"{option} is for one process; leave it out, or the options of many"
-            raise ConfigError(msg)
+def _refuse_with_many(option: str, given: object) -> None:
+    if given is not None:
+        msg = f"{option} is for one process; leave it out, or the options of many"
+        raise ConfigError(msg)
 
 
 def _output(

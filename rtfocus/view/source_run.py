@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -371,7 +371,7 @@ class StoredRun:
         """Yield what is stated of the frame's tiles."""
         if (grid := self.run.header.grid) is None:
             return
-        for name in self.run.kinds:
+        for name in get_args(ImageName):
             if name in MAPS and (values := self._if_there(name, place)) is not None:
                 yield map_plane(MAPS[name], values, grid)
 

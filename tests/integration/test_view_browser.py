@@ -496,7 +496,7 @@ def test_every_map_that_is_stated_can_be_chosen_and_no_other(browser: Any) -> No
             )
             wanted = page(script, share)
             np.testing.assert_allclose(overlaid(page, *tile)[:3], wanted, atol=5)
-        assert "38.9 counts rms" in text(page, "frame-facts")
+        assert "33.2 counts rms" in text(page, "frame-facts")
         point(page, *tile)
         said = "+4.00 ± 1.50 µm"
         assert f"{said}, expected error 40 counts" in text(page, "frame-facts")

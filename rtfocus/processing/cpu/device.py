@@ -184,8 +184,8 @@ class CpuDevice:
     """Implements `rtfocus.processing.device.Device` on the CPU."""
 
     name = "CPU"
-    ahead = 2
     # Each holds what a network is to see of it: more would cost memory for nothing.
+    ahead = 2
 
     def __init__(self, config: Config) -> None:
         self._config = config

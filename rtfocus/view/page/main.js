@@ -294,8 +294,9 @@ function underPointer({ planes }) {
 }
 
 function errorRow({ planes }) {
-  const pixels = planes[EXPECTED_ERROR]?.pixels;
-  return pixels ? ["expected error", `${short(Math.sqrt(pixels.reduce((sum, one) => sum + one * one, 0) / pixels.length))} counts rms`] : null;
+  // Of tiles without a number none is stated.
+  const pixels = planes[EXPECTED_ERROR]?.pixels.filter((value) => !Number.isNaN(value));
+  return pixels?.length ? ["expected error", `${short(Math.sqrt(pixels.reduce((sum, one) => sum + one * one, 0) / pixels.length))} counts rms`] : null;
 }
 
 function showState() {
