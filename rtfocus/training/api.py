@@ -338,7 +338,7 @@ def _turned(
         scaled["real"] = []
     data |= {**changed, section: {**scaled, **changed.get(section, {})}, "name": name}
     data["data_folder"] = str(Path(data["data_folder"]).resolve())
-    return validate_recipe(data)
+    return validate_recipe(data, f"recipe '{recipe.name}' for other optics")
 
 
 def _own_source(files: list[str], held_out: tuple[str, ...] = ()) -> SourceRecipe:

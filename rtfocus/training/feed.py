@@ -208,7 +208,8 @@ def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
     Raises
     ------
     ConfigError
-        If the file is missing, damaged or of another format.
+        If the file is missing, damaged, of another format, or holds a recipe with keys
+        or values that this version does not know.
     """
     try:
         state: object = torch.load(path, map_location="cpu", weights_only=True)
@@ -225,7 +226,8 @@ def load_checkpoint(path: Path) -> tuple[RecipeBase, dict[str, Any]]:
             f"{_FORMAT}; train again"
         )
         raise ConfigError(msg)
-    return validate_recipe(state.pop("recipe")), state
+    place = f"checkpoint '{path}', of another version of rtfocus (train again)"
+    return validate_recipe(state.pop("recipe", None), place), state
 
 
 def _no_checkpoint(path: Path) -> str:

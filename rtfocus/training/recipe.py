@@ -334,12 +334,7 @@ def load_recipe(path: Path) -> RecipeBase:
     if not isinstance(data, dict) or "network" not in data:
         msg = f"'{path}' is no recipe: it names no network; rtfocus configs lists some"
         raise ConfigError(msg)
-    try:
-        return validate_recipe(data)
-    except ValidationError as error:
-        faults = "; ".join(map(fault_in_words, error.errors()))
-        msg = f"recipe '{path}': {faults}; see configs/train_delpnet.yaml"
-        raise ConfigError(msg) from error
+    return validate_recipe(data, f"recipe '{path}'")
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
@@ -365,15 +360,19 @@ def _merge(base: object, changes: object) -> object:
     return {**base, **merged}
 
 
-def validate_recipe(data: object) -> RecipeBase:
+def validate_recipe(data: object, place: str = "recipe") -> RecipeBase:
     """Make a recipe of plain values, of the class its network asks for.
 
     Raises
     ------
     ConfigError
-        If the network is unknown.
-    pydantic.ValidationError
-        If a key or value does not fit.
+        If the network is unknown, or keys or values do not fit; names `place`, where
+        they stand.
     """
     name = data.get("network") if isinstance(data, dict) else None
-    return network_classes(str(name))[0].model_validate(data)
+    try:
+        return network_classes(str(name))[0].model_validate(data)
+    except ValidationError as error:
+        faults = "; ".join(map(fault_in_words, error.errors()))
+        msg = f"{place}: {faults}; see configs/train_delpnet.yaml"
+        raise ConfigError(msg) from error

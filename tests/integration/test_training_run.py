@@ -127,6 +127,16 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         assert "weights_only" not in str(caught.value)
 
 
+def test_a_checkpoint_of_a_later_version_says_what_is_unknown(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, small_recipe(tmp_path, steps=1), {})
+    saved = torch.load(path, weights_only=True)
+    saved["recipe"]["dreams"] = 3
+    torch.save(saved, path)
+    with pytest.raises(ConfigError, match=r"last\.pt.*version.*dreams"):
+        load_checkpoint(path)
+
+
 def test_a_missing_device_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="choose auto, cpu or cuda"):
         train(small_recipe(tmp_path, steps=1), device="abacus")
