@@ -31,6 +31,7 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
+from rtfocus.transport.messages import is_json
 from rtfocus.transport.viewer import (
     FailureLine,
     FocusLine,
@@ -123,16 +124,11 @@ class Monitor:
     def estimated(self, slot: Slot, estimate: Estimate) -> None:
         """Note a frame whose defocus is known and published."""
         self.estimate = estimate
-        self.times.add("arrival_to_estimate", _ms_since(slot.received_ns))
-        self._samples.append(
-            Sample(
-                time.perf_counter(),
-                estimate.defocus_um,
-                estimate.z_offset_um or 0.0,
-                estimate.index.get("c", 0),
-                _ms_since(slot.received_ns),
-            )
-        )
+        latency_ms = _ms_since(slot.received_ns)
+        self.times.add("arrival_to_estimate", latency_ms)
+        defocus_um, z_offset_um = estimate.defocus_um, estimate.z_offset_um
+        now_s, c = time.perf_counter(), estimate.index.get("c", 0)
+        self._samples.append(Sample(now_s, defocus_um, z_offset_um, c, latency_ms))
         self._sampled += 1
         captured_ms = (RUN_CLOCK.now_ns() - estimate.captured_ns) / 1e6
         self.times.add("capture_to_estimate", captured_ms)
@@ -414,14 +410,13 @@ class FocusLog:
 
     def end(self, end: SeriesEnd) -> None:
         """Write down what the microscope side did after its last frame."""
-        if lines := list(end.focus_log[:_MOST_LINES]):
+        if lines := _entries(end.focus_log):
             self._write(lines)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._also(lines)
         with writing(self._path, WriterError), self._path.open("ab") as file:
-            for line in lines:
-                file.write(msgspec.json.encode(line) + b"\n")
+            file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
 
 
 def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -429,9 +424,13 @@ def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: Any = meta
     for key in ("extra", "rtfocus", "focus_log"):
         found = found.get(key) if isinstance(found, Mapping) else None
-    if not isinstance(found, list):
-        return []
-    return [line for line in found[:_MOST_LINES] if isinstance(line, dict)]
+    return _entries(found)
+
+
+def _entries(found: object) -> list[dict[str, Any]]:
+    """Return what of a log is a line that a file can hold, up to a number of them."""
+    lines = found[:_MOST_LINES] if isinstance(found, list | tuple) else ()
+    return [one for one in lines if isinstance(one, dict) and is_json(one)]
 
 
 def _in_words(line: FocusLine) -> str | None:

@@ -378,6 +378,8 @@ def _form_fault(start: SeriesStart, max_frame_bytes: int) -> str | None:
         return f"shape={start.shape} is not (y, x) or (y, x, 3)"
     if start.dtype not in DTYPES:
         return f"dtype={start.dtype!r} is none of {', '.join(DTYPES)}"
+    if not m.is_json([start.mda_sequence, start.summary]):
+        return "mda_sequence or summary holds what JSON cannot"
     frame_bytes = math.prod(start.shape) * np.dtype(start.dtype).itemsize
     if frame_bytes > max_frame_bytes:
         return (

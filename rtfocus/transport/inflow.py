@@ -31,7 +31,6 @@ from rtfocus.transport.messages import (
     Rewind,
     check_header,
     end_fault,
-    is_alike,
     most_lost,
     pixel_bytes,
     readable_end,
@@ -341,7 +340,8 @@ class Inflow:
             return
         # A gap comes before the frame that revealed it.
         self._count_gaps()
-        if not is_alike(header, self.series):
+        series = self.series
+        if (header.shape, header.dtype) != (series.shape, series.dtype):
             self._end_at_other_form(header)
             return
         self._fill_slot(header, pixels, placed)

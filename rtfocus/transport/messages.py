@@ -353,17 +353,14 @@ def check_estimate(estimate: Estimate) -> None:
 def end_fault(end: SeriesEnd) -> str | None:
     """Return what of the numbers at the end of a series cannot be, as a name."""
     numbers = {"camera_lost": end.camera_lost, "not_acquired": end.not_acquired}
-    for name, number in numbers.items():
-        if not 0 <= number <= MOST_PLACES:
-            return f"{name}={number}"
-    return None
+    faults = (f"{k}={n}" for k, n in numbers.items() if not 0 <= n <= MOST_PLACES)
+    return next(faults, None)
 
 
 def readable_end(end: SeriesEnd) -> SeriesEnd:
     """Return the end of a series with words fit for a terminal and a report.
 
-    They are cut, not refused: whatever a publisher complains of, all its frames
-    came.
+    Cut, not refused: whatever a publisher complains of, all its frames came.
     """
     kept = tuple(map(printable, end.warnings[:MOST_WARNINGS]))
     if (more := len(end.warnings) - len(kept)) > 0:
@@ -371,9 +368,13 @@ def readable_end(end: SeriesEnd) -> SeriesEnd:
     return msgspec.structs.replace(end, reason=printable(end.reason), warnings=kept)
 
 
-def is_alike(header: FrameHeader, series: SeriesStart) -> bool:
-    """Tell whether a frame has the series' shape and dtype."""
-    return header.shape == series.shape and header.dtype == series.dtype
+def is_json(value: object) -> bool:
+    """Tell whether what a peer says in JSON form can be written as that."""
+    try:
+        msgspec.json.encode(value)
+    except (*FAULTS, TypeError):
+        return False
+    return True
 
 
 def pixel_bytes(header: FrameHeader) -> int:

@@ -106,7 +106,9 @@ def _source(meta: dict[str, Any]) -> Line:
     file, plane = meta.get("file"), meta.get("plane")
     if not isinstance(file, str) or not isinstance(plane, dict):
         return {}
-    return {"file": file[:_LONGEST_NAME], "plane": plane}
+    # Of a peer's, what it is: a line that could not be read again would be damage.
+    at = {axis: plane[axis] for axis in "tcz" if isinstance(plane.get(axis), int)}
+    return {"file": file[:_LONGEST_NAME], "plane": at}
 
 
 def result_part(result: FrameResult) -> Line:
@@ -133,7 +135,7 @@ def result_part(result: FrameResult) -> Line:
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-_Integer = Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)]
+_Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 _Stage = Annotated[str, msgspec.Meta(pattern=r"^\w{1,64}$")]
 
 

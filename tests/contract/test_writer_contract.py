@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import yaozarrs
 import zarr
+from msgspec import structs
+from msgspec.msgpack import Ext
 from numpy.typing import NDArray
 from writer_kit import GRID, indices, make_series, numbered, recording
 
@@ -456,6 +458,39 @@ def test_focus_probes_are_journalled_and_not_stored(tmp_path: Path) -> None:
     assert run.accounting.unaccounted == 0
     found = read_frame(folder, "raw", run.series, {"t": 0})
     np.testing.assert_array_equal(found, numbered(0, run.series))
+
+
+@pytest.mark.parametrize(
+    ("says", "kept"),
+    [
+        ({"captured_ns": 2**63 - 1, "camera_image_number": 2**63 - 1}, None),
+        (
+            {"frame_meta": {"file": "a.tif", "plane": {"t": 1, "z": 2}}},
+            {"t": 1, "z": 2},
+        ),
+        (
+            {"frame_meta": {"file": "a.tif", "plane": {"t": 1, "x": "y" * 2**21}}},
+            {"t": 1},
+        ),
+        ({"frame_meta": {"file": "a.tif", "plane": {"t": Ext(5, b"no JSON")}}}, {}),
+        ({"frame_meta": {"file": "a.tif", "plane": {(1, 2): 3}}}, {}),
+    ],
+    ids=["largest numbers", "replayed", "too long", "no JSON", "key that is no text"],
+)
+def test_what_a_publisher_may_say_of_a_frame_leaves_a_journal_that_is_read_again(
+    says: dict[str, Any], kept: dict[str, int] | None, tmp_path: Path
+) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series(sizes={"t": 2})) as run:
+        for sequence in range(2):
+            slot = run.fill(sequence, {"t": sequence})
+            slot.header = structs.replace(slot.frame(), **says)
+            run.writer.append(slot, run.result(sequence, {"t": sequence}))
+        folder = run.close(2)
+    report = check_run(folder)
+    assert report.problems == []
+    assert report.frames == 2
+    lines = list(journal_lines(folder / JOURNAL_NAME, Plan(run.series)))
+    assert [line.get("plane") for line in lines] == [kept, kept]
 
 
 def test_a_failed_restoration_keeps_the_raw_frame_and_says_so(tmp_path: Path) -> None:

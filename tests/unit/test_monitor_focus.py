@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 from loop_kit import needs_shipped_engine
+from msgspec.msgpack import Ext
 from transport_kit import make_estimate, make_header, make_series
 
 from rtfocus.autofocus.policy import look_at
@@ -74,6 +75,7 @@ def test_a_move_is_written_and_told(tmp_path):
         {"extra": {"rtfocus": None}},
         {"extra": {"rtfocus": {"focus_log": "text"}}},
         {"extra": {"rtfocus": {"focus_log": [1, None]}}},
+        {"extra": {"rtfocus": {"focus_log": [{"a": Ext(5, b"no JSON")}, {(1, 2): 3}]}}},
     ],
 )
 def test_metadata_of_another_form_hold_no_entries(tmp_path, meta):

@@ -164,6 +164,8 @@ def test_damaged_messages_are_refused_or_still_messages() -> None:
         ({"started_ns": 2**64 - 1}, "started_ns"),
         ({"positions": [Position("here", NAN)]}, r"positions\[0\].x_um"),
         ({"positions": [Position("here", field=-7)]}, r"positions\[0\].field"),
+        ({"summary": {"a": msgspec.msgpack.Ext(5, b"")}}, "summary.*JSON"),
+        ({"mda_sequence": {"metadata": {(1, 2): 3}}}, "mda_sequence.*JSON"),
     ],
 )
 def test_a_series_that_cannot_be_received_names_the_field(fault, named) -> None:
