@@ -18,7 +18,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config
 from rtfocus.config.loading import with_engine
 from rtfocus.config.model import ChannelConfig
-from rtfocus.engines.card import identity
+from rtfocus.engines.card import identity, input_of
 from rtfocus.engines.registry import (
     FoundEngine,
     check_fit,
@@ -147,11 +147,29 @@ class _Channel:
         name = self.method if self.method != "none" else self.engines[0].name
         refuse_other_reference(image, self.optics, name, self.reference)
 
-    def refuse_unstated_error(self, image: ImageSeries) -> None:
-        """Refuse an image of which the error left is not stated, with the reason."""
+    @property
+    def tiles(self) -> str:
+        """The tiles that its classifier tells of, in words."""
+        card = input_of(self.engines[0].card)
+        every, first = f"{card.stride_px:g} px", f"{card.origin_px:g} px"
+        return f"tiles of {card.tile_px} px every {every} from {first} on"
+
+    def refuse_unstated_error(self, image: ImageSeries, first: "_Channel") -> None:
+        """Refuse an image of which the error left is not stated, with the reason.
+
+        One image holds that of all channels, with a pixel per tile of the `first`.
+        """
         told = None if self.optics.system is None else self.optics.source
         name = self.known.name
-        if why := why_no_error(self.settings, name, self.find, optics=told):
+        why = why_no_error(self.settings, name, self.find, optics=told)
+        if why is None and self.tiles != first.tiles:
+            why = (
+                f"'{self.method}' states it of {self.tiles}, '{first.method}', of "
+                f"channel '{first.known.name}', of {first.tiles}; one image cannot "
+                "hold both: take one engine for all channels, or give each channel "
+                "as a file of its own"
+            )
+        if why:
             msg = f"'{image.path}', channel '{name}': no expected error: {why}"
             raise ConfigError(msg)
 
@@ -227,8 +245,7 @@ class ImageSet(Closing):
         self._stated = stated
         self._states_error = states_error
         self._settings = settings
-        self._processors: OrderedDict[tuple[int, object], ImageProcessor]
-        self._processors = OrderedDict()
+        self._processors = OrderedDict[tuple[int, object], ImageProcessor]()
         folders = settings.processing.engine_folders
         # Looked for once, not once per image.
         self._find: Find = cache(partial(find_engine, folders=folders))
@@ -347,22 +364,23 @@ class ImageSet(Closing):
 
     def _plan(self, image: ImageSeries) -> list[_Channel]:
         """Settle optics and engines of every channel of an image."""
-        plan = []
+        plan: list[_Channel] = []
+        of_file = image.channel_names, image.sizes["c"]
         for channel in range(image.sizes["c"]):
             settings = self._settings
-            known = _names(settings, image)[channel]
+            known = settings.channels_of(*of_file)[channel]
             optics = find_optics(
                 image, channel, configured=known.optics, stated=self._stated
             )
             if optics.system is None and self._blind is not None:
                 settings = self._blind
-                known = _names(settings, image)[channel]
+                known = settings.channels_of(*of_file)[channel]
             planned = _Channel(
                 settings, known, optics, self._find, self._find_classifier
             )
             planned.check(image)
             if self._states_error:
-                planned.refuse_unstated_error(image)
+                planned.refuse_unstated_error(image, first=[*plan, planned][0])
             plan.append(planned)
         return plan
 
@@ -377,7 +395,7 @@ class ImageSet(Closing):
             if len(self._processors) >= _MOST_PROCESSORS:
                 self._processors.popitem(last=False)[1].close()
             self._processors[key] = ImageProcessor(
-                _without_optics(plan.settings), plan.optics.system
+                plan.settings.without_optics(), plan.optics.system
             )
         self._processors.move_to_end(key)
         return self._processors[key], plan.known.name
@@ -429,19 +447,3 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     if found.card.kind != "joint":
         return settings
     return with_engine(settings, "classifier", engine)
-
-
-def _names(settings: Config, image: ImageSeries) -> list[ChannelConfig]:
-    """Return the config's entry for every channel of an image, by the file's names.
-
-    Without names in the file the config's channels count in their order.
-    """
-    names = list(image.channel_names) or [c.name for c in settings.channels]
-    names += ["default"] * (image.sizes["c"] - len(names))
-    return [settings.channel(name) for name in names[: image.sizes["c"]]]
-
-
-def _without_optics(settings: Config) -> Config:
-    """Leave the optics to the processor, which gets those of each image."""
-    channels = [c.model_copy(update={"optics": None}) for c in settings.channels]
-    return settings.model_copy(update={"channels": channels})

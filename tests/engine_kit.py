@@ -37,6 +37,7 @@ def write_brightness_joint(
     more: float = 0.0,
     second_look: bool = False,
     log_error: float | None = None,
+    stride_px: int = 48,
 ) -> Path:
     """Write a joint engine: the brighter a tile, the higher its level.
 
@@ -46,7 +47,7 @@ def write_brightness_joint(
     tenth of the level that it is told if it takes a `second_look`.
 
     ``logits`` peak at the level nearest to 20 mean - 10 over tiles of 96 px every
-    48 px; ``restored`` is tiles + sampling / 10, a change that tells whether the
+    `stride_px`; ``restored`` is tiles + sampling / 10, a change that tells whether the
     condition arrived.
     """
     centres = np.arange(-10, 11)
@@ -55,7 +56,11 @@ def write_brightness_joint(
     bias = np.append(-(centres**2) - 20 * centres, np.nan if damaged else -1e4)
     nodes = [
         _node(
-            "AveragePool", ["tiles"], "mean", kernel_shape=[96, 96], strides=[48, 48]
+            "AveragePool",
+            ["tiles"],
+            "mean",
+            kernel_shape=[96, 96],
+            strides=[stride_px] * 2,
         ),
         _node("Conv", ["mean", "weight", "bias"], "logits"),
         *_plus_condition("tiles", 0, 0.1, "brighter"),
@@ -78,7 +83,7 @@ def write_brightness_joint(
         "input": {
             "name": "tiles",
             "tile_px": 96,
-            "stride_px": 48,
+            "stride_px": stride_px,
             "multiple_px": 48,
         },
         "condition": {"name": "condition", "entries": list(ENTRIES)},

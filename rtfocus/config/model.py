@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -271,6 +271,20 @@ class Config(Section):
         channels = [c.model_copy(update={"restoration": None}) for c in self.channels]
         config = self.with_processing(restoration=none)
         return config.model_copy(update={"channels": channels})
+
+    def without_optics(self) -> "Config":
+        """Return it with the optics of no channel: each image has its own."""
+        channels = [c.model_copy(update={"optics": None}) for c in self.channels]
+        return self.model_copy(update={"channels": channels})
+
+    def channels_of(self, names: Sequence[str], number: int) -> list[ChannelConfig]:
+        """Return the entry for every channel of an image, by the names in its file.
+
+        Without `names` in the file the config's channels count in their order.
+        """
+        names = list(names) or [channel.name for channel in self.channels]
+        named = [*names, *["default"] * (number - len(names))]
+        return [self.channel(name) for name in named[:number]]
 
     def engines_of(self, channel: str | None) -> tuple[str | None, RestorationConfig]:
         """Return classifier and restoration of a channel: its own, or those of all."""

@@ -311,6 +311,42 @@ def test_where_no_error_is_stated_it_is_said_why_before_the_work(
     assert not errors.exists()
 
 
+def test_channels_whose_engines_have_other_tiles_are_told_before_the_work(tmp_path):
+    for name, stride_px in (("coarse", 48), ("fine", 24), ("as_fine", 24)):
+        place = tmp_path / "engines" / name
+        write_brightness_joint(place, share=0.25, log_error=-4.0, stride_px=stride_px)
+
+    def config_of(*engines: str) -> Path:
+        channels = [
+            {"name": f"{n} {engine}", "classifier": engine}
+            | {"restoration": {"method": engine}}
+            for n, engine in enumerate(engines)
+        ]
+        processing = {"engine_folders": [str(tmp_path / "engines")]}
+        file = tmp_path / "channels.yaml"
+        file.write_text(json.dumps({"processing": processing, "channels": channels}))
+        return file
+
+    path, out, errors = (tmp_path / name for name in ("a.tif", "b.tif", "c.tif"))
+    planes = np.array([specimen(n) * 1000 + 200 for n in (1, 2)]).astype(np.uint16)
+    tifffile.imwrite(path, planes, imagej=True, metadata={"axes": "CYX"})
+    asked = ("restore", path, "-o", out, "--expected-error", errors)
+    for more in ((), ("--scheduler", "local:1"), ("--init",)):
+        said = failed(
+            command(*asked, "--config", config_of("coarse", "fine"), *more),
+            ExitCode.CONFIG,
+        )
+        assert "a.tif', channel '1 fine': no expected error" in said
+        assert "of 96 px every 24 px from 47.5 px on, 'coarse', of channel" in said
+        assert "take one engine for all channels, or give each channel" in said
+        assert sorted(one.name for one in tmp_path.glob("*.tif*")) == ["a.tif"]
+    succeeded(command(*asked[:4], "--config", config_of("coarse", "fine")))
+    again = (*asked, "--overwrite", "--config", config_of("fine", "as_fine"))
+    succeeded(command(*again))
+    assert tifffile.imread(errors).shape == (2, 7, 7)
+    assert (tifffile.imread(errors) > 0).all()
+
+
 def test_told_optics_that_are_hidden_leave_the_error_stated(tmp_path, stating):
     path, errors = tmp_path / "a.tif", tmp_path / "c.tif"
     stack_of(path)
