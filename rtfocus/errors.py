@@ -179,6 +179,9 @@ class WorkerError(RtfocusError):
     """A thread of the loop failed; the message names it, the cause is kept."""
 
 
+_TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+"""Errors whose text alone says nothing to a reader."""
+
 FREE_SPACE = "free space"
 _FULL = ("no space left", "disk full", "not enough space")
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -227,6 +230,14 @@ def writing(path: Path, kind: type[RtfocusError]) -> Iterator[None]:
         if kind is OutputError:
             raise
         raise kind(str(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return what a foreign error says as one line of bounded length."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, _TERSE):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def number_of(count: int, what: str) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError
-from rtfocus.frame import Position
 from rtfocus.images.metadata import OutputImage, PlaneFacts
 from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.outputs import ImageOutput, OutputGuard
@@ -45,8 +44,8 @@ class Exported:
 
     files: list[Path]
     images: list[ImageSeries]
-    absent: dict[str, int]
-    """Planes without a frame, by image name; their pixels are 0, of maps NaN."""
+    empty: dict[str, dict[str, int]]
+    """By image name and reason: planes that hold nothing, 0 or in maps NaN."""
 
 
 class RunExport:
@@ -114,11 +113,11 @@ class RunExport:
         """
         positions = len(self._run.positions)
         kinds = [kind for kind in self._kinds for _ in range(positions)]
-        outputs, absent = [], {}
+        outputs, empty = [], {}
         for number, (kind, image) in enumerate(zip(kinds, self.images, strict=True)):
             lacking = self._journal.lacking(kind, number % positions, image)
             if lacking:
-                absent[image.name] = len(lacking)
+                empty[image.name] = {why: len(of) for why, of in lacking.items()}
             outputs.append(
                 OutputImage(
                     like=image,
@@ -131,9 +130,9 @@ class RunExport:
         broken = self._output.write(outputs, self._form)
         if broken:
             raise InputError(broken[0].reason)
-        return Exported(self._output.written(), self.images, absent)
+        return Exported(self._output.written(), self.images, empty)
 
-    def _made(self, kind: Kind, lacking: list[str]) -> dict[str, str]:
+    def _made(self, kind: Kind, lacking: dict[str, list[str]]) -> dict[str, str]:
         told = {
             "command": "export",
             "run": self._run.folder.name,
@@ -147,12 +146,10 @@ class RunExport:
         elif kind in INNER:
             said = self._specs[kind].says
             told["unit"] = f"{said['unit']}, {said['meaning']}"
-        if lacking:
-            more = len(lacking) - _MOST_NAMED
-            named = ", ".join(lacking[:_MOST_NAMED])
-            told["planes without a frame"] = named + (
-                f" and {more} more" if more > 0 else ""
-            )
+        for why, planes in lacking.items():
+            more = len(planes) - _MOST_NAMED
+            named = ", ".join(planes[:_MOST_NAMED])
+            told[f"planes {why}"] = named + (f" and {more} more" if more > 0 else "")
         return told
 
     def _refuse_two_kinds_of_wells(self) -> None:
@@ -187,7 +184,9 @@ def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:
     optics = [channel.optics for channel in series.channels]
     first = next((known for known in optics if known is not None), None)
     named = []
+    origin_um = spec.origin_um
     for position, image in zip(series.positions, _found(run, spec), strict=True):
+        stage = StagePosition(x_um=position.x_um, y_um=position.y_um)
         repeated = image.sizes["c"] // len(optics)
         waves = [None if known is None else known.wavelength_nm for known in optics]
         emission = [nm for nm in waves for _ in range(repeated)]
@@ -206,21 +205,12 @@ def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:
                 time_step_s=series.interval_s,
                 position=position.name,
                 place=image.place and replace(image.place, field=position.field),
-                stage=_stage(position, spec.origin_um),
+                stage=stage.moved(origin_um, origin_um) if origin_um else stage,
                 numerical_aperture=None if first is None else first.numerical_aperture,
                 refractive_index=None if first is None else first.refractive_index,
             )
         )
     return named
-
-
-def _stage(position: Position, origin_um: float) -> StagePosition:
-    """Return where pixel (0, 0) lies; of a map it is known in the frame at least."""
-    if origin_um == 0:
-        return StagePosition(x_um=position.x_um, y_um=position.y_um)
-    return StagePosition(
-        x_um=(position.x_um or 0.0) + origin_um, y_um=(position.y_um or 0.0) + origin_um
-    )
 
 
 def _found(run: Run, spec: ImageSpec) -> list[ImageSeries]:
@@ -271,6 +261,18 @@ def _planes(
         on_plane()
 
 
+def _why_empty(kind: Kind, line: Line) -> str:
+    """Say why a frame has left a plane empty, from its line; empty: no frame came."""
+    if not line:
+        return "without a frame"
+    if kind == "restored" or (kind == "expected_error" and line.get("skipped")):
+        return "not restored"
+    # Of what a repair found again it is not known what engines said.
+    if not line.get("engines"):
+        return "not processed"
+    return "of which the engine states none"
+
+
 class _Journal:
     """What the journal says of the frames of a run, by place."""
 
@@ -285,13 +287,17 @@ class _Journal:
                 place = (index["p"], index["t"], index["c"], index["z"])
                 self._lines[place] = line
 
-    def lacking(self, kind: Kind, position: int, image: ImageSeries) -> list[str]:
-        """Name the planes of an image that no frame has filled."""
-        return [
-            f"t={index['t']} c={index['c']} z={index['z']}"
-            for index in image.indices()
-            if kind not in self._line(kind, position, index).get("stored", ())
-        ]
+    def lacking(
+        self, kind: Kind, position: int, image: ImageSeries
+    ) -> dict[str, list[str]]:
+        """Name the planes of an image that hold nothing, by the reason."""
+        found: dict[str, list[str]] = {}
+        for index in image.indices():
+            line = self._line(kind, position, index)
+            if kind not in line.get("stored", ()):
+                place = f"t={index['t']} c={index['c']} z={index['z']}"
+                found.setdefault(_why_empty(kind, line), []).append(place)
+        return found
 
     def taken(self, kind: Kind, position: int, image: ImageSeries) -> list[PlaneFacts]:
         """Return when and where the planes of an image were taken."""

@@ -24,12 +24,12 @@ from rtfocus.errors import (
     MicroscopeError,
     RtfocusError,
     WriterError,
+    one_line,
 )
 from rtfocus.files import path_given
 from rtfocus.focusing import Focusing
 from rtfocus.frame import Act, Estimate
 from rtfocus.holding import StreamEngine, holding_engine
-from rtfocus.images.series import one_line
 from rtfocus.launch import SideProcess, on_free_ports, paired
 from rtfocus.microscope.delivery import AcquisitionReport
 from rtfocus.microscope.mda import FollowedAcquisition

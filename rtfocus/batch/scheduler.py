@@ -19,8 +19,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from rtfocus.batch.plan import Failure
 from rtfocus.batch.work import failure_of
-from rtfocus.errors import ConfigError, IncompleteError, RtfocusError, number_of
-from rtfocus.images.series import one_line
+from rtfocus.errors import (
+    ConfigError,
+    IncompleteError,
+    RtfocusError,
+    number_of,
+    one_line,
+)
 from rtfocus.runtimes.machine import usable_threads
 from rtfocus.workers import undisturbed
 

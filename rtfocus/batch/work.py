@@ -389,18 +389,14 @@ def error_map(
     ]
     shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
     size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
-    at = image.stage or StagePosition()
+    stage, origin = image.stage or StagePosition(), grid.origin_px
     like = replace(
         image,
         name=f"{image.name} expected error",
         shape=(grid.rows, grid.columns),
         pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
         pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
-        stage=StagePosition(
-            (at.x_um or 0.0) + grid.origin_px * size_x,
-            (at.y_um or 0.0) + grid.origin_px * size_y,
-            at.z_um,
-        ),
+        stage=stage.moved(origin * size_y, origin * size_x),
         channels=tuple(replace(one, window=shown) for one in image.channels),
     )
     told = {

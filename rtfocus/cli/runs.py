@@ -310,10 +310,9 @@ def _export_run(
     )
     with counting("planes", export.planes) as on_plane:
         done = export.write(on_plane)
-    for name, number in done.absent.items():
-        typer.echo(
-            f"image '{name}': {number_of(number, 'plane')} without a frame", err=True
-        )
+    for name, reasons in done.empty.items():
+        for why, number in reasons.items():
+            typer.echo(f"image '{name}': {number_of(number, 'plane')} {why}", err=True)
     typer.echo(
         f"exported {number_of(len(done.images), 'image')} with "
         f"{number_of(export.planes, 'plane')} to {output}"

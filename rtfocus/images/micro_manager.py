@@ -18,13 +18,12 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, one_line
 from rtfocus.images.series import (
     Facts,
     ImageChannel,
     ImageSeries,
     native_dtype,
-    one_line,
 )
 from rtfocus.images.tiff import read_tiff
 from rtfocus.images.tiff_file import frame_facts, known_facts, summary_facts

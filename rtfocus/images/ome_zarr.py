@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, one_line
 from rtfocus.images.metadata import finite, is_zarr, length_um, positive, time_s
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml
 from rtfocus.images.series import (
@@ -30,7 +30,6 @@ from rtfocus.images.series import (
     IncompleteSetError,
     PlatePlace,
     native_dtype,
-    one_line,
     stem_of,
 )
 

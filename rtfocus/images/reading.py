@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from rtfocus.errors import ConfigError, InputError
+from rtfocus.errors import ConfigError, InputError, one_line
 from rtfocus.images.metadata import RUN_ENDING, is_zarr, written_by_rtfocus
 from rtfocus.images.micro_manager import (
     is_ndtiff,
@@ -33,7 +33,6 @@ from rtfocus.images.series import (
     ImageSeries,
     IncompleteSetError,
     native_dtype,
-    one_line,
 )
 from rtfocus.images.tiff import import_imagecodecs, read_tiff
 

@@ -7,21 +7,18 @@ a pixel size asks the user for it.
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, one_line
 from rtfocus.metrics import memory
 
 NATIVE = ("|u1", "<u2", "<f4")
 """Pixel types that are processed as they are; all others are read as float32."""
-
-_TERSE = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
-"""Errors whose text alone says nothing to a reader."""
 
 _FLOAT32_EXACT = 2**24
 """Up to here float32 holds every whole number."""
@@ -93,6 +90,17 @@ class StagePosition:
     y_um: float | None = None
     z_um: float | None = None
 
+    def moved(self, y_um: float, x_um: float) -> "StagePosition":
+        """Return what lies so far off: a map begins at the middle of its first tile.
+
+        Where the stage's place is not known the image begins at 0.
+        """
+        y, x = (
+            um if um is not None and math.isfinite(um) else 0.0
+            for um in (self.y_um, self.x_um)
+        )
+        return replace(self, x_um=x + x_um, y_um=y + y_um)
+
 
 @dataclass(frozen=True)
 class PlatePlace:
@@ -155,14 +163,6 @@ def stem_of(path: Path) -> str:
     """
     stem = path.stem
     return stem[:-4] if stem.lower().endswith(".ome") and len(stem) > 4 else stem
-
-
-def one_line(error: BaseException) -> str:
-    """Return what a foreign error says as one line of bounded length."""
-    text = " ".join(str(error).split())
-    if not text or isinstance(error, _TERSE):
-        text = f"{type(error).__name__} {text}".strip()
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, one_line
 from rtfocus.images.metadata import TIFF_ENDINGS
 from rtfocus.images.ome_xml import OmeImage, OmeMetadata, read_ome_xml
 from rtfocus.images.series import (
@@ -28,7 +28,6 @@ from rtfocus.images.series import (
     ImageSeries,
     IncompleteSetError,
     native_dtype,
-    one_line,
     stem_of,
 )
 from rtfocus.images.tiff_file import (

@@ -7,7 +7,6 @@ A collection of positions has OME-XML beside it, as bioformats2raw does: names, 
 and stage places, for readers that do not find them otherwise.
 """
 
-import math
 import os
 from collections import Counter, defaultdict
 from itertools import cycle, islice
@@ -132,7 +131,9 @@ def _placed(
     """
     (multiscale,) = image["multiscales"]
     (dataset,) = multiscale["datasets"]
-    place = [spec.origin_um + _known(um) for um in (position.y_um, position.x_um)]
+    stage = StagePosition(x_um=position.x_um, y_um=position.y_um)
+    at = stage.moved(spec.origin_um, spec.origin_um)
+    place = [at.y_um, at.x_um]
     transforms = list(dataset["coordinateTransformations"])
     if any(place):
         translation = [0.0, 0.0, 0.0, *place]
@@ -142,10 +143,6 @@ def _placed(
         "datasets": [dataset | {"coordinateTransformations": transforms}],
     }
     return image | {"multiscales": [placed]}
-
-
-def _known(place_um: float | None) -> float:
-    return place_um if place_um is not None and math.isfinite(place_um) else 0.0
 
 
 def _origin(group: Path, raw: Path | None) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A finished run as OME-TIFF and as plain OME-Zarr, read back by other libraries."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +254,44 @@ def test_an_image_that_the_run_lacks_is_named(tmp_path):
     succeeded(command("export", folder, "-o", tmp_path / "all"))
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
     assert names == ["defocus.tif", "deviation.tif", "raw.tif"]
+
+
+def test_what_frames_lack_is_told_apart_from_frames_that_are_missing(tmp_path):
+    folder, series = tmp_path / "some.rtfocus", make_series(sizes={"t": 5})
+    with recording(folder, series, expects_error=True) as run:
+        results = [run.result(t, {"t": t}) for t in range(4)]
+        unstated = replace(results[1], expected_error=None)
+        unrestored = replace(
+            results[2], restored=None, expected_error=None, skipped="overload"
+        )
+        for t, result in enumerate((results[0], unstated, unrestored, None)):
+            run.writer.append(run.fill(t, {"t": t}), result)
+        run.writer.mark_missing(4, 1, "corrupt")
+        run.accounting.set_acquired(5)
+        run.accounting.count("dropped", "gap")
+        run.close(5)
+    said = command("export", folder, "-o", tmp_path / "some.ome.tif")
+    succeeded(said)
+    missing = "1 plane without a frame"
+    told = [
+        f"image 'site {kind}': {what}"
+        for kind, *reasons in (
+            ("raw", missing),
+            ("restored", "2 planes not restored", missing),
+            ("defocus", "1 plane not processed", missing),
+            ("deviation", "1 plane not processed", missing),
+            (
+                "expected_error",
+                "1 plane of which the engine states none",
+                "1 plane not restored",
+                "1 plane not processed",
+                missing,
+            ),
+        )
+        for what in reasons
+    ]
+    assert [line for line in said.err.splitlines() if "image '" in line] == told
+    with tifffile.TiffFile(tmp_path / "some.ome.tif") as file:
+        notes = file.ome_metadata
+    key = '<M K="planes of which the engine states none">t=1 c=0 z=0</M>'
+    assert key in notes
