@@ -81,11 +81,20 @@ def ended_by_signals() -> Iterator[threading.Event]:
 
 
 def stop_at_end_of_input(stop: threading.Event) -> None:
-    """Set `stop` when standard input ends: the parent asks for it, or is gone."""
+    """Set `stop` when standard input ends: the parent asks for it, or is gone.
+
+    From here on nobody else has that input: theirs is empty.
+    """
+    # Windows lets nobody ask what kind of pipe it is while a thread waits for it, and
+    # libraries ask that of standard input while they are loaded: they would hang.
+    parent = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
     def wait() -> None:
         # Not through sys.stdin: a thread inside its lock aborts the interpreter's end.
-        while os.read(0, 1024):
+        while os.read(parent, 1024):
             continue
         stop.set()
 

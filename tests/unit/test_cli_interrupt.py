@@ -120,6 +120,27 @@ def test_a_console_is_not_held_longer_than_windows_waits():
     assert close(CLOSE)
 
 
+def test_whoever_waits_for_the_end_of_input_leaves_it_to_nobody_else():
+    # On Windows a library that asks what standard input is waits for that thread.
+    script = (
+        "import os, subprocess, sys, threading\n"
+        "from rtfocus.cli.endings import stop_at_end_of_input\n"
+        "stop, parent = threading.Event(), os.fstat(0)\n"
+        "stop_at_end_of_input(stop)\n"
+        "assert not os.path.samestat(parent, os.fstat(0))\n"
+        "reads = 'import sys; sys.stdout.write(repr(sys.stdin.read()))'\n"
+        "subprocess.run([sys.executable, '-c', reads], timeout=30, check=True)\n"
+        "print(' alone', not stop.is_set(), flush=True)\n"
+        "print('ended', stop.wait(30))\n"
+    )
+    command = [sys.executable, "-c", script]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8") as ended:
+        assert ended.stdout.readline() == "'' alone True\n"
+        ended.stdin.close()
+        assert ended.stdout.readline() == "ended True\n"
+
+
 @POSIX
 def test_an_interrupt_while_starting_is_one_line():
     # Python turns the signal into KeyboardInterrupt in the middle of the imports.
