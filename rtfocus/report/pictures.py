@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -307,6 +307,9 @@ def farthest_um(frames: Sequence[ShownFrame]) -> float:
 
 
 _MOST_SHOWN = 4
+Found = TypeVar("Found")
+BesideRaw = tuple[NDArray[np.generic] | None, DefocusMap | None]
+"""The restored plane and the defocus map that are shown beside a raw plane."""
 
 
 class SideBySide:
@@ -338,13 +341,7 @@ class SideBySide:
         self, images: ImageSet, number: int, planes: Iterator[NDArray[np.generic]]
     ) -> Iterator[NDArray[np.generic]]:
         """Pass the restored planes of an image on, keeping what is shown."""
-        first = True
-        for plane in planes:
-            if first and self._wants_more:
-                index = next(iter(images.series[number].indices()))
-                self._keep(images, number, index, plane, None)
-            first = False
-            yield plane
+        return self._passed(images, number, planes, lambda plane: (plane, None))
 
     def classified(
         self,
@@ -353,12 +350,19 @@ class SideBySide:
         results: Iterator[tuple[dict[str, int], FrameResult]],
     ) -> Iterator[tuple[dict[str, int], FrameResult]]:
         """Pass the results of an image on, keeping what is shown."""
-        first = True
-        for index, result in results:
-            if first and self._wants_more:
-                self._keep(images, number, index, None, result.defocus)
-            first = False
-            yield index, result
+        return self._passed(images, number, results, lambda one: (None, one[1].defocus))
+
+    def _passed(
+        self,
+        images: ImageSet,
+        number: int,
+        found: Iterator[Found],
+        beside_raw: Callable[[Found], BesideRaw],
+    ) -> Iterator[Found]:
+        for count, one in enumerate(found):
+            if count == 0 and self._wants_more:
+                self._keep(images, number, *beside_raw(one))
+            yield one
 
     def save(self) -> Path | None:
         """Write the picture and return it; None: not wanted, or nothing to show."""
@@ -383,11 +387,11 @@ class SideBySide:
         self,
         images: ImageSet,
         number: int,
-        index: dict[str, int],
         restored: NDArray[np.generic] | None,
         found: DefocusMap | None,
     ) -> None:
         series = images.series[number]
+        index = next(iter(series.indices()))
         known = images.optics(number, index.get("c", 0)).system
         pixel_um = series.pixel_size_um or (known.pixel_size_um if known else None)
         values = None if found is None else found.defocus_um
