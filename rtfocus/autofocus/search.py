@@ -11,10 +11,10 @@ from itertools import product
 from math import isfinite
 
 from rtfocus.autofocus.belief import Belief
-from rtfocus.autofocus.evidence import SHARPER, Evidence
 from rtfocus.autofocus.looks import TOO_LATE, Look, Progress, early_um, stuck_um
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
+from rtfocus.autofocus.survey import SHARPER, Survey
 from rtfocus.frame import FocusReading
 
 # In depths of field.
@@ -92,24 +92,24 @@ class FocusSearch:
         """Begin with nothing seen."""
         self._sides = self.rule.safe_side, -self.rule.safe_side
         told = self.comparison, self.direction, self.rule.trust_sign, self.prior
-        self.evidence = Evidence(*told, calibrated=not self.rule.verify)
+        self.survey = Survey(*told, calibrated=not self.rule.verify)
 
     def observe(self, z_um: float, reading: FocusReading) -> None:
         """Take in one image."""
         self._images += 1
         before = self.looks[-1] if self.looks else None
-        unit_um = self.evidence.unit_um
-        self.evidence.add(z_um, reading, early_um(self.moves, before, z_um, unit_um))
+        unit_um = self.survey.unit_um
+        self.survey.add(z_um, reading, early_um(self.moves, before, z_um, unit_um))
 
     @property
     def looks(self) -> list[Look]:
         """The images that count."""
-        return self.evidence.looks
+        return self.survey.looks
 
     @property
     def belief(self) -> Belief:
         """Where focus may be by all that was seen."""
-        return self.evidence.belief
+        return self.survey.belief
 
     @property
     def notes(self) -> list[str]:
@@ -117,7 +117,7 @@ class FocusSearch:
         share = max(look.reading.saturated for look in self.looks)
         is_told = self.looks[-1].reading.refusal == "saturated" or share <= _SATURATED
         words = f"{100 * share:.1f} % of the pixels are saturated: focus may lie beside"
-        return self.evidence.faults() + ([] if is_told else [words])
+        return self.survey.faults() + ([] if is_told else [words])
 
     def decide(self) -> Decision:
         """Say what to do after the newest image."""
@@ -132,10 +132,10 @@ class FocusSearch:
     def give_up(self, reason: str) -> GiveUp:
         """End at the best z that is known."""
         now = self.looks[-1].z_um
-        self.evidence.forget_early()
+        self.survey.forget_early()
         # Optics that nobody calibrated are no better guide than sharpness.
         trusted = 0.0 if self.rule.verify else _WELL_EXPLAINED
-        best = self.evidence.best_known_um(trusted)
+        best = self.survey.best_known_um(trusted)
         back = self.moves.limits.clip(best) if isfinite(best) else now
         return GiveUp(reason, back - now)
 
@@ -153,8 +153,8 @@ class FocusSearch:
             return self._arrived()
         if self._is_worth_a_move():
             return self._approach()
-        saw_enough = is_there and self.evidence.saw_both_sides()
-        saw_enough &= not self.evidence.arrival.is_suspect
+        saw_enough = is_there and self.survey.saw_both_sides()
+        saw_enough &= not self.survey.arrival.is_suspect
         if not self._makes_progress() or (saw_enough and self._images >= _ENOUGH):
             return self._end_unsure()
         return self._next_view()
@@ -162,7 +162,7 @@ class FocusSearch:
     def _approach(self) -> Decision:
         """Go to focus, or, having been there, first to the side still unseen."""
         if self._has_been_there():
-            if not self.rule.verify and self.evidence.places() < _LEAST_PLACES:
+            if not self.rule.verify and self.survey.places() < _LEAST_PLACES:
                 return self._next_view()
             if self.rule.verify and (beyond := self._unbracketed()) is not None:
                 return self._view(beyond)
@@ -175,25 +175,25 @@ class FocusSearch:
         if self.belief.is_empty or self._way_um() <= self.moves.deadband_um:
             return False
         wanted, way_um = self.belief.best.mean_um, self._way_um()
-        is_close = way_um < self.evidence.unit_um and not self._is_sure_of(wanted)
+        is_close = way_um < self.survey.unit_um and not self._is_sure_of(wanted)
         is_beside = is_close or way_um <= self._near_um()
-        if not self.rule.verify and is_beside and not self.evidence.saw_both_sides():
+        if not self.rule.verify and is_beside and not self.survey.saw_both_sides():
             # One more image beside focus tells less than one from a side still unseen.
             return False
         if self.rule.verify or self._has_been_there():
             return self._is_sure_of(wanted)
         # The image there makes it surer.
-        return self.evidence.certainty(wanted) >= _WORTH_A_MOVE
+        return self.survey.certainty(wanted) >= _WORTH_A_MOVE
 
     def _is_sure_of(self, z_um: float) -> bool:
-        is_suspect = self.evidence.arrival.is_suspect
-        return self.evidence.certainty(z_um) >= _SURE and not is_suspect
+        is_suspect = self.survey.arrival.is_suspect
+        return self.survey.certainty(z_um) >= _SURE and not is_suspect
 
     def _has_been_there(self) -> bool:
-        return self.evidence.has_seen(self.belief.best.mean_um, self._near_um())
+        return self.survey.has_seen(self.belief.best.mean_um, self._near_um())
 
     def _near_um(self) -> float:
-        return max(_ARRIVED * self.evidence.unit_um, self.moves.deadband_um)
+        return max(_ARRIVED * self.survey.unit_um, self.moves.deadband_um)
 
     def _end_of_sight(self) -> Decision | None:
         """Say what to do about an image that tells nothing; None: it tells."""
@@ -215,7 +215,7 @@ class FocusSearch:
 
     def _next_view(self) -> Decision:
         """Go where an image tells most."""
-        now, unit = self.looks[-1].z_um, self.evidence.unit_um
+        now, unit = self.looks[-1].z_um, self.survey.unit_um
         if len(self.looks) == 1:
             return self._probe(self._first_step_um())
         if self.belief.is_empty:
@@ -230,11 +230,11 @@ class FocusSearch:
         for length, within in ((_BEYOND, 1.0), (0.0, 0.3), (1.0, 0.3)):
             for side in sides:
                 wanted = self.moves.limits.clip(best.mean_um + side * length * unit)
-                if length and self.evidence.seen_beside(
+                if length and self.survey.seen_beside(
                     best.mean_um, side, length - within, length + 1.5
                 ):
                     continue
-                if not self.evidence.has_seen(wanted, 0.3 * unit):
+                if not self.survey.has_seen(wanted, 0.3 * unit):
                     return self._view(wanted)
         if not self.rule.verify and abs(best.mean_um - now) > _FAR_STEP * unit:
             return self._end_unsure()
@@ -243,7 +243,7 @@ class FocusSearch:
     def _view(self, wanted_um: float) -> Decision:
         now, most = self.looks[-1].z_um, self.moves.most_um
         way = wanted_um - now
-        if (before := self.evidence.climbed_um()) is not None and before * way > 0:
+        if (before := self.survey.climbed_um()) is not None and before * way > 0:
             way = max(way, _GROWTH * before) if way > 0 else min(way, _GROWTH * before)
         target = self.moves.limits.clip(now + min(max(way, -most), most))
         return Probe(target - now)
@@ -255,17 +255,17 @@ class FocusSearch:
         now, wanted = self.looks[-1].z_um, self.belief.best.mean_um
         target = self.moves.target(now, wanted)
         if target is None:
-            return self._probe(_LEAST_STEP * self.evidence.unit_um)
+            return self._probe(_LEAST_STEP * self.survey.unit_um)
         return Move(target - now)
 
     def _limit_in_the_way(self) -> Decision | None:
         now, wanted = self.looks[-1].z_um, self.belief.best.mean_um
-        limits, unit = self.moves.limits, self.evidence.unit_um
+        limits, unit = self.moves.limits, self.survey.unit_um
         at_limit = min(now - limits.low_um, limits.high_um - now) < 0.1 * unit
         if not (abs(limits.clip(wanted) - wanted) > unit and at_limit):
             return None
-        best = self.evidence.best_seen
-        gap = self.evidence.gap_beside(best.z_um, limits.low_um, limits.high_um)
+        best = self.survey.best_seen
+        gap = self.survey.gap_beside(best.z_um, limits.low_um, limits.high_um)
         if self.looks[-1].sharpness * SHARPER < best.sharpness and gap is not None:
             # It was sharper elsewhere, so the optics are wrong about these images.
             return self._view(gap)
@@ -274,7 +274,7 @@ class FocusSearch:
 
     def _first_step_um(self) -> float:
         """Return a step that crosses focus, if it is on that side."""
-        unit, first = self.evidence.unit_um, self.looks[0].reading
+        unit, first = self.survey.unit_um, self.looks[0].reading
         if self.looks[0].is_far:
             return _FAR_STEP * unit
         beyond = _LEAST_STEP if self.rule.verify else _BEYOND
@@ -285,13 +285,13 @@ class FocusSearch:
         now, most = self.looks[-1].z_um, self.moves.most_um
         for length, side in product((length_um, 2 * length_um), self._sides):
             target = self.moves.limits.clip(now + side * min(length, most))
-            if not self.evidence.has_seen(target, 0.3 * self.evidence.unit_um):
+            if not self.survey.has_seen(target, 0.3 * self.survey.unit_um):
                 return Probe(target - now)
         return self._give_up_seeing("there is no room to probe within the limits")
 
     def _arrived(self) -> Decision:
-        now, best, fit = self.looks[-1], self.evidence.best_seen, self.evidence.fit
-        unit, sure = self.evidence.unit_um, self.belief.best.mean_um
+        now, best, fit = self.looks[-1], self.survey.best_seen, self.survey.fit
+        unit, sure = self.survey.unit_um, self.belief.best.mean_um
         unexplained = 0.0 if fit is None else fit.unexplained
         is_sharper = best.sharpness > SHARPER * now.sharpness
         beside = abs(best.z_um - sure)
@@ -301,24 +301,24 @@ class FocusSearch:
             return self.give_up(
                 f"sharpness peaks {beside:.1f} um from where focus should be"
             )
-        changed = self.evidence.saw_change()
-        if not (changed and self.evidence.is_change_clear()):
-            for place in self.evidence.beyond_top_um(self._sides):
+        changed = self.survey.saw_change()
+        if not (changed and self.survey.is_change_clear()):
+            for place in self.survey.beyond_top_um(self._sides):
                 inside = self.moves.limits.clip(place)
-                if not self.evidence.has_seen(inside, 0.3 * unit):
+                if not self.survey.has_seen(inside, 0.3 * unit):
                     return self._view(inside)
             alike = "the images hardly change with z; does the stage move?"
             return self.give_up(_IN_NOISE if changed else alike)
         # Two places agree with too much.
-        if not self.rule.verify and self.evidence.places() < _LEAST_PLACES:
+        if not self.rule.verify and self.survey.places() < _LEAST_PLACES:
             return self._next_view()
         if self.rule.verify and (beyond := self._unbracketed()) is not None:
             return self._view(beyond)
-        if self.evidence.arrival.is_late and not (is_well or self.rule.verify):
+        if self.survey.arrival.is_late and not (is_well or self.rule.verify):
             return self.give_up(TOO_LATE)
         most = _MOST_UNEXPLAINED if self.rule.verify else _MOST_CALIBRATED
         if unexplained > most and self.rule.verify:
-            unexplained = self.evidence.unexplained_close()
+            unexplained = self.survey.unexplained_close()
         if unexplained > most:
             return self.give_up(
                 "the images do not change with z as the optics say "
@@ -326,11 +326,11 @@ class FocusSearch:
                 "or rtfocus calibrate"
             )
         # Aberrations move the sharpest plane away from where the optics put focus.
-        return self._end_at(self.evidence.peak_um()) if self.rule.verify else Stay()
+        return self._end_at(self.survey.peak_um()) if self.rule.verify else Stay()
 
     def _returned(self) -> Decision:
         """Check the image at the place where the search wants to end."""
-        now, best = self.looks[-1], self.evidence.best_seen
+        now, best = self.looks[-1], self.survey.best_seen
         # To end blurrier than what was seen would be a mistake. The sharpest of several
         # images is so by chance in part: at its very place as much again is noise.
         at_best = abs(now.z_um - best.z_um) <= self.moves.deadband_um
@@ -348,14 +348,14 @@ class FocusSearch:
         # A specimen that drifts has left where it was sharp, the further the longer an
         # image takes: sharpness is compared among images from now on.
         self._follows, self._back_at = True, None
-        self.evidence.forget_older()
+        self.survey.forget_older()
         return self._top_of_now()
 
     def _top_of_now(self) -> Decision:
         """Look at both sides of the sharpest image since the older were forgotten."""
         if (beyond := self._unbracketed()) is not None:
             return self._view(beyond)
-        return self._end_at(self.evidence.peak_um())
+        return self._end_at(self.survey.peak_um())
 
     def _end_at(self, top_um: float) -> Decision:
         """Go to a place to end there, if the image is as sharp as was seen."""
@@ -363,44 +363,44 @@ class FocusSearch:
         return Move(way) if abs(way) > self.moves.deadband_um else self._returned()
 
     def _unbracketed(self) -> float | None:
-        return self.evidence.unbracketed_um(self._sides, self.moves.limits)
+        return self.survey.unbracketed_um(self._sides, self.moves.limits)
 
     def _end_unsure(self) -> Decision:
         """End where nothing that was seen makes it surer."""
-        evidence, beyond = self.evidence, self._unbracketed()
-        if self.rule.verify and beyond is not None and evidence.saw_change():
+        survey, beyond = self.survey, self._unbracketed()
+        if self.rule.verify and beyond is not None and survey.saw_change():
             # Images from afar on both sides tell little: those beside the sharpest do.
             return self._view(beyond)
         place = self.belief.best.mean_um
-        is_likely = self.rule.verify or evidence.certainty(place) >= _WORTH_A_MOVE
-        agrees = evidence.does_peak_agree(_MOST_UNEXPLAINED, _BESIDE)
-        if beyond is None and is_likely and agrees and not evidence.arrival.is_suspect:
+        is_likely = self.rule.verify or survey.certainty(place) >= _WORTH_A_MOVE
+        agrees = survey.does_peak_agree(_MOST_UNEXPLAINED, _BESIDE)
+        if beyond is None and is_likely and agrees and not survey.arrival.is_suspect:
             # A peak of sharpness where focus is believed to be, seen from both sides.
-            return self._end_at(evidence.best_seen.z_um if self.rule.verify else place)
+            return self._end_at(survey.best_seen.z_um if self.rule.verify else place)
         return self._give_up_unsure("no progress")
 
     def _give_up_unsure(self, reason: str) -> GiveUp:
-        if not self.rule.verify and self.evidence.saw_both_sides():
+        if not self.rule.verify and self.survey.saw_both_sides():
             sd_um = self.belief.best.sd_um
             reason = (
                 f"focus cannot be told more closely than by {sd_um:.1f} um: is the "
                 "aberration as the channel's optics say? rtfocus psf fit finds it"
             )
-        reason = self.evidence.arrival.why_lost or reason
+        reason = self.survey.arrival.why_lost or reason
         far = [look.reading for look in self.looks if look.is_far]
-        if self.evidence.best_seen.is_far and len(far) > len(self.looks) / 2:
+        if self.survey.best_seen.is_far and len(far) > len(self.looks) / 2:
             reason = f"focus is farther away than can be seen ({far[-1].detail})"
         return self._give_up_seeing(reason)
 
     def _give_up_seeing(self, reason: str) -> GiveUp:
         """Give up for a reason that holds if there is anything to see."""
-        sees = len(self.looks) < 2 or self.evidence.is_change_clear()
+        sees = len(self.looks) < 2 or self.survey.is_change_clear()
         return self.give_up(reason if sees else _IN_NOISE)
 
     def _doubt_the_stage(self) -> Decision | None:
         """Say what to do where images do not follow the stage; None: they do."""
-        now, unit = self.looks[-1], self.evidence.unit_um
-        arrival, places = self.evidence.arrival, self.evidence.unmoved_um()
+        now, unit = self.looks[-1], self.survey.unit_um
+        arrival, places = self.survey.arrival, self.survey.unmoved_um()
         # Optics that nobody calibrated do not tell late images from others: one taken
         # again does.
         is_untried = self.rule.verify and not arrival.was_tried and now.shows_lag(unit)
@@ -408,15 +408,15 @@ class FocusSearch:
             return Probe(0.0)
         if arrival.is_late or not places:
             return None
-        may_move = not self.rule.verify and self.evidence.is_change_clear()
-        may_move &= not self.evidence.showed_another(places)
+        may_move = not self.rule.verify and self.survey.is_change_clear()
+        may_move &= not self.survey.showed_another(places)
         if not (arrival.is_taken_again or may_move):
             return Probe(0.0)
-        if not self.evidence.does_stand_still(places):
+        if not self.survey.does_stand_still(places):
             return None
         if may_move:
             # Far about an aberrated focus images look alike; one that differed shows.
-            other_um = self.evidence.other_um()
+            other_um = self.survey.other_um()
             return None if other_um is None else self._view(other_um)
         if max(places) - min(places) > _STUCK * unit:
             why = "the stage does not answer: images stay the same, or show only dirt"
@@ -426,19 +426,19 @@ class FocusSearch:
 
     def _proved(self, end: Stay) -> Decision:
         """Before the end look where images must differ, if the newest look alike."""
-        if not self.evidence.arrival.is_seen_at_rest:
+        if not self.survey.arrival.is_seen_at_rest:
             return Probe(0.0)
         # Where no image from both sides is asked for, the last move must show, unless
         # focus is also where the stage may have stuck.
-        now, unit = self.looks[-1].z_um, self.evidence.unit_um
+        now, unit = self.looks[-1].z_um, self.survey.unit_um
         apart = _ALIKE if self.rule.verify else _ALIKE_AT_END
         stuck = stuck_um(self.looks, unit, apart, at_stops=not self.rule.verify)
         if not stuck or (not self.rule.verify and all(map(self._is_sure_of, stuck))):
             return end
         self._returns = 0
         beyond = [now + side * _BEYOND * unit for side in self._sides]
-        places = [z for z in beyond if not self.evidence.has_seen(z, 0.3 * unit)]
-        if (other_um := self.evidence.other_um()) is not None:
+        places = [z for z in beyond if not self.survey.has_seen(z, 0.3 * unit)]
+        if (other_um := self.survey.other_um()) is not None:
             places.append(other_um)
         return next(map(self._view, filter(self.moves.limits.holds, places)), end)
 

@@ -17,13 +17,13 @@ from rtfocus.autofocus.appearance import (
     modulation_table,
     sharpness,
 )
-from rtfocus.autofocus.evidence import Evidence
 from rtfocus.autofocus.looks import Look
 from rtfocus.autofocus.planes import FocusCalibration, PlaneComparison
 from rtfocus.autofocus.plans import move_rule, save_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule, Probe, Stay
 from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
+from rtfocus.autofocus.survey import Survey
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.frame import FocusReading
@@ -233,7 +233,7 @@ def test_a_search_canceled_as_its_stage_is_seen_late_ends_where_it_began(
         unread = msgspec.structs.replace(world.look(0.0), refusal="two_peaks")
         unread = msgspec.structs.replace(unread, defocus_um=None, sd_um=None)
         search.observe(2.0 * UNIT, unread)
-    assert search.evidence.arrival.is_late
+    assert search.survey.arrival.is_late
     assert search.belief.is_empty
     assert search.give_up("canceled").back_um == 0.0
 
@@ -269,8 +269,8 @@ def test_images_taken_again_that_stay_the_same_show_no_late_stage(
             if search.decide() != Probe(0.0):
                 break
         assert number < 3
-        assert not search.evidence.arrival.is_late
-    assert verify or search.evidence.arrival.is_suspect
+        assert not search.survey.arrival.is_late
+    assert verify or search.survey.arrival.is_suspect
 
 
 def test_a_stage_that_sticks_at_a_stop_on_the_way_does_not_end_in_focus(
@@ -377,8 +377,8 @@ def test_a_place_is_contradicted_by_another_image_only(
     for last, contradicted in ((seen[0], False), (seen[1], True)):
         places = (0.0, 3.0 * UNIT, 0.1 * UNIT)
         looks = [Look.of(*pair) for pair in zip(places, [*seen, last], strict=True)]
-        evidence = Evidence(comparison, looks=looks)
-        assert evidence.does_stand_still(list(places[2:])) is contradicted
+        survey = Survey(comparison, looks=looks)
+        assert survey.does_stand_still(list(places[2:])) is contradicted
 
 
 @pytest.mark.parametrize("images", [2, 3, 6, 12])
@@ -392,8 +392,8 @@ def test_noise_is_told_from_what_defocus_changes(
             looks = []
             for world.z_um in places:
                 looks.append(Look.of(world.z_um, world.look(world.z_um)))
-            evidence = Evidence(comparison, looks=looks)
-            assert evidence.is_change_clear() is clear, (fault, seed)
+            survey = Survey(comparison, looks=looks)
+            assert survey.is_change_clear() is clear, (fault, seed)
 
 
 def test_optics_that_nobody_checked_ask_for_blur_on_both_sides(
@@ -467,14 +467,14 @@ def seen_at(
     places: list[float],
     *,
     calibrated: bool = True,
-) -> Evidence:
+) -> Survey:
     """Return what images from places, in depths of field, say together."""
     world = World(transfer, 0.0)
-    evidence = Evidence(comparison, calibrated=calibrated)
+    survey = Survey(comparison, calibrated=calibrated)
     for place in places:
         world.z_um = place * UNIT
-        evidence.add(world.z_um, world.look(world.z_um))
-    return evidence
+        survey.add(world.z_um, world.look(world.z_um))
+    return survey
 
 
 def test_images_from_one_side_of_focus_do_not_drive_out_those_from_afar(
@@ -504,7 +504,7 @@ def test_optics_a_little_off_are_no_stage_that_arrives_late(
     for place in places:
         world.z_um = place * UNIT
         search.observe(world.z_um, world.look(world.z_um))
-    assert search.evidence.arrival.doubt < 0.1
+    assert search.survey.arrival.doubt < 0.1
 
 
 @pytest.mark.parametrize(
@@ -530,9 +530,9 @@ def test_far_apart_images_end_where_the_optics_put_focus_between_them(
     comparison: PlaneComparison, transfer: Transfer
 ) -> None:
     places = [-1.1, -0.25, 0.12]
-    evidence = seen_at(comparison, transfer, places, calibrated=False)
-    top_um = evidence.peak_um()
-    assert top_um == pytest.approx(evidence.belief.best.mean_um)
+    survey = seen_at(comparison, transfer, places, calibrated=False)
+    top_um = survey.peak_um()
+    assert top_um == pytest.approx(survey.belief.best.mean_um)
     assert -0.25 * UNIT < top_um < 0.12 * UNIT
     # A place that is clearly less sharp is none to end beside.
     less = seen_at(comparison, transfer, [-1.1, 0.0, 1.3], calibrated=False)
@@ -549,16 +549,16 @@ def test_where_the_engine_reads_focus_images_unlike_any_optics_lead_nowhere(
         (3.0 * UNIT, None, 1.2 * UNIT),
         (3.0 * UNIT, "blank", 0.0),
     ):
-        evidence = Evidence(comparison, calibrated=False)
+        survey = Survey(comparison, calibrated=False)
         for place, share in contrast.items():
             detail = 0.01 / FREQUENCIES * np.where(FREQUENCIES > 0.05, share, 1 / share)
             read = FocusReading(
                 away_um, UNIT, False, refusal, spectrum=detail.tolist(), noise=NOISE
             )
-            evidence.add(place * UNIT, read)
-        assert evidence.fit is not None
-        assert evidence.fit.unexplained > 0.06
-        assert evidence.best_known_um(0.0) == pytest.approx(ends_um)
+            survey.add(place * UNIT, read)
+        assert survey.fit is not None
+        assert survey.fit.unexplained > 0.06
+        assert survey.best_known_um(0.0) == pytest.approx(ends_um)
 
 
 def test_noise_is_no_sharpness_and_no_change() -> None:

@@ -1,4 +1,4 @@
-"""Evidence: what the images of one search say together of focus and of the stage.
+"""Survey: what the images of one search say together of focus and of the stage.
 
 Three cues are weighed. The network's distance of the first image starts the belief;
 the optics (`rtfocus.autofocus.planes`) settle side and place, best from images on both
@@ -57,7 +57,7 @@ _FAULTS = {
 
 
 @dataclass
-class Evidence:
+class Survey:
     """The images of one search; `add` every one, then ask.
 
     Parameters
