@@ -214,7 +214,7 @@ class CommitQueue:
     ----------
     capacity
         Entries under way; `put` waits beyond it.
-    ledger
+    books
         Told about every entry that is committed or lost, by the commit thread only.
     seal
         Called from either thread when an entry has been held back for too long,
@@ -222,10 +222,10 @@ class CommitQueue:
     """
 
     def __init__(
-        self, capacity: int, ledger: "Ledger", seal: Callable[[], None]
+        self, capacity: int, books: "Bookkeeping", seal: Callable[[], None]
     ) -> None:
         self._capacity = capacity
-        self._ledger = ledger
+        self._books = books
         self._seal = seal
         self._entries: deque[Entry] = deque()
         self._changed = threading.Condition()
@@ -313,7 +313,7 @@ class CommitQueue:
 
     def _fail(self, error: BaseException) -> None:
         if self.error is None:
-            self.error = self._ledger.explain(error)
+            self.error = self._books.explain(error)
             if self.error is not error:
                 self.error.__cause__ = error
 
@@ -322,13 +322,13 @@ class CommitQueue:
         failed = _failure(entry.futures)
         if failed is None and self.error is None and entry.sealed:
             try:
-                self._ledger.committed(entry)
+                self._books.committed(entry)
                 return
             except BaseException as error:  # kept: raised by the next append or close
                 failed = error
         if failed is not None:
             self._fail(failed)
-        self._ledger.lost(entry)
+        self._books.lost(entry)
 
 
 def _failure(futures: list[Commit]) -> BaseException | None:
@@ -356,7 +356,7 @@ def read_rejected(folder: Path) -> dict[str, int]:
 
 
 @dataclass
-class Ledger:
+class Bookkeeping:
     """Journals, counts and reports entries; called from the commit thread."""
 
     folder: Path

@@ -24,9 +24,9 @@ from rtfocus.metrics import Accounting, DiskWatch
 from rtfocus.workers import RUN_CLOCK
 from rtfocus.writers.arrays import Commit, RunImages
 from rtfocus.writers.commit import (
+    Bookkeeping,
     CommitQueue,
     Entry,
-    Ledger,
     Tally,
     WriterStatus,
     read_rejected,
@@ -165,7 +165,7 @@ class RunWriter:
             folder / JOURNAL_NAME, self._images.stores, fsync=header.store.fsync
         )
         self._disk = DiskWatch(folder, int(header.store.min_free_mb * 1e6))
-        self._ledger = Ledger(
+        self._books = Bookkeeping(
             folder, lock, self._journal, self._tally, accounting, on_durable, on_free
         )
         self._gaps = GapFinder(self._tally.plan, self._tally.before)
@@ -174,7 +174,7 @@ class RunWriter:
         # The commit thread may start what is held back: see `_start_held`.
         self._order = threading.RLock()
         self._commits = CommitQueue(
-            header.store.outstanding, self._ledger, self._start_held
+            header.store.outstanding, self._books, self._start_held
         )
         """What is under way; whoever takes a frame in waits for room there."""
         self._shards = _OpenShards(
@@ -285,7 +285,7 @@ class RunWriter:
     def abort(self) -> None:
         """Discard what is not durable; the folder can be resumed or repaired."""
         self._stop()
-        self._ledger.note_rejected(at_once=True)
+        self._books.note_rejected(at_once=True)
         self._lock.release()
 
     def status(self) -> WriterStatus:
@@ -293,7 +293,7 @@ class RunWriter:
         return WriterStatus(
             durable_upto=self._tally.next_sequence,
             outstanding=len(self._commits),
-            bytes_written=self._ledger.bytes_written,
+            bytes_written=self._books.bytes_written,
             free_bytes=self._disk.sample(),
             time_to_full_s=self._disk.time_to_full_s(),
         )
