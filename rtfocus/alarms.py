@@ -138,7 +138,7 @@ class Rules:
         return Alarm("frames", f"{number_of(news, 'frame')} lost ({where} in all)")
 
 
-class Delivery:
+class Messenger:
     """Brings alarms to where the config says; whatever fails is counted."""
 
     def __init__(self, config: AlarmConfig, run: str, counts: Counter[str]) -> None:
@@ -227,7 +227,7 @@ class Attendance:
         self._config = config.alarm
         self._monitor = monitor
         self._rules = Rules(config.alarm)
-        self._delivery = Delivery(config.alarm, config.run.name, monitor.alarms)
+        self._messenger = Messenger(config.alarm, config.run.name, monitor.alarms)
         self._done = threading.Event()
         self._end: Alarm | None = None
         self._thread = threading.Thread(target=self._watch, name="alarms", daemon=True)
@@ -272,11 +272,11 @@ class Attendance:
             self._look()
         self._look()
         if self._end is not None:
-            self._delivery.deliver(self._end)
+            self._messenger.deliver(self._end)
 
     def _look(self) -> None:
         for alarm in self._rules.look(self._monitor, time.perf_counter()):
-            self._delivery.deliver(alarm)
+            self._messenger.deliver(alarm)
 
     def _how_it_ended(self, failure: BaseException | None) -> str:
         if failure is not None:
