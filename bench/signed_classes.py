@@ -34,7 +34,7 @@ from rtfocus.training.networks.wei_classifier import (
     photograph,
 )
 from rtfocus.training.recipe import SignedClassRecipe, load_recipe
-from rtfocus.training.scenes import Exposure, data_folder, draw_exposure, load_fields
+from rtfocus.training.scenes import DrawnCamera, data_folder, draw_camera, load_fields
 
 _BINS = 10
 
@@ -238,9 +238,9 @@ def held_out_patches(
         photons = dimming * float(np.sqrt(low * high))
         patches, labels = [], []
         for plane, defocus_um in zip(scene.planes, scene.defocus_um, strict=True):
-            exposure = draw_exposure(rng, (photons, photons))
-            patch = photograph(cut_patch(plane, rng), exposure, rng, _BALANCE[protocol])
-            if len(patch) == 1 and _is_empty(patch[0], exposure):
+            camera = draw_camera(rng, (photons, photons))
+            patch = photograph(cut_patch(plane, rng), camera, rng, _BALANCE[protocol])
+            if len(patch) == 1 and _is_empty(patch[0], camera):
                 continue
             patches.append(patch)
             labels.append(class_of(defocus_um, recipe.signed))
@@ -248,13 +248,13 @@ def held_out_patches(
             yield Patches(np.stack(patches), np.array(labels))
 
 
-def _is_empty(patch: Image, exposure: Exposure) -> bool:
-    counts = patch[:_CELLED_PX, :_CELLED_PX] * np.float32(exposure.full)
+def _is_empty(patch: Image, camera: DrawnCamera) -> bool:
+    counts = patch[:_CELLED_PX, :_CELLED_PX] * np.float32(camera.full)
     found = _RULE.tiles(
         counts,
         tile_px=_CELLED_PX,
         stride_px=_CELLED_PX,
-        noise=exposure.dark_noise(),
+        noise=camera.dark_noise(),
     )
     return bool(found[0, 0])
 

@@ -16,7 +16,7 @@ from scipy import fft, linalg, ndimage, signal
 
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.training.recipe import PairRecipe
-from rtfocus.training.scenes import Pair, draw_exposure, load_fields
+from rtfocus.training.scenes import Pair, draw_camera, load_fields
 
 Image = NDArray[np.float32]
 
@@ -311,10 +311,10 @@ class KernelPairs:
         reach = image[top : top + side + 2 * half, left : left + side + 2 * half]
         sharp = reach[half : half + side, half : half + side]
         light = signal.fftconvolve(reach, kernel, mode="valid").astype(np.float32)
-        exposure = draw_exposure(rng, self._recipe.pairs.photons)
-        low, scale = _RANGE.fit(exposure.counts(field.image))
-        taken = exposure.take(light, rng)
-        wanted = np.clip(exposure.counts(sharp), 0, exposure.full - 1)
+        camera = draw_camera(rng, self._recipe.pairs.photons)
+        low, scale = _RANGE.fit(camera.counts(field.image))
+        taken = camera.take(light, rng)
+        wanted = np.clip(camera.counts(sharp), 0, camera.full - 1)
         turn, flip = int(rng.integers(4)), bool(rng.random() < 0.5)
         turned = [np.rot90((p - low) / scale, turn) for p in (taken, wanted)]
         first, second = (patch[::-1] if flip else patch for patch in turned)

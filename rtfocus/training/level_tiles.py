@@ -32,7 +32,7 @@ from rtfocus.training.scenes import (
     Pool,
     SceneSource,
     SharpField,
-    draw_exposure,
+    draw_camera,
     lively_window,
 )
 
@@ -285,9 +285,9 @@ class Batches:
         light = window.astype(np.float32) / np.float32(FULL_SCALE)
         if rng.random() < _EMPTY_SHARE:
             light *= 0
-        exposure = draw_exposure(rng)
-        noise = exposure.dark_noise(entry.noise[place])
-        crop, labels = label_crop(exposure.take(light, rng), noise, level)
+        camera = draw_camera(rng)
+        noise = camera.dark_noise(entry.noise[place])
+        crop, labels = label_crop(camera.take(light, rng), noise, level)
         if not self._background:
             labels[:] = level
         # The median of a whole frame is another one than that of a crop.

@@ -25,7 +25,7 @@ from rtfocus.training.scenes import (
     SceneSource,
     SharpField,
     data_folder,
-    draw_exposure,
+    draw_camera,
     lively_window,
     load_fields,
     load_real_pairs,
@@ -292,20 +292,20 @@ class PairBatches:
         share = pairs.enlarged_sharp_share if scene.enlarged else pairs.sharp_share
         if rng.random() < share:
             levels, light, near = np.zeros_like(levels), sharp, scene.sharp[None]
-        exposure = draw_exposure(rng, pairs.photons)
+        camera = draw_camera(rng, pairs.photons)
         if pairs.counting_share and rng.random() < pairs.counting_share:
-            exposure = exposure.counting()
-        blurred = exposure.take(light, rng)
-        target = exposure.counts(sharp)
+            camera = camera.counting()
+        blurred = camera.take(light, rng)
+        target = camera.counts(sharp)
         # A camera that saturates hides the truth: neither side may exceed it.
-        np.clip(target, 0, exposure.full - 1, out=target)
+        np.clip(target, 0, camera.full - 1, out=target)
         share = np.clip(
             (np.abs(levels) - _SHARP_LEVELS[0]) / np.ptp(_SHARP_LEVELS), 0, 1
         )
         target = blurred + share.astype(np.float32) * (target - blurred)
-        noise = exposure.dark_noise()
+        noise = camera.dark_noise()
         middle = round(float(places.mean()))
-        low, scale = _RANGE.fit(exposure.counts(near[min(middle, len(near) - 1)]))
+        low, scale = _RANGE.fit(camera.counts(near[min(middle, len(near) - 1)]))
         # The percentiles of a noisy frame lie farther out than those of its light.
         low, scale = low - 2.3 * noise, scale + 3.3 * noise
         scale *= float(np.exp(rng.normal(0, _SCALE_JITTER)))

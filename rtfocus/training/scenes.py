@@ -322,7 +322,7 @@ _COUNTED = 0.15
 
 
 @dataclass(frozen=True, slots=True)
-class Exposure:
+class DrawnCamera:
     """Camera and light of one picture.
 
     The noise is Gaussian with the variance of Poisson plus read noise (models of
@@ -352,7 +352,7 @@ class Exposure:
         counts = np.rint(electrons * np.float32(self.gain))
         return np.asarray(np.clip(counts, 0, self.full - 1, out=counts))
 
-    def counting(self) -> "Exposure":
+    def counting(self) -> "DrawnCamera":
         """Return the same picture by a detector that counts photons."""
         photons = self.photons * _COUNTED
         gain = self.gain * (self.photons + self.glow) / photons
@@ -367,9 +367,9 @@ class Exposure:
         return float(np.sqrt(self.gain**2 * electrons + 1 / 12))
 
 
-def draw_exposure(
+def draw_camera(
     rng: np.random.Generator, photons: tuple[float, float] = (400, 10_000)
-) -> Exposure:
+) -> DrawnCamera:
     """Draw a camera; `photons` is the range at the brightest point."""
     light = float(np.exp(rng.uniform(*np.log(photons))))
     glow = float(np.exp(rng.uniform(np.log(0.003), np.log(0.25)))) * light
@@ -377,7 +377,7 @@ def draw_exposure(
     # Counts at the brightest point: from a poorly filled 8-bit range to 16 bits.
     full = float(2 ** rng.choice([8, 12, 16], p=[0.4, 0.35, 0.25]))
     fill = float(rng.uniform(0.3, 1.1) if full == 256 else rng.uniform(0.1, 1.1))
-    return Exposure(light, glow, read_noise, fill * full / (light + glow), full)
+    return DrawnCamera(light, glow, read_noise, fill * full / (light + glow), full)
 
 
 POINT: Image = np.ones((1, 1), dtype=np.float32)

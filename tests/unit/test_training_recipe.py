@@ -7,7 +7,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.level_tiles import BACKGROUND, label_crop
 from rtfocus.training.recipe import OptimiserRecipe, load_recipe
-from rtfocus.training.scenes import draw_exposure
+from rtfocus.training.scenes import draw_camera
 from rtfocus.training.trainer import learning_rate
 
 SHIPPED = resource_folder("configs") / "train_delpnet.yaml"
@@ -99,9 +99,9 @@ def test_the_noise_of_a_photograph_is_what_it_says():
     ratios = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        exposure = draw_exposure(rng)
-        counts = exposure.take(np.zeros((96, 96), np.float32), rng)
-        dark = exposure.dark_noise()
+        camera = draw_camera(rng)
+        counts = camera.take(np.zeros((96, 96), np.float32), rng)
+        dark = camera.dark_noise()
         assert counts.min() >= 0
         # The camera cuts a glow near zero and rounds noise below one count away.
         if counts.min() > 0 and dark > 1:

@@ -38,11 +38,11 @@ from rtfocus.training.layers import (
 from rtfocus.training.recipe import SignedClassRecipe, SignedRecipe
 from rtfocus.training.scenes import (
     POINT,
-    Exposure,
+    DrawnCamera,
     Pool,
     SceneSource,
     SharpField,
-    draw_exposure,
+    draw_camera,
     lively_window,
     load_fields,
 )
@@ -217,8 +217,8 @@ class SignedPatches:
             turned = np.rot90(window, int(rng.integers(4)), axes=(1, 2))
             if rng.random() < 0.5:
                 turned = turned[:, ::-1]
-            exposure = draw_exposure(rng, self._recipe.signed.photons)
-            patches.append(photograph(turned, exposure, rng))
+            camera = draw_camera(rng, self._recipe.signed.photons)
+            patches.append(photograph(turned, camera, rng))
             labels.append(class_of(scene.defocus_um[place], self._recipe.signed))
         return {"patches": np.stack(patches), "labels": np.array(labels)}
 
@@ -233,7 +233,7 @@ def cut_patch(plane: Image, rng: np.random.Generator) -> Image:
 
 def photograph(
     light: Image,
-    exposure: Exposure,
+    camera: DrawnCamera,
     rng: np.random.Generator,
     balance: tuple[float, float] = _BALANCE,
 ) -> Image:
@@ -241,7 +241,7 @@ def photograph(
     if len(light) > 1:
         factors = rng.uniform(*balance, (len(light), 1, 1))
         light = light * factors.astype(np.float32)
-    return exposure.take(light, rng) / np.float32(exposure.full)
+    return camera.take(light, rng) / np.float32(camera.full)
 
 
 WIDTHS = (16, 32, 64, 128)
