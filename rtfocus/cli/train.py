@@ -35,7 +35,7 @@ from rtfocus.config import find_config
 from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
 from rtfocus.evaluation.contenders import Contender
 from rtfocus.evaluation.data_sets import KNOWN
-from rtfocus.evaluation.evaluate import Outcome
+from rtfocus.evaluation.evaluate import ScoreSheet
 from rtfocus.evaluation.evaluate import evaluate as evaluate_one
 from rtfocus.evaluation.parts import Done, Gathering, Part, Wish, measure_part, parts_of
 from rtfocus.evaluation.samples import DataSet
@@ -261,14 +261,14 @@ def evaluate(
     failed = _Failed(output)
     taken_on: str | None = None
     if many.is_asked_for:
-        outcomes, taken_on = _run_on_workers(wish, rows, sets, many, failed)
+        sheets, taken_on = _run_on_workers(wish, rows, sets, many, failed)
     else:
-        outcomes = _run(wish, rows, sets)
-    _show(outcomes)
+        sheets = _run(wish, rows, sets)
+    _show(sheets)
     command = shlex.join(["rtfocus", *sys.argv[1:]])
     with guard.report(output, JSON_NAME, names) as part:
         paths = write_report(
-            part, outcomes, command=command, lacking=failed.lines, taken_on=taken_on
+            part, sheets, command=command, lacking=failed.lines, taken_on=taken_on
         )
         written = [path.name for path in paths]
     for name in written:
@@ -285,7 +285,7 @@ class _Failed:
         self.lines: list[str] = []
         self._names: list[str] = []
 
-    def add(self, row: Outcome, part: Part, reason: str) -> str:
+    def add(self, row: ScoreSheet, part: Part, reason: str) -> str:
         """Add one and return the line that says so."""
         where = f"{row.data.name}: {part.field}"
         line = f"{row.contender.title} on {where}: {reason}"
@@ -318,7 +318,7 @@ def _run_on_workers(
     sets: list[DataSet],
     many: Many,
     failed: _Failed,
-) -> tuple[list[Outcome], str]:
+) -> tuple[list[ScoreSheet], str]:
     """Run every contender on every field by workers; return where they were too."""
     parts = parts_of(wish, contenders, sets)
     found, failed.total = Gathering(parts, contenders, sets), len(parts)
@@ -342,20 +342,22 @@ def _run_on_workers(
     )
     if not found.done:
         failed.refuse()
-    return found.outcomes(), "workers on " + "; ".join(sorted(found.machines))
+    return found.sheets(), "workers on " + "; ".join(sorted(found.machines))
 
 
-def _run(wish: Wish, contenders: list[Contender], sets: list[DataSet]) -> list[Outcome]:
+def _run(
+    wish: Wish, contenders: list[Contender], sets: list[DataSet]
+) -> list[ScoreSheet]:
     """Run every contender over every data set, with a bar on standard error."""
-    outcomes: list[Outcome] = []
+    sheets: list[ScoreSheet] = []
     for data in sets:
         frames: int | None = None  # until the first contender has seen them
         for one in contenders:
             config = wish.config(one, data)
             with counting(f"{one.title} on {data.name}", frames) as on_frame:
-                outcomes.append(evaluate_one(one, data, config, on_frame=on_frame))
-            frames = outcomes[-1].measured
-    return outcomes
+                sheets.append(evaluate_one(one, data, config, on_frame=on_frame))
+            frames = sheets[-1].measured
+    return sheets
 
 
 def _microscope(
@@ -369,18 +371,18 @@ def _microscope(
     return optics, found.camera.offset_counts
 
 
-def _show(outcomes: list[Outcome]) -> None:
+def _show(sheets: list[ScoreSheet]) -> None:
     """Print one table per data set and kind of figure."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPED_WIDTH)
-    for title, columns, rows in tables(outcomes):
+    for title, columns, rows in tables(sheets):
         for name in dict.fromkeys(row[0] for row in rows):
             table = Table(*columns[1:], title=f"{name}: {title}")
             for row in rows:
                 if row[0] == name:
                     table.add_row(*row[1:])
             console.print(table)
-    for one in outcomes:
+    for one in sheets:
         if why := one.nothing_found():
             console.print(escape(why), highlight=False, soft_wrap=True)

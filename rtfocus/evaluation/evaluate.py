@@ -98,7 +98,7 @@ class Measured:
 
 
 @dataclass
-class Outcome:
+class ScoreSheet:
     """Everything about one contender on one data set."""
 
     contender: Contender
@@ -192,7 +192,7 @@ def evaluate(
     config: Config,
     *,
     on_frame: Callable[[], None] = lambda: None,
-) -> Outcome:
+) -> ScoreSheet:
     """Run one contender over one data set.
 
     Parameters
@@ -213,12 +213,12 @@ def evaluate(
     InputError
         If a frame cannot be read.
     """
-    outcome = Outcome(one, data)
+    sheet = ScoreSheet(one, data)
     with Measuring(one, data, config) as measuring:
         for sample in data.samples():
-            outcome.take(measuring.measure(sample))
+            sheet.take(measuring.measure(sample))
             on_frame()
-    return outcome.finish()
+    return sheet.finish()
 
 
 class Measuring(Closing):
@@ -423,21 +423,21 @@ def _wanted_tiles(sample: Sample, found: DefocusMap) -> NDArray[np.bool_]:
     return specimen_tiles(grey, found.grid, quantum)
 
 
-def standing(outcome: Outcome) -> Standing:
+def standing(sheet: ScoreSheet) -> Standing:
     """Sum up how a contender did."""
 
     def gains(frames: Sequence[Scored]) -> list[float]:
         return [one.after.psnr_db - one.before.psnr_db for one in frames]
 
     by_group: dict[str, list[Scored]] = {}
-    for frame in outcome.frames:
+    for frame in sheet.frames:
         group = frame.group if frame.group in (SHARP_GROUP, OWN_PLANES) else ""
         by_group.setdefault(group, []).append(frame)
     blurred = gains(by_group[""])
     own_planes = gains(by_group.get(OWN_PLANES, []))
     in_focus = [one.after.psnr_db for one in by_group[SHARP_GROUP]]
     return Standing(
-        outcome.contender.name,
+        sheet.contender.name,
         round(float(np.mean(blurred)), 2),
         round(float(min(blurred)), 2),
         round(float(np.mean(in_focus)), 1),

@@ -28,7 +28,7 @@ from rtfocus.engines.registry import (
 )
 from rtfocus.errors import ConfigError, EngineError, RtfocusError
 from rtfocus.evaluation.contenders import Contender, contender
-from rtfocus.evaluation.evaluate import Outcome, evaluate, standing
+from rtfocus.evaluation.evaluate import ScoreSheet, evaluate, standing
 from rtfocus.evaluation.own_fields import OwnField, OwnFields, Side, choose_fields
 from rtfocus.evaluation.samples import DataSet, own_set
 from rtfocus.evaluation.scorecard import markdown, save_side_by_side, table
@@ -129,10 +129,10 @@ def train_own(
     say(f"comparing on {len(fields.of('test'))} held-out fields")
     own = contender(str(engine), classifier=_CLASSIFIER, blind=False)
     data = _data(fields, fields.of("test"), work, "held-out fields")
-    outcomes = [_outcome(one, data) for one in (own, *shipped)]
-    standings = [standing(one) for one in outcomes]
+    sheets = [_sheet(one, data) for one in (own, *shipped)]
+    standings = [standing(one) for one in sheets]
     choice = judge(standings[0], standings[1:])
-    _describe(engine, fields, outcomes, standings, choice, start)
+    _describe(engine, fields, sheets, standings, choice, start)
     with whole(wish.output) as part:
         shutil.copytree(engine, part)
     _admit(wish.output)
@@ -222,7 +222,7 @@ class _Plan:
         if "start" not in self._known:
             data = _data(fields, fields.of("validation"), self._work, "validation")
             gains = {
-                one.name: standing(_outcome(one, data)).gain_db
+                one.name: standing(_sheet(one, data)).gain_db
                 for one in shipped
                 if one.name in REFINED
             }
@@ -306,7 +306,7 @@ def _exported(
         remove(folder)
         export_engine(checkpoint, folder, name=name, mean_with=mean_with)
         one = contender(str(folder), classifier=_CLASSIFIER, blind=False)
-        gains[how] = standing(_outcome(one, data)).gain_db
+        gains[how] = standing(_sheet(one, data)).gain_db
     said = ", ".join(f"{how} {gain:+.2f} dB" for how, gain in gains.items())
     best = max(gains, key=lambda how: gains[how])
     say(f"what was learned is taken {best} (validation: {said})")
@@ -330,14 +330,14 @@ def _data(
     )
 
 
-def _outcome(one: Contender, data: DataSet) -> Outcome:
+def _sheet(one: Contender, data: DataSet) -> ScoreSheet:
     return evaluate(one, data, one.config(data, threads=1, precision="f32"))
 
 
 def _describe(
     engine: Path,
     fields: OwnFields,
-    outcomes: Sequence[Outcome],
+    sheets: Sequence[ScoreSheet],
     standings: Sequence[Standing],
     choice: Choice,
     start: str,
@@ -350,7 +350,7 @@ def _describe(
         Folder of the engine.
     fields
         What it was made of.
-    outcomes, standings
+    sheets, standings
         Of the engine first, then of the shipped ones.
     choice
         Which to use.
@@ -358,8 +358,8 @@ def _describe(
         The engine that it was trained on from.
     """
     best = max(range(1, len(standings)), key=lambda n: standings[n].gain_db)
-    shown = [outcomes[0], outcomes[best]]
-    save_side_by_side(engine / _PICTURE_NAME, outcomes[0].data, shown)
+    shown = [sheets[0], sheets[best]]
+    save_side_by_side(engine / _PICTURE_NAME, sheets[0].data, shown)
     card = yaml.safe_load((engine / CARD_NAME).read_text(encoding="utf-8"))
     card["figures"] = {
         "use": choice.use,
@@ -388,7 +388,7 @@ def _describe(
         "",
     ]
     command = f"rtfocus train --own FOLDER -o {engine.name}"
-    details = markdown(outcomes, command=command).replace("# ", "## ", 1)
+    details = markdown(sheets, command=command).replace("# ", "## ", 1)
     text = "\n".join(lines) + "\n" + details
     (engine / _README_NAME).write_text(text, encoding="utf-8")
 

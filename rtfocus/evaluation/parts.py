@@ -24,7 +24,7 @@ from rtfocus.engines.registry import (
 from rtfocus.errors import ConfigError, EngineError, InputError
 from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.data_sets import KNOWN, find_data_set
-from rtfocus.evaluation.evaluate import SHOWN, Measured, Measuring, Outcome
+from rtfocus.evaluation.evaluate import SHOWN, Measured, Measuring, ScoreSheet
 from rtfocus.evaluation.samples import DataSet
 from rtfocus.processing.restore import METHODS
 from rtfocus.runtimes.machine import processor_name, usable_threads
@@ -295,7 +295,7 @@ class Gathering:
         self._parts = parts
         self._places = {part.key: place for place, part in enumerate(parts)}
         self._rows = {
-            (d, c): Outcome(one, data)
+            (d, c): ScoreSheet(one, data)
             for d, data in enumerate(sets)
             for c, one in enumerate(contenders)
         }
@@ -315,12 +315,12 @@ class Gathering:
                 self.row(self._parts[self._next]).take(one)
             self._next += 1
 
-    def row(self, part: Part) -> Outcome:
-        """Return the outcome that a part belongs to."""
+    def row(self, part: Part) -> ScoreSheet:
+        """Return the score sheet that a part belongs to."""
         return self._rows[part.row]
 
-    def outcomes(self) -> list[Outcome]:
-        """Return the outcomes once all parts are there."""
+    def sheets(self) -> list[ScoreSheet]:
+        """Return the score sheets once all parts are there."""
         return [one.finish() for one in self._rows.values()]
 
 

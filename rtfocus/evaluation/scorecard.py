@@ -1,4 +1,4 @@
-"""Scorecard: outcomes as tables and pictures, the same in every format."""
+"""Scorecard: score sheets as tables and pictures, the same in every format."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rtfocus.drawing.canvas import PixelCanvas
 from rtfocus.drawing.figures import Axis, Panel, draw_panels, figure_size, save_panels
 from rtfocus.errors import OutputError, writing
 from rtfocus.evaluation.contenders import Contender
-from rtfocus.evaluation.evaluate import Outcome
+from rtfocus.evaluation.evaluate import ScoreSheet
 from rtfocus.evaluation.samples import SHARP_GROUP, DataSet, Sample
 from rtfocus.evaluation.scores import ErrorScore, LevelScore
 from rtfocus.files import portable_name
@@ -29,7 +29,7 @@ _CELL_PT = 34.0
 _BRIGHT = 0.6
 
 
-def save_side_by_side(path: Path, data: DataSet, outcomes: Sequence[Outcome]) -> bool:
+def save_side_by_side(path: Path, data: DataSet, sheets: Sequence[ScoreSheet]) -> bool:
     """Write blurred | every contender | sharp, one row per frame.
 
     Parameters
@@ -38,7 +38,7 @@ def save_side_by_side(path: Path, data: DataSet, outcomes: Sequence[Outcome]) ->
         PNG to write.
     data
         Where the frames come from.
-    outcomes
+    sheets
         Of contenders that restored them.
 
     Returns
@@ -46,7 +46,7 @@ def save_side_by_side(path: Path, data: DataSet, outcomes: Sequence[Outcome]) ->
     bool
         False: there is nothing to show.
     """
-    shown = [one for one in outcomes if one.images]
+    shown = [one for one in sheets if one.images]
     if not shown:
         return False
     # A field may have failed for one of them.
@@ -94,7 +94,7 @@ def save_confusion(path: Path, title: str, score: LevelScore) -> None:
     canvas.save(path)
 
 
-def _row(sample: Sample, shown: Sequence[Outcome], pixel_um: float) -> list[Panel]:
+def _row(sample: Sample, shown: Sequence[ScoreSheet], pixel_um: float) -> list[Panel]:
     like = sample.pixels if sample.sharp is None else sample.sharp
     window = _window(like)
     low, high = np.percentile(_grey(like)[window], (0.5, 99.9))
@@ -177,11 +177,11 @@ ERROR_COLUMNS = (
 """Of the error stated beside restored images; ``in focus``: of the range, median."""
 
 
-def tables(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...], Rows]]:
+def tables(sheets: Sequence[ScoreSheet]) -> list[tuple[str, tuple[str, ...], Rows]]:
     """Return title, columns and rows of every table."""
     # By data set; contenders within as they were given.
-    sets = list(dict.fromkeys(one.data.name for one in outcomes))
-    ordered = sorted(outcomes, key=lambda one: sets.index(one.data.name))
+    sets = list(dict.fromkeys(one.data.name for one in sheets))
+    ordered = sorted(sheets, key=lambda one: sets.index(one.data.name))
     restored = [_restored(one) for one in ordered if one.frames]
     levels = [_levels(one, one.levels) for one in ordered if one.levels is not None]
     errors = [_errors(one, one.errors) for one in ordered if one.errors is not None]
@@ -192,12 +192,12 @@ def tables(outcomes: Sequence[Outcome]) -> list[tuple[str, tuple[str, ...], Rows
     ]
 
 
-def _errors(one: Outcome, score: ErrorScore) -> list[str]:
+def _errors(one: ScoreSheet, score: ErrorScore) -> list[str]:
     said = ["" if x is None else f"{x:g}" for x in score.summary().values()]
     return [one.data.name, one.contender.title, *said]
 
 
-def _restored(one: Outcome) -> list[str]:
+def _restored(one: ScoreSheet) -> list[str]:
     groups = one.groups()
     everything, sharp = groups["all"], groups.get(SHARP_GROUP)
     before, after = everything["before"], everything["after"]
@@ -216,7 +216,7 @@ def _restored(one: Outcome) -> list[str]:
     ]
 
 
-def _levels(one: Outcome, score: LevelScore) -> list[str]:
+def _levels(one: ScoreSheet, score: LevelScore) -> list[str]:
     found = score.summary()
     shares = (
         found["accuracy"],
@@ -239,7 +239,7 @@ def _levels(one: Outcome, score: LevelScore) -> list[str]:
     ]
 
 
-def _cost(one: Outcome) -> list[str]:
+def _cost(one: ScoreSheet) -> list[str]:
     operations = one.contender.multiply_adds_per_pixel()
     return [
         "" if operations is None else f"{operations:,.0f}",
@@ -260,7 +260,7 @@ MARKDOWN_NAME = "evaluation.md"
 
 def write_report(
     folder: Path,
-    outcomes: Sequence[Outcome],
+    sheets: Sequence[ScoreSheet],
     *,
     command: str,
     lacking: Sequence[str] = (),
@@ -272,7 +272,7 @@ def write_report(
     ----------
     folder
         Made if needed; a report of an earlier evaluation is replaced.
-    outcomes
+    sheets
         In the order of the tables.
     command
         That made them, for whoever reads them later.
@@ -288,20 +288,20 @@ def write_report(
     """
     with writing(folder, OutputError):
         folder.mkdir(parents=True, exist_ok=True)
-        content = as_json(outcomes, command=command, taken_on=taken_on)
+        content = as_json(sheets, command=command, taken_on=taken_on)
         if lacking:
             content["failed"] = list(lacking)
-        said = markdown(outcomes, command=command, taken_on=taken_on, lacking=lacking)
+        said = markdown(sheets, command=command, taken_on=taken_on, lacking=lacking)
         paths = [folder / JSON_NAME, folder / MARKDOWN_NAME]
         text = json.dumps(content, indent=1, allow_nan=False)
         paths[0].write_text(text, encoding="utf-8")
         paths[1].write_text(said, encoding="utf-8")
-        paths += _pictures(folder, outcomes)
+        paths += _pictures(folder, sheets)
     return paths
 
 
 def as_json(
-    outcomes: Sequence[Outcome], *, command: str, taken_on: str | None = None
+    sheets: Sequence[ScoreSheet], *, command: str, taken_on: str | None = None
 ) -> dict[str, Any]:
     """Return everything that was measured as plain values."""
     return {
@@ -309,13 +309,13 @@ def as_json(
         "rtfocus": __version__,
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": taken_on or with_load(),
-        "data": {one.data.name: one.data.title for one in outcomes},
-        "outcomes": [_outcome(one) for one in outcomes],
+        "data": {one.data.name: one.data.title for one in sheets},
+        "outcomes": [_sheet(one) for one in sheets],
     }
 
 
 def markdown(
-    outcomes: Sequence[Outcome],
+    sheets: Sequence[ScoreSheet],
     *,
     command: str,
     taken_on: str | None = None,
@@ -324,22 +324,22 @@ def markdown(
     """Return the tables in Markdown."""
     place = taken_on or with_load()
     lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {place}.", ""]
-    titles = {one.data.name: one.data.title for one in outcomes}
+    titles = {one.data.name: one.data.title for one in sheets}
     lines += [f"- **{name}**: {title}" for name, title in titles.items()]
-    lines += [f"- {why}" for one in outcomes if (why := one.nothing_found())]
+    lines += [f"- {why}" for one in sheets if (why := one.nothing_found())]
     if lacking:
         lines += ["", "**Failed, and in no figure:**", ""]
         lines += [f"- {line}" for line in lacking]
-    for title, columns, rows in tables(outcomes):
+    for title, columns, rows in tables(sheets):
         if rows:
             lines += ["", f"## {title.capitalize()}", "", *table(columns, rows)]
-    by_group = [line for one in outcomes for line in _groups(one)]
+    by_group = [line for one in sheets for line in _groups(one)]
     if by_group:
         lines += ["", "## By group", "", *by_group]
     return "\n".join(lines) + "\n"
 
 
-def _outcome(one: Outcome) -> dict[str, Any]:
+def _sheet(one: ScoreSheet) -> dict[str, Any]:
     contender = one.contender
     return {
         "engine": contender.name,
@@ -368,7 +368,7 @@ def _outcome(one: Outcome) -> dict[str, Any]:
     }
 
 
-def _groups(one: Outcome) -> list[str]:
+def _groups(one: ScoreSheet) -> list[str]:
     """Return a small table of one contender on one data set, by group."""
     images, levels = one.groups(), one.levels_by_group
     names = [name for name in dict.fromkeys([*images, *levels]) if name != "all"]
@@ -423,14 +423,14 @@ def _confusion_name(one: Contender, data: str) -> str:
     return portable_name(f"confusion_{row}_{data}") + ".png"
 
 
-def _pictures(folder: Path, outcomes: Sequence[Outcome]) -> list[Path]:
+def _pictures(folder: Path, sheets: Sequence[ScoreSheet]) -> list[Path]:
     paths = []
-    for name, data in {one.data.name: one.data for one in outcomes}.items():
+    for name, data in {one.data.name: one.data for one in sheets}.items():
         path = folder / _images_name(name)
-        same = [one for one in outcomes if one.data.name == name]
+        same = [one for one in sheets if one.data.name == name]
         if save_side_by_side(path, data, same):
             paths.append(path)
-    for one in outcomes:
+    for one in sheets:
         if one.levels is not None and one.levels.tiles:
             path = folder / _confusion_name(one.contender, one.data.name)
             save_confusion(path, f"{one.contender.title}, {one.data.name}", one.levels)

@@ -243,14 +243,14 @@ def test_parts_in_any_order_are_what_one_process_finds(
             measure_part(everywhere, replace(parts[0], field="another"))
     finally:
         close_opened()
-    (outcome,) = found.outcomes()
+    (sheet,) = found.sheets()
     alone = evaluate(one, data, wish.config(one, data))
-    assert outcome.levels is not None
+    assert sheet.levels is not None
     assert alone.levels is not None
-    assert outcome.levels.tiles > 0
+    assert sheet.levels.tiles > 0
     for of in ("levels", "levels_by_group", "frames"):
-        assert in_plain(getattr(outcome, of)) == in_plain(getattr(alone, of))
-    assert outcome.ms_per_megapixel is not None
+        assert in_plain(getattr(sheet, of)) == in_plain(getattr(alone, of))
+    assert sheet.ms_per_megapixel is not None
 
 
 def in_plain(found: Any) -> Any:
