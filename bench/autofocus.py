@@ -48,7 +48,7 @@ GROUP = 8
 
 
 @dataclass
-class Outcome:
+class SearchRun:
     """One run of one method."""
 
     method: str
@@ -170,8 +170,8 @@ def _specimen(kind: SpecimenKind, seed: int, number: int) -> NDArray[np.float32]
 
 
 def measure(
-    given: argparse.Namespace, methods: list[str], known: list[Outcome]
-) -> Iterator[Outcome]:
+    given: argparse.Namespace, methods: list[str], known: list[SearchRun]
+) -> Iterator[SearchRun]:
     """Run every method on the same starts, those that are `known` left out."""
     seed, engine = given.seed, given.engine
     done = {(one.method, one.run) for one in known}
@@ -198,13 +198,13 @@ def _measured(
     method: str,
     run: int,
     told: OpticalSystem,
-) -> Outcome:
+) -> SearchRun:
     scene, stage, limits, kind = make(run, given.seed, told)
     unit = told.defocus_unit_um
     scene.keep_focus = given.spike
     stage = spoiled(given.case, scene, stage, unit, given.amount)
     begun = (scene.focus_um - stage.z_um) / unit
-    found = Outcome(method, begun, 0.0, False, "", 0, 0, False, kind, run)
+    found = SearchRun(method, begun, 0.0, False, "", 0, 0, False, kind, run)
     verdict: Verdict | RivalVerdict
     if method == "rtfocus":
         verdict = ours(
@@ -227,7 +227,7 @@ def _measured(
     return found
 
 
-def _note(found: Outcome, verdict: Verdict, scene: Scene, unit: float) -> None:
+def _note(found: SearchRun, verdict: Verdict, scene: Scene, unit: float) -> None:
     """Keep what the estimates were and what was true, as far as the stage obeys."""
     found.notes = list(verdict.notes)
     for number, step in enumerate(verdict.steps):
@@ -242,12 +242,12 @@ def _note(found: Outcome, verdict: Verdict, scene: Scene, unit: float) -> None:
             found.belief.append((error, step.belief_sd_um / unit))
 
 
-def load(path: Path | None) -> list[Outcome]:
+def load(path: Path | None) -> list[SearchRun]:
     """Return the runs that a file of one JSON object a line already holds."""
     if path is None or not path.exists():
         return []
     lines = path.read_text("utf-8").splitlines()
-    return [Outcome(**json.loads(line)) for line in lines]
+    return [SearchRun(**json.loads(line)) for line in lines]
 
 
 def wilson(hits: int, number: int) -> tuple[float, float]:
@@ -261,53 +261,53 @@ def wilson(hits: int, number: int) -> tuple[float, float]:
     return float(middle - half), float(middle + half)
 
 
-def summarise(outcomes: list[Outcome]) -> dict[str, object]:
+def summarise(runs: list[SearchRun]) -> dict[str, object]:
     """Sum up the runs of one method."""
-    hits = sum(abs(one.end) <= 0.5 for one in outcomes)
-    number = len(outcomes)
-    images = [one.images for one in outcomes]
-    moves = [one.moves for one in outcomes]
+    hits = sum(abs(one.end) <= 0.5 for one in runs)
+    number = len(runs)
+    images = [one.images for one in runs]
+    moves = [one.moves for one in runs]
     return {
         "runs": number,
         "within half a depth of field": hits / number,
         "wilson": wilson(hits, number),
         "within half a depth of field of the sharpest plane": sum(
-            abs(one.end - one.sharpest) <= 0.5 for one in outcomes
+            abs(one.end - one.sharpest) <= 0.5 for one in runs
         )
         / number,
         "said focused and was not": sum(
-            one.focused and abs(one.end) > 0.5 for one in outcomes
+            one.focused and abs(one.end) > 0.5 for one in runs
         ),
-        "refused": sum(not one.focused for one in outcomes),
+        "refused": sum(not one.focused for one in runs),
         "blurrier than at the start": sum(
-            abs(one.end) > abs(one.start) + 0.25 for one in outcomes
+            abs(one.end) > abs(one.start) + 0.25 for one in runs
         ),
         "median images": float(np.median(images)),
         "p95 images": float(np.percentile(images, 95)),
         "median moves": float(np.median(moves)),
         "p95 moves": float(np.percentile(moves, 95)),
-        "median |defocus| at the end": float(np.median([abs(o.end) for o in outcomes])),
+        "median |defocus| at the end": float(np.median([abs(o.end) for o in runs])),
         "mean images": float(np.mean(images)),
         "mean moves": float(np.mean(moves)),
         "p90 |defocus| at the end": float(
-            np.percentile([abs(o.end) for o in outcomes], 90)
+            np.percentile([abs(o.end) for o in runs], 90)
         ),
         "deviation of belief covers": _covered(
-            [error / sd for one in outcomes for error, sd in one.belief[-1:]]
+            [error / sd for one in runs for error, sd in one.belief[-1:]]
         ),
         "deviation of the second image's belief covers": _covered(
-            [error / sd for one in outcomes for error, sd in one.belief[:1]]
+            [error / sd for one in runs for error, sd in one.belief[:1]]
         ),
         "deviation of the engine's estimate covers": _covered(
             [
                 (abs(read) - abs(true)) / sd
-                for one in outcomes
+                for one in runs
                 for true, read, sd in one.network
             ]
         ),
-        "notes": dict(Counter(note for one in outcomes for note in one.notes)),
-        "reasons": dict(Counter(one.reason.split(":")[0] for one in outcomes)),
-        "commands outside the limits": sum(one.outside for one in outcomes),
+        "notes": dict(Counter(note for one in runs for note in one.notes)),
+        "reasons": dict(Counter(one.reason.split(":")[0] for one in runs)),
+        "commands outside the limits": sum(one.outside for one in runs),
     }
 
 
@@ -344,14 +344,14 @@ def main() -> None:
     given = parser.parse_args()
     begun = time.perf_counter()
     methods = given.methods.split(",")
-    outcomes = load(given.resume)
-    for one in measure(given, methods, list(outcomes)):
-        outcomes.append(one)
+    runs = load(given.resume)
+    for one in measure(given, methods, list(runs)):
+        runs.append(one)
         if given.resume:
             with given.resume.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(one), default=float) + "\n")
     table = {
-        method: summarise([one for one in outcomes if one.method == method])
+        method: summarise([one for one in runs if one.method == method])
         for method in methods
     }
     for method, figures in table.items():
@@ -359,7 +359,7 @@ def main() -> None:
         for name, value in figures.items():
             print(f"  {name}: {value}")
     if given.list:
-        for one in outcomes:
+        for one in runs:
             if abs(one.end) > 0.5 or not one.focused:
                 print(asdict(one))
     print(f"{time.perf_counter() - begun:.0f} s")

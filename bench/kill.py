@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from bench import machine
-from bench.kill_series import KilledSeries, Mode, Outcome
+from bench.kill_series import KillCounts, KilledSeries, Mode
 from rtfocus.files import resource_folder
 
 KILLS_PER_SERIES = 10
@@ -41,9 +41,9 @@ def modes() -> list[Mode]:
     return [replace(mode, shared_memory=way) for mode in found for way in ways]
 
 
-def kill_many(kills: int, seed: int, folder: Path) -> Outcome:
+def kill_many(kills: int, seed: int, folder: Path) -> KillCounts:
     """Kill processors in series of `KILLS_PER_SERIES`; return what was found."""
-    total = Outcome()
+    total = KillCounts()
     for number, mode in enumerate(cycle(modes())):
         left = kills - total.kills.total()
         if left <= 0 or total.faults:

@@ -54,7 +54,7 @@ class Mode:
 
 
 @dataclass
-class Outcome:
+class KillCounts:
     """What became of one series, or of several."""
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -66,8 +66,8 @@ class Outcome:
     """Frames reported durable at the kills, summed: each was compared."""
     faults: list[str] = field(default_factory=list)
 
-    def add(self, other: "Outcome") -> None:
-        """Add another outcome to this one."""
+    def add(self, other: "KillCounts") -> None:
+        """Add those of another series."""
         self.kills += other.kills
         self.frames += other.frames
         self.resent += other.resent
@@ -89,7 +89,7 @@ class KilledSeries:
     """
 
     def __init__(self, folder: Path, mode: Mode, rng: random.Random) -> None:
-        self.outcome = Outcome()
+        self.counts = KillCounts()
         self._folder = folder
         self._rng = rng
         self._allowed: int | None = 0
@@ -110,7 +110,7 @@ class KilledSeries:
         self._publisher = FramePublisher(transport)
         self._config = self._write_config(mode, transport)
 
-    def run(self, kills: int, *, at_finish: bool, with_command: bool) -> Outcome:
+    def run(self, kills: int, *, at_finish: bool, with_command: bool) -> KillCounts:
         """Kill `kills` processors; the next one ends the series.
 
         Parameters
@@ -127,15 +127,15 @@ class KilledSeries:
             try:
                 self._run(published, kills, at_finish, with_command)
             except BrokenOffError as error:
-                self.outcome.faults.append(f"processor {error}")
+                self.counts.faults.append(f"processor {error}")
             finally:
                 self._allow(None)
                 self._publisher.stop()
         status = self._publisher.status()
-        self.outcome.frames, self.outcome.resent = status.sent, status.resent
-        return self.outcome
+        self.counts.frames, self.counts.resent = status.sent, status.resent
+        return self.counts
 
-    def run_frozen(self) -> Outcome:
+    def run_frozen(self) -> KillCounts:
         """Freeze the processor, start another, let the first go on; a third ends it.
 
         The second must be refused by the folder, the first must leave it as it is.
@@ -145,12 +145,12 @@ class KilledSeries:
             try:
                 self._run_frozen(published)
             except BrokenOffError as error:
-                self.outcome.faults.append(f"processor {error}")
+                self.counts.faults.append(f"processor {error}")
             finally:
                 self._allow(None)
                 self._publisher.stop()
-        self.outcome.frames = self._publisher.status().sent
-        return self.outcome
+        self.counts.frames = self._publisher.status().sent
+        return self.counts
 
     def _run_frozen(self, published: "Future[int]") -> None:
         running = [Processor(self._config)]
@@ -195,7 +195,7 @@ class KilledSeries:
             sent = published.result()
             if at_finish:
                 processor.wait(self._rng.uniform(0, 3 * MOST_DELAY_S))
-                self.outcome.kills["finish"] += 1
+                self.counts.kills["finish"] += 1
                 self._examine(*self._kill(processor, kills), by_command=False)
                 check_run(self._one_folder(), repair=True)
             else:
@@ -209,7 +209,7 @@ class KilledSeries:
     def _wait_for_moment(self, processor: Processor) -> None:
         """Wait until the processor is to be killed: anywhere in its work."""
         moment = self._rng.choice(["start", "frames", "frames", "frames"])
-        self.outcome.kills[moment] += 1
+        self.counts.kills[moment] += 1
         if moment == "frames":
             self._wait_for_frames(processor)
         else:
@@ -229,7 +229,7 @@ class KilledSeries:
         """Kill; return a copy of the run folder, and what was reported durable."""
         processor.kill()
         durable = self._publisher.status().durable_upto
-        self.outcome.reported += durable
+        self.counts.reported += durable
         folder, copy = self._run_folder(), None
         if folder is not None:
             copy = self._folder / "copies" / f"{number}.rtfocus"
@@ -256,7 +256,7 @@ class KilledSeries:
 
     def _note(self, where: str, faults: list[str]) -> None:
         name = self._series.name
-        self.outcome.faults += [f"{name}, {where}: {fault}" for fault in faults]
+        self.counts.faults += [f"{name}, {where}: {fault}" for fault in faults]
 
     def _run_folder(self) -> Path | None:
         """Return the run folder; None: killed before it was made."""
