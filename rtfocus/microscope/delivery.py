@@ -311,6 +311,9 @@ _MOST_CHARACTERS = 64
 # one (clock set, summer time ending) would be worse than none.
 _OLDEST_S = 1800.0
 
+READOUT_MS = "ReadoutTime-ms"
+"""Tag of an image whose camera tells how long after its exposure it handed it over."""
+
 
 def frame_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return a ``FrameMetaV1`` as JSON, long values cut, the MDA event left out."""
@@ -329,10 +332,10 @@ def frame_json(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def age_ns(camera_metadata: Mapping[str, Any], told_ns: int) -> int | None:
-    """Return how long ago the core received an image; None where it cannot tell.
+    """Return how long ago the exposure of an image ended; None: the core cannot tell.
 
-    The tag is the machine's local time, microseconds, taken when the camera hands
-    the image over: the end of its exposure plus readout.
+    The core's tag is the machine's local time, microseconds, taken when the camera
+    hands the image over: that is after the readout, which few cameras tell.
 
     Parameters
     ----------
@@ -346,9 +349,10 @@ def age_ns(camera_metadata: Mapping[str, Any], told_ns: int) -> int | None:
         return None
     try:
         received_ns = int(datetime.fromisoformat(str(stamp)).timestamp() * 1e9)
-    except ValueError:
+        readout_ns = int(float(camera_metadata.get(READOUT_MS, 0.0)) * 1e6)
+    except (ValueError, OverflowError):
         return None
-    age = told_ns - received_ns
+    age = told_ns - received_ns + readout_ns
     return age if -1.0 < age / 1e9 < _OLDEST_S else None
 
 

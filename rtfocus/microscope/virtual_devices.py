@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import ceil
 
 import numpy as np
@@ -23,6 +24,7 @@ from pymmcore_plus.experimental.unicore import (
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import VirtualMicroscopeConfig, ZStageConfig
 from rtfocus.errors import ConfigError
+from rtfocus.microscope.delivery import READOUT_MS
 from rtfocus.microscope.virtual_specimen import VirtualSpecimen
 from rtfocus.optics.formation import CameraModel, Counts, NoisePool
 
@@ -256,13 +258,15 @@ class VirtualCamera(SimpleCameraDevice):
         z_um = self._z_stage.objective_um
         x_um, y_um = self._xy_stage.centre_um
         specimen = self._specimens[str(self.get_property_value(CHANNEL))]
-        if self._first_s is None:
-            self._first_s = start
+        self._first_s = start if self._first_s is None else self._first_s
         time_s = start - self._first_s
         light = specimen.image(z_um, x_um=x_um, y_um=y_um, time_s=time_s)
         buffer[...] = self._sensor.expose(light, self._exposure_ms)
-        self._wait(start + self._exposure_ms / 1e3)
-        return {"Z-um": f"{z_um:.4f}"}
+        end = start + self._exposure_ms / 1e3
+        self._wait(end)
+        # The core dates an image by when it gets it, however long it was drawn.
+        readout_ms = (time.monotonic() - end) * 1e3
+        return {"Z-um": f"{z_um:.4f}", READOUT_MS: f"{readout_ms:.3f}"}
 
     def start_sequence(
         self,
@@ -284,10 +288,8 @@ class VirtualCamera(SimpleCameraDevice):
                 self.wait_for_room()
             return get_buffer(shape, dtype)
 
-        try:
+        with suppress(_StoppedError):
             yield from super().start_sequence(n, paced)
-        except _StoppedError:
-            return
 
     def _wait(self, until_s: float) -> None:
         """Sleep until `until_s` on the monotonic clock, unless the sequence ends."""
@@ -403,9 +405,8 @@ def _define_presets(core: UniMMCore, names: list[str], pixel_size_um: float) -> 
 class BufferRoom:
     """Room for one more frame in the core's sequence buffer.
 
-    The buffer of `UniMMCore` calls itself full when its end is reached while
-    frames wait, although its beginning is free; so at its end one waits until it
-    is empty.
+    The buffer of `UniMMCore` calls itself full when its end is reached while frames
+    wait, although its beginning is free; so at its end one waits until it is empty.
 
     Parameters
     ----------
@@ -420,8 +421,7 @@ class BufferRoom:
     def __init__(
         self, core: UniMMCore, backlog_frames: int, taken: threading.Event
     ) -> None:
-        # The core owns the camera that owns this: a plain reference would keep
-        # all three alive.
+        # The core owns the camera that owns this: a plain reference keeps all alive.
         self._core = weakref.ref(core)
         self.backlog_frames = backlog_frames
         self._taken = taken

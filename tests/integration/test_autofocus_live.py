@@ -331,22 +331,16 @@ class Processor:
 
 
 def newest_image(core: Any, hold: LiveHold) -> tuple[Any, float | None, int]:
-    """Wait for an image; returns it, where and when it was exposed.
-
-    A busy machine reads an image long after its exposure, and may take longer to draw
-    it than an exposure lasts: it counts as exposed on the way, without a z, where the
-    stage that the camera drew it from is not the one it had at its end.
-    """
+    """Wait for an image; returns it, where and when it was exposed."""
     wait_for(lambda: core.getRemainingImageCount() > 0)
     while core.getRemainingImageCount() > 1:
         core.popNextImage()
     pixels, tags = core.popNextImageAndMD()
     age = age_ns(tags, time.time_ns())
-    assert age is not None
+    if age is None:  # the knock, a leap of the camera's clock, came amid its exposure
+        return newest_image(core, hold)
     captured_ns = RUN_CLOCK.now_ns() - age
-    z_um = hold.z_um(captured_ns, 5)
-    stood = z_um == pytest.approx(float(tags["Z-um"]), abs=1e-3)
-    return pixels, z_um if stood else None, captured_ns
+    return pixels, hold.z_um(captured_ns, 5), captured_ns
 
 
 @contextmanager

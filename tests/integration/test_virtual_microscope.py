@@ -23,6 +23,7 @@ from rtfocus.microscope.virtual_devices import (
     load_virtual_microscope,
 )
 from rtfocus.microscope.virtual_specimen import VirtualSpecimen
+from rtfocus.workers import RUN_CLOCK
 
 PLAN = {
     "axis_order": "tpcz",
@@ -99,6 +100,33 @@ def test_channels_show_different_structures():
     assert [c.name for c in sink.series.channels] == ["FITC", "DAPI"]
     first, second = (p.astype(int).ravel() for p in sink.pixels)
     assert np.corrcoef(first, second)[0, 1] < 0.7
+
+
+def test_an_image_is_dated_by_its_exposure_however_long_it_is_drawn(monkeypatch):
+    config = virtual({"live": {"frames": 1, "exposure_ms": 1}})
+    assert isinstance(config.microscope, VirtualMicroscopeConfig)
+    left_ns = []
+    with bare_core() as core:
+        channels = [("DAPI", OpticalSystem(**optics()))]
+        specimen = load_virtual_microscope(core, config.microscope, channels)["DAPI"]
+        drawn = specimen.image
+
+        def image_as_the_stage_leaves(*args, **place):
+            # Exposed and over, as the world has it, when the stage moves.
+            over_ns = RUN_CLOCK.now_ns() + 50_000_000
+            wait_for(lambda: RUN_CLOCK.now_ns() > over_ns)
+            left_ns.append(RUN_CLOCK.now_ns())
+            core.setPosition(9.0)
+            return drawn(*args, **place)
+
+        monkeypatch.setattr(specimen, "image", image_as_the_stage_leaves)
+        core.setPosition(4.0)
+        sink = RecordingSink()
+        acquire(config, sink, core=core, stop=threading.Event())
+    (header,) = sink.headers
+    assert header.frame_meta["camera_metadata"]["Z-um"] == "4.0000"
+    # `LiveHold` finds by this date where the stage stood.
+    assert header.captured_ns < left_ns[0]
 
 
 def test_frames_repeat_with_the_seed():

@@ -8,6 +8,7 @@ import pytest
 import useq
 
 from rtfocus.microscope.delivery import (
+    READOUT_MS,
     AcquisitionReport,
     Observations,
     age_ns,
@@ -29,6 +30,11 @@ def test_the_cores_time_stamp_is_local_time():
     assert found == pytest.approx(30_000_000, abs=2000)
 
 
+def test_a_readout_that_the_camera_tells_is_taken_off():
+    tags = {"TimeReceivedByCore": stamp(NOW_NS), READOUT_MS: "12.5"}
+    assert age_ns(tags, NOW_NS) == pytest.approx(12_500_000, abs=2000)
+
+
 @pytest.mark.parametrize(
     "tags",
     [
@@ -36,8 +42,9 @@ def test_the_cores_time_stamp_is_local_time():
         {"TimeReceivedByCore": "yesterday"},
         {"TimeReceivedByCore": stamp(NOW_NS - 3600_000_000_000)},
         {"TimeReceivedByCore": stamp(NOW_NS + 5_000_000_000)},
+        {"TimeReceivedByCore": stamp(NOW_NS), READOUT_MS: "long"},
     ],
-    ids=["absent", "no time", "an hour off", "in the future"],
+    ids=["absent", "no time", "an hour off", "in the future", "no duration"],
 )
 def test_a_time_stamp_that_cannot_be_is_not_taken(tags):
     assert age_ns(tags, NOW_NS) is None
