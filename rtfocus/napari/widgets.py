@@ -27,7 +27,8 @@ from qtpy.QtWidgets import (
 from rtfocus.api import restore
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import PreviewConfig
-from rtfocus.engines.registry import list_engines
+from rtfocus.engines.card import input_of
+from rtfocus.engines.registry import find_engine, list_engines
 from rtfocus.errors import RtfocusError
 from rtfocus.frame import SeriesStart
 from rtfocus.napari.reader import MAPS, Receiver, map_look
@@ -196,6 +197,8 @@ def _in_words(picture: Preview, channel: str, receiver: Receiver) -> str:
     return ", ".join(said)
 
 
+Restored = tuple[NDArray[Any], NDArray[Any] | None]
+"""Pixels, and the error expected to be left in each tile, where it is asked for."""
 _LOOK_MS = 50
 _PLACE = ("scale", "translate", "units")
 """What a layer says of each of its axes."""
@@ -211,7 +214,7 @@ def engine_names() -> list[str]:
 
 
 class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no types
-    """Layer, engine and optics; the result is a layer beside the first.
+    """Layer, engine and optics; the result is a layer beside the first, or two.
 
     Parameters
     ----------
@@ -224,8 +227,11 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
         super().__init__()
         self._viewer = napari_viewer
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="napari restore")
-        self._work: Future[NDArray[Any]] | None = None
+        self._work: Future[Restored] | None = None
+        self._engine = ""
+        """That is at work."""
         self._arguments: dict[str, Any] = {}
+        """Of the layer of what it makes."""
         self.layer = QComboBox()
         self.engine = QComboBox()
         self.engine.addItems(engine_names())
@@ -236,6 +242,8 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
         self.index = _number(1.0, 5.0, 3)
         self.pixel_um = _number(0.001, 1000.0, 4)
         self.all_planes = QCheckBox("all planes, not the one that is shown")
+        self.expected_error = QCheckBox("the error that is left, as a layer")
+        self.expected_error.setToolTip("stated by rtfocus-2, where no optics are given")
         self.button = QPushButton("Restore")
         self.status = QLabel("")
         self.status.setWordWrap(True)
@@ -249,6 +257,7 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
             ("Refractive index", self.index),
             ("Pixel size (um)", self.pixel_um),
             ("", self.all_planes),
+            ("", self.expected_error),
         ):
             layout.addRow(label, field)
         layout.addRow(self.button)
@@ -291,7 +300,8 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
         except ValueError as error:
             self.status.setText(str(error))
             return
-        engine = self.engine.currentText()
+        engine = self._engine = self.engine.currentText()
+        states_error = self.expected_error.isChecked()
         pixels, place = self._selected(layer)
         self._arguments = {
             "name": f"{layer.name} {engine}",
@@ -303,9 +313,12 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
         if not layer.rgb:
             self._arguments["colormap"] = layer.colormap
 
-        def work() -> NDArray[Any]:
+        def work() -> Restored:
             # Lazy pixels are read here, not in the window's thread.
-            return restore(np.asarray(pixels), optics=optics, engine=engine)
+            image = np.asarray(pixels)
+            if not states_error:
+                return restore(image, optics=optics, engine=engine), None
+            return restore(image, optics=optics, engine=engine, expected_error=True)
 
         self._work = self._worker.submit(work)
         self.button.setEnabled(False)
@@ -331,9 +344,27 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
             said = str(error) if isinstance(error, RtfocusError) else repr(error)
             self.status.setText(said)
             return
-        restored = work.result()
+        restored, errors = work.result()
         self._viewer.add_image(restored, **self._arguments, **_limits(restored))
+        if errors is not None:
+            self._viewer.add_image(errors, **self._of_tiles(errors))
         self.status.setText(f"restored: '{self._arguments['name']}'")
+
+    def _of_tiles(self, errors: NDArray[Any]) -> dict[str, Any]:
+        """Return how the errors are shown, a pixel of the layer for each tile."""
+        told, tiles = self._arguments, input_of(find_engine(self._engine).card)
+        *outer, y, x = told["scale"]
+        *before, top, left = told["translate"]
+        first, step = tiles.origin_px, tiles.stride_px
+        return {
+            "name": f"{told['name']} {MAPS['expected_error']}",
+            "blending": "additive",
+            "metadata": told["metadata"],
+            "scale": [*outer, y * step, x * step],
+            "translate": [*before, top + first * y, left + first * x],
+            "units": told["units"],
+            **map_look(errors, signed=False),
+        }
 
     def closeEvent(self, event: QCloseEvent) -> None:  # noqa: N802 (Qt's name)
         """End the thread with the widget; what it is at is finished first."""

@@ -19,6 +19,7 @@ import rtfocus
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.sections import PreviewConfig
 from rtfocus.frame import DefocusMap, FrameHeader, FrameResult, Position
+from rtfocus.specimens import draw_specimen
 from rtfocus.transport.preview import PreviewPublisher, Shown
 
 OPTICS = OpticalSystem(0.8, 460.0, 0.325)
@@ -307,5 +308,42 @@ def test_a_layer_is_restored_with_the_engine_that_is_chosen(
         widget.wait(DEADLINE_S)
         assert "the optics are unknown" in widget.status.text()
         assert "FITC wiener" not in viewer.layers
+    finally:
+        widget.close()
+
+
+def test_the_error_that_is_left_is_a_layer_at_its_tiles(viewer: Any) -> None:
+    rng = np.random.default_rng(3)
+    pixels = rng.poisson(800 * draw_specimen("nuclei", (160, 208), rng) + 90)
+    image = pixels.astype(np.uint16)
+    place = {"scale": [0.5, 0.25], "translate": [7.0, 3.0]}
+    layer = viewer.add_image(image, name="mine", **place)
+    widget = import_module("rtfocus.napari.widgets").RestoreWidget(viewer)
+    try:
+        widget.layer.setCurrentText("mine")
+        widget.engine.setCurrentText("rtfocus-2")
+        widget.expected_error.setChecked(True)
+        widget.start()
+        widget.wait(DEADLINE_S)
+        restored, errors = rtfocus.restore(
+            image, engine="rtfocus-2", expected_error=True
+        )
+        np.testing.assert_array_equal(viewer.layers["mine rtfocus-2"].data, restored)
+        shown = viewer.layers[f"mine rtfocus-2{KINDS[-1]}"]
+        np.testing.assert_array_equal(shown.data, errors)
+        assert (shown.visible, shown.units) == (False, layer.units)
+        grid = rtfocus.classify(image, engine="rtfocus-2").grid
+        for tile in ((0, 0), (grid.rows - 1, grid.columns - 1)):
+            pixel = [grid.origin_px + grid.stride_px * number for number in tile]
+            assert shown.data_to_world(tile) == pytest.approx(
+                layer.data_to_world(pixel)
+            )
+        # What states none says so, and nothing is made.
+        widget.engine.setCurrentText("wiener")
+        widget.optics_known.setChecked(True)
+        widget.start()
+        widget.wait(DEADLINE_S)
+        assert "no expected error: 'wiener' states none" in widget.status.text()
+        assert "mine wiener" not in viewer.layers
     finally:
         widget.close()
