@@ -261,7 +261,7 @@ _MOST_LINES = 1000
 
 
 def estimator_settings(
-    config: Config, channel: str, *, bit_depth: int | None = None
+    config: Config, channel: str, *, bit_depth: int | None
 ) -> EstimatorSettings | None:
     """Return what the estimator must know of a channel; None: it cannot focus.
 

@@ -376,7 +376,7 @@ class Kernels:
 
 
 def extract_kernels(
-    config: Config, engine: str, image: Pixels, *, channel: str | None = None
+    config: Config, engine: str, image: Pixels, *, channel: str | None
 ) -> Kernels:
     """Extract the kernel of every tile of an image with an engine that gives them.
 

@@ -341,7 +341,7 @@ def calibrate_focus(
     *,
     channel: str,
     direction_of_core: int,
-    not_found: str | None = None,
+    not_found: str | None,
 ) -> FocusCalibration:
     """Evaluate a stack taken on the way up and again on the way down.
 

@@ -62,7 +62,7 @@ def read_stack(
     path: Path,
     *,
     z_csv: Path | None = None,
-    step_um: float | None = None,
+    step_um: float | None,
     channel: int = 0,
     descending: bool = False,
 ) -> ZStack:

@@ -48,9 +48,7 @@ from rtfocus.optics.psf import compute_psf
 SHARP_FOLDER = "sharp"
 
 
-def folder_set(
-    folder: Path, optics: OpticalSystem, *, offset_counts: float = 0.0
-) -> DataSet:
+def folder_set(folder: Path, optics: OpticalSystem, *, offset_counts: float) -> DataSet:
     """Return the pairs of a folder, matched by file name.
 
     Parameters

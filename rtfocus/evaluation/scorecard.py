@@ -263,8 +263,8 @@ def write_report(
     sheets: Sequence[ScoreSheet],
     *,
     command: str,
-    lacking: Sequence[str] = (),
-    taken_on: str | None = None,
+    lacking: Sequence[str],
+    taken_on: str | None,
 ) -> list[Path]:
     """Write a report and return the paths written.
 
@@ -301,7 +301,7 @@ def write_report(
 
 
 def as_json(
-    sheets: Sequence[ScoreSheet], *, command: str, taken_on: str | None = None
+    sheets: Sequence[ScoreSheet], *, command: str, taken_on: str | None
 ) -> dict[str, Any]:
     """Return everything that was measured as plain values."""
     return {

@@ -323,7 +323,7 @@ def pixels_of(image: object) -> NDArray[np.generic]:
     return pixels
 
 
-def checked_image(given: object, *, of_stack: bool = False) -> NDArray[np.generic]:
+def checked_image(given: object, *, of_stack: bool) -> NDArray[np.generic]:
     """Return one image in a type that frames have; planes `of_stack` may show nothing.
 
     Raises

@@ -43,7 +43,7 @@ class OpenTiff:
         OME-XML of a companion file that takes the place of the file's own.
     """
 
-    def __init__(self, path: Path, omexml: str | None = None) -> None:
+    def __init__(self, path: Path, omexml: str | None) -> None:
         self.path = path
         self._omexml = omexml
         self._lock = threading.RLock()

@@ -86,7 +86,7 @@ class LiveAcquisition:
         core: UniMMCore,
         sink: FrameSink,
         on_frame: Callable[[FrameHeader], None],
-        hold: FocusHold | None = None,
+        hold: FocusHold | None,
     ) -> None:
         self._live = live
         self._hold = hold

@@ -357,7 +357,7 @@ class Inventory:
 
 
 def take_inventory(
-    config_file: Path | None, adapter_paths: Sequence[Path] = ()
+    config_file: Path | None, adapter_paths: Sequence[Path]
 ) -> Inventory:
     """Load a Micro-Manager configuration and ask its core what is there.
 

@@ -210,7 +210,7 @@ class Delivery:
         self,
         series: SeriesStart,
         sink: FrameSink,
-        on_frame: Callable[[FrameHeader], None] = untold,
+        on_frame: Callable[[FrameHeader], None],
     ) -> None:
         self.series = series
         self.sent = 0

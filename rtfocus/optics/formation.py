@@ -279,15 +279,13 @@ def _convolve(image: Image, psfs: Sequence[Image]) -> list[Image]:
     return results
 
 
-def transfer_function(
-    psf: Image, sides: Sequence[int], workers: int = 1
-) -> NDArray[np.complex64]:
+def transfer_function(psf: Image, sides: Sequence[int]) -> NDArray[np.complex64]:
     """Transform a PSF whose centre pixel is the origin; half spectrum of `sides`."""
     rows, columns = psf.shape
     canvas = np.zeros(sides, dtype=np.float32)
     canvas[:rows, :columns] = psf
     canvas = np.roll(canvas, (-(rows // 2), -(columns // 2)), axis=(0, 1))
-    return np.asarray(fft.rfft2(canvas, workers=workers))
+    return np.asarray(fft.rfft2(canvas))
 
 
 def _span(wanted: NDArray[np.bool_]) -> slice:

@@ -128,6 +128,8 @@ MAX_SIZE_PX = 511
 _TAIL_UNITS = 11.0
 # Sub-pixels no wider than this many lambda / NA: half the intensity's Nyquist step.
 _SUBPIXEL_UNITS = 0.125
+# And at least so many per pixel and axis: fewer do not integrate over it.
+_LEAST_SUBPIXELS = 3
 # Amplitude knots per lambda / NA (cubic between: error below 1e-4), and the finer
 # steps at which the intensity is tabulated (linear between).
 _KNOTS_PER_UNIT = 16
@@ -140,7 +142,6 @@ def compute_psf(
     defocus_um: float,
     *,
     size_px: int | None = None,
-    oversample: int = 3,
 ) -> Image:
     """Compute the scalar widefield PSF of one defocus, integrated over pixels.
 
@@ -157,9 +158,6 @@ def compute_psf(
     size_px
         Side of the result in pixels, odd. None: the smallest odd side that holds
         99 % of the light of the whole plane, at most `MAX_SIZE_PX`.
-    oversample
-        Sub-pixels per pixel and axis, at least 3. More are taken by themselves
-        where the pixel is coarse against lambda / NA.
 
     Returns
     -------
@@ -170,7 +168,7 @@ def compute_psf(
     Raises
     ------
     ValueError
-        If `size_px` is even or not positive, or `oversample` is below 3.
+        If `size_px` is even or not positive.
 
     References
     ----------
@@ -187,10 +185,7 @@ def compute_psf(
     if size_px is not None and (size_px < 1 or size_px % 2 == 0):
         msg = f"size_px={size_px} has no centre pixel; choose an odd side >= 1"
         raise ValueError(msg)
-    if oversample < 3:
-        msg = f"oversample={oversample} does not integrate over a pixel; use >= 3"
-        raise ValueError(msg)
-    return _cached_psf(system, float(defocus_um), size_px, oversample).copy()
+    return _cached_psf(system, float(defocus_um), size_px).copy()
 
 
 def psf_stack(
@@ -220,11 +215,9 @@ def _half_side(psf: Floats, wanted: float) -> int:
 
 
 @lru_cache(maxsize=256)
-def _cached_psf(
-    system: OpticalSystem, defocus_um: float, size_px: int | None, oversample: int
-) -> Image:
+def _cached_psf(system: OpticalSystem, defocus_um: float, size_px: int | None) -> Image:
     total_um = defocus_um + system.defocus_offset_um
-    oversample = max(oversample, ceil(system.sampling / _SUBPIXEL_UNITS))
+    oversample = max(_LEAST_SUBPIXELS, ceil(system.sampling / _SUBPIXEL_UNITS))
     if size_px is None:
         half = _window_half_px(system, total_um)
     else:

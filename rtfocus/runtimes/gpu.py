@@ -395,7 +395,7 @@ def open_fitting(
     ask: Callable[..., GpuRequest],
     device: Gpu,
     free_bytes: int,
-    most_px: int = 0,
+    most_px: int,
 ) -> tuple[GpuEngine, GpuRequest]:
     """Load a network for as many pixels at once as the card's memory allows.
 

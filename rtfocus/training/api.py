@@ -56,9 +56,9 @@ def write_precisions(
     task: Task[Any],
     network: nn.Module,
     folder: Path,
-    precisions: Sequence[Precision] = ("fp32",),
+    precisions: Sequence[Precision],
     *,
-    half_weights: bool = False,
+    half_weights: bool,
 ) -> dict[Precision, str]:
     """Write a network in several precisions.
 

@@ -105,7 +105,7 @@ class PublisherLoop:
         waker: Waker,
         config: TransportConfig,
         on_estimate: Callable[[Estimate], None],
-        on_ask: Callable[[Act], None] = lambda _: None,
+        on_ask: Callable[[Act], None],
     ) -> None:
         self._heartbeat_s = config.heartbeat_s
         self._on_estimate = on_estimate

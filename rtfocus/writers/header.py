@@ -231,7 +231,7 @@ def write_json(path: Path, content: dict[str, Any], *, fsync: bool = False) -> N
     write_file(path, data, fsync=fsync)
 
 
-def write_file(path: Path, data: bytes, *, fsync: bool = False) -> None:
+def write_file(path: Path, data: bytes, *, fsync: bool) -> None:
     """Replace a small file of the run folder atomically.
 
     Raises

@@ -46,7 +46,7 @@ def frame_line(
     *,
     stored: tuple[str, ...] = (),
     place: str | None = None,
-    error: str | None = None,
+    error: str | None,
 ) -> Line:
     """Return the line of a frame that arrived.
 

@@ -166,7 +166,7 @@ def finish_group(
     rtfocus: dict[str, Any],
     windows: Windows,
     *,
-    fsync: bool = False,
+    fsync: bool,
 ) -> None:
     """Say in an image's group how its run ended, and what to show black and white.
 

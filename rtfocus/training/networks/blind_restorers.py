@@ -55,7 +55,7 @@ class ResidualDenseBlock(nn.Module):
         report has 1.
     """
 
-    def __init__(self, width: int, scale: float = 1.0) -> None:
+    def __init__(self, width: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
         self.convolutions = nn.ModuleList(
@@ -76,7 +76,7 @@ class ResidualDenseBlock(nn.Module):
 class ResidualInResidualBlock(nn.Module):
     """Three residual dense blocks in series, plus the input: one RRDB."""
 
-    def __init__(self, width: int, scale: float = 1.0) -> None:
+    def __init__(self, width: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
         self.blocks = nn.Sequential(

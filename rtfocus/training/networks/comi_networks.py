@@ -124,7 +124,7 @@ class PatchDiscriminator(nn.Module):
         Layers of stride 2; 3 give judgements on patches of 70 px.
     """
 
-    def __init__(self, *, width: int = 64, strided: int = 3) -> None:
+    def __init__(self, *, width: int, strided: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 1
