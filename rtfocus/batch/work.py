@@ -217,7 +217,7 @@ class _Opened:
             If it is not there any more, or another one.
         """
         if not Path(unit.path).exists():
-            msg = f"'{unit.path}' is not there any more"
+            msg = f"'{unit.path}' is not there any more; put it back, then go on"
             raise InputError(msg)
         for place in (unit.path, self._plan.job.source):
             with suppress(InputError):

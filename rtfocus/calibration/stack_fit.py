@@ -113,7 +113,10 @@ def _planes(path: Path, series: Sequence[ImageSeries], channel: int) -> Image:
     if len(series) > 1:
         shapes = {one.shape for one in series}
         if len(shapes) > 1 or any(len(one) != one.sizes["c"] for one in series):
-            msg = f"'{path}' holds several images that are no planes of one stack"
+            msg = (
+                f"'{path}' holds several images that are no planes of one stack; give "
+                "a file of one stack, or a folder with its planes alone"
+            )
             raise InputError(msg)
         return np.stack([grey_plane(one, c=channel) for one in series])
     # Writers that know no z axis call it time.

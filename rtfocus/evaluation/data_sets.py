@@ -90,7 +90,10 @@ def folder_set(folder: Path, optics: OpticalSystem, *, offset_counts: float) -> 
         if series.name in truth
     ]
     if not pairs:
-        msg = f"no image below '{folder}' has the name of one in '{sharp}'"
+        msg = (
+            f"no image below '{folder}' has the name of one in '{sharp}'; give images "
+            "of one place the same name in both"
+        )
         raise InputError(msg)
     title = f"{folder.name}: {len(pairs)} pairs; range 255 or that of the sharp image"
     pairs += [

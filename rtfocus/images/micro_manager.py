@@ -89,7 +89,7 @@ def read_ndtiff(folder: Path) -> list[ImageSeries]:
         frames = list(_ndtiff_frames(folder))
         absent = next((f.file for f in frames if not f.file.is_file()), None)
         if absent is not None:
-            msg = f"'{folder}' lacks '{absent.name}', which its index names"
+            msg = f"'{folder}' lacks '{absent.name}', which its index names; copy it"
             raise InputError(msg)
         if not frames:
             msg = f"'{folder}' holds no image: its {INDEX} is empty or broken"

@@ -119,7 +119,10 @@ def name_capabilities(
     for index, (major, minor) in enumerate(capabilities):
         known = getattr(library.api.ComputeCapability, f"SM{major}{minor}", None)
         if known is None or not config.set_compute_capability(known, index):
-            msg = f"this release builds no plans for compute capability {major}.{minor}"
+            msg = (
+                f"this release of TensorRT-RTX ({library.release}) builds no plans for "
+                f"compute capability {major}.{minor}; install a later one"
+            )
             raise EngineError(msg)
 
 
