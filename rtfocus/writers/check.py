@@ -26,7 +26,7 @@ from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import RunImages, list_shards, shard_name
 from rtfocus.writers.commit import Tally, Terms, read_rejected, read_report
 from rtfocus.writers.finish import COUNTED, finish_run
-from rtfocus.writers.folder import Holder, RunLock, holder_of
+from rtfocus.writers.folder import LockHolder, RunLock, holder_of
 from rtfocus.writers.header import (
     INNER,
     JOURNAL_NAME,
@@ -63,7 +63,7 @@ class CheckReport:
     """Everything that is wrong; empty: the run can be trusted."""
     aside: Path | None = None
     """Where a repair or the end of the run moved what no journal line names."""
-    holder: Holder | None = None
+    holder: LockHolder | None = None
     """Who is writing the run now; nothing is said of its end then."""
     frames: int = 0
     """Frames that the journal calls written; all were read back."""

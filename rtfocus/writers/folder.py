@@ -55,7 +55,7 @@ _LOOK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class LockHolder:
     """Who writes a run folder."""
 
     doing: str
@@ -99,7 +99,7 @@ class RunLock:
             raise BusyError(_busy(folder)) from error
         except (OSError, NotImplementedError) as error:
             raise WriterError(_not_lockable(folder, error)) from error
-        self._holder = Holder(
+        self._holder = LockHolder(
             doing=doing,
             host=platform.node() or "this machine",
             process=os.getpid(),
@@ -129,7 +129,7 @@ class RunLock:
         # The wall clock goes on while a machine sleeps, the monotonic one may not.
         if not now and abs(time.time() - self._looked_s) < _LOOK_AGAIN_S:
             return
-        seen: list[Holder | None] = []
+        seen: list[LockHolder | None] = []
         with writing(self._folder, WriterError):
             PATIENCE.insist(
                 lambda: seen.append(_holder_in(self._folder)),
@@ -161,7 +161,7 @@ class RunLock:
         self.release()
 
 
-def holder_of(folder: Path) -> Holder | None:
+def holder_of(folder: Path) -> LockHolder | None:
     """Return who writes the folder now; None: nobody, as far as can be told.
 
     Changes nothing: a folder that was never locked, or may only be read, stays as it
@@ -174,22 +174,22 @@ def holder_of(folder: Path) -> Holder | None:
         with FileLock(lock, timeout=0):
             return None
     except Timeout:
-        return _read_holder(folder) or Holder("writing", "a machine", 0, 0, "")
+        return _read_holder(folder) or LockHolder("writing", "a machine", 0, 0, "")
     except (OSError, NotImplementedError):
         return None
 
 
-def _read_holder(folder: Path) -> Holder | None:
+def _read_holder(folder: Path) -> LockHolder | None:
     with suppress(OSError):
         return _holder_in(folder)
     return None
 
 
-def _holder_in(folder: Path) -> Holder | None:
+def _holder_in(folder: Path) -> LockHolder | None:
     """Return who is named in the folder; OSError: it cannot be told now."""
     try:
         data = (folder / HOLDER_NAME).read_bytes()
-        return msgspec.json.decode(data, type=Holder)
+        return msgspec.json.decode(data, type=LockHolder)
     except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError, ValueError):
         return None
 

@@ -32,7 +32,7 @@ from rtfocus.processing.gpu.depth_variant import (
 )
 from rtfocus.processing.gpu.depth_variant import InFlight
 from rtfocus.processing.gpu.preparation import Background as GpuBackground
-from rtfocus.processing.gpu.preparation import Correction as GpuCorrection
+from rtfocus.processing.gpu.preparation import FrameCorrection as GpuCorrection
 from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
 from rtfocus.processing.gpu.statistics import (
     CellStatistics,

@@ -41,7 +41,7 @@ from rtfocus.processing.gpu.network_restorer import (
     TileNetworkRestorer,
     Weighing,
 )
-from rtfocus.processing.gpu.preparation import Correction, TileConditions
+from rtfocus.processing.gpu.preparation import FrameCorrection, TileConditions
 from rtfocus.processing.gpu.work import DeviceArray, DeviceMemory, FrameShape, Work
 from rtfocus.processing.montage import FrameTiles, Montage
 from rtfocus.processing.restore import (
@@ -76,7 +76,7 @@ class OpenChannel:
 
     def __init__(self, plan: ChannelPlan, device: Gpu, memory: DeviceMemory) -> None:
         self.plan = plan
-        self.correction = Correction(memory, plan.camera, plan.shape)
+        self.correction = FrameCorrection(memory, plan.camera, plan.shape)
         self.classifier: FrameClassifier | None = None
         self.restorer: FrameRestorer | None = None
         self.montage: Montage | None = None

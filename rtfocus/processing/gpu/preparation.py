@@ -199,7 +199,7 @@ class Percentiles:
             )
 
 
-class Correction:
+class FrameCorrection:
     """Corrects frames of one shape, as its like on the CPU."""
 
     def __init__(
