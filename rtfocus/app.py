@@ -18,7 +18,7 @@ The loop is `SeriesLoop._run_workers`; its workers' steps are the methods below 
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -342,12 +342,14 @@ class SeriesLoop:
             writer.drain()
         except (WorkerError, WriterError) as error:
             # What the writer holds becomes durable or is counted by it. The rest
-            # is counted one by one: it arrived and never came to the writer.
+            # is counted here: it arrived and never came to the writer, or to anybody.
             writer.settle()
-            if self._in_flight:
-                self._monitor.accounting.count(
-                    "in_error", "aborted", number=len(self._in_flight)
-                )
+            with suppress(TransportError):
+                for arrived in self._receiver.frames():
+                    if isinstance(arrived, Slot):
+                        self._in_flight[arrived.frame().sequence] = arrived
+            if number := len(self._in_flight):
+                self._monitor.accounting.count("in_error", "aborted", number)
             return error
         return self._lost
 
@@ -413,9 +415,6 @@ class SeriesLoop:
             self._writer.record_focus(slot, result)
         else:
             self._writer.append(slot, result)
-        self._observe()
-
-    def _observe(self) -> None:
         status = self._writer.status()
         self._monitor.free_bytes = status.free_bytes
         self._monitor.time_to_full_s = status.time_to_full_s

@@ -35,8 +35,9 @@ from loop_kit import (
 import rtfocus
 from rtfocus import app
 from rtfocus.config import parse_config
-from rtfocus.errors import ConfigError, EngineError, WriterError
+from rtfocus.errors import ConfigError, EngineError, WorkerError, WriterError
 from rtfocus.launch import SideProcess, on_free_ports
+from rtfocus.monitor import Monitor
 from rtfocus.writers.check import check_run
 
 ENDLESS = {"live": {"frames": None, "exposure_ms": 1}}
@@ -107,6 +108,22 @@ def test_a_nearly_full_disk_ends_the_run_with_a_finished_store(small_disk, tmp_p
     report = check_run(small_disk / "small.rtfocus")
     assert report.problems == [], str(report)
     assert report.frames > 5
+
+
+def test_frames_that_no_worker_had_taken_when_one_failed_are_in_error(
+    tmp_path, monkeypatch
+):
+    def fail(monitor, slot):
+        wait_for(lambda: monitor.accounting.acquired == 8, "all frames")
+        msg = f"no room for frame {slot.frame().sequence}"
+        raise EngineError(msg)
+
+    monkeypatch.setattr(Monitor, "arrived", fail)
+    with pytest.raises(WorkerError, match="no room for frame 0"):
+        run_loop(small(tmp_path, None))
+    terms = read_report(tmp_path / "small.rtfocus")["accounting"]
+    assert (terms["acquired"], terms["in_error"]) == (8, {"aborted": 8})
+    assert terms["unaccounted"] == 0
 
 
 def test_an_unknown_key_is_named_with_the_nearest(tmp_path):
