@@ -33,7 +33,7 @@ from rtfocus.writers.commit import (
 )
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import RunLock, begin_folder, leave_folder, take_folder
-from rtfocus.writers.header import JOURNAL_NAME, RunHeader, read_header
+from rtfocus.writers.header import HEADER_NAME, JOURNAL_NAME, RunHeader, read_header
 from rtfocus.writers.journal import (
     FOCUS,
     IN_ERROR,
@@ -268,6 +268,9 @@ class RunWriter:
             report["write_error"] = str(failed)
         untold = None if self._failure_raised else failed
         with beside(untold, "finishing the run folder"):
+            # Removed meanwhile, it would leave a run that nobody could open or repair.
+            if not (self.folder / HEADER_NAME).exists():
+                self._header.write(self.folder)
             finish_run(
                 self.folder,
                 self._header,

@@ -21,6 +21,7 @@ from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import BusyError, ExitCode, WriterError
 from rtfocus.writers.check import check_run
 from rtfocus.writers.folder import RunLock, run_folder
+from rtfocus.writers.header import HEADER_NAME
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +238,16 @@ def test_an_image_moved_out_of_its_run_ends_it_before_a_frame_is_acknowledged(
     report = check_run(folder, repair=True)
     assert report.problems == [], str(report)
     assert report.frames == 8
+
+
+def test_a_run_whose_header_was_removed_has_it_again_at_its_end(tmp_path: Path) -> None:
+    with recording(tmp_path / "run.rtfocus", make_series(sizes={"t": 2})) as run:
+        run.send(0, {"t": 0})
+        (run.writer.folder / HEADER_NAME).unlink()
+        run.send(1, {"t": 1})
+        folder = run.close(2)
+    report = check_run(folder)
+    assert (report.problems, report.frames) == ([], 2)
 
 
 def test_another_series_gets_another_folder_even_before_the_first_has_begun(
