@@ -353,7 +353,7 @@ class ImageSet(Closing):
         return [
             f"'{self.series[number].path}': {count} restored pixels exceed "
             f"{np.iinfo(self.restored_dtype(number)).max} and are stored as that; "  # type: ignore[type-var]
-            "--config with store.restored_dtype: float32 keeps them"
+            "store.restored_dtype=float32 (--set) keeps them"
             for number, count in sorted(self._cut.items())
         ]
 

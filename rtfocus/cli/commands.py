@@ -302,16 +302,14 @@ def refuse_options(options: dict[str, Any], because: str) -> None:
 
 
 def read_config(name: str | None, overrides: list[str] | None) -> "Config":
-    """Load a config given by path or name with its ``--set`` overrides; None: none."""
+    """Load a config given by path or name, else the defaults, with its overrides."""
     # Loaded where it is used: a list of commands is shown at once.
     from rtfocus.config import Config, load_config
+    from rtfocus.config.loading import overridden
 
     if name is not None:
         return load_config(name, overrides or ())
-    if overrides:
-        msg = "--set changes a config; give one with --config"
-        raise ConfigError(msg)
-    return Config()
+    return overridden(Config(), overrides or ())
 
 
 _FOR_USERS = (

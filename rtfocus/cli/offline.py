@@ -33,7 +33,7 @@ from rtfocus.cli.commands import (
 )
 from rtfocus.cli.display import counting
 from rtfocus.config import Config, parse_config
-from rtfocus.config.loading import restoring_in, with_engine
+from rtfocus.config.loading import overridden, restoring_in, with_engine
 from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet, restoring_with
@@ -145,14 +145,16 @@ def restore(
     """
     settings = _settings(path, config, overrides)
     if engine is not None:
-        settings = restoring_with(settings, engine, whole=config is None)
+        whole = not _names(config, overrides, "classifier")
+        settings = restoring_with(settings, engine, whole=whole)
     if orientations is not None:
         settings = restoring_in(settings, orientations)
     if output is None:
         given = {"--stretch": stretch or None, "--picture": picture}
         _complete(path, settings, {**given, "--expected-error": expected_error})
         return
-    free_choice = engine is None and config is None and not _is_run(path)
+    is_named = _names(config, overrides, "classifier", "restoration", ".method")
+    free_choice = engine is None and not is_named and not _is_run(path)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
         _refuse_with_many("--picture", picture)
@@ -387,10 +389,17 @@ def _complete(run: Path, settings: Config, given: Mapping[str, object]) -> None:
 
 def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Config:
     """Return the config that is given, that of a run folder, or the defaults."""
-    if config is None and not overrides and _is_run(path):
+    if config is None and _is_run(path):
         header = read_header(path)
-        return parse_config(header.provenance["config"], origin=str(path))
+        own = parse_config(header.provenance["config"], origin=str(path))
+        return overridden(own, overrides or ())
     return read_config(config, overrides)
+
+
+def _names(config: str | None, overrides: list[str] | None, *engines: str) -> bool:
+    """Tell whether somebody says which engine it is: a config always does."""
+    keys = (one.partition("=")[0].strip() for one in overrides or ())
+    return config is not None or any(key.endswith(engines) for key in keys)
 
 
 def _contents(found: FoundImages) -> list[str]:

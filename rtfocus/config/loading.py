@@ -214,11 +214,21 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
         kind = type(data).__name__
         msg = f"config '{path}' must be a mapping of sections, got {kind}"
         raise ConfigError(msg)
+    return _overridden(data, overrides, str(path), path.parent).read_from(path)
+
+
+def overridden(settings: Config, overrides: Iterable[str]) -> Config:
+    """Return `settings` with overrides, which are those of `load_config`."""
+    return _overridden(settings.model_dump(), overrides, "--set", Path.cwd())
+
+
+def _overridden(
+    data: dict[str, Any], overrides: Iterable[str], origin: str, folder: Path
+) -> Config:
     overrides = [overrides] if isinstance(overrides, str) else overrides
     typed = [_apply_override(data, override) for override in overrides]
-    config = parse_config(data, origin=str(path))
-    resolved: Config = _resolve_paths(config, path.parent, typed)
-    return resolved.read_from(path)
+    resolved: Config = _resolve_paths(parse_config(data, origin=origin), folder, typed)
+    return resolved
 
 
 def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:

@@ -399,16 +399,16 @@ def verified_file(
     path = folder / card.files[precision]
     if not path.is_file():
         msg = (
-            f"engine '{card.name}' lacks its weights '{path}'; copy the whole folder "
-            "or make them with: rtfocus export CHECKPOINT " + str(folder)
+            f"engine '{card.name}' lacks its weights '{path}'; copy the whole folder, "
+            f"or make them of its checkpoint: rtfocus export CHECKPOINT -o {folder}"
         )
         raise EngineError(msg)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != card.sha256.get(precision):
         msg = (
             f"weights '{path}' have sha256 {found}, the card says "
-            f"{card.sha256.get(precision)}; the file is damaged or the card is that of "
-            f"other weights: export again with: rtfocus export CHECKPOINT {folder}"
+            f"{card.sha256.get(precision)}; the file is damaged or the card of other "
+            f"weights: copy both again; of your own network write that sum on the card"
         )
         raise EngineError(msg)
     return path

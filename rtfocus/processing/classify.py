@@ -103,7 +103,7 @@ def _build(
     if not isinstance(name, str) or name not in rules:
         msg = (
             f"engine '{card.name}': {section}.name is '{name}', known are "
-            f"{', '.join(rules)}; use a newer rtfocus or export the engine again"
+            f"{', '.join(rules)}; name one of those, or use a newer rtfocus"
         )
         raise EngineError(msg)
     try:

@@ -7,7 +7,6 @@ and no file that runs code.
 
 import hashlib
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -22,6 +21,7 @@ from rtfocus.config.loading import decode, parse_yaml
 from rtfocus.engines.card import (
     CARD_NAME,
     EngineCard,
+    output_of,
     parse_card,
     read_card,
     verified_file,
@@ -29,6 +29,7 @@ from rtfocus.engines.card import (
 from rtfocus.engines.registry import FoundEngine, add_engine
 from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
+from rtfocus.processing.classify import background_of, normalisation_of
 from rtfocus.sharing.description import Model, read_model
 from rtfocus.sharing.foreign import WEIGHTS_NAME, card_of, prove, read_test_tensor
 from rtfocus.sharing.package import (
@@ -41,14 +42,14 @@ from rtfocus.sharing.package import (
     is_address,
     is_safe,
     open_package,
+    page_of,
+    verified,
 )
 
 _MOST_VALUES = 100_000
 _README = "README.md"
 _DESCRIPTION = "description.yaml"
 """A foreign model's own, kept for its authors, licence and citations."""
-_DOI = re.compile(r"10\.\d{4,9}/\S+")
-_NICKNAME = re.compile(r"(bioimage-io/)?[a-z]{3,}-[a-z]{3,}")
 PROOF = "largest difference from its test tensor"
 """Figure on the card of a foreign model that gave its own test's values."""
 Files = dict[str, bytes]
@@ -92,7 +93,7 @@ def _add(
     path: Path, origin: str, name: str | None, values: Values | None
 ) -> FoundEngine:
     if not path.exists():
-        if page := _page_of(origin):
+        if page := page_of(origin):
             msg = (
                 f"'{origin}' is the name of a model in the web, which is not looked "
                 f"up: open {page}, and give the address of its download, https://..., "
@@ -113,12 +114,16 @@ def _add(
     ):
         for file, data in _taken(package, name, values).items():
             (Path(scratch) / file).write_bytes(data)
+        _refuse_other_networks(Path(scratch))
         return add_engine(Path(scratch))
 
 
 def _refuse_other_networks(folder: Path) -> None:
-    """Refuse weights whose network has not the tensors that its card names."""
+    """Refuse a card of rules that do not exist, or of another network's tensors."""
     card = read_card(folder)
+    if card.normalisation:
+        normalisation_of(card)
+    background_of(card)
     inputs = {f"{one.name} FLOAT" for one in (card.input, card.condition) if one}
     results = (card.output, card.restored, card.kernel_output)
     outputs = {one.name for one in results if one}
@@ -141,16 +146,21 @@ def _refuse_other_networks(folder: Path) -> None:
                 f"{sorted(outputs)}; correct the card or export the network again"
             )
             raise EngineError(msg)
+        _refuse_other_labels(card, graph)
 
 
-def _page_of(name: str) -> str | None:
-    """Return the page of what looks like a DOI, or one of bioimage.io's nicknames."""
-    doi = _DOI.search(name)
-    if doi is not None:
-        return f"https://doi.org/{doi[0]}"
-    if _NICKNAME.fullmatch(name):
-        return f"https://bioimage.io/#/artifacts/{name.rpartition('/')[2]}"
-    return None
+def _refuse_other_labels(card: EngineCard, graph: onnx.GraphProto) -> None:
+    """Refuse an output of another number of labels, where the file tells it."""
+    output = output_of(card)
+    for tensor in graph.output if output.labels else ():
+        sides = [dim.dim_value for dim in tensor.type.tensor_type.shape.dim]
+        found = sides[1] if len(sides) > 1 else 0
+        if tensor.name == output.name and found not in (0, len(output.labels)):
+            msg = (
+                f"engine '{card.name}': '{output.name}' of its network has {found} "
+                f"labels, its card lists {len(output.labels)}; correct output.labels"
+            )
+            raise EngineError(msg)
 
 
 def _taken(package: Package, name: str | None, values: Values | None) -> Files:
@@ -420,30 +430,3 @@ def _checksums(part: object) -> Iterator[tuple[str, str]]:
     if isinstance(part, list):
         for value in part:
             yield from _checksums(value)
-
-
-def verified(
-    package: Package, source: str, sha256: str | None, most_bytes: int
-) -> bytes:
-    """Return a file that a description names, after comparing its checksum.
-
-    Raises
-    ------
-    EngineError
-        If it is not in the package, or is not the one that is described.
-    """
-    if "://" in source or not is_safe(source):
-        msg = (
-            f"'{package.origin}': its description names the file '{source}', which is "
-            "not in the package; get the whole package, as one zip"
-        )
-        raise EngineError(msg)
-    data = package.read(source.removeprefix("./"), most_bytes)
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256.lower():
-        msg = (
-            f"'{source}' in '{package.origin}' has sha256 {found}, its description "
-            f"says {sha256}; the package is damaged or was changed: get it again"
-        )
-        raise EngineError(msg)
-    return data

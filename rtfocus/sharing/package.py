@@ -51,7 +51,19 @@ _DAMAGED = (
     OverflowError,
     RuntimeError,  # NotImplementedError for packings unknown here, too
 )
+_DOI = re.compile(r"10\.\d{4,9}/\S+")
+_NICKNAME = re.compile(r"(bioimage-io/)?[a-z]{3,}-[a-z]{3,}")
 _CRUFT = ("__MACOSX", ".DS_Store")
+
+
+def page_of(name: str) -> str | None:
+    """Return the page of what looks like a DOI, or one of bioimage.io's nicknames."""
+    doi = _DOI.search(name)
+    if doi is not None:
+        return f"https://doi.org/{doi[0]}"
+    if _NICKNAME.fullmatch(name):
+        return f"https://bioimage.io/#/artifacts/{name.rpartition('/')[2]}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,3 +372,30 @@ def in_one_line(text: str) -> str:
     """
     kept = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(kept.split())
+
+
+def verified(
+    package: Package, source: str, sha256: str | None, most_bytes: int
+) -> bytes:
+    """Return a file that a description names, after comparing its checksum.
+
+    Raises
+    ------
+    EngineError
+        If it is not in the package, or is not the one that is described.
+    """
+    if "://" in source or not is_safe(source):
+        msg = (
+            f"'{package.origin}': its description names the file '{source}', which is "
+            "not in the package; get the whole package, as one zip"
+        )
+        raise EngineError(msg)
+    data = package.read(source.removeprefix("./"), most_bytes)
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        msg = (
+            f"'{source}' in '{package.origin}' has sha256 {found}, its description "
+            f"says {sha256}; the package is damaged or was changed: get it again"
+        )
+        raise EngineError(msg)
+    return data

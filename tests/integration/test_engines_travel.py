@@ -7,6 +7,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -102,6 +103,42 @@ def test_a_network_that_its_card_does_not_describe_is_not_added(
 ):
     folder = write_smooth_restorer(tmp_path / "smooth")
     refused(rewritten(folder, change), mine, said)
+
+
+def name_no_normalisation(card: dict[str, Any]) -> None:
+    card["normalisation"]["name"] = "percentile"
+
+
+def name_no_background(card: dict[str, Any]) -> None:
+    card["background"] = {"name": "darkness"}
+
+
+def list_a_label_less(card: dict[str, Any]) -> None:
+    card["output"]["labels"].pop()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (name_no_normalisation, "'percentile', known are local_.*name one of those"),
+        (name_no_background, "background.name is 'darkness', known are"),
+        (
+            list_a_label_less,
+            r"has 12 labels, its card lists 11; correct output\.labels",
+        ),
+    ],
+)
+def test_a_card_that_no_frame_could_be_processed_by_is_not_added(
+    change, said, mine, tmp_path
+):
+    folder = shutil.copytree(find_engine("delpnet").folder, tmp_path / "delpnet")
+    card = yaml.safe_load((folder / "engine.yaml").read_text("utf-8"))
+    change(card)
+    (folder / "engine.yaml").write_text(yaml.safe_dump(card), "utf-8")
+    refused(folder, mine, said)
+    # A zip of it says the same.
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    refused(packed, mine, said)
 
 
 @pytest.mark.parametrize("inside", ["", "smooth-model/"])

@@ -356,6 +356,33 @@ def test_told_optics_that_are_hidden_leave_the_error_stated(tmp_path, stating):
     assert (tifffile.imread(errors) > 0).all()
 
 
+def test_keys_of_a_config_can_be_set_without_one(tmp_path, stating):
+    path, out = tmp_path / "a.tif", tmp_path / "b.tif"
+    stack_of(path)
+    folders = f"processing.engine_folders=['{tmp_path / 'engines'}']"
+    options = ("--set", folders, "--set", "processing.classifier=weighed")
+    told = ("--optics", "NA=0.5,wavelength=520", "--set", "processing.blind=true")
+    errors = ("--expected-error", tmp_path / "c.tif", "--engine", "weighed")
+    succeeded(command("restore", path, "-o", out, *options, *told, *errors))
+    other = (tmp_path / "d.tif", "--config", stating, *told)
+    succeeded(command("restore", path, "-o", *other))
+    np.testing.assert_array_equal(tifffile.imread(out), tifffile.imread(other[0]))
+    # What is named is not replaced by the engine for images of unknown optics.
+    wiener = ("--set", "processing.restoration.method=wiener")
+    said = failed(command("restore", path, "-o", tmp_path / "e.tif", *wiener))
+    assert "'wiener' computes with them" in said
+    assert "processing.blnd" in failed(
+        command("restore", path, "-o", out, "--set", "processing.blnd=true")
+    )
+
+
+def test_keys_of_a_run_can_be_set_while_it_is_restored(run, tmp_path):
+    out = tmp_path / "sharp.ome.zarr"
+    wide = ("--set", "store.restored_dtype=float32")
+    succeeded(command("restore", run.folder, "-o", out, *wide))
+    assert zarr.open_group(out, mode="r")["0"].dtype == np.float32
+
+
 def test_a_folder_gets_a_folder_of_errors_without_the_broken_image(tmp_path, stating):
     folder, errors = tmp_path / "in", tmp_path / "errors"
     folder.mkdir()

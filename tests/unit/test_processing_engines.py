@@ -76,7 +76,7 @@ def test_frames_that_are_no_whole_cells_are_told_before_the_first(folder):
 def test_changed_weights_are_refused(folder):
     with (folder / "model.fp32.onnx").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(EngineError, match=r"model\.fp32\.onnx' have sha256.*export"):
+    with pytest.raises(EngineError, match=r"model\.fp32\.onnx' have sha256.*copy both"):
         verified_file(folder, read_card(folder))
 
 
