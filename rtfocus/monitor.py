@@ -5,7 +5,7 @@ And the processor side's part of autofocus: what each frame says of focus, and t
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,15 +31,12 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
-from rtfocus.transport.messages import is_json
 from rtfocus.transport.viewer import (
-    FailureLine,
-    FocusLine,
-    HoldLine,
-    RequestLine,
     Shown,
-    VerdictLine,
     focus_line,
+    focus_lines,
+    focus_lines_of,
+    in_words,
     requests_refused,
 )
 from rtfocus.workers import RUN_CLOCK, BoundedQueue, TimeShare
@@ -257,7 +254,6 @@ def _ms_since(received_ns: int) -> float:
 
 FOCUS_LOG = "focus.ndjson"
 """Every image, decision and correction of autofocus, in the run folder."""
-_MOST_LINES = 1000
 
 
 def estimator_settings(
@@ -399,51 +395,21 @@ class FocusLog:
         str or None
             The newest move in one line, for a terminal; None: there was none.
         """
-        lines = _focus_lines(slot.frame().frame_meta)
+        lines = focus_lines_of(slot.frame().frame_meta)
         if not lines:
             return None
         self._write(lines)
         # What a peer sends in another form is kept, not told.
         read = [found for line in lines if (found := focus_line(line)) is not None]
-        told = [text for line in read if (text := _in_words(line)) is not None]
+        told = [text for line in read if (text := in_words(line)) is not None]
         return told[-1] if told else None
 
     def end(self, end: SeriesEnd) -> None:
         """Write down what the microscope side did after its last frame."""
-        if lines := _entries(end.focus_log):
+        if lines := focus_lines(end.focus_log):
             self._write(lines)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._also(lines)
         with writing(self._path, WriterError), self._path.open("ab") as file:
             file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
-
-
-def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the entries of a frame's focus log; of a peer's, what are entries."""
-    found: Any = meta
-    for key in ("extra", "rtfocus", "focus_log"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return _entries(found)
-
-
-def _entries(found: object) -> list[dict[str, Any]]:
-    """Return what of a log is a line that a file can hold, up to a number of them."""
-    lines = found[:_MOST_LINES] if isinstance(found, list | tuple) else ()
-    return [one for one in lines if isinstance(one, dict) and is_json(one)]
-
-
-def _in_words(line: FocusLine) -> str | None:
-    """Return a line in words, where it moved the stage or ended a search."""
-    place = "" if line.p is None else f" at position {line.p}"
-    match line:
-        case HoldLine(step_um=step_um) if step_um:
-            return f"held{place}: {step_um:+.2f} um ({line.reason})"
-        case VerdictLine():
-            word = "focused" if line.focused else f"not focused: {line.reason}"
-            return f"{word}{place}, z {line.end_um:.2f} um, {line.images} images"
-        case RequestLine():
-            return f"asked for by who looks at the run: {line.what}"
-        case FailureLine():
-            return f"failed{place}: {line.reason}"
-    return None

@@ -312,7 +312,8 @@ def network_names() -> tuple[str, ...]:
 def network_classes(network: str) -> tuple[type[RecipeBase], type[Any]]:
     """Return recipe and task of a network; ConfigError for an unknown name."""
     if network not in _MODULES:
-        msg = f"network '{network}' is unknown; choose one of {', '.join(_MODULES)}"
+        known = ", ".join(network_names())
+        msg = f"network '{network}' is unknown; choose one of {known}"
         raise ConfigError(msg)
     module = import_module(f"rtfocus.training.networks.{_MODULES[network]}")
     found: tuple[type[RecipeBase], type[Any]] = module.NETWORKS[network]

@@ -26,7 +26,7 @@ from rtfocus.frame import (
     SeriesStart,
     TileGrid,
 )
-from rtfocus.transport.messages import DTYPES, FAULTS, understood
+from rtfocus.transport.messages import DTYPES, FAULTS, is_json, understood
 from rtfocus.transport.sockets import (
     CLIENT,
     Context,
@@ -149,6 +149,39 @@ def focus_line(line: object) -> FocusLine | None:
     except FAULTS:
         return None
     return found
+
+
+_MOST_LINES = 1000
+
+
+def focus_lines_of(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of ``focus.ndjson`` that a frame's metadata bring."""
+    found: Any = meta
+    for key in ("extra", "rtfocus", "focus_log"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return focus_lines(found)
+
+
+def focus_lines(found: object) -> list[dict[str, Any]]:
+    """Return what of a log is a line that a file can hold, up to a number of them."""
+    lines = found[:_MOST_LINES] if isinstance(found, list | tuple) else ()
+    return [one for one in lines if isinstance(one, dict) and is_json(one)]
+
+
+def in_words(line: FocusLine) -> str | None:
+    """Return a line in words, where it moved the stage or ended a search."""
+    place = "" if line.p is None else f" at position {line.p}"
+    match line:
+        case HoldLine(step_um=step_um) if step_um:
+            return f"held{place}: {step_um:+.2f} um ({line.reason})"
+        case VerdictLine():
+            word = "focused" if line.focused else f"not focused: {line.reason}"
+            return f"{word}{place}, z {line.end_um:.2f} um, {line.images} images"
+        case RequestLine():
+            return f"asked for by who looks at the run: {line.what}"
+        case FailureLine():
+            return f"failed{place}: {line.reason}"
+    return None
 
 
 class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
