@@ -195,7 +195,7 @@ def stuck_um(
 
 
 @dataclass
-class Progress:
+class Headway:
     """How long a search got neither surer of focus nor closer to it; `see` all."""
 
     idle: int = 0

@@ -11,7 +11,7 @@ from itertools import product
 from math import isfinite
 
 from rtfocus.autofocus.belief import Belief
-from rtfocus.autofocus.looks import TOO_LATE, Look, Progress, early_um, stuck_um
+from rtfocus.autofocus.looks import TOO_LATE, Headway, Look, early_um, stuck_um
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
 from rtfocus.autofocus.survey import SHARPER, Survey
@@ -81,7 +81,7 @@ class FocusSearch:
     prior: Belief = field(default_factory=lambda: Belief(()))
     _sides: tuple[int, int] = field(init=False)
     _images: int = 0
-    _progress: Progress = field(default_factory=Progress)
+    _headway: Headway = field(default_factory=Headway)
     _returns: int = 0
     _back_at: float | None = None
     """The sharpest place, when the search has decided to end there."""
@@ -445,5 +445,5 @@ class FocusSearch:
     def _makes_progress(self) -> bool:
         if self.belief.is_empty:
             return len(self.looks) <= self.rule.patience
-        self._progress.see(self.belief.best.sd_um, self._way_um())
-        return self._progress.idle < self.rule.patience
+        self._headway.see(self.belief.best.sd_um, self._way_um())
+        return self._headway.idle < self.rule.patience

@@ -32,7 +32,7 @@ from rtfocus.evaluation.evaluate import ScoreSheet, evaluate, standing
 from rtfocus.evaluation.own_fields import OwnField, OwnFields, Side, choose_fields
 from rtfocus.evaluation.samples import DataSet, own_set
 from rtfocus.evaluation.scorecard import markdown, save_side_by_side, table
-from rtfocus.evaluation.scores import Choice, Standing, judge
+from rtfocus.evaluation.scores import Advice, Standing, judge
 from rtfocus.files import remove, whole
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
 from rtfocus.images.outputs import OutputGuard, companions
@@ -84,7 +84,7 @@ class OwnWish:
 
 def train_own(
     wish: OwnWish, *, say: Callable[[str], None] = lambda _: None
-) -> tuple[Path, Choice]:
+) -> tuple[Path, Advice]:
     """Make an engine of a laboratory's images and compare it with the shipped ones.
 
     Parameters
@@ -117,7 +117,7 @@ def train_own(
         # Done but for the last word, or called once more.
         _Plan(work, wish, found, say)
         _admit(wish.output)
-        return wish.output, _choice_of(wish.output)
+        return wish.output, _advice_of(wish.output)
     _claim(wish, found, work)
     plan = _Plan(work, wish, found, say)
     fields = plan.fields()
@@ -131,12 +131,12 @@ def train_own(
     data = _data(fields, fields.of("test"), work, "held-out fields")
     sheets = [_sheet(one, data) for one in (own, *shipped)]
     standings = [standing(one) for one in sheets]
-    choice = judge(standings[0], standings[1:])
-    _describe(engine, fields, sheets, standings, choice, start)
+    advice = judge(standings[0], standings[1:])
+    _describe(engine, fields, sheets, standings, advice, start)
     with whole(wish.output) as part:
         shutil.copytree(engine, part)
     _admit(wish.output)
-    return wish.output, choice
+    return wish.output, advice
 
 
 def _claim(wish: OwnWish, found: FoundImages, work: Path) -> None:
@@ -339,7 +339,7 @@ def _describe(
     fields: OwnFields,
     sheets: Sequence[ScoreSheet],
     standings: Sequence[Standing],
-    choice: Choice,
+    advice: Advice,
     start: str,
 ) -> None:
     """Write picture and README of an engine, and the figures into its card.
@@ -352,7 +352,7 @@ def _describe(
         What it was made of.
     sheets, standings
         Of the engine first, then of the shipped ones.
-    choice
+    advice
         Which to use.
     start
         The engine that it was trained on from.
@@ -362,15 +362,15 @@ def _describe(
     save_side_by_side(engine / _PICTURE_NAME, sheets[0].data, shown)
     card = yaml.safe_load((engine / CARD_NAME).read_text(encoding="utf-8"))
     card["figures"] = {
-        "use": choice.use,
-        "verdict": choice.text,
+        "use": advice.use,
+        "verdict": advice.text,
         "held_out": [asdict(one) for one in standings],
     }
     write_card(engine, card)
     lines = [
         f"# {engine.name}",
         "",
-        f"Verdict: {choice.text}.",
+        f"Verdict: {advice.text}.",
         "",
         f"Trained on from '{start}' for {in_short(fields.optics)}.",
         "",
@@ -408,9 +408,9 @@ def _standings_table(standings: Sequence[Standing]) -> list[str]:
     return table(columns, rows)
 
 
-def _choice_of(engine: Path) -> Choice:
+def _advice_of(engine: Path) -> Advice:
     figures = read_card(engine).figures
-    return Choice(str(figures.get("use")), str(figures.get("verdict")))
+    return Advice(str(figures.get("use")), str(figures.get("verdict")))
 
 
 def _admit(engine: Path) -> None:

@@ -403,7 +403,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Advice:
     """Which engine to use."""
 
     use: str
@@ -411,7 +411,7 @@ class Choice:
     """In one line, with the reason."""
 
 
-def judge(own: Standing, shipped: Sequence[Standing]) -> Choice:
+def judge(own: Standing, shipped: Sequence[Standing]) -> Advice:
     """Say which engine to use: one's own only where it is better and spoils nothing.
 
     Parameters
@@ -441,8 +441,8 @@ def judge(own: Standing, shipped: Sequence[Standing]) -> Choice:
         )
     if against:
         said = f"use the shipped '{best.name}': {best.gain_db:+.2f} dB; "
-        return Choice(best.name, said + ", ".join(against))
+        return Advice(best.name, said + ", ".join(against))
     said = (
         f"use '{own.name}': {own.gain_db:+.2f} dB on held-out fields, the best shipped"
     )
-    return Choice(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")
+    return Advice(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")

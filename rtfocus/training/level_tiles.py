@@ -87,7 +87,7 @@ _NOISE = ContrastToNoise(quantum=0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LevelStack:
     """One scene at every defocus level."""
 
     planes: Planes
@@ -110,7 +110,7 @@ class Blurring:
         self._scenes = SceneSource(recipe, fields, validation=validation)
         self.fields = self._scenes.fields
 
-    def entry(self, generation: int) -> Entry:
+    def entry(self, generation: int) -> LevelStack:
         """Draw scene and optics number `generation` and blur it at every level."""
         side = 1 if self._validation else 0
         rng = np.random.default_rng([self._recipe.seed, side, generation])
@@ -127,7 +127,7 @@ class Blurring:
         optics: OpticalSystem,
         rng: np.random.Generator,
         keep_focus: bool,
-    ) -> Entry:
+    ) -> LevelStack:
         blur = self._recipe.blur
         levels = [*range(LEVEL_COUNT), LEVEL_COUNT - 1]
         side = 1 if rng.random() >= blur.negative_share else -1
@@ -146,7 +146,7 @@ class Blurring:
         height, width = (n // CELL_PX * CELL_PX for n in scene.shape)
         noise = tuple(_NOISE.noise(plane[:height, :width]) for plane in planes)
         stored = np.rint(planes * FULL_SCALE).astype(np.uint16)
-        return Entry(stored, tuple(levels), noise)
+        return LevelStack(stored, tuple(levels), noise)
 
 
 def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
@@ -270,7 +270,7 @@ class Batches:
         }
 
     def _crop(
-        self, entries: list[Entry], side: int, rng: np.random.Generator
+        self, entries: list[LevelStack], side: int, rng: np.random.Generator
     ) -> tuple[Image, NDArray[np.int64]]:
         entry = entries[int(rng.integers(len(entries)))]
         level = int(rng.integers(BACKGROUND))

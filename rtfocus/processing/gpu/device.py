@@ -49,7 +49,7 @@ from rtfocus.processing.gpu.cuda.driver import (
 from rtfocus.processing.gpu.cuda.stream import (
     CudaMemory,
     CudaStream,
-    Kernels,
+    LoadedKernels,
     PinnedMemory,
     new_event,
 )
@@ -249,7 +249,7 @@ class GpuDevice:
         if why is not None:
             raise EngineError(why)
         with self._translated("loading the kernels"):
-            kernels = Kernels(compiled_kernels(self._gpu.compute_capability))
+            kernels = LoadedKernels(compiled_kernels(self._gpu.compute_capability))
             self._streams = {stage: CudaStream(kernels) for stage in _STAGES}
         for plan in plans:
             self._channels.append(OpenChannel(plan, self._gpu, self._memory))

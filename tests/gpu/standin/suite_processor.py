@@ -39,7 +39,7 @@ from rtfocus.processing.cpu.device import CpuDevice
 from rtfocus.processing.gpu.cuda.driver import LostGpuError, current_context
 from rtfocus.processing.gpu.cuda.stream import (
     CudaStream,
-    Kernels,
+    LoadedKernels,
     PinnedMemory,
     Replayed,
     new_event,
@@ -244,7 +244,7 @@ def test_a_recording_that_fails_is_given_up_for_good(caplog):
 
 def replay_what_cannot_be_recorded(times):
     """Return whether it was recorded, and how often it was enqueued."""
-    stream, event = CudaStream(Kernels(b"kernels")), new_event()
+    stream, event = CudaStream(LoadedKernels(b"kernels")), new_event()
     runs = []
 
     def record_an_event(work):

@@ -167,7 +167,7 @@ def _unregister(address: int) -> None:
 _NON_BLOCKING = 1
 
 
-class Kernels:
+class LoadedKernels:
     """All kernels, loaded on the current GPU from what `compiled_kernels` returned."""
 
     def __init__(self, code: bytes) -> None:
@@ -185,7 +185,7 @@ class Kernels:
 class CudaStream:
     """Implements `rtfocus.processing.gpu.work.Work` with a stream of PyCUDA."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: LoadedKernels) -> None:
         self._cuda = import_driver()
         # The default stream would wait for, and hold up, every other one.
         self._stream = self._cuda.Stream(_NON_BLOCKING)
