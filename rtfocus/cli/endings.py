@@ -35,10 +35,21 @@ class Interrupted(BaseException):
     """A command was interrupted; kept from typer, which would say nothing."""
 
 
+class _Asked(threading.Event):
+    """An event that a signal handler may set, whatever it interrupts.
+
+    Any other has a lock that a second Ctrl-C amid the first would wait for, for ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cond = threading.Condition(threading.RLock())
+
+
 @contextmanager
 def interruptible() -> Iterator[tuple[threading.Event, threading.Event]]:
     """Yield events ``stop`` and ``abandon``, set by the first and second Ctrl-C."""
-    stop, abandon = threading.Event(), threading.Event()
+    stop, abandon = _Asked(), _Asked()
 
     def interrupt(_signal: int = 0, _frame: FrameType | None = None) -> None:
         (abandon if stop.is_set() else stop).set()
@@ -70,7 +81,7 @@ def ended_by_signals() -> Iterator[threading.Event]:
 
     Yields an event that is set by the first.
     """
-    asked = threading.Event()
+    asked = _Asked()
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         asked.set()

@@ -57,6 +57,34 @@ def test_elsewhere_a_request_to_end_is_a_keyboard_interrupt(name):
         signal.raise_signal(getattr(signal, name))
 
 
+AMID = """
+import signal, sys
+from contextlib import suppress
+from rtfocus.cli.endings import ended_by_signals, interruptible
+
+def again(frame, event, _):
+    if event == "call" and frame.f_code.co_name == "notify_all":
+        sys.setprofile(None)
+        signal.raise_signal(signal.SIGINT)
+
+with ended_by_signals() as asked, suppress(KeyboardInterrupt):
+    sys.setprofile(again)
+    signal.raise_signal(signal.SIGINT)
+with interruptible() as (stop, abandon):
+    sys.setprofile(again)
+    signal.raise_signal(signal.SIGINT)
+print(asked.is_set(), stop.is_set(), abandon.is_set())
+"""
+"""The second Ctrl-C comes while the first one wakes whoever waits for it."""
+
+
+@POSIX
+def test_a_second_signal_amid_the_first_waits_for_nothing():
+    command = [sys.executable, "-c", AMID]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (said.stdout.split(), said.stderr) == (["True", "True", "True"], "")
+
+
 @POSIX
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
