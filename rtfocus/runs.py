@@ -335,7 +335,7 @@ class Run:
             return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
             raise self._unreadable_report(error) from error
 
     @property

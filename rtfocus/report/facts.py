@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -55,7 +55,7 @@ class _JournalFrame(msgspec.Struct):
 
     status: str
     sequence: int | None = None
-    index: dict[str, int] | None = None
+    index: dict[str, Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]] | None = None
     captured_ns: int | None = None
     received_ns: int | None = None
     durable_ns: int | None = None
@@ -199,7 +199,7 @@ def read_focus_log(folder: Path) -> list[FocusLine]:
     lines = []
     for text in path.read_text("utf-8", errors="replace").splitlines():
         # The last line of a run that was killed may be half.
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             lines.append(focus_line(msgspec.json.decode(text)))
     return [line for line in lines[:_MOST_FOCUS_LINES] if line is not None]
 
@@ -283,7 +283,7 @@ def _journal(path: Path, facts: RunFacts) -> Iterator[_JournalFrame]:
                     continue
                 try:
                     yield decoder.decode(text)
-                except (msgspec.MsgspecError, ValueError):
+                except (msgspec.MsgspecError, ValueError, RecursionError):
                     # A line being written is no damage; it is the last one then.
                     facts.damaged_lines += text.endswith(b"\n")
     except FileNotFoundError:

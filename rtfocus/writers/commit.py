@@ -351,7 +351,7 @@ def read_rejected(folder: Path) -> dict[str, int]:
     try:
         data = (folder / REJECTED_NAME).read_bytes()
         return msgspec.json.decode(data, type=dict[str, int])
-    except (OSError, msgspec.MsgspecError, ValueError):
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return {}
 
 

@@ -220,7 +220,7 @@ def is_document(path: Path) -> bool:
     """Tell whether a file is a JSON object, not lost, torn or full of zeros."""
     try:
         msgspec.json.decode(path.read_bytes(), type=dict)
-    except (OSError, msgspec.MsgspecError, ValueError):
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return False
     return True
 

@@ -434,7 +434,7 @@ def is_unrestored(line: Line) -> bool:
 def _decode(path: Path, number: int, text: bytes) -> Line:
     try:
         line: Line = msgspec.json.decode(text, type=dict)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         msg = (
             f"journal '{path}' is damaged in line {number}: {error}; run: "
             f"rtfocus check {path.parent} --repair"

@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from writer_kit import indices, make_series, numbered, recording
 
+import rtfocus
 from rtfocus.channel import Channel
 from rtfocus.errors import RtfocusError, WriterError
+from rtfocus.report.facts import read_facts
 from rtfocus.writers.check import check_run
 
 FRAMES = 12
@@ -210,6 +212,8 @@ HOSTILE_LINES = {
     "far number": b'{"sequence":9223372036854775807,"status":"focus","index":null}',
     "huge number": b'{"sequence":92233720368547758079,"status":"focus"}',
     "no position": b'{"sequence":0,"status":"written","index":{"t":0,"p":9}}',
+    "huge position": b'{"sequence":0,"status":"written","captured_ns":1,'
+    b'"index":{"t":0,"p":9223372036854775808}}',
     "stage is a path": b'{"sequence":0,"status":"focus","stage_ms":{"../../x":1}}',
     "level": b'{"sequence":0,"status":"focus","estimate":{"level":99999}}',
     "deep": b"[" * 5000,
@@ -224,7 +228,12 @@ def test_a_hostile_journal_is_told_and_mended(
     for finished in (True, False):
         folder = tmp_path / str(finished) / "run.rtfocus"
         shutil.copytree(runs[finished, 1], folder)
-        (folder / "frames.ndjson").write_bytes(HOSTILE_LINES[kind] + b"\n")
+        for name in ("frames.ndjson", "focus.ndjson"):
+            (folder / name).write_bytes(HOSTILE_LINES[kind] + b"\n")
+        # Anything but an RtfocusError fails the test.
+        with suppress(RtfocusError):
+            assert len(rtfocus.open_run(folder).frames) <= 1
+        assert read_facts(folder).focus_log == []
         before = check_run(folder)
         assert any("is damaged" in problem for problem in before.problems), str(before)
         after = check_run(folder, repair=True)
