@@ -74,7 +74,7 @@ def _faults_as_left(folder: Path, lines: list[Line]) -> list[str]:
 def faults_after_repair_command(folder: Path, durable: int) -> list[str]:
     """Repair a copy with ``rtfocus check RUN --repair``; return what is wrong."""
     command = [sys.executable, "-m", "rtfocus", "check", str(folder), "--repair"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     # Cut off: sound, and not all that was to come.
     if done.returncode != ExitCode.INCOMPLETE:
         return [f"repair command failed: {done.stdout}{done.stderr}"]

@@ -135,7 +135,7 @@ def record(folder: Path, layout: Layout) -> Path:
                 index={"t": t, "p": p, "c": c, "z": z},
             )
             slot.prepare(header)[...] = pixels(t, p, c, z)
-            slot.received_ns = time.monotonic_ns()
+            slot.received_ns = time.perf_counter_ns()
             writer.append(slot, FrameResult(None, None, None))
         end = SeriesEnd(1, series.series_uid, len(places), "completed")
         return writer.close(end, {})

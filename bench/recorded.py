@@ -340,7 +340,7 @@ class Samples:
             ["perf", "script", "-i", self._file, "-F", "comm,tid,ip,sym,dso"],
             capture_output=True,
             check=False,
-            text=True,
+            encoding="utf-8",
         )
         found: Counter[str] = Counter()
         for line in told.stdout.splitlines():

@@ -13,10 +13,10 @@ Run: python -m bench.transport [--rounds 7] [--frames 150] [--size 2048]
 import argparse
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,11 @@ from rtfocus.transport.inflow import Gap
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver
 from rtfocus.transport.sockets import create_keys, secure_client, secure_server
+
+if sys.platform == "win32":
+    from multiprocessing.connection import PipeConnection as Connection
+else:
+    from multiprocessing.connection import Connection
 
 RING = 32
 """Slots, and the bare loop's arrays and high-water mark."""

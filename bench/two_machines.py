@@ -258,7 +258,7 @@ def start(
     command = inside(namespace, *RTFOCUS, *words, str(config), "--quiet")
     with config.with_name("errors.txt").open("a") as errors:
         return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=errors, text=True
+            command, stdout=subprocess.DEVNULL, stderr=errors, encoding="utf-8"
         )
 
 
@@ -323,7 +323,10 @@ def play(case: Case, sides: Sides) -> dict[str, Any]:
 def outcome(sides: Sides, first: Path | None) -> dict[str, Any]:
     """Return what the run folder says of itself, and what `check` says of it."""
     checked = subprocess.run(
-        [*RTFOCUS, "check", str(sides.run)], check=False, capture_output=True, text=True
+        [*RTFOCUS, "check", str(sides.run)],
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
     )
     report: dict[str, Any] = {}
     with suppress(FileNotFoundError):

@@ -169,7 +169,7 @@ def view_of(endpoint: str) -> Iterator[int]:
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     ) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline().rsplit(":", 1)[1].strip("/\n"))
@@ -222,7 +222,7 @@ def looking(turn: str, port: int, told: list[tuple[float, int]]) -> Iterator[Non
             [sys.executable, "-m", "bench.view", "--look", str(port)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         ) as page:
             assert page.stdin is not None
             assert page.stdout is not None

@@ -256,9 +256,28 @@ def path_given(given: object, what: str) -> Path:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return a path, or the innermost of its parents that is there."""
-    places = (path.absolute(), *path.absolute().parents)
-    return next(place for place in places if os.path.exists(place))
+    """Return a path, or the innermost of its parents that is there.
+
+    Raises
+    ------
+    WriterError
+        If none is: on Windows a drive may be missing.
+    """
+    for place in (path.absolute(), *path.absolute().parents):
+        if os.path.exists(place):
+            return place
+    msg = f"'{path}': there is no '{place}'; connect that drive, or choose another"
+    raise WriterError(msg)
+
+
+def try_writing(folder: Path) -> None:
+    """Make a file in a folder and remove it; OSError: it takes none.
+
+    On Windows `tempfile` would try name after name, for hours, where it may not write.
+    """
+    path = _beside(folder / "try", "part")
+    path.open("xb").close()
+    remove(path)
 
 
 def is_reserved_name(text: str) -> bool:
@@ -427,8 +446,5 @@ def _folders_in(folder: Path) -> Iterator[Path]:
 
 def _is_junction(entry: "os.DirEntry[str]") -> bool:
     """Tell a Windows junction, which is no symbolic link to Python."""
-    if os.name != "nt":
-        return False
-    found = entry.stat(follow_symlinks=False)
-    tag: int = getattr(found, "st_reparse_tag", 0)
-    return tag == _MOUNT_POINT
+    found = entry.stat(follow_symlinks=False) if os.name == "nt" else None
+    return bool(getattr(found, "st_reparse_tag", 0) == _MOUNT_POINT)

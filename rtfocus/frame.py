@@ -368,7 +368,7 @@ class Slot:
         self.pixels: NDArray[np.generic] = buffer[:0]
         """View of the buffer with the frame's shape and dtype."""
         self.received_ns = 0
-        """Arrival by this process's ``time.monotonic_ns``."""
+        """Arrival by this process's ``time.perf_counter_ns``."""
 
     def frame(self) -> FrameHeader:
         """Return the header of the frame in this slot; ValueError when empty."""

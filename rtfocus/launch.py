@@ -35,7 +35,7 @@ from rtfocus.errors import (
     StoppedError,
     WriterError,
 )
-from rtfocus.files import nearest_existing
+from rtfocus.files import nearest_existing, try_writing
 from rtfocus.frame import SeriesStart
 from rtfocus.metrics import check_space, free_bytes
 from rtfocus.processing.channel_plan import (
@@ -135,7 +135,10 @@ class SideProcess:
     def __init__(self, config: Config, command: Literal["acquire", "process"]) -> None:
         takes_files(config.run.folder)
         self._side = "microscope" if command == "acquire" else "processor"
-        self._folder = tempfile.TemporaryDirectory(prefix="rtfocus-")
+        # Nothing that a driver left running keeps open there is worth a failed run.
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="rtfocus-", ignore_cleanup_errors=True
+        )
         path = Path(self._folder.name) / "config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
         self._errors = Path(self._folder.name) / "errors.txt"
@@ -325,14 +328,10 @@ def _disk(config: Config, series: SeriesStart | None) -> str:
 
 
 def takes_files(run_folder: Path) -> Path:
-    """Return what there is of a run.folder; refuse one that nothing can be written in.
-
-    It is tried: rights alone do not tell on every system.
-    """
+    """Return what there is of a run.folder; refuse one that takes no files."""
     folder = nearest_existing(run_folder)
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_writing(folder)
     except OSError as error:
         msg = (
             f"run.folder: nothing can be written in '{folder}' ({error.strerror}); "

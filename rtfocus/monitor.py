@@ -155,7 +155,7 @@ class Monitor:
     def committed(self, slot: Slot) -> None:
         """Note a frame that is on the disk."""
         self.times.add("arrival_to_durable", _ms_since(slot.received_ns))
-        self._last_ns = time.monotonic_ns()
+        self._last_ns = time.perf_counter_ns()
         now = time.perf_counter()
         self._recent.append(now)
         while now - self._recent[0] > RATE_WINDOW_S:
@@ -249,7 +249,7 @@ class Monitor:
 
 
 def _ms_since(received_ns: int) -> float:
-    return (time.monotonic_ns() - received_ns) / 1e6
+    return (time.perf_counter_ns() - received_ns) / 1e6
 
 
 FOCUS_LOG = "focus.ndjson"

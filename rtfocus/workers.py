@@ -45,8 +45,7 @@ class RunClock:
     """
 
     _SET_NS = 100_000_000
-    """The machine's clock has been set if it is further off: less is how evenly clocks
-    go, and counters of time that some systems count in steps of 16 ms."""
+    """The machine's clock has been set if it is further off than clocks go apart."""
 
     def __init__(self) -> None:
         self.restart()
@@ -59,16 +58,22 @@ class RunClock:
 
     def now_ns(self) -> int:
         """Return the time."""
-        told_ns, counted_ns = time.time_ns(), _counted_ns()
+        told_ns, counted_ns = self.told_ns(), _counted_ns()
         even_ns = self._zero_ns + counted_ns
         if abs(told_ns - even_ns) > self._SET_NS:
             return even_ns
         self._zero_ns = told_ns - counted_ns
         return told_ns
 
-    def at_ns(self, monotonic_ns: int) -> int:
-        """Return the time of a reading of ``time.monotonic_ns``."""
-        return self.now_ns() - (time.monotonic_ns() - monotonic_ns)
+    def told_ns(self) -> int:
+        """Return the machine's clock, whoever set it, counted on from its last tick."""
+        told_ns = time.time_ns()
+        since_ns = self._zero_ns + _counted_ns() - told_ns
+        return told_ns + since_ns if 0 < since_ns <= _TICK_NS else told_ns
+
+    def at_ns(self, counted_ns: int) -> int:
+        """Return the time of a reading of ``time.perf_counter_ns``."""
+        return self.now_ns() - (time.perf_counter_ns() - counted_ns)
 
     def now_s(self) -> float:
         """Return the time in seconds."""
@@ -78,10 +83,14 @@ class RunClock:
 def _counted_ns() -> int:
     """Count on while the machine sleeps, too, where a system tells."""
     if sys.platform == "win32":
-        return time.monotonic_ns()
-    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+        return time.perf_counter_ns()
+    else:
+        clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        return time.clock_gettime_ns(clock)
 
 
+_TICK_NS = int(1e9 * time.get_clock_info("time").resolution)
+"""Up to Python 3.12 Windows' clock stands still for 16 ms, and its monotonic one."""
 RUN_CLOCK = RunClock()
 """Of this process; restarted by each series."""
 
@@ -159,8 +168,7 @@ class BoundedQueue(Generic[T]):
         self.capacity = capacity
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
-        self._closed = False
-        self._aborted = False
+        self._closed = self._aborted = False
 
     def __len__(self) -> int:
         return len(self._items)
@@ -277,15 +285,12 @@ class Worker:
     ) -> None:
         self.name = name
         self.error: BaseException | None = None
-        self._source = source
-        self._step = step
-        self._outputs = outputs
+        self._source, self._step, self._outputs = source, step, outputs
 
     def run(self) -> None:
         """Work until the source ends."""
         for item in self._source:
-            result = self._step(item)
-            if result is not None:
+            if (result := self._step(item)) is not None:
                 for queue in self._outputs:
                     queue.put(result)
 
@@ -316,8 +321,7 @@ class Pipeline:
     def __init__(
         self, workers: Sequence[Worker], on_abort: Callable[[], None] = lambda: None
     ) -> None:
-        self._workers = workers
-        self._on_abort = on_abort
+        self._workers, self._on_abort = workers, on_abort
         self._lock = threading.Lock()
         self._failed: Worker | None = None
 
@@ -360,8 +364,7 @@ class Pipeline:
         except BaseException as error:  # re-raised by run(), in the caller's thread
             worker.error = error
             with self._lock:
-                first = self._failed is None
-                if first:
+                if first := self._failed is None:
                     self._failed = worker
             if first:
                 self.abort()
@@ -432,16 +435,16 @@ _ENDINGS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 @contextmanager
 def _masked_interrupt() -> Iterator[None]:
     """Mask Ctrl-C in this thread, and in the threads and processes it starts."""
-    if not hasattr(signal, "pthread_sigmask"):
+    if sys.platform == "win32":
         yield
-        return
-    # Here, because no live run needs it.
-    from multiprocessing import resource_tracker
+    else:
+        # Here, because no live run needs it.
+        from multiprocessing import resource_tracker
 
-    # Its first start, amid the block, would end the mask.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Its first start, amid the block, would end the mask.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

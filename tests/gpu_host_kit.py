@@ -43,7 +43,7 @@ def compiler() -> str:
     if found is None:
         pytest.skip("no C++ compiler (g++) to run the kernels on the host")
     said = subprocess.run(
-        [found, "-dumpversion"], capture_output=True, text=True, check=True
+        [found, "-dumpversion"], capture_output=True, encoding="utf-8", check=True
     )
     version = said.stdout.strip()
     if int(version.partition(".")[0]) < OLDEST_COMPILER:
@@ -57,7 +57,7 @@ def build(source: str, target: Path, *options: str) -> Path:
     text.write_text(source, encoding="utf-8")
     command = [compiler(), "-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
     command += [f"-I{STANDIN}", *options, "-o", str(target), str(text)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[:3000]
     return target
 

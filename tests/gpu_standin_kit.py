@@ -51,7 +51,7 @@ def _wanted_by_pycuda() -> set[str]:
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", str(module)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     ).stdout
     names = [line.split()[-1] for line in listed.splitlines()]

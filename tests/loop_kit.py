@@ -240,7 +240,6 @@ def process_of(*arguments: str | Path, cwd: Path) -> Said:
         env=_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
         encoding="utf-8",
         timeout=2 * DEADLINE_S,
         check=False,
@@ -279,7 +278,6 @@ def started(*arguments: str | Path, cwd: Path) -> Iterator["subprocess.Popen[str
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         encoding="utf-8",
         start_new_session=True,
     )

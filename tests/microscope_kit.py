@@ -30,7 +30,7 @@ def clock_of_images(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     Specimens drift by images then, however long a busy machine takes for them.
     """
     waits: list[float] = []
-    clock = SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append)
+    clock = SimpleNamespace(perf_counter=lambda: sum(waits), sleep=waits.append)
     monkeypatch.setattr(virtual_devices, "time", clock)
     return waits
 

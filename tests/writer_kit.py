@@ -131,7 +131,7 @@ class Recording:
             z_um=12.5,
         )
         slot.prepare(header)[...] = numbered(sequence, self.series)
-        slot.received_ns = time.monotonic_ns()
+        slot.received_ns = time.perf_counter_ns()
         self.accounting.set_acquired(sequence + 1)
         return slot
 

@@ -82,7 +82,7 @@ def _findings() -> Iterator[Finding]:
 
 def _cpu_features() -> str:
     """Name the instruction sets that decide about bf16, where the system tells."""
-    text = info.read_text() if (info := Path("/proc/cpuinfo")).is_file() else ""
+    text = info.read_text("utf-8") if (info := Path("/proc/cpuinfo")).is_file() else ""
     found = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in text]
     return f" ({', '.join(found)})" if found else ""
 

@@ -189,7 +189,7 @@ class OutputGuard:
             As `claim`; also if a file came into the way during the work.
         """
         self.claim_report(folder, mark, names)
-        with tempfile.TemporaryDirectory() as made:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
             part = Path(made)
             yield part
             written = sorted(path.name for path in part.iterdir())
@@ -326,13 +326,14 @@ def _refuse_reserved(target: Path) -> None:
 
 def _try_writing(target: Path) -> None:
     """Refuse a place in which no file can be made, by making one."""
-    place = next(p for p in target.absolute().parents if os.path.lexists(p))
+    parents = target.absolute().parents
+    # On Windows a drive may be missing.
+    place = next(filter(os.path.lexists, parents), parents[-1])
     if not place.is_dir():
         msg = f"'{target}' cannot be written: '{place}' is no folder"
         raise OutputError(msg)
     try:
-        with tempfile.TemporaryFile(dir=place, prefix=".rtfocus-"):
-            pass
+        files.try_writing(place)
     except OSError as error:
         reason = error.strerror or error
         msg = (

@@ -190,7 +190,7 @@ class LiveAcquisition:
             number = self._expected
         self._observations.camera_lost += max(0, number - self._expected)
         self._expected = number + 1
-        age = age_ns(camera, time.time_ns()) or 0
+        age = age_ns(camera, RUN_CLOCK.told_ns()) or 0
         captured_ns = RUN_CLOCK.now_ns() - age
         end_s = time.perf_counter() - self._started - age / 1e9
         exposure = Exposure(

@@ -183,7 +183,7 @@ class PlannedAcquisition:
         if meta.get("hardware_triggered", False):
             waiting = int(meta.get("images_remaining_in_buffer", 0))
             self._observations.note_buffer(waiting, self._core.getBufferFreeCapacity())
-        now_ns, age = RUN_CLOCK.now_ns(), age_ns(camera, time.time_ns())
+        now_ns, age = RUN_CLOCK.now_ns(), age_ns(camera, RUN_CLOCK.told_ns())
         if age is None:
             age = int(max(0.0, runner.seconds_elapsed() - end_s) * 1e9)
         index = self._plan.index(ordinal)

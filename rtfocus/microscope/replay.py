@@ -260,13 +260,13 @@ class Replay:
             What went wrong, after the sink was told the end.
         """
         self._delivery = Delivery(self.series, sink, on_frame)
-        started = time.monotonic()
+        started = time.perf_counter()
         failure: Exception | None = None
         try:
             reason = self._play(stop, started)
         except Exception as error:  # raised below, once the sink knows
             failure, reason = error, str(error)
-        seconds = time.monotonic() - started
+        seconds = time.perf_counter() - started
         return self._delivery.end(
             self._observations,
             planned=self._planned,
@@ -349,4 +349,4 @@ class Replay:
 
 
 def _since(started: float) -> float:
-    return time.monotonic() - started
+    return time.perf_counter() - started

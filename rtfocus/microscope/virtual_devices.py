@@ -252,7 +252,7 @@ class VirtualCamera(SimpleCameraDevice):
         period_s = self._exposure_ms / 1e3
         if self._config.frames_per_s is not None:
             period_s = max(period_s, 1.0 / self._config.frames_per_s)
-        start = max(time.monotonic(), self._last_start + period_s)
+        start = max(time.perf_counter(), self._last_start + period_s)
         self._wait(start)
         self._last_start = start
         z_um = self._z_stage.objective_um
@@ -292,12 +292,12 @@ class VirtualCamera(SimpleCameraDevice):
             yield from super().start_sequence(n, paced)
 
     def _wait(self, until_s: float) -> None:
-        """Sleep until `until_s` on the monotonic clock, unless the sequence ends."""
-        long_s = until_s - time.monotonic() - _SHORT_S
+        """Sleep until `until_s` of ``time.perf_counter``, unless the sequence ends."""
+        long_s = until_s - time.perf_counter() - _SHORT_S
         if long_s > 0 and self._until.wait(long_s):
             raise _StoppedError
         # More exact than an event's wait, on Windows above all.
-        time.sleep(max(0.0, until_s - time.monotonic()))
+        time.sleep(max(0.0, until_s - time.perf_counter()))
 
 
 class _StoppedError(Exception):

@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
+from uuid import uuid4
 
 import msgspec
 import psutil
@@ -46,10 +46,9 @@ def write_atomically(path: Path, data: bytes, *, first: bool = False) -> bool:
         If the folder or the file cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    unfinished = Path(name)
+    unfinished = path.with_name(f"{path.name}{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("xb") as file:
             file.write(data)
         if first:
             try:

@@ -110,7 +110,7 @@ def _add(
         return add_engine(path)
     with (
         open_package(path, origin) as package,
-        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
     ):
         for file, data in _taken(package, name, values).items():
             (Path(scratch) / file).write_bytes(data)
@@ -215,7 +215,7 @@ def _admitted(
     ]
     said["name"] = name or model.name
     card = parse_card(said, f"made of '{rdf_name}' in '{package.origin}'")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         (Path(scratch) / WEIGHTS_NAME).write_bytes(weights)
         proof = prove(Path(scratch), card, model, *tensors)
     said["steps"]["values"] = values or proof.values

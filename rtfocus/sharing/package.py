@@ -269,7 +269,7 @@ def fetched(address: str, tell: Callable[[str], None]) -> Iterator[Path]:
             "way; give an https:// address without a password, or a file"
         )
         raise EngineError(msg)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         file = Path(scratch) / "package.zip"
         try:
             size, sha256 = _download(address, file)

@@ -13,11 +13,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,11 @@ from rtfocus.files import resource_folder
 from rtfocus.training.onnx_forms import float_weights
 from rtfocus.training.recipe import RecipeBase, validate_recipe
 from rtfocus.training.task import Arrays, Task, make_task
+
+if sys.platform == "win32":
+    from multiprocessing.connection import PipeConnection as Connection
+else:
+    from multiprocessing.connection import Connection
 
 _AHEAD = 4
 """Batches that each worker is asked for before they are needed: one in which a scene

@@ -353,7 +353,7 @@ class Inflow:
         if slot is None:
             msg = f"frame {header.sequence} was sent beyond the credit"
             raise ProtocolError(msg, "credit")
-        slot.received_ns = time.monotonic_ns()
+        slot.received_ns = time.perf_counter_ns()
         target = slot.prepare(header)
         # The one copy of this side: from ZeroMQ's message or the publisher's memory.
         np.copyto(target, np.frombuffer(pixels, target.dtype).reshape(target.shape))

@@ -290,10 +290,11 @@ def keep_freed_memory(most_bytes: int) -> bool:
     frame of 2048 x 2048 costs. Returns whether it was done: the
     environment's word stands.
     """
-    if not sys.platform.startswith("linux") or _USERS_WORD & os.environ.keys():
+    if sys.platform != "linux" or _USERS_WORD & os.environ.keys():
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(
-        mallopt(_M_TRIM_THRESHOLD, min(most_bytes, (1 << 31) - 1))
-        and mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
-    )
+    else:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        return mallopt is not None and bool(
+            mallopt(_M_TRIM_THRESHOLD, min(most_bytes, (1 << 31) - 1))
+            and mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)
+        )

@@ -216,14 +216,14 @@ class PreviewPublisher:
         """
         if not (self.watched and self._is_open()):
             return
-        begun_s, channel = time.monotonic(), frame.index.get("c", 0)
+        begun_s, channel = time.perf_counter(), frame.index.get("c", 0)
         if begun_s < max(self._rests_until_s, self._next_picture_s.get(channel, 0.0)):
             self._too_soon += 1
             return
         self._next_picture_s[channel] = begun_s + self._config.interval_s
         message = self._picture(frame, pixels, result)
         # By the wall: where all cores are busy, what the loop waits here is lost too.
-        rest_s = (time.monotonic() - begun_s) / LOOP_SHARE
+        rest_s = (time.perf_counter() - begun_s) / LOOP_SHARE
         self._rests_until_s = begun_s + min(rest_s, _LONGEST_REST_S)
         self._pictures.setdefault(channel, Newest()).put(message)
         self._wake()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError
+from rtfocus.files import is_reserved_name, same_name
 from rtfocus.frame import Position, SeriesStart
 
 if TYPE_CHECKING:
@@ -410,19 +411,25 @@ def position_paths(positions: list[Position]) -> list[str]:
     Raises
     ------
     WriterError
-        If two positions claim the same field of the same well.
+        If two positions claim the same field of the same well, or some file systems
+        cannot hold the wells.
     """
-    if is_plate(positions):
-        paths = [f"{p.plate_row}/{p.plate_column}/{p.field}" for p in positions]
-    elif len(positions) == 1:
-        return [""]
-    else:
-        paths = [str(i) for i in range(len(positions))]
-    doubled = {path for path, number in Counter(paths).items() if number > 1}
+    if not is_plate(positions):
+        return [str(i) for i in range(len(positions))] if len(positions) != 1 else [""]
+    paths = [f"{p.plate_row}/{p.plate_column}/{p.field}" for p in positions]
+    rows = {p.plate_row or "" for p in positions}
+    wells = {path.rpartition("/")[0] for path in paths}
+    # Some file systems take the folder ``a`` for ``A``.
+    number = Counter(map(same_name, [*paths, *wells, *rows]))
+    doubled = {path for path in [*paths, *wells, *rows] if number[same_name(path)] > 1}
     if doubled:
         msg = (
-            f"positions share the well fields {sorted(doubled)}; give each position "
-            "its own plate_row, plate_column and field"
+            f"positions share the well fields {sorted(doubled)} (a letter's case makes "
+            "no difference); give each position its own plate_row, plate_column and "
+            "field"
         )
+        raise WriterError(msg)
+    if reserved := sorted(filter(is_reserved_name, rows)):
+        msg = f"Windows takes no folders called {reserved}; give rows other names"
         raise WriterError(msg)
     return paths

@@ -240,7 +240,7 @@ def test_openvino_reports_nothing_to_its_maker():
         "print([t.name for t in threading.enumerate()])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['MainThread']"

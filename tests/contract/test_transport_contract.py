@@ -64,7 +64,7 @@ def independent_publishing(
 ) -> Iterator[Endpoints]:
     command = [sys.executable, str(script), str(frames), str(SHAPE[1])]
     command += [] if pairing is None else [pairing]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None
     try:
         with process.stdout as lines:

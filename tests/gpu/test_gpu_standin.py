@@ -59,7 +59,7 @@ def run_suite(standin, path, seed, *options):
         cwd=HERE.parents[1],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=900,
         check=False,
     )

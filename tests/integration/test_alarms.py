@@ -70,7 +70,7 @@ def estimate(monitor: Monitor, *found: float | None, z_offset_um: float = 0.0) -
     slot.prepare(
         FrameHeader(1, series.series_uid, 0, (2, 2), "<u2", 0, 1.0, {"t": 0, "c": 0})
     )
-    slot.received_ns = time.monotonic_ns()
+    slot.received_ns = time.perf_counter_ns()
     for um in found:
         told = Estimate(
             series_uid=series.series_uid,

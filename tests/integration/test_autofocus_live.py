@@ -391,7 +391,7 @@ def test_a_running_camera_finds_again_what_it_lost(
     """Or stops amid the search: then the stage goes back to where it held."""
     knocked_s = [0.0]
     clock = SimpleNamespace(
-        monotonic=lambda: time.monotonic() + knocked_s[0], sleep=time.sleep
+        perf_counter=lambda: time.perf_counter() + knocked_s[0], sleep=time.sleep
     )
     monkeypatch.setattr(virtual_devices, "time", clock)
     told: list[str] = []

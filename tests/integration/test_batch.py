@@ -346,7 +346,7 @@ def test_ctrl_c_says_how_to_go_on(
         ended = subprocess.run(
             [sys.executable, "-c", "import os; print(os.getpid())"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=True,
         ).stdout.strip()
         killed = part.with_name(part.name.replace(f"-{os.getpid()}-", f"-{ended}-"))
@@ -632,7 +632,7 @@ def test_a_fractal_task_restores_a_field_beside_its_input(
     asked.write_text(json.dumps(arguments))
     run = [sys.executable, str(package / task["executable_parallel"])]
     run += ["--args-json", str(asked), "--out-json", str(answer)]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    done = subprocess.run(run, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     (update,) = json.loads(answer.read_text())["image_list_updates"]
     assert update == {
@@ -647,7 +647,7 @@ def test_a_fractal_task_restores_a_field_beside_its_input(
     )
     well = zarr.open_group(plate / "A/3", mode="r").attrs["well"]
     assert [one["path"] for one in well["images"]] == ["0", "1", "1_restored"]
-    again = subprocess.run(run, capture_output=True, text=True, check=False)
+    again = subprocess.run(run, capture_output=True, encoding="utf-8", check=False)
     assert again.returncode == 1
     assert "exists; choose another suffix" in again.stderr
 

@@ -63,6 +63,6 @@ def test_bioimage_io_reads_and_runs_what_is_told_more_than_pixels(name, tmp_path
     pytest.importorskip("bioimageio.core", reason="needs bioimageio.core")
     target = export_bioimageio(find_engine(name), tmp_path / "model.zip", **SAID)
     command = [Path(sys.executable).with_name("bioimageio"), "test", target]
-    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    tried = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     assert tried.returncode == 0, tried.stdout + tried.stderr
     assert re.search(r"status +passed", tried.stdout), tried.stdout

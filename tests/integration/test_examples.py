@@ -110,7 +110,9 @@ def test_what_a_page_shows_runs(page, number, made, recorded, tmp_path, monkeypa
     Path("experiment").mkdir()
     tifffile.imwrite("experiment/cells.tif", image)
     stated = "numerical_aperture: 0.5, wavelength_nm: 520, pixel_size_um: 0.65"
-    Path("my.yaml").write_text(f"channels: [{{name: DAPI, optics: {{{stated}}}}}]")
+    Path("my.yaml").write_text(
+        f"channels: [{{name: DAPI, optics: {{{stated}}}}}]", "utf-8"
+    )
     text = (ROOT / page).read_text("utf-8")
     names = {"rtfocus": rtfocus, "image": image, "images": [image]}
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number], names)

@@ -80,7 +80,7 @@ def test_an_unwritable_home_keeps_no_command_from_working(place, tmp_path):
             cwd=tmp_path,
             env=environment,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         assert "Traceback" not in done.stderr

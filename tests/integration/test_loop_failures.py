@@ -51,7 +51,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "rtfocus", folder]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    mounted = subprocess.run(mount, capture_output=True, encoding="utf-8", check=False)
     if mounted.returncode != 0:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     yield folder

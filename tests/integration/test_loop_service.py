@@ -75,7 +75,7 @@ def independent(
 ) -> Iterator[tuple["subprocess.Popen[str]", tuple[str, str]]]:
     """Start the publisher that knows nothing of rtfocus."""
     command = [sys.executable, str(INDEPENDENT), str(frames), "32"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None
     try:
         with process.stdout as lines:

@@ -307,7 +307,10 @@ forgotten = rtfocus.ImageProcessor(config)
 forgotten.classify(np.random.default_rng(1).poisson(200, (96, 96)).astype(np.uint16))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], timeout=60, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        timeout=60,
+        capture_output=True,
+        encoding="utf-8",
     )
     assert (done.returncode, done.stderr) == (0, "")
 

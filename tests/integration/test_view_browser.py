@@ -378,7 +378,7 @@ def child(endpoint: str, uid: str) -> Iterator[tuple[str, Callable[[int], None],
         [sys.executable, str(script), endpoint, uid],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -33,7 +33,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "rtfocus", folder]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        command, capture_output=True, encoding="utf-8", check=False
+    )
     if mounted.returncode != 0:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     yield folder

@@ -19,7 +19,7 @@ from rtfocus.writers.check import check_run
 def record_and_kill(folder: Path, seed: int, shard_frames: int) -> int:
     """Kill a recording process at a random moment; return what was durable."""
     program = [sys.executable, writer_kit.__file__, str(folder), str(shard_frames)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(program, stdout=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout is not None
         stop_at = random.Random(seed).randint(1, 60)
         said = [process.stdout.readline() for _ in range(stop_at)]

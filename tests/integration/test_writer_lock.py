@@ -33,7 +33,7 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorder(folder: Path, frames: int = 20) -> Iterator[subprocess.Popen[str]]:
     """Record `LIVE` in another process; yield it once `frames` are durable."""
     program = [sys.executable, writer_kit.__file__, str(folder), "1"]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(program, stdout=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stdout is not None
         try:
             for _ in range(frames):

@@ -184,7 +184,7 @@ def test_an_interrupt_while_starting_is_one_line():
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False
     )
     assert (done.returncode, done.stderr) == (ExitCode.INTERRUPTED, "interrupted\n")
 
@@ -206,7 +206,10 @@ def test_an_error_that_a_library_makes_of_an_interrupt_is_none(name):
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     assert (done.returncode, done.stderr) == (ExitCode.INTERRUPTED, "interrupted\n")
 
@@ -258,7 +261,7 @@ def test_an_interrupt_while_an_engine_is_compiled_ends_as_one(tmp_path):
         [sys.executable, "-c", script],
         cwd=tmp_path,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         timeout=60,
     )

@@ -1,5 +1,6 @@
 """Files are replaced and removed whole, retried while held, and named portably."""
 
+import ast
 import errno
 import os
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus import files
-from rtfocus.errors import OutputError
+from rtfocus.errors import OutputError, WriterError
 from rtfocus.files import Patience, is_reserved_name, portable_name
 
 
@@ -265,3 +266,43 @@ def test_ordinary_names_stay_and_long_ones_stay_different():
     assert portable_name("ümläut 日本") == "ümläut 日本"
     long = [portable_name("日" * 300 + end) for end in "ab"]
     assert long[0] != long[1]
+
+
+def test_a_drive_that_is_not_there_is_named(tmp_path, monkeypatch):
+    # As on Windows, where not even the root of a path need be there.
+    monkeypatch.setattr(os.path, "exists", lambda _: False)
+    with pytest.raises(WriterError, match=r"runs': there is no '.*'; connect that"):
+        files.nearest_existing(tmp_path / "runs")
+
+
+def test_a_folder_is_tried_without_a_trace_and_refused_as_the_system_does(
+    tmp_path, monkeypatch
+):
+    files.try_writing(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        files.try_writing(tmp_path / "file")
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(PermissionError):
+        files.try_writing(tmp_path)
+
+
+def test_temporary_files_are_as_windows_needs_them():
+    # Where it may not write, `tempfile` looks for a free name there, for hours; and a
+    # file that a driver or a virus scanner has open must not fail what is done.
+    found = {
+        (call.func.attr, *(f"{k.arg}={ast.unparse(k.value)}" for k in call.keywords))
+        for path in Path(files.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and ast.unparse(call.func.value) == "tempfile"
+    }
+    clears = "ignore_cleanup_errors=True"
+    assert {name for name, *_ in found} == {"TemporaryDirectory", "gettempdir"}
+    assert all(clears in rest or name == "gettempdir" for name, *rest in found)

@@ -32,7 +32,7 @@ def test_importing_it_imports_nothing_that_takes_time():
         "print(sorted(set(sys.modules) - old))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
     )
     assert done.stdout.strip() == "['rtfocus']"
 
@@ -43,7 +43,7 @@ def test_a_processor_side_starts_without_what_it_does_not_need():
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
     )
     loaded = set(done.stdout.split())
     needless = {"pymmcore_plus", "useq", "scipy", "zarr", "tifffile", "PIL", "torch"}
@@ -54,7 +54,7 @@ def test_a_processor_side_starts_without_what_it_does_not_need():
 def test_help_of_live_commands_and_check_comes_without_the_loop():
     code = "import sys, rtfocus.cli.live, rtfocus.cli.runs; print(*sorted(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
     )
     loaded = set(done.stdout.split())
     needless = {"rtfocus.app", "rtfocus.monitor", "tensorstore", "yaozarrs", "openvino"}
@@ -390,7 +390,7 @@ if child == 0:
 os.waitpid(child, 0)
 """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
     said = "the ImageProcessor is of the process that forked; open a new one here\n"
     assert (done.returncode, done.stdout) == (0, said), done.stderr
 

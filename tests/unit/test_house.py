@@ -49,9 +49,6 @@ def test_no_module_sets_a_name_twice() -> None:
 
 _READ_THE_CLOCK = {
     "rtfocus.workers",  # keeps the run's own
-    # How old an image is, whose core has stamped it by the same clock.
-    "rtfocus.microscope.acquisition",
-    "rtfocus.microscope.mda",
     # What people read, and a wait that a clock that leaps cuts short.
     "rtfocus.batch.plan",
     "rtfocus.evaluation.scorecard",

@@ -427,3 +427,11 @@ def test_names_that_windows_reserves_are_refused_everywhere(tmp_path, name) -> N
     with pytest.raises(OutputError, match="Windows reserves"):
         OutputGuard().claim_folder(tmp_path / name)
     assert OutputGuard().claim_folder(tmp_path / "." / "..")
+
+
+def test_a_drive_that_is_not_there_takes_no_output(tmp_path, monkeypatch):
+    # As on Windows, where not even the root of a path need be there.
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)
+    with pytest.raises(OutputError, match=r"out.tif' cannot be written: '.*' is no f"):
+        OutputGuard().claim(tmp_path / "out.tif")

@@ -102,7 +102,10 @@ def test_memory_of_frames_that_are_gone_is_used_again(
     # distributed sets it for its workers, in whatever process starts them.
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     said = subprocess.run(
-        [sys.executable, "-c", _ALLOCATING], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _ALLOCATING],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
     given_back, kept = map(int, said.stdout.split())
     if given_back < 3 * 4 * (8 << 20) // 65536:

@@ -201,7 +201,7 @@ def test_a_killed_publisher_leaves_no_memory_behind() -> None:
         [sys.executable, "-c", _HOLDING],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     with child:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.channel import Channel
+from rtfocus.errors import WriterError
 from rtfocus.frame import Position, SeriesStart
 from rtfocus.writers.places import (
     MOST_SAMPLED,
@@ -20,6 +21,7 @@ from rtfocus.writers.places import (
     Planned,
     TakenPlaces,
     complete,
+    position_paths,
     thinned,
 )
 
@@ -230,3 +232,24 @@ def test_a_sample_is_spread_over_all_frames_and_keeps_values_of_its_own(
         assert values.size == thinned(plane).size
     for image, sample in (("restored", known), ("raw", unknown)):
         assert sample.frames(image, 0) == [(complete({"t": t}), None) for t in times]
+
+
+def in_wells(*wells: str) -> list[Position]:
+    places = [well.split("/") for well in wells]
+    return [
+        Position(row + column + field, None, None, row, column, int(field))
+        for row, column, field in places
+    ]
+
+
+def test_wells_have_a_folder_each_on_every_file_system() -> None:
+    assert position_paths(in_wells("A/01/0", "A/01/1", "B/01/0")) == [
+        "A/01/0",
+        "A/01/1",
+        "B/01/0",
+    ]
+    for twice in (["A/01/0", "a/01/0"], ["A/01/0", "a/02/0"], ["A/x/0", "A/X/1"]):
+        with pytest.raises(WriterError, match="case makes no difference"):
+            position_paths(in_wells(*twice))
+    with pytest.raises(WriterError, match=r"no folders called \['CON'\]"):
+        position_paths(in_wells("A/01/0", "CON/01/0"))
