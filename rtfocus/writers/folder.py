@@ -8,9 +8,11 @@ looks at that file again before it changes anything it has not looked at for a s
 whoever was replaced touches nothing.
 """
 
+import ctypes
 import logging
 import os
 import platform
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -284,7 +286,30 @@ def _check_series(folder: Path, header: RunHeader) -> None:
     if (fault := sizes_fault(header)) is not None:
         raise WriterError(fault)
     # A series that is refused must not look like a run that was cut off.
-    group_documents(folder, header, image_specs(header))
+    groups = group_documents(folder, header, image_specs(header))
+    if (most := _most_characters()) is None:
+        return
+    longest = max(len(str(path.absolute())) for path in groups) + _WITHIN_GROUP
+    if longest > most:
+        msg = (
+            f"'{folder}' would hold paths of {longest} characters, and Windows opens "
+            f"{most}: shorten run.folder or run.name, or switch on its long paths "
+            "(LongPathsEnabled)"
+        )
+        raise WriterError(msg)
+
+
+_WITHIN_GROUP = len("/0/c.1234567.12.1234.0.0.__lock")
+"""Characters of the longest file below an image's group: a shard that is written."""
+
+
+def _most_characters() -> int | None:
+    """Return how many of a path this system opens; None: what the disk takes."""
+    if sys.platform == "win32":
+        is_long = getattr(ctypes.windll.ntdll, "RtlAreLongPathsEnabled", bool)
+        return None if is_long() & 0xFF else 259
+    else:
+        return None
 
 
 def _locked(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:

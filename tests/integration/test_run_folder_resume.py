@@ -291,6 +291,25 @@ def test_a_finished_run_that_a_viewer_holds_open_is_replaced_not_at_all(
     assert check_run(folder).problems == []
 
 
+def test_a_folder_too_deep_for_windows_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run.rtfocus"
+    with recording(folder, make_series(), store={"shard_frames": 1}) as run:
+        run.send_all()
+        run.writer.drain()
+        longest = max(len(str(path)) for path in folder.rglob("*"))
+    deep = folder.with_name("run-2.rtfocus")
+    most = "rtfocus.writers.folder._most_characters"
+    monkeypatch.setattr(most, lambda: longest + 2)  # that of run-2, with no room more
+    with pytest.raises(WriterError, match=r"and Windows opens \d+: shorten run\.f"):
+        Recording(deep, make_series())
+    assert not deep.exists()
+    monkeypatch.setattr(most, lambda: longest + 60)
+    with recording(deep, make_series()) as run:
+        run.close(run.send_all())
+
+
 def test_another_series_in_a_cut_off_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run.rtfocus"
     cut_off(folder, 2)
