@@ -203,7 +203,7 @@ class _Run(Generic[U, R]):
             self._do,
             unit,
             self._threads,
-            key=f"rtfocus-{unit.key}-{time.monotonic_ns()}",
+            key=f"rtfocus-{unit.key}-{time.perf_counter_ns()}",
             pure=False,
             # Never on one that joins later and was not asked what it is.
             workers=able,

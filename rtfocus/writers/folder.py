@@ -287,10 +287,11 @@ def _check_series(folder: Path, header: RunHeader) -> None:
         raise WriterError(fault)
     # A series that is refused must not look like a run that was cut off.
     groups = group_documents(folder, header, image_specs(header))
-    if (most := _most_characters()) is None:
-        return
+    if folder.absolute().as_posix().startswith("//"):
+        msg = f"'{folder}' takes no images: connect it as a drive, and give that"
+        raise WriterError(msg)
     longest = max(len(str(path.absolute())) for path in groups) + _WITHIN_GROUP
-    if longest > most:
+    if longest > (most := _most_characters()):
         msg = (
             f"'{folder}' would hold paths of {longest} characters, and Windows opens "
             f"{most}: shorten run.folder or run.name, or switch on its long paths "
@@ -303,13 +304,13 @@ _WITHIN_GROUP = len("/0/c.1234567.12.1234.0.0.__lock")
 """Characters of the longest file below an image's group: a shard that is written."""
 
 
-def _most_characters() -> int | None:
-    """Return how many of a path this system opens; None: what the disk takes."""
+def _most_characters() -> int:
+    """Return how many characters of a path the system opens, whatever a disk does."""
     if sys.platform == "win32":
         is_long = getattr(ctypes.windll.ntdll, "RtlAreLongPathsEnabled", bool)
-        return None if is_long() & 0xFF else 259
+        return sys.maxsize if is_long() & 0xFF else 259
     else:
-        return None
+        return sys.maxsize
 
 
 def _locked(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:

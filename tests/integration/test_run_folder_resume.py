@@ -310,6 +310,14 @@ def test_a_folder_too_deep_for_windows_is_refused_before_the_run(
         run.close(run.send_all())
 
 
+def test_a_share_that_is_no_drive_is_refused_before_the_run(tmp_path: Path) -> None:
+    # As on Windows a server and its share: TensorStore takes neither.
+    share = Path(f"/{tmp_path}")
+    with pytest.raises(WriterError, match=r"'//.*takes no images: connect it as a dri"):
+        Recording(share / "run.rtfocus", make_series())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_series_in_a_cut_off_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run.rtfocus"
     cut_off(folder, 2)
