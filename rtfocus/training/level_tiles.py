@@ -168,12 +168,14 @@ def draw_optics(blur: BlurRecipe, rng: np.random.Generator) -> OpticalSystem:
         )
     if rng.random() < 0.3:
         return replace(base, psf_model="born_wolf")
+    # Written out: `uniform` takes no bounds in falling order, as of a positive one.
+    most, turned = 1.4 * spherical, -0.6 * spherical
     return replace(
         base,
         numerical_aperture=base.numerical_aperture * rng.uniform(0.85, 1.2),
         pixel_size_um=base.pixel_size_um * rng.uniform(0.85, 1.15),
         aberrations=Aberrations(
-            spherical_waves=rng.uniform(1.4 * spherical, -0.6 * spherical),
+            spherical_waves=most + (turned - most) * rng.random(),
             astigmatism_waves=rng.normal(0, 0.08),
             coma_x_waves=rng.normal(0, 0.05),
         ),

@@ -10,6 +10,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.images.optics import read_optics
 from rtfocus.training.api import own_recipe, train_command
+from rtfocus.training.level_tiles import draw_optics
 from rtfocus.training.recipe import RecipeBase, load_recipe
 from rtfocus.training.scenes import load_fields
 
@@ -84,6 +85,21 @@ def test_lengths_along_the_axis_keep_their_share_of_the_defocus_unit(shipped, im
     assert recipe.blur.reference_share == shipped.blur.reference_share
     assert recipe.name == "my_20x"
     assert recipe.start_from == shipped.start_from
+
+
+@pytest.mark.parametrize("waves", [0.0, 0.3, -0.3])
+def test_blur_is_drawn_about_the_spherical_aberration_that_is_stated(
+    shipped, images, waves
+):
+    optics = f"NA=0.75,wavelength=520,pixel=0.325,spherical={waves}"
+    recipe = own_recipe(shipped, read_optics(optics), images, name="my_40x")
+    rng = np.random.default_rng(1)
+    drawn = [draw_optics(recipe.blur, rng) for _ in range(300)]
+    found = np.array([one.aberrations.spherical_waves for one in drawn])
+    assert np.sum(found == waves) > 200  # of the optics themselves
+    assert np.mean(found) == pytest.approx(waves, abs=0.05)
+    # Some lie on the other side of a nominal PSF, beyond what is drawn near it.
+    assert waves == 0 or min(found * np.sign(waves)) < -0.1 * abs(waves)
 
 
 def test_every_fifth_image_is_held_out(shipped, images):
