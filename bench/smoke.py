@@ -3,6 +3,7 @@
 python -m bench.smoke
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ BENCHES = (
 
 def main() -> None:
     """Run each bench with ``--smoke``; stop at the first that fails."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for bench in BENCHES:
             print(f"-- bench.{bench}", flush=True)

@@ -37,14 +37,15 @@ def test_card_and_files_agree(folder: Path) -> None:
         assert b"stack_trace" not in path.read_bytes()
 
 
-def test_the_card_in_the_tutorial_is_whole() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("my_sharpener", "restorer"), ("my_classifier", "classifier")]
+)
+def test_the_cards_in_the_tutorial_are_whole(name: str, kind: str) -> None:
     text = (
         Path(rtfocus.__file__).parents[1] / "docs/tutorials/your-own-engine.md"
     ).read_text()
-    (card,) = re.findall(
-        r"```yaml\n# my_sharpener/engine.yaml\n(.*?)```", text, re.DOTALL
-    )
-    assert parse_card(yaml.safe_load(card), "tutorial").kind == "restorer"
+    (card,) = re.findall(rf"```yaml\n# {name}/engine.yaml\n(.*?)```", text, re.DOTALL)
+    assert parse_card(yaml.safe_load(card), "tutorial").kind == kind
 
 
 @pytest.mark.parametrize(
