@@ -40,6 +40,7 @@ from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import checked_image
 from rtfocus.metrics import memory
 from rtfocus.optics.normalisation import halved, normalised
+from rtfocus.processing.camera import fill
 from rtfocus.processing.channel_plan import find_classifier, restored_as_it_is
 from rtfocus.processing.classify import (
     Conditions,
@@ -262,6 +263,9 @@ class ImageProcessor(Closing):
         if self._scale is None or min(pixels.shape[:2]) < 2 * _LEAST_PX:
             return found
         step, farthest = self._scale
+        if pixels.dtype.kind == "f" and (invalid := ~np.isfinite(pixels)).any():
+            # As the processor did: one such pixel would make all means around NaN.
+            fill(pixels := pixels.astype(np.float32), invalid)
         least_um = unsettled_um(found, pixels, step_um=step, farthest=farthest)
         if not np.isfinite(least_um).any():
             return found

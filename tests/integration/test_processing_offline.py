@@ -149,6 +149,26 @@ def test_a_blur_beyond_the_levels_is_told_from_smaller_images_by_blind_engines()
     assert range_um < blind[1] < blind[2] < blind[3]
 
 
+def test_one_pixel_that_is_no_number_changes_no_defocus_of_a_noisy_image():
+    # Whether its finest detail is noise decides if half the size is looked at.
+    light = np.kron(np.random.default_rng(1).random((100, 120)), np.ones((4, 4)))
+    rng = np.random.default_rng(3)
+    frame = rng.poisson(gaussian_filter(light, 1.5) * 60 + 10).astype(np.float32)
+    processing = {"classifier": "rtfocus-2", "blind": True, "precision": "f32"}
+    config = parse_config({"processing": processing}).without_restoration()
+    with ImageProcessor(config) as processor:
+        of_all = processor.classify(frame).defocus.defocus_um
+        colour = np.stack([frame] * 3, axis=-1)
+        of_colour = processor.classify(colour).defocus.defocus_um
+        for value in (np.nan, np.inf):
+            frame[0, 0] = colour[0, 0, 1] = value
+            found = processor.classify(frame).defocus.defocus_um
+            np.testing.assert_allclose(found, of_all, atol=0.05)
+            found = processor.classify(colour).defocus.defocus_um
+            np.testing.assert_allclose(found, of_colour, atol=0.05)
+    assert np.nanmax(np.abs(of_all)) > 15
+
+
 @pytest.mark.parametrize("offset_counts", [0.0, 100.0])
 def test_negative_values_are_restored_as_the_same_image_with_a_pedestal(
     config, images, offset_counts
