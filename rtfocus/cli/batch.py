@@ -353,13 +353,13 @@ def _saying_what_is_left(ledger: Ledger, units: tuple[Unit, ...]) -> Iterator[No
 def _alone(ledger: Ledger) -> Iterator[None]:
     """Refuse a second process that plans or ends the same batch at the same time."""
     lock = FileLock(ledger.folder.with_name(f".{ledger.folder.name}.lock"))
-    try:
-        with writing(ledger.output, ConfigError):
-            ledger.folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(ledger.output, ConfigError):
+        ledger.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:  # within: it is an OSError, too, and would be told as one
             lock.acquire(timeout=0)
-    except Timeout as error:
-        msg = f"another process works at the batch of '{ledger.output}'; wait for it"
-        raise BusyError(msg) from error
+        except Timeout as error:
+            msg = f"another process works at the batch of '{ledger.output}'; wait"
+            raise BusyError(msg) from error
     try:
         yield
     finally:

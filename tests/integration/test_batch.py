@@ -20,6 +20,7 @@ import tifffile
 import yaozarrs
 import zarr
 from engine_kit import write_brightness_joint
+from filelock import FileLock
 from image_file_kit import ngff_axes, write_ngff
 from loop_kit import command, failed, succeeded
 from scipy.ndimage import gaussian_filter
@@ -508,6 +509,19 @@ def as_a_worker() -> Iterator[None]:
     """This process does units, and frees its engines whatever the test finds."""
     yield
     close_opened()
+
+
+def test_two_that_begin_the_same_batch_are_told_of_each_other(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = ("restore", folder, "-o", out, *WIENER)
+    with FileLock(tmp_path / ".out.rtfocus-batch.lock"):
+        for step in ("--init", "--finish"):
+            said = failed(command(*asked, step), ExitCode.BUSY)
+            assert f"another process works at the batch of '{out}'; wait" in said
+    assert not out.exists()
+    succeeded(command(*asked, "--init"))
 
 
 @pytest.mark.usefixtures("as_a_worker")
