@@ -54,13 +54,13 @@ class ExitCode(IntEnum):
     INCOMPLETE = 5
     """The work ended and what is on disk is sound, but not all that was planned is
     there: fewer frames than the plan has, frames dropped or in error, some of several
-    inputs. A planned series ended by Ctrl-C counts; one without a planned end does
-    not."""
+    inputs or files. A planned series ended by Ctrl-C counts; one without a planned end
+    does not."""
     ENGINE = 6
     """An engine is missing, damaged, or does not fit."""
     BUSY = 7
-    """Another process writes the run folder (nothing was changed), or has moved or
-    removed it amid the run."""
+    """Another process writes the run folder or works at the batch (nothing was
+    changed), or has moved or removed the folder amid the run."""
     FAULT = 70
     """A fault of rtfocus itself; one line says where the traceback was written."""
     INTERRUPTED = 130

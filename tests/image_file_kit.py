@@ -11,7 +11,8 @@ import zarr
 
 from rtfocus.errors import InputError
 from rtfocus.images.metadata import OutputImage
-from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
+from rtfocus.images.outputs import ImageOutput, OutputGuard
+from rtfocus.images.reading import companions
 from rtfocus.images.series import ImageSeries
 
 OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"

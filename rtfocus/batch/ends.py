@@ -29,8 +29,8 @@ from rtfocus.errors import ConfigError, InputError, OutputError, writing
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage, json_mark
-from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
-from rtfocus.images.reading import FoundImages, find_images
+from rtfocus.images.outputs import ImageOutput, OutputGuard
+from rtfocus.images.reading import FoundImages, companions, find_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
 
@@ -233,6 +233,8 @@ class Batch:
             if unit.key not in failed:
                 found = _found_in(self.ledger.rows(unit), list[dict[str, Any]])
                 rows += map(self._as_given, found)
+        if not rows:
+            return  # nothing could be read: who calls says so
         broken = [reason for _, reason in plan.broken]
         broken += [f.reason for _, f in self.ledger.failures(plan)]
         engine = self.job.settings["processing"]["classifier"]

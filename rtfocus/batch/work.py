@@ -39,8 +39,8 @@ from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.optics import StatedOptics
-from rtfocus.images.outputs import OutputGuard, companions
-from rtfocus.images.reading import find_images, stretch_histogram
+from rtfocus.images.outputs import OutputGuard
+from rtfocus.images.reading import companions, find_images, stretch_histogram
 from rtfocus.images.series import ContrastWindow, ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import fill_image
 

@@ -164,6 +164,10 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted from error
+        except Exception as error:
+            if "unexpected extra arg" in str(getattr(error, "message", "")):
+                error.message += "; a folder stands for all images in it"  # type: ignore[attr-defined]
+            raise
 
 
 def load(name: str) -> Any:  # noqa: ANN401 (as above)

@@ -39,10 +39,11 @@ from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet, restoring_with
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
-from rtfocus.images.outputs import STANDARD_OUTPUT, ImageOutput, OutputGuard, companions
+from rtfocus.images.outputs import STANDARD_OUTPUT, ImageOutput, OutputGuard
 from rtfocus.images.reading import (
     BrokenImage,
     FoundImages,
+    companions,
     find_images,
     stretch_histogram,
 )
@@ -243,14 +244,14 @@ def classify(
             except InputError as error:
                 broken.append(BrokenImage(series.path, str(error)))
     _tell_picture(shown.save())
-    if json_file is not None:
+    if json_file is not None and described:
         reasons = [one.reason for one in broken]
         content = classified(settings.processing.classifier, described, reasons)
         guard.write_json(json_file, content)
         to_output = str(json_file) in STANDARD_OUTPUT
         done = f"classified {number_of(len(described), 'plane')} to {json_file}"
         typer.echo(done, err=to_output)
-    else:
+    elif json_file is None:
         for image in described:
             typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
     _refuse_broken(broken, len(described), "plane", "classified")

@@ -50,8 +50,8 @@ from rtfocus.config.loading import with_engine
 from rtfocus.drawing.figures import draw_through_focus
 from rtfocus.errors import ConfigError, ExitCode, OutputError, number_of
 from rtfocus.images.metadata import SOFTWARE, png_mark, written_by_rtfocus
-from rtfocus.images.outputs import OutputGuard, companions
-from rtfocus.images.reading import open_images
+from rtfocus.images.outputs import OutputGuard
+from rtfocus.images.reading import companions, open_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.offline import Kernels, extract_kernels
 from rtfocus.report.pictures import draw_kernels

@@ -35,8 +35,8 @@ from rtfocus.evaluation.scorecard import markdown, save_side_by_side, table
 from rtfocus.evaluation.scores import Advice, Standing, judge
 from rtfocus.files import remove, whole
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
-from rtfocus.images.outputs import OutputGuard, companions
-from rtfocus.images.reading import FoundImages, find_images
+from rtfocus.images.outputs import OutputGuard
+from rtfocus.images.reading import FoundImages, companions, find_images
 from rtfocus.training.api import REFINED, export_engine, refining_recipe, write_card
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.trainer import Trainer, choose_device, train

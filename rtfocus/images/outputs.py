@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtfocus import files
-from rtfocus.errors import InputError, OutputError
+from rtfocus.errors import IncompleteError, InputError, OutputError, number_of
 from rtfocus.files import same_name
 from rtfocus.images.metadata import (
     RUN_ENDING,
     TIFF_ENDINGS,
     OutputImage,
-    is_zarr,
     json_mark,
     result_names,
     written_by_rtfocus,
@@ -268,16 +267,6 @@ class OutputGuard:
             raise _refusal(target, "exists", "choose another output or --overwrite")
 
 
-def companions(series: Iterable[ImageSeries]) -> list[Path]:
-    """Return every file and folder that belongs to some images, Zarr parents too."""
-    found: dict[Path, None] = {}
-    for one in series:
-        found |= dict.fromkeys((one.path, *one.files))
-        around = [folder for folder in one.path.absolute().parents if is_zarr(folder)]
-        found |= dict.fromkeys(around)
-    return list(found)
-
-
 def _identity(path: Path) -> Identity | None:
     """Return what all names of a file share; None where there is no file."""
     try:
@@ -312,6 +301,9 @@ def _refuse_no_folder(folder: Path) -> None:
 
 def _refuse_reserved(target: Path) -> None:
     """Refuse to make what Windows cannot hold: results travel between systems."""
+    if target.name == "-":
+        msg = "'-' is no name for a file, and images go to none but files; give a name"
+        raise OutputError(msg)
     for place in (target, *target.parents):
         if os.path.lexists(place):
             return
@@ -424,6 +416,8 @@ class ImageOutput:
             If a plane cannot be read and all images go into one file.
         OutputError
             If the disk refuses it.
+        IncompleteError
+            If it does so after some files of a folder.
         """
         if not self.is_folder:
             with self._guard.whole(self.path) as part:
@@ -435,13 +429,20 @@ class ImageOutput:
                 else:
                     write_tiff(part, images)
             return []
-        broken = []
+        broken, done = [], 0
         for image, target in zip(images, self.targets, strict=True):
             try:
                 with self._guard.whole(target) as part:
                     write_tiff(part, [image])
+                done += 1
             except InputError as error:
                 broken.append(BrokenImage(image.like.path, str(error)))
+            except OutputError as error:
+                if not done:
+                    raise
+                of = number_of(len(self.targets), "file")
+                msg = f"{error}; {done} of {of} written; --overwrite does them again"
+                raise IncompleteError(msg) from error
         return broken
 
     def written(self) -> list[Path]:

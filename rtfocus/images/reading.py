@@ -11,7 +11,7 @@ imagecodecs, as Pillow cuts those to 8, and grey of 16 bits with an alpha channe
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -229,6 +229,8 @@ def find_images(path: Path) -> FoundImages:
     """
     if not os.path.lexists(path):
         msg = f"'{path}' does not exist; give an image file, an OME-Zarr or a folder"
+        if any(sign in path.name for sign in "*?["):
+            msg += ": that of the images, * and ? are for a shell to fill in"
         raise InputError(msg)
     if not path.is_dir():
         found = _read_all([_Candidate(path, partial(_open_file, path))])
@@ -240,6 +242,16 @@ def find_images(path: Path) -> FoundImages:
         raise InputError(_in_words(found.broken))
     msg = f"'{path}' holds no image; looked for {', '.join(_READERS)}, OME-Zarr, NDTiff"
     raise InputError(msg)
+
+
+def companions(series: Iterable[ImageSeries]) -> list[Path]:
+    """Return every file and folder that belongs to some images, Zarr parents too."""
+    found: dict[Path, None] = {}
+    for one in series:
+        found |= dict.fromkeys((one.path, *one.files))
+        around = [folder for folder in one.path.absolute().parents if is_zarr(folder)]
+        found |= dict.fromkeys(around)
+    return list(found)
 
 
 def _read_ome_zarr(path: Path) -> list[ImageSeries]:
@@ -307,6 +319,9 @@ def _in_words(broken: tuple[BrokenImage, ...]) -> str:
 
 
 def _open_file(path: Path) -> list[ImageSeries]:
+    if not os.path.exists(path):
+        msg = f"'{path}' is a link that leads nowhere; give the image itself"
+        raise InputError(msg)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         msg = (

@@ -576,6 +576,9 @@ def test_an_image_without_a_number_is_broken_a_plane_without_one_is_not(
     said = failed(command(*line), ExitCode.INPUT)
     assert "1 image cannot be read: " in said
     assert "0 planes classified" in said
+    many = failed(command(*line, "--scheduler", "local:1"), ExitCode.INPUT)
+    assert "1 image not classified" in many
+    assert not (tmp_path / "d.json").exists()
     found = tmp_path / "empty_restored.tif"
     said = failed(command("restore", empty, "-o", found, *options), ExitCode.INPUT)
     assert "every pixel is NaN or infinite" in said

@@ -100,6 +100,24 @@ def test_an_empty_word_is_not_the_folder_one_works_in(words, monkeypatch, capsys
     assert "is empty, as of a variable" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["in/*.tif"], ExitCode.INPUT, "an OME-Zarr or a folder: that of the images"),
+        (["in/a.tif", "in/b.tif"], ExitCode.USAGE, "a folder stands for all images"),
+    ],
+)
+def test_who_gives_many_files_is_told_to_give_their_folder(
+    words, code, said, monkeypatch, capsys
+):
+    for name, output in (("restore", ["-o", "out"]), ("classify", [])):
+        monkeypatch.setattr("sys.argv", ["rtfocus", name, *words, *output])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_home_folder_is_found_where_no_shell_names_it(
     monkeypatch, capsys, tmp_path
 ):

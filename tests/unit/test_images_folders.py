@@ -88,7 +88,7 @@ def test_what_may_not_be_looked_into_does_not_stop_the_others(
     assert [one.name for one in found.series] == ["0"]
     assert [one.path.name for one in found.broken] == ["2.tif", "3.tif", "shut"]
     assert "is empty, 0 bytes" in found.broken[0].reason
-    assert "No such file" in found.broken[1].reason
+    assert "is a link that leads nowhere" in found.broken[1].reason
     assert "Permission denied" in found.broken[2].reason
 
 
@@ -132,6 +132,21 @@ def test_links_that_lead_back_are_not_followed(tmp_path) -> None:
     except OSError:
         pytest.skip("this user may not make links")
     assert [one.name for one in open_images(tmp_path / "tree")] == ["a"]
+
+
+def test_a_link_that_leads_nowhere_is_told_as_one(tmp_path) -> None:
+    fill(tmp_path, ["a.tif"])
+    try:
+        os.symlink(tmp_path / "gone.tif", tmp_path / "b.tif")
+        os.symlink(tmp_path / "circle", tmp_path / "circle")
+    except OSError:
+        pytest.skip("this user may not make links")
+    for path in (tmp_path / "b.tif", tmp_path / "circle"):
+        with pytest.raises(InputError, match="is a link that leads nowhere; give the"):
+            open_images(path)
+    (broken,) = find_images(tmp_path).broken
+    assert broken.path.name == "b.tif"
+    assert "leads nowhere" in broken.reason
 
 
 def test_names_keep_their_dots_and_equal_names_stay_apart(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rtfocus.errors import InputError, OutputError, RtfocusError
+from rtfocus.errors import IncompleteError, InputError, OutputError, RtfocusError
 from rtfocus.images.metadata import OutputImage, result_names, written_by_rtfocus
-from rtfocus.images.outputs import ImageOutput, OutputGuard, companions
-from rtfocus.images.reading import find_images
+from rtfocus.images.outputs import ImageOutput, OutputGuard
+from rtfocus.images.reading import companions, find_images
 from rtfocus.images.series import ImageSeries
 
 PIXELS = np.arange(20, dtype=np.uint16).reshape(4, 5)
@@ -418,6 +419,36 @@ def grow(root: Path, tree: dict[str, str]) -> None:
             process(first, path)
         else:
             image(path, number)
+
+
+def test_the_output_of_a_command_is_no_place_for_images(tmp_path, monkeypatch) -> None:
+    source = image(tmp_path / "a.tif")
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("-"), tmp_path / "-"):  # many processes are told the whole path
+        assert "is no name for a file" in refused(tmp_path, source, place)
+    assert str(OutputGuard().claim_json(Path("-"))) == "-"
+
+
+def test_files_that_a_full_disk_left_whole_are_told(tmp_path) -> None:
+    resource = pytest.importorskip("resource", reason="limits are of POSIX systems")
+    source, out = tmp_path / "in", tmp_path / "out"
+    image(source / "a.tif")
+    large = np.random.default_rng(1).random((100, 100), np.float32)
+    tifffile.imwrite(source / "b.tif", large)
+    image(source / "c.tif")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(IncompleteError) as said:
+            process(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "b.tif' cannot be written: File too large" in str(said.value)
+    assert "; 1 of 3 files written; --overwrite does them again" in str(said.value)
+    assert [path.name for path in out.iterdir()] == ["a.tif"]
+    assert len(process(source, out, overwrite=True)) == 3
 
 
 @pytest.mark.parametrize("name", ["CON.tif", "nul", "com1.ome.zarr", "a.", "aux/b.tif"])
