@@ -12,13 +12,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.errors import InputError
+from rtfocus.errors import IncompleteError, InputError, number_of
 from rtfocus.images.metadata import OutputImage, PlaneFacts
 from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.series import ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import ZarrForm
 from rtfocus.runs import Kind, Run
+from rtfocus.writers.arrays import list_shards
 from rtfocus.writers.header import (
     INNER,
     JOURNAL_NAME,
@@ -32,6 +33,7 @@ from rtfocus.writers.layout import image_groups, store_path
 from rtfocus.writers.places import Plan, complete
 
 _MOST_NAMED = 20
+_GONE = "whose file is gone"
 _UNSIGNED = "distance from focus, without a sign"
 
 Place = tuple[int, int, int, int]
@@ -46,6 +48,11 @@ class Exported:
     images: list[ImageSeries]
     empty: dict[str, dict[str, int]]
     """By image name and reason: planes that hold nothing, 0 or in maps NaN."""
+
+    @property
+    def gone(self) -> int:
+        """Planes that were recorded, and whose files are gone since."""
+        return sum(reasons.get(_GONE, 0) for reasons in self.empty.values())
 
 
 class RunExport:
@@ -108,6 +115,8 @@ class RunExport:
         ------
         InputError
             If a plane cannot be read.
+        IncompleteError
+            If so, and other files of a folder are written.
         OutputError
             If the disk refuses it.
         """
@@ -127,9 +136,16 @@ class RunExport:
                     taken=self._journal.taken(kind, number % positions, image),
                 )
             )
-        broken = self._output.write(outputs, self._form)
+        remedy = f"what is damaged says: rtfocus check {self._run.folder}"
+        try:
+            broken = self._output.write(outputs, self._form)
+        except InputError as error:
+            msg = f"{error}; {remedy}"
+            raise InputError(msg) from error
         if broken:
-            raise InputError(broken[0].reason)
+            done, of = self._output.written(), number_of(len(outputs), "file")
+            msg = f"{broken[0].reason}; {len(done)} of {of} written; {remedy}"
+            raise (IncompleteError if done else InputError)(msg)
         return Exported(self._output.written(), self.images, empty)
 
     def _made(self, kind: Kind, lacking: dict[str, list[str]]) -> dict[str, str]:
@@ -277,6 +293,7 @@ class _Journal:
     """What the journal says of the frames of a run, by place."""
 
     def __init__(self, run: Run) -> None:
+        self._run = run
         self._colours = run.header.planes
         self._started_ns = run.series.started_ns
         self._lines: dict[Place, Line] = {}
@@ -291,13 +308,27 @@ class _Journal:
         self, kind: Kind, position: int, image: ImageSeries
     ) -> dict[str, list[str]]:
         """Name the planes of an image that hold nothing, by the reason."""
+        there = self._with_files(kind, position)
         found: dict[str, list[str]] = {}
         for index in image.indices():
             line = self._line(kind, position, index)
+            why = None
             if kind not in line.get("stored", ()):
+                why = _why_empty(kind, line)
+            elif (index["t"], self._channel(kind, index), index["z"]) not in there:
+                why = _GONE
+            if why is not None:
                 place = f"t={index['t']} c={index['c']} z={index['z']}"
-                found.setdefault(_why_empty(kind, line), []).append(place)
+                found.setdefault(why, []).append(place)
         return found
+
+    def _with_files(self, kind: Kind, position: int) -> set[tuple[int, int, int]]:
+        """Return t, c and z of what may be read: of a file that is gone comes fill."""
+        folder, header = self._run.folder, self._run.header
+        spec = next(one for one in image_specs(header) if one.name == kind)
+        array = image_groups(folder, header, spec)[position] / "0"
+        shards = list_shards(array, header.store.shard_frames)
+        return {(t, shard.c, shard.z) for shard in shards for t in shard.times}
 
     def taken(self, kind: Kind, position: int, image: ImageSeries) -> list[PlaneFacts]:
         """Return when and where the planes of an image were taken."""
@@ -306,10 +337,12 @@ class _Journal:
         ]
 
     def _line(self, kind: Kind, position: int, index: dict[str, int]) -> Line:
-        c = index["c"]
-        if kind in ("raw", "restored"):
-            c //= self._colours
-        return self._lines.get((position, index["t"], c, index["z"]), {})
+        place = position, index["t"], self._channel(kind, index), index["z"]
+        return self._lines.get(place, {})
+
+    def _channel(self, kind: Kind, index: dict[str, int]) -> int:
+        """Return the channel of a plane: its colours are planes of their own."""
+        return index["c"] // (self._colours if kind in ("raw", "restored") else 1)
 
     def _facts(self, line: Line) -> PlaneFacts:
         captured_ns = line.get("captured_ns")

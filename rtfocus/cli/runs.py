@@ -19,7 +19,7 @@ from rich.table import Table
 
 from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
 from rtfocus.cli.display import counting, share_bar
-from rtfocus.errors import ExitCode, InputError, number_of
+from rtfocus.errors import ExitCode, IncompleteError, InputError, number_of
 from rtfocus.metrics import STEPS, Outcome, plan_in_words
 from rtfocus.writers.header import HEADER_NAME
 
@@ -298,6 +298,8 @@ def _export_run(
     zarr_version: Literal["0.5", "0.4"],
     overwrite: bool,
 ) -> None:
+    if zarr_version != "0.5" and output.suffix.lower() != ".zarr":
+        refuse_options({"--zarr-version": zarr_version}, f"'{output}' is no OME-Zarr")
     from rtfocus.exports import RunExport
     from rtfocus.runs import open_run
 
@@ -317,3 +319,9 @@ def _export_run(
         f"exported {number_of(len(done.images), 'image')} with "
         f"{number_of(export.planes, 'plane')} to {output}"
     )
+    if done.gone:
+        msg = (
+            f"{number_of(done.gone, 'plane')} recorded and not exported: files are "
+            f"gone; which: rtfocus check {folder}"
+        )
+        raise IncompleteError(msg)

@@ -319,7 +319,7 @@ def _in_words(broken: tuple[BrokenImage, ...]) -> str:
 
 
 def _open_file(path: Path) -> list[ImageSeries]:
-    if not os.path.exists(path):
+    if os.path.islink(path) and not os.path.exists(path):
         msg = f"'{path}' is a link that leads nowhere; give the image itself"
         raise InputError(msg)
     reader = _READERS.get(path.suffix.lower())

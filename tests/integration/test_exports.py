@@ -295,3 +295,40 @@ def test_what_frames_lack_is_told_apart_from_frames_that_are_missing(tmp_path):
         notes = file.ome_metadata
     key = '<M K="planes of which the engine states none">t=1 c=0 z=0</M>'
     assert key in notes
+
+
+def test_recorded_planes_that_are_damaged_or_gone_are_never_told_as_exported(tmp_path):
+    folder, series = tmp_path / "some.rtfocus", make_series(sizes={"t": 2})
+    with recording(folder, series) as run:
+        run.close(run.send_all(2))
+    (shard,) = (folder / "raw.ome.zarr").rglob("c.1.*")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    file, one = tmp_path / "some", tmp_path / "some.ome.tif"
+    said = failed(command("export", folder, "-o", file), ExitCode.INCOMPLETE)
+    assert "plane t=1 c=0 z=0 cannot be read" in said
+    assert "; 3 of 4 files written; what is damaged says: rtfocus check " in said
+    assert len(list(file.iterdir())) == 3
+    said = failed(command("export", folder, "-o", one), ExitCode.INPUT)
+    assert said.strip().endswith(f"; what is damaged says: rtfocus check {folder}")
+    assert not one.exists()
+    # Of a file that is not there zarr reads zeros.
+    shard.unlink()
+    told = command("export", folder, "-o", one)
+    assert "image 'site raw': 1 plane whose file is gone" in told.err
+    said = failed(told, ExitCode.INCOMPLETE)
+    assert "1 plane recorded and not exported: files are gone; which:" in said
+    with tifffile.TiffFile(one) as exported:
+        assert '<M K="planes whose file is gone">t=1 c=0 z=0</M>' in (
+            exported.ome_metadata
+        )
+        assert len(exported.series) == 4
+    restored = ("--image", "restored", "--overwrite")
+    succeeded(command("export", folder, "-o", one, *restored))
+
+
+def test_a_version_of_zarr_means_nothing_to_other_files(sites, tmp_path):
+    old = ("-o", tmp_path / "a.ome.tif", "--zarr-version", "0.4")
+    said = failed(command("export", sites[0], *old), ExitCode.CONFIG)
+    assert "--zarr-version cannot be used: " in said
+    assert "a.ome.tif' is no OME-Zarr" in said
