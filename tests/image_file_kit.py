@@ -1,11 +1,14 @@
 """Image files as other programs write them, for the tests of reading."""
 
 import json
+import signal
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 import zarr
 
@@ -200,3 +203,17 @@ def common_folder(series: Sequence[ImageSeries]) -> Path:
         for folder in (first, *first.parents)
         if all(parent.is_relative_to(folder) for parent in parents)
     )
+
+
+@contextmanager
+def files_up_to(size_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a disk that is full; skips on Windows."""
+    resource = pytest.importorskip("resource", reason="limits are of POSIX systems")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

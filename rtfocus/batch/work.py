@@ -33,7 +33,13 @@ from rtfocus.batch.plan import (
     facts_of,
 )
 from rtfocus.config import parse_config
-from rtfocus.errors import EngineError, InputError, OutputError, RtfocusError
+from rtfocus.errors import (
+    EngineError,
+    InputError,
+    OutputError,
+    RtfocusError,
+    writing,
+)
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
@@ -146,8 +152,8 @@ class _Opened:
             planes = map(stretch_histogram, planes)
         image = replace(image, planes=planes)
         if self._plan.form == "zarr":
-            with ledger.part(unit) as part:
-                group = ledger.store / unit.target
+            group = ledger.store / unit.target
+            with writing(group, OutputError), ledger.part(unit) as part:
                 _fill_apart(part, group, image)
                 files.keep(part)
                 self._keep_errors(stated, ledger, unit, series)

@@ -21,7 +21,7 @@ import yaozarrs
 import zarr
 from engine_kit import write_brightness_joint
 from filelock import FileLock
-from image_file_kit import ngff_axes, write_ngff
+from image_file_kit import files_up_to, ngff_axes, write_ngff
 from loop_kit import command, failed, succeeded
 from scipy.ndimage import gaussian_filter
 from transport_kit import until
@@ -290,6 +290,22 @@ def test_a_job_array_needs_no_scheduler(plate: Path, tmp_path: Path) -> None:
     assert "4 planes of 4 images" in succeeded(command(*asked, "--finish"))
     assert files_of(one) == files_of(many)
     assert_nothing_left(many)
+
+
+def test_a_store_that_takes_no_more_is_named_with_what_helps(
+    plate: Path, tmp_path: Path
+) -> None:
+    asked = ("restore", plate, "-o", tmp_path / "many.ome.zarr", *WIENER)
+    succeeded(command(*asked, "--init"))
+    with files_up_to(4_000):
+        said = command(*asked, "--unit", "1/1")
+    failed(said, ExitCode.INCOMPLETE)
+    lines = [line for line in said.err.splitlines() if line.startswith("failed: ")]
+    assert len(lines) == 4
+    assert all("cannot be written: File too large; a file there" in x for x in lines)
+    assert all("store.ome.zarr/" in line for line in lines)
+    succeeded(command(*asked, "--unit", "1/1"))
+    succeeded(command(*asked, "--finish"))
 
 
 def replace_pixels(image: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import tifffile
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_file_kit import files_up_to
 
 from rtfocus.errors import IncompleteError, InputError, OutputError, RtfocusError
 from rtfocus.images.metadata import OutputImage, result_names, written_by_rtfocus
@@ -430,21 +430,13 @@ def test_the_output_of_a_command_is_no_place_for_images(tmp_path, monkeypatch) -
 
 
 def test_files_that_a_full_disk_left_whole_are_told(tmp_path) -> None:
-    resource = pytest.importorskip("resource", reason="limits are of POSIX systems")
     source, out = tmp_path / "in", tmp_path / "out"
     image(source / "a.tif")
     large = np.random.default_rng(1).random((100, 100), np.float32)
     tifffile.imwrite(source / "b.tif", large)
     image(source / "c.tif")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(IncompleteError) as said:
-            process(source, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with files_up_to(20_000), pytest.raises(IncompleteError) as said:
+        process(source, out)
     assert "b.tif' cannot be written: File too large" in str(said.value)
     assert "; 1 of 3 files written; --overwrite does them again" in str(said.value)
     assert [path.name for path in out.iterdir()] == ["a.tif"]
