@@ -40,7 +40,7 @@ from rtfocus.frame import (
     SlotPool,
 )
 from rtfocus.metrics import Accounting
-from rtfocus.writers.arrays import open_context
+from rtfocus.writers.arrays import context_of
 from rtfocus.writers.header import RunHeader, array_metadata, image_specs
 from rtfocus.writers.run import open_run
 
@@ -154,7 +154,7 @@ def run_tensorstore(
             "metadata": array_metadata(spec, [frames, 1, 1, size, size], store),
             "store_data_equal_to_fill_value": True,
         },
-        context=open_context(store, threads=os.cpu_count() or 1),
+        context=context_of(fsync=store.fsync),
         create=True,
     ).result()
     watch = Stopwatch()

@@ -25,7 +25,7 @@ from rtfocus.transport.viewer import (
     VerdictLine,
     focus_line,
 )
-from rtfocus.writers.arrays import FrameArray, open_context
+from rtfocus.writers.arrays import FrameArray
 from rtfocus.writers.commit import read_report
 from rtfocus.writers.header import (
     DEFOCUS,
@@ -337,7 +337,6 @@ class _Images:
     def __init__(self, folder: Path, header: RunHeader) -> None:
         self._folder, self._header = folder, header
         self._specs = {spec.name: spec for spec in image_specs(header)}
-        self._context = open_context(header.store, threads=1)
 
     def frame(self, frame: _JournalFrame, title: str) -> ShownFrame | None:
         """Read a frame; None where its raw pixels cannot be read."""
@@ -365,7 +364,6 @@ class _Images:
                 spec,
                 (sizes[0], sizes[1] or 1, sizes[2] or 1),
                 self._header.store,
-                self._context,
                 create=False,
             )
             return array.read(index["t"], index["c"], index["z"])

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,15 +51,21 @@ _MOST_THREADS = 8
 """More than this many copies at once do not make a disk faster."""
 
 
-def open_context(store: StoreConfig, threads: int) -> ts.Context:
-    """Return a tensorstore context with bounded concurrency and no cache."""
+@cache
+def context_of(*, fsync: bool) -> ts.Context:
+    """Return the process's context with bounded concurrency and no cache.
+
+    It is never closed: tensorstore 0.1.86 may touch the threads of a context for a
+    moment after they went with the last array that has it, and spoils memory then.
+    """
+    threads = min(os.cpu_count() or 1, _MOST_THREADS)
     return ts.Context(
         {
             "data_copy_concurrency": {"limit": threads},
             "file_io_concurrency": {"limit": threads},
             # Frames are written once: a cache would only hold memory.
             "cache_pool": {"total_bytes_limit": 0},
-            "file_io_sync": store.fsync,
+            "file_io_sync": fsync,
         }
     )
 
@@ -147,8 +154,6 @@ class FrameArray:
         Planned t, c (channels, not planes) and z; t None: unbounded.
     store
         Chunks, shards and codec.
-    context
-        As from `open_context`.
     create
         False: the array exists, from an earlier process or a finished run. True: it
         is made where there is none; shards that lie there already stay.
@@ -160,7 +165,6 @@ class FrameArray:
         spec: ImageSpec,
         sizes: tuple[int | None, int, int],
         store: StoreConfig,
-        context: ts.Context,
         *,
         create: bool,
     ) -> None:
@@ -186,7 +190,7 @@ class FrameArray:
         try:
             self._array = ts.open(
                 description,
-                context=context,
+                context=context_of(fsync=store.fsync),
                 open=not create,
                 create=create,
             ).result()
@@ -316,14 +320,10 @@ class RunImages:
         self._groups = {one.name: image_groups(folder, header, one) for one in specs}
         if create:
             write_groups(folder, header, self.specs)
-        threads = min(os.cpu_count() or 1, _MOST_THREADS)
-        context = open_context(header.store, threads)
         sizes = header.size("t"), header.size("c") or 1, header.size("z") or 1
 
         def array(spec: ImageSpec, group: Path) -> FrameArray:
-            return FrameArray(
-                group / "0", spec, sizes, header.store, context, create=create
-            )
+            return FrameArray(group / "0", spec, sizes, header.store, create=create)
 
         self._arrays = {
             spec.name: [array(spec, group) for group in self._groups[spec.name]]

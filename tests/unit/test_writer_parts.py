@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rtfocus.errors import WriterError
 from rtfocus.metrics import DiskWatch, check_space
+from rtfocus.writers.arrays import context_of
 from rtfocus.writers.finish import percentiles
 from rtfocus.writers.header import ImageSpec
 from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
@@ -53,6 +54,15 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
     assert (tmp_path / "frames.ndjson").read_bytes() == (
         b'{"sequence":0,"value":null}\n'
     )
+
+
+def test_arrays_of_all_runs_share_threads_that_stay() -> None:
+    # Threads that went with a run's last array were touched afterwards, by one of some
+    # hundred runs of a busy service: that ended it with "corrupted unsorted chunks".
+    synced = context_of(fsync=True)
+    assert context_of(fsync=True) is synced
+    assert synced["file_io_sync"].to_json() is True
+    assert context_of(fsync=False)["file_io_sync"].to_json() is False
 
 
 class Disk:
