@@ -9,6 +9,7 @@ from an engine whose checkpoint is long gone: ``start_from: engines/delpnet`` re
 the shipped network.
 """
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import onnx
 import torch
@@ -37,6 +38,8 @@ if sys.platform == "win32":
     from multiprocessing.connection import PipeConnection as Connection
 else:
     from multiprocessing.connection import Connection
+
+T = TypeVar("T", bound=Task[Any])
 
 _AHEAD = 4
 """Batches that each worker is asked for before they are needed: one in which a scene
@@ -270,6 +273,22 @@ def start_from(task: Task[Any], source: Path) -> None:
             f"'{task.recipe.network}': {error}; give one that was trained for it"
         )
         raise ConfigError(msg) from error
+
+
+def copy_of(task: T, source: Path | None) -> T:
+    """Return a copy of a task with the weights of `source`, see `start_from`.
+
+    Raises
+    ------
+    ConfigError
+        As `start_from`, and if nothing is named.
+    """
+    if source is None:
+        msg = f"'{task.recipe.name}' learns from weights: name them in start_from"
+        raise ConfigError(msg)
+    other = copy.deepcopy(task)
+    start_from(other, source)
+    return other
 
 
 def engine_folder(source: Path) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
+from rtfocus.training.feed import save_checkpoint
 from rtfocus.training.layers import found_level, in_the_mean, oriented
 from rtfocus.training.networks.rtfocus import (
     CONDITION,
@@ -87,7 +88,9 @@ def test_sure_labels_leave_finite_gradients_in_bfloat16(task):
     assert network.trust.grad.abs() > 0
 
 
-def small_task(start: Path | None = None, **section: float) -> Rtfocus2Task:
+def small_task(
+    start: Path | None = None, **section: float | str | Path
+) -> Rtfocus2Task:
     """Return a small task whose labels depend on what its patches show."""
     optics = OpticalSystem(
         0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
@@ -134,18 +137,25 @@ def test_patches_seen_twice_are_told_the_level_of_their_own_labels():
     assert losses[0] == pytest.approx(losses[1])
 
 
-def test_it_learns_what_it_makes_in_the_mean_over_orientations():
-    task = small_task(Path("first.pt"), orientations=8)
+@pytest.mark.parametrize("named", ["start_from", "learned_from"])
+def test_it_learns_what_weights_make_in_the_mean_over_orientations(tmp_path, named):
+    first = tmp_path / "first.pt"
+    if named == "start_from":
+        task = small_task(first, orientations=8)
+    else:
+        task = small_task(orientations=8, learned_from=first)
     torch.nn.init.normal_(task.network.correction.weight, std=0.3)
+    state = {"average": copy.deepcopy(task.network.state_dict())}
+    save_checkpoint(first, task.recipe, state)
     task.begin()
     blurred = torch.rand(2, 1, 144, 144)
     tensors = {"blurred": blurred, "condition": torch.zeros(2, 6)}
-    first = copy.deepcopy(task.network)
-    wanted = in_the_mean(first, tensors, 8)
+    known = copy.deepcopy(task.network)
+    wanted = in_the_mean(known, tensors, 8)
     for number in range(8):
         turned = oriented(blurred, number)
         torch.testing.assert_close(oriented(turned, number, back=True), blurred)
-        again = in_the_mean(first, {**tensors, "blurred": turned}, 8)
+        again = in_the_mean(known, {**tensors, "blurred": turned}, 8)
         for name, mean in again.items():
             back = oriented(mean, number, back=True)
             torch.testing.assert_close(back, wanted[name], atol=1e-4, rtol=1e-3)
@@ -162,8 +172,26 @@ def test_it_learns_what_it_makes_in_the_mean_over_orientations():
 
 
 def test_learning_from_itself_needs_weights_to_begin_with():
-    with pytest.raises(ConfigError, match="orientations needs start_from"):
+    with pytest.raises(ConfigError, match="name them in start_from"):
         small_task(orientations=3).begin()
+
+
+@pytest.mark.parametrize("trained", ["all", "gate", "image", "both"])
+def test_labels_stay_where_gate_or_image_are_trained_alone(trained):
+    task = small_task(trained=trained)
+    torch.nn.init.normal_(task.network.correction.weight, std=0.3)
+    blurred, condition = torch.rand(2, 1, 144, 144), torch.zeros(2, 6)
+    with torch.no_grad():
+        logits, restored = task.network(blurred, condition)
+    after_logits, after = task.network(blurred, condition)
+    (after_logits.square().mean() + after.square().mean()).backward()
+    with torch.no_grad():
+        for weights in task.network.parameters():
+            if weights.grad is not None:
+                weights -= 0.1 * weights.grad
+        after_logits, after = task.network(blurred, condition)
+    assert not torch.equal(after, restored)
+    assert torch.equal(after_logits, logits) == (trained != "all")
 
 
 def test_a_share_of_0_draws_what_it_drew_before_there_was_one():

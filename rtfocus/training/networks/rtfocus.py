@@ -1,8 +1,7 @@
 """rtfocus-1 and rtfocus-2: defocus per tile and the restored image in one pass.
 
-A residual U-Net on four scales below half resolution, enlarged by resize and
-convolution: no checkerboard. What makes it one network for many objectives and safe on
-what is sharp already:
+A residual U-Net on four scales below half resolution, enlarged without checkerboard by
+resize and convolution. For many objectives, and safe on what is sharp already:
 
 - *local contrast*: beside the frame the network sees it divided by its local
   deviation, so a dim cell is as clear as a bright one.
@@ -19,13 +18,12 @@ rtfocus-2, for microscopes nobody has described, goes on from weights of the fir
 - *doubt*: how much of the correction is applied is learned from the restoration itself,
   beside the labels, which can be overruled on what was never seen.
 - *no BatchNorm*: unlike kinds in a batch would spoil its statistics.
-- *decibels* beside absolute error: what is sharp must stay so to a thousandth, and
-  dim images weigh as much as bright ones.
+- *decibels*: sharp stays so to a thousandth, dim images weigh as much as bright ones.
 """
 
-import copy
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -36,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtfocus.config.sections import Section
-from rtfocus.errors import ConfigError
+from rtfocus.training.feed import copy_of
 from rtfocus.training.layers import (
     Modulation,
     ResidualBlock,
@@ -301,6 +299,10 @@ _LOOK, _DOUBT = 64, 32
 _LEVEL, _LEVEL_KNOWN = map(CONDITION.index, ("defocus_levels", "defocus_known"))
 # Least probability that a label leaves to its opposite before doubt is heard.
 _LEAST_SHARE = 1e-3
+_GATE = ("look.", "doubt.", "trust")
+_IMAGE = ("up.", "modulate_up.", "decoder.", "head.", "correction.")
+# How names of weights that learn begin.
+_LEARNING = {"all": ("",), "gate": _GATE, "image": _IMAGE, "both": _GATE + _IMAGE}
 # Squared error, as a share of the range, below which decibels do not count: 50 dB.
 _ENOUGH = 1e-5
 
@@ -334,15 +336,17 @@ class Rtfocus2Section(Rtfocus1Section):
 
     hidden_sampling_share: Fraction = 0.5
     """Share of patches whose sampling, and so everything, the network is not told."""
-    trained: Literal["all", "gate"] = "all"
-    """``gate``: all else stays as it is, and a step costs a third."""
+    trained: Literal["all", "gate", "image", "both"] = "all"
+    """``gate``: how much is corrected, ``image``: by what, or both; labels stay."""
     decibel_weight: Annotated[float, Field(ge=0)] = 0.02
     """Weight of the logarithm of each patch's squared error."""
     second_look_share: Fraction = 0.0
     """Share of patches seen twice: the second time the network is told the defocus
     that it found the first time."""
     orientations: Annotated[int, Field(ge=0, le=8)] = 0
-    """Not 0: not the truth is learned, but what ``start_from`` makes in their mean."""
+    """Not 0: not the truth is learned, but what a network makes in their mean."""
+    learned_from: Path | None = None
+    """Checkpoint or engine folder of that network; None: ``start_from``."""
 
 
 class Rtfocus2Recipe(PairRecipe):
@@ -363,10 +367,8 @@ class Rtfocus2Task(Rtfocus1Task):
 
     def __init__(self, recipe: Rtfocus2Recipe) -> None:
         super().__init__(recipe)
-        if self.settings.trained == "gate":
-            self.network.requires_grad_(False)
-            for part in (self.network.look, self.network.doubt, self.network.trust):
-                part.requires_grad_(True)
+        for name, weights in self.network.named_parameters():
+            weights.requires_grad_(name.startswith(_LEARNING[self.settings.trained]))
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, and say which are looked at twice."""
@@ -381,7 +383,7 @@ class Rtfocus2Task(Rtfocus1Task):
         if "twice" in tensors and tensors["twice"].any():
             tensors = {**tensors, "condition": self.second_look(tensors)}
         if number := self.settings.orientations:
-            tensors = {**tensors, **in_the_mean(self._first, tensors, number)}
+            tensors = {**tensors, **in_the_mean(self._known, tensors, number)}
         return super().loss(tensors)
 
     def labels_loss(self, logits: Tensor, tensors: Tensors) -> Tensor:
@@ -391,12 +393,10 @@ class Rtfocus2Task(Rtfocus1Task):
         return -(tensors["shares"] * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
     def begin(self) -> None:
-        """Keep the first network, where it is learned from."""
+        """Keep the network that is learned from, where there is one."""
         if self.settings.orientations:
-            if self.recipe.start_from is None:
-                msg = "rtfocus_2.orientations needs start_from: it learns from itself"
-                raise ConfigError(msg)
-            self._first = copy.deepcopy(self.network).requires_grad_(False)
+            source = self.settings.learned_from or self.recipe.start_from
+            self._known = copy_of(self, source).network.requires_grad_(False)
 
     @torch.no_grad()
     def second_look(self, tensors: Tensors) -> Tensor:
