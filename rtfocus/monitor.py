@@ -5,7 +5,7 @@ And the processor side's part of autofocus: what each frame says of focus, and t
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +31,10 @@ from rtfocus.frame import (
 )
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
+from rtfocus.transport.messages import is_json
 from rtfocus.transport.viewer import (
     Shown,
     focus_line,
-    focus_lines,
-    focus_lines_of,
     in_words,
     requests_refused,
 )
@@ -63,6 +62,7 @@ class Sample(NamedTuple):
 
 
 _MOST_SAMPLES = 512
+_MOST_LINES = 1000
 
 
 @dataclass
@@ -395,7 +395,7 @@ class FocusLog:
         str or None
             The newest move in one line, for a terminal; None: there was none.
         """
-        lines = focus_lines_of(slot.frame().frame_meta)
+        lines = _focus_lines(slot.frame().frame_meta)
         if not lines:
             return None
         self._write(lines)
@@ -406,10 +406,24 @@ class FocusLog:
 
     def end(self, end: SeriesEnd) -> None:
         """Write down what the microscope side did after its last frame."""
-        if lines := focus_lines(end.focus_log):
+        if lines := _entries(end.focus_log):
             self._write(lines)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._also(lines)
         with writing(self._path, WriterError), self._path.open("ab") as file:
             file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
+
+
+def _focus_lines(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of ``focus.ndjson`` that a frame's metadata bring."""
+    found: Any = meta
+    for key in ("extra", "rtfocus", "focus_log"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return _entries(found)
+
+
+def _entries(found: object) -> list[dict[str, Any]]:
+    """Return what of a log is a line that a file can hold, up to a number of them."""
+    lines = found[:_MOST_LINES] if isinstance(found, list | tuple) else ()
+    return [one for one in lines if isinstance(one, dict) and is_json(one)]

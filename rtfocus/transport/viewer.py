@@ -26,7 +26,7 @@ from rtfocus.frame import (
     SeriesStart,
     TileGrid,
 )
-from rtfocus.transport.messages import DTYPES, FAULTS, is_json, understood
+from rtfocus.transport.messages import DTYPES, FAULTS, understood
 from rtfocus.transport.sockets import (
     CLIENT,
     Context,
@@ -149,23 +149,6 @@ def focus_line(line: object) -> FocusLine | None:
     except FAULTS:
         return None
     return found
-
-
-_MOST_LINES = 1000
-
-
-def focus_lines_of(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the lines of ``focus.ndjson`` that a frame's metadata bring."""
-    found: Any = meta
-    for key in ("extra", "rtfocus", "focus_log"):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return focus_lines(found)
-
-
-def focus_lines(found: object) -> list[dict[str, Any]]:
-    """Return what of a log is a line that a file can hold, up to a number of them."""
-    lines = found[:_MOST_LINES] if isinstance(found, list | tuple) else ()
-    return [one for one in lines if isinstance(one, dict) and is_json(one)]
 
 
 def in_words(line: FocusLine) -> str | None:
