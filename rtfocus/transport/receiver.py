@@ -29,7 +29,12 @@ from rtfocus.transport.io_thread import (
     Rejections,
     Waker,
 )
-from rtfocus.transport.memory import keep_freed_memory, open_segment, slot_pool
+from rtfocus.transport.memory import (
+    give_back_memory,
+    keep_freed_memory,
+    open_segment,
+    slot_pool,
+)
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sockets import (
     Context,
@@ -235,6 +240,7 @@ class FrameReceiver:
         self._thread.close()
         if self._pool is not None:
             self._pool.close()
+        give_back_memory()
 
     def __enter__(self) -> Self:
         return self

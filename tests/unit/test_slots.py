@@ -113,6 +113,37 @@ def test_memory_of_frames_that_are_gone_is_used_again(
     assert kept < given_back / 50
 
 
+_KEEPING = """
+import psutil
+from rtfocus.transport.memory import give_back_memory, keep_freed_memory
+
+mb = lambda: psutil.Process().memory_info().rss >> 20
+assert keep_freed_memory(64 << 20)
+before = mb()
+held = [b"x" * (1 << 20) for _ in range(100)]
+last = held.pop()  # above all others: nothing below is at the heap's end
+del held
+kept = mb()
+give_back_memory()
+print(before, kept, mb())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_memory_that_was_kept_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service's runs would keep more and more."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    said = subprocess.run(
+        [sys.executable, "-c", _KEEPING],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    before, kept, after = map(int, said.stdout.split())
+    assert kept > before + 80
+    assert after < before + 20
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 @pytest.mark.parametrize(
     ("name", "value"),
