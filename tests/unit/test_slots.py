@@ -75,6 +75,19 @@ def test_close_wakes_waiters_with_none_and_double_release_is_an_error() -> None:
         pool.release(slot)
 
 
+def printed_by(script: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the numbers that a script prints in a process of its own."""
+    # distributed sets it for its workers, in whatever process starts them.
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    return [int(word) for word in said.stdout.split()]
+
+
 _ALLOCATING = """
 import resource
 from rtfocus.transport.memory import keep_freed_memory
@@ -99,15 +112,7 @@ def test_memory_of_frames_that_are_gone_is_used_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else every message of a frame costs the clearing of its pages."""
-    # distributed sets it for its workers, in whatever process starts them.
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    said = subprocess.run(
-        [sys.executable, "-c", _ALLOCATING],
-        capture_output=True,
-        encoding="utf-8",
-        check=True,
-    )
-    given_back, kept = map(int, said.stdout.split())
+    given_back, kept = printed_by(_ALLOCATING, monkeypatch)
     if given_back < 3 * 4 * (8 << 20) // 65536:
         pytest.skip(f"{given_back} faults: huge pages, or glibc keeps memory by itself")
     assert kept < given_back / 50
@@ -132,14 +137,7 @@ print(before, kept, mb())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 def test_memory_that_was_kept_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service's runs would keep more and more."""
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    said = subprocess.run(
-        [sys.executable, "-c", _KEEPING],
-        capture_output=True,
-        encoding="utf-8",
-        check=True,
-    )
-    before, kept, after = map(int, said.stdout.split())
+    before, kept, after = printed_by(_KEEPING, monkeypatch)
     assert kept > before + 80
     assert after < before + 20
 
