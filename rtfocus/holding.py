@@ -6,7 +6,7 @@ While a camera runs freely, without a plan; and in a plan that somebody's script
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,12 +19,7 @@ from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.mda import MDAEngine
 
 from rtfocus.autofocus.actions import FocusEngine
-from rtfocus.autofocus.devices import (
-    CoreStage,
-    choices_of,
-    hand_back,
-    take_over,
-)
+from rtfocus.autofocus.devices import CoreStage, hand_back, take_over
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import unfocused
@@ -349,7 +344,7 @@ class LiveHold:
         return estimate.focus
 
 
-class StreamEngine(LoopActions):
+class StreamEngine(LoopActions, FocusEngine):
     """The stock engine of pymmcore-plus, holding focus in a plan of somebody's script.
 
     Parameters
@@ -368,12 +363,12 @@ class StreamEngine(LoopActions):
         focusing: Focusing,
         following: Callable[[], FollowedAcquisition],
     ) -> None:
-        super().__init__(core, **choices_of(core.mda.engine))
-        self._focusing = focusing
-        self._following = following
-        self.focuser = focusing.focuser(
+        focuser = focusing.focuser(
             core, lambda *image: following().send_focus_image(*image)
         )
+        super().__init__(core, focuser)
+        self._focusing = focusing
+        self._following = following
 
     @property
     def holds(self) -> bool:
@@ -384,11 +379,6 @@ class StreamEngine(LoopActions):
         """Return the place in the store, and the slice in um."""
         site, slice_um = self._following().place_of(event)
         return (site, None), slice_um
-
-    def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[Any]:
-        """Combine events where possible, but none across a correction."""
-        for stack in self.stacks(events):
-            yield from super().event_iterator(stack)
 
 
 @contextmanager

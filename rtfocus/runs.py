@@ -162,7 +162,7 @@ class Run:
         # Of a dataclass it would be the whole header: screens of devices and plan.
         return (
             f"Run('{self.folder}', channels={_few(self.channels)}, "
-            f"positions={_few(self.positions)}, sizes={self.series.sizes})"
+            f"positions={_few(self.positions)}, planned={self.series.sizes})"
         )
 
     @property

@@ -32,8 +32,8 @@ DEBUG_VARIABLE = "RTFOCUS_DEBUG"
 """Environment variable that shows tracebacks, as ``--debug`` does."""
 
 
-class Place(NamedTuple):
-    """Where a command is."""
+class Command(NamedTuple):
+    """Where a command is, before it is loaded."""
 
     module: str
     """Module below `rtfocus.cli` whose ``add_to`` registers it."""
@@ -42,75 +42,71 @@ class Place(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Place(
+    "demo": Command(
         "demo",
         "Show the whole loop without a microscope: stores, report and a picture.",
     ),
-    "init": Place(
+    "init": Command(
         "init",
         "Write a first config: ask the Micro-Manager core what is there, and you the "
         "rest.",
     ),
-    "run": Place(
+    "run": Command(
         "live", "Acquire, find defocus, restore and record, all on this machine."
     ),
-    "acquire": Place(
+    "acquire": Command(
         "live",
         "Acquire one series and send it to a processor: the microscope side alone.",
     ),
-    "process": Place(
-        "live",
-        "Receive, find defocus, restore and record: the processor side alone.",
+    "process": Command(
+        "live", "Receive, find defocus, restore and record: the processor side alone."
     ),
-    "view": Place(
+    "view": Command(
         "live", "Show a run in the browser: live, while it is written, or afterwards."
     ),
-    "autofocus": Place(
-        "live",
-        "Find focus by the images of the microscope itself, or hold it.",
+    "autofocus": Command(
+        "live", "Find focus by the images of the microscope itself, or hold it."
     ),
-    "calibrate": Place(
-        "psf",
-        "Check autofocus against a z-stack through focus, up and down again.",
+    "calibrate": Command(
+        "psf", "Check autofocus against a z-stack through focus, up and down again."
     ),
-    "keys": Place(
+    "keys": Command(
         "commands",
         "Make CURVE keys that encrypt the connection and name who may connect.",
     ),
-    "restore": Place(
+    "restore": Command(
         "offline", "Restore what is out of focus in images, as a live run does."
     ),
-    "classify": Place("offline", "Estimate the defocus of images, tile by tile."),
-    "check": Place(
+    "classify": Command("offline", "Estimate the defocus of images, tile by tile."),
+    "check": Command(
         "runs",
         "Validate a run folder: stores, journal, and that no frame is unaccounted for.",
     ),
-    "report": Place(
+    "report": Command(
         "runs", "Make the page of a run anew from its folder: report.html, one file."
     ),
-    "doctor": Place(
+    "doctor": Command(
         "init", "Show what this machine has, what is missing, and the remedy."
     ),
-    "configs": Place(
+    "configs": Command(
         "commands",
         "List the configs that come with rtfocus; copy one to make your own.",
     ),
-    "train": Place(
+    "train": Command(
         "train",
         "Train an engine from a recipe, or from your own images; resumable after a "
         "kill.",
     ),
-    "export": Place(
-        "runs",
-        "Export a run for other programs, or a checkpoint as an engine folder.",
+    "export": Command(
+        "runs", "Export a run for other programs, or a checkpoint as an engine folder."
     ),
-    "psf": Place("psf", "The microscope's own PSF."),
-    "evaluate": Place(
+    "psf": Command("psf", "The microscope's own PSF."),
+    "evaluate": Command(
         "train",
         "Measure engines side by side: quality, levels, cost; tables and pictures.",
     ),
-    "kernels": Place("psf", "Extract the blur kernel of every tile of an image."),
-    "engines": Place(
+    "kernels": Command("psf", "Extract the blur kernel of every tile of an image."),
+    "engines": Command(
         "engines",
         "List the engines that configs can name, look at one, add one, build GPU "
         "plans.",
@@ -164,10 +160,19 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted from error
-        except Exception as error:
-            if "unexpected extra arg" in str(getattr(error, "message", "")):
-                error.message += "; a folder stands for all images in it"  # type: ignore[attr-defined]
-            raise
+
+
+class OneInput(TyperCommand):
+    """A command of one `InputArgument`, which says what to do with several images."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
+        """Parse, and refuse what is left over."""
+        if further := super().parse_args(ctx, args):
+            words = " ".join(further)
+            ctx.fail(f"'{words}' is too much; a folder stands for all images in it")
+        return further
 
 
 def load(name: str) -> Any:  # noqa: ANN401 (as above)
@@ -362,22 +367,19 @@ def configs(
     first = [name for name in _FOR_USERS if name in names]
     width = max(20, min(shutil.get_terminal_size().columns, 100) - 1)
     for name in [*first, *(n for n in names if n not in {*first, *recipes})]:
-        said = textwrap.wrap(_about(folder / f"{name}.yaml"), width - 16)
-        typer.echo(
-            "\n".join(f"{a:15} {b}" for a, b in zip([name], said[:1], strict=False))
-        )
-        for line in said[1:]:
-            typer.echo(f"{'':15} {line}")
+        about = _about(folder / f"{name}.yaml")
+        typer.echo(_hanging(f"{name:15} ", about, width))
     typer.echo(
         "\nCopy one: rtfocus configs copy NAME. Ask your microscope: rtfocus init."
     )
     typer.echo("\nRecipes of the engines (rtfocus train NAME):")
-    typer.echo(
-        textwrap.fill(
-            ", ".join(recipes), width, initial_indent="  ", subsequent_indent="  "
-        )
-    )
+    typer.echo(_hanging("  ", ", ".join(recipes), width))
     typer.echo(f"\nAll are in {folder}")
+
+
+def _hanging(first: str, text: str, width: int) -> str:
+    indent = " " * len(first)
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent)
 
 
 @_configs.command()

@@ -43,7 +43,27 @@ class _Asked(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cond = threading.Condition(threading.RLock())
+        self._changed = threading.Condition(threading.RLock())
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        """Tell whether somebody has asked."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Ask, and wake whoever waits for it."""
+        with self._changed:
+            self._is_set = True
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Forget that somebody asked."""
+        self._is_set = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until somebody asks; return whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(self.is_set, timeout)
 
 
 @contextmanager

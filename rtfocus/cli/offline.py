@@ -27,6 +27,7 @@ from rtfocus.cli.batch import (
 from rtfocus.cli.commands import (
     ConfigOption,
     InputArgument,
+    OneInput,
     OverwriteOption,
     SetOption,
     read_config,
@@ -87,8 +88,8 @@ JsonOption = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
-    app.command()(restore)
-    app.command()(classify)
+    app.command(cls=OneInput)(restore)
+    app.command(cls=OneInput)(classify)
 
 
 def restore(

@@ -39,6 +39,7 @@ from rtfocus.cli.commands import (
     ConfigArgument,
     ConfigOption,
     InputArgument,
+    OneInput,
     OverwriteOption,
     SetOption,
     read_config,
@@ -67,7 +68,7 @@ commands = typer.Typer(
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.add_typer(commands)
-    app.command()(kernels)
+    app.command(cls=OneInput)(kernels)
     app.command()(calibrate)
 
 
@@ -444,7 +445,6 @@ def _draw(path: Path, found: FocusCalibration, planes: Sequence[Plane]) -> None:
     """Draw sharpness and the engine's reading over z."""
     z_um = np.array([plane.z_um for plane in planes]) - found.focus_um
     sharp = np.array([plane.sharpness for plane in planes])
-    read_um = [plane.reading.defocus_um for plane in planes]
-    distance_um = np.abs(np.array(read_um, dtype=float))
+    read_um = np.array([plane.reading.defocus_um for plane in planes], dtype=float)
     share = sharp / max(float(sharp.max()), 1e-12)
-    draw_through_focus(z_um, share, distance_um).save(path, png_mark())
+    draw_through_focus(z_um, share, np.abs(read_um)).save(path, png_mark())

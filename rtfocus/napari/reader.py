@@ -17,8 +17,9 @@ import zarr
 from dask.array import Array
 from numpy.typing import NDArray
 
+from rtfocus.engines.card import InputCard
 from rtfocus.errors import ProtocolError
-from rtfocus.frame import Position, SeriesStart
+from rtfocus.frame import Position, SeriesStart, TileGrid
 from rtfocus.runs import Kind, Run, open_run
 from rtfocus.transport.viewer import Preview, PreviewStatus, PreviewViewer
 from rtfocus.workers import Newest
@@ -30,6 +31,8 @@ from rtfocus.writers.places import Plan, position_paths
 LayerData = tuple[Array, dict[str, Any], str]
 """What napari makes a layer of: pixels, arguments, kind of layer."""
 Read = Callable[[str | Path], list[LayerData]]
+Place = dict[str, list[Any]]
+"""Scale, place and axes of a layer, by napari's names for them."""
 
 SIGNED_MAP = {
     "name": "defocus",
@@ -186,34 +189,35 @@ def _facts(
     }
 
 
-def _place(
-    run: Run, kind: Kind, position: Position | None, ndim: int
-) -> dict[str, object]:
+def _place(run: Run, kind: Kind, position: Position | None, ndim: int) -> Place:
     """Return scale and place of a layer with axes t, (p,) z, y, x."""
     series, grid = run.series, run.header.grid
-    pixel = series.pixel_size_um
-    step, origin = pixel, 0.0
-    if kind in MAPS and grid is not None:
-        step, origin = grid.stride_px * pixel, grid.origin_px * pixel
-    y_um = x_um = origin
+    y_um = x_um = 0.0
     if position is not None:
-        y_um += position.y_um or 0.0
-        x_um += position.x_um or 0.0
+        y_um, x_um = position.y_um or 0.0, position.x_um or 0.0
     between = [1.0] * (ndim - 4)
     # What has no scale is counted; napari's word for that is pixel.
     t_unit = "s" if run.header.has_scale("t") else "pixel"
     z_unit = "um" if run.header.has_scale("z") else "pixel"
-    return {
-        "scale": [
-            series.interval_s or 1.0,
-            *between,
-            series.z_step_um or 1.0,
-            step,
-            step,
-        ],
+    outer = [series.interval_s or 1.0, *between, series.z_step_um or 1.0]
+    place: Place = {
+        "scale": [*outer, series.pixel_size_um, series.pixel_size_um],
         "translate": [0.0] * (ndim - 2) + [y_um, x_um],
         "axis_labels": ["t", *(["p"] * len(between)), "z", "y", "x"],
         "units": [t_unit, *(["pixel"] * len(between)), z_unit, "um", "um"],
+    }
+    return map_place(place, grid) if kind in MAPS and grid is not None else place
+
+
+def map_place(pixels: Place, tiles: TileGrid | InputCard) -> Place:
+    """Return where a map lies over a layer of pixels, with a pixel for each tile."""
+    *outer, y, x = pixels["scale"]
+    *before, top, left = pixels["translate"]
+    step, first = tiles.stride_px, tiles.origin_px
+    return {
+        **pixels,
+        "scale": [*outer, round(step * y, 9), round(step * x, 9)],
+        "translate": [*before, top + first * y, left + first * x],
     }
 
 

@@ -31,7 +31,7 @@ from rtfocus.engines.card import input_of
 from rtfocus.engines.registry import find_engine, list_engines
 from rtfocus.errors import RtfocusError
 from rtfocus.frame import SeriesStart
-from rtfocus.napari.reader import MAPS, Receiver, map_look
+from rtfocus.napari.reader import MAPS, Place, Receiver, map_look, map_place
 from rtfocus.processing.restore import METHODS
 from rtfocus.transport.viewer import Preview
 
@@ -118,19 +118,18 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         header, series = picture.header, receiver.series
         channel = _channel(picture, series)
         pixel_um = 1.0 if series is None else series.pixel_size_um
-        step = header.reduced * pixel_um
+        place = _flat(header.reduced * pixel_um)
         restored = picture.planes.get("restored")
         # One over the other they would add up; the eye in the layer list shows both.
         look = {"visible": restored is None}
-        self._update(f"live {channel}", picture.pixels, step, 0.0, look)
+        self._update(f"live {channel}", picture.pixels, place, look)
         if restored is not None:
-            self._update(f"live {channel} restored", restored, step, 0.0, {})
+            self._update(f"live {channel} restored", restored, place, {})
         for kind, called in MAPS.items():
             name, tiles = f"live {channel} {called}", picture.planes.get(kind)
             if tiles is not None and (grid := header.grid) is not None:
                 look = map_look(tiles, grid.signed and kind == "defocus")
-                step, origin = grid.stride_px * pixel_um, grid.origin_px * pixel_um
-                self._update(name, tiles, step, origin, look)
+                self._update(name, tiles, map_place(_flat(pixel_um), grid), look)
             elif name in self._viewer.layers:
                 # What was stated of a frame before is not said of this one.
                 there = self._viewer.layers[name]
@@ -138,19 +137,14 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         self.status.setText(_in_words(picture, channel, receiver))
 
     def _update(
-        self,
-        name: str,
-        pixels: NDArray[Any],
-        step_um: float,
-        origin_um: float,
-        look: dict[str, Any],
+        self, name: str, pixels: NDArray[Any], place: Place, look: dict[str, Any]
     ) -> None:
         """Give a layer its newest pixels; make it where there is none that fits."""
         is_colour = pixels.ndim == 3
         there = self._viewer.layers[name] if name in self._viewer.layers else None
         if there is not None and there.rgb == is_colour:
             there.data = pixels
-            there.scale, there.translate = [step_um] * 2, [origin_um] * 2
+            there.scale, there.translate = place["scale"], place["translate"]
             return
         if there is not None:
             self._viewer.layers.remove(there)
@@ -158,10 +152,8 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
             pixels,
             name=name,
             rgb=is_colour,
-            scale=[step_um] * 2,
-            translate=[origin_um] * 2,
-            units=["um"] * 2,
             blending="additive",
+            **place,
             **look,
         )
 
@@ -169,6 +161,11 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         """Stop with the widget."""
         self.stop()
         super().closeEvent(event)
+
+
+def _flat(pixel_um: float) -> Place:
+    """Return the place of a picture whose corner is that of the frame."""
+    return {"scale": [pixel_um] * 2, "translate": [0.0] * 2, "units": ["um"] * 2}
 
 
 def _channel(picture: Preview, series: SeriesStart | None) -> str:
@@ -353,16 +350,11 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
     def _of_tiles(self, errors: NDArray[Any]) -> dict[str, Any]:
         """Return how the errors are shown, a pixel of the layer for each tile."""
         told, tiles = self._arguments, input_of(find_engine(self._engine).card)
-        *outer, y, x = told["scale"]
-        *before, top, left = told["translate"]
-        first, step = tiles.origin_px, tiles.stride_px
         return {
             "name": f"{told['name']} {MAPS['expected_error']}",
             "blending": "additive",
             "metadata": told["metadata"],
-            "scale": [*outer, y * step, x * step],
-            "translate": [*before, top + first * y, left + first * x],
-            "units": told["units"],
+            **map_place({name: told[name] for name in _PLACE}, tiles),
             **map_look(errors, signed=False),
         }
 

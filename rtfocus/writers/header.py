@@ -378,8 +378,8 @@ def _tile_spec(
         dtype="float32",
         planes=1,
         plane_shape=(grid.rows, grid.columns),
-        spacing_um=grid.stride_px * header.series.pixel_size_um,
-        origin_um=grid.origin_px * header.series.pixel_size_um,
+        spacing_um=round(grid.stride_px * header.series.pixel_size_um, 9),
+        origin_um=round(grid.origin_px * header.series.pixel_size_um, 9),
         window=window,
         says=_SAYS[name] | ({"signed": grid.signed} if name == DEFOCUS else {}),
     )

@@ -118,6 +118,16 @@ def test_who_gives_many_files_is_told_to_give_their_folder(
         assert said in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_word_too_many_is_told_as_one_where_it_is_no_image(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rtfocus", "check", "one.rtfocus", "two.rtfocus"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert "two.rtfocus" in said
+    assert "images" not in said
+
+
 def test_the_home_folder_is_found_where_no_shell_names_it(
     monkeypatch, capsys, tmp_path
 ):

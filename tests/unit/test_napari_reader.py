@@ -36,7 +36,7 @@ def test_what_is_stated_of_tiles_are_layers_with_their_units(
         tiles = data[1, 0].compute(scheduler="synchronous")
         assert tiles.shape == (GRID.rows, GRID.columns)
         assert tiles[1, 1] == values[kind]
-        assert said["scale"][-1] == GRID.stride_px * series.pixel_size_um
+        assert said["scale"][-1] == round(GRID.stride_px * series.pixel_size_um, 9)
         assert said["translate"][-1] == GRID.origin_px * series.pixel_size_um
         assert not said["visible"]
         low, high = said["contrast_limits"]
