@@ -369,6 +369,24 @@ def found_level(logits: Tensor) -> Tensor:
     return torch.where(specimen > _LEAST_SPECIMEN, side * distance, torch.nan)
 
 
+@torch.no_grad()
+def second_look(
+    network: nn.Module, tensors: Mapping[str, Tensor], found: tuple[int, int]
+) -> Tensor:
+    """Return the condition with the defocus that a first look at patches finds.
+
+    Of those marked in ``twice``, shape (N,). `found` are the entries that tell a
+    defocus, and that one is told.
+    """
+    twice, condition = tensors["twice"].bool(), tensors["condition"].clone()
+    if twice.any():
+        logits, _ = network(tensors["blurred"][twice], condition[twice])
+        level = found_level(logits.float())
+        condition[twice, found[0]] = level.nan_to_num().to(condition)
+        condition[twice, found[1]] = (~level.isnan()).to(condition)
+    return condition
+
+
 def oriented(images: Tensor, number: int, *, back: bool = False) -> Tensor:
     """Return square images in one of eight orientations, 0 to 7; `back` undoes it."""
     axes = [axis for bit, axis in ((1, -1), (2, -2)) if number & bit]
@@ -381,18 +399,23 @@ def oriented(images: Tensor, number: int, *, back: bool = False) -> Tensor:
 
 @torch.no_grad()
 def in_the_mean(
-    network: nn.Module, tensors: Mapping[str, Tensor], orientations: int
+    networks: Sequence[nn.Module],
+    tensors: Mapping[str, Tensor],
+    orientations: int,
+    found: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Return what a network makes of patches in the mean over orientations of them.
+    """Return what networks make of patches in the mean over orientations of them.
 
     Parameters
     ----------
-    network
-        Gives logits and restored patches.
+    networks
+        Give logits and restored patches; they take turns, from one drawn by chance.
     tensors
         ``blurred``, shape (N, 1, y, x), square, and their ``condition``, (N, entry).
     orientations
         How many of the eight, drawn by chance.
+    found
+        None: networks look once; else twice where nothing is told, see `second_look`.
 
     Returns
     -------
@@ -401,9 +424,15 @@ def in_the_mean(
         (N, label, row, column).
     """
     images, shares = [], []
-    for number in torch.randperm(8, generator=chance())[:orientations].tolist():
-        seen = oriented(tensors["blurred"], number)
-        logits, restored = network(seen, tensors["condition"])
+    drawn = torch.randperm(8, generator=chance())[:orientations].tolist()
+    first = int(torch.randint(len(networks), (), generator=chance()))
+    for turn, number in enumerate(drawn, first):
+        network = networks[turn % len(networks)]
+        seen = {**tensors, "blurred": oriented(tensors["blurred"], number)}
+        if found:
+            seen["twice"] = seen["condition"][:, found[1]] == 0
+            seen["condition"] = second_look(network, seen, found)
+        logits, restored = network(seen["blurred"], seen["condition"])
         images.append(oriented(restored.float(), number, back=True))
         shares.append(oriented(logits.float().softmax(dim=1), number, back=True))
     return {

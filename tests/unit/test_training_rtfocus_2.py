@@ -11,7 +11,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.training.feed import save_checkpoint
-from rtfocus.training.layers import found_level, in_the_mean, oriented
+from rtfocus.training.layers import found_level, in_the_mean, oriented, second_look
 from rtfocus.training.networks.rtfocus import (
     CONDITION,
     LABELS,
@@ -22,6 +22,8 @@ from rtfocus.training.networks.rtfocus import (
     Rtfocus2Task,
 )
 from rtfocus.training.recipe import PairsRecipe, PoolRecipe, load_recipe
+
+FOUND = CONDITION.index("defocus_levels"), CONDITION.index("defocus_known")
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +122,63 @@ def test_patches_seen_twice_are_told_the_level_of_their_own_labels():
         "condition": first,
         "twice": twice,
     }
-    told = task.second_look(tensors)
+    told = second_look(task.network, tensors, FOUND)
     with torch.no_grad():
         logits, _ = task.network(tensors["blurred"], first)
-    places = [CONDITION.index(name) for name in ("defocus_levels", "defocus_known")]
     for patch in range(len(twice)):
         wanted = first[patch].clone()
         if twice[patch]:
             level = found_level(logits[patch : patch + 1])
-            wanted[places] = torch.cat([level.nan_to_num(), ~level.isnan()])
+            wanted[list(FOUND)] = torch.cat([level.nan_to_num(), ~level.isnan()])
         torch.testing.assert_close(told[patch], wanted)
-    assert len(told[twice][:, places[0]].unique()) == 3
+    assert len(told[twice][:, FOUND[0]].unique()) == 3
     # The loss is that of the second look.
     second = {**tensors, "condition": told, "twice": torch.zeros_like(twice)}
     losses = [task.loss(seen)[0].item() for seen in (tensors, second)]
     assert losses[0] == pytest.approx(losses[1])
+
+
+def test_a_network_learned_from_looks_twice_where_no_defocus_is_told():
+    network = small_task().network
+    for modulation in network.modulate_down:
+        for weights in modulation.parameters():
+            torch.nn.init.normal_(weights, std=0.3)
+    condition = torch.rand(4, len(network.condition))
+    condition[:, FOUND[1]] = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    tensors = {"blurred": torch.randn(4, 1, 96, 96), "condition": condition}
+    once, twice = (
+        in_the_mean([network], tensors, 8, found)["shares"] for found in (None, FOUND)
+    )
+    torch.testing.assert_close(twice[1::2], once[1::2])
+    assert ((twice - once)[::2].abs().amax(dim=(1, 2, 3)) > 1e-4).all()
+    told = {name: tensor[1::2] for name, tensor in tensors.items()}
+    all_told = in_the_mean([network], told, 8, FOUND)["shares"]
+    torch.testing.assert_close(all_told, once[1::2])
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_networks_that_are_learned_from_take_turns(tmp_path, looks):
+    names = tuple(tmp_path / f"{bias}.pt" for bias in (0.1, 0.3))
+    for name in names:
+        known = small_task()
+        torch.nn.init.zeros_(
+            known.network.label.weight
+        )  # so the gate is alike anywhere
+        torch.nn.init.constant_(known.network.correction.bias, float(name.stem))
+        save_checkpoint(name, known.recipe, {"average": known.network.state_dict()})
+    task = small_task(orientations=8, learned_from=names, learned_looks=looks)
+    task.begin()
+    tensors = {"blurred": torch.rand(2, 1, 144, 144), "condition": torch.zeros(2, 6)}
+    with torch.no_grad():
+        ends = [known(*tensors.values())[1] for known in task._known]
+    truth = {"sharp": ends[0], "levels": torch.zeros(2, 2, 2), "empty": torch.ones(2)}
+    with torch.no_grad():
+        _, shown = task.loss({**tensors, **truth})
+        _, restored = task.network(*tensors.values())
+    image = task.image_loss(restored - (ends[0] + ends[1]) / 2)
+    assert shown["image"].item() == pytest.approx(image.item(), rel=1e-4)
+    one = in_the_mean(task._known, tensors, 1)["sharp"]
+    assert sum(torch.allclose(one, end, atol=1e-5) for end in ends) == 1
 
 
 @pytest.mark.parametrize("named", ["start_from", "learned_from"])
@@ -151,11 +195,12 @@ def test_it_learns_what_weights_make_in_the_mean_over_orientations(tmp_path, nam
     blurred = torch.rand(2, 1, 144, 144)
     tensors = {"blurred": blurred, "condition": torch.zeros(2, 6)}
     known = copy.deepcopy(task.network)
-    wanted = in_the_mean(known, tensors, 8)
+    wanted = in_the_mean([known], tensors, 8)
     for number in range(8):
         turned = oriented(blurred, number)
         torch.testing.assert_close(oriented(turned, number, back=True), blurred)
-        again = in_the_mean(known, {**tensors, "blurred": turned}, 8)
+        seen = {**tensors, "blurred": turned}
+        again = in_the_mean([known], seen, 8)
         for name, mean in again.items():
             back = oriented(mean, number, back=True)
             torch.testing.assert_close(back, wanted[name], atol=1e-4, rtol=1e-3)

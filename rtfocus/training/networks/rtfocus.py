@@ -42,10 +42,10 @@ from rtfocus.training.layers import (
     charbonnier,
     double,
     fold_batch_norm,
-    found_level,
     in_the_mean,
     label_loss,
     local_contrast,
+    second_look,
     zeroed,
 )
 from rtfocus.training.pairs import CELL_PX, TILE_PX, TILE_STRIDE_PX, tile_levels
@@ -296,7 +296,7 @@ class Rtfocus1Task(PairTask[PairRecipe]):
 
 
 _LOOK, _DOUBT = 64, 32
-_LEVEL, _LEVEL_KNOWN = map(CONDITION.index, ("defocus_levels", "defocus_known"))
+_FOUND = CONDITION.index("defocus_levels"), CONDITION.index("defocus_known")
 # Least probability that a label leaves to its opposite before doubt is heard.
 _LEAST_SHARE = 1e-3
 _GATE = ("look.", "doubt.", "trust")
@@ -345,8 +345,10 @@ class Rtfocus2Section(Rtfocus1Section):
     that it found the first time."""
     orientations: Annotated[int, Field(ge=0, le=8)] = 0
     """Not 0: not the truth is learned, but what a network makes in their mean."""
-    learned_from: Path | None = None
-    """Checkpoint or engine folder of that network; None: ``start_from``."""
+    learned_from: Path | tuple[Path, ...] | None = None
+    """Checkpoints or engine folders of networks in turns; None: ``start_from``."""
+    learned_looks: Annotated[int, Field(ge=1, le=2)] = 1
+    """2: those see a patch twice, see ``second_look_share``."""
 
 
 class Rtfocus2Recipe(PairRecipe):
@@ -380,10 +382,12 @@ class Rtfocus2Task(Rtfocus1Task):
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, of the second look where there is one."""
-        if "twice" in tensors and tensors["twice"].any():
-            tensors = {**tensors, "condition": self.second_look(tensors)}
+        if "twice" in tensors:
+            condition = second_look(self.network, tensors, _FOUND)
+            tensors = {**tensors, "condition": condition}
         if number := self.settings.orientations:
-            tensors = {**tensors, **in_the_mean(self._known, tensors, number)}
+            found = _FOUND if self.settings.learned_looks == 2 else None
+            tensors = {**tensors, **in_the_mean(self._known, tensors, number, found)}
         return super().loss(tensors)
 
     def labels_loss(self, logits: Tensor, tensors: Tensors) -> Tensor:
@@ -393,20 +397,11 @@ class Rtfocus2Task(Rtfocus1Task):
         return -(tensors["shares"] * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
     def begin(self) -> None:
-        """Keep the network that is learned from, where there is one."""
+        """Keep the networks that are learned from, where there are some."""
         if self.settings.orientations:
-            source = self.settings.learned_from or self.recipe.start_from
-            self._known = copy_of(self, source).network.requires_grad_(False)
-
-    @torch.no_grad()
-    def second_look(self, tensors: Tensors) -> Tensor:
-        """Return the condition with the defocus that a first look finds."""
-        twice, condition = tensors["twice"].bool(), tensors["condition"].clone()
-        logits, _ = self.network(tensors["blurred"][twice], condition[twice])
-        level = found_level(logits.float())
-        condition[twice, _LEVEL] = level.nan_to_num().to(condition)
-        condition[twice, _LEVEL_KNOWN] = (~level.isnan()).to(condition)
-        return condition
+            named = self.settings.learned_from or self.recipe.start_from
+            sources = named if isinstance(named, tuple) else (named,)
+            self._known = [copy_of(self, source).network for source in sources]
 
     def image_loss(self, error: Tensor) -> Tensor:
         """Return Charbonnier plus the mean logarithm of each patch's squared error."""
