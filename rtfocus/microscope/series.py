@@ -55,6 +55,10 @@ def warn_of_silent_stage(core: UniMMCore) -> None:
     )
 
 
+def _is_complaint(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NO_COMPLAINT)
+
+
 class Complaints(logging.Handler):
     """Distinct warnings with their counts, at most `_MOST_KINDS` of them."""
 
@@ -83,7 +87,7 @@ class Complaints(logging.Handler):
         if text.startswith(_FAILED_SETTING):
             self.failed_settings += 1
             self.first_failed = self.first_failed or text
-        if not text.startswith(_NO_COMPLAINT):
+        if _is_complaint(record):
             self._note(text)
 
     def _note(self, text: str) -> None:
@@ -97,7 +101,7 @@ class Complaints(logging.Handler):
         """Listen while the block runs; `alone`: the terminal gets no lines meanwhile.
 
         The logger is also told then to leave out its line per MDA event, which costs
-        as much as the event itself.
+        as much as the event itself, and the whole plan that a cancellation repeats.
         """
         logger = logging.getLogger(LOGGER)
         level = logger.level
@@ -109,6 +113,7 @@ class Complaints(logging.Handler):
         logger.addHandler(self)
         if alone:
             logger.setLevel(logging.WARNING)
+            logger.addFilter(_is_complaint)
         for handler, _ in terminals:
             handler.setLevel(logging.CRITICAL)
         hook, threading.excepthook = threading.excepthook, self._note_thread
@@ -118,6 +123,7 @@ class Complaints(logging.Handler):
         finally:
             threading.excepthook = hook
             logger.removeHandler(self)
+            logger.removeFilter(_is_complaint)
             logger.setLevel(level)
             for handler, before in terminals:
                 handler.setLevel(before)

@@ -80,6 +80,18 @@ def test_the_summary_leaves_the_plan_to_its_own_field():
     assert summary_json(None) == {}
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_cancellation_repeats_the_plan_only_in_the_log_of_a_script(caplog, alone):
+    logger = logging.getLogger(LOGGER)
+    with Complaints().heard(alone=alone):
+        logger.warning("MDA Canceled: %s", useq.MDASequence(channels=["DAPI"]))
+        logger.warning("stage stuck")
+    logger.warning("MDA Canceled: after the run")
+    told = [record.getMessage()[:12] for record in caplog.records]
+    before = [] if alone else ["MDA Canceled"]
+    assert told == [*before, "stage stuck", "MDA Canceled"]
+
+
 def test_complaints_are_counted_and_bounded(capfd):
     complaints = Complaints()
     logger = logging.getLogger(LOGGER)
