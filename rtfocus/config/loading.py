@@ -225,8 +225,11 @@ def overridden(settings: Config, overrides: Iterable[str]) -> Config:
 def _overridden(
     data: dict[str, Any], overrides: Iterable[str], origin: str, folder: Path
 ) -> Config:
-    overrides = [overrides] if isinstance(overrides, str) else overrides
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     typed = [_apply_override(data, override) for override in overrides]
+    # Whose fault it is shows by the key: that of the file, or one of these.
+    if overrides and origin != "--set":
+        origin += f" with --set {' '.join(one[:80] for one in overrides)}"
     resolved: Config = _resolve_paths(parse_config(data, origin=origin), folder, typed)
     return resolved
 

@@ -9,6 +9,7 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from glob import escape, glob
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -117,15 +118,9 @@ def read_header(folder: Path) -> RunHeader:
         if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO):
             msg = f"'{path}' cannot be read: {reason}; allow it, or see to its disk"
             raise NoRunError(msg) from error
-        near = folder.with_name(f"{folder.name}.rtfocus")
-        hint = (
-            f"did you mean '{near}'?"
-            if os.path.lexists(near)
-            else "give a NAME.rtfocus"
-        )
         msg = (
             f"'{folder}' is no run folder: '{HEADER_NAME}' cannot be read ({reason}); "
-            f"{hint}"
+            f"{_meant_by(folder)}"
         )
         kind = NoRunError if isinstance(error, OSError) else WriterError
         raise kind(msg) from error
@@ -133,6 +128,15 @@ def read_header(folder: Path) -> RunHeader:
         msg = f"'{path}' is damaged: {fault}; the images can be read by other programs"
         raise WriterError(msg)
     return header
+
+
+def _meant_by(folder: Path) -> str:
+    """Say which run a path may mean that is the name of one, in one or around some."""
+    beside, within = f"{folder}.rtfocus", glob(f"{escape(str(folder))}/*.rtfocus")
+    for near in (beside, *map(str, folder.parents), *sorted(within)):
+        if os.path.lexists(os.path.join(near, HEADER_NAME)):
+            return f"did you mean '{near}'?"
+    return "give a NAME.rtfocus"
 
 
 def series_in_words(series: SeriesStart) -> str:
@@ -405,6 +409,7 @@ def array_metadata(
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [little, *_compression(store, np.dtype(spec.dtype).itemsize)]
     index_codecs = [little, {"name": "crc32c"}]
+    shard = {"chunk_shape": inner, "codecs": codecs, "index_codecs": index_codecs}
     return {
         "shape": shape,
         "data_type": spec.dtype,
@@ -415,16 +420,7 @@ def array_metadata(
             "name": "default",
             "configuration": {"separator": SEPARATOR},
         },
-        "codecs": [
-            {
-                "name": "sharding_indexed",
-                "configuration": {
-                    "chunk_shape": inner,
-                    "codecs": codecs,
-                    "index_codecs": index_codecs,
-                },
-            }
-        ],
+        "codecs": [{"name": "sharding_indexed", "configuration": shard}],
     }
 
 

@@ -128,6 +128,22 @@ def test_a_word_too_many_is_told_as_one_where_it_is_no_image(monkeypatch, capsys
     assert "images" not in said
 
 
+@pytest.mark.parametrize(
+    "given", ["runs", "runs/demo", "runs/demo.rtfocus/raw.ome.zarr", "."]
+)
+def test_the_run_that_a_path_means_is_named(given, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/demo.rtfocus")
+    (run / "raw.ome.zarr").mkdir(parents=True)
+    (run / "series.json").write_text("{}", "utf-8")
+    monkeypatch.setattr("sys.argv", ["rtfocus", "check", given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ExitCode.INPUT
+    hint = "give a NAME.rtfocus" if given == "." else f"did you mean '{run}'?"
+    assert hint in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_home_folder_is_found_where_no_shell_names_it(
     monkeypatch, capsys, tmp_path
 ):

@@ -106,6 +106,7 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
         ("transport.slots", "section.key=value"),
         ("channels.3.name=x", "no index below 1"),
         ("run.name.x=1", "below a value|is a value"),
+        ("foo=1", r"\.yaml with --set foo=1: unknown key 'foo'"),
         (
             "acquisition.mda=5",
             r"'acquisition\.mda': [^\[]*; 'acquisition\.mda': .* valid path \(got 5\)$",
