@@ -24,6 +24,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from rtfocus.alarms import Attendance
+from rtfocus.autofocus.estimator import FocusReader
 from rtfocus.config import Config
 from rtfocus.errors import (
     EngineError,
@@ -41,7 +42,7 @@ from rtfocus.frame import Role, SeriesEnd, SeriesStart, Slot
 from rtfocus.launch import SideProcess, on_free_ports, paired, takes_files
 from rtfocus.metrics import STOPPED_HERE
 from rtfocus.microscope.delivery import AcquisitionReport
-from rtfocus.monitor import FocusLog, Monitor, SeriesReader
+from rtfocus.monitor import FocusLog, Monitor
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.processor import FrameProcessor, open_processor
 from rtfocus.transport.inflow import Gap
@@ -272,7 +273,7 @@ class SeriesLoop:
         self._processor = processor
         self._preview = preview
         self._monitor = monitor
-        self._focus = SeriesReader(config, series, monitor.held)
+        self._focus = FocusReader(config, series, monitor.held)
         self._in_flight: dict[int, Slot] = {}
         """Frames that arrived and are not yet durable, by sequence."""
         self._lost: TransportError | None = None
@@ -367,34 +368,35 @@ class SeriesLoop:
         """Hand a frame to the processor; returns at once while it has room."""
         if isinstance(arrived, Gap):
             return arrived
-        self._in_flight[arrived.frame().sequence] = arrived
+        frame, pixels = arrived.frame(), arrived.pixels
+        self._in_flight[frame.sequence] = arrived
         self._monitor.arrived(arrived)
         reason = self._receiver.wants_raw_only()
         unrestored = None if reason is None else f"raw_only: {reason}"
-        if arrived.frame().role is Role.FOCUS:
+        if frame.role is Role.FOCUS:
             unrestored = "focus image"
         ticket = self._processor.submit(arrived, unrestored=unrestored)
-        if not ticket.result.done() and (look := self._focus.look(arrived)):
+        if not ticket.result.done() and (look := self._focus.look(frame, pixels)):
             self._receiver.send_estimate(look)
         return ticket
 
     def _publish(self, arrived: Arrival) -> Arrival:
         """Send the focus estimate to the microscope side as soon as it is there."""
-        if isinstance(arrived, Ticket):
-            try:
-                found = arrived.estimate.result()
-            except EngineError:
-                # The frame's failure is told by its result, where it is recorded.
-                return arrived
-            if found is not None:
-                slot = arrived.slot
-                estimate = self._focus.read(slot, *found)
-                self._receiver.send_estimate(estimate)
-                self._monitor.estimated(slot, estimate)
-                self._preview.offer(slot.pixels, estimate, self._monitor.snapshot())
-                self._preview.note(slot.frame(), estimate)
-                return arrived
-            self._preview.note(arrived.slot.frame(), None)
+        if isinstance(arrived, Gap):
+            return arrived
+        try:
+            found = arrived.estimate.result()
+        except EngineError:
+            # The frame's failure is told by its result, where it is recorded.
+            return arrived
+        slot, frame = arrived.slot, arrived.slot.frame()
+        estimate = None
+        if found is not None:
+            estimate = self._focus.read(frame, slot.pixels, *found)
+            self._receiver.send_estimate(estimate)
+            self._monitor.estimated(slot, estimate)
+            self._preview.offer(slot.pixels, estimate, self._monitor.snapshot())
+        self._preview.note(frame, estimate)
         return arrived
 
     def _write(self, arrived: Arrival) -> None:
@@ -440,10 +442,9 @@ class SeriesLoop:
             failure = failure or self._monitor.broken_by()
         if failure is None and end is not None:
             return replace(end, warnings=(*end.warnings, *self._processor.lost()))
-        reason = str(failure) if failure is not None else STOPPED_HERE
         return SeriesEnd(
             version=self._series.version,
             series_uid=self._series.series_uid,
             frames_sent=self._monitor.accounting.acquired,
-            reason=reason,
+            reason=STOPPED_HERE if failure is None else str(failure),
         )

@@ -21,16 +21,20 @@ from pymmcore_plus.core._sequencing import SequencedEvent
 
 from rtfocus.autofocus.actions import FocusActions, FocusEngine
 from rtfocus.autofocus.devices import checked_core, hand_back, take_over
+from rtfocus.autofocus.estimator import (
+    EstimatorSettings,
+    estimator_settings,
+    read_focus,
+)
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Correction, Holder, Key
 from rtfocus.autofocus.plans import asking_for_focus
-from rtfocus.autofocus.policy import EstimatorSettings, Limits, read_focus
+from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError
 from rtfocus.frame import Act, Estimate, FocusReading
 from rtfocus.microscope.engine import RecordingEngine
-from rtfocus.monitor import estimator_settings
 from rtfocus.offline import ImageProcessor
 from rtfocus.workers import RUN_CLOCK
 

@@ -1,6 +1,6 @@
 """Monitor: what a run is doing, for the live table, the preview and the report.
 
-And the processor side's part of autofocus: what each frame says of focus, and the log.
+And the log of what autofocus did meanwhile.
 """
 
 import time
@@ -13,18 +13,12 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from rtfocus.autofocus.policy import EstimatorSettings, look_at, read_focus
 from rtfocus.config import Config
-from rtfocus.engines.registry import check_region, find_engine, parts, step_um
 from rtfocus.errors import RtfocusError, WriterError, writing
 from rtfocus.frame import (
     Act,
-    DefocusMap,
     Estimate,
-    FocusReading,
-    FrameHeader,
     FrameResult,
-    Role,
     SeriesEnd,
     SeriesStart,
     Slot,
@@ -38,7 +32,7 @@ from rtfocus.transport.viewer import (
     in_words,
     requests_refused,
 )
-from rtfocus.workers import RUN_CLOCK, BoundedQueue, TimeShare
+from rtfocus.workers import RUN_CLOCK, BoundedQueue
 
 RATE_WINDOW_S = 5.0
 """Frames/s are those of the last few seconds, so that a stall shows at once."""
@@ -254,118 +248,6 @@ def _ms_since(received_ns: int) -> float:
 
 FOCUS_LOG = "focus.ndjson"
 """Every image, decision and correction of autofocus, in the run folder."""
-
-
-def estimator_settings(
-    config: Config, channel: str, *, bit_depth: int | None
-) -> EstimatorSettings | None:
-    """Return what the estimator must know of a channel; None: it cannot focus.
-
-    A channel without optics or classifier cannot.
-    """
-    name, _ = config.engines_of(channel)
-    optics = config.channel(channel).optics
-    if optics is None or name is None:
-        return None
-    card = find_engine(name, config.processing.engine_folders).card
-    check_region(card, config.autofocus.region)
-    levels, _ = parts(card)
-    saturation = config.camera.saturation_counts
-    if saturation is None and bit_depth is not None:
-        saturation = float(2**bit_depth - 1)
-    return EstimatorSettings(
-        unit_um=optics.defocus_unit_um,
-        range_um=(levels.count - 1)
-        * step_um(card, optics, blind=config.processing.blind),
-        dark_counts=config.camera.offset_counts,
-        saturation_counts=saturation,
-        region=config.autofocus.region,
-    )
-
-
-_HOLD_SHARE, _HOLD_MOST_S = 0.2, 0.5
-"""Of the receiving thread's time that hold may take, and seconds saved for bursts."""
-_LEFT_OUT = FocusReading(None, None, signed=False, refusal="left_out")
-
-
-class SeriesReader:
-    """Processor side: adds to an estimate what autofocus must know of a frame.
-
-    Focus probes are always read. Where autofocus holds focus so are planned frames of
-    its channel, as many as a share of the receiving thread's time allows: as soon as
-    they have arrived, and again with their classifier's estimate.
-
-    Parameters
-    ----------
-    config, series
-        What is recorded, and how.
-    held
-        Where frames are counted as ``looked_at`` or ``left_out``.
-    """
-
-    def __init__(self, config: Config, series: SeriesStart, held: Counter[str]) -> None:
-        self._holds = config.autofocus.mode == "hold"
-        names = [channel.name for channel in series.channels]
-        wanted = config.autofocus.focus_channel
-        self._channel = names.index(wanted) if wanted in names else 0
-        self._share, self._held = TimeShare(_HOLD_SHARE, _HOLD_MOST_S), held
-        self._settings = [
-            estimator_settings(config, channel.name, bit_depth=series.bit_depth)
-            for channel in series.channels
-        ]
-        self._looks: dict[int, FocusReading] = {}
-        """By the slot of the frame."""
-
-    def look(self, slot: Slot) -> Estimate | None:
-        """Return what hold goes by in a frame, without waiting for its classifier.
-
-        None: focus is not held by this frame. A classifier that takes longer than the
-        frames' interval would let hold fall behind.
-        """
-        # A frame that failed in this slot before left its own.
-        self._looks.pop(slot.index, None)
-        frame = slot.frame()
-        settings = self._settings_of(frame)
-        if settings is None or frame.role is Role.FOCUS:
-            return None
-        if not self._share.allows():
-            self._held["left_out"] += 1
-            self._looks[slot.index] = _LEFT_OUT
-            return None
-        with self._share.spending():
-            look = self._looks[slot.index] = look_at(slot.pixels, settings)
-        self._held["looked_at"] += 1
-        return Estimate(
-            series_uid=frame.series_uid,
-            sequence=frame.sequence,
-            level=None,
-            defocus_um=None,
-            signed=False,
-            confidence=0.0,
-            foreground=0.0,
-            z_um=frame.z_um,
-            z_offset_um=frame.z_offset_um,
-            index=frame.index,
-            captured_ns=frame.captured_ns,
-            estimated_ns=RUN_CLOCK.now_ns(),
-            focus=look,
-        )
-
-    def read(self, slot: Slot, estimate: Estimate, found: DefocusMap) -> Estimate:
-        """Return the estimate with its focus reading, or as it is."""
-        settings = self._settings_of(slot.frame())
-        if settings is None:
-            return estimate
-        look = self._looks.pop(slot.index, None)
-        if look is not _LEFT_OUT:
-            look = read_focus(found, slot.pixels, settings, look)
-        return msgspec.structs.replace(estimate, focus=look)
-
-    def _settings_of(self, frame: FrameHeader) -> EstimatorSettings | None:
-        """Return what is needed to read a frame; None: it is not read for autofocus."""
-        channel = frame.index.get("c", 0)
-        is_held = self._holds and channel == self._channel
-        return self._settings[channel] if is_held or frame.role is Role.FOCUS else None
 
 
 class FocusLog:

@@ -34,12 +34,13 @@ from rtfocus.processing.gpu.depth_variant import InFlight
 from rtfocus.processing.gpu.preparation import Background as GpuBackground
 from rtfocus.processing.gpu.preparation import FrameCorrection as GpuCorrection
 from rtfocus.processing.gpu.preparation import Standardisation as GpuStandardisation
-from rtfocus.processing.gpu.statistics import (
+from rtfocus.processing.gpu.work import (
     CellStatistics,
+    FrameShape,
     RankSearch,
+    neighbours,
     ranks_around,
 )
-from rtfocus.processing.gpu.work import FrameShape, neighbours
 from rtfocus.processing.montage import Montage, pad
 from rtfocus.processing.restore import gaussian_like, margin_px, padded_shape
 from rtfocus.specimens import draw_specimen

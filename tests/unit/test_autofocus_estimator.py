@@ -14,7 +14,7 @@ from rtfocus.autofocus.belief import (
     modes_of_reading,
     modes_of_weights,
 )
-from rtfocus.autofocus.policy import (
+from rtfocus.autofocus.estimator import (
     EstimatorSettings,
     _content,
     look_at,

@@ -11,7 +11,7 @@ from loop_kit import needs_shipped_engine
 from msgspec.msgpack import Ext
 from transport_kit import make_estimate, make_header, make_series
 
-from rtfocus.autofocus.policy import look_at
+from rtfocus.autofocus.estimator import FocusReader, look_at
 from rtfocus.channel import Channel
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, WriterError
@@ -24,7 +24,7 @@ from rtfocus.frame import (
     SlotPool,
     TileGrid,
 )
-from rtfocus.monitor import FOCUS_LOG, FocusLog, SeriesReader
+from rtfocus.monitor import FOCUS_LOG, FocusLog
 from rtfocus.report.facts import left_out_by_hold
 
 HELD = {
@@ -106,7 +106,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 SIDE_PX = 144
 
 
-def reader(mode: str, held=None, channels=("default",), **autofocus) -> SeriesReader:
+def reader(mode: str, held=None, channels=("default",), **autofocus) -> FocusReader:
     needs_shipped_engine()
     optics = {"numerical_aperture": 0.36, "wavelength_nm": 451, "pixel_size_um": 0.65}
     config = {
@@ -117,7 +117,7 @@ def reader(mode: str, held=None, channels=("default",), **autofocus) -> SeriesRe
     series = make_series(
         shape=(SIDE_PX, SIDE_PX), bit_depth=16, channels=[*map(Channel, channels)]
     )
-    return SeriesReader(
+    return FocusReader(
         parse_config(config), series, Counter() if held is None else held
     )
 
@@ -128,6 +128,10 @@ def frame(role=Role.RECORD, level=500, **header):
     light = np.random.default_rng(1).poisson(level, header.shape)
     slot.prepare(header)[:] = np.minimum(light, 65535)
     return slot
+
+
+def seen(slot):
+    return slot.frame(), slot.pixels
 
 
 def all_in_focus():
@@ -152,21 +156,21 @@ def test_a_region_is_refused_if_and_only_if_no_tile_has_its_centre_in_it():
 
 def test_hold_is_told_of_a_frame_before_its_classifier_is_done():
     held, slot = reader("hold"), frame()
-    early = held.look(slot)
+    early = held.look(*seen(slot))
     assert (early.sequence, early.z_um, early.index) == (3, 2.0, {"t": 3})
     assert early.focus.early
     assert early.focus.defocus_um is None
     assert early.focus.refusal is None
-    whole = held.read(slot, make_estimate(3), all_in_focus()).focus
+    whole = held.read(*seen(slot), make_estimate(3), all_in_focus()).focus
     assert not whole.early
     assert whole.defocus_um is not None
     assert whole.spectrum == early.focus.spectrum
     assert any(whole.spectrum)
-    saturated = held.look(frame(level=1e6)).focus
+    saturated = held.look(*seen(frame(level=1e6))).focus
     assert saturated.refusal == "saturated"
     # Where nothing is held, and of a search's images, the classifier alone tells.
-    assert reader("off").look(slot) is None
-    assert held.look(frame(Role.FOCUS)) is None
+    assert reader("off").look(*seen(slot)) is None
+    assert held.look(*seen(frame(Role.FOCUS))) is None
 
 
 def test_frames_that_come_too_fast_are_left_out_told_and_counted(monkeypatch):
@@ -178,13 +182,13 @@ def test_frames_that_come_too_fast_are_left_out_told_and_counted(monkeypatch):
         clock.s += 0.1
         return look_at(*given)
 
-    monkeypatch.setattr("rtfocus.monitor.look_at", slow_look)
+    monkeypatch.setattr("rtfocus.autofocus.estimator.look_at", slow_look)
     fast, slot, inbox, heard = reader("hold", held), frame(), EstimateInbox(), []
     inbox.also = heard.append
     for sequence in range(100):
         slot.prepare(make_header(sequence, shape=(SIDE_PX, SIDE_PX)))
-        early = fast.look(slot)
-        whole = fast.read(slot, make_estimate(sequence), all_in_focus())
+        early = fast.look(*seen(slot))
+        whole = fast.read(*seen(slot), make_estimate(sequence), all_in_focus())
         for estimate in (early, whole):
             if estimate is not None:
                 inbox.take(estimate)
@@ -204,24 +208,24 @@ def test_frames_of_the_focus_channel_alone_are_looked_at():
     held = Counter()
     two = reader("hold", held, channels=("dna", "actin"), focus_channel="actin")
     dna, actin = (frame(index={"t": 0, "c": c}) for c in (0, 1))
-    assert two.look(dna) is None
-    assert two.read(dna, make_estimate(3), all_in_focus()).focus is None
-    assert two.look(actin).focus.early
+    assert two.look(*seen(dna)) is None
+    assert two.read(*seen(dna), make_estimate(3), all_in_focus()).focus is None
+    assert two.look(*seen(actin)).focus.early
     assert held == {"looked_at": 1}
     # The plan's first channel where none is named, as the microscope side has it.
     first = reader("hold", channels=("dna", "actin"))
-    assert first.look(dna).focus.early
-    assert first.look(actin) is None
+    assert first.look(*seen(dna)).focus.early
+    assert first.look(*seen(actin)) is None
     probe = frame(Role.FOCUS, index={"t": 0, "c": 1})
-    assert first.read(probe, make_estimate(3), all_in_focus()).focus is not None
+    assert first.read(*seen(probe), make_estimate(3), all_in_focus()).focus is not None
 
 
 def test_a_look_of_a_frame_that_failed_is_not_taken_for_the_next_one():
     held, slot = reader("hold"), frame()
-    held.look(slot)
+    held.look(*seen(slot))
     slot.prepare(make_header(4, shape=(SIDE_PX, SIDE_PX), role=Role.FOCUS))[:] = 700
-    assert held.look(slot) is None
-    reading = held.read(slot, make_estimate(4), all_in_focus()).focus
+    assert held.look(*seen(slot)) is None
+    reading = held.read(*seen(slot), make_estimate(4), all_in_focus()).focus
     assert not any(reading.spectrum)
 
 
@@ -257,4 +261,6 @@ def test_hold_hears_of_every_frame_once_and_searches_of_whole_estimates():
 
 def readings():
     held, slot = reader("hold"), frame()
-    return held.look(slot), held.read(slot, make_estimate(3), all_in_focus())
+    return held.look(*seen(slot)), held.read(
+        *seen(slot), make_estimate(3), all_in_focus()
+    )

@@ -27,9 +27,9 @@ from rtfocus.processing.gpu.preparation import (
     Tiles,
     whole_frame_tile,
 )
-from rtfocus.processing.gpu.statistics import CellStatistics
 from rtfocus.processing.gpu.work import (
     BLOCK,
+    CellStatistics,
     DeviceArray,
     DeviceMemory,
     FrameShape,

@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import RestorationConfig
-from rtfocus.processing.gpu.statistics import PARTS, Light, Noise
 from rtfocus.processing.gpu.work import (
     BLOCK,
+    PARTS,
     DeviceArray,
     DeviceMemory,
+    Light,
+    Noise,
     Transforms,
     Work,
     spectrum_shape,

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from rtfocus.frame import BACKGROUND
 from rtfocus.processing.gpu.classifier import ClassifierSlot
 from rtfocus.processing.gpu.deconvolution import Deconvolution, LevelTransfers
-from rtfocus.processing.gpu.statistics import Light
 from rtfocus.processing.gpu.work import (
     SPAN,
     DeviceArray,
     DeviceMemory,
     FrameShape,
+    Light,
     Work,
     neighbours,
 )

@@ -18,15 +18,17 @@ from rtfocus.optics.normalisation import (
 )
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.classify import Conditions, tiles_in_cells
-from rtfocus.processing.gpu.statistics import CellStatistics, RankSearch, ranks_around
 from rtfocus.processing.gpu.work import (
     BLOCK,
+    CellStatistics,
     DeviceArray,
     DeviceMemory,
     FrameShape,
+    RankSearch,
     Work,
     kind_of,
     neighbours,
+    ranks_around,
     spans,
 )
 from rtfocus.processing.montage import AxisWindows, FrameTiles
