@@ -4,10 +4,11 @@ What the journal knows of a frame, its time, exposure and z, goes into the OME-X
 is missing is said, not made up.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ from rtfocus.writers.journal import WRITTEN, Line, journal_lines
 from rtfocus.writers.layout import image_groups, store_path
 from rtfocus.writers.places import Plan, complete
 
+_KINDS = get_args(Kind)
 _MOST_NAMED = 20
 _GONE = "whose file is gone"
 _UNSIGNED = "distance from focus, without a sign"
@@ -92,6 +94,9 @@ class RunExport:
     ) -> None:
         self._run = run
         self._kinds = _existing(run, kinds)
+        known = [spec.name for spec in image_specs(run.header) if spec.name in _KINDS]
+        self.lost = [] if kinds else [one for one in known if one not in self._kinds]
+        """Images that the run had, and whose files are gone."""
         self._form = ZarrForm(version=zarr_version, pyramid=True)
         self._journal = _Journal(run)
         self._specs = {spec.name: spec for spec in image_specs(run.header)}
@@ -131,7 +136,7 @@ class RunExport:
                 OutputImage(
                     like=image,
                     dtype=image.dtype,
-                    planes=_planes(image, on_plane),
+                    planes=self._planes(kind, image, lacking, on_plane),
                     made=self._made(kind, lacking),
                     taken=self._journal.taken(kind, number % positions, image),
                 )
@@ -147,6 +152,19 @@ class RunExport:
             msg = f"{broken[0].reason}; {len(done)} of {of} written; {remedy}"
             raise (IncompleteError if done else InputError)(msg)
         return Exported(self._output.written(), self.images, empty)
+
+    def _planes(
+        self,
+        kind: Kind,
+        image: ImageSeries,
+        lacking: dict[str, list[str]],
+        on_plane: Callable[[], None],
+    ) -> Iterator[NDArray[np.generic]]:
+        nothing = np.full(image.shape, self._specs[kind].fill_value, image.dtype)
+        empty = set(itertools.chain.from_iterable(lacking.values()))
+        for index in image.indices():
+            yield nothing if _named(index) in empty else image.read(**index)
+            on_plane()
 
     def _made(self, kind: Kind, lacking: dict[str, list[str]]) -> dict[str, str]:
         told = {
@@ -187,9 +205,10 @@ def _existing(run: Run, kinds: Sequence[Kind]) -> list[Kind]:
         )
         raise InputError(msg)
     there = run.kinds
-    for kind in kinds:
+    for kind in kinds or ("raw",) * (not there):
         if kind not in there:
-            msg = f"'{run.folder}' has no image '{kind}'; it has {', '.join(there)}"
+            named = ", ".join(there) or "none that can be read"
+            msg = f"'{run.folder}' has no image '{kind}'; it has {named}"
             raise InputError(msg)
     return list(dict.fromkeys(kinds or there))
 
@@ -269,12 +288,8 @@ def _by_position(run: Run, found: list[ImageSeries]) -> list[ImageSeries]:
     ]
 
 
-def _planes(
-    image: ImageSeries, on_plane: Callable[[], None]
-) -> Iterator[NDArray[np.generic]]:
-    for index in image.indices():
-        yield image.read(**index)
-        on_plane()
+def _named(index: dict[str, int]) -> str:
+    return f"t={index['t']} c={index['c']} z={index['z']}"
 
 
 def _why_empty(kind: Kind, line: Line) -> str:
@@ -318,8 +333,7 @@ class _Journal:
             elif (index["t"], self._channel(kind, index), index["z"]) not in there:
                 why = _GONE
             if why is not None:
-                place = f"t={index['t']} c={index['c']} z={index['z']}"
-                found.setdefault(why, []).append(place)
+                found.setdefault(why, []).append(_named(index))
         return found
 
     def _with_files(self, kind: Kind, position: int) -> set[tuple[int, int, int]]:

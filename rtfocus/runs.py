@@ -17,6 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from rtfocus.errors import InputError, WriterError
 from rtfocus.files import path_given
 from rtfocus.frame import SeriesStart
+from rtfocus.images.ome_zarr import open_zarr
 from rtfocus.metrics import Outcome
 from rtfocus.writers.header import (
     INNER,
@@ -262,7 +263,7 @@ class Run:
         place = store / position_paths(self.series.positions)[position]
         place /= kind if kind in INNER else ""
         try:
-            group = zarr.open_group(place, mode="r")
+            group = open_zarr(place)
             scales: Any = group.attrs["ome"]
             scales = scales["multiscales"][0]
             first = scales["datasets"][0]

@@ -25,16 +25,25 @@ from rtfocus.batch.plan import (
     facts_of,
 )
 from rtfocus.batch.work import classified, error_map, image_set_of
-from rtfocus.errors import ConfigError, InputError, OutputError, writing
+from rtfocus.errors import (
+    ConfigError,
+    InputError,
+    OutputError,
+    WriterError,
+    number_of,
+    writing,
+)
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet
-from rtfocus.images.metadata import OutputImage, json_mark
+from rtfocus.images.metadata import OutputImage, json_mark, run_at
 from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.reading import FoundImages, companions, find_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
+from rtfocus.writers.finish import places_without_frame
 
 _T = TypeVar("_T")
+_MOST_NAMED = 5
 
 
 class Begun(NamedTuple):
@@ -397,10 +406,26 @@ def _link(source: str, target: str) -> None:
 def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
     """Say, a line each, what is left out, filled in or assumed, before the work."""
     notes = [note for series in found.series for note in series.notes]
+    folders = dict.fromkeys(one.path.absolute().parent for one in found.series)
+    notes += [_without_frame(run) for run in filter(run_at, folders)]
     if found.skipped:
         number = len(found.skipped)
         notes.append(f"{number} earlier results of rtfocus are no inputs")
-    return list(dict.fromkeys([*notes, *images.assumptions()]))
+    return [note for note in dict.fromkeys([*notes, *images.assumptions()]) if note]
+
+
+def _without_frame(run: Path) -> str:
+    """Say which planes of a run never had a frame; empty: all had one."""
+    try:
+        places = places_without_frame(run)
+    except WriterError as error:
+        return f"planes of '{run}' may be without a frame: {error}"
+    if not places:
+        return ""
+    more = len(places) - _MOST_NAMED
+    named = ", ".join(places[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    number = number_of(len(places), "plane")
+    return f"'{run}' has {number} without a frame, nothing but 0: {named}"
 
 
 def _found_in(path: Path, kind: type[_T]) -> _T:

@@ -335,9 +335,9 @@ def _say_restored(
 ) -> None:
     """Say what is on the disk, counted there; fail if not all of it is."""
     written = place.written()
-    failed = {one.path for one in broken}
-    whole = [one for one in found.series if one.path not in failed]
-    planes = sum(map(len, whole))
+    targets = place.targets * (1 if place.is_folder else len(found.series))
+    pairs = zip(found.series, targets, strict=True)
+    planes = sum(len(series) for series, target in pairs if target in written)
     where = str(place.path)
     if place.is_folder:
         where = f"{number_of(len(written), 'file')} in {place.path}"

@@ -319,9 +319,11 @@ def _export_run(
         f"exported {number_of(len(done.images), 'image')} with "
         f"{number_of(export.planes, 'plane')} to {output}"
     )
-    if done.gone:
+    gone = [f"image '{name}'" for name in export.lost]
+    gone += [number_of(done.gone, "plane")] if done.gone else []
+    if gone:
         msg = (
-            f"{number_of(done.gone, 'plane')} recorded and not exported: files are "
-            f"gone; which: rtfocus check {folder}"
+            f"{', '.join(gone)} recorded and not exported: files are gone; which: "
+            f"rtfocus check {folder}"
         )
         raise IncompleteError(msg)

@@ -224,6 +224,13 @@ def is_zarr(folder: Path) -> bool:
     return any(os.path.isfile(folder / mark) for mark in _ZARR_MARKS)
 
 
+def run_at(folder: Path) -> tuple[Path, Path] | None:
+    """Return header and journal of a run, whatever its folder is called; None: none."""
+    header, journal = folder / "series.json", folder / "frames.ndjson"
+    is_known = folder.suffix == RUN_ENDING or os.path.isfile(journal)
+    return (header, journal) if is_known and os.path.isfile(header) else None
+
+
 def written_by_rtfocus(path: Path) -> bool:
     """Tell whether a file or folder is a whole result that rtfocus wrote.
 

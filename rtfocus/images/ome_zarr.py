@@ -9,16 +9,19 @@ axes in another order, whose pixels are readable.
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.storage import LocalStore, WrapperStore
 
 from rtfocus.errors import InputError, one_line
-from rtfocus.images.metadata import finite, is_zarr, length_um, positive, time_s
+from rtfocus.images.metadata import finite, is_zarr, length_um, positive, run_at, time_s
 from rtfocus.images.ome_xml import OmeImage, read_ome_xml
 from rtfocus.images.series import (
     MOST_IMAGES,
@@ -37,16 +40,76 @@ _DEEPEST = 6
 """Groups within groups: plate, row, well, field are four."""
 
 
+class RunStore(WrapperStore[LocalStore]):
+    """A group of a run: where a frame's file is gone reading fails.
+
+    zarr takes an absent file for zeros; the journal says whether there was one.
+    """
+
+    def __init__(self, path: Path, header_file: Path, journal: Path) -> None:
+        super().__init__(LocalStore(path, read_only=True))
+        self._below = path.relative_to(journal.parent).as_posix()
+        self._journal = journal
+        header = msgspec.json.decode(header_file.read_bytes())
+        self._shard_frames = int(header["store"]["shard_frames"])
+        unknown = {"plate_row": "", "plate_column": "", "field": 0}
+        given = [unknown | one for one in header["series"]["positions"]]
+        wells = ["{plate_row}/{plate_column}/{field}/".format(**one) for one in given]
+        numbers = [f"{p}/" for p in range(len(given))] if len(given) > 1 else [""]
+        in_wells = all(one["plate_row"] and one["plate_column"] for one in given)
+        self._places = wells if in_wells else numbers
+        self._recorded: set[str] = set()
+        self._taken = 0
+
+    async def get(self, key: str, *how: Any, **more: Any) -> Any:  # noqa: ANN401
+        """Return what a file holds; None: it never was; OSError: it is gone."""
+        found = await super().get(key, *how, **more)
+        # One without a byte is taken for zeros, too.
+        if not found and "/c." in key and self._was_recorded(key):
+            # It may have come after it was looked for.
+            if not (found := await super().get(key, *how, **more)):
+                msg = f"its file '{key}' is gone or empty, as rtfocus check tells"
+                raise OSError(msg)
+        return found
+
+    def _was_recorded(self, key: str) -> bool:
+        with self._journal.open("rb") as file:
+            file.seek(self._taken)
+            for text in file:
+                # The last line may be under way; of damage the check tells.
+                if text.endswith(b"\n"):
+                    self._taken += len(text)
+                    with suppress(ValueError, LookupError, TypeError, RecursionError):
+                        self._take(msgspec.json.decode(text, type=dict))
+        return f"{self._below}/{key}" in self._recorded
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if line["status"] != "written":
+            return
+        t, p, c, z = (line["index"].get(axis, 0) for axis in "tpcz")
+        for name in line["stored"]:
+            outer = name if name in ("raw", "restored") else "defocus"
+            inner = "" if name in ("raw", "restored", "defocus") else f"{name}/"
+            shard = f"0/c.{t // self._shard_frames}.{c}.{z}.0.0"
+            self._recorded.add(f"{outer}.ome.zarr/{self._places[p]}{inner}{shard}")
+
+
+def open_zarr(path: Path) -> "zarr.Group | zarr.Array[Any]":
+    """Open a path for reading; of what lies in a run folder no frame is made up."""
+    path = path.absolute()
+    run = next(filter(None, map(run_at, path.parents)), None)
+    return zarr.open(path if run is None else RunStore(path, *run), mode="r")
+
+
 def outermost_zarr(path: Path) -> Path:
     """Return the outermost Zarr group that a path lies in, or is."""
     outermost = path
     for parent in path.absolute().parents:
-        if not is_zarr(parent):
-            # Rows of a plate may lack metadata of their own.
-            if not is_zarr(parent.parent):
-                break
-            continue
-        outermost = parent
+        if is_zarr(parent):
+            outermost = parent
+        # Rows of a plate may lack metadata of their own.
+        elif not is_zarr(parent.parent):
+            break
     return outermost
 
 
@@ -69,7 +132,7 @@ def read_ome_zarr(path: Path) -> list[ImageSeries]:
 
 
 def _read_ome_zarr(path: Path) -> list[ImageSeries]:
-    root = zarr.open(path, mode="r")
+    root = open_zarr(path)
     if not isinstance(root, zarr.Group):
         msg = f"'{path}' is a Zarr array without OME metadata; give its OME-Zarr group"
         raise InputError(msg)
@@ -84,7 +147,7 @@ def _read_ome_zarr(path: Path) -> list[ImageSeries]:
     if lacking:
         first, more = lacking[0], len(lacking) - 1
         others = f" and {more} more" if more else ""
-        msg = f"'{path}' lacks field '{first}'{others}, which its plate lists"
+        msg = f"'{path}' lacks {first}{others}, which its metadata list"
         raise IncompleteSetError(msg, images)
     if not images:
         msg = f"'{path}' holds no OME-Zarr image (no 'multiscales' metadata)"
@@ -100,6 +163,9 @@ def _groups(
     if isinstance(plate, dict):
         yield from _fields(root, plate, lacking)
         return
+    companion = root.get("OME")
+    listed = _ome(companion).get("series") if isinstance(companion, zarr.Group) else ()
+    lacking += [f"image '{name}'" for name in listed or () if str(name) not in root]
     yield from ((name, group, None) for name, group in _images(path, root, "", 0))
 
 
@@ -133,12 +199,12 @@ def _fields(
         row, column = str(well["path"]).split("/")
         group = root.get(str(well["path"]))
         if not isinstance(group, zarr.Group):
-            lacking.append(str(well["path"]))
+            lacking.append(f"field '{well['path']}'")
             continue
         for number, field in enumerate(_ome(group)["well"]["images"]):
             image = group.get(str(field["path"]))
             if not isinstance(image, zarr.Group):
-                lacking.append(f"{well['path']}/{field['path']}")
+                lacking.append(f"field '{well['path']}/{field['path']}'")
                 continue
             place = PlatePlace(
                 plate=title,

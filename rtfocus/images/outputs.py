@@ -21,11 +21,11 @@ from rtfocus import files
 from rtfocus.errors import IncompleteError, InputError, OutputError, number_of
 from rtfocus.files import same_name
 from rtfocus.images.metadata import (
-    RUN_ENDING,
     TIFF_ENDINGS,
     OutputImage,
     json_mark,
     result_names,
+    run_at,
     written_by_rtfocus,
 )
 from rtfocus.images.ome_xml import write_tiff
@@ -224,7 +224,7 @@ class OutputGuard:
             if (like := self._names.get(same_name(str(place)))) is not None:
                 raise _refusal(target, f"is the input '{like}' but for letter case")
             for folder in (place, *place.parents):
-                if _is_run(folder):
+                if run_at(folder):
                     raise _refusal(target, f"lies in the run folder '{folder}'")
             for parent in place.parents:
                 around = _identity(parent)
@@ -281,10 +281,6 @@ def _resolved(path: Path) -> Path:
         return path.resolve()
     except (OSError, RuntimeError):  # links in a circle
         return path.absolute()
-
-
-def _is_run(folder: Path) -> bool:
-    return folder.suffix == RUN_ENDING and (folder / "series.json").is_file()
 
 
 def _refusal(

@@ -12,7 +12,7 @@ imagecodecs, as Pillow cuts those to 8, and grey of 16 bits with an alpha channe
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from rtfocus.errors import ConfigError, InputError, one_line
-from rtfocus.images.metadata import RUN_ENDING, is_zarr, written_by_rtfocus
+from rtfocus.images.metadata import RUN_ENDING, is_zarr, run_at, written_by_rtfocus
 from rtfocus.images.micro_manager import (
     is_ndtiff,
     ndtiff_files,
@@ -261,6 +261,15 @@ def _read_ome_zarr(path: Path) -> list[ImageSeries]:
     return read_ome_zarr(path)
 
 
+def _read_raw(run: Path) -> list[ImageSeries]:
+    """Open the raw images of a run folder."""
+    if not os.path.isdir(run / _RAW):
+        there = ", ".join(sorted(one.name for one in run.glob("*.ome.zarr")))
+        msg = f"run '{run}' has no raw images, '{_RAW}'; it has {there or 'none'}"
+        raise InputError(msg)
+    return _read_ome_zarr(run / _RAW)
+
+
 def open_images(path: Path) -> list[ImageSeries]:
     """List the images at a path, opened lazily, folders in natural order of names.
 
@@ -359,10 +368,20 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
         except InputError as error:
             broken.append(BrokenImage(candidate.path, str(error)))
             found = error.readable if isinstance(error, IncompleteSetError) else []
-        series += found
+        series += map(_with_note, found)
         sets = (one.files for one in found if len(one.files) > 1)
         taken |= {os.path.realpath(file) for files in sets for file in files}
     return FoundImages(series, tuple(broken), tuple(results))
+
+
+def _with_note(image: ImageSeries) -> ImageSeries:
+    """Note that a Zarr image has no file of pixels: black, by the format."""
+    files = (name for *_, names in os.walk(image.pixels or "") for name in names)
+    is_filled = any(not name.startswith((".", "zarr.json")) for name in files)
+    if image.pixels is None or is_filled:
+        return image
+    note = f"'{image.path}': image '{image.name}' has no file of pixels, all are 0"
+    return replace(image, notes=(*image.notes, note))
 
 
 def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
@@ -396,8 +415,8 @@ def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
 
 
 def _search_folder(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
-    if folder.suffix == RUN_ENDING and os.path.isdir(folder / _RAW):
-        yield _Candidate(folder, partial(_read_ome_zarr, folder / _RAW), is_result=True)
+    if run_at(folder) or (folder.suffix == RUN_ENDING and os.path.isdir(folder / _RAW)):
+        yield _Candidate(folder, partial(_read_raw, folder), is_result=True)
     elif is_zarr(folder):
         if folder.resolve() not in visited:
             visited.add(folder.resolve())

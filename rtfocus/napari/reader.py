@@ -129,7 +129,7 @@ def _pixels(run: Run, kind: Kind, position: int, frames: int | None) -> Array:
     """Return an image with axes t, c, z, y, x, a chunk a plane."""
     image = run.image(kind, position)
     plane = (1, 1, 1, *image.shape[-2:])
-    return da.from_array(image.array, chunks=plane)[:frames]
+    return da.from_array(image, chunks=plane)[:frames]
 
 
 def _are_placed(positions: list[Position]) -> bool:

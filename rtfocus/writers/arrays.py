@@ -7,6 +7,7 @@ the commit signal that the journal waits for.
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -195,7 +196,7 @@ class FrameArray:
                 create=create,
             ).result()
         except (ValueError, OSError, RuntimeError) as error:
-            msg = f"cannot open array '{path}': {error}"
+            msg = f"cannot open array '{path}': {str(error).partition(' [tensor')[0]}"
             raise WriterError(msg) from error
 
     @property
@@ -219,7 +220,13 @@ class FrameArray:
         """Read one frame back, axes (y, x) or (y, x, rgb)."""
         planes = slice(c * self._planes, (c + 1) * self._planes)
         try:
-            found: NDArray[Any] = self._array[t, planes, z].read().result()
+            place = self._array[t, planes, z]
+            there = place.storage_statistics(query_fully_stored=True).result()
+            # Of a file that is gone zeros are read.
+            if not bool(there.fully_stored):
+                msg = "its file is gone"
+                raise OSError(msg)
+            found: NDArray[Any] = place.read().result()
         except (ValueError, OSError, RuntimeError, IndexError) as error:
             msg = f"frame t={t} c={c} z={z} of '{self._path}' cannot be read: {error}"
             raise WriterError(msg) from error
@@ -227,14 +234,9 @@ class FrameArray:
 
     def holds(self, t: int, c: int, z: int) -> bool:
         """Tell whether a frame is there, whole, and right by its checksums."""
-        planes = slice(c * self._planes, (c + 1) * self._planes)
-        try:
-            place = self._array[t, planes, z]
-            found = place.storage_statistics(query_fully_stored=True).result()
-            place.read().result()
-        except (ValueError, OSError, RuntimeError, IndexError):
-            return False
-        return bool(found.fully_stored)
+        with suppress(WriterError):
+            return self.read(t, c, z).size > 0
+        return False
 
     def shards(self) -> Iterator[ShardFile]:
         """Yield the shards on the disk, whatever the length along t is."""
@@ -379,13 +381,11 @@ class RunImages:
 
     def read(self, name: str, index: Index) -> NDArray[Any]:
         """Read one frame of image `name` back; WriterError if it cannot be."""
-        array = self._arrays[name][index["p"]]
-        return array.read(index["t"], index["c"], index["z"])
+        return self._arrays[name][index["p"]].read(index["t"], index["c"], index["z"])
 
     def holds(self, name: str, index: Index) -> bool:
         """Tell whether image `name` has a whole and right frame at `index`."""
-        array = self._arrays[name][index["p"]]
-        return array.holds(index["t"], index["c"], index["z"])
+        return self._arrays[name][index["p"]].holds(index["t"], index["c"], index["z"])
 
     def shards(self) -> Iterator[tuple[str, int, ShardFile]]:
         """Yield every shard on the disk with its image and position."""

@@ -250,8 +250,9 @@ class _ImageReader:
         if index["t"] >= array.shape[0]:
             return f"t={index['t']} is beyond the array's {array.shape[0]}"
         shard = self._shard_file(array, index)
-        if not shard.is_file():
-            return f"its file '{shard}' is absent"
+        # zarr reads one without a byte as zeros, as one that is not there.
+        if not shard.is_file() or not shard.stat().st_size:
+            return f"its file '{shard}' is {'empty' if shard.is_file() else 'absent'}"
         first = index["c"] * self._spec.planes
         planes = slice(first, first + self._spec.planes)
         try:

@@ -36,6 +36,8 @@ from rtfocus.writers.header import (
     write_json,
 )
 from rtfocus.writers.journal import (
+    IN_ERROR,
+    MISSING,
     Line,
     is_unrestored,
     journal_lines,
@@ -144,6 +146,18 @@ def count_unrestored(folder: Path) -> int:
     """Return how many stored frames of a run have no restored image."""
     plan = Plan(read_header(folder).series)
     return sum(map(is_unrestored, journal_lines(folder / JOURNAL_NAME, plan)))
+
+
+def places_without_frame(folder: Path) -> list[str]:
+    """Return, in words, the places of a run whose raw frame was lost or is in error."""
+    plan = Plan(read_header(folder).series)
+    return [
+        " ".join(f"{axis}={at}" for axis, at in complete(line["index"]).items())
+        for line in journal_lines(folder / JOURNAL_NAME, plan)
+        if line["status"] in (MISSING, IN_ERROR)
+        and line["index"] is not None
+        and RAW not in line["stored"]
+    ]
 
 
 def complete_restoration(

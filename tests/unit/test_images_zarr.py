@@ -232,6 +232,35 @@ def test_a_bioformats2raw_collection_takes_names_from_its_ome_xml(tmp_path) -> N
     assert series[10].channel_names == ("GFP",)
 
 
+def test_an_image_that_a_collection_lists_is_missed(tmp_path) -> None:
+    root = tmp_path / "many.zarr"
+    for name in "01":
+        pixels, axes = flat(1000)[None], ngff_axes("cyx")
+        write_ngff(root / name, pixels, axes, [1, 1, 1], version="0.5")
+    zarr.open_group(root, mode="a").attrs["ome"] = {"version": "0.5"}
+    listed = {"version": "0.5", "series": ["0", "1", "2"]}
+    zarr.open_group(root / "OME", mode="w").attrs["ome"] = listed
+    found = find_images(root)
+    assert [means(one) for one in found.series] == [[1000], [1000]]
+    (broken,) = found.broken
+    assert broken.reason == f"'{root}' lacks image '2', which its metadata list"
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_an_image_without_one_file_of_pixels_is_told(tmp_path, version) -> None:
+    root, planes = tmp_path / "a.zarr", np.stack([flat(1), flat(2)])
+    write_ngff(root, planes, ngff_axes("cyx"), [1, 1, 1], version=version)
+    (series,) = open_images(root)
+    assert series.notes == ()
+    for file in series.pixels.rglob("*"):
+        if file.is_file() and file.name not in (".zarray", "zarr.json"):
+            file.unlink()
+    # By the format it is black.
+    (series,) = open_images(root)
+    assert means(series) == [0, 0]
+    assert series.notes == (f"'{root}': image 'a' has no file of pixels, all are 0",)
+
+
 def test_a_scale_that_is_not_understood_is_told_and_not_guessed(tmp_path) -> None:
     path = write_ngff(
         tmp_path / "a.zarr", flat(1), ngff_axes("yx", "micrometer"), [-0.5, -0.5]
