@@ -31,9 +31,9 @@ from rtfocus.errors import (
     ExitCode,
     InputError,
     MicroscopeError,
+    OutputError,
     RtfocusError,
     StoppedError,
-    WriterError,
 )
 from rtfocus.files import nearest_existing, try_writing
 from rtfocus.frame import SeriesStart
@@ -46,7 +46,7 @@ from rtfocus.processing.channel_plan import (
 from rtfocus.transport.dialogue import user_name
 from rtfocus.transport.sockets import is_local
 from rtfocus.writers.folder import planned_bytes, run_folder
-from rtfocus.writers.header import RunHeader, series_in_words
+from rtfocus.writers.header import HEADER_NAME, RunHeader, series_in_words
 
 _KINDS: dict[int, type[RtfocusError]] = {
     kind.exit_code: kind for kind in (ConfigError, InputError, StoppedError)
@@ -128,7 +128,7 @@ class SideProcess:
 
     Raises
     ------
-    WriterError
+    OutputError
         If nothing can be written where the run is to be; nothing is started then.
     """
 
@@ -330,6 +330,13 @@ def _disk(config: Config, series: SeriesStart | None) -> str:
 def takes_files(run_folder: Path) -> Path:
     """Return what there is of a run.folder; refuse one that takes no files."""
     folder = nearest_existing(run_folder)
+    for run in (folder, *folder.parents):
+        if run.suffix == ".rtfocus" and (run / HEADER_NAME).is_file():
+            msg = (
+                f"run.folder: '{run_folder}' lies in a run, '{run}'; choose another, "
+                "such as that of the run itself"
+            )
+            raise OutputError(msg)
     try:
         try_writing(folder)
     except OSError as error:
@@ -337,5 +344,5 @@ def takes_files(run_folder: Path) -> Path:
             f"run.folder: nothing can be written in '{folder}' ({error.strerror}); "
             "choose another run.folder"
         )
-        raise WriterError(msg) from error
+        raise OutputError(msg) from error
     return folder

@@ -158,7 +158,7 @@ class LazyGroup(TyperGroup):
         """Run the command; typer would end an interrupt without a word."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, typer.Abort) as error:
             raise Interrupted from error
 
 

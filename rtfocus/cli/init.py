@@ -25,7 +25,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.cli.commands import write_new
 from rtfocus.config import load_config, parse_config
 from rtfocus.engines.registry import list_engines, why_unfit
-from rtfocus.errors import EngineError, ExitCode, OutputError
+from rtfocus.errors import ConfigError, EngineError, ExitCode, OutputError
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.launch import preflight
 from rtfocus.metrics import memory
@@ -203,7 +203,13 @@ def init(
         aperture=_aperture_in(found.objective),
     )
     if not yes:
-        _ask(found, answers)
+        try:
+            _ask(found, answers)
+        except typer.Abort as error:
+            if isinstance(error.__context__, EOFError):
+                msg = "standard input ended before the last answer; or give --yes"
+                raise ConfigError(msg) from error
+            raise
     text = config_text(found, answers, mm_config, adapters or ())
     parse_config(yaml.safe_load(text), origin=str(file))
     write_new(file, text)

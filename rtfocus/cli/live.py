@@ -430,3 +430,4 @@ def autofocus(
             if not place.is_paused:
                 taken, z_um = taken + 1, stage.position_um()
                 holder.take(estimate_of(focuser.look(channel, z_um), taken, z_um))
+        typer.echo(f"held: {taken} images, z {stage.position_um():.2f} um at the end")

@@ -268,9 +268,13 @@ def find_optics(
         return ImageOptics(configured, "the config")
     said = _said_by_file(image, channel)
     values = {**said, **(stated.values if stated is not None else {})}
-    missing = [name for key, name in _NEEDED.items() if key not in values]
+    missing = [key for key in _NEEDED if key not in values]
     if missing:
-        return ImageOptics(None, f"no {', no '.join(missing)}")
+        source = f"no {', no '.join(_NEEDED[key] for key in missing)}"
+        if stated is not None:
+            short = (name for name, key in _SHORT_NAMES.items() if key in missing)
+            source += f"; complete --optics by {'= and '.join(short)}="
+        return ImageOptics(None, source)
     origin = stated.origin if stated is not None else str(image.path)
     found = make_optics(values, origin)
     if stated is None:

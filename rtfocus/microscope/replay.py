@@ -234,6 +234,12 @@ class Replay:
 
     def __init__(self, config: Config, replay: ReplayConfig) -> None:
         self._replay = replay
+        if not replay.path.exists():
+            msg = (
+                f"microscope.path: there is no '{replay.path}'; set it to an image "
+                "file, an OME-Zarr or a folder"
+            )
+            raise InputError(msg)
         found = find_images(replay.path)
         self._unreadable = [broken.reason for broken in found.broken]
         self._notes = [note for image in found.series for note in image.notes]

@@ -180,7 +180,9 @@ def frames_server(context: Context, config: TransportConfig) -> Socket:
     socket.maxmsgsize = _SUBSCRIPTION_BYTES
     socket.linger = 0
     _watch_peer(socket, config)
-    return _bind(socket, config.frames, config.curve_keys, insecure=config.insecure)
+    return _bind(
+        socket, "frames", config.frames, config.curve_keys, insecure=config.insecure
+    )
 
 
 def control_server(context: Context, config: TransportConfig) -> Socket:
@@ -189,7 +191,9 @@ def control_server(context: Context, config: TransportConfig) -> Socket:
     socket.sndhwm = socket.rcvhwm = 256
     socket.maxmsgsize = _CONTROL_BYTES
     socket.linger = FINAL_WORDS_MS
-    return _bind(socket, config.control, config.curve_keys, insecure=config.insecure)
+    return _bind(
+        socket, "control", config.control, config.curve_keys, insecure=config.insecure
+    )
 
 
 def frames_client(context: Context, config: TransportConfig) -> Socket:
@@ -220,7 +224,8 @@ def preview_server(
     socket.maxmsgsize = _SUBSCRIPTION_BYTES
     socket.linger = 0
     # The processor binds it, and has no key but its own.
-    return _bind(socket, endpoint, curve_keys, CLIENT, insecure=insecure)
+    key = "preview.endpoint"
+    return _bind(socket, key, endpoint, curve_keys, CLIENT, insecure=insecure)
 
 
 def preview_client(context: Context) -> Socket:
@@ -240,7 +245,8 @@ def request_server(
     socket.sndhwm = socket.rcvhwm = 16
     socket.maxmsgsize = _SUBSCRIPTION_BYTES
     socket.linger = 0
-    return _bind(socket, endpoint, curve_keys, CLIENT, insecure=insecure)
+    key = "preview.control"
+    return _bind(socket, key, endpoint, curve_keys, CLIENT, insecure=insecure)
 
 
 def request_client(context: Context) -> Socket:
@@ -329,6 +335,7 @@ def _watch_peer(socket: Socket, config: TransportConfig) -> None:
 
 def _bind(
     socket: Socket,
+    key: str,
     endpoint: str,
     curve_keys: Path | None,
     own: str = SERVER,
@@ -350,8 +357,8 @@ def _bind(
     except zmq.ZMQError as error:
         socket.close()
         msg = (
-            f"cannot bind '{endpoint}': {error}; is another rtfocus running? "
-            "Stop it or choose another port"
+            f"transport.{key}: cannot bind '{endpoint}': {error.strerror}; is another "
+            "rtfocus running? Stop it or choose another port"
         )
         raise TransportError(msg) from error
     except ConfigError:

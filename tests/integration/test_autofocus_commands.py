@@ -104,6 +104,7 @@ def test_hold_follows_a_drift(config: Path) -> None:
     held = re.findall(r"held: ([+-][\d.]+) um", said)
     # 3.6 um in 5 s and more; half a depth of field, 1.7 um, is borne.
     assert sum(float(step) for step in held) > 1.8
+    assert re.search(r"held: 40 images, z [-\d.]+ um at the end$", said.strip())
 
 
 def test_hold_is_refused_where_the_hardware_holds(config: Path) -> None:

@@ -82,6 +82,25 @@ def test_init_asks_for_what_no_core_knows(
     assert [c["exposure"] for c in plan["channels"]] == [20, 20]
 
 
+class Deaf(StringIO):
+    """A terminal where Ctrl-C is the answer."""
+
+    def readline(self, size: int | None = -1, /) -> str:
+        raise KeyboardInterrupt
+
+
+def test_init_without_its_answers_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    monkeypatch.setattr(sys, "stdin", StringIO("day 1\n"))
+    assert "or give --yes" in failed(command("init", mine), ExitCode.CONFIG)
+    monkeypatch.setattr(sys, "stdin", Deaf())
+    said = command("init", mine)
+    assert (said.code, said.err) == (ExitCode.INTERRUPTED, "interrupted\n")
+    assert not mine.exists()
+
+
 def test_init_refuses_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     options = ("--mm-config", tmp_path / "no.cfg", "--yes")
@@ -129,7 +148,7 @@ def test_dry_run_foresees_the_geometry_of_presets(tmp_path: Path) -> None:
         ("channels.0.optics.pixel_size_um=0.1", ExitCode.ENGINE, "0.1"),
         ("processing.device=gpu", ExitCode.ENGINE, "gpu"),
         ("store.min_free_mb=1e12", ExitCode.FAILED, "choose another run.folder"),
-        ("run.folder=FILE/runs", ExitCode.FAILED, "run.folder"),
+        ("run.folder=FILE/runs", ExitCode.INPUT, "run.folder"),
         ("camera.flat_field=FILE", ExitCode.CONFIG, "flat"),
         ("autofocus.calibration=none.yaml", ExitCode.CONFIG, "autofocus.calibration"),
         ("autofocus.search=nobody", ExitCode.CONFIG, "no installed package"),

@@ -35,7 +35,7 @@ from loop_kit import (
 import rtfocus
 from rtfocus import app
 from rtfocus.config import parse_config
-from rtfocus.errors import ConfigError, EngineError, WorkerError, WriterError
+from rtfocus.errors import ConfigError, EngineError, OutputError, WorkerError
 from rtfocus.launch import SideProcess, on_free_ports
 from rtfocus.monitor import Monitor
 from rtfocus.writers.check import check_run
@@ -70,8 +70,17 @@ def test_a_folder_that_takes_no_files_is_told_before_either_side_starts(tmp_path
         lambda: app.serve(on_free_ports(config), stop=over),
     ]
     for way in ways:
-        with pytest.raises(WriterError, match=r"nothing can be written in '.*runs'"):
+        with pytest.raises(OutputError, match=r"nothing can be written in '.*runs'"):
             way()
+
+
+def test_no_run_is_recorded_within_another(tmp_path):
+    inside = tmp_path / "first.rtfocus" / "raw.ome.zarr"
+    inside.mkdir(parents=True)
+    (tmp_path / "first.rtfocus" / "series.json").write_text("{}", "utf-8")
+    with pytest.raises(OutputError, match=r"lies in a run, '.*first\.rtfocus'"):
+        app.run(small(inside, None), stop=threading.Event(), abandon=threading.Event())
+    assert list(inside.iterdir()) == []
 
 
 def test_a_full_disk_ends_the_run_with_one_line(small_disk, tmp_path):

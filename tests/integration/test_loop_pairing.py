@@ -121,7 +121,9 @@ def test_what_a_script_started_records_even_where_another_shows_at_its_port(
         )
         preview = {"endpoint": endpoint, "control": control}
         config = small(tmp_path, None, transport={"preview": preview})
-        with pytest.raises(TransportError, match="cannot bind"):
+        with pytest.raises(
+            TransportError, match=r"^transport\.preview\.endpoint: cannot bind"
+        ):
             serve(config, stop=over)
         serve(config, stop=over, any_port=True)
     assert "in use; this run shows at tcp://127.0.0.1:" in caplog.text

@@ -234,7 +234,7 @@ def test_a_failing_sink_is_raised(stack):
 
 
 def test_nothing_to_replay_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
+    with pytest.raises(InputError, match=r"^microscope\.path: .*nowhere"):
         record(replay(tmp_path / "nowhere.tif"))
 
 

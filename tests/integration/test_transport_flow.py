@@ -373,7 +373,7 @@ class TestStalls:
     def test_a_port_in_use_names_the_endpoint_and_the_remedy(self) -> None:
         with (
             FramePublisher(make_config()) as publisher,
-            pytest.raises(TransportError, match=r"cannot bind.*choose another port"),
+            pytest.raises(TransportError, match=r"frames: cannot bind.*another port"),
         ):
             FramePublisher(facing(publisher))
 

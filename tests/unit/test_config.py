@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from rtfocus.config import Config, load_config, parse_config
 from rtfocus.config.sections import _types
-from rtfocus.engines.registry import find_engine
+from rtfocus.engines.registry import find_engine, why_unfit
 from rtfocus.errors import ConfigError, EngineError, InputError, WriterError
 from rtfocus.files import resource_folder
 from rtfocus.frame import Position, SeriesStart
@@ -168,7 +168,11 @@ def test_channels_fall_back_to_default() -> None:
     ids=lambda p: p.stem,
 )
 def test_every_shipped_config_is_valid(path: Path) -> None:
-    load_config(path)
+    config = load_config(path)
+    engine = config.processing.classifier
+    for channel in config.channels:
+        if engine is not None and channel.optics is not None:
+            assert why_unfit(find_engine(engine).card, channel.optics) is None
 
 
 def test_a_config_survives_its_own_dump() -> None:

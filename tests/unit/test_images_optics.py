@@ -67,7 +67,8 @@ def test_the_option_is_completed_by_the_file():
     found = find_optics(pixels(0.325), 0, stated=said)
     assert found.system == MINE
     assert found.source == "--optics, pixel size from the file"
-    assert find_optics(image(), 0, stated=said).source == "no pixel size"
+    missing = find_optics(image(), 0, stated=said).source
+    assert missing == "no pixel size; complete --optics by pixel="
 
 
 def test_a_file_that_states_all_needs_nobody():
@@ -111,6 +112,9 @@ def test_without_a_choice_unknown_optics_are_restored_blind_and_told():
     images = ImageSet(Config(), [image()], free_choice=True)
     (said,) = images.assumptions()
     assert f"engine '{BLIND_ENGINE}' runs blind, as if NA=0.36" in said
+    in_part = {"stated": stated("NA=0.5,wavelength=461"), "free_choice": True}
+    (told,) = ImageSet(Config(), [image()], **in_part).assumptions()
+    assert "(no pixel size; complete --optics by pixel=)" in told
     made = images.made(0)
     assert made["engine"].startswith(f"{BLIND_ENGINE}@")
     assert "blind" in made["optics from"]
